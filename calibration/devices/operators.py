@@ -1,0 +1,319 @@
+"""Operators in torch, shared by the CUDA and the CPU device and by the decoder that really runs.
+
+The lower half are the operators of a decoder as plain functions on tensors. :func:`build` binds one :class:`Operator` to operands and
+returns a :class:`Launches`: ``launch(i)`` runs it once, with the i-th copy of the operand that is rotated so that it comes from memory.
+
+Rotated operands are views into one :class:`Arena` of random data at least twice as large as the last-level cache, so that going
+round all of them always evicts the first, at no cost of allocation; the data is normal, because what is multiplied changes the power
+drawn and with it the clock. Activations stay warm, as the kernel before would leave them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from calibration.devices.attention import (
+    block_layout,
+    block_sparse_attention,
+    causal_mask,
+    decode_attention,
+    flex_block_sparse_attention,
+    prefill_attention,
+)
+from calibration.devices.protocol import NORMS, Operator, OutOfMemory, Unsupported
+from simulator.workload import DTYPE_BYTES, dtype_code
+
+Tensor = Any  # torch.Tensor; torch is optional, so its types are not relied upon
+
+TORCH_DTYPE: dict[str, Any] = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
+MAX_COPIES = 1 << 14
+_ALIGN = 256  # bytes; what the CUDA allocator and cuBLAS's fast kernels expect of a matrix
+
+
+@dataclass(frozen=True)
+class Launches:
+    """An operator bound to its operands.
+
+    Attributes
+    ----------
+    launch : callable
+        ``launch(i)`` runs the operator once with copy ``i % copies`` of its rotated operand.
+    copies : int
+        Distinct copies; 1 when hot, or when one copy alone is larger than twice the cache.
+    how : str
+        How it is computed, where there is more than one way.
+    """
+
+    launch: Callable[[int], Any]
+    copies: int
+    how: str = ""
+
+
+class Arena:
+    """Random data from which rotated operands are cut.
+
+    Parameters
+    ----------
+    place : str
+        torch device.
+    cache_bytes : float
+        Last-level cache that a round must exceed twice.
+    limit_bytes : float
+        Memory it may take; a round that would exceed it is shortened, and a single operand larger than it is out of memory.
+    """
+
+    def __init__(self, place: str, cache_bytes: float, limit_bytes: float, seed: int = 0) -> None:
+        self.place = place
+        self.round_bytes = min(2.0 * cache_bytes, limit_bytes)
+        self.limit_bytes = limit_bytes
+        self._seed = seed
+        self._data: dict[str, Tensor] = {}
+
+    def cut(self, elements: int, dtype: str, cold: bool) -> tuple[Callable[[int], Tensor], int]:
+        """Flat views of ``elements`` each and how many distinct ones there are; ``view(i)`` wraps round."""
+        size = float(DTYPE_BYTES[dtype_code(dtype)])
+        step = math.ceil(elements * size / _ALIGN) * _ALIGN / size
+        copies = int(min(MAX_COPIES, max(1, math.ceil(self.round_bytes / (step * size))))) if cold else 1
+        if copies * step * size > max(self.limit_bytes, step * size):
+            copies = max(1, int(self.limit_bytes // (step * size)))
+        if step * size > self.limit_bytes:
+            raise OutOfMemory(f"one operand takes {step * size:.3g} bytes, {self.limit_bytes:.3g} are allowed")
+        data = self._get(dtype, int(copies * step))
+        # few small copies are spread over the whole arena: neighbours would share DRAM pages and be fetched ahead
+        stride = int(data.numel() // copies * size // _ALIGN * _ALIGN / size) if copies > 1 else 0
+        views = [data[i * stride : i * stride + elements] for i in range(copies)]
+        return (lambda i: views[i % copies]), copies
+
+    def _get(self, dtype: str, elements: int) -> Tensor:
+        data = self._data.get(dtype)
+        if data is None or data.numel() < elements:
+            self._data.pop(dtype, None)
+            while len(self._data) >= 2:  # formats alternate in one run, but rarely more than two
+                self._data.pop(next(iter(self._data)))
+            least = int(self.round_bytes / float(DTYPE_BYTES[dtype_code(dtype)]))
+            data = random_tensor((max(elements, least),), dtype, self.place, self._seed)
+            self._data[dtype] = data
+        return data
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        self._data.clear()
+
+
+def random_tensor(shape: tuple[int, ...], dtype: str, place: str, seed: int = 0) -> Tensor:
+    """Normal data (integers for int8) in the shape asked for; large ones repeat a block, since making them costs more than reading them."""
+    total = math.prod(shape)
+    block = min(total, 1 << 22)
+    generator = torch.Generator(device=place).manual_seed(seed)
+    if dtype == "int8":
+        piece = torch.randint(-64, 65, (block,), dtype=torch.int8, device=place, generator=generator)
+    else:
+        piece = torch.randn(block, dtype=torch.float32, device=place, generator=generator).to(TORCH_DTYPE[dtype])
+    if block == total:
+        return piece.reshape(shape)
+    out = torch.empty(total, dtype=piece.dtype, device=place)
+    for start in range(0, total, block):
+        out[start : start + block] = piece[: min(block, total - start)]
+    return out.reshape(shape)
+
+
+# -- operators of a decoder -------------------------------------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float = 1e-5) -> Tensor:
+    """Root-mean-square norm over the last axis."""
+    return F.rms_norm(x, (x.shape[-1],), weight, epsilon)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    return F.silu(gate).mul_(up)
+
+
+def rotary_tables(positions: Tensor, head_dim: int, dtype: Any, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary embedding, each (positions, head_dim), halves repeated."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angle = positions.to(torch.float32)[:, None] * frequency[None, :]
+    angle = torch.cat((angle, angle), dim=-1)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the halves of the last axis of x (..., tokens, head_dim) by the angles of ``rotary_tables``."""
+    low, high = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat((-high, low), dim=-1), sin)
+
+
+def matmul(x: Tensor, weight: Tensor, dtype: str, scale: Tensor | None = None) -> Tensor:
+    """x[m,k] weight[n,k]^T in a number format; fp8 gives bf16 (scales of one), int8 gives int32."""
+    if dtype == "fp8":
+        return torch._scaled_mm(x, weight.t(), scale_a=scale, scale_b=scale, out_dtype=torch.bfloat16)
+    if dtype == "int8":
+        return torch._int_mm(x, weight.t())
+    return F.linear(x, weight)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch says that memory ran out: its own error on CUDA, a RuntimeError of the allocator on the CPU."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError, OutOfMemory)):
+        return True
+    signs = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+# -- operators to time ------------------------------------------------------------------------------------------------------------
+
+
+def build(op: Operator, place: str, arena: Arena) -> Launches:
+    """Bind an operator to operands on a torch device.
+
+    Raises
+    ------
+    Unsupported
+        The operator has no torch implementation here.
+    OutOfMemory
+        Its rotated operand exceeds the arena's limit.
+    """
+    maker = _BUILDERS.get(op.kind)
+    if maker is None:
+        raise Unsupported(f"operator {op.kind!r} has no implementation in torch")
+    return maker(op, place, arena)
+
+
+def _gemm(op: Operator, place: str, arena: Arena) -> Launches:
+    x = random_tensor((op.m, op.k), op.dtype, place, 1)
+    flat, copies = arena.cut(op.n * op.k, op.dtype, op.cold)
+    weights = [flat(i).view(op.n, op.k) for i in range(copies)]
+    scale = torch.ones((), device=place) if op.dtype == "fp8" else None
+    if op.dtype in ("fp8", "int8"):
+        return Launches(lambda i: matmul(x, weights[i % copies], op.dtype, scale), copies)
+    linear = F.linear
+    return Launches(lambda i: linear(x, weights[i % copies]), copies)
+
+
+def _gemm_2to4(op: Operator, place: str, arena: Arena) -> Launches:
+    x = random_tensor((op.m, op.k), op.dtype, place, 1)
+    size = float(DTYPE_BYTES[dtype_code(op.dtype)]) * op.n * op.k
+    copies = min(64, math.ceil(arena.round_bytes / (0.5625 * size))) if op.cold else 1
+    pruned = random_tensor((op.n, op.k), op.dtype, place, 2)
+    pruned.view(op.n, op.k // 4, 4)[..., 2:] = 0  # which two of four makes no difference to the kernel
+    packed = [torch.sparse.to_sparse_semi_structured(pruned) for _ in range(copies)]
+    return Launches(lambda i: F.linear(x, packed[i % copies]), copies)
+
+
+def _low_rank(op: Operator, place: str, arena: Arena) -> Launches:
+    x = random_tensor((op.m, op.k), op.dtype, place, 1)
+    flat, copies = arena.cut(op.rank * (op.n + op.k), op.dtype, op.cold)
+    split = op.rank * op.k
+    pairs = [(flat(i)[:split].view(op.rank, op.k), flat(i)[split:].view(op.n, op.rank)) for i in range(copies)]
+
+    def launch(i: int) -> Tensor:
+        first, second = pairs[i % copies]
+        return F.linear(F.linear(x, first), second)
+
+    return Launches(launch, copies)
+
+
+def _gather_gemm(op: Operator, place: str, arena: Arena) -> Launches:
+    x = random_tensor((op.m, op.k), op.dtype, place, 1)
+    y = random_tensor((op.m, op.n), op.dtype, place, 2)
+    index = torch.randperm(op.m, generator=torch.Generator().manual_seed(op.rows))[: op.rows].sort().values.to(place)
+    flat, copies = arena.cut(op.n * op.k, op.dtype, op.cold)
+    weights = [flat(i).view(op.n, op.k) for i in range(copies)]
+    y.mul_(0)  # added to at every launch: starting from zero keeps it finite
+    return Launches(lambda i: y.index_copy_(0, index, F.linear(x.index_select(0, index), weights[i % copies])), copies)
+
+
+def _attention(op: Operator, place: str, arena: Arena) -> Launches:
+    q = random_tensor((op.batch, op.heads, op.q_len, op.head_dim), op.dtype, place, 1)
+    half = op.batch * op.kv_heads * op.kv_len * op.head_dim
+    flat, copies = arena.cut(2 * half, op.dtype, op.cold)
+    shape = (op.batch, op.kv_heads, op.kv_len, op.head_dim)
+    caches = [(flat(i)[:half].view(shape), flat(i)[half:].view(shape)) for i in range(copies)]
+    if op.kind == "attention_decode":
+        return Launches(lambda i: decode_attention(q, *caches[i % copies]), copies)
+    if op.kind == "attention_prefill":
+        mask = causal_mask(op.q_len, op.kv_len, place)
+        return Launches(lambda i: prefill_attention(q, *caches[i % copies], mask), copies)
+    layout = block_layout(op.q_len, op.kv_len, op.block, op.density)
+    if place.startswith("cuda"):
+        try:
+            fused = flex_block_sparse_attention(layout, op.q_len, op.kv_len, op.block, place)
+            fused(q, *caches[0])  # compiles now or not at all
+            return Launches(lambda i: fused(q, *caches[i % copies]), copies, "one fused kernel (flex attention)")
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+    by_rows = block_sparse_attention(layout, op.q_len, op.kv_len, op.block, place)
+    return Launches(lambda i: by_rows(q, *caches[i % copies]), copies, "a gather and a dense attention for each block of queries")
+
+
+def _elementwise(op: Operator, place: str, arena: Arena) -> Launches:
+    flat, copies = arena.cut(op.m * op.n, op.dtype, op.cold)
+    inputs = [flat(i).view(op.m, op.n) for i in range(copies)]
+    other = random_tensor((op.m, op.n), op.dtype, place, 1)
+    if op.role in NORMS:
+        weight = random_tensor((op.n,), op.dtype, place, 2)
+        return Launches(lambda i: rms_norm(inputs[i % copies], weight), copies)
+    if op.role == "activation":
+        return Launches(lambda i: gated(inputs[i % copies], other), copies)
+    if op.role == "residual":
+        return Launches(lambda i: inputs[i % copies] + other, copies)
+    if op.role == "rotary":
+        head = next((d for d in (128, 64, 32, 16, 8, 4, 2) if op.n % d == 0), 0)
+        if not head:
+            raise Unsupported(f"elementwise rotary: {op.n} features cannot be halved")
+        cos, sin = (t.unsqueeze(1) for t in rotary_tables(torch.arange(op.m, device=place), head, other.dtype))
+        return Launches(lambda i: rotary(inputs[i % copies].view(op.m, op.n // head, head), cos, sin), copies)
+    rows = torch.randperm(op.m, generator=torch.Generator().manual_seed(op.m)).to(place)
+    if op.role in ("embedding", "gather"):
+        return Launches(lambda i: inputs[i % copies].index_select(0, rows), copies)
+    if op.role == "scatter":
+        return Launches(lambda i: other.index_copy_(0, rows, inputs[i % copies]), copies)
+    return Launches(lambda i: other.copy_(inputs[i % copies]), copies)  # cache_write
+
+
+def _copy(op: Operator, place: str, arena: Arena) -> Launches:
+    flat, copies = arena.cut(op.n, "int8", op.cold)
+    targets, target_copies = flat, copies
+    if copies < 2:
+        target = torch.empty(op.n, dtype=torch.int8, device=place)
+        return Launches(lambda i: target.copy_(flat(0)), 1)
+    # half a round away, so that neither end is still in the cache
+    return Launches(lambda i: targets(i + target_copies // 2).copy_(flat(i)), copies)
+
+
+def _launch(op: Operator, place: str, arena: Arena) -> Launches:
+    if op.role == "gemm":
+        x, weight = random_tensor((1, 64), op.dtype, place, 1), random_tensor((64, 64), op.dtype, place, 2)
+        return Launches(lambda i: F.linear(x, weight), 1)
+    value = torch.zeros(1, device=place)
+    return Launches(lambda i: value.add_(1.0), 1)
+
+
+_BUILDERS: dict[str, Callable[[Operator, str, Arena], Launches]] = {
+    "gemm": _gemm,
+    "gemm_2to4": _gemm_2to4,
+    "low_rank": _low_rank,
+    "gather_gemm": _gather_gemm,
+    "attention_prefill": _attention,
+    "attention_decode": _attention,
+    "attention_block_sparse": _attention,
+    "elementwise": _elementwise,
+    "copy": _copy,
+    "launch_eager": _launch,
+    "launch_graph": _launch,
+}

@@ -1,0 +1,239 @@
+"""A device that plays timings back: recorded ones, or planted ones of known mean and noise, with planted faults.
+
+It runs in simulated time: a sample of L launches of t seconds moves its clock by L t, so a plan of ten minutes is replayed in
+milliseconds by the very code that measures a GPU. Use it to test whatever comes after a device, and to show that each fault of a device
+is flagged, counted, survived or refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calibration.devices.protocol import OPERATORS, Description, DeviceLost, Operator, OutOfMemory, Unsupported
+from calibration.telemetry import UNKNOWN, Snapshot
+from simulator.errors import InputError
+
+
+@dataclass(frozen=True)
+class Faults:
+    """Faults to plant. Numbers count the calls of ``prepare`` from 0, anchors and repeats included.
+
+    Attributes
+    ----------
+    throttle : collection of int
+        Preparations under thermal throttling: slower by ``slowdown``, and the telemetry says so.
+    slowdown : float
+        Factor on times under throttling.
+    noisy : collection of int
+        Preparations whose noise is ``noise`` instead of the device's.
+    noise : float
+        Relative standard deviation of the noisy ones.
+    nan : collection of int
+        Preparations whose third sample is not a number.
+    out_of_memory_bytes : float
+        Operators with a larger footprint run out of memory.
+    lost_at : int or None
+        Preparation during which the device stops answering, for good.
+    drift_per_s : float
+        Relative slowing down a second of simulated time.
+    nvml : bool
+        Whether telemetry works; without it every reading is "unknown".
+    """
+
+    throttle: Collection[int] = ()
+    slowdown: float = 1.6
+    noisy: Collection[int] = ()
+    noise: float = 0.3
+    nan: Collection[int] = ()
+    out_of_memory_bytes: float = math.inf
+    lost_at: int | None = None
+    drift_per_s: float = 0.0
+    nvml: bool = True
+
+
+def roofline_timings(flop_per_s: float = 100e12, bytes_per_s: float = 1.5e12, floor_s: float = 3e-6) -> Callable[[Operator], float]:
+    """A plain planted device: the cubic mean of tensor and memory time over a floor.
+
+    >>> round(roofline_timings()(Operator("gemm", m=4096, n=4096, k=4096)) * 1e3, 2)
+    1.38
+    """
+
+    def seconds(op: Operator) -> float:
+        return floor_s + float(np.cbrt((op.flops / flop_per_s) ** 3 + (op.bytes / bytes_per_s) ** 3))
+
+    return seconds
+
+
+class _ReplayPrepared:
+    def __init__(self, device: ReplayDevice, operator: Operator, number: int) -> None:
+        self._device, self._operator, self._number = device, operator, number
+        self._samples = 0
+        self.method = "replayed"
+
+    def sample(self, loops: int) -> float:
+        self._samples += 1
+        return self._device.play(self._operator, self._number, self._samples, loops)
+
+
+class ReplayDevice:
+    """Planted or recorded timings as a device.
+
+    Parameters
+    ----------
+    seconds : callable
+        Operator -> seconds a launch.
+    noise : float
+        Relative standard deviation of a sample (log-normal, so that it stays above zero).
+    seed : int
+    faults : Faults
+    description : Description, optional
+    setup_s : float, s
+        Simulated time that a preparation takes.
+    warmup : int
+        First samples of every preparation that are slower, by half and less and less.
+    refused : mapping of kind to reason
+        Operators this device lacks.
+
+    Examples
+    --------
+    >>> device = ReplayDevice(lambda op: 1e-3)
+    >>> device.prepare(Operator("copy", n=1)).sample(10), round(device.clock(), 3)
+    (0.001, 0.06)
+    """
+
+    def __init__(
+        self,
+        seconds: Callable[[Operator], float] | None = None,
+        *,
+        noise: float = 0.0,
+        seed: int = 0,
+        faults: Faults | None = None,
+        description: Description | None = None,
+        setup_s: float = 0.05,
+        warmup: int = 0,
+        refused: Mapping[str, str] | None = None,
+        dtypes: Sequence[str] = ("bf16", "fp16", "fp32"),
+    ) -> None:
+        self.name = description.name if description else "replay"
+        self.faults = faults or Faults()
+        self.prepared: list[Operator] = []
+        self._seconds = seconds or roofline_timings()
+        self._noise, self._rng = noise, np.random.default_rng(seed)
+        self._description = description or Description("replay", "planted device", {"replay": "1"}, 80e9, 50e6)
+        self._setup_s, self._warmup, self._refused = setup_s, warmup, dict(refused or {})
+        self._dtypes = tuple(dtypes)
+        self._now, self._lost = 0.0, False
+
+    @classmethod
+    def from_records(cls, records: Sequence[Mapping[str, Any]], **options: Any) -> ReplayDevice:
+        """A device that answers with the medians of records, and refuses what they lack. Records need ``operator`` and ``median_s``."""
+        usable = [r for r in records if r.get("operator") and r.get("median_s")]
+        return cls(_Recorded({Operator.from_record(r["operator"]).key: float(r["median_s"]) for r in usable}), **options)
+
+    @classmethod
+    def from_file(cls, path: str | Path, **options: Any) -> ReplayDevice:
+        """The same from a file of one JSON record a line; lines that are no measurement of an operator are passed over."""
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"device replay:{path}: {error}") from None
+        records = []
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{path}:{number}: not a JSON record: {error}") from None
+            if isinstance(record, dict):
+                records.append(record)
+        device = cls.from_records(records, **options)
+        if not device.recorded:
+            raise InputError(f"device replay:{path}: the file has no measurement of an operator in it")
+        return device
+
+    @property
+    def recorded(self) -> tuple[str, ...]:
+        """Keys of the operators it has recordings of; empty for a planted device."""
+        return tuple(self._seconds.medians) if isinstance(self._seconds, _Recorded) else ()
+
+    def describe(self) -> Description:
+        """What it was told to be."""
+        return self._description
+
+    def dtypes(self) -> tuple[str, ...]:
+        """What it was told to have."""
+        return self._dtypes
+
+    def capabilities(self) -> frozenset[str]:
+        """Every kind that is not refused."""
+        return frozenset(OPERATORS) - set(self._refused)
+
+    def refuses(self, operator: Operator) -> str:
+        """The planted reason; on a recorded device also that there is no recording."""
+        if operator.kind in self._refused:
+            return self._refused[operator.kind]
+        if isinstance(self._seconds, _Recorded) and operator.key not in self._seconds.medians:
+            return f"no recording of {operator.key}"
+        return ""
+
+    def prepare(self, operator: Operator) -> _ReplayPrepared:
+        """Count the preparation and fail as planted."""
+        number = len(self.prepared)
+        self.prepared.append(operator)
+        if self._lost:
+            raise DeviceLost("the device was lost before")
+        if reason := self.refuses(operator):
+            raise Unsupported(reason)
+        if operator.footprint_bytes > self.faults.out_of_memory_bytes:
+            raise OutOfMemory(f"{operator.footprint_bytes:.3g} bytes asked, {self.faults.out_of_memory_bytes:.3g} there")
+        self._now += self._setup_s
+        return _ReplayPrepared(self, operator, number)
+
+    def play(self, operator: Operator, number: int, sample: int, loops: int) -> float:
+        """Seconds a launch of one sample; moves the clock."""
+        f = self.faults
+        if f.lost_at is not None and number >= f.lost_at and sample > 2:
+            self._lost = True
+        if self._lost:
+            raise DeviceLost("planted: the device has fallen off the bus")
+        noise = f.noise if number in f.noisy else self._noise
+        value = self._seconds(operator) * (1.0 + f.drift_per_s * self._now)
+        value *= f.slowdown if number in f.throttle else 1.0
+        value *= 1.0 + 0.5 * 0.5 ** (sample - 1) if sample <= self._warmup else 1.0
+        value *= math.exp(noise * self._rng.standard_normal()) if noise else 1.0
+        self._now += value * loops
+        return math.nan if number in f.nan and sample == 3 else value
+
+    def snapshot(self) -> Snapshot:
+        """Planted telemetry."""
+        if not self.faults.nvml:
+            return Snapshot()
+        hot = len(self.prepared) - 1 in self.faults.throttle
+        reasons = ("hw_thermal_slowdown",) if hot else ()
+        clock = 1.98e9 / (self.faults.slowdown if hot else 1.0)
+        return Snapshot(clock, 2.6e9, 450.0, 91.0 if hot else 61.0, 1.0, reasons, UNKNOWN)
+
+    def clock(self) -> float:
+        """Simulated seconds."""
+        return self._now
+
+    def rest(self, seconds: float) -> None:
+        """Move the clock."""
+        self._now += seconds
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    medians: Mapping[str, float] = field(default_factory=dict)
+
+    def __call__(self, operator: Operator) -> float:
+        return self.medians[operator.key]

@@ -1,0 +1,98 @@
+"""Measured tables that ship: GEMM and attention times of several GPUs, each with its provenance, so that fits and validation run offline.
+
+:func:`list_measurements` names them (``device/operator/stack``), :func:`load_measurements` reads one, :func:`provenance` says where it is
+from. The files are made from a published Apache-2.0 package by ``build.py`` (see there); NOTICE names its authors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from calibration.recordfile import read_records
+from calibration.records import Records
+from simulator.errors import InputError, unknown
+
+FOLDER = Path(__file__).resolve().parent
+INDEX = "PROVENANCE.yaml"
+
+
+def file_name(name: str) -> str:
+    """File of a table.
+
+    >>> file_name("h100_sxm/gemm/trtllm")
+    'h100_sxm.gemm.trtllm.parquet'
+    """
+    return name.replace("/", ".") + ".parquet"
+
+
+def list_measurements() -> tuple[str, ...]:
+    """Names of the tables, as ``device/operator/stack``.
+
+    Examples
+    --------
+    >>> "h100_sxm/gemm/trtllm" in list_measurements()
+    True
+    """
+    return tuple(_index())
+
+
+def provenance(name: str) -> Mapping[str, Any]:
+    """Where a table is from: package, path in it, device, software, rows kept and refused with the reasons, digest, licence.
+
+    Examples
+    --------
+    >>> provenance("a100_sxm/gemm/trtllm")["licence"]
+    'Apache-2.0'
+    """
+    index = _index()
+    if name not in index:
+        raise unknown("measurement", name, index)
+    return index[name]
+
+
+def load_measurements(name: str, dtype: str | None = None) -> Records:
+    """Read a table.
+
+    Parameters
+    ----------
+    name : str
+        One of :func:`list_measurements`.
+    dtype : str, optional
+        Number format, as :meth:`Records.labels` names them (``bf16``, ``fp8``, ``int8_wo``); all of them without it.
+
+    Returns
+    -------
+    Records
+        GEMMs with ``copies`` rotated weights; times of CUDA-graph replays, in seconds.
+
+    Raises
+    ------
+    InputError
+        When there is no such table or format, or the file is not the one its provenance describes.
+
+    Examples
+    --------
+    >>> len(load_measurements("a100_sxm/gemm/trtllm", dtype="bf16"))
+    9240
+    """
+    digest = provenance(name)["sha256"]
+    path = FOLDER / file_name(name)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise InputError(f"{path}: is not the file {INDEX} describes (its SHA-256 differs)")
+    records = read_records(content)
+    return records if dtype is None else records.of_dtype(dtype)
+
+
+def _index() -> dict[str, dict[str, Any]]:
+    """The provenance of every table."""
+    index: dict[str, dict[str, Any]] = yaml.safe_load((FOLDER / INDEX).read_text(encoding="utf-8"))["tables"]
+    return index

@@ -1,0 +1,59 @@
+"""The few numbers a plan needs to know of a device before it is measured, and the protocol to measure it by."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+
+from calibration.devices.protocol import Description, Device, Operator, Unsupported
+from calibration.plan import Rates, check_budget
+from calibration.timing import Protocol, measure
+
+
+def default_protocol(description: Description, budget_s: float) -> Protocol:
+    """The measuring protocol for a device and a budget: short budgets get less time a shape, so that there are enough shapes to fit.
+
+    >>> default_protocol(Description("cpu", "CPU"), 120.0).time_limit_s, default_protocol(Description("cuda:0", "GPU"), 3600.0).time_limit_s
+    (0.4, 2.0)
+    """
+    check_budget(budget_s)
+    limit = min(2.0, max(0.25, budget_s / 300.0))
+    # a CPU's samples must be long against its scheduler's interruptions, a GPU's against the resolution of an event, half a microsecond
+    return Protocol(min_window_s=4e-3 if description.name == "cpu" else 2e-3, time_limit_s=limit)
+
+
+def probe(device: Device, dtype: str, protocol: Protocol | None = None) -> Rates:
+    """Arithmetic rate, bandwidth and launch time of a device, to plan with.
+
+    A square GEMM grows until it takes five milliseconds, so that a slow number format is not probed for minutes; a copy of 64 MiB and an
+    empty launch follow. Takes about a second.
+    """
+    quick = Protocol(min_window_s=1e-3, precision=0.05, min_samples=6, max_samples=8, time_limit_s=0.2)
+    if protocol is not None:
+        quick = replace(quick, min_window_s=protocol.min_window_s)
+    setups: list[float] = []
+
+    def time_of(op: Operator) -> float:
+        start = device.clock()
+        prepared = device.prepare(op)
+        setups.append(device.clock() - start)
+        return measure(prepared.sample, quick, device.clock).median_s
+
+    flop_per_s = 0.0
+    for size in (256, 512, 1024, 2048, 4096):
+        op = Operator("gemm", dtype, m=size, n=size, k=size)
+        if device.refuses(op):
+            continue
+        seconds = time_of(op)
+        flop_per_s = max(flop_per_s, op.flops / seconds)
+        if seconds > 5e-3:
+            break
+    if not flop_per_s:
+        raise Unsupported(f"dtype {dtype}: device {device.name} refuses every square GEMM; it has {', '.join(device.dtypes())}")
+    copy = Operator("copy", dtype, n=1 << 26)
+    bytes_per_s = copy.bytes / time_of(copy) if not device.refuses(copy) else flop_per_s / 100.0
+    launch = Operator("launch_eager", dtype, cold=False)
+    floor = time_of(launch) if not device.refuses(launch) else 5e-6
+    # the median, because the first preparation of a number format also fills memory with random data
+    setup = max(1e-3, 1.5 * statistics.median(setups))
+    return Rates(flop_per_s, bytes_per_s, floor, setup, device.describe().memory_bytes or float("inf"))

@@ -1,0 +1,1 @@
+"""Hardware profiles as data: one YAML file a device, read by :func:`simulator.load_hardware`."""

@@ -1,0 +1,276 @@
+"""Speedups of many workloads at once: everything a comparison needs, as arrays with one entry a workload.
+
+Use :func:`compare` for a stack on one device; :func:`simulator.speedups` is the same for one dense workload, as objects. What does not
+depend on the device is counted once for all of them, and a shape that occurs several times is timed once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulator.errors import InputError
+from simulator.execution import EAGER_KERNELS, RUNTIMES, eager_total, operator_times, segment_of
+from simulator.optime import BOUNDS
+from simulator.stack import F, Rows, Stack
+from simulator.workload import DTYPES, ROLES, Kind, Workload
+
+if TYPE_CHECKING:
+    from simulator.hardware import HardwareProfile
+
+UNMATCHED_CORRELATION = 0.5
+"""Correlation of the log errors of a dense operator and its pruned neighbour where no paired residuals were fitted; 1 for equal shapes."""
+
+SAME_SHAPE_CORRELATION = 0.99
+"""Correlation where only the number of equal operators changed: their errors cancel but for what a kernel's surroundings (clocks, caches) do."""
+
+HOST_SIGMA = 0.25
+"""Log spread of the host's launch time, which no profile has measured: 5-25 us are seen around the default of 10."""
+
+HOST_CORRELATION = 0.95
+"""Correlation of that error between the dense and the pruned model: it is the same host, but not the same mix of operators."""
+
+_SECTIONS = {
+    Kind.GEMM: "gemm",
+    Kind.PREFILL_ATTENTION: "attention_prefill",
+    Kind.DECODE_ATTENTION: "attention_decode",
+    Kind.ELEMENTWISE: "elementwise",
+}
+_HOST, _LAUNCH = BOUNDS.index("host"), BOUNDS.index("launch")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Each workload of a stack against its dense one on one device, arrays of one entry a workload; fields as in ``Speedup``.
+
+    ``limit`` is an index into :data:`simulator.optime.BOUNDS`; ``dense_s`` and the bounds of a dense workload are its own and 1.
+    """
+
+    dense_s: F
+    pruned_s: F
+    speedup: F
+    lower: F
+    upper: F
+    roofline_bound: F
+    limit: NDArray[Any]
+    limit_share: F
+    calibrated: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A stack and the dense workload of each of its workloads; what does not depend on the device, counted once.
+
+    Attributes
+    ----------
+    stack : Stack
+    dense : intp array
+        Index, within the stack, of the dense workload of each.
+    """
+
+    stack: Stack
+    dense: Rows
+
+    @cached_property
+    def flops(self) -> F:
+        """FLOPs of each row, all its executions; 0 for what pruning adds."""
+        w = self.stack.rows
+        return np.where(w.overhead, 0.0, w.flops)
+
+    @cached_property
+    def bytes(self) -> F:
+        """Bytes of each row, all its executions; 0 for what pruning adds."""
+        w = self.stack.rows
+        return np.where(w.overhead, 0.0, w.bytes)
+
+    @cached_property
+    def flop_bound(self) -> F:
+        """Ratio of FLOPs, dense to pruned, by workload."""
+        return self.ratio(self.stack.total(self.flops))
+
+    @cached_property
+    def byte_bound(self) -> F:
+        """Ratio of bytes, dense to pruned, by workload."""
+        return self.ratio(self.stack.total(self.bytes))
+
+    def ratio(self, totals: F) -> F:
+        """Totals of the dense workloads over those of each."""
+        out: F = totals[self.dense] / totals
+        return out
+
+    @cached_property
+    def shapes(self) -> tuple[Workload, Rows]:
+        """Different operators of the stack, and which of them each row is."""
+        return distinct(self.stack.rows)
+
+    @cached_property
+    def groups(self) -> _Groups:
+        """Rows of a workload that share phase, place in the pass, and role."""
+        w = self.stack.rows
+        code = (segment_of(w) * len(Kind) + w.kind) * len(ROLES) + w.role
+        used = np.flatnonzero(np.bincount(code))
+        place = np.zeros(int(used[-1]) + 1, dtype=np.int64)
+        place[used] = np.arange(len(used))
+        cell = self.stack.owner * len(used) + place[code]
+        role, kind, segment = used % len(ROLES), used // len(ROLES) % len(Kind), used // (len(ROLES) * len(Kind))
+        kernels = np.array([EAGER_KERNELS.get(ROLES[code], 1) for code in role], dtype=np.float64)
+        groups = _Groups(cell, len(used), segment, kernels, np.where(kind == Kind.ELEMENTWISE, kernels, 1.0), np.zeros((0, 0)))
+        return _Groups(cell, len(used), segment, kernels, groups.passes, groups.sums(w.count, len(self.stack)))
+
+    @cached_property
+    def formats(self) -> tuple[tuple[int, int, NDArray[np.bool_]], ...]:
+        """Kinds of operators that occur, the code of their dtype, and the workloads that have them."""
+        w = self.stack.rows
+        out = []
+        for kind in _SECTIONS:
+            at = np.flatnonzero(w.kind == kind)
+            if len(at):
+                has = np.zeros(len(self.stack), dtype=bool)
+                has[self.stack.owner[at]] = True
+                out.append((int(kind), int(w.dtype[at[0]]), has | has[self.dense]))
+        return tuple(out)
+
+
+@dataclass(frozen=True)
+class _Groups:
+    cell: Rows  # of each row: workload x group
+    number: int
+    segment: Rows  # of each group: phase x 3 + segment
+    kernels: F  # kernels an eager framework launches for one execution
+    passes: F  # times it streams the data: an unfused elementwise operator once a kernel
+    count: F  # workload x group: executions
+
+    def sums(self, column: F, workloads: int) -> F:
+        """Sums of a column of the rows, workload x group."""
+        out = np.bincount(self.cell, weights=column, minlength=workloads * self.number)
+        return out.astype(np.float64).reshape(workloads, self.number)
+
+
+def distinct(w: Workload) -> tuple[Workload, Rows]:
+    """Different operators of a workload as far as their time goes, and which of them each row is.
+
+    >>> one = Workload.from_rows([{"role": "q", "m": 2, "n": 8, "k": 4}, {"role": "o", "m": 2, "n": 8, "k": 4, "count": 3}])
+    >>> shapes, which = distinct(one)
+    >>> len(shapes), which.tolist()
+    (1, [0, 0])
+    """
+    gemm = w.kind == Kind.GEMM
+    role = np.where(gemm, 0, w.role.astype(np.int64))
+    small = w.kind.astype(np.int64)
+    for column, many in ((role, len(ROLES)), (w.kernel, 8), (w.dtype, len(DTYPES)), (w.weight_dtype, len(DTYPES))):
+        small = small * many + column
+    columns = [small, w.m, w.n, w.k, w.batch, w.q_len, w.kv_len, w.heads, w.kv_heads, w.head_dim, w.window, w.block]
+    columns += [c.view(np.int64) for c in (w.density, w.read_bytes, w.write_bytes)]
+    key = np.zeros(len(w), dtype=np.uint64)
+    for column in columns:  # a mixing hash: what it makes equal is checked below
+        key ^= np.ascontiguousarray(column).view(np.uint64)
+        key *= np.uint64(0x9E3779B97F4A7C15)
+        key ^= key >> np.uint64(29)
+    _, first, which = np.unique(key, return_index=True, return_inverse=True)
+    which = which.reshape(-1)
+    if any((column[first][which] != column).any() for column in columns):  # two operators of one hash: time every row
+        return w, np.arange(len(w))
+    return w.take(first), which
+
+
+def compare(pairs: Pairs, hw: HardwareProfile, runtimes: tuple[str, ...] = ("cuda_graph",), level: float = 0.9) -> tuple[Comparison, ...]:
+    """Every workload of a stack against its dense one on one device, under each runtime.
+
+    Parameters
+    ----------
+    pairs : Pairs
+    hw : HardwareProfile
+    runtimes : tuple of {"cuda_graph", "eager"}
+    level : float
+        Level of the intervals.
+
+    Returns
+    -------
+    tuple of Comparison
+        One a runtime.
+
+    Raises
+    ------
+    InputError
+        For an unknown runtime, or operators the device cannot run.
+    """
+    for runtime in runtimes:
+        if runtime not in RUNTIMES:
+            raise InputError(f"runtime {runtime!r} is unknown; expected {' or '.join(RUNTIMES)}")
+    stack, groups = pairs.stack, pairs.groups
+    shapes, which = pairs.shapes
+    each = operator_times(shapes, hw, level)
+    half = 0.5 * np.log(each.upper / np.maximum(each.lower, 1e-300))
+    time = each.seconds[which] * stack.rows.count
+    spent, error = groups.sums(time, len(stack)), groups.sums(time * half[which], len(stack))
+    bound = stack.owner * len(BOUNDS) + each.bound[which]
+    roofline = pairs.ratio(stack.total(_roofline(pairs, hw)))
+    calibrated = np.ones(len(stack), dtype=bool)
+    for kind, dtype, has in pairs.formats:
+        if hw.section(_SECTIONS[Kind(kind)], DTYPES[dtype]).status != "calibrated":
+            calibrated &= ~has
+    section = hw.section("runtime", "*")
+    out = []
+    for runtime in runtimes:
+        if runtime == "eager":
+            row_passes = groups.passes[groups.cell % groups.number]
+            seconds, wrong, by_bound = spent * groups.passes, error * groups.passes, _by_bound(bound, time * row_passes, len(stack))
+            total, host = eager_total(seconds, groups.count * groups.kernels * section["host_op_s"], groups.segment)
+            host_bound = host > seconds.sum(axis=1)
+        else:
+            seconds, wrong, by_bound = spent, error, _by_bound(bound, time, len(stack))
+            gap = section["graph_gap_s"] * groups.count.sum(axis=1)
+            total, host_bound = seconds.sum(axis=1) + gap, np.zeros(len(stack), dtype=bool)
+            by_bound[:, _LAUNCH] += gap
+        sigma = _log_sigma(pairs.dense, seconds, wrong, groups.count, host_bound, level)
+        limit = np.where(host_bound, _HOST, by_bound.argmax(axis=1)).astype(np.int8)
+        share = np.where(host_bound, 1.0, by_bound.max(axis=1) / by_bound.sum(axis=1))
+        ratio, spread = pairs.ratio(total), np.exp(sigma)
+        out.append(Comparison(total[pairs.dense], total, ratio, ratio / spread, ratio * spread, roofline, limit, share, calibrated))
+    return tuple(out)
+
+
+def _by_bound(bound: Rows, time: F, workloads: int) -> F:
+    """Time of each workload by the limit that holds it."""
+    out = np.bincount(bound, weights=time, minlength=workloads * len(BOUNDS))
+    return out.astype(np.float64).reshape(workloads, len(BOUNDS))
+
+
+def _roofline(pairs: Pairs, hw: HardwareProfile) -> F:
+    """Datasheet roofline of every row, all its executions, if its kernel used every zero; 0 for what pruning adds."""
+    w = pairs.stack.rows
+    peak = np.array([hw.peak_flop_per_s(name) if name in hw.rates else np.inf for name in DTYPES])
+    out: F = np.maximum(pairs.flops * (1.0 / peak)[w.dtype], pairs.bytes * (1.0 / hw.bandwidth_bytes_per_s))
+    collective = w.kind == Kind.COLLECTIVE
+    if collective.any():
+        link = w.read_bytes * w.count / (hw.link.bandwidth_bytes_per_s if hw.link else np.inf)
+        out = np.where(collective, np.where(w.overhead, 0.0, link), out)
+    return out
+
+
+def _log_sigma(dense: Rows, spent: F, error: F, count: F, host: NDArray[np.bool_], level: float) -> F:
+    """Half width of the log interval of the time of the dense workload over that of each.
+
+    Errors of different roles are taken as independent, errors within a role as equal, and errors of a role's dense and pruned shapes as
+    correlated: fully where nothing changed, by :data:`SAME_SHAPE_CORRELATION` where only their number did, by
+    :data:`UNMATCHED_CORRELATION` where the shape changed. So an operator that pruning leaves alone adds only through its changed share.
+    """
+    share = error / spent.sum(axis=1, keepdims=True)  # share x log half width, by group
+    each = spent / np.maximum(count, 1e-300)
+    base = each[dense]
+    same = np.abs(each - base) <= 1e-9 * base
+    untouched = np.abs(spent - spent[dense]) <= 1e-9 * spent[dense]
+    a, b = share[dense], share
+    correlation = np.where(untouched, 1.0, np.where(same, SAME_SHAPE_CORRELATION, UNMATCHED_CORRELATION))
+    variance = (a * a + b * b - 2.0 * correlation * a * b).sum(axis=1)
+    variance = np.maximum(variance, 0.0)
+    z = level / 0.9 * 1.645  # HOST_SIGMA is one standard deviation; the operators' half widths are already at the level
+    own = 2.0 * (1.0 - HOST_CORRELATION) * (HOST_SIGMA * z) ** 2
+    base_host = host[dense]
+    variance = np.where(host & base_host, own, np.where(host | base_host, variance + own + (HOST_SIGMA * z / 2) ** 2, variance))
+    out: F = np.sqrt(variance)
+    return out

@@ -1,0 +1,101 @@
+"""The command line: ``prunesim``. A thin layer that reads options, calls one function of the library and prints what it returns.
+
+Data goes to standard output, messages and progress to standard error. Exit status: 0 done; 2 bad input, said in one line; 1 failed
+(a file that cannot be written, a program error). Nothing heavy is imported before a command needs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from simulator._version import __version__
+from simulator.cli import explain, gemm, hardware, models, speedup
+from simulator.errors import InputError
+
+app = typer.Typer(
+    name="prunesim",
+    help="How much faster will a pruned LLM really be? Predict it before implementing the pruning.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(hardware.app, name="hardware")
+app.add_typer(models.app, name="models")
+app.command("gemm")(gemm.gemm)
+app.command("speedup")(speedup.speedup)
+app.command("explain")(explain.explain)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"prunesim {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)] = False,
+) -> None:
+    pass
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line.
+
+    Parameters
+    ----------
+    arguments : sequence of str
+        What follows the name of the program.
+
+    Returns
+    -------
+    int
+        The exit status: 0, 2 for bad input, 1 for a failure, 130 when interrupted.
+    """
+    try:
+        code = typer.main.get_command(app).main(list(arguments) or ["--help"], prog_name="prunesim", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except InputError as error:
+        return _fail(str(error), 2)
+    except BrokenPipeError:
+        # the reader (head, less) has seen enough; what is still buffered goes nowhere, or the interpreter would complain on its way out
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}", 1)
+    except typer.Exit as stop:
+        return int(stop.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        return 130
+    except Exception as error:
+        # usage errors of the option parser; its class is not public in every version of typer, its method is
+        if hasattr(error, "format_message"):
+            context = getattr(error, "ctx", None)
+            return _fail(f"{error.format_message()} See '{context.command_path if context else 'prunesim'} --help'", 2)
+        if os.environ.get("PRUNESIM_DEBUG"):
+            raise
+        return _fail(f"program error, please report it: {type(error).__name__}: {error} (PRUNESIM_DEBUG=1 shows where)", 1)
+
+
+def _fail(message: str, status: int) -> int:
+    """Print one line to standard error."""
+    print("prunesim:", " ".join(message.split()), file=sys.stderr)
+    return status
+
+
+def main() -> None:
+    """Entry point of the ``prunesim`` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to fail
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,91 @@
+"""From records to the arrays and labels that figures take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from simulator.gemm_table import GemmRecord
+    from simulator.scenarios import Explanation, Record
+
+# imported late by the commands: these functions need matplotlib
+
+
+def setting_label(r: Record) -> str:
+    """A short label of phase (with the new tokens of a generate) and batch."""
+    return f"{r.phase}{f' {r.new_tokens}' if r.phase == 'generate' else ''}, batch {r.batch}"
+
+
+def draw_speedups(records: Sequence[Record], path: str) -> None:
+    """Speedup against sparsity for a table of records."""
+    from simulator.figures import save_figure, speedup_figure
+
+    lengths = len({r.seq for r in records}) > 1
+    models = len({r.model for r in records}) > 1
+    rows = [
+        (f"{r.model}, " if models else "") + setting_label(r) + (f", seq {r.seq}" if lengths else "")
+        for r in records
+    ]  # fmt: skip
+    figure = speedup_figure(
+        rows, [r.hardware for r in records], [r.family for r in records], [r.sparsity for r in records], [r.speedup for r in records],
+        [r.speedup_lower for r in records], [r.speedup_upper for r in records],
+        {"FLOP bound": [r.flop_bound for r in records], "roofline bound": [r.roofline_bound for r in records]},
+        interval=f"{100 * records[0].level:.4g} % interval",
+    )  # fmt: skip
+    save_figure(figure, path)
+
+
+def draw_waterfalls(found: Sequence[Explanation], path: str) -> None:
+    """The loss waterfalls of explanations, a panel each."""
+    from simulator.figures import Steps, save_figure, waterfall_figure
+
+    several = len({(e.record.phase, e.record.batch, e.record.seq) for e in found}) > 1
+    lengths = len({e.record.seq for e in found}) > 1
+    panels = [
+        Steps(
+            e.record.hardware + (f"\n{setting_label(e.record)}" if several else "") + (f", seq {e.record.seq}" if lengths else ""),
+            [s.name for s in e.steps[1:]], [s.factor for s in e.steps[1:]], e.steps[0].speedup,
+            e.record.speedup_lower, e.record.speedup_upper,
+        )
+        for e in found
+    ]  # fmt: skip
+    save_figure(waterfall_figure(panels, columns=_columns(found)), path)
+
+
+def _columns(found: Sequence[Explanation]) -> int | None:
+    """Panels in a row: the devices, where there are two or three of them."""
+    devices = len({e.record.hardware for e in found})
+    return devices if devices in (2, 3) else None
+
+
+def draw_rooflines(found: Sequence[Explanation], path: str) -> None:
+    """Dense and pruned GEMMs of explanations on the roofline, a panel each."""
+    from simulator.figures import Roof, roofline_figure, save_figure
+    from simulator.gemm_table import gemm_points
+
+    several = len({(e.record.phase, e.record.batch, e.record.seq) for e in found}) > 1
+    roofs = []
+    for e in found:
+        dense, pruned = (gemm_points(w, e.hardware, e.record.runtime) for w in (e.dense, e.pruned))
+        roofs.append(Roof(
+            e.record.hardware + (f"\n{setting_label(e.record)}" if several else ""),
+            e.hardware.peak_flop_per_s(e.record.dtype), e.hardware.bandwidth_bytes_per_s, (*dense.role, *pruned.role),
+            [*dense.intensity, *pruned.intensity], [*dense.achieved_flop_per_s, *pruned.achieved_flop_per_s],
+            [False] * len(dense.role) + [True] * len(pruned.role),
+        ))  # fmt: skip
+    save_figure(roofline_figure(roofs, columns=_columns(found)), path)
+
+
+def draw_gemms(rows: Sequence[GemmRecord], path: str) -> None:
+    """Single GEMMs on the roofline, a panel a device."""
+    from simulator.figures import Roof, roofline_figure, save_figure
+
+    roofs = []
+    for name in dict.fromkeys(r.hardware for r in rows):
+        own = [r for r in rows if r.hardware == name]
+        roofs.append(Roof(
+            name, own[0].peak_flop_per_s, own[0].bandwidth_bytes_per_s, [f"{r.m} x {r.n} x {r.k}" for r in own],
+            [r.intensity for r in own], [r.flop_per_s for r in own], [False] * len(own),
+        ))  # fmt: skip
+    save_figure(roofline_figure(roofs), path)

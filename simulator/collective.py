@@ -1,0 +1,104 @@
+"""Collectives between devices: alpha-beta over the profile's link. What to use: :func:`collective_time`.
+
+An all-reduce takes the better of two algorithms, as inference engines do: one-shot (every device reads everything from all others) for
+small payloads, reduce-scatter plus all-gather (two steps, 2 (n-1)/n of the payload on the wire) for large ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from simulator.constants import Constant
+from simulator.errors import InputError, unknown
+from simulator.optime import BOUNDS, OpTime
+
+if TYPE_CHECKING:
+    from simulator.hardware import HardwareProfile
+
+KINDS: tuple[str, ...] = ("all_reduce", "send", "all_gather")
+"""Collectives that can be timed."""
+
+_TABLES = "NCCL and engine all-reduce tables of aiconfigurator-core 0.12.0 (a100_sxm, h100_sxm, l40s; 2, 4 and 8 devices)"
+
+CONSTANTS: Mapping[str, Constant] = MappingProxyType(
+    {
+        "t0_s": Constant("s", 0.0, 1e-4, "fixed time of a collective inside a CUDA graph",
+                         {"ampere": 3.8e-6, "hopper": 2.5e-6, "*": 4e-6}, _TABLES),
+        "e_link": Constant("1", 0.05, 1.0, "share of the link's bandwidth in one direction a large payload reaches",
+                           {"ampere": 0.67, "hopper": 0.70, "*": 0.63}, _TABLES),
+        "step_s": Constant("s", 0.0, 1e-4, "one more synchronising step between all devices", {"*": 1e-6}, _TABLES),
+        "pcie_sharing": Constant("1", 0.0, 3.0, "power of 2 / devices by which devices on PCIe lose bandwidth to one another",
+                                 {"*": 1.9}, _TABLES),
+        "spread": Constant("1", 1.0, 4.0, "factor of the 90 % interval either way", {"*": 1.5},
+                           "engines and NCCL differ by this on the same payload; " + _TABLES),
+    }
+)  # fmt: skip
+"""Constants of :func:`collective_time`, by architecture."""
+
+_LINK = BOUNDS.index("link")
+_LAUNCH = BOUNDS.index("launch")
+
+
+def collective_time(payload_bytes: Any, devices: Any, hw: HardwareProfile, *, kind: str = "all_reduce") -> OpTime:
+    """Time of one collective.
+
+    Parameters
+    ----------
+    payload_bytes : array_like, bytes
+        all_reduce: what each device holds; send: what is sent; all_gather: what each device holds in the end.
+    devices : array_like
+        Devices taking part, at least 1 (1: nothing happens, 0 s).
+    hw : HardwareProfile
+        The device; its link must hold that many.
+    kind : {"all_reduce", "send", "all_gather"}
+
+    Returns
+    -------
+    OpTime
+
+    Raises
+    ------
+    InputError
+        For an unknown kind, a device without a link, or more devices than the link connects.
+    """
+    if kind not in KINDS:
+        raise unknown("collective", kind, KINDS)
+    payload = np.asarray(payload_bytes, dtype=np.float64)
+    count = np.asarray(devices, dtype=np.float64)
+    payload, count = np.broadcast_arrays(payload, count)
+    link = hw.link
+    if link is None:
+        if np.any(count > 1):
+            raise InputError(f"{hw.name} has no link to other devices; expected 1 device, got {int(count.max())}")
+        zero = np.zeros(payload.shape)
+        return OpTime(zero, zero, zero, zero, np.full(payload.shape, _LINK, dtype=np.int8))
+    if np.any(count > link.max_devices):
+        raise InputError(f"{hw.name}: its {link.kind} connects {link.max_devices} devices, got {int(count.max())}")
+    c = {name: constant.default(hw.architecture) for name, constant in CONSTANTS.items()}
+    others = np.maximum(count - 1.0, 0.0)
+    share = others / np.maximum(count, 1.0)
+    rate = c["e_link"] * link.bandwidth_bytes_per_s * np.ones_like(count)
+    steps_two = np.full(count.shape, 2.0)
+    if "nvlink" not in link.kind.lower():
+        rate = rate * (2.0 / np.maximum(count, 2.0)) ** c["pcie_sharing"]
+        steps_two = 2.0 * np.maximum(others, 1.0)
+    step = max(c["step_s"], link.latency_s)
+    if kind == "all_reduce":
+        one = others * payload / rate + step
+        two = 2.0 * share * payload / rate + steps_two * step
+        moved, wire = np.minimum(one, two), 2.0 * share * payload
+    elif kind == "all_gather":
+        moved, wire = share * payload / rate + 0.5 * steps_two * step, share * payload
+    else:
+        moved, wire = payload / rate + step, payload
+    busy = count > 1
+    seconds = np.where(busy, c["t0_s"] + moved, 0.0)
+    roofline = np.where(busy, wire / link.bandwidth_bytes_per_s, 0.0)
+    spread = math.log(c["spread"])
+    bound = np.where(seconds > 2.0 * (c["t0_s"] + step), _LINK, _LAUNCH).astype(np.int8)
+    return OpTime(seconds, np.maximum(seconds * math.exp(-spread), roofline), seconds * math.exp(spread), roofline, bound)

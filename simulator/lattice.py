@@ -1,0 +1,252 @@
+"""The fitted residual of the GEMM model: a sum of multilinear lattices, each over a few coordinates of a shape, as a log factor of the analytic time.
+
+The first lattice, over log2 of (m, n, k), is smooth and carries over between software stacks. The others are in coordinates of the kernel (waves, tiles, core
+time, alignment of m): they hold what one stack's kernel choice does and are kept for that stack only (:func:`smooth_arrays`).
+Use :func:`residual_of` to read a profile's arrays, ``Residual.at`` to evaluate; a fit builds its design from :func:`coordinates`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulator.gemm_core import Core, CoreTime
+
+F = NDArray[np.floating[Any]]
+
+AXES: tuple[str, ...] = (
+    "m", "n", "k", "nk", "mk", "mn", "aspect", "time", "tiles", "blocks", "tile", "m_step", "m_exact", "tiles64", "idle256", "last128", "idle",
+)  # fmt: skip
+"""Coordinates of a shape; the position is the code in a profile's ``terms`` array. log2 of m, n, k and their products; aspect: log2 n/k; time: log2 of the analytic
+microseconds; tiles, blocks: log2 of output tiles, and of those times split-K, over SMs; tile: entry of the menu; m_step: 0 odd, 1 even, 2 a multiple of 8, 3 of 64; m_exact: place of m
+among the measured ones; tiles64: log2 of 64 x 64 tiles over SMs; idle256: idle share of the last wave of 128 x 256 tiles; last128: waves of 128 x 128 tiles beyond whole ones, plus 1; idle:
+idle share of the last wave of the chosen tile."""
+
+M_TABLE = 32769
+"""Sizes m with a tabled place among the measured ones; larger ones take the last."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One lattice: axes, first node and nodes per unit of each, sizes, and values with the last axis fastest."""
+
+    axes: tuple[str, ...]
+    start: tuple[float, ...]
+    inverse: tuple[float, ...]
+    shape: tuple[int, ...]
+    values: F
+
+
+@dataclass(frozen=True)
+class Residual:
+    """The lattices of a profile."""
+
+    terms: tuple[Term, ...]
+    m_places: F
+
+    def at(self, m: F, n: F, k: F, parts: CoreTime, core: Core) -> F:
+        """Log factor of each shape; beyond a lattice that of its edge.
+
+        Parameters
+        ----------
+        m, n, k : float arrays (x,)
+        parts : CoreTime
+            Of these shapes.
+        core : Core
+
+        Returns
+        -------
+        array (x,)
+        """
+        known = Coordinates(m, n, k, parts, core, self.m_places)
+        total = interpolate(self.terms[0], known)
+        for term in self.terms[1:]:
+            total += interpolate(term, known)
+        return total
+
+
+class Coordinates:
+    """Coordinates of shapes, each worked out once, when first asked for."""
+
+    def __init__(self, m: F, n: F, k: F, parts: CoreTime, core: Core, m_places: F) -> None:
+        self.m, self.n, self.k, self.parts, self.core, self.m_places = m, n, k, parts, core, m_places
+        self.sm = float(core.machine.sm_count)
+        self._known: dict[str, F] = {}
+        self._cells: dict[tuple[str, float, float, int], tuple[NDArray[np.int32], F]] = {}
+
+    def __getitem__(self, axis: str) -> F:
+        found = self._known.get(axis)
+        if found is None:
+            found = self._known[axis] = _MAKE[axis](self)
+        return found
+
+    def cell(self, axis: str, start: float, inverse: float, size: int) -> tuple[NDArray[np.int32], F]:
+        """Cell of each shape along an axis, and how far into it."""
+        key = (axis, start, inverse, size)
+        found = self._cells.get(key)
+        if found is None:
+            u = self[axis] - start
+            u *= inverse
+            np.maximum(u, 0.0, out=u)
+            np.minimum(u, size - 1.0001, out=u)  # the last node belongs to the last cell
+            cell = u.astype(np.int32)
+            u -= cell
+            found = self._cells[key] = cell, u
+        return found
+
+
+def _waves(c: Coordinates, bm: float, bn: float) -> F:
+    out = np.ceil(c.m * (1.0 / bm))
+    out *= np.ceil(c.n * (1.0 / bn))
+    out /= c.sm
+    return out
+
+
+def _idle(waves: F) -> F:
+    whole = np.ceil(waves)
+    return (whole - waves) / whole
+
+
+def _m_step(c: Coordinates) -> F:
+    whole = c.m.astype(np.int32)
+    low = whole & 63
+    out = ((whole & 1) == 0).astype(c.m.dtype)
+    out += (low & 7) == 0
+    out += low == 0
+    return out
+
+
+def _last128(c: Coordinates) -> F:
+    waves = _waves(c, 128.0, 128.0)
+    return waves - np.ceil(waves) + 1.0
+
+
+_MAKE: Mapping[str, Callable[[Coordinates], F]] = MappingProxyType({
+    "m": lambda c: np.log2(c.m),
+    "n": lambda c: np.log2(c.n),
+    "k": lambda c: np.log2(c.k),
+    "nk": lambda c: c["n"] + c["k"],
+    "mk": lambda c: c["m"] + c["k"],
+    "mn": lambda c: c["m"] + c["n"],
+    "aspect": lambda c: c["n"] - c["k"],
+    "time": lambda c: c.parts.log2_us,
+    "tiles": lambda c: np.log2(c.parts.tiles / c.sm),
+    "blocks": lambda c: np.log2(c.parts.tiles * c.parts.split / c.sm),
+    "tile": lambda c: c.parts.tile.astype(c.m.dtype),
+    "m_step": _m_step,
+    "m_exact": lambda c: c.m_places.take(np.minimum(c.m, M_TABLE - 1.0).astype(np.int32)),
+    "tiles64": lambda c: np.log2(_waves(c, 64.0, 64.0)),
+    "idle256": lambda c: _idle(_waves(c, 128.0, 256.0)),
+    "last128": _last128,
+    "idle": lambda c: _idle(c.parts.tiles * c.parts.split / c.sm),
+})  # fmt: skip
+assert tuple(_MAKE) == AXES  # a code in a file means its position
+
+
+def interpolate(term: Term, known: Coordinates) -> F:
+    """Multilinear interpolation of one lattice, clamped to its edges."""
+    cells, fractions = zip(*(known.cell(*axis) for axis in zip(term.axes, term.start, term.inverse, term.shape, strict=True)), strict=True)
+    base = cells[0]
+    for size, cell in zip(term.shape[1:], cells[1:], strict=True):
+        base = base * np.int32(size)
+        base += cell
+    base = base.astype(np.intp)
+    values = term.values
+    strides = [1] * len(term.shape)
+    for i in range(len(strides) - 2, -1, -1):
+        strides[i] = strides[i + 1] * term.shape[i + 1]
+
+    def corner(axis: int, offset: int) -> F:
+        if axis == len(strides):
+            return values[offset:].take(base)
+        low = corner(axis + 1, offset)
+        high = corner(axis + 1, offset + strides[axis])
+        high -= low
+        high *= fractions[axis]
+        high += low
+        return high
+
+    return corner(0, 0)
+
+
+def m_places(measured: F) -> F:
+    """Place of every m among measured ones, by whole m up to :data:`M_TABLE`: first those that are no multiple of 8 or below 16, then the multiples.
+
+    Two rows of places, because kernels treat the two apart: 300 lies between unaligned neighbours, 304 between aligned ones, and each is interpolated on
+    log2 m.
+
+    >>> p = m_places(np.array([1.0, 2.0, 17.0, 33.0, 16.0, 32.0]))
+    >>> p[1], p[2], p[33], p[16], p[32], p[24] > 4.5
+    (0.0, 1.0, 3.0, 4.0, 5.0, True)
+    """
+    known = np.unique(np.rint(measured))
+    whole = np.arange(M_TABLE, dtype=np.float64)
+    whole[0] = 1.0
+
+    def stepped(m: F) -> NDArray[np.bool_]:
+        return np.asarray((m >= 16.0) & (np.fmod(m, 8.0) == 0.0))
+
+    plain, aligned = known[~stepped(known)], known[stepped(known)]
+    logs = np.log2(whole)
+    low = np.interp(logs, np.log2(plain), np.arange(len(plain))) if len(plain) else np.zeros(M_TABLE)
+    high = np.interp(logs, np.log2(aligned), np.arange(len(aligned))) + len(plain) if len(aligned) else low
+    return np.where(stepped(whole), high, low) if len(plain) else high
+
+
+def residual_of(arrays: Mapping[str, NDArray[Any]], dtype: Any = np.float64) -> Residual | None:
+    """The residual a profile's arrays describe, None where it has none.
+
+    Parameters
+    ----------
+    arrays : mapping
+        ``terms`` (j, 3): axis codes, -1 where a lattice has fewer; ``grids`` (j, 3, 3): start, spacing and nodes of each axis; ``values``: nodes of all
+        lattices in turn; ``measured_m``: the m the fit saw.
+    dtype : dtype
+        Precision to evaluate in.
+
+    Raises
+    ------
+    ValueError
+        When the arrays do not fit together.
+    """
+    if "terms" not in arrays:
+        return None
+    codes, grids, values = np.asarray(arrays["terms"]), np.asarray(arrays["grids"]), np.asarray(arrays["values"], dtype=dtype)
+    if codes.ndim != 2 or grids.shape != (*codes.shape, 3) or codes.max() >= len(AXES):
+        raise ValueError(f"residual: terms {codes.shape} and grids {grids.shape} do not fit together")
+    terms, at = [], 0
+    for code, grid in zip(codes, grids, strict=True):
+        used = code >= 0
+        shape = tuple(int(v) for v in grid[used, 2])
+        size = int(np.prod(shape))
+        part = values[at : at + size]
+        if len(part) < size or min(shape, default=0) < 2:
+            raise ValueError(f"residual: {len(values)} values for lattices that need more than {at + size - 1}, or an axis with one node")
+        terms.append(Term(tuple(AXES[i] for i in code[used]), tuple(map(float, grid[used, 0])), tuple(float(1.0 / v) for v in grid[used, 1]), shape, part))
+        at += size
+    return Residual(tuple(terms), m_places(np.asarray(arrays["measured_m"], dtype=np.float64)).astype(dtype))
+
+
+def residual_arrays(residual: Residual, measured_m: F) -> dict[str, NDArray[Any]]:
+    """Arrays of a profile that describe a residual; the reverse of :func:`residual_of`. Values as float32: a millionth is ample."""
+    codes = np.full((len(residual.terms), 3), -1, dtype=np.int64)
+    grids = np.ones((len(residual.terms), 3, 3))
+    for i, term in enumerate(residual.terms):
+        for j, axis in enumerate(term.axes):
+            codes[i, j] = AXES.index(axis)
+            grids[i, j] = term.start[j], 1.0 / term.inverse[j], term.shape[j]
+    values = np.concatenate([np.ravel(t.values) for t in residual.terms]).astype(np.float32)
+    return {"terms": codes, "grids": grids, "values": values, "measured_m": np.unique(np.rint(measured_m))}
+
+
+def smooth_arrays(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """The first, smooth lattice alone: what a profile takes to another software stack or device."""
+    if "terms" not in arrays:
+        return {}
+    size = int(np.prod(arrays["grids"][0][arrays["terms"][0] >= 0, 2]))
+    return {**arrays, "terms": arrays["terms"][:1], "grids": arrays["grids"][:1], "values": arrays["values"][:size]}

@@ -1,0 +1,147 @@
+"""Pruning: pure functions from a workload to the workload of the pruned model.
+
+Use :func:`prune`; :data:`FAMILIES` describes what there is. A new family is one new module here with a constant ``FAMILY``. Calls compose:
+``prune(prune(w, "depth", 0.25), "semi_structured", 0.5)``. Rounding is to the nearest whole, halves up, unless a family says otherwise.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import pkgutil
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from simulator.errors import InputError, unknown
+from simulator.pruning._common import GROUPS, SUBLAYERS, Choice, Family, has_bias, layer_count, merge_runs, projections
+from simulator.workload import ROLES, Applied, Part, Workload
+
+__all__ = ["FAMILIES", "Family", "prune"]
+
+
+def _discover() -> Mapping[str, Family]:
+    names = (module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    found = (importlib.import_module(f"{__name__}.{name}").FAMILY for name in names)
+    return MappingProxyType({family.name: family for family in sorted(found, key=lambda f: (f.order, f.name))})
+
+
+FAMILIES: Mapping[str, Family] = _discover()
+"""Pruning families by name, in the order of tables."""
+
+
+def prune(
+    workload: Workload, family: str, sparsity: float | Mapping[str, float] | Sequence[float], *, ideal: bool = False, **options: Any
+) -> Workload:
+    """The workload of the pruned model.
+
+    Parameters
+    ----------
+    workload : Workload
+        From :func:`simulator.lower`, or pruned already.
+    family : str
+        A key of :data:`FAMILIES`.
+    sparsity : float, mapping or sequence, in [0, 1)
+        Fraction removed: everywhere; by projection (``"q"``, ``"down"``, ... or the groups ``"attention"``, ``"mlp"``, ``"qkv"``; what is
+        not named stays dense, and a projection's own entry goes before its group's); or of each layer, first to last.
+    ideal : bool
+        Leave out the work that the method itself adds (routers, gathers, selections): the bound of the family.
+    **options
+        See ``FAMILIES[family].options``.
+
+    Returns
+    -------
+    Workload
+        With the family, the sparsity asked for and the one realised in ``meta.applied``. Sparsity 0 changes no row.
+
+    Raises
+    ------
+    InputError
+        One line, for anything unknown, out of range, or without meaning for this workload.
+
+    Examples
+    --------
+    >>> import simulator
+    >>> dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="prefill", batch=1, seq=2048)
+    >>> pruned = prune(dense, "depth", 0.26)
+    >>> pruned.meta.applied[0].realised, round(float(dense.flops.sum() / pruned.flops.sum()), 3)
+    (0.25, 1.333)
+    """
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise unknown("pruning family", family, FAMILIES)
+    chosen = FAMILIES[family]
+    for name in options:
+        if name not in chosen.options:
+            if not chosen.options:
+                raise InputError(f"family {family} has no option {name!r}; it has none")
+            raise unknown(f"option of family {family}", name, chosen.options)
+    work, choice = _resolve(workload, chosen, sparsity)
+    if not choice.rows.any():
+        pruned, realised = workload, 0.0
+    else:
+        pruned, realised = chosen.function(work, choice, ideal=bool(ideal), **{**chosen.options, **options})
+        if choice.form == "layer":
+            pruned = merge_runs(pruned)
+    applied = (*workload.meta.applied, Applied(family, choice.asked, realised))
+    out = copy(pruned)  # same read-only columns, checked already
+    object.__setattr__(out, "meta", replace(workload.meta, applied=applied))
+    return out
+
+
+def _fraction(value: Any, where: str = "sparsity") -> float:
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
+        raise InputError(f"{where}: expected a fraction in [0, 1), such as 0.25, got {value!r}")
+    number = float(value)
+    if not (math.isfinite(number) and 0.0 <= number < 1.0):
+        hint = f"; for {number:g} % write {number / 100:g}" if 1.0 < number < 100.0 else ""
+        raise InputError(f"{where} {number:g}: expected a fraction in [0, 1), such as 0.25{hint}")
+    return number
+
+
+def _resolve(w: Workload, family: Family, sparsity: Any) -> tuple[Workload, Choice]:
+    """The workload (one row a layer where the sparsity is per layer) and the sparsity of its rows."""
+    if isinstance(sparsity, Mapping):
+        return w, _by_projection(w, family, sparsity)
+    if isinstance(sparsity, Sequence | np.ndarray) and not isinstance(sparsity, str | bytes) and np.ndim(sparsity) != 0:
+        return _by_layer(w, family, sparsity)
+    fraction = _fraction(sparsity)
+    return w, Choice(np.where(w.layer >= 0, fraction, 0.0), fraction)
+
+
+def _by_layer(w: Workload, family: Family, sparsity: Any) -> tuple[Workload, Choice]:
+    layers = layer_count(w)
+    if not family.per_layer:
+        raise InputError(f"family {family.name} takes no sparsity by layer; give one fraction")
+    if np.ndim(sparsity) != 1 or len(sparsity) != layers:
+        raise InputError(f"sparsity by layer: expected {layers} fractions, one a layer of this model, got {len(sparsity)}")
+    table = np.array([_fraction(s, f"sparsity of layer {i}:") for i, s in enumerate(sparsity)])
+    wide = w.expand()
+    rows = np.where(wide.layer >= 0, table[np.maximum(wide.layer, 0)], 0.0)
+    return wide, Choice(rows, float(table.mean()), "layer")
+
+
+def _by_projection(w: Workload, family: Family, sparsity: Mapping[str, float]) -> Choice:
+    if not family.targets:
+        raise InputError(f"family {family.name} takes no sparsity by projection; give one fraction")
+    if not sparsity:
+        raise InputError(f"sparsity by projection: expected some of {', '.join(family.targets)}, got none")
+    rows = np.zeros(len(w))
+    for name, value in sorted(sparsity.items(), key=lambda item: (item[0] not in SUBLAYERS, item[0] not in GROUPS)):  # wider names first
+        if name not in family.targets:
+            raise unknown(f"projection (for family {family.name})", name, family.targets)
+        fraction = _fraction(value, f"sparsity of {name}:")
+        if name in SUBLAYERS:
+            mask = (w.layer >= 0) & (w.part == Part[name.upper()])
+        else:
+            mask = projections(w, *GROUPS.get(name, (name,)))
+            if not mask.any():
+                has = dict.fromkeys(ROLES[code] for code in w.role[projections(w)])
+                raise InputError(f"sparsity of {name}: this workload has no such projection; it has {', '.join(has)}")
+        rows[mask] = fraction
+    weight = np.where(projections(w), (w.params - np.where(has_bias(w), w.n, 0)) * w.count, 0.0)
+    asked = float(weight @ rows / weight.sum()) if weight.sum() > 0 else float(np.mean(list(sparsity.values())))
+    return Choice(rows, asked, "projection")

@@ -1,0 +1,46 @@
+"""Cache pruning: part of the prompt's keys and values is evicted after the prefill (H2O, SnapKV, PyramidKV)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from simulator.pruning._common import SCORE_BYTES, Choice, Family, insert, overheads, removed, whole, whole_share
+from simulator.pruning._tokens import prompt_of
+from simulator.workload import DTYPE_BYTES, Kind, Workload
+
+
+def kv_cache(w: Workload, choice: Choice, *, ideal: bool, observed: int) -> tuple[Workload, float]:
+    """``round((1-s) S)`` of the S prompt positions stay in the cache, at least one; what is generated stays.
+
+    Prefill rows gain nothing and pay for the selection in every layer: the last ``observed`` queries score all keys, and the cache is
+    compacted (``select``: reads K and the scores, then reads and writes the positions kept). A workload that is a decode alone has paid it
+    before. Realised: prompt positions evicted / prompt positions, mean over the layers.
+    """
+    observed = whole("observed", observed)
+    prompt = prompt_of(w)
+    kept = np.maximum(whole_share(1.0 - choice.rows, prompt), 1)
+    evicted = np.where(choice.rows > 0, prompt - kept, 0)
+    decode, prefill = w.kind == Kind.DECODE_ATTENTION, w.kind == Kind.PREFILL_ATTENTION
+    out = w.replace(kv_len=np.where(decode, w.kv_len - evicted, w.kv_len))
+    rows = prefill if prefill.any() else decode
+    realised = removed(float(prompt[rows] @ w.count[rows]), float((prompt - evicted)[rows] @ w.count[rows]))
+    at = np.flatnonzero(prefill & (choice.rows > 0))
+    if ideal or not len(at):
+        return out, realised
+    element = DTYPE_BYTES[w.weight_dtype[at]]
+    position = w.batch[at] * w.kv_heads[at] * w.head_dim[at] * element  # bytes of one key, all sequences and heads
+    scores = w.batch[at] * w.heads[at] * np.minimum(observed, w.q_len[at]) * w.kv_len[at] * SCORE_BYTES
+    select = overheads(
+        w, at, "select", m=w.batch[at] * w.kv_len[at], n=w.kv_heads[at] * w.head_dim[at],
+        read_bytes=position * (w.kv_len[at] + 2.0 * kept[at]) + scores, write_bytes=position * 2.0 * kept[at] + scores,
+    )  # fmt: skip
+    return insert(out, [(at + 0.5, select)]), realised
+
+
+FAMILY = Family(
+    name="kv_cache", axis="K of decode attention", dynamic=True, order=11, function=kv_cache,
+    summary="a share of the prompt's cache kept",
+    cost="selection and compaction at the end of the prefill",
+    realised="prompt positions evicted from the cache / prompt positions",
+    options={"observed": 32}, support=("decode", "generate"),
+)  # fmt: skip

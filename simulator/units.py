@@ -1,0 +1,169 @@
+"""Text with a unit to an SI number and back. Prefixes live at the edges only: in profiles, tables and on the command line.
+
+Decimal prefixes mean powers of ten, binary ones powers of two: ``"50 MB"`` is 50e6 bytes, ``"50 MiB"`` is 52,428,800. Arithmetic is
+done in decimal and rounded once, so what :func:`format_quantity` writes, :func:`parse_quantity` reads back to the same float.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Mapping
+from decimal import Context, Decimal
+from types import MappingProxyType
+
+from simulator.errors import InputError
+
+_NUMBER = re.compile(r"[+-]?(?:\d{1,30}(?:\.\d{0,30})?|\.\d{1,30})(?:[eE][+-]?\d{1,3})?")
+_EXACT = Context(prec=120)
+
+_LARGE = {"": 0, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
+_SMALL = {"": 0, "m": -3, "u": -6, "n": -9, "p": -12}
+_BINARY = {"Ki": 1, "Mi": 2, "Gi": 3, "Ti": 4, "Pi": 5}
+
+
+def _decimal(base: str, prefixes: Mapping[str, int]) -> dict[str, Decimal]:
+    return {prefix + base: Decimal(1).scaleb(power) for prefix, power in prefixes.items()}
+
+
+def _binary(base: str) -> dict[str, Decimal]:
+    return {prefix + base: Decimal(1024) ** power for prefix, power in _BINARY.items()}
+
+
+UNITS: Mapping[str, Mapping[str, Decimal]] = MappingProxyType(
+    {
+        "B": {**_decimal("B", _LARGE), **_binary("B")},
+        "B/s": {**_decimal("B/s", _LARGE), **_binary("B/s")},
+        "FLOP/s": _decimal("FLOP/s", _LARGE),
+        "Hz": _decimal("Hz", _LARGE),
+        "W": _decimal("W", {**_LARGE, **_SMALL}),
+        "s": _decimal("s", _SMALL),
+    }
+)
+"""SI unit -> the units a text may carry, each with its size in that SI unit."""
+
+EXAMPLES: Mapping[str, str] = MappingProxyType(
+    {"B": "50 MiB", "B/s": "3.35 TB/s", "FLOP/s": "989.4 TFLOP/s", "Hz": "1.755 GHz", "W": "700 W", "s": "3.0 us"}
+)
+"""SI unit -> a text that would be right, for messages."""
+
+_MEANING = {"B": "an amount of bytes", "B/s": "a bandwidth", "FLOP/s": "a compute rate", "Hz": "a frequency", "W": "a power", "s": "a time"}
+_ALL: dict[str, str] = {name: unit for unit, names in UNITS.items() for name in names}
+_HINTS = {"b": "B for bytes (b would be bits)", "FLOPS": "FLOP/s", "FLOPs": "FLOP/s", "OPS": "FLOP/s", "OP/s": "FLOP/s"}
+
+
+def parse_quantity(text: str, unit: str) -> float:
+    """A number with a unit to SI.
+
+    Parameters
+    ----------
+    text : str
+        A number, optional blanks, a unit: ``"3.35 TB/s"``, ``"25 ns"``.
+    unit : str
+        The SI unit wanted, a key of :data:`UNITS`.
+
+    Returns
+    -------
+    float
+        The value in ``unit``; finite, any sign.
+
+    Raises
+    ------
+    InputError
+        If the text is no number with a unit of that dimension; says what came and what would be right.
+
+    Examples
+    --------
+    >>> parse_quantity("3.35 TB/s", "B/s")
+    3350000000000.0
+    >>> parse_quantity("50 MiB", "B")
+    52428800.0
+    >>> parse_quantity("3 GHz", "s")
+    Traceback (most recent call last):
+    simulator.errors.InputError: expected a time such as "3.0 us", got "3 GHz": GHz is a unit of a frequency
+    """
+    wanted = f'expected {_MEANING[unit]} such as "{EXAMPLES[unit]}", got {_shown(text)}'
+    body = text.strip(" ")
+    match = _NUMBER.match(body)
+    if match is None:
+        raise InputError(f"{wanted}: it does not start with a number")
+    symbol = body[match.end() :].strip(" ").replace("\u00b5", "u").replace("\u03bc", "u")
+    if not symbol:
+        raise InputError(f"{wanted}: the unit is missing")
+    size = UNITS[unit].get(symbol)
+    if size is None:
+        raise InputError(f"{wanted}: {_unit_problem(symbol, unit)}")
+    value = float(_EXACT.multiply(Decimal(match.group()), size))
+    if not math.isfinite(value):
+        raise InputError(f"{wanted}: the number is too large")
+    return value
+
+
+def format_quantity(value: float, unit: str, digits: int | None = None) -> str:
+    """An SI number as text with a fitting prefix.
+
+    Parameters
+    ----------
+    value : float
+        A finite value in ``unit``.
+    unit : str
+        A key of :data:`UNITS`.
+    digits : int, optional
+        Significant digits, for people. Left out, the text is exact: :func:`parse_quantity` gives the same float back.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> format_quantity(3.35e12, "B/s"), format_quantity(52428800.0, "B"), format_quantity(3e-6, "s")
+    ('3.35 TB/s', '50 MiB', '3 us')
+    >>> format_quantity(1.23456e9, "Hz", digits=3)
+    '1.23 GHz'
+    """
+    if not math.isfinite(value):
+        raise ValueError(f"expected a finite number, got {value!r}")
+    exact = Decimal(repr(float(value)))
+    if digits is not None and exact:
+        exact = Context(prec=digits).plus(exact)
+    size = abs(exact)
+    if digits is None and unit == "B" and value.is_integer():
+        for symbol, power in reversed(_BINARY.items()):
+            whole, rest = divmod(int(value), 1024**power)
+            if power > 1 and whole and not rest and abs(whole) < 1_000_000:  # caches and memories are whole MiB; their decimal text is long
+                return f"{whole} {symbol}{unit}"
+    decimal = {
+        name: scale for name, scale in UNITS[unit].items() if scale.adjusted() % 3 == 0 and scale == Decimal(1).scaleb(scale.adjusted())
+    }
+    fitting = [name for name, scale in decimal.items() if size >= scale]
+    best = max(fitting, key=lambda name: decimal[name]) if fitting else min(decimal, key=lambda name: decimal[name])
+    if not size:
+        best = unit
+    return f"{_plain(exact.scaleb(-decimal[best].adjusted()))} {best}"
+
+
+def _plain(number: Decimal) -> str:
+    """Shortest text of a decimal: no trailing zeros, an exponent only where the plain form would be long."""
+    exponent = number.normalize().adjusted() if number else 0
+    if -7 <= exponent <= 15:
+        text = f"{number:f}"
+        return text.rstrip("0").rstrip(".") if "." in text else text
+    return f"{number.normalize():e}"
+
+
+def _shown(text: str) -> str:
+    return f'"{text[:40]}..."' if len(text) > 40 else f'"{text}"'
+
+
+def _unit_problem(symbol: str, unit: str) -> str:
+    if symbol in _ALL:
+        return f"{symbol} is a unit of {_MEANING[_ALL[symbol]]}"
+    shown = _shown(symbol)
+    for wrong, right in _HINTS.items():
+        if symbol.endswith(wrong) or (wrong == "b" and symbol.rstrip("/s").endswith("b")):
+            return f"unit {shown} is unknown; write {right}"
+    lowered = {name.lower(): name for name in UNITS[unit]}
+    close = difflib.get_close_matches(symbol[:20].lower(), lowered, n=1, cutoff=0.3)
+    return f"unit {shown} is unknown; " + (f"did you mean {lowered[close[0]]}?" if close else f"use one of {', '.join(UNITS[unit])}")

@@ -1,0 +1,92 @@
+"""Files written whole: a reader sees the old content or the new one, never half of it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from simulator.errors import InputError
+
+
+def check_target(path: str | Path) -> Path:
+    """A path that a file can be written to, as far as can be told without writing it.
+
+    Parameters
+    ----------
+    path : str or Path
+        File to write; it may exist.
+
+    Returns
+    -------
+    Path
+
+    Raises
+    ------
+    InputError
+        When the path is a folder or lies in a folder that does not exist.
+
+    Examples
+    --------
+    >>> check_target("table.csv").name
+    'table.csv'
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise InputError(f"{target}: is a folder; expected the name of a file")
+    if not target.parent.is_dir():
+        raise InputError(f"{target}: folder {target.parent} does not exist")
+    return target
+
+
+def write_whole(path: str | Path, content: bytes) -> None:
+    """Write a file by way of a temporary one beside it, synced, then renamed over it.
+
+    A link is followed, so what it points to is replaced. Devices and pipes (``/dev/stdout``) cannot be replaced and are written directly.
+
+    Parameters
+    ----------
+    path : str or Path
+        File to write.
+    content : bytes
+        All of it.
+
+    Raises
+    ------
+    InputError
+        See :func:`check_target`.
+    OSError
+        When the disk is full or the folder is not writable; the old file, if any, is untouched.
+    """
+    target = check_target(path)
+    try:
+        _write(target, content)
+    except OSError as error:
+        error.filename = str(target)  # a failed write or sync does not name its file
+        raise
+
+
+def _write(target: Path, content: bytes) -> None:
+    if target.exists() and not target.is_file():
+        target.write_bytes(content)
+        return
+    target = target.resolve()
+    mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, mode)
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    """The process's file mode mask, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

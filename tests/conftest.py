@@ -1,0 +1,33 @@
+"""Fixtures shared by all tests: where measured data lies, and a skip with a reason where it does not."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder with the measured tables that may not be committed (``PRUNESIM_SHARED_DATA``, or ``../shared/data``)."""
+    folder = Path(os.environ.get("PRUNESIM_SHARED_DATA", ROOT.parent / "shared" / "data"))
+    if not (folder / "rtx4090_gemm.csv").is_file():
+        pytest.skip("the RTX 4090 tables are not at hand; set PRUNESIM_SHARED_DATA to their folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wheel_tables() -> Path:
+    """Folder ``aiconfigurator_core/systems/data`` of the wheel aiconfigurator-core 0.12.0 (``PRUNESIM_AICONFIGURATOR``)."""
+    folder = os.environ.get("PRUNESIM_AICONFIGURATOR")
+    if not folder or not (Path(folder) / "a100_sxm").is_dir():
+        pytest.skip("the aiconfigurator-core tables are not at hand; set PRUNESIM_AICONFIGURATOR to its systems/data folder")
+    return Path(folder)
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Helpers of tests are imported by the tests that need them (some need torch), not collected for doctests."""
+    return True if collection_path.suffix == ".py" and not collection_path.name.startswith("test_") else None

@@ -1,0 +1,321 @@
+"""The CPU as a device, really run; and the torch operators, checked against plain arithmetic."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+F = torch.nn.functional
+
+from calibration.devices import Operator, OutOfMemory, Unsupported, open_device  # noqa: E402
+from calibration.devices import attention as att  # noqa: E402
+from calibration.devices.cpu import CpuDevice, available_memory_bytes, last_level_cache_bytes  # noqa: E402
+from calibration.devices.operators import Arena, build, is_out_of_memory, random_tensor, rotary, rotary_tables  # noqa: E402
+from calibration.measure import run  # noqa: E402
+from calibration.plan import Rates, for_model  # noqa: E402
+from calibration.telemetry import UNKNOWN  # noqa: E402
+from calibration.timing import Protocol  # noqa: E402
+
+
+@pytest.fixture
+def device() -> Iterator[CpuDevice]:
+    # a small cache, so that rotation does not fill a gigabyte in every test
+    with CpuDevice(cache_bytes=4e6, memory_limit_bytes=1e9) as opened:
+        yield opened
+
+
+@pytest.fixture
+def arena() -> Arena:
+    return Arena("cpu", 1e6, 1e8)
+
+
+def _close(value: Any, reference: Any, tolerance: float = 1e-4) -> None:
+    torch.testing.assert_close(value.float(), reference.float(), rtol=tolerance, atol=tolerance)
+
+
+# -- operators --------------------------------------------------------------------------------------------------------------------
+
+
+def test_arena_copies_are_distinct_and_exceed_the_cache_twice(arena: Arena) -> None:
+    view, copies = arena.cut(10_000, "fp32", cold=True)
+    starts = sorted(view(i).data_ptr() for i in range(copies))
+    assert copies * 40_000 >= 2e6
+    assert min(b - a for a, b in itertools.pairwise(starts)) >= 40_000
+    assert all(start % 64 == starts[0] % 64 for start in starts)
+    assert view(copies).data_ptr() == view(0).data_ptr()
+    assert arena.cut(10_000, "fp32", cold=False)[1] == 1
+
+
+def test_few_copies_of_a_large_operand_still_evict_each_other(arena: Arena) -> None:
+    view, copies = arena.cut(450_000, "fp32", cold=True)  # 1.8 MB against a cache of 1 MB
+    assert copies == 2
+    assert abs(view(1).data_ptr() - view(0).data_ptr()) >= 1.8e6
+
+
+def test_an_operand_beyond_the_limit_is_out_of_memory() -> None:
+    with pytest.raises(OutOfMemory):
+        Arena("cpu", 1e6, 1e6).cut(10**6, "fp32", cold=True)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16", "int8", "fp8"])
+def test_random_data_is_finite_and_varied(dtype: str) -> None:
+    data = random_tensor((3000, 2000), dtype, "cpu").float()
+    assert data.shape == (3000, 2000)
+    assert bool(torch.isfinite(data).all())
+    assert len(torch.unique(data)) > 50
+    assert abs(float(data.mean())) < 0.1 * float(data.std())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", [(1, 64, 32), (7, 33, 21), (128, 96, 256)])
+def test_gemm(arena: Arena, dtype: str, shape: tuple[int, int, int]) -> None:
+    m, n, k = shape
+    launches = build(Operator("gemm", dtype, m=m, n=n, k=k), "cpu", arena)
+    x = random_tensor((m, k), dtype, "cpu", 1).float()
+    view, copies = arena.cut(n * k, dtype, cold=True)
+    for i in (0, 1, copies - 1):
+        _close(launches.launch(i), x @ view(i).view(n, k).float().t(), 2e-2 * k**0.5 if dtype == "bf16" else 1e-4)
+
+
+def test_gemm_in_int8_is_exact(arena: Arena) -> None:
+    launches = build(Operator("gemm", "int8", m=32, n=16, k=64), "cpu", arena)
+    x, weight = random_tensor((32, 64), "int8", "cpu", 1), arena.cut(16 * 64, "int8", cold=True)[0](0).view(16, 64)
+    assert torch.equal(launches.launch(0), x.int() @ weight.int().t())
+
+
+def test_low_rank_pair(arena: Arena) -> None:
+    launches = build(Operator("low_rank", "fp32", m=5, n=24, k=16, rank=8), "cpu", arena)
+    flat = arena.cut(8 * 40, "fp32", cold=True)[0](2)
+    first, second = flat[:128].view(8, 16), flat[128:].view(24, 8)
+    _close(launches.launch(2), random_tensor((5, 16), "fp32", "cpu", 1) @ (second @ first).t(), 1e-3)
+
+
+def test_gather_gemm_touches_only_its_rows(arena: Arena) -> None:
+    launches = build(Operator("gather_gemm", "fp32", m=10, n=6, k=4, rows=3), "cpu", arena)
+    x, weight = random_tensor((10, 4), "fp32", "cpu", 1), arena.cut(24, "fp32", cold=True)[0](0).view(6, 4)
+    y, dense = launches.launch(0), x @ weight.t()
+    computed = (y != 0).any(dim=1)
+    assert int(computed.sum()) == 3
+    _close(y[computed], dense[computed])
+
+
+def _attention_inputs(q_len: int, kv_len: int, heads: int = 4, kv_heads: int = 2) -> tuple[Any, Any, Any]:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, heads, q_len, 16, generator=generator)
+    k, v = (torch.randn(2, kv_heads, kv_len, 16, generator=generator) for _ in range(2))
+    return q, k, v
+
+
+def _reference(q: Any, k: Any, v: Any, mask: Any) -> Any:
+    """Softmax attention written out, in float64."""
+    repeat = q.shape[1] // k.shape[1]
+    q, k, v = q.double(), k.double().repeat_interleave(repeat, 1), v.double().repeat_interleave(repeat, 1)
+    scores = (q @ k.transpose(-1, -2)) / q.shape[-1] ** 0.5
+    return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v).float()
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(16, 16), (5, 21), (1, 9)])
+def test_prefill_attention(q_len: int, kv_len: int) -> None:
+    q, k, v = _attention_inputs(q_len, kv_len)
+    mask = torch.ones(q_len, kv_len, dtype=torch.bool).tril(kv_len - q_len)
+    _close(att.prefill_attention(q, k, v, att.causal_mask(q_len, kv_len, "cpu")), _reference(q, k, v, mask))
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (6, 1), (4, 4)])
+def test_decode_attention(heads: tuple[int, int]) -> None:
+    q, k, v = _attention_inputs(1, 37, *heads)
+    _close(att.decode_attention(q, k, v), _reference(q, k, v, torch.ones(1, 37, dtype=torch.bool)))
+
+
+@pytest.mark.parametrize(("q_len", "kv_len", "block"), [(64, 64, 16), (50, 50, 16), (32, 96, 16), (64, 64, 64)])
+@pytest.mark.parametrize("density", [0.25, 0.5, 1.0])
+def test_block_sparse_attention(q_len: int, kv_len: int, block: int, density: float) -> None:
+    q, k, v = _attention_inputs(q_len, kv_len)
+    layout = att.block_layout(q_len, kv_len, block, density)
+    reference = _reference(q, k, v, att.layout_mask(layout, q_len, kv_len, block))
+    _close(att.block_sparse_attention(layout, q_len, kv_len, block, "cpu")(q, k, v), reference)
+
+
+@pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
+def test_flex_attention_has_the_same_layout() -> None:
+    q, k, v = _attention_inputs(64, 64)
+    layout = att.block_layout(64, 64, 16, 0.5)
+    reference = _reference(q, k, v, att.layout_mask(layout, 64, 64, 16))
+    _close(att.flex_block_sparse_attention(layout, 64, 64, 16, "cpu", compiled=False)(q, k, v), reference)
+
+
+@pytest.mark.parametrize("density", [0.1, 0.5, 0.9, 1.0])
+def test_a_layout_keeps_the_share_it_was_asked_for(density: float) -> None:
+    layout = att.block_layout(4096, 4096, 64, density)
+    causal = 64 * 65 / 2
+    kept = sum(len(blocks) for blocks in layout)
+    assert density * causal <= kept <= density * causal + 64
+    for row, blocks in enumerate(layout):
+        assert blocks[-1] == row
+        assert len(set(blocks)) == len(blocks)
+
+
+def test_a_layout_off_the_diagonal_is_refused() -> None:
+    with pytest.raises(ValueError, match="no multiple of the block"):
+        att.block_sparse_attention([[0]], 8, 12, 8, "cpu")
+
+
+def test_rotary_turns_pairs_and_keeps_their_length() -> None:
+    x = torch.randn(1, 2, 5, 8)
+    cos, sin = rotary_tables(torch.arange(5), 8, torch.float32)
+    turned = rotary(x, cos, sin)
+    _close(turned.norm(dim=-1), x.norm(dim=-1))
+    _close(turned[:, :, 0], x[:, :, 0])
+    # the product of two turned vectors depends on the distance of their positions alone
+    y = torch.randn(1, 1, 1, 8).expand(1, 1, 5, 8)
+    z = rotary(y, cos, sin)
+    _close((z[0, 0, 1] @ z[0, 0, 3]).reshape(1), (z[0, 0, 2] @ z[0, 0, 4]).reshape(1))
+
+
+@pytest.mark.parametrize("role", ["attention_norm", "activation", "residual", "rotary", "embedding", "gather", "scatter", "cache_write"])
+def test_elementwise(arena: Arena, role: str) -> None:
+    launches = build(Operator("elementwise", "fp32", role=role, m=12, n=32, cold=False), "cpu", arena)
+    x = arena.cut(12 * 32, "fp32", cold=False)[0](0).view(12, 32).clone()
+    other = random_tensor((12, 32), "fp32", "cpu", 1)
+    result = launches.launch(0)
+    assert result.shape[0] == 12
+    if role == "attention_norm":
+        weight = random_tensor((32,), "fp32", "cpu", 2)
+        _close(result, x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-5) * weight)
+    elif role == "activation":
+        _close(result, x * torch.sigmoid(x) * other)
+    elif role == "residual":
+        _close(result, x + other)
+    elif role == "rotary":
+        _close(result.reshape(12, 32).norm(dim=1), x.norm(dim=1))
+    else:
+        _close(result.sort(dim=0).values, x.sort(dim=0).values)
+    assert torch.equal(arena.cut(12 * 32, "fp32", cold=False)[0](0).view(12, 32), x)  # the input is as it was
+
+
+def test_copy_moves_the_bytes(arena: Arena) -> None:
+    launches = build(Operator("copy", n=100_000), "cpu", arena)
+    view, copies = arena.cut(100_000, "int8", cold=True)
+    launches.launch(1)
+    assert torch.equal(view(1 + copies // 2), view(1))
+
+
+def test_sparse_tensor_cores_are_refused_by_name(device: CpuDevice) -> None:
+    with pytest.raises(Unsupported, match="gemm_2to4 needs sparse tensor cores"):
+        device.prepare(Operator("gemm_2to4", m=16, n=64, k=64))
+    assert "gemm_2to4" not in device.capabilities()
+
+
+@pytest.mark.parametrize(
+    ("op", "message"),
+    [
+        (Operator("launch_graph"), "recorded graphs"),
+        (Operator("gemm", "fp8", m=16, n=16, k=16), "dtype fp8"),
+        (Operator("low_rank", "int8", m=16, n=16, k=16, rank=4), "low_rank in int8"),
+    ],
+)
+def test_refusals(device: CpuDevice, op: Operator, message: str) -> None:
+    assert message in device.refuses(op)
+
+
+# -- the device -------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_capability_can_be_prepared_and_sampled(device: CpuDevice) -> None:
+    attention: dict[str, Any] = {"batch": 1, "q_len": 32, "kv_len": 32, "heads": 4, "kv_heads": 2, "head_dim": 16}
+    shapes: dict[str, dict[str, Any]] = {
+        "gemm": {"m": 4, "n": 32, "k": 32},
+        "low_rank": {"m": 4, "n": 32, "k": 32, "rank": 8},
+        "gather_gemm": {"m": 4, "n": 32, "k": 32, "rows": 2},
+        "attention_prefill": attention,
+        "attention_decode": {**attention, "q_len": 1},
+        "attention_block_sparse": {**attention, "block": 16, "density": 0.5},
+        "elementwise": {"m": 4, "n": 32, "role": "residual"},
+        "copy": {"n": 4096},
+        "launch_eager": {},
+    }
+    assert set(shapes) == device.capabilities()
+    for kind, shape in shapes.items():
+        for dtype in device.dtypes():
+            op = Operator(kind, dtype, **shape)
+            if not device.refuses(op):
+                prepared = device.prepare(op)
+                assert 0 < prepared.sample(3) < 1.0, op.key
+                assert "perf_counter_ns" in prepared.method
+
+
+def test_a_run_on_the_cpu(device: CpuDevice) -> None:
+    kept: list[Any] = []
+    shapes = [(1, 256, 256), (64, 256, 256), (64, 250, 255)]
+    outcome = run(for_model(shapes, Rates(1e11, 1e10), dtype="fp32"), device, kept.append, protocol=Protocol(time_limit_s=0.2))
+    assert outcome.counts.timed == 3
+    assert all(r["median_s"] > 0 for r in kept)
+    assert {r["before"]["power_w"] for r in kept} == {UNKNOWN}
+
+
+def test_more_work_takes_longer(device: CpuDevice) -> None:
+    small, large = (device.prepare(Operator("gemm", "fp32", m=m, n=m, k=m)) for m in (64, 1024))
+    # 4096 times the work; the fastest of some samples, because the machine may be busy with other things
+    assert min(large.sample(1) for _ in range(5)) > 10 * min(small.sample(20) for _ in range(10))
+
+
+def test_description_names_threads_pinning_and_torch(device: CpuDevice) -> None:
+    described = device.describe()
+    assert described.stack["torch"] == torch.__version__
+    assert described.stack["threads"] == str(device.threads)
+    assert described.stack["pinned"].startswith("to cpus ")
+    assert described.cache_bytes == 4e6
+
+
+def test_threads_are_set_and_given_back() -> None:
+    threads = torch.get_num_threads()
+    affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    with CpuDevice(threads=1, cache_bytes=1e6) as one:
+        assert torch.get_num_threads() == 1
+        assert len(one.cpus) == 1
+        if affinity is not None:
+            assert os.sched_getaffinity(0) == set(one.cpus)
+    assert torch.get_num_threads() == threads
+    if affinity is not None:
+        assert os.sched_getaffinity(0) == affinity
+
+
+@pytest.mark.parametrize("threads", [0, 10_000])
+def test_threads_beyond_the_machine_are_refused(threads: int) -> None:
+    with pytest.raises(Unsupported, match="threads: expected 1 to"):
+        CpuDevice(threads=threads)
+
+
+def test_what_does_not_fit_is_out_of_memory() -> None:
+    with CpuDevice(memory_limit_bytes=1e6, cache_bytes=1e5) as small, pytest.raises(OutOfMemory, match="are allowed"):
+        small.prepare(Operator("gemm", "fp32", m=1, n=1000, k=1000))
+
+
+def test_the_allocator_running_dry_is_recognised() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60)
+    assert is_out_of_memory(caught.value)
+    assert not is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
+
+
+def test_a_rotated_operand_is_slower_than_a_hot_one() -> None:
+    """The point of rotation: with the machine's real cache size, weights come from memory. Skipped where the cache is too large to fill."""
+    cache = last_level_cache_bytes()
+    if cache > 64 * 2**20 or available_memory_bytes() < 4e9:
+        pytest.skip(f"the last-level cache of {cache / 2**20:.0f} MiB is too large to be swept in a test")
+    with CpuDevice() as opened:
+        shape: dict[str, Any] = {"m": 1, "n": 1024, "k": 1024}
+        cold = opened.prepare(Operator("gemm", "fp32", **shape))
+        hot = opened.prepare(Operator("gemm", "fp32", cold=False, **shape))
+        assert min(cold.sample(200) for _ in range(5)) > min(hot.sample(200) for _ in range(5))
+
+
+def test_opened_by_name() -> None:
+    opened = open_device("cpu", cache_bytes=1e6)
+    assert opened.name == "cpu"
+    opened.close()

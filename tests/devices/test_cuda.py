@@ -1,0 +1,341 @@
+"""The CUDA device: its logic on a planted ``torch.cuda`` that counts launches in simulated time, and the real thing where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+
+from calibration.devices import DeviceLost, Operator, OutOfMemory, Unsupported, open_device  # noqa: E402
+from calibration.devices import cuda as module  # noqa: E402
+from calibration.devices.cuda import CudaDevice, translate  # noqa: E402
+from calibration.devices.operators import Launches  # noqa: E402
+from calibration.measure import run  # noqa: E402
+from calibration.plan import Rates, for_model  # noqa: E402
+from calibration.telemetry import UNKNOWN  # noqa: E402
+from calibration.timing import Protocol  # noqa: E402
+from simulator.errors import InputError  # noqa: E402
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
+
+
+class FakeCuda:
+    """``torch.cuda`` in simulated time: a launch takes ``kernel_s``, a replay takes as many as were captured, plus a gap."""
+
+    def __init__(self, kernel_s: float = 1e-5, gap_s: float = 0.0, capability: tuple[int, int] = (9, 0), free: float = 1e9) -> None:
+        self.kernel_s, self.gap_s, self.capability, self.free = kernel_s, gap_s, capability, free
+        self.now, self.capturing, self.captured, self.replays, self.flushes = 0.0, False, 0, 0, 0
+        self.capture_error: Exception | None = None
+        self.launch_error: Exception | None = None
+        outer = self
+
+        class Event:
+            def __init__(self, enable_timing: bool = False) -> None:
+                assert enable_timing
+                self.at = -1.0
+
+            def record(self) -> None:
+                self.at = outer.now
+
+            def synchronize(self) -> None: ...
+
+            def elapsed_time(self, other: Any) -> float:
+                return (other.at - self.at) * 1e3
+
+        class CUDAGraph:
+            def __init__(self) -> None:
+                self.launches = 0
+
+            def replay(self) -> None:
+                outer.replays += 1
+                outer.now += self.launches * outer.kernel_s + outer.gap_s
+
+        self.Event, self.CUDAGraph = Event, CUDAGraph
+
+    def launch(self) -> None:
+        if self.launch_error is not None:
+            raise self.launch_error
+        if self.capturing:
+            self.captured += 1
+        else:
+            self.now += self.kernel_s
+
+    @contextmanager
+    def graph(self, graph: Any) -> Iterator[None]:
+        if self.capture_error is not None:
+            raise self.capture_error
+        self.capturing, self.captured = True, 0
+        yield
+        self.capturing = False
+        graph.launches = self.captured
+
+    def Stream(self) -> Any:
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    @contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        yield
+
+    def current_stream(self) -> Any:
+        return self.Stream()
+
+    def is_available(self) -> bool:
+        return True
+
+    def device_count(self) -> int:
+        return 1
+
+    def set_device(self, index: int) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def empty_cache(self) -> None: ...
+
+    def mem_get_info(self, index: int) -> tuple[float, float]:
+        return self.free, self.free
+
+    def get_device_properties(self, index: int) -> Any:
+        major, minor = self.capability
+        return SimpleNamespace(
+            name="Planted GPU", major=major, minor=minor, multi_processor_count=132, L2_cache_size=1_000_000, uuid="1234"
+        )
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    """A planted backend whose operators are real tensors on the CPU, each launch counted in simulated time."""
+    planted = FakeCuda()
+    real = module.build
+
+    def build(op: Operator, place: str, arena: Any) -> Launches:
+        launches = real(op, place, arena)
+
+        def launch(i: int) -> Any:
+            planted.launch()
+            return launches.launch(i)
+
+        return Launches(launch, launches.copies, launches.how)
+
+    monkeypatch.setattr(module, "build", build)
+    return planted
+
+
+def _device(fake: FakeCuda, **options: Any) -> CudaDevice:
+    return CudaDevice(0, backend=fake, place="cpu", nvml=None, **options)
+
+
+GEMM = Operator("gemm", m=4, n=128, k=64)
+
+
+def test_a_graph_holds_whole_rounds_of_copies_and_is_timed_exactly(fake: FakeCuda) -> None:
+    prepared = _device(fake).prepare(GEMM)
+    copies = 2_000_000 // (128 * 64 * 2) + 1
+    assert fake.captured % copies == 0
+    assert fake.captured * fake.kernel_s >= 2e-3
+    assert prepared.sample(1) == pytest.approx(1e-5)
+    assert f"graph of {fake.captured} launches over {copies} rotated copies" in prepared.method
+
+
+def test_the_gap_between_replays_is_shared_by_many_launches(fake: FakeCuda) -> None:
+    fake.gap_s = 3e-6
+    prepared = _device(fake).prepare(Operator("gemm", m=4, n=128, k=64, cold=False))
+    assert prepared.sample(1000) == pytest.approx(1e-5, rel=0.02)
+
+
+def test_replays_cover_the_loops_asked_for(fake: FakeCuda) -> None:
+    prepared = _device(fake).prepare(GEMM)
+    length, before = fake.captured, fake.replays
+    prepared.sample(2 * length + 1)
+    assert fake.replays - before == 3
+
+
+def test_a_long_kernel_does_not_make_a_long_graph(fake: FakeCuda) -> None:
+    fake.kernel_s = 0.1
+    _device(fake).prepare(Operator("gemm", m=4, n=1024, k=1024))
+    assert fake.captured == 1  # a weight of twice the cache needs no copies
+
+
+def test_what_cannot_be_captured_is_timed_launch_by_launch_after_a_flush(fake: FakeCuda) -> None:
+    fake.capture_error = RuntimeError("operation not permitted when stream is capturing")
+    device = _device(fake)
+    prepared = device.prepare(GEMM)
+    assert prepared.sample(300) == pytest.approx(1e-5)
+    assert "single launches after an L2 flush" in prepared.method
+    assert "not captured" in prepared.method
+    assert device._flush.numel() == 2_000_000  # twice the cache
+
+
+def test_without_graphs(fake: FakeCuda) -> None:
+    device = _device(fake, graphs=False)
+    hot = device.prepare(Operator("gemm", m=4, n=128, k=64, cold=False))
+    assert hot.sample(10) == pytest.approx(1e-5)
+    assert "flush" not in hot.method
+    assert device._flush is None
+    with pytest.raises(Unsupported, match="switched off"):
+        device.prepare(Operator("launch_graph"))
+    assert device.describe().stack["timing"] == "events"
+
+
+def test_eager_launches_are_timed_by_the_host(fake: FakeCuda) -> None:
+    prepared = _device(fake).prepare(Operator("launch_eager"))
+    assert prepared.sample(10) > 0
+    assert "host clock" in prepared.method
+
+
+def test_a_run_through_the_fake(fake: FakeCuda) -> None:
+    kept: list[Any] = []
+    device = _device(fake)
+    plan = replace(for_model([(1, 64, 64), (4, 128, 64)], Rates(1e14, 1e12)), anchor=GEMM)
+    outcome = run(plan, device, kept.append, protocol=Protocol(time_limit_s=1.0, min_window_s=1e-3))
+    assert outcome.counts.ok == 2
+    assert {round(r["median_s"] * 1e6) for r in kept} == {10}
+    assert {r["before"]["throttle"] for r in kept} == {UNKNOWN}
+
+
+@pytest.mark.parametrize(
+    ("capability", "has", "lacks"),
+    [
+        ((7, 5), {"fp16"}, {"bf16", "int8", "fp8", "tf32"}),
+        ((8, 0), {"bf16", "int8", "tf32"}, {"fp8"}),
+        ((8, 9), {"fp8"}, set()),
+        ((9, 0), {"fp8"}, set()),
+    ],
+)
+def test_number_formats_by_compute_capability(capability: tuple[int, int], has: set[str], lacks: set[str]) -> None:
+    names = set(_device(FakeCuda(capability=capability)).dtypes())
+    assert has <= names
+    assert not lacks & names
+
+
+@pytest.mark.parametrize(
+    ("op", "capability", "message"),
+    [
+        (Operator("gemm_2to4", m=16, n=64, k=64), (7, 5), "dtype bf16 needs a newer GPU"),
+        (Operator("gemm_2to4", "fp16", m=16, n=64, k=64), (7, 5), "sparse tensor cores"),
+        (Operator("gemm_2to4", "fp32", m=16, n=64, k=64), (9, 0), "fp16 and bf16"),
+        (Operator("gemm_2to4", m=16, n=48, k=64), (9, 0), "n a multiple of 32"),
+        (Operator("gemm", "fp8", m=16, n=24, k=64), (9, 0), "multiples of 16"),
+        (Operator("gemm", "fp8", m=16, n=32, k=64), (8, 0), "newer GPU"),
+        (Operator("gemm", "int8", m=16, n=32, k=64), (9, 0), "m above 16"),
+        (Operator("gemm", "int8", m=32, n=33, k=64), (9, 0), "multiples of 8"),
+        (Operator("low_rank", "fp8", m=32, n=32, k=64, rank=16), (9, 0), "low_rank in fp8"),
+    ],
+)
+def test_what_the_gpu_lacks_is_refused_by_name(op: Operator, capability: tuple[int, int], message: str) -> None:
+    device = _device(FakeCuda(capability=capability))
+    assert message in device.refuses(op)
+    with pytest.raises(Unsupported):
+        device.prepare(op)
+
+
+def test_a_usual_gemm_is_not_refused() -> None:
+    device = _device(FakeCuda())
+    for kind, dtype, m in (("gemm", "bf16", 1), ("gemm", "fp8", 1), ("gemm", "int8", 17), ("gemm_2to4", "bf16", 1)):
+        op = Operator(kind, dtype, m=m, n=64, k=64)
+        assert device.refuses(op) == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), OutOfMemory),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), OutOfMemory),
+        (RuntimeError("CUDA error: an illegal memory access was encountered\nsecond line"), DeviceLost),
+        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), DeviceLost),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmul`"), Unsupported),
+        (NotImplementedError("no kernel for this format"), Unsupported),
+    ],
+)
+def test_torch_errors_become_ones_the_runner_knows(fake: FakeCuda, error: Exception, kind: type[Exception]) -> None:
+    assert type(translate(error, "gemm")) is kind
+    device = _device(fake)
+    fake.launch_error = error
+    with pytest.raises(kind) as caught:
+        device.prepare(GEMM)
+    assert "\n" not in str(caught.value)
+    fake.launch_error = None
+    prepared = _device(fake, graphs=False).prepare(GEMM)
+    fake.launch_error = error
+    with pytest.raises(kind):
+        prepared.sample(1)
+
+
+def test_other_errors_stay_what_they_are(fake: FakeCuda) -> None:
+    assert translate(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "gemm") is None
+    fake.launch_error = ZeroDivisionError("a bug")
+    with pytest.raises(ZeroDivisionError):
+        _device(fake).prepare(GEMM)
+
+
+def test_what_does_not_fit_is_refused_before_it_is_allocated(fake: FakeCuda) -> None:
+    with pytest.raises(OutOfMemory, match="are allowed"):
+        _device(fake, memory_limit_bytes=1e4).prepare(GEMM)
+
+
+def test_tf32_is_switched_by_number_format(fake: FakeCuda) -> None:
+    device = _device(fake)
+    before = torch.get_float32_matmul_precision()
+    try:
+        device.prepare(Operator("gemm", "tf32", m=4, n=64, k=64))
+        assert torch.get_float32_matmul_precision() == "high"
+        device.prepare(Operator("gemm", "fp32", m=4, n=64, k=64))
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_the_description_names_the_stack(fake: FakeCuda) -> None:
+    described = _device(fake).describe()
+    assert described.device == "Planted GPU (132 SM)"
+    assert described.stack["torch"] == torch.__version__
+    assert described.stack["driver"] == UNKNOWN
+    assert described.memory_bytes == 0.9e9
+    assert described.cache_bytes == 1e6
+
+
+def test_a_gpu_that_is_not_there_is_one_line() -> None:
+    with pytest.raises(InputError, match="there are 1 CUDA GPUs"):
+        CudaDevice(3, backend=FakeCuda(), place="cpu", nvml=None)
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="sees no CUDA GPU"):
+            open_device("cuda")
+
+
+@needs_gpu
+def test_every_operator_on_a_real_gpu() -> None:
+    device: Any = open_device("cuda")
+    attention: dict[str, Any] = {"batch": 1, "q_len": 256, "kv_len": 256, "heads": 8, "kv_heads": 2, "head_dim": 64}
+    ops = [
+        *(Operator("gemm", dtype, m=64, n=1024, k=1024) for dtype in device.dtypes()),
+        Operator("gemm", m=64, n=1001, k=999),
+        Operator("gemm_2to4", m=64, n=1024, k=1024),
+        Operator("low_rank", m=64, n=1024, k=1024, rank=128),
+        Operator("gather_gemm", m=64, n=1024, k=1024, rows=32),
+        Operator("attention_prefill", **attention),
+        Operator("attention_prefill", **{**attention, "q_len": 128}),
+        Operator("attention_decode", **{**attention, "q_len": 1}),
+        Operator("attention_block_sparse", **attention, block=128, density=0.5),
+        Operator("elementwise", role="attention_norm", m=64, n=1024),
+        Operator("copy", n=1 << 24),
+        Operator("launch_eager"),
+        Operator("launch_graph"),
+    ]
+    for op in ops:
+        if not device.refuses(op):
+            assert 0 < device.prepare(op).sample(10) < 1.0, op.key
+    device.close()
+
+
+@needs_gpu
+def test_cold_weights_are_slower_than_hot_ones_on_a_real_gpu() -> None:
+    device: Any = open_device("cuda")
+    shape: dict[str, Any] = {"m": 1, "n": 4096, "k": 2048}
+    cold, hot = (device.prepare(Operator("gemm", cold=state, **shape)).sample(200) for state in (True, False))
+    assert cold > hot
+    device.close()

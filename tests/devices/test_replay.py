@@ -1,0 +1,210 @@
+"""The device protocol's names, and the replayed device: planted values, recorded values, planted faults."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calibration.devices import OPERATORS, DeviceLost, Operator, OutOfMemory, Unsupported, open_device
+from calibration.devices.protocol import Description
+from calibration.devices.replay import Faults, ReplayDevice, roofline_timings
+from calibration.measure import run
+from calibration.plan import Rates, for_model
+from calibration.records import OPERATORS as RECORDED
+from calibration.telemetry import UNKNOWN
+from simulator.errors import InputError
+
+GEMM = Operator("gemm", m=128, n=1024, k=1024)
+
+
+# -- operators --------------------------------------------------------------------------------------------------------------------
+
+
+def test_devices_and_records_name_the_same_operators() -> None:
+    assert set(OPERATORS) == set(RECORDED)
+
+
+@given(
+    st.sampled_from(["gemm", "gemm_2to4", "low_rank", "gather_gemm"]), st.tuples(*[st.integers(1, 9999)] * 3), st.booleans()
+)
+def test_an_operator_survives_json_and_its_key_is_its_own(kind: str, shape: tuple[int, int, int], cold: bool) -> None:
+    m, n, k = shape
+    op = Operator(kind, m=m, n=n, k=k, rank=7 if kind == "low_rank" else 0, rows=1 if kind == "gather_gemm" else 0, cold=cold)
+    again = Operator.from_record(json.loads(json.dumps(op.as_record())))
+    assert again == op
+    assert again.key == op.key
+    assert Operator(kind, "fp16", m=m, n=n, k=k, rank=op.rank, rows=op.rows, cold=cold).key != op.key
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "gem"}, "kind 'gem'"),
+        ({"kind": "gemm", "m": 1, "n": 1, "k": 0}, "k must be at least 1"),
+        ({"kind": "gemm", "dtype": "bf17", "m": 1, "n": 1, "k": 1}, "bf17"),
+        ({"kind": "low_rank", "m": 1, "n": 1, "k": 1}, "rank"),
+        ({"kind": "gather_gemm", "m": 4, "n": 1, "k": 1, "rows": 5}, "5 rows of 4"),
+        ({"kind": "elementwise", "m": 1, "n": 1, "role": "gemm"}, "role"),
+        ({"kind": "attention_decode", "batch": 1, "q_len": 1, "kv_len": 1, "heads": 3, "kv_heads": 2, "head_dim": 8}, "no multiple"),
+        ({"kind": "attention_prefill", "batch": 1, "q_len": 9, "kv_len": 8, "heads": 2, "kv_heads": 2, "head_dim": 8}, "exceeds kv_len"),
+        ({"kind": "gemm", "m": 1, "n": 1, "k": 1, "density": 0.0}, "density"),
+    ],
+)
+def test_an_operator_that_cannot_be_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Operator(**fields)
+
+
+def test_a_record_with_unknown_fields_is_refused() -> None:
+    with pytest.raises(ValueError, match="'x'"):
+        Operator.from_record({"kind": "copy", "n": 1, "x": 1})
+
+
+def test_work_of_operators_by_hand() -> None:
+    assert GEMM.flops == 2 * 128 * 1024 * 1024
+    assert GEMM.bytes == 2 * (1024 * 1024 + 128 * 2048)
+    assert Operator("low_rank", m=2, n=8, k=4, rank=3).flops == 2 * 2 * 3 * 12
+    causal = Operator("attention_prefill", batch=2, q_len=4, kv_len=4, heads=6, kv_heads=3, head_dim=8)
+    assert causal.flops == 4 * 2 * 6 * 8 * (1 + 2 + 3 + 4)
+    decode = Operator("attention_decode", batch=2, q_len=1, kv_len=100, heads=6, kv_heads=3, head_dim=8)
+    assert decode.bytes == 2 * (2 * 2 * 3 * 100 * 8 + 2 * 2 * 6 * 8)
+    assert Operator("elementwise", role="activation", m=2, n=8).bytes == 2 * 3 * 16
+    assert Operator("copy", n=1000).bytes == 2000
+
+
+# -- opening ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cdua", "did you mean cuda"),
+        ("cpu:1", "unknown"),
+        ("cuda:x", "whole number"),
+        ("replay", "replay:FILE"),
+        ("replay:/no/such/file", "No such file"),
+        ("", "unknown"),
+    ],
+)
+def test_a_device_that_does_not_exist_is_one_line(name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        open_device(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_opening_by_name_needs_torch_only_for_real_devices() -> None:
+    code = """
+import sys
+sys.modules["torch"] = None  # as if it were not installed
+import calibration.devices
+try:
+    calibration.devices.open_device("cpu")
+except ValueError as error:
+    print(error)
+"""
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
+    assert done.stdout.strip() == "device 'cpu' needs torch, which is not installed; try: pip install torch"
+
+
+# -- planted ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_noise_has_the_planted_size() -> None:
+    prepared = ReplayDevice(lambda op: 1e-3, noise=0.02, seed=5).prepare(GEMM)
+    logs = [math.log(prepared.sample(1) / 1e-3) for _ in range(4000)]
+    assert statistics.fmean(logs) == pytest.approx(0.0, abs=0.002)
+    assert statistics.stdev(logs) == pytest.approx(0.02, rel=0.05)
+
+
+def test_the_same_seed_replays_the_same_samples() -> None:
+    first, again, other = (ReplayDevice(noise=0.1, seed=seed).prepare(GEMM).sample(1) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_time_is_simulated() -> None:
+    device = ReplayDevice(lambda op: 2.0, setup_s=0.5)
+    device.prepare(GEMM).sample(100)
+    device.rest(3.0)
+    assert device.clock() == pytest.approx(203.5)
+
+
+def test_the_planted_roofline_is_bound_by_what_it_should_be() -> None:
+    seconds = roofline_timings(1e14, 1e12, 1e-6)
+    thin, wide = Operator("gemm", m=1, n=8192, k=8192), Operator("gemm", m=8192, n=8192, k=8192)
+    assert seconds(thin) == pytest.approx(1e-6 + thin.bytes / 1e12, rel=0.01)
+    assert seconds(wide) == pytest.approx(1e-6 + wide.flops / 1e14, rel=0.01)
+
+
+def test_faults_are_where_they_were_planted() -> None:
+    device = ReplayDevice(lambda op: 1e-3, faults=Faults(throttle={1}, nan={2}, out_of_memory_bytes=1e7, lost_at=4))
+    assert device.prepare(GEMM).sample(1) == 1e-3
+    assert device.snapshot().throttle == ()
+    assert device.prepare(GEMM).sample(1) == pytest.approx(1.6e-3)
+    assert device.snapshot().throttle == ("hw_thermal_slowdown",)
+    prepared = device.prepare(GEMM)
+    assert [math.isnan(prepared.sample(1)) for _ in range(4)] == [False, False, True, False]
+    with pytest.raises(OutOfMemory):
+        device.prepare(Operator("gemm", m=8192, n=8192, k=8192))
+    prepared = device.prepare(GEMM)
+    with pytest.raises(DeviceLost):
+        [prepared.sample(1) for _ in range(3)]
+
+
+def test_warm_up_drift_and_missing_telemetry() -> None:
+    device = ReplayDevice(lambda op: 1e-3, warmup=3, setup_s=1e-9, faults=Faults(nvml=False))
+    prepared = device.prepare(GEMM)
+    values = [prepared.sample(1) for _ in range(6)]
+    assert values[0] > values[1] > values[2] > values[3] == values[5] == 1e-3
+    assert device.snapshot().power_w == UNKNOWN
+    drifting = ReplayDevice(lambda op: 1.0, setup_s=1e-9, faults=Faults(drift_per_s=0.1)).prepare(GEMM)
+    assert drifting.sample(1) == pytest.approx(1.0)
+    assert drifting.sample(1) == pytest.approx(1.1)
+
+
+def test_what_is_refused_is_refused_by_name() -> None:
+    device = ReplayDevice(refused={"gemm_2to4": "gemm_2to4 needs sparse tensor cores"})
+    assert "gemm_2to4" not in device.capabilities()
+    with pytest.raises(Unsupported, match="sparse tensor cores"):
+        device.prepare(Operator("gemm_2to4", m=16, n=64, k=64))
+
+
+# -- recorded ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_recording_is_played_back(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    shapes = [(8, 64, 64), (16, 64, 64)]
+    with path.open("w") as file:
+        file.write('{"device": "a header of some kind"}\n')
+        run(for_model(shapes, Rates(1e14, 1e12)), ReplayDevice(noise=0.01), lambda r: file.write(json.dumps(r) + "\n"))
+    device = open_device(f"replay:{path}")
+    recorded = {r["key"]: r["median_s"] for line in path.read_text().splitlines() if "key" in (r := json.loads(line))}
+    op = Operator("gemm", m=8, n=64, k=64)
+    assert device.prepare(op).sample(3) == recorded[op.key]
+    assert device.refuses(op) == ""
+    with pytest.raises(Unsupported, match="no recording of gemm bf16 cold m=9"):
+        device.prepare(Operator("gemm", m=9, n=64, k=64))
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", ":1: not a JSON record"), ("", "no measurement"), ("[1]\n{}", "no measurement")])
+def test_a_file_that_is_no_recording_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        open_device(f"replay:{path}")
+
+
+def test_a_description_fits_on_a_line_and_survives_json() -> None:
+    description = Description("cuda:0", "GPU", {"torch": "2.9", "driver": "580"}, 8e10, 5e7)
+    assert description.software == "torch 2.9, driver 580"
+    assert Description(**json.loads(json.dumps(description.as_record()))) == description

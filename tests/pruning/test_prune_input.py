@@ -1,0 +1,151 @@
+"""The interface of prune: choices of sparsity, records of what was applied, and one clear line for what is wrong."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tiny_decoder import FUSED, GQA, MHA, workload
+
+from simulator.errors import InputError
+from simulator.pruning import FAMILIES, Family, prune
+from simulator.workload import SCHEMA, Applied, Workload
+
+ELEVEN = ["depth", "width", "width_cross", "semi_structured", "low_rank", "unstructured", "dynamic_depth", "dynamic_width",
+          "sparse_attention", "token", "kv_cache"]  # fmt: skip
+PER_LAYER = [name for name, family in FAMILIES.items() if family.per_layer and name not in ("semi_structured", "token")]
+
+
+def same(a: Workload, b: Workload) -> None:
+    assert len(a) == len(b)
+    for name in SCHEMA:
+        np.testing.assert_allclose(getattr(a, name), getattr(b, name), rtol=1e-12, err_msg=name)
+
+
+def test_the_registry_is_that_of_the_design() -> None:
+    assert list(FAMILIES) == ELEVEN
+    for name, family in FAMILIES.items():
+        assert isinstance(family, Family)
+        assert family.name == name
+        assert all((family.axis, family.summary, family.cost, family.realised))
+        assert family.dynamic == (name in ELEVEN[6:])
+    with pytest.raises(TypeError):
+        FAMILIES["new"] = FAMILIES["depth"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("family", ELEVEN)
+@pytest.mark.parametrize("phase", ["prefill", "decode", "generate"])
+def test_zero_is_the_identity(family: str, phase: str) -> None:
+    w = workload(GQA, phase)
+    for zero in (0, 0.0, np.float64(0)):
+        pruned = prune(w, family, zero)
+        same(pruned, w)
+        assert pruned.meta.applied == (Applied(family, 0.0, 0.0),)
+    if FAMILIES[family].per_layer:
+        same(prune(w, family, [0.0] * 6), w)
+    if FAMILIES[family].targets:
+        same(prune(w, family, {"mlp": 0.0}), w)
+
+
+def test_what_was_applied_is_recorded() -> None:
+    w = workload(GQA)
+    pruned = prune(prune(w, "depth", 0.3), "width", 0.5)
+    first, second = pruned.meta.applied
+    assert (first.family, first.sparsity, first.realised) == ("depth", 0.3, pytest.approx(2 / 6))
+    dense = 128 * 64 * 2 + 2 * 64 * 64 + 3 * 176 * 64
+    thin = 64 * 64 * 2 + 2 * 32 * 64 + 3 * 96 * 64
+    assert (second.family, second.sparsity, second.realised) == ("width", 0.5, pytest.approx(1 - thin / dense))
+    assert w.meta.applied == ()
+
+
+@pytest.mark.parametrize("family", PER_LAYER)
+@pytest.mark.parametrize("phase", ["prefill", "decode", "generate"])
+def test_equal_layers_are_a_scalar(family: str, phase: str) -> None:
+    for d in (GQA, MHA, FUSED):
+        w = workload(d, phase, 3)
+        a, b = prune(w, family, 0.3), prune(w, family, [0.3] * d.layers)
+        assert a.meta.applied[0].realised == pytest.approx(b.meta.applied[0].realised)
+        a, b = a.compact(), b.compact()
+        keys = ("read_bytes", "batch", "kv_len", "k", "n", "m", "part", "phase", "role")
+        order = [np.lexsort([getattr(x, name) for name in keys]) for x in (a, b)]
+        same(a.take(order[0]).replace(layer=0), b.take(order[1]).replace(layer=0))
+
+
+def test_layers_differ_and_runs_merge() -> None:
+    w = workload(GQA)
+    pruned = prune(w, "width", [0.0, 0.0, 0.5, 0.5, 0.5, 0.75])
+    rows = pruned.is_role("q")
+    assert pruned.n[rows].tolist() == [128, 64, 32]
+    assert pruned.layer[rows].tolist() == [0, 2, 5]
+    assert pruned.layers[rows].tolist() == pruned.count[rows].tolist() == [2, 3, 1]
+    assert pruned.meta.applied[-1].sparsity == pytest.approx(2.25 / 6)
+    again = prune(pruned, "width", 0.5)
+    assert again.n[again.is_role("q")].tolist() == [64, 32, 32]
+    assert set(again.kv_heads[again.is_role("attention")]) == {2, 1}
+    cache = prune(workload(GQA, "decode", 2, 100), "kv_cache", [0.0, 0.1, 0.2, 0.3, 0.4, 0.5])
+    assert cache.kv_len[cache.is_role("attention")].tolist() == [101, 91, 81, 71, 61, 51]
+    tokens = prune(w, "token", [0, 0, 0.25, 0.25, 0.5, 0.5])
+    assert tokens.m[tokens.is_role("q")].tolist() == [96, 72, 48]
+    assert tokens.is_role("select").sum() == 2
+    half = prune(w, "semi_structured", [0, 0.5, 0.5, 0, 0, 0])
+    assert half.density[half.is_role("down")].tolist() == [1, 0.5, 1]
+    assert half.meta.applied[0].realised == pytest.approx(1 / 6)
+
+
+def test_a_mapping_is_weighed_by_parameters() -> None:
+    w = workload(GQA)
+    applied = prune(w, "unstructured", {"mlp": 0.5, "q": 0.25}).meta.applied[0]
+    total = 128 * 64 * 2 + 2 * 64 * 64 + 3 * 176 * 64
+    assert applied.sparsity == applied.realised == pytest.approx((0.5 * 3 * 176 * 64 + 0.25 * 128 * 64) / total)
+    depth = prune(w, "depth", {"attention": 0.5})
+    assert depth.count[depth.is_role("o")].tolist() == [3]
+    assert depth.count[depth.is_role("down")].tolist() == [6]
+
+
+@pytest.mark.parametrize(
+    ("family", "sparsity", "options", "message"),
+    [
+        ("dept", 0.5, {}, "pruning family 'dept' is unknown; did you mean depth"),
+        (3, 0.5, {}, "pruning family '3' is unknown"),
+        ("depth", 1.0, {}, r"sparsity 1: expected a fraction in \[0, 1\)"),
+        ("depth", -0.1, {}, r"sparsity -0.1: expected"),
+        ("depth", 25, {}, r"for 25 % write 0.25"),
+        ("depth", float("nan"), {}, "sparsity nan: expected"),
+        ("depth", float("inf"), {}, "sparsity inf: expected"),
+        ("depth", "0.5", {}, "got '0.5'"),
+        ("depth", True, {}, "got True"),
+        ("depth", None, {}, "got None"),
+        ("depth", [0.5] * 6, {}, "family depth takes no sparsity by layer"),
+        ("depth", {"q": 0.5}, {}, r"projection \(for family depth\) 'q' is unknown; .*attention, mlp"),
+        ("depth", 0.5, {"unit": "head"}, "option unit: expected layer or both or attention or mlp, got 'head'"),
+        ("depth", 0.5, {"drop": [1, 1, 2]}, "option drop: expected 3 different layers from 0 to 5"),
+        ("depth", 0.5, {"drop": [1, 2, 6]}, "option drop: expected 3 different layers"),
+        ("depth", 0.5, {"drop": 3}, "option drop: expected layer numbers, got 3"),
+        ("depth", {"mlp": 0.5}, {"unit": "mlp"}, "exclude each other"),
+        ("width", 0.5, {"aline": 8}, "option of family width 'aline' is unknown; did you mean align"),
+        ("width", 0.5, {"align": 0}, "option align: expected a whole number from 1 up, got 0"),
+        ("width", 0.5, {"align": 2.5}, "option align: expected a whole number from 1 up, got 2.5"),
+        ("width", 0.5, {"inner": 200}, "option inner: expected a multiple of 1 up to the inner width 176, got 200"),
+        ("width", [0.5] * 5, {}, "sparsity by layer: expected 6 fractions, one a layer of this model, got 5"),
+        ("width", [0.5] * 5 + [1.5], {}, "sparsity of layer 5: 1.5: expected"),
+        ("width", {}, {}, "sparsity by projection: expected some of attention, mlp, got none"),
+        ("width_cross", {"mlp": 0.5}, {}, "family width_cross takes no sparsity by projection"),
+        ("width_cross", [0.5] * 6, {}, "family width_cross takes no sparsity by layer"),
+        ("width_cross", 0.5, {"residual_projections": 1}, "option residual_projections: expected true or false, got 1"),
+        ("semi_structured", 0.25, {}, "semi_structured at sparsity 0.25: 2:4 removes exactly 0.5"),
+        ("semi_structured", {"downn": 0.5}, {}, "'downn' is unknown; did you mean down"),
+        ("semi_structured", 0.5, {"n": 1}, "family semi_structured has no option 'n'; it has none"),
+        ("unstructured", {"gate_up": 0.5}, {}, "sparsity of gate_up: this workload has no such projection; it has q, k, v, o,"),
+        ("unstructured", {"q": 1}, {}, "sparsity of q: 1: expected"),
+        ("dynamic_depth", 0.5, {"prune_kv": "yes"}, "option prune_kv: expected true or false, got 'yes'"),
+        ("sparse_attention", 0.5, {"block": 32}, "option block: expected 16 or 64 or 128, got 32"),
+        ("token", 0.5, {"start": 6}, "option start: expected a layer from 0 to 5, got 6"),
+        ("token", 0.5, {"start": -1}, "option start: expected a whole number from 0 up, got -1"),
+        ("token", [0.5, 0.5, 0.5, 0.4, 0.5, 0.5], {}, "sparsity of layer 3: a dropped token cannot come back; expected at least 0.5"),
+        ("token", [0.5] * 6, {"start": 2}, "option start: a sparsity by layer says already"),
+        ("kv_cache", 0.5, {"observed": 0}, "option observed: expected a whole number from 1 up, got 0"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_clear_line(family: str, sparsity: object, options: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        prune(workload(GQA), family, sparsity, **options)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,237 @@
+"""Rows of pruned workloads: what moves, what stays, and what each family adds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tiny_decoder import FUSED, GQA, MHA, workload
+
+from simulator.pruning import prune
+from simulator.pruning._tokens import token_points
+from simulator.workload import ROLES, SCHEMA, Kernel, Kind, Workload
+
+
+def shapes(w: Workload, *roles: str) -> dict[str, list[tuple[int, int, int]]]:
+    out: dict[str, list[tuple[int, int, int]]] = {}
+    for i in np.flatnonzero(w.is_role(*roles)):
+        out.setdefault(ROLES[w.role[i]], []).append((int(w.m[i]), int(w.n[i]), int(w.k[i])))
+    return out
+
+
+def only(w: Workload, role: str, column: str) -> float:
+    rows = w.is_role(role)
+    assert rows.sum() == 1
+    return float(getattr(w, column)[rows][0])
+
+
+def moved(w: Workload, role: str) -> float:
+    rows = w.is_role(role)
+    return float(((w.read_bytes + w.write_bytes) * w.count)[rows].sum())
+
+
+def test_depth_takes_norm_cache_and_elementwise_with_it() -> None:
+    w = workload(GQA)
+    pruned = prune(w, "depth", 0.5, unit="attention")
+    for role in ("attention_norm", "rotary", "cache_write", "attention", "q", "o"):
+        assert only(pruned, role, "count") == 3
+    for role in ("mlp_norm", "gate", "activation", "down"):
+        assert only(pruned, role, "count") == 6
+    assert (only(pruned, "q", "layers"), only(pruned, "down", "layers")) == (3, 6)
+    assert only(pruned, "embedding", "count") == only(pruned, "lm_head", "count") == 1
+    assert pruned.meta.applied[-1].realised == 0.5
+    whole = prune(prune(w, "depth", 0.99), "depth", 0.5)
+    assert not (whole.layer >= 0).any()  # 6 layers: 0.99 takes all
+
+
+def test_depth_drops_the_named_layers_of_a_model_whose_layers_differ() -> None:
+    w = workload(GQA)
+    windows = [8, 0, 8, 0, 8, 0]
+    wide = w.expand()
+    wide = wide.replace(window=np.where(wide.is_role("attention"), np.array(windows)[wide.layer], 0))
+    last = prune(wide, "depth", 0.5)  # layers 2, 3, 4 go; 0, 1, 5 stay
+    at = last.is_role("attention")
+    assert last.window[at].tolist() == [8, 0]
+    assert last.layer[at].tolist() == [0, 1]
+    assert last.count[at].tolist() == [1, 2]
+    assert only(last, "q", "count") == 3
+    named = prune(wide, "depth", 0.5, drop=[1, 3, 5])
+    assert (only(named, "attention", "window"), only(named, "attention", "count")) == (8, 3)
+
+
+def test_width_keeps_query_heads_a_group_and_scales_what_moves() -> None:
+    w = workload(GQA)
+    pruned = prune(w, "width", 0.3)  # 2.8 of 4 groups -> 3, 123.2 of 176 -> 128
+    assert shapes(pruned, "q", "k", "v", "o", "gate", "up", "down") == {
+        "q": [(96, 96, 64)], "k": [(96, 48, 64)], "v": [(96, 48, 64)], "o": [(96, 64, 96)],
+        "gate": [(96, 128, 64)], "up": [(96, 128, 64)], "down": [(96, 64, 128)],
+    }  # fmt: skip
+    assert (only(pruned, "attention", "heads"), only(pruned, "attention", "kv_heads")) == (6, 3)
+    for role, share in (("rotary", 3 / 4), ("cache_write", 3 / 4), ("activation", 128 / 176), ("attention_norm", 1), ("mlp_norm", 1)):
+        assert moved(pruned, role) == pytest.approx(share * moved(w, role))
+    assert only(prune(w, "width", 0.95), "attention", "kv_heads") == 1
+    fused = prune(workload(FUSED), "width", 0.3)
+    assert shapes(fused, "qkv", "gate_up") == {"qkv": [(96, 192, 64)], "gate_up": [(96, 256, 64)]}
+
+
+def test_width_cross_shrinks_the_stream_everywhere() -> None:
+    w = workload(GQA, "decode", 4)
+    pruned = prune(w, "width_cross", 0.5)
+    assert shapes(pruned, "q", "o", "down", "lm_head") == {
+        "q": [(4, 128, 32)], "o": [(4, 32, 128)], "down": [(4, 32, 176)], "lm_head": [(4, 100, 32)],
+    }  # fmt: skip
+    for role in ("embedding", "attention_norm", "mlp_norm", "final_norm"):
+        assert moved(pruned, role) == 0.5 * moved(w, role)
+        assert only(pruned, role, "n") == 32
+    for role in ("rotary", "cache_write", "activation"):
+        assert moved(pruned, role) == moved(w, role)
+
+
+def test_semi_structured_and_unstructured_keep_shapes() -> None:
+    w = workload(MHA)
+    sparse = prune(w, "semi_structured", 0.5)
+    rows = w.is_role("q", "k", "v", "o", "up", "down")
+    assert (sparse.kernel[rows] == Kernel.SPARSE24).all()
+    assert (sparse.kernel[~rows] == Kernel.DENSE).all()
+    assert (sparse.m == w.m).all()
+    one = prune(w, "semi_structured", {"down": 0.5})
+    assert (one.kernel != Kernel.DENSE).tolist() == w.is_role("down").tolist()
+    scattered = prune(w, "unstructured", {"attention": 0.6, "o": 0.2, "mlp": 0.0})
+    assert set(scattered.density[w.is_role("q", "k", "v")]) == {0.4}
+    assert only(scattered, "o", "density") == 0.8
+    assert only(scattered, "down", "kernel") == Kernel.DENSE
+
+
+def test_low_rank_pairs_stand_next_to_each_other() -> None:
+    w = workload(MHA)  # down: N 96, K 384 -> 0.5 * 36864 / 480 = 38 -> 48
+    pruned = prune(w, "low_rank", {"down": 0.5})
+    assert shapes(pruned, "down") == {"down": [(96, 48, 384), (96, 96, 48)]}
+    at = np.flatnonzero(pruned.is_role("down"))
+    assert pruned.stage[at].tolist() == [1, 2]
+    assert at[1] == at[0] + 1
+    assert pruned.params[at].tolist() == [48 * 384, 96 * 48 + 96]
+    assert shapes(prune(w, "low_rank", {"down": 0.5}, align=1), "down")["down"][0] == (96, 38, 384)
+    tiny = prune(workload(GQA), "low_rank", 0.01)
+    first = tiny.stage == 1
+    assert (tiny.n[first] <= np.minimum(tiny.k[first], tiny.n[tiny.stage == 2])).all()
+
+
+def test_dynamic_depth_at_batch_one_is_all_or_nothing() -> None:
+    w = workload(GQA, "decode", 1)
+    pruned = prune(w, "dynamic_depth", 0.25)
+    for role in ("q", "o", "attention", "gate", "up", "activation", "down", "mlp_norm"):
+        assert only(pruned, role, "count") == pytest.approx(4.5)
+    for role in ("k", "v", "attention_norm", "cache_write", "rotary"):
+        assert only(pruned, role, "count") == 6
+    assert not pruned.is_role("gather", "scatter").any()
+    assert pruned.is_role("router").sum() == 2
+    assert moved(pruned, "rotary") / moved(w, "rotary") == pytest.approx((8 * 0.75 + 4) / 12)
+    skipped = prune(w, "dynamic_depth", 0.25, prune_kv=True)
+    assert only(skipped, "k", "count") == only(skipped, "attention_norm", "count") == pytest.approx(4.5)
+    assert only(skipped, "attention", "kv_len") == 37  # 0.75 * 49 = 36.75
+
+
+def test_dynamic_depth_in_a_batch_is_binomial() -> None:
+    pruned = prune(workload(GQA, "decode", 2), "dynamic_depth", 0.25)
+    at = pruned.is_role("down")
+    assert pruned.m[at].tolist() == [1, 2]
+    assert pruned.count[at] == pytest.approx([6 * 2 * 0.75 * 0.25, 6 * 0.75**2])
+    attention = pruned.is_role("attention")
+    assert pruned.batch[attention].tolist() == [1, 2]
+    for role in ("gather", "scatter"):
+        rows = pruned.is_role(role)
+        assert pruned.overhead[rows].all()
+        # 1.5 of 2 tokens expected, in two sublayers of six layers, 64 features of 2 bytes read and written, and an index of 4 bytes
+        assert moved(pruned, role) == pytest.approx(1.5 * 12 * (2 * 64 * 2 + 4))
+    assert pruned.overhead.sum() == 2 + 2 * 2 * 2
+
+
+def test_dynamic_depth_splits_fused_queries_from_keys() -> None:
+    pruned = prune(workload(FUSED, "prefill", 1), "dynamic_depth", 0.5, ideal=True)
+    found = shapes(pruned, "q", "qkv")
+    assert found["qkv"] == [(48, 128, 64)]
+    assert found["q"][0][1:] == (128, 64)
+    assert pruned.parameters == pytest.approx(workload(FUSED).parameters, rel=1e-12)
+
+
+@pytest.mark.parametrize("batch", [1, 8, 64])
+def test_dynamic_width_reads_the_union_of_the_groups(batch: int) -> None:
+    w = workload(MHA, "decode", batch)
+    s = 0.75
+    pruned = prune(w, "dynamic_width", s)
+    used = 1 - s**batch
+    width = -(-int(np.ceil(384 * used - 1e-9)) // 16) * 16
+    tokens = int(np.ceil(batch * 0.25 / used - 1e-9))
+    assert shapes(pruned, "up", "down") == {"up": [(tokens, width, 96)], "down": [(tokens, 96, width)]}
+    assert only(pruned, "down", "density") <= 1
+    assert shapes(pruned, "k", "v") == shapes(w, "k", "v")
+    assert only(pruned, "attention", "density") == 0.25
+    assert moved(pruned, "activation") == pytest.approx(0.25 * moved(w, "activation"))
+    assert moved(pruned, "rotary") == pytest.approx((6 * 0.25 + 6) / 12 * moved(w, "rotary"))
+    weights = pruned.weight_bytes_each[pruned.is_role("up")][0]
+    assert weights == width * 96 * 2
+    assert pruned.overhead.sum() == 4
+    assert shapes(pruned, "router") == {"router": [(batch, 6, 96), (batch, 32, 96)]}
+
+
+@pytest.mark.parametrize("block", [16, 64, 128])
+def test_sparse_attention_scores_blocks(block: int) -> None:
+    w = workload(GQA, "prefill", 2, 256)
+    pruned = prune(w, "sparse_attention", 0.4, block=block)
+    assert (only(pruned, "attention", "density"), only(pruned, "attention", "block")) == (0.6, block)
+    assert only(pruned, "mask", "write_bytes") == 2 * 8 * (256 / block) ** 2 * 4
+    assert only(pruned, "mask", "read_bytes") == 2 * 256 * (8 + 4) * 16 * 2
+    decode = prune(workload(GQA, "decode", 2, 255), "sparse_attention", 0.4, block=block)
+    assert only(decode, "mask", "read_bytes") == 2 * 16 * 2 * (8 + 4 * 2 * 256 / block)
+    attention = decode.is_role("attention")
+    full = workload(GQA, "decode", 2, 255)
+    query = 2 * 2 * 8 * 16 * 2 * 6
+    assert decode.bytes[attention][0] - query == pytest.approx(0.6 * (full.bytes[full.is_role("attention")][0] - query))
+
+
+def test_token_drops_from_a_layer_on_and_from_the_cache() -> None:
+    w = workload(GQA, "generate", 2, 48, 3)
+    pruned = prune(w, "token", 0.5)
+    for role, m in (("q", [96, 48]), ("down", [96, 48]), ("mlp_norm", [96, 48])):
+        rows = pruned.is_role(role) & (pruned.phase == 0)
+        assert pruned.m[rows].tolist() == m
+        assert pruned.count[rows].tolist() == [2, 4]
+    rows = pruned.kind == Kind.PREFILL_ATTENTION
+    assert list(zip(pruned.q_len[rows], pruned.kv_len[rows], pruned.count[rows])) == [(48, 48, 2), (24, 24, 4)]
+    rows = pruned.kind == Kind.DECODE_ATTENTION
+    assert sorted(zip(pruned.kv_len[rows], pruned.count[rows])) == [(25, 4), (26, 4), (27, 4), (49, 2), (50, 2), (51, 2)]
+    assert shapes(pruned, "lm_head") == shapes(w, "lm_head")
+    assert (only(pruned, "select", "count"), only(pruned, "gather", "count")) == (1, 1)
+    assert only(pruned, "gather", "m") == 48
+    assert only(pruned, "select", "read_bytes") == 2 * 48 * 8 * 4
+    assert not prune(w, "token", 0.5, mode="static").is_role("select").any()
+    everywhere = prune(w.replace(m=np.where(w.is_role("lm_head") & (w.phase == 0), 96, w.m)), "token", 0.5)
+    assert everywhere.m[everywhere.is_role("lm_head")].tolist() == [48, 2]
+
+
+def test_kv_cache_keeps_what_is_generated_and_pays_at_prefill() -> None:
+    w = workload(GQA, "generate", 2, 48, 3)
+    pruned = prune(w, "kv_cache", 0.9)  # 4.8 -> 5 of 48
+    assert pruned.kv_len[pruned.kind == Kind.DECODE_ATTENTION].tolist() == [6, 7, 8]
+    assert only(pruned, "select", "count") == 6
+    assert pruned.meta.applied[-1].realised == pytest.approx(43 / 48)
+    key, scores = 2 * 4 * 16 * 2, 2 * 8 * 32 * 48 * 4
+    assert only(pruned, "select", "read_bytes") == key * (48 + 2 * 5) + scores
+    only_prefill = prune(workload(GQA, "prefill"), "kv_cache", 0.5)
+    dense = workload(GQA, "prefill")
+    kept = only_prefill.take(~only_prefill.overhead)
+    assert all((getattr(kept, name) == getattr(dense, name)).all() for name in SCHEMA)
+    assert only_prefill.overhead.sum() == 1
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 16, 17, 64, 300, 511, 512, 2048])
+@pytest.mark.parametrize("keep", [0.05, 0.5, 0.77, 0.9, 0.999])
+def test_token_points_keep_the_mean(tokens: int, keep: float) -> None:
+    many, chance = token_points(tokens, keep)
+    assert sum(m * p for m, p in zip(many, chance)) == pytest.approx(tokens * keep, rel=1e-12)
+    assert 0 < sum(chance) <= 1 + 1e-12
+    assert min(many) >= 1
+    assert max(many) <= tokens
+    assert len(set(many)) == len(many) <= 16
+    if 16 < tokens < 512 and 0.2 < keep < 0.95:  # the spread of five bins is most of the binomial's
+        spread = sum(m * m * p for m, p in zip(many, chance)) - (tokens * keep) ** 2
+        assert 0.8 < spread / (tokens * keep * (1 - keep)) < 1.2

@@ -1,0 +1,74 @@
+"""The table of operators: counting, expanding, merging, and refusing columns that do not fit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from simulator.workload import DTYPES, ROLES, SCHEMA, Kernel, Kind, Workload, attention_pairs, dtype_code, role_code
+
+
+def _pairs(q: int, kv: int, window: int) -> int:
+    return sum(min(kv - q + i + 1, window or kv) for i in range(q))
+
+
+@given(st.integers(1, 40), st.integers(0, 60), st.integers(0, 80))
+def test_pairs_equal_a_count_by_hand(q: int, before: int, window: int) -> None:
+    kv = q + before
+    assert float(attention_pairs(np.array(q), np.array(kv), np.array(window))) == _pairs(q, kv, window)
+
+
+def test_flops_and_bytes_of_each_kind() -> None:
+    w = Workload.from_rows(
+        [
+            {"role": "q", "m": 3, "n": 8, "k": 16, "count": 2},
+            {"role": "q", "m": 3, "n": 8, "k": 16, "kernel": Kernel.SPARSE24, "density": 0.5},
+            {"role": "q", "m": 3, "n": 8, "k": 16, "kernel": Kernel.UNSTRUCTURED, "density": 0.25},
+            {"role": "attention", "kind": Kind.PREFILL_ATTENTION, "batch": 2, "q_len": 4, "kv_len": 4, "heads": 6, "kv_heads": 2, "head_dim": 8},
+            {"role": "attention", "kind": Kind.DECODE_ATTENTION, "batch": 2, "q_len": 1, "kv_len": 9, "heads": 6, "kv_heads": 2, "head_dim": 8},
+            {"role": "residual", "kind": Kind.ELEMENTWISE, "read_bytes": 10, "write_bytes": 5, "count": 4},
+        ]
+    )
+    assert w.flops.tolist() == [2 * 2 * 3 * 8 * 16, 3 * 8 * 16, 0.25 * 2 * 3 * 8 * 16, 4 * 2 * 6 * 8 * 10, 4 * 2 * 6 * 8 * 9, 0]
+    dense = 2 * (8 * 16 + 3 * 16 + 3 * 8)
+    two_four = 8 * 16 * (1 + 1 / 8) + 2 * (3 * 16 + 3 * 8)  # half the values, and 2 bits for each of them
+    scattered = 8 * 16 * (0.5 + 1 / 8) + 2 * (3 * 16 + 3 * 8)  # a quarter of the values, and a bit a position
+    prefill = 2 * (2 * 2 * 2 * 4 * 8 + 2 * 2 * 6 * 4 * 8)
+    decode = 2 * (2 * 2 * 2 * 9 * 8 + 2 * 2 * 6 * 1 * 8)
+    assert w.bytes.tolist() == [2 * dense, two_four, scattered, prefill, decode, 60]
+
+
+def test_expand_and_compact_keep_every_count() -> None:
+    w = Workload.from_rows(
+        [
+            {"role": "q", "layer": 0, "layers": 4, "count": 12, "m": 1, "n": 8, "k": 8, "params": 64 / 3},
+            {"role": "lm_head", "m": 1, "n": 100, "k": 8, "params": 800},
+        ]
+    )
+    wide = w.expand()
+    assert wide.layer.tolist() == [0, 1, 2, 3, -1]
+    assert wide.count.tolist() == [3, 3, 3, 3, 1]
+    back = wide.compact()
+    assert len(back) == 2
+    for name in SCHEMA:
+        assert getattr(back, name).tolist() == getattr(w, name).tolist(), name
+    assert wide.parameters == pytest.approx(w.parameters) == 64 * 4 + 800
+
+
+def test_columns_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="unknown columns \\['rows'\\]"):
+        Workload.from_columns(rows=3)
+    good = Workload.from_columns(m=[1, 2])
+    with pytest.raises(ValueError, match="column n: expected shape \\(2,\\), got \\(3,\\)"):
+        Workload(**{**{name: getattr(good, name) for name in SCHEMA}, "n": np.ones(3, np.int64)})
+    with pytest.raises(ValueError, match="read-only"):
+        good.m[0] = 5
+    with pytest.raises(ValueError, match="bf17"):
+        dtype_code("bf17")
+
+
+def test_codes_and_names_agree() -> None:
+    assert [ROLES[c] for c in role_code(*ROLES)] == list(ROLES)
+    assert [dtype_code(name) for name in DTYPES] == list(range(len(DTYPES)))
