@@ -1,0 +1,110 @@
+"""A dense decoder in float64, written out without a cache, whose removed parts are masked: what pruned forward passes must equal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from calibration.decoder import Decoder, decode, prefill
+from simulator.transformer import ModelConfig
+
+LAYERS, BATCH, PROMPT, STEPS = 4, 3, 70, 3
+CONFIG = ModelConfig(
+    name="tiny", architecture="llama", hidden=96, layers=LAYERS, heads=8, kv_heads=4, head_dim=12, inner=160, vocab=211, rotary_dim=12,
+    max_positions=512, windows=(0,) * LAYERS,
+)  # fmt: skip
+TOKENS = torch.randint(CONFIG.vocab, (BATCH, PROMPT + STEPS), generator=torch.Generator().manual_seed(7))
+ALL = slice(None)
+
+
+@dataclass
+class Masks:
+    """What a dense pass must leave out to equal a pruned one; by layer, missing where nothing is left out.
+
+    ``seen`` (batch, kv_heads, queries, keys); ``groups`` (batch, tokens, kv_heads) and ``channels`` (batch, tokens, inner) used;
+    ``attention`` and ``mlp`` (batch, tokens) computed.
+    """
+
+    seen: dict[int, Any] = field(default_factory=dict)
+    groups: dict[int, Any] = field(default_factory=dict)
+    channels: dict[int, Any] = field(default_factory=dict)
+    attention: dict[int, Any] = field(default_factory=dict)
+    mlp: dict[int, Any] = field(default_factory=dict)
+
+
+def _norm(x: Any, weight: Any, epsilon: float) -> Any:
+    return x / (x.pow(2).mean(-1, keepdim=True) + epsilon).sqrt() * weight.double()
+
+
+def _turn(x: Any, theta: float) -> Any:
+    """Rotary embedding as complex numbers: features i and i + d/2 are one."""
+    half = x.shape[-1] // 2
+    angle = torch.arange(x.shape[-2], dtype=torch.float64)[:, None] * theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat((turned.real, turned.imag), -1)
+
+
+def _linear(projection: Any, x: Any) -> Any:
+    weight = projection.factors[0].double()
+    for factor in projection.factors[1:]:
+        weight = factor.double() @ weight
+    y = x @ weight.t()
+    return y if projection.bias is None else y + projection.bias.double()
+
+
+def reference(decoder: Decoder, tokens: Any, masks: Masks | None = None) -> Any:
+    """Logits at every position, (batch, tokens, vocab), all positions at once, no cache."""
+    masks = masks or Masks()
+    x = decoder.embedding.double()[tokens]
+    batch, length = tokens.shape
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    for number, layer in enumerate(decoder.layers):
+        if (a := layer.attention) is not None:
+            h = _norm(x, a.norm, decoder.epsilon)
+            wanted = ((a.q, a.heads), (a.k, a.kv_heads), (a.v, a.kv_heads))
+            q, k, v = (_linear(p, h).view(batch, length, heads, -1).transpose(1, 2) for p, heads in wanted)
+            if a.qk_norms is not None:
+                q, k = _norm(q, a.qk_norms[0], decoder.epsilon), _norm(k, a.qk_norms[1], decoder.epsilon)
+            q, k = _turn(q, decoder.theta), _turn(k, decoder.theta)
+            group = a.heads // a.kv_heads
+            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+            seen = causal & masks.seen[number].repeat_interleave(group, 1) if number in masks.seen else causal
+            out = ((q @ k.transpose(-1, -2)) / q.shape[-1] ** 0.5).masked_fill(~seen, -torch.inf).softmax(-1) @ v
+            if number in masks.groups:
+                out = out * masks.groups[number].transpose(1, 2).repeat_interleave(group, 1)[..., None]
+            y = _linear(a.o, out.transpose(1, 2).flatten(2))
+            if number in masks.attention:
+                y = y * masks.attention[number][..., None]
+            x = x + y
+        if (m := layer.mlp) is not None:
+            h = _norm(x, m.norm, decoder.epsilon)
+            gate = _linear(m.gate, h)
+            middle = gate * torch.sigmoid(gate) * _linear(m.up, h)
+            if number in masks.channels:
+                middle = middle * masks.channels[number]
+            y = _linear(m.down, middle)
+            if number in masks.mlp:
+                y = y * masks.mlp[number][..., None]
+            x = x + y
+    return _norm(x, decoder.final_norm, decoder.epsilon) @ decoder.head.double().t()
+
+
+def run(decoder: Decoder, tokens: Any = TOKENS, prompt: int = PROMPT) -> tuple[Any, list[dict[tuple[int, str], Any]]]:
+    """Logits of the last prompt position and of each decode step, (batch, 1 + steps, vocab), and what was decided in each pass."""
+    traces: list[dict[tuple[int, str], Any]] = [{}]
+    logits, state = prefill(decoder, tokens[:, :prompt], room=tokens.shape[1] - prompt, trace=traces[0])
+    out = [logits]
+    for place in range(prompt, tokens.shape[1]):
+        traces.append({})
+        state.trace = traces[-1]
+        out.append(decode(decoder, tokens[:, place : place + 1], state))
+    assert state.position == tokens.shape[1]
+    return torch.stack(out, 1), traces
+
+
+def check(logits: Any, expected: Any, prompt: int = PROMPT, tolerance: float = 2e-3) -> None:
+    torch.testing.assert_close(logits.double(), expected[:, prompt - 1 :], rtol=tolerance, atol=tolerance)
+    # a check that cannot fail is none: other positions must differ
+    assert not torch.allclose(logits.double()[:, 0], expected[:, prompt - 3], rtol=tolerance, atol=tolerance)
