@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from simulator.errors import InputError
 from simulator.execution import EAGER_KERNELS, RUNTIMES, eager_total, operator_times, segment_of
+from simulator.intervals import PAIR_REGIMES, pair_spread
 from simulator.optime import BOUNDS
 from simulator.stack import F, Rows, Stack
 from simulator.workload import DTYPES, ROLES, Kind, Workload
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from simulator.hardware import HardwareProfile
 
 UNMATCHED_CORRELATION = 0.5
-"""Correlation of the log errors of a dense operator and its pruned neighbour where no paired residuals were fitted; 1 for equal shapes."""
+"""Correlation of the log errors of an operator that is no GEMM and its pruned neighbour; assumed, no paired residuals are kept for them."""
 
 SAME_SHAPE_CORRELATION = 0.99
 """Correlation where only the number of equal operators changed: their errors cancel but for what a kernel's surroundings (clocks, caches) do."""
@@ -118,8 +120,22 @@ class Pairs:
         cell = self.stack.owner * len(used) + place[code]
         role, kind, segment = used % len(ROLES), used // len(ROLES) % len(Kind), used // (len(ROLES) * len(Kind))
         kernels = np.array([EAGER_KERNELS.get(ROLES[code], 1) for code in role], dtype=np.float64)
-        groups = _Groups(cell, len(used), segment, kernels, np.where(kind == Kind.ELEMENTWISE, kernels, 1.0), np.zeros((0, 0)))
-        return _Groups(cell, len(used), segment, kernels, groups.passes, groups.sums(w.count, len(self.stack)))
+        passes = np.where(kind == Kind.ELEMENTWISE, kernels, 1.0)
+        return _Groups(cell, len(used), segment, kernels, passes, _sums(cell, w.count, len(self.stack), len(used)), kind == Kind.GEMM)
+
+    @cached_property
+    def octaves(self) -> F:
+        """Distance of each GEMM role's shapes from those of its dense workload, workload x group: |log2| of the ratios of m, n and k, added up."""
+        w, groups = self.stack.rows, self.groups
+        gemm = np.flatnonzero(groups.gemm[groups.cell % groups.number])
+        times = np.maximum(groups.count, 1e-300)
+        out = np.zeros(groups.count.shape)
+        for size in (w.m, w.n, w.k):
+            log = np.zeros(len(w))
+            log[gemm] = np.log2(np.maximum(size[gemm], 1))
+            mean = groups.sums(log * w.count, len(self.stack)) / times
+            out += np.abs(mean - mean[self.dense])
+        return out
 
     @cached_property
     def formats(self) -> tuple[tuple[int, int, NDArray[np.bool_]], ...]:
@@ -143,11 +159,16 @@ class _Groups:
     kernels: F  # kernels an eager framework launches for one execution
     passes: F  # times it streams the data: an unfused elementwise operator once a kernel
     count: F  # workload x group: executions
+    gemm: NDArray[np.bool_]  # of each group
 
     def sums(self, column: F, workloads: int) -> F:
         """Sums of a column of the rows, workload x group."""
-        out = np.bincount(self.cell, weights=column, minlength=workloads * self.number)
-        return out.astype(np.float64).reshape(workloads, self.number)
+        return _sums(self.cell, column, workloads, self.number)
+
+
+def _sums(cell: Rows, column: F, workloads: int, number: int) -> F:
+    out = np.bincount(cell, weights=column, minlength=workloads * number)
+    return out.astype(np.float64).reshape(workloads, number)
 
 
 def distinct(w: Workload) -> tuple[Workload, Rows]:
@@ -214,6 +235,7 @@ def compare(pairs: Pairs, hw: HardwareProfile, runtimes: tuple[str, ...] = ("cud
         if hw.section(_SECTIONS[Kind(kind)], DTYPES[dtype]).status != "calibrated":
             calibrated &= ~has
     section = hw.section("runtime", "*")
+    paired = _pair_half_width(pairs, hw, level)
     out = []
     for runtime in runtimes:
         if runtime == "eager":
@@ -226,7 +248,7 @@ def compare(pairs: Pairs, hw: HardwareProfile, runtimes: tuple[str, ...] = ("cud
             gap = section["graph_gap_s"] * groups.count.sum(axis=1)
             total, host_bound = seconds.sum(axis=1) + gap, np.zeros(len(stack), dtype=bool)
             by_bound[:, _LAUNCH] += gap
-        sigma = _log_sigma(pairs.dense, seconds, wrong, groups.count, host_bound, level)
+        sigma = _log_sigma(pairs, seconds, wrong, paired, host_bound, level)
         limit = np.where(host_bound, _HOST, by_bound.argmax(axis=1)).astype(np.int8)
         share = np.where(host_bound, 1.0, by_bound.max(axis=1) / by_bound.sum(axis=1))
         ratio, spread = pairs.ratio(total), np.exp(sigma)
@@ -252,25 +274,41 @@ def _roofline(pairs: Pairs, hw: HardwareProfile) -> F:
     return out
 
 
-def _log_sigma(dense: Rows, spent: F, error: F, count: F, host: NDArray[np.bool_], level: float) -> F:
+def _pair_half_width(pairs: Pairs, hw: HardwareProfile, level: float) -> F:
+    """Half width of the log error of a ratio of GEMM times, from paired residuals of the device's fit, workload x group."""
+    dtype = next((code for kind, code, _ in pairs.formats if kind == Kind.GEMM), None)
+    if dtype is None:
+        return np.zeros(pairs.octaves.shape)
+    section = hw.section("gemm", DTYPES[dtype])
+    known = [interval.level for interval in section.intervals if interval.regime in PAIR_REGIMES]
+    scale = NormalDist().inv_cdf(0.5 + 0.5 * level) / NormalDist().inv_cdf(0.5 + 0.5 * (known[0] if known else 0.9))
+    out: F = np.asarray(pair_spread(section, pairs.octaves) * scale, dtype=np.float64)
+    return out
+
+
+def _log_sigma(pairs: Pairs, spent: F, error: F, paired: F, host: NDArray[np.bool_], level: float) -> F:
     """Half width of the log interval of the time of the dense workload over that of each.
 
-    Errors of different roles are taken as independent, errors within a role as equal, and errors of a role's dense and pruned shapes as
-    correlated: fully where nothing changed, by :data:`SAME_SHAPE_CORRELATION` where only their number did, by
-    :data:`UNMATCHED_CORRELATION` where the shape changed. So an operator that pruning leaves alone adds only through its changed share.
+    Errors of different roles are taken as independent and errors within a role as equal. Errors of a role's dense and pruned shapes
+    cancel: fully where nothing changed, by :data:`SAME_SHAPE_CORRELATION` where only their number did, and for GEMMs whose shape
+    changed as far as the paired residuals of the device's fit do (:func:`simulator.intervals.pair_spread`); for other operators by
+    :data:`UNMATCHED_CORRELATION`. So an operator that pruning leaves alone adds only through its changed share.
     """
-    share = error / spent.sum(axis=1, keepdims=True)  # share x log half width, by group
-    each = spent / np.maximum(count, 1e-300)
-    base = each[dense]
-    same = np.abs(each - base) <= 1e-9 * base
+    dense, count = pairs.dense, np.maximum(pairs.groups.count, 1e-300)
+    own = error / np.maximum(spent, 1e-300)  # log half width, by group
+    each = spent / count
+    same = np.abs(each - each[dense]) <= 1e-9 * each[dense]
     untouched = np.abs(spent - spent[dense]) <= 1e-9 * spent[dense]
+    both = own * own[dense]
+    cancel = (own**2 + own[dense] ** 2 - paired**2) / np.maximum(2.0 * both, 1e-300)
+    changed = np.where(pairs.groups.gemm, np.clip(cancel, 0.0, SAME_SHAPE_CORRELATION), UNMATCHED_CORRELATION)
+    correlation = np.where(untouched, 1.0, np.where(same, SAME_SHAPE_CORRELATION, changed))
+    share = error / spent.sum(axis=1, keepdims=True)
     a, b = share[dense], share
-    correlation = np.where(untouched, 1.0, np.where(same, SAME_SHAPE_CORRELATION, UNMATCHED_CORRELATION))
-    variance = (a * a + b * b - 2.0 * correlation * a * b).sum(axis=1)
-    variance = np.maximum(variance, 0.0)
+    variance = np.maximum((a * a + b * b - 2.0 * correlation * a * b).sum(axis=1), 0.0)
     z = level / 0.9 * 1.645  # HOST_SIGMA is one standard deviation; the operators' half widths are already at the level
-    own = 2.0 * (1.0 - HOST_CORRELATION) * (HOST_SIGMA * z) ** 2
+    alone = 2.0 * (1.0 - HOST_CORRELATION) * (HOST_SIGMA * z) ** 2
     base_host = host[dense]
-    variance = np.where(host & base_host, own, np.where(host | base_host, variance + own + (HOST_SIGMA * z / 2) ** 2, variance))
+    variance = np.where(host & base_host, alone, np.where(host | base_host, variance + alone + (HOST_SIGMA * z / 2) ** 2, variance))
     out: F = np.sqrt(variance)
     return out
