@@ -289,9 +289,10 @@ def _pair_half_width(pairs: Pairs, hw: HardwareProfile, level: float) -> F:
 def _log_sigma(pairs: Pairs, spent: F, error: F, paired: F, host: NDArray[np.bool_], level: float) -> F:
     """Half width of the log interval of the time of the dense workload over that of each.
 
-    Errors of different roles are taken as independent and errors within a role as equal. Errors of a role's dense and pruned shapes
-    cancel: fully where nothing changed, by :data:`SAME_SHAPE_CORRELATION` where only their number did, and for GEMMs whose shape
-    changed as far as the paired residuals of the device's fit do (:func:`simulator.intervals.pair_spread`); for other operators by
+    Errors of different roles are taken as independent and errors within a role as equal; what a pruned operator is less sure of than
+    its dense one (a kernel that no table has measured) is one error for all of them. Errors of a role's dense and pruned shapes
+    cancel: fully where nothing changed, by :data:`SAME_SHAPE_CORRELATION` where only their number did, for GEMMs whose shape changed
+    as far as the paired residuals of the device's fit do (:func:`simulator.intervals.pair_spread`), and for other operators by
     :data:`UNMATCHED_CORRELATION`. So an operator that pruning leaves alone adds only through its changed share.
     """
     dense, count = pairs.dense, np.maximum(pairs.groups.count, 1e-300)
@@ -299,13 +300,13 @@ def _log_sigma(pairs: Pairs, spent: F, error: F, paired: F, host: NDArray[np.boo
     each = spent / count
     same = np.abs(each - each[dense]) <= 1e-9 * each[dense]
     untouched = np.abs(spent - spent[dense]) <= 1e-9 * spent[dense]
-    both = own * own[dense]
-    cancel = (own**2 + own[dense] ** 2 - paired**2) / np.maximum(2.0 * both, 1e-300)
+    common = np.where(own[dense] > 0, np.minimum(own, own[dense]), own)
+    cancel = (common**2 + own[dense] ** 2 - paired**2) / np.maximum(2.0 * common * own[dense], 1e-300)
     changed = np.where(pairs.groups.gemm, np.clip(cancel, 0.0, SAME_SHAPE_CORRELATION), UNMATCHED_CORRELATION)
     correlation = np.where(untouched, 1.0, np.where(same, SAME_SHAPE_CORRELATION, changed))
-    share = error / spent.sum(axis=1, keepdims=True)
-    a, b = share[dense], share
-    variance = np.maximum((a * a + b * b - 2.0 * correlation * a * b).sum(axis=1), 0.0)
+    part = spent / spent.sum(axis=1, keepdims=True)
+    a, b = (own * part)[dense], common * part
+    variance = np.maximum((a * a + b * b - 2.0 * correlation * a * b).sum(axis=1), 0.0) + ((own - common) * part).sum(axis=1) ** 2
     z = level / 0.9 * 1.645  # HOST_SIGMA is one standard deviation; the operators' half widths are already at the level
     alone = 2.0 * (1.0 - HOST_CORRELATION) * (HOST_SIGMA * z) ** 2
     base_host = host[dense]

@@ -1,0 +1,137 @@
+"""``prunesim claims``: do the reference paper's claims hold on these devices and models?"""
+
+from __future__ import annotations
+
+import itertools
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from simulator.cli import options, render
+from simulator.errors import InputError
+
+if TYPE_CHECKING:
+    from simulator.claims import Verdict
+    from simulator.quality_table import QualityTable
+    from simulator.settings import Setting
+
+STYLES = {"holds": "green", "does not hold": "red", "undecided": "yellow"}
+
+
+def claims(
+    models: Annotated[str, typer.Argument(metavar="MODELS", help="Models, separated by commas.")] = "llama-3.1-8b,llama-2-7b",
+    hardware: options.Hardware = "a100,h100,rtx_4090",
+    quality: Annotated[str | None, typer.Option("--quality", metavar="FILE", help="Quality table (CSV); else the shipped ones.")] = None,
+    batch: options.Batch = "1",
+    seq: options.Seq = "2048",
+    runtime: options.Runtime = "cuda_graph",
+    dtype: options.Dtype = "bf16",
+    json: options.Json = False,
+) -> None:
+    """Test two claims of the reference paper, with numbers.
+
+    (a) bound: in memory-bound inference static depth is the strongest baseline and stays closest to its theoretical bound. (b) order:
+    along the prefill frontier come static depth, dynamic depth, static width. Where a family has no quality data, it is said.
+    """
+    setting = options.setting(128, runtime, dtype, None, None, 1, "tensor")
+    batches, lengths, devices = options.integers("--batch", batch), options.integers("--seq", seq), options.names("--hardware", hardware)
+    found: list[Verdict] = []
+    names = options.names("MODELS", models)
+    with render.progress("testing") as report:
+        for done, model in enumerate(names):
+            found += _of_model(model, devices, quality, batches, lengths, setting)
+            report(done + 1, len(names))
+    if json:
+        print(render.json_lines([asdict(v) for v in found]))
+    else:
+        _print(found)
+    uncalibrated = list(dict.fromkeys(v.hardware for v in found if not v.calibrated))
+    if uncalibrated:
+        render.note(f"{', '.join(uncalibrated)}: not calibrated for everything this needs; the intervals are wide for it")
+
+
+def _of_model(
+    model: str, hardware: Sequence[str], quality: str | None, batch: Sequence[int], seq: Sequence[int], setting: Setting
+) -> list[Verdict]:
+    """Both claims for one model."""
+    from simulator.claims import axes_to_test, bound_claim, order_claim
+    from simulator.transformer import load_model
+
+    config = load_model(model)
+    out = list(bound_claim(config, hardware, ["prefill", "decode"], batch, seq, setting=setting))
+    table = _rows(quality, config.name)
+    axes = axes_to_test(table) if table else ()
+    for axis in axes:
+        assert table is not None
+        out += order_claim(config, hardware, table, axis, batch, seq, setting=setting)
+    if not axes:
+        out += _no_data(config.name, hardware, table, batch, seq)
+    return out
+
+
+def _rows(quality: str | None, model: str) -> QualityTable | None:
+    """Quality rows of a model; none where the shipped tables have none."""
+    from simulator.cli.pareto import quality_rows
+
+    try:
+        return quality_rows(quality, model)
+    except InputError:
+        if quality:
+            raise
+        return None
+
+
+def _no_data(model: str, hardware: Sequence[str], table: QualityTable | None, batch: Sequence[int], seq: Sequence[int]) -> list[Verdict]:
+    """Verdicts of (b) where no axis has two of its families."""
+    from simulator.claims import GROUPS, NO_DATA, Verdict, group_of
+    from simulator.hardware import load_hardware
+
+    has = sorted({group_of(r.family) for r in table.rows} - {""}) if table else []
+    missing = tuple(name for name in GROUPS if name not in has)
+    text = f"no metric and protocol with two of the families; there is quality of: {', '.join(has) or 'none of them'}"
+    where = itertools.product([load_hardware(h).name for h in hardware], batch, seq)
+    return [Verdict("order", model, h, "prefill", b, s, NO_DATA, "", text, missing, calibrated=True) for h, b, s in where]
+
+
+def _cell(v: Verdict | None) -> str:
+    """A verdict; where the intervals leave it open, also what the predicted values say."""
+    if v is None:
+        return ""
+    lean = {"holds": " (+)", "does not hold": " (-)"}.get(v.predicted, "")
+    return v.verdict + (lean if v.verdict == "undecided" else "")
+
+
+def _print(found: Sequence[Verdict]) -> None:
+    """A table of verdicts for each claim, then the numbers of each."""
+    from simulator.claims import CLAIMS
+
+    for claim, text in CLAIMS.items():
+        chosen = [v for v in found if v.claim == claim]
+        if not chosen:
+            continue
+        sharing = list(dict.fromkeys((v.model, v.phase, v.batch, v.seq, v.axis) for v in chosen))
+        devices = list(dict.fromkeys(v.hardware for v in chosen))
+        at = {(v.model, v.phase, v.batch, v.seq, v.axis, v.hardware): v for v in chosen}
+        columns = [
+            render.Column("model", [s[0] for s in sharing], right=False),
+            render.Column("phase", [f"{s[1]}, batch {s[2]}, seq {s[3]}" for s in sharing], right=False),
+        ]
+        for h in devices:
+            verdicts = [_cell(at.get((*s, h))) for s in sharing]
+            columns.append(render.Column(h, verdicts, right=False, styles=[STYLES.get(v.partition(" (")[0], "") for v in verdicts]))
+        if any(s[4] for s in sharing):
+            columns.insert(2, render.Column("quality", [s[4].partition(" [")[0] or "-" for s in sharing], right=False))
+        render.show(columns, "\n".join(textwrap.wrap(f"({'a' if claim == 'bound' else 'b'}) {text}", render.width())))
+        print()
+        for v in chosen:
+            where = f"{v.model}, {v.hardware}, {v.phase}, batch {v.batch}, seq {v.seq}"
+            missing = f"; no data for {' and '.join(v.missing)}" if v.missing else ""
+            cited = f" [{v.axis}; {v.source}]" if v.axis else ""
+            line = f"{where}: {v.verdict}: {v.numbers}{missing}{cited}"
+            print(textwrap.fill(line, render.width(), subsequent_indent="    ", break_on_hyphens=False))
+        print()
+    if any(v.verdict == "undecided" for v in found):
+        print("undecided: the ends of the intervals disagree, or a family has no data; (+) the predictions alone speak for it, (-) against")
