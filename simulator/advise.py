@@ -274,7 +274,8 @@ class _Search:
             model=meta.model, hardware=hw.name, phase=meta.phase, batch=meta.batch, seq=meta.seq, dtype=self.setting.dtype,
             runtime=self.setting.runtime, family=family, target=self.target, reached=reached, sparsity=sparsity,
             realised_sparsity=workload.meta.applied[-1].realised, sure_sparsity=sure, dense_s=float(c.dense_s[0]),
-            pruned_s=float(c.pruned_s[0]), speedup=float(c.speedup[0]), speedup_lower=float(c.lower[0]), speedup_upper=float(c.upper[0]), limit=BOUNDS[int(c.limit[0])],
+            pruned_s=float(c.pruned_s[0]), speedup=float(c.speedup[0]), speedup_lower=float(c.lower[0]),
+            speedup_upper=float(c.upper[0]), limit=BOUNDS[int(c.limit[0])],
             calibrated=bool(c.calibrated[0]), quality_loss=loss[1], quality_at=loss[0], quality_source=loss[2], steps=steps,
         )  # fmt: skip
 
@@ -292,9 +293,12 @@ class _Search:
             if first not in self.grid or second not in self.grid:
                 continue
             both: list[tuple[float, Workload]] = []
-            for s in self.grid[first][::5]:
+            # a pair is worth its trouble where it prunes less of both than either alone
+            alone = [s for s in (self.least(first, hw, False), self.least(second, hw, False)) if s is not None]
+            for s in (s for s in self.grid[first][1::2] if s < min(alone, default=1.0)):
                 try:
-                    both.append((s, prune(self.pruned(first, s), second, 0.5 if second == "semi_structured" else s, ideal=self.ideal)))
+                    other = 0.5 if second == "semi_structured" else s
+                    both.append((s, prune(self.pruned(first, s), second, other, ideal=self.ideal)))
                 except InputError:
                     continue
             if both:

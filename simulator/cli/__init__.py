@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from simulator._version import __version__
-from simulator.cli import claims, explain, gemm, hardware, models, pareto, quality, speedup
+from simulator.cli import advise, claims, explain, gemm, hardware, models, pareto, quality, speedup, sweep
 from simulator.errors import InputError
 
 app = typer.Typer(
@@ -31,6 +31,8 @@ app.add_typer(models.app, name="models")
 app.command("gemm")(gemm.gemm)
 app.command("speedup")(speedup.speedup)
 app.command("explain")(explain.explain)
+app.command("advise")(advise.command)
+app.command("sweep")(sweep.command)
 app.command("pareto")(pareto.pareto)
 app.command("claims")(claims.claims)
 app.command("quality")(quality.quality)

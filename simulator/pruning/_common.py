@@ -238,6 +238,21 @@ def resized(w: Workload, n: Array, k: Array, **columns: Any) -> Workload:
     return w.replace(n=n, k=k, params=np.where(w.kind == Kind.GEMM, params, w.params), **columns)
 
 
+def split_at(w: Workload, layer: int) -> Workload:
+    """Rows that stand for layers on both sides of the start of one as two rows, the counts shared out; :func:`merge_runs` undoes it."""
+    across = (w.layer >= 0) & (w.layer < layer) & (w.layer + w.layers > layer)
+    if not across.any():
+        return w
+    index = np.repeat(np.arange(len(w)), np.where(across, 2, 1))
+    second = np.r_[False, index[1:] == index[:-1]]
+    out, two = w.take(index), across[index]
+    before = layer - out.layer
+    layers = np.where(two, np.where(second, out.layers - before, before), out.layers)
+    return out.replace(
+        layer=np.where(two & second, layer, out.layer), layers=layers, count=out.count * np.where(two, layers / np.maximum(out.layers, 1), 1.0)
+    )
+
+
 def merge_runs(w: Workload) -> Workload:
     """Neighbouring rows that are equal and stand for consecutive layers merged: undoes :meth:`Workload.expand` run by run."""
     if len(w) < 2:

@@ -18,6 +18,7 @@ from simulator.pruning._common import (
     one_of,
     overheads,
     removed,
+    split_at,
     sublayer_ends,
     sublayer_starts,
     whole,
@@ -48,10 +49,13 @@ def token(w: Workload, choice: Choice, *, ideal: bool, start: Any, mode: str) ->
         first = whole("start", start, low=0)
         if first >= layers:
             raise InputError(f"option start: expected a layer from 0 to {layers - 1}, got {start!r}")
-    wide = w if per_layer else w.expand()
+    wide = w if per_layer else split_at(w, first)
     table = np.zeros(layers)
-    inside = wide.layer >= 0
-    table[wide.layer[inside]] = choice.rows[inside] if per_layer else np.where(wide.layer[inside] >= first, choice.asked, 0.0)
+    if per_layer:
+        inside = wide.layer >= 0
+        table[wide.layer[inside]] = choice.rows[inside]
+    else:
+        table[first:] = choice.asked
     if (np.diff(table) < 0).any():
         at = int(np.flatnonzero(np.diff(table) < 0)[0]) + 1
         low = f"expected at least {table[at - 1]:g}, got {table[at]:g}"
@@ -60,7 +64,8 @@ def token(w: Workload, choice: Choice, *, ideal: bool, start: Any, mode: str) ->
     if not ideal:
         out = _with_selection(wide, out, table, kept, prompt, mode)
     share = kept / np.maximum(prompt, 1)
-    layer_share = [removed(1.0, float(share[wide.layer == i][0])) for i in (range(layers) if per_layer else (layers - 1,))]
+    covers = [(wide.layer <= i) & (wide.layer + wide.layers > i) for i in (range(layers) if per_layer else (layers - 1,))]
+    layer_share = [removed(1.0, float(share[rows][0])) for rows in covers]
     return merge_runs(out), float(np.mean(layer_share))
 
 
@@ -95,11 +100,12 @@ def _with_selection(w: Workload, out: Workload, table: Array, kept: Array, promp
     left = w.batch[rows] * kept[rows]
     moved, index = left * hidden * DTYPE_BYTES[w.dtype[rows]], left * SCORE_BYTES
     parts = []
+    once: dict[str, Array] = {"layers": np.ones(len(rows)), "count": w.count[rows] / np.maximum(w.layers[rows], 1)}  # in one layer only
     if mode == "dynamic":
         scores = w.batch[rows] * before * w.heads[rows] * SCORE_BYTES
-        select = overheads(w, rows, "select", m=w.batch[rows] * before, n=w.heads[rows], read_bytes=scores, write_bytes=index)
+        select = overheads(w, rows, "select", m=w.batch[rows] * before, n=w.heads[rows], read_bytes=scores, write_bytes=index, **once)
         parts.append((place, select))
-    parts.append((place, overheads(w, rows, "gather", m=left, n=hidden, read_bytes=moved + index, write_bytes=moved)))
+    parts.append((place, overheads(w, rows, "gather", m=left, n=hidden, read_bytes=moved + index, write_bytes=moved, **once)))
     return insert(out, parts)
 
 

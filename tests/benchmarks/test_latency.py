@@ -1,0 +1,73 @@
+"""Time to an answer: warm in one process, and cold from the command line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+import simulator
+from simulator.advise import advise
+from simulator.scenarios import scenarios
+
+Floor = Callable[..., None]
+DEVICES = ["a100_sxm_80gb", "h100_sxm", "rtx_4090"]
+
+
+def cold(arguments: Sequence[str], runs: int = 10) -> float:
+    """Median wall time of a fresh process, s."""
+    times = []
+    for _ in range(runs):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+        times.append(time.perf_counter() - began)
+    return float(np.median(times))
+
+
+def test_a_whole_model_speedup(benchmark: Any, floor: Floor) -> None:
+    """Prune and compare, prefill and decode of Llama-3.1-8B, one family; lowering is cached as in any search."""
+    hw, model = simulator.load_hardware("h100_sxm"), simulator.load_model("llama-3.1-8b")
+    dense = [simulator.lower(model, phase=phase, batch=1, seq=2048) for phase in ("prefill", "decode")]
+
+    def both() -> list[float]:
+        return [simulator.speedup(d, simulator.prune(d, "width", 0.25), hw).speedup for d in dense]
+
+    assert min(benchmark(both)) > 1.0
+    floor("milliseconds a phase", 1e3 * benchmark.stats["median"] / 2, 1.0, False)
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_the_speedup_table(benchmark: Any, phase: str, floor: Floor) -> None:
+    """Three GPUs, eleven families, three sparsities, one phase: what ``prunesim speedup`` prints by default."""
+    table = benchmark(lambda: scenarios(["llama-3.1-8b"], DEVICES, ["all"], (0.1, 0.25, 0.5), (phase,), (1,), (2048,)))
+    assert len(table) == 3 * 31
+    floor(f"milliseconds, {phase}", 1e3 * benchmark.stats["median"], 50.0, False)
+
+
+def test_advice(benchmark: Any, floor: Floor) -> None:
+    found = benchmark.pedantic(lambda: advise("llama-3.1-8b", ["h100_sxm"], 1.5, ["prefill"]), rounds=3, warmup_rounds=1)
+    assert found.advice
+    floor("seconds for advice on one device and request", benchmark.stats["min"], 2.0, False)
+
+
+def test_import(floor: Floor) -> None:
+    floor("seconds to import simulator, cold", cold(["-c", "import simulator"]), 0.25, False)
+
+
+def test_gemm_command(floor: Floor) -> None:
+    command = ["-m", "simulator.cli", "gemm", "4096", "4096", "4096", "--hardware", "h100"]
+    floor("seconds for prunesim gemm, cold", cold(command), 0.5, False)
+
+
+def test_help_command(floor: Floor) -> None:
+    floor("seconds for prunesim --help, cold", cold(["-m", "simulator.cli", "--help"]), 0.5, False)
+
+
+def test_speedup_command(floor: Floor) -> None:
+    command = ["-m", "simulator.cli", "speedup", "llama-3.1-8b", "--hardware", ",".join(DEVICES), "--phase", "prefill"]
+    floor("seconds for prunesim speedup, cold", cold(command), 1.0, False)
