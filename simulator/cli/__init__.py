@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from simulator._version import __version__
-from simulator.cli import advise, claims, explain, gemm, hardware, models, pareto, quality, speedup, sweep
+from simulator.cli import advise, claims, explain, figures, gemm, hardware, models, pareto, quality, speedup, sweep
 from simulator.errors import InputError
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ app.command("speedup")(speedup.speedup)
 app.command("explain")(explain.explain)
 app.command("advise")(advise.command)
 app.command("sweep")(sweep.command)
+app.command("figures")(figures.figures)
 app.command("pareto")(pareto.pareto)
 app.command("claims")(claims.claims)
 app.command("quality")(quality.quality)
