@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.exact import with_exact
+from calibration.fit_kernels import fit_extra, weight_copies
 from calibration.records import OPERATORS, PURPOSES, Flag, Records
 from simulator.errors import InputError
 from simulator.hardware import Fitted, HardwareProfile, Provenance, Section
@@ -79,9 +81,16 @@ class _Options:
 
 
 def fit_profile(
-    base: HardwareProfile, records: Records, *, dtype: str | None = None, prior: HardwareProfile | None = None, anchor: bool = False,
-    date: str = "", seed: int = 0, progress: Progress | None = None,
-) -> ProfileFit:  # fmt: skip
+    base: HardwareProfile,
+    records: Records,
+    *,
+    dtype: str | None = None,
+    prior: HardwareProfile | None = None,
+    anchor: bool = False,
+    date: str = "",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> ProfileFit:
     """Fit everything that records allow.
 
     Parameters
@@ -122,15 +131,22 @@ def fit_profile(
     sections = dict(base.sections)
     parts: list[FittedPart] = []
     for done, task in enumerate(tasks):
-        part = task.run(task, replace(base, sections=MappingProxyType(sections)))
-        sections[task.operator, task.dtype] = part.section
-        parts.append(part)
+        try:
+            part = task.run(task, replace(base, sections=MappingProxyType(sections)))
+        except InputError:
+            raise
+        except ValueError as error:  # too few usable rows: the other operators may still have enough
+            notes.append(f"{task.operator} {task.dtype}: {error}")
+        else:
+            sections[task.operator, task.dtype] = part.section
+            parts.append(part)
         if progress is not None:
             progress(done + 1, len(tasks))
-    _keep_exact(records, sections, notes)
+    if not parts:
+        raise InputError(f"nothing could be fitted: {'; '.join(notes)}")
     final = {(p.operator, p.dtype): p for p in parts}
-    profile = replace(base, sections=MappingProxyType(sections), path=None)
-    return ProfileFit(profile, tuple(replace(p, section=sections[key]) for key, p in final.items()), tuple(notes))
+    profile = with_exact(replace(base, sections=MappingProxyType(sections), path=None), records)
+    return ProfileFit(profile, tuple(replace(p, section=profile.sections[key]) for key, p in final.items()), tuple(notes))
 
 
 def _formats(records: Records) -> NDArray[np.str_]:
@@ -178,12 +194,13 @@ def _tasks(base: HardwareProfile, records: Records, options: _Options, notes: li
         add("gemm", str(label), rows, fewest, lambda t, hw: _fit_gemm(t, hw, options), f"gemm {label}")
     for dtype in np.unique(formats[gemm & (records.dtype != records.weight_dtype)]):
         rows = records.select(gemm & (records.dtype != records.weight_dtype) & (formats == dtype))
-        names = ("quant_step", "quant_load")
-        add("gemm", str(dtype), rows, FEWEST_EXTRA, _extra(names, options), f"gemm with narrower weights, {dtype}")
+        names = ["quant_step", "quant_load", "quant_time"]
+        add("gemm", str(dtype), rows, FEWEST_EXTRA, _extra(names), f"gemm with narrower weights, {dtype}")
     sparse = records.is_operator("gemm_2to4")
     for dtype in np.unique(formats[sparse]):
-        rows, names = records.select(sparse & (formats == dtype)), ("sparse_step", "sparse_load", "sparse_time")
-        add("gemm", str(dtype), rows, FEWEST_EXTRA, _extra(names, options), f"2:4 gemm {dtype}")
+        rows = records.select(sparse & (formats == dtype))
+        names = ["sparse_step", "sparse_load", "sparse_time"]
+        add("gemm", str(dtype), rows, FEWEST_EXTRA, _extra(names), f"2:4 gemm {dtype}")
     for operator in ("attention_prefill", "attention_decode"):
         # a window has no fit of its own, a narrower cache neither: the model widens its interval for them
         mine = records.is_operator(operator) & (records.window == 0) & (records.dtype == records.weight_dtype)
@@ -215,14 +232,13 @@ def provenance_of(records: Records, date: str = "") -> Provenance:
     software = joined(f"{s.software}{f' ({s.kernel})' if s.kernel else ''}" for s in used)
     return Provenance(
         source=joined(f"{s.origin}{f' [{s.licence}]' if s.licence else ''}" if s.origin else f"measured here, run {s.run}" for s in used),
-        digest=records.digest(), date=date or max((s.date for s in used), default="") or "unknown", software=software,
-        device=joined(s.device for s in used), protocol=joined(s.method for s in used), rows=len(records),
-    )  # fmt: skip
-
-
-def weight_copies(records: Records) -> F:
-    """Weights used in turn, as the GEMM model counts them: infinitely many where the benchmark kept them cold."""
-    return np.where(records.copies > 0, records.copies, np.where(records.cold, np.inf, 1.0)).astype(np.float64)
+        digest=records.tidy().digest(),
+        date=date or max((s.date for s in used), default="") or "unknown",
+        software=software,
+        device=joined(s.device for s in used),
+        protocol=joined(s.method for s in used),
+        rows=len(records),
+    )
 
 
 def fractions(accuracy: Mapping[str, float]) -> dict[str, float]:
@@ -257,74 +273,19 @@ def _fit_gemm(task: _Task, hw: HardwareProfile, options: _Options) -> FittedPart
     else:
         fit = fit_gemm(r.m, r.n, r.k, r.seconds, hw, prior=prior, seed=options.seed, **known)
     names = list(fit.constants.std_errors)
-    pairs = {
-        (a, b): float(fit.constants.correlation[i, j]) for i, a in enumerate(names) for j, b in enumerate(names) if i < j
-    }  # fmt: skip
+    pairs = {(a, b): float(fit.constants.correlation[i, j]) for i, a in enumerate(names) for j, b in enumerate(names) if i < j}
     section = replace(fit.section, accuracy=MappingProxyType(fractions(fit.section.accuracy)))
     return FittedPart("gemm", task.dtype, len(r), section, fit.constants.fixed, pairs)
 
 
-def _extra(names: Sequence[str], options: _Options) -> Callable[[_Task, HardwareProfile], FittedPart]:
+def _extra(names: Sequence[str]) -> Callable[[_Task, HardwareProfile], FittedPart]:
     """The fit of constants of other kernels (2:4, narrower weights) that multiply those of the dense one."""
-    return lambda task, hw: fit_extra(task.rows, hw, task.dtype, names)
 
+    def run(task: _Task, hw: HardwareProfile) -> FittedPart:
+        section, fixed = fit_extra(task.rows, hw, task.dtype, names)
+        return FittedPart("gemm", task.dtype, len(task.rows), section, fixed)
 
-def fit_extra(records: Records, hw: HardwareProfile, dtype: str, names: Sequence[str]) -> FittedPart:
-    """Constants of a kernel that differs from the dense one, the dense section as it is.
-
-    Parameters
-    ----------
-    records : Records
-        Rows of that kernel, all of one arithmetic format.
-    hw : HardwareProfile
-    dtype : str
-    names : sequence of str
-        Constants to fit.
-
-    Returns
-    -------
-    FittedPart
-        The section of ``dtype`` with those constants, their standard errors, and "mape_..." of these rows in its accuracy.
-    """
-    from scipy.optimize import least_squares
-
-    from simulator.gemm import CONSTANTS, SPARSE24, gemm_time, with_section
-
-    section = hw.section("gemm", dtype)
-    low, high = (np.log([max(getattr(CONSTANTS[n], side), 1e-9) for n in names]) for side in ("low", "high"))
-    start = np.clip(np.log([max(section[n], 1e-9) for n in names]), low + 1e-3, high - 1e-3)
-    kernel = SPARSE24 if records.is_operator("gemm_2to4").all() else 0
-    formats = [(code, records.select(records.weight_dtype == code)) for code in np.unique(records.weight_dtype)]
-
-    def with_values(x: F) -> Section:
-        new = {name: Fitted(float(np.exp(v)), None, "fitted") for name, v in zip(names, x, strict=True)}
-        return replace(section, constants=MappingProxyType({**section.constants, **new}))
-
-    def log_ratio(x: F) -> F:
-        trial = with_section(hw, dtype, with_values(x))
-        out = []
-        for code, rows in formats:
-            weight = DTYPES[int(code)]
-            t = gemm_time(rows.m, rows.n, rows.k, trial, dtype=dtype, weight_dtype=weight, kernel=kernel, copies=weight_copies(rows))
-            out.append(np.log(t.seconds / rows.seconds))
-        return np.concatenate(out)
-
-    found = least_squares(log_ratio, start, bounds=(low, high), loss="soft_l1", f_scale=0.05, diff_step=1e-3, max_nfev=40)
-    spread = float(np.sqrt(np.mean(np.minimum(log_ratio(found.x) ** 2, 0.15**2))))
-    errors = np.sqrt(np.diag(np.linalg.pinv(found.jac.T @ found.jac))) * spread
-    new = dict(with_values(found.x).constants)
-    fixed = {}
-    for name, x, error, lo, hi in zip(names, found.x, errors, low, high, strict=True):
-        if min(x - lo, hi - x) < 1e-2 or error > 0.5:
-            fixed[name] = "on its bound" if error <= 0.5 else "not identified by these rows"
-            new[name] = Fitted(section[name], None, "fixed")
-        else:
-            new[name] = Fitted(new[name].value, float(error * new[name].value), "fitted")
-    error = np.abs(np.expm1(log_ratio(found.x)))
-    what = "2to4" if kernel else "narrow_weights"
-    accuracy = {**section.accuracy, f"mape_{what}": float(error.mean()), f"median_{what}": float(np.median(error))}
-    filled = replace(section, constants=MappingProxyType(new), accuracy=MappingProxyType(accuracy))
-    return FittedPart("gemm", dtype, len(records), filled, fixed)
+    return run
 
 
 def _fit_attention(task: _Task, hw: HardwareProfile, options: _Options) -> FittedPart:
@@ -345,7 +306,9 @@ def _fit_elementwise(task: _Task, hw: HardwareProfile, options: _Options) -> Fit
 
     r = task.rows
     code = np.where(r.role >= 0, class_code(np.maximum(r.role, 0)), CLASSES.index("copy"))
-    fit = fit_elementwise(r.read_bytes + r.write_bytes, code, r.seconds, hw.l2_bytes, hw.bandwidth_bytes_per_s, hw.architecture, seed=options.seed)
+    fit = fit_elementwise(
+        r.read_bytes + r.write_bytes, code, r.seconds, hw.l2_bytes, hw.bandwidth_bytes_per_s, hw.architecture, seed=options.seed
+    )
     return FittedPart("elementwise", task.dtype, fit.rows, fit.section(provenance_of(r, options.date)), fit.fixed)
 
 
@@ -362,21 +325,3 @@ def _fit_runtime(task: _Task, hw: HardwareProfile, options: _Options) -> FittedP
         constants["host_op_s"] = Fitted(value, float(np.std(chosen)) if len(chosen) > 1 else None, "fitted")
     section = Section(MappingProxyType(constants), provenance=provenance_of(r, options.date), status="calibrated")
     return FittedPart("runtime", "*", len(r), section)
-
-
-def _keep_exact(records: Records, sections: dict[tuple[str, str], Section], notes: list[str]) -> None:
-    """Exact shapes stay with the GEMM section of their format as arrays, so that they can be used where they match."""
-    exact = (records.purpose == PURPOSES.index("exact")) & records.is_operator("gemm") & (records.dtype == records.weight_dtype)
-    exact &= np.isfinite(records.seconds) & (records.seconds > 0) & records.cold
-    labels = records.labels().astype(str) if len(records) else np.zeros(0, dtype=np.str_)
-    for label in np.unique(labels[exact]):
-        key = ("gemm", str(label))
-        if key not in sections:
-            notes.append(f"{int((exact & (labels == label)).sum())} exact shapes of {label} have no GEMM section to stay with")
-            continue
-        rows = records.select(exact & (labels == label))
-        kept = {
-            "exact_shapes": np.stack([rows.m, rows.n, rows.k], axis=1).astype(np.int64), "exact_seconds": rows.seconds.astype(np.float64),
-            "exact_spread": np.where(np.isfinite(rows.spread), rows.spread, 0.05),
-        }  # fmt: skip
-        sections[key] = replace(sections[key], arrays=MappingProxyType({**sections[key].arrays, **kept}))

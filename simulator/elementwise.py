@@ -32,7 +32,8 @@ ROLE_CLASS: Mapping[str, str] = MappingProxyType(
         # in the order of workload.ROLES (a test holds the two together); what is no elementwise operator counts as a copy
         "q": "copy", "k": "copy", "v": "copy", "qkv": "copy", "o": "copy", "gate": "copy", "up": "copy", "gate_up": "copy", "down": "copy",
         "lm_head": "copy", "router": "copy", "residual_projection": "copy", "attention": "copy",
-        "embedding": "embedding", "attention_norm": "norm", "mlp_norm": "norm", "qk_norm": "norm", "post_norm": "norm", "final_norm": "final_norm",
+        "embedding": "embedding", "attention_norm": "norm", "mlp_norm": "norm", "qk_norm": "norm", "post_norm": "norm",
+        "final_norm": "final_norm",
         "rotary": "rotary", "activation": "activation", "residual": "activation", "cache_write": "copy",
         "softcap": "activation", "sampling": "select", "gather": "embedding", "scatter": "embedding", "mask": "select", "select": "select",
         "sort": "select", "quantize": "activation",

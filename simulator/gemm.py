@@ -1,12 +1,12 @@
 """GEMM cost: arrays of shapes and a profile in, times with intervals out.
 
-Use :func:`gemm_time` for times, :func:`gemm_ladder` for the same time built up effect by effect. The analytic form is in :mod:`simulator.gemm_core`; a
+Use :func:`gemm_time` for times, :func:`gemm_ladder` for the same time built up effect by effect. The analytic form is in
+:mod:`simulator.gemm_core`; a
 fitted profile multiplies it by a smooth residual (:mod:`simulator.lattice`), and no time beats the datasheet at the device's highest clock.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -16,25 +16,42 @@ from numpy.typing import NDArray
 
 from simulator.errors import InputError
 from simulator.gemm_constants import CONSTANTS
-from simulator.gemm_core import PERSISTENT_ARCHITECTURES, Core, CoreTime, Machine, core_time, machine_core
-from simulator.intervals import Bands, bands_of
-from simulator.lattice import Residual, residual_of
-from simulator.memo import PerObject
+from simulator.gemm_core import CoreTime, core_time
+from simulator.gemm_plan import (
+    BLOCK_SPARSE,
+    DENSE,
+    ELEMENT_BYTES,
+    PRECISION,
+    SPARSE24,
+    UNSTRUCTURED,
+    Plan,
+    aligned,
+    alignment_halvings,
+    gemm_plan,
+)
 from simulator.optime import BOUNDS, OpTime
 
 if TYPE_CHECKING:
     from simulator.hardware import HardwareProfile
 
-__all__ = ["BOUNDS", "CONSTANTS", "GemmTime", "gemm_ladder", "gemm_time"]
+__all__ = [
+    "BOUNDS",
+    "CONSTANTS",
+    "ELEMENT_BYTES",
+    "PRECISION",
+    "GemmTime",
+    "Plan",
+    "alignment_halvings",
+    "gemm_ladder",
+    "gemm_plan",
+    "gemm_time",
+    "with_section",
+]
 
 F = NDArray[np.floating[Any]]
 
-ELEMENT_BYTES: Mapping[str, float] = {"fp32": 4.0, "tf32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5}
-DENSE, SPARSE24, UNSTRUCTURED, BLOCK_SPARSE = range(4)
-CHUNK = 2048
-"""Shapes timed at once: an array of six tiles of them is 48 kB, which stays in the cache and off the system's page allocator."""
-PRECISION = np.float32
-"""Arithmetic of predictions; the fit's is float64. Results are float64 either way, 1e-6 apart at most."""
+CHUNK = 4096
+"""Shapes timed at once: few enough for the second-level cache, many enough to hide the cost of calls."""
 
 _COMPUTE, _MEMORY, _L2, _LATENCY, _LAUNCH = (BOUNDS.index(name) for name in ("compute", "memory", "l2", "latency", "launch"))
 
@@ -72,93 +89,6 @@ class GemmTime(OpTime):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a profile says about GEMMs of one dtype, weight format and kernel, as numbers."""
-
-    core: Core
-    residual: Residual | None
-    bands: Bands
-    flop_rate: float  # datasheet, of the kernel's path
-    pad_m: float
-    align_step: float
-    align_load: float
-    load_scale: float
-    widen: float  # extra log half-width of what no fit has seen
-
-
-_PLANS: PerObject[Plan] = PerObject()
-
-
-def gemm_plan(hw: HardwareProfile, dtype: str, weight_dtype: str | None, kernel: int) -> Plan:
-    """The plan of a profile, made on first use and kept with it.
-
-    Raises
-    ------
-    InputError
-        For a dtype the device lacks or a weight format that is none.
-    """
-    return _PLANS.get(hw, (dtype, weight_dtype, kernel), lambda: _plan(hw, dtype, weight_dtype, kernel))
-
-
-def _plan(hw: HardwareProfile, dtype: str, weight_dtype: str | None, kernel: int) -> Plan:
-    rate = hw.rate(dtype)
-    weight = weight_dtype or dtype
-    if weight not in ELEMENT_BYTES:
-        raise InputError(f"weight dtype {weight!r} is unknown; expected one of {', '.join(ELEMENT_BYTES)}")
-    section = hw.section("gemm", dtype)
-    c = {name: float(section[name]) for name in CONSTANTS}
-    if section.status == "default" and ELEMENT_BYTES[dtype] == 1.0:
-        c["e_tc"], c["t0"] = c["e_tc_8bit"], c["t0_8bit"]
-    element, weight_bytes, peak = ELEMENT_BYTES[dtype], ELEMENT_BYTES[weight], rate.flop_per_s
-    load_scale, pad_m, widen = 1.0, 1.0, 0.0
-    if kernel == SPARSE24 and rate.sparse_factor > 1.0:
-        peak *= rate.sparse_factor
-        c["e_tc"] *= c["sparse_step"]
-        c["t0"] += c["sparse_time"]
-        load_scale /= c["sparse_load"]
-        weight_bytes = 0.5 * weight_bytes + 0.125  # half the values, two bits of index for each
-        pad_m, widen = 8.0, math.log(1.15)
-    elif kernel == BLOCK_SPARSE:
-        c["e_tc"] *= c["block_step"]
-        widen = math.log(1.15)
-    if ELEMENT_BYTES[weight] < element:
-        c["e_tc"] *= c["quant_step"]
-        load_scale /= c["quant_load"]
-        widen += math.log(1.1)
-    machine = Machine(
-        peak, float(hw.bandwidth_bytes_per_s), float(hw.l2_bytes), int(hw.sm_count), max(1.0, float(hw.clock_headroom)), element, weight_bytes,
-        hw.architecture in PERSISTENT_ARCHITECTURES,
-    )  # fmt: skip
-    core = machine_core(machine, c, PRECISION)
-    return Plan(core, residual_of(section.arrays, PRECISION), bands_of(section), peak, pad_m, c["align_step"], c["align_load"], load_scale, widen)
-
-
-def alignment_halvings(n: F, k: F, element_bytes: float) -> F:
-    """Times the alignment of a row of n or k elements falls short of 16 bytes by a factor of two; 0 when it does not.
-
-    >>> alignment_halvings(np.array([8816.0, 8810.0, 8809.0]), np.array([4096.0, 4096.0, 4096.0]), 2.0)
-    array([0., 2., 3.])
-    """
-    full = int(16 / element_bytes)
-    low = n.astype(np.int32) | k.astype(np.int32)
-    out = np.zeros(n.shape, dtype=n.dtype)
-    size = full
-    while size > 1:
-        out += (low & (size - 1)) != 0
-        size >>= 1
-    return out
-
-
-def _aligned(n: F, k: F, plan: Plan) -> tuple[F | float, F | float]:
-    """Factors of the main-loop step and of the weights' load for the alignment of n and k; plain numbers when all are aligned."""
-    full = int(16 / plan.core.machine.element_bytes)
-    if not np.bitwise_or.reduce(n.astype(np.int32) | k.astype(np.int32)) & (full - 1):
-        return 1.0, plan.load_scale
-    halvings = alignment_halvings(n, k, plan.core.machine.element_bytes)
-    return 1.0 + plan.align_step * halvings, plan.load_scale * (1.0 + plan.align_load * halvings)
-
-
-@dataclass(frozen=True)
 class _Timed:
     """A chunk's results, microseconds."""
 
@@ -184,7 +114,7 @@ def _timed(m: F, n: F, k: F, plan: Plan, copies: F | float | None, level: float)
     moved += acts
     roofline = np.maximum(flop, moved)
     rows = np.ceil(m * (1.0 / plan.pad_m)) * plan.pad_m if plan.pad_m > 1.0 else m
-    step_scale, load_scale = _aligned(n, k, plan)
+    step_scale, load_scale = aligned(n, k, plan)
     parts = core_time(rows, n, k, core, copies, step_scale, load_scale)
     residual: F | float = 1.0
     us = parts.total_us
@@ -200,15 +130,15 @@ def _timed(m: F, n: F, k: F, plan: Plan, copies: F | float | None, level: float)
     low *= us
     np.maximum(low, floor, out=low)
     high *= us
-    return _Timed(us, low, high, roofline, _bound(parts, core, k), parts, residual)
+    return _Timed(us, low, high, roofline, _bound(parts, plan, k), parts, residual)
 
 
-def _bound(parts: CoreTime, core: Core, k: F) -> NDArray[np.int8]:
+def _bound(parts: CoreTime, plan: Plan, k: F) -> NDArray[np.int8]:
     """What holds each shape: the largest part; a main loop may wait for its step's latency or for L2's feed rather than compute."""
+    core = plan.core
     memory3 = parts.memory_us * parts.memory_us
     memory3 *= parts.memory_us
-    kinds = core_kinds(core)
-    bound = kinds.take(parts.tile)
+    bound = plan.kinds.take(parts.tile)
     if core.has_feed:
         feed = core.feed_us[:, 0].take(parts.tile)
         feed *= parts.tiles
@@ -222,13 +152,8 @@ def _bound(parts: CoreTime, core: Core, k: F) -> NDArray[np.int8]:
     return bound
 
 
-def core_kinds(core: Core) -> NDArray[np.int8]:
-    """Per tile of the menu: whether its main-loop step is compute or latency."""
-    return np.where(core.step_us > 1.5 * core.flop_us, _LATENCY, _COMPUTE).astype(np.int8).reshape(-1)
-
-
 def _columns(*values: Any) -> list[F]:
-    arrays = [np.asarray(v, dtype=np.float64) for v in values]
+    arrays: list[F] = [np.asarray(v, dtype=np.float64) for v in values]
     if len({a.shape for a in arrays}) > 1:
         arrays = [np.ascontiguousarray(a) for a in np.broadcast_arrays(*arrays)]
     return arrays
@@ -310,7 +235,15 @@ def gemm_time(
         out = _empty(len(m), detail)
         for code in np.unique(kinds):
             rows = np.flatnonzero(kinds == code)
-            part = _run(m[rows], n[rows], k[rows], gemm_plan(hw, dtype, weight_dtype, _family(int(code))), used[rows] if np.ndim(used) else used, level, detail)
+            part = _run(
+                m[rows],
+                n[rows],
+                k[rows],
+                gemm_plan(hw, dtype, weight_dtype, _family(int(code))),
+                used[rows] if np.ndim(used) else used,
+                level,
+                detail,
+            )
             for name, values in part.items():
                 out[name][rows] = values
     return GemmTime(**{name: values.reshape(shape) for name, values in out.items()})
@@ -356,7 +289,8 @@ def _fields(m: F, n: F, k: F, plan: Plan, copies: Any, level: float, detail: boo
     out["bound"] = t.bound
     if detail:
         out |= {
-            "tile_m": core.tile_m[:, 0].take(parts.tile).astype(np.float64), "tile_n": core.tile_n[:, 0].take(parts.tile).astype(np.float64),
+            "tile_m": core.tile_m[:, 0].take(parts.tile).astype(np.float64), "tile_n": core.tile_n[:,
+            0].take(parts.tile).astype(np.float64),
             "split_k": parts.split.astype(np.float64), "waves": parts.tiles.astype(np.float64) * parts.split / core.machine.sm_count,
             "residual": np.ones(len(m)) * t.residual,
         }  # fmt: skip
@@ -385,7 +319,8 @@ def gemm_ladder(
     Returns
     -------
     mapping of str to float64 array
-        "roofline": max(FLOP / peak, bytes / bandwidth); "tile": with the chosen tile's padding; "wave": and idle SMs of the last wave; "alignment":
+        "roofline": max(FLOP / peak, bytes / bandwidth); "tile": with the chosen tile's padding; "wave": and idle SMs of the last wave;
+        "alignment":
         and n or k off 16 bytes; "kernel": all but the fixed time; "launch": equals ``gemm_time(...).seconds``.
 
     Examples
@@ -394,7 +329,20 @@ def gemm_ladder(
     >>> list(gemm_ladder(64, 4096, 4096, load_hardware("a100")))
     ['roofline', 'tile', 'wave', 'alignment', 'kernel', 'launch']
     """
-    t = gemm_time(m, n, k, hw, dtype=dtype, weight_dtype=weight_dtype, kernel=kernel, density=density, cold=cold, copies=copies, level=level, detail=True)
+    t = gemm_time(
+        m,
+        n,
+        k,
+        hw,
+        dtype=dtype,
+        weight_dtype=weight_dtype,
+        kernel=kernel,
+        density=density,
+        cold=cold,
+        copies=copies,
+        level=level,
+        detail=True,
+    )
     m, n, k = _columns(m, n, k)
     m, n, k, codes = np.broadcast_arrays(m, n, k, np.asarray(kernel))
     plans = {int(c): gemm_plan(hw, dtype, weight_dtype, _family(int(c))) for c in np.unique(codes)}

@@ -1,7 +1,8 @@
 """The analytic core of the GEMM model: tiles, waves, split-K, memory and fixed time, on arrays; no profile, no residual.
 
 Use :func:`machine_core` to turn datasheet facts and named constants into a :class:`Core`, :func:`core_time` to time shapes on it.
-Times inside are microseconds, so that their cubes stay near one. The form is DESIGN section 10; its tile shapes are those of cuBLAS kernels.
+Times inside are microseconds, so that their cubes stay near one. The form is DESIGN section 10; its tile shapes are those of cuBLAS
+kernels.
 Arithmetic is in the precision of the shapes given: float64 to fit, float32 to predict many.
 """
 
@@ -20,10 +21,12 @@ F = NDArray[np.floating[Any]]
 LINE_BYTES = 128.0
 """Bytes of K a main-loop step covers per row of an operand: 64 elements of 16 bits."""
 
-MENUS: Mapping[str, tuple[tuple[int, int], ...]] = MappingProxyType({
-    "stationary": ((32, 64), (64, 64), (64, 128), (64, 256), (128, 64), (128, 256)),
-    "persistent": ((16, 64), (64, 64), (64, 128), (64, 192), (64, 256), (128, 256)),
-})
+MENUS: Mapping[str, tuple[tuple[int, int], ...]] = MappingProxyType(
+    {
+        "stationary": ((32, 64), (64, 64), (64, 128), (64, 256), (128, 64), (128, 256)),
+        "persistent": ((16, 64), (64, 64), (64, 128), (64, 192), (64, 256), (128, 256)),
+    }
+)
 """Tiles (rows of m x columns of n): kernels that launch a block a tile, and kernels whose blocks stay and take tile after tile (Hopper)."""
 
 PERSISTENT_ARCHITECTURES = frozenset({"hopper"})
@@ -166,21 +169,23 @@ def machine_core(machine: Machine, constants: Mapping[str, float], dtype: Any = 
 
 def residency(footprint_bytes: F, core: Core) -> F:
     """Share of a footprint that stays in L2: 1 / (1 + (footprint / (c_l2 L2))^Q)."""
-    x = footprint_bytes * (1.0 / core.resident_bytes)
+    x = np.minimum(footprint_bytes * (1.0 / core.resident_bytes), 100.0)  # beyond, nothing stays; single precision would overflow
     power = core.residency_power
-    if power == 4.0:
-        x *= x
-        x *= x
+    doublings = {2.0: 1, 4.0: 2, 8.0: 3, 16.0: 4}.get(power)
+    if doublings:  # much faster than a general power
+        for _ in range(doublings):
+            x *= x
     else:
         x **= power
     x += 1.0
-    return np.reciprocal(x, out=x)
+    return np.asarray(np.reciprocal(x, out=x))
 
 
 def memory_time(m: F, n: F, k: F, core: Core, copies: F | float | None, load_scale: F | float) -> tuple[F, F]:
     """Microseconds of moving the operands and the result, and the bytes of them that DRAM moves.
 
-    ``copies`` weights are used in turn: the footprint that competes for L2; None for cold weights. The activations, ``m (n + k)``, are warm as far
+    ``copies`` weights are used in turn: the footprint that competes for L2; None for cold weights. The activations, ``m (n + k)``, are
+    warm as far
     as they fit. ``load_scale`` stretches the weights' time.
     """
     machine = core.machine
@@ -206,7 +211,9 @@ def memory_time(m: F, n: F, k: F, core: Core, copies: F | float | None, load_sca
     return time, miss + dram
 
 
-def core_time(m: F, n: F, k: F, core: Core, copies: F | float | None = None, step_scale: F | float = 1.0, load_scale: F | float = 1.0) -> CoreTime:
+def core_time(
+    m: F, n: F, k: F, core: Core, copies: F | float | None = None, step_scale: F | float = 1.0, load_scale: F | float = 1.0
+) -> CoreTime:
     """Time of GEMMs y[m, n] = x[m, k] w[k, n] by the analytic form.
 
     Parameters

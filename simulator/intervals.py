@@ -25,7 +25,8 @@ PAIR_EDGES: tuple[float, ...] = (0.26, 0.51, 1.01, 2.01)
 PAIR_REGIMES: tuple[str, ...] = ("pair 1/4 octave", "pair 1/2 octave", "pair 1 octave", "pair 2 octaves", "pair far")
 
 DEFAULT_SPREAD = 1.35
-"""Factor of the 90 % interval either way without a calibration: 5.5-14.6 % between stacks of one GPU, and constants borrowed from another."""
+"""Factor of the 90 % interval either way without a calibration: 5.5-14.6 % between stacks of one GPU, and constants borrowed from
+another."""
 
 
 @dataclass(frozen=True)

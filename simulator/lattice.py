@@ -1,6 +1,8 @@
-"""The fitted residual of the GEMM model: a sum of multilinear lattices, each over a few coordinates of a shape, as a log factor of the analytic time.
+"""The fitted residual of the GEMM model: a sum of multilinear lattices, each over a few coordinates of a shape, as a log factor of the
+analytic time.
 
-The first lattice, over log2 of (m, n, k), is smooth and carries over between software stacks. The others are in coordinates of the kernel (waves, tiles, core
+The first lattice, over log2 of (m, n, k), is smooth and carries over between software stacks. The others are in coordinates of the
+kernel (waves, tiles, core
 time, alignment of m): they hold what one stack's kernel choice does and are kept for that stack only (:func:`smooth_arrays`).
 Use :func:`residual_of` to read a profile's arrays, ``Residual.at`` to evaluate; a fit builds its design from :func:`coordinates`.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -20,13 +23,34 @@ from simulator.gemm_core import Core, CoreTime
 F = NDArray[np.floating[Any]]
 
 AXES: tuple[str, ...] = (
-    "m", "n", "k", "nk", "mk", "mn", "aspect", "time", "tiles", "blocks", "tile", "m_step", "m_exact", "tiles64", "idle256", "last128", "idle",
-)  # fmt: skip
-"""Coordinates of a shape; the position is the code in a profile's ``terms`` array. log2 of m, n, k and their products; aspect: log2 n/k; time: log2 of the analytic
-microseconds; tiles, blocks: log2 of output tiles, and of those times split-K, over SMs; tile: entry of the menu; m_step: 0 odd, 1 even, 2 a multiple of 8, 3 of 64; m_exact: place of m
-among the measured ones; tiles64: log2 of 64 x 64 tiles over SMs; idle256: idle share of the last wave of 128 x 256 tiles; last128: waves of 128 x 128 tiles beyond whole ones, plus 1; idle:
+    "m",
+    "n",
+    "k",
+    "nk",
+    "mk",
+    "mn",
+    "aspect",
+    "time",
+    "tiles",
+    "blocks",
+    "tile",
+    "m_step",
+    "m_exact",
+    "tiles64",
+    "idle256",
+    "last128",
+    "idle",
+)
+"""Coordinates of a shape; the position is the code in a profile's ``terms`` array. log2 of m, n, k and their products; aspect: log2
+n/k; time: log2 of the analytic
+microseconds; tiles, blocks: log2 of output tiles, and of those times split-K, over SMs; tile: entry of the menu; m_step: 0 odd, 1
+even, 2 a multiple of 8, 3 of 64; m_exact: place of m
+among the measured ones; tiles64: log2 of 64 x 64 tiles over SMs; idle256: idle share of the last wave of 128 x 256 tiles; last128:
+waves of 128 x 128 tiles beyond whole ones, plus 1; idle:
 idle share of the last wave of the chosen tile."""
 
+EDGE = 1.0001
+"""How far before the last node a coordinate stops, so that it belongs to the last cell."""
 M_TABLE = 32769
 """Sizes m with a tabled place among the measured ones; larger ones take the last."""
 
@@ -40,6 +64,16 @@ class Term:
     inverse: tuple[float, ...]
     shape: tuple[int, ...]
     values: F
+
+    @cached_property
+    def corners(self) -> F:
+        """Values of the corners of the cell that begins at each node, (2^axes, nodes), the first axis's far side in the second half."""
+        strides = [int(np.prod(self.shape[i + 1 :])) for i in range(len(self.shape))]
+        offsets = [0]
+        for stride in reversed(strides):
+            offsets += [stride + o for o in offsets]
+        padded = np.concatenate([np.ravel(self.values), np.zeros(max(offsets), dtype=self.values.dtype)])
+        return np.stack([padded[o : o + self.values.size] for o in offsets])
 
 
 @dataclass(frozen=True)
@@ -63,11 +97,11 @@ class Residual:
         -------
         array (x,)
         """
-        known = Coordinates(m, n, k, parts, core, self.m_places)
-        total = interpolate(self.terms[0], known)
-        for term in self.terms[1:]:
-            total += interpolate(term, known)
-        return total
+        return self._layout.at(Coordinates(m, n, k, parts, core, self.m_places))
+
+    @cached_property
+    def _layout(self) -> _Layout:
+        return _layout(self.terms)
 
 
 class Coordinates:
@@ -93,7 +127,7 @@ class Coordinates:
             u = self[axis] - start
             u *= inverse
             np.maximum(u, 0.0, out=u)
-            np.minimum(u, size - 1.0001, out=u)  # the last node belongs to the last cell
+            np.minimum(u, size - EDGE, out=u)
             cell = u.astype(np.int32)
             u -= cell
             found = self._cells[key] = cell, u
@@ -104,12 +138,12 @@ def _waves(c: Coordinates, bm: float, bn: float) -> F:
     out = np.ceil(c.m * (1.0 / bm))
     out *= np.ceil(c.n * (1.0 / bn))
     out /= c.sm
-    return out
+    return np.asarray(out)
 
 
 def _idle(waves: F) -> F:
     whole = np.ceil(waves)
-    return (whole - waves) / whole
+    return np.asarray((whole - waves) / whole)
 
 
 def _m_step(c: Coordinates) -> F:
@@ -118,71 +152,127 @@ def _m_step(c: Coordinates) -> F:
     out = ((whole & 1) == 0).astype(c.m.dtype)
     out += (low & 7) == 0
     out += low == 0
-    return out
+    return np.asarray(out)
 
 
 def _last128(c: Coordinates) -> F:
     waves = _waves(c, 128.0, 128.0)
-    return waves - np.ceil(waves) + 1.0
+    return np.asarray(waves - np.ceil(waves) + 1.0)
 
 
-_MAKE: Mapping[str, Callable[[Coordinates], F]] = MappingProxyType({
-    "m": lambda c: np.log2(c.m),
-    "n": lambda c: np.log2(c.n),
-    "k": lambda c: np.log2(c.k),
-    "nk": lambda c: c["n"] + c["k"],
-    "mk": lambda c: c["m"] + c["k"],
-    "mn": lambda c: c["m"] + c["n"],
-    "aspect": lambda c: c["n"] - c["k"],
-    "time": lambda c: c.parts.log2_us,
-    "tiles": lambda c: np.log2(c.parts.tiles / c.sm),
-    "blocks": lambda c: np.log2(c.parts.tiles * c.parts.split / c.sm),
-    "tile": lambda c: c.parts.tile.astype(c.m.dtype),
-    "m_step": _m_step,
-    "m_exact": lambda c: c.m_places.take(np.minimum(c.m, M_TABLE - 1.0).astype(np.int32)),
-    "tiles64": lambda c: np.log2(_waves(c, 64.0, 64.0)),
-    "idle256": lambda c: _idle(_waves(c, 128.0, 256.0)),
-    "last128": _last128,
-    "idle": lambda c: _idle(c.parts.tiles * c.parts.split / c.sm),
-})  # fmt: skip
+_MAKE: Mapping[str, Callable[[Coordinates], F]] = MappingProxyType(
+    {
+        "m": lambda c: np.log2(c.m),
+        "n": lambda c: np.log2(c.n),
+        "k": lambda c: np.log2(c.k),
+        "nk": lambda c: c["n"] + c["k"],
+        "mk": lambda c: c["m"] + c["k"],
+        "mn": lambda c: c["m"] + c["n"],
+        "aspect": lambda c: c["n"] - c["k"],
+        "time": lambda c: c.parts.log2_us,
+        "tiles": lambda c: np.log2(c.parts.tiles / c.sm),
+        "blocks": lambda c: np.log2(c.parts.tiles * c.parts.split / c.sm),
+        "tile": lambda c: c.parts.tile.astype(c.m.dtype),
+        "m_step": _m_step,
+        "m_exact": lambda c: c.m_places.take(np.minimum(c.m, M_TABLE - 1.0).astype(np.int32)),
+        "tiles64": lambda c: np.log2(_waves(c, 64.0, 64.0)),
+        "idle256": lambda c: _idle(_waves(c, 128.0, 256.0)),
+        "last128": _last128,
+        "idle": lambda c: _idle(c.parts.tiles * c.parts.split / c.sm),
+    }
+)
 assert tuple(_MAKE) == AXES  # a code in a file means its position
 
 
-def interpolate(term: Term, known: Coordinates) -> F:
-    """Multilinear interpolation of one lattice, clamped to its edges."""
-    cells, fractions = zip(*(known.cell(*axis) for axis in zip(term.axes, term.start, term.inverse, term.shape, strict=True)), strict=True)
-    base = cells[0]
-    for size, cell in zip(term.shape[1:], cells[1:], strict=True):
-        base = base * np.int32(size)
-        base += cell
-    base = base.astype(np.intp)
-    values = term.values
-    strides = [1] * len(term.shape)
-    for i in range(len(strides) - 2, -1, -1):
-        strides[i] = strides[i + 1] * term.shape[i + 1]
+@dataclass(frozen=True)
+class _Group:
+    """Lattices of one number of axes: rows of the cells each reads, strides of its nodes, and the corners of its cells."""
 
-    def corner(axis: int, offset: int) -> F:
-        if axis == len(strides):
-            return values[offset:].take(base)
-        low = corner(axis + 1, offset)
-        high = corner(axis + 1, offset + strides[axis])
-        high -= low
-        high *= fractions[axis]
-        high += low
-        return high
+    rows: tuple[NDArray[np.intp], ...]  # per axis, one a lattice
+    strides: tuple[NDArray[np.int32], ...]
+    corners: tuple[F, ...]
 
-    return corner(0, 0)
+
+@dataclass(frozen=True)
+class _Layout:
+    """All lattices, arranged so that one NumPy call serves many: a few shapes cost little more than one call's overhead."""
+
+    axes: tuple[str, ...]
+    start: F
+    inverse: F
+    last: F
+    groups: tuple[_Group, ...]
+
+    def at(self, known: Coordinates) -> F:
+        """Sum of the lattices at shapes."""
+        dtype = known.m.dtype
+        inside = np.empty((len(self.axes), len(known.m)), dtype=dtype)
+        for row, axis in zip(inside, self.axes, strict=True):
+            row[:] = known[axis]
+        inside -= self.start.astype(dtype, copy=False)
+        inside *= self.inverse.astype(dtype, copy=False)
+        np.maximum(inside, 0.0, out=inside)
+        np.minimum(inside, self.last.astype(dtype, copy=False), out=inside)
+        cells = inside.astype(np.int32)
+        inside -= cells
+        total = np.zeros(len(known.m), dtype=dtype)
+        for group in self.groups:
+            base = cells[group.rows[0]]
+            base *= group.strides[0]
+            for rows, stride in zip(group.rows[1:], group.strides[1:], strict=True):
+                more = cells[rows]
+                more *= stride
+                base += more
+            found = np.empty((len(base), len(group.corners[0]), len(known.m)), dtype=dtype)
+            for corners, index, out in zip(group.corners, base, found, strict=True):
+                corners.take(index, axis=1, mode="clip", out=out)
+            for rows in group.rows:
+                half = found.shape[1] // 2
+                low, high = found[:, :half], found[:, half:]
+                high -= low
+                high *= inside[rows][:, None]
+                low += high
+                found = low
+            total += np.add.reduce(found[:, 0], axis=0)
+        return total
+
+
+def _layout(terms: tuple[Term, ...]) -> _Layout:
+    keys: dict[tuple[str, float, float, int], int] = {}
+    for term in terms:
+        for key in zip(term.axes, term.start, term.inverse, term.shape, strict=True):
+            keys.setdefault(key, len(keys))
+    groups = []
+    for count in sorted({len(t.axes) for t in terms}):
+        own = [t for t in terms if len(t.axes) == count]
+        rows = tuple(np.array([keys[t.axes[i], t.start[i], t.inverse[i], t.shape[i]] for t in own]) for i in range(count))
+        strides = tuple(np.array([[int(np.prod(t.shape[i + 1 :]))] for t in own], dtype=np.int32) for i in range(count))
+        groups.append(_Group(rows, strides, tuple(t.corners for t in own)))
+    dtype = terms[0].values.dtype
+
+    def column(values: list[float]) -> F:
+        return np.array(values, dtype=dtype)[:, None]
+
+    return _Layout(
+        tuple(key[0] for key in keys),
+        column([key[1] for key in keys]),
+        column([key[2] for key in keys]),
+        column([key[3] - EDGE for key in keys]),
+        tuple(groups),
+    )
 
 
 def m_places(measured: F) -> F:
-    """Place of every m among measured ones, by whole m up to :data:`M_TABLE`: first those that are no multiple of 8 or below 16, then the multiples.
+    """Place of every m among measured ones, by whole m up to :data:`M_TABLE`: first those that are no multiple of 8 or below 16, then
+    the multiples.
 
-    Two rows of places, because kernels treat the two apart: 300 lies between unaligned neighbours, 304 between aligned ones, and each is interpolated on
+    Two rows of places, because kernels treat the two apart: 300 lies between unaligned neighbours, 304 between aligned ones, and each
+    is interpolated on
     log2 m.
 
     >>> p = m_places(np.array([1.0, 2.0, 17.0, 33.0, 16.0, 32.0]))
-    >>> p[1], p[2], p[33], p[16], p[32], p[24] > 4.5
-    (0.0, 1.0, 3.0, 4.0, 5.0, True)
+    >>> p[[1, 2, 33, 16, 32]].tolist(), bool(4 < p[24] < 5)
+    ([0.0, 1.0, 3.0, 4.0, 5.0], True)
     """
     known = np.unique(np.rint(measured))
     whole = np.arange(M_TABLE, dtype=np.float64)
@@ -204,7 +294,8 @@ def residual_of(arrays: Mapping[str, NDArray[Any]], dtype: Any = np.float64) -> 
     Parameters
     ----------
     arrays : mapping
-        ``terms`` (j, 3): axis codes, -1 where a lattice has fewer; ``grids`` (j, 3, 3): start, spacing and nodes of each axis; ``values``: nodes of all
+        ``terms`` (j, 3): axis codes, -1 where a lattice has fewer; ``grids`` (j, 3, 3): start, spacing and nodes of each axis;
+        ``values``: nodes of all
         lattices in turn; ``measured_m``: the m the fit saw.
     dtype : dtype
         Precision to evaluate in.
@@ -227,7 +318,15 @@ def residual_of(arrays: Mapping[str, NDArray[Any]], dtype: Any = np.float64) -> 
         part = values[at : at + size]
         if len(part) < size or min(shape, default=0) < 2:
             raise ValueError(f"residual: {len(values)} values for lattices that need more than {at + size - 1}, or an axis with one node")
-        terms.append(Term(tuple(AXES[i] for i in code[used]), tuple(map(float, grid[used, 0])), tuple(float(1.0 / v) for v in grid[used, 1]), shape, part))
+        terms.append(
+            Term(
+                tuple(AXES[i] for i in code[used]),
+                tuple(map(float, grid[used, 0])),
+                tuple(float(1.0 / v) for v in grid[used, 1]),
+                shape,
+                part,
+            )
+        )
         at += size
     return Residual(tuple(terms), m_places(np.asarray(arrays["measured_m"], dtype=np.float64)).astype(dtype))
 
