@@ -274,7 +274,10 @@ def groups_of(c: Columns, kind: str, phase: str) -> NDArray[np.intp]:
 
 
 def conformal(log_ratio: F, regime: NDArray[np.intp], level: float = 0.9) -> tuple[Interval, ...]:
-    """Intervals from log(measured / predicted) of unseen rows: finite-sample quantiles by regime; under 20 rows, those of all regimes."""
+    """Intervals from log(measured / predicted) of unseen rows: finite-sample quantiles by regime; under 20 rows, those of all regimes.
+
+    An interval always holds the prediction itself, also where a biased fit puts all its errors on one side.
+    """
     out = []
     for i, name in enumerate(REGIMES):
         mine = log_ratio[regime == i]
@@ -283,7 +286,7 @@ def conformal(log_ratio: F, regime: NDArray[np.intp], level: float = 0.9) -> tup
         tail = 0.5 * (1.0 - level)
         low = np.quantile(used, max(tail - tail / n, 0.0), method="lower")
         high = np.quantile(used, min(1.0 - tail + (1.0 - tail) / n, 1.0), method="higher")
-        out.append(Interval(name, float(np.exp(low)), float(np.exp(high)), level, len(mine)))
+        out.append(Interval(name, float(np.exp(min(low, 0.0))), float(np.exp(max(high, 0.0))), level, len(mine)))
     return tuple(out)
 
 

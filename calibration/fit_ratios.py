@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.published import read
-from simulator.gemm import CONSTANTS, DENSE, SPARSE24, gemm_time, with_section
+from simulator.gemm import CONSTANTS, gemm_time, with_section
+from simulator.gemm_plan import DENSE, SPARSE24
 from simulator.hardware import Fitted, HardwareProfile, Section
 
 F = NDArray[np.float64]

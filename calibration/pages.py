@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from calibration.accuracy import GEMMS, Row, columns_of_table, gemm_shapes, means, run_protocol, titles
-from calibration.fit_core import bootstrap, fit_constants, machine_of
+from calibration.fit_core import bootstrap, fit_constants, machine_of, shapes
+from calibration.fit_kernels import weight_copies
 from calibration.profile_fit import FittedPart
 from calibration.report import table
-from calibration.shipped import RECIPES, built, shared_folder
+from calibration.shipped import RECIPES, built, rtx_tables, shared_folder
 from simulator.errors import InputError
 from simulator.hardware import constants_of, load_hardware
 from simulator.wholefile import check_target, write_whole
@@ -187,16 +188,22 @@ def constants_page(
             fit = built(name, shared)
             lines += [f"## {fit.profile.title}", ""]
             for part in fit.parts:
-                spread = _bootstrap(name, part, repeats) if part.operator == "gemm" else {}
+                spread = _bootstrap(name, part, repeats, shared) if part.operator == "gemm" else {}
                 lines += constants_of_part(part, spread)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _bootstrap(name: str, part: FittedPart, repeats: int) -> Mapping[str, float]:
+def _bootstrap(name: str, part: FittedPart, repeats: int, shared: Path | None) -> Mapping[str, float]:
+    machine = machine_of(load_hardware(name), part.dtype)
     measured = next((t for t in GEMMS.values() if t.hardware == name and t.dtype == part.dtype), None)
-    if measured is None:
+    if measured is not None:
+        data = gemm_shapes(measured.measurement, name, part.dtype)
+    elif name == "rtx_4090" and shared is not None:
+        r = rtx_tables(shared, load_hardware(name))
+        r = r.select(r.is_operator("gemm"))
+        data = shapes(r.m, r.n, r.k, r.seconds, machine, weight_copies(r))
+    else:
         return {}
-    data, machine = gemm_shapes(measured.measurement, name, part.dtype), machine_of(load_hardware(name), part.dtype)
     start = {n: c.value for n, c in part.section.constants.items()}
     free = [n for n, c in part.section.constants.items() if c.status == "fitted" and not n.startswith(("quant", "sparse"))]
     return bootstrap(data, machine, fit_constants(data, machine, start, free), repeats)

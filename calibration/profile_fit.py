@@ -144,7 +144,10 @@ def fit_profile(
             progress(done + 1, len(tasks))
     if not parts:
         raise InputError(f"nothing could be fitted: {'; '.join(notes)}")
-    final = {(p.operator, p.dtype): p for p in parts}
+    final: dict[tuple[str, str], FittedPart] = {}
+    for p in parts:  # what other kernels added to a section belongs to the fit it leans on
+        known = final.setdefault((p.operator, p.dtype), p)
+        final[p.operator, p.dtype] = replace(known, fixed={**known.fixed, **p.fixed})
     profile = with_exact(replace(base, sections=MappingProxyType(sections), path=None), records)
     return ProfileFit(profile, tuple(replace(p, section=profile.sections[key]) for key, p in final.items()), tuple(notes))
 

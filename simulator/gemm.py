@@ -29,6 +29,7 @@ from simulator.gemm_plan import (
     alignment_halvings,
     gemm_plan,
 )
+from simulator.measured import overlay
 from simulator.optime import BOUNDS, OpTime
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ class GemmTime(OpTime):
 
     Attributes
     ----------
+    measured : bool array
+        The time was measured at this very shape and kept with the profile, not predicted; its interval is that of the measurement.
     tile_m, tile_n : float64 array
         Output tile of a block.
     split_k : float64 array
@@ -78,6 +81,7 @@ class GemmTime(OpTime):
         Factor of the fitted residual.
     """
 
+    measured: NDArray[np.bool_] = field(default_factory=_no_values)  # type: ignore[arg-type]
     tile_m: F = field(default_factory=_no_values)
     tile_n: F = field(default_factory=_no_values)
     split_k: F = field(default_factory=_no_values)
@@ -255,13 +259,14 @@ def _family(code: int) -> int:
     return DENSE if code == UNSTRUCTURED else code
 
 
-_PLAIN = [f.name for f in fields(OpTime)]
+_PLAIN = [*(f.name for f in fields(OpTime)), "measured"]
+_TYPES: Mapping[str, Any] = {"bound": np.int8, "measured": np.bool_}
 _DETAIL = [f.name for f in fields(GemmTime) if f.name not in _PLAIN]
 
 
 def _empty(size: int, detail: bool) -> dict[str, Any]:
     names = _PLAIN + (_DETAIL if detail else [])
-    return {name: np.zeros(size, dtype=np.int8 if name == "bound" else np.float64) for name in names}
+    return {name: np.zeros(size, dtype=_TYPES.get(name, np.float64)) for name in names}
 
 
 def _run(m: F, n: F, k: F, plan: Plan, copies: Any, level: float, detail: bool) -> dict[str, Any]:
@@ -278,7 +283,7 @@ def _run(m: F, n: F, k: F, plan: Plan, copies: Any, level: float, detail: bool) 
 
 
 def _fields(m: F, n: F, k: F, plan: Plan, copies: Any, level: float, detail: bool) -> dict[str, Any]:
-    core = plan.core
+    core, shapes = plan.core, (m, n, k)
     m, n, k = (a.astype(PRECISION) for a in (m, n, k))
     t = _timed(m, n, k, plan, copies.astype(PRECISION) if np.ndim(copies) else copies, level)
     parts = t.parts
@@ -287,6 +292,7 @@ def _fields(m: F, n: F, k: F, plan: Plan, copies: Any, level: float, detail: boo
         out |= {"compute_s": parts.compute_us, "memory_s": parts.memory_us, "fixed_s": np.full(len(m), core.t0_us)}
     out = {name: np.multiply(values, 1e-6, dtype=np.float64) for name, values in out.items()}
     out["bound"] = t.bound
+    overlay(out, plan.exact if copies is None else None, *shapes, level)
     if detail:
         out |= {
             "tile_m": core.tile_m[:, 0].take(parts.tile).astype(np.float64), "tile_n": core.tile_n[:,

@@ -14,7 +14,8 @@ from simulator.errors import InputError
 from simulator.gemm_constants import CONSTANTS
 from simulator.gemm_core import PERSISTENT_ARCHITECTURES, Core, Machine, machine_core
 from simulator.intervals import Bands, bands_of
-from simulator.lattice import Residual, residual_of
+from simulator.lattice import Residual, between_measured, residual_of
+from simulator.measured import Exact, exact_of
 from simulator.memo import PerObject
 from simulator.optime import BOUNDS
 
@@ -43,6 +44,7 @@ class Plan:
     load_scale: float
     widen: float  # extra log half-width of what no fit has seen
     kinds: NDArray[np.int8]  # per tile of the menu: code in BOUNDS of what its main-loop step waits for, arithmetic or latency
+    exact: Exact | None  # shapes measured with cold weights, used in place of the model
 
 
 _PLANS: PerObject[Plan] = PerObject()
@@ -93,9 +95,10 @@ def _plan(hw: HardwareProfile, dtype: str, weight_dtype: str | None, kernel: int
         hw.architecture in PERSISTENT_ARCHITECTURES,
     )  # fmt: skip
     core = machine_core(machine, c, PRECISION)
+    residual = residual_of(section.arrays, PRECISION)
     return Plan(
         core,
-        residual_of(section.arrays, PRECISION),
+        None if residual is None else between_measured(residual, section.arrays["measured_m"]),
         bands_of(section),
         peak,
         pad_m,
@@ -104,6 +107,8 @@ def _plan(hw: HardwareProfile, dtype: str, weight_dtype: str | None, kernel: int
         load_scale,
         widen,
         np.where(core.step_us > 1.5 * core.flop_us, BOUNDS.index("latency"), BOUNDS.index("compute")).astype(np.int8).reshape(-1),
+        # a section borrowed from another format or device has none: what was measured there says nothing exact here
+        exact_of(section.arrays) if kernel == DENSE and weight == dtype and section.status == "calibrated" else None,
     )
 
 

@@ -10,7 +10,7 @@ Use :func:`residual_of` to read a profile's arrays, ``Residual.at`` to evaluate;
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -82,6 +82,7 @@ class Residual:
 
     terms: tuple[Term, ...]
     m_places: F
+    m_steps: F | None = None
 
     def at(self, m: F, n: F, k: F, parts: CoreTime, core: Core) -> F:
         """Log factor of each shape; beyond a lattice that of its edge.
@@ -97,7 +98,7 @@ class Residual:
         -------
         array (x,)
         """
-        return self._layout.at(Coordinates(m, n, k, parts, core, self.m_places))
+        return self._layout.at(Coordinates(m, n, k, parts, core, self.m_places, self.m_steps))
 
     @cached_property
     def _layout(self) -> _Layout:
@@ -107,8 +108,8 @@ class Residual:
 class Coordinates:
     """Coordinates of shapes, each worked out once, when first asked for."""
 
-    def __init__(self, m: F, n: F, k: F, parts: CoreTime, core: Core, m_places: F) -> None:
-        self.m, self.n, self.k, self.parts, self.core, self.m_places = m, n, k, parts, core, m_places
+    def __init__(self, m: F, n: F, k: F, parts: CoreTime, core: Core, m_places: F, m_steps: F | None = None) -> None:
+        self.m, self.n, self.k, self.parts, self.core, self.m_places, self.m_steps = m, n, k, parts, core, m_places, m_steps
         self.sm = float(core.machine.sm_count)
         self._known: dict[str, F] = {}
         self._cells: dict[tuple[str, float, float, int], tuple[NDArray[np.int32], F]] = {}
@@ -147,6 +148,8 @@ def _idle(waves: F) -> F:
 
 
 def _m_step(c: Coordinates) -> F:
+    if c.m_steps is not None:
+        return np.asarray(c.m_steps.take(np.minimum(c.m, M_TABLE - 1.0).astype(np.int32)))
     whole = c.m.astype(np.int32)
     low = whole & 63
     out = ((whole & 1) == 0).astype(c.m.dtype)
@@ -286,6 +289,39 @@ def m_places(measured: F) -> F:
     low = np.interp(logs, np.log2(plain), np.arange(len(plain))) if len(plain) else np.zeros(M_TABLE)
     high = np.interp(logs, np.log2(aligned), np.arange(len(aligned))) + len(plain) if len(aligned) else low
     return np.where(stepped(whole), high, low) if len(plain) else high
+
+
+def between_measured(residual: Residual, measured: F) -> Residual:
+    """The same residual for predicting: unchanged at every measured m, and led from one to the next in between.
+
+    Tables hold m = 256 j, which fills its tiles, and 256 j + 1, which begins new ones, and little else above 256. A fit may keep the two
+    apart, but what it learns of them says nothing of 392 against 391: there the values of the measured m below and above are mixed by
+    log2 m, whatever m is a multiple of.
+
+    Parameters
+    ----------
+    residual : Residual
+        With the places of :func:`m_places`.
+    measured : array
+        The m the fit saw.
+    """
+    known = np.unique(np.rint(measured))
+    if len(known) < 2:
+        return residual
+    dtype = residual.m_places.dtype
+    place = residual.m_places.take(np.minimum(known, M_TABLE - 1.0).astype(np.int32)).astype(np.intp)
+    whole = np.log2(np.maximum(np.arange(M_TABLE, dtype=np.float64), 1.0))
+    terms = []
+    for term in residual.terms:
+        values = term.values.reshape(term.shape)
+        for i, axis in enumerate(term.axes):
+            if axis == "m_exact" and term.shape[i] == len(known):
+                values = values.take(place, axis=i)
+        terms.append(replace(term, values=np.ascontiguousarray(values)))
+    low = known.astype(np.int64) & 63
+    step = (known % 2 == 0).astype(np.float64) + ((low & 7) == 0) + (low == 0)
+    places = np.interp(whole, np.log2(known), np.arange(len(known)))
+    return Residual(tuple(terms), places.astype(dtype), np.interp(whole, np.log2(known), step).astype(dtype))
 
 
 def residual_of(arrays: Mapping[str, NDArray[Any]], dtype: Any = np.float64) -> Residual | None:

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from scipy.interpolate import RegularGridInterpolator
 
-from simulator.gemm import CONSTANTS
+from simulator.gemm import CONSTANTS, gemm_time
 from simulator.gemm_core import Machine, core_time, machine_core
-from simulator.lattice import AXES, Coordinates, Residual, Term, m_places, residual_arrays, residual_of, smooth_arrays
+from simulator.gemm_plan import gemm_plan
+from simulator.hardware import load_hardware
+from simulator.lattice import AXES, Coordinates, Residual, Term, between_measured, m_places, residual_arrays, residual_of, smooth_arrays
 
 MACHINE = Machine(3.12e14, 2.0e12, 4e7, 108, 1.0, 2.0, 2.0, False)
 CORE = machine_core(MACHINE, {name: c.default("ampere") for name, c in CONSTANTS.items()})
@@ -101,3 +103,18 @@ def test_places_part_aligned_from_other_m() -> None:
     assert 5 < places[24] < 6
     assert 2 < places[25] < 3
     assert places[40_00] == 7
+
+
+def test_between_measured_m_the_residual_leads_from_one_to_the_next() -> None:
+    hw = load_hardware("h100")
+    measured = hw.section("gemm", "bf16").arrays["measured_m"]
+    plain = residual_of(hw.section("gemm", "bf16").arrays)
+    assert plain is not None
+    led = between_measured(plain, measured)
+    m = measured[measured > 16]
+    core = gemm_plan(hw, "bf16", None, 0).core
+    n, k = np.full(len(m), 4096.0), np.full(len(m), 5120.0)
+    parts = core_time(m, n, k, core)
+    np.testing.assert_allclose(led.at(m, n, k, parts, core), plain.at(m, n, k, parts, core), atol=1e-5)
+    times = gemm_time([391, 392, 393], 6144, 4096, hw).seconds  # no table has an m between 257 and 512
+    assert times.max() / times.min() < 1.01

@@ -100,7 +100,7 @@ def _with_selection(w: Workload, out: Workload, table: Array, kept: Array, promp
     left = w.batch[rows] * kept[rows]
     moved, index = left * hidden * DTYPE_BYTES[w.dtype[rows]], left * SCORE_BYTES
     parts = []
-    once: dict[str, Array] = {"layers": np.ones(len(rows)), "count": w.count[rows] / np.maximum(w.layers[rows], 1)}  # in one layer only
+    once: dict[str, Any] = {"layers": np.ones(len(rows)), "count": w.count[rows] / np.maximum(w.layers[rows], 1)}  # in one layer only
     if mode == "dynamic":
         scores = w.batch[rows] * before * w.heads[rows] * SCORE_BYTES
         select = overheads(w, rows, "select", m=w.batch[rows] * before, n=w.heads[rows], read_bytes=scores, write_bytes=index, **once)

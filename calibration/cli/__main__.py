@@ -1,0 +1,5 @@
+"""``python -m calibration.cli``: the same as the ``prunesim`` command."""
+
+from calibration.cli import main
+
+main()

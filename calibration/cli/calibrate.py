@@ -1,0 +1,112 @@
+"""``prunesim calibrate``: measure a device, fit a profile, and judge it on shapes held out before, in one go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from calibration.cli.fit import part_row, show_fit
+from calibration.cli.measure import Budget, Dtype, Folder, Hardware, Seed, describe, finish, measure, outcome_row
+from calibration.cli.rows import seconds
+from simulator.cli import options, render
+
+if TYPE_CHECKING:
+    from calibration.runs import Calibrated
+
+DeviceName = Annotated[str, typer.Argument(metavar="DEVICE", help="cpu, cuda, cuda:1 or replay:FILE.")]
+Model = Annotated[str | None, typer.Option("--for", metavar="MODEL", help="Also measure exactly this model's dense and pruned GEMMs.")]
+Family = Annotated[str, typer.Option("--family", metavar="LIST", help="With --for: how the model is pruned.")]
+Sparsity = Annotated[str, typer.Option("--sparsity", metavar="LIST", help="With --for: fractions removed.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Only move the calibrated GEMM section of --hardware to this machine's software.")]
+
+
+def command(
+    device: DeviceName,
+    output: Folder,
+    budget: Budget = "10min",
+    dtype: Dtype = "bf16",
+    model: Model = None,
+    phase: options.Phase = "prefill,decode",
+    batch: options.Batch = "1",
+    seq: options.Seq = "2048",
+    family: Family = "depth,width,width_cross,low_rank",
+    sparsity: Sparsity = "0.25,0.5",
+    hardware: Hardware = "",
+    quick: Quick = False,
+    seed: Seed = 0,
+    json: options.Json = False,
+) -> None:
+    """Calibrate a device in one go.
+
+    Writes RUN/records.jsonl, RUN/profile.yaml and RUN/report.md with plots. The profile is for --hardware of every other command. A run
+    that was stopped goes on with the same command.
+    """
+    from calibration.runs import fit_run, model_shapes
+
+    budget_s = seconds("--budget", budget)
+    shapes = (
+        model_shapes(
+            model,
+            phases=options.names("--phase", phase),
+            batch=options.integers("--batch", batch),
+            seq=options.integers("--seq", seq),
+            dtype=dtype,
+            families=options.names("--family", family),
+            sparsities=options.fractions("--sparsity", sparsity),
+        )
+        if model
+        else ()
+    )
+    if quick:
+        _check_quick(hardware, dtype)
+    found = measure(device, output, budget_s, dtype, hardware=hardware, shapes=shapes, quick=quick, seed=seed)
+    finish(found.outcome)
+    with render.progress("fitting") as report:
+        done = fit_run(output, anchor=quick, progress=report)
+    if json:
+        print(render.json_lines([_row(outcome_row(found), done)]))
+    else:
+        print(f"measured: {describe(found.outcome)}\n")
+        _show(output, done)
+    for line in done.fit.notes:
+        render.note(line)
+
+
+def _check_quick(hardware: str, dtype: str) -> None:
+    """Refuse before measuring what could not be moved after it; a GPU found by its name is checked when it is fitted."""
+    from simulator.errors import InputError
+    from simulator.hardware import load_hardware
+
+    if hardware and load_hardware(hardware).section("gemm", dtype).status == "default":
+        raise InputError(
+            f"--quick: {hardware} has no calibrated gemm {dtype} section to move; leave --quick out for a calibration of its own"
+        )
+
+
+def _row(measured: dict[str, Any], done: Calibrated) -> dict[str, Any]:
+    from calibration.scores import summary
+
+    return {
+        "measured": measured,
+        "fitted": [part_row(p) for p in done.fit.parts],
+        "held_out": summary(done.held_out) if done.held_out else None,
+        "exact": summary(done.exact) if done.exact else None,
+    }
+
+
+def _show(output: str, done: Calibrated) -> None:
+    from calibration.cli.validate import show_report
+
+    show_fit(done.fit)
+    print()
+    if done.held_out is None:
+        render.note("nothing was held out: the run was too short to judge the fit")
+    else:
+        show_report(done.held_out, "on shapes held out before the fit")
+    if done.exact is not None:
+        print()
+        show_report(done.exact, "the model alone on the shapes measured exactly")
+    folder = Path(output)
+    print(f"\n{folder / 'profile.yaml'}: use it as --hardware" + (f"\n{folder / 'report.md'}" if done.held_out else ""))

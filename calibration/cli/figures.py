@@ -1,0 +1,34 @@
+"""``prunesim figures`` with the measured GEMMs that ship, beside the predictions of the devices they are of."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from simulator.cli.figures import figures_command
+
+if TYPE_CHECKING:
+    from simulator.hardware import HardwareProfile
+    from simulator.paper_measured import MeasuredGemms
+
+
+def shipped_gemms(hw: HardwareProfile, dtype: str) -> MeasuredGemms | None:
+    """The table that the profile of a device was fitted on, where it ships and has rows of the format."""
+    from calibration.measurements import load_measurements, provenance
+    from calibration.shipped import RECIPES
+    from simulator.errors import InputError
+    from simulator.paper_measured import from_columns
+
+    tables = RECIPES[hw.name].tables if hw.name in RECIPES else ()
+    name = next((table for table in tables if "/gemm/" in table), None)
+    if name is None:
+        return None
+    try:
+        rows = load_measurements(name, dtype=dtype)
+    except InputError:  # no rows of this format
+        return None
+    about = provenance(name)
+    source = f"{about['framework']} {about['version']}, aiconfigurator-core 0.12.0"
+    return from_columns({column: getattr(rows, column) for column in ("m", "n", "k", "copies", "seconds")}, source, dtype)
+
+
+command = figures_command(shipped_gemms)

@@ -1,0 +1,76 @@
+"""``prunesim import``: published tables of measurements to records, every refused row counted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from simulator.cli import options, render
+from simulator.errors import InputError
+
+if TYPE_CHECKING:
+    from calibration.importers import ImportResult
+
+Files = Annotated[list[str], typer.Argument(metavar="FILE...", help="Tables: aiconfigurator or records .parquet, .csv, .jsonl.")]
+Output = Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="Parquet file to write.")]
+Format = Annotated[str, typer.Option("--format", metavar="NAME", help="auto, aiconfigurator, measured, csv or records.")]
+Map = Annotated[
+    list[str] | None,
+    typer.Option("--map", metavar="NAME=COLUMN", help="For csv: our name = the file's, as latency_us=time; may be repeated."),
+]
+DtypeOnly = Annotated[
+    str | None, typer.Option("--dtype", metavar="NAME", help="Number format to keep, or all; needed where a file mixes them.")
+]
+Hardware = Annotated[str | None, typer.Option("--hardware", metavar="NAME", help="Profile whose datasheet rows are checked against.")]
+DeviceName = Annotated[str, typer.Option("--device", metavar="TEXT", help="For csv: what was measured on.")]
+
+
+def command(
+    files: Files,
+    output: Output,
+    format: Format = "auto",
+    column_map: Map = None,
+    dtype: DtypeOnly = None,
+    hardware: Hardware = None,
+    device: DeviceName = "",
+    json: options.Json = False,
+) -> None:
+    """Read tables of measured operators.
+
+    Rows that cannot be right (no time, faster than the datasheet allows) are refused and counted by reason; a file without one usable row
+    is an error, and then nothing is written.
+    """
+    from calibration.importers import import_table
+    from calibration.recordfile import write_records
+    from calibration.records import Records
+    from simulator.hardware import load_hardware
+    from simulator.wholefile import check_target
+
+    check_target(output)
+    hw = load_hardware(hardware) if hardware else None
+    mapping = {str(name): str(value) for name, value in options.settings("--map", column_map).items()} or None
+    found: list[ImportResult] = []
+    with render.progress("importing") as report:
+        for done, file in enumerate(files):
+            found.append(import_table(file, format=format, hw=hw, dtype=dtype, column_map=mapping, device=device))
+            report(done + 1, len(files))
+    records = Records.concat([f.records for f in found])
+    formats = sorted(set(records.labels().astype(str)))
+    if dtype is None and len(formats) > 1:
+        raise InputError(f"the files mix number formats ({', '.join(formats)}); choose one of them by --dtype, or all")
+    write_records(records, output)
+    if json:
+        print(render.json_lines([_row(file, f) for file, f in zip(files, found, strict=True)]))
+        return
+    for file, f in zip(files, found, strict=True):
+        print(f"{file}: {len(f.records):,} rows kept, {f.refusals.total:,} refused")
+        for line in f.refusals.lines():
+            print(f"  {line}")
+        for line in f.notes:
+            render.note(line)
+    print(f"{output}: {len(records):,} rows ({', '.join(formats)})")
+
+
+def _row(file: str, f: ImportResult) -> dict[str, Any]:
+    return {"file": file, "kept": len(f.records), "refused": f.refusals.total, "reasons": dict(f.refusals), "notes": list(f.notes)}

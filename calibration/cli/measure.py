@@ -1,0 +1,131 @@
+"""``prunesim measure``: time operators on a device into a run folder, or join the records of several machines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from calibration.cli.rows import seconds
+from simulator.cli import options, render
+from simulator.errors import InputError
+
+if TYPE_CHECKING:
+    from calibration.measure import Outcome, Progress
+    from calibration.runs import Measured
+
+Devices = Annotated[list[str], typer.Argument(metavar="DEVICE", help="cpu, cuda, cuda:1, replay:FILE; with --merge, the runs to join.")]
+Folder = Annotated[str, typer.Option("--output", "-o", metavar="RUN", help="Folder of the run; a rerun into it goes on where it ended.")]
+Budget = Annotated[str, typer.Option("--budget", metavar="TIME", help="Time to measure for: 2min, 90s, 1h.")]
+Dtype = Annotated[str, typer.Option("--dtype", metavar="NAME", help="Number format to measure; a run has one.")]
+Hardware = Annotated[
+    str,
+    typer.Option("--hardware", metavar="NAME", help="Profile with the datasheet; found by the device's name, or measured, if left out."),
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Of the choice and the order of the shapes.")]
+Merge = Annotated[bool, typer.Option("--merge", help="Join the records of runs on several machines of one kind into the file RUN.")]
+
+
+def command(
+    device: Devices,
+    output: Folder,
+    budget: Budget = "10min",
+    dtype: Dtype = "bf16",
+    hardware: Hardware = "",
+    seed: Seed = 0,
+    merge: Merge = False,
+    json: options.Json = False,
+) -> None:
+    """Measure a device.
+
+    Every record is on the disk before the next shape is timed, so that a killed run loses nothing and the same command goes on with it. A
+    folder of another device, driver or number format is refused.
+    """
+    if merge:
+        _merge(device, output, json)
+        return
+    if len(device) != 1:
+        raise InputError(f"DEVICE: expected one, got {len(device)}; to join runs, add --merge")
+    found = measure(device[0], output, seconds("--budget", budget), dtype, hardware=hardware, seed=seed)
+    row = outcome_row(found)
+    if json:
+        print(render.json_lines([row]))
+    else:
+        print(f"{Path(output) / 'records.jsonl'}: {describe(found.outcome)}")
+    finish(found.outcome)
+
+
+def measure(device: str, output: str, budget_s: float, dtype: str, **settings: Any) -> Measured:
+    """Open a device, measure into a folder with a progress bar, and close it whatever happens."""
+    from calibration.devices import open_device
+    from calibration.runs import check_folder, measure_into
+
+    check_folder(output)
+    opened = open_device(device)
+    try:
+        with render.progress("measuring") as report:
+            return measure_into(output, opened, budget_s=budget_s, dtype=dtype, progress=_shown(report), say=render.note, **settings)
+    finally:
+        opened.close()
+
+
+def _shown(report: Callable[[int, int], None]) -> Callable[[Progress], None]:
+    """Progress in seconds: operators differ too much in cost to be counted."""
+
+    def shown(p: Progress) -> None:
+        report(round(p.elapsed_s), max(round(p.elapsed_s + p.remaining_s), 1))
+
+    return shown
+
+
+def describe(outcome: Outcome) -> str:
+    """What came of a run, on one line."""
+    c = outcome.counts
+    parts = [
+        f"{c.timed + c.resumed} operators timed",
+        f"{c.resumed} of them before" if c.resumed else "",
+        f"{c.noisy} noisy" if c.noisy else "",
+    ]
+    for name in ("throttled", "skipped", "unsupported", "refused", "failed", "left"):
+        if count := getattr(c, name):
+            parts.append(f"{count} {name}")
+    return f"{', '.join(filter(None, parts))} in {render.seconds(outcome.elapsed_s)}"
+
+
+def outcome_row(found: Measured) -> dict[str, Any]:
+    """The same as plain data."""
+    from dataclasses import asdict
+
+    return {
+        "planned": len(found.plan.items),
+        "elapsed_s": found.outcome.elapsed_s,
+        "stopped": found.outcome.stopped,
+        **asdict(found.outcome.counts),
+        "problems": list(found.outcome.problems),
+    }
+
+
+def finish(outcome: Outcome) -> None:
+    """Notes on what went wrong; stops the program with its status where the run was cut short."""
+    for line in outcome.problems[:10]:
+        render.note(line)
+    if len(outcome.problems) > 10:
+        render.note(f"and {len(outcome.problems) - 10} more like these, in the records")
+    if not outcome.complete:
+        render.note(f"stopped: {outcome.stopped}; the same command goes on from here")
+        raise typer.Exit(130 if outcome.stopped == "interrupted" else 1)
+
+
+def _merge(runs: list[str], output: str, json: bool) -> None:
+    from calibration.store import merge
+
+    files = [Path(run) / "records.jsonl" if Path(run).is_dir() else Path(run) for run in runs]
+    content = merge(files, output)
+    if json:
+        print(render.json_lines([{"file": output, "runs": len(files), "records": len(content.rows), "dropped": content.dropped}]))
+    else:
+        print(f"{output}: {len(content.rows):,} records of {len(files)} runs on {content.header.device}")
+        if content.dropped:
+            render.note(f"{content.dropped} last lines were cut short and dropped")

@@ -1,0 +1,64 @@
+"""Records and times named on a command line: files, run folders, shipped measurements; "2min" to seconds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from simulator.errors import InputError
+
+if TYPE_CHECKING:
+    from calibration.records import Records
+    from simulator.hardware import HardwareProfile
+
+_SECONDS = {"s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
+
+
+def load_rows(names: Sequence[str], hw: HardwareProfile | None = None) -> tuple[Records, tuple[str, ...]]:
+    """Records of files, run folders and shipped measurements, one after the other, and what is worth knowing of them.
+
+    Parameters
+    ----------
+    names : sequence of str
+        A file (:func:`calibration.importers.import_table`), a folder with ``records.jsonl``, or a shipped ``device/operator/stack``.
+    hw : HardwareProfile, optional
+        Its datasheet is what rows are checked against.
+    """
+    from calibration.importers import import_table
+    from calibration.measurements import list_measurements, load_measurements
+    from calibration.records import Records
+
+    parts, notes = [], []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            path = path / "records.jsonl"
+        if not path.exists() and name in list_measurements():
+            parts.append(load_measurements(name))
+            continue
+        if not path.exists() and not path.suffix:
+            known = ", ".join(list_measurements())
+            raise InputError(
+                f"records {name!r}: there is no such file or folder, nor a shipped measurement of that name; those are {known}"
+            )
+        found = import_table(path, hw=hw, dtype="all")
+        parts.append(found.records)
+        notes += [f"{path}: {line}" for line in (*found.refusals.lines(), *found.notes)]
+    return Records.concat(parts), tuple(notes)
+
+
+def seconds(option: str, text: str) -> float:
+    """A time such as "2min", "90s" or "0.5h"; a bare number is seconds.
+
+    >>> seconds("--budget", "2min"), seconds("--budget", "90"), seconds("--budget", "1.5 h")
+    (120.0, 90.0, 5400.0)
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", text.lower())
+    if match is None or (match[2] or "s") not in _SECONDS:
+        raise InputError(f"{option} {text!r}: expected a time such as 2min, 90s or 1h")
+    value = float(match[1]) * _SECONDS[match[2] or "s"]
+    if value <= 0.0:
+        raise InputError(f"{option} {text!r}: expected a time above zero, such as 2min")
+    return value
