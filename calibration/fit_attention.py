@@ -214,9 +214,7 @@ def _raw_jacobian(phase: str, work: Any, device: Device, values: Mapping[str, fl
     return np.stack(columns, axis=1)
 
 
-def fit_constants(
-    phase: str, c: Columns, device: Device, start: Mapping[str, float], keep: Mapping[str, str] | None = None
-) -> _Constants:
+def fit_constants(phase: str, c: Columns, device: Device, start: Mapping[str, float], keep: Mapping[str, str] | None = None) -> _Constants:
     """Constants of a phase by robust least squares on log time.
 
     A constant that ends on its bound, or whose standard error exceeds its value, is fixed (there; at its start) and named.

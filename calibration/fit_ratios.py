@@ -25,13 +25,17 @@ ENOUGH = 5
 
 def published_ratios(hardware: str, dtypes: tuple[str, ...]) -> tuple[F, F, F, F]:
     """m, n, k and dense over 2:4 time of the published rows of a device and its formats; those of an unnamed device are left out."""
-    rows = [r for r in read("gemm_ratios") if r["what"] == "2:4" and r["hardware"] == hardware and r["dtype"] in dtypes and r["gpu"] != "not stated"]
+    rows = [
+        r
+        for r in read("gemm_ratios")
+        if r["what"] == "2:4" and r["hardware"] == hardware and r["dtype"] in dtypes and r["gpu"] != "not stated"
+    ]
     m, n, k = (np.array([float(r[c]) for r in rows]) for c in ("m", "n", "k"))
     return m, n, k, np.array([float(r["dense_us"]) / float(r["pruned_us"]) for r in rows])
 
 
 def fit_sparse_step(hw: HardwareProfile, dtype: str) -> Section:
-    """The GEMM section of a format with ``sparse_step`` fitted to published ratios; as it is where fewer than :data:`ENOUGH` rows are known.
+    """The GEMM section of a format with ``sparse_step`` fitted to published ratios; unchanged with fewer than :data:`ENOUGH` rows.
 
     Parameters
     ----------

@@ -34,6 +34,7 @@ SHARES: Mapping[str, float] = {
 }
 """Share of the budget of each kind of item in a base plan; what a device refuses goes to the GEMMs."""
 
+
 @dataclass(frozen=True)
 class Rates:
     """What a plan must know of a device to estimate times: measured by a probe, or taken from a datasheet.

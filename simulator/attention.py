@@ -112,11 +112,7 @@ def _columns(*values: Any) -> list[F]:
 def _widen(density: Any, window: Any, kv_dtype: str, dtype: str) -> F | float:
     """Extra log half-width where the kernel is one no fit has seen."""
     cache = math.log(CACHE_SPREAD) if kv_dtype != dtype else 0.0
-    return (
-        cache
-        + math.log(SPARSE_SPREAD) * (np.asarray(density) < 1.0)
-        + math.log(WINDOW_SPREAD) * (np.asarray(window) > 0)
-    )
+    return cache + math.log(SPARSE_SPREAD) * (np.asarray(density) < 1.0) + math.log(WINDOW_SPREAD) * (np.asarray(window) > 0)
 
 
 def prefill_attention_time(

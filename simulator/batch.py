@@ -28,7 +28,7 @@ UNMATCHED_CORRELATION = 0.5
 """Correlation of the log errors of an operator that is no GEMM and its pruned neighbour; assumed, no paired residuals are kept for them."""
 
 SAME_SHAPE_CORRELATION = 0.99
-"""Correlation where only the number of equal operators changed: their errors cancel but for what a kernel's surroundings (clocks, caches) do."""
+"""Correlation where only the number of equal operators changed: errors cancel but for what a kernel's surroundings do."""
 
 HOST_SIGMA = 0.25
 """Log spread of the host's launch time, which no profile has measured: 5-25 us are seen around the default of 10."""
@@ -129,7 +129,7 @@ class Pairs:
 
     @cached_property
     def octaves(self) -> F:
-        """Distance of each GEMM role's shapes from those of its dense workload, workload x group: |log2| of the ratios of m, n and k, added up."""
+        """Distance of each GEMM role from its dense workload's, workload x group: |log2| of the ratios of m, n and k, added up."""
         w, groups = self.stack.rows, self.groups
         gemm = np.flatnonzero(groups.gemm[groups.cell % groups.number])
         times = np.maximum(groups.count, 1e-300)

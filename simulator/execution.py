@@ -36,12 +36,12 @@ CONSTANTS: Mapping[str, Constant] = MappingProxyType(
         "graph_gap_s": Constant(
             "s", 0.0, 2e-5, "idle time between two kernels of a CUDA graph that the kernels' own times do not hold yet",
             {"*": 0.0},
-            "0: operator times are fitted on CUDA-graph replays, so the gap is part of their fixed time; a profile fitted on bare kernel times sets it",
+            "0: operator times are fitted on CUDA-graph replays and hold the gap; a profile fitted on bare kernel times sets it",
         ),
         "host_op_s": Constant(
             "s", 1e-7, 1e-3, "host time to launch one kernel from an eager framework (interpreter, dispatcher, driver)",
             {"*": 10e-6, "cpu": 5e-6},
-            "uncalibrated default; PyTorch spends about 5-25 us of host time before each kernel (public lesson notes on the path from an operator to its kernel)",
+            "uncalibrated default; PyTorch spends about 5-25 us of host time before each kernel (public notes on its dispatcher)",
         ),
     }
 )  # fmt: skip
@@ -49,8 +49,9 @@ CONSTANTS: Mapping[str, Constant] = MappingProxyType(
 
 EAGER_KERNELS: Mapping[str, int] = MappingProxyType(
     {
-        # what an unfused PyTorch decoder launches where an inference engine runs one kernel, counted from the operations of a Llama layer
-        "attention_norm": 7, "mlp_norm": 7, "post_norm": 7, "final_norm": 6, "qk_norm": 12,  # cast, square, mean, rsqrt, 2 products, cast; residual sum
+        # what an unfused PyTorch decoder launches where an inference engine runs one kernel, counted from the operations of a Llama layer;
+        # norms: residual sum, cast, square, mean, reciprocal root, two products, cast
+        "attention_norm": 7, "mlp_norm": 7, "post_norm": 7, "final_norm": 6, "qk_norm": 12,
         "rotary": 10,  # two rotations of negate + concatenate, four products, two sums
         "attention": 3,  # repeat of the KV heads, scaled dot product, transpose
         "activation": 2, "cache_write": 2, "sort": 3, "select": 4, "mask": 3,
@@ -130,14 +131,24 @@ def operator_times(w: Workload, hw: HardwareProfile, level: float = 0.9) -> OpTi
         if not len(rows):
             return []
         code = w.dtype[rows].astype(np.int64) * len(DTYPES) + w.weight_dtype[rows]
-        if (code == code[0]).all():
-            found = [(int(code[0]), rows)]
-        else:
-            found = [(int(c), rows[code == c]) for c in np.unique(code)]
+        found = [(int(code[0]), rows)] if (code == code[0]).all() else [(int(c), rows[code == c]) for c in np.unique(code)]
         return [(r, DTYPES[c // len(DTYPES)], DTYPES[c % len(DTYPES)]) for c, r in found]
 
     for rows, dtype, weight in groups(w.kind == Kind.GEMM):
-        put(rows, gemm_time(w.m[rows], w.n[rows], w.k[rows], hw, dtype=dtype, weight_dtype=weight, kernel=w.kernel[rows], density=w.density[rows], level=level))  # noqa: E501
+        put(
+            rows,
+            gemm_time(
+                w.m[rows],
+                w.n[rows],
+                w.k[rows],
+                hw,
+                dtype=dtype,
+                weight_dtype=weight,
+                kernel=w.kernel[rows],
+                density=w.density[rows],
+                level=level,
+            ),
+        )
     for rows, dtype, cache in groups(w.kind == Kind.PREFILL_ATTENTION):
         put(rows, prefill_attention_time(
             w.batch[rows], w.q_len[rows], w.kv_len[rows], w.heads[rows], w.kv_heads[rows], w.head_dim[rows], hw,
@@ -151,7 +162,11 @@ def operator_times(w: Workload, hw: HardwareProfile, level: float = 0.9) -> OpTi
     for rows, dtype, _ in groups(w.kind == Kind.ELEMENTWISE):
         put(rows, elementwise_time(w.read_bytes[rows], w.write_bytes[rows], hw, role=w.role[rows], dtype=dtype))
     for role in ("all_reduce", "send", "all_gather"):
-        rows = np.flatnonzero((w.kind == Kind.COLLECTIVE) & w.is_role(role)) if (w.kind == Kind.COLLECTIVE).any() else np.array([], dtype=np.intp)
+        rows = (
+            np.flatnonzero((w.kind == Kind.COLLECTIVE) & w.is_role(role))
+            if (w.kind == Kind.COLLECTIVE).any()
+            else np.array([], dtype=np.intp)
+        )
         if len(rows):
             put(rows, collective_time(w.read_bytes[rows], w.batch[rows], hw, kind=role))
     return OpTime(**out, bound=bound)

@@ -131,6 +131,9 @@ def _timed(m: F, n: F, k: F, plan: Plan, copies: F | float | None, level: float)
     floor *= 1.0 + 5e-7  # single precision must not round below the physics
     us = np.maximum(us, floor)
     low, high = plan.bands.factors(rows, parts, core, level, plan.widen)
+    if np.ndim(step_scale):  # no table has unaligned shapes: the penalty is known to half of itself either way
+        doubt = np.sqrt(step_scale)
+        low, high = low / doubt, high * doubt
     low *= us
     np.maximum(low, floor, out=low)
     high *= us

@@ -268,9 +268,7 @@ def _predicted(
     return out
 
 
-def _point(
-    row: QualityRow, speed: Speedup, dense: Workload, hw: HardwareProfile, setting: Setting, measured: Sequence[Measured]
-) -> Point:
+def _point(row: QualityRow, speed: Speedup, dense: Workload, hw: HardwareProfile, setting: Setting, measured: Sequence[Measured]) -> Point:
     """A point, not yet judged."""
     meta = dense.meta
     where = {"model": meta.model, "hardware": hw.name, "phase": meta.phase, "batch": meta.batch, "seq": meta.seq}

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 F = NDArray[np.float64]
 
+
 @dataclass(frozen=True)
 class Step:
     """One step of the loss waterfall: ``factor`` multiplies the speedup before it to ``speedup``."""

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from simulator.cli import app, render, run
+from calibration.cli import app
+from simulator.cli import render, run
 from simulator.cli import speedup as speedup_command
 from simulator.scenarios import scenarios
 
@@ -384,7 +385,7 @@ def test_every_command_has_help_that_names_its_options(capsys: pytest.CaptureFix
     for command in commands():
         out = output([*command.split(), "--help"], capsys)
         assert f"prunesim {command}" in out
-        assert "--json" in out or command == "hardware check"
+        assert "--json" in out
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -404,3 +405,12 @@ def test_predicting_imports_neither_matplotlib_nor_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_check_as_json_lists_the_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = ROOT / "hardware_profiles" / "h100_sxm.yaml"
+    assert json.loads(output(["hardware", "check", str(good), "--json"], capsys)) == {"file": str(good), "problems": []}
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("schema_version: 1\nname: x\n")
+    assert run(["hardware", "check", str(bad), "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["problems"]

@@ -45,6 +45,8 @@ def _go(device: ReplayDevice, plan: Plan | None = None, **options: Any) -> tuple
 
 def _items(kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [r for r in kept if r["purpose"] != ANCHOR]
+
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

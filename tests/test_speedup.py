@@ -117,7 +117,10 @@ def test_families_compose_and_the_speedup_knows_all_of_them() -> None:
     s = simulator.speedup(dense, both, simulator.load_hardware("a100"))
     assert s.family == "depth+width"
     assert s.sparsity == pytest.approx(1 - 0.75 * 0.75)
-    alone = [simulator.speedup(dense, simulator.prune(dense, f, sparsity=0.25), simulator.load_hardware("a100")).speedup for f in ("depth", "width")]
+    alone = [
+        simulator.speedup(dense, simulator.prune(dense, f, sparsity=0.25), simulator.load_hardware("a100")).speedup
+        for f in ("depth", "width")
+    ]
     assert s.speedup > max(alone)
 
 

@@ -45,7 +45,6 @@ class Planted:
         return self.now
 
 
-
 @pytest.mark.parametrize("noise", [0.001, 0.01, 0.03])
 def test_the_median_of_a_planted_kernel_is_found(noise: float) -> None:
     planted = Planted(noise=noise, seed=3)
@@ -205,5 +204,3 @@ def test_drift_is_relative() -> None:
     assert drift(2.0, 2.1) == pytest.approx(0.05)
     with pytest.raises(InvalidTiming):
         drift(1.0, math.nan)
-
-

@@ -26,8 +26,26 @@ def test_flops_and_bytes_of_each_kind() -> None:
             {"role": "q", "m": 3, "n": 8, "k": 16, "count": 2},
             {"role": "q", "m": 3, "n": 8, "k": 16, "kernel": Kernel.SPARSE24, "density": 0.5},
             {"role": "q", "m": 3, "n": 8, "k": 16, "kernel": Kernel.UNSTRUCTURED, "density": 0.25},
-            {"role": "attention", "kind": Kind.PREFILL_ATTENTION, "batch": 2, "q_len": 4, "kv_len": 4, "heads": 6, "kv_heads": 2, "head_dim": 8},
-            {"role": "attention", "kind": Kind.DECODE_ATTENTION, "batch": 2, "q_len": 1, "kv_len": 9, "heads": 6, "kv_heads": 2, "head_dim": 8},
+            {
+                "role": "attention",
+                "kind": Kind.PREFILL_ATTENTION,
+                "batch": 2,
+                "q_len": 4,
+                "kv_len": 4,
+                "heads": 6,
+                "kv_heads": 2,
+                "head_dim": 8,
+            },
+            {
+                "role": "attention",
+                "kind": Kind.DECODE_ATTENTION,
+                "batch": 2,
+                "q_len": 1,
+                "kv_len": 9,
+                "heads": 6,
+                "kv_heads": 2,
+                "head_dim": 8,
+            },
             {"role": "residual", "kind": Kind.ELEMENTWISE, "read_bytes": 10, "write_bytes": 5, "count": 4},
         ]
     )

@@ -167,9 +167,7 @@ def _group_weights(a: Attention, group: int) -> tuple[Tensor, Tensor | None, Ten
     return a.q.weight[span], None if a.q.bias is None else a.q.bias[span], a.o.weight[:, span]
 
 
-def _group_queries(
-    decoder: Decoder, a: Attention, h: Tensor, weight: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor
-) -> Tensor:
+def _group_queries(decoder: Decoder, a: Attention, h: Tensor, weight: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
     """Queries of one group's heads for some tokens (batch, tokens, hidden)."""
     q = split_heads(F.linear(h, weight, bias), a.heads // a.kv_heads)
     if a.qk_norms is not None:

@@ -18,9 +18,7 @@ from calibration.devices.operators import gated, rms_norm, rotary_tables
 from simulator.errors import InputError
 
 
-def prefill(
-    decoder: Decoder, tokens: Tensor, *, room: int = 1, trace: dict[tuple[int, str], Any] | None = None
-) -> tuple[Tensor, State]:
+def prefill(decoder: Decoder, tokens: Tensor, *, room: int = 1, trace: dict[tuple[int, str], Any] | None = None) -> tuple[Tensor, State]:
     """Process prompts and fill the caches.
 
     Parameters

@@ -118,9 +118,7 @@ class CudaDevice:
         self.memory_limit_bytes = 0.9 * float(self._cuda.mem_get_info(index)[0]) if memory_limit_bytes is None else memory_limit_bytes
         self._arena = Arena(self._place, self.cache_bytes, 0.5 * self.memory_limit_bytes)
         uuid = str(getattr(p, "uuid", "") or "")
-        self._reader = NvmlReader(
-            load_nvml() if isinstance(nvml, str) else nvml, f"GPU-{uuid.removeprefix('GPU-')}" if uuid else "", index
-        )
+        self._reader = NvmlReader(load_nvml() if isinstance(nvml, str) else nvml, f"GPU-{uuid.removeprefix('GPU-')}" if uuid else "", index)
         self._flush: Any = None
 
     # -- what it is ---------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,7 @@ def figures_command(known: Known | None = None) -> Callable[..., None]:
         runtime: options.Runtime = "cuda_graph",
         dtype: options.Dtype = "bf16",
         measured: MeasuredFiles = None,
+        as_json: options.Json = False,
     ) -> None:
         """Draw the figures of a paper about a model.
 
@@ -81,9 +83,17 @@ def figures_command(known: Known | None = None) -> Callable[..., None]:
         _write_captions(drawn, folder, suffixes, {"--model": (model, MODEL), "--hardware": (hardware, HARDWARE), "--only": (only, None),
                         "--format": (formats, FORMATS), "--seq": (str(seq), "2048"), "--runtime": (runtime, "cuda_graph"),
                         "--dtype": (dtype, "bf16")}, measured or [])  # fmt: skip
-        for d in drawn:
-            print(f"{folder / d.name}{'|'.join(suffixes)}")
-        print(folder / "captions.md")
+        if as_json:
+            print(
+                json.dumps(
+                    [{"name": d.name, "caption": d.caption, "files": [str(folder / f"{d.name}{s}") for s in suffixes]} for d in drawn],
+                    indent=2,
+                )
+            )
+        else:
+            for d in drawn:
+                print(f"{folder / d.name}{'|'.join(suffixes)}")
+            print(folder / "captions.md")
         for line in dict.fromkeys(line for d in drawn for line in d.notes):
             render.note(line)
 

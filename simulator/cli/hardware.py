@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -100,6 +101,7 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME", help="Name, alias o
 @app.command()
 def check(
     file: Annotated[str, typer.Argument(metavar="FILE", help="YAML profile.")],
+    as_json: options.Json = False,
 ) -> None:
     """Check a YAML profile.
 
@@ -108,11 +110,15 @@ def check(
     from simulator.hardware import check_hardware
 
     problems = check_hardware(file)
-    for problem in problems:
-        typer.echo(f"prunesim: {problem}", err=True)
+    if as_json:
+        print(json.dumps({"file": file, "problems": problems}, indent=2))
+    else:
+        for problem in problems:
+            typer.echo(f"prunesim: {problem}", err=True)
     if problems:
         raise typer.Exit(2)
-    print(f"{file}: no problem found")
+    if not as_json:
+        print(f"{file}: no problem found")
 
 
 def _rate(value: float | None) -> str:

@@ -249,7 +249,9 @@ def split_at(w: Workload, layer: int) -> Workload:
     before = layer - out.layer
     layers = np.where(two, np.where(second, out.layers - before, before), out.layers)
     return out.replace(
-        layer=np.where(two & second, layer, out.layer), layers=layers, count=out.count * np.where(two, layers / np.maximum(out.layers, 1), 1.0)
+        layer=np.where(two & second, layer, out.layer),
+        layers=layers,
+        count=out.count * np.where(two, layers / np.maximum(out.layers, 1), 1.0),
     )
 
 

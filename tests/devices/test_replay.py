@@ -33,9 +33,7 @@ def test_devices_and_records_name_the_same_operators() -> None:
     assert set(OPERATORS) == set(RECORDED)
 
 
-@given(
-    st.sampled_from(["gemm", "gemm_2to4", "low_rank", "gather_gemm"]), st.tuples(*[st.integers(1, 9999)] * 3), st.booleans()
-)
+@given(st.sampled_from(["gemm", "gemm_2to4", "low_rank", "gather_gemm"]), st.tuples(*[st.integers(1, 9999)] * 3), st.booleans())
 def test_an_operator_survives_json_and_its_key_is_its_own(kind: str, shape: tuple[int, int, int], cold: bool) -> None:
     m, n, k = shape
     op = Operator(kind, m=m, n=n, k=k, rank=7 if kind == "low_rank" else 0, rows=1 if kind == "gather_gemm" else 0, cold=cold)
