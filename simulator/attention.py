@@ -34,8 +34,9 @@ REGIMES: tuple[str, ...] = ("launch", "mixed", "work")
 DEFAULT_SPREAD = 1.35
 """Factor of the 90 % interval either way of a section without intervals: one shape differs by 9-34 % between stacks (DESIGN section 10)."""
 
-SPARSE_SPREAD, CACHE_SPREAD, WINDOW_SPREAD = 1.25, 1.10, 1.10
-"""Factors by which what no fit has seen widens an interval: skipped blocks, a cache of another format, a sliding window."""
+SPARSE_SPREAD, CACHE_SPREAD, WINDOW_SPREAD, WIDTH_SPREAD = 1.25, 1.10, 1.10, 1.15
+"""Factors by which what no fit has seen widens an interval: skipped blocks, a cache of another format, a sliding window, and heads of
+another width than the fits' 128 features (which err by 5 to 31 % there)."""
 
 _ELEMENT_BYTES: Mapping[str, float] = {"fp32": 4.0, "tf32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5}
 _COMPUTE, _MEMORY, _LATENCY, _LAUNCH = (BOUNDS.index(name) for name in ("compute", "memory", "latency", "launch"))
@@ -109,10 +110,15 @@ def _columns(*values: Any) -> list[F]:
     return arrays
 
 
-def _widen(density: Any, window: Any, kv_dtype: str, dtype: str) -> F | float:
+FITTED_WIDTH = 128.0
+"""Features a head of the rows the shipped profiles are fitted on."""
+
+
+def _widen(density: Any, window: Any, head_dim: Any, kv_dtype: str, dtype: str) -> F | float:
     """Extra log half-width where the kernel is one no fit has seen."""
     cache = math.log(CACHE_SPREAD) if kv_dtype != dtype else 0.0
-    return cache + math.log(SPARSE_SPREAD) * (np.asarray(density) < 1.0) + math.log(WINDOW_SPREAD) * (np.asarray(window) > 0)
+    other = math.log(WIDTH_SPREAD) * (np.asarray(head_dim) != FITTED_WIDTH)
+    return cache + other + math.log(SPARSE_SPREAD) * (np.asarray(density) < 1.0) + math.log(WINDOW_SPREAD) * (np.asarray(window) > 0)
 
 
 def prefill_attention_time(
@@ -159,7 +165,7 @@ def prefill_attention_time(
     bytes_s = work.io_bytes / r.device.bandwidth_bytes_per_s
     floor = np.maximum(compute_s / r.headroom, bytes_s)
     parts = ((throughput, _COMPUTE), (chain, _LATENCY), (memory, _MEMORY))
-    return _finish(core, fixed, floor, np.maximum(compute_s, bytes_s), parts, r, level, _widen(density, window, kv_dtype, dtype))
+    return _finish(core, fixed, floor, np.maximum(compute_s, bytes_s), parts, r, level, _widen(density, window, d, kv_dtype, dtype))
 
 
 def decode_attention_time(
@@ -204,7 +210,7 @@ def decode_attention_time(
     bytes_s = (work.cache_bytes + work.io_bytes) / r.device.bandwidth_bytes_per_s
     floor = np.maximum(compute_s / r.headroom, bytes_s) if cold else compute_s / r.headroom
     parts = ((memory, _MEMORY), (unit, _LATENCY))
-    return _finish(core, fixed, floor, np.maximum(compute_s, bytes_s), parts, r, level, _widen(density, window, kv_dtype, dtype))
+    return _finish(core, fixed, floor, np.maximum(compute_s, bytes_s), parts, r, level, _widen(density, window, d, kv_dtype, dtype))
 
 
 __all__ = [

@@ -242,6 +242,14 @@ CONSTANTS: Mapping[str, Constant] = MappingProxyType(
             "uncalibrated: order of the launch of cuSPARSELt kernels",
             other=2e-6,
         ),
+        "quant_time": _constant(
+            "s",
+            0.0,
+            1e-4,
+            "fixed time a weight-only quantised kernel takes above a dense one",
+            "uncalibrated: assumed; the A100 profile holds a fit to its int8_wo and int4_wo rows",
+            other=6e-6,
+        ),
         "quant_step": _constant(
             "1",
             0.05,

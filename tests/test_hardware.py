@@ -58,8 +58,9 @@ def registry(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """Small registry of constants, so that these tests do not move with the cost models; ``real_constants`` asks for theirs."""
     hardware._default_section.cache_clear()
     if "real_constants" not in request.fixturenames:
+        real = hardware.constants_of
         monkeypatch.setattr(hardware, "constants_of", lambda _operator: CONSTANTS)
-        monkeypatch.setattr(profile_io, "constants_of", lambda _operator: CONSTANTS)
+        monkeypatch.setattr(profile_io, "constants_of", lambda operator: {**real(operator), **CONSTANTS})
     yield
     hardware._default_section.cache_clear()
 
