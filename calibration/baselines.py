@@ -80,7 +80,7 @@ def roofline_rbf(train: Shapes, machine: Machine, test: Shapes, limit: int = 400
     rest = np.log(train.seconds / three_constants(train, machine, train))
     neighbours = min(len(train), 64)
     smooth = RBFInterpolator(axes(train), rest, neighbors=neighbours, smoothing=0.1, kernel="linear")
-    return three_constants(train, machine, test) * np.exp(smooth(axes(test)))
+    return np.asarray(three_constants(train, machine, test) * np.exp(smooth(axes(test))), dtype=np.float64)
 
 
 BASELINES: Mapping[str, Callable[[Shapes, Machine, Shapes], F]] = MappingProxyType({

@@ -114,11 +114,12 @@ FITTED_WIDTH = 128.0
 """Features a head of the rows the shipped profiles are fitted on."""
 
 
-def _widen(density: Any, window: Any, head_dim: Any, kv_dtype: str, dtype: str) -> F | float:
+def _widen(density: Any, window: Any, head_dim: Any, kv_dtype: str, dtype: str) -> F:
     """Extra log half-width where the kernel is one no fit has seen."""
     cache = math.log(CACHE_SPREAD) if kv_dtype != dtype else 0.0
     other = math.log(WIDTH_SPREAD) * (np.asarray(head_dim) != FITTED_WIDTH)
-    return cache + other + math.log(SPARSE_SPREAD) * (np.asarray(density) < 1.0) + math.log(WINDOW_SPREAD) * (np.asarray(window) > 0)
+    skipped = math.log(SPARSE_SPREAD) * (np.asarray(density) < 1.0)
+    return np.asarray(cache + other + skipped + math.log(WINDOW_SPREAD) * (np.asarray(window) > 0), dtype=np.float64)
 
 
 def prefill_attention_time(
