@@ -88,7 +88,8 @@ def test_shipped_profile_is_complete(name: str) -> None:
     assert {"fp32", "tf32", "fp16", "bf16", "int8"} <= set(hw.rates) or hw.architecture == "cpu"
     assert ("fp8" in hw.rates) == (hw.architecture in ("ada", "hopper", "blackwell"))
     for _, _, source in hw.describe():
-        assert "https://" in source  # every fact names where it can be looked up
+        # every fact names where it can be looked up; those of the example CPU are measured, or said by its system
+        assert "https://" in source or (hw.architecture == "cpu" and any(word in source for word in ("measured", "driver", "stand-in")))
     assert hw.clock_headroom >= 1
     assert profile_text(hw, *_arrays_reference(hw)) == path.read_text()  # saving a shipped file again would change nothing
 
