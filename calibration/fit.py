@@ -21,8 +21,6 @@ from calibration.fit_residual import (
     FEW,
     FEW_OWN,
     FEW_ROWS,
-    FEW_TERMS,
-    FINE_TERMS,
     OWN,
     STIFF,
     SUPPLE,
@@ -33,6 +31,7 @@ from calibration.fit_residual import (
     evaluate,
     residual_from,
     solve,
+    terms_of,
 )
 from simulator.gemm_constants import CONSTANTS
 from simulator.gemm_core import Core, CoreTime, Machine, machine_core
@@ -132,7 +131,7 @@ def fit_gemm(
     start = starting_constants(hw, dtype, prior)
     groups = data.groups
     own = fine if fine is not None else prior is None and len(data) >= FINE_ROWS and groups.max() + 1 >= FINE_GROUPS
-    axes = () if prior is not None else FINE_TERMS[machine.persistent] if own else FEW_TERMS[machine.persistent]
+    axes = () if prior is not None else terms_of(machine, own)
     stage = _Stage(machine, start, CLOSE if prior is not None else WEAK, axes, None if prior is None else residual_of(prior.arrays), seed)
     constants, core, parts, lattices, target = stage.prepare(data)
     values = solve(lattices, target)

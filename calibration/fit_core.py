@@ -16,7 +16,7 @@ from scipy.optimize import least_squares
 
 from simulator.gemm import ELEMENT_BYTES
 from simulator.gemm_constants import CONSTANTS
-from simulator.gemm_core import PERSISTENT_ARCHITECTURES, CoreTime, Machine, core_time, machine_core
+from simulator.gemm_core import PACKING_ARCHITECTURES, PERSISTENT_ARCHITECTURES, CoreTime, Machine, core_time, machine_core
 from simulator.hardware import HardwareProfile
 
 F = NDArray[np.float64]
@@ -25,6 +25,8 @@ HUBER = 0.05
 """Log residual from which a row counts less: kernel choice makes steps of 5-15 % (DESIGN section 10)."""
 ROWS = 6000
 """Rows the constants are fitted on; more do not move them."""
+PACK_FROM = (2.0, 3.0, 4.0, 6.0, 8.0, 16.0)
+"""Rows from which a CPU's product may rearrange its weights: the one that leaves the least spread is taken."""
 WEAK, CLOSE = 1.0, 0.15
 """Log spread of a prior that only steadies (architecture defaults), and of one from a sibling device or another stack."""
 
@@ -101,6 +103,7 @@ def machine_of(hw: HardwareProfile, dtype: str) -> Machine:
         element,
         element,
         hw.architecture in PERSISTENT_ARCHITECTURES,
+        hw.architecture in PACKING_ARCHITECTURES,
     )
 
 
@@ -131,6 +134,8 @@ class ConstantsFit:
 
 def free_constants(machine: Machine) -> tuple[str, ...]:
     """Constants a dense table can identify on a machine."""
+    if machine.packs:
+        return ("t0", "e_tc", "e_d", "b_hit", "pack")
     names = ["t0", "e_tc", "tau", "b_e", "e_d", "b_hit", "c_l2", "t_s", "b_s"]
     if not machine.persistent:
         names.append("b_l2")
@@ -175,7 +180,14 @@ def fit_constants(
     """
     if len(data) > ROWS:
         data = data.take(np.sort(np.random.default_rng(seed).choice(len(data), ROWS, replace=False)))
-    free = list(names or free_constants(machine))
+    if not machine.packs:
+        return _fit_constants(data, machine, start, list(names or free_constants(machine)), prior)
+    tried = (_fit_constants(data, machine, {**start, "pack_m": at}, list(names or free_constants(machine)), prior) for at in PACK_FROM)
+    best = min(tried, key=lambda fit: fit.spread)
+    return replace(best, fixed={**best.fixed, "pack_m": f"the best of {', '.join(f'{at:g}' for at in PACK_FROM)}"})
+
+
+def _fit_constants(data: Shapes, machine: Machine, start: Mapping[str, float], free: list[str], prior: float) -> ConstantsFit:
     target = np.log(data.seconds * 1e6)
     fixed: dict[str, str] = {}
     while True:

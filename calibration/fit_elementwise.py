@@ -20,6 +20,8 @@ from simulator.hardware import Fitted, Interval, Provenance, Section
 F = NDArray[np.float64]
 
 ROBUST = 0.05
+ENOUGH = 20
+"""Rows a class needs for an interval of its own."""
 SMOOTH = 0.1
 """Weight of the squared second differences of the residual over its nodes, chosen on seeds 10-19 of :func:`score`."""
 
@@ -88,9 +90,13 @@ def _constants(
     fixed["spread"] = "replaced by the intervals"
     log_time = np.log(seconds)
 
+    start = dict(values)
+
     def residual(x: F, free: list[str]) -> F:
         trial = {**values, **dict(zip(free, np.exp(x).tolist(), strict=True))}
-        return np.asarray(np.log(elementwise_core(bytes_, code, l2_bytes, bandwidth, trial)) - log_time)
+        misfit = np.log(elementwise_core(bytes_, code, l2_bytes, bandwidth, trial)) - log_time
+        # a weak prior, one row of ordinary misfit an octave and a half: a class of three rows must not run away
+        return np.concatenate([misfit, ROBUST * (x - np.log([start[name] for name in free]))])
 
     while True:
         free = [name for name in CONSTANTS if name not in fixed]
@@ -188,12 +194,13 @@ def fit_elementwise(
     intervals = []
     tail = 0.5 * (1.0 - level)
     for i, name in enumerate(CLASSES):
-        mine = log_ratio[code == i]
-        if len(mine) < 20:
+        rows = int((code == i).sum())
+        if not rows:
             continue
+        mine = log_ratio[code == i] if rows >= ENOUGH else log_ratio  # too few of its own: as wide as all classes together
         low = np.quantile(mine, max(tail - tail / len(mine), 0.0), method="lower")
         high = np.quantile(mine, min(1.0 - tail + (1.0 - tail) / len(mine), 1.0), method="higher")
-        intervals.append(Interval(name, float(np.exp(low)), float(np.exp(high)), level, len(mine)))
+        intervals.append(Interval(name, float(np.exp(low)), float(np.exp(high)), level, rows))
     error = np.abs(np.expm1(-log_ratio))
     long = seconds > 1e-5
     accuracy = {"mape": float(error.mean()), "median": float(np.median(error)), "p95": float(np.quantile(error, 0.95))}

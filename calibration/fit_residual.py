@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy import linalg, sparse
 
 from calibration.fit_core import HUBER, Shapes
-from simulator.gemm_core import Core, CoreTime
+from simulator.gemm_core import Core, CoreTime, Machine
 from simulator.lattice import Coordinates, Residual, Term, m_places
 
 F = NDArray[np.float64]
@@ -113,6 +113,13 @@ FEW_TERMS: dict[bool, tuple[tuple[str, ...], ...]] = {
     ),
 }
 """The same for few rows, chosen at 400 rows of splits 10-14 of the A100 and H100 tables."""
+PACKED_TERMS: tuple[tuple[str, ...], ...] = ()
+"""The same for CPUs, which have no tiles and waves."""
+
+
+def terms_of(machine: Machine, own: bool) -> tuple[tuple[str, ...], ...]:
+    """Axes of a machine's own lattices: on many rows (``own``) or on few."""
+    return PACKED_TERMS if machine.packs else (FINE_TERMS if own else FEW_TERMS)[machine.persistent]
 
 
 @dataclass(frozen=True)

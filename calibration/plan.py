@@ -24,11 +24,11 @@ from simulator.errors import InputError
 FIT, HOLDOUT, EXACT, ANCHOR = "fit", "holdout", "exact", "anchor"
 
 SHARES: Mapping[str, float] = {
-    "gemm": 0.60,
+    "gemm": 0.56,
     "gemm_2to4": 0.06,
-    "attention_prefill": 0.09,
-    "attention_decode": 0.09,
-    "elementwise": 0.10,
+    "attention_prefill": 0.10,
+    "attention_decode": 0.10,
+    "elementwise": 0.12,
     "pruned": 0.04,
     "runtime": 0.02,
 }
@@ -49,6 +49,8 @@ class Rates:
         Preparing an operator.
     memory_bytes : float
         Largest footprint to plan for.
+    noise : float
+        Standard deviation of one sample over its mean: what it takes to reach the protocol's precision.
     """
 
     flop_per_s: float
@@ -56,6 +58,7 @@ class Rates:
     floor_s: float = 5e-6
     setup_s: float = 0.05
     memory_bytes: float = math.inf
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("flop_per_s", "bytes_per_s", "floor_s", "setup_s", "memory_bytes"):
@@ -71,9 +74,13 @@ class Rates:
         return self.floor_s + max(op.flops / self.flop_per_s, op.bytes / self.bytes_per_s)
 
     def cost_s(self, op: Operator, protocol: Protocol) -> float:
-        """Rough time that measuring takes, s: setup, loop calibration, warm-up and samples, under the protocol's limit."""
+        """Rough time that measuring takes, s: setup, loop calibration, warm-up and samples, under the protocol's limit.
+
+        The interval of a median of n samples is some 1.25 * 1.96 * noise / sqrt(n) either way.
+        """
         launch = self.launch_s(op)
-        windows = 3 + protocol.warm_values + 2 * protocol.min_samples
+        needed = min((2.45 * self.noise / protocol.precision) ** 2, protocol.max_samples)
+        windows = 3 + protocol.warm_values + max(2 * protocol.min_samples, math.ceil(needed))
         return self.setup_s + min(protocol.time_limit_s, windows * max(1.2 * protocol.min_window_s, launch)) + 2.0 * launch
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import replace
 
-from calibration.devices.protocol import Description, Device, Operator, Unsupported
+from calibration.devices.protocol import Description, Device, Operator, OutOfMemory, Unsupported
 from calibration.plan import Rates, check_budget
 from calibration.timing import Protocol, measure
 
@@ -32,28 +32,41 @@ def probe(device: Device, dtype: str, protocol: Protocol | None = None) -> Rates
     if protocol is not None:
         quick = replace(quick, min_window_s=protocol.min_window_s)
     setups: list[float] = []
+    noises: list[float] = []
 
-    def time_of(op: Operator) -> float:
+    def time_of(op: Operator) -> float | None:
+        """Seconds of a launch; None where the device cannot run it, or not in its memory."""
+        if device.refuses(op):
+            return None
         start = device.clock()
-        prepared = device.prepare(op)
+        try:
+            prepared = device.prepare(op)
+        except OutOfMemory:
+            return None
         setups.append(device.clock() - start)
-        return measure(prepared.sample, quick, device.clock).median_s
+        timing = measure(prepared.sample, quick, device.clock)
+        noises.append(1.48 * statistics.median(abs(s / timing.median_s - 1.0) for s in timing.samples_s))
+        return timing.median_s
 
     flop_per_s = 0.0
     for size in (256, 512, 1024, 2048, 4096):
         op = Operator("gemm", dtype, m=size, n=size, k=size)
-        if device.refuses(op):
-            continue
         seconds = time_of(op)
-        flop_per_s = max(flop_per_s, op.flops / seconds)
-        if seconds > 5e-3:
-            break
+        if seconds is not None:
+            flop_per_s = max(flop_per_s, op.flops / seconds)
+            if seconds > 5e-3:
+                break
     if not flop_per_s:
-        raise Unsupported(f"dtype {dtype}: device {device.name} refuses every square GEMM; it has {', '.join(device.dtypes())}")
+        raise Unsupported(f"dtype {dtype}: device {device.name} runs no square GEMM; it has {', '.join(device.dtypes())}")
     copy = Operator("copy", dtype, n=1 << 26)
-    bytes_per_s = copy.bytes / time_of(copy) if not device.refuses(copy) else flop_per_s / 100.0
-    launch = Operator("launch_eager", dtype, cold=False)
-    floor = time_of(launch) if not device.refuses(launch) else 5e-6
-    # the median, because the first preparation of a number format also fills memory with random data
-    setup = max(1e-3, 1.5 * statistics.median(setups))
-    return Rates(flop_per_s, bytes_per_s, floor, setup, device.describe().memory_bytes or float("inf"))
+    copied = time_of(copy)
+    floor = time_of(Operator("launch_eager", dtype, cold=False))
+    return Rates(
+        flop_per_s,
+        copy.bytes / copied if copied else flop_per_s / 100.0,
+        floor or 5e-6,
+        # the median, because the first preparation of a number format also fills memory with random data
+        max(1e-3, 1.5 * statistics.median(setups)),
+        device.describe().memory_bytes or float("inf"),
+        statistics.median(noises),
+    )

@@ -22,7 +22,7 @@ from simulator.workload import DTYPES
 
 F = NDArray[np.float64]
 
-FEWEST_GEMMS, FEWEST_TO_ANCHOR, FEWEST_ATTENTION, FEWEST_ELEMENTWISE, FEWEST_EXTRA = 20, 10, 30, 20, 12
+FEWEST_GEMMS, FEWEST_TO_ANCHOR, FEWEST_ATTENTION, FEWEST_ELEMENTWISE, FEWEST_EXTRA = 20, 10, 20, 20, 12
 """Rows an operator needs: for a fit, to re-anchor, and for the constants of a kernel that lean on the dense fit."""
 
 Progress = Callable[[int, int], None]
@@ -308,6 +308,8 @@ def _fit_elementwise(task: _Task, hw: HardwareProfile, options: _Options) -> Fit
     from simulator.elementwise import CLASSES, class_code
 
     r = task.rows
+    # copies are measured cold, activations are warm: only where L2 holds neither do they tell the same
+    r = r.select(~r.is_operator("copy") | (r.read_bytes + r.write_bytes > hw.l2_bytes))
     code = np.where(r.role >= 0, class_code(np.maximum(r.role, 0)), CLASSES.index("copy"))
     fit = fit_elementwise(
         r.read_bytes + r.write_bytes, code, r.seconds, hw.l2_bytes, hw.bandwidth_bytes_per_s, hw.architecture, seed=options.seed

@@ -7,17 +7,20 @@ A line with ``operator`` and ``median_s`` is a timing; its status and the drift 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from calibration.records import LAUNCHES, PURPOSES, Flag, Records
+from calibration.devices.protocol import elementwise_bytes
+from calibration.records import LAUNCHES, OPERATORS, PURPOSES, Flag, Records
 from calibration.store import Content, Header, read_store
-from simulator.workload import DTYPE_BYTES, ROLES, dtype_code
+from simulator.errors import InputError, unknown
+from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, dtype_code
 
 _FLAGS: Mapping[str, Flag] = {"noisy": Flag.NOISY, "throttled": Flag.THROTTLED}
 _SAME = ("m", "n", "k", "rank", "rows", "batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim", "window", "block", "density", "dtype")
-_READS: Mapping[str, float] = {"activation": 2.0, "residual": 2.0}  # operands read a feature; one elsewhere
+MOST = 2**40
+"""Largest dimension of an operator that can be meant."""
 _GEMM_LAUNCH = {"m": 1, "n": 64, "k": 64}  # the tiny GEMM that stands for any in a launch measurement
 
 
@@ -28,7 +31,10 @@ def load_records(path: str | Path) -> Records:
 
 def content_records(content: Content) -> Records:
     """The timings of a store that was read, each run its own source."""
-    return records_of(content.rows, content.header)
+    try:
+        return records_of(content.rows, content.header)
+    except InputError as error:
+        raise InputError(f"{content.label}: {error}" if content.label else str(error)) from None
 
 
 def records_of(rows: Iterable[Mapping[str, Any]], header: Header) -> Records:
@@ -55,31 +61,64 @@ def records_of(rows: Iterable[Mapping[str, Any]], header: Header) -> Records:
     (1, 8, 'NOISY')
     """
     rows = list(rows)
-    drifted = {(str(row.get("run", "")), int(row.get("block", 0))) for row in rows if row.get("drifted")}
+    drifted = {_block(row) for row in rows if row.get("drifted")}
     runs: dict[str, int] = {}
     out = []
-    for row in rows:
+    for number, row in enumerate(rows, 1):
         if not isinstance(row.get("operator"), Mapping) or row.get("median_s") is None:
             continue
-        run = str(row.get("run", header.run))
-        block = (str(row.get("run", "")), int(row.get("block", 0)))
-        flags = int(_FLAGS.get(str(row.get("status", "")), 0))
-        if block in drifted or ((block[0], block[1] + 1) in drifted and row.get("purpose") != "anchor"):
-            flags |= Flag.DRIFT
-        purpose = str(row.get("purpose", ""))
-        out.append(
-            {
-                **shape_of(row["operator"]),
-                "seconds": float(row["median_s"]),
-                "spread": _spread(row),
-                "sample_count": len(row.get("samples_s", ())),
-                "launch": _launch(row),
-                "flags": flags,
-                "purpose": purpose if purpose in PURPOSES else "",
-                "source": runs.setdefault(run, len(runs)),
-            }
-        )
+        try:
+            run = str(row.get("run", header.run))
+            out.append({**_timing(row, drifted), "source": runs.setdefault(run, len(runs))})
+        except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
+            said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
+            raise InputError(f"record {number}: is no timing: {said}") from None
     return Records.from_rows(out, [header.source(run) for run in runs])
+
+
+def _block(row: Mapping[str, Any]) -> tuple[str, int]:
+    """The run and the block of anchors a row is in."""
+    block = row.get("block", 0)
+    return str(row.get("run", "")), block if isinstance(block, int) else 0
+
+
+def _timing(row: Mapping[str, Any], drifted: Collection[tuple[str, int]]) -> dict[str, Any]:
+    """Columns of one measured row, but its source."""
+    run, block = _block(row)
+    flags = int(_FLAGS.get(str(row.get("status", "")), 0))
+    if (run, block) in drifted or ((run, block + 1) in drifted and row.get("purpose") != "anchor"):
+        flags |= Flag.DRIFT
+    purpose, seconds = str(row.get("purpose", "")), float(row["median_s"])
+    if not 0.0 < seconds < math.inf:
+        raise ValueError(f"median_s {seconds!r}, expected a time above zero")
+    return {
+        **_checked(shape_of(row["operator"])),
+        "seconds": seconds,
+        "spread": _spread(row),
+        "sample_count": len(row.get("samples_s", ())),
+        "launch": _launch(row),
+        "flags": flags,
+        "purpose": purpose if purpose in PURPOSES else "",
+    }
+
+
+def _checked(shape: dict[str, Any]) -> dict[str, Any]:
+    """The same columns; refused where a dimension is no whole number, or a name is unknown."""
+    for name in _SAME:
+        value = shape.get(name)
+        if name == "dtype":
+            known = value is None or (isinstance(value, str) and value in DTYPES)
+            right = "one of " + ", ".join(DTYPES)
+        elif name == "density":
+            known, right = value is None or (isinstance(value, (int, float)) and 0.0 < value <= 1.0), "a share above 0, up to 1"
+        else:
+            known = value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST)
+            right = f"a whole number from 0 to {MOST}"
+        if not known:
+            raise ValueError(f"{name} {value!r:.60}, expected {right}")
+    if shape["operator"] not in OPERATORS:
+        raise unknown("operator", shape["operator"], OPERATORS)
+    return {name: value for name, value in shape.items() if value is not None}
 
 
 def shape_of(operator: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,8 +137,8 @@ def shape_of(operator: Mapping[str, Any]) -> dict[str, Any]:
     if kind.startswith("launch") and role == "gemm":
         out |= _GEMM_LAUNCH
     if kind == "elementwise":
-        moved = float(DTYPE_BYTES[dtype_code(str(operator.get("dtype", "bf16")))]) * operator["m"] * operator["n"]
-        out |= {"read_bytes": moved * _READS.get(role, 1.0), "write_bytes": moved}
+        size = float(DTYPE_BYTES[dtype_code(str(operator.get("dtype", "bf16")))])
+        out |= dict(zip(("read_bytes", "write_bytes"), elementwise_bytes(role, operator["m"], operator["n"], size), strict=True))
     if kind == "copy":
         out |= {"read_bytes": float(operator["n"]), "write_bytes": float(operator["n"])}
     return out

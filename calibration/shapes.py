@@ -7,6 +7,7 @@ the values of m, n, k, heads, lengths and batches that streams choose from.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +29,9 @@ HEADS = (
 )  # fmt: skip
 LENGTHS = (64, 128, 200, 256, 384, 512, 768, 1000, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384, 32768)
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
-ELEMENTWISE = (NORMS[0], "activation", "residual", "rotary", "gather", "scatter", "cache_write")
+ELEMENTWISE = (NORMS[0], "activation", "residual", "rotary", "gather", "scatter", "cache_write", "select")
+SELECTED = (8, 32, 64, 256, 1024, 2048)
+"""Scores that a selection chooses from: groups, blocks, positions."""
 
 _SPREAD = 600  # points ordered at a time: beyond some hundreds a spread is a lattice, and ordering costs their product
 _GROUP_TOKENS = 3  # values of m measured for each (n, k)
@@ -114,8 +117,13 @@ def other_streams(dtype: str, rng: np.random.Generator) -> dict[str, Iterable[Op
         Operator("attention_decode", dtype, batch=b, q_len=1, kv_len=s, heads=h, kv_heads=g, head_dim=heads[h, g])
         for b, s, h, g in _spread([(b, s, h, g) for b in BATCHES for s in LENGTHS for h, g in heads], rng)
     )
-    spots = _spread([(m, n, 2**i) for m in TOKENS[::3] for n in SIZES[4::4] for i in range(len(ELEMENTWISE))], rng)
-    elementwise = (Operator("elementwise", dtype, m=m, n=n, role=ELEMENTWISE[i.bit_length() - 1], cold=False) for m, n, i in spots)
+    spots = [_spread([(m, n) for m in TOKENS[::3] for n in (SELECTED if role == "select" else SIZES[4::4])], rng) for role in ELEMENTWISE]
+    elementwise = (
+        Operator("elementwise", dtype, m=m, n=n, role=role, cold=False)
+        for turn in zip_longest(*spots)
+        for role, (m, n) in zip(ELEMENTWISE, (spot or (0, 0) for spot in turn), strict=True)
+        if m
+    )
     return {
         "runtime": _runtime(dtype),
         "gemm_2to4": sparse,

@@ -215,8 +215,7 @@ def _elementwise(operator: str, label: str, r: Records, hw: HardwareProfile, lev
     from simulator.elementwise import CLASSES, class_code, elementwise_time
 
     dtype = DTYPES[int(r.dtype[0])]
-    role = np.where(r.role >= 0, r.role, ROLES.index("scatter" if "scatter" in ROLES else "residual"))
-    role = np.where(r.is_operator("copy") | (r.role < 0), ROLES.index("cache_write"), role)  # of the class of copies
+    role = np.where(r.is_operator("copy") | (r.role < 0), ROLES.index("cache_write"), r.role)  # of the class of copies
     t = elementwise_time(r.read_bytes, r.write_bytes, hw, role=role, dtype=dtype)
     regime = np.array(CLASSES)[class_code(role)]
     return _part(operator, label, r, hw, t, {"bytes": r.read_bytes + r.write_bytes, "role": role}, regime, "elementwise", dtype)

@@ -200,9 +200,10 @@ def decode_attention_time(
     kv_dtype = dtype if kv_dtype is None else kv_dtype
     b, kv, h, g, d = _columns(batch, kv_len, heads, kv_heads, head_dim)
     work = decode_work(
-        b, kv, h, g, d, window=window, density=density, element_bytes=_element_bytes(dtype), cache_bytes=_element_bytes(kv_dtype)
-    )
-    memory, unit, merge = decode_parts(work, r.device, r.constants, warm=not cold)
+        b, kv, h, g, d, window=window, density=density, element_bytes=_element_bytes(dtype), cache_bytes=_element_bytes(kv_dtype),
+        warm=not cold,
+    )  # fmt: skip
+    memory, unit, merge = decode_parts(work, r.device, r.constants)
     fixed = r.constants["t0_s"] + merge
     core = fixed + np.sqrt(memory * memory + unit * unit)
     if r.lattice is not None:

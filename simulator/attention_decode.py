@@ -56,6 +56,8 @@ DECODE_CONSTANTS: Mapping[str, Constant] = MappingProxyType(
                                  {"ada": 2.0, "*": 1.0}, _TABLES),
         "long_keys": Constant("1", 1.0, 1e6, "keys from which a sequence counts as long", {"*": 512.0}, "where the A100 table steps up"),
         "split_keys": Constant("1", 16.0, 4096.0, "keys a split keeps at least", {"*": 128.0}, "64 to 256 fit the tables alike"),
+        "regroup": Constant("1", 0.0, 4.0, "time more of a cache whose KV heads serve several query heads: a CPU rearranges it for a product",
+                            {"cpu": 1.0, "*": 0.0}, "fp32 attention measured by prunesim on two cores of a Xeon"),
     }
 )  # fmt: skip
 """Constants of the ``attention_decode`` section of a profile."""
@@ -73,11 +75,12 @@ class DecodeWork:
     flops: F
     cache_bytes: F
     io_bytes: F  # queries and outputs
+    warm: Any = False  # L2 may hold the cache, as in a benchmark that repeats one call
 
 
 def decode_work(
     batch: F, kv_len: F, heads: F, kv_heads: F, head_dim: F, *,
-    window: Any = 0.0, density: Any = 1.0, element_bytes: float = 2.0, cache_bytes: float = 2.0,
+    window: Any = 0.0, density: Any = 1.0, element_bytes: Any = 2.0, cache_bytes: Any = 2.0, warm: Any = False,
 ) -> DecodeWork:  # fmt: skip
     """Keys, FLOPs and bytes of decode attention.
 
@@ -87,8 +90,10 @@ def decode_work(
         Sequences, cached positions, heads, key/value heads, features.
     window, density : arrays
         Sliding window (0: none); share of the cache read.
-    element_bytes, cache_bytes : float, bytes
+    element_bytes, cache_bytes : float or array, bytes
         One element of an activation and of the cache.
+    warm : bool or array
+        L2 may hold the cache, as in a benchmark that repeats one call.
 
     Returns
     -------
@@ -102,14 +107,12 @@ def decode_work(
     pairs = batch * kv_heads
     key = 2.0 * cache_bytes * head_dim
     flops = 4.0 * batch * heads * head_dim * kv
-    return DecodeWork(kv, batch, pairs, heads / kv_heads, key, flops, pairs * key * kv, 2.0 * element_bytes * batch * heads * head_dim)
+    io = 2.0 * element_bytes * batch * heads * head_dim
+    return DecodeWork(kv, batch, pairs, heads / kv_heads, key, flops, pairs * key * kv, io, warm)
 
 
-def decode_parts(work: DecodeWork, device: Device, c: Mapping[str, float], warm: bool = False) -> tuple[F, F, F]:
-    """Memory and unit time, and what is fixed beside ``t0_s`` (merge, wide tile), of decode attention, s each.
-
-    ``warm``: L2 may hold the cache, as in a benchmark that repeats one call.
-    """
+def decode_parts(work: DecodeWork, device: Device, c: Mapping[str, float]) -> tuple[F, F, F]:
+    """Memory and unit time, and what is fixed beside ``t0_s`` (merge, wide tile), of decode attention, s each."""
     slots = c["units_per_sm"] * device.sm_count
     units = work.pairs * np.ceil(work.group / c["rows"])
     splits = np.minimum(np.floor(slots / units), np.floor(work.kv / c["split_keys"]))
@@ -119,13 +122,17 @@ def decode_parts(work: DecodeWork, device: Device, c: Mapping[str, float], warm:
     keys = KEYS * np.ceil(work.kv / (splits * KEYS))
     start = c["unit_s"] + long * c["long_unit_s"]
     unit = work.batch * c["sequence_s"] + waves * (start + keys * work.key_bytes / c["unit_bytes_per_s"])
-    cache = work.cache_bytes * from_l2(work.cache_bytes, device, c) if warm else work.cache_bytes
+    cache = work.cache_bytes
+    if np.any(work.warm):
+        cache = np.where(work.warm, cache * from_l2(cache, device, c), cache)
+    if c["regroup"]:
+        cache = cache * (1.0 + c["regroup"] * (work.group > 1.0))
     memory = (cache + work.io_bytes) / (c["e_d"] * device.bandwidth_bytes_per_s)
     merge = (splits > 1.0) * (c["split_s"] + 0.25 * c["merge_s"] * np.log2(splits)) + (work.group > 64.0) * c["wide_s"]
     return memory, unit, merge
 
 
-def decode_core(work: DecodeWork, device: Device, c: Mapping[str, float], warm: bool = False) -> F:
+def decode_core(work: DecodeWork, device: Device, c: Mapping[str, float]) -> F:
     """Time of decode attention without residual, s: fixed time, joined memory and units, merge."""
-    memory, unit, merge = decode_parts(work, device, c, warm)
+    memory, unit, merge = decode_parts(work, device, c)
     return np.asarray(c["t0_s"] + np.sqrt(memory * memory + unit * unit) + merge)

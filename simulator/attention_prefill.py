@@ -114,7 +114,7 @@ def causal_blocks(q: F, kv: F, window: F) -> tuple[F, F, F]:
 
 def prefill_work(
     batch: F, q_len: F, kv_len: F, heads: F, kv_heads: F, head_dim: F, *,
-    window: Any = 0.0, density: Any = 1.0, block: Any = 0.0, element_bytes: float = 2.0, cache_bytes: float = 2.0,
+    window: Any = 0.0, density: Any = 1.0, block: Any = 0.0, element_bytes: Any = 2.0, cache_bytes: Any = 2.0,
     sparse_block: float = 16.0, packs: float = 0.0,
 ) -> PrefillWork:  # fmt: skip
     """Tiles, blocks, FLOPs and bytes of prefill attention.

@@ -34,7 +34,7 @@ ROLE_CLASS: Mapping[str, str] = MappingProxyType(
         "lm_head": "copy", "router": "copy", "residual_projection": "copy", "attention": "copy",
         "embedding": "embedding", "attention_norm": "norm", "mlp_norm": "norm", "qk_norm": "norm", "post_norm": "norm",
         "final_norm": "final_norm",
-        "rotary": "rotary", "activation": "activation", "residual": "activation", "cache_write": "copy",
+        "rotary": "rotary", "activation": "activation", "residual": "copy", "cache_write": "copy",
         "softcap": "activation", "sampling": "select", "gather": "embedding", "scatter": "embedding", "mask": "select", "select": "select",
         "sort": "select", "quantize": "activation",
         "all_reduce": "copy", "send": "copy", "all_gather": "copy",
@@ -56,7 +56,7 @@ def _constants() -> dict[str, Constant]:
     for name in CLASSES:
         out[f"t0_{name}_s"] = Constant("s", 5e-7, 5e-5, f"floor of a {name} kernel", {"*": floors[name]}, _RTX)
         meaning = f"share of the DRAM bandwidth a large {name} operator reaches"
-        out[f"e_{name}"] = Constant("1", 0.1, 1.0, meaning, {"*": shares[name]}, _STUDY)
+        out[f"e_{name}"] = Constant("1", 0.001, 1.0, meaning, {"*": shares[name]}, _STUDY)
         meaning = f"rate of a {name} operator whose data lie in L2, in units of its DRAM rate"
         out[f"l2_{name}"] = Constant("1", 1.0, 6.0, meaning, {"ada": 2.5, "*": 1.5}, _RTX)
     meaning = "bytes of an operator, in units of the L2, at which half of them are found there"

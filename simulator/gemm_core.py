@@ -25,11 +25,14 @@ MENUS: Mapping[str, tuple[tuple[int, int], ...]] = MappingProxyType(
     {
         "stationary": ((32, 64), (64, 64), (64, 128), (64, 256), (128, 64), (128, 256)),
         "persistent": ((16, 64), (64, 64), (64, 128), (64, 192), (64, 256), (128, 256)),
+        "packing": ((1, 1),),
     }
 )
-"""Tiles (rows of m x columns of n): kernels that launch a block a tile, and kernels whose blocks stay and take tile after tile (Hopper)."""
+"""Tiles (rows of m x columns of n): kernels that launch a block a tile, kernels whose blocks stay and take tile after tile (Hopper), and
+products on a CPU, which pad nothing that could be seen in their time."""
 
 PERSISTENT_ARCHITECTURES = frozenset({"hopper"})
+PACKING_ARCHITECTURES = frozenset({"cpu"})
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Machine:
         Bytes of a stored weight, indices included.
     persistent : bool
         Blocks stay on their SM and take tile after tile.
+    packs : bool
+        A CPU: no tiles and waves; weights are rearranged for the caches from ``pack_m`` rows on, and nothing overlaps with arithmetic.
     """
 
     peak_flop_per_s: float
@@ -58,6 +63,7 @@ class Machine:
     element_bytes: float
     weight_bytes: float
     persistent: bool
+    packs: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,8 @@ def machine_core(machine: Machine, constants: Mapping[str, float], dtype: Any = 
     Core
     """
     c = {name: float(value) for name, value in constants.items()}
-    menu = np.array(MENUS["persistent" if machine.persistent else "stationary"], dtype=np.float64)
+    kind = "packing" if machine.packs else "persistent" if machine.persistent else "stationary"
+    menu = np.array(MENUS[kind], dtype=np.float64)
     bm, bn = menu[:, 0], menu[:, 1]
     step = LINE_BYTES / machine.element_bytes
     flop_us = 1e6 * 2.0 * step * bm * bn * machine.sm_count / (machine.peak_flop_per_s * c["e_tc"])
@@ -154,7 +161,7 @@ def machine_core(machine: Machine, constants: Mapping[str, float], dtype: Any = 
         flop_us=column(flop_us),
         epilogue_us=column(1e6 * machine.element_bytes * bm * bn / c["b_e"]),
         feed_us=column(1e6 * LINE_BYTES * (bm + bn) / c["b_l2"]),
-        has_feed=not machine.persistent,
+        has_feed=kind == "stationary",
         t0_us=1e6 * c["t0"],
         split_us=1e6 * c["t_s"],
         split_us_per_byte=1e6 / c["b_s"],
@@ -230,6 +237,8 @@ def core_time(
     -------
     CoreTime
     """
+    if core.machine.packs:
+        return _packed_time(m, n, k, core, copies, step_scale, load_scale)
     sm = float(core.machine.sm_count)
     tiles = m / core.tile_m
     np.ceil(tiles, out=tiles)
@@ -279,7 +288,7 @@ def core_time(
     choice = np.zeros(len(compute), dtype=np.int8)
     for i in range(1, len(best)):
         np.copyto(choice, i, where=best[i] == compute)
-    flat = choice * np.intp(len(compute)) + at
+    flat = choice.astype(np.intp) * len(compute) + at  # the cast first: NumPy 1 would multiply in 8 bits
     chosen_split = split.take(flat)
     chosen_split[unsplit.take(flat) <= compute] = 1.0
     memory, dram = memory_time(m, n, k, core, copies, load_scale)
@@ -291,6 +300,22 @@ def core_time(
     if core.convert_us_per_element:
         total += m * k * core.convert_us_per_element
     return CoreTime(total, np.log2(total), compute, memory, dram, choice, chosen_split, tiles.take(flat))
+
+
+def _packed_time(m: F, n: F, k: F, core: Core, copies: F | float | None, step_scale: F | float, load_scale: F | float) -> CoreTime:
+    """A product on a CPU: fixed time, operands, the rearranging of the weights from ``pack_m`` rows on, and arithmetic, one after another."""
+    c = core.constants
+    memory, dram = memory_time(m, n, k, core, copies, load_scale * np.where(m >= c["pack_m"], 1.0 + c["pack"], 1.0).astype(m.dtype))
+    flop = m * n
+    tiles = flop.copy()
+    flop *= k
+    flop *= 2e6 / (core.machine.peak_flop_per_s * c["e_tc"])
+    flop *= step_scale
+    total = memory + flop
+    total += core.t0_us
+    cube(flop, np.empty_like(flop))
+    ones = np.ones_like(total)
+    return CoreTime(total, np.log2(total), flop, memory, dram, np.zeros(len(total), dtype=np.int8), ones, tiles)
 
 
 def cube(x: F, work: F) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from simulator.errors import InputError
 from simulator.gemm_constants import CONSTANTS
-from simulator.gemm_core import PERSISTENT_ARCHITECTURES, Core, Machine, machine_core
+from simulator.gemm_core import PACKING_ARCHITECTURES, PERSISTENT_ARCHITECTURES, Core, Machine, machine_core
 from simulator.intervals import Bands, bands_of
 from simulator.lattice import Residual, between_measured, residual_of
 from simulator.measured import Exact, exact_of
@@ -93,7 +93,7 @@ def _plan(hw: HardwareProfile, dtype: str, weight_dtype: str | None, kernel: int
     machine = Machine(
         peak, float(hw.bandwidth_bytes_per_s), float(hw.l2_bytes), int(hw.sm_count), max(1.0, float(hw.clock_headroom)), element,
         weight_bytes,
-        hw.architecture in PERSISTENT_ARCHITECTURES,
+        hw.architecture in PERSISTENT_ARCHITECTURES, hw.architecture in PACKING_ARCHITECTURES,
     )  # fmt: skip
     core = machine_core(machine, c, PRECISION)
     residual = residual_of(section.arrays, PRECISION)

@@ -41,6 +41,24 @@ def test_planted_constants_are_recovered_within_three_standard_errors() -> None:
     np.testing.assert_allclose(np.diag(fit.correlation), 1.0)
 
 
+@pytest.mark.parametrize("pack_m", [2.0, 4.0, 8.0])
+def test_where_a_cpu_begins_to_rearrange_its_weights_is_found(pack_m: float) -> None:
+    hw = load_hardware("cpu")
+    machine = machine_of(hw, "fp32")
+    rng = np.random.default_rng(5)
+    m = rng.choice([1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0, 64.0, 512.0], 300)
+    n, k = (64.0 * np.ceil(2.0 ** rng.uniform(0, 6, 300)) for _ in range(2))
+    start = starting_constants(hw, "fp32")
+    truth = {**start, "pack": 1.4, "pack_m": pack_m, "e_d": 0.6}
+    empty = shapes(m, n, k, np.ones(300), machine, np.inf)
+    data = replace(empty, seconds=1e-6 * timed(empty, machine, truth).total_us * np.exp(0.02 * rng.normal(size=300)))
+    fit = fit_constants(data, machine, start)
+    assert fit.values["pack_m"] == pack_m
+    assert "pack_m" in fit.fixed
+    for name in ("pack", "e_d"):
+        assert abs(fit.values[name] - truth[name]) < 4 * fit.std_errors[name], name
+
+
 @pytest.mark.slow
 def test_intervals_of_planted_constants_cover() -> None:
     hw = load_hardware("h100_sxm")

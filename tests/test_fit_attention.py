@@ -79,8 +79,38 @@ def test_unusable_rows_are_counted_by_reason() -> None:
     assert counts["the time is not positive"] == 2
     assert counts["a value is not finite"] == 1
     assert "heads are no multiple of KV heads" in counts
-    with pytest.raises(ValueError, match="at least 30 usable rows, got 20"):
-        fit_attention("prefill", c.take(np.arange(20)), DEVICE, "hopper")
+    with pytest.raises(ValueError, match="at least 20 usable rows, got 19"):
+        fit_attention("prefill", c.take(np.arange(19)), DEVICE, "hopper")
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_what_was_measured_cold_in_fp32_is_predicted_so(phase: str) -> None:
+    """A fit that took a rotated cache for a warm one, or four bytes for two, would agree with its rows and predict the wrong times."""
+    truth = {n: k.default("hopper") for n, k in registry(phase).items()}
+    c = replace(shapes(phase, 300, 4), element_bytes=np.full(300, 4.0), warm=np.zeros(300))
+    device = device_of(HW, "tf32")
+    c = replace(c, seconds=core_of(phase, work_of(phase, c, truth), device, truth))
+    fit = fit_attention(phase, c, device, "hopper")
+    hw = replace(HW, sections={**HW.sections, (f"attention_{phase}", "tf32"): fit.section()})
+    call = (c.batch, c.q_len, c.kv_len) if phase == "prefill" else (c.batch, c.kv_len)
+    time = prefill_attention_time if phase == "prefill" else decode_attention_time
+    t = time(*call, c.heads, c.kv_heads, c.head_dim, hw, dtype="tf32")
+    assert np.median(np.abs(t.seconds / c.seconds - 1.0)) < 0.02
+
+
+def test_few_rows_keep_the_lattice_only_where_it_helps() -> None:
+    c, _ = planted("decode", 40, 21, 0.15)  # noise that a lattice could only learn by heart
+    assert not fit_attention("decode", c, DEVICE, "hopper").arrays
+    smooth = replace(c, seconds=planted("decode", 40, 21, 0.0)[0].seconds * np.where(c.heads / c.kv_heads > 1.0, 1.6, 1.0))
+    assert fit_attention("decode", smooth, DEVICE, "hopper").arrays
+
+
+def test_a_cpu_takes_longer_over_a_cache_that_several_heads_share() -> None:
+    truth = {n: k.default("cpu") for n, k in registry("decode").items()} | {"regroup": 0.6}
+    c = replace(shapes("decode", 200, 8), warm=np.zeros(200))
+    c = replace(c, seconds=core_of("decode", work_of("decode", c, truth), DEVICE, truth))
+    assert fit_attention("decode", c, DEVICE, "cpu").constants["regroup"].value == pytest.approx(0.6, abs=0.1)
+    assert fit_attention("decode", c, DEVICE, "hopper").constants["regroup"].value == 0.0
 
 
 def test_rows_that_beat_dram_are_kept_only_while_l2_could_hold_them() -> None:

@@ -48,6 +48,18 @@ def test_more_work_is_never_faster_by_more_than_a_tile_step(m: int, n: int, k: i
     assert large >= 0.85 * small  # split-K: one more whole k-step of a tile can balance better
 
 
+def test_a_cpu_has_no_tiles_and_reads_its_weights_twice_from_some_rows_on() -> None:
+    machine = Machine(1e12, 3e10, 1e6, 2, 1.0, 4.0, 4.0, False, packs=True)
+    constants = {name: c.default("cpu") for name, c in CONSTANTS.items()} | {"pack": 1.0, "pack_m": 4.0, "t0": 1e-7, "e_d": 1.0}
+    core = machine_core(machine, constants)
+    m, wide = np.array([1.0, 3.0, 4.0, 5.0]), np.full(4, 4096.0)
+    t = core_time(m, wide, wide, core)
+    weights_us = 4e6 * 4096.0**2 / 3e10
+    np.testing.assert_allclose(t.memory_us, weights_us * np.array([1, 1, 2, 2]), rtol=0.01)
+    np.testing.assert_allclose(np.cbrt(t.compute3), 2e6 * m * 4096.0**2 / (1e12 * constants["e_tc"]), rtol=1e-9)
+    np.testing.assert_allclose(t.total_us, t.memory_us + np.cbrt(t.compute3) + 0.1, rtol=1e-9)
+
+
 @pytest.mark.parametrize("gpu", GPUS)
 def test_halving_both_rates_doubles_time_minus_overhead(gpu: str) -> None:
     hw = load_hardware(gpu)

@@ -230,6 +230,19 @@ def test_the_probe_finds_planted_rates() -> None:
     assert rates.memory_bytes == 80e9
 
 
+def test_the_probe_tells_how_noisy_a_device_is_and_a_plan_counts_on_it() -> None:
+    quiet, noisy = (probe(ReplayDevice(lambda op: 1e-3, noise=noise), "bf16") for noise in (0.0, 0.05))
+    assert quiet.noise == 0.0
+    assert 0.02 < noisy.noise < 0.12
+    op, protocol = Operator("gemm", m=512, n=512, k=512), Protocol(time_limit_s=2.0)
+    assert noisy.cost_s(op, protocol) > 1.5 * quiet.cost_s(op, protocol)
+
+
+def test_the_probe_takes_what_fits_a_small_device() -> None:
+    device = ReplayDevice(lambda op: 1e-5 + op.flops / 1e13, faults=Faults(out_of_memory_bytes=2e6))
+    assert probe(device, "bf16").flop_per_s > 0
+
+
 def test_the_probe_of_a_slow_format_is_short() -> None:
     device = ReplayDevice(lambda op: 1e-5 + op.flops / 1e9)
     assert probe(device, "bf16").flop_per_s == pytest.approx(1e9, rel=0.01)

@@ -26,7 +26,7 @@ from calibration.devices.attention import (
     flex_block_sparse_attention,
     prefill_attention,
 )
-from calibration.devices.protocol import NORMS, Operator, OutOfMemory, Unsupported
+from calibration.devices.protocol import NORMS, Operator, OutOfMemory, Unsupported, selected
 from simulator.workload import DTYPE_BYTES, dtype_code
 
 Tensor = Any  # torch.Tensor; torch is optional, so its types are not relied upon
@@ -278,6 +278,9 @@ def _elementwise(op: Operator, place: str, arena: Arena) -> Launches:
             raise Unsupported(f"elementwise rotary: {op.n} features cannot be halved")
         cos, sin = (t.unsqueeze(1) for t in rotary_tables(torch.arange(op.m, device=place), head, other.dtype))
         return Launches(lambda i: rotary(inputs[i % copies].view(op.m, op.n // head, head), cos, sin), copies)
+    if op.role == "select":
+        many = selected(op.n)
+        return Launches(lambda i: inputs[i % copies].topk(many, dim=1).indices.sort(dim=1).values, copies)
     rows = torch.randperm(op.m, generator=torch.Generator().manual_seed(op.m)).to(place)
     if op.role in ("embedding", "gather"):
         return Launches(lambda i: inputs[i % copies].index_select(0, rows), copies)

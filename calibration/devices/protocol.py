@@ -29,8 +29,10 @@ OPERATORS: Mapping[str, str] = {
 """Kinds of operators and what they mean."""
 
 NORMS = ("attention_norm", "mlp_norm", "post_norm", "final_norm", "qk_norm")
-ELEMENTWISE_ROLES = (*NORMS, "activation", "residual", "rotary", "embedding", "gather", "scatter", "cache_write")
+ELEMENTWISE_ROLES = (*NORMS, "activation", "residual", "rotary", "embedding", "gather", "scatter", "cache_write", "select")
 """Roles an ``elementwise`` operator may have."""
+INDEX_BYTES = 4.0
+"""A chosen index, as the families' selections count it."""
 
 
 class Unsupported(ValueError):
@@ -43,6 +45,23 @@ class OutOfMemory(RuntimeError):
 
 class DeviceLost(RuntimeError):
     """The device no longer answers; nothing after this can be measured."""
+
+
+def elementwise_bytes(role: str, m: int, n: int, element_bytes: float) -> tuple[float, float]:
+    """Bytes an elementwise operator on m tokens of n features reads and writes; ``select`` keeps the indices of half the features.
+
+    >>> elementwise_bytes("residual", 2, 8, 2.0), elementwise_bytes("select", 2, 8, 2.0)
+    ((64.0, 32.0), (32.0, 32.0))
+    """
+    moved = element_bytes * m * n
+    if role == "select":
+        return moved, INDEX_BYTES * m * selected(n)
+    return moved * {"activation": 2.0, "residual": 2.0}.get(role, 1.0), moved
+
+
+def selected(n: int) -> int:
+    """Features that the operator ``select`` chooses."""
+    return max(n // 2, 1)
 
 
 @dataclass(frozen=True)
@@ -165,8 +184,7 @@ class Operator:
         if self.kind == "copy":
             return 2.0 * self.n
         if self.kind == "elementwise":
-            reads = {"activation": 2, "residual": 2}.get(self.role, 1)
-            return (reads + 1) * size * self.m * self.n
+            return float(sum(elementwise_bytes(self.role, self.m, self.n, size)))
         if self.kind == "low_rank":
             return weight + size * self.m * (self.k + 2 * self.rank + self.n)
         if self.kind == "gather_gemm":

@@ -177,7 +177,9 @@ def test_rotary_turns_pairs_and_keeps_their_length() -> None:
     _close((z[0, 0, 1] @ z[0, 0, 3]).reshape(1), (z[0, 0, 2] @ z[0, 0, 4]).reshape(1))
 
 
-@pytest.mark.parametrize("role", ["attention_norm", "activation", "residual", "rotary", "embedding", "gather", "scatter", "cache_write"])
+@pytest.mark.parametrize(
+    "role", ["attention_norm", "activation", "residual", "rotary", "embedding", "gather", "scatter", "cache_write", "select"]
+)
 def test_elementwise(arena: Arena, role: str) -> None:
     launches = build(Operator("elementwise", "fp32", role=role, m=12, n=32, cold=False), "cpu", arena)
     x = arena.cut(12 * 32, "fp32", cold=False)[0](0).view(12, 32).clone()
@@ -193,6 +195,11 @@ def test_elementwise(arena: Arena, role: str) -> None:
         _close(result, x + other)
     elif role == "rotary":
         _close(result.reshape(12, 32).norm(dim=1), x.norm(dim=1))
+    elif role == "select":
+        assert result.shape == (12, 16)
+        assert bool((result.diff(dim=1) > 0).all())
+        left_out = x.scatter(1, result, -torch.inf)
+        assert bool((x.gather(1, result).amin(1) >= left_out.amax(1)).all())
     else:
         _close(result.sort(dim=0).values, x.sort(dim=0).values)
     assert torch.equal(arena.cut(12 * 32, "fp32", cold=False)[0](0).view(12, 32), x)  # the input is as it was
