@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 
-from calibration.decoder.model import Attention, Decoder, Dynamic, Layer, Mlp, Projection, Tensor
+from calibration.decoder.model import Attention, Blocks, Decoder, Dynamic, Layer, Mlp, Projection, Tensor
 from calibration.devices.protocol import Unsupported
 from simulator.errors import InputError, unknown
 
@@ -261,6 +262,25 @@ def _with_routers(layer: Layer, decoder: Decoder, dynamic: Dynamic) -> Layer:
 
     a, m = layer.attention, layer.mlp
     wide = dynamic.family == "dynamic_width"
-    a = a and replace(a, router=router(a.kv_heads if wide else 2))
-    m = m and replace(m, router=router(dynamic.channel_groups if wide else 2))
+    a = a and replace(a, router=router(a.kv_heads if wide else 2), blocks=_head_blocks(a) if wide else None)
+    if m is not None and wide:
+        blocks = _channel_blocks(m, dynamic.channel_groups)
+        m = replace(m, router=router(blocks.groups), blocks=blocks)
+    elif m is not None:
+        m = replace(m, router=router(2))
     return Layer(a, m)
+
+
+def _head_blocks(a: Attention) -> Blocks:
+    """Query and output weights by KV group: the rows of q lie in this order already."""
+    width = a.q.weight.shape[0]
+    return Blocks(a.q.weight, a.o.weight.t().contiguous(), tuple(width * g // a.kv_heads for g in range(a.kv_heads + 1)))
+
+
+def _channel_blocks(m: Mlp, groups: int) -> Blocks:
+    """Gate, up and down weights by groups of channels, as equal as whole channels allow, and no more groups than channels."""
+    channels = m.down.weight.shape[1]
+    groups = min(groups, channels)
+    edges = tuple(channels * g // groups for g in range(groups + 1))
+    pieces = [weight[start:stop] for start, stop in pairwise(edges) for weight in (m.gate.weight, m.up.weight)]
+    return Blocks(torch.cat(pieces), m.down.weight.t().contiguous(), edges)

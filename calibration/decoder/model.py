@@ -45,8 +45,47 @@ class Projection:
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """A sublayer's weights group by group, so that what a token uses of them is whole rows next to each other: a copy of the projections'.
+
+    Attributes
+    ----------
+    inner : tensor (rows, hidden)
+        Rows that make a group's features (an MLP's: its gate's and then its up's), one group after the other.
+    outer : tensor (features, hidden)
+        The weight that takes the features back to the hidden state, transposed.
+    edges : tuple of int
+        Where the features of each group begin, and the end of the last.
+    """
+
+    inner: Tensor
+    outer: Tensor
+    edges: tuple[int, ...]
+
+    @property
+    def groups(self) -> int:
+        """Number of groups."""
+        return len(self.edges) - 1
+
+    @property
+    def width(self) -> int:
+        """Features of a group; 0 where they differ."""
+        features, left = divmod(self.edges[-1], self.groups)
+        return 0 if left else features
+
+    def of(self, group: int) -> tuple[Tensor, Tensor]:
+        """Both weights of one group: views."""
+        rows = len(self.inner) // self.edges[-1]  # a feature: one for a query, two where a gate has its own
+        start, stop = self.edges[group : group + 2]
+        return self.inner[rows * start : rows * stop], self.outer[start:stop]
+
+
+@dataclass(frozen=True)
 class Attention:
-    """An attention sublayer. ``turn`` is the residual projection that width_cross may add, ``router`` the one of a dynamic family."""
+    """An attention sublayer. ``turn`` is the residual projection that width_cross may add, ``router`` the one of a dynamic family.
+
+    ``blocks`` are q and o by KV group, for dynamic width.
+    """
 
     norm: Tensor
     q: Projection
@@ -58,11 +97,12 @@ class Attention:
     qk_norms: tuple[Tensor, Tensor] | None = None
     turn: Tensor | None = None
     router: Tensor | None = None
+    blocks: Blocks | None = None
 
 
 @dataclass(frozen=True)
 class Mlp:
-    """A gated MLP sublayer."""
+    """A gated MLP sublayer; ``blocks`` are its weights by groups of channels, for dynamic width."""
 
     norm: Tensor
     gate: Projection
@@ -70,6 +110,7 @@ class Mlp:
     down: Projection
     turn: Tensor | None = None
     router: Tensor | None = None
+    blocks: Blocks | None = None
 
 
 @dataclass(frozen=True)

@@ -32,19 +32,19 @@ def joined(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+def normed(decoder: Decoder, heads: Tensor, norms: tuple[Tensor, Tensor] | None, which: int) -> Tensor:
+    """Query (0) or key (1) heads with the norm that some models put on them."""
+    return heads if norms is None else rms_norm(heads, norms[which], decoder.epsilon)
+
+
 def queries(decoder: Decoder, a: Attention, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Query heads of normed tokens, rotated."""
-    q = split_heads(a.q(h), a.heads)
-    if a.qk_norms is not None:
-        q = rms_norm(q, a.qk_norms[0], decoder.epsilon)
-    return rotary(q, cos, sin)
+    return rotary(normed(decoder, split_heads(a.q(h), a.heads), a.qk_norms, 0), cos, sin)
 
 
 def keys_values(decoder: Decoder, a: Attention, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Key heads, rotated, and value heads of normed tokens."""
-    k = split_heads(a.k(h), a.kv_heads)
-    if a.qk_norms is not None:
-        k = rms_norm(k, a.qk_norms[1], decoder.epsilon)
+    k = normed(decoder, split_heads(a.k(h), a.kv_heads), a.qk_norms, 1)
     return rotary(k, cos, sin), split_heads(a.v(h), a.kv_heads)
 
 
@@ -64,7 +64,7 @@ def routed_attention(q: Tensor, k: Tensor, v: Tensor, places: Tensor) -> Tensor:
     return out
 
 
-def _note(state: State, number: int, what: str, value: Any) -> None:
+def note(state: State, number: int, what: str, value: Any) -> None:
     if state.trace is not None:
         state.trace[number, what] = value
 
@@ -101,7 +101,7 @@ def depth_prefill(
 ) -> Tensor:
     """Attention of the chosen tokens; the others pass by. Keys and values are all there."""
     places = _capacity(decoder, _router_scores(x, a.router))
-    _note(state, number, "attention", places)
+    note(state, number, "attention", places)
     rows = _flat(places, x.shape[1])
     some = h.flatten(0, 1).index_select(0, rows).view(x.shape[0], -1, x.shape[2])
     q = queries(decoder, a, some, cos[places].unsqueeze(1), sin[places].unsqueeze(1))
@@ -114,7 +114,7 @@ def depth_decode(
 ) -> Tensor:
     """Attention of the sequences drawn, each over its own cache, which is not copied for it."""
     rows = _drawn(decoder, _router_scores(x, a.router), state)
-    _note(state, number, "attention", rows)
+    note(state, number, "attention", rows)
     if not len(rows):
         return x if a.turn is None else F.linear(x, a.turn)
     if len(rows) == len(x):
@@ -131,10 +131,10 @@ def depth_mlp(decoder: Decoder, number: int, m: Mlp, x: Tensor, state: State) ->
     scores = _router_scores(x, m.router)
     if x.shape[1] == 1:
         rows = _drawn(decoder, scores, state)
-        _note(state, number, "mlp", rows)
+        note(state, number, "mlp", rows)
     else:
         places = _capacity(decoder, scores)
-        _note(state, number, "mlp", places)
+        note(state, number, "mlp", places)
         rows = _flat(places, x.shape[1])
     if not len(rows):
         return x if m.turn is None else F.linear(x, m.turn)
@@ -147,90 +147,6 @@ def _scattered(x: Tensor, rows: Tensor, y: Tensor, turn: Tensor | None) -> Tenso
     x = x if turn is None else F.linear(x, turn)
     x.view(-1, x.shape[-1]).index_add_(0, rows, y)
     return x
-
-
-# -- dynamic width ----------------------------------------------------------------------------------------------------------------
-
-
-def _chosen_groups(decoder: Decoder, x: Tensor, router: Tensor | None) -> Tensor:
-    """Which groups each token uses, booleans (batch, tokens, groups): the same number for every token."""
-    assert router is not None
-    votes = F.linear(x, router).float()
-    many = max(whole_share(decoder.dynamic.keep, votes.shape[-1]), 1)
-    return torch.zeros_like(votes, dtype=torch.bool).scatter_(-1, votes.topk(many, dim=-1).indices, True)
-
-
-def _group_weights(a: Attention, group: int) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Query weight and bias, and output weight, of one KV group's heads: views."""
-    wide = a.q.weight.shape[0] // a.kv_heads
-    span = slice(group * wide, (group + 1) * wide)
-    return a.q.weight[span], None if a.q.bias is None else a.q.bias[span], a.o.weight[:, span]
-
-
-def _group_queries(decoder: Decoder, a: Attention, h: Tensor, weight: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
-    """Queries of one group's heads for some tokens (batch, tokens, hidden)."""
-    q = split_heads(F.linear(h, weight, bias), a.heads // a.kv_heads)
-    if a.qk_norms is not None:
-        q = rms_norm(q, a.qk_norms[0], decoder.epsilon)
-    return rotary(q, cos, sin)
-
-
-def width_prefill(
-    decoder: Decoder, number: int, a: Attention, x: Tensor, h: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, state: State
-) -> Tensor:
-    """Query, attention and output of each KV group for the tokens that chose it; keys and values dense."""
-    chosen = _chosen_groups(decoder, x, a.router)
-    _note(state, number, "attention", chosen)
-    y = torch.zeros_like(x) if a.turn is None else F.linear(x, a.turn)
-    for group in range(a.kv_heads):
-        weight, bias, output = _group_weights(a, group)
-        span = slice(group, group + 1)
-        for b in range(x.shape[0]):
-            rows = chosen[b, :, group].nonzero().squeeze(1)
-            if len(rows):
-                q = _group_queries(decoder, a, h[b, rows][None], weight, bias, cos[rows], sin[rows])
-                out = routed_attention(q, k[b : b + 1, span], v[b : b + 1, span], rows[None])
-                y[b].index_add_(0, rows, F.linear(joined(out)[0], output))
-    return x + y if a.turn is None else y
-
-
-def width_decode(
-    decoder: Decoder, number: int, a: Attention, x: Tensor, h: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, state: State
-) -> Tensor:
-    """The same for one token a sequence: a group's weights are read once for all sequences that chose it."""
-    chosen = _chosen_groups(decoder, x, a.router)
-    _note(state, number, "attention", chosen)
-    table = chosen[:, 0].tolist()
-    y = torch.zeros_like(x) if a.turn is None else F.linear(x, a.turn)
-    for group in range(a.kv_heads):
-        users = [b for b, uses in enumerate(table) if uses[group]]
-        if not users:
-            continue
-        weight, bias, output = _group_weights(a, group)
-        rows = torch.tensor(users, device=x.device)
-        q = _group_queries(decoder, a, h if len(users) == len(x) else h.index_select(0, rows), weight, bias, cos, sin)
-        span = slice(group, group + 1)
-        out = torch.cat([decode_attention(q[i : i + 1], keys[b : b + 1, span], values[b : b + 1, span]) for i, b in enumerate(users)])
-        y.index_add_(0, rows, F.linear(joined(out), output))
-    return x + y if a.turn is None else y
-
-
-def width_mlp(decoder: Decoder, number: int, m: Mlp, x: Tensor, h: Tensor, state: State) -> Tensor:
-    """Each group of channels for the tokens that chose it."""
-    chosen = _chosen_groups(decoder, x, m.router)
-    _note(state, number, "mlp", chosen)
-    chosen, flat = chosen.flatten(0, 1), h.flatten(0, 1)
-    inner, groups = m.down.weight.shape[1], chosen.shape[1]
-    y = torch.zeros_like(flat) if m.turn is None else F.linear(x, m.turn).flatten(0, 1)
-    for group in range(groups):
-        rows = chosen[:, group].nonzero().squeeze(1)
-        span = slice(group * inner // groups, (group + 1) * inner // groups)
-        if not len(rows) or span.start == span.stop:
-            continue
-        some = flat if len(rows) == len(flat) else flat.index_select(0, rows)
-        middle = gated(F.linear(some, m.gate.weight[span]), F.linear(some, m.up.weight[span]))
-        y.index_add_(0, rows, F.linear(middle, m.down.weight[:, span]))
-    return x + y.view_as(x) if m.turn is None else y.view_as(x)
 
 
 # -- sparse attention -------------------------------------------------------------------------------------------------------------
@@ -270,7 +186,7 @@ def chosen_blocks(
     many = max(1, whole_share(keep, blocks))
     pooled = q.view(batch, kv_heads, -1, head_dim).mean(2)
     index = (means @ pooled.unsqueeze(-1)).squeeze(-1).topk(many, dim=-1).indices.sort(dim=-1).values
-    _note(state, number, "attention", index)
+    note(state, number, "attention", index)
     wide = index[..., None, None].expand(batch, kv_heads, many, block, head_dim)
     edge = blocks * block
     picked = [t[:, :, :edge].unflatten(2, (blocks, block)).gather(2, wide).flatten(2, 3) for t in (keys, values)]
@@ -298,7 +214,7 @@ def drop_tokens(
     else:
         scores[:, -1] = torch.inf
         places = scores.topk(many, dim=1).indices.sort(dim=1).values
-    _note(state, number, "token", places)
+    note(state, number, "token", places)
     x = x.gather(1, places[..., None].expand(batch, many, hidden))
     return x, cos[places].unsqueeze(1), sin[places].unsqueeze(1)
 
@@ -313,7 +229,7 @@ def evict(q: Tensor, k: Tensor, v: Tensor, cache: Cache, keep: float, observed: 
     seen = torch.ones(some, seq, dtype=torch.bool, device=q.device).tril(seq - some)
     weights = scores.masked_fill_(~seen, -torch.inf).softmax(-1).sum((2, 3))
     places = weights.topk(many, dim=-1).indices.sort(dim=-1).values
-    _note(state, number, "cache", places)
+    note(state, number, "cache", places)
     wide = places[..., None].expand(*places.shape, k.shape[3])
     cache.k[:, :, :many] = k.gather(2, wide)
     cache.v[:, :, :many] = v.gather(2, wide)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from calibration.decoder import routed
+from calibration.decoder import routed, widths
 from calibration.decoder.model import Attention, Cache, Decoder, Mlp, State, Tensor
 from calibration.devices.attention import block_sparse_attention, decode_attention, prefill_attention
 from calibration.devices.operators import gated, rms_norm, rotary_tables
@@ -109,7 +109,7 @@ def _prefill_attention(
     if d.family == "dynamic_depth":
         return routed.depth_prefill(decoder, number, a, x, h, k, v, cos, sin, state), None
     if d.family == "dynamic_width":
-        return routed.width_prefill(decoder, number, a, x, h, k, v, cos, sin, state), None
+        return widths.width_prefill(decoder, number, a, x, h, k, v, cos, sin, state), None
     q = routed.queries(decoder, a, h, cos, sin)
     scores = None
     if d.family == "sparse_attention":
@@ -140,7 +140,7 @@ def _decode_attention(
     if d.family == "dynamic_depth":
         return routed.depth_decode(decoder, number, a, x, h, keys, values, cos, sin, state)
     if d.family == "dynamic_width":
-        return routed.width_decode(decoder, number, a, x, h, keys, values, cos, sin, state)
+        return widths.width_decode(decoder, number, a, x, h, keys, values, cos, sin, state)
     q = routed.queries(decoder, a, h, cos, sin)
     if d.family == "sparse_attention":
         keys, values = routed.chosen_blocks(q, keys, values, cache, d.block, d.keep, state, number)
@@ -153,5 +153,5 @@ def _mlp(decoder: Decoder, number: int, m: Mlp, x: Tensor, state: State) -> Tens
         return routed.depth_mlp(decoder, number, m, x, state)
     h = rms_norm(x, m.norm, decoder.epsilon)
     if family == "dynamic_width":
-        return routed.width_mlp(decoder, number, m, x, h, state)
+        return widths.width_mlp(decoder, number, m, x, h, state)
     return _add(x, m.down(gated(m.gate(h), m.up(h))), m.turn)
