@@ -38,6 +38,7 @@ SHIPPED: tuple[tuple[str, str], ...] = (
 MEASURED = "measured on this device by prunesim: the best of its own GEMMs and copies"
 UNKNOWN = "not known of this device; a stand-in that no prediction rests on"
 
+_COLD_SHARE = 1.0 / 16.0
 _MARGIN = 1.05  # over the best of a few shapes: others are a little faster
 _CLOCK_HZ, _POWER_W = 2.5e9, 100.0  # stand-ins: headroom is 1 either way, and power enters no time
 
@@ -182,7 +183,7 @@ def raised(base: HardwareProfile, records: Records) -> HardwareProfile:
             reached = float(np.max(flops[rows] / timed.seconds[rows]))
             rates[dtype] = replace(rates[dtype], flop_per_s=max(rates[dtype].flop_per_s, 1.01 * reached))
     speed = base.bandwidth_bytes_per_s
-    cold = gemm & timed.cold & (weights > 2.0 * base.l2_bytes)
+    cold = gemm & timed.cold & (weights > _COLD_SHARE * base.l2_bytes)  # smaller ones may not have been rotated past the cache
     if base.sources.get("bandwidth") == MEASURED and cold.any():
         speed = max(speed, 1.01 * float(np.max((weights + others)[cold] / timed.seconds[cold])))
     return replace(base, rates=MappingProxyType(rates), bandwidth_bytes_per_s=speed)

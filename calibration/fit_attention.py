@@ -7,7 +7,7 @@ one kernel path: constants belong to a stack (the same shape differs by 9-34 % b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -65,8 +65,8 @@ class Columns:
 
     def take(self, index: NDArray[Any]) -> Columns:
         """Rows by mask or index."""
-        columns = (getattr(self, name) for name in self.__dataclass_fields__)
-        return Columns(*(c[index] if np.ndim(c) else c for c in columns))
+        columns = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return replace(self, **{name: column[index] for name, column in columns.items() if np.ndim(column)})
 
 
 def columns_of(records: Any, kind: int | None = None) -> Columns:
@@ -75,7 +75,8 @@ def columns_of(records: Any, kind: int | None = None) -> Columns:
     rows = slice(None) if kind is None else np.asarray(records.operator) == kind
     size = np.array([DTYPE_BYTES[code] for code in range(len(DTYPES))], dtype=np.float64)[np.asarray(records.dtype)[rows]]
     warm = 1.0 - np.asarray(records.cold, dtype=np.float64)[rows]
-    return Columns(*(np.asarray(getattr(records, name), dtype=np.float64)[rows] for name in names), size, warm)
+    columns = {name: np.asarray(getattr(records, name), dtype=np.float64)[rows] for name in names}
+    return Columns(**columns, element_bytes=size, warm=warm)
 
 
 @dataclass(frozen=True)

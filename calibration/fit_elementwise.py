@@ -20,6 +20,8 @@ from simulator.hardware import Fitted, Interval, Provenance, Section
 F = NDArray[np.float64]
 
 ROBUST = 0.05
+SPREAD = 0.7
+"""Log spread of a class's constants round those of all classes."""
 ENOUGH = 20
 """Rows a class needs for an interval of its own."""
 SMOOTH = 0.1
@@ -80,6 +82,23 @@ class ElementwiseFit:
         return Section(self.constants, self.arrays, self.intervals, self.accuracy, provenance, "calibrated")
 
 
+def _common(
+    bytes_: F, code: NDArray[np.intp], log_time: F, l2_bytes: float, bandwidth: float, values: Mapping[str, float]
+) -> dict[str, float]:
+    """Values with the floors, bandwidth shares, L2 gains and L2 share of all classes each scaled by one factor that fits best."""
+
+    def scaled(x: F) -> dict[str, float]:
+        factor = dict(zip(("t0", "e", "l2", "l2_share"), np.exp(x).tolist(), strict=True))
+        moved = {name: v * factor[name if name == "l2_share" else name.split("_")[0]] for name, v in values.items() if name != "spread"}
+        return {name: float(np.clip(v, CONSTANTS[name].low, CONSTANTS[name].high)) for name, v in moved.items()}
+
+    def misfit(x: F) -> F:
+        core = elementwise_core(bytes_, code, l2_bytes, bandwidth, {**values, **scaled(x)})
+        return np.concatenate([np.log(core) - log_time, ROBUST * x])
+
+    return scaled(least_squares(misfit, np.zeros(4), bounds=(-4.0, 4.0), loss="soft_l1", f_scale=ROBUST).x)
+
+
 def _constants(
     bytes_: F, code: NDArray[np.intp], seconds: F, l2_bytes: float, bandwidth: float, architecture: str
 ) -> tuple[dict[str, float], dict[str, float], dict[str, str]]:
@@ -90,13 +109,14 @@ def _constants(
     fixed["spread"] = "replaced by the intervals"
     log_time = np.log(seconds)
 
+    values |= _common(bytes_, code, log_time, l2_bytes, bandwidth, values)
     start = dict(values)
 
     def residual(x: F, free: list[str]) -> F:
         trial = {**values, **dict(zip(free, np.exp(x).tolist(), strict=True))}
         misfit = np.log(elementwise_core(bytes_, code, l2_bytes, bandwidth, trial)) - log_time
-        # a weak prior, one row of ordinary misfit an octave and a half: a class of three rows must not run away
-        return np.concatenate([misfit, ROBUST * (x - np.log([start[name] for name in free]))])
+        # what the classes have in common is a prior worth one row: a class of three rows must not run away
+        return np.concatenate([misfit, ROBUST / SPREAD * (x - np.log([start[name] for name in free]))])
 
     while True:
         free = [name for name in CONSTANTS if name not in fixed]
