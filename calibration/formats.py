@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from calibration.recordfile import read_arrow
 from calibration.records import COLUMNS, LAUNCHES, OPERATORS, SHAPE, Records, Source
 from calibration.screening import Screen
-from simulator.errors import InputError, unknown
+from simulator.errors import InputError, one_line, unknown
 from simulator.workload import DTYPES, ROLES
 
 Array = NDArray[Any]
@@ -87,12 +87,12 @@ def read_aiconfigurator(content: bytes, path: Path) -> Draft:
     """
     table = read_arrow(content, str(path))
     _need(table, _AIC_SHARED, path)
-    names, operator_of = np.unique(table["op_name"].astype(str), return_inverse=True)
+    names, operator_of = np.unique(_texts(table["op_name"]), return_inverse=True)
     for name in names:
         if name not in _AIC_OPERATORS:
             raise unknown(f"{path}: op_name", str(name), _AIC_OPERATORS)
     _need(table, _AIC_GEMM if "gemm" in names else _AIC_ATTENTION, path)
-    for framework in np.unique(table["framework"].astype(str)):
+    for framework in np.unique(_texts(table["framework"])):
         if framework.upper() in _AIC_REFUSED:
             raise InputError(f"{path}: collections of {framework} are refused: {_AIC_REFUSED[framework.upper()]}; take trtllm or sglang")
     size = len(table["latency"])
@@ -113,7 +113,7 @@ def read_aiconfigurator(content: bytes, path: Path) -> Draft:
         columns |= {"copies": np.ones(size), "cold": np.zeros(size, np.bool_)}  # the same cache is read again in every replay
         screen.refuse(_number(table.get("beam_width", np.ones(size))) != 1, "beam search")
     columns["launch"] = np.full(size, "graph", dtype=object)
-    keys = np.stack([table[c].astype(str) for c in ("device", "framework", "version", "kernel_source")], axis=1)
+    keys = np.stack([_texts(table[c]) for c in ("device", "framework", "version", "kernel_source")], axis=1)
     kinds, columns["source"] = _unique_rows(keys)
     digest = hashlib.sha256(content).hexdigest()
     shared = {"method": AICONFIGURATOR_METHOD, "origin": _tail(path), "digest": digest, "licence": "Apache-2.0"}
@@ -127,7 +127,7 @@ def _aic_dtypes(screen: Screen, first: Array, second: Array | None) -> tuple[Arr
     known = np.array([*_AIC_DTYPES], dtype=str)
     out = []
     for place, column in enumerate((first, first if second is None else second)):
-        text = column.astype(str)
+        text = _texts(column)
         for name in np.unique(text[~np.isin(text, known)]):
             screen.refuse(text == name, f"number format {name} is not modelled")
         mapped = {name: pair[place if second is None else 0] for name, pair in _AIC_DTYPES.items()}
@@ -185,6 +185,7 @@ def read_measured(content: bytes, path: Path) -> Draft:
     for name in ("m", "n", "k", "batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim"):
         if name in table:
             columns[name] = _number(table[name])
+    columns.setdefault("m", np.full(size, np.nan))
     operator, launch = blank.copy(), np.full(size, "unknown", dtype=object)
     role, reads, writes = np.full(size, -1.0), np.zeros(size), np.zeros(size)
     for name in np.unique(op.astype(str)):
@@ -316,7 +317,12 @@ def _csv_columns(content: bytes, path: Path) -> dict[str, Array]:
     for line, row in enumerate(rows, 1):
         if len(row) != len(header):
             raise InputError(f"{path}: row {line - 1} has {len(row)} fields, the header {len(header)}")
-    return {name: np.array([row[i].strip() for row in rows[1:]], dtype=object) for i, name in enumerate(header)}
+    return {name: np.array([one_line(row[i].strip()) for row in rows[1:]], dtype=object) for i, name in enumerate(header)}
+
+
+def _texts(column: Array) -> Array:
+    """A column as text on one line, whatever it held."""
+    return np.array([one_line(str(value), 200) for value in column.tolist()], dtype=object).astype(str)
 
 
 def _number(column: Array) -> Array:

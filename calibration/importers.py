@@ -23,6 +23,7 @@ from calibration.records import Records
 from calibration.screening import DeviceFacts, Refusals, Screen, join_repeats, rotated_copies, too_fast, work
 from calibration.store import MARK, parse
 from simulator.errors import InputError, unknown
+from simulator.readfile import read_bounded
 
 Array = NDArray[Any]
 
@@ -97,11 +98,7 @@ def import_table(
         When the file cannot be read, lacks a column, mixes number formats unasked, or has no usable row.
     """
     path = Path(path)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    return import_content(content, path, format=format, hw=hw, dtype=dtype, column_map=column_map, device=device)
+    return import_content(read_bounded(path), path, format=format, hw=hw, dtype=dtype, column_map=column_map, device=device)
 
 
 def import_content(
@@ -132,7 +129,7 @@ def _read(content: bytes, path: Path, format: str, column_map: Mapping[str, str]
         left = tuple(f"{count} operators without a time: {reason}" for reason, count in untimed(stored.rows).items())
         return draft_of_records(content_records(stored), lost + left)
     if content[:4] == b"PAR1" and format in ("auto", "records") and is_records(content):
-        return draft_of_records(read_records(content))
+        return draft_of_records(read_records(content, str(path)))
     if content[:4] == b"PAR1" and format in ("auto", "aiconfigurator"):
         return read_aiconfigurator(content, path)
     if path.suffix.lower() == ".parquet" or format in ("aiconfigurator", "records"):
@@ -210,11 +207,19 @@ def _check_numbers(screen: Screen, columns: dict[str, Array]) -> None:
             value = columns[name] = np.where(np.isnan(value), 0.0, value)  # a shape field that this operator does not have
             screen.refuse((value != np.floor(value)) | np.isinf(value), f"{name} is not a whole number")
             screen.refuse(needed & (value < 1), f"{name} is below 1")
-            screen.refuse((value < 0) | (value > 2**40), f"{name} is out of range")
+            screen.refuse((value < 0) | (value > (2**31 - 1 if name == "copies" else 2**40)), f"{name} is out of range")
+        for name in ("read_bytes", "write_bytes"):
+            if name in columns:
+                screen.refuse(~((columns[name] >= 0) & (columns[name] < 2.0**60)), f"{name} is out of range")
+        for name, most in (("sample_count", 2**31 - 1), ("flags", 2**15)):  # what is not known of a row does not spoil it
+            if name in columns:
+                columns[name] = np.nan_to_num(np.clip(columns[name].astype(np.float64), 0, most), nan=0.0)
+        if "spread" in columns:
+            columns["spread"] = np.where(columns["spread"] >= 0, columns["spread"], np.nan)
         if "density" in columns:
             screen.refuse(~((columns["density"] > 0) & (columns["density"] <= 1)), "density is not in (0, 1]")
     if {"heads", "kv_heads", "q_len", "kv_len"} <= columns.keys():
-        attention = np.char.startswith(operator.astype(str), "attention")
-        heads, groups = columns["heads"], np.maximum(columns["kv_heads"], 1)
-        screen.refuse(attention & (heads % groups != 0), "heads is no multiple of kv_heads")
+        attention = np.char.startswith(operator.astype(str), "attention") & screen.kept
+        heads, groups = (np.where(attention, columns[name], 1.0) for name in ("heads", "kv_heads"))
+        screen.refuse(heads % groups != 0, "heads is no multiple of kv_heads")
         screen.refuse(attention & (columns["q_len"] > columns["kv_len"]), "q_len exceeds kv_len")

@@ -43,7 +43,11 @@ def decode_line(line: bytes) -> dict[str, Any] | None:
     if zlib.crc32(body) != int(found.group(1), 16):
         return None
     try:
-        out = json.loads(body)
-    except ValueError:
+        out = json.loads(body, parse_constant=_refuse)
+    except (ValueError, RecursionError):
         return None
     return out if isinstance(out, dict) else None
+
+
+def _refuse(text: str) -> float:
+    raise ValueError(f"{text} is not JSON")

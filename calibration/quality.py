@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from calibration.jsonl import decode_line, encode_line
 from calibration.quality_methods import METHODS, apply, calibrate
 from calibration.quality_model import Decoder, Rule, load_decoder, token_losses
+from calibration.quality_results import Results
 from simulator.errors import InputError, unknown
 from simulator.quality_table import QualityRow, QualityTable, table_text
 from simulator.transformer import list_models, load_model
@@ -230,49 +228,3 @@ def known_name(decoder: Decoder) -> str:
         if same == (hidden, len(decoder.layers), decoder.heads, decoder.kv_heads, inner, vocabulary):
             return name
     return decoder.name
-
-
-class Results:
-    """Finished points, each on disk as soon as it is added; a line that was cut is measured again.
-
-    Parameters
-    ----------
-    path : Path
-        JSON lines with checksums; the first says what was measured.
-    header : mapping
-        Settings that must equal those of an earlier run.
-    """
-
-    def __init__(self, path: Path, header: dict[str, Any]) -> None:
-        self.path = path
-        self.points: dict[tuple[str, float], dict[str, Any]] = {}
-        lines = [decode_line(line) for line in path.read_bytes().split(b"\n") if line] if path.exists() else []
-        whole = [line for line in lines if line is not None]
-        if whole and whole[0] != header:
-            changed = ", ".join(k for k in header if whole[0].get(k) != header[k])
-            raise InputError(f"{path}: holds points measured with another {changed}; remove it, or name another output file")
-        for line in whole[1:]:
-            self.points[line["method"], line["fraction"]] = line
-        # whole lines only, so that what is appended starts on a line of its own
-        write_whole(path, b"".join(encode_line(line) for line in [header, *self.points.values()]))
-
-    def has(self, method: str, fraction: float) -> bool:
-        """Whether a point is finished."""
-        return (method, fraction) in self.points
-
-    def losses(self, method: str, fraction: float) -> list[float]:
-        """Mean loss of each window."""
-        return list(self.points[method, fraction]["losses"])
-
-    def realised(self, method: str, fraction: float) -> float:
-        """Fraction really removed."""
-        return float(self.points[method, fraction]["realised"])
-
-    def add(self, method: str, fraction: float, realised: float, losses: Sequence[float]) -> None:
-        """Keep a point."""
-        line = {"method": method, "fraction": fraction, "realised": realised, "losses": list(losses)}
-        with self.path.open("ab") as file:
-            file.write(encode_line(line))
-            file.flush()
-            os.fsync(file.fileno())
-        self.points[method, fraction] = line

@@ -151,6 +151,12 @@ class Source:
         names = {f.name for f in fields(cls)}
         if extra := sorted(set(data) - names):
             raise InputError(f"source has unknown fields {extra}; expected some of {sorted(names)}")
+        for name, value in data.items():
+            if name == "stack" and isinstance(value, Mapping) and all(isinstance(version, str) for version in value.values()):
+                continue
+            if name == "stack" or not isinstance(value, str):
+                right = "names and versions" if name == "stack" else "text"
+                raise InputError(f"source: {name}: expected {right}, got {value!r:.60}")
         return cls(**{"device": "", **data})
 
 
@@ -225,6 +231,7 @@ class Records:
             value = np.asarray(columns.get(name, columns.get("dtype", default) if name == "weight_dtype" else default))
             if value.dtype.kind in "UOT":
                 value = encode(name, value)
+            _check_range(name, value, kind)
             full[name] = np.array(np.broadcast_to(value.astype(kind), (size,)))
         return cls(**full, sources=tuple(sources))
 
@@ -334,6 +341,17 @@ class Records:
 
 
 assert [f.name for f in fields(Records)][:-1] == list(COLUMNS)  # one list of columns, two places that must agree
+
+
+def _check_range(name: str, value: Array, kind: type) -> None:
+    """Refuse what a cast to the column's type would turn into something else."""
+    if value.dtype.kind not in "biuf":
+        raise ValueError(f"records column {name}: expected numbers, got {value.dtype}")
+    if issubclass(kind, np.integer) and value.size:
+        codes = len(_CODES[name]) - 1 if name in _CODES else int(np.iinfo(kind).max)
+        low = -1 if name == "role" else 0 if name in _CODES else int(np.iinfo(kind).min)
+        if not (low <= value.min() and value.max() <= codes):  # not a number fails it too
+            raise ValueError(f"records column {name}: expected whole numbers from {low} to {codes}, got {value.min()} to {value.max()}")
 
 
 def encode(name: str, values: Array) -> Array:

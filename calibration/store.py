@@ -27,11 +27,16 @@ from typing import Any
 from calibration.jsonl import decode_line, encode_line
 from calibration.records import SCHEMA_VERSION, Source
 from simulator.errors import InputError
+from simulator.readfile import read_bounded
 from simulator.wholefile import check_target, write_whole
 from simulator.workload import DTYPES
 
 MARK = b'{"prunesim":"records",'
+MOST_STORE_BYTES = 2_000_000_000
+"""Largest store that is read: a record with its samples takes some 2 kB, so a million of them."""
 _RUN_ON = re.compile(rb'"crc":"[0-9a-f]{8}"\}.')  # a record that ends inside a line: its newline was damaged
+
+_HEADER_TEXTS = tuple((name, str, "text") for name in ("device", "dtype", "run", "started"))
 
 
 @dataclass(frozen=True)
@@ -78,10 +83,17 @@ class Header:
         if line.get("prunesim") != "records":
             raise InputError(f"{label}:1: is no store of records")
         if line.get("schema") != SCHEMA_VERSION:
-            raise InputError(f"{label}:1: schema {line.get('schema')!r}; this version reads schema {SCHEMA_VERSION}")
+            raise InputError(f"{label}:1: schema {line.get('schema')!r:.40}; this version reads schema {SCHEMA_VERSION}")
         names = ("device", "stack", "dtype", "run", "started", "extra")
         if missing := [name for name in names if name not in line]:
             raise InputError(f"{label}:1: the header lacks {', '.join(missing)}")
+        for name, kind, right in (("stack", Mapping, "names and versions"), ("extra", Mapping, "names and values"), *_HEADER_TEXTS):
+            if not isinstance(line[name], kind):
+                raise InputError(f"{label}:1: {name}: expected {right}, got {line[name]!r:.60}")
+        if bad := [name for name, version in line["stack"].items() if not isinstance(version, str)]:
+            raise InputError(f"{label}:1: stack.{bad[0]}: expected text, got {line['stack'][bad[0]]!r:.60}")
+        if line["dtype"] not in DTYPES:
+            raise InputError(f"{label}:1: dtype {line['dtype']!r:.60}: expected one of {', '.join(DTYPES)}")
         return cls(**{name: line[name] for name in names})
 
     def refuse_other(self, other: Header, label: str) -> None:
@@ -111,12 +123,15 @@ class Content:
         1 when the last line had been cut short and was dropped, else 0.
     end : int
         Bytes up to the end of the last good line.
+    label : str
+        Name of the file, for messages.
     """
 
     header: Header
     rows: tuple[dict[str, Any], ...]
     dropped: int = 0
     end: int = 0
+    label: str = ""
 
 
 def parse(content: bytes, label: str) -> Content | None:
@@ -161,7 +176,7 @@ def parse(content: bytes, label: str) -> Content | None:
         end += len(line) + 1
     if not rows:
         return None
-    return Content(Header.from_dict(rows[0], label), tuple(rows[1:]), dropped, min(end, len(content)))
+    return Content(Header.from_dict(rows[0], label), tuple(rows[1:]), dropped, min(end, len(content)), label)
 
 
 def read_store(path: str | Path) -> Content:
@@ -172,10 +187,7 @@ def read_store(path: str | Path) -> Content:
     InputError
         When there is no such file, it is empty, or see :func:`parse`.
     """
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    content = read_bounded(path, MOST_STORE_BYTES)
     parsed = parse(content, str(path))
     if parsed is None:
         raise InputError(f"{path}: holds no records")
@@ -339,10 +351,13 @@ def merge(stores: Sequence[str | Path], out: str | Path) -> Content:
             run = str(row.get("run", content.header.run))
             runs += [run] if run not in runs else []
             rows.setdefault(_identity(row, run), {**row, "run": run})
-    name = first.run if len(runs) < 2 else f"{zlib.crc32(' '.join(sorted(runs)).encode()):08x}"
+    name = first.run if len(runs) < 2 else f"{zlib.crc32(json.dumps(sorted(runs)).encode()):08x}"
     extra = {**first.extra, "runs": runs or [first.run]}
     header = Header(first.device, first.stack, first.dtype, name, min(c.header.started for c in contents), extra)
-    written = b"".join(encode_line(line) for line in (header.as_dict(), *rows.values()))
+    try:
+        written = b"".join(encode_line(line) for line in (header.as_dict(), *rows.values()))
+    except ValueError as error:  # a number that is none, which this program never writes
+        raise InputError(f"{' '.join(map(str, stores))}: cannot be merged: {error}") from None
     if target.exists():
         os.close(_open_locked(target))
     try:

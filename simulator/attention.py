@@ -100,7 +100,7 @@ def _finish(
         bound = np.where(time > best, code, bound)
         best = np.maximum(time, best)
     bound = np.where(fixed > best, _LAUNCH, bound).astype(np.int8)
-    return OpTime(seconds, lower, upper, np.broadcast_to(roofline, seconds.shape), bound)
+    return OpTime(seconds, lower, upper, roofline if roofline.shape == seconds.shape else np.broadcast_to(roofline, seconds.shape), bound)
 
 
 def _columns(*values: Any) -> list[F]:

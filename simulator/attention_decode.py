@@ -56,7 +56,7 @@ DECODE_CONSTANTS: Mapping[str, Constant] = MappingProxyType(
                                  {"ada": 2.0, "*": 1.0}, _TABLES),
         "long_keys": Constant("1", 1.0, 1e6, "keys from which a sequence counts as long", {"*": 512.0}, "where the A100 table steps up"),
         "split_keys": Constant("1", 16.0, 4096.0, "keys a split keeps at least", {"*": 128.0}, "64 to 256 fit the tables alike"),
-        "regroup": Constant("1", 0.0, 4.0, "time more of a cache whose KV heads serve several query heads: a CPU rearranges it for a product",
+        "regroup": Constant("1", 0.0, 4.0, "time more of a cache whose KV heads serve several query heads: a CPU packs it",
                             {"cpu": 1.0, "*": 0.0}, "fp32 attention measured by prunesim on two cores of a Xeon"),
     }
 )  # fmt: skip

@@ -146,12 +146,12 @@ class Pairs:
         """Kinds of operators that occur, the code of their dtype, and the workloads that have them."""
         w = self.stack.rows
         out = []
+        number = len(self.stack)
+        has = np.bincount(w.kind.astype(np.intp) * number + self.stack.owner, minlength=len(Kind) * number).reshape(-1, number) > 0
         for kind in _SECTIONS:
-            at = np.flatnonzero(w.kind == kind)
-            if len(at):
-                has = np.zeros(len(self.stack), dtype=bool)
-                has[self.stack.owner[at]] = True
-                out.append((int(kind), int(w.dtype[at[0]]), has | has[self.dense]))
+            if has[kind].any():
+                first = int((w.kind == kind).argmax())
+                out.append((int(kind), int(w.dtype[first]), has[kind] | has[kind][self.dense]))
         return tuple(out)
 
 
@@ -172,7 +172,7 @@ class _Groups:
 
 def _sums(cell: Rows, column: F, workloads: int, number: int) -> F:
     out = np.bincount(cell, weights=column, minlength=workloads * number)
-    return out.astype(np.float64).reshape(workloads, number)
+    return np.asarray(out, dtype=np.float64).reshape(workloads, number)
 
 
 def distinct(w: Workload) -> tuple[Workload, Rows]:
@@ -263,7 +263,7 @@ def compare(pairs: Pairs, hw: HardwareProfile, runtimes: tuple[str, ...] = ("cud
 def _by_bound(bound: Rows, time: F, workloads: int) -> F:
     """Time of each workload by the limit that holds it."""
     out = np.bincount(bound, weights=time, minlength=workloads * len(BOUNDS))
-    return out.astype(np.float64).reshape(workloads, len(BOUNDS))
+    return np.asarray(out, dtype=np.float64).reshape(workloads, len(BOUNDS))
 
 
 def _roofline(pairs: Pairs, hw: HardwareProfile) -> F:
@@ -302,10 +302,11 @@ def _log_sigma(pairs: Pairs, spent: F, error: F, paired: F, host: NDArray[np.boo
     dense, count = pairs.dense, np.maximum(pairs.groups.count, 1e-300)
     own = error / np.maximum(spent, 1e-300)  # log half width, by group
     each = spent / count
-    same = np.abs(each - each[dense]) <= 1e-9 * each[dense]
-    untouched = np.abs(spent - spent[dense]) <= 1e-9 * spent[dense]
-    common = np.where(own[dense] > 0, np.minimum(own, own[dense]), own)
-    cancel = (common**2 + own[dense] ** 2 - paired**2) / np.maximum(2.0 * common * own[dense], 1e-300)
+    own_dense, each_dense, spent_dense = own[dense], each[dense], spent[dense]
+    same = np.abs(each - each_dense) <= 1e-9 * each_dense
+    untouched = np.abs(spent - spent_dense) <= 1e-9 * spent_dense
+    common = np.where(own_dense > 0, np.minimum(own, own_dense), own)
+    cancel = (common**2 + own_dense**2 - paired**2) / np.maximum(2.0 * common * own_dense, 1e-300)
     changed = np.where(pairs.groups.gemm, np.clip(cancel, 0.0, SAME_SHAPE_CORRELATION), UNMATCHED_CORRELATION)
     correlation = np.where(untouched, 1.0, np.where(same, SAME_SHAPE_CORRELATION, changed))
     part = spent / spent.sum(axis=1, keepdims=True)

@@ -192,7 +192,8 @@ def elementwise_time(read_bytes: Any, write_bytes: Any, hw: HardwareProfile, *, 
     r = _MEMO.get(hw, dtype, lambda: _ready(hw, dtype))
     total = np.asarray(np.asarray(read_bytes, dtype=np.float64) + np.asarray(write_bytes, dtype=np.float64))
     code = class_code(role)
-    total, code = np.broadcast_arrays(total, code)
+    if total.shape != code.shape:
+        total, code = np.broadcast_arrays(total, code)
     seconds, memory, hit = _core(total, code, r)
     if r.residual is not None:
         seconds = seconds * np.exp(r.residual(total, code))

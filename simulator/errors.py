@@ -7,7 +7,34 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Bad input from a person. The command line prints its one line and exits with 2."""
+    """Bad input from a person. The command line prints its one line and exits with 2.
+
+    Messages quote what came in, and that may be anything: whatever it is, the message is one line of printable characters.
+
+    >>> str(InputError("file: got a\\nb\\x1b[31m"))
+    'file: got a b\\\\x1b[31m'
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(text: str, most: int = 4000) -> str:
+    """A text as one line that any terminal can show: blanks for line ends and tabs, escapes for what is not printable, its middle left
+    out where it is long.
+
+    >>> one_line("a\\tb\\u202e"), one_line("x" * 100, 20)
+    ('a b\\\\u202e', 'xxxxxxxx ... xxxxxxx')
+    """
+    text = _cut(text, most)
+    if text.isprintable():
+        return text
+    shown = (c if c.isprintable() else " " if c.isspace() else c.encode("unicode_escape").decode() for c in text)
+    return _cut(" ".join(part for part in "".join(shown).split(" ") if part), most)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: (most - 4) // 2]} ... {text[-((most - 5) // 2) :]}"
 
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> InputError:
@@ -16,7 +43,7 @@ def unknown(kind: str, name: str, choices: Iterable[str]) -> InputError:
     >>> str(unknown("GPU", "h10", ["h100", "a100"]))
     "GPU 'h10' is unknown; did you mean h100 or a100? Known: a100, h100"
     """
-    known = sorted(choices)
-    close = difflib.get_close_matches(str(name).lower(), known, n=3, cutoff=0.5)
+    known, said = sorted(choices), one_line(str(name), 80)
+    close = difflib.get_close_matches(said.lower(), known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
-    return InputError(f"{kind} {str(name)!r} is unknown; {hint}Known: {', '.join(known)}")
+    return InputError(f"{kind} {said!r} is unknown; {hint}Known: {', '.join(known)}")

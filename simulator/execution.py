@@ -59,6 +59,9 @@ EAGER_KERNELS: Mapping[str, int] = MappingProxyType(
 )  # fmt: skip
 """Kernels an eager framework launches for one row of this role; 1 where it is not listed."""
 
+_GEMM, _PREFILL, _DECODE, _ELEMENTWISE, _COLLECTIVE = (
+    int(kind) for kind in (Kind.GEMM, Kind.PREFILL_ATTENTION, Kind.DECODE_ATTENTION, Kind.ELEMENTWISE, Kind.COLLECTIVE)
+)
 _SEGMENT = np.zeros(len(Part), dtype=np.int64)
 _SEGMENT[[Part.ATTENTION, Part.MLP]] = 1
 _SEGMENT[Part.HEAD] = 2
@@ -134,7 +137,7 @@ def operator_times(w: Workload, hw: HardwareProfile, level: float = 0.9) -> OpTi
         found = [(int(code[0]), rows)] if (code == code[0]).all() else [(int(c), rows[code == c]) for c in np.unique(code)]
         return [(r, DTYPES[c // len(DTYPES)], DTYPES[c % len(DTYPES)]) for c, r in found]
 
-    for rows, dtype, weight in groups(w.kind == Kind.GEMM):
+    for rows, dtype, weight in groups(w.kind == _GEMM):
         put(
             rows,
             gemm_time(
@@ -149,24 +152,21 @@ def operator_times(w: Workload, hw: HardwareProfile, level: float = 0.9) -> OpTi
                 level=level,
             ),
         )
-    for rows, dtype, cache in groups(w.kind == Kind.PREFILL_ATTENTION):
+    for rows, dtype, cache in groups(w.kind == _PREFILL):
         put(rows, prefill_attention_time(
             w.batch[rows], w.q_len[rows], w.kv_len[rows], w.heads[rows], w.kv_heads[rows], w.head_dim[rows], hw,
             window=w.window[rows], density=w.density[rows], block=w.block[rows], dtype=dtype, kv_dtype=cache, level=level,
         ))  # fmt: skip
-    for rows, dtype, cache in groups(w.kind == Kind.DECODE_ATTENTION):
+    for rows, dtype, cache in groups(w.kind == _DECODE):
         put(rows, decode_attention_time(
             w.batch[rows], w.kv_len[rows], w.heads[rows], w.kv_heads[rows], w.head_dim[rows], hw,
             window=w.window[rows], density=w.density[rows], dtype=dtype, kv_dtype=cache, level=level,
         ))  # fmt: skip
-    for rows, dtype, _ in groups(w.kind == Kind.ELEMENTWISE):
+    for rows, dtype, _ in groups(w.kind == _ELEMENTWISE):
         put(rows, elementwise_time(w.read_bytes[rows], w.write_bytes[rows], hw, role=w.role[rows], dtype=dtype))
-    for role in ("all_reduce", "send", "all_gather"):
-        rows = (
-            np.flatnonzero((w.kind == Kind.COLLECTIVE) & w.is_role(role))
-            if (w.kind == Kind.COLLECTIVE).any()
-            else np.array([], dtype=np.intp)
-        )
+    collective = w.kind == _COLLECTIVE
+    for role in ("all_reduce", "send", "all_gather") if collective.any() else ():
+        rows = np.flatnonzero(collective & w.is_role(role))
         if len(rows):
             put(rows, collective_time(w.read_bytes[rows], w.batch[rows], hw, kind=role))
     return OpTime(**out, bound=bound)

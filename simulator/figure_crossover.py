@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from simulator.errors import InputError
 from simulator.figure_axes import legend_below
+from simulator.figure_grid import bare, middle, name_panels, panel_grid, same_length, tick_outer
 from simulator.figure_style import BLACK, BLUE, PAGE_IN, in_order, label, look, paper_style
 
 if TYPE_CHECKING:
@@ -71,44 +71,27 @@ def crossover_figure(
     data: dict[str, NDArray[Any]] = {k: np.asarray(v, dtype=object) for k, v in (("row", row), ("column", column), ("winner", winner))}
     data |= {"batch": np.asarray(batch), "seq": np.asarray(seq), "speedup": np.asarray(speedup, dtype=float)}
     data |= {"sure": np.asarray(sure, dtype=bool), "fits": np.asarray(fits, dtype=bool)}
-    sizes = {name: len(values) for name, values in data.items()}
-    if not sizes["row"] or len(set(sizes.values())) > 1:
-        raise InputError(f"cells of the map: expected columns of one length from 1 up, got {sizes}")
+    same_length("cells of the map", data)
     with paper_style():
         return _draw(data, width_in)
 
 
 def _draw(data: dict[str, NDArray[Any]], width: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    rows, columns = (list(dict.fromkeys(data[name])) for name in ("row", "column"))
     batches, lengths = (sorted({int(v) for v in data[name]}) for name in ("batch", "seq"))
-    left, right, top, gap, down = 0.50, 0.22, 0.24, 0.12, 0.14
-    panel = _CELL_IN * len(lengths)
     handles = _handles(in_order(data["winner"]), not data["sure"].all(), not data["fits"].all())
     across = max(1, int((width - 0.2) // (0.40 + 0.055 * max(len(h.get_label()) for h in handles))))
     lines = -(-len(handles) // across)
     across = -(-len(handles) // lines)
-    bottom = 0.42 + 0.14 * lines
-    height = top + bottom + len(rows) * panel + (len(rows) - 1) * down
-    panel_width = (width - left - right - (len(columns) - 1) * gap) / len(columns)
-    figure = Figure(figsize=(width, height))
-    for i, r in enumerate(rows):
-        for j, c in enumerate(columns):
-            x, y = left + j * (panel_width + gap), height - top - (i + 1) * panel - i * down
-            ax = figure.add_axes((x / width, y / height, panel_width / width, panel / height))
-            chosen = (data["row"] == r) & (data["column"] == c)
-            _panel(ax, {k: v[chosen] for k, v in data.items()}, batches, lengths)
-            ax.set_yticks(range(len(lengths)), [short(n) for n in lengths] if j == 0 else [])
-            ax.set_xticks(range(len(batches)), [str(b) for b in batches] if i == len(rows) - 1 else [])
-            if i == 0:
-                ax.set_title(c, pad=5)
-            if j == len(columns) - 1:
-                where: dict[str, Any] = {"xytext": (5, 0), "xycoords": "axes fraction", "textcoords": "offset points"}
-                ax.annotate(r, (1, 0.5), rotation=270, va="center", fontsize=7, **where)
-    figure.text((left + width - right) / 2 / width, (0.14 + 0.14 * lines) / height, "batch", ha="center", va="bottom", fontsize=7)
-    centre = (bottom + (height - top - bottom) / 2) / height
-    figure.supylabel("sequence", x=0.06 / width, y=centre, fontsize=7, ha="left")
+    room: dict[str, Any] = {"left_in": 0.50, "right_in": 0.22, "bottom_in": 0.42 + 0.14 * lines, "gap_in": (0.12, 0.14)}
+    figure, panels = panel_grid(data["row"], data["column"], width, _CELL_IN * len(lengths), **room)
+    for (r, c), ax in panels.items():
+        chosen = (data["row"] == r) & (data["column"] == c)
+        _panel(ax, {k: v[chosen] for k, v in data.items()}, batches, lengths)
+    tick_outer(panels, [str(b) for b in batches], [short(n) for n in lengths])
+    name_panels(panels, {r: r for r in data["row"]})
+    x, y = middle(panels)
+    figure.text(x, (0.14 + 0.14 * lines) / figure.get_figheight(), "batch", ha="center", va="bottom", fontsize=7)
+    figure.supylabel("sequence", x=0.06 / width, y=y, fontsize=7, ha="left")
     legend_below(figure, handles, across, 0.06)
     return figure
 
@@ -128,10 +111,7 @@ def _panel(ax: Axes, data: dict[str, NDArray[Any]], batches: list[int], lengths:
     from matplotlib.colors import to_rgba
 
     ax.set(xlim=(-0.5, len(batches) - 0.5), ylim=(-0.5, len(lengths) - 0.5))
-    ax.grid(visible=False)
-    ax.tick_params(length=0)
-    for side in ("left", "bottom"):
-        ax.spines[side].set_visible(False)
+    bare(ax)
     x = np.array([batches.index(int(b)) for b in data["batch"]], dtype=float)
     y = np.array([lengths.index(int(n)) for n in data["seq"]], dtype=float)
     winner = data["winner"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from simulator.errors import InputError
+from simulator.figure_grid import bare, middle, name_panels, panel_grid, same_length, tick_outer
 from simulator.figure_style import BLUE, PAGE_IN, VERMILLION, label, paper_style
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ CLOSE = 1.0
 
 LOSS = -0.5
 """Efficiency of the darkest red."""
+
+_LINE_IN = 0.15
 
 
 def efficiency_figure(
@@ -61,51 +63,33 @@ def efficiency_figure(
     """
     data: dict[str, NDArray[Any]] = {k: np.asarray(v, dtype=object) for k, v in (("row", row), ("column", column), ("family", family))}
     data |= {"batch": np.asarray(batch), "efficiency": np.asarray(efficiency, dtype=float)}
-    sizes = {name: len(values) for name, values in data.items()}
-    if not sizes["row"] or len(set(sizes.values())) > 1:
-        raise InputError(f"points of the figure: expected columns of one length from 1 up, got {sizes}")
+    same_length("points of the figure", data)
     with paper_style():
         return _draw(data, width_in)
 
 
 def _draw(data: dict[str, NDArray[Any]], width: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    rows, columns, families = (list(dict.fromkeys(data[name])) for name in ("row", "column", "family"))
+    families = list(dict.fromkeys(data["family"]))
     batches = sorted({int(b) for b in data["batch"]})
-    left, right, top, bottom, gap, down, line = 1.16, 0.22, 0.24, 0.66, 0.10, 0.12, 0.15
-    panel = line * len(families)
-    height = top + bottom + len(rows) * panel + (len(rows) - 1) * down
-    panel_width = (width - left - right - (len(columns) - 1) * gap) / len(columns)
-    figure = Figure(figsize=(width, height))
-    for i, r in enumerate(rows):
-        for j, c in enumerate(columns):
-            x, y = left + j * (panel_width + gap), height - top - (i + 1) * panel - i * down
-            ax = figure.add_axes((x / width, y / height, panel_width / width, panel / height))
-            table = np.full((len(families), len(batches)), np.nan)
-            for point in np.flatnonzero((data["row"] == r) & (data["column"] == c)):
-                table[families.index(data["family"][point]), batches.index(int(data["batch"][point]))] = data["efficiency"][point]
-            _panel(ax, table)
-            ax.set_yticks(range(len(families)), [label(f) for f in families] if j == 0 else [])
-            ax.set_xticks(range(len(batches)), [str(b) for b in batches] if i == len(rows) - 1 else [])
-            if i == 0:
-                ax.set_title(c, pad=5)
-            if j == len(columns) - 1:
-                where: dict[str, Any] = {"xytext": (5, 0), "xycoords": "axes fraction", "textcoords": "offset points"}
-                ax.annotate(r, (1, 0.5), rotation=270, va="center", fontsize=7, **where)
-    middle = (left + width - right) / 2 / width
-    figure.text(middle, 0.38 / height, "batch", ha="center", va="bottom", fontsize=7)
-    _key(figure, middle, height, width)
+    room: dict[str, Any] = {"left_in": 1.16, "right_in": 0.22, "bottom_in": 0.66, "gap_in": (0.10, 0.12)}
+    figure, panels = panel_grid(data["row"], data["column"], width, _LINE_IN * len(families), **room)
+    for (r, c), ax in panels.items():
+        table = np.full((len(families), len(batches)), np.nan)
+        for point in np.flatnonzero((data["row"] == r) & (data["column"] == c)):
+            table[families.index(data["family"][point]), batches.index(int(data["batch"][point]))] = data["efficiency"][point]
+        _panel(ax, table)
+    tick_outer(panels, [str(b) for b in batches], [label(f) for f in families])
+    name_panels(panels, {r: r for r in data["row"]})
+    x, height = middle(panels)[0], figure.get_figheight()
+    figure.text(x, 0.38 / height, "batch", ha="center", va="bottom", fontsize=7)
+    _key(figure, x, height, width)
     return figure
 
 
 def _panel(ax: Axes, table: NDArray[np.float64]) -> None:
     count, across = table.shape
     ax.set(xlim=(-0.5, across - 0.5), ylim=(count - 0.5, -0.5))
-    ax.grid(visible=False)
-    ax.tick_params(length=0)
-    for side in ("left", "bottom"):
-        ax.spines[side].set_visible(False)
+    bare(ax)
     shades = [[_color(float(value)) for value in line] for line in table]
     mesh = np.array([[color for color, _ in line] for line in shades])
     ax.pcolormesh(np.arange(across + 1) - 0.5, np.arange(count + 1) - 0.5, mesh, edgecolors="white", linewidth=0.5)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from simulator.errors import InputError
 from simulator.figure_axes import legend_below, log_axis
+from simulator.figure_grid import middle, name_panels, panel_grid, same_length
 from simulator.figure_style import BLACK, PAGE_IN, in_order, label, look, paper_style
 from simulator.pareto import frontier
 
@@ -81,52 +81,37 @@ def pareto_figure(
     labels = {k: np.asarray(v, dtype=object) for k, v in (("row", row), ("column", column), ("family", family), ("method", method))}
     numbers = {k: np.asarray(v, dtype=float) for k, v in (("loss", loss), ("speedup", speedup), ("lower", lower), ("upper", upper))}
     data: dict[str, NDArray[Any]] = {**labels, **numbers}
-    sizes = {name: len(values) for name, values in data.items()}
-    if not sizes["row"] or len(set(sizes.values())) > 1:
-        raise InputError(f"points of the figure: expected columns of one length from 1 up, got {sizes}")
+    same_length("points of the figure", data)
     with paper_style():
         return _draw(data, axis, protocol, interval, width_in)
 
 
 def _draw(data: dict[str, NDArray[Any]], axis: str, protocol: str, interval: str, width: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    rows, columns, families = list(dict.fromkeys(data["row"])), list(dict.fromkeys(data["column"])), in_order(data["family"])
-    handles = _handles(families, interval)
+    rows = list(dict.fromkeys(data["row"]))
+    handles = _handles(in_order(data["family"]), interval)
     across = min(_most_across(handles, width), len(handles))
     lines = -(-len(handles) // across)
-    left, right, top, gap, panel = 0.46, 0.26 if len(rows) > 1 else 0.14, 0.24, 0.12, 1.7
-    bottom = 0.7 + 0.14 * lines
-    height = top + bottom + len(rows) * (panel + 0.3) - 0.3
-    panel_width = (width - left - right - (len(columns) - 1) * gap) / len(columns)
-    figure = Figure(figsize=(width, height))
+    room: dict[str, Any] = {"left_in": 0.46, "right_in": 0.26 if len(rows) > 1 else 0.14, "gap_in": (0.12, 0.3)}
+    figure, panels = panel_grid(data["row"], data["column"], width, 1.7, bottom_in=0.7 + 0.14 * lines, **room)
+    height = figure.get_figheight()
     low, high = float(min(1.0, data["lower"].min())), float(max(1.05, data["upper"].max()))
     pad = (high / low) ** 0.05
-    for i, r in enumerate(rows):
-        for j, c in enumerate(columns):
-            chosen = (data["row"] == r) & (data["column"] == c)
-            x0, y0 = left + j * (panel_width + gap), height - top - (i + 1) * panel - i * 0.3
-            ax = figure.add_axes((x0 / width, y0 / height, panel_width / width, panel / height))
-            strip = figure.add_axes((x0 / width, (y0 - STRIP_IN) / height, panel_width / width, STRIP_IN / height), sharex=ax)
-            ax.set_yscale("log")
-            ax.set_ylim(low / pad, high * pad)
-            _loss_axis(ax, strip, data["loss"])
-            _panel(ax, strip, {k: v[chosen] for k, v in data.items()})
-            log_axis(ax.yaxis, low / pad, high * pad, 7)
-            if i == 0:
-                ax.set_title(c, pad=5)
-            if j:
-                ax.tick_params(labelleft=False)
-            strip.tick_params(labelbottom=i == len(rows) - 1)
-            if len(rows) > 1 and j == len(columns) - 1:
-                where: dict[str, Any] = {"xytext": (6, 0), "xycoords": "axes fraction", "textcoords": "offset points"}
-                ax.annotate(r, (1, 0.5), rotation=270, va="center", fontsize=7, **where)
-    middle = (left + (width - right)) / 2 / width
-    centre = (bottom + (height - top - bottom) / 2) / height
-    figure.supylabel("speedup (log scale)", x=0.06 / width, y=centre, fontsize=7, ha="left")
-    figure.text(middle, (0.32 + 0.14 * lines) / height, f"quality loss (%): {axis}", ha="center", va="bottom", fontsize=7)
+    for (r, c), ax in panels.items():
+        box, chosen = ax.get_position(), (data["row"] == r) & (data["column"] == c)
+        strip = figure.add_axes((box.x0, box.y0 - STRIP_IN / height, box.width, STRIP_IN / height), sharex=ax)
+        ax.set_yscale("log")
+        ax.set_ylim(low / pad, high * pad)
+        _loss_axis(ax, strip, data["loss"])
+        _panel(ax, strip, {k: v[chosen] for k, v in data.items()})
+        log_axis(ax.yaxis, low / pad, high * pad, 7)
+        ax.tick_params(labelleft=c == data["column"][0])
+        strip.tick_params(labelbottom=r == rows[-1])
+    name_panels(panels, {r: r for r in rows} if len(rows) > 1 else {}, offset=6)
+    x, y = middle(panels)
+    figure.supylabel("speedup (log scale)", x=0.06 / width, y=y, fontsize=7, ha="left")
+    figure.text(x, (0.32 + 0.14 * lines) / height, f"quality loss (%): {axis}", ha="center", va="bottom", fontsize=7)
     if protocol:
-        figure.text(middle, (0.19 + 0.14 * lines) / height, protocol, ha="center", va="bottom", fontsize=6, color="#5A5A5A")
+        figure.text(x, (0.19 + 0.14 * lines) / height, protocol, ha="center", va="bottom", fontsize=6, color="#5A5A5A")
     legend_below(figure, handles, across, 0.06)
     return figure
 

@@ -22,7 +22,8 @@ F = NDArray[np.float64]
 SAME = 1.01
 """Points closer than this factor in both directions are one point with a joint label."""
 
-_CYCLE = tuple(zip((BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK, GREY, BLUE, VERMILLION, GREEN), "osD^vPXhd<>"))
+CYCLE = tuple(zip((BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK, GREY, BLUE, VERMILLION, GREEN), "osD^vPXhd<>"))
+"""Colour and marker of each GEMM, in the order of their first occurrence."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,8 @@ def roofline_figure(roofs: Sequence[Roof], *, columns: int | None = None, width_
 
     if not roofs:
         raise InputError("roofline: expected one device or more")
-    groups = _merged(roofs)
-    looks = {name: _CYCLE[i % len(_CYCLE)] for i, name in enumerate(groups)}
+    groups = merged(roofs)
+    looks = {name: CYCLE[i % len(CYCLE)] for i, name in enumerate(groups)}
     with paper_style():
         columns = columns or in_a_row(len(roofs))
         rows = -(-len(roofs) // columns)
@@ -119,7 +120,7 @@ def _columns(roof: Roof) -> tuple[F, F, NDArray[np.bool_]]:
     return x, y, pruned
 
 
-def _merged(roofs: Sequence[Roof]) -> dict[str, tuple[str, ...]]:
+def merged(roofs: Sequence[Roof]) -> dict[str, tuple[str, ...]]:
     """Joint labels of GEMMs whose points coincide in every panel, dense and pruned alike, and the names each stands for."""
     where: dict[str, list[tuple[int, bool, float, float]]] = {}
     for r, roof in enumerate(roofs):
@@ -135,6 +136,15 @@ def _merged(roofs: Sequence[Roof]) -> dict[str, tuple[str, ...]]:
         else:
             groups.append([name])
     return {", ".join(group): tuple(group) for group in groups}
+
+
+def origin_of(intensity: F, dense: Sequence[int], point: int) -> int:
+    """Which of a GEMM's dense points a pruned point came from: the nearest in intensity (a generate has one of the prefill, one of decode).
+
+    >>> origin_of(np.array([500.0, 1.0, 400.0, 0.9]), [0, 1], 3)
+    1
+    """
+    return min(dense, key=lambda j: abs(float(np.log(intensity[j] / intensity[point]))))
 
 
 def _draw(ax: Axes, roof: Roof, groups: dict[str, tuple[str, ...]], looks: dict[str, tuple[str, str]], aspect: float) -> None:
@@ -170,7 +180,8 @@ def _draw(ax: Axes, roof: Roof, groups: dict[str, tuple[str, ...]], looks: dict[
         first = [i for i in points if not pruned[i]]
         for i in points:
             if pruned[i] and first:
-                ax.plot([x[first[0]], x[i]], [y[first[0]], y[i]], color=color, linewidth=0.6, zorder=3)
+                origin = origin_of(x, first, i)
+                ax.plot([x[origin], x[i]], [y[origin], y[i]], color=color, linewidth=0.6, zorder=3)
             face = color if pruned[i] else "none"
             ax.plot(
                 [x[i]],

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from simulator.errors import InputError
 from simulator.figure_axes import legend_below, log_axis
+from simulator.figure_grid import Panels, middle, name_panels, panel_grid, same_length
 from simulator.figure_style import BLACK, GREY, PAGE_IN, in_order, label, look, paper_style
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 F = NDArray[np.float64]
@@ -86,9 +85,7 @@ def speedup_figure(
         "row": np.asarray(row, dtype=object), "column": np.asarray(column, dtype=object), "family": np.asarray(family, dtype=object),
         **{k: np.asarray(v, dtype=float) for k, v in (("sparsity", sparsity), ("speedup", speedup), ("lower", lower), ("upper", upper))},
     }  # fmt: skip
-    sizes = {name: len(values) for name, values in {**data, **limits}.items()}
-    if not sizes["row"] or len(set(sizes.values())) > 1:
-        raise InputError(f"points of the figure: expected columns of one length from 1 up, got {sizes}")
+    same_length("points of the figure", {**data, **limits})
     families = in_order(data["family"])
     with paper_style():
         fractions = len(np.unique(data["sparsity"]))
@@ -100,43 +97,16 @@ def speedup_figure(
 # -- frame ------------------------------------------------------------------------------------------------------------------------
 
 
-def _frame(
-    data: Mapping[str, NDArray[Any]], width: float, panel_height: float, left: float, bottom: float, gap: tuple[float, float] = (0.12, 0.16)
-) -> tuple[Figure, dict[tuple[str, str], Axes]]:
-    """Panels laid out in inches: titles of columns above, titles of rows on the right, room for axis labels and a legend below."""
-    from matplotlib.figure import Figure
-
-    rows, columns = list(dict.fromkeys(data["row"])), list(dict.fromkeys(data["column"]))
-    wrapped = {r: textwrap.fill(r, max(8, int(panel_height / 0.058))) for r in rows}
-    right, top, (across, down) = 0.14 + 0.12 * max(r.count("\n") + 1 for r in wrapped.values()), 0.24, gap
-    height = top + bottom + len(rows) * panel_height + (len(rows) - 1) * down
-    figure = Figure(figsize=(width, height))
-    panel_width = (width - left - right - (len(columns) - 1) * across) / len(columns)
-    axes: dict[tuple[str, str], Axes] = {}
-    for i, r in enumerate(rows):
-        for j, c in enumerate(columns):
-            x, y = left + j * (panel_width + across), height - top - (i + 1) * panel_height - i * down
-            ax = figure.add_axes((x / width, y / height, panel_width / width, panel_height / height))
-            axes[r, c] = ax
-            if i == 0:
-                ax.set_title(c, pad=5)
-            if i < len(rows) - 1:
-                ax.tick_params(labelbottom=False)
-            if j:
-                ax.tick_params(labelleft=False)
-            if j == len(columns) - 1:
-                ax.annotate(
-                    wrapped[r],
-                    (1, 0.5),
-                    xytext=(6, 0),
-                    xycoords="axes fraction",
-                    textcoords="offset points",
-                    rotation=270,
-                    va="center",
-                    ha="left",
-                    fontsize=7,
-                )
-    return figure, axes
+def _frame(data: Mapping[str, NDArray[Any]], width: float, panel_height: float, left: float, bottom: float) -> tuple[Figure, Panels]:
+    """Panels with ticks on the outer ones, titles of columns above, titles of rows, wrapped to their height, on the right."""
+    wrapped = {r: textwrap.fill(r, max(8, int(panel_height / 0.058))) for r in dict.fromkeys(data["row"])}
+    right = 0.14 + 0.12 * max(r.count("\n") + 1 for r in wrapped.values())
+    room: dict[str, Any] = {"left_in": left, "right_in": right, "bottom_in": bottom, "gap_in": (0.12, 0.16)}
+    figure, panels = panel_grid(data["row"], data["column"], width, panel_height, **room)
+    for (r, c), ax in panels.items():
+        ax.tick_params(labelbottom=r == list(wrapped)[-1], labelleft=c == data["column"][0])
+    name_panels(panels, wrapped, offset=6)
+    return figure, panels
 
 
 def _panel(data: Mapping[str, NDArray[Any]], r: str, c: str) -> NDArray[np.intp]:
@@ -200,15 +170,9 @@ def _dots(data: Mapping[str, NDArray[Any]], limits: Mapping[str, F], families: l
                 ax.plot([data["speedup"][point]], [y], **{**style.marks(), "linestyle": "none"}, markersize=sizes[j], zorder=4)
         ax.set_yticks(range(len(families)), [label(name) for name in families])
         log_axis(ax.xaxis, low, high, int(np.clip(ax.get_position().width * width / 0.29, 2, 12)))
-    figure.supxlabel("speedup (log scale)", y=0.33 / figure.get_figheight(), x=_middle(axes), fontsize=7, va="bottom")
+    figure.supxlabel("speedup (log scale)", y=0.33 / figure.get_figheight(), x=middle(axes)[0], fontsize=7, va="bottom")
     legend_below(figure, _dot_handles(fractions, sizes, limits, interval), len(fractions) + 1 + len(limits), 0.08)
     return figure
-
-
-def _middle(axes: Mapping[tuple[str, str], Axes]) -> float:
-    """Middle of the panels across the figure."""
-    boxes = [ax.get_position() for ax in axes.values()]
-    return float((min(b.x0 for b in boxes) + max(b.x1 for b in boxes)) / 2)
 
 
 def _dot_handles(fractions: F, sizes: F, limits: Mapping[str, F], interval: str) -> list[Any]:
@@ -266,10 +230,9 @@ def _curves(data: Mapping[str, NDArray[Any]], limits: Mapping[str, F], families:
         log_axis(ax.yaxis, low, high, 7)
         if len(fractions) <= 5:
             ax.set_xticks(100 * fractions, [f"{100 * f:.4g}" for f in fractions])
-    panels = [ax.get_position() for ax in axes.values()]
-    middle = (min(p.y0 for p in panels) + max(p.y1 for p in panels)) / 2
-    figure.supylabel("speedup (log scale)", x=0.06 / width, y=middle, fontsize=7, ha="left")
-    figure.supxlabel("removed (%)", x=_middle(axes), y=(0.16 + 0.14 * lines) / figure.get_figheight(), fontsize=7, va="bottom")
+    across, up = middle(axes)
+    figure.supylabel("speedup (log scale)", x=0.06 / width, y=up, fontsize=7, ha="left")
+    figure.supxlabel("removed (%)", x=across, y=(0.16 + 0.14 * lines) / figure.get_figheight(), fontsize=7, va="bottom")
     legend_below(figure, _curve_handles(families, shown, interval if few else ""), legend_columns, 0.06)
     return figure
 

@@ -235,7 +235,7 @@ def gemm_time(
     used: Any = None if cold and copies is None else 1.0 if copies is None else copies
     if np.ndim(used):
         used = np.broadcast_to(np.asarray(used, dtype=np.float64), shape).reshape(-1)
-    kinds = np.broadcast_to(codes, shape).reshape(-1) if codes.ndim else codes.reshape(-1)
+    kinds = (np.broadcast_to(codes, shape) if codes.ndim and codes.shape != shape else codes).reshape(-1)
     if len(kinds) and (kinds == kinds[0]).all():
         out = _run(m, n, k, gemm_plan(hw, dtype, weight_dtype, _family(int(kinds[0]))), used, level, detail)
     else:

@@ -303,7 +303,7 @@ def core_time(
 
 
 def _packed_time(m: F, n: F, k: F, core: Core, copies: F | float | None, step_scale: F | float, load_scale: F | float) -> CoreTime:
-    """A product on a CPU: fixed time, operands, the rearranging of the weights from ``pack_m`` rows on, and arithmetic, one after another."""
+    """A product on a CPU: fixed time, operands, the rearranging of the weights from ``pack_m`` rows on, and arithmetic in turn."""
     c = core.constants
     memory, dram = memory_time(m, n, k, core, copies, load_scale * np.where(m >= c["pack_m"], 1.0 + c["pack"], 1.0).astype(m.dtype))
     flop = m * n

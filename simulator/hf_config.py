@@ -12,12 +12,13 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import Any
 
-from simulator.errors import InputError
+from simulator.errors import InputError, one_line
 from simulator.model_config import ModelConfig
+from simulator.readfile import read_bounded
 
 MAX_FILE_BYTES = 1_000_000
 """Largest configuration file that is read; real ones have a few kilobytes."""
@@ -27,6 +28,10 @@ MAX_VALUE = 10_000_000
 
 MAX_LAYERS = 10_000
 """Largest number of decoder layers; per-layer tables grow with it."""
+
+
+MAX_NAME = 80
+"""Longest name of a model; the middle of a longer one is left out."""
 
 
 # -- reading one key -------------------------------------------------------------------------------------------------------------
@@ -313,6 +318,7 @@ def from_hf_config(data: Mapping[str, Any], source: str = "config", name: str = 
     if not name:
         given = data.get("_name_or_path")
         name = given.rstrip("/").rsplit("/", 1)[-1] if isinstance(given, str) and given.strip("/") else kind
+    name = one_line(name.replace("/", "_"), MAX_NAME).strip(" .") or kind  # it goes into tables, titles and reports
     values = ARCHITECTURES[kind](read)
     if values["heads"] % values["kv_heads"]:
         raise read.fail("num_key_value_heads", f"expected a divisor of num_attention_heads {values['heads']}, got {values['kv_heads']}")
@@ -328,10 +334,25 @@ def _no_constant(text: str) -> float:
     raise ValueError(f"{text} is not JSON")
 
 
+def parse_config(text: str, source: str) -> Any:
+    """The content of a ``config.json`` from its text, not checked yet; errors name the source, the line and the column.
+
+    >>> parse_config('{"hidden_size": 8}', "config.json")
+    {'hidden_size': 8}
+    """
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{source}:{error.lineno}:{error.colno}: is not JSON ({error.msg}); expected a config.json") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{source}: is not JSON ({_show(str(error))}); expected a config.json") from None
+
+
 def read_config(path: str | os.PathLike[str]) -> ModelConfig:
     """Shapes from a ``config.json`` or from the folder that holds one."""
-    file = Path(path).expanduser()
+    file = Path(path)
     try:
+        file = file.expanduser()
         if file.is_dir():
             if not (file / "config.json").is_file():
                 raise InputError(f"{file}: the folder has no config.json; expected a Hugging Face model folder")
@@ -340,19 +361,18 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
             raise InputError(f"{file}: no such file; expected a config.json or a folder with one")
         if file.stat().st_size > MAX_FILE_BYTES:
             raise InputError(f"{file}: {file.stat().st_size} bytes; expected a config.json of at most {MAX_FILE_BYTES} bytes")
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_bounded(file, MAX_FILE_BYTES).decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}); expected a config.json or a folder with one") from None
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
+    except RuntimeError as error:  # the home of a user who does not exist
+        raise InputError(f"{file}: cannot be read ({error}); expected a config.json or a folder with one") from None
+    except UnicodeDecodeError:
         raise InputError(f"{file}: is not UTF-8 text; expected a config.json") from None
-    try:
-        data = json.loads(text, parse_constant=_no_constant)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file}:{error.lineno}:{error.colno}: is not JSON ({error.msg}); expected a config.json") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: is not JSON ({_show(str(error))}); expected a config.json") from None
+    return from_file(parse_config(text, str(file)), file)
+
+
+def from_file(data: Any, file: PurePath) -> ModelConfig:
+    """Shapes from the parsed content of a file; a model without a name of its own is called after the file or its folder."""
     named = file.parent.name if file.name == "config.json" else file.stem
     own = isinstance(data, Mapping) and isinstance(data.get("_name_or_path"), str) and data["_name_or_path"].strip("/.")
     return from_hf_config(data, str(file), "" if own else named)

@@ -17,6 +17,7 @@ from typing import Any
 
 from simulator.errors import InputError, unknown
 from simulator.pruning import FAMILIES
+from simulator.readfile import read_bounded
 
 REQUIRED: tuple[str, ...] = ("family", "sparsity", "speedup")
 MATCHED: tuple[str, ...] = ("model", "hardware", "phase", "batch", "seq", "method", "family")
@@ -61,10 +62,11 @@ def read_measured(path: str | Path) -> tuple[Measured, ...]:
         One line, ``file:line: column: what is wrong``.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or 'is not UTF-8 text'}") from None
-    lines = list(csv.reader(io.StringIO(text)))
+        lines = list(csv.reader(io.StringIO(read_bounded(path).decode("utf-8-sig"), newline=""), strict=True))
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: cannot be read: is not UTF-8 text") from None
+    except csv.Error as error:
+        raise InputError(f"{path}: is not CSV: {error}") from None
     header = [cell.strip() for cell in lines[0]] if lines else []
     for column in REQUIRED:
         if column not in header:

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 
 from simulator.errors import InputError, unknown
 from simulator.figure_style import label
-from simulator.gemm_table import gemm_points
 from simulator.paper_gemms import scatter, staircase
 from simulator.paper_parts import Made, NothingToDraw, Paper, columns_of, interval_text, paper, percents, setting_text, where_text
 from simulator.paper_taxonomy import taxonomy
-from simulator.scenarios import Record, explanations, scenarios
+from simulator.scenarios import explanations, scenarios
 from simulator.transformer import load_model
 
 if TYPE_CHECKING:
@@ -83,21 +82,14 @@ def draw(name: str, about: Paper) -> Drawn:
 
 
 def _roofline(p: Paper) -> Made:
-    from simulator.figure_roofline import Roof, roofline_figure
+    from simulator.figure_roofline import roofline_figure
+    from simulator.panels import roof_of
 
-    roofs = []
-    cases = [
-        e for phase, batch in ROOFLINE_CASES
+    roofs = [
+        roof_of(e, f"{e.record.hardware}\n{where_text(e.record)}", layers_only=True)
+        for phase, batch in ROOFLINE_CASES
         for e in explanations(p.model, p.devices, ROOFLINE_FAMILY, ROOFLINE_SPARSITY, [phase], [batch], [p.seq], setting=p.setting)
-    ]  # fmt: skip
-    for e in cases:
-        layers = (w.take(w.layer >= 0) for w in (e.dense, e.pruned))  # the head computes one position of a prompt, far off the others
-        dense, pruned = (gemm_points(w, e.hardware, e.record.runtime) for w in layers)
-        roofs.append(Roof(
-            f"{e.record.hardware}\n{where_text(e.record)}", e.hardware.peak_flop_per_s(e.record.dtype), e.hardware.bandwidth_bytes_per_s,
-            (*dense.role, *pruned.role), [*dense.intensity, *pruned.intensity],
-            [*dense.achieved_flop_per_s, *pruned.achieved_flop_per_s], [False] * len(dense.role) + [True] * len(pruned.role),
-        ))  # fmt: skip
+    ]
     caption = (
         f"GEMMs of the layers on the datasheet roofline, dense (hollow) and with {100 * ROOFLINE_SPARSITY:.0f} % of the width "
         f"pruned (filled), at their predicted rates: {setting_text(p)}, {p.seq} tokens. Pruning the width moves every point to less work "
@@ -142,7 +134,8 @@ def _efficiency(p: Paper) -> Made:
 
 
 def _waterfall(p: Paper) -> Made:
-    from simulator.figure_waterfall import Steps, waterfall_figure
+    from simulator.figure_waterfall import waterfall_figure
+    from simulator.panels import steps_of
 
     panels, notes = [], []
     for family, sparsity, phase, batch in WATERFALL_CASES:
@@ -151,13 +144,7 @@ def _waterfall(p: Paper) -> Made:
         except InputError as error:  # no sparse tensor cores
             notes.append(f"waterfall of {family}: {error}")
             continue
-        panels += [
-            Steps(
-                f"{e.record.hardware}\n{label(family)}, {100 * sparsity:.0f} %\n{where_text(e.record)}", [s.name for s in e.steps[1:]],
-                [s.factor for s in e.steps[1:]], e.steps[0].speedup, e.record.speedup_lower, e.record.speedup_upper,
-            )
-            for e in found
-        ]  # fmt: skip
+        panels += [steps_of(e, f"{e.record.hardware}\n{label(family)}, {100 * sparsity:.0f} %\n{where_text(e.record)}") for e in found]
     caption = (
         f"Where the promise of 1/(1 - s) goes: {setting_text(p)}, {p.seq} tokens. Each step multiplies the speedup before it, orange for "
         f"a loss, hatched green for a gain; the last bar is the prediction with its {interval_text(p)}."
@@ -166,21 +153,21 @@ def _waterfall(p: Paper) -> Made:
 
 
 def _crossover(p: Paper) -> Made:
+    from simulator.crossover import fastest
     from simulator.figure_crossover import crossover_figure
 
     table = scenarios([p.model], p.devices, ["all"], [MAP_SPARSITY], ["prefill", "decode"], BATCHES, LENGTHS, setting=p.setting)
-    cells: dict[tuple[str, str, int, int], list[Record]] = {}
-    for r in table:
-        cells.setdefault((r.phase, r.hardware, r.batch, r.seq), []).append(r)
-    best = {key: max(found, key=lambda r: r.speedup) for key, found in cells.items()}
-    sure = [
-        best[key].speedup_lower > max([1.0, *(r.speedup_upper for r in found if r.family != best[key].family)])
-        for key, found in cells.items()
-    ]
+    records = table.records
+    cells: dict[tuple[str, str, int, int], int] = {}
+    where = [cells.setdefault((r.phase, r.hardware, r.batch, r.seq), len(cells)) for r in records]
+    won = fastest(
+        where, [r.family for r in records], [r.speedup for r in records], [r.speedup_lower for r in records],
+        [r.speedup_upper for r in records],
+    )  # fmt: skip
+    best = [records[i] for i in won.row]
     figure = crossover_figure(
-        [key[0] for key in cells], [key[1] for key in cells], [key[2] for key in cells], [key[3] for key in cells],
-        [r.family if r.speedup > 1.0 else "" for r in best.values()], [r.speedup for r in best.values()], sure,
-        [r.dense_fits for r in best.values()],
+        [r.phase for r in best], [r.hardware for r in best], [r.batch for r in best], [r.seq for r in best],
+        [r.family if gains else "" for r, gains in zip(best, won.gains)], [r.speedup for r in best], won.sure, [r.dense_fits for r in best],
     )  # fmt: skip
     caption = (
         f"Which family is fastest at {100 * MAP_SPARSITY:.0f} % sparsity, by batch and sequence, and its speedup: {setting_text(p)}. Equal "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import lzma
 import math
 import re
 import stat
@@ -94,13 +95,13 @@ def _entry(raw: bytes, name: str) -> NDArray[Any]:
     try:
         with zipfile.ZipFile(io.BytesIO(raw)) as archive:
             info = archive.getinfo(f"{name}.npy")
-            if info.file_size > MAX_ARRAY_BYTES:
-                raise ValueError(f"array {name} is larger than {MAX_ARRAY_BYTES / 1e6:g} MB")
-            item = archive.read(info)
+            item = archive.read(info) if info.file_size <= MAX_ARRAY_BYTES else None
     except KeyError:
         raise ValueError(f"array {name} is not in the .npz; save both files again") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, NotImplementedError, ValueError) as error:
         raise ValueError(f"is no readable .npz ({str(error)[:80]}); save both files again") from None
+    if item is None:
+        raise ValueError(f"array {name} is larger than {MAX_ARRAY_BYTES / 1e6:g} MB")
     match = _HEADER.match(item)
     if match is None:
         raise ValueError(f"array {name} has a bad header; save both files again")

@@ -29,6 +29,7 @@ from simulator.hardware import (
     shipped_names,
 )
 from simulator.profile_arrays import ARRAY_NAME, FILE_NAME, read_arrays
+from simulator.profile_checks import check_arrays
 from simulator.yaml_fields import Fields, join, shown
 from simulator.yaml_tree import Node, Problems, parse_yaml, read_text
 
@@ -63,7 +64,14 @@ def read_profile(path: Path) -> tuple[HardwareProfile | None, Problems]:
     text = read_text(path, problems)
     if text is None:
         return None, problems
-    return profile_from_text(text, path, problems, read_arrays), problems
+    return profile_from_text(text, path, problems, _read_checked), problems
+
+
+def _read_checked(path: Path, sha256: str, prefix: str, names: tuple[str, ...]) -> Mapping[str, Any]:
+    """A section's arrays, refused where its cost model could not use them."""
+    arrays = read_arrays(path, sha256, prefix, names)
+    check_arrays(prefix.split(".")[0], arrays)
+    return arrays
 
 
 def profile_from_text(text: str, path: Path, problems: Problems, arrays: Callable[..., Mapping[str, Any]]) -> HardwareProfile | None:

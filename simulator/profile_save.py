@@ -14,9 +14,10 @@ from simulator import hardware
 from simulator.errors import InputError
 from simulator.hardware import OPERATORS, HardwareProfile, Section
 from simulator.profile_arrays import FILE_NAME, pack_arrays
+from simulator.profile_checks import check_arrays
 from simulator.profile_io import QUANTITIES, SCHEMA_VERSION, profile_from_text
 from simulator.units import format_quantity
-from simulator.wholefile import check_target, write_whole
+from simulator.wholefile import check_target, one_writer, write_whole
 from simulator.yaml_tree import MAX_BYTES, Problems
 
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_]*(?:[.-][A-Za-z0-9_]+)*")
@@ -29,6 +30,11 @@ def save_profile(profile: HardwareProfile, path: Path) -> None:
         raise InputError(f"{path}: expected a file name that ends in .yaml")
     path = check_target(path).resolve()
     arrays = {f"{operator}.{dtype}.{name}": a for (operator, dtype), s in profile.sections.items() for name, a in s.arrays.items()}
+    for (operator, dtype), section in profile.sections.items():
+        try:
+            check_arrays(operator, section.arrays)
+        except ValueError as error:
+            raise InputError(f"{path}: calibrated.{operator}.{dtype}.arrays: {error}") from None
     packed = pack_arrays(arrays) if arrays else b""
     digest = hashlib.sha256(packed).hexdigest()
     # the digest is part of the name, so the old pair stays readable until the new YAML is in place, whatever happens in between
@@ -43,12 +49,13 @@ def save_profile(profile: HardwareProfile, path: Path) -> None:
         profile_from_text(text, path, problems, lambda *_: {})
     if len(problems):
         raise problems.error()
-    if packed:
-        write_whole(path.parent / file, packed)
-    write_whole(path, text.encode())
-    for old in path.parent.glob(f"{_file_stem(path.stem)}.*.npz"):
-        if re.fullmatch(r"[0-9a-f]{12}", old.name[len(_file_stem(path.stem)) + 1 : -4]) and (not packed or old.name != file):
-            old.unlink(missing_ok=True)
+    with one_writer(path.parent):  # else another's clean-up could take the arrays written here before they are named
+        if packed:
+            write_whole(path.parent / file, packed)
+        write_whole(path, text.encode())
+        for old in path.parent.glob(f"{_file_stem(path.stem)}.*.npz"):
+            if re.fullmatch(r"[0-9a-f]{12}", old.name[len(_file_stem(path.stem)) + 1 : -4]) and (not packed or old.name != file):
+                old.unlink(missing_ok=True)
     hardware.forget()
 
 
@@ -121,7 +128,7 @@ def _section(section: Section, file: str, digest: str) -> list[str]:
     lines = [f"status: {section.status}", "provenance:"]
     if section.provenance is not None:
         lines += [f"  {name}: {_value(value)}" for name, value in asdict(section.provenance).items() if value != ""]
-    lines.append("constants:")
+    lines.append("constants:" if section.constants else "constants: {}")
     for name, fitted in section.constants.items():
         error = "" if fitted.std_error is None else f", std_error: {_number(fitted.std_error)}"
         lines.append(f"  {name}: {{value: {_number(fitted.value)}{error}, status: {fitted.status}}}")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 
 from simulator.errors import InputError, unknown
 from simulator.pruning import FAMILIES
+from simulator.readfile import read_bounded
 
 FOLDER = Path(__file__).with_name("quality")
 """Where the shipped tables lie."""
@@ -233,11 +235,9 @@ def load_quality(name_or_path: str | Path) -> QualityTable:
             raise InputError(f"{path}: no such file; expected a quality table (CSV), or one of {', '.join(list_quality())}")
         raise unknown("quality table", name, list_quality())
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_bounded(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: is not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     return read_quality(text, str(path))
 
 
@@ -306,6 +306,8 @@ def _row(cells: Mapping[str, str]) -> QualityRow:
         cells["method"], cells["family"], cells["model"], sparsity, cells["metric"], _TRUTH[truth], dense, pruned, cells["protocol"],
         cells["source"], parse_options(cells.get("options", ""), cells["family"]), cells.get("note", ""),
     )  # fmt: skip
+    if not math.isfinite(row.relative_loss):
+        raise InputError(f"dense: {cells['dense']} is too small beside pruned {cells['pruned']} for a ratio")
     if cells.get("relative_loss"):
         written = _number(cells, "relative_loss")
         if abs(written - row.relative_loss) > LOSS_TOLERANCE * max(1.0, abs(row.relative_loss)):
@@ -335,7 +337,8 @@ def parse_options(text: str, family: str) -> tuple[tuple[str, Any], ...]:
         if not equals or name not in FAMILIES[family].options:
             known = ", ".join(FAMILIES[family].options) or "none"
             raise InputError(f"options: expected name=value; options of family {family} are: {known}; got {part!r}")
-        out[name] = {"true": True, "false": False}.get(value.lower(), int(value) if value.lstrip("-").isdigit() else value)
+        whole = re.fullmatch(r"-?[0-9]{1,18}", value)  # str.isdigit also takes what int refuses
+        out[name] = {"true": True, "false": False}.get(value.lower(), int(value) if whole else value)
     return tuple(out.items())
 
 

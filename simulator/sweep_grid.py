@@ -18,7 +18,7 @@ from simulator.execution import RUNTIMES
 from simulator.hardware import load_hardware
 from simulator.pruning import FAMILIES, prune
 from simulator.settings import MAX_TOKENS, PARALLEL, PHASES, Setting, check_fraction
-from simulator.transformer import load_model, lower
+from simulator.transformer import ModelConfig, load_model, lower
 from simulator.workload import DTYPES
 from simulator.yaml_fields import Fields, join
 from simulator.yaml_tree import Node, Problems, parse_yaml, read_text
@@ -67,7 +67,9 @@ class Grid:
 
     Attributes
     ----------
-    models, hardware : tuple of str
+    models : tuple of str or ModelConfig
+        Names, paths or loaded models.
+    hardware : tuple of str
         Names, aliases or paths.
     sparsities : tuple of float, [0, 1)
     phases, runtimes : tuple of str
@@ -85,7 +87,7 @@ class Grid:
     True
     """
 
-    models: tuple[str, ...]
+    models: tuple[str | ModelConfig, ...]
     hardware: tuple[str, ...]
     sparsities: tuple[float, ...]
     phases: tuple[str, ...]

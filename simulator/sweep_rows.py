@@ -26,6 +26,7 @@ from simulator.transformer import load_model
 
 if TYPE_CHECKING:
     from simulator.hardware import HardwareProfile
+    from simulator.transformer import ModelConfig
 
 PART_ROWS = 40_000
 """Configurations of a partition, about: a few megabytes of table."""
@@ -46,7 +47,7 @@ COLUMNS: Mapping[str, type] = {**{f.name: _TYPES[str(f.type)] for f in fields(Re
 class Partition:
     """A piece of a grid: one model, format, number of devices and phase; some requests; some families at some sparsities."""
 
-    model: str
+    model: str | ModelConfig
     formats: Formats
     devices: int
     phase: str

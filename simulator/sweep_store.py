@@ -98,7 +98,7 @@ class Store:
             if manifest.exists():
                 try:
                     found = json.loads(manifest.read_text(encoding="utf-8"))
-                except ValueError:
+                except (ValueError, RecursionError):
                     found = {}
                 if not isinstance(found, dict) or found.get("digest") != self.digest or found.get("parts") != self.parts:
                     what = "parts of another sweep (grid, filter, profiles or version differ)"
@@ -128,8 +128,12 @@ class Store:
                 writer: Any = None
                 waiting: list[Any] = []
                 for index in range(self.parts):
-                    table = parquet.read_table(self.part(index), use_threads=False)
-                    for reason, at in json.loads((table.schema.metadata or {}).get(NOTES_KEY, b"{}")).items():
+                    try:
+                        table = parquet.read_table(self.part(index), use_threads=False)
+                        own = json.loads((table.schema.metadata or {}).get(NOTES_KEY, b"{}"))
+                    except (OSError, ValueError) as error:  # ValueError: also what pyarrow raises for a file that is none
+                        raise InputError(f"{self.part(index)}: is damaged ({error}); remove it and run the same command again") from None
+                    for reason, at in own.items():
                         notes.setdefault(reason, []).extend(at)
                     table = table.replace_schema_metadata({DIGEST_KEY: self.digest.encode()})
                     if writer is None:

@@ -30,6 +30,10 @@ class Kind(IntEnum):
     COLLECTIVE = 4
 
 
+# as plain numbers: looking up a member of an enumeration takes a microsecond in Python 3.11, and these are asked for all the time
+_GEMM, _PREFILL, _DECODE = int(Kind.GEMM), int(Kind.PREFILL_ATTENTION), int(Kind.DECODE_ATTENTION)
+
+
 class Part(IntEnum):
     """The part of the decoder an operator belongs to; depth pruning removes ATTENTION and MLP parts of layers."""
 
@@ -226,6 +230,15 @@ class Workload:
     def __len__(self) -> int:
         return len(self.kind)
 
+    @classmethod
+    def _of(cls, columns: dict[str, Array], meta: Meta) -> Workload:
+        """A workload of columns that are known to be of the schema's types and of one length: they come from checked ones."""
+        out = object.__new__(cls)
+        for column in columns.values():
+            column.flags.writeable = False
+        out.__dict__.update(columns, meta=meta)
+        return out
+
     # -- making -------------------------------------------------------------------------------------------------------------
 
     @classmethod
@@ -266,19 +279,21 @@ class Workload:
         """Rows of several workloads one after the other; the meta of the first unless another is given."""
         parts = list(parts)
         columns = {name: np.concatenate([getattr(p, name) for p in parts]) for name in SCHEMA}
-        return Workload(**columns, meta=meta or parts[0].meta)
+        return Workload._of(columns, meta or parts[0].meta)
 
     def take(self, index: Array) -> Workload:
         """Rows chosen by a mask or an index array."""
-        return Workload(**{name: getattr(self, name)[index] for name in SCHEMA}, meta=self.meta)
+        return Workload._of({name: getattr(self, name)[index] for name in SCHEMA}, self.meta)
 
     def replace(self, **columns: Any) -> Workload:
         """A copy with some columns (scalars broadcast) or the meta replaced."""
         meta = columns.pop("meta", self.meta)
         new: dict[str, Array] = {name: getattr(self, name) for name in SCHEMA}
         for name, values in columns.items():
-            new[name] = np.broadcast_to(np.asarray(values, dtype=SCHEMA[name][0]), (len(self),))
-        return Workload(**new, meta=meta)
+            column: Array = np.asarray(values, dtype=SCHEMA[name][0])
+            # a view, so that the caller's own array stays writable
+            new[name] = column.view() if column.shape == (len(self),) else np.broadcast_to(column, (len(self),))
+        return Workload._of(new, meta)
 
     def is_role(self, *names: str) -> Array:
         """Mask of the rows with one of these roles."""
@@ -288,7 +303,7 @@ class Workload:
     @property
     def is_attention(self) -> Array:
         """Mask of prefill and decode attention."""
-        mask: Array = (self.kind == Kind.PREFILL_ATTENTION) | (self.kind == Kind.DECODE_ATTENTION)
+        mask: Array = (self.kind == _PREFILL) | (self.kind == _DECODE)
         return mask
 
     # -- counting -----------------------------------------------------------------------------------------------------------
@@ -301,12 +316,13 @@ class Workload:
     @property
     def weight_bytes_each(self) -> Array:
         """Bytes of weights one execution of a GEMM row must read (compressed where the kernel stores zeros away), float64."""
-        element = DTYPE_BYTES[self.weight_dtype]
-        sparse = self.kernel != Kernel.DENSE
-        # 2:4 keeps a 2-bit index a kept value; scattered zeros need at least one bit a position
-        index = np.where(self.kernel == Kernel.SPARSE24, 0.25 * self.density, np.where(self.kernel == Kernel.UNSTRUCTURED, 0.125, 0.0))
-        stored = np.where(sparse & (self.kernel != Kernel.BLOCK_SPARSE), self.density * element + index, element)
-        out: Array = np.where(self.kind == Kind.GEMM, self.n.astype(np.float64) * self.k * stored, 0.0)
+        stored: Array = DTYPE_BYTES[self.weight_dtype]
+        if np.count_nonzero(self.kernel):
+            # 2:4 keeps a 2-bit index a kept value; scattered zeros need at least one bit a position
+            index = np.where(self.kernel == Kernel.SPARSE24, 0.25 * self.density, np.where(self.kernel == Kernel.UNSTRUCTURED, 0.125, 0.0))
+            whole = (self.kernel == Kernel.DENSE) | (self.kernel == Kernel.BLOCK_SPARSE)
+            stored = np.where(whole, stored, self.density * stored + index)
+        out: Array = np.where(self.kind == _GEMM, self.n.astype(np.float64) * self.k * stored, 0.0)
         return out
 
     @property
@@ -315,7 +331,7 @@ class Workload:
         m, n, k = (c.astype(np.float64) for c in (self.m, self.n, self.k))
         gemm = 2.0 * m * n * k
         attention = 4.0 * self.batch * self.heads * self.head_dim * self.pairs
-        each = np.where(self.kind == Kind.GEMM, gemm, np.where(self.is_attention, attention, 0.0))
+        each = np.where(self.kind == _GEMM, gemm, np.where(self.is_attention, attention, 0.0))
         out: Array = each * self.density * self.count
         return out
 
@@ -326,11 +342,11 @@ class Workload:
         gemm = self.weight_bytes_each + act * self.m.astype(np.float64) * (self.k + self.n)
         head = self.head_dim.astype(np.float64)
         seen = np.where(self.window > 0, np.minimum(self.kv_len, self.q_len + self.window - 1), self.kv_len)
-        decode = self.kind == Kind.DECODE_ATTENTION
+        decode = self.kind == _DECODE
         cache = 2.0 * self.batch * self.kv_heads * seen * head * DTYPE_BYTES[self.weight_dtype] * np.where(decode, self.density, 1.0)
         query = 2.0 * self.batch * self.heads * self.q_len * head * act
         moved = self.read_bytes + self.write_bytes
-        each = np.select([self.kind == Kind.GEMM, self.is_attention], [gemm, cache + query], moved)
+        each = np.where(self.kind == _GEMM, gemm, np.where(self.is_attention, cache + query, moved))
         out: Array = each * self.count
         return out
 
@@ -378,7 +394,9 @@ def attention_pairs(q_len: Array, kv_len: Array, window: Array) -> Array:
     """
     q, kv, w = (np.asarray(x, dtype=np.float64) for x in (q_len, kv_len, window))
     first, last = kv - q + 1, kv  # keys seen by the first and the last query
-    full = q * (first + last) / 2
+    full: Array = q * (first + last) / 2
+    if not np.count_nonzero(w):
+        return full
     capped = np.clip(last - np.maximum(w, first - 1), 0, q)  # queries whose window is shorter than what lies before them
     seen = full - capped * (last - w) + capped * (capped - 1) / 2  # sum of (position + 1 - w) over the capped queries
     return np.where(w > 0, seen, full)

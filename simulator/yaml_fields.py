@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from simulator.units import EXAMPLES, format_quantity, parse_quantity
 from simulator.yaml_tree import Node, Problems
 
-_NUMBER = re.compile(r"[+-]?(?:0|[1-9]\d{0,20})(?:\.\d{0,40})?(?:[eE][+-]?\d{1,3})?")
+_NUMBER = re.compile(r"[+-]?(?:0|[1-9]\d{0,20})(?:\.\d{0,40})?(?:[eE][+-]?\d{1,3})?", re.ASCII)
 _NOT_TEXT = ("true", "false", "yes", "no", "on", "off", "null", "~", "")
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from simulator.errors import InputError
+from simulator.errors import InputError, one_line
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
@@ -73,7 +73,8 @@ class Problems:
     @property
     def lines(self) -> list[str]:
         """One line a problem, in the order of the file."""
-        return [f"{self.file}:{line}:{column}: {key}: {reason}" for line, column, key, reason in sorted(self._found, key=lambda p: p[:2])]
+        found = sorted(self._found, key=lambda p: p[:2])
+        return [one_line(f"{self.file}:{line}:{column}: {key}: {reason}") for line, column, key, reason in found]
 
     def error(self) -> InputError:
         """The first problem, and how many more there are."""

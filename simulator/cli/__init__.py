@@ -15,8 +15,8 @@ from typing import Annotated
 import typer
 
 from simulator._version import __version__
-from simulator.cli import advise, claims, explain, figures, gemm, hardware, models, pareto, quality, speedup, sweep
-from simulator.errors import InputError
+from simulator.cli import advise, claims, explain, explore, figures, gemm, hardware, models, pareto, quality, report, speedup, sweep
+from simulator.errors import InputError, one_line
 
 app = typer.Typer(
     name="prunesim",
@@ -37,6 +37,8 @@ app.command("figures")(figures.figures)
 app.command("pareto")(pareto.pareto)
 app.command("claims")(claims.claims)
 app.command("quality")(quality.quality)
+app.command("explore")(explore.command)
+app.command("report")(report.command)
 
 
 def _version(asked: bool) -> None:
@@ -72,17 +74,18 @@ def run(arguments: Sequence[str]) -> int:
     except InputError as error:
         return _fail(str(error), 2)
     except BrokenPipeError:
-        # the reader (head, less) has seen enough; what is still buffered goes nowhere, or the interpreter would complain on its way out
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # the reader (head, less) has seen enough
         return 1
     except OSError as error:
+        _drop_output()
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}", 1)
     except typer.Exit as stop:
         return int(stop.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        return 130
+        return _fail("interrupted", 130)
+    except MemoryError:
+        return _fail("there is not enough memory for this; ask for fewer settings at a time", 1)
     except Exception as error:
         # usage errors of the option parser; its class is not public in every version of typer, its method is
         if hasattr(error, "format_message"):
@@ -95,12 +98,24 @@ def run(arguments: Sequence[str]) -> int:
 
 def _fail(message: str, status: int) -> int:
     """Print one line to standard error."""
-    print("prunesim:", " ".join(message.split()), file=sys.stderr)
+    print("prunesim:", one_line(" ".join(message.split())), file=sys.stderr)
     return status
+
+
+def _drop_output() -> None:
+    """Send what standard output could not take nowhere, or the interpreter would complain of it on its way out."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main() -> None:
     """Entry point of the ``prunesim`` command."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # started with that stream closed
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the program
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to fail

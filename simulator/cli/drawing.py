@@ -38,18 +38,15 @@ def draw_speedups(records: Sequence[Record], path: str) -> None:
 
 def draw_waterfalls(found: Sequence[Explanation], path: str) -> None:
     """The loss waterfalls of explanations, a panel each."""
-    from simulator.figures import Steps, save_figure, waterfall_figure
+    from simulator.figures import save_figure, waterfall_figure
+    from simulator.panels import steps_of
 
     several = len({(e.record.phase, e.record.batch, e.record.seq) for e in found}) > 1
     lengths = len({e.record.seq for e in found}) > 1
     panels = [
-        Steps(
-            e.record.hardware + (f"\n{setting_label(e.record)}" if several else "") + (f", seq {e.record.seq}" if lengths else ""),
-            [s.name for s in e.steps[1:]], [s.factor for s in e.steps[1:]], e.steps[0].speedup,
-            e.record.speedup_lower, e.record.speedup_upper,
-        )
+        steps_of(e, e.record.hardware + (f"\n{setting_label(e.record)}" if several else "") + (f", seq {e.record.seq}" if lengths else ""))
         for e in found
-    ]  # fmt: skip
+    ]
     save_figure(waterfall_figure(panels, columns=_columns(found)), path)
 
 
@@ -61,19 +58,11 @@ def _columns(found: Sequence[Explanation]) -> int | None:
 
 def draw_rooflines(found: Sequence[Explanation], path: str) -> None:
     """Dense and pruned GEMMs of explanations on the roofline, a panel each."""
-    from simulator.figures import Roof, roofline_figure, save_figure
-    from simulator.gemm_table import gemm_points
+    from simulator.figures import roofline_figure, save_figure
+    from simulator.panels import roof_of
 
     several = len({(e.record.phase, e.record.batch, e.record.seq) for e in found}) > 1
-    roofs = []
-    for e in found:
-        dense, pruned = (gemm_points(w, e.hardware, e.record.runtime) for w in (e.dense, e.pruned))
-        roofs.append(Roof(
-            e.record.hardware + (f"\n{setting_label(e.record)}" if several else ""),
-            e.hardware.peak_flop_per_s(e.record.dtype), e.hardware.bandwidth_bytes_per_s, (*dense.role, *pruned.role),
-            [*dense.intensity, *pruned.intensity], [*dense.achieved_flop_per_s, *pruned.achieved_flop_per_s],
-            [False] * len(dense.role) + [True] * len(pruned.role),
-        ))  # fmt: skip
+    roofs = [roof_of(e, e.record.hardware + (f"\n{setting_label(e.record)}" if several else "")) for e in found]
     save_figure(roofline_figure(roofs, columns=_columns(found)), path)
 
 

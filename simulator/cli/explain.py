@@ -10,15 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from simulator.cli import options, render
-from simulator.cli.speedup import setting_title
 from simulator.errors import InputError
+from simulator.words import LOSS, conclusion, setting_title
 
 if TYPE_CHECKING:
     from simulator.scenarios import Explanation
     from simulator.speedup import Step
-
-LOSS = 0.985
-"""A step that takes more than this factor off is worth a word."""
 
 
 def explain(
@@ -84,25 +81,6 @@ def explain(
         draw_rooflines(found, roofline)
 
 
-def conclusion(e: Explanation) -> str:
-    """One plain sentence: what is promised, what is predicted, and what took the most."""
-    r, losses = e.record, sorted((s for s in e.steps[1:] if s.factor < LOSS), key=lambda s: s.factor)
-    gains = [s for s in e.steps[1:] if s.factor > 1 / LOSS and s.name != "rounding"]
-    verdict = f"predicted {r.speedup:.2f}x ({r.speedup_lower:.2f}-{r.speedup_upper:.2f})"
-    text = f"{r.family} at {render.percent(r.sparsity)} promises {e.steps[0].speedup:.2f}x, {verdict} on {r.hardware}, held by {r.limit}"
-    if losses:
-        text += ": lost to " + _and([f"{s.name} (x{s.factor:.2f})" for s in losses[:3]])
-    elif r.speedup > 1:
-        text += ": nearly all of it is granted"
-    if gains:
-        text += f"{';' if losses else ','} helped by " + _and([f"{s.name} (x{s.factor:.2f})" for s in gains[:2]])
-    if r.speedup_upper < 1:
-        text += "; the pruned model is slower"
-    elif r.speedup_lower <= 1 and r.sparsity > 0:
-        text += "; whether it is faster at all is within the interval"
-    return text + "."
-
-
 def _print(e: Explanation) -> None:
     available = render.width()
     names = [step.name for step in e.steps]
@@ -124,10 +102,6 @@ def _print(e: Explanation) -> None:
 
 def _styles(steps: Sequence[Step]) -> list[str]:
     return ["", *("red" if s.factor < LOSS else "green" if s.factor > 1 / LOSS else "" for s in steps[1:])]
-
-
-def _and(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def _cut(text: str, room: int) -> str:

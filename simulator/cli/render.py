@@ -7,10 +7,8 @@ wrapped. What is not a terminal counts as 120 columns wide.
 from __future__ import annotations
 
 import contextlib
-import csv
 import io
 import json
-import math
 import os
 import shutil
 import sys
@@ -19,6 +17,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from simulator.errors import one_line
+from simulator.words import csv_text as csv_text
+from simulator.words import finite as finite
+from simulator.words import percent as percent
+from simulator.words import rate as rate
+from simulator.words import ratio as ratio
+from simulator.words import seconds as seconds
+from simulator.words import size as size
 
 PIPED_WIDTH = 120
 """Columns of a table that goes to a pipe or a file."""
@@ -123,19 +130,10 @@ def colored() -> bool:
 
 def note(text: str) -> None:
     """One line for the person at the terminal, to standard error."""
-    print("note:", " ".join(text.split()), file=sys.stderr)
+    print("note:", one_line(" ".join(text.split())), file=sys.stderr)
 
 
 # -- machines ---------------------------------------------------------------------------------------------------------------------
-
-
-def finite(value: Any) -> Any:
-    """A value for JSON: numbers that are not finite become null.
-
-    >>> finite(float("nan")) is None, finite(1.5), finite("x")
-    (True, 1.5, 'x')
-    """
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def json_lines(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -151,76 +149,7 @@ def json_lines(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"[\n{lines}\n]" if rows else "[]"
 
 
-def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A CSV table with a header, numbers in full; what is missing or not finite is empty.
-
-    >>> csv_text([{"a": 0.1, "b": None}])
-    'a,b\\n0.1,\\n'
-    """
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(rows[0])
-    for row in rows:
-        writer.writerow(["" if finite(v) is None else repr(v) if isinstance(v, float) else v for v in row.values()])
-    return out.getvalue()
-
-
 # -- people -----------------------------------------------------------------------------------------------------------------------
-
-
-def seconds(value: float) -> str:
-    """A time for people, three significant digits.
-
-    >>> seconds(0.0123456), seconds(3e-6), seconds(41.2)
-    ('12.3 ms', '3.00 us', '41.2 s')
-    """
-    return _prefixed(value, (("s", 1.0), ("ms", 1e-3), ("us", 1e-6), ("ns", 1e-9)))
-
-
-def size(value: float) -> str:
-    """An amount of memory for people, binary prefixes as memory is built.
-
-    >>> size(80 * 2**30), size(50 * 2**20), size(16.06e9)
-    ('80.0 GiB', '50.0 MiB', '15.0 GiB')
-    """
-    return _prefixed(value, (("TiB", 2.0**40), ("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10), ("B", 1.0)))
-
-
-def rate(value: float, unit: str) -> str:
-    """Something a second for people, decimal prefixes.
-
-    >>> rate(3.35e12, "B/s"), rate(989.4e12, "FLOP/s")
-    ('3.35 TB/s', '989 TFLOP/s')
-    """
-    return _prefixed(value, (("P" + unit, 1e15), ("T" + unit, 1e12), ("G" + unit, 1e9), ("M" + unit, 1e6), (unit, 1.0)))
-
-
-def ratio(value: float) -> str:
-    """A speedup or bound.
-
-    >>> ratio(1.234), ratio(12.34), ratio(float("inf"))
-    ('1.23', '12.3', 'inf')
-    """
-    return f"{value:.2f}" if value < 10 or not math.isfinite(value) else f"{value:.3g}"
-
-
-def percent(value: float) -> str:
-    """A fraction in percent, at most one decimal.
-
-    >>> percent(0.25), percent(0.1234)
-    ('25 %', '12.3 %')
-    """
-    text = f"{100 * value:.1f}"
-    return f"{text.removesuffix('.0')} %"
-
-
-def _prefixed(value: float, units: Sequence[tuple[str, float]]) -> str:
-    if not math.isfinite(value):
-        return str(value)
-    name, scale = next(((n, s) for n, s in units if abs(value) >= 0.9995 * s), units[-1])
-    scaled = value / scale
-    digits = 0 if abs(scaled) >= 99.95 else 1 if abs(scaled) >= 9.995 else 2
-    return f"{scaled:.{digits}f} {name}"
 
 
 @contextlib.contextmanager

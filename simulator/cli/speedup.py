@@ -10,6 +10,7 @@ import typer
 
 from simulator.cli import options, render
 from simulator.errors import InputError
+from simulator.words import setting_title, uncalibrated
 
 if TYPE_CHECKING:
     from simulator.scenarios import Record
@@ -77,23 +78,11 @@ def speedup(
         from simulator.cli.drawing import draw_speedups
 
         draw_speedups(table.records, figure)
-    for line in table.notes:
+    for line in (*table.notes, *uncalibrated(table.records)):
         render.note(line)
-    uncalibrated = list(dict.fromkeys(r.hardware for r in table if not r.calibrated))
-    if uncalibrated:
-        render.note(f"{', '.join(uncalibrated)}: not calibrated for everything this needs; the intervals are wide for it")
 
 
 # -- text -------------------------------------------------------------------------------------------------------------------------
-
-
-def setting_title(r: Record) -> str:
-    """What a group of records is a prediction of."""
-    new = f" + {r.new_tokens} new" if r.phase == "generate" else ""
-    spread = f", {r.devices} devices ({r.parallel})" if r.devices > 1 else ""
-    formats = r.dtype if r.weight_dtype == r.kv_dtype == r.dtype else f"{r.dtype}, weights {r.weight_dtype}, cache {r.kv_dtype}"
-    ideal = ", pruning overheads left out" if r.ideal else ""
-    return f"{r.model}, {r.phase}, batch {r.batch}, seq {r.seq}{new}, {formats}, {r.runtime}{spread}{ideal}"
 
 
 def _print(records: Sequence[Record], memory: bool) -> None:

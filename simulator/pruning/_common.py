@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -16,9 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.errors import InputError
-from simulator.workload import DTYPE_BYTES, ROLES, SCHEMA, Array, Kernel, Kind, Part, Phase, Workload, dtype_code, role_code
+from simulator.workload import DTYPE_BYTES, SCHEMA, Array, Kernel, Kind, Part, Phase, Workload, dtype_code, role_code
 
 F = NDArray[np.float64]
+
+_GEMM = int(Kind.GEMM)
 
 QKV: tuple[str, ...] = ("q", "k", "v", "qkv")
 INPUTS: tuple[str, ...] = (*QKV, "gate", "up", "gate_up")
@@ -131,22 +132,14 @@ def layer_count(w: Workload) -> int:
     return int((w.layer + w.layers).max(initial=0))
 
 
-@lru_cache(maxsize=256)
-def _role_table(names: tuple[str, ...]) -> Array:
-    table = np.zeros(len(ROLES), dtype=bool)
-    table[role_code(*names)] = True
-    return table
-
-
 def has_role(w: Workload, *names: str) -> Array:
     """Mask of the rows with one of these roles; a table look-up, as pruning asks often."""
-    mask: Array = _role_table(names)[w.role]
-    return mask
+    return w.is_role(*names)
 
 
 def projections(w: Workload, *names: str) -> Array:
     """Mask of projections inside the layers, all seven unless some are named."""
-    mask: Array = _role_table(names or PROJECTIONS)[w.role] & (w.layer >= 0)
+    mask: Array = w.is_role(*(names or PROJECTIONS)) & (w.layer >= 0)
     return mask
 
 
@@ -158,8 +151,7 @@ def part_rows(w: Workload, part: Part) -> Array:
 
 def attention_rows(w: Workload) -> Array:
     """Mask of prefill and decode attention."""
-    mask: Array = (w.kind == Kind.PREFILL_ATTENTION) | (w.kind == Kind.DECODE_ATTENTION)
-    return mask
+    return w.is_attention
 
 
 def covering(w: Workload, mask: Array, values: Array) -> Array:
@@ -224,9 +216,10 @@ def aligned(width: Array, keep: Array, align: int) -> Array:
 
 def has_bias(w: Workload) -> Array:
     """Mask of GEMM rows that own a bias (N parameters) besides their weight."""
-    zeros = (w.kernel == Kernel.SPARSE24) | (w.kernel == Kernel.UNSTRUCTURED)
-    weight = np.where(zeros, w.density, 1.0) * w.n * w.k
-    mask: Array = (w.kind == Kind.GEMM) & (w.params > 0) & (np.abs(w.params - weight - w.n) < 0.5)
+    weight: Array = w.n.astype(np.float64) * w.k
+    if np.count_nonzero(w.kernel):
+        weight = np.where((w.kernel == Kernel.SPARSE24) | (w.kernel == Kernel.UNSTRUCTURED), w.density, 1.0) * weight
+    mask: Array = (w.kind == _GEMM) & (w.params > 0) & (np.abs(w.params - weight - w.n) < 0.5)
     return mask
 
 
@@ -235,7 +228,7 @@ def resized(w: Workload, n: Array, k: Array, **columns: Any) -> Workload:
     bias = np.where(has_bias(w), w.n, 0.0)
     before = np.maximum(w.n.astype(np.float64) * w.k, 1.0)
     params = (w.params - bias) * (n.astype(np.float64) * k / before) + np.where(bias > 0, n, 0.0)
-    return w.replace(n=n, k=k, params=np.where(w.kind == Kind.GEMM, params, w.params), **columns)
+    return w.replace(n=n, k=k, params=np.where(w.kind == _GEMM, params, w.params), **columns)
 
 
 def split_at(w: Workload, layer: int) -> Workload:

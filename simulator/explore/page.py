@@ -1,0 +1,153 @@
+"""The page as HTML: its frame, and the form with every control set as the state says.
+
+Controls are plain form elements: labels, keyboard and screen readers work as the browser makes them work, and they are there before any
+script has run. What they hold is the query of the address; the script in ``assets`` only carries it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from simulator.execution import RUNTIMES
+from simulator.explore.dropped import PREFIX, read_token
+from simulator.explore.markup import problems_html
+from simulator.explore.state import MOST_NEW_TOKENS, State
+from simulator.figure_style import label, look
+from simulator.hardware import list_hardware
+from simulator.pruning import FAMILIES
+from simulator.settings import MAX_TOKENS, PHASES
+from simulator.transformer import list_models
+from simulator.workload import DTYPES
+
+_SIGNS = {"o": ("●", "○"), "s": ("■", "□"), "D": ("◆", "◇"), "^": ("▲", "△"), "v": ("▼", "▽"), "P": ("✚", "✚"), "X": ("✖", "✖"),
+          "d": ("◆", "◇"), "h": ("⬢", "⬡")}  # fmt: skip
+"""Markers of families as characters, filled and hollow."""
+
+PLOTLY = "/_dash-component-suites/plotly/package_data/plotly.min.js"
+"""Where Dash fetches Plotly from once it needs it; the page asks for it at once."""
+
+RUNTIME_NAMES = {"cuda_graph": "CUDA graph", "eager": "eager"}
+
+
+def page_html(state: State, problems: Sequence[str], parts: dict[str, str]) -> str:
+    """The whole page.
+
+    Parameters
+    ----------
+    state : State
+        What the controls show.
+    problems : sequence of str
+        What was wrong with the address.
+    parts : dict
+        What Dash puts into a page: metas, favicon, css, app_entry, config, scripts, renderer.
+    """
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+{parts["metas"]}
+<title>prunesim explore</title>
+{parts["favicon"]}
+{parts["css"]}
+<link rel="preload" as="script" href="{PLOTLY}">
+</head>
+<body>
+<a class="skip" href="#results">Skip to the results</a>
+<header class="bar"><h1>prunesim</h1><p>How much faster will a pruned LLM really be?</p></header>
+<div class="shell">
+<details class="settings" open><summary>Settings</summary>{form_html(state)}</details>
+<main id="results" tabindex="-1">
+<div id="problems" class="problems" role="alert">{problems_html(problems)}</div>
+{parts["app_entry"]}
+</main>
+</div>
+<footer>{parts["config"]}{parts["scripts"]}{parts["renderer"]}</footer>
+</body>
+</html>"""
+
+
+def form_html(state: State) -> str:
+    """The form of all controls."""
+    return f"""<form id="controls" autocomplete="off">
+<fieldset><legend>Model</legend>
+{_select("model", "Name", _models(state), state.model)}
+<div class="drop" id="drop"><button type="button" id="choose">Open a config.json</button><span>or drop one here</span></div>
+<p id="dropped-note" class="error" role="alert"></p>
+</fieldset>
+<fieldset><legend>GPUs</legend>
+<div class="checks">{_checks("gpu", [(name, escape(name)) for name in list_hardware()], state.gpus)}</div></fieldset>
+<fieldset><legend>Workload</legend>
+{_radios("phase", "Phase", [(p, p) for p in PHASES], state.phase)}
+<div class="pair">
+{_number("batch", "Batch", state.batch, MAX_TOKENS)}
+{_number("seq", "Sequence", state.seq, MAX_TOKENS)}
+</div>
+<div class="pair">
+{_select("dtype", "Number format", [(d, d) for d in DTYPES], state.dtype)}
+{_number("new", "New tokens", state.new_tokens, MOST_NEW_TOKENS)}
+</div>
+{_radios("runtime", "Runtime", [(r, RUNTIME_NAMES[r]) for r in RUNTIMES], state.runtime)}
+</fieldset>
+<fieldset><legend>Pruning</legend>
+<div class="checks families">{_checks("family", [(name, _signed(name)) for name in FAMILIES], state.families)}</div>
+<label class="field" for="sparsity">Sparsities of the curves
+<input type="text" id="sparsity" name="sparsity" spellcheck="false" value="{", ".join(map(repr, state.sparsities))}"></label>
+</fieldset>
+<fieldset><legend>In detail</legend>
+<div class="pair">
+{_select("detail", "Family", [(name, label(name)) for name in FAMILIES], state.detail)}
+<label class="field" for="at">Sparsity<input type="number" id="at" name="at" min="0" max="0.99" step="0.05" value="{state.at!r}"></label>
+</div>
+<p class="hint">For waterfall, roofline, bounds and map; always drawn.</p>
+</fieldset>
+</form>"""
+
+
+def _models(state: State) -> list[tuple[str, str]]:
+    named = [(name, name) for name in list_models()]
+    return [*named, (state.model, dropped_label(state.model))] if state.model.startswith(PREFIX) else named
+
+
+def dropped_label(token: str) -> str:
+    """What a dropped model is called in the list."""
+    file, model = read_token(token)
+    return f"{model.name} ({file})"
+
+
+def _signed(name: str) -> str:
+    """A family with its marker in its colour."""
+    style = look(name)
+    sign = _SIGNS[style.marker][style.hollow]
+    return f'<span class="sign" aria-hidden="true" style="color:{style.color}">{sign}</span>{escape(label(name))}'
+
+
+def _select(name: str, title: str, choices: Sequence[tuple[str, str]], chosen: str) -> str:
+    options = "".join(
+        f'<option value="{escape(value)}"{" selected" if value == chosen else ""}>{escape(text)}</option>' for value, text in choices
+    )
+    return f'<label class="field" for="{name}">{escape(title)}<select id="{name}" name="{name}">{options}</select></label>'
+
+
+def _checks(name: str, choices: Sequence[tuple[str, str]], chosen: Sequence[str]) -> str:
+    """Check boxes; the texts are HTML."""
+    return "".join(
+        f'<label><input type="checkbox" name="{name}" value="{escape(value)}"{" checked" if value in chosen else ""}>{text}</label>'
+        for value, text in choices
+    )
+
+
+def _radios(name: str, title: str, choices: Sequence[tuple[str, str]], chosen: str) -> str:
+    inner = "".join(
+        f'<label><input type="radio" name="{name}" value="{escape(value)}"{" checked" if value == chosen else ""}>'
+        f"<span>{escape(text)}</span></label>"
+        for value, text in choices
+    )
+    name_ = f'<span class="name" aria-hidden="true">{escape(title)}</span>'
+    return f'<div class="radios" role="radiogroup" aria-label="{escape(title)}">{name_}<div>{inner}</div></div>'
+
+
+def _number(name: str, title: str, value: int, most: int) -> str:
+    return (
+        f'<label class="field" for="{name}">{escape(title)}'
+        f'<input type="number" id="{name}" name="{name}" min="1" max="{most}" step="1" inputmode="numeric" value="{value}"></label>'
+    )

@@ -1,0 +1,164 @@
+"""A state as one HTML file: figures, table, notes, settings and commands, with nothing to fetch and nothing to install to read it.
+
+Use :func:`report_html` for the text and :func:`write_report` for the file. The figures are those of the page; the script that draws them is
+in the file, which therefore has about 5 MB.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from datetime import datetime, timezone
+from html import escape
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from simulator._version import __version__
+from simulator.errors import InputError
+from simulator.explore import markup, needs_extra
+from simulator.explore.answer import answer
+from simulator.explore.chart import PAGE
+from simulator.explore.charts import CARDS, charts, map_chart, texts
+from simulator.explore.commands import commands
+from simulator.explore.dropped import PREFIX, read_token
+from simulator.explore.state import State, to_query
+from simulator.wholefile import write_whole
+from simulator.words import percent
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+"""What a browser may load while it shows the report: nothing."""
+
+_DRAW = """
+for (const [name, figure] of Object.entries(JSON.parse(document.getElementById("figures").textContent))) {
+  Plotly.newPlot(name, figure.data, figure.layout, {displayModeBar: false, responsive: true});
+}
+"""
+
+_STYLE = """
+body.report { background: #fff; }
+.report main { max-width: 704px; margin: 0 auto; padding: 20px 0 40px; }
+.report h1 { font-size: 22px; }
+.report .card { margin-top: 16px; break-inside: avoid; }
+.report .card.long { break-inside: auto; }
+.report .table { max-height: none; overflow: visible; }
+.report table { font-size: 9.5px; }
+.report th, .report td { padding: 2px 3px; position: static; }
+.report tr { break-inside: avoid; }
+.report dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 14px; margin: 8px 0; font-size: 13px; }
+.report dt { color: var(--soft); } .report dd { margin: 0; overflow-wrap: anywhere; }
+.report .command { grid-template-columns: 130px minmax(0, 1fr); }
+.report .notes { max-height: none; }
+@page { size: A4; margin: 12mm; }
+@media print { .report main { padding: 0; } body { -webkit-print-color-adjust: exact; print-color-adjust: exact; } }
+@media (max-width: 720px) { .report main { padding: 12px 8px; } .report .table { overflow-x: auto; } }
+"""
+
+
+def plotly_js() -> str:
+    """The script that draws the figures.
+
+    Raises
+    ------
+    InputError
+        When Plotly is not installed.
+    """
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError:
+        raise needs_extra("the report") from None
+    return str(get_plotlyjs())
+
+
+def report_html(state: State) -> str:
+    """The report as HTML.
+
+    Parameters
+    ----------
+    state : State
+
+    Returns
+    -------
+    str
+
+    Raises
+    ------
+    InputError
+        When the state cannot be predicted, or Plotly is not installed.
+    """
+    found = answer(state)
+    if found.refused:
+        raise InputError(found.refused)
+    script = plotly_js()
+    figures = {**charts(state, PAGE), "crossover": map_chart(state, PAGE)}
+    said = texts(state)
+    cards = "".join(
+        f'<section class="card"><div class="head"><h2>{escape(title)}</h2></div>'
+        f'<div id="{name}" style="height:{figures[name]["layout"]["height"]}px" role="img" aria-label="{escape(title)}"></div>'
+        f'<div class="about">{said[f"about-{name}"]}</div></section>'
+        for name, title in CARDS
+    )
+    css = Path(__file__).with_name("assets").joinpath("explore.css").read_text(encoding="utf-8")
+    title = f"prunesim report: {markup.title(found)}"
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<title>{title}</title>
+<style>{css}{_STYLE}</style>
+</head>
+<body class="report">
+<main>
+<h1>How much faster will a pruned model be?</h1>
+<p class="title">{said["title"]}</p>
+{_settings(state)}
+{said["facts"]}
+{said["notes"]}
+<noscript><p class="error">The figures are drawn by a script in this file; the table below needs none.</p></noscript>
+{cards}
+<section class="card long"><div class="head"><h2>Table</h2></div><div class="table">{said["table"]}</div></section>
+<section class="card"><div class="head"><h2>The same numbers from the command line</h2></div>
+{markup.commands_html(commands(state, found), copy=False)}</section>
+</main>
+<script type="application/json" id="figures">{_embedded(figures)}</script>
+<script>{script}</script>
+<script>{_DRAW}</script>
+</body>
+</html>
+"""
+
+
+def write_report(state: State, path: str | Path) -> int:
+    """Write the report whole; returns its bytes."""
+    content = report_html(state).encode("utf-8")
+    write_whole(path, content)
+    return len(content)
+
+
+def _settings(state: State) -> str:
+    """What was asked for, when, and with which versions."""
+    dropped = state.model.startswith(PREFIX)
+    model = f"{state.load().name} ({read_token(state.model)[0]})" if dropped else state.model
+    rows = {
+        "Model": model,
+        "GPUs": ", ".join(state.gpus),
+        "Families": ", ".join(state.drawn),
+        "Sparsities": ", ".join(percent(s) for s in state.fractions),
+        "In detail": f"{state.detail} at {percent(state.at)}",
+        "Made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "Versions": f"prunesim {__version__}, Python {platform.python_version()}, NumPy {np.__version__}, Plotly {version('plotly')}",
+        "Page": f"prunesim explore, address ?{to_query(state)}",
+    }
+    return f"<dl>{''.join(f'<dt>{escape(name)}</dt><dd>{escape(value)}</dd>' for name, value in rows.items())}</dl>"
+
+
+def _embedded(figures: Mapping[str, Any]) -> str:
+    """Figures as JSON that cannot end the element it stands in."""
+    return json.dumps(figures, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")

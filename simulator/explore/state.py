@@ -1,0 +1,263 @@
+"""What the page shows: one immutable state, and its form as the query of a URL.
+
+Use :func:`read_query` for what a browser sends (bad values are named and replaced), :func:`strict_query` for what a person typed,
+:func:`to_query` for the other way. The same state gives the same page, wherever the query came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
+from typing import Any
+from urllib.parse import parse_qsl, quote
+
+from simulator.errors import InputError, one_line, unknown
+from simulator.explore.dropped import PREFIX, read_token
+from simulator.hardware import load_hardware, plain_name, shipped_names
+from simulator.pruning import FAMILIES
+from simulator.settings import MAX_TOKENS, PHASES, Setting, check_fraction, once, one_of, whole_number
+from simulator.transformer import ModelConfig, list_models, load_model
+
+MOST_SPARSITIES = 25
+"""Sparsities of a curve; more say nothing that a picture could show."""
+
+MOST_NEW_TOKENS = 1024
+"""Tokens that a generate may decode on the page: its time to compute grows with them. The commands take more."""
+
+MOST_QUERY = 16_000
+"""Longest query that is read, characters."""
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything the page shows follows from this.
+
+    Attributes
+    ----------
+    model : str
+        A name, a path (report only), or the token of a dropped config.json (:mod:`simulator.explore.dropped`).
+    gpus : tuple of str
+        Names of profiles, or paths (report only).
+    families : tuple of str
+        Families with a curve; ``detail`` is always among what is drawn.
+    sparsities : tuple of float, [0, 1)
+        Points of the curves; ``at`` is always among them.
+    phase : {"prefill", "decode", "generate"}
+    batch, seq, new_tokens : int
+        Sequences, tokens of each, and tokens a generate decodes.
+    runtime : {"cuda_graph", "eager"}
+    dtype : str
+    detail : str
+        The family whose waterfall, roofline and bounds are shown.
+    at : float, [0, 1)
+        The sparsity of waterfall, roofline and map.
+
+    Examples
+    --------
+    >>> State(families=("width",), detail="depth").drawn
+    ('depth', 'width')
+    """
+
+    model: str = "llama-3.1-8b"
+    gpus: tuple[str, ...] = ("h100_sxm",)
+    families: tuple[str, ...] = ("depth", "width", "semi_structured", "low_rank", "dynamic_depth")
+    sparsities: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+    phase: str = "prefill"
+    batch: int = 1
+    seq: int = 2048
+    new_tokens: int = 128
+    runtime: str = "cuda_graph"
+    dtype: str = "bf16"
+    detail: str = "width"
+    at: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name, values in (("gpu", self.gpus), ("family", self.families), ("sparsity", self.sparsities)):
+            if not values:
+                raise InputError(f"{name}: expected at least one")
+        for family in (*self.families, self.detail):
+            one_of("family", family, tuple(FAMILIES))
+        for fraction in (*self.sparsities, self.at):
+            check_fraction(fraction)
+        if len(self.sparsities) > MOST_SPARSITIES:
+            raise InputError(f"sparsity: expected at most {MOST_SPARSITIES} of them, got {len(self.sparsities)}")
+        one_of("phase", self.phase, PHASES)
+        whole_number("batch", self.batch)
+        whole_number("seq", self.seq)
+        whole_number("new", self.new_tokens, MOST_NEW_TOKENS)
+        if self.batch * self.seq > MAX_TOKENS and self.phase != "decode":
+            raise InputError(f"batch {self.batch} x seq {self.seq}: expected at most {MAX_TOKENS} tokens in a pass")
+        _ = self.setting  # checks runtime and dtype
+
+    @property
+    def setting(self) -> Setting:
+        """How the model is run."""
+        return Setting(new_tokens=self.new_tokens, runtime=self.runtime, dtype=self.dtype)
+
+    @property
+    def drawn(self) -> tuple[str, ...]:
+        """Families with a curve, in the order of tables."""
+        return tuple(name for name in FAMILIES if name in self.families or name == self.detail)
+
+    @property
+    def fractions(self) -> tuple[float, ...]:
+        """Points of the curves by rising sparsity."""
+        return tuple(sorted({*self.sparsities, self.at}))
+
+    def load(self) -> ModelConfig:
+        """The model."""
+        return read_token(self.model)[1] if self.model.startswith(PREFIX) else load_model(self.model)
+
+
+KEYS: Mapping[str, str] = MappingProxyType(
+    {
+        "model": "model", "gpu": "gpus", "family": "families", "sparsity": "sparsities", "phase": "phase", "batch": "batch", "seq": "seq",
+        "new": "new_tokens", "runtime": "runtime", "dtype": "dtype", "detail": "detail", "at": "at",
+    }
+)  # fmt: skip
+"""Keys of a query and the fields of a state they stand for."""
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------------------
+
+
+def to_query(state: State) -> str:
+    """The query of a URL, without its question mark; every field is in it.
+
+    >>> to_query(State(gpus=("a100_sxm_80gb", "h100_sxm"), families=("depth",), sparsities=(0.25, 0.5)))[:60]
+    'model=llama-3.1-8b&gpu=a100_sxm_80gb,h100_sxm&family=depth&s'
+    """
+    return "&".join(f"{key}={quote(_text(getattr(state, name)), safe=',~:')}" for key, name in KEYS.items())
+
+
+def _text(value: Any) -> str:
+    return ",".join(map(_text, value)) if isinstance(value, tuple) else repr(value) if isinstance(value, float) else str(value)
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------------------
+
+
+def read_query(query: str) -> tuple[State, tuple[str, ...]]:
+    """The state of a query, and one line for each value that was bad and is replaced by its default.
+
+    Parameters
+    ----------
+    query : str
+        With or without its question mark. A list is separated by commas, or its key is repeated.
+
+    Returns
+    -------
+    State, tuple of str
+
+    Examples
+    --------
+    >>> read_query("?gpu=a100&batch=0")[0].gpus, read_query("?gpu=a100&batch=0")[1]
+    (('a100_sxm_80gb',), ('batch 0: expected a whole number from 1 to 2147483647; shown with 1',))
+    """
+    state, problems = _read(query)
+    return state, tuple(f"{reason}; {instead}" for reason, instead in problems)
+
+
+def strict_query(query: str) -> State:
+    """The state of a query without faults.
+
+    Raises
+    ------
+    InputError
+        The first fault.
+    """
+    state, problems = _read(query)
+    if problems:
+        raise InputError(problems[0][0])
+    return state
+
+
+def _read(query: str) -> tuple[State, list[tuple[str, str]]]:
+    """The state, and each fault with what is done instead."""
+    default, state = State(), State()
+    problems: list[tuple[str, str]] = []
+    if len(query) > MOST_QUERY:
+        return default, [(f"address: longer than {MOST_QUERY} characters", "shown with the defaults")]
+    given: dict[str, list[str]] = {}
+    for key, value in parse_qsl(query.removeprefix("?"), keep_blank_values=True, errors="replace"):
+        given.setdefault(key, []).append(value)
+    for key, texts in given.items():
+        if key not in KEYS:
+            problems.append((str(unknown("key", key, KEYS)), "left out"))
+            continue
+        name = KEYS[key]
+        try:
+            if name not in LISTS and len(texts) > 1:
+                raise InputError(f"{key}: given {len(texts)} times, expected once")
+            value = _READERS[name](key, ",".join(texts))
+            replace(default, **{name: value})  # alone, so that a bad value is not blamed on another one
+            state = replace(state, **{name: value})
+        except InputError as error:
+            problems.append((one_line(str(error), 300), f"shown with {_text(getattr(state, name)).replace(',', ', ')}"))
+    return state, problems
+
+
+def _model(_: str, text: str) -> str:
+    """The name of a shipped model, or a token; never a path: a page must not make the server open files."""
+    if text.startswith(PREFIX):
+        read_token(text)
+        return text
+    same = [name for name in list_models() if _plain(name) == _plain(text)]
+    if not same:
+        raise unknown("model", text, list_models())
+    return same[0]
+
+
+def _plain(name: str) -> str:
+    return plain_name(name).replace(".", "_")
+
+
+def _gpu(text: str) -> str:
+    found = shipped_names().get(plain_name(text))
+    if found is None:
+        raise unknown("GPU", text, sorted(set(shipped_names().values())))
+    return load_hardware(found).name
+
+
+def _list(check: Callable[[str], Any]) -> Callable[[str, str], Any]:
+    def read(key: str, text: str) -> tuple[Any, ...]:
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        if not parts:
+            raise InputError(f"{key}: expected at least one")
+        return once(check(part) for part in parts)
+
+    return read
+
+
+def _fraction(text: str) -> float:
+    try:
+        return check_fraction(float(text))
+    except ValueError as error:
+        raise (error if isinstance(error, InputError) else InputError(f"sparsity {text!r}: expected a number")) from None
+
+
+def _whole(key: str, text: str) -> int:
+    try:
+        number = int(text) if len(text) < 20 else None
+    except ValueError:
+        number = None
+    if number is None:
+        raise InputError(f"{key} {text!r}: expected a whole number")
+    return number
+
+
+def _word(key: str, text: str) -> str:
+    return text.strip()
+
+
+_READERS: Mapping[str, Callable[[str, str], Any]] = MappingProxyType(
+    {
+        "model": _model, "gpus": _list(_gpu), "families": _list(lambda name: one_of("family", name, tuple(FAMILIES))),
+        "sparsities": _list(_fraction), "batch": _whole, "seq": _whole, "new_tokens": _whole, "phase": _word, "runtime": _word,
+        "dtype": _word, "detail": _word, "at": lambda _, text: _fraction(text),
+    }
+)  # fmt: skip
+
+LISTS: Iterable[str] = frozenset(f.name for f in fields(State) if isinstance(f.default, tuple))
+"""Fields that hold several values."""

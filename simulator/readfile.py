@@ -1,0 +1,54 @@
+"""Files read with a bound: what is larger, no file, or without an end is refused before it fills the memory."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from simulator.errors import InputError
+
+MOST_TABLE_BYTES = 256_000_000
+"""Largest table of measurements or of quality that is read; those that ship have up to 250 kB."""
+
+
+def read_bounded(path: str | Path, most_bytes: int = MOST_TABLE_BYTES) -> bytes:
+    """All bytes of a file or pipe.
+
+    Parameters
+    ----------
+    path : str or Path
+    most_bytes : int
+        Largest content that is accepted.
+
+    Returns
+    -------
+    bytes
+
+    Raises
+    ------
+    InputError
+        One line that starts with the path: missing, a folder, a device, or larger than accepted.
+
+    Examples
+    --------
+    >>> read_bounded(__file__)[:3], len(read_bounded(__file__)) < MOST_TABLE_BYTES
+    (b'\"\"\"', True)
+    """
+    try:
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            raise InputError(f"{path}: cannot be read: is a folder, expected a file")
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISFIFO(status.st_mode)):  # a pipe ends; /dev/zero does not
+            raise InputError(f"{path}: cannot be read: is no regular file")
+        with open(path, "rb") as file:
+            raw = file.read(most_bytes + 1) if status.st_size <= most_bytes else b""
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: cannot be read: {error}") from None  # a NUL in the path
+    if status.st_size > most_bytes or len(raw) > most_bytes:
+        raise InputError(f"{path}: is larger than {most_bytes / 1e6:g} MB; expected a smaller file")
+    return raw

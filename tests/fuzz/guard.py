@@ -1,0 +1,135 @@
+"""What the fuzz tests hold every input to: answered within seconds, one printable line of refusal or a result, and nothing touched outside.
+
+Use :func:`refusal` for one input and :class:`Guard` around many. The guard listens to the interpreter's audit events: files opened for
+writing, made, moved or removed outside one folder, files read outside the places a run may read, programs started, sockets opened.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from simulator.errors import InputError
+
+LIMIT_S = 5.0
+MOST_CHARACTERS = 4000
+"""Longest message: lists of known names and of columns are long, what came in is cut."""
+
+ROOT = Path(__file__).resolve().parents[2]
+_CHANGES = {"os.mkdir": 0, "os.remove": 0, "os.rmdir": 0, "os.truncate": 0, "os.chmod": 0, "os.symlink": 1, "os.link": 1}
+_NEVER = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect", "socket.bind", "pickle.find_class")
+
+
+class Hang(BaseException):
+    """An input took longer than :data:`LIMIT_S`; no reader may catch it."""
+
+
+def refusal(read: Callable[[], Any], file: str = "") -> tuple[str, Any]:
+    """("" and what was read) or (the refusal and None); anything but an :class:`InputError` of one printable line goes on up.
+
+    ``file`` must stand in the message.
+    """
+    signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
+    try:
+        return "", read()
+    except InputError as error:
+        message = str(error)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+    check_line(message, file)
+    return message, None
+
+
+def check_line(message: str, file: str = "") -> None:
+    """One line, printable, not endless, with the file's name in it."""
+    assert message.strip(), "an empty message"
+    assert message.isprintable(), repr(message[:300])
+    assert len(message) <= MOST_CHARACTERS, message[:300]
+    assert file in message, (file, message[:300])
+
+
+class Guard:
+    """Sets the watchdog and listens; :meth:`check` fails for whatever was touched outside ``folder``."""
+
+    def __init__(self, folder: Path, may_read: tuple[Path, ...] = ()) -> None:
+        self.folder = os.path.realpath(folder)
+        programs = (ROOT, Path(sys.prefix), Path(sys.base_prefix), Path(os.__file__).parent)
+        self.readable = (
+            self.folder,
+            *(os.path.realpath(p) for p in (*programs, *may_read)),
+            "/dev/null",
+            "/proc",
+            "/sys",
+            "/usr/share/zoneinfo",
+        )
+        self.found: list[str] = []
+        self._old: Any = None
+
+    def __enter__(self) -> Guard:
+        self._old = signal.signal(signal.SIGALRM, _hang)
+        _install()
+        _LISTENING.append(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        _LISTENING.remove(self)
+        signal.signal(signal.SIGALRM, self._old)
+        if kind is None:
+            self.check()
+
+    def check(self) -> None:
+        """Fail if anything outside was touched."""
+        assert not self.found, self.found[:5]
+
+    def hear(self, event: str, args: tuple[Any, ...]) -> None:
+        """Note an event that should not be."""
+        if event in _NEVER:
+            self.found.append(f"{event} {args!r:.200}")
+        elif event == "open" and isinstance(args[0], (str, bytes, os.PathLike)):
+            flags = args[2] if isinstance(args[2], int) else 0
+            writes = bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC))
+            if not self._inside(args[0], (self.folder, "/dev/null") if writes else self.readable):
+                self.found.append(f"{'write' if writes else 'read'} {args[0]!r:.200}")
+        elif event == "os.rename":
+            for place in args[:2]:
+                self._change(event, place)
+        elif event in _CHANGES:
+            self._change(event, args[_CHANGES[event]])
+
+    def _change(self, event: str, place: Any) -> None:
+        if isinstance(place, (str, bytes, os.PathLike)) and not self._inside(place, (self.folder,)):
+            self.found.append(f"{event} {place!r:.200}")
+
+    @staticmethod
+    def _inside(path: Any, folders: tuple[str, ...]) -> bool:
+        try:
+            real = os.path.realpath(os.fsdecode(path))
+        except (ValueError, OSError):  # no path at all: the system refuses it too
+            return True
+        return any(real == f or real.startswith(f.rstrip("/") + "/") for f in folders)
+
+
+_LISTENING: list[Guard] = []
+_INSTALLED: list[bool] = []
+
+
+def _install() -> None:
+    """Audit hooks cannot be removed: one, which is silent while nobody listens."""
+    if not _INSTALLED:
+        sys.addaudithook(_audit)
+        _INSTALLED.append(True)
+
+
+def _audit(event: str, args: tuple[Any, ...]) -> None:
+    for guard in _LISTENING:
+        guard.hear(event, args)
+
+
+def _hang(number: int, frame: FrameType | None) -> None:
+    raise Hang(f"an input took longer than {LIMIT_S} s")

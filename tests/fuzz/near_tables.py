@@ -1,0 +1,209 @@
+"""Inputs near good tables, records of a run and the like, and what must hold of what was read from them; see ``targets``."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import zlib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mutate import csv_text, edit_bytes, json_text, json_tree, parquet_bytes
+
+import simulator
+from simulator import hardware
+
+# -- tables of measurements -------------------------------------------------------------------------------------------------------
+
+_CSV = "m,n,k,latency_us,dtype,operator,launch,role,window,sample_count\n" + "".join(
+    f"{m},4096,4096,{5 + m / 10},bf16,gemm,graph,qkv,0,20\n" for m in (1, 16, 64, 256, 300, 512, 1024, 2048)
+)
+_ATTENTION = "batch,q_len,kv_len,heads,kv_heads,head_dim,latency_us,operator\n" + "".join(
+    f"{b},1,{kv},32,8,128,{50 + b * kv / 100},attention_decode\n" for b in (1, 8) for kv in (128, 1024, 4096)
+)
+_MEASURED = "gpu,dtype,op,m,n,k,latency_us,source,note,group\n" + "".join(
+    f"RTX4090,bf16,{op},{m},4096,14336,{150 + m},somewhere,kernel time,g\n"
+    for op in ("down_proj", "act_fn", "sparse24")
+    for m in (1, 64, 512)
+)
+
+
+def read_import(path: Path) -> None:
+    from calibration.importers import import_table
+    from calibration.recordfile import read_records, write_records
+
+    hw = hardware.load_hardware("h100_sxm") if path.stat().st_size % 2 else None
+    records = import_table(path, hw=hw, dtype="all").records
+    assert len(records)
+    assert (np.isfinite(records.seconds) & (records.seconds > 0)).all()
+    assert all(str(label) for label in records.labels())
+    if len(records) < 200:
+        again = read_records(write_records(records))
+        assert again.digest() == records.digest()
+
+
+def make_csv(rng: random.Random) -> bytes:
+    return csv_text(rng.choice((_CSV, _ATTENTION, _MEASURED)), rng)
+
+
+@lru_cache
+def _tables() -> tuple[Any, ...]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from calibration.recordfile import write_records
+    from calibration.records import Records, Source
+
+    size = 12
+    shared = {"framework": "TRTLLM", "version": "1.0.0", "device": "NVIDIA A100-SXM4-80GB", "kernel_source": "k"}
+    m = [1 << i for i in range(size)]
+    gemm = {"op_name": "gemm", "gemm_dtype": ["bfloat16"] * 10 + ["fp8", "int4_wo"], "m": m, "n": [4096] * size, "k": [4096] * size}
+    attention = {
+        "op_name": "generation_attention", "batch_size": [1, 8] * 6, "isl": [1] * size, "num_heads": [32] * size,
+        "num_key_value_heads": [8] * size,
+        "head_dim": [128] * size, "attn_dtype": ["bfloat16"] * size, "kv_cache_dtype": ["bfloat16"] * size,
+        "step": [1 << i for i in range(4, 4 + size)],
+    }  # fmt: skip
+    tables = []
+    for columns in (gemm, attention):
+        full = {**shared, **columns, "latency": [0.05 * (i + 1) for i in range(size)]}
+        tables.append(pa.table({k: [v] * size if isinstance(v, str) else v for k, v in full.items()}))
+    sources = [Source("NVIDIA A100", {"torch": "2.9"}, run="r"), Source("NVIDIA A100", {"torch": "2.9"}, run="s")]
+    records = Records.from_columns(
+        sources, m=m, n=4096, k=64, seconds=np.linspace(1e-5, 1e-4, size), spread=0.01, source=[0, 1] * 6, purpose=["fit", "holdout"] * 6
+    )
+    tables.append(pq.read_table(io.BytesIO(write_records(records))))
+    return tuple(tables)
+
+
+def make_parquet(rng: random.Random) -> bytes:
+    return parquet_bytes(rng.choice(_tables()), rng)
+
+
+# -- records of a run -------------------------------------------------------------------------------------------------------------
+
+
+@lru_cache
+def _lines() -> tuple[dict[str, Any], ...]:
+    from calibration.store import Header
+
+    header = Header(
+        "NVIDIA A100",
+        {"torch": "2.9", "driver": "580"},
+        "bf16",
+        "run1",
+        "2026-01-01T00:00:00+00:00",
+        {"opened": "cuda", "rates": {"a": 1.0}},
+    )
+    rows: list[dict[str, Any]] = [header.as_dict()]
+    for i, m in enumerate((1, 64, 300, 4096)):
+        rows.append({
+            "run": "run1", "time": "2026-01-01T00:00:01+00:00", "type": "measurement", "key": f"gemm bf16 {m}", "purpose": "fit",
+            "block": i,
+            "operator": {"kind": "gemm", "m": m, "n": 4096, "k": 4096, "dtype": "bf16", "cold": True}, "median_s": 1e-5 * (i + 1),
+            "lower_s": 0.9e-5, "upper_s": 1.2e-5, "samples_s": [1e-5, 1.1e-5], "status": "ok", "method": "cuda graph", "drifted": False,
+        })  # fmt: skip
+    rows.append(
+        {"key": "copy", "operator": {"kind": "copy", "n": 4096}, "median_s": 1e-6, "purpose": "anchor", "block": 2, "drifted": True}
+    )
+    rows.append({"key": "elementwise", "operator": {"kind": "elementwise", "m": 64, "n": 4096, "role": "residual"}, "median_s": 1e-6})
+    rows.append({"key": "gemm big", "operator": {"kind": "gemm"}, "status": "skipped", "reason": "out of memory"})
+    return tuple(rows)
+
+
+def crc_line(row: Any) -> bytes:
+    """A line with a checksum that is right, whatever the line holds."""
+    body = json.dumps(row, separators=(",", ":")).encode()
+    return body[:-1] + b',"crc":"%08x"}\n' % zlib.crc32(body) if body.endswith(b"}") and len(body) > 2 else body + b"\n"
+
+
+def make_jsonl(rng: random.Random) -> bytes:
+    rows: list[Any] = list(_lines())
+    for _ in range(rng.randint(1, 2)):
+        at = rng.randrange(len(rows))
+        rows[at] = json_tree(rows[at], rng, 2)
+    raw = b"".join(map(crc_line, rows))
+    return edit_bytes(raw, rng) if rng.random() < 0.2 else raw
+
+
+def read_jsonl(path: Path) -> None:
+    from calibration.recorded import content_records, untimed
+    from calibration.store import merge, read_store
+
+    content = read_store(path)
+    untimed(content.rows)
+    content_records(content)
+    if path.stat().st_size % 4 == 0:
+        merge([path], path.with_name("merged.jsonl"))
+        read_import(path)
+
+
+def make_results(rng: random.Random) -> bytes:
+    rows: list[Any] = [{"plan": 1}, {"method": "depth", "fraction": 0.25, "realised": 0.25, "losses": [1.0, 2.0]}]
+    rows[1] = json_tree(rows[1], rng, 2)
+    raw = b"".join(map(crc_line, rows))
+    return edit_bytes(raw, rng) if rng.random() < 0.2 else raw
+
+
+def read_results(path: Path) -> None:
+    from calibration.quality_results import Results
+
+    results = Results(path, {"plan": 1})
+    for method, fraction in results.points:
+        assert np.isfinite(results.losses(method, fraction)).all()
+        assert 0.0 <= results.realised(method, fraction) <= 1.0
+
+
+# -- tables of quality and of speedups --------------------------------------------------------------------------------------------
+
+QUALITY = (
+    "method,family,model,sparsity,metric,higher_is_better,dense,pruned,relative_loss,protocol,source,options,note\n"
+    "SLEB,depth,llama-2-7b,0.1,ppl,false,7.26,9.34,,C4,a paper,unit=layer,\n"
+    "SLEB,depth,llama-2-7b,0.2,ppl,false,7.26,12,,C4,a paper,unit=layer,\n"
+    "Slice,width_cross,llama-2-7b,0.25,ppl,false,7.26,10,,C4,a paper,residual_projections=true,\n"
+    "2:4,semi_structured,llama-2-7b,0.5,ppl,false,7.26,10.5,,C4,a paper,,note\n"
+)
+SPEEDUPS = (
+    "family,sparsity,speedup,speedup_lower,speedup_upper,model,hardware,phase,batch,seq\n"
+    "depth,0.1,1.1,1.05,1.15,llama-2-7b,h100_sxm,prefill,1,2048\n"
+    "width_cross,0.25,1.2,,,llama-2-7b,h100_sxm,prefill,1,2048\n"
+)
+
+
+def read_quality_table(path: Path) -> None:
+    from simulator.pareto import fronts
+    from simulator.quality_table import choose_axis, load_quality, read_quality, table_text
+
+    table = load_quality(path)
+    assert read_quality(table_text(table.rows)).models == table.models
+    for row in table.rows:
+        assert np.isfinite(row.relative_loss)
+    rows = table.of_model("llama-2-7b")
+    found, _ = fronts(simulator.load_model("llama-3.2-1b"), ["h100_sxm"], rows, choose_axis(rows), ["decode"], [1], [64])
+    assert all(np.isfinite((p.loss, p.speedup)).all() for f in found for p in f.points)
+
+
+def read_speedups(path: Path) -> None:
+    from simulator.measured_speedups import read_measured
+
+    for row in read_measured(path):
+        assert 0.0 < row.lower <= row.speedup <= row.upper < float("inf")
+        row.fits(0.25, {"family": "depth", "batch": 1})
+
+
+# -- a sweep's folder -------------------------------------------------------------------------------------------------------------
+
+
+def make_manifest(rng: random.Random) -> bytes:
+    return json_text({"digest": "d", "parts": 2, "version": "1", "grid": {"models": ["a"]}}, rng)
+
+
+def read_manifest(path: Path) -> None:
+    from simulator.sweep_store import Store
+
+    path.replace(path.parent / "t.parquet.parts" / "manifest.json")
+    with Store(path.parent / "t.parquet", "d", 2).opened({}) as there:
+        assert there == set()
