@@ -1,8 +1,8 @@
-"""The generated pages of the documentation: ``python -m calibration.pages accuracy|constants -o FILE``.
+"""The generated pages of the documentation: ``python -m calibration.pages accuracy|constants|ablations|commands -o FILE``.
 
 *accuracy* runs the protocol of :mod:`calibration.accuracy` over everything that ships (about half an hour on one core; ``--results``
 keeps its rows as JSON, or makes the page of rows kept before). *constants* fits every shipped table and tells what the data know of each
-constant (a few minutes).
+constant (a few minutes). *ablations* is :mod:`calibration.pages_ablations`, *commands* :mod:`calibration.pages_commands`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from calibration import pages_ablations, pages_commands
 from calibration.accuracy import GEMMS, Row, columns_of_table, gemm_shapes, means, run_protocol, titles
 from calibration.fit_core import bootstrap, fit_constants, machine_of, shapes
 from calibration.fit_kernels import weight_copies
+from calibration.pages_overview import overview
+from calibration.pages_tables import left
 from calibration.profile_fit import FittedPart
 from calibration.report import table
 from calibration.shipped import RECIPES, built, rtx_tables, shared_folder
@@ -181,7 +184,8 @@ def constants_page(
     names: Sequence[str] = tuple(RECIPES), shared: Path | None = None, repeats: int = 25, say: Callable[[str], None] = lambda text: None
 ) -> str:
     """``docs/constants.md``: by device, each constant with its standard error, its bootstrap spread, and what it is confused with."""
-    lines = [CONSTANTS_HEAD.format(repeats=repeats)]
+    lines = [CONSTANTS_HEAD.format(repeats=repeats), "## GEMM, bf16, side by side", ""]
+    lines += ["As the profiles ship, with the relative standard error of the fit.", "", overview(names), ""]
     for name in names:
         if RECIPES[name].tables or (name == "rtx_4090" and shared is not None):
             say(name)
@@ -221,7 +225,7 @@ def constants_of_part(part: FittedPart, spread: Mapping[str, float]) -> list[str
         status = c.status + (f" ({part.fixed[name]})" if name in part.fixed else "")
         rows.append([f"`{name}`", f"{c.value:.4g}", known[name].unit, error, boot, status, known[name].meaning])
     header = ["constant", "value", "unit", "std. error %", "bootstrap %", "status", "meaning"]
-    lines = [f"### {part.operator}, {part.dtype}: {part.rows:,} rows", "", table(header, rows), ""]
+    lines = [f"### {part.operator}, {part.dtype}: {part.rows:,} rows", "", left(table(header, rows), 2, 5, 6), ""]
     strong = sorted(((a, b, r) for (a, b), r in part.correlations.items() if abs(r) >= 0.5), key=lambda p: -abs(p[2]))
     if strong:
         lines += ["Correlations of 0.5 and above: " + ", ".join(f"`{a}` and `{b}` {r:+.2f}" for a, b, r in strong[:12]) + ".", ""]
@@ -233,9 +237,10 @@ def constants_of_part(part: FittedPart, spread: Mapping[str, float]) -> list[str
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command of the module's docstring; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m calibration.pages", description="Generate a page of the documentation.")
-    parser.add_argument("page", choices=("accuracy", "constants"))
+    parser.add_argument("page", choices=("accuracy", "constants", "ablations", "commands"))
     parser.add_argument("-o", "--output", required=True, help="Markdown file")
-    parser.add_argument("--results", type=Path, help="accuracy: JSON file of protocol rows, read if it exists, else written")
+    kept = "accuracy, ablations: JSON file of the rows behind the page, read if it exists, else written; ablations go on from it"
+    parser.add_argument("--results", type=Path, help=kept)
     parser.add_argument("--shared-data", help="folder of the RTX 4090 tables")
     given = parser.parse_args(arguments)
 
@@ -246,6 +251,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_target(given.output)
         if given.page == "constants":
             text = constants_page(shared=shared_folder(given.shared_data), say=say)
+        elif given.page == "ablations":
+            text = pages_ablations.page(_ablated(given.results, say))
+        elif given.page == "commands":
+            text = pages_commands.page()
         else:
             text = accuracy_page(_results(given.results, say))
         write_whole(given.output, text.encode())
@@ -255,14 +264,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _kept(path: Path | None) -> list[Row]:
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else []
+    return rows
+
+
 def _results(path: Path | None, say: Callable[[str], None]) -> list[Row]:
-    if path is not None and path.exists():
-        rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-        return rows
+    if found := _kept(path):
+        return found
     found = run_protocol(progress=lambda done, total: say(f"{done}/{total}"))
     if path is not None:
         write_whole(path, json.dumps(found).encode())
     return found
+
+
+def _ablated(path: Path | None, say: Callable[[str], None]) -> list[Row]:
+    """Rows of every ablation, those kept before not run again."""
+    units = list(pages_ablations.units())
+    rows = {pages_ablations.key(row): row for row in _kept(path)}
+    for done, unit in enumerate(units):
+        if pages_ablations.unit_key(unit) not in rows:
+            row = pages_ablations.run(unit)
+            rows[pages_ablations.key(row)] = row
+            say(f"{done + 1}/{len(units)} {unit[0]}, {unit[1].name}, split {unit[2]}: {row['mape']:.2f} %")
+            if path is not None:
+                write_whole(path, json.dumps(list(rows.values())).encode())
+    return [rows[pages_ablations.unit_key(unit)] for unit in units]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,345 @@
+"""The documentation is true: equations run, worked examples carried out, printed text compared, generated pages current, links whole."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from calibration import pages_ablations, pages_commands
+from calibration.fit import fit_gemm
+from calibration.fit_core import Shapes, machine_of, shapes
+from calibration.protocol import errors, predict
+from simulator.hardware import HardwareProfile, load_hardware
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PACKAGES = ("simulator", "calibration", "hardware_profiles")
+SETS_UP = re.compile(r"\bpip\b|\bvenv\b|\bpytest\b|\bpre-commit\b")
+"""Commands that make an environment or run tests: `.ci/run` runs those, in a fresh clone."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page: its language, text, first line, and the file it is to be written to."""
+
+    language: str
+    text: str
+    line: int
+    file: str = ""
+
+
+def blocks(path: Path) -> Iterator[Block]:
+    """Fenced blocks in the order of the page, and commands that are set off by four blanks."""
+    text = path.read_text(encoding="utf-8")
+    fenced = r"(?:^<!-- file: (\S+) -->\n)?^```(\w*)\n(.*?)^```$"
+    for found in re.finditer(rf"{fenced}|^    (prunesim [^\n]*)$", text, re.MULTILINE | re.DOTALL):
+        if found[4]:
+            yield Block("bash", found[4], text[: found.start(4)].count("\n") + 1)
+        else:
+            yield Block(found[2], found[3], text[: found.start(3)].count("\n") + 1, found[1] or "")
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+# -- examples and equations -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the packages that new files may be added to; the files in it are links."""
+    folder = tmp_path_factory.mktemp("tree")
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, folder / package, copy_function=os.symlink, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def python(arguments: list[str], folder: Path) -> str:
+    """Standard output of this interpreter, run in a folder with the packages of the tree it belongs to."""
+    home = folder if (folder / "simulator").is_dir() else ROOT
+    environment = {**os.environ, "PYTHONPATH": str(home), "MPLBACKEND": "Agg", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-W", "error", *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, f"{' '.join(arguments)[:300]}: status {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    return done.stdout
+
+
+def commands_of(shell: str) -> Iterator[list[str]]:
+    """The ``prunesim`` and ``python -m calibration...`` calls of a shell block; what sets up an environment is left to `.ci/run`."""
+    for line in shell.replace("\\\n", " ").splitlines():
+        for part in line.split("&&"):
+            words = shlex.split(part, comments=True)
+            if words[1:2] == ["explore"]:
+                continue  # a server, which has tests of its own
+            if words and Path(words[0]).name == "prunesim":
+                yield ["-m", "calibration.cli", *words[1:]]
+            elif words and Path(words[0]).name.startswith("python") and words[1:2] == ["-m"] and words[2].startswith("calibration"):
+                yield words[1:]
+            else:
+                assert not words or SETS_UP.search(part), f"neither a command of prunesim nor one that sets up: {part}"
+
+
+def run_shell(shell: str, folder: Path) -> str:
+    return "".join(python(words, folder) for words in commands_of(shell))
+
+
+def lines_of(text: str) -> list[str]:
+    return [line.rstrip() for line in text.strip("\n").splitlines()]
+
+
+def assert_printed(shown: str, printed: str, where: str) -> None:
+    """The lines a page shows are lines that were printed, one after the other; a line ``...`` stands for any that are left out."""
+    have = lines_of(printed)
+    at = 0
+    for part in re.split(r"^\.\.\.\n", shown.strip("\n") + "\n", flags=re.MULTILINE):
+        want = lines_of(part)
+        places = [i for i in range(at, len(have) - len(want) + 1) if have[i : i + len(want)] == want]
+        if not places:
+            missing = next((line for line in want if line not in have), "")
+            what = f"shows a line that is not printed:\n{missing}" if missing else "leaves lines out without a line of three dots"
+            raise AssertionError(f"{where}: {what}\nprinted:\n" + "\n".join(have[:120]))
+        at = places[0] + len(want)
+
+
+def follow(path: Path, folder: Path) -> dict[str, int]:
+    """Do what a page says: write its files, run its commands and its Python, compare what it shows as printed.
+
+    A block of text shows what the last command printed, or, where it begins with ``$``, its own command. One that begins with ``prunesim``
+    is a command for a machine that is not at hand. Returns what was done.
+    """
+    done = {"files": 0, "shell": 0, "python": 0, "shown": 0}
+    printed = ""
+    for block in blocks(path):
+        where = f"{name_of(path)}:{block.line}"
+        if block.file:
+            target = folder / block.file
+            assert target.resolve().is_relative_to(folder.resolve()), where
+            assert not target.exists(), where
+            target.write_text(block.text, encoding="utf-8")
+            done["files"] += 1
+        elif block.language == "bash":
+            output = run_shell(block.text, folder)
+            printed = output or printed
+            done["shell"] += 1
+        elif block.language == "python":
+            python(["-c", "\n" * (block.line - 1) + block.text], folder)
+            done["python"] += 1
+        elif block.language == "text" and block.text.startswith("$ "):
+            command, _, shown = block.text[2:].partition("\n")
+            assert_printed(shown, run_shell(command, folder), where)
+            done["shown"] += 1
+        elif block.language == "text" and not block.text.startswith("prunesim "):
+            assert_printed(block.text, printed, where)
+            done["shown"] += 1
+    return done
+
+
+def test_the_equations_of_the_model_are_those_of_the_code() -> None:
+    found = [block for block in blocks(ROOT / "docs" / "model.md") if block.language == "python"]
+    assert len(found) >= 10
+    names: dict[str, object] = {"__name__": "model"}
+    for block in found:  # one after the other, as the page is read
+        exec(compile("\n" * (block.line - 1) + block.text, "docs/model.md", "exec"), names)
+
+
+def test_every_constant_of_the_cost_models_is_explained() -> None:
+    from simulator.collective import CONSTANTS as LINK
+    from simulator.hardware import OPERATORS, constants_of
+
+    text = (ROOT / "docs" / "model.md").read_text(encoding="utf-8").replace("\\_", "_")
+    names = {name for operator in OPERATORS for name in constants_of(operator)} | set(LINK)
+    classes = re.compile(r"(t0|e|l2)_(norm|final_norm|rotary|activation|embedding|copy|select)(_s)?")
+    missing = [name for name in sorted(names) if not classes.fullmatch(name) and not re.search(rf"\b{name}\b", text)]
+    assert not missing
+
+
+@pytest.mark.slow
+def test_the_examples_of_how_to_add_things_work(tree: Path) -> None:
+    done = follow(ROOT / "docs" / "adding.md", tree)
+    assert done["files"] >= 5
+    assert done["shell"] >= 4
+    assert done["python"] >= 3
+    assert done["shown"] >= 4
+
+
+SHOWN = [p for p in PAGES if p.name not in ("adding.md", "model.md") and any(block.language in ("bash", "text") for block in blocks(p))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SHOWN, ids=name_of)
+def test_a_newcomer_sees_what_the_page_shows(path: Path, tmp_path: Path) -> None:
+    done = follow(path, tmp_path)
+    assert done["shown"] >= 1
+    assert path != ROOT / "README.md" or (done["shown"] >= 2 and done["shell"] >= 2 and done["python"] >= 1)
+
+
+def test_what_is_not_printed_is_noticed() -> None:
+    assert_printed("b\nc\n", "a\nb  \nc\nd\n", "here")
+    assert_printed("b\n...\nd\n", "a\nb\nc\nd\n", "here")
+    with pytest.raises(AssertionError, match="here: leaves lines out"):
+        assert_printed("b\nd", "a\nb\nc\nd", "here")
+    with pytest.raises(AssertionError, match="here: leaves lines out"):
+        assert_printed("c\n...\nb", "a\nb\nc\nd", "here")
+    with pytest.raises(AssertionError, match="here: shows a line that is not printed:\ne"):
+        assert_printed("b\ne", "a\nb\nc\nd", "here")
+    with pytest.raises(AssertionError, match="neither a command"):
+        list(commands_of("rm -rf x"))
+    assert list(commands_of(".venv/bin/pip install -e . && .venv/bin/prunesim gemm 1 2 3 --hardware 'a b'")) == [
+        ["-m", "calibration.cli", "gemm", "1", "2", "3", "--hardware", "a b"]
+    ]
+
+
+# -- pages ----------------------------------------------------------------------------------------------------------------------------
+
+
+def anchors(path: Path) -> set[str]:
+    """Anchors GitHub gives a page's headings."""
+    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    heads = re.findall(r"^#+ +(.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def links(path: Path) -> Iterator[str]:
+    """Targets of the links and images of a page, those in code left out."""
+    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    yield from re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", text))
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_relative_links_lead_somewhere(path: Path) -> None:
+    for target in links(path):
+        if re.match(r"[a-z]+:", target):
+            assert target.startswith(("https://", "http://", "mailto:")), target
+            continue
+        file, _, anchor = target.partition("#")
+        other = (path.parent / file).resolve() if file else path
+        assert other.exists(), f"{name_of(path)}: {target}"
+        assert not anchor or anchor in anchors(other), f"{name_of(path)}: {target}: no such heading"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_tables_have_as_many_cells_in_every_line(path: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for found in re.finditer(r"(?:^\|.*\n?)+", text, re.MULTILINE):
+        lines = found[0].splitlines()
+        cells = [len(re.findall(r"(?<!\\)\|", re.sub(r"`[^`]*`", "", line))) for line in lines]
+        assert len(lines) >= 3, f"{name_of(path)}: {lines[0]}"
+        assert set(re.sub(r"[\s|]", "", lines[1])) <= set(":-"), f"{name_of(path)}: {lines[1]}"
+        assert len(set(cells)) == 1, f"{name_of(path)}: {lines[0]}"
+
+
+def test_the_index_names_every_page() -> None:
+    index = ROOT / "docs" / "README.md"
+    named = {(index.parent / target.partition("#")[0]).resolve() for target in links(index) if "://" not in target}
+    missing = [name_of(p) for p in sorted((ROOT / "docs").rglob("*.md")) if p != index and p.resolve() not in named]
+    assert not missing
+
+
+def test_the_page_of_commands_is_current() -> None:
+    path = ROOT / "docs" / "commands.md"
+    assert path.read_text(encoding="utf-8") == pages_commands.page(), "python -m calibration.pages commands -o docs/commands.md"
+
+
+def test_the_page_of_commands_shows_every_option() -> None:
+    page = pages_commands.page()
+    for path, command in pages_commands.commands():
+        section = page.partition(f"\n## prunesim {path}\n")[2].partition("\n## ")[0]
+        options = [name for p in command.params if p.name != "help" for name in p.opts if name.startswith("--")]
+        assert "--json" in options
+        assert [name for name in options if name not in section] == [], path
+
+
+def test_every_gpu_with_a_table_has_its_accuracy_report() -> None:
+    from calibration.shipped import RECIPES
+
+    text = {p: p.read_text(encoding="utf-8") for p in (ROOT / "docs" / "validation").glob("*.md")}
+    for name, recipe in RECIPES.items():
+        if recipe.tables:
+            assert any(t.startswith(f"# Accuracy of {name}\n") for t in text.values()), name
+    index = text[ROOT / "docs" / "validation" / "README.md"]
+    for command in re.findall(r"`prunesim validate (.+?)`", index):
+        assert (ROOT / command.split("--markdown ")[1]).is_file(), command
+
+
+# -- ablations ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def planted() -> tuple[HardwareProfile, Shapes]:
+    """2,016 shapes of 42 (n, k) pairs, timed by the shipped H100 model with 2 % noise."""
+    from simulator.gemm import gemm_time
+
+    hw = load_hardware("h100")
+    rng = np.random.default_rng(5)
+    pairs = np.round(2 ** rng.uniform(7, 14, (42, 2)) / 16) * 16
+    m = np.tile(np.unique(np.round(2.0 ** np.linspace(0, 13, 48))), 42)
+    n, k = np.repeat(pairs, len(m) // 42, axis=0).T
+    data = shapes(m, n, k, np.ones(m.size), machine_of(hw, "bf16"))
+    seconds = gemm_time(data.m, data.n, data.k, hw, copies=data.copies).seconds * np.exp(0.02 * rng.standard_normal(m.size))
+    return hw, Shapes(data.m, data.n, data.k, seconds, data.copies)
+
+
+@pytest.mark.slow
+def test_an_ablation_of_nothing_is_the_fit_that_ships(planted: tuple[HardwareProfile, Shapes]) -> None:
+    hw, data = planted
+    args = (data.m, data.n, data.k, data.seconds, hw)
+    own = pages_ablations.fit_variant(pages_ablations.FULL, *args, copies=data.copies, seed=3)
+    shipped = fit_gemm(*args, copies=data.copies, seed=3)
+    np.testing.assert_allclose(own.unseen, shipped.unseen)
+    assert own.section.intervals == shipped.section.intervals
+    np.testing.assert_allclose(own.section.arrays["values"], shipped.section.arrays["values"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["no launch time", "no split-K", "no L2 residency", "no residual", "smooth lattice alone"])
+def test_an_ablation_leaves_out_what_it_says(name: str, planted: tuple[HardwareProfile, Shapes]) -> None:
+    hw, data = planted
+    variant = next(v for v in pages_ablations.VARIANTS if v.name == name)
+    found = pages_ablations.fit_variant(variant, data.m, data.n, data.k, data.seconds, hw, copies=data.copies)
+    for constant, value in variant.fixed.items():
+        assert found.section[constant] == value
+    assert len(found.section.arrays.get("terms", ())) == {"no residual": 0, "smooth lattice alone": 1}.get(name, 9)
+    bare = pages_ablations.fit_variant(variant.alone, data.m, data.n, data.k, data.seconds, hw, copies=data.copies)
+    full = pages_ablations.fit_variant(pages_ablations.VARIANTS[1], data.m, data.n, data.k, data.seconds, hw, copies=data.copies)
+    mape = {i: errors(predict(f.section, data, hw, "bf16").seconds, data)["mape"] for i, f in enumerate((bare, full))}
+    assert mape[0] > mape[1] if variant.mechanism else mape[0] == pytest.approx(mape[1])
+
+
+def test_the_page_of_ablations_is_made_of_its_rows(planted: tuple[HardwareProfile, Shapes]) -> None:
+    units = [u for u in pages_ablations.units(("h100",), (0, 1)) if u[1].name in ("as it ships", "no residual", "no launch time")]
+    assert len(units) == 8
+    scores = dict.fromkeys(("mape", "median", "p95", "speedup median", "speedup p95", "coverage", "lowest coverage", "width"), 4.0)
+    rows = []
+    for at, unit in enumerate(units):
+        table, name, alone, seed = pages_ablations.unit_key(unit)
+        rows.append({"table": table, "variant": name, "alone": alone, "seed": seed, "rows": 9, **scores, "mape": 4.0 + at})
+    text = pages_ablations.page(rows)
+    assert "| no residual | the analytic form alone | 6.50 | +2.00 ± 0.00 |" in text
+    assert "| no launch time | `t0` = 0 | 9.00 | +4.50 ± 0.50 |" in text
+    assert "10.00 | +3.50 ± 0.50 |" in text
+    row = pages_ablations.run(units[0], lambda _: planted, size=1600)
+    assert pages_ablations.key(row) == pages_ablations.unit_key(units[0])
+    assert 0.5 < row["mape"] < 4.0
+
+
+def test_pages_command_refuses_what_it_cannot_write(tmp_path: Path) -> None:
+    from calibration.pages import main
+
+    assert main(["commands", "-o", str(tmp_path / "c.md")]) == 0
+    assert (tmp_path / "c.md").read_text(encoding="utf-8").startswith("# Commands\n")
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        assert main(["commands", "-o", str(tmp_path / "none" / "c.md")]) == 2
+    assert "none" in said.getvalue()
