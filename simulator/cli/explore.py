@@ -24,7 +24,7 @@ def command(
     from simulator.explore.app import HOST, server
 
     served = server(port)
-    url = f"http://{HOST}:{served.server_port}/"
+    url = f"http://{HOST}:{served.port}/"
     print(json.dumps({"url": url}) if as_json else url, flush=True)
     print("Ctrl-C stops it", file=sys.stderr)
     if not no_browser:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from simulator.crossover import fastest
 from simulator.errors import InputError
 from simulator.explore.state import State
+from simulator.hardware import load_hardware
 from simulator.paper import BATCHES, LENGTHS
 from simulator.scenarios import Explanation, Record, Table, explanations, scenarios
 from simulator.sweep import sweep_columns
@@ -39,6 +40,8 @@ class Answer:
         The family in detail at its sparsity, one a GPU that can run it.
     notes : tuple of str
         What a person should know, one line each.
+    gpus : tuple of str
+        GPUs of the state that have its number format.
     refused : str
         Why there is no table; empty when there is one.
     """
@@ -46,6 +49,7 @@ class Answer:
     table: Table
     details: tuple[Explanation, ...]
     notes: tuple[str, ...]
+    gpus: tuple[str, ...] = ()
     refused: str = ""
 
 
@@ -87,23 +91,34 @@ def answer(state: State) -> Answer:
     >>> [(r.family, r.sparsity) for r in found.table], len(found.details), found.refused
     ([('depth', 0.25), ('width', 0.25)], 1, '')
     """
+    gpus, without = _able(state)
     try:
         model = state.load()
-        table = scenarios(
-            [model], state.gpus, state.drawn, state.fractions, [state.phase], [state.batch], [state.seq], setting=state.setting
-        )
+        table = scenarios([model], gpus, state.drawn, state.fractions, [state.phase], [state.batch], [state.seq], setting=state.setting)
     except InputError as error:
-        return Answer(_EMPTY, (), (), str(error))
+        return Answer(_EMPTY, (), (), refused=str(error))
     details: list[Explanation] = []
-    notes = [*table.notes, *uncalibrated(table.records)]
-    for gpu in state.gpus:
+    notes = [*without, *table.notes, *uncalibrated(table.records)]
+    for gpu in gpus:
         try:
             details += explanations(model, [gpu], state.detail, state.at, [state.phase], [state.batch], [state.seq], setting=state.setting)
         except InputError as error:
             line = f"{state.detail} on {gpu} at {state.at:g}: {error}"
             if not any(str(error) in note for note in notes):
                 notes.append(line)
-    return Answer(table, tuple(details), tuple(notes))
+    return Answer(table, tuple(details), tuple(notes), gpus)
+
+
+def _able(state: State) -> tuple[tuple[str, ...], list[str]]:
+    """GPUs that have the number format, and a line on each that lacks it; all of them, so that the reason is given, where none has it."""
+    able, notes = [], []
+    for gpu in state.gpus:
+        try:
+            load_hardware(gpu).peak_flop_per_s(state.dtype)
+            able.append(gpu)
+        except InputError as error:
+            notes.append(f"{error}: left out")
+    return (tuple(able), notes) if able else (state.gpus, [])
 
 
 @lru_cache(maxsize=KEPT)

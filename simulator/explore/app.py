@@ -1,38 +1,39 @@
 """The page as a Dash application, served on this machine only.
 
 Use :func:`make_app` for the application and :func:`server` for a server bound to 127.0.0.1. The page's state is its address: a change of a
-control changes the query (``assets/explore.js``), and one callback answers the query with all figures but the map, which is computed in a
-callback of its own.
+control changes the query (``assets/explore.js``), and one callback answers the query with all texts and figures but the map, which may take
+longer and has a callback of its own.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from simulator._version import __version__
 from simulator.errors import InputError
 from simulator.explore import markup, needs_extra
 from simulator.explore.answer import answer
 from simulator.explore.chart import PHONE, WIDE
-from simulator.explore.charts import CARDS, charts, map_chart, texts
+from simulator.explore.charts import charts, map_chart, texts
 from simulator.explore.dropped import token
-from simulator.explore.page import dropped_label, page_html
-from simulator.explore.state import read_query
+from simulator.explore.page import dropped_label, model_option, page_html
+from simulator.explore.state import read_query, to_query
 
 HOST = "127.0.0.1"
 """The only address that is listened on."""
 
-MOST_REQUEST_BYTES = 4_000_000
-"""Largest request body: a dropped file has at most a megabyte, which JSON may double."""
+MOST_REQUEST_BYTES = 7_000_000
+"""Largest request body: a dropped file has at most a megabyte, of which JSON may make six."""
 
 POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
-    "connect-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+    "default-src 'none'; script-src 'self' {hashes}; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; connect-src 'self'; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 )
-"""What the browser may load: nothing from elsewhere."""
+"""What the browser may load: nothing from elsewhere, and no script in the page but the line that starts Dash."""
 
 
 def load_dash() -> Any:
@@ -42,9 +43,6 @@ def load_dash() -> Any:
     except ImportError:
         raise needs_extra("the page") from None
     return dash
-
-
-_BLANK = {"data": [], "layout": {"xaxis": {"visible": False}, "yaxis": {"visible": False}, "height": 300}}
 
 
 # -- the application ----------------------------------------------------------------------------------------------------------------
@@ -69,7 +67,8 @@ def make_app() -> Any:
     app.interpolate_index = _index
     _connect(app, dash)
     app.server.config["MAX_CONTENT_LENGTH"] = MOST_REQUEST_BYTES
-    app.server.after_request(_guarded)
+    policy = POLICY.format(hashes=" ".join(app.csp_hashes()))
+    app.server.after_request(lambda response: _guarded(response, policy))
     return app
 
 
@@ -77,91 +76,57 @@ def _index(**parts: str) -> str:
     from flask import request
 
     state, problems = read_query(request.query_string.decode("latin-1"))
-    return page_html(state, problems, parts)
+    return page_html(state, problems, texts(state), parts)
 
 
-def _guarded(response: Any) -> Any:
-    response.headers["Content-Security-Policy"] = POLICY
+def _guarded(response: Any, policy: str) -> Any:
+    response.headers["Content-Security-Policy"] = policy
+    response.headers["Cross-Origin-Resource-Policy"] = "same-origin"
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers["Referrer-Policy"] = "no-referrer"
     return response
 
 
+STORES = ("begun", "asked", "answered", "shown", "wanted", "map", "mapped", "dropped", "accepted", "placed", "csv-asked")
+
+
 def _layout(dash: Any) -> Any:
-    html, dcc = dash.html, dash.dcc
-    graph = {"displayModeBar": False, "responsive": True}
-    cards = [
-        html.Section(
-            [
-                html.Div(
-                    [html.H2(title, id=f"h-{name}"), *[
-                        html.Button(kind.upper(), className="save", type="button", title=f"Download the figure as {kind.upper()}",
-                                    **{"data-save": name, "data-kind": kind, "aria-label": f"Download {title} as {kind.upper()}"})
-                        for kind in ("svg", "png")
-                    ]],
-                    className="head",
-                ),
-                html.Div(dcc.Graph(id=name, config=graph, figure=_BLANK, style={"height": "300px"}), role="img", className="chart",
-                         **{"aria-labelledby": f"h-{name} about-{name}"}),
-                html.Div(id=f"about-{name}", className="about"),
-            ],
-            className="card", id=f"card-{name}",
-        )
-        for name, title in CARDS
-    ]  # fmt: skip
-    table = html.Section(
-        [
-            html.Div([
-                html.H2("Table", id="h-table"),
-                html.Button("CSV", id="csv-button", type="button", n_clicks=0, **{"aria-label": "Download the table as CSV"}),
-            ], className="head"),
-            html.Div(id="table", className="table", tabIndex="0", role="region", **{"aria-labelledby": "h-table"}),
-        ],
-        className="card whole",
-    )  # fmt: skip
-    lines = html.Section(
-        [html.Div(html.H2("The same numbers from the command line"), className="head"), html.Div(id="commands")], className="card whole"
-    )
-    stores = [dcc.Location(id="url", refresh=False), dcc.Download(id="csv")]
-    stores += [dcc.Store(id=name) for name in ("asked", "width", "parts", "shown", "dropped", "accepted", "placed")]
-    head = html.Div([html.P(id="title", className="title"), html.Div(id="facts"), html.Div(id="notes")], className="summary")
-    grid = html.Div([*cards, table, lines], className="grid", id="grid")
-    return html.Div([head, grid, *stores, html.P(f"prunesim {__version__}", className="version")])
+    """What carries questions and answers; everything that is seen is in the page itself."""
+    return dash.html.Div([dash.dcc.Download(id="csv"), *(dash.dcc.Store(id=name) for name in STORES)])
 
 
 def _connect(app: Any, dash: Any) -> None:
-    """Callbacks: the address and the page's width come in, figures and texts go out."""
-    out, given, state = dash.Output, dash.Input, dash.State
-    client = dash.ClientsideFunction
-    app.clientside_callback(client("explore", "ask"), out("asked", "data"), given("url", "search"), given("width", "data"))
-    drawn = [out(name, prop) for name in ("speedup", "roofline", "waterfall") for prop in ("figure", "style")]
-    app.callback(*drawn, out("parts", "data"), given("asked", "data"), prevent_initial_call=True)(_answered)
-    app.callback(out("crossover", "figure"), out("crossover", "style"), given("asked", "data"), prevent_initial_call=True)(_mapped)
-    app.clientside_callback(client("explore", "show"), out("shown", "data"), given("parts", "data"), prevent_initial_call=True)
-    app.callback(out("accepted", "data"), given("dropped", "data"), prevent_initial_call=True)(_accepted)
-    app.clientside_callback(client("explore", "place"), out("placed", "data"), given("accepted", "data"), prevent_initial_call=True)
-    app.callback(out("csv", "data"), given("csv-button", "n_clicks"), state("url", "search"), prevent_initial_call=True)(_csv)
+    """Callbacks: the address comes in, figures and texts go out; the page asks for the map once it shows the rest."""
+    out, given = dash.Output, dash.Input
+
+    def client(name: str, source: str, target: str) -> None:
+        function = dash.ClientsideFunction("explore", name)
+        app.clientside_callback(function, out(target, "data"), given(source, "data"), prevent_initial_call=name != "begin")
+
+    client("begin", "begun", "asked")
+    client("show", "answered", "shown")
+    client("showMap", "map", "mapped")
+    client("place", "accepted", "placed")
+    for source, target, function in (
+        ("asked", "answered", _answered), ("wanted", "map", _mapped), ("dropped", "accepted", _accepted), ("csv-asked", "csv", _csv),
+    ):  # fmt: skip
+        app.callback(out(target, "data"), given(source, "data"), prevent_initial_call=True)(function)
 
 
-def _answered(asked: Mapping[str, Any]) -> tuple[Any, ...]:
-    state, problems = read_query(str(asked["search"] or ""))
-    found = charts(state, PHONE if asked["narrow"] else WIDE)
-    parts: dict[str, Any] = {
+def _answered(asked: Mapping[str, Any]) -> dict[str, Any]:
+    state, problems = read_query(str(asked["search"]))
+    return {
         "html": texts(state) | {"problems": markup.problems_html(problems)},
-        "gpus": len(state.gpus),
-        "search": asked["search"],
+        "figures": charts(state, PHONE if asked["narrow"] else WIDE),
+        "query": to_query(state),
+        "model": model_option(state),
+        "asked": asked,
     }
-    return (*(part for name in ("speedup", "roofline", "waterfall") for part in _sized(found[name])), parts)
 
 
-def _sized(chart: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """A figure, and the room it takes: kept free for it, so that nothing on the page moves while it is drawn."""
-    return chart, {"height": f"{chart['layout']['height']}px"}
-
-
-def _mapped(asked: Mapping[str, Any]) -> tuple[Any, ...]:
-    state, _ = read_query(str(asked["search"] or ""))
-    return _sized(map_chart(state, PHONE if asked["narrow"] else WIDE))
+def _mapped(asked: Mapping[str, Any]) -> dict[str, Any]:
+    state, _ = read_query(str(asked["search"]))
+    return {"figure": map_chart(state, PHONE if asked["narrow"] else WIDE), "asked": asked}
 
 
 def _accepted(dropped: Mapping[str, Any]) -> dict[str, str]:
@@ -172,13 +137,13 @@ def _accepted(dropped: Mapping[str, Any]) -> dict[str, str]:
     return {"token": made, "label": dropped_label(made)}
 
 
-def _csv(_: int, search: str) -> dict[str, Any]:
-    state, _problems = read_query(search or "")
+def _csv(asked: Mapping[str, Any]) -> dict[str, Any]:
+    state, _ = read_query(str(asked["search"]))
     return {"content": markup.table_csv(answer(state).table.records), "filename": "prunesim.csv", "type": "text/csv", "base64": False}
 
 
 def server(port: int) -> Any:
-    """A server of the page on 127.0.0.1, not started yet; port 0 takes a free one (``server.server_port``).
+    """A server of the page on 127.0.0.1, not started yet; port 0 takes a free one (``server.port``).
 
     Raises
     ------
@@ -187,22 +152,37 @@ def server(port: int) -> Any:
     """
     if not 0 <= port <= 65535:
         raise InputError(f"port {port}: expected a whole number from 0 to 65535")
-    app = make_app()
-    from werkzeug.serving import make_server
+    with _listening(port) as listening:
+        app = make_app()
+        from werkzeug.serving import make_server
 
-    try:
-        made = make_server(HOST, port, app.server, threaded=True)
-    except SystemExit:  # werkzeug prints and exits where a port is taken
-        raise InputError(f"port {port} is taken; choose another one with --port (0: any free one)") from None
-    except OSError as error:
-        raise InputError(f"port {port} cannot be used ({error.strerror}); choose another one with --port") from None
-    hosts = {f"{name}:{made.server_port}" for name in (HOST, "localhost")}
-    app.server.before_request(lambda: _own_host(hosts))
+        made = make_server(HOST, port, app.server, threaded=True, fd=listening.fileno())
+    hosts = {f"{name}:{made.port}" for name in (HOST, "localhost")}
+    app.server.before_request(lambda: _own(hosts))
     return made
 
 
-def _own_host(hosts: set[str]) -> Any:
-    """Refuse requests under another name: a page elsewhere cannot reach this server by renaming itself."""
+def _listening(port: int) -> socket.socket:
+    """A socket on the port. The server's own way would print, exit, and ask the network for this machine's name."""
+    listening = socket.socket()
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((HOST, port))
+        listening.listen(128)
+    except OSError as error:
+        listening.close()
+        why = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
+        raise InputError(f"port {port} {why}; choose another one with --port (0: any free one)") from None
+    return listening
+
+
+def _own(hosts: set[str]) -> Any:
+    """Refuse what comes under another name or from another page: a site cannot reach this server, not even by renaming itself."""
     from flask import request
 
-    return None if request.host in hosts else ("this server answers to 127.0.0.1 only", 403)
+    told = request.headers
+    origin = told.get("Origin")
+    followed = told.get("Sec-Fetch-Site", "none") in ("none", "same-origin") or told.get("Sec-Fetch-Dest") == "document"  # a link may
+    if request.host in hosts and followed and (origin is None or origin.removeprefix("http://") in hosts):
+        return None
+    return "this server answers its own page on 127.0.0.1 only", 403

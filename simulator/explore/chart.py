@@ -115,7 +115,7 @@ class Frame:
             "hoverlabel": {"bgcolor": PAPER, "bordercolor": SOFT, "font": {"size": 12, "color": INK}, "align": "left"},
             "legend": {
                 "orientation": "h", "x": 0.5, "xanchor": "center", "y": -AXIS_PX / self.area, "yanchor": "top",
-                "font": {"size": SMALL}, "tracegroupgap": 2,
+                "font": {"size": SMALL}, "tracegroupgap": 2, "maxheight": self.bottom,
             },
             **axes, **more, "annotations": [*titles, *more.get("annotations", ())],
         }  # fmt: skip
@@ -135,7 +135,7 @@ def legend_px(names: Sequence[str], panels: int, most: int) -> int:
     """
     width, lines, used = min(_LEGEND_PX[most], 440 if panels == 1 else 840), 1, 0.0
     for name in names:
-        entry = 40 + 5.9 * len(name)
+        entry = 48 + 6.8 * len(name)  # in the widest of the usual fonts
         if used and used + entry > width:
             lines, used = lines + 1, 0.0
         used += entry
@@ -174,7 +174,7 @@ def one_axes(panel: int, frame: Frame, x: Mapping[str, Any], y: Mapping[str, Any
     across, up = frame.domain(panel)
     name_x, name_y = axis_names(panel)
     base = {
-        "fixedrange": True, "gridcolor": GRID, "zeroline": False, "linecolor": SOFT, "ticks": "",
+        "fixedrange": True, "gridcolor": GRID, "zeroline": False, "linecolor": SOFT, "ticks": "", "ticklabeloverflow": "allow",
         "tickfont": {"size": SMALL, "color": SOFT},
     }  # fmt: skip
     title = {"font": {"size": SMALL, "color": SOFT}, "standoff": 6}

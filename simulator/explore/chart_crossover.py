@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.explore.chart import INK, SOFT, WIDE, Chart, Frame, axes_of, axis_names, faded, key, legend_px, marker_of, message
+from simulator.explore.chart import INK, SOFT, WIDE, Chart, Frame, axes_of, axis_names, faded, key, legend_px, marker_of
 from simulator.figure_crossover import PALE, SURE, short
 from simulator.figure_style import BLACK, in_order, label, look
 
@@ -19,8 +19,6 @@ NONE = "none gains"
 
 def crossover_chart(cells: Cells, batch: int, seq: int, *, most: int = WIDE) -> Chart:
     """Draw the winners; the cell of the state's own batch and sequence is framed where the map has it."""
-    if cells.refused:
-        return message(cells.refused)
     gpus = list(dict.fromkeys(cells.gpu.tolist()))
     batches, lengths = (sorted({int(v) for v in column}) for column in (cells.batch, cells.seq))
     names = in_order(cells.winner.tolist())

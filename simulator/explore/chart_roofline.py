@@ -48,7 +48,7 @@ def roofline_chart(details: Sequence[Explanation], *, most: int = WIDE, refused:
         axes |= one_axes(
             panel, frame, log_axis(low, high, 5), log_axis(bottom, top, 6), "arithmetic intensity (FLOP/byte)", "TFLOP/s"
         )  # fmt: skip
-        data += [*_roof(roof, panel, low, high), *_points(roof, panel, groups)]
+        data += [*_roof(roof, panel, low, high, top / (top / bottom) ** 0.03), *_points(roof, panel, groups)]
     data += _keys(groups)
     return {"data": data, "layout": frame.layout(axes)}
 
@@ -64,8 +64,8 @@ def _ranges(roof: Roof) -> tuple[tuple[float, float], tuple[float, float]]:
     return (low, high), (min(float(y.min()) / 2, peak, low * bandwidth), min(peak, high * bandwidth) * 2.2)
 
 
-def _roof(roof: Roof, panel: int, low: float, high: float) -> list[dict[str, Any]]:
-    """The roof, with its peaks written at its right end."""
+def _roof(roof: Roof, panel: int, low: float, high: float, top: float) -> list[dict[str, Any]]:
+    """The roof, with its peaks written in the corner above it, where no GEMM can be."""
     x, y = axis_names(panel)
     peak, bandwidth = roof.peak_flop_per_s / 1e12, roof.bandwidth_bytes_per_s / 1e12
     at = sorted({low, min(max(peak / bandwidth, low), high), high})
@@ -77,8 +77,8 @@ def _roof(roof: Roof, panel: int, low: float, high: float) -> list[dict[str, Any
             "legendrank": 3000, "hovertemplate": f"datasheet: {words}<extra></extra>",
         },
         {
-            "type": "scatter", "mode": "text", "x": [high / 1.05], "y": [min(peak, high * bandwidth) * 1.06], "text": [words], "xaxis": x,
-            "yaxis": y, "textposition": "top left", "textfont": {"size": SMALL, "color": SOFT}, "hoverinfo": "skip", "showlegend": False,
+            "type": "scatter", "mode": "text", "x": [low], "y": [top], "text": [f" {words}"], "xaxis": x, "yaxis": y,
+            "textposition": "bottom right", "textfont": {"size": SMALL, "color": SOFT}, "hoverinfo": "skip", "showlegend": False,
         },
     ]  # fmt: skip
 

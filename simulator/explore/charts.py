@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from simulator.explore import markup
 from simulator.explore.answer import answer, winners
-from simulator.explore.chart import Chart
+from simulator.explore.chart import Chart, message
 from simulator.explore.chart_crossover import crossover_chart
 from simulator.explore.chart_roofline import roofline_chart
 from simulator.explore.chart_speedup import speedup_chart
@@ -40,7 +40,10 @@ def charts(state: State, most: int) -> dict[str, Chart]:
 
 def map_chart(state: State, most: int) -> Chart:
     """The map of a state."""
-    return crossover_chart(winners(state), state.batch, state.seq, most=most)
+    cells = winners(state)
+    if cells.refused:
+        return message(answer(state).refused or cells.refused)
+    return crossover_chart(cells, state.batch, state.seq, most=most)
 
 
 def texts(state: State) -> dict[str, str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from simulator.explore.answer import Answer
 from simulator.explore.dropped import PREFIX, read_token
 from simulator.explore.state import State
+from simulator.hardware import load_hardware
 from simulator.paper import BATCHES, LENGTHS
 
 
@@ -29,7 +30,7 @@ class Command:
 
 
 def commands(state: State, answer: Answer) -> tuple[Command, ...]:
-    """What to type for the numbers of the page.
+    """What to type for the numbers of the page; nothing where there are none.
 
     Examples
     --------
@@ -38,16 +39,18 @@ def commands(state: State, answer: Answer) -> tuple[Command, ...]:
     >>> commands(state, answer(state))[1].line
     'prunesim explain llama-3.1-8b --hardware h100_sxm --family depth --sparsity 0.25 --phase prefill --batch 1 --seq 2048'
     """
+    if answer.refused:
+        return ()
     drawn, at = ",".join(state.drawn), f"{state.at!r}"
     every = ",".join(repr(s) for s in state.fractions)
-    able = [e.record.hardware for e in answer.details]
-    gpus = [gpu for gpu in state.gpus if not able or _name(gpu) in able]
+    explained = [e.record.hardware for e in answer.details]
+    gpus = [gpu for gpu in answer.gpus if load_hardware(gpu).name in explained]
     out = [
-        Command("curves and table", _line("speedup", state, state.gpus, drawn, every)),
+        Command("curves and table", _line("speedup", state, answer.gpus, drawn, every)),
         Command("waterfall and roofline", _line("explain", state, gpus, state.detail, at)),
         Command(
             "map",
-            _line("speedup", state, state.gpus, drawn, at, ",".join(map(str, BATCHES)), ",".join(map(str, LENGTHS))),
+            _line("speedup", state, answer.gpus, drawn, at, ",".join(map(str, BATCHES)), ",".join(map(str, LENGTHS))),
         ),
         Command(
             "this page as a file",
@@ -56,12 +59,6 @@ def commands(state: State, answer: Answer) -> tuple[Command, ...]:
         ),
     ]  # fmt: skip
     return tuple(out if answer.details else [c for c in out if c.arguments[0] != "explain"])
-
-
-def _name(gpu: str) -> str:
-    from simulator.hardware import load_hardware
-
-    return load_hardware(gpu).name
 
 
 def _line(

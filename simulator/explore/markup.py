@@ -131,6 +131,8 @@ def _row(r: Record, detail: str, at: float) -> str:
 def commands_html(lines: Sequence[Command], *, copy: bool = True) -> str:
     """Command lines, each with what it gives and, on the page, a button that copies it."""
     button = '<button type="button" class="copy" data-copy>Copy</button>' if copy else ""
+    if not lines:
+        return '<p class="hint">None while nothing can be predicted.</p>'
     return "".join(
         f'<div class="command"><span>{escape(c.gives)}</span><code tabindex="0">{_arguments(c)}</code>{button}</div>' for c in lines
     )

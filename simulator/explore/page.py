@@ -1,4 +1,4 @@
-"""The page as HTML: its frame, and the form with every control set as the state says.
+"""The page as HTML: the form with every control set as the state says, what is text, and frames for the figures.
 
 Controls are plain form elements: labels, keyboard and screen readers work as the browser makes them work, and they are there before any
 script has run. What they hold is the query of the address; the script in ``assets`` only carries it there.
@@ -6,10 +6,12 @@ script has run. What they hold is the query of the address; the script in ``asse
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
+from simulator._version import __version__
 from simulator.execution import RUNTIMES
+from simulator.explore.charts import CARDS
 from simulator.explore.dropped import PREFIX, read_token
 from simulator.explore.markup import problems_html
 from simulator.explore.state import MOST_NEW_TOKENS, State
@@ -25,12 +27,12 @@ _SIGNS = {"o": ("●", "○"), "s": ("■", "□"), "D": ("◆", "◇"), "^": ("
 """Markers of families as characters, filled and hollow."""
 
 PLOTLY = "/_dash-component-suites/plotly/package_data/plotly.min.js"
-"""Where Dash fetches Plotly from once it needs it; the page asks for it at once."""
+"""Where Dash serves Plotly from."""
 
 RUNTIME_NAMES = {"cuda_graph": "CUDA graph", "eager": "eager"}
 
 
-def page_html(state: State, problems: Sequence[str], parts: dict[str, str]) -> str:
+def page_html(state: State, problems: Sequence[str], said: Mapping[str, str], parts: Mapping[str, str]) -> str:
     """The whole page.
 
     Parameters
@@ -39,6 +41,8 @@ def page_html(state: State, problems: Sequence[str], parts: dict[str, str]) -> s
         What the controls show.
     problems : sequence of str
         What was wrong with the address.
+    said : dict
+        What is text, as HTML by the element it stands in (:func:`simulator.explore.charts.texts`).
     parts : dict
         What Dash puts into a page: metas, favicon, css, app_entry, config, scripts, renderer.
     """
@@ -49,21 +53,52 @@ def page_html(state: State, problems: Sequence[str], parts: dict[str, str]) -> s
 <title>prunesim explore</title>
 {parts["favicon"]}
 {parts["css"]}
-<link rel="preload" as="script" href="{PLOTLY}">
+<script async src="{PLOTLY}"></script>
 </head>
-<body>
+<body data-phase="{state.phase}">
 <a class="skip" href="#results">Skip to the results</a>
 <header class="bar"><h1>prunesim</h1><p>How much faster will a pruned LLM really be?</p></header>
 <div class="shell">
 <details class="settings" open><summary>Settings</summary>{form_html(state)}</details>
 <main id="results" tabindex="-1">
 <div id="problems" class="problems" role="alert">{problems_html(problems)}</div>
-{parts["app_entry"]}
+{_results(state, said)}
+<p class="version">prunesim {__version__}</p>
+<div hidden>{parts["app_entry"]}</div>
 </main>
 </div>
 <footer>{parts["config"]}{parts["scripts"]}{parts["renderer"]}</footer>
 </body>
 </html>"""
+
+
+def _results(state: State, said: Mapping[str, str]) -> str:
+    """Texts, and frames for the figures."""
+    cards = "".join(
+        f'<section class="card" id="card-{name}"><div class="head"><h2 id="h-{name}">{escape(title)}</h2>{_save(name, title)}</div>'
+        f'<div id="{name}" class="chart" role="img" aria-labelledby="h-{name} about-{name}"></div>'
+        f'<div id="about-{name}" class="about">{said[f"about-{name}"]}</div></section>'
+        for name, title in CARDS
+    )
+    return f"""<div class="summary">
+<p id="title" class="title">{said["title"]}</p><div id="facts">{said["facts"]}</div><div id="notes">{said["notes"]}</div>
+</div>
+<div class="grid" id="grid" data-wide="{"yes" if len(state.gpus) > 1 else "no"}">{cards}
+<section class="card whole"><div class="head"><h2 id="h-table">Table</h2>
+<button type="button" data-csv aria-label="Download the table as CSV">CSV</button></div>
+<div id="table" class="table" tabindex="0" role="region" aria-labelledby="h-table">{said["table"]}</div></section>
+<section class="card whole"><div class="head"><h2>The same numbers from the command line</h2></div>
+<div id="commands">{said["commands"]}</div></section>
+</div>"""
+
+
+def _save(name: str, title: str) -> str:
+    """Buttons that download a figure."""
+    return "".join(
+        f'<button type="button" data-save="{name}" data-kind="{kind}" title="Download the figure as {kind.upper()}" '
+        f'aria-label="Download {escape(title)} as {kind.upper()}">{kind.upper()}</button>'
+        for kind in ("svg", "png")
+    )
 
 
 def form_html(state: State) -> str:
@@ -104,8 +139,13 @@ def form_html(state: State) -> str:
 
 
 def _models(state: State) -> list[tuple[str, str]]:
-    named = [(name, name) for name in list_models()]
-    return [*named, (state.model, dropped_label(state.model))] if state.model.startswith(PREFIX) else named
+    dropped = model_option(state)
+    return [(name, name) for name in list_models()] + ([dropped] if dropped else [])
+
+
+def model_option(state: State) -> tuple[str, str] | None:
+    """Value and text of a dropped model in the list; None for one that is always there."""
+    return (state.model, dropped_label(state.model)) if state.model.startswith(PREFIX) else None
 
 
 def dropped_label(token: str) -> str:

@@ -20,7 +20,7 @@ from simulator._version import __version__
 from simulator.errors import InputError
 from simulator.explore import markup, needs_extra
 from simulator.explore.answer import answer
-from simulator.explore.chart import PAGE
+from simulator.explore.chart import PAGE, PHONE
 from simulator.explore.charts import CARDS, charts, map_chart, texts
 from simulator.explore.commands import commands
 from simulator.explore.dropped import PREFIX, read_token
@@ -35,9 +35,16 @@ POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inli
 """What a browser may load while it shows the report: nothing."""
 
 _DRAW = """
-for (const [name, figure] of Object.entries(JSON.parse(document.getElementById("figures").textContent))) {
-  Plotly.newPlot(name, figure.data, figure.layout, {displayModeBar: false, responsive: true});
+const figures = JSON.parse(document.getElementById("figures").textContent);
+const narrow = window.matchMedia("screen and (max-width: 720px)");
+function draw() {
+  for (const [name, figure] of Object.entries(figures[narrow.matches ? "phone" : "page"])) {
+    document.getElementById(name).style.height = `${figure.layout.height}px`;
+    Plotly.react(name, figure.data, figure.layout, {displayModeBar: false, responsive: true});
+  }
 }
+narrow.addEventListener("change", draw);
+draw();
 """
 
 _STYLE = """
@@ -56,7 +63,7 @@ body.report { background: #fff; }
 .report .notes { max-height: none; }
 @page { size: A4; margin: 12mm; }
 @media print { .report main { padding: 0; } body { -webkit-print-color-adjust: exact; print-color-adjust: exact; } }
-@media (max-width: 720px) { .report main { padding: 12px 8px; } .report .table { overflow-x: auto; } }
+@media screen and (max-width: 720px) { .report main { padding: 12px 8px; } .report .table { overflow-x: auto; } }
 """
 
 
@@ -95,11 +102,11 @@ def report_html(state: State) -> str:
     if found.refused:
         raise InputError(found.refused)
     script = plotly_js()
-    figures = {**charts(state, PAGE), "crossover": map_chart(state, PAGE)}
+    figures = {name: {**charts(state, most), "crossover": map_chart(state, most)} for name, most in (("page", PAGE), ("phone", PHONE))}
     said = texts(state)
     cards = "".join(
         f'<section class="card"><div class="head"><h2>{escape(title)}</h2></div>'
-        f'<div id="{name}" style="height:{figures[name]["layout"]["height"]}px" role="img" aria-label="{escape(title)}"></div>'
+        f'<div id="{name}" style="height:{figures["page"][name]["layout"]["height"]}px" role="img" aria-label="{escape(title)}"></div>'
         f'<div class="about">{said[f"about-{name}"]}</div></section>'
         for name, title in CARDS
     )
@@ -123,7 +130,7 @@ def report_html(state: State) -> str:
 {said["notes"]}
 <noscript><p class="error">The figures are drawn by a script in this file; the table below needs none.</p></noscript>
 {cards}
-<section class="card long"><div class="head"><h2>Table</h2></div><div class="table">{said["table"]}</div></section>
+<section class="card long"><div class="head"><h2>Table</h2></div><div class="table" id="table">{said["table"]}</div></section>
 <section class="card"><div class="head"><h2>The same numbers from the command line</h2></div>
 {markup.commands_html(commands(state, found), copy=False)}</section>
 </main>

@@ -23,6 +23,7 @@ CASES = {
     "several GPUs, eager": State(gpus=("a100_sxm_80gb", "rtx_4090"), phase="decode", batch=4, runtime="eager", families=("depth", "width")),
     "generate": State(phase="generate", new_tokens=7, families=("depth", "low_rank"), dtype="fp16", at=0.35),
     "one family": State(families=("width",), sparsities=(0.123456789, 0.3), at=0.3),
+    "a GPU without the number format": State(gpus=("cpu", "rtx_4090"), families=("depth", "width")),
     "dropped": State(model=token(json.dumps(TINY), "my model.json"), families=("depth", "width")),
 }
 
@@ -80,12 +81,19 @@ def test_the_last_command_writes_the_page(state: State, tmp_path: Path, capsys: 
     text = (tmp_path / "report.html").read_text()
     start = text.index('id="figures">') + len('id="figures">')
     figures = json.loads(text[start : text.index("</script>", start)])
-    from simulator.explore.chart import PAGE
+    from simulator.explore.chart import PAGE, PHONE
     from simulator.explore.charts import charts
 
     same = state if not state.model.startswith("dropped:") else replace(state, model="./my model.json")
-    assert figures["speedup"] == json.loads(json.dumps(charts(same, PAGE)["speedup"]))
+    for name, most in (("page", PAGE), ("phone", PHONE)):
+        assert figures[name]["speedup"] == json.loads(json.dumps(charts(same, most)["speedup"]))
     assert capsys.readouterr().out.strip() == "report.html"
+
+
+def test_what_is_refused_has_no_commands() -> None:
+    state = State(gpus=("a100_sxm_80gb",), dtype="fp8")
+    assert commands(state, answer(state)) == ()
+    assert "Copy" not in commands_html(())
 
 
 def test_commands_are_quoted_and_escaped() -> None:
