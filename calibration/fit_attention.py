@@ -25,7 +25,7 @@ from simulator.workload import DTYPE_BYTES, DTYPES
 F = NDArray[np.float64]
 
 STRUCTURE: Mapping[str, tuple[str, ...]] = {
-    "prefill": ("packs", "sparse_block"),
+    "prefill": ("packs", "pads", "sparse_block"),
     "decode": ("rows", "units_per_sm", "split_keys", "long_keys"),
 }
 """Constants that choose the form of the model rather than scale it: never fitted, taken from the registry."""
@@ -131,7 +131,7 @@ def registry(phase: str) -> Mapping[str, Any]:
 def work_of(phase: str, c: Columns, values: Mapping[str, float]) -> Any:
     """Geometry of a phase for columns; it depends on the structural constants alone."""
     if phase == "prefill":
-        size: Any = {"element_bytes": c.element_bytes, "cache_bytes": c.element_bytes}
+        size: Any = {"element_bytes": c.element_bytes, "cache_bytes": c.element_bytes, "pads": values.get("pads", 1.0)}
         return prefill_work(c.batch, c.q_len, c.kv_len, c.heads, c.kv_heads, c.head_dim, packs=values["packs"], **size)
     return decode_work(
         c.batch, c.kv_len, c.heads, c.kv_heads, c.head_dim, element_bytes=c.element_bytes, cache_bytes=c.element_bytes, warm=c.warm

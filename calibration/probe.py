@@ -13,20 +13,28 @@ from calibration.timing import Protocol, measure
 def default_protocol(description: Description, budget_s: float) -> Protocol:
     """The measuring protocol for a device and a budget: short budgets get less time a shape, so that there are enough shapes to fit.
 
-    >>> default_protocol(Description("cpu", "CPU"), 120.0).time_limit_s, default_protocol(Description("cuda:0", "GPU"), 3600.0).time_limit_s
-    (0.4, 2.0)
+    >>> [round(default_protocol(Description(n, n), b).time_limit_s, 3) for n, b in (("cpu", 120.0), ("cuda:0", 3600.0))]
+    [0.1, 2.0]
     """
     check_budget(budget_s)
-    limit = min(2.0, max(0.25, budget_s / 300.0))
-    # a CPU's samples must be long against its scheduler's interruptions, a GPU's against the resolution of an event, half a microsecond
-    return Protocol(min_window_s=4e-3 if description.name == "cpu" else 2e-3, time_limit_s=limit)
+    limit = min(2.0, max(0.25, budget_s / 400.0))
+    return Protocol(time_limit_s=limit / default_visits(description))
+
+
+def default_visits(description: Description) -> int:
+    """How often each item of a plan is measured; the CPUs of a machine are rarely one's own, a GPU is.
+
+    >>> default_visits(Description("cpu", "CPU")), default_visits(Description("cuda:0", "GPU"))
+    (3, 1)
+    """
+    return 3 if description.name == "cpu" else 1
 
 
 def probe(device: Device, dtype: str, protocol: Protocol | None = None) -> Rates:
     """Arithmetic rate, bandwidth and launch time of a device, to plan with.
 
-    A square GEMM grows until it takes five milliseconds, so that a slow number format is not probed for minutes; a copy of 64 MiB and an
-    empty launch follow. Takes about a second.
+    A square GEMM grows until it takes five milliseconds, so that a slow number format is not probed for minutes; a copy of 64 MiB, an
+    empty launch and a thin GEMM follow: a CPU rearranges weights for a product, which takes longer than to copy them. Takes about a second.
     """
     quick = Protocol(min_window_s=1e-3, precision=0.05, min_samples=6, max_samples=8, time_limit_s=0.2)
     if protocol is not None:
@@ -60,11 +68,16 @@ def probe(device: Device, dtype: str, protocol: Protocol | None = None) -> Rates
         raise Unsupported(f"dtype {dtype}: device {device.name} runs no square GEMM; it has {', '.join(device.dtypes())}")
     copy = Operator("copy", dtype, n=1 << 26)
     copied = time_of(copy)
-    floor = time_of(Operator("launch_eager", dtype, cold=False))
+    floor = time_of(Operator("launch_eager", dtype, cold=False)) or 5e-6
+    bytes_per_s = copy.bytes / copied if copied else flop_per_s / 100.0
+    thin = Operator("gemm", dtype, m=8, n=2048, k=2048)
+    seconds = time_of(thin)
+    if seconds is not None and seconds > 50.0 * floor:
+        bytes_per_s = min(bytes_per_s, thin.bytes / max(seconds - thin.flops / flop_per_s, 0.25 * seconds))
     return Rates(
         flop_per_s,
-        copy.bytes / copied if copied else flop_per_s / 100.0,
-        floor or 5e-6,
+        bytes_per_s,
+        floor,
         # the median, because the first preparation of a number format also fills memory with random data
         max(1e-3, 1.5 * statistics.median(setups)),
         device.describe().memory_bytes or float("inf"),

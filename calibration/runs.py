@@ -18,7 +18,7 @@ from calibration.devices.protocol import Device
 from calibration.exact import without_exact
 from calibration.measure import Outcome, Progress, run
 from calibration.plan import Plan, Rates, base_plan, check_budget, for_model
-from calibration.probe import default_protocol, probe
+from calibration.probe import default_protocol, default_visits, probe
 from calibration.profile_fit import ProfileFit, fit_profile
 from calibration.recorded import content_records
 from calibration.records import PURPOSES, Records
@@ -130,14 +130,16 @@ def measure_into(
 
 
 def _plan(rates: Rates, device: Device, dtype: str, budget_s: float, shapes: Sequence[Shape], quick: bool, seed: int) -> Plan:
-    protocol = default_protocol(device.describe(), budget_s)
+    description = device.describe()
+    protocol, visits = default_protocol(description, budget_s), default_visits(description)
+    each_s = budget_s / visits
     exact = for_model(shapes, rates, dtype=dtype, protocol=protocol, refuses=device.refuses, seed=seed) if shapes else None
-    left = budget_s - (exact.estimated_s if exact else 0.0)
-    if exact is not None and left <= 0.1 * budget_s:
-        return replace(exact, budget_s=budget_s)
+    left = each_s - (exact.estimated_s if exact else 0.0)
+    if exact is not None and left <= 0.1 * each_s:
+        return replace(exact, budget_s=budget_s, visits=visits)
     options: dict[str, Any] = {"shares": QUICK_SHARES} if quick else {}
     base = base_plan(rates, budget_s=left, dtypes=(dtype,), protocol=protocol, refuses=device.refuses, seed=seed, **options)
-    return replace(exact.joined(base), budget_s=budget_s) if exact is not None else base
+    return replace(exact.joined(base) if exact is not None else base, budget_s=budget_s, visits=visits)
 
 
 def keep_apart(records: Records) -> Records:

@@ -1,6 +1,6 @@
 """Records on disk while a device is measured: append-only, one JSON line each, safe against a kill, a full disk and a second writer.
 
-:class:`Store` is opened by the one process that measures; :func:`read_store` reads a file at any time; :func:`merge` joins the files of
+:class:`Store` is opened by the one process that measures; :func:`read_store` reads a file at any time; ``store_merge`` joins the files of
 several machines. The first line is the :class:`Header`; every line ends with a checksum of what is before it:
 
     {"prunesim":"records","schema":1,"device":"...","stack":{...},"dtype":"bf16","run":"...",...,"crc":"89abcdef"}
@@ -12,12 +12,10 @@ anywhere else is refused, because then more than a kill has happened to the file
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import uuid
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,7 +26,7 @@ from calibration.jsonl import decode_line, encode_line
 from calibration.records import SCHEMA_VERSION, Source
 from simulator.errors import InputError
 from simulator.readfile import read_bounded
-from simulator.wholefile import check_target, write_whole
+from simulator.wholefile import check_target
 from simulator.workload import DTYPES
 
 MARK = b'{"prunesim":"records",'
@@ -221,7 +219,7 @@ class Store:
 
     def __init__(self, path: str | Path, header: Header) -> None:
         self.path = check_target(path)
-        self._fd = _open_locked(self.path)
+        self._fd = open_locked(self.path)
         try:
             size = os.fstat(self._fd).st_size
             found = parse(os.pread(self._fd, size, 0), str(self.path))
@@ -315,68 +313,7 @@ class Store:
             raise InputError(f"{self.path}: cannot be written: {error.strerror}") from error
 
 
-def merge(stores: Sequence[str | Path], out: str | Path) -> Content:
-    """Join stores of one device type and software, for instance of several machines of a cluster, into a new one.
-
-    Parameters
-    ----------
-    stores : sequence of path
-        Files to join; a cut last line is dropped as in :func:`read_store`.
-    out : str or Path
-        File to write, whole. It may not be one of the stores, nor be open in another process.
-
-    Returns
-    -------
-    Content
-        What was written. ``dropped`` counts cut lines of all stores. A record that is there twice (same run, operator, purpose and anchor
-        number) is kept once.
-
-    Raises
-    ------
-    InputError
-        When device, software or number format differ, or nothing was given.
-    """
-    if not stores:
-        raise InputError("nothing to merge: expected at least one store")
-    target = check_target(out)
-    if any(Path(path).exists() and target.exists() and os.path.samefile(path, target) for path in stores):
-        raise InputError(f"{target}: is itself one of the stores to merge; write to another file")
-    contents = [read_store(path) for path in stores]
-    first = contents[0].header
-    rows: dict[tuple[str, ...], dict[str, Any]] = {}
-    runs: list[str] = []
-    for path, content in zip(stores, contents):
-        content.header.refuse_other(first, str(path))
-        for row in content.rows:
-            run = str(row.get("run", content.header.run))
-            runs += [run] if run not in runs else []
-            rows.setdefault(_identity(row, run), {**row, "run": run})
-    name = first.run if len(runs) < 2 else f"{zlib.crc32(json.dumps(sorted(runs)).encode()):08x}"
-    extra = {**first.extra, "runs": runs or [first.run]}
-    header = Header(first.device, first.stack, first.dtype, name, min(c.header.started for c in contents), extra)
-    try:
-        written = b"".join(encode_line(line) for line in (header.as_dict(), *rows.values()))
-    except ValueError as error:  # a number that is none, which this program never writes
-        raise InputError(f"{' '.join(map(str, stores))}: cannot be merged: {error}") from None
-    if target.exists():
-        os.close(_open_locked(target))
-    try:
-        write_whole(target, written)
-    except OSError as error:
-        raise InputError(f"{target}: cannot be written: {error.strerror}") from error
-    return Content(header, tuple(rows.values()), sum(c.dropped for c in contents), len(written))
-
-
-def _identity(row: Mapping[str, Any], run: str) -> tuple[str, ...]:
-    """What makes two lines one record: run, operator, purpose, and for anchors their number."""
-    key = row.get("key")
-    if key is None:  # no operator named: equal content
-        return run, json.dumps(dict(row), sort_keys=True)
-    purpose = str(row.get("purpose", ""))
-    return run, str(key), purpose, str(row.get("block", "")) if purpose == "anchor" else ""
-
-
-def _open_locked(path: Path) -> int:
+def open_locked(path: Path) -> int:
     """A file descriptor that holds the file's lock; refuses at once when another process has it."""
     import fcntl  # missing on Windows, where nothing else here needs it
 

@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +22,7 @@ from calibration.devices.protocol import Device, Operator
 from calibration.exact import without_exact
 from calibration.measure import Outcome, Progress, run
 from calibration.plan import Rates, check_budget, for_model
-from calibration.probe import default_protocol, probe
+from calibration.probe import default_protocol, default_visits, probe
 from calibration.recorded import content_records
 from calibration.records import Records
 from calibration.runs import DATASHEET, PROFILE, RECORDS, check_folder
@@ -108,8 +110,9 @@ def settings_of(
     families: Sequence[str] = ("all",),
     sparsities: Sequence[float] = (0.25, 0.5),
     setting: Setting | None = None,
+    options: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> tuple[list[Case], list[str]]:
-    """Every combination as a case, and a line for each that a family does not support.
+    """Every combination as a case, and a line for each that a family does not support; ``options`` of families by their names.
 
     Raises
     ------
@@ -132,7 +135,9 @@ def settings_of(
                 for family in family_names(families):
                     for fraction in once(check_fraction(f) for f in sparsities):
                         try:
-                            cases.append(Case(family, fraction, phase, b, s, dense, prune(dense, family, fraction)))
+                            cases.append(
+                                Case(family, fraction, phase, b, s, dense, prune(dense, family, fraction, **options.get(family, {})))
+                            )
                         except InputError as error:
                             notes[f"left out: {family} at {fraction:g} in {phase}: {error}"] = None
     if not cases:
@@ -218,10 +223,12 @@ def measure_bounds(
         kept = store.header.extra.get("rates")
         rates = Rates(**kept) if isinstance(kept, Mapping) else probe(device, dtype, base)
         left = max(budget_s - (device.clock() - start), 1e-3)
-        protocol = replace(base, time_limit_s=_share(left, len(shapes), rates, base.time_limit_s))
+        visits = default_visits(description)
+        protocol = replace(base, time_limit_s=_share(left / visits, len(shapes), rates, base.time_limit_s))
         plan = for_model(shapes, rates, dtype=dtype, protocol=protocol, refuses=device.refuses, budget_s=left, seed=seed)
         turn = {shape: i for i, shape in enumerate(_by_case(cases, seed))}
-        plan = replace(plan, items=tuple(sorted(plan.items, key=lambda i: turn[i.operator.m, i.operator.n, i.operator.k])))
+        ordered = sorted(plan.items, key=lambda i: turn[i.operator.m, i.operator.n, i.operator.k])
+        plan = replace(plan, items=tuple(ordered), visits=visits)
         say(f"{description.device}; {description.software}; {dtype}; {len(shapes)} shapes")
         outcome = run(plan, device, store.append, previous=store.rows, protocol=protocol, budget_s=left, progress=progress)
     return Measured(outcome, content_records(read_store(file)), len(shapes))

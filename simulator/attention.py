@@ -155,7 +155,7 @@ def prefill_attention_time(
     work = prefill_work(
         b, q, kv, h, g, d, window=window, density=density, block=block,
         element_bytes=_element_bytes(dtype), cache_bytes=_element_bytes(kv_dtype),
-        sparse_block=r.constants["sparse_block"], packs=r.constants["packs"],
+        sparse_block=r.constants["sparse_block"], packs=r.constants["packs"], pads=r.constants["pads"],
     )  # fmt: skip
     throughput, chain, memory = prefill_parts(work, r.device, r.constants)
     fixed = r.constants["t0_s"]

@@ -48,6 +48,8 @@ PREFILL_CONSTANTS: Mapping[str, Constant] = MappingProxyType(
                              {"ampere": 0.64, "ada": 1.07, "hopper": 0.53, "*": 0.7}, _TABLES),
         "packs": Constant("1", 0.0, 1.0, "1: a tile takes the query heads of a KV head together where that fills it better; 0: never",
                           {"hopper": 1.0, "*": 0.0}, "FlashAttention-3 packs so; its tables fit better with it (core 6.5 against 6.7 %)"),
+        "pads": Constant("1", 0.0, 1.0, "1: a tile of few queries takes the time of a whole one; 0: that of its queries",
+                         {"cpu": 0.0, "*": 1.0}, "tiles of tensor cores are padded, loops of a CPU are not"),
         "sparse_block": Constant("1", 0.0, 256.0, "edge of skipped blocks at which the blocks left cost twice their dense share",
                                  {"*": 16.0}, "uncalibrated: a block of 16 keys fills a quarter of a 64-key step of the tensor cores"),
     }
@@ -115,7 +117,7 @@ def causal_blocks(q: F, kv: F, window: F) -> tuple[F, F, F]:
 def prefill_work(
     batch: F, q_len: F, kv_len: F, heads: F, kv_heads: F, head_dim: F, *,
     window: Any = 0.0, density: Any = 1.0, block: Any = 0.0, element_bytes: Any = 2.0, cache_bytes: Any = 2.0,
-    sparse_block: float = 16.0, packs: float = 0.0,
+    sparse_block: float = 16.0, packs: float = 0.0, pads: float = 1.0,
 ) -> PrefillWork:  # fmt: skip
     """Tiles, blocks, FLOPs and bytes of prefill attention.
 
@@ -127,7 +129,7 @@ def prefill_work(
         Sliding window (0: none), share of the q-k blocks computed, their edge (0: no skipping).
     element_bytes, cache_bytes : float, bytes
         One element of an activation and of the KV cache.
-    sparse_block, packs : float
+    sparse_block, packs, pads : float
         The constants of those names.
 
     Returns
@@ -137,6 +139,9 @@ def prefill_work(
     window = np.asarray(window, dtype=np.float64)
     density = np.asarray(density, dtype=np.float64)
     tiles, blocks, chain = causal_blocks(q_len, kv_len, window)
+    if pads <= 0.0:
+        part = q_len / TILE - np.floor(q_len / TILE)
+        blocks = np.where(part > 0.0, blocks - chain + part * np.minimum(chain, kv_len / TILE), blocks)
     units = batch * heads
     all_tiles, all_blocks = units * tiles, units * blocks
     if packs > 0:

@@ -99,11 +99,12 @@ def _check_attention(arrays: Arrays) -> None:
 def _check_elementwise(arrays: Arrays) -> None:
     if "values" not in arrays:
         return
-    from simulator.elementwise import CLASSES
+    from simulator.elementwise import CLASSES, FIRST_CLASSES
 
     _need(arrays, "values", "start")
     values, rows = arrays["values"], len(CLASSES)
-    _shape("values", values, values.ndim == 2 and values.shape[0] == rows and values.shape[1] >= 1, f"({rows}, nodes)")
+    good = values.ndim == 2 and FIRST_CLASSES <= values.shape[0] <= rows and values.shape[1] >= 1
+    _shape("values", values, good, f"({rows}, nodes)")
     _shape("start", arrays["start"], arrays["start"].shape == (), "a single number")
     _bound(arrays, "values", -MOST_LOG, MOST_LOG)
     _bound(arrays, "start", -_MOST_PLACE, _MOST_PLACE)

@@ -157,11 +157,13 @@ def test_the_equations_of_the_model_are_those_of_the_code() -> None:
 
 def test_every_constant_of_the_cost_models_is_explained() -> None:
     from simulator.collective import CONSTANTS as LINK
+    from simulator.elementwise import CLASSES
     from simulator.hardware import OPERATORS, constants_of
 
     text = (ROOT / "docs" / "model.md").read_text(encoding="utf-8").replace("\\_", "_")
     names = {name for operator in OPERATORS for name in constants_of(operator)} | set(LINK)
-    classes = re.compile(r"(t0|e|l2)_(norm|final_norm|rotary|activation|embedding|copy|select)(_s)?")
+    classes = re.compile(rf"(t0|e|l2)_({'|'.join(CLASSES)})(_s)?")
+    assert all(f"`{name}`" in text for name in CLASSES)
     missing = [name for name in sorted(names) if not classes.fullmatch(name) and not re.search(rf"\b{name}\b", text)]
     assert not missing
 

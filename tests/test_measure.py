@@ -14,6 +14,9 @@ from calibration.devices.protocol import Operator
 from calibration.devices.replay import Faults, ReplayDevice
 from calibration.measure import STATUSES, Outcome, Progress, run
 from calibration.plan import ANCHOR, Plan, Rates, for_model
+from calibration.recorded import records_of
+from calibration.records import PURPOSES
+from calibration.store import Header
 from calibration.telemetry import UNKNOWN, Snapshot
 from calibration.timing import Protocol
 
@@ -35,6 +38,57 @@ def _go(device: ReplayDevice, plan: Plan | None = None, **options: Any) -> tuple
 
 def _items(kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [r for r in kept if r["purpose"] != ANCHOR]
+
+
+# -- several visits ---------------------------------------------------------------------------------------------------------------
+
+
+class _Shared(ReplayDevice):
+    """A machine that others slow down by 40 % for 0.4 simulated seconds in every one."""
+
+    def play(self, operator: Operator, number: int, sample: int, loops: int) -> float:
+        slow = 1.4 if self.clock() % 1.0 > 0.6 else 1.0
+        return slow * super().play(operator, number, sample, loops)
+
+
+def _worst(kept: list[dict[str, Any]]) -> tuple[int, float]:
+    records = records_of(kept, Header("planted"))
+    truth, rows = ReplayDevice(), records.select(records.purpose != PURPOSES.index(ANCHOR))
+    exact = [truth._seconds(Operator("gemm", m=int(m), n=int(n), k=int(k))) for m, n, k in zip(rows.m, rows.n, rows.k, strict=True)]
+    return len(rows), max(float(t) / e - 1.0 for t, e in zip(rows.seconds, exact, strict=True))
+
+
+def test_the_fastest_of_several_visits_is_what_a_shared_machine_can_do() -> None:
+    once, rows = _go(_Shared(), _plan(budget_s=60.0))
+    assert _worst(rows)[1] > 0.3
+    outcome, kept = _go(_Shared(), _plan(budget_s=60.0, visits=5))
+    number, worst = _worst(kept)
+    assert number == len(SHAPES)
+    assert worst < 0.02
+    assert outcome.counts.timed == once.counts.timed == len(SHAPES)
+    assert outcome.counts.revisited == 4 * len(SHAPES)
+    assert {r["visit"] for r in _items(kept)} == set(range(5))
+    orders = [[r["key"] for r in _items(kept) if r["visit"] == v] for v in range(5)]
+    assert len({tuple(o) for o in orders}) == 5
+
+
+def test_visits_share_the_budget_and_a_rerun_makes_those_that_are_missing() -> None:
+    plan = _plan(visits=3)
+    first, kept = _go(ReplayDevice(setup_s=0.05), plan, budget_s=7.0)
+    assert first.elapsed_s < 7.5
+    assert 0 < first.counts.left < len(SHAPES)
+    assert first.counts.timed + first.counts.left == len(SHAPES)
+    assert first.counts.revisited > first.counts.timed
+    again, more = _go(ReplayDevice(setup_s=0.05), plan, previous=kept, budget_s=60.0)
+    assert again.counts.resumed == first.counts.timed
+    visits = [(r["key"], r["visit"]) for r in _items(kept + more)]
+    assert len(visits) == len(set(visits)) == 3 * len(SHAPES)
+
+
+def test_what_has_no_time_at_first_is_not_visited_again() -> None:
+    outcome, kept = _go(ReplayDevice(faults=Faults(out_of_memory_bytes=5e6)), _plan(visits=2))
+    assert outcome.counts.skipped > 0
+    assert len(_items(kept)) == outcome.counts.skipped + 2 * outcome.counts.ok
 
 
 # -- a healthy device -------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from calibration.devices.replay import Faults, ReplayDevice
 from calibration.interrupt import Interrupt
 from calibration.measure import Outcome, run
 from calibration.plan import ANCHOR, Plan, Rates, base_plan, for_model
-from calibration.probe import default_protocol, probe
+from calibration.probe import default_protocol, default_visits, probe
 from calibration.store import Header, Store, read_store
 from calibration.timing import Protocol
 from simulator.errors import InputError
@@ -256,8 +256,9 @@ def test_the_probe_names_a_format_the_device_lacks() -> None:
 
 def test_protocols_follow_device_and_budget() -> None:
     cpu, gpu = Description("cpu", "CPU"), Description("cuda:0", "GPU")
-    assert default_protocol(cpu, 60.0).min_window_s > default_protocol(gpu, 60.0).min_window_s
-    assert default_protocol(cpu, 60.0).time_limit_s < default_protocol(cpu, 6000.0).time_limit_s == 2.0
+    for device in (cpu, gpu):  # visits share the time of an item
+        longest = default_visits(device) * default_protocol(device, 6000.0).time_limit_s
+        assert default_visits(device) * default_protocol(device, 60.0).time_limit_s < longest == 2.0
     with pytest.raises(InputError):
         default_protocol(cpu, math.nan)
 

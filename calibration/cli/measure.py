@@ -119,7 +119,7 @@ def finish(outcome: Outcome) -> None:
 
 
 def _merge(runs: list[str], output: str, json: bool) -> None:
-    from calibration.store import merge
+    from calibration.store_merge import merge
 
     files = [Path(run) / "records.jsonl" if Path(run).is_dir() else Path(run) for run in runs]
     content = merge(files, output)

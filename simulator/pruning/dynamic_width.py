@@ -16,6 +16,7 @@ from simulator.pruning._common import (
     covering,
     has_role,
     insert,
+    one_of,
     overheads,
     owns_parameters,
     projections,
@@ -27,21 +28,26 @@ from simulator.pruning._common import (
 from simulator.pruning._tokens import query_share, split_fused_qkv, tokens_of
 from simulator.workload import DTYPE_BYTES, Array, Kernel, Kind, Part, Workload
 
+KERNELS = ("tiles", "gathered")
+
 ALIGN = 16
 """Width of a tensor instruction: the expected width of the groups in use is rounded up to it."""
 
 
-def dynamic_width(w: Workload, choice: Choice, *, ideal: bool, channel_groups: int) -> tuple[Workload, float]:
+def dynamic_width(w: Workload, choice: Choice, *, ideal: bool, channel_groups: int, kernel: str) -> tuple[Workload, float]:
     """Each (token, group) tile of q, attention, o, gate, up and down is computed with probability ``1-s``; k and v stay dense.
 
     A GEMM over M tokens runs sorted by the mask. A group is in use if any token chose it, with probability ``u = 1 - s^M``, and then has
     ``M (1-s) / u`` tokens on average: the row becomes that many tokens (rounded up) by ``u`` of the width (rounded up to 16), block-sparse,
     its density such that the FLOPs are those of the tiles. So a prefill loses rows and reads all weights, a decode at batch 1 keeps its
     row and reads ``1-s`` of them. Attention computes (decode: reads) a share ``1-s`` of its head groups.
-    Cost: a router a sublayer (KV groups, or ``channel_groups``, outputs) and the sorting of its mask. Parameters are conserved.
+    Cost: a router a sublayer (KV groups, or ``channel_groups``, outputs) and the sorting of its mask. With ``kernel="gathered"``, as a
+    framework without a kernel that skips tiles has to, a token's hidden state is copied for each of its groups (``gather``), and its
+    groups' partial outputs are written and summed (``scatter``); a single token needs neither. Parameters are conserved.
     Realised: expected share of (token, group) tiles skipped.
     """
     groups = whole("channel_groups", channel_groups)
+    one_of("kernel", kernel, KERNELS)
     w, s = split_fused_qkv(w, choice.rows)
     outer = projections(w, "q", "gate", "up", "gate_up") & (w.stage != 1) & (s > 0)
     inner = projections(w, "o", "down") & (w.stage != 2) & (s > 0)
@@ -63,7 +69,7 @@ def dynamic_width(w: Workload, choice: Choice, *, ideal: bool, channel_groups: i
     )  # fmt: skip
     if ideal:
         return pruned, choice.asked
-    return _with_router(w, pruned, s, groups), choice.asked
+    return _with_overheads(w, pruned, s, groups, kernel == "gathered"), choice.asked
 
 
 def _tiles(w: Workload, outer: Array, inner: Array, s: F) -> tuple[Array, Array, Array, Array]:
@@ -80,7 +86,7 @@ def _tiles(w: Workload, outer: Array, inner: Array, s: F) -> tuple[Array, Array,
     return np.where(outer, kept, w.n), np.where(inner, kept, w.k), m, density
 
 
-def _with_router(dense: Workload, pruned: Workload, s: F, channel_groups: int) -> Workload:
+def _with_overheads(dense: Workload, pruned: Workload, s: F, channel_groups: int, gathered: bool) -> Workload:
     at = np.flatnonzero(sublayer_ends(dense) & (s > 0))
     heads = covering(dense, attention_rows(dense), dense.kv_heads)[at]
     groups = np.where(dense.part[at] == Part.ATTENTION, np.maximum(heads, 1), channel_groups)
@@ -90,13 +96,21 @@ def _with_router(dense: Workload, pruned: Workload, s: F, channel_groups: int) -
     chosen = m * groups * (1.0 - s[at])
     sort = overheads(dense, at, "sort", m=m, n=groups, read_bytes=m * groups * size, write_bytes=chosen * SCORE_BYTES)
     place = sublayer_starts(dense, at) - 0.5
-    return insert(pruned, [(place, router), (place, sort)])
+    parts = [(place, router), (place, sort)]
+    if gathered and (several := m > 1).any():
+        rows, pairs = at[several], chosen[several]
+        moved, count = pairs * hidden[several] * size[several], np.ceil(pairs).astype(np.int64)
+        copied, summed = (
+            overheads(dense, rows, role, m=count, n=hidden[several], read_bytes=moved, write_bytes=moved) for role in ("gather", "scatter")
+        )
+        parts += [(place[several], copied), (rows.astype(np.float64) + 0.5, summed)]
+    return insert(pruned, parts)
 
 
 FAMILY = Family(
     name="dynamic_width", axis="dynamic N, K", dynamic=True, order=8, function=dynamic_width,
     summary="head groups and channel groups chosen per token; k and v stay dense",
-    cost="a router and a sort of its mask a sublayer; a batch uses the union of its tokens' groups",
+    cost="a router and a sort of its mask a sublayer; a batch uses the union of its tokens' groups; copies where no kernel skips tiles",
     realised="expected share of (token, group) tiles skipped",
-    options={"channel_groups": 32}, targets=SUBLAYERS,
+    options={"channel_groups": 32, "kernel": "tiles"}, targets=SUBLAYERS,
 )  # fmt: skip

@@ -12,9 +12,9 @@ from simulator.workload import DTYPE_BYTES, Kind, Workload
 def kv_cache(w: Workload, choice: Choice, *, ideal: bool, observed: int) -> tuple[Workload, float]:
     """``round((1-s) S)`` of the S prompt positions stay in the cache, at least one; what is generated stays.
 
-    Prefill rows gain nothing and pay for the selection in every layer: the last ``observed`` queries score all keys, and the cache is
-    compacted (``select``: reads K and the scores, then reads and writes the positions kept). A workload that is a decode alone has paid it
-    before. Realised: prompt positions evicted / prompt positions, mean over the layers.
+    Prefill rows gain nothing and pay in every layer: the last ``observed`` queries score all keys (``mask``: reads K, writes and reads the
+    scores), each KV head chooses positions (``select``), and the cache is compacted (``gather``: reads and writes what is kept). A
+    workload that is a decode alone has paid it before. Realised: prompt positions evicted / prompt positions, mean over the layers.
     """
     observed = whole("observed", observed)
     prompt = prompt_of(w)
@@ -30,17 +30,22 @@ def kv_cache(w: Workload, choice: Choice, *, ideal: bool, observed: int) -> tupl
     element = DTYPE_BYTES[w.weight_dtype[at]]
     position = w.batch[at] * w.kv_heads[at] * w.head_dim[at] * element  # bytes of one key, all sequences and heads
     scores = w.batch[at] * w.heads[at] * np.minimum(observed, w.q_len[at]) * w.kv_len[at] * SCORE_BYTES
-    select = overheads(
-        w, at, "select", m=w.batch[at] * w.kv_len[at], n=w.kv_heads[at] * w.head_dim[at],
-        read_bytes=position * (w.kv_len[at] + 2.0 * kept[at]) + scores, write_bytes=position * 2.0 * kept[at] + scores,
+    count = w.batch[at] * w.kv_heads[at]
+    mask = overheads(
+        w, at, "mask", m=w.batch[at] * w.heads[at] * np.minimum(observed, w.q_len[at]), n=w.kv_len[at],
+        read_bytes=position * w.kv_len[at] + scores, write_bytes=scores,
     )  # fmt: skip
-    return insert(out, [(at + 0.5, select)]), realised
+    chosen = SCORE_BYTES * count * kept[at]
+    select = overheads(w, at, "select", m=count, n=w.kv_len[at], read_bytes=SCORE_BYTES * count * w.kv_len[at], write_bytes=chosen)
+    moved = position * 2.0 * kept[at]
+    gather = overheads(w, at, "gather", m=count * kept[at], n=2 * w.head_dim[at], read_bytes=moved, write_bytes=moved)
+    return insert(out, [(at + 0.5, mask), (at + 0.5, select), (at + 0.5, gather)]), realised
 
 
 FAMILY = Family(
     name="kv_cache", axis="K of decode attention", dynamic=True, order=11, function=kv_cache,
     summary="a share of the prompt's cache kept",
-    cost="selection and compaction at the end of the prefill",
+    cost="scoring, selection and compaction at the end of the prefill",
     realised="prompt positions evicted from the cache / prompt positions",
     options={"observed": 32}, support=("decode", "generate"),
 )  # fmt: skip

@@ -13,8 +13,8 @@ BLOCKS = (16, 64, 128)
 def sparse_attention(w: Workload, choice: Choice, *, ideal: bool, block: int) -> tuple[Workload, float]:
     """A share ``1-s`` of the q-k blocks of edge ``block`` is computed; in decode, of the cache's blocks is read.
 
-    Cost, an attention: prefill pools queries and keys by block, scores the pooled ones and writes the mask (``mask``: reads Q and K,
-    writes a score a block pair and head); decode scores two bounds of every cached block's keys. Cache and parameters stay.
+    Cost, an attention: prefill pools queries and keys by block and scores the pooled ones (``mask``: reads Q and K, writes a score a block
+    pair and head); decode scores two bounds of every cached block's keys. Then blocks are chosen (``select``). Cache and parameters stay.
     Realised: share of the q-k pairs (cache positions) skipped.
     """
     one_of("block", block, BLOCKS)
@@ -34,13 +34,16 @@ def sparse_attention(w: Workload, choice: Choice, *, ideal: bool, block: int) ->
     read = queries + keys * np.where(prefill, seen, 2.0 * blocks)  # all keys are pooled once; a cached block keeps two bounds
     write = w.batch[at] * w.heads[at] * tiles * blocks * SCORE_BYTES
     mask = overheads(w, at, "mask", m=w.batch[at] * w.q_len[at], n=blocks.astype(np.int64), read_bytes=read, write_bytes=write)
-    return insert(out, [(at - 0.5, mask)]), choice.asked
+    rows_of_scores = (w.batch[at] * w.heads[at] * tiles).astype(np.int64)
+    chosen = write * (1.0 - choice.rows[at])
+    select = overheads(w, at, "select", m=rows_of_scores, n=blocks.astype(np.int64), read_bytes=write, write_bytes=chosen)
+    return insert(out, [(at - 0.5, mask), (at - 0.5, select)]), choice.asked
 
 
 FAMILY = Family(
     name="sparse_attention", axis="dynamic N, K of attention", dynamic=True, order=9, function=sparse_attention,
     summary="a share of the q-k blocks (16, 64 or 128) computed; in decode, of the cache's blocks read",
-    cost="scoring of the blocks; small blocks cost more a pair",
+    cost="scoring and choosing the blocks; small blocks cost more a pair",
     realised="share of q-k pairs skipped",
     options={"block": 64},
 )  # fmt: skip

@@ -180,6 +180,8 @@ def test_sparse_attention_scores_blocks(block: int) -> None:
     assert (only(pruned, "attention", "density"), only(pruned, "attention", "block")) == (0.6, block)
     assert only(pruned, "mask", "write_bytes") == 2 * 8 * (256 / block) ** 2 * 4
     assert only(pruned, "mask", "read_bytes") == 2 * 256 * (8 + 4) * 16 * 2
+    assert only(pruned, "select", "read_bytes") == only(pruned, "mask", "write_bytes")
+    assert only(pruned, "select", "write_bytes") == pytest.approx(0.6 * only(pruned, "select", "read_bytes"))
     decode = prune(workload(GQA, "decode", 2, 255), "sparse_attention", 0.4, block=block)
     assert only(decode, "mask", "read_bytes") == 2 * 16 * 2 * (8 + 4 * 2 * 256 / block)
     attention = decode.is_role("attention")
@@ -215,12 +217,15 @@ def test_kv_cache_keeps_what_is_generated_and_pays_at_prefill() -> None:
     assert only(pruned, "select", "count") == 6
     assert pruned.meta.applied[-1].realised == pytest.approx(43 / 48)
     key, scores = 2 * 4 * 16 * 2, 2 * 8 * 32 * 48 * 4
-    assert only(pruned, "select", "read_bytes") == key * (48 + 2 * 5) + scores
+    assert only(pruned, "mask", "read_bytes") == key * 48 + scores
+    assert only(pruned, "mask", "write_bytes") == scores
+    assert (only(pruned, "select", "read_bytes"), only(pruned, "select", "write_bytes")) == (4 * 2 * 4 * 48, 4 * 2 * 4 * 5)
+    assert only(pruned, "gather", "read_bytes") == only(pruned, "gather", "write_bytes") == key * 2 * 5
     only_prefill = prune(workload(GQA, "prefill"), "kv_cache", 0.5)
     dense = workload(GQA, "prefill")
     kept = only_prefill.take(~only_prefill.overhead)
     assert all((getattr(kept, name) == getattr(dense, name)).all() for name in SCHEMA)
-    assert only_prefill.overhead.sum() == 1
+    assert only_prefill.overhead.sum() == 3
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 7, 16, 17, 64, 300, 511, 512, 2048])
