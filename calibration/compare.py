@@ -7,10 +7,9 @@ in a run folder; :mod:`calibration.comparison` puts predictions and bounds besid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,11 +33,17 @@ LONGEST_S = 30.0
 
 UNSUPPORTED, SKIPPED, FAILED = "unsupported", "skipped", "failed"
 _FAILURES_IN_A_ROW = 3
-AS_EXECUTED: Mapping[str, Mapping[str, Any]] = MappingProxyType({"dynamic_width": {"kernel": "gathered"}})
-"""Options of families that say what :mod:`calibration.decoder` runs: torch has no kernel that skips tiles."""
-
 DTYPES: tuple[str, ...] = ("fp32", "bf16", "fp16")
 """Number formats a decoder runs in."""
+
+
+def as_executed(device: str) -> dict[str, dict[str, Any]]:
+    """Options of families that say what :mod:`calibration.decoder` runs: torch has no kernel that skips tiles, and a grouped one on GPUs.
+
+    >>> as_executed("cpu")
+    {'dynamic_width': {'kernel': 'looped'}}
+    """
+    return {"dynamic_width": {"kernel": "grouped" if device.startswith("cuda") else "looped"}}
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ class Plan:
         return dict(sorted(out.items()))
 
     def joined(self, other: Plan) -> Plan:
-        """The items of both in one random order; an operator in both keeps the purpose it has here."""
+        """The items of both in random order, exact ones first; an operator in both keeps the purpose it has here."""
         known = {item.operator.key for item in self.items}
         items = [*self.items, *(item for item in other.items if item.operator.key not in known)]
         return replace(self, items=_shuffled(items, self.seed), budget_s=self.budget_s + other.budget_s)
@@ -355,6 +355,7 @@ def refine(
 
 
 def _shuffled(items: Sequence[Item], seed: int) -> tuple[Item, ...]:
-    """Random order by seed, whatever order the items came in."""
+    """Random order by seed, whatever order the items came in; exact ones first, since time may run out on the others."""
     ordered = sorted(items, key=lambda item: item.operator.key)
-    return tuple(ordered[i] for i in np.random.default_rng(seed).permutation(len(ordered)))
+    mixed = [ordered[i] for i in np.random.default_rng(seed).permutation(len(ordered))]
+    return tuple(sorted(mixed, key=lambda item: item.purpose != EXACT))

@@ -164,7 +164,7 @@ def _name(ax: Axes, x: float, y: float, text: str, stop: float) -> None:
     """The method beside its point, on the step that it opens, where that step is long enough; else the point stays without a name."""
     start, end = ax.transData.transform([(x, y), (stop, y)])[:, 0]
     room = abs(end - start) * 72.0 / ax.get_figure().dpi  # type: ignore[union-attr]
-    if room > 3.1 * len(text) + 6:
+    if room > 3.1 * len(text) + 11:  # what stands before the name, and half the marker of the next point
         box = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.3}
         ax.annotate(text, (x, y), xytext=(4, 2.2), textcoords="offset points", fontsize=5.5, color=BLACK, va="bottom", zorder=5, bbox=box)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -162,6 +163,15 @@ def test_for_model_takes_exactly_the_shapes_given() -> None:
     assert for_model([op], GPU).items[0].operator == op
     with pytest.raises(InputError, match="no shapes"):
         for_model([], GPU)
+
+
+def test_exact_shapes_come_first_at_every_visit() -> None:
+    base = base_plan(CPU, budget_s=60.0, seed=3)
+    both = replace(base.joined(for_model([(m, 48, 48) for m in range(1, 9)], CPU)), visits=3)
+    orders = [both.order(visit) for visit in range(3)]
+    assert all({item.purpose for item in order[:8]} == {EXACT} for order in orders)
+    assert all({item.operator.key for item in order} == {item.operator.key for item in both.items} for order in orders)
+    assert len({tuple(item.operator.key for item in part) for order in orders for part in (order[:8], order[8:])}) == 6
 
 
 def test_joined_plans_have_each_operator_once() -> None:

@@ -43,7 +43,7 @@ def command(
     one, unless --hardware names another. Writes RUN/decoder.jsonl, comparison.csv, comparison.md and comparison.png; the same command
     goes on where it was stopped.
     """
-    from calibration.compare import AS_EXECUTED, compare, fewer_layers
+    from calibration.compare import as_executed, compare, fewer_layers
     from calibration.comparison import rows_of, table
     from calibration.devices import open_device
     from calibration.runs import RECORDS, check_folder
@@ -64,7 +64,7 @@ def command(
         families=options.names("--family", family),
         sparsities=options.fractions("--sparsity", sparsity),
         setting=Setting(dtype=dtype),
-        options=AS_EXECUTED,
+        options=as_executed(device),
     )
     folder = check_folder(output)
     opened = open_device(device)

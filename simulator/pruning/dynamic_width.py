@@ -28,7 +28,8 @@ from simulator.pruning._common import (
 from simulator.pruning._tokens import query_share, split_fused_qkv, tokens_of
 from simulator.workload import DTYPE_BYTES, Array, Kernel, Kind, Part, Workload
 
-KERNELS = ("tiles", "gathered")
+KERNELS = ("tiles", "grouped", "looped")
+"""A kernel that skips tiles; rows gathered for one grouped GEMM; rows gathered for a GEMM a group."""
 
 ALIGN = 16
 """Width of a tensor instruction: the expected width of the groups in use is rounded up to it."""
@@ -41,10 +42,10 @@ def dynamic_width(w: Workload, choice: Choice, *, ideal: bool, channel_groups: i
     ``M (1-s) / u`` tokens on average: the row becomes that many tokens (rounded up) by ``u`` of the width (rounded up to 16), block-sparse,
     its density such that the FLOPs are those of the tiles. So a prefill loses rows and reads all weights, a decode at batch 1 keeps its
     row and reads ``1-s`` of them. Attention computes (decode: reads) a share ``1-s`` of its head groups.
-    Cost: a router a sublayer (KV groups, or ``channel_groups``, outputs) and the sorting of its mask. With ``kernel="gathered"``, as a
-    framework without a kernel that skips tiles has to, a token's hidden state is copied for each of its groups (``gather``), and its
-    groups' partial outputs are written and summed (``scatter``); a single token needs neither. Parameters are conserved.
-    Realised: expected share of (token, group) tiles skipped.
+    Cost: a router a sublayer (KV groups, or ``channel_groups``, outputs) and the sorting of its mask. Without a kernel that skips tiles
+    (``kernel``: "grouped" or "looped") a token's hidden state is copied for each of its groups (``gather``), and its groups' partial
+    outputs are written and summed (``scatter``); without a grouped GEMM either ("looped") every group in use is a thin GEMM of its own. A
+    single token needs none of this. Parameters are conserved. Realised: expected share of (token, group) tiles skipped.
     """
     groups = whole("channel_groups", channel_groups)
     one_of("kernel", kernel, KERNELS)
@@ -69,7 +70,9 @@ def dynamic_width(w: Workload, choice: Choice, *, ideal: bool, channel_groups: i
     )  # fmt: skip
     if ideal:
         return pruned, choice.asked
-    return _with_overheads(w, pruned, s, groups, kernel == "gathered"), choice.asked
+    if kernel == "looped":
+        pruned = _looped(w, pruned, outer, tiles & (tokens_of(w) > 1), s, groups)
+    return _with_overheads(w, pruned, s, groups, kernel != "tiles"), choice.asked
 
 
 def _tiles(w: Workload, outer: Array, inner: Array, s: F) -> tuple[Array, Array, Array, Array]:
@@ -84,6 +87,20 @@ def _tiles(w: Workload, outer: Array, inner: Array, s: F) -> tuple[Array, Array,
     exact = tokens * (1.0 - s) * width / np.maximum(m.astype(np.float64) * kept, 1.0)
     density = np.where(tiles, w.density * exact, w.density)
     return np.where(outer, kept, w.n), np.where(inner, kept, w.k), m, density
+
+
+def _looped(dense: Workload, pruned: Workload, outer: Array, tiles: Array, s: F, channel_groups: int) -> Workload:
+    """Tiled GEMMs of several tokens as one GEMM for each group in use, the FLOPs the same."""
+    tokens, width = tokens_of(dense).astype(np.float64), np.where(outer, dense.n, dense.k)
+    heads = covering(dense, attention_rows(dense), dense.kv_heads)
+    groups = np.minimum(np.where(dense.part == Part.ATTENTION, np.maximum(heads, 1), channel_groups), np.maximum(width, 1))
+    used = np.where(tiles, groups * -np.expm1(tokens * np.log(np.where(tiles, s, 0.5))), 1.0)
+    each = -(-width // groups)
+    exact = tokens * (1.0 - s) * width / np.maximum(pruned.m * each * used, 1.0)
+    return pruned.replace(
+        n=np.where(tiles & outer, each, pruned.n), k=np.where(tiles & ~outer, each, pruned.k),
+        density=np.where(tiles, dense.density * exact, pruned.density), count=pruned.count * used, params=pruned.params / used,
+    )  # fmt: skip
 
 
 def _with_overheads(dense: Workload, pruned: Workload, s: F, channel_groups: int, gathered: bool) -> Workload:
