@@ -292,7 +292,8 @@ def _extra(names: Sequence[str]) -> Callable[[_Task, HardwareProfile], FittedPar
 
 
 def _fit_attention(task: _Task, hw: HardwareProfile, options: _Options) -> FittedPart:
-    from calibration.fit_attention import columns_of, fit_attention
+    from calibration.attention_columns import columns_of
+    from calibration.fit_attention import fit_attention
     from calibration.protocol_attention import device_of
 
     phase = task.operator.removeprefix("attention_")

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.fit_attention import Columns, columns_of, fit_attention, groups_of, predict, usable, work_of
+from calibration.attention_columns import Columns, columns_of, usable, work_of
+from calibration.fit_attention import fit_attention, groups_of, predict
 from simulator.attention import REGIMES
 from simulator.attention_prefill import Device
 from simulator.attention_residual import Lattice

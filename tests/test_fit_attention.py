@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from calibration.fit_attention import Columns, core_of, fit_attention, predict, registry, residual_coordinates, usable, work_of
+from calibration.attention_columns import Columns, core_of, residual_coordinates, usable, work_of
+from calibration.fit_attention import fit_attention, predict, registry
 from calibration.fit_attention_lattice import Smoothing, fit_lattice
 from calibration.protocol_attention import device_of, score, speedup_errors
 from simulator.attention import REGIMES, decode_attention_time, prefill_attention_time
@@ -180,7 +181,7 @@ def test_residual_coordinates_are_those_of_prediction() -> None:
 ])  # fmt: skip
 def test_accuracy_on_unseen_heads_at_400_rows(phase: str, table: str, mape: float) -> None:
     pytest.importorskip("pyarrow")
-    from calibration.fit_attention import columns_of
+    from calibration.attention_columns import columns_of
     from calibration.measurements import load_measurements
 
     hw = load_hardware("a100_sxm_80gb" if table.startswith("a100") else "h100_sxm")
