@@ -5,9 +5,7 @@ Each reader knows one format: what its columns mean, their units, how times were
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from numpy.typing import NDArray
 from calibration.recordfile import read_arrow
 from calibration.records import COLUMNS, LAUNCHES, OPERATORS, SHAPE, Records, Source
 from calibration.screening import Screen
+from simulator import csv_table
 from simulator.errors import InputError, one_line, unknown
 from simulator.workload import DTYPES, ROLES
 
@@ -300,24 +299,9 @@ def draft_of_records(records: Records, notes: tuple[str, ...] = ()) -> Draft:
 
 
 def _csv_columns(content: bytes, path: Path) -> dict[str, Array]:
-    """The columns of a CSV as text."""
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is neither Parquet nor text in UTF-8 (byte {error.start})") from error
-    try:
-        rows = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row]
-    except csv.Error as error:
-        raise InputError(f"{path}: cannot be read as CSV: {error}") from error
-    if len(rows) < 2:
-        raise InputError(f"{path}: expected a header and rows, got {len(rows)} lines")
-    header = [name.strip() for name in rows[0]]
-    if len(set(header)) != len(header):
-        raise InputError(f"{path}:1: column {next(n for n in header if header.count(n) > 1)!r} appears twice")
-    for line, row in enumerate(rows, 1):
-        if len(row) != len(header):
-            raise InputError(f"{path}: row {line - 1} has {len(row)} fields, the header {len(header)}")
-    return {name: np.array([one_line(row[i].strip()) for row in rows[1:]], dtype=object) for i, name in enumerate(header)}
+    """The columns of a CSV as text; those without a name are left out."""
+    table = csv_table.read_csv(content, str(path))
+    return {name: np.array(table.column(name), dtype=object) for name in table.header if name}
 
 
 def _texts(column: Array) -> Array:

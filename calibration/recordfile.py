@@ -17,15 +17,13 @@ from numpy.typing import NDArray
 
 from calibration.records import COLUMNS, SCHEMA_VERSION, Records, Source
 from simulator.errors import InputError
-from simulator.readfile import MOST_TABLE_BYTES, read_bounded
+from simulator.parquet import load_pyarrow, parquet_columns, read_parquet
+from simulator.readfile import read_bounded
 from simulator.wholefile import write_whole
 
 Array = NDArray[Any]
 
 _KEY = b"prunesim.records"
-
-MOST_CELLS = 20_000_000
-"""Most values, rows times columns, of a table that is read: 160 MB as float64, a thousand times what ships."""
 
 
 def write_records(
@@ -43,7 +41,7 @@ def write_records(
     single : bool
         Times as float32 (relative rounding 6e-8, far below the noise of any clock) for tables that ship.
     """
-    pa, pq = _arrow()
+    pa, pq = load_pyarrow()
     constant: dict[str, Any] = {}
     arrays: dict[str, Any] = {}
     for name in COLUMNS:
@@ -70,19 +68,19 @@ def write_records(
 def read_records(path: str | Path | bytes, label: str = "table") -> Records:
     """A table written by :func:`write_records`, or its bytes, which ``label`` names; anything else is refused with an InputError."""
     label = label if isinstance(path, bytes) else str(path)
-    table = _table(path if isinstance(path, bytes) else read_bounded(path), label)
+    table = read_parquet(path if isinstance(path, bytes) else read_bounded(path), label)
     head = _head(table.schema.metadata, label)
     try:
         columns = {name: table.column(name).to_numpy() for name in table.column_names}
         columns |= {name: np.nan if value is None else value for name, value in head["constant"].items()}
         return Records.from_columns([Source.from_dict(s) for s in head["sources"]], size=table.num_rows, **columns)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, _arrow()[0].ArrowException) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, load_pyarrow()[0].ArrowException) as error:
         raise InputError(f"{label}: is a damaged table of records: {(str(error).splitlines() or ['?'])[0]}") from error
 
 
 def is_records(content: bytes) -> bool:
     """Whether a Parquet file was written by :func:`write_records`."""
-    pa, pq = _arrow()
+    pa, pq = load_pyarrow()
     try:
         return _KEY in (pq.read_schema(io.BytesIO(content)).metadata or {})
     except (pa.ArrowException, OSError, ValueError):
@@ -91,31 +89,7 @@ def is_records(content: bytes) -> bool:
 
 def read_arrow(content: bytes, label: str) -> dict[str, Array]:
     """The columns of any Parquet file as NumPy arrays: numbers as they are (missing ones NaN), everything else as objects."""
-    table = _table(content, label)
-    names = table.column_names
-    if len(set(names)) < len(names):
-        raise InputError(f"{label}: column {next(n for n in names if names.count(n) > 1)!r} appears twice")
-    try:
-        return {name: np.asarray(table.column(name).to_numpy()) for name in names}
-    except _arrow()[0].ArrowException as error:
-        raise InputError(f"{label}: has a column of a type that cannot be read: {error}") from None
-
-
-def _table(content: bytes, label: str) -> Any:
-    """A Parquet file as a pyarrow table; its size in memory is looked at before it takes any."""
-    pa, pq = _arrow()
-    try:
-        file = pq.ParquetFile(io.BytesIO(content))
-        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-        # some columns of a run of one value take a few bytes in the file, and all of them in memory
-        cells = file.metadata.num_rows * max(file.metadata.num_columns, 1)
-        if cells > MOST_CELLS or sum(g.total_byte_size for g in groups) > MOST_TABLE_BYTES:
-            raise InputError(f"{label}: holds {cells:.3g} values, more than {MOST_CELLS:.3g} or {MOST_TABLE_BYTES / 1e6:g} MB; split it")
-        return file.read()
-    except InputError:
-        raise
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"{label}: cannot be read as Parquet: {(str(error).splitlines() or ['damaged'])[0]}") from error
+    return parquet_columns(read_parquet(content, label), label)
 
 
 def _narrow(column: Array) -> type:
@@ -140,13 +114,3 @@ def _head(metadata: Mapping[bytes, bytes] | None, label: str) -> dict[str, Any]:
     if head.get("schema") != SCHEMA_VERSION:
         raise InputError(f"{label}: records of schema {head.get('schema')!r:.40}; this version reads schema {SCHEMA_VERSION}")
     return head
-
-
-def _arrow() -> tuple[Any, Any]:
-    """pyarrow, which only files need."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ModuleNotFoundError as error:
-        raise InputError("Parquet files need pyarrow; install it with: pip install 'prunesim[tables]'") from error
-    return pyarrow, pyarrow.parquet

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from calibration.records import COLUMNS, Flag, Records
 from simulator.errors import InputError
-from simulator.workload import DTYPE_BYTES, DTYPES, attention_pairs
+from simulator.pairs import attention_pairs
+from simulator.workload import DTYPE_BYTES, DTYPES
 
 Array = NDArray[Any]
 

@@ -312,9 +312,12 @@ def _log_sigma(pairs: Pairs, spent: F, error: F, paired: F, host: NDArray[np.boo
     part = spent / spent.sum(axis=1, keepdims=True)
     a, b = (own * part)[dense], common * part
     variance = np.maximum((a * a + b * b - 2.0 * correlation * a * b).sum(axis=1), 0.0) + ((own - common) * part).sum(axis=1) ** 2
-    z = level / 0.9 * 1.645  # HOST_SIGMA is one standard deviation; the operators' half widths are already at the level
+    z = NormalDist().inv_cdf(0.5 + 0.5 * level)  # HOST_SIGMA is one standard deviation; the operators' half widths are already at the level
     alone = 2.0 * (1.0 - HOST_CORRELATION) * (HOST_SIGMA * z) ** 2
     base_host = host[dense]
-    variance = np.where(host & base_host, alone, np.where(host | base_host, variance + alone + (HOST_SIGMA * z / 2) ** 2, variance))
+    if host.any() or base_host.any():
+        held = np.where(host & base_host, alone, np.where(host | base_host, variance + alone + (HOST_SIGMA * z / 2) ** 2, variance))
+        equal = (untouched & (pairs.groups.count == pairs.groups.count[dense])).all(axis=1)  # the same kernels launched as often
+        variance = np.where(equal, variance, held)
     out: F = np.sqrt(variance)
     return out

@@ -51,6 +51,8 @@ __all__ = [
 
 F = NDArray[np.floating[Any]]
 
+MOST_FEATURES = 2.0**31
+
 CHUNK = 4096
 """Shapes timed at once: few enough for the second-level cache, many enough to hide the cost of calls."""
 
@@ -232,6 +234,8 @@ def gemm_time(
     m, n, k = (np.ascontiguousarray(a).reshape(-1) for a in (m, n, k))
     if len(m) and not (m.min() >= 1.0 and n.min() >= 1.0 and k.min() >= 1.0):  # also refuses NaN
         raise InputError("m, n and k must be at least 1")
+    if len(m) and not (n.max() < MOST_FEATURES and k.max() < MOST_FEATURES):  # their alignment is looked at in 32 bits
+        raise InputError(f"n and k must be below 2**31, got {max(n.max(), k.max()):g}")
     used: Any = None if cold and copies is None else 1.0 if copies is None else copies
     if np.ndim(used):
         used = np.broadcast_to(np.asarray(used, dtype=np.float64), shape).reshape(-1)

@@ -7,14 +7,13 @@ A table that ``prunesim speedup --csv`` wrote has this form.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from simulator.csv_table import read_csv
 from simulator.errors import InputError, unknown
 from simulator.pruning import FAMILIES
 from simulator.readfile import read_bounded
@@ -61,27 +60,12 @@ def read_measured(path: str | Path) -> tuple[Measured, ...]:
     InputError
         One line, ``file:line: column: what is wrong``.
     """
-    try:
-        lines = list(csv.reader(io.StringIO(read_bounded(path).decode("utf-8-sig"), newline=""), strict=True))
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: cannot be read: is not UTF-8 text") from None
-    except csv.Error as error:
-        raise InputError(f"{path}: is not CSV: {error}") from None
-    header = [cell.strip() for cell in lines[0]] if lines else []
-    for column in REQUIRED:
-        if column not in header:
-            raise InputError(f"{path}:1: column {column} is missing; expected {', '.join(REQUIRED)}")
     out = []
-    for number, cells in enumerate(lines[1:], start=2):
-        if any(cell.strip() for cell in cells):
-            if len(cells) != len(header):
-                raise InputError(f"{path}:{number}: expected {len(header)} cells, as the header has, got {len(cells)}")
-            try:
-                out.append(_measured(dict(zip(header, (c.strip() for c in cells)))))
-            except InputError as error:
-                raise InputError(f"{path}:{number}: {error}") from None
-    if not out:
-        raise InputError(f"{path}: has a header but no rows")
+    for place, cells in read_csv(read_bounded(path), str(path), REQUIRED).records():
+        try:
+            out.append(_measured(cells))
+        except InputError as error:
+            raise InputError(f"{place}: {error}") from None
     return tuple(out)
 
 

@@ -8,8 +8,6 @@ cold), ``dtype`` and ``weight_dtype`` (names, or codes of :data:`simulator.workl
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.csv_table import read_csv
 from simulator.errors import InputError
 from simulator.gemm import gemm_time
+from simulator.parquet import parquet_columns, read_parquet
+from simulator.readfile import read_bounded
 from simulator.workload import DTYPES
 
 if TYPE_CHECKING:
@@ -98,16 +99,18 @@ def read_measured_gemms(path: str | Path, dtype: str = "bf16") -> MeasuredGemms:
         When the file cannot be read, a column is missing, a value is not a number above zero, or no row is of the format.
     """
     where = Path(path)
-    try:
-        content = where.read_bytes()
-    except OSError as error:
-        raise InputError(f"{where}: cannot be read: {error.strerror}") from error
-    columns = _parquet(content, str(where)) if content[:4] == b"PAR1" else _csv(content, str(where))
-    return from_columns(columns, where.name, dtype)
+    content, label = read_bounded(where), str(where)
+    columns: Mapping[str, Any]
+    if content[:4] == b"PAR1":
+        columns = parquet_columns(read_parquet(content, label), label, ("m", "n", "k", *TIMES, *OPTIONAL))
+    else:
+        table = read_csv(content, label)
+        columns = {name: table.column(name) for name in table.header}
+    return from_columns(columns, where.name, dtype, label)
 
 
-def from_columns(columns: Mapping[str, Any], source: str, dtype: str = "bf16") -> MeasuredGemms:
-    """Measured GEMMs from named columns; see the module.
+def from_columns(columns: Mapping[str, Any], source: str, dtype: str = "bf16", label: str = "") -> MeasuredGemms:
+    """Measured GEMMs from named columns; see the module. Messages begin with the label, which is the source if left out.
 
     Examples
     --------
@@ -115,19 +118,20 @@ def from_columns(columns: Mapping[str, Any], source: str, dtype: str = "bf16") -
     >>> len(table), round(1e6 * float(table.seconds[0]), 6)
     (1, 2.0)
     """
+    label = label or source
     time = next((name for name in TIMES if name in columns), None)
     missing = [name for name in ("m", "n", "k") if name not in columns] + ([] if time else ["seconds"])
     if missing:
-        raise InputError(f"{source}: column {missing[0]} is missing; expected m, n, k and one of {', '.join(TIMES)}")
+        raise InputError(f"{label}: column {missing[0]} is missing; expected m, n, k and one of {', '.join(TIMES)}")
     assert time is not None
     keep = np.ones(len(columns[time]), dtype=bool)
     for name in ("dtype", "weight_dtype"):
         if name in columns:
             keep &= _formats(columns[name]) == dtype
     if not keep.any():
-        raise InputError(f"{source}: no row of {dtype}")
-    values = {name: _numbers(columns[name], name, source)[keep] for name in ("m", "n", "k", time)}
-    extra = {name: _numbers(columns[name], name, source)[keep] for name in ("copies", "predicted_s") if name in columns}
+        raise InputError(f"{label}: no row of {dtype}")
+    values = {name: _numbers(columns[name], name, label)[keep] for name in ("m", "n", "k", time)}
+    extra = {name: _numbers(columns[name], name, label)[keep] for name in ("copies", "predicted_s") if name in columns}
     return MeasuredGemms(
         source, values["m"], values["n"], values["k"], values[time] * TIMES[time], extra.get("copies"), extra.get("predicted_s")
     )
@@ -140,39 +144,18 @@ def _formats(column: Sequence[Any]) -> NDArray[Any]:
         known = np.array([*DTYPES, "unknown"], dtype=object)
         out: NDArray[Any] = known[np.where((table >= 0) & (table < len(DTYPES)), table, len(DTYPES))]
         return out
-    return table.astype(object)
+    return np.array([str(value) for value in table.tolist()], dtype=object)
 
 
 def _numbers(column: Sequence[Any], name: str, source: str) -> F:
     try:
         out = np.asarray(column, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InputError(f"{source}: column {name}: expected numbers") from None
-    if not (np.isfinite(out).all() and (out > 0).all()):
-        bad = int(np.flatnonzero(~(np.isfinite(out) & (out > 0)))[0])
-        raise InputError(f"{source}: column {name}, row {bad + 1}: expected a number above zero, got {out[bad]:g}")
+    size = name in ("m", "n", "k", "copies")
+    low, high, right = (1.0, 2.0**31 - 1, "number from 1 to 2**31 - 1") if size else (1e-15, 1e9, "time above zero")
+    good = (out >= low) & (out <= high)  # not a number is not good
+    if not good.all():
+        bad = int(np.flatnonzero(~good)[0])
+        raise InputError(f"{source}: column {name}, row {bad + 1}: expected a {right}, got {out[bad]:g}")
     return out
-
-
-def _csv(content: bytes, label: str) -> dict[str, list[str]]:
-    try:
-        rows = list(csv.DictReader(io.StringIO(content.decode("utf-8-sig")), strict=True))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{label}: is neither Parquet nor CSV: {error}") from None
-    if not rows:
-        raise InputError(f"{label}: is empty; expected a header and rows")
-    return {name: [row[name] or "" for row in rows] for name in rows[0] if name}
-
-
-def _parquet(content: bytes, label: str) -> dict[str, NDArray[Any]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise InputError(f"{label}: reading Parquet needs pyarrow; install prunesim[tables] or give CSV") from None
-    try:
-        table = pyarrow.parquet.read_table(io.BytesIO(content))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{label}: is not a readable Parquet file: {error}") from None
-    wanted = [name for name in table.column_names if name in ("m", "n", "k", *TIMES, *OPTIONAL)]
-    return {name: table.column(name).to_numpy() for name in wanted}

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from simulator.csv_table import read_csv
 from simulator.errors import InputError, unknown
 from simulator.pruning import FAMILIES
 from simulator.readfile import read_bounded
@@ -230,15 +231,11 @@ def load_quality(name_or_path: str | Path) -> QualityTable:
     name = str(name_or_path)
     shipped = FOLDER / f"{name}.csv"
     path = shipped if shipped.is_file() and "/" not in name else Path(name_or_path)
-    if not path.is_file():
+    if not path.exists():
         if path.suffix:
             raise InputError(f"{path}: no such file; expected a quality table (CSV), or one of {', '.join(list_quality())}")
         raise unknown("quality table", name, list_quality())
-    try:
-        text = read_bounded(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 text (byte {error.start})") from None
-    return read_quality(text, str(path))
+    return read_quality(read_bounded(path), str(path))
 
 
 def shipped_quality(model: str) -> QualityTable:
@@ -252,36 +249,16 @@ def shipped_quality(model: str) -> QualityTable:
     return QualityTable(rows, "shipped quality tables").of_model(model)
 
 
-def read_quality(text: str, name: str = "quality table") -> QualityTable:
+def read_quality(text: bytes | str, name: str = "quality table") -> QualityTable:
     """A table from the text of a CSV file; see the module for its columns and :func:`load_quality` for its errors."""
-    try:
-        lines = list(csv.reader(io.StringIO(text), strict=True))
-    except csv.Error as error:
-        raise InputError(f"{name}: is not CSV: {error}") from None
-    if not lines or not any(cell.strip() for cell in lines[0]):
-        raise InputError(f"{name}: is empty; expected a header with the columns {', '.join(REQUIRED)}")
-    header = [cell.strip() for cell in lines[0]]
-    missing = [c for c in REQUIRED if c not in header]
-    if missing:
-        raise InputError(f"{name}:1: column {missing[0]} is missing; expected {', '.join(REQUIRED)}")
-    twice = next((c for c in header if c in COLUMNS and header.count(c) > 1), None)
-    if twice:
-        raise InputError(f"{name}:1: column {twice} occurs twice")
+    table = read_csv(text, name, REQUIRED)
     rows: list[QualityRow] = []
-    numbers: list[int] = []
-    for number, cells in enumerate(lines[1:], start=2):
-        if not any(cell.strip() for cell in cells):
-            continue
-        if len(cells) != len(header):
-            raise InputError(f"{name}:{number}: expected {len(header)} cells, as the header has, got {len(cells)}")
+    for place, cells in table.records():
         try:
-            rows.append(_row(dict(zip(header, (c.strip() for c in cells)))))
+            rows.append(_row(cells))
         except InputError as error:
-            raise InputError(f"{name}:{number}: {error}") from None
-        numbers.append(number)
-    if not rows:
-        raise InputError(f"{name}: has a header but no rows")
-    _check_together(rows, numbers, name)
+            raise InputError(f"{place}: {error}") from None
+    _check_together(rows, table.lines, name)
     return QualityTable(tuple(rows), name)
 
 

@@ -41,7 +41,8 @@ def read_bounded(path: str | Path, most_bytes: int = MOST_TABLE_BYTES) -> bytes:
             raise InputError(f"{path}: cannot be read: is a folder, expected a file")
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISFIFO(status.st_mode)):  # a pipe ends; /dev/zero does not
             raise InputError(f"{path}: cannot be read: is no regular file")
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_open) as file:
+            os.set_blocking(file.fileno(), True)
             raw = file.read(most_bytes + 1) if status.st_size <= most_bytes else b""
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
@@ -49,6 +50,13 @@ def read_bounded(path: str | Path, most_bytes: int = MOST_TABLE_BYTES) -> bytes:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: cannot be read: {error}") from None  # a NUL in the path
+    if not raw and stat.S_ISFIFO(status.st_mode):
+        raise InputError(f"{path}: cannot be read: is a pipe that nothing came through")
     if status.st_size > most_bytes or len(raw) > most_bytes:
         raise InputError(f"{path}: is larger than {most_bytes / 1e6:g} MB; expected a smaller file")
     return raw
+
+
+def _open(path: str, flags: int) -> int:
+    """Open without waiting for a writer: of a named pipe there may never be one."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

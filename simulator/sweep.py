@@ -26,10 +26,11 @@ import numpy as np
 from simulator._version import __version__
 from simulator.errors import InputError
 from simulator.hardware import load_hardware
+from simulator.parquet import load_pyarrow
 from simulator.sweep_filter import Filter, parse_filter
 from simulator.sweep_grid import Grid, grid_facts, read_grid
 from simulator.sweep_rows import COLUMNS, Columns, Partition, Text, empty_columns, partition_columns, partitions
-from simulator.sweep_store import NOTES_KEY, Store, check_room, load_pyarrow
+from simulator.sweep_store import NOTES_KEY, Store, check_room
 from simulator.transformer import load_model
 
 MOST_CONFIGURATIONS = 100_000_000

@@ -16,23 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simulator.errors import InputError
+from simulator.errors import InputError, one_line
+from simulator.parquet import load_pyarrow
 from simulator.wholefile import check_target, write_whole
 
 GROUP_ROWS = 131_072
 """Rows of a row group in the finished file."""
 
 DIGEST_KEY, NOTES_KEY = b"prunesim.grid", b"prunesim.notes"
-
-
-def load_pyarrow() -> tuple[Any, Any]:
-    """``pyarrow`` and ``pyarrow.parquet``, or an error that says how to get them."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise InputError('a Parquet table needs pyarrow, which is not installed: pip install "prunesim[tables]"') from None
-    return pyarrow, pyarrow.parquet
 
 
 @dataclass(frozen=True)
@@ -128,14 +119,12 @@ class Store:
                 writer: Any = None
                 waiting: list[Any] = []
                 for index in range(self.parts):
-                    try:
-                        table = parquet.read_table(self.part(index), use_threads=False)
-                        own = json.loads((table.schema.metadata or {}).get(NOTES_KEY, b"{}"))
-                    except (OSError, ValueError) as error:  # ValueError: also what pyarrow raises for a file that is none
-                        raise InputError(f"{self.part(index)}: is damaged ({error}); remove it and run the same command again") from None
+                    table, own = self._read(index)
                     for reason, at in own.items():
                         notes.setdefault(reason, []).extend(at)
                     table = table.replace_schema_metadata({DIGEST_KEY: self.digest.encode()})
+                    if writer is not None and table.schema != writer.schema:
+                        raise self._damaged(index, "its columns are not those of the parts before it")
                     if writer is None:
                         writer = stack.enter_context(parquet.ParquetWriter(name, table.schema, compression="zstd", compression_level=1))
                     rows += table.num_rows
@@ -152,6 +141,22 @@ class Store:
             raise
         self.clear()
         return rows, notes
+
+    def _read(self, index: int) -> tuple[Any, dict[str, list[float]]]:
+        """A part's table, and the settings it left out, by reason."""
+        pyarrow, parquet = load_pyarrow()
+        try:
+            table = parquet.read_table(self.part(index), use_threads=False)
+            notes = json.loads((table.schema.metadata or {}).get(NOTES_KEY, b"{}"))
+        except (OSError, ValueError, RecursionError, pyarrow.ArrowException) as error:
+            raise self._damaged(index, str(error)) from None
+        found = list(notes.values()) if isinstance(notes, dict) else [0]
+        if not all(isinstance(at, list) and all(isinstance(x, (int, float)) and 0 <= x <= 1 for x in at) for at in found):
+            raise self._damaged(index, "its notes are none")
+        return table, notes
+
+    def _damaged(self, index: int, why: str) -> InputError:
+        return InputError(f"{self.part(index)}: is damaged ({one_line(why, 300)}); remove it and run the same command again")
 
     def clear(self) -> None:
         """Remove the parts, but nothing else that may lie there."""

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.pairs import attention_pairs
+
 Array = NDArray[Any]
 
 
@@ -321,7 +323,7 @@ class Workload:
             # 2:4 keeps a 2-bit index a kept value; scattered zeros need at least one bit a position
             index = np.where(self.kernel == Kernel.SPARSE24, 0.25 * self.density, np.where(self.kernel == Kernel.UNSTRUCTURED, 0.125, 0.0))
             whole = (self.kernel == Kernel.DENSE) | (self.kernel == Kernel.BLOCK_SPARSE)
-            stored = np.where(whole, stored, self.density * stored + index)
+            stored = np.where(whole, stored, np.minimum(stored, self.density * stored + index))  # few zeros are not worth an index
         out: Array = np.where(self.kind == _GEMM, self.n.astype(np.float64) * self.k * stored, 0.0)
         return out
 
@@ -380,23 +382,3 @@ class Workload:
 
 
 assert [f.name for f in fields(Workload)][:-1] == list(SCHEMA)  # one list of columns, two places that must agree
-
-
-def attention_pairs(q_len: Array, kv_len: Array, window: Array) -> Array:
-    """Query-key pairs under a causal mask, for one sequence and head.
-
-    Query i of q_len (from 0) sits at position p = kv_len - q_len + i and sees min(p + 1, window) keys (window 0: no limit).
-
-    >>> int(attention_pairs(np.array(4), np.array(4), np.array(0)))
-    10
-    >>> int(attention_pairs(np.array(4), np.array(4), np.array(2)))
-    7
-    """
-    q, kv, w = (np.asarray(x, dtype=np.float64) for x in (q_len, kv_len, window))
-    first, last = kv - q + 1, kv  # keys seen by the first and the last query
-    full: Array = q * (first + last) / 2
-    if not np.count_nonzero(w):
-        return full
-    capped = np.clip(last - np.maximum(w, first - 1), 0, q)  # queries whose window is shorter than what lies before them
-    seen = full - capped * (last - w) + capped * (capped - 1) / 2  # sum of (position + 1 - w) over the capped queries
-    return np.where(w > 0, seen, full)

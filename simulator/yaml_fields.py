@@ -41,7 +41,7 @@ class Fields:
 
     def any_mapping(self, node: Node, key: str) -> dict[str, tuple[Node, Node]] | None:
         if node.kind != "mapping":
-            self.problems.add(node, key, f"expected a mapping of key: value, got {shown(node)}")
+            self.problems.add(node, key or "file", f"expected a mapping of key: value, got {shown(node)}")
             return None
         return node.entries
 

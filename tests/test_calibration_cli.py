@@ -99,7 +99,7 @@ BAD_TABLES = {
     "too fast": ("m,n,k,dtype,latency_us\n8192,8192,8192,bf16,1\n", "faster than the arithmetic peak"),
     "mixed formats": ("m,n,k,dtype,latency_us\n8,64,64,bf16,9\n8,64,64,fp8,9\n", "mixes number formats"),
     "no time": ("m,n,k\n8,64,64\n", "expected one column of times"),
-    "empty": ("", "expected a header and rows"),
+    "empty": ("", "expected a header, and rows"),
 }
 
 

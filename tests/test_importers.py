@@ -103,13 +103,13 @@ def test_a_table_with_nothing_usable_says_why(path: Path) -> None:
         ("m,n,k,latency_us,latency_ms\n1,2,3,4,5\n", None, "expected one column of times.*found latency_ms, latency_us|found"),
         ("m,n,k,latency_us\n1,2,3,4\n", {"m": "M"}, "column 'M' is unknown; did you mean m"),
         ("m,n,k,latency_us\n1,2,3,4\n", {"q": "m"}, "column map: column 'q' is unknown"),
-        ("m,n,k,latency_us\n", None, "expected a header and rows"),
-        ("", None, "expected a header and rows, got 0 lines"),
-        ("m,n,k,latency_us\n1,2,3\n", None, "row 1 has 3 fields, the header 4"),
+        ("m,n,k,latency_us\n", None, "has a header but no rows"),
+        ("", None, "is empty; expected a header, and rows"),
+        ("m,n,k,latency_us\n1,2,3\n", None, ":2: expected 4 cells, as the header has, got 3"),
         ("m,m,k,latency_us\n1,2,3,4\n", None, "column 'm' appears twice"),
         ("batch,q_len,kv_len,heads,latency_us\n1,2,3,4,5\n", None, "attention needs the columns kv_heads, head_dim"),
         ("m,n,k,dtype,latency_us\n1,2,3,fp5,4\n", None, "dtype 'fp5' is unknown"),
-        ('m,n,k,latency_us\n"1,2,3,4\n', None, "cannot be read as CSV"),
+        ('m,n,k,latency_us\n"1,2,3,4\n', None, ":2: is not CSV"),
     ],
 )
 def test_files_that_cannot_be_understood_are_refused(path: Path, text: str, columns: Mapping[str, str] | None, reason: str) -> None:
@@ -122,7 +122,7 @@ def test_files_that_cannot_be_understood_are_refused(path: Path, text: str, colu
 def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
     binary = tmp_path / "x.csv"
     binary.write_bytes(b"\x93NUMPY\xff\xfe")
-    with pytest.raises(InputError, match="neither Parquet nor text"):
+    with pytest.raises(InputError, match=r"is not CSV: not UTF-8 text \(byte 0\)"):
         import_table(binary)
     broken = tmp_path / "x.parquet"
     broken.write_bytes(b"PAR1 and then nothing")

@@ -227,7 +227,7 @@ def test_file_folder_path_and_dictionary_agree(tmp_path: Path) -> None:
         (b"[1, 2]", "expected a JSON object"),
         (b'"text"', "expected a JSON object"),
         (b"{}", "model_type: missing"),
-        (b" " * (MAX_FILE_BYTES + 1), "expected a config.json of at most"),
+        (b" " * (MAX_FILE_BYTES + 1), "is larger than 1 MB"),
     ],
 )
 def test_bad_files(tmp_path: Path, content: bytes, reason: str) -> None:

@@ -152,7 +152,8 @@ def test_measured_speedups_are_used_where_they_fit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("", "column family is missing"),
+        ("", "with the columns family, sparsity, speedup"),
+        ("speedup\n", "column family is missing"),
         ("family,sparsity\n", "column speedup is missing"),
         ("family,sparsity,speedup\n", "no rows"),
         ("family,sparsity,speedup\ndepht,0.1,1\n", ":2: family"),

@@ -325,9 +325,10 @@ def test_run_resumes_and_gives_the_same_table(decoder: Decoder, tmp_path: Path, 
 
 def test_points_of_another_run_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.partial.jsonl"
-    Results(path, {"model": "a", "length": 1}).add("dense", 0.0, 0.0, [1.0])
-    again = Results(path, {"model": "a", "length": 1})
-    assert again.losses("dense", 0.0) == [1.0]
+    with Results(path, {"model": "a", "length": 1}) as first:
+        first.add("dense", 0.0, 0.0, [1.0])
+    with Results(path, {"model": "a", "length": 1}) as again:
+        assert again.losses("dense", 0.0) == [1.0]
     with pytest.raises(InputError, match="another length"):
         Results(path, {"model": "a", "length": 2})
 

@@ -18,7 +18,8 @@ from calibration import store as store_module
 from calibration.jsonl import decode_line, encode_line
 from calibration.recorded import load_records, records_of, shape_of, untimed
 from calibration.records import OPERATORS, Flag, Records, Source
-from calibration.store import Header, Store, merge, parse, read_store
+from calibration.store import Header, Store, parse, read_store
+from calibration.store_merge import merge
 from simulator.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.workload import DTYPES, ROLES, SCHEMA, Kernel, Kind, Workload, attention_pairs, dtype_code, role_code
+from simulator.pairs import attention_pairs
+from simulator.workload import DTYPES, ROLES, SCHEMA, Kernel, Kind, Workload, dtype_code, role_code
 
 
 def _pairs(q: int, kv: int, window: int) -> int:

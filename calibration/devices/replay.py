@@ -19,6 +19,7 @@ import numpy as np
 from calibration.devices.protocol import OPERATORS, Description, DeviceLost, Operator, OutOfMemory, Unsupported
 from calibration.telemetry import UNKNOWN, Snapshot
 from simulator.errors import InputError
+from simulator.readfile import read_bounded
 
 
 @dataclass(frozen=True)
@@ -141,14 +142,14 @@ class ReplayDevice:
     def from_file(cls, path: str | Path, **options: Any) -> ReplayDevice:
         """The same from a file of one JSON record a line; lines that are no measurement of an operator are passed over."""
         try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
+            lines = read_bounded(path).decode("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"device replay:{path}: {error}") from None
         records = []
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}:{number}: not a JSON record: {error}") from None
             if isinstance(record, dict):
                 records.append(record)

@@ -98,7 +98,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _fail(message: str, status: int) -> int:
     """Print one line to standard error."""
-    print("prunesim:", one_line(" ".join(message.split())), file=sys.stderr)
+    print(one_line(f"prunesim: {' '.join(message.split())}"), file=sys.stderr)
     return status
 
 

@@ -343,7 +343,7 @@ def _metadata(metadata: dict[bytes, bytes], rng: random.Random) -> dict[bytes, b
     key = rng.choice(list(out))
     try:
         out[key] = json_text(json.loads(out[key]), rng)
-    except ValueError:
+    except (ValueError, RecursionError):
         out[key] = edit_bytes(out[key], rng)
     return out
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import near_lines as lines
+import near_page as page
 import near_tables as tables
 import numpy as np
 from mutate import csv_text, edit_bytes, json_text, npz_bytes, yaml_text
@@ -266,6 +267,10 @@ TARGETS: tuple[Target, ...] = (
         ((*_PARETO, "--quality", "{}"),),
     ),
     Target("speedups", "speedups.csv", lambda rng: csv_text(tables.SPEEDUPS, rng), tables.read_speedups, ((*_PARETO, "--measured", "{}"),)),
+    Target("gemms", "gemms.csv", tables.make_gemms, tables.read_gemms),
+    Target("part", "part.parquet", tables.make_part, tables.read_part, names_file=False),
+    Target("address", "address.txt", page.make_query, page.read_address, names_file=False),
+    Target("dropped", "dropped.txt", lambda rng: page.make_dropped(rng, _configs()), page.read_dropped, names_file=False),
     Target("manifest", "manifest.json", tables.make_manifest, tables.read_manifest, names_file=False),
     Target("where", "where.txt", lines.make_where, lines.read_where, names_file=False),
 )

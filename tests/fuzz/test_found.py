@@ -16,17 +16,21 @@ from near_tables import crc_line
 from targets import good_arrays, profile_with, times
 
 import simulator
+from calibration.cli import run
 from calibration.importers import import_table
 from calibration.quality_results import Results
 from calibration.recorded import content_records
 from calibration.records import Records, Source
-from calibration.store import Header, merge, read_store
+from calibration.store import Header, read_store
+from calibration.store_merge import merge
 from simulator.errors import InputError
 from simulator.hardware import load_hardware, save_hardware
 from simulator.measured_speedups import read_measured
+from simulator.paper_measured import read_measured_gemms
 from simulator.profile_arrays import pack_arrays
 from simulator.profile_checks import MOST_LOG, check_arrays
 from simulator.quality_table import load_quality
+from simulator.sweep_store import NOTES_KEY, Store
 
 HEADER = Header("A100", {"torch": "2.9"}, "bf16", "r", "2026-01-01", {})
 GEMM = {"kind": "gemm", "m": 8, "n": 64, "k": 64, "dtype": "bf16"}
@@ -50,6 +54,11 @@ def test_a_message_is_one_printable_line_whatever_it_quotes() -> None:
     assert message.isprintable()
     assert message.startswith("file: got a b\\x1b[31m\\u202e")
     assert len(message) <= 4000
+
+
+def test_a_command_that_nobody_has_is_named_in_one_short_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["9" * 9000]) == 2
+    assert len(capsys.readouterr().err.rstrip("\n")) <= 4000
 
 
 @pytest.mark.parametrize("name", ["a\nb", "\x1b[31mred", "\ud800", "x" * 3000, "..", "org/..", "a\u202eb", "\u00a0"])
@@ -92,7 +101,7 @@ def test_a_loss_without_bounds(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cell", ['"' + "x" * 200_000 + '"', '"open'])
 def test_speedups_that_are_no_csv(cell: str, tmp_path: Path) -> None:
     (tmp_path / "s.csv").write_text(f"family,sparsity,speedup\ndepth,0.1,{cell}\n")
-    refused("s.csv: is not CSV", read_measured, tmp_path / "s.csv")
+    refused("s.csv:2: is not CSV", read_measured, tmp_path / "s.csv")
 
 
 def test_measured_tables_without_a_column(tmp_path: Path) -> None:
@@ -149,6 +158,41 @@ def test_columns_of_odd_types(name: str, odd: list[Any], tmp_path: Path) -> None
 
 def test_a_column_that_appears_twice(tmp_path: Path) -> None:
     refused("column 'm' appears twice", import_table, write_parquet(tmp_path / "t.parquet", ["m", "m"], [[1], [1]]))
+
+
+def test_columns_without_a_name_that_appear_twice(tmp_path: Path) -> None:
+    refused("column '' appears twice", import_table, write_parquet(tmp_path / "t.parquet", ["", ""], [[1], [1]]))
+    refused("column 'm' appears twice", import_table, write_parquet(tmp_path / "u.parquet", ["m", "m"], [[1], [[1]]]))
+
+
+@pytest.mark.parametrize(("row", "says"), [
+    ("0.5,64,64,1e-5", "column m, row 1: expected a number from 1"), ("8,1e12,64,1e-5", "column n, row 1"),
+    ("8,64,nan,1e-5", "column k, row 1"), ("8,64,64,1e300", "column seconds, row 1: expected a time"),
+])  # fmt: skip
+def test_measured_gemms_that_no_prediction_fits(row: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "g.csv").write_text(f"m,n,k,seconds\n{row}\n")
+    refused(f"g.csv: {says}", read_measured_gemms, tmp_path / "g.csv")
+
+
+def test_measured_gemms_with_formats_that_are_no_text(tmp_path: Path) -> None:
+    columns: list[Any] = [[1, 2], [64, 64], [64, 64], [1e-5, 1e-5], [b"\xff", None]]
+    path = write_parquet(tmp_path / "g.parquet", ["m", "n", "k", "seconds", "dtype"], columns)
+    refused("g.parquet: no row of bf16", read_measured_gemms, path)
+
+
+@pytest.mark.parametrize(("columns", "notes"), [
+    ({"family": ["depth"], "x": [1.0]}, "{}"), ({"family": ["depth"], "speedup": ["1"]}, "{}"), (None, "[]"), (None, '{"a": 1}'),
+    (None, '{"a": ["x"]}'), (None, f'{{"a": [{10**400}]}}'), (None, "[" * 100_000), (None, "\xff"),
+])  # fmt: skip
+def test_parts_of_a_sweep_that_are_damaged(columns: dict[str, Any] | None, notes: str, tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    store, good = Store(tmp_path / "s.parquet", "d", 2), {"family": ["depth"], "speedup": [1.5]}
+    store.folder.mkdir()
+    for index, found in enumerate((good, columns or good)):
+        said = {NOTES_KEY: notes.encode("latin-1") if index else b"{}"}
+        pq.write_table(pa.table(found).replace_schema_metadata(said), store.part(index))
+    refused("part-000001.parquet: is damaged", store.assemble)
+    assert {p.name for p in tmp_path.iterdir()} == {"s.parquet.parts"}
 
 
 # -- records of a run -------------------------------------------------------------------------------------------------------------

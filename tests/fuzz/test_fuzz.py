@@ -1,8 +1,10 @@
 """Inputs by the thousand, each near a good one: refused in one printable line or used without harm, never a traceback, a hang, or a touch
 of anything outside the folder they lie in.
 
-The inner loop tries 300 inputs a format; ``-m slow`` tries 20,000 and prints how many a second. An input is named by its format, seed and
-number: ``make(random.Random("config 1 57"))`` makes it again.
+The inner loop tries 300 inputs a format, ``-m slow`` 2,000 others;
+``PRUNESIM_FUZZ=20000 python -m pytest tests/fuzz -m slow -s -k by_the_thousand``
+takes some minutes and prints how many a second. An input is named by its format, seed and number: ``make(random.Random("config 1 57"))``
+makes it again.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from targets import TARGETS, Target
 
 from calibration.cli import run
 
+MANY = int(os.environ.get("PRUNESIM_FUZZ", "2000"))
 PLACE = re.compile(r".*?:\d+:\d+: ")
 
 
@@ -40,6 +43,7 @@ def attack(target: Target, folder: Path, seed: int, count: int) -> int:
     path, read = folder / target.file, 0
     with Guard(folder) as guard:
         for number in range(count):
+            path.unlink(missing_ok=True)  # some file systems write a file that is cut and written again to the disk at once
             path.write_bytes(target.make(random.Random(f"{target.name} {seed} {number}")))
             try:
                 message, _ = refusal(lambda: target.read(path), target.file if target.names_file else "")
@@ -59,12 +63,12 @@ def test_inputs_near_good_ones(target: Target, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.name)
-def test_20_000_inputs_near_good_ones(target: Target, tmp_path: Path) -> None:
+def test_inputs_near_good_ones_by_the_thousand(target: Target, tmp_path: Path) -> None:
     began = time.monotonic()
-    read = attack(target, tmp_path, 1, 20_000)
+    read = attack(target, tmp_path, 1, MANY)
     took = time.monotonic() - began
-    print(f"\n{target.name}: 20000 inputs, {read} read, {20_000 / took:.0f}/s, {took:.1f} s")
-    assert read >= 200
+    print(f"\n{target.name}: {MANY} inputs, {read} read, {MANY / took:.0f}/s, {took:.1f} s")
+    assert read >= MANY // 100
 
 
 def ended(words: list[str]) -> tuple[int, str]:
