@@ -263,16 +263,26 @@ def test_rounding_is_idempotent() -> None:
     assert all(np.array_equal(again.arrays[name], section.arrays[name]) for name in section.arrays)
 
 
+RIDGE = ("e_tc", "exp_per_s")
+"""Constants of prefill attention whose logarithms correlate by +1.00 (docs/constants.md): where on their ridge a fit ends depends on the
+rounding of a machine's linear algebra (0.7 % between two processors), and no time does."""
+
+
 @pytest.mark.slow
 def test_the_shipped_profile_is_what_its_tables_give() -> None:
     from calibration.shipped import built
+    from simulator.attention import prefill_attention_time
 
-    made = built("a100_sxm_80gb").profile
-    for key, section in load_hardware("a100_sxm_80gb").sections.items():
+    made, shipped = built("a100_sxm_80gb").profile, load_hardware("a100_sxm_80gb")
+    for key, section in shipped.sections.items():
         fresh = made.sections[key]
         assert fresh.provenance == section.provenance
         for name, constant in section.constants.items():
-            assert fresh[name] == pytest.approx(constant.value, rel=1e-3), (key, name)
+            tolerance = 2e-2 if key[0] == "attention_prefill" and name in RIDGE else 1e-3
+            assert fresh[name] == pytest.approx(constant.value, rel=tolerance), (key, name)
+    batch, seq, heads, groups = (a.ravel() for a in np.meshgrid([1, 4, 32], [64, 500, 2048, 16384], [8, 32, 64], [1, 4, 8], indexing="ij"))
+    times = [prefill_attention_time(batch, seq, seq, heads, groups, 128, hw).seconds for hw in (made, shipped)]
+    np.testing.assert_allclose(*times, rtol=1e-3)
 
 
 # -- reports --------------------------------------------------------------------------------------------------------------------
