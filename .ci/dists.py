@@ -55,7 +55,10 @@ def faults(tree: Path, sdist: Path, wheel: Path, wheel_of_tree: Path) -> list[st
     ]
     with zipfile.ZipFile(wheel) as opened:
         version = HeaderParser().parsestr(opened.read(f"{info}METADATA").decode("utf-8"))["Version"]
-    if not (sdist.name == f"prunesim-{version}.tar.gz" and wheel.name == wheel_of_tree.name == f"prunesim-{version}-py3-none-any.whl"):
+    if not (
+        sdist.name == f"prunesim-{version}.tar.gz"
+        and wheel.name == wheel_of_tree.name == f"prunesim-{version}-py3-none-any.whl"
+    ):
         found.append(f"{sdist.name}, {wheel.name}, {wheel_of_tree.name}: expected names with version {version}")
     return found
 

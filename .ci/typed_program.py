@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import simulator
-from calibration.records import Records
+from calibration.records.records import Records
 from simulator.errors import InputError
 
 
@@ -32,6 +32,10 @@ def mistake() -> None:
 
 if __name__ == "__main__":
     try:
-        print(gains("h100", ["depth", "width"]), times(np.arange(1, 4), simulator.load_hardware(Path("h100.yaml"))), Records.__name__)
+        print(
+            gains("h100", ["depth", "width"]),
+            times(np.arange(1, 4), simulator.load_hardware(Path("h100.yaml"))),
+            Records.__name__,
+        )
     except InputError as error:
         print(error)

@@ -19,7 +19,9 @@ def main(names: list[str]) -> int:
         if any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells):
             print(f"{path.name}: has outputs; strip them before committing")
             return 1
-        NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+        NotebookClient(
+            notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+        ).execute()
         print(f"{path.name}: ran {len(notebook.cells)} cells")
     return 0
 

@@ -12,52 +12,75 @@ True
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from simulator._version import __version__
 
 if TYPE_CHECKING:
     from simulator.errors import InputError
-    from simulator.execution import cost
-    from simulator.gemm import gemm_time
-    from simulator.hardware import HardwareProfile, list_hardware, load_hardware, save_hardware
-    from simulator.memory import memory
+    from simulator.hardware.library import load_hardware, save_hardware
+    from simulator.hardware.names import list_hardware
+    from simulator.hardware.profile import HardwareProfile
+    from simulator.kernels.gemm import gemm_time
+    from simulator.kernels.memory import memory
+    from simulator.kernels.stream import cost
+    from simulator.models.config import ModelConfig
+    from simulator.models.library import list_models, load_model
+    from simulator.models.lower import lower
+    from simulator.predict.speedup import Speedup, Step, speedup, speedups, waterfall
+    from simulator.predict.table import table
     from simulator.pruning import FAMILIES, prune
-    from simulator.speedup import Speedup, Step, speedup, speedups, waterfall
-    from simulator.transformer import ModelConfig, list_models, load_model, lower
     from simulator.workload import Workload
 
 # name -> module; imported on first use, so that ``import simulator`` stays fast
 _HOME = {
     "InputError": "errors",
-    "cost": "execution",
-    "gemm_time": "gemm",
-    "HardwareProfile": "hardware",
-    "list_hardware": "hardware",
-    "load_hardware": "hardware",
-    "save_hardware": "hardware",
-    "memory": "memory",
+    "cost": "kernels.stream",
+    "gemm_time": "kernels.gemm",
+    "HardwareProfile": "hardware.profile",
+    "list_hardware": "hardware.names",
+    "load_hardware": "hardware.library",
+    "save_hardware": "hardware.library",
+    "memory": "kernels.memory",
     "FAMILIES": "pruning",
     "prune": "pruning",
-    "Speedup": "speedup",
-    "Step": "speedup",
-    "speedup": "speedup",
-    "speedups": "speedup",
-    "waterfall": "speedup",
-    "ModelConfig": "transformer",
-    "list_models": "transformer",
-    "load_model": "transformer",
-    "lower": "transformer",
+    "Speedup": "predict.speedup",
+    "Step": "predict.speedup",
+    "speedup": "predict.speedup",
+    "speedups": "predict.speedup",
+    "table": "predict.table",
+    "waterfall": "predict.speedup",
+    "ModelConfig": "models.config",
+    "list_models": "models.library",
+    "load_model": "models.library",
+    "lower": "models.lower",
     "Workload": "workload",
 }
 
 __all__ = [
-    "FAMILIES", "HardwareProfile", "InputError", "ModelConfig", "Speedup", "Step", "Workload", "__version__", "cost", "gemm_time",
-    "list_hardware", "list_models", "load_hardware", "load_model", "lower", "memory", "prune", "save_hardware", "speedup", "speedups",
+    "FAMILIES",
+    "HardwareProfile",
+    "InputError",
+    "ModelConfig",
+    "Speedup",
+    "Step",
+    "Workload",
+    "__version__",
+    "cost",
+    "gemm_time",
+    "list_hardware",
+    "list_models",
+    "load_hardware",
+    "load_model",
+    "lower",
+    "memory",
+    "prune",
+    "save_hardware",
+    "speedup",
+    "speedups",
+    "table",
     "waterfall",
-]  # fmt: skip
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -70,14 +93,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-class _Package(ModuleType):
-    """Keeps ``simulator.speedup`` and ``simulator.memory`` the functions, although modules of the same name are imported beneath them."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

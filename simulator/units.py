@@ -9,9 +9,10 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from decimal import Context, Decimal
 from types import MappingProxyType
+from typing import Any
 
 from simulator.errors import InputError
 
@@ -48,7 +49,14 @@ EXAMPLES: Mapping[str, str] = MappingProxyType(
 )
 """SI unit -> a text that would be right, for messages."""
 
-_MEANING = {"B": "an amount of bytes", "B/s": "a bandwidth", "FLOP/s": "a compute rate", "Hz": "a frequency", "W": "a power", "s": "a time"}
+_MEANING = {
+    "B": "an amount of bytes",
+    "B/s": "a bandwidth",
+    "FLOP/s": "a compute rate",
+    "Hz": "a frequency",
+    "W": "a power",
+    "s": "a time",
+}
 _ALL: dict[str, str] = {name: unit for unit, names in UNITS.items() for name in names}
 _HINTS = {"b": "B for bytes (b would be bits)", "FLOPS": "FLOP/s", "FLOPs": "FLOP/s", "OPS": "FLOP/s", "OP/s": "FLOP/s"}
 
@@ -132,10 +140,14 @@ def format_quantity(value: float, unit: str, digits: int | None = None) -> str:
     if digits is None and unit == "B" and value.is_integer():
         for symbol, power in reversed(_BINARY.items()):
             whole, rest = divmod(int(value), 1024**power)
-            if power > 1 and whole and not rest and abs(whole) < 1_000_000:  # caches and memories are whole MiB; their decimal text is long
+            if (
+                power > 1 and whole and not rest and abs(whole) < 1_000_000
+            ):  # caches and memories are whole MiB; their decimal text is long
                 return f"{whole} {symbol}{unit}"
     decimal = {
-        name: scale for name, scale in UNITS[unit].items() if scale.adjusted() % 3 == 0 and scale == Decimal(1).scaleb(scale.adjusted())
+        name: scale
+        for name, scale in UNITS[unit].items()
+        if scale.adjusted() % 3 == 0 and scale == Decimal(1).scaleb(scale.adjusted())
     }
     fitting = [name for name, scale in decimal.items() if size >= scale]
     best = max(fitting, key=lambda name: decimal[name]) if fitting else min(decimal, key=lambda name: decimal[name])
@@ -166,4 +178,70 @@ def _unit_problem(symbol: str, unit: str) -> str:
             return f"unit {shown} is unknown; write {right}"
     lowered = {name.lower(): name for name in UNITS[unit]}
     close = difflib.get_close_matches(symbol[:20].lower(), lowered, n=1, cutoff=0.3)
-    return f"unit {shown} is unknown; " + (f"did you mean {lowered[close[0]]}?" if close else f"use one of {', '.join(UNITS[unit])}")
+    return f"unit {shown} is unknown; " + (
+        f"did you mean {lowered[close[0]]}?" if close else f"use one of {', '.join(UNITS[unit])}"
+    )
+
+
+def seconds(value: float) -> str:
+    """A time for people, three significant digits.
+
+    >>> seconds(0.0123456), seconds(3e-6), seconds(41.2)
+    ('12.3 ms', '3.00 us', '41.2 s')
+    """
+    return _prefixed(value, (("s", 1.0), ("ms", 1e-3), ("us", 1e-6), ("ns", 1e-9)))
+
+
+def size(value: float) -> str:
+    """An amount of memory for people, binary prefixes as memory is built.
+
+    >>> size(80 * 2**30), size(50 * 2**20), size(16.06e9)
+    ('80.0 GiB', '50.0 MiB', '15.0 GiB')
+    """
+    return _prefixed(value, (("TiB", 2.0**40), ("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10), ("B", 1.0)))
+
+
+def rate(value: float, unit: str) -> str:
+    """Something a second for people, decimal prefixes.
+
+    >>> rate(3.35e12, "B/s"), rate(989.4e12, "FLOP/s")
+    ('3.35 TB/s', '989 TFLOP/s')
+    """
+    return _prefixed(value, (("P" + unit, 1e15), ("T" + unit, 1e12), ("G" + unit, 1e9), ("M" + unit, 1e6), (unit, 1.0)))
+
+
+def ratio(value: float) -> str:
+    """A speedup or bound.
+
+    >>> ratio(1.234), ratio(12.34), ratio(float("inf"))
+    ('1.23', '12.3', 'inf')
+    """
+    return f"{value:.2f}" if value < 10 or not math.isfinite(value) else f"{value:.3g}"
+
+
+def percent(value: float) -> str:
+    """A fraction in percent, at most one decimal.
+
+    >>> percent(0.25), percent(0.1234)
+    ('25 %', '12.3 %')
+    """
+    text = f"{100 * value:.1f}"
+    return f"{text.removesuffix('.0')} %"
+
+
+def _prefixed(value: float, units: Sequence[tuple[str, float]]) -> str:
+    if not math.isfinite(value):
+        return str(value)
+    name, scale = next(((n, s) for n, s in units if abs(value) >= 0.9995 * s), units[-1])
+    scaled = value / scale
+    digits = 0 if abs(scaled) >= 99.95 else 1 if abs(scaled) >= 9.995 else 2
+    return f"{scaled:.{digits}f} {name}"
+
+
+def finite(value: Any) -> Any:
+    """A value for JSON: numbers that are not finite become null.
+
+    >>> finite(float("nan")) is None, finite(1.5), finite("x")
+    (True, 1.5, 'x')
+    """
+    return None if isinstance(value, float) and not math.isfinite(value) else value

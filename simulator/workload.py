@@ -17,8 +17,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.pairs import attention_pairs
-
 Array = NDArray[Any]
 
 
@@ -61,6 +59,11 @@ class Phase(IntEnum):
     DECODE = 1
 
 
+PHASES: tuple[str, ...] = ("prefill", "decode", "generate")
+"""Names of what can be lowered."""
+
+RUNTIMES: tuple[str, ...] = ("cuda_graph", "eager")
+
 DTYPES: tuple[str, ...] = ("fp32", "tf32", "fp16", "bf16", "fp8", "int8", "int4")
 """Names of number formats; the index is the code in the ``dtype`` and ``weight_dtype`` columns."""
 
@@ -69,17 +72,45 @@ DTYPE_BYTES: NDArray[np.float64] = np.array([4.0, 4.0, 2.0, 2.0, 1.0, 1.0, 0.5])
 
 ROLES: tuple[str, ...] = (
     # GEMMs of a decoder layer
-    "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down",
+    "q",
+    "k",
+    "v",
+    "qkv",
+    "o",
+    "gate",
+    "up",
+    "gate_up",
+    "down",
     # GEMMs outside the layers, and those that pruning adds
-    "lm_head", "router", "residual_projection",
+    "lm_head",
+    "router",
+    "residual_projection",
     # attention
     "attention",
     # elementwise
-    "embedding", "attention_norm", "mlp_norm", "qk_norm", "post_norm", "final_norm", "rotary", "activation", "residual", "cache_write",
-    "softcap", "sampling", "gather", "scatter", "mask", "select", "sort", "quantize",
+    "embedding",
+    "attention_norm",
+    "mlp_norm",
+    "qk_norm",
+    "post_norm",
+    "final_norm",
+    "rotary",
+    "activation",
+    "residual",
+    "cache_write",
+    "softcap",
+    "sampling",
+    "gather",
+    "scatter",
+    "mask",
+    "select",
+    "sort",
+    "quantize",
     # collectives
-    "all_reduce", "send", "all_gather",
-)  # fmt: skip
+    "all_reduce",
+    "send",
+    "all_gather",
+)
 """Names of operator roles; the index is the code in the ``role`` column."""
 
 _ROLE_CODE: Mapping[str, int] = MappingProxyType({name: code for code, name in enumerate(ROLES)})
@@ -124,7 +155,10 @@ SCHEMA: Mapping[str, tuple[type, Any]] = MappingProxyType(
         "phase": (np.int8, Phase.PREFILL),
         "layer": (np.int32, -1),  # first layer the row stands for; -1 outside the layers
         "layers": (np.int32, 0),  # consecutive layers the row stands for; 0 outside the layers
-        "count": (np.float64, 1.0),  # executions of this shape in the pass, all its layers together (expected, where dynamic)
+        "count": (
+            np.float64,
+            1.0,
+        ),  # executions of this shape in the pass, all its layers together (expected, where dynamic)
         "m": (np.int64, 0),  # GEMM: tokens
         "n": (np.int64, 0),  # GEMM: output features
         "k": (np.int64, 0),  # GEMM: input features
@@ -147,6 +181,28 @@ SCHEMA: Mapping[str, tuple[type, Any]] = MappingProxyType(
         "overhead": (np.bool_, False),  # work that exists only because of pruning
     }
 )
+
+
+def attention_pairs(q_len: Array, kv_len: Array, window: Array) -> Array:
+    """Query-key pairs under a causal mask, for one sequence and head.
+
+    Query i of q_len (from 0) sits at position p = kv_len - q_len + i and sees min(p + 1, window) keys (window 0: no limit).
+
+    >>> int(attention_pairs(np.array(4), np.array(4), np.array(0)))
+    10
+    >>> int(attention_pairs(np.array(4), np.array(4), np.array(2)))
+    7
+    """
+    q, kv, w = (np.asarray(x, dtype=np.float64) for x in (q_len, kv_len, window))
+    first, last = kv - q + 1, kv  # keys seen by the first and the last query
+    full: Array = q * (first + last) / 2
+    if not np.count_nonzero(w):
+        return full
+    capped = np.clip(
+        last - np.maximum(w, first - 1), 0, q
+    )  # queries whose window is shorter than what lies before them
+    seen = full - capped * (last - w) + capped * (capped - 1) / 2  # sum of (position + 1 - w) over the capped queries
+    return np.where(w > 0, seen, full)
 
 
 @dataclass(frozen=True)
@@ -220,7 +276,12 @@ class Workload:
         size = len(self.kind)
         for name, (kind, _) in SCHEMA.items():
             given = getattr(self, name)
-            if type(given) is np.ndarray and given.dtype.type is kind and not given.flags.writeable and given.shape == (size,):
+            if (
+                type(given) is np.ndarray
+                and given.dtype.type is kind
+                and not given.flags.writeable
+                and given.shape == (size,)
+            ):
                 continue  # a column of another workload: checked there
             column: Array = np.asarray(given, dtype=kind)
             if column.shape != (size,):
@@ -321,9 +382,15 @@ class Workload:
         stored: Array = DTYPE_BYTES[self.weight_dtype]
         if np.count_nonzero(self.kernel):
             # 2:4 keeps a 2-bit index a kept value; scattered zeros need at least one bit a position
-            index = np.where(self.kernel == Kernel.SPARSE24, 0.25 * self.density, np.where(self.kernel == Kernel.UNSTRUCTURED, 0.125, 0.0))
+            index = np.where(
+                self.kernel == Kernel.SPARSE24,
+                0.25 * self.density,
+                np.where(self.kernel == Kernel.UNSTRUCTURED, 0.125, 0.0),
+            )
             whole = (self.kernel == Kernel.DENSE) | (self.kernel == Kernel.BLOCK_SPARSE)
-            stored = np.where(whole, stored, np.minimum(stored, self.density * stored + index))  # few zeros are not worth an index
+            stored = np.where(
+                whole, stored, np.minimum(stored, self.density * stored + index)
+            )  # few zeros are not worth an index
         out: Array = np.where(self.kind == _GEMM, self.n.astype(np.float64) * self.k * stored, 0.0)
         return out
 
@@ -345,7 +412,15 @@ class Workload:
         head = self.head_dim.astype(np.float64)
         seen = np.where(self.window > 0, np.minimum(self.kv_len, self.q_len + self.window - 1), self.kv_len)
         decode = self.kind == _DECODE
-        cache = 2.0 * self.batch * self.kv_heads * seen * head * DTYPE_BYTES[self.weight_dtype] * np.where(decode, self.density, 1.0)
+        cache = (
+            2.0
+            * self.batch
+            * self.kv_heads
+            * seen
+            * head
+            * DTYPE_BYTES[self.weight_dtype]
+            * np.where(decode, self.density, 1.0)
+        )
         query = 2.0 * self.batch * self.heads * self.q_len * head * act
         moved = self.read_bytes + self.write_bytes
         each = np.where(self.kind == _GEMM, gemm, np.where(self.is_attention, cache + query, moved))

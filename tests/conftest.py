@@ -24,7 +24,9 @@ def wheel_tables() -> Path:
     """Folder ``aiconfigurator_core/systems/data`` of the wheel aiconfigurator-core 0.12.0 (``PRUNESIM_AICONFIGURATOR``)."""
     folder = os.environ.get("PRUNESIM_AICONFIGURATOR")
     if not folder or not (Path(folder) / "a100_sxm").is_dir():
-        pytest.skip("the aiconfigurator-core tables are not at hand; set PRUNESIM_AICONFIGURATOR to its systems/data folder")
+        pytest.skip(
+            "the aiconfigurator-core tables are not at hand; set PRUNESIM_AICONFIGURATOR to its systems/data folder"
+        )
     return Path(folder)
 
 

@@ -7,14 +7,24 @@ from typing import Any
 
 import torch
 
-from calibration.decoder import Decoder, decode, prefill
-from simulator.transformer import ModelConfig
+from calibration.execute.decoder import Decoder, decode, prefill
+from simulator.models.config import ModelConfig
 
 LAYERS, BATCH, PROMPT, STEPS = 4, 3, 70, 3
 CONFIG = ModelConfig(
-    name="tiny", architecture="llama", hidden=96, layers=LAYERS, heads=8, kv_heads=4, head_dim=12, inner=160, vocab=211, rotary_dim=12,
-    max_positions=512, windows=(0,) * LAYERS,
-)  # fmt: skip
+    name="tiny",
+    architecture="llama",
+    hidden=96,
+    layers=LAYERS,
+    heads=8,
+    kv_heads=4,
+    head_dim=12,
+    inner=160,
+    vocab=211,
+    rotary_dim=12,
+    max_positions=512,
+    windows=(0,) * LAYERS,
+)
 TOKENS = torch.randint(CONFIG.vocab, (BATCH, PROMPT + STEPS), generator=torch.Generator().manual_seed(7))
 ALL = slice(None)
 
@@ -41,7 +51,9 @@ def _norm(x: Any, weight: Any, epsilon: float) -> Any:
 def _turn(x: Any, theta: float) -> Any:
     """Rotary embedding as complex numbers: features i and i + d/2 are one."""
     half = x.shape[-1] // 2
-    angle = torch.arange(x.shape[-2], dtype=torch.float64)[:, None] * theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    angle = torch.arange(x.shape[-2], dtype=torch.float64)[:, None] * theta ** (
+        -torch.arange(half, dtype=torch.float64) / half
+    )
     turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)
     return torch.cat((turned.real, turned.imag), -1)
 

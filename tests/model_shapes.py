@@ -81,7 +81,13 @@ def outer_tensors(p: Published) -> list[Shape]:
 
 
 def pass_flops(
-    p: Published, batch: int, seq: int, *, causal: bool = True, every_logit: bool = False, window: dict[int, int] | None = None
+    p: Published,
+    batch: int,
+    seq: int,
+    *,
+    causal: bool = True,
+    every_logit: bool = False,
+    window: dict[int, int] | None = None,
 ) -> int:
     """FLOPs of a prefill, counted matrix by matrix and query by query."""
     total = 0

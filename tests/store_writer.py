@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from calibration.store import Header, Store
+from calibration.records.store import Header, Store
 
 
 def main() -> None:
@@ -15,7 +15,9 @@ def main() -> None:
         print("open", flush=True)
         for number in range(total):
             if f"shape {number}" not in present:
-                store.append({"key": f"shape {number}", "purpose": "fit", "median_s": 1e-6, "samples_s": [1e-6 + number] * 40})
+                store.append(
+                    {"key": f"shape {number}", "purpose": "fit", "median_s": 1e-6, "samples_s": [1e-6 + number] * 40}
+                )
                 print(number, flush=True)
     print("done", flush=True)
 

@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibration import pages_ablations, pages_commands
-from calibration.fit import fit_gemm
-from calibration.fit_core import Shapes, machine_of, shapes
-from calibration.protocol import errors, predict
-from simulator.hardware import HardwareProfile, load_hardware
+from calibration.fit.core import Shapes, machine_of, shapes
+from calibration.fit.gemm import fit_gemm
+from calibration.judge import pages_ablations, pages_commands
+from calibration.judge.protocol import errors, predict
+from simulator.hardware.library import load_hardware
+from simulator.hardware.profile import HardwareProfile
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -63,7 +64,9 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the packages that new files may be added to; the files in it are links."""
     folder = tmp_path_factory.mktemp("tree")
     for package in PACKAGES:
-        shutil.copytree(ROOT / package, folder / package, copy_function=os.symlink, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / package, folder / package, copy_function=os.symlink, ignore=shutil.ignore_patterns("__pycache__")
+        )
     return folder
 
 
@@ -72,8 +75,12 @@ def python(arguments: list[str], folder: Path) -> str:
     home = folder if (folder / "simulator").is_dir() else ROOT
     environment = {**os.environ, "PYTHONPATH": str(home), "MPLBACKEND": "Agg", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-W", "error", *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, f"{' '.join(arguments)[:300]}: status {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, (
+        f"{' '.join(arguments)[:300]}: status {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    )
     return done.stdout
 
 
@@ -86,7 +93,12 @@ def commands_of(shell: str) -> Iterator[list[str]]:
                 continue  # a server, which has tests of its own
             if words and Path(words[0]).name == "prunesim":
                 yield ["-m", "calibration.cli", *words[1:]]
-            elif words and Path(words[0]).name.startswith("python") and words[1:2] == ["-m"] and words[2].startswith("calibration"):
+            elif (
+                words
+                and Path(words[0]).name.startswith("python")
+                and words[1:2] == ["-m"]
+                and words[2].startswith("calibration")
+            ):
                 yield words[1:]
             else:
                 assert not words or SETS_UP.search(part), f"neither a command of prunesim nor one that sets up: {part}"
@@ -109,7 +121,11 @@ def assert_printed(shown: str, printed: str, where: str) -> None:
         places = [i for i in range(at, len(have) - len(want) + 1) if have[i : i + len(want)] == want]
         if not places:
             missing = next((line for line in want if line not in have), "")
-            what = f"shows a line that is not printed:\n{missing}" if missing else "leaves lines out without a line of three dots"
+            what = (
+                f"shows a line that is not printed:\n{missing}"
+                if missing
+                else "leaves lines out without a line of three dots"
+            )
             raise AssertionError(f"{where}: {what}\nprinted:\n" + "\n".join(have[:120]))
         at = places[0] + len(want)
 
@@ -156,9 +172,9 @@ def test_the_equations_of_the_model_are_those_of_the_code() -> None:
 
 
 def test_every_constant_of_the_cost_models_is_explained() -> None:
-    from simulator.collective import CONSTANTS as LINK
-    from simulator.elementwise import CLASSES
-    from simulator.hardware import OPERATORS, constants_of
+    from simulator.hardware.constants import CLASSES
+    from simulator.hardware.constants import COLLECTIVE_CONSTANTS as LINK
+    from simulator.hardware.profile import OPERATORS, constants_of
 
     text = (ROOT / "docs" / "model.md").read_text(encoding="utf-8").replace("\\_", "_")
     names = {name for operator in OPERATORS for name in constants_of(operator)} | set(LINK)
@@ -177,7 +193,11 @@ def test_the_examples_of_how_to_add_things_work(tree: Path) -> None:
     assert done["shown"] >= 4
 
 
-SHOWN = [p for p in PAGES if p.name not in ("adding.md", "model.md") and any(block.language in ("bash", "text") for block in blocks(p))]
+SHOWN = [
+    p
+    for p in PAGES
+    if p.name not in ("adding.md", "model.md") and any(block.language in ("bash", "text") for block in blocks(p))
+]
 
 
 @pytest.mark.slow
@@ -252,7 +272,9 @@ def test_the_index_names_every_page() -> None:
 
 def test_the_page_of_commands_is_current() -> None:
     path = ROOT / "docs" / "commands.md"
-    assert path.read_text(encoding="utf-8") == pages_commands.page(), "python -m calibration.pages commands -o docs/commands.md"
+    assert path.read_text(encoding="utf-8") == pages_commands.page(), (
+        "python -m calibration.judge.pages commands -o docs/commands.md"
+    )
 
 
 def test_the_page_of_commands_shows_every_option() -> None:
@@ -265,7 +287,7 @@ def test_the_page_of_commands_shows_every_option() -> None:
 
 
 def test_every_gpu_with_a_table_has_its_accuracy_report() -> None:
-    from calibration.shipped import RECIPES
+    from calibration.fit.shipped import RECIPES
 
     text = {p: p.read_text(encoding="utf-8") for p in (ROOT / "docs" / "validation").glob("*.md")}
     for name, recipe in RECIPES.items():
@@ -282,7 +304,7 @@ def test_every_gpu_with_a_table_has_its_accuracy_report() -> None:
 @pytest.fixture(scope="module")
 def planted() -> tuple[HardwareProfile, Shapes]:
     """2,016 shapes of 42 (n, k) pairs, timed by the shipped H100 model with 2 % noise."""
-    from simulator.gemm import gemm_time
+    from simulator.kernels.gemm import gemm_time
 
     hw = load_hardware("h100")
     rng = np.random.default_rng(5)
@@ -290,7 +312,9 @@ def planted() -> tuple[HardwareProfile, Shapes]:
     m = np.tile(np.unique(np.round(2.0 ** np.linspace(0, 13, 48))), 42)
     n, k = np.repeat(pairs, len(m) // 42, axis=0).T
     data = shapes(m, n, k, np.ones(m.size), machine_of(hw, "bf16"))
-    seconds = gemm_time(data.m, data.n, data.k, hw, copies=data.copies).seconds * np.exp(0.02 * rng.standard_normal(m.size))
+    seconds = gemm_time(data.m, data.n, data.k, hw, copies=data.copies).seconds * np.exp(
+        0.02 * rng.standard_normal(m.size)
+    )
     return hw, Shapes(data.m, data.n, data.k, seconds, data.copies)
 
 
@@ -306,7 +330,9 @@ def test_an_ablation_of_nothing_is_the_fit_that_ships(planted: tuple[HardwarePro
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["no launch time", "no split-K", "no L2 residency", "no residual", "smooth lattice alone"])
+@pytest.mark.parametrize(
+    "name", ["no launch time", "no split-K", "no L2 residency", "no residual", "smooth lattice alone"]
+)
 def test_an_ablation_leaves_out_what_it_says(name: str, planted: tuple[HardwareProfile, Shapes]) -> None:
     hw, data = planted
     variant = next(v for v in pages_ablations.VARIANTS if v.name == name)
@@ -315,19 +341,29 @@ def test_an_ablation_leaves_out_what_it_says(name: str, planted: tuple[HardwareP
         assert found.section[constant] == value
     assert len(found.section.arrays.get("terms", ())) == {"no residual": 0, "smooth lattice alone": 1}.get(name, 9)
     bare = pages_ablations.fit_variant(variant.alone, data.m, data.n, data.k, data.seconds, hw, copies=data.copies)
-    full = pages_ablations.fit_variant(pages_ablations.VARIANTS[1], data.m, data.n, data.k, data.seconds, hw, copies=data.copies)
+    full = pages_ablations.fit_variant(
+        pages_ablations.VARIANTS[1], data.m, data.n, data.k, data.seconds, hw, copies=data.copies
+    )
     mape = {i: errors(predict(f.section, data, hw, "bf16").seconds, data)["mape"] for i, f in enumerate((bare, full))}
     assert mape[0] > mape[1] if variant.mechanism else mape[0] == pytest.approx(mape[1])
 
 
 def test_the_page_of_ablations_is_made_of_its_rows(planted: tuple[HardwareProfile, Shapes]) -> None:
-    units = [u for u in pages_ablations.units(("h100",), (0, 1)) if u[1].name in ("as it ships", "no residual", "no launch time")]
+    units = [
+        u
+        for u in pages_ablations.units(("h100",), (0, 1))
+        if u[1].name in ("as it ships", "no residual", "no launch time")
+    ]
     assert len(units) == 8
-    scores = dict.fromkeys(("mape", "median", "p95", "speedup median", "speedup p95", "coverage", "lowest coverage", "width"), 4.0)
+    scores = dict.fromkeys(
+        ("mape", "median", "p95", "speedup median", "speedup p95", "coverage", "lowest coverage", "width"), 4.0
+    )
     rows = []
     for at, unit in enumerate(units):
         table, name, alone, seed = pages_ablations.unit_key(unit)
-        rows.append({"table": table, "variant": name, "alone": alone, "seed": seed, "rows": 9, **scores, "mape": 4.0 + at})
+        rows.append(
+            {"table": table, "variant": name, "alone": alone, "seed": seed, "rows": 9, **scores, "mape": 4.0 + at}
+        )
     text = pages_ablations.page(rows)
     assert "| no residual | the analytic form alone | 6.50 | +2.00 ± 0.00 |" in text
     assert "| no launch time | `t0` = 0 | 9.00 | +4.50 ± 0.50 |" in text
@@ -338,7 +374,7 @@ def test_the_page_of_ablations_is_made_of_its_rows(planted: tuple[HardwareProfil
 
 
 def test_pages_command_refuses_what_it_cannot_write(tmp_path: Path) -> None:
-    from calibration.pages import main
+    from calibration.judge.pages import main
 
     assert main(["commands", "-o", str(tmp_path / "c.md")]) == 0
     assert (tmp_path / "c.md").read_text(encoding="utf-8").startswith("# Commands\n")

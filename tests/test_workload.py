@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.pairs import attention_pairs
-from simulator.workload import DTYPES, ROLES, SCHEMA, Kernel, Kind, Workload, dtype_code, role_code
+from simulator.workload import DTYPES, ROLES, SCHEMA, Kernel, Kind, Workload, attention_pairs, dtype_code, role_code
 
 
 def _pairs(q: int, kv: int, window: int) -> int:
@@ -50,7 +49,14 @@ def test_flops_and_bytes_of_each_kind() -> None:
             {"role": "residual", "kind": Kind.ELEMENTWISE, "read_bytes": 10, "write_bytes": 5, "count": 4},
         ]
     )
-    assert w.flops.tolist() == [2 * 2 * 3 * 8 * 16, 3 * 8 * 16, 0.25 * 2 * 3 * 8 * 16, 4 * 2 * 6 * 8 * 10, 4 * 2 * 6 * 8 * 9, 0]
+    assert w.flops.tolist() == [
+        2 * 2 * 3 * 8 * 16,
+        3 * 8 * 16,
+        0.25 * 2 * 3 * 8 * 16,
+        4 * 2 * 6 * 8 * 10,
+        4 * 2 * 6 * 8 * 9,
+        0,
+    ]
     dense = 2 * (8 * 16 + 3 * 16 + 3 * 8)
     two_four = 8 * 16 * (1 + 1 / 8) + 2 * (3 * 16 + 3 * 8)  # half the values, and 2 bits for each of them
     scattered = 8 * 16 * (0.5 + 1 / 8) + 2 * (3 * 16 + 3 * 8)  # a quarter of the values, and a bit a position

@@ -13,13 +13,18 @@ from calibration.cli.rows import seconds
 from simulator.cli import options, render
 
 if TYPE_CHECKING:
-    from calibration.runs import Calibrated
+    from calibration.measure.runs import Calibrated
 
 DeviceName = Annotated[str, typer.Argument(metavar="DEVICE", help="cpu, cuda, cuda:1 or replay:FILE.")]
-Model = Annotated[str | None, typer.Option("--for", metavar="MODEL", help="Also measure exactly this model's dense and pruned GEMMs.")]
+Model = Annotated[
+    str | None, typer.Option("--for", metavar="MODEL", help="Also measure exactly this model's dense and pruned GEMMs.")
+]
 Family = Annotated[str, typer.Option("--family", metavar="LIST", help="With --for: how the model is pruned.")]
 Sparsity = Annotated[str, typer.Option("--sparsity", metavar="LIST", help="With --for: fractions removed.")]
-Quick = Annotated[bool, typer.Option("--quick", help="Only move the calibrated GEMM section of --hardware to this machine's software.")]
+Quick = Annotated[
+    bool,
+    typer.Option("--quick", help="Only move the calibrated GEMM section of --hardware to this machine's software."),
+]
 
 
 def command(
@@ -43,7 +48,7 @@ def command(
     Writes RUN/records.jsonl, RUN/profile.yaml and RUN/report.md with plots. The profile is for --hardware of every other command. A run
     that was stopped goes on with the same command.
     """
-    from calibration.runs import fit_run, model_shapes
+    from calibration.measure.runs import fit_run, model_shapes
 
     budget_s = seconds("--budget", budget)
     shapes = (
@@ -77,7 +82,7 @@ def command(
 def _check_quick(hardware: str, dtype: str) -> None:
     """Refuse before measuring what could not be moved after it; a GPU found by its name is checked when it is fitted."""
     from simulator.errors import InputError
-    from simulator.hardware import load_hardware
+    from simulator.hardware.library import load_hardware
 
     if hardware and load_hardware(hardware).section("gemm", dtype).status == "default":
         raise InputError(
@@ -86,7 +91,7 @@ def _check_quick(hardware: str, dtype: str) -> None:
 
 
 def _row(measured: dict[str, Any], done: Calibrated) -> dict[str, Any]:
-    from calibration.scores import summary
+    from calibration.judge.scores import summary
 
     return {
         "measured": measured,

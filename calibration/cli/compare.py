@@ -13,10 +13,13 @@ from calibration.cli.upper_bound import DeviceName, Family, Layers, Model, Spars
 from simulator.cli import options, render
 
 if TYPE_CHECKING:
-    from calibration.comparison import Row
+    from calibration.execute.comparison import Row
 
 Runtime = Annotated[
-    str, typer.Option("--runtime", metavar="NAME", help="How decode steps are launched: cuda_graph or eager; what can be if left out.")
+    str,
+    typer.Option(
+        "--runtime", metavar="NAME", help="How decode steps are launched: cuda_graph or eager; what can be if left out."
+    ),
 ]
 
 
@@ -43,14 +46,14 @@ def command(
     one, unless --hardware names another. Writes RUN/decoder.jsonl, comparison.csv, comparison.md and comparison.png; the same command
     goes on where it was stopped.
     """
-    from calibration.compare import as_executed, compare, fewer_layers
-    from calibration.comparison import rows_of, table
     from calibration.devices import open_device
-    from calibration.runs import RECORDS, check_folder
-    from calibration.upper_bound import measured_bounds, profile_of, settings_of
-    from simulator.settings import Setting, one_of
-    from simulator.transformer import load_model
-    from simulator.wholefile import write_whole
+    from calibration.execute.compare import as_executed, compare, fewer_layers
+    from calibration.execute.comparison import rows_of, table
+    from calibration.execute.upper_bound import measured_bounds, profile_of, settings_of
+    from calibration.measure.runs import RECORDS, check_folder
+    from simulator.files.write import write_whole
+    from simulator.models.library import load_model
+    from simulator.predict.settings import Setting, one_of
 
     budget_s = seconds("--budget", budget)
     if runtime:
@@ -75,7 +78,9 @@ def command(
         hw = profile_of(folder, opened, dtype, hardware)
         left = max(budget_s - (opened.clock() - start), 1e-3)
         with render.progress("running") as report:
-            found = compare(folder, opened, config, cases, budget_s=left, dtype=dtype, runtime=runtime, seed=seed, progress=report)
+            found = compare(
+                folder, opened, config, cases, budget_s=left, dtype=dtype, runtime=runtime, seed=seed, progress=report
+            )
     finally:
         opened.close()
     known = measured_bounds(folder / RECORDS, cases, dtype)
@@ -92,7 +97,9 @@ def command(
     for line in (*notes, *found.notes):
         render.note(line)
     if found.left:
-        render.note(f"{found.left} cases left{f' ({found.stopped})' if found.stopped else ''}; the same command goes on from here")
+        render.note(
+            f"{found.left} cases left{f' ({found.stopped})' if found.stopped else ''}; the same command goes on from here"
+        )
     if found.stopped not in ("", "budget") or not rows:
         raise typer.Exit(130 if found.stopped == "interrupted" else 1)
 
@@ -116,7 +123,9 @@ def _columns(rows: list[Row]) -> list[render.Column]:
         render.Column("pruned", [render.seconds(r.pruned_s) for r in rows]),
         render.Column("measured\nspeedup", ratios("measured")),
         render.Column("predicted", ratios("predicted")),
-        render.Column("interval", [f"{render.ratio(r.predicted_lower)}-{render.ratio(r.predicted_upper)}" for r in rows]),
+        render.Column(
+            "interval", [f"{render.ratio(r.predicted_lower)}-{render.ratio(r.predicted_upper)}" for r in rows]
+        ),
         render.Column("error\n%", [f"{100 * r.error:+.1f}" for r in rows]),
         *([render.Column("measured\nbound", ratios("measured_bound"))] if bound else []),
         render.Column("roofline\nbound", ratios("roofline_bound")),
@@ -126,7 +135,7 @@ def _columns(rows: list[Row]) -> list[render.Column]:
 
 def _agreement(rows: list[Row], records: list[dict[str, object]]) -> list[str]:
     """How well they agree, a line a phase."""
-    from calibration.comparison import by_phase, repeatability
+    from calibration.execute.comparison import by_phase, repeatability
 
     lines = []
     for phase, a in by_phase(rows).items():
@@ -143,12 +152,19 @@ def _agreement(rows: list[Row], records: list[dict[str, object]]) -> list[str]:
 
 def _write(folder: Path, rows: list[Row], records: list[dict[str, object]]) -> None:
     """The table as Markdown, and the figure."""
-    from calibration.compare_figure import compare_figure
-    from simulator.figures import save_figure
-    from simulator.wholefile import write_whole
+    from calibration.execute.compare_figure import compare_figure
+    from simulator.figures.save import save_figure
+    from simulator.files.write import write_whole
 
     columns = _columns(rows)
-    lines = [f"# {_title(rows[0])}", "", *(f"- {line}" for line in _agreement(rows, records)), "", "![](comparison.png)", ""]
+    lines = [
+        f"# {_title(rows[0])}",
+        "",
+        *(f"- {line}" for line in _agreement(rows, records)),
+        "",
+        "![](comparison.png)",
+        "",
+    ]
     lines.append("| " + " | ".join(c.title.replace("\n", " ") for c in columns) + " |")
     lines.append("| " + " | ".join("---:" if c.right else "---" for c in columns) + " |")
     lines += ["| " + " | ".join(c.cells[i] for c in columns) + " |" for i in range(len(rows))]

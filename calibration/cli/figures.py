@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 from simulator.cli.figures import figures_command
 
 if TYPE_CHECKING:
-    from simulator.hardware import HardwareProfile
-    from simulator.paper_measured import MeasuredGemms
+    from simulator.figures.paper_measured import MeasuredGemms
+    from simulator.hardware.profile import HardwareProfile
 
 
 def shipped_gemms(hw: HardwareProfile, dtype: str) -> MeasuredGemms | None:
     """The table that the profile of a device was fitted on, where it ships and has rows of the format."""
+    from calibration.fit.shipped import RECIPES
     from calibration.measurements import load_measurements, provenance
-    from calibration.shipped import RECIPES
     from simulator.errors import InputError
-    from simulator.paper_measured import from_columns
+    from simulator.figures.paper_measured import from_columns
 
     tables = RECIPES[hw.name].tables if hw.name in RECIPES else ()
     name = next((table for table in tables if "/gemm/" in table), None)
@@ -28,7 +28,9 @@ def shipped_gemms(hw: HardwareProfile, dtype: str) -> MeasuredGemms | None:
         return None
     about = provenance(name)
     source = f"{about['framework']} {about['version']}, aiconfigurator-core 0.12.0"
-    return from_columns({column: getattr(rows, column) for column in ("m", "n", "k", "copies", "seconds")}, source, dtype)
+    return from_columns(
+        {column: getattr(rows, column) for column in ("m", "n", "k", "copies", "seconds")}, source, dtype
+    )
 
 
 command = figures_command(shipped_gemms)

@@ -11,17 +11,28 @@ from simulator.cli import options, render
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from calibration.profile_fit import FittedPart, ProfileFit
+    from calibration.fit.profile import FittedPart, ProfileFit
 
-RecordsArgument = Annotated[list[str], typer.Argument(metavar="RECORDS...", help="Files, run folders, or names of shipped measurements.")]
+RecordsArgument = Annotated[
+    list[str], typer.Argument(metavar="RECORDS...", help="Files, run folders, or names of shipped measurements.")
+]
 Output = Annotated[
-    str, typer.Option("--output", "-o", metavar="PROFILE.yaml", help="Profile to write; its arrays go to an .npz beside it.")
+    str,
+    typer.Option(
+        "--output", "-o", metavar="PROFILE.yaml", help="Profile to write; its arrays go to an .npz beside it."
+    ),
 ]
 Base = Annotated[str, typer.Option("--hardware", metavar="NAME", help="Profile with the device's datasheet.")]
-DtypeOnly = Annotated[str | None, typer.Option("--dtype", metavar="NAME", help="Number format to fit; all if left out.")]
-Prior = Annotated[str | None, typer.Option("--prior", metavar="NAME", help="Calibrated profile of a sibling or another stack to lean on.")]
+DtypeOnly = Annotated[
+    str | None, typer.Option("--dtype", metavar="NAME", help="Number format to fit; all if left out.")
+]
+Prior = Annotated[
+    str | None,
+    typer.Option("--prior", metavar="NAME", help="Calibrated profile of a sibling or another stack to lean on."),
+]
 Anchor = Annotated[
-    bool, typer.Option("--anchor", help="Only move the calibrated GEMM section of --prior (or --hardware) to these records.")
+    bool,
+    typer.Option("--anchor", help="Only move the calibrated GEMM section of --prior (or --hardware) to these records."),
 ]
 
 
@@ -39,9 +50,9 @@ def command(
     Each operator and number format is fitted on its own; what the records say nothing of is kept as --hardware has it. Rows held out are
     left out. Prints what was fitted and how well it predicts shapes it did not see.
     """
-    from calibration.profile_fit import fit_profile
-    from simulator.hardware import load_hardware, save_hardware
-    from simulator.wholefile import check_target
+    from calibration.fit.profile import fit_profile
+    from simulator.files.write import check_target
+    from simulator.hardware.library import load_hardware, save_hardware
 
     if not output.endswith((".yaml", ".yml")):
         raise InputError(f"{output}: expected a file name that ends in .yaml")
@@ -69,7 +80,9 @@ def part_row(part: FittedPart) -> dict[str, Any]:
         "dtype": part.dtype,
         "rows": part.rows,
         "status": s.status,
-        "constants": {n: {"value": c.value, "std_error": c.std_error, "status": c.status} for n, c in s.constants.items()},
+        "constants": {
+            n: {"value": c.value, "std_error": c.std_error, "status": c.status} for n, c in s.constants.items()
+        },
         "fixed": dict(part.fixed),
         "accuracy": {n: float(v) for n, v in s.accuracy.items()},
         "correlations": {f"{a} {b}": v for (a, b), v in part.correlations.items()},
@@ -98,4 +111,6 @@ def show_fit(fit: ProfileFit) -> None:
     for p in parts:
         known = {name: why for name, why in p.fixed.items() if why != "structure"}
         if known:
-            render.note(f"{p.operator} {p.dtype}: fixed, not fitted: {', '.join(f'{name} ({why})' for name, why in known.items())}")
+            render.note(
+                f"{p.operator} {p.dtype}: fixed, not fitted: {', '.join(f'{name} ({why})' for name, why in known.items())}"
+            )

@@ -10,19 +10,28 @@ from simulator.cli import options, render
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from calibration.importers import ImportResult
+    from calibration.records.importers import ImportResult
 
-Files = Annotated[list[str], typer.Argument(metavar="FILE...", help="Tables: aiconfigurator or records .parquet, .csv, .jsonl.")]
+Files = Annotated[
+    list[str], typer.Argument(metavar="FILE...", help="Tables: aiconfigurator or records .parquet, .csv, .jsonl.")
+]
 Output = Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="Parquet file to write.")]
-Format = Annotated[str, typer.Option("--format", metavar="NAME", help="auto, aiconfigurator, measured, csv or records.")]
+Format = Annotated[
+    str, typer.Option("--format", metavar="NAME", help="auto, aiconfigurator, measured, csv or records.")
+]
 Map = Annotated[
     list[str] | None,
-    typer.Option("--map", metavar="NAME=COLUMN", help="For csv: our name = the file's, as latency_us=time; may be repeated."),
+    typer.Option(
+        "--map", metavar="NAME=COLUMN", help="For csv: our name = the file's, as latency_us=time; may be repeated."
+    ),
 ]
 DtypeOnly = Annotated[
-    str | None, typer.Option("--dtype", metavar="NAME", help="Number format to keep, or all; needed where a file mixes them.")
+    str | None,
+    typer.Option("--dtype", metavar="NAME", help="Number format to keep, or all; needed where a file mixes them."),
 ]
-Hardware = Annotated[str | None, typer.Option("--hardware", metavar="NAME", help="Profile whose datasheet rows are checked against.")]
+Hardware = Annotated[
+    str | None, typer.Option("--hardware", metavar="NAME", help="Profile whose datasheet rows are checked against.")
+]
 DeviceName = Annotated[str, typer.Option("--device", metavar="TEXT", help="For csv: what was measured on.")]
 
 
@@ -41,11 +50,11 @@ def command(
     Rows that cannot be right (no time, faster than the datasheet allows) are refused and counted by reason; a file without one usable row
     is an error, and then nothing is written.
     """
-    from calibration.importers import import_table
-    from calibration.recordfile import write_records
-    from calibration.records import Records
-    from simulator.hardware import load_hardware
-    from simulator.wholefile import check_target
+    from calibration.records.importers import import_table
+    from calibration.records.parquet import write_records
+    from calibration.records.records import Records
+    from simulator.files.write import check_target
+    from simulator.hardware.library import load_hardware
 
     check_target(output)
     hw = load_hardware(hardware) if hardware else None
@@ -73,4 +82,10 @@ def command(
 
 
 def _row(file: str, f: ImportResult) -> dict[str, Any]:
-    return {"file": file, "kept": len(f.records), "refused": f.refusals.total, "reasons": dict(f.refusals), "notes": list(f.notes)}
+    return {
+        "file": file,
+        "kept": len(f.records),
+        "refused": f.refusals.total,
+        "reasons": dict(f.refusals),
+        "notes": list(f.notes),
+    }

@@ -13,19 +13,30 @@ from simulator.cli import options, render
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from calibration.measure import Outcome, Progress
-    from calibration.runs import Measured
+    from calibration.measure.run import Outcome, Progress
+    from calibration.measure.runs import Measured
 
-Devices = Annotated[list[str], typer.Argument(metavar="DEVICE", help="cpu, cuda, cuda:1, replay:FILE; with --merge, the runs to join.")]
-Folder = Annotated[str, typer.Option("--output", "-o", metavar="RUN", help="Folder of the run; a rerun into it goes on where it ended.")]
+Devices = Annotated[
+    list[str], typer.Argument(metavar="DEVICE", help="cpu, cuda, cuda:1, replay:FILE; with --merge, the runs to join.")
+]
+Folder = Annotated[
+    str,
+    typer.Option("--output", "-o", metavar="RUN", help="Folder of the run; a rerun into it goes on where it ended."),
+]
 Budget = Annotated[str, typer.Option("--budget", metavar="TIME", help="Time to measure for: 2min, 90s, 1h.")]
 Dtype = Annotated[str, typer.Option("--dtype", metavar="NAME", help="Number format to measure; a run has one.")]
 Hardware = Annotated[
     str,
-    typer.Option("--hardware", metavar="NAME", help="Profile with the datasheet; found by the device's name, or measured, if left out."),
+    typer.Option(
+        "--hardware",
+        metavar="NAME",
+        help="Profile with the datasheet; found by the device's name, or measured, if left out.",
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Of the choice and the order of the shapes.")]
-Merge = Annotated[bool, typer.Option("--merge", help="Join the records of runs on several machines of one kind into the file RUN.")]
+Merge = Annotated[
+    bool, typer.Option("--merge", help="Join the records of runs on several machines of one kind into the file RUN.")
+]
 
 
 def command(
@@ -60,13 +71,15 @@ def command(
 def measure(device: str, output: str, budget_s: float, dtype: str, **settings: Any) -> Measured:
     """Open a device, measure into a folder with a progress bar, and close it whatever happens."""
     from calibration.devices import open_device
-    from calibration.runs import check_folder, measure_into
+    from calibration.measure.runs import check_folder, measure_into
 
     check_folder(output)
     opened = open_device(device)
     try:
         with render.progress("measuring") as report:
-            return measure_into(output, opened, budget_s=budget_s, dtype=dtype, progress=_shown(report), say=render.note, **settings)
+            return measure_into(
+                output, opened, budget_s=budget_s, dtype=dtype, progress=_shown(report), say=render.note, **settings
+            )
     finally:
         opened.close()
 
@@ -119,12 +132,16 @@ def finish(outcome: Outcome) -> None:
 
 
 def _merge(runs: list[str], output: str, json: bool) -> None:
-    from calibration.store_merge import merge
+    from calibration.records.merge import merge
 
     files = [Path(run) / "records.jsonl" if Path(run).is_dir() else Path(run) for run in runs]
     content = merge(files, output)
     if json:
-        print(render.json_lines([{"file": output, "runs": len(files), "records": len(content.rows), "dropped": content.dropped}]))
+        print(
+            render.json_lines(
+                [{"file": output, "runs": len(files), "records": len(content.rows), "dropped": content.dropped}]
+            )
+        )
     else:
         print(f"{output}: {len(content.rows):,} records of {len(files)} runs on {content.header.device}")
         if content.dropped:

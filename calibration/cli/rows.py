@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from calibration.records import Records
-    from simulator.hardware import HardwareProfile
+    from calibration.records.records import Records
+    from simulator.hardware.profile import HardwareProfile
 
 _SECONDS = {"s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
 
@@ -22,13 +22,13 @@ def load_rows(names: Sequence[str], hw: HardwareProfile | None = None) -> tuple[
     Parameters
     ----------
     names : sequence of str
-        A file (:func:`calibration.importers.import_table`), a folder with ``records.jsonl``, or a shipped ``device/operator/stack``.
+        A file (:func:`calibration.records.importers.import_table`), a folder with ``records.jsonl``, or a shipped ``device/operator/stack``.
     hw : HardwareProfile, optional
         Its datasheet is what rows are checked against.
     """
-    from calibration.importers import import_table
     from calibration.measurements import list_measurements, load_measurements
-    from calibration.records import Records
+    from calibration.records.importers import import_table
+    from calibration.records.records import Records
 
     parts, notes = [], []
     for name in names:

@@ -14,8 +14,8 @@ from calibration.cli.rows import seconds
 from simulator.cli import options, render
 
 if TYPE_CHECKING:
-    from calibration.measure import Progress
-    from calibration.upper_bound import Bound
+    from calibration.execute.upper_bound import Bound
+    from calibration.measure.run import Progress
 
 DeviceName = Annotated[str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 or replay:FILE.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Name of a model, or its Hugging Face config.json.")]
@@ -46,13 +46,13 @@ def command(
     Times dense GEMMs at the dense and at the pruned shapes: what the device grants at best. Writes RUN/records.jsonl and
     RUN/upper_bound.csv; the same command goes on where it was stopped.
     """
-    from calibration.compare import fewer_layers
     from calibration.devices import open_device
-    from calibration.runs import check_folder
-    from calibration.upper_bound import bound_errors, bounds, measure_bounds, profile_of, settings_of
-    from simulator.settings import Setting
-    from simulator.transformer import load_model
-    from simulator.wholefile import write_whole
+    from calibration.execute.compare import fewer_layers
+    from calibration.execute.upper_bound import bound_errors, bounds, measure_bounds, profile_of, settings_of
+    from calibration.measure.runs import check_folder
+    from simulator.files.write import write_whole
+    from simulator.models.library import load_model
+    from simulator.predict.settings import Setting
 
     budget_s = seconds("--budget", budget)
     cases, notes = settings_of(
@@ -71,7 +71,9 @@ def command(
         hw = profile_of(output, opened, dtype, hardware)
         left = max(budget_s - (opened.clock() - start), 1e-3)
         with render.progress("measuring") as report:
-            found = measure_bounds(output, opened, cases, budget_s=left, dtype=dtype, seed=seed, progress=_shown(report), say=render.note)
+            found = measure_bounds(
+                output, opened, cases, budget_s=left, dtype=dtype, seed=seed, progress=_shown(report), say=render.note
+            )
     finally:
         opened.close()
     rows = bounds(cases, found.records, hw, runtime=runtime, dtype=dtype)
@@ -82,13 +84,19 @@ def command(
     else:
         show_bounds(rows)
         if errors := bound_errors(rows):
-            again = "" if errors["predicted"] == errors["model"] else f"; its model without the exact shapes {100 * errors['model']:.1f} %"
+            again = (
+                ""
+                if errors["predicted"] == errors["model"]
+                else f"; its model without the exact shapes {100 * errors['model']:.1f} %"
+            )
             print(f"\nmedian error of the bounds predicted by {hw.name}: {100 * errors['predicted']:.1f} %{again}")
         print(f"\n{file}: {found.shapes} shapes; {describe(found.outcome)}")
     for line in notes:
         render.note(line)
     if missing := sum(1 for row in rows if row.missing):
-        render.note(f"{missing} of {len(rows)} cases lack shapes and have no measured bound; the same command with more --budget goes on")
+        render.note(
+            f"{missing} of {len(rows)} cases lack shapes and have no measured bound; the same command with more --budget goes on"
+        )
     finish(found.outcome)
 
 
@@ -116,7 +124,9 @@ def show_bounds(rows: list[Bound]) -> None:
         render.Column("FLOP\nbound", ratios("flop_bound")),
         render.Column("byte\nbound", ratios("byte_bound")),
         render.Column("predicted\nspeedup", ratios("predicted")),
-        render.Column("dense\nGEMMs", [render.seconds(r.dense_gemm_s) if r.dense_gemm_s == r.dense_gemm_s else "-" for r in rows]),
+        render.Column(
+            "dense\nGEMMs", [render.seconds(r.dense_gemm_s) if r.dense_gemm_s == r.dense_gemm_s else "-" for r in rows]
+        ),
     ]
     where = "" if several else f", batch {first.batch}, seq {first.seq}"
     render.show(columns, f"{first.model} on {first.device}, {first.dtype}{where}; predicted by {first.hardware}")

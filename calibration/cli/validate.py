@@ -11,23 +11,37 @@ from simulator.cli import options, render
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from calibration.validate import Report
+    from calibration.judge.validate import Report
 
-Profile = Annotated[str | None, typer.Argument(metavar="PROFILE", help="Name, alias or YAML file of the profile to judge.")]
+Profile = Annotated[
+    str | None, typer.Argument(metavar="PROFILE", help="Name, alias or YAML file of the profile to judge.")
+]
 RecordsArgument = Annotated[
     list[str] | None, typer.Argument(metavar="RECORDS...", help="Files, run folders, or names of shipped measurements.")
 ]
-DtypeOnly = Annotated[str | None, typer.Option("--dtype", metavar="NAME", help="Number format to judge; all if left out.")]
-Markdown = Annotated[str | None, typer.Option("--markdown", metavar="FILE", help="Write a report with plots beside it.")]
+DtypeOnly = Annotated[
+    str | None, typer.Option("--dtype", metavar="NAME", help="Number format to judge; all if left out.")
+]
+Markdown = Annotated[
+    str | None, typer.Option("--markdown", metavar="FILE", help="Write a report with plots beside it.")
+]
 Html = Annotated[str | None, typer.Option("--html", metavar="FILE", help="Write a report with its plots in one file.")]
 Protocol = Annotated[
-    bool, typer.Option("--protocol", help="Fit and judge anew on splits of the shipped measurements, beside the baselines.")
+    bool,
+    typer.Option("--protocol", help="Fit and judge anew on splits of the shipped measurements, beside the baselines."),
 ]
 Tables = Annotated[
-    str, typer.Option("--table", metavar="LIST", help="With --protocol: tables to judge, as a100,h100_fp8,attention; or all.")
+    str,
+    typer.Option(
+        "--table", metavar="LIST", help="With --protocol: tables to judge, as a100,h100_fp8,attention; or all."
+    ),
 ]
-Seeds = Annotated[str, typer.Option("--seeds", metavar="LIST", help="With --protocol: seeds of the splits; their mean is shown.")]
-RowCounts = Annotated[str, typer.Option("--rows", metavar="LIST", help="With --protocol: training rows; all for every row there is.")]
+Seeds = Annotated[
+    str, typer.Option("--seeds", metavar="LIST", help="With --protocol: seeds of the splits; their mean is shown.")
+]
+RowCounts = Annotated[
+    str, typer.Option("--rows", metavar="LIST", help="With --protocol: training rows; all for every row there is.")
+]
 
 
 def command(
@@ -50,15 +64,19 @@ def command(
     """
     if protocol:
         if profile or records or markdown or html:
-            raise InputError("--protocol: judges the shipped measurements; expected no PROFILE, RECORDS, --markdown or --html with it")
+            raise InputError(
+                "--protocol: judges the shipped measurements; expected no PROFILE, RECORDS, --markdown or --html with it"
+            )
         _protocol(table, seeds, rows, json)
         return
     if not profile or not records:
-        raise InputError("expected a PROFILE and RECORDS, or --protocol; for instance: prunesim validate a100 a100_sxm/gemm/trtllm")
-    from calibration.scores import summary
-    from calibration.validate import validate
-    from simulator.hardware import load_hardware
-    from simulator.wholefile import check_target
+        raise InputError(
+            "expected a PROFILE and RECORDS, or --protocol; for instance: prunesim validate a100 a100_sxm/gemm/trtllm"
+        )
+    from calibration.judge.scores import summary
+    from calibration.judge.validate import validate
+    from simulator.files.write import check_target
+    from simulator.hardware.library import load_hardware
 
     for path in filter(None, (markdown, html)):
         check_target(path)
@@ -67,11 +85,11 @@ def command(
     report = validate(hw, found, dtype=dtype)
     written = []
     if markdown:
-        from calibration.report import write_markdown
+        from calibration.judge.report import write_markdown
 
         written += [str(path) for path in write_markdown(report, markdown)[-1:]]
     if html:
-        from calibration.report import write_html
+        from calibration.judge.report import write_html
 
         written.append(str(write_html(report, html)))
     if json:
@@ -86,7 +104,7 @@ def command(
 
 def show_report(report: Report, title: str = "") -> None:
     """Print the accuracy of every part; a star marks rows the profile was fitted on."""
-    from calibration.scores import part_summary
+    from calibration.judge.scores import part_summary
 
     parts = [part_summary(part) for part in report.parts]
 
@@ -95,7 +113,9 @@ def show_report(report: Report, title: str = "") -> None:
 
     columns = [
         render.Column(
-            "operator", [f"{p['operator']} {p['dtype']}" + (" *" if p["fitted_on_these_rows"] else "") for p in parts], right=False
+            "operator",
+            [f"{p['operator']} {p['dtype']}" + (" *" if p["fitted_on_these_rows"] else "") for p in parts],
+            right=False,
         ),
         render.Column("rows", [f"{p['rows']:,}" for p in parts]),
         render.Column("MAPE\n%", [percent(p["errors"]["mape"]) for p in parts]),
@@ -117,26 +137,33 @@ def show_report(report: Report, title: str = "") -> None:
         for name, values in report.accuracy.items():
             if any(name == f"{p['operator']} {p['dtype']}" for p in parts):
                 print(
-                    f"  {name}: " + ", ".join(f"{label} {percent(values.get(label.lower()))}" for label in ("MAPE", "median", "p95")) + " %"
+                    f"  {name}: "
+                    + ", ".join(f"{label} {percent(values.get(label.lower()))}" for label in ("MAPE", "median", "p95"))
+                    + " %"
                 )
     for reason, count in report.skipped.items():
         render.note(f"{count} rows left out: {reason}")
 
 
 def _protocol(table: str, seeds: str, rows: str, json: bool) -> None:
-    from calibration.accuracy import columns_of_table, run_protocol, titles
+    from calibration.judge.accuracy import columns_of_table, run_protocol, titles
 
     sizes = [None if text == "all" else text for text in options.names("--rows", rows)]
     counts = [None if size is None else options.integers("--rows", size)[0] for size in sizes]
     with render.progress("fitting and judging") as report:
-        found = run_protocol(options.names("--table", table), seeds=options.integers("--seeds", seeds), sizes=counts, progress=report)
+        found = run_protocol(
+            options.names("--table", table), seeds=options.integers("--seeds", seeds), sizes=counts, progress=report
+        )
     if json:
         print(render.json_lines(found))
         return
     for number, title in enumerate(titles(found)):
         if number:
             print()
-        columns = [render.Column(name, cells, right=name not in ("method", "unseen")) for name, cells in columns_of_table(found, title)]
+        columns = [
+            render.Column(name, cells, right=name not in ("method", "unseen"))
+            for name, cells in columns_of_table(found, title)
+        ]
         while len(columns) > 6 and render.table_width(columns) > render.width():
             columns.pop()
         render.show(columns, title)

@@ -97,7 +97,9 @@ def block_sparse_attention(
     ``kv_len - q_len`` must be a multiple of ``block``, so that the diagonal falls on a block.
     """
     if (kv_len - q_len) % block:
-        raise ValueError(f"block-sparse attention: kv_len - q_len = {kv_len - q_len} is no multiple of the block {block}")
+        raise ValueError(
+            f"block-sparse attention: kv_len - q_len = {kv_len - q_len} is no multiple of the block {block}"
+        )
     rows = []
     for number, blocks in enumerate(layout):
         earlier, last = list(blocks[:-1]), blocks[-1]

@@ -42,7 +42,7 @@ if _BOUND:  # loading OpenMP has bound this thread to the first CPU; importing a
 
 from calibration.devices.operators import Arena, Launches, build, is_out_of_memory  # noqa: E402
 from calibration.devices.protocol import OPERATORS, Description, Operator, OutOfMemory, Unsupported  # noqa: E402
-from calibration.telemetry import CpuReader, Snapshot, cpuinfo  # noqa: E402
+from calibration.devices.telemetry import CpuReader, Snapshot, cpuinfo  # noqa: E402
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 _DEFAULT_CACHE = 32.0 * 2**20
@@ -133,7 +133,11 @@ class CpuDevice:
     name = "cpu"
 
     def __init__(
-        self, threads: int | None = None, pin: bool = True, memory_limit_bytes: float | None = None, cache_bytes: float | None = None
+        self,
+        threads: int | None = None,
+        pin: bool = True,
+        memory_limit_bytes: float | None = None,
+        cache_bytes: float | None = None,
     ) -> None:
         allowed = _affinity()
         self.threads = len(allowed) if threads is None else threads
@@ -166,7 +170,9 @@ class CpuDevice:
             "allocator": "keeps blocks" if self._kept else "default",
             "system": f"{platform.system()} {platform.release()}",
         }
-        return Description(self.name, f"{model} ({self.threads} threads)", stack, self.memory_limit_bytes, self.cache_bytes)
+        return Description(
+            self.name, f"{model} ({self.threads} threads)", stack, self.memory_limit_bytes, self.cache_bytes
+        )
 
     def dtypes(self) -> tuple[str, ...]:
         """fp32; bf16 and fp16 (emulated where the CPU lacks them, and slow then); int8."""
@@ -195,7 +201,9 @@ class CpuDevice:
         if reason := self.refuses(operator):
             raise Unsupported(reason)
         if operator.footprint_bytes > self.memory_limit_bytes:
-            raise OutOfMemory(f"{operator.key} takes {operator.footprint_bytes:.3g} bytes, {self.memory_limit_bytes:.3g} are allowed")
+            raise OutOfMemory(
+                f"{operator.key} takes {operator.footprint_bytes:.3g} bytes, {self.memory_limit_bytes:.3g} are allowed"
+            )
         try:
             launches = build(operator, "cpu", self._arena)
         except (RuntimeError, MemoryError) as error:

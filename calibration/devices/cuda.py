@@ -19,7 +19,7 @@ import torch
 
 from calibration.devices.operators import Arena, Launches, build, is_out_of_memory
 from calibration.devices.protocol import OPERATORS, Description, DeviceLost, Operator, OutOfMemory, Unsupported
-from calibration.telemetry import UNKNOWN, NvmlReader, Snapshot
+from calibration.devices.telemetry import UNKNOWN, NvmlReader, Snapshot
 from simulator.errors import InputError
 
 _FEWEST_LAUNCHES = 20  # in a graph, so that the gap between replays is shared by many
@@ -27,8 +27,13 @@ _MOST_LAUNCHES = 1 << 13
 _GRAPH_SPAN_S = 2e-3
 _EVENTS = 128  # event pairs in flight on the path without graphs
 _LOST = (
-    "CUDA error", "uncorrectable ECC", "fallen off the bus", "device-side assert", "unspecified launch failure", "no CUDA GPUs",
-)  # fmt: skip
+    "CUDA error",
+    "uncorrectable ECC",
+    "fallen off the bus",
+    "device-side assert",
+    "unspecified launch failure",
+    "no CUDA GPUs",
+)
 
 
 def load_nvml() -> Any | None:
@@ -115,10 +120,14 @@ class CudaDevice:
         self._properties = p
         self.capability = (int(p.major), int(p.minor))
         self.cache_bytes = float(getattr(p, "L2_cache_size", 0) or 50 * 2**20)
-        self.memory_limit_bytes = 0.9 * float(self._cuda.mem_get_info(index)[0]) if memory_limit_bytes is None else memory_limit_bytes
+        self.memory_limit_bytes = (
+            0.9 * float(self._cuda.mem_get_info(index)[0]) if memory_limit_bytes is None else memory_limit_bytes
+        )
         self._arena = Arena(self._place, self.cache_bytes, 0.5 * self.memory_limit_bytes)
         uuid = str(getattr(p, "uuid", "") or "")
-        self._reader = NvmlReader(load_nvml() if isinstance(nvml, str) else nvml, f"GPU-{uuid.removeprefix('GPU-')}" if uuid else "", index)
+        self._reader = NvmlReader(
+            load_nvml() if isinstance(nvml, str) else nvml, f"GPU-{uuid.removeprefix('GPU-')}" if uuid else "", index
+        )
         self._flush: Any = None
 
     # -- what it is ---------------------------------------------------------------------------------------------------------------
@@ -137,7 +146,9 @@ class CudaDevice:
             "timing": "graph" if self._graphs else "events",
         }
         p = self._properties
-        return Description(self.name, f"{p.name} ({p.multi_processor_count} SM)", stack, self.memory_limit_bytes, self.cache_bytes)
+        return Description(
+            self.name, f"{p.name} ({p.multi_processor_count} SM)", stack, self.memory_limit_bytes, self.cache_bytes
+        )
 
     def dtypes(self) -> tuple[str, ...]:
         """Formats of its tensor cores, by compute capability (8.0 Ampere, 8.9 Ada, 9.0 Hopper)."""
@@ -156,7 +167,9 @@ class CudaDevice:
         """Why this GPU cannot run it; empty when it can. Shape rules are those of cublasLt, cuSPARSELt and torch's bindings to them."""
         op = operator
         if op.dtype not in self.dtypes():
-            return f"dtype {op.dtype} needs a newer GPU than compute capability {self.capability[0]}.{self.capability[1]}"
+            return (
+                f"dtype {op.dtype} needs a newer GPU than compute capability {self.capability[0]}.{self.capability[1]}"
+            )
         if op.kind == "gemm_2to4":
             if self.capability < (8, 0):
                 return "gemm_2to4 needs sparse tensor cores, compute capability 8.0 or above"
@@ -181,7 +194,9 @@ class CudaDevice:
         if reason := self.refuses(operator):
             raise Unsupported(reason)
         if operator.footprint_bytes > self.memory_limit_bytes:
-            raise OutOfMemory(f"{operator.key} takes {operator.footprint_bytes:.3g} bytes, {self.memory_limit_bytes:.3g} are allowed")
+            raise OutOfMemory(
+                f"{operator.key} takes {operator.footprint_bytes:.3g} bytes, {self.memory_limit_bytes:.3g} are allowed"
+            )
         try:
             torch.set_float32_matmul_precision("high" if operator.dtype == "tf32" else "highest")
             return self._prepare(operator)
@@ -201,7 +216,9 @@ class CudaDevice:
             launches.launch(i)
         self._cuda.synchronize()
         if operator.kind == "launch_eager":
-            return _Guarded(operator.key, "host clock round launches one by one", lambda loops: self._eager(launches, loops))
+            return _Guarded(
+                operator.key, "host clock round launches one by one", lambda loops: self._eager(launches, loops)
+            )
         if self._graphs:
             try:
                 graph, length = self._capture(launches)
@@ -221,7 +238,10 @@ class CudaDevice:
     def _capture(self, launches: Launches) -> tuple[Any, int]:
         """A graph long enough to hide the gap between replays, and a whole number of rounds over the copies."""
         once = self._single(launches, 3, False)
-        wanted = max(_FEWEST_LAUNCHES if once < _GRAPH_SPAN_S else 1, min(_MOST_LAUNCHES, math.ceil(_GRAPH_SPAN_S / max(once, 1e-7))))
+        wanted = max(
+            _FEWEST_LAUNCHES if once < _GRAPH_SPAN_S else 1,
+            min(_MOST_LAUNCHES, math.ceil(_GRAPH_SPAN_S / max(once, 1e-7))),
+        )
         length = math.ceil(wanted / launches.copies) * launches.copies
         stream = self._cuda.Stream()
         stream.wait_stream(self._cuda.current_stream())

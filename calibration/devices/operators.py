@@ -258,7 +258,9 @@ def _attention(op: Operator, place: str, arena: Arena) -> Launches:
             if is_out_of_memory(error):
                 raise
     by_rows = block_sparse_attention(layout, op.q_len, op.kv_len, op.block, place)
-    return Launches(lambda i: by_rows(q, *caches[i % copies]), copies, "a gather and a dense attention for each block of queries")
+    return Launches(
+        lambda i: by_rows(q, *caches[i % copies]), copies, "a gather and a dense attention for each block of queries"
+    )
 
 
 def _elementwise(op: Operator, place: str, arena: Arena) -> Launches:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Protocol
 
-from calibration.telemetry import Snapshot
+from calibration.devices.telemetry import Snapshot
 from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, dtype_code
 
 OPERATORS: Mapping[str, str] = {
@@ -29,7 +29,17 @@ OPERATORS: Mapping[str, str] = {
 """Kinds of operators and what they mean."""
 
 NORMS = ("attention_norm", "mlp_norm", "post_norm", "final_norm", "qk_norm")
-ELEMENTWISE_ROLES = (*NORMS, "activation", "residual", "rotary", "embedding", "gather", "scatter", "cache_write", "select")
+ELEMENTWISE_ROLES = (
+    *NORMS,
+    "activation",
+    "residual",
+    "rotary",
+    "embedding",
+    "gather",
+    "scatter",
+    "cache_write",
+    "select",
+)
 """Roles an ``elementwise`` operator may have."""
 INDEX_BYTES = 4.0
 """A chosen index, as the families' selections count it."""
@@ -121,7 +131,9 @@ class Operator:
         if self.dtype not in DTYPES:
             raise ValueError(f"operator dtype {self.dtype!r} is unknown; expected one of {', '.join(DTYPES)}")
         if self.kind == "elementwise" and self.role not in ELEMENTWISE_ROLES:
-            raise ValueError(f"elementwise role {self.role!r} is unknown; expected one of {', '.join(ELEMENTWISE_ROLES)}")
+            raise ValueError(
+                f"elementwise role {self.role!r} is unknown; expected one of {', '.join(ELEMENTWISE_ROLES)}"
+            )
         if self.role and self.role != "gemm" and self.role not in ROLES:
             raise ValueError(f"operator role {self.role!r} is unknown")
         for name in _REQUIRED[self.kind]:
@@ -144,7 +156,14 @@ class Operator:
     @property
     def key(self) -> str:
         """Text that names the operator: equal operators, equal keys."""
-        return " ".join([self.kind, self.dtype, "cold" if self.cold else "hot", *(f"{name}={value}" for name, value in self.shape.items())])
+        return " ".join(
+            [
+                self.kind,
+                self.dtype,
+                "cold" if self.cold else "hot",
+                *(f"{name}={value}" for name, value in self.shape.items()),
+            ]
+        )
 
     @property
     def group(self) -> tuple[int, int]:

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from calibration.devices.protocol import OPERATORS, Description, DeviceLost, Operator, OutOfMemory, Unsupported
-from calibration.telemetry import UNKNOWN, Snapshot
+from calibration.devices.telemetry import UNKNOWN, Snapshot
 from simulator.errors import InputError
-from simulator.readfile import read_bounded
+from simulator.files.read import read_bounded
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ class Faults:
     nvml: bool = True
 
 
-def roofline_timings(flop_per_s: float = 100e12, bytes_per_s: float = 1.5e12, floor_s: float = 3e-6) -> Callable[[Operator], float]:
+def roofline_timings(
+    flop_per_s: float = 100e12, bytes_per_s: float = 1.5e12, floor_s: float = 3e-6
+) -> Callable[[Operator], float]:
     """A plain planted device: the cubic mean of tensor and memory time over a floor.
 
     >>> round(roofline_timings()(Operator("gemm", m=4096, n=4096, k=4096)) * 1e3, 2)
@@ -136,7 +138,9 @@ class ReplayDevice:
     def from_records(cls, records: Sequence[Mapping[str, Any]], **options: Any) -> ReplayDevice:
         """A device that answers with the medians of records, and refuses what they lack. Records need ``operator`` and ``median_s``."""
         usable = [r for r in records if r.get("operator") and r.get("median_s")]
-        return cls(_Recorded({Operator.from_record(r["operator"]).key: float(r["median_s"]) for r in usable}), **options)
+        return cls(
+            _Recorded({Operator.from_record(r["operator"]).key: float(r["median_s"]) for r in usable}), **options
+        )
 
     @classmethod
     def from_file(cls, path: str | Path, **options: Any) -> ReplayDevice:
@@ -192,7 +196,9 @@ class ReplayDevice:
         if reason := self.refuses(operator):
             raise Unsupported(reason)
         if operator.footprint_bytes > self.faults.out_of_memory_bytes:
-            raise OutOfMemory(f"{operator.footprint_bytes:.3g} bytes asked, {self.faults.out_of_memory_bytes:.3g} there")
+            raise OutOfMemory(
+                f"{operator.footprint_bytes:.3g} bytes asked, {self.faults.out_of_memory_bytes:.3g} there"
+            )
         self._now += self._setup_s
         return _ReplayPrepared(self, operator, number)
 

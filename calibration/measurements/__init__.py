@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from calibration.recordfile import read_records
-from calibration.records import Records
+from calibration.records.parquet import read_records
+from calibration.records.records import Records
 from simulator.errors import InputError, unknown
 
 FOLDER = Path(__file__).resolve().parent

@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 import yaml
 
-from calibration.importers import import_content
 from calibration.measurements import FOLDER, INDEX, file_name
-from calibration.recordfile import write_records
-from calibration.records import Records
+from calibration.records.importers import import_content
+from calibration.records.parquet import write_records
+from calibration.records.records import Records
 from simulator.errors import InputError
-from simulator.hardware import load_hardware
-from simulator.wholefile import write_whole
+from simulator.files.write import write_whole
+from simulator.hardware.library import load_hardware
 
 PACKAGE = "aiconfigurator-core 0.12.0"
 WHEEL_SHA256 = "aadc4aad0a00bf8a61c477c62bef43de479849c3aa0b1c3078068e08309eccc4"
@@ -46,10 +46,17 @@ class Choice:
     kernel: str = ""  # attention: the one kernel path taken
 
 
-_GEMM, _CONTEXT, _GENERATION = "gemm/{}/gemm_perf", "attention/{}/context_attention_perf", "attention/{}/generation_attention_perf"
+_GEMM, _CONTEXT, _GENERATION = (
+    "gemm/{}/gemm_perf",
+    "attention/{}/context_attention_perf",
+    "attention/{}/generation_attention_perf",
+)
 _A100, _H100, _H200, _L40S = (
-    ("a100_sxm", "a100_sxm_80gb"), ("h100_sxm", "h100_sxm"), ("h200_sxm", "h200_sxm"), ("l40s", "l40s"),
-)  # fmt: skip
+    ("a100_sxm", "a100_sxm_80gb"),
+    ("h100_sxm", "h100_sxm"),
+    ("h200_sxm", "h200_sxm"),
+    ("l40s", "l40s"),
+)
 _RTX = ("rtx_pro_6000_server", "rtx_pro_6000")
 
 CHOICES: Mapping[str, Choice] = {
@@ -89,7 +96,9 @@ def choose(records: Records, choice: Choice) -> tuple[Records, dict[str, int]]:
             left[reason] = count
         kept &= ~mask
     taken = records.select(kept)
-    order = np.lexsort([getattr(taken, c) for c in ("m", "kv_len", "q_len", "batch", "k", "n", "heads", "kv_heads", "head_dim")])
+    order = np.lexsort(
+        [getattr(taken, c) for c in ("m", "kv_len", "q_len", "batch", "k", "n", "heads", "kv_heads", "head_dim")]
+    )
     taken = taken.select(order)
     return taken.select(np.argsort(taken.labels().astype(str), kind="stable")).tidy(), left
 
@@ -119,10 +128,20 @@ def build(wheel: Path, folder: Path) -> dict[str, dict[str, Any]]:
         for name, choice in CHOICES.items():
             inside = _ROOT / choice.system / (choice.file.format(choice.collection) + ".parquet")
             result = import_content(
-                archive.read(str(inside)), Path(inside), format="aiconfigurator", hw=load_hardware(choice.hardware), dtype="all"
+                archive.read(str(inside)),
+                Path(inside),
+                format="aiconfigurator",
+                hw=load_hardware(choice.hardware),
+                dtype="all",
             )
             records, left = choose(result.records, choice)
-            extra = {"name": name, "package": PACKAGE, "copyright": COPYRIGHT, "licence": "Apache-2.0", "modified": "see NOTICE"}
+            extra = {
+                "name": name,
+                "package": PACKAGE,
+                "copyright": COPYRIGHT,
+                "licence": "Apache-2.0",
+                "modified": "see NOTICE",
+            }
             content = write_records(records, extra=extra, single=True)
             write_whole(folder / file_name(name), content)
             stack = records.sources[0].stack
@@ -159,7 +178,9 @@ def main() -> None:
     """The command of the module's docstring."""
     parser = argparse.ArgumentParser(description="Make the shipped measurement tables from the wheel of " + PACKAGE)
     parser.add_argument("wheel", type=Path)
-    parser.add_argument("-o", "--output", type=Path, default=FOLDER, help="folder for the tables (default: beside this file)")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=FOLDER, help="folder for the tables (default: beside this file)"
+    )
     arguments = parser.parse_args()
     for name, entry in build(arguments.wheel, arguments.output).items():
         print(f"{name}: {sum(entry['rows'].values())} rows, {entry['bytes']} bytes")

@@ -15,7 +15,21 @@ from typing import Annotated
 import typer
 
 from simulator._version import __version__
-from simulator.cli import advise, claims, explain, explore, figures, gemm, hardware, models, pareto, quality, report, speedup, sweep
+from simulator.cli import (
+    advise,
+    claims,
+    explain,
+    explore,
+    figures,
+    gemm,
+    hardware,
+    models,
+    pareto,
+    quality,
+    report,
+    speedup,
+    sweep,
+)
 from simulator.errors import InputError, one_line
 
 app = typer.Typer(
@@ -49,7 +63,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)
+    ] = False,
 ) -> None:
     pass
 
@@ -68,7 +84,9 @@ def run(arguments: Sequence[str]) -> int:
         The exit status: 0, 2 for bad input, 1 for a failure, 130 when interrupted.
     """
     try:
-        code = typer.main.get_command(app).main(list(arguments) or ["--help"], prog_name="prunesim", standalone_mode=False)
+        code = typer.main.get_command(app).main(
+            list(arguments) or ["--help"], prog_name="prunesim", standalone_mode=False
+        )
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except InputError as error:
@@ -93,7 +111,9 @@ def run(arguments: Sequence[str]) -> int:
             return _fail(f"{error.format_message()} See '{context.command_path if context else 'prunesim'} --help'", 2)
         if os.environ.get("PRUNESIM_DEBUG"):
             raise
-        return _fail(f"program error, please report it: {type(error).__name__}: {error} (PRUNESIM_DEBUG=1 shows where)", 1)
+        return _fail(
+            f"program error, please report it: {type(error).__name__}: {error} (PRUNESIM_DEBUG=1 shows where)", 1
+        )
 
 
 def _fail(message: str, status: int) -> int:

@@ -11,30 +11,50 @@ import typer
 from simulator.cli import options, render
 
 if TYPE_CHECKING:
-    from simulator.advise import Advice, Alternative
+    from simulator.predict.advise import Advice, Alternative
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Name of a model, or its Hugging Face config.json (file or folder).")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Name of a model, or its Hugging Face config.json (file or folder).")
+]
 Target = Annotated[float, typer.Option("--target", metavar="X", help="Speedup wanted, above 1.")]
 Family = Annotated[str, typer.Option("--family", metavar="LIST", help="Pruning families to consider, or all.")]
 
 
 def command(
-    model: Model, hardware: options.Hardware, target: Target, family: Family = "all", phase: options.Phase = "prefill",
-    batch: options.Batch = "1", seq: options.Seq = "2048", new_tokens: options.NewTokens = 128, runtime: options.Runtime = "cuda_graph",
-    dtype: options.Dtype = "bf16", weight_dtype: options.WeightDtype = None, kv_dtype: options.KvDtype = None,
-    devices: options.Devices = 1, parallel: options.Parallel = "tensor", ideal: options.Ideal = False, json: options.Json = False,
-) -> None:  # fmt: skip
+    model: Model,
+    hardware: options.Hardware,
+    target: Target,
+    family: Family = "all",
+    phase: options.Phase = "prefill",
+    batch: options.Batch = "1",
+    seq: options.Seq = "2048",
+    new_tokens: options.NewTokens = 128,
+    runtime: options.Runtime = "cuda_graph",
+    dtype: options.Dtype = "bf16",
+    weight_dtype: options.WeightDtype = None,
+    kv_dtype: options.KvDtype = None,
+    devices: options.Devices = 1,
+    parallel: options.Parallel = "tensor",
+    ideal: options.Ideal = False,
+    json: options.Json = False,
+) -> None:
     """Find the least pruning that reaches a target speedup.
 
     For each family the least sparsity, the aligned widths around it at which time steps down, and what else would reach the target.
     """
-    from simulator.advise import advise
+    from simulator.predict.advise import advise
 
     found = advise(
-        model, options.names("--hardware", hardware), target, options.names("--phase", phase), options.integers("--batch", batch),
-        options.integers("--seq", seq), options.names("--family", family), ideal=ideal,
+        model,
+        options.names("--hardware", hardware),
+        target,
+        options.names("--phase", phase),
+        options.integers("--batch", batch),
+        options.integers("--seq", seq),
+        options.names("--family", family),
+        ideal=ideal,
         setting=options.setting(new_tokens, runtime, dtype, weight_dtype, kv_dtype, devices, parallel),
-    )  # fmt: skip
+    )
     if json:
         print(render.json_lines([asdict(a) for a in found.advice]))
         return
@@ -49,25 +69,33 @@ def command(
         render.note(line)
     uncalibrated = list(dict.fromkeys(a.hardware for a in found.advice if not a.calibrated))
     if uncalibrated:
-        render.note(f"{', '.join(uncalibrated)}: not calibrated for everything this needs; the intervals are wide for it")
+        render.note(
+            f"{', '.join(uncalibrated)}: not calibrated for everything this needs; the intervals are wide for it"
+        )
 
 
 def _print(group: Sequence[Advice], others: Sequence[Alternative]) -> None:
     """One device and request: families, steps of their widths, alternatives."""
     first = group[0]
     verdicts = [
-        render.percent(a.sparsity) if a.reached else f"not reachable (at most {render.ratio(a.speedup)} at {render.percent(a.sparsity)})"
+        render.percent(a.sparsity)
+        if a.reached
+        else f"not reachable (at most {render.ratio(a.speedup)} at {render.percent(a.sparsity)})"
         for a in group
     ]
     quality = [
-        "" if a.quality_loss is None else f"{a.quality_loss:g} % at {render.percent(a.quality_at or 0.0)} ({a.quality_source})"
+        ""
+        if a.quality_loss is None
+        else f"{a.quality_loss:g} % at {render.percent(a.quality_at or 0.0)} ({a.quality_source})"
         for a in group
     ]
     columns = [
         render.Column("family", [a.family for a in group], right=False),
         render.Column("least sparsity", verdicts, right=False),
         render.Column("realised", [render.percent(a.realised_sparsity) if a.reached else "" for a in group]),
-        render.Column("for sure", [render.percent(a.sure_sparsity) if a.sure_sparsity is not None else "-" for a in group]),
+        render.Column(
+            "for sure", [render.percent(a.sure_sparsity) if a.sure_sparsity is not None else "-" for a in group]
+        ),
         render.Column("speedup", [_interval(a) for a in group]),
         render.Column("time", [render.seconds(a.pruned_s) for a in group]),
         render.Column("limit", [a.limit for a in group], right=False),

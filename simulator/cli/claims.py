@@ -14,17 +14,21 @@ from simulator.cli import options, render
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from simulator.claims import Verdict
-    from simulator.quality_table import QualityTable
-    from simulator.settings import Setting
+    from simulator.predict.claims import Verdict
+    from simulator.predict.quality import QualityTable
+    from simulator.predict.settings import Setting
 
 STYLES = {"holds": "green", "does not hold": "red", "undecided": "yellow"}
 
 
 def claims(
-    models: Annotated[str, typer.Argument(metavar="MODELS", help="Models, separated by commas.")] = "llama-3.1-8b,llama-2-7b",
+    models: Annotated[
+        str, typer.Argument(metavar="MODELS", help="Models, separated by commas.")
+    ] = "llama-3.1-8b,llama-2-7b",
     hardware: options.Hardware = "a100,h100,rtx_4090",
-    quality: Annotated[str | None, typer.Option("--quality", metavar="FILE", help="Quality table (CSV); else the shipped ones.")] = None,
+    quality: Annotated[
+        str | None, typer.Option("--quality", metavar="FILE", help="Quality table (CSV); else the shipped ones.")
+    ] = None,
     batch: options.Batch = "1",
     seq: options.Seq = "2048",
     runtime: options.Runtime = "cuda_graph",
@@ -37,7 +41,11 @@ def claims(
     along the prefill frontier come static depth, dynamic depth, static width. Where a family has no quality data, it is said.
     """
     setting = options.setting(128, runtime, dtype, None, None, 1, "tensor")
-    batches, lengths, devices = options.integers("--batch", batch), options.integers("--seq", seq), options.names("--hardware", hardware)
+    batches, lengths, devices = (
+        options.integers("--batch", batch),
+        options.integers("--seq", seq),
+        options.names("--hardware", hardware),
+    )
     found: list[Verdict] = []
     names = options.names("MODELS", models)
     with render.progress("testing") as report:
@@ -50,15 +58,17 @@ def claims(
         _print(found)
     uncalibrated = list(dict.fromkeys(v.hardware for v in found if not v.calibrated))
     if uncalibrated:
-        render.note(f"{', '.join(uncalibrated)}: not calibrated for everything this needs; the intervals are wide for it")
+        render.note(
+            f"{', '.join(uncalibrated)}: not calibrated for everything this needs; the intervals are wide for it"
+        )
 
 
 def _of_model(
     model: str, hardware: Sequence[str], quality: str | None, batch: Sequence[int], seq: Sequence[int], setting: Setting
 ) -> list[Verdict]:
     """Both claims for one model."""
-    from simulator.claims import axes_to_test, bound_claim, order_claim
-    from simulator.transformer import load_model
+    from simulator.models.library import load_model
+    from simulator.predict.claims import axes_to_test, bound_claim, order_claim
 
     config = load_model(model)
     out = list(bound_claim(config, hardware, ["prefill", "decode"], batch, seq, setting=setting))
@@ -84,16 +94,20 @@ def _rows(quality: str | None, model: str) -> QualityTable | None:
         return None
 
 
-def _no_data(model: str, hardware: Sequence[str], table: QualityTable | None, batch: Sequence[int], seq: Sequence[int]) -> list[Verdict]:
+def _no_data(
+    model: str, hardware: Sequence[str], table: QualityTable | None, batch: Sequence[int], seq: Sequence[int]
+) -> list[Verdict]:
     """Verdicts of (b) where no axis has two of its families."""
-    from simulator.claims import GROUPS, NO_DATA, Verdict, group_of
-    from simulator.hardware import load_hardware
+    from simulator.hardware.library import load_hardware
+    from simulator.predict.claims import GROUPS, NO_DATA, Verdict, group_of
 
     has = sorted({group_of(r.family) for r in table.rows} - {""}) if table else []
     missing = tuple(name for name in GROUPS if name not in has)
     text = f"no metric and protocol with two of the families; there is quality of: {', '.join(has) or 'none of them'}"
     where = itertools.product([load_hardware(h).name for h in hardware], batch, seq)
-    return [Verdict("order", model, h, "prefill", b, s, NO_DATA, "", text, missing, calibrated=True) for h, b, s in where]
+    return [
+        Verdict("order", model, h, "prefill", b, s, NO_DATA, "", text, missing, calibrated=True) for h, b, s in where
+    ]
 
 
 def _cell(v: Verdict | None) -> str:
@@ -106,7 +120,7 @@ def _cell(v: Verdict | None) -> str:
 
 def _print(found: Sequence[Verdict]) -> None:
     """A table of verdicts for each claim, then the numbers of each."""
-    from simulator.claims import CLAIMS
+    from simulator.predict.claims import CLAIMS
 
     for claim, text in CLAIMS.items():
         chosen = [v for v in found if v.claim == claim]
@@ -121,7 +135,9 @@ def _print(found: Sequence[Verdict]) -> None:
         ]
         for h in devices:
             verdicts = [_cell(at.get((*s, h))) for s in sharing]
-            columns.append(render.Column(h, verdicts, right=False, styles=[STYLES.get(v.partition(" (")[0], "") for v in verdicts]))
+            columns.append(
+                render.Column(h, verdicts, right=False, styles=[STYLES.get(v.partition(" (")[0], "") for v in verdicts])
+            )
         if any(s[4] for s in sharing):
             columns.insert(2, render.Column("quality", [s[4].partition(" [")[0] or "-" for s in sharing], right=False))
         render.show(columns, "\n".join(textwrap.wrap(f"({'a' if claim == 'bound' else 'b'}) {text}", render.width())))
@@ -134,4 +150,6 @@ def _print(found: Sequence[Verdict]) -> None:
             print(textwrap.fill(line, render.width(), subsequent_indent="    ", break_on_hyphens=False))
         print()
     if any(v.verdict == "undecided" for v in found):
-        print("undecided: the ends of the intervals disagree, or a family has no data; (+) the predictions alone speak for it, (-) against")
+        print(
+            "undecided: the ends of the intervals disagree, or a family has no data; (+) the predictions alone speak for it, (-) against"
+        )

@@ -11,18 +11,23 @@ import typer
 
 from simulator.cli import options, render
 from simulator.errors import InputError
-from simulator.words import LOSS, conclusion, setting_title
+from simulator.predict.words import LOSS, conclusion, setting_title
 
 if TYPE_CHECKING:
-    from simulator.scenarios import Explanation
-    from simulator.speedup import Step
+    from simulator.predict.speedup import Step
+    from simulator.predict.table import Explanation
 
 
 def explain(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Name of a model, or its Hugging Face config.json (file or folder).")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Name of a model, or its Hugging Face config.json (file or folder).")
+    ],
     hardware: options.Hardware,
     family: Annotated[str, typer.Option("--family", metavar="NAME", help="One pruning family.")],
-    sparsity: Annotated[str, typer.Option("--sparsity", metavar="FRACTION", help="Fraction removed, or by part: attention=0.25,mlp=0.5.")],
+    sparsity: Annotated[
+        str,
+        typer.Option("--sparsity", metavar="FRACTION", help="Fraction removed, or by part: attention=0.25,mlp=0.5."),
+    ],
     phase: options.Phase = "prefill",
     batch: options.Batch = "1",
     seq: options.Seq = "2048",
@@ -38,7 +43,8 @@ def explain(
     json: options.Json = False,
     figure: options.Figure = None,
     roofline: Annotated[
-        str | None, typer.Option("--roofline", metavar="FILE", help="Also draw the dense and the pruned GEMMs on the roofline.")
+        str | None,
+        typer.Option("--roofline", metavar="FILE", help="Also draw the dense and the pruned GEMMs on the roofline."),
     ] = None,
 ) -> None:
     """Explain where a promised speedup is lost.
@@ -47,23 +53,32 @@ def explain(
     """
     for path in (figure, roofline):
         if path:
-            from simulator.figures import check_figure
+            from simulator.figures.save import check_figure
 
             check_figure(path)
     if "," in family:
         raise InputError(f"--family {family!r}: expected one family to explain")
-    from simulator.scenarios import explanations
+    from simulator.predict.table import explanations
 
     found = explanations(
-        model, options.names("--hardware", hardware), family, options.sparsity("--sparsity", sparsity),
-        options.names("--phase", phase), options.integers("--batch", batch), options.integers("--seq", seq),
+        model,
+        options.names("--hardware", hardware),
+        family,
+        options.sparsity("--sparsity", sparsity),
+        options.names("--phase", phase),
+        options.integers("--batch", batch),
+        options.integers("--seq", seq),
         setting=options.setting(new_tokens, runtime, dtype, weight_dtype, kv_dtype, devices, parallel),
-        ideal=ideal, options=options.settings("--option", option),
-    )  # fmt: skip
+        ideal=ideal,
+        options=options.settings("--option", option),
+    )
     if json:
         print(
             render.json_lines(
-                [{**asdict(e.record), "waterfall": [asdict(step) for step in e.steps], "conclusion": conclusion(e)} for e in found]
+                [
+                    {**asdict(e.record), "waterfall": [asdict(step) for step in e.steps], "conclusion": conclusion(e)}
+                    for e in found
+                ]
             )
         )
     else:
@@ -92,7 +107,10 @@ def _print(e: Explanation) -> None:
     room = available - render.table_width(columns) - 2
     columns.append(render.Column("what it is", [_cut(step.note, room) for step in e.steps], right=False))
     r = e.record
-    render.show(columns if room >= 20 else columns[:3], f"{r.family} {render.percent(r.sparsity)}, {r.hardware}: {setting_title(r)}")
+    render.show(
+        columns if room >= 20 else columns[:3],
+        f"{r.family} {render.percent(r.sparsity)}, {r.hardware}: {setting_title(r)}",
+    )
     print(
         f"\ndense {render.seconds(r.dense_s)}, pruned {render.seconds(r.pruned_s)}; "
         f"bounds: FLOP {r.flop_bound:.3f}, byte {r.byte_bound:.3f}, roofline {r.roofline_bound:.3f}"

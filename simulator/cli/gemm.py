@@ -11,7 +11,7 @@ import typer
 from simulator.cli import options, render
 
 if TYPE_CHECKING:
-    from simulator.gemm_table import GemmRecord
+    from simulator.predict.gemms import GemmRecord
 
 _MEANING = {
     "roofline": "FLOP / peak or bytes / bandwidth, whichever is longer",
@@ -30,9 +30,15 @@ def gemm(
     hardware: options.Hardware,
     dtype: options.Dtype = "bf16",
     weight_dtype: options.WeightDtype = None,
-    semi_structured: Annotated[bool, typer.Option("--semi-structured", help="Weights with 2:4 sparsity on sparse tensor cores.")] = False,
-    warm: Annotated[bool, typer.Option("--warm", help="Weights already in the L2 cache; by default they come from memory.")] = False,
-    explain: Annotated[bool, typer.Option("--explain", help="Show how the roofline grows to the predicted time.")] = False,
+    semi_structured: Annotated[
+        bool, typer.Option("--semi-structured", help="Weights with 2:4 sparsity on sparse tensor cores.")
+    ] = False,
+    warm: Annotated[
+        bool, typer.Option("--warm", help="Weights already in the L2 cache; by default they come from memory.")
+    ] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show how the roofline grows to the predicted time.")
+    ] = False,
     json: options.Json = False,
     figure: options.Figure = None,
 ) -> None:
@@ -42,15 +48,19 @@ def gemm(
     """
     sizes = options.integers("M", m), options.integers("N", n), options.integers("K", k)
     if figure:
-        from simulator.figures import check_figure
+        from simulator.figures.save import check_figure
 
         check_figure(figure)
-    from simulator.gemm_table import gemm_table
+    from simulator.predict.gemms import gemm_table
 
     rows = gemm_table(
-        *sizes, options.names("--hardware", hardware), dtype=dtype, weight_dtype=weight_dtype,
-        semi_structured=semi_structured, cold=not warm,
-    )  # fmt: skip
+        *sizes,
+        options.names("--hardware", hardware),
+        dtype=dtype,
+        weight_dtype=weight_dtype,
+        semi_structured=semi_structured,
+        cold=not warm,
+    )
     if json:
         print(render.json_lines([asdict(r) for r in rows]))
     else:

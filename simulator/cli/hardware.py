@@ -11,7 +11,7 @@ import typer
 from simulator.cli import options, render
 
 if TYPE_CHECKING:
-    from simulator.hardware import HardwareProfile
+    from simulator.hardware.profile import HardwareProfile
 
 app = typer.Typer(help="Devices: list them, show one, check a profile.")
 
@@ -19,7 +19,8 @@ app = typer.Typer(help="Devices: list them, show one, check a profile.")
 @app.command("list")
 def list_(json: options.Json = False) -> None:
     """List the devices that ship."""
-    from simulator.hardware import list_hardware, load_hardware
+    from simulator.hardware.library import load_hardware
+    from simulator.hardware.names import list_hardware
 
     profiles = [load_hardware(name) for name in list_hardware()]
     if json:
@@ -41,12 +42,14 @@ def list_(json: options.Json = False) -> None:
 
 
 @app.command()
-def show(name: Annotated[str, typer.Argument(metavar="NAME", help="Name, alias or YAML file.")], json: options.Json = False) -> None:
+def show(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name, alias or YAML file.")], json: options.Json = False
+) -> None:
     """Show one device: datasheet, sources, fits.
 
     Datasheet facts come with their sources, each fitted part with its status and accuracy.
     """
-    from simulator.hardware import load_hardware
+    from simulator.hardware.library import load_hardware
 
     hw = load_hardware(name)
     if json:
@@ -62,21 +65,31 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME", help="Name, alias o
     ]
     if hw.link is not None:
         facts.append(
-            ("link", f"{hw.link.kind}, {render.rate(hw.link.bandwidth_bytes_per_s, 'B/s')} one way, {render.seconds(hw.link.latency_s)}")
+            (
+                "link",
+                f"{hw.link.kind}, {render.rate(hw.link.bandwidth_bytes_per_s, 'B/s')} one way, {render.seconds(hw.link.latency_s)}",
+            )
         )
     also = f" (also {', '.join(hw.aliases)})" if hw.aliases else ""
     print(f"{hw.title}: {hw.name}{also}\n")
-    render.show([render.Column("datasheet", [k for k, _ in facts], right=False), render.Column("", [v for _, v in facts], right=False)])
+    render.show(
+        [
+            render.Column("datasheet", [k for k, _ in facts], right=False),
+            render.Column("", [v for _, v in facts], right=False),
+        ]
+    )
     print()
     rates = list(hw.rates.items())
     ridge = [rate.flop_per_s / hw.bandwidth_bytes_per_s for _, rate in rates]
-    render.show([
-        render.Column("format", [dtype for dtype, _ in rates], right=False),
-        render.Column("dense", [_rate(rate.flop_per_s) for _, rate in rates]),
-        render.Column("accumulate", [rate.accumulate for _, rate in rates], right=False),
-        render.Column("2:4", [f"x{rate.sparse_factor:g}" for _, rate in rates]),
-        render.Column("ridge point", [f"{value:.0f} FLOP/B" for value in ridge]),
-    ])  # fmt: skip
+    render.show(
+        [
+            render.Column("format", [dtype for dtype, _ in rates], right=False),
+            render.Column("dense", [_rate(rate.flop_per_s) for _, rate in rates]),
+            render.Column("accumulate", [rate.accumulate for _, rate in rates], right=False),
+            render.Column("2:4", [f"x{rate.sparse_factor:g}" for _, rate in rates]),
+            render.Column("ridge point", [f"{value:.0f} FLOP/B" for value in ridge]),
+        ]
+    )
     print("\nsources")
     values: dict[str, list[str]] = {}
     for key, text in hw.sources.items():
@@ -88,26 +101,27 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME", help="Name, alias o
     if not sections:
         print("not calibrated: architecture defaults and wide intervals")
         return
-    render.show([
-        render.Column("fitted part", [s["operator"] for s in sections], right=False),
-        render.Column("format", [s["dtype"] for s in sections], right=False),
-        render.Column("status", [s["status"] for s in sections], right=False),
-        render.Column("rows", [str(s["rows"] or "") for s in sections]),
-        render.Column("accuracy", [_accuracy(s["accuracy"]) for s in sections], right=False),
-        render.Column("from", [s["origin"] for s in sections], right=False),
-    ])  # fmt: skip
+    render.show(
+        [
+            render.Column("fitted part", [s["operator"] for s in sections], right=False),
+            render.Column("format", [s["dtype"] for s in sections], right=False),
+            render.Column("status", [s["status"] for s in sections], right=False),
+            render.Column("rows", [str(s["rows"] or "") for s in sections]),
+            render.Column("accuracy", [_accuracy(s["accuracy"]) for s in sections], right=False),
+            render.Column("from", [s["origin"] for s in sections], right=False),
+        ]
+    )
 
 
 @app.command()
 def check(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="YAML profile.")],
-    as_json: options.Json = False,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="YAML profile.")], as_json: options.Json = False
 ) -> None:
     """Check a YAML profile.
 
     Each problem is one line; the exit status is 2 when there is any.
     """
-    from simulator.hardware import check_hardware
+    from simulator.hardware.library import check_hardware
 
     problems = check_hardware(file)
     if as_json:
@@ -133,13 +147,22 @@ def _summary(hw: HardwareProfile) -> dict[str, Any]:
     """Facts of a profile as plain values."""
     sections = [key for key, section in hw.sections.items() if section.status == "calibrated"]
     return {
-        "name": hw.name, "title": hw.title, "vendor": hw.vendor, "architecture": hw.architecture, "aliases": list(hw.aliases),
-        "peak_flop_per_s": {dtype: rate.flop_per_s for dtype, rate in hw.rates.items()}, "sm_count": hw.sm_count,
-        "boost_clock_hz": hw.boost_clock_hz, "max_clock_hz": hw.max_clock_hz, "memory_bytes": hw.memory_bytes,
-        "bandwidth_bytes_per_s": hw.bandwidth_bytes_per_s, "l2_bytes": hw.l2_bytes, "power_w": hw.power_w,
+        "name": hw.name,
+        "title": hw.title,
+        "vendor": hw.vendor,
+        "architecture": hw.architecture,
+        "aliases": list(hw.aliases),
+        "peak_flop_per_s": {dtype: rate.flop_per_s for dtype, rate in hw.rates.items()},
+        "sm_count": hw.sm_count,
+        "boost_clock_hz": hw.boost_clock_hz,
+        "max_clock_hz": hw.max_clock_hz,
+        "memory_bytes": hw.memory_bytes,
+        "bandwidth_bytes_per_s": hw.bandwidth_bytes_per_s,
+        "l2_bytes": hw.l2_bytes,
+        "power_w": hw.power_w,
         "link": asdict(hw.link) if is_dataclass(hw.link) else None,
         "calibrated": [f"{operator} {dtype}".replace(" *", "") for operator, dtype in sections],
-    }  # fmt: skip
+    }
 
 
 def _sections(hw: HardwareProfile) -> list[dict[str, Any]]:
@@ -147,11 +170,17 @@ def _sections(hw: HardwareProfile) -> list[dict[str, Any]]:
     out = []
     for (operator, dtype), section in hw.sections.items():
         origin = section.provenance
-        out.append({
-            "operator": operator, "dtype": dtype, "status": section.status,
-            "constants": {name: asdict(fitted) for name, fitted in section.constants.items()},
-            "accuracy": {name: float(value) for name, value in section.accuracy.items()},
-            "rows": origin.rows if origin else 0,
-            "origin": (f"borrowed from {origin.borrowed_from}" if origin.borrowed_from else origin.software) if origin else "",
-        })  # fmt: skip
+        out.append(
+            {
+                "operator": operator,
+                "dtype": dtype,
+                "status": section.status,
+                "constants": {name: asdict(fitted) for name, fitted in section.constants.items()},
+                "accuracy": {name: float(value) for name, value in section.accuracy.items()},
+                "rows": origin.rows if origin else 0,
+                "origin": (f"borrowed from {origin.borrowed_from}" if origin.borrowed_from else origin.software)
+                if origin
+                else "",
+            }
+        )
     return out

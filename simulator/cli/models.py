@@ -15,7 +15,7 @@ app = typer.Typer(help="Models: list those known by name, show the shapes of one
 @app.command("list")
 def list_(json: options.Json = False) -> None:
     """List the models known by name."""
-    from simulator.transformer import list_models, load_model
+    from simulator.models.library import list_models, load_model
 
     models = [load_model(name) for name in list_models()]
     if json:
@@ -45,7 +45,8 @@ def show(
 ) -> None:
     """Show one model: shapes, parameters, GEMMs."""
     from simulator.errors import InputError
-    from simulator.transformer import load_model, lower
+    from simulator.models.library import load_model
+    from simulator.models.lower import lower
     from simulator.workload import ROLES, Kind
 
     if min(batch, seq) < 1:
@@ -66,7 +67,9 @@ def show(
         print(render.json_lines([{**asdict(model), "parameters": model.parameters, "flops": total, "gemms": rows}]))
         return
     mlp = "gated MLP" if model.gated else "plain MLP"
-    print(f"{model.name} ({model.architecture}): {model.parameters:,} parameters, {render.size(2.0 * model.parameters)} in 16 bits")
+    print(
+        f"{model.name} ({model.architecture}): {model.parameters:,} parameters, {render.size(2.0 * model.parameters)} in 16 bits"
+    )
     print(
         f"{model.layers} layers, hidden {model.hidden}, {model.heads} heads on {model.kv_heads} KV heads of {model.head_dim}, "
         f"{mlp} of {model.inner}, vocabulary {model.vocab:,}\n"

@@ -10,24 +10,43 @@ import typer
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from simulator.settings import Setting
+    from simulator.predict.settings import Setting
 
-Hardware = Annotated[str, typer.Option("--hardware", metavar="LIST", help="Devices: names, aliases or YAML files, separated by commas.")]
-Phase = Annotated[str, typer.Option("--phase", metavar="LIST", help="prefill, decode, generate; a comma list for several.")]
+Hardware = Annotated[
+    str, typer.Option("--hardware", metavar="LIST", help="Devices: names, aliases or YAML files, separated by commas.")
+]
+Phase = Annotated[
+    str, typer.Option("--phase", metavar="LIST", help="prefill, decode, generate; a comma list for several.")
+]
 Batch = Annotated[str, typer.Option("--batch", metavar="LIST", help="Sequences in a batch; a comma list for several.")]
-Seq = Annotated[str, typer.Option("--seq", metavar="LIST", help="Prompt tokens (prefill) or cached positions (decode) of a sequence.")]
-NewTokens = Annotated[int, typer.Option("--new-tokens", metavar="N", help="Tokens that generate decodes after the prompt.")]
-Runtime = Annotated[str, typer.Option("--runtime", metavar="NAME", help="cuda_graph, or eager (the host launches every kernel).")]
+Seq = Annotated[
+    str,
+    typer.Option("--seq", metavar="LIST", help="Prompt tokens (prefill) or cached positions (decode) of a sequence."),
+]
+NewTokens = Annotated[
+    int, typer.Option("--new-tokens", metavar="N", help="Tokens that generate decodes after the prompt.")
+]
+Runtime = Annotated[
+    str, typer.Option("--runtime", metavar="NAME", help="cuda_graph, or eager (the host launches every kernel).")
+]
 Dtype = Annotated[str, typer.Option("--dtype", metavar="NAME", help="Number format of activations and arithmetic.")]
 WeightDtype = Annotated[
-    str | None, typer.Option("--weight-dtype", metavar="NAME", help="Format of stored weights: int8, int4, fp8; as --dtype if left out.")
+    str | None,
+    typer.Option(
+        "--weight-dtype", metavar="NAME", help="Format of stored weights: int8, int4, fp8; as --dtype if left out."
+    ),
 ]
-KvDtype = Annotated[str | None, typer.Option("--kv-dtype", metavar="NAME", help="Format of the K/V cache; as --dtype if left out.")]
+KvDtype = Annotated[
+    str | None, typer.Option("--kv-dtype", metavar="NAME", help="Format of the K/V cache; as --dtype if left out.")
+]
 Devices = Annotated[int, typer.Option("--devices", metavar="N", help="Number of devices the model is spread over.")]
 Parallel = Annotated[str, typer.Option("--parallel", metavar="NAME", help="How it is spread: tensor or pipeline.")]
-Ideal = Annotated[bool, typer.Option("--ideal", help="Leave out the work that pruning adds (routers, gathers): an upper bound.")]
+Ideal = Annotated[
+    bool, typer.Option("--ideal", help="Leave out the work that pruning adds (routers, gathers): an upper bound.")
+]
 Option = Annotated[
-    list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="Option of the family, such as inner=8810; may be repeated.")
+    list[str] | None,
+    typer.Option("--option", metavar="NAME=VALUE", help="Option of the family, such as inner=8810; may be repeated."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Figure = Annotated[str | None, typer.Option("--figure", metavar="FILE", help="Also draw a figure: .pdf, .svg or .png.")]
@@ -70,7 +89,9 @@ def sparsity(option: str, text: str) -> float | dict[str, float]:
     (0.3, {'q': 0.1, 'down': 0.5})
     """
     if "=" in text:
-        return {name: _number(option, value, float) for name, value in (_pair(option, part) for part in names(option, text))}
+        return {
+            name: _number(option, value, float) for name, value in (_pair(option, part) for part in names(option, text))
+        }
     return float(_number(option, text, float))
 
 
@@ -91,10 +112,16 @@ def settings(option: str, texts: Sequence[str] | None) -> dict[str, Any]:
 
 
 def setting(
-    new_tokens: int, runtime: str, dtype: str, weight_dtype: str | None, kv_dtype: str | None, devices: int, parallel: str
+    new_tokens: int,
+    runtime: str,
+    dtype: str,
+    weight_dtype: str | None,
+    kv_dtype: str | None,
+    devices: int,
+    parallel: str,
 ) -> Setting:
     """The setting that the shared options describe."""
-    from simulator.settings import Setting
+    from simulator.predict.settings import Setting
 
     return Setting(new_tokens, runtime, dtype, weight_dtype, kv_dtype, devices, parallel)
 

@@ -13,21 +13,29 @@ from simulator.cli import options, render
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from simulator.pareto import Band, Front, Point
-    from simulator.quality_table import QualityTable
+    from simulator.predict.pareto import Band, Front, Point
+    from simulator.predict.quality import QualityTable
 
-Quality = Annotated[str | None, typer.Option("--quality", metavar="FILE", help="Quality table (CSV), or the name of a shipped one.")]
-QualityModel = Annotated[str | None, typer.Option("--quality-model", metavar="NAME", help="Take the quality rows of this model instead.")]
+Quality = Annotated[
+    str | None, typer.Option("--quality", metavar="FILE", help="Quality table (CSV), or the name of a shipped one.")
+]
+QualityModel = Annotated[
+    str | None, typer.Option("--quality-model", metavar="NAME", help="Take the quality rows of this model instead.")
+]
 
 
 def pareto(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Name of a model, or its Hugging Face config.json (file or folder).")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Name of a model, or its Hugging Face config.json (file or folder).")
+    ],
     hardware: options.Hardware,
     quality: Quality = None,
     metric: Annotated[str, typer.Option("--metric", metavar="NAME", help="Metric, or a part of its name.")] = "",
     protocol: Annotated[str, typer.Option("--protocol", metavar="NAME", help="Protocol, or a part of its name.")] = "",
     quality_model: QualityModel = None,
-    measured: Annotated[str | None, typer.Option("--measured", metavar="FILE", help="CSV of measured speedups to use.")] = None,
+    measured: Annotated[
+        str | None, typer.Option("--measured", metavar="FILE", help="CSV of measured speedups to use.")
+    ] = None,
     phase: options.Phase = "prefill",
     batch: options.Batch = "1",
     seq: options.Seq = "2048",
@@ -37,7 +45,9 @@ def pareto(
     devices: options.Devices = 1,
     parallel: options.Parallel = "tensor",
     json: options.Json = False,
-    csv: Annotated[str | None, typer.Option("--csv", metavar="FILE", help="Write the points as CSV (- for standard output).")] = None,
+    csv: Annotated[
+        str | None, typer.Option("--csv", metavar="FILE", help="Write the points as CSV (- for standard output).")
+    ] = None,
     figure: options.Figure = None,
 ) -> None:
     """Show which pruned models no other one beats in speed and quality.
@@ -48,34 +58,42 @@ def pareto(
     if json and csv:
         raise InputError("--json and --csv: expected one of them")
     if figure:
-        from simulator.figures import check_figure
+        from simulator.figures.save import check_figure
 
         check_figure(figure)
     if csv and csv != "-":
-        from simulator.wholefile import check_target
+        from simulator.files.write import check_target
 
         check_target(csv)
-    from simulator.measured_speedups import read_measured
-    from simulator.pareto import fronts
-    from simulator.quality_table import choose_axis
-    from simulator.transformer import load_model
+    from simulator.models.library import load_model
+    from simulator.predict.measured import read_measured
+    from simulator.predict.pareto import fronts
+    from simulator.predict.quality import choose_axis
 
     config = load_model(model)
     table = quality_rows(quality, quality_model or config.name)
     axis = choose_axis(table, metric, protocol, strict=quality is not None)
     found, notes = fronts(
-        config, options.names("--hardware", hardware), table, axis, options.names("--phase", phase), options.integers("--batch", batch),
-        options.integers("--seq", seq), setting=options.setting(new_tokens, runtime, dtype, None, None, devices, parallel),
+        config,
+        options.names("--hardware", hardware),
+        table,
+        axis,
+        options.names("--phase", phase),
+        options.integers("--batch", batch),
+        options.integers("--seq", seq),
+        setting=options.setting(new_tokens, runtime, dtype, None, None, devices, parallel),
         measured=read_measured(measured) if measured else (),
-    )  # fmt: skip
+    )
     points = [asdict(p) for f in found for p in f.points]
     if json:
-        records = [{**asdict(f), "axis": str(f.axis), "points": _finite(f.points), "bands": _finite(f.bands)} for f in found]
+        records = [
+            {**asdict(f), "axis": str(f.axis), "points": _finite(f.points), "bands": _finite(f.bands)} for f in found
+        ]
         print(render.json_lines(records))
     elif csv == "-":
         print(render.csv_text(points), end="")
     elif csv:
-        from simulator.wholefile import write_whole
+        from simulator.files.write import write_whole
 
         write_whole(csv, render.csv_text(points).encode())
     else:
@@ -88,17 +106,21 @@ def pareto(
         render.note(line)
     others = [str(a) for a in table.axes() if a != axis]
     if others and not json and csv != "-":
-        render.note(f"other axes of {table.models[0]} (--metric, --protocol): {'; '.join(others[:4])}{' ...' if len(others) > 4 else ''}")
+        render.note(
+            f"other axes of {table.models[0]} (--metric, --protocol): {'; '.join(others[:4])}{' ...' if len(others) > 4 else ''}"
+        )
     if table.models[0] != config.name.lower():
         render.note(f"quality is that of {table.models[0]}, speed that of {config.name}")
     uncalibrated = list(dict.fromkeys(f.hardware for f in found if not f.calibrated))
     if uncalibrated:
-        render.note(f"{', '.join(uncalibrated)}: not calibrated for everything this needs; the intervals are wide for it")
+        render.note(
+            f"{', '.join(uncalibrated)}: not calibrated for everything this needs; the intervals are wide for it"
+        )
 
 
 def quality_rows(quality: str | None, model: str) -> QualityTable:
     """Rows of a model from a table, or from the shipped ones."""
-    from simulator.quality_table import load_quality, shipped_quality
+    from simulator.predict.quality import load_quality, shipped_quality
 
     return load_quality(quality).of_model(model) if quality else shipped_quality(model)
 
@@ -118,14 +140,18 @@ def front_text(front: Front) -> str:
     columns = render.first_fitting(_layouts(front), render.width())
     table = render.table_text(columns, f"{front_title(front)}\n{front.axis}", color=render.colored())
     sentences = "; ".join(band_text(b) for b in front.bands)
-    cited = "" if any(c.title == "source" for c in columns) else f"\nsource: {'; '.join(dict.fromkeys(p.source for p in front.points))}"
+    cited = (
+        ""
+        if any(c.title == "source" for c in columns)
+        else f"\nsource: {'; '.join(dict.fromkeys(p.source for p in front.points))}"
+    )
     return f"{table}{cited}\n\nfastest family by quality budget: {sentences}"
 
 
 def band_text(band: Band) -> str:
     """A band as the paper writes it.
 
-    >>> from simulator.pareto import Band
+    >>> from simulator.predict.pareto import Band
     >>> band_text(Band("depth", 0.0, 0.04, 1.1, 1.2, True)), band_text(Band("width", 0.17, float("inf"), 1.5, 1.5, False))
     ('0-4 % depth (1.10-1.20x)', 'from 17 % width (1.50x, not sure)')
     """
@@ -140,7 +166,9 @@ def _layouts(front: Front) -> Iterator[list[render.Column]]:
     points = front.points
 
     def layout(source: bool, beaten: bool, interval: bool) -> list[render.Column]:
-        ends = [f" ({render.ratio(p.speedup_lower)}-{render.ratio(p.speedup_upper)})" if interval else "" for p in points]
+        ends = [
+            f" ({render.ratio(p.speedup_lower)}-{render.ratio(p.speedup_upper)})" if interval else "" for p in points
+        ]
         speed = [render.ratio(p.speedup) + end for p, end in zip(points, ends)]
         columns = [
             render.Column("method", ["dense", *(p.method for p in points)], right=False),
@@ -148,10 +176,14 @@ def _layouts(front: Front) -> Iterator[list[render.Column]]:
             render.Column("pruned", ["", *(render.percent(p.sparsity) for p in points)]),
             render.Column("loss", ["0 %", *(render.percent(p.loss) for p in points)]),
             render.Column("speedup", ["1.00", *speed]),
-            render.Column("optimal", ["", *("yes *" if p.sure else "yes" if p.optimal else "" for p in points)], right=False),
+            render.Column(
+                "optimal", ["", *("yes *" if p.sure else "yes" if p.optimal else "" for p in points)], right=False
+            ),
         ]
         if any(p.measured for p in points):
-            columns.append(render.Column("speed", ["", *("measured" if p.measured else "predicted" for p in points)], right=False))
+            columns.append(
+                render.Column("speed", ["", *("measured" if p.measured else "predicted" for p in points)], right=False)
+            )
         if beaten:
             columns.append(render.Column("beaten by", ["", *(p.beaten_by for p in points)], right=False))
         if source:
@@ -166,8 +198,8 @@ def _layouts(front: Front) -> Iterator[list[render.Column]]:
 
 def draw_fronts(found: Sequence[Front], path: str) -> None:
     """The frontiers as a figure, a panel each."""
-    from simulator.figure_pareto import pareto_figure
-    from simulator.figures import save_figure
+    from simulator.figures.pareto import pareto_figure
+    from simulator.figures.save import save_figure
 
     points = [(f, p) for f in found for p in f.points]
     settings = len({(f.phase, f.batch, f.seq) for f in found}) > 1
@@ -175,8 +207,16 @@ def draw_fronts(found: Sequence[Front], path: str) -> None:
     names = [f"{f.phase}, batch {f.batch}" + (f", seq {f.seq}" if lengths else "") for f, _ in points]
     rows = names if settings else [f.phase for f, _ in points]
     figure = pareto_figure(
-        rows, [f.hardware for f, _ in points], [p.family for _, p in points], [p.method for _, p in points], [p.loss for _, p in points],
-        [p.speedup for _, p in points], [p.speedup_lower for _, p in points], [p.speedup_upper for _, p in points],
-        axis=found[0].axis.metric, protocol=found[0].axis.protocol, interval=f"{100 * found[0].level:.4g} % interval",
-    )  # fmt: skip
+        rows,
+        [f.hardware for f, _ in points],
+        [p.family for _, p in points],
+        [p.method for _, p in points],
+        [p.loss for _, p in points],
+        [p.speedup for _, p in points],
+        [p.speedup_lower for _, p in points],
+        [p.speedup_upper for _, p in points],
+        axis=found[0].axis.metric,
+        protocol=found[0].axis.protocol,
+        interval=f"{100 * found[0].level:.4g} % interval",
+    )
     save_figure(figure, path)

@@ -13,20 +13,28 @@ from simulator.cli import options, render
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from simulator.quality_table import QualityTable
+    from simulator.predict.quality import QualityTable
 
 
 def quality(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face folder, GGUF file, or smollm2-135m.")],
     output: Annotated[str, typer.Option("-o", "--output", metavar="FILE", help="Quality table to write (CSV).")],
-    text: Annotated[str | None, typer.Option("--text", metavar="FILE", help="Text (UTF-8); that of pydoc topics if left out.")] = None,
+    text: Annotated[
+        str | None, typer.Option("--text", metavar="FILE", help="Text (UTF-8); that of pydoc topics if left out.")
+    ] = None,
     windows: Annotated[int, typer.Option("--windows", metavar="N", help="Windows of text that are scored.")] = 8,
-    calibration: Annotated[int, typer.Option("--calibration", metavar="N", help="Other windows that the criteria see.")] = 8,
-    length: Annotated[int, typer.Option("--length", metavar="N", help="Tokens of a window, half prompt, half scored.")] = 1024,
+    calibration: Annotated[
+        int, typer.Option("--calibration", metavar="N", help="Other windows that the criteria see.")
+    ] = 8,
+    length: Annotated[
+        int, typer.Option("--length", metavar="N", help="Tokens of a window, half prompt, half scored.")
+    ] = 1024,
     methods: Annotated[str, typer.Option("--methods", metavar="LIST", help="Methods, or all.")] = "all",
     sparsity: Annotated[str | None, typer.Option("--sparsity", metavar="LIST", help="Fractions removed.")] = None,
     name: Annotated[str, typer.Option("--name", metavar="NAME", help="Name of the model in the table.")] = "",
-    threads: Annotated[int, typer.Option("--threads", metavar="N", help="Threads of PyTorch; 0 for its own choice.")] = 0,
+    threads: Annotated[
+        int, typer.Option("--threads", metavar="N", help="Threads of PyTorch; 0 for its own choice.")
+    ] = 0,
     json: options.Json = False,
 ) -> None:
     """Measure what pruning costs in quality, with a training-free method for every family.
@@ -45,11 +53,17 @@ def quality(
             if not sys.stderr.isatty() and done % windows == 0:
                 print(f"{done}/{total} {what}", file=sys.stderr, flush=True)
 
-        table: QualityTable = measured.measure_quality(model, output, plan, text, name=name, threads=threads, progress=report)
+        table: QualityTable = measured.measure_quality(
+            model, output, plan, text, name=name, threads=threads, progress=report
+        )
     if json:
         from dataclasses import asdict
 
-        print(render.json_lines([{**asdict(r), "relative_loss": r.relative_loss, "options": dict(r.options)} for r in table.rows]))
+        print(
+            render.json_lines(
+                [{**asdict(r), "relative_loss": r.relative_loss, "options": dict(r.options)} for r in table.rows]
+            )
+        )
     else:
         _print(table)
 
@@ -57,9 +71,11 @@ def quality(
 def _calibration(module: str) -> ModuleType:
     """A module of the calibration package, which needs PyTorch; the simulator itself never does."""
     try:
-        return importlib.import_module(f"calibration.{module}")
+        return importlib.import_module(f"calibration.execute.{module}")
     except ModuleNotFoundError as error:
-        raise InputError(f"this command needs {error.name}; pip install 'prunesim[calibrate]' transformers gguf accelerate") from None
+        raise InputError(
+            f"this command needs {error.name}; pip install 'prunesim[calibrate]' transformers gguf accelerate"
+        ) from None
 
 
 def _print(table: QualityTable) -> None:

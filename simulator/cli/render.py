@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from simulator.errors import one_line
-from simulator.words import csv_text as csv_text
-from simulator.words import finite as finite
-from simulator.words import percent as percent
-from simulator.words import rate as rate
-from simulator.words import ratio as ratio
-from simulator.words import seconds as seconds
-from simulator.words import size as size
+from simulator.predict.words import csv_text as csv_text
+from simulator.units import finite as finite
+from simulator.units import percent as percent
+from simulator.units import rate as rate
+from simulator.units import ratio as ratio
+from simulator.units import seconds as seconds
+from simulator.units import size as size
 
 PIPED_WIDTH = 120
 """Columns of a table that goes to a pipe or a file."""
@@ -99,13 +99,20 @@ def table_text(columns: Sequence[Column], title: str = "", *, color: bool = Fals
 
     table = Table(box=_rule(box), show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for column in columns:
-        table.add_column(Text(column.title), justify="right" if column.right else "left", no_wrap=True, vertical="bottom")
+        table.add_column(
+            Text(column.title), justify="right" if column.right else "left", no_wrap=True, vertical="bottom"
+        )
     for i in range(len(columns[0].cells)):
         table.add_row(*(Text(c.cells[i], style=c.styles[i] if c.styles else "") for c in columns))
     out = io.StringIO()
     # the layout was chosen to fit: rich gets all the room it asks for, so it never wraps or cuts
     console = Console(
-        file=out, width=2000, height=100, force_terminal=color, color_system="standard" if color else None, legacy_windows=False
+        file=out,
+        width=2000,
+        height=100,
+        force_terminal=color,
+        color_system="standard" if color else None,
+        legacy_windows=False,
     )
     if title:
         console.print(Text(title, style="bold"), soft_wrap=True)
@@ -145,7 +152,9 @@ def json_lines(rows: Sequence[Mapping[str, Any]]) -> str:
     {"a": 2}
     ]
     """
-    lines = ",\n".join(json.dumps({k: finite(v) for k, v in row.items()}, allow_nan=False, ensure_ascii=False) for row in rows)
+    lines = ",\n".join(
+        json.dumps({k: finite(v) for k, v in row.items()}, allow_nan=False, ensure_ascii=False) for row in rows
+    )
     return f"[\n{lines}\n]" if rows else "[]"
 
 

@@ -10,17 +10,21 @@ import typer
 
 from simulator.cli import options, render
 from simulator.errors import InputError
-from simulator.words import setting_title, uncalibrated
+from simulator.predict.words import setting_title, uncalibrated
 
 if TYPE_CHECKING:
-    from simulator.scenarios import Record
+    from simulator.predict.table import Record, table
 
 
 def speedup(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Name of a model, or its Hugging Face config.json (file or folder).")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Name of a model, or its Hugging Face config.json (file or folder).")
+    ],
     hardware: options.Hardware,
     family: Annotated[str, typer.Option("--family", metavar="LIST", help="Pruning families, or all.")] = "all",
-    sparsity: Annotated[str, typer.Option("--sparsity", metavar="LIST", help="Fractions removed, each in [0, 1).")] = "0.1,0.25,0.5",
+    sparsity: Annotated[
+        str, typer.Option("--sparsity", metavar="LIST", help="Fractions removed, each in [0, 1).")
+    ] = "0.1,0.25,0.5",
     phase: options.Phase = "prefill",
     batch: options.Batch = "1",
     seq: options.Seq = "2048",
@@ -35,7 +39,9 @@ def speedup(
     option: options.Option = None,
     memory: Annotated[bool, typer.Option("--memory", help="Also show memory against the device's capacity.")] = False,
     json: options.Json = False,
-    csv: Annotated[str | None, typer.Option("--csv", metavar="FILE", help="Write CSV, numbers in full (- for standard output).")] = None,
+    csv: Annotated[
+        str | None, typer.Option("--csv", metavar="FILE", help="Write CSV, numbers in full (- for standard output).")
+    ] = None,
     figure: options.Figure = None,
 ) -> None:
     """Predict how much faster a pruned model is.
@@ -46,39 +52,46 @@ def speedup(
     if json and csv:
         raise InputError("--json and --csv: expected one of them")
     if figure:
-        from simulator.figures import check_figure
+        from simulator.figures.save import check_figure
 
         check_figure(figure)
     if csv and csv != "-":
-        from simulator.wholefile import check_target, write_whole
+        from simulator.files.write import check_target, write_whole
 
         check_target(csv)
     chosen = options.names("--family", family)
     extra = options.settings("--option", option)
     if extra and (len(chosen) > 1 or chosen == ["all"]):
         raise InputError("--option: expected one family, for options belong to a family")
-    from simulator.scenarios import scenarios
+    from simulator.predict.table import table
 
     with render.progress("predicting") as report:
-        table = scenarios(
-            [model], options.names("--hardware", hardware), chosen, options.fractions("--sparsity", sparsity),
-            options.names("--phase", phase), options.integers("--batch", batch), options.integers("--seq", seq),
+        found = table(
+            [model],
+            options.names("--hardware", hardware),
+            chosen,
+            options.fractions("--sparsity", sparsity),
+            options.names("--phase", phase),
+            options.integers("--batch", batch),
+            options.integers("--seq", seq),
             setting=options.setting(new_tokens, runtime, dtype, weight_dtype, kv_dtype, devices, parallel),
-            ideal=ideal, options=extra, progress=report,
-        )  # fmt: skip
+            ideal=ideal,
+            options=extra,
+            progress=report,
+        )
     if json:
-        print(render.json_lines([asdict(r) for r in table]))
+        print(render.json_lines([asdict(r) for r in found]))
     elif csv == "-":
-        print(render.csv_text([asdict(r) for r in table]), end="")
+        print(render.csv_text([asdict(r) for r in found]), end="")
     elif csv:
-        write_whole(csv, render.csv_text([asdict(r) for r in table]).encode())
+        write_whole(csv, render.csv_text([asdict(r) for r in found]).encode())
     else:
-        _print(table.records, memory)
+        _print(found.records, memory)
     if figure:
         from simulator.cli.drawing import draw_speedups
 
-        draw_speedups(table.records, figure)
-    for line in (*table.notes, *uncalibrated(table.records)):
+        draw_speedups(found.records, figure)
+    for line in (*found.notes, *uncalibrated(found.records)):
         render.note(line)
 
 
@@ -134,7 +147,9 @@ def speedup_layouts(records: Sequence[Record]) -> Iterator[list[render.Column]]:
     def shared(title: str, text: list[str]) -> render.Column:
         return render.Column(title, ["", *text])
 
-    def layout(realised: bool, byte: bool, roofline: bool, times: bool, limit: str, interval: bool) -> list[render.Column]:
+    def layout(
+        realised: bool, byte: bool, roofline: bool, times: bool, limit: str, interval: bool
+    ) -> list[render.Column]:
         columns = [render.Column("family", labels, right=False), shared("pruned", [render.percent(s) for _, s in rows])]
         if realised:
             columns.append(shared("realised", [render.percent(any_of[row].realised_sparsity) for row in rows]))
@@ -148,10 +163,18 @@ def speedup_layouts(records: Sequence[Record]) -> Iterator[list[render.Column]]:
             if times:
                 columns.append(shared(f"{h}\ntime", [render.seconds(r.pruned_s) if r else "-" for r in found]))
             cells = [_speedup_cell(r, interval) for r in found]
-            columns.append(render.Column(f"{h}\nspeedup", [render.seconds(dense[h]), *cells], styles=["", *(_style(r) for r in found)]))
+            columns.append(
+                render.Column(
+                    f"{h}\nspeedup", [render.seconds(dense[h]), *cells], styles=["", *(_style(r) for r in found)]
+                )
+            )
             if limit:
                 shown = render.LIMITS_SHORT if limit == "short" else {}
-                columns.append(render.Column("limit", ["", *(shown.get(r.limit, r.limit) if r else "" for r in found)], right=False))
+                columns.append(
+                    render.Column(
+                        "limit", ["", *(shown.get(r.limit, r.limit) if r else "" for r in found)], right=False
+                    )
+                )
         return columns
 
     yield layout(True, True, True, True, "full", True)
@@ -191,7 +214,9 @@ def _print_memory(records: Sequence[Record], available: int) -> None:
     columns = [
         render.Column("family", ["dense", *(name for name, _ in rows)], right=False),
         render.Column("pruned", ["", *(render.percent(s) for _, s in rows)]),
-        render.Column("memory", [render.size(first.dense_memory_bytes), *(render.size(r.pruned_memory_bytes) for r in any_of)]),
+        render.Column(
+            "memory", [render.size(first.dense_memory_bytes), *(render.size(r.pruned_memory_bytes) for r in any_of)]
+        ),
     ]
     for h in hardware:
         found = [at.get((h, row)) for row in rows]

@@ -17,4 +17,6 @@ def needs_extra(what: str) -> InputError:
     >>> print(needs_extra("the page"))
     the page needs the extra "explore": pip install "prunesim[explore]" (in a checkout: pip install -e ".[explore]")
     """
-    return InputError(f'{what} needs the extra "explore": pip install "prunesim[explore]" (in a checkout: pip install -e ".[explore]")')
+    return InputError(
+        f'{what} needs the extra "explore": pip install "prunesim[explore]" (in a checkout: pip install -e ".[explore]")'
+    )

@@ -12,15 +12,15 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.crossover import fastest
 from simulator.errors import InputError
 from simulator.explore.state import State
-from simulator.hardware import load_hardware
-from simulator.paper import BATCHES, LENGTHS
-from simulator.scenarios import Explanation, Record, Table, explanations, scenarios
-from simulator.sweep import sweep_columns
-from simulator.sweep_grid import FamilyChoice, Formats, Grid
-from simulator.words import uncalibrated
+from simulator.figures.paper import BATCHES, LENGTHS
+from simulator.hardware.library import load_hardware
+from simulator.predict.crossover import fastest
+from simulator.predict.grid import FamilyChoice, Formats, Grid
+from simulator.predict.sweep import sweep_columns
+from simulator.predict.table import Explanation, Record, Table, explanations, table
+from simulator.predict.words import uncalibrated
 
 KEPT = 64
 """Answers that are remembered."""
@@ -83,7 +83,7 @@ class Cells:
 
 @lru_cache(maxsize=KEPT)
 def answer(state: State) -> Answer:
-    """The table and the explanations of a state.
+    """The found and the explanations of a state.
 
     Examples
     --------
@@ -94,19 +94,30 @@ def answer(state: State) -> Answer:
     gpus, without = _able(state)
     try:
         model = state.load()
-        table = scenarios([model], gpus, state.drawn, state.fractions, [state.phase], [state.batch], [state.seq], setting=state.setting)
+        found = table(
+            [model],
+            gpus,
+            state.drawn,
+            state.fractions,
+            [state.phase],
+            [state.batch],
+            [state.seq],
+            setting=state.setting,
+        )
     except InputError as error:
         return Answer(_EMPTY, (), (), refused=str(error))
     details: list[Explanation] = []
-    notes = [*without, *table.notes, *uncalibrated(table.records)]
+    notes = [*without, *found.notes, *uncalibrated(found.records)]
     for gpu in gpus:
         try:
-            details += explanations(model, [gpu], state.detail, state.at, [state.phase], [state.batch], [state.seq], setting=state.setting)
+            details += explanations(
+                model, [gpu], state.detail, state.at, [state.phase], [state.batch], [state.seq], setting=state.setting
+            )
         except InputError as error:
             line = f"{state.detail} on {gpu} at {state.at:g}: {error}"
             if not any(str(error) in note for note in notes):
                 notes.append(line)
-    return Answer(table, tuple(details), tuple(notes), gpus)
+    return Answer(found, tuple(details), tuple(notes), gpus)
 
 
 def _able(state: State) -> tuple[tuple[str, ...], list[str]]:
@@ -123,7 +134,7 @@ def _able(state: State) -> tuple[tuple[str, ...], list[str]]:
 
 @lru_cache(maxsize=KEPT)
 def winners(state: State) -> Cells:
-    """The map of a state: the fastest of its families at its sparsity over :data:`simulator.paper.BATCHES` and ``LENGTHS``.
+    """The map of a state: the fastest of its families at its sparsity over :data:`simulator.figures.paper.BATCHES` and ``LENGTHS``.
 
     Examples
     --------
@@ -134,9 +145,18 @@ def winners(state: State) -> Cells:
     setting = state.setting
     try:
         grid = Grid(
-            (state.load(),), state.gpus, (state.at,), (state.phase,), BATCHES, LENGTHS, tuple(FamilyChoice(name) for name in state.drawn),
-            (Formats(state.dtype),), (state.runtime,), new_tokens=state.new_tokens, level=setting.level,
-        )  # fmt: skip
+            (state.load(),),
+            state.gpus,
+            (state.at,),
+            (state.phase,),
+            BATCHES,
+            LENGTHS,
+            tuple(FamilyChoice(name) for name in state.drawn),
+            (Formats(state.dtype),),
+            (state.runtime,),
+            new_tokens=state.new_tokens,
+            level=setting.level,
+        )
         columns, notes = sweep_columns(grid)
     except InputError as error:
         return _no_cells(str(error))
@@ -144,14 +164,23 @@ def winners(state: State) -> Cells:
         return _no_cells("; ".join(notes) or "nothing to predict")
     order = {name: i for i, name in enumerate(dict.fromkeys(columns["hardware"]))}
     gpu = np.array([order[name] for name in columns["hardware"]])
-    cell = (gpu * len(LENGTHS) + np.searchsorted(LENGTHS, columns["seq"])) * len(BATCHES) + np.searchsorted(BATCHES, columns["batch"])
+    cell = (gpu * len(LENGTHS) + np.searchsorted(LENGTHS, columns["seq"])) * len(BATCHES) + np.searchsorted(
+        BATCHES, columns["batch"]
+    )
     won = fastest(cell, columns["family"], columns["speedup"], columns["speedup_lower"], columns["speedup_upper"])
     best = {name: columns[name][won.row] for name in ("hardware", "batch", "seq", "family", "speedup", "dense_fits")}
     lower, upper = (columns[f"speedup_{end}"][won.row] for end in ("lower", "upper"))
     return Cells(
-        best["hardware"], best["batch"], best["seq"], np.where(won.gains, best["family"], ""), best["speedup"], lower, upper, won.sure,
+        best["hardware"],
+        best["batch"],
+        best["seq"],
+        np.where(won.gains, best["family"], ""),
+        best["speedup"],
+        lower,
+        upper,
+        won.sure,
         best["dense_fits"],
-    )  # fmt: skip
+    )
 
 
 def _no_cells(why: str) -> Cells:

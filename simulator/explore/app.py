@@ -59,9 +59,14 @@ def make_app() -> Any:
     dash = load_dash()
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     app = dash.Dash(
-        __name__, assets_folder=str(Path(__file__).with_name("assets")), serve_locally=True, compress=False, update_title="",
-        title="prunesim explore", meta_tags=[{"name": "viewport", "content": "width=device-width, initial-scale=1"}],
-    )  # fmt: skip
+        __name__,
+        assets_folder=str(Path(__file__).with_name("assets")),
+        serve_locally=True,
+        compress=False,
+        update_title="",
+        title="prunesim explore",
+        meta_tags=[{"name": "viewport", "content": "width=device-width, initial-scale=1"}],
+    )
     app.enable_dev_tools(debug=False, dev_tools_disable_version_check=True)
     app.layout = _layout(dash)
     app.interpolate_index = _index
@@ -87,7 +92,19 @@ def _guarded(response: Any, policy: str) -> Any:
     return response
 
 
-STORES = ("begun", "asked", "answered", "shown", "wanted", "map", "mapped", "dropped", "accepted", "placed", "csv-asked")
+STORES = (
+    "begun",
+    "asked",
+    "answered",
+    "shown",
+    "wanted",
+    "map",
+    "mapped",
+    "dropped",
+    "accepted",
+    "placed",
+    "csv-asked",
+)
 
 
 def _layout(dash: Any) -> Any:
@@ -101,15 +118,20 @@ def _connect(app: Any, dash: Any) -> None:
 
     def client(name: str, source: str, target: str) -> None:
         function = dash.ClientsideFunction("explore", name)
-        app.clientside_callback(function, out(target, "data"), given(source, "data"), prevent_initial_call=name != "begin")
+        app.clientside_callback(
+            function, out(target, "data"), given(source, "data"), prevent_initial_call=name != "begin"
+        )
 
     client("begin", "begun", "asked")
     client("show", "answered", "shown")
     client("showMap", "map", "mapped")
     client("place", "accepted", "placed")
     for source, target, function in (
-        ("asked", "answered", _answered), ("wanted", "map", _mapped), ("dropped", "accepted", _accepted), ("csv-asked", "csv", _csv),
-    ):  # fmt: skip
+        ("asked", "answered", _answered),
+        ("wanted", "map", _mapped),
+        ("dropped", "accepted", _accepted),
+        ("csv-asked", "csv", _csv),
+    ):
         app.callback(out(target, "data"), given(source, "data"), prevent_initial_call=True)(function)
 
 
@@ -139,7 +161,12 @@ def _accepted(dropped: Mapping[str, Any]) -> dict[str, str]:
 
 def _csv(asked: Mapping[str, Any]) -> dict[str, Any]:
     state, _ = read_query(str(asked["search"]))
-    return {"content": markup.table_csv(answer(state).table.records), "filename": "prunesim.csv", "type": "text/csv", "base64": False}
+    return {
+        "content": markup.table_csv(answer(state).table.records),
+        "filename": "prunesim.csv",
+        "type": "text/csv",
+        "base64": False,
+    }
 
 
 def server(port: int) -> Any:
@@ -182,7 +209,9 @@ def _own(hosts: set[str]) -> Any:
 
     told = request.headers
     origin = told.get("Origin")
-    followed = told.get("Sec-Fetch-Site", "none") in ("none", "same-origin") or told.get("Sec-Fetch-Dest") == "document"  # a link may
+    followed = (
+        told.get("Sec-Fetch-Site", "none") in ("none", "same-origin") or told.get("Sec-Fetch-Dest") == "document"
+    )  # a link may
     if request.host in hosts and followed and (origin is None or origin.removeprefix("http://") in hosts):
         return None
     return "this server answers its own page on 127.0.0.1 only", 403

@@ -1,6 +1,6 @@
 """How charts look and are laid out: Plotly figures as plain dictionaries, panels side by side, logarithmic axes with round numbers.
 
-Colours, markers and lines are those of the paper's figures (:mod:`simulator.figure_style`), so a family looks the same everywhere. A chart
+Colours, markers and lines are those of the paper's figures (:mod:`simulator.figures.style`), so a family looks the same everywhere. A chart
 has a fixed height and takes the width it is given.
 """
 
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from simulator.figure_axes import log_ticks
-from simulator.figure_style import look
+from simulator.figures.axes import log_ticks
+from simulator.figures.style import look
 
 Chart = dict[str, Any]
 """A Plotly figure: ``data`` and ``layout``."""
@@ -28,10 +28,19 @@ AXIS_PX = 40
 
 MARKERS: Mapping[str, str] = MappingProxyType(
     {
-        "o": "circle", "s": "square", "D": "diamond", "^": "triangle-up", "v": "triangle-down", "P": "cross", "X": "x",
-        "d": "diamond-tall", "h": "hexagon", "<": "triangle-left", ">": "triangle-right",
+        "o": "circle",
+        "s": "square",
+        "D": "diamond",
+        "^": "triangle-up",
+        "v": "triangle-down",
+        "P": "cross",
+        "X": "x",
+        "d": "diamond-tall",
+        "h": "hexagon",
+        "<": "triangle-left",
+        ">": "triangle-right",
     }
-)  # fmt: skip
+)
 """Markers of matplotlib and what Plotly calls them."""
 
 LINES: Mapping[str, str] = MappingProxyType({"-": "solid", "--": "dash", ":": "dot"})
@@ -102,23 +111,42 @@ class Frame:
         """The layout of a chart with these axes; the titles of the panels stand above them."""
         titles = [
             {
-                "text": f"<b>{name}</b>", "xref": "paper", "yref": "paper", "x": sum(self.domain(i)[0]) / 2, "y": self.domain(i)[1][1],
-                "xanchor": "center", "yanchor": "bottom", "showarrow": False, "font": {"size": SMALL + 1, "color": INK},
+                "text": f"<b>{name}</b>",
+                "xref": "paper",
+                "yref": "paper",
+                "x": sum(self.domain(i)[0]) / 2,
+                "y": self.domain(i)[1][1],
+                "xanchor": "center",
+                "yanchor": "bottom",
+                "showarrow": False,
+                "font": {"size": SMALL + 1, "color": INK},
             }
             for i, name in enumerate(self.titles)
-        ]  # fmt: skip
+        ]
         return {
-            "height": self.height, "autosize": True, "paper_bgcolor": PAPER, "plot_bgcolor": PAPER, "dragmode": False,
+            "height": self.height,
+            "autosize": True,
+            "paper_bgcolor": PAPER,
+            "plot_bgcolor": PAPER,
+            "dragmode": False,
             "hovermode": "closest",
             "margin": {"l": self.left, "r": self.right, "t": self.top, "b": self.bottom, "autoexpand": False},
             "font": {"family": FONT, "size": SMALL, "color": INK},
             "hoverlabel": {"bgcolor": PAPER, "bordercolor": SOFT, "font": {"size": 12, "color": INK}, "align": "left"},
             "legend": {
-                "orientation": "h", "x": 0.5, "xanchor": "center", "y": -AXIS_PX / self.area, "yanchor": "top",
-                "font": {"size": SMALL}, "tracegroupgap": 2, "maxheight": self.bottom,
+                "orientation": "h",
+                "x": 0.5,
+                "xanchor": "center",
+                "y": -AXIS_PX / self.area,
+                "yanchor": "top",
+                "font": {"size": SMALL},
+                "tracegroupgap": 2,
+                "maxheight": self.bottom,
             },
-            **axes, **more, "annotations": [*titles, *more.get("annotations", ())],
-        }  # fmt: skip
+            **axes,
+            **more,
+            "annotations": [*titles, *more.get("annotations", ())],
+        }
 
 
 WIDE, PAGE, PHONE = 3, 2, 1
@@ -145,9 +173,16 @@ def legend_px(names: Sequence[str], panels: int, most: int) -> int:
 def key(name: str, marker: Mapping[str, Any], rank: int) -> dict[str, Any]:
     """An entry of the legend that is drawn nowhere. Its own group lets the legend wrap tightly."""
     return {
-        "type": "scatter", "mode": "markers", "x": [None], "y": [None], "name": name, "marker": dict(marker), "legendrank": rank,
-        "legendgroup": name, "hoverinfo": "skip",
-    }  # fmt: skip
+        "type": "scatter",
+        "mode": "markers",
+        "x": [None],
+        "y": [None],
+        "name": name,
+        "marker": dict(marker),
+        "legendrank": rank,
+        "legendgroup": name,
+        "hoverinfo": "skip",
+    }
 
 
 def axis_names(panel: int) -> tuple[str, str]:
@@ -160,7 +195,9 @@ def axis_names(panel: int) -> tuple[str, str]:
     return f"x{number}", f"y{number}"
 
 
-def axes_of(frame: Frame, x: Mapping[str, Any], y: Mapping[str, Any], x_title: str = "", y_title: str = "") -> dict[str, Any]:
+def axes_of(
+    frame: Frame, x: Mapping[str, Any], y: Mapping[str, Any], x_title: str = "", y_title: str = ""
+) -> dict[str, Any]:
     """The axes of all panels: alike, each in its place, with numbers at the left of a row only."""
     out: dict[str, Any] = {}
     for i in range(len(frame.titles)):
@@ -169,14 +206,21 @@ def axes_of(frame: Frame, x: Mapping[str, Any], y: Mapping[str, Any], x_title: s
     return out
 
 
-def one_axes(panel: int, frame: Frame, x: Mapping[str, Any], y: Mapping[str, Any], x_title: str, y_title: str) -> dict[str, Any]:
+def one_axes(
+    panel: int, frame: Frame, x: Mapping[str, Any], y: Mapping[str, Any], x_title: str, y_title: str
+) -> dict[str, Any]:
     """The two axes of one panel."""
     across, up = frame.domain(panel)
     name_x, name_y = axis_names(panel)
     base = {
-        "fixedrange": True, "gridcolor": GRID, "zeroline": False, "linecolor": SOFT, "ticks": "", "ticklabeloverflow": "allow",
+        "fixedrange": True,
+        "gridcolor": GRID,
+        "zeroline": False,
+        "linecolor": SOFT,
+        "ticks": "",
+        "ticklabeloverflow": "allow",
         "tickfont": {"size": SMALL, "color": SOFT},
-    }  # fmt: skip
+    }
     title = {"font": {"size": SMALL, "color": SOFT}, "standoff": 6}
     out_x = {**base, "domain": across, "anchor": name_y, **x}
     out_y = {**base, "domain": up, "anchor": name_x, **y}
@@ -195,9 +239,12 @@ def log_axis(low: float, high: float, most: int) -> dict[str, Any]:
     """
     ticks = log_ticks(low, high, most)
     return {
-        "type": "log", "range": [math.log10(low), math.log10(high)], "tickmode": "array", "tickvals": ticks,
+        "type": "log",
+        "range": [math.log10(low), math.log10(high)],
+        "tickmode": "array",
+        "tickvals": ticks,
         "ticktext": [f"{t:,.10g}" for t in ticks],
-    }  # fmt: skip
+    }
 
 
 def marker_of(name: str, size: float = 8, index: int = 0) -> dict[str, Any]:
@@ -227,8 +274,18 @@ def message(text: str, height: int = 240) -> Chart:
     """A chart that could not be drawn, with the reason in its place."""
     blank = {"visible": False, "fixedrange": True}
     words = wrapped(text)
-    note = {"text": words, "xref": "paper", "yref": "paper", "x": 0.5, "y": 0.5, "showarrow": False, "font": {"size": 13, "color": SOFT}}
-    layout = Frame(("",), 1, height - 40, left=10, bottom=10).layout({"xaxis": blank, "yaxis": blank}, annotations=[note], showlegend=False)
+    note = {
+        "text": words,
+        "xref": "paper",
+        "yref": "paper",
+        "x": 0.5,
+        "y": 0.5,
+        "showarrow": False,
+        "font": {"size": 13, "color": SOFT},
+    }
+    layout = Frame(("",), 1, height - 40, left=10, bottom=10).layout(
+        {"xaxis": blank, "yaxis": blank}, annotations=[note], showlegend=False
+    )
     return {"data": [], "layout": layout}
 
 

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.explore.chart import INK, SOFT, WIDE, Chart, Frame, axes_of, axis_names, faded, key, legend_px, marker_of
-from simulator.figure_crossover import PALE, SURE, short
-from simulator.figure_style import BLACK, in_order, label, look
+from simulator.figures.crossover import PALE, SURE, short
+from simulator.figures.style import BLACK, in_order, label, look
 
 if TYPE_CHECKING:
     from simulator.explore.answer import Cells
@@ -33,10 +33,18 @@ def crossover_chart(cells: Cells, batch: int, seq: int, *, most: int = WIDE) -> 
         if batch in batches and seq in lengths:
             x, y = axis_names(panel)
             i, j = batches.index(batch), lengths.index(seq)
-            shapes.append({
-                "type": "rect", "xref": x, "yref": y, "x0": i - 0.48, "x1": i + 0.48, "y0": j - 0.47, "y1": j + 0.47,
-                "line": {"color": INK, "width": 2},
-            })  # fmt: skip
+            shapes.append(
+                {
+                    "type": "rect",
+                    "xref": x,
+                    "yref": y,
+                    "x0": i - 0.48,
+                    "x1": i + 0.48,
+                    "y0": j - 0.47,
+                    "y1": j + 0.47,
+                    "line": {"color": INK, "width": 2},
+                }
+            )
     data += [key(name, marker, 1000 + i) for i, (name, marker) in enumerate(keys)]
     return {"data": data, "layout": frame.layout(axes, shapes=shapes)}
 
@@ -44,7 +52,13 @@ def crossover_chart(cells: Cells, batch: int, seq: int, *, most: int = WIDE) -> 
 def _listed(names: list[str]) -> dict[str, Any]:
     """An axis of cells with a name each."""
     at = list(range(len(names)))
-    return {"range": [-0.5, len(names) - 0.5], "tickmode": "array", "tickvals": at, "ticktext": names, "showgrid": False}
+    return {
+        "range": [-0.5, len(names) - 0.5],
+        "tickmode": "array",
+        "tickvals": at,
+        "ticktext": names,
+        "showgrid": False,
+    }
 
 
 def _panel(
@@ -60,28 +74,59 @@ def _panel(
     for i, x, y in zip(own, at_x, at_y):
         told[y, x] = _told(cells, int(i))
     colors = [_shade(name, sure) for name in names for sure in (False, True)]
-    steps = [(k / len(colors), c) for k, c in enumerate(colors)], [((k + 1) / len(colors), c) for k, c in enumerate(colors)]
+    steps = (
+        [(k / len(colors), c) for k, c in enumerate(colors)],
+        [((k + 1) / len(colors), c) for k, c in enumerate(colors)],
+    )
     scale = [list(stop) for pair in zip(*steps) for stop in pair]
-    out: list[dict[str, Any]] = [{
-        "type": "heatmap", "z": [[None if np.isnan(v) else float(v) for v in row] for row in code], "colorscale": scale, "zmin": -0.5,
-        "zmax": len(colors) - 0.5, "showscale": False, "xgap": 1, "ygap": 1, "text": told.tolist(),
-        "hovertemplate": "%{text}<extra></extra>", **where,
-    }]  # fmt: skip
+    out: list[dict[str, Any]] = [
+        {
+            "type": "heatmap",
+            "z": [[None if np.isnan(v) else float(v) for v in row] for row in code],
+            "colorscale": scale,
+            "zmin": -0.5,
+            "zmax": len(colors) - 0.5,
+            "showscale": False,
+            "xgap": 1,
+            "ygap": 1,
+            "text": told.tolist(),
+            "hovertemplate": "%{text}<extra></extra>",
+            **where,
+        }
+    ]
     for name in names:
         chosen = cells.winner[own] == name
         text = [f"{v:.2f}" for v in cells.speedup[own][chosen]]
         mark = marker_of(name, font - 4) if name else {"symbol": "line-ew-open", "size": 6, "color": SOFT}
-        out.append({
-            "type": "scatter", "mode": "markers+text", "x": (at_x[chosen] - 0.36).tolist(), "y": at_y[chosen].tolist(), "text": text,
-            "textposition": "middle right", "textfont": {"size": font, "color": INK}, "marker": mark, "hoverinfo": "skip",
-            "showlegend": False, **where,
-        })  # fmt: skip
+        out.append(
+            {
+                "type": "scatter",
+                "mode": "markers+text",
+                "x": (at_x[chosen] - 0.36).tolist(),
+                "y": at_y[chosen].tolist(),
+                "text": text,
+                "textposition": "middle right",
+                "textfont": {"size": font, "color": INK},
+                "marker": mark,
+                "hoverinfo": "skip",
+                "showlegend": False,
+                **where,
+            }
+        )
     too_large = ~cells.fits[own]
     if too_large.any():
-        out.append({
-            "type": "scatter", "mode": "markers", "x": (at_x[too_large] + 0.40).tolist(), "y": (at_y[too_large] + 0.34).tolist(),
-            "marker": _CORNER, "hoverinfo": "skip", "showlegend": False, **where,
-        })  # fmt: skip
+        out.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "x": (at_x[too_large] + 0.40).tolist(),
+                "y": (at_y[too_large] + 0.34).tolist(),
+                "marker": _CORNER,
+                "hoverinfo": "skip",
+                "showlegend": False,
+                **where,
+            }
+        )
     return out
 
 

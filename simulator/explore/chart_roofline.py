@@ -23,12 +23,12 @@ from simulator.explore.chart import (
     message,
     one_axes,
 )
-from simulator.figure_roofline import CYCLE, Roof, merged, origin_of
-from simulator.panels import roof_of
-from simulator.words import rate
+from simulator.figures.panels import roof_of
+from simulator.figures.roofline import CYCLE, Roof, merged, origin_of
+from simulator.units import rate
 
 if TYPE_CHECKING:
-    from simulator.scenarios import Explanation
+    from simulator.predict.table import Explanation
 
 _KINDS = ("dense (hollow)", "pruned (filled)", "datasheet roofline")
 
@@ -46,8 +46,13 @@ def roofline_chart(details: Sequence[Explanation], *, most: int = WIDE, refused:
     for panel, roof in enumerate(roofs):
         (low, high), (bottom, top) = _ranges(roof)
         axes |= one_axes(
-            panel, frame, log_axis(low, high, 5), log_axis(bottom, top, 6), "arithmetic intensity (FLOP/byte)", "TFLOP/s"
-        )  # fmt: skip
+            panel,
+            frame,
+            log_axis(low, high, 5),
+            log_axis(bottom, top, 6),
+            "arithmetic intensity (FLOP/byte)",
+            "TFLOP/s",
+        )
         data += [*_roof(roof, panel, low, high, top / (top / bottom) ** 0.03), *_points(roof, panel, groups)]
     data += _keys(groups)
     return {"data": data, "layout": frame.layout(axes)}
@@ -72,15 +77,33 @@ def _roof(roof: Roof, panel: int, low: float, high: float, top: float) -> list[d
     words = f"{rate(roof.peak_flop_per_s, 'FLOP/s')}, {rate(roof.bandwidth_bytes_per_s, 'B/s')}"
     return [
         {
-            "type": "scatter", "mode": "lines", "x": at, "y": [min(peak, v * bandwidth) for v in at], "xaxis": x, "yaxis": y,
-            "line": {"color": INK, "width": 1.6}, "name": _KINDS[2], "legendgroup": "roof", "showlegend": panel == 0,
-            "legendrank": 3000, "hovertemplate": f"datasheet: {words}<extra></extra>",
+            "type": "scatter",
+            "mode": "lines",
+            "x": at,
+            "y": [min(peak, v * bandwidth) for v in at],
+            "xaxis": x,
+            "yaxis": y,
+            "line": {"color": INK, "width": 1.6},
+            "name": _KINDS[2],
+            "legendgroup": "roof",
+            "showlegend": panel == 0,
+            "legendrank": 3000,
+            "hovertemplate": f"datasheet: {words}<extra></extra>",
         },
         {
-            "type": "scatter", "mode": "text", "x": [low], "y": [top], "text": [f" {words}"], "xaxis": x, "yaxis": y,
-            "textposition": "bottom right", "textfont": {"size": SMALL, "color": SOFT}, "hoverinfo": "skip", "showlegend": False,
+            "type": "scatter",
+            "mode": "text",
+            "x": [low],
+            "y": [top],
+            "text": [f" {words}"],
+            "xaxis": x,
+            "yaxis": y,
+            "textposition": "bottom right",
+            "textfont": {"size": SMALL, "color": SOFT},
+            "hoverinfo": "skip",
+            "showlegend": False,
         },
-    ]  # fmt: skip
+    ]
 
 
 def _points(roof: Roof, panel: int, groups: dict[str, tuple[str, ...]]) -> list[dict[str, Any]]:
@@ -108,13 +131,24 @@ def _points(roof: Roof, panel: int, groups: dict[str, tuple[str, ...]]) -> list[
     out: list[dict[str, Any]] = [{"type": "scatter", "mode": "lines", "x": lines[0], "y": lines[1], **thin, **where}]
     for pruned, found in points.items():
         colors = [p[2] for p in found]
-        out.append({
-            "type": "scatter", "mode": "markers", "x": [p[0] for p in found], "y": [p[1] for p in found],
-            "marker": {
-                "symbol": [p[3] for p in found], "size": 9, "color": colors if pruned else PAPER, "line": {"color": colors, "width": 1.6},
-            },
-            "text": [p[4] for p in found], "hovertemplate": "%{text}<extra></extra>", "name": "pruned" if pruned else "dense", **where,
-        })  # fmt: skip
+        out.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "x": [p[0] for p in found],
+                "y": [p[1] for p in found],
+                "marker": {
+                    "symbol": [p[3] for p in found],
+                    "size": 9,
+                    "color": colors if pruned else PAPER,
+                    "line": {"color": colors, "width": 1.6},
+                },
+                "text": [p[4] for p in found],
+                "hovertemplate": "%{text}<extra></extra>",
+                "name": "pruned" if pruned else "dense",
+                **where,
+            }
+        )
     return out
 
 
@@ -124,6 +158,8 @@ def _keys(groups: dict[str, tuple[str, ...]]) -> list[dict[str, Any]]:
     for i, title in enumerate(groups):
         color, marker = CYCLE[i % len(CYCLE)]
         out.append(key(title, {"symbol": MARKERS[marker], "color": color, "size": 8}, 1000 + i))
-    out.append(key(_KINDS[0], {"symbol": "circle", "color": PAPER, "size": 8, "line": {"color": SOFT, "width": 1.6}}, 2000))
+    out.append(
+        key(_KINDS[0], {"symbol": "circle", "color": PAPER, "size": 8, "line": {"color": SOFT, "width": 1.6}}, 2000)
+    )
     out.append(key(_KINDS[1], {"symbol": "circle", "color": SOFT, "size": 8}, 2001))
     return out

@@ -5,17 +5,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from simulator.explore.chart import SOFT, WIDE, Chart, Frame, axes_of, axis_names, faded, legend_px, line_of, log_axis, marker_of, message
-from simulator.figure_style import BLACK, in_order, label, look
-from simulator.words import percent, ratio
+from simulator.explore.chart import (
+    SOFT,
+    WIDE,
+    Chart,
+    Frame,
+    axes_of,
+    axis_names,
+    faded,
+    legend_px,
+    line_of,
+    log_axis,
+    marker_of,
+    message,
+)
+from simulator.figures.style import BLACK, in_order, label, look
+from simulator.units import percent, ratio
 
 if TYPE_CHECKING:
-    from simulator.scenarios import Record
+    from simulator.predict.table import Record
 
 MOST_BANDS = 6
 """Families that are drawn with their interval each; of more, the one in detail alone."""
 
-BOUNDS = (("flop_bound", "FLOP bound", "dot"), ("byte_bound", "byte bound", "dashdot"), ("roofline_bound", "roofline bound", "dash"))
+BOUNDS = (
+    ("flop_bound", "FLOP bound", "dot"),
+    ("byte_bound", "byte bound", "dashdot"),
+    ("roofline_bound", "roofline bound", "dash"),
+)
 
 
 def speedup_chart(records: Sequence[Record], detail: str, at: float, *, most: int = WIDE, refused: str = "") -> Chart:
@@ -60,10 +77,17 @@ def speedup_chart(records: Sequence[Record], detail: str, at: float, *, most: in
         shapes.append({"type": "line", "layer": "below", "line": {"color": SOFT, "width": 1}, **one})
         shapes.append(
             {
-                "type": "line", "xref": x, "yref": f"{y} domain", "x0": 100 * at, "x1": 100 * at, "y0": 0, "y1": 1, "layer": "below",
+                "type": "line",
+                "xref": x,
+                "yref": f"{y} domain",
+                "x0": 100 * at,
+                "x1": 100 * at,
+                "y0": 0,
+                "y1": 1,
+                "layer": "below",
                 "line": {"color": "#c3cad4", "width": 1.5},
             }
-        )  # fmt: skip
+        )
     _name_once(data)
     return {"data": data, "layout": frame.layout(axes, shapes=shapes)}
 
@@ -78,29 +102,65 @@ def _family(own: Sequence[Record], panel: int, band: bool, detail: bool, rank: i
     out: list[dict[str, Any]] = []
     if band and len(own) > 1:
         edge = [r.speedup_upper for r in own] + [r.speedup_lower for r in reversed(own)]
-        out.append({
-            "type": "scatter", "mode": "lines", "x": at + at[::-1], "y": edge, "fill": "toself", "line": {"width": 0},
-            "fillcolor": faded(color, 0.22 if detail else 0.13), "hoverinfo": "skip", "showlegend": False, **where,
-        })  # fmt: skip
+        out.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "x": at + at[::-1],
+                "y": edge,
+                "fill": "toself",
+                "line": {"width": 0},
+                "fillcolor": faded(color, 0.22 if detail else 0.13),
+                "hoverinfo": "skip",
+                "showlegend": False,
+                **where,
+            }
+        )
     if detail:
         for key, title, dash in BOUNDS:
             mode = "lines" if len(own) > 1 else "markers"
-            out.append({
-                "type": "scatter", "mode": mode, "x": at, "y": [getattr(r, key) for r in own], "xaxis": x, "yaxis": y,
-                "line": {"color": BLACK, "dash": dash, "width": 1.2},
-                "marker": {"symbol": "line-ew-open", "color": BLACK, "size": 10}, "name": f"{title} ({label(name)})", "legendgroup": key,
-                "legendrank": 2000, "hovertemplate": f"{title} of {label(name)} at %{{x:g}} %: %{{y:.3f}}<extra></extra>",
-            })  # fmt: skip
+            out.append(
+                {
+                    "type": "scatter",
+                    "mode": mode,
+                    "x": at,
+                    "y": [getattr(r, key) for r in own],
+                    "xaxis": x,
+                    "yaxis": y,
+                    "line": {"color": BLACK, "dash": dash, "width": 1.2},
+                    "marker": {"symbol": "line-ew-open", "color": BLACK, "size": 10},
+                    "name": f"{title} ({label(name)})",
+                    "legendgroup": key,
+                    "legendrank": 2000,
+                    "hovertemplate": f"{title} of {label(name)} at %{{x:g}} %: %{{y:.3f}}<extra></extra>",
+                }
+            )
     whiskers = {
-        "type": "data", "symmetric": False, "array": [r.speedup_upper - r.speedup for r in own],
-        "arrayminus": [r.speedup - r.speedup_lower for r in own], "color": color, "thickness": 1.2, "width": 4, "visible": len(own) == 1,
-    }  # fmt: skip
-    out.append({
-        "type": "scatter", "mode": "lines+markers" if len(own) > 1 else "markers", "x": at, "y": [r.speedup for r in own],
-        "name": label(name), "line": line_of(name, 2.6 if detail else 1.8), "marker": marker_of(name, 9 if detail else 7),
-        "error_y": whiskers,
-        "text": [_told(r) for r in own], "hovertemplate": "%{text}<extra></extra>", "legendrank": 1000 + rank, **where,
-    })  # fmt: skip
+        "type": "data",
+        "symmetric": False,
+        "array": [r.speedup_upper - r.speedup for r in own],
+        "arrayminus": [r.speedup - r.speedup_lower for r in own],
+        "color": color,
+        "thickness": 1.2,
+        "width": 4,
+        "visible": len(own) == 1,
+    }
+    out.append(
+        {
+            "type": "scatter",
+            "mode": "lines+markers" if len(own) > 1 else "markers",
+            "x": at,
+            "y": [r.speedup for r in own],
+            "name": label(name),
+            "line": line_of(name, 2.6 if detail else 1.8),
+            "marker": marker_of(name, 9 if detail else 7),
+            "error_y": whiskers,
+            "text": [_told(r) for r in own],
+            "hovertemplate": "%{text}<extra></extra>",
+            "legendrank": 1000 + rank,
+            **where,
+        }
+    )
     return out
 
 

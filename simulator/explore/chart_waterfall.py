@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from simulator.explore.chart import INK, SMALL, SOFT, WIDE, Chart, Frame, axes_of, axis_names, log_axis, message
-from simulator.figure_style import BLUE, GREEN, VERMILLION
-from simulator.figure_waterfall import NEGLIGIBLE
-from simulator.panels import steps_of
+from simulator.figures.panels import steps_of
+from simulator.figures.style import BLUE, GREEN, VERMILLION
+from simulator.figures.waterfall import NEGLIGIBLE
 
 if TYPE_CHECKING:
-    from simulator.figure_waterfall import Steps
-    from simulator.scenarios import Explanation
+    from simulator.figures.waterfall import Steps
+    from simulator.predict.table import Explanation
 
 PROMISE = "#9aa5b1"
 
@@ -25,7 +25,12 @@ def waterfall_chart(details: Sequence[Explanation], *, most: int = WIDE, refused
     names = ["promised", *panels[0].names, "predicted"]
     frame = Frame.of([p.title for p in panels], most, 19 * len(names), left=160, bottom=40, right=14)
     low, high = _range(panels)
-    lines = {"tickmode": "array", "tickvals": list(range(len(names))), "range": [len(names) - 0.4, -0.6], "showgrid": False}
+    lines = {
+        "tickmode": "array",
+        "tickvals": list(range(len(names))),
+        "range": [len(names) - 0.4, -0.6],
+        "showgrid": False,
+    }
     lines |= {"ticktext": names, "tickfont": {"size": SMALL, "color": INK}, "showline": False}
     axes = axes_of(frame, log_axis(low, high, 5), lines, "speedup")
     data: list[dict[str, Any]] = []
@@ -33,16 +38,25 @@ def waterfall_chart(details: Sequence[Explanation], *, most: int = WIDE, refused
     for i, (panel_, e) in enumerate(zip(panels, details)):
         data += _bars(panel_, e, i)
         x, y = axis_names(i)
-        shapes.append({
-            "type": "line", "xref": x, "yref": f"{y} domain", "x0": 1, "x1": 1, "y0": 0, "y1": 1, "line": {"color": SOFT, "width": 1},
-        })  # fmt: skip
+        shapes.append(
+            {
+                "type": "line",
+                "xref": x,
+                "yref": f"{y} domain",
+                "x0": 1,
+                "x1": 1,
+                "y0": 0,
+                "y1": 1,
+                "line": {"color": SOFT, "width": 1},
+            }
+        )
     return {"data": data, "layout": frame.layout(axes, shapes=shapes, showlegend=False, bargap=0.3)}
 
 
 def levels(panel: Steps) -> list[float]:
     """Speedup after the promise and after every step.
 
-    >>> from simulator.figure_waterfall import Steps
+    >>> from simulator.figures.waterfall import Steps
     >>> levels(Steps("", ["a", "b"], [0.5, 1.5], 2.0, 1.0, 2.0))
     [2.0, 1.0, 1.5]
     """
@@ -70,10 +84,14 @@ def _bars(panel: Steps, e: Explanation, index: int) -> list[dict[str, Any]]:
     shown = [True, *(abs(f - 1) > NEGLIGIBLE for f in panel.factors), True]
     gains = [False, *(f > 1 for f in panel.factors), False]
     colors = [PROMISE, *(GREEN if f > 1 else VERMILLION for f in panel.factors), BLUE]
-    words = [f" {panel.nominal:.2f}×", *(f" ×{f:.2f}" if abs(f - 1) >= 0.005 else "" for f in panel.factors), f" {reached[-1]:.2f}×"]
-    told = [
-        f"<b>{step.name}</b>: x{step.factor:.3f} to {step.speedup:.3f}<br>{step.note}" for step in e.steps
-    ] + [f"<b>predicted</b> {reached[-1]:.3f} ({panel.lower:.3f} to {panel.upper:.3f})"]  # fmt: skip
+    words = [
+        f" {panel.nominal:.2f}×",
+        *(f" ×{f:.2f}" if abs(f - 1) >= 0.005 else "" for f in panel.factors),
+        f" {reached[-1]:.2f}×",
+    ]
+    told = [f"<b>{step.name}</b>: x{step.factor:.3f} to {step.speedup:.3f}<br>{step.note}" for step in e.steps] + [
+        f"<b>predicted</b> {reached[-1]:.3f} ({panel.lower:.3f} to {panel.upper:.3f})"
+    ]
     edge = [max(a, b) for a, b in zip(begins, ends)]
     edge[-1] = max(edge[-1], panel.upper)
     joints_x, joints_y = [v for level in reached for v in (level, level, None)], []
@@ -81,27 +99,55 @@ def _bars(panel: Steps, e: Explanation, index: int) -> list[dict[str, Any]]:
         joints_y += [i - 0.35, i + 1.35, None]
     return [
         {
-            "type": "scatter", "mode": "lines", "x": joints_x, "y": joints_y, "line": {"color": SOFT, "width": 0.8},
-            "hoverinfo": "skip", **where,
+            "type": "scatter",
+            "mode": "lines",
+            "x": joints_x,
+            "y": joints_y,
+            "line": {"color": SOFT, "width": 0.8},
+            "hoverinfo": "skip",
+            **where,
         },
         {
-            "type": "bar", "orientation": "h", "y": list(range(last + 1)), "base": begins,
+            "type": "bar",
+            "orientation": "h",
+            "y": list(range(last + 1)),
+            "base": begins,
             "x": [(b - a) if on else 0.0 for a, b, on in zip(begins, ends, shown)],
             "marker": {
-                "color": colors, "line": {"width": 1, "color": colors},
+                "color": colors,
+                "line": {"width": 1, "color": colors},
                 "pattern": {
-                    "shape": ["/" if g else "" for g in gains], "bgcolor": "#ffffff", "fgcolor": GREEN, "size": 5, "solidity": 0.35,
+                    "shape": ["/" if g else "" for g in gains],
+                    "bgcolor": "#ffffff",
+                    "fgcolor": GREEN,
+                    "size": 5,
+                    "solidity": 0.35,
                 },
             },
-            "hovertext": told, "hovertemplate": "%{hovertext}<extra></extra>", **where,
+            "hovertext": told,
+            "hovertemplate": "%{hovertext}<extra></extra>",
+            **where,
         },
         {
-            "type": "scatter", "mode": "text", "x": edge, "y": list(range(last + 1)), "text": words, "textposition": "middle right",
-            "textfont": {"size": SMALL, "color": INK}, "hoverinfo": "skip", "cliponaxis": False, **where,
+            "type": "scatter",
+            "mode": "text",
+            "x": edge,
+            "y": list(range(last + 1)),
+            "text": words,
+            "textposition": "middle right",
+            "textfont": {"size": SMALL, "color": INK},
+            "hoverinfo": "skip",
+            "cliponaxis": False,
+            **where,
         },
         {
-            "type": "scatter", "mode": "lines+markers", "x": [panel.lower, panel.upper], "y": [last, last],
+            "type": "scatter",
+            "mode": "lines+markers",
+            "x": [panel.lower, panel.upper],
+            "y": [last, last],
             "line": {"color": INK, "width": 1.6},
-            "marker": {"symbol": "line-ns-open", "size": 9, "color": INK}, "hoverinfo": "skip", **where,
+            "marker": {"symbol": "line-ns-open", "size": 9, "color": INK},
+            "hoverinfo": "skip",
+            **where,
         },
-    ]  # fmt: skip
+    ]

@@ -11,8 +11,8 @@ from simulator.explore.chart_speedup import speedup_chart
 from simulator.explore.chart_waterfall import waterfall_chart
 from simulator.explore.commands import commands
 from simulator.explore.state import State
-from simulator.figure_style import label
-from simulator.words import percent
+from simulator.figures.style import label
+from simulator.units import percent
 
 CARDS = (
     ("speedup", "Speedup over sparsity"),

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from simulator.explore.answer import Answer
 from simulator.explore.dropped import PREFIX, read_token
 from simulator.explore.state import State
-from simulator.hardware import load_hardware
-from simulator.paper import BATCHES, LENGTHS
+from simulator.figures.paper import BATCHES, LENGTHS
+from simulator.hardware.library import load_hardware
 
 
 @dataclass(frozen=True)
@@ -54,18 +54,38 @@ def commands(state: State, answer: Answer) -> tuple[Command, ...]:
         ),
         Command(
             "this page as a file",
-            (*_line("report", state, state.gpus, ",".join(state.families), ",".join(repr(s) for s in state.sparsities)),
-             "--detail", state.detail, "--at", at, "-o", "report.html"),
+            (
+                *_line(
+                    "report", state, state.gpus, ",".join(state.families), ",".join(repr(s) for s in state.sparsities)
+                ),
+                "--detail",
+                state.detail,
+                "--at",
+                at,
+                "-o",
+                "report.html",
+            ),
         ),
-    ]  # fmt: skip
+    ]
     return tuple(out if answer.details else [c for c in out if c.arguments[0] != "explain"])
 
 
 def _line(
     command: str, state: State, gpus: Sequence[str], family: str, sparsity: str, batch: str = "", seq: str = ""
-) -> tuple[str, ...]:  # fmt: skip
+) -> tuple[str, ...]:
     """Arguments of a command; what is the command's own default is left out."""
-    out = [command, model_argument(state), "--hardware", ",".join(gpus), "--family", family, "--sparsity", sparsity, "--phase", state.phase]
+    out = [
+        command,
+        model_argument(state),
+        "--hardware",
+        ",".join(gpus),
+        "--family",
+        family,
+        "--sparsity",
+        sparsity,
+        "--phase",
+        state.phase,
+    ]
     out += ["--batch", batch or str(state.batch), "--seq", seq or str(state.seq)]
     if state.phase == "generate":
         out += ["--new-tokens", str(state.new_tokens)]

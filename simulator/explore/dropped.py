@@ -15,8 +15,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from simulator.errors import InputError, one_line
-from simulator.hf_config import MAX_FILE_BYTES, from_file, parse_config
-from simulator.model_config import ModelConfig
+from simulator.models.config import ModelConfig
+from simulator.models.huggingface import MAX_FILE_BYTES, from_file, parse_config
 
 PREFIX = "dropped:"
 """What a token begins with; no model's name does."""
@@ -81,7 +81,9 @@ def token(text: str, file: str) -> str:
     packed = zlib.compress(json.dumps({"file": name, "config": kept}, separators=(",", ":")).encode(), 9)
     out = PREFIX + base64.urlsafe_b64encode(packed).decode().rstrip("=")
     if len(out) > MOST_TOKEN:
-        raise InputError(f"{name}: its shape keys take {len(out)} characters, more than the {MOST_TOKEN} that an address can carry")
+        raise InputError(
+            f"{name}: its shape keys take {len(out)} characters, more than the {MOST_TOKEN} that an address can carry"
+        )
     return out
 
 

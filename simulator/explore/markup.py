@@ -9,32 +9,52 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from simulator.explore.answer import Answer, dense_of
-from simulator.figure_style import label
-from simulator.hardware import load_hardware
-from simulator.settings import PHASES
-from simulator.words import conclusion, csv_text, percent, ratio, seconds, setting_title, size
+from simulator.figures.style import label
+from simulator.hardware.library import load_hardware
+from simulator.predict.words import conclusion, csv_text, setting_title
+from simulator.units import percent, ratio, seconds, size
+from simulator.workload import PHASES
 
 if TYPE_CHECKING:
     from simulator.explore.commands import Command
-    from simulator.scenarios import Record
+    from simulator.predict.table import Record
 
 UNITS = {
-    "sparsity": "1", "realised_sparsity": "1", "batch": "sequences", "seq": "tokens", "dense_s": "s", "pruned_s": "s", "speedup": "1",
-    "speedup_lower": "1", "speedup_upper": "1", "flop_bound": "1", "byte_bound": "1", "roofline_bound": "1", "measured_bound": "1",
-    "efficiency": "1", "limit_share": "1", "level": "1", "new_tokens": "tokens", "devices": "1", "dense_memory_bytes": "B",
-    "pruned_memory_bytes": "B", "capacity_bytes": "B",
-}  # fmt: skip
+    "sparsity": "1",
+    "realised_sparsity": "1",
+    "batch": "sequences",
+    "seq": "tokens",
+    "dense_s": "s",
+    "pruned_s": "s",
+    "speedup": "1",
+    "speedup_lower": "1",
+    "speedup_upper": "1",
+    "flop_bound": "1",
+    "byte_bound": "1",
+    "roofline_bound": "1",
+    "measured_bound": "1",
+    "efficiency": "1",
+    "limit_share": "1",
+    "level": "1",
+    "new_tokens": "tokens",
+    "devices": "1",
+    "dense_memory_bytes": "B",
+    "pruned_memory_bytes": "B",
+    "capacity_bytes": "B",
+}
 """Units of a record's numbers; 1 is a ratio."""
 
 
 def table_csv(records: Sequence[Record]) -> str:
     """The table with every field of its records, numbers in full, units in the header.
 
-    >>> from simulator.scenarios import scenarios
-    >>> table_csv(scenarios(["llama-3.1-8b"], ["h100"], ["depth"], [0.25]).records).splitlines()[0][:74]
+    >>> from simulator.predict.table import table
+    >>> table_csv(table(["llama-3.1-8b"], ["h100"], ["depth"], [0.25]).records).splitlines()[0][:74]
     'model,hardware,family,sparsity [1],realised_sparsity [1],phase,batch [sequ'
     """
-    rows = [{f"{key} [{UNITS[key]}]" if key in UNITS else key: value for key, value in asdict(r).items()} for r in records]
+    rows = [
+        {f"{key} [{UNITS[key]}]" if key in UNITS else key: value for key, value in asdict(r).items()} for r in records
+    ]
     return csv_text(rows) if rows else ""
 
 
@@ -44,9 +64,11 @@ def title(answer: Answer) -> str:
 
 
 _PARTS = {
-    "gemm": ("GEMMs", PHASES), "attention_prefill": ("prefill attention", ("prefill", "generate")),
-    "attention_decode": ("decode attention", ("decode", "generate")), "elementwise": ("elementwise operators", PHASES),
-}  # fmt: skip
+    "gemm": ("GEMMs", PHASES),
+    "attention_prefill": ("prefill attention", ("prefill", "generate")),
+    "attention_decode": ("decode attention", ("decode", "generate")),
+    "elementwise": ("elementwise operators", PHASES),
+}
 """Operators of a profile, what people call them, and the phases that have them."""
 
 
@@ -58,8 +80,10 @@ def uncalibrated_parts(hardware: str, phase: str, dtype: str) -> list[str]:
     """
     hw = load_hardware(hardware)
     return [
-        name for part, (name, phases) in _PARTS.items() if phase in phases and hw.section(part, dtype).status != "calibrated"
-    ]  # fmt: skip
+        name
+        for part, (name, phases) in _PARTS.items()
+        if phase in phases and hw.section(part, dtype).status != "calibrated"
+    ]
 
 
 def facts_html(answer: Answer) -> str:
@@ -80,7 +104,9 @@ def facts_html(answer: Answer) -> str:
 
 def notes_html(answer: Answer) -> str:
     """What a person should know, one line each."""
-    return f'<ul class="notes">{"".join(f"<li>{escape(line)}</li>" for line in answer.notes)}</ul>' if answer.notes else ""
+    return (
+        f'<ul class="notes">{"".join(f"<li>{escape(line)}</li>" for line in answer.notes)}</ul>' if answer.notes else ""
+    )
 
 
 def problems_html(lines: Sequence[str]) -> str:
@@ -94,10 +120,19 @@ def conclusions_html(answer: Answer) -> str:
 
 
 _HEAD = (
-    ("family", ""), ("removed", "asked for"), ("realised", "after rounding"), ("GPU", ""), ("speedup", ""), ("90 % interval", ""),
-    ("FLOP bound", ""), ("byte bound", ""), ("roofline bound", ""), ("time", "pruned"), ("limit", "what holds most of the time"),
+    ("family", ""),
+    ("removed", "asked for"),
+    ("realised", "after rounding"),
+    ("GPU", ""),
+    ("speedup", ""),
+    ("90 % interval", ""),
+    ("FLOP bound", ""),
+    ("byte bound", ""),
+    ("roofline bound", ""),
+    ("time", "pruned"),
+    ("limit", "what holds most of the time"),
     ("memory", "pruned, and whether it fits"),
-)  # fmt: skip
+)
 
 
 def table_html(answer: Answer, detail: str, at: float) -> str:
@@ -111,17 +146,27 @@ def table_html(answer: Answer, detail: str, at: float) -> str:
         for name, hint in _HEAD
     )
     ordered = sorted(records, key=lambda r: list(dict.fromkeys(x.family for x in records)).index(r.family))
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(_row(r, detail, at) for r in ordered)}</tbody></table>"
+    return (
+        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(_row(r, detail, at) for r in ordered)}</tbody></table>"
+    )
 
 
 def _row(r: Record, detail: str, at: float) -> str:
     verdict = "gain" if r.speedup_lower > 1 else "loss" if r.speedup_upper < 1 else ""
     memory = size(r.pruned_memory_bytes) + ("" if r.pruned_fits else " (too large)")
     cells = [
-        percent(r.sparsity), percent(r.realised_sparsity), r.hardware, ratio(r.speedup),
-        f"{ratio(r.speedup_lower)} to {ratio(r.speedup_upper)}", ratio(r.flop_bound), ratio(r.byte_bound), ratio(r.roofline_bound),
-        seconds(r.pruned_s), r.limit, memory,
-    ]  # fmt: skip
+        percent(r.sparsity),
+        percent(r.realised_sparsity),
+        r.hardware,
+        ratio(r.speedup),
+        f"{ratio(r.speedup_lower)} to {ratio(r.speedup_upper)}",
+        ratio(r.flop_bound),
+        ratio(r.byte_bound),
+        ratio(r.roofline_bound),
+        seconds(r.pruned_s),
+        r.limit,
+        memory,
+    ]
     marked = ' class="detail"' if r.family == detail and r.sparsity == at else ""
     classes = {3: f' class="{verdict}"'} if verdict else {}
     body = "".join(f"<td{classes.get(i, '')}>{escape(text)}</td>" for i, text in enumerate(cells))
@@ -134,7 +179,8 @@ def commands_html(lines: Sequence[Command], *, copy: bool = True) -> str:
     if not lines:
         return '<p class="hint">None while nothing can be predicted.</p>'
     return "".join(
-        f'<div class="command"><span>{escape(c.gives)}</span><code tabindex="0">{_arguments(c)}</code>{button}</div>' for c in lines
+        f'<div class="command"><span>{escape(c.gives)}</span><code tabindex="0">{_arguments(c)}</code>{button}</div>'
+        for c in lines
     )
 
 

@@ -10,20 +10,28 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from simulator._version import __version__
-from simulator.execution import RUNTIMES
 from simulator.explore.charts import CARDS
 from simulator.explore.dropped import PREFIX, read_token
 from simulator.explore.markup import problems_html
 from simulator.explore.state import MOST_NEW_TOKENS, State
-from simulator.figure_style import label, look
-from simulator.hardware import list_hardware
+from simulator.figures.style import label, look
+from simulator.hardware.names import list_hardware
+from simulator.models.library import list_models
+from simulator.predict.settings import MAX_TOKENS
 from simulator.pruning import FAMILIES
-from simulator.settings import MAX_TOKENS, PHASES
-from simulator.transformer import list_models
-from simulator.workload import DTYPES
+from simulator.workload import DTYPES, PHASES, RUNTIMES
 
-_SIGNS = {"o": ("●", "○"), "s": ("■", "□"), "D": ("◆", "◇"), "^": ("▲", "△"), "v": ("▼", "▽"), "P": ("✚", "✚"), "X": ("✖", "✖"),
-          "d": ("◆", "◇"), "h": ("⬢", "⬡")}  # fmt: skip
+_SIGNS = {
+    "o": ("●", "○"),
+    "s": ("■", "□"),
+    "D": ("◆", "◇"),
+    "^": ("▲", "△"),
+    "v": ("▼", "▽"),
+    "P": ("✚", "✚"),
+    "X": ("✖", "✖"),
+    "d": ("◆", "◇"),
+    "h": ("⬢", "⬡"),
+}
 """Markers of families as characters, filled and hollow."""
 
 PLOTLY = "/_dash-component-suites/plotly/package_data/plotly.min.js"
@@ -163,9 +171,12 @@ def _signed(name: str) -> str:
 
 def _select(name: str, title: str, choices: Sequence[tuple[str, str]], chosen: str) -> str:
     options = "".join(
-        f'<option value="{escape(value)}"{" selected" if value == chosen else ""}>{escape(text)}</option>' for value, text in choices
+        f'<option value="{escape(value)}"{" selected" if value == chosen else ""}>{escape(text)}</option>'
+        for value, text in choices
     )
-    return f'<label class="field" for="{name}">{escape(title)}<select id="{name}" name="{name}">{options}</select></label>'
+    return (
+        f'<label class="field" for="{name}">{escape(title)}<select id="{name}" name="{name}">{options}</select></label>'
+    )
 
 
 def _checks(name: str, choices: Sequence[tuple[str, str]], chosen: Sequence[str]) -> str:

@@ -25,8 +25,8 @@ from simulator.explore.charts import CARDS, charts, map_chart, texts
 from simulator.explore.commands import commands
 from simulator.explore.dropped import PREFIX, read_token
 from simulator.explore.state import State, to_query
-from simulator.wholefile import write_whole
-from simulator.words import percent
+from simulator.files.write import write_whole
+from simulator.units import percent
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -102,7 +102,10 @@ def report_html(state: State) -> str:
     if found.refused:
         raise InputError(found.refused)
     script = plotly_js()
-    figures = {name: {**charts(state, most), "crossover": map_chart(state, most)} for name, most in (("page", PAGE), ("phone", PHONE))}
+    figures = {
+        name: {**charts(state, most), "crossover": map_chart(state, most)}
+        for name, most in (("page", PAGE), ("phone", PHONE))
+    }
     said = texts(state)
     cards = "".join(
         f'<section class="card"><div class="head"><h2>{escape(title)}</h2></div>'

@@ -14,10 +14,13 @@ from urllib.parse import parse_qsl, quote
 
 from simulator.errors import InputError, one_line, unknown
 from simulator.explore.dropped import PREFIX, read_token
-from simulator.hardware import load_hardware, plain_name, shipped_names
+from simulator.hardware.library import load_hardware
+from simulator.hardware.names import plain_name, shipped_names
+from simulator.models.config import ModelConfig
+from simulator.models.library import list_models, load_model
+from simulator.predict.settings import MAX_TOKENS, Setting, check_fraction, once, one_of, whole_number
 from simulator.pruning import FAMILIES
-from simulator.settings import MAX_TOKENS, PHASES, Setting, check_fraction, once, one_of, whole_number
-from simulator.transformer import ModelConfig, list_models, load_model
+from simulator.workload import PHASES
 
 MOST_SPARSITIES = 25
 """Sparsities of a curve; more say nothing that a picture could show."""
@@ -112,10 +115,20 @@ class State:
 
 KEYS: Mapping[str, str] = MappingProxyType(
     {
-        "model": "model", "gpu": "gpus", "family": "families", "sparsity": "sparsities", "phase": "phase", "batch": "batch", "seq": "seq",
-        "new": "new_tokens", "runtime": "runtime", "dtype": "dtype", "detail": "detail", "at": "at",
+        "model": "model",
+        "gpu": "gpus",
+        "family": "families",
+        "sparsity": "sparsities",
+        "phase": "phase",
+        "batch": "batch",
+        "seq": "seq",
+        "new": "new_tokens",
+        "runtime": "runtime",
+        "dtype": "dtype",
+        "detail": "detail",
+        "at": "at",
     }
-)  # fmt: skip
+)
 """Keys of a query and the fields of a state they stand for."""
 
 
@@ -132,7 +145,13 @@ def to_query(state: State) -> str:
 
 
 def _text(value: Any) -> str:
-    return ",".join(map(_text, value)) if isinstance(value, tuple) else repr(value) if isinstance(value, float) else str(value)
+    return (
+        ",".join(map(_text, value))
+        if isinstance(value, tuple)
+        else repr(value)
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------------------
@@ -234,7 +253,9 @@ def _fraction(text: str) -> float:
     try:
         return check_fraction(float(text))
     except ValueError as error:
-        raise (error if isinstance(error, InputError) else InputError(f"sparsity {text!r}: expected a number")) from None
+        raise (
+            error if isinstance(error, InputError) else InputError(f"sparsity {text!r}: expected a number")
+        ) from None
 
 
 def _whole(key: str, text: str) -> int:
@@ -253,11 +274,20 @@ def _word(key: str, text: str) -> str:
 
 _READERS: Mapping[str, Callable[[str, str], Any]] = MappingProxyType(
     {
-        "model": _model, "gpus": _list(_gpu), "families": _list(lambda name: one_of("family", name, tuple(FAMILIES))),
-        "sparsities": _list(_fraction), "batch": _whole, "seq": _whole, "new_tokens": _whole, "phase": _word, "runtime": _word,
-        "dtype": _word, "detail": _word, "at": lambda _, text: _fraction(text),
+        "model": _model,
+        "gpus": _list(_gpu),
+        "families": _list(lambda name: one_of("family", name, tuple(FAMILIES))),
+        "sparsities": _list(_fraction),
+        "batch": _whole,
+        "seq": _whole,
+        "new_tokens": _whole,
+        "phase": _word,
+        "runtime": _word,
+        "dtype": _word,
+        "detail": _word,
+        "at": lambda _, text: _fraction(text),
     }
-)  # fmt: skip
+)
 
 LISTS: Iterable[str] = frozenset(f.name for f in fields(State) if isinstance(f.default, tuple))
 """Fields that hold several values."""

@@ -35,7 +35,12 @@ FAMILIES: Mapping[str, Family] = _discover()
 
 
 def prune(
-    workload: Workload, family: str, sparsity: float | Mapping[str, float] | Sequence[float], *, ideal: bool = False, **options: Any
+    workload: Workload,
+    family: str,
+    sparsity: float | Mapping[str, float] | Sequence[float],
+    *,
+    ideal: bool = False,
+    **options: Any,
 ) -> Workload:
     """The workload of the pruned model.
 
@@ -117,7 +122,9 @@ def _by_layer(w: Workload, family: Family, sparsity: Any) -> tuple[Workload, Cho
     if not family.per_layer:
         raise InputError(f"family {family.name} takes no sparsity by layer; give one fraction")
     if np.ndim(sparsity) != 1 or len(sparsity) != layers:
-        raise InputError(f"sparsity by layer: expected {layers} fractions, one a layer of this model, got {len(sparsity)}")
+        raise InputError(
+            f"sparsity by layer: expected {layers} fractions, one a layer of this model, got {len(sparsity)}"
+        )
     table = np.array([_fraction(s, f"sparsity of layer {i}:") for i, s in enumerate(sparsity)])
     wide = w.expand()
     rows = np.where(wide.layer >= 0, table[np.maximum(wide.layer, 0)], 0.0)
@@ -130,7 +137,9 @@ def _by_projection(w: Workload, family: Family, sparsity: Mapping[str, float]) -
     if not sparsity:
         raise InputError(f"sparsity by projection: expected some of {', '.join(family.targets)}, got none")
     rows = np.zeros(len(w))
-    for name, value in sorted(sparsity.items(), key=lambda item: (item[0] not in SUBLAYERS, item[0] not in GROUPS)):  # wider names first
+    for name, value in sorted(
+        sparsity.items(), key=lambda item: (item[0] not in SUBLAYERS, item[0] not in GROUPS)
+    ):  # wider names first
         if name not in family.targets:
             raise unknown(f"projection (for family {family.name})", name, family.targets)
         fraction = _fraction(value, f"sparsity of {name}:")

@@ -29,7 +29,7 @@ OUTPUTS: tuple[str, ...] = ("o", "down")
 PROJECTIONS: tuple[str, ...] = (*QKV, "o", "gate", "up", "gate_up", "down")
 GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"attention": (*QKV, "o"), "mlp": ("gate", "up", "gate_up", "down"), "qkv": QKV}
-)  # fmt: skip
+)
 """Names that stand for several projections in a per-projection sparsity."""
 
 SUBLAYERS: tuple[str, ...] = ("attention", "mlp")

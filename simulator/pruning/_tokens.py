@@ -44,7 +44,9 @@ def token_points(tokens: int, keep: float) -> tuple[tuple[int, ...], tuple[float
             means, weights = np.array([tokens * keep]), np.array([1.0])
         else:
             outcome = np.arange(tokens + 1)
-            choose = np.array([math.lgamma(tokens + 1) - math.lgamma(j + 1) - math.lgamma(tokens - j + 1) for j in range(tokens + 1)])
+            choose = np.array(
+                [math.lgamma(tokens + 1) - math.lgamma(j + 1) - math.lgamma(tokens - j + 1) for j in range(tokens + 1)]
+            )
             mass = np.exp(choose + outcome * math.log(keep) + (tokens - outcome) * math.log1p(-keep))
             mass /= mass.sum()
             which = np.minimum((np.cumsum(mass) - mass / 2) * BINS, BINS - 1).astype(np.int64)
@@ -52,7 +54,9 @@ def token_points(tokens: int, keep: float) -> tuple[tuple[int, ...], tuple[float
             used = weights > 0
             means = np.bincount(which, weights=mass * outcome, minlength=BINS)[used] / weights[used]
             weights = weights[used]
-            means = np.minimum(means * (tokens * keep / (means @ weights)), tokens)  # undoes the rounding of the sums above
+            means = np.minimum(
+                means * (tokens * keep / (means @ weights)), tokens
+            )  # undoes the rounding of the sums above
         low = np.floor(means)
         many = np.concatenate([low, low + 1]).astype(np.int64)
         chance = np.concatenate([weights * (low + 1 - means), weights * (means - low)])
@@ -97,9 +101,10 @@ def split_tokens(w: Workload, mask: Array, keep: F) -> Workload:
         count=out.count * np.where(split, chance_table[which], 1.0),
         m=np.where(split & (out.m > 0), many, out.m),
         batch=np.where(split & decode, many, out.batch),
-        read_bytes=out.read_bytes * share, write_bytes=out.write_bytes * share,
+        read_bytes=out.read_bytes * share,
+        write_bytes=out.write_bytes * share,
         params=out.params * scale[index],
-    )  # fmt: skip
+    )
 
 
 def tokens_of(w: Workload) -> Array:
@@ -116,7 +121,9 @@ def split_fused_qkv(w: Workload, s: F) -> tuple[Workload, F]:
     if not fused.any():
         return w, s
     if (w.stage[fused] == 2).any():
-        raise InputError("the queries of a low-rank fused qkv projection cannot be computed alone; lower with fuse_qkv=False")
+        raise InputError(
+            "the queries of a low-rank fused qkv projection cannot be computed alone; lower with fuse_qkv=False"
+        )
     times = np.where(fused, 2, 1)
     index = np.repeat(np.arange(len(w)), times)
     first = np.r_[True, index[1:] != index[:-1]]

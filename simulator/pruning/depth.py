@@ -7,7 +7,17 @@ from typing import Any
 import numpy as np
 
 from simulator.errors import InputError
-from simulator.pruning._common import SUBLAYERS, Choice, Family, merge_runs, one_of, parameters_of, part_rows, removed, whole_share
+from simulator.pruning._common import (
+    SUBLAYERS,
+    Choice,
+    Family,
+    merge_runs,
+    one_of,
+    parameters_of,
+    part_rows,
+    removed,
+    whole_share,
+)
 from simulator.workload import Array, Part, Workload
 
 UNITS = ("layer", "both", "attention", "mlp")
@@ -43,7 +53,7 @@ def _without(w: Workload, part: Part, sparsity: float, drop: Any) -> Workload:
         left = layers - many
         kept = w.replace(
             count=np.where(rows, w.count * (left / layers), w.count), layers=np.where(rows, left, w.layers)
-        )  # fmt: skip
+        )
         return kept if left else kept.take(~rows)
     gone = _last_but_one(layers, many) if drop is None else _named(drop, layers, many)
     keep = np.ones(layers, dtype=bool)
@@ -68,14 +78,22 @@ def _named(drop: Any, layers: int, many: int) -> Array:
     except (TypeError, ValueError):
         raise InputError(f"option drop: expected layer numbers, got {drop!r}") from None
     if len(gone) != many or (many and not 0 <= gone[0] <= gone[-1] < layers):
-        raise InputError(f"option drop: expected {many} different layers from 0 to {layers - 1} (round(sparsity x {layers})), got {drop!r}")
+        raise InputError(
+            f"option drop: expected {many} different layers from 0 to {layers - 1} (round(sparsity x {layers})), got {drop!r}"
+        )
     return gone
 
 
 FAMILY = Family(
-    name="depth", axis="static M", dynamic=False, order=1, function=depth,
+    name="depth",
+    axis="static M",
+    dynamic=False,
+    order=1,
+    function=depth,
     summary="layers, or attention or MLP sublayers, vanish with norm, residual and cache",
     cost="nothing",
     realised="layers (sublayers) removed / layers (sublayers addressed), weighted by their projection parameters",
-    options={"unit": "layer", "drop": None}, targets=SUBLAYERS, per_layer=False,
-)  # fmt: skip
+    options={"unit": "layer", "drop": None},
+    targets=SUBLAYERS,
+    per_layer=False,
+)

@@ -23,7 +23,7 @@ from simulator.pruning._common import (
     sublayer_starts,
     whole,
     whole_share,
-)  # fmt: skip
+)
 from simulator.pruning._tokens import query_share, split_fused_qkv, split_tokens
 from simulator.workload import DTYPE_BYTES, Kernel, Kind, Part, Workload
 
@@ -53,16 +53,18 @@ def dynamic_depth(w: Workload, choice: Choice, *, ideal: bool, prune_kv: bool, r
         partly = skips & has_role(w, "rotary", "qk_norm")
         share = np.where(partly, query_share(w, keep), 1.0)
         w = w.replace(
-            read_bytes=w.read_bytes * share, write_bytes=w.write_bytes * share,
-            density=np.where(prefill, w.density * keep, w.density), kernel=np.where(prefill & (s > 0), Kernel.BLOCK_SPARSE, w.kernel),
-        )  # fmt: skip
+            read_bytes=w.read_bytes * share,
+            write_bytes=w.write_bytes * share,
+            density=np.where(prefill, w.density * keep, w.density),
+            kernel=np.where(prefill & (s > 0), Kernel.BLOCK_SPARSE, w.kernel),
+        )
         skips &= ~partly & ~has_role(w, "k", "v", "qkv", "attention_norm", "cache_write")
     else:
         attention = (prefill | decode) & (s > 0)
         w = w.replace(
             q_len=np.where(attention & prefill, np.maximum(whole_share(keep, w.q_len), 1), w.q_len),
             kv_len=np.where(attention, np.maximum(whole_share(keep, w.kv_len), 1), w.kv_len),
-        )  # fmt: skip
+        )
     if ideal:
         return split_tokens(w, skips, keep), choice.asked
     # overheads stand where they run: router and gather before the sublayer, scatter after it
@@ -70,8 +72,15 @@ def dynamic_depth(w: Workload, choice: Choice, *, ideal: bool, prune_kv: bool, r
     starts = sublayer_starts(base, ends)
     moved = m * hidden * size
     route = overheads(
-        base, ends, "router", Kind.GEMM, m=m, n=router, k=hidden, params=np.where(owns_parameters(base)[ends], float(router) * hidden, 0.0)
-    )  # fmt: skip
+        base,
+        ends,
+        "router",
+        Kind.GEMM,
+        m=m,
+        n=router,
+        k=hidden,
+        params=np.where(owns_parameters(base)[ends], float(router) * hidden, 0.0),
+    )
     several = m > 1
     at = ends[several]
     read = (moved + SCORE_BYTES * m)[several]
@@ -87,9 +96,14 @@ def dynamic_depth(w: Workload, choice: Choice, *, ideal: bool, prune_kv: bool, r
 
 
 FAMILY = Family(
-    name="dynamic_depth", axis="dynamic M", dynamic=True, order=7, function=dynamic_depth,
+    name="dynamic_depth",
+    axis="dynamic M",
+    dynamic=True,
+    order=7,
+    function=dynamic_depth,
     summary="each sublayer computes a share of the tokens; k and v stay dense (prune_kv=True prunes them)",
     cost="a router GEMM, a gather and a scatter a sublayer; at batch 1 in decode all or nothing",
     realised="expected share of token-sublayer pairs skipped",
-    options={"prune_kv": False, "router": 2}, targets=SUBLAYERS,
-)  # fmt: skip
+    options={"prune_kv": False, "router": 2},
+    targets=SUBLAYERS,
+)

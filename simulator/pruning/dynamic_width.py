@@ -24,7 +24,7 @@ from simulator.pruning._common import (
     sublayer_ends,
     sublayer_starts,
     whole,
-)  # fmt: skip
+)
 from simulator.pruning._tokens import query_share, split_fused_qkv, tokens_of
 from simulator.workload import DTYPE_BYTES, Array, Kernel, Kind, Part, Workload
 
@@ -35,7 +35,9 @@ ALIGN = 16
 """Width of a tensor instruction: the expected width of the groups in use is rounded up to it."""
 
 
-def dynamic_width(w: Workload, choice: Choice, *, ideal: bool, channel_groups: int, kernel: str) -> tuple[Workload, float]:
+def dynamic_width(
+    w: Workload, choice: Choice, *, ideal: bool, channel_groups: int, kernel: str
+) -> tuple[Workload, float]:
     """Each (token, group) tile of q, attention, o, gate, up and down is computed with probability ``1-s``; k and v stay dense.
 
     A GEMM over M tokens runs sorted by the mask. A group is in use if any token chose it, with probability ``u = 1 - s^M``, and then has
@@ -54,7 +56,9 @@ def dynamic_width(w: Workload, choice: Choice, *, ideal: bool, channel_groups: i
     inner = projections(w, "o", "down") & (w.stage != 2) & (s > 0)
     tiles = outer | inner
     if np.isin(w.kernel[tiles], (Kernel.SPARSE24, Kernel.UNSTRUCTURED)).any():
-        raise InputError("dynamic_width: sparse projections have no kernel that also skips tiles; choose one of the two")
+        raise InputError(
+            "dynamic_width: sparse projections have no kernel that also skips tiles; choose one of the two"
+        )
     n, k, m, density = _tiles(w, outer, inner, s)
     keep = 1.0 - s
     attention = attention_rows(w) & (s > 0)
@@ -64,10 +68,14 @@ def dynamic_width(w: Workload, choice: Choice, *, ideal: bool, channel_groups: i
     channels = has_role(w, "activation") & (w.layer >= 0)
     share[channels] = keep[channels]
     pruned = w.replace(
-        n=n, k=k, m=m, density=np.where(attention, w.density * keep, density),
+        n=n,
+        k=k,
+        m=m,
+        density=np.where(attention, w.density * keep, density),
         kernel=np.where(tiles | attention, Kernel.BLOCK_SPARSE, w.kernel),
-        read_bytes=w.read_bytes * share, write_bytes=w.write_bytes * share,
-    )  # fmt: skip
+        read_bytes=w.read_bytes * share,
+        write_bytes=w.write_bytes * share,
+    )
     if ideal:
         return pruned, choice.asked
     if kernel == "looped":
@@ -93,14 +101,19 @@ def _looped(dense: Workload, pruned: Workload, outer: Array, tiles: Array, s: F,
     """Tiled GEMMs of several tokens as one GEMM for each group in use, the FLOPs the same."""
     tokens, width = tokens_of(dense).astype(np.float64), np.where(outer, dense.n, dense.k)
     heads = covering(dense, attention_rows(dense), dense.kv_heads)
-    groups = np.minimum(np.where(dense.part == Part.ATTENTION, np.maximum(heads, 1), channel_groups), np.maximum(width, 1))
+    groups = np.minimum(
+        np.where(dense.part == Part.ATTENTION, np.maximum(heads, 1), channel_groups), np.maximum(width, 1)
+    )
     used = np.where(tiles, groups * -np.expm1(tokens * np.log(np.where(tiles, s, 0.5))), 1.0)
     each = -(-width // groups)
     exact = tokens * (1.0 - s) * width / np.maximum(pruned.m * each * used, 1.0)
     return pruned.replace(
-        n=np.where(tiles & outer, each, pruned.n), k=np.where(tiles & ~outer, each, pruned.k),
-        density=np.where(tiles, dense.density * exact, pruned.density), count=pruned.count * used, params=pruned.params / used,
-    )  # fmt: skip
+        n=np.where(tiles & outer, each, pruned.n),
+        k=np.where(tiles & ~outer, each, pruned.k),
+        density=np.where(tiles, dense.density * exact, pruned.density),
+        count=pruned.count * used,
+        params=pruned.params / used,
+    )
 
 
 def _with_overheads(dense: Workload, pruned: Workload, s: F, channel_groups: int, gathered: bool) -> Workload:
@@ -118,16 +131,22 @@ def _with_overheads(dense: Workload, pruned: Workload, s: F, channel_groups: int
         rows, pairs = at[several], chosen[several]
         moved, count = pairs * hidden[several] * size[several], np.ceil(pairs).astype(np.int64)
         copied, summed = (
-            overheads(dense, rows, role, m=count, n=hidden[several], read_bytes=moved, write_bytes=moved) for role in ("gather", "scatter")
+            overheads(dense, rows, role, m=count, n=hidden[several], read_bytes=moved, write_bytes=moved)
+            for role in ("gather", "scatter")
         )
         parts += [(place[several], copied), (rows.astype(np.float64) + 0.5, summed)]
     return insert(pruned, parts)
 
 
 FAMILY = Family(
-    name="dynamic_width", axis="dynamic N, K", dynamic=True, order=8, function=dynamic_width,
+    name="dynamic_width",
+    axis="dynamic N, K",
+    dynamic=True,
+    order=8,
+    function=dynamic_width,
     summary="head groups and channel groups chosen per token; k and v stay dense",
     cost="a router and a sort of its mask a sublayer; a batch uses the union of its tokens' groups; copies where no kernel skips tiles",
     realised="expected share of (token, group) tiles skipped",
-    options={"channel_groups": 32, "kernel": "tiles"}, targets=SUBLAYERS,
-)  # fmt: skip
+    options={"channel_groups": 32, "kernel": "tiles"},
+    targets=SUBLAYERS,
+)

@@ -32,20 +32,32 @@ def kv_cache(w: Workload, choice: Choice, *, ideal: bool, observed: int) -> tupl
     scores = w.batch[at] * w.heads[at] * np.minimum(observed, w.q_len[at]) * w.kv_len[at] * SCORE_BYTES
     count = w.batch[at] * w.kv_heads[at]
     mask = overheads(
-        w, at, "mask", m=w.batch[at] * w.heads[at] * np.minimum(observed, w.q_len[at]), n=w.kv_len[at],
-        read_bytes=position * w.kv_len[at] + scores, write_bytes=scores,
-    )  # fmt: skip
+        w,
+        at,
+        "mask",
+        m=w.batch[at] * w.heads[at] * np.minimum(observed, w.q_len[at]),
+        n=w.kv_len[at],
+        read_bytes=position * w.kv_len[at] + scores,
+        write_bytes=scores,
+    )
     chosen = SCORE_BYTES * count * kept[at]
-    select = overheads(w, at, "select", m=count, n=w.kv_len[at], read_bytes=SCORE_BYTES * count * w.kv_len[at], write_bytes=chosen)
+    select = overheads(
+        w, at, "select", m=count, n=w.kv_len[at], read_bytes=SCORE_BYTES * count * w.kv_len[at], write_bytes=chosen
+    )
     moved = position * 2.0 * kept[at]
     gather = overheads(w, at, "gather", m=count * kept[at], n=2 * w.head_dim[at], read_bytes=moved, write_bytes=moved)
     return insert(out, [(at + 0.5, mask), (at + 0.5, select), (at + 0.5, gather)]), realised
 
 
 FAMILY = Family(
-    name="kv_cache", axis="K of decode attention", dynamic=True, order=11, function=kv_cache,
+    name="kv_cache",
+    axis="K of decode attention",
+    dynamic=True,
+    order=11,
+    function=kv_cache,
     summary="a share of the prompt's cache kept",
     cost="scoring, selection and compaction at the end of the prefill",
     realised="prompt positions evicted from the cache / prompt positions",
-    options={"observed": 32}, support=("decode", "generate"),
-)  # fmt: skip
+    options={"observed": 32},
+    support=("decode", "generate"),
+)

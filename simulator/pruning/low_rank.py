@@ -5,7 +5,17 @@ from __future__ import annotations
 import numpy as np
 
 from simulator.errors import InputError
-from simulator.pruning._common import GROUPS, PROJECTIONS, Choice, Family, has_bias, parameters_of, projections, removed, whole
+from simulator.pruning._common import (
+    GROUPS,
+    PROJECTIONS,
+    Choice,
+    Family,
+    has_bias,
+    parameters_of,
+    projections,
+    removed,
+    whole,
+)
 from simulator.workload import Kernel, Workload
 
 
@@ -29,19 +39,30 @@ def low_rank(w: Workload, choice: Choice, *, ideal: bool, align: int) -> tuple[W
     second = np.r_[False, index[1:] == index[:-1]]
     first = two & ~second
     out, r = w.take(index), rank[index]
-    biased, each = has_bias(w)[index], (w.params / np.maximum(n * k, 1.0))[index]  # `each`: 1, or more where only some executions own them
+    biased, each = (
+        has_bias(w)[index],
+        (w.params / np.maximum(n * k, 1.0))[index],
+    )  # `each`: 1, or more where only some executions own them
     each = np.where(biased, 1.0, each)
     params = np.where(first, each * r * out.k, np.where(second, each * r * out.n + biased * out.n, out.params))
     out = out.replace(
-        n=np.where(first, r, out.n), k=np.where(second, r, out.k), stage=np.where(first, 1, np.where(second, 2, out.stage)), params=params
-    )  # fmt: skip
+        n=np.where(first, r, out.n),
+        k=np.where(second, r, out.k),
+        stage=np.where(first, 1, np.where(second, 2, out.stage)),
+        params=params,
+    )
     return out, removed(parameters_of(w), parameters_of(out))
 
 
 FAMILY = Family(
-    name="low_rank", axis="static K", dynamic=False, order=5, function=low_rank,
+    name="low_rank",
+    axis="static K",
+    dynamic=False,
+    order=5,
+    function=low_rank,
     summary="each projection becomes two GEMMs of a small rank",
     cost="a second launch, thin GEMMs, traffic of the intermediate",
     realised="parameters of the projections removed / parameters of the projections, after rounding the ranks",
-    options={"align": 16}, targets=(*PROJECTIONS, *(g for g in GROUPS if g not in PROJECTIONS)),
-)  # fmt: skip
+    options={"align": 16},
+    targets=(*PROJECTIONS, *(g for g in GROUPS if g not in PROJECTIONS)),
+)

@@ -18,7 +18,9 @@ def semi_structured(w: Workload, choice: Choice, *, ideal: bool) -> tuple[Worklo
     rows = projections(w) & (choice.rows > 0)
     wrong = choice.rows[rows & (choice.rows != 0.5)]
     if len(wrong):
-        raise InputError(f"semi_structured at sparsity {wrong[0]:g}: 2:4 removes exactly 0.5 (0 leaves a projection dense)")
+        raise InputError(
+            f"semi_structured at sparsity {wrong[0]:g}: 2:4 removes exactly 0.5 (0 leaves a projection dense)"
+        )
     return zeroed(w, rows, np.full(len(w), 0.5), Kernel.SPARSE24, "semi_structured")
 
 
@@ -35,9 +37,13 @@ def zeroed(w: Workload, rows: Array, keep: Array, kernel: Kernel, name: str) -> 
 
 
 FAMILY = Family(
-    name="semi_structured", axis="static K", dynamic=False, order=4, function=semi_structured,
+    name="semi_structured",
+    axis="static K",
+    dynamic=False,
+    order=4,
+    function=semi_structured,
     summary="2:4 sparsity in all projections: half the weights and FLOPs, plus 2-bit indices",
     cost="kernels less efficient than dense ones; no gain, often a loss, when M is small",
     realised="zero parameters / parameters of the projections (0.5)",
     targets=(*PROJECTIONS, *(g for g in GROUPS if g not in PROJECTIONS)),
-)  # fmt: skip
+)

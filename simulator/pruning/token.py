@@ -23,7 +23,7 @@ from simulator.pruning._common import (
     sublayer_starts,
     whole,
     whole_share,
-)  # fmt: skip
+)
 from simulator.pruning._tokens import prompt_of
 from simulator.workload import DTYPE_BYTES, Array, Kind, Part, Phase, Workload
 
@@ -64,7 +64,9 @@ def token(w: Workload, choice: Choice, *, ideal: bool, start: Any, mode: str) ->
     if not ideal:
         out = _with_selection(wide, out, table, kept, prompt, mode)
     share = kept / np.maximum(prompt, 1)
-    covers = [(wide.layer <= i) & (wide.layer + wide.layers > i) for i in (range(layers) if per_layer else (layers - 1,))]
+    covers = [
+        (wide.layer <= i) & (wide.layer + wide.layers > i) for i in (range(layers) if per_layer else (layers - 1,))
+    ]
     layer_share = [removed(1.0, float(share[rows][0])) for rows in covers]
     return merge_runs(out), float(np.mean(layer_share))
 
@@ -73,7 +75,9 @@ def _dropped(w: Workload, table: Array) -> tuple[Workload, Array, Array]:
     """The workload on fewer tokens, and prompt tokens left and there before, by row."""
     s = np.where(w.layer >= 0, table[np.maximum(w.layer, 0)], np.where(w.part == Part.HEAD, table[-1], 0.0))
     prompt = prompt_of(w)
-    prompt = np.where(prompt > 0, prompt, int(prompt.max(initial=0)) or w.meta.seq)  # outside the layers, or in layers without attention
+    prompt = np.where(
+        prompt > 0, prompt, int(prompt.max(initial=0)) or w.meta.seq
+    )  # outside the layers, or in layers without attention
     kept = np.where(s > 0, np.maximum(whole_share(1.0 - s, prompt), 1), prompt)
     prefill = (w.phase == Phase.PREFILL) & (s > 0)
     sampled = (w.layer < 0) & (w.m <= w.meta.batch)  # the head on last positions
@@ -100,19 +104,30 @@ def _with_selection(w: Workload, out: Workload, table: Array, kept: Array, promp
     left = w.batch[rows] * kept[rows]
     moved, index = left * hidden * DTYPE_BYTES[w.dtype[rows]], left * SCORE_BYTES
     parts = []
-    once: dict[str, Any] = {"layers": np.ones(len(rows)), "count": w.count[rows] / np.maximum(w.layers[rows], 1)}  # in one layer only
+    once: dict[str, Any] = {
+        "layers": np.ones(len(rows)),
+        "count": w.count[rows] / np.maximum(w.layers[rows], 1),
+    }  # in one layer only
     if mode == "dynamic":
         scores = w.batch[rows] * before * w.heads[rows] * SCORE_BYTES
-        select = overheads(w, rows, "select", m=w.batch[rows] * before, n=w.heads[rows], read_bytes=scores, write_bytes=index, **once)
+        select = overheads(
+            w, rows, "select", m=w.batch[rows] * before, n=w.heads[rows], read_bytes=scores, write_bytes=index, **once
+        )
         parts.append((place, select))
-    parts.append((place, overheads(w, rows, "gather", m=left, n=hidden, read_bytes=moved + index, write_bytes=moved, **once)))
+    parts.append(
+        (place, overheads(w, rows, "gather", m=left, n=hidden, read_bytes=moved + index, write_bytes=moved, **once))
+    )
     return insert(out, parts)
 
 
 FAMILY = Family(
-    name="token", axis="static or dynamic M", dynamic=True, order=10, function=token,
+    name="token",
+    axis="static or dynamic M",
+    dynamic=True,
+    order=10,
+    function=token,
     summary="prompt tokens dropped from a layer on, and from the cache",
     cost="scoring and gathering of the tokens where they are dropped",
     realised="prompt tokens dropped / prompt tokens, from the layer on",
     options={"start": None, "mode": "dynamic"},
-)  # fmt: skip
+)

@@ -17,9 +17,13 @@ def unstructured(w: Workload, choice: Choice, *, ideal: bool) -> tuple[Workload,
 
 
 FAMILY = Family(
-    name="unstructured", axis="static K", dynamic=False, order=6, function=unstructured,
+    name="unstructured",
+    axis="static K",
+    dynamic=False,
+    order=6,
+    function=unstructured,
     summary="zeros without structure in all projections",
     cost="no gain: dense kernels compute the zeros; the bounds count them",
     realised="zero parameters / parameters of the projections",
     targets=(*PROJECTIONS, *(g for g in GROUPS if g not in PROJECTIONS)),
-)  # fmt: skip
+)

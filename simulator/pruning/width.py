@@ -22,7 +22,7 @@ from simulator.pruning._common import (
     resized,
     whole,
     whole_share,
-)  # fmt: skip
+)
 from simulator.workload import Array, Workload
 
 
@@ -49,10 +49,14 @@ def _attention(w: Workload, s: Array) -> Workload:
     k = np.where(projections(w, "o") & (w.stage != 2), w.k * kept // groups, w.k)
     share = np.where(wide, kept / groups, 1.0)
     return resized(
-        w, n, k,
-        heads=np.where(attention, w.heads * kept // groups, w.heads), kv_heads=np.where(attention, kept, w.kv_heads),
-        read_bytes=w.read_bytes * share, write_bytes=w.write_bytes * share,
-    )  # fmt: skip
+        w,
+        n,
+        k,
+        heads=np.where(attention, w.heads * kept // groups, w.heads),
+        kv_heads=np.where(attention, kept, w.kv_heads),
+        read_bytes=w.read_bytes * share,
+        write_bytes=w.write_bytes * share,
+    )
 
 
 def _mlp(w: Workload, s: Array, align: int, inner: Any) -> Workload:
@@ -63,7 +67,9 @@ def _mlp(w: Workload, s: Array, align: int, inner: Any) -> Workload:
         wanted = whole("inner", inner)
         if wanted % devices or (width[width > 0] * devices < wanted).any():
             most = int(width.max(initial=0)) * devices
-            raise InputError(f"option inner: expected a multiple of {devices} up to the inner width {most}, got {wanted}")
+            raise InputError(
+                f"option inner: expected a multiple of {devices} up to the inner width {most}, got {wanted}"
+            )
         kept = np.where((s > 0) & (width > 0), wanted // devices, width)
     divisor = np.maximum(width, 1)
     wide = has_role(w, "activation") & (width > 0)
@@ -74,9 +80,14 @@ def _mlp(w: Workload, s: Array, align: int, inner: Any) -> Workload:
 
 
 FAMILY = Family(
-    name="width", axis="static N -> K", dynamic=False, order=2, function=width,
+    name="width",
+    axis="static N -> K",
+    dynamic=False,
+    order=2,
+    function=width,
     summary="KV groups with their query heads, and MLP channels, vanish; the cache shrinks with them",
     cost="alignment and tile effects of the narrower shapes",
     realised="parameters of the projections removed / parameters of the projections, after rounding groups and inner width",
-    options={"align": 16, "inner": None}, targets=SUBLAYERS,
-)  # fmt: skip
+    options={"align": 16, "inner": None},
+    targets=SUBLAYERS,
+)

@@ -21,16 +21,28 @@ from simulator.pruning._common import (
     resized,
     sublayer_ends,
     whole,
-)  # fmt: skip
+)
 from simulator.workload import Kind, Workload
 
 STREAM = (
-    "embedding", "attention_norm", "mlp_norm", "post_norm", "final_norm", "residual", "gather", "scatter", "quantize", "all_reduce", "send",
-)  # fmt: skip
+    "embedding",
+    "attention_norm",
+    "mlp_norm",
+    "post_norm",
+    "final_norm",
+    "residual",
+    "gather",
+    "scatter",
+    "quantize",
+    "all_reduce",
+    "send",
+)
 """Roles that move the hidden state; gathers of the head's logits have their own width."""
 
 
-def width_cross(w: Workload, choice: Choice, *, ideal: bool, align: int, residual_projections: bool) -> tuple[Workload, float]:
+def width_cross(
+    w: Workload, choice: Choice, *, ideal: bool, align: int, residual_projections: bool
+) -> tuple[Workload, float]:
     """The hidden size H becomes H' = ``(1-s) H`` rounded up to ``align`` in embedding, norms, projections, residuals and head.
 
     ``residual_projections`` adds the two H'xH' GEMMs a layer with which SliceGPT turns the residual stream from one basis to the next.
@@ -57,17 +69,29 @@ def width_cross(w: Workload, choice: Choice, *, ideal: bool, align: int, residua
     if turn and not ideal:
         at = np.flatnonzero(ends)
         extra = overheads(
-            out, at, "residual_projection", Kind.GEMM, m=out.m[at], n=new, k=new,
-            weight_dtype=out.weight_dtype[at], params=np.where(owns_parameters(out)[at], float(new) ** 2, 0.0),
-        )  # fmt: skip
+            out,
+            at,
+            "residual_projection",
+            Kind.GEMM,
+            m=out.m[at],
+            n=new,
+            k=new,
+            weight_dtype=out.weight_dtype[at],
+            params=np.where(owns_parameters(out)[at], float(new) ** 2, 0.0),
+        )
         out = insert(out, [(at + 0.5, extra)])
     return out, realised
 
 
 FAMILY = Family(
-    name="width_cross", axis="static N, K across layers", dynamic=False, order=3, function=width_cross,
+    name="width_cross",
+    axis="static N, K across layers",
+    dynamic=False,
+    order=3,
+    function=width_cross,
     summary="the hidden size shrinks everywhere: embedding, norms, projections, residual stream, head",
     cost="optional residual projections H'xH', two a layer (residual_projections=True)",
     realised="parameters of the projections removed / parameters of the projections, after rounding the hidden size",
-    options={"align": 16, "residual_projections": False}, per_layer=False,
-)  # fmt: skip
+    options={"align": 16, "residual_projections": False},
+    per_layer=False,
+)

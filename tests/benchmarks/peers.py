@@ -210,7 +210,16 @@ def install(peer: Peer, folder: Path) -> Path | str:
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
     try:
-        command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", peer.package, *peer.extra]
+        command = [
+            str(python),
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            peer.package,
+            *peer.extra,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_S, check=False)
     except subprocess.TimeoutExpired:
         return f"not installed within {INSTALL_S:.0f} s"
@@ -244,9 +253,9 @@ def prunesim(data: Split, repeat: int = 5) -> dict[str, Any]:
     from types import MappingProxyType
 
     import simulator
-    from calibration.fit import fit_gemm
-    from simulator.sweep_grid import Grid
-    from simulator.sweep_rows import partition_columns, partitions
+    from calibration.fit.gemm import fit_gemm
+    from simulator.predict.grid import Grid
+    from simulator.predict.rows import partition_columns, partitions
 
     hw = simulator.load_hardware(DEVICE)
     out: dict[str, Any] = {}
@@ -262,7 +271,9 @@ def prunesim(data: Split, repeat: int = 5) -> dict[str, Any]:
     roofline = simulator.gemm_time(*data.test.T, profile).roofline_s
     out["mape_roofline"] = mape(roofline, data.test_s)
     m, n, k = (np.tile(c, 20) for c in data.test.T)
-    out["gemms_per_s"] = max(len(m) / timed(lambda: simulator.gemm_time(m, n, k, profile), time.process_time) for _ in range(repeat))
+    out["gemms_per_s"] = max(
+        len(m) / timed(lambda: simulator.gemm_time(m, n, k, profile), time.process_time) for _ in range(repeat)
+    )
     model = simulator.load_model("llama-3.1-8b")
     lengths = iter(range(128, 10**6))
 
@@ -275,15 +286,19 @@ def prunesim(data: Split, repeat: int = 5) -> dict[str, Any]:
     grid = Grid(("llama-3.1-8b",), (DEVICE,), (0.25, 0.5), ("prefill", "decode"), batches, seqs)
     pieces = list(partitions(grid))
     partition_columns(grid, pieces[0])
-    out["models_per_s_in_a_sweep"] = grid.size / timed(lambda: [partition_columns(grid, p) for p in pieces], time.process_time)
+    out["models_per_s_in_a_sweep"] = grid.size / timed(
+        lambda: [partition_columns(grid, p) for p in pieces], time.process_time
+    )
     code = f"import simulator; simulator.gemm_time(2048, 4096, 4096, simulator.load_hardware({DEVICE!r}))"
-    out["first_s"] = float(np.median([timed(lambda: subprocess.run([sys.executable, "-c", code], check=True)) for _ in range(3)]))
+    out["first_s"] = float(
+        np.median([timed(lambda: subprocess.run([sys.executable, "-c", code], check=True)) for _ in range(3)])
+    )
     return out
 
 
 def copies(shapes: Any, hw: Any) -> Any:
     """Weights the published tables rotate (DESIGN section 10)."""
-    from calibration.screening import rotated_copies
+    from calibration.records.screening import rotated_copies
 
     return rotated_copies(2.0 * shapes[:, 1] * shapes[:, 2], hw.l2_bytes)
 
@@ -349,14 +364,18 @@ def show(results: dict[str, Any], rows: int) -> None:
             continue
         error = r.get("mape_4000", r.get("mape"))
         cells = [
-            f"{r['gemms_per_s']:,.0f}" if "gemms_per_s" in r else "-", f"{r['models_per_s']:,.1f}" if "models_per_s" in r else "-",
-            f"{r['first_s']:.2f} s", f"{error:.1f} %" if error is not None else "-",
-        ]  # fmt: skip
+            f"{r['gemms_per_s']:,.0f}" if "gemms_per_s" in r else "-",
+            f"{r['models_per_s']:,.1f}" if "models_per_s" in r else "-",
+            f"{r['first_s']:.2f} s",
+            f"{error:.1f} %" if error is not None else "-",
+        ]
         print(f"{name:26}{cells[0]:>12}{cells[1]:>12}{cells[2]:>14}{cells[3]:>9}")
         for key, text in (
-            ("gemms_per_s_in_lists", "GEMMs/s in lists"), ("models_per_s_in_a_sweep", "models/s in a sweep"),
-            ("mape_one_scale", "MAPE, one fitted scale"), ("answered", "share of the shapes answered"),
-        ):  # fmt: skip
+            ("gemms_per_s_in_lists", "GEMMs/s in lists"),
+            ("models_per_s_in_a_sweep", "models/s in a sweep"),
+            ("mape_one_scale", "MAPE, one fitted scale"),
+            ("answered", "share of the shapes answered"),
+        ):
             if key in r:
                 print(f"{'':8}{text}: {r[key]:,.2f}")
         if "gemms_per_s" in r and name != "prunesim":

@@ -7,8 +7,8 @@ import resource
 import tempfile
 from pathlib import Path
 
-from simulator.sweep import Summary, sweep
-from simulator.sweep_grid import Grid
+from simulator.predict.grid import Grid
+from simulator.predict.sweep import Summary, sweep
 
 BATCHES, SEQS = tuple(2**i for i in range(8)), tuple(2**i for i in range(7, 15))
 
@@ -18,7 +18,11 @@ def grid(size: int) -> Grid:
     models, sparsities, seqs = {
         10**4: (("llama-3.1-8b",), (0.25, 0.5), SEQS[:5]),
         10**5: (("llama-3.1-8b",), tuple(round(0.08 * i, 2) for i in range(1, 13)), SEQS),
-        10**6: (("llama-3.1-8b", "qwen3-8b", "llama-2-13b", "mistral-7b-v0.3"), tuple(round(0.03 * i, 2) for i in range(1, 31)), SEQS),
+        10**6: (
+            ("llama-3.1-8b", "qwen3-8b", "llama-2-13b", "mistral-7b-v0.3"),
+            tuple(round(0.03 * i, 2) for i in range(1, 31)),
+            SEQS,
+        ),
     }[size]
     hardware = ("a100_sxm_80gb", "h100_sxm", "rtx_4090")
     return Grid(models, hardware, sparsities, ("prefill", "decode"), BATCHES, seqs, runtimes=("cuda_graph", "eager"))
@@ -26,7 +30,9 @@ def grid(size: int) -> Grid:
 
 def megabytes() -> float:
     """Largest resident memory so far: this process, and twice that of its largest worker."""
-    own, workers = (resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    own, workers = (
+        resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
     return own + 2.0 * workers
 
 

@@ -15,7 +15,7 @@ Floor = Callable[..., None]
 def test_fit_of_gemms(benchmark: Any, rows: int, floor: Floor) -> None:
     fit = pytest.importorskip("calibration.fit")
     from calibration.measurements import load_measurements
-    from simulator.hardware import load_hardware
+    from simulator.hardware.library import load_hardware
 
     records = load_measurements("h100_sxm/gemm/trtllm", "bf16")
     at = np.random.default_rng(0).permutation(len(records))[:rows]

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 import simulator
-from simulator.advise import advise
-from simulator.scenarios import scenarios
+from simulator.predict.advise import advise
 
 Floor = Callable[..., None]
 DEVICES = ["a100_sxm_80gb", "h100_sxm", "rtx_4090"]
@@ -44,13 +43,17 @@ def test_a_whole_model_speedup(benchmark: Any, floor: Floor) -> None:
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_the_speedup_table(benchmark: Any, phase: str, floor: Floor) -> None:
     """Three GPUs, eleven families, three sparsities, one phase: what ``prunesim speedup`` prints by default."""
-    table = benchmark(lambda: scenarios(["llama-3.1-8b"], DEVICES, ["all"], (0.1, 0.25, 0.5), (phase,), (1,), (2048,)))
+    table = benchmark(
+        lambda: simulator.table(["llama-3.1-8b"], DEVICES, ["all"], (0.1, 0.25, 0.5), (phase,), (1,), (2048,))
+    )
     assert len(table) == 3 * 31
     floor(f"milliseconds, {phase}", 1e3 * benchmark.stats["median"], 50.0, False)
 
 
 def test_advice(benchmark: Any, floor: Floor) -> None:
-    found = benchmark.pedantic(lambda: advise("llama-3.1-8b", ["h100_sxm"], 1.5, ["prefill"]), rounds=3, warmup_rounds=1)
+    found = benchmark.pedantic(
+        lambda: advise("llama-3.1-8b", ["h100_sxm"], 1.5, ["prefill"]), rounds=3, warmup_rounds=1
+    )
     assert found.advice
     floor("seconds for advice on one device and request", benchmark.stats["min"], 2.0, False)
 

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from simulator.batch import compare
-from simulator.gemm import gemm_time
-from simulator.hardware import load_hardware
-from simulator.roofline import gemm_roofline
-from simulator.sweep import Plan, compute_part, sweep
-from simulator.sweep_grid import Grid
-from simulator.sweep_rows import partition_columns, partitions
+from simulator.hardware.library import load_hardware
+from simulator.kernels.gemm import gemm_time
+from simulator.kernels.roofline import gemm_roofline
+from simulator.predict.compare import compare
+from simulator.predict.grid import Grid
+from simulator.predict.rows import partition_columns, partitions
+from simulator.predict.sweep import Plan, compute_part, sweep
 
 Floor = Callable[..., None]
 SHAPES = 200_000
@@ -33,9 +33,14 @@ def shapes() -> tuple[Any, Any, Any]:
 def grid(sparsities: int = 12) -> Grid:
     """11 families on three devices under both runtimes."""
     return Grid(
-        ("llama-3.1-8b",), ("a100_sxm_80gb", "h100_sxm", "rtx_4090"), tuple(round(0.08 * i, 2) for i in range(1, sparsities)),
-        ("prefill", "decode"), tuple(2**i for i in range(8)), tuple(2**i for i in range(7, 15)), runtimes=("cuda_graph", "eager"),
-    )  # fmt: skip
+        ("llama-3.1-8b",),
+        ("a100_sxm_80gb", "h100_sxm", "rtx_4090"),
+        tuple(round(0.08 * i, 2) for i in range(1, sparsities)),
+        ("prefill", "decode"),
+        tuple(2**i for i in range(8)),
+        tuple(2**i for i in range(7, 15)),
+        runtimes=("cuda_graph", "eager"),
+    )
 
 
 @pytest.mark.parametrize("name", ["a100_sxm_80gb", "h100_sxm", "rtx_4090"])
@@ -82,17 +87,27 @@ def test_a_whole_sweep(benchmark: Any, tmp_path: Path, floor: Floor) -> None:
     g = grid()
     done = benchmark.pedantic(lambda: sweep(g, next(targets)), rounds=3, warmup_rounds=1)
     assert done.configurations == g.size
-    floor("seconds for a million configurations at this rate, one process", 1e6 * benchmark.stats["min"] / g.size, 120.0, False)
+    floor(
+        "seconds for a million configurations at this rate, one process",
+        1e6 * benchmark.stats["min"] / g.size,
+        120.0,
+        False,
+    )
 
 
 def test_comparing_a_stack(benchmark: Any) -> None:
     """The cost pass alone: one device, one runtime, a thousand workloads."""
+    from simulator.models.library import load_model
+    from simulator.models.lower import lower
+    from simulator.predict.speedup import pairs_of
     from simulator.pruning import prune
-    from simulator.speedup import pairs_of
-    from simulator.transformer import load_model, lower
 
     dense = lower(load_model("llama-3.1-8b"), phase="prefill", batch=1, seq=2048)
-    pruned = [prune(dense, family, round(0.001 * i, 3)) for family in ("depth", "width", "low_rank", "width_cross") for i in range(1, 250)]
+    pruned = [
+        prune(dense, family, round(0.001 * i, 3))
+        for family in ("depth", "width", "low_rank", "width_cross")
+        for i in range(1, 250)
+    ]
     hw = load_hardware("h100_sxm")
     (c,) = benchmark(lambda: compare(pairs_of(dense, pruned), hw))
     assert len(c.speedup) == 1 + len(pruned)

@@ -16,10 +16,10 @@ from calibration.devices import Operator, OutOfMemory, Unsupported, open_device 
 from calibration.devices import attention as att  # noqa: E402
 from calibration.devices.cpu import CpuDevice, available_memory_bytes, last_level_cache_bytes  # noqa: E402
 from calibration.devices.operators import Arena, build, is_out_of_memory, random_tensor, rotary, rotary_tables  # noqa: E402
-from calibration.measure import run  # noqa: E402
-from calibration.plan import Rates, for_model  # noqa: E402
-from calibration.telemetry import UNKNOWN  # noqa: E402
-from calibration.timing import Protocol  # noqa: E402
+from calibration.devices.telemetry import UNKNOWN  # noqa: E402
+from calibration.measure.plan import Rates, for_model  # noqa: E402
+from calibration.measure.run import run  # noqa: E402
+from calibration.measure.timing import Protocol  # noqa: E402
 
 
 @pytest.fixture
@@ -178,7 +178,8 @@ def test_rotary_turns_pairs_and_keeps_their_length() -> None:
 
 
 @pytest.mark.parametrize(
-    "role", ["attention_norm", "activation", "residual", "rotary", "embedding", "gather", "scatter", "cache_write", "select"]
+    "role",
+    ["attention_norm", "activation", "residual", "rotary", "embedding", "gather", "scatter", "cache_write", "select"],
 )
 def test_elementwise(arena: Arena, role: str) -> None:
     launches = build(Operator("elementwise", "fp32", role=role, m=12, n=32, cold=False), "cpu", arena)
@@ -259,7 +260,9 @@ def test_every_capability_can_be_prepared_and_sampled(device: CpuDevice) -> None
 def test_a_run_on_the_cpu(device: CpuDevice) -> None:
     kept: list[Any] = []
     shapes = [(1, 256, 256), (64, 256, 256), (64, 250, 255)]
-    outcome = run(for_model(shapes, Rates(1e11, 1e10), dtype="fp32"), device, kept.append, protocol=Protocol(time_limit_s=0.2))
+    outcome = run(
+        for_model(shapes, Rates(1e11, 1e10), dtype="fp32"), device, kept.append, protocol=Protocol(time_limit_s=0.2)
+    )
     assert outcome.counts.timed == 3
     assert all(r["median_s"] > 0 for r in kept)
     assert {r["before"]["power_w"] for r in kept} == {UNKNOWN}

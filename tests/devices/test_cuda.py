@@ -16,10 +16,10 @@ from calibration.devices import DeviceLost, Operator, OutOfMemory, Unsupported, 
 from calibration.devices import cuda as module  # noqa: E402
 from calibration.devices.cuda import CudaDevice, translate  # noqa: E402
 from calibration.devices.operators import Launches  # noqa: E402
-from calibration.measure import run  # noqa: E402
-from calibration.plan import Rates, for_model  # noqa: E402
-from calibration.telemetry import UNKNOWN  # noqa: E402
-from calibration.timing import Protocol  # noqa: E402
+from calibration.devices.telemetry import UNKNOWN  # noqa: E402
+from calibration.measure.plan import Rates, for_model  # noqa: E402
+from calibration.measure.run import run  # noqa: E402
+from calibration.measure.timing import Protocol  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
@@ -28,7 +28,9 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees
 class FakeCuda:
     """``torch.cuda`` in simulated time: a launch takes ``kernel_s``, a replay takes as many as were captured, plus a gap."""
 
-    def __init__(self, kernel_s: float = 1e-5, gap_s: float = 0.0, capability: tuple[int, int] = (9, 0), free: float = 1e9) -> None:
+    def __init__(
+        self, kernel_s: float = 1e-5, gap_s: float = 0.0, capability: tuple[int, int] = (9, 0), free: float = 1e9
+    ) -> None:
         self.kernel_s, self.gap_s, self.capability, self.free = kernel_s, gap_s, capability, free
         self.now, self.capturing, self.captured, self.replays, self.flushes = 0.0, False, 0, 0, 0
         self.capture_error: Exception | None = None
@@ -103,7 +105,12 @@ class FakeCuda:
     def get_device_properties(self, index: int) -> Any:
         major, minor = self.capability
         return SimpleNamespace(
-            name="Planted GPU", major=major, minor=minor, multi_processor_count=132, L2_cache_size=1_000_000, uuid="1234"
+            name="Planted GPU",
+            major=major,
+            minor=minor,
+            multi_processor_count=132,
+            L2_cache_size=1_000_000,
+            uuid="1234",
         )
 
 

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from calibration.devices import OPERATORS, DeviceLost, Operator, OutOfMemory, Unsupported, open_device
 from calibration.devices.protocol import Description
 from calibration.devices.replay import Faults, ReplayDevice, roofline_timings
-from calibration.measure import run
-from calibration.plan import Rates, for_model
-from calibration.records import OPERATORS as RECORDED
-from calibration.telemetry import UNKNOWN
+from calibration.devices.telemetry import UNKNOWN
+from calibration.measure.plan import Rates, for_model
+from calibration.measure.run import run
+from calibration.records.records import OPERATORS as RECORDED
 from simulator.errors import InputError
 
 GEMM = Operator("gemm", m=128, n=1024, k=1024)
@@ -33,10 +33,16 @@ def test_devices_and_records_name_the_same_operators() -> None:
     assert set(OPERATORS) == set(RECORDED)
 
 
-@given(st.sampled_from(["gemm", "gemm_2to4", "low_rank", "gather_gemm"]), st.tuples(*[st.integers(1, 9999)] * 3), st.booleans())
+@given(
+    st.sampled_from(["gemm", "gemm_2to4", "low_rank", "gather_gemm"]),
+    st.tuples(*[st.integers(1, 9999)] * 3),
+    st.booleans(),
+)
 def test_an_operator_survives_json_and_its_key_is_its_own(kind: str, shape: tuple[int, int, int], cold: bool) -> None:
     m, n, k = shape
-    op = Operator(kind, m=m, n=n, k=k, rank=7 if kind == "low_rank" else 0, rows=1 if kind == "gather_gemm" else 0, cold=cold)
+    op = Operator(
+        kind, m=m, n=n, k=k, rank=7 if kind == "low_rank" else 0, rows=1 if kind == "gather_gemm" else 0, cold=cold
+    )
     again = Operator.from_record(json.loads(json.dumps(op.as_record())))
     assert again == op
     assert again.key == op.key
@@ -52,8 +58,22 @@ def test_an_operator_survives_json_and_its_key_is_its_own(kind: str, shape: tupl
         ({"kind": "low_rank", "m": 1, "n": 1, "k": 1}, "rank"),
         ({"kind": "gather_gemm", "m": 4, "n": 1, "k": 1, "rows": 5}, "5 rows of 4"),
         ({"kind": "elementwise", "m": 1, "n": 1, "role": "gemm"}, "role"),
-        ({"kind": "attention_decode", "batch": 1, "q_len": 1, "kv_len": 1, "heads": 3, "kv_heads": 2, "head_dim": 8}, "no multiple"),
-        ({"kind": "attention_prefill", "batch": 1, "q_len": 9, "kv_len": 8, "heads": 2, "kv_heads": 2, "head_dim": 8}, "exceeds kv_len"),
+        (
+            {"kind": "attention_decode", "batch": 1, "q_len": 1, "kv_len": 1, "heads": 3, "kv_heads": 2, "head_dim": 8},
+            "no multiple",
+        ),
+        (
+            {
+                "kind": "attention_prefill",
+                "batch": 1,
+                "q_len": 9,
+                "kv_len": 8,
+                "heads": 2,
+                "kv_heads": 2,
+                "head_dim": 8,
+            },
+            "exceeds kv_len",
+        ),
         ({"kind": "gemm", "m": 1, "n": 1, "k": 1, "density": 0.0}, "density"),
     ],
 )
@@ -194,7 +214,9 @@ def test_a_recording_is_played_back(tmp_path: Path) -> None:
         device.prepare(Operator("gemm", m=9, n=64, k=64))
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", ":1: not a JSON record"), ("", "no measurement"), ("[1]\n{}", "no measurement")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", ":1: not a JSON record"), ("", "no measurement"), ("[1]\n{}", "no measurement")]
+)
 def test_a_file_that_is_no_recording_is_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "records.jsonl"
     path.write_text(text)

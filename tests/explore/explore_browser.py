@@ -22,18 +22,24 @@ from urllib.parse import urlsplit
 
 import pytest
 
+import simulator
 from simulator.explore.state import State, read_query
-from simulator.figure_style import label
-from simulator.scenarios import Record, scenarios
-from simulator.settings import Setting
-from simulator.words import percent, ratio, seconds
+from simulator.figures.style import label
+from simulator.predict.settings import Setting
+from simulator.predict.table import Record
+from simulator.units import percent, ratio, seconds
 
 PRUNESIM = (sys.executable, "-c", "import sys; sys.argv[0] = 'prunesim'; from calibration.cli import main; main()")
 """The command, of this environment whatever the search path says."""
 
 QUIET = (
-    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run",
-)  # fmt: skip
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+)
 """The browser calls nobody on its own account."""
 
 LAPTOP, PHONE = {"width": 1366, "height": 768}, {"width": 390, "height": 844}
@@ -87,7 +93,12 @@ def chromium() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with tempfile.TemporaryDirectory() as home, sync_playwright() as playwright:
-        environment: dict[str, str | float | bool] = {**os.environ, "HOME": home, "XDG_CONFIG_HOME": home, "XDG_CACHE_HOME": home}
+        environment: dict[str, str | float | bool] = {
+            **os.environ,
+            "HOME": home,
+            "XDG_CONFIG_HOME": home,
+            "XDG_CACHE_HOME": home,
+        }
         browser = playwright.chromium.launch(executable_path=program(), args=list(QUIET), env=environment)
         try:
             yield browser
@@ -117,7 +128,10 @@ class Tab:
 
     def listen(self) -> None:
         self.page.on("request", lambda r: self.requests.append(r.url))
-        self.page.on("console", lambda m: self.complaints.append(f"{m.type}: {m.text}") if m.type in ("error", "warning") else None)
+        self.page.on(
+            "console",
+            lambda m: self.complaints.append(f"{m.type}: {m.text}") if m.type in ("error", "warning") else None,
+        )
         self.page.on("pageerror", lambda e: self.complaints.append(f"exception: {e}"))
         self.page.on("dialog", self._dialogue)
         self.page.on("response", lambda r: self.complaints.append(f"{r.status}: {r.url}") if r.status >= 400 else None)
@@ -130,7 +144,11 @@ class Tab:
     def elsewhere(self) -> list[str]:
         """Requests that left this machine."""
         local = {"127.0.0.1", None}
-        return [r for r in self.requests if urlsplit(r).hostname not in local or not r.startswith(("http://", "blob:", "data:", "file:"))]
+        return [
+            r
+            for r in self.requests
+            if urlsplit(r).hostname not in local or not r.startswith(("http://", "blob:", "data:", "file:"))
+        ]
 
     # -- going ----------------------------------------------------------------------------------------------------------------------
 
@@ -173,7 +191,9 @@ def predicted(state: State) -> tuple[Record, ...]:
     """The table of a state, asked from the Python interface."""
     setting = Setting(new_tokens=state.new_tokens, runtime=state.runtime, dtype=state.dtype)
     model = state.load()
-    table = scenarios([model], state.gpus, state.drawn, state.fractions, [state.phase], [state.batch], [state.seq], setting=setting)
+    table = simulator.table(
+        [model], state.gpus, state.drawn, state.fractions, [state.phase], [state.batch], [state.seq], setting=setting
+    )
     return table.records
 
 
@@ -182,8 +202,12 @@ def check(tab: Tab, state: State) -> None:
     assert read_query(tab.query) == (state, ())
     controls = tab.page.evaluate("Object.fromEntries(new FormData(document.getElementById('controls')))")
     assert {name: controls[name] for name in ("model", "phase", "runtime", "dtype", "detail")} == {
-        "model": state.model, "phase": state.phase, "runtime": state.runtime, "dtype": state.dtype, "detail": state.detail,
-    }  # fmt: skip
+        "model": state.model,
+        "phase": state.phase,
+        "runtime": state.runtime,
+        "dtype": state.dtype,
+        "detail": state.detail,
+    }
     assert [int(controls[name]) for name in ("batch", "seq", "new")] == [state.batch, state.seq, state.new_tokens]
     checked = "(name) => [...document.querySelectorAll(`[name=${name}]:checked`)].map((e) => e.value)"
     assert set(tab.page.evaluate(checked, "gpu")) == set(state.gpus)
@@ -197,7 +221,13 @@ def check(tab: Tab, state: State) -> None:
     for r in records:
         row = rows[(label(r.family), percent(r.sparsity), r.hardware)]
         assert row[4:6] == [ratio(r.speedup), f"{ratio(r.speedup_lower)} to {ratio(r.speedup_upper)}"]
-        assert row[6:11] == [ratio(r.flop_bound), ratio(r.byte_bound), ratio(r.roofline_bound), seconds(r.pruned_s), r.limit]
+        assert row[6:11] == [
+            ratio(r.flop_bound),
+            ratio(r.byte_bound),
+            ratio(r.roofline_bound),
+            seconds(r.pruned_s),
+            r.limit,
+        ]
         axis = ("", *map(str, range(2, 20)))[gpus.index(r.hardware)]
         (curve,) = [t for t in curves if t["name"] == label(r.family) and t.get("xaxis", "x") == f"x{axis}"]
         assert curve["y"][curve["x"].index(100 * r.sparsity)] == r.speedup

@@ -102,7 +102,9 @@ def first_paints(browser: Any, url: str, times: int) -> dict[str, list[float]]:
         tab = Tab(context.new_page(), url)
         tab.open()
         out["all figures"].append(tab.page.evaluate("performance.now()"))
-        out["first paint"].append(tab.page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime"))
+        out["first paint"].append(
+            tab.page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
+        )
         context.close()
     return out
 
@@ -135,7 +137,10 @@ def p95(values: list[float]) -> float:
 
 def report(paints: dict[str, list[float]], times: dict[str, dict[str, list[float]]]) -> str:
     """A small table: medians and 95th percentiles."""
-    lines = [f"{name:20} median {statistics.median(v):5.0f} ms  p95 {p95(v):5.0f} ms  of {len(v)}" for name, v in paints.items()]
+    lines = [
+        f"{name:20} median {statistics.median(v):5.0f} ms  p95 {p95(v):5.0f} ms  of {len(v)}"
+        for name, v in paints.items()
+    ]
     lines += ["", f"{'change of':20}" + "".join(f"{part + ' median':>16} {'p95':>6}" for part in PARTS) + "   ms"]
     for name, found in times.items():
         lines.append(f"{name:20}" + "".join(f"{statistics.median(found[p]):16.0f} {p95(found[p]):6.0f}" for p in PARTS))

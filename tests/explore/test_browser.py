@@ -22,9 +22,9 @@ from test_explore_state import TINY
 from simulator.explore.dropped import token
 from simulator.explore.markup import table_csv
 from simulator.explore.state import State, read_query, to_query
-from simulator.figure_style import label
-from simulator.transformer import load_model
-from simulator.words import ratio, seconds
+from simulator.figures.style import label
+from simulator.models.library import load_model
+from simulator.units import ratio, seconds
 
 pytestmark = pytest.mark.skipif(bool(absent()), reason=absent() or "all there")
 
@@ -46,12 +46,23 @@ def test_it_loads(tab: Tab) -> None:
 
 CHANGES: tuple[tuple[str, Callable[[Any], object], dict[str, Any]], ...] = (
     ("model", lambda page: page.select_option("#model", "qwen3-8b"), {"model": "qwen3-8b"}),
-    ("one more GPU", lambda page: page.check("[name=gpu][value=a100_sxm_80gb]"), {"gpus": ("a100_sxm_80gb", "h100_sxm")}),
+    (
+        "one more GPU",
+        lambda page: page.check("[name=gpu][value=a100_sxm_80gb]"),
+        {"gpus": ("a100_sxm_80gb", "h100_sxm")},
+    ),
     ("one GPU less", lambda page: page.uncheck("[name=gpu][value=h100_sxm]"), {"gpus": ("a100_sxm_80gb",)}),
     ("family", lambda page: page.check("[name=family][value=token]"), {"families": (*State().families, "token")}),
-    ("no semi-structured", lambda page: page.uncheck("[name=family][value=semi_structured]"),
-     {"families": ("depth", "width", "low_rank", "dynamic_depth", "token")}),
-    ("sparsities", lambda page: (page.fill("#sparsity", "0.25, 0.75"), page.press("#sparsity", "Enter")), {"sparsities": (0.25, 0.75)}),
+    (
+        "no semi-structured",
+        lambda page: page.uncheck("[name=family][value=semi_structured]"),
+        {"families": ("depth", "width", "low_rank", "dynamic_depth", "token")},
+    ),
+    (
+        "sparsities",
+        lambda page: (page.fill("#sparsity", "0.25, 0.75"), page.press("#sparsity", "Enter")),
+        {"sparsities": (0.25, 0.75)},
+    ),
     ("phase", lambda page: page.check("[name=phase][value=decode]", force=True), {"phase": "decode"}),
     ("batch", lambda page: page.fill("#batch", "24"), {"batch": 24}),
     ("sequence", lambda page: page.fill("#seq", "777"), {"seq": 777}),
@@ -61,7 +72,7 @@ CHANGES: tuple[tuple[str, Callable[[Any], object], dict[str, Any]], ...] = (
     ("number format", lambda page: page.select_option("#dtype", "fp16"), {"dtype": "fp16"}),
     ("family in detail", lambda page: page.select_option("#detail", "unstructured"), {"detail": "unstructured"}),
     ("sparsity in detail", lambda page: page.fill("#at", "0.35"), {"at": 0.35}),
-)  # fmt: skip
+)
 
 
 def test_every_control_changes_what_is_shown(tab: Tab) -> None:
@@ -188,7 +199,10 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "escapes.json": (b"\x01" * 1_000_000, "escapes.json:1:1: is not JSON"),
     "weights.bin": (bytes(range(256)), "weights.bin: is not UTF-8 text; expected a config.json"),
     "deep.json": (b"[" * 100_000, "deep.json: is not JSON"),
-    f"{HOSTILE}.json": (json.dumps({**TINY, "model_type": HOSTILE}).encode(), f"architecture '{HOSTILE}' is not supported"),
+    f"{HOSTILE}.json": (
+        json.dumps({**TINY, "model_type": HOSTILE}).encode(),
+        f"architecture '{HOSTILE}' is not supported",
+    ),
 }
 
 
@@ -304,7 +318,9 @@ def test_the_table_can_be_saved(tab: Tab) -> None:
 
 
 def test_the_commands_give_the_numbers_shown(new_tab: Callable[..., Tab], tmp_path: Path) -> None:
-    tab = new_tab(permissions=["clipboard-read", "clipboard-write"]).open("?phase=decode&batch=8&gpu=rtx_4090&family=depth,low_rank")
+    tab = new_tab(permissions=["clipboard-read", "clipboard-write"]).open(
+        "?phase=decode&batch=8&gpu=rtx_4090&family=depth,low_rank"
+    )
     state = read_query(tab.query)[0]
     tab.page.locator("[data-copy]").first.click()
     tab.page.locator("[data-copy]", has_text="Copied").wait_for()

@@ -48,7 +48,21 @@ def test_everything_can_be_reached_by_keyboard(tab: Tab) -> None:
         reached.append(at)
     names = [at["name"] for at in reached]
     assert reached[0]["name"] == "skip"
-    wanted = {"model", "choose", "gpu", "phase", "batch", "seq", "dtype", "new", "runtime", "family", "sparsity", "detail", "at"}
+    wanted = {
+        "model",
+        "choose",
+        "gpu",
+        "phase",
+        "batch",
+        "seq",
+        "dtype",
+        "new",
+        "runtime",
+        "family",
+        "sparsity",
+        "detail",
+        "at",
+    }
     wanted |= {"speedup", "roofline", "waterfall", "crossover", "csv", "table", "copy"}
     assert wanted <= set(names)
     assert names.count("family") == len(FAMILIES)
@@ -128,7 +142,9 @@ def test_a_window_that_becomes_narrow_is_drawn_again(tab: Tab) -> None:
 
 @pytest.mark.parametrize("size", ["laptop", "phone"])
 def test_a_report_needs_no_network(size: str, new_tab: Callable[..., Tab], tmp_path: Path) -> None:
-    done = prunesim("report", "llama-3.1-8b", "--hardware", "h100,rtx_4090", "--phase", "decode", "-o", "r.html", cwd=tmp_path)
+    done = prunesim(
+        "report", "llama-3.1-8b", "--hardware", "h100,rtx_4090", "--phase", "decode", "-o", "r.html", cwd=tmp_path
+    )
     assert (done.returncode, done.stdout) == (0, "r.html\n"), done.stderr
     tab = new_tab(offline=True, viewport=LAPTOP if size == "laptop" else PHONE)
     tab.page.goto((tmp_path / "r.html").as_uri())

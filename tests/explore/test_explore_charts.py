@@ -19,20 +19,27 @@ from simulator.explore.chart import INK, PAGE, PAPER, PHONE, SOFT, WIDE, Frame
 from simulator.explore.chart_waterfall import levels
 from simulator.explore.charts import charts, map_chart, texts
 from simulator.explore.state import State
-from simulator.figure_style import LOOKS, label
-from simulator.gemm_table import gemm_points
-from simulator.hardware import load_hardware
-from simulator.panels import steps_of
-from simulator.paper import BATCHES, LENGTHS
+from simulator.figures.panels import steps_of
+from simulator.figures.paper import BATCHES, LENGTHS
+from simulator.figures.style import LOOKS, label
+from simulator.hardware.library import load_hardware
+from simulator.predict.gemms import gemm_points
 from simulator.pruning import FAMILIES
-from simulator.scenarios import scenarios
 
-DECODE = State(gpus=("a100_sxm_80gb", "h100_sxm"), families=("depth", "width", "semi_structured"), phase="decode", batch=8, detail="depth")
+DECODE = State(
+    gpus=("a100_sxm_80gb", "h100_sxm"),
+    families=("depth", "width", "semi_structured"),
+    phase="decode",
+    batch=8,
+    detail="depth",
+)
 STATES = {
     "default": State(),
     "decode": DECODE,
     "generate": replace(DECODE, phase="generate", new_tokens=16, runtime="eager", detail="dynamic_width", at=0.3),
-    "every family": State(families=tuple(FAMILIES), gpus=("rtx_4090",), dtype="fp16", batch=3, seq=777, detail="token", at=0.45),
+    "every family": State(
+        families=tuple(FAMILIES), gpus=("rtx_4090",), dtype="fp16", batch=3, seq=777, detail="token", at=0.45
+    ),
 }
 
 
@@ -56,13 +63,20 @@ def test_curves_are_the_predictions(state: State) -> None:
         hw = simulator.load_hardware(gpu)
         new = state.new_tokens if state.phase == "generate" else 0
         dense = simulator.lower(
-            simulator.load_model(state.model), phase=state.phase, batch=state.batch, seq=state.seq, new_tokens=new, dtype=state.dtype
+            simulator.load_model(state.model),
+            phase=state.phase,
+            batch=state.batch,
+            seq=state.seq,
+            new_tokens=new,
+            dtype=state.dtype,
         )
         for family in state.drawn:
             curve = named(chart, label(family))[panel]
             for removed, drawn in zip(curve["x"], curve["y"], strict=True):
                 pruned = simulator.prune(dense, family, sparsity=removed / 100)
-                assert drawn == pytest.approx(simulator.speedup(dense, pruned, hw, runtime=state.runtime).speedup, rel=1e-12)
+                assert drawn == pytest.approx(
+                    simulator.speedup(dense, pruned, hw, runtime=state.runtime).speedup, rel=1e-12
+                )
 
 
 def test_bands_and_bounds_are_those_of_the_records(state: State) -> None:
@@ -70,10 +84,18 @@ def test_bands_and_bounds_are_those_of_the_records(state: State) -> None:
     records = answer(state).table.records
     for panel, gpu in enumerate(state.gpus):
         own = sorted((r for r in records if r.hardware == gpu and r.family == state.detail), key=lambda r: r.sparsity)
-        for key, title in (("flop_bound", "FLOP bound"), ("byte_bound", "byte bound"), ("roofline_bound", "roofline bound")):
+        for key, title in (
+            ("flop_bound", "FLOP bound"),
+            ("byte_bound", "byte bound"),
+            ("roofline_bound", "roofline bound"),
+        ):
             assert named(chart, f"{title} ({label(state.detail)})")[panel]["y"] == [getattr(r, key) for r in own]
         axis = "x" if panel == 0 else f"x{panel + 1}"
-        bands = [t for t in chart["data"] if t.get("fill") == "toself" and t["xaxis"] == axis and t["legendgroup"] == state.detail]
+        bands = [
+            t
+            for t in chart["data"]
+            if t.get("fill") == "toself" and t["xaxis"] == axis and t["legendgroup"] == state.detail
+        ]
         assert [t["y"] for t in bands] == [[r.speedup_upper for r in own] + [r.speedup_lower for r in reversed(own)]]
 
 
@@ -88,7 +110,7 @@ def test_waterfalls_multiply_to_the_prediction(state: State) -> None:
         assert bar["base"][0] + bar["x"][0] == pytest.approx(1 / (1 - e.record.sparsity), rel=1e-9)
         (same,) = [
             r for r in found.table if (r.hardware, r.family, r.sparsity) == (e.record.hardware, state.detail, state.at)
-        ]  # fmt: skip
+        ]
         assert same.speedup == pytest.approx(e.record.speedup, rel=1e-12)
 
 
@@ -121,10 +143,16 @@ def test_the_map_is_what_scenarios_say(state: State) -> None:
     assert len(cells.batch) == len(small.gpus) * len(BATCHES) * len(LENGTHS)
     chosen = np.random.default_rng(3).choice(len(cells.batch), 12, replace=False)
     for i in chosen:
-        table = scenarios(
-            [small.load()], [str(cells.gpu[i])], small.drawn, [small.at], [small.phase], [int(cells.batch[i])], [int(cells.seq[i])],
+        table = simulator.table(
+            [small.load()],
+            [str(cells.gpu[i])],
+            small.drawn,
+            [small.at],
+            [small.phase],
+            [int(cells.batch[i])],
+            [int(cells.seq[i])],
             setting=small.setting,
-        )  # fmt: skip
+        )
         best = max(table, key=lambda r: r.speedup)
         others = [r.speedup_upper for r in table if r.family != best.family]
         assert cells.winner[i] == (best.family if best.speedup > 1 else "")
@@ -156,7 +184,10 @@ def test_the_table_and_its_csv_are_the_records(state: State) -> None:
 
 
 def test_what_cannot_be_predicted_is_a_line(tmp_path: Any) -> None:
-    for bad in (State(families=("semi_structured",), detail="semi_structured", at=0.3), State(gpus=("a100_sxm_80gb",), dtype="fp8")):
+    for bad in (
+        State(families=("semi_structured",), detail="semi_structured", at=0.3),
+        State(gpus=("a100_sxm_80gb",), dtype="fp8"),
+    ):
         found = answer(bad)
         assert found.refused
         assert not found.table.records

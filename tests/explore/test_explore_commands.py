@@ -20,7 +20,9 @@ from simulator.explore.state import State
 
 CASES = {
     "default": State(),
-    "several GPUs, eager": State(gpus=("a100_sxm_80gb", "rtx_4090"), phase="decode", batch=4, runtime="eager", families=("depth", "width")),
+    "several GPUs, eager": State(
+        gpus=("a100_sxm_80gb", "rtx_4090"), phase="decode", batch=4, runtime="eager", families=("depth", "width")
+    ),
     "generate": State(phase="generate", new_tokens=7, families=("depth", "low_rank"), dtype="fp16", at=0.35),
     "one family": State(families=("width",), sparsities=(0.123456789, 0.3), at=0.3),
     "a GPU without the number format": State(gpus=("cpu", "rtx_4090"), families=("depth", "width")),
@@ -47,9 +49,20 @@ def printed(line: str, capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any
 def test_the_first_command_gives_the_table(state: State, capsys: pytest.CaptureFixture[str]) -> None:
     found = answer(state)
     rows = printed(commands(state, found)[0].line, capsys)
-    assert [(r["hardware"], r["family"], r["sparsity"]) for r in rows] == [(r.hardware, r.family, r.sparsity) for r in found.table]
+    assert [(r["hardware"], r["family"], r["sparsity"]) for r in rows] == [
+        (r.hardware, r.family, r.sparsity) for r in found.table
+    ]
     for row, r in zip(rows, found.table, strict=True):
-        for key in ("speedup", "speedup_lower", "speedup_upper", "dense_s", "pruned_s", "flop_bound", "byte_bound", "roofline_bound"):
+        for key in (
+            "speedup",
+            "speedup_lower",
+            "speedup_upper",
+            "dense_s",
+            "pruned_s",
+            "flop_bound",
+            "byte_bound",
+            "roofline_bound",
+        ):
             assert row[key] == getattr(r, key), key
 
 

@@ -16,17 +16,23 @@ from hypothesis import strategies as st
 from simulator.errors import InputError
 from simulator.explore.dropped import MOST_TOKEN, PREFIX, read_token, token
 from simulator.explore.state import MOST_QUERY, State, read_query, strict_query, to_query
-from simulator.hardware import list_hardware
-from simulator.hf_config import MAX_FILE_BYTES
+from simulator.hardware.names import list_hardware
+from simulator.models.huggingface import MAX_FILE_BYTES
+from simulator.models.library import list_models, load_model
 from simulator.pruning import FAMILIES
-from simulator.settings import PHASES
-from simulator.transformer import list_models, load_model
-from simulator.workload import DTYPES
+from simulator.workload import DTYPES, PHASES
 
 TINY: dict[str, Any] = {
-    "model_type": "llama", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8,
-    "num_key_value_heads": 4, "vocab_size": 32000, "torch_dtype": "bfloat16", "architectures": ["LlamaForCausalLM"],
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 32000,
+    "torch_dtype": "bfloat16",
+    "architectures": ["LlamaForCausalLM"],
+}
 
 fractions = st.floats(0.0, 0.999, allow_nan=False)
 subsets = {
@@ -35,10 +41,18 @@ subsets = {
     "sparsities": st.lists(fractions, min_size=1, max_size=9, unique=True).map(tuple),
 }
 states = st.builds(
-    State, model=st.sampled_from([*list_models(), token(json.dumps(TINY), "tiny.json")]), **subsets, phase=st.sampled_from(PHASES),
-    batch=st.integers(1, 4096), seq=st.integers(1, 100_000), new_tokens=st.integers(1, 1024),
-    runtime=st.sampled_from(["cuda_graph", "eager"]), dtype=st.sampled_from(DTYPES), detail=st.sampled_from(list(FAMILIES)), at=fractions,
-)  # fmt: skip
+    State,
+    model=st.sampled_from([*list_models(), token(json.dumps(TINY), "tiny.json")]),
+    **subsets,
+    phase=st.sampled_from(PHASES),
+    batch=st.integers(1, 4096),
+    seq=st.integers(1, 100_000),
+    new_tokens=st.integers(1, 1024),
+    runtime=st.sampled_from(["cuda_graph", "eager"]),
+    dtype=st.sampled_from(DTYPES),
+    detail=st.sampled_from(list(FAMILIES)),
+    at=fractions,
+)
 
 
 @given(states)
@@ -57,7 +71,10 @@ def test_any_query_gives_a_state(text: str) -> None:
 
 
 @given(
-    st.sampled_from(["model", "gpu", "family", "sparsity", "phase", "batch", "seq", "new", "runtime", "dtype", "detail", "at"]), st.text()
+    st.sampled_from(
+        ["model", "gpu", "family", "sparsity", "phase", "batch", "seq", "new", "runtime", "dtype", "detail", "at"]
+    ),
+    st.text(),
 )
 @settings(max_examples=300, deadline=None)
 def test_any_value_gives_a_state(key: str, value: str) -> None:
@@ -119,7 +136,14 @@ def test_keys_may_repeat_where_lists_are_expected() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"gpus": ()}, {"families": ()}, {"sparsities": ()}, {"families": ("x",)}, {"sparsities": tuple(i / 100 for i in range(26))}]
+    "bad",
+    [
+        {"gpus": ()},
+        {"families": ()},
+        {"sparsities": ()},
+        {"families": ("x",)},
+        {"sparsities": tuple(i / 100 for i in range(26))},
+    ],
 )
 def test_a_state_is_checked(bad: dict[str, Any]) -> None:
     with pytest.raises(InputError):
@@ -145,7 +169,7 @@ def load_file() -> Path:
     """Folder of the shipped configurations."""
     import simulator.models
 
-    return Path(simulator.models.__file__).parent
+    return Path(simulator.models.library.__file__).parent
 
 
 def test_a_token_carries_shape_keys_only() -> None:

@@ -21,8 +21,24 @@ MOST_CHARACTERS = 4000
 """Longest message: lists of known names and of columns are long, what came in is cut."""
 
 ROOT = Path(__file__).resolve().parents[2]
-_CHANGES = {"os.mkdir": 0, "os.remove": 0, "os.rmdir": 0, "os.truncate": 0, "os.chmod": 0, "os.symlink": 1, "os.link": 1}
-_NEVER = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect", "socket.bind", "pickle.find_class")
+_CHANGES = {
+    "os.mkdir": 0,
+    "os.remove": 0,
+    "os.rmdir": 0,
+    "os.truncate": 0,
+    "os.chmod": 0,
+    "os.symlink": 1,
+    "os.link": 1,
+}
+_NEVER = (
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "socket.connect",
+    "socket.bind",
+    "pickle.find_class",
+)
 
 
 class Hang(BaseException):
@@ -76,7 +92,9 @@ class Guard:
         _LISTENING.append(self)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         _LISTENING.remove(self)
         signal.signal(signal.SIGALRM, self._old)

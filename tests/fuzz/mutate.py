@@ -17,35 +17,184 @@ from typing import Any
 import numpy as np
 
 TOKENS: tuple[bytes, ...] = (
-    b"&a ", b"*a", b"!!python/name:os.system ", b"---\n", b"\t", b"\xff", b"\x00", b": ", b"- ", b"{", b"]", b'"', b"'", b"#", b"010",
-    b"1:30", b".nan", b"1e999", b"yes", b"null", b"9" * 400, b"\xe2\x80\xa8", b"? ", b"|\n", b">\n", b"<<: ", b"%YAML 1.1\n", b"\r",
+    b"&a ",
+    b"*a",
+    b"!!python/name:os.system ",
+    b"---\n",
+    b"\t",
+    b"\xff",
+    b"\x00",
+    b": ",
+    b"- ",
+    b"{",
+    b"]",
+    b'"',
+    b"'",
+    b"#",
+    b"010",
+    b"1:30",
+    b".nan",
+    b"1e999",
+    b"yes",
+    b"null",
+    b"9" * 400,
+    b"\xe2\x80\xa8",
+    b"? ",
+    b"|\n",
+    b">\n",
+    b"<<: ",
+    b"%YAML 1.1\n",
+    b"\r",
     b"\r\n",
-    b"\\", b"-", b"nan", b"inf", b"-1", b"0", b"1e400", b",", b"\n", b"1e18", b"0x10", b"true", b"fp8", b"\xef\xbb\xbf", b"\xef\xbb",
+    b"\\",
+    b"-",
+    b"nan",
+    b"inf",
+    b"-1",
+    b"0",
+    b"1e400",
+    b",",
+    b"\n",
+    b"1e18",
+    b"0x10",
+    b"true",
+    b"fp8",
+    b"\xef\xbb\xbf",
+    b"\xef\xbb",
     b"\xed\xa0\x80",
-    "\u0663".encode(), "\u00b2".encode(), "\u202e".encode(), "\u00a0".encode(), b"\x1b[31m", b"\x7f", b"[" * 60, b"{" * 60,
+    "\u0663".encode(),
+    "\u00b2".encode(),
+    "\u202e".encode(),
+    "\u00a0".encode(),
+    b"\x1b[31m",
+    b"\x7f",
+    b"[" * 60,
+    b"{" * 60,
     b"../../etc/passwd",
-    b"\\ud800", b"\\u0000", b"-0.0", b"1_0", b";", b"=", b"(" * 30, b"%s", b"{0}",
-)  # fmt: skip
+    b"\\ud800",
+    b"\\u0000",
+    b"-0.0",
+    b"1_0",
+    b";",
+    b"=",
+    b"(" * 30,
+    b"%s",
+    b"{0}",
+)
 """What trips readers of text: marks of YAML, ends of lines, numbers that are none, digits that are not ASCII, control characters."""
 
 SCALARS: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 2, 3, 7, 16, 64, 1 << 31, 1 << 63, 1 << 64, 10**400, -(10**30), 0.5, -0.0, 1e-320, 1e-9, 1e308, 1.5,
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2,
+    3,
+    7,
+    16,
+    64,
+    1 << 31,
+    1 << 63,
+    1 << 64,
+    10**400,
+    -(10**30),
+    0.5,
+    -0.0,
+    1e-320,
+    1e-9,
+    1e308,
+    1.5,
     4096.0,
-    float("nan"), float("inf"), float("-inf"), "", " ", "0", "1", "16", "nan", "1e999", "bf16", "depth", "a\nb", "a\x00b", "\ud800",
+    float("nan"),
+    float("inf"),
+    float("-inf"),
+    "",
+    " ",
+    "0",
+    "1",
+    "16",
+    "nan",
+    "1e999",
+    "bf16",
+    "depth",
+    "a\nb",
+    "a\x00b",
+    "\ud800",
     "\u0663",
-    "\u00b2", "--5", "-", "../../etc/passwd", "/etc/passwd", "~nobody-there/x", "x" * 3000, "\u202eabc", "\x1b[31mred", [], {}, [[]],
-    {"": 0}, [1, "a", None],
-    {"value": 1}, [0] * 50,
-)  # fmt: skip
+    "\u00b2",
+    "--5",
+    "-",
+    "../../etc/passwd",
+    "/etc/passwd",
+    "~nobody-there/x",
+    "x" * 3000,
+    "\u202eabc",
+    "\x1b[31mred",
+    [],
+    {},
+    [[]],
+    {"": 0},
+    [1, "a", None],
+    {"value": 1},
+    [0] * 50,
+)
 """Values put in the place of any other."""
 
 CELLS: tuple[str, ...] = (
-    "", " ", "0", "-1", "1", "nan", "inf", "-inf", "1e400", "1e-320", "1e18", "9" * 30, "0x10", "1_0", "true", "maybe", "bf16", "fp8",
-    "depth", "width",
-    "0.5", "0.25", "25", "\u0663", "\u00b2", "--5", "a=b", "unit=layer", "unit=2", "align=\u00b2", "align=--5", '"', '"a', "a,b", "a\nb",
-    "\x00", "\u202e", "\x1b[31m",
-    "x" * 300, "\u00a0", "llama-2-7b", "attention_decode", "gemm", "2.5", "1e-6", "+5", "5.", ".5", "1:30", "1/2", "=1+1",
-)  # fmt: skip
+    "",
+    " ",
+    "0",
+    "-1",
+    "1",
+    "nan",
+    "inf",
+    "-inf",
+    "1e400",
+    "1e-320",
+    "1e18",
+    "9" * 30,
+    "0x10",
+    "1_0",
+    "true",
+    "maybe",
+    "bf16",
+    "fp8",
+    "depth",
+    "width",
+    "0.5",
+    "0.25",
+    "25",
+    "\u0663",
+    "\u00b2",
+    "--5",
+    "a=b",
+    "unit=layer",
+    "unit=2",
+    "align=\u00b2",
+    "align=--5",
+    '"',
+    '"a',
+    "a,b",
+    "a\nb",
+    "\x00",
+    "\u202e",
+    "\x1b[31m",
+    "x" * 300,
+    "\u00a0",
+    "llama-2-7b",
+    "attention_decode",
+    "gemm",
+    "2.5",
+    "1e-6",
+    "+5",
+    "5.",
+    ".5",
+    "1:30",
+    "1/2",
+    "=1+1",
+)
 """Cells put in the place of any other in a CSV."""
 
 
@@ -166,16 +315,75 @@ def _dumps(value: Any) -> str:
 # -- YAML -------------------------------------------------------------------------------------------------------------------------
 
 YAML_VALUES: tuple[str, ...] = (
-    "", "null", "~", "yes", "0", "-1", "1", "010", "1:30", "1e999", ".nan", ".inf", "9" * 400, "3.35 TB", "3.35 TB/s", "1 kB", "0.81",
-    "1e-6", '"0.81"', "'x'",
-    "[]", "{}", "[1, 2]", "{a: 1}", "{value: 1}", "&a 1", "*a", "!!str 1", "!!python/object/apply:os.system [ls]", "|", ">", "? x",
-    "<<: {a: 1}", "@x", "`x`",
-    "%", "- 1", "../../etc/passwd", "/etc/passwd", '"\\ud800"', '"\\0"', '"\\e[31m"', "\u0663", "\u00b2", "bf16", "all", "depth",
-    "prefill", "a100", "llama-2-7b",
-    "0.5", "[0.5, 0.25]", "{from: 0.1, to: 0.9, step: 0.1}", "{from: 1, to: 1e9, times: 1.0000001}", "{width: {align: 64}}",
-    "{width: {inner: 9}}", "true",
-    "x" * 3000, "[" * 30, "{from: 1, to: 64, times: 2}", "1 GHz", "132", "64", "2", "infinity", "-0.0", "1_0", "nan",
-)  # fmt: skip
+    "",
+    "null",
+    "~",
+    "yes",
+    "0",
+    "-1",
+    "1",
+    "010",
+    "1:30",
+    "1e999",
+    ".nan",
+    ".inf",
+    "9" * 400,
+    "3.35 TB",
+    "3.35 TB/s",
+    "1 kB",
+    "0.81",
+    "1e-6",
+    '"0.81"',
+    "'x'",
+    "[]",
+    "{}",
+    "[1, 2]",
+    "{a: 1}",
+    "{value: 1}",
+    "&a 1",
+    "*a",
+    "!!str 1",
+    "!!python/object/apply:os.system [ls]",
+    "|",
+    ">",
+    "? x",
+    "<<: {a: 1}",
+    "@x",
+    "`x`",
+    "%",
+    "- 1",
+    "../../etc/passwd",
+    "/etc/passwd",
+    '"\\ud800"',
+    '"\\0"',
+    '"\\e[31m"',
+    "\u0663",
+    "\u00b2",
+    "bf16",
+    "all",
+    "depth",
+    "prefill",
+    "a100",
+    "llama-2-7b",
+    "0.5",
+    "[0.5, 0.25]",
+    "{from: 0.1, to: 0.9, step: 0.1}",
+    "{from: 1, to: 1e9, times: 1.0000001}",
+    "{width: {align: 64}}",
+    "{width: {inner: 9}}",
+    "true",
+    "x" * 3000,
+    "[" * 30,
+    "{from: 1, to: 64, times: 2}",
+    "1 GHz",
+    "132",
+    "64",
+    "2",
+    "infinity",
+    "-0.0",
+    "1_0",
+    "nan",
+)
 
 
 def yaml_text(text: str, rng: random.Random) -> bytes:
@@ -189,7 +397,10 @@ def yaml_text(text: str, rng: random.Random) -> bytes:
             colons = [i for i, c in enumerate(line) if c == ":" and line[i + 1 : i + 2] in (" ", "")]
             if colons:
                 place = rng.choice(colons) + 1
-                end = min((i for i in (line.find(",", place), line.find("}", place), line.find("]", place)) if i > 0), default=len(line))
+                end = min(
+                    (i for i in (line.find(",", place), line.find("}", place), line.find("]", place)) if i > 0),
+                    default=len(line),
+                )
                 lines[at] = f"{line[:place]} {rng.choice(YAML_VALUES)}{line[end:]}"
         elif kind == 5:
             lines.insert(at, line)
@@ -197,12 +408,19 @@ def yaml_text(text: str, rng: random.Random) -> bytes:
             del lines[at]
             lines = lines or [""]
         elif kind == 7:
-            lines[at] = rng.choice(("  ", "\t", " ", "    ")) + line if rng.random() < 0.5 else line[rng.randint(1, 4) :]
+            lines[at] = (
+                rng.choice(("  ", "\t", " ", "    ")) + line if rng.random() < 0.5 else line[rng.randint(1, 4) :]
+            )
         elif kind == 8:
             other = rng.randrange(len(lines))
             lines[at], lines[other] = lines[other], line
         elif kind == 9:
-            lines.insert(at, rng.choice(("---", "...", "%YAML 1.2", "# comment", "a: &a [x]", "b: *a", "unknown: 1", "- 1", "'", "\u2028")))
+            lines.insert(
+                at,
+                rng.choice(
+                    ("---", "...", "%YAML 1.2", "# comment", "a: &a [x]", "b: *a", "unknown: 1", "- 1", "'", "\u2028")
+                ),
+            )
         elif kind == 10 and ":" in line:
             key, colon, value = line.partition(":")
             lines[at] = rng.choice((key.upper(), f"{key}s", f'"{key.strip()}"', f"? {key}", "")) + colon + value
@@ -244,7 +462,9 @@ def csv_text(text: str, rng: random.Random, cells: Sequence[str] = CELLS) -> byt
             value, how = rng.choice(cells), rng.randrange(3)
             for line in table:
                 if at < len(line):
-                    line[at : at + 1] = [] if how == 0 else [line[at]] * 2 if how == 1 else [line[at] if line is table[0] else value]
+                    line[at : at + 1] = (
+                        [] if how == 0 else [line[at]] * 2 if how == 1 else [line[at] if line is table[0] else value]
+                    )
         elif kind == 12:
             other = rng.choice(table)
             table[table.index(row)], table[table.index(other)] = other, row
@@ -276,7 +496,9 @@ def parquet_bytes(table: Any, rng: random.Random) -> bytes:
             if kind == 0 and names:
                 table = table.drop_columns([names[at]])
             elif kind == 1 and names:
-                table = table.rename_columns([rng.choice(("m", "x", "", n.upper())) if i == at else n for i, n in enumerate(names)])
+                table = table.rename_columns(
+                    [rng.choice(("m", "x", "", n.upper())) if i == at else n for i, n in enumerate(names)]
+                )
             elif kind == 2 and names:
                 table = table.append_column(names[at], table.column(at))
             elif kind <= 5 and names:
@@ -293,7 +515,9 @@ def parquet_bytes(table: Any, rng: random.Random) -> bytes:
             continue  # this table cannot be changed so
     out = io.BytesIO()
     try:
-        pq.write_table(table, out, compression=rng.choice(("zstd", "none", "snappy")), use_dictionary=rng.random() < 0.5)
+        pq.write_table(
+            table, out, compression=rng.choice(("zstd", "none", "snappy")), use_dictionary=rng.random() < 0.5
+        )
     except (pa.ArrowException, ValueError, TypeError):
         return b"PAR1"
     raw = out.getvalue()
@@ -353,12 +577,15 @@ def _metadata(metadata: dict[bytes, bytes], rng: random.Random) -> dict[bytes, b
 _HEADERS: tuple[bytes, ...] = (
     b"{'descr': '<f8', 'fortran_order': False, 'shape': (99999999999, 9999999999), }",
     b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }",
-    b"{'descr': '<f8', 'fortran_order': False, 'shape': (-1,), }", b"{'descr': '<V8', 'fortran_order': False, 'shape': (1,), }",
+    b"{'descr': '<f8', 'fortran_order': False, 'shape': (-1,), }",
+    b"{'descr': '<V8', 'fortran_order': False, 'shape': (1,), }",
     b"__import__('os').getcwd()",
-    b"{'descr': '<c16', 'fortran_order': True, 'shape': (), }", b"{'descr': '<f2', 'fortran_order': False, 'shape': (0, 999999999), }",
+    b"{'descr': '<c16', 'fortran_order': True, 'shape': (), }",
+    b"{'descr': '<f2', 'fortran_order': False, 'shape': (0, 999999999), }",
     b"(" * 64,
-    b"{'descr': '<u7', 'fortran_order': False, 'shape': (1,), }", b"{'descr': '<i8', 'fortran_order': False, 'shape': (1,1,1,1,1,1,1,1), }",
-)  # fmt: skip
+    b"{'descr': '<u7', 'fortran_order': False, 'shape': (1,), }",
+    b"{'descr': '<i8', 'fortran_order': False, 'shape': (1,1,1,1,1,1,1,1), }",
+)
 
 
 def npz_bytes(arrays: dict[str, Any], rng: random.Random) -> bytes:
@@ -370,10 +597,15 @@ def npz_bytes(arrays: dict[str, Any], rng: random.Random) -> bytes:
     if rng.random() < 0.2:
         name = rng.choice(list(items))
         raw = items.pop(name)
-        forged: Callable[[], bytes] = rng.choice((
-            lambda: b"", lambda: raw[: rng.randrange(len(raw))], lambda: raw + b"more", lambda: edit_bytes(raw, rng),
-            lambda: b"\x93NUMPY\x01\x00v\x00" + rng.choice(_HEADERS).ljust(117) + b"\n" + raw[128:],
-        ))  # fmt: skip
+        forged: Callable[[], bytes] = rng.choice(
+            (
+                lambda: b"",
+                lambda: raw[: rng.randrange(len(raw))],
+                lambda: raw + b"more",
+                lambda: edit_bytes(raw, rng),
+                lambda: b"\x93NUMPY\x01\x00v\x00" + rng.choice(_HEADERS).ljust(117) + b"\n" + raw[128:],
+            )
+        )
         items[name if rng.random() < 0.8 else rng.choice(("../../x.npy", "/etc/x.npy", "x"))] = forged()
     out = io.BytesIO()
     with zipfile.ZipFile(

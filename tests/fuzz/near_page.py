@@ -17,9 +17,19 @@ from mutate import edit_bytes, few, json_text
 from near_lines import PLAUSIBLE, WORDS
 
 _QUERY: Mapping[str, str] = {
-    "model": "llama-3.1-8b", "gpu": "h100_sxm,a100", "family": "depth,width", "sparsity": "0.25,0.5", "phase": "decode", "batch": "8",
-    "seq": "512", "new": "16", "runtime": "cuda_graph", "dtype": "bf16", "detail": "width", "at": "0.5",
-}  # fmt: skip
+    "model": "llama-3.1-8b",
+    "gpu": "h100_sxm,a100",
+    "family": "depth,width",
+    "sparsity": "0.25,0.5",
+    "phase": "decode",
+    "batch": "8",
+    "seq": "512",
+    "new": "16",
+    "runtime": "cuda_graph",
+    "dtype": "bf16",
+    "detail": "width",
+    "at": "0.5",
+}
 
 
 def make_query(rng: random.Random) -> bytes:
@@ -39,7 +49,11 @@ def make_query(rng: random.Random) -> bytes:
             del pairs[at]
             pairs = pairs or [("", "")]
         else:
-            pairs[at] = (key, value + rng.choice(("%", "%ff", "%00", "%0a", "%F0%9F", "+", "&", "=", "#", ";", "%2e%2e%2f", "," * 3000)))
+            pairs[at] = (
+                key,
+                value
+                + rng.choice(("%", "%ff", "%00", "%0a", "%F0%9F", "+", "&", "=", "#", ";", "%2e%2e%2f", "," * 3000)),
+            )
     raw = "&".join(f"{key}={value}" for key, value in pairs).encode("utf-8", "surrogateescape")
     return edit_bytes(raw, rng, 2) if rng.random() < 0.2 else raw
 
@@ -65,7 +79,9 @@ def _shown(state: Any) -> None:
     from simulator.explore.answer import answer
 
     found = answer(state)
-    assert found.refused or all(np.isfinite((r.speedup, r.speedup_lower, r.speedup_upper)).all() for r in found.table.records)
+    assert found.refused or all(
+        np.isfinite((r.speedup, r.speedup_lower, r.speedup_upper)).all() for r in found.table.records
+    )
 
 
 def make_dropped(rng: random.Random, configs: Sequence[Mapping[str, Any]]) -> bytes:

@@ -14,7 +14,7 @@ import numpy as np
 from mutate import csv_text, edit_bytes, json_text, json_tree, parquet_bytes
 
 import simulator
-from simulator import hardware
+from simulator.hardware import library as hardware
 
 # -- tables of measurements -------------------------------------------------------------------------------------------------------
 
@@ -32,8 +32,8 @@ _MEASURED = "gpu,dtype,op,m,n,k,latency_us,source,note,group\n" + "".join(
 
 
 def read_import(path: Path) -> None:
-    from calibration.importers import import_table
-    from calibration.recordfile import read_records, write_records
+    from calibration.records.importers import import_table
+    from calibration.records.parquet import read_records, write_records
 
     hw = hardware.load_hardware("h100_sxm") if path.stat().st_size % 2 else None
     records = import_table(path, hw=hw, dtype="all").records
@@ -54,26 +54,44 @@ def _tables() -> tuple[Any, ...]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from calibration.recordfile import write_records
-    from calibration.records import Records, Source
+    from calibration.records.parquet import write_records
+    from calibration.records.records import Records, Source
 
     size = 12
     shared = {"framework": "TRTLLM", "version": "1.0.0", "device": "NVIDIA A100-SXM4-80GB", "kernel_source": "k"}
     m = [1 << i for i in range(size)]
-    gemm = {"op_name": "gemm", "gemm_dtype": ["bfloat16"] * 10 + ["fp8", "int4_wo"], "m": m, "n": [4096] * size, "k": [4096] * size}
+    gemm = {
+        "op_name": "gemm",
+        "gemm_dtype": ["bfloat16"] * 10 + ["fp8", "int4_wo"],
+        "m": m,
+        "n": [4096] * size,
+        "k": [4096] * size,
+    }
     attention = {
-        "op_name": "generation_attention", "batch_size": [1, 8] * 6, "isl": [1] * size, "num_heads": [32] * size,
+        "op_name": "generation_attention",
+        "batch_size": [1, 8] * 6,
+        "isl": [1] * size,
+        "num_heads": [32] * size,
         "num_key_value_heads": [8] * size,
-        "head_dim": [128] * size, "attn_dtype": ["bfloat16"] * size, "kv_cache_dtype": ["bfloat16"] * size,
+        "head_dim": [128] * size,
+        "attn_dtype": ["bfloat16"] * size,
+        "kv_cache_dtype": ["bfloat16"] * size,
         "step": [1 << i for i in range(4, 4 + size)],
-    }  # fmt: skip
+    }
     tables = []
     for columns in (gemm, attention):
         full = {**shared, **columns, "latency": [0.05 * (i + 1) for i in range(size)]}
         tables.append(pa.table({k: [v] * size if isinstance(v, str) else v for k, v in full.items()}))
     sources = [Source("NVIDIA A100", {"torch": "2.9"}, run="r"), Source("NVIDIA A100", {"torch": "2.9"}, run="s")]
     records = Records.from_columns(
-        sources, m=m, n=4096, k=64, seconds=np.linspace(1e-5, 1e-4, size), spread=0.01, source=[0, 1] * 6, purpose=["fit", "holdout"] * 6
+        sources,
+        m=m,
+        n=4096,
+        k=64,
+        seconds=np.linspace(1e-5, 1e-4, size),
+        spread=0.01,
+        source=[0, 1] * 6,
+        purpose=["fit", "holdout"] * 6,
     )
     tables.append(pq.read_table(io.BytesIO(write_records(records))))
     return tuple(tables)
@@ -88,7 +106,7 @@ def make_parquet(rng: random.Random) -> bytes:
 
 @lru_cache
 def _lines() -> tuple[dict[str, Any], ...]:
-    from calibration.store import Header
+    from calibration.records.store import Header
 
     header = Header(
         "NVIDIA A100",
@@ -100,16 +118,41 @@ def _lines() -> tuple[dict[str, Any], ...]:
     )
     rows: list[dict[str, Any]] = [header.as_dict()]
     for i, m in enumerate((1, 64, 300, 4096)):
-        rows.append({
-            "run": "run1", "time": "2026-01-01T00:00:01+00:00", "type": "measurement", "key": f"gemm bf16 {m}", "purpose": "fit",
-            "block": i,
-            "operator": {"kind": "gemm", "m": m, "n": 4096, "k": 4096, "dtype": "bf16", "cold": True}, "median_s": 1e-5 * (i + 1),
-            "lower_s": 0.9e-5, "upper_s": 1.2e-5, "samples_s": [1e-5, 1.1e-5], "status": "ok", "method": "cuda graph", "drifted": False,
-        })  # fmt: skip
+        rows.append(
+            {
+                "run": "run1",
+                "time": "2026-01-01T00:00:01+00:00",
+                "type": "measurement",
+                "key": f"gemm bf16 {m}",
+                "purpose": "fit",
+                "block": i,
+                "operator": {"kind": "gemm", "m": m, "n": 4096, "k": 4096, "dtype": "bf16", "cold": True},
+                "median_s": 1e-5 * (i + 1),
+                "lower_s": 0.9e-5,
+                "upper_s": 1.2e-5,
+                "samples_s": [1e-5, 1.1e-5],
+                "status": "ok",
+                "method": "cuda graph",
+                "drifted": False,
+            }
+        )
     rows.append(
-        {"key": "copy", "operator": {"kind": "copy", "n": 4096}, "median_s": 1e-6, "purpose": "anchor", "block": 2, "drifted": True}
+        {
+            "key": "copy",
+            "operator": {"kind": "copy", "n": 4096},
+            "median_s": 1e-6,
+            "purpose": "anchor",
+            "block": 2,
+            "drifted": True,
+        }
     )
-    rows.append({"key": "elementwise", "operator": {"kind": "elementwise", "m": 64, "n": 4096, "role": "residual"}, "median_s": 1e-6})
+    rows.append(
+        {
+            "key": "elementwise",
+            "operator": {"kind": "elementwise", "m": 64, "n": 4096, "role": "residual"},
+            "median_s": 1e-6,
+        }
+    )
     rows.append({"key": "gemm big", "operator": {"kind": "gemm"}, "status": "skipped", "reason": "out of memory"})
     return tuple(rows)
 
@@ -130,9 +173,9 @@ def make_jsonl(rng: random.Random) -> bytes:
 
 
 def read_jsonl(path: Path) -> None:
-    from calibration.recorded import content_records, untimed
-    from calibration.store import read_store
-    from calibration.store_merge import merge
+    from calibration.records.merge import merge
+    from calibration.records.recorded import content_records, untimed
+    from calibration.records.store import read_store
 
     content = read_store(path)
     untimed(content.rows)
@@ -150,7 +193,7 @@ def make_results(rng: random.Random) -> bytes:
 
 
 def read_results(path: Path) -> None:
-    from calibration.quality_results import Results
+    from calibration.execute.quality_results import Results
 
     with Results(path, {"plan": 1}) as results:
         for method, fraction in results.points:
@@ -175,20 +218,22 @@ SPEEDUPS = (
 
 
 def read_quality_table(path: Path) -> None:
-    from simulator.pareto import fronts
-    from simulator.quality_table import choose_axis, load_quality, read_quality, table_text
+    from simulator.predict.pareto import fronts
+    from simulator.predict.quality import choose_axis, load_quality, read_quality, table_text
 
     table = load_quality(path)
     assert read_quality(table_text(table.rows)).models == table.models
     for row in table.rows:
         assert np.isfinite(row.relative_loss)
     rows = table.of_model("llama-2-7b")
-    found, _ = fronts(simulator.load_model("llama-3.2-1b"), ["h100_sxm"], rows, choose_axis(rows), ["decode"], [1], [64])
+    found, _ = fronts(
+        simulator.load_model("llama-3.2-1b"), ["h100_sxm"], rows, choose_axis(rows), ["decode"], [1], [64]
+    )
     assert all(np.isfinite((p.loss, p.speedup)).all() for f in found for p in f.points)
 
 
 def read_speedups(path: Path) -> None:
-    from simulator.measured_speedups import read_measured
+    from simulator.predict.measured import read_measured
 
     for row in read_measured(path):
         assert 0.0 < row.lower <= row.speedup <= row.upper < float("inf")
@@ -197,7 +242,9 @@ def read_speedups(path: Path) -> None:
 
 # -- measured GEMMs of a figure ---------------------------------------------------------------------------------------------------
 
-_GEMMS = "m,n,k,seconds,copies,dtype,predicted_s,more\n" + "".join(f"{m},4096,4096,{1e-5 + m * 1e-7},1,bf16,1e-5,x\n" for m in (1, 64, 512))
+_GEMMS = "m,n,k,seconds,copies,dtype,predicted_s,more\n" + "".join(
+    f"{m},4096,4096,{1e-5 + m * 1e-7},1,bf16,1e-5,x\n" for m in (1, 64, 512)
+)
 
 
 def make_gemms(rng: random.Random) -> bytes:
@@ -205,12 +252,14 @@ def make_gemms(rng: random.Random) -> bytes:
         return csv_text(_GEMMS.replace(",predicted_s", ",other") if rng.random() < 0.5 else _GEMMS, rng)
     import pyarrow as pa
 
-    table = pa.table({"m": [1, 64, 512], "n": [4096] * 3, "k": [4096] * 3, "seconds": [1e-5, 2e-5, 3e-5], "dtype": ["bf16"] * 3})
+    table = pa.table(
+        {"m": [1, 64, 512], "n": [4096] * 3, "k": [4096] * 3, "seconds": [1e-5, 2e-5, 3e-5], "dtype": ["bf16"] * 3}
+    )
     return parquet_bytes(table, rng)
 
 
 def read_gemms(path: Path) -> None:
-    from simulator.paper_measured import read_measured_gemms
+    from simulator.figures.paper_measured import read_measured_gemms
 
     table = read_measured_gemms(path)
     predicted = table.predict(hardware.load_hardware("h100_sxm"))
@@ -228,7 +277,7 @@ def make_manifest(rng: random.Random) -> bytes:
 
 
 def read_manifest(path: Path) -> None:
-    from simulator.sweep_store import Store
+    from simulator.predict.store import Store
 
     path.replace(path.parent / "t.parquet.parts" / "manifest.json")
     with Store(path.parent / "t.parquet", "d", 2).opened({}) as there:
@@ -250,7 +299,7 @@ def make_part(rng: random.Random) -> bytes:
 def read_part(path: Path) -> None:
     import pyarrow.parquet as pq
 
-    from simulator.sweep_store import Store
+    from simulator.predict.store import Store
 
     store = Store(path.with_name("u.parquet"), "d", 2)
     store.folder.mkdir(exist_ok=True)

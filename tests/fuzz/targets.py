@@ -22,7 +22,7 @@ import numpy as np
 from mutate import csv_text, edit_bytes, json_text, npz_bytes, yaml_text
 
 import simulator
-from simulator import hardware
+from simulator.hardware import library as hardware
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -125,16 +125,24 @@ def good_arrays() -> Mapping[str, Any]:
     g[:, :, 2] = 2
     g[1, 0] = (0.0, 1.0, 4.0)
     return {
-        "gemm.bf16.terms": np.array(t), "gemm.bf16.grids": g, "gemm.bf16.values": np.linspace(-0.1, 0.1, 8).astype("f4"),
+        "gemm.bf16.terms": np.array(t),
+        "gemm.bf16.grids": g,
+        "gemm.bf16.values": np.linspace(-0.1, 0.1, 8).astype("f4"),
         "gemm.bf16.measured_m": np.array([1.0, 16.0, 17.0, 256.0, 4096.0]),
-        "gemm.bf16.exact_m": np.array([1, 17]), "gemm.bf16.exact_n": np.array([4096, 8810]), "gemm.bf16.exact_k": np.array([4096, 64]),
-        "gemm.bf16.exact_s": np.array([1e-4, 2e-5]), "gemm.bf16.exact_log_half": np.array([0.02, 0.1]),
-        "attention_prefill.bf16.start": np.zeros(3), "attention_prefill.bf16.step": np.ones(3),
+        "gemm.bf16.exact_m": np.array([1, 17]),
+        "gemm.bf16.exact_n": np.array([4096, 8810]),
+        "gemm.bf16.exact_k": np.array([4096, 64]),
+        "gemm.bf16.exact_s": np.array([1e-4, 2e-5]),
+        "gemm.bf16.exact_log_half": np.array([0.02, 0.1]),
+        "attention_prefill.bf16.start": np.zeros(3),
+        "attention_prefill.bf16.step": np.ones(3),
         "attention_prefill.bf16.values": np.zeros((3, 2, 2)),
-        "attention_decode.bf16.start": np.zeros(3), "attention_decode.bf16.step": np.ones(3), "attention_decode.bf16.values": np.zeros((3,
-        2, 1)),
-        "elementwise.bf16.start": np.array(14.0), "elementwise.bf16.values": np.zeros((7, 5)),
-    }  # fmt: skip
+        "attention_decode.bf16.start": np.zeros(3),
+        "attention_decode.bf16.step": np.ones(3),
+        "attention_decode.bf16.values": np.zeros((3, 2, 1)),
+        "elementwise.bf16.start": np.array(14.0),
+        "elementwise.bf16.values": np.zeros((7, 5)),
+    }
 
 
 OPERATORS = ("gemm", "attention_prefill", "attention_decode", "elementwise")
@@ -143,12 +151,19 @@ OPERATORS = ("gemm", "attention_prefill", "attention_decode", "elementwise")
 def profile_with(raw: bytes, file: str = "arrays.npz", operators: Iterable[str] = OPERATORS) -> str:
     """Text of a profile that names these bytes as the arrays of some operators."""
     text = (ROOT / "tests/bad_profiles/good.yaml").read_text(encoding="utf-8")
-    head, provenance = text[: text.index("calibrated:")], text[text.index("      provenance:") : text.index("      constants:")]
+    head, provenance = (
+        text[: text.index("calibrated:")],
+        text[text.index("      provenance:") : text.index("      constants:")],
+    )
     parts = ["calibrated:"]
     for operator in operators:
         names = [n.split(".")[2] for n in good_arrays() if n.startswith(f"{operator}.")]
         parts += [f"  {operator}:", "    bf16:", provenance.rstrip("\n"), "      constants: {}", "      arrays:"]
-        parts += [f"        file: {file}", f'        sha256: "{hashlib.sha256(raw).hexdigest()}"', f"        names: [{', '.join(names)}]"]
+        parts += [
+            f"        file: {file}",
+            f'        sha256: "{hashlib.sha256(raw).hexdigest()}"',
+            f"        names: [{', '.join(names)}]",
+        ]
     return head + "\n".join(parts) + "\n"
 
 
@@ -191,9 +206,9 @@ level: 0.9
 
 
 def _grid(path: Path) -> None:
-    from simulator.sweep import sweep_columns
-    from simulator.sweep_grid import grid_facts, read_grid
-    from simulator.sweep_rows import partitions
+    from simulator.predict.grid import grid_facts, read_grid
+    from simulator.predict.rows import partitions
+    from simulator.predict.sweep import sweep_columns
 
     grid = read_grid(path)
     assert json.dumps(dict(grid_facts(grid)), default=str)
@@ -219,7 +234,10 @@ def _configs() -> tuple[Mapping[str, Any], ...]:
     found: dict[str, Mapping[str, Any]] = {}
     for file in sorted((ROOT / "simulator/models").glob("*.json")):
         data = json.loads(file.read_text(encoding="utf-8"))
-        found.setdefault(data["model_type"], {k: v for k, v in data.items() if not k.startswith("_")} | {"_name_or_path": "org/some-model"})
+        found.setdefault(
+            data["model_type"],
+            {k: v for k, v in data.items() if not k.startswith("_")} | {"_name_or_path": "org/some-model"},
+        )
     return tuple(found.values())
 
 
@@ -253,11 +271,25 @@ TARGETS: tuple[Target, ...] = (
         positions=True,
     ),
     Target("arrays", "arrays.npz", _make_npz, _arrays, positions=True, names_file=False),
-    Target("grid", "grid.yaml", _make_grid, _grid, (("sweep", "{}", "--max", "0", "-o", "out.parquet"),), positions=True),
-    Target("config", "config.json", lambda rng: json_text(dict(rng.choice(_configs())), rng), _config, (("models", "show", "{}"),)),
+    Target(
+        "grid", "grid.yaml", _make_grid, _grid, (("sweep", "{}", "--max", "0", "-o", "out.parquet"),), positions=True
+    ),
+    Target(
+        "config",
+        "config.json",
+        lambda rng: json_text(dict(rng.choice(_configs())), rng),
+        _config,
+        (("models", "show", "{}"),),
+    ),
     Target("csv", "table.csv", tables.make_csv, tables.read_import, _IMPORT),
     Target("parquet", "table.parquet", tables.make_parquet, tables.read_import, _IMPORT),
-    Target("jsonl", "records.jsonl", tables.make_jsonl, tables.read_jsonl, (*_IMPORT, ("measure", "--merge", "{}", "-o", "out.jsonl"))),
+    Target(
+        "jsonl",
+        "records.jsonl",
+        tables.make_jsonl,
+        tables.read_jsonl,
+        (*_IMPORT, ("measure", "--merge", "{}", "-o", "out.jsonl")),
+    ),
     Target("results", "quality.jsonl", tables.make_results, tables.read_results),
     Target(
         "quality",
@@ -266,11 +298,19 @@ TARGETS: tuple[Target, ...] = (
         tables.read_quality_table,
         ((*_PARETO, "--quality", "{}"),),
     ),
-    Target("speedups", "speedups.csv", lambda rng: csv_text(tables.SPEEDUPS, rng), tables.read_speedups, ((*_PARETO, "--measured", "{}"),)),
+    Target(
+        "speedups",
+        "speedups.csv",
+        lambda rng: csv_text(tables.SPEEDUPS, rng),
+        tables.read_speedups,
+        ((*_PARETO, "--measured", "{}"),),
+    ),
     Target("gemms", "gemms.csv", tables.make_gemms, tables.read_gemms),
     Target("part", "part.parquet", tables.make_part, tables.read_part, names_file=False),
     Target("address", "address.txt", page.make_query, page.read_address, names_file=False),
-    Target("dropped", "dropped.txt", lambda rng: page.make_dropped(rng, _configs()), page.read_dropped, names_file=False),
+    Target(
+        "dropped", "dropped.txt", lambda rng: page.make_dropped(rng, _configs()), page.read_dropped, names_file=False
+    ),
     Target("manifest", "manifest.json", tables.make_manifest, tables.read_manifest, names_file=False),
     Target("where", "where.txt", lines.make_where, lines.read_where, names_file=False),
 )

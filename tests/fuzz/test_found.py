@@ -17,26 +17,31 @@ from targets import good_arrays, profile_with, times
 
 import simulator
 from calibration.cli import run
-from calibration.importers import import_table
-from calibration.quality_results import Results
-from calibration.recorded import content_records
-from calibration.records import Records, Source
-from calibration.store import Header, read_store
-from calibration.store_merge import merge
+from calibration.execute.quality_results import Results
+from calibration.records.importers import import_table
+from calibration.records.merge import merge
+from calibration.records.recorded import content_records
+from calibration.records.records import Records, Source
+from calibration.records.store import Header, read_store
 from simulator.errors import InputError
-from simulator.hardware import load_hardware, save_hardware
-from simulator.measured_speedups import read_measured
-from simulator.paper_measured import read_measured_gemms
-from simulator.profile_arrays import pack_arrays
-from simulator.profile_checks import MOST_LOG, check_arrays
-from simulator.quality_table import load_quality
-from simulator.sweep_store import NOTES_KEY, Store
+from simulator.figures.paper_measured import read_measured_gemms
+from simulator.hardware.arrays import pack_arrays
+from simulator.hardware.checks import MOST_LOG, check_arrays
+from simulator.hardware.library import load_hardware, save_hardware
+from simulator.predict.measured import read_measured
+from simulator.predict.quality import load_quality
+from simulator.predict.store import NOTES_KEY, Store
 
 HEADER = Header("A100", {"torch": "2.9"}, "bf16", "r", "2026-01-01", {})
 GEMM = {"kind": "gemm", "m": 8, "n": 64, "k": 64, "dtype": "bf16"}
 TINY = {
-    "model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 10,
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 10,
+}
 
 
 def refused(says: str, call: Any, *arguments: Any, **options: Any) -> None:
@@ -112,11 +117,15 @@ def test_measured_tables_without_a_column(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("heads", "copies"), [("inf", "1"), ("32", "1e12"), ("nan", "nan")])
 def test_counts_that_no_column_can_hold(heads: str, copies: str, tmp_path: Path) -> None:
     row = f"1,1,128,{heads},8,128,50,attention_decode,{copies},1e18"
-    (tmp_path / "t.csv").write_text(f"batch,q_len,kv_len,heads,kv_heads,head_dim,latency_us,operator,copies,sample_count\n{row}\n")
+    (tmp_path / "t.csv").write_text(
+        f"batch,q_len,kv_len,heads,kv_heads,head_dim,latency_us,operator,copies,sample_count\n{row}\n"
+    )
     refused("no usable row", import_table, tmp_path / "t.csv")
 
 
-@pytest.mark.parametrize("column", [{"dtype": 99}, {"operator": -1}, {"role": -2}, {"m": 1e30}, {"m": np.nan}, {"m": np.array(1j)}])
+@pytest.mark.parametrize(
+    "column", [{"dtype": 99}, {"operator": -1}, {"role": -2}, {"m": 1e30}, {"m": np.nan}, {"m": np.array(1j)}]
+)
 def test_records_refuse_what_a_cast_would_change(column: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="records column"):
         Records.from_columns([Source("x")], **{"m": [1], "n": 1, "k": 1, "seconds": 1.0, **column})
@@ -132,23 +141,32 @@ def write_parquet(path: Path, names: list[str], columns: list[Any], metadata: by
     return path
 
 
-@pytest.mark.parametrize("metadata", [b"[]", b"1", b"{}", b"[" * 100_000, b'{"schema": 1, "constant": [], "sources": [1], "extra": {}}'])
+@pytest.mark.parametrize(
+    "metadata", [b"[]", b"1", b"{}", b"[" * 100_000, b'{"schema": 1, "constant": [], "sources": [1], "extra": {}}']
+)
 def test_metadata_of_records_that_are_none(metadata: bytes, tmp_path: Path) -> None:
     refused("t.parquet: ", import_table, write_parquet(tmp_path / "t.parquet", ["m"], [[1]], metadata))
 
 
 @pytest.mark.parametrize(
-    "source", [{"device": 1}, {"device": "x", "stack": []}, {"device": "x", "stack": {"a": 1}}, {"device": "x", "other": "y"}]
+    "source",
+    [{"device": 1}, {"device": "x", "stack": []}, {"device": "x", "stack": {"a": 1}}, {"device": "x", "other": "y"}],
 )
 def test_sources_of_records_that_are_none(source: dict[str, Any], tmp_path: Path) -> None:
-    head = json.dumps({"schema": 1, "constant": {"n": 4, "k": 4, "source": 0}, "sources": [source], "extra": {}}).encode()
-    refused("is a damaged table", import_table, write_parquet(tmp_path / "t.parquet", ["m", "seconds"], [[1], [1.0]], head))
+    head = json.dumps(
+        {"schema": 1, "constant": {"n": 4, "k": 4, "source": 0}, "sources": [source], "extra": {}}
+    ).encode()
+    refused(
+        "is a damaged table", import_table, write_parquet(tmp_path / "t.parquet", ["m", "seconds"], [[1], [1.0]], head)
+    )
 
 
 @pytest.mark.parametrize("odd", [[[1, 2]], [b"\xff"], [{"a": 1}], [None]])
 @pytest.mark.parametrize("name", ["op_name", "framework", "device", "gemm_dtype", "m", "latency"])
 def test_columns_of_odd_types(name: str, odd: list[Any], tmp_path: Path) -> None:
-    columns: dict[str, Any] = {n: ["x"] for n in ("framework", "version", "device", "kernel_source")} | {"op_name": ["gemm"]}
+    columns: dict[str, Any] = {n: ["x"] for n in ("framework", "version", "device", "kernel_source")} | {
+        "op_name": ["gemm"]
+    }
     columns |= {"gemm_dtype": ["bfloat16"], "m": [1], "n": [4096], "k": [4096], "latency": [0.05]}
     columns[name] = odd
     path = write_parquet(tmp_path / "t.parquet", list(columns), list(columns.values()))
@@ -165,10 +183,15 @@ def test_columns_without_a_name_that_appear_twice(tmp_path: Path) -> None:
     refused("column 'm' appears twice", import_table, write_parquet(tmp_path / "u.parquet", ["m", "m"], [[1], [[1]]]))
 
 
-@pytest.mark.parametrize(("row", "says"), [
-    ("0.5,64,64,1e-5", "column m, row 1: expected a number from 1"), ("8,1e12,64,1e-5", "column n, row 1"),
-    ("8,64,nan,1e-5", "column k, row 1"), ("8,64,64,1e300", "column seconds, row 1: expected a time"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ("0.5,64,64,1e-5", "column m, row 1: expected a number from 1"),
+        ("8,1e12,64,1e-5", "column n, row 1"),
+        ("8,64,nan,1e-5", "column k, row 1"),
+        ("8,64,64,1e300", "column seconds, row 1: expected a time"),
+    ],
+)
 def test_measured_gemms_that_no_prediction_fits(row: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "g.csv").write_text(f"m,n,k,seconds\n{row}\n")
     refused(f"g.csv: {says}", read_measured_gemms, tmp_path / "g.csv")
@@ -180,10 +203,19 @@ def test_measured_gemms_with_formats_that_are_no_text(tmp_path: Path) -> None:
     refused("g.parquet: no row of bf16", read_measured_gemms, path)
 
 
-@pytest.mark.parametrize(("columns", "notes"), [
-    ({"family": ["depth"], "x": [1.0]}, "{}"), ({"family": ["depth"], "speedup": ["1"]}, "{}"), (None, "[]"), (None, '{"a": 1}'),
-    (None, '{"a": ["x"]}'), (None, f'{{"a": [{10**400}]}}'), (None, "[" * 100_000), (None, "\xff"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("columns", "notes"),
+    [
+        ({"family": ["depth"], "x": [1.0]}, "{}"),
+        ({"family": ["depth"], "speedup": ["1"]}, "{}"),
+        (None, "[]"),
+        (None, '{"a": 1}'),
+        (None, '{"a": ["x"]}'),
+        (None, f'{{"a": [{10**400}]}}'),
+        (None, "[" * 100_000),
+        (None, "\xff"),
+    ],
+)
 def test_parts_of_a_sweep_that_are_damaged(columns: dict[str, Any] | None, notes: str, tmp_path: Path) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     store, good = Store(tmp_path / "s.parquet", "d", 2), {"family": ["depth"], "speedup": [1.5]}
@@ -203,24 +235,43 @@ def store(path: Path, *rows: Any, header: dict[str, Any] | None = None) -> Path:
     return path
 
 
-@pytest.mark.parametrize("change", [
-    {"stack": []}, {"stack": {"a": 1}}, {"extra": 1}, {"device": None}, {"dtype": ["bf16"]}, {"dtype": "fp7"}, {"run": 3},
-    {"schema": [1] * 99},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stack": []},
+        {"stack": {"a": 1}},
+        {"extra": 1},
+        {"device": None},
+        {"dtype": ["bf16"]},
+        {"dtype": "fp7"},
+        {"run": 3},
+        {"schema": [1] * 99},
+    ],
+)
 def test_headers_of_a_store_that_are_none(change: dict[str, Any], tmp_path: Path) -> None:
     refused("r.jsonl:1: ", read_store, store(tmp_path / "r.jsonl", header={**HEADER.as_dict(), **change}))
 
 
-@pytest.mark.parametrize("row", [
-    {"operator": GEMM, "median_s": 0.0, "lower_s": 1, "upper_s": 2}, {"operator": GEMM, "median_s": "soon"}, {"operator": GEMM,
-    "median_s": 10**400},
-    {"operator": GEMM, "median_s": [1]}, {"operator": {}, "median_s": 1.0}, {"operator": {**GEMM, "m": 1.5}, "median_s": 1.0},
-    {"operator": {**GEMM, "m": "8"}, "median_s": 1.0}, {"operator": {**GEMM, "m": -8}, "median_s": 1.0}, {"operator": {**GEMM,
-    "m": 1 << 63}, "median_s": 1.0},
-    {"operator": {**GEMM, "dtype": 3}, "median_s": 1.0}, {"operator": {**GEMM, "kind": "gem"}, "median_s": 1.0},
-    {"operator": {**GEMM, "density": 0}, "median_s": 1.0}, {"operator": GEMM, "median_s": 1.0, "samples_s": 5},
-    {"operator": GEMM, "median_s": 1.0, "lower_s": "a", "upper_s": 1}, {"operator": {"kind": "copy"}, "median_s": 1.0},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"operator": GEMM, "median_s": 0.0, "lower_s": 1, "upper_s": 2},
+        {"operator": GEMM, "median_s": "soon"},
+        {"operator": GEMM, "median_s": 10**400},
+        {"operator": GEMM, "median_s": [1]},
+        {"operator": {}, "median_s": 1.0},
+        {"operator": {**GEMM, "m": 1.5}, "median_s": 1.0},
+        {"operator": {**GEMM, "m": "8"}, "median_s": 1.0},
+        {"operator": {**GEMM, "m": -8}, "median_s": 1.0},
+        {"operator": {**GEMM, "m": 1 << 63}, "median_s": 1.0},
+        {"operator": {**GEMM, "dtype": 3}, "median_s": 1.0},
+        {"operator": {**GEMM, "kind": "gem"}, "median_s": 1.0},
+        {"operator": {**GEMM, "density": 0}, "median_s": 1.0},
+        {"operator": GEMM, "median_s": 1.0, "samples_s": 5},
+        {"operator": GEMM, "median_s": 1.0, "lower_s": "a", "upper_s": 1},
+        {"operator": {"kind": "copy"}, "median_s": 1.0},
+    ],
+)
 def test_records_that_are_no_timing(row: dict[str, Any], tmp_path: Path) -> None:
     content = read_store(store(tmp_path / "r.jsonl", row))
     refused("r.jsonl: record 1: is no timing", content_records, content)
@@ -254,7 +305,8 @@ def test_merging_what_no_store_would_write(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"method": None}, {"fraction": "x"}, {"realised": 2.0}, {"losses": []}, {"losses": [10**400]}, {"losses": 1.0}]
+    "change",
+    [{"method": None}, {"fraction": "x"}, {"realised": 2.0}, {"losses": []}, {"losses": [10**400]}, {"losses": 1.0}],
 )
 def test_points_of_a_quality_run_that_are_none(change: dict[str, Any], tmp_path: Path) -> None:
     point = {"method": "depth", "fraction": 0.25, "realised": 0.25, "losses": [1.0], **change}
@@ -278,19 +330,30 @@ def test_the_good_arrays_are_good(tmp_path: Path) -> None:
     assert load_hardware(tmp_path / "q.yaml").sections.keys() == hw.sections.keys()
 
 
-@pytest.mark.parametrize(("name", "value", "says"), [
-    ("gemm.bf16.grids", None, "array grids is missing"), ("gemm.bf16.measured_m", None, "measured_m is missing"),
-    ("gemm.bf16.terms", np.array([[0, 1, 99], [11, -1, -1]]), "array terms"), ("gemm.bf16.terms", np.array([[-1, -1, -1], [11, -1, -1]]),
-    "array terms"),
-    ("gemm.bf16.grids", np.zeros((2, 3, 3)), "array grids"), ("gemm.bf16.values", np.zeros(7), "array values"), ("gemm.bf16.values",
-    np.full(8, 900.0), "array values"),
-    ("gemm.bf16.measured_m", np.zeros(0), "array measured_m"), ("gemm.bf16.measured_m", np.array([0.0, 5.0]), "array measured_m"),
-    ("gemm.bf16.exact_s", np.array([1.0]), "exact shapes"), ("gemm.bf16.exact_log_half", np.array([0.0, 1e300]), "exact_log_half"),
-    ("gemm.bf16.exact_n", None, "exact_n is missing"), ("attention_prefill.bf16.step", np.zeros(3), "array step"),
-    ("attention_prefill.bf16.values", np.zeros((2, 2)), "array values"), ("attention_decode.bf16.start", np.zeros(2), "array start"),
-    ("attention_decode.bf16.values", np.zeros((0, 2, 2)), "array values"), ("elementwise.bf16.values", np.zeros((3, 4)), "array values"),
-    ("elementwise.bf16.start", np.zeros(2), "array start"), ("elementwise.bf16.start", None, "array start is missing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("gemm.bf16.grids", None, "array grids is missing"),
+        ("gemm.bf16.measured_m", None, "measured_m is missing"),
+        ("gemm.bf16.terms", np.array([[0, 1, 99], [11, -1, -1]]), "array terms"),
+        ("gemm.bf16.terms", np.array([[-1, -1, -1], [11, -1, -1]]), "array terms"),
+        ("gemm.bf16.grids", np.zeros((2, 3, 3)), "array grids"),
+        ("gemm.bf16.values", np.zeros(7), "array values"),
+        ("gemm.bf16.values", np.full(8, 900.0), "array values"),
+        ("gemm.bf16.measured_m", np.zeros(0), "array measured_m"),
+        ("gemm.bf16.measured_m", np.array([0.0, 5.0]), "array measured_m"),
+        ("gemm.bf16.exact_s", np.array([1.0]), "exact shapes"),
+        ("gemm.bf16.exact_log_half", np.array([0.0, 1e300]), "exact_log_half"),
+        ("gemm.bf16.exact_n", None, "exact_n is missing"),
+        ("attention_prefill.bf16.step", np.zeros(3), "array step"),
+        ("attention_prefill.bf16.values", np.zeros((2, 2)), "array values"),
+        ("attention_decode.bf16.start", np.zeros(2), "array start"),
+        ("attention_decode.bf16.values", np.zeros((0, 2, 2)), "array values"),
+        ("elementwise.bf16.values", np.zeros((3, 4)), "array values"),
+        ("elementwise.bf16.start", np.zeros(2), "array start"),
+        ("elementwise.bf16.start", None, "array start is missing"),
+    ],
+)
 def test_arrays_that_a_cost_model_could_not_use(name: str, value: Any, says: str, tmp_path: Path) -> None:
     operator, dtype, short = name.split(".")
     own = {n.split(".")[2]: a for n, a in good_arrays().items() if n.startswith(f"{operator}.")}

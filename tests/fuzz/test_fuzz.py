@@ -43,7 +43,9 @@ def attack(target: Target, folder: Path, seed: int, count: int) -> int:
     path, read = folder / target.file, 0
     with Guard(folder) as guard:
         for number in range(count):
-            path.unlink(missing_ok=True)  # some file systems write a file that is cut and written again to the disk at once
+            path.unlink(
+                missing_ok=True
+            )  # some file systems write a file that is cut and written again to the disk at once
             path.write_bytes(target.make(random.Random(f"{target.name} {seed} {number}")))
             try:
                 message, _ = refusal(lambda: target.read(path), target.file if target.names_file else "")

@@ -10,8 +10,19 @@ from simulator.errors import InputError
 from simulator.pruning import FAMILIES, Family, prune
 from simulator.workload import SCHEMA, Applied, Workload
 
-ELEVEN = ["depth", "width", "width_cross", "semi_structured", "low_rank", "unstructured", "dynamic_depth", "dynamic_width",
-          "sparse_attention", "token", "kv_cache"]  # fmt: skip
+ELEVEN = [
+    "depth",
+    "width",
+    "width_cross",
+    "semi_structured",
+    "low_rank",
+    "unstructured",
+    "dynamic_depth",
+    "dynamic_width",
+    "sparse_attention",
+    "token",
+    "kv_cache",
+]
 PER_LAYER = [name for name, family in FAMILIES.items() if family.per_layer and name not in ("semi_structured", "token")]
 
 
@@ -134,17 +145,27 @@ def test_a_mapping_is_weighed_by_parameters() -> None:
         ("semi_structured", 0.25, {}, "semi_structured at sparsity 0.25: 2:4 removes exactly 0.5"),
         ("semi_structured", {"downn": 0.5}, {}, "'downn' is unknown; did you mean down"),
         ("semi_structured", 0.5, {"n": 1}, "family semi_structured has no option 'n'; it has none"),
-        ("unstructured", {"gate_up": 0.5}, {}, "sparsity of gate_up: this workload has no such projection; it has q, k, v, o,"),
+        (
+            "unstructured",
+            {"gate_up": 0.5},
+            {},
+            "sparsity of gate_up: this workload has no such projection; it has q, k, v, o,",
+        ),
         ("unstructured", {"q": 1}, {}, "sparsity of q: 1: expected"),
         ("dynamic_depth", 0.5, {"prune_kv": "yes"}, "option prune_kv: expected true or false, got 'yes'"),
         ("sparse_attention", 0.5, {"block": 32}, "option block: expected 16 or 64 or 128, got 32"),
         ("token", 0.5, {"start": 6}, "option start: expected a layer from 0 to 5, got 6"),
         ("token", 0.5, {"start": -1}, "option start: expected a whole number from 0 up, got -1"),
-        ("token", [0.5, 0.5, 0.5, 0.4, 0.5, 0.5], {}, "sparsity of layer 3: a dropped token cannot come back; expected at least 0.5"),
+        (
+            "token",
+            [0.5, 0.5, 0.5, 0.4, 0.5, 0.5],
+            {},
+            "sparsity of layer 3: a dropped token cannot come back; expected at least 0.5",
+        ),
         ("token", [0.5] * 6, {"start": 2}, "option start: a sparsity by layer says already"),
         ("kv_cache", 0.5, {"observed": 0}, "option observed: expected a whole number from 1 up, got 0"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_one_clear_line(family: str, sparsity: object, options: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         prune(workload(GQA), family, sparsity, **options)  # type: ignore[arg-type]

@@ -52,7 +52,16 @@ def test_flops_and_parameters_with_options(family: str, options: dict[str, objec
 
 
 def _named(config: simulator.ModelConfig) -> Decoder:
-    return Decoder(config.hidden, config.layers, config.heads, config.kv_heads, config.head_dim, config.inner, config.vocab, config.gated)
+    return Decoder(
+        config.hidden,
+        config.layers,
+        config.heads,
+        config.kv_heads,
+        config.head_dim,
+        config.inner,
+        config.vocab,
+        config.gated,
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

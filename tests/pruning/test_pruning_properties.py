@@ -20,10 +20,16 @@ def decoders(draw: st.DrawFn) -> Decoder:
     groups, repeat = draw(st.integers(1, 8)), draw(st.integers(1, 4))
     gated = draw(st.booleans())
     return Decoder(
-        hidden=8 * draw(st.integers(2, 30)), layers=draw(st.integers(1, 9)), heads=groups * repeat, kv_heads=groups,
-        head_dim=8 * draw(st.integers(1, 4)), inner=draw(st.integers(8, 300)),
-        gated=gated, bias=draw(st.booleans()), fused=gated and draw(st.booleans()),
-    )  # fmt: skip
+        hidden=8 * draw(st.integers(2, 30)),
+        layers=draw(st.integers(1, 9)),
+        heads=groups * repeat,
+        kv_heads=groups,
+        head_dim=8 * draw(st.integers(1, 4)),
+        inner=draw(st.integers(8, 300)),
+        gated=gated,
+        bias=draw(st.booleans()),
+        fused=gated and draw(st.booleans()),
+    )
 
 
 @st.composite
@@ -90,12 +96,26 @@ def totals(w: Workload) -> tuple[float, float, float]:
 
 
 COMMUTE = [
-    ("depth", "width"), ("depth", "width_cross"), ("depth", "semi_structured"), ("depth", "low_rank"), ("depth", "kv_cache"),
-    ("depth", "dynamic_depth"), ("depth", "dynamic_width"), ("width", "width_cross"), ("width", "semi_structured"),
-    ("width", "unstructured"), ("width", "dynamic_depth"), ("width", "kv_cache"), ("width", "token"),
-    ("width_cross", "dynamic_depth"), ("semi_structured", "dynamic_depth"),
-    ("semi_structured", "token"), ("sparse_attention", "kv_cache"), ("sparse_attention", "dynamic_depth"), ("unstructured", "kv_cache"),
-]  # fmt: skip
+    ("depth", "width"),
+    ("depth", "width_cross"),
+    ("depth", "semi_structured"),
+    ("depth", "low_rank"),
+    ("depth", "kv_cache"),
+    ("depth", "dynamic_depth"),
+    ("depth", "dynamic_width"),
+    ("width", "width_cross"),
+    ("width", "semi_structured"),
+    ("width", "unstructured"),
+    ("width", "dynamic_depth"),
+    ("width", "kv_cache"),
+    ("width", "token"),
+    ("width_cross", "dynamic_depth"),
+    ("semi_structured", "dynamic_depth"),
+    ("semi_structured", "token"),
+    ("sparse_attention", "kv_cache"),
+    ("sparse_attention", "dynamic_depth"),
+    ("unstructured", "kv_cache"),
+]
 
 
 @pytest.mark.parametrize(("first", "second"), COMMUTE)
@@ -115,9 +135,11 @@ def test_independent_families_commute(first: str, second: str, phase: str, name:
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.sampled_from([GQA, MHA, FUSED]), st.sampled_from(PHASES), st.integers(1, 30),
+    st.sampled_from([GQA, MHA, FUSED]),
+    st.sampled_from(PHASES),
+    st.integers(1, 30),
     st.lists(st.sampled_from(list(FAMILIES)), min_size=2, max_size=4),
-)  # fmt: skip
+)
 def test_any_composition_is_valid_or_refused(d: Decoder, phase: str, batch: int, families: list[str]) -> None:
     w = workload(d, phase, batch)
     applied = []
@@ -144,7 +166,9 @@ def test_compositions_multiply() -> None:
     assert list(zip(pair.n[at], pair.k[at])) == [(32, 96), (64, 32)]
     sparse = prune(prune(w, "low_rank", 0.5), "semi_structured", 0.5)
     assert (sparse.kernel[sparse.stage > 0] == Kernel.SPARSE24).all()
-    few = prune(prune(workload(GQA), "depth", 0.5, unit="attention"), "token", 0.5)  # 3 of 6 layers have attention, all an MLP
+    few = prune(
+        prune(workload(GQA), "depth", 0.5, unit="attention"), "token", 0.5
+    )  # 3 of 6 layers have attention, all an MLP
     assert (few.m[few.is_role("q")].tolist(), few.count[few.is_role("q")].tolist()) == ([96, 48], [2, 1])
     assert (few.m[few.is_role("up")].tolist(), few.count[few.is_role("up")].tolist()) == ([96, 48], [2, 4])
     cache = prune(prune(w, "token", 0.5), "kv_cache", 0.5)

@@ -64,14 +64,27 @@ def _pass(d: Decoder, phase: Phase, batch: int, q_len: int, kv_lens: list[int], 
     inside = {"layer": 0, "layers": layers, "count": layers * steps, "phase": phase}
     outside = {"count": steps, "phase": phase}
 
-    def move(role: str, part: Part, n: int, read: float, write: float, params: int = 0, m: int = tokens, **where: object) -> None:
+    def move(
+        role: str, part: Part, n: int, read: float, write: float, params: int = 0, m: int = tokens, **where: object
+    ) -> None:
         rows.append(
-            {"kind": Kind.ELEMENTWISE, "role": role, "part": part, "m": m, "n": n, "params": params * owns,
-             "read_bytes": 2.0 * m * read, "write_bytes": 2.0 * m * write, **where}
-        )  # fmt: skip
+            {
+                "kind": Kind.ELEMENTWISE,
+                "role": role,
+                "part": part,
+                "m": m,
+                "n": n,
+                "params": params * owns,
+                "read_bytes": 2.0 * m * read,
+                "write_bytes": 2.0 * m * write,
+                **where,
+            }
+        )
 
     def gemm(role: str, part: Part, n: int, k: int) -> None:
-        rows.append({"role": role, "part": part, "m": tokens, "n": n, "k": k, "params": (n * k + d.bias * n) * owns, **inside})
+        rows.append(
+            {"role": role, "part": part, "m": tokens, "n": n, "k": k, "params": (n * k + d.bias * n) * owns, **inside}
+        )
 
     h, q, kv = d.hidden, d.heads * d.head_dim, d.kv_heads * d.head_dim
     shapes = projections(d)
@@ -85,10 +98,20 @@ def _pass(d: Decoder, phase: Phase, batch: int, q_len: int, kv_lens: list[int], 
     kind = Kind.PREFILL_ATTENTION if phase == Phase.PREFILL else Kind.DECODE_ATTENTION
     for kv_len in kv_lens:
         rows.append(
-            {"kind": kind, "role": "attention", "part": Part.ATTENTION,
-             "batch": batch, "q_len": q_len, "kv_len": kv_len, "heads": d.heads, "kv_heads": d.kv_heads, "head_dim": d.head_dim,
-             **inside, "count": layers}
-        )  # fmt: skip
+            {
+                "kind": kind,
+                "role": "attention",
+                "part": Part.ATTENTION,
+                "batch": batch,
+                "q_len": q_len,
+                "kv_len": kv_len,
+                "heads": d.heads,
+                "kv_heads": d.kv_heads,
+                "head_dim": d.head_dim,
+                **inside,
+                "count": layers,
+            }
+        )
     gemm("o", Part.ATTENTION, *shapes["o"])
     move("mlp_norm", Part.MLP, h, 2 * h, 2 * h, h, **inside)
     for role in ("gate", "up", "gate_up"):
@@ -97,7 +120,17 @@ def _pass(d: Decoder, phase: Phase, batch: int, q_len: int, kv_lens: list[int], 
     move("activation", Part.MLP, d.inner, (2 if d.gated else 1) * d.inner, d.inner, **inside)
     gemm("down", Part.MLP, *shapes["down"])
     move("final_norm", Part.HEAD, h, 2 * h, h, h, **outside)
-    rows.append({"role": "lm_head", "part": Part.HEAD, "m": batch, "n": d.vocab, "k": h, "params": d.vocab * h * owns, **outside})
+    rows.append(
+        {
+            "role": "lm_head",
+            "part": Part.HEAD,
+            "m": batch,
+            "n": d.vocab,
+            "k": h,
+            "params": d.vocab * h * owns,
+            **outside,
+        }
+    )
     return rows
 
 
@@ -128,7 +161,13 @@ def passes(phase: str, batch: int, seq: int, new_tokens: int) -> list[tuple[int,
 
 
 def layer_flops(
-    d: Decoder, tokens: float, pairs: float, sequences: float, less: float = 1.0, dense_kv: bool = False, gemm: float = 1.0
+    d: Decoder,
+    tokens: float,
+    pairs: float,
+    sequences: float,
+    less: float = 1.0,
+    dense_kv: bool = False,
+    gemm: float = 1.0,
 ) -> float:
     """FLOPs of a layer: GEMMs over ``less`` of the tokens (k and v over all if ``dense_kv``), attention over ``pairs`` a sequence."""
     total = 0.0
@@ -154,7 +193,18 @@ def expected(
     elif family == "width":
         groups = max(nearest(keep * d.kv_heads), 1)
         inner = up_to(keep * d.inner, int(options.get("align", 16)), d.inner)  # type: ignore[call-overload]
-        thin = Decoder(d.hidden, d.layers, groups * (d.heads // d.kv_heads), groups, d.head_dim, inner, d.vocab, d.gated, d.bias, d.fused)
+        thin = Decoder(
+            d.hidden,
+            d.layers,
+            groups * (d.heads // d.kv_heads),
+            groups,
+            d.head_dim,
+            inner,
+            d.vocab,
+            d.gated,
+            d.bias,
+            d.fused,
+        )
     elif family == "width_cross":
         hidden = up_to(keep * d.hidden, 16, d.hidden)
         thin = Decoder(hidden, d.layers, d.heads, d.kv_heads, d.head_dim, d.inner, d.vocab, d.gated, d.bias, d.fused)
@@ -182,7 +232,9 @@ def expected(
             each = [layer_flops(d, tokens, pairs * keep, batch)] * layers
         elif family == "token":
             start = int(options.get("start", 2))  # type: ignore[call-overload]
-            few = layer_flops(d, batch * left if prefill else batch, causal(left) if prefill else keys - (seq - left), batch)
+            few = layer_flops(
+                d, batch * left if prefill else batch, causal(left) if prefill else keys - (seq - left), batch
+            )
             each = [layer_flops(d, tokens, pairs, batch)] * start + [few] * (layers - start)
         elif family == "kv_cache":
             each = [layer_flops(d, tokens, pairs if prefill else keys - (seq - left), batch)] * layers

@@ -1,0 +1,266 @@
+"""What the device was doing while it was measured: clocks, power, temperature, throttle reasons. "unknown" is a value.
+
+A reading that cannot be had (no NVML, a virtual machine, a driver that refuses) is the string ``"unknown"``, never 0 and never left out, so
+that nobody later mistakes silence for health. The NVML module is handed in by the device that imported it; nothing here imports it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Unknown = Literal["unknown"]
+UNKNOWN: Unknown = "unknown"
+Reading = float | Unknown
+
+# bits of nvmlClocksEventReasons (NVIDIA, "NVML API Reference Guide", group nvmlClocksEventReasons)
+NVML_REASONS: tuple[tuple[int, str], ...] = (
+    (0x1, "gpu_idle"),
+    (0x2, "applications_clocks_setting"),
+    (0x4, "sw_power_cap"),
+    (0x8, "hw_slowdown"),
+    (0x10, "sync_boost"),
+    (0x20, "sw_thermal_slowdown"),
+    (0x40, "hw_thermal_slowdown"),
+    (0x80, "hw_power_brake_slowdown"),
+    (0x100, "display_clock_setting"),
+)
+
+# Reasons under which a sample does not show the device at its best and is repeated. The software power cap is not among them: a data-centre
+# GPU sits on its power limit in every long GEMM, so that state belongs to what is being measured; it is recorded all the same.
+THROTTLING: frozenset[str] = frozenset(
+    {"hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown", "cpu_thermal"}
+)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One look at a device.
+
+    Attributes
+    ----------
+    clock_hz, memory_clock_hz : float or "unknown", Hz
+        Of the processors (SM clock on a GPU, mean core clock on a CPU) and of the memory.
+    power_w : float or "unknown", W
+    temperature_c : float or "unknown", degrees Celsius
+    load : float or "unknown"
+        GPU utilisation in 0..1; on a CPU the one-minute load average.
+    throttle : tuple of str or "unknown"
+        Reasons the device gives for running below its clocks; empty when it says there are none.
+    throttle_events : float or "unknown"
+        A counter that only grows (CPU thermal events), for devices that count instead of giving a state.
+    waited_s : float or "unknown", s
+        Time that threads of this process have been ready to run and were not given a CPU, since it started: a counter too.
+    """
+
+    clock_hz: Reading = UNKNOWN
+    memory_clock_hz: Reading = UNKNOWN
+    power_w: Reading = UNKNOWN
+    temperature_c: Reading = UNKNOWN
+    load: Reading = UNKNOWN
+    throttle: tuple[str, ...] | Unknown = UNKNOWN
+    throttle_events: Reading = UNKNOWN
+    waited_s: Reading = UNKNOWN
+
+    def as_record(self) -> dict[str, Any]:
+        """A JSON-ready mapping.
+
+        >>> Snapshot(power_w=70.0).as_record()["power_w"], Snapshot().as_record()["throttle"]
+        (70.0, 'unknown')
+        """
+        record = asdict(self)
+        if self.throttle != UNKNOWN:
+            record["throttle"] = list(self.throttle)
+        return record
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Snapshot:
+        """The inverse of :meth:`as_record`."""
+        fields = dict(record)
+        if not isinstance(fields.get("throttle", UNKNOWN), str):
+            fields["throttle"] = tuple(fields["throttle"])
+        return cls(**fields)
+
+
+def throttle_reasons(bits: int) -> tuple[str, ...]:
+    """Names of the set bits of NVML's clock event reasons; bits without a name are kept as ``bit_0x...``.
+
+    >>> throttle_reasons(0x44), throttle_reasons(0)
+    (('sw_power_cap', 'hw_thermal_slowdown'), ())
+    """
+    names = [name for bit, name in NVML_REASONS if bits & bit]
+    rest = bits & ~sum(bit for bit, _ in NVML_REASONS)
+    return tuple(names + ([f"bit_{rest:#x}"] if rest else []))
+
+
+def throttled(before: Snapshot, after: Snapshot) -> tuple[str, ...] | Unknown:
+    """Why a measurement between two snapshots must be repeated: throttle reasons, none, or "unknown" when neither snapshot can tell.
+
+    >>> throttled(Snapshot(throttle=()), Snapshot(throttle=("hw_slowdown", "sw_power_cap")))
+    ('hw_slowdown',)
+    >>> throttled(Snapshot(), Snapshot())
+    'unknown'
+    """
+    reasons: set[str] = set()
+    known = False
+    for snapshot in (before, after):
+        if not isinstance(snapshot.throttle, str):
+            known = True
+            reasons.update(snapshot.throttle)
+    if not isinstance(before.throttle_events, str) and not isinstance(after.throttle_events, str):
+        known = True
+        if after.throttle_events > before.throttle_events:
+            reasons.add("cpu_thermal")
+    return tuple(sorted(reasons & THROTTLING)) if known else UNKNOWN
+
+
+def waited(before: Snapshot, after: Snapshot, elapsed_s: float, threads: int = 1) -> Reading:
+    """Share of the threads' time that went by waiting for a CPU, 0..1; "unknown" where nothing counts it.
+
+    >>> waited(Snapshot(waited_s=1.0), Snapshot(waited_s=1.5), 1.0, threads=2)
+    0.25
+    """
+    if isinstance(before.waited_s, str) or isinstance(after.waited_s, str) or elapsed_s <= 0:
+        return UNKNOWN
+    return max(0.0, after.waited_s - before.waited_s) / (elapsed_s * max(threads, 1))
+
+
+def _read(reader: Callable[[], Any], scale: float = 1.0) -> Reading:
+    """A number, or "unknown" whatever goes wrong: a reading must never stop a measurement."""
+    try:
+        return float(reader()) * scale
+    except Exception:
+        return UNKNOWN
+
+
+class NvmlReader:
+    """Snapshots of one NVIDIA GPU.
+
+    Parameters
+    ----------
+    nvml : module or None
+        The ``pynvml`` module, or None where it is missing: then every reading is "unknown".
+    uuid : str
+        UUID of the GPU (``GPU-...``). NVML's own numbering ignores ``CUDA_VISIBLE_DEVICES``, so an index would read the wrong card.
+    index : int
+        NVML index, used only when there is no UUID.
+    """
+
+    def __init__(self, nvml: Any | None, uuid: str = "", index: int = 0) -> None:
+        self._nvml = nvml
+        self._handle: Any = None
+        self.problem = "" if nvml is not None else "pynvml is not installed"
+        if nvml is not None:
+            try:
+                nvml.nvmlInit()
+                self._handle = nvml.nvmlDeviceGetHandleByUUID(uuid) if uuid else nvml.nvmlDeviceGetHandleByIndex(index)
+            except Exception as error:  # NVML's errors share no public base with its import errors
+                self.problem = f"NVML: {error}"
+
+    def snapshot(self) -> Snapshot:
+        """Clocks, power, temperature, utilisation and throttle reasons now."""
+        nvml, handle = self._nvml, self._handle
+        if nvml is None or handle is None:
+            return Snapshot()
+        return Snapshot(
+            clock_hz=_read(lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM), 1e6),
+            memory_clock_hz=_read(lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM), 1e6),
+            power_w=_read(lambda: nvml.nvmlDeviceGetPowerUsage(handle), 1e-3),
+            temperature_c=_read(lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
+            load=_read(lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu, 0.01),
+            throttle=self._throttle(),
+        )
+
+    def _throttle(self) -> tuple[str, ...] | Unknown:
+        # renamed in driver 535; older modules know only the first name
+        for name in ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"):
+            try:
+                return throttle_reasons(int(getattr(self._nvml, name)(self._handle)))
+            except Exception:
+                continue
+        return UNKNOWN
+
+    def driver(self) -> str:
+        """Version of the driver, or "unknown"."""
+        try:
+            version = self._nvml.nvmlSystemGetDriverVersion()  # type: ignore[union-attr]
+        except Exception:
+            return UNKNOWN
+        return version.decode() if isinstance(version, bytes) else str(version)
+
+    def power_limit_w(self) -> Reading:
+        """Enforced power limit in watts, or "unknown"."""
+        nvml, handle = self._nvml, self._handle
+        return _read(lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(handle), 1e-3)  # type: ignore[union-attr]
+
+
+class CpuReader:
+    """Snapshots of the CPUs with the given numbers, from Linux's ``/proc`` and ``/sys``; elsewhere all is "unknown".
+
+    Parameters
+    ----------
+    cpus : iterable of int
+    root : Path
+        Where ``proc`` and ``sys`` lie; tests plant their own.
+    """
+
+    def __init__(self, cpus: Iterable[int], root: Path = Path("/")) -> None:
+        self.cpus = tuple(sorted(cpus))
+        self._root = root
+
+    def snapshot(self) -> Snapshot:
+        """Mean core clock, temperature of the hottest zone, load average and thermal events now."""
+        clocks = [clock for cpu in self.cpus if not isinstance(clock := self._clock_hz(cpu), str)]
+        events = [count for cpu in self.cpus if not isinstance(count := self._events(cpu), str)]
+        return Snapshot(
+            clock_hz=sum(clocks) / len(clocks) if clocks else UNKNOWN,
+            temperature_c=self._temperature_c(),
+            load=_read(
+                lambda: os.getloadavg()[0] if self._root == Path("/") else self._text("proc/loadavg").split()[0]
+            ),
+            throttle_events=sum(events) if events else UNKNOWN,
+            waited_s=self._waited_s(),
+        )
+
+    def _text(self, path: str) -> str:
+        return (self._root / path).read_text(encoding="utf-8", errors="replace")
+
+    def _clock_hz(self, cpu: int) -> Reading:
+        clock = _read(lambda: self._text(f"sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_cur_freq"), 1e3)
+        if clock != UNKNOWN:
+            return clock
+        return _read(lambda: cpuinfo(self._text("proc/cpuinfo"), cpu)["cpu MHz"], 1e6)
+
+    def _events(self, cpu: int) -> Reading:
+        return _read(lambda: self._text(f"sys/devices/system/cpu/cpu{cpu}/thermal_throttle/core_throttle_count"))
+
+    def _waited_s(self) -> Reading:
+        # second field: nanoseconds on a run queue (Linux, Documentation/scheduler/sched-stats.rst); a thread that has ended is missed
+        tasks = (self._root / "proc/self/task").glob("*/schedstat")
+        values = [value for task in tasks if not isinstance(value := _read(_second_field(task), 1e-9), str)]
+        return sum(values) if values else UNKNOWN
+
+    def _temperature_c(self) -> Reading:
+        zones = sorted((self._root / "sys/class/thermal").glob("thermal_zone*/temp"))
+        values = [value for zone in zones if not isinstance(value := _read(zone.read_text, 1e-3), str)]
+        return max(values) if values else UNKNOWN
+
+
+def _second_field(path: Path) -> Callable[[], str]:
+    return lambda: path.read_text(encoding="ascii").split()[1]
+
+
+def cpuinfo(text: str, cpu: int = 0) -> dict[str, str]:
+    """The entry of one processor in the text of ``/proc/cpuinfo``.
+
+    >>> cpuinfo("processor : 0\\ncpu MHz : 2600.0\\n\\nprocessor : 1\\ncpu MHz : 2700.0\\n", 1)["cpu MHz"]
+    '2700.0'
+    """
+    for block in text.split("\n\n"):
+        entry = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in block.splitlines())}
+        if entry.get("processor") == str(cpu):
+            return entry
+    raise KeyError(f"processor {cpu}")

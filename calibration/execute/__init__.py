@@ -1,0 +1,1 @@
+"""Decoders really pruned and really run: upper bounds, comparisons, quality."""

@@ -1,0 +1,1 @@
+"""Records and a datasheet to a calibrated profile."""

@@ -1,0 +1,200 @@
+"""The datasheet part of a measured device's profile: that of the shipped profile whose GPU it is, else facts measured on the spot.
+
+Use :func:`base_profile` before a plan is measured, and :func:`raised` with its records, so that no measured time beats a "peak" that was
+itself only a measurement. Measured facts say so in their source.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from calibration.devices.protocol import Description, Device, Operator
+from calibration.measure.timing import Protocol, measure
+from calibration.records.records import Records
+from calibration.records.screening import work
+from simulator.errors import InputError
+from simulator.hardware.library import load_hardware
+from simulator.hardware.parts import Rate
+from simulator.hardware.profile import HardwareProfile
+from simulator.workload import DTYPES
+
+SHIPPED: tuple[tuple[str, str], ...] = (
+    (r"A100-SXM4-80GB", "a100_sxm_80gb"),
+    (r"A100-SXM4-40GB|A100-SXM-40GB", "a100_sxm_40gb"),
+    (r"A100 80GB PCIe|A100-PCIE-80GB", "a100_pcie_80gb"),
+    (r"H100 PCIe", "h100_pcie"),
+    (r"H100 80GB HBM3|H100 SXM", "h100_sxm"),
+    (r"\bH200\b", "h200_sxm"),
+    (r"\bL40S\b", "l40s"),
+    (r"RTX 4090\b(?! D)", "rtx_4090"),
+    (r"RTX PRO 6000 Blackwell", "rtx_pro_6000"),
+)
+"""Names GPUs give themselves, and the profile with their datasheet."""
+
+MEASURED = "measured on this device by prunesim: the best of its own GEMMs and copies"
+UNKNOWN = "not known of this device; a stand-in that no prediction rests on"
+
+_COLD_SHARE = 1.0 / 16.0
+_MARGIN = 1.05  # over the best of a few shapes: others are a little faster
+_CLOCK_HZ, _POWER_W = 2.5e9, 100.0  # stand-ins: headroom is 1 either way, and power enters no time
+
+
+def shipped_name(device: str) -> str:
+    """Shipped profile of a GPU by the name it gives itself; "" for none.
+
+    >>> shipped_name("NVIDIA H100 80GB HBM3 (132 SM)"), shipped_name("Some CPU")
+    ('h100_sxm', '')
+    """
+    return next((name for pattern, name in SHIPPED if re.search(pattern, device)), "")
+
+
+def base_profile(device: Device, dtype: str, hardware: str = "") -> HardwareProfile:
+    """Facts to measure and to fit a device with.
+
+    Parameters
+    ----------
+    device : Device
+    dtype : str
+        Number format that will be measured.
+    hardware : str
+        Name or path of the profile to use; found by the device's name if left out.
+
+    Returns
+    -------
+    HardwareProfile
+        With a rate for ``dtype``: the datasheet's, or one measured in about a second.
+
+    Raises
+    ------
+    InputError
+        When the device has no such number format.
+    """
+    description = device.describe()
+    if dtype not in device.dtypes():
+        raise InputError(f"--dtype {dtype}: device {device.name} has none; it has {', '.join(device.dtypes())}")
+    known = hardware or shipped_name(description.device)
+    if known:
+        base = load_hardware(known)
+        if dtype in base.rates:
+            return base
+        rate = Rate(_MARGIN * gemm_rate(device, dtype), "int32" if dtype == "int8" else "fp32")
+        return replace(
+            base,
+            rates=MappingProxyType({**base.rates, dtype: rate}),
+            sources=MappingProxyType({**base.sources, f"rates.{dtype}": MEASURED}),
+        )
+    return _measured_profile(device, description, dtype)
+
+
+def _measured_profile(device: Device, description: Description, dtype: str) -> HardwareProfile:
+    snapshot = device.snapshot()
+    clock = snapshot.clock_hz if isinstance(snapshot.clock_hz, float) else _CLOCK_HZ
+    power = snapshot.power_w if isinstance(snapshot.power_w, float) and snapshot.power_w > 1.0 else _POWER_W
+    threads = description.stack.get("threads", "")
+    units = int(threads) if threads.isdecimal() else _first_number(r"\((\d+) SM\)", description.device) or 1
+    facts: dict[str, Any] = {
+        "sm_count": max(units, 1),
+        "boost_clock_hz": clock,
+        "max_clock_hz": clock,
+        "memory_bytes": max(float(round(description.memory_bytes)), 1e8),
+        "bandwidth_bytes_per_s": _MARGIN * bandwidth(device, dtype),
+        "l2_bytes": max(float(description.cache_bytes), 1e6),
+        "power_w": power,
+    }
+    said = "said by the operating system or driver"
+    sources = {
+        "sm_count": said,
+        "boost_clock": said if clock != _CLOCK_HZ else UNKNOWN,
+        "memory": said,
+        "bandwidth": MEASURED,
+        "l2_cache": said,
+        "power": said if power != _POWER_W else UNKNOWN,
+        f"rates.{dtype}": MEASURED,
+    }
+    notes = {"sm_count": "threads used" if threads else "multiprocessors", "memory": "what operands may take"}
+    rate = Rate(_MARGIN * gemm_rate(device, dtype), "int32" if dtype == "int8" else "fp32")
+    architecture = "cpu" if device.name == "cpu" or threads else "ampere"
+    return HardwareProfile(
+        name=re.sub(r"[^a-z0-9_]+", "_", device.name.lower()).strip("_") or "device",
+        title=description.device,
+        vendor=_vendor(description.device),
+        architecture=architecture,
+        aliases=(),
+        rates=MappingProxyType({dtype: rate}),
+        sources=MappingProxyType(sources),
+        notes=MappingProxyType(notes),
+        **facts,
+    )
+
+
+def _vendor(device: str) -> str:
+    return next(
+        (name for name in ("NVIDIA", "Intel", "AMD", "Apple", "ARM") if name.lower() in device.lower()), "unknown"
+    )
+
+
+def _first_number(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    return int(match[1]) if match else 0
+
+
+_QUICK = Protocol(min_window_s=4e-3, precision=0.02, min_samples=5, max_samples=10, time_limit_s=0.5)
+
+
+def gemm_rate(device: Device, dtype: str) -> float:
+    """Best arithmetic rate, FLOP/s, of square GEMMs that grow until one takes a fifth of a second."""
+    best = 0.0
+    for size in (512, 1024, 2048, 3072, 4096, 8192):
+        op = Operator("gemm", dtype, m=size, n=size, k=size)
+        if device.refuses(op):
+            continue
+        seconds = measure(device.prepare(op).sample, _QUICK, device.clock).median_s
+        best = max(best, op.flops / seconds)
+        if seconds > 0.05:
+            break
+    if not best:
+        raise InputError(f"--dtype {dtype}: device {device.name} refuses every square GEMM")
+    return best
+
+
+def bandwidth(device: Device, dtype: str) -> float:
+    """Best rate of memory, bytes/s: a copy (read and written), and a product with one row, which only reads its weights."""
+    best = 0.0
+    for op in (Operator("copy", dtype, n=1 << 27), Operator("gemm", dtype, m=1, n=8192, k=4096)):
+        if not device.refuses(op):
+            best = max(best, op.bytes / measure(device.prepare(op).sample, _QUICK, device.clock).median_s)
+    if not best:
+        raise InputError(f"device {device.name}: neither a copy nor a GEMM in {dtype} could be measured")
+    return best
+
+
+def raised(base: HardwareProfile, records: Records) -> HardwareProfile:
+    """A base whose measured peaks are no lower than what the records reached; peaks of a datasheet stay as they are."""
+    timed = records.select(np.isfinite(records.seconds) & (records.seconds > 0))
+    flops, weights, others = work(timed)
+    gemm = timed.is_operator("gemm")
+    rates: dict[str, Rate] = dict(base.rates)
+    for code in np.unique(timed.dtype[gemm]):
+        dtype = DTYPES[int(code)]
+        if dtype in rates and base.sources.get(f"rates.{dtype}") == MEASURED:
+            rows = gemm & (timed.dtype == code)
+            reached = float(np.max(flops[rows] / timed.seconds[rows]))
+            rates[dtype] = replace(rates[dtype], flop_per_s=max(rates[dtype].flop_per_s, 1.01 * reached))
+    speed = base.bandwidth_bytes_per_s
+    cold = (
+        gemm & timed.cold & (weights > _COLD_SHARE * base.l2_bytes)
+    )  # smaller ones may not have been rotated past the cache
+    if base.sources.get("bandwidth") == MEASURED and cold.any():
+        speed = max(speed, 1.01 * float(np.max((weights + others)[cold] / timed.seconds[cold])))
+    return replace(base, rates=MappingProxyType(rates), bandwidth_bytes_per_s=speed)
+
+
+def facts_of(base: HardwareProfile) -> Mapping[str, float]:
+    """The measured facts of a base as numbers, for a log line."""
+    return {**{f"{d} FLOP/s": r.flop_per_s for d, r in base.rates.items()}, "bytes/s": base.bandwidth_bytes_per_s}

@@ -1,0 +1,1 @@
+"""How accurate a profile is on what it did not see."""

@@ -1,0 +1,45 @@
+"""Ctrl-C taken between two samples, never inside a write."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class Interrupted(Exception):
+    """The user asked for an end; raised between two samples, never inside a write."""
+
+
+class Interrupt:
+    """Turns the first Ctrl-C into a flag that is looked at between samples; a second one ends the program as usual.
+
+    Only the main thread can receive signals; elsewhere the flag is set by :meth:`set` alone.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._old: Any = None
+
+    def set(self, *_: Any) -> None:
+        """Ask for an end."""
+        self.asked = True
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            signal.signal(signal.SIGINT, self._old)
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            self._old = signal.getsignal(signal.SIGINT)
+            signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._old is not None:
+            signal.signal(signal.SIGINT, self._old)

@@ -1,0 +1,87 @@
+"""The few numbers a plan needs to know of a device before it is measured, and the protocol to measure it by."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+
+from calibration.devices.protocol import Description, Device, Operator, OutOfMemory, Unsupported
+from calibration.measure.plan import Rates, check_budget
+from calibration.measure.timing import Protocol, measure
+
+
+def default_protocol(description: Description, budget_s: float) -> Protocol:
+    """The measuring protocol for a device and a budget: short budgets get less time a shape, so that there are enough shapes to fit.
+
+    >>> [round(default_protocol(Description(n, n), b).time_limit_s, 3) for n, b in (("cpu", 120.0), ("cuda:0", 3600.0))]
+    [0.1, 2.0]
+    """
+    check_budget(budget_s)
+    limit = min(2.0, max(0.25, budget_s / 400.0))
+    return Protocol(time_limit_s=limit / default_visits(description))
+
+
+def default_visits(description: Description) -> int:
+    """How often each item of a plan is measured; the CPUs of a machine are rarely one's own, a GPU is.
+
+    >>> default_visits(Description("cpu", "CPU")), default_visits(Description("cuda:0", "GPU"))
+    (3, 1)
+    """
+    return 3 if description.name == "cpu" else 1
+
+
+def probe(device: Device, dtype: str, protocol: Protocol | None = None) -> Rates:
+    """Arithmetic rate, bandwidth and launch time of a device, to plan with.
+
+    A square GEMM grows until it takes five milliseconds, so that a slow number format is not probed for minutes; a copy of 64 MiB, an
+    empty launch and a thin GEMM follow: a CPU rearranges weights for a product, which takes longer than to copy them. Takes about a second.
+    """
+    quick = Protocol(min_window_s=1e-3, precision=0.05, min_samples=6, max_samples=8, time_limit_s=0.2)
+    if protocol is not None:
+        quick = replace(quick, min_window_s=protocol.min_window_s)
+    setups: list[float] = []
+    noises: list[float] = []
+
+    def time_of(op: Operator) -> float | None:
+        """Seconds of a launch; None where the device cannot run it, or not in its memory."""
+        if device.refuses(op):
+            return None
+        start = device.clock()
+        try:
+            prepared = device.prepare(op)
+        except OutOfMemory:
+            return None
+        setups.append(device.clock() - start)
+        timing = measure(prepared.sample, quick, device.clock)
+        noises.append(1.48 * statistics.median(abs(s / timing.median_s - 1.0) for s in timing.samples_s))
+        return timing.median_s
+
+    flop_per_s = 0.0
+    for size in (256, 512, 1024, 2048, 4096):
+        op = Operator("gemm", dtype, m=size, n=size, k=size)
+        seconds = time_of(op)
+        if seconds is not None:
+            flop_per_s = max(flop_per_s, op.flops / seconds)
+            if seconds > 5e-3:
+                break
+    if not flop_per_s:
+        raise Unsupported(
+            f"dtype {dtype}: device {device.name} runs no square GEMM; it has {', '.join(device.dtypes())}"
+        )
+    copy = Operator("copy", dtype, n=1 << 26)
+    copied = time_of(copy)
+    floor = time_of(Operator("launch_eager", dtype, cold=False)) or 5e-6
+    bytes_per_s = copy.bytes / copied if copied else flop_per_s / 100.0
+    thin = Operator("gemm", dtype, m=8, n=2048, k=2048)
+    seconds = time_of(thin)
+    if seconds is not None and seconds > 50.0 * floor:
+        bytes_per_s = min(bytes_per_s, thin.bytes / max(seconds - thin.flops / flop_per_s, 0.25 * seconds))
+    return Rates(
+        flop_per_s,
+        bytes_per_s,
+        floor,
+        # the median, because the first preparation of a number format also fills memory with random data
+        max(1e-3, 1.5 * statistics.median(setups)),
+        device.describe().memory_bytes or float("inf"),
+        statistics.median(noises),
+    )

@@ -1,0 +1,322 @@
+"""Timing as pure functions on number series: warm-up, loop count, interval of the median, stopping rule.
+
+Use :func:`measure` to time anything that offers ``sample(loops) -> seconds per launch``; the parts it is made of
+(:func:`is_warm`, :func:`calibrate_loops`, :func:`median_interval`) are public because each is tested on planted series. Nothing here
+knows a device: the clock is an argument, so a replayed device is timed by the same code in simulated time.
+
+The interval of the median is distribution-free: for n independent samples the order statistics x(l), x(n+1-l) enclose the median
+with probability 1 - 2 P(Binomial(n, 1/2) < l), whatever the noise looks like (H. A. David, H. N. Nagaraja, "Order Statistics", 3rd
+edition, section 7.1). No sample is ever trimmed: an outlier is part of what the machine does, and the median bears it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+OK = "ok"
+NOISY = "noisy"
+
+Sample = Callable[[int], float]
+
+
+class InvalidTiming(ValueError):
+    """A device reported a time that cannot be one: not finite, or not above zero."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How long and how precisely to measure; see :func:`measure`.
+
+    Attributes
+    ----------
+    min_window_s : float, s
+        Shortest span one sample may cover; launches are repeated until it is reached.
+    precision : float
+        Half width of the interval of the median, relative to the median, at which measuring stops.
+    confidence : float
+        Level of that interval.
+    min_samples, max_samples : int
+        Samples taken at least (6 is the fewest for which a 95 % interval of the median exists) and at most.
+    time_limit_s : float, s
+        After this the measurement ends whatever its precision, and is called noisy when the precision was missed.
+    warm_values : int
+        Length of the stretch that must look steady before measuring begins.
+    max_loops : int
+        Upper limit of launches a sample.
+    """
+
+    min_window_s: float = 2e-3
+    precision: float = 0.01
+    confidence: float = 0.95
+    min_samples: int = 8
+    max_samples: int = 400
+    time_limit_s: float = 2.0
+    warm_values: int = 6
+    max_loops: int = 1 << 20
+
+    def __post_init__(self) -> None:
+        checks = {
+            "min_window_s": self.min_window_s > 0,
+            "precision": self.precision > 0,
+            "confidence": 0 < self.confidence < 1,
+            "min_samples": self.min_samples >= 2,
+            "max_samples": self.max_samples >= self.min_samples,
+            "time_limit_s": self.time_limit_s > 0,
+            "warm_values": self.warm_values >= 4,
+            "max_loops": self.max_loops >= 1,
+        }
+        for name, good in checks.items():
+            if not good:
+                raise ValueError(f"protocol {name}: {getattr(self, name)!r} is out of range")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The outcome of :func:`measure`: raw samples and what they say.
+
+    Attributes
+    ----------
+    samples_s : tuple of float, s per launch
+        Every sample after the warm-up, untrimmed, in order.
+    warmup_s : tuple of float, s per launch
+        Samples taken before the series looked steady.
+    loops : int
+        Launches a sample.
+    median_s, lower_s, upper_s : float, s per launch
+        Median of the samples and its interval (infinite on the upper side when there are too few samples for one).
+    status : str
+        ``"ok"``, or ``"noisy"`` when the precision was not reached or the series never looked steady.
+    reason : str
+        Why it is noisy; empty otherwise.
+    elapsed_s : float, s
+        Time spent, warm-up included.
+    """
+
+    samples_s: tuple[float, ...]
+    warmup_s: tuple[float, ...]
+    loops: int
+    median_s: float
+    lower_s: float
+    upper_s: float
+    status: str
+    reason: str
+    elapsed_s: float
+
+    @property
+    def relative_half_width(self) -> float:
+        """Half the width of the interval over the median."""
+        return (self.upper_s - self.lower_s) / (2.0 * self.median_s)
+
+
+@lru_cache(maxsize=4096)
+def interval_rank(count: int, confidence: float = 0.95) -> int:
+    """Rank l (from 1) such that x(l), x(count+1-l) enclose the median at ``confidence``; 0 when no pair does.
+
+    >>> interval_rank(5), interval_rank(6), interval_rank(20)
+    (0, 1, 6)
+    """
+    tail_limit = (1.0 - confidence) / 2.0
+    rank, tail = 0, 0.0
+    for below in range(count // 2 + 1):
+        # lgamma keeps the binomial weight in range for any count
+        tail += math.exp(
+            math.lgamma(count + 1) - math.lgamma(below + 1) - math.lgamma(count - below + 1) - count * math.log(2.0)
+        )
+        if tail > tail_limit:
+            break
+        rank = below + 1
+    return min(rank, count // 2)
+
+
+def median_interval(samples: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """Median of a series and its distribution-free interval.
+
+    Parameters
+    ----------
+    samples : sequence of float, length >= 1
+    confidence : float in (0, 1)
+
+    Returns
+    -------
+    median, lower, upper : float
+        ``lower`` is 0 and ``upper`` infinite when the series is too short for an interval at this level.
+
+    >>> median_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
+    (4.0, 1.0, 7.0)
+    >>> median_interval([1.0, 2.0])
+    (1.5, 0.0, inf)
+    """
+    values = np.sort(np.asarray(samples, dtype=np.float64))
+    if values.size == 0:
+        raise ValueError("median_interval: expected at least one sample, got none")
+    rank = interval_rank(int(values.size), confidence)
+    median = float(np.median(values))
+    if rank == 0:
+        return median, 0.0, math.inf
+    return median, float(values[rank - 1]), float(values[values.size - rank])
+
+
+def _noise(values: NDArray[np.float64]) -> float:
+    """Standard deviation of a series about its own trend, from the differences of neighbours.
+
+    A trend must not count as noise, or a series that drifts would look merely noisy and hence steady.
+    """
+    return float(np.std(np.diff(values))) / math.sqrt(2.0)
+
+
+def is_warm(values: Sequence[float], tolerance: float = 0.01) -> bool:
+    """Whether a stretch of samples looks steady: its first value is no outlier, and its halves agree.
+
+    The first value is an outlier when it lies further from the median of the others than five standard deviations of their noise and
+    further than ``tolerance``; the halves agree when their medians differ by less than three standard errors, or by less than
+    ``tolerance``. Both tests need the tolerance because a quiet clock may repeat one number exactly.
+
+    Parameters
+    ----------
+    values : sequence of float, length >= 4
+        Samples in the order taken.
+    tolerance : float
+        Relative difference too small to matter.
+
+    >>> is_warm([9.0, 1.0, 1.01, 0.99, 1.0, 1.0]), is_warm([1.0, 1.0, 1.01, 0.99, 1.0, 1.0])
+    (False, True)
+    """
+    series = np.asarray(values, dtype=np.float64)
+    if series.size < 4:
+        return False
+    first, rest = series[0], series[1:]
+    middle = float(np.median(rest))
+    slack = tolerance * abs(middle)
+    if abs(first - middle) > max(5.0 * _noise(rest), slack):
+        return False
+    half = series.size // 2
+    early, late = series[:half], series[-half:]
+    # the median's standard error is 1.2533 s / sqrt(count) for normal noise; the difference of two has sqrt(2) of it
+    error = 1.2533 * _noise(series) * math.sqrt(2.0 / half)
+    return abs(float(np.median(early)) - float(np.median(late))) <= max(3.0 * error, slack)
+
+
+def checked(seconds: float) -> float:
+    """The time itself when it can be one, else :class:`InvalidTiming`."""
+    value = float(seconds)
+    if not math.isfinite(value) or value <= 0.0:
+        raise InvalidTiming(f"timing: expected a finite number of seconds above zero, got {value!r}")
+    return value
+
+
+def calibrate_loops(sample: Sample, min_window_s: float, max_loops: int = 1 << 20) -> int:
+    """Launches a sample needs to cover ``min_window_s``.
+
+    Grows at most tenfold a step, because the first launches are slower than those that follow and a count taken from them alone
+    would be too small.
+
+    >>> calibrate_loops(lambda loops: 1e-5 + 1e-6 / loops, 1e-3)
+    100
+    """
+    loops = 1
+    while True:
+        each = checked(sample(loops))
+        if each * loops >= min_window_s or loops >= max_loops:
+            return loops
+        needed = math.ceil(min_window_s / each)
+        # a hundredth of the window short is close enough; chasing it would double the count
+        if needed <= 1.01 * loops:
+            return loops
+        loops = min(max_loops, needed, 10 * loops)
+
+
+def next_look(count: int) -> int:
+    """Sample count at which the stopping rule is asked next.
+
+    Growing by a quarter, not by one: each look is another chance to stop on a lucky interval, and a rule that looks after every sample
+    covers the median far less often than its level says.
+
+    >>> next_look(8), next_look(10)
+    (10, 13)
+    """
+    return max(count + 1, math.ceil(1.25 * count))
+
+
+def measure(sample: Sample, protocol: Protocol | None = None, clock: Callable[[], float] = time.monotonic) -> Timing:
+    """Time a launch: warm up, find the loop count, sample until the median is known well enough or time is up.
+
+    The stretch that first looks steady is kept as the beginning of the samples; what came before is the warm-up. Warming up may take half
+    of the time limit; a series that is not steady by then is measured all the same and called noisy.
+
+    Parameters
+    ----------
+    sample : callable
+        ``sample(loops)`` launches ``loops`` times and returns seconds per launch.
+    protocol : Protocol, optional
+    clock : callable
+        Monotonic seconds.
+
+    Raises
+    ------
+    InvalidTiming
+        A sample is not finite or not above zero.
+
+    Examples
+    --------
+    >>> ticks = iter(range(1000))
+    >>> t = measure(lambda loops: 2e-3, clock=lambda: next(ticks) * 1e-3)
+    >>> t.median_s, t.status, len(t.samples_s)
+    (0.002, 'ok', 8)
+    """
+    p = protocol or Protocol()
+    start = clock()
+    checked(sample(1))  # loads libraries, picks kernels, touches memory: no part of any series
+    loops = calibrate_loops(sample, p.min_window_s, p.max_loops)
+    series: list[float] = []
+    begin, warm = 0, False
+    while not warm and clock() - start < 0.5 * p.time_limit_s and len(series) < p.max_samples:
+        series.append(checked(sample(loops)))
+        begin = max(0, len(series) - p.warm_values)
+        warm = len(series) >= p.warm_values and is_warm(series[begin:], p.precision)
+    warmup, values = series[:begin], series[begin:]
+    look = max(p.min_samples, len(values))
+    while True:
+        in_time = clock() - start < p.time_limit_s
+        while len(values) < look and in_time:
+            values.append(checked(sample(loops)))
+            in_time = clock() - start < p.time_limit_s
+        if not values:
+            values.append(checked(sample(loops)))
+        median, lower, upper = median_interval(values, p.confidence)
+        precise = upper - lower <= 2.0 * p.precision * median
+        if precise or not in_time or len(values) >= p.max_samples:
+            break
+        look = min(p.max_samples, next_look(len(values)))
+    reasons = [] if warm else [f"not steady within {0.5 * p.time_limit_s:g} s"]
+    if not precise:
+        width = (upper - lower) / (2.0 * median)
+        reasons.append(
+            f"interval of the median is {width:.1%} of it, {p.precision:.1%} asked, after {len(values)} samples"
+        )
+    return Timing(
+        samples_s=tuple(values),
+        warmup_s=tuple(warmup),
+        loops=loops,
+        median_s=median,
+        lower_s=lower,
+        upper_s=upper,
+        status=NOISY if reasons else OK,
+        reason="; ".join(reasons),
+        elapsed_s=clock() - start,
+    )
+
+
+def drift(reference_s: float, now_s: float) -> float:
+    """Relative change of an anchor's time since its reference.
+
+    >>> round(drift(1.0, 1.03), 6)
+    0.03
+    """
+    return checked(now_s) / checked(reference_s) - 1.0

@@ -1,0 +1,1 @@
+"""Measured times as tables: imported, stored while they are measured, screened."""

@@ -1,0 +1,115 @@
+"""Figures of single GEMMs: staircases of tiles and waves, and predicted against measured times."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from simulator.figures.paper_parts import Made, NothingToDraw, Paper, interval_text
+from simulator.kernels.gemm import gemm_time
+
+if TYPE_CHECKING:
+    from simulator.figures.staircase import Stairs
+    from simulator.hardware.profile import HardwareProfile
+    from simulator.kernels.gemm import GemmTime
+
+TOKENS = np.arange(1, 513)
+"""Rows of the staircase of tiles: every one, for a step may lie at any."""
+
+MORE_TOKENS = np.arange(16, 4097, 8)
+"""Rows of the staircase of waves."""
+
+
+def staircase(p: Paper) -> Made:
+    """Time and rate of the fused projection over the tokens, and time of the gate projection over its width."""
+    from simulator.figures.staircase import staircase_figure
+
+    panels = [_over_tokens(p, hw, row) for row in ("tiles", "waves") for hw in p.devices]
+    panels += [_over_width(p, hw) for hw in p.devices]
+    used = [hw.name for hw, panel in zip(p.devices, panels) if np.size(panel.measured)]
+    named = "; ".join(f"{name}: {p.measured[name].source}" for name in used)
+    caption = (
+        f"Staircases of tile and wave quantisation, {p.setting.dtype}. Top: time of the fused q, k, v projection of {p.model.name} over "
+        f"the tokens; middle: its rate; bottom: time of the gate projection as width pruning narrows it, cold weights. Line: prediction; "
+        f"band: {interval_text(p)}; dashed: datasheet roofline"
+    )
+    return (
+        staircase_figure(panels, interval=interval_text(p)),
+        caption + (f"; circles: measured ({named})." if named else "."),
+        (),
+    )
+
+
+def _over_tokens(p: Paper, hw: HardwareProfile, row: str) -> Stairs:
+    """The fused q, k, v projection: time of few tokens, or rate of many; weights as warm as in the measurements, where there are any."""
+    from simulator.figures.staircase import Stairs
+
+    n, k = (p.model.heads + 2 * p.model.kv_heads) * p.model.head_dim, p.model.hidden
+    tokens = TOKENS if row == "tiles" else MORE_TOKENS
+    copies, seen_m, seen_s = None, np.zeros(0), np.zeros(0)
+    seen = p.measured.get(hw.name)
+    if seen is not None:
+        rows = np.flatnonzero(seen.of_weight(n, k) & (seen.m <= tokens[-1]))
+        seen_m, seen_s = seen.m[rows], seen.seconds[rows]
+        copies = float(np.median(seen.copies[rows])) if seen.copies is not None and len(rows) else None
+    t = gemm_time(tokens, n, k, hw, dtype=p.setting.dtype, copies=copies, level=p.setting.level)
+    names = {"row": row, "column": hw.name, "x_label": "M (tokens)", "note": f"N {n}, K {k}"}
+    if row == "tiles":
+        return Stairs(
+            **names, y_label="time (µs)", x=tokens, measured_x=seen_m, measured=1e6 * seen_s, **_microseconds(t)
+        )
+    work = 2e-12 * tokens * n * k
+    return Stairs(
+        **names,
+        y_label="TFLOP/s",
+        x=tokens,
+        predicted=work / t.seconds,
+        lower=work / t.upper,
+        upper=work / t.lower,
+        ideal=work / t.roofline_s,
+        measured_x=seen_m,
+        measured=2e-12 * seen_m * n * k / seen_s,
+    )
+
+
+def _over_width(p: Paper, hw: HardwareProfile) -> Stairs:
+    """The gate projection as its output narrows in steps of 16, down to half."""
+    from simulator.figures.staircase import Stairs
+
+    inner, k = p.model.inner, p.model.hidden
+    widths = np.arange(max(16, inner // 32 * 16), inner + 1, 16)
+    t = gemm_time(p.seq, widths, k, hw, dtype=p.setting.dtype, level=p.setting.level)
+    names = {"row": "pruned width", "column": hw.name, "x_label": "N (inner width kept)", "note": f"M {p.seq}, K {k}"}
+    return Stairs(**names, y_label="time (µs)", x=widths, **_microseconds(t))
+
+
+def _microseconds(t: GemmTime) -> dict[str, Any]:
+    """Columns of a staircase from times."""
+    return {"predicted": 1e6 * t.seconds, "lower": 1e6 * t.lower, "upper": 1e6 * t.upper, "ideal": 1e6 * t.roofline_s}
+
+
+def scatter(p: Paper) -> Made:
+    """Every measured GEMM of each device against its prediction."""
+    from simulator.figures.scatter import Cloud, agreement, scatter_figure
+
+    clouds, words = [], []
+    for hw in p.devices:
+        seen = p.measured.get(hw.name)
+        if seen is None:
+            continue
+        predicted = seen.predict(hw, p.setting.dtype)
+        clouds.append(Cloud(hw.name, seen.seconds, predicted, seen.predicted_s is not None))
+        a = agreement(seen.seconds, predicted)
+        words.append(f"{hw.name}: {seen.source}, median error {100 * a.median:.1f} %, bias {100 * a.bias:+.1f} %")
+    if not clouds:
+        raise NothingToDraw(
+            f"predicted against measured: no measured GEMMs of {', '.join(hw.name for hw in p.devices)} (--measured)"
+        )
+    held = all(c.held_out for c in clouds)
+    fitted = "held-out predictions" if held else "some of these rows may have been used to fit the profiles"
+    caption = (
+        f"Predicted against measured times of {p.setting.dtype} GEMMs, and their ratio (dashed: 10 %); colour is "
+        f"the density of rows; {fitted}. {'; '.join(words)}."
+    )
+    return scatter_figure(clouds), caption, ()

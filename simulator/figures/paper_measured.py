@@ -1,0 +1,167 @@
+"""Measured GEMM times that figures show beside predictions: from arrays, or from a CSV or Parquet file.
+
+The simulator ships no measurements (package ``calibration`` does); whoever draws passes them in. A file has columns ``m``, ``n``, ``k`` and
+one of ``seconds``, ``latency_s``, ``latency_ms``, ``latency_us``; optional are ``copies`` (weights used in turn; without it they are
+cold), ``dtype`` and ``weight_dtype`` (names, or codes of :data:`simulator.workload.DTYPES`; without them bf16) and ``predicted_s``
+(a prediction that never saw the row, such as that of a held-out fold). Further columns are ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulator.errors import InputError
+from simulator.files.csv import read_csv
+from simulator.files.parquet import parquet_columns, read_parquet
+from simulator.files.read import read_bounded
+from simulator.kernels.gemm import gemm_time
+from simulator.workload import DTYPES
+
+if TYPE_CHECKING:
+    from simulator.hardware.profile import HardwareProfile
+
+F = NDArray[np.float64]
+
+TIMES: Mapping[str, float] = {"seconds": 1.0, "latency_s": 1.0, "latency_ms": 1e-3, "latency_us": 1e-6}
+"""Columns that may hold the time, and their unit in seconds."""
+
+OPTIONAL = ("copies", "dtype", "weight_dtype", "predicted_s")
+
+
+@dataclass(frozen=True)
+class MeasuredGemms:
+    """Measured GEMMs of one device and number format.
+
+    Attributes
+    ----------
+    source : str
+        Where they are from, for captions.
+    m, n, k : float64 array
+    seconds : float64 array, s
+    copies : float64 array or None
+        Weights used in turn; None: cold.
+    predicted_s : float64 array or None, s
+        Predictions that never saw the row.
+
+    Examples
+    --------
+    >>> one = MeasuredGemms("mine", *(np.array([v]) for v in (8.0, 4096.0, 4096.0, 3e-5)))
+    >>> len(one), one.of_weight(4096, 4096).tolist(), one.of_weight(4096, 1024).tolist()
+    (1, [True], [False])
+    """
+
+    source: str
+    m: F
+    n: F
+    k: F
+    seconds: F
+    copies: F | None = None
+    predicted_s: F | None = None
+
+    def __len__(self) -> int:
+        return len(self.seconds)
+
+    def of_weight(self, n: int, k: int) -> NDArray[np.bool_]:
+        """Mask of the rows with this weight."""
+        mask: NDArray[np.bool_] = (self.n == n) & (self.k == k)
+        return mask
+
+    def predict(self, hw: HardwareProfile, dtype: str = "bf16") -> F:
+        """Predictions of all rows, s: the ones given, else the profile's under the same rotation of weights."""
+        if self.predicted_s is not None:
+            return self.predicted_s
+        return gemm_time(self.m, self.n, self.k, hw, dtype=dtype, copies=self.copies).seconds
+
+
+def read_measured_gemms(path: str | Path, dtype: str = "bf16") -> MeasuredGemms:
+    """Read a file of measured GEMMs.
+
+    Parameters
+    ----------
+    path : str or Path
+        CSV, or Parquet (which needs pyarrow).
+    dtype : str
+        Rows of this format, for activations and weights alike.
+
+    Returns
+    -------
+    MeasuredGemms
+
+    Raises
+    ------
+    InputError
+        When the file cannot be read, a column is missing, a value is not a number above zero, or no row is of the format.
+    """
+    where = Path(path)
+    content, label = read_bounded(where), str(where)
+    columns: Mapping[str, Any]
+    if content[:4] == b"PAR1":
+        columns = parquet_columns(read_parquet(content, label), label, ("m", "n", "k", *TIMES, *OPTIONAL))
+    else:
+        table = read_csv(content, label)
+        columns = {name: table.column(name) for name in table.header}
+    return from_columns(columns, where.name, dtype, label)
+
+
+def from_columns(columns: Mapping[str, Any], source: str, dtype: str = "bf16", label: str = "") -> MeasuredGemms:
+    """Measured GEMMs from named columns; see the module. Messages begin with the label, which is the source if left out.
+
+    Examples
+    --------
+    >>> table = from_columns({"m": [1, 2], "n": [8, 8], "k": [8, 8], "latency_us": [2.0, 3.0], "dtype": ["bf16", "fp8"]}, "mine")
+    >>> len(table), round(1e6 * float(table.seconds[0]), 6)
+    (1, 2.0)
+    """
+    label = label or source
+    time = next((name for name in TIMES if name in columns), None)
+    missing = [name for name in ("m", "n", "k") if name not in columns] + ([] if time else ["seconds"])
+    if missing:
+        raise InputError(f"{label}: column {missing[0]} is missing; expected m, n, k and one of {', '.join(TIMES)}")
+    assert time is not None
+    keep = np.ones(len(columns[time]), dtype=bool)
+    for name in ("dtype", "weight_dtype"):
+        if name in columns:
+            keep &= _formats(columns[name]) == dtype
+    if not keep.any():
+        raise InputError(f"{label}: no row of {dtype}")
+    values = {name: _numbers(columns[name], name, label)[keep] for name in ("m", "n", "k", time)}
+    extra = {name: _numbers(columns[name], name, label)[keep] for name in ("copies", "predicted_s") if name in columns}
+    return MeasuredGemms(
+        source,
+        values["m"],
+        values["n"],
+        values["k"],
+        values[time] * TIMES[time],
+        extra.get("copies"),
+        extra.get("predicted_s"),
+    )
+
+
+def _formats(column: Sequence[Any]) -> NDArray[Any]:
+    """Names of number formats, given as names or codes."""
+    table = np.asarray(column)
+    if table.dtype.kind in "iu":
+        known = np.array([*DTYPES, "unknown"], dtype=object)
+        out: NDArray[Any] = known[np.where((table >= 0) & (table < len(DTYPES)), table, len(DTYPES))]
+        return out
+    return np.array([str(value) for value in table.tolist()], dtype=object)
+
+
+def _numbers(column: Sequence[Any], name: str, source: str) -> F:
+    try:
+        out = np.asarray(column, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"{source}: column {name}: expected numbers") from None
+    size = name in ("m", "n", "k", "copies")
+    low, high, right = (1.0, 2.0**31 - 1, "number from 1 to 2**31 - 1") if size else (1e-15, 1e9, "time above zero")
+    good = (out >= low) & (out <= high)  # not a number is not good
+    if not good.all():
+        bad = int(np.flatnonzero(~good)[0])
+        raise InputError(f"{source}: column {name}, row {bad + 1}: expected a {right}, got {out[bad]:g}")
+    return out

@@ -1,0 +1,119 @@
+"""How figures look: a style sheet, widths of a two-column paper, and one colour, marker and line for each pruning family.
+
+Colours are those of Okabe and Ito ("Color Universal Design", 2008), which colour-blind readers tell apart. Families outnumber them, so a
+family is known by its marker and by fill as well: static families have filled markers and solid lines, dynamic ones hollow markers
+and dashed lines, and the static and dynamic form of the same idea share a colour.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+STYLE_FILE = Path(__file__).with_name("paper.mplstyle")
+
+COLUMN_IN = 3.35
+"""Width of one column, inches."""
+
+PAGE_IN = 7.0
+"""Width of both columns, inches."""
+
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = (
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#F0E442",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+)
+GREY = "#8A8A8A"
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one family is drawn."""
+
+    color: str
+    marker: str
+    line: str = "-"
+    hollow: bool = False
+    label: str = ""
+
+    def marks(self) -> dict[str, Any]:
+        """Keyword arguments of a line with markers."""
+        face = "white" if self.hollow else self.color
+        return {
+            "color": self.color,
+            "marker": self.marker,
+            "linestyle": self.line,
+            "markerfacecolor": face,
+            "markeredgecolor": self.color,
+        }
+
+
+LOOKS: MappingProxyType[str, Look] = MappingProxyType(
+    {
+        "depth": Look(BLUE, "o", label="depth"),
+        "width": Look(VERMILLION, "s", label="width"),
+        "width_cross": Look(ORANGE, "D", label="width, cross-layer"),
+        "semi_structured": Look(GREEN, "^", label="semi-structured 2:4"),
+        "low_rank": Look(PURPLE, "P", label="low rank"),
+        "unstructured": Look(GREY, "X", ":", label="unstructured"),
+        "dynamic_depth": Look(BLUE, "o", "--", True, label="dynamic depth"),
+        "dynamic_width": Look(VERMILLION, "s", "--", True, label="dynamic width"),
+        "sparse_attention": Look(GREEN, "v", "--", True, label="sparse attention"),
+        "token": Look(BLACK, "d", "--", True, label="token"),
+        "kv_cache": Look(SKY, "h", "-", label="KV cache"),
+    }
+)
+"""Look of each family, in the order of legends: static ones first."""
+
+_OTHERS = tuple(
+    Look(color, marker) for color, marker in zip((BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK), "osD^vPX")
+)
+
+
+def look(name: str, index: int = 0) -> Look:
+    """Look of a family, or, for any other name, the one at an index of a cycle.
+
+    >>> look("depth").marker, look("my method", 1).marker
+    ('o', 's')
+    """
+    return LOOKS.get(name, _OTHERS[index % len(_OTHERS)])
+
+
+def label(name: str) -> str:
+    """Name of a family as figures print it.
+
+    >>> label("semi_structured"), label("mine_too")
+    ('semi-structured 2:4', 'mine too')
+    """
+    return LOOKS[name].label if name in LOOKS else name.replace("_", " ")
+
+
+def in_order(names: Any) -> list[str]:
+    """Names without repeats, families in the order of legends, others after them in the order given.
+
+    >>> in_order(["width", "mine", "depth", "width"])
+    ['depth', 'width', 'mine']
+    """
+    once = list(dict.fromkeys(names))
+    known = list(LOOKS)
+    return sorted(once, key=lambda name: known.index(name) if name in LOOKS else len(known))
+
+
+@contextlib.contextmanager
+def paper_style() -> Iterator[None]:
+    """Figures made and saved inside follow the style sheet alone, whatever the user's own settings are."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcParams.update(matplotlib.rcParamsDefault)
+        matplotlib.rcParams.update(matplotlib.rc_params_from_file(STYLE_FILE, use_default_template=False))
+        yield

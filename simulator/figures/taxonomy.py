@@ -1,0 +1,128 @@
+"""The taxonomy as a picture: what each family leaves of M, N and K of every GEMM of a decoder, and which operators it adds.
+
+A row a family, a column an operator, and in each cell three bars for what is kept of M, N and K. What stays whole is a grey line, so that
+the eye finds what shrinks.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from simulator.errors import InputError
+from simulator.figures.style import BLACK, PAGE_IN, label, look, paper_style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+AXES = ("M", "N", "K")
+WHOLE = 0.995
+"""What is kept from this share up counts as whole."""
+
+_ROW_IN, _BAR_IN, _STEP_IN = 0.335, 0.05, 0.088
+
+
+def taxonomy_figure(
+    family: Sequence[str],
+    axis: Sequence[str],
+    operators: Sequence[str],
+    kept: ArrayLike,
+    adds: Sequence[str],
+    *,
+    width_in: float = PAGE_IN,
+) -> Figure:
+    """Draw what families keep of M, N and K.
+
+    Parameters
+    ----------
+    family, axis : sequence of str, one entry a row
+        Names of families and what they change ("static M").
+    operators : sequence of str
+        Names of the columns.
+    kept : array, shape (families, operators, 3), in [0, 1]
+        Share of the logical M, N and K that is left; NaN for an operator that the model lacks.
+    adds : sequence of str, one entry a row
+        Operators the family adds; empty for none.
+    width_in : float
+        Width of the figure in inches.
+
+    Returns
+    -------
+    Figure
+
+    Raises
+    ------
+    InputError
+        When the arrays do not fit together.
+
+    Examples
+    --------
+    >>> figure = taxonomy_figure(["depth"], ["static M"], ["q", "o"], [[[0.75, 1, 1], [0.75, 1, 1]]], [""])
+    >>> sorted({t.get_text() for t in figure.axes[0].texts} & {"M", "N", "K", "75"})
+    ['75', 'K', 'M', 'N']
+    """
+    from matplotlib.figure import Figure
+
+    values = np.asarray(kept, dtype=float)
+    if not family or values.shape != (len(family), len(operators), 3) or not len(family) == len(axis) == len(adds):
+        raise InputError(
+            f"taxonomy: expected a kept share for each of {len(family)} families, {len(operators)} operators, M, N, K"
+        )
+    left, right, top, bottom = 1.30, 1.02, 0.30, 0.05
+    with paper_style():
+        height = top + bottom + _ROW_IN * len(family)
+        figure = Figure(figsize=(width_in, height))
+        ax = figure.add_axes((0, 0, 1, 1))
+        ax.set(xlim=(0, width_in), ylim=(height, 0))
+        ax.axis("off")
+        cell = (width_in - left - right) / len(operators)
+        for j, name in enumerate(operators):
+            ax.text(left + (j + 0.5) * cell, top - 0.09, name, ha="center", va="bottom", fontsize=7, fontweight="bold")
+        ax.text(width_in - right + 0.06, top - 0.09, "adds", ha="left", va="bottom", fontsize=7, fontweight="bold")
+        ax.plot([0.05, width_in - 0.05], [top - 0.04] * 2, color="#444444", linewidth=0.6)
+        for i, name in enumerate(family):
+            y = top + (i + 0.5) * _ROW_IN
+            if i % 2 == 0:
+                ax.axhspan(y - _ROW_IN / 2, y + _ROW_IN / 2, color="#F5F5F5", linewidth=0, zorder=0)
+            style = look(name, i)
+            ax.plot([0.12], [y], **{**style.marks(), "linestyle": "none"}, markersize=4.5)
+            ax.text(0.24, y - 0.012, label(name), ha="left", va="bottom", fontsize=7)
+            ax.text(0.24, y + 0.012, axis[i], ha="left", va="top", fontsize=5.5, color="#5A5A5A")
+            ax.text(
+                width_in - right + 0.06,
+                y,
+                textwrap.fill(adds[i] or "nothing", 20),
+                ha="left",
+                va="center",
+                fontsize=5.5,
+                color=BLACK if adds[i] else "#8A8A8A",
+                linespacing=1.05,
+            )
+            for j in range(len(operators)):
+                _cell(ax, left + j * cell, y, cell, values[i, j], style.color)
+    return figure
+
+
+def _cell(ax: Axes, x: float, y: float, width: float, kept: NDArray[Any], color: str) -> None:
+    """Three bars; the letter of each before it, the per cent left behind it where something is gone."""
+    start, full = x + 0.13, width - 0.13 - 0.19
+    for b, share in enumerate(kept):
+        middle = y + (b - 1) * _STEP_IN
+        if not np.isfinite(share):
+            continue
+        gone = share < WHOLE
+        ax.text(
+            x + 0.11, middle, AXES[b], ha="right", va="center_baseline", fontsize=5, color=BLACK if gone else "#9A9A9A"
+        )
+        if gone:
+            style: dict[str, Any] = {"height": _BAR_IN, "linewidth": 0.4, "align": "center"}
+            ax.barh(middle, full, left=start, facecolor="white", edgecolor=color, **style)
+            ax.barh(middle, full * share, left=start, facecolor=color, edgecolor=color, **style)
+            ax.text(start + full + 0.03, middle, f"{100 * share:.0f}", ha="left", va="center_baseline", fontsize=5)
+        else:
+            ax.plot([start, start + full], [middle] * 2, color="#C4C4C4", linewidth=0.8, solid_capstyle="butt")

@@ -1,0 +1,1 @@
+"""Bounded reads and whole writes: text, CSV, Parquet, YAML that knows where everything stood."""

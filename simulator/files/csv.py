@@ -1,0 +1,140 @@
+"""CSV files as they come, read whole and checked for their form, with the line of every row so that a refusal can name it.
+
+Use :func:`read_csv`; what the cells mean is the business of whoever asks.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from simulator.errors import InputError, one_line
+
+MOST_BYTES = 50_000_000
+"""Largest CSV that is read: some 800,000 measured rows, and half a gigabyte once it is split into cells."""
+
+MOST_COLUMNS = 1000
+
+MOST_CELLS = 12_000_000
+"""Most cells that are kept; rows of fewer than four count as four, since a row takes room too."""
+
+
+@dataclass(frozen=True)
+class CsvTable:
+    """Rows of as many cells as the header has names.
+
+    Attributes
+    ----------
+    label : str
+        Name of the file, for messages.
+    header : tuple of str
+    rows : list of list of str
+        Cells without the blanks around them, each one printable line.
+    lines : list of int
+        Line of the file on which each row ends.
+    """
+
+    label: str
+    header: tuple[str, ...]
+    rows: list[list[str]]
+    lines: list[int]
+
+    def column(self, name: str) -> list[str]:
+        """The cells of a column."""
+        at = self.header.index(name)
+        return [row[at] for row in self.rows]
+
+    def records(self) -> Iterator[tuple[str, dict[str, str]]]:
+        """``file:line`` and the cells of each row by column."""
+        for line, row in zip(self.lines, self.rows):
+            yield f"{self.label}:{line}", dict(zip(self.header, row))
+
+
+def read_csv(content: bytes | str, label: str, required: Sequence[str] = ()) -> CsvTable:
+    """The rows of a CSV with a header; blank lines are passed over.
+
+    Parameters
+    ----------
+    content : bytes or str
+        UTF-8, with or without a mark at its head.
+    label : str
+        Name of the file, for messages.
+    required : sequence of str
+        Columns that must be there.
+
+    Returns
+    -------
+    CsvTable
+
+    Raises
+    ------
+    InputError
+        One line, ``file:line: what is wrong``: no text, no CSV, too large, no header, no row, a column missing or given twice, or a row of
+        another length than the header.
+
+    Examples
+    --------
+    >>> table = read_csv("m, n\\n1,2\\n\\n3,4\\n", "t.csv")
+    >>> table.column("n"), table.lines
+    (['2', '4'], [2, 4])
+    >>> read_csv("m,n\\n1,2,3\\n", "t.csv")
+    Traceback (most recent call last):
+    simulator.errors.InputError: t.csv:2: expected 2 cells, as the header has, got 3
+    """
+    if len(content) > MOST_BYTES:
+        raise InputError(
+            f"{label}: is larger than {MOST_BYTES / 1e6:g} MB, the most that is read as CSV; split it or write Parquet"
+        )
+    try:
+        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+    except UnicodeDecodeError as error:
+        raise InputError(f"{label}: is not CSV: not UTF-8 text (byte {error.start})") from None
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: tuple[str, ...] = ()
+    rows: list[list[str]] = []
+    lines: list[int] = []
+    try:
+        for cells in reader:
+            if not any(cell and not cell.isspace() for cell in cells):
+                continue
+            row = [_cell(cell) for cell in cells]
+            if not header:
+                header = _header(row, f"{label}:{reader.line_num}", required)
+                continue
+            if len(row) != len(header):
+                raise InputError(
+                    f"{label}:{reader.line_num}: expected {len(header)} cells, as the header has, got {len(row)}"
+                )
+            if len(rows) * max(len(header), 4) > MOST_CELLS:
+                raise InputError(
+                    f"{label}:{reader.line_num}: holds more than {MOST_CELLS:.3g} cells; split it or write Parquet"
+                )
+            rows.append(row)
+            lines.append(reader.line_num)
+    except csv.Error as error:
+        raise InputError(f"{label}:{max(reader.line_num, 1)}: is not CSV: {error}") from None
+    if not header:
+        expected = f" with the columns {', '.join(required)}" if required else ""
+        raise InputError(f"{label}: is empty; expected a header{expected}, and rows")
+    if not rows:
+        raise InputError(f"{label}: has a header but no rows")
+    return CsvTable(label, header, rows, lines)
+
+
+def _header(names: list[str], place: str, required: Sequence[str]) -> tuple[str, ...]:
+    if len(names) > MOST_COLUMNS:
+        raise InputError(f"{place}: has {len(names)} columns; expected at most {MOST_COLUMNS}")
+    for name in required:
+        if name not in names:
+            raise InputError(f"{place}: column {name} is missing; expected {', '.join(required)}")
+    if twice := next((name for name in names if name and names.count(name) > 1), None):
+        raise InputError(f"{place}: column {twice!r} appears twice")
+    return tuple(names)
+
+
+def _cell(cell: str) -> str:
+    """A cell as it may be quoted in a message or a report."""
+    cell = cell.strip()
+    return cell if cell.isprintable() and len(cell) <= 4000 else one_line(cell)

@@ -1,0 +1,127 @@
+"""Parquet files as they come, looked at before they take memory. pyarrow is optional, and only these files need it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulator.errors import InputError
+from simulator.files.read import MOST_TABLE_BYTES
+
+MOST_CELLS = 20_000_000
+"""Most values, rows times columns, of a table that is read: 160 MB as float64, a thousand times what ships."""
+
+
+def load_pyarrow() -> tuple[Any, Any]:
+    """``pyarrow`` and ``pyarrow.parquet``, or an error that says how to get them."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError(
+            'a Parquet table needs pyarrow, which is not installed: pip install "prunesim[tables]"'
+        ) from None
+    return pyarrow, pyarrow.parquet
+
+
+def read_parquet(content: bytes, label: str) -> Any:
+    """The plain columns of a Parquet file as a pyarrow table; those of lists and structures are left out.
+
+    Parameters
+    ----------
+    content : bytes
+    label : str
+        Name of the file, for messages.
+
+    Raises
+    ------
+    InputError
+        One line that starts with the label: no Parquet, damaged, a column that is there twice, or larger in memory than accepted.
+    """
+    pa, pq = load_pyarrow()
+    try:
+        file = pq.ParquetFile(io.BytesIO(content))
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        # some columns of a run of one value take a few bytes in the file, and all of them in memory
+        cells = file.metadata.num_rows * max(file.metadata.num_columns, 1)
+        if cells > MOST_CELLS or sum(g.total_byte_size for g in groups) > MOST_TABLE_BYTES:
+            raise InputError(
+                f"{label}: holds {cells:.3g} values, more than {MOST_CELLS:.3g} or {MOST_TABLE_BYTES / 1e6:g} MB; split it"
+            )
+        names = list(file.schema_arrow.names)
+        if len(set(names)) < len(names):
+            raise InputError(f"{label}: column {next(n for n in names if names.count(n) > 1)!r} appears twice")
+        flat = [field for field in file.schema_arrow if not pa.types.is_nested(field.type)]
+        for field in flat:
+            if (
+                pa.types.is_fixed_size_binary(field.type)
+                and field.type.byte_width * file.metadata.num_rows > MOST_TABLE_BYTES
+            ):
+                raise InputError(
+                    f"{label}: column {field.name!r:.60} holds more than {MOST_TABLE_BYTES / 1e6:g} MB; shorten it"
+                )
+        texts = [field.name for field in flat if pa.types.is_string(field.type) or pa.types.is_binary(field.type)]
+        file = pq.ParquetFile(io.BytesIO(content), read_dictionary=texts)
+        table = file.read(
+            columns=[field.name for field in flat], use_threads=False
+        )  # small tables: starting threads would take longer
+        for at, column in enumerate(table.columns):
+            if pa.types.is_dictionary(column.type):
+                table = table.set_column(at, table.field(at).name, _decoded(column, label, pa))
+        return table
+    except InputError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise InputError(f"{label}: cannot be read as Parquet: {_first(error)}") from error
+
+
+def _decoded(column: Any, label: str, pa: Any) -> Any:
+    """A column of texts kept once each as a plain one, if that fits: a long text repeated a million times takes no room in a file."""
+    size = sum(len(chunk) * _longest(chunk.dictionary, pa) for chunk in column.chunks)
+    if size > MOST_TABLE_BYTES:
+        raise InputError(
+            f"{label}: has texts that may take {size / 1e6:.3g} MB in memory, more than {MOST_TABLE_BYTES / 1e6:g}; shorten them"
+        )
+    return pa.chunked_array([chunk.dictionary_decode() for chunk in column.chunks], column.type.value_type)
+
+
+def _longest(values: Any, pa: Any) -> int:
+    """Bytes of the longest of some values."""
+    import pyarrow.compute as compute
+
+    if not len(values):
+        return 0
+    if pa.types.is_string(values.type) or pa.types.is_binary(values.type) or pa.types.is_large_string(values.type):
+        return int(compute.max(compute.binary_length(values)).as_py() or 0)
+    return int(values.nbytes // len(values)) + 1
+
+
+def parquet_columns(table: Any, label: str, wanted: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+    """Columns of a pyarrow table as NumPy arrays: numbers as they are (missing ones NaN), everything else as objects.
+
+    Parameters
+    ----------
+    table : pyarrow.Table
+    label : str
+        Name of the file, for messages.
+    wanted : sequence of str, optional
+        Columns to take, where they are there; all if left out.
+
+    Raises
+    ------
+    InputError
+        Where a column is of a type without a NumPy counterpart.
+    """
+    names = [name for name in table.column_names if wanted is None or name in wanted]
+    try:
+        return {name: np.asarray(table.column(name).to_numpy()) for name in names}
+    except (load_pyarrow()[0].ArrowException, TypeError, ValueError) as error:
+        raise InputError(f"{label}: has a column of a type that cannot be read: {_first(error)}") from None
+
+
+def _first(error: BaseException) -> str:
+    return (str(error).splitlines() or ["damaged"])[0]

@@ -1,0 +1,1 @@
+"""A device as data: facts of its datasheet, what was fitted on it, and the YAML and arrays both are kept in."""

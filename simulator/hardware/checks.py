@@ -1,0 +1,140 @@
+"""Whether the arrays of a profile's section are what its cost model reads: names, shapes and values.
+
+A profile may come from anywhere. What passes :func:`check_arrays` cannot fail in a cost model, nor make a time that is zero, infinite or no
+number; what does not is refused when the profile is read, with one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Arrays = Mapping[str, NDArray[Any]]
+
+MOST_LOG = 5.0
+"""Largest log factor between a model and a measurement that is taken at face value: a factor of 148."""
+
+_MOST_PLACE = 1e6  # coordinates are logarithms, indices and shares: none is near
+_LEAST_STEP = 1e-3
+
+
+def check_arrays(operator: str, arrays: Arrays) -> None:
+    """Refuse arrays that the cost model of an operator could not use; names it does not know are left alone.
+
+    Parameters
+    ----------
+    operator : str
+        One of :data:`simulator.hardware.OPERATORS`.
+    arrays : mapping of str to array
+
+    Raises
+    ------
+    ValueError
+        One line: which array, and what was expected.
+
+    Examples
+    --------
+    >>> check_arrays("elementwise", {"start": np.array(14.0), "values": np.zeros((7, 4))})
+    >>> check_arrays("elementwise", {"values": np.zeros((7, 4))})
+    Traceback (most recent call last):
+    ValueError: array start is missing beside values
+    """
+    if operator == "gemm":
+        _check_gemm(arrays)
+    elif operator in ("attention_prefill", "attention_decode"):
+        _check_attention(arrays)
+    elif operator == "elementwise":
+        _check_elementwise(arrays)
+
+
+def _check_gemm(arrays: Arrays) -> None:
+    # late: cost modules are upper layers
+    from simulator.hardware.constants import AXES
+    from simulator.hardware.constants import EXACT_NAMES as NAMES
+    from simulator.kernels.exact import exact_of
+    from simulator.kernels.lattice import residual_of
+
+    if "exact_m" in arrays:
+        exact_of(arrays)
+        _bound(arrays, NAMES[-1], 0.0, MOST_LOG)
+        _bound(arrays, NAMES[-2], 1e-12, 1e9)
+    if "terms" not in arrays:
+        return
+    _need(arrays, "terms", "grids", "values", "measured_m")
+    terms, grids = arrays["terms"], np.asarray(arrays["grids"], dtype=np.float64)
+    _shape("terms", terms, terms.ndim == 2 and 1 <= terms.shape[1] <= 3 and len(terms) >= 1, "(lattices, up to 3)")
+    _shape("grids", grids, grids.shape == (*terms.shape, 3), f"{(*terms.shape, 3)}")
+    used = terms >= 0
+    if terms.dtype.kind not in "iu" or terms.min() < -1 or terms.max() >= len(AXES) or not used.any(axis=1).all():
+        raise ValueError(f"array terms: expected whole numbers from -1 to {len(AXES) - 1}, at least one axis a lattice")
+    start, step, nodes = grids[used].T
+    if not ((np.abs(start) <= _MOST_PLACE) & (step >= _LEAST_STEP) & (step <= _MOST_PLACE)).all():
+        raise ValueError(
+            f"array grids: expected starts within {_MOST_PLACE:g} and steps from {_LEAST_STEP:g} to {_MOST_PLACE:g}"
+        )
+    values = np.asarray(arrays["values"])
+    _shape("values", values, values.ndim == 1, "(nodes,)")
+    if not ((nodes >= 2) & (nodes <= values.size) & (nodes == np.floor(nodes))).all():
+        raise ValueError(
+            "array grids: expected whole numbers of nodes, at least 2 on each axis and no more than there are values"
+        )
+    if float(np.where(used, grids[..., 2], 1.0).prod(axis=1).sum()) != values.size:
+        raise ValueError("array values: expected as many values as the grids have nodes")
+    _bound(arrays, "values", -MOST_LOG, MOST_LOG)
+    _shape(
+        "measured_m",
+        arrays["measured_m"],
+        np.ndim(arrays["measured_m"]) == 1 and np.size(arrays["measured_m"]) >= 1,
+        "(sizes,)",
+    )
+    _bound(arrays, "measured_m", 1.0, 2.0**31)
+    residual_of(arrays)
+
+
+def _check_attention(arrays: Arrays) -> None:
+    if "values" not in arrays:
+        return
+    _need(arrays, "values", "start", "step")
+    values = arrays["values"]
+    _shape("values", values, values.ndim == 3 and values.size > 0, "(a, b, c), at least one each")
+    for name in ("start", "step"):
+        _shape(name, arrays[name], arrays[name].shape == (3,), "(3,)")
+    _bound(arrays, "values", -MOST_LOG, MOST_LOG)
+    _bound(arrays, "start", -_MOST_PLACE, _MOST_PLACE)
+    _bound(arrays, "step", _LEAST_STEP, _MOST_PLACE)
+
+
+def _check_elementwise(arrays: Arrays) -> None:
+    if "values" not in arrays:
+        return
+    from simulator.hardware.constants import CLASSES, FIRST_CLASSES
+
+    _need(arrays, "values", "start")
+    values, rows = arrays["values"], len(CLASSES)
+    good = values.ndim == 2 and FIRST_CLASSES <= values.shape[0] <= rows and values.shape[1] >= 1
+    _shape("values", values, good, f"({rows}, nodes)")
+    _shape("start", arrays["start"], arrays["start"].shape == (), "a single number")
+    _bound(arrays, "values", -MOST_LOG, MOST_LOG)
+    _bound(arrays, "start", -_MOST_PLACE, _MOST_PLACE)
+
+
+def _need(arrays: Arrays, first: str, *others: str) -> None:
+    for name in others:
+        if name not in arrays:
+            raise ValueError(f"array {name} is missing beside {first}")
+
+
+def _shape(name: str, array: NDArray[Any], good: bool, expected: str) -> None:
+    if not good:
+        raise ValueError(f"array {name}: expected the shape {expected}, got {np.shape(array)}")
+
+
+def _bound(arrays: Arrays, name: str, low: float, high: float) -> None:
+    array = np.asarray(arrays[name], dtype=np.float64)
+    if array.size and not (low <= array.min() and array.max() <= high):
+        raise ValueError(
+            f"array {name}: expected values from {low:g} to {high:g}, got {array.min():g} to {array.max():g}"
+        )

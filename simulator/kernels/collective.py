@@ -1,0 +1,88 @@
+"""Collectives between devices: alpha-beta over the profile's link. What to use: :func:`collective_time`.
+
+An all-reduce takes the better of two algorithms, as inference engines do: one-shot (every device reads everything from all others) for
+small payloads, reduce-scatter plus all-gather (two steps, 2 (n-1)/n of the payload on the wire) for large ones.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from simulator.errors import InputError, unknown
+from simulator.hardware.constants import COLLECTIVE_CONSTANTS
+from simulator.kernels.optime import BOUNDS, OpTime
+
+if TYPE_CHECKING:
+    from simulator.hardware.profile import HardwareProfile
+
+KINDS: tuple[str, ...] = ("all_reduce", "send", "all_gather")
+"""Collectives that can be timed."""
+
+
+_LINK = BOUNDS.index("link")
+_LAUNCH = BOUNDS.index("launch")
+
+
+def collective_time(payload_bytes: Any, devices: Any, hw: HardwareProfile, *, kind: str = "all_reduce") -> OpTime:
+    """Time of one collective.
+
+    Parameters
+    ----------
+    payload_bytes : array_like, bytes
+        all_reduce: what each device holds; send: what is sent; all_gather: what each device holds in the end.
+    devices : array_like
+        Devices taking part, at least 1 (1: nothing happens, 0 s).
+    hw : HardwareProfile
+        The device; its link must hold that many.
+    kind : {"all_reduce", "send", "all_gather"}
+
+    Returns
+    -------
+    OpTime
+
+    Raises
+    ------
+    InputError
+        For an unknown kind, a device without a link, or more devices than the link connects.
+    """
+    if kind not in KINDS:
+        raise unknown("collective", kind, KINDS)
+    payload = np.asarray(payload_bytes, dtype=np.float64)
+    count = np.asarray(devices, dtype=np.float64)
+    payload, count = np.broadcast_arrays(payload, count)
+    link = hw.link
+    if link is None:
+        if np.any(count > 1):
+            raise InputError(f"{hw.name} has no link to other devices; expected 1 device, got {int(count.max())}")
+        zero = np.zeros(payload.shape)
+        return OpTime(zero, zero, zero, zero, np.full(payload.shape, _LINK, dtype=np.int8))
+    if np.any(count > link.max_devices):
+        raise InputError(f"{hw.name}: its {link.kind} connects {link.max_devices} devices, got {int(count.max())}")
+    c = {name: constant.default(hw.architecture) for name, constant in COLLECTIVE_CONSTANTS.items()}
+    others = np.maximum(count - 1.0, 0.0)
+    share = others / np.maximum(count, 1.0)
+    rate = c["e_link"] * link.bandwidth_bytes_per_s * np.ones_like(count)
+    steps_two = np.full(count.shape, 2.0)
+    if "nvlink" not in link.kind.lower():
+        rate = rate * (2.0 / np.maximum(count, 2.0)) ** c["pcie_sharing"]
+        steps_two = 2.0 * np.maximum(others, 1.0)
+    step = max(c["step_s"], link.latency_s)
+    if kind == "all_reduce":
+        one = others * payload / rate + step
+        two = 2.0 * share * payload / rate + steps_two * step
+        moved, wire = np.minimum(one, two), 2.0 * share * payload
+    elif kind == "all_gather":
+        moved, wire = share * payload / rate + 0.5 * steps_two * step, share * payload
+    else:
+        moved, wire = payload / rate + step, payload
+    busy = count > 1
+    seconds = np.where(busy, c["t0_s"] + moved, 0.0)
+    roofline = np.where(busy, wire / link.bandwidth_bytes_per_s, 0.0)
+    spread = math.log(c["spread"])
+    bound = np.where(seconds > 2.0 * (c["t0_s"] + step), _LINK, _LAUNCH).astype(np.int8)
+    return OpTime(
+        seconds, np.maximum(seconds * math.exp(-spread), roofline), seconds * math.exp(spread), roofline, bound
+    )

@@ -1,0 +1,95 @@
+"""Configurations of well-known models (shape keys of their Hugging Face ``config.json``, with the repository in ``_source``)."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from simulator.errors import InputError, unknown
+from simulator.models.config import ModelConfig
+from simulator.models.huggingface import from_hf_config, read_config
+
+
+def _key(name: str) -> str:
+    """Names that differ in case, ``-``, ``_``, ``.`` or spaces are the same name."""
+    return re.sub(r"[-_. ]+", "", name).lower()
+
+
+@lru_cache(maxsize=1)
+def _aliases() -> Mapping[str, str]:
+    out: dict[str, str] = {}
+    for file in resources.files(__package__).iterdir():
+        if file.name.endswith(".json"):
+            name = file.name.removesuffix(".json")
+            text = json.loads(file.read_text(encoding="utf-8"))
+            for other in (name, text["_source"].rsplit("/", 1)[-1], *text.get("_aliases", ())):
+                out[_key(other)] = name
+    return MappingProxyType(out)
+
+
+@lru_cache(maxsize=128)
+def _shipped(name: str) -> ModelConfig:
+    file = resources.files(__package__) / f"{name}.json"
+    return from_hf_config(json.loads(file.read_text(encoding="utf-8")), f"{name}.json", name)
+
+
+@lru_cache(maxsize=1)
+def list_models() -> tuple[str, ...]:
+    """Names of the shipped models, sorted.
+
+    >>> "llama-3.1-8b" in list_models()
+    True
+    """
+    return tuple(sorted(set(_aliases().values())))
+
+
+def load_model(source: str | os.PathLike[str] | Mapping[str, Any] | ModelConfig) -> ModelConfig:
+    """A model by name, or from a Hugging Face ``config.json``.
+
+    Parameters
+    ----------
+    source : str, path or mapping
+        A name of :func:`list_models` (case, ``-``, ``_``, ``.`` and spaces do not matter; a Hugging Face id such as
+        ``meta-llama/Llama-3.1-8B`` works too), a ``config.json``, a folder with one, or its parsed content.
+
+    Raises
+    ------
+    InputError
+        One line: what is wrong, and what would be right.
+
+    Examples
+    --------
+    >>> load_model("meta-llama/Llama-3.1-8B").parameters
+    8030261248
+    """
+    if isinstance(source, ModelConfig):
+        return source
+    if isinstance(source, Mapping):
+        return from_hf_config(source)
+    if not isinstance(source, str):
+        if not isinstance(source, os.PathLike):
+            raise InputError(f"model: expected a name, a path or a configuration, got {type(source).__name__}")
+        return read_config(source)
+    if "\0" in source or not source.strip():
+        raise InputError(f"model {source!r} is not a name or a path; known names: {', '.join(list_models())}")
+    name = _aliases().get(_key(source.rsplit("/", 1)[-1]))
+    explicit = source.startswith((".", "/", "~")) or source.endswith((".json", "/", os.sep))
+    if name is not None and not explicit:
+        return _shipped(name)
+    if explicit or _exists(source):
+        return read_config(source)
+    raise unknown("model", source, list_models())
+
+
+def _exists(source: str) -> bool:
+    try:
+        return Path(source).exists()
+    except OSError:  # a name too long for a path
+        return False

@@ -1,0 +1,327 @@
+"""The two claims of "Beyond FLOPs" (arXiv 2606.09080), tested on any model and device: a verdict with its numbers.
+
+Use :func:`bound_claim` for (a): in memory-bound inference static depth pruning is the strongest baseline and stays closest to its
+theoretical bound; :func:`order_claim` for (b): along the prefill frontier of speed and quality come static depth, then dynamic depth, then
+static width. A claim *holds* or *does not hold* where all ends of the intervals say so, is *undecided* where they differ or where a
+family it speaks of has no quality data, and *does not apply* where its condition is not met.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from simulator.errors import InputError
+from simulator.predict.pareto import Front, Point, bands, fronts, judge
+from simulator.predict.table import Record, table
+
+if TYPE_CHECKING:
+    from simulator.hardware.profile import HardwareProfile
+    from simulator.models.config import ModelConfig
+    from simulator.predict.quality import Axis, QualityTable
+    from simulator.predict.settings import Setting
+
+HOLDS, FAILS, UNDECIDED, NOT_APPLICABLE, NO_DATA = "holds", "does not hold", "undecided", "does not apply", "no data"
+
+CLAIMS: Mapping[str, str] = MappingProxyType(
+    {
+        "bound": "in memory-bound inference static depth is the strongest baseline and stays closest to its theoretical bound",
+        "order": "along the prefill frontier come static depth (0-4 % quality loss), dynamic depth (5-16 %), static width (17-26 %)",
+    }
+)
+"""What is claimed, by name of the claim."""
+
+SPARSITIES: tuple[float, ...] = (0.125, 0.25, 0.5)
+"""Fractions removed at which (a) is tested: whole layers of models with a multiple of eight of them."""
+
+LEAST_GAIN = 0.05
+"""A family whose bound promises less than this has nothing to come close to, and takes no part in (a)."""
+
+CLOSE = 0.005
+"""Efficiencies and speedups that differ by less than this, relatively, count as equal."""
+
+GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"static depth": ("depth",), "dynamic depth": ("dynamic_depth",), "static width": ("width", "width_cross")}
+)
+"""Families that (b) speaks of, in the order claimed."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A claim tested once.
+
+    Attributes
+    ----------
+    claim : {"bound", "order"}
+    model, hardware, phase, batch, seq
+        Where it was tested.
+    verdict : str
+        ``holds``, ``does not hold``, ``undecided``, ``does not apply`` or ``no data``.
+    predicted : str
+        ``holds`` or ``does not hold`` by the predicted values alone, without their intervals, among the families that have data.
+    numbers : str
+        The numbers that decide it.
+    missing : tuple of str
+        What the claim speaks of that has no data.
+    axis : str
+        Metric and protocol, for (b).
+    source : str
+        Where its quality rows are from.
+    calibrated : bool
+        Whether the profile was fitted on the device's own measurements.
+    """
+
+    claim: str
+    model: str
+    hardware: str
+    phase: str
+    batch: int
+    seq: int
+    verdict: str
+    predicted: str
+    numbers: str
+    missing: tuple[str, ...] = ()
+    axis: str = ""
+    source: str = ""
+    calibrated: bool = False
+
+
+# -- (a) ---------------------------------------------------------------------------------------------------------------------------
+
+
+def bound_claim(
+    model: str | ModelConfig,
+    hardware: Sequence[str | HardwareProfile],
+    phase: Sequence[str] = ("prefill", "decode"),
+    batch: Sequence[int] = (1, 64),
+    seq: Sequence[int] = (2048,),
+    *,
+    sparsity: Sequence[float] = SPARSITIES,
+    setting: Setting | None = None,
+) -> tuple[Verdict, ...]:
+    """Claim (a) for every device, phase, batch and length.
+
+    Parameters
+    ----------
+    model, hardware, phase, batch, seq, setting
+        As in :func:`simulator.predict.table.table`.
+    sparsity : sequence of float
+        Fractions at which families are compared; the claim holds when it holds at each.
+
+    Returns
+    -------
+    tuple of Verdict
+        Where memory does not hold most of the time the verdict is ``does not apply``, with the numbers all the same.
+
+    Examples
+    --------
+    >>> (v,) = bound_claim("llama-3.1-8b", ["h100"], ["prefill"], [1])
+    >>> v.verdict
+    'does not apply'
+    """
+    found = table([model], hardware, ["all"], sparsity, phase, batch, seq, setting=setting)
+    groups: dict[tuple[str, str, int, int], list[Record]] = {}
+    for r in found:
+        groups.setdefault((r.hardware, r.phase, r.batch, r.seq), []).append(r)
+    return tuple(_bound_verdict(records) for records in groups.values())
+
+
+def _bound_verdict(records: Sequence[Record]) -> Verdict:
+    depth = [r for r in records if r.family == "depth"]
+    found, predicted, sentences = [], [], []
+    for own in depth:
+        rivals = [
+            r
+            for r in records
+            if r.sparsity == own.sparsity and r.family != "depth" and r.roofline_bound - 1 >= LEAST_GAIN
+        ]
+        if own.roofline_bound - 1 < LEAST_GAIN or not rivals:
+            continue
+        for measure in (efficiency, _speedup):
+            found.append(compare(own, rivals, measure))
+            predicted.append(compare(own, rivals, lambda r, measure=measure: (measure(r)[1],) * 3))
+        sentences.append(_at(own, rivals))
+    first = records[0]
+    decided = FAILS if FAILS in found else HOLDS if found and set(found) == {HOLDS} else UNDECIDED
+    bound = [r.limit for r in depth]
+    verdict = decided if bound and all(limit == "memory" for limit in bound) else NOT_APPLICABLE
+    reason = "" if verdict != NOT_APPLICABLE else f"bound by {'/'.join(dict.fromkeys(bound))}; "
+    return Verdict(
+        "bound",
+        first.model,
+        first.hardware,
+        first.phase,
+        first.batch,
+        first.seq,
+        verdict,
+        FAILS if FAILS in predicted else HOLDS,
+        reason + "; ".join(sentences),
+        calibrated=first.calibrated,
+    )
+
+
+def efficiency(r: Record) -> tuple[float, float, float]:
+    """Share of the roofline bound's gain that is granted, at most 1: at the low end of the interval, predicted, at the high end."""
+    gain = r.roofline_bound - 1.0
+    low, value, high = (min((s - 1.0) / gain, 1.0) for s in (r.speedup_lower, r.speedup, r.speedup_upper))
+    return low, value, high
+
+
+def _speedup(r: Record) -> tuple[float, float, float]:
+    return r.speedup_lower, r.speedup, r.speedup_upper
+
+
+def compare(own: Record, rivals: Sequence[Record], measure: object) -> str:
+    """Whether one record is at least as good as every rival by a measure (low, value, high), at all ends of the intervals.
+
+    >>> from types import SimpleNamespace as R
+    >>> compare(R(x=(1, 1, 1)), [R(x=(0.5, 0.7, 0.9))], lambda r: r.x), compare(R(x=(1, 1, 1)), [R(x=(0.9, 1.1, 1.3))], lambda r: r.x)
+    ('holds', 'undecided')
+    """
+    assert callable(measure)
+    low, _, high = measure(own)
+    ends = [measure(r) for r in rivals]
+    slack = CLOSE * max(abs(high), 1.0)
+    if all(low >= end[2] - slack for end in ends):
+        return HOLDS
+    if any(end[0] > high + slack for end in ends):
+        return FAILS
+    return UNDECIDED
+
+
+def _at(own: Record, rivals: Sequence[Record]) -> str:
+    """The numbers at one sparsity: depth, the family closest to its bound after it, and the fastest one."""
+    near, fast = max(rivals, key=lambda r: efficiency(r)[1]), max(rivals, key=lambda r: r.speedup)
+
+    def share(r: Record) -> str:
+        low, value, high = (100 * e for e in efficiency(r))
+        return f"{value:.0f} %" if high - low < 1 else f"{value:.0f} % ({low:.0f} to {high:.0f})"
+
+    def speed(r: Record) -> str:
+        interval = (
+            f" ({r.speedup_lower:.2f}-{r.speedup_upper:.2f})" if r.speedup_upper - r.speedup_lower >= 0.01 else ""
+        )
+        return f"{r.speedup:.2f}x{interval}"
+
+    return (
+        f"{100 * own.sparsity:g} %: depth {speed(own)}, {share(own)} of its bound; next closest {near.family} {share(near)}; "
+        f"next fastest {fast.family} {speed(fast)}"
+    )
+
+
+# -- (b) ---------------------------------------------------------------------------------------------------------------------------
+
+
+def order_claim(
+    model: str | ModelConfig,
+    hardware: Sequence[str | HardwareProfile],
+    quality: QualityTable,
+    axis: Axis,
+    batch: Sequence[int] = (1,),
+    seq: Sequence[int] = (2048,),
+    *,
+    setting: Setting | None = None,
+) -> tuple[Verdict, ...]:
+    """Claim (b) on one axis of quality, for every device, batch and length of a prefill.
+
+    Parameters
+    ----------
+    model, hardware, batch, seq, setting
+        As in :func:`simulator.predict.pareto.fronts`.
+    quality, axis
+        Rows of one model, and the metric and protocol.
+
+    Returns
+    -------
+    tuple of Verdict
+    """
+    found, _ = fronts(model, hardware, quality, axis, ["prefill"], batch, seq, setting=setting)
+    return tuple(order_verdict(front) for front in found)
+
+
+def group_of(family: str) -> str:
+    """The group of (b) that a family belongs to; empty for none.
+
+    >>> group_of("width_cross"), group_of("low_rank")
+    ('static width', '')
+    """
+    return next((name for name, members in GROUPS.items() if family in members), "")
+
+
+def order_verdict(front: Front) -> Verdict:
+    """Claim (b) on one frontier.
+
+    The frontier is taken among the families that the claim speaks of; others on the whole frontier are named. It is judged with the
+    predicted speedups and with every group's at either end of its interval.
+    """
+    own = [p for p in front.points if group_of(p.family)]
+    present = [name for name, members in GROUPS.items() if any(p.family in members for p in own)]
+    missing = tuple(name for name in GROUPS if name not in present)
+    result = Verdict(
+        "order",
+        front.model,
+        front.hardware,
+        front.phase,
+        front.batch,
+        front.seq,
+        NO_DATA,
+        "",
+        "",
+        missing,
+        str(front.axis),
+        "; ".join(dict.fromkeys(p.source for p in front.points)),
+        front.calibrated,
+    )
+    if len(present) < 2:
+        return replace(result, numbers=f"only {present[0]}" if present else "none of the families")
+    outcomes = {
+        sequence(_moved(own, ends)) == present for ends in [None, *itertools.product((0, 1), repeat=len(present))]
+    }
+    verdict = (
+        UNDECIDED if len(outcomes) > 1 or (outcomes == {True} and missing) else HOLDS if outcomes == {True} else FAILS
+    )
+    text = "; ".join(_band(b.family, b.low, b.high) for b in bands(judge(own)) if group_of(b.family))
+    others = sorted({p.family for p in front.points if p.optimal and not group_of(p.family)})
+    parts = [text or "nothing beats the dense model"]
+    if missing and outcomes == {True}:
+        parts.append("the order of those with data is the one claimed")
+    if others:
+        parts.append(f"also on the frontier: {', '.join(others)}")
+    return replace(
+        result, verdict=verdict, predicted=HOLDS if sequence(own) == present else FAILS, numbers="; ".join(parts)
+    )
+
+
+def sequence(points: Sequence[Point]) -> list[str]:
+    """Groups of (b) along a frontier by rising loss; one that comes back is listed again."""
+    names = [group_of(b.family) for b in bands(judge(points)) if group_of(b.family)]
+    return [name for name, _ in itertools.groupby(names)]
+
+
+def _moved(points: Sequence[Point], ends: tuple[int, ...] | None) -> list[Point]:
+    """Points with every group's speedups at the low (0) or high (1) end of their intervals; as predicted for None."""
+    if ends is None:
+        return list(points)
+    present = [name for name in GROUPS if any(group_of(p.family) == name for p in points)]
+    end = dict(zip(present, ends))
+    return [replace(p, speedup=p.speedup_upper if end[group_of(p.family)] else p.speedup_lower) for p in points]
+
+
+def _band(family: str, low: float, high: float) -> str:
+    return f"{family} from {100 * low:.3g} %" + ("" if math.isinf(high) else f" to {100 * high:.3g} %")
+
+
+def axes_to_test(quality: QualityTable) -> tuple[Axis, ...]:
+    """Axes with at least two of the groups of (b); raises :class:`InputError` when the table has no rows."""
+    if not quality.rows:
+        raise InputError(f"{quality.name}: has no rows")
+    out = []
+    for axis in quality.axes():
+        groups = {group_of(r.family) for r in quality.on_axis(axis).rows} - {""}
+        if len(groups) >= 2:
+            out.append(axis)
+    return tuple(out)

@@ -1,0 +1,195 @@
+"""Single matrix products as records: time, interval, rate, limit, and the steps from the roofline to the time.
+
+Use :func:`gemm_table` for every combination of sizes and devices, :func:`gemm_points` for the GEMMs of a workload on a roofline;
+:func:`simulator.gemm_time` is the array function beneath.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulator.errors import InputError, unknown
+from simulator.hardware.library import load_hardware
+from simulator.kernels.gemm import gemm_ladder, gemm_time
+from simulator.kernels.stream import cost_batch
+from simulator.workload import DTYPES, ROLES, Kernel, Kind, Workload, dtype_code
+
+if TYPE_CHECKING:
+    from simulator.hardware.profile import HardwareProfile
+
+LARGEST = 2**31 - 1
+"""Largest size of a matrix: real kernels index with 32 bits."""
+
+
+@dataclass(frozen=True)
+class GemmPoints:
+    """GEMM shapes of a workload on a roofline.
+
+    Attributes
+    ----------
+    role : tuple of str
+        What each GEMM is.
+    intensity : float64 array, FLOP/byte
+        Arithmetic intensity.
+    achieved_flop_per_s : float64 array, FLOP/s
+        Useful FLOPs over predicted time.
+    share : float64 array
+        Share of the workload's GEMM time, sum 1.
+    """
+
+    role: tuple[str, ...]
+    intensity: NDArray[np.float64]
+    achieved_flop_per_s: NDArray[np.float64]
+    share: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class GemmRecord:
+    """One product y[M,N] = x[M,K] w[K,N] on one device."""
+
+    m: int
+    n: int
+    k: int
+    hardware: str
+    dtype: str
+    weight_dtype: str
+    semi_structured: bool  # 2:4 weights on sparse tensor cores
+    cold: bool  # weights come from memory, not from the L2 cache
+    seconds: float
+    lower_s: float
+    upper_s: float
+    roofline_s: float
+    limit: str
+    flop_per_s: float  # FLOPs that are not multiplications by zero, over the time
+    peak_flop_per_s: float  # dense datasheet rate
+    bandwidth_bytes_per_s: float
+    intensity: float  # FLOP/byte
+    ladder_s: Mapping[str, float]  # time with each effect and all before it
+
+
+def gemm_table(
+    m: Sequence[int],
+    n: Sequence[int],
+    k: Sequence[int],
+    hardware: Sequence[str | HardwareProfile],
+    *,
+    dtype: str = "bf16",
+    weight_dtype: str | None = None,
+    semi_structured: bool = False,
+    cold: bool = True,
+    level: float = 0.9,
+) -> tuple[GemmRecord, ...]:
+    """Every combination of sizes, on every device.
+
+    Parameters
+    ----------
+    m, n, k : sequence of int
+        Tokens, output features, input features; from 1 to :data:`LARGEST`.
+    hardware : sequence of str or HardwareProfile
+    dtype, weight_dtype : str
+        Number format of activations and arithmetic, and of stored weights (the same if left out).
+    semi_structured : bool
+        2:4 weights on sparse tensor cores.
+    cold : bool
+        Weights come from memory.
+    level : float
+        Level of the interval.
+
+    Returns
+    -------
+    tuple of GemmRecord
+
+    Raises
+    ------
+    InputError
+        For sizes out of range, unknown names, and formats that a device does not compute in.
+
+    Examples
+    --------
+    >>> (r,) = gemm_table([2048], [4096], [4096], ["h100"])
+    >>> r.roofline_s < r.seconds < r.upper_s
+    True
+    """
+    for name, values in (("M", m), ("N", n), ("K", k)):
+        for value in values:
+            if not 1 <= value <= LARGEST:
+                raise InputError(f"{name} {value}: expected a whole number from 1 to {LARGEST}")
+    for given in (dtype, weight_dtype):
+        if given is not None and given not in DTYPES:
+            raise unknown("dtype", given, DTYPES)
+    shapes = np.array(list(dict.fromkeys(itertools.product(m, n, k))), dtype=np.int64)
+    devices = list({hw.name: hw for hw in (load_hardware(h) if isinstance(h, str) else h for h in hardware)}.values())
+    weight, kernel, density = (
+        weight_dtype or dtype,
+        Kernel.SPARSE24 if semi_structured else Kernel.DENSE,
+        0.5 if semi_structured else 1.0,
+    )
+    rows = Workload.from_columns(
+        role=["q"] * len(shapes),
+        m=shapes[:, 0],
+        n=shapes[:, 1],
+        k=shapes[:, 2],
+        kernel=kernel,
+        density=density,
+        dtype=dtype_code(dtype),
+        weight_dtype=dtype_code(weight),
+    )
+    out = []
+    for hw in devices:
+        peak = hw.peak_flop_per_s(dtype)
+        path = {"dtype": dtype, "weight_dtype": weight, "kernel": rows.kernel, "density": rows.density, "cold": cold}
+        time = gemm_time(rows.m, rows.n, rows.k, hw, **path, level=level)  # type: ignore[arg-type]
+        ladder = gemm_ladder(rows.m, rows.n, rows.k, hw, **path)  # type: ignore[arg-type]
+        for i, (rows_m, rows_n, rows_k) in enumerate(shapes.tolist()):
+            out.append(
+                GemmRecord(
+                    rows_m,
+                    rows_n,
+                    rows_k,
+                    hw.name,
+                    dtype,
+                    weight,
+                    semi_structured,
+                    cold,
+                    float(time.seconds[i]),
+                    float(time.lower[i]),
+                    float(time.upper[i]),
+                    float(time.roofline_s[i]),
+                    str(time.limits[i]),
+                    float(rows.flops[i] / time.seconds[i]),
+                    peak,
+                    hw.bandwidth_bytes_per_s,
+                    float(rows.flops[i] / rows.bytes[i]),
+                    {step: float(column[i]) for step, column in ladder.items()},
+                )
+            )
+    return tuple(out)
+
+
+def gemm_points(workload: Workload, hw: HardwareProfile, runtime: str = "cuda_graph") -> GemmPoints:
+    """GEMMs of a workload as points of a roofline; those that pruning adds (routers) are left out.
+
+    Examples
+    --------
+    >>> from simulator import load_model, lower
+    >>> w = lower(load_model("llama-3.1-8b"), phase="decode", batch=1, seq=2048)
+    >>> points = gemm_points(w, load_hardware("h100"))
+    >>> bool((points.intensity < 2).all()), round(float(points.share.sum()), 9)
+    (True, 1.0)
+    """
+    rows = np.flatnonzero((workload.kind == Kind.GEMM) & (workload.count > 0) & ~workload.overhead)
+    chosen = workload.take(rows)
+    (cost,) = cost_batch([chosen], hw, runtime)
+    seconds = cost.seconds * chosen.count
+    return GemmPoints(
+        tuple(ROLES[code] for code in chosen.role),
+        chosen.flops / chosen.bytes,
+        chosen.flops / seconds,
+        seconds / seconds.sum(),
+    )

@@ -1,0 +1,399 @@
+"""Quality tables: what pruning costs in quality, one measured point a row, read from CSV and checked.
+
+Use :func:`load_quality` for a shipped table (by name) or a user's own (by path), :meth:`QualityTable.of_model` to choose a model and
+:meth:`QualityTable.axes` for the (metric, protocol) pairs that it has. Two numbers are comparable only on one axis: the same metric
+under the same protocol, hence over the same dense value. A table that breaks this is refused with the line that does.
+
+Columns: ``method`` (name of the method), ``family`` (of section "pruning"), ``model``, ``sparsity`` (fraction removed), ``metric``,
+``higher_is_better`` (true or false), ``dense`` and ``pruned`` (value of the metric), ``protocol`` (how it was measured: data, length,
+calibration, fine-tuning), ``source`` (where the row is from). Optional: ``relative_loss`` (checked against the two values), ``options``
+(of the family, ``name=value`` separated by semicolons), ``note``. Further columns are ignored.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from simulator.errors import InputError, unknown
+from simulator.files.csv import read_csv
+from simulator.files.read import read_bounded
+from simulator.pruning import FAMILIES
+
+FOLDER = Path(__file__).with_name("published")
+"""Where the shipped tables lie."""
+
+REQUIRED: tuple[str, ...] = (
+    "method",
+    "family",
+    "model",
+    "sparsity",
+    "metric",
+    "higher_is_better",
+    "dense",
+    "pruned",
+    "protocol",
+    "source",
+)
+COLUMNS: tuple[str, ...] = (*REQUIRED[:8], "relative_loss", *REQUIRED[8:], "options", "note")
+"""Columns of a table as :func:`table_text` writes them."""
+
+LOSS_TOLERANCE = 5e-4
+"""A written relative loss may differ from that of the two values by so much, absolutely or relatively: tables print few digits."""
+
+_TRUTH = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
+
+
+@dataclass(frozen=True, order=True)
+class Axis:
+    """What may share an axis of a figure: one metric under one protocol."""
+
+    metric: str
+    protocol: str
+
+    def __str__(self) -> str:
+        return f"{self.metric} [{self.protocol}]"
+
+
+@dataclass(frozen=True)
+class QualityRow:
+    """Quality of one pruned model.
+
+    Attributes
+    ----------
+    method, family, model : str
+        Name of the method, its family, the model.
+    sparsity : float, [0, 1)
+        Fraction removed, as the source counts it.
+    metric, protocol : str
+        What was measured, and how.
+    higher_is_better : bool
+        True for an accuracy, false for a perplexity.
+    dense, pruned : float
+        Values of the metric.
+    source : str
+        Where the row is from.
+    options : mapping
+        Options of the family that the method needs, such as ``residual_projections``.
+    note : str
+        What else the source says.
+    """
+
+    method: str
+    family: str
+    model: str
+    sparsity: float
+    metric: str
+    higher_is_better: bool
+    dense: float
+    pruned: float
+    protocol: str
+    source: str
+    options: tuple[tuple[str, Any], ...] = ()
+    note: str = ""
+
+    @property
+    def relative_loss(self) -> float:
+        """Drop of the metric (rise of a perplexity) relative to the dense model; below 0 where pruning did good."""
+        return relative_loss(self.dense, self.pruned, self.higher_is_better)
+
+    @property
+    def axis(self) -> Axis:
+        """The axis on which the row may be compared."""
+        return Axis(self.metric, self.protocol)
+
+
+def relative_loss(dense: float, pruned: float, higher_is_better: bool) -> float:
+    """Relative loss of quality.
+
+    Parameters
+    ----------
+    dense, pruned : float
+        Values of one metric under one protocol; dense > 0.
+    higher_is_better : bool
+
+    Returns
+    -------
+    float
+        (dense - pruned) / dense, with the sign turned where lower is better.
+
+    Examples
+    --------
+    >>> round(relative_loss(69.0, 62.24, True), 3), round(relative_loss(5.47, 5.89, False), 3)
+    (0.098, 0.077)
+    """
+    return ((dense - pruned) if higher_is_better else (pruned - dense)) / dense
+
+
+@dataclass(frozen=True)
+class QualityTable:
+    """Rows of a table, and its name for messages."""
+
+    rows: tuple[QualityRow, ...]
+    name: str = "quality table"
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Models there are rows of, in order of their names."""
+        return tuple(sorted({r.model for r in self.rows}))
+
+    def of_model(self, model: str) -> QualityTable:
+        """The rows of one model (its name without regard to case); :class:`InputError` when there are none."""
+        rows = tuple(r for r in self.rows if r.model.lower() == model.lower())
+        if not rows:
+            raise InputError(f"{self.name}: {unknown('model', model, self.models)}")
+        return replace(self, rows=rows)
+
+    def axes(self) -> tuple[Axis, ...]:
+        """Axes there are points on: those with most families first, then most points."""
+        on: dict[Axis, list[QualityRow]] = {}
+        for r in self.rows:
+            on.setdefault(r.axis, []).append(r)
+        return tuple(sorted(on, key=lambda a: (-len({r.family for r in on[a]}), -len(on[a]), a)))
+
+    def on_axis(self, axis: Axis) -> QualityTable:
+        """The rows on one axis."""
+        return replace(self, rows=tuple(r for r in self.rows if r.axis == axis))
+
+
+def choose_axis(table: QualityTable, metric: str = "", protocol: str = "", *, strict: bool = False) -> Axis:
+    """The axis that a metric and a protocol, or unique parts of their names, describe.
+
+    Parameters
+    ----------
+    table : QualityTable
+        Rows of one model.
+    metric, protocol : str
+        Part of the names without regard to case; empty for any.
+    strict : bool
+        Refuse a choice that leaves several axes; otherwise the one with most families and points is taken.
+
+    Returns
+    -------
+    Axis
+
+    Raises
+    ------
+    InputError
+        When no axis fits, or several do and ``strict`` is set: metrics and protocols are never mixed.
+
+    Examples
+    --------
+    >>> choose_axis(load_quality("published").of_model("llama-2-7b"), "zero-shot", "SLEB").protocol
+    'SLEB Table 2, no fine-tuning'
+    """
+    axes = table.axes()
+    fitting = [a for a in axes if metric.lower() in a.metric.lower() and protocol.lower() in a.protocol.lower()]
+    exact = [a for a in fitting if metric.lower() == a.metric.lower()]
+    if metric and exact:
+        fitting = exact
+    listed = "; ".join(map(str, fitting or axes))
+    if not fitting:
+        asked = " and ".join(f"{kind} {text!r}" for kind, text in (("metric", metric), ("protocol", protocol)) if text)
+        raise InputError(f"{table.name}: no rows with {asked}; there are: {listed}")
+    if strict and len(fitting) > 1:
+        raise InputError(f"{table.name}: mixed metrics or protocols; choose one with --metric and --protocol: {listed}")
+    return fitting[0]
+
+
+# -- files ------------------------------------------------------------------------------------------------------------------------
+
+
+def list_quality() -> tuple[str, ...]:
+    """Names of the shipped tables.
+
+    >>> "published" in list_quality()
+    True
+    """
+    return tuple(sorted(p.stem for p in FOLDER.glob("*.csv")))
+
+
+def load_quality(name_or_path: str | Path) -> QualityTable:
+    """A shipped table by name, or any by path.
+
+    Parameters
+    ----------
+    name_or_path : str or Path
+        One of :func:`list_quality`, or a CSV file.
+
+    Returns
+    -------
+    QualityTable
+
+    Raises
+    ------
+    InputError
+        One line ``file:line: column: what is wrong``.
+
+    Examples
+    --------
+    >>> len(load_quality("published").of_model("llama-2-7b")) > 20
+    True
+    """
+    name = str(name_or_path)
+    shipped = FOLDER / f"{name}.csv"
+    path = shipped if shipped.is_file() and "/" not in name else Path(name_or_path)
+    if not path.exists():
+        if path.suffix:
+            raise InputError(
+                f"{path}: no such file; expected a quality table (CSV), or one of {', '.join(list_quality())}"
+            )
+        raise unknown("quality table", name, list_quality())
+    return read_quality(read_bounded(path), str(path))
+
+
+def shipped_quality(model: str) -> QualityTable:
+    """All shipped rows of a model, those measured by this project first.
+
+    >>> shipped_quality("llama-2-7b").models
+    ('llama-2-7b',)
+    """
+    tables = [load_quality(name) for name in sorted(list_quality(), key=lambda n: n == "published")]
+    rows = tuple(r for t in tables for r in t.rows)
+    return QualityTable(rows, "shipped quality tables").of_model(model)
+
+
+def read_quality(text: bytes | str, name: str = "quality table") -> QualityTable:
+    """A table from the text of a CSV file; see the module for its columns and :func:`load_quality` for its errors."""
+    table = read_csv(text, name, REQUIRED)
+    rows: list[QualityRow] = []
+    for place, cells in table.records():
+        try:
+            rows.append(_row(cells))
+        except InputError as error:
+            raise InputError(f"{place}: {error}") from None
+    _check_together(rows, table.lines, name)
+    return QualityTable(tuple(rows), name)
+
+
+def _row(cells: Mapping[str, str]) -> QualityRow:
+    for column in ("method", "family", "model", "metric", "protocol", "source"):
+        if not cells[column]:
+            raise InputError(f"{column}: is empty")
+    if cells["family"] not in FAMILIES:
+        raise InputError(f"family: {unknown('family', cells['family'], FAMILIES)}")
+    sparsity, dense, pruned = (_number(cells, c) for c in ("sparsity", "dense", "pruned"))
+    if not 0.0 <= sparsity < 1.0:
+        hint = f"; for {sparsity:g} % write {sparsity / 100:g}" if 1.0 < sparsity < 100.0 else ""
+        raise InputError(f"sparsity: expected a fraction in [0, 1), got {cells['sparsity']}{hint}")
+    if dense <= 0.0:
+        raise InputError(f"dense: expected a number above 0, got {cells['dense']}")
+    if pruned < 0.0:
+        raise InputError(f"pruned: expected a number from 0 up, got {cells['pruned']}")
+    truth = cells["higher_is_better"].lower()
+    if truth not in _TRUTH:
+        raise InputError(f"higher_is_better: expected true or false, got {cells['higher_is_better']!r}")
+    row = QualityRow(
+        cells["method"],
+        cells["family"],
+        cells["model"],
+        sparsity,
+        cells["metric"],
+        _TRUTH[truth],
+        dense,
+        pruned,
+        cells["protocol"],
+        cells["source"],
+        parse_options(cells.get("options", ""), cells["family"]),
+        cells.get("note", ""),
+    )
+    if not math.isfinite(row.relative_loss):
+        raise InputError(f"dense: {cells['dense']} is too small beside pruned {cells['pruned']} for a ratio")
+    if cells.get("relative_loss"):
+        written = _number(cells, "relative_loss")
+        if abs(written - row.relative_loss) > LOSS_TOLERANCE * max(1.0, abs(row.relative_loss)):
+            raise InputError(
+                f"relative_loss: {written:g} does not follow from dense and pruned, which give {row.relative_loss:.4f}"
+            )
+    return row
+
+
+def _number(cells: Mapping[str, str], column: str) -> float:
+    try:
+        value = float(cells[column])
+    except ValueError:
+        raise InputError(f"{column}: expected a number, got {cells[column]!r}") from None
+    if not math.isfinite(value):
+        raise InputError(f"{column}: expected a finite number, got {cells[column]}")
+    return value
+
+
+def parse_options(text: str, family: str) -> tuple[tuple[str, Any], ...]:
+    """Options of a family from ``name=value`` texts separated by semicolons.
+
+    >>> parse_options("residual_projections=true", "width_cross")
+    (('residual_projections', True),)
+    """
+    out: dict[str, Any] = {}
+    for part in filter(None, (p.strip() for p in text.split(";"))):
+        name, equals, value = (p.strip() for p in part.partition("="))
+        if not equals or name not in FAMILIES[family].options:
+            known = ", ".join(FAMILIES[family].options) or "none"
+            raise InputError(f"options: expected name=value; options of family {family} are: {known}; got {part!r}")
+        whole = re.fullmatch(r"-?[0-9]{1,18}", value)  # str.isdigit also takes what int refuses
+        out[name] = {"true": True, "false": False}.get(value.lower(), int(value) if whole else value)
+    return tuple(out.items())
+
+
+def _check_together(rows: Sequence[QualityRow], numbers: Sequence[int], name: str) -> None:
+    """Rows that share an axis must share its direction and its dense value, and none may occur twice."""
+    direction: dict[str, tuple[bool, int]] = {}
+    dense: dict[tuple[str, Axis], tuple[float, int]] = {}
+    seen: dict[tuple[Any, ...], int] = {}
+    for row, number in zip(rows, numbers):
+        way, first = direction.setdefault(row.metric, (row.higher_is_better, number))
+        if way != row.higher_is_better:
+            raise InputError(
+                f"{name}:{number}: higher_is_better: mixed metric: line {first} says {str(way).lower()} of {row.metric!r}"
+            )
+        value, first = dense.setdefault((row.model, row.axis), (row.dense, number))
+        if not math.isclose(value, row.dense, rel_tol=1e-6):
+            both = f"{row.dense:g} here, {value:g} in line {first}"
+            raise InputError(f"{name}:{number}: dense: mixed metric or protocol: {both} for {row.model}, {row.axis}")
+        key = (row.method, row.family, row.model, row.sparsity, row.axis, row.options)
+        first = seen.setdefault(key, number)
+        if first != number:
+            raise InputError(
+                f"{name}:{number}: is a second value for {row.method} at sparsity {row.sparsity:g} (line {first})"
+            )
+
+
+def table_text(rows: Iterable[QualityRow]) -> str:
+    """CSV text of rows, with :data:`COLUMNS`.
+
+    >>> row = QualityRow("m", "depth", "x", 0.25, "ppl", False, 5.0, 6.0, "p", "s")
+    >>> read_quality(table_text([row])).rows == (row,)
+    True
+    """
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for r in rows:
+        options = ";".join(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in r.options)
+        writer.writerow(
+            [
+                r.method,
+                r.family,
+                r.model,
+                f"{r.sparsity:.10g}",
+                r.metric,
+                str(r.higher_is_better).lower(),
+                f"{r.dense:.10g}",
+                f"{r.pruned:.10g}",
+                f"{r.relative_loss:.6f}",
+                r.protocol,
+                r.source,
+                options,
+                r.note,
+            ]
+        )
+    return out.getvalue()

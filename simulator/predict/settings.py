@@ -1,0 +1,92 @@
+"""How a model is run, and the checks of the values that say so: phases, batches, lengths, number formats, devices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from simulator.errors import InputError, unknown
+from simulator.models.lower import lower
+from simulator.workload import DTYPES, RUNTIMES
+
+if TYPE_CHECKING:
+    from simulator.models.config import ModelConfig
+    from simulator.workload import Workload
+
+T = TypeVar("T")
+
+PARALLEL: tuple[str, ...] = ("tensor", "pipeline")
+MAX_TOKENS = 2**31 - 1
+"""Tokens of a pass (batch x sequence) that the cost models are meant for: row indices of real kernels are 32-bit."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model is run: what :func:`simulator.lower` and the runtime need, besides phase, batch and length."""
+
+    new_tokens: int = 128
+    runtime: str = "cuda_graph"
+    dtype: str = "bf16"
+    weight_dtype: str | None = None
+    kv_dtype: str | None = None
+    devices: int = 1
+    parallel: str = "tensor"
+    fuse_qkv: bool = False
+    fuse_gate_up: bool = False
+    level: float = 0.9
+
+    def __post_init__(self) -> None:
+        one_of("runtime", self.runtime, RUNTIMES)
+        one_of("parallel", self.parallel, PARALLEL)
+        for name, dtype in (("dtype", self.dtype), ("weight dtype", self.weight_dtype), ("kv dtype", self.kv_dtype)):
+            if dtype is not None:
+                one_of(name, dtype, DTYPES)
+        whole_number("new tokens", self.new_tokens, 1_000_000)
+        whole_number("devices", self.devices, 100_000)
+        if not 0.0 < self.level < 1.0:
+            raise InputError(f"level {self.level!r}: expected a number between 0 and 1, such as 0.9")
+
+    def lower(self, model: ModelConfig, phase: str, batch: int, seq: int) -> Workload:
+        """The dense workload of a model in this setting."""
+        return lower(
+            model,
+            phase=phase,
+            batch=batch,
+            seq=seq,
+            new_tokens=self.new_tokens if phase == "generate" else 0,
+            dtype=self.dtype,
+            weight_dtype=self.weight_dtype,
+            kv_dtype=self.kv_dtype,
+            fuse_qkv=self.fuse_qkv,
+            fuse_gate_up=self.fuse_gate_up,
+            devices=self.devices,
+            parallel=self.parallel,
+        )
+
+
+def once(values: Iterable[T]) -> tuple[T, ...]:
+    """Values without repeats, in order."""
+    return tuple(dict.fromkeys(values))
+
+
+def one_of(kind: str, name: str, choices: Sequence[str]) -> str:
+    if name not in choices:
+        raise unknown(kind, name, choices)
+    return name
+
+
+def check_fraction(value: float) -> float:
+    """A fraction in [0, 1)."""
+    if not (math.isfinite(value) and 0.0 <= value < 1.0):
+        hint = f"; for {value:g} % write {value / 100:g}" if 1.0 < value < 100.0 else ""
+        raise InputError(f"sparsity {value:g}: expected a fraction in [0, 1), such as 0.25{hint}")
+    return float(value)
+
+
+def whole_number(name: str, value: int, largest: int = MAX_TOKENS) -> int:
+    """A whole number from 1 up."""
+    if not 1 <= value <= largest:
+        raise InputError(f"{name} {value}: expected a whole number from 1 to {largest}")
+    return int(value)

@@ -1,0 +1,88 @@
+"""Predictions in words: numbers with their units, titles of settings, the sentence of an explanation, rows as CSV.
+
+What the command line, the page and the report show to people is worded here, once. Nothing here computes a prediction.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from simulator.units import finite, percent
+
+if TYPE_CHECKING:
+    from simulator.predict.table import Explanation, Record
+
+LOSS = 0.985
+"""A step that takes more than this factor off is worth a word."""
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------------------
+
+
+# -- sentences --------------------------------------------------------------------------------------------------------------------
+
+
+def setting_title(r: Record) -> str:
+    """What a group of records is a prediction of."""
+    new = f" + {r.new_tokens} new" if r.phase == "generate" else ""
+    spread = f", {r.devices} devices ({r.parallel})" if r.devices > 1 else ""
+    formats = (
+        r.dtype
+        if r.weight_dtype == r.kv_dtype == r.dtype
+        else f"{r.dtype}, weights {r.weight_dtype}, cache {r.kv_dtype}"
+    )
+    ideal = ", pruning overheads left out" if r.ideal else ""
+    return f"{r.model}, {r.phase}, batch {r.batch}, seq {r.seq}{new}, {formats}, {r.runtime}{spread}{ideal}"
+
+
+def uncalibrated(records: Sequence[Record]) -> tuple[str, ...]:
+    """The note on devices whose prediction rests on something that was not fitted there; none where all are calibrated."""
+    names = list(dict.fromkeys(r.hardware for r in records if not r.calibrated))
+    return (
+        (f"{', '.join(names)}: not calibrated for everything this needs; the intervals are wide for it",)
+        if names
+        else ()
+    )
+
+
+def conclusion(e: Explanation) -> str:
+    """One plain sentence: what is promised, what is predicted, and what took the most."""
+    r, losses = e.record, sorted((s for s in e.steps[1:] if s.factor < LOSS), key=lambda s: s.factor)
+    gains = [s for s in e.steps[1:] if s.factor > 1 / LOSS and s.name != "rounding"]
+    verdict = f"predicted {r.speedup:.2f}x ({r.speedup_lower:.2f}-{r.speedup_upper:.2f})"
+    text = f"{r.family} at {percent(r.sparsity)} promises {e.steps[0].speedup:.2f}x, {verdict} on {r.hardware}, held by {r.limit}"
+    if losses:
+        text += ": lost to " + _and([f"{s.name} (x{s.factor:.2f})" for s in losses[:3]])
+    elif r.speedup > 1:
+        text += ": nearly all of it is granted"
+    if gains:
+        text += f"{';' if losses else ','} helped by " + _and([f"{s.name} (x{s.factor:.2f})" for s in gains[:2]])
+    if r.speedup_upper < 1:
+        text += "; the pruned model is slower"
+    elif r.speedup_lower <= 1 and r.sparsity > 0:
+        text += "; whether it is faster at all is within the interval"
+    return text + "."
+
+
+def _and(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------------------
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A CSV table with a header, numbers in full; what is missing or not finite is empty.
+
+    >>> csv_text([{"a": 0.1, "b": None}])
+    'a,b\\n0.1,\\n'
+    """
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(rows[0])
+    for row in rows:
+        writer.writerow(["" if finite(v) is None else repr(v) if isinstance(v, float) else v for v in row.values()])
+    return out.getvalue()

@@ -1,0 +1,474 @@
+"""The real decoder: each pruned forward pass against a dense one in float64, written out, whose removed parts are masked."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+
+import numpy as np  # noqa: E402
+from decoder_reference import ALL, BATCH, CONFIG, LAYERS, PROMPT, TOKENS, Masks, check, reference, run  # noqa: E402
+
+import simulator  # noqa: E402
+from calibration.devices.attention import layout_mask  # noqa: E402
+from calibration.devices.protocol import Unsupported  # noqa: E402
+from calibration.execute.decoder import (
+    DYNAMIC,
+    STATIC,
+    Decoder,
+    decode,
+    from_weights,
+    prefill,
+    prune_decoder,
+    random_decoder,
+    routed,
+    time_decoder,
+)
+from calibration.execute.decoder.families import two_of_four  # noqa: E402
+from calibration.execute.decoder.model import Cache, State  # noqa: E402
+from calibration.measure.timing import Protocol  # noqa: E402
+from simulator.errors import InputError  # noqa: E402
+from simulator.pruning import FAMILIES  # noqa: E402
+from simulator.workload import ROLES, Kind  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads of a tiny model wait for each other longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def dense() -> Decoder:
+    return random_decoder(CONFIG, dtype="fp32", seed=1)
+
+
+# -- dense ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_dense_prefill_and_decode_equal_the_reference(dense: Decoder) -> None:
+    check(run(dense)[0], reference(dense, TOKENS))
+
+
+def test_tied_biased_and_normed_models() -> None:
+    config = replace(CONFIG, tied=True, qkv_bias=True, qk_norm=True)
+    made = random_decoder(config, dtype="fp32", seed=2)
+    assert made.head is made.embedding
+    check(run(made)[0], reference(made, TOKENS))
+
+
+def test_bf16_is_near_fp32() -> None:
+    exact, short = (random_decoder(CONFIG, dtype=dtype, seed=1) for dtype in ("fp32", "bf16"))
+    first, second = run(exact)[0], run(short)[0].float()
+    assert second.dtype == torch.float32
+    assert float((first - second).norm() / first.norm()) < 0.05
+
+
+def test_parameters_are_the_model_s(dense: Decoder) -> None:
+    total = dense.embedding.numel() + dense.head.numel() + dense.final_norm.numel()
+    for _, _, projection in dense.projections():
+        total += projection.weight.numel()
+    total += sum(
+        layer.attention.norm.numel() + layer.mlp.norm.numel() for layer in dense.layers if layer.attention and layer.mlp
+    )
+    assert total == CONFIG.parameters
+
+
+def test_a_checkpoint_s_names(dense: Decoder) -> None:
+    weights = {
+        "model.embed_tokens.weight": dense.embedding,
+        "model.norm.weight": dense.final_norm,
+        "lm_head.weight": dense.head,
+    }
+    for number, layer in enumerate(dense.layers):
+        assert layer.attention is not None
+        assert layer.mlp is not None
+        at = f"model.layers.{number}"
+        weights |= {f"{at}.self_attn.{n}_proj.weight": getattr(layer.attention, n).weight for n in "qkvo"}
+        weights |= {f"{at}.mlp.{n}_proj.weight": getattr(layer.mlp, n).weight for n in ("gate", "up", "down")}
+        weights |= {
+            f"{at}.input_layernorm.weight": layer.attention.norm,
+            f"{at}.post_attention_layernorm.weight": layer.mlp.norm,
+        }
+    loaded = from_weights(CONFIG, weights, dtype="fp32")
+    assert torch.equal(run(loaded)[0], run(dense)[0])
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(InputError, match=r"no weight 'model.layers.1.mlp.up_proj.weight'"):
+        from_weights(CONFIG, weights, dtype="fp32")
+
+
+def test_rewinding_repeats_a_step(dense: Decoder) -> None:
+    _, state = prefill(dense, TOKENS[:, :PROMPT], room=1)
+    mark = state.mark()
+    first = decode(dense, TOKENS[:, PROMPT : PROMPT + 1], state)
+    state.rewind(mark)
+    assert torch.equal(first, decode(dense, TOKENS[:, PROMPT : PROMPT + 1], state))
+
+
+# -- static families --------------------------------------------------------------------------------------------------------------
+
+
+def _masked(decoder: Decoder, number: int, part: str, role: str, weight: Any) -> Decoder:
+    """The decoder with one weight replaced."""
+    layers = list(decoder.layers)
+    sublayer = getattr(layers[number], part)
+    projection = replace(getattr(sublayer, role), factors=(weight,))
+    layers[number] = replace(layers[number], **{part: replace(sublayer, **{role: projection})})
+    return replace(decoder, layers=tuple(layers))
+
+
+def _zeroed(decoder: Decoder, number: int, part: str, role: str, rows: Any = ALL, columns: Any = ALL) -> Decoder:
+    weight = getattr(getattr(decoder.layers[number], part), role).weight.clone()
+    weight[rows, columns] = 0.0
+    return _masked(decoder, number, part, role, weight)
+
+
+def _missing(rows: Any, among: Any) -> Any:
+    """Numbers of the rows of ``among`` that are not in ``rows``."""
+    there = (among[:, None] == rows[None]).all(-1).any(1)
+    assert int(there.sum()) == len(rows)  # every row kept is one of the dense ones
+    return (~there).nonzero().squeeze(1)
+
+
+@pytest.mark.parametrize("unit", ["layer", "attention", "mlp"])
+@pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.7])
+def test_depth(dense: Decoder, unit: str, sparsity: float) -> None:
+    many = round(sparsity * LAYERS + 1e-9)
+    masked = dense
+    for number in range(LAYERS - 1 - many, LAYERS - 1):
+        if unit != "mlp":
+            masked = _zeroed(masked, number, "attention", "o")
+        if unit != "attention":
+            masked = _zeroed(masked, number, "mlp", "down")
+    pruned = prune_decoder(dense, "depth", sparsity, unit=unit)
+    missing = {"layer": 7, "attention": 4, "mlp": 3}[unit] * many
+    assert len(list(pruned.projections())) == 7 * LAYERS - missing
+    check(run(pruned)[0], reference(masked, TOKENS))
+
+
+@pytest.mark.parametrize("sparsity", [0.25, 0.6])
+def test_width(dense: Decoder, sparsity: float) -> None:
+    pruned, masked = prune_decoder(dense, "width", sparsity), dense
+    for number, (after, before) in enumerate(zip(pruned.layers, dense.layers, strict=True)):
+        assert after.attention and before.attention and after.mlp and before.mlp  # noqa: PT018
+        assert after.attention.kv_heads == {0.25: 3, 0.6: 2}[sparsity]
+        heads = _missing(after.attention.q.weight, before.attention.q.weight)
+        masked = _zeroed(masked, number, "attention", "o", columns=heads)
+        channels = _missing(after.mlp.up.weight, before.mlp.up.weight)
+        masked = _zeroed(masked, number, "mlp", "down", columns=channels)
+    check(run(pruned)[0], reference(masked, TOKENS))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_width_cross(dense: Decoder, turned: bool) -> None:
+    pruned = prune_decoder(dense, "width_cross", 0.3, residual_projections=turned)
+    assert pruned.hidden == 80
+    gone = _missing(pruned.embedding.t(), dense.embedding.t())
+    embedding = dense.embedding.clone()
+    embedding[:, gone] = 0.0
+    masked = replace(dense, embedding=embedding)
+    for number in range(LAYERS):
+        masked = _zeroed(masked, number, "attention", "o", rows=gone)
+        masked = _zeroed(masked, number, "mlp", "down", rows=gone)
+    check(run(pruned)[0], reference(masked, TOKENS))
+
+
+def test_low_rank(dense: Decoder) -> None:
+    pruned, masked = prune_decoder(dense, "low_rank", 0.4), dense
+    for number, role, projection in pruned.projections():
+        first, second = projection.factors
+        assert first.shape[0] == second.shape[1] < min(first.shape[1], second.shape[0])
+        part = "mlp" if role in ("gate", "up", "down") else "attention"
+        masked = _masked(masked, number, part, role, (second.double() @ first.double()).float())
+    check(run(pruned)[0], reference(masked, TOKENS))
+
+
+def test_low_rank_of_full_rank_changes_nothing() -> None:
+    config = replace(CONFIG, heads=2, kv_heads=2, head_dim=48, rotary_dim=48, inner=96)  # square weights
+    made = random_decoder(config, dtype="fp32")
+    pruned = prune_decoder(made, "low_rank", 0.4, align=96)
+    check(run(pruned)[0], reference(made, TOKENS))
+
+
+def test_unstructured(dense: Decoder) -> None:
+    pruned = prune_decoder(dense, "unstructured", 0.5)
+    for (_, _, after), (_, _, before) in zip(pruned.projections(), dense.projections(), strict=True):
+        zero = after.weight == 0
+        assert float(zero.float().mean()) == pytest.approx(0.5, abs=1e-3)
+        assert torch.equal(after.weight[~zero], before.weight[~zero])
+        assert before.weight[zero].abs().max() <= before.weight[~zero].abs().min()
+    check(run(pruned)[0], reference(pruned, TOKENS))
+
+
+def test_two_of_four_keeps_the_larger_half() -> None:
+    weight = torch.randn(6, 32)
+    fours, kept = weight.view(6, 8, 4).abs(), two_of_four(weight).view(6, 8, 4).abs()
+    assert torch.equal((kept > 0).sum(-1), torch.full((6, 8), 2))
+    torch.testing.assert_close(kept.sum(-1), fours.sort(-1).values[..., 2:].sum(-1))
+    with pytest.raises(InputError, match="in fours"):
+        two_of_four(torch.randn(2, 6))
+
+
+def test_semi_structured_is_refused_by_name_on_a_cpu(dense: Decoder) -> None:
+    with pytest.raises(Unsupported, match=r"semi_structured \(2:4\) needs sparse tensor cores"):
+        prune_decoder(dense, "semi_structured", 0.5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
+def test_semi_structured_on_a_gpu() -> None:
+    config = replace(CONFIG, hidden=256, heads=8, kv_heads=4, head_dim=32, rotary_dim=32, inner=512)
+    made = random_decoder(config, dtype="bf16", place="cuda")
+    pruned, masked = prune_decoder(made, "semi_structured", 0.5), made
+    for number, role, projection in made.projections():
+        masked = _masked(
+            masked,
+            number,
+            "mlp" if role in ("gate", "up", "down") else "attention",
+            role,
+            two_of_four(projection.weight),
+        )
+    tokens = TOKENS.to("cuda")
+    first, second = run(pruned, tokens)[0].float(), run(masked, tokens)[0].float()
+    assert float((first - second).norm() / second.norm()) < 0.05
+
+
+# -- dynamic families -------------------------------------------------------------------------------------------------------------
+
+
+def _rows(places: Any, length: int) -> Any:
+    """Places (batch, chosen) as booleans (batch, length)."""
+    return torch.zeros(places.shape[0], length, dtype=torch.bool).scatter_(1, places, True)
+
+
+@pytest.mark.parametrize("sparsity", [0.25, 0.6])
+def test_dynamic_depth(dense: Decoder, sparsity: float) -> None:
+    pruned = prune_decoder(dense, "dynamic_depth", sparsity, seed=3)
+    logits, traces = run(pruned)
+    masks, length = Masks(), TOKENS.shape[1]
+    for number, what in itertools.product(range(LAYERS), ("attention", "mlp")):
+        assert traces[0][number, what].shape == (BATCH, round((1 - sparsity) * PROMPT + 1e-9))
+        ran = _rows(traces[0][number, what], length)
+        for step, trace in enumerate(traces[1:]):
+            ran[trace[number, what], PROMPT + step] = True
+        getattr(masks, what)[number] = ran
+    check(logits, reference(dense, TOKENS, masks))
+
+
+def test_dynamic_depth_runs_a_binomial_number_of_sequences(dense: Decoder) -> None:
+    pruned = prune_decoder(dense, "dynamic_depth", 0.3)
+    tokens = torch.randint(CONFIG.vocab, (8, 4))
+    _, state = prefill(pruned, tokens, room=1)
+    mark, counts = state.mark(), []
+    for _ in range(60):
+        state.trace = {}
+        state.rewind(mark)
+        decode(pruned, tokens[:, :1], state)
+        counts += [len(rows) for rows in state.trace.values()]
+    counts = torch.tensor(counts).double()
+    assert float(counts.mean()) == pytest.approx(5.6, abs=0.3)
+    assert float(counts.var()) == pytest.approx(8 * 0.3 * 0.7, rel=0.3)
+
+
+@pytest.mark.parametrize("sparsity", [0.25, 0.5])
+def test_dynamic_width(dense: Decoder, sparsity: float) -> None:
+    pruned = prune_decoder(dense, "dynamic_width", sparsity, channel_groups=7)
+    logits, traces = run(pruned)
+    masks = Masks()
+    edges = [g * CONFIG.inner // 7 for g in range(8)]
+    of_group = torch.bucketize(torch.arange(CONFIG.inner), torch.tensor(edges[1:]), right=True)
+    for number in range(LAYERS):
+        masks.groups[number] = torch.cat([t[number, "attention"] for t in traces], 1)
+        masks.channels[number] = torch.cat([t[number, "mlp"] for t in traces], 1)[..., of_group]
+        assert set(masks.groups[number].sum(-1).flatten().tolist()) == {round((1 - sparsity) * 4)}
+    check(logits, reference(dense, TOKENS, masks))
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.6])
+def test_sparse_attention(dense: Decoder, sparsity: float) -> None:
+    block = 16
+    pruned = prune_decoder(dense, "sparse_attention", sparsity, block=block)
+    logits, traces = run(pruned)
+    masks, length, whole = Masks(), TOKENS.shape[1], PROMPT // block
+    for number in range(LAYERS):
+        seen = torch.zeros(BATCH, CONFIG.kv_heads, length, length, dtype=torch.bool)
+        seen[:, :, :PROMPT, :PROMPT] = layout_mask(traces[0][number, "attention"], PROMPT, PROMPT, block)
+        for step, trace in enumerate(traces[1:]):
+            index = trace[number, "attention"]
+            assert index.shape[-1] == round((1 - sparsity) * whole + 1e-9)
+            blocks = torch.zeros(BATCH, CONFIG.kv_heads, whole, dtype=torch.bool).scatter_(-1, index, True)
+            seen[:, :, PROMPT + step, : whole * block] = blocks.repeat_interleave(block, -1)
+            seen[:, :, PROMPT + step, whole * block :] = True
+        masks.seen[number] = seen
+    check(logits, reference(dense, TOKENS, masks))
+
+
+@pytest.mark.parametrize("start", [0, 2, 3])
+def test_token(dense: Decoder, start: int) -> None:
+    pruned = prune_decoder(dense, "token", 0.4, start=start)
+    logits, traces = run(pruned)
+    places = traces[0][start, "token"]
+    assert places.shape == (BATCH, 42)
+    assert torch.equal(places[:, -1], torch.full((BATCH,), PROMPT - 1))
+    there = _rows(places, TOKENS.shape[1])
+    there[:, PROMPT:] = True
+    masks = Masks(
+        {
+            number: there[:, None, None, :] | torch.eye(there.shape[1], dtype=torch.bool)
+            for number in range(start, LAYERS)
+        }
+    )
+    masks.seen = {number: seen.expand(-1, CONFIG.kv_heads, -1, -1) for number, seen in masks.seen.items()}
+    check(logits, reference(dense, TOKENS, masks))
+    if start:
+        assert not torch.equal(places[0], places[1])  # chosen by what is attended to, not by place
+
+
+@pytest.mark.parametrize("sparsity", [0.25, 0.8])
+def test_kv_cache(dense: Decoder, sparsity: float) -> None:
+    pruned = prune_decoder(dense, "kv_cache", sparsity, observed=8)
+    logits, traces = run(pruned)
+    masks, length = Masks(), TOKENS.shape[1]
+    for number in range(LAYERS):
+        places = traces[0][number, "cache"]
+        assert places.shape[-1] == int((1 - sparsity) * PROMPT + 0.5)
+        seen = torch.ones(BATCH, CONFIG.kv_heads, length, length, dtype=torch.bool)
+        kept = torch.zeros(BATCH, CONFIG.kv_heads, PROMPT, dtype=torch.bool).scatter_(-1, places, True)
+        seen[:, :, PROMPT:, :PROMPT] = kept[:, :, None]
+        masks.seen[number] = seen
+    check(logits, reference(dense, TOKENS, masks))
+
+
+def test_positions_attended_to_are_the_ones_kept() -> None:
+    k, v = 0.1 * torch.randn(1, 2, 40, 8), torch.randn(1, 2, 40, 8)
+    q = torch.zeros(1, 4, 40, 8)
+    q[..., -2:, :3] = 3.0  # the last queries look for three keys, in each KV group at other places
+    wanted = torch.tensor([[3, 11, 25], [0, 17, 37]])
+    for head in range(2):
+        k[0, head, wanted[head]] = 3.0 * torch.eye(8)[:3]
+    cache = Cache(torch.zeros_like(k), torch.zeros_like(v), 40)
+    state = State([], 40, np.random.default_rng(0), {})
+    routed.evict(q, k, v, cache, keep=3 / 40, observed=2, state=state, number=0)
+    assert state.trace is not None
+    assert torch.equal(state.trace[0, "cache"], wanted[None])
+    assert cache.length == 3
+    assert torch.equal(cache.v[0, 1, :3], v[0, 1, wanted[1]])
+
+
+# -- composition, shapes, refusals ------------------------------------------------------------------------------------------------
+
+
+def test_families_compose(dense: Decoder) -> None:
+    pruned = prune_decoder(prune_decoder(dense, "depth", 0.25), "width", 0.5)
+    again = prune_decoder(pruned, "kv_cache", 0.5)
+    assert torch.isfinite(run(again)[0]).all()
+    check(run(pruned)[0], reference(pruned, TOKENS))
+    with pytest.raises(InputError, match="kv_cache is on already"):
+        prune_decoder(again, "token", 0.5)
+    with pytest.raises(InputError, match="factorised or sparse already"):
+        prune_decoder(prune_decoder(dense, "low_rank", 0.5), "width", 0.5)
+
+
+def test_every_family_of_the_simulator_is_here() -> None:
+    assert {*STATIC, *DYNAMIC} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", sorted({*STATIC, *DYNAMIC} - {"semi_structured"}))
+def test_a_sparsity_of_zero_is_the_dense_decoder(dense: Decoder, family: str) -> None:
+    assert prune_decoder(dense, family, 0.0) is dense
+
+
+@pytest.mark.parametrize("family", ["depth", "width", "width_cross", "low_rank"])
+@pytest.mark.parametrize("sparsity", [0.1, 0.25, 0.5, 0.73])
+def test_what_runs_has_the_shapes_that_are_predicted(dense: Decoder, family: str, sparsity: float) -> None:
+    workload = simulator.prune(simulator.lower(CONFIG, phase="prefill", batch=1, seq=8), family, sparsity)
+    predicted: dict[tuple[str, int, int, int], float] = {}
+    for i in (workload.kind == Kind.GEMM).nonzero()[0]:
+        if workload.layer[i] >= 0:
+            name = (ROLES[workload.role[i]], int(workload.stage[i]), int(workload.n[i]), int(workload.k[i]))
+            predicted[name] = predicted.get(name, 0) + float(workload.count[i])
+    found: dict[tuple[str, int, int, int], float] = {}
+    for _, role, projection in prune_decoder(dense, family, sparsity).projections():
+        for stage, factor in enumerate(projection.factors, 1):
+            name = (role, stage if len(projection.factors) > 1 else 0, *factor.shape)
+            found[name] = found.get(name, 0) + 1
+    assert found == predicted
+
+
+@pytest.mark.parametrize(
+    ("family", "sparsity", "options", "message"),
+    [
+        ("deepth", 0.5, {}, "did you mean depth"),
+        ("depth", 1.0, {}, "expected a fraction"),
+        ("depth", -0.1, {}, "expected a fraction"),
+        ("depth", 0.5, {"unit": "head"}, "unit"),
+        ("depth", 0.5, {"align": 8}, "align"),
+        ("token", 0.5, {"block": 8}, "no option 'block'"),
+        ("semi_structured", 0.3, {}, "exactly 0.5"),
+    ],
+)
+def test_bad_input_is_one_line(
+    dense: Decoder, family: str, sparsity: float, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        prune_decoder(dense, family, sparsity, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_start_beyond_the_layers_is_refused(dense: Decoder) -> None:
+    with pytest.raises(InputError, match="start at layer 9"):
+        prefill(prune_decoder(dense, "token", 0.5, start=9), TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"gated": False}, "not gated"),
+        ({"norm": "layer"}, "not RMS"),
+        ({"rotary_dim": 0, "learned_positions": 512}, "rotary"),
+        ({"parallel_residual": True}, "parallel"),
+        ({"windows": (0, 128, 0, 128)}, "window"),
+        ({"logit_softcap": True}, "soft-caps"),
+    ],
+)
+def test_other_architectures_are_refused_with_the_reason(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        random_decoder(replace(CONFIG, **changes))
+
+
+# -- timing -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_timing_gives_both_phases(dense: Decoder) -> None:
+    protocol = Protocol(time_limit_s=0.3, min_samples=6, precision=0.2)
+    times = time_decoder(dense, batch=1, seq=64, protocol=protocol)
+    assert set(times) == {"prefill", "decode"}
+    assert all(t.median_s > 0 for t in times.values())
+
+
+def test_longer_prompts_take_longer(dense: Decoder) -> None:
+    protocol = Protocol(time_limit_s=0.3, min_samples=6, precision=0.2)
+    short, long = (
+        min(time_decoder(dense, batch=1, seq=s, phases=["prefill"], protocol=protocol)["prefill"].samples_s)
+        for s in (8, 1024)
+    )
+    assert long > 3 * short
+
+
+def test_timing_refuses_what_it_cannot_do(dense: Decoder) -> None:
+    with pytest.raises(Unsupported, match="no CUDA graphs"):
+        time_decoder(dense, batch=1, seq=8, runtime="cuda_graph")
+    routed = replace(prune_decoder(dense, "dynamic_depth", 0.5), place="cuda:0")
+    with pytest.raises(Unsupported, match="dynamic_depth decides on the host"):
+        time_decoder(routed, batch=1, seq=8, runtime="cuda_graph")
+    with pytest.raises(InputError, match="phase"):
+        time_decoder(dense, batch=1, seq=8, phases=["generate"])
+    with pytest.raises(InputError, match="runtime"):
+        time_decoder(dense, batch=1, seq=8, runtime="triton")

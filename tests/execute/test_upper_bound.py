@@ -1,0 +1,335 @@
+"""The measured upper bound: which GEMMs it needs, what it is on a planted device, and what happens when some have no time."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from calibration.cli import app, run, upper_bound
+from calibration.devices.protocol import Description, Operator
+from calibration.devices.replay import Faults, ReplayDevice, roofline_timings
+from calibration.execute.upper_bound import (
+    Bound,
+    Case,
+    bound_errors,
+    bounds,
+    gemm_seconds,
+    measure_bounds,
+    measured_bounds,
+    plain_gemms,
+    profile_of,
+    settings_of,
+    shapes_of,
+)
+from calibration.records.records import Records, Source
+from calibration.records.store import read_store
+from simulator.errors import InputError
+from simulator.hardware.library import load_hardware, save_hardware
+from simulator.workload import Kernel, Kind, Workload
+
+MODEL = "smollm2-135m"
+HW = load_hardware("a100")
+
+if "upper-bound" not in {command.name for command in app.registered_commands}:
+    app.command("upper-bound")(upper_bound.command)
+
+
+def _cases(family: str = "all", sparsity: float = 0.5, **settings: Any) -> list[Case]:
+    return settings_of(MODEL, families=[family], sparsities=[sparsity], seq=[128], **settings)[0]
+
+
+# -- which GEMMs ------------------------------------------------------------------------------------------------------------------
+
+
+def test_depth_needs_no_shape_of_its_own() -> None:
+    (case,) = _cases("depth", phases=["decode"])
+    dense, count = plain_gemms(case.dense)
+    pruned, fewer = plain_gemms(case.pruned)
+    assert pruned.tolist() == dense.tolist()
+    layered = dense[:, 1] != 49152  # lm_head is not in the layers
+    assert fewer[layered].tolist() == (count[layered] / 2).tolist()
+    assert fewer[~layered].tolist() == count[~layered].tolist()
+
+
+def test_counts_are_those_of_the_workload() -> None:
+    for case in _cases():
+        if case.family not in ("semi_structured", "unstructured"):
+            for w in (case.dense, case.pruned):
+                shapes, count = plain_gemms(w)
+                rows = (w.kind == Kind.GEMM) & ~w.overhead
+                assert float(2.0 * shapes.prod(axis=1) @ count) == pytest.approx(float(w.flops[rows].sum()), rel=1e-9)
+
+
+def test_what_pruning_adds_is_left_out() -> None:
+    (case,) = _cases("dynamic_depth", phases=["prefill"])
+    routers = (case.pruned.kind == Kind.GEMM) & case.pruned.overhead
+    assert routers.any()
+    assert not {2} & set(plain_gemms(case.pruned)[0][:, 1].tolist())  # a router has two outputs
+
+
+@pytest.mark.parametrize(
+    ("family", "sparsity"), [("semi_structured", 0.5), ("unstructured", 0.5), ("unstructured", 0.25)]
+)
+def test_zeros_become_a_shorter_dense_gemm(family: str, sparsity: float) -> None:
+    (case,) = _cases(family, sparsity, phases=["decode"])
+    rows = np.flatnonzero(case.pruned.kernel != Kernel.DENSE)
+    wanted = {(1, int(case.pruned.n[i]), round((1 - sparsity) * int(case.pruned.k[i]) / 16) * 16) for i in rows}
+    assert wanted <= {tuple(shape) for shape in plain_gemms(case.pruned)[0].tolist()}
+
+
+def test_fewer_features_than_a_tile_stay_what_they_are() -> None:
+    w = Workload.from_rows(
+        [{"role": "q", "m": 2, "n": 64, "k": 10, "density": 0.9, "kernel": int(Kernel.UNSTRUCTURED)}]
+    )
+    assert plain_gemms(w)[0].tolist() == [[2, 64, 10]]
+
+
+def test_every_shape_once() -> None:
+    shapes = shapes_of(_cases())
+    assert len(set(shapes)) == len(shapes)
+    assert all(m >= 1 and n >= 1 and k >= 1 for m, n, k in shapes)
+
+
+# -- on a planted device ----------------------------------------------------------------------------------------------------------
+
+
+def _measure(
+    folder: Path, cases: list[Case], device: ReplayDevice | None = None, budget_s: float = 600.0, **options: Any
+) -> Any:
+    return measure_bounds(folder / "run", device or ReplayDevice(), cases, budget_s=budget_s, **options)
+
+
+def test_the_bound_is_the_ratio_of_planted_times(tmp_path: Path) -> None:
+    cases = _cases()
+    found = _measure(tmp_path, cases, ReplayDevice(noise=0.001))
+    assert found.outcome.counts.ok == found.shapes == len(shapes_of(cases))
+    planted, zeros = roofline_timings(), (Kernel.SPARSE24, Kernel.UNSTRUCTURED)
+
+    def total(w: Workload, density: float) -> float:
+        rows = np.flatnonzero((w.kind == Kind.GEMM) & ~w.overhead)
+        ops = [
+            Operator("gemm", m=int(w.m[i]), n=int(w.n[i]), k=int(w.k[i] * (density if w.kernel[i] in zeros else 1.0)))
+            for i in rows
+        ]
+        return sum(float(w.count[i]) * planted(op) for i, op in zip(rows, ops, strict=True))
+
+    for case, b in zip(cases, bounds(cases, found.records, HW), strict=True):
+        assert (b.family, b.phase, b.missing) == (case.family, case.phase, 0)
+        assert b.measured_bound == pytest.approx(total(case.dense, 1.0) / total(case.pruned, 0.5), rel=2e-3)
+        assert b.lower < b.measured_bound < b.upper < 1.01 * b.measured_bound
+        assert b.dense_gemm_s == pytest.approx(total(case.dense, 1.0), rel=2e-3)
+        assert 0 < b.gemm_share <= 1
+    by_name = {(b.family, b.phase): b for b in bounds(cases, found.records, HW)}
+    assert by_name["depth", "decode"].measured_bound > 1.5
+    assert by_name["kv_cache", "decode"].measured_bound == 1.0  # changes no GEMM
+    saved = measured_bounds(tmp_path / "run" / "records.jsonl", cases)
+    assert saved["depth", 0.5, "decode", 1, 128] == by_name["depth", "decode"].measured_bound
+    assert measured_bounds(tmp_path / "nothing.jsonl", cases) == {}
+
+
+def test_too_little_time_leaves_cases_without_a_bound_and_a_rerun_goes_on(tmp_path: Path) -> None:
+    cases = _cases()
+    slow = {"setup_s": 1.0, "noise": 0.05}
+    first = _measure(tmp_path, cases, ReplayDevice(**slow), budget_s=40.0)
+    assert 0 < first.outcome.counts.timed < first.shapes
+    assert first.outcome.stopped == "budget"
+    rows = bounds(cases, first.records, HW)
+    assert any(b.missing and math.isnan(b.measured_bound) for b in rows)
+    assert any(not b.missing for b in rows)  # shapes are measured case after case
+    assert all(math.isnan(b.measured_bound) == bool(b.missing) for b in rows)
+    again = _measure(tmp_path, cases, ReplayDevice(**slow), budget_s=4000.0)
+    assert again.outcome.counts.resumed == first.outcome.counts.timed
+    assert not any(b.missing for b in bounds(cases, again.records, HW))
+
+
+def test_a_budget_is_shared_among_the_shapes(tmp_path: Path) -> None:
+    cases = _cases()
+    device = ReplayDevice(noise=0.3)  # so noisy that every shape takes all the time it is given
+    found = _measure(tmp_path, cases, device, budget_s=120.0)
+    assert found.outcome.counts.left == 0
+    assert device.clock() <= 125.0
+
+
+def test_a_shape_that_does_not_fit_is_counted(tmp_path: Path) -> None:
+    cases = settings_of("llama-3.2-1b", phases=["decode"], families=["width"], sparsities=[0.5], seq=[128])[0]
+    device = ReplayDevice(faults=Faults(out_of_memory_bytes=150e6))  # lm_head has 525 MB
+    found = _measure(tmp_path, cases, device)
+    assert found.outcome.counts.skipped == 1
+    (b,) = bounds(cases, found.records, HW)
+    assert b.missing == 2  # it is in both
+    assert math.isnan(b.measured_bound)
+    assert math.isfinite(b.predicted)
+
+
+def test_errors_of_predicted_bounds_by_hand(tmp_path: Path) -> None:
+    cases = _cases("depth")
+    rows = bounds(cases, _measure(tmp_path, cases).records, HW)
+    changed = [
+        replace(r, measured_bound=2.0, predicted_bound=p, model_bound=1.0)
+        for r, p in zip(rows, (2.2, 2.1), strict=True)
+    ]
+    assert bound_errors(changed) == {"predicted": pytest.approx(0.075), "model": 0.5}
+    assert bound_errors([replace(changed[0], measured_bound=math.nan)]) == {}
+    assert all(r.model_bound == r.predicted_bound for r in rows)  # this profile has no exact shapes
+
+
+def test_repeated_shapes_have_their_median() -> None:
+    records = Records.from_columns([Source("some device")], m=8, n=64, k=32, seconds=[1e-6, 9e-6, 2e-6])
+    assert gemm_seconds(records, "bf16") == {"gemm bf16 cold m=8 n=64 k=32": (2e-6, 0.0)}
+
+
+def test_without_sparse_tensor_cores_2to4_has_bounds_but_no_prediction(tmp_path: Path) -> None:
+    cases = _cases("semi_structured", phases=["prefill"])
+    found = _measure(tmp_path, cases)
+    rates = {**HW.rates, "bf16": replace(HW.rates["bf16"], sparse_factor=1.0)}
+    (without,), (b,) = (bounds(cases, found.records, hw) for hw in (replace(HW, rates=rates), HW))
+    assert without.measured_bound == b.measured_bound > 1.0
+    assert (without.flop_bound, without.byte_bound) == (b.flop_bound, b.byte_bound)
+    assert b.roofline_bound > 1.0
+    assert without.predicted == 1.0 or math.isnan(
+        without.predicted
+    )  # dense kernels gain nothing, or the profile refuses
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"families": ["widht"]}, "did you mean width"),
+        ({"sparsities": [25]}, "write 0.25"),
+        ({"phases": ["generate"]}, "generate"),
+        ({"batch": [0]}, "batch 0"),
+        ({"seq": [-1]}, "seq -1"),
+        ({"families": ["semi_structured"], "sparsities": [0.25]}, "exactly 0.5"),
+    ],
+)
+def test_bad_settings_are_one_line(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        settings_of(MODEL, **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_is_written_before_a_refusal(tmp_path: Path) -> None:
+    cases = _cases("width")
+    for options, message in (({"budget_s": 0.0}, "budget"), ({"dtype": "fp8"}, "bf16, fp16")):
+        with pytest.raises(InputError, match=message):
+            _measure(tmp_path, cases, **options)
+    assert not (tmp_path / "run").exists()
+    _measure(tmp_path, cases)
+    before = (tmp_path / "run" / "records.jsonl").read_bytes()
+    other = ReplayDevice(description=Description("replay", "another device", {"replay": "1"}))
+    with pytest.raises(InputError, match="another device"):
+        _measure(tmp_path, cases, other)
+    assert (tmp_path / "run" / "records.jsonl").read_bytes() == before
+
+
+def test_the_profile_is_the_named_one_else_the_folder_s_else_measured_facts(tmp_path: Path) -> None:
+    device = ReplayDevice()
+    assert profile_of(tmp_path / "run", device, "bf16", "h100").name == "h100_sxm"
+    measured = profile_of(tmp_path / "run", device, "bf16")
+    assert measured.title == "planted device"
+    assert measured.peak_flop_per_s("bf16") == pytest.approx(1.05 * 100e12, rel=0.05)
+    before = len(device.prepared)
+    assert profile_of(tmp_path / "run", device, "bf16").title == "planted device"
+    assert len(device.prepared) == before  # the folder kept it
+    save_hardware(HW, tmp_path / "run" / "profile.yaml")
+    assert profile_of(tmp_path / "run", device, "bf16").name == HW.name
+    with pytest.raises(InputError, match="int4"):
+        profile_of(tmp_path / "run", device, "int4")
+
+
+# -- the command ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Times of everything the command asks of a device for one small model."""
+    planted = roofline_timings()
+    squares = [(s, s, s) for s in (256, 512, 1024, 2048, 4096)]
+    anchors = [(s // 2, s, s) for s in (4096, 2048, 1024, 512)]
+    ops = [Operator("gemm", m=m, n=n, k=k) for m, n, k in dict.fromkeys([*shapes_of(_cases()), *squares, *anchors])]
+    file = tmp_path_factory.mktemp("recording") / "device.jsonl"
+    file.write_text("".join(json.dumps({"operator": op.as_record(), "median_s": planted(op)}) + "\n" for op in ops))
+    return file
+
+
+def _command(recording: Path, folder: Path, *more: str) -> list[str]:
+    where = [
+        "--device",
+        f"replay:{recording}",
+        "-o",
+        str(folder),
+        "--hardware",
+        "a100",
+        "--seq",
+        "128",
+        "--sparsity",
+        "0.5",
+    ]
+    return ["upper-bound", MODEL, *where, *more]
+
+
+def test_the_command_prints_a_table_and_writes_a_file(
+    recording: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(_command(recording, tmp_path / "run", "--family", "depth,width", "--budget", "1min")) == 0
+    out, err = capsys.readouterr()
+    assert [line.split()[:3] for line in out.splitlines() if line.startswith(("depth", "width"))] == [
+        [family, "0.5", phase] for phase in ("prefill", "decode") for family in ("depth", "width")
+    ]
+    assert all(len(line) <= 120 for line in out.splitlines() if str(tmp_path) not in line)
+    assert "median error of the bounds predicted by a100_sxm_80gb" in out
+    assert "Traceback" not in err
+    lines = (tmp_path / "run" / "upper_bound.csv").read_text().splitlines()
+    assert len(lines) == 1 + 4
+    assert lines[0].split(",") == list(Bound.__dataclass_fields__)
+    assert all(float(line.split(",")[lines[0].split(",").index("measured_bound")]) > 1.0 for line in lines[1:])
+    assert len(read_store(tmp_path / "run" / "records.jsonl").rows) > 10
+
+
+def test_the_command_in_json(recording: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(_command(recording, tmp_path / "run", "--family", "width", "--phase", "decode", "--json")) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["measured_bound"] == pytest.approx(row["dense_gemm_s"] / row["pruned_gemm_s"])
+    assert row["missing"] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--budget", "0"], "above zero"),
+        (["--budget", "soon"], "2min"),
+        (["--device", "cdua"], "did you mean cuda"),
+        (["--family", "widht"], "did you mean width"),
+        (["--sparsity", "50"], "0.5"),
+        (["--dtype", "bf17"], "bf16"),
+        (["--layers", "31"], "1 to 30"),
+        (["--hardware", "a1000"], "a100"),
+        (["--phase", "generate"], "decode"),
+        (["-o", "/no/such/folder/run"], "does not exist"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    recording: Path, tmp_path: Path, change: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(_command(recording, tmp_path / "run", *change)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_model_is_one_line(recording: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = _command(recording, tmp_path / "run")
+    arguments[1] = "smollm2-135"
+    assert run(arguments) == 2
+    assert "smollm2-135m" in capsys.readouterr().err

@@ -1,0 +1,415 @@
+"""Figures of a paper: what they show is what the simulator predicts, and they print without clashes, in time, the same every time."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from test_figures import texts
+
+import simulator
+from simulator.cli import app, run
+from simulator.cli.figures import figures, figures_command
+from simulator.errors import InputError
+from simulator.figures.crossover import crossover_figure
+from simulator.figures.efficiency import efficiency_figure, number
+from simulator.figures.paper import BATCHES, FIGURES, LENGTHS, MAP_SPARSITY, NothingToDraw, Paper, draw, paper
+from simulator.figures.paper_measured import MeasuredGemms, from_columns, read_measured_gemms
+from simulator.figures.paper_taxonomy import OPERATORS, SKIPPED_PAIRS, kept_axes
+from simulator.figures.save import save_figure
+from simulator.figures.scatter import MOST_DOTS, Cloud, agreement, scatter_figure
+from simulator.figures.staircase import Stairs, staircase_figure
+from simulator.figures.style import PAGE_IN, look
+from simulator.figures.taxonomy import taxonomy_figure
+from simulator.hardware.library import load_hardware
+from simulator.kernels.gemm import gemm_time
+from simulator.pruning import FAMILIES, prune
+
+if TYPE_CHECKING:
+    from simulator.figures.paper import Drawn
+    from simulator.hardware.profile import HardwareProfile
+
+GPUS = ("a100_sxm_80gb", "h100_sxm", "rtx_4090")
+
+
+def measured(hw: HardwareProfile, rows: int, noise: float = 0.03) -> MeasuredGemms:
+    """Times around the predicted ones, among them the fused projection of Llama-3.1-8B at every sixteenth M."""
+    rng = np.random.default_rng(5)
+    m = np.concatenate([np.arange(16, 2049, 16), rng.integers(1, 8193, rows)])
+    n, k = (np.concatenate([np.full(128, first), 64 * rng.integers(1, 257, rows)]) for first in (6144, 4096))
+    seconds = gemm_time(m, n, k, hw).seconds * np.exp(noise * rng.standard_normal(len(m)))
+    return MeasuredGemms("planted", m.astype(float), n.astype(float), k.astype(float), seconds)
+
+
+@pytest.fixture(scope="module")
+def about() -> Paper:
+    whole = paper("llama-3.1-8b", GPUS)
+    return replace(
+        whole,
+        measured={
+            hw.name: measured(hw, rows) for hw, rows in zip(whole.devices, (2 * MOST_DOTS, 4000, 100), strict=True)
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def drawn(about: Paper) -> dict[str, Drawn]:
+    one = paper("opt-13b", ["rtx_4090"], seq=512)
+    one = replace(one, measured={hw.name: measured(hw, 300) for hw in one.devices})
+    out = {name: draw(name, about) for name in FIGURES}
+    return out | {f"{name}, one device": draw(name, one) for name in FIGURES}
+
+
+NAMES = [*FIGURES, *(f"{name}, one device" for name in FIGURES)]
+
+
+# -- print --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_texts_lie_on_the_page_and_apart(name: str, drawn: dict[str, Drawn]) -> None:
+    figure = drawn[name].figure
+    found = texts(figure)
+    assert len(found) > 5
+    for text, box in found:
+        assert min(box.x0, box.y0) >= -1, (text, box)
+        assert box.x1 <= figure.bbox.width + 1, (text, box)
+        assert box.y1 <= figure.bbox.height + 1, (text, box)
+    for (one, a), (other, b) in itertools.combinations(found, 2):
+        overlap = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+        assert min(overlap) <= 1.5, (one, other, overlap)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_figures_fit_the_columns_and_the_page_of_a_paper(name: str, drawn: dict[str, Drawn]) -> None:
+    width, height = drawn[name].figure.get_size_inches()
+    assert width in (3.35, PAGE_IN)
+    assert height <= 9.5
+    assert (
+        min(t.get_fontsize() for t in drawn[name].figure.findobj(lambda a: hasattr(a, "get_fontsize") and a.get_text()))
+        >= 5
+    )
+
+
+@pytest.mark.parametrize("name", ["taxonomy", "efficiency", "staircase", "scatter", "crossover"])
+def test_the_same_paper_gives_the_same_bytes(name: str, about: Paper, drawn: dict[str, Drawn], tmp_path: Path) -> None:
+    again = draw(name, about)
+    assert again.caption == drawn[name].caption
+    for suffix in (".pdf", ".png"):
+        for i, figure in enumerate((drawn[name].figure, again.figure)):
+            save_figure(figure, tmp_path / f"{i}{suffix}")
+        assert (tmp_path / f"0{suffix}").read_bytes() == (tmp_path / f"1{suffix}").read_bytes()
+    assert b"/Type3" not in (tmp_path / "0.pdf").read_bytes()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_captions_say_what_was_drawn(name: str, drawn: dict[str, Drawn], about: Paper) -> None:
+    d = drawn[name]
+    assert d.caption.endswith(".")
+    assert "\n" not in d.caption
+    assert not re.search(r"\{|\}|nan|None", d.caption)
+    model = (
+        "llama-2-7b" if "pareto" in name and d.notes else about.model.name if "one device" not in name else "opt-13b"
+    )
+    assert "GEMMs" in d.caption or model in d.caption
+
+
+# -- what is shown ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_kept_axes_multiply_to_the_flops_that_are_left(family: str, phase: str) -> None:
+    dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase=phase, batch=4, seq=1024)
+    pruned = prune(dense, family, 0.5)
+    for roles in OPERATORS.values():
+        before, after = (float(w.flops[w.is_role(*roles) & ~w.overhead].sum()) for w in (dense, pruned))
+        kept = kept_axes(dense, pruned, roles, SKIPPED_PAIRS.get(family, "N"))
+        assert float(np.prod(kept)) == pytest.approx(after / before, rel=1e-12)
+        assert min(kept) > 0
+        assert max(kept) <= 1.0 + 1e-12
+
+
+def test_the_taxonomy_is_that_of_the_reference_paper(about: Paper) -> None:
+    dense = simulator.lower(about.model, phase="prefill", batch=1, seq=2048)
+
+    def changed(family: str, *roles: str) -> str:
+        kept = kept_axes(dense, prune(dense, family, 0.5), roles, SKIPPED_PAIRS.get(family, "N"))
+        return "".join(axis for axis, share in zip("MNK", kept, strict=True) if share < 0.6)
+
+    for role, expected in {
+        "q": {
+            "depth": "M",
+            "width": "N",
+            "width_cross": "K",
+            "semi_structured": "K",
+            "dynamic_depth": "M",
+            "dynamic_width": "N",
+        },
+        "down": {
+            "depth": "M",
+            "width": "K",
+            "width_cross": "N",
+            "low_rank": "K",
+            "dynamic_width": "K",
+            "token": "M",
+            "unstructured": "K",
+        },
+        "attention": {
+            "depth": "M",
+            "width": "K",
+            "sparse_attention": "N",
+            "dynamic_depth": "M",
+            "dynamic_width": "K",
+            "low_rank": "",
+        },
+        "lm_head": {"depth": "", "width_cross": "K", "semi_structured": ""},
+    }.items():
+        assert {family: changed(family, role) for family in expected} == expected, role
+
+
+def test_a_bar_of_the_taxonomy_is_as_long_as_the_share_that_is_kept() -> None:
+    (ax,) = taxonomy_figure(
+        ["depth", "width"], ["static M", "static N"], ["q"], [[[0.25, 1, 1]], [[1, 0.8, 0.4]]], ["", "router"]
+    ).axes
+    boxes = [p.get_path().get_extents(p.get_patch_transform()) for p in ax.patches]
+    widths = [box.width for box in boxes if box.height < 0.1]
+    assert [b / a for a, b in zip(widths[::2], widths[1::2], strict=True)] == pytest.approx([0.25, 0.8, 0.4])
+    assert {t.get_text() for t in ax.texts} >= {"25", "80", "40", "nothing", "router"}
+
+
+def test_the_map_names_the_fastest_family(about: Paper, drawn: dict[str, Drawn]) -> None:
+    table = simulator.table([about.model], ["h100_sxm"], ["all"], [MAP_SPARSITY], ["decode"], [8], [4096])
+    best = max(table, key=lambda r: r.speedup)
+    ax = next(
+        a
+        for a in drawn["crossover"].figure.axes[len(GPUS) :]
+        if a.get_position().x0 == drawn["crossover"].figure.axes[1].get_position().x0
+    )
+    x, y = BATCHES.index(8), LENGTHS.index(4096)
+    (text,) = (t.get_text() for t in ax.texts if t.get_position()[0] == x and round(t.get_position()[1] + 0.2) == y)
+    assert text == f"{best.speedup:.2f}"
+    (line,) = (line for line in ax.lines if (x, y + 0.22) in [tuple(point) for point in line.get_xydata()])
+    assert (line.get_marker(), line.get_color()) == (look(best.family).marker, look(best.family).color)
+
+
+def test_where_no_family_gains_the_map_has_no_marker() -> None:
+    ax = crossover_figure(
+        ["decode"] * 2, ["gpu"] * 2, [1, 2], [64, 64], ["", "depth"], [0.9, 1.2], [True] * 2, [True] * 2
+    ).axes[0]
+    assert [t.get_text() for t in ax.texts if t.get_text() != "decode"] == ["1.20"]
+    assert len(ax.lines) == 1
+
+
+def test_efficiencies_are_those_of_the_predictions(about: Paper, drawn: dict[str, Drawn]) -> None:
+    (r,) = simulator.table(
+        [about.model], ["a100_sxm_80gb"], ["depth"], [MAP_SPARSITY], ["prefill"], [BATCHES[0]], [about.seq]
+    )
+    ax = drawn["efficiency"].figure.axes[0]
+    assert next(t.get_text() for t in ax.texts if t.get_position() == (0, 0)) == number(r.efficiency)
+    assert efficiency_figure(["a"], ["b"], ["depth"], [1], [float("nan")]).axes[0].texts[0].get_text() == "–"
+
+
+def test_a_staircase_shows_the_prediction_and_the_measured_points(about: Paper, drawn: dict[str, Drawn]) -> None:
+    ax = drawn["staircase"].figure.axes[2]
+    lines = {(line.get_linestyle(), line.get_marker()): line for line in ax.lines}
+    x, y = (np.asarray(v) for v in lines["-", "None"].get_data())
+    np.testing.assert_allclose(y, 1e6 * gemm_time(x, 6144, 4096, load_hardware("rtx_4090")).seconds)
+    assert (np.diff(y) > 0.02 * y[:-1]).sum() >= 3  # steps
+    seen = about.measured["rtx_4090"]
+    x, y = (np.asarray(v) for v in lines["None", "o"].get_data())
+    chosen = seen.of_weight(6144, 4096) & (seen.m <= 512)
+    np.testing.assert_array_equal(x, seen.m[chosen])
+    np.testing.assert_allclose(y, 1e6 * seen.seconds[chosen])
+
+
+def test_predictions_beside_measurements_assume_the_same_rotation_of_weights() -> None:
+    hw = load_hardware("a100")
+    table = from_columns({"m": [8], "n": [4096], "k": [2048], "seconds": [1e-5], "copies": [1]}, "mine")
+    assert table.predict(hw)[0] == gemm_time(8, 4096, 2048, hw, copies=1).seconds
+    assert table.predict(hw)[0] != gemm_time(8, 4096, 2048, hw).seconds
+    held = from_columns({"m": [8], "n": [512], "k": [512], "seconds": [1e-5], "predicted_s": [9e-6]}, "mine")
+    assert held.predict(hw).tolist() == [9e-6]
+
+
+def test_many_points_become_a_density_and_none_is_lost() -> None:
+    rng = np.random.default_rng(0)
+    x = np.exp(rng.uniform(np.log(3e-6), np.log(1e-2), 5000))
+    y = x * np.exp(0.3 * rng.standard_normal(5000))
+    first, second = scatter_figure([Cloud("gpu", x, y)]).axes
+    for ax in (first, second):
+        (mesh,) = ax.collections
+        assert float(mesh.get_array().sum()) == 5000
+    a = agreement(x, y)
+    assert f"mean error {100 * a.mean:.1f} %" in first.texts[0].get_text()
+    assert a.p95 > a.mean > a.median > 0.1
+
+
+# -- the command --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prunesim(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The command line with ``figures``, whatever else is registered."""
+    monkeypatch.setattr(app, "registered_commands", list(app.registered_commands))
+    app.command("figures")(figures)
+    return run
+
+
+def test_one_command_writes_figures_and_captions(
+    prunesim: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "gemms.csv"
+    table.write_text(
+        "m,n,k,latency_us,dtype,note\n1,6144,4096,54.9,bf16,\n512,6144,4096,165,bf16,x\n512,6144,4096,80,fp8,\n"
+    )
+    out = tmp_path / "new" / "out"
+    chosen = "taxonomy,staircase,scatter"
+    assert (
+        prunesim(["figures", "-o", str(out), "--hardware", "4090", "--only", chosen, "--measured", f"4090={table}"])
+        == 0
+    )
+    assert {p.name for p in out.iterdir()} == {f"{n}{s}" for n in chosen.split(",") for s in (".pdf", ".png")} | {
+        "captions.md"
+    }
+    captions = (out / "captions.md").read_text()
+    assert re.findall(r"^## (.+)$", captions, re.MULTILINE) == ["taxonomy", "staircase", "scatter"]
+    assert f"`prunesim figures -o DIR --only scatter --hardware 4090 --measured 4090={table}`" in captions
+    assert "`prunesim figures -o DIR --only taxonomy --hardware 4090`" in captions
+    assert "gemms.csv" in captions
+    printed = capsys.readouterr()
+    assert str(out / "captions.md") in printed.out
+
+
+def test_what_lacks_data_is_left_out_with_a_note(
+    prunesim: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {name: FIGURES[name] for name in ("taxonomy", "scatter")}
+    monkeypatch.setattr("simulator.figures.paper.FIGURES", few)
+    assert prunesim(["figures", "-o", str(tmp_path), "--format", "png"]) == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"taxonomy.png", "captions.md"}
+    assert "no measured GEMMs" in capsys.readouterr().err
+
+
+def test_measurements_may_come_from_the_caller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(app, "registered_commands", list(app.registered_commands))
+    app.command("figures")(figures_command(lambda hw, dtype: measured(hw, 50) if hw.name == "h100_sxm" else None))
+    assert run(["figures", "-o", str(tmp_path), "--only", "scatter", "--format", "png"]) == 0
+    assert "h100_sxm: planted" in (tmp_path / "captions.md").read_text()
+    assert "a100_sxm_80gb" not in (tmp_path / "captions.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--only", "taxonmy"], "figure 'taxonmy'"),
+        (["--only", "scatter"], "no measured GEMMs of a100_sxm_80gb, h100_sxm, rtx_4090"),
+        (["--format", "jpg"], "format 'jpg'"),
+        (["--model", "nosuch"], "nosuch"),
+        (["--seq", "0"], "seq 0"),
+        (["--measured", "4090"], "expected DEVICE=FILE"),
+        (["--measured", "4090=missing.csv"], "missing.csv: cannot be read"),
+        (["--measured", "l40s=missing.csv"], "l40s is not among --hardware"),
+        (["--hardware", "h100", "--measured", "h100=setup.cfg", "--measured", "h100_sxm=setup.cfg"], "setup.cfg"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    prunesim: Any, arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prunesim(["figures", "-o", str(tmp_path / "out"), *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+
+
+def test_the_output_may_not_be_a_file(prunesim: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert prunesim(["figures", "-o", str(tmp_path / "file"), "--only", "taxonomy"]) == 2
+    assert "is a file" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "is empty"),
+        (b"m,n\n1,2\n", "column k is missing"),
+        (b"m,n,k\n1,2,3\n", "column seconds is missing"),
+        (b"m,n,k,seconds\n1,2,3,fast\n", "column seconds: expected numbers"),
+        (b"m,n,k,seconds\n1,2,3,1e-5\n0,2,3,1e-5\n", "column m, row 2: expected a number from 1"),
+        (b"m,n,k,seconds\n1,2,3,nan\n", "column seconds, row 1"),
+        (b"m,n,k,seconds,dtype\n1,2,3,1e-5,fp8\n", "no row of bf16"),
+        (b"m,n,k,seconds\n1,2\n", ":2: expected 4 cells"),
+        (b"PAR1\x00\x00", "cannot be read as Parquet"),
+        (b"\xff\xfe\x00\x01", "is not CSV"),
+    ],
+)
+def test_a_bad_table_of_measurements_is_refused_with_the_reason(content: bytes, says: str, tmp_path: Path) -> None:
+    if content.startswith(b"PAR1"):
+        pytest.importorskip("pyarrow")
+    path = tmp_path / "table.csv"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(says)) as caught:
+        read_measured_gemms(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_parquet_and_codes_of_formats_are_read(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table(
+        {
+            "m": [1, 2, 3],
+            "n": [8] * 3,
+            "k": [8] * 3,
+            "seconds": [1e-6] * 3,
+            "dtype": [3, 4, 3],
+            "weight_dtype": [3, 4, 5],
+        }
+    )
+    parquet.write_table(table, tmp_path / "t.parquet")
+    assert read_measured_gemms(tmp_path / "t.parquet").m.tolist() == [1.0]
+    assert read_measured_gemms(tmp_path / "t.parquet", "fp8").m.tolist() == [2.0]
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: taxonomy_figure(["depth"], ["static M"], ["q"], [[[1.0, 1.0]]], [""]), "expected a kept share"),
+        (lambda: efficiency_figure(["a"], ["b"], ["depth"], [1, 2], [0.5]), "columns of one length"),
+        (lambda: crossover_figure([], [], [], [], [], [], [], []), "columns of one length"),
+        (lambda: staircase_figure([]), "expected one panel or more"),
+        (
+            lambda: staircase_figure([Stairs("a", "b", "x", "y", [1, 2], [1.0], [1.0], [1.0], [1.0])]),
+            "columns of one length",
+        ),
+        (lambda: scatter_figure([]), "expected one device or more"),
+        (lambda: scatter_figure([Cloud("a", [1.0], [0.0])]), "finite times above zero"),
+        (lambda: draw("taxnomy", paper("llama-3.1-8b", ["h100"])), "figure 'taxnomy'"),
+        (lambda: paper("llama-3.1-8b", []), "expected at least one"),
+    ],
+)
+def test_bad_arrays_are_one_line(call: Any, says: str) -> None:
+    with pytest.raises(InputError, match=re.escape(says)) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_table_is_told_from_bad_input() -> None:
+    with pytest.raises(NothingToDraw, match="--measured"):
+        draw("scatter", paper("llama-3.1-8b", ["h100"]))
+
+
+@pytest.mark.slow
+def test_all_figures_take_less_than_a_minute(prunesim: Any, tmp_path: Path) -> None:
+    start = time.perf_counter()
+    assert prunesim(["figures", "-o", str(tmp_path)]) == 0
+    assert time.perf_counter() - start < 60
+    assert {p.stem for p in tmp_path.glob("*.pdf")} == set(FIGURES) - {"scatter"}

@@ -1,0 +1,259 @@
+"""The GEMM model: physics, alignment, formats, the ladder, and the small print of its interface."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from simulator.errors import InputError
+from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
+from simulator.hardware.library import load_hardware
+from simulator.kernels.gemm import BOUNDS, CHUNK, PRECISION, alignment_halvings, gemm_ladder, gemm_time
+from simulator.kernels.gemm_core import Machine, core_time, machine_core
+
+GPUS = ("a100_sxm_80gb", "h100_sxm", "rtx_4090")
+sizes = st.integers(1, 40_000)
+widths = st.integers(1, 8192).map(lambda i: 8 * i)
+
+
+@settings(max_examples=200, deadline=None)
+@given(m=sizes, n=widths, k=widths, gpu=st.sampled_from(GPUS), kernel=st.sampled_from([0, 1, 2, 3]))
+def test_never_beats_the_physics(m: int, n: int, k: int, gpu: str, kernel: int) -> None:
+    hw = load_hardware(gpu)
+    t = gemm_time(m, n, k, hw, kernel=kernel)
+    peak = hw.peak_flop_per_s("bf16", sparse=kernel == 1) * hw.clock_headroom
+    stored = 1.125 if kernel == 1 else 2.0
+    assert t.seconds >= 2.0 * m * n * k / peak
+    assert t.seconds >= stored * n * k / hw.bandwidth_bytes_per_s
+    assert t.lower <= t.seconds <= t.upper
+    assert t.lower >= 2.0 * m * n * k / peak
+
+
+@settings(max_examples=100, deadline=None)
+@given(m=st.integers(1, 8192), n=widths, k=widths, axis=st.integers(0, 2), gpu=st.sampled_from(GPUS))
+def test_more_work_is_never_faster_by_more_than_a_tile_step(m: int, n: int, k: int, axis: int, gpu: str) -> None:
+    """The analytic core: a step up to the next whole tile may be cheaper only by the difference of two tiles' efficiency."""
+    hw = load_hardware(gpu)
+    machine = Machine(
+        hw.rate("bf16").flop_per_s,
+        hw.bandwidth_bytes_per_s,
+        hw.l2_bytes,
+        hw.sm_count,
+        1.0,
+        2.0,
+        2.0,
+        hw.architecture == "hopper",
+    )
+    core = machine_core(machine, {name: c.default(hw.architecture) for name, c in CONSTANTS.items()})
+    shape = np.array([[m], [n], [k]], dtype=np.float64)
+    larger = shape.copy()
+    larger[axis] += (128, 256, 128)[axis]
+    small, large = core_time(*shape, core).total_us[0], core_time(*larger, core).total_us[0]
+    assert large >= 0.85 * small  # split-K: one more whole k-step of a tile can balance better
+
+
+def test_a_cpu_has_no_tiles_and_reads_its_weights_twice_from_some_rows_on() -> None:
+    machine = Machine(1e12, 3e10, 1e6, 2, 1.0, 4.0, 4.0, False, packs=True)
+    constants = {name: c.default("cpu") for name, c in CONSTANTS.items()} | {
+        "pack": 1.0,
+        "pack_m": 4.0,
+        "t0": 1e-7,
+        "e_d": 1.0,
+    }
+    core = machine_core(machine, constants)
+    m, wide = np.array([1.0, 3.0, 4.0, 5.0]), np.full(4, 4096.0)
+    t = core_time(m, wide, wide, core)
+    weights_us = 4e6 * 4096.0**2 / 3e10
+    np.testing.assert_allclose(t.memory_us, weights_us * np.array([1, 1, 2, 2]), rtol=0.01)
+    np.testing.assert_allclose(np.cbrt(t.compute3), 2e6 * m * 4096.0**2 / (1e12 * constants["e_tc"]), rtol=1e-9)
+    np.testing.assert_allclose(t.total_us, t.memory_us + np.cbrt(t.compute3) + 0.1, rtol=1e-9)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_halving_both_rates_doubles_time_minus_overhead(gpu: str) -> None:
+    hw = load_hardware(gpu)
+    machine = Machine(
+        hw.rate("bf16").flop_per_s,
+        hw.bandwidth_bytes_per_s,
+        hw.l2_bytes,
+        hw.sm_count,
+        1.0,
+        2.0,
+        2.0,
+        hw.architecture == "hopper",
+    )
+    c = {name: constant.default(hw.architecture) for name, constant in CONSTANTS.items()}
+    slow = {
+        **c,
+        "tau": 2 * c["tau"],
+        "t_s": 2 * c["t_s"],
+        **{name: c[name] / 2 for name in ("b_e", "b_l2", "b_hit", "b_s")},
+    }
+    half = replace(
+        machine, peak_flop_per_s=machine.peak_flop_per_s / 2, bandwidth_bytes_per_s=machine.bandwidth_bytes_per_s / 2
+    )
+    m, n, k = (
+        np.array(v, dtype=np.float64)
+        for v in ([1, 64, 2048, 8192], [4096, 11008, 4096, 8192], [4096, 4096, 11008, 512])
+    )
+    fast, slowed = core_time(m, n, k, machine_core(machine, c)), core_time(m, n, k, machine_core(half, slow))
+    np.testing.assert_allclose(slowed.total_us - 1e6 * c["t0"], 2 * (fast.total_us - 1e6 * c["t0"]), rtol=1e-12)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize(("m", "least"), [(1, 1.02), (16, 1.02), (2048, 1.1)])
+def test_odd_inner_width_is_slower_than_its_aligned_neighbour(gpu: str, m: int, least: float) -> None:
+    hw = load_hardware(gpu)
+    up = gemm_time(m, [8810, 8816], 4096, hw).seconds
+    down = gemm_time(m, 4096, [8810, 8816], hw).seconds
+    assert up[0] > least * up[1]
+    assert down[0] > least * down[1]
+
+
+def test_alignment_counts_halvings_below_16_bytes() -> None:
+    n = np.array([8.0, 4.0, 2.0, 1.0, 16.0])
+    assert alignment_halvings(n, np.full(5, 16.0), 2.0).tolist() == [0, 1, 2, 3, 0]
+    assert alignment_halvings(n, np.full(5, 16.0), 1.0).tolist() == [1, 2, 3, 4, 0]
+    assert alignment_halvings(np.full(5, 16.0), n, 2.0).tolist() == [0, 1, 2, 3, 0]
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_semi_structured_gains_at_prefill_and_nothing_in_decode(gpu: str) -> None:
+    hw = load_hardware(gpu)
+    ratio = gemm_time([1, 4096], 4096, 11008, hw).seconds / gemm_time([1, 4096], 4096, 11008, hw, kernel=1).seconds
+    assert ratio[0] <= 1.02
+    assert 1.1 < ratio[1] < 2.0
+
+
+def test_narrow_weights_help_where_weights_are_the_traffic() -> None:
+    hw = load_hardware("a100")
+    for m, low, high in ((1, 1.2, 4.0), (4096, 0.4, 1.05)):
+        ratio = gemm_time(m, 8192, 8192, hw).seconds / gemm_time(m, 8192, 8192, hw, weight_dtype="int4").seconds
+        assert low < ratio < high
+
+
+def test_unstructured_zeros_are_timed_as_dense() -> None:
+    hw = load_hardware("h100")
+    dense, zeros = (gemm_time([1, 512], 4096, 4096, hw, kernel=c, density=0.5) for c in (0, 2))
+    assert dense.seconds.tolist() == zeros.seconds.tolist()
+
+
+def test_mixed_kernels_equal_each_alone() -> None:
+    hw = load_hardware("h100")
+    m = np.array([1, 64, 2048, 17])
+    mixed = gemm_time(m, 4096, 4096, hw, kernel=np.array([0, 1, 3, 2]), detail=True)
+    for i, code in enumerate((0, 1, 3, 2)):
+        alone = gemm_time(m[i], 4096, 4096, hw, kernel=code, detail=True)
+        for name in ("seconds", "lower", "upper", "roofline_s", "tile_m", "split_k", "fixed_s"):
+            assert getattr(mixed, name)[i] == getattr(alone, name)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_ladder_ends_in_the_time_and_starts_at_the_roofline(gpu: str) -> None:
+    hw = load_hardware(gpu)
+    m, n, k = np.array([1, 100, 2048, 2048]), np.array([4096, 11008, 8810, 4096]), np.array([4096, 4096, 4096, 8809])
+    rungs = gemm_ladder(m, n, k, hw)
+    assert list(rungs) == ["roofline", "tile", "wave", "alignment", "kernel", "launch"]
+    time = gemm_time(m, n, k, hw)
+    assert (rungs["launch"] == time.seconds).all()
+    np.testing.assert_allclose(
+        rungs["roofline"],
+        np.maximum(
+            2.0 * m * n * k / hw.peak_flop_per_s("bf16"), 2.0 * (n * k + m * (n + k)) / hw.bandwidth_bytes_per_s
+        ),
+        rtol=1e-6,
+    )
+    assert (rungs["tile"] >= rungs["roofline"] * (1 - 1e-6)).all()
+    assert (rungs["wave"] >= rungs["tile"]).all()
+    assert (rungs["alignment"][2:] > 1.1 * rungs["wave"][2:]).all()
+    assert (rungs["alignment"][:2] == rungs["wave"][:2]).all()
+
+
+def test_bounds_name_the_limit() -> None:
+    t = gemm_time([1, 1, 8192], [128, 16384, 8192], [128, 16384, 8192], load_hardware("h100"))
+    assert t.limits.tolist() == ["launch", "memory", "compute"]
+    assert set(t.bound) <= set(range(len(BOUNDS)))
+
+
+def test_warm_weights_are_faster_and_many_copies_are_cold() -> None:
+    hw = replace(load_hardware("a100"), sections={})  # a fit may find no difference
+    cold, warm = (gemm_time(1, 2048, 2048, hw, cold=c).seconds for c in (True, False))
+    assert warm < 0.95 * cold
+    assert gemm_time(1, 2048, 2048, hw, copies=1000).seconds == pytest.approx(float(cold), rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK])
+def test_chunks_do_not_show(size: int) -> None:
+    hw = load_hardware("h100")
+    rng = np.random.default_rng(size)
+    m, n, k = (np.ceil(2.0 ** rng.uniform(0, 13, size)) for _ in range(3))
+    whole = gemm_time(m, n, k, hw, detail=True)
+    for i in {0, size // 2, size - 1}:
+        assert gemm_time(m[i], n[i], k[i], hw).seconds == whole.seconds[i]
+
+
+def test_single_precision_is_enough() -> None:
+    hw = load_hardware("a100")
+    c = {name: constant.default(hw.architecture) for name, constant in CONSTANTS.items()}
+    machine = Machine(
+        hw.rate("bf16").flop_per_s, hw.bandwidth_bytes_per_s, hw.l2_bytes, hw.sm_count, 1.0, 2.0, 2.0, False
+    )
+    rng = np.random.default_rng(0)
+    m, n, k = (np.ceil(2.0 ** rng.uniform(0, 15, 5000)) for _ in range(3))
+    exact = core_time(m, n, k, machine_core(machine, c))
+    quick = core_time(*(a.astype(PRECISION) for a in (m, n, k)), machine_core(machine, c, PRECISION))
+    np.testing.assert_allclose(quick.total_us, exact.total_us, rtol=5e-6)
+
+
+def test_whole_waves_are_whole() -> None:
+    """108 tiles on 108 SMs are one wave, at any precision."""
+    for sm in (56, 84, 108, 114, 128, 132, 142, 188):
+        machine = Machine(3e14, 2e12, 4e7, sm, 1.0, 2.0, 2.0, False)
+        c = {name: constant.default("ampere") for name, constant in CONSTANTS.items()}
+        for dtype in (np.float64, np.float32):
+            m, n, k = (np.full(1, v, dtype=dtype) for v in (128 * sm, 256, 64))
+            one = core_time(m, n, k, machine_core(machine, c, dtype))
+            two = core_time(m + dtype(1), n, k, machine_core(machine, c, dtype))
+            assert one.total_us < two.total_us
+
+
+def test_levels_nest() -> None:
+    hw = load_hardware("h100")
+    narrow, wide = (gemm_time(64, 4096, 4096, hw, level=v) for v in (0.5, 0.99))
+    assert wide.lower <= narrow.lower < narrow.seconds < narrow.upper < wide.upper
+
+
+def test_empty_and_scalar_shapes() -> None:
+    hw = load_hardware("h100")
+    assert gemm_time([], [], [], hw).seconds.shape == (0,)
+    assert gemm_time(1, 64, 64, hw).seconds.shape == ()
+    assert gemm_time(np.ones((2, 1)), np.full((1, 3), 64), 64, hw).seconds.shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ((0, 64, 64), {}, "at least 1"),
+        ((np.nan, 64, 64), {}, "at least 1"),
+        ((1, 64, 64), {"level": 1.0}, "outside"),
+        ((1, 64, 64), {"dtype": "fp12"}, "fp12"),
+        ((1, 64, 64), {"weight_dtype": "int3"}, "int3"),
+        ((1, 64, 64), {"kernel": 9}, "kernel code 9"),
+    ],
+)
+def test_bad_input_is_one_line(shape: tuple[float, ...], options: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        gemm_time(*shape, load_hardware("h100"), **options)
+
+
+def test_every_constant_has_a_unit_a_source_and_defaults_in_range() -> None:
+    for name, constant in CONSTANTS.items():
+        assert constant.unit, name
+        assert constant.source, name
+        assert "*" in constant.defaults, name
+        for value in constant.defaults.values():
+            assert constant.low <= value <= constant.high, name

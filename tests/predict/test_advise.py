@@ -1,0 +1,163 @@
+"""The inverse: what is advised reaches the target, a little less does not, and widths named are where time steps down."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from simulator.errors import InputError
+from simulator.hardware.library import load_hardware
+from simulator.models.library import load_model
+from simulator.models.lower import lower
+from simulator.predict.advise import COARSE, FINE, LARGEST_SPARSITY, Advised, advise
+from simulator.predict.settings import Setting
+from simulator.predict.speedup import speedup
+from simulator.pruning import FAMILIES, prune
+
+MODEL, HARDWARE = "llama-3.1-8b", "a100_sxm_80gb"
+
+
+def predicted(family: str, sparsity: float, phase: str, runtime: str = "cuda_graph") -> tuple[float, float]:
+    """Speedup and its lower end, by the way of one prediction at a time."""
+    dense = lower(load_model(MODEL), phase=phase, batch=1, seq=2048)
+    s = speedup(dense, prune(dense, family, sparsity), load_hardware(HARDWARE), runtime)
+    return s.speedup, s.lower
+
+
+@pytest.fixture(scope="module", params=["prefill", "decode"])
+def found(request: pytest.FixtureRequest) -> Advised:
+    return advise(MODEL, [HARDWARE], 1.4, [request.param])
+
+
+def test_every_family_is_advised_once(found: Advised) -> None:
+    assert sorted(a.family for a in found.advice) == sorted(FAMILIES)
+    assert any(a.reached for a in found.advice)
+    assert any(not a.reached for a in found.advice)
+
+
+def test_the_least_sparsity_reaches_the_target_and_less_does_not(found: Advised) -> None:
+    for a in found.advice:
+        there, _ = predicted(a.family, a.sparsity, a.phase)
+        assert there == pytest.approx(a.speedup, rel=1e-9)
+        assert a.reached == (there >= 1.4)
+        if a.reached:
+            for less in np.arange(a.sparsity - COARSE, a.sparsity - FINE / 2, FINE):
+                assert predicted(a.family, round(float(less), 6), a.phase)[0] < 1.4, (a.family, less)
+
+
+def test_what_is_not_reachable_names_the_largest_speedup(found: Advised) -> None:
+    for a in found.advice:
+        if not a.reached:
+            assert a.speedup < 1.4
+            assert a.steps == ()
+            for sparsity in (0.1, 0.5, LARGEST_SPARSITY):
+                try:
+                    assert predicted(a.family, sparsity, a.phase)[0] <= a.speedup + 1e-9
+                except InputError:
+                    assert a.family == "semi_structured"
+
+
+def test_for_sure_means_the_whole_interval(found: Advised) -> None:
+    sure = [a for a in found.advice if a.sure_sparsity is not None]
+    assert sure
+    for a in sure:
+        assert a.sure_sparsity is not None
+        assert a.sure_sparsity >= a.sparsity
+        assert predicted(a.family, a.sure_sparsity, a.phase)[1] >= 1.4
+
+
+def test_advice_is_ordered_by_what_it_takes(found: Advised) -> None:
+    reached = [a.sparsity for a in found.advice if a.reached]
+    assert reached == sorted(reached)
+    assert [a.reached for a in found.advice] == sorted((a.reached for a in found.advice), reverse=True)
+
+
+def test_steps_are_widths_at_which_time_falls() -> None:
+    found = advise(MODEL, [HARDWARE], 1.5, ["prefill"], family=["width_cross", "width", "low_rank", "depth"])
+    steps = {a.family: a.steps for a in found.advice}
+    assert steps["depth"] == ()
+    assert steps["width_cross"]
+    hw, dense = load_hardware(HARDWARE), lower(load_model(MODEL), phase="prefill", batch=1, seq=2048)
+    for family in ("width_cross", "low_rank"):
+        for step in steps[family]:
+            assert step.width % 16 == 0
+            here = speedup(dense, prune(dense, family, step.sparsity), hw)
+            assert here.speedup == pytest.approx(step.speedup, rel=1e-9)
+            assert step.reached == (here.speedup >= 1.5)
+            share = 4096 if family == "width_cross" else 4096 * 14336 / (4096 + 14336)
+            wider = speedup(dense, prune(dense, family, step.sparsity - 16 / share), hw)
+            assert step.saved == pytest.approx(1.0 - here.pruned_s / wider.pruned_s, rel=1e-6)
+            assert step.saved > 0
+    for a in found.advice:
+        if a.family == "width":
+            for step in a.steps:
+                here = speedup(dense, prune(dense, "width", {"attention": a.sparsity, "mlp": step.sparsity}), hw)
+                assert here.pruned_s == pytest.approx(step.pruned_s, rel=1e-9)
+                inner = prune(dense, "width", {"attention": a.sparsity, "mlp": step.sparsity})
+                assert int(inner.k[inner.is_role("down")][0]) == step.width
+
+
+def test_alternatives_are_timed_and_pairs_take_less_than_either_alone(found: Advised) -> None:
+    alone = {a.family: a.sparsity for a in found.advice if a.reached}
+    assert found.alternatives
+    for o in found.alternatives:
+        assert o.reached == (o.speedup >= 1.4)
+        assert o.speedup_lower < o.speedup < o.speedup_upper
+        if not o.what.startswith("no pruning"):
+            first, at = o.what.split(" and ")[0].split()
+            assert o.reached
+            assert float(at) < alone.get(first, 1.0)
+
+
+def test_int4_weights_are_set_beside_pruning_in_decode() -> None:
+    found = advise(MODEL, [HARDWARE], 1.4, ["decode"], family=["depth"])
+    (int4,) = [o for o in found.alternatives if o.what == "no pruning, weights in int4"]
+    (int8,) = [o for o in found.alternatives if o.what == "no pruning, weights in int8"]
+    assert int4.speedup > int8.speedup > 1.0
+
+
+def test_quality_is_that_of_the_nearest_sparsity_measured_at_or_above() -> None:
+    quality = {"depth": [(0.1, 1.0, "a"), (0.5, 9.0, "b"), (0.9, 60.0, "c")], "width": [(0.05, 1.0, "d")]}
+    found = advise(MODEL, [HARDWARE], 1.4, ["decode"], family=["depth", "width"], quality=quality)
+    by = {a.family: a for a in found.advice}
+    assert 0.1 < by["depth"].sparsity < 0.5
+    assert (by["depth"].quality_loss, by["depth"].quality_at, by["depth"].quality_source) == (9.0, 0.5, "b")
+    assert (by["width"].quality_loss, by["width"].quality_source) == (None, "")
+
+
+def test_setting_and_runtime_are_respected() -> None:
+    setting = Setting(runtime="eager")
+    found = advise(MODEL, [HARDWARE], 1.4, ["decode"], family=["depth"], setting=setting)
+    (a,) = found.advice
+    assert a.runtime == "eager"
+    assert predicted("depth", a.sparsity, "decode", "eager")[0] == pytest.approx(a.speedup, rel=1e-9)
+
+
+@pytest.mark.parametrize("target", [1.0, 0.5, float("nan"), float("inf"), -2.0, 1e9])
+def test_bad_targets_are_refused(target: float) -> None:
+    with pytest.raises(InputError, match="expected a speedup above 1"):
+        advise(MODEL, [HARDWARE], target)
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(InputError, match="did you mean width"):
+        advise(MODEL, [HARDWARE], 1.5, family=["widht"])
+    with pytest.raises(InputError, match="did you mean prefill"):
+        advise(MODEL, [HARDWARE], 1.5, ["prefil"])
+    with pytest.raises(InputError, match="hardware: expected at least one"):
+        advise(MODEL, [], 1.5)
+
+
+def test_the_command_prints_a_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
+    from simulator.cli import advise as command
+
+    command.command(MODEL, HARDWARE, 1.5, family="width,unstructured")
+    text = capsys.readouterr().out
+    assert "not reachable (at most 1.00 at" in text
+    assert "no pruning, weights in int8" in text
+    command.command(MODEL, HARDWARE, 1.5, family="width,unstructured", json=True)
+    records = json.loads(capsys.readouterr().out)
+    assert [(r["family"], r["reached"]) for r in records] == [("width", True), ("unstructured", False)]
+    assert records[0]["speedup"] >= 1.5

@@ -1,0 +1,597 @@
+"""Sweeps: the table equals one-by-one predictions, bad grids are refused before any work, and nothing that ends a sweep harms its table."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import simulator
+from simulator.errors import InputError
+from simulator.models.library import load_model
+from simulator.predict.grid import FamilyChoice, Formats, Grid, read_grid
+from simulator.predict.rows import COLUMNS, partitions
+from simulator.predict.settings import Setting
+from simulator.predict.sweep import Plan, compute_part, digest, sweep, sweep_columns, windowed
+from simulator.predict.table import Record
+from simulator.predict.variants import ANY_REQUEST, SAME_LENGTH, Requests, prune_many
+from simulator.predict.where import parse_filter
+from simulator.pruning import FAMILIES, prune
+from simulator.workload import SCHEMA
+
+parquet = pytest.importorskip("pyarrow.parquet", reason="tables need pyarrow")
+
+SMALL = Grid(
+    ("llama-3.2-1b",),
+    ("h100_sxm", "a100_sxm_80gb"),
+    (0.1, 0.5),
+    ("prefill", "decode"),
+    (1, 48),
+    (64, 2048),
+    runtimes=("cuda_graph", "eager"),
+)
+
+
+def rows(path: Path) -> list[dict[str, object]]:
+    return parquet.read_table(path).to_pylist()
+
+
+def key(row: dict[str, object]) -> tuple[object, ...]:
+    return tuple(row[name] for name in ("model", "hardware", "family", "sparsity", "phase", "batch", "seq", "runtime"))
+
+
+def test_columns_are_those_of_a_record_and_the_options() -> None:
+    assert list(COLUMNS) == [*Record.__dataclass_fields__, "options"]
+
+
+def test_every_family_has_a_way_to_be_pruned_together() -> None:
+    assert set(FAMILIES) == ANY_REQUEST | SAME_LENGTH
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("phase", ["prefill", "decode", "generate"])
+@pytest.mark.parametrize(
+    ("model", "setting"),
+    [
+        ("llama-3.2-1b", Setting(new_tokens=5)),
+        ("gemma-2-9b", Setting(new_tokens=5, devices=2)),
+        ("mistral-7b-v0.1", Setting(new_tokens=3, devices=4, parallel="pipeline", fuse_qkv=True)),
+    ],
+    ids=["plain", "windows-tensor", "window-pipeline-fused"],
+)
+def test_pruning_together_equals_one_by_one(family: str, phase: str, model: str, setting: Setting) -> None:
+    config = load_model(model)
+    shapes = [(b, s) for s in (7, 300, 8192) for b in (1, 3, 64)]
+    requests = Requests.of(lambda b, s: setting.lower(config, phase, b, s), shapes)
+    for sparsity in (0.0, 0.3, 0.5, 0.9):
+        together = prune_many(requests, family, sparsity)
+        alone = []
+        for dense in requests.workloads:
+            try:
+                alone.append(prune(dense, family, sparsity))
+            except InputError:
+                alone.append(None)
+        assert together.kept.tolist() == [i for i, w in enumerate(alone) if w is not None]
+        if together.stack is None:
+            assert together.refused
+            continue
+        for j, i in enumerate(together.kept):
+            one, at = alone[i], together.stack.starts[j] + np.arange(together.stack.lengths[j])
+            assert len(one) == len(at)
+            for name in SCHEMA:
+                np.testing.assert_allclose(
+                    getattr(together.stack.rows, name)[at], getattr(one, name), rtol=1e-12, err_msg=name
+                )
+            assert together.realised[j] == pytest.approx(one.meta.applied[-1].realised, abs=1e-12)
+
+
+@pytest.mark.parametrize("runtime", ["cuda_graph", "eager"])
+def test_a_sweep_equals_scenarios(runtime: str) -> None:
+    columns, notes = sweep_columns(SMALL)
+    table = simulator.table(
+        SMALL.models,
+        SMALL.hardware,
+        ["all"],
+        SMALL.sparsities,
+        SMALL.phases,
+        SMALL.batches,
+        SMALL.seqs,
+        setting=Setting(runtime=runtime),
+    )
+    here = np.flatnonzero(columns["runtime"] == runtime)
+    found = {key({name: columns[name][i] for name in COLUMNS}): i for i in here}
+    assert len(found) == len(here) == len(table)
+    for record in table:
+        i = found[key(asdict(record))]
+        for name, value in asdict(record).items():
+            got = columns[name][i]
+            if value is None or (isinstance(value, float) and np.isnan(value)):
+                assert np.isnan(got), name
+            elif isinstance(value, float):
+                assert got == pytest.approx(value, rel=1e-9, abs=1e-12), name
+            else:
+                assert got == value, name
+    assert notes == tuple(n for n in table.notes if "left out" in n)
+
+
+def test_generate_and_formats_and_devices_equal_scenarios() -> None:
+    grid = Grid(
+        ("qwen2.5-0.5b",),
+        ("h100_sxm",),
+        (0.5,),
+        ("generate",),
+        (2,),
+        (100,),
+        dtypes=(Formats("bf16", "int4", "fp8"),),
+        devices=(1, 2),
+        new_tokens=6,
+        families=(
+            FamilyChoice("depth"),
+            FamilyChoice("token"),
+            FamilyChoice("kv_cache"),
+            FamilyChoice("dynamic_depth"),
+        ),
+    )
+    columns, _ = sweep_columns(grid)
+    for devices in (1, 2):
+        setting = Setting(new_tokens=6, weight_dtype="int4", kv_dtype="fp8", devices=devices)
+        names = [f.name for f in grid.families]
+        for r in simulator.table(
+            grid.models, grid.hardware, names, (0.5,), ("generate",), (2,), (100,), setting=setting
+        ):
+            (i,) = np.flatnonzero((columns["family"] == r.family) & (columns["devices"] == devices))
+            assert columns["pruned_s"][i] == pytest.approx(r.pruned_s, rel=1e-9)
+            assert columns["speedup_lower"][i] == pytest.approx(r.speedup_lower, rel=1e-9)
+            assert columns["pruned_memory_bytes"][i] == pytest.approx(r.pruned_memory_bytes, rel=1e-12)
+            assert columns["parallel"][i] == r.parallel
+
+
+def test_options_are_a_column_and_change_the_result() -> None:
+    families = (FamilyChoice("width"), FamilyChoice("width", (("align", 512),)))
+    columns, _ = sweep_columns(
+        Grid(("llama-3.2-1b",), ("h100",), (0.3,), ("prefill",), (1,), (512,), families=families)
+    )
+    assert columns["options"].tolist() == ["", "align=512"]
+    assert columns["realised_sparsity"][0] > columns["realised_sparsity"][1]
+
+
+def test_devices_that_cannot_run_a_format_are_left_out_with_a_note() -> None:
+    grid = Grid(
+        ("llama-3.2-1b",),
+        ("a100_sxm_80gb", "h100_sxm"),
+        (0.5,),
+        ("decode",),
+        (1,),
+        (64,),
+        families=(FamilyChoice("depth"),),
+        dtypes=(Formats("fp8"),),
+    )
+    columns, notes = sweep_columns(grid)
+    assert columns["hardware"].tolist() == ["h100_sxm"]
+    assert len(notes) == 1
+    assert "a100_sxm_80gb has no fp8" in notes[0]
+
+
+def test_partitions_cover_the_grid_once_in_bounded_pieces() -> None:
+    grid = Grid(
+        ("llama-3.2-1b", "llama-3.1-8b"),
+        ("h100_sxm",),
+        tuple(i / 1000 for i in range(1, 900)),
+        ("prefill", "generate"),
+        tuple(range(1, 41)),
+        tuple(range(64, 64 + 50)),
+    )
+    sizes = [len(p.shapes) * len(p.choices) for p in partitions(grid)]
+    assert sum(sizes) == grid.size
+    assert max(sizes) <= 40_000
+    some = list(partitions(grid))[:40]
+    assert len({(p.model, p.phase, b, s, f, sp) for p in some for b, s in p.shapes for f, sp in p.choices}) == sum(
+        sizes[:40]
+    )
+
+
+# -- files ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_processes_resumption_and_filter_give_the_same_table(tmp_path: Path) -> None:
+    steps: list[tuple[int, int]] = []
+    one = sweep(SMALL, tmp_path / "one.parquet", progress=lambda done, of: steps.append((done, of)))
+    assert steps[-1] == (SMALL.size, SMALL.size)
+    assert one.rows == parquet.read_metadata(one.target).num_rows == SMALL.size * 21 // 22  # 2:4 only at 0.5
+    assert not (tmp_path / "one.parquet.parts").exists()
+    two = sweep(SMALL, tmp_path / "two.parquet", jobs=2)
+    assert (tmp_path / "one.parquet").read_bytes() == two.target.read_bytes()
+    few = sweep(SMALL, tmp_path / "few.parquet", where="speedup > 1.3 and batch == 1 and family in ['depth', 'width']")
+    wanted = [
+        r for r in rows(one.target) if r["speedup"] > 1.3 and r["batch"] == 1 and r["family"] in ("depth", "width")
+    ]
+    assert rows(few.target) == wanted
+    assert wanted
+
+
+def test_a_finished_sweep_is_not_done_again_and_not_overwritten(tmp_path: Path) -> None:
+    out = tmp_path / "t.parquet"
+    first = sweep(SMALL, out)
+    again = sweep(SMALL, out)
+    assert (again.rows, again.resumed) == (first.rows, again.partitions)
+    with pytest.raises(InputError, match="exists and is the table of another sweep"):
+        sweep(SMALL, out, where="batch == 1")
+    out.write_text("notes")
+    with pytest.raises(InputError, match="exists and is no table of a sweep"):
+        sweep(SMALL, out)
+    assert out.read_text() == "notes"
+
+
+def test_parts_of_another_grid_are_refused(tmp_path: Path) -> None:
+    out = tmp_path / "t.parquet"
+    parts = tmp_path / "t.parquet.parts"
+    parts.mkdir()
+    (parts / "manifest.json").write_text(json.dumps({"digest": "other", "parts": 1}))
+    with pytest.raises(InputError, match="parts of another sweep"):
+        sweep(SMALL, out)
+    (parts / "manifest.json").write_text("{half")
+    with pytest.raises(InputError, match="parts of another sweep"):
+        sweep(SMALL, out)
+
+
+def test_two_sweeps_into_one_file_are_told_apart(tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def second(done: int, of: int) -> None:
+        if not refused:
+            with pytest.raises(InputError) as error:
+                sweep(SMALL, tmp_path / "t.parquet")
+            refused.append(str(error.value))
+
+    sweep(SMALL, tmp_path / "t.parquet", progress=second)
+    assert "another sweep is writing it" in refused[0]
+
+
+KILLED = """
+import os, signal, sys
+from simulator.predict.sweep import sweep
+from simulator.predict.grid import read_grid
+
+if __name__ == "__main__":
+    def stop(done, of):
+        if done >= int(sys.argv[3]):
+            os.kill(os.getpid(), signal.SIGKILL)
+    sweep(read_grid(sys.argv[1]), sys.argv[2], jobs=int(sys.argv[4]), progress=stop)
+"""
+
+GRID = """
+models: [llama-3.2-1b]
+hardware: [h100_sxm]
+sparsities: {from: 0.02, to: 0.9, step: 0.02}
+phases: [prefill, decode, generate]
+batches: {from: 1, to: 32, times: 2}
+seqs: [128, 512, 2048]
+new_tokens: 16
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kill -9 is POSIX")
+@pytest.mark.parametrize(("after", "jobs"), [(1, 1), (9000, 1), (1, 2)])
+def test_kill_9_loses_no_part_and_the_rerun_finishes(tmp_path: Path, after: int, jobs: int) -> None:
+    grid, out, script = tmp_path / "grid.yaml", tmp_path / "t.parquet", tmp_path / "run.py"
+    grid.write_text(GRID)
+    script.write_text(KILLED)
+    killed = subprocess.run(
+        [sys.executable, str(script), str(grid), str(out), str(after), str(jobs)], timeout=120, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL
+    there = sorted((tmp_path / "t.parquet.parts").glob("part-*.parquet"))
+    assert there
+    before = {path: path.stat().st_mtime_ns for path in there}
+    assert not out.exists()
+    seen: list[int] = []
+    done = sweep(read_grid(grid), out, progress=lambda n, _: seen.append(n))
+    assert done.resumed == len(before)
+    assert seen[0] > 0
+    clean = sweep(read_grid(grid), tmp_path / "clean.parquet")
+    assert clean.target.read_bytes() == out.read_bytes()
+    assert done.notes == clean.notes
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX processes")
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    psutil = pytest.importorskip("psutil")
+    grid, script = tmp_path / "grid.yaml", tmp_path / "run.py"
+    grid.write_text(GRID)
+    script.write_text(
+        KILLED.replace(
+            "os.kill(os.getpid(), signal.SIGKILL)", "print('ready', flush=True); import time; time.sleep(60)"
+        )
+    )
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(grid), str(tmp_path / "t.parquet"), "1", "2"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and any(c.is_running() and c.status() != psutil.STATUS_ZOMBIE for c in children):
+        time.sleep(0.2)
+    assert not [c for c in children if c.is_running() and c.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_the_digest_follows_grid_filter_and_profile(tmp_path: Path) -> None:
+    from simulator.hardware.library import load_hardware, save_hardware
+
+    profile = tmp_path / "mine.yaml"
+    save_hardware(load_hardware("h100_sxm"), profile)
+    grid = Grid(("llama-3.2-1b",), (str(profile),), (0.5,), ("decode",), (1,), (64,))
+    first = digest(Plan(grid))
+    assert first == digest(Plan(grid)) != digest(Plan(grid, "batch == 1"))
+    profile.write_text(profile.read_text() + "\n# changed\n")
+    assert digest(Plan(grid)) != first
+
+
+def test_parts_are_the_same_bytes_each_time() -> None:
+    plan = Plan(SMALL)
+    assert compute_part(plan, 0) == compute_part(plan, 0)
+
+
+def test_windowed_never_has_more_under_way_than_asked() -> None:
+    from concurrent.futures import Future
+
+    waiting: list[Future[bytes]] = []
+    most = 0
+
+    def submit(index: int) -> Future[bytes]:
+        nonlocal most
+        future: Future[bytes] = Future()
+        waiting.append(future)
+        most = max(most, sum(not f.done() for f in waiting))
+        if len(waiting) >= 3 or index >= 8:
+            for f in waiting:
+                if not f.done():
+                    f.set_result(bytes([index]))
+        return future
+
+    assert sorted(index for index, _ in windowed(submit, range(10), 3)) == list(range(10))
+    assert most <= 3
+
+
+# -- cluster ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_address_without_a_scheduler_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("distributed", reason="Dask is an optional extra")
+    with pytest.raises(InputError, match="no scheduler answers there"):
+        sweep(SMALL, tmp_path / "t.parquet", scheduler="tcp://127.0.0.1:9")
+
+
+def test_a_missing_dask_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(InputError, match="pip install distributed"):
+        sweep(SMALL, tmp_path / "t.parquet", scheduler="tcp://127.0.0.1:8786")
+    assert not list(tmp_path.iterdir())
+
+
+CLUSTER = """
+import os, sys, threading
+from distributed import LocalCluster
+from simulator.predict.sweep import sweep
+from simulator.predict.grid import read_grid
+
+if __name__ == "__main__":
+    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, scheduler_port=0) as cluster:
+        pids = [w.pid for w in cluster.workers.values()]
+        killed = []
+        def kill(done, of):
+            if not killed and sys.argv[3] == "kill":
+                killed.append(pids[0])
+                os.kill(pids[0], 9)
+        s = sweep(read_grid(sys.argv[1]), sys.argv[2], scheduler=cluster.scheduler_address, progress=kill)
+        print(s.rows, len(killed))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["live", "kill"])
+def test_a_cluster_gives_the_same_table_and_survives_a_worker(tmp_path: Path, what: str) -> None:
+    pytest.importorskip("distributed", reason="Dask is an optional extra")
+    grid, script = tmp_path / "grid.yaml", tmp_path / "run.py"
+    grid.write_text(GRID.replace("[h100_sxm]", "[h100_sxm, a100_sxm_80gb, rtx_4090]"))
+    script.write_text(CLUSTER)
+    alone = sweep(read_grid(grid), tmp_path / "alone.parquet")
+    command = [sys.executable, str(script), str(grid), str(tmp_path / "t.parquet"), what]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split()[-2:] == [str(alone.rows), "1" if what == "kill" else "0"]
+    assert (tmp_path / "t.parquet").read_bytes() == alone.target.read_bytes()
+
+
+# -- grids ------------------------------------------------------------------------------------------------------------------------
+
+GOOD = """
+models: [llama-3.1-8b, qwen3-8b]
+hardware: h100
+families: [depth, {width: {align: 64}}]
+sparsities: {from: 0.1, to: 0.5, step: 0.1}
+phases: [prefill]
+batches: {from: 1, to: 8, times: 2}
+seqs: [128]
+dtypes: [bf16, {dtype: bf16, weight_dtype: int4}]
+runtimes: [eager]
+devices: [1, 2]
+level: 0.8
+fuse_qkv: true
+"""
+
+
+def test_a_grid_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "g.yaml").write_text(GOOD)
+    grid = read_grid(tmp_path / "g.yaml")
+    assert grid.hardware == ("h100_sxm",)
+    assert grid.families == (FamilyChoice("depth"), FamilyChoice("width", (("align", 64),)))
+    assert grid.sparsities == (0.1, 0.2, 0.3, 0.4, 0.5)
+    assert grid.batches == (1, 2, 4, 8)
+    assert grid.dtypes == (Formats(), Formats("bf16", "int4"))
+    assert (grid.level, grid.fuse_qkv, grid.devices, grid.runtimes) == (0.8, True, (1, 2), ("eager",))
+    assert grid.size == 2 * 2 * 5 * 4 * 2 * 2
+
+
+BATCH_LINE, SPARSITY_LINE = "batches: {from: 1, to: 8, times: 2}", "sparsities: {from: 0.1, to: 0.5, step: 0.1}"
+FAMILY_LINE = "families: [depth, {width: {align: 64}}]"
+
+BAD = {
+    "empty axis": ("batches: []", (BATCH_LINE,), r":7:10: batches: is an empty list"),
+    "unknown key": ("batchs: [1]", (), r":2:1: batchs: unknown key; did you mean batches\?"),
+    "misspelt key": ("batchs: [1]", (BATCH_LINE,), r":7:1: batchs: unknown key; did you mean batches\? \(and 1 more\)"),
+    "missing axis": ("", ("seqs: [128]",), r"seqs: is missing"),
+    "unknown model": ("models: [llama-3.1-9b]", ("models: [llama-3.1-8b, qwen3-8b]",), r"models\.0: .*llama-3\.1-8b"),
+    "unknown device": ("hardware: [h101]", ("hardware: h100",), r":3:12: hardware\.0: .*h100"),
+    "unknown family": ("families: [widht]", (FAMILY_LINE,), r"families\.0: .*did you mean width"),
+    "unknown option": (
+        "families: [{width: {algin: 64}}]",
+        (FAMILY_LINE,),
+        r"families\.0\.width\.algin: unknown key; did you mean align",
+    ),
+    "bad option": (
+        "families: [{width: {align: 0}}]",
+        (FAMILY_LINE,),
+        r"families\.0\.width: option align: expected a whole number",
+    ),
+    "percent": (
+        "sparsities: [25]",
+        (SPARSITY_LINE,),
+        r":5:14: sparsities: sparsity 25: expected a fraction.*write 0\.25",
+    ),
+    "text for a number": ("batches: [two]", (BATCH_LINE,), r"batches\.0: expected a whole number, got two"),
+    "quoted number": ('batches: ["1"]', (BATCH_LINE,), r"batches\.0: .*remove the quotes"),
+    "octal": ("batches: [010]", (BATCH_LINE,), r"batches\.0: .*octal"),
+    "zero batch": ("batches: [0]", (BATCH_LINE,), r"batches\.0: expected a whole number from 1"),
+    "backwards": ("batches: {from: 8, to: 1, times: 2}", (BATCH_LINE,), r"batches\.to: expected at least the start"),
+    "two ways": (
+        "batches: {from: 1, to: 8, times: 2, step: 1}",
+        (BATCH_LINE,),
+        r"batches: expected either step or times",
+    ),
+    "endless": (
+        "seqs: {from: 1, to: 1000000, step: 1}",
+        ("seqs: [128]",),
+        r"seqs\.step: makes more than 100000 values",
+    ),
+    "phase": ("phases: [prefil]", ("phases: [prefill]",), r"phases\.0: .*did you mean prefill"),
+    "truth": ("fuse_qkv: yes", ("fuse_qkv: true",), r"fuse_qkv: expected true or false"),
+    "too many tokens": ("seqs: [2000000000]", ("seqs: [128]",), r"seqs: batch 8 x seq 2000000000: expected at most"),
+    "alias": ("batches: &a [1]", (BATCH_LINE,), r"anchors"),
+    "twice": ("level: 0.9", (), r"level: is given twice"),
+    "list": ("- 1", tuple(GOOD.strip().split("\n")), r"expected a mapping"),
+    "empty": ("", tuple(GOOD.strip().split("\n")), r"is empty"),
+}
+
+
+@pytest.mark.parametrize("what", list(BAD))
+def test_bad_grids_are_refused_with_their_place(tmp_path: Path, what: str) -> None:
+    new, old, message = BAD[what]
+    text = GOOD
+    for line in old:
+        assert line in text
+        text = text.replace(line + "\n", "" if len(old) > 1 else new + "\n")
+    if not old or len(old) > 1:
+        text = f"\n{new}{text}" if new else text
+    path = tmp_path / "g.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message) as error:  # the pattern is one of BAD
+        sweep(path, tmp_path / "t.parquet")
+    assert str(error.value).startswith(f"{path}:")
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.glob("t.parquet*"))
+
+
+def test_grids_too_large_are_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"704 configurations, more than 100 \(--max\)"):
+        sweep(SMALL, tmp_path / "t.parquet", most=100)
+    monkeypatch.setattr("simulator.predict.store.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(InputError, match=r"needs about .* GB while it is put together"):
+        sweep(SMALL, tmp_path / "t.parquet")
+    assert not (tmp_path / "t.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("speed > 1", "did you mean speedup"),
+        ("speedup >", "cannot be read"),
+        ("speedup", "expected a condition"),
+        ("speedup > 'fast'", "is a text, expected a number"),
+        ("family > 'a'", "cannot compare so"),
+        ("__import__('os').system('true')", "is not allowed"),
+        ("speedup.real > 1", "is not allowed"),
+        ("[x for x in (1,)]", "is not allowed"),
+        ("(lambda: 1)() > 0", "is not allowed"),
+        ("speedup ** 99 > 1", "is not allowed"),
+        ("speedup > 1" + "0" * 400, "cannot be read"),
+        ("not speedup", "is a number, expected a condition"),
+        ("batch in []", "cannot compare so"),
+        ("(" * 300 + "speedup" + ")" * 300 + " > 1", "--where"),
+        ("x" * 3000, "at most 2000 characters"),
+    ],
+)
+def test_bad_filters_are_refused(tmp_path: Path, where: str, message: str) -> None:
+    with pytest.raises(InputError) as error:
+        sweep(SMALL, tmp_path / "t.parquet", where=where)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_filters_mean_what_python_would_say() -> None:
+    table = {
+        "speedup": np.array([0.9, 1.2, 1.5, np.nan]),
+        "batch": np.array([1, 8, 8, 64]),
+        "family": np.array(["depth", "width", "depth", "token"], dtype=object),
+        "calibrated": np.array([True, False, True, False]),
+    }
+    kinds = {"speedup": float, "batch": int, "family": str, "calibrated": bool}
+    for text in (
+        "1 < speedup < 1.4",
+        "batch in (8, 64) and not calibrated",
+        "family == 'depth' or batch * 2 >= 128",
+        "family not in ['depth']",
+        "calibrated",
+        "calibrated == false",
+        "-batch < -4 and speedup / batch > 0.16",
+        "not (speedup > 1)",
+        "true",
+        "batch - 1 + 1 == 8",
+    ):
+        names = {"true": True, "false": False}
+        wanted = [bool(eval(text, {}, {**names, **{n: c[i] for n, c in table.items()}})) for i in range(4)]
+        assert parse_filter(text, kinds).mask(table.__getitem__, 4).tolist() == wanted, text
+
+
+def test_a_missing_pyarrow_is_named(tmp_path: Path) -> None:
+    code = textwrap.dedent("""
+        import sys
+        sys.modules["pyarrow"] = None
+        from simulator.predict.sweep import sweep
+        from simulator.predict.grid import Grid
+        try:
+            sweep(Grid(("llama-3.2-1b",), ("h100",), (0.5,), ("decode",), (1,), (64,)), "t.parquet")
+        except ValueError as error:
+            print(error)
+    """)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env, check=True
+    )
+    assert run.stdout.strip().endswith('pip install "prunesim[tables]"')
+    assert not list(tmp_path.iterdir())

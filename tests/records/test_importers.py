@@ -1,0 +1,528 @@
+"""Published tables: what is taken, what is refused and counted, what stops an import."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from calibration.records.importers import ImportResult, import_content, import_table
+from calibration.records.parquet import write_records
+from calibration.records.records import LAUNCHES, OPERATORS, Flag, Records, Source
+from calibration.records.screening import (
+    L2_BYTES_PER_CLOCK,
+    Refusals,
+    Screen,
+    join_repeats,
+    least_seconds,
+    rotated_copies,
+    too_fast,
+)
+from calibration.records.store import Header, Store
+from simulator.errors import InputError
+from simulator.hardware.library import load_hardware
+from simulator.workload import ROLES
+
+H100 = load_hardware("h100_sxm")
+A100 = load_hardware("a100_sxm_80gb")
+
+
+def csv(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def gemms(path: Path, lines: list[str], header: str = "m,n,k,latency_us") -> Path:
+    """A CSV of good rows and then the given ones."""
+    good = [f"{16 * (i + 1)},4096,4096,{30 + i}" for i in range(30)]
+    return csv(path, "\n".join([header, *good, *lines]) + "\n")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "table.csv"
+
+
+# -- plain CSV ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_plain_csv_by_its_own_names(path: Path) -> None:
+    result = import_table(gemms(path, []), hw=H100)
+    assert len(result.records) == 30
+    assert result.records.seconds[0] == pytest.approx(30e-6)
+    assert (result.refusals.total, result.notes) == (0, ())
+    assert result.records.sources[0].origin == "table.csv"
+
+
+UNITS = {"seconds": 1.0, "latency_s": 1.0, "latency_ms": 1e3, "latency_us": 1e6, "latency_ns": 1e9}
+
+
+@pytest.mark.parametrize(("name", "scale"), list(UNITS.items()))
+def test_the_time_column_names_its_unit(path: Path, name: str, scale: float) -> None:
+    csv(path, f"M;x,N,K,time\n8,64,64,{3e-5 * scale!r}\n")
+    result = import_table(path, column_map={"m": "M;x", "n": "N", "k": "K", name: "time"})
+    assert result.records.seconds[0] == pytest.approx(3e-5)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("16,4096,4096,", "time is missing or not a number"),
+        ("16,4096,4096,nan", "time is missing or not a number"),
+        ("16,4096,4096,fast", "time is missing or not a number"),
+        ("16,4096,4096,inf", "time is infinite"),
+        ("16,4096,4096,0", "time is zero"),
+        ("16,4096,4096,-3", "time is negative"),
+        (",4096,4096,30", "m is missing or not a number"),
+        ("1_6,4096,4096,30", "m is missing or not a number"),
+        ("16.5,4096,4096,30", "m is not a whole number"),
+        ("16,inf,4096,30", "n is not a whole number"),
+        ("16,4096,0,30", "k is below 1"),
+        ("-16,4096,4096,30", "m is below 1"),
+        ("1e15,4096,4096,30", "m is out of range"),
+        ("8192,8192,8192,900", "faster than the arithmetic peak at the highest clock"),
+        ("1,16384,16384,50", "faster than memory and L2 bandwidth allow"),
+    ],
+)
+def test_bad_rows_are_counted_under_their_reason(path: Path, line: str, reason: str) -> None:
+    result = import_table(gemms(path, [line, "16,4096,4096,30", line]), hw=H100)
+    assert dict(result.refusals) == {reason: 2}
+    assert result.refusals.first[reason] == (31, 33)
+    assert result.refusals.lines() == [f"2 rows: {reason} (rows 31, 33)"]
+    assert len(result.records) == 30  # the good row repeats the first shape
+
+
+def test_a_table_with_nothing_usable_says_why(path: Path) -> None:
+    csv(path, "m,n,k,latency_us\n1,64,64,0\n2,64,64,-1\n3,64,64,0\n")
+    with pytest.raises(
+        InputError, match=r"no usable row: 2 rows: time is zero \(rows 1, 3\); 1 row: time is negative \(row 2\)"
+    ):
+        import_table(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "reason"),
+    [
+        ("m,n,latency_us\n1,2,3\n", None, "column k is missing; the file has m, n, latency_us"),
+        ("m,n,k,time\n1,2,3,4\n", None, "expected one column of times, named or mapped to one of seconds"),
+        (
+            "m,n,k,latency_us,latency_ms\n1,2,3,4,5\n",
+            None,
+            "expected one column of times.*found latency_ms, latency_us|found",
+        ),
+        ("m,n,k,latency_us\n1,2,3,4\n", {"m": "M"}, "column 'M' is unknown; did you mean m"),
+        ("m,n,k,latency_us\n1,2,3,4\n", {"q": "m"}, "column map: column 'q' is unknown"),
+        ("m,n,k,latency_us\n", None, "has a header but no rows"),
+        ("", None, "is empty; expected a header, and rows"),
+        ("m,n,k,latency_us\n1,2,3\n", None, ":2: expected 4 cells, as the header has, got 3"),
+        ("m,m,k,latency_us\n1,2,3,4\n", None, "column 'm' appears twice"),
+        ("batch,q_len,kv_len,heads,latency_us\n1,2,3,4,5\n", None, "attention needs the columns kv_heads, head_dim"),
+        ("m,n,k,dtype,latency_us\n1,2,3,fp5,4\n", None, "dtype 'fp5' is unknown"),
+        ('m,n,k,latency_us\n"1,2,3,4\n', None, ":2: is not CSV"),
+    ],
+)
+def test_files_that_cannot_be_understood_are_refused(
+    path: Path, text: str, columns: Mapping[str, str] | None, reason: str
+) -> None:
+    with pytest.raises(InputError, match=reason) as caught:
+        import_table(csv(path, text), column_map=columns)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
+    binary = tmp_path / "x.csv"
+    binary.write_bytes(b"\x93NUMPY\xff\xfe")
+    with pytest.raises(InputError, match=r"is not CSV: not UTF-8 text \(byte 0\)"):
+        import_table(binary)
+    broken = tmp_path / "x.parquet"
+    broken.write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(InputError, match="cannot be read as Parquet"):
+        import_table(broken)
+    broken.write_bytes(b"m,n,k\n")
+    with pytest.raises(InputError, match="is no file of the format"):
+        import_table(broken)
+    with pytest.raises(InputError, match="cannot be read: No such file"):
+        import_table(tmp_path / "none.csv")
+    with pytest.raises(InputError, match="format 'xls' is unknown"):
+        import_table(binary, format="xls")
+
+
+def test_repeated_shapes_give_their_median_and_disagreement_is_flagged(path: Path) -> None:
+    lines = ["16,4096,4096,30.5", "32,4096,4096,60", "32,4096,4096,61"]
+    result = import_table(gemms(path, lines), hw=H100)
+    assert len(result.records) == 30
+    assert result.records.seconds[:2] == pytest.approx([30.25e-6, 60e-6])
+    assert result.records.flags.tolist()[:3] == [0, Flag.CONFLICT, 0]
+    assert result.notes == (
+        "3 rows repeat a shape: the median was taken; 1 shapes disagree by over 10 %, flagged CONFLICT",
+    )
+
+
+def test_mixed_number_formats_need_a_choice(path: Path) -> None:
+    text = "m,n,k,dtype,weight_dtype,latency_us\n" + "".join(
+        f"{m},4096,4096,{d},{w},40\n"
+        for m in range(1, 31)
+        for d, w in (("bfloat16", "bf16"), ("fp8", "fp8"), ("bf16", "int8"))
+    )
+    csv(path, text)
+    with pytest.raises(InputError, match=r"mixes number formats \(bf16 30, fp8 30, int8_wo 30 rows\); choose one"):
+        import_table(path, hw=H100)
+    assert set(import_table(path, hw=H100, dtype="all").records.labels()) == {"bf16", "fp8", "int8_wo"}
+    chosen = import_table(path, hw=H100, dtype="int8_wo")
+    assert set(chosen.records.labels()) == {"int8_wo"}
+    assert dict(chosen.refusals) == {"dtype bf16, not int8_wo": 30, "dtype fp8, not int8_wo": 30}
+    assert chosen.refusals.first["dtype fp8, not int8_wo"] == (2, 5, 8)
+    with pytest.raises(InputError, match="no usable row: 30 rows: dtype bf16, not int4_wo"):
+        import_table(path, hw=H100, dtype="int4_wo")
+
+
+def test_few_rows_and_a_missing_datasheet_are_said(path: Path) -> None:
+    csv(path, "m,n,k,latency_us,comment\n" + "".join(f"{m},64,64,5,x\n" for m in range(1, 11)))
+    notes = import_table(path).notes
+    assert any("only 10 usable rows: too few to fit" in note for note in notes)
+    assert any("not checked against a roofline" in note for note in notes)
+    assert "columns not used: comment" in notes
+
+
+def test_attention_and_other_operators_from_csv(path: Path) -> None:
+    header = "operator,batch,q_len,kv_len,heads,kv_heads,head_dim,m,n,k,role,latency_us\n"
+    rows = [
+        "attention_decode,4,1,1000,32,8,128,,,,,30",
+        "attention_decode,4,1,1000,32,7,128,,,,,30",
+        "attention_prefill,1,20,10,32,8,128,,,,,30",
+        "elementwise,,,,,,,128,4096,,activation,30",
+        "gemm,,,,,,,128,4096,4096,q,30",
+        "conv,,,,,,,1,1,1,q,30",
+        "gemm,,,,,,,128,4096,,q,30",
+    ]
+    result = import_table(csv(path, header + "\n".join(rows)))
+    assert [OPERATORS[o] for o in result.records.operator] == ["attention_decode", "elementwise", "gemm"]
+    assert [int(r) for r in result.records.role] == [-1, ROLES.index("activation"), ROLES.index("q")]
+    assert dict(result.refusals) == {
+        "operator 'conv' is unknown": 1,
+        "k is missing or not a number": 1,
+        "heads is no multiple of kv_heads": 1,
+        "q_len exceeds kv_len": 1,
+    }
+
+
+def test_a_store_and_a_table_of_records_are_read_too(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    path = tmp_path / "records.jsonl"
+    with Store(path, Header("H100", {"driver": "1"})) as store:
+        for m in range(1, 31):
+            operator = {"kind": "gemm", "m": m, "n": 4096, "k": 4096, "dtype": "bf16"}
+            store.append({"operator": operator, "median_s": 1e-9 if m == 30 else 3e-5, "status": "ok"})
+        store.append({"operator": {"kind": "gemm"}, "status": "skipped", "reason": "out of memory"})
+    path.write_bytes(path.read_bytes() + b'{"half a')
+    result = import_table(path, hw=H100)
+    assert dict(result.refusals) == {"faster than the arithmetic peak at the highest clock": 1}
+    assert result.notes == (
+        "the last line was cut short and dropped",
+        "1 operators without a time: skipped: out of memory",
+    )
+    write_records(result.records, tmp_path / "records.parquet")
+    again = import_table(tmp_path / "records.parquet", hw=H100)
+    assert again.records.digest() == result.records.digest()
+    bad = result.records.replace(m=0)
+    (tmp_path / "records.parquet").write_bytes(write_records(bad))
+    with pytest.raises(InputError, match="no usable row: 29 rows: m is below 1"):
+        import_table(tmp_path / "records.parquet")
+
+
+_TOKENS = (
+    b"nan",
+    b"inf",
+    b"-1",
+    b"0",
+    b"1e400",
+    b"",
+    b'"',
+    b",",
+    b"\n",
+    b"\x00",
+    b"\xff",
+    b"1e18",
+    b"9" * 30,
+    b"0x10",
+    b"true",
+    b"fp8",
+    b"m",
+)
+
+
+def mutated(data: bytes, rng: random.Random) -> bytes:
+    """A few bytes replaced, deleted or inserted."""
+    out = bytearray(data)
+    for _ in range(rng.randrange(1, 6)):
+        place = rng.randrange(len(out))
+        if rng.random() < 0.3:
+            del out[place : place + rng.randrange(1, 100)]
+        else:
+            out[place : place + rng.choice((0, 1, 9))] = rng.choice((*_TOKENS, bytes([rng.randrange(256)])))
+    return bytes(out)
+
+
+def outcome_of(content: bytes, path: Path, **options: Any) -> ImportResult | str:
+    """What was read, or the line that says why not."""
+    try:
+        return import_content(content, path, **options)
+    except InputError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("kind", ["csv", "measured", "aiconfigurator", "records"])
+def test_a_damaged_file_is_refused_in_one_line_or_read(tmp_path: Path, kind: str) -> None:
+    rng = random.Random(kind)
+    if kind == "csv":
+        content = gemms(tmp_path / "t", ["64,64,64,5,fp8"] * 3, "m,n,k,latency_us,dtype").read_bytes()
+        content = content.replace(b"\n16,", b",bf16\n16,", 1)
+    elif kind == "measured":
+        content = (
+            b"gpu,dtype,op,m,n,k,latency_us,source,note\n"
+            + b"RTX4090,bf16,down_proj,1,4096,14336,150,somewhere,kernel time\n" * 30
+        )
+    elif kind == "aiconfigurator":
+        columns = attention_columns(200, latency=[0.02] * 200)
+        content = aic(tmp_path / "t", columns, "SGLang", "generation_attention").read_bytes()
+    else:
+        pytest.importorskip("pyarrow")
+        content = write_records(Records.from_columns([Source("x")], m=np.arange(1, 99), n=64, k=64, seconds=1e-5))
+    for _ in range(250):
+        outcome = outcome_of(
+            mutated(content, rng), tmp_path / "t", hw=rng.choice((H100, None)), dtype=rng.choice((None, "all"))
+        )
+        if isinstance(outcome, str):
+            assert "\n" not in outcome
+            continue
+        result = outcome
+        assert np.isfinite(result.records.seconds).all()
+        assert (result.records.seconds > 0).all()
+
+
+# -- aiconfigurator -----------------------------------------------------------------------------------------------------------
+
+
+def aic(path: Path, columns: Mapping[str, Any], framework: str = "TRTLLM", op: str = "gemm") -> Path:
+    """A table as the package has them, with these columns."""
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    size = len(columns["latency"])
+    shared = {
+        "framework": framework,
+        "version": "1.0.0",
+        "device": "NVIDIA A100-SXM4-80GB",
+        "op_name": op,
+        "kernel_source": "k",
+    }
+    pq.write_table(pa.table({**{name: [value] * size for name, value in shared.items()}, **columns}), path)
+    return path
+
+
+def attention_columns(size: int, **more: Any) -> dict[str, Any]:
+    base = {
+        "batch_size": 1,
+        "isl": 1,
+        "num_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "step": 1023,
+        "beam_width": 1,
+    }
+    columns: dict[str, Any] = {name: [value] * size for name, value in base.items()}
+    return {**columns, "attn_dtype": ["bfloat16"] * size, "kv_cache_dtype": ["bfloat16"] * size, **more}
+
+
+def test_aiconfigurator_gemms(tmp_path: Path) -> None:
+    columns = {
+        "gemm_dtype": ["bfloat16", "int8_wo", "int4_wo", "sq", "fp8_block", "bfloat16", "bfloat16"],
+        "m": [1] * 7,
+        "n": [4096] * 7,
+        "k": [4096] * 6 + [65536],
+        "latency": [0.05, 0.03, 0.02, 0.03, 0.03, 0.0, 0.7],
+    }
+    path = aic(tmp_path / "gemm_perf.parquet", columns)
+    result = import_table(path, hw=A100, dtype="all")
+    assert dict(result.refusals) == {"number format fp8_block is not modelled": 1, "time is zero": 1}
+    assert result.records.labels().tolist() == ["bf16", "int8_wo", "int4_wo", "int8", "bf16"]
+    assert result.records.seconds == pytest.approx(np.array([0.05, 0.03, 0.02, 0.03, 0.7]) / 1e3)
+    assert result.records.copies.tolist() == [2, 3, 5, 3, 1]  # ceil(40 MiB / weight bytes), at most 6
+    assert {LAUNCHES[c] for c in result.records.launch} == {"graph"}
+    assert result.records.sources[0] == Source(
+        "NVIDIA A100-SXM4-80GB",
+        {"TRTLLM": "1.0.0"},
+        "k",
+        result.records.sources[0].method,
+        result.records.sources[0].origin,
+        result.records.sources[0].digest,
+        "Apache-2.0",
+    )
+
+
+def test_the_vllm_collections_are_refused_with_the_reason(tmp_path: Path) -> None:
+    columns = {"gemm_dtype": ["bfloat16"], "m": [1], "n": [64], "k": [64], "latency": [0.01]}
+    with pytest.raises(InputError, match="collections of VLLM are refused: its GEMM weights were not initialised"):
+        import_table(aic(tmp_path / "t.parquet", columns, framework="VLLM"))
+
+
+def test_aiconfigurator_tables_that_lack_something(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="column k missing; the file has"):
+        import_table(aic(tmp_path / "a.parquet", {"gemm_dtype": ["bfloat16"], "m": [1], "n": [64], "latency": [0.01]}))
+    with pytest.raises(InputError, match="op_name 'moe' is unknown"):
+        import_table(aic(tmp_path / "b.parquet", {"latency": [0.01]}, op="moe"))
+
+
+def test_aiconfigurator_attention(tmp_path: Path) -> None:
+    columns = attention_columns(
+        4, latency=[0.02, 0.02, 0.02, 0.02], window_size=[0, 128, 0, 0], beam_width=[1, 1, 4, 1]
+    )
+    columns["kv_cache_dtype"] = ["bfloat16", "bfloat16", "bfloat16", "fp8"]
+    result = import_table(aic(tmp_path / "t.parquet", columns, "SGLang", "generation_attention"), hw=A100, dtype="all")
+    records = result.records
+    assert dict(result.refusals) == {"beam search": 1}
+    assert (records.kv_len.tolist(), records.q_len.tolist()) == ([1024] * 3, [1] * 3)
+    assert records.window.tolist() == [0, 128, 0]
+    assert records.labels().tolist() == ["bf16", "bf16", "fp8_wo"]
+    assert (records.cold.any(), records.copies.tolist()) == (False, [1, 1, 1])
+    columns = attention_columns(1, latency=[0.5], isl=[512], step=[100])
+    context = import_table(aic(tmp_path / "u.parquet", columns, "SGLang", "context_attention"), hw=A100).records
+    assert (int(context.q_len[0]), int(context.kv_len[0]), OPERATORS[int(context.operator[0])]) == (
+        512,
+        612,
+        "attention_prefill",
+    )
+
+
+def test_decode_rows_above_the_memory_peak_are_dropped_for_the_collection_known_for_it(tmp_path: Path) -> None:
+    # 64 sequences of 4096 positions: 1.07 GB of cache, 527 us at 2.039 TB/s
+    columns = attention_columns(2, latency=[0.5, 0.6], batch_size=[64, 64], step=[4095, 4095])
+    path = aic(tmp_path / "t.parquet", columns, "TRTLLM", "generation_attention")
+    result = import_table(path)  # the rule needs no profile
+    assert dict(result.refusals) == {"decode faster than the memory's 2.039 TB/s, known of this collection": 1}
+    small = attention_columns(2, latency=[0.002, 0.006])  # 4 MB, which the L2 holds
+    assert len(import_table(aic(tmp_path / "u.parquet", small, "TRTLLM", "generation_attention")).records) == 1
+    assert import_table(tmp_path / "u.parquet").notes[-1].startswith("only 1 usable rows")
+
+
+def test_the_real_collections(wheel_tables: Path) -> None:
+    def rows(table: str, hardware: str, dtype: str = "all") -> ImportResult:
+        return import_table(wheel_tables / table, hw=load_hardware(hardware), dtype=dtype)
+
+    a100 = rows("a100_sxm/gemm/trtllm/1.0.0/gemm_perf.parquet", "a100_sxm_80gb", "bf16")
+    assert (len(a100.records), int(a100.records.m.max())) == (9240, 8192)
+    for system in ("h100_sxm", "h200_sxm", "l40s"):
+        result = rows(f"{system}/gemm/trtllm/1.3.0rc20/gemm_perf.parquet", system, "bf16")
+        assert len(result.records) == 35700
+        assert result.refusals["number format fp8_block is not modelled"] == 29268
+    decode = rows("a100_sxm/attention/trtllm/1.0.0/generation_attention_perf.parquet", "a100_sxm_80gb")
+    assert (len(decode.records), decode.refusals.total) == (4675, 351)
+    with pytest.raises(InputError, match="VLLM are refused"):
+        rows("h100_sxm/gemm/vllm/0.24.0/gemm_perf.parquet", "h100_sxm")
+
+
+# -- the measured tables handed over --------------------------------------------------------------------------------------------
+
+
+def test_the_rtx_4090_tables(shared_data: Path) -> None:
+    hw = load_hardware("rtx_4090")
+    gemm = import_table(shared_data / "rtx4090_gemm.csv", hw=hw)
+    assert (len(gemm.records), gemm.refusals.total) == (344, 0)
+    assert {ROLES[r] for r in gemm.records.role} == {"qkv", "down", "lm_head"}
+    assert gemm.records.cold.all()
+    assert {LAUNCHES[c] for c in gemm.records.launch} == {"excluded"}
+    assert not gemm.records.copies.any()
+    attention = import_table(shared_data / "rtx4090_attention.csv", hw=hw)
+    assert (len(attention.records), dict(attention.refusals)) == (
+        98,
+        {"attn_prefill_noncausal: attention without a causal mask is not modelled": 1},
+    )
+    assert not attention.records.cold.any()
+    others = import_table(shared_data / "rtx4090_other_ops.csv", hw=hw)
+    assert {ROLES[r] for r in others.records.role} == {
+        "activation",
+        "embedding",
+        "attention_norm",
+        "final_norm",
+        "rotary",
+    }
+    moved = others.records.read_bytes + others.records.write_bytes
+    large = (others.records.role == ROLES.index("activation")) & (others.records.m == 2048)
+    bandwidth = float(moved[large][0] / others.records.seconds[large][0])
+    assert 0.7 < bandwidth / hw.bandwidth_bytes_per_s < 1.3  # 176 MB, more than the L2 holds
+
+
+def test_the_2to4_table_keeps_experiments_apart(shared_data: Path) -> None:
+    result = import_table(shared_data / "sparse24_gemm.csv", dtype="all")
+    records = result.records
+    assert result.refusals.total == 35
+    assert all("two chained GEMMs" in reason for reason in result.refusals)
+    assert any("67 rows do not state their number format plainly" in note for note in result.notes)
+    runs = np.array([s.run for s in records.sources])[records.source]
+    one = records.select(runs == "LLaMA-2-7B.down")
+    dense, sparse = (float(one.seconds[one.is_operator(op) & (one.n == 4096)][0]) for op in ("gemm", "gemm_2to4"))
+    assert dense / sparse == pytest.approx(890 / 560)
+
+
+# -- physics ------------------------------------------------------------------------------------------------------------------
+
+
+def one(**columns: Any) -> Records:
+    return Records.from_columns([Source("x")], size=1, **{"seconds": 1.0, **columns})
+
+
+def test_what_no_run_can_beat() -> None:
+    compute = least_seconds(one(m=4096, n=4096, k=4096), H100)[0]
+    assert compute[0] == pytest.approx(2 * 4096**3 / (989.4e12 * 1.98 / 1.83), rel=1e-3)
+    cold = least_seconds(one(m=1, n=16384, k=16384), H100)[1][0]
+    assert cold == pytest.approx(2 * 16384**2 / 3.35e12, rel=1e-3)
+    warm = least_seconds(one(m=1, n=4096, k=4096, copies=1, cold=False), H100)[1][0]  # 32 MiB stay in the L2
+    assert warm == pytest.approx((2 * 4096**2 + 2 * 8192) / (L2_BYTES_PER_CLOCK * 132 * 1.98e9), rel=1e-3)
+    rotated = least_seconds(one(m=1, n=4096, k=4096, copies=2), H100)[1][0]  # of two, at most one half is there
+    assert rotated == pytest.approx((2 * 4096**2 - 25 * 2**20) / 3.35e12, rel=1e-3)
+    sparse = least_seconds(one(m=4096, n=4096, k=4096, operator=np.array(["gemm_2to4"])), H100)[0][0]
+    assert sparse == pytest.approx(compute[0] / 2)
+    assert least_seconds(one(m=64, n=64, k=64, dtype=np.array(["int4"])), H100)[0][0] == 0  # no rate, no check
+    shape = {"batch": 2, "q_len": 1024, "kv_len": 1024, "heads": 8, "kv_heads": 2, "head_dim": 128}
+    prefill = least_seconds(one(operator=np.array(["attention_prefill"]), **shape), H100)[0][0]
+    assert prefill * 989.4e12 * 1.98 / 1.83 == pytest.approx(4 * 2 * 8 * 128 * 1024 * 1025 / 2, rel=1e-3)
+
+
+def test_a_time_on_the_limit_passes_and_one_well_below_does_not() -> None:
+    for shape in ({"m": 8192, "n": 8192, "k": 8192}, {"m": 1, "n": 16384, "k": 16384}):
+        limit = float(np.maximum(*least_seconds(one(**shape), H100))[0])
+        assert not np.any(too_fast(one(**shape, seconds=limit), H100))
+        assert np.any(too_fast(one(**shape, seconds=limit * 0.95), H100))
+
+
+def test_rotated_copies_fill_the_cache_once() -> None:
+    weights = np.array([1.0, 8.8e6, 52428800, 52428801, 1e12])
+    copies = rotated_copies(weights, 50 * 2**20)
+    assert copies.tolist() == [6, 6, 1, 1, 1]
+
+
+def test_a_row_is_refused_once_for_the_first_reason() -> None:
+    screen = Screen(4)
+    screen.refuse(np.array([True, False, False, True]), "a")
+    screen.refuse(np.array([True, True, False, False]), "b")
+    screen.refuse_kept(np.array([True]), "c")
+    assert dict(screen.refusals()) == {"a": 2, "b": 1, "c": 1}
+    assert screen.refusals().first == {"a": (1, 4), "b": (2,), "c": (3,)}
+    assert (screen.refusals().total, screen.kept.any()) == (4, False)
+    assert re.fullmatch(r"9 rows: r \(rows 1, 2, 3, \.\.\.\)", Refusals({"r": 9}, {"r": (1, 2, 3)}).lines()[0])
+
+
+def test_joining_repeats_against_a_plain_loop() -> None:
+    rng = np.random.default_rng(0)
+    m, seconds = rng.integers(1, 20, 200), rng.lognormal(0, 0.05, 200)
+    joined, repeats, conflicts = join_repeats(Records.from_columns([Source("x")], m=m, n=8, k=8, seconds=seconds))
+    order = list(dict.fromkeys(m.tolist()))
+    assert joined.m.tolist() == order
+    assert joined.seconds.tolist() == pytest.approx([float(np.median(seconds[m == value])) for value in order])
+    ratios = np.array([seconds[m == v].max() / seconds[m == v].min() for v in order])
+    assert (repeats, conflicts) == (200 - len(order), int((ratios > 1.1).sum()))

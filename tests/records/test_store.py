@@ -1,0 +1,430 @@
+"""The store of measured records: nothing acknowledged is lost, nothing is doubled, nothing is read that was not written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from calibration.records import store as store_module
+from calibration.records.jsonl import decode_line, encode_line
+from calibration.records.merge import merge
+from calibration.records.recorded import load_records, records_of, shape_of, untimed
+from calibration.records.records import OPERATORS, Flag, Records, Source
+from calibration.records.store import Header, Store, parse, read_store
+from simulator.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+HEADER = Header(
+    "NVIDIA A100", {"torch": "2.9", "driver": "580.65"}, "bf16", run="r1", started="2026-01-01T00:00:00+00:00"
+)
+
+
+def row(number: int, **more: object) -> dict[str, object]:
+    operator = {"kind": "gemm", "dtype": "bf16", "m": number + 1, "n": 64, "k": 32, "cold": True}
+    return {
+        "key": f"gemm m={number}",
+        "operator": operator,
+        "median_s": 1e-6 * (number + 1),
+        "status": "ok",
+        "purpose": "fit",
+        **more,
+    }
+
+
+def written(path: Path, count: int = 3, header: Header = HEADER) -> list[dict[str, object]]:
+    with Store(path, header) as store:
+        for number in range(count):
+            store.append(row(number))
+        return list(store.rows)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "records.jsonl"
+
+
+def test_what_is_written_is_read_and_a_run_is_resumed(path: Path) -> None:
+    rows = written(path)
+    assert read_store(path).rows == tuple(rows)
+    assert all(r["run"] == "r1" and r["time"] for r in rows)
+    with Store(path, Header(HEADER.device, HEADER.stack, run="another")) as store:
+        assert store.rows == tuple(rows)
+        store.append(row(3))
+    content = read_store(path)
+    assert [r["run"] for r in content.rows] == ["r1"] * 4  # a resumed run goes on under its name
+    assert (content.header, content.dropped) == (HEADER, 0)
+
+
+@pytest.mark.parametrize(
+    ("other", "word"),
+    [
+        (Header("NVIDIA H100", HEADER.stack), "device 'NVIDIA A100', not of 'NVIDIA H100'"),
+        (Header(HEADER.device, {"torch": "2.9", "driver": "590.1"}), "driver '580.65', not of '590.1'"),
+        (Header(HEADER.device, {"torch": "2.9"}), "driver '580.65', not of 'none'"),
+        (Header(HEADER.device, HEADER.stack, "fp16"), "dtype 'bf16', not of 'fp16'"),
+    ],
+)
+def test_another_device_driver_or_dtype_is_refused(path: Path, other: Header, word: str) -> None:
+    written(path)
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=word):
+        Store(path, other)
+    assert path.read_bytes() == before
+    Store(path, HEADER).close()  # and the lock was given back
+
+
+def test_a_record_of_another_dtype_is_refused(path: Path) -> None:
+    with Store(path, HEADER) as store:
+        with pytest.raises(InputError, match="dtype 'bf16', not of 'fp16'"):
+            store.append({"operator": {"kind": "gemm", "dtype": "fp16"}})
+        store.append({"operator": {"kind": "copy", "dtype": "fp32"}})
+        for bad in ({"median_s": float("nan")}, {"crc": "1"}):
+            with pytest.raises(ValueError, match=r"JSON|crc"):
+                store.append(bad)
+    assert len(read_store(path).rows) == 1
+
+
+def test_a_last_record_cut_at_any_byte_is_dropped_or_whole(path: Path) -> None:
+    rows = written(path)
+    whole = path.read_bytes()
+    start = whole.rindex(b"\n", 0, -1) + 1
+    for cut in range(start, len(whole)):
+        path.write_bytes(whole[:cut])
+        content = read_store(path)
+        complete = cut == len(whole) - 1  # only the newline is missing
+        assert content.rows == tuple(rows[: 3 if complete else 2])
+        assert content.dropped == (0 if complete or cut == start else 1)
+        with Store(path, HEADER) as store:
+            assert store.dropped == content.dropped
+            store.append(row(7))
+        assert [r["key"] for r in read_store(path).rows] == [r["key"] for r in content.rows] + ["gemm m=7"]
+        assert read_store(path).dropped == 0
+
+
+def test_a_header_cut_at_any_byte_is_written_anew(path: Path) -> None:
+    Store(path, HEADER).close()
+    whole = path.read_bytes()
+    for cut in range(len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(InputError, match="holds no records"):
+            read_store(path)
+        written(path, 1)
+        assert len(read_store(path).rows) == 1
+
+
+def test_no_flipped_byte_makes_a_wrong_record(path: Path) -> None:
+    rows = written(path, 2)
+    whole = bytearray(path.read_bytes())
+    outcomes = {"refused": 0, "dropped": 0}
+    for place in range(len(whole)):
+        whole[place] ^= 1 << (place % 7)
+        try:
+            content = parse(bytes(whole), "file")
+            assert content is not None
+            assert content.rows == tuple(rows[: len(content.rows)])
+            assert len(content.rows) == 2 - content.dropped
+            outcomes["dropped"] += 1
+        except InputError:
+            outcomes["refused"] += 1
+        whole[place] ^= 1 << (place % 7)
+    last = len(whole) - bytes(whole).rindex(b"\n", 0, -1) - 1
+    # the last line alone may be lost; a damaged newline at its very end is refused like all before it
+    assert outcomes == {"refused": len(whole) - last + 1, "dropped": last - 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"m,n,k\n1,2,3\n", "is no store"),
+        (b"hello", "is no store"),
+        (encode_line({"prunesim": "records", "schema": 2}), "schema 2; this version reads schema 1"),
+        (encode_line({"prunesim": "records", "schema": 1}), "header lacks device"),
+    ],
+)
+def test_other_files_are_refused_and_left_alone(path: Path, content: bytes, reason: str) -> None:
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=reason):
+        read_store(path)
+    with pytest.raises(InputError, match=reason):
+        Store(path, HEADER)
+    assert path.read_bytes() == content
+
+
+def test_a_missing_file_or_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read: No such file"):
+        read_store(tmp_path / "none.jsonl")
+    with pytest.raises(InputError, match="does not exist"):
+        Store(tmp_path / "none" / "records.jsonl", HEADER)
+    with pytest.raises(InputError, match="is a folder"):
+        Store(tmp_path, HEADER)
+
+
+def test_a_second_writer_stops_at_once(path: Path) -> None:
+    with Store(path, HEADER) as store:
+        store.append(row(0))
+        before = path.read_bytes()
+        start = time.monotonic()
+        code = f"from calibration.records.store import *; Store({str(path)!r}, Header('NVIDIA A100', {dict(HEADER.stack)!r}))"
+        second = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert "InputError" in second.stderr
+        assert "another process is writing to this file" in second.stderr
+        assert time.monotonic() - start < 10
+        with pytest.raises(InputError, match="another process"):
+            Store(path, HEADER)
+        assert path.read_bytes() == before
+        assert len(read_store(path).rows) == 1  # reading is always possible
+        store.append(row(1))
+    assert len(read_store(path).rows) == 2
+
+
+@pytest.mark.parametrize("truncate_fails", [False, True])
+@pytest.mark.parametrize("where", ["_write", "_sync"])
+def test_a_full_disk_loses_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch, where: str, truncate_fails: bool
+) -> None:
+    rows = written(path)
+    whole = path.read_bytes()
+    with Store(path, HEADER) as store:
+
+        def full(fd: int, data: bytes = b"", offset: int = 0) -> int:
+            if data:
+                os.pwrite(fd, data[: len(data) // 2], offset)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def no_truncate(fd: int, size: int) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store_module, where, full)
+            if truncate_fails:
+                patch.setattr(os, "ftruncate", no_truncate)
+            with pytest.raises(
+                InputError, match="No space left on device; the records before this one are safe"
+            ) as caught:
+                store.append(row(3))
+        assert "\n" not in str(caught.value)
+        if not truncate_fails:
+            assert path.read_bytes() == whole
+        elif where == "_write":
+            assert read_store(path).rows == tuple(rows)
+        store.append(row(4))  # space again: the same store goes on
+    assert [r["key"] for r in read_store(path).rows] == [f"gemm m={i}" for i in (0, 1, 2, 4)]
+
+
+def test_a_full_disk_at_the_first_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int, data: bytes, offset: int) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "_write", full)
+        with pytest.raises(InputError, match="No space left"):
+            Store(path, HEADER)
+    written(path, 1)
+    assert len(read_store(path).rows) == 1
+
+
+def kill_at_random(path: Path, total: int, rng: random.Random) -> set[int]:
+    """Start the writer, kill it after some acknowledgements and a random pause; returns what it acknowledged."""
+    command = [sys.executable, "-S", str(ROOT / "tests" / "store_writer.py"), str(path), str(total)]
+    packages = os.pathsep.join([str(ROOT), *(p for p in sys.path if p.endswith("site-packages"))])
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": packages}, text=True
+    ) as writer:
+        assert writer.stdout is not None
+        lines = []
+        for _ in range(rng.randrange(9)):
+            lines.append(writer.stdout.readline())
+        time.sleep(rng.random() * 0.004)
+        writer.kill()
+        lines += writer.stdout.readlines()  # acknowledged before it died, still in the pipe
+    return {int(line) for line in lines if line.strip().isdigit()}
+
+
+def test_thirty_kills_lose_no_acknowledged_record(path: Path) -> None:
+    rng = random.Random(7)
+    total = 400
+    acknowledged: set[int] = set()
+    for _ in range(30):
+        acknowledged |= kill_at_random(path, total, rng)
+        content = parse(path.read_bytes() if path.exists() else b"", "file")
+        keys = [r["key"] for r in content.rows] if content else []  # none: killed before its header was on the disk
+        assert len(keys) == len(set(keys))
+        assert {f"shape {i}" for i in acknowledged} <= set(keys)
+    assert 30 < len(acknowledged) < total
+    command = [sys.executable, str(ROOT / "tests" / "store_writer.py"), str(path), str(total)]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
+    content = read_store(path)
+    assert sorted(r["key"] for r in content.rows) == sorted(f"shape {i}" for i in range(total))
+    assert content.dropped == 0
+    assert all(r["samples_s"] == [1e-6 + int(r["key"].split()[1])] * 40 for r in content.rows)
+
+
+# -- merging ------------------------------------------------------------------------------------------------------------------
+
+
+def test_stores_of_several_machines_are_joined(tmp_path: Path) -> None:
+    a, b, out = (tmp_path / name for name in ("a.jsonl", "b.jsonl", "out.jsonl"))
+    first = written(a, 2)
+    written(b, 3, Header(HEADER.device, HEADER.stack, run="r2"))
+    b.write_bytes(b.read_bytes()[:-5])
+    content = merge([a, b, a], out)
+    assert content == read_store(out).__class__(content.header, content.rows, 1, content.end)
+    assert [f"{r['run']} {r['key']}" for r in read_store(out).rows] == [
+        "r1 gemm m=0",
+        "r1 gemm m=1",
+        "r2 gemm m=0",
+        "r2 gemm m=1",
+    ]
+    assert read_store(out).rows[:2] == tuple(first)
+    assert read_store(out).header.extra["runs"] == ["r1", "r2"]
+    again = merge([out, a], tmp_path / "again.jsonl")
+    assert again.rows == content.rows  # merging what is merged adds nothing
+    records = load_records(out)
+    assert (len(records), [s.run for s in records.sources]) == (4, ["r1", "r2"])
+
+
+def test_anchors_of_one_run_are_kept_apart(tmp_path: Path) -> None:
+    with Store(tmp_path / "a.jsonl", HEADER) as store:
+        for block in (1, 2):
+            store.append(row(0, purpose="anchor", block=block))
+    assert len(merge([tmp_path / "a.jsonl"] * 2, tmp_path / "out.jsonl").rows) == 2
+
+
+def test_what_cannot_be_merged_is_refused_and_nothing_written(tmp_path: Path) -> None:
+    a, b, out = (tmp_path / name for name in ("a.jsonl", "b.jsonl", "out.jsonl"))
+    written(a, 1)
+    written(b, 1, Header("NVIDIA H100", HEADER.stack))
+    with pytest.raises(InputError, match="device 'NVIDIA H100', not of 'NVIDIA A100'"):
+        merge([a, b], out)
+    assert not out.exists()
+    with pytest.raises(InputError, match="is itself one of the stores"):
+        merge([a], a)
+    with pytest.raises(InputError, match="nothing to merge"):
+        merge([], out)
+    with Store(out, HEADER), pytest.raises(InputError, match="another process"):
+        merge([a], out)
+
+
+# -- what lines mean ----------------------------------------------------------------------------------------------------------
+
+
+def test_flags_purposes_and_spread_of_measured_rows() -> None:
+    rows = [
+        row(0, purpose="anchor", block=1, drifted=False),
+        row(
+            1,
+            block=1,
+            status="noisy",
+            lower_s=1e-6,
+            upper_s=3e-6,
+            samples_s=[1.0] * 9,
+            method="events round a graph of 20 launches",
+        ),
+        row(2, block=1, status="throttled", purpose="holdout"),
+        row(0, purpose="anchor", block=2, drifted=True),
+        row(3, block=2, method="perf_counter_ns round a loop"),
+        row(0, purpose="anchor", block=3, drifted=False),
+        row(4, block=3),
+        {"key": "gemm", "operator": {"kind": "gemm"}, "status": "skipped", "reason": "out of memory: 9 GB"},
+    ]
+    records = records_of(rows, HEADER)
+    drift = Flag.DRIFT
+    assert records.flags.tolist() == [0, Flag.NOISY | drift, Flag.THROTTLED | drift, drift, drift, 0, 0]
+    assert records.purpose.tolist() == [4, 1, 2, 4, 1, 4, 1]
+    assert records.spread[1] == pytest.approx(0.5)
+    assert np.isnan(records.spread[0])
+    assert records.sample_count.tolist()[:2] == [0, 9]
+    assert records.launch.tolist()[:5] == [0, 2, 0, 0, 3]
+    assert records.seconds.tolist() == pytest.approx([r["median_s"] for r in rows[:-1]])
+    assert untimed(rows) == {"skipped: out of memory: 9 GB": 1}
+    assert records.clean.tolist() == [True, False, False, False, False, True, True]
+
+
+def test_every_operator_a_device_offers_becomes_a_record() -> None:
+    protocol = pytest.importorskip("calibration.devices.protocol")
+    assert set(protocol.OPERATORS) <= set(OPERATORS)
+    shape = {"m": 8, "n": 64, "k": 32, "rank": 16, "rows": 4, "batch": 2, "q_len": 1, "kv_len": 16}
+    shape |= {"heads": 4, "kv_heads": 2, "head_dim": 64}
+    for kind in protocol.OPERATORS:
+        role = {"elementwise": "activation"}.get(kind, "")
+        operator = protocol.Operator(kind, **shape, block=8, role=role)
+        records = records_of([{"operator": operator.as_record(), "median_s": 1e-6}], HEADER)
+        assert OPERATORS[int(records.operator[0])] == kind
+        assert int(records.kv_len[0]) == 16
+        if kind in ("elementwise", "copy"):
+            assert float(records.read_bytes[0] + records.write_bytes[0]) == operator.bytes
+    assert shape_of({"kind": "launch_eager", "role": "gemm"})["n"] == 64
+
+
+# -- tables -------------------------------------------------------------------------------------------------------------------
+
+
+def table() -> Records:
+    sources = [Source("A", {"torch": "2"}, kernel="x"), Source("B", run="r")]
+    return Records.from_columns(
+        sources,
+        operator=np.array(["gemm", "gemm", "elementwise"]),
+        role=[0, 0, 17],
+        dtype=np.array(["bf16", "fp8", "bf16"]),
+        weight_dtype=np.array(["int8", "fp8", "bf16"]),
+        m=[1, 300, 70_000],
+        n=8,
+        k=[4, 4, 0],
+        seconds=[1e-6, 2e-6, 1 / 3],
+        spread=[np.nan, 0.01, 0.02],
+        cold=[True, False, True],
+        source=[0, 0, 1],
+        flags=[0, 1, 0],
+    )
+
+
+def test_records_survive_rows_json_and_parquet() -> None:
+    from calibration.records.parquet import read_records, write_records
+
+    records = table()
+    rows = json.loads(json.dumps(records.rows_as_dicts()))
+    again = Records.from_rows([{**r, "source": s} for r, s in zip(rows, records.source.tolist())], records.sources)
+    assert again.digest() == records.digest()
+    assert records.labels().tolist() == ["int8_wo", "fp8", "bf16"]
+    pytest.importorskip("pyarrow")
+    content = write_records(records)
+    assert read_records(content).digest() == records.digest()
+    assert write_records(read_records(content)) == content
+    single = read_records(write_records(records, single=True))
+    assert single.seconds == pytest.approx(records.seconds, rel=1e-7)
+    assert len(read_records(write_records(records.select(records.m < 0)))) == 0
+
+
+def test_columns_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="unknown columns"):
+        Records.from_columns([Source("A")], size_m=1)
+    with pytest.raises(ValueError, match="column source: expected indices into 1 sources"):
+        Records.from_columns([Source("A")], m=1, source=1)
+    with pytest.raises(InputError, match="dtype 'bf1' is unknown; did you mean"):
+        Records.from_rows([{"dtype": "bf1"}], [Source("A")])
+    with pytest.raises(InputError, match="dtype 'fp4' is unknown"):
+        table().of_dtype("fp4")
+    with pytest.raises(ValueError, match="read-only"):
+        table().m[0] = 1
+
+
+def test_joined_tables_keep_equal_sources_once() -> None:
+    joined = Records.concat([table(), table().select(np.array([2]))])
+    assert len(joined.sources) == 2
+    assert joined.source.tolist() == [0, 0, 1, 1]
+    assert joined.groups().tolist()[2] == joined.groups().tolist()[3]
+    assert len(table().select(np.array([2])).tidy().sources) == 1
+
+
+def test_a_line_is_its_own_inverse() -> None:
+    for line in ({"a": "ü\n", "crc2": [1.5, None]}, {"x": ',"crc":"00000000"}'}):
+        assert decode_line(encode_line(line)[:-1]) == line
