@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.hardware.constants import AXES, CLASSES, EXACT_BITS, EXACT_NAMES, FIRST_CLASSES
+
 Arrays = Mapping[str, NDArray[Any]]
 
 MOST_LOG = 5.0
@@ -51,16 +53,10 @@ def check_arrays(operator: str, arrays: Arrays) -> None:
 
 
 def _check_gemm(arrays: Arrays) -> None:
-    # late: cost modules are upper layers
-    from simulator.hardware.constants import AXES
-    from simulator.hardware.constants import EXACT_NAMES as NAMES
-    from simulator.kernels.exact import exact_of
-    from simulator.kernels.lattice import residual_of
-
     if "exact_m" in arrays:
-        exact_of(arrays)
-        _bound(arrays, NAMES[-1], 0.0, MOST_LOG)
-        _bound(arrays, NAMES[-2], 1e-12, 1e9)
+        check_exact(arrays)
+        _bound(arrays, "exact_log_half", 0.0, MOST_LOG)
+        _bound(arrays, "exact_s", 1e-12, 1e9)
     if "terms" not in arrays:
         return
     _need(arrays, "terms", "grids", "values", "measured_m")
@@ -91,7 +87,20 @@ def _check_gemm(arrays: Arrays) -> None:
         "(sizes,)",
     )
     _bound(arrays, "measured_m", 1.0, 2.0**31)
-    residual_of(arrays)
+
+
+def check_exact(arrays: Arrays) -> None:
+    """Refuse exact shapes that could not be looked up: an array missing, lengths that differ, no whole dimensions in range, no times."""
+    if missing := [name for name in EXACT_NAMES if name not in arrays]:
+        raise ValueError(f"exact shapes: array {missing[0]} is missing")
+    *shape, seconds, log_half = (np.asarray(arrays[name], dtype=np.float64) for name in EXACT_NAMES)
+    if seconds.ndim != 1 or any(a.shape != seconds.shape for a in (*shape, log_half)):
+        found = [np.shape(arrays[name]) for name in EXACT_NAMES]
+        raise ValueError(f"exact shapes: expected arrays of one length, got {found}")
+    if not all(((a >= 1) & (a < 2.0**bits) & (a == np.floor(a))).all() for a, bits in zip(shape, EXACT_BITS)):
+        raise ValueError("exact shapes: m, n and k must be whole numbers from 1 to 2^22, 2^21 and 2^21")
+    if not ((seconds > 0) & np.isfinite(seconds) & (log_half >= 0) & np.isfinite(log_half)).all():
+        raise ValueError("exact shapes: times must be above zero, half-widths at least zero")
 
 
 def _check_attention(arrays: Arrays) -> None:
@@ -110,8 +119,6 @@ def _check_attention(arrays: Arrays) -> None:
 def _check_elementwise(arrays: Arrays) -> None:
     if "values" not in arrays:
         return
-    from simulator.hardware.constants import CLASSES, FIRST_CLASSES
-
     _need(arrays, "values", "start")
     values, rows = arrays["values"], len(CLASSES)
     good = values.ndim == 2 and FIRST_CLASSES <= values.shape[0] <= rows and values.shape[1] >= 1

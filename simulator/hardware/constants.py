@@ -676,6 +676,9 @@ idle share of the last wave of the chosen tile."""
 EXACT_NAMES: tuple[str, ...] = ("exact_m", "exact_n", "exact_k", "exact_s", "exact_log_half")
 """Arrays of a GEMM section, of equal length; a profile has all of them or none."""
 
+EXACT_BITS: tuple[int, ...] = (22, 21, 21)
+"""Bits of m, n and k in the 64-bit key of an exact shape; a dimension that does not fit is never found."""
+
 
 CONSTANTS: Mapping[str, Mapping[str, Constant]] = MappingProxyType(
     {

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.hardware.checks import check_exact
+from simulator.hardware.constants import EXACT_BITS
 from simulator.hardware.constants import EXACT_NAMES as NAMES
 
 F = NDArray[np.float64]
@@ -24,8 +26,7 @@ F = NDArray[np.float64]
 LEVEL = 0.9
 """Level of the interval that ``exact_log_half`` belongs to."""
 
-_BITS = (22, 21, 21)  # of m, n and k in a key of 64 bits; what does not fit is never found
-_LIMITS = tuple(float(2**bits) for bits in _BITS)
+_LIMITS = tuple(float(2**bits) for bits in EXACT_BITS)
 
 
 @dataclass(frozen=True)
@@ -79,17 +80,8 @@ def exact_of(arrays: Mapping[str, NDArray[Any]]) -> Exact | None:
     """
     if "exact_m" not in arrays:
         return None
-    if missing := [name for name in NAMES if name not in arrays]:
-        raise ValueError(f"exact shapes: array {missing[0]} is missing")
+    check_exact(arrays)
     m, n, k, seconds, log_half = (np.asarray(arrays[name], dtype=np.float64) for name in NAMES)
-    if not (m.ndim == 1 and m.shape == n.shape == k.shape == seconds.shape == log_half.shape):
-        raise ValueError(
-            f"exact shapes: expected arrays of one length, got {[np.shape(arrays[name]) for name in NAMES]}"
-        )
-    if not _inside(m, n, k).all():
-        raise ValueError("exact shapes: m, n and k must be whole numbers from 1 to 2^22, 2^21 and 2^21")
-    if not ((seconds > 0) & np.isfinite(seconds) & (log_half >= 0) & np.isfinite(log_half)).all():
-        raise ValueError("exact shapes: times must be above zero, half-widths at least zero")
     if not len(m):
         return None
     key, first = np.unique(pack(m, n, k), return_index=True)
@@ -169,7 +161,7 @@ def pack(m: F, n: F, k: F) -> NDArray[np.uint64]:
     """
     inside = [np.clip(v, 0.0, limit - 1.0).astype(np.uint64) for v, limit in zip((m, n, k), _LIMITS, strict=True)]
     out: NDArray[np.uint64] = (
-        (inside[0] << np.uint64(_BITS[1] + _BITS[2])) | (inside[1] << np.uint64(_BITS[2])) | inside[2]
+        (inside[0] << np.uint64(EXACT_BITS[1] + EXACT_BITS[2])) | (inside[1] << np.uint64(EXACT_BITS[2])) | inside[2]
     )
     return out
 
