@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.kernels.attention_decode import decode_core, decode_work
-from simulator.kernels.attention_prefill import Device, prefill_core, prefill_work
+from simulator.kernels.attention_core import Device, decode_core, decode_work, prefill_core, prefill_work
 from simulator.kernels.attention_residual import decode_place, prefill_place
 from simulator.workload import DTYPE_BYTES, DTYPES
 

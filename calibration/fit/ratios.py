@@ -16,8 +16,7 @@ from calibration.judge.published import read
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
 from simulator.hardware.parts import Fitted, Section
 from simulator.hardware.profile import HardwareProfile
-from simulator.kernels.gemm import gemm_time, with_section
-from simulator.kernels.gemm_plan import DENSE, SPARSE24
+from simulator.kernels.gemm import DENSE, SPARSE24, gemm_time, with_section
 
 F = NDArray[np.float64]
 

@@ -21,7 +21,7 @@ from calibration.fit.attention_columns import Columns, columns_of, usable, work_
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.kernels.attention import REGIMES
-from simulator.kernels.attention_prefill import Device
+from simulator.kernels.attention_core import Device
 from simulator.kernels.attention_residual import Lattice
 
 F = NDArray[np.float64]

@@ -19,7 +19,7 @@ from calibration.records.records import Records
 from calibration.records.screening import work
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
-from simulator.kernels.optime import OpTime
+from simulator.kernels.intervals import OpTime
 from simulator.workload import DTYPES, ROLES
 
 F = NDArray[np.float64]

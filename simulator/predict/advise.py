@@ -16,7 +16,7 @@ import numpy as np
 
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
-from simulator.kernels.optime import BOUNDS
+from simulator.kernels.intervals import BOUNDS
 from simulator.kernels.stack import Stack
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model

@@ -145,7 +145,7 @@ def gemm_table(
         peak = hw.peak_flop_per_s(dtype)
         path = {"dtype": dtype, "weight_dtype": weight, "kernel": rows.kernel, "density": rows.density, "cold": cold}
         time = gemm_time(rows.m, rows.n, rows.k, hw, **path, level=level)  # type: ignore[arg-type]
-        ladder = gemm_ladder(rows.m, rows.n, rows.k, hw, **path)  # type: ignore[arg-type]
+        ladder = gemm_ladder(rows.m, rows.n, rows.k, hw, **path)
         for i, (rows_m, rows_n, rows_k) in enumerate(shapes.tolist()):
             out.append(
                 GemmRecord(

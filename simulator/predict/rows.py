@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
-from simulator.kernels.memory import RESERVE_BYTES
-from simulator.kernels.optime import BOUNDS
-from simulator.kernels.stack import F, Rows, Stack, activation_bytes, cache_bytes, weights_bytes
+from simulator.kernels.intervals import BOUNDS
+from simulator.kernels.stack import F, Rows, Stack, bytes_needed
 from simulator.models.library import load_model
 from simulator.predict.compare import Comparison, Pairs, compare
 from simulator.predict.grid import FamilyChoice, Formats, Grid
@@ -168,7 +167,7 @@ def _pruned(grid: Grid, part: Partition, notes: dict[str, list[float]]) -> _Work
     whose, stack = np.concatenate(request), Stack.join(stacks)
     dense = len(part.shapes)
     pairs = Pairs(stack, np.concatenate([np.arange(dense), whose]))
-    need = weights_bytes(stack) + cache_bytes(stack) + activation_bytes(stack) + RESERVE_BYTES
+    need = bytes_needed(stack)
     return _Work(pairs, dense, whose, np.concatenate(choice), np.concatenate(realised), need)
 
 

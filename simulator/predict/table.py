@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from simulator.errors import InputError, unknown
 from simulator.hardware.library import load_hardware
-from simulator.kernels.memory import bytes_needed, memory
-from simulator.kernels.stack import Stack
+from simulator.kernels.stack import Stack, bytes_needed, memory
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.predict.settings import MAX_TOKENS, Setting, check_fraction, once, one_of, whole_number
@@ -24,7 +23,7 @@ from simulator.workload import PHASES, Workload
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
-    from simulator.kernels.memory import Memory
+    from simulator.kernels.stack import Memory
     from simulator.predict.compare import Pairs
 
 

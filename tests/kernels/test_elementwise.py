@@ -111,7 +111,8 @@ def test_accuracy_on_the_rtx_4090(shared_data) -> None:  # type: ignore[no-untyp
         score(size, code, rows["latency_us"] * 1e-6, hw.l2_bytes, hw.bandwidth_bytes_per_s, "ada", 400, seed)
         for seed in (0, 1, 2)
     ]
-    # measured: 5.1 %, and 6.7 % over 10 us, where rotary alternates between 10 and 22 us from one token count to the next
+    # measured: 5.1 %, and 6.7 % over 10 us, where rotary alternates between 10 and 22 us from one token count to the
+    # next
     assert np.mean([s["mape"] for s in scores]) < 0.06
     assert np.mean([s["mape_over_10us"] for s in scores]) < 0.075
     assert 0.87 <= np.mean([s["coverage"] for s in scores]) <= 0.95

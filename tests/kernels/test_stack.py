@@ -11,12 +11,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_shapes import PUBLISHED
 
-from simulator.kernels.memory import RESERVE_BYTES, activation_bytes, cache_bytes, memory, weights_bytes
+from simulator.kernels import stack
+from simulator.kernels.stack import RESERVE_BYTES, Stack, memory
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.workload import Kernel, Kind, Part, Workload
 
 GPU: Any = SimpleNamespace(memory_bytes=80e9)
+
+
+def weights_bytes(w: Workload) -> float:
+    return float(stack.weights_bytes(Stack.of([w]))[0])
+
+
+def cache_bytes(w: Workload) -> float:
+    return float(stack.cache_bytes(Stack.of([w]))[0])
+
+
+def activation_bytes(w: Workload) -> float:
+    return float(stack.activation_bytes(Stack.of([w]))[0])
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
@@ -88,16 +101,8 @@ def test_what_grows_with_no_device_count() -> None:
 
 
 def test_weights_with_two_of_four() -> None:
-    row = {
-        "role": "up",
-        "part": Part.MLP,
-        "m": 1,
-        "n": 64,
-        "k": 32,
-        "count": 2,
-        "kernel": Kernel.SPARSE24,
-        "density": 0.5,
-    }
+    row = {"role": "up", "part": Part.MLP, "m": 1, "n": 64, "k": 32, "count": 2}
+    row |= {"kernel": Kernel.SPARSE24, "density": 0.5}
     # half the values at two bytes, and two bits of index for each of them
     expected = 2 * (64 * 32 // 2 * 2 + 64 * 32 // 2 * 2 / 8)
     assert weights_bytes(Workload.from_rows([row | {"params": 64 * 32 / 2}])) == expected
@@ -155,14 +160,7 @@ def test_memory_grows_with_batch_and_length(name: str, batch: int, seq: int, ste
 
 def test_an_empty_and_a_row_without_layers() -> None:
     assert cache_bytes(Workload.from_rows([{"role": "q", "m": 1, "n": 2, "k": 3}])) == 0.0
-    lone = {
-        "kind": Kind.DECODE_ATTENTION,
-        "role": "attention",
-        "batch": 1,
-        "q_len": 1,
-        "kv_len": 7,
-        "kv_heads": 2,
-        "head_dim": 4,
-    }
+    lone = {"kind": Kind.DECODE_ATTENTION, "role": "attention", "batch": 1, "q_len": 1, "kv_len": 7}
+    lone |= {"kv_heads": 2, "head_dim": 4}
     assert cache_bytes(Workload.from_rows([lone])) == 2 * 2 * 4 * 7 * 2
     assert np.isfinite(activation_bytes(Workload.from_rows([lone])))

@@ -1,4 +1,4 @@
-"""Exact shapes: looked up by m, n and k, refused where the arrays cannot be, made from records of exact measurements."""
+"""Exact shapes: looked up by m, n and k, refused where the arrays cannot be, made from records of measurements."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from calibration.records.exact import UNKNOWN_REPEAT, exact_arrays, repeatabilit
 from calibration.records.records import Flag, Records, Source
 from simulator.hardware.constants import EXACT_NAMES as NAMES
 from simulator.hardware.library import load_hardware, save_hardware
-from simulator.kernels.exact import exact_of, lookup, pack, width_at
+from simulator.kernels.exact import Exact, exact_of
 from simulator.kernels.gemm import gemm_ladder, gemm_time
 
 SIZE = st.integers(1, 2**21 - 1)
@@ -30,39 +30,36 @@ def _arrays(shapes: Any, seconds: Any = None, half: Any = None) -> dict[str, Any
     return dict(zip(NAMES, (m, n, k, times, np.full(len(m), 0.01) if half is None else np.asarray(half)), strict=True))
 
 
+def _exact(shapes: Any) -> Exact:
+    exact = exact_of(_arrays(shapes))
+    assert exact is not None
+    return exact
+
+
 @given(SHAPES)
 def test_every_shape_is_found_and_no_other(shapes: list[tuple[int, int, int]]) -> None:
-    arrays = _arrays(shapes)
-    m, n, k = np.array(shapes).T
-    hit, seconds, half = lookup(arrays, m, n, k)
+    hit, seconds, half = _exact(shapes).at(*np.array(shapes).T)
     assert hit.all()
-    assert seconds.tolist() == arrays["exact_s"].tolist()
+    assert seconds.tolist() == _arrays(shapes)["exact_s"].tolist()
     assert (half == 0.01).all()
-    known = set(shapes)
-    near = [
-        (a + da, b + db, c + dc) for a, b, c in shapes for da, db, dc in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (-1, 0, 0))
-    ]
-    found, times, _ = lookup(arrays, *np.array(near).T)
-    assert found.tolist() == [shape in known for shape in near]
+    steps = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (-1, 0, 0))
+    near = [(a + da, b + db, c + dc) for a, b, c in shapes for da, db, dc in steps]
+    found, times, _ = _exact(shapes).at(*np.array(near).T)
+    assert found.tolist() == [shape in set(shapes) for shape in near]
     assert np.isnan(times[~found]).all()
-
-
-@given(SHAPES)
-def test_keys_are_their_own(shapes: list[tuple[int, int, int]]) -> None:
-    assert len(set(pack(*np.array(shapes, dtype=np.float64).T).tolist())) == len(shapes)
 
 
 @pytest.mark.parametrize("odd", [8.5, 0.0, -8.0, np.nan, np.inf, 2.0**22, 2.0**40])
 def test_what_no_key_can_hold_is_not_found(odd: float) -> None:
     with np.errstate(invalid="ignore"):
         side = np.array([64.0, 64.0])
-        hit, _, _ = lookup(_arrays([(8, 64, 64), (2**22 - 1, 64, 64)]), np.array([odd, 8.0]), side, side)
+        hit, _, _ = _exact([(8, 64, 64), (2**22 - 1, 64, 64)]).at(np.array([odd, 8.0]), side, side)
     assert hit.tolist() == [False, True]
 
 
 def test_shape_of_the_answer_is_that_of_the_question() -> None:
     grid = np.array([[8, 9], [8, 8]])
-    hit, seconds, _ = lookup(_arrays([(8, 64, 64)]), grid, np.full((2, 2), 64), np.full((2, 2), 64))
+    hit, seconds, _ = _exact([(8, 64, 64)]).at(grid, np.full((2, 2), 64), np.full((2, 2), 64))
     assert hit.tolist() == [[True, False], [True, True]]
     assert seconds.shape == (2, 2)
 
@@ -70,7 +67,7 @@ def test_shape_of_the_answer_is_that_of_the_question() -> None:
 def test_nothing_measured_finds_nothing() -> None:
     assert exact_of({}) is None
     assert exact_of(_arrays(np.zeros((0, 3), dtype=np.int64))) is None
-    assert not lookup({"values": np.zeros(3)}, np.array([8]), np.array([8]), np.array([8]))[0].any()
+    assert exact_of({"values": np.zeros(3)}) is None
 
 
 @pytest.mark.parametrize(
@@ -94,15 +91,6 @@ def test_an_array_that_is_missing_is_named() -> None:
     del arrays["exact_s"]
     with pytest.raises(ValueError, match="exact_s is missing"):
         exact_of(arrays)
-
-
-def test_widths_follow_the_level() -> None:
-    half = np.array([0.02, 0.0])
-    assert width_at(half, 0.9).tolist() == half.tolist()
-    assert width_at(half, 0.5)[0] < half[0] < width_at(half, 0.99)[0]
-
-
-# -- from records -----------------------------------------------------------------------------------------------------------------
 
 
 def _records(**columns: Any) -> Records:
@@ -170,9 +158,7 @@ def test_a_profile_keeps_them_and_a_file_gives_them_back(tmp_path: Any) -> None:
     assert arrays["exact_k"].tolist() == [4096]  # the other would beat the datasheet
     save_hardware(replace(profile, path=None), tmp_path / "mine.yaml")
     again = load_hardware(tmp_path / "mine.yaml").sections["gemm", "bf16"].arrays
-    assert lookup(again, np.array([64]), np.array([4096]), np.array([4096]))[1].tolist() == [
-        pytest.approx(2.0 * flop_s)
-    ]
+    assert again["exact_s"].tolist() == [pytest.approx(2.0 * flop_s)]
     assert "exact_m" not in without_exact(profile).sections["gemm", "bf16"].arrays
     assert set(without_exact(profile).sections["gemm", "bf16"].arrays) == set(hw.section("gemm", "bf16").arrays)
     assert with_exact(hw, _records(m=1, seconds=1e-6, dtype="fp32")) is hw
@@ -184,9 +170,6 @@ def _provenance() -> Any:
     return Provenance(
         source="a test", digest="0" * 64, date="2026-01-01", software="none", device="none", protocol="none", rows=1
     )
-
-
-# -- in the cost model ------------------------------------------------------------------------------------------------------------
 
 
 def _profile(shapes: list[tuple[int, int, int]], factor: float = 1.3) -> Any:
@@ -235,7 +218,7 @@ def test_long_columns_are_looked_up_chunk_by_chunk() -> None:
 
 
 def test_bounds_of_measured_shapes_are_as_good_as_the_clock(tmp_path: Any) -> None:
-    """A device whose kernels no smooth model follows: a second run agrees with the shapes kept of the first, not with the model."""
+    """A device that no smooth model follows: a second run agrees with the shapes kept of the first, not the model."""
     base = roofline_timings()
 
     def wavy(op: Operator) -> float:
