@@ -55,13 +55,9 @@ class _Ready:
 def _ready(hw: HardwareProfile, operator: str, dtype: str) -> _Ready:
     section = hw.section(operator, dtype)
     names = PREFILL_CONSTANTS if operator == "attention_prefill" else DECODE_CONSTANTS
-    return _Ready(
-        Device(hw.peak_flop_per_s(dtype), float(hw.sm_count), float(hw.bandwidth_bytes_per_s), float(hw.l2_bytes)),
-        {name: float(section[name]) for name in names},
-        Lattice.from_arrays(section.arrays),
-        float(hw.clock_headroom),
-        bands_of(section, REGIMES),
-    )
+    device = Device(hw.peak_flop_per_s(dtype), float(hw.sm_count), hw.bandwidth_bytes_per_s, hw.l2_bytes)
+    constants, lattice = {name: section[name] for name in names}, Lattice.from_arrays(section.arrays)
+    return _Ready(device, constants, lattice, hw.clock_headroom, bands_of(section, REGIMES))
 
 
 def regime_of(share: Any) -> NDArray[np.intp]:
@@ -109,15 +105,12 @@ def prefill_attention_time(
     options = {name: c[name] for name in ("sparse_block", "packs", "pads")}
     work = prefill_work(b, q, kv, h, g, d, window=window, density=density, block=block, **sizes, **options)
     throughput, chain, memory = prefill_parts(work, r.device, c)
+    parts = {_COMPUTE: throughput, _LATENCY: chain, _MEMORY: memory, _LAUNCH: c["t0_s"]}
     core = c["t0_s"] + join(throughput, chain, memory)
     if r.lattice is not None:
         core = core * np.exp(r.lattice(prefill_place(q, b, h, g)))
-    compute_s = work.flops / r.device.peak_flop_per_s
-    bytes_s = work.io_bytes / r.device.bandwidth_bytes_per_s
-    floor = np.maximum(compute_s / r.headroom, bytes_s)
-    parts = {_COMPUTE: throughput, _LATENCY: chain, _MEMORY: memory, _LAUNCH: c["t0_s"]}
     widen = _widen(density, window, d, kv_dtype not in (None, dtype))
-    return _finish(core, floor, np.maximum(compute_s, bytes_s), parts, r.bands, level, widen)
+    return _finish(r, core, parts, work.flops, work.io_bytes, level, widen)
 
 
 def decode_attention_time(
@@ -137,25 +130,20 @@ def decode_attention_time(
 ) -> OpTime:
     """Time of attention of one new position a sequence over a KV cache of ``kv_len`` positions.
 
-    Never below FLOP / peak at the highest clock, nor below cache bytes / bandwidth where the cache is read cold.
-    Parameters are those of :func:`prefill_attention_time`, but ``density`` is the share of the cache read, and with
-    ``cold`` it comes from DRAM, as in a model, whose other layers ran in between; else from L2 where it fits, as in a
-    benchmark.
+    As :func:`prefill_attention_time`, but ``density`` is the share of the cache read, and with ``cold`` it comes from
+    DRAM, as in a model, whose other layers ran in between; else from L2 where it fits, as in a benchmark.
     """
     r, sizes = _ready(hw, "attention_decode", dtype), _element_sizes(dtype, kv_dtype)
     b, kv, h, g, d = _columns(batch, kv_len, heads, kv_heads, head_dim)
     work = decode_work(b, kv, h, g, d, window=window, density=density, **sizes, warm=not cold)
     memory, unit, merge = decode_parts(work, r.device, r.constants)
     fixed = r.constants["t0_s"] + merge
+    parts = {_MEMORY: memory, _LATENCY: unit, _LAUNCH: fixed}
     core = fixed + np.sqrt(memory * memory + unit * unit)
     if r.lattice is not None:
         core = core * np.exp(r.lattice(decode_place(work.kv, work.pairs, work.group)))
-    compute_s = work.flops / r.device.peak_flop_per_s
-    bytes_s = (work.cache_bytes + work.io_bytes) / r.device.bandwidth_bytes_per_s
-    floor = np.maximum(compute_s / r.headroom, bytes_s) if cold else compute_s / r.headroom
-    parts = {_MEMORY: memory, _LATENCY: unit, _LAUNCH: fixed}
     widen = _widen(density, window, d, kv_dtype not in (None, dtype))
-    return _finish(core, floor, np.maximum(compute_s, bytes_s), parts, r.bands, level, widen)
+    return _finish(r, core, parts, work.flops, work.cache_bytes + work.io_bytes, level, widen, cold)
 
 
 def _element_sizes(dtype: str, kv_dtype: str | None) -> dict[str, float]:
@@ -167,8 +155,7 @@ def _element_sizes(dtype: str, kv_dtype: str | None) -> dict[str, float]:
 
 
 def _columns(*values: Any) -> list[F]:
-    arrays = [np.asarray(v, dtype=np.float64) for v in values]
-    return arrays if len({a.shape for a in arrays}) == 1 else list(np.broadcast_arrays(*arrays))
+    return [a.astype(np.float64) for a in np.broadcast_arrays(*values)]
 
 
 def _widen(density: Any, window: Any, head_dim: F, other_cache: bool) -> F:
@@ -179,12 +166,16 @@ def _widen(density: Any, window: Any, head_dim: F, other_cache: bool) -> F:
     return np.asarray(cache + other + skipped + math.log(WINDOW_SPREAD) * (np.asarray(window) > 0))
 
 
-def _finish(core: F, floor: F, roofline: F, parts: dict[int, Any], bands: Bands, level: float, widen: F) -> OpTime:
+def _finish(
+    r: _Ready, core: F, parts: dict[int, Any], flops: F, bytes_: F, level: float, widen: F, cold: bool = True
+) -> OpTime:
     """Floors of physics, interval by regime, and the limit: the largest of the parts (by code, the fixed time last)."""
+    compute_s, bytes_s = flops / r.device.peak_flop_per_s, bytes_ / r.device.bandwidth_bytes_per_s
+    floor = np.maximum(compute_s / r.headroom, bytes_s if cold else 0.0)
     seconds = np.maximum(core, floor)
-    regime, scale = regime_of(parts[_LAUNCH] / seconds), level_scale(level, bands.level)
-    lower = np.maximum(seconds * np.exp(scale * (bands.low[regime] - widen)), floor)
-    upper = seconds * np.exp(scale * (bands.high[regime] + widen))
+    regime, scale = regime_of(parts[_LAUNCH] / seconds), level_scale(level, r.bands.level)
+    lower = np.maximum(seconds * np.exp(scale * (r.bands.low[regime] - widen)), floor)
+    upper = seconds * np.exp(scale * (r.bands.high[regime] + widen))
     largest = np.argmax([np.broadcast_to(part, seconds.shape) for part in parts.values()], axis=0)
     bound = np.array(list(parts), dtype=np.int8)[largest]
-    return OpTime(seconds, lower, upper, np.broadcast_to(roofline, seconds.shape), bound)
+    return OpTime(seconds, lower, upper, np.maximum(compute_s, bytes_s), bound)

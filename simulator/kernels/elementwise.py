@@ -1,8 +1,7 @@
 """Elementwise operators (norms, rotary, activation, copies, sorts): bytes over achieved bandwidth, with a floor.
 
 Use :func:`elementwise_time` with the bytes an operator reads and writes. Activations just written are still in L2 while
-they fit, so a small operator may run above the DRAM bandwidth; a large one streams. Form: t = pn(floor, bytes / rate),
-pn the 2-norm (DESIGN section 10).
+they fit, so a small operator may run above the DRAM bandwidth; a large one streams. Floor and bytes join by a 2-norm.
 """
 
 from __future__ import annotations
@@ -41,11 +40,8 @@ ROLE_CLASS: Mapping[str, str] = MappingProxyType(
 )
 """Class of each operator role; what is no elementwise operator counts as a copy."""
 
-_CLASS_OF_ROLE = np.array([CLASSES.index(name) for name in ROLE_CLASS.values()])
-_NAME_CODE = {
-    **dict(zip(ROLE_CLASS, _CLASS_OF_ROLE.tolist(), strict=True)),
-    **{name: i for i, name in enumerate(CLASSES)},
-}
+_CODE = {name: CLASSES.index(value) for name, value in {**ROLE_CLASS, **{name: name for name in CLASSES}}.items()}
+_CODE_OF_ROLE = np.array([_CODE[role] for role in ROLES])
 
 _LAUNCH, _MEMORY, _L2 = BOUNDS.index("launch"), BOUNDS.index("memory"), BOUNDS.index("l2")
 
@@ -128,11 +124,12 @@ def class_code(role: Any) -> NDArray[np.intp]:
     """
     given = np.asarray(role)
     if given.dtype.kind not in "US":
-        return np.asarray(_CLASS_OF_ROLE[given])
-    for name in given.ravel().tolist():
-        if name not in _NAME_CODE:
-            raise unknown("operator", name, _NAME_CODE)
-    return np.array([_NAME_CODE[name] for name in given.ravel().tolist()], dtype=np.intp).reshape(given.shape)
+        return np.asarray(_CODE_OF_ROLE[given])
+    names = given.ravel().tolist()
+    for name in names:
+        if name not in _CODE:
+            raise unknown("operator", name, _CODE)
+    return np.array([_CODE[name] for name in names], dtype=np.intp).reshape(given.shape)
 
 
 def elementwise_time(
@@ -140,9 +137,8 @@ def elementwise_time(
 ) -> OpTime:
     """Time of elementwise operators from the bytes one execution reads and writes.
 
-    ``role`` holds codes into ``workload.ROLES``, role names, or names of :data:`CLASSES`; ``dtype`` chooses the section
-    of the profile. The roofline is bytes over datasheet bandwidth; a time may lie below it where the data are still in
-    L2.
+    ``role`` is of :func:`class_code`, ``dtype`` that of the profile's section. The roofline is bytes over datasheet
+    bandwidth; a time may lie below it where the data are still in L2.
     """
     r = _ready(hw, dtype)
     total, code = np.broadcast_arrays(np.add(read_bytes, write_bytes, dtype=np.float64), class_code(role))

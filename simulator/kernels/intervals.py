@@ -37,25 +37,13 @@ attention by 9-34 %, and constants are borrowed from another."""
 
 @dataclass(frozen=True)
 class OpTime:
-    """Times of operators, arrays of one shape.
+    """Times of operators, arrays of one shape, s."""
 
-    Attributes
-    ----------
-    seconds : float64 array, s
-        Predicted kernel time, launch overhead inside a CUDA graph included.
-    lower, upper : float64 array, s
-        Interval of that prediction at the level asked for.
-    roofline_s : float64 array, s
-        max(FLOP / datasheet peak, bytes / datasheet bandwidth): what a FLOP-and-byte count alone would say.
-    bound : int8 array
-        Index into :data:`BOUNDS`.
-    """
-
-    seconds: NDArray[np.float64]
-    lower: NDArray[np.float64]
+    seconds: NDArray[np.float64]  # predicted kernel time, launch overhead inside a CUDA graph included
+    lower: NDArray[np.float64]  # interval of that prediction at the level asked for
     upper: NDArray[np.float64]
-    roofline_s: NDArray[np.float64]
-    bound: NDArray[Any]
+    roofline_s: NDArray[np.float64]  # max(FLOP / datasheet peak, bytes / datasheet bandwidth)
+    bound: NDArray[Any]  # int8: index into BOUNDS
 
     @property
     def limits(self) -> NDArray[np.str_]:

@@ -58,8 +58,7 @@ _MODELS: Mapping[int, tuple[Callable[..., OpTime], str, str]] = MappingProxyType
 
 @dataclass(frozen=True)
 class Cost(OpTime):
-    """Times of one workload on one device: of each row, one execution (for eager: all kernels it stands for), and in
-    all, s."""
+    """Times of a workload on a device, s: of each row's execution (eager: all kernels it stands for), and in all."""
 
     total_s: float
     device_s: float  # the rows times their counts
@@ -117,11 +116,8 @@ def operator_times(w: Workload, hw: HardwareProfile, level: float = 0.9) -> OpTi
 
 
 def ideal_roofline(w: Workload, hw: HardwareProfile) -> F:
-    """Datasheet roofline of every row, one execution, if its kernel used every zero: max(FLOP / peak, bytes /
-    bandwidth), s.
-
-    Collectives take payload / link bandwidth.
-    """
+    """Datasheet roofline of an execution of every row, s, if its kernel used every zero; of a collective, its
+    link's."""
     count = np.where(w.count > 0, w.count, 1.0)
     compute = w.flops / count / peaks(hw)[w.dtype]
     memory = w.bytes / count / hw.bandwidth_bytes_per_s
@@ -179,10 +175,9 @@ def cost_batch(
         rows = slice(start, start + len(w))
         start += len(w)
         seconds, lower, upper, roofline, bound = (column[rows] for column in columns)
-        device, count = np.array([seconds @ w.count]), w.count[None]
-        stream = stream_time(
-            runtime, hw, seconds * count, host_s[rows] * count, segment_of(w), count.sum(axis=1), device
-        )
+        count, device = w.count[None], np.array([seconds @ w.count])
+        times = seconds * count, host_s[rows] * count
+        stream = stream_time(runtime, hw, *times, segment_of(w), count.sum(axis=1), device)
         pass_s = {f.name: float(getattr(stream, f.name)[0]) for f in fields(stream)}
         out.append(Cost(seconds, lower, upper, roofline, bound, **pass_s, host_bound=bool(stream.host_bound[0])))
     return out
@@ -203,9 +198,10 @@ def segment_of(w: Workload) -> NDArray[np.int64]:
 def stream_time(
     runtime: str, hw: HardwareProfile, seconds: F, host: F, segment: NDArray[Any], launches: F, device: F
 ) -> StreamTime:
-    """Times of passes whose operators come in groups: ``seconds`` on the device and ``host`` (passes, groups), and
-    their ``segment`` (groups,), as of :func:`eager_total`; ``launches`` counts the executions of a pass, ``device``
-    adds up its seconds.
+    """Times of passes from ``seconds`` on the device, ``host`` and ``segment`` of groups of operators
+    (:func:`eager_total`).
+
+    ``launches`` counts the executions of a pass, ``device`` adds up its seconds.
     """
     none = np.zeros(len(device))
     if runtime == "eager":
@@ -216,9 +212,9 @@ def stream_time(
 
 
 def eager_total(seconds: F, host: F, segment: NDArray[Any]) -> tuple[F, F]:
-    """Time of passes in eager mode, and the host's share: the longest way along the host up to a kernel and the device
-    after it.
+    """Time of passes in eager mode, and the host's share: the longest way along the host to a kernel, then the device.
 
+    ``seconds`` and ``host`` (passes, groups) are of groups of operators, ``segment`` (groups,) of :func:`segment_of`.
     Within a phase the stream is: what precedes the layers, the layers (a mix too even to matter), what follows them.
     The device can start a segment only when the host has launched it, and ends no earlier than the last launch.
 

@@ -46,12 +46,7 @@ _HOST, _LAUNCH = BOUNDS.index("host"), BOUNDS.index("launch")
 
 @dataclass(frozen=True)
 class Comparison:
-    """Each workload of a stack against its dense one on one device, arrays of one entry a workload; fields as in
-    ``Speedup``.
-
-    ``limit`` is an index into :data:`simulator.kernels.intervals.BOUNDS`; ``dense_s`` and the bounds of a dense
-    workload are its own and 1.
-    """
+    """The numbers of :class:`~simulator.Speedup` of each workload of a stack; ``limit`` is an index into ``BOUNDS``."""
 
     dense_s: F
     pruned_s: F
@@ -159,8 +154,7 @@ def _sums(cell: Rows, column: F, shape: tuple[int, ...]) -> F:
 def compare(
     pairs: Pairs, hw: HardwareProfile, runtimes: tuple[str, ...] = ("cuda_graph",), level: float = 0.9
 ) -> tuple[Comparison, ...]:
-    """Every workload of a stack against its dense one on one device, one comparison for each runtime, with intervals at
-    a level.
+    """Every workload of a stack against its dense one on one device under each runtime; ``level`` is of the intervals.
 
     Raises
     ------

@@ -39,43 +39,24 @@ class Step:
 
 @dataclass(frozen=True)
 class Speedup:
-    """The predicted speedup of a pruned workload over its dense one.
+    """The predicted speedup of a pruned workload over its dense one."""
 
-    Attributes
-    ----------
-    speedup, lower, upper : float
-        dense_s / pruned_s, times of a pass, and its interval at ``level``.
-    flop_bound, byte_bound, roofline_bound : float
-        Ratio of FLOPs, of bytes, of summed per-operator datasheet rooflines; the pruning's own overheads left out.
-    measured_bound : float or None
-        Ratio of measured dense GEMM times at the two models' shapes, where they were measured.
-    limit : str
-        What holds most of the pruned time, one of :data:`simulator.kernels.intervals.BOUNDS`; ``limit_share`` is the
-        share it holds.
-    family : str
-        Families applied, joined by "+".
-    sparsity, realised_sparsity : float
-        Asked for, and after rounding.
-    calibrated : bool
-        Every cost section used was fitted on the device's own measurements.
-    """
-
-    dense_s: float
+    dense_s: float  # of a pass
     pruned_s: float
-    speedup: float
-    lower: float
+    speedup: float  # dense_s / pruned_s
+    lower: float  # its interval at `level`
     upper: float
-    flop_bound: float
-    byte_bound: float
-    roofline_bound: float
-    measured_bound: float | None
-    limit: str
-    limit_share: float
-    family: str
-    sparsity: float
-    realised_sparsity: float
+    flop_bound: float  # ratio of FLOPs, the pruning's own overheads left out, as in the next two
+    byte_bound: float  # of bytes
+    roofline_bound: float  # of summed datasheet rooflines of the operators
+    measured_bound: float | None  # of measured dense GEMM times at the two models' shapes, where they were measured
+    limit: str  # what holds most of the pruned time, one of BOUNDS
+    limit_share: float  # and the share it holds
+    family: str  # families applied, joined by "+"
+    sparsity: float  # asked for
+    realised_sparsity: float  # after rounding
     level: float
-    calibrated: bool
+    calibrated: bool  # every cost section used was fitted on the device's own measurements
 
     @property
     def efficiency(self) -> float:
@@ -100,10 +81,10 @@ def speedups(
     """
     pairs = pairs or pairs_of(dense, pruned)
     (c,) = compare(pairs, hw, (runtime,), level)
+    numbers = ("dense_s", "pruned_s", "speedup", "lower", "upper", "roofline_bound", "limit_share")
     out = []
     for i, w in enumerate(pruned, start=1):
         families, asked, realised = _applied(dense, w)
-        numbers = ("dense_s", "pruned_s", "speedup", "lower", "upper", "roofline_bound", "limit_share")
         out.append(
             Speedup(
                 **{name: float(getattr(c, name)[i]) for name in numbers},
