@@ -95,11 +95,10 @@ def test_odd_inner_width_is_slower_than_its_aligned_neighbour(gpu: str, m: int, 
     assert down[0] > least * down[1]
 
 
-def test_alignment_counts_halvings_below_16_bytes() -> None:
-    n = np.array([8.0, 4.0, 2.0, 1.0, 16.0])
-    assert alignment_halvings(n, np.full(5, 16.0), 2.0).tolist() == [0, 1, 2, 3, 0]
-    assert alignment_halvings(n, np.full(5, 16.0), 1.0).tolist() == [1, 2, 3, 4, 0]
-    assert alignment_halvings(np.full(5, 16.0), n, 2.0).tolist() == [0, 1, 2, 3, 0]
+@pytest.mark.parametrize(("size", "halvings"), [(2.0, [0, 1, 2, 3, 0]), (1.0, [1, 2, 3, 4, 0])])
+def test_alignment_counts_halvings_below_16_bytes(size: float, halvings: list[int]) -> None:
+    odd, even = np.array([8.0, 4.0, 2.0, 1.0, 16.0]), np.full(5, 16.0)
+    assert alignment_halvings(odd, even, size).tolist() == alignment_halvings(even, odd, size).tolist() == halvings
 
 
 @pytest.mark.parametrize("gpu", GPUS)
@@ -111,10 +110,10 @@ def test_semi_structured_gains_at_prefill_and_nothing_in_decode(gpu: str) -> Non
 
 
 def test_narrow_weights_help_where_weights_are_the_traffic() -> None:
-    hw = load_hardware("a100")
-    for m, low, high in ((1, 1.2, 4.0), (4096, 0.4, 1.05)):
-        ratio = gemm_time(m, 8192, 8192, hw).seconds / gemm_time(m, 8192, 8192, hw, weight_dtype="int4").seconds
-        assert low < ratio < high
+    full, narrow = (gemm_time([1, 4096], 8192, 8192, load_hardware("a100"), weight_dtype=d) for d in (None, "int4"))
+    ratio = full.seconds / narrow.seconds
+    assert 1.2 < ratio[0] < 4.0
+    assert 0.4 < ratio[1] < 1.05
 
 
 def test_unstructured_zeros_are_timed_as_dense() -> None:
@@ -190,16 +189,13 @@ def test_whole_waves_are_whole() -> None:
 
 
 def test_levels_nest() -> None:
-    hw = load_hardware("h100")
-    narrow, wide = (gemm_time(64, 4096, 4096, hw, level=v) for v in (0.5, 0.99))
+    narrow, wide = (gemm_time(64, 4096, 4096, load_hardware("h100"), level=v) for v in (0.5, 0.99))
     assert wide.lower <= narrow.lower < narrow.seconds < narrow.upper < wide.upper
 
 
-def test_empty_and_scalar_shapes() -> None:
-    hw = load_hardware("h100")
-    assert gemm_time([], [], [], hw).seconds.shape == (0,)
-    assert gemm_time(1, 64, 64, hw).seconds.shape == ()
-    assert gemm_time(np.ones((2, 1)), np.full((1, 3), 64), 64, hw).seconds.shape == (2, 3)
+@pytest.mark.parametrize(("m", "n", "shape"), [([], [], (0,)), (1, 64, ()), ([[1], [1]], [[64, 64, 64]], (2, 3))])
+def test_times_have_the_shape_of_what_was_asked(m: Any, n: Any, shape: tuple[int, ...]) -> None:
+    assert gemm_time(m, n, 64, load_hardware("h100")).seconds.shape == shape
 
 
 @pytest.mark.parametrize(
@@ -220,8 +216,5 @@ def test_bad_input_is_one_line(shape: tuple[float, ...], options: dict[str, obje
 
 def test_every_constant_has_a_unit_a_source_and_defaults_in_range() -> None:
     for name, constant in CONSTANTS.items():
-        assert constant.unit, name
-        assert constant.source, name
-        assert "*" in constant.defaults, name
-        for value in constant.defaults.values():
-            assert constant.low <= value <= constant.high, name
+        assert all((constant.unit, constant.source, "*" in constant.defaults)), name
+        assert all(constant.low <= value <= constant.high for value in constant.defaults.values()), name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,16 +21,12 @@ from simulator.workload import Kernel, Kind, Part, Workload
 GPU: Any = SimpleNamespace(memory_bytes=80e9)
 
 
-def weights_bytes(w: Workload) -> float:
-    return float(stack.weights_bytes(Stack.of([w]))[0])
+def _of_one(count: Callable[[Stack], Any]) -> Callable[[Workload], float]:
+    return lambda w: float(count(Stack.of([w]))[0])
 
 
-def cache_bytes(w: Workload) -> float:
-    return float(stack.cache_bytes(Stack.of([w]))[0])
-
-
-def activation_bytes(w: Workload) -> float:
-    return float(stack.activation_bytes(Stack.of([w]))[0])
+counts = (stack.weights_bytes, stack.cache_bytes, stack.activation_bytes)
+weights_bytes, cache_bytes, activation_bytes = (_of_one(count) for count in counts)
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
@@ -70,9 +67,8 @@ def test_activations_of_a_prefill() -> None:
     model, m = load_model("llama-3.1-8b"), 2 * 500
     stream, mlp = 2 * m * p.hidden, 3 * m * p.inner
     for fused in (False, True):
-        assert activation_bytes(lower(model, batch=2, seq=500, fuse_qkv=fused, fuse_gate_up=fused)) == 2 * (
-            stream + mlp
-        )
+        w = lower(model, batch=2, seq=500, fuse_qkv=fused, fuse_gate_up=fused)
+        assert activation_bytes(w) == 2 * (stream + mlp)
     assert activation_bytes(lower(model, batch=2, seq=500, logits="all")) == 2 * (stream + m * p.vocab)
     assert activation_bytes(lower(model, batch=2, seq=500, dtype="fp32")) == 4 * (stream + mlp)
 
@@ -106,9 +102,8 @@ def test_weights_with_two_of_four() -> None:
     # half the values at two bytes, and two bits of index for each of them
     expected = 2 * (64 * 32 // 2 * 2 + 64 * 32 // 2 * 2 / 8)
     assert weights_bytes(Workload.from_rows([row | {"params": 64 * 32 / 2}])) == expected
-    assert (
-        weights_bytes(Workload.from_rows([row | {"params": 64 * 32 / 2 + 64}])) == expected + 2 * 64 * 2
-    )  # with a bias
+    bias = row | {"params": 64 * 32 / 2 + 64}
+    assert weights_bytes(Workload.from_rows([bias])) == expected + 2 * 64 * 2
     scattered = row | {"kernel": Kernel.UNSTRUCTURED, "params": 64 * 32 / 2}
     assert weights_bytes(Workload.from_rows([scattered])) == 2 * 64 * 32 * 2
 
@@ -134,15 +129,12 @@ def test_pipeline_memory_is_the_fullest_stage() -> None:
     tied = lower(load_model("llama-3.2-1b"), phase="decode", seq=9, devices=2, parallel="pipeline")
     q = PUBLISHED["llama-3.2-1b"]
     body = q.parameters - q.vocab * q.hidden - q.hidden
-    assert weights_bytes(tied) == 2 * (
-        body / 2 + q.vocab * q.hidden + q.hidden
-    )  # the last stage has its own copy of the table
+    # the last stage has its own copy of the table
+    assert weights_bytes(tied) == 2 * (body / 2 + q.vocab * q.hidden + q.hidden)
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    name=st.sampled_from(sorted(PUBLISHED)), batch=st.integers(1, 32), seq=st.integers(1, 5000), steps=st.integers(1, 8)
-)
+@given(st.sampled_from(sorted(PUBLISHED)), st.integers(1, 32), st.integers(1, 5000), st.integers(1, 8))
 def test_memory_grows_with_batch_and_length(name: str, batch: int, seq: int, steps: int) -> None:
     def of(**options: int) -> tuple[float, float, float]:
         w = lower(load_model(name), phase="generate", **{"batch": batch, "seq": seq, "new_tokens": steps, **options})
