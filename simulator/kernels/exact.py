@@ -45,16 +45,8 @@ class Exact:
 
 
 def exact_of(arrays: Mapping[str, NDArray[Any]]) -> Exact | None:
-    """The exact shapes of a section's arrays; None where there are none.
+    """The exact shapes of a section's arrays, None where there are none; ValueError where they cannot be looked up.
 
-    Raises
-    ------
-    ValueError
-        When one of the arrays is missing, lengths differ, a dimension is no whole number in range, or a time is not
-        above zero.
-
-    Examples
-    --------
     >>> exact = exact_of(dict(zip(NAMES, np.array([[1, 8], [64, 64], [32, 32], [1e-6, 2e-6], [0.01, 0.01]]))))
     >>> hit, seconds, _ = exact.at(np.array([8, 9]), np.array([64, 64]), np.array([32, 32]))
     >>> hit.tolist(), float(seconds[0])

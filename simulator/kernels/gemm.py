@@ -46,8 +46,6 @@ DENSE, SPARSE24, UNSTRUCTURED, BLOCK_SPARSE = (int(kernel) for kernel in Kernel)
 PRECISION = np.float32
 """Arithmetic of predictions; the fit's is float64. Results are float64 either way, 1e-6 apart at most."""
 
-MOST_FEATURES = 2.0**31
-
 CHUNK = 4096
 """Shapes timed at once: few enough for the second-level cache, many enough to hide the cost of calls."""
 
@@ -123,25 +121,15 @@ def gemm_kernel(hw: HardwareProfile, dtype: str, weight_dtype: str | None, kerne
         c["e_tc"] *= c["quant_step"]
         load_scale /= c["quant_load"]
         widen += math.log(1.4)  # nine in ten of the A100 rows of such kernels lie within a factor of 1.6
-    machine = Machine(
-        peak_flop_per_s=peak,
-        bandwidth_bytes_per_s=float(hw.bandwidth_bytes_per_s),
-        l2_bytes=float(hw.l2_bytes),
-        sm_count=int(hw.sm_count),
-        headroom=max(1.0, float(hw.clock_headroom)),
-        element_bytes=element,
-        weight_bytes=weight_bytes,
-        persistent=hw.architecture in PERSISTENT_ARCHITECTURES,
-        packs=hw.architecture in PACKING_ARCHITECTURES,
-    )
+    facts = float(hw.bandwidth_bytes_per_s), float(hw.l2_bytes), int(hw.sm_count), max(1.0, float(hw.clock_headroom))
+    kinds = hw.architecture in PERSISTENT_ARCHITECTURES, hw.architecture in PACKING_ARCHITECTURES
+    core = machine_core(Machine(peak, *facts, element, weight_bytes, *kinds), c, PRECISION)
     residual = residual_of(section.arrays, PRECISION)
     if residual is not None:
         residual = between_measured(residual, section.arrays["measured_m"])
-    # a section borrowed from another format or device has no exact shapes: what was measured there says nothing exact
-    # here
+    # what was measured of another format or device says nothing exact here: no exact shapes of a borrowed section
     plain = kernel == DENSE and weight == dtype and section.status == "calibrated"
-    exact, core = exact_of(section.arrays) if plain else None, machine_core(machine, c, PRECISION)
-    align = c["align_step"], c["align_load"]
+    exact, align = exact_of(section.arrays) if plain else None, (c["align_step"], c["align_load"])
     return GemmKernel(core, residual, bands_of(section), exact, *align, load_scale, pad_m, widen)
 
 
@@ -243,13 +231,13 @@ def _each(
     m, n, k = given[:3]
     if len(m) and not (m.min() >= 1.0 and n.min() >= 1.0 and k.min() >= 1.0):  # also refuses NaN
         raise InputError("m, n and k must be at least 1")
-    if len(m) and not (n.max() < MOST_FEATURES and k.max() < MOST_FEATURES):  # their alignment is looked at in 32 bits
+    if len(m) and max(n.max(), k.max()) >= 2.0**31:  # their alignment is looked at in 32 bits
         raise InputError(f"n and k must be below 2**31, got {max(n.max(), k.max()):g}")
     out: Columns = {}
     for code, rows in _chunks(codes, shape):
-        if code not in (DENSE, SPARSE24, UNSTRUCTURED, BLOCK_SPARSE):
-            expected = "expected 0 dense, 1 2:4 sparse, 2 unstructured, 3 block-sparse rows"
-            raise InputError(f"kernel code {code} is unknown; {expected}")
+        if code not in tuple(Kernel):
+            known = "0 dense, 1 2:4 sparse, 2 unstructured, 3 block-sparse rows"
+            raise InputError(f"kernel code {code} is unknown; expected {known}")
         one = gemm_kernel(hw, dtype, weight_dtype, DENSE if code == UNSTRUCTURED else code)
         for name, values in columns(one, level, *(a[rows] for a in given)).items():
             if name not in out:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,7 @@ class OpTime:
         return out
 
 
+@lru_cache(maxsize=64)
 def level_scale(level: float, known: float) -> float:
     """Half-width of an interval at a level over that at a known level, as of a normal distribution.
 

@@ -1,7 +1,7 @@
 """Many workloads as one table, rows one after the other, and the memory each needs.
 
-Use :meth:`Stack.of` to count or sum over hundreds of workloads in a few passes (:mod:`simulator.kernels.stream` times
-them), and :func:`memory` to ask whether one fits on a device. Memory is counted for the device that holds most:
+Use :meth:`Stack.of` to count, sum or time hundreds of workloads in a few passes, :func:`memory` to ask whether one fits
+on a device. Counted for the device that holds most:
 
 - weights: parameters x bytes of their format; 2:4 weights compressed, with their indices. Scattered zeros are stored,
   as dense kernels need. Scales of quantised weights are left out (a 16-bit scale for 128 weights adds 3 % to 4-bit
@@ -47,25 +47,14 @@ _O, _DOWN, _HEAD = (ROLES.index(name) for name in ("o", "down", "lm_head"))
 class Stack:
     """Workloads one after the other.
 
-    Attributes
-    ----------
-    rows : Workload
-        All their rows; its meta is that of the first.
-    lengths : intp array, at least 1 each
-        Rows of each workload.
-    sequences : intp array, optional
-        Sequences each workload serves, which all have a cache although a dynamic method may skip some in a step.
-
-    Examples
-    --------
     >>> one = Workload.from_rows([{"role": "q", "m": 2, "n": 8, "k": 4}, {"role": "k", "m": 2, "n": 4, "k": 4}])
     >>> Stack.of([one, one.take(np.array([0]))]).total(np.array([1.0, 2.0, 5.0])).tolist()
     [3.0, 5.0]
     """
 
-    rows: Workload
-    lengths: Rows
-    sequences: Rows | None = None
+    rows: Workload  # all their rows; its meta is that of the first
+    lengths: Rows  # rows of each workload, at least 1
+    sequences: Rows | None = None  # each serves: all have a cache, though a dynamic method may skip some in a step
 
     def __post_init__(self) -> None:
         if not len(self.lengths) or int(self.lengths.min()) < 1 or int(self.lengths.sum()) != len(self.rows):
@@ -146,18 +135,7 @@ def distinct(w: Workload) -> tuple[Workload, Rows]:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the device that holds most, and the verdict.
-
-    Attributes
-    ----------
-    fits : bool
-        Whether the total is within the capacity.
-    devices_needed : int
-        Smallest power of two of such devices that share weights and cache evenly and fit (0: none up to
-        :data:`MOST_DEVICES`).
-    verdict : str
-        One sentence for people.
-    """
+    """Bytes on the device that holds most, and the verdict."""
 
     weights_bytes: float
     cache_bytes: float
@@ -166,8 +144,8 @@ class Memory:
     total_bytes: float
     capacity_bytes: float
     fits: bool
-    devices_needed: int
-    verdict: str
+    devices_needed: int  # smallest power of two that share weights and cache evenly and fit; 0: none up to MOST_DEVICES
+    verdict: str  # one sentence for people
 
 
 def memory(workload: Workload, hw: HardwareProfile, *, reserve_bytes: float = RESERVE_BYTES) -> Memory:

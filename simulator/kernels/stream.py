@@ -89,7 +89,7 @@ def by_formats(w: Workload, kind: int) -> Iterator[tuple[Rows, str, str]]:
     """Rows of a kind by pair of number formats (one in nearly every workload)."""
     rows = np.flatnonzero(w.kind == kind)
     codes = w.dtype[rows].astype(np.int64) * len(DTYPES) + w.weight_dtype[rows]
-    for code in np.unique(codes).tolist():
+    for code in sorted(set(codes.tolist())):
         yield rows[codes == code], DTYPES[code // len(DTYPES)], DTYPES[code % len(DTYPES)]
 
 

@@ -7,6 +7,7 @@ timed once.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import NormalDist
@@ -147,7 +148,7 @@ class Pairs:
 
 def _sums(cell: Rows, column: F, shape: tuple[int, ...]) -> F:
     """Sums of a column by cell of a table."""
-    out = np.bincount(cell, weights=column, minlength=int(np.prod(shape)))
+    out = np.bincount(cell, weights=column, minlength=math.prod(shape))
     return np.asarray(out, dtype=np.float64).reshape(shape)
 
 

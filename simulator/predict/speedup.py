@@ -6,9 +6,10 @@ vectorised pass), :func:`waterfall` for the named steps from the nominal 1/(1 - 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from simulator.kernels.gemm import gemm_ladder
 from simulator.kernels.intervals import BOUNDS
 from simulator.kernels.stack import Stack
 from simulator.kernels.stream import by_formats, cost_batch, ideal_roofline
-from simulator.predict.compare import SECTIONS, Pairs, compare
+from simulator.predict.compare import SECTIONS, Comparison, Pairs, compare
 from simulator.workload import DTYPES, Kind, Workload
 
 if TYPE_CHECKING:
@@ -81,24 +82,15 @@ def speedups(
     """
     pairs = pairs or pairs_of(dense, pruned)
     (c,) = compare(pairs, hw, (runtime,), level)
-    numbers = ("dense_s", "pruned_s", "speedup", "lower", "upper", "roofline_bound", "limit_share")
+    columns: dict[str, Any] = {f.name: getattr(c, f.name).tolist() for f in fields(Comparison)}
+    columns |= {"flop_bound": pairs.flop_bound.tolist(), "byte_bound": pairs.byte_bound.tolist()}
+    columns |= {"limit": [BOUNDS[code] for code in columns["limit"]]}
     out = []
     for i, w in enumerate(pruned, start=1):
         families, asked, realised = _applied(dense, w)
-        out.append(
-            Speedup(
-                **{name: float(getattr(c, name)[i]) for name in numbers},
-                flop_bound=float(pairs.flop_bound[i]),
-                byte_bound=float(pairs.byte_bound[i]),
-                measured_bound=None,
-                limit=BOUNDS[int(c.limit[i])],
-                family=families,
-                sparsity=asked,
-                realised_sparsity=realised,
-                level=level,
-                calibrated=bool(c.calibrated[i]),
-            )
-        )
+        steps: dict[str, Any] = {"family": families, "sparsity": asked, "realised_sparsity": realised}
+        of_pair = {name: column[i] for name, column in columns.items()}
+        out.append(Speedup(**of_pair, **steps, measured_bound=None, level=level))
     return out
 
 
@@ -126,11 +118,9 @@ def speedup(
 def _applied(dense: Workload, pruned: Workload) -> tuple[str, float, float]:
     """Families that pruned a workload, and the fractions they removed together: asked for, and after rounding."""
     steps = pruned.meta.applied[len(dense.meta.applied) :]
-    asked, realised = (
-        float(1.0 - np.prod([1.0 - value for value in values])) if values else 0.0
-        for values in ([a.sparsity for a in steps], [a.realised for a in steps])
-    )
-    return "+".join(a.family for a in steps) or "none", asked, realised
+    asked = float(1.0 - math.prod(1.0 - step.sparsity for step in steps))
+    realised = float(1.0 - math.prod(1.0 - step.realised for step in steps))
+    return "+".join(step.family for step in steps) or "none", asked, realised
 
 
 NOTES = {
