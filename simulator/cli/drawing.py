@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from simulator.predict.gemms import GemmRecord
-    from simulator.predict.table import Explanation, Record
+    from simulator.predict.rows import Record
+    from simulator.predict.table import Explanation
 
 # imported late by the commands: these functions need matplotlib
 

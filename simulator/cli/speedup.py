@@ -13,7 +13,8 @@ from simulator.errors import InputError
 from simulator.predict.words import setting_title, uncalibrated
 
 if TYPE_CHECKING:
-    from simulator.predict.table import Record, table
+    from simulator.predict.rows import Record
+    from simulator.predict.table import table
 
 
 def speedup(

@@ -15,7 +15,7 @@ from simulator.predict.settings import Setting
 
 if TYPE_CHECKING:
     from simulator.figures.paper_measured import MeasuredGemms
-    from simulator.predict.table import Record
+    from simulator.predict.rows import Record
 
 Made = tuple[Any, str, tuple[str, ...]]
 """A figure, its caption, and notes."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +20,7 @@ from simulator.hardware.library import load_hardware
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.models.lower import lower
+from simulator.predict.rows import FamilyChoice
 from simulator.predict.settings import MAX_TOKENS, PARALLEL, Setting, check_fraction
 from simulator.pruning import FAMILIES, prune
 from simulator.workload import DTYPES, PHASES, RUNTIMES
@@ -43,23 +44,6 @@ OPTIONAL: tuple[str, ...] = (
     "ideal",
     "level",
 )
-
-
-@dataclass(frozen=True)
-class FamilyChoice:
-    """A family and the options it is run with, as sorted pairs.
-
-    >>> FamilyChoice("width", (("align", 64),)).label
-    'align=64'
-    """
-
-    name: str
-    options: tuple[tuple[str, Any], ...] = ()
-
-    @property
-    def label(self) -> str:
-        """The options as text."""
-        return ",".join(f"{name}={value}" for name, value in self.options)
 
 
 @dataclass(frozen=True)
@@ -127,17 +111,8 @@ class Grid:
 
     def setting(self, formats: Formats, devices: int) -> Setting:
         """How a model is run at one point of the grid."""
-        return Setting(
-            new_tokens=self.new_tokens,
-            dtype=formats.dtype,
-            weight_dtype=formats.weight_dtype,
-            kv_dtype=formats.kv_dtype,
-            devices=devices,
-            parallel=self.parallel,
-            fuse_qkv=self.fuse_qkv,
-            fuse_gate_up=self.fuse_gate_up,
-            level=self.level,
-        )
+        names = ("parallel", "new_tokens", "fuse_qkv", "fuse_gate_up", "level")
+        return Setting(devices=devices, **asdict(formats), **{name: getattr(self, name) for name in names})
 
 
 def read_grid(path: str | Path) -> Grid:
