@@ -14,7 +14,6 @@ from simulator.predict.words import setting_title, uncalibrated
 
 if TYPE_CHECKING:
     from simulator.predict.rows import Record
-    from simulator.predict.table import table
 
 
 def speedup(

@@ -46,22 +46,7 @@ class Measured:
 
 
 def read_measured(path: str | Path) -> tuple[Measured, ...]:
-    """Read a table.
-
-    Parameters
-    ----------
-    path : str or Path
-        CSV file, see the module.
-
-    Returns
-    -------
-    tuple of Measured
-
-    Raises
-    ------
-    InputError
-        One line, ``file:line: column: what is wrong``.
-    """
+    """The rows of a CSV file, see the module; InputError in one line, ``file:line: column: what is wrong``."""
     out = []
     for place, cells in read_csv(read_bounded(path), str(path), REQUIRED).records():
         try:

@@ -47,9 +47,7 @@ class Requests:
 
     def _joined(self, group: Group) -> Workload:
         workloads = [self.workloads[i] for i in group]
-        return Workload.concat(
-            workloads, replace(workloads[0].meta, batch=max(self.shapes[i][0] for i in group))
-        )
+        return Workload.concat(workloads, replace(workloads[0].meta, batch=max(self.shapes[i][0] for i in group)))
 
 
 def _grouped(shapes: Sequence[tuple[int, int]], together: str) -> list[Group]:

@@ -143,7 +143,7 @@ def sweep_columns(grid: Grid, where: str | None = None) -> tuple[Columns, tuple[
     ([1, 8], [0.5, 0.5], ())
     """
     notes: Notes = {}
-    found = [piece_columns(grid, piece, where, notes) for piece in pieces(grid)]
+    found = [piece_columns(grid, piece, notes, where) for piece in pieces(grid)]
     return {name: np.concatenate([plain(columns[name]) for columns in found]) for name in COLUMNS}, note_lines(
         notes, NOTED
     )
@@ -153,7 +153,7 @@ def compute_part(grid: Grid, where: str | None, index: int) -> bytes:
     """One piece of a sweep as a Parquet file in memory; the same bytes wherever it runs."""
     pyarrow, parquet = load_pyarrow()
     notes: Notes = {}
-    columns = piece_columns(grid, _cached_pieces(grid)[index], where, notes)
+    columns = piece_columns(grid, _cached_pieces(grid)[index], notes, where)
     types = {str: pyarrow.string(), float: pyarrow.float64(), int: pyarrow.int64(), bool: pyarrow.bool_()}
 
     def array(name: str, kind: type) -> Any:
@@ -193,7 +193,7 @@ def _even(values: Sequence[Any], size: int) -> list[Sequence[Any]]:
     return [values[i : i + each] for i in range(0, len(values), each)]
 
 
-def piece_columns(grid: Grid, piece: Piece, where: str | None, notes: Notes) -> Columns:
+def piece_columns(grid: Grid, piece: Piece, notes: Notes, where: str | None = None) -> Columns:
     """Rows of a piece that a filter keeps; why others are left out goes to the notes."""
 
     def refuse(choice: int | None, reason: str, device: str) -> None:
