@@ -12,10 +12,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from simulator.errors import InputError
-from simulator.kernels.stack import F, Rows, Stack
+from simulator.kernels.stack import Rows, Stack
 from simulator.pruning import FAMILIES, prune
 from simulator.workload import Phase, Workload, role_code
 
@@ -46,8 +45,8 @@ class Requests:
         return self._groups[together]
 
     def _joined(self, group: Group) -> Workload:
-        workloads = [self.workloads[i] for i in group]
-        return Workload.concat(workloads, replace(workloads[0].meta, batch=max(self.shapes[i][0] for i in group)))
+        workloads, batch = [self.workloads[i] for i in group], max(self.shapes[i][0] for i in group)
+        return Workload.concat(workloads, replace(workloads[0].meta, batch=batch))
 
 
 def _grouped(shapes: Sequence[tuple[int, int]], together: str) -> list[Group]:
@@ -67,35 +66,14 @@ def _grouped(shapes: Sequence[tuple[int, int]], together: str) -> list[Group]:
     return [tuple(g) for g in groups]
 
 
-@dataclass(frozen=True)
-class Pruned:
-    """Pruned workloads of the requests ``kept`` (indices), the sparsity asked for and realised in each, and why others are ``refused``."""
-
-    stack: Stack | None
-    kept: Rows
-    asked: F
-    realised: F
-    refused: tuple[str, ...]
-
-
 def prune_all(
     requests: Requests, family: str, sparsity: Any, *, ideal: bool = False, options: Mapping[str, Any] | None = None
-) -> Pruned:
-    """Every request pruned by a family, in the order of the requests; arguments as those of :func:`simulator.prune`."""
+) -> tuple[list[tuple[Group, Stack]], tuple[str, ...]]:
+    """Requests pruned by a family, some at a time, and why others are refused; arguments as those of :func:`simulator.prune`."""
     refused: dict[str, None] = {}
     call = partial(prune, family=family, sparsity=sparsity, ideal=ideal, **(options or {}))
-    parts: list[tuple[Group, Stack]] = []
-    for group, joined in requests.groups(FAMILIES[family].together):
-        parts += _prune(requests, group, joined, call, refused)
-    if not parts:
-        return Pruned(None, np.zeros(0, dtype=np.intp), np.zeros(0), np.zeros(0), tuple(refused))
-    kept = np.array([i for group, _ in parts for i in group], dtype=np.intp)
-    applied = [stack.rows.meta.applied[-1] for group, stack in parts for _ in group]
-    stack, order = Stack.join([stack for _, stack in parts]), np.argsort(kept, kind="stable")
-    if (order[1:] < order[:-1]).any():
-        stack = picked(stack, order)
-    asked, realised = (np.array([getattr(a, name) for a in applied])[order] for name in ("sparsity", "realised"))
-    return Pruned(stack, kept[order], asked, realised, tuple(refused))
+    groups = requests.groups(FAMILIES[family].together)
+    return [part for group, joined in groups for part in _prune(requests, group, joined, call, refused)], tuple(refused)
 
 
 def _prune(
@@ -111,7 +89,8 @@ def _prune(
     else:
         lengths = _lengths(pruned, requests.workloads[0], len(group))
         if lengths is not None:
-            return [(group, Stack(pruned, lengths, np.array([requests.shapes[i][0] for i in group], dtype=np.intp)))]
+            sequences = np.array([requests.shapes[i][0] for i in group], dtype=np.intp)
+            return [(group, Stack(pruned, lengths, sequences))]
     return [part for i in group for part in _prune(requests, (i,), requests.workloads[i], call, refused)]
 
 
@@ -132,10 +111,3 @@ def _lengths(pruned: Workload, dense: Workload, many: int) -> Rows | None:
     if len(begins) != passes * many or begins[0] != 0:
         return None
     return np.diff(np.append(begins[::passes], len(pruned)))
-
-
-def picked(stack: Stack, at: NDArray[Any]) -> Stack:
-    """Some workloads of a stack, in the order named."""
-    lengths = stack.lengths[at]
-    rows = np.repeat(stack.starts[at] - (np.cumsum(lengths) - lengths), lengths) + np.arange(int(lengths.sum()))
-    return Stack(stack.rows.take(rows), lengths, None if stack.sequences is None else stack.sequences[at])

@@ -5,7 +5,7 @@ Use :func:`work_of` to prune a :class:`Piece`, :func:`columns_of` for its rows o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from simulator.kernels.optime import BOUNDS
 from simulator.kernels.stack import F, Rows, Stack
 from simulator.models.library import load_model
 from simulator.predict.compare import Comparison, Pairs, compare
-from simulator.predict.requests import Requests, picked, prune_all
+from simulator.predict.requests import Requests, prune_all
 from simulator.predict.settings import Setting
 
 if TYPE_CHECKING:
@@ -139,7 +139,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class Work:
-    """Dense workloads of a piece, then their pruned versions, by choice and request; and what each of the pruned is."""
+    """Dense workloads of a piece, then their pruned versions; and of each of the pruned its request, its choice, and the sparsity asked
+    for and realised."""
 
     piece: Piece
     requests: Requests
@@ -156,36 +157,34 @@ class Work:
 
     def only(self, pruned: Rows) -> Pairs:
         """All the dense workloads and some of the pruned ones."""
-        dense = len(self.requests.workloads)
+        stack, dense = self.pairs.stack, len(self.requests.workloads)
         at = np.r_[np.arange(dense), dense + pruned]
-        return Pairs(picked(self.pairs.stack, at), self.pairs.dense[at])
+        lengths = stack.lengths[at]
+        rows = np.repeat(stack.starts[at] - (np.cumsum(lengths) - lengths), lengths) + np.arange(int(lengths.sum()))
+        sequences = None if stack.sequences is None else stack.sequences[at]
+        return Pairs(Stack(stack.rows.take(rows), lengths, sequences), self.pairs.dense[at])
 
 
 def work_of(piece: Piece, refuse: Refuse) -> Work:
     """The workloads of a piece; choices that a family does not support are refused."""
     requests = Requests.of(load_model(piece.model), piece.setting, piece.phase, piece.shapes)
-    stacks, many = [Stack.of(requests.workloads)], np.arange(len(requests.workloads))
-    none = np.zeros(0, dtype=np.intp)
-    request, choice, asked, realised = [none], [none], [none * 1.0], [none * 1.0]
+    found = []
     for i, (family, sparsity) in enumerate(piece.choices):
-        pruned = prune_all(requests, family.name, sparsity, ideal=piece.ideal, options=dict(family.options))
-        for reason in pruned.refused:
+        parts, refused = prune_all(requests, family.name, sparsity, ideal=piece.ideal, options=dict(family.options))
+        for reason in refused:
             refuse(i, reason, "")
-        if pruned.stack is not None:
-            stacks.append(pruned.stack)
-            request.append(pruned.kept)
-            choice.append(np.full(len(pruned.kept), i))
-            asked.append(pruned.asked)
-            realised.append(pruned.realised)
-    pairs = Pairs(Stack.join(stacks), np.concatenate([many, *request]))
-    return Work(piece, requests, pairs, *(np.concatenate(values) for values in (request, choice, asked, realised)))
+        found += [(i, group, stack) for group, stack in parts]
+    request = np.array([r for _, group, _ in found for r in group], dtype=np.intp)
+    stack = Stack.join([Stack.of(requests.workloads), *(stack for _, _, stack in found)])
+    applied = [stack.rows.meta.applied[-1] for _, _, stack in found]
+    of_parts = [i for i, _, _ in found], [a.sparsity for a in applied], [a.realised for a in applied]
+    choice, asked, realised = (np.repeat(values, [len(group) for _, group, _ in found]) for values in of_parts)
+    pairs = Pairs(stack, np.r_[np.arange(len(requests.workloads)), request])
+    return Work(piece, requests, pairs, request, choice.astype(np.intp), asked, realised)
 
 
 def columns_of(work: Work, hardware: Sequence[HardwareProfile], runtimes: tuple[str, ...], refuse: Refuse) -> Columns:
-    """Rows of a piece by request, choice, device and runtime; choices that a device cannot run are refused.
-
-    Everything has to run under ``refuse(None, ...)``: where not even the dense model does, no choice of that device has a row.
-    """
+    """Rows of a piece by request, choice, device and runtime; choices that a device cannot run are refused."""
     blocks = [
         (device, runtime, pruned, comparison)
         for device, hw in enumerate(hardware)
@@ -203,61 +202,56 @@ def columns_of(work: Work, hardware: Sequence[HardwareProfile], runtimes: tuple[
     order = np.argsort((rank[pruned] * len(hardware) + device) * len(runtimes) + runtime)
     device, runtime, pruned = device[order], runtime[order], pruned[order]
     request, choice, at = work.request[pruned], work.choice[pruned], dense + pruned
-    timed = {
-        f.name: np.concatenate([getattr(block[3], f.name)[dense:] for block in blocks])[order]
-        for f in fields(Comparison)
-    }
+
+    def timed(name: str) -> NDArray[Any]:
+        return np.concatenate([getattr(block[3], name)[dense:] for block in blocks])[order]
+
     batch, seq = np.array(piece.shapes, dtype=np.int64)[request].T
+    speedup, gain = timed("speedup"), timed("roofline_bound") - 1.0
     need, need_pruned = work.bytes_needed[request], work.bytes_needed[at]
     capacity = np.array([float(hw.memory_bytes) for hw in hardware])[device]
-    gain = timed["roofline_bound"] - 1.0
     families = [family for family, _ in piece.choices]
-
-    def text(codes: NDArray[Any] | int, *values: str) -> Text:
-        return Text(np.broadcast_to(codes, len(at)).astype(np.int32), values)
-
-    def same(value: float | bool) -> NDArray[Any]:
-        return np.full(len(at), value)
-
-    return {
-        "model": text(0, load_model(piece.model).name),
-        "hardware": text(device, *(hw.name for hw in hardware)),
-        "family": text(choice, *(f.name for f in families)),
+    texts: dict[str, tuple[Any, Iterable[str]]] = {
+        "hardware": (device, (hw.name for hw in hardware)),
+        "family": (choice, (f.name for f in families)),
+        "options": (choice, (f.label for f in families)),
+        "runtime": (runtime, runtimes),
+        "limit": (timed("limit"), BOUNDS),
+        "model": (0, [load_model(piece.model).name]),
+        "phase": (0, [piece.phase]),
+        "dtype": (0, [setting.dtype]),
+        "weight_dtype": (0, [setting.weight_dtype or setting.dtype]),
+        "kv_dtype": (0, [setting.kv_dtype or setting.dtype]),
+        "parallel": (0, [setting.parallel if setting.devices > 1 else "none"]),
+    }
+    values = {
         "sparsity": work.asked[pruned],
         "realised_sparsity": work.realised[pruned],
-        "phase": text(0, piece.phase),
         "batch": batch,
         "seq": seq,
-        "dtype": text(0, setting.dtype),
-        "runtime": text(runtime, *runtimes),
-        "dense_s": timed["dense_s"],
-        "pruned_s": timed["pruned_s"],
-        "speedup": timed["speedup"],
-        "speedup_lower": timed["lower"],
-        "speedup_upper": timed["upper"],
+        "speedup": speedup,
+        "speedup_lower": timed("lower"),
+        "speedup_upper": timed("upper"),
         "flop_bound": work.pairs.flop_bound[at],
         "byte_bound": work.pairs.byte_bound[at],
-        "roofline_bound": timed["roofline_bound"],
-        "limit": text(timed["limit"], *BOUNDS),
-        "measured_bound": same(np.nan),
-        "efficiency": np.where(gain > 1e-9, (timed["speedup"] - 1.0) / np.where(gain > 1e-9, gain, 1.0), np.nan),
-        "limit_share": timed["limit_share"],
-        "level": same(setting.level),
-        "calibrated": timed["calibrated"].astype(bool),
-        "new_tokens": same(setting.new_tokens if piece.phase == "generate" else 0),
-        "weight_dtype": text(0, setting.weight_dtype or setting.dtype),
-        "kv_dtype": text(0, setting.kv_dtype or setting.dtype),
-        "devices": same(setting.devices),
-        "parallel": text(0, setting.parallel if setting.devices > 1 else "none"),
-        "ideal": same(piece.ideal),
+        **{name: timed(name) for name in ("dense_s", "pruned_s", "roofline_bound", "limit_share", "calibrated")},
+        "measured_bound": np.nan,
+        "efficiency": np.where(gain > 1e-9, (speedup - 1.0) / np.where(gain > 1e-9, gain, 1.0), np.nan),
+        "level": setting.level,
+        "new_tokens": setting.new_tokens if piece.phase == "generate" else 0,
+        "devices": setting.devices,
+        "ideal": piece.ideal,
         "dense_memory_bytes": need,
         "pruned_memory_bytes": need_pruned,
         "capacity_bytes": capacity,
         "dense_fits": need <= capacity,
         "pruned_fits": need_pruned <= capacity,
-        "options": text(choice, *(f.label for f in families)),
         "choice": choice,
     }
+    columns: Columns = {name: np.full(len(at), v) if np.ndim(v) == 0 else v for name, v in values.items()}
+    for name, (codes, names) in texts.items():
+        columns[name] = Text(np.broadcast_to(codes, len(at)).astype(np.int32), tuple(names))
+    return {name: columns[name] for name in (*COLUMNS, "choice")}
 
 
 def empty_columns() -> Columns:

@@ -163,23 +163,24 @@ def test_pruning_together_equals_one_by_one(family: str, phase: str, model: str,
     shapes = tuple((b, s) for s in (7, 300, 8192) for b in (1, 3, 64))
     requests = Requests.of(load_model(model), setting, phase, shapes)
     for sparsity in (0.0, 0.3, 0.5, 0.9):
-        together, alone = prune_all(requests, family, sparsity), []
-        for dense in requests.workloads:
+        parts, refused = prune_all(requests, family, sparsity)
+        together = {i: (stack, j) for group, stack in parts for j, i in enumerate(group)}
+        for i, dense in enumerate(requests.workloads):
             try:
-                alone.append(prune(dense, family, sparsity))
-            except InputError:
-                alone.append(None)
-        assert together.kept.tolist() == [i for i, w in enumerate(alone) if w is not None]
-        assert (together.stack is None) == bool(together.refused)
-        for j, i in enumerate(together.kept):
-            one, at = alone[i], together.stack.starts[j] + np.arange(together.stack.lengths[j])
+                one = prune(dense, family, sparsity)
+            except InputError as error:
+                assert str(error) in refused
+                assert i not in together
+                continue
+            stack, j = together[i]
+            at = stack.starts[j] + np.arange(stack.lengths[j])
             assert len(one) == len(at)
             for name in SCHEMA:
-                got, wanted = getattr(together.stack.rows, name)[at], getattr(one, name)
+                got, wanted = getattr(stack.rows, name)[at], getattr(one, name)
                 np.testing.assert_allclose(got, wanted, rtol=1e-12, err_msg=name)
             applied = one.meta.applied[-1]
-            assert together.asked[j] == applied.sparsity
-            assert together.realised[j] == pytest.approx(applied.realised, abs=1e-12)
+            assert stack.rows.meta.applied[-1].sparsity == applied.sparsity
+            assert stack.rows.meta.applied[-1].realised == pytest.approx(applied.realised, abs=1e-12)
 
 
 def test_gemm_table_is_the_product() -> None:
