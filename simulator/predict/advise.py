@@ -1,8 +1,8 @@
 """The inverse question: which pruning reaches a target speedup, and at which widths does it step?
 
-Use :func:`advise`. The least sparsity of every family is searched on a grid of sparsities, and then between the last that misses the target
-and the first that reaches it. Around it, for families that change widths, the aligned widths are timed one by one: time falls in steps, and
-a width just above a step wastes what the next one grants.
+Use :func:`advise`. The least sparsity of every family is searched on a grid of sparsities, and then between the last
+that misses the target and the first that reaches it. Around it, for families that change widths, the aligned widths are
+timed one by one: time falls in steps, and a width just above a step wastes what the next one grants.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ Quality = Mapping[str, Sequence[tuple[float, float, str]]]
 class WidthStep:
     """A width at which time has just stepped down.
 
-    ``name`` says what is that wide: "inner" (of the MLP), "hidden", or "rank" (of the down projection); ``sparsity`` is the fraction to ask
-    the family for to get it (width: of the MLP alone, attention as advised); ``saved`` the share of the time saved against the next wider
-    aligned width; ``reached`` whether the target is.
+    ``name`` says what is that wide: "inner" (of the MLP), "hidden", or "rank" (of the down projection); ``sparsity`` is
+    the fraction to ask the family for to get it (width: of the MLP alone, attention as advised); ``saved`` the share of
+    the time saved against the next wider aligned width; ``reached`` whether the target is.
     """
 
     name: str
@@ -162,7 +162,8 @@ def advise(
     ideal: bool = False,
     quality: Quality | None = None,
 ) -> Advised:
-    """What reaches a target speedup (above 1); requests and setting are those of :func:`simulator.table`, ``quality`` is shown beside.
+    """What reaches a target speedup (above 1); requests and setting are those of :func:`simulator.table`, ``quality``
+    is shown beside.
 
     Examples
     --------
@@ -270,7 +271,8 @@ class _Search:
         return {family[row]: (row, sparsity[row]) for row in reversed(reaches)}
 
     def steps(self, family: str, sparsity: float, hw: HardwareProfile) -> tuple[WidthStep, ...]:
-        """Where time steps down around a sparsity, wider first; for "width" its KV groups are kept and the inner width varied."""
+        """Where time steps down around a sparsity, wider first; for "width" its KV groups are kept and the inner width
+        varied."""
         down = np.flatnonzero(self.dense.is_role("down") & (self.dense.stage == 0))
         if not len(down) or family not in ("width", "width_cross", "low_rank"):
             return ()
@@ -301,7 +303,8 @@ class _Search:
         return tuple(out)
 
     def pairs(self, hw: HardwareProfile, coarse: Columns, least: Mapping[str, float]) -> list[Alternative]:
-        """Pairs of families at the least equal sparsity that reaches the target, where that is less than either alone needs."""
+        """Pairs of families at the least equal sparsity that reaches the target, where that is less than either alone
+        needs."""
         family, out = plain(coarse["family"]), []
         for pair in PAIRS:
             if not set(pair) <= set(self.families):

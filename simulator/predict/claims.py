@@ -1,9 +1,10 @@
 """The two claims of "Beyond FLOPs" (arXiv 2606.09080), tested on any model and device: a verdict with its numbers.
 
-Use :func:`bound_claim` for (a): in memory-bound inference static depth pruning is the strongest baseline and stays closest to its
-theoretical bound; :func:`order_claim` for (b): along the prefill frontier of speed and quality come static depth, then dynamic depth, then
-static width. A claim *holds* or *does not hold* where all ends of the intervals say so, is *undecided* where they differ or where a
-family it speaks of has no quality data, and *does not apply* where its condition is not met.
+Use :func:`bound_claim` for (a): in memory-bound inference static depth pruning is the strongest baseline and stays
+closest to its theoretical bound; :func:`order_claim` for (b): along the prefill frontier of speed and quality come
+static depth, then dynamic depth, then static width. A claim *holds* or *does not hold* where all ends of the intervals
+say so, is *undecided* where they differ or where a family it speaks of has no quality data, and *does not apply* where
+its condition is not met.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ HOLDS, FAILS, UNDECIDED, NOT_APPLICABLE, NO_DATA = "holds", "does not hold", "un
 
 CLAIMS: Mapping[str, str] = MappingProxyType(
     {
-        "bound": "in memory-bound inference static depth is the strongest baseline and stays closest to its theoretical bound",
-        "order": "along the prefill frontier come static depth (0-4 % quality loss), dynamic depth (5-16 %), static width (17-26 %)",
+        "bound": "in memory-bound inference static depth is the strongest baseline and stays closest to its "
+        "theoretical bound",
+        "order": "along the prefill frontier come static depth (0-4 % quality loss), dynamic depth (5-16 %), "
+        "static width (17-26 %)",
     }
 )
 """What is claimed, by name of the claim."""
@@ -64,7 +67,8 @@ class Verdict:
     verdict : str
         ``holds``, ``does not hold``, ``undecided``, ``does not apply`` or ``no data``.
     predicted : str
-        ``holds`` or ``does not hold`` by the predicted values alone, without their intervals, among the families that have data.
+        ``holds`` or ``does not hold`` by the predicted values alone, without their intervals, among the families that
+        have data.
     numbers : str
         The numbers that decide it.
     missing : tuple of str
@@ -96,7 +100,7 @@ class Verdict:
         return cls(claim, *place, verdict, predicted, numbers, calibrated=where.calibrated, **more)
 
 
-# -- (a) ---------------------------------------------------------------------------------------------------------------------------
+# -- (a) ---------------------------------------------------------------------------------------------------------------
 
 
 def bound_claim(
@@ -111,8 +115,8 @@ def bound_claim(
 ) -> tuple[Verdict, ...]:
     """Claim (a) for every device, phase, batch and length; arguments as those of :func:`simulator.table`.
 
-    It holds when it holds at each sparsity. Where memory does not hold most of the time the verdict is ``does not apply``, with the numbers
-    all the same.
+    It holds when it holds at each sparsity. Where memory does not hold most of the time the verdict is ``does not
+    apply``, with the numbers all the same.
 
     Examples
     --------
@@ -191,7 +195,7 @@ def _at(own: Record, rivals: Sequence[Record]) -> str:
     return f"{depth}; next closest {near.family} {share(near)}; next fastest {fast.family} {speed(fast)}"
 
 
-# -- (b) ---------------------------------------------------------------------------------------------------------------------------
+# -- (b) ---------------------------------------------------------------------------------------------------------------
 
 
 def order_claim(
@@ -204,7 +208,8 @@ def order_claim(
     *,
     setting: Setting | None = None,
 ) -> tuple[Verdict, ...]:
-    """Claim (b) on one axis of quality, for every device, batch and length of a prefill; see :func:`simulator.predict.pareto.fronts`."""
+    """Claim (b) on one axis of quality, for every device, batch and length of a prefill; see
+    :func:`simulator.predict.pareto.fronts`."""
     found, _ = fronts(model, hardware, quality, axis, ["prefill"], batch, seq, setting=setting)
     return tuple(order_verdict(front) for front in found)
 
@@ -221,8 +226,8 @@ def group_of(family: str) -> str:
 def order_verdict(front: Front) -> Verdict:
     """Claim (b) on one frontier.
 
-    The frontier is taken among the families that the claim speaks of; others on the whole frontier are named. It is judged with the
-    predicted speedups and with every group's at either end of its interval.
+    The frontier is taken among the families that the claim speaks of; others on the whole frontier are named. It is
+    judged with the predicted speedups and with every group's at either end of its interval.
     """
     own = [p for p in front.points if group_of(p.family)]
     present = [name for name in GROUPS if any(group_of(p.family) == name for p in own)]

@@ -1,4 +1,5 @@
-"""Which family is fastest in each cell of a map, and whether that is certain; seen from the columns of a table, without models."""
+"""Which family is fastest in each cell of a map, and whether that is certain; seen from the columns of a table, without
+models."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 class Winners:
     """The fastest prediction of every cell, by rising cell.
 
-    ``row`` is its row in the table; ``gains`` whether it is faster than the dense model; ``sure`` whether its interval lies above 1 and above
-    that of every other family in the cell.
+    ``row`` is its row in the table; ``gains`` whether it is faster than the dense model; ``sure`` whether its interval
+    lies above 1 and above that of every other family in the cell.
     """
 
     row: NDArray[np.intp]
@@ -26,7 +27,8 @@ def fastest(cell: ArrayLike, family: ArrayLike, speedup: ArrayLike, lower: Array
 
     Examples
     --------
-    >>> w = fastest([0, 0, 1, 1], ["depth", "width"] * 2, [1.5, 1.2, 0.9, 0.8], [1.4, 1.1, 0.8, 0.7], [1.6, 1.3, 1.1, 0.9])
+    >>> speedup, lower, upper = [1.5, 1.2, 0.9, 0.8], [1.4, 1.1, 0.8, 0.7], [1.6, 1.3, 1.1, 0.9]
+    >>> w = fastest([0, 0, 1, 1], ["depth", "width"] * 2, speedup, lower, upper)
     >>> w.row.tolist(), w.gains.tolist(), w.sure.tolist()
     ([0, 2], [True, False], [True, False])
     """

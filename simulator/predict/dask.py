@@ -1,8 +1,8 @@
 """A sweep on a running Dask cluster: the same parts, computed by its workers.
 
-Use :func:`compute_on` through ``sweep(..., scheduler=ADDRESS)``. Tasks are pure and return the bytes of their part, which the calling
-process alone writes: a worker that dies midway costs a recomputation, never a part twice or half. Workers need this package, and must
-see profiles and configurations given as files under the same paths.
+Use :func:`compute_on` through ``sweep(..., scheduler=ADDRESS)``. Tasks are pure and return the bytes of their part,
+which the calling process alone writes: a worker that dies midway costs a recomputation, never a part twice or half.
+Workers need this package, and must see profiles and configurations given as files under the same paths.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ RETRIES = 3
 
 
 def compute_on(address: str, compute: Callable[[int], bytes], todo: list[int]) -> Iterator[tuple[int, bytes]]:
-    """Parts of a sweep as the workers of a cluster finish them; InputError without ``distributed`` or a scheduler that answers."""
+    """Parts of a sweep as the workers of a cluster finish them; InputError without ``distributed`` or a scheduler that
+    answers."""
     try:
         distributed: Any = importlib.import_module("distributed")
     except ImportError:

@@ -1,7 +1,7 @@
 """Single matrix products as records: time, interval, rate, limit, and the steps from the roofline to the time.
 
-Use :func:`gemm_table` for every combination of sizes and devices, :func:`gemm_points` for the GEMMs of a workload on a roofline;
-:func:`simulator.gemm_time` is the array function beneath.
+Use :func:`gemm_table` for every combination of sizes and devices, :func:`gemm_points` for the GEMMs of a workload on a
+roofline; :func:`simulator.gemm_time` is the array function beneath.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,8 @@ LARGEST = 2**31 - 1
 
 @dataclass(frozen=True)
 class GemmPoints:
-    """GEMM shapes of a workload on a roofline: the role of each, FLOP/byte, useful FLOPs over predicted time, share of the GEMM time."""
+    """GEMM shapes of a workload on a roofline: the role of each, FLOP/byte, useful FLOPs over predicted time, share of
+    the GEMM time."""
 
     role: tuple[str, ...]
     intensity: NDArray[np.float64]
@@ -108,22 +109,22 @@ def gemm_table(
             raise unknown("dtype", given, DTYPES)
     shapes = np.array(list(dict.fromkeys(itertools.product(m, n, k))), dtype=np.int64)
     weight, kernel = weight_dtype or dtype, Kernel.SPARSE24 if semi_structured else Kernel.DENSE
-    sizes = {name: shapes[:, i] for i, name in enumerate("mnk")}
-    formats = {"dtype": dtype_code(dtype), "weight_dtype": dtype_code(weight)}
-    density = 0.5 if semi_structured else 1.0
-    rows = Workload.from_columns(role=["q"] * len(shapes), kernel=kernel, density=density, **sizes, **formats)
+    columns: dict[str, Any] = dict(zip("mnk", shapes.T), kernel=kernel, density=0.5 if semi_structured else 1.0)
+    columns |= {"dtype": dtype_code(dtype), "weight_dtype": dtype_code(weight)}
+    rows = Workload.from_columns(role=["q"] * len(shapes), **columns)
     out: list[GemmRecord] = []
     for hw in profiles(hardware):
         path = {"dtype": dtype, "weight_dtype": weight, "kernel": rows.kernel, "density": rows.density, "cold": cold}
         time = gemm_time(rows.m, rows.n, rows.k, hw, **path, level=level)  # type: ignore[arg-type]
         ladder = gemm_ladder(rows.m, rows.n, rows.k, hw, **path)  # type: ignore[arg-type]
-        columns = (time.seconds, time.lower, time.upper, time.roofline_s, time.limits, rows.flops / time.seconds)
-        for i, shape in enumerate(shapes.tolist()):
-            found = [column[i].item() if column.dtype.kind == "f" else str(column[i]) for column in columns]
-            datasheet = (hw.peak_flop_per_s(dtype), hw.bandwidth_bytes_per_s)
-            intensity, steps = float(rows.flops[i] / rows.bytes[i]), {k: float(v[i]) for k, v in ladder.items()}
-            paths = (hw.name, dtype, weight, semi_structured, cold)
-            out.append(GemmRecord(*shape, *paths, *found, *datasheet, intensity, steps))
+        about = (hw.name, dtype, weight, semi_structured, cold)
+        datasheet = (hw.peak_flop_per_s(dtype), hw.bandwidth_bytes_per_s)
+        rate, intensity = rows.flops / time.seconds, rows.flops / rows.bytes
+        for i, (rows_m, rows_n, rows_k) in enumerate(shapes.tolist()):
+            seconds: list[Any] = [float(c[i]) for c in (time.seconds, time.lower, time.upper, time.roofline_s)]
+            steps = {step: float(column[i]) for step, column in ladder.items()}
+            found = (*seconds, str(time.limits[i]), float(rate[i]), *datasheet, float(intensity[i]), steps)
+            out.append(GemmRecord(rows_m, rows_n, rows_k, *about, *found))
     return tuple(out)
 
 

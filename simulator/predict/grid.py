@@ -1,7 +1,7 @@
 """The grid of a sweep: its axes, and the YAML file that names them.
 
-Use :func:`read_grid` for a file, :class:`Grid` to write one in Python. Everything a sweep could refuse is refused here, before any work,
-with ``file:line:column: key: what is wrong, what would be right``.
+Use :func:`read_grid` for a file, :class:`Grid` to write one in Python. Everything a sweep could refuse is refused here,
+before any work, with ``file:line:column: key: what is wrong, what would be right``.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ class Grid:
 
     Examples
     --------
-    >>> Grid(("llama-3.1-8b",), ("h100_sxm", "a100"), (0.25, 0.5), ("decode",), (1, 8), (2048,)).size == 2 * 2 * 2 * len(FAMILIES)
+    >>> grid = Grid(("llama-3.1-8b",), ("h100_sxm", "a100"), (0.25, 0.5), ("decode",), (1, 8), (2048,))
+    >>> grid.size == 2 * 2 * 2 * len(FAMILIES)
     True
     """
 
@@ -118,8 +119,9 @@ class Grid:
 def read_grid(path: str | Path) -> Grid:
     """The grid a YAML file describes.
 
-    An axis is a list, one value, or for numbers ``{from: 0.1, to: 0.9, step: 0.1}`` or ``{from: 1, to: 64, times: 2}``. A family is a name,
-    ``all``, or a mapping ``{width: {align: 64}}``; a dtype a name or ``{dtype: bf16, weight_dtype: int4, kv_dtype: fp8}``.
+    An axis is a list, one value, or for numbers ``{from: 0.1, to: 0.9, step: 0.1}`` or ``{from: 1, to: 64, times: 2}``.
+    A family is a name, ``all``, or a mapping ``{width: {align: 64}}``; a dtype a name or ``{dtype: bf16, weight_dtype:
+    int4, kv_dtype: fp8}``.
 
     Parameters
     ----------

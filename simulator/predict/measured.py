@@ -1,8 +1,8 @@
 """Measured speedups as a table from CSV, to stand where predictions would: what ``prunesim pareto --measured`` reads.
 
-Columns: ``family``, ``sparsity``, ``speedup`` (dense time over pruned time). Optional, and matched where they are there: ``model``,
-``hardware``, ``phase``, ``batch``, ``seq``, ``method``; ``speedup_lower`` and ``speedup_upper`` are the interval of the measurement.
-A table that ``prunesim speedup --csv`` wrote has this form.
+Columns: ``family``, ``sparsity``, ``speedup`` (dense time over pruned time). Optional, and matched where they are
+there: ``model``, ``hardware``, ``phase``, ``batch``, ``seq``, ``method``; ``speedup_lower`` and ``speedup_upper`` are
+the interval of the measurement. A table that ``prunesim speedup --csv`` wrote has this form.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Acceleration against quality: speedups joined with quality rows, and the frontier of what no other point beats.
 
-Use :func:`fronts` for the frontiers of a model (a device, phase, batch and length each), :func:`frontier` for the rule itself on arrays.
-Quality loss is the relative drop of one metric under one protocol, see :mod:`simulator.predict.quality`; speedups are predicted with their
-interval, or measured where the caller has them. A *band* is the range of quality budgets in which one family is the fastest.
+Use :func:`fronts` for the frontiers of a model (a device, phase, batch and length each), :func:`frontier` for the rule
+itself on arrays. Quality loss is the relative drop of one metric under one protocol, see
+:mod:`simulator.predict.quality`; speedups are predicted with their interval, or measured where the caller has them. A
+*band* is the range of quality budgets in which one family is the fastest.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ DENSE = "dense"
 class Point:
     """One pruned model on the plane of quality loss and speedup; the order of the fields is that of JSON keys.
 
-    ``optimal``: no other point is as fast at no more loss. ``sure``: still so when its speedup is at the low end of its interval and those
-    of other families are at the high end. ``beaten_by`` names the fastest point at no more loss, for points that are not optimal.
+    ``optimal``: no other point is as fast at no more loss. ``sure``: still so when its speedup is at the low end of its
+    interval and those of other families are at the high end. ``beaten_by`` names the fastest point at no more loss, for
+    points that are not optimal.
     """
 
     model: str
@@ -72,7 +74,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Band:
-    """Quality budgets ``[low, high)`` in which a family is the fastest, from one speedup to another; ``high`` may be infinite."""
+    """Quality budgets ``[low, high)`` in which a family is the fastest, from one speedup to another; ``high`` may be
+    infinite."""
 
     family: str
     low: float
@@ -102,7 +105,8 @@ class Front:
 def frontier(loss: ArrayLike, speedup: ArrayLike) -> NDArray[np.bool_]:
     """Which points no other point beats: none is at least as fast at no more loss, and better in one of the two.
 
-    Less loss is better, more speedup is better; of equal points all count. InputError when there are none or a value is not finite.
+    Less loss is better, more speedup is better; of equal points all count. InputError when there are none or a value is
+    not finite.
 
     Examples
     --------
@@ -119,7 +123,8 @@ def frontier(loss: ArrayLike, speedup: ArrayLike) -> NDArray[np.bool_]:
 
 
 def bands(points: Sequence[Point]) -> tuple[Band, ...]:
-    """The family that is fastest at each quality budget, neighbours of one family joined; the dense model until something beats it.
+    """The family that is fastest at each quality budget, neighbours of one family joined; the dense model until
+    something beats it.
 
     ``points`` are all of a frontier, optimal or not; bands come by rising loss, without gaps, the last one open.
     """
@@ -207,7 +212,8 @@ def fronts(
 
 
 def judge(points: Sequence[Point]) -> tuple[Point, ...]:
-    """Points by rising loss with ``optimal``, ``sure`` and ``beaten_by`` filled in; the dense model (loss 0, speedup 1) takes part."""
+    """Points by rising loss with ``optimal``, ``sure`` and ``beaten_by`` filled in; the dense model (loss 0, speedup 1)
+    takes part."""
     points = sorted(points, key=lambda p: (p.loss, -p.speedup))
     mask = frontier([0.0, *(p.loss for p in points)], [1.0, *(p.speedup for p in points)])[1:]
     out = []

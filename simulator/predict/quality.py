@@ -1,13 +1,15 @@
 """Quality tables: what pruning costs in quality, one measured point a row, read from CSV and checked.
 
-Use :func:`load_quality` for a shipped table (by name) or a user's own (by path), :meth:`QualityTable.of_model` to choose a model and
-:meth:`QualityTable.axes` for the (metric, protocol) pairs that it has. Two numbers are comparable only on one axis: the same metric
-under the same protocol, hence over the same dense value. A table that breaks this is refused with the line that does.
+Use :func:`load_quality` for a shipped table (by name) or a user's own (by path), :meth:`QualityTable.of_model` to
+choose a model and :meth:`QualityTable.axes` for the (metric, protocol) pairs that it has. Two numbers are comparable
+only on one axis: the same metric under the same protocol, hence over the same dense value. A table that breaks this is
+refused with the line that does.
 
-Columns: ``method`` (name of the method), ``family`` (of section "pruning"), ``model``, ``sparsity`` (fraction removed), ``metric``,
-``higher_is_better`` (true or false), ``dense`` and ``pruned`` (value of the metric), ``protocol`` (how it was measured: data, length,
-calibration, fine-tuning), ``source`` (where the row is from). Optional: ``relative_loss`` (checked against the two values), ``options``
-(of the family, ``name=value`` separated by semicolons), ``note``. Further columns are ignored.
+Columns: ``method`` (name of the method), ``family`` (of section "pruning"), ``model``, ``sparsity`` (fraction removed),
+``metric``, ``higher_is_better`` (true or false), ``dense`` and ``pruned`` (value of the metric), ``protocol`` (how it
+was measured: data, length, calibration, fine-tuning), ``source`` (where the row is from). Optional: ``relative_loss``
+(checked against the two values), ``options`` (of the family, ``name=value`` separated by semicolons), ``note``. Further
+columns are ignored.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ COLUMNS: tuple[str, ...] = (*REQUIRED[:8], "relative_loss", *REQUIRED[8:], "opti
 """Columns of a table as :func:`table_text` writes them."""
 
 LOSS_TOLERANCE = 5e-4
-"""A written relative loss may differ from that of the two values by so much, absolutely or relatively: tables print few digits."""
+"""A written relative loss may differ from that of the two values by so much, absolutely or relatively: tables print few
+digits."""
 
 _TRUTH = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
 
@@ -55,7 +58,8 @@ class Axis:
 
 @dataclass(frozen=True)
 class QualityRow:
-    """Quality of one pruned model; ``sparsity`` is the fraction removed as the source counts it, ``options`` are those of the family."""
+    """Quality of one pruned model; ``sparsity`` is the fraction removed as the source counts it, ``options`` are those
+    of the family."""
 
     method: str
     family: str
@@ -82,7 +86,8 @@ class QualityRow:
 
 
 def relative_loss(dense: float, pruned: float, higher_is_better: bool) -> float:
-    """Relative loss of quality from two values of one metric under one protocol, dense > 0: the drop, or the rise where lower is better.
+    """Relative loss of quality from two values of one metric under one protocol, dense > 0: the drop, or the rise where
+    lower is better.
 
     >>> round(relative_loss(69.0, 62.24, True), 3), round(relative_loss(5.47, 5.89, False), 3)
     (0.098, 0.077)
@@ -127,8 +132,8 @@ class QualityTable:
 def choose_axis(table: QualityTable, metric: str = "", protocol: str = "", *, strict: bool = False) -> Axis:
     """The axis that a metric and a protocol, or unique parts of their names, describe.
 
-    Case does not matter, and empty stands for any. Of several axes the one with most families and points is taken, or with ``strict`` none:
-    InputError, as when no axis fits, since metrics and protocols are never mixed.
+    Case does not matter, and empty stands for any. Of several axes the one with most families and points is taken, or
+    with ``strict`` none: InputError, as when no axis fits, since metrics and protocols are never mixed.
 
     Examples
     --------
@@ -149,7 +154,7 @@ def choose_axis(table: QualityTable, metric: str = "", protocol: str = "", *, st
     return fitting[0]
 
 
-# -- files ------------------------------------------------------------------------------------------------------------------------
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
 def list_quality() -> tuple[str, ...]:
@@ -219,9 +224,10 @@ def _row(cells: Mapping[str, str]) -> QualityRow:
     higher = _TRUTH.get(cells["higher_is_better"].lower())
     if higher is None:
         raise InputError(f"higher_is_better: expected true or false, got {cells['higher_is_better']!r}")
-    numbers = {"sparsity": sparsity, "higher_is_better": higher, "dense": dense, "pruned": pruned}
+    known: dict[str, Any] = {column: cells[column] for column in _TEXTS}
+    known |= {"sparsity": sparsity, "higher_is_better": higher, "dense": dense, "pruned": pruned}
     options = parse_options(cells.get("options", ""), cells["family"])
-    row = QualityRow(**{c: cells[c] for c in _TEXTS}, **numbers, options=options, note=cells.get("note", ""))
+    row = QualityRow(**known, options=options, note=cells.get("note", ""))
     if not math.isfinite(row.relative_loss):
         raise InputError(f"dense: {cells['dense']} is too small beside pruned {cells['pruned']} for a ratio")
     if cells.get("relative_loss"):

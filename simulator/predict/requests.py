@@ -1,7 +1,8 @@
 """Many dense workloads of one model pruned in few calls: one family at one sparsity over many batches and lengths.
 
-Use :func:`prune_all`. Most families only look at widths, heads and layers, which requests of one model share, so the rows of many requests
-go through the family's function together; what a family allows it says itself (``Family.together``).
+Use :func:`prune_all`. Most families only look at widths, heads and layers, which requests of one model share, so the
+rows of many requests go through the family's function together; what a family allows it says itself
+(``Family.together``).
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def _grouped(shapes: Sequence[tuple[int, int]], together: str) -> list[Group]:
 def prune_all(
     requests: Requests, family: str, sparsity: Any, *, ideal: bool = False, options: Mapping[str, Any] | None = None
 ) -> tuple[list[tuple[Group, Stack]], tuple[str, ...]]:
-    """Requests pruned by a family, some at a time, and why others are refused; arguments as those of :func:`simulator.prune`."""
+    """Requests pruned by a family, some at a time, and why others are refused; arguments as those of
+    :func:`simulator.prune`."""
     refused: dict[str, None] = {}
     call = partial(prune, family=family, sparsity=sparsity, ideal=ideal, **(options or {}))
     groups = requests.groups(FAMILIES[family].together)

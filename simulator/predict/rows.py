@@ -1,6 +1,8 @@
-"""The engine of every table: a model in a setting, requests, families at sparsities, devices and runtimes in; columns of predictions out.
+"""The engine of every table: a model in a setting, requests, families at sparsities, devices and runtimes in; columns
+of predictions out.
 
-Use :func:`work_of` to prune a :class:`Piece`, :func:`columns_of` for its rows on some devices, :func:`records` for rows as objects.
+Use :func:`work_of` to prune a :class:`Piece`, :func:`columns_of` for its rows on some devices, :func:`records` for rows
+as objects.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Record:
-    """One prediction with everything that identifies it; the order of the fields is the order of keys in JSON and of columns in CSV."""
+    """One prediction with everything that identifies it; the order of the fields is the order of keys in JSON and of
+    columns in CSV."""
 
     model: str
     hardware: str
@@ -90,7 +93,8 @@ class Text:
 
 
 Columns = dict[str, Any]
-"""Name -> float64, int64 or bool array, or :class:`Text`; beside :data:`COLUMNS` ``choice``, the place of a row's choice in its piece."""
+"""Name -> float64, int64 or bool array, or :class:`Text`; beside :data:`COLUMNS` ``choice``, the place of a row's
+choice in its piece."""
 
 
 def plain(column: Any) -> NDArray[Any]:
@@ -119,7 +123,8 @@ Choice = tuple[FamilyChoice, Any]
 """A family and its sparsity, of any form that :func:`simulator.prune` takes."""
 
 Refuse = Callable[[int | None, str, str], None]
-"""Told what is left out: the place of a choice (None: the dense model), why, and the device ("": on all). May raise instead."""
+"""Told what is left out: the place of a choice (None: the dense model), why, and the device ("": on all). May raise
+instead."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +144,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class Work:
-    """Dense workloads of a piece, then their pruned versions; and of each of the pruned its request, its choice, and the sparsity asked
-    for and realised."""
+    """Dense workloads of a piece, then their pruned versions; and of each of the pruned its request, its choice, and
+    the sparsity asked for and realised."""
 
     piece: Piece
     requests: Requests
@@ -224,7 +229,7 @@ def columns_of(work: Work, hardware: Sequence[HardwareProfile], runtimes: tuple[
         "kv_dtype": (0, [setting.kv_dtype or setting.dtype]),
         "parallel": (0, [setting.parallel if setting.devices > 1 else "none"]),
     }
-    values = {
+    values: dict[str, Any] = {
         "sparsity": work.asked[pruned],
         "realised_sparsity": work.realised[pruned],
         "batch": batch,
@@ -258,7 +263,7 @@ def empty_columns() -> Columns:
     """No rows."""
     kinds = {float: np.float64, int: np.int64, bool: np.bool_}
     none = Text(np.zeros(0, dtype=np.int32), ())
-    columns = {name: none if kind is str else np.zeros(0, dtype=kinds[kind]) for name, kind in COLUMNS.items()}
+    columns: Columns = {name: none if kind is str else np.zeros(0, dtype=kinds[kind]) for name, kind in COLUMNS.items()}
     return {**columns, "choice": np.zeros(0, dtype=np.intp)}
 
 
@@ -290,7 +295,8 @@ def _compared(
 
 
 def records(columns: Columns) -> list[Record]:
-    """Rows as records, not known values as None, the realised sparsity as :class:`simulator.Speedup` composes it, to the last digit."""
+    """Rows as records, not known values as None, the realised sparsity as :class:`simulator.Speedup` composes it, to
+    the last digit."""
     realised = 1.0 - (1.0 - columns["realised_sparsity"])
     unknown = [None] * len(realised)
     values = {**columns, "realised_sparsity": realised}
@@ -298,7 +304,7 @@ def records(columns: Columns) -> list[Record]:
     return [Record(*row) for row in zip(*lists)]
 
 
-# -- what is left out -------------------------------------------------------------------------------------------------------------
+# -- what is left out --------------------------------------------------------------------------------------------------
 
 Notes = dict[str, list[float]]
 """Reason -> sparsities at which something is left out for it."""

@@ -1,4 +1,5 @@
-"""How a model is run, and the checks of what a person may ask for: phases, batches, lengths, number formats, devices."""
+"""How a model is run, and the checks of what a person may ask for: phases, batches, lengths, number formats,
+devices."""
 
 from __future__ import annotations
 

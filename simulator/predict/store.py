@@ -1,7 +1,8 @@
 """Where a sweep's table grows: a folder of whole parts beside the file, put together and removed when all are there.
 
-Use :class:`Store`. A part is written whole or not at all, so whatever kills a sweep loses the parts in flight and no more; a rerun goes on
-with those that are missing. The folder's manifest says which grid it belongs to, and a lock keeps a second sweep out.
+Use :class:`Store`. A part is written whole or not at all, so whatever kills a sweep loses the parts in flight and no
+more; a rerun goes on with those that are missing. The folder's manifest says which grid it belongs to, and a lock keeps
+a second sweep out.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ DIGEST_KEY, NOTES_KEY = b"prunesim.grid", b"prunesim.notes"
 
 @dataclass(frozen=True)
 class Store:
-    """The parts of one table: the Parquet file to be, the digest of everything its content follows from, and how many parts there will be."""
+    """The parts of one table: the Parquet file to be, the digest of everything its content follows from, and how many
+    parts there will be."""
 
     target: Path
     digest: str
@@ -42,7 +44,8 @@ class Store:
         return self.folder / f"part-{index:06d}.parquet"
 
     def finished(self) -> bool:
-        """Whether the table is there already; InputError where the target is a folder, lies in none, or is something else."""
+        """Whether the table is there already; InputError where the target is a folder, lies in none, or is something
+        else."""
         check_target(self.target)
         if not self.target.exists():
             return False
@@ -93,7 +96,8 @@ class Store:
         write_whole(self.part(index), content)
 
     def assemble(self) -> tuple[int, dict[str, list[float]]]:
-        """All parts in order as one file, a few row groups in memory at a time; the folder is removed. Rows, and notes of the parts."""
+        """All parts in order as one file, a few row groups in memory at a time; the folder is removed. Rows, and notes
+        of the parts."""
         pyarrow, parquet = load_pyarrow()
         notes: dict[str, list[float]] = {}
         rows = 0

@@ -1,8 +1,10 @@
-"""Sweeps: the product of models, devices, families, sparsities, phases, batches, lengths, formats and runtimes as one table.
+"""Sweeps: the product of models, devices, families, sparsities, phases, batches, lengths, formats and runtimes as one
+table.
 
-Use :func:`sweep` for a Parquet file of any size and :func:`sweep_columns` for arrays in memory. A grid is cut into pieces of bounded
-memory; each becomes one part of the table, whichever process or machine computes it, and is written by the calling process alone. So a
-sweep that is killed goes on where it was, and the table does not depend on how many workers there were.
+Use :func:`sweep` for a Parquet file of any size and :func:`sweep_columns` for arrays in memory. A grid is cut into
+pieces of bounded memory; each becomes one part of the table, whichever process or machine computes it, and is written
+by the calling process alone. So a sweep that is killed goes on where it was, and the table does not depend on how many
+workers there were.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ MOST_CONFIGURATIONS = 100_000_000
 """Largest grid unless told otherwise."""
 
 BYTES_PER_ROW = 120.0
-"""Disk a configuration takes while a table is put together: about 50 B in a part and as much again in the file, with a margin."""
+"""Disk a configuration takes while a table is put together: about 50 B in a part and as much again in the file, with a
+margin."""
 
 PART_ROWS = 40_000
 """Configurations of a piece, about: a few megabytes of table."""
@@ -55,8 +58,8 @@ NOTED = 8
 
 @dataclass(frozen=True)
 class Summary:
-    """What a sweep did: configurations in the grid; rows in the table, after the filter and without what is not supported; the partitions
-    there are and those found done; what was left out, one line a reason."""
+    """What a sweep did: configurations in the grid; rows in the table, after the filter and without what is not
+    supported; the partitions there are and those found done; what was left out, one line a reason."""
 
     target: Path
     configurations: int
@@ -84,7 +87,8 @@ def sweep(
     grid : Grid, str or Path
         A grid or the YAML file of one.
     out : str or Path
-        The file. While it grows there is a folder ``OUT.parts`` beside it; the same call takes up the parts it finds there.
+        The file. While it grows there is a folder ``OUT.parts`` beside it; the same call takes up the parts it finds
+        there.
     where : str, optional
         Rows to keep, such as ``speedup > 1.3 and batch == 1``; see :mod:`simulator.predict.where`.
     jobs : int
@@ -111,9 +115,10 @@ def sweep(
     _, parquet = load_pyarrow()
     sizes = [len(p.shapes) * len(p.choices) * len(grid.hardware) * len(grid.runtimes) for p in pieces(grid)]
     store = Store(Path(out), digest(grid, where), len(sizes))
+    notes: Notes = {}
     if store.finished():
         store.clear()
-        resumed, rows, notes = len(sizes), int(parquet.read_metadata(store.target).num_rows), {}
+        resumed, rows = len(sizes), int(parquet.read_metadata(store.target).num_rows)
     else:
         with store.opened({"version": __version__, "where": where, "grid": dict(grid_facts(grid))}) as there:
             todo, resumed = [i for i in range(len(sizes)) if i not in there], len(there)
@@ -137,7 +142,8 @@ def sweep_columns(grid: Grid, where: str | None = None) -> tuple[Columns, tuple[
     Examples
     --------
     >>> from simulator.predict.rows import FamilyChoice
-    >>> grid = Grid(("llama-3.1-8b",), ("h100",), (0.25, 0.5), ("decode",), (1, 8), (2048,), families=(FamilyChoice("depth"),))
+    >>> families = (FamilyChoice("depth"),)
+    >>> grid = Grid(("llama-3.1-8b",), ("h100",), (0.25, 0.5), ("decode",), (1, 8), (2048,), families)
     >>> columns, notes = sweep_columns(grid, "sparsity > 0.3")
     >>> columns["batch"].tolist(), columns["realised_sparsity"].tolist(), notes
     ([1, 8], [0.5, 0.5], ())
@@ -172,8 +178,8 @@ def compute_part(grid: Grid, where: str | None, index: int) -> bytes:
 
 
 def pieces(grid: Grid) -> Iterator[Piece]:
-    """The pieces of a grid in the order of the table: by model, format, devices, phase, then some requests by length and batch, then some
-    families and sparsities."""
+    """The pieces of a grid in the order of the table: by model, format, devices, phase, then some requests by length
+    and batch, then some families and sparsities."""
     shapes = [(b, s) for s in grid.seqs for b in grid.batches]
     choices = list(itertools.product(grid.families, grid.sparsities))
     for model, formats, devices, phase in itertools.product(grid.models, grid.dtypes, grid.devices, grid.phases):
@@ -231,7 +237,7 @@ def _condition(where: str | None) -> Filter | None:
     return None if where is None else parse_filter(where, COLUMNS)
 
 
-# -- workers ----------------------------------------------------------------------------------------------------------------------
+# -- workers -----------------------------------------------------------------------------------------------------------
 
 
 def _parts(
@@ -251,7 +257,7 @@ def _parts(
         context = get_context("spawn")
         with ProcessPoolExecutor(jobs, mp_context=context, initializer=_follow, initargs=(os.getpid(),)) as pool:
             try:
-                yield from windowed(partial(pool.submit, compute), todo, 2 * jobs)
+                yield from windowed(lambda index: pool.submit(compute, index), todo, 2 * jobs)
             except BrokenExecutor as error:
                 why = "a worker process ended before its time, perhaps for want of memory; the same command goes on"
                 raise OSError(why) from error
@@ -261,7 +267,8 @@ def _parts(
 
 
 def windowed(submit: Callable[[int], Future[bytes]], todo: Iterable[int], many: int) -> Iterator[tuple[int, bytes]]:
-    """Results of tasks as they finish, never more than so many under way: their bytes are the only thing that adds up."""
+    """Results of tasks as they finish, never more than so many under way: their bytes are the only thing that adds
+    up."""
     waiting = iter(todo)
     under_way: dict[Future[bytes], int] = {}
     while True:

@@ -1,7 +1,8 @@
 """Many predictions at once: the product of devices, families, sparsities, phases, batches and lengths as plain records.
 
-Use :func:`table` for a table of speedups, :func:`explanations` for the waterfalls of a few of them. A combination that a family
-does not support (2:4 at 0.25) is left out with a note when several families were asked for, and refused when it was named alone.
+Use :func:`table` for a table of speedups, :func:`explanations` for the waterfalls of a few of them. A combination that
+a family does not support (2:4 at 0.25) is left out with a note when several families were asked for, and refused when
+it was named alone.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Table:
-    """Records, and what a person should know beside them (combinations left out, models that do not fit): one line each."""
+    """Records, and what a person should know beside them (combinations left out, models that do not fit): one line
+    each."""
 
     records: tuple[Record, ...]
     notes: tuple[str, ...]

@@ -1,7 +1,8 @@
-"""Conditions on the rows of a table, such as ``speedup > 1.3 and batch == 1``: read once, evaluated on columns, never run as code.
+"""Conditions on the rows of a table, such as ``speedup > 1.3 and batch == 1``: read once, evaluated on columns, never
+run as code.
 
-Use :func:`parse_filter`. Names of columns, numbers, texts, true and false; comparisons, also chained; ``in`` and ``not in`` a list;
-``and``, ``or``, ``not``; ``+ - * /``. Nothing else is accepted.
+Use :func:`parse_filter`. Names of columns, numbers, texts, true and false; comparisons, also chained; ``in`` and ``not
+in`` a list; ``and``, ``or``, ``not``; ``+ - * /``. Nothing else is accepted.
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ def parse_filter(text: str, columns: Mapping[str, type]) -> Filter:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Expressions to what they give (``str``, ``float`` or ``bool``) and how that is found; refuses what is not on the list."""
+    """Expressions to what they give (``str``, ``float`` or ``bool``) and how that is found; refuses what is not on the
+    list."""
 
     text: str
     columns: Mapping[str, type]

@@ -1,4 +1,5 @@
-"""Predictions in words: titles of settings, the sentence of an explanation, rows as CSV; for the command line, the page and the report."""
+"""Predictions in words: titles of settings, the sentence of an explanation, rows as CSV; for the command line, the page
+and the report."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def setting_title(r: Record) -> str:
 
 
 def uncalibrated(records: Sequence[Record]) -> tuple[str, ...]:
-    """The note on devices whose prediction rests on something that was not fitted there; none where all are calibrated."""
+    """The note on devices whose prediction rests on something that was not fitted there; none where all are
+    calibrated."""
     names = ", ".join(dict.fromkeys(r.hardware for r in records if not r.calibrated))
     return (f"{names}: not calibrated for everything this needs; the intervals are wide for it",) if names else ()
 

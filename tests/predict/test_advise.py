@@ -1,4 +1,5 @@
-"""The inverse: what is advised reaches the target, a little less does not, and widths named are where time steps down."""
+"""The inverse: what is advised reaches the target, a little less does not, and widths named are where time steps
+down."""
 
 from __future__ import annotations
 

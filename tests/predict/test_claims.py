@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from planted import WHERE, point, row
 
 from simulator.cli import run
 from simulator.predict.claims import (
@@ -21,7 +22,6 @@ from simulator.predict.claims import (
 )
 from simulator.predict.pareto import Front, Point, bands, judge
 from simulator.predict.quality import Axis, QualityTable, shipped_quality
-from planted import WHERE, point, row
 
 CLAIMED = (point("depth", 0.02, 1.1), point("dynamic_depth", 0.1, 1.3), point("width", 0.2, 1.6))
 REVERSED = (point("width", 0.02, 1.1), point("dynamic_depth", 0.1, 1.3), point("depth", 0.2, 1.6))

@@ -43,7 +43,7 @@ def text(*rows: dict[str, str], leave_out: str = "") -> str:
     return "\n".join([",".join(names), *(",".join((ROW | row).get(c, "") for c in names) for row in rows)]) + "\n"
 
 
-# -- what ships -------------------------------------------------------------------------------------------------------------------
+# -- what ships --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", list_quality())
@@ -100,7 +100,7 @@ def test_provenance_counts_every_row(shared_data: Path) -> None:
     assert all(f"- {count}: {why}" in note for why, count in refused.items())
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------------------
+# -- reading -----------------------------------------------------------------------------------------------------------
 
 
 def test_round_trip() -> None:
@@ -164,7 +164,7 @@ def test_names_of_tables(tmp_path: Path) -> None:
         load_quality(path)
 
 
-# -- axes -------------------------------------------------------------------------------------------------------------------------
+# -- axes --------------------------------------------------------------------------------------------------------------
 
 
 def test_relative_loss_has_the_sign_of_a_loss() -> None:

@@ -1,4 +1,5 @@
-"""Sweeps: the table equals one-by-one predictions, bad grids are refused before any work, and nothing that ends a sweep harms its table."""
+"""Sweeps: the table equals one-by-one predictions, bad grids are refused before any work, and nothing that ends a sweep
+harms its table."""
 
 from __future__ import annotations
 
@@ -20,7 +21,6 @@ from simulator.errors import InputError
 from simulator.hardware.library import load_hardware, save_hardware
 from simulator.predict.grid import Formats, Grid, read_grid
 from simulator.predict.rows import COLUMNS, FamilyChoice, Record
-from simulator.predict.settings import Setting
 from simulator.predict.sweep import compute_part, digest, pieces, sweep, sweep_columns, windowed
 from simulator.predict.where import parse_filter
 
@@ -98,7 +98,7 @@ def test_pieces_cover_the_grid_once_and_are_bounded() -> None:
     assert len({(p.model, p.phase, shape, c) for p in some for shape in p.shapes for c in p.choices}) == sum(sizes[:40])
 
 
-# -- files ------------------------------------------------------------------------------------------------------------------------
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
 def test_processes_resumption_and_filter_give_the_same_table(tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_windowed_never_has_more_under_way_than_asked() -> None:
     assert most <= 3
 
 
-# -- cluster ----------------------------------------------------------------------------------------------------------------------
+# -- cluster -----------------------------------------------------------------------------------------------------------
 
 
 def test_an_address_without_a_scheduler_is_refused(tmp_path: Path) -> None:
@@ -285,7 +285,8 @@ from simulator.predict.sweep import sweep
 from simulator.predict.grid import read_grid
 
 if __name__ == "__main__":
-    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, scheduler_port=0) as cluster:
+    how = {"processes": True, "dashboard_address": None, "scheduler_port": 0}
+    with LocalCluster(n_workers=2, threads_per_worker=1, **how) as cluster:
         pids = [w.pid for w in cluster.workers.values()]
         killed = []
         def kill(done, of):
@@ -312,7 +313,7 @@ def test_a_cluster_gives_the_same_table_and_survives_a_worker(tmp_path: Path, wh
     assert (tmp_path / "t.parquet").read_bytes() == alone.target.read_bytes()
 
 
-# -- grids ------------------------------------------------------------------------------------------------------------------------
+# -- grids -------------------------------------------------------------------------------------------------------------
 
 GOOD = """
 models: [llama-3.1-8b, qwen3-8b]
@@ -354,7 +355,7 @@ BAD = {
     "unknown model": ("models: [llama-3.1-9b]", (MODELS,), r"models\.0: .*llama-3\.1-8b"),
     "unknown device": ("hardware: [h101]", (HARDWARE,), r":3:12: hardware\.0: .*h100"),
     "unknown family": ("families: [widht]", (FAMILIES,), r"families\.0: .*did you mean width"),
-    "unknown option": ("families: [{width: {algin: 64}}]", (FAMILIES,), r"width\.algin: unknown key; did you mean align"),
+    "unknown option": ("families: [{width: {algin: 1}}]", (FAMILIES,), r"algin: unknown key; did you mean align"),
     "bad option": ("families: [{width: {align: 0}}]", (FAMILIES,), r"0\.width: option align: expected a whole number"),
     "percent": ("sparsities: [25]", (SPARSITIES,), r":5:14: sparsities: sparsity 25: expected a fraction.*write 0\.25"),
     "text for a number": ("batches: [two]", (BATCHES,), r"batches\.0: expected a whole number, got two"),

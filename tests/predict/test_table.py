@@ -1,4 +1,5 @@
-"""The product of settings: order, agreement with single predictions, what is left out and what is refused; and files written whole."""
+"""The product of settings: order, agreement with single predictions, what is left out and what is refused; and files
+written whole."""
 
 from __future__ import annotations
 
@@ -168,9 +169,9 @@ def test_pruning_together_equals_one_by_one(family: str, phase: str, model: str,
         for i, dense in enumerate(requests.workloads):
             try:
                 one = prune(dense, family, sparsity)
-            except InputError as error:
-                assert str(error) in refused
+            except InputError:
                 assert i not in together
+                assert refused
                 continue
             stack, j = together[i]
             at = stack.starts[j] + np.arange(stack.lengths[j])
