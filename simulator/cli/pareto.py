@@ -66,8 +66,7 @@ def pareto(
 
         check_target(csv)
     from simulator.models.library import load_model
-    from simulator.predict.measured import read_measured
-    from simulator.predict.pareto import fronts
+    from simulator.predict.pareto import fronts, read_measured
     from simulator.predict.quality import choose_axis
 
     config = load_model(model)

@@ -46,17 +46,10 @@ PAIRS: tuple[tuple[str, str], ...] = (
 FORMATS: tuple[tuple[str | None, str | None], ...] = (("int8", None), ("int4", None), (None, "fp8"))
 """Formats of weights and cache to set beside pruning."""
 
-ALIGN = 16
-"""Widths looked at are multiples of it, as the families round to."""
-
-REACH = 0.06
-"""How far around the width that was found, as a share of the dense one."""
-
-STEPS = 3
-"""Steps named at most."""
-
-STEEP = 3.0
-"""A step is a fall of the time so many times the average over its surroundings."""
+ALIGN = 16  # widths looked at are multiples of it, as the families round to
+REACH = 0.06  # how far around the width that was found, as a share of the dense one
+STEPS = 3  # named at most
+STEEP = 3.0  # a step is a fall of the time so many times the average over its surroundings
 
 Quality = Mapping[str, Sequence[tuple[float, float, str]]]
 """Family -> (sparsity, quality lost, where it was measured)."""
@@ -64,39 +57,21 @@ Quality = Mapping[str, Sequence[tuple[float, float, str]]]
 
 @dataclass(frozen=True)
 class WidthStep:
-    """A width at which time has just stepped down.
+    """A width at which time has just stepped down."""
 
-    ``name`` says what is that wide: "inner" (of the MLP), "hidden", or "rank" (of the down projection); ``sparsity`` is
-    the fraction to ask the family for to get it (width: of the MLP alone, attention as advised); ``saved`` the share of
-    the time saved against the next wider aligned width; ``reached`` whether the target is.
-    """
-
-    name: str
+    name: str  # what is that wide: inner (of the MLP), hidden, or rank (of the down projection)
     width: int
-    sparsity: float
+    sparsity: float  # to ask the family for to get it (width: of the MLP alone, attention as advised)
     pruned_s: float
     speedup: float
-    saved: float
-    reached: bool
+    saved: float  # share of the time, against the next wider aligned width
+    reached: bool  # whether the target is
 
 
 @dataclass(frozen=True)
 class Advice:
-    """One family on one device for one request.
-
-    Attributes
-    ----------
-    reached : bool
-        Whether some sparsity up to :data:`LARGEST_SPARSITY` has the target speedup.
-    sparsity, realised_sparsity : float
-        The least that has it; where none has, the one with the largest speedup. Times and speedups are those there.
-    sure_sparsity : float or None
-        The least whose whole interval reaches the target; None where none does.
-    quality_loss, quality_at, quality_source
-        Quality lost at the nearest sparsity measured at or above, where given to :func:`advise`; else None, None, "".
-    steps : tuple of WidthStep
-        Aligned widths around it where time steps down; empty for families that change none.
-    """
+    """One family on one device for one request, at the least sparsity that reaches the target, or else at the
+    fastest."""
 
     model: str
     hardware: str
@@ -107,10 +82,10 @@ class Advice:
     runtime: str
     family: str
     target: float
-    reached: bool
+    reached: bool  # by some sparsity up to LARGEST_SPARSITY
     sparsity: float
     realised_sparsity: float
-    sure_sparsity: float | None
+    sure_sparsity: float | None  # the least whose whole interval reaches the target
     dense_s: float
     pruned_s: float
     speedup: float
@@ -118,10 +93,10 @@ class Advice:
     speedup_upper: float
     limit: str
     calibrated: bool
-    quality_loss: float | None
+    quality_loss: float | None  # at the nearest sparsity measured at or above, where given
     quality_at: float | None
     quality_source: str
-    steps: tuple[WidthStep, ...]
+    steps: tuple[WidthStep, ...]  # aligned widths around it where time steps down; none for families that change none
 
 
 @dataclass(frozen=True)

@@ -59,39 +59,21 @@ Ends = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim tested once.
+    """A claim tested once."""
 
-    Attributes
-    ----------
-    claim : {"bound", "order"}
-    verdict : str
-        ``holds``, ``does not hold``, ``undecided``, ``does not apply`` or ``no data``.
-    predicted : str
-        ``holds`` or ``does not hold`` by the predicted values alone, without their intervals, among the families that
-        have data.
-    numbers : str
-        The numbers that decide it.
-    missing : tuple of str
-        What the claim speaks of that has no data.
-    axis, source : str
-        Metric and protocol, for (b), and where its quality rows are from.
-    calibrated : bool
-        Whether the profile was fitted on the device's own measurements.
-    """
-
-    claim: str
+    claim: str  # bound or order
     model: str
     hardware: str
     phase: str
     batch: int
     seq: int
-    verdict: str
-    predicted: str
-    numbers: str
-    missing: tuple[str, ...] = ()
-    axis: str = ""
-    source: str = ""
-    calibrated: bool = False
+    verdict: str  # holds, does not hold, undecided, does not apply, no data
+    predicted: str  # holds or does not hold, by the predicted values alone, among the families that have data
+    numbers: str  # that decide it
+    missing: tuple[str, ...] = ()  # what the claim speaks of that has no data
+    axis: str = ""  # metric and protocol, for (b)
+    source: str = ""  # where its quality rows are from
+    calibrated: bool = False  # whether the profile was fitted on the device's own measurements
 
     @classmethod
     def on(cls, claim: str, where: Record | Front, verdict: str, predicted: str, numbers: str, **more: Any) -> Verdict:

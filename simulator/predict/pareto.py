@@ -9,22 +9,25 @@ itself on arrays. Quality loss is the relative drop of one metric under one prot
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from simulator.errors import InputError
+from simulator.errors import InputError, unknown
+from simulator.files.csv import read_csv
+from simulator.files.read import read_bounded
 from simulator.models.library import load_model
 from simulator.predict.rows import FamilyChoice, Piece, Record, columns_of, records, work_of
 from simulator.predict.settings import Setting, profiles, requests_of
+from simulator.pruning import FAMILIES
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
     from simulator.models.config import ModelConfig
-    from simulator.predict.measured import Measured
     from simulator.predict.quality import Axis, QualityRow, QualityTable
 
 DENSE = "dense"
@@ -157,25 +160,11 @@ def fronts(
     setting: Setting | None = None,
     measured: Sequence[Measured] = (),
 ) -> tuple[tuple[Front, ...], tuple[str, ...]]:
-    """Frontiers of a model from the quality rows on one axis.
+    """Frontiers of a model from the quality rows on one axis, by phase, batch, seq and device; and the rows that could
+    not be used.
 
-    Parameters
-    ----------
-    model, hardware, phase, batch, seq, setting
-        As in :func:`simulator.table`; the quality rows may be those of another model of its kind (the caller says so).
-    quality : QualityTable
-        Rows of one model.
-    axis : Axis
-        The metric and protocol; see :func:`simulator.predict.quality.choose_axis`.
-    measured : sequence of Measured
-        Speedups that stand in for predictions where their conditions fit.
-
-    Returns
-    -------
-    fronts : tuple of Front
-        Ordered by phase, batch, seq, device.
-    notes : tuple of str
-        Rows that could not be used and why, one line each.
+    Model, hardware, requests and setting are those of :func:`simulator.table`; the quality rows may be those of another
+    model of its kind (the caller says so). ``measured`` speedups stand in for predictions where their conditions fit.
 
     Raises
     ------
@@ -238,3 +227,64 @@ def _point(row: QualityRow, record: Record, measured: Sequence[Measured]) -> Poi
         shared |= {"speedup": known.speedup, "speedup_lower": known.lower, "speedup_upper": known.upper, "limit": ""}
     shared |= {"dense_quality": row.dense, "pruned_quality": row.pruned, "loss": row.relative_loss}
     return Point(**shared, measured=known is not None, optimal=False, sure=False, beaten_by="")
+
+
+# -- measured speedups ------------------------------------------------------------------------------------------------
+
+MEASURED: tuple[str, ...] = ("family", "sparsity", "speedup")
+MATCHED: tuple[str, ...] = ("model", "hardware", "phase", "batch", "seq", "method", "family")
+"""Columns that must equal those of a point, where the table has them and they are not empty."""
+
+SAME_SPARSITY = 5e-4
+"""Fractions this close are the same: tables print three digits."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One measured speedup with the conditions that its row states."""
+
+    conditions: Mapping[str, str]
+    sparsity: float
+    speedup: float
+    lower: float
+    upper: float
+
+    def fits(self, sparsity: float, conditions: Mapping[str, Any]) -> bool:
+        """Whether it was measured under these conditions."""
+        return abs(self.sparsity - sparsity) <= SAME_SPARSITY and all(
+            str(conditions[name]).lower() == value.lower()
+            for name, value in self.conditions.items()
+            if name in conditions
+        )
+
+
+def read_measured(path: str | Path) -> tuple[Measured, ...]:
+    """Measured speedups from a CSV file, to stand where predictions would; InputError in one line.
+
+    Columns: :data:`MEASURED` (speedup: dense time over pruned time); optional :data:`MATCHED`, and the ends of the
+    measurement's interval, ``speedup_lower`` and ``speedup_upper``. ``prunesim speedup --csv`` writes this form.
+    """
+    return tuple(read_csv(read_bounded(path), str(path), MEASURED).each(_measured))
+
+
+def _measured(cells: Mapping[str, str]) -> Measured:
+    if cells["family"] not in FAMILIES:
+        raise InputError(f"family: {unknown('family', cells['family'], FAMILIES)}")
+    sparsity, speedup = _number(cells, "sparsity"), _number(cells, "speedup")
+    if not 0.0 <= sparsity < 1.0:
+        raise InputError(f"sparsity: expected a fraction in [0, 1), got {cells['sparsity']}")
+    lower, upper = (_number(cells, c) if cells.get(c) else speedup for c in ("speedup_lower", "speedup_upper"))
+    if not 0.0 < lower <= speedup <= upper:
+        wanted = "0 < speedup_lower <= speedup <= speedup_upper"
+        raise InputError(f"speedup: expected {wanted}, got {lower:g}, {speedup:g}, {upper:g}")
+    return Measured({name: cells[name] for name in MATCHED if cells.get(name)}, sparsity, speedup, lower, upper)
+
+
+def _number(cells: Mapping[str, str], column: str) -> float:
+    try:
+        value = float(cells[column])
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"{column}: expected a number, got {cells[column]!r}")
+    return value

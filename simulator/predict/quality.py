@@ -197,12 +197,7 @@ def shipped_quality(model: str) -> QualityTable:
 def read_quality(text: bytes | str, name: str = "quality table") -> QualityTable:
     """A table from the text of a CSV file; see the module for its columns and :func:`load_quality` for its errors."""
     table = read_csv(text, name, REQUIRED)
-    rows: list[QualityRow] = []
-    for place, cells in table.records():
-        try:
-            rows.append(_row(cells))
-        except InputError as error:
-            raise InputError(f"{place}: {error}") from None
+    rows = table.each(_row)
     _check_together(rows, table.lines, name)
     return QualityTable(tuple(rows), name)
 

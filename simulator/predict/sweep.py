@@ -36,24 +36,14 @@ from simulator.predict.rows import COLUMNS, Columns, Notes, Piece, Text, columns
 from simulator.predict.store import NOTES_KEY, Store, check_room
 from simulator.predict.where import Filter, parse_filter
 
-MOST_CONFIGURATIONS = 100_000_000
-"""Largest grid unless told otherwise."""
+MOST_CONFIGURATIONS = 100_000_000  # largest grid unless told otherwise
+PART_ROWS = 40_000  # configurations of a piece, about: a few megabytes of table
+OPERATOR_ROWS = 120_000  # operators of a piece, about: 25 MB of columns, some 100 MB while they are timed
+REQUESTS = 64  # (batch, seq) pruned together
+NOTED = 8  # sparsities that a note lists at most
 
 BYTES_PER_ROW = 120.0
-"""Disk a configuration takes while a table is put together: about 50 B in a part and as much again in the file, with a
-margin."""
-
-PART_ROWS = 40_000
-"""Configurations of a piece, about: a few megabytes of table."""
-
-OPERATOR_ROWS = 120_000
-"""Operators of a piece, about: 25 MB of columns, some 100 MB while they are timed."""
-
-REQUESTS = 64
-"""Requests (batch, seq) pruned together."""
-
-NOTED = 8
-"""Sparsities that a note lists at most."""
+"""Disk a configuration takes while a table is put together: about 50 B in a part, as much in the file, and a margin."""
 
 
 @dataclass(frozen=True)

@@ -233,7 +233,7 @@ def read_quality_table(path: Path) -> None:
 
 
 def read_speedups(path: Path) -> None:
-    from simulator.predict.measured import read_measured
+    from simulator.predict.pareto import read_measured
 
     for row in read_measured(path):
         assert 0.0 < row.lower <= row.speedup <= row.upper < float("inf")

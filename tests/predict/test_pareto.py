@@ -17,8 +17,7 @@ from simulator.cli import run
 from simulator.errors import InputError
 from simulator.figures.pareto import pareto_figure
 from simulator.figures.save import save_figure
-from simulator.predict.measured import read_measured
-from simulator.predict.pareto import bands, frontier, fronts, judge
+from simulator.predict.pareto import bands, frontier, fronts, judge, read_measured
 from simulator.predict.quality import QualityTable, choose_axis, shipped_quality
 
 # -- the rule ---------------------------------------------------------------------------------------------------------
