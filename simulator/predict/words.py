@@ -38,8 +38,8 @@ def setting_title(r: Record) -> str:
     return f"{r.model}, {r.phase}, batch {r.batch}, seq {r.seq}{new}, {formats}, {r.runtime}{spread}{ideal}"
 
 
-def uncalibrated(records: Sequence[Record]) -> tuple[str, ...]:
-    """The note on devices whose prediction rests on something that was not fitted there; none where all are calibrated."""
+def uncalibrated(records: Sequence[Any]) -> tuple[str, ...]:
+    """The note on devices whose prediction (with ``hardware`` and ``calibrated``) rests on something that was not fitted there."""
     names = list(dict.fromkeys(r.hardware for r in records if not r.calibrated))
     return (
         (f"{', '.join(names)}: not calibrated for everything this needs; the intervals are wide for it",)
