@@ -1,4 +1,4 @@
-"""``prunesim compare``: run a decoder dense and pruned on a device, and put predictions and bounds beside what it took."""
+"""``prunesim compare``: run a decoder dense and pruned on a device, and put predictions beside what it took."""
 
 from __future__ import annotations
 

@@ -13,8 +13,9 @@ from simulator.cli.options import opt
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from simulator.figures.paper import Drawn, Paper
-    from simulator.figures.paper_measured import MeasuredGemms
+    from simulator.figures.measured import MeasuredGemms
+    from simulator.figures.paper import Drawn
+    from simulator.figures.subject import Paper
     from simulator.hardware.profile import HardwareProfile
 
     Known = Callable[[HardwareProfile, str], MeasuredGemms | None]
@@ -61,8 +62,9 @@ def figures_command(known: Known | None = None) -> Callable[..., None]:
         Each figure is written in every format, and captions.md lists them with their captions. What lacks its data
         (measured GEMMs, quality of the model) is left out with a note, or refused when --only names it.
         """
-        from simulator.figures.paper import FIGURES, NothingToDraw, draw, paper
+        from simulator.figures.paper import FIGURES, draw
         from simulator.figures.save import SUFFIXES, save_figure
+        from simulator.figures.subject import NothingToDraw, paper
         from simulator.predict.settings import Setting, one_of, whole_number
 
         known_formats = [suffix[1:] for suffix in SUFFIXES]
@@ -112,7 +114,7 @@ def _with_measured(about: Paper, files: list[str], known: Known | None, dtype: s
     """The paper with the measured GEMMs of its devices."""
     from dataclasses import replace
 
-    from simulator.figures.paper_measured import read_measured_gemms
+    from simulator.figures.measured import read_measured_gemms
     from simulator.hardware.library import load_hardware
 
     found: dict[str, MeasuredGemms] = {}

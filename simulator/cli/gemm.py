@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
@@ -87,7 +88,7 @@ def _print(rows: Sequence[GemmRecord]) -> None:
 def _print_ladder(row: GemmRecord) -> None:
     """The steps from the datasheet roofline to the predicted time."""
     names, values = list(row.ladder_s), list(row.ladder_s.values())
-    factors = ["", *(f"x{value / before:.3f}" for before, value in zip(values, values[1:]))]
+    factors = ["", *(f"x{value / before:.3f}" for before, value in itertools.pairwise(values))]
     columns = [
         render.Column("effect", names, right=False),
         render.Column("factor", factors),
