@@ -18,8 +18,8 @@ from simulator.figures.paper import BATCHES, LENGTHS
 from simulator.hardware.library import load_hardware
 from simulator.predict.crossover import fastest
 from simulator.predict.grid import Formats, Grid
-from simulator.predict.sweep import sweep_columns
 from simulator.predict.rows import FamilyChoice, Record
+from simulator.predict.sweep import sweep_columns
 from simulator.predict.table import Explanation, Table, explanations, table
 from simulator.predict.words import uncalibrated
 

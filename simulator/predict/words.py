@@ -28,7 +28,7 @@ def setting_title(r: Record) -> str:
     return f"{r.model}, {r.phase}, batch {r.batch}, seq {r.seq}{new}, {formats}, {r.runtime}{spread}{ideal}"
 
 
-def uncalibrated(records: Sequence[Record]) -> tuple[str, ...]:
+def uncalibrated(records: Sequence[Any]) -> tuple[str, ...]:
     """The note on devices whose prediction rests on something that was not fitted there; none where all are
     calibrated."""
     names = ", ".join(dict.fromkeys(r.hardware for r in records if not r.calibrated))

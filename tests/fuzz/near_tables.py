@@ -259,7 +259,7 @@ def make_gemms(rng: random.Random) -> bytes:
 
 
 def read_gemms(path: Path) -> None:
-    from simulator.figures.paper_measured import read_measured_gemms
+    from simulator.figures.measured import read_measured_gemms
 
     table = read_measured_gemms(path)
     predicted = table.predict(hardware.load_hardware("h100_sxm"))
