@@ -1,4 +1,4 @@
-"""Values derived once from a hardware profile and kept as long as it lives: the small-call overhead of the cost models depends on it."""
+"""Values derived once from a profile and kept as long as it lives: a cost model's small calls depend on it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ T = TypeVar("T")
 
 
 class PerObject(Generic[T]):
-    """A memo of values derived from an object and a key, dropped with the object.
-
-    Profiles are frozen but hold mappings, so they cannot be dictionary keys; identity, guarded by a weak reference, can.
+    """A memo by an object's identity and a key, dropped with the object.
 
     >>> class Thing:
     ...     pass
