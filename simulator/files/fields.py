@@ -250,9 +250,9 @@ def _kind_of(hint: Any) -> Kind:
         return Many(_kind_of(args[0]))
     if origin is not None:
         return Table(_kind_of(args[1]))
-    if dataclasses.is_dataclass(hint):
-        return record(hint)
-    return {str: Text(), bool: Truth()}[hint]
+    if hint in (str, bool):
+        return Text() if hint is str else Truth()
+    return record(hint)
 
 
 def shown(node: Node) -> str:

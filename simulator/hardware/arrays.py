@@ -1,4 +1,4 @@
-"""Arrays of a profile: an ``.npz`` whose bytes depend on its content alone, read without pickle, sizes checked first."""
+"""Arrays of a profile: an ``.npz`` whose bytes depend on its content alone, read without pickle, sizes first."""
 
 from __future__ import annotations
 

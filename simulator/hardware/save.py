@@ -1,4 +1,4 @@
-"""A profile to text, in a fixed order and layout: equal profiles give equal bytes, and a change shows as a small diff."""
+"""A profile to text in a fixed order and layout: equal profiles give equal bytes, a change shows as a small diff."""
 
 from __future__ import annotations
 

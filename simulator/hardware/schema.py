@@ -114,8 +114,8 @@ def _kinds(root: Node, path: Path, fetch: Fetch) -> Keys:
     def fitted(operator: str) -> Table:
         known = ("*",) if operator == "runtime" else rates
         reason = f"unknown dtype; expected one this device has a rate for: {', '.join(known)}"
-        required = {"provenance": record(Provenance), "constants": _constants(operator)}
-        optional = {
+        required: dict[str, Kind] = {"provenance": record(Provenance), "constants": _constants(operator)}
+        optional: dict[str, Kind] = {
             "status": Text(("calibrated", "borrowed")),
             "arrays": _Arrays(path, fetch),
             "intervals": Many(record(Interval)),
@@ -125,18 +125,18 @@ def _kinds(root: Node, path: Path, fetch: Fetch) -> Keys:
 
     quantities = {key: fact({"value": quantity}) for key, (_, quantity) in QUANTITIES.items()}
     max_clock = quantities.pop("max_clock")
-    link = {
+    link: dict[str, Kind] = {
         "kind": Text(),
         "max_devices": Number(1, 100_000, "8", whole=True),
         "bandwidth": fact({"value": Quantity("B/s", 1e6, 1e14)}),
         "latency": fact({"value": Quantity("s", 1e-9, 1.0)}),
     }
-    facts = {
+    facts: dict[str, Kind] = {
         "sm_count": fact({"value": Number(1, 100_000, "132", whole=True)}),
         **quantities,
         "rates": Table(fact(_RATE), _wrong_dtype),
     }
-    top = {
+    top: dict[str, Kind] = {
         "schema_version": Number(SCHEMA_VERSION, SCHEMA_VERSION, str(SCHEMA_VERSION)),
         "name": _NAME,
         "title": Text(),
@@ -165,7 +165,10 @@ def _wrong_dtype(dtype: str) -> str:
 
 @lru_cache
 def _constants(operator: str) -> Keys:
-    optional = {"std_error": Number(0, 1e30, "0.01"), "status": Text(("fitted", "fixed", "borrowed", "default"))}
+    optional: dict[str, Kind] = {
+        "std_error": Number(0, 1e30, "0.01"),
+        "status": Text(("fitted", "fixed", "borrowed", "default")),
+    }
     values = {name: Number(c.low, c.high, "0.81") for name, c in constants_of(operator).items()}
     return Keys({}, {name: Keys({"value": value}, optional, Fitted) for name, value in values.items()})
 

@@ -7,7 +7,7 @@ with ``file:line:column: key: what is wrong, what would be right``.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -191,69 +191,65 @@ class _Axis:
     kind: Kind
 
     def read(self, node: Node, key: str, problems: Problems) -> tuple[Any, ...]:
-        if node.kind == "list" and not node.items:
-            problems.add(node, key, "is an empty list; expected at least one value")
-        members = [(item, join(key, str(i))) for i, item in enumerate(node.items)]
-        found = [self.kind.read(*member, problems) for member in (members if node.kind == "list" else [(node, key)])]
+        if node.kind != "list":
+            found: Sequence[Any] = [self.kind.read(node, key, problems)]
+        else:
+            found = Many(self.kind).read(node, key, problems)
+            if not node.items:
+                problems.add(node, key, "is an empty list; expected at least one value")
         return tuple(dict.fromkeys(value for value in found if value is not None))
 
 
 @dataclass(frozen=True)
 class _Numbers:
-    """An axis of numbers: a list, one, or a progression."""
+    """An axis of numbers: a list, one, or ``{from, to, step}`` or ``{from, to, times}``, ends included where hit."""
 
     number: Number
+    rule: Callable[[float], Any] | None = None
 
     def read(self, node: Node, key: str, problems: Problems) -> tuple[Any, ...]:
-        if node.kind != "mapping":
-            return _Axis(self.number).read(node, key, problems)
-        return tuple(dict.fromkeys(self.progression(node, key, problems)))
+        if node.kind == "mapping":
+            values = tuple(dict.fromkeys(self.progression(node, key, problems)))
+        else:
+            values = _Axis(self.number).read(node, key, problems)
+        for value in values:
+            try:
+                if self.rule:
+                    self.rule(value)
+            except InputError as error:
+                place = next((item for item in node.items if _number_of(item) == value), node)
+                problems.add(place, key, str(error))
+        return values
 
     def progression(self, node: Node, key: str, problems: Problems) -> list[float]:
-        """``{from, to, step}`` or ``{from, to, times}``, both ends included where they are hit."""
-        whole = self.number.whole
-        example = "2" if whole else "0.1"
-        kinds: dict[str, Kind] = {
-            "step": Number(1.0 if whole else 1e-6, 1e9, example, whole),
-            "times": Number(1.0 + 1e-6, 1e9, example),
-        }
-        nodes = Keys({"from": self.number, "to": self.number}, kinds).members(node, key, problems)
+        whole, example = self.number.whole, "2" if self.number.whole else "0.1"
+        by_step, by_times = Number(1 if whole else 1e-6, 1e9, example, whole), Number(1 + 1e-6, 1e9, example)
+        ends = {"from": self.number, "to": self.number}
+        nodes = Keys(ends, {"step": by_step, "times": by_times}).members(node, key, problems)
+
+        def wrong(name: str, reason: str) -> list[float]:
+            problems.add(nodes[name], join(key, name), reason)
+            return []
+
         if "from" not in nodes or "to" not in nodes:
             return []
         if ("step" in nodes) == ("times" in nodes):
             problems.add(node, key, "expected either step or times beside from and to")
             return []
         how = "step" if "step" in nodes else "times"
-        start, end = (self.number.read(nodes[name], join(key, name), problems) for name in ("from", "to"))
-        by = kinds[how].read(nodes[how], join(key, how), problems)
+        kinds = {"from": self.number, "to": self.number, how: by_step if how == "step" else by_times}
+        start, end, by = (kind.read(nodes[name], join(key, name), problems) for name, kind in kinds.items())
         if start is None or end is None or by is None:
             return []
         if end < start:
-            problems.add(nodes["to"], join(key, "to"), f"expected at least the start {start:g}, got {end:g}")
-            return []
+            return wrong("to", f"expected at least the start {start:g}, got {end:g}")
         if how == "times" and start <= 0:
-            problems.add(nodes["from"], join(key, "from"), f"expected a start above 0 to multiply, got {start:g}")
-            return []
+            return wrong("from", f"expected a start above 0 to multiply, got {start:g}")
         many = (math.log(end / start) / math.log(by) if how == "times" else (end - start) / by) + 1e-9
         if many >= MOST_POINTS:
-            problems.add(nodes[how], join(key, how), f"makes more than {MOST_POINTS} values; take a larger one")
-            return []
+            return wrong(how, f"makes more than {MOST_POINTS} values; take a larger one")
         values = (start * by**i if how == "times" else start + i * by for i in range(int(many) + 1))
         return [round(v) if whole else round(v, 9) for v in values]
-
-
-class _Fractions(_Numbers):
-    """An axis of fractions in [0, 1)."""
-
-    def read(self, node: Node, key: str, problems: Problems) -> tuple[float, ...]:
-        values = super().read(node, key, problems)
-        for value in values:
-            try:
-                check_fraction(value)
-            except InputError as error:
-                place = next((item for item in node.items if _number_of(item) == value), node)
-                problems.add(place, key, str(error))
-        return values
 
 
 class _Family:
@@ -303,13 +299,12 @@ class _Formats:
 
     def read(self, node: Node, key: str, problems: Problems) -> Formats | None:
         dtype = Text(DTYPES)
-        if node.kind == "mapping":
-            formats: Formats | None = Keys({"dtype": dtype}, {"weight_dtype": dtype, "kv_dtype": dtype}, Formats).read(
-                node, key, problems
-            )
-            return formats
-        text = dtype.read(node, key, problems)
-        return Formats(text) if text else None
+        if node.kind != "mapping":
+            text = dtype.read(node, key, problems)
+            return Formats(text) if text else None
+        keys = Keys({"dtype": dtype}, {"weight_dtype": dtype, "kv_dtype": dtype}, Formats)
+        formats: Formats | None = keys.read(node, key, problems)
+        return formats
 
 
 def _number_of(node: Node) -> float:
@@ -338,7 +333,7 @@ _KINDS: Mapping[str, Kind] = MappingProxyType(
     {
         "models": _Axis(Checked(Text(), _model)),
         "hardware": _Axis(Checked(Text(), _device)),
-        "sparsities": _Fractions(Number(-1e9, 1e9, "0.25")),
+        "sparsities": _Numbers(Number(-1e9, 1e9, "0.25"), check_fraction),
         "phases": _Axis(Text(PHASES)),
         "batches": _Numbers(Number(1, MAX_TOKENS, "64", whole=True)),
         "seqs": _Numbers(Number(1, MAX_TOKENS, "64", whole=True)),
