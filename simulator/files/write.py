@@ -45,19 +45,23 @@ def write_whole(path: str | Path, content: bytes) -> None:
         if target.exists() and not target.is_file():
             target.write_bytes(content)
         else:
-            _replace(target.resolve(), content)
+            with replacing(target) as name:
+                Path(name).write_bytes(content)
     except OSError as error:
         error.filename = str(target)  # a failed write or sync does not name its file
         raise
 
 
-def _replace(target: Path, content: bytes) -> None:
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[str]:
+    """Name of an empty file beside another: synced and renamed over it in the end, removed where something fails."""
+    target = target.resolve()
     mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    os.close(handle)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
+        yield name
+        with open(name, "rb+") as file:
             os.fsync(file.fileno())
         os.chmod(name, mode)
         os.replace(name, target)

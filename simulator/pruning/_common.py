@@ -84,6 +84,9 @@ class Family:
         Names a per-projection sparsity may use.
     per_layer : bool
         Whether a per-layer sparsity means something.
+    together : {"one", "equal length", "any"}
+        Requests (batch, length) of one model whose rows a call may prune together: "any" where the function never looks at the prompt's
+        length, "equal length" where it takes it from the workload.
     """
 
     name: str
@@ -98,6 +101,7 @@ class Family:
     support: tuple[str, ...] = ("prefill", "decode", "generate")
     targets: tuple[str, ...] = ()
     per_layer: bool = True
+    together: str = "one"
 
 
 # -- options ---------------------------------------------------------------------------------------------------------------------

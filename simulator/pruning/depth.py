@@ -89,6 +89,7 @@ FAMILY = Family(
     axis="static M",
     dynamic=False,
     order=1,
+    together="any",
     function=depth,
     summary="layers, or attention or MLP sublayers, vanish with norm, residual and cache",
     cost="nothing",

@@ -100,6 +100,7 @@ FAMILY = Family(
     axis="dynamic M",
     dynamic=True,
     order=7,
+    together="any",
     function=dynamic_depth,
     summary="each sublayer computes a share of the tokens; k and v stay dense (prune_kv=True prunes them)",
     cost="a router GEMM, a gather and a scatter a sublayer; at batch 1 in decode all or nothing",

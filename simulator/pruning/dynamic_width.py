@@ -143,6 +143,7 @@ FAMILY = Family(
     axis="dynamic N, K",
     dynamic=True,
     order=8,
+    together="any",
     function=dynamic_width,
     summary="head groups and channel groups chosen per token; k and v stay dense",
     cost="a router and a sort of its mask a sublayer; a batch uses the union of its tokens' groups; copies where no kernel skips tiles",

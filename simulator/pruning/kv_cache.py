@@ -54,6 +54,7 @@ FAMILY = Family(
     axis="K of decode attention",
     dynamic=True,
     order=11,
+    together="equal length",
     function=kv_cache,
     summary="a share of the prompt's cache kept",
     cost="scoring, selection and compaction at the end of the prefill",

@@ -59,6 +59,7 @@ FAMILY = Family(
     axis="static K",
     dynamic=False,
     order=5,
+    together="any",
     function=low_rank,
     summary="each projection becomes two GEMMs of a small rank",
     cost="a second launch, thin GEMMs, traffic of the intermediate",

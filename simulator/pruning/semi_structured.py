@@ -41,6 +41,7 @@ FAMILY = Family(
     axis="static K",
     dynamic=False,
     order=4,
+    together="any",
     function=semi_structured,
     summary="2:4 sparsity in all projections: half the weights and FLOPs, plus 2-bit indices",
     cost="kernels less efficient than dense ones; no gain, often a loss, when M is small",

@@ -52,6 +52,7 @@ FAMILY = Family(
     axis="dynamic N, K of attention",
     dynamic=True,
     order=9,
+    together="any",
     function=sparse_attention,
     summary="a share of the q-k blocks (16, 64 or 128) computed; in decode, of the cache's blocks read",
     cost="scoring and choosing the blocks; small blocks cost more a pair",

@@ -125,6 +125,7 @@ FAMILY = Family(
     axis="static or dynamic M",
     dynamic=True,
     order=10,
+    together="equal length",
     function=token,
     summary="prompt tokens dropped from a layer on, and from the cache",
     cost="scoring and gathering of the tokens where they are dropped",

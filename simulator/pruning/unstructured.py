@@ -21,6 +21,7 @@ FAMILY = Family(
     axis="static K",
     dynamic=False,
     order=6,
+    together="any",
     function=unstructured,
     summary="zeros without structure in all projections",
     cost="no gain: dense kernels compute the zeros; the bounds count them",

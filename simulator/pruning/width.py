@@ -84,6 +84,7 @@ FAMILY = Family(
     axis="static N -> K",
     dynamic=False,
     order=2,
+    together="any",
     function=width,
     summary="KV groups with their query heads, and MLP channels, vanish; the cache shrinks with them",
     cost="alignment and tile effects of the narrower shapes",

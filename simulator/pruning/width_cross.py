@@ -88,6 +88,7 @@ FAMILY = Family(
     axis="static N, K across layers",
     dynamic=False,
     order=3,
+    together="any",
     function=width_cross,
     summary="the hidden size shrinks everywhere: embedding, norms, projections, residual stream, head",
     cost="optional residual projections H'xH', two a layer (residual_projections=True)",
