@@ -2,7 +2,7 @@
 ``docs/ablations.md``.
 
 Every variant is fitted anew on the training rows of the protocol's splits and judged on the (n, k) pairs kept unseen,
-by :func:`calibration.judge.protocol.evaluate_table`. A mechanism of the analytic form is left out by holding its
+by :func:`calibration.judge.protocol.judge`. A mechanism of the analytic form is left out by holding its
 constant at the value at which it takes no time; a lattice by not fitting it.
 """
 
@@ -10,17 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from calibration.fit.conformal import bands, pair_bands
-from calibration.fit.core import Shapes, fit_constants, free_constants, machine_of, timed
+from calibration.fit.core import fit_constants, free_constants, machine_of, timed
 from calibration.fit.gemm import FOLDS, accuracy, starting_constants
 from calibration.fit.residual import FINE_TERMS, OWN, SUPPLE, Block, blocks, evaluate, residual_from, solve
-from calibration.judge.accuracy import GEMMS, Row, gemm_shapes, titles
-from calibration.judge.protocol import evaluate_table
+from calibration.judge.accuracy import GEMMS, Row, titles
+from calibration.judge.protocol import Measured, judge
 from calibration.judge.report import table
 from simulator.hardware.library import load_hardware
 from simulator.hardware.parts import Fitted, Section
@@ -42,24 +41,12 @@ EVERY = frozenset({"*"})
 
 @dataclass(frozen=True)
 class Variant:
-    """The model without one thing.
+    """The model without one thing: constants ``fixed`` at a value instead of being fitted, and those that are ``idle``
+    then and keep their default; the ``smooth`` lattice, or own lattices ``without`` these coordinates ("*": all of
+    them); weights that count as ``cold`` although the benchmark rotated few; kernels ``swapped`` for the other
+    architecture's.
 
-    Attributes
-    ----------
-    fixed : mapping of str to float
-        Constants held at these values instead of being fitted.
-    idle : tuple of str
-        Constants without meaning then, which keep their default.
-    smooth : bool
-        Whether the smooth lattice is fitted.
-    without : frozenset of str
-        Own lattices with one of these coordinates are not fitted; "*" leaves out all of them.
-    cold : bool
-        Weights count as cold although the benchmark rotated few of them.
-    swapped : bool
-        The kernels of the other architecture: see :func:`profile_of`.
-    persistent : bool, optional
-        Kind of kernels that have the mechanism; None: both.
+    ``persistent`` is the kind of kernels that have the mechanism; None: both.
     """
 
     name: str
@@ -125,9 +112,10 @@ def profile_of(variant: Variant, hw: HardwareProfile) -> HardwareProfile:
     return replace(hw, architecture="ampere" if hw.architecture == "hopper" else "hopper") if variant.swapped else hw
 
 
-def fit_variant(variant: Variant, data: Shapes, hw: HardwareProfile, dtype: str = "bf16", seed: int = 0) -> Section:
+def fit_variant(variant: Variant, table: Measured, seed: int = 0) -> Section:
     """The section of :func:`calibration.fit.gemm.fit_gemm` for at least ``FINE_ROWS`` rows, without what the variant
     leaves out."""
+    data, hw, dtype = table.data, table.hw, table.dtype
     machine = machine_of(hw, dtype)
     free = [name for name in free_constants(machine) if name not in {*variant.fixed, *variant.idle}]
     constants = fit_constants(data, machine, starting_constants(hw, dtype) | dict(variant.fixed), free, seed=seed)
@@ -176,17 +164,16 @@ def units(tables: Sequence[str] = TABLES, seeds: Sequence[int] = SEEDS) -> Itera
                         yield name, variant.alone, seed
 
 
-def run(unit: Unit, given: tuple[HardwareProfile, Shapes] | None = None, size: int | None = None) -> Row:
-    """Scores of one fit to ``size`` training rows (all by default) of the shipped table, or of the profile and shapes
-    given."""
+def run(unit: Unit, table: Measured | None = None, size: int | None = None) -> Row:
+    """Scores of one fit to ``size`` training rows (all by default) of the shipped table, or of the one given."""
     name, variant, seed = unit
-    t = GEMMS[name]
-    hw, data = given or (load_hardware(t.hardware), gemm_shapes(t.measurement, t.hardware, t.dtype))
-    if variant.cold:
-        data = replace(data, copies=np.full(len(data), np.inf))
-    result = evaluate_table(data, profile_of(variant, hw), size=size, seed=seed, fit=partial(fit_variant, variant))
-    row = {"table": name, "variant": variant.name, "alone": variant.bare, "seed": seed, "rows": result.rows}
-    return {**row, **{score: result.scores[score] for score in SCORES}}
+    table = table or GEMMS[name].load()
+    copies = np.full(len(table.data), np.inf) if variant.cold else table.data.copies
+    table = Measured(replace(table.data, copies=copies), profile_of(variant, table.hw), table.dtype)
+    own, unseen = table.drawn(size, seed)
+    scores = judge(fit_variant(variant, own, seed), unseen)
+    row = {"table": name, "variant": variant.name, "alone": variant.bare, "seed": seed, "rows": len(own.data)}
+    return {**row, **{score: scores[score] for score in SCORES}}
 
 
 def run_all(say: Callable[[str], None]) -> list[Row]:

@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from calibration.fit.core import Shapes, machine_of, shapes
-from calibration.fit.gemm import fit_gemm
+from calibration.fit.core import machine_of, shapes
 from calibration.fit.kernels import weight_copies
 from calibration.judge import protocol
-from calibration.judge.protocol import Result
+from calibration.judge.protocol import Measured, Result
 from calibration.measurements import load_measurements
 from calibration.records.records import Records
 from simulator.errors import InputError, unknown
@@ -41,6 +40,10 @@ class Table:
     measurement: str
     dtype: str = "bf16"
     sibling: str = ""
+
+    def load(self, measurement: str = "") -> Measured:
+        """Its rows, or those of another measurement of the device."""
+        return _loaded(measurement or self.measurement, self.hardware, self.dtype)
 
 
 GEMMS: Mapping[str, Table] = MappingProxyType(
@@ -120,48 +123,39 @@ def _row(table: str, size: int | None, result: Result) -> Row:
     return {**head, **result.scores}
 
 
-def gemm_rows(records: Records, hw: HardwareProfile, dtype: str) -> Shapes:
+def gemm_rows(records: Records, hw: HardwareProfile, dtype: str) -> Measured:
     """GEMM rows as a fit takes them."""
     r = records.select(records.is_operator("gemm"))
-    return shapes(r.m, r.n, r.k, r.seconds, machine_of(hw, dtype), weight_copies(r))
+    return Measured(shapes(r.m, r.n, r.k, r.seconds, machine_of(hw, dtype), weight_copies(r)), hw, dtype)
 
 
 @lru_cache(maxsize=8)
-def gemm_shapes(measurement: str, hardware: str, dtype: str) -> Shapes:
-    """GEMM rows of a shipped measurement as a fit takes them."""
+def _loaded(measurement: str, hardware: str, dtype: str) -> Measured:
     return gemm_rows(load_measurements(measurement, dtype), load_hardware(hardware), dtype)
 
 
 @lru_cache(maxsize=8)
-def fitted_section(measurement: str, hardware: str, dtype: str) -> Section:
-    """A section fitted on every row of a measurement."""
-    d = gemm_shapes(measurement, hardware, dtype)
-    return fit_gemm(d.m, d.n, d.k, d.seconds, load_hardware(hardware), dtype=dtype, copies=d.copies).section
+def _fitted(table: Table, measurement: str = "") -> Section:
+    """A section fitted on every row."""
+    return table.load(measurement).fit()
 
 
 def _gemm(name: str, size: int | None, seed: int) -> list[Row]:
-    t = GEMMS[name]
-    hw, data = load_hardware(t.hardware), gemm_shapes(t.measurement, t.hardware, t.dtype)
-    split: dict[str, Any] = {"dtype": t.dtype, "size": size, "seed": seed}
-    found = [protocol.evaluate_table(data, hw, **split)]
-    if t.sibling and size is not None and size <= 1000:
-        found.append(protocol.evaluate_table(data, hw, prior=fitted_section(t.sibling, t.hardware, t.dtype), **split))
-    return [_row(name, size, result) for result in (*found, *protocol.evaluate_baselines(data, hw, **split))]
+    table, data = GEMMS[name], GEMMS[name].load()
+    found = [protocol.evaluate_table(data, size, seed)]
+    if table.sibling and size is not None and size <= 1000:
+        found.append(protocol.evaluate_table(data, size, seed, _fitted(table, table.sibling)))
+    return [_row(name, size, result) for result in (*found, *protocol.evaluate_baselines(data, size, seed))]
 
 
 def _other_stack(name: str, seed: int) -> list[Row]:
-    t = GEMMS[name.removesuffix("_sglang")]
-    section = fitted_section(t.measurement, t.hardware, t.dtype)
-    data = gemm_shapes(t.measurement.replace("trtllm", "sglang"), t.hardware, t.dtype)
-    found = protocol.transfer(section, data, load_hardware(t.hardware), dtype=t.dtype, seed=seed)
-    return [_row(name, result.rows, result) for result in found]
+    table = GEMMS[name.removesuffix("_sglang")]
+    other = table.load(table.measurement.replace("trtllm", "sglang"))
+    return [_row(name, result.rows, result) for result in protocol.transfer(_fitted(table), other, seed)]
 
 
 def _h200() -> list[Row]:
-    source, target = GEMMS["h100"], GEMMS["h200"]
-    section = fitted_section(source.measurement, source.hardware, source.dtype)
-    data = gemm_shapes(target.measurement, target.hardware, target.dtype)
-    scores = protocol.judge(section, data, load_hardware(target.hardware), target.dtype)
+    scores = protocol.judge(_fitted(GEMMS["h100"]), GEMMS["h200"].load())
     return [_row("h200_from_h100", None, Result("H100's section on the H200's datasheet", 0, 0, scores))]
 
 
@@ -174,14 +168,14 @@ def _rtx_rows() -> tuple[HardwareProfile, Records] | None:
 
 
 def _rtx_4090(hw: HardwareProfile, records: Records) -> list[Row]:
-    data = gemm_rows(records, hw, "bf16")
-    labels = np.array([f"n={int(n)} k={int(k)}" for n, k in zip(data.n, data.k, strict=True)])
-    lender = fitted_section(GEMMS["l40s"].measurement, "l40s", "bf16")
+    table = gemm_rows(records, hw, "bf16")
+    labels = np.array([f"n={int(n)} k={int(k)}" for n, k in zip(table.data.n, table.data.k, strict=True)])
+    lender = _fitted(GEMMS["l40s"])
     prior = replace(lender, arrays=MappingProxyType(smooth_arrays(lender.arrays)))
     out = []
     for name, lent in (("prunesim", None), ("prunesim + prior", prior)):
         method = f"{name}, one projection left out"
-        results = protocol.leave_one_out(data, labels, hw, prior=lent)
+        results = protocol.leave_one_out(table, labels, lent)
         out += [_row("rtx_4090", None, replace(result, method=method)) for result in results]
     return out
 

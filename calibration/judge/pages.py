@@ -165,18 +165,17 @@ def _relative(c: Fitted, digits: str = ".2g") -> str:
 
 def _bootstrap(name: str, part: FittedPart, repeats: int, shared: Path | None) -> Mapping[str, float]:
     hw = load_hardware(name)
-    measured = next((t for t in GEMMS.values() if t.hardware == name and t.dtype == part.dtype), None)
-    if measured is not None:
-        data = accuracy.gemm_shapes(measured.measurement, name, part.dtype)
+    known = next((t for t in GEMMS.values() if t.hardware == name and t.dtype == part.dtype), None)
+    if known is not None:
+        data = known.load().data
     elif name == "rtx_4090" and shared is not None:
-        data = accuracy.gemm_rows(rtx_tables(shared, hw), hw, part.dtype)
+        data = accuracy.gemm_rows(rtx_tables(shared, hw), hw, part.dtype).data
     else:
         return {}
-    constants, machine = part.section.constants, machine_of(hw, part.dtype)
-    free = [n for n, c in constants.items() if c.status == "fitted" and not n.startswith(("quant", "sparse"))]
-    return bootstrap(
-        data, machine, fit_constants(data, machine, {n: c.value for n, c in constants.items()}, free), repeats
-    )
+    machine, start = machine_of(hw, part.dtype), {n: c.value for n, c in part.section.constants.items()}
+    fitted = [n for n, c in part.section.constants.items() if c.status == "fitted"]
+    free = [n for n in fitted if not n.startswith(("quant", "sparse"))]
+    return bootstrap(data, machine, fit_constants(data, machine, start, free), repeats)
 
 
 def constants_of_part(part: FittedPart, spread: Mapping[str, float]) -> list[str]:

@@ -1,15 +1,15 @@
 """How accuracy is judged, once for everybody (DESIGN section 10): splits by (n, k), errors on unseen pairs, speedups of
 neighbours, coverage, baselines.
 
-Use :func:`evaluate_table` for one table, seed and size of training set; :func:`leave_one_out` for tables of a few
-projections; :func:`transfer` for another stack of the same device. Scores are plain mappings, in percent but for
-Spearman and counts.
+Use :func:`evaluate_table` for one :class:`Measured` table, seed and size of training set; :func:`leave_one_out` for
+tables of a few projections; :func:`transfer` for another stack of the same device. Scores are plain mappings, in
+percent but for Spearman and counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,34 @@ LLM_WIDTHS: tuple[tuple[int, int], ...] = (
 
 
 @dataclass(frozen=True)
+class Measured:
+    """GEMMs of one table, the profile whose datasheet belongs to them, and their number format."""
+
+    data: Shapes
+    hw: HardwareProfile
+    dtype: str = "bf16"
+
+    def take(self, rows: Any) -> Measured:
+        """Rows by mask or index."""
+        return replace(self, data=self.data.take(rows))
+
+    def drawn(self, size: int | None, seed: int) -> tuple[Measured, Measured]:
+        """``size`` rows of the training pairs (None: all) for a fit to see, and every row of the unseen pairs."""
+        train, test = split(self.data, seed)
+        return self.take(draw(train, size, seed)), self.take(test)
+
+    def fit(self, **known: Any) -> Section:
+        """The section :func:`fit_gemm` makes of all rows."""
+        d = self.data
+        return fit_gemm(d.m, d.n, d.k, d.seconds, self.hw, dtype=self.dtype, copies=d.copies, **known).section
+
+    def times(self, section: Section) -> OpTime:
+        """Times a section gives the rows under their own protocol (warm or cold weights)."""
+        d, copies = self.data, None if np.isinf(self.data.copies).all() else self.data.copies
+        return gemm_time(d.m, d.n, d.k, with_section(self.hw, self.dtype, section), dtype=self.dtype, copies=copies)
+
+
+@dataclass(frozen=True)
 class Result:
     """Scores of one method on one split; ``rows`` it was trained on, 0 for methods without any."""
 
@@ -63,12 +91,6 @@ def draw(rows: Rows, size: int | None, seed: int) -> Rows:
     if size is None or size >= len(rows):
         return rows
     return np.sort(np.random.default_rng(seed + 100).choice(rows, size, replace=False))
-
-
-def drawn(data: Shapes, size: int | None, seed: int) -> tuple[Shapes, Shapes]:
-    """What a fit sees, and every row of the unseen pairs."""
-    train, test = split(data, seed)
-    return data.take(draw(train, size, seed)), data.take(test)
 
 
 def errors(predicted: F, data: Shapes) -> dict[str, float]:
@@ -119,15 +141,9 @@ def llm_pairs(data: Shapes, near: float = 0.26) -> Rows:
     return np.stack([small[keep], large[keep]], axis=1)
 
 
-def predict(section: Section, data: Shapes, hw: HardwareProfile, dtype: str) -> OpTime:
-    """Times of measured shapes under their own protocol (warm or cold weights)."""
-    copies = None if np.isinf(data.copies).all() else data.copies
-    return gemm_time(data.m, data.n, data.k, with_section(hw, dtype, section), dtype=dtype, copies=copies)
-
-
-def judge(section: Section, data: Shapes, hw: HardwareProfile, dtype: str) -> dict[str, float]:
+def judge(section: Section, table: Measured) -> dict[str, float]:
     """All scores of a section on shapes it did not see."""
-    time = predict(section, data, hw, dtype)
+    time, data = table.times(section), table.data
     out = {**errors(time.seconds, data), **speedups(time.seconds, data), **coverage(time, data)}
     pairs = llm_pairs(data)
     groups = [("", np.ones(len(pairs), dtype=bool))] if len(pairs) else []
@@ -139,76 +155,50 @@ def judge(section: Section, data: Shapes, hw: HardwareProfile, dtype: str) -> di
     return out
 
 
-def evaluate_table(
-    data: Shapes,
-    hw: HardwareProfile,
-    *,
-    dtype: str = "bf16",
-    size: int | None = 400,
-    seed: int = 0,
-    prior: Section | None = None,
-    fit: Callable[..., Section] | None = None,
-) -> Result:
+def evaluate_table(table: Measured, size: int | None, seed: int, prior: Section | None = None) -> Result:
     """Fit on ``size`` rows (None: all) of the training pairs and judge on every row of the others.
 
-    ``prior`` is the section of a sibling or another stack; ``fit`` makes a section of (shapes, hw, dtype, seed) in
-    place of ``fit_gemm``.
+    ``prior`` is the section of a sibling or another stack.
     """
-    own, unseen = drawn(data, size, seed)
-    if fit is not None:
-        section = fit(own, hw, dtype, seed)
-    else:
-        known: dict[str, Any] = {"dtype": dtype, "copies": own.copies, "prior": prior, "seed": seed}
-        section = fit_gemm(own.m, own.n, own.k, own.seconds, hw, **known).section
+    own, unseen = table.drawn(size, seed)
     method = "prunesim" if prior is None else "prunesim + prior"
-    return Result(method, seed, len(own), judge(section, unseen, hw, dtype))
+    return Result(method, seed, len(own.data), judge(own.fit(prior=prior, seed=seed), unseen))
 
 
-def evaluate_baselines(
-    data: Shapes, hw: HardwareProfile, *, dtype: str = "bf16", size: int | None = 400, seed: int = 0
-) -> list[Result]:
+def evaluate_baselines(table: Measured, size: int | None, seed: int) -> list[Result]:
     """The baselines on the same rows."""
-    own, unseen = drawn(data, size, seed)
+    own, unseen = (part.data for part in table.drawn(size, seed))
     out = []
     for name, baseline in BASELINES.items():
-        predicted = baseline(own, machine_of(hw, dtype), unseen)
+        predicted = baseline(own, machine_of(table.hw, table.dtype), unseen)
         out.append(Result(name, seed, len(own), {**errors(predicted, unseen), **speedups(predicted, unseen)}))
     return out
 
 
-def transfer(
-    section: Section,
-    data: Shapes,
-    hw: HardwareProfile,
-    *,
-    dtype: str = "bf16",
-    sizes: Sequence[int] = (20, 100, 400),
-    seed: int = 0,
-) -> list[Result]:
+def transfer(section: Section, table: Measured, seed: int, sizes: Sequence[int] = (20, 100, 400)) -> list[Result]:
     """A section on another stack's table: as shipped, and re-anchored on some shapes; judged on unseen (n, k) pairs."""
-    out = [Result("as shipped", seed, 0, judge(section, drawn(data, None, seed)[1], hw, dtype))]
+    out = [Result("as shipped", seed, 0, judge(section, table.drawn(None, seed)[1]))]
     for size in sizes:
-        own, unseen = drawn(data, size, seed)
-        moved = anchor_gemm(section, own.m, own.n, own.k, own.seconds, hw, dtype=dtype, copies=own.copies)
-        out.append(Result("re-anchored", seed, len(own), judge(moved.section, unseen, hw, dtype)))
+        own, unseen = table.drawn(size, seed)
+        d, dtype = own.data, own.dtype
+        moved = anchor_gemm(section, d.m, d.n, d.k, d.seconds, own.hw, dtype=dtype, copies=d.copies).section
+        out.append(Result("re-anchored", seed, len(d), judge(moved, unseen)))
     return out
 
 
-def leave_one_out(
-    data: Shapes, labels: NDArray[Any], hw: HardwareProfile, *, dtype: str = "bf16", prior: Section | None = None
-) -> list[Result]:
+def leave_one_out(table: Measured, labels: NDArray[Any], prior: Section | None = None) -> list[Result]:
     """For a table of a few projections: fit on all but one, judge on it. ``method`` names the one left out; the last
     result, "all", pools their rows."""
     out, times, tests = [], [], []
     for i, label in enumerate(np.unique(labels)):
-        train, test = data.take(labels != label), data.take(labels == label)
-        found = fit_gemm(train.m, train.n, train.k, train.seconds, hw, dtype=dtype, copies=train.copies, prior=prior)
-        out.append(Result(str(label), i, len(train), judge(found.section, test, hw, dtype)))
-        times.append(predict(found.section, test, hw, dtype))
+        test = table.take(labels == label)
+        section = table.take(labels != label).fit(prior=prior)
+        out.append(Result(str(label), i, len(labels) - len(test.data), judge(section, test)))
+        times.append(test.times(section))
         tests.append(np.flatnonzero(labels == label))
-    pooled, time = data.take(np.concatenate(tests)), joined(times)
+    pooled, time = table.data.take(np.concatenate(tests)), joined(times)
     own = np.repeat(np.arange(len(tests)), [len(rows) for rows in tests])
     pairs = neighbours(pooled)
     pairs = pairs[own[pairs[:, 0]] == own[pairs[:, 1]]]
     overall = {**errors(time.seconds, pooled), **speedups(time.seconds, pooled, pairs), **coverage(time, pooled)}
-    return [*out, Result("all", len(out), len(data), overall)]
+    return [*out, Result("all", len(out), len(labels), overall)]

@@ -1,9 +1,9 @@
 """Predicted against published: speedups, dense latencies and GEMM ratios that papers and projects measured, where
 conditions are known.
 
-Use :func:`compare_speedups`, :func:`compare_dense` and :func:`compare_gemms` for the numbers; ``docs/published.md`` holds
-the :func:`tables`. The measured values ship as ``calibration/measurements/published_*.csv``, each row with its source and
-with what had to be assumed; :data:`NOT_USED` counts what was left out, and why.
+Use :func:`compare_speedups`, :func:`compare_dense` and :func:`compare_gemms` for the numbers; ``docs/published.md``
+holds the :func:`tables`. The measured values ship as ``calibration/measurements/published_*.csv``, each row with its
+source and with what had to be assumed; :data:`NOT_USED` counts what was left out, and why.
 """
 
 from __future__ import annotations
@@ -44,12 +44,8 @@ MISS = 0.10
 class Comparison:
     """One published value, a ratio of times or seconds, beside the prediction of it.
 
-    Attributes
-    ----------
-    what, where : str
-        Method, model and fraction; GPU, phase, batch, length and runtime.
-    source, assumed, reason : str
-        Where the value is from, what the source leaves open, the likely reason of a miss.
+    ``what`` is method, model and fraction, ``where`` GPU, phase, batch, length and runtime; ``assumed`` what the source
+    leaves open, ``reason`` the likely one of a miss.
     """
 
     what: str
@@ -170,7 +166,8 @@ def _gemm_ratio(row: Mapping[str, str]) -> Comparison:
 
 
 def tables() -> list[str]:
-    """Tables of ``docs/published.md``: profiles, median errors, every comparison, misses, what the sources leave open."""
+    """Tables of ``docs/published.md``: profiles, median errors, every comparison, misses, what the sources leave
+    open."""
     speed, dense = compare_speedups(), compare_dense()
     sparse, narrow = compare_gemms("2:4"), compare_gemms("narrower")
     names = ("speedups of pruned models", "times of dense models", "2:4 GEMMs, ratio", "narrower GEMMs, ratio")

@@ -120,18 +120,7 @@ def _drawn(report: Report) -> Iterator[tuple[str, str, bytes]]:
 
 
 def write_markdown(report: Report, path: str | Path, title: str = "") -> tuple[Path, ...]:
-    """Write FILE.md and its figures as PNG files beside it.
-
-    Returns
-    -------
-    tuple of Path
-        All files written, the text last.
-
-    Raises
-    ------
-    InputError
-        When the path is a folder or in one that does not exist.
-    """
+    """Write FILE.md and its figures as PNG files beside it: all files written, the text last."""
     target = check_target(path)
     figures: dict[str, dict[str, str]] = {}
     written = []

@@ -31,22 +31,13 @@ us."""
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One operator in one number format: arrays of one length, a row a measurement.
+    """One operator in one number format ("int8_wo": int8 weights under 16-bit activations): arrays with a row a
+    measurement.
 
-    Attributes
-    ----------
-    dtype : str
-        As profiles name it; ``int8_wo`` is int8 weights under 16-bit activations.
-    sizes : mapping of str to array
-        Dimensions that errors are shown against and that pairs may differ in.
-    roofline_s, simple_s : arrays, s
-        max(FLOP / peak, bytes / bandwidth), and the same with 0.8 of the bandwidth plus 3 us.
-    regime : array of str
-        Of the interval.
-    status : str
-        "calibrated", "borrowed" or "default": what the profile has for this operator.
-    seen : bool
-        Whether the section was fitted on these very rows.
+    ``sizes`` are the dimensions that errors are shown against and that pairs may differ in; ``roofline_s`` is max(FLOP
+    / peak, bytes / bandwidth), ``simple_s`` the same with 0.8 of the bandwidth plus 3 us; ``regime`` that of the
+    interval; ``status`` what the profile has for the operator: "calibrated", "borrowed" or "default"; ``seen`` whether
+    its section was fitted on these very rows.
     """
 
     operator: str
@@ -90,17 +81,10 @@ class Report:
 
 
 def validate(hw: HardwareProfile, records: Records, *, dtype: str | None = None, level: float = 0.9) -> Report:
-    """Predict every record and compare.
+    """Predict every record, of one number format (as :meth:`Records.labels` names it) or of all, and compare.
 
-    Parameters
-    ----------
-    records : Records
-        Rows without a time that can be one, or that are no operator of the model or of the device, are counted in
-        ``skipped``.
-    dtype : str, optional
-        Number format to judge, as :meth:`Records.labels` names them; all by default.
-    level : float
-        Level of the intervals.
+    Rows without a time that can be one, or that are no operator of the model or of the device, are counted in
+    ``skipped``.
 
     Raises
     ------

@@ -1,8 +1,9 @@
-"""Measured tables that ship: GEMM and attention times of several GPUs, each with its provenance, so that fits and validation run offline.
+"""Measured tables that ship: GEMM and attention times of several GPUs, each with its provenance, so that fits and
+validation run offline.
 
-:func:`list_measurements` names them (``device/operator/stack``), :func:`load_measurements` reads one, :func:`provenance` says where it is
-from. The files are made from a published Apache-2.0 package by ``build.py`` (see there); NOTICE names its authors. :func:`published` reads
-what papers measured.
+:func:`list_measurements` names them (``device/operator/stack``), :func:`load_measurements` reads one,
+:func:`provenance` says where it is from. The files are made from a published Apache-2.0 package by ``build.py`` (see
+there); NOTICE names its authors. :func:`published` reads what papers measured.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def list_measurements() -> tuple[str, ...]:
 
 
 def provenance(name: str) -> Mapping[str, Any]:
-    """Where a table is from: package, path in it, device, software, rows kept and refused with the reasons, digest, licence.
+    """Where a table is from: package, path in it, device, software, rows kept and refused with the reasons, digest,
+    licence.
 
     Examples
     --------

@@ -8,13 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibration.fit.core import Shapes, machine_of, shapes
-from calibration.fit.gemm import fit_gemm
+from calibration.fit.core import machine_of, shapes
 from calibration.judge import ablations, pages
-from calibration.judge.protocol import errors, predict
+from calibration.judge.protocol import Measured, errors
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
-from simulator.hardware.profile import HardwareProfile
 from simulator.kernels.gemm import gemm_time
 
 
@@ -44,7 +42,7 @@ def test_the_accuracy_page_marks_a_missed_bar() -> None:
 
 
 @pytest.fixture(scope="module")
-def planted() -> tuple[HardwareProfile, Shapes]:
+def planted() -> Measured:
     """2,016 shapes of 42 (n, k) pairs, timed by the shipped H100 model with 2 % noise."""
     hw, rng = load_hardware("h100"), np.random.default_rng(5)
     pairs = np.round(2 ** rng.uniform(7, 14, (42, 2)) / 16) * 16
@@ -52,14 +50,13 @@ def planted() -> tuple[HardwareProfile, Shapes]:
     n, k = np.repeat(pairs, len(m) // 42, axis=0).T
     data = shapes(m, n, k, np.ones(m.size), machine_of(hw, "bf16"))
     noise = np.exp(0.02 * rng.standard_normal(m.size))
-    return hw, replace(data, seconds=gemm_time(data.m, data.n, data.k, hw, copies=data.copies).seconds * noise)
+    seconds = gemm_time(data.m, data.n, data.k, hw, copies=data.copies).seconds
+    return Measured(replace(data, seconds=seconds * noise), hw)
 
 
 @pytest.mark.slow
-def test_an_ablation_of_nothing_is_the_fit_that_ships(planted: tuple[HardwareProfile, Shapes]) -> None:
-    hw, data = planted
-    own = ablations.fit_variant(ablations.FULL, data, hw, seed=3)
-    shipped = fit_gemm(data.m, data.n, data.k, data.seconds, hw, copies=data.copies, seed=3).section
+def test_an_ablation_of_nothing_is_the_fit_that_ships(planted: Measured) -> None:
+    own, shipped = ablations.fit_variant(ablations.FULL, planted, 3), planted.fit(seed=3)
     assert own.intervals == shipped.intervals
     np.testing.assert_allclose(own.arrays["values"], shipped.arrays["values"])
 
@@ -68,18 +65,17 @@ def test_an_ablation_of_nothing_is_the_fit_that_ships(planted: tuple[HardwarePro
 @pytest.mark.parametrize(
     "name", ["no launch time", "no split-K", "no L2 residency", "no residual", "smooth lattice alone"]
 )
-def test_an_ablation_leaves_out_what_it_says(name: str, planted: tuple[HardwareProfile, Shapes]) -> None:
-    hw, data = planted
+def test_an_ablation_leaves_out_what_it_says(name: str, planted: Measured) -> None:
     variant = next(v for v in ablations.VARIANTS if v.name == name)
-    found = ablations.fit_variant(variant, data, hw)
+    found = ablations.fit_variant(variant, planted)
     assert {constant: found[constant] for constant in variant.fixed} == variant.fixed
     assert len(found.arrays.get("terms", ())) == {"no residual": 0, "smooth lattice alone": 1}.get(name, 9)
-    sections = [ablations.fit_variant(v, data, hw) for v in (variant.alone, ablations.BARE)]
-    alone, form = (errors(predict(s, data, hw, "bf16").seconds, data)["mape"] for s in sections)
+    sections = [ablations.fit_variant(v, planted) for v in (variant.alone, ablations.BARE)]
+    alone, form = (errors(planted.times(s).seconds, planted.data)["mape"] for s in sections)
     assert alone > form if variant.mechanism else alone == pytest.approx(form)
 
 
-def test_the_tables_of_ablations_are_made_of_their_rows(planted: tuple[HardwareProfile, Shapes]) -> None:
+def test_the_tables_of_ablations_are_made_of_their_rows(planted: Measured) -> None:
     names = ("as it ships", "no residual", "no launch time")
     units = [u for u in ablations.units(("h100",), (0, 1)) if u[1].name in names]
     assert len(units) == 8

@@ -10,9 +10,8 @@ import pytest
 
 from calibration.fit.attention_columns import Columns
 from calibration.fit.core import Shapes, machine_of, shapes
-from calibration.fit.gemm import fit_gemm
 from calibration.judge import protocol
-from calibration.judge.accuracy import columns_of_table, gemm_shapes, means
+from calibration.judge.accuracy import GEMMS, columns_of_table, means
 from calibration.judge.baselines import BASELINES, datasheet, roofline_rbf, three_constants
 from calibration.judge.protocol_attention import comparable
 from simulator.hardware.library import load_hardware
@@ -77,12 +76,12 @@ def test_baselines_fit_what_they_describe(data: Shapes) -> None:
     assert protocol.errors(three_constants(train, MACHINE, test), test)["mape"] < 1.2
     assert protocol.errors(roofline_rbf(train.take(np.arange(0, len(train), 3)), MACHINE, test), test)["mape"] < 2.0
     assert protocol.errors(datasheet(train, MACHINE, test), test)["mape"] > 20
-    results = protocol.evaluate_baselines(data, HW, size=100)
+    results = protocol.evaluate_baselines(protocol.Measured(data, HW), 100, 0)
     assert [r.method for r in results] == list(BASELINES)
 
 
 def test_a_fit_is_scored_on_unseen_rows(data: Shapes) -> None:
-    found = protocol.evaluate_table(data, HW, size=200, seed=1)
+    found = protocol.evaluate_table(protocol.Measured(data, HW), 200, 1)
     assert (found.method, found.rows) == ("prunesim", 200)
     assert found.scores["mape"] < 4.0
     assert found.scores["speedup spearman"] > 0.9
@@ -90,11 +89,12 @@ def test_a_fit_is_scored_on_unseen_rows(data: Shapes) -> None:
 
 
 def test_transfer_and_leave_one_out(data: Shapes) -> None:
-    section = fit_gemm(data.m, data.n, data.k, data.seconds, HW, copies=np.inf, intervals=False).section
-    shipped, moved = protocol.transfer(section, replace(data, seconds=1.2 * data.seconds), HW, sizes=(100,))
+    section = protocol.Measured(data, HW).fit(intervals=False)
+    slower = protocol.Measured(replace(data, seconds=1.2 * data.seconds), HW)
+    shipped, moved = protocol.transfer(section, slower, 0, sizes=(100,))
     assert moved.scores["mape"] < 0.3 * shipped.scores["mape"]
     three = data.take(np.isin(data.n, [512, 2048, 4096]) & (data.k == 2048))
-    results = protocol.leave_one_out(three, three.n, HW, prior=section)
+    results = protocol.leave_one_out(protocol.Measured(three, HW), three.n, section)
     assert [r.method for r in results] == ["512.0", "2048.0", "4096.0", "all"]
     assert results[-1].scores["mape"] < 5
 
@@ -112,17 +112,10 @@ def test_means_over_seeds() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "table", "size", "mape"),
-    [
-        ("a100_sxm_80gb", "a100_sxm/gemm/trtllm", None, 4.2),
-        ("h100_sxm", "h100_sxm/gemm/trtllm", 400, 4.6),
-        ("l40s", "l40s/gemm/trtllm", 400, 11.0),
-        ("h200_sxm", "h200_sxm/gemm/trtllm", 400, 4.7),
-    ],
+    ("name", "size", "mape"), [("a100", None, 4.2), ("h100", 400, 4.6), ("l40s", 400, 11.0), ("h200", 400, 4.7)]
 )
-def test_bars_on_shipped_tables(name: str, table: str, size: int | None, mape: float) -> None:
-    shipped, hw = gemm_shapes(table, name, "bf16"), load_hardware(name)
-    found = [protocol.evaluate_table(shipped, hw, size=size, seed=seed).scores for seed in protocol.SEEDS]
+def test_bars_on_shipped_tables(name: str, size: int | None, mape: float) -> None:
+    found = [protocol.evaluate_table(GEMMS[name].load(), size, seed).scores for seed in protocol.SEEDS]
     mean = {score: np.mean([f[score] for f in found]) for score in ("mape", "coverage", "lowest coverage")}
     assert mean["mape"] <= mape
     assert mean["coverage"] >= 87
