@@ -18,6 +18,7 @@ from calibration.judge.scores import by_size, coverage
 from calibration.judge.validate import Part
 from simulator.figures.axes import log_axis
 from simulator.figures.style import BLACK, BLUE, COLUMN_IN, GREY, PAGE_IN, VERMILLION, paper_style
+from simulator.workload import ROLES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,7 +86,7 @@ def error_by_size(part: Part) -> Figure:
 def residual_map(part: Part) -> Figure:
     """Mean signed error over two sizes in octaves: where the model is too slow (positive) or too fast.
 
-    GEMMs: m against n k, and n against k. Attention: length against batch x KV heads.
+    GEMMs: m against n k, and n against k. Attention: length against batch x KV heads. Elementwise: bytes, by operator.
     """
     s = part.sizes
     if "m" in s:
@@ -94,12 +95,15 @@ def residual_map(part: Part) -> Figure:
         length = "q_len" if "q_len" in s else "kv_len"
         panels = [(length, s[length], "batch x KV heads", s["batch"] * s["kv_heads"])]
     else:
-        panels = [("bytes", s["bytes"], "operator", np.exp2(s.get("role", np.zeros(len(part)))))]
+        panels = [("bytes", s["bytes"], "", np.exp2(s["role"]))]
     figure = _figure(PAGE_IN if len(panels) > 1 else COLUMN_IN, 2.2)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, (x_name, x, y_name, y) in zip(axes, panels, strict=True):
         image = _map(ax, x, y, part.error)
         ax.set(xlabel=x_name.replace("_", " "), ylabel=y_name)
+    if "role" in s:
+        codes = np.unique(s["role"]).astype(int)
+        axes[0].set_yticks(codes + 0.5, [ROLES[code].replace("_", " ") for code in codes])
     figure.colorbar(image, ax=axes, label="predicted / measured - 1 (%)")
     return figure
 
