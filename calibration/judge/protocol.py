@@ -23,7 +23,7 @@ from calibration.judge.validate import joined
 from simulator.hardware.parts import Section
 from simulator.hardware.profile import HardwareProfile
 from simulator.kernels.gemm import gemm_time, with_section
-from simulator.kernels.optime import OpTime
+from simulator.kernels.intervals import OpTime
 
 F = NDArray[np.float64]
 Rows = NDArray[np.intp]
