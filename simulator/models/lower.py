@@ -25,12 +25,13 @@ from typing import Any
 
 import numpy as np
 
+from simulator.columns import Array
 from simulator.errors import InputError, unknown
 from simulator.models.config import ModelConfig
 from simulator.models.huggingface import from_hf_config
 from simulator.models.library import list_models, load_model
 from simulator.models.parallel import Shard, all_gather, all_reduce, sends, shard
-from simulator.workload import DTYPE_BYTES, DTYPES, PHASES, Array, Kind, Meta, Part, Phase, Workload, dtype_code
+from simulator.workload import DTYPE_BYTES, DTYPES, PHASES, Kind, Meta, Part, Phase, Workload, dtype_code
 
 __all__ = ["ModelConfig", "from_hf_config", "list_models", "load_model", "lower", "position_note"]
 

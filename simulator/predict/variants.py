@@ -73,7 +73,7 @@ class Requests:
         """The rows of some requests as one workload, made once."""
         if group not in self._joined:
             meta = replace(self.workloads[group[0]].meta, batch=max(self.batch[i] for i in group))
-            self._joined[group] = Workload.concat([self.workloads[i] for i in group], meta)
+            self._joined[group] = Workload.concat([self.workloads[i] for i in group], meta=meta)
         return self._joined[group]
 
     def groups(self, family: str) -> Iterator[tuple[int, ...]]:

@@ -10,7 +10,6 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -92,9 +91,7 @@ def prune(
         if choice.form == "layer":
             pruned = merge_runs(pruned)
     applied = (*workload.meta.applied, Applied(family, choice.asked, realised))
-    out = copy(pruned)  # same read-only columns, checked already
-    object.__setattr__(out, "meta", replace(workload.meta, applied=applied))
-    return out
+    return pruned.replace(meta=replace(workload.meta, applied=applied))
 
 
 def _fraction(value: Any, where: str = "sparsity") -> float:

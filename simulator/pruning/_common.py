@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.columns import Array
 from simulator.errors import InputError
-from simulator.workload import DTYPE_BYTES, SCHEMA, Array, Kernel, Kind, Part, Phase, Workload, dtype_code, role_code
+from simulator.workload import DTYPE_BYTES, Kernel, Kind, Part, Phase, Workload, dtype_code, role_code
 
 F = NDArray[np.float64]
 
@@ -254,7 +255,7 @@ def merge_runs(w: Workload) -> Workload:
         return w
     new = np.ones(len(w), dtype=bool)
     new[1:] = (w.layer[1:] != w.layer[:-1] + w.layers[:-1]) | (w.layers[1:] == 0)
-    for name in SCHEMA:
+    for name in Workload.SCHEMA:
         if name not in ("count", "layer", "layers"):
             column = getattr(w, name)
             new[1:] |= column[1:] != column[:-1]

@@ -7,9 +7,10 @@ from functools import lru_cache
 
 import numpy as np
 
+from simulator.columns import Array
 from simulator.errors import InputError
 from simulator.pruning._common import F, attention_rows, covering, has_role, layer_count
-from simulator.workload import Array, Kind, Workload, role_code
+from simulator.workload import Kind, Workload, role_code
 
 EXACT_TOKENS = 16
 """Up to so many tokens every outcome of a binomial is a row of its own."""

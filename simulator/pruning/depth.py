@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from simulator.columns import Array
 from simulator.errors import InputError
 from simulator.pruning._common import (
     SUBLAYERS,
@@ -18,7 +19,7 @@ from simulator.pruning._common import (
     removed,
     whole_share,
 )
-from simulator.workload import Array, Part, Workload
+from simulator.workload import Part, Workload
 
 UNITS = ("layer", "both", "attention", "mlp")
 

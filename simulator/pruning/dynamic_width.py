@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from simulator.columns import Array
 from simulator.errors import InputError
 from simulator.pruning._common import (
     SCORE_BYTES,
@@ -26,7 +27,7 @@ from simulator.pruning._common import (
     whole,
 )
 from simulator.pruning._tokens import query_share, split_fused_qkv, tokens_of
-from simulator.workload import DTYPE_BYTES, Array, Kernel, Kind, Part, Workload
+from simulator.workload import DTYPE_BYTES, Kernel, Kind, Part, Workload
 
 KERNELS = ("tiles", "grouped", "looped")
 """A kernel that skips tiles; rows gathered for one grouped GEMM; rows gathered for a GEMM a group."""

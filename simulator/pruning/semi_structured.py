@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from simulator.columns import Array
 from simulator.errors import InputError
 from simulator.pruning._common import GROUPS, PROJECTIONS, Choice, Family, has_bias, parameters_of, projections, removed
-from simulator.workload import Array, Kernel, Workload
+from simulator.workload import Kernel, Workload
 
 
 def semi_structured(w: Workload, choice: Choice, *, ideal: bool) -> tuple[Workload, float]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from simulator.columns import Array
 from simulator.errors import InputError
 from simulator.pruning._common import (
     SCORE_BYTES,
@@ -25,7 +26,7 @@ from simulator.pruning._common import (
     whole_share,
 )
 from simulator.pruning._tokens import prompt_of
-from simulator.workload import DTYPE_BYTES, Array, Kind, Part, Phase, Workload
+from simulator.workload import DTYPE_BYTES, Kind, Part, Phase, Workload
 
 START = 2
 """First layer on fewer tokens unless told otherwise; early layers are where dropping hurts most (FastV drops after layer 2)."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from simulator.columns import Array
 from simulator.errors import InputError
 from simulator.pruning._common import (
     QKV,
@@ -23,7 +24,7 @@ from simulator.pruning._common import (
     whole,
     whole_share,
 )
-from simulator.workload import Array, Workload
+from simulator.workload import Workload
 
 
 def width(w: Workload, choice: Choice, *, ideal: bool, align: int, inner: Any) -> tuple[Workload, float]:

@@ -245,14 +245,12 @@ def test_flops_are_linear_in_batch(name: str, phase: str, batch: int, seq: int) 
     seq=st.integers(1, 9000),
     steps=st.integers(1, 9),
 )
-def test_expand_and_compact_change_no_sum(name: str, phase: str, seq: int, steps: int) -> None:
+def test_expand_changes_no_sum(name: str, phase: str, seq: int, steps: int) -> None:
     w = lower(load_model(name), phase=phase, batch=2, seq=seq, new_tokens=steps * (phase == "generate"))
-    for other in (w.expand(), w.expand().compact(), w.compact()):
-        assert other.parameters == pytest.approx(w.parameters, rel=1e-12)
-        assert other.flops.sum() == pytest.approx(w.flops.sum(), rel=1e-12)
-        assert other.bytes.sum() == pytest.approx(w.bytes.sum(), rel=1e-12)
-        assert other.count.sum() == pytest.approx(w.count.sum(), rel=1e-12)
     wide = w.expand()
+    assert wide.parameters == pytest.approx(w.parameters, rel=1e-12)
+    for column in ("flops", "bytes", "count"):
+        assert getattr(wide, column).sum() == pytest.approx(getattr(w, column).sum(), rel=1e-12)
     layers = load_model(name).layers
     attention = wide.take(wide.is_role("attention"))
     assert np.bincount(attention.layer).tolist() == [len(attention) // layers] * layers

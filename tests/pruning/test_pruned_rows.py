@@ -8,7 +8,7 @@ from tiny_decoder import FUSED, GQA, MHA, workload
 
 from simulator.pruning import prune
 from simulator.pruning._tokens import token_points
-from simulator.workload import ROLES, SCHEMA, Kernel, Kind, Workload
+from simulator.workload import ROLES, Kernel, Kind, Workload
 
 
 def shapes(w: Workload, *roles: str) -> dict[str, list[tuple[int, int, int]]]:
@@ -248,7 +248,7 @@ def test_kv_cache_keeps_what_is_generated_and_pays_at_prefill() -> None:
     only_prefill = prune(workload(GQA, "prefill"), "kv_cache", 0.5)
     dense = workload(GQA, "prefill")
     kept = only_prefill.take(~only_prefill.overhead)
-    assert all((getattr(kept, name) == getattr(dense, name)).all() for name in SCHEMA)
+    assert all((getattr(kept, name) == getattr(dense, name)).all() for name in Workload.SCHEMA)
     assert only_prefill.overhead.sum() == 3
 
 

@@ -10,7 +10,7 @@ from tiny_decoder import DECODERS, FUSED, GQA, MHA, Decoder, projections, worklo
 
 from simulator.errors import InputError
 from simulator.pruning import FAMILIES, prune
-from simulator.workload import SCHEMA, Kernel, Workload
+from simulator.workload import Kernel, Workload
 
 PHASES = ("prefill", "decode", "generate")
 
@@ -41,7 +41,7 @@ def cases(draw: st.DrawFn) -> tuple[Workload, str, float]:
 
 
 def check(w: Workload) -> None:
-    for name in SCHEMA:
+    for name in Workload.SCHEMA:
         column = getattr(w, name)
         assert np.isfinite(column).all(), name
         assert (column >= (-1 if name == "layer" else 0)).all(), name
@@ -65,7 +65,7 @@ def test_columns_stay_valid_and_work_never_grows(case: tuple[Workload, str, floa
     assert not bound.overhead.any()
     own = full.take(~full.overhead)
     assert len(own) == len(bound)
-    for name in SCHEMA:
+    for name in Workload.SCHEMA:
         np.testing.assert_array_equal(getattr(own, name), getattr(bound, name), name)
     if family != "low_rank":  # a rank rounded up to 16 may cost more than a small weight
         assert bound.flops.sum() <= w.flops.sum() * (1 + 1e-12)
