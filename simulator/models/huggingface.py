@@ -52,37 +52,30 @@ class _Reader:
     def fail(self, key: str, reason: str) -> InputError:
         return InputError(f"{self.source}: {key}: {reason}")
 
-    def integer(self, key: str, default: int | None = None, *, low: int = 1, high: int = MAX_VALUE) -> int:
-        """An integer; null and absent take the default, and are an error where there is none."""
-        value, expected = self.data.get(key), f"expected an integer from {low} to {high}"
+    def value(self, key: str, default: Any, expected: str, right: Callable[[Any], bool]) -> Any:
+        """A value that must be right; null and absent take the default, and are an error where there is none."""
+        value = self.data.get(key)
         value = default if value is None else value
         if value is None:
-            raise self.fail(key, f"missing; {expected}")
-        if not _is_number(value) or not low <= value <= high or value != int(value):
-            raise self.fail(key, f"{expected}, got {_show(value)}")
-        return int(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.data.get(key)
-        value = default if value is None else value
-        if not isinstance(value, bool):
-            raise self.fail(key, f"expected true or false, got {_show(value)}")
+            raise self.fail(key, f"missing; expected {expected}")
+        if not right(value):
+            raise self.fail(key, f"expected {expected}, got {_show(value)}")
         return value
 
+    def integer(self, key: str, default: int | None = None, *, low: int = 1, high: int = MAX_VALUE) -> int:
+        right = lambda x: _is_number(x) and low <= x <= high and x == int(x)  # noqa: E731
+        return int(self.value(key, default, f"an integer from {low} to {high}", right))
+
+    def flag(self, key: str, default: bool) -> bool:
+        return bool(self.value(key, default, "true or false", lambda x: isinstance(x, bool)))
+
     def share(self, key: str, default: float) -> float:
-        """A number from 0 to 1."""
-        value = self.data.get(key)
-        value = default if value is None else value
-        if not _is_number(value) or not 0 <= value <= 1:
-            raise self.fail(key, f"expected a number from 0 to 1, got {_show(value)}")
-        return float(value)
+        return float(self.value(key, default, "a number from 0 to 1", lambda x: _is_number(x) and 0 <= x <= 1))
 
     def capped(self, key: str) -> bool:
         """Whether a soft cap is set: null means none, absent that there is one."""
-        value = self.data.get(key, 1.0)
-        if value is not None and (not _is_number(value) or not 0 < value < float("inf")):
-            raise self.fail(key, f"expected a positive number or null, got {_show(value)}")
-        return value is not None
+        self.value(key, 1.0, "a positive number or null", lambda x: _is_number(x) and 0 < x < float("inf"))
+        return self.data.get(key, 1.0) is not None
 
     def windows(self, layers: int, default: int, windowed: Callable[[int], bool], used: bool = True) -> tuple[int, ...]:
         """Window of each layer: from ``layer_types`` where the file lists them, else by the architecture's rule.
