@@ -1,8 +1,8 @@
 """A workload: the operators of one forward pass as a frozen table of columns.
 
-Use :func:`simulator.lower` to make one, :func:`simulator.prune` to change it, and the cost modules to time it. A row is one
-operator shape; ``count`` says how often it runs (identical layers share a row), and may be fractional where a dynamic method runs
-an operator only sometimes. Everything is an array of equal length: no row objects, no Python loop over rows.
+Use :func:`simulator.lower` to make one, :func:`simulator.prune` to change it, and the kernels to time it. A row is one
+operator shape; ``count`` says how often it runs (identical layers share a row), and may be fractional where a
+dynamic method runs an operator only sometimes. Everything is an array of equal length: no Python loop over rows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Kind(IntEnum):
     COLLECTIVE = 4
 
 
-# as plain numbers: looking up a member of an enumeration takes a microsecond in Python 3.11, and these are asked for all the time
+# as plain numbers: looking up a member of an enumeration takes a microsecond in Python 3.11, too long here
 _GEMM, _PREFILL, _DECODE = int(Kind.GEMM), int(Kind.PREFILL_ATTENTION), int(Kind.DECODE_ATTENTION)
 
 
@@ -70,47 +70,21 @@ DTYPES: tuple[str, ...] = ("fp32", "tf32", "fp16", "bf16", "fp8", "int8", "int4"
 DTYPE_BYTES: NDArray[np.float64] = np.array([4.0, 4.0, 2.0, 2.0, 1.0, 1.0, 0.5])
 """Stored bytes of one element, by dtype code."""
 
+# fmt: off
 ROLES: tuple[str, ...] = (
     # GEMMs of a decoder layer
-    "q",
-    "k",
-    "v",
-    "qkv",
-    "o",
-    "gate",
-    "up",
-    "gate_up",
-    "down",
+    "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down",
     # GEMMs outside the layers, and those that pruning adds
-    "lm_head",
-    "router",
-    "residual_projection",
+    "lm_head", "router", "residual_projection",
     # attention
     "attention",
     # elementwise
-    "embedding",
-    "attention_norm",
-    "mlp_norm",
-    "qk_norm",
-    "post_norm",
-    "final_norm",
-    "rotary",
-    "activation",
-    "residual",
-    "cache_write",
-    "softcap",
-    "sampling",
-    "gather",
-    "scatter",
-    "mask",
-    "select",
-    "sort",
-    "quantize",
+    "embedding", "attention_norm", "mlp_norm", "qk_norm", "post_norm", "final_norm", "rotary", "activation", "residual",
+    "cache_write", "softcap", "sampling", "gather", "scatter", "mask", "select", "sort", "quantize",
     # collectives
-    "all_reduce",
-    "send",
-    "all_gather",
+    "all_reduce", "send", "all_gather",
 )
+# fmt: on
 """Names of operator roles; the index is the code in the ``role`` column."""
 
 _ROLE_CODE: Mapping[str, int] = MappingProxyType({name: code for code, name in enumerate(ROLES)})
@@ -149,7 +123,7 @@ def dtype_code(name: str) -> int:
 def attention_pairs(q_len: Array, kv_len: Array, window: Array) -> Array:
     """Query-key pairs under a causal mask, for one sequence and head.
 
-    Query i of q_len (from 0) sits at position p = kv_len - q_len + i and sees min(p + 1, window) keys (window 0: no limit).
+    Query i of q_len (from 0) sits at position p = kv_len - q_len + i and sees min(p + 1, window) keys (0: no limit).
 
     >>> int(attention_pairs(np.array(4), np.array(4), np.array(0)))
     10
@@ -161,9 +135,8 @@ def attention_pairs(q_len: Array, kv_len: Array, window: Array) -> Array:
     full: Array = q * (first + last) / 2
     if not np.count_nonzero(w):
         return full
-    capped = np.clip(
-        last - np.maximum(w, first - 1), 0, q
-    )  # queries whose window is shorter than what lies before them
+    # queries whose window is shorter than what lies before them
+    capped = np.clip(last - np.maximum(w, first - 1), 0, q)
     seen = full - capped * (last - w) + capped * (capped - 1) / 2  # sum of (position + 1 - w) over the capped queries
     return np.where(w > 0, seen, full)
 
@@ -213,14 +186,14 @@ class Workload(Table):
     phase: Array = column(np.int8, Phase.PREFILL)
     layer: Array = column(np.int32, -1)  # first layer the row stands for; -1 outside the layers
     layers: Array = column(np.int32, 0)  # consecutive layers the row stands for; 0 outside the layers
-    count: Array = column(np.float64, 1.0)  # executions of this shape in the pass, all its layers together (expected, where dynamic)
+    count: Array = column(np.float64, 1.0)  # executions in the pass, all its layers together (expected, where dynamic)
     m: Array = column(np.int64, 0)  # GEMM: tokens
     n: Array = column(np.int64, 0)  # GEMM: output features
     k: Array = column(np.int64, 0)  # GEMM: input features
     stage: Array = column(np.int8, 0)  # GEMM: 0 a whole weight, 1 / 2 the first / second factor of a low-rank pair
     batch: Array = column(np.int64, 0)  # attention: sequences; collective: devices taking part
     q_len: Array = column(np.int64, 0)  # attention: query positions a sequence (1 in decode)
-    kv_len: Array = column(np.int64, 0)  # attention: key positions a sequence, the last q_len of them being the queries' own
+    kv_len: Array = column(np.int64, 0)  # attention: key positions a sequence, the last q_len the queries' own
     heads: Array = column(np.int64, 0)  # attention: query heads
     kv_heads: Array = column(np.int64, 0)  # attention: key/value heads
     head_dim: Array = column(np.int64, 0)  # attention: features a head
@@ -250,34 +223,32 @@ class Workload(Table):
         mask: Array = (self.kind == _PREFILL) | (self.kind == _DECODE)
         return mask
 
-    # -- counting -----------------------------------------------------------------------------------------------------------
-
     @property
     def pairs(self) -> Array:
-        """Query-key pairs an attention row computes for one sequence and head: causal, windowed; float64, 0 for other rows."""
+        """Query-key pairs an attention row computes for one sequence and head: causal, windowed; 0 for other rows."""
         return attention_pairs(self.q_len, self.kv_len, self.window)
 
     @property
+    def keys_seen(self) -> Array:
+        """Key positions that any query of an attention row sees."""
+        return np.where(self.window > 0, np.minimum(self.kv_len, self.q_len + self.window - 1), self.kv_len)
+
+    @property
     def weight_bytes_each(self) -> Array:
-        """Bytes of weights one execution of a GEMM row must read (compressed where the kernel stores zeros away), float64."""
+        """Bytes of weights one execution of a GEMM row must read (compressed where the kernel stores zeros away)."""
         stored: Array = DTYPE_BYTES[self.weight_dtype]
         if np.count_nonzero(self.kernel):
+            pairs, scattered = self.kernel == Kernel.SPARSE24, self.kernel == Kernel.UNSTRUCTURED
             # 2:4 keeps a 2-bit index a kept value; scattered zeros need at least one bit a position
-            index = np.where(
-                self.kernel == Kernel.SPARSE24,
-                0.25 * self.density,
-                np.where(self.kernel == Kernel.UNSTRUCTURED, 0.125, 0.0),
-            )
-            whole = (self.kernel == Kernel.DENSE) | (self.kernel == Kernel.BLOCK_SPARSE)
-            stored = np.where(
-                whole, stored, np.minimum(stored, self.density * stored + index)
-            )  # few zeros are not worth an index
+            index = np.where(pairs, 0.25 * self.density, 0.125)
+            # few zeros are not worth an index
+            stored = np.where(pairs | scattered, np.minimum(stored, self.density * stored + index), stored)
         out: Array = np.where(self.kind == _GEMM, self.n.astype(np.float64) * self.k * stored, 0.0)
         return out
 
     @property
     def flops(self) -> Array:
-        """FLOPs of each row, all its executions: GEMMs 2MNK, attention 4 d a query-key pair and head; others count none."""
+        """FLOPs of each row, all its executions: GEMMs 2MNK, attention 4 d a query-key pair and head; others none."""
         m, n, k = (c.astype(np.float64) for c in (self.m, self.n, self.k))
         gemm = 2.0 * m * n * k
         attention = 4.0 * self.batch * self.heads * self.head_dim * self.pairs
@@ -287,21 +258,12 @@ class Workload(Table):
 
     @property
     def bytes(self) -> Array:
-        """Bytes each row must at least move to and from memory, all its executions: operands read once, results written once."""
+        """Bytes each row must at least move, all its executions: operands read once, results written once."""
         act = DTYPE_BYTES[self.dtype]
         gemm = self.weight_bytes_each + act * self.m.astype(np.float64) * (self.k + self.n)
         head = self.head_dim.astype(np.float64)
-        seen = np.where(self.window > 0, np.minimum(self.kv_len, self.q_len + self.window - 1), self.kv_len)
-        decode = self.kind == _DECODE
-        cache = (
-            2.0
-            * self.batch
-            * self.kv_heads
-            * seen
-            * head
-            * DTYPE_BYTES[self.weight_dtype]
-            * np.where(decode, self.density, 1.0)
-        )
+        cache = 2.0 * self.batch * self.kv_heads * self.keys_seen * head * DTYPE_BYTES[self.weight_dtype]
+        cache = np.where(self.kind == _DECODE, cache * self.density, cache)
         query = 2.0 * self.batch * self.heads * self.q_len * head * act
         moved = self.read_bytes + self.write_bytes
         each = np.where(self.kind == _GEMM, gemm, np.where(self.is_attention, cache + query, moved))
@@ -313,10 +275,8 @@ class Workload(Table):
         """Parameters of the model the rows describe."""
         return float((self.params * self.count).sum())
 
-    # -- layers -------------------------------------------------------------------------------------------------------------
-
     def expand(self) -> Workload:
-        """One row a layer: rows that stand for several equal layers are repeated with ``count`` shared out, layers numbered up."""
+        """One row a layer: rows that stand for several equal layers are repeated, ``count`` shared out among them."""
         times = np.maximum(self.layers, 1).astype(np.int64)
         index = np.repeat(np.arange(len(self)), times)
         offset = np.arange(len(index)) - np.repeat(np.cumsum(times) - times, times)

@@ -48,7 +48,7 @@ def covering(w: Workload, mask: Array, values: Array) -> Array:
 
 def weights(w: Workload) -> F:
     """Parameters of each row's executions, biases left out."""
-    owned: F = (w.params - np.where(has_bias(w), w.n, 0)) * w.count
+    owned: F = (w.params - biases(w)) * w.count
     return owned
 
 
@@ -95,18 +95,17 @@ def aligned(width: Array, keep: Array, align: int) -> Array:
     return np.minimum(np.maximum(wanted, align), width)
 
 
-def has_bias(w: Workload) -> Array:
-    """Mask of GEMM rows that own a bias (N parameters) besides their weight."""
+def biases(w: Workload) -> F:
+    """N parameters of the GEMM rows that own a bias besides their weight."""
     weight: Array = w.n.astype(np.float64) * w.k
     if np.count_nonzero(w.kernel):
         weight = np.where((w.kernel == Kernel.SPARSE24) | (w.kernel == Kernel.UNSTRUCTURED), w.density, 1.0) * weight
-    mask: Array = (w.kind == _GEMM) & (w.params > 0) & (np.abs(w.params - weight - w.n) < 0.5)
-    return mask
+    return np.where((w.kind == _GEMM) & (w.params > 0) & (np.abs(w.params - weight - w.n) < 0.5), w.n, 0.0)
 
 
 def resized(w: Workload, n: Array, k: Array, **columns: Any) -> Workload:
     """GEMMs with other N and K; the parameters follow, with the bias (N of them) where a row has one."""
-    bias = np.where(has_bias(w), w.n, 0.0)
+    bias = biases(w)
     before = np.maximum(w.n.astype(np.float64) * w.k, 1.0)
     params = (w.params - bias) * (n.astype(np.float64) * k / before) + np.where(bias > 0, n, 0.0)
     return w.replace(n=n, k=k, params=np.where(w.kind == _GEMM, params, w.params), **columns)
@@ -123,7 +122,7 @@ def zeroed(w: Workload, choice: Choice, kernel: Kernel, name: str) -> tuple[Work
     if (w.kernel[rows] != Kernel.DENSE).any():
         which = Kernel(int(w.kernel[rows].max())).name.lower()
         raise InputError(f"{name}: the projections are sparse already ({which}); a weight is zeroed once")
-    bias = np.where(has_bias(w), w.n, 0.0)
+    bias = biases(w)
     left = np.where(rows, keep * (w.params - bias) + bias, w.params)
     density, code = np.where(rows, w.density * keep, w.density), np.where(rows, kernel, w.kernel)
     out = w.replace(density=density, kernel=code, params=left)

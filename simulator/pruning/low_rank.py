@@ -6,7 +6,7 @@ import numpy as np
 
 from simulator.errors import InputError
 from simulator.pruning._common import WEIGHTS, Choice, Family, whole
-from simulator.pruning._rows import doubled, has_bias, parameters_removed, projections
+from simulator.pruning._rows import biases, doubled, parameters_removed, projections
 from simulator.workload import Kernel, Workload
 
 
@@ -25,11 +25,13 @@ def low_rank(w: Workload, choice: Choice, *, ideal: bool, align: int) -> tuple[W
     n, k = w.n.astype(np.float64), w.k.astype(np.float64)
     exact = np.floor((1.0 - choice.rows) * n * k / np.maximum(n + k, 1.0) + 1e-9)
     rank = np.minimum(np.maximum(np.ceil(exact / align), 1) * align, np.minimum(n, k)).astype(np.int64)
-    biased = has_bias(w)
-    owned = np.where(biased, 1.0, w.params / np.maximum(n * k, 1.0))  # 1, or more where only some executions own them
+    bias = biases(w)
+    owned = np.where(bias > 0, 1.0, w.params / np.maximum(n * k, 1.0))  # 1, or more where only some executions own them
     out, index, first, second = doubled(w, rows)
     r, owned = rank[index], owned[index]
-    shared = np.where(first, owned * r * out.k, np.where(second, owned * r * out.n + biased[index] * out.n, out.params))
+    shared = np.where(
+        first, owned * r * out.k, np.where(second, owned * r * out.n + (bias[index] > 0) * out.n, out.params)
+    )
     out = out.replace(
         n=np.where(first, r, out.n), k=np.where(second, r, out.k), stage=out.stage + first + 2 * second, params=shared
     )

@@ -28,12 +28,11 @@ def sparse_attention(w: Workload, choice: Choice, *, ideal: bool, block: int) ->
         return out, choice.asked if len(at) else 0.0
     x = w.take(at)
     prefill = x.kind == Kind.PREFILL_ATTENTION
-    seen = np.where(x.window > 0, np.minimum(x.kv_len, x.q_len + x.window - 1), x.kv_len)
-    tiles, blocks = np.where(prefill, np.ceil(x.q_len / block), 1.0), np.ceil(seen / block)
+    tiles, blocks = np.where(prefill, np.ceil(x.q_len / block), 1.0), np.ceil(x.keys_seen / block)
     queries = x.batch * x.q_len * x.heads * x.head_dim * DTYPE_BYTES[x.dtype]
     keys = x.batch * x.kv_heads * x.head_dim * DTYPE_BYTES[x.weight_dtype]
     # all keys are pooled once; a cached block keeps two bounds
-    read, tiles = queries + keys * np.where(prefill, seen, 2.0 * blocks), x.batch * x.heads * tiles
+    read, tiles = queries + keys * np.where(prefill, x.keys_seen, 2.0 * blocks), x.batch * x.heads * tiles
     scores = tiles * blocks * SCORE_BYTES
     mask = overheads(w, at, "mask", m=x.batch * x.q_len, n=blocks, read_bytes=read, write_bytes=scores)
     chosen = scores * (1.0 - choice.rows[at])

@@ -30,11 +30,11 @@ from simulator.pruning._tokens import prompt_of
 from simulator.workload import DTYPE_BYTES, Kind, Part, Phase, Workload
 
 START = 2
-"""First layer on fewer tokens unless told otherwise; dropping hurts most in early layers (FastV drops after layer 2)."""
+"""First layer on fewer tokens unless told otherwise; dropping hurts early layers most (FastV drops after layer 2)."""
 
 
 def token(w: Workload, choice: Choice, *, ideal: bool, start: Any, mode: str) -> tuple[Workload, float]:
-    """From layer ``start`` (default 2) on, ``round((1-s) S)`` of S prompt tokens (at least 1) remain, and are cached.
+    """From layer ``start`` (default 2), ``round((1-s) S)`` of S prompt tokens, at least 1, stay and are cached.
 
     A per-layer sparsity is the share of the prompt missing in each layer; it never falls from one layer to the next.
     Where logits of all positions are asked for, only tokens that remain have some. In decode the cache alone is
