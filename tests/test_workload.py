@@ -21,42 +21,20 @@ def test_pairs_equal_a_count_by_hand(q: int, before: int, window: int) -> None:
 
 
 def test_flops_and_bytes_of_each_kind() -> None:
+    gemm = {"role": "q", "m": 3, "n": 8, "k": 16}
+    attention = {"role": "attention", "batch": 2, "heads": 6, "kv_heads": 2, "head_dim": 8}
     w = Workload.from_rows(
         [
-            {"role": "q", "m": 3, "n": 8, "k": 16, "count": 2},
-            {"role": "q", "m": 3, "n": 8, "k": 16, "kernel": Kernel.SPARSE24, "density": 0.5},
-            {"role": "q", "m": 3, "n": 8, "k": 16, "kernel": Kernel.UNSTRUCTURED, "density": 0.25},
-            {
-                "role": "attention",
-                "kind": Kind.PREFILL_ATTENTION,
-                "batch": 2,
-                "q_len": 4,
-                "kv_len": 4,
-                "heads": 6,
-                "kv_heads": 2,
-                "head_dim": 8,
-            },
-            {
-                "role": "attention",
-                "kind": Kind.DECODE_ATTENTION,
-                "batch": 2,
-                "q_len": 1,
-                "kv_len": 9,
-                "heads": 6,
-                "kv_heads": 2,
-                "head_dim": 8,
-            },
+            gemm | {"count": 2},
+            gemm | {"kernel": Kernel.SPARSE24, "density": 0.5},
+            gemm | {"kernel": Kernel.UNSTRUCTURED, "density": 0.25},
+            attention | {"kind": Kind.PREFILL_ATTENTION, "q_len": 4, "kv_len": 4},
+            attention | {"kind": Kind.DECODE_ATTENTION, "q_len": 1, "kv_len": 9},
             {"role": "residual", "kind": Kind.ELEMENTWISE, "read_bytes": 10, "write_bytes": 5, "count": 4},
         ]
     )
-    assert w.flops.tolist() == [
-        2 * 2 * 3 * 8 * 16,
-        3 * 8 * 16,
-        0.25 * 2 * 3 * 8 * 16,
-        4 * 2 * 6 * 8 * 10,
-        4 * 2 * 6 * 8 * 9,
-        0,
-    ]
+    each, head = 2 * 3 * 8 * 16, 4 * 2 * 6 * 8
+    assert w.flops.tolist() == [2 * each, 0.5 * each, 0.25 * each, 10 * head, 9 * head, 0]
     dense = 2 * (8 * 16 + 3 * 16 + 3 * 8)
     two_four = 8 * 16 * (1 + 1 / 8) + 2 * (3 * 16 + 3 * 8)  # half the values, and 2 bits for each of them
     scattered = 8 * 16 * (0.5 + 1 / 8) + 2 * (3 * 16 + 3 * 8)  # a quarter of the values, and a bit a position

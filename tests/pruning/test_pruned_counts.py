@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 from tiny_decoder import DECODERS, Decoder, expected, workload
@@ -18,57 +20,33 @@ def counts(w: Workload) -> tuple[float, float]:
     return float(w.flops[own].sum()), float((w.params * w.count)[own].sum())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+OPTIONS = [
+    *((family, {}) for family in FAMILIES),
+    ("dynamic_depth", {"prune_kv": True}),
+    *(("width", {"align": align}) for align in (1, 8)),
+    ("token", {"start": 0}),
+    ("token", {"start": 4, "mode": "static"}),
+]
+
+
+@pytest.mark.parametrize(("family", "options"), OPTIONS)
 @pytest.mark.parametrize("phase", ["prefill", "decode", "generate"])
 @pytest.mark.parametrize("name", DECODERS)
-def test_flops_and_parameters(family: str, phase: str, name: str) -> None:
+def test_flops_and_parameters(family: str, options: dict[str, object], phase: str, name: str) -> None:
     d = DECODERS[name]
     for s in SPARSITIES if family != "semi_structured" else (0.5,):
         for batch in (1, 3, 16, 40, 600):
             dense = workload(d, phase, batch)
-            want = expected(d, phase, batch, 48, 3, family, s)
-            assert counts(prune(dense, family, s, ideal=True)) == pytest.approx(want, rel=1e-12), (s, batch)
-            assert counts(prune(dense, family, s)) == pytest.approx(want, rel=1e-12), (s, batch)
-
-
-@pytest.mark.parametrize(
-    ("family", "options"),
-    [
-        ("dynamic_depth", {"prune_kv": True}),
-        ("width", {"align": 1}),
-        ("width", {"align": 8}),
-        ("token", {"start": 0}),
-        ("token", {"start": 4, "mode": "static"}),
-    ],
-)
-@pytest.mark.parametrize("phase", ["prefill", "decode", "generate"])
-@pytest.mark.parametrize("name", DECODERS)
-def test_flops_and_parameters_with_options(family: str, options: dict[str, object], phase: str, name: str) -> None:
-    d = DECODERS[name]
-    for s in SPARSITIES:
-        for batch in (1, 5):
-            got = counts(prune(workload(d, phase, batch), family, s, **options))
-            assert got == pytest.approx(expected(d, phase, batch, 48, 3, family, s, **options), rel=1e-12), (s, batch)
-
-
-def _named(config: simulator.ModelConfig) -> Decoder:
-    return Decoder(
-        config.hidden,
-        config.layers,
-        config.heads,
-        config.kv_heads,
-        config.head_dim,
-        config.inner,
-        config.vocab,
-        config.gated,
-    )
+            want = pytest.approx(expected(d, phase, batch, 48, 3, family, s, **options), rel=1e-12)
+            assert counts(prune(dense, family, s, ideal=True, **options)) == want, (s, batch)
+            assert counts(prune(dense, family, s, **options)) == want, (s, batch)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["llama-2-7b", "llama-3.1-8b"])
 def test_lowered_models(family: str, name: str) -> None:
     model = simulator.load_model(name)
-    d = _named(model)
+    d = Decoder(**{field.name: getattr(model, field.name) for field in fields(Decoder)[:8]})  # all but bias and fused
     for phase, batch, seq in (("prefill", 1, 512), ("decode", 1, 2048), ("decode", 64, 2048), ("generate", 4, 256)):
         dense = simulator.lower(model, phase=phase, batch=batch, seq=seq, new_tokens=8 if phase == "generate" else 0)
         for s in (0.1, 0.25, 0.5) if family != "semi_structured" else (0.5,):
