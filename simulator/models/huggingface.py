@@ -208,7 +208,7 @@ def from_hf_config(data: Mapping[str, Any], source: str = "config", name: str = 
     source : str
         What errors call the configuration (a path, usually).
     name : str
-        Name of the model; by default the tail of ``_name_or_path``, else the architecture.
+        Name of a model without a ``_name_or_path``; by default its architecture.
 
     Raises
     ------
@@ -230,9 +230,9 @@ def from_hf_config(data: Mapping[str, Any], source: str = "config", name: str = 
         raise read.fail("model_type", f"missing; {known}")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise read.fail("model_type", f"architecture {_show(kind)} is not supported; {known}")
-    if not name:
-        given = data.get("_name_or_path")
-        name = given.rstrip("/").rsplit("/", 1)[-1] if isinstance(given, str) and given.strip("/") else kind
+    own = data.get("_name_or_path")
+    if isinstance(own, str) and own.strip("/."):
+        name = own.rstrip("/").rsplit("/", 1)[-1]
     name = one_line(name.replace("/", "_"), MAX_NAME).strip(" .") or kind  # it goes into tables, titles and reports
     return ModelConfig(name=name, architecture=kind, **_values(read, ARCHITECTURES[kind]))
 
@@ -279,6 +279,4 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
 
 def from_file(data: Any, file: PurePath) -> ModelConfig:
     """Shapes from the parsed content of a file; a model without a name of its own is called after file or folder."""
-    named = file.parent.name if file.name == "config.json" else file.stem
-    own = isinstance(data, Mapping) and isinstance(data.get("_name_or_path"), str) and data["_name_or_path"].strip("/.")
-    return from_hf_config(data, str(file), "" if own else named)
+    return from_hf_config(data, str(file), file.parent.name if file.name == "config.json" else file.stem)

@@ -44,15 +44,11 @@ def test_depth_takes_norm_cache_and_elementwise_with_it() -> None:
 
 
 def test_depth_drops_the_named_layers_of_a_model_whose_layers_differ() -> None:
-    w = workload(GQA)
-    windows = [8, 0, 8, 0, 8, 0]
-    wide = w.expand()
-    wide = wide.replace(window=np.where(wide.is_role("attention"), np.array(windows)[wide.layer], 0))
+    wide = workload(GQA).expand()
+    wide = wide.replace(window=np.where(wide.is_role("attention"), np.array([8, 0, 8, 0, 8, 0])[wide.layer], 0))
     last = prune(wide, "depth", 0.5)  # layers 2, 3, 4 go; 0, 1, 5 stay
-    at = last.is_role("attention")
-    assert last.window[at].tolist() == [8, 0]
-    assert last.layer[at].tolist() == [0, 1]
-    assert last.count[at].tolist() == [1, 2]
+    at = last.take(last.is_role("attention"))
+    assert (at.window.tolist(), at.layer.tolist(), at.count.tolist()) == ([8, 0], [0, 1], [1, 2])
     assert only(last, "q", "count") == 3
     named = prune(wide, "depth", 0.5, drop=[1, 3, 5])
     assert (only(named, "attention", "window"), only(named, "attention", "count")) == (8, 3)
@@ -166,8 +162,7 @@ def test_dynamic_width_reads_the_union_of_the_groups(batch: int) -> None:
     assert only(pruned, "attention", "density") == 0.25
     assert moved(pruned, "activation") == pytest.approx(0.25 * moved(w, "activation"))
     assert moved(pruned, "rotary") == pytest.approx((6 * 0.25 + 6) / 12 * moved(w, "rotary"))
-    weights = pruned.weight_bytes_each[pruned.is_role("up")][0]
-    assert weights == width * 96 * 2
+    assert only(pruned, "up", "weight_bytes_each") == width * 96 * 2
     assert pruned.overhead.sum() == 4
     assert shapes(pruned, "router") == {"router": [(batch, 6, 96), (batch, 32, 96)]}
 
@@ -183,19 +178,16 @@ def test_sparse_attention_scores_blocks(block: int) -> None:
     assert only(pruned, "select", "write_bytes") == pytest.approx(0.6 * only(pruned, "select", "read_bytes"))
     decode = prune(workload(GQA, "decode", 2, 255), "sparse_attention", 0.4, block=block)
     assert only(decode, "mask", "read_bytes") == 2 * 16 * 2 * (8 + 4 * 2 * 256 / block)
-    attention = decode.is_role("attention")
-    full = workload(GQA, "decode", 2, 255)
-    query = 2 * 2 * 8 * 16 * 2 * 6
-    assert decode.bytes[attention][0] - query == pytest.approx(0.6 * (full.bytes[full.is_role("attention")][0] - query))
+    query, full = 2 * 2 * 8 * 16 * 2 * 6, only(workload(GQA, "decode", 2, 255), "attention", "bytes")
+    assert only(decode, "attention", "bytes") - query == pytest.approx(0.6 * (full - query))
 
 
 def test_token_drops_from_a_layer_on_and_from_the_cache() -> None:
     w = workload(GQA, "generate", 2, 48, 3)
     pruned = prune(w, "token", 0.5)
-    for role, m in (("q", [96, 48]), ("down", [96, 48]), ("mlp_norm", [96, 48])):
+    for role in ("q", "down", "mlp_norm"):
         rows = pruned.is_role(role) & (pruned.phase == 0)
-        assert pruned.m[rows].tolist() == m
-        assert pruned.count[rows].tolist() == [2, 4]
+        assert (pruned.m[rows].tolist(), pruned.count[rows].tolist()) == ([96, 48], [2, 4])
     rows = pruned.kind == Kind.PREFILL_ATTENTION
     assert list(zip(pruned.q_len[rows], pruned.kv_len[rows], pruned.count[rows])) == [(48, 48, 2), (24, 24, 4)]
     rows = pruned.kind == Kind.DECODE_ATTENTION
@@ -231,12 +223,11 @@ def test_kv_cache_keeps_what_is_generated_and_pays_at_prefill() -> None:
 @pytest.mark.parametrize("tokens", [1, 2, 7, 16, 17, 64, 300, 511, 512, 2048])
 @pytest.mark.parametrize("keep", [0.05, 0.5, 0.77, 0.9, 0.999])
 def test_token_points_keep_the_mean(tokens: int, keep: float) -> None:
-    many, chance = token_points(tokens, keep)
-    assert sum(m * p for m, p in zip(many, chance)) == pytest.approx(tokens * keep, rel=1e-12)
-    assert 0 < sum(chance) <= 1 + 1e-12
-    assert min(many) >= 1
-    assert max(many) <= tokens
+    many, chance = (np.array(x) for x in token_points(tokens, keep))
+    assert many @ chance == pytest.approx(tokens * keep, rel=1e-12)
+    assert 0 < chance.sum() <= 1 + 1e-12
+    assert 1 <= min(many) <= max(many) <= tokens
     assert len(set(many)) == len(many) <= 16
     if 16 < tokens < 512 and 0.2 < keep < 0.95:  # the spread of five bins is most of the binomial's
-        spread = sum(m * m * p for m, p in zip(many, chance)) - (tokens * keep) ** 2
+        spread = many**2 @ chance - (tokens * keep) ** 2
         assert 0.8 < spread / (tokens * keep * (1 - keep)) < 1.2
