@@ -36,6 +36,18 @@ def projections(w: Workload, *names: str) -> Array:
     return mask
 
 
+def writers(w: Workload, *names: str) -> Array:
+    """Mask of projections whose N is that of the model: all but the first factors of low-rank pairs."""
+    mask: Array = projections(w, *names) & (w.stage != 1)
+    return mask
+
+
+def readers(w: Workload, *names: str) -> Array:
+    """Mask of projections whose K is that of the model: all but the second factors of low-rank pairs."""
+    mask: Array = projections(w, *names) & (w.stage != 2)
+    return mask
+
+
 def covering(w: Workload, mask: Array, values: Array) -> Array:
     """Of every row: the value of the masked row that covers its (first) layer; 0 where there is none."""
     at = np.flatnonzero(mask)
@@ -64,8 +76,7 @@ def parameters_removed(w: Workload, out: Workload) -> float:
 
 def sublayer_ends(w: Workload) -> Array:
     """One row a sublayer, run of layers and phase: its last projection. Templates for rows that pruning adds."""
-    mask: Array = projections(w, *OUTPUTS) & (w.stage != 1)
-    return mask
+    return writers(w, *OUTPUTS)
 
 
 def before_sublayer(w: Workload, rows: Array) -> F:

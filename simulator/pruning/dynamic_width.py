@@ -17,9 +17,10 @@ from simulator.pruning._rows import (
     moved,
     overhead_gemm,
     overheads,
-    projections,
+    readers,
     stream_dtype,
     sublayer_ends,
+    writers,
 )
 from simulator.pruning._tokens import query_share, split_fused_qkv, tokens_of
 from simulator.workload import DTYPE_BYTES, Kernel, Part, Workload
@@ -51,8 +52,8 @@ def dynamic_width(
     channel_groups = whole("channel_groups", channel_groups)
     one_of("kernel", kernel, KERNELS)
     w, s = split_fused_qkv(w, choice.rows)
-    outer = projections(w, "q", "gate", "up", "gate_up") & (w.stage != 1) & (s > 0)
-    tiles = outer | (projections(w, "o", "down") & (w.stage != 2) & (s > 0))
+    outer = writers(w, "q", "gate", "up", "gate_up") & (s > 0)
+    tiles = outer | (readers(w, "o", "down") & (s > 0))
     if np.isin(w.kernel[tiles], (Kernel.SPARSE24, Kernel.UNSTRUCTURED)).any():
         raise InputError(
             "dynamic_width: sparse projections have no kernel that also skips tiles; choose one of the two"

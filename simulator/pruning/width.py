@@ -9,7 +9,7 @@ import numpy as np
 from simulator.columns import Array
 from simulator.errors import InputError
 from simulator.pruning._common import QKV, SUBLAYERS, Choice, Family, whole
-from simulator.pruning._rows import aligned, covering, moved, parameters_removed, projections, resized, whole_share
+from simulator.pruning._rows import aligned, covering, moved, parameters_removed, readers, resized, whole_share, writers
 from simulator.workload import Workload
 
 
@@ -34,8 +34,8 @@ def _attention(w: Workload, s: Array) -> Workload:
     n, k, heads = (size * kept // groups for size in (w.n, w.k, w.heads))
     return resized(
         w,
-        np.where((projections(w, *QKV) & (w.stage != 1)) | wide, n, w.n),
-        np.where(projections(w, "o") & (w.stage != 2), k, w.k),
+        np.where(writers(w, *QKV) | wide, n, w.n),
+        np.where(readers(w, "o"), k, w.k),
         heads=np.where(attention, heads, w.heads),
         kv_heads=np.where(attention, kept, w.kv_heads),
         **moved(w, np.where(wide, kept / groups, 1.0)),
@@ -43,7 +43,7 @@ def _attention(w: Workload, s: Array) -> Workload:
 
 
 def _mlp(w: Workload, s: Array, align: int, inner: Any) -> Workload:
-    down = projections(w, "down") & (w.stage != 2)
+    down = readers(w, "down")
     width = covering(w, down, w.k)
     shrink, divisor = (s > 0) & (width > 0), np.maximum(width, 1)
     kept = np.where(shrink, aligned(width, 1.0 - s, align), width)
@@ -55,7 +55,7 @@ def _mlp(w: Workload, s: Array, align: int, inner: Any) -> Workload:
             raise InputError(f"option inner: {expected}, got {wanted}")
         kept = np.where(shrink, wanted // devices, width)
     wide = w.is_role("activation") & (width > 0)
-    n = np.where((projections(w, "gate", "up", "gate_up") & (w.stage != 1)) | wide, w.n * kept // divisor, w.n)
+    n = np.where(writers(w, "gate", "up", "gate_up") | wide, w.n * kept // divisor, w.n)
     return resized(w, n, np.where(down, kept, w.k), **moved(w, np.where(wide, kept / divisor, 1.0)))
 
 

@@ -13,7 +13,7 @@ from simulator.pruning._rows import (
     moved,
     overhead_gemm,
     parameters_removed,
-    projections,
+    readers,
     resized,
     sublayer_ends,
 )
@@ -38,7 +38,7 @@ def width_cross(
     if len(sizes) != 1:
         raise InputError(f"width_cross needs one hidden size in all layers, found {sizes.tolist()}")
     hidden, new = int(sizes[0]), int(aligned(sizes, np.array([1.0 - choice.asked]), align)[0])
-    reads = (projections(w, *INPUTS) | w.is_role("lm_head", "router")) & (w.stage != 2)
+    reads = readers(w, *INPUTS) | w.is_role("lm_head", "router")
     n = np.where(ends | square | (stream & (w.n == hidden)), new, w.n)
     share = np.where(stream, new / hidden, 1.0)
     out = resized(w, n, np.where(reads | square, new, w.k), **moved(w, share))
