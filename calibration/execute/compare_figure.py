@@ -9,7 +9,7 @@ import numpy as np
 
 from calibration.execute.comparison import Row, by_phase
 from simulator.errors import InputError
-from simulator.figures.axes import in_a_row, legend_below, log_axis
+from simulator.figures.layout import in_a_row, log_axis
 from simulator.figures.style import COLUMN_IN, PAGE_IN, in_order, label, look, paper_style
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def compare_figure(rows: Sequence[Row], *, width_in: float | None = None) -> Fig
         marks = [
             Line2D([], [], **{**look(f).marks(), "linestyle": "none"}, markersize=3.5, label=label(f)) for f in families
         ]
-        legend_below(figure, marks, min(per_row, len(marks)), 0.04)
+        figure.legend(handles=marks, loc="lower center", ncol=min(per_row, len(marks)), borderaxespad=0.3)
     return figure
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from calibration.judge.scores import by_size, coverage
 from calibration.judge.validate import Part
-from simulator.figures.axes import log_axis
+from simulator.figures.layout import log_axis
 from simulator.figures.style import BLACK, BLUE, COLUMN_IN, GREY, PAGE_IN, VERMILLION, paper_style
 
 if TYPE_CHECKING:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from simulator.errors import InputError, one_line
+
+T = TypeVar("T")
 
 MOST_BYTES = 50_000_000
 """Largest CSV that is read: some 800,000 measured rows, and half a gigabyte once it is split into cells."""
@@ -45,6 +48,16 @@ class CsvTable:
         """The cells of a column."""
         at = self.header.index(name)
         return [row[at] for row in self.rows]
+
+    def each(self, read: Callable[[dict[str, str]], T]) -> list[T]:
+        """What a function makes of every row; what it refuses is said with the place."""
+        out = []
+        for place, cells in self.records():
+            try:
+                out.append(read(cells))
+            except InputError as error:
+                raise InputError(f"{place}: {error}") from None
+        return out
 
     def records(self) -> Iterator[tuple[str, dict[str, str]]]:
         """``file:line`` and the cells of each row by column."""

@@ -72,13 +72,20 @@ def _write(target: Path, content: bytes) -> None:
     if target.exists() and not target.is_file():
         target.write_bytes(content)
         return
+    with replacing(target) as name:
+        Path(name).write_bytes(content)
+
+
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[str]:
+    """An empty file beside another, which is synced and renamed over it in the end, or removed when something goes wrong."""
     target = target.resolve()
     mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    os.close(handle)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
+        yield name
+        with open(name, "rb+") as file:
             os.fsync(file.fileno())
         os.chmod(name, mode)
         os.replace(name, target)

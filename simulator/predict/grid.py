@@ -1,14 +1,14 @@
 """The grid of a sweep: its axes, and the YAML file that names them.
 
-Use :func:`read_grid` for a file, :class:`Grid` to write one in Python. Everything a sweep could refuse is refused here, before any work,
-with ``file:line:column: key: what is wrong, what would be right``.
+Use :func:`read_grid` for a file, :class:`Grid` to write one in Python. Everything a sweep could refuse is refused here,
+before any work, with ``file:line:column: key: what is wrong, what would be right``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +20,7 @@ from simulator.hardware.library import load_hardware
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.models.lower import lower
+from simulator.predict.rows import FamilyChoice
 from simulator.predict.settings import MAX_TOKENS, PARALLEL, Setting, check_fraction
 from simulator.pruning import FAMILIES, prune
 from simulator.workload import DTYPES, PHASES, RUNTIMES
@@ -43,23 +44,6 @@ OPTIONAL: tuple[str, ...] = (
     "ideal",
     "level",
 )
-
-
-@dataclass(frozen=True)
-class FamilyChoice:
-    """A family and the options it is run with, as sorted pairs.
-
-    >>> FamilyChoice("width", (("align", 64),)).label
-    'align=64'
-    """
-
-    name: str
-    options: tuple[tuple[str, Any], ...] = ()
-
-    @property
-    def label(self) -> str:
-        """The options as text."""
-        return ",".join(f"{name}={value}" for name, value in self.options)
 
 
 @dataclass(frozen=True)
@@ -93,7 +77,8 @@ class Grid:
 
     Examples
     --------
-    >>> Grid(("llama-3.1-8b",), ("h100_sxm", "a100"), (0.25, 0.5), ("decode",), (1, 8), (2048,)).size == 2 * 2 * 2 * len(FAMILIES)
+    >>> grid = Grid(("llama-3.1-8b",), ("h100_sxm", "a100"), (0.25, 0.5), ("decode",), (1, 8), (2048,))
+    >>> grid.size == 2 * 2 * 2 * len(FAMILIES)
     True
     """
 
@@ -127,24 +112,16 @@ class Grid:
 
     def setting(self, formats: Formats, devices: int) -> Setting:
         """How a model is run at one point of the grid."""
-        return Setting(
-            new_tokens=self.new_tokens,
-            dtype=formats.dtype,
-            weight_dtype=formats.weight_dtype,
-            kv_dtype=formats.kv_dtype,
-            devices=devices,
-            parallel=self.parallel,
-            fuse_qkv=self.fuse_qkv,
-            fuse_gate_up=self.fuse_gate_up,
-            level=self.level,
-        )
+        names = ("parallel", "new_tokens", "fuse_qkv", "fuse_gate_up", "level")
+        return Setting(devices=devices, **asdict(formats), **{name: getattr(self, name) for name in names})
 
 
 def read_grid(path: str | Path) -> Grid:
     """The grid a YAML file describes.
 
-    An axis is a list, one value, or for numbers ``{from: 0.1, to: 0.9, step: 0.1}`` or ``{from: 1, to: 64, times: 2}``. A family is a name,
-    ``all``, or a mapping ``{width: {align: 64}}``; a dtype a name or ``{dtype: bf16, weight_dtype: int4, kv_dtype: fp8}``.
+    An axis is a list, one value, or for numbers ``{from: 0.1, to: 0.9, step: 0.1}`` or ``{from: 1, to: 64, times: 2}``.
+    A family is a name, ``all``, or a mapping ``{width: {align: 64}}``; a dtype a name or ``{dtype: bf16, weight_dtype:
+    int4, kv_dtype: fp8}``.
 
     Parameters
     ----------
