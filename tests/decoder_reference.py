@@ -79,7 +79,7 @@ def reference(decoder: Decoder, tokens: Any, masks: Masks | None = None) -> Any:
             q, k, v = (_linear(p, h).view(batch, length, heads, -1).transpose(1, 2) for p, heads in wanted)
             if a.qk_norms is not None:
                 q, k = _norm(q, a.qk_norms[0], decoder.epsilon), _norm(k, a.qk_norms[1], decoder.epsilon)
-            q, k = _turn(q, decoder.theta), _turn(k, decoder.theta)
+            q, k = _turn(q, 10000.0), _turn(k, 10000.0)
             group = a.heads // a.kv_heads
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
             seen = causal & masks.seen[number].repeat_interleave(group, 1) if number in masks.seen else causal

@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from calibration.execute.decoder import Decoder, token_losses
+from calibration.execute.quality_load import Loaded, load_decoder
 from calibration.execute.quality_methods import METHODS, apply, calibrate
-from calibration.execute.quality_model import Decoder, Rule, load_decoder, token_losses
 from calibration.execute.quality_results import Results
 from simulator.errors import InputError, unknown
 from simulator.files.read import read_bounded
@@ -68,29 +69,18 @@ class Plan:
 
     def points(self) -> list[tuple[str, float]]:
         """Every method with its fractions; 2:4 has only one."""
-        chosen = self.methods or tuple(METHODS)
-        out = []
-        for name in chosen:
-            own = not self.fractions or METHODS[name].family == "semi_structured"
-            out += [(name, fraction) for fraction in (METHODS[name].fractions if own else self.fractions)]
-        return out
+        return [
+            (name, fraction)
+            for name in self.methods or METHODS
+            for fraction in (METHODS[name].family != "semi_structured" and self.fractions) or METHODS[name].fractions
+        ]
 
 
 def read_text(path: str | Path | None = None) -> tuple[str, str]:
-    """Text to measure on, and its name.
+    """Text to measure on, and its name: a file in UTF-8, or the English of ``pydoc_data.topics``, which every Python ships.
 
-    Parameters
-    ----------
-    path : str or Path, optional
-        A text file in UTF-8; the English of ``pydoc_data.topics``, which every Python ships, if left out.
+    Paragraphs that occur twice are kept once, so that no text is in both halves.
 
-    Returns
-    -------
-    text, name : str
-        Paragraphs that occur twice are kept once, so that no text is in both halves.
-
-    Examples
-    --------
     >>> text, name = read_text()
     >>> len(text) > 100_000, name.startswith("pydoc topics")
     (True, True)
@@ -98,10 +88,8 @@ def read_text(path: str | Path | None = None) -> tuple[str, str]:
     if path is None:
         from pydoc_data.topics import topics
 
-        raw, name = (
-            "\n\n".join(topics[key] for key in sorted(topics)),
-            f"pydoc topics of Python {platform.python_version()}",
-        )
+        name = f"pydoc topics of Python {platform.python_version()}"
+        raw = "\n\n".join(topics[key] for key in sorted(topics))
     else:
         try:
             raw, name = read_bounded(path).decode("utf-8"), Path(path).name
@@ -147,7 +135,7 @@ def measure_quality(
     Parameters
     ----------
     model : str or Path
-        See :func:`calibration.execute.quality_model.load_decoder`.
+        See :func:`calibration.execute.quality_load.load_decoder`, also for ``threads``.
     out : str or Path
         The table (CSV). Finished points are kept beside it until the table is complete, and a rerun with the same settings goes on.
     plan : Plan, optional
@@ -155,14 +143,8 @@ def measure_quality(
         See :func:`read_text`.
     name : str
         Name of the model in the table; if left out, that of the shipped configuration with the same shape, else the file's.
-    threads : int
-        Threads of PyTorch.
     progress : callable, optional
         Called with windows done, windows in all, and what is running.
-
-    Returns
-    -------
-    QualityTable
 
     Raises
     ------
@@ -172,18 +154,15 @@ def measure_quality(
     plan = plan or Plan()
     target = check_target(out)
     words, text_name = read_text(text)
-    decoder, tokenizer = load_decoder(model, threads)
-    ids = torch.tensor(tokenizer(words, add_special_tokens=False, verbose=False).input_ids)
+    loaded = load_decoder(model, threads)
+    decoder = loaded.decoder
+    ids = torch.tensor(loaded.tokenizer(words, add_special_tokens=False, verbose=False).input_ids)
     calibration, evaluation = split_windows(ids, plan)
     start, points = plan.length // 2, plan.points()
-    header = {
-        "model": decoder.digest,
-        "text": text_name,
-        "windows": plan.windows,
-        "calibration": plan.calibration,
-        "length": plan.length,
-    }
-    results = Results(target.with_name(target.name + ".partial.jsonl"), header)
+    settings = {"windows": plan.windows, "calibration": plan.calibration, "length": plan.length}
+    results = Results(
+        target.with_name(target.name + ".partial.jsonl"), {"model": loaded.digest, "text": text_name, **settings}
+    )
     total = len(calibration) + (1 + len(points)) * len(evaluation)
     done = 0
 
@@ -199,33 +178,31 @@ def measure_quality(
             if results.has(method, fraction):
                 done += len(evaluation)
                 continue
-            changed, rule, realised = decoder, Rule(), 0.0
+            changed, realised = decoder, 0.0
             if method != DENSE:
                 if seen is None:
                     seen = calibrate(decoder, calibration, lambda i, n: step("calibration"))
-                changed, rule, realised = apply(method, decoder, fraction, seen)
+                changed, realised = apply(method, decoder, fraction, seen)
             losses = []
             for window in evaluation:
-                losses.append(float(token_losses(changed, window, rule, start).mean()))
+                losses.append(float(token_losses(changed, window, start).mean()))
                 step(f"{method} {100 * fraction:g} %" if fraction else method)
             results.add(method, fraction, realised, losses)
     scored = f"tokens {start}-{plan.length} of {plan.windows} windows, {text_name}"
     protocol = f"{scored}, calibrated on {plan.calibration} other windows, no fine-tuning"
     label = name or known_name(decoder)
-    rows = tuple(_row(method, fraction, label, protocol, decoder, results) for method, fraction in points)
+    rows = tuple(_row(method, fraction, label, protocol, loaded, results) for method, fraction in points)
     write_whole(target, table_text(rows).encode())
     results.path.unlink(missing_ok=True)
     return QualityTable(rows, str(target))
 
 
-def _row(method: str, fraction: float, model: str, protocol: str, decoder: Decoder, results: Results) -> QualityRow:
+def _row(method: str, fraction: float, model: str, protocol: str, loaded: Loaded, results: Results) -> QualityRow:
     dense, pruned = results.losses(DENSE, 0.0), results.losses(method, fraction)
     difference = [p - d for p, d in zip(pruned, dense)]
     mean = sum(difference) / len(difference)
     spread = math.sqrt(sum((d - mean) ** 2 for d in difference) / max(len(difference) - 1, 1) / len(difference))
-    note = (
-        f"realised {results.realised(method, fraction):.4f}; standard error of the loss {math.exp(mean) * spread:.4f}"
-    )
+    realised = results.realised(method, fraction)
     return QualityRow(
         method,
         METHODS[method].family,
@@ -236,9 +213,8 @@ def _row(method: str, fraction: float, model: str, protocol: str, decoder: Decod
         _perplexity(dense),
         _perplexity(pruned),
         protocol,
-        f"measured by prunesim quality on {decoder.name} ({decoder.digest})",
-        METHODS[method].options,
-        note,
+        f"measured by prunesim quality on {loaded.decoder.name} ({loaded.digest})",
+        note=f"realised {realised:.4f}; standard error of the loss {math.exp(mean) * spread:.4f}",
     )
 
 
@@ -248,10 +224,13 @@ def _perplexity(losses: Sequence[float]) -> float:
 
 def known_name(decoder: Decoder) -> str:
     """The shipped model configuration with the decoder's shape, or the file's name."""
-    inner, (vocabulary, hidden) = decoder.layers[0].down.shape[1], decoder.embedding.shape
+    attention, mlp = decoder.layers[0].attention, decoder.layers[0].mlp
+    assert attention is not None
+    assert mlp is not None
+    heads, inner = (attention.heads, attention.kv_heads), len(mlp.up.weight)
+    shape = (decoder.hidden, len(decoder.layers), *heads, inner, len(decoder.embedding))
     for name in list_models():
         c = load_model(name)
-        same = (c.hidden, c.layers, c.heads, c.kv_heads, c.inner, c.vocab)
-        if same == (hidden, len(decoder.layers), decoder.heads, decoder.kv_heads, inner, vocabulary):
+        if shape == (c.hidden, c.layers, c.heads, c.kv_heads, c.inner, c.vocab):
             return name
     return decoder.name
