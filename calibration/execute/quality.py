@@ -1,8 +1,10 @@
-"""What pruning costs in quality, measured: perplexity of a real causal language model under every family, without fine-tuning.
+"""What pruning costs in quality, measured: perplexity of a real causal language model under every family, without
+fine-tuning.
 
-Use :func:`measure_quality`. Each window of text is a prompt and its continuation; the perplexity is that of the continuation, so that
-methods that drop prompt tokens or cached positions share the axis with those that change weights. Criteria see calibration text only,
-which is disjoint from the evaluation text. Every finished point is on disk before the next one begins, and a rerun goes on from there.
+Use :func:`measure_quality`. Each window of text is a prompt and its continuation; the perplexity is that of the
+continuation, so that methods that drop prompt tokens or cached positions share the axis with those that change weights.
+Criteria see calibration text only, which is disjoint from the evaluation text. Every finished point is on disk before
+the next one begins, and a rerun goes on from there.
 """
 
 from __future__ import annotations
@@ -77,7 +79,8 @@ class Plan:
 
 
 def read_text(path: str | Path | None = None) -> tuple[str, str]:
-    """Text to measure on, and its name: a file in UTF-8, or the English of ``pydoc_data.topics``, which every Python ships.
+    """Text to measure on, and its name: a file in UTF-8, or the English of ``pydoc_data.topics``, which every Python
+    ships.
 
     Paragraphs that occur twice are kept once, so that no text is in both halves.
 
@@ -101,7 +104,8 @@ def read_text(path: str | Path | None = None) -> tuple[str, str]:
 
 
 def split_windows(ids: Tensor, plan: Plan) -> tuple[list[Tensor], list[Tensor]]:
-    """Calibration windows from the first half of a text and evaluation windows from the second, evenly spread over each.
+    """Calibration windows from the first half of a text and evaluation windows from the second, evenly spread over
+    each.
 
     >>> calibration, evaluation = split_windows(torch.arange(1000), Plan(windows=2, calibration=3, length=100))
     >>> [int(w[0]) for w in calibration], [int(w[0]) for w in evaluation]
@@ -137,12 +141,14 @@ def measure_quality(
     model : str or Path
         See :func:`calibration.execute.quality_load.load_decoder`, also for ``threads``.
     out : str or Path
-        The table (CSV). Finished points are kept beside it until the table is complete, and a rerun with the same settings goes on.
+        The table (CSV). Finished points are kept beside it until the table is complete, and a rerun with the same
+        settings goes on.
     plan : Plan, optional
     text : str or Path, optional
         See :func:`read_text`.
     name : str
-        Name of the model in the table; if left out, that of the shipped configuration with the same shape, else the file's.
+        Name of the model in the table; if left out, that of the shipped configuration with the same shape, else the
+        file's.
     progress : callable, optional
         Called with windows done, windows in all, and what is running.
 

@@ -1,7 +1,9 @@
-"""Training-free pruning of a real decoder, a method for every family: criteria published for each, applied without fine-tuning.
+"""Training-free pruning of a real decoder, a method for every family: criteria published for each, applied without
+fine-tuning.
 
-Use :func:`calibrate` once on calibration text, then :func:`apply` for a method of :data:`METHODS` and a fraction: it returns the changed
-decoder, whose rule has the dynamic decisions, and the fraction really removed, with the same rounding as :mod:`simulator.pruning`.
+Use :func:`calibrate` once on calibration text, then :func:`apply` for a method of :data:`METHODS` and a fraction: it
+returns the changed decoder, whose rule has the dynamic decisions, and the fraction really removed, with the same
+rounding as :mod:`simulator.pruning`.
 """
 
 from __future__ import annotations
@@ -24,7 +26,6 @@ from calibration.execute.decoder.families import (
     two_of_four,
     whole_share,
     without_layers,
-    without_smallest,
 )
 from calibration.execute.decoder.model import Attention, Mlp, Projection, Sublayer
 from calibration.execute.quality_rules import (
@@ -101,7 +102,8 @@ class _Watch(Masked):
 def calibrate(
     decoder: Decoder, windows: Sequence[Tensor], progress: Callable[[int, int], None] | None = None
 ) -> Calibration:
-    """Run the dense model over windows of text that the evaluation does not see; ``progress`` is told windows done and their number."""
+    """Run the dense model over windows of text that the evaluation does not see; ``progress`` is told windows done and
+    their number."""
     watch = _Watch(decoder)
     watched = replace(decoder, rule=watch)
     for done, ids in enumerate(windows):
@@ -119,7 +121,7 @@ def calibrate(
     return Calibration(watch.second, watch.influence / tokens, similarity, watch.stream, position)
 
 
-# -- weights ----------------------------------------------------------------------------------------------------------------------
+# -- weights --------------------------------------------------------------------------------------
 
 
 def drop_layers(decoder: Decoder, sparsity: float, seen: Calibration) -> Applied:
@@ -130,14 +132,15 @@ def drop_layers(decoder: Decoder, sparsity: float, seen: Calibration) -> Applied
 
 
 def narrow(decoder: Decoder, sparsity: float, seen: Calibration) -> Applied:
-    """Width: KV groups and MLP channels of least activation-weighted magnitude go (Wanda-sp in FLAP, arXiv 2312.11983)."""
+    """Width: KV groups and MLP channels of least activation-weighted magnitude go (Wanda-sp in FLAP, arXiv
+    2312.11983)."""
     out = narrowed(decoder, sparsity, lambda i, role, p: _saliency(p.weight, seen.second[i, role]).sum(0))
     return Applied(out, 1.0 - _parameters(out) / _parameters(decoder))
 
 
 def slice_hidden(decoder: Decoder, sparsity: float, seen: Calibration) -> Applied:
-    """Width across layers: the residual stream keeps its leading principal components (SliceGPT, arXiv 2401.15024), the same ones in all
-    layers, so no residual projections are needed."""
+    """Width across layers: the residual stream keeps its leading principal components (SliceGPT, arXiv 2401.15024), the
+    same ones in all layers, so no residual projections are needed."""
     kept = aligned(decoder.hidden, 1.0 - sparsity)
     _, vectors = torch.linalg.eigh(seen.stream.double())
     basis = vectors[:, -kept:].float()
@@ -161,14 +164,15 @@ def scatter_zeros(decoder: Decoder, sparsity: float, seen: Calibration) -> Appli
     """Unstructured: in every row the weights of least |weight| x input norm go (Wanda, arXiv 2306.11695)."""
 
     def mask(weight: Tensor, second: Tensor) -> Tensor:
-        return without_smallest(weight, _saliency(weight, second), whole_share(sparsity, weight.shape[1]))
+        least = _saliency(weight, second).argsort(dim=1)[:, : whole_share(sparsity, weight.shape[1])]
+        return weight.scatter(1, least, 0.0)
 
     return Applied(_each(decoder, seen, mask), sparsity)
 
 
 def factorise(decoder: Decoder, sparsity: float, seen: Calibration) -> Applied:
-    """Low rank: each weight keeps the directions of its outputs with most energy on calibration data, which is its truncated SVD
-    after scaling by the inputs' second moments (SVD-LLM, arXiv 2403.07378)."""
+    """Low rank: each weight keeps the directions of its outputs with most energy on calibration data, which is its
+    truncated SVD after scaling by the inputs' second moments (SVD-LLM, arXiv 2403.07378)."""
     shapes = [p.weight.shape for _, _, p in decoder.projections()]
     left = sum(rank_left(sparsity, n, k) * (n + k) for n, k in shapes)
     out = _each(decoder, seen, lambda w, second: truncated(w, second, rank_left(sparsity, *w.shape)))
@@ -205,12 +209,13 @@ def _parameters(decoder: Decoder) -> int:
     return sum(p.weight.numel() for _, _, p in decoder.projections())
 
 
-# -- per token --------------------------------------------------------------------------------------------------------------------
+# -- per token ------------------------------------------------------------------------------------
 
 
 def skip_tokens(decoder: Decoder, sparsity: float, seen: Calibration) -> Applied:
-    """Dynamic depth: tokens whose residual stream the sublayer before changed least skip this one; sublayers of redundant layers are
-    skipped more often (similarity as in FFN-SkipLLM, arXiv 2404.03865). Keys and values stay dense."""
+    """Dynamic depth: tokens whose residual stream the sublayer before changed least skip this one; sublayers of
+    redundant layers are skipped more often (similarity as in FFN-SkipLLM, arXiv 2404.03865). Keys and values stay
+    dense."""
     similarity = seen.similarity[..., seen.position >= SINKS]
     limit = similarity.flatten().kthvalue(max(1, round(similarity.numel() * (1.0 - sparsity)))).values
     share = (similarity > limit).float().mean(-1)

@@ -1,4 +1,5 @@
-"""Finished points of a quality measurement on disk, so that one that was stopped goes on where it was, and a second one stops at once."""
+"""Finished points of a quality measurement on disk, so that one that was stopped goes on where it was, and a second one
+stops at once."""
 
 from __future__ import annotations
 

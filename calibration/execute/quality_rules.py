@@ -1,6 +1,8 @@
-"""Rules of dynamic pruning as published methods have them: which tokens, groups, attention blocks or cached positions a pass leaves out.
+"""Rules of dynamic pruning as published methods have them: which tokens, groups, attention blocks or cached positions a
+pass leaves out.
 
-They compute what a method skips and then leave it out, for one window at a time (a batch of one): they measure quality, not speed.
+They compute what a method skips and then leave it out, for one window at a time (a batch of one): they measure quality,
+not speed.
 """
 
 from __future__ import annotations
@@ -26,14 +28,15 @@ DROP_FROM = 2
 """First layer on fewer prompt tokens, as the simulator's family has it unless told otherwise."""
 
 SINKS = 4
-"""First tokens of a window that never skip: later ones rest their attention on them (StreamingLLM, arXiv 2309.17453). On SmolLM2-135M
-this halves what skipping 5 % costs."""
+"""First tokens of a window that never skip: later ones rest their attention on them (StreamingLLM, arXiv 2309.17453).
+On SmolLM2-135M this halves what skipping 5 % costs."""
 
 NEVER = float("-inf")
 
 
 class Masked(Rule):
-    """What may be masked: tokens that a sublayer leaves as they are, attention scores, outputs of heads, channels; this one masks nothing."""
+    """What may be masked: tokens that a sublayer leaves as they are, attention scores, outputs of heads, channels; this
+    one masks nothing."""
 
     def attention(self, s: State, a: Attention, x: Tensor) -> Tensor:
         return self._masked(s, a, x, super().attention(s, a, x))
@@ -79,8 +82,9 @@ class Masked(Rule):
 
 @dataclass(frozen=True)
 class TokenSkipping(Masked):
-    """A share of a window's tokens skips each sublayer: those whose residual stream the last sublayer of that kind that they
-    computed changed least; the first :data:`SINKS` tokens never do. ``share`` (layers, 2) is that of attention and MLP of each layer.
+    """A share of a window's tokens skips each sublayer: those whose residual stream the last sublayer of that kind that
+    they computed changed least; the first :data:`SINKS` tokens never do. ``share`` (layers, 2) is that of attention and
+    MLP of each layer.
     """
 
     share: Tensor
@@ -103,8 +107,9 @@ class TokenSkipping(Masked):
 
 @dataclass(frozen=True)
 class UnitChoice(Masked):
-    """In each sublayer the (token, head group) or (token, channel group) pairs of least contribution to the output are left out. The choice
-    looks at what the groups would give, so it bounds what a router could reach (contextual sparsity, Deja Vu, arXiv 2310.17157)."""
+    """In each sublayer the (token, head group) or (token, channel group) pairs of least contribution to the output are
+    left out. The choice looks at what the groups would give, so it bounds what a router could reach (contextual
+    sparsity, Deja Vu, arXiv 2310.17157)."""
 
     sparsity: float
 
@@ -131,10 +136,11 @@ class UnitChoice(Masked):
 
 @dataclass(frozen=True)
 class AttentionBlocks(Masked):
-    """A share of the causal blocks of attention is left out, head by head; the diagonal and the first column of blocks always stay.
+    """A share of the causal blocks of attention is left out, head by head; the diagonal and the first column of blocks
+    always stay.
 
-    ``pattern`` is "local", the nearest blocks (A-shape, StreamingLLM, arXiv 2309.17453), or "vertical-slash", those on the columns and diagonals
-    that the last queries attend to most (MInference, arXiv 2407.02490).
+    ``pattern`` is "local", the nearest blocks (A-shape, StreamingLLM, arXiv 2309.17453), or "vertical-slash", those on
+    the columns and diagonals that the last queries attend to most (MInference, arXiv 2407.02490).
     """
 
     sparsity: float
@@ -169,7 +175,8 @@ class AttentionBlocks(Masked):
 
 @dataclass(frozen=True)
 class PromptDropping(Masked):
-    """Prompt tokens that the last one attends to least, on average over the heads of layer 1, are gone from layer 2 on (FastV, arXiv 2403.06764)."""
+    """Prompt tokens that the last one attends to least, on average over the heads of layer 1, are gone from layer 2 on
+    (FastV, arXiv 2403.06764)."""
 
     sparsity: float
 
@@ -191,8 +198,8 @@ class PromptDropping(Masked):
 
 @dataclass(frozen=True)
 class CacheEviction(Masked):
-    """After the prompt, the positions of each KV head's cache that stay are the most recent and those with most attention so far, half and
-    half (H2O, arXiv 2306.14048)."""
+    """After the prompt, the positions of each KV head's cache that stay are the most recent and those with most
+    attention so far, half and half (H2O, arXiv 2306.14048)."""
 
     sparsity: float
 

@@ -21,12 +21,12 @@ from calibration.cli import compare as command  # noqa: E402
 from calibration.devices.protocol import Description, Unsupported  # noqa: E402
 from calibration.devices.replay import ReplayDevice  # noqa: E402
 from calibration.execute import compare as running  # noqa: E402
-from calibration.execute.compare import STORE, Compared, compare, fewer_layers  # noqa: E402
+from calibration.execute.cases import Case, fewer_layers, settings_of  # noqa: E402
+from calibration.execute.compare import STORE, Compared, compare  # noqa: E402
 from calibration.execute.compare_figure import compare_figure  # noqa: E402
 from calibration.execute.comparison import Row, by_phase, name_of, repeatability, rows_of, spearman, summary  # noqa: E402
-from calibration.execute.decoder import pairs, random_decoder  # noqa: E402
-from calibration.execute.decoder.pairs import PairTimes, time_pair  # noqa: E402
-from calibration.execute.upper_bound import Case, settings_of  # noqa: E402
+from calibration.execute.decoder import prune_decoder, random_decoder, timing  # noqa: E402
+from calibration.execute.decoder.timing import PairTimes, time_pair  # noqa: E402
 from calibration.records.store import read_store  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.hardware.library import load_hardware
@@ -78,13 +78,13 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
 
     def timed(first: Any, second: Any, *, phase: str, time_limit_s: float, runtime: str, **_: Any) -> PairTimes:
-        seen.append(f"{second.dynamic.family or len(second.layers)} {phase} {runtime}")
+        seen.append(f"{second.rule.family if second.rule else len(second.layers)} {phase} {runtime}")
         noise = (1.0, 1.02, 0.98, 1.01, 0.99, 1.0, 1.0)
         return PairTimes(
             tuple(len(first.layers) * x for x in noise), tuple(float(len(second.layers)) for _ in noise), 1
         )
 
-    monkeypatch.setattr(pairs, "time_pair", timed)
+    monkeypatch.setattr(timing, "time_pair", timed)
     return seen
 
 
@@ -102,7 +102,7 @@ def test_pairs_are_taken_in_turns(tiny: Path, monkeypatch: pytest.MonkeyPatch) -
 
         return sample
 
-    monkeypatch.setattr(pairs, "_ready", ready)
+    monkeypatch.setattr(timing, "_ready", ready)
     config = load_model(str(tiny))
     first, second = random_decoder(config, dtype="fp32"), random_decoder(config, dtype="fp32", layers=2)
     times = time_pair(
@@ -112,7 +112,7 @@ def test_pairs_are_taken_in_turns(tiny: Path, monkeypatch: pytest.MonkeyPatch) -
     assert order[:2] == [4, 2]  # first passes; long ones need no others to be warm
     assert order[2:10] == [4, 2, 2, 4, 4, 2, 2, 4]
     for limit, count in (
-        (1.5, pairs.LEAST),
+        (1.5, timing.LEAST),
         (0.5, 2),
         (0.2, 1),
     ):  # three are taken, unless they take three times as long
@@ -123,11 +123,11 @@ def test_pairs_are_taken_in_turns(tiny: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_precise_ratio_ends_early(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs, "_ready", lambda decoder, *_: lambda loops: float(len(decoder.layers)))
+    monkeypatch.setattr(timing, "_ready", lambda decoder, *_: lambda loops: float(len(decoder.layers)))
     config = load_model(str(tiny))
     many, one = random_decoder(config, dtype="fp32"), random_decoder(config, dtype="fp32", layers=1)
     times = time_pair(many, one, batch=1, seq=8, phase="decode", time_limit_s=9e9)
-    assert (len(times.first_s), set(times.first_s), set(times.second_s)) == (pairs.ENOUGH, {4.0}, {1.0})
+    assert (len(times.first_s), set(times.first_s), set(times.second_s)) == (timing.ENOUGH, {4.0}, {1.0})
 
 
 def test_more_layers_take_longer(tiny: Path) -> None:
@@ -237,7 +237,7 @@ def test_a_case_that_breaks_is_kept_with_its_reason(
     def broken(*_: Any, **__: Any) -> PairTimes:
         raise error
 
-    monkeypatch.setattr(pairs, "time_pair", broken)
+    monkeypatch.setattr(timing, "time_pair", broken)
     cases = _cases(tiny, families=["depth", "width"], sparsities=[0.25, 0.5])
     found = _compare(tmp_path, tiny, cases)
     assert {r["status"] for r in found.records} == {status}
@@ -261,8 +261,8 @@ def test_what_a_graph_cannot_hold_is_launched_one_by_one(
             raise RuntimeError("operation not permitted when stream is capturing")
         return PairTimes((2.0,) * 3, (1.0,) * 3, 1)
 
-    monkeypatch.setattr(pairs, "time_pair", timed)
-    monkeypatch.setattr(running._Job, "_best", lambda self, case: "cuda_graph")
+    monkeypatch.setattr(timing, "time_pair", timed)
+    monkeypatch.setattr(running._Executor, "_runtime", lambda self, *_: "cuda_graph")
     (record,) = _compare(tmp_path, tiny, _cases(tiny, families=["depth"], phases=["decode"])).records
     assert asked == ["cuda_graph", "eager"]
     assert (record["status"], record["runtime"]) == ("ok", "eager")

@@ -14,17 +14,15 @@ import pytest
 from calibration.cli import app, run, upper_bound
 from calibration.devices.protocol import Description, Operator
 from calibration.devices.replay import Faults, ReplayDevice, roofline_timings
+from calibration.execute.cases import Case, profile_of, settings_of
 from calibration.execute.upper_bound import (
     Bound,
-    Case,
     bound_errors,
     bounds,
     gemm_seconds,
     measure_bounds,
     measured_bounds,
     plain_gemms,
-    profile_of,
-    settings_of,
     shapes_of,
 )
 from calibration.records.records import Records, Source

@@ -5,8 +5,9 @@
     logits, state = prefill(pruned, tokens)
     logits = decode(pruned, next_token, state)
 
-``model`` holds the weights, ``families`` changes them, ``run`` is the one forward pass, whose decisions a :class:`Rule` takes: ``routed``
-and ``widths`` have those that save work. ``timing`` is the clock. Needs torch; importing this package imports it.
+``model`` holds the weights, ``families`` changes them, ``run`` is the one forward pass, whose decisions a :class:`Rule`
+takes: ``routed`` and ``widths`` have those that save work. ``timing`` is the clock. Needs torch; importing this package
+imports it.
 """
 
 from __future__ import annotations

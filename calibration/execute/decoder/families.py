@@ -1,8 +1,8 @@
 """Every pruning family applied to a decoder's weights, or switched on in its execution.
 
-Widths, ranks and counts are rounded as in ``simulator.pruning``, so that what runs here has the shapes that are predicted there. Here what is
-removed is chosen by the size of the weights, which makes no difference to the time; the functions that remove it serve
-:mod:`calibration.execute.quality_methods` as well, which chooses by published criteria.
+Widths, ranks and counts are rounded as in ``simulator.pruning``, so that what runs here has the shapes that are
+predicted there. Here what is removed is chosen by the size of the weights, which makes no difference to the time; the
+functions that remove it serve :mod:`calibration.execute.quality_methods` as well, which chooses by published criteria.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def prune_decoder(decoder: Decoder, family: str, sparsity: float, **options: Any
     sparsity : float, [0, 1)
         Fraction removed.
     **options
-        depth: ``unit`` (layer, attention, mlp). width, width_cross, low_rank: ``align``. width_cross: ``residual_projections``.
-        Dynamic families: fields of their rule.
+        depth: ``unit`` (layer, attention, mlp). width, width_cross, low_rank: ``align``. width_cross:
+        ``residual_projections``. Dynamic families: fields of their rule.
 
     Raises
     ------
@@ -61,7 +61,11 @@ def prune_decoder(decoder: Decoder, family: str, sparsity: float, **options: Any
         raise InputError(f"sparsity {sparsity:g}: expected a fraction in [0, 1), such as 0.25")
     if sparsity == 0.0:
         return decoder
-    names = [name for name in signature({**STATIC, **DYNAMIC}[family]).parameters if name not in ("decoder", "sparsity", "keep")]
+    names = [
+        name
+        for name in signature({**STATIC, **DYNAMIC}[family]).parameters
+        if name not in ("decoder", "sparsity", "keep")
+    ]
     if bad := sorted(set(options) - set(names)):
         raise InputError(f"family {family} has no option {bad[0]!r} here; it has {', '.join(names) or 'none'}")
     with torch.no_grad():
@@ -90,7 +94,7 @@ def rank_left(sparsity: float, n: int, k: int, align: int = ALIGN) -> int:
     return min(max(math.ceil(exact / align), 1) * align, n, k)
 
 
-# -- static -----------------------------------------------------------------------------------------------------------------------
+# -- static ---------------------------------------------------------------------------------------
 
 
 def depth(decoder: Decoder, sparsity: float, *, unit: str = "layer") -> Decoder:
@@ -120,7 +124,8 @@ def width(decoder: Decoder, sparsity: float, *, align: int = ALIGN) -> Decoder:
 def narrowed(
     decoder: Decoder, sparsity: float, saliency: Callable[[int, str, Projection], Tensor], align: int = ALIGN
 ) -> Decoder:
-    """KV groups and MLP channels of least saliency sliced out: a function of (layer, role, o or down) gives that of each input feature."""
+    """KV groups and MLP channels of least saliency sliced out: a function of (layer, role, o or down) gives that of
+    each input feature."""
 
     def change(number: int, part: Any) -> Any:
         size = saliency(number, part.roles[-1], getattr(part, part.roles[-1]))
@@ -142,7 +147,8 @@ def narrowed(
 def width_cross(
     decoder: Decoder, sparsity: float, *, align: int = ALIGN, residual_projections: bool = False
 ) -> Decoder:
-    """The hidden size is sliced everywhere. Norms keep the scale they had over the whole width, as if the features removed were zero."""
+    """The hidden size is sliced everywhere. Norms keep the scale they had over the whole width, as if the features
+    removed were zero."""
     before = decoder.hidden
     kept = aligned(before, 1.0 - sparsity, align)
     index = best(decoder.embedding.float().pow(2).sum(0), kept)
@@ -166,7 +172,8 @@ def width_cross(
 
 
 def low_rank(decoder: Decoder, sparsity: float, *, align: int = ALIGN) -> Decoder:
-    """Each projection W becomes (W Q)(Q^T) with Q an orthonormal basis of a sample of its row space (randomised range finder)."""
+    """Each projection W becomes (W Q)(Q^T) with Q an orthonormal basis of a sample of its row space (randomised range
+    finder)."""
     generator = torch.Generator().manual_seed(0)
 
     def factorise(number: int, role: str, p: Projection) -> Projection:
@@ -192,28 +199,24 @@ def unstructured(decoder: Decoder, sparsity: float) -> Decoder:
     """The smallest weights of every projection set to zero; dense kernels compute them all the same."""
 
     def zero(number: int, role: str, p: Projection) -> Projection:
-        flat = p.weight.reshape(1, -1)
-        zeroed = without_smallest(flat, flat.abs().float(), whole_share(sparsity, flat.numel()))
-        return Projection((zeroed.view_as(p.weight),), p.bias)
+        flat = p.weight.flatten()
+        small = flat.abs().float().topk(whole_share(sparsity, len(flat)), largest=False).indices
+        return Projection((flat.scatter(0, small, 0.0).view_as(p.weight),), p.bias)
 
     return each_projection(decoder, zero)
 
 
-def without_smallest(weight: Tensor, saliency: Tensor, many: int) -> Tensor:
-    """The weight with the ``many`` entries of least saliency in every row set to zero."""
-    return weight.scatter(1, saliency.topk(many, dim=1, largest=False).indices, 0.0)
-
-
 def two_of_four(weight: Tensor, saliency: Tensor | None = None) -> Tensor:
-    """The weight with two of every four neighbours in a row set to zero: the smallest, or those of least saliency.
+    """The weight with two of every four neighbours in a row zeroed: the smallest, or those of least saliency.
 
     >>> two_of_four(torch.tensor([[1.0, -3.0, 2.0, 0.5]])).tolist()
     [[0.0, -3.0, 2.0, 0.0]]
     """
     if weight.shape[1] % 4:
         raise InputError(f"semi_structured: needs input features in fours, got {weight.shape[1]}")
-    saliency = weight.abs() if saliency is None else saliency
-    return without_smallest(weight.reshape(-1, 4), saliency.reshape(-1, 4), 2).view_as(weight)
+    fours = (weight.abs() if saliency is None else saliency).view(len(weight), -1, 4)
+    keep = torch.zeros_like(fours, dtype=torch.bool).scatter_(-1, fours.topk(2, dim=-1).indices, True)
+    return weight.where(keep.view_as(weight), 0.0)
 
 
 def each_projection(decoder: Decoder, change: Callable[[int, str, Projection], Projection]) -> Decoder:
@@ -229,7 +232,7 @@ STATIC: Mapping[str, Callable[..., Decoder]] = {
 """Families that change the weights."""
 
 
-# -- dynamic ----------------------------------------------------------------------------------------------------------------------
+# -- dynamic --------------------------------------------------------------------------------------
 
 
 def _routed(decoder: Decoder, rule: Any) -> Decoder:
@@ -261,7 +264,8 @@ def _head_blocks(a: Attention) -> Blocks:
 
 
 def _channel_blocks(m: Mlp, groups: int) -> Blocks:
-    """Gate, up and down weights by groups of channels, as equal as whole channels allow, and no more groups than channels."""
+    """Gate, up and down weights by groups of channels, as equal as whole channels allow, and no more groups than
+    channels."""
     channels = m.down.weight.shape[1]
     groups = min(groups, channels)
     edges = tuple(channels * g // groups for g in range(groups + 1))

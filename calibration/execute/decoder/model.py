@@ -1,7 +1,8 @@
 """Weights of a Llama-style decoder, dense or pruned, as frozen data: projections, sublayers, layers.
 
-Such a decoder has RMS norms before each sublayer, rotary positions, a gated MLP and grouped-query attention (Llama, Mistral, Qwen2, Qwen3,
-SmolLM2, Phi-3). :func:`random_decoder` makes one of a model's shape, :func:`from_weights` takes a checkpoint's.
+Such a decoder has RMS norms before each sublayer, rotary positions, a gated MLP and grouped-query attention (Llama,
+Mistral, Qwen2, Qwen3, SmolLM2, Phi-3). :func:`random_decoder` makes one of a model's shape, :func:`from_weights` takes
+a checkpoint's.
 """
 
 from __future__ import annotations
@@ -15,13 +16,10 @@ import torch
 import torch.nn.functional as F
 
 from calibration.devices.operators import TORCH_DTYPE
-from simulator.errors import InputError, unknown
+from simulator.errors import InputError
 from simulator.models.config import ModelConfig
 
 Tensor = Any
-
-DTYPES: tuple[str, ...] = ("fp32", "bf16", "fp16")
-"""Number formats a decoder runs in."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,8 @@ class Projection:
 
 @dataclass(frozen=True)
 class Blocks:
-    """A copy of a sublayer's weights group by group, so that what a token uses of them is whole rows next to each other.
+    """A copy of a sublayer's weights group by group, so that what a token uses of them is whole rows next to each
+    other.
 
     Attributes
     ----------
@@ -92,8 +91,9 @@ class Blocks:
 class Sublayer:
     """What both sublayers have beside their projections.
 
-    ``turn`` is the residual projection that width_cross may add; a router belongs to dynamic depth and width, ``blocks`` (q and o by KV group,
-    or the MLP by groups of channels) to dynamic width. ``roles`` names the projections: the last writes the hidden state, the others read it.
+    ``turn`` is the residual projection that width_cross may add; a router belongs to dynamic depth and width,
+    ``blocks`` (q and o by KV group, or the MLP by groups of channels) to dynamic width. ``roles`` names the
+    projections: the last writes the hidden state, the others read it.
     """
 
     roles: ClassVar[tuple[str, ...]] = ()
@@ -133,7 +133,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A decoder ready to run; ``rule`` (a :class:`~calibration.execute.decoder.run.Rule`) says what a pass leaves out, if anything."""
+    """A decoder ready to run; ``rule`` (a :class:`~calibration.execute.decoder.run.Rule`) says what a pass leaves out,
+    if anything."""
 
     name: str
     dtype: str
@@ -193,16 +194,10 @@ def random_decoder(
 ) -> Decoder:
     """A decoder of a model's shape on a torch device, with random weights of a size that keeps activations near one.
 
-    ``layers`` may be fewer than the model has, where memory or time is short.
-
-    Raises
-    ------
-    InputError
-        The model is no Llama-style one, or the number format none of :data:`DTYPES`.
+    ``dtype`` is fp32, bf16 or fp16; ``layers`` may be fewer than the model has. Refuses a model that is no Llama-style
+    one (InputError).
     """
     check_model(config)
-    if dtype not in DTYPES:
-        raise unknown("dtype of a decoder", dtype, DTYPES)
     generator = torch.Generator(device=place).manual_seed(seed)
     kind = TORCH_DTYPE[dtype]
 
@@ -251,7 +246,8 @@ def from_weights(
     place: str = "cpu",
     **constants: Any,
 ) -> Decoder:
-    """A decoder with the weights of a Hugging Face checkpoint, by their names there (``model.layers.0.self_attn.q_proj.weight``, ...).
+    """A decoder with the weights of a Hugging Face checkpoint, by their names there
+    (``model.layers.0.self_attn.q_proj.weight``, ...).
 
     ``constants`` are the last fields of a :class:`Decoder`: ``epsilon``, ``frequencies``, ``rotary_scale``, ``rule``.
     """

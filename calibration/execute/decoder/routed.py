@@ -1,9 +1,9 @@
-"""Rules that really save what they leave out: tokens gathered and scattered under a router, blocks of keys skipped, tokens dropped, the
-cache cut. (Groups of heads and channels for each token: ``widths``.)
+"""Rules that really save what they leave out: tokens gathered and scattered under a router, blocks of keys skipped,
+tokens dropped, the cache cut. (Groups of heads and channels for each token: ``widths``.)
 
-Every choice is made from the data; nothing is computed and then masked, except inside the blocks of queries of :func:`routed_attention`.
-In a decode step of dynamic depth the number of tokens that run is drawn (binomial) and the router says which, because random weights
-have no threshold that means a given share.
+Every choice is made from the data; nothing is computed and then masked, except inside the blocks of queries of
+:func:`routed_attention`. In a decode step of dynamic depth the number of tokens that run is drawn (binomial) and the
+router says which, because random weights have no threshold that means a given share.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from calibration.devices.attention import block_sparse_attention, decode_attention
 from calibration.devices.operators import gated
-from calibration.execute.decoder.model import Attention, Decoder, Mlp, Tensor
+from calibration.execute.decoder.model import Attention, Mlp, Tensor
 from calibration.execute.decoder.run import Cache, Rule, State, joined
 from simulator.errors import InputError
 
@@ -40,7 +40,8 @@ def best(scores: Tensor, many: int) -> Tensor:
 
 
 def routed_attention(q: Tensor, k: Tensor, v: Tensor, places: Tensor) -> Tensor:
-    """Causal attention of some queries, (batch, heads, chosen, d) at ascending ``places`` (batch, chosen), over all keys.
+    """Causal attention of some queries, (batch, heads, chosen, d) at ascending ``places`` (batch, chosen), over all
+    keys.
 
     Queries go in blocks of 128; each block sees the keys up to its last query, masked where they lie after a query.
     """
@@ -66,7 +67,8 @@ def shared_scores(q: Tensor, k: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenRouting(Rule):
-    """Dynamic depth: a share of the tokens, chosen by a router of two outputs, computes each sublayer. Keys and values are all there."""
+    """Dynamic depth: a share of the tokens, chosen by a router of two outputs, computes each sublayer. Keys and values
+    are all there."""
 
     family: ClassVar[str] = "dynamic_depth"
     on_host: ClassVar[bool] = True
@@ -99,7 +101,8 @@ class TokenRouting(Rule):
         return _scattered(x, rows, m.down(gated(m.gate(h), m.up(h))), m.turn)
 
     def _chosen(self, s: State, what: str, router: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows of the flattened batch that run, and their places in their sequences (batch, chosen): a fixed share of a prompt."""
+        """Rows of the flattened batch that run, and their places in their sequences (batch, chosen): a fixed share of a
+        prompt."""
         assert router is not None
         votes = F.linear(x, router).float()
         scores = votes[..., 1] - votes[..., 0]
@@ -174,7 +177,8 @@ def block_means(x: Tensor, block: int) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenDropping(Rule):
-    """Token: from layer ``start`` on only the prompt tokens go on that the last one attends to most (evenly spread ones at layer 0)."""
+    """Token: from layer ``start`` on only the prompt tokens go on that the last one attends to most (evenly spread ones
+    at layer 0)."""
 
     family: ClassVar[str] = "token"
     keep: float
@@ -206,7 +210,8 @@ class TokenDropping(Rule):
 
 @dataclass(frozen=True)
 class CacheCut(Rule):
-    """KV cache: the positions stay that the last ``observed`` queries of the prompt attend to most, for each sequence and KV head."""
+    """KV cache: the positions stay that the last ``observed`` queries of the prompt attend to most, for each sequence
+    and KV head."""
 
     family: ClassVar[str] = "kv_cache"
     keep: float

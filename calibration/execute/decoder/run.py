@@ -1,4 +1,5 @@
-"""The forward pass: a prefill of whole prompts, decode steps of one token a sequence, and the loss of every token of a window.
+"""The forward pass: a prefill of whole prompts, decode steps of one token a sequence, and the loss of every token of a
+window.
 
 Whatever may be decided while it runs is a method of a :class:`Rule`; that of a dense decoder decides nothing.
 """
@@ -18,7 +19,8 @@ from calibration.execute.decoder.model import Attention, Decoder, Mlp, Tensor
 
 @dataclass
 class Cache:
-    """Keys and values of one layer, (batch, kv_heads, room, head_dim) each, of which ``length`` positions are filled."""
+    """Keys and values of one layer, (batch, kv_heads, room, head_dim) each, of which ``length`` positions are
+    filled."""
 
     k: Tensor
     v: Tensor
@@ -84,7 +86,8 @@ class State:
         return rms_norm(x, weight, self.decoder.epsilon)
 
     def turned(self, heads: Tensor, norms: tuple[Tensor, Tensor] | None, which: int, *tables: Tensor) -> Tensor:
-        """Query (0) or key (1) heads with the norm that some models put on them, rotated by this pass's tables or others."""
+        """Query (0) or key (1) heads with the norm that some models put on them, rotated by this pass's tables or
+        others."""
         heads = heads if norms is None else self.norm(heads, norms[which])
         return (self.decoder.rule or DENSE).rotated(heads, *(tables or (self.cos, self.sin)))
 
@@ -93,7 +96,8 @@ class State:
         return self.turned(split_heads(a.q(h), a.heads), a.qk_norms, 0, *tables)
 
     def keys_values(self, a: Attention, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Key heads, rotated, and value heads: of the prompt, or of everything in the cache. Normed tokens are put into it."""
+        """Key heads, rotated, and value heads: of the prompt, or of everything in the cache. Normed tokens are put into
+        it."""
         k = self.turned(split_heads(a.k(h), a.kv_heads), a.qk_norms, 1)
         v = split_heads(a.v(h), a.kv_heads)
         if not self.decoding:
@@ -110,7 +114,8 @@ class State:
 
 
 class Rule:
-    """What a pass computes and what it leaves out; this one leaves out nothing. One that remembers keeps it in :attr:`State.kept`."""
+    """What a pass computes and what it leaves out; this one leaves out nothing. One that remembers keeps it in
+    :attr:`State.kept`."""
 
     family: ClassVar[str] = ""
     on_host: ClassVar[bool] = False
@@ -188,14 +193,16 @@ def prefill(
 
 
 def decode(decoder: Decoder, token: Tensor, state: State) -> Tensor:
-    """Logits (batch, vocab) after one more token (batch, 1) of each sequence, which goes into the caches of a prefill's state."""
+    """Logits (batch, vocab) after one more token (batch, 1) of each sequence, which goes into the caches of a prefill's
+    state."""
     with torch.no_grad():
         state.decoding = True
         return _logits(decoder, _through(state, token)[:, -1])
 
 
 def token_losses(decoder: Decoder, ids: Tensor, start: int) -> Tensor:
-    """Negative log-likelihood of each token of a window (n,) from ``start`` on, given all before it; the prompt ends there: (n - start,)."""
+    """Negative log-likelihood of each token of a window (n,) from ``start`` on, given all before it; the prompt ends
+    there: (n - start,)."""
     with torch.no_grad():
         x = _through(State(decoder, start), ids[None])[0]
         return F.cross_entropy(_logits(decoder, x[start - 1 : -1]), ids[start:], reduction="none")

@@ -14,10 +14,9 @@ from calibration.devices.protocol import Unsupported
 from calibration.execute.decoder.model import Decoder
 from calibration.execute.decoder.run import decode, prefill
 from calibration.measure.timing import median_interval
-from simulator.errors import unknown
+from simulator.predict.settings import one_of
+from simulator.workload import PHASES, RUNTIMES
 
-PHASES: tuple[str, ...] = ("prefill", "decode")
-RUNTIMES: tuple[str, ...] = ("eager", "cuda_graph")
 WINDOW_S = 4e-3
 PRECISION = 0.005
 LEAST, ENOUGH, MOST = 3, 8, 200
@@ -70,9 +69,8 @@ def time_pair(
     Unsupported
         Without CUDA graphs, or for a family whose kernels depend on its data.
     """
-    for name, value, known in (("phase", phase, PHASES), ("runtime", runtime, RUNTIMES)):
-        if value not in known:
-            raise unknown(name, value, known)
+    one_of("phase", phase, PHASES[:2])
+    one_of("runtime", runtime, RUNTIMES)
     samplers = [_ready(decoder, batch, seq, phase, runtime, clock) for decoder in (first, second)]
     once = [sample(1) for sample in samplers]  # also warms caches and kernels' choices
     loops = max(1, math.ceil(WINDOW_S / max(min(once), 1e-7)))

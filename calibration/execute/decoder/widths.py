@@ -1,9 +1,9 @@
 """Dynamic width: groups of heads and of MLP channels chosen for each token, and nothing but them computed.
 
-Plain torch has no kernel that skips tiles, so this is what frameworks without one do. The (token, group) pairs of a sublayer are sorted by
-group once; their rows are gathered, multiplied group by group (one grouped GEMM where torch has it, else a loop into one output), and the
-partial outputs of each token summed by one operator. A single token on a CPU needs no pairs: neighbouring groups are one slice of the
-stacked weights, read in place.
+Plain torch has no kernel that skips tiles, so this is what frameworks without one do. The (token, group) pairs of a
+sublayer are sorted by group once; their rows are gathered, multiplied group by group (one grouped GEMM where torch has
+it, else a loop into one output), and the partial outputs of each token summed by one operator. A single token on a CPU
+needs no pairs: neighbouring groups are one slice of the stacked weights, read in place.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ from calibration.execute.decoder.run import Rule, State, added
 
 
 def group_counts(keep: float, groups: int, first: int, tokens: int) -> NDArray[np.int64]:
-    """How many groups each token uses: the two whole numbers around ``keep * groups`` in turn, so that the mean is exact.
+    """How many groups each token uses: the two whole numbers around ``keep * groups`` in turn, so that the mean is
+    exact.
 
-    ``first`` is where in the turn the tokens begin; layers and positions begin at others. A share below one group leaves some tokens none.
+    ``first`` is where in the turn the tokens begin; layers and positions begin at others. A share below one group
+    leaves some tokens none.
 
     >>> group_counts(0.5, 3, 0, 4).tolist(), group_counts(0.5, 3, 1, 2).tolist(), group_counts(0.25, 32, 5, 2).tolist()
     ([1, 2, 1, 2], [2, 1], [8, 8])
@@ -76,7 +78,8 @@ class Pairs:
         return self.running[self.tokens - 1 :: self.tokens].int()
 
     def spans(self, sequences: int = 1) -> list[tuple[int, int, int]]:
-        """Number, begin and end of each group's pairs, sequence by sequence, where there are some; waits for the device."""
+        """Number, begin and end of each group's pairs, sequence by sequence, where there are some; waits for the
+        device."""
         step = self.tokens // sequences
         bounds = [0, *self.running[step - 1 :: step].tolist()]
         return [(number, start, stop) for number, (start, stop) in enumerate(pairwise(bounds)) if stop > start]
@@ -106,7 +109,7 @@ def pairs_of(index: Tensor, counts: NDArray[np.int64], groups: int) -> Pairs:
     return Pairs(torch.empty_like(cells).scatter_(0, place, cells), running, place, starts, tokens)
 
 
-# -- products ---------------------------------------------------------------------------------------------------------------------
+# -- products -------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=16)
@@ -152,17 +155,19 @@ def _sliced(x: Tensor, weight: Tensor, spans: Sequence[tuple[int, int]], rows: i
 
 
 def _returned(features: Tensor, index: Tensor, blocks: Blocks) -> Tensor:
-    """Features (groups, width) of some groups by their rows of the transposed weight, summed: (1, hidden); rows are read in place."""
+    """Features (groups, width) of some groups by their rows of the transposed weight, summed: (1, hidden); rows are
+    read in place."""
     channels = index[:, None] * blocks.width + torch.arange(blocks.width, device=index.device)
     return F.embedding_bag(channels, blocks.outer, mode="sum", per_sample_weights=features).sum(0, keepdim=True)
 
 
-# -- sublayers --------------------------------------------------------------------------------------------------------------------
+# -- sublayers ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class GroupRouting(Rule):
-    """Dynamic width: a router says which groups of heads and of MLP channels each token wants most. Keys and values are dense."""
+    """Dynamic width: a router says which groups of heads and of MLP channels each token wants most. Keys and values are
+    dense."""
 
     family: ClassVar[str] = "dynamic_width"
     on_host: ClassVar[bool] = True
@@ -198,7 +203,8 @@ class GroupRouting(Rule):
         return added(x, y.view_as(x), m.turn)
 
     def _choice(self, s: State, what: str, sublayer: Sublayer, x: Tensor) -> tuple[Tensor, NDArray[np.int64]]:
-        """Groups that each token wants most, best first, as many as the greediest token uses; and how many each uses."""
+        """Groups that each token wants most, best first, as many as the greediest token uses; and how many each
+        uses."""
         assert sublayer.router is not None
         groups, (batch, tokens) = len(sublayer.router), x.shape[:2]
         counts = group_counts(self.keep, groups, s.layer + max(s.position, s.prompt), batch * tokens)
