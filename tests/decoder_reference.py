@@ -1,4 +1,5 @@
-"""A dense decoder in float64, written out without a cache, whose removed parts are masked: what pruned forward passes must equal."""
+"""A dense decoder in float64, written out without a cache, whose removed parts are masked: what pruned forward passes
+must equal."""
 
 from __future__ import annotations
 
@@ -33,8 +34,8 @@ ALL = slice(None)
 class Masks:
     """What a dense pass must leave out to equal a pruned one; by layer, missing where nothing is left out.
 
-    ``seen`` (batch, kv_heads, queries, keys); ``groups`` (batch, tokens, kv_heads) and ``channels`` (batch, tokens, inner) used;
-    ``attention`` and ``mlp`` (batch, tokens) computed.
+    ``seen`` (batch, kv_heads, queries, keys); ``groups`` (batch, tokens, kv_heads) and ``channels`` (batch, tokens,
+    inner) used; ``attention`` and ``mlp`` (batch, tokens) computed.
     """
 
     seen: dict[int, Any] = field(default_factory=dict)
@@ -104,7 +105,8 @@ def reference(decoder: Decoder, tokens: Any, masks: Masks | None = None) -> Any:
 
 
 def run(decoder: Decoder, tokens: Any = TOKENS, prompt: int = PROMPT) -> tuple[Any, list[dict[tuple[int, str], Any]]]:
-    """Logits of the last prompt position and of each decode step, (batch, 1 + steps, vocab), and what was decided in each pass."""
+    """Logits of the last prompt position and of each decode step, (batch, 1 + steps, vocab), and what was decided in
+    each pass."""
     traces: list[dict[tuple[int, str], Any]] = [{}]
     logits, state = prefill(decoder, tokens[:, :prompt], room=tokens.shape[1] - prompt, trace=traces[0])
     out = [logits]

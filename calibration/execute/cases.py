@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -88,7 +88,8 @@ def settings_of(
 
     Examples
     --------
-    >>> cases, notes = settings_of("smollm2-135m", phases=["decode"], families=["depth", "semi_structured"], sparsities=[0.25])
+    >>> families = ["depth", "semi_structured"]
+    >>> cases, notes = settings_of("smollm2-135m", phases=["decode"], families=families, sparsities=[0.25])
     >>> [(c.family, c.sparsity) for c in cases], len(notes)
     ([('depth', 0.25)], 1)
     """
@@ -125,36 +126,14 @@ def fewer_layers(config: ModelConfig, layers: int | None) -> ModelConfig:
     return replace(config, layers=layers, windows=config.windows[:layers])
 
 
-def predictions(cases: Sequence[Case], hw: HardwareProfile, runtimes: Iterable[str]) -> list[Speedup]:
-    """Predicted speedups of cases, each in its runtime, those of one dense workload in one pass.
-
-    Times and speedup are NaN where the device cannot run the pruned model.
-    """
-    groups: dict[tuple[int, str], list[int]] = {}
-    for i, (case, runtime) in enumerate(zip(cases, runtimes, strict=True)):
-        groups.setdefault((id(case.dense), runtime), []).append(i)
-    found: dict[int, Speedup] = {}
-    for (_, runtime), members in groups.items():
-        dense = cases[members[0]].dense
-        try:
-            found.update(zip(members, speedups(dense, [cases[i].pruned for i in members], hw, runtime), strict=True))
-        except InputError:
-            found.update((i, _alone(cases[i], hw, runtime)) for i in members)
-    return [found[i] for i in range(len(cases))]
-
-
-def _alone(case: Case, hw: HardwareProfile, runtime: str) -> Speedup:
-    """One prediction, NaN where the device has no kernel for it."""
+def predicted_speedup(case: Case, hw: HardwareProfile, runtime: str) -> Speedup:
+    """The predicted speedup of a case; NaN times and speedup where the device cannot run the pruned model."""
     try:
         return speedups(case.dense, [case.pruned], hw, runtime)[0]
     except InputError:
-        plain = speedups(case.dense, [case.dense], hw, runtime)[0]
-        pairs = pairs_of(case.dense, [case.pruned])
-        bounds = {"flop_bound": float(pairs.flop_bound[1]), "byte_bound": float(pairs.byte_bound[1])}
-        return replace(plain, **bounds, **dict.fromkeys(_UNKNOWN, math.nan))
-
-
-_UNKNOWN = ("roofline_bound", "pruned_s", "speedup", "lower", "upper")
+        plain, pairs = speedups(case.dense, [case.dense], hw, runtime)[0], pairs_of(case.dense, [case.pruned])
+        unknown: dict[str, Any] = dict.fromkeys(("roofline_bound", "pruned_s", "speedup", "lower", "upper"), math.nan)
+        return replace(plain, flop_bound=float(pairs.flop_bound[1]), byte_bound=float(pairs.byte_bound[1]), **unknown)
 
 
 def profile_of(folder: str | Path, device: Device, dtype: str, hardware: str = "") -> HardwareProfile:

@@ -71,17 +71,11 @@ def compare(
 ) -> Compared:
     """Run and time a decoder in every case, into a run folder, new or begun by an earlier run of the same device.
 
+    The device is open, and left open; the cases were lowered from ``config`` and share the budget equally: those that
+    time is too short for are left for the next run.
+
     Parameters
     ----------
-    folder : str or Path
-    device : Device
-        Open, and left open; one that runs torch.
-    config : ModelConfig
-        What the cases were lowered from.
-    cases : sequence of Case
-    budget_s : float, s
-        Shared equally among the cases; those that time is too short for are left for the next run.
-    dtype : {"fp32", "bf16", "fp16"}
     runtime : {"", "cuda_graph", "eager"}
         How decode steps are launched; a graph where the device and the family can if left out.
     seed : int
@@ -199,8 +193,8 @@ class _Executor:
         limit = min(max(0.6 * (end - self.device.clock()), 0.0), LONGEST_S)
 
         def timed(how: str) -> PairTimes:
-            size = {"batch": case.batch, "seq": case.seq}
-            return time_pair(self.dense, pruned, **size, phase=case.phase, runtime=how, time_limit_s=limit)
+            where: dict[str, Any] = {"batch": case.batch, "seq": case.seq, "phase": case.phase}
+            return time_pair(self.dense, pruned, **where, runtime=how, time_limit_s=limit)
 
         runtime = self._runtime(case, pruned)
         try:

@@ -71,5 +71,4 @@ def _panel(ax: Axes, rows: Sequence[Row], families: Sequence[str]) -> None:
     a = summary(rows)
     lines = [f"{a.count} cases", f"median error {100 * a.median:.1f} %"]
     lines += [f"Spearman {a.spearman:.2f}"] if np.isfinite(a.spearman) else []
-    where = {"transform": ax.transAxes, "ha": "left", "va": "top"}
-    ax.text(0.04, 0.97, "\n".join(lines), **where, fontsize=6, linespacing=1.25, zorder=6)
+    ax.text(0.04, 0.97, "\n".join(lines), transform=ax.transAxes, va="top", fontsize=6, linespacing=1.25, zorder=6)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from calibration.execute.cases import Case, Key, predictions
+from calibration.execute.cases import Case, Key, predicted_speedup
 from calibration.measure.timing import median_interval
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
@@ -99,27 +99,24 @@ def rows_of(
     """Comparisons of the cases that were measured, in their order; without those that have no time, or that the profile
     cannot predict.
 
+    A pass launched from a graph, a prefill, and any pass on a CPU (whose operators' times hold their launches) are
+    predicted as the sum of their operators; a decode step launched one by one on a GPU in eager mode.
+
     Parameters
     ----------
-    cases : sequence of Case
     records : iterable of mapping
         As :func:`calibration.execute.compare.compare` keeps them.
-    hw : HardwareProfile
-        That predicts. A pass launched from a graph, a prefill, and any pass on a CPU (whose operators' times hold their
-        launches) are predicted as the sum of their operators; a decode step launched one by one on a GPU in eager mode.
-    device, dtype : str
-        What was measured.
     measured_bounds : mapping, optional
         Keys of cases to the measured upper bound, where there is one.
     """
     found = {str(r["key"]): r for r in records if r.get("status") == OK}
-    timed = [(case, found[name]) for case in cases if (name := name_of(case, dtype)) in found]
-    runtimes = [
-        "eager" if r["runtime"] == "eager" and case.phase == "decode" and hw.architecture != "cpu" else "cuda_graph"
-        for case, r in timed
-    ]
     out = []
-    for (case, record), s in zip(timed, predictions([case for case, _ in timed], hw, runtimes), strict=True):
+    for case in cases:
+        record = found.get(name_of(case, dtype))
+        if record is None:
+            continue
+        host_bound = record["runtime"] == "eager" and case.phase == "decode" and hw.architecture != "cpu"
+        s = predicted_speedup(case, hw, "eager" if host_bound else "cuda_graph")
         if not math.isfinite(s.speedup):
             continue
         dense_s, pruned_s = (np.asarray(record[name], dtype=np.float64) for name in ("dense_s", "pruned_s"))
@@ -127,21 +124,23 @@ def rows_of(
         measured, low, high = median_interval(ratio.tolist())
         if not math.isfinite(high):
             low, high = float(ratio.min()), float(ratio.max())
-        row = {
-            "device": device,
-            "dtype": dtype,
-            "runtime": str(record["runtime"]),
-            "dense_s": float(np.median(dense_s)),
-            "pruned_s": float(np.median(pruned_s)),
-            "measured": measured,
-            "measured_lower": low,
-            "measured_upper": high,
-            "predicted_dense_s": s.dense_s,
-            "predicted_pruned_s": s.pruned_s,
-            "error": s.speedup / measured - 1.0,
-            "measured_bound": (measured_bounds or {}).get(case.key, math.nan),
-        }
-        out.append(Row(**case.columns(hw, s), **row))
+        out.append(
+            Row(
+                **case.columns(hw, s),
+                device=device,
+                dtype=dtype,
+                runtime=str(record["runtime"]),
+                dense_s=float(np.median(dense_s)),
+                pruned_s=float(np.median(pruned_s)),
+                measured=measured,
+                measured_lower=low,
+                measured_upper=high,
+                predicted_dense_s=s.dense_s,
+                predicted_pruned_s=s.pruned_s,
+                error=s.speedup / measured - 1.0,
+                measured_bound=(measured_bounds or {}).get(case.key, math.nan),
+            )
+        )
     return out
 
 

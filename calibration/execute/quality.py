@@ -34,34 +34,18 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured.
-
-    Attributes
-    ----------
-    windows, calibration : int
-        Windows of text that are scored, and that criteria are computed on.
-    length : int
-        Tokens of a window; the first half is the prompt, the second half is scored.
-    methods : tuple of str
-        Names in :data:`calibration.execute.quality_methods.METHODS`; empty for all.
-    fractions : tuple of float
-        Fractions removed; empty for those of each method.
-    """
+    """What is measured: windows that are scored, windows that criteria are computed on, methods, fractions removed."""
 
     windows: int = 8
     calibration: int = 8
-    length: int = 1024
-    methods: tuple[str, ...] = ()
-    fractions: tuple[float, ...] = ()
+    length: int = 1024  # tokens of a window; the first half is the prompt, the second half is scored
+    methods: tuple[str, ...] = ()  # names in METHODS; empty for all
+    fractions: tuple[float, ...] = ()  # empty for those of each method
 
     def __post_init__(self) -> None:
-        for name, value, least in (
-            ("windows", self.windows, 1),
-            ("calibration", self.calibration, 1),
-            ("length", self.length, 64),
-        ):
-            if value < least:
-                raise InputError(f"{name} {value}: expected a whole number from {least} up")
+        for name, least in (("windows", 1), ("calibration", 1), ("length", 64)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} {getattr(self, name)}: expected a whole number from {least} up")
         for name in self.methods:
             if name not in METHODS:
                 raise unknown("method", name, METHODS)
@@ -181,7 +165,7 @@ def measure_quality(
     seen = None
     with results:
         for method, fraction in [(DENSE, 0.0), *points]:
-            if results.has(method, fraction):
+            if (method, fraction) in results.points:
                 done += len(evaluation)
                 continue
             changed, realised = decoder, 0.0
@@ -205,10 +189,10 @@ def measure_quality(
 
 def _row(method: str, fraction: float, model: str, protocol: str, loaded: Loaded, results: Results) -> QualityRow:
     dense, pruned = results.losses(DENSE, 0.0), results.losses(method, fraction)
-    difference = [p - d for p, d in zip(pruned, dense)]
+    difference = [p - d for p, d in zip(pruned, dense, strict=True)]
     mean = sum(difference) / len(difference)
     spread = math.sqrt(sum((d - mean) ** 2 for d in difference) / max(len(difference) - 1, 1) / len(difference))
-    realised = results.realised(method, fraction)
+    realised = results.points[method, fraction]["realised"]
     return QualityRow(
         method,
         METHODS[method].family,

@@ -46,27 +46,14 @@ INPUT_OF: Mapping[str, str] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the dense model does on calibration text.
+    """What the dense model does on calibration text; similarity is the cosine of the residual stream before and after a
+    part."""
 
-    Attributes
-    ----------
-    second : mapping (layer, input) -> (features, features)
-        Second moments of the inputs of projections, summed over tokens.
-    influence : tensor (layers,)
-        Block influence: 1 - mean cosine similarity of the residual stream before and after a layer.
-    similarity : tensor (layers, 2, tokens)
-        Cosine similarity of the residual stream before and after each sublayer, by token.
-    stream : tensor (hidden, hidden)
-        Second moments of the residual stream, each token scaled to unit norm, over all sublayer inputs.
-    position : tensor (tokens,)
-        Place of each token in its window.
-    """
-
-    second: Mapping[tuple[int, str], Tensor]
-    influence: Tensor
-    similarity: Tensor
-    stream: Tensor
-    position: Tensor
+    second: Mapping[tuple[int, str], Tensor]  # by (layer, input): second moments of the inputs of projections, summed
+    influence: Tensor  # (layers,): block influence, 1 - mean similarity over a layer
+    similarity: Tensor  # (layers, 2, tokens): over each sublayer
+    stream: Tensor  # (hidden, hidden): second moments of all sublayer inputs, each token scaled to unit norm
+    position: Tensor  # (tokens,): place of each token in its window
 
 
 class Applied(NamedTuple):

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.devices.protocol import Device, Operator
-from calibration.execute.cases import Case, Key, predictions
+from calibration.execute.cases import Case, Key, predicted_speedup
 from calibration.measure.plan import Rates, check_budget, for_model
 from calibration.measure.probe import default_protocol, default_visits, probe
 from calibration.measure.run import Outcome, Progress, run
@@ -91,7 +91,8 @@ def plain_gemms(w: Workload) -> tuple[NDArray[np.int64], F]:
     What pruning adds is left out. Where a kernel computes with zeros in its weights (2:4, or without structure) the
     bound is a dense GEMM over as many input features as there are weights left, in multiples of :data:`ALIGN`.
 
-    >>> w = Workload.from_rows([{"role": "q", "m": 2, "n": 64, "k": 64, "count": 3}, {"role": "k", "m": 2, "n": 64, "k": 64}])
+    >>> q = {"role": "q", "m": 2, "n": 64, "k": 64}
+    >>> w = Workload.from_rows([{**q, "count": 3}, {**q, "role": "k"}])
     >>> shapes, count = plain_gemms(w)
     >>> shapes.tolist(), count.tolist()
     ([[2, 64, 64]], [4.0])
@@ -125,23 +126,8 @@ def measure_bounds(
 ) -> Measured:
     """Time the GEMMs of some cases into a run folder, new or begun by an earlier run of the same device.
 
-    Parameters
-    ----------
-    folder : str or Path
-    device : Device
-        Open, and left open.
-    cases : sequence of Case
-    budget_s : float, s
-        Shared among the shapes: the more there are the less time each gets; what does not fit is left for the next run.
-    dtype, seed
-    progress, say : callable
-        As for :func:`calibration.measure.runs.measure_into`.
-
-    Raises
-    ------
-    InputError
-        Before anything is measured: a budget of zero, a number format the device lacks, a folder of another device or
-        software.
+    The budget is shared among the shapes: the more there are the less time each gets; what does not fit is left for the
+    next run. The other arguments, and what is refused, are as for :func:`calibration.measure.runs.measure_into`.
     """
     path = check_folder(folder)
     check_budget(budget_s)
@@ -227,24 +213,29 @@ def bounds(
     times, alone = gemm_seconds(records, dtype), without_exact(hw)
     device = records.sources[0].device if records.sources else ""
     out = []
-    for case, s in zip(cases, predictions(cases, hw, [runtime] * len(cases)), strict=True):
+    for case in cases:
+        s = predicted_speedup(case, hw, runtime)
         dense, pruned = (_total(w, times, dtype) for w in (case.dense, case.pruned))
         ratio, half = dense.seconds / pruned.seconds, math.hypot(dense.half, pruned.half)
         plain = [_predicted(w, hw, dtype) for w in (case.dense, case.pruned)]
         model = [_predicted(w, alone, dtype) for w in (case.dense, case.pruned)]
-        measured = {
-            "dense_gemm_s": dense.seconds,
-            "pruned_gemm_s": pruned.seconds,
-            "measured_bound": ratio,
-            "lower": ratio * math.exp(-half),
-            "upper": ratio * math.exp(half),
-            "predicted_bound": plain[0] / plain[1],
-            "model_bound": model[0] / model[1],
-            "efficiency": (s.speedup - 1.0) / (ratio - 1.0) if ratio - 1.0 > 1e-9 else math.nan,
-            "gemm_share": plain[0] / s.dense_s,
-            "missing": dense.missing + pruned.missing,
-        }
-        out.append(Bound(**case.columns(hw, s), device=device, dtype=dtype, **measured))
+        out.append(
+            Bound(
+                **case.columns(hw, s),
+                device=device,
+                dtype=dtype,
+                dense_gemm_s=dense.seconds,
+                pruned_gemm_s=pruned.seconds,
+                measured_bound=ratio,
+                lower=ratio * math.exp(-half),
+                upper=ratio * math.exp(half),
+                predicted_bound=plain[0] / plain[1],
+                model_bound=model[0] / model[1],
+                efficiency=(s.speedup - 1.0) / (ratio - 1.0) if ratio - 1.0 > 1e-9 else math.nan,
+                gemm_share=plain[0] / s.dense_s,
+                missing=dense.missing + pruned.missing,
+            )
+        )
     return out
 
 

@@ -1,4 +1,5 @@
-"""Pruning a real decoder: the pass equals the model's own code, methods remove what they say, runs resume. Needs PyTorch."""
+"""Pruning a real decoder: the pass equals the model's own code, methods remove what they say, runs resume. Needs
+PyTorch."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ def _matrix(random: torch.Generator, n: int, k: int) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def decoder() -> Decoder:
     random = torch.Generator().manual_seed(0)
-    shapes = {f"self_attn.{r}_proj": (n, HIDDEN) for r, n in (("q", HEADS * DIM), ("k", GROUPS * DIM), ("v", GROUPS * DIM))}
+    shapes = {
+        f"self_attn.{r}_proj": (n, HIDDEN) for r, n in (("q", HEADS * DIM), ("k", GROUPS * DIM), ("v", GROUPS * DIM))
+    }
     shapes |= {"self_attn.o_proj": (HIDDEN, HEADS * DIM), "mlp.down_proj": (HIDDEN, INNER)}
     shapes |= {f"mlp.{role}_proj": (INNER, HIDDEN) for role in ("gate", "up")}
     weights = {"model.norm.weight": torch.ones(HIDDEN)}
@@ -73,7 +76,7 @@ def seen(decoder: Decoder, windows: list[torch.Tensor]) -> Calibration:
     return calibrate(decoder, windows)
 
 
-# -- the pass ---------------------------------------------------------------------------------------------------------------------
+# -- the pass -------------------------------------------------------------------------------------
 
 
 def test_pass_equals_transformers_own_code() -> None:
@@ -111,7 +114,7 @@ def test_losses_are_causal(decoder: Decoder, windows: list[torch.Tensor]) -> Non
     torch.testing.assert_close(a[:-1], b[:-1])
 
 
-# -- methods ----------------------------------------------------------------------------------------------------------------------
+# -- methods --------------------------------------------------------------------------------------
 
 
 def test_every_family_has_a_method() -> None:
@@ -187,7 +190,7 @@ def test_slicing_keeps_a_stream_that_lies_in_a_subspace(decoder: Decoder, window
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
-# -- rules ------------------------------------------------------------------------------------------------------------------------
+# -- rules ----------------------------------------------------------------------------------------
 
 
 def _causal(scores: torch.Tensor) -> torch.Tensor:
@@ -261,7 +264,7 @@ def test_unit_choice_leaves_out_the_smallest(decoder: Decoder) -> None:
     assert torch.equal(out[:, 2:], h[:, 2:])
 
 
-# -- text and runs ----------------------------------------------------------------------------------------------------------------
+# -- text and runs --------------------------------------------------------------------------------
 
 
 def test_texts_are_disjoint() -> None:

@@ -8,7 +8,7 @@ functions that remove it serve :mod:`calibration.execute.quality_methods` as wel
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from inspect import signature
 from itertools import pairwise
@@ -72,9 +72,8 @@ def prune_decoder(decoder: Decoder, family: str, sparsity: float, **options: Any
         if family in STATIC:
             return STATIC[family](decoder, sparsity, **options)
         if decoder.rule is not None:
-            raise InputError(
-                f"decoder: {decoder.rule.family} is on already; only one dynamic family can run at a time, not {family} too"
-            )
+            only = f"only one dynamic family can run at a time, not {family} too"
+            raise InputError(f"decoder: {decoder.rule.family} is on already; {only}")
         return _routed(decoder, DYNAMIC[family](1.0 - sparsity, **options))
 
 
@@ -178,7 +177,8 @@ def low_rank(decoder: Decoder, sparsity: float, *, align: int = ALIGN) -> Decode
 
     def factorise(number: int, role: str, p: Projection) -> Projection:
         weight = p.weight.float()
-        sample = torch.randn(len(weight), rank_left(sparsity, *weight.shape, align), generator=generator)
+        n, k = weight.shape
+        sample = torch.randn(n, rank_left(sparsity, n, k, align), generator=generator)
         basis = torch.linalg.qr(weight.t() @ sample.to(weight.device)).Q
         return Projection(tuple(f.to(p.weight.dtype).contiguous() for f in (basis.t(), weight @ basis)), p.bias)
 
@@ -242,18 +242,17 @@ def _routed(decoder: Decoder, rule: Any) -> Decoder:
         weight = torch.randn(outputs, decoder.hidden, generator=generator) / math.sqrt(decoder.hidden)
         return weight.to(device=decoder.place, dtype=decoder.embedding.dtype)
 
-    def routed(part: Any, generator: torch.Generator) -> Any:
-        if isinstance(rule, TokenRouting):
-            return replace(part, router=router(2, generator))
-        blocks = _head_blocks(part) if isinstance(part, Attention) else _channel_blocks(part, rule.channel_groups)
-        return replace(part, router=router(blocks.groups, generator), blocks=blocks)
+    def routed(layer: Layer) -> Iterator[Any]:
+        generator = torch.Generator().manual_seed(rule.seed)
+        for part in (layer.attention, layer.mlp):
+            if part is None or isinstance(rule, TokenRouting):
+                yield part and replace(part, router=router(2, generator))
+                continue
+            blocks = _head_blocks(part) if isinstance(part, Attention) else _channel_blocks(part, rule.channel_groups)
+            yield replace(part, router=router(blocks.groups, generator), blocks=blocks)
 
     if isinstance(rule, TokenRouting | GroupRouting):
-        layers = []
-        for layer in decoder.layers:
-            same = torch.Generator().manual_seed(rule.seed)
-            layers.append(Layer(*(part and routed(part, same) for part in (layer.attention, layer.mlp))))
-        decoder = replace(decoder, layers=tuple(layers))
+        decoder = replace(decoder, layers=tuple(Layer(*routed(layer)) for layer in decoder.layers))
     return replace(decoder, rule=rule)
 
 

@@ -161,12 +161,12 @@ class Decoder:
                 for role in sublayer.roles if sublayer is not None else ():
                     yield number, role, getattr(sublayer, role)
 
-    def changed(self, change: Callable[[int, Any], Sublayer]) -> Decoder:
+    def changed(self, change: Callable[[int, Any], Any]) -> Decoder:
         """The decoder with a function of (layer number, sublayer) in place of every sublayer that is there."""
-        layers = (
-            Layer(*(part and change(number, part) for part in (layer.attention, layer.mlp)))  # type: ignore[arg-type]
-            for number, layer in enumerate(self.layers)
-        )
+        layers = []
+        for number, layer in enumerate(self.layers):
+            parts: list[Any] = [part and change(number, part) for part in (layer.attention, layer.mlp)]
+            layers.append(Layer(*parts))
         return replace(self, layers=tuple(layers))
 
 
@@ -228,9 +228,9 @@ def random_decoder(
             kv_heads=config.kv_heads,
             qk_norms=norms,
         )
-        shapes = {"gate": (config.inner, h), "up": (config.inner, h), "down": (h, config.inner)}
-        mlp = Mlp(norm=near(1.0, h), **{role: dense(*shape) for role, shape in shapes.items()})
-        made.append(Layer(attention, mlp))
+        norm, shapes = near(1.0, h), {"gate": (config.inner, h), "up": (config.inner, h), "down": (h, config.inner)}
+        projections: dict[str, Any] = {role: dense(*shape) for role, shape in shapes.items()}
+        made.append(Layer(attention, Mlp(norm=norm, **projections)))
     embedding = normal(config.vocab, h).to(kind)
     head = embedding if config.tied else weight(config.vocab, h)
     return Decoder(config.name, dtype, place, config.head_dim, embedding, near(1.0, h), head, tuple(made))
@@ -257,7 +257,7 @@ def from_weights(
             raise InputError(f"decoder: the checkpoint of {name} has no weight {key!r}")
         return weights[key].to(device=place, dtype=TORCH_DTYPE[dtype])
 
-    def projections(at: str, roles: tuple[str, ...]) -> dict[str, Projection]:
+    def projections(at: str, roles: tuple[str, ...]) -> dict[str, Any]:
         keys = {role: f"{at}.{role}_proj" for role in roles}
         biases = {role: get(f"{key}.bias") if f"{key}.bias" in weights else None for role, key in keys.items()}
         return {role: Projection((get(f"{key}.weight"),), biases[role]) for role, key in keys.items()}

@@ -165,8 +165,12 @@ class BlockAttention(Rule):
         index = best((means @ pooled.unsqueeze(-1)).squeeze(-1), at_least_one(self.keep, blocks))
         s.note("attention", index)
         wide, edge = index[..., None, None].expand(*index.shape, self.block, head_dim), blocks * self.block
-        picked = (t[:, :, :edge].unflatten(2, (blocks, -1)).gather(2, wide).flatten(2, 3) for t in (keys, values))
-        return tuple(torch.cat((some, t[:, :, edge:]), 2) for some, t in zip(picked, (keys, values)))  # type: ignore[return-value]
+
+        def picked(t: Tensor) -> Tensor:
+            some = t[:, :, :edge].unflatten(2, (blocks, -1)).gather(2, wide).flatten(2, 3)
+            return torch.cat((some, t[:, :, edge:]), 2)
+
+        return picked(keys), picked(values)
 
 
 def block_means(x: Tensor, block: int) -> Tensor:

@@ -29,41 +29,19 @@ class Cache:
 
 @dataclass
 class State:
-    """A pass under way, and what it leaves for the next.
-
-    Attributes
-    ----------
-    prompt : int
-        Tokens of the prompt.
-    room : int
-        Positions that caches have beside those of the prefill.
-    trace : dict, optional
-        Receives what a rule decides, by (layer, what).
-    position : int
-        That of the first token of the pass; after it, of the next token.
-    decoding : bool
-        Whether this is a decode step.
-    layer : int
-        The layer that runs.
-    cos, sin : tensor (tokens, head_dim)
-        Rotary tables of the tokens that run.
-    caches : dict
-        By layer; a layer without attention has none.
-    kept : dict
-        What a rule remembers from one sublayer to the next.
-    """
+    """A pass under way, and what it leaves for the next."""
 
     decoder: Decoder
-    prompt: int
-    room: int = 0
-    trace: dict[tuple[int, str], Any] | None = None
-    position: int = 0
-    decoding: bool = False
-    layer: int = 0
-    cos: Tensor = None
+    prompt: int  # its tokens
+    room: int = 0  # positions that caches have beside those of the prefill
+    trace: dict[tuple[int, str], Any] | None = None  # receives what a rule decides, by (layer, what)
+    position: int = 0  # of the first token of the pass; after it, of the next token
+    decoding: bool = False  # whether this is a decode step
+    layer: int = 0  # the layer that runs
+    cos: Tensor = None  # rotary tables of the tokens that run, (tokens, head_dim)
     sin: Tensor = None
-    caches: dict[int, Cache] = field(default_factory=dict)
-    kept: dict[Any, Any] = field(default_factory=dict)
+    caches: dict[int, Cache] = field(default_factory=dict)  # by layer; one without attention has none
+    kept: dict[Any, Any] = field(default_factory=dict)  # what a rule remembers from one sublayer to the next
 
     def note(self, what: str, value: Any) -> None:
         """Leave a decision in the trace."""
@@ -179,14 +157,8 @@ def added(x: Tensor, y: Tensor, turn: Tensor | None) -> Tensor:
 def prefill(
     decoder: Decoder, tokens: Tensor, *, room: int = 1, trace: dict[tuple[int, str], Any] | None = None
 ) -> tuple[Tensor, State]:
-    """Process prompts (batch, seq) and fill the caches, with room for tokens to be decoded after it.
-
-    Returns
-    -------
-    logits : tensor (batch, vocab)
-        Of the last position.
-    state : State
-    """
+    """Logits (batch, vocab) at the end of prompts (batch, seq), and the state to go on from, with room for tokens in
+    its caches."""
     with torch.no_grad():
         state = State(decoder, tokens.shape[1], room, trace)
         return _logits(decoder, _through(state, tokens)[:, -1]), state

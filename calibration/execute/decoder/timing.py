@@ -45,29 +45,11 @@ def time_pair(
 ) -> PairTimes:
     """Time a phase of two decoders on one device in turns.
 
-    Parameters
-    ----------
-    first, second : Decoder
-    batch, seq : int
-        Sequences; prompt tokens each (cached positions at the decode step that is timed).
-    phase : {"prefill", "decode"}
-        Prefill leaves out drawing the next token, decode repeats one step at the same position.
-    runtime : {"eager", "cuda_graph"}
-        How decode steps are launched.
-    time_limit_s : float, s
-        For the pairs after a first pass of each; at least :data:`LEAST` are taken unless they take three times as long.
-    clock : callable
-        Seconds; an argument for the sake of tests.
-
-    Returns
-    -------
-    PairTimes
-        Ends early when the interval (95 %) of the median ratio is within :data:`PRECISION` of it.
-
-    Raises
-    ------
-    Unsupported
-        Without CUDA graphs, or for a family whose kernels depend on its data.
+    Prefill leaves out drawing the next token; decode repeats one step at the same position, after ``seq`` cached ones,
+    launched eagerly or from a CUDA graph. The time limit is for the pairs after a first pass of each; at least
+    :data:`LEAST` are taken unless they take three times as long. Ends early when the interval (95 %) of the median
+    ratio is within :data:`PRECISION` of it. Unsupported without CUDA graphs, or for a family whose kernels depend on
+    its data.
     """
     one_of("phase", phase, PHASES[:2])
     one_of("runtime", runtime, RUNTIMES)
@@ -97,8 +79,6 @@ def _ready(
 ) -> Callable[[int], float]:
     """A function that runs a number of passes and returns the time of one."""
     cuda = decoder.place.startswith("cuda")
-    tokens = torch.randint(len(decoder.embedding), (batch, seq), generator=torch.Generator().manual_seed(0))
-    tokens = tokens.to(decoder.place)
     graph = phase == "decode" and runtime == "cuda_graph"
     if graph and not cuda:
         raise Unsupported(f"cuda_graph: device {decoder.place!r} has no CUDA graphs")
@@ -106,6 +86,8 @@ def _ready(
         raise Unsupported(
             f"cuda_graph: {decoder.rule.family} decides on the host which kernels run, so no graph can hold it"
         )
+    tokens = torch.randint(len(decoder.embedding), (batch, seq), generator=torch.Generator().manual_seed(0))
+    tokens = tokens.to(decoder.place)
     step = _decode_step(decoder, tokens) if phase == "decode" else lambda: prefill(decoder, tokens)
     step = _recorded(step) if graph else step
 

@@ -42,24 +42,12 @@ def group_counts(keep: float, groups: int, first: int, tokens: int) -> NDArray[n
 
 @dataclass(frozen=True)
 class Pairs:
-    """The (token, group) pairs of a sublayer, sorted by group and then by token.
+    """The (token, group) pairs of a sublayer, sorted by group and then by token."""
 
-    Attributes
-    ----------
-    cells : integer tensor (pairs,)
-        ``group * tokens + token`` of each.
-    running : integer tensor (groups * tokens,)
-        Pairs up to each cell, itself included.
-    place : integer tensor (pairs,)
-        Where the pairs of the first token lie in that order, then those of the second, and so on.
-    starts : integer tensor (tokens,)
-        Where those of each token begin in ``place``.
-    """
-
-    cells: Tensor
-    running: Tensor
-    place: Tensor
-    starts: Tensor
+    cells: Tensor  # (pairs,): group * tokens + token of each
+    running: Tensor  # (groups * tokens,): pairs up to each cell, itself included
+    place: Tensor  # (pairs,): where the pairs of the first token lie in that order, then those of the second, and so on
+    starts: Tensor  # (tokens,): where those of each token begin in ``place``
     tokens: int
 
     @property
