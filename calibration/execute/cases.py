@@ -78,8 +78,7 @@ def settings_of(
     setting: Setting | None = None,
     options: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> tuple[list[Case], list[str]]:
-    """Every combination as a case, and a line for each that a family does not support; ``options`` of families by their
-    names.
+    """Every combination as a case, and a line for each that a family does not support; ``options`` are by family.
 
     Raises
     ------
@@ -137,8 +136,7 @@ def predicted_speedup(case: Case, hw: HardwareProfile, runtime: str) -> Speedup:
 
 
 def profile_of(folder: str | Path, device: Device, dtype: str, hardware: str = "") -> HardwareProfile:
-    """The profile to predict a device with: the one named, else the one calibrated in the folder, else the shipped one
-    of its kind.
+    """The profile to predict a device with: the one named, else that of the folder, else the shipped one of its kind.
 
     A device of none of these gets facts measured on the spot, which the folder keeps, and default constants: its
     predictions are uncalibrated.

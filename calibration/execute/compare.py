@@ -38,8 +38,7 @@ DTYPES: tuple[str, ...] = ("fp32", "bf16", "fp16")
 
 
 def as_executed(device: str) -> dict[str, dict[str, Any]]:
-    """Options of families that say what :mod:`calibration.execute.decoder` runs: torch has no kernel that skips tiles,
-    and a grouped one on GPUs.
+    """Options of families for what torch runs: it has no kernel that skips tiles, and a grouped one on GPUs only.
 
     >>> as_executed("cpu")
     {'dynamic_width': {'kernel': 'looped'}}
@@ -154,8 +153,7 @@ def _dense(config: ModelConfig, dtype: str, place: str, seed: int) -> Decoder:
 
 
 def _shuffled(cases: Sequence[Case], seed: int) -> list[Case]:
-    """Families and sparsities in random order, so that drift falls on none in particular; cases of one pruned decoder
-    stay together."""
+    """Pruned decoders in random order, so that drift falls on none in particular; cases of one stay together."""
     kinds = list(dict.fromkeys((case.family, case.sparsity) for case in cases))
     turn = {kinds[i]: place for place, i in enumerate(np.random.default_rng(seed).permutation(len(kinds)))}
     return sorted(cases, key=lambda case: turn[case.family, case.sparsity])

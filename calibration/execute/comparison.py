@@ -96,8 +96,7 @@ def rows_of(
     dtype: str = "bf16",
     measured_bounds: Mapping[Key, float] | None = None,
 ) -> list[Row]:
-    """Comparisons of the cases that were measured, in their order; without those that have no time, or that the profile
-    cannot predict.
+    """Comparisons of the cases, in their order, that have a time and that the profile can predict.
 
     A pass launched from a graph, a prefill, and any pass on a CPU (whose operators' times hold their launches) are
     predicted as the sum of their operators; a decode step launched one by one on a GPU in eager mode.
@@ -145,8 +144,7 @@ def rows_of(
 
 
 def spearman(x: ArrayLike, y: ArrayLike) -> float:
-    """Rank correlation, equal values sharing their mean rank; NaN with fewer than three values or when one side never
-    changes.
+    """Rank correlation, equal values sharing a mean rank; NaN below three values or when one side never changes.
 
     >>> spearman([1.0, 2.0, 3.0, 4.0], [1.1, 2.5, 2.4, 9.0])
     0.8

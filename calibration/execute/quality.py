@@ -1,5 +1,4 @@
-"""What pruning costs in quality, measured: perplexity of a real causal language model under every family, without
-fine-tuning.
+"""What pruning costs in quality: perplexity of a real causal language model under every family, without fine-tuning.
 
 Use :func:`measure_quality`. Each window of text is a prompt and its continuation; the perplexity is that of the
 continuation, so that methods that drop prompt tokens or cached positions share the axis with those that change weights.
@@ -63,8 +62,7 @@ class Plan:
 
 
 def read_text(path: str | Path | None = None) -> tuple[str, str]:
-    """Text to measure on, and its name: a file in UTF-8, or the English of ``pydoc_data.topics``, which every Python
-    ships.
+    """Text to measure on, and its name: a UTF-8 file, or the English of ``pydoc_data.topics``, which Python ships.
 
     Paragraphs that occur twice are kept once, so that no text is in both halves.
 
@@ -88,8 +86,7 @@ def read_text(path: str | Path | None = None) -> tuple[str, str]:
 
 
 def split_windows(ids: Tensor, plan: Plan) -> tuple[list[Tensor], list[Tensor]]:
-    """Calibration windows from the first half of a text and evaluation windows from the second, evenly spread over
-    each.
+    """Calibration windows from the first half of a text, evaluation windows from the second, evenly spread.
 
     >>> calibration, evaluation = split_windows(torch.arange(1000), Plan(windows=2, calibration=3, length=100))
     >>> [int(w[0]) for w in calibration], [int(w[0]) for w in evaluation]

@@ -13,8 +13,7 @@ from calibration.execute.quality_rules import Masked
 from simulator.errors import InputError
 
 MATCH_TOLERANCE = 2e-3
-"""How far the mean loss of a window may lie from that of the model's own code before the model is refused as of another
-architecture."""
+"""How far the mean loss of a window may lie from that of the model's own code; beyond, it is another architecture."""
 
 
 class Loaded(NamedTuple):

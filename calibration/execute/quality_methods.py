@@ -1,5 +1,4 @@
-"""Training-free pruning of a real decoder, a method for every family: criteria published for each, applied without
-fine-tuning.
+"""Training-free pruning of a real decoder, a method for every family: published criteria, without fine-tuning.
 
 Use :func:`calibrate` once on calibration text, then :func:`apply` for a method of :data:`METHODS` and a fraction: it
 returns the changed decoder, whose rule has the dynamic decisions, and the fraction really removed, with the same
@@ -46,8 +45,8 @@ INPUT_OF: Mapping[str, str] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the dense model does on calibration text; similarity is the cosine of the residual stream before and after a
-    part."""
+    """What the dense model does on calibration text; similarities are cosines of the residual stream before and
+    after."""
 
     second: Mapping[tuple[int, str], Tensor]  # by (layer, input): second moments of the inputs of projections, summed
     influence: Tensor  # (layers,): block influence, 1 - mean similarity over a layer
@@ -89,8 +88,7 @@ class _Watch(Masked):
 def calibrate(
     decoder: Decoder, windows: Sequence[Tensor], progress: Callable[[int, int], None] | None = None
 ) -> Calibration:
-    """Run the dense model over windows of text that the evaluation does not see; ``progress`` is told windows done and
-    their number."""
+    """Run the dense model over windows that the evaluation does not see; ``progress`` gets windows done and in all."""
     watch = _Watch(decoder)
     watched = replace(decoder, rule=watch)
     for done, ids in enumerate(windows):
@@ -119,8 +117,7 @@ def drop_layers(decoder: Decoder, sparsity: float, seen: Calibration) -> Applied
 
 
 def narrow(decoder: Decoder, sparsity: float, seen: Calibration) -> Applied:
-    """Width: KV groups and MLP channels of least activation-weighted magnitude go (Wanda-sp in FLAP, arXiv
-    2312.11983)."""
+    """Width: KV groups and channels of least activation-weighted magnitude go (Wanda-sp in FLAP, arXiv 2312.11983)."""
     out = narrowed(decoder, sparsity, lambda i, role, p: _saliency(p.weight, seen.second[i, role]).sum(0))
     return Applied(out, 1.0 - _parameters(out) / _parameters(decoder))
 

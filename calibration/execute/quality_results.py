@@ -1,5 +1,4 @@
-"""Finished points of a quality measurement on disk: one that was stopped goes on where it was, a second one stops at
-once."""
+"""Finished points of a quality measurement on disk: a stopped one goes on where it was, a second one stops at once."""
 
 from __future__ import annotations
 
@@ -18,8 +17,7 @@ MOST_LOSS = 1e6
 
 
 class Results:
-    """Finished points by method and fraction, each on disk as soon as it is added; a line that was cut is measured
-    again.
+    """Finished points by method and fraction, on disk as soon as they are added; a line that was cut is measured again.
 
     The file has JSON lines with checksums; the first says what was measured and must equal the ``header``. Refused
     (InputError) when another process writes to it, or it holds something else.

@@ -1,5 +1,4 @@
-"""Rules of dynamic pruning as published methods have them: which tokens, groups, attention blocks or cached positions a
-pass leaves out.
+"""Rules of published methods: which tokens, groups, attention blocks or cached positions a pass leaves out.
 
 They compute what a method skips and then leave it out, for one window at a time (a batch of one): they measure quality,
 not speed.
@@ -35,8 +34,7 @@ NEVER = float("-inf")
 
 
 class Masked(Rule):
-    """What may be masked: tokens that a sublayer leaves as they are, attention scores, outputs of heads, channels; this
-    one masks nothing."""
+    """What may be masked: tokens that a sublayer leaves as they are, scores, heads, channels; here nothing."""
 
     def attention(self, s: State, a: Attention, x: Tensor) -> Tensor:
         return self._masked(s, a, x, super().attention(s, a, x))
@@ -136,8 +134,7 @@ class UnitChoice(Masked):
 
 @dataclass(frozen=True)
 class AttentionBlocks(Masked):
-    """A share of the causal blocks of attention is left out, head by head; the diagonal and the first column of blocks
-    always stay.
+    """A share of each head's causal blocks of attention is left out; the diagonal and the first column always stay.
 
     ``pattern`` is "local", the nearest blocks (A-shape, StreamingLLM, arXiv 2309.17453), or "vertical-slash", those on
     the columns and diagonals that the last queries attend to most (MInference, arXiv 2407.02490).

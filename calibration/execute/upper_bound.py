@@ -1,5 +1,4 @@
-"""The measured upper bound of pruning: dense GEMMs timed at the dense and at the pruned shapes of a model, nothing
-else.
+"""The measured upper bound of pruning: dense GEMMs timed at a model's dense and pruned shapes, nothing else.
 
 ``measured_bound`` is the time of a model's dense GEMMs over the time of plain dense GEMMs at the pruned model's shapes,
 on the device: what silicon grants at best, with no sparse kernel, no router, no gather. Use :func:`measure_bounds` to
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.devices.protocol import Device, Operator
+from calibration.devices.protocol import Device
 from calibration.execute.cases import Case, Key, predicted_speedup
 from calibration.measure.plan import Rates, check_budget, for_model
 from calibration.measure.probe import default_protocol, default_visits, probe
@@ -33,14 +32,14 @@ from simulator.kernels.gemm import gemm_time
 from simulator.workload import Kind, Workload
 
 F = NDArray[np.float64]
+Shape = tuple[int, int, int]
 ALIGN = 16
 """Features that zeros without structure leave are rounded to a multiple of this, as the families with structure do."""
 
 
 @dataclass(frozen=True)
 class Bound:
-    """The measured upper bound of one case beside the others and the prediction; the order of fields is that of
-    columns.
+    """The measured upper bound of a case beside the others and the prediction; fields are in the order of columns.
 
     ``lower`` and ``upper`` enclose the measured bound as far as the spread of its samples goes (95 %).
     ``predicted_bound`` is the profile's ratio for the same plain GEMMs, from its exact shapes where it has them,
@@ -107,7 +106,7 @@ def plain_gemms(w: Workload) -> tuple[NDArray[np.int64], F]:
     return shapes, np.bincount(which.reshape(-1), weights=w.count[rows], minlength=len(shapes)).astype(np.float64)
 
 
-def shapes_of(cases: Sequence[Case]) -> list[tuple[int, int, int]]:
+def shapes_of(cases: Sequence[Case]) -> list[Shape]:
     """Every (m, n, k) the bounds of some cases need, once."""
     tables = [plain_gemms(w)[0] for case in cases for w in (case.dense, case.pruned)]
     return [(int(m), int(n), int(k)) for m, n, k in np.unique(np.concatenate(tables), axis=0)]
@@ -166,11 +165,10 @@ def measure_bounds(
     return Measured(outcome, content_records(read_store(file)), len(shapes))
 
 
-def _by_case(cases: Sequence[Case], seed: int) -> list[tuple[int, int, int]]:
-    """The shapes case after case in random order: where time runs out some cases are whole, rather than all of them in
-    part."""
+def _by_case(cases: Sequence[Case], seed: int) -> list[Shape]:
+    """Shapes, case after case in random order: where time runs out some cases are whole, rather than all in part."""
     rng = np.random.default_rng(seed)
-    found: dict[tuple[int, int, int], None] = {}
+    found: dict[Shape, None] = {}
     for i in rng.permutation(len(cases)):
         shapes = np.concatenate([plain_gemms(w)[0] for w in (cases[i].dense, cases[i].pruned)])
         found.update(dict.fromkeys((int(m), int(n), int(k)) for m, n, k in rng.permutation(shapes)))
@@ -178,8 +176,7 @@ def _by_case(cases: Sequence[Case], seed: int) -> list[tuple[int, int, int]]:
 
 
 def _share(budget_s: float, shapes: int, rates: Rates, longest_s: float) -> float:
-    """Time limit a shape that lets all of them fit: at most twice the protocol's own, at least what makes a few
-    samples.
+    """Time limit a shape that lets all fit: at most twice the protocol's own, at least what makes a few samples.
 
     A third of the time is left for anchors, and for what is repeated because other processes held the machine.
     """
@@ -187,25 +184,23 @@ def _share(budget_s: float, shapes: int, rates: Rates, longest_s: float) -> floa
     return min(max(each, 0.05), 2.0 * longest_s)
 
 
-def gemm_seconds(records: Records, dtype: str) -> Mapping[str, tuple[float, float]]:
-    """Time and relative half width (95 %) of every cold dense GEMM in a table, by operator key; the median of
-    repeats."""
+def gemm_seconds(records: Records, dtype: str) -> Mapping[Shape, tuple[float, float]]:
+    """Time and relative half width (95 %) of a table's cold dense GEMMs, by (m, n, k); the median of repeats."""
     names = records.labels() == dtype
     rows = records.select(
         records.is_operator("gemm") & names & records.cold & np.isfinite(records.seconds) & (records.seconds > 0)
     )
-    found: dict[str, list[tuple[float, float]]] = {}
+    found: dict[Shape, list[tuple[float, float]]] = {}
     for m, n, k, seconds, spread in zip(rows.m, rows.n, rows.k, rows.seconds, rows.spread, strict=True):
-        key = Operator("gemm", dtype, m=int(m), n=int(n), k=int(k)).key
-        found.setdefault(key, []).append((float(seconds), float(spread) if math.isfinite(spread) else 0.0))
+        half = float(spread) if math.isfinite(spread) else 0.0
+        found.setdefault((int(m), int(n), int(k)), []).append((float(seconds), half))
     return {key: (float(np.median([s for s, _ in v])), float(np.median([h for _, h in v]))) for key, v in found.items()}
 
 
 def bounds(
     cases: Sequence[Case], records: Records, hw: HardwareProfile, *, runtime: str = "cuda_graph", dtype: str = "bf16"
 ) -> list[Bound]:
-    """Measured bounds of cases, in their order, beside the datasheet's bounds and a profile's prediction of the pass in
-    a runtime.
+    """Measured bounds of cases, in their order, beside the datasheet's and a profile's prediction of the whole pass.
 
     A case of which ``records`` lacks some cold dense GEMMs has no measured bound; one that the profile cannot predict
     (2:4 without sparse tensor cores) has NaN predictions.
@@ -215,7 +210,7 @@ def bounds(
     out = []
     for case in cases:
         s = predicted_speedup(case, hw, runtime)
-        dense, pruned = (_total(w, times, dtype) for w in (case.dense, case.pruned))
+        dense, pruned = (_total(w, times) for w in (case.dense, case.pruned))
         ratio, half = dense.seconds / pruned.seconds, math.hypot(dense.half, pruned.half)
         plain = [_predicted(w, hw, dtype) for w in (case.dense, case.pruned)]
         model = [_predicted(w, alone, dtype) for w in (case.dense, case.pruned)]
@@ -244,13 +239,12 @@ def measured_bounds(file: str | Path, cases: Sequence[Case], dtype: str = "bf16"
     if not Path(file).is_file():
         return {}
     times = gemm_seconds(content_records(read_store(file)), dtype)
-    ratios = {c.key: _total(c.dense, times, dtype).seconds / _total(c.pruned, times, dtype).seconds for c in cases}
+    ratios = {c.key: _total(c.dense, times).seconds / _total(c.pruned, times).seconds for c in cases}
     return {key: ratio for key, ratio in ratios.items() if math.isfinite(ratio)}
 
 
 def bound_errors(rows: Sequence[Bound]) -> dict[str, float]:
-    """Median relative errors of the predicted bounds, from the profile (``predicted``) and from its model alone
-    (``model``).
+    """Median relative errors of the bounds from the profile (``predicted``) and from its model alone (``model``).
 
     Where the profile has measured the same shapes before, the first is how well the device repeats itself.
     """
@@ -264,17 +258,16 @@ def bound_errors(rows: Sequence[Bound]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Total:
-    """Time of a workload's plain GEMMs (NaN where some have none), its relative half width, and the number of shapes
-    without a time."""
+    """Time of plain GEMMs (NaN where some have none), its relative half width, the number of shapes without one."""
 
     seconds: float
     half: float
     missing: int
 
 
-def _total(w: Workload, times: Mapping[str, tuple[float, float]], dtype: str) -> _Total:
+def _total(w: Workload, times: Mapping[Shape, tuple[float, float]]) -> _Total:
     shapes, count = plain_gemms(w)
-    keys = [Operator("gemm", dtype, m=int(m), n=int(n), k=int(k)).key for m, n, k in shapes]
+    keys = [(m, n, k) for m, n, k in shapes.tolist()]
     missing = sum(key not in times for key in keys)
     if missing:
         return _Total(math.nan, math.nan, missing)

@@ -177,7 +177,7 @@ def test_errors_of_predicted_bounds_by_hand(tmp_path: Path) -> None:
 
 def test_repeated_shapes_have_their_median() -> None:
     records = Records.from_columns([Source("some device")], m=8, n=64, k=32, seconds=[1e-6, 9e-6, 2e-6])
-    assert gemm_seconds(records, "bf16") == {"gemm bf16 cold m=8 n=64 k=32": (2e-6, 0.0)}
+    assert gemm_seconds(records, "bf16") == {(8, 64, 32): (2e-6, 0.0)}
 
 
 def test_without_sparse_tensor_cores_2to4_has_bounds_but_no_prediction(tmp_path: Path) -> None:

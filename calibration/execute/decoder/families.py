@@ -123,8 +123,8 @@ def width(decoder: Decoder, sparsity: float, *, align: int = ALIGN) -> Decoder:
 def narrowed(
     decoder: Decoder, sparsity: float, saliency: Callable[[int, str, Projection], Tensor], align: int = ALIGN
 ) -> Decoder:
-    """KV groups and MLP channels of least saliency sliced out: a function of (layer, role, o or down) gives that of
-    each input feature."""
+    """KV groups and MLP channels sliced out by the saliency of the inputs of o and down, given (layer, role,
+    projection)."""
 
     def change(number: int, part: Any) -> Any:
         size = saliency(number, part.roles[-1], getattr(part, part.roles[-1]))
@@ -171,8 +171,7 @@ def width_cross(
 
 
 def low_rank(decoder: Decoder, sparsity: float, *, align: int = ALIGN) -> Decoder:
-    """Each projection W becomes (W Q)(Q^T) with Q an orthonormal basis of a sample of its row space (randomised range
-    finder)."""
+    """Each W becomes (W Q)(Q^T), Q an orthonormal basis of a sample of its row space (randomised range finder)."""
     generator = torch.Generator().manual_seed(0)
 
     def factorise(number: int, role: str, p: Projection) -> Projection:
@@ -263,8 +262,7 @@ def _head_blocks(a: Attention) -> Blocks:
 
 
 def _channel_blocks(m: Mlp, groups: int) -> Blocks:
-    """Gate, up and down weights by groups of channels, as equal as whole channels allow, and no more groups than
-    channels."""
+    """Gate, up and down weights by groups of channels, as equal and as many as whole channels allow."""
     channels = m.down.weight.shape[1]
     groups = min(groups, channels)
     edges = tuple(channels * g // groups for g in range(groups + 1))

@@ -53,22 +53,11 @@ class Projection:
 
 @dataclass(frozen=True)
 class Blocks:
-    """A copy of a sublayer's weights group by group, so that what a token uses of them is whole rows next to each
-    other.
+    """A copy of a sublayer's weights by groups, so that what a token uses of them is whole rows next to each other."""
 
-    Attributes
-    ----------
-    inner : tensor (rows, hidden)
-        Rows that make a group's features (an MLP's: its gate's and then its up's), one group after the other.
-    outer : tensor (features, hidden)
-        The weight that takes the features back to the hidden state, transposed.
-    edges : tuple of int
-        Where the features of each group begin, and the end of the last.
-    """
-
-    inner: Tensor
-    outer: Tensor
-    edges: tuple[int, ...]
+    inner: Tensor  # (rows, hidden): what makes a group's features (of an MLP: its gate's, then its up's), by group
+    outer: Tensor  # (features, hidden): the weight that takes the features back to the hidden state, transposed
+    edges: tuple[int, ...]  # where the features of each group begin, and the end of the last
 
     @property
     def groups(self) -> int:
@@ -133,8 +122,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A decoder ready to run; ``rule`` (a :class:`~calibration.execute.decoder.run.Rule`) says what a pass leaves out,
-    if anything."""
+    """A decoder ready to run; ``rule`` (a ``run.Rule``) says what a pass leaves out, if anything."""
 
     name: str
     dtype: str

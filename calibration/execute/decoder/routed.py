@@ -40,8 +40,7 @@ def best(scores: Tensor, many: int) -> Tensor:
 
 
 def routed_attention(q: Tensor, k: Tensor, v: Tensor, places: Tensor) -> Tensor:
-    """Causal attention of some queries, (batch, heads, chosen, d) at ascending ``places`` (batch, chosen), over all
-    keys.
+    """Causal attention of queries (batch, heads, chosen, d) at ascending ``places`` (batch, chosen) over all keys.
 
     Queries go in blocks of 128; each block sees the keys up to its last query, masked where they lie after a query.
     """
@@ -67,8 +66,7 @@ def shared_scores(q: Tensor, k: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenRouting(Rule):
-    """Dynamic depth: a share of the tokens, chosen by a router of two outputs, computes each sublayer. Keys and values
-    are all there."""
+    """Dynamic depth: a share of the tokens, chosen by a router of two outputs, computes each sublayer but k and v."""
 
     family: ClassVar[str] = "dynamic_depth"
     on_host: ClassVar[bool] = True
@@ -101,8 +99,7 @@ class TokenRouting(Rule):
         return _scattered(x, rows, m.down(gated(m.gate(h), m.up(h))), m.turn)
 
     def _chosen(self, s: State, what: str, router: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows of the flattened batch that run, and their places in their sequences (batch, chosen): a fixed share of a
-        prompt."""
+        """Rows of the flattened batch that run (a fixed share of a prompt), and their places in it (batch, chosen)."""
         assert router is not None
         votes = F.linear(x, router).float()
         scores = votes[..., 1] - votes[..., 0]
@@ -181,8 +178,7 @@ def block_means(x: Tensor, block: int) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenDropping(Rule):
-    """Token: from layer ``start`` on only the prompt tokens go on that the last one attends to most (evenly spread ones
-    at layer 0)."""
+    """Token: only prompt tokens that the last one attends to most (at layer 0: evenly spread) go on from ``start``."""
 
     family: ClassVar[str] = "token"
     keep: float
@@ -214,8 +210,7 @@ class TokenDropping(Rule):
 
 @dataclass(frozen=True)
 class CacheCut(Rule):
-    """KV cache: the positions stay that the last ``observed`` queries of the prompt attend to most, for each sequence
-    and KV head."""
+    """KV cache: positions stay that the prompt's last ``observed`` queries attend to most, by sequence and KV head."""
 
     family: ClassVar[str] = "kv_cache"
     keep: float

@@ -1,5 +1,4 @@
-"""The forward pass: a prefill of whole prompts, decode steps of one token a sequence, and the loss of every token of a
-window.
+"""The forward pass: a prefill of prompts, decode steps of one token a sequence, the loss of every token of a window.
 
 Whatever may be decided while it runs is a method of a :class:`Rule`; that of a dense decoder decides nothing.
 """
@@ -19,8 +18,7 @@ from calibration.execute.decoder.model import Attention, Decoder, Mlp, Tensor
 
 @dataclass
 class Cache:
-    """Keys and values of one layer, (batch, kv_heads, room, head_dim) each, of which ``length`` positions are
-    filled."""
+    """Keys and values of a layer, (batch, kv_heads, room, head_dim) each, of which ``length`` positions are filled."""
 
     k: Tensor
     v: Tensor
@@ -64,8 +62,7 @@ class State:
         return rms_norm(x, weight, self.decoder.epsilon)
 
     def turned(self, heads: Tensor, norms: tuple[Tensor, Tensor] | None, which: int, *tables: Tensor) -> Tensor:
-        """Query (0) or key (1) heads with the norm that some models put on them, rotated by this pass's tables or
-        others."""
+        """Query (0) or key (1) heads, normed where the model does, and rotated by this pass's tables or others."""
         heads = heads if norms is None else self.norm(heads, norms[which])
         return (self.decoder.rule or DENSE).rotated(heads, *(tables or (self.cos, self.sin)))
 
@@ -74,8 +71,7 @@ class State:
         return self.turned(split_heads(a.q(h), a.heads), a.qk_norms, 0, *tables)
 
     def keys_values(self, a: Attention, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Key heads, rotated, and value heads: of the prompt, or of everything in the cache. Normed tokens are put into
-        it."""
+        """Rotated key heads and value heads of normed tokens, put into the cache; when decoding, all that it holds."""
         k = self.turned(split_heads(a.k(h), a.kv_heads), a.qk_norms, 1)
         v = split_heads(a.v(h), a.kv_heads)
         if not self.decoding:
@@ -92,8 +88,7 @@ class State:
 
 
 class Rule:
-    """What a pass computes and what it leaves out; this one leaves out nothing. One that remembers keeps it in
-    :attr:`State.kept`."""
+    """What a pass leaves out: nothing, unless a method is overridden. What a rule remembers is in ``State.kept``."""
 
     family: ClassVar[str] = ""
     on_host: ClassVar[bool] = False
@@ -157,24 +152,21 @@ def added(x: Tensor, y: Tensor, turn: Tensor | None) -> Tensor:
 def prefill(
     decoder: Decoder, tokens: Tensor, *, room: int = 1, trace: dict[tuple[int, str], Any] | None = None
 ) -> tuple[Tensor, State]:
-    """Logits (batch, vocab) at the end of prompts (batch, seq), and the state to go on from, with room for tokens in
-    its caches."""
+    """Logits (batch, vocab) after prompts (batch, seq), and the state to go on from, with ``room`` in its caches."""
     with torch.no_grad():
         state = State(decoder, tokens.shape[1], room, trace)
         return _logits(decoder, _through(state, tokens)[:, -1]), state
 
 
 def decode(decoder: Decoder, token: Tensor, state: State) -> Tensor:
-    """Logits (batch, vocab) after one more token (batch, 1) of each sequence, which goes into the caches of a prefill's
-    state."""
+    """Logits (batch, vocab) after one more token (batch, 1) of each sequence, which goes into the state's caches."""
     with torch.no_grad():
         state.decoding = True
         return _logits(decoder, _through(state, token)[:, -1])
 
 
 def token_losses(decoder: Decoder, ids: Tensor, start: int) -> Tensor:
-    """Negative log-likelihood of each token of a window (n,) from ``start`` on, given all before it; the prompt ends
-    there: (n - start,)."""
+    """Negative log-likelihoods (n - start,) of a window's tokens (n,) from ``start`` on, where the prompt ends."""
     with torch.no_grad():
         x = _through(State(decoder, start), ids[None])[0]
         return F.cross_entropy(_logits(decoder, x[start - 1 : -1]), ids[start:], reduction="none")

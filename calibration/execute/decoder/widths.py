@@ -27,8 +27,7 @@ from calibration.execute.decoder.run import Rule, State, added
 
 
 def group_counts(keep: float, groups: int, first: int, tokens: int) -> NDArray[np.int64]:
-    """How many groups each token uses: the two whole numbers around ``keep * groups`` in turn, so that the mean is
-    exact.
+    """Groups each token uses: the two whole numbers around ``keep * groups`` in turn, so that the mean is exact.
 
     ``first`` is where in the turn the tokens begin; layers and positions begin at others. A share below one group
     leaves some tokens none.
@@ -66,8 +65,7 @@ class Pairs:
         return self.running[self.tokens - 1 :: self.tokens].int()
 
     def spans(self, sequences: int = 1) -> list[tuple[int, int, int]]:
-        """Number, begin and end of each group's pairs, sequence by sequence, where there are some; waits for the
-        device."""
+        """Number, begin and end of each group's pairs, by sequence, where there are some; waits for the device."""
         step = self.tokens // sequences
         bounds = [0, *self.running[step - 1 :: step].tolist()]
         return [(number, start, stop) for number, (start, stop) in enumerate(pairwise(bounds)) if stop > start]
@@ -143,8 +141,7 @@ def _sliced(x: Tensor, weight: Tensor, spans: Sequence[tuple[int, int]], rows: i
 
 
 def _returned(features: Tensor, index: Tensor, blocks: Blocks) -> Tensor:
-    """Features (groups, width) of some groups by their rows of the transposed weight, summed: (1, hidden); rows are
-    read in place."""
+    """Features (groups, width) by their rows of the transposed weight, summed: (1, hidden); rows are read in place."""
     channels = index[:, None] * blocks.width + torch.arange(blocks.width, device=index.device)
     return F.embedding_bag(channels, blocks.outer, mode="sum", per_sample_weights=features).sum(0, keepdim=True)
 
@@ -154,8 +151,7 @@ def _returned(features: Tensor, index: Tensor, blocks: Blocks) -> Tensor:
 
 @dataclass(frozen=True)
 class GroupRouting(Rule):
-    """Dynamic width: a router says which groups of heads and of MLP channels each token wants most. Keys and values are
-    dense."""
+    """Dynamic width: a router says which groups of heads and of MLP channels each token uses; k and v are dense."""
 
     family: ClassVar[str] = "dynamic_width"
     on_host: ClassVar[bool] = True
@@ -191,8 +187,7 @@ class GroupRouting(Rule):
         return added(x, y.view_as(x), m.turn)
 
     def _choice(self, s: State, what: str, sublayer: Sublayer, x: Tensor) -> tuple[Tensor, NDArray[np.int64]]:
-        """Groups that each token wants most, best first, as many as the greediest token uses; and how many each
-        uses."""
+        """Groups that each token wants most, best first, as many as any token uses; and how many each uses."""
         assert sublayer.router is not None
         groups, (batch, tokens) = len(sublayer.router), x.shape[:2]
         counts = group_counts(self.keep, groups, s.layer + max(s.position, s.prompt), batch * tokens)
