@@ -56,9 +56,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def timed(first: Any, second: Any, *, phase: str, time_limit_s: float, runtime: str, **_: Any) -> PairTimes:
         seen.append(f"{second.rule.family if second.rule else len(second.layers)} {phase} {runtime}")
         noise = (1.0, 1.02, 0.98, 1.01, 0.99, 1.0, 1.0)
-        return PairTimes(
-            tuple(len(first.layers) * x for x in noise), tuple(float(len(second.layers)) for _ in noise), 1
-        )
+        return PairTimes(tuple(len(first.layers) * x for x in noise), (float(len(second.layers)),) * len(noise), 1)
 
     monkeypatch.setattr(timing, "time_pair", timed)
     return seen
@@ -80,21 +78,13 @@ def test_pairs_are_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(timing, "_ready", ready)
     first, second = random_decoder(CONFIG, dtype="fp32"), random_decoder(CONFIG, dtype="fp32", layers=2)
-    times = time_pair(
-        first, second, batch=1, seq=8, phase="prefill", time_limit_s=5.0, clock=lambda: float(next(ticks))
-    )
+    where: dict[str, Any] = {"batch": 1, "seq": 8, "phase": "prefill", "clock": lambda: float(next(ticks))}
+    times = time_pair(first, second, **where, time_limit_s=5.0)
     assert len(times.first_s) == len(times.second_s) == 5  # a tick a pair
     assert order[:2] == [4, 2]  # first passes; long ones need no others to be warm
     assert order[2:10] == [4, 2, 2, 4, 4, 2, 2, 4]
-    for limit, count in (
-        (1.5, timing.LEAST),
-        (0.5, 2),
-        (0.2, 1),
-    ):  # three are taken, unless they take three times as long
-        ended = time_pair(
-            first, second, batch=1, seq=8, phase="prefill", time_limit_s=limit, clock=lambda: float(next(ticks))
-        )
-        assert len(ended.first_s) == count
+    for limit, count in ((1.5, timing.LEAST), (0.5, 2), (0.2, 1)):  # three, unless they take three times as long
+        assert len(time_pair(first, second, **where, time_limit_s=limit).first_s) == count
 
 
 def test_a_precise_ratio_ends_early(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,16 +193,20 @@ def test_the_budget_ends_a_run_and_says_what_is_left(tmp_path: Path, planted: li
     assert found.left + len(found.records) == len(_cases())
 
 
+def _raises(error: Exception) -> Any:
+    def broken(*_: Any, **__: Any) -> None:
+        raise error
+
+    return broken
+
+
 @pytest.mark.parametrize(
     ("error", "status"), [(RuntimeError("CUDA out of memory"), "skipped"), (ValueError("odd"), "failed")]
 )
 def test_a_case_that_breaks_is_kept_with_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, status: str
 ) -> None:
-    def broken(*_: Any, **__: Any) -> PairTimes:
-        raise error
-
-    monkeypatch.setattr(timing, "time_pair", broken)
+    monkeypatch.setattr(timing, "time_pair", _raises(error))
     cases = _cases(families=["depth", "width"], sparsities=[0.25, 0.5])
     found = _compare(tmp_path, cases)
     assert {r["status"] for r in found.records} == {status}
@@ -264,10 +258,8 @@ def test_refusals_are_one_line_and_write_nothing(tmp_path: Path, planted: list[s
 
 
 def test_a_model_too_large_for_the_device_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any, **__: Any) -> None:
-        raise RuntimeError("CUDA out of memory. Tried to allocate")
-
-    monkeypatch.setattr("calibration.execute.decoder.random_decoder", broken)
+    error = RuntimeError("CUDA out of memory. Tried to allocate")
+    monkeypatch.setattr("calibration.execute.decoder.random_decoder", _raises(error))
     with pytest.raises(InputError, match="does not fit on cpu; --layers"):
         _compare(tmp_path, _cases())
 
@@ -316,12 +308,8 @@ def test_the_figure_has_a_panel_a_phase(tmp_path: Path) -> None:
     assert "4 cases" in texts
     assert "median error 10.0 %" in texts
     drawn = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 1]
-    assert sorted((float(line.get_xdata()[0]), round(float(line.get_ydata()[0]), 3)) for line in drawn) == [
-        (1.25, 1.375),
-        (1.25, 1.375),
-        (1.5, 1.65),
-        (1.5, 1.65),
-    ]
+    found = sorted((float(line.get_xdata()[0]), round(float(line.get_ydata()[0]), 3)) for line in drawn)
+    assert found == [(1.25, 1.375)] * 2 + [(1.5, 1.65)] * 2
     save_figure(figure, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
     assert len(compare_figure(rows[:1]).axes) == 1

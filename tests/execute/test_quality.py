@@ -302,47 +302,31 @@ def test_models_that_are_not_there(tmp_path: Path) -> None:
         load_decoder(tmp_path)
 
 
-def fake(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_resumes_and_gives_the_same_table(
+    decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def tokenizer(text: str, **_: object) -> SimpleNamespace:
         return SimpleNamespace(input_ids=[b % VOCABULARY for b in text.encode()])
 
     monkeypatch.setattr(quality, "load_decoder", lambda model, threads: Loaded(decoder, tokenizer, "0"))
-
-
-def test_run_resumes_and_gives_the_same_table(
-    decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake(decoder, monkeypatch)
-    plan = Plan(
-        windows=2, calibration=2, length=128, methods=("block influence", "Wanda 2:4", "H2O"), fractions=(0.2, 0.4)
-    )
+    plan = Plan(2, 2, 128, methods=("block influence", "Wanda 2:4", "H2O"), fractions=(0.2, 0.4))
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"paragraph {i} says {i * i}" for i in range(200)), encoding="utf-8")
     whole = quality.measure_quality("tiny", tmp_path / "a.csv", plan, text)
-    assert [(r.family, r.sparsity) for r in whole.rows] == [
-        ("depth", 0.2),
-        ("depth", 0.4),
-        ("semi_structured", 0.5),
-        ("kv_cache", 0.2),
-        ("kv_cache", 0.4),
-    ]
+    points = [("depth", 0.2), ("depth", 0.4), ("semi_structured", 0.5), ("kv_cache", 0.2), ("kv_cache", 0.4)]
+    assert [(r.family, r.sparsity) for r in whole.rows] == points
     assert load_quality(tmp_path / "a.csv").models == ("tiny",)
     assert not list(tmp_path.glob("*.partial.jsonl"))
 
-    class Stop(Exception):
-        pass
-
-    def stop_after(steps: int) -> object:
-        def progress(done: int, total: int, what: str) -> None:
-            if done >= steps:
-                raise Stop
-
-        return progress
-
     partial = tmp_path / "b.csv.partial.jsonl"
     for steps in (3, 7, 9):
-        with pytest.raises(Stop):
-            quality.measure_quality("tiny", tmp_path / "b.csv", plan, text, progress=stop_after(steps))  # type: ignore[arg-type]
+
+        def stop(done: int, total: int, what: str, steps: int = steps) -> None:
+            if done >= steps:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            quality.measure_quality("tiny", tmp_path / "b.csv", plan, text, progress=stop)
     content = partial.read_bytes()
     partial.write_bytes(content[:-7])  # the last line was cut
     quality.measure_quality("tiny", tmp_path / "b.csv", plan, text)
