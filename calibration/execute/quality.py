@@ -162,7 +162,7 @@ def measure_quality(
     seen = None
     with results:
         for method, fraction in [(DENSE, 0.0), *points]:
-            if (method, fraction) in results.points:
+            if results.has(method, fraction):
                 done += len(evaluation)
                 continue
             changed, realised = decoder, 0.0

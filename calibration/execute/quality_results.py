@@ -48,6 +48,10 @@ class Results:
             self._file.close()
             raise
 
+    def has(self, method: str, fraction: float) -> bool:
+        """Whether a point is finished."""
+        return (method, fraction) in self.points
+
     def losses(self, method: str, fraction: float) -> list[float]:
         """Mean loss of each window."""
         return list(self.points[method, fraction]["losses"])
