@@ -1,7 +1,8 @@
-"""The whole command line: ``prunesim`` with the commands of the simulator and those that import, measure, fit and validate.
+"""The whole command line: ``prunesim`` with the commands of the simulator and those that import, measure, fit and
+validate.
 
-Same rules as :mod:`simulator.cli`: thin commands, exit status 0, 2 for bad input, 1 for a failure, and nothing heavy imported before a
-command needs it.
+Same rules as :mod:`simulator.cli`: thin commands, exit status 0, 2 for bad input, 1 for a failure, and nothing heavy
+imported before a command needs it.
 """
 
 from __future__ import annotations

@@ -5,26 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from calibration.cli.fit import part_row, show_fit
 from calibration.cli.measure import Budget, Dtype, Folder, Hardware, Seed, describe, finish, measure, outcome_row
 from calibration.cli.rows import seconds
 from simulator.cli import options, render
+from simulator.cli.options import arg, opt
 
 if TYPE_CHECKING:
     from calibration.measure.runs import Calibrated
 
-DeviceName = Annotated[str, typer.Argument(metavar="DEVICE", help="cpu, cuda, cuda:1 or replay:FILE.")]
-Model = Annotated[
-    str | None, typer.Option("--for", metavar="MODEL", help="Also measure exactly this model's dense and pruned GEMMs.")
-]
-Family = Annotated[str, typer.Option("--family", metavar="LIST", help="With --for: how the model is pruned.")]
-Sparsity = Annotated[str, typer.Option("--sparsity", metavar="LIST", help="With --for: fractions removed.")]
+# fmt: off
+DeviceName = Annotated[str, arg("DEVICE", "cpu, cuda, cuda:1 or replay:FILE.")]
+Model = Annotated[str | None, opt("--for", "MODEL", "Also measure exactly this model's dense and pruned GEMMs.")]
+Family = Annotated[str, opt("--family", "LIST", "With --for: how the model is pruned.")]
+Sparsity = Annotated[str, opt("--sparsity", "LIST", "With --for: fractions removed.")]
 Quick = Annotated[
-    bool,
-    typer.Option("--quick", help="Only move the calibrated GEMM section of --hardware to this machine's software."),
+    bool, opt("--quick", None, "Only move the calibrated GEMM section of --hardware to this machine's software.")
 ]
+# fmt: on
 
 
 def command(
@@ -45,14 +43,15 @@ def command(
 ) -> None:
     """Calibrate a device in one go.
 
-    Writes RUN/records.jsonl, RUN/profile.yaml and RUN/report.md with plots. The profile is for --hardware of every other command. A run
-    that was stopped goes on with the same command.
+    Writes RUN/records.jsonl, RUN/profile.yaml and RUN/report.md with plots. The profile is for --hardware of every
+    other command. A run that was stopped goes on with the same command.
     """
     from calibration.measure.runs import fit_run, model_shapes
 
     budget_s = seconds("--budget", budget)
-    shapes = (
-        model_shapes(
+    shapes: Any = ()
+    if model:
+        shapes = model_shapes(
             model,
             phases=options.names("--phase", phase),
             batch=options.integers("--batch", batch),
@@ -61,18 +60,13 @@ def command(
             families=options.names("--family", family),
             sparsities=options.fractions("--sparsity", sparsity),
         )
-        if model
-        else ()
-    )
     if quick:
         _check_quick(hardware, dtype)
     found = measure(device, output, budget_s, dtype, hardware=hardware, shapes=shapes, quick=quick, seed=seed)
     finish(found.outcome)
     with render.progress("fitting") as report:
         done = fit_run(output, anchor=quick, progress=report)
-    if json:
-        print(render.json_lines([_row(outcome_row(found), done)]))
-    else:
+    if render.Output(json).write([_row(outcome_row(found), done)]):
         print(f"measured: {describe(found.outcome)}\n")
         _show(output, done)
     for line in done.fit.notes:
@@ -85,9 +79,8 @@ def _check_quick(hardware: str, dtype: str) -> None:
     from simulator.hardware.library import load_hardware
 
     if hardware and load_hardware(hardware).section("gemm", dtype).status == "default":
-        raise InputError(
-            f"--quick: {hardware} has no calibrated gemm {dtype} section to move; leave --quick out for a calibration of its own"
-        )
+        lacking = f"{hardware} has no calibrated gemm {dtype} section to move"
+        raise InputError(f"--quick: {lacking}; leave --quick out for a calibration of its own")
 
 
 def _row(measured: dict[str, Any], done: Calibrated) -> dict[str, Any]:

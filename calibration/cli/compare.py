@@ -1,4 +1,4 @@
-"""``prunesim compare``: run a decoder dense and pruned on a device, and put predictions and bounds beside what it took."""
+"""``prunesim compare``: run a decoder dense and pruned on a device, and put predictions beside what it took."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ import typer
 
 from calibration.cli.measure import Budget, Dtype, Folder, Hardware, Seed
 from calibration.cli.rows import seconds
-from calibration.cli.upper_bound import DeviceName, Family, Layers, Model, Sparsity
+from calibration.cli.upper_bound import DeviceName, Family, Layers, Model, Sparsity, case_columns, ratio_of
 from simulator.cli import options, render
+from simulator.cli.options import opt
 
 if TYPE_CHECKING:
     from calibration.execute.comparison import Row
 
 Runtime = Annotated[
-    str,
-    typer.Option(
-        "--runtime", metavar="NAME", help="How decode steps are launched: cuda_graph or eager; what can be if left out."
-    ),
+    str, opt("--runtime", "NAME", "How decode steps are launched: cuda_graph or eager; what can be if left out.")
 ]
 
 
@@ -42,9 +40,9 @@ def command(
 ) -> None:
     """Compare predicted with measured speedups.
 
-    Runs a real decoder with random weights, dense and pruned by each family. The profile is RUN/profile.yaml where a calibration left
-    one, unless --hardware names another. Writes RUN/decoder.jsonl, comparison.csv, comparison.md and comparison.png; the same command
-    goes on where it was stopped.
+    Runs a real decoder with random weights, dense and pruned by each family. The profile is RUN/profile.yaml where a
+    calibration left one, unless --hardware names another. Writes RUN/decoder.jsonl, comparison.csv, comparison.md and
+    comparison.png; the same command goes on where it was stopped.
     """
     from calibration.devices import open_device
     from calibration.execute.cases import fewer_layers, profile_of, settings_of
@@ -89,18 +87,15 @@ def command(
     if rows:
         write_whole(folder / "comparison.csv", render.csv_text(table(rows)).encode())
         _write(folder, rows, list(found.records))
-    if json:
-        print(render.json_lines(table(rows)))
-    elif rows:
+    if render.Output(json).write(table(rows)) and rows:
         render.show(_columns(rows), _title(rows[0]))
         print("\n" + "\n".join(_agreement(rows, list(found.records))))
         print(f"\n{folder / 'comparison.md'}")
     for line in (*notes, *found.notes):
         render.note(line)
     if found.left:
-        render.note(
-            f"{found.left} cases left{f' ({found.stopped})' if found.stopped else ''}; the same command goes on from here"
-        )
+        why = f" ({found.stopped})" if found.stopped else ""
+        render.note(f"{found.left} cases left{why}; the same command goes on from here")
     if found.stopped not in ("", "budget") or not rows:
         raise typer.Exit(130 if found.stopped == "interrupted" else 1)
 
@@ -110,28 +105,20 @@ def _title(row: Row) -> str:
 
 
 def _columns(rows: list[Row]) -> list[render.Column]:
-    def ratios(name: str) -> list[str]:
-        return ["-" if getattr(r, name) != getattr(r, name) else render.ratio(getattr(r, name)) for r in rows]
-
-    several = len({(r.batch, r.seq) for r in rows}) > 1
-    bound = any(r.measured_bound == r.measured_bound for r in rows)
-    return [
-        render.Column("family", [r.family for r in rows], right=False),
-        render.Column("sparsity", [f"{r.sparsity:g}" for r in rows]),
-        render.Column("phase", [r.phase for r in rows], right=False),
-        *([render.Column("batch\nx seq", [f"{r.batch} x {r.seq}" for r in rows])] if several else []),
-        render.Column("dense", [render.seconds(r.dense_s) for r in rows]),
-        render.Column("pruned", [render.seconds(r.pruned_s) for r in rows]),
-        render.Column("measured\nspeedup", ratios("measured")),
-        render.Column("predicted", ratios("predicted")),
-        render.Column(
-            "interval", [f"{render.ratio(r.predicted_lower)}-{render.ratio(r.predicted_upper)}" for r in rows]
-        ),
-        render.Column("error\n%", [f"{100 * r.error:+.1f}" for r in rows]),
-        *([render.Column("measured\nbound", ratios("measured_bound"))] if bound else []),
-        render.Column("roofline\nbound", ratios("roofline_bound")),
-        render.Column("FLOP\nbound", ratios("flop_bound")),
-    ]
+    columns = render.columns(
+        rows,
+        *case_columns(rows),
+        ("dense", lambda r: render.seconds(r.dense_s)),
+        ("pruned", lambda r: render.seconds(r.pruned_s)),
+        ("measured\nspeedup", ratio_of("measured")),
+        ("predicted", ratio_of("predicted")),
+        ("interval", lambda r: f"{render.ratio(r.predicted_lower)}-{render.ratio(r.predicted_upper)}"),
+        ("error\n%", lambda r: f"{100 * r.error:+.1f}"),
+        ("measured\nbound", ratio_of("measured_bound")),
+        ("roofline\nbound", ratio_of("roofline_bound")),
+        ("FLOP\nbound", ratio_of("flop_bound")),
+    )
+    return [c for c in columns if c.title != "measured\nbound" or any(cell != "-" for cell in c.cells)]
 
 
 def _agreement(rows: list[Row], records: list[dict[str, object]]) -> list[str]:
@@ -143,7 +130,8 @@ def _agreement(rows: list[Row], records: list[dict[str, object]]) -> list[str]:
         rank = f"Spearman {a.spearman:.3f}, " if a.spearman == a.spearman else ""
         lines.append(
             f"{phase}: {rank}median error {100 * a.median:.1f} %, p95 {100 * a.p95:.1f} %, bias {100 * a.bias:+.1f} %, "
-            f"{100 * a.inside:.0f} % of {a.count} in their 90 % interval; dense times off by {100 * a.dense_time:.1f} % (median)"
+            f"{100 * a.inside:.0f} % of {a.count} in their 90 % interval; "
+            f"dense times off by {100 * a.dense_time:.1f} % (median)"
         )
     again = repeatability(records)
     if again == again:
@@ -158,14 +146,8 @@ def _write(folder: Path, rows: list[Row], records: list[dict[str, object]]) -> N
     from simulator.files.write import write_whole
 
     columns = _columns(rows)
-    lines = [
-        f"# {_title(rows[0])}",
-        "",
-        *(f"- {line}" for line in _agreement(rows, records)),
-        "",
-        "![](comparison.png)",
-        "",
-    ]
+    agreement = [f"- {line}" for line in _agreement(rows, records)]
+    lines = [f"# {_title(rows[0])}", "", *agreement, "", "![](comparison.png)", ""]
     lines.append("| " + " | ".join(c.title.replace("\n", " ") for c in columns) + " |")
     lines.append("| " + " | ".join("---:" if c.right else "---" for c in columns) + " |")
     lines += ["| " + " | ".join(c.cells[i] for c in columns) + " |" for i in range(len(rows))]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from simulator.cli.figures import figures_command
 
 if TYPE_CHECKING:
-    from simulator.figures.paper_measured import MeasuredGemms
+    from simulator.figures.measured import MeasuredGemms
     from simulator.hardware.profile import HardwareProfile
 
 
@@ -16,7 +16,7 @@ def shipped_gemms(hw: HardwareProfile, dtype: str) -> MeasuredGemms | None:
     from calibration.fit.shipped import RECIPES
     from calibration.measurements import load_measurements, provenance
     from simulator.errors import InputError
-    from simulator.figures.paper_measured import from_columns
+    from simulator.figures.measured import from_columns
 
     tables = RECIPES[hw.name].tables if hw.name in RECIPES else ()
     name = next((table for table in tables if "/gemm/" in table), None)

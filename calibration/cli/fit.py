@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from calibration.cli.rows import load_rows
+from calibration.cli.rows import RecordsArgument, load_rows
 from simulator.cli import options, render
+from simulator.cli.options import opt
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
     from calibration.fit.profile import FittedPart, ProfileFit
 
-RecordsArgument = Annotated[
-    list[str], typer.Argument(metavar="RECORDS...", help="Files, run folders, or names of shipped measurements.")
-]
-Output = Annotated[
-    str,
-    typer.Option(
-        "--output", "-o", metavar="PROFILE.yaml", help="Profile to write; its arrays go to an .npz beside it."
-    ),
-]
-Base = Annotated[str, typer.Option("--hardware", metavar="NAME", help="Profile with the device's datasheet.")]
-DtypeOnly = Annotated[
-    str | None, typer.Option("--dtype", metavar="NAME", help="Number format to fit; all if left out.")
-]
-Prior = Annotated[
-    str | None,
-    typer.Option("--prior", metavar="NAME", help="Calibrated profile of a sibling or another stack to lean on."),
-]
+# fmt: off
+Output = Annotated[str, opt("--output -o", "PROFILE.yaml", "Profile to write; its arrays go to an .npz beside it.")]
+Base = Annotated[str, opt("--hardware", "NAME", "Profile with the device's datasheet.")]
+DtypeOnly = Annotated[str | None, opt("--dtype", "NAME", "Number format to fit; all if left out.")]
+Prior = Annotated[str | None, opt("--prior", "NAME", "Calibrated profile of a sibling or another stack to lean on.")]
+# fmt: on
 Anchor = Annotated[
-    bool,
-    typer.Option("--anchor", help="Only move the calibrated GEMM section of --prior (or --hardware) to these records."),
+    bool, opt("--anchor", None, "Only move the calibrated GEMM section of --prior (or --hardware) to these records.")
 ]
 
 
@@ -47,8 +35,8 @@ def command(
 ) -> None:
     """Calibrate a profile on records.
 
-    Each operator and number format is fitted on its own; what the records say nothing of is kept as --hardware has it. Rows held out are
-    left out. Prints what was fitted and how well it predicts shapes it did not see.
+    Each operator and number format is fitted on its own; what the records say nothing of is kept as --hardware has it.
+    Rows held out are left out. Prints what was fitted and how well it predicts shapes it did not see.
     """
     from calibration.fit.profile import fit_profile
     from simulator.files.write import check_target
@@ -63,9 +51,7 @@ def command(
     with render.progress("fitting") as report:
         fit = fit_profile(base, rows, dtype=dtype, prior=sibling, anchor=anchor, progress=report)
     save_hardware(fit.profile, output)
-    if json:
-        print(render.json_lines([part_row(part) for part in fit.parts]))
-    else:
+    if render.Output(json).write([part_row(part) for part in fit.parts]):
         show_fit(fit)
         print(f"\n{output}: {len(fit.parts)} sections of {fit.profile.name}")
     for line in (*notes, *fit.notes):
@@ -75,42 +61,38 @@ def command(
 def part_row(part: FittedPart) -> dict[str, Any]:
     """A fitted section as plain data."""
     s = part.section
+    constants = {
+        name: {"value": c.value, "std_error": c.std_error, "status": c.status} for name, c in s.constants.items()
+    }
     return {
         "operator": part.operator,
         "dtype": part.dtype,
         "rows": part.rows,
         "status": s.status,
-        "constants": {
-            n: {"value": c.value, "std_error": c.std_error, "status": c.status} for n, c in s.constants.items()
-        },
+        "constants": constants,
         "fixed": dict(part.fixed),
-        "accuracy": {n: float(v) for n, v in s.accuracy.items()},
-        "correlations": {f"{a} {b}": v for (a, b), v in part.correlations.items()},
+        "accuracy": {name: float(value) for name, value in s.accuracy.items()},
+        "correlations": {f"{a} {b}": value for (a, b), value in part.correlations.items()},
     }
 
 
 def show_fit(fit: ProfileFit) -> None:
     """Print the sections and, for each, the constants that could not be known."""
 
-    def cell(part: FittedPart, name: str) -> str:
-        value = part.section.accuracy.get(name)
-        return "-" if value is None else f"{100 * value:.2f} %"
+    def accuracy(name: str) -> Callable[[FittedPart], str]:
+        return lambda p: f"{100 * p.section.accuracy[name]:.2f} %" if name in p.section.accuracy else "-"
 
-    parts = fit.parts
-    render.show(
-        [
-            render.Column("fitted part", [p.operator for p in parts], right=False),
-            render.Column("format", [p.dtype for p in parts], right=False),
-            render.Column("rows", [f"{p.rows:,}" for p in parts]),
-            render.Column("unseen MAPE", [cell(p, "mape") for p in parts]),
-            render.Column("median", [cell(p, "median") for p in parts]),
-            render.Column("p95", [cell(p, "p95") for p in parts]),
-        ],
-        fit.profile.title,
+    columns = render.columns(
+        fit.parts,
+        ("<fitted part", lambda p: p.operator),
+        ("<format", lambda p: p.dtype),
+        ("rows", lambda p: f"{p.rows:,}"),
+        ("unseen MAPE", accuracy("mape")),
+        ("median", accuracy("median")),
+        ("p95", accuracy("p95")),
     )
-    for p in parts:
-        known = {name: why for name, why in p.fixed.items() if why != "structure"}
-        if known:
-            render.note(
-                f"{p.operator} {p.dtype}: fixed, not fitted: {', '.join(f'{name} ({why})' for name, why in known.items())}"
-            )
+    render.show(columns, fit.profile.title)
+    for p in fit.parts:
+        fixed = [f"{name} ({why})" for name, why in p.fixed.items() if why != "structure"]
+        if fixed:
+            render.note(f"{p.operator} {p.dtype}: fixed, not fitted: {', '.join(fixed)}")

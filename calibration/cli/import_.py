@@ -4,35 +4,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from simulator.cli import options, render
+from simulator.cli.options import arg, opt
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
     from calibration.records.importers import ImportResult
 
-Files = Annotated[
-    list[str], typer.Argument(metavar="FILE...", help="Tables: aiconfigurator or records .parquet, .csv, .jsonl.")
-]
-Output = Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="Parquet file to write.")]
-Format = Annotated[
-    str, typer.Option("--format", metavar="NAME", help="auto, aiconfigurator, measured, csv or records.")
-]
+# fmt: off
+Files = Annotated[list[str], arg("FILE...", "Tables: aiconfigurator or records .parquet, .csv, .jsonl.")]
+Output = Annotated[str, opt("--output -o", "FILE", "Parquet file to write.")]
+Format = Annotated[str, opt("--format", "NAME", "auto, aiconfigurator, measured, csv or records.")]
 Map = Annotated[
     list[str] | None,
-    typer.Option(
-        "--map", metavar="NAME=COLUMN", help="For csv: our name = the file's, as latency_us=time; may be repeated."
-    ),
+    opt("--map", "NAME=COLUMN", "For csv: our name = the file's, as latency_us=time; may be repeated."),
 ]
 DtypeOnly = Annotated[
-    str | None,
-    typer.Option("--dtype", metavar="NAME", help="Number format to keep, or all; needed where a file mixes them."),
+    str | None, opt("--dtype", "NAME", "Number format to keep, or all; needed where a file mixes them.")
 ]
-Hardware = Annotated[
-    str | None, typer.Option("--hardware", metavar="NAME", help="Profile whose datasheet rows are checked against.")
-]
-DeviceName = Annotated[str, typer.Option("--device", metavar="TEXT", help="For csv: what was measured on.")]
+Hardware = Annotated[str | None, opt("--hardware", "NAME", "Profile whose datasheet rows are checked against.")]
+DeviceName = Annotated[str, opt("--device", "TEXT", "For csv: what was measured on.")]
+# fmt: on
 
 
 def command(
@@ -47,8 +39,8 @@ def command(
 ) -> None:
     """Read tables of measured operators.
 
-    Rows that cannot be right (no time, faster than the datasheet allows) are refused and counted by reason; a file without one usable row
-    is an error, and then nothing is written.
+    Rows that cannot be right (no time, faster than the datasheet allows) are refused and counted by reason; a file
+    without one usable row is an error, and then nothing is written.
     """
     from calibration.records.importers import import_table
     from calibration.records.parquet import write_records
@@ -69,8 +61,7 @@ def command(
     if dtype is None and len(formats) > 1:
         raise InputError(f"the files mix number formats ({', '.join(formats)}); choose one of them by --dtype, or all")
     write_records(records, output)
-    if json:
-        print(render.json_lines([_row(file, f) for file, f in zip(files, found, strict=True)]))
+    if not render.Output(json).write([_row(file, f) for file, f in zip(files, found, strict=True)]):
         return
     for file, f in zip(files, found, strict=True):
         print(f"{file}: {len(f.records):,} rows kept, {f.refusals.total:,} refused")

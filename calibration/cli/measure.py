@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,33 +11,26 @@ import typer
 
 from calibration.cli.rows import seconds
 from simulator.cli import options, render
+from simulator.cli.options import arg, opt
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
     from calibration.measure.run import Outcome, Progress
     from calibration.measure.runs import Measured
 
-Devices = Annotated[
-    list[str], typer.Argument(metavar="DEVICE", help="cpu, cuda, cuda:1, replay:FILE; with --merge, the runs to join.")
-]
-Folder = Annotated[
-    str,
-    typer.Option("--output", "-o", metavar="RUN", help="Folder of the run; a rerun into it goes on where it ended."),
-]
-Budget = Annotated[str, typer.Option("--budget", metavar="TIME", help="Time to measure for: 2min, 90s, 1h.")]
-Dtype = Annotated[str, typer.Option("--dtype", metavar="NAME", help="Number format to measure; a run has one.")]
+# fmt: off
+Devices = Annotated[list[str], arg("DEVICE", "cpu, cuda, cuda:1, replay:FILE; with --merge, the runs to join.")]
+Folder = Annotated[str, opt("--output -o", "RUN", "Folder of the run; a rerun into it goes on where it ended.")]
+Budget = Annotated[str, opt("--budget", "TIME", "Time to measure for: 2min, 90s, 1h.")]
+Dtype = Annotated[str, opt("--dtype", "NAME", "Number format to measure; a run has one.")]
 Hardware = Annotated[
-    str,
-    typer.Option(
-        "--hardware",
-        metavar="NAME",
-        help="Profile with the datasheet; found by the device's name, or measured, if left out.",
-    ),
+    str, opt("--hardware", "NAME", "Profile with the datasheet; found by the device's name, or measured, if left out.")
 ]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Of the choice and the order of the shapes.")]
+Seed = Annotated[int, opt("--seed", "N", "Of the choice and the order of the shapes.")]
 Merge = Annotated[
-    bool, typer.Option("--merge", help="Join the records of runs on several machines of one kind into the file RUN.")
+    bool, opt("--merge", None, "Join the records of runs on several machines of one kind into the file RUN.")
 ]
+# fmt: on
 
 
 def command(
@@ -51,8 +45,8 @@ def command(
 ) -> None:
     """Measure a device.
 
-    Every record is on the disk before the next shape is timed, so that a killed run loses nothing and the same command goes on with it. A
-    folder of another device, driver or number format is refused.
+    Every record is on the disk before the next shape is timed, so that a killed run loses nothing and the same command
+    goes on with it. A folder of another device, driver or number format is refused.
     """
     if merge:
         _merge(device, output, json)
@@ -60,10 +54,7 @@ def command(
     if len(device) != 1:
         raise InputError(f"DEVICE: expected one, got {len(device)}; to join runs, add --merge")
     found = measure(device[0], output, seconds("--budget", budget), dtype, hardware=hardware, seed=seed)
-    row = outcome_row(found)
-    if json:
-        print(render.json_lines([row]))
-    else:
+    if render.Output(json).write([outcome_row(found)]):
         print(f"{Path(output) / 'records.jsonl'}: {describe(found.outcome)}")
     finish(found.outcome)
 
@@ -74,34 +65,25 @@ def measure(device: str, output: str, budget_s: float, dtype: str, **settings: A
     from calibration.measure.runs import check_folder, measure_into
 
     check_folder(output)
+    settings |= {"budget_s": budget_s, "dtype": dtype, "say": render.note}
     opened = open_device(device)
     try:
         with render.progress("measuring") as report:
-            return measure_into(
-                output, opened, budget_s=budget_s, dtype=dtype, progress=_shown(report), say=render.note, **settings
-            )
+            return measure_into(output, opened, progress=in_seconds(report), **settings)
     finally:
         opened.close()
 
 
-def _shown(report: Callable[[int, int], None]) -> Callable[[Progress], None]:
+def in_seconds(report: Callable[[int, int], None]) -> Callable[[Progress], None]:
     """Progress in seconds: operators differ too much in cost to be counted."""
-
-    def shown(p: Progress) -> None:
-        report(round(p.elapsed_s), max(round(p.elapsed_s + p.remaining_s), 1))
-
-    return shown
+    return lambda p: report(round(p.elapsed_s), max(round(p.elapsed_s + p.remaining_s), 1))
 
 
 def describe(outcome: Outcome) -> str:
     """What came of a run, on one line."""
     c = outcome.counts
-    parts = [
-        f"{c.timed + c.resumed} operators timed",
-        f"{c.resumed} of them before" if c.resumed else "",
-        f"{c.noisy} noisy" if c.noisy else "",
-    ]
-    for name in ("throttled", "skipped", "unsupported", "refused", "failed", "left"):
+    parts = [f"{c.timed + c.resumed} operators timed", f"{c.resumed} of them before" if c.resumed else ""]
+    for name in ("noisy", "throttled", "skipped", "unsupported", "refused", "failed", "left"):
         if count := getattr(c, name):
             parts.append(f"{count} {name}")
     return f"{', '.join(filter(None, parts))} in {render.seconds(outcome.elapsed_s)}"
@@ -109,15 +91,9 @@ def describe(outcome: Outcome) -> str:
 
 def outcome_row(found: Measured) -> dict[str, Any]:
     """The same as plain data."""
-    from dataclasses import asdict
-
-    return {
-        "planned": len(found.plan.items),
-        "elapsed_s": found.outcome.elapsed_s,
-        "stopped": found.outcome.stopped,
-        **asdict(found.outcome.counts),
-        "problems": list(found.outcome.problems),
-    }
+    outcome = found.outcome
+    row = {"planned": len(found.plan.items), "elapsed_s": outcome.elapsed_s, "stopped": outcome.stopped}
+    return {**row, **asdict(outcome.counts), "problems": list(outcome.problems)}
 
 
 def finish(outcome: Outcome) -> None:
@@ -136,13 +112,8 @@ def _merge(runs: list[str], output: str, json: bool) -> None:
 
     files = [Path(run) / "records.jsonl" if Path(run).is_dir() else Path(run) for run in runs]
     content = merge(files, output)
-    if json:
-        print(
-            render.json_lines(
-                [{"file": output, "runs": len(files), "records": len(content.rows), "dropped": content.dropped}]
-            )
-        )
-    else:
+    row = {"file": output, "runs": len(files), "records": len(content.rows), "dropped": content.dropped}
+    if render.Output(json).write([row]):
         print(f"{output}: {len(content.rows):,} records of {len(files)} runs on {content.header.device}")
         if content.dropped:
             render.note(f"{content.dropped} last lines were cut short and dropped")

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+from simulator.cli.options import arg
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
     from calibration.records.records import Records
     from simulator.hardware.profile import HardwareProfile
+
+RecordsArgument = Annotated[list[str], arg("RECORDS...", "Files, run folders, or names of shipped measurements.")]
 
 _SECONDS = {"s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
 
@@ -22,7 +25,8 @@ def load_rows(names: Sequence[str], hw: HardwareProfile | None = None) -> tuple[
     Parameters
     ----------
     names : sequence of str
-        A file (:func:`calibration.records.importers.import_table`), a folder with ``records.jsonl``, or a shipped ``device/operator/stack``.
+        A file (:func:`calibration.records.importers.import_table`), a folder with ``records.jsonl``, or a shipped
+        ``device/operator/stack``.
     hw : HardwareProfile, optional
         Its datasheet is what rows are checked against.
     """
@@ -40,9 +44,8 @@ def load_rows(names: Sequence[str], hw: HardwareProfile | None = None) -> tuple[
             continue
         if not path.exists() and not path.suffix:
             known = ", ".join(list_measurements())
-            raise InputError(
-                f"records {name!r}: there is no such file or folder, nor a shipped measurement of that name; those are {known}"
-            )
+            missing = "there is no such file or folder, nor a shipped measurement of that name"
+            raise InputError(f"records {name!r}: {missing}; those are {known}")
         found = import_table(path, hw=hw, dtype="all")
         parts.append(found.records)
         notes += [f"{path}: {line}" for line in (*found.refusals.lines(), *found.notes)]

@@ -4,49 +4,34 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from calibration.cli.rows import load_rows
 from simulator.cli import options, render
+from simulator.cli.options import arg, opt
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
     from calibration.judge.validate import Report
 
-Profile = Annotated[
-    str | None, typer.Argument(metavar="PROFILE", help="Name, alias or YAML file of the profile to judge.")
-]
-RecordsArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="RECORDS...", help="Files, run folders, or names of shipped measurements.")
-]
-DtypeOnly = Annotated[
-    str | None, typer.Option("--dtype", metavar="NAME", help="Number format to judge; all if left out.")
-]
-Markdown = Annotated[
-    str | None, typer.Option("--markdown", metavar="FILE", help="Write a report with plots beside it.")
-]
-Html = Annotated[str | None, typer.Option("--html", metavar="FILE", help="Write a report with its plots in one file.")]
+# fmt: off
+Profile = Annotated[str | None, arg("PROFILE", "Name, alias or YAML file of the profile to judge.")]
+MaybeRecords = Annotated[list[str] | None, arg("RECORDS...", "Files, run folders, or names of shipped measurements.")]
+DtypeOnly = Annotated[str | None, opt("--dtype", "NAME", "Number format to judge; all if left out.")]
+Markdown = Annotated[str | None, opt("--markdown", "FILE", "Write a report with plots beside it.")]
+Html = Annotated[str | None, opt("--html", "FILE", "Write a report with its plots in one file.")]
 Protocol = Annotated[
-    bool,
-    typer.Option("--protocol", help="Fit and judge anew on splits of the shipped measurements, beside the baselines."),
+    bool, opt("--protocol", None, "Fit and judge anew on splits of the shipped measurements, beside the baselines.")
 ]
 Tables = Annotated[
-    str,
-    typer.Option(
-        "--table", metavar="LIST", help="With --protocol: tables to judge, as a100,h100_fp8,attention; or all."
-    ),
+    str, opt("--table", "LIST", "With --protocol: tables to judge, as a100,h100_fp8,attention; or all.")
 ]
-Seeds = Annotated[
-    str, typer.Option("--seeds", metavar="LIST", help="With --protocol: seeds of the splits; their mean is shown.")
-]
-RowCounts = Annotated[
-    str, typer.Option("--rows", metavar="LIST", help="With --protocol: training rows; all for every row there is.")
-]
+Seeds = Annotated[str, opt("--seeds", "LIST", "With --protocol: seeds of the splits; their mean is shown.")]
+RowCounts = Annotated[str, opt("--rows", "LIST", "With --protocol: training rows; all for every row there is.")]
+# fmt: on
 
 
 def command(
     profile: Profile = None,
-    records: RecordsArgument = None,
+    records: MaybeRecords = None,
     dtype: DtypeOnly = None,
     markdown: Markdown = None,
     html: Html = None,
@@ -58,21 +43,19 @@ def command(
 ) -> None:
     """Judge a profile by measurements.
 
-    Predicts every record and prints the errors of times and of speedups, beside two rooflines without a fit, and how often the measured
-    time lies in its interval. With --protocol no profile is needed: each shipped table is split, fitted on some rows and judged on (n, k)
-    pairs the fit never saw.
+    Predicts every record and prints the errors of times and of speedups, beside two rooflines without a fit, and how
+    often the measured time lies in its interval. With --protocol no profile is needed: each shipped table is split,
+    fitted on some rows and judged on (n, k) pairs the fit never saw.
     """
     if protocol:
         if profile or records or markdown or html:
-            raise InputError(
-                "--protocol: judges the shipped measurements; expected no PROFILE, RECORDS, --markdown or --html with it"
-            )
+            unwanted = "PROFILE, RECORDS, --markdown or --html"
+            raise InputError(f"--protocol: judges the shipped measurements; expected no {unwanted} with it")
         _protocol(table, seeds, rows, json)
         return
     if not profile or not records:
-        raise InputError(
-            "expected a PROFILE and RECORDS, or --protocol; for instance: prunesim validate a100 a100_sxm/gemm/trtllm"
-        )
+        example = "prunesim validate a100 a100_sxm/gemm/trtllm"
+        raise InputError(f"expected a PROFILE and RECORDS, or --protocol; for instance: {example}")
     from calibration.judge.scores import summary
     from calibration.judge.validate import validate
     from simulator.files.write import check_target
@@ -92,9 +75,7 @@ def command(
         from calibration.judge.report import write_html
 
         written.append(str(write_html(report, html)))
-    if json:
-        print(render.json_lines([summary(report)]))
-    else:
+    if render.Output(json).write([summary(report)]):
         show_report(report)
         for path in written:
             print(f"\n{path}")
@@ -111,36 +92,29 @@ def show_report(report: Report, title: str = "") -> None:
     def percent(value: float | None) -> str:
         return "-" if value is None or value != value else f"{100 * value:.2f}"
 
-    columns = [
-        render.Column(
-            "operator",
-            [f"{p['operator']} {p['dtype']}" + (" *" if p["fitted_on_these_rows"] else "") for p in parts],
-            right=False,
-        ),
-        render.Column("rows", [f"{p['rows']:,}" for p in parts]),
-        render.Column("MAPE\n%", [percent(p["errors"]["mape"]) for p in parts]),
-        render.Column("median\n%", [percent(p["errors"]["median"]) for p in parts]),
-        render.Column("p95\n%", [percent(p["errors"]["p95"]) for p in parts]),
-        render.Column("bias\n%", [percent(p["errors"]["bias"]) for p in parts]),
-        render.Column("speedup\nmedian %", [percent(p["speedup"].get("median")) for p in parts]),
-        render.Column("speedup\np95 %", [percent(p["speedup"].get("p95")) for p in parts]),
-        render.Column("in the\ninterval %", [percent(p["coverage"][0]["coverage"]) for p in parts]),
-        render.Column("roofline\nMAPE %", [percent(p["roofline"]["mape"]) for p in parts]),
-        render.Column("0.8 bw + 3 us\nMAPE %", [percent(p["simple"]["mape"]) for p in parts]),
-        render.Column("section", [p["status"] for p in parts], right=False),
-    ]
-    while len(columns) > 6 and render.table_width(columns) > render.width():
-        columns.pop()
-    render.show(columns, f"{report.hardware} {title or f'on measurements of {report.device}, {report.software}'}")
+    columns = render.columns(
+        parts,
+        ("<operator", lambda p: f"{p['operator']} {p['dtype']}{' *' if p['fitted_on_these_rows'] else ''}"),
+        ("rows", lambda p: f"{p['rows']:,}"),
+        ("MAPE\n%", lambda p: percent(p["errors"]["mape"])),
+        ("median\n%", lambda p: percent(p["errors"]["median"])),
+        ("p95\n%", lambda p: percent(p["errors"]["p95"])),
+        ("bias\n%", lambda p: percent(p["errors"]["bias"])),
+        ("speedup\nmedian %", lambda p: percent(p["speedup"].get("median"))),
+        ("speedup\np95 %", lambda p: percent(p["speedup"].get("p95"))),
+        ("in the\ninterval %", lambda p: percent(p["coverage"][0]["coverage"])),
+        ("roofline\nMAPE %", lambda p: percent(p["roofline"]["mape"])),
+        ("0.8 bw + 3 us\nMAPE %", lambda p: percent(p["simple"]["mape"])),
+        ("<section", lambda p: p["status"]),
+    )
+    about = title or f"on measurements of {report.device}, {report.software}"
+    render.show(render.narrowed(columns, 6), f"{report.hardware} {about}")
     if any(p["fitted_on_these_rows"] for p in parts):
         print("* the profile was fitted on these rows; on shapes its folds had not seen:")
         for name, values in report.accuracy.items():
             if any(name == f"{p['operator']} {p['dtype']}" for p in parts):
-                print(
-                    f"  {name}: "
-                    + ", ".join(f"{label} {percent(values.get(label.lower()))}" for label in ("MAPE", "median", "p95"))
-                    + " %"
-                )
+                shown = [f"{label} {percent(values.get(label.lower()))}" for label in ("MAPE", "median", "p95")]
+                print(f"  {name}: {', '.join(shown)} %")
     for reason, count in report.skipped.items():
         render.note(f"{count} rows left out: {reason}")
 
@@ -151,11 +125,9 @@ def _protocol(table: str, seeds: str, rows: str, json: bool) -> None:
     sizes = [None if text == "all" else text for text in options.names("--rows", rows)]
     counts = [None if size is None else options.integers("--rows", size)[0] for size in sizes]
     with render.progress("fitting and judging") as report:
-        found = run_protocol(
-            options.names("--table", table), seeds=options.integers("--seeds", seeds), sizes=counts, progress=report
-        )
-    if json:
-        print(render.json_lines(found))
+        tables, splits = options.names("--table", table), options.integers("--seeds", seeds)
+        found = run_protocol(tables, seeds=splits, sizes=counts, progress=report)
+    if not render.Output(json).write(found):
         return
     for number, title in enumerate(titles(found)):
         if number:
@@ -164,6 +136,4 @@ def _protocol(table: str, seeds: str, rows: str, json: bool) -> None:
             render.Column(name, cells, right=name not in ("method", "unseen"))
             for name, cells in columns_of_table(found, title)
         ]
-        while len(columns) > 6 and render.table_width(columns) > render.width():
-            columns.pop()
-        render.show(columns, title)
+        render.show(render.narrowed(columns, 6), title)

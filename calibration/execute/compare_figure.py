@@ -9,7 +9,7 @@ import numpy as np
 
 from calibration.execute.comparison import Row, summary
 from simulator.errors import InputError
-from simulator.figures.axes import in_a_row, log_axis
+from simulator.figures.layout import in_a_row, log_axis
 from simulator.figures.style import COLUMN_IN, PAGE_IN, in_order, label, look, paper_style
 
 if TYPE_CHECKING:

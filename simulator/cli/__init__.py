@@ -1,7 +1,8 @@
-"""The command line: ``prunesim``. A thin layer that reads options, calls one function of the library and prints what it returns.
+"""The command line: ``prunesim``. A thin layer that reads options, calls one function of the library and prints what it
+returns.
 
-Data goes to standard output, messages and progress to standard error. Exit status: 0 done; 2 bad input, said in one line; 1 failed
-(a file that cannot be written, a program error). Nothing heavy is imported before a command needs it.
+Data goes to standard output, messages and progress to standard error. Exit status: 0 done; 2 bad input, said in one
+line; 1 failed (a file that cannot be written, a program error). Nothing heavy is imported before a command needs it.
 """
 
 from __future__ import annotations

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from simulator.cli import options, render
+from simulator.cli.options import arg, opt
 from simulator.errors import InputError
+from simulator.predict.words import uncalibrated
 
 if TYPE_CHECKING:
     from simulator.predict.claims import Verdict
@@ -21,46 +21,32 @@ if TYPE_CHECKING:
 STYLES = {"holds": "green", "does not hold": "red", "undecided": "yellow"}
 
 
+@options.expanded("phase", "new_tokens", "weight_dtype", "kv_dtype", "devices", "parallel")
 def claims(
-    models: Annotated[
-        str, typer.Argument(metavar="MODELS", help="Models, separated by commas.")
-    ] = "llama-3.1-8b,llama-2-7b",
+    models: Annotated[str, arg("MODELS", "Models, separated by commas.")] = "llama-3.1-8b,llama-2-7b",
     hardware: options.Hardware = "a100,h100,rtx_4090",
-    quality: Annotated[
-        str | None, typer.Option("--quality", metavar="FILE", help="Quality table (CSV); else the shipped ones.")
-    ] = None,
-    batch: options.Batch = "1",
-    seq: options.Seq = "2048",
-    runtime: options.Runtime = "cuda_graph",
-    dtype: options.Dtype = "bf16",
+    quality: Annotated[str | None, opt("--quality", "FILE", "Quality table (CSV); else the shipped ones.")] = None,
+    run: options.Run = options.RUN,
     json: options.Json = False,
 ) -> None:
     """Test two claims of the reference paper, with numbers.
 
-    (a) bound: in memory-bound inference static depth is the strongest baseline and stays closest to its theoretical bound. (b) order:
-    along the prefill frontier come static depth, dynamic depth, static width. Where a family has no quality data, it is said.
+    (a) bound: in memory-bound inference static depth is the strongest baseline and stays closest to its theoretical
+    bound. (b) order: along the prefill frontier come static depth, dynamic depth, static width. Where a family has no
+    quality data, it is said.
     """
-    setting = options.setting(128, runtime, dtype, None, None, 1, "tensor")
-    batches, lengths, devices = (
-        options.integers("--batch", batch),
-        options.integers("--seq", seq),
-        options.names("--hardware", hardware),
-    )
+    asked = run.asked()
+    del asked["phase"]  # each claim has its own
+    devices, names = options.names("--hardware", hardware), options.names("MODELS", models)
     found: list[Verdict] = []
-    names = options.names("MODELS", models)
     with render.progress("testing") as report:
         for done, model in enumerate(names):
-            found += _of_model(model, devices, quality, batches, lengths, setting)
+            found += _of_model(model, devices, quality, **asked)
             report(done + 1, len(names))
-    if json:
-        print(render.json_lines([asdict(v) for v in found]))
-    else:
+    if render.Output(json).write([asdict(v) for v in found]):
         _print(found)
-    uncalibrated = list(dict.fromkeys(v.hardware for v in found if not v.calibrated))
-    if uncalibrated:
-        render.note(
-            f"{', '.join(uncalibrated)}: not calibrated for everything this needs; the intervals are wide for it"
-        )
+    for line in uncalibrated(found):
+        render.note(line)
 
 
 def _of_model(
@@ -129,17 +115,18 @@ def _print(found: Sequence[Verdict]) -> None:
         sharing = list(dict.fromkeys((v.model, v.phase, v.batch, v.seq, v.axis) for v in chosen))
         devices = list(dict.fromkeys(v.hardware for v in chosen))
         at = {(v.model, v.phase, v.batch, v.seq, v.axis, v.hardware): v for v in chosen}
-        columns = [
-            render.Column("model", [s[0] for s in sharing], right=False),
-            render.Column("phase", [f"{s[1]}, batch {s[2]}, seq {s[3]}" for s in sharing], right=False),
-        ]
+        columns = render.columns(
+            sharing,
+            ("<model", lambda s: s[0]),
+            ("<phase", lambda s: f"{s[1]}, batch {s[2]}, seq {s[3]}"),
+            ("<quality", lambda s: s[4].partition(" [")[0] or "-"),
+        )
+        if not any(s[4] for s in sharing):
+            columns.pop()
         for h in devices:
             verdicts = [_cell(at.get((*s, h))) for s in sharing]
-            columns.append(
-                render.Column(h, verdicts, right=False, styles=[STYLES.get(v.partition(" (")[0], "") for v in verdicts])
-            )
-        if any(s[4] for s in sharing):
-            columns.insert(2, render.Column("quality", [s[4].partition(" [")[0] or "-" for s in sharing], right=False))
+            styles = [STYLES.get(v.partition(" (")[0], "") for v in verdicts]
+            columns.append(render.Column(h, verdicts, right=False, styles=styles))
         render.show(columns, "\n".join(textwrap.wrap(f"({'a' if claim == 'bound' else 'b'}) {text}", render.width())))
         print()
         for v in chosen:
@@ -151,5 +138,6 @@ def _print(found: Sequence[Verdict]) -> None:
         print()
     if any(v.verdict == "undecided" for v in found):
         print(
-            "undecided: the ends of the intervals disagree, or a family has no data; (+) the predictions alone speak for it, (-) against"
+            "undecided: the ends of the intervals disagree, or a family has no data; "
+            "(+) the predictions alone speak for it, (-) against"
         )

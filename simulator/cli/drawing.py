@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from simulator.predict.gemms import GemmRecord
-    from simulator.predict.table import Explanation, Record
+    from simulator.predict.rows import Record
+    from simulator.predict.table import Explanation
 
 # imported late by the commands: these functions need matplotlib
 
@@ -19,7 +20,8 @@ def setting_label(r: Record) -> str:
 
 def draw_speedups(records: Sequence[Record], path: str) -> None:
     """Speedup against sparsity for a table of records."""
-    from simulator.figures.save import save_figure, speedup_figure
+    from simulator.figures.save import save_figure
+    from simulator.figures.speedup import speedup_figure
 
     lengths = len({r.seq for r in records}) > 1
     models = len({r.model for r in records}) > 1
@@ -43,7 +45,8 @@ def draw_speedups(records: Sequence[Record], path: str) -> None:
 def draw_waterfalls(found: Sequence[Explanation], path: str) -> None:
     """The loss waterfalls of explanations, a panel each."""
     from simulator.figures.panels import steps_of
-    from simulator.figures.save import save_figure, waterfall_figure
+    from simulator.figures.save import save_figure
+    from simulator.figures.waterfall import waterfall_figure
 
     several = len({(e.record.phase, e.record.batch, e.record.seq) for e in found}) > 1
     lengths = len({e.record.seq for e in found}) > 1
@@ -68,7 +71,8 @@ def _columns(found: Sequence[Explanation]) -> int | None:
 def draw_rooflines(found: Sequence[Explanation], path: str) -> None:
     """Dense and pruned GEMMs of explanations on the roofline, a panel each."""
     from simulator.figures.panels import roof_of
-    from simulator.figures.save import roofline_figure, save_figure
+    from simulator.figures.roofline import roofline_figure
+    from simulator.figures.save import save_figure
 
     several = len({(e.record.phase, e.record.batch, e.record.seq) for e in found}) > 1
     roofs = [roof_of(e, e.record.hardware + (f"\n{setting_label(e.record)}" if several else "")) for e in found]
@@ -77,7 +81,8 @@ def draw_rooflines(found: Sequence[Explanation], path: str) -> None:
 
 def draw_gemms(rows: Sequence[GemmRecord], path: str) -> None:
     """Single GEMMs on the roofline, a panel a device."""
-    from simulator.figures.save import Roof, roofline_figure, save_figure
+    from simulator.figures.roofline import Roof, roofline_figure
+    from simulator.figures.save import save_figure
 
     roofs = []
     for name in dict.fromkeys(r.hardware for r in rows):

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from simulator.cli import options, render
+from simulator.cli.options import opt
 from simulator.errors import InputError
 from simulator.predict.words import LOSS, conclusion, setting_title
 
@@ -17,83 +16,50 @@ if TYPE_CHECKING:
     from simulator.predict.speedup import Step
     from simulator.predict.table import Explanation
 
+Roofline = Annotated[str | None, opt("--roofline", "FILE", "Also draw the dense and the pruned GEMMs on the roofline.")]
 
+
+@options.expanded()
 def explain(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Name of a model, or its Hugging Face config.json (file or folder).")
-    ],
+    model: options.Model,
     hardware: options.Hardware,
-    family: Annotated[str, typer.Option("--family", metavar="NAME", help="One pruning family.")],
-    sparsity: Annotated[
-        str,
-        typer.Option("--sparsity", metavar="FRACTION", help="Fraction removed, or by part: attention=0.25,mlp=0.5."),
-    ],
-    phase: options.Phase = "prefill",
-    batch: options.Batch = "1",
-    seq: options.Seq = "2048",
-    new_tokens: options.NewTokens = 128,
-    runtime: options.Runtime = "cuda_graph",
-    dtype: options.Dtype = "bf16",
-    weight_dtype: options.WeightDtype = None,
-    kv_dtype: options.KvDtype = None,
-    devices: options.Devices = 1,
-    parallel: options.Parallel = "tensor",
+    family: Annotated[str, opt("--family", "NAME", "One pruning family.")],
+    sparsity: Annotated[str, opt("--sparsity", "FRACTION", "Fraction removed, or by part: attention=0.25,mlp=0.5.")],
+    run: options.Run = options.RUN,
     ideal: options.Ideal = False,
     option: options.Option = None,
     json: options.Json = False,
     figure: options.Figure = None,
-    roofline: Annotated[
-        str | None,
-        typer.Option("--roofline", metavar="FILE", help="Also draw the dense and the pruned GEMMs on the roofline."),
-    ] = None,
+    roofline: Roofline = None,
 ) -> None:
     """Explain where a promised speedup is lost.
 
     Named steps lead from the nominal speedup 1/(1 - s) to the predicted one; their factors multiply exactly.
     """
-    for path in (figure, roofline):
-        if path:
-            from simulator.figures.save import check_figure
-
-            check_figure(path)
+    output = render.Output(json, figures=[figure, roofline])
     if "," in family:
         raise InputError(f"--family {family!r}: expected one family to explain")
     from simulator.predict.table import explanations
 
-    found = explanations(
-        model,
-        options.names("--hardware", hardware),
-        family,
-        options.sparsity("--sparsity", sparsity),
-        options.names("--phase", phase),
-        options.integers("--batch", batch),
-        options.integers("--seq", seq),
-        setting=options.setting(new_tokens, runtime, dtype, weight_dtype, kv_dtype, devices, parallel),
-        ideal=ideal,
-        options=options.settings("--option", option),
-    )
-    if json:
-        print(
-            render.json_lines(
-                [
-                    {**asdict(e.record), "waterfall": [asdict(step) for step in e.steps], "conclusion": conclusion(e)}
-                    for e in found
-                ]
-            )
-        )
-    else:
+    devices, fraction = options.names("--hardware", hardware), options.sparsity("--sparsity", sparsity)
+    asked, extra = run.asked(), options.settings("--option", option)
+    found = explanations(model, devices, family, fraction, **asked, ideal=ideal, options=extra)
+    rows = [
+        {**asdict(e.record), "waterfall": [asdict(step) for step in e.steps], "conclusion": conclusion(e)}
+        for e in found
+    ]
+    if output.write(rows):
         for i, e in enumerate(found):
             if i:
                 print()
             _print(e)
-    if figure:
-        from simulator.cli.drawing import draw_waterfalls
+    if figure or roofline:
+        from simulator.cli.drawing import draw_rooflines, draw_waterfalls
 
-        draw_waterfalls(found, figure)
-    if roofline:
-        from simulator.cli.drawing import draw_rooflines
-
-        draw_rooflines(found, roofline)
+        if figure:
+            draw_waterfalls(found, figure)
+        if roofline:
+            draw_rooflines(found, roofline)
 
 
 def _print(e: Explanation) -> None:

@@ -6,20 +6,19 @@ import json
 import sys
 from typing import Annotated
 
-import typer
-
 from simulator.cli import options
+from simulator.cli.options import opt
 
 
 def command(
-    port: Annotated[int, typer.Option("--port", metavar="N", help="Port on 127.0.0.1; 0 takes a free one.")] = 8050,
-    no_browser: Annotated[bool, typer.Option("--no-browser", help="Do not open a browser.")] = False,
+    port: Annotated[int, opt("--port", "N", "Port on 127.0.0.1; 0 takes a free one.")] = 8050,
+    no_browser: Annotated[bool, opt("--no-browser", None, "Do not open a browser.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Explore predictions in the browser.
 
-    The page is served on 127.0.0.1 only and loads nothing from elsewhere; its state is its address. Needs the extra "explore".
-    Ctrl-C stops it.
+    The page is served on 127.0.0.1 only and loads nothing from elsewhere; its state is its address. Needs the extra
+    "explore". Ctrl-C stops it.
     """
     from simulator.explore.app import HOST, server
 

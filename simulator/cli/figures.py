@@ -8,36 +8,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from simulator.cli import options, render
+from simulator.cli.options import opt
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from simulator.figures.paper import Drawn, Paper
-    from simulator.figures.paper_measured import MeasuredGemms
+    from simulator.figures.measured import MeasuredGemms
+    from simulator.figures.paper import Drawn
+    from simulator.figures.subject import Paper
     from simulator.hardware.profile import HardwareProfile
 
     Known = Callable[[HardwareProfile, str], MeasuredGemms | None]
 
 MODEL, HARDWARE, FORMATS = "llama-3.1-8b", "a100_sxm_80gb,h100_sxm,rtx_4090", "pdf,png"
 
-Output = Annotated[
-    str, typer.Option("-o", "--output", metavar="DIR", help="Folder to write to; made if it does not exist.")
-]
-Model = Annotated[
-    str, typer.Option("--model", metavar="MODEL", help="Name of a model, or its Hugging Face config.json.")
-]
-Only = Annotated[str | None, typer.Option("--only", metavar="LIST", help="Draw these figures alone.")]
-Formats = Annotated[str, typer.Option("--format", metavar="LIST", help="pdf, png, svg.")]
+# fmt: off
+Output = Annotated[str, opt("-o --output", "DIR", "Folder to write to; made if it does not exist.")]
+Model = Annotated[str, opt("--model", "MODEL", "Name of a model, or its Hugging Face config.json.")]
+Only = Annotated[str | None, opt("--only", "LIST", "Draw these figures alone.")]
+Formats = Annotated[str, opt("--format", "LIST", "pdf, png, svg.")]
+Seq = Annotated[int, opt("--seq", "N", "Tokens of a prompt or positions of a cache.")]
 MeasuredFiles = Annotated[
     list[str] | None,
-    typer.Option(
-        "--measured",
-        metavar="DEVICE=FILE",
-        help="Measured GEMMs of a device (CSV, Parquet): m, n, k, seconds; may be repeated.",
-    ),
+    opt("--measured", "DEVICE=FILE", "Measured GEMMs of a device (CSV, Parquet): m, n, k, seconds; may be repeated."),
 ]
+# fmt: on
 
 
 def figures_command(known: Known | None = None) -> Callable[..., None]:
@@ -46,7 +41,8 @@ def figures_command(known: Known | None = None) -> Callable[..., None]:
     Parameters
     ----------
     known : callable, optional
-        From a profile and a number format to its measured GEMMs, or None; a file given with ``--measured`` goes before it.
+        From a profile and a number format to its measured GEMMs, or None; a file given with ``--measured`` goes before
+        it.
     """
 
     def figures(
@@ -55,9 +51,7 @@ def figures_command(known: Known | None = None) -> Callable[..., None]:
         hardware: options.Hardware = HARDWARE,
         only: Only = None,
         formats: Formats = FORMATS,
-        seq: Annotated[
-            int, typer.Option("--seq", metavar="N", help="Tokens of a prompt or positions of a cache.")
-        ] = 2048,
+        seq: Seq = 2048,
         runtime: options.Runtime = "cuda_graph",
         dtype: options.Dtype = "bf16",
         measured: MeasuredFiles = None,
@@ -65,22 +59,20 @@ def figures_command(known: Known | None = None) -> Callable[..., None]:
     ) -> None:
         """Draw the figures of a paper about a model.
 
-        Each figure is written in every format, and captions.md lists them with their captions. What lacks its data (measured GEMMs, quality
-        of the model) is left out with a note, or refused when --only names it.
+        Each figure is written in every format, and captions.md lists them with their captions. What lacks its data
+        (measured GEMMs, quality of the model) is left out with a note, or refused when --only names it.
         """
-        from simulator.figures.paper import FIGURES, NothingToDraw, draw, paper
-        from simulator.figures.save import SUFFIXES
-        from simulator.predict.settings import one_of, whole_number
+        from simulator.figures.paper import FIGURES, draw
+        from simulator.figures.save import SUFFIXES, save_figure
+        from simulator.figures.subject import NothingToDraw, paper
+        from simulator.predict.settings import Setting, one_of, whole_number
 
-        chosen = (
-            [one_of("figure", name, tuple(FIGURES)) for name in options.names("--only", only)]
-            if only
-            else list(FIGURES)
-        )
-        suffixes = [
-            f".{one_of('format', name, [s[1:] for s in SUFFIXES])}" for name in options.names("--format", formats)
-        ]
-        setting = options.setting(128, runtime, dtype, None, None, 1, "tensor")
+        known_formats = [suffix[1:] for suffix in SUFFIXES]
+        chosen = list(FIGURES)
+        if only:
+            chosen = [one_of("figure", name, tuple(FIGURES)) for name in options.names("--only", only)]
+        suffixes = [f".{one_of('format', name, known_formats)}" for name in options.names("--format", formats)]
+        setting = Setting(runtime=runtime, dtype=dtype)
         about = paper(model, options.names("--hardware", hardware), setting=setting, seq=whole_number("seq", seq))
         about = _with_measured(about, measured or [], known, dtype)
         folder = _folder(output)
@@ -94,37 +86,17 @@ def figures_command(known: Known | None = None) -> Callable[..., None]:
                         raise
                     render.note(str(error))
                 else:
-                    _save(drawn[-1], folder, suffixes)
+                    for suffix in suffixes:
+                        save_figure(drawn[-1].figure, folder / f"{name}{suffix}")
                 report(i + 1, len(chosen))
-        _write_captions(
-            drawn,
-            folder,
-            suffixes,
-            {
-                "--model": (model, MODEL),
-                "--hardware": (hardware, HARDWARE),
-                "--only": (only, None),
-                "--format": (formats, FORMATS),
-                "--seq": (str(seq), "2048"),
-                "--runtime": (runtime, "cuda_graph"),
-                "--dtype": (dtype, "bf16"),
-            },
-            measured or [],
-        )
+        given = {"--model": (model, MODEL), "--hardware": (hardware, HARDWARE), "--format": (formats, FORMATS)}
+        given |= {"--seq": (str(seq), "2048"), "--runtime": (runtime, "cuda_graph"), "--dtype": (dtype, "bf16")}
+        changed = [part for name, (value, usual) in given.items() if value != usual for part in (name, value)]
+        _write_captions(drawn, folder, ".png" if ".png" in suffixes else suffixes[0], changed, measured or [])
         if as_json:
-            print(
-                json.dumps(
-                    [
-                        {
-                            "name": d.name,
-                            "caption": d.caption,
-                            "files": [str(folder / f"{d.name}{s}") for s in suffixes],
-                        }
-                        for d in drawn
-                    ],
-                    indent=2,
-                )
-            )
+            files = {d.name: [str(folder / f"{d.name}{suffix}") for suffix in suffixes] for d in drawn}
+            rows = [{"name": d.name, "caption": d.caption, "files": files[d.name]} for d in drawn]
+            print(json.dumps(rows, indent=2))
         else:
             for d in drawn:
                 print(f"{folder / d.name}{'|'.join(suffixes)}")
@@ -142,26 +114,22 @@ def _with_measured(about: Paper, files: list[str], known: Known | None, dtype: s
     """The paper with the measured GEMMs of its devices."""
     from dataclasses import replace
 
-    from simulator.figures.paper_measured import read_measured_gemms
+    from simulator.figures.measured import read_measured_gemms
     from simulator.hardware.library import load_hardware
 
     found: dict[str, MeasuredGemms] = {}
-    for hw in about.devices if known else ():
-        assert known is not None
-        table = known(hw, dtype)
-        if table is not None:
-            found[hw.name] = table
-    given: dict[str, str] = {}
+    if known is not None:
+        tables = {hw.name: known(hw, dtype) for hw in about.devices}
+        found = {name: table for name, table in tables.items() if table is not None}
+    given: set[str] = set()
     for text in files:
-        name, equals, path = (part.strip() for part in text.partition("="))
-        if not (name and equals and path):
-            raise InputError(f"--measured {text!r}: expected DEVICE=FILE, such as rtx_4090=gemms.csv")
+        name, path = options.pair("--measured", text, "DEVICE=FILE, such as rtx_4090=gemms.csv")
         device = load_hardware(name).name
         if device not in [hw.name for hw in about.devices]:
             raise InputError(f"--measured {text!r}: {device} is not among --hardware")
         if device in given:
             raise InputError(f"--measured {text!r}: {device} is given twice")
-        given[device] = path
+        given.add(device)
         found[device] = read_measured_gemms(path, dtype)
     return replace(about, measured=found)
 
@@ -174,36 +142,15 @@ def _folder(output: str) -> Path:
     return folder
 
 
-def _save(drawn: Drawn, folder: Path, suffixes: list[str]) -> None:
-    from simulator.figures.save import save_figure
-
-    for suffix in suffixes:
-        save_figure(drawn.figure, folder / f"{drawn.name}{suffix}")
-
-
-def _write_captions(
-    drawn: list[Drawn],
-    folder: Path,
-    suffixes: list[str],
-    given: dict[str, tuple[str | None, str | None]],
-    measured: list[str],
-) -> None:
+def _write_captions(drawn: list[Drawn], folder: Path, shown: str, changed: list[str], measured: list[str]) -> None:
     """A list of the figures with their captions and the command of each."""
     from simulator.figures.paper import MEASURED
     from simulator.files.write import write_whole
 
-    chosen = [
-        (name, value)
-        for name, (value, default) in given.items()
-        if value is not None and value != default and name != "--only"
-    ]
-    rest = [part for pair in chosen for part in pair]
     files = [part for text in measured for part in ("--measured", text)]
-    shown = ".png" if ".png" in suffixes else suffixes[0]
     lines = ["# Figures", ""]
     for d in drawn:
-        command = shlex.join(
-            ["prunesim", "figures", "-o", "DIR", "--only", d.name, *rest, *(files if d.name in MEASURED else ())]
-        )
-        lines += [f"## {d.name}", "", f"![{d.name}]({d.name}{shown})", "", d.caption, "", f"`{command}`", ""]
+        words = ["prunesim", "figures", "-o", "DIR", "--only", d.name, *changed, *(files if d.name in MEASURED else ())]
+        picture = f"![{d.name}]({d.name}{shown})"
+        lines += [f"## {d.name}", "", picture, "", d.caption, "", f"`{shlex.join(words)}`", ""]
     write_whole(folder / "captions.md", "\n".join(lines).encode())

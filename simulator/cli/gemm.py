@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from simulator.cli import options, render
+from simulator.cli.options import arg, opt
 
 if TYPE_CHECKING:
     from simulator.predict.gemms import GemmRecord
+
+# fmt: off
+M = Annotated[str, arg("M", "Tokens; a comma list for several.")]
+N = Annotated[str, arg("N", "Output features; a comma list for several.")]
+K = Annotated[str, arg("K", "Input features; a comma list for several.")]
+SemiStructured = Annotated[bool, opt("--semi-structured", None, "Weights with 2:4 sparsity on sparse tensor cores.")]
+Warm = Annotated[bool, opt("--warm", None, "Weights already in the L2 cache; by default they come from memory.")]
+Explain = Annotated[bool, opt("--explain", None, "Show how the roofline grows to the predicted time.")]
+# fmt: on
 
 _MEANING = {
     "roofline": "FLOP / peak or bytes / bandwidth, whichever is longer",
@@ -24,51 +33,35 @@ _MEANING = {
 
 
 def gemm(
-    m: Annotated[str, typer.Argument(metavar="M", help="Tokens; a comma list for several.")],
-    n: Annotated[str, typer.Argument(metavar="N", help="Output features; a comma list for several.")],
-    k: Annotated[str, typer.Argument(metavar="K", help="Input features; a comma list for several.")],
+    m: M,
+    n: N,
+    k: K,
     hardware: options.Hardware,
     dtype: options.Dtype = "bf16",
     weight_dtype: options.WeightDtype = None,
-    semi_structured: Annotated[
-        bool, typer.Option("--semi-structured", help="Weights with 2:4 sparsity on sparse tensor cores.")
-    ] = False,
-    warm: Annotated[
-        bool, typer.Option("--warm", help="Weights already in the L2 cache; by default they come from memory.")
-    ] = False,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Show how the roofline grows to the predicted time.")
-    ] = False,
+    semi_structured: SemiStructured = False,
+    warm: Warm = False,
+    explain: Explain = False,
     json: options.Json = False,
     figure: options.Figure = None,
 ) -> None:
     """Predict the time of a matrix product.
 
-    The product is y[M,N] = x[M,K] w[K,N], weights w coming from memory and activations x from where they were just written.
+    The product is y[M,N] = x[M,K] w[K,N], weights w coming from memory and activations x from where they were just
+    written.
     """
     sizes = options.integers("M", m), options.integers("N", n), options.integers("K", k)
-    if figure:
-        from simulator.figures.save import check_figure
-
-        check_figure(figure)
+    output = render.Output(json, figures=[figure])
     from simulator.predict.gemms import gemm_table
 
-    rows = gemm_table(
-        *sizes,
-        options.names("--hardware", hardware),
-        dtype=dtype,
-        weight_dtype=weight_dtype,
-        semi_structured=semi_structured,
-        cold=not warm,
-    )
-    if json:
-        print(render.json_lines([asdict(r) for r in rows]))
-    else:
+    devices = options.names("--hardware", hardware)
+    kernel = {"dtype": dtype, "weight_dtype": weight_dtype, "semi_structured": semi_structured, "cold": not warm}
+    rows = gemm_table(*sizes, devices, **kernel)  # type: ignore[arg-type]
+    if output.write([asdict(r) for r in rows]):
         _print(rows)
-        if explain:
-            for row in rows:
-                print()
-                _print_ladder(row)
+        for row in rows if explain else ():
+            print()
+            _print_ladder(row)
     if figure:
         from simulator.cli.drawing import draw_gemms
 
@@ -76,34 +69,30 @@ def gemm(
 
 
 def _print(rows: Sequence[GemmRecord]) -> None:
-    def column(title: str, cells: list[str], right: bool = True) -> render.Column:
-        return render.Column(title, cells, right)
-
-    columns = [
-        *(column(key.upper(), [str(getattr(r, key)) for r in rows]) for key in ("m", "n", "k")),
-        column("hardware", [r.hardware for r in rows], right=False),
-        column("time", [render.seconds(r.seconds) for r in rows]),
-        column("90 % interval", [f"{render.seconds(r.lower_s)} - {render.seconds(r.upper_s)}" for r in rows]),
-        column("limit", [r.limit for r in rows], right=False),
-        column("roofline", [render.seconds(r.roofline_s) for r in rows]),
-        column("TFLOP/s", [f"{r.flop_per_s / 1e12:.3g}" for r in rows]),
-        column("of peak", [render.percent(round(r.flop_per_s / r.peak_flop_per_s, 3)) for r in rows]),
-    ]
-    while len(columns) > 5 and render.table_width(columns) > render.width():
-        columns.pop()
-    render.show(columns)
+    columns = render.columns(
+        rows,
+        ("M", lambda r: r.m),
+        ("N", lambda r: r.n),
+        ("K", lambda r: r.k),
+        ("<hardware", lambda r: r.hardware),
+        ("time", lambda r: render.seconds(r.seconds)),
+        ("90 % interval", lambda r: f"{render.seconds(r.lower_s)} - {render.seconds(r.upper_s)}"),
+        ("<limit", lambda r: r.limit),
+        ("roofline", lambda r: render.seconds(r.roofline_s)),
+        ("TFLOP/s", lambda r: f"{r.flop_per_s / 1e12:.3g}"),
+        ("of peak", lambda r: render.percent(round(r.flop_per_s / r.peak_flop_per_s, 3))),
+    )
+    render.show(render.narrowed(columns, 5))
 
 
 def _print_ladder(row: GemmRecord) -> None:
     """The steps from the datasheet roofline to the predicted time."""
-    steps = list(row.ladder_s.items())
-    before = [steps[0][1], *(value for _, value in steps[:-1])]
-    render.show(
-        [
-            render.Column("effect", [name for name, _ in steps], right=False),
-            render.Column("factor", ["", *(f"x{value / b:.3f}" for (_, value), b in list(zip(steps, before))[1:])]),
-            render.Column("time", [render.seconds(value) for _, value in steps]),
-            render.Column("what it is", [_MEANING.get(name, "") for name, _ in steps], right=False),
-        ],
-        f"{row.m} x {row.n} x {row.k}, {row.dtype}, {row.hardware}: held by {row.limit}",
-    )
+    names, values = list(row.ladder_s), list(row.ladder_s.values())
+    factors = ["", *(f"x{value / before:.3f}" for before, value in itertools.pairwise(values))]
+    columns = [
+        render.Column("effect", names, right=False),
+        render.Column("factor", factors),
+        render.Column("time", [render.seconds(value) for value in values]),
+        render.Column("what it is", [_MEANING.get(name, "") for name in names], right=False),
+    ]
+    render.show(columns, f"{row.m} x {row.n} x {row.k}, {row.dtype}, {row.hardware}: held by {row.limit}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from simulator.cli import options, render
+from simulator.cli.options import arg
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
@@ -26,25 +27,21 @@ def list_(json: options.Json = False) -> None:
     if json:
         print(render.json_lines([_summary(hw) for hw in profiles]))
         return
-    rows = [_summary(hw) for hw in profiles]
-    columns = [
-        render.Column("name", [hw.name for hw in profiles], right=False),
-        render.Column("architecture", [hw.architecture for hw in profiles], right=False),
-        render.Column("bf16 dense", [_rate(row["peak_flop_per_s"].get("bf16")) for row in rows]),
-        render.Column("memory", [render.size(hw.memory_bytes) for hw in profiles]),
-        render.Column("bandwidth", [render.rate(hw.bandwidth_bytes_per_s, "B/s") for hw in profiles]),
-        render.Column("calibrated", [", ".join(row["calibrated"]) or "no" for row in rows], right=False),
-        render.Column("also", [", ".join(sorted(hw.aliases, key=len)[:2]) for hw in profiles], right=False),
-    ]
-    while len(columns) > 2 and render.table_width(columns) > render.width():
-        columns.pop()
-    render.show(columns)
+    columns = render.columns(
+        profiles,
+        ("<name", lambda hw: hw.name),
+        ("<architecture", lambda hw: hw.architecture),
+        ("bf16 dense", lambda hw: _rate(hw.rates["bf16"].flop_per_s if "bf16" in hw.rates else None)),
+        ("memory", lambda hw: render.size(hw.memory_bytes)),
+        ("bandwidth", lambda hw: render.rate(hw.bandwidth_bytes_per_s, "B/s")),
+        ("<calibrated", lambda hw: ", ".join(_summary(hw)["calibrated"]) or "no"),
+        ("<also", lambda hw: ", ".join(sorted(hw.aliases, key=len)[:2])),
+    )
+    render.show(render.narrowed(columns, 2))
 
 
 @app.command()
-def show(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name, alias or YAML file.")], json: options.Json = False
-) -> None:
+def show(name: Annotated[str, arg("NAME", "Name, alias or YAML file.")], json: options.Json = False) -> None:
     """Show one device: datasheet, sources, fits.
 
     Datasheet facts come with their sources, each fitted part with its status and accuracy.
@@ -64,31 +61,21 @@ def show(
         ("power", f"{hw.power_w:.0f} W"),
     ]
     if hw.link is not None:
-        facts.append(
-            (
-                "link",
-                f"{hw.link.kind}, {render.rate(hw.link.bandwidth_bytes_per_s, 'B/s')} one way, {render.seconds(hw.link.latency_s)}",
-            )
-        )
+        speed = f"{render.rate(hw.link.bandwidth_bytes_per_s, 'B/s')} one way, {render.seconds(hw.link.latency_s)}"
+        facts.append(("link", f"{hw.link.kind}, {speed}"))
     also = f" (also {', '.join(hw.aliases)})" if hw.aliases else ""
     print(f"{hw.title}: {hw.name}{also}\n")
-    render.show(
-        [
-            render.Column("datasheet", [k for k, _ in facts], right=False),
-            render.Column("", [v for _, v in facts], right=False),
-        ]
-    )
+    render.show(render.columns(facts, ("<datasheet", lambda fact: fact[0]), ("<", lambda fact: fact[1])))
     print()
-    rates = list(hw.rates.items())
-    ridge = [rate.flop_per_s / hw.bandwidth_bytes_per_s for _, rate in rates]
     render.show(
-        [
-            render.Column("format", [dtype for dtype, _ in rates], right=False),
-            render.Column("dense", [_rate(rate.flop_per_s) for _, rate in rates]),
-            render.Column("accumulate", [rate.accumulate for _, rate in rates], right=False),
-            render.Column("2:4", [f"x{rate.sparse_factor:g}" for _, rate in rates]),
-            render.Column("ridge point", [f"{value:.0f} FLOP/B" for value in ridge]),
-        ]
+        render.columns(
+            list(hw.rates.items()),
+            ("<format", lambda item: item[0]),
+            ("dense", lambda item: _rate(item[1].flop_per_s)),
+            ("<accumulate", lambda item: item[1].accumulate),
+            ("2:4", lambda item: f"x{item[1].sparse_factor:g}"),
+            ("ridge point", lambda item: f"{item[1].flop_per_s / hw.bandwidth_bytes_per_s:.0f} FLOP/B"),
+        )
     )
     print("\nsources")
     values: dict[str, list[str]] = {}
@@ -102,21 +89,20 @@ def show(
         print("not calibrated: architecture defaults and wide intervals")
         return
     render.show(
-        [
-            render.Column("fitted part", [s["operator"] for s in sections], right=False),
-            render.Column("format", [s["dtype"] for s in sections], right=False),
-            render.Column("status", [s["status"] for s in sections], right=False),
-            render.Column("rows", [str(s["rows"] or "") for s in sections]),
-            render.Column("accuracy", [_accuracy(s["accuracy"]) for s in sections], right=False),
-            render.Column("from", [s["origin"] for s in sections], right=False),
-        ]
+        render.columns(
+            sections,
+            ("<fitted part", lambda s: s["operator"]),
+            ("<format", lambda s: s["dtype"]),
+            ("<status", lambda s: s["status"]),
+            ("rows", lambda s: s["rows"] or ""),
+            ("<accuracy", lambda s: _accuracy(s["accuracy"])),
+            ("<from", lambda s: s["origin"]),
+        )
     )
 
 
 @app.command()
-def check(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="YAML profile.")], as_json: options.Json = False
-) -> None:
+def check(file: Annotated[str, arg("FILE", "YAML profile.")], as_json: options.Json = False) -> None:
     """Check a YAML profile.
 
     Each problem is one line; the exit status is 2 when there is any.
@@ -146,20 +132,14 @@ def _accuracy(values: dict[str, float]) -> str:
 def _summary(hw: HardwareProfile) -> dict[str, Any]:
     """Facts of a profile as plain values."""
     sections = [key for key, section in hw.sections.items() if section.status == "calibrated"]
+    facts = (
+        "sm_count boost_clock_hz max_clock_hz memory_bytes bandwidth_bytes_per_s l2_bytes power_w"  # in the order shown
+    )
     return {
-        "name": hw.name,
-        "title": hw.title,
-        "vendor": hw.vendor,
-        "architecture": hw.architecture,
+        **{name: getattr(hw, name) for name in ("name", "title", "vendor", "architecture")},
         "aliases": list(hw.aliases),
         "peak_flop_per_s": {dtype: rate.flop_per_s for dtype, rate in hw.rates.items()},
-        "sm_count": hw.sm_count,
-        "boost_clock_hz": hw.boost_clock_hz,
-        "max_clock_hz": hw.max_clock_hz,
-        "memory_bytes": hw.memory_bytes,
-        "bandwidth_bytes_per_s": hw.bandwidth_bytes_per_s,
-        "l2_bytes": hw.l2_bytes,
-        "power_w": hw.power_w,
+        **{name: getattr(hw, name) for name in facts.split()},
         "link": asdict(hw.link) if is_dataclass(hw.link) else None,
         "calibrated": [f"{operator} {dtype}".replace(" *", "") for operator, dtype in sections],
     }
@@ -169,7 +149,9 @@ def _sections(hw: HardwareProfile) -> list[dict[str, Any]]:
     """Fitted parts of a profile as plain values."""
     out = []
     for (operator, dtype), section in hw.sections.items():
-        origin = section.provenance
+        about, origin = section.provenance, ""
+        if about:
+            origin = f"borrowed from {about.borrowed_from}" if about.borrowed_from else about.software
         out.append(
             {
                 "operator": operator,
@@ -177,10 +159,8 @@ def _sections(hw: HardwareProfile) -> list[dict[str, Any]]:
                 "status": section.status,
                 "constants": {name: asdict(fitted) for name, fitted in section.constants.items()},
                 "accuracy": {name: float(value) for name, value in section.accuracy.items()},
-                "rows": origin.rows if origin else 0,
-                "origin": (f"borrowed from {origin.borrowed_from}" if origin.borrowed_from else origin.software)
-                if origin
-                else "",
+                "rows": about.rows if about else 0,
+                "origin": origin,
             }
         )
     return out

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from simulator.cli import options, render
+from simulator.cli.options import arg, opt
+from simulator.errors import InputError
 
 app = typer.Typer(help="Models: list those known by name, show the shapes of one.")
 
@@ -21,30 +23,28 @@ def list_(json: options.Json = False) -> None:
     if json:
         print(render.json_lines([{**asdict(m), "parameters": m.parameters} for m in models]))
         return
-    columns = [
-        render.Column("name", [m.name for m in models], right=False),
-        render.Column("parameters", [f"{m.parameters:,}" for m in models]),
-        render.Column("layers", [str(m.layers) for m in models]),
-        render.Column("hidden", [str(m.hidden) for m in models]),
-        render.Column("heads", [f"{m.heads}/{m.kv_heads}" for m in models]),
-        render.Column("inner", [str(m.inner) for m in models]),
-        render.Column("vocabulary", [f"{m.vocab:,}" for m in models]),
-        render.Column("architecture", [m.architecture for m in models], right=False),
-    ]
-    while len(columns) > 2 and render.table_width(columns) > render.width():
-        columns.pop()
-    render.show(columns)
+    columns = render.columns(
+        models,
+        ("<name", lambda m: m.name),
+        ("parameters", lambda m: f"{m.parameters:,}"),
+        ("layers", lambda m: m.layers),
+        ("hidden", lambda m: m.hidden),
+        ("heads", lambda m: f"{m.heads}/{m.kv_heads}"),
+        ("inner", lambda m: m.inner),
+        ("vocabulary", lambda m: f"{m.vocab:,}"),
+        ("<architecture", lambda m: m.architecture),
+    )
+    render.show(render.narrowed(columns, 2))
 
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a model, or its config.json (file or folder).")],
-    batch: Annotated[int, typer.Option("--batch", metavar="N", help="Sequences in a batch.")] = 1,
-    seq: Annotated[int, typer.Option("--seq", metavar="N", help="Prompt tokens of a sequence.")] = 2048,
+    name: Annotated[str, arg("NAME", "Name of a model, or its config.json (file or folder).")],
+    batch: Annotated[int, opt("--batch", "N", "Sequences in a batch.")] = 1,
+    seq: Annotated[int, opt("--seq", "N", "Prompt tokens of a sequence.")] = 2048,
     json: options.Json = False,
 ) -> None:
     """Show one model: shapes, parameters, GEMMs."""
-    from simulator.errors import InputError
     from simulator.models.library import load_model
     from simulator.models.lower import lower
     from simulator.workload import ROLES, Kind
@@ -67,19 +67,18 @@ def show(
         print(render.json_lines([{**asdict(model), "parameters": model.parameters, "flops": total, "gemms": rows}]))
         return
     mlp = "gated MLP" if model.gated else "plain MLP"
-    print(
-        f"{model.name} ({model.architecture}): {model.parameters:,} parameters, {render.size(2.0 * model.parameters)} in 16 bits"
+    size = render.size(2.0 * model.parameters)
+    print(f"{model.name} ({model.architecture}): {model.parameters:,} parameters, {size} in 16 bits")
+    heads = f"{model.heads} heads on {model.kv_heads} KV heads of {model.head_dim}"
+    sizes = f"{mlp} of {model.inner}, vocabulary {model.vocab:,}"
+    print(f"{model.layers} layers, hidden {model.hidden}, {heads}, {sizes}\n")
+    columns = render.columns(
+        rows,
+        ("<GEMM", lambda r: r["role"]),
+        ("M", lambda r: r["m"]),
+        ("N", lambda r: r["n"]),
+        ("K", lambda r: r["k"]),
+        ("times", lambda r: f"{r['count']:g}"),
+        ("share of FLOPs", lambda r: render.percent(r["flops"] / total)),
     )
-    print(
-        f"{model.layers} layers, hidden {model.hidden}, {model.heads} heads on {model.kv_heads} KV heads of {model.head_dim}, "
-        f"{mlp} of {model.inner}, vocabulary {model.vocab:,}\n"
-    )
-    render.show(
-        [
-            render.Column("GEMM", [r["role"] for r in rows], right=False),
-            *(render.Column(key.upper(), [str(r[key]) for r in rows]) for key in ("m", "n", "k")),
-            render.Column("times", [f"{r['count']:g}" for r in rows]),
-            render.Column("share of FLOPs", [render.percent(r["flops"] / total) for r in rows]),
-        ],
-        f"prefill, batch {batch}, seq {seq}: {total:.4g} FLOP",
-    )
+    render.show(columns, f"prefill, batch {batch}, seq {seq}: {total:.4g} FLOP")

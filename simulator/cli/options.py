@@ -1,55 +1,112 @@
-"""Reading option texts: comma lists, numbers, NAME=VALUE pairs, and the options that several commands share."""
+"""Reading option texts: comma lists, numbers, NAME=VALUE pairs, and the options that several commands share.
+
+:class:`Run` holds what every prediction is asked for; :func:`expanded` puts its fields among the options of a command.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import wraps
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from simulator.errors import InputError
 
-if TYPE_CHECKING:
-    from simulator.predict.settings import Setting
 
-Hardware = Annotated[
-    str, typer.Option("--hardware", metavar="LIST", help="Devices: names, aliases or YAML files, separated by commas.")
-]
-Phase = Annotated[
-    str, typer.Option("--phase", metavar="LIST", help="prefill, decode, generate; a comma list for several.")
-]
-Batch = Annotated[str, typer.Option("--batch", metavar="LIST", help="Sequences in a batch; a comma list for several.")]
-Seq = Annotated[
-    str,
-    typer.Option("--seq", metavar="LIST", help="Prompt tokens (prefill) or cached positions (decode) of a sequence."),
-]
-NewTokens = Annotated[
-    int, typer.Option("--new-tokens", metavar="N", help="Tokens that generate decodes after the prompt.")
-]
-Runtime = Annotated[
-    str, typer.Option("--runtime", metavar="NAME", help="cuda_graph, or eager (the host launches every kernel).")
-]
-Dtype = Annotated[str, typer.Option("--dtype", metavar="NAME", help="Number format of activations and arithmetic.")]
+def opt(flags: str, metavar: str | None, text: str) -> Any:
+    """An option; ``flags`` are its names, separated by blanks."""
+    return typer.Option(*flags.split(), metavar=metavar, help=text)
+
+
+def arg(metavar: str, text: str) -> Any:
+    """An argument."""
+    return typer.Argument(metavar=metavar, help=text)
+
+
+Model = Annotated[str, arg("MODEL", "Name of a model, or its Hugging Face config.json (file or folder).")]
+Hardware = Annotated[str, opt("--hardware", "LIST", "Devices: names, aliases or YAML files, separated by commas.")]
+Phase = Annotated[str, opt("--phase", "LIST", "prefill, decode, generate; a comma list for several.")]
+Batch = Annotated[str, opt("--batch", "LIST", "Sequences in a batch; a comma list for several.")]
+Seq = Annotated[str, opt("--seq", "LIST", "Prompt tokens (prefill) or cached positions (decode) of a sequence.")]
+NewTokens = Annotated[int, opt("--new-tokens", "N", "Tokens that generate decodes after the prompt.")]
+Runtime = Annotated[str, opt("--runtime", "NAME", "cuda_graph, or eager (the host launches every kernel).")]
+Dtype = Annotated[str, opt("--dtype", "NAME", "Number format of activations and arithmetic.")]
 WeightDtype = Annotated[
-    str | None,
-    typer.Option(
-        "--weight-dtype", metavar="NAME", help="Format of stored weights: int8, int4, fp8; as --dtype if left out."
-    ),
+    str | None, opt("--weight-dtype", "NAME", "Format of stored weights: int8, int4, fp8; as --dtype if left out.")
 ]
-KvDtype = Annotated[
-    str | None, typer.Option("--kv-dtype", metavar="NAME", help="Format of the K/V cache; as --dtype if left out.")
-]
-Devices = Annotated[int, typer.Option("--devices", metavar="N", help="Number of devices the model is spread over.")]
-Parallel = Annotated[str, typer.Option("--parallel", metavar="NAME", help="How it is spread: tensor or pipeline.")]
+KvDtype = Annotated[str | None, opt("--kv-dtype", "NAME", "Format of the K/V cache; as --dtype if left out.")]
+Devices = Annotated[int, opt("--devices", "N", "Number of devices the model is spread over.")]
+Parallel = Annotated[str, opt("--parallel", "NAME", "How it is spread: tensor or pipeline.")]
 Ideal = Annotated[
-    bool, typer.Option("--ideal", help="Leave out the work that pruning adds (routers, gathers): an upper bound.")
+    bool, opt("--ideal", None, "Leave out the work that pruning adds (routers, gathers): an upper bound.")
 ]
 Option = Annotated[
-    list[str] | None,
-    typer.Option("--option", metavar="NAME=VALUE", help="Option of the family, such as inner=8810; may be repeated."),
+    list[str] | None, opt("--option", "NAME=VALUE", "Option of the family, such as inner=8810; may be repeated.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Figure = Annotated[str | None, typer.Option("--figure", metavar="FILE", help="Also draw a figure: .pdf, .svg or .png.")]
+Json = Annotated[bool, opt("--json", None, "Print JSON instead of a table.")]
+Figure = Annotated[str | None, opt("--figure", "FILE", "Also draw a figure: .pdf, .svg or .png.")]
+
+
+@dataclass(frozen=True)
+class Run:
+    """How the models of a prediction are run, as texts of the command line."""
+
+    phase: Phase = "prefill"
+    batch: Batch = "1"
+    seq: Seq = "2048"
+    new_tokens: NewTokens = 128
+    runtime: Runtime = "cuda_graph"
+    dtype: Dtype = "bf16"
+    weight_dtype: WeightDtype = None
+    kv_dtype: KvDtype = None
+    devices: Devices = 1
+    parallel: Parallel = "tensor"
+
+    def asked(self) -> dict[str, Any]:
+        """Phases, batches, lengths and setting, as :func:`simulator.table` takes them."""
+        from simulator.predict.settings import Setting
+
+        formats = {name: getattr(self, name) for name in ("dtype", "weight_dtype", "kv_dtype")}
+        return {
+            "phase": names("--phase", self.phase),
+            "batch": integers("--batch", self.batch),
+            "seq": integers("--seq", self.seq),
+            "setting": Setting(self.new_tokens, self.runtime, devices=self.devices, parallel=self.parallel, **formats),
+        }
+
+
+RUN = Run()
+"""The default of a command's parameter ``run``."""
+
+
+def expanded(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command whose parameter ``run`` becomes the options of :class:`Run`, in its place, but for some that keep their
+    defaults.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        shared = [f for f in fields(Run) if f.name not in left_out]
+        types = {**get_type_hints(Run, include_extras=True), **get_type_hints(command, include_extras=True)}
+        parameters: list[inspect.Parameter] = []
+        for p in inspect.signature(command).parameters.values():
+            parts = [(f.name, f.default) for f in shared] if p.name == "run" else [(p.name, p.default)]
+            for name, default in parts:
+                parameters.append(
+                    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=types[name])
+                )
+
+        @wraps(command)
+        def called(**given: Any) -> None:
+            command(run=Run(**{f.name: given.pop(f.name) for f in shared}), **given)
+
+        called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        called.__annotations__ = {p.name: p.annotation for p in parameters}
+        return called
+
+    return decorate
 
 
 def names(option: str, text: str) -> list[str]:
@@ -88,11 +145,10 @@ def sparsity(option: str, text: str) -> float | dict[str, float]:
     >>> sparsity("--sparsity", "0.3"), sparsity("--sparsity", "q=0.1,down=0.5")
     (0.3, {'q': 0.1, 'down': 0.5})
     """
-    if "=" in text:
-        return {
-            name: _number(option, value, float) for name, value in (_pair(option, part) for part in names(option, text))
-        }
-    return float(_number(option, text, float))
+    if "=" not in text:
+        return float(_number(option, text, float))
+    pairs = [pair(option, part) for part in names(option, text)]
+    return {name: _number(option, value, float) for name, value in pairs}
 
 
 def settings(option: str, texts: Sequence[str] | None) -> dict[str, Any]:
@@ -103,27 +159,12 @@ def settings(option: str, texts: Sequence[str] | None) -> dict[str, Any]:
     """
     out: dict[str, Any] = {}
     for text in texts or ():
-        name, value = _pair(option, text)
+        name, value = pair(option, text)
         name = name.replace("-", "_")
         if name in out:
             raise InputError(f"{option} {text!r}: {name} is given twice")
         out[name] = [_value(part) for part in names(option, value)] if "," in value else _value(value)
     return out
-
-
-def setting(
-    new_tokens: int,
-    runtime: str,
-    dtype: str,
-    weight_dtype: str | None,
-    kv_dtype: str | None,
-    devices: int,
-    parallel: str,
-) -> Setting:
-    """The setting that the shared options describe."""
-    from simulator.predict.settings import Setting
-
-    return Setting(new_tokens, runtime, dtype, weight_dtype, kv_dtype, devices, parallel)
 
 
 def _number(option: str, text: str, kind: type[int] | type[float]) -> Any:
@@ -134,10 +175,11 @@ def _number(option: str, text: str, kind: type[int] | type[float]) -> Any:
         raise InputError(f"{option} {text!r}: expected {wanted}") from None
 
 
-def _pair(option: str, text: str) -> tuple[str, str]:
+def pair(option: str, text: str, expected: str = "NAME=VALUE") -> tuple[str, str]:
+    """A name and a value."""
     name, equals, value = (part.strip() for part in text.partition("="))
     if not (name and equals and value):
-        raise InputError(f"{option} {text!r}: expected NAME=VALUE")
+        raise InputError(f"{option} {text!r}: expected {expected}")
     return name, value
 
 

@@ -1,4 +1,6 @@
-"""``prunesim pareto``: speedups against quality loss, the frontier, and the family that is fastest at each quality budget."""
+"""``prunesim pareto``: speedups against quality loss, the frontier, and the family that is fastest at each quality
+budget.
+"""
 
 from __future__ import annotations
 
@@ -7,96 +9,58 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from simulator.cli import options, render
-from simulator.errors import InputError
+from simulator.cli.options import opt
+from simulator.predict.words import uncalibrated
 
 if TYPE_CHECKING:
     from simulator.predict.pareto import Band, Front, Point
     from simulator.predict.quality import QualityTable
 
-Quality = Annotated[
-    str | None, typer.Option("--quality", metavar="FILE", help="Quality table (CSV), or the name of a shipped one.")
-]
-QualityModel = Annotated[
-    str | None, typer.Option("--quality-model", metavar="NAME", help="Take the quality rows of this model instead.")
-]
+# fmt: off
+Quality = Annotated[str | None, opt("--quality", "FILE", "Quality table (CSV), or the name of a shipped one.")]
+QualityModel = Annotated[str | None, opt("--quality-model", "NAME", "Take the quality rows of this model instead.")]
+Metric = Annotated[str, opt("--metric", "NAME", "Metric, or a part of its name.")]
+Protocol = Annotated[str, opt("--protocol", "NAME", "Protocol, or a part of its name.")]
+Measured = Annotated[str | None, opt("--measured", "FILE", "CSV of measured speedups to use.")]
+Csv = Annotated[str | None, opt("--csv", "FILE", "Write the points as CSV (- for standard output).")]
+# fmt: on
 
 
+@options.expanded("weight_dtype", "kv_dtype")
 def pareto(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Name of a model, or its Hugging Face config.json (file or folder).")
-    ],
+    model: options.Model,
     hardware: options.Hardware,
     quality: Quality = None,
-    metric: Annotated[str, typer.Option("--metric", metavar="NAME", help="Metric, or a part of its name.")] = "",
-    protocol: Annotated[str, typer.Option("--protocol", metavar="NAME", help="Protocol, or a part of its name.")] = "",
+    metric: Metric = "",
+    protocol: Protocol = "",
     quality_model: QualityModel = None,
-    measured: Annotated[
-        str | None, typer.Option("--measured", metavar="FILE", help="CSV of measured speedups to use.")
-    ] = None,
-    phase: options.Phase = "prefill",
-    batch: options.Batch = "1",
-    seq: options.Seq = "2048",
-    new_tokens: options.NewTokens = 128,
-    runtime: options.Runtime = "cuda_graph",
-    dtype: options.Dtype = "bf16",
-    devices: options.Devices = 1,
-    parallel: options.Parallel = "tensor",
+    measured: Measured = None,
+    run: options.Run = options.RUN,
     json: options.Json = False,
-    csv: Annotated[
-        str | None, typer.Option("--csv", metavar="FILE", help="Write the points as CSV (- for standard output).")
-    ] = None,
+    csv: Csv = None,
     figure: options.Figure = None,
 ) -> None:
     """Show which pruned models no other one beats in speed and quality.
 
-    Quality is measured by papers or by prunesim quality, on one metric under one protocol; speed is predicted, or measured where
-    --measured has it. Without --quality the shipped rows of the model are used.
+    Quality is measured by papers or by prunesim quality, on one metric under one protocol; speed is predicted, or
+    measured where --measured has it. Without --quality the shipped rows of the model are used.
     """
-    if json and csv:
-        raise InputError("--json and --csv: expected one of them")
-    if figure:
-        from simulator.figures.save import check_figure
-
-        check_figure(figure)
-    if csv and csv != "-":
-        from simulator.files.write import check_target
-
-        check_target(csv)
+    output = render.Output(json, csv, [figure])
     from simulator.models.library import load_model
-    from simulator.predict.measured import read_measured
-    from simulator.predict.pareto import fronts
+    from simulator.predict.pareto import fronts, read_measured
     from simulator.predict.quality import choose_axis
 
     config = load_model(model)
     table = quality_rows(quality, quality_model or config.name)
     axis = choose_axis(table, metric, protocol, strict=quality is not None)
-    found, notes = fronts(
-        config,
-        options.names("--hardware", hardware),
-        table,
-        axis,
-        options.names("--phase", phase),
-        options.integers("--batch", batch),
-        options.integers("--seq", seq),
-        setting=options.setting(new_tokens, runtime, dtype, None, None, devices, parallel),
-        measured=read_measured(measured) if measured else (),
-    )
-    points = [asdict(p) for f in found for p in f.points]
-    if json:
-        records = [
-            {**asdict(f), "axis": str(f.axis), "points": _finite(f.points), "bands": _finite(f.bands)} for f in found
-        ]
-        print(render.json_lines(records))
-    elif csv == "-":
-        print(render.csv_text(points), end="")
-    elif csv:
-        from simulator.files.write import write_whole
-
-        write_whole(csv, render.csv_text(points).encode())
-    else:
+    devices, asked = options.names("--hardware", hardware), run.asked()
+    known = read_measured(measured) if measured else ()
+    found, notes = fronts(config, devices, table, axis, **asked, measured=known)
+    records = [
+        {**asdict(f), "axis": str(f.axis), "points": _finite(f.points), "bands": _finite(f.bands)} for f in found
+    ]
+    if output.write(records, [asdict(p) for f in found for p in f.points]):
         for front in found:
             print(front_text(front), end="\n\n")
         print("optimal: no other point is as fast at no more loss (*: also at the unfavourable ends of the intervals)")
@@ -106,16 +70,12 @@ def pareto(
         render.note(line)
     others = [str(a) for a in table.axes() if a != axis]
     if others and not json and csv != "-":
-        render.note(
-            f"other axes of {table.models[0]} (--metric, --protocol): {'; '.join(others[:4])}{' ...' if len(others) > 4 else ''}"
-        )
+        more = " ..." if len(others) > 4 else ""
+        render.note(f"other axes of {table.models[0]} (--metric, --protocol): {'; '.join(others[:4])}{more}")
     if table.models[0] != config.name.lower():
         render.note(f"quality is that of {table.models[0]}, speed that of {config.name}")
-    uncalibrated = list(dict.fromkeys(f.hardware for f in found if not f.calibrated))
-    if uncalibrated:
-        render.note(
-            f"{', '.join(uncalibrated)}: not calibrated for everything this needs; the intervals are wide for it"
-        )
+    for line in uncalibrated(found):
+        render.note(line)
 
 
 def quality_rows(quality: str | None, model: str) -> QualityTable:
@@ -152,8 +112,10 @@ def band_text(band: Band) -> str:
     """A band as the paper writes it.
 
     >>> from simulator.predict.pareto import Band
-    >>> band_text(Band("depth", 0.0, 0.04, 1.1, 1.2, True)), band_text(Band("width", 0.17, float("inf"), 1.5, 1.5, False))
-    ('0-4 % depth (1.10-1.20x)', 'from 17 % width (1.50x, not sure)')
+    >>> band_text(Band("depth", 0.0, 0.04, 1.1, 1.2, True))
+    '0-4 % depth (1.10-1.20x)'
+    >>> band_text(Band("width", 0.17, float("inf"), 1.5, 1.5, False))
+    'from 17 % width (1.50x, not sure)'
     """
     low, high = f"{100 * band.low:.3g}", f"{100 * band.high:.3g}"
     reach = f"from {low} %" if math.isinf(band.high) else f"{low}-{high} %"
@@ -166,29 +128,25 @@ def _layouts(front: Front) -> Iterator[list[render.Column]]:
     points = front.points
 
     def layout(source: bool, beaten: bool, interval: bool) -> list[render.Column]:
-        ends = [
-            f" ({render.ratio(p.speedup_lower)}-{render.ratio(p.speedup_upper)})" if interval else "" for p in points
+        rows = render.columns(
+            points,
+            ("<method", lambda p: p.method),
+            ("<family", lambda p: p.family),
+            ("pruned", lambda p: render.percent(p.sparsity)),
+            ("loss", lambda p: render.percent(p.loss)),
+            ("speedup", render.interval if interval else lambda p: render.ratio(p.speedup)),
+            ("<optimal", lambda p: "yes *" if p.sure else "yes" if p.optimal else ""),
+            ("<speed", lambda p: "measured" if p.measured else "predicted"),
+            ("<beaten by", lambda p: p.beaten_by),
+            ("<source", lambda p: p.source),
+        )
+        left_out = {"speed": not any(p.measured for p in points), "beaten by": not beaten, "source": not source}
+        dense = {"method": "dense", "loss": "0 %", "speedup": "1.00"}
+        return [
+            render.Column(c.title, [dense.get(c.title, ""), *c.cells], c.right)
+            for c in rows
+            if not left_out.get(c.title)
         ]
-        speed = [render.ratio(p.speedup) + end for p, end in zip(points, ends)]
-        columns = [
-            render.Column("method", ["dense", *(p.method for p in points)], right=False),
-            render.Column("family", ["", *(p.family for p in points)], right=False),
-            render.Column("pruned", ["", *(render.percent(p.sparsity) for p in points)]),
-            render.Column("loss", ["0 %", *(render.percent(p.loss) for p in points)]),
-            render.Column("speedup", ["1.00", *speed]),
-            render.Column(
-                "optimal", ["", *("yes *" if p.sure else "yes" if p.optimal else "" for p in points)], right=False
-            ),
-        ]
-        if any(p.measured for p in points):
-            columns.append(
-                render.Column("speed", ["", *("measured" if p.measured else "predicted" for p in points)], right=False)
-            )
-        if beaten:
-            columns.append(render.Column("beaten by", ["", *(p.beaten_by for p in points)], right=False))
-        if source:
-            columns.append(render.Column("source", ["", *(p.source for p in points)], right=False))
-        return columns
 
     yield layout(True, True, True)
     yield layout(False, True, True)

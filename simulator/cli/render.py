@@ -1,7 +1,8 @@
-"""Output for people and machines: tables that fit their width, JSON, CSV, notes, and a progress bar for what takes long.
+"""Output for people and machines: tables that fit their width, JSON, CSV, notes, and a progress bar for what takes
+long.
 
-A table is offered as several layouts from the most detailed down; the first that fits the width is printed, so no cell is ever
-wrapped. What is not a terminal counts as 120 columns wide.
+A table is offered as several layouts from the most detailed down; the first that fits the width is printed, so no cell
+is ever wrapped. What is not a terminal counts as 120 columns wide.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from simulator.errors import one_line
+from simulator.errors import InputError, one_line
 from simulator.predict.words import csv_text as csv_text
 from simulator.units import finite as finite
 from simulator.units import percent as percent
@@ -27,27 +28,27 @@ from simulator.units import ratio as ratio
 from simulator.units import seconds as seconds
 from simulator.units import size as size
 
+T = TypeVar("T")
+
 PIPED_WIDTH = 120
 """Columns of a table that goes to a pipe or a file."""
 
 PROGRESS_AFTER_S = 2.0
 """A progress bar shows up only when a command has run for so long."""
 
+# fmt: off
 LIMITS_SHORT: Mapping[str, str] = {
-    "compute": "comp",
-    "memory": "mem",
-    "l2": "L2",
-    "latency": "lat",
-    "launch": "lnch",
-    "host": "host",
-    "link": "link",
+    "compute": "comp", "memory": "mem", "l2": "L2", "latency": "lat", "launch": "lnch", "host": "host", "link": "link",
 }
+# fmt: on
 """Names of limits for narrow tables."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table: a title (lines separated by newlines), cells of text, aligned right unless told otherwise; style by cell."""
+    """A column of a table: a title (lines separated by newlines), cells of text, aligned right unless told otherwise;
+    style by cell.
+    """
 
     title: str
     cells: Sequence[str]
@@ -74,6 +75,30 @@ def table_width(columns: Sequence[Column]) -> int:
     return sum(c.width for c in columns) + 2 * (len(columns) - 1)
 
 
+def columns(rows: Sequence[T], *described: tuple[str, Callable[[T], object]]) -> list[Column]:
+    """Columns of a table with a row for each of ``rows``: titles, and how to write a row; "<" before a title aligns
+    left.
+
+    >>> print(table_text(columns([1, 20], ("<name", "item {}".format), ("n", str))))
+    name      n
+    -----------
+    item 1    1
+    item 20  20
+    """
+    return [
+        Column(title.removeprefix("<"), [str(text(row)) for row in rows], not title.startswith("<"))
+        for title, text in described
+    ]
+
+
+def narrowed(columns: Sequence[Column], least: int) -> list[Column]:
+    """As many of the columns as fit the width, from the left, but no fewer than the least."""
+    kept = list(columns)
+    while len(kept) > least and table_width(kept) > width():
+        kept.pop()
+    return kept
+
+
 def first_fitting(layouts: Iterator[list[Column]], available: int) -> list[Column]:
     """The first layout that fits, or the last one."""
     columns: list[Column] = []
@@ -98,22 +123,14 @@ def table_text(columns: Sequence[Column], title: str = "", *, color: bool = Fals
     from rich.text import Text
 
     table = Table(box=_rule(box), show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    for column in columns:
-        table.add_column(
-            Text(column.title), justify="right" if column.right else "left", no_wrap=True, vertical="bottom"
-        )
+    for c in columns:
+        table.add_column(Text(c.title), justify="right" if c.right else "left", no_wrap=True, vertical="bottom")
     for i in range(len(columns[0].cells)):
         table.add_row(*(Text(c.cells[i], style=c.styles[i] if c.styles else "") for c in columns))
     out = io.StringIO()
     # the layout was chosen to fit: rich gets all the room it asks for, so it never wraps or cuts
-    console = Console(
-        file=out,
-        width=2000,
-        height=100,
-        force_terminal=color,
-        color_system="standard" if color else None,
-        legacy_windows=False,
-    )
+    colors = "standard" if color else None
+    console = Console(file=out, width=2000, height=100, force_terminal=color, color_system=colors, legacy_windows=False)  # type: ignore[arg-type]
     if title:
         console.print(Text(title, style="bold"), soft_wrap=True)
     console.print(table)
@@ -140,7 +157,9 @@ def note(text: str) -> None:
     print("note:", one_line(" ".join(text.split())), file=sys.stderr)
 
 
-# -- machines ---------------------------------------------------------------------------------------------------------------------
+def interval(found: Any) -> str:
+    """A speedup with its interval."""
+    return f"{ratio(found.speedup)} ({ratio(found.speedup_lower)}-{ratio(found.speedup_upper)})"
 
 
 def json_lines(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -152,18 +171,50 @@ def json_lines(rows: Sequence[Mapping[str, Any]]) -> str:
     {"a": 2}
     ]
     """
-    lines = ",\n".join(
-        json.dumps({k: finite(v) for k, v in row.items()}, allow_nan=False, ensure_ascii=False) for row in rows
-    )
-    return f"[\n{lines}\n]" if rows else "[]"
+    lines = [json.dumps({k: finite(v) for k, v in row.items()}, allow_nan=False, ensure_ascii=False) for row in rows]
+    return "[\n" + ",\n".join(lines) + "\n]" if rows else "[]"
 
 
-# -- people -----------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Output:
+    """Where the rows of a command go: --json, --csv or a table, and --figure beside them; checked before any work."""
+
+    json: bool
+    csv: str | None = None
+    figures: Sequence[str | None] = ()
+
+    def __post_init__(self) -> None:
+        if self.json and self.csv:
+            raise InputError("--json and --csv: expected one of them")
+        for path in filter(None, self.figures):
+            from simulator.figures.save import check_figure
+
+            check_figure(path)
+        if self.csv and self.csv != "-":
+            from simulator.files.write import check_target
+
+            check_target(self.csv)
+
+    def write(self, rows: Sequence[Mapping[str, Any]], for_csv: Sequence[Mapping[str, Any]] | None = None) -> bool:
+        """Write rows (others as CSV, where given); whether a table is wanted instead."""
+        if self.json:
+            print(json_lines(rows))
+        elif self.csv:
+            text = csv_text(rows if for_csv is None else for_csv)
+            if self.csv == "-":
+                print(text, end="")
+            else:
+                from simulator.files.write import write_whole
+
+                write_whole(self.csv, text.encode())
+        return not (self.json or self.csv)
 
 
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A function to call with steps done and steps in all; draws a bar on a terminal once a command has run for two seconds."""
+    """A function to call with steps done and steps in all; draws a bar on a terminal once a command has run for two
+    seconds.
+    """
     start = time.monotonic()
     shown = False
     usable = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"

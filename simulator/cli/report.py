@@ -7,52 +7,51 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from simulator.cli import options
+from simulator.cli.options import arg, opt
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
     from simulator.explore.state import State
 
 
+# fmt: off
+Model = Annotated[str, arg("MODEL", "Name of a model, its config.json, or the address of a page of prunesim explore.")]
+Output = Annotated[str, opt("-o --output", "FILE", "HTML file to write.")]
+Hardware = Annotated[str | None, opt("--hardware", "LIST", "Devices: names, aliases or YAML files.")]
+Family = Annotated[str | None, opt("--family", "LIST", "Pruning families, or all.")]
+Sparsity = Annotated[str | None, opt("--sparsity", "LIST", "Fractions removed, points of the curves.")]
+Phase = Annotated[str | None, opt("--phase", "NAME", "prefill, decode or generate.")]
+Batch = Annotated[int | None, opt("--batch", "N", "Sequences in a batch.")]
+Seq = Annotated[int | None, opt("--seq", "N", "Prompt tokens or cached positions of a sequence.")]
+NewTokens = Annotated[int | None, opt("--new-tokens", "N", "Tokens that generate decodes.")]
+Runtime = Annotated[str | None, opt("--runtime", "NAME", "cuda_graph or eager.")]
+Dtype = Annotated[str | None, opt("--dtype", "NAME", "Number format.")]
+Detail = Annotated[str | None, opt("--detail", "NAME", "Family of waterfall, roofline and bounds.")]
+At = Annotated[float | None, opt("--at", "FRACTION", "Sparsity of waterfall, roofline and map.")]
+# fmt: on
+
+
 def command(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="Name of a model, its config.json, or the address of a page of prunesim explore."
-        ),
-    ],
-    output: Annotated[str, typer.Option("-o", "--output", metavar="FILE", help="HTML file to write.")],
-    hardware: Annotated[
-        str | None, typer.Option("--hardware", metavar="LIST", help="Devices: names, aliases or YAML files.")
-    ] = None,
-    family: Annotated[str | None, typer.Option("--family", metavar="LIST", help="Pruning families, or all.")] = None,
-    sparsity: Annotated[
-        str | None, typer.Option("--sparsity", metavar="LIST", help="Fractions removed, points of the curves.")
-    ] = None,
-    phase: Annotated[str | None, typer.Option("--phase", metavar="NAME", help="prefill, decode or generate.")] = None,
-    batch: Annotated[int | None, typer.Option("--batch", metavar="N", help="Sequences in a batch.")] = None,
-    seq: Annotated[
-        int | None, typer.Option("--seq", metavar="N", help="Prompt tokens or cached positions of a sequence.")
-    ] = None,
-    new_tokens: Annotated[
-        int | None, typer.Option("--new-tokens", metavar="N", help="Tokens that generate decodes.")
-    ] = None,
-    runtime: Annotated[str | None, typer.Option("--runtime", metavar="NAME", help="cuda_graph or eager.")] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", metavar="NAME", help="Number format.")] = None,
-    detail: Annotated[
-        str | None, typer.Option("--detail", metavar="NAME", help="Family of waterfall, roofline and bounds.")
-    ] = None,
-    at: Annotated[
-        float | None, typer.Option("--at", metavar="FRACTION", help="Sparsity of waterfall, roofline and map.")
-    ] = None,
+    model: Model,
+    output: Output,
+    hardware: Hardware = None,
+    family: Family = None,
+    sparsity: Sparsity = None,
+    phase: Phase = None,
+    batch: Batch = None,
+    seq: Seq = None,
+    new_tokens: NewTokens = None,
+    runtime: Runtime = None,
+    dtype: Dtype = None,
+    detail: Detail = None,
+    at: At = None,
     as_json: options.Json = False,
 ) -> None:
     """Write a selection as one HTML file.
 
-    The file holds the figures of prunesim explore, the table, the notes and the commands, opens from disk and fetches nothing. Options that
-    are left out are as the page starts with. Needs the extra "explore".
+    The file holds the figures of prunesim explore, the table, the notes and the commands, opens from disk and fetches
+    nothing. Options that are left out are as the page starts with. Needs the extra "explore".
     """
     from simulator.files.write import check_target
 
@@ -61,16 +60,8 @@ def command(
     check_target(output)
     from simulator.explore.report import write_report
 
-    given: dict[str, Any] = {
-        "phase": phase,
-        "batch": batch,
-        "seq": seq,
-        "new_tokens": new_tokens,
-        "runtime": runtime,
-        "dtype": dtype,
-        "detail": detail,
-        "at": at,
-    }
+    given: dict[str, Any] = dict(phase=phase, batch=batch, seq=seq, new_tokens=new_tokens, runtime=runtime, dtype=dtype)
+    given |= {"detail": detail, "at": at}
     if hardware is not None:
         given["gpus"] = tuple(dict.fromkeys(_device(name) for name in options.names("--hardware", hardware)))
     if family is not None:

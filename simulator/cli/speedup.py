@@ -4,88 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING, Annotated, Any
 
 from simulator.cli import options, render
+from simulator.cli.options import opt
 from simulator.errors import InputError
 from simulator.predict.words import setting_title, uncalibrated
 
 if TYPE_CHECKING:
-    from simulator.predict.table import Record, table
+    from simulator.predict.rows import Record
 
 
+@options.expanded()
 def speedup(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Name of a model, or its Hugging Face config.json (file or folder).")
-    ],
+    model: options.Model,
     hardware: options.Hardware,
-    family: Annotated[str, typer.Option("--family", metavar="LIST", help="Pruning families, or all.")] = "all",
-    sparsity: Annotated[
-        str, typer.Option("--sparsity", metavar="LIST", help="Fractions removed, each in [0, 1).")
-    ] = "0.1,0.25,0.5",
-    phase: options.Phase = "prefill",
-    batch: options.Batch = "1",
-    seq: options.Seq = "2048",
-    new_tokens: options.NewTokens = 128,
-    runtime: options.Runtime = "cuda_graph",
-    dtype: options.Dtype = "bf16",
-    weight_dtype: options.WeightDtype = None,
-    kv_dtype: options.KvDtype = None,
-    devices: options.Devices = 1,
-    parallel: options.Parallel = "tensor",
+    family: Annotated[str, opt("--family", "LIST", "Pruning families, or all.")] = "all",
+    sparsity: Annotated[str, opt("--sparsity", "LIST", "Fractions removed, each in [0, 1).")] = "0.1,0.25,0.5",
+    run: options.Run = options.RUN,
     ideal: options.Ideal = False,
     option: options.Option = None,
-    memory: Annotated[bool, typer.Option("--memory", help="Also show memory against the device's capacity.")] = False,
+    memory: Annotated[bool, opt("--memory", None, "Also show memory against the device's capacity.")] = False,
     json: options.Json = False,
-    csv: Annotated[
-        str | None, typer.Option("--csv", metavar="FILE", help="Write CSV, numbers in full (- for standard output).")
-    ] = None,
+    csv: Annotated[str | None, opt("--csv", "FILE", "Write CSV, numbers in full (- for standard output).")] = None,
     figure: options.Figure = None,
 ) -> None:
     """Predict how much faster a pruned model is.
 
-    Every combination of the lists is predicted; one that a family does not support (2:4 at 0.25) is left out with a note, or refused
-    when the family is named alone.
+    Every combination of the lists is predicted; one that a family does not support (2:4 at 0.25) is left out with a
+    note, or refused when the family is named alone.
     """
-    if json and csv:
-        raise InputError("--json and --csv: expected one of them")
-    if figure:
-        from simulator.figures.save import check_figure
-
-        check_figure(figure)
-    if csv and csv != "-":
-        from simulator.files.write import check_target, write_whole
-
-        check_target(csv)
+    output = render.Output(json, csv, [figure])
     chosen = options.names("--family", family)
     extra = options.settings("--option", option)
     if extra and (len(chosen) > 1 or chosen == ["all"]):
         raise InputError("--option: expected one family, for options belong to a family")
     from simulator.predict.table import table
 
+    devices, fractions = options.names("--hardware", hardware), options.fractions("--sparsity", sparsity)
     with render.progress("predicting") as report:
-        found = table(
-            [model],
-            options.names("--hardware", hardware),
-            chosen,
-            options.fractions("--sparsity", sparsity),
-            options.names("--phase", phase),
-            options.integers("--batch", batch),
-            options.integers("--seq", seq),
-            setting=options.setting(new_tokens, runtime, dtype, weight_dtype, kv_dtype, devices, parallel),
-            ideal=ideal,
-            options=extra,
-            progress=report,
-        )
-    if json:
-        print(render.json_lines([asdict(r) for r in found]))
-    elif csv == "-":
-        print(render.csv_text([asdict(r) for r in found]), end="")
-    elif csv:
-        write_whole(csv, render.csv_text([asdict(r) for r in found]).encode())
-    else:
+        found = table([model], devices, chosen, fractions, **run.asked(), ideal=ideal, options=extra, progress=report)
+    if output.write([asdict(r) for r in found]):
         _print(found.records, memory)
     if figure:
         from simulator.cli.drawing import draw_speedups
@@ -93,9 +52,6 @@ def speedup(
         draw_speedups(found.records, figure)
     for line in (*found.notes, *uncalibrated(found.records)):
         render.note(line)
-
-
-# -- text -------------------------------------------------------------------------------------------------------------------------
 
 
 def _print(records: Sequence[Record], memory: bool) -> None:
@@ -113,7 +69,7 @@ def _print(records: Sequence[Record], memory: bool) -> None:
             first = False
         if memory:
             print()
-            _print_memory(group, available)
+            _print_memory(group)
     print(
         f"\nspeedup (its {render.percent(records[0].level)} interval); bounds leave out what the pruning itself adds;"
         "\nlimit: what holds most of the pruned model's time"
@@ -133,68 +89,57 @@ def _chunks(records: Sequence[Record], available: int) -> Iterator[list[Record]]
 
 def speedup_layouts(records: Sequence[Record]) -> Iterator[list[render.Column]]:
     """Layouts of a speedup table from the most detailed to the narrowest; the first row is the dense model."""
-    hardware = list(dict.fromkeys(r.hardware for r in records))
-    rows = list(dict.fromkeys((r.family, r.sparsity) for r in records))
-    at = {(r.hardware, (r.family, r.sparsity)): r for r in records}
-    any_of = {row: next(at[h, row] for h in hardware if (h, row) in at) for row in rows}
+    hardware, rows, at = _crossed(records)
+    any_of = [next(at[h, row] for h in hardware if (h, row) in at) for row in rows]
     dense = {h: next(r.dense_s for r in records if r.hardware == h) for h in hardware}
-    seen: set[str] = set()
-    labels = ["dense"]
-    for name, _ in rows:
-        labels.append("" if name in seen else name)
-        seen.add(name)
+    first = {name: rows.index((name, s)) for name, s in reversed(rows)}
+    labels = ["dense", *(name if first[name] == i else "" for i, (name, _) in enumerate(rows))]
 
-    def shared(title: str, text: list[str]) -> render.Column:
-        return render.Column(title, ["", *text])
-
-    def layout(
-        realised: bool, byte: bool, roofline: bool, times: bool, limit: str, interval: bool
-    ) -> list[render.Column]:
-        columns = [render.Column("family", labels, right=False), shared("pruned", [render.percent(s) for _, s in rows])]
-        if realised:
-            columns.append(shared("realised", [render.percent(any_of[row].realised_sparsity) for row in rows]))
-        columns.append(shared("FLOP\nbound", [render.ratio(any_of[row].flop_bound) for row in rows]))
-        if byte:
-            columns.append(shared("byte\nbound", [render.ratio(any_of[row].byte_bound) for row in rows]))
+    def layout(*, detail: int, limit: str, interval: bool = True) -> list[render.Column]:
+        shared = render.columns(
+            any_of,
+            ("pruned", lambda r: render.percent(r.sparsity)),
+            ("realised", lambda r: render.percent(r.realised_sparsity)),
+            ("FLOP\nbound", lambda r: render.ratio(r.flop_bound)),
+            ("byte\nbound", lambda r: render.ratio(r.byte_bound)),
+        )
+        if detail < 2:
+            del shared[1]
+        if detail < 1:
+            del shared[-1]
+        columns = [render.Column("family", labels, right=False)]
+        columns += [render.Column(c.title, ["", *c.cells]) for c in shared]
         for h in hardware:
             found = [at.get((h, row)) for row in rows]
-            if roofline:
-                columns.append(shared("roofline\nbound", [render.ratio(r.roofline_bound) if r else "-" for r in found]))
-            if times:
-                columns.append(shared(f"{h}\ntime", [render.seconds(r.pruned_s) if r else "-" for r in found]))
-            cells = [_speedup_cell(r, interval) for r in found]
-            columns.append(
-                render.Column(
-                    f"{h}\nspeedup", [render.seconds(dense[h]), *cells], styles=["", *(_style(r) for r in found)]
-                )
-            )
-            if limit:
-                shown = render.LIMITS_SHORT if limit == "short" else {}
+            if detail > 2:
+                bounds = [render.ratio(r.roofline_bound) if r else "-" for r in found]
+                columns.append(render.Column("roofline\nbound", ["", *bounds]))
+            if detail > 3:
                 columns.append(
-                    render.Column(
-                        "limit", ["", *(shown.get(r.limit, r.limit) if r else "" for r in found)], right=False
-                    )
+                    render.Column(f"{h}\ntime", ["", *(render.seconds(r.pruned_s) if r else "-" for r in found)])
                 )
+            shown = render.interval if interval else lambda r: render.ratio(r.speedup)
+            cells = [render.seconds(dense[h]), *(shown(r) if r else "-" for r in found)]
+            columns.append(render.Column(f"{h}\nspeedup", cells, styles=["", *(_style(r) for r in found)]))
+            if limit:
+                names = render.LIMITS_SHORT if limit == "short" else {}
+                limits = [names.get(r.limit, r.limit) if r else "" for r in found]
+                columns.append(render.Column("limit", ["", *limits], right=False))
         return columns
 
-    yield layout(True, True, True, True, "full", True)
-    yield layout(True, True, True, False, "full", True)
-    yield layout(True, True, False, False, "full", True)
-    yield layout(False, True, False, False, "full", True)
-    yield layout(False, True, False, False, "short", True)
-    yield layout(False, False, False, False, "short", True)
-    yield layout(False, False, False, False, "", True)
-    yield layout(False, False, False, False, "", False)
+    for detail in (4, 3, 2, 1):
+        yield layout(detail=detail, limit="full")
+    yield layout(detail=1, limit="short")
+    yield layout(detail=0, limit="short")
+    yield layout(detail=0, limit="")
+    yield layout(detail=0, limit="", interval=False)
 
 
-def _speedup_cell(r: Record | None, interval: bool) -> str:
-    if r is None:
-        return "-"
-    return (
-        f"{render.ratio(r.speedup)} ({render.ratio(r.speedup_lower)}-{render.ratio(r.speedup_upper)})"
-        if interval
-        else render.ratio(r.speedup)
-    )
+def _crossed(records: Sequence[Record]) -> tuple[list[str], list[tuple[str, float]], dict[Any, Record]]:
+    """Devices, rows (family, sparsity) in order, and the record where they meet."""
+    hardware = list(dict.fromkeys(r.hardware for r in records))
+    rows = list(dict.fromkeys((r.family, r.sparsity) for r in records))
+    return hardware, rows, {(r.hardware, (r.family, r.sparsity)): r for r in records}
 
 
 def _style(r: Record | None) -> str:
@@ -204,29 +149,22 @@ def _style(r: Record | None) -> str:
     return "green" if r.speedup_lower > 1.0 else "red" if r.speedup_upper < 1.0 else ""
 
 
-def _print_memory(records: Sequence[Record], available: int) -> None:
+def _print_memory(records: Sequence[Record]) -> None:
     """Memory of the dense and the pruned models against each device's capacity."""
-    hardware = list(dict.fromkeys(r.hardware for r in records))
-    rows = list(dict.fromkeys((r.family, r.sparsity) for r in records))
-    at = {(r.hardware, (r.family, r.sparsity)): r for r in records}
+    hardware, rows, at = _crossed(records)
     any_of = [next(at[h, row] for h in hardware if (h, row) in at) for row in rows]
     first = records[0]
+    needs = [render.size(first.dense_memory_bytes), *(render.size(r.pruned_memory_bytes) for r in any_of)]
     columns = [
         render.Column("family", ["dense", *(name for name, _ in rows)], right=False),
         render.Column("pruned", ["", *(render.percent(s) for _, s in rows)]),
-        render.Column(
-            "memory", [render.size(first.dense_memory_bytes), *(render.size(r.pruned_memory_bytes) for r in any_of)]
-        ),
+        render.Column("memory", needs),
     ]
+    words = {True: "fits", False: "too large", None: "-"}
     for h in hardware:
-        found = [at.get((h, row)) for row in rows]
         whole = next(r for r in records if r.hardware == h)
-        cells = [
-            "fits" if whole.dense_fits else "too large",
-            *("-" if r is None else "fits" if r.pruned_fits else "too large" for r in found),
-        ]
-        columns.append(render.Column(f"{h}\n{render.size(whole.capacity_bytes)}", cells, right=False))
+        found = [at.get((h, row)) for row in rows]
+        fits = [words[whole.dense_fits], *(words[r.pruned_fits if r else None] for r in found)]
+        columns.append(render.Column(f"{h}\n{render.size(whole.capacity_bytes)}", fits, right=False))
     per_device = " of each device" if first.devices > 1 else ""
-    while len(columns) > 4 and render.table_width(columns) > available:
-        columns.pop()
-    render.show(columns, f"memory{per_device}: weights, cache, activations")
+    render.show(render.narrowed(columns, 4), f"memory{per_device}: weights, cache, activations")

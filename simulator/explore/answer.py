@@ -17,9 +17,10 @@ from simulator.explore.state import State
 from simulator.figures.paper import BATCHES, LENGTHS
 from simulator.hardware.library import load_hardware
 from simulator.predict.crossover import fastest
-from simulator.predict.grid import FamilyChoice, Formats, Grid
+from simulator.predict.grid import Formats, Grid
+from simulator.predict.rows import FamilyChoice, Record
 from simulator.predict.sweep import sweep_columns
-from simulator.predict.table import Explanation, Record, Table, explanations, table
+from simulator.predict.table import Explanation, Table, explanations, table
 from simulator.predict.words import uncalibrated
 
 KEPT = 64

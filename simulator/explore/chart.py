@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from simulator.figures.axes import log_ticks
+from simulator.figures.layout import log_ticks
 from simulator.figures.style import look
 
 Chart = dict[str, Any]

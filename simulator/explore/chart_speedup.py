@@ -23,7 +23,7 @@ from simulator.figures.style import BLACK, in_order, label, look
 from simulator.units import percent, ratio
 
 if TYPE_CHECKING:
-    from simulator.predict.table import Record
+    from simulator.predict.rows import Record
 
 MOST_BANDS = 6
 """Families that are drawn with their interval each; of more, the one in detail alone."""

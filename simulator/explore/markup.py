@@ -17,7 +17,7 @@ from simulator.workload import PHASES
 
 if TYPE_CHECKING:
     from simulator.explore.commands import Command
-    from simulator.predict.table import Record
+    from simulator.predict.rows import Record
 
 UNITS = {
     "sparsity": "1",

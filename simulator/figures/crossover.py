@@ -8,9 +8,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from simulator.figures.axes import legend_below
-from simulator.figures.grid import bare, middle, name_panels, panel_grid, same_length, tick_outer
-from simulator.figures.style import BLACK, BLUE, PAGE_IN, in_order, label, look, paper_style
+from simulator.figures.layout import (
+    Columns,
+    cells,
+    columns_of,
+    legend_below,
+    legend_lines,
+    name_panels,
+    panel_grid,
+    settled,
+)
+from simulator.figures.style import BLACK, BLUE, GREY, PAGE_IN, PALE_INK, in_order, label, look, paper_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,8 +27,9 @@ if TYPE_CHECKING:
 SURE, PALE = 0.42, 0.14
 """Opacity of a cell whose winner is certain, and of one whose winner is not."""
 
-_CELL_IN = 0.235
+_CELL_IN = 0.24
 _CORNER = [(-1.0, 1.0), (1.0, 1.0), (1.0, -1.0)]  # a marker as the legend shows it
+_SQUARE = [(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)]
 
 
 def crossover_figure(
@@ -50,12 +59,6 @@ def crossover_figure(
         Whether its interval lies above that of every other family; the cell is pale where not.
     fits : bool array
         Whether the dense model fits the device's memory; a dark corner where not.
-    width_in : float
-        Width of the figure in inches.
-
-    Returns
-    -------
-    Figure
 
     Raises
     ------
@@ -64,38 +67,27 @@ def crossover_figure(
 
     Examples
     --------
-    >>> figure = crossover_figure(["decode"] * 2, ["h100"] * 2, [1, 8], [512] * 2, ["depth", "width"], [1.9, 1.6], [True] * 2, [True] * 2)
+    >>> where = ["decode"] * 2, ["h100"] * 2, [1, 8], [512] * 2
+    >>> figure = crossover_figure(*where, ["depth", "width"], [1.9, 1.6], [True] * 2, [True] * 2)
     >>> [t.get_text() for t in figure.axes[0].texts][:2]
     ['1.90', '1.60']
     """
-    data: dict[str, NDArray[Any]] = {
-        k: np.asarray(v, dtype=object) for k, v in (("row", row), ("column", column), ("winner", winner))
-    }
-    data |= {"batch": np.asarray(batch), "seq": np.asarray(seq), "speedup": np.asarray(speedup, dtype=float)}
-    data |= {"sure": np.asarray(sure, dtype=bool), "fits": np.asarray(fits, dtype=bool)}
-    same_length("cells of the map", data)
-    with paper_style():
-        return _draw(data, width_in)
-
-
-def _draw(data: dict[str, NDArray[Any]], width: float) -> Figure:
+    numbers = {"batch": batch, "seq": seq, "speedup": speedup, "sure": sure, "fits": fits}
+    data = columns_of("cells of the map", {"row": row, "column": column, "winner": winner}, numbers)
     batches, lengths = (sorted({int(v) for v in data[name]}) for name in ("batch", "seq"))
-    handles = _handles(in_order(data["winner"]), not data["sure"].all(), not data["fits"].all())
-    across = max(1, int((width - 0.2) // (0.40 + 0.055 * max(len(h.get_label()) for h in handles))))
-    lines = -(-len(handles) // across)
-    across = -(-len(handles) // lines)
-    room: dict[str, Any] = {"left_in": 0.50, "right_in": 0.22, "bottom_in": 0.42 + 0.14 * lines, "gap_in": (0.12, 0.14)}
-    figure, panels = panel_grid(data["row"], data["column"], width, _CELL_IN * len(lengths), **room)
-    for (r, c), ax in panels.items():
-        chosen = (data["row"] == r) & (data["column"] == c)
-        _panel(ax, {k: v[chosen] for k, v in data.items()}, batches, lengths)
-    tick_outer(panels, [str(b) for b in batches], [short(n) for n in lengths])
-    name_panels(panels, {r: r for r in data["row"]})
-    x, y = middle(panels)
-    figure.text(x, (0.14 + 0.14 * lines) / figure.get_figheight(), "batch", ha="center", va="bottom", fontsize=7)
-    figure.supylabel("sequence", x=0.06 / width, y=y, fontsize=7, ha="left")
-    legend_below(figure, handles, across, 0.06)
-    return figure
+    with paper_style():
+        handles = _handles(in_order(data["winner"]), not data["sure"].all(), not data["fits"].all())
+        lines = legend_lines(handles, width_in)
+        around_in = 0.66 + 0.14 * lines
+        figure, panels = panel_grid(data["row"], data["column"], _CELL_IN * len(lengths), around_in, width_in)
+        for (r, c), ax in panels.items():
+            chosen = (data["row"] == r) & (data["column"] == c)
+            _panel(ax, {name: values[chosen] for name, values in data.items()}, batches, lengths)
+        cells(panels, [str(b) for b in batches], [short(n) for n in lengths])
+        name_panels(panels, {r: r for r in data["row"]})
+        figure.supylabel("sequence", fontsize=7)
+        legend_below(figure, handles, lines, "batch")
+        return settled(figure)
 
 
 def short(tokens: int) -> str:
@@ -107,41 +99,28 @@ def short(tokens: int) -> str:
     return f"{tokens // 1024}k" if tokens >= 1024 and tokens % 1024 == 0 else str(tokens)
 
 
-def _panel(ax: Axes, data: dict[str, NDArray[Any]], batches: list[int], lengths: list[int]) -> None:
+def _panel(ax: Axes, data: Columns, batches: list[int], lengths: list[int]) -> None:
     """Cells, markers and corners as few collections: a map has hundreds of each."""
     from matplotlib.collections import PolyCollection
     from matplotlib.colors import to_rgba
 
     ax.set(xlim=(-0.5, len(batches) - 0.5), ylim=(-0.5, len(lengths) - 0.5))
-    bare(ax)
     x = np.array([batches.index(int(b)) for b in data["batch"]], dtype=float)
     y = np.array([lengths.index(int(n)) for n in data["seq"]], dtype=float)
-    winner = data["winner"]
-    gains = winner != ""
+    winner, gains, unfit = data["winner"], data["winner"] != "", ~data["fits"].astype(bool)
 
-    def shapes(chosen: NDArray[np.bool_], corners: Sequence[tuple[float, float]]) -> list[NDArray[np.float64]]:
-        return list(np.stack([np.stack([x[chosen] + dx, y[chosen] + dy], axis=1) for dx, dy in corners], axis=1))
+    def draw(chosen: NDArray[np.bool_], corners: Sequence[tuple[float, float]], **style: Any) -> None:
+        if chosen.any():
+            center = np.stack([x[chosen], y[chosen]], axis=1)
+            ax.add_collection(PolyCollection(list(center[:, None, :] + np.array(corners)), **style))
 
-    square = [(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)]
-    if gains.any():
-        colors = [
-            to_rgba(look(name).color, _opacity(name, sure)) for name, sure in zip(winner[gains], data["sure"][gains])
-        ]
-        ax.add_collection(PolyCollection(shapes(gains, square), facecolors=colors, edgecolors="white", linewidths=0.6))
-    if not gains.all():
-        ax.add_collection(
-            PolyCollection(
-                shapes(~gains, square), facecolors="white", edgecolors="#B8B8B8", hatch="////", linewidths=0.0
-            )
-        )
-    if not data["fits"].all():
-        corner = shapes(~data["fits"], [(0.47, 0.47), (0.17, 0.47), (0.47, 0.17)])
-        ax.add_collection(PolyCollection(corner, facecolors="#5A5A5A", linewidths=0, zorder=3))
+    colors = [to_rgba(look(n).color, _opacity(n, sure)) for n, sure in zip(winner[gains], data["sure"][gains])]
+    draw(gains, _SQUARE, facecolors=colors, edgecolors="white", linewidths=0.6)
+    draw(~gains, _SQUARE, facecolors="white", edgecolors="#B8B8B8", hatch="////", linewidths=0.0)
+    draw(unfit, [(0.47, 0.47), (0.17, 0.47), (0.47, 0.17)], facecolors=PALE_INK, linewidths=0, zorder=3)
     for name in in_order(winner[gains]):
         own = winner == name
-        ax.plot(
-            x[own], y[own] + 0.22, **{**look(name).marks(), "linestyle": "none"}, markersize=3.0, markeredgewidth=0.6
-        )
+        ax.plot(x[own], y[own] + 0.22, **look(name).marks(linestyle="none", markersize=3.0, markeredgewidth=0.6))
     for i in np.flatnonzero(gains):
         ax.text(x[i], y[i] - 0.20, f"{data['speedup'][i]:.2f}", ha="center", va="center_baseline", fontsize=5)
 
@@ -155,15 +134,12 @@ def _handles(families: list[str], unsure: bool, unfit: bool) -> list[Any]:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    out: list[Any] = [Line2D([], [], **{**look(n).marks(), "linestyle": "none"}, label=label(n)) for n in families if n]
+    out: list[Any] = [Line2D([], [], **look(n).marks(linestyle="none"), label=label(n)) for n in families if n]
     if "" in families:
-        out.append(Patch(facecolor="white", edgecolor="#8A8A8A", hatch="////", linewidth=0.4, label="none gains"))
+        out.append(Patch(facecolor="white", edgecolor=GREY, hatch="////", linewidth=0.4, label="none gains"))
     if unsure:
         out.append(Patch(facecolor=BLUE, alpha=PALE, linewidth=0, label="pale: intervals overlap"))
     if unfit:
-        out.append(
-            Line2D(
-                [], [], color="#5A5A5A", marker=_CORNER, markersize=3.5, linestyle="none", label="dense exceeds memory"
-            )
-        )
+        corner: dict[str, Any] = {"color": PALE_INK, "marker": _CORNER, "markersize": 3.5, "linestyle": "none"}
+        out.append(Line2D([], [], **corner, label="dense exceeds memory"))
     return out

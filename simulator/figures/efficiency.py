@@ -1,16 +1,17 @@
-"""How much of the possible gain each family grants at each batch: tables of numbers on colour, a panel for each device and phase."""
+"""How much of the possible gain each family grants at each batch: tables of numbers on colour, a panel for each device
+and phase.
+"""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from simulator.figures.grid import bare, middle, name_panels, panel_grid, same_length, tick_outer
-from simulator.figures.style import BLUE, PAGE_IN, VERMILLION, label, paper_style
+from simulator.figures.layout import cells, columns_of, name_panels, panel_grid, settled
+from simulator.figures.style import BLUE, GREY, PAGE_IN, VERMILLION, label, paper_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +23,7 @@ CLOSE = 1.0
 LOSS = -0.5
 """Efficiency of the darkest red."""
 
-_LINE_IN = 0.15
+_LINE_IN = 0.155
 
 
 def efficiency_figure(
@@ -43,12 +44,6 @@ def efficiency_figure(
     batch : int array
     efficiency : array
         NaN where the bound promises nothing; such cells stay white with a dash.
-    width_in : float
-        Width of the figure in inches.
-
-    Returns
-    -------
-    Figure
 
     Raises
     ------
@@ -61,47 +56,32 @@ def efficiency_figure(
     >>> [t.get_text() for t in figure.axes[0].texts][:2]
     ['.90', '.40']
     """
-    data: dict[str, NDArray[Any]] = {
-        k: np.asarray(v, dtype=object) for k, v in (("row", row), ("column", column), ("family", family))
-    }
-    data |= {"batch": np.asarray(batch), "efficiency": np.asarray(efficiency, dtype=float)}
-    same_length("points of the figure", data)
+    texts = {"row": row, "column": column, "family": family}
+    data = columns_of("points of the figure", texts, {"batch": batch, "efficiency": efficiency})
+    families, batches = list(dict.fromkeys(data["family"])), sorted({int(b) for b in data["batch"]})
     with paper_style():
-        return _draw(data, width_in)
-
-
-def _draw(data: dict[str, NDArray[Any]], width: float) -> Figure:
-    families = list(dict.fromkeys(data["family"]))
-    batches = sorted({int(b) for b in data["batch"]})
-    room: dict[str, Any] = {"left_in": 1.16, "right_in": 0.22, "bottom_in": 0.66, "gap_in": (0.10, 0.12)}
-    figure, panels = panel_grid(data["row"], data["column"], width, _LINE_IN * len(families), **room)
-    for (r, c), ax in panels.items():
-        table = np.full((len(families), len(batches)), np.nan)
-        for point in np.flatnonzero((data["row"] == r) & (data["column"] == c)):
-            table[families.index(data["family"][point]), batches.index(int(data["batch"][point]))] = data["efficiency"][
-                point
-            ]
-        _panel(ax, table)
-    tick_outer(panels, [str(b) for b in batches], [label(f) for f in families])
-    name_panels(panels, {r: r for r in data["row"]})
-    x, height = middle(panels)[0], figure.get_figheight()
-    figure.text(x, 0.38 / height, "batch", ha="center", va="bottom", fontsize=7)
-    _key(figure, x, height, width)
-    return figure
+        figure, panels = panel_grid(data["row"], data["column"], _LINE_IN * len(families), 0.9, width_in)
+        for (r, c), ax in panels.items():
+            table = np.full((len(families), len(batches)), np.nan)
+            for point in np.flatnonzero((data["row"] == r) & (data["column"] == c)):
+                i, j = families.index(data["family"][point]), batches.index(int(data["batch"][point]))
+                table[i, j] = data["efficiency"][point]
+            _panel(ax, table)
+        cells(panels, [str(b) for b in batches], [label(f) for f in families])
+        name_panels(panels, {r: r for r in data["row"]})
+        _key(figure, list(panels.values()))
+        return settled(figure)
 
 
 def _panel(ax: Axes, table: NDArray[np.float64]) -> None:
     count, across = table.shape
     ax.set(xlim=(-0.5, across - 0.5), ylim=(count - 0.5, -0.5))
-    bare(ax)
     shades = [[_color(float(value)) for value in line] for line in table]
     mesh = np.array([[color for color, _ in line] for line in shades])
     ax.pcolormesh(np.arange(across + 1) - 0.5, np.arange(count + 1) - 0.5, mesh, edgecolors="white", linewidth=0.5)
-    for i in range(count):
-        for j in range(across):
-            ax.text(
-                j, i, number(float(table[i, j])), ha="center", va="center_baseline", fontsize=5, color=shades[i][j][1]
-            )
+    for (i, j), value in np.ndenumerate(table):
+        place = {"ha": "center", "va": "center_baseline", "fontsize": 5, "color": shades[i][j][1]}
+        ax.text(j, i, number(float(value)), **place)
 
 
 def number(value: float) -> str:
@@ -116,8 +96,9 @@ def number(value: float) -> str:
         return "<−1"
     if value >= 9.95:
         return ">9"
-    text = f"{value:.2f}" if abs(value) < 0.995 else f"{value:.1f}"
-    return text.replace("0.", ".", 1).replace("-", "−") if abs(value) < 0.995 else text
+    if abs(value) >= 0.995:
+        return f"{value:.1f}"
+    return f"{value:.2f}".replace("0.", ".", 1).replace("-", "−")
 
 
 def _color(value: float) -> tuple[tuple[float, ...], str]:
@@ -125,24 +106,23 @@ def _color(value: float) -> tuple[tuple[float, ...], str]:
     from matplotlib.colors import to_rgb
 
     if not np.isfinite(value):
-        return (1.0, 1.0, 1.0), "#8A8A8A"
-    depth = min(value / CLOSE, 1.0) if value >= 0 else min(value / LOSS, 1.0)
+        return (1.0, 1.0, 1.0), GREY
+    depth = min(value / CLOSE if value >= 0 else value / LOSS, 1.0)
     base = np.array(to_rgb(BLUE if value >= 0 else VERMILLION))
-    share = 0.06 + 0.94 * depth
-    mixed = tuple(float(v) for v in 1.0 - share * (1.0 - base))
+    mixed = tuple(float(v) for v in 1.0 - (0.06 + 0.94 * depth) * (1.0 - base))
     return mixed, "white" if np.dot((0.2126, 0.7152, 0.0722), mixed) < 0.52 else "black"  # by its luminance
 
 
-def _key(figure: Figure, middle: float, height: float, width: float) -> None:
+def _key(figure: Figure, axes: list[Axes]) -> None:
     """A scale of the colours below the panels."""
-    span, tall = 2.6, 0.09
-    ax = figure.add_axes((middle - span / 2 / width, 0.20 / height, span / width, tall / height))
-    edges = np.linspace(LOSS, CLOSE, 61)
-    for low, high in itertools.pairwise(edges):
-        ax.axvspan(low, high, color=_color(float(low + high) / 2)[0], linewidth=0)
-    ax.set(xlim=(LOSS, CLOSE), ylim=(0, 1), yticks=[])
-    ax.grid(visible=False)
-    ticks = (-0.5, 0.0, 0.5, 1.0)
-    ax.set_xticks(ticks, ["slower than dense", "no gain", "half", "all of the bound"], fontsize=6)
-    ax.tick_params(length=1.5, pad=1.5)
-    ax.spines["left"].set_visible(False)
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+
+    shades = ListedColormap([_color(float(value))[0] for value in np.linspace(LOSS, CLOSE, 60)])
+    bar = figure.colorbar(
+        ScalarMappable(Normalize(LOSS, CLOSE), shades), ax=axes, location="bottom", shrink=0.4, aspect=29, pad=0.01
+    )
+    bar.set_ticks([LOSS, 0.0, 0.5, CLOSE], labels=["slower than dense", "no gain", "half", "all of the bound"])
+    bar.ax.set_title("batch", fontsize=7, fontweight="normal", pad=3)  # of the panels above it
+    bar.ax.tick_params(length=1.5, pad=1.5, labelsize=6)
+    bar.outline.set_visible(False)

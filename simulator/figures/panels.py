@@ -1,7 +1,7 @@
 """From explanations to the panels that figures take: steps of a waterfall, GEMMs on a roofline.
 
-Use :func:`steps_of` and :func:`roof_of` with an :class:`simulator.predict.table.Explanation`; the paper's figures, the command line and the
-page all draw these panels.
+Use :func:`steps_of` and :func:`roof_of` with an :class:`simulator.predict.table.Explanation`; the paper's figures, the
+command line and the page all draw these panels.
 """
 
 from __future__ import annotations

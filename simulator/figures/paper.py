@@ -1,38 +1,32 @@
 """The figures of a paper about a model: what each needs as arrays, its name and its caption.
 
-Use :func:`draw` for one figure of :data:`FIGURES`; each states in its caption what it shows and with which settings. Figures see arrays
-(modules ``figure_*``); this module asks the simulator for them.
+Use :func:`draw` for one figure of :data:`FIGURES`; each states in its caption what it shows and with which settings.
+Figures see arrays (the other modules); this module asks the simulator for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from simulator.errors import InputError, unknown
-from simulator.figures.paper_gemms import scatter, staircase
-from simulator.figures.paper_parts import (
-    Made,
-    NothingToDraw,
-    Paper,
-    columns_of,
-    interval_text,
-    paper,
-    percents,
-    setting_text,
-    where_text,
-)
-from simulator.figures.paper_taxonomy import taxonomy
+from simulator.figures.gemms import scatter, staircase
+from simulator.figures.kept import SKIPPED_PAIRS, kept_axes
 from simulator.figures.style import label
+from simulator.figures.subject import Made, Paper
 from simulator.models.library import load_model
 from simulator.predict.table import explanations, table
+from simulator.pruning import FAMILIES, prune
+from simulator.workload import ROLES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["FIGURES", "MEASURED", "Drawn", "NothingToDraw", "Paper", "draw", "paper"]
+    from simulator.predict.rows import Record
 
 SPARSITIES = (0.1, 0.25, 0.5)
 MAP_SPARSITY = 0.5
@@ -46,6 +40,14 @@ WATERFALL_CASES = (
     ("dynamic_depth", 0.5, "decode", 8),
 )
 """Family, sparsity, phase and batch of each row of waterfalls: what rounding, kernels and routers cost."""
+
+# fmt: off
+OPERATORS: Mapping[str, tuple[str, ...]] = MappingProxyType({
+    "q": ("q",), "k, v": ("k", "v"), "q · kᵀ": ("attention",), "o": ("o",), "gate, up": ("gate", "up"),
+    "down": ("down",), "lm_head": ("lm_head",),
+})
+# fmt: on
+"""Columns of the taxonomy and the roles they stand for."""
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -67,17 +69,7 @@ class Drawn:
 
 
 def draw(name: str, about: Paper) -> Drawn:
-    """Draw one figure.
-
-    Parameters
-    ----------
-    name : str
-        A key of :data:`FIGURES`.
-    about : Paper
-
-    Returns
-    -------
-    Drawn
+    """Draw one figure of :data:`FIGURES`.
 
     Raises
     ------
@@ -92,7 +84,47 @@ def draw(name: str, about: Paper) -> Drawn:
     return Drawn(name, figure, caption, notes)
 
 
-# -- figures of predictions ---------------------------------------------------------------------------------------------------------
+def _where(r: Record) -> str:
+    return f"{r.phase}, batch {r.batch}"
+
+
+def _across(p: Paper) -> int | None:
+    """Panels in a row: the devices, where there are two or three of them."""
+    return len(p.devices) if len(p.devices) in (2, 3) else None
+
+
+def _columns(rows: Iterable[Any], **names: str) -> dict[str, Any]:
+    """Attributes of some rows, a list each, under the names that a figure has for them."""
+    found = list(rows)
+    return {column: [getattr(row, name) for row in found] for column, name in names.items()}
+
+
+_SPEEDUP = {"speedup": "speedup", "lower": "speedup_lower", "upper": "speedup_upper"}
+
+
+def _taxonomy(p: Paper) -> Made:
+    from simulator.figures.taxonomy import taxonomy_figure
+
+    kept = np.full((len(FAMILIES), len(OPERATORS), 3), np.nan)
+    adds = []
+    for i, (name, family) in enumerate(FAMILIES.items()):
+        phase = "prefill" if "prefill" in family.support else "decode"
+        dense = p.setting.lower(p.model, phase, 1, p.seq)
+        pruned = prune(dense, name, MAP_SPARSITY)
+        for j, roles in enumerate(OPERATORS.values()):
+            kept[i, j] = kept_axes(dense, pruned, roles, SKIPPED_PAIRS.get(name, "N"))
+        whole = prune(p.setting.lower(p.model, "prefill", 1, p.seq), name, MAP_SPARSITY)
+        extra = dict.fromkeys(ROLES[code] for code in whole.role[whole.overhead])
+        adds.append(", ".join(extra) or ("one more GEMM each" if (pruned.stage == 2).any() else ""))
+    axes = [family.axis.replace("->", "→") for family in FAMILIES.values()]
+    figure = taxonomy_figure(list(FAMILIES), axes, list(OPERATORS), kept, adds)
+    caption = (
+        "What each pruning family leaves of the logical M (tokens over all layers), N (output features) and K (input "
+        f"features) of the GEMMs of {p.model.name} at {100 * MAP_SPARSITY:.0f} % sparsity, in per cent where less than "
+        f"all, and the operators it adds. Prefill of {p.seq} tokens; KV cache: decode. In q · kᵀ, M are queries, N "
+        "keys and K the features of all heads. Hollow markers: decided per token at inference."
+    )
+    return figure, caption, ()
 
 
 def _roofline(p: Paper) -> Made:
@@ -100,18 +132,18 @@ def _roofline(p: Paper) -> Made:
     from simulator.figures.roofline import roofline_figure
 
     roofs = [
-        roof_of(e, f"{e.record.hardware}\n{where_text(e.record)}", layers_only=True)
+        roof_of(e, f"{e.record.hardware}\n{_where(e.record)}", layers_only=True)
         for phase, batch in ROOFLINE_CASES
         for e in explanations(
             p.model, p.devices, ROOFLINE_FAMILY, ROOFLINE_SPARSITY, [phase], [batch], [p.seq], setting=p.setting
         )
     ]
     caption = (
-        f"GEMMs of the layers on the datasheet roofline, dense (hollow) and with {100 * ROOFLINE_SPARSITY:.0f} % of the width "
-        f"pruned (filled), at their predicted rates: {setting_text(p)}, {p.seq} tokens. Pruning the width moves every point to less work "
-        f"per byte."
+        f"GEMMs of the layers on the datasheet roofline, dense (hollow) and with {100 * ROOFLINE_SPARSITY:.0f} % of "
+        f"the width pruned (filled), at their predicted rates: {p.setting_text}, {p.seq} tokens. Pruning the width "
+        "moves every point to less work per byte."
     )
-    return roofline_figure(roofs, columns=columns_of(p)), caption, ()
+    return roofline_figure(roofs, columns=_across(p)), caption, ()
 
 
 def _speedup(p: Paper) -> Made:
@@ -119,20 +151,13 @@ def _speedup(p: Paper) -> Made:
 
     found = table([p.model], p.devices, ["all"], SPARSITIES, ["prefill", "decode"], [1, 64], [p.seq], setting=p.setting)
     records = found.records
-    figure = speedup_figure(
-        [where_text(r) for r in records],
-        [r.hardware for r in records],
-        [r.family for r in records],
-        [r.sparsity for r in records],
-        [r.speedup for r in records],
-        [r.speedup_lower for r in records],
-        [r.speedup_upper for r in records],
-        {"FLOP bound": [r.flop_bound for r in records], "roofline bound": [r.roofline_bound for r in records]},
-        interval=interval_text(p),
-    )
+    bounds = {"FLOP bound": [r.flop_bound for r in records], "roofline bound": [r.roofline_bound for r in records]}
+    columns = _columns(records, column="hardware", family="family", sparsity="sparsity", **_SPEEDUP)
+    figure = speedup_figure(row=[_where(r) for r in records], bounds=bounds, interval=p.interval, **columns)
+    percents = ", ".join(f"{100 * s:.4g}" for s in SPARSITIES[:-1]) + f" and {100 * SPARSITIES[-1]:.4g} %"
     caption = (
-        f"Predicted speedup of every family at {percents(SPARSITIES)} sparsity with its {interval_text(p)} and its bounds: "
-        f"{setting_text(p)}, prompt or cache of {p.seq} tokens. A dot left of 1 is slower than the dense model."
+        f"Predicted speedup of every family at {percents} sparsity with its {p.interval} and its bounds: "
+        f"{p.setting_text}, prompt or cache of {p.seq} tokens. A dot left of 1 is slower than the dense model."
     )
     return figure, caption, found.notes
 
@@ -145,18 +170,13 @@ def _efficiency(p: Paper) -> Made:
     )
     records = [r for r in found if r.family != "unstructured"]
     shares = [r.efficiency if r.roofline_bound >= LEAST_BOUND else float("nan") for r in records]
-    figure = efficiency_figure(
-        [r.phase for r in records],
-        [r.hardware for r in records],
-        [r.family for r in records],
-        [r.batch for r in records],
-        shares,
-    )
+    columns = _columns(records, row="phase", column="hardware", family="family", batch="batch")
+    figure = efficiency_figure(efficiency=shares, **columns)
     caption = (
-        f"Efficiency to the bound, (speedup - 1) / (roofline bound - 1), by family and batch at {100 * MAP_SPARSITY:.0f} % sparsity: "
-        f"{setting_text(p)}, {p.seq} tokens a sequence. 1: all that the datasheet roofline grants; 0: no faster than dense; negative: "
-        f"slower; above 1: what remains runs at a better rate than what was removed; a dash: the bound promises less than "
-        f"{100 * (LEAST_BOUND - 1):.0f} %."
+        "Efficiency to the bound, (speedup - 1) / (roofline bound - 1), by family and batch at "
+        f"{100 * MAP_SPARSITY:.0f} % sparsity: {p.setting_text}, {p.seq} tokens a sequence. 1: all that the datasheet "
+        "roofline grants; 0: no faster than dense; negative: slower; above 1: what remains runs at a better rate than "
+        f"what was removed; a dash: the bound promises less than {100 * (LEAST_BOUND - 1):.0f} %."
     )
     return figure, caption, ()
 
@@ -173,14 +193,14 @@ def _waterfall(p: Paper) -> Made:
             notes.append(f"waterfall of {family}: {error}")
             continue
         panels += [
-            steps_of(e, f"{e.record.hardware}\n{label(family)}, {100 * sparsity:.0f} %\n{where_text(e.record)}")
+            steps_of(e, f"{e.record.hardware}\n{label(family)}, {100 * sparsity:.0f} %\n{_where(e.record)}")
             for e in found
         ]
     caption = (
-        f"Where the promise of 1/(1 - s) goes: {setting_text(p)}, {p.seq} tokens. Each step multiplies the speedup before it, orange for "
-        f"a loss, hatched green for a gain; the last bar is the prediction with its {interval_text(p)}."
+        f"Where the promise of 1/(1 - s) goes: {p.setting_text}, {p.seq} tokens. Each step multiplies the speedup "
+        f"before it, orange for a loss, hatched green for a gain; the last bar is the prediction with its {p.interval}."
     )
-    return waterfall_figure(panels, columns=columns_of(p)), caption, tuple(notes)
+    return waterfall_figure(panels, columns=_across(p)), caption, tuple(notes)
 
 
 def _crossover(p: Paper) -> Made:
@@ -193,33 +213,17 @@ def _crossover(p: Paper) -> Made:
     records = found.records
     cells: dict[tuple[str, str, int, int], int] = {}
     where = [cells.setdefault((r.phase, r.hardware, r.batch, r.seq), len(cells)) for r in records]
-    won = fastest(
-        where,
-        [r.family for r in records],
-        [r.speedup for r in records],
-        [r.speedup_lower for r in records],
-        [r.speedup_upper for r in records],
-    )
+    won = fastest(where, [r.family for r in records], **_columns(records, **_SPEEDUP))
     best = [records[i] for i in won.row]
-    figure = crossover_figure(
-        [r.phase for r in best],
-        [r.hardware for r in best],
-        [r.batch for r in best],
-        [r.seq for r in best],
-        [r.family if gains else "" for r, gains in zip(best, won.gains)],
-        [r.speedup for r in best],
-        won.sure,
-        [r.dense_fits for r in best],
-    )
+    winner = [r.family if gains else "" for r, gains in zip(best, won.gains)]
+    names = {"row": "phase", "column": "hardware", "batch": "batch", "seq": "seq", "speedup": "speedup"}
+    figure = crossover_figure(winner=winner, sure=won.sure, **_columns(best, fits="dense_fits", **names))
     caption = (
-        f"Which family is fastest at {100 * MAP_SPARSITY:.0f} % sparsity, by batch and sequence, and its speedup: {setting_text(p)}. Equal "
-        f"sparsity is not equal quality. Pale: another family's {interval_text(p)} reaches the winner's. A dark corner: the "
-        f"dense model does not fit the device's memory."
+        f"Which family is fastest at {100 * MAP_SPARSITY:.0f} % sparsity, by batch and sequence, and its speedup: "
+        f"{p.setting_text}. Equal sparsity is not equal quality. Pale: another family's {p.interval} reaches the "
+        "winner's. A dark corner: the dense model does not fit the device's memory."
     )
     return figure, caption, ()
-
-
-# -- quality -----------------------------------------------------------------------------------------------------------------------
 
 
 def _pareto(p: Paper) -> Made:
@@ -241,31 +245,25 @@ def _pareto(p: Paper) -> Made:
     axis = choose_axis(table)
     found, more = fronts(model, p.devices, table, axis, ["prefill", "decode"], [1], [p.seq], setting=p.setting)
     points = [(f, q) for f in found for q in f.points]
-    figure = pareto_figure(
-        [f"{f.phase}, batch {f.batch}" for f, _ in points],
-        [f.hardware for f, _ in points],
-        [q.family for _, q in points],
-        [q.method for _, q in points],
-        [q.loss for _, q in points],
-        [q.speedup for _, q in points],
-        [q.speedup_lower for _, q in points],
-        [q.speedup_upper for _, q in points],
-        axis=axis.metric,
-        protocol=axis.protocol,
-        interval=interval_text(p),
-    )
+    where: dict[str, Any] = {
+        "row": [f"{f.phase}, batch {f.batch}" for f, _ in points],
+        "column": [f.hardware for f, _ in points],
+    }
+    columns = _columns((q for _, q in points), family="family", method="method", loss="loss", **_SPEEDUP)
+    about: dict[str, Any] = {"axis": axis.metric, "protocol": axis.protocol, "interval": p.interval}
+    figure = pareto_figure(**where, **columns, **about)
     sources = "; ".join(dict.fromkeys(q.source for _, q in points))
     caption = (
-        f"Predicted speedup against measured quality loss with its frontier: {setting_text(replace(p, model=model))}, {p.seq} tokens. "
-        f"Quality: {axis.metric}, {axis.protocol} ({sources}). Faint points are beaten by another; the strip names the fastest family "
-        f"within each quality budget."
+        f"Predicted speedup against measured quality loss with its frontier: {replace(p, model=model).setting_text}, "
+        f"{p.seq} tokens. Quality: {axis.metric}, {axis.protocol} ({sources}). Faint points are beaten by another; the "
+        "strip names the fastest family within each quality budget."
     )
     return figure, caption, (*notes, *more)
 
 
 FIGURES: Mapping[str, Callable[[Paper], Made]] = MappingProxyType(
     {
-        "taxonomy": taxonomy,
+        "taxonomy": _taxonomy,
         "roofline": _roofline,
         "speedup": _speedup,
         "efficiency": _efficiency,

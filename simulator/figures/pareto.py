@@ -1,7 +1,8 @@
-"""Acceleration against quality: small multiples with the frontier as a staircase and a strip that names the fastest family by budget.
+"""Acceleration against quality: small multiples with the frontier as a staircase and a strip that names the fastest
+family by budget.
 
-Every point is drawn; those on the frontier are full, those that another point beats are faint. A strip below each panel shows which
-family is the fastest within each quality budget.
+Every point is drawn; those on the frontier are full, those that another point beats are faint. A strip below each panel
+shows which family is the fastest within each quality budget.
 """
 
 from __future__ import annotations
@@ -12,9 +13,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from simulator.figures.axes import legend_below, log_axis
-from simulator.figures.grid import middle, name_panels, panel_grid, same_length
-from simulator.figures.style import BLACK, PAGE_IN, in_order, label, look, paper_style
+from simulator.figures.layout import (
+    Columns,
+    columns_of,
+    fixed_ticks,
+    legend_below,
+    legend_lines,
+    log_axis,
+    name_panels,
+    panel_grid,
+    settled,
+)
+from simulator.figures.style import BLACK, INK, PAGE_IN, in_order, label, look, paper_style
 from simulator.predict.pareto import frontier
 
 if TYPE_CHECKING:
@@ -24,10 +34,12 @@ if TYPE_CHECKING:
 F = NDArray[np.float64]
 
 LINEAR_UP_TO = 0.6
-"""Losses up to this are drawn on a linear axis; a perplexity can rise by several times, and is then drawn on a logarithmic one."""
+"""Losses up to this are drawn on a linear axis; a perplexity can rise by several times, and is then drawn on a
+logarithmic one.
+"""
 
-STRIP_IN = 0.075
-"""Height of the strip of fastest families, inches."""
+STRIP = 0.045
+"""Height of the strip of fastest families, in heights of a panel."""
 
 
 def pareto_figure(
@@ -59,12 +71,6 @@ def pareto_figure(
         Metric and protocol of the loss.
     interval : str
         What the bars are.
-    width_in : float
-        Width of the figure in inches.
-
-    Returns
-    -------
-    Figure
 
     Raises
     ------
@@ -73,138 +79,95 @@ def pareto_figure(
 
     Examples
     --------
-    >>> where = ["prefill"] * 2, ["h100"] * 2
-    >>> figure = pareto_figure(*where, ["depth", "width"], ["a", "b"], [0.1, 0.2], [1.1, 1.3], [1, 1.2], [1.2, 1.4], axis="ppl")
+    >>> where = ["prefill"] * 2, ["h100"] * 2, ["depth", "width"], ["a", "b"]
+    >>> figure = pareto_figure(*where, [0.1, 0.2], [1.1, 1.3], [1, 1.2], [1.2, 1.4], axis="ppl")
     >>> len(figure.axes)
-    2
+    1
     """
-    labels = {
-        k: np.asarray(v, dtype=object)
-        for k, v in (("row", row), ("column", column), ("family", family), ("method", method))
-    }
-    numbers = {
-        k: np.asarray(v, dtype=float)
-        for k, v in (("loss", loss), ("speedup", speedup), ("lower", lower), ("upper", upper))
-    }
-    data: dict[str, NDArray[Any]] = {**labels, **numbers}
-    same_length("points of the figure", data)
-    with paper_style():
-        return _draw(data, axis, protocol, interval, width_in)
-
-
-def _draw(data: dict[str, NDArray[Any]], axis: str, protocol: str, interval: str, width: float) -> Figure:
+    texts = {"row": row, "column": column, "family": family, "method": method}
+    numbers = {"loss": loss, "speedup": speedup, "lower": lower, "upper": upper}
+    data = columns_of("points of the figure", texts, numbers)
     rows = list(dict.fromkeys(data["row"]))
-    handles = _handles(in_order(data["family"]), interval)
-    across = min(_most_across(handles, width), len(handles))
-    lines = -(-len(handles) // across)
-    room: dict[str, Any] = {"left_in": 0.46, "right_in": 0.26 if len(rows) > 1 else 0.14, "gap_in": (0.12, 0.3)}
-    figure, panels = panel_grid(data["row"], data["column"], width, 1.7, bottom_in=0.7 + 0.14 * lines, **room)
-    height = figure.get_figheight()
-    low, high = float(min(1.0, data["lower"].min())), float(max(1.05, data["upper"].max()))
-    pad = (high / low) ** 0.05
-    for (r, c), ax in panels.items():
-        box, chosen = ax.get_position(), (data["row"] == r) & (data["column"] == c)
-        strip = figure.add_axes((box.x0, box.y0 - STRIP_IN / height, box.width, STRIP_IN / height), sharex=ax)
-        ax.set_yscale("log")
-        ax.set_ylim(low / pad, high * pad)
-        _loss_axis(ax, strip, data["loss"])
-        _panel(ax, strip, {k: v[chosen] for k, v in data.items()})
-        log_axis(ax.yaxis, low / pad, high * pad, 7)
-        ax.tick_params(labelleft=c == data["column"][0])
-        strip.tick_params(labelbottom=r == rows[-1])
-    name_panels(panels, {r: r for r in rows} if len(rows) > 1 else {}, offset=6)
-    x, y = middle(panels)
-    figure.supylabel("speedup (log scale)", x=0.06 / width, y=y, fontsize=7, ha="left")
-    figure.text(x, (0.32 + 0.14 * lines) / height, f"quality loss (%): {axis}", ha="center", va="bottom", fontsize=7)
-    if protocol:
-        figure.text(x, (0.19 + 0.14 * lines) / height, protocol, ha="center", va="bottom", fontsize=6, color="#5A5A5A")
-    legend_below(figure, handles, across, 0.06)
+    with paper_style():
+        handles = _handles(in_order(data["family"]), interval)
+        lines = legend_lines(handles, width_in)
+        figure, panels = panel_grid(
+            data["row"], data["column"], 1.9, 0.66 + 0.14 * lines, width_in, sharex=True, sharey=True
+        )
+        low, high = float(min(1.0, data["lower"].min())), float(max(1.05, data["upper"].max()))
+        pad = (high / low) ** 0.05
+        for ax in panels.values():
+            ax.set_yscale("log")
+            ax.set_ylim(low / pad, high * pad)
+            log_axis(ax.yaxis, low / pad, high * pad, 7)
+            _loss_axis(ax, 100 * data["loss"])
+        name_panels(panels, {r: r for r in rows} if len(rows) > 1 else {})
+        figure.supylabel("speedup (log scale)", fontsize=7)
+        title = f"quality loss (%): {axis}" + (f"\n{protocol}" if protocol else "")
+        legend_below(figure, handles, lines, title)
+        settled(figure)  # names of points need to know how much room there is
+        for (r, c), ax in panels.items():
+            chosen = (data["row"] == r) & (data["column"] == c)
+            _panel(ax, {name: values[chosen] for name, values in data.items()})
     return figure
 
 
-def _loss_axis(ax: Axes, strip: Axes, loss: F) -> None:
-    """A linear axis in percent, or a logarithmic one beyond 10 % where losses are large; below the strip, not between it and the panel."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    first, last = 100 * min(0.0, float(loss.min())), 100 * max(0.05, float(loss.max()))
+def _loss_axis(ax: Axes, loss: F) -> None:
+    """A linear axis in percent, or a logarithmic one beyond 10 % where losses are large; its ticks below the strip."""
+    first, last = min(0.0, float(loss.min())), max(5.0, float(loss.max()))
     if last > 100 * LINEAR_UP_TO:
         ax.set_xscale("symlog", linthresh=10.0, linscale=0.5)
         ax.set_xlim(first - 1.0 if first < 0 else 0.0, last * 1.25)
         # none so near the end that its label would run into the next panel
         ticks = [t for t in (0, 10, 30, 100, 300, 1000, 3000, 10_000, 100_000, 1_000_000) if t <= last * 0.75]
-        strip.xaxis.set_major_locator(FixedLocator(ticks))
-        strip.xaxis.set_minor_locator(NullLocator())
-        strip.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+        fixed_ticks(ax.xaxis, ticks, lambda value, _: f"{value:,.10g}")
     else:
         ax.set_xlim(first - 0.03 * last if first < 0 else 0.0, last * 1.08)
-    ax.tick_params(axis="x", labelbottom=False, length=0)
+    ax.tick_params(axis="x", length=0, pad=7)
     ax.spines["bottom"].set_visible(False)
-    strip.set_ylim(0, 1)
-    strip.set_yticks([])
-    strip.grid(visible=False)
-    strip.spines["left"].set_visible(False)
 
 
-def _panel(ax: Axes, strip: Axes, data: dict[str, NDArray[Any]]) -> None:
+def _panel(ax: Axes, data: Columns) -> None:
     x, y = 100 * data["loss"].astype(float), data["speedup"].astype(float)
     optimal = frontier([0.0, *x], [1.0, *y])[1:] if len(x) else np.zeros(0, dtype=bool)
-    ax.axhline(1.0, color="#444444", linewidth=0.7, zorder=1.5)
+    ax.axhline(1.0, color=INK, linewidth=0.7, zorder=1.5)
     order = [i for i in np.lexsort((-y, x)) if optimal[i]]
-    end = ax.get_xlim()[1]
-    steps_x, steps_y = [ax.get_xlim()[0], *(max(x[i], 0.0) for i in order), end], [1.0, *(y[i] for i in order)]
-    ax.step(steps_x, [*steps_y, steps_y[-1]], where="post", color="#444444", linewidth=0.9, zorder=2)
+    start, end = ax.get_xlim()
+    steps_x, steps_y = [start, *(max(x[i], 0.0) for i in order), end], [1.0, *(y[i] for i in order)]
+    ax.step(steps_x, [*steps_y, steps_y[-1]], where="post", color=INK, linewidth=0.9, zorder=2)
     for i, name in enumerate(in_order(data["family"])):
         style = look(name, i)
-        for point in np.flatnonzero(data["family"] == name):
-            alpha, size = (1.0, 4.2) if optimal[point] else (0.35, 3.2)
-            ends = [data["lower"][point], data["upper"][point]]
-            ax.plot([x[point]] * 2, ends, color=style.color, linewidth=0.9, alpha=0.8 * alpha, zorder=3)
-            ax.plot(
-                [x[point]], [y[point]], **{**style.marks(), "linestyle": "none"}, alpha=alpha, markersize=size, zorder=4
-            )
+        for best, alpha, size in ((True, 1.0, 4.2), (False, 0.35, 3.2)):
+            own = (data["family"] == name) & (optimal == best)
+            ends = data["lower"][own], data["upper"][own]
+            ax.vlines(x[own], *ends, color=style.color, linewidth=0.9, alpha=0.8 * alpha, zorder=3)
+            ax.plot(x[own], y[own], **style.marks(linestyle="none", alpha=alpha, markersize=size, zorder=4))
     for position, (i, stop) in enumerate(zip(order, [*(x[k] for k in order[1:]), end])):
         style = look(data["family"][i], position)
-        strip.axvspan(max(x[i], 0.0), stop, color=style.color, alpha=0.7 if style.hollow else 0.9, linewidth=0)
+        strip: dict[str, Any] = {"alpha": 0.7 if style.hollow else 0.9, "linewidth": 0, "clip_on": False}
+        ax.axvspan(max(x[i], 0.0), stop, -STRIP, 0, color=style.color, **strip)
         _name(ax, x[i], y[i], str(data["method"][i]), stop)
 
 
 def _name(ax: Axes, x: float, y: float, text: str, stop: float) -> None:
-    """The method beside its point, on the step that it opens, where that step is long enough; else the point stays without a name."""
+    """The method beside its point, on the step that it opens, where that step is long enough for it."""
     start, end = ax.transData.transform([(x, y), (stop, y)])[:, 0]
     room = abs(end - start) * 72.0 / ax.get_figure().dpi  # type: ignore[union-attr]
     if room > 3.1 * len(text) + 11:  # what stands before the name, and half the marker of the next point
         box = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.3}
-        ax.annotate(
-            text,
-            (x, y),
-            xytext=(4, 2.2),
-            textcoords="offset points",
-            fontsize=5.5,
-            color=BLACK,
-            va="bottom",
-            zorder=5,
-            bbox=box,
-        )
+        where: dict[str, Any] = {"xytext": (4, 2.2), "textcoords": "offset points", "va": "bottom", "in_layout": False}
+        ax.annotate(text, (x, y), fontsize=5.5, color=BLACK, zorder=5, bbox=box, **where)
 
 
 def _handles(families: list[str], interval: str) -> list[Any]:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    marks = [
-        Line2D([], [], **{**look(n, i).marks(), "linestyle": "none"}, label=label(n)) for i, n in enumerate(families)
-    ]
+    marks = [Line2D([], [], **look(n, i).marks(linestyle="none"), label=label(n)) for i, n in enumerate(families)]
+    bar: dict[str, Any] = {"marker": "|", "markersize": 6, "markeredgewidth": 0.9, "linestyle": "none"}
     return [
         *marks,
-        Line2D([], [], color="#444444", linewidth=0.9, label="frontier"),
-        Line2D(
-            [], [], color="#444444", marker="|", markersize=6, markeredgewidth=0.9, linestyle="none", label=interval
-        ),
+        Line2D([], [], color=INK, linewidth=0.9, label="frontier"),
+        Line2D([], [], color=INK, **bar, label=interval),
         Patch(color="#B8B8B8", linewidth=0, label="strip: fastest family"),
     ]
-
-
-def _most_across(handles: list[Any], width: float) -> int:
-    """Columns of the legend: as many as the widest label leaves room for, all of equal width."""
-    longest = max(len(str(h.get_label())) for h in handles)
-    return max(1, int(width // (0.052 * longest + 0.45)))

@@ -1,4 +1,6 @@
-"""GEMMs on the roofline: what the device could do at their arithmetic intensity, and what is predicted, dense and pruned."""
+"""GEMMs on the roofline: what the device could do at their arithmetic intensity, and what is predicted, dense and
+pruned.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from simulator.errors import InputError
-from simulator.figures.axes import in_a_row, legend_below, log_axis
+from simulator.figures.layout import in_a_row, legend_below, legend_lines, log_axis, panel_list, settled
 from simulator.figures.style import (
     BLACK,
     BLUE,
     COLUMN_IN,
     GREEN,
     GREY,
+    INK,
     ORANGE,
     PAGE_IN,
     PURPLE,
@@ -70,15 +73,10 @@ def roofline_figure(roofs: Sequence[Roof], *, columns: int | None = None, width_
 
     Parameters
     ----------
-    roofs : sequence of Roof
     columns : int, optional
         Panels in a row; at most three if left out.
     width_in : float, optional
-        Width of the figure in inches; one column for one device, the page for more.
-
-    Returns
-    -------
-    Figure
+        One column for one device, the page for more, if left out.
 
     Raises
     ------
@@ -87,47 +85,30 @@ def roofline_figure(roofs: Sequence[Roof], *, columns: int | None = None, width_
 
     Examples
     --------
-    >>> figure = roofline_figure([Roof("h100", 1e15, 3e12, ["q", "q"], [100.0, 90.0], [2e14, 1.8e14], [False, True])])
-    >>> figure.axes[0].get_xlabel()
+    >>> one = Roof("h100", 1e15, 3e12, ["q", "q"], [100.0, 90.0], [2e14, 1.8e14], [False, True])
+    >>> roofline_figure([one]).axes[0].get_xlabel()
     'arithmetic intensity (FLOP/byte)'
     """
-    from matplotlib.figure import Figure
-
     if not roofs:
         raise InputError("roofline: expected one device or more")
     groups = merged(roofs)
     looks = {name: CYCLE[i % len(CYCLE)] for i, name in enumerate(groups)}
     with paper_style():
         columns = columns or in_a_row(len(roofs))
-        rows = -(-len(roofs) // columns)
-        width = width_in or (COLUMN_IN if columns == 1 else PAGE_IN)
         handles = _handles(looks, any(np.any(r.pruned) for r in roofs), any(not np.all(r.pruned) for r in roofs))
-        per_line = max(2, int(width / (0.45 + 0.055 * max(len(h.get_label()) for h in handles))))
-        lines = -(-len(handles) // per_line)
-        per_line = -(-len(handles) // lines)
+        width = width_in or (COLUMN_IN if columns == 1 else PAGE_IN)
+        lines = legend_lines(handles, width)
         titles = max(roof.title.count("\n") + 1 for roof in roofs)
-        left, right, top, bottom, across, down = (
-            0.50,
-            0.08,
-            0.12 + 0.13 * titles,
-            0.44 + 0.14 * lines,
-            0.40,
-            0.40 + 0.13 * titles,
-        )
-        panel_height = 1.75
-        height = top + bottom + rows * panel_height + (rows - 1) * down
-        panel_width = (width - left - right - (columns - 1) * across) / columns
-        figure = Figure(figsize=(width, height))
-        for i, roof in enumerate(roofs):
-            r, c = divmod(i, columns)
-            x, y = left + c * (panel_width + across), height - top - (r + 1) * panel_height - r * down
-            ax = figure.add_axes((x / width, y / height, panel_width / width, panel_height / height))
-            _draw(ax, roof, groups, looks, panel_height / panel_width)
-            if c == 0:
-                ax.set_ylabel("TFLOP/s")
+        figure, axes, columns = panel_list(len(roofs), 2.0 + 0.13 * titles, 0.3 + 0.14 * lines, columns, width)
+        for i, (ax, roof) in enumerate(zip(axes, roofs)):
+            _draw(ax, roof, groups, looks)
+            ax.set_ylabel("TFLOP/s" if i % columns == 0 else "")
             if i + columns >= len(roofs):
                 ax.set_xlabel("arithmetic intensity (FLOP/byte)")
-        legend_below(figure, handles, per_line, 0.06)
+        legend_below(figure, handles, lines)
+        settled(figure)  # the slope of a roof on the page is known only now
+        for ax, roof in zip(axes, roofs):
+            _name_slope(ax, roof)
     return figure
 
 
@@ -140,7 +121,9 @@ def _columns(roof: Roof) -> tuple[F, F, NDArray[np.bool_]]:
 
 
 def merged(roofs: Sequence[Roof]) -> dict[str, tuple[str, ...]]:
-    """Joint labels of GEMMs whose points coincide in every panel, dense and pruned alike, and the names each stands for."""
+    """Joint labels of GEMMs whose points coincide in every panel, dense and pruned alike, and the names each stands
+    for.
+    """
     where: dict[str, list[tuple[int, bool, float, float]]] = {}
     for r, roof in enumerate(roofs):
         for name, x, y, pruned in zip(roof.names, *_columns(roof)):
@@ -149,9 +132,8 @@ def merged(roofs: Sequence[Roof]) -> dict[str, tuple[str, ...]]:
     for name, points in where.items():
         for group in groups:
             other = where[group[0]]
-            if [p[:2] for p in points] == [p[:2] for p in other] and np.abs(
-                np.array(points) - np.array(other)
-            ).max() < np.log(SAME):
+            same = [p[:2] for p in points] == [p[:2] for p in other]
+            if same and np.abs(np.array(points) - np.array(other)).max() < np.log(SAME):
                 group.append(name)
                 break
         else:
@@ -160,7 +142,8 @@ def merged(roofs: Sequence[Roof]) -> dict[str, tuple[str, ...]]:
 
 
 def origin_of(intensity: F, dense: Sequence[int], point: int) -> int:
-    """Which of a GEMM's dense points a pruned point came from: the nearest in intensity (a generate has one of the prefill, one of decode).
+    """Which of a GEMM's dense points a pruned point came from: the nearest in intensity (a generate has one of the
+    prefill, one of decode).
 
     >>> origin_of(np.array([500.0, 1.0, 400.0, 0.9]), [0, 1], 3)
     1
@@ -168,9 +151,7 @@ def origin_of(intensity: F, dense: Sequence[int], point: int) -> int:
     return min(dense, key=lambda j: abs(float(np.log(intensity[j] / intensity[point]))))
 
 
-def _draw(
-    ax: Axes, roof: Roof, groups: dict[str, tuple[str, ...]], looks: dict[str, tuple[str, str]], aspect: float
-) -> None:
+def _draw(ax: Axes, roof: Roof, groups: dict[str, tuple[str, ...]], looks: dict[str, tuple[str, str]]) -> None:
     x, y, pruned = _columns(roof)
     y = y / 1e12
     peak, bandwidth = roof.peak_flop_per_s / 1e12, roof.bandwidth_bytes_per_s / 1e12
@@ -180,59 +161,45 @@ def _draw(
         low, high = min(low, ridge / 2.2), max(high, ridge * 2.2)
     roof_low, roof_high = min(peak, low * bandwidth), min(peak, high * bandwidth)
     bottom, top = min(float(y.min()) / 2, roof_low), roof_high * 2.0
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    ax.set(xlim=(low, high), ylim=(bottom, top))
+    ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(bottom, top))
     ax.set_title(roof.title, pad=5)
     bend = np.array(sorted({low, min(max(ridge, low), high), high}))
     ax.plot(bend, np.minimum(peak, bend * bandwidth), color=BLACK, linewidth=1.1, zorder=2)
     ax.fill_between(bend, np.minimum(peak, bend * bandwidth), top, color="#F0F0F0", linewidth=0, zorder=0)
     if high > ridge:
-        ax.annotate(
-            f"{peak:,.4g} TFLOP/s",
-            (high, peak),
-            xytext=(-2, 2.5),
-            textcoords="offset points",
-            ha="right",
-            va="bottom",
-            fontsize=6,
-        )
-    if low < ridge:
-        # along the slope and above it, where no point can be
-        angle = float(np.degrees(np.arctan(aspect * np.log(high / low) / np.log(top / bottom))))
-        middle = float(np.sqrt(low * min(ridge, high)))
-        ax.annotate(
-            f"{bandwidth:.3g} TB/s",
-            (middle, middle * bandwidth),
-            xytext=(-2.5, 2.5),
-            textcoords="offset points",
-            rotation=angle,
-            rotation_mode="anchor",
-            ha="center",
-            va="bottom",
-            fontsize=6,
-        )
-    for label, names in groups.items():
-        color, marker = looks[label]
-        points = [i for i, name in enumerate(roof.names) if name == names[0]]
+        ax.annotate(f"{peak:,.4g} TFLOP/s", (high, peak), xytext=(-2, 2.5), ha="right", **_BESIDE)
+    for name, members in groups.items():
+        color, marker = looks[name]
+        points = [i for i, own in enumerate(roof.names) if own == members[0]]
         first = [i for i in points if not pruned[i]]
+        mark: dict[str, Any] = {"marker": marker, "linestyle": "none", "color": color, "markersize": 3.6}
         for i in points:
             if pruned[i] and first:
                 origin = origin_of(x, first, i)
                 ax.plot([x[origin], x[i]], [y[origin], y[i]], color=color, linewidth=0.6, zorder=3)
-            face = color if pruned[i] else "none"
-            ax.plot(
-                [x[i]],
-                [y[i]],
-                marker=marker,
-                linestyle="none",
-                color=color,
-                markerfacecolor=face,
-                markersize=3.6,
-                zorder=4 if pruned[i] else 5,
-            )
+            face, zorder = (color, 4) if pruned[i] else ("none", 5)
+            ax.plot([x[i]], [y[i]], markerfacecolor=face, zorder=zorder, **mark)
     log_axis(ax.xaxis, low, high, 5)
     log_axis(ax.yaxis, bottom, top, 6)
+
+
+_BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "bottom", "fontsize": 6}
+
+
+def _name_slope(ax: Axes, roof: Roof) -> None:
+    """The bandwidth along the slope of a roof and above it, where no point can be."""
+    low, high = ax.get_xlim()
+    bandwidth, ridge = roof.bandwidth_bytes_per_s / 1e12, roof.peak_flop_per_s / roof.bandwidth_bytes_per_s
+    if low < ridge:
+        middle = float(np.sqrt(low * min(ridge, high)))
+        (x0, y0), (x1, y1) = ax.transData.transform([(low, low * bandwidth), (middle, middle * bandwidth)])
+        turned: dict[str, Any] = {
+            "rotation": float(np.degrees(np.arctan2(y1 - y0, x1 - x0))),
+            "rotation_mode": "anchor",
+        }
+        ax.annotate(
+            f"{bandwidth:.3g} TB/s", (middle, middle * bandwidth), xytext=(-2.5, 2.5), ha="center", **turned, **_BESIDE
+        )
 
 
 def _handles(looks: dict[str, tuple[str, str]], pruned: bool, dense: bool) -> list[Any]:
@@ -240,8 +207,6 @@ def _handles(looks: dict[str, tuple[str, str]], pruned: bool, dense: bool) -> li
 
     out = [Line2D([], [], color=c, marker=m, linestyle="none", label=name) for name, (c, m) in looks.items()]
     if pruned and dense:
-        out.append(
-            Line2D([], [], color="#444444", marker="o", markerfacecolor="white", linestyle="none", label="dense")
-        )
-        out.append(Line2D([], [], color="#444444", marker="o", linestyle="none", label="pruned"))
+        mark: dict[str, Any] = {"color": INK, "marker": "o", "linestyle": "none"}
+        out += [Line2D([], [], **mark, markerfacecolor="white", label="dense"), Line2D([], [], **mark, label="pruned")]
     return out

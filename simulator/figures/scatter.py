@@ -1,4 +1,6 @@
-"""Predicted against measured, a panel for each device: times above, their ratio below, and how well they agree in numbers."""
+"""Predicted against measured, a panel for each device: times above, their ratio below, and how well they agree in
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from simulator.errors import InputError
-from simulator.figures.axes import in_a_row
-from simulator.figures.style import BLUE, COLUMN_IN, PAGE_IN, paper_style
+from simulator.figures.layout import fixed_ticks, in_a_row, panel_list, settled
+from simulator.figures.style import BLUE, PALE_INK, paper_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,42 +50,21 @@ class Agreement:
 
 
 def agreement(measured_s: ArrayLike, predicted_s: ArrayLike) -> Agreement:
-    """Relative errors of predictions.
+    """Relative errors of predictions: mean, median and 95th percentile of abs(predicted / measured - 1), and the
+    median of the signed error as bias.
 
-    Parameters
-    ----------
-    measured_s, predicted_s : array, s, > 0
-
-    Returns
-    -------
-    Agreement
-        Mean, median and 95th percentile of \\|predicted / measured - 1\\|, and the median of the signed error.
-
-    Examples
-    --------
     >>> a = agreement([1.0, 2.0, 4.0], [1.1, 2.0, 3.8])
     >>> a.count, round(a.mean, 3), round(a.median, 3)
     (3, 0.05, 0.05)
     """
     error = np.asarray(predicted_s, dtype=float) / np.asarray(measured_s, dtype=float) - 1.0
     size = np.abs(error)
-    return Agreement(
-        len(error), float(size.mean()), float(np.median(size)), float(np.quantile(size, 0.95)), float(np.median(error))
-    )
+    mean, median, p95 = float(size.mean()), float(np.median(size)), float(np.quantile(size, 0.95))
+    return Agreement(len(error), mean, median, p95, float(np.median(error)))
 
 
 def scatter_figure(clouds: Sequence[Cloud], *, width_in: float | None = None) -> Figure:
     """Draw predicted against measured times.
-
-    Parameters
-    ----------
-    clouds : sequence of Cloud
-    width_in : float, optional
-        Width of the figure in inches; one column for one device, the page for more.
-
-    Returns
-    -------
-    Figure
 
     Raises
     ------
@@ -96,52 +77,32 @@ def scatter_figure(clouds: Sequence[Cloud], *, width_in: float | None = None) ->
     >>> len(figure.axes), figure.axes[1].get_xlabel()
     (2, 'measured time')
     """
-    from matplotlib.figure import Figure
-
     if not clouds:
         raise InputError("predicted against measured: expected one device or more")
     for c in clouds:
-        x, y = np.asarray(c.measured_s, dtype=float), np.asarray(c.predicted_s, dtype=float)
-        if (
-            not x.size
-            or x.shape != y.shape
-            or x.ndim != 1
-            or not (np.all(x > 0) and np.all(y > 0) and np.all(np.isfinite(x * y)))
-        ):
-            raise InputError(
-                f"predicted against measured, {c.title}: expected as many finite times above zero of each, from 1 up"
-            )
+        times = [np.asarray(v, dtype=float) for v in (c.measured_s, c.predicted_s)]
+        good = all(np.all((t > 0) & np.isfinite(t)) for t in times)
+        if not times[0].size or times[0].shape != times[1].shape or times[0].ndim != 1 or not good:
+            what = "expected as many finite times above zero of each, from 1 up"
+            raise InputError(f"predicted against measured, {c.title}: {what}")
     with paper_style():
         columns = in_a_row(len(clouds))
         rows = -(-len(clouds) // columns)
-        width = width_in or (COLUMN_IN if columns == 1 else PAGE_IN)
-        left, right, top, bottom, across, down, upper, lower, split = (
-            0.64,
-            0.10,
-            0.24,
-            0.36,
-            0.50,
-            0.66,
-            1.55,
-            0.62,
-            0.10,
-        )
-        block = upper + split + lower
-        height = top + bottom + rows * block + (rows - 1) * down
-        panel_width = (width - left - right - (columns - 1) * across) / columns
-        figure = Figure(figsize=(width, height))
-        for i, c in enumerate(clouds):
-            r, k = divmod(i, columns)
-            x0, y0 = left + k * (panel_width + across), height - top - r * (block + down)
-            first = figure.add_axes((x0 / width, (y0 - upper) / height, panel_width / width, upper / height))
-            second = figure.add_axes((x0 / width, (y0 - block) / height, panel_width / width, lower / height))
-            _pair(first, second, c)
-            first.set_title(c.title, pad=5)
+        # two panels a device, one above the other
+        figure, axes, _ = panel_list(2 * rows * columns, 1.35, 0.1, columns, width_in, height_ratios=[2.4, 1.0] * rows)
+        for i in range(rows * columns):
+            first, second = (axes[(2 * (i // columns) + k) * columns + i % columns] for k in (0, 1))
+            if i >= len(clouds):
+                first.remove()
+                second.remove()
+                continue
+            _pair(first, second, clouds[i])
+            first.set_title(clouds[i].title, pad=5)
             second.set_xlabel("measured time", labelpad=2)
-            if k == 0:
-                first.set_ylabel("predicted time")
-                second.set_ylabel("ratio")
-    return figure
+            first.set_ylabel("predicted time" if i % columns == 0 else "")
+            second.set_ylabel("ratio" if i % columns == 0 else "")
+        figure.align_ylabels()
+        return settled(figure)
 
 
 def _pair(first: Axes, second: Axes, cloud: Cloud) -> None:
@@ -159,7 +120,7 @@ def _pair(first: Axes, second: Axes, cloud: Cloud) -> None:
     first.plot([low, high], [low, high], color="black", linewidth=0.6, zorder=4)
     second.axhline(1.0, color="black", linewidth=0.6, zorder=4)
     for edge in (0.9, 1.1):
-        second.axhline(edge, color="#5A5A5A", linewidth=0.5, linestyle=(0, (3, 2)), zorder=4)
+        second.axhline(edge, color=PALE_INK, linewidth=0.5, linestyle=(0, (3, 2)), zorder=4)
     for axis in (first.xaxis, first.yaxis, second.xaxis):
         _time_axis(axis, low, high)
     first.tick_params(labelbottom=False)
@@ -168,27 +129,14 @@ def _pair(first: Axes, second: Axes, cloud: Cloud) -> None:
     a = agreement(cloud.measured_s, cloud.predicted_s)
     lines = [f"{a.count:,} GEMMs{', held out' if cloud.held_out else ''}", f"mean error {100 * a.mean:.1f} %"]
     lines += [f"median {100 * a.median:.1f} %, 95th {100 * a.p95:.0f} %"]
-    first.text(
-        0.04,
-        0.97,
-        "\n".join(lines),
-        transform=first.transAxes,
-        ha="left",
-        va="top",
-        fontsize=6,
-        linespacing=1.25,
-        zorder=5,
-    )
+    where: dict[str, Any] = {"transform": first.transAxes, "ha": "left", "va": "top"}
+    first.text(0.04, 0.97, "\n".join(lines), fontsize=6, linespacing=1.25, zorder=5, **where)
 
 
 def _time_axis(axis: Any, low: float, high: float) -> None:
     """Powers of ten of a microsecond on a logarithmic axis, written with the unit that suits each; at most four."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
     powers = np.arange(np.ceil(np.log10(low)), np.floor(np.log10(high)) + 1)
-    axis.set_major_locator(FixedLocator([float(10.0**e) for e in powers[:: -(-len(powers) // 4) or 1]]))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: time_text(value)))
+    fixed_ticks(axis, [float(10.0**e) for e in powers[:: -(-len(powers) // 4) or 1]], lambda value, _: time_text(value))
 
 
 def time_text(microseconds: float) -> str:
@@ -204,7 +152,7 @@ def time_text(microseconds: float) -> str:
 
 
 def _points(ax: Axes, x: F, y: F, across: tuple[float, float], up: tuple[float, float]) -> None:
-    """Dots, or a density where they are too many for a page (drawn as pixels, for a file of 40,000 dots opens slowly)."""
+    """Dots, or a density where they are too many for a page (as pixels, for a file of 40,000 dots opens slowly)."""
     if len(x) <= MOST_DOTS:
         ax.plot(x, y, linestyle="none", color=BLUE, marker="o", markersize=1.8, markeredgewidth=0, alpha=0.6, zorder=3)
         return
@@ -214,6 +162,5 @@ def _points(ax: Axes, x: F, y: F, across: tuple[float, float], up: tuple[float, 
     count, _, _ = np.histogram2d(x, y, bins=bins)
     shades: Any = LinearSegmentedColormap.from_list("density", ["#BFDDF0", BLUE, "#00263D"])
     filled = np.ma.masked_equal(count.T, 0.0)
-    ax.pcolormesh(
-        bins[0], bins[1], filled, cmap=shades, norm=LogNorm(1, max(2.0, float(count.max()))), rasterized=True, zorder=3
-    )
+    norm = LogNorm(1, max(2.0, float(count.max())))
+    ax.pcolormesh(bins[0], bins[1], filled, cmap=shades, norm=norm, rasterized=True, zorder=3)

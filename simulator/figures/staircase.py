@@ -1,4 +1,6 @@
-"""Staircases: how the time of a GEMM climbs in steps of tiles and waves, predicted as a line with its interval, measured as points."""
+"""Staircases: how the time of a GEMM climbs in steps of tiles and waves, predicted as a line with its interval,
+measured as points.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from simulator.errors import InputError
-from simulator.figures.axes import legend_below
-from simulator.figures.style import BLUE, COLUMN_IN, PAGE_IN, VERMILLION, paper_style
+from simulator.figures.layout import legend_below, legend_lines, name_panels, panel_grid, settled
+from simulator.figures.style import BLUE, COLUMN_IN, PAGE_IN, PALE_INK, VERMILLION, paper_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,20 +58,7 @@ class Stairs:
 def staircase_figure(
     panels: Sequence[Stairs], *, width_in: float | None = None, interval: str = "90 % interval"
 ) -> Figure:
-    """Draw staircases, devices side by side, a row for each kind.
-
-    Parameters
-    ----------
-    panels : sequence of Stairs
-        Rows and columns come in the order in which their labels first occur.
-    width_in : float, optional
-        Width of the figure in inches; one column for one device, the page for more.
-    interval : str
-        What the band is.
-
-    Returns
-    -------
-    Figure
+    """Draw staircases, devices side by side, a row for each kind, in the order in which their labels first occur.
 
     Raises
     ------
@@ -82,58 +71,42 @@ def staircase_figure(
     >>> staircase_figure([one]).axes[0].get_ylabel()
     'time (µs)'
     """
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     if not panels:
         raise InputError("staircases: expected one panel or more")
     for p in panels:
-        if len({np.size(v) for v in (p.x, p.predicted, p.lower, p.upper, p.ideal)}) > 1 or np.size(
-            p.measured
-        ) != np.size(p.measured_x):
+        sizes = {np.size(v) for v in (p.x, p.predicted, p.lower, p.upper, p.ideal)}
+        if len(sizes) > 1 or np.size(p.measured) != np.size(p.measured_x):
             raise InputError(f"staircase of {p.column}, {p.row}: expected columns of one length")
-    rows, columns = (list(dict.fromkeys(getattr(p, name) for p in panels)) for name in ("row", "column"))
-    width = width_in or (COLUMN_IN if len(columns) == 1 else PAGE_IN)
-    handles: list[Any] = [
-        Line2D([], [], color=BLUE, linewidth=1.0, label="predicted"),
-        Patch(color=BLUE, alpha=0.18, linewidth=0, label=interval),
-        Line2D([], [], color="#5A5A5A", linestyle=(0, (4, 1.5)), linewidth=0.8, label="datasheet roofline"),
-    ]
-    if any(np.size(p.measured) for p in panels):
-        handles.append(Line2D([], [], linestyle="none", **_POINT, label="measured"))
-    across = len(handles) if width > 5 else 2
-    lines = -(-len(handles) // across)
+    rows, columns = [p.row for p in panels], [p.column for p in panels]
+    width = width_in or (COLUMN_IN if len(set(columns)) == 1 else PAGE_IN)
     with paper_style():
-        left, right, top, gap, down, panel = 0.48, 0.24, 0.24, 0.34, 0.44, 1.2
-        bottom = 0.48 + 0.14 * lines
-        height = top + bottom + len(rows) * panel + (len(rows) - 1) * down
-        panel_width = (width - left - right - (len(columns) - 1) * gap) / len(columns)
-        figure = Figure(figsize=(width, height))
+        handles: list[Any] = [
+            Line2D([], [], color=BLUE, linewidth=1.0, label="predicted"),
+            Patch(color=BLUE, alpha=0.18, linewidth=0, label=interval),
+            Line2D([], [], color=PALE_INK, linestyle=_DASHES, linewidth=0.8, label="datasheet roofline"),
+        ]
+        if any(np.size(p.measured) for p in panels):
+            handles.append(Line2D([], [], linestyle="none", **_POINT, label="measured"))
+        lines = legend_lines(handles, width)
+        figure, axes = panel_grid(rows, columns, 1.6, 0.24 + 0.14 * lines, width)
         for p in panels:
-            i, j = rows.index(p.row), columns.index(p.column)
-            x, y = left + j * (panel_width + gap), height - top - (i + 1) * panel - i * down
-            ax = figure.add_axes((x / width, y / height, panel_width / width, panel / height))
+            ax = axes[p.row, p.column]
             _draw(ax, p)
             ax.set_xlabel(p.x_label, labelpad=2)
-            if j == 0:
-                ax.set_ylabel(p.y_label)
-            if i == 0:
-                ax.set_title(p.column, pad=5)
-            if j == len(columns) - 1:
-                where: dict[str, Any] = {"xytext": (6, 0), "xycoords": "axes fraction", "textcoords": "offset points"}
-                ax.annotate(p.row, (1, 0.5), rotation=270, va="center", fontsize=7, **where)
-        legend_below(figure, handles, across, 0.06)
-    return figure
+            ax.set_ylabel(p.y_label if p.column == columns[0] else "")
+        name_panels(axes, {r: r for r in rows})
+        figure.align_ylabels()
+        legend_below(figure, handles, lines)
+        return settled(figure)
 
 
+_DASHES = (0, (4, 1.5))
 _POINT: dict[str, Any] = {
-    "color": VERMILLION,
-    "marker": "o",
-    "markersize": 2.4,
-    "markerfacecolor": "none",
-    "markeredgewidth": 0.6,
-}
+    "color": VERMILLION, "marker": "o", "markersize": 2.4, "markerfacecolor": "none", "markeredgewidth": 0.6
+}  # fmt: skip
 
 
 def _draw(ax: Axes, p: Stairs) -> None:
@@ -144,7 +117,7 @@ def _draw(ax: Axes, p: Stairs) -> None:
     seen_x, seen = np.asarray(p.measured_x, dtype=float), np.asarray(p.measured, dtype=float)
     top = max(float(v.max()) for v in (predicted, ideal, seen) if len(v)) * 1.12
     ax.fill_between(x, lower, upper, color=BLUE, alpha=0.18, linewidth=0, zorder=2)
-    ax.plot(x, ideal, color="#5A5A5A", linestyle=(0, (4, 1.5)), linewidth=0.8, zorder=2.5)
+    ax.plot(x, ideal, color=PALE_INK, linestyle=_DASHES, linewidth=0.8, zorder=2.5)
     ax.plot(x, predicted, color=BLUE, linewidth=0.9, zorder=3)
     if len(seen):
         ax.plot(seen_x, seen, linestyle="none", **_POINT, zorder=4)
@@ -152,6 +125,5 @@ def _draw(ax: Axes, p: Stairs) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 2.5, 4, 5, 10]))
     ax.yaxis.set_major_locator(MaxNLocator(4))
     if p.note:
-        ax.text(
-            0.97, 0.05, p.note, transform=ax.transAxes, ha="right", va="bottom", fontsize=5.5, color="#5A5A5A", zorder=5
-        )
+        where: dict[str, Any] = {"transform": ax.transAxes, "ha": "right", "va": "bottom", "zorder": 5}
+        ax.text(0.97, 0.05, p.note, fontsize=5.5, color=PALE_INK, **where)

@@ -1,8 +1,9 @@
-"""How figures look: a style sheet, widths of a two-column paper, and one colour, marker and line for each pruning family.
+"""How figures look: a style sheet, widths of a two-column paper, and one colour, marker and line for each pruning
+family.
 
-Colours are those of Okabe and Ito ("Color Universal Design", 2008), which colour-blind readers tell apart. Families outnumber them, so a
-family is known by its marker and by fill as well: static families have filled markers and solid lines, dynamic ones hollow markers
-and dashed lines, and the static and dynamic form of the same idea share a colour.
+Colours are those of Okabe and Ito ("Color Universal Design", 2008), which colour-blind readers tell apart. Families
+outnumber them, so a family is known by its marker and by fill as well: static families have filled markers and solid
+lines, dynamic ones hollow markers and dashed lines, and the static and dynamic form of the same idea share a colour.
 """
 
 from __future__ import annotations
@@ -22,17 +23,11 @@ COLUMN_IN = 3.35
 PAGE_IN = 7.0
 """Width of both columns, inches."""
 
-BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = (
-    "#000000",
-    "#E69F00",
-    "#56B4E9",
-    "#009E73",
-    "#F0E442",
-    "#0072B2",
-    "#D55E00",
-    "#CC79A7",
-)
-GREY = "#8A8A8A"
+# fmt: off
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+YELLOW, BLUE, VERMILLION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
+# fmt: on
+GREY, INK, PALE_INK = "#8A8A8A", "#444444", "#5A5A5A"
 
 
 @dataclass(frozen=True)
@@ -45,16 +40,11 @@ class Look:
     hollow: bool = False
     label: str = ""
 
-    def marks(self) -> dict[str, Any]:
+    def marks(self, **other: Any) -> dict[str, Any]:
         """Keyword arguments of a line with markers."""
         face = "white" if self.hollow else self.color
-        return {
-            "color": self.color,
-            "marker": self.marker,
-            "linestyle": self.line,
-            "markerfacecolor": face,
-            "markeredgecolor": self.color,
-        }
+        marks = {"color": self.color, "marker": self.marker, "linestyle": self.line}
+        return marks | {"markerfacecolor": face, "markeredgecolor": self.color} | other
 
 
 LOOKS: MappingProxyType[str, Look] = MappingProxyType(

@@ -1,7 +1,8 @@
-"""The taxonomy as a picture: what each family leaves of M, N and K of every GEMM of a decoder, and which operators it adds.
+"""The taxonomy as a picture: what each family leaves of M, N and K of every GEMM of a decoder, and which operators it
+adds.
 
-A row a family, a column an operator, and in each cell three bars for what is kept of M, N and K. What stays whole is a grey line, so that
-the eye finds what shrinks.
+A row a family, a column an operator, and in each cell three bars for what is kept of M, N and K. What stays whole is a
+grey line, so that the eye finds what shrinks.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from simulator.errors import InputError
-from simulator.figures.style import BLACK, PAGE_IN, label, look, paper_style
+from simulator.figures.style import BLACK, GREY, INK, PAGE_IN, PALE_INK, label, look, paper_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,12 +49,6 @@ def taxonomy_figure(
         Share of the logical M, N and K that is left; NaN for an operator that the model lacks.
     adds : sequence of str, one entry a row
         Operators the family adds; empty for none.
-    width_in : float
-        Width of the figure in inches.
-
-    Returns
-    -------
-    Figure
 
     Raises
     ------
@@ -70,9 +65,8 @@ def taxonomy_figure(
 
     values = np.asarray(kept, dtype=float)
     if not family or values.shape != (len(family), len(operators), 3) or not len(family) == len(axis) == len(adds):
-        raise InputError(
-            f"taxonomy: expected a kept share for each of {len(family)} families, {len(operators)} operators, M, N, K"
-        )
+        shares = f"{len(family)} families, {len(operators)} operators, M, N, K"
+        raise InputError(f"taxonomy: expected a kept share for each of {shares}")
     left, right, top, bottom = 1.30, 1.02, 0.30, 0.05
     with paper_style():
         height = top + bottom + _ROW_IN * len(family)
@@ -84,25 +78,17 @@ def taxonomy_figure(
         for j, name in enumerate(operators):
             ax.text(left + (j + 0.5) * cell, top - 0.09, name, ha="center", va="bottom", fontsize=7, fontweight="bold")
         ax.text(width_in - right + 0.06, top - 0.09, "adds", ha="left", va="bottom", fontsize=7, fontweight="bold")
-        ax.plot([0.05, width_in - 0.05], [top - 0.04] * 2, color="#444444", linewidth=0.6)
+        ax.hlines(top - 0.04, 0.05, width_in - 0.05, color=INK, linewidth=0.6)
         for i, name in enumerate(family):
             y = top + (i + 0.5) * _ROW_IN
             if i % 2 == 0:
                 ax.axhspan(y - _ROW_IN / 2, y + _ROW_IN / 2, color="#F5F5F5", linewidth=0, zorder=0)
             style = look(name, i)
-            ax.plot([0.12], [y], **{**style.marks(), "linestyle": "none"}, markersize=4.5)
+            ax.plot([0.12], [y], **style.marks(linestyle="none", markersize=4.5))
             ax.text(0.24, y - 0.012, label(name), ha="left", va="bottom", fontsize=7)
-            ax.text(0.24, y + 0.012, axis[i], ha="left", va="top", fontsize=5.5, color="#5A5A5A")
-            ax.text(
-                width_in - right + 0.06,
-                y,
-                textwrap.fill(adds[i] or "nothing", 20),
-                ha="left",
-                va="center",
-                fontsize=5.5,
-                color=BLACK if adds[i] else "#8A8A8A",
-                linespacing=1.05,
-            )
+            ax.text(0.24, y + 0.012, axis[i], ha="left", va="top", fontsize=5.5, color=PALE_INK)
+            extra: dict[str, Any] = {"fontsize": 5.5, "color": BLACK if adds[i] else GREY, "linespacing": 1.05}
+            ax.text(width_in - right + 0.06, y, textwrap.fill(adds[i] or "nothing", 20), va="center", **extra)
             for j in range(len(operators)):
                 _cell(ax, left + j * cell, y, cell, values[i, j], style.color)
     return figure
@@ -116,9 +102,8 @@ def _cell(ax: Axes, x: float, y: float, width: float, kept: NDArray[Any], color:
         if not np.isfinite(share):
             continue
         gone = share < WHOLE
-        ax.text(
-            x + 0.11, middle, AXES[b], ha="right", va="center_baseline", fontsize=5, color=BLACK if gone else "#9A9A9A"
-        )
+        letter: dict[str, Any] = {"fontsize": 5, "va": "center_baseline", "color": BLACK if gone else "#9A9A9A"}
+        ax.text(x + 0.11, middle, AXES[b], ha="right", **letter)
         if gone:
             style: dict[str, Any] = {"height": _BAR_IN, "linewidth": 0.4, "align": "center"}
             ax.barh(middle, full, left=start, facecolor="white", edgecolor=color, **style)

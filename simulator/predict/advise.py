@@ -1,33 +1,30 @@
 """The inverse question: which pruning reaches a target speedup, and at which widths does it step?
 
-Use :func:`advise`. Each family's least sparsity is searched on a grid of sparsities, all of them timed in one pass a device, and then
-between the last that misses the target and the first that reaches it. Around it, for families that change widths, the aligned widths are
+Use :func:`advise`. The least sparsity of every family is searched on a grid of sparsities, and then between the last
+that misses the target and the first that reaches it. Around it, for families that change widths, the aligned widths are
 timed one by one: time falls in steps, and a width just above a step wastes what the next one grants.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from simulator.errors import InputError
-from simulator.hardware.library import load_hardware
-from simulator.kernels.optime import BOUNDS
-from simulator.kernels.stack import Stack
-from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
-from simulator.predict.advise_widths import WidthStep, width_steps
-from simulator.predict.compare import Comparison, Pairs, compare
-from simulator.predict.settings import Setting, once, one_of, whole_number
+from simulator.predict.rows import Choice, Columns, FamilyChoice, Piece, columns_of, plain, work_of
+from simulator.predict.settings import Setting, profiles, requests_of
+from simulator.predict.speedup import Speedup, speedups
+from simulator.predict.table import families
 from simulator.pruning import prune
-from simulator.workload import PHASES
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
+    from simulator.models.config import ModelConfig
     from simulator.workload import Workload
 
 LARGEST_SPARSITY = 0.9
@@ -36,29 +33,45 @@ LARGEST_SPARSITY = 0.9
 COARSE, FINE = 0.02, 0.001
 """Steps of the search, first and then between the two neighbours it found."""
 
+PAIRS: tuple[tuple[str, str], ...] = (
+    ("depth", "width"),
+    ("depth", "semi_structured"),
+    ("width", "semi_structured"),
+    ("depth", "kv_cache"),
+    ("width", "kv_cache"),
+    ("depth", "token"),
+)
+"""Families that go together and are not the same lever twice."""
+
+FORMATS: tuple[tuple[str | None, str | None], ...] = (("int8", None), ("int4", None), (None, "fp8"))
+"""Formats of weights and cache to set beside pruning."""
+
+ALIGN = 16  # widths looked at are multiples of it, as the families round to
+REACH = 0.06  # how far around the width that was found, as a share of the dense one
+STEPS = 3  # named at most
+STEEP = 3.0  # a step is a fall of the time so many times the average over its surroundings
+
 Quality = Mapping[str, Sequence[tuple[float, float, str]]]
 """Family -> (sparsity, quality lost, where it was measured)."""
 
 
 @dataclass(frozen=True)
-class Advice:
-    """One family on one device for one request.
+class WidthStep:
+    """A width at which time has just stepped down."""
 
-    Attributes
-    ----------
-    reached : bool
-        Whether some sparsity up to :data:`LARGEST_SPARSITY` has the target speedup.
-    sparsity, realised_sparsity : float
-        The least that has it; where none has, the one with the largest speedup.
-    sure_sparsity : float or None
-        The least whose whole interval reaches the target; None where none does.
-    dense_s, pruned_s, speedup, speedup_lower, speedup_upper, limit
-        There.
-    quality_loss, quality_at, quality_source : float, float, str
-        Quality lost at the nearest sparsity measured at or above, where given to :func:`advise`; else None, None, "".
-    steps : tuple of WidthStep
-        Aligned widths around it where time steps down; empty for families that change none.
-    """
+    name: str  # what is that wide: inner (of the MLP), hidden, or rank (of the down projection)
+    width: int
+    sparsity: float  # to ask the family for to get it (width: of the MLP alone, attention as advised)
+    pruned_s: float
+    speedup: float
+    saved: float  # share of the time, against the next wider aligned width
+    reached: bool  # whether the target is
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One family on one device for one request, at the least sparsity that reaches the target, or else at the
+    fastest."""
 
     model: str
     hardware: str
@@ -69,10 +82,10 @@ class Advice:
     runtime: str
     family: str
     target: float
-    reached: bool
+    reached: bool  # by some sparsity up to LARGEST_SPARSITY
     sparsity: float
     realised_sparsity: float
-    sure_sparsity: float | None
+    sure_sparsity: float | None  # the least whose whole interval reaches the target
     dense_s: float
     pruned_s: float
     speedup: float
@@ -80,10 +93,10 @@ class Advice:
     speedup_upper: float
     limit: str
     calibrated: bool
-    quality_loss: float | None
+    quality_loss: float | None  # at the nearest sparsity measured at or above, where given
     quality_at: float | None
     quality_source: str
-    steps: tuple[WidthStep, ...]
+    steps: tuple[WidthStep, ...]  # aligned widths around it where time steps down; none for families that change none
 
 
 @dataclass(frozen=True)
@@ -124,33 +137,8 @@ def advise(
     ideal: bool = False,
     quality: Quality | None = None,
 ) -> Advised:
-    """What reaches a target speedup.
-
-    Parameters
-    ----------
-    model : str or ModelConfig
-    hardware : sequence of str or HardwareProfile
-    target : float, above 1
-        Speedup wanted.
-    phase, batch, seq : sequences
-        Requests, as in :func:`simulator.predict.table.table`.
-    family : sequence of str
-        Families to consider, or ``all``.
-    setting : Setting, optional
-        Number formats, runtime, devices.
-    ideal : bool
-        Leave out the work that pruning adds.
-    quality : mapping, optional
-        Quality lost by family: (sparsity, loss, source) each.
-
-    Returns
-    -------
-    Advised
-
-    Raises
-    ------
-    InputError
-        For bad values.
+    """What reaches a target speedup (above 1); requests and setting are those of :func:`simulator.table`, ``quality``
+    is shown beside.
 
     Examples
     --------
@@ -160,220 +148,185 @@ def advise(
     >>> 1.3 <= found.advice[0].speedup < 1.4
     True
     """
-    from simulator.predict.table import families
-
     if not (np.isfinite(target) and 1.0 < target <= 1000.0):
         raise InputError(f"target {target:g}: expected a speedup above 1, such as 1.5")
     setting, chosen = setting or Setting(), families(family)
     config = load_model(model) if isinstance(model, str) else model
-    devices = list({hw.name: hw for hw in (load_hardware(h) if isinstance(h, str) else h for h in hardware)}.values())
-    requests = [
-        (one_of("phase", p, PHASES), whole_number("batch", b), whole_number("seq", s))
-        for p, b, s in itertools.product(once(phase), once(batch), once(seq))
-    ]
-    for name, values in (("hardware", devices), ("family", chosen), ("request", requests)):
+    devices, requests = profiles(hardware), requests_of(phase, batch, seq)
+    for name, values in {"hardware": devices, "family": chosen, "request": requests}.items():
         if not values:
             raise InputError(f"{name}: expected at least one")
     advice: list[Advice] = []
     others: list[Alternative] = []
     notes: dict[str, None] = {}
     for p, b, s in requests:
-        search = _Search(setting.lower(config, p, b, s), chosen, setting, ideal, target, notes)
+        search = _Search(Piece(config, setting, p, ((b, s),), (), ideal), chosen, target, notes)
         for hw in devices:
-            advice.extend(sorted((search.advice(name, hw, quality or {}) for name in search.families), key=_rank))
-            others.extend(search.alternatives(hw, config))
+            found, more = search.on(hw, quality or {})
+            advice += found
+            others += more
     if not advice:
         raise InputError("; ".join(notes) or "nothing to advise")
     return Advised(tuple(advice), tuple(others), tuple(notes))
 
 
-def _rank(a: Advice) -> tuple[Any, ...]:
-    """Those that reach the target first, by sparsity; then the others by how close they come."""
-    return (not a.reached, a.sparsity if a.reached else -a.speedup)
-
-
 class _Search:
-    """Pruned versions of one dense workload, made once and shared by all devices."""
+    """One request: every family on the coarse grid, pruned once for all devices, and what is asked around it."""
 
-    def __init__(
-        self,
-        dense: Workload,
-        chosen: Sequence[str],
-        setting: Setting,
-        ideal: bool,
-        target: float,
-        notes: dict[str, None],
-    ) -> None:
-        self.dense, self.setting, self.ideal, self.target, self.notes = dense, setting, ideal, target, notes
-        self.made: dict[tuple[str, float], Workload] = {}
-        coarse = [round(COARSE * i, 6) for i in range(1, round(LARGEST_SPARSITY / COARSE) + 1)]
-        self.grid: dict[str, list[float]] = {}
-        for name in chosen:
-            error = ""
-            for sparsity in coarse:
-                try:
-                    self.pruned(name, sparsity)
-                except InputError as refused:
-                    error = str(refused)
-                else:
-                    self.grid.setdefault(name, []).append(sparsity)
-            if name not in self.grid:
+    def __init__(self, piece: Piece, chosen: Sequence[str], target: float, notes: dict[str, None]) -> None:
+        self.piece, self.target, self.notes = piece, target, notes
+        grid = [round(COARSE * i, 6) for i in range(1, round(LARGEST_SPARSITY / COARSE) + 1)]
+        choices = tuple(itertools.product(map(FamilyChoice, chosen), grid))
+        errors: dict[str, str] = {}
+
+        def refuse(choice: int | None, reason: str, device: str) -> None:
+            assert choice is not None
+            errors[choices[choice][0].name] = reason
+
+        self.coarse = work_of(replace(piece, choices=choices), refuse)
+        (self.dense,) = self.coarse.requests.workloads
+        supported = {choices[i][0].name for i in self.coarse.choice}
+        self.families = [name for name in chosen if name in supported]
+        for name, error in errors.items():
+            if name not in supported:
                 notes[error if name in error else f"{name}: {error}"] = None
-        self.timed: dict[str, dict[str, Comparison]] = {}
 
-    @property
-    def families(self) -> list[str]:
-        return list(self.grid)
+    def on(self, hw: HardwareProfile, quality: Quality) -> tuple[list[Advice], list[Alternative]]:
+        """Advice of every family on a device, best first, and the alternatives there."""
+        coarse = columns_of(self.coarse, [hw], (self.piece.setting.runtime,), _refuse)
+        least, sure = (self.least(coarse, hw, name) for name in ("speedup", "speedup_lower"))
+        family, advice = plain(coarse["family"]), []
+        for name in self.families:
+            sparsity = least.get(name)
+            if sparsity is None:  # none reaches the target: the fastest
+                sparsity = float(coarse["sparsity"][np.argmax(np.where(family == name, coarse["speedup"], 0.0))])
+            reached = name in least
+            measured = sorted(q for q in quality.get(name, ()) if q[0] >= sparsity - 1e-9)
+            at, loss, source = measured[0] if measured and reached else (None, None, "")
+            row = {key: plain(column).tolist()[0] for key, column in self.rows([(name, sparsity)], hw).items()}
+            advice.append(
+                Advice(
+                    **{f.name: row[f.name] for f in fields(Advice) if f.name in row},
+                    target=self.target,
+                    reached=reached,
+                    sure_sparsity=sure.get(name),
+                    quality_loss=loss,
+                    quality_at=at,
+                    quality_source=source,
+                    steps=self.steps(name, sparsity, hw) if reached else (),
+                )
+            )
+        # those that reach the target first, by sparsity; then the others by how close they come
+        advice.sort(key=lambda a: (not a.reached, a.sparsity if a.reached else -a.speedup))
+        others = [*self.pairs(hw, coarse, least), *self.formats(hw)]
+        return advice, sorted(others, key=lambda o: (not o.reached, -o.speedup))
 
-    def pruned(self, family: str, sparsity: float) -> Workload:
-        key = family, sparsity
-        if key not in self.made:
-            self.made[key] = prune(self.dense, family, sparsity, ideal=self.ideal)
-        return self.made[key]
+    def rows(self, asked: Iterable[tuple[str, Any]], hw: HardwareProfile) -> Columns:
+        """Rows of some families at some sparsities; what is not supported has none."""
+        choices: tuple[Choice, ...] = tuple((FamilyChoice(name), sparsity) for name, sparsity in asked)
+        work = work_of(replace(self.piece, choices=choices), _refuse)
+        return columns_of(work, [hw], (self.piece.setting.runtime,), _refuse)
 
-    def compare(self, pruned: Sequence[Workload], hw: HardwareProfile, dense: Workload | None = None) -> Comparison:
-        """Workloads against the dense one (at index 0 of the result)."""
-        pairs = Pairs(Stack.of([dense or self.dense, *pruned]), np.zeros(1 + len(pruned), dtype=np.intp))
-        return compare(pairs, hw, (self.setting.runtime,), self.setting.level)[0]
-
-    def coarse(self, hw: HardwareProfile) -> dict[str, tuple[Any, Any]]:
-        """Speedups and their lower ends of every family on the coarse grid, in one pass a device."""
-        if hw.name not in self.timed:
-            every = [(name, s) for name, grid in self.grid.items() for s in grid]
-            c = self.compare([self.pruned(name, s) for name, s in every], hw)
-            owner = np.array([name for name, _ in every])
-            self.timed[hw.name] = {name: _chosen(c, 1 + np.flatnonzero(owner == name)) for name in self.grid}
-        return {name: (c.speedup, c.lower) for name, c in self.timed[hw.name].items()}
-
-    def least(self, family: str, hw: HardwareProfile, lower: bool) -> float | None:
-        """The least sparsity whose speedup (or its lower end) reaches the target; None where none does."""
-        grid = self.grid[family]
-        reaches = np.flatnonzero(self.coarse(hw)[family][lower] >= self.target)
-        if not len(reaches):
-            return None
-        first = int(reaches[0])
-        before = grid[first - 1] if first else 0.0
-        between = [round(before + FINE * i, 6) for i in range(1, round((grid[first] - before) / FINE))]
+    def least(self, coarse: Columns, hw: HardwareProfile, name: str) -> dict[str, float]:
+        """The least sparsity of each family whose speedup (or its lower end) reaches the target."""
+        first = self.first(coarse, name)
         fine = []
-        for sparsity in between:
-            try:
-                fine.append((sparsity, self.pruned(family, sparsity)))
-            except InputError:
-                continue  # a family of few sparsities
-        if not fine:
-            return grid[first]
-        c = self.compare([w for _, w in fine], hw)
-        values = (c.lower if lower else c.speedup)[1:]
-        found = np.flatnonzero(values >= self.target)
-        return fine[int(found[0])][0] if len(found) else grid[first]
+        for family, (row, sparsity) in first.items():
+            same = row > 0 and plain(coarse["family"])[row - 1] == family
+            before = float(coarse["sparsity"][row - 1]) if same else 0.0
+            many = round((sparsity - before) / FINE)
+            fine += [(family, round(before + FINE * i, 6)) for i in range(1, many)]
+        finer = self.first(self.rows(fine, hw), name)
+        return {family: sparsity for family, (_, sparsity) in {**first, **finer}.items()}
 
-    def advice(self, family: str, hw: HardwareProfile, quality: Quality) -> Advice:
-        sparsity = self.least(family, hw, lower=False)
-        reached = sparsity is not None
-        if sparsity is None:
-            sparsity = self.grid[family][int(np.argmax(self.coarse(hw)[family][0]))]
-        sure = self.least(family, hw, lower=True)
-        workload, meta = self.pruned(family, sparsity), self.dense.meta
-        c = _chosen(self.compare([workload], hw), np.array([1]))
-        measured = sorted(q for q in quality.get(family, ()) if q[0] >= sparsity - 1e-9)
-        loss = measured[0] if measured and reached else (None, None, "")
-        steps = (
-            width_steps(self.dense, family, sparsity, lambda ws: self.compare(ws, hw), self.target, self.ideal)
-            if reached
-            else ()
-        )
-        return Advice(
-            model=meta.model,
-            hardware=hw.name,
-            phase=meta.phase,
-            batch=meta.batch,
-            seq=meta.seq,
-            dtype=self.setting.dtype,
-            runtime=self.setting.runtime,
-            family=family,
-            target=self.target,
-            reached=reached,
-            sparsity=sparsity,
-            realised_sparsity=workload.meta.applied[-1].realised,
-            sure_sparsity=sure,
-            dense_s=float(c.dense_s[0]),
-            pruned_s=float(c.pruned_s[0]),
-            speedup=float(c.speedup[0]),
-            speedup_lower=float(c.lower[0]),
-            speedup_upper=float(c.upper[0]),
-            limit=BOUNDS[int(c.limit[0])],
-            calibrated=bool(c.calibrated[0]),
-            quality_loss=loss[1],
-            quality_at=loss[0],
-            quality_source=loss[2],
-            steps=steps,
-        )
+    def first(self, columns: Columns, name: str) -> dict[str, tuple[int, float]]:
+        """The first row of each family that reaches the target, and its sparsity."""
+        family, sparsity = plain(columns["family"]), columns["sparsity"].tolist()
+        reaches = np.flatnonzero(columns[name] >= self.target).tolist()
+        return {family[row]: (row, sparsity[row]) for row in reversed(reaches)}
 
-    def alternatives(self, hw: HardwareProfile, config: ModelConfig) -> list[Alternative]:
-        """Pairs of families at the least equal sparsity that reaches the target, and narrower formats of weights and cache."""
-        meta = self.dense.meta
+    def steps(self, family: str, sparsity: float, hw: HardwareProfile) -> tuple[WidthStep, ...]:
+        """Where time steps down around a sparsity, wider first; for "width" its KV groups are kept and the inner width
+        varied."""
+        down = np.flatnonzero(self.dense.is_role("down") & (self.dense.stage == 0))
+        if not len(down) or family not in ("width", "width_cross", "low_rank"):
+            return ()
+        hidden, inner = int(self.dense.n[down].max()), int(self.dense.k[down].max())
+        name, whole = {
+            "width": ("inner", float(inner)),
+            "width_cross": ("hidden", float(hidden)),
+            "low_rank": ("rank", hidden * inner / (hidden + inner)),  # at which the factors are as large as the weight
+        }[family]
+        around = (1.0 - sparsity) * whole
+        low = max(ALIGN, round((around - REACH * int(whole)) / ALIGN) * ALIGN)
+        high = min(int(whole) // ALIGN * ALIGN, round((around + REACH * int(whole)) / ALIGN) * ALIGN)
+        widths = list(range(low, high + 1, ALIGN))
+        fractions = [1.0 - width / whole for width in widths]
+        asked = [{"attention": sparsity, "mlp": f} if family == "width" else f for f in fractions]
+        rows = self.rows([(family, choice) for choice in asked], hw)
+        at, time, speed = (rows[column].tolist() for column in ("choice", "pruned_s", "speedup"))
+        if len(at) < 4:
+            return ()
+        # widths rise, and time with them: what the next wider one costs more
+        fall = rows["pruned_s"][1:] / rows["pruned_s"][:-1] - 1.0
+        steep = np.flatnonzero(fall > max(1e-4, STEEP * max(float(np.log(time[-1] / time[0])) / len(fall), 0.0)))
+        steep = steep[np.argsort(-fall[steep], kind="stable")][:STEPS]
         out = []
+        for i in sorted(steep.tolist(), reverse=True):
+            saved, reached = 1.0 - time[i] / time[i + 1], speed[i] >= self.target
+            out.append(WidthStep(name, widths[at[i]], fractions[at[i]], time[i], speed[i], saved, reached))
+        return tuple(out)
 
-        def add(what: str, c: Comparison, i: int) -> None:
-            values = (float(c.speedup[i]), float(c.lower[i]), float(c.upper[i]))
-            reached = values[0] >= self.target
-            out.append(Alternative(meta.model, hw.name, meta.phase, meta.batch, meta.seq, what, *values, reached))
-
-        for first, second in PAIRS:
-            if first not in self.grid or second not in self.grid:
+    def pairs(self, hw: HardwareProfile, coarse: Columns, least: Mapping[str, float]) -> list[Alternative]:
+        """Pairs of families at the least equal sparsity that reaches the target, where that is less than either alone
+        needs."""
+        family, out = plain(coarse["family"]), []
+        for pair in PAIRS:
+            if not set(pair) <= set(self.families):
                 continue
-            both: list[tuple[float, Workload]] = []
-            # a pair is worth its trouble where it prunes less of both than either alone
-            alone = [s for s in (self.least(first, hw, False), self.least(second, hw, False)) if s is not None]
-            for s in (s for s in self.grid[first][1::2] if s < min(alone, default=1.0)):
+            alone = min((least[name] for name in pair if name in least), default=1.0)
+            what, both = [], []
+            for s in coarse["sparsity"][family == pair[0]][1::2].tolist():
+                other = 0.5 if pair[1] == "semi_structured" else s
+                if s >= alone:
+                    break
                 try:
-                    other = 0.5 if second == "semi_structured" else s
-                    both.append((s, prune(self.pruned(first, s), second, other, ideal=self.ideal)))
+                    once = prune(self.dense, pair[0], s, ideal=self.piece.ideal)
+                    both.append(prune(once, pair[1], other, ideal=self.piece.ideal))
                 except InputError:
                     continue
-            if both:
-                c = self.compare([w for _, w in both], hw)
-                reaches = np.flatnonzero(c.speedup[1:] >= self.target)
-                if len(reaches):
-                    s = both[int(reaches[0])][0]
-                    add(
-                        f"{first} {s:g} and {second} {0.5 if second == 'semi_structured' else s:g}",
-                        c,
-                        1 + int(reaches[0]),
-                    )
+                what.append(f"{pair[0]} {s:g} and {pair[1]} {other:g}")
+            found = [self.alternative(hw, text, s) for text, s in zip(what, self.speedups(both, hw))]
+            out += [o for o in found if o.reached][:1]
+        return out
+
+    def formats(self, hw: HardwareProfile) -> list[Alternative]:
+        """Narrower formats of weights and cache, without pruning."""
+        setting, meta, out = self.piece.setting, self.dense.meta, []
         for weight, cache in FORMATS:
-            changed = replace(
-                self.setting, weight_dtype=weight or self.setting.weight_dtype, kv_dtype=cache or self.setting.kv_dtype
-            )
-            if changed == self.setting:
+            changed = replace(setting, weight_dtype=weight or setting.weight_dtype, kv_dtype=cache or setting.kv_dtype)
+            if changed == setting:
                 continue
             try:
-                c = self.compare([changed.lower(config, meta.phase, meta.batch, meta.seq)], hw)
+                lowered = changed.lower(load_model(self.piece.model), meta.phase, meta.batch, meta.seq)
+                (found,) = self.speedups([lowered], hw)
             except InputError as error:
                 self.notes[f"{hw.name}: {error}"] = None
                 continue
-            add(
-                "no pruning, "
-                + " and ".join(f"{what} in {name}" for what, name in (("weights", weight), ("cache", cache)) if name),
-                c,
-                1,
-            )
-        return sorted(out, key=lambda a: (not a.reached, -a.speedup))
+            names = " and ".join(f"{what} in {n}" for what, n in (("weights", weight), ("cache", cache)) if n)
+            out.append(self.alternative(hw, f"no pruning, {names}", found))
+        return out
+
+    def speedups(self, workloads: Sequence[Workload], hw: HardwareProfile) -> list[Speedup]:
+        return speedups(self.dense, workloads, hw, self.piece.setting.runtime, self.piece.setting.level)
+
+    def alternative(self, hw: HardwareProfile, what: str, s: Speedup) -> Alternative:
+        meta, reached = self.dense.meta, s.speedup >= self.target
+        where = (meta.model, hw.name, meta.phase, meta.batch, meta.seq)
+        return Alternative(*where, what, s.speedup, s.lower, s.upper, reached)
 
 
-PAIRS: tuple[tuple[str, str], ...] = (
-    ("depth", "width"),
-    ("depth", "semi_structured"),
-    ("width", "semi_structured"),
-    ("depth", "kv_cache"),
-    ("width", "kv_cache"),
-    ("depth", "token"),
-)
-"""Families that go together and are not the same lever twice."""
-
-FORMATS: tuple[tuple[str | None, str | None], ...] = (("int8", None), ("int4", None), (None, "fp8"))
-"""Formats of weights and cache to set beside pruning."""
-
-
-def _chosen(c: Comparison, at: Any) -> Comparison:
-    return Comparison(**{name: values[at] for name, values in vars(c).items()})
+def _refuse(_choice: int | None, reason: str, device: str) -> None:
+    """Pass over what a family does not support, but not what a device cannot run."""
+    if device:
+        raise InputError(reason)

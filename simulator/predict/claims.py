@@ -1,9 +1,10 @@
 """The two claims of "Beyond FLOPs" (arXiv 2606.09080), tested on any model and device: a verdict with its numbers.
 
-Use :func:`bound_claim` for (a): in memory-bound inference static depth pruning is the strongest baseline and stays closest to its
-theoretical bound; :func:`order_claim` for (b): along the prefill frontier of speed and quality come static depth, then dynamic depth, then
-static width. A claim *holds* or *does not hold* where all ends of the intervals say so, is *undecided* where they differ or where a
-family it speaks of has no quality data, and *does not apply* where its condition is not met.
+Use :func:`bound_claim` for (a): in memory-bound inference static depth pruning is the strongest baseline and stays
+closest to its theoretical bound; :func:`order_claim` for (b): along the prefill frontier of speed and quality come
+static depth, then dynamic depth, then static width. A claim *holds* or *does not hold* where all ends of the intervals
+say so, is *undecided* where they differ or where a family it speaks of has no quality data, and *does not apply* where
+its condition is not met.
 """
 
 from __future__ import annotations
@@ -13,24 +14,27 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from simulator.errors import InputError
 from simulator.predict.pareto import Front, Point, bands, fronts, judge
-from simulator.predict.table import Record, table
+from simulator.predict.table import table
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
     from simulator.models.config import ModelConfig
     from simulator.predict.quality import Axis, QualityTable
+    from simulator.predict.rows import Record
     from simulator.predict.settings import Setting
 
 HOLDS, FAILS, UNDECIDED, NOT_APPLICABLE, NO_DATA = "holds", "does not hold", "undecided", "does not apply", "no data"
 
 CLAIMS: Mapping[str, str] = MappingProxyType(
     {
-        "bound": "in memory-bound inference static depth is the strongest baseline and stays closest to its theoretical bound",
-        "order": "along the prefill frontier come static depth (0-4 % quality loss), dynamic depth (5-16 %), static width (17-26 %)",
+        "bound": "in memory-bound inference static depth is the strongest baseline and stays closest to its "
+        "theoretical bound",
+        "order": "along the prefill frontier come static depth (0-4 % quality loss), dynamic depth (5-16 %), "
+        "static width (17-26 %)",
     }
 )
 """What is claimed, by name of the claim."""
@@ -49,48 +53,36 @@ GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """Families that (b) speaks of, in the order claimed."""
 
+Ends = tuple[float, float, float]
+"""A value at the low end of its interval, as predicted, at the high end."""
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim tested once.
+    """A claim tested once."""
 
-    Attributes
-    ----------
-    claim : {"bound", "order"}
-    model, hardware, phase, batch, seq
-        Where it was tested.
-    verdict : str
-        ``holds``, ``does not hold``, ``undecided``, ``does not apply`` or ``no data``.
-    predicted : str
-        ``holds`` or ``does not hold`` by the predicted values alone, without their intervals, among the families that have data.
-    numbers : str
-        The numbers that decide it.
-    missing : tuple of str
-        What the claim speaks of that has no data.
-    axis : str
-        Metric and protocol, for (b).
-    source : str
-        Where its quality rows are from.
-    calibrated : bool
-        Whether the profile was fitted on the device's own measurements.
-    """
-
-    claim: str
+    claim: str  # bound or order
     model: str
     hardware: str
     phase: str
     batch: int
     seq: int
-    verdict: str
-    predicted: str
-    numbers: str
-    missing: tuple[str, ...] = ()
-    axis: str = ""
-    source: str = ""
-    calibrated: bool = False
+    verdict: str  # holds, does not hold, undecided, does not apply, no data
+    predicted: str  # holds or does not hold, by the predicted values alone, among the families that have data
+    numbers: str  # that decide it
+    missing: tuple[str, ...] = ()  # what the claim speaks of that has no data
+    axis: str = ""  # metric and protocol, for (b)
+    source: str = ""  # where its quality rows are from
+    calibrated: bool = False  # whether the profile was fitted on the device's own measurements
+
+    @classmethod
+    def on(cls, claim: str, where: Record | Front, verdict: str, predicted: str, numbers: str, **more: Any) -> Verdict:
+        """A verdict where a record or a frontier is from."""
+        place = (where.model, where.hardware, where.phase, where.batch, where.seq)
+        return cls(claim, *place, verdict, predicted, numbers, calibrated=where.calibrated, **more)
 
 
-# -- (a) ---------------------------------------------------------------------------------------------------------------------------
+# -- (a) ---------------------------------------------------------------------------------------------------------------
 
 
 def bound_claim(
@@ -103,19 +95,10 @@ def bound_claim(
     sparsity: Sequence[float] = SPARSITIES,
     setting: Setting | None = None,
 ) -> tuple[Verdict, ...]:
-    """Claim (a) for every device, phase, batch and length.
+    """Claim (a) for every device, phase, batch and length; arguments as those of :func:`simulator.table`.
 
-    Parameters
-    ----------
-    model, hardware, phase, batch, seq, setting
-        As in :func:`simulator.predict.table.table`.
-    sparsity : sequence of float
-        Fractions at which families are compared; the claim holds when it holds at each.
-
-    Returns
-    -------
-    tuple of Verdict
-        Where memory does not hold most of the time the verdict is ``does not apply``, with the numbers all the same.
+    It holds when it holds at each sparsity. Where memory does not hold most of the time the verdict is ``does not
+    apply``, with the numbers all the same.
 
     Examples
     --------
@@ -123,74 +106,59 @@ def bound_claim(
     >>> v.verdict
     'does not apply'
     """
-    found = table([model], hardware, ["all"], sparsity, phase, batch, seq, setting=setting)
     groups: dict[tuple[str, str, int, int], list[Record]] = {}
-    for r in found:
+    for r in table([model], hardware, ["all"], sparsity, phase, batch, seq, setting=setting):
         groups.setdefault((r.hardware, r.phase, r.batch, r.seq), []).append(r)
     return tuple(_bound_verdict(records) for records in groups.values())
 
 
 def _bound_verdict(records: Sequence[Record]) -> Verdict:
     depth = [r for r in records if r.family == "depth"]
+    others = [r for r in records if r.family != "depth" and r.roofline_bound - 1 >= LEAST_GAIN]
     found, predicted, sentences = [], [], []
     for own in depth:
-        rivals = [
-            r
-            for r in records
-            if r.sparsity == own.sparsity and r.family != "depth" and r.roofline_bound - 1 >= LEAST_GAIN
-        ]
+        rivals = [r for r in others if r.sparsity == own.sparsity]
         if own.roofline_bound - 1 < LEAST_GAIN or not rivals:
             continue
         for measure in (efficiency, _speedup):
-            found.append(compare(own, rivals, measure))
-            predicted.append(compare(own, rivals, lambda r, measure=measure: (measure(r)[1],) * 3))
+            values = [measure(r) for r in (own, *rivals)]
+            found.append(compare(values[0], values[1:]))
+            middle = [(value,) * 3 for _, value, _ in values]
+            predicted.append(compare(middle[0], middle[1:]))
         sentences.append(_at(own, rivals))
-    first = records[0]
-    decided = FAILS if FAILS in found else HOLDS if found and set(found) == {HOLDS} else UNDECIDED
-    bound = [r.limit for r in depth]
-    verdict = decided if bound and all(limit == "memory" for limit in bound) else NOT_APPLICABLE
-    reason = "" if verdict != NOT_APPLICABLE else f"bound by {'/'.join(dict.fromkeys(bound))}; "
-    return Verdict(
-        "bound",
-        first.model,
-        first.hardware,
-        first.phase,
-        first.batch,
-        first.seq,
-        verdict,
-        FAILS if FAILS in predicted else HOLDS,
-        reason + "; ".join(sentences),
-        calibrated=first.calibrated,
-    )
+    bound = dict.fromkeys(r.limit for r in depth)
+    verdict, numbers = UNDECIDED, "; ".join(sentences)
+    if set(bound) != {"memory"}:
+        verdict, numbers = NOT_APPLICABLE, f"bound by {'/'.join(bound)}; {numbers}"
+    elif FAILS in found:
+        verdict = FAILS
+    elif set(found) == {HOLDS}:
+        verdict = HOLDS
+    return Verdict.on("bound", records[0], verdict, FAILS if FAILS in predicted else HOLDS, numbers)
 
 
-def efficiency(r: Record) -> tuple[float, float, float]:
-    """Share of the roofline bound's gain that is granted, at most 1: at the low end of the interval, predicted, at the high end."""
+def efficiency(r: Record) -> Ends:
+    """Share of the roofline bound's gain that is granted, at most 1."""
     gain = r.roofline_bound - 1.0
-    low, value, high = (min((s - 1.0) / gain, 1.0) for s in (r.speedup_lower, r.speedup, r.speedup_upper))
+    low, value, high = (min((s - 1.0) / gain, 1.0) for s in _speedup(r))
     return low, value, high
 
 
-def _speedup(r: Record) -> tuple[float, float, float]:
+def _speedup(r: Record) -> Ends:
     return r.speedup_lower, r.speedup, r.speedup_upper
 
 
-def compare(own: Record, rivals: Sequence[Record], measure: object) -> str:
-    """Whether one record is at least as good as every rival by a measure (low, value, high), at all ends of the intervals.
+def compare(own: Ends, rivals: Sequence[Ends]) -> str:
+    """Whether a value is at least as good as every rival, at all ends of the intervals.
 
-    >>> from types import SimpleNamespace as R
-    >>> compare(R(x=(1, 1, 1)), [R(x=(0.5, 0.7, 0.9))], lambda r: r.x), compare(R(x=(1, 1, 1)), [R(x=(0.9, 1.1, 1.3))], lambda r: r.x)
+    >>> compare((1, 1, 1), [(0.5, 0.7, 0.9)]), compare((1, 1, 1), [(0.9, 1.1, 1.3)])
     ('holds', 'undecided')
     """
-    assert callable(measure)
-    low, _, high = measure(own)
-    ends = [measure(r) for r in rivals]
+    low, _, high = own
     slack = CLOSE * max(abs(high), 1.0)
-    if all(low >= end[2] - slack for end in ends):
+    if all(low >= rival[2] - slack for rival in rivals):
         return HOLDS
-    if any(end[0] > high + slack for end in ends):
-        return FAILS
-    return UNDECIDED
+    return FAILS if any(rival[0] > high + slack for rival in rivals) else UNDECIDED
 
 
 def _at(own: Record, rivals: Sequence[Record]) -> str:
@@ -202,18 +170,14 @@ def _at(own: Record, rivals: Sequence[Record]) -> str:
         return f"{value:.0f} %" if high - low < 1 else f"{value:.0f} % ({low:.0f} to {high:.0f})"
 
     def speed(r: Record) -> str:
-        interval = (
-            f" ({r.speedup_lower:.2f}-{r.speedup_upper:.2f})" if r.speedup_upper - r.speedup_lower >= 0.01 else ""
-        )
-        return f"{r.speedup:.2f}x{interval}"
+        narrow = r.speedup_upper - r.speedup_lower < 0.01
+        return f"{r.speedup:.2f}x" + ("" if narrow else f" ({r.speedup_lower:.2f}-{r.speedup_upper:.2f})")
 
-    return (
-        f"{100 * own.sparsity:g} %: depth {speed(own)}, {share(own)} of its bound; next closest {near.family} {share(near)}; "
-        f"next fastest {fast.family} {speed(fast)}"
-    )
+    depth = f"{100 * own.sparsity:g} %: depth {speed(own)}, {share(own)} of its bound"
+    return f"{depth}; next closest {near.family} {share(near)}; next fastest {fast.family} {speed(fast)}"
 
 
-# -- (b) ---------------------------------------------------------------------------------------------------------------------------
+# -- (b) ---------------------------------------------------------------------------------------------------------------
 
 
 def order_claim(
@@ -226,19 +190,8 @@ def order_claim(
     *,
     setting: Setting | None = None,
 ) -> tuple[Verdict, ...]:
-    """Claim (b) on one axis of quality, for every device, batch and length of a prefill.
-
-    Parameters
-    ----------
-    model, hardware, batch, seq, setting
-        As in :func:`simulator.predict.pareto.fronts`.
-    quality, axis
-        Rows of one model, and the metric and protocol.
-
-    Returns
-    -------
-    tuple of Verdict
-    """
+    """Claim (b) on one axis of quality, for every device, batch and length of a prefill; see
+    :func:`simulator.predict.pareto.fronts`."""
     found, _ = fronts(model, hardware, quality, axis, ["prefill"], batch, seq, setting=setting)
     return tuple(order_verdict(front) for front in found)
 
@@ -255,45 +208,32 @@ def group_of(family: str) -> str:
 def order_verdict(front: Front) -> Verdict:
     """Claim (b) on one frontier.
 
-    The frontier is taken among the families that the claim speaks of; others on the whole frontier are named. It is judged with the
-    predicted speedups and with every group's at either end of its interval.
+    The frontier is taken among the families that the claim speaks of; others on the whole frontier are named. It is
+    judged with the predicted speedups and with every group's at either end of its interval.
     """
     own = [p for p in front.points if group_of(p.family)]
-    present = [name for name, members in GROUPS.items() if any(p.family in members for p in own)]
+    present = [name for name in GROUPS if any(group_of(p.family) == name for p in own)]
     missing = tuple(name for name in GROUPS if name not in present)
-    result = Verdict(
-        "order",
-        front.model,
-        front.hardware,
-        front.phase,
-        front.batch,
-        front.seq,
-        NO_DATA,
-        "",
-        "",
-        missing,
-        str(front.axis),
-        "; ".join(dict.fromkeys(p.source for p in front.points)),
-        front.calibrated,
-    )
+    sources = "; ".join(dict.fromkeys(p.source for p in front.points))
+    result = Verdict.on("order", front, NO_DATA, "", "", missing=missing, axis=str(front.axis), source=sources)
     if len(present) < 2:
         return replace(result, numbers=f"only {present[0]}" if present else "none of the families")
-    outcomes = {
-        sequence(_moved(own, ends)) == present for ends in [None, *itertools.product((0, 1), repeat=len(present))]
-    }
-    verdict = (
-        UNDECIDED if len(outcomes) > 1 or (outcomes == {True} and missing) else HOLDS if outcomes == {True} else FAILS
-    )
-    text = "; ".join(_band(b.family, b.low, b.high) for b in bands(judge(own)) if group_of(b.family))
-    others = sorted({p.family for p in front.points if p.optimal and not group_of(p.family)})
-    parts = [text or "nothing beats the dense model"]
-    if missing and outcomes == {True}:
+    predicted = sequence(own) == present
+    ends = itertools.product(("speedup_lower", "speedup_upper"), repeat=len(present))
+    outcomes = {predicted, *(sequence(_moved(own, dict(zip(present, end)))) == present for end in ends)}
+    parts = [_band(b.family, b.low, b.high) for b in bands(judge(own)) if group_of(b.family)]
+    parts = parts or ["nothing beats the dense model"]
+    verdict = UNDECIDED
+    if outcomes == {False}:
+        verdict = FAILS
+    elif outcomes == {True} and not missing:
+        verdict = HOLDS
+    elif outcomes == {True}:
         parts.append("the order of those with data is the one claimed")
+    others = sorted({p.family for p in front.points if p.optimal and not group_of(p.family)})
     if others:
         parts.append(f"also on the frontier: {', '.join(others)}")
-    return replace(
-        result, verdict=verdict, predicted=HOLDS if sequence(own) == present else FAILS, numbers="; ".join(parts)
-    )
+    return replace(result, verdict=verdict, predicted=HOLDS if predicted else FAILS, numbers="; ".join(parts))
 
 
 def sequence(points: Sequence[Point]) -> list[str]:
@@ -302,13 +242,9 @@ def sequence(points: Sequence[Point]) -> list[str]:
     return [name for name, _ in itertools.groupby(names)]
 
 
-def _moved(points: Sequence[Point], ends: tuple[int, ...] | None) -> list[Point]:
-    """Points with every group's speedups at the low (0) or high (1) end of their intervals; as predicted for None."""
-    if ends is None:
-        return list(points)
-    present = [name for name in GROUPS if any(group_of(p.family) == name for p in points)]
-    end = dict(zip(present, ends))
-    return [replace(p, speedup=p.speedup_upper if end[group_of(p.family)] else p.speedup_lower) for p in points]
+def _moved(points: Sequence[Point], end: Mapping[str, str]) -> list[Point]:
+    """Points with every group's speedups at one end of their intervals."""
+    return [replace(p, speedup=getattr(p, end[group_of(p.family)])) for p in points]
 
 
 def _band(family: str, low: float, high: float) -> str:
@@ -319,9 +255,5 @@ def axes_to_test(quality: QualityTable) -> tuple[Axis, ...]:
     """Axes with at least two of the groups of (b); raises :class:`InputError` when the table has no rows."""
     if not quality.rows:
         raise InputError(f"{quality.name}: has no rows")
-    out = []
-    for axis in quality.axes():
-        groups = {group_of(r.family) for r in quality.on_axis(axis).rows} - {""}
-        if len(groups) >= 2:
-            out.append(axis)
-    return tuple(out)
+    found = {axis: {group_of(r.family) for r in quality.on_axis(axis).rows} - {""} for axis in quality.axes()}
+    return tuple(axis for axis, groups in found.items() if len(groups) >= 2)

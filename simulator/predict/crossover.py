@@ -1,7 +1,5 @@
-"""Which family is fastest in each cell of a map, and whether that is certain.
-
-Use :func:`fastest` on the columns of a table of predictions; it sees labels and arrays, not models.
-"""
+"""Which family is fastest in each cell of a map, and whether that is certain; seen from the columns of a table, without
+models."""
 
 from __future__ import annotations
 
@@ -13,16 +11,10 @@ from numpy.typing import ArrayLike, NDArray
 
 @dataclass(frozen=True)
 class Winners:
-    """The fastest prediction of every cell.
+    """The fastest prediction of every cell, by rising cell.
 
-    Attributes
-    ----------
-    row : intp array
-        Its row in the table, one a cell, by rising cell.
-    gains : bool array
-        Whether it is faster than the dense model.
-    sure : bool array
-        Whether its interval lies above 1 and above that of every other family in the cell.
+    ``row`` is its row in the table; ``gains`` whether it is faster than the dense model; ``sure`` whether its interval
+    lies above 1 and above that of every other family in the cell.
     """
 
     row: NDArray[np.intp]
@@ -31,35 +23,19 @@ class Winners:
 
 
 def fastest(cell: ArrayLike, family: ArrayLike, speedup: ArrayLike, lower: ArrayLike, upper: ArrayLike) -> Winners:
-    """Find the fastest family of each cell.
-
-    Parameters
-    ----------
-    cell : int array, one entry a prediction
-        Which cell of the map it belongs to.
-    family : array
-    speedup, lower, upper : array, > 0
-        Prediction and its interval.
-
-    Returns
-    -------
-    Winners
+    """Find the fastest family of each cell; one entry a prediction, ``cell`` an integer.
 
     Examples
     --------
-    >>> w = fastest([0, 0, 1, 1], ["depth", "width"] * 2, [1.5, 1.2, 0.9, 0.8], [1.4, 1.1, 0.8, 0.7], [1.6, 1.3, 1.1, 0.9])
+    >>> speedup, lower, upper = [1.5, 1.2, 0.9, 0.8], [1.4, 1.1, 0.8, 0.7], [1.6, 1.3, 1.1, 0.9]
+    >>> w = fastest([0, 0, 1, 1], ["depth", "width"] * 2, speedup, lower, upper)
     >>> w.row.tolist(), w.gains.tolist(), w.sure.tolist()
     ([0, 2], [True, False], [True, False])
     """
     where, names, value = np.asarray(cell), np.asarray(family), np.asarray(speedup, dtype=float)
     low, high = np.asarray(lower, dtype=float), np.asarray(upper, dtype=float)
     order = np.lexsort((-np.arange(len(where)), value, where))  # of equal ones the first
-    last = (
-        np.flatnonzero(np.append(where[order][1:] != where[order][:-1], True))
-        if len(order)
-        else np.zeros(0, dtype=np.intp)
-    )
-    row = order[last]
+    row = order[np.append(where[order][1:] != where[order][:-1], True)] if len(order) else order
     _, place = np.unique(where, return_inverse=True)
     rival = np.ones(len(row))
     others = names != names[row][place]

@@ -1,21 +1,18 @@
-"""A sweep on a running Dask cluster: the same partitions, computed by its workers.
+"""A sweep on a running Dask cluster: the same parts, computed by its workers.
 
-Use :func:`compute_on` through ``sweep(..., scheduler=ADDRESS)``. Tasks are pure and return the bytes of their part, which the calling
-process alone writes: a worker that dies midway costs a recomputation, never a part twice or half. Workers need this package, and must
-see profiles and configurations given as files under the same paths.
+Use :func:`compute_on` through ``sweep(..., scheduler=ADDRESS)``. Tasks are pure and return the bytes of their part,
+which the calling process alone writes: a worker that dies midway costs a recomputation, never a part twice or half.
+Workers need this package, and must see profiles and configurations given as files under the same paths.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from simulator.errors import InputError
-
-if TYPE_CHECKING:
-    from simulator.predict.sweep import Plan
 
 CONNECT_S = 10.0
 """How long to look for the scheduler."""
@@ -24,20 +21,13 @@ RETRIES = 3
 """Times a part is tried again after an error of the worker that computes it."""
 
 
-def compute_on(address: str, plan: Plan, todo: list[int]) -> Iterator[tuple[int, bytes]]:
-    """Parts of a sweep as the workers of a cluster finish them.
-
-    Raises
-    ------
-    InputError
-        Where ``distributed`` is not installed or the scheduler does not answer.
-    """
+def compute_on(address: str, compute: Callable[[int], bytes], todo: list[int]) -> Iterator[tuple[int, bytes]]:
+    """Parts of a sweep as the workers of a cluster finish them; InputError without ``distributed`` or a scheduler that
+    answers."""
     try:
         distributed: Any = importlib.import_module("distributed")
     except ImportError:
         raise InputError("--scheduler needs Dask, which is not installed: pip install distributed") from None
-    from simulator.predict.sweep import compute_part
-
     try:
         client: Any = distributed.Client(address, timeout=CONNECT_S, set_as_default=False)
     except (OSError, ValueError, TypeError) as error:  # OSError: also its time-out
@@ -51,7 +41,7 @@ def compute_on(address: str, plan: Plan, todo: list[int]) -> Iterator[tuple[int,
 
         def start(many: int) -> None:
             for _, index in zip(range(many), waiting):
-                future = client.submit(compute_part, plan, index, pure=False, retries=RETRIES)
+                future = client.submit(compute, index, pure=False, retries=RETRIES)
                 started[future.key] = index
                 arriving.add(future)
 

@@ -1,7 +1,7 @@
 """Single matrix products as records: time, interval, rate, limit, and the steps from the roofline to the time.
 
-Use :func:`gemm_table` for every combination of sizes and devices, :func:`gemm_points` for the GEMMs of a workload on a roofline;
-:func:`simulator.gemm_time` is the array function beneath.
+Use :func:`gemm_table` for every combination of sizes and devices, :func:`gemm_points` for the GEMMs of a workload on a
+roofline; :func:`simulator.gemm_time` is the array function beneath.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simulator.errors import InputError, unknown
-from simulator.hardware.library import load_hardware
 from simulator.kernels.gemm import gemm_ladder, gemm_time
 from simulator.kernels.stream import cost_batch
+from simulator.predict.settings import profiles
 from simulator.workload import DTYPES, ROLES, Kernel, Kind, Workload, dtype_code
 
 if TYPE_CHECKING:
@@ -29,19 +29,8 @@ LARGEST = 2**31 - 1
 
 @dataclass(frozen=True)
 class GemmPoints:
-    """GEMM shapes of a workload on a roofline.
-
-    Attributes
-    ----------
-    role : tuple of str
-        What each GEMM is.
-    intensity : float64 array, FLOP/byte
-        Arithmetic intensity.
-    achieved_flop_per_s : float64 array, FLOP/s
-        Useful FLOPs over predicted time.
-    share : float64 array
-        Share of the workload's GEMM time, sum 1.
-    """
+    """GEMM shapes of a workload on a roofline: the role of each, FLOP/byte, useful FLOPs over predicted time, share of
+    the GEMM time."""
 
     role: tuple[str, ...]
     intensity: NDArray[np.float64]
@@ -91,7 +80,6 @@ def gemm_table(
     ----------
     m, n, k : sequence of int
         Tokens, output features, input features; from 1 to :data:`LARGEST`.
-    hardware : sequence of str or HardwareProfile
     dtype, weight_dtype : str
         Number format of activations and arithmetic, and of stored weights (the same if left out).
     semi_structured : bool
@@ -100,10 +88,6 @@ def gemm_table(
         Weights come from memory.
     level : float
         Level of the interval.
-
-    Returns
-    -------
-    tuple of GemmRecord
 
     Raises
     ------
@@ -124,51 +108,23 @@ def gemm_table(
         if given is not None and given not in DTYPES:
             raise unknown("dtype", given, DTYPES)
     shapes = np.array(list(dict.fromkeys(itertools.product(m, n, k))), dtype=np.int64)
-    devices = list({hw.name: hw for hw in (load_hardware(h) if isinstance(h, str) else h for h in hardware)}.values())
-    weight, kernel, density = (
-        weight_dtype or dtype,
-        Kernel.SPARSE24 if semi_structured else Kernel.DENSE,
-        0.5 if semi_structured else 1.0,
-    )
-    rows = Workload.from_columns(
-        role=["q"] * len(shapes),
-        m=shapes[:, 0],
-        n=shapes[:, 1],
-        k=shapes[:, 2],
-        kernel=kernel,
-        density=density,
-        dtype=dtype_code(dtype),
-        weight_dtype=dtype_code(weight),
-    )
-    out = []
-    for hw in devices:
-        peak = hw.peak_flop_per_s(dtype)
+    weight, kernel = weight_dtype or dtype, Kernel.SPARSE24 if semi_structured else Kernel.DENSE
+    columns: dict[str, Any] = dict(zip("mnk", shapes.T), kernel=kernel, density=0.5 if semi_structured else 1.0)
+    columns |= {"dtype": dtype_code(dtype), "weight_dtype": dtype_code(weight)}
+    rows = Workload.from_columns(role=["q"] * len(shapes), **columns)
+    out: list[GemmRecord] = []
+    for hw in profiles(hardware):
         path = {"dtype": dtype, "weight_dtype": weight, "kernel": rows.kernel, "density": rows.density, "cold": cold}
         time = gemm_time(rows.m, rows.n, rows.k, hw, **path, level=level)  # type: ignore[arg-type]
-        ladder = gemm_ladder(rows.m, rows.n, rows.k, hw, **path)  # type: ignore[arg-type]
+        ladder = gemm_ladder(rows.m, rows.n, rows.k, hw, **path)
+        about = (hw.name, dtype, weight, semi_structured, cold)
+        datasheet = (hw.peak_flop_per_s(dtype), hw.bandwidth_bytes_per_s)
+        rate, intensity = rows.flops / time.seconds, rows.flops / rows.bytes
         for i, (rows_m, rows_n, rows_k) in enumerate(shapes.tolist()):
-            out.append(
-                GemmRecord(
-                    rows_m,
-                    rows_n,
-                    rows_k,
-                    hw.name,
-                    dtype,
-                    weight,
-                    semi_structured,
-                    cold,
-                    float(time.seconds[i]),
-                    float(time.lower[i]),
-                    float(time.upper[i]),
-                    float(time.roofline_s[i]),
-                    str(time.limits[i]),
-                    float(rows.flops[i] / time.seconds[i]),
-                    peak,
-                    hw.bandwidth_bytes_per_s,
-                    float(rows.flops[i] / rows.bytes[i]),
-                    {step: float(column[i]) for step, column in ladder.items()},
-                )
-            )
+            seconds: list[Any] = [float(c[i]) for c in (time.seconds, time.lower, time.upper, time.roofline_s)]
+            steps = {step: float(column[i]) for step, column in ladder.items()}
+            found = (*seconds, str(time.limits[i]), float(rate[i]), *datasheet, float(intensity[i]), steps)
+            out.append(GemmRecord(rows_m, rows_n, rows_k, *about, *found))
     return tuple(out)
 
 
@@ -177,7 +133,7 @@ def gemm_points(workload: Workload, hw: HardwareProfile, runtime: str = "cuda_gr
 
     Examples
     --------
-    >>> from simulator import load_model, lower
+    >>> from simulator import load_hardware, load_model, lower
     >>> w = lower(load_model("llama-3.1-8b"), phase="decode", batch=1, seq=2048)
     >>> points = gemm_points(w, load_hardware("h100"))
     >>> bool((points.intensity < 2).all()), round(float(points.share.sum()), 9)
@@ -186,10 +142,5 @@ def gemm_points(workload: Workload, hw: HardwareProfile, runtime: str = "cuda_gr
     rows = np.flatnonzero((workload.kind == Kind.GEMM) & (workload.count > 0) & ~workload.overhead)
     chosen = workload.take(rows)
     (cost,) = cost_batch([chosen], hw, runtime)
-    seconds = cost.seconds * chosen.count
-    return GemmPoints(
-        tuple(ROLES[code] for code in chosen.role),
-        chosen.flops / chosen.bytes,
-        chosen.flops / seconds,
-        seconds / seconds.sum(),
-    )
+    seconds, roles = cost.seconds * chosen.count, tuple(ROLES[code] for code in chosen.role)
+    return GemmPoints(roles, chosen.flops / chosen.bytes, chosen.flops / seconds, seconds / seconds.sum())

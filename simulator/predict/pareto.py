@@ -1,35 +1,34 @@
 """Acceleration against quality: speedups joined with quality rows, and the frontier of what no other point beats.
 
-Use :func:`fronts` for the frontiers of a model (a device, phase, batch and length each), :func:`frontier` for the rule itself on arrays.
-Quality loss is the relative drop of one metric under one protocol, see :mod:`simulator.predict.quality`; speedups are predicted with their
-interval, or measured where the caller has them. A *band* is the range of quality budgets in which one family is the fastest.
+Use :func:`fronts` for the frontiers of a model (a device, phase, batch and length each), :func:`frontier` for the rule
+itself on arrays. Quality loss is the relative drop of one metric under one protocol, see
+:mod:`simulator.predict.quality`; speedups are predicted with their interval, or measured where the caller has them. A
+*band* is the range of quality budgets in which one family is the fastest.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from simulator.errors import InputError
-from simulator.hardware.library import load_hardware
-from simulator.models.config import ModelConfig
+from simulator.errors import InputError, unknown
+from simulator.files.csv import read_csv
+from simulator.files.read import read_bounded
 from simulator.models.library import load_model
-from simulator.predict.settings import Setting, one_of, whole_number
-from simulator.predict.speedup import Speedup, speedups
-from simulator.pruning import prune
-from simulator.workload import PHASES
+from simulator.predict.rows import FamilyChoice, Piece, Record, columns_of, records, work_of
+from simulator.predict.settings import Setting, profiles, requests_of
+from simulator.pruning import FAMILIES
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
-    from simulator.predict.measured import Measured
+    from simulator.models.config import ModelConfig
     from simulator.predict.quality import Axis, QualityRow, QualityTable
-    from simulator.workload import Workload
 
 DENSE = "dense"
 """Family of the dense model's own point: no loss, speedup 1."""
@@ -39,8 +38,9 @@ DENSE = "dense"
 class Point:
     """One pruned model on the plane of quality loss and speedup; the order of the fields is that of JSON keys.
 
-    ``optimal``: no other point is as fast at no more loss. ``sure``: still so when its speedup is at the low end of its interval and those
-    of other families are at the high end. ``beaten_by`` names the fastest point at no more loss, for points that are not optimal.
+    ``optimal``: no other point is as fast at no more loss. ``sure``: still so when its speedup is at the low end of its
+    interval and those of other families are at the high end. ``beaten_by`` names the fastest point at no more loss, for
+    points that are not optimal.
     """
 
     model: str
@@ -77,7 +77,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Band:
-    """Quality budgets ``[low, high)`` in which a family is the fastest, from one speedup to another; ``high`` may be infinite."""
+    """Quality budgets ``[low, high)`` in which a family is the fastest, from one speedup to another; ``high`` may be
+    infinite."""
 
     family: str
     low: float
@@ -107,19 +108,8 @@ class Front:
 def frontier(loss: ArrayLike, speedup: ArrayLike) -> NDArray[np.bool_]:
     """Which points no other point beats: none is at least as fast at no more loss, and better in one of the two.
 
-    Parameters
-    ----------
-    loss, speedup : array, shape (n,)
-        Less loss is better, more speedup is better. Of equal points all count.
-
-    Returns
-    -------
-    bool array, shape (n,)
-
-    Raises
-    ------
-    InputError
-        When there are no points or a value is not finite.
+    Less loss is better, more speedup is better; of equal points all count. InputError when there are none or a value is
+    not finite.
 
     Examples
     --------
@@ -136,17 +126,10 @@ def frontier(loss: ArrayLike, speedup: ArrayLike) -> NDArray[np.bool_]:
 
 
 def bands(points: Sequence[Point]) -> tuple[Band, ...]:
-    """The family that is fastest at each quality budget, neighbours of one family joined; the dense model until something beats it.
+    """The family that is fastest at each quality budget, neighbours of one family joined; the dense model until
+    something beats it.
 
-    Parameters
-    ----------
-    points : sequence of Point
-        All points of a frontier, optimal or not.
-
-    Returns
-    -------
-    tuple of Band
-        By rising loss, without gaps, the last one open.
+    ``points`` are all of a frontier, optimal or not; bands come by rising loss, without gaps, the last one open.
     """
     best = sorted((p for p in points if p.optimal and p.speedup > 1.0), key=lambda p: (p.loss, -p.speedup))
     edges = [*(max(p.loss, 0.0) for p in best), math.inf]
@@ -156,9 +139,8 @@ def bands(points: Sequence[Point]) -> tuple[Band, ...]:
     for p, low, high in zip(best, edges[:-1], edges[1:]):
         if high <= low:
             continue
-        sure = p.speedup_lower > max(
-            (q.speedup_upper for q in points if q.family != p.family and q.loss < high), default=1.0
-        )
+        rivals = (q.speedup_upper for q in points if q.family != p.family and q.loss < high)
+        sure = p.speedup_lower > max(rivals, default=1.0)
         if out and out[-1].family == p.family:
             out[-1] = replace(out[-1], high=high, speedup_high=p.speedup, sure=out[-1].sure and sure)
         else:
@@ -178,30 +160,11 @@ def fronts(
     setting: Setting | None = None,
     measured: Sequence[Measured] = (),
 ) -> tuple[tuple[Front, ...], tuple[str, ...]]:
-    """Frontiers of a model from the quality rows on one axis.
+    """Frontiers of a model from the quality rows on one axis, by phase, batch, seq and device; and the rows that could
+    not be used.
 
-    Parameters
-    ----------
-    model : str or ModelConfig
-        The model whose speed is predicted; the quality rows may be those of another model of its kind (the caller says so).
-    hardware : sequence of str or HardwareProfile
-    quality : QualityTable
-        Rows of one model.
-    axis : Axis
-        The metric and protocol; see :func:`simulator.predict.quality.choose_axis`.
-    phase, batch, seq : sequences
-        As in :func:`simulator.predict.table.table`.
-    setting : Setting, optional
-        Number formats, runtime, devices.
-    measured : sequence of Measured
-        Speedups that stand in for predictions where their conditions fit.
-
-    Returns
-    -------
-    fronts : tuple of Front
-        Ordered by phase, batch, seq, device.
-    notes : tuple of str
-        Rows that could not be used and why, one line each.
+    Model, hardware, requests and setting are those of :func:`simulator.table`; the quality rows may be those of another
+    model of its kind (the caller says so). ``measured`` speedups stand in for predictions where their conditions fit.
 
     Raises
     ------
@@ -211,132 +174,117 @@ def fronts(
     rows, setting = quality.on_axis(axis).rows, setting or Setting()
     if not rows:
         raise InputError(f"{quality.name}: no rows on the axis {axis}")
-    config = load_model(model) if isinstance(model, str) else model
-    devices = list({hw.name: hw for hw in (load_hardware(h) if isinstance(h, str) else h for h in hardware)}.values())
+    config, devices = load_model(model) if isinstance(model, str) else model, profiles(hardware)
+    choices = tuple((FamilyChoice(row.family, row.options), row.sparsity) for row in rows)
     notes: dict[str, None] = {}
+
+    def refuse(choice: int | None, reason: str, device: str) -> None:
+        if choice is None:
+            raise InputError(reason)
+        row = rows[choice]
+        notes[f"{row.method} at {row.sparsity:g}{f' on {device}' if device else ''}: {reason}"] = None
+
     out = []
-    for p, b, s in itertools.product(dict.fromkeys(phase), dict.fromkeys(batch), dict.fromkeys(seq)):
-        dense = setting.lower(config, one_of("phase", p, PHASES), whole_number("batch", b), whole_number("seq", s))
-        usable = _pruned(dense, rows, notes)
+    for p, b, s in requests_of(phase, batch, seq):
+        work = work_of(Piece(config, setting, p, ((b, s),), choices), refuse)
         for hw in devices:
-            found = _predicted(dense, usable, hw, setting, notes)
-            points = [_point(row, speed, dense, hw, setting, measured) for row, speed in found]
-            if not points:
-                raise InputError(
-                    f"empty frontier: none of the {len(rows)} rows on {axis} can run on {hw.name}: {'; '.join(notes)}"
-                )
-            judged = judge(points)
+            columns = columns_of(work, [hw], (setting.runtime,), refuse)
+            found = zip(columns["choice"].tolist(), records(columns))
+            judged = judge([_point(rows[choice], record, measured) for choice, record in found])
+            if not judged:
+                none = f"empty frontier: none of the {len(rows)} rows on {axis} can run on {hw.name}"
+                raise InputError(f"{none}: {'; '.join(notes)}")
             calibrated = all(q.calibrated or q.measured for q in judged)
-            out.append(
-                Front(
-                    config.name,
-                    hw.name,
-                    p,
-                    b,
-                    s,
-                    setting.runtime,
-                    axis,
-                    judged,
-                    bands(judged),
-                    calibrated,
-                    setting.level,
-                )
-            )
+            where = (config.name, hw.name, p, b, s, setting.runtime)
+            out.append(Front(*where, axis, judged, bands(judged), calibrated, setting.level))
     return tuple(out), tuple(notes)
 
 
 def judge(points: Sequence[Point]) -> tuple[Point, ...]:
-    """Points by rising loss with ``optimal``, ``sure`` and ``beaten_by`` filled in; the dense model (loss 0, speedup 1) takes part."""
+    """Points by rising loss with ``optimal``, ``sure`` and ``beaten_by`` filled in; the dense model (loss 0, speedup 1)
+    takes part."""
     points = sorted(points, key=lambda p: (p.loss, -p.speedup))
     mask = frontier([0.0, *(p.loss for p in points)], [1.0, *(p.speedup for p in points)])[1:]
     out = []
-    for p, optimal in zip(points, mask):
+    for p, optimal in zip(points, mask.tolist()):
         rivals = [q for q in points if q is not p and q.loss <= p.loss]
-        others = [q for q in rivals if q.family != p.family]
-        sure = bool(optimal) and p.speedup_lower > max(
-            [1.0 if p.loss >= 0 else 0.0, *(q.speedup_upper for q in others)]
-        )
+        others = [q.speedup_upper for q in rivals if q.family != p.family]
+        sure = optimal and p.speedup_lower > max([1.0 if p.loss >= 0 else 0.0, *others])
         fastest = max(rivals, key=lambda q: q.speedup, default=None)
-        winner = (
-            "" if optimal else fastest.name if fastest and fastest.speedup >= max(p.speedup, 1.0) else "the dense model"
-        )
-        out.append(replace(p, optimal=bool(optimal), sure=sure, beaten_by=winner))
+        winner = ""
+        if not optimal:
+            beaten = fastest is not None and fastest.speedup >= max(p.speedup, 1.0)
+            winner = fastest.name if fastest and beaten else "the dense model"
+        out.append(replace(p, optimal=optimal, sure=sure, beaten_by=winner))
     return tuple(out)
 
 
-def _pruned(dense: Workload, rows: Iterable[QualityRow], notes: dict[str, None]) -> list[tuple[QualityRow, Workload]]:
-    """The pruned workload of every row; what the family does not support goes to the notes."""
-    out = []
-    for row in rows:
-        try:
-            out.append((row, prune(dense, row.family, row.sparsity, **dict(row.options))))
-        except InputError as error:
-            notes[f"{row.method} at {row.sparsity:g}: {error}"] = None
-    return out
-
-
-def _predicted(
-    dense: Workload,
-    usable: Sequence[tuple[QualityRow, Workload]],
-    hw: HardwareProfile,
-    setting: Setting,
-    notes: dict[str, None],
-) -> list[tuple[QualityRow, Speedup]]:
-    """Speedups on one device in one pass; one at a time where something cannot run there (2:4 without sparse tensor cores)."""
-    try:
-        return list(
-            zip((row for row, _ in usable), speedups(dense, [w for _, w in usable], hw, setting.runtime, setting.level))
-        )
-    except InputError:
-        speedups(dense, [], hw, setting.runtime, setting.level)  # the dense model must run
-    out = []
-    for row, workload in usable:
-        try:
-            out.append((row, speedups(dense, [workload], hw, setting.runtime, setting.level)[0]))
-        except InputError as error:
-            notes[f"{row.method} at {row.sparsity:g} on {hw.name}: {error}"] = None
-    return out
-
-
-def _point(
-    row: QualityRow,
-    speed: Speedup,
-    dense: Workload,
-    hw: HardwareProfile,
-    setting: Setting,
-    measured: Sequence[Measured],
-) -> Point:
+def _point(row: QualityRow, record: Record, measured: Sequence[Measured]) -> Point:
     """A point, not yet judged."""
-    meta = dense.meta
-    where = {"model": meta.model, "hardware": hw.name, "phase": meta.phase, "batch": meta.batch, "seq": meta.seq}
-    known = [m for m in measured if m.fits(row.sparsity, {**where, "family": row.family, "method": row.method})]
-    value, lower, upper = (
-        (known[0].speedup, known[0].lower, known[0].upper) if known else (speed.speedup, speed.lower, speed.upper)
-    )
-    return Point(
-        model=meta.model,
-        hardware=hw.name,
-        phase=meta.phase,
-        batch=meta.batch,
-        seq=meta.seq,
-        runtime=setting.runtime,
-        method=row.method,
-        family=row.family,
-        sparsity=row.sparsity,
-        realised_sparsity=speed.realised_sparsity,
-        metric=row.metric,
-        protocol=row.protocol,
-        dense_quality=row.dense,
-        pruned_quality=row.pruned,
-        loss=row.relative_loss,
-        speedup=value,
-        speedup_lower=lower,
-        speedup_upper=upper,
-        measured=bool(known),
-        optimal=False,
-        sure=False,
-        beaten_by="",
-        limit="" if known else speed.limit,
-        calibrated=speed.calibrated,
-        source=row.source,
-    )
+    shared = {f.name: getattr(of, f.name) for of in (row, record) for f in fields(Point) if hasattr(of, f.name)}
+    known = next((m for m in measured if m.fits(row.sparsity, shared)), None)
+    if known:
+        shared |= {"speedup": known.speedup, "speedup_lower": known.lower, "speedup_upper": known.upper, "limit": ""}
+    shared |= {"dense_quality": row.dense, "pruned_quality": row.pruned, "loss": row.relative_loss}
+    return Point(**shared, measured=known is not None, optimal=False, sure=False, beaten_by="")
+
+
+# -- measured speedups ------------------------------------------------------------------------------------------------
+
+MEASURED: tuple[str, ...] = ("family", "sparsity", "speedup")
+MATCHED: tuple[str, ...] = ("model", "hardware", "phase", "batch", "seq", "method", "family")
+"""Columns that must equal those of a point, where the table has them and they are not empty."""
+
+SAME_SPARSITY = 5e-4
+"""Fractions this close are the same: tables print three digits."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One measured speedup with the conditions that its row states."""
+
+    conditions: Mapping[str, str]
+    sparsity: float
+    speedup: float
+    lower: float
+    upper: float
+
+    def fits(self, sparsity: float, conditions: Mapping[str, Any]) -> bool:
+        """Whether it was measured under these conditions."""
+        return abs(self.sparsity - sparsity) <= SAME_SPARSITY and all(
+            str(conditions[name]).lower() == value.lower()
+            for name, value in self.conditions.items()
+            if name in conditions
+        )
+
+
+def read_measured(path: str | Path) -> tuple[Measured, ...]:
+    """Measured speedups from a CSV file, to stand where predictions would; InputError in one line.
+
+    Columns: :data:`MEASURED` (speedup: dense time over pruned time); optional :data:`MATCHED`, and the ends of the
+    measurement's interval, ``speedup_lower`` and ``speedup_upper``. ``prunesim speedup --csv`` writes this form.
+    """
+    return tuple(read_csv(read_bounded(path), str(path), MEASURED).each(_measured))
+
+
+def _measured(cells: Mapping[str, str]) -> Measured:
+    if cells["family"] not in FAMILIES:
+        raise InputError(f"family: {unknown('family', cells['family'], FAMILIES)}")
+    sparsity, speedup = _number(cells, "sparsity"), _number(cells, "speedup")
+    if not 0.0 <= sparsity < 1.0:
+        raise InputError(f"sparsity: expected a fraction in [0, 1), got {cells['sparsity']}")
+    lower, upper = (_number(cells, c) if cells.get(c) else speedup for c in ("speedup_lower", "speedup_upper"))
+    if not 0.0 < lower <= speedup <= upper:
+        wanted = "0 < speedup_lower <= speedup <= speedup_upper"
+        raise InputError(f"speedup: expected {wanted}, got {lower:g}, {speedup:g}, {upper:g}")
+    return Measured({name: cells[name] for name in MATCHED if cells.get(name)}, sparsity, speedup, lower, upper)
+
+
+def _number(cells: Mapping[str, str], column: str) -> float:
+    try:
+        value = float(cells[column])
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"{column}: expected a number, got {cells[column]!r}")
+    return value

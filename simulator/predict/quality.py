@@ -1,13 +1,15 @@
 """Quality tables: what pruning costs in quality, one measured point a row, read from CSV and checked.
 
-Use :func:`load_quality` for a shipped table (by name) or a user's own (by path), :meth:`QualityTable.of_model` to choose a model and
-:meth:`QualityTable.axes` for the (metric, protocol) pairs that it has. Two numbers are comparable only on one axis: the same metric
-under the same protocol, hence over the same dense value. A table that breaks this is refused with the line that does.
+Use :func:`load_quality` for a shipped table (by name) or a user's own (by path), :meth:`QualityTable.of_model` to
+choose a model and :meth:`QualityTable.axes` for the (metric, protocol) pairs that it has. Two numbers are comparable
+only on one axis: the same metric under the same protocol, hence over the same dense value. A table that breaks this is
+refused with the line that does.
 
-Columns: ``method`` (name of the method), ``family`` (of section "pruning"), ``model``, ``sparsity`` (fraction removed), ``metric``,
-``higher_is_better`` (true or false), ``dense`` and ``pruned`` (value of the metric), ``protocol`` (how it was measured: data, length,
-calibration, fine-tuning), ``source`` (where the row is from). Optional: ``relative_loss`` (checked against the two values), ``options``
-(of the family, ``name=value`` separated by semicolons), ``note``. Further columns are ignored.
+Columns: ``method`` (name of the method), ``family`` (of section "pruning"), ``model``, ``sparsity`` (fraction removed),
+``metric``, ``higher_is_better`` (true or false), ``dense`` and ``pruned`` (value of the metric), ``protocol`` (how it
+was measured: data, length, calibration, fine-tuning), ``source`` (where the row is from). Optional: ``relative_loss``
+(checked against the two values), ``options`` (of the family, ``name=value`` separated by semicolons), ``note``. Further
+columns are ignored.
 """
 
 from __future__ import annotations
@@ -29,23 +31,16 @@ from simulator.pruning import FAMILIES
 FOLDER = Path(__file__).with_name("published")
 """Where the shipped tables lie."""
 
+_TEXTS = ("method", "family", "model", "metric", "protocol", "source")
 REQUIRED: tuple[str, ...] = (
-    "method",
-    "family",
-    "model",
-    "sparsity",
-    "metric",
-    "higher_is_better",
-    "dense",
-    "pruned",
-    "protocol",
-    "source",
+    *("method", "family", "model", "sparsity", "metric", "higher_is_better", "dense", "pruned", "protocol", "source"),
 )
 COLUMNS: tuple[str, ...] = (*REQUIRED[:8], "relative_loss", *REQUIRED[8:], "options", "note")
 """Columns of a table as :func:`table_text` writes them."""
 
 LOSS_TOLERANCE = 5e-4
-"""A written relative loss may differ from that of the two values by so much, absolutely or relatively: tables print few digits."""
+"""A written relative loss may differ from that of the two values by so much, absolutely or relatively: tables print few
+digits."""
 
 _TRUTH = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
 
@@ -63,27 +58,8 @@ class Axis:
 
 @dataclass(frozen=True)
 class QualityRow:
-    """Quality of one pruned model.
-
-    Attributes
-    ----------
-    method, family, model : str
-        Name of the method, its family, the model.
-    sparsity : float, [0, 1)
-        Fraction removed, as the source counts it.
-    metric, protocol : str
-        What was measured, and how.
-    higher_is_better : bool
-        True for an accuracy, false for a perplexity.
-    dense, pruned : float
-        Values of the metric.
-    source : str
-        Where the row is from.
-    options : mapping
-        Options of the family that the method needs, such as ``residual_projections``.
-    note : str
-        What else the source says.
-    """
+    """Quality of one pruned model; ``sparsity`` is the fraction removed as the source counts it, ``options`` are those
+    of the family."""
 
     method: str
     family: str
@@ -110,21 +86,9 @@ class QualityRow:
 
 
 def relative_loss(dense: float, pruned: float, higher_is_better: bool) -> float:
-    """Relative loss of quality.
+    """Relative loss of quality from two values of one metric under one protocol, dense > 0: the drop, or the rise where
+    lower is better.
 
-    Parameters
-    ----------
-    dense, pruned : float
-        Values of one metric under one protocol; dense > 0.
-    higher_is_better : bool
-
-    Returns
-    -------
-    float
-        (dense - pruned) / dense, with the sign turned where lower is better.
-
-    Examples
-    --------
     >>> round(relative_loss(69.0, 62.24, True), 3), round(relative_loss(5.47, 5.89, False), 3)
     (0.098, 0.077)
     """
@@ -168,23 +132,8 @@ class QualityTable:
 def choose_axis(table: QualityTable, metric: str = "", protocol: str = "", *, strict: bool = False) -> Axis:
     """The axis that a metric and a protocol, or unique parts of their names, describe.
 
-    Parameters
-    ----------
-    table : QualityTable
-        Rows of one model.
-    metric, protocol : str
-        Part of the names without regard to case; empty for any.
-    strict : bool
-        Refuse a choice that leaves several axes; otherwise the one with most families and points is taken.
-
-    Returns
-    -------
-    Axis
-
-    Raises
-    ------
-    InputError
-        When no axis fits, or several do and ``strict`` is set: metrics and protocols are never mixed.
+    Case does not matter, and empty stands for any. Of several axes the one with most families and points is taken, or
+    with ``strict`` none: InputError, as when no axis fits, since metrics and protocols are never mixed.
 
     Examples
     --------
@@ -205,7 +154,7 @@ def choose_axis(table: QualityTable, metric: str = "", protocol: str = "", *, st
     return fitting[0]
 
 
-# -- files ------------------------------------------------------------------------------------------------------------------------
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
 def list_quality() -> tuple[str, ...]:
@@ -218,24 +167,8 @@ def list_quality() -> tuple[str, ...]:
 
 
 def load_quality(name_or_path: str | Path) -> QualityTable:
-    """A shipped table by name, or any by path.
+    """A shipped table by name, or any CSV file by path; InputError in one line ``file:line: column: what is wrong``.
 
-    Parameters
-    ----------
-    name_or_path : str or Path
-        One of :func:`list_quality`, or a CSV file.
-
-    Returns
-    -------
-    QualityTable
-
-    Raises
-    ------
-    InputError
-        One line ``file:line: column: what is wrong``.
-
-    Examples
-    --------
     >>> len(load_quality("published").of_model("llama-2-7b")) > 20
     True
     """
@@ -244,9 +177,8 @@ def load_quality(name_or_path: str | Path) -> QualityTable:
     path = shipped if shipped.is_file() and "/" not in name else Path(name_or_path)
     if not path.exists():
         if path.suffix:
-            raise InputError(
-                f"{path}: no such file; expected a quality table (CSV), or one of {', '.join(list_quality())}"
-            )
+            wanted = f"expected a quality table (CSV), or one of {', '.join(list_quality())}"
+            raise InputError(f"{path}: no such file; {wanted}")
         raise unknown("quality table", name, list_quality())
     return read_quality(read_bounded(path), str(path))
 
@@ -265,18 +197,13 @@ def shipped_quality(model: str) -> QualityTable:
 def read_quality(text: bytes | str, name: str = "quality table") -> QualityTable:
     """A table from the text of a CSV file; see the module for its columns and :func:`load_quality` for its errors."""
     table = read_csv(text, name, REQUIRED)
-    rows: list[QualityRow] = []
-    for place, cells in table.records():
-        try:
-            rows.append(_row(cells))
-        except InputError as error:
-            raise InputError(f"{place}: {error}") from None
+    rows = table.each(_row)
     _check_together(rows, table.lines, name)
     return QualityTable(tuple(rows), name)
 
 
 def _row(cells: Mapping[str, str]) -> QualityRow:
-    for column in ("method", "family", "model", "metric", "protocol", "source"):
+    for column in _TEXTS:
         if not cells[column]:
             raise InputError(f"{column}: is empty")
     if cells["family"] not in FAMILIES:
@@ -289,31 +216,20 @@ def _row(cells: Mapping[str, str]) -> QualityRow:
         raise InputError(f"dense: expected a number above 0, got {cells['dense']}")
     if pruned < 0.0:
         raise InputError(f"pruned: expected a number from 0 up, got {cells['pruned']}")
-    truth = cells["higher_is_better"].lower()
-    if truth not in _TRUTH:
+    higher = _TRUTH.get(cells["higher_is_better"].lower())
+    if higher is None:
         raise InputError(f"higher_is_better: expected true or false, got {cells['higher_is_better']!r}")
-    row = QualityRow(
-        cells["method"],
-        cells["family"],
-        cells["model"],
-        sparsity,
-        cells["metric"],
-        _TRUTH[truth],
-        dense,
-        pruned,
-        cells["protocol"],
-        cells["source"],
-        parse_options(cells.get("options", ""), cells["family"]),
-        cells.get("note", ""),
-    )
+    known: dict[str, Any] = {column: cells[column] for column in _TEXTS}
+    known |= {"sparsity": sparsity, "higher_is_better": higher, "dense": dense, "pruned": pruned}
+    options = parse_options(cells.get("options", ""), cells["family"])
+    row = QualityRow(**known, options=options, note=cells.get("note", ""))
     if not math.isfinite(row.relative_loss):
         raise InputError(f"dense: {cells['dense']} is too small beside pruned {cells['pruned']} for a ratio")
     if cells.get("relative_loss"):
-        written = _number(cells, "relative_loss")
-        if abs(written - row.relative_loss) > LOSS_TOLERANCE * max(1.0, abs(row.relative_loss)):
-            raise InputError(
-                f"relative_loss: {written:g} does not follow from dense and pruned, which give {row.relative_loss:.4f}"
-            )
+        written, given = _number(cells, "relative_loss"), row.relative_loss
+        if abs(written - given) > LOSS_TOLERANCE * max(1.0, abs(given)):
+            why = f"{written:g} does not follow from dense and pruned, which give {given:.4f}"
+            raise InputError(f"relative_loss: {why}")
     return row
 
 
@@ -344,27 +260,22 @@ def parse_options(text: str, family: str) -> tuple[tuple[str, Any], ...]:
     return tuple(out.items())
 
 
-def _check_together(rows: Sequence[QualityRow], numbers: Sequence[int], name: str) -> None:
+def _check_together(rows: Sequence[QualityRow], lines: Sequence[int], name: str) -> None:
     """Rows that share an axis must share its direction and its dense value, and none may occur twice."""
-    direction: dict[str, tuple[bool, int]] = {}
-    dense: dict[tuple[str, Axis], tuple[float, int]] = {}
-    seen: dict[tuple[Any, ...], int] = {}
-    for row, number in zip(rows, numbers):
-        way, first = direction.setdefault(row.metric, (row.higher_is_better, number))
-        if way != row.higher_is_better:
-            raise InputError(
-                f"{name}:{number}: higher_is_better: mixed metric: line {first} says {str(way).lower()} of {row.metric!r}"
-            )
-        value, first = dense.setdefault((row.model, row.axis), (row.dense, number))
-        if not math.isclose(value, row.dense, rel_tol=1e-6):
-            both = f"{row.dense:g} here, {value:g} in line {first}"
-            raise InputError(f"{name}:{number}: dense: mixed metric or protocol: {both} for {row.model}, {row.axis}")
-        key = (row.method, row.family, row.model, row.sparsity, row.axis, row.options)
-        first = seen.setdefault(key, number)
-        if first != number:
-            raise InputError(
-                f"{name}:{number}: is a second value for {row.method} at sparsity {row.sparsity:g} (line {first})"
-            )
+    first: dict[tuple[Any, ...], tuple[QualityRow, int]] = {}
+    for row, line in zip(rows, lines):
+        like, at = first.setdefault((row.metric,), (row, line))
+        if like.higher_is_better != row.higher_is_better:
+            says = f"line {at} says {str(like.higher_is_better).lower()} of {row.metric!r}"
+            raise InputError(f"{name}:{line}: higher_is_better: mixed metric: {says}")
+        like, at = first.setdefault((row.model, row.axis), (row, line))
+        if not math.isclose(like.dense, row.dense, rel_tol=1e-6):
+            both = f"{row.dense:g} here, {like.dense:g} in line {at} for {row.model}, {row.axis}"
+            raise InputError(f"{name}:{line}: dense: mixed metric or protocol: {both}")
+        _, at = first.setdefault((row.method, row.family, row.model, row.sparsity, row.axis, row.options), (row, line))
+        if at != line:
+            twice = f"is a second value for {row.method} at sparsity {row.sparsity:g} (line {at})"
+            raise InputError(f"{name}:{line}: {twice}")
 
 
 def table_text(rows: Iterable[QualityRow]) -> str:
@@ -378,22 +289,8 @@ def table_text(rows: Iterable[QualityRow]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(COLUMNS)
     for r in rows:
-        options = ";".join(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in r.options)
-        writer.writerow(
-            [
-                r.method,
-                r.family,
-                r.model,
-                f"{r.sparsity:.10g}",
-                r.metric,
-                str(r.higher_is_better).lower(),
-                f"{r.dense:.10g}",
-                f"{r.pruned:.10g}",
-                f"{r.relative_loss:.6f}",
-                r.protocol,
-                r.source,
-                options,
-                r.note,
-            ]
-        )
+        text = {name: f"{getattr(r, name):.10g}" for name in ("sparsity", "dense", "pruned")}
+        text |= {"relative_loss": f"{r.relative_loss:.6f}", "higher_is_better": str(r.higher_is_better).lower()}
+        text["options"] = ";".join(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in r.options)
+        writer.writerow([text[name] if name in text else getattr(r, name) for name in COLUMNS])
     return out.getvalue()

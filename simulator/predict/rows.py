@@ -1,58 +1,80 @@
-"""The rows of one partition of a sweep, as columns: what :func:`simulator.predict.table.table` says one by one, for thousands at once.
+"""The engine of every table: a model in a setting, requests, families at sparsities, devices and runtimes in; columns
+of predictions out.
 
-Use :func:`partitions` to cut a grid into pieces of bounded memory and :func:`partition_columns` for the rows of one.
+Use :func:`work_of` to prune a :class:`Piece`, :func:`columns_of` for its rows on some devices, :func:`records` for rows
+as objects.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simulator.errors import InputError
-from simulator.hardware.library import load_hardware
-from simulator.kernels.memory import RESERVE_BYTES
-from simulator.kernels.optime import BOUNDS
-from simulator.kernels.stack import F, Rows, Stack, activation_bytes, cache_bytes, weights_bytes
+from simulator.kernels.intervals import BOUNDS
+from simulator.kernels.stack import F, Rows, Stack, bytes_needed
 from simulator.models.library import load_model
 from simulator.predict.compare import Comparison, Pairs, compare
-from simulator.predict.grid import FamilyChoice, Formats, Grid
-from simulator.predict.table import Record
-from simulator.predict.variants import Requests, prune_many, reordered
+from simulator.predict.requests import Requests, prune_all
+from simulator.predict.settings import Setting
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
     from simulator.models.config import ModelConfig
 
-PART_ROWS = 40_000
-"""Configurations of a partition, about: a few megabytes of table."""
 
-OPERATOR_ROWS = 120_000
-"""Operators of a partition, about: 25 MB of columns, some 100 MB while they are timed."""
+@dataclass(frozen=True)
+class Record:
+    """One prediction with everything that identifies it; the order of the fields is the order of keys in JSON and of
+    columns in CSV."""
 
-REQUESTS = 64
-"""Requests (batch, seq) pruned together."""
+    model: str
+    hardware: str
+    family: str
+    sparsity: float
+    realised_sparsity: float
+    phase: str
+    batch: int
+    seq: int
+    dtype: str
+    runtime: str
+    dense_s: float
+    pruned_s: float
+    speedup: float
+    speedup_lower: float
+    speedup_upper: float
+    flop_bound: float
+    byte_bound: float
+    roofline_bound: float
+    limit: str
+    # beyond the stable keys
+    measured_bound: float | None
+    efficiency: float
+    limit_share: float
+    level: float
+    calibrated: bool
+    new_tokens: int
+    weight_dtype: str
+    kv_dtype: str
+    devices: int
+    parallel: str
+    ideal: bool
+    dense_memory_bytes: float
+    pruned_memory_bytes: float
+    capacity_bytes: float
+    dense_fits: bool
+    pruned_fits: bool
+
 
 _TYPES = {"str": str, "float": float, "float | None": float, "int": int, "bool": bool}
 
 COLUMNS: Mapping[str, type] = {**{f.name: _TYPES[str(f.type)] for f in fields(Record)}, "options": str}
-"""Columns of a sweep's table and what they hold: those of a record, and the options of the family."""
-
-
-@dataclass(frozen=True)
-class Partition:
-    """A piece of a grid: one model, format, number of devices and phase; some requests; some families at some sparsities."""
-
-    model: str | ModelConfig
-    formats: Formats
-    devices: int
-    phase: str
-    shapes: tuple[tuple[int, int], ...]  # (batch, seq)
-    choices: tuple[tuple[FamilyChoice, float], ...]
+"""Columns of a table and what they hold: those of a record, and the options of the family."""
 
 
 @dataclass(frozen=True)
@@ -68,211 +90,242 @@ class Text:
     def __len__(self) -> int:
         return len(self.codes)
 
-    @property
-    def array(self) -> NDArray[Any]:
-        """The texts themselves."""
-        return np.array(self.values, dtype=object)[self.codes]
-
-
-_NUMPY: Mapping[type, Any] = {float: np.float64, int: np.int64, bool: np.bool_}
-_COMPARISON = {f.name: {"limit": np.int8, "calibrated": np.bool_}.get(f.name, np.float64) for f in fields(Comparison)}
 
 Columns = dict[str, Any]
-"""Name -> float64, int64 or bool array, or :class:`Text`."""
+"""Name -> float64, int64 or bool array, or :class:`Text`; beside :data:`COLUMNS` ``choice``, the place of a row's
+choice in its piece."""
 
 
-def partitions(grid: Grid) -> Iterator[Partition]:
-    """The pieces of a grid in the order of the table: by model, format, devices, phase, then pieces of requests by length and batch."""
-    shapes = [(b, s) for s in grid.seqs for b in grid.batches]
-    choices = list(itertools.product(grid.families, grid.sparsities))
-    for model, formats, devices, phase in itertools.product(grid.models, grid.dtypes, grid.devices, grid.phases):
-        operators = 30 if phase != "generate" else 60 + 2 * grid.new_tokens
-        workloads = max(1, min(PART_ROWS // (len(grid.hardware) * len(grid.runtimes)), OPERATOR_ROWS // operators))
-        many = min(len(shapes), REQUESTS, workloads)
-        of_choices = max(1, workloads // many)
-        if of_choices >= len(choices):  # room for more requests
-            many = max(1, min(len(shapes), 4 * REQUESTS, workloads // len(choices)))
-        for some, chosen in itertools.product(_pieces(shapes, many), _pieces(choices, of_choices)):
-            yield Partition(model, formats, devices, phase, tuple(some), tuple(chosen))
-
-
-def _pieces(values: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    """Values in even pieces of at most a size."""
-    many = -(-len(values) // size)
-    each = -(-len(values) // many)
-    return [values[i : i + each] for i in range(0, len(values), each)]
+def plain(column: Any) -> NDArray[Any]:
+    """A column as an array; texts as objects."""
+    return np.array(column.values, dtype=object)[column.codes] if isinstance(column, Text) else column
 
 
 @dataclass(frozen=True)
-class _Work:
-    """Dense workloads of a partition, then their pruned versions, and what each of the pruned is."""
+class FamilyChoice:
+    """A family and the options it is run with, as sorted pairs.
 
+    >>> FamilyChoice("width", (("align", 64),)).label
+    'align=64'
+    """
+
+    name: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def label(self) -> str:
+        """The options as text."""
+        return ",".join(f"{name}={value}" for name, value in self.options)
+
+
+Choice = tuple[FamilyChoice, Any]
+"""A family and its sparsity, of any form that :func:`simulator.prune` takes."""
+
+Refuse = Callable[[int | None, str, str], None]
+"""Told what is left out: the place of a choice (None: the dense model), why, and the device ("": on all). May raise
+instead."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is pruned and timed in one pass: requests of one model, setting and phase, each by every choice.
+
+    The setting's runtime is not looked at, since one pass times several.
+    """
+
+    model: str | ModelConfig
+    setting: Setting
+    phase: str
+    shapes: tuple[tuple[int, int], ...]  # (batch, seq)
+    choices: tuple[Choice, ...]
+    ideal: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """Dense workloads of a piece, then their pruned versions; and of each of the pruned its request, its choice, and
+    the sparsity asked for and realised."""
+
+    piece: Piece
+    requests: Requests
     pairs: Pairs
-    dense: int  # how many
     request: Rows
     choice: Rows
+    asked: F
     realised: F
-    need: F  # bytes, of all
+
+    @cached_property
+    def bytes_needed(self) -> F:
+        """Of every workload, on the device that holds most."""
+        return bytes_needed(self.pairs.stack)
+
+    def only(self, pruned: Rows) -> Pairs:
+        """All the dense workloads and some of the pruned ones."""
+        stack, dense = self.pairs.stack, len(self.requests.workloads)
+        at = np.r_[np.arange(dense), dense + pruned]
+        lengths = stack.lengths[at]
+        rows = np.repeat(stack.starts[at] - (np.cumsum(lengths) - lengths), lengths) + np.arange(int(lengths.sum()))
+        sequences = None if stack.sequences is None else stack.sequences[at]
+        return Pairs(Stack(stack.rows.take(rows), lengths, sequences), self.pairs.dense[at])
 
 
-def partition_columns(grid: Grid, part: Partition) -> tuple[Columns, dict[str, list[float]]]:
-    """Rows of a partition, by request, family, sparsity, device and runtime; and why combinations are left out, with their sparsities.
+def work_of(piece: Piece, refuse: Refuse) -> Work:
+    """The workloads of a piece; choices that a family does not support are refused."""
+    requests = Requests.of(load_model(piece.model), piece.setting, piece.phase, piece.shapes)
+    found = []
+    for i, (family, sparsity) in enumerate(piece.choices):
+        parts, refused = prune_all(requests, family.name, sparsity, ideal=piece.ideal, options=dict(family.options))
+        for reason in refused:
+            refuse(i, reason, "")
+        found += [(i, group, stack) for group, stack in parts]
+    request = np.array([r for _, group, _ in found for r in group], dtype=np.intp)
+    stack = Stack.join([Stack.of(requests.workloads), *(stack for _, _, stack in found)])
+    applied = [stack.rows.meta.applied[-1] for _, _, stack in found]
+    of_parts = [i for i, _, _ in found], [a.sparsity for a in applied], [a.realised for a in applied]
+    choice, asked, realised = (np.repeat(values, [len(group) for _, group, _ in found]) for values in of_parts)
+    pairs = Pairs(stack, np.r_[np.arange(len(requests.workloads)), request])
+    return Work(piece, requests, pairs, request, choice.astype(np.intp), asked, realised)
 
-    Raises
-    ------
-    InputError
-        Only for names that do not load.
-    """
-    notes: dict[str, list[float]] = {}
-    work = _pruned(grid, part, notes)
-    if work is None:
-        return empty_columns(), notes
-    profiles = [load_hardware(name) for name in grid.hardware]
-    found, runs = [], np.ones((len(work.request), len(profiles)), dtype=bool)
-    for h, hw in enumerate(profiles):
-        comparisons, errors = _on_device(work, hw, grid)
-        found.append(comparisons)
-        for i, error in errors.items():
-            runs[work.choice == i, h] = False
-            notes.setdefault(f"{part.choices[i][0].name} on {hw.name}: {error}", []).append(part.choices[i][1])
-    order = np.lexsort((work.choice, work.request))
-    columns = _columns(grid, part, work, order, profiles, found)
-    if not runs.all():
-        kept = np.repeat(runs[order].reshape(-1), len(grid.runtimes))
-        columns = {name: column[kept] for name, column in columns.items()}
-    return columns, notes
+
+def columns_of(work: Work, hardware: Sequence[HardwareProfile], runtimes: tuple[str, ...], refuse: Refuse) -> Columns:
+    """Rows of a piece by request, choice, device and runtime; choices that a device cannot run are refused."""
+    blocks = [
+        (device, runtime, pruned, comparison)
+        for device, hw in enumerate(hardware)
+        for pruned, comparisons in _compared(work, hw, runtimes, refuse)
+        for runtime, comparison in enumerate(comparisons)
+    ]
+    if not blocks:
+        return empty_columns()
+    piece, setting, dense = work.piece, work.piece.setting, len(work.requests.workloads)
+    sizes = [len(pruned) for _, _, pruned, _ in blocks]
+    device, runtime = (np.repeat([block[i] for block in blocks], sizes) for i in (0, 1))
+    pruned = np.concatenate([block[2] for block in blocks])
+    rank = np.empty(len(work.choice), dtype=np.intp)
+    rank[np.lexsort((work.choice, work.request))] = np.arange(len(rank))
+    order = np.argsort((rank[pruned] * len(hardware) + device) * len(runtimes) + runtime)
+    device, runtime, pruned = device[order], runtime[order], pruned[order]
+    request, choice, at = work.request[pruned], work.choice[pruned], dense + pruned
+
+    def timed(name: str) -> NDArray[Any]:
+        return np.concatenate([getattr(block[3], name)[dense:] for block in blocks])[order]
+
+    batch, seq = np.array(piece.shapes, dtype=np.int64)[request].T
+    speedup, gain = timed("speedup"), timed("roofline_bound") - 1.0
+    need, need_pruned = work.bytes_needed[request], work.bytes_needed[at]
+    capacity = np.array([float(hw.memory_bytes) for hw in hardware])[device]
+    families = [family for family, _ in piece.choices]
+    texts: dict[str, tuple[Any, Iterable[str]]] = {
+        "hardware": (device, (hw.name for hw in hardware)),
+        "family": (choice, (f.name for f in families)),
+        "options": (choice, (f.label for f in families)),
+        "runtime": (runtime, runtimes),
+        "limit": (timed("limit"), BOUNDS),
+        "model": (0, [load_model(piece.model).name]),
+        "phase": (0, [piece.phase]),
+        "dtype": (0, [setting.dtype]),
+        "weight_dtype": (0, [setting.weight_dtype or setting.dtype]),
+        "kv_dtype": (0, [setting.kv_dtype or setting.dtype]),
+        "parallel": (0, [setting.parallel if setting.devices > 1 else "none"]),
+    }
+    values: dict[str, Any] = {
+        "sparsity": work.asked[pruned],
+        "realised_sparsity": work.realised[pruned],
+        "batch": batch,
+        "seq": seq,
+        "speedup": speedup,
+        "speedup_lower": timed("lower"),
+        "speedup_upper": timed("upper"),
+        "flop_bound": work.pairs.flop_bound[at],
+        "byte_bound": work.pairs.byte_bound[at],
+        **{name: timed(name) for name in ("dense_s", "pruned_s", "roofline_bound", "limit_share", "calibrated")},
+        "measured_bound": np.nan,
+        "efficiency": np.where(gain > 1e-9, (speedup - 1.0) / np.where(gain > 1e-9, gain, 1.0), np.nan),
+        "level": setting.level,
+        "new_tokens": setting.new_tokens if piece.phase == "generate" else 0,
+        "devices": setting.devices,
+        "ideal": piece.ideal,
+        "dense_memory_bytes": need,
+        "pruned_memory_bytes": need_pruned,
+        "capacity_bytes": capacity,
+        "dense_fits": need <= capacity,
+        "pruned_fits": need_pruned <= capacity,
+        "choice": choice,
+    }
+    columns: Columns = {name: np.full(len(at), v) if np.ndim(v) == 0 else v for name, v in values.items()}
+    for name, (codes, names) in texts.items():
+        columns[name] = Text(np.broadcast_to(codes, len(at)).astype(np.int32), tuple(names))
+    return {name: columns[name] for name in (*COLUMNS, "choice")}
 
 
 def empty_columns() -> Columns:
     """No rows."""
+    kinds = {float: np.float64, int: np.int64, bool: np.bool_}
     none = Text(np.zeros(0, dtype=np.int32), ())
-    return {name: none if kind is str else np.zeros(0, dtype=_NUMPY[kind]) for name, kind in COLUMNS.items()}
+    columns: Columns = {name: none if kind is str else np.zeros(0, dtype=kinds[kind]) for name, kind in COLUMNS.items()}
+    return {**columns, "choice": np.zeros(0, dtype=np.intp)}
 
 
-def _pruned(grid: Grid, part: Partition, notes: dict[str, list[float]]) -> _Work | None:
-    model, setting = load_model(part.model), grid.setting(part.formats, part.devices)
-    requests = Requests.of(lambda b, s: setting.lower(model, part.phase, b, s), part.shapes)
-    stacks, request, choice, realised = [Stack.of(requests.workloads)], [], [], []
-    for i, (family, sparsity) in enumerate(part.choices):
-        pruned = prune_many(requests, family.name, sparsity, ideal=grid.ideal, options=dict(family.options))
-        for reason in pruned.refused:
-            reason = reason.replace(f" at sparsity {sparsity:g}", "")
-            notes.setdefault(reason if family.name in reason else f"{family.name}: {reason}", []).append(sparsity)
-        if pruned.stack is not None:
-            stacks.append(pruned.stack)
-            request.append(pruned.kept)
-            choice.append(np.full(len(pruned.kept), i))
-            realised.append(pruned.realised)
-    if len(stacks) == 1:
-        return None
-    whose, stack = np.concatenate(request), Stack.join(stacks)
-    dense = len(part.shapes)
-    pairs = Pairs(stack, np.concatenate([np.arange(dense), whose]))
-    need = weights_bytes(stack) + cache_bytes(stack) + activation_bytes(stack) + RESERVE_BYTES
-    return _Work(pairs, dense, whose, np.concatenate(choice), np.concatenate(realised), need)
-
-
-def _on_device(work: _Work, hw: HardwareProfile, grid: Grid) -> tuple[tuple[Comparison, ...], dict[int, str]]:
-    """Comparisons under each runtime, and the choices the device cannot run, with the reason; their numbers mean nothing."""
+def _compared(
+    work: Work, hw: HardwareProfile, runtimes: tuple[str, ...], refuse: Refuse
+) -> Iterator[tuple[Rows, tuple[Comparison, ...]]]:
+    """Some of the pruned workloads and their comparisons under each runtime, after those of the dense ones."""
+    every, level = np.arange(len(work.choice)), work.piece.setting.level
+    if not len(every):
+        return
     try:
-        return compare(work.pairs, hw, grid.runtimes, grid.level), {}
-    except InputError as error:
-        reason = str(error)
-    many, size = work.dense, len(work.pairs.stack)
-    choices = np.unique(work.choice)
-    out = tuple(
-        Comparison(*(np.ones(size, dtype=_COMPARISON[f.name]) for f in fields(Comparison))) for _ in grid.runtimes
-    )
-    errors: dict[int, str] = {}
-    try:
-        compare(Pairs(reordered(work.pairs.stack, np.arange(many)), np.arange(many)), hw, grid.runtimes, grid.level)
+        yield every, compare(work.pairs, hw, runtimes, level)
+        return
     except InputError:
-        return out, {int(i): reason for i in choices}  # not even the dense model
+        choices = np.unique(work.choice).tolist()
+    try:
+        compare(work.only(every[:0]), hw, runtimes, level)
+    except InputError as error:
+        refuse(None, str(error), hw.name)
+        for i in choices:
+            refuse(i, str(error), hw.name)
+        return
     for i in choices:
-        at = np.r_[np.arange(many), many + np.flatnonzero(work.choice == i)]
+        some = np.flatnonzero(work.choice == i)
         try:
-            found = compare(Pairs(reordered(work.pairs.stack, at), work.pairs.dense[at]), hw, grid.runtimes, grid.level)
+            yield some, compare(work.only(some), hw, runtimes, level)
         except InputError as error:
-            errors[int(i)] = str(error)
-            continue
-        for into, one in zip(out, found):
-            for f in fields(Comparison):
-                getattr(into, f.name)[at] = getattr(one, f.name)
-    return out, errors
+            refuse(i, str(error), hw.name)
 
 
-def _columns(
-    grid: Grid,
-    part: Partition,
-    work: _Work,
-    order: Rows,
-    profiles: Sequence[HardwareProfile],
-    found: Sequence[tuple[Comparison, ...]],
-) -> Columns:
-    """The table's columns: workloads in order, on every device, under every runtime."""
-    shape = (len(order), len(profiles), len(grid.runtimes))
-    size = int(np.prod(shape))
-    pruned, request, choice = work.dense + order, work.request[order], work.choice[order]
+def records(columns: Columns) -> list[Record]:
+    """Rows as records, not known values as None, the realised sparsity as :class:`simulator.Speedup` composes it, to
+    the last digit."""
+    realised = 1.0 - (1.0 - columns["realised_sparsity"])
+    unknown = [None] * len(realised)
+    values = {**columns, "realised_sparsity": realised}
+    lists = [unknown if f.name == "measured_bound" else plain(values[f.name]).tolist() for f in fields(Record)]
+    return [Record(*row) for row in zip(*lists)]
 
-    def spread(values: NDArray[Any], axis: int) -> NDArray[Any]:
-        """Values along one axis of the three, repeated along the others."""
-        return np.ascontiguousarray(
-            np.broadcast_to(values.reshape([-1 if a == axis else 1 for a in range(3)]), shape)
-        ).reshape(-1)
 
-    def text(codes: NDArray[Any], values: Sequence[str], axis: int) -> Text:
-        return Text(spread(codes.astype(np.int32), axis), tuple(values))
+# -- what is left out --------------------------------------------------------------------------------------------------
 
-    def same(value: str) -> Text:
-        return Text(np.zeros(size, dtype=np.int32), (value,))
+Notes = dict[str, list[float]]
+"""Reason -> sparsities at which something is left out for it."""
 
-    def timed(name: str) -> NDArray[Any]:
-        table = [[getattr(c, name) for c in comparisons] for comparisons in found]
-        return np.stack([np.stack(row, axis=-1) for row in table], axis=1)[pruned].reshape(-1)
 
-    families = list(dict.fromkeys(family for family, _ in part.choices))
-    family_code = np.array([families.index(family) for family, _ in part.choices])[choice]
-    capacity = np.array([float(hw.memory_bytes) for hw in profiles])
-    dense_need, pruned_need = (spread(work.need[at], 0) for at in (request, pruned))
-    room = spread(capacity, 1)
-    gain, speedup = timed("roofline_bound") - 1.0, timed("speedup")
-    tokens = grid.new_tokens if part.phase == "generate" else 0
-    columns: Columns = {
-        "model": same(load_model(part.model).name),
-        "hardware": text(np.arange(len(profiles)), [hw.name for hw in profiles], 1),
-        "family": text(family_code, [f.name for f in families], 0),
-        "sparsity": spread(np.array([s for _, s in part.choices])[choice], 0),
-        "realised_sparsity": spread(work.realised[order], 0),
-        "phase": same(part.phase),
-        "batch": spread(np.array([b for b, _ in part.shapes], dtype=np.int64)[request], 0),
-        "seq": spread(np.array([s for _, s in part.shapes], dtype=np.int64)[request], 0),
-        "dtype": same(part.formats.dtype),
-        "runtime": text(np.arange(len(grid.runtimes)), grid.runtimes, 2),
-        "dense_s": timed("dense_s"),
-        "pruned_s": timed("pruned_s"),
-        "speedup": speedup,
-        "speedup_lower": timed("lower"),
-        "speedup_upper": timed("upper"),
-        "flop_bound": spread(work.pairs.flop_bound[pruned], 0),
-        "byte_bound": spread(work.pairs.byte_bound[pruned], 0),
-        "roofline_bound": gain + 1.0,
-        "limit": Text(timed("limit").astype(np.int32), BOUNDS),
-        "measured_bound": np.full(size, np.nan),
-        "efficiency": np.where(gain > 1e-9, (speedup - 1.0) / np.where(gain > 1e-9, gain, 1.0), np.nan),
-        "limit_share": timed("limit_share"),
-        "level": np.full(size, grid.level),
-        "calibrated": timed("calibrated").astype(bool),
-        "new_tokens": np.full(size, tokens, dtype=np.int64),
-        "weight_dtype": same(part.formats.weight_dtype or part.formats.dtype),
-        "kv_dtype": same(part.formats.kv_dtype or part.formats.dtype),
-        "devices": np.full(size, part.devices, dtype=np.int64),
-        "parallel": same(grid.parallel if part.devices > 1 else "none"),
-        "ideal": np.full(size, grid.ideal),
-        "dense_memory_bytes": dense_need,
-        "pruned_memory_bytes": pruned_need,
-        "capacity_bytes": room,
-        "dense_fits": dense_need <= room,
-        "pruned_fits": pruned_need <= room,
-        "options": text(family_code, [f.label for f in families], 0),
-    }
-    return {name: columns[name] for name in COLUMNS}
+def note(notes: Notes, choice: Choice, reason: str, device: str) -> None:
+    """Keep why a choice is left out."""
+    family, sparsity = choice[0].name, choice[1]
+    if device:
+        reason = f"{family} on {device}: {reason}"
+    else:
+        reason = reason.replace(f" at sparsity {sparsity:g}", "")
+        reason = reason if family in reason else f"{family}: {reason}"
+    notes.setdefault(reason, []).append(sparsity)
+
+
+def note_lines(notes: Notes, shown: int | None = None) -> tuple[str, ...]:
+    """One line a reason, with the sparsities it holds for; of more than ``shown`` only the ends."""
+    out = []
+    for reason, at in notes.items():
+        values = [f"{s:g}" for s in sorted(set(at))]
+        if shown is not None and len(values) > shown:
+            values = [*values[: shown // 2], "...", values[-1]]
+        out.append(f"{reason}: left out at sparsity {', '.join(values)}")
+    return tuple(out)

@@ -1,17 +1,21 @@
-"""How a model is run, and the checks of the values that say so: phases, batches, lengths, number formats, devices."""
+"""How a model is run, and the checks of what a person may ask for: phases, batches, lengths, number formats,
+devices."""
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from simulator.errors import InputError, unknown
+from simulator.hardware.library import load_hardware
 from simulator.models.lower import lower
-from simulator.workload import DTYPES, RUNTIMES
+from simulator.pruning import check_fraction as check_fraction
+from simulator.workload import DTYPES, PHASES, RUNTIMES
 
 if TYPE_CHECKING:
+    from simulator.hardware.profile import HardwareProfile
     from simulator.models.config import ModelConfig
     from simulator.workload import Workload
 
@@ -50,20 +54,10 @@ class Setting:
 
     def lower(self, model: ModelConfig, phase: str, batch: int, seq: int) -> Workload:
         """The dense workload of a model in this setting."""
-        return lower(
-            model,
-            phase=phase,
-            batch=batch,
-            seq=seq,
-            new_tokens=self.new_tokens if phase == "generate" else 0,
-            dtype=self.dtype,
-            weight_dtype=self.weight_dtype,
-            kv_dtype=self.kv_dtype,
-            fuse_qkv=self.fuse_qkv,
-            fuse_gate_up=self.fuse_gate_up,
-            devices=self.devices,
-            parallel=self.parallel,
-        )
+        names = ("dtype", "weight_dtype", "kv_dtype", "fuse_qkv", "fuse_gate_up", "devices", "parallel")
+        tokens = self.new_tokens if phase == "generate" else 0
+        options = {name: getattr(self, name) for name in names}
+        return lower(model, phase=phase, batch=batch, seq=seq, new_tokens=tokens, **options)
 
 
 def once(values: Iterable[T]) -> tuple[T, ...]:
@@ -77,16 +71,22 @@ def one_of(kind: str, name: str, choices: Sequence[str]) -> str:
     return name
 
 
-def check_fraction(value: float) -> float:
-    """A fraction in [0, 1)."""
-    if not (math.isfinite(value) and 0.0 <= value < 1.0):
-        hint = f"; for {value:g} % write {value / 100:g}" if 1.0 < value < 100.0 else ""
-        raise InputError(f"sparsity {value:g}: expected a fraction in [0, 1), such as 0.25{hint}")
-    return float(value)
-
-
 def whole_number(name: str, value: int, largest: int = MAX_TOKENS) -> int:
     """A whole number from 1 up."""
     if not 1 <= value <= largest:
         raise InputError(f"{name} {value}: expected a whole number from 1 to {largest}")
     return int(value)
+
+
+def profiles(hardware: Iterable[str | HardwareProfile]) -> list[HardwareProfile]:
+    """Loaded devices, one named twice once."""
+    found = [load_hardware(h) if isinstance(h, str) else h for h in hardware]
+    return list({hw.name: hw for hw in found}.values())
+
+
+def requests_of(phase: Iterable[str], batch: Iterable[int], seq: Iterable[int]) -> list[tuple[str, int, int]]:
+    """Every phase, batch and length together, each checked and none twice."""
+    return [
+        (one_of("phase", p, PHASES), whole_number("batch", b), whole_number("seq", s))
+        for p, b, s in itertools.product(once(phase), once(batch), once(seq))
+    ]

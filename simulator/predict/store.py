@@ -1,16 +1,15 @@
 """Where a sweep's table grows: a folder of whole parts beside the file, put together and removed when all are there.
 
-Use :class:`Store`. A part is written whole or not at all, so whatever kills a sweep loses the parts in flight and no more; a rerun goes on
-with those that are missing. The folder's manifest says which grid it belongs to, and a lock keeps a second sweep out.
+Use :class:`Store`. A part is written whole or not at all, so whatever kills a sweep loses the parts in flight and no
+more; a rerun goes on with those that are missing. The folder's manifest says which grid it belongs to, and a lock keeps
+a second sweep out.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 from simulator.errors import InputError, one_line
 from simulator.files.parquet import load_pyarrow
-from simulator.files.write import check_target, write_whole
+from simulator.files.write import check_target, replacing, write_whole
 
 GROUP_ROWS = 131_072
 """Rows of a row group in the finished file."""
@@ -28,17 +27,8 @@ DIGEST_KEY, NOTES_KEY = b"prunesim.grid", b"prunesim.notes"
 
 @dataclass(frozen=True)
 class Store:
-    """The parts of one table.
-
-    Attributes
-    ----------
-    target : Path
-        The Parquet file to be.
-    digest : str
-        Of everything its content follows from.
-    parts : int
-        Parts there will be.
-    """
+    """The parts of one table: the Parquet file to be, the digest of everything its content follows from, and how many
+    parts there will be."""
 
     target: Path
     digest: str
@@ -54,13 +44,8 @@ class Store:
         return self.folder / f"part-{index:06d}.parquet"
 
     def finished(self) -> bool:
-        """Whether the table is there already.
-
-        Raises
-        ------
-        InputError
-            Where the target is a folder, lies in none, or is the table of another sweep.
-        """
+        """Whether the table is there already; InputError where the target is a folder, lies in none, or is something
+        else."""
         check_target(self.target)
         if not self.target.exists():
             return False
@@ -83,7 +68,7 @@ class Store:
         InputError
             Where another sweep is writing, or the parts are another grid's.
         """
-        manifest = self.folder / "manifest.json"
+        manifest, own = self.folder / "manifest.json", {"digest": self.digest, "parts": self.parts}
         self.folder.mkdir(exist_ok=True)
         with _locked(self.folder / "lock", self.target):
             if manifest.exists():
@@ -91,63 +76,49 @@ class Store:
                     found = json.loads(manifest.read_text(encoding="utf-8"))
                 except (ValueError, RecursionError):
                     found = {}
-                if (
-                    not isinstance(found, dict)
-                    or found.get("digest") != self.digest
-                    or found.get("parts") != self.parts
-                ):
+                if not isinstance(found, dict) or {name: found.get(name) for name in own} != own:
                     what = "parts of another sweep (grid, filter, profiles or version differ)"
                     raise InputError(f"{self.folder}: holds {what}; remove it or name another file")
             else:
-                write_whole(
-                    manifest,
-                    json.dumps({"digest": self.digest, "parts": self.parts, **facts}, indent=1, default=str).encode(),
-                )
+                write_whole(manifest, json.dumps({**own, **facts}, indent=1, default=str).encode())
             try:
-                yield {i for i in range(self.parts) if self.part(i).is_file()}
+                yield self._there()
             except BaseException:
-                if not any(self.part(i).is_file() for i in range(self.parts)):
+                if not self._there():
                     self.clear()  # nothing to go on with
                 raise
+
+    def _there(self) -> set[int]:
+        return {i for i in range(self.parts) if self.part(i).is_file()}
 
     def put(self, index: int, content: bytes) -> None:
         """Write a part whole."""
         write_whole(self.part(index), content)
 
     def assemble(self) -> tuple[int, dict[str, list[float]]]:
-        """All parts in order as one file, a few row groups in memory at a time; the folder is removed. Rows, and notes of the parts."""
+        """All parts in order as one file, a few row groups in memory at a time; the folder is removed. Rows, and notes
+        of the parts."""
         pyarrow, parquet = load_pyarrow()
         notes: dict[str, list[float]] = {}
         rows = 0
-        handle, name = tempfile.mkstemp(prefix=f".{self.target.name}.", suffix=".tmp", dir=self.target.parent)
-        os.close(handle)
-        try:
-            with contextlib.ExitStack() as stack:
-                writer: Any = None
-                waiting: list[Any] = []
-                for index in range(self.parts):
-                    table, own = self._read(index)
-                    for reason, at in own.items():
-                        notes.setdefault(reason, []).extend(at)
-                    table = table.replace_schema_metadata({DIGEST_KEY: self.digest.encode()})
-                    if writer is not None and table.schema != writer.schema:
-                        raise self._damaged(index, "its columns are not those of the parts before it")
-                    if writer is None:
-                        writer = stack.enter_context(
-                            parquet.ParquetWriter(name, table.schema, compression="zstd", compression_level=1)
-                        )
-                    rows += table.num_rows
-                    waiting.append(table)
-                    if sum(t.num_rows for t in waiting) >= GROUP_ROWS or index == self.parts - 1:
-                        writer.write_table(pyarrow.concat_tables(waiting), row_group_size=GROUP_ROWS)
-                        waiting = []
-            with open(name, "rb+") as file:
-                os.fsync(file.fileno())
-            os.chmod(name, 0o666 & ~_umask())
-            os.replace(name, self.target)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        with replacing(self.target) as name, contextlib.ExitStack() as stack:
+            writer: Any = None
+            waiting: list[Any] = []
+            for index in range(self.parts):
+                table, own = self._read(index)
+                for reason, at in own.items():
+                    notes.setdefault(reason, []).extend(at)
+                table = table.replace_schema_metadata({DIGEST_KEY: self.digest.encode()})
+                if writer is None:
+                    writer = parquet.ParquetWriter(name, table.schema, compression="zstd", compression_level=1)
+                    stack.enter_context(writer)
+                elif table.schema != writer.schema:
+                    raise self._damaged(index, "its columns are not those of the parts before it")
+                rows += table.num_rows
+                waiting.append(table)
+                if sum(t.num_rows for t in waiting) >= GROUP_ROWS or index == self.parts - 1:
+                    writer.write_table(pyarrow.concat_tables(waiting), row_group_size=GROUP_ROWS)
+                    waiting = []
         self.clear()
         return rows, notes
 
@@ -159,17 +130,14 @@ class Store:
             notes = json.loads((table.schema.metadata or {}).get(NOTES_KEY, b"{}"))
         except (OSError, ValueError, RecursionError, pyarrow.ArrowException) as error:
             raise self._damaged(index, str(error)) from None
-        found = list(notes.values()) if isinstance(notes, dict) else [0]
-        if not all(
-            isinstance(at, list) and all(isinstance(x, (int, float)) and 0 <= x <= 1 for x in at) for at in found
-        ):
+        lists = list(notes.values()) if isinstance(notes, dict) else [0]
+        if not all(isinstance(at, list) and all(_is_fraction(x) for x in at) for at in lists):
             raise self._damaged(index, "its notes are none")
         return table, notes
 
     def _damaged(self, index: int, why: str) -> InputError:
-        return InputError(
-            f"{self.part(index)}: is damaged ({one_line(why, 300)}); remove it and run the same command again"
-        )
+        way = "remove it and run the same command again"
+        return InputError(f"{self.part(index)}: is damaged ({one_line(why, 300)}); {way}")
 
     def clear(self) -> None:
         """Remove the parts, but nothing else that may lie there."""
@@ -179,14 +147,12 @@ class Store:
             self.folder.rmdir()
 
 
-def check_room(target: Path, needed_bytes: float) -> None:
-    """Refuse a table that the disk has no room for.
+def _is_fraction(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value <= 1
 
-    Raises
-    ------
-    InputError
-        With what is needed and what is free.
-    """
+
+def check_room(target: Path, needed_bytes: float) -> None:
+    """Refuse a table that the disk has no room for, with what is needed and what is free."""
     free = shutil.disk_usage(target.parent).free
     if needed_bytes > free:
         sizes = f"needs about {needed_bytes / 1e9:.3g} GB while it is put together, and {free / 1e9:.3g} GB are free"
@@ -207,9 +173,3 @@ def _locked(path: Path, target: Path) -> Iterator[None]:
         except OSError:
             raise InputError(f"{target}: another sweep is writing it") from None
         yield
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask

@@ -1,22 +1,25 @@
-"""Sweeps: the product of models, devices, families, sparsities, phases, batches, lengths, formats and runtimes as one table.
+"""Sweeps: the product of models, devices, families, sparsities, phases, batches, lengths, formats and runtimes as one
+table.
 
-Use :func:`sweep` for a Parquet file of any size and :func:`sweep_columns` for arrays in memory. A grid is cut into partitions of bounded
-memory; each becomes one part of the table, whichever process or machine computes it, and is written by the calling process alone. So a
-sweep that is killed goes on where it was, and the table does not depend on how many workers there were.
+Use :func:`sweep` for a Parquet file of any size and :func:`sweep_columns` for arrays in memory. A grid is cut into
+pieces of bounded memory; each becomes one part of the table, whichever process or machine computes it, and is written
+by the calling process alone. So a sweep that is killed goes on where it was, and the table does not depend on how many
+workers there were.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -29,43 +32,24 @@ from simulator.files.parquet import load_pyarrow
 from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
 from simulator.predict.grid import Grid, grid_facts, read_grid
-from simulator.predict.rows import COLUMNS, Columns, Partition, Text, empty_columns, partition_columns, partitions
+from simulator.predict.rows import COLUMNS, Columns, Notes, Piece, Text, columns_of, note, note_lines, plain, work_of
 from simulator.predict.store import NOTES_KEY, Store, check_room
 from simulator.predict.where import Filter, parse_filter
 
-MOST_CONFIGURATIONS = 100_000_000
-"""Largest grid unless told otherwise."""
+MOST_CONFIGURATIONS = 100_000_000  # largest grid unless told otherwise
+PART_ROWS = 40_000  # configurations of a piece, about: a few megabytes of table
+OPERATOR_ROWS = 120_000  # operators of a piece, about: 25 MB of columns, some 100 MB while they are timed
+REQUESTS = 64  # (batch, seq) pruned together
+NOTED = 8  # sparsities that a note lists at most
 
 BYTES_PER_ROW = 120.0
-"""Disk a configuration takes while a table is put together: about 50 B in a part and as much again in the file, with a margin."""
-
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A sweep as a worker needs it: small, and the same wherever it is sent."""
-
-    grid: Grid
-    where: str | None = None
+"""Disk a configuration takes while a table is put together: about 50 B in a part, as much in the file, and a margin."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a sweep did.
-
-    Attributes
-    ----------
-    target : Path
-    configurations, rows : int
-        In the grid; in the table, after the filter and without what is not supported.
-    resumed : int
-        Partitions found done.
-    partitions : int
-    seconds : float
-    notes : tuple of str
-        What was left out, one line a reason.
-    """
+    """What a sweep did: configurations in the grid; rows in the table, after the filter and without what is not
+    supported; the partitions there are and those found done; what was left out, one line a reason."""
 
     target: Path
     configurations: int
@@ -83,7 +67,7 @@ def sweep(
     where: str | None = None,
     jobs: int = 1,
     scheduler: str | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
     most: int = MOST_CONFIGURATIONS,
 ) -> Summary:
     """Predict every combination of a grid into a Parquet file.
@@ -93,7 +77,8 @@ def sweep(
     grid : Grid, str or Path
         A grid or the YAML file of one.
     out : str or Path
-        The file. While it grows there is a folder ``OUT.parts`` beside it; the same call takes up the parts it finds there.
+        The file. While it grows there is a folder ``OUT.parts`` beside it; the same call takes up the parts it finds
+        there.
     where : str, optional
         Rows to keep, such as ``speedup > 1.3 and batch == 1``; see :mod:`simulator.predict.where`.
     jobs : int
@@ -105,47 +90,40 @@ def sweep(
     most : int
         Largest grid to accept.
 
-    Returns
-    -------
-    Summary
-
     Raises
     ------
     InputError
         Before any work, for a bad grid, filter, target or address, and for a grid too large for the disk.
     """
     began = time.monotonic()
-    chosen = grid if isinstance(grid, Grid) else read_grid(grid)
-    plan = Plan(chosen, where)
+    grid = grid if isinstance(grid, Grid) else read_grid(grid)
     _condition(where)
     if jobs < 1:
         raise InputError(f"jobs {jobs}: expected a whole number from 1")
-    if chosen.size > most:
-        raise InputError(
-            f"the grid has {chosen.size:,} configurations, more than {most:,} (--max); take a smaller grid"
-        )
-    load_pyarrow()
-    pieces = list(partitions(chosen))
-    store = Store(Path(out), digest(plan), len(pieces))
+    if grid.size > most:
+        raise InputError(f"the grid has {grid.size:,} configurations, more than {most:,} (--max); take a smaller grid")
+    _, parquet = load_pyarrow()
+    sizes = [len(p.shapes) * len(p.choices) * len(grid.hardware) * len(grid.runtimes) for p in pieces(grid)]
+    store = Store(Path(out), digest(grid, where), len(sizes))
+    notes: Notes = {}
     if store.finished():
         store.clear()
-        return Summary(
-            store.target, chosen.size, _rows(store.target), len(pieces), len(pieces), time.monotonic() - began, ()
-        )
-    with store.opened({"version": __version__, "where": where, "grid": dict(grid_facts(chosen))}) as there:
-        todo = [i for i in range(len(pieces)) if i not in there]
-        check_room(store.target, BYTES_PER_ROW * chosen.size * (0.5 + 0.5 * len(todo) / len(pieces)))
-        sizes = [_size(chosen, piece) for piece in pieces]
-        done = sum(sizes[i] for i in there)
-        if progress is not None and there:
-            progress(done, chosen.size)
-        for index, content in _compute(plan, todo, min(jobs, max(1, len(todo))), scheduler):
-            store.put(index, content)
-            done += sizes[index]
-            if progress is not None:
-                progress(done, chosen.size)
-        rows, notes = store.assemble()
-    return Summary(store.target, chosen.size, rows, len(there), len(pieces), time.monotonic() - began, _lines(notes))
+        resumed, rows = len(sizes), int(parquet.read_metadata(store.target).num_rows)
+    else:
+        with store.opened({"version": __version__, "where": where, "grid": dict(grid_facts(grid))}) as there:
+            todo, resumed = [i for i in range(len(sizes)) if i not in there], len(there)
+            check_room(store.target, BYTES_PER_ROW * grid.size * (0.5 + 0.5 * len(todo) / len(sizes)))
+            done = sum(sizes[i] for i in there)
+            if progress is not None and there:
+                progress(done, grid.size)
+            for index, content in _parts(partial(compute_part, grid, where), todo, jobs, scheduler):
+                store.put(index, content)
+                done += sizes[index]
+                if progress is not None:
+                    progress(done, grid.size)
+            rows, notes = store.assemble()
+    seconds = time.monotonic() - began
+    return Summary(store.target, grid.size, rows, resumed, len(sizes), seconds, note_lines(notes, NOTED))
 
 
 def sweep_columns(grid: Grid, where: str | None = None) -> tuple[Columns, tuple[str, ...]]:
@@ -153,64 +131,95 @@ def sweep_columns(grid: Grid, where: str | None = None) -> tuple[Columns, tuple[
 
     Examples
     --------
-    >>> from simulator.predict.grid import FamilyChoice
-    >>> grid = Grid(("llama-3.1-8b",), ("h100",), (0.25, 0.5), ("decode",), (1, 8), (2048,), families=(FamilyChoice("depth"),))
+    >>> from simulator.predict.rows import FamilyChoice
+    >>> families = (FamilyChoice("depth"),)
+    >>> grid = Grid(("llama-3.1-8b",), ("h100",), (0.25, 0.5), ("decode",), (1, 8), (2048,), families)
     >>> columns, notes = sweep_columns(grid, "sparsity > 0.3")
     >>> columns["batch"].tolist(), columns["realised_sparsity"].tolist(), notes
     ([1, 8], [0.5, 0.5], ())
     """
-    found: list[Columns] = []
-    notes: dict[str, list[float]] = {}
-    for piece in partitions(grid):
-        columns, why = _kept(grid, where, piece)
-        found.append(columns)
-        for reason, at in why.items():
-            notes.setdefault(reason, []).extend(at)
-    return {name: np.concatenate([_plain(columns[name]) for columns in found]) for name in COLUMNS}, _lines(notes)
-
-
-def compute_part(plan: Plan, index: int) -> bytes:
-    """One partition of a sweep as a Parquet file in memory; the same bytes wherever it runs."""
-    grid = plan.grid
-    columns, notes = _kept(grid, plan.where, _pieces(grid)[index])
-    pyarrow, parquet = load_pyarrow()
-    types = {str: pyarrow.string(), float: pyarrow.float64(), int: pyarrow.int64(), bool: pyarrow.bool_()}
-    schema = pyarrow.schema(
-        [(name, types[kind]) for name, kind in COLUMNS.items()], {NOTES_KEY: json.dumps(notes).encode()}
+    notes: Notes = {}
+    found = [piece_columns(grid, piece, notes, where) for piece in pieces(grid)]
+    return {name: np.concatenate([plain(columns[name]) for columns in found]) for name in COLUMNS}, note_lines(
+        notes, NOTED
     )
-    arrays = []
-    for name, kind in COLUMNS.items():
+
+
+def compute_part(grid: Grid, where: str | None, index: int) -> bytes:
+    """One piece of a sweep as a Parquet file in memory; the same bytes wherever it runs."""
+    pyarrow, parquet = load_pyarrow()
+    notes: Notes = {}
+    columns = piece_columns(grid, _cached_pieces(grid)[index], notes, where)
+    types = {str: pyarrow.string(), float: pyarrow.float64(), int: pyarrow.int64(), bool: pyarrow.bool_()}
+
+    def array(name: str, kind: type) -> Any:
         column = columns[name]
         if isinstance(column, Text):
             values = pyarrow.array(column.values, pyarrow.string())
-            arrays.append(pyarrow.DictionaryArray.from_arrays(column.codes, values).dictionary_decode())
-        else:
-            arrays.append(pyarrow.array(column, types[kind], from_pandas=True))  # NaN: not known
+            return pyarrow.DictionaryArray.from_arrays(column.codes, values).dictionary_decode()
+        return pyarrow.array(column, types[kind], from_pandas=True)  # NaN: not known
+
+    schema = pyarrow.schema([(name, types[kind]) for name, kind in COLUMNS.items()])
+    schema = schema.with_metadata({NOTES_KEY: json.dumps(notes).encode()})
+    table = pyarrow.Table.from_arrays([array(name, kind) for name, kind in COLUMNS.items()], schema=schema)
     sink = pyarrow.BufferOutputStream()
-    parquet.write_table(pyarrow.Table.from_arrays(arrays, schema=schema), sink, compression="zstd", compression_level=1)
+    parquet.write_table(table, sink, compression="zstd", compression_level=1)
     return bytes(sink.getvalue())
 
 
-def digest(plan: Plan) -> str:
+def pieces(grid: Grid) -> Iterator[Piece]:
+    """The pieces of a grid in the order of the table: by model, format, devices, phase, then some requests by length
+    and batch, then some families and sparsities."""
+    shapes = [(b, s) for s in grid.seqs for b in grid.batches]
+    choices = list(itertools.product(grid.families, grid.sparsities))
+    for model, formats, devices, phase in itertools.product(grid.models, grid.dtypes, grid.devices, grid.phases):
+        operators = 30 if phase != "generate" else 60 + 2 * grid.new_tokens
+        workloads = max(1, min(PART_ROWS // (len(grid.hardware) * len(grid.runtimes)), OPERATOR_ROWS // operators))
+        many = min(len(shapes), REQUESTS, workloads)
+        of_choices = max(1, workloads // many)
+        if of_choices >= len(choices):  # room for more requests
+            many = max(1, min(len(shapes), 4 * REQUESTS, workloads // len(choices)))
+        for some, chosen in itertools.product(_even(shapes, many), _even(choices, of_choices)):
+            yield Piece(model, grid.setting(formats, devices), phase, tuple(some), tuple(chosen), grid.ideal)
+
+
+def _even(values: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    """Values in even runs of at most a size."""
+    each = -(-len(values) // -(-len(values) // size))
+    return [values[i : i + each] for i in range(0, len(values), each)]
+
+
+def piece_columns(grid: Grid, piece: Piece, notes: Notes, where: str | None = None) -> Columns:
+    """Rows of a piece that a filter keeps; why others are left out goes to the notes."""
+
+    def refuse(choice: int | None, reason: str, device: str) -> None:
+        if choice is not None:
+            note(notes, piece.choices[choice], reason, device)
+
+    columns = columns_of(work_of(piece, refuse), [load_hardware(h) for h in grid.hardware], grid.runtimes, refuse)
+    condition = _condition(where)
+    if condition is not None:
+        mask = condition.mask(lambda name: plain(columns[name]), len(columns["speedup"]))
+        columns = {name: column[mask] for name, column in columns.items()}
+    return columns
+
+
+def digest(grid: Grid, where: str | None = None) -> str:
     """Digest of everything a table follows from: grid, filter, version, models and the files of the profiles."""
-    sha = hashlib.sha256(
-        json.dumps([__version__, plan.where, dict(grid_facts(plan.grid))], sort_keys=True, default=str).encode()
-    )
-    for name in plan.grid.models:
+    facts = json.dumps([__version__, where, dict(grid_facts(grid))], sort_keys=True, default=str)
+    sha = hashlib.sha256(facts.encode())
+    for name in grid.models:
         sha.update(repr(load_model(name)).encode())
-    for name in plan.grid.hardware:
+    for name in grid.hardware:
         path = load_hardware(name).path
         for file in sorted(path.parent.glob(f"{path.stem}.*")) if path is not None else ():
             sha.update(file.name.encode() + b"\0" + file.read_bytes())
     return sha.hexdigest()
 
 
-# -- parts ------------------------------------------------------------------------------------------------------------------------
-
-
 @lru_cache(maxsize=4)
-def _pieces(grid: Grid) -> tuple[Partition, ...]:
-    return tuple(partitions(grid))
+def _cached_pieces(grid: Grid) -> tuple[Piece, ...]:
+    return tuple(pieces(grid))
 
 
 @lru_cache(maxsize=8)
@@ -218,65 +227,38 @@ def _condition(where: str | None) -> Filter | None:
     return None if where is None else parse_filter(where, COLUMNS)
 
 
-def _kept(grid: Grid, where: str | None, piece: Partition) -> tuple[Columns, Mapping[str, list[float]]]:
-    """Columns of a partition after the filter."""
-    columns, notes = partition_columns(grid, piece)
-    condition = _condition(where)
-    if condition is not None:
-        mask = condition.mask(lambda name: _plain(columns[name]), len(columns["speedup"]))
-        columns = {name: column[mask] for name, column in columns.items()} if len(mask) else empty_columns()
-    return columns, notes
+# -- workers -----------------------------------------------------------------------------------------------------------
 
 
-def _lines(notes: Mapping[str, list[float]]) -> tuple[str, ...]:
-    """One line a reason, with the sparsities it holds for; few of many."""
-    out = []
-    for reason, at in notes.items():
-        values = [f"{s:g}" for s in sorted(set(at))]
-        shown = values if len(values) <= 8 else [*values[:4], "...", values[-1]]
-        out.append(f"{reason}: left out at sparsity {', '.join(shown)}")
-    return tuple(out)
-
-
-def _plain(column: Any) -> Any:
-    return column.array if isinstance(column, Text) else column
-
-
-def _size(grid: Grid, piece: Partition) -> int:
-    return len(piece.shapes) * len(piece.choices) * len(grid.hardware) * len(grid.runtimes)
-
-
-def _rows(path: Path) -> int:
-    return int(load_pyarrow()[1].read_metadata(path).num_rows)
-
-
-def _compute(plan: Plan, todo: list[int], jobs: int, scheduler: str | None) -> Iterator[tuple[int, bytes]]:
+def _parts(
+    compute: Callable[[int], bytes], todo: list[int], jobs: int, scheduler: str | None
+) -> Iterator[tuple[int, bytes]]:
     """Parts as they come, from a cluster, from processes of this machine, or from this one."""
+    jobs = min(jobs, max(1, len(todo)))
     if scheduler is not None:
         from simulator.predict.dask import compute_on
 
-        yield from compute_on(scheduler, plan, todo)
+        yield from compute_on(scheduler, compute, todo)
     elif jobs == 1:
         for index in todo:
-            yield index, compute_part(plan, index)
+            yield index, compute(index)
     else:
         # spawned: a forked child would inherit the locks of threads it does not have
-        with ProcessPoolExecutor(
-            jobs, mp_context=get_context("spawn"), initializer=_follow, initargs=(os.getpid(),)
-        ) as pool:
+        context = get_context("spawn")
+        with ProcessPoolExecutor(jobs, mp_context=context, initializer=_follow, initargs=(os.getpid(),)) as pool:
             try:
-                yield from windowed(lambda index: pool.submit(compute_part, plan, index), todo, 2 * jobs)
+                yield from windowed(lambda index: pool.submit(compute, index), todo, 2 * jobs)
             except BrokenExecutor as error:
-                raise OSError(
-                    "a worker process ended before its time, perhaps for want of memory; the same command goes on"
-                ) from error
+                why = "a worker process ended before its time, perhaps for want of memory; the same command goes on"
+                raise OSError(why) from error
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
 
 def windowed(submit: Callable[[int], Future[bytes]], todo: Iterable[int], many: int) -> Iterator[tuple[int, bytes]]:
-    """Results of tasks as they finish, never more than so many under way: their bytes are the only thing that adds up."""
+    """Results of tasks as they finish, never more than so many under way: their bytes are the only thing that adds
+    up."""
     waiting = iter(todo)
     under_way: dict[Future[bytes], int] = {}
     while True:
@@ -298,7 +280,6 @@ def _follow(parent: int) -> None:
             time.sleep(0.5)
         os._exit(1)
 
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group; the parent answers it and ends this process
+    # Ctrl-C reaches the whole group; the parent answers it and ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=watch, daemon=True).start()

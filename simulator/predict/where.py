@@ -1,15 +1,17 @@
-"""Conditions on the rows of a table, such as ``speedup > 1.3 and batch == 1``: read once, evaluated on columns, never run as code.
+"""Conditions on the rows of a table, such as ``speedup > 1.3 and batch == 1``: read once, evaluated on columns, never
+run as code.
 
-Use :func:`parse_filter`. Names of columns, numbers, texts, true and false; comparisons, also chained; ``in`` and ``not in`` a list;
-``and``, ``or``, ``not``; ``+ - * /``. Nothing else is accepted.
+Use :func:`parse_filter`. Names of columns, numbers, texts, true and false; comparisons, also chained; ``in`` and ``not
+in`` a list; ``and``, ``or``, ``not``; ``+ - * /``. Nothing else is accepted.
 """
 
 from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from simulator.errors import InputError, unknown
 MOST_CHARACTERS = 2000
 
 Column = Callable[[str], NDArray[Any]]
+Value = Callable[[Column], Any]
 
 _COMPARE: Mapping[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Lt: operator.lt,
@@ -36,28 +39,20 @@ _ARITHMETIC: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Div: operator.truediv,
 }
 _CONSTANTS = {"true": True, "false": False}
+_SHOWN = {str: "text", bool: "condition", float: "number"}
 
 
 @dataclass(frozen=True)
 class Filter:
-    """A condition on columns.
-
-    Attributes
-    ----------
-    text : str
-        As it was written.
-    names : frozenset of str
-        Columns it looks at.
-    """
+    """A condition on columns, as it was written and as it is evaluated."""
 
     text: str
-    names: frozenset[str]
-    tree: ast.expr
+    value: Value
 
     def mask(self, column: Column, size: int) -> NDArray[np.bool_]:
         """Rows for which it holds; ``column`` gives a column of ``size`` values by name."""
         with np.errstate(all="ignore"):
-            value = np.asarray(_value(self.tree, column))
+            value = np.asarray(self.value(column))
         return np.array(np.broadcast_to(value, (size,)), dtype=bool)
 
 
@@ -69,10 +64,6 @@ def parse_filter(text: str, columns: Mapping[str, type]) -> Filter:
     text : str
     columns : mapping of str to {str, float, int, bool}
         Columns there are, and what they hold.
-
-    Returns
-    -------
-    Filter
 
     Raises
     ------
@@ -89,108 +80,94 @@ def parse_filter(text: str, columns: Mapping[str, type]) -> Filter:
     if len(text) > MOST_CHARACTERS:
         raise InputError(f"--where: expected at most {MOST_CHARACTERS} characters, got {len(text)}")
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
-        names: set[str] = set()
-        kind = _kind(tree, text, columns, names)
+        kind, value = _Reader(text, columns).read(ast.parse(text.strip(), mode="eval").body)
+    except InputError:
+        raise
     except (SyntaxError, ValueError, OverflowError, MemoryError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
         reason = getattr(error, "msg", None) or str(error) or type(error).__name__
-        raise InputError(
-            f"--where {text!r}: cannot be read ({reason}); expected something like speedup > 1.3 and batch == 1"
-        ) from None
+        wanted = "expected something like speedup > 1.3 and batch == 1"
+        raise InputError(f"--where {text!r}: cannot be read ({reason}); {wanted}") from None
     if kind is not bool:
-        raise InputError(f"--where {text!r}: expected a condition such as speedup > 1.3, got a {_shown(kind)}")
-    return Filter(text, frozenset(names), tree)
+        raise InputError(f"--where {text!r}: expected a condition such as speedup > 1.3, got a {_SHOWN[kind]}")
+    return Filter(text, value)
 
 
-def _shown(kind: type) -> str:
-    return {str: "text", bool: "condition"}.get(kind, "number")
+@dataclass(frozen=True)
+class _Reader:
+    """Expressions to what they give (``str``, ``float`` or ``bool``) and how that is found; refuses what is not on the
+    list."""
 
+    text: str
+    columns: Mapping[str, type]
 
-def _kind(node: ast.expr, text: str, columns: Mapping[str, type], names: set[str]) -> type:
-    """What an expression gives: ``str``, ``float`` or ``bool``; refuses what is not on the list."""
+    def read(self, node: ast.expr) -> tuple[type, Value]:
+        if isinstance(node, ast.Name):
+            return self.name(node.id)
+        if isinstance(node, ast.Constant) and type(node.value) in (str, int, float, bool):
+            # float() refuses a whole number that no column can hold
+            constant = float(node.value) if type(node.value) is int else node.value
+            return type(constant), lambda _: constant
+        if isinstance(node, ast.BoolOp):
+            join, parts = np.logical_and if isinstance(node.op, ast.And) else np.logical_or, self.all(node.values, bool)
+            return bool, lambda column: reduce(join, [part(column) for part in parts])
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            (inner,) = self.all([node.operand], bool)
+            return bool, lambda column: np.logical_not(inner(column))
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            (inner,) = self.all([node.operand], float)
+            return float, lambda column: -inner(column)
+        if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
+            combine, (left, right) = _ARITHMETIC[type(node.op)], self.all([node.left, node.right], float)
+            return float, lambda column: combine(np.asarray(left(column), dtype=np.float64), right(column))
+        if isinstance(node, ast.Compare):
+            return bool, self.comparison(node)
+        allowed = "columns, values, comparisons, and, or, not, in, + - * /"
+        raise self.refusal(f"{ast.unparse(node)[:60]} is not allowed; expected {allowed}")
 
-    def need(part: ast.expr, wanted: type) -> None:
-        found = _kind(part, text, columns, names)
-        if found is not wanted:
-            raise InputError(f"--where {text!r}: {ast.unparse(part)} is a {_shown(found)}, expected a {_shown(wanted)}")
+    def name(self, name: str) -> tuple[type, Value]:
+        if name in _CONSTANTS:
+            return bool, lambda _: _CONSTANTS[name]
+        if name not in self.columns:
+            raise unknown("--where: column", name, self.columns)
+        kind = self.columns[name]
+        return (float if kind is int else kind), lambda column: column(name)
 
-    if isinstance(node, ast.Name):
-        if node.id in _CONSTANTS:
-            return bool
-        if node.id not in columns:
-            raise unknown("--where: column", node.id, columns)
-        names.add(node.id)
-        kind = columns[node.id]
-        return float if kind is int else kind
-    if isinstance(node, ast.Constant) and type(node.value) in (str, int, float, bool):
-        if type(node.value) is int:
-            float(node.value)  # refuses what no column can hold
-        return {str: str, bool: bool}.get(type(node.value), float)
-    if isinstance(node, ast.BoolOp):
-        for value in node.values:
-            need(value, bool)
-        return bool
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.Not, ast.USub)):
-        wanted = bool if isinstance(node.op, ast.Not) else float
-        need(node.operand, wanted)
-        return wanted
-    if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
-        need(node.left, float)
-        need(node.right, float)
-        return float
-    if isinstance(node, ast.Compare):
-        left = _kind(node.left, text, columns, names)
+    def all(self, nodes: Sequence[ast.expr], wanted: type) -> list[Value]:
+        """Values of one kind."""
+        out = []
+        for node in nodes:
+            kind, value = self.read(node)
+            if kind is not wanted:
+                raise self.refusal(f"{ast.unparse(node)} is a {_SHOWN[kind]}, expected a {_SHOWN[wanted]}")
+            out.append(value)
+        return out
+
+    def comparison(self, node: ast.Compare) -> Value:
+        """One or several in a chain, each with the value before it."""
+        kind, left = self.read(node.left)
+        steps: list[Value] = []
         for op, right in zip(node.ops, node.comparators):
             if isinstance(op, (ast.In, ast.NotIn)) and isinstance(right, (ast.List, ast.Tuple, ast.Set)) and right.elts:
-                for member in right.elts:
-                    need(member, left)
-            elif type(op) in _COMPARE and not (left in (str, bool) and not isinstance(op, (ast.Eq, ast.NotEq))):
-                need(right, left)
+                steps.append(_member(left, self.all(right.elts, kind), isinstance(op, ast.NotIn)))
+            elif type(op) in _COMPARE and (kind is float or isinstance(op, (ast.Eq, ast.NotEq))):
+                (value,) = self.all([right], kind)
+                steps.append(_pair(_COMPARE[type(op)], left, value))
+                left = value
             else:
-                raise InputError(f"--where {text!r}: cannot compare so in {ast.unparse(node)}")
-        return bool
-    allowed = "columns, values, comparisons, and, or, not, in, + - * /"
-    raise InputError(f"--where {text!r}: {ast.unparse(node)[:60]} is not allowed; expected {allowed}")
+                raise self.refusal(f"cannot compare so in {ast.unparse(node)}")
+        return lambda column: reduce(np.logical_and, [step(column) for step in steps])
+
+    def refusal(self, why: str) -> InputError:
+        return InputError(f"--where {self.text!r}: {why}")
 
 
-def _value(node: ast.expr, column: Column) -> Any:
-    if isinstance(node, ast.Name):
-        return _CONSTANTS[node.id] if node.id in _CONSTANTS else column(node.id)
-    if isinstance(node, ast.Constant):
-        return float(node.value) if type(node.value) is int else node.value
-    if isinstance(node, ast.BoolOp):
-        join = np.logical_and if isinstance(node.op, ast.And) else np.logical_or
-        out = _value(node.values[0], column)
-        for value in node.values[1:]:
-            out = join(out, _value(value, column))
-        return out
-    if isinstance(node, ast.UnaryOp):
-        inner = _value(node.operand, column)
-        return np.logical_not(inner) if isinstance(node.op, ast.Not) else -inner
-    if isinstance(node, ast.BinOp):
-        return _ARITHMETIC[type(node.op)](
-            np.asarray(_value(node.left, column), dtype=np.float64), _value(node.right, column)
-        )
-    assert isinstance(node, ast.Compare)
-    left, out = _value(node.left, column), None
-    for op, comparator in zip(node.ops, node.comparators):
-        if isinstance(op, (ast.In, ast.NotIn)):
-            assert isinstance(comparator, (ast.List, ast.Tuple, ast.Set))
-            found = _any(left == _value(member, column) for member in comparator.elts)
-            step = np.logical_not(found) if isinstance(op, ast.NotIn) else found
-            right: Any = None
-        else:
-            right = _value(comparator, column)
-            step = _COMPARE[type(op)](left, right)
-        out = step if out is None else np.logical_and(out, step)
-        left = right
-    return out
+def _pair(compare: Callable[[Any, Any], Any], left: Value, right: Value) -> Value:
+    return lambda column: compare(left(column), right(column))
 
 
-def _any(parts: Iterable[Any]) -> Any:
-    out: Any = None
-    for part in parts:
-        out = part if out is None else np.logical_or(out, part)
-    return out
+def _member(left: Value, members: Sequence[Value], negated: bool) -> Value:
+    def value(column: Column) -> Any:
+        found = reduce(np.logical_or, [left(column) == member(column) for member in members])
+        return np.logical_not(found) if negated else found
+
+    return value

@@ -1,7 +1,5 @@
-"""Predictions in words: numbers with their units, titles of settings, the sentence of an explanation, rows as CSV.
-
-What the command line, the page and the report show to people is worded here, once. Nothing here computes a prediction.
-"""
+"""Predictions in words: titles of settings, the sentence of an explanation, rows as CSV; for the command line, the page
+and the report."""
 
 from __future__ import annotations
 
@@ -13,39 +11,28 @@ from typing import TYPE_CHECKING, Any
 from simulator.units import finite, percent
 
 if TYPE_CHECKING:
-    from simulator.predict.table import Explanation, Record
+    from simulator.predict.rows import Record
+    from simulator.predict.table import Explanation
 
 LOSS = 0.985
 """A step that takes more than this factor off is worth a word."""
-
-
-# -- numbers ----------------------------------------------------------------------------------------------------------------------
-
-
-# -- sentences --------------------------------------------------------------------------------------------------------------------
 
 
 def setting_title(r: Record) -> str:
     """What a group of records is a prediction of."""
     new = f" + {r.new_tokens} new" if r.phase == "generate" else ""
     spread = f", {r.devices} devices ({r.parallel})" if r.devices > 1 else ""
-    formats = (
-        r.dtype
-        if r.weight_dtype == r.kv_dtype == r.dtype
-        else f"{r.dtype}, weights {r.weight_dtype}, cache {r.kv_dtype}"
-    )
+    plain = r.weight_dtype == r.kv_dtype == r.dtype
+    formats = r.dtype if plain else f"{r.dtype}, weights {r.weight_dtype}, cache {r.kv_dtype}"
     ideal = ", pruning overheads left out" if r.ideal else ""
     return f"{r.model}, {r.phase}, batch {r.batch}, seq {r.seq}{new}, {formats}, {r.runtime}{spread}{ideal}"
 
 
-def uncalibrated(records: Sequence[Record]) -> tuple[str, ...]:
-    """The note on devices whose prediction rests on something that was not fitted there; none where all are calibrated."""
-    names = list(dict.fromkeys(r.hardware for r in records if not r.calibrated))
-    return (
-        (f"{', '.join(names)}: not calibrated for everything this needs; the intervals are wide for it",)
-        if names
-        else ()
-    )
+def uncalibrated(records: Sequence[Any]) -> tuple[str, ...]:
+    """The note on devices whose prediction rests on something that was not fitted there; none where all are
+    calibrated."""
+    names = ", ".join(dict.fromkeys(r.hardware for r in records if not r.calibrated))
+    return (f"{names}: not calibrated for everything this needs; the intervals are wide for it",) if names else ()
 
 
 def conclusion(e: Explanation) -> str:
@@ -53,7 +40,8 @@ def conclusion(e: Explanation) -> str:
     r, losses = e.record, sorted((s for s in e.steps[1:] if s.factor < LOSS), key=lambda s: s.factor)
     gains = [s for s in e.steps[1:] if s.factor > 1 / LOSS and s.name != "rounding"]
     verdict = f"predicted {r.speedup:.2f}x ({r.speedup_lower:.2f}-{r.speedup_upper:.2f})"
-    text = f"{r.family} at {percent(r.sparsity)} promises {e.steps[0].speedup:.2f}x, {verdict} on {r.hardware}, held by {r.limit}"
+    promise = f"{r.family} at {percent(r.sparsity)} promises {e.steps[0].speedup:.2f}x"
+    text = f"{promise}, {verdict} on {r.hardware}, held by {r.limit}"
     if losses:
         text += ": lost to " + _and([f"{s.name} (x{s.factor:.2f})" for s in losses[:3]])
     elif r.speedup > 1:
@@ -69,9 +57,6 @@ def conclusion(e: Explanation) -> str:
 
 def _and(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
-# -- rows -------------------------------------------------------------------------------------------------------------------------
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:

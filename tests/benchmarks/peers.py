@@ -255,7 +255,7 @@ def prunesim(data: Split, repeat: int = 5) -> dict[str, Any]:
     import simulator
     from calibration.fit.gemm import fit_gemm
     from simulator.predict.grid import Grid
-    from simulator.predict.rows import partition_columns, partitions
+    from simulator.predict.sweep import piece_columns, pieces
 
     hw = simulator.load_hardware(DEVICE)
     out: dict[str, Any] = {}
@@ -284,10 +284,10 @@ def prunesim(data: Split, repeat: int = 5) -> dict[str, Any]:
     out["models_per_s"] = 200 / timed(lambda: [estimate() for _ in range(200)], time.process_time)
     batches, seqs = tuple(2**i for i in range(8)), tuple(2**i for i in range(7, 15))
     grid = Grid(("llama-3.1-8b",), (DEVICE,), (0.25, 0.5), ("prefill", "decode"), batches, seqs)
-    pieces = list(partitions(grid))
-    partition_columns(grid, pieces[0])
+    some = list(pieces(grid))
+    piece_columns(grid, some[0], {})
     out["models_per_s_in_a_sweep"] = grid.size / timed(
-        lambda: [partition_columns(grid, p) for p in pieces], time.process_time
+        lambda: [piece_columns(grid, p, {}) for p in some], time.process_time
     )
     code = f"import simulator; simulator.gemm_time(2048, 4096, 4096, simulator.load_hardware({DEVICE!r}))"
     out["first_s"] = float(

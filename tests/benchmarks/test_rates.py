@@ -11,11 +11,9 @@ import pytest
 
 from simulator.hardware.library import load_hardware
 from simulator.kernels.gemm import gemm_time
-from simulator.kernels.roofline import gemm_roofline
 from simulator.predict.compare import compare
 from simulator.predict.grid import Grid
-from simulator.predict.rows import partition_columns, partitions
-from simulator.predict.sweep import Plan, compute_part, sweep
+from simulator.predict.sweep import compute_part, piece_columns, pieces, sweep
 
 Floor = Callable[..., None]
 SHAPES = 200_000
@@ -54,29 +52,22 @@ def test_calibrated_gemms(benchmark: Any, shapes: tuple[Any, Any, Any], name: st
     floor(what, SHAPES / benchmark.stats["min"], 3e6)
 
 
-def test_plain_rooflines(benchmark: Any, shapes: tuple[Any, Any, Any], floor: Floor) -> None:
-    hw = load_hardware("h100_sxm")
-    seconds = benchmark(gemm_roofline, *shapes, hw)
-    assert (seconds > 0).all()
-    floor("plain rooflines a second", SHAPES / benchmark.stats["min"], 20e6)
-
-
 def test_configurations_of_a_sweep(benchmark: Any, floor: Floor) -> None:
     """Amortised cost of a configuration: lowering, pruning, three devices, two runtimes, intervals, bounds, memory."""
     g = grid()
-    pieces = list(partitions(g))[:2]
-    partition_columns(g, pieces[0])
-    rows = benchmark(lambda: sum(len(partition_columns(g, p)[0]["speedup"]) for p in pieces))
+    some = list(pieces(g))[:2]
+    piece_columns(g, some[0], {})
+    rows = benchmark(lambda: sum(len(piece_columns(g, p, {})["speedup"]) for p in some))
     floor("microseconds a configuration, without the file", 1e6 * benchmark.stats["min"] / rows, 10.0, False)
 
 
 def test_configurations_of_a_sweep_as_parquet(benchmark: Any, floor: Floor) -> None:
     pytest.importorskip("pyarrow")
-    plan = Plan(grid())
-    compute_part(plan, 0)
-    piece = next(iter(partitions(plan.grid)))
-    benchmark(compute_part, plan, 0)
-    rows = len(piece.shapes) * len(piece.choices) * len(plan.grid.hardware) * len(plan.grid.runtimes)
+    g = grid()
+    compute_part(g, None, 0)
+    piece = next(pieces(g))
+    benchmark(compute_part, g, None, 0)
+    rows = len(piece.shapes) * len(piece.choices) * len(g.hardware) * len(g.runtimes)
     floor("microseconds a configuration, as Parquet", 1e6 * benchmark.stats["min"] / rows, 20.0, False)
 
 

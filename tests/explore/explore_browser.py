@@ -25,8 +25,8 @@ import pytest
 import simulator
 from simulator.explore.state import State, read_query
 from simulator.figures.style import label
+from simulator.predict.rows import Record
 from simulator.predict.settings import Setting
-from simulator.predict.table import Record
 from simulator.units import percent, ratio, seconds
 
 PRUNESIM = (sys.executable, "-c", "import sys; sys.argv[0] = 'prunesim'; from calibration.cli import main; main()")

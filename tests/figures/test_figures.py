@@ -1,4 +1,6 @@
-"""Figures: the same bytes for the same arrays, embedded fonts, nothing outside the page, no two texts on top of each other."""
+"""Figures: the same bytes for the same arrays, embedded fonts, nothing outside the page, no two texts on top of each
+other.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,11 @@ import numpy as np
 import pytest
 
 from simulator.errors import InputError
-from simulator.figures.save import (
-    Roof,
-    Steps,
-    check_figure,
-    roofline_figure,
-    save_figure,
-    speedup_figure,
-    waterfall_figure,
-)
-from simulator.figures.style import LOOKS, PAGE_IN, in_order, look
+from simulator.figures.roofline import Roof, roofline_figure
+from simulator.figures.save import check_figure, save_figure
+from simulator.figures.speedup import speedup_figure
+from simulator.figures.style import COLUMN_IN, LOOKS, PAGE_IN, in_order, look
+from simulator.figures.waterfall import Steps, waterfall_figure
 from simulator.pruning import FAMILIES
 
 if TYPE_CHECKING:
@@ -110,8 +107,9 @@ def test_the_same_arrays_give_the_same_bytes(suffix: str, tmp_path: Path) -> Non
 
 def test_the_bytes_do_not_depend_on_the_users_settings_or_the_process(tmp_path: Path) -> None:
     code = (
-        "import sys; import matplotlib; matplotlib.rcParams.update({'font.size': 30, 'axes.grid': False, 'svg.hashsalt': 'other'}); "
-        "from simulator.figures.save import *; save_figure(waterfall_figure([Steps('x', ['a', 'b'], [0.9, 1.1], 1.3, 1.2, 1.4)]), sys.argv[1])"
+        "import sys; import matplotlib; from simulator.figures.save import *; from simulator.figures.waterfall import *;"
+        "matplotlib.rcParams.update({'font.size': 30, 'axes.grid': False, 'svg.hashsalt': 'other'});"
+        "panel = Steps('x', ['a', 'b'], [0.9, 1.1], 1.3, 1.2, 1.4); save_figure(waterfall_figure([panel]), sys.argv[1])"
     )
     root = Path(__file__).resolve().parents[2]
     for suffix in (".svg", ".pdf"):
@@ -164,27 +162,24 @@ def _shown(figure: Figure, text: Any) -> bool:
     return True
 
 
-@pytest.mark.parametrize("name", list(figures()))
-def test_texts_lie_on_the_page_and_apart(name: str, drawn: dict[str, Figure]) -> None:
-    figure = drawn[name]
+def check_print(figure: Figure) -> None:
+    """A width of a paper's columns, no taller than its page, and no text off the page or on top of another."""
+    assert figure.get_size_inches()[0] in (COLUMN_IN, PAGE_IN)
+    assert figure.get_size_inches()[1] <= 9.5
     found = texts(figure)
     assert len(found) > 5
-    width, height = figure.bbox.width, figure.bbox.height
     for text, box in found:
-        assert box.x0 >= -1, (text, box)
-        assert box.y0 >= -1, (text, box)
-        assert box.x1 <= width + 1, (text, box)
-        assert box.y1 <= height + 1, (text, box)
+        assert min(box.x0, box.y0) >= -1, (text, box)
+        assert box.x1 <= figure.bbox.width + 1, (text, box)
+        assert box.y1 <= figure.bbox.height + 1, (text, box)
     for (one, a), (other, b) in itertools.combinations(found, 2):
         overlap = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
         assert min(overlap) <= 1.5, (one, other, overlap)
 
 
-def test_figures_have_the_widths_of_a_paper_and_fit_a_page(drawn: dict[str, Figure]) -> None:
-    for name, figure in drawn.items():
-        width, height = figure.get_size_inches()
-        assert width in (3.35, PAGE_IN), name
-        assert height <= 9.5, name
+@pytest.mark.parametrize("name", list(figures()))
+def test_figures_print_without_clashes(name: str, drawn: dict[str, Figure]) -> None:
+    check_print(drawn[name])
 
 
 def test_every_family_has_a_look_of_its_own() -> None:

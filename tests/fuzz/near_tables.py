@@ -233,7 +233,7 @@ def read_quality_table(path: Path) -> None:
 
 
 def read_speedups(path: Path) -> None:
-    from simulator.predict.measured import read_measured
+    from simulator.predict.pareto import read_measured
 
     for row in read_measured(path):
         assert 0.0 < row.lower <= row.speedup <= row.upper < float("inf")
@@ -259,7 +259,7 @@ def make_gemms(rng: random.Random) -> bytes:
 
 
 def read_gemms(path: Path) -> None:
-    from simulator.figures.paper_measured import read_measured_gemms
+    from simulator.figures.measured import read_measured_gemms
 
     table = read_measured_gemms(path)
     predicted = table.predict(hardware.load_hardware("h100_sxm"))

@@ -207,8 +207,7 @@ level: 0.9
 
 def _grid(path: Path) -> None:
     from simulator.predict.grid import grid_facts, read_grid
-    from simulator.predict.rows import partitions
-    from simulator.predict.sweep import sweep_columns
+    from simulator.predict.sweep import pieces, sweep_columns
 
     grid = read_grid(path)
     assert json.dumps(dict(grid_facts(grid)), default=str)
@@ -218,7 +217,7 @@ def _grid(path: Path) -> None:
             assert np.isfinite(columns[name]).all(), name
             assert (columns[name] > 0).all(), name
     elif grid.size < 1_000_000:
-        assert next(iter(partitions(grid)), None) is not None
+        assert next(pieces(grid), None) is not None
 
 
 def _make_grid(rng: random.Random) -> bytes:

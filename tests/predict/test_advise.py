@@ -1,4 +1,5 @@
-"""The inverse: what is advised reaches the target, a little less does not, and widths named are where time steps down."""
+"""The inverse: what is advised reaches the target, a little less does not, and widths named are where time steps
+down."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import json
 import numpy as np
 import pytest
 
+from simulator.cli import run
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
@@ -60,12 +62,11 @@ def test_what_is_not_reachable_names_the_largest_speedup(found: Advised) -> None
 
 
 def test_for_sure_means_the_whole_interval(found: Advised) -> None:
-    sure = [a for a in found.advice if a.sure_sparsity is not None]
+    sure = [(a, a.sure_sparsity) for a in found.advice if a.sure_sparsity is not None]
     assert sure
-    for a in sure:
-        assert a.sure_sparsity is not None
-        assert a.sure_sparsity >= a.sparsity
-        assert predicted(a.family, a.sure_sparsity, a.phase)[1] >= 1.4
+    for a, sparsity in sure:
+        assert sparsity >= a.sparsity
+        assert predicted(a.family, sparsity, a.phase)[1] >= 1.4
 
 
 def test_advice_is_ordered_by_what_it_takes(found: Advised) -> None:
@@ -128,9 +129,7 @@ def test_quality_is_that_of_the_nearest_sparsity_measured_at_or_above() -> None:
 
 
 def test_setting_and_runtime_are_respected() -> None:
-    setting = Setting(runtime="eager")
-    found = advise(MODEL, [HARDWARE], 1.4, ["decode"], family=["depth"], setting=setting)
-    (a,) = found.advice
+    (a,) = advise(MODEL, [HARDWARE], 1.4, ["decode"], family=["depth"], setting=Setting(runtime="eager")).advice
     assert a.runtime == "eager"
     assert predicted("depth", a.sparsity, "decode", "eager")[0] == pytest.approx(a.speedup, rel=1e-9)
 
@@ -141,23 +140,26 @@ def test_bad_targets_are_refused(target: float) -> None:
         advise(MODEL, [HARDWARE], target)
 
 
-def test_unknown_names_are_refused() -> None:
-    with pytest.raises(InputError, match="did you mean width"):
-        advise(MODEL, [HARDWARE], 1.5, family=["widht"])
-    with pytest.raises(InputError, match="did you mean prefill"):
-        advise(MODEL, [HARDWARE], 1.5, ["prefil"])
-    with pytest.raises(InputError, match="hardware: expected at least one"):
-        advise(MODEL, [], 1.5)
+@pytest.mark.parametrize(
+    ("hardware", "phase", "family", "message"),
+    [
+        ([HARDWARE], "prefill", "widht", "did you mean width"),
+        ([HARDWARE], "prefil", "all", "did you mean prefill"),
+        ([], "prefill", "all", "hardware: expected at least one"),
+    ],
+)
+def test_bad_requests_are_refused(hardware: list[str], phase: str, family: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        advise(MODEL, hardware, 1.5, [phase], family=[family])
 
 
 def test_the_command_prints_a_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
-    from simulator.cli import advise as command
-
-    command.command(MODEL, HARDWARE, 1.5, family="width,unstructured")
+    words = ["advise", MODEL, "--hardware", HARDWARE, "--target", "1.5", "--family", "width,unstructured"]
+    assert run(words) == 0
     text = capsys.readouterr().out
     assert "not reachable (at most 1.00 at" in text
     assert "no pruning, weights in int8" in text
-    command.command(MODEL, HARDWARE, 1.5, family="width,unstructured", json=True)
+    assert run([*words, "--json"]) == 0
     records = json.loads(capsys.readouterr().out)
     assert [(r["family"], r["reached"]) for r in records] == [("width", True), ("unstructured", False)]
     assert records[0]["speedup"] >= 1.5

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from planted import WHERE, point, row
 
 from simulator.cli import run
 from simulator.predict.claims import (
@@ -23,100 +21,51 @@ from simulator.predict.claims import (
     order_verdict,
 )
 from simulator.predict.pareto import Front, Point, bands, judge
-from simulator.predict.quality import Axis, QualityRow, QualityTable, shipped_quality
+from simulator.predict.quality import Axis, QualityTable, shipped_quality
 
-
-def point(family: str, loss: float, speedup: float, spread: float = 1.0) -> Point:
-    return Point(
-        "m",
-        "h",
-        "prefill",
-        1,
-        1,
-        "cuda_graph",
-        family,
-        family,
-        0.25,
-        0.25,
-        "ppl",
-        "p",
-        1.0,
-        1.0 + loss,
-        loss,
-        speedup,
-        speedup / spread,
-        speedup * spread,
-        False,
-        False,
-        False,
-        "",
-        "compute",
-        True,
-        "s",
-    )
+CLAIMED = (point("depth", 0.02, 1.1), point("dynamic_depth", 0.1, 1.3), point("width", 0.2, 1.6))
+REVERSED = (point("width", 0.02, 1.1), point("dynamic_depth", 0.1, 1.3), point("depth", 0.2, 1.6))
 
 
 def front(*points: Point) -> Front:
     judged = judge(points)
-    return Front("m", "h", "prefill", 1, 1, "cuda_graph", Axis("ppl", "p"), judged, bands(judged), True, 0.9)
+    return Front(*WHERE, Axis("ppl", "p"), judged, bands(judged), True, 0.9)
 
 
-CLAIMED = (point("depth", 0.02, 1.1), point("dynamic_depth", 0.1, 1.3), point("width", 0.2, 1.6))
-
-
-def test_order_holds_where_the_points_are_as_claimed() -> None:
-    verdict = order_verdict(front(*CLAIMED))
-    assert (verdict.verdict, verdict.predicted, verdict.missing) == (HOLDS, HOLDS, ())
-    assert "depth from 2 % to 10 %; dynamic_depth from 10 % to 20 %; width from 20 %" in verdict.numbers
-
-
-def test_order_does_not_hold_where_width_comes_first() -> None:
-    verdict = order_verdict(
-        front(point("width", 0.02, 1.1), point("dynamic_depth", 0.1, 1.3), point("depth", 0.2, 1.6))
-    )
-    assert (verdict.verdict, verdict.predicted) == (FAILS, FAILS)
-
-
-def test_order_does_not_hold_where_a_family_is_never_optimal() -> None:
-    assert order_verdict(front(*CLAIMED[:2], point("width", 0.2, 1.2))).verdict == FAILS
-
-
-def test_order_is_undecided_within_the_intervals() -> None:
-    verdict = order_verdict(front(*CLAIMED[:2], point("width", 0.2, 1.35, 1.1)))
-    assert (verdict.verdict, verdict.predicted) == (UNDECIDED, HOLDS)
-
-
-def test_order_without_data_for_a_family_says_so() -> None:
-    verdict = order_verdict(front(CLAIMED[0], CLAIMED[2]))
-    assert (verdict.verdict, verdict.predicted, verdict.missing) == (UNDECIDED, HOLDS, ("dynamic depth",))
-    assert "the order of those with data is the one claimed" in verdict.numbers
-    # what is there can still contradict it
-    assert order_verdict(front(point("width", 0.01, 1.6), point("depth", 0.1, 1.2))).verdict == FAILS
-    alone = order_verdict(front(CLAIMED[0]))
-    assert (alone.verdict, alone.missing) == (NO_DATA, ("dynamic depth", "static width"))
-
-
-def test_other_families_on_the_frontier_are_named() -> None:
-    verdict = order_verdict(front(*CLAIMED, point("semi_structured", 0.15, 1.5)))
-    assert verdict.verdict == HOLDS
-    assert "also on the frontier: semi_structured" in verdict.numbers
+@pytest.mark.parametrize(
+    ("points", "verdict", "predicted", "missing", "numbers"),
+    [
+        (CLAIMED, HOLDS, HOLDS, (), "depth from 2 % to 10 %; dynamic_depth from 10 % to 20 %; width from 20 %"),
+        (REVERSED, FAILS, FAILS, (), "width from 2 %"),
+        ((*CLAIMED[:2], point("width", 0.2, 1.2)), FAILS, FAILS, (), ""),  # width is never optimal
+        ((*CLAIMED[:2], point("width", 0.2, 1.35, 1.1)), UNDECIDED, HOLDS, (), ""),  # within the intervals
+        (
+            (CLAIMED[0], CLAIMED[2]), UNDECIDED, HOLDS, ("dynamic depth",),
+            "the order of those with data is the one claimed",
+        ),
+        # what is there can contradict it without the rest
+        ((point("width", 0.01, 1.6), point("depth", 0.1, 1.2)), FAILS, FAILS, ("dynamic depth",), ""),
+        ((CLAIMED[0],), NO_DATA, "", ("dynamic depth", "static width"), "only static depth"),
+        ((point("token", 0.1, 1.1),), NO_DATA, "", ("static depth", "dynamic depth", "static width"), "none of the"),
+        ((*CLAIMED, point("semi_structured", 0.15, 1.5)), HOLDS, HOLDS, (), "also on the frontier: semi_structured"),
+    ],
+)  # fmt: skip
+def test_order(points: tuple[Point, ...], verdict: str, predicted: str, missing: tuple[str, ...], numbers: str) -> None:
+    found = order_verdict(front(*points))
+    assert (found.verdict, found.predicted, found.missing) == (verdict, predicted, missing)
+    assert numbers in found.numbers
 
 
 def test_compare() -> None:
-    def of(r: SimpleNamespace) -> tuple[float, float, float]:
-        return r.x
-
-    own = SimpleNamespace(x=(0.9, 1.0, 1.0))
-    assert compare(own, [SimpleNamespace(x=(0.5, 0.6, 0.7))], of) == HOLDS
-    assert compare(own, [SimpleNamespace(x=(0.5, 0.8, 0.95))], of) == UNDECIDED
-    assert compare(own, [SimpleNamespace(x=(1.1, 1.2, 1.3)), SimpleNamespace(x=(0.1, 0.2, 0.3))], of) == FAILS
+    own = (0.9, 1.0, 1.0)
+    assert compare(own, [(0.5, 0.6, 0.7)]) == HOLDS
+    assert compare(own, [(0.5, 0.8, 0.95)]) == UNDECIDED
+    assert compare(own, [(1.1, 1.2, 1.3), (0.1, 0.2, 0.3)]) == FAILS
 
 
 def test_bound_claim_speaks_of_memory_bound_inference_only() -> None:
-    found = bound_claim("llama-3.1-8b", ["h100"], ["prefill", "decode"], [1])
-    assert [v.phase for v in found] == ["prefill", "decode"]
-    prefill, decode = found
-    assert prefill.verdict == NOT_APPLICABLE
+    prefill, decode = bound_claim("llama-3.1-8b", ["h100"], ["prefill", "decode"], [1])
+    assert (prefill.phase, prefill.verdict, decode.phase) == ("prefill", NOT_APPLICABLE, "decode")
     assert "bound by compute" in prefill.numbers
     assert decode.verdict in (HOLDS, UNDECIDED)  # depth itself loses nothing in decode under a graph
     assert decode.predicted == HOLDS
@@ -129,20 +78,14 @@ def test_order_claim_uses_one_axis() -> None:
     assert len(axes) >= 3
     for axis in axes:
         (verdict,) = order_claim("llama-2-7b", ["a100"], table, axis)
-        assert verdict.axis == str(axis)
-        assert verdict.missing == ("dynamic depth",)
+        assert (verdict.axis, verdict.missing) == (str(axis), ("dynamic depth",))
         assert verdict.source
 
 
-def test_order_claim_with_all_families(tmp_path: Path) -> None:
+def test_order_claim_with_all_families() -> None:
     """Planted quality that makes the claim true: little depth, more dynamic depth, most width removed."""
-    base = QualityRow("a", "depth", "llama-2-7b", 0.0625, "ppl", False, 5.0, 5.1, "p", "s")
-    rows = (
-        base,
-        replace(base, family="dynamic_depth", sparsity=0.4, pruned=5.5),
-        replace(base, family="width", sparsity=0.75, pruned=6.0),
-    )
-    (verdict,) = order_claim("llama-2-7b", ["a100"], QualityTable(rows), base.axis)
+    rows = (row("depth", 0.0625, 6.1), row("dynamic_depth", 0.4, 6.6), row("width", 0.75, 7.2))
+    (verdict,) = order_claim("llama-2-7b", ["a100"], QualityTable(rows), rows[0].axis)
     assert verdict.verdict == HOLDS
 
 
@@ -159,8 +102,5 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "(a) in memory-bound inference" in out
     assert "no data for dynamic depth" in out
-
-
-def test_command_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["claims", "llama-9", "--hardware", "h100"]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -1,6 +1,7 @@
 """What must hold of the times of any pruned model: every family, every two and any three of them, alone and composed.
 
-Counts of pruned workloads are tested in ``tests/pruning``; here they are timed. Nothing is compared with what the code said before.
+Counts of pruned workloads are tested in ``tests/pruning``; here they are timed. Nothing is compared with what the code
+said before.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ STATIC = ("depth", "width", "width_cross", "semi_structured", "unstructured")
 """Families that remove work before inference and add none; low_rank may cost more where its rank is rounded up."""
 
 STEP = 1.06
-"""A sparser model is never slower than a less sparse one by more than this: a tile, a wave or another kernel at the edge of its range.
+"""A sparser model is never slower than a less sparse one by more than this: a tile, a wave or another kernel at the
+edge of its range.
 
-The largest seen on a grid of 47 sparsities, 16 settings, 4 devices and 2 runtimes is 1.057 (low_rank in decode, where the rank falls below
-a tile). At the first step away from dense a family may pay for what it needs (a router, a second product): that is not held to it.
+The largest seen on a grid of 47 sparsities, 16 settings, 4 devices and 2 runtimes is 1.057 (low_rank in decode, where
+the rank falls below a tile). At the first step away from dense a family may pay for what it needs (a router, a second
+product): that is not held to it.
 """
 
 
@@ -64,8 +67,8 @@ def tried(w: Workload, families: Iterable[str], sparsities: Iterable[float], ide
 
 
 def least_s(w: Workload, hw: simulator.HardwareProfile) -> float:
-    """Time that no device of that datasheet can beat at its highest clock: of each product the larger of FLOPs and cold weights, of decode
-    attention its cold cache."""
+    """Time that no device of that datasheet can beat at its highest clock: of each product the larger of FLOPs and cold
+    weights, of decode attention its cold cache."""
     total = 0.0
     for code in np.unique(w.dtype[w.kind == Kind.GEMM]):
         rows = (w.kind == Kind.GEMM) & (w.dtype == code)

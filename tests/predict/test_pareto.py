@@ -5,73 +5,32 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from planted import point, row
 
 from simulator.cli import run
 from simulator.errors import InputError
 from simulator.figures.pareto import pareto_figure
 from simulator.figures.save import save_figure
-from simulator.predict.measured import read_measured
-from simulator.predict.pareto import Point, bands, frontier, fronts, judge
-from simulator.predict.quality import QualityRow, QualityTable, choose_axis, shipped_quality
+from simulator.predict.pareto import bands, frontier, fronts, judge, read_measured
+from simulator.predict.quality import QualityTable, choose_axis, shipped_quality
 
-values = st.lists(
-    st.tuples(st.sampled_from([0.0, 0.1, 0.2, 0.3]), st.sampled_from([0.9, 1.0, 1.2, 1.5])), min_size=1, max_size=12
-)
+# -- the rule ---------------------------------------------------------------------------------------------------------
 
-
-def point(family: str, loss: float, speedup: float, spread: float = 1.0) -> Point:
-    return Point(
-        "m",
-        "h",
-        "prefill",
-        1,
-        1,
-        "cuda_graph",
-        family,
-        family,
-        0.25,
-        0.25,
-        "ppl",
-        "p",
-        1.0,
-        1.0 + loss,
-        loss,
-        speedup,
-        speedup / spread,
-        speedup * spread,
-        False,
-        False,
-        False,
-        "",
-        "compute",
-        True,
-        "s",
-    )
+few = st.tuples(st.sampled_from([0.0, 0.1, 0.2, 0.3]), st.sampled_from([0.9, 1.0, 1.2, 1.5]))
+planted = st.tuples(st.sampled_from(["depth", "width", "token"]), st.floats(-0.1, 2.0), st.floats(0.5, 3.0))
 
 
-def row(family: str, sparsity: float, pruned: float, **change: object) -> QualityRow:
-    base = QualityRow(f"my {family}", family, "llama-3.1-8b", sparsity, "ppl", False, 6.0, pruned, "mine", "me")
-    return replace(base, **change)  # type: ignore[arg-type]
-
-
-# -- the rule ---------------------------------------------------------------------------------------------------------------------
-
-
-@given(values)
+@given(st.lists(few, min_size=1, max_size=12))
 def test_frontier_against_the_definition(points: list[tuple[float, float]]) -> None:
     loss, speedup = np.array(points).T
-    for i, found in enumerate(frontier(loss, speedup)):
-        beaten = any(
-            loss[j] <= loss[i] and speedup[j] >= speedup[i] and (loss[j] < loss[i] or speedup[j] > speedup[i])
-            for j in range(len(points))
-        )
+    for (x, y), found in zip(points, frontier(loss, speedup)):
+        beaten = any(a <= x and b >= y and (a < x or b > y) for a, b in points)
         assert found == (not beaten)
 
 
@@ -87,15 +46,11 @@ def test_dense_model_takes_part() -> None:
     assert fast.optimal
 
 
-planted = st.tuples(st.sampled_from(["depth", "width", "token"]), st.floats(-0.1, 2.0), st.floats(0.5, 3.0))
-
-
 @given(st.lists(planted, min_size=1, max_size=10))
 def test_bands_cover_every_budget_once(found: list[tuple[str, float, float]]) -> None:
     points = judge([point(*p) for p in found])
     out = bands(points)
-    assert out[0].low == 0.0
-    assert out[-1].high == math.inf
+    assert (out[0].low, out[-1].high) == (0.0, math.inf)
     for a, b in itertools.pairwise(out):
         assert a.high == b.low
         assert a.family != b.family
@@ -108,15 +63,9 @@ def test_bands_cover_every_budget_once(found: list[tuple[str, float, float]]) ->
 
 def test_bands_of_the_paper() -> None:
     """Points as the paper has its frontier give the bands as it states them."""
-    points = judge(
-        [
-            point("depth", 0.0, 1.1),
-            point("dynamic_depth", 0.05, 1.2),
-            point("width", 0.17, 1.5),
-            point("width", 0.26, 1.7),
-        ]
-    )
-    assert [(b.family, b.low) for b in bands(points)] == [("depth", 0.0), ("dynamic_depth", 0.05), ("width", 0.17)]
+    paper = [("depth", 0.0, 1.1), ("dynamic_depth", 0.05, 1.2), ("width", 0.17, 1.5), ("width", 0.26, 1.7)]
+    found = bands(judge([point(*p) for p in paper]))
+    assert [(b.family, b.low) for b in found] == [("depth", 0.0), ("dynamic_depth", 0.05), ("width", 0.17)]
 
 
 def test_sure_needs_intervals_apart() -> None:
@@ -126,35 +75,32 @@ def test_sure_needs_intervals_apart() -> None:
     assert [b.sure for b in far] == [True, True]
 
 
-# -- joined with speedups ---------------------------------------------------------------------------------------------------------
+# -- joined with speedups ---------------------------------------------------------------------------------------------
 
 
 def test_fronts_cite_and_do_not_mix() -> None:
     table = shipped_quality("llama-2-7b")
     axis = choose_axis(table, "zero-shot", "SLEB")
     found, _ = fronts("llama-2-7b", ["h100", "h100_sxm", "rtx_4090"], table, axis, ["prefill", "decode"])
-    assert [(f.hardware, f.phase) for f in found] == [
-        (h, p) for p in ("prefill", "decode") for h in ("h100_sxm", "rtx_4090")
+    assert [(f.phase, f.hardware) for f in found] == [
+        *itertools.product(("prefill", "decode"), ("h100_sxm", "rtx_4090"))
     ]
     for front in found:
         assert all((p.metric, p.protocol) == (axis.metric, axis.protocol) and p.source for p in front.points)
-        losses = [p.loss for p in front.points]
-        assert losses == sorted(losses)
+        assert [p.loss for p in front.points] == sorted(p.loss for p in front.points)
         (sleb,) = [p for p in front.points if p.method == "SLEB" and p.sparsity == 0.2]
         assert sleb.speedup_lower <= sleb.speedup <= sleb.speedup_upper
         assert sleb.speedup == pytest.approx(1 / (1 - 6 / 32), rel=0.03)
         assert all(p.beaten_by for p in front.points if not p.optimal)
 
 
-def test_options_of_a_method_reach_the_family() -> None:
-    plain, sliced = (
-        row("width_cross", 0.25, 7.0),
-        row("width_cross", 0.25, 7.0, method="b", options=(("residual_projections", True),)),
-    )
-    table = QualityTable((plain, sliced))
-    (front,), _ = fronts("llama-3.1-8b", ["h100"], table, table.axes()[0])
+def test_options_of_a_method_reach_the_family_and_speed_is_that_of_the_model_asked() -> None:
+    sliced = row("width_cross", 0.25, 7.0, method="b", options=(("residual_projections", True),))
+    table = QualityTable((row("width_cross", 0.25, 7.0), sliced))
+    (front,), _ = fronts("llama-3.2-1b", ["h100"], table, table.axes()[0])
     speed = {p.method: p.speedup for p in front.points}
     assert speed["b"] < speed["my width_cross"]
+    assert {p.model for p in front.points} == {"llama-3.2-1b"}
 
 
 def test_unsupported_rows_are_noted_and_an_empty_frontier_refused() -> None:
@@ -175,16 +121,11 @@ def test_bad_settings(phase: str, batch: int, seq: int) -> None:
 
 def test_measured_speedups_are_used_where_they_fit(tmp_path: Path) -> None:
     path = tmp_path / "speed.csv"
-    lines = (
-        "hardware,phase,family,sparsity,speedup,speedup_lower",
-        "h100_sxm,prefill,depth,0.25,1.29,1.28",
-        ",,width,0.2,1.21,",
-    )
-    path.write_text("\n".join(lines), encoding="utf-8")
+    header = "hardware,phase,family,sparsity,speedup,speedup_lower"
+    path.write_text(f"{header}\nh100_sxm,prefill,depth,0.25,1.29,1.28\n,,width,0.2,1.21,\n", encoding="utf-8")
     table = QualityTable((row("depth", 0.25, 7.0), row("width", 0.25, 7.5), row("width", 0.2, 7.1)))
-    found, _ = fronts(
-        "llama-3.1-8b", ["h100"], table, table.axes()[0], ["prefill", "decode"], measured=read_measured(path)
-    )
+    measured, axis = read_measured(path), table.axes()[0]
+    found, _ = fronts("llama-3.1-8b", ["h100"], table, axis, ["prefill", "decode"], measured=measured)
     by = {(p.phase, p.family, p.sparsity): p for f in found for p in f.points}
     depth = by["prefill", "depth", 0.25]
     assert (depth.measured, depth.speedup, depth.speedup_lower, depth.speedup_upper) == (True, 1.29, 1.28, 1.29)
@@ -202,7 +143,8 @@ def test_measured_speedups_are_used_where_they_fit(tmp_path: Path) -> None:
         ("family,sparsity,speedup\n", "no rows"),
         ("family,sparsity,speedup\ndepht,0.1,1\n", ":2: family"),
         ("family,sparsity,speedup\ndepth,1.1,1\n", ":2: sparsity"),
-        ("family,sparsity,speedup\ndepth,0.1,fast\n", ":2: speedup"),
+        ("family,sparsity,speedup\ndepth,0.1,fast\n", ":2: speedup: expected a number, got 'fast'"),
+        ("family,sparsity,speedup\ndepth,0.1,nan\n", ":2: speedup: expected a number, got 'nan'"),
         ("family,sparsity,speedup\ndepth,0.1,0\n", ":2: speedup"),
         ("family,sparsity,speedup\ndepth,0.1\n", ":2: expected 3 cells"),
     ],
@@ -215,14 +157,12 @@ def test_bad_measured_speedups(content: str, expected: str, tmp_path: Path) -> N
     assert expected in str(error.value)
 
 
-# -- command and figure -----------------------------------------------------------------------------------------------------------
+# -- command and figure -----------------------------------------------------------------------------------------------
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        run(["pareto", "llama-2-7b", "--hardware", "h100", "--metric", "zero-shot", "--protocol", "SLEB", "--json"])
-        == 0
-    )
+    axis = ["--metric", "zero-shot", "--protocol", "SLEB"]
+    assert run(["pareto", "llama-2-7b", "--hardware", "h100", *axis, "--json"]) == 0
     (record,) = json.loads(capsys.readouterr().out)
     assert record["bands"][-1]["high"] is None
     assert {"method", "family", "loss", "speedup", "speedup_lower", "optimal", "source"} <= record["points"][0].keys()
@@ -260,21 +200,13 @@ def test_command_refuses(arguments: list[str], expected: str, capsys: pytest.Cap
 
 def test_figure_is_whole_and_the_same_every_time(tmp_path: Path) -> None:
     families = ["depth", "depth", "width", "semi_structured", "dynamic_depth"]
+    loss, speed = [0.1, 0.2, 0.15, 4.0, -0.01], [1.1, 1.2, 1.3, 1.5, 0.98]
+    ends = [1.0, 1.1, 1.2, 1.3, 0.9], [1.2, 1.3, 1.4, 1.8, 1.0]
     for name in ("a.pdf", "b.pdf"):
-        figure = pareto_figure(
-            ["prefill"] * 5,
-            ["h100", "a100"] + ["h100"] * 3,
-            families,
-            list("vwxyz"),
-            [0.1, 0.2, 0.15, 4.0, -0.01],
-            [1.1, 1.2, 1.3, 1.5, 0.98],
-            [1.0, 1.1, 1.2, 1.3, 0.9],
-            [1.2, 1.3, 1.4, 1.8, 1.0],
-            axis="ppl",
-            protocol="p",
-        )
+        where = ["prefill"] * 5, ["h100", "a100"] + ["h100"] * 3
+        figure = pareto_figure(*where, families, list("vwxyz"), loss, speed, *ends, axis="ppl", protocol="p")
         save_figure(figure, tmp_path / name)
-    assert len(figure.axes) == 4
+    assert len(figure.axes) == 2
     assert (tmp_path / "a.pdf").read_bytes() == (tmp_path / "b.pdf").read_bytes()
     with pytest.raises(InputError, match="one length"):
         pareto_figure(["a"], [], [], [], [], [], [], [], axis="x")

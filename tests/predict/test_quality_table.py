@@ -19,7 +19,6 @@ from simulator.predict.quality import (
     list_quality,
     load_quality,
     read_quality,
-    relative_loss,
     shipped_quality,
     table_text,
 )
@@ -43,7 +42,7 @@ def text(*rows: dict[str, str], leave_out: str = "") -> str:
     return "\n".join([",".join(names), *(",".join((ROW | row).get(c, "") for c in names) for row in rows)]) + "\n"
 
 
-# -- what ships -------------------------------------------------------------------------------------------------------------------
+# -- what ships --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", list_quality())
@@ -100,7 +99,7 @@ def test_provenance_counts_every_row(shared_data: Path) -> None:
     assert all(f"- {count}: {why}" in note for why, count in refused.items())
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------------------
+# -- reading -----------------------------------------------------------------------------------------------------------
 
 
 def test_round_trip() -> None:
@@ -156,6 +155,8 @@ def test_bad_tables(content: str, expected: str, tmp_path: Path) -> None:
 def test_names_of_tables(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="did you mean published"):
         load_quality("publish")
+    with pytest.raises(InputError, match="did you mean"):
+        load_quality("published").of_model("llama-2-7")
     with pytest.raises(InputError, match="no such file"):
         load_quality(tmp_path / "none.csv")
     path = tmp_path / "bytes.csv"
@@ -164,13 +165,7 @@ def test_names_of_tables(tmp_path: Path) -> None:
         load_quality(path)
 
 
-# -- axes -------------------------------------------------------------------------------------------------------------------------
-
-
-def test_relative_loss_has_the_sign_of_a_loss() -> None:
-    assert relative_loss(50.0, 40.0, True) == pytest.approx(0.2)
-    assert relative_loss(5.0, 6.0, False) == pytest.approx(0.2)
-    assert relative_loss(50.0, 51.0, True) < 0
+# -- axes --------------------------------------------------------------------------------------------------------------
 
 
 def test_axis_with_most_families_comes_first() -> None:
@@ -191,11 +186,6 @@ def test_choose_axis() -> None:
         choose_axis(table, "bleu")
     with pytest.raises(InputError, match="mixed metrics or protocols; choose one"):
         choose_axis(table, strict=True)
-
-
-def test_unknown_model_names_the_known_ones() -> None:
-    with pytest.raises(InputError, match="did you mean"):
-        load_quality("published").of_model("llama-2-7")
 
 
 def test_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,5 @@
-"""Sweeps: the table equals one-by-one predictions, bad grids are refused before any work, and nothing that ends a sweep harms its table."""
+"""Sweeps: the table equals one-by-one predictions, bad grids are refused before any work, and nothing that ends a sweep
+harms its table."""
 
 from __future__ import annotations
 
@@ -7,9 +8,9 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
-from dataclasses import asdict
+from concurrent.futures import Future
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,189 +18,87 @@ import pytest
 
 import simulator
 from simulator.errors import InputError
-from simulator.models.library import load_model
-from simulator.predict.grid import FamilyChoice, Formats, Grid, read_grid
-from simulator.predict.rows import COLUMNS, partitions
-from simulator.predict.settings import Setting
-from simulator.predict.sweep import Plan, compute_part, digest, sweep, sweep_columns, windowed
-from simulator.predict.table import Record
-from simulator.predict.variants import ANY_REQUEST, SAME_LENGTH, Requests, prune_many
+from simulator.hardware.library import load_hardware, save_hardware
+from simulator.predict.grid import Formats, Grid, read_grid
+from simulator.predict.rows import COLUMNS, FamilyChoice, Record
+from simulator.predict.sweep import compute_part, digest, pieces, sweep, sweep_columns, windowed
 from simulator.predict.where import parse_filter
-from simulator.pruning import FAMILIES, prune
-from simulator.workload import SCHEMA
 
 parquet = pytest.importorskip("pyarrow.parquet", reason="tables need pyarrow")
 
-SMALL = Grid(
-    ("llama-3.2-1b",),
-    ("h100_sxm", "a100_sxm_80gb"),
-    (0.1, 0.5),
-    ("prefill", "decode"),
-    (1, 48),
-    (64, 2048),
-    runtimes=("cuda_graph", "eager"),
-)
+ONE = Grid(("llama-3.2-1b",), ("h100_sxm",), (0.5,), ("decode",), (1,), (64,))
+"""One point, every family."""
+
+SMALL = replace(
+    ONE, hardware=("h100_sxm", "a100_sxm_80gb"), sparsities=(0.1, 0.5), phases=("prefill", "decode"), batches=(1, 48),
+    seqs=(64, 2048), runtimes=("cuda_graph", "eager"),
+)  # fmt: skip
 
 
 def rows(path: Path) -> list[dict[str, object]]:
     return parquet.read_table(path).to_pylist()
 
 
-def key(row: dict[str, object]) -> tuple[object, ...]:
-    return tuple(row[name] for name in ("model", "hardware", "family", "sparsity", "phase", "batch", "seq", "runtime"))
+MIXED = replace(
+    ONE, phases=("generate",), batches=(2,), seqs=(100,), dtypes=(Formats("bf16", "int4", "fp8"),), devices=(1, 2),
+    new_tokens=6, families=tuple(FamilyChoice(name) for name in ("depth", "token", "kv_cache", "dynamic_depth")),
+)  # fmt: skip
 
 
-def test_columns_are_those_of_a_record_and_the_options() -> None:
-    assert list(COLUMNS) == [*Record.__dataclass_fields__, "options"]
-
-
-def test_every_family_has_a_way_to_be_pruned_together() -> None:
-    assert set(FAMILIES) == ANY_REQUEST | SAME_LENGTH
-
-
-@pytest.mark.parametrize("family", list(FAMILIES))
-@pytest.mark.parametrize("phase", ["prefill", "decode", "generate"])
-@pytest.mark.parametrize(
-    ("model", "setting"),
-    [
-        ("llama-3.2-1b", Setting(new_tokens=5)),
-        ("gemma-2-9b", Setting(new_tokens=5, devices=2)),
-        ("mistral-7b-v0.1", Setting(new_tokens=3, devices=4, parallel="pipeline", fuse_qkv=True)),
-    ],
-    ids=["plain", "windows-tensor", "window-pipeline-fused"],
-)
-def test_pruning_together_equals_one_by_one(family: str, phase: str, model: str, setting: Setting) -> None:
-    config = load_model(model)
-    shapes = [(b, s) for s in (7, 300, 8192) for b in (1, 3, 64)]
-    requests = Requests.of(lambda b, s: setting.lower(config, phase, b, s), shapes)
-    for sparsity in (0.0, 0.3, 0.5, 0.9):
-        together = prune_many(requests, family, sparsity)
-        alone = []
-        for dense in requests.workloads:
-            try:
-                alone.append(prune(dense, family, sparsity))
-            except InputError:
-                alone.append(None)
-        assert together.kept.tolist() == [i for i, w in enumerate(alone) if w is not None]
-        if together.stack is None:
-            assert together.refused
-            continue
-        for j, i in enumerate(together.kept):
-            one, at = alone[i], together.stack.starts[j] + np.arange(together.stack.lengths[j])
-            assert len(one) == len(at)
-            for name in SCHEMA:
-                np.testing.assert_allclose(
-                    getattr(together.stack.rows, name)[at], getattr(one, name), rtol=1e-12, err_msg=name
-                )
-            assert together.realised[j] == pytest.approx(one.meta.applied[-1].realised, abs=1e-12)
-
-
-@pytest.mark.parametrize("runtime", ["cuda_graph", "eager"])
-def test_a_sweep_equals_scenarios(runtime: str) -> None:
-    columns, notes = sweep_columns(SMALL)
-    table = simulator.table(
-        SMALL.models,
-        SMALL.hardware,
-        ["all"],
-        SMALL.sparsities,
-        SMALL.phases,
-        SMALL.batches,
-        SMALL.seqs,
-        setting=Setting(runtime=runtime),
-    )
-    here = np.flatnonzero(columns["runtime"] == runtime)
-    found = {key({name: columns[name][i] for name in COLUMNS}): i for i in here}
-    assert len(found) == len(here) == len(table)
-    for record in table:
-        i = found[key(asdict(record))]
-        for name, value in asdict(record).items():
-            got = columns[name][i]
-            if value is None or (isinstance(value, float) and np.isnan(value)):
-                assert np.isnan(got), name
-            elif isinstance(value, float):
-                assert got == pytest.approx(value, rel=1e-9, abs=1e-12), name
-            else:
-                assert got == value, name
-    assert notes == tuple(n for n in table.notes if "left out" in n)
-
-
-def test_generate_and_formats_and_devices_equal_scenarios() -> None:
-    grid = Grid(
-        ("qwen2.5-0.5b",),
-        ("h100_sxm",),
-        (0.5,),
-        ("generate",),
-        (2,),
-        (100,),
-        dtypes=(Formats("bf16", "int4", "fp8"),),
-        devices=(1, 2),
-        new_tokens=6,
-        families=(
-            FamilyChoice("depth"),
-            FamilyChoice("token"),
-            FamilyChoice("kv_cache"),
-            FamilyChoice("dynamic_depth"),
-        ),
-    )
-    columns, _ = sweep_columns(grid)
-    for devices in (1, 2):
-        setting = Setting(new_tokens=6, weight_dtype="int4", kv_dtype="fp8", devices=devices)
-        names = [f.name for f in grid.families]
-        for r in simulator.table(
-            grid.models, grid.hardware, names, (0.5,), ("generate",), (2,), (100,), setting=setting
-        ):
-            (i,) = np.flatnonzero((columns["family"] == r.family) & (columns["devices"] == devices))
-            assert columns["pruned_s"][i] == pytest.approx(r.pruned_s, rel=1e-9)
-            assert columns["speedup_lower"][i] == pytest.approx(r.speedup_lower, rel=1e-9)
-            assert columns["pruned_memory_bytes"][i] == pytest.approx(r.pruned_memory_bytes, rel=1e-12)
-            assert columns["parallel"][i] == r.parallel
+@pytest.mark.parametrize("grid", [SMALL, MIXED], ids=["small", "mixed"])
+def test_a_sweep_equals_tables_of_one_request_each(grid: Grid) -> None:
+    columns, notes = sweep_columns(grid)
+    keys = ("model", "hardware", "family", "sparsity", "phase", "batch", "seq", "runtime", "devices")
+    left = {tuple(columns[name][i] for name in keys): i for i in range(len(columns["speedup"]))}
+    assert len(left) == len(columns["speedup"])
+    families = [f.name for f in grid.families]
+    for runtime in grid.runtimes:
+        for devices in grid.devices:
+            setting = replace(grid.setting(grid.dtypes[0], devices), runtime=runtime)
+            axes = (grid.sparsities, grid.phases, grid.batches, grid.seqs)
+            table = simulator.table(grid.models, grid.hardware, families, *axes, setting=setting)
+            assert notes == tuple(n for n in table.notes if "left out" in n)
+            for record in table:
+                i = left.pop(tuple(getattr(record, name) for name in keys))
+                for name, value in asdict(record).items():
+                    if value is None or value != value:
+                        assert np.isnan(columns[name][i]), name
+                    else:
+                        wanted = pytest.approx(value, rel=1e-9, abs=1e-12) if isinstance(value, float) else value
+                        assert columns[name][i] == wanted, name
+    assert not left
 
 
 def test_options_are_a_column_and_change_the_result() -> None:
     families = (FamilyChoice("width"), FamilyChoice("width", (("align", 512),)))
-    columns, _ = sweep_columns(
-        Grid(("llama-3.2-1b",), ("h100",), (0.3,), ("prefill",), (1,), (512,), families=families)
-    )
+    columns, _ = sweep_columns(replace(ONE, families=families, sparsities=(0.3,), phases=("prefill",)))
+    assert list(columns) == list(COLUMNS) == [*(f.name for f in fields(Record)), "options"]
     assert columns["options"].tolist() == ["", "align=512"]
     assert columns["realised_sparsity"][0] > columns["realised_sparsity"][1]
 
 
 def test_devices_that_cannot_run_a_format_are_left_out_with_a_note() -> None:
-    grid = Grid(
-        ("llama-3.2-1b",),
-        ("a100_sxm_80gb", "h100_sxm"),
-        (0.5,),
-        ("decode",),
-        (1,),
-        (64,),
-        families=(FamilyChoice("depth"),),
-        dtypes=(Formats("fp8"),),
-    )
-    columns, notes = sweep_columns(grid)
+    families, formats = (FamilyChoice("depth"),), (Formats("fp8"),)
+    grid = replace(ONE, hardware=("a100_sxm_80gb", "h100_sxm"), families=families, dtypes=formats)
+    columns, (note,) = sweep_columns(grid)
     assert columns["hardware"].tolist() == ["h100_sxm"]
-    assert len(notes) == 1
-    assert "a100_sxm_80gb has no fp8" in notes[0]
+    assert "a100_sxm_80gb has no fp8" in note
 
 
-def test_partitions_cover_the_grid_once_in_bounded_pieces() -> None:
-    grid = Grid(
-        ("llama-3.2-1b", "llama-3.1-8b"),
-        ("h100_sxm",),
-        tuple(i / 1000 for i in range(1, 900)),
-        ("prefill", "generate"),
-        tuple(range(1, 41)),
-        tuple(range(64, 64 + 50)),
-    )
-    sizes = [len(p.shapes) * len(p.choices) for p in partitions(grid)]
+def test_pieces_cover_the_grid_once_and_are_bounded() -> None:
+    grid = replace(
+        ONE, models=("llama-3.2-1b", "llama-3.1-8b"), sparsities=tuple(i / 1000 for i in range(1, 900)),
+        phases=("prefill", "generate"), batches=tuple(range(1, 41)), seqs=tuple(range(64, 114)),
+    )  # fmt: skip
+    found = list(pieces(grid))
+    sizes = [len(p.shapes) * len(p.choices) for p in found]
     assert sum(sizes) == grid.size
     assert max(sizes) <= 40_000
-    some = list(partitions(grid))[:40]
-    assert len({(p.model, p.phase, b, s, f, sp) for p in some for b, s in p.shapes for f, sp in p.choices}) == sum(
-        sizes[:40]
-    )
+    some = found[:40]
+    assert len({(p.model, p.phase, shape, c) for p in some for shape in p.shapes for c in p.choices}) == sum(sizes[:40])
 
 
-# -- files ------------------------------------------------------------------------------------------------------------------------
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
 def test_processes_resumption_and_filter_give_the_same_table(tmp_path: Path) -> None:
@@ -331,25 +230,20 @@ def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
 
 
 def test_the_digest_follows_grid_filter_and_profile(tmp_path: Path) -> None:
-    from simulator.hardware.library import load_hardware, save_hardware
-
     profile = tmp_path / "mine.yaml"
     save_hardware(load_hardware("h100_sxm"), profile)
-    grid = Grid(("llama-3.2-1b",), (str(profile),), (0.5,), ("decode",), (1,), (64,))
-    first = digest(Plan(grid))
-    assert first == digest(Plan(grid)) != digest(Plan(grid, "batch == 1"))
+    grid = replace(ONE, hardware=(str(profile),))
+    first = digest(grid)
+    assert first == digest(grid) != digest(grid, "batch == 1")
     profile.write_text(profile.read_text() + "\n# changed\n")
-    assert digest(Plan(grid)) != first
+    assert digest(grid) != first
 
 
 def test_parts_are_the_same_bytes_each_time() -> None:
-    plan = Plan(SMALL)
-    assert compute_part(plan, 0) == compute_part(plan, 0)
+    assert compute_part(SMALL, None, 0) == compute_part(SMALL, None, 0)
 
 
 def test_windowed_never_has_more_under_way_than_asked() -> None:
-    from concurrent.futures import Future
-
     waiting: list[Future[bytes]] = []
     most = 0
 
@@ -368,7 +262,7 @@ def test_windowed_never_has_more_under_way_than_asked() -> None:
     assert most <= 3
 
 
-# -- cluster ----------------------------------------------------------------------------------------------------------------------
+# -- cluster -----------------------------------------------------------------------------------------------------------
 
 
 def test_an_address_without_a_scheduler_is_refused(tmp_path: Path) -> None:
@@ -391,7 +285,8 @@ from simulator.predict.sweep import sweep
 from simulator.predict.grid import read_grid
 
 if __name__ == "__main__":
-    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, scheduler_port=0) as cluster:
+    how = {"processes": True, "dashboard_address": None, "scheduler_port": 0}
+    with LocalCluster(n_workers=2, threads_per_worker=1, **how) as cluster:
         pids = [w.pid for w in cluster.workers.values()]
         killed = []
         def kill(done, of):
@@ -418,7 +313,7 @@ def test_a_cluster_gives_the_same_table_and_survives_a_worker(tmp_path: Path, wh
     assert (tmp_path / "t.parquet").read_bytes() == alone.target.read_bytes()
 
 
-# -- grids ------------------------------------------------------------------------------------------------------------------------
+# -- grids -------------------------------------------------------------------------------------------------------------
 
 GOOD = """
 models: [llama-3.1-8b, qwen3-8b]
@@ -448,55 +343,36 @@ def test_a_grid_file_is_read(tmp_path: Path) -> None:
     assert grid.size == 2 * 2 * 5 * 4 * 2 * 2
 
 
-BATCH_LINE, SPARSITY_LINE = "batches: {from: 1, to: 8, times: 2}", "sparsities: {from: 0.1, to: 0.5, step: 0.1}"
-FAMILY_LINE = "families: [depth, {width: {align: 64}}]"
+MODELS, HARDWARE, FAMILIES, SPARSITIES, PHASES, BATCHES, SEQS = GOOD.strip().split("\n")[:7]
+WHOLE = tuple(GOOD.strip().split("\n"))
 
+# what stands in the place of which lines (added where none), and the message
 BAD = {
-    "empty axis": ("batches: []", (BATCH_LINE,), r":7:10: batches: is an empty list"),
+    "empty axis": ("batches: []", (BATCHES,), r":7:10: batches: is an empty list"),
     "unknown key": ("batchs: [1]", (), r":2:1: batchs: unknown key; did you mean batches\?"),
-    "misspelt key": ("batchs: [1]", (BATCH_LINE,), r":7:1: batchs: unknown key; did you mean batches\? \(and 1 more\)"),
-    "missing axis": ("", ("seqs: [128]",), r"seqs: is missing"),
-    "unknown model": ("models: [llama-3.1-9b]", ("models: [llama-3.1-8b, qwen3-8b]",), r"models\.0: .*llama-3\.1-8b"),
-    "unknown device": ("hardware: [h101]", ("hardware: h100",), r":3:12: hardware\.0: .*h100"),
-    "unknown family": ("families: [widht]", (FAMILY_LINE,), r"families\.0: .*did you mean width"),
-    "unknown option": (
-        "families: [{width: {algin: 64}}]",
-        (FAMILY_LINE,),
-        r"families\.0\.width\.algin: unknown key; did you mean align",
-    ),
-    "bad option": (
-        "families: [{width: {align: 0}}]",
-        (FAMILY_LINE,),
-        r"families\.0\.width: option align: expected a whole number",
-    ),
-    "percent": (
-        "sparsities: [25]",
-        (SPARSITY_LINE,),
-        r":5:14: sparsities: sparsity 25: expected a fraction.*write 0\.25",
-    ),
-    "text for a number": ("batches: [two]", (BATCH_LINE,), r"batches\.0: expected a whole number, got two"),
-    "quoted number": ('batches: ["1"]', (BATCH_LINE,), r"batches\.0: .*remove the quotes"),
-    "octal": ("batches: [010]", (BATCH_LINE,), r"batches\.0: .*octal"),
-    "zero batch": ("batches: [0]", (BATCH_LINE,), r"batches\.0: expected a whole number from 1"),
-    "backwards": ("batches: {from: 8, to: 1, times: 2}", (BATCH_LINE,), r"batches\.to: expected at least the start"),
-    "two ways": (
-        "batches: {from: 1, to: 8, times: 2, step: 1}",
-        (BATCH_LINE,),
-        r"batches: expected either step or times",
-    ),
-    "endless": (
-        "seqs: {from: 1, to: 1000000, step: 1}",
-        ("seqs: [128]",),
-        r"seqs\.step: makes more than 100000 values",
-    ),
-    "phase": ("phases: [prefil]", ("phases: [prefill]",), r"phases\.0: .*did you mean prefill"),
+    "misspelt key": ("batchs: [1]", (BATCHES,), r":7:1: batchs: unknown key; did you mean batches\? \(and 1 more\)"),
+    "missing axis": ("", (SEQS,), r"seqs: is missing"),
+    "unknown model": ("models: [llama-3.1-9b]", (MODELS,), r"models\.0: .*llama-3\.1-8b"),
+    "unknown device": ("hardware: [h101]", (HARDWARE,), r":3:12: hardware\.0: .*h100"),
+    "unknown family": ("families: [widht]", (FAMILIES,), r"families\.0: .*did you mean width"),
+    "unknown option": ("families: [{width: {algin: 1}}]", (FAMILIES,), r"algin: unknown key; did you mean align"),
+    "bad option": ("families: [{width: {align: 0}}]", (FAMILIES,), r"0\.width: option align: expected a whole number"),
+    "percent": ("sparsities: [25]", (SPARSITIES,), r":5:14: sparsities: sparsity 25: expected a fraction.*write 0\.25"),
+    "text for a number": ("batches: [two]", (BATCHES,), r"batches\.0: expected a whole number, got two"),
+    "quoted number": ('batches: ["1"]', (BATCHES,), r"batches\.0: .*remove the quotes"),
+    "octal": ("batches: [010]", (BATCHES,), r"batches\.0: .*octal"),
+    "zero batch": ("batches: [0]", (BATCHES,), r"batches\.0: expected a whole number from 1"),
+    "backwards": ("batches: {from: 8, to: 1, times: 2}", (BATCHES,), r"batches\.to: expected at least the start"),
+    "two ways": ("batches: {from: 1, to: 8, times: 2, step: 1}", (BATCHES,), r"batches: expected either step or times"),
+    "endless": ("seqs: {from: 1, to: 1000000, step: 1}", (SEQS,), r"seqs\.step: makes more than 100000 values"),
+    "phase": ("phases: [prefil]", (PHASES,), r"phases\.0: .*did you mean prefill"),
     "truth": ("fuse_qkv: yes", ("fuse_qkv: true",), r"fuse_qkv: expected true or false"),
-    "too many tokens": ("seqs: [2000000000]", ("seqs: [128]",), r"seqs: batch 8 x seq 2000000000: expected at most"),
-    "alias": ("batches: &a [1]", (BATCH_LINE,), r"anchors"),
+    "too many tokens": ("seqs: [2000000000]", (SEQS,), r"seqs: batch 8 x seq 2000000000: expected at most"),
+    "alias": ("batches: &a [1]", (BATCHES,), r"anchors"),
     "twice": ("level: 0.9", (), r"level: is given twice"),
-    "list": ("- 1", tuple(GOOD.strip().split("\n")), r"expected a mapping"),
-    "empty": ("", tuple(GOOD.strip().split("\n")), r"is empty"),
-}
+    "list": ("- 1", WHOLE, r"expected a mapping"),
+    "empty": ("", WHOLE, r"is empty"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("what", list(BAD))
@@ -578,20 +454,8 @@ def test_filters_mean_what_python_would_say() -> None:
         assert parse_filter(text, kinds).mask(table.__getitem__, 4).tolist() == wanted, text
 
 
-def test_a_missing_pyarrow_is_named(tmp_path: Path) -> None:
-    code = textwrap.dedent("""
-        import sys
-        sys.modules["pyarrow"] = None
-        from simulator.predict.sweep import sweep
-        from simulator.predict.grid import Grid
-        try:
-            sweep(Grid(("llama-3.2-1b",), ("h100",), (0.5,), ("decode",), (1,), (64,)), "t.parquet")
-        except ValueError as error:
-            print(error)
-    """)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env, check=True
-    )
-    assert run.stdout.strip().endswith('pip install "prunesim[tables]"')
+def test_a_missing_pyarrow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(InputError, match=r'pip install "prunesim\[tables\]"'):
+        sweep(ONE, tmp_path / "t.parquet")
     assert not list(tmp_path.iterdir())

@@ -1,9 +1,10 @@
 """Measured GEMM times that figures show beside predictions: from arrays, or from a CSV or Parquet file.
 
-The simulator ships no measurements (package ``calibration`` does); whoever draws passes them in. A file has columns ``m``, ``n``, ``k`` and
-one of ``seconds``, ``latency_s``, ``latency_ms``, ``latency_us``; optional are ``copies`` (weights used in turn; without it they are
-cold), ``dtype`` and ``weight_dtype`` (names, or codes of :data:`simulator.workload.DTYPES`; without them bf16) and ``predicted_s``
-(a prediction that never saw the row, such as that of a held-out fold). Further columns are ignored.
+The simulator ships no measurements (package ``calibration`` does); whoever draws passes them in. A file has columns
+``m``, ``n``, ``k`` and one of ``seconds``, ``latency_s``, ``latency_ms``, ``latency_us``; optional are ``copies``
+(weights used in turn; without it they are cold), ``dtype`` and ``weight_dtype`` (names, or codes of
+:data:`simulator.workload.DTYPES`; without them bf16) and ``predicted_s`` (a prediction that never saw the row, such as
+that of a held-out fold). Further columns are ignored.
 """
 
 from __future__ import annotations
@@ -89,14 +90,11 @@ def read_measured_gemms(path: str | Path, dtype: str = "bf16") -> MeasuredGemms:
     dtype : str
         Rows of this format, for activations and weights alike.
 
-    Returns
-    -------
-    MeasuredGemms
-
     Raises
     ------
     InputError
-        When the file cannot be read, a column is missing, a value is not a number above zero, or no row is of the format.
+        When the file cannot be read, a column is missing, a value is not a number above zero, or no row is of the
+        format.
     """
     where = Path(path)
     content, label = read_bounded(where), str(where)
@@ -110,11 +108,13 @@ def read_measured_gemms(path: str | Path, dtype: str = "bf16") -> MeasuredGemms:
 
 
 def from_columns(columns: Mapping[str, Any], source: str, dtype: str = "bf16", label: str = "") -> MeasuredGemms:
-    """Measured GEMMs from named columns; see the module. Messages begin with the label, which is the source if left out.
+    """Measured GEMMs from named columns; see the module. Messages begin with the label, which is the source if left
+    out.
 
     Examples
     --------
-    >>> table = from_columns({"m": [1, 2], "n": [8, 8], "k": [8, 8], "latency_us": [2.0, 3.0], "dtype": ["bf16", "fp8"]}, "mine")
+    >>> times = {"m": [1, 2], "n": [8, 8], "k": [8, 8], "latency_us": [2.0, 3.0]}
+    >>> table = from_columns({**times, "dtype": ["bf16", "fp8"]}, "mine")
     >>> len(table), round(1e6 * float(table.seconds[0]), 6)
     (1, 2.0)
     """
@@ -132,15 +132,8 @@ def from_columns(columns: Mapping[str, Any], source: str, dtype: str = "bf16", l
         raise InputError(f"{label}: no row of {dtype}")
     values = {name: _numbers(columns[name], name, label)[keep] for name in ("m", "n", "k", time)}
     extra = {name: _numbers(columns[name], name, label)[keep] for name in ("copies", "predicted_s") if name in columns}
-    return MeasuredGemms(
-        source,
-        values["m"],
-        values["n"],
-        values["k"],
-        values[time] * TIMES[time],
-        extra.get("copies"),
-        extra.get("predicted_s"),
-    )
+    sizes = {name: values[name] for name in ("m", "n", "k")}
+    return MeasuredGemms(source, **sizes, seconds=values[time] * TIMES[time], **extra)
 
 
 def _formats(column: Sequence[Any]) -> NDArray[Any]:

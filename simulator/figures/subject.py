@@ -1,4 +1,4 @@
-"""What the figures of a paper have in common: its model, devices and settings, and the words that captions use for them."""
+"""What the figures of a paper are about: its model, devices and settings, and the words that captions use for them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from simulator.models.library import load_model
 from simulator.predict.settings import Setting
 
 if TYPE_CHECKING:
-    from simulator.figures.paper_measured import MeasuredGemms
-    from simulator.predict.table import Record
+    from simulator.figures.measured import MeasuredGemms
 
 Made = tuple[Any, str, tuple[str, ...]]
 """A figure, its caption, and notes."""
@@ -47,6 +46,17 @@ class Paper:
     seq: int = 2048
     measured: Mapping[str, MeasuredGemms] = field(default_factory=dict)
 
+    @property
+    def setting_text(self) -> str:
+        """Model, number format and runtime in words."""
+        runtime = "CUDA graphs" if self.setting.runtime == "cuda_graph" else "eager mode"
+        return f"{self.model.name}, {self.setting.dtype}, {runtime}"
+
+    @property
+    def interval(self) -> str:
+        """What bars and bands are."""
+        return f"{100 * self.setting.level:.4g} % interval"
+
 
 def paper(
     model: str | ModelConfig,
@@ -58,8 +68,6 @@ def paper(
 ) -> Paper:
     """A paper about a model on some devices, names resolved.
 
-    Examples
-    --------
     >>> paper("llama-3.1-8b", ["h100", "h100_sxm"]).devices[0].name
     'h100_sxm'
     """
@@ -68,26 +76,3 @@ def paper(
         raise InputError("hardware: expected at least one")
     config = load_model(model) if isinstance(model, str) else model
     return Paper(config, tuple(profiles.values()), setting or Setting(), seq, measured or {})
-
-
-def setting_text(p: Paper) -> str:
-    """Number formats and runtime in words."""
-    runtime = "CUDA graphs" if p.setting.runtime == "cuda_graph" else "eager mode"
-    return f"{p.model.name}, {p.setting.dtype}, {runtime}"
-
-
-def interval_text(p: Paper) -> str:
-    return f"{100 * p.setting.level:.4g} % interval"
-
-
-def columns_of(p: Paper) -> int | None:
-    return len(p.devices) if len(p.devices) in (2, 3) else None
-
-
-def where_text(r: Record) -> str:
-    return f"{r.phase}, batch {r.batch}"
-
-
-def percents(values: Sequence[float]) -> str:
-    texts = [f"{100 * v:.4g}" for v in values]
-    return f"{', '.join(texts[:-1])} and {texts[-1]} %" if len(texts) > 1 else f"{texts[0]} %"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simulator.figures.paper_parts import Made, NothingToDraw, Paper, interval_text
+from simulator.figures.subject import Made, NothingToDraw, Paper
 from simulator.kernels.gemm import gemm_time
 
 if TYPE_CHECKING:
@@ -30,19 +30,18 @@ def staircase(p: Paper) -> Made:
     used = [hw.name for hw, panel in zip(p.devices, panels) if np.size(panel.measured)]
     named = "; ".join(f"{name}: {p.measured[name].source}" for name in used)
     caption = (
-        f"Staircases of tile and wave quantisation, {p.setting.dtype}. Top: time of the fused q, k, v projection of {p.model.name} over "
-        f"the tokens; middle: its rate; bottom: time of the gate projection as width pruning narrows it, cold weights. Line: prediction; "
-        f"band: {interval_text(p)}; dashed: datasheet roofline"
+        f"Staircases of tile and wave quantisation, {p.setting.dtype}. Top: time of the fused q, k, v projection of "
+        f"{p.model.name} over the tokens; middle: its rate; bottom: time of the gate projection as width pruning "
+        f"narrows it, cold weights. Line: prediction; band: {p.interval}; dashed: datasheet roofline"
     )
-    return (
-        staircase_figure(panels, interval=interval_text(p)),
-        caption + (f"; circles: measured ({named})." if named else "."),
-        (),
-    )
+    caption += f"; circles: measured ({named})." if named else "."
+    return staircase_figure(panels, interval=p.interval), caption, ()
 
 
 def _over_tokens(p: Paper, hw: HardwareProfile, row: str) -> Stairs:
-    """The fused q, k, v projection: time of few tokens, or rate of many; weights as warm as in the measurements, where there are any."""
+    """The fused q, k, v projection: time of few tokens, or rate of many; weights as warm as in the measurements, where
+    there are any.
+    """
     from simulator.figures.staircase import Stairs
 
     n, k = (p.model.heads + 2 * p.model.kv_heads) * p.model.head_dim, p.model.hidden
@@ -56,21 +55,14 @@ def _over_tokens(p: Paper, hw: HardwareProfile, row: str) -> Stairs:
     t = gemm_time(tokens, n, k, hw, dtype=p.setting.dtype, copies=copies, level=p.setting.level)
     names = {"row": row, "column": hw.name, "x_label": "M (tokens)", "note": f"N {n}, K {k}"}
     if row == "tiles":
-        return Stairs(
-            **names, y_label="time (µs)", x=tokens, measured_x=seen_m, measured=1e6 * seen_s, **_microseconds(t)
-        )
-    work = 2e-12 * tokens * n * k
-    return Stairs(
-        **names,
-        y_label="TFLOP/s",
-        x=tokens,
-        predicted=work / t.seconds,
-        lower=work / t.upper,
-        upper=work / t.lower,
-        ideal=work / t.roofline_s,
-        measured_x=seen_m,
-        measured=2e-12 * seen_m * n * k / seen_s,
-    )
+        seen_y, columns = 1e6 * seen_s, _microseconds(t)
+    else:
+        work = 2e-12 * tokens * n * k
+        seen_y = 2e-12 * seen_m * n * k / seen_s
+        columns = {"predicted": work / t.seconds, "lower": work / t.upper, "upper": work / t.lower}
+        columns["ideal"] = work / t.roofline_s
+    y_label = "time (µs)" if row == "tiles" else "TFLOP/s"
+    return Stairs(**names, y_label=y_label, x=tokens, measured_x=seen_m, measured=seen_y, **columns)
 
 
 def _over_width(p: Paper, hw: HardwareProfile) -> Stairs:
@@ -103,9 +95,8 @@ def scatter(p: Paper) -> Made:
         a = agreement(seen.seconds, predicted)
         words.append(f"{hw.name}: {seen.source}, median error {100 * a.median:.1f} %, bias {100 * a.bias:+.1f} %")
     if not clouds:
-        raise NothingToDraw(
-            f"predicted against measured: no measured GEMMs of {', '.join(hw.name for hw in p.devices)} (--measured)"
-        )
+        names = ", ".join(hw.name for hw in p.devices)
+        raise NothingToDraw(f"predicted against measured: no measured GEMMs of {names} (--measured)")
     held = all(c.held_out for c in clouds)
     fitted = "held-out predictions" if held else "some of these rows may have been used to fit the profiles"
     caption = (

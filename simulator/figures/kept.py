@@ -1,0 +1,55 @@
+"""The taxonomy of a model's families as numbers: what pruning leaves of M, N and K of some operators."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+from simulator.workload import Kernel, Workload
+
+SKIPPED_PAIRS: Mapping[str, str] = MappingProxyType({"dynamic_depth": "M", "dynamic_width": "K"})
+"""Axis on which a family skips query-key pairs, where not N: queries of skipped tokens, features of skipped heads."""
+
+
+def kept_axes(
+    dense: Workload, pruned: Workload, roles: Sequence[str], attention: str = "N"
+) -> tuple[float, float, float]:
+    """Share of the logical M, N and K of some operators that pruning leaves, over a whole pass.
+
+    M are the tokens of all layers together, N the outputs of a token, K the multiply-adds of an output. So a layer left
+    out is M that is gone; a low-rank pair, or zeros, are K that is gone; tiles skipped by groups of features are N, or
+    K where the features are inputs. For attention M are queries, N keys and K the features of all heads; a skipped
+    share of the query-key pairs counts on the axis named.
+
+    >>> import simulator
+    >>> dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="prefill", batch=1, seq=128)
+    >>> [kept_axes(dense, simulator.prune(dense, name, 0.5), ["down"]) for name in ("depth", "width")]
+    [(0.5, 1.0, 1.0), (1.0, 1.0, 0.5)]
+    """
+    before, after = (w.take(w.is_role(*roles) & ~w.overhead) for w in (dense, pruned))
+    if not len(before):
+        return (float("nan"),) * 3
+    share = float(after.flops.sum() / before.flops.sum())
+    if "attention" in roles:
+        (m0, k0), (m1, k1) = _queries_features(before), _queries_features(after)
+        m, k = m1 / m0, k1 / k0 if k1 else 1.0
+        n = share / (m * k)
+        return {"N": (m, n, k), "M": (m * n, 1.0, k), "K": (m, 1.0, k * n)}[attention]
+    if (after.kernel == Kernel.BLOCK_SPARSE).any():
+        return (1.0, 1.0, share) if set(roles) & {"o", "down"} else (1.0, share, 1.0)
+    (m0, n0), (m1, n1) = _tokens_outputs(before), _tokens_outputs(after)
+    m, n = m1 / m0, n1 / n0 if n1 else 1.0
+    return m, n, share / (m * n) if m * n else 1.0
+
+
+def _tokens_outputs(w: Workload) -> tuple[float, float]:
+    """Tokens of some GEMMs in a pass, and outputs a token; of a low-rank pair the second factor makes the output."""
+    out = w.stage != 1
+    rows = (w.m * w.count)[out]
+    return float(rows.sum()), float((rows * w.n[out]).sum() / rows.sum()) if rows.sum() else 0.0
+
+
+def _queries_features(w: Workload) -> tuple[float, float]:
+    """Queries of attention in a pass, and features a query over all heads."""
+    queries = w.batch * w.q_len * w.count
+    return float(queries.sum()), float((queries * w.heads * w.head_dim).sum() / queries.sum()) if queries.sum() else 0.0

@@ -1,0 +1,191 @@
+"""How figures are laid out: panels under matplotlib's constrained layout, round numbers on logarithmic axes, one
+legend.
+
+Use :func:`panel_grid` where rows and columns mean something, :func:`panel_list` for panels one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from simulator.errors import InputError
+from simulator.figures.style import COLUMN_IN, PAGE_IN
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Columns = Mapping[str, NDArray[Any]]
+"""Points of a figure: arrays of one length by name."""
+
+Panels = Mapping[tuple[str, str], "Axes"]
+"""Axes by the labels of their row and column."""
+
+# fmt: off
+_MANTISSAS: tuple[tuple[float, ...], ...] = (
+    (1, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3, 1.35, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 9, 9.5),
+    (1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2, 8, 9),
+    (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 7, 8, 9),
+    (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8),
+    (1, 1.5, 2, 3, 5, 7),
+    (1, 2, 5),
+    (1, 3),
+    (1,),
+)
+# fmt: on
+
+
+def columns_of(what: str, texts: Mapping[str, Sequence[str]], numbers: Mapping[str, ArrayLike]) -> Columns:
+    """Points of a figure as arrays; refuses columns that are empty or differ in length.
+
+    >>> columns_of("points of the figure", {"x": ["a"]}, {"y": [1, 2]})
+    Traceback (most recent call last):
+    simulator.errors.InputError: points of the figure: expected columns of one length from 1 up, got {'x': 1, 'y': 2}
+    """
+    columns: dict[str, NDArray[Any]] = {name: np.asarray(values, dtype=object) for name, values in texts.items()}
+    columns |= {name: np.asarray(values) for name, values in numbers.items()}
+    sizes = {name: len(values) for name, values in columns.items()}
+    if 0 in sizes.values() or len(set(sizes.values())) > 1:
+        raise InputError(f"{what}: expected columns of one length from 1 up, got {sizes}")
+    return columns
+
+
+def log_ticks(low: float, high: float, most: int) -> list[float]:
+    """Round numbers between two values on a logarithmic axis, as many as there is room for.
+
+    >>> log_ticks(0.8, 2.1, 5)
+    [0.8, 1.0, 1.25, 1.5, 2.0]
+    >>> log_ticks(0.9, 350.0, 4)
+    [1.0, 10.0, 100.0]
+    """
+    ticks: list[float] = []
+    for mantissas in _MANTISSAS:
+        every = sorted({float(f"{m}e{power}") for power in range(-9, 19) for m in mantissas})
+        ticks = [t for t in every if low <= t <= high]
+        if len(ticks) <= most:
+            break
+    return ticks
+
+
+def log_axis(axis: Any, low: float, high: float, most: int) -> None:
+    """Round numbers as plain text on an x or y axis that is already logarithmic."""
+    fixed_ticks(axis, log_ticks(low, high, most), lambda value, _: f"{value:,.10g}")
+
+
+def fixed_ticks(axis: Any, ticks: Sequence[float], text: Any) -> None:
+    """Ticks at these values alone, written by ``text(value, position)``."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    axis.set_major_locator(FixedLocator(list(ticks)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(text))
+
+
+def in_a_row(panels: int) -> int:
+    """How many panels to set side by side: at most three, rows as full as can be.
+
+    >>> [in_a_row(n) for n in (1, 2, 3, 4, 5, 6)]
+    [1, 2, 3, 2, 3, 3]
+    """
+    return 2 if panels == 4 else min(panels, 3)
+
+
+def panel_grid(
+    row: Iterable[str], column: Iterable[str], panel_in: float, around_in: float, width_in: float = PAGE_IN, **axes: Any
+) -> tuple[Figure, Panels]:
+    """A figure with a panel for each row and column, in the order in which their labels first occur.
+
+    Parameters
+    ----------
+    row, column : iterable of str
+        Labels, one entry a point.
+    panel_in, around_in : float, inches
+        Height of a panel, and of all that stands above and below the panels.
+    **axes
+        As for :meth:`matplotlib.figure.Figure.subplots`.
+
+    Examples
+    --------
+    >>> figure, panels = panel_grid(["decode", "decode"], ["a100", "h100"], 1.0, 0.6)
+    >>> list(panels), round(float(figure.get_figheight()), 2)
+    ([('decode', 'a100'), ('decode', 'h100')], 1.6)
+    """
+    rows, columns = list(dict.fromkeys(row)), list(dict.fromkeys(column))
+    figure, grid = _subplots(len(rows), len(columns), panel_in, around_in, width_in, axes)
+    return figure, {(r, c): grid[i, j] for i, r in enumerate(rows) for j, c in enumerate(columns)}
+
+
+def panel_list(
+    count: int,
+    panel_in: float,
+    around_in: float,
+    columns: int | None = None,
+    width_in: float | None = None,
+    **axes: Any,
+) -> tuple[Figure, list[Axes], int]:
+    """A figure with panels one after the other, and how many stand side by side; one column wide for one panel."""
+    columns = columns or in_a_row(count)
+    width_in = width_in or (COLUMN_IN if columns == 1 else PAGE_IN)
+    figure, grid = _subplots(-(-count // columns), columns, panel_in, around_in, width_in, axes)
+    for unused in grid.flat[count:]:
+        unused.remove()
+    return figure, list(grid.flat[:count]), columns
+
+
+def _subplots(rows: int, columns: int, panel_in: float, around_in: float, width_in: float, axes: Any) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width_in, around_in + rows * panel_in), layout="constrained")
+    engine: Any = figure.get_layout_engine()
+    engine.set(w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.04)
+    return figure, figure.subplots(rows, columns, squeeze=False, **axes)
+
+
+def name_panels(panels: Panels, rows: Mapping[str, str]) -> None:
+    """Names of the columns above the first row, and those of the rows (what ``rows`` gives them) right of the last
+    column.
+    """
+    (first, _), (_, last) = next(iter(panels)), list(panels)[-1]
+    for (r, c), ax in panels.items():
+        if r == first:
+            ax.set_title(c, pad=5)
+        if c == last and r in rows:
+            where: dict[str, Any] = {"xytext": (6, 0), "xycoords": "axes fraction", "textcoords": "offset points"}
+            ax.annotate(rows[r], (1, 0.5), rotation=270, va="center", fontsize=7, **where)
+
+
+def cells(panels: Panels, across: Sequence[str], down: Sequence[str]) -> None:
+    """Panels as tables, without grid or spines: names of cells at 0, 1, 2, ... below the last row and left of the first
+    column.
+    """
+    (_, first), (last, _) = next(iter(panels)), list(panels)[-1]
+    for (r, c), ax in panels.items():
+        ax.set_yticks(range(len(down)), down if c == first else [])
+        ax.set_xticks(range(len(across)), across if r == last else [])
+        ax.grid(visible=False)
+        ax.tick_params(length=0)
+        ax.spines[["left", "bottom"]].set_visible(False)
+
+
+def legend_lines(handles: Sequence[Any], width_in: float) -> int:
+    """Lines of a legend that is as wide as its figure."""
+    longest = max(len(str(h.get_label())) for h in handles)
+    return -(-len(handles) // max(1, int(width_in / (0.45 + 0.055 * longest))))
+
+
+def legend_below(figure: Figure, handles: Sequence[Any], lines: int, x_label: str = "") -> None:
+    """One legend for the whole figure, below its panels; its title is the label that the x axes share."""
+    across = -(-len(handles) // lines)
+    legend: Any = figure.legend(handles=list(handles), loc="outside lower center", ncols=across, borderaxespad=0.2)
+    legend.set_title(x_label or None, {"size": 7})
+
+
+def settled(figure: Figure) -> Figure:
+    """The figure laid out for good: each further pass of the layout would move it by a fraction of a pixel."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return figure

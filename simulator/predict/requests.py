@@ -1,0 +1,115 @@
+"""Many dense workloads of one model pruned in few calls: one family at one sparsity over many batches and lengths.
+
+Use :func:`prune_all`. Most families only look at widths, heads and layers, which requests of one model share, so the
+rows of many requests go through the family's function together; what a family allows it says itself
+(``Family.together``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from simulator.errors import InputError
+from simulator.kernels.stack import Rows, Stack
+from simulator.pruning import FAMILIES, prune
+from simulator.workload import Phase, Workload, role_code
+
+if TYPE_CHECKING:
+    from simulator.models.config import ModelConfig
+    from simulator.predict.settings import Setting
+
+Group = tuple[int, ...]
+"""Indices of some requests."""
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Dense workloads of one model, phase and setting, one for each (batch, seq)."""
+
+    shapes: tuple[tuple[int, int], ...]
+    workloads: tuple[Workload, ...]
+    _groups: dict[str, list[tuple[Group, Workload]]] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, model: ModelConfig, setting: Setting, phase: str, shapes: tuple[tuple[int, int], ...]) -> Requests:
+        return cls(shapes, tuple(setting.lower(model, phase, b, s) for b, s in shapes))
+
+    def groups(self, together: str) -> list[tuple[Group, Workload]]:
+        """Requests that a family may prune together, and their rows as one workload."""
+        if together not in self._groups:
+            self._groups[together] = [(g, self._joined(g)) for g in _grouped(self.shapes, together)]
+        return self._groups[together]
+
+    def _joined(self, group: Group) -> Workload:
+        workloads, batch = [self.workloads[i] for i in group], max(self.shapes[i][0] for i in group)
+        return Workload.concat(workloads, meta=replace(workloads[0].meta, batch=batch))
+
+
+def _grouped(shapes: Sequence[tuple[int, int]], together: str) -> list[Group]:
+    every = range(len(shapes))
+    if together == "any":
+        return [tuple(every)]
+    if together != "equal length":
+        return [(i,) for i in every]
+    groups: list[list[int]] = []
+    for length in dict.fromkeys(seq for _, seq in shapes):
+        first = len(groups)
+        for i in sorted((i for i in every if shapes[i][1] == length), key=lambda i: shapes[i][0]):
+            # rows of all tokens must stay apart from those of one a sequence, which token pruning tells by their number
+            if len(groups) == first or shapes[i][0] >= shapes[groups[-1][0]][0] * length:
+                groups.append([])
+            groups[-1].append(i)
+    return [tuple(g) for g in groups]
+
+
+def prune_all(
+    requests: Requests, family: str, sparsity: Any, *, ideal: bool = False, options: Mapping[str, Any] | None = None
+) -> tuple[list[tuple[Group, Stack]], tuple[str, ...]]:
+    """Requests pruned by a family, some at a time, and why others are refused; arguments as those of
+    :func:`simulator.prune`."""
+    refused: dict[str, None] = {}
+    call = partial(prune, family=family, sparsity=sparsity, ideal=ideal, **(options or {}))
+    groups = requests.groups(FAMILIES[family].together)
+    return [part for group, joined in groups for part in _prune(requests, group, joined, call, refused)], tuple(refused)
+
+
+def _prune(
+    requests: Requests, group: Group, joined: Workload, call: Callable[[Workload], Workload], refused: dict[str, None]
+) -> list[tuple[Group, Stack]]:
+    """A group in one call where that works, else one call a request."""
+    try:
+        pruned = call(joined)
+    except InputError as error:
+        refused[str(error)] = None
+        if len(group) == 1 or _refusal(call, requests.workloads[group[0]]) == str(error):
+            return []  # it is the sparsity, not the request
+    else:
+        lengths = _lengths(pruned, requests.workloads[0], len(group))
+        if lengths is not None:
+            sequences = np.array([requests.shapes[i][0] for i in group], dtype=np.intp)
+            return [(group, Stack(pruned, lengths, sequences))]
+    return [part for i in group for part in _prune(requests, (i,), requests.workloads[i], call, refused)]
+
+
+def _refusal(call: Callable[[Workload], Workload], dense: Workload) -> str:
+    try:
+        call(dense)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def _lengths(pruned: Workload, dense: Workload, many: int) -> Rows | None:
+    """Rows of each of ``many`` requests: a pass begins with its embedding. None where that does not tell them apart."""
+    if many == 1:
+        return np.array([len(pruned)])
+    passes = len({int(p) for p in np.unique(dense.phase)} & {int(Phase.PREFILL), int(Phase.DECODE)})
+    begins = np.flatnonzero(pruned.role == role_code("embedding")[0])
+    if len(begins) != passes * many or begins[0] != 0:
+        return None
+    return np.diff(np.append(begins[::passes], len(pruned)))

@@ -1,0 +1,217 @@
+"""The product of settings: order, agreement with single predictions, what is left out and what is refused; and files
+written whole."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import simulator
+from simulator import load_hardware, load_model, lower, prune, speedup
+from simulator.errors import InputError
+from simulator.files.write import write_whole
+from simulator.predict.gemms import gemm_table
+from simulator.predict.requests import Requests, prune_all
+from simulator.predict.rows import COLUMNS, Record
+from simulator.predict.settings import Setting
+from simulator.predict.table import explanations, families
+from simulator.pruning import FAMILIES
+from simulator.workload import Workload
+
+MODEL = ["llama-3.1-8b"]
+
+
+def table(**asked: Any) -> simulator.predict.table.Table:  # type: ignore[name-defined]
+    """A table of one point, but for what is asked."""
+    usual = {"models": MODEL, "hardware": ["h100"], "family": ["depth"], "sparsity": [0.25], "phase": ["decode"]}
+    return simulator.table(**{**usual, **asked})
+
+
+def test_records_are_the_single_predictions_in_order() -> None:
+    found = table(
+        hardware=["h100", "a100"], family=["width", "depth"], sparsity=[0.5, 0.25], phase=["decode", "prefill"],
+        batch=[1, 4], seq=[512],
+    )  # fmt: skip
+    assert [(r.phase, r.batch, r.family, r.sparsity, r.hardware) for r in found][:5] == [
+        ("decode", 1, "width", 0.5, "h100_sxm"),
+        ("decode", 1, "width", 0.5, "a100_sxm_80gb"),
+        ("decode", 1, "width", 0.25, "h100_sxm"),
+        ("decode", 1, "width", 0.25, "a100_sxm_80gb"),
+        ("decode", 1, "depth", 0.5, "h100_sxm"),
+    ]
+    assert len(found) == 2 * 2 * 2 * 2 * 2
+    for r in found.records[::5]:
+        dense = lower(load_model(MODEL[0]), phase=r.phase, batch=r.batch, seq=r.seq)
+        single = speedup(dense, prune(dense, r.family, r.sparsity), load_hardware(r.hardware))
+        assert r.speedup == pytest.approx(single.speedup, rel=1e-12)
+        assert r.speedup_lower == pytest.approx(single.lower, rel=1e-12)
+        assert r.roofline_bound == pytest.approx(single.roofline_bound, rel=1e-12)
+        assert r.efficiency == pytest.approx(single.efficiency, rel=1e-12)
+        assert (r.realised_sparsity, r.limit, r.measured_bound) == (single.realised_sparsity, single.limit, None)
+
+
+def test_names_that_mean_the_same_count_once() -> None:
+    twice = table(
+        hardware=["h100", "h100_sxm"], family=["depth"] * 2, sparsity=[0.25] * 2, phase=["decode"] * 2, batch=[1, 1]
+    )
+    assert len(twice) == 1
+    assert families(["width", "all"]) == ("width", *(name for name in FAMILIES if name != "width"))
+
+
+def test_an_unsupported_combination_is_a_note_among_several_families_and_an_error_alone() -> None:
+    found = table(family=["depth", "semi_structured"], sparsity=[0.25, 0.5])
+    assert [(r.family, r.sparsity) for r in found] == [("depth", 0.25), ("depth", 0.5), ("semi_structured", 0.5)]
+    (note,) = found.notes
+    assert note.startswith("semi_structured")
+    assert note.endswith("left out at sparsity 0.25")
+    with pytest.raises(InputError, match="semi_structured"):
+        table(family=["semi_structured"], sparsity=[0.25, 0.5])
+    with pytest.raises(InputError, match="sparsity: expected at least one"):
+        table(sparsity=[])
+    with pytest.raises(InputError, match="a100_sxm_80gb has no fp8"):  # not even the dense model runs
+        table(hardware=["h100", "a100"], family=["depth", "width"], setting=Setting(dtype="fp8"))
+
+
+def test_memory_says_what_does_not_fit_and_pruning_may_help() -> None:
+    found = table(models=["llama-2-70b"], hardware=["h200", "4090"], sparsity=[0.1, 0.5])
+    at = {(r.hardware, r.sparsity): r for r in found}
+    assert at["h200_sxm", 0.5].pruned_fits
+    assert not at["rtx_4090", 0.5].pruned_fits
+    assert at["h200_sxm", 0.5].pruned_memory_bytes < 0.55 * at["h200_sxm", 0.5].dense_memory_bytes
+    assert any("rtx_4090" in note and "devices" in note for note in found.notes)
+    assert [r.dense_fits for r in found] == [r.dense_memory_bytes <= r.capacity_bytes for r in found]
+
+
+def test_more_positions_than_a_model_has_are_noted() -> None:
+    assert table(models=["opt-13b"], phase=["prefill"], seq=[2048]).notes == ()
+    (note,) = table(models=["opt-13b"], phase=["prefill", "decode"], seq=[2049]).notes
+    assert "opt-13b is made for 2048 positions" in note
+    (note,) = table(models=["opt-13b"], phase=["generate"], seq=[2040], setting=Setting(new_tokens=16)).notes
+    assert "2056" in note
+
+
+def test_settings_reach_the_prediction() -> None:
+    def times(setting: Setting) -> tuple[float, float]:
+        (r,) = table(setting=setting)
+        return r.dense_s, r.dense_memory_bytes
+
+    plain = times(Setting())
+    assert times(Setting(weight_dtype="int4"))[0] < plain[0]
+    assert times(Setting(weight_dtype="int4"))[1] < plain[1]
+    assert times(Setting(kv_dtype="fp8"))[1] < plain[1]
+    assert times(Setting(runtime="eager"))[0] > plain[0]
+    assert times(Setting(devices=2))[1] < plain[1]
+    (generate,) = table(phase=["generate"], setting=Setting(new_tokens=16))
+    assert generate.new_tokens == 16
+    assert generate.dense_s > 15 * plain[0]
+
+
+def test_progress_counts_every_combination() -> None:
+    seen: list[tuple[int, int]] = []
+    table(hardware=["h100", "a100"], phase=["prefill", "decode"], progress=lambda done, of: seen.append((done, of)))
+    assert seen == [(2, 4), (4, 4)]
+
+
+def test_a_table_as_a_data_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pandas")
+    found = table(sparsity=[0.25, 0.5])
+    frame = found.to_pandas()
+    assert list(frame.columns) == list(Record.__dataclass_fields__) == list(COLUMNS)[:-1]
+    assert frame["speedup"].tolist() == [r.speedup for r in found]
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(InputError, match="pip install pandas"):
+        found.to_pandas()
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_every_family_is_explained_exactly(family: str) -> None:
+    for e in explanations(MODEL[0], ["h100", "a100"], family, 0.5, ["prefill", "decode"], [2], [512]):
+        reached = 1.0
+        for step in e.steps:
+            reached *= step.factor
+            assert reached == pytest.approx(step.speedup, rel=1e-9)
+        assert reached == pytest.approx(e.record.speedup, rel=1e-9)
+
+
+def test_a_sparsity_by_projection_is_explained() -> None:
+    (e,) = explanations(MODEL[0], ["h100"], "width", {"mlp": 0.5})
+    (whole,) = table(family=["width"], sparsity=[0.5], phase=["prefill"])
+    assert 0.3 < e.record.sparsity < 0.5
+    assert 1.0 < e.record.speedup < whole.speedup
+    assert asdict(e.record).keys() == asdict(whole).keys()
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("phase", ["prefill", "decode", "generate"])
+@pytest.mark.parametrize(
+    ("model", "setting"),
+    [
+        ("llama-3.2-1b", Setting(new_tokens=5)),
+        ("gemma-2-9b", Setting(new_tokens=5, devices=2)),
+        ("mistral-7b-v0.1", Setting(new_tokens=3, devices=4, parallel="pipeline", fuse_qkv=True)),
+    ],
+    ids=["plain", "windows-tensor", "window-pipeline-fused"],
+)
+def test_pruning_together_equals_one_by_one(family: str, phase: str, model: str, setting: Setting) -> None:
+    """Whatever a family says of the requests that a call may prune together."""
+    shapes = tuple((b, s) for s in (7, 300, 8192) for b in (1, 3, 64))
+    requests = Requests.of(load_model(model), setting, phase, shapes)
+    for sparsity in (0.0, 0.3, 0.5, 0.9):
+        parts, refused = prune_all(requests, family, sparsity)
+        together = {i: (stack, j) for group, stack in parts for j, i in enumerate(group)}
+        for i, dense in enumerate(requests.workloads):
+            try:
+                one = prune(dense, family, sparsity)
+            except InputError:
+                assert i not in together
+                assert refused
+                continue
+            stack, j = together[i]
+            at = stack.starts[j] + np.arange(stack.lengths[j])
+            assert len(one) == len(at)
+            for name in Workload.SCHEMA:
+                got, wanted = getattr(stack.rows, name)[at], getattr(one, name)
+                np.testing.assert_allclose(got, wanted, rtol=1e-12, err_msg=name)
+            applied = one.meta.applied[-1]
+            assert stack.rows.meta.applied[-1].sparsity == applied.sparsity
+            assert stack.rows.meta.applied[-1].realised == pytest.approx(applied.realised, abs=1e-12)
+
+
+def test_gemm_table_is_the_product() -> None:
+    rows = gemm_table([1, 64], [4096], [4096, 1024], ["h100", "4090"])
+    assert [(r.hardware, r.m, r.k) for r in rows] == [
+        (h, m, k) for h in ("h100_sxm", "rtx_4090") for m in (1, 64) for k in (4096, 1024)
+    ]
+    for r in rows:
+        assert r.flop_per_s == pytest.approx(2.0 * r.m * r.n * r.k / r.seconds)
+        assert r.seconds >= r.roofline_s * 0.99
+        assert r.ladder_s["launch"] == r.seconds
+    (sparse,) = gemm_table([2048], [4096], [4096], ["h100"], semi_structured=True)
+    (dense,) = gemm_table([2048], [4096], [4096], ["h100"])
+    assert sparse.seconds < dense.seconds
+
+
+def test_a_file_is_replaced_with_its_mode_and_through_its_link(tmp_path: Path) -> None:
+    real, link = tmp_path / "real.csv", tmp_path / "link.csv"
+    real.write_text("old")
+    real.chmod(0o640)
+    link.symlink_to(real)
+    write_whole(link, b"new")
+    assert link.is_symlink()
+    assert real.read_bytes() == b"new"
+    assert stat.S_IMODE(real.stat().st_mode) == 0o640
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link.csv", "real.csv"]
+
+
+def test_a_device_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    write_whole("/dev/null", b"x")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    with pytest.raises(InputError, match="is a folder"):
+        write_whole(tmp_path, b"x")
