@@ -6,15 +6,16 @@ Use :func:`columns_of` on records, :func:`usable` before a fit; :mod:`calibratio
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.hardware.profile import HardwareProfile
 from simulator.kernels.attention_decode import decode_core, decode_work
 from simulator.kernels.attention_prefill import Device, prefill_core, prefill_work
-from simulator.kernels.attention_residual import decode_place, prefill_place
+from simulator.kernels.lattice import decode_place, prefill_place
 from simulator.workload import DTYPE_BYTES, DTYPES
 
 F = NDArray[np.float64]
@@ -46,37 +47,31 @@ class Columns:
 
     def take(self, index: NDArray[Any]) -> Columns:
         """Rows by mask or index."""
-        columns = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: column[index] for name, column in columns.items() if np.ndim(column)})
 
 
-def columns_of(records: Any, kind: int | None = None) -> Columns:
-    """Columns of attention records (an object with columns of these names, seconds in s); ``kind`` picks one ``operator`` code."""
+def columns_of(records: Any) -> Columns:
+    """Columns of attention records (an object with columns of these names, seconds in s)."""
     names = (*SHAPE, "seconds")
-    rows = slice(None) if kind is None else np.asarray(records.operator) == kind
-    size = np.array([DTYPE_BYTES[code] for code in range(len(DTYPES))], dtype=np.float64)[
-        np.asarray(records.dtype)[rows]
-    ]
-    warm = 1.0 - np.asarray(records.cold, dtype=np.float64)[rows]
-    columns = {name: np.asarray(getattr(records, name), dtype=np.float64)[rows] for name in names}
-    return Columns(**columns, element_bytes=size, warm=warm)
+    bytes_ = np.array([DTYPE_BYTES[code] for code in range(len(DTYPES))], dtype=np.float64)
+    columns = {name: np.asarray(getattr(records, name), dtype=np.float64) for name in names}
+    warm = 1.0 - np.asarray(records.cold, dtype=np.float64)
+    return Columns(**columns, element_bytes=bytes_[np.asarray(records.dtype)], warm=warm)
+
+
+def device_of(hw: HardwareProfile, dtype: str = "bf16") -> Device:
+    """The facts the attention cores need, of a profile."""
+    return Device(hw.peak_flop_per_s(dtype), float(hw.sm_count), hw.bandwidth_bytes_per_s, hw.l2_bytes)
 
 
 def work_of(phase: str, c: Columns, values: Mapping[str, float]) -> Any:
     """Geometry of a phase for columns; it depends on the structural constants alone."""
-    if phase == "prefill":
-        size: Any = {"element_bytes": c.element_bytes, "cache_bytes": c.element_bytes, "pads": values.get("pads", 1.0)}
-        return prefill_work(c.batch, c.q_len, c.kv_len, c.heads, c.kv_heads, c.head_dim, packs=values["packs"], **size)
-    return decode_work(
-        c.batch,
-        c.kv_len,
-        c.heads,
-        c.kv_heads,
-        c.head_dim,
-        element_bytes=c.element_bytes,
-        cache_bytes=c.element_bytes,
-        warm=c.warm,
-    )
+    size: Any = {"element_bytes": c.element_bytes, "cache_bytes": c.element_bytes}
+    if phase == "decode":
+        return decode_work(c.batch, c.kv_len, c.heads, c.kv_heads, c.head_dim, warm=c.warm, **size)
+    form: Any = {"packs": values["packs"], "pads": values.get("pads", 1.0)}
+    return prefill_work(c.batch, c.q_len, c.kv_len, c.heads, c.kv_heads, c.head_dim, **form, **size)
 
 
 def core_of(phase: str, work: Any, device: Device, values: Mapping[str, float]) -> F:
@@ -98,10 +93,9 @@ def usable(phase: str, c: Columns, device: Device) -> tuple[NDArray[np.bool_], d
     """
     work = work_of(phase, c, {"packs": 0.0})
     size = work.io_bytes if phase == "prefill" else work.cache_bytes
+    finite = [np.isfinite(getattr(c, f.name)) & np.ones(len(c), dtype=bool) for f in fields(c)]
     reasons = {
-        "a value is not finite": ~np.all(
-            [np.isfinite(getattr(c, n)) & np.ones(len(c), dtype=bool) for n in c.__dataclass_fields__], axis=0
-        ),
+        "a value is not finite": ~np.all(finite, axis=0),
         "the time is not positive": ~(c.seconds > 0),
         "a chunk of one query, which takes the path of decode": (c.q_len < 2) & (phase == "prefill"),
         "heads are no multiple of KV heads": (c.heads % np.maximum(c.kv_heads, 1.0)) != 0,

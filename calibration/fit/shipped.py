@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.fit.profile import ProfileFit, fit_profile
-from calibration.fit.ratios import fit_sparse_step
+from calibration.fit.kernels import fit_sparse_step
 from calibration.measurements import load_measurements
 from calibration.records.importers import import_table
 from calibration.records.records import Records

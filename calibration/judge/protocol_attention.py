@@ -17,12 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.fit.attention import fit_attention, groups_of, predict
-from calibration.fit.attention_columns import Columns, columns_of, usable, work_of
+from calibration.fit.attention_columns import Columns, columns_of, device_of, usable, work_of
 from simulator.hardware.library import load_hardware
-from simulator.hardware.profile import HardwareProfile
 from simulator.kernels.attention import REGIMES
 from simulator.kernels.attention_prefill import Device
-from simulator.kernels.attention_residual import Lattice
+from simulator.kernels.lattice import Lattice
 
 F = NDArray[np.float64]
 
@@ -35,11 +34,6 @@ TABLES: tuple[tuple[str, str, str], ...] = (
     ("decode", "h100_sxm", "h100_sxm/attention_decode/sglang"),
 )
 """Phase, profile and table of the accuracy bars: one collection and kernel path each."""
-
-
-def device_of(hw: HardwareProfile, dtype: str = "bf16") -> Device:
-    """The facts the attention cores need, of a profile."""
-    return Device(hw.peak_flop_per_s(dtype), float(hw.sm_count), hw.bandwidth_bytes_per_s, hw.l2_bytes)
 
 
 def speedup_errors(c: Columns, predicted: F, phase: str, question: str) -> F:
@@ -113,9 +107,10 @@ def score(
     fit = fit_attention(phase, c.take(train), device, architecture, fold_by=(question,), seed=seed)
     took = time.perf_counter() - began
     unseen = c.take(test)
-    predicted, regime = predict(phase, unseen, device, fit.values, Lattice.from_arrays(fit.arrays))
+    lattice = Lattice.from_arrays(fit.section.arrays)
+    predicted, regime = predict(phase, unseen, device, fit.constants.values, lattice)
     error = predicted / unseen.seconds - 1.0
-    low, high = (np.array([getattr(i, side) for i in fit.intervals])[regime] for side in ("low", "high"))
+    low, high = (np.array([getattr(i, side) for i in fit.section.intervals])[regime] for side in ("low", "high"))
     inside = (unseen.seconds >= predicted * low) & (unseen.seconds <= predicted * high)
     pairs = np.abs(speedup_errors(unseen, predicted, phase, question))
     return {

@@ -21,7 +21,7 @@ from simulator.hardware.constants import DECODE_CONSTANTS, PREFILL_CONSTANTS
 from simulator.hardware.memo import PerObject
 from simulator.kernels.attention_decode import decode_parts, decode_work
 from simulator.kernels.attention_prefill import Device, join, prefill_parts, prefill_work
-from simulator.kernels.attention_residual import Lattice, decode_place, prefill_place
+from simulator.kernels.lattice import Lattice, decode_place, prefill_place
 from simulator.kernels.optime import BOUNDS, OpTime
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from simulator.errors import unknown
 from simulator.hardware.constants import CLASSES, ELEMENTWISE_CONSTANTS
 from simulator.hardware.memo import PerObject
+from simulator.kernels.lattice import Lattice
 from simulator.kernels.optime import BOUNDS, OpTime
 
 if TYPE_CHECKING:
@@ -79,35 +80,19 @@ RESIDENCY_POWER = 4.0
 _LAUNCH, _MEMORY, _L2 = BOUNDS.index("launch"), BOUNDS.index("memory"), BOUNDS.index("l2")
 
 
-@dataclass(frozen=True)
-class Residual:
-    """log(measured / core) by class over log2 bytes, nodes an octave apart from ``start`` on; beyond them the edge holds."""
+def class_lattice(arrays: Mapping[str, NDArray[Any]]) -> Lattice | None:
+    """log(measured / core) over (class, log2 bytes), nodes an octave apart, that a section's arrays hold ("start", "values"), or None."""
+    if "values" not in arrays:
+        return None
+    values = np.asarray(arrays["values"], dtype=np.float64)
+    # classes that came after the profile have no residual; one row more, so that each class is the near side of a cell
+    later = np.zeros((len(CLASSES) + 1 - len(values), values.shape[1]))
+    return Lattice((0.0, float(arrays["start"])), (1.0, 1.0), np.concatenate([values, later]))
 
-    start: float
-    values: F  # (classes, nodes)
 
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Residual | None:
-        """The residual kept in a section's arrays ("start", "values"), or None."""
-        if "values" not in arrays:
-            return None
-        values = np.asarray(arrays["values"], dtype=np.float64)
-        later = np.zeros(
-            (len(CLASSES) - len(values), values.shape[1])
-        )  # classes that came after the profile have no residual
-        return cls(float(arrays["start"]), np.concatenate([values, later]))
-
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """What :meth:`from_arrays` reads."""
-        return {"start": np.array(self.start), "values": self.values}
-
-    def __call__(self, bytes_: F, code: NDArray[np.intp]) -> F:
-        """Interpolated values."""
-        last = self.values.shape[1] - 1
-        place = np.clip(np.log2(np.maximum(bytes_, 1.0)) - self.start, 0.0, last)
-        low = np.minimum(place.astype(np.intp), max(last - 1, 0))
-        left, right = self.values[code, low], self.values[code, np.minimum(low + 1, last)]
-        return np.asarray(left + (place - low) * (right - left))
+def class_place(bytes_: F, code: NDArray[np.intp]) -> tuple[NDArray[np.intp], F]:
+    """Coordinates of operators in their lattice."""
+    return code, np.log2(np.maximum(bytes_, 1.0))
 
 
 @dataclass(frozen=True)
@@ -121,7 +106,7 @@ class _Ready:
     bandwidth: float
     low: F
     high: F
-    residual: Residual | None = None
+    residual: Lattice | None = None
 
 
 _MEMO: PerObject[_Ready] = PerObject()
@@ -179,7 +164,7 @@ def _ready(hw: HardwareProfile, dtype: str) -> _Ready:
             i = CLASSES.index(interval.regime)
             low[i], high[i] = interval.low, interval.high
     return _Ready(
-        base.t0, base.rate, base.l2, base.half_bytes, base.bandwidth, low, high, Residual.from_arrays(section.arrays)
+        base.t0, base.rate, base.l2, base.half_bytes, base.bandwidth, low, high, class_lattice(section.arrays)
     )
 
 
@@ -210,7 +195,7 @@ def elementwise_time(
         total, code = np.broadcast_arrays(total, code)
     seconds, memory, hit = _core(total, code, r)
     if r.residual is not None:
-        seconds = seconds * np.exp(r.residual(total, code))
+        seconds = seconds * np.exp(r.residual(class_place(total, code)))
     bound = np.where(memory < r.t0[code], _LAUNCH, np.where(hit > 0.5, _L2, _MEMORY)).astype(np.int8)
     roofline = total / r.bandwidth
     return OpTime(seconds, seconds * r.low[code], seconds * r.high[code], roofline, bound)

@@ -1,0 +1,247 @@
+"""The one solver of every operator's constants: robust least squares of log time in the logarithms of the constants.
+
+Use :func:`fit_logs` for constants, their errors and what could not be known; :func:`minimise` for a single search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import least_squares
+
+from simulator.hardware.parts import Fitted, Section
+
+F = NDArray[np.float64]
+Misfit = Callable[[Mapping[str, float]], F]
+"""Log of predicted over measured time of each row, from all constants by name."""
+
+HUBER = 0.05
+"""Log residual from which a row counts less: kernel choice makes steps of 5-15 % (DESIGN section 10)."""
+ON_BOUND = 1e-2
+"""Log distance to an end of its range at which a constant counts as on it."""
+ABSENT = "no rows of its class"
+
+
+@dataclass(frozen=True)
+class ConstantsFit:
+    """Constants of an operator, and how well the data know them.
+
+    Attributes
+    ----------
+    values : mapping of str to float
+        All constants, SI.
+    std_errors : mapping of str to float
+        Of the fitted ones, SI.
+    fixed : mapping of str to str
+        Constants that were not fitted -> why.
+    correlation : array
+        Of the logs of the fitted constants, in the order of ``std_errors``.
+    spread : float
+        Standard deviation of the log residuals the errors assume.
+    """
+
+    values: Mapping[str, float]
+    std_errors: Mapping[str, float]
+    fixed: Mapping[str, str]
+    correlation: F
+    spread: float = 0.0
+
+    @property
+    def correlations(self) -> dict[tuple[str, str], float]:
+        """The correlation of each pair of fitted constants."""
+        names = list(self.std_errors)
+        rows, columns = np.triu_indices(len(names), 1)
+        return {(names[i], names[j]): float(self.correlation[i, j]) for i, j in zip(rows, columns, strict=True)}
+
+    def fitted(self) -> dict[str, Fitted]:
+        """What a section of a profile holds."""
+        kept = {name for name, why in self.fixed.items() if why != ABSENT}
+        errors = self.std_errors
+        return {
+            name: Fitted(
+                float(value), errors.get(name), "fitted" if name in errors else "fixed" if name in kept else "default"
+            )
+            for name, value in self.values.items()
+        }
+
+
+@dataclass(frozen=True)
+class OperatorFit:
+    """A fitted section, and what a report of it needs.
+
+    Attributes
+    ----------
+    section : Section
+    constants : ConstantsFit
+    rows : int
+        Rows used.
+    unseen : array
+        Log of predicted over measured time of rows, each predicted by a fit that did not see it.
+    dropped : mapping of str to int
+        Rows refused, by reason.
+    """
+
+    section: Section
+    constants: ConstantsFit
+    rows: int
+    unseen: F
+    dropped: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """Where a search ended: logs of the free constants and of their ranges, rows of the misfit there, and their derivatives."""
+
+    names: tuple[str, ...]
+    x: F
+    low: F
+    high: F
+    rows: F
+    slopes: F
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The free constants."""
+        return dict(zip(self.names, np.exp(self.x).tolist(), strict=True))
+
+    @property
+    def on_bound(self) -> dict[str, str]:
+        """Free constants that ended on an end of their range: "lower" or "upper"."""
+        ends = zip(self.names, self.x - self.low, self.high - self.x, strict=True)
+        return {n: "lower" if below < above else "upper" for n, below, above in ends if min(below, above) < ON_BOUND}
+
+
+def minimise(
+    misfit: Misfit,
+    start: Mapping[str, float],
+    ranges: Mapping[str, Any],
+    names: Iterable[str],
+    *,
+    prior: float | None = None,
+    center: Mapping[str, float] | None = None,
+    data_only: bool = False,
+    **search: Any,
+) -> Minimum:
+    """One search over some constants, the others as in ``start``, with the soft-L1 loss.
+
+    Parameters
+    ----------
+    misfit : callable
+    start : mapping of str to float
+    ranges : mapping of str to Constant
+        Objects with ``low`` and ``high``.
+    names : iterable of str
+        The free constants.
+    prior : float, optional
+        Log spread of a prior round ``center`` (the start by default): one row of ordinary misfit a constant.
+    data_only : bool
+        The prior's rows stay outside the loss.
+    **search
+        Options of :func:`scipy.optimize.least_squares`.
+    """
+    names = tuple(names)
+    low = np.log([ranges[n].low or 1e-9 for n in names])
+    high = np.log([ranges[n].high for n in names])
+    middle = np.log([max((center or start)[n], 1e-12) for n in names])
+    first = np.clip(np.log([max(start[n], 1e-12) for n in names]), low + 1e-3, high - 1e-3)
+
+    def rows(x: F) -> F:
+        out = misfit({**start, **dict(zip(names, np.exp(x).tolist(), strict=True))})
+        if data_only:
+            out = soft_l1(out)
+        return out if prior is None else np.concatenate([out, HUBER / prior * (x - middle)])
+
+    loss: dict[str, Any] = {} if data_only else {"loss": "soft_l1", "f_scale": HUBER}
+    found = least_squares(rows, first, bounds=(low, high), **loss, **search)
+    return Minimum(names, found.x, low, high, found.fun, np.asarray(found.jac))
+
+
+def fit_logs(
+    misfit: Misfit,
+    start: Mapping[str, float],
+    ranges: Mapping[str, Any],
+    covariance: Callable[[Minimum, Mapping[str, float]], tuple[F, float]],
+    *,
+    fixed: Mapping[str, str] | None = None,
+    weak: float = np.inf,
+    anew: bool = False,
+    moot: Mapping[str, tuple[str, str]] | None = None,
+    **search: Any,
+) -> ConstantsFit:
+    """Constants by repeated searches, until none is on its bound and the data know every free one.
+
+    Parameters
+    ----------
+    misfit, start, ranges
+        As in :func:`minimise`.
+    covariance : callable
+        Of the logs of the free constants at a minimum, with the values of all there, and the spread of the residuals it assumes.
+    fixed : mapping of str to str
+        Constants that are not free, and why.
+    weak : float
+        Log standard error from which a constant counts as not identified: it goes back to its start.
+    anew : bool
+        Every search begins at the start, and a constant on its bound goes back there too; else it stays on the bound.
+    moot : mapping of str to (str, str)
+        Constants without meaning once another is on its lower bound, and why.
+    **search
+        Options of :func:`minimise`.
+    """
+    values, kept = dict(start), dict(fixed or {})
+    while free := [name for name in ranges if name not in kept]:
+        found = minimise(misfit, start if anew else values, ranges, free, **search)
+        values = {**(start if anew else values), **found.values}
+        gone: dict[str, str] = {}
+        for name, side in found.on_bound.items():
+            gone[name] = "on its bound" if anew else f"on its {side} bound"
+            values[name] = start[name] if anew else getattr(ranges[name], "low" if side == "lower" else "high")
+        if not gone or anew:
+            matrix, spread = covariance(found, {**values, **found.values})
+            errors = np.sqrt(np.maximum(np.diag(matrix), 0.0))
+            for name, error in zip(free, errors, strict=True):
+                if error > weak and name not in gone:
+                    gone[name] = f"not identified by these {'shapes' if anew else 'rows'}"
+                    values[name] = start[name]  # where a few rows drove it may be absurd
+            if not gone or len(gone) == len(free) and anew:
+                values = {**values, **found.values}
+                scale = np.where(errors > 0, errors, 1.0)
+                known = {name: float(values[name] * error) for name, error in zip(free, errors, strict=True)}
+                return ConstantsFit(values, known, kept, matrix / np.outer(scale, scale), spread)
+        kept |= {name: gone[name] for name in free if name in gone}
+        for name, (other, why) in (moot or {}).items():
+            if found.on_bound.get(name) == "lower":
+                values[other], kept[other] = start[other], why
+    return ConstantsFit(values, {}, kept, np.zeros((0, 0)))
+
+
+def soft_l1(misfit: F) -> F:
+    """Residuals whose square is the soft-L1 loss."""
+    z = (misfit / HUBER) ** 2
+    return np.sign(misfit) * HUBER * np.sqrt(2.0 * (np.sqrt(1.0 + z) - 1.0))
+
+
+def slopes(misfit: Misfit, values: Mapping[str, float], names: Sequence[str], step: float) -> F:
+    """Derivatives of the misfit by the logarithms of constants, (rows, names), by central differences."""
+    sides = [
+        (misfit({**values, name: values[name] * np.exp(step)}), misfit({**values, name: values[name] * np.exp(-step)}))
+        for name in names
+    ]
+    return np.stack([(up - down) / (2.0 * step) for up, down in sides], axis=1)
+
+
+def gauss_newton(slopes: F, spread: float) -> F:
+    """Covariance of logs from the derivatives of residuals of one spread."""
+    return np.asarray(np.linalg.pinv(slopes.T @ slopes) * spread**2)
+
+
+def sandwich(misfit: F, slopes: F) -> F:
+    """Covariance of logs by the sandwich formula of a robust fit, from raw residuals and their derivatives."""
+    z = (misfit / HUBER) ** 2
+    psi = misfit / np.sqrt(1.0 + z)
+    bread = np.linalg.pinv((slopes * ((1.0 + z) ** -1.5)[:, None]).T @ slopes)
+    freedom = len(psi) / max(len(psi) - slopes.shape[1], 1)
+    return np.asarray(bread @ ((slopes * (psi**2)[:, None]).T @ slopes * freedom) @ bread)
