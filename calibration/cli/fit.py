@@ -11,7 +11,8 @@ from simulator.cli import options, render
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from calibration.fit.profile import FittedPart, ProfileFit
+    from calibration.fit.profile import ProfileFit
+    from calibration.fit.solver import FittedPart
 
 RecordsArgument = Annotated[
     list[str], typer.Argument(metavar="RECORDS...", help="Files, run folders, or names of shipped measurements.")

@@ -1,13 +1,12 @@
 """Calibration of attention: constants, residual lattice and intervals from measured times.
 
-Use :func:`fit_attention` with plain columns and a :class:`Device`. One call fits one phase of one kernel path: constants belong to a stack
-(the same shape differs by 9-34 % between stacks), so tables of several must not be mixed.
+Use :func:`fit_attention` with plain columns and a :class:`Device`. One call fits one phase of one kernel path:
+constants belong to a stack (the same shape differs by 9-34 % between stacks), so tables of several must not be mixed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,17 @@ from numpy.typing import NDArray
 from calibration.fit.attention_columns import Columns, core_of, residual_coordinates, usable, work_of
 from calibration.fit.conformal import accuracy_of, outer_bands
 from calibration.fit.residual import Stiffness, fit_lattice
-from calibration.fit.solver import ConstantsFit, Minimum, OperatorFit, fit_logs, minimise, sandwich, slopes
+from calibration.fit.solver import (
+    ConstantsFit,
+    FittedPart,
+    Minimum,
+    fit_logs,
+    folds,
+    minimise,
+    numbered,
+    sandwich,
+    slopes,
+)
 from simulator.hardware.constants import DECODE_CONSTANTS, PREFILL_CONSTANTS, Constant
 from simulator.hardware.parts import Provenance, Section
 from simulator.kernels.attention import REGIMES, regime_of
@@ -44,11 +53,12 @@ LONE: Mapping[str, tuple[str, ...]] = {
     "prefill": ("exp_per_s", "sequence_s", "e_io", "l2_gain", "l2_share"),
     "decode": ("wide_s", "l2_gain", "l2_share", "merge_s"),
 }
-"""Constants that rows of a single head configuration cannot tell from the others; they keep their start, that of the architecture."""
+"""Constants that rows of a single head configuration cannot tell from the others; they keep their start, that of the
+architecture."""
 
 STIFFNESS = Stiffness(0.02, (0.03, 0.05, 0.05), 0.02)
-"""Of the lattice, along (group, units, length); chosen on seeds 10 and 11 of the protocol (A100 and H100, both phases, 400 and all
-rows)."""
+"""Of the lattice, along (group, units, length); chosen on seeds 10 and 11 of the protocol (A100 and H100, both phases,
+400 and all rows)."""
 
 _SEARCH: Mapping[str, Any] = {"ftol": 1e-6, "xtol": 1e-6}
 
@@ -104,10 +114,10 @@ def predict(
 
 
 def groups_of(c: Columns, kind: str, phase: str) -> NDArray[np.intp]:
-    """Group number of each row: rows of a group are left out together. ``kind``: "heads" (heads, KV heads, features) or "lengths"."""
+    """Group number of each row: rows of a group are left out together. ``kind``: "heads" (heads, KV heads, features) or
+    "lengths"."""
     length = c.q_len if phase == "prefill" else c.kv_len
-    key = np.stack([c.heads, c.kv_heads, c.head_dim] if kind == "heads" else [length], axis=1)
-    return np.asarray(np.unique(key, axis=0, return_inverse=True)[1]).reshape(-1)
+    return numbered(c.heads, c.kv_heads, c.head_dim) if kind == "heads" else numbered(length)
 
 
 def fit_attention(
@@ -120,7 +130,7 @@ def fit_attention(
     seed: int = 0,
     start: Mapping[str, float] | None = None,
     provenance: Provenance | None = None,
-) -> OperatorFit:
+) -> FittedPart:
     """Fit one phase of attention.
 
     Parameters
@@ -133,7 +143,8 @@ def fit_attention(
     architecture : str
         For the starting values: the defaults of the registry.
     fold_by : sequence of {"heads", "lengths"}
-        What a fold leaves out, for intervals and accuracy; the residuals of several are pooled. Each fold refits everything.
+        What a fold leaves out, for intervals and accuracy; the residuals of several are pooled. Each fold refits
+        everything.
     seed : int
         Of the folds.
     start : mapping of str to float, optional
@@ -148,9 +159,8 @@ def fit_attention(
     good, dropped = usable(phase, columns, device)
     c = columns.take(good)
     if len(c) < MINIMUM_ROWS:
-        raise ValueError(
-            f"{phase} attention: expected at least {MINIMUM_ROWS} usable rows, got {len(c)} ({dropped or 'none refused'})"
-        )
+        refused = dropped or "none refused"
+        raise ValueError(f"{phase} attention: expected at least {MINIMUM_ROWS} usable rows, got {len(c)} ({refused})")
     known = REGISTRY[phase]
     first = {n: k.default(architecture) for n, k in known.items()} | dict(start or {})
     keep = {}
@@ -165,12 +175,9 @@ def fit_attention(
         group = groups_of(c, kind, phase)
         if group.max() == 0:
             group = np.arange(len(c))  # nothing to leave out as a group: leave out rows
-        fold = rng.permutation(group.max() + 1)[group] % FOLDS
-        for out in (fold == f for f in range(FOLDS)):
-            if not out.any() or out.all():
-                continue
+        for train, test in folds(group, FOLDS, rng):
             # from the solution on: a refit moves little, but what it moves is part of the error of an unseen shape
-            rest, left = c.take(~out), c.take(out)
+            rest, left = c.take(train), c.take(test)
             values = dict(constants.values)
             if constants.std_errors:
                 misfit = _misfit(phase, rest, device, values)
@@ -185,11 +192,11 @@ def fit_attention(
         errors, arrays = core_errors, {}
     core = np.expm1(_misfit(phase, c, device, constants.values)(constants.values))
     section = Section(
-        MappingProxyType(constants.fitted()),
-        MappingProxyType(arrays),
+        constants.fitted(),
+        arrays,
         tuple(outer_bands(errors, np.concatenate(regimes), REGIMES)),
-        MappingProxyType({**accuracy_of(errors), "core_mape": float(np.abs(core).mean())}),
+        {**accuracy_of(errors), "core_mape": float(np.abs(core).mean())},
         provenance,
         "calibrated",
     )
-    return OperatorFit(section, constants, len(c), errors, dropped)
+    return FittedPart(section, constants, len(c), errors, dropped)

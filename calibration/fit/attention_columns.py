@@ -1,4 +1,5 @@
-"""Measured attention calls as columns, and what the model makes of them: geometry, core time, place in the residual lattice.
+"""Measured attention calls as columns, and what the model makes of them: geometry, core time, place in the residual
+lattice.
 
 Use :func:`columns_of` on records, :func:`usable` before a fit; :mod:`calibration.fit.attention` fits them.
 """
@@ -6,12 +7,13 @@ Use :func:`columns_of` on records, :func:`usable` before a fit; :mod:`calibratio
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.fit.solver import Table
 from simulator.hardware.profile import HardwareProfile
 from simulator.kernels.attention_decode import decode_core, decode_work
 from simulator.kernels.attention_prefill import Device, prefill_core, prefill_work
@@ -25,11 +27,12 @@ SHAPE: tuple[str, ...] = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head
 
 
 @dataclass(frozen=True)
-class Columns:
-    """Measured attention calls as equal-length float64 columns.
+class Columns(Table):
+    """Measured attention calls.
 
-    ``seconds`` is the time of each; ``element_bytes`` that of an element, keys and values included; ``warm`` 1 where a call was repeated
-    on one cache, as the published tables do, 0 where caches were rotated past L2, as this program does.
+    ``seconds`` is the time of each; ``element_bytes`` that of an element, keys and values included; ``warm`` 1 where a
+    call was repeated on one cache, as the published tables do, 0 where caches were rotated past L2, as this program
+    does.
     """
 
     batch: F
@@ -41,14 +44,6 @@ class Columns:
     seconds: F
     element_bytes: F | float = 2.0
     warm: F | float = 1.0
-
-    def __len__(self) -> int:
-        return len(self.seconds)
-
-    def take(self, index: NDArray[Any]) -> Columns:
-        """Rows by mask or index."""
-        columns = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: column[index] for name, column in columns.items() if np.ndim(column)})
 
 
 def columns_of(records: Any) -> Columns:
@@ -89,7 +84,8 @@ def residual_coordinates(phase: str, c: Columns) -> tuple[F, F, F]:
 def usable(phase: str, c: Columns, device: Device) -> tuple[NDArray[np.bool_], dict[str, int]]:
     """Rows a fit may use, and how many it may not by reason.
 
-    A time may lie below bytes / bandwidth only while the bytes fit the L2; FLOP / peak it may not beat by more than 5 % (boost clocks).
+    A time may lie below bytes / bandwidth only while the bytes fit the L2; FLOP / peak it may not beat by more than 5 %
+    (boost clocks).
     """
     work = work_of(phase, c, {"packs": 0.0})
     size = work.io_bytes if phase == "prefill" else work.cache_bytes

@@ -1,6 +1,7 @@
 """Split-conformal intervals and errors from log residuals of rows a fit did not see.
 
-:func:`bands` and :func:`pair_bands` are for GEMMs and their ratios, :func:`outer_bands` for attention and elementwise operators.
+:func:`bands` and :func:`pair_bands` are for GEMMs and their ratios, :func:`outer_bands` for attention and elementwise
+operators.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ F = NDArray[np.float64]
 LEVEL = 0.9
 PRIOR_GROUPS = 4.0
 ENOUGH, OUTER_ENOUGH = 40, 20
-"""Rows a regime needs for its own quantiles: with fewer, a GEMM's are mixed with all rows, others take those of all rows."""
+"""Rows a regime needs for its own quantiles: with fewer, a GEMM's are mixed with all rows, others take those of all
+rows."""
 
 
 def accuracy_of(log_ratio: F) -> dict[str, float]:
-    """Mean, median and 95th percentile of the relative error and its signed mean, from log predicted over measured times."""
+    """Mean, median and 95th percentile of the relative error and its signed mean, from log predicted over measured
+    times."""
     error = np.expm1(log_ratio)
     size = np.abs(error)
     scores = {"mape": size.mean(), "median": np.median(size), "p95": np.quantile(size, 0.95), "bias": error.mean()}
@@ -34,17 +37,19 @@ def accuracy_of(log_ratio: F) -> dict[str, float]:
 
 
 def quantiles(errors: F, level: float = LEVEL) -> tuple[float, float]:
-    """Lower and upper log multiplier: quantiles of log measured over predicted with the finite-sample correction of split-conformal
-    prediction."""
+    """Lower and upper log multiplier: quantiles of log measured over predicted with the finite-sample correction of
+    split-conformal prediction."""
     tail = (1.0 - level) / 2.0
     up = min(1.0, (1.0 - tail) * (len(errors) + 1) / len(errors))
     return float(np.quantile(errors, 1.0 - up)), float(np.quantile(errors, up))
 
 
 def few_groups(count: int, level: float = LEVEL) -> float:
-    """Factor that widens intervals learnt on few (n, k) pairs: Student's quantile with a degree of freedom a pair, over the normal one.
+    """Factor that widens intervals learnt on few (n, k) pairs: Student's quantile with a degree of freedom a pair, over
+    the normal one.
 
-    Errors within a pair are alike, so that a table of three projections says little about a fourth, however many m it holds.
+    Errors within a pair are alike, so that a table of three projections says little about a fourth, however many m it
+    holds.
 
     >>> few_groups(2) > 1.7, few_groups(300) < 1.01
     (True, True)
@@ -56,10 +61,11 @@ def few_groups(count: int, level: float = LEVEL) -> float:
 def bands(
     log_ratio: F, m: F, parts: CoreTime, core: Core, groups: int, prior: Section | None = None, level: float = LEVEL
 ) -> tuple[Interval, ...]:
-    """Intervals by regime of single GEMMs, from log predicted over measured of unseen shapes of ``groups`` (n, k) pairs.
+    """Intervals by regime of single GEMMs, from log predicted over measured of unseen shapes of ``groups`` (n, k)
+    pairs.
 
-    ``parts`` of ``core`` decide the regime. On few pairs the intervals of ``prior`` count for as much as :data:`PRIOR_GROUPS` pairs of
-    one's own.
+    ``parts`` of ``core`` decide the regime. On few pairs the intervals of ``prior`` count for as much as
+    :data:`PRIOR_GROUPS` pairs of one's own.
     """
     errors = -log_ratio
     regime = regimes(m, parts, core)
@@ -95,7 +101,8 @@ def pair_bands(log_ratio: F, data: Shapes, level: float = LEVEL, limit: int = 20
 
 
 def outer_bands(log_ratio: F, regime: NDArray[np.intp], names: Sequence[str], level: float = LEVEL) -> list[Interval]:
-    """Intervals by regime (an index into ``names``) from log predicted over measured of unseen rows: the rows next beyond the quantiles.
+    """Intervals by regime (an index into ``names``) from log predicted over measured of unseen rows: the rows next
+    beyond the quantiles.
 
     An interval always holds the prediction itself, also where a biased fit puts all its errors on one side.
     """
@@ -112,8 +119,8 @@ def outer_bands(log_ratio: F, regime: NDArray[np.intp], names: Sequence[str], le
 
 
 def neighbours(data: Any, limit: int | None = None, low: float = 0.25, seed: int = 0) -> NDArray[np.intp]:
-    """Pairs (smaller, larger) of rows that differ in exactly one of m, n, k, by a ratio in [``low``, 1); at most ``limit`` of them,
-    drawn at random."""
+    """Pairs (smaller, larger) of rows that differ in exactly one of m, n, k, by a ratio in [``low``, 1); at most
+    ``limit`` of them, drawn at random."""
     columns = [np.asarray(v) for v in (data.m, data.n, data.k)]
     out = []
     for axis in range(3):

@@ -1,19 +1,20 @@
 """Measured GEMMs and the named constants of the analytic model, fitted to them.
 
-Use :func:`shapes` to hold measurements, :func:`fit_constants` to fit; :func:`bootstrap` for a spread that does not trust the model.
+Use :func:`shapes` to hold measurements, :func:`fit_constants` to fit; :func:`bootstrap` for a spread that does not
+trust the model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.fit.solver import ConstantsFit, Minimum, Table, fit_logs, gauss_newton, numbered
 from calibration.records.screening import rotated_copies
-from calibration.fit.solver import ConstantsFit, Minimum, fit_logs, gauss_newton
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
 from simulator.hardware.profile import HardwareProfile
 from simulator.kernels.gemm import ELEMENT_BYTES
@@ -33,12 +34,13 @@ ROWS = 6000
 PACK_FROM = (2.0, 3.0, 4.0, 6.0, 8.0, 16.0)
 """Rows from which a CPU's product may rearrange its weights: the one that leaves the least spread is taken."""
 WEAK, CLOSE = 1.0, 0.15
-"""Log spread of a prior that only steadies (architecture defaults), and of one from a sibling device or another stack."""
+"""Log spread of a prior that only steadies (architecture defaults), and of one from a sibling device or another
+stack."""
 
 
 @dataclass(frozen=True)
-class Shapes:
-    """Measured GEMMs: equal-length float64 arrays, seconds, and the weights each benchmark used in turn (see ``gemm_time``)."""
+class Shapes(Table):
+    """Measured GEMMs; ``copies`` are the weights each benchmark used in turn (see ``gemm_time``)."""
 
     m: F
     n: F
@@ -46,29 +48,23 @@ class Shapes:
     seconds: F
     copies: F
 
-    def __len__(self) -> int:
-        return len(self.m)
-
-    def take(self, rows: Any) -> Shapes:
-        """Rows by mask or index."""
-        return Shapes(*(getattr(self, f.name)[rows] for f in fields(self)))
-
     @property
     def groups(self) -> NDArray[np.intp]:
         """Number of each row's (n, k) pair, from 0."""
-        return np.unique(self.n * 2.0**24 + self.k, return_inverse=True)[1].reshape(-1)
+        return numbered(self.n, self.k)
 
 
 def shapes(m: Any, n: Any, k: Any, seconds: Any, machine: Machine, copies: Any = None) -> Shapes:
     """Arrays to :class:`Shapes`.
 
-    ``copies`` are the weights used in turn, ``inf`` for cold ones; by default those of the published tables: enough to fill L2 once,
-    at most 6.
+    ``copies`` are the weights used in turn, ``inf`` for cold ones; by default those of the published tables: enough to
+    fill L2 once, at most 6.
 
     Raises
     ------
     ValueError
-        For arrays of different lengths, dimensions below 1, or times that are not positive and finite: how many of which.
+        For arrays of different lengths, dimensions below 1, or times that are not positive and finite: how many of
+        which.
     """
     m, n, k, seconds = (np.asarray(v, dtype=np.float64).reshape(-1) for v in (m, n, k, seconds))
     lengths = [len(c) for c in (m, n, k, seconds)]
@@ -143,7 +139,8 @@ def fit_constants(
     Returns
     -------
     ConstantsFit
-        A constant on its bound, or whose log the data leave wider than 0.5, is put back to its start and named in ``fixed``.
+        A constant on its bound, or whose log the data leave wider than 0.5, is put back to its start and named in
+        ``fixed``.
     """
     if len(data) > ROWS:
         data = data.take(np.sort(np.random.default_rng(seed).choice(len(data), ROWS, replace=False)))
@@ -178,8 +175,8 @@ def fit_constants(
 def bootstrap(
     data: Shapes, machine: Machine, fit: ConstantsFit, repeats: int = 50, seed: int = 0, rows: int = 2000
 ) -> Mapping[str, float]:
-    """Standard deviation of the log of each fitted constant over samples of (n, k) pairs drawn with replacement, of at most ``rows``
-    rows: it includes what the form gets wrong."""
+    """Standard deviation of the log of each fitted constant over samples of (n, k) pairs drawn with replacement, of at
+    most ``rows`` rows: it includes what the form gets wrong."""
     rng = np.random.default_rng(seed)
     groups = data.groups
     order = np.argsort(groups, kind="stable")

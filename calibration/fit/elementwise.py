@@ -1,13 +1,14 @@
-"""Calibration of elementwise operators: floor, bandwidth share, L2 gain by class, and the L2 share, from measured times.
+"""Calibration of elementwise operators: floor, bandwidth share, L2 gain by class, and the L2 share, from measured
+times.
 
-Use :func:`fit_elementwise` with bytes, class and seconds of each row. A class without rows keeps its default and says so.
+Use :func:`fit_elementwise` with bytes, class and seconds of each row. A class without rows keeps its default and says
+so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,14 @@ from calibration.fit.solver import (
     ABSENT,
     HUBER,
     ConstantsFit,
+    FittedPart,
     Minimum,
-    OperatorFit,
+    Table,
     fit_logs,
+    folds,
     gauss_newton,
     minimise,
+    numbered,
     slopes,
 )
 from simulator.hardware.constants import CLASSES
@@ -49,7 +53,7 @@ class _Range:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class _Rows(Table):
     """Measured operators of one device, and its datasheet."""
 
     bytes_: F
@@ -57,9 +61,6 @@ class _Rows:
     seconds: F
     l2_bytes: float
     bandwidth: float
-
-    def take(self, rows: Any) -> _Rows:
-        return _Rows(self.bytes_[rows], self.code[rows], self.seconds[rows], self.l2_bytes, self.bandwidth)
 
     def misfit(self, values: Mapping[str, float]) -> F:
         """Log of core over measured time."""
@@ -84,7 +85,7 @@ class _Rows:
         def covariance(found: Minimum, values: Mapping[str, float]) -> tuple[F, float]:
             raw = slopes(self.misfit, values, found.names, 1e-4)
             every = np.concatenate([raw, HUBER / SPREAD * np.eye(len(found.names))])
-            freedom = max(len(self.seconds) - len(found.names), 1)
+            freedom = max(len(self) - len(found.names), 1)
             spread = float(np.sqrt(np.sum(np.minimum(found.rows**2, (3 * HUBER) ** 2)) / freedom))
             return gauss_newton(every, spread), spread
 
@@ -118,7 +119,7 @@ def fit_elementwise(
     *,
     seed: int = 0,
     provenance: Provenance | None = None,
-) -> OperatorFit:
+) -> FittedPart:
     """Fit the elementwise section of one device.
 
     Parameters
@@ -145,16 +146,14 @@ def fit_elementwise(
     known = np.isfinite(seconds) & (seconds > 0) & np.isfinite(bytes_) & (bytes_ > 0)
     good = known & (seconds > bytes_ / (20.0 * bandwidth_bytes_per_s))
     r = _Rows(bytes_, code, seconds, l2_bytes, bandwidth_bytes_per_s).take(good)
-    if len(r.seconds) < 20:
-        raise ValueError(f"elementwise: expected at least 20 usable rows, got {len(r.seconds)} of {len(good)}")
+    if len(r) < 20:
+        raise ValueError(f"elementwise: expected at least 20 usable rows, got {len(r)} of {len(good)}")
     constants = r.constants(architecture)
-    size = np.unique(r.bytes_, return_inverse=True)[1].reshape(-1)
-    fold = np.random.default_rng(seed).permutation(size.max() + 1)[size] % FOLDS
-    errors = np.zeros(len(r.seconds))
-    for out in (fold == f for f in range(FOLDS)):
-        rest, left = r.take(~out), r.take(out)
+    errors = np.zeros(len(r))
+    for train, test in folds(numbered(r.bytes_), FOLDS, np.random.default_rng(seed)):
+        rest, left = r.take(train), r.take(test)
         values = rest.constants(architecture).values
-        errors[out] = left.misfit(values) + rest.residual(values)(class_place(left.bytes_, left.code))
+        errors[test] = left.misfit(values) + rest.residual(values)(class_place(left.bytes_, left.code))
     accuracy = accuracy_of(errors)
     del accuracy["bias"]
     long = r.seconds > 1e-5
@@ -162,14 +161,14 @@ def fit_elementwise(
         accuracy["mape_over_10us"] = float(np.abs(np.expm1(errors[long])).mean())
     residual = r.residual(constants.values)
     section = Section(
-        MappingProxyType(constants.fitted()),
-        MappingProxyType({"start": np.array(residual.start[1]), "values": residual.values[:-1]}),
+        constants.fitted(),
+        {"start": np.array(residual.start[1]), "values": residual.values[:-1]},
         tuple(i for i in outer_bands(errors, r.code, CLASSES) if i.rows),
-        MappingProxyType(accuracy),
+        accuracy,
         provenance,
         "calibrated",
     )
-    return OperatorFit(section, constants, len(r.seconds), errors)
+    return FittedPart(section, constants, len(r), errors)
 
 
 def score(
@@ -182,9 +181,10 @@ def score(
     rows: int,
     seed: int,
 ) -> Mapping[str, float]:
-    """Accuracy on sizes never seen: 70 % of the sizes by seed are for the fit (``rows`` of their rows; 0 for all), the rest is scored."""
+    """Accuracy on sizes never seen: 70 % of the sizes by seed are for the fit (``rows`` of their rows; 0 for all), the
+    rest is scored."""
     rng = np.random.default_rng(seed)
-    size = np.unique(bytes_, return_inverse=True)[1].reshape(-1)
+    size = numbered(bytes_)
     test = rng.permutation(size.max() + 1)[size] >= round(0.7 * (size.max() + 1))
     train = np.flatnonzero(~test)
     if rows:

@@ -1,41 +1,26 @@
-"""Measurements and a datasheet to a calibrated GEMM section: constants, residual, intervals, and what could not be known.
+"""Measurements and a datasheet to a calibrated GEMM section: constants, residual, intervals, and what could not be
+known.
 
-Use :func:`fit_gemm` for a device's own measurements (``prior`` lends the profile of a sibling or another stack to a small sample),
-:func:`anchor_gemm` to move a shipped section to a local stack with 20-100 shapes.
+Use :func:`fit_gemm` for a device's own measurements (``prior`` lends the profile of a sibling or another stack to a
+small sample), :func:`anchor_gemm` to move a shipped section to a local stack with 20-100 shapes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.fit import residual as ridge
 from calibration.fit.conformal import accuracy_of, bands, pair_bands
 from calibration.fit.core import CLOSE, WEAK, Shapes, fit_constants, machine_of, shapes, timed
-from calibration.fit.residual import (
-    FEW,
-    FEW_OWN,
-    FEW_ROWS,
-    OWN,
-    STIFF,
-    SUPPLE,
-    Axes,
-    Block,
-    FewRows,
-    add_residuals,
-    blocks,
-    evaluate,
-    residual_from,
-    solve,
-    terms_of,
-)
-from calibration.fit.solver import ConstantsFit, OperatorFit
+from calibration.fit.residual import Axes, Block
+from calibration.fit.solver import ConstantsFit, FittedPart, folds
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
-from simulator.hardware.parts import Provenance, Section
+from simulator.hardware.parts import Interval, Provenance, Section
 from simulator.hardware.profile import HardwareProfile
 from simulator.kernels.gemm_core import CoreTime, Machine, machine_core
 from simulator.kernels.lattice import Residual, residual_arrays, residual_of, smooth_arrays
@@ -81,29 +66,28 @@ class _Problem:
         target = np.log(data.seconds * 1e6 / parts.total_us)
         if self.prior is not None:
             target = target - self.prior.at(data.m, data.n, data.k, parts, core)
-            smooth, own = STIFF, OWN
+            smooth, own = ridge.STIFF, ridge.OWN
         else:
-            smooth, own = (FEW, FEW_OWN) if len(data) < FINE_ROWS else (SUPPLE, OWN)
-        return blocks(data, parts, core, self.axes, data.m, smooth, own), target, parts
+            few = len(data) < FINE_ROWS
+            smooth, own = (ridge.FEW, ridge.FEW_OWN) if few else (ridge.SUPPLE, ridge.OWN)
+        return ridge.blocks(data, parts, core, self.axes, data.m, smooth, own), target, parts
 
     def unseen(self, data: Shapes, lattices: list[Block], target: F) -> F:
-        """Log predicted over measured of each row, from a fit to the other folds; on few rows the constants are fitted anew too."""
+        """Log predicted over measured of each row, from a fit to the other folds; on few rows the constants are fitted
+        anew too."""
         out = np.full(len(data), np.nan)
-        groups = data.groups
-        order = np.random.default_rng(self.seed).permutation(groups.max() + 1)
-        fold = order[groups] % (FEW_FOLDS if len(data) <= FEW_ROWS else FOLDS)
-        few = FewRows.of(lattices) if len(data) <= FEW_ROWS else None
-        for i in range(int(fold.max()) + 1):
-            train, test = np.flatnonzero(fold != i), np.flatnonzero(fold == i)
-            if not len(test) or len(train) < 10:
+        few = ridge.FewRows.of(lattices) if len(data) <= ridge.FEW_ROWS else None
+        for train, test in folds(data.groups, FEW_FOLDS if few else FOLDS, np.random.default_rng(self.seed)):
+            if len(train) < 10:
                 continue
             if few is None:
-                out[test] = evaluate(lattices, solve(lattices, target, train), test) - target[test]
-                continue
-            if len(data) <= REFIT_ROWS:
-                lattices, target, _ = self.lattices(data, self.constants(data.take(train)).values)
-                few = FewRows.of(lattices)
-            out[test] = few.at(few.dual(target, train), train, test) - target[test]
+                found = ridge.evaluate(lattices, ridge.solve(lattices, target, train), test)
+            else:
+                if len(data) <= REFIT_ROWS:
+                    lattices, target, _ = self.lattices(data, self.constants(data.take(train)).values)
+                    few = ridge.FewRows.of(lattices)
+                found = few.at(few.dual(target, train), train, test)
+            out[test] = found - target[test]
         return out
 
 
@@ -117,10 +101,9 @@ def fit_gemm(
     dtype: str = "bf16",
     copies: Any = None,
     prior: Section | None = None,
-    intervals: bool = True,
     provenance: Provenance | None = None,
     seed: int = 0,
-) -> OperatorFit:
+) -> FittedPart:
     """Calibrate the GEMM model.
 
     Parameters
@@ -133,10 +116,8 @@ def fit_gemm(
     copies : array or float, optional
         Weights each measurement used in turn; by default the rule of the published tables. ``inf``: cold.
     prior : Section, optional
-        Of a sibling device or another stack: its constants centre the search, its lattices are the residual's starting point. Without
-        one, the stack's own lattices are fitted too: the long list from :data:`FINE_ROWS` rows of :data:`FINE_GROUPS` pairs on.
-    intervals : bool
-        Predict every row from other (n, k) pairs, for intervals and accuracy; costs :data:`FOLDS` fits.
+        Of a sibling device or another stack: its constants centre the search, its lattices are the residual's starting
+        point. Without one, the stack's own lattices are fitted too.
     provenance, seed
 
     Raises
@@ -147,44 +128,37 @@ def fit_gemm(
     machine = machine_of(hw, dtype)
     data = shapes(m, n, k, seconds, machine, copies)
     if len(data) < (ANCHOR_ROWS if prior is not None else FIT_ROWS):
-        raise ValueError(
-            f"a GEMM fit needs at least {FIT_ROWS} shapes, got {len(data)}; to move a shipped profile to this stack, anchor it"
-        )
+        few = f"a GEMM fit needs at least {FIT_ROWS} shapes, got {len(data)}"
+        raise ValueError(f"{few}; to move a shipped profile to this stack, anchor it")
     start, pairs = starting_constants(hw, dtype, prior), int(data.groups.max()) + 1
     if prior is None:
-        own = terms_of(machine, len(data) >= FINE_ROWS and pairs >= FINE_GROUPS)
+        own = ridge.terms_of(machine, len(data) >= FINE_ROWS and pairs >= FINE_GROUPS)
         problem = _Problem(machine, start, WEAK, own, None, seed)
     else:
         problem = _Problem(machine, start, CLOSE, (), residual_of(prior.arrays), seed)
     constants = problem.constants(data)
     lattices, target, parts = problem.lattices(data, constants.values)
-    residual, measured = residual_from(lattices, solve(lattices, target), data.m), data.m
-    if problem.prior is not None:
-        residual = add_residuals(problem.prior, residual)
-        measured = prior.arrays["measured_m"]
-    unseen = problem.unseen(data, lattices, target) if intervals else np.full(len(data), np.nan)
+    residual, measured = ridge.residual_from(lattices, ridge.solve(lattices, target), data.m), data.m
+    if prior is not None and problem.prior is not None:
+        residual, measured = ridge.add_residuals(problem.prior, residual), prior.arrays["measured_m"]
+    unseen = problem.unseen(data, lattices, target)
     known = np.isfinite(unseen)
     errors, seen = unseen[known], data.take(known)
-    found: tuple[Any, ...] = ()
+    intervals: tuple[Interval, ...] = ()
     if known.any():
         chosen = CoreTime(**{f.name: getattr(parts, f.name)[known] for f in fields(parts)})
-        single = bands(errors, seen.m, chosen, machine_core(machine, constants.values), pairs, prior)
-        found = (*single, *pair_bands(errors, seen))
-    section = Section(
-        MappingProxyType(constants.fitted()),
-        MappingProxyType(residual_arrays(residual, measured)),
-        found,
-        MappingProxyType(accuracy(errors, seen.m)),
-        provenance,
-        "calibrated",
-    )
-    return OperatorFit(section, constants, len(data), unseen)
+        intervals = bands(errors, seen.m, chosen, machine_core(machine, constants.values), pairs, prior)
+        intervals += pair_bands(errors, seen)
+    arrays, scores = residual_arrays(residual, measured), accuracy(errors, seen.m)
+    section = Section(constants.fitted(), arrays, intervals, scores, provenance, "calibrated")
+    return FittedPart(section, constants, len(data), unseen)
 
 
 def anchor_gemm(
     section: Section, m: Any, n: Any, k: Any, seconds: Any, hw: HardwareProfile, **known: Any
-) -> OperatorFit:
-    """Move a section to a local stack with few shapes: constants near its own ones, and a stiff correction of its smooth lattice.
+) -> FittedPart:
+    """Move a section to a local stack with few shapes: constants near its own ones, and a stiff correction of its
+    smooth lattice.
 
     The stack's own lattices stay if the local shapes, each predicted from the others, are predicted no worse with them.
 
@@ -208,7 +182,7 @@ def anchor_gemm(
         raise ValueError(f"re-anchoring needs at least {ANCHOR_ROWS} shapes, got {rows}")
     bases = [section]
     if len(section.arrays.get("terms", ())) > 1:
-        bases.append(replace(section, arrays=MappingProxyType(smooth_arrays(section.arrays))))
+        bases.append(replace(section, arrays=smooth_arrays(section.arrays)))
     tried = [fit_gemm(m, n, k, seconds, hw, prior=base, **known) for base in bases]
     return min(tried, key=lambda fit: float(np.abs(np.expm1(fit.unseen)).mean()))
 

@@ -1,7 +1,8 @@
-"""Constants of kernels that differ from the dense GEMM (2:4 weights, narrower weights), fitted with the dense section as it is.
+"""Constants of kernels that differ from the dense GEMM (2:4 weights, narrower weights), fitted with the dense section
+as it is.
 
-Use :func:`fit_extra` on measured rows of such a kernel, :func:`fit_sparse_step` on published ratios of 2:4 to dense times: absolute times
-of different benchmarks do not compare, ratios within one do.
+Use :func:`fit_extra` on measured rows of such a kernel, :func:`fit_sparse_step` on published ratios of 2:4 to dense
+times: absolute times of different benchmarks do not compare, ratios within one do.
 """
 
 from __future__ import annotations
@@ -10,12 +11,11 @@ import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.fit.solver import gauss_newton, minimise
+from calibration.fit.solver import ConstantsFit, FittedPart, gauss_newton, minimise
 from calibration.records.records import Records
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
 from simulator.hardware.parts import Fitted, Section
@@ -37,25 +37,12 @@ def weight_copies(records: Records) -> F:
 
 
 def _with_constants(section: Section, constants: Mapping[str, Fitted], **accuracy: float) -> Section:
-    return replace(
-        section,
-        constants=MappingProxyType({**section.constants, **constants}),
-        accuracy=MappingProxyType({**section.accuracy, **accuracy}),
-    )
+    return replace(section, constants={**section.constants, **constants}, accuracy={**section.accuracy, **accuracy})
 
 
-def fit_extra(
-    records: Records, hw: HardwareProfile, dtype: str, names: Sequence[str]
-) -> tuple[Section, dict[str, str]]:
-    """Constants of a kernel that differs from the dense one, from its rows, all of one arithmetic format.
-
-    Returns
-    -------
-    section : Section
-        That of ``dtype`` with those constants, their standard errors, and "mape_..." of these rows in its accuracy.
-    fixed : dict of str to str
-        Those of the names that could not be known, and why.
-    """
+def fit_extra(records: Records, hw: HardwareProfile, dtype: str, names: Sequence[str]) -> FittedPart:
+    """Constants of a kernel that differs from the dense one, from its rows, all of one arithmetic format: the section
+    of ``dtype`` with them, and "mape_..." of these rows in its accuracy."""
     section = hw.section("gemm", dtype)
     start = {name: section[name] for name in names}
     kernel = SPARSE24 if records.is_operator("gemm_2to4").all() else DENSE
@@ -82,11 +69,12 @@ def fit_extra(
     size = np.abs(np.expm1(found.rows))
     what = "2to4" if kernel == SPARSE24 else "narrow_weights"
     scores = {f"mape_{what}": float(size.mean()), f"median_{what}": float(np.median(size))}
-    return _with_constants(section, new, **scores), fixed
+    return FittedPart(_with_constants(section, new, **scores), ConstantsFit({}, {}, fixed), len(records))
 
 
 def published_ratios(hardware: str, dtypes: tuple[str, ...]) -> tuple[F, F, F, F]:
-    """m, n, k and dense over 2:4 time of the published rows of a device and its formats; those of an unnamed device are left out."""
+    """m, n, k and dense over 2:4 time of the published rows of a device and its formats; those of an unnamed device are
+    left out."""
     with PUBLISHED.open(encoding="utf-8", newline="") as file:
         rows = [r for r in csv.DictReader(file) if r["what"] == "2:4" and r["gpu"] != "not stated"]
     rows = [r for r in rows if r["hardware"] == hardware and r["dtype"] in dtypes]
@@ -95,10 +83,12 @@ def published_ratios(hardware: str, dtypes: tuple[str, ...]) -> tuple[F, F, F, F
 
 
 def fit_sparse_step(hw: HardwareProfile, dtype: str) -> Section:
-    """The GEMM section of a format with ``sparse_step`` fitted to published ratios; unchanged with fewer than :data:`ENOUGH_RATIOS`.
+    """The GEMM section of a format with ``sparse_step`` fitted to published ratios; unchanged with fewer than
+    :data:`ENOUGH_RATIOS`.
 
-    Ten rows of an A100 and ten of an H100-class device are known, so one constant is fitted, by least absolute log error (bf16 stands for
-    fp16 too, as they run at one rate); "median_2to4" in its accuracy is the median log error of rows left out one at a time.
+    Ten rows of an A100 and ten of an H100-class device are known, so one constant is fitted, by least absolute log
+    error (bf16 stands for fp16 too, as they run at one rate); "median_2to4" in its accuracy is the median log error of
+    rows left out one at a time.
     """
     section = hw.sections["gemm", dtype]
     m, n, k, ratio = published_ratios(hw.name, ("fp16", "bf16") if dtype in ("fp16", "bf16") else (dtype,))

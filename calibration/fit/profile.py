@@ -1,13 +1,14 @@
-"""Records and a datasheet to a calibrated profile: each operator and number format the records hold goes to its own fit.
+"""Records and a datasheet to a calibrated profile: each operator and number format the records hold goes to its own
+fit.
 
-Use :func:`fit_profile`. What the records have no rows for keeps the section of the base profile, or none, and is named in the notes.
+Use :func:`fit_profile`. What the records have no rows for keeps the section of the base profile, or none, and is named
+in the notes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from types import MappingProxyType
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from calibration.fit.attention_columns import columns_of, device_of
 from calibration.fit.elementwise import fit_elementwise
 from calibration.fit.gemm import anchor_gemm, fit_gemm
 from calibration.fit.kernels import fit_extra, weight_copies
-from calibration.fit.solver import OperatorFit
+from calibration.fit.solver import ConstantsFit, FittedPart
 from calibration.records.exact import with_exact
 from calibration.records.records import OPERATORS, PURPOSES, Flag, Records
 from simulator.errors import InputError
@@ -32,31 +33,6 @@ Mask = NDArray[np.bool_]
 
 FEWEST_GEMMS, FEWEST_TO_ANCHOR, FEWEST_ATTENTION, FEWEST_ELEMENTWISE, FEWEST_EXTRA = 20, 10, 20, 20, 12
 """Rows an operator needs: for a fit, to re-anchor, and for the constants of a kernel that lean on the dense fit."""
-
-
-@dataclass(frozen=True)
-class FittedPart:
-    """One section that was fitted.
-
-    Attributes
-    ----------
-    operator, dtype : str
-        Key of the section.
-    rows : int
-        Rows it was fitted on.
-    section : Section
-    fixed : mapping of str to str
-        Constants that were not fitted, and why.
-    correlations : mapping of (str, str) to float
-        Of the logarithms of the fitted constants.
-    """
-
-    operator: str
-    dtype: str
-    rows: int
-    section: Section
-    fixed: Mapping[str, str] = field(default_factory=dict)
-    correlations: Mapping[tuple[str, str], float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,10 +69,6 @@ class _Task:
         section = self.prior.section(self.operator, self.dtype)
         return None if section.status == "default" else section
 
-    def part(self, fit: OperatorFit) -> FittedPart:
-        c = fit.constants
-        return FittedPart(self.operator, self.dtype, fit.rows, fit.section, c.fixed, c.correlations)
-
 
 def fit_profile(
     base: HardwareProfile,
@@ -116,7 +88,8 @@ def fit_profile(
     base : HardwareProfile
         Datasheet facts of the device; sections that the records say nothing of are kept.
     records : Records
-        Rows marked ``holdout``, ``exact`` or ``anchor`` are kept from the fit; ``exact`` ones stay with the GEMM section as they are.
+        Rows marked ``holdout``, ``exact`` or ``anchor`` are kept from the fit; ``exact`` ones stay with the GEMM
+        section as they are.
     dtype : str, optional
         Number format to fit; all by default.
     prior : HardwareProfile, optional
@@ -146,7 +119,7 @@ def fit_profile(
     for done, task in enumerate(tasks):
         key = task.operator, task.dtype
         try:
-            part = task.run(task, replace(base, sections=MappingProxyType(sections)))
+            part = task.run(task, replace(base, sections=sections))
         except InputError:
             raise
         except ValueError as error:  # too few usable rows: the other operators may still have enough
@@ -154,13 +127,14 @@ def fit_profile(
         else:
             sections[key] = part.section
             # what other kernels added to a section belongs to the fit it leans on
-            first = parts.setdefault(key, part)
-            parts[key] = replace(first, fixed={**first.fixed, **part.fixed})
+            first = parts.setdefault(key, replace(part, operator=task.operator, dtype=task.dtype))
+            known = replace(first.constants, fixed={**first.fixed, **part.fixed})
+            parts[key] = replace(first, constants=known)
         if progress is not None:
             progress(done + 1, len(tasks))
     if not parts:
         raise InputError(f"nothing could be fitted: {'; '.join(notes)}")
-    profile = with_exact(replace(base, sections=MappingProxyType(sections), path=None), records)
+    profile = with_exact(replace(base, sections=sections, path=None), records)
     return ProfileFit(
         profile, tuple(replace(p, section=profile.sections[key]) for key, p in parts.items()), tuple(notes)
     )
@@ -251,40 +225,37 @@ def provenance_of(records: Records, date: str = "") -> Provenance:
     )
 
 
-# -- one fit each -----------------------------------------------------------------------------------------------------------------
+# -- one fit each ---------------------------------------------------------------------------------------------------
 
 
 def _fit_gemm(task: _Task, hw: HardwareProfile) -> FittedPart:
     r = task.rows
     known: dict[str, Any] = {"dtype": task.dtype, "copies": weight_copies(r), "provenance": task.provenance}
     if not task.anchor:
-        return task.part(fit_gemm(r.m, r.n, r.k, r.seconds, hw, prior=task.lent, seed=task.seed, **known))
+        return fit_gemm(r.m, r.n, r.k, r.seconds, hw, prior=task.lent, seed=task.seed, **known)
     section = task.lent or hw.section("gemm", task.dtype)
     if section.status == "default":
-        raise InputError(
-            f"--anchor: {hw.name} has no calibrated gemm {task.dtype} section to move; name one that has by --prior"
-        )
+        none = f"--anchor: {hw.name} has no calibrated gemm {task.dtype} section to move"
+        raise InputError(f"{none}; name one that has by --prior")
     if section.provenance is not None:
         origin = f"{section.provenance.borrowed_from or section.provenance.software}, re-anchored"
         known["provenance"] = replace(known["provenance"], borrowed_from=origin)
-    return task.part(anchor_gemm(section, r.m, r.n, r.k, r.seconds, hw, **known))
+    return anchor_gemm(section, r.m, r.n, r.k, r.seconds, hw, **known)
 
 
 def _fit_narrow(task: _Task, hw: HardwareProfile) -> FittedPart:
-    section, fixed = fit_extra(task.rows, hw, task.dtype, ["quant_step", "quant_load", "quant_time"])
-    return FittedPart("gemm", task.dtype, len(task.rows), section, fixed)
+    return fit_extra(task.rows, hw, task.dtype, ["quant_step", "quant_load", "quant_time"])
 
 
 def _fit_sparse(task: _Task, hw: HardwareProfile) -> FittedPart:
-    section, fixed = fit_extra(task.rows, hw, task.dtype, ["sparse_step", "sparse_load", "sparse_time"])
-    return FittedPart("gemm", task.dtype, len(task.rows), section, fixed)
+    return fit_extra(task.rows, hw, task.dtype, ["sparse_step", "sparse_load", "sparse_time"])
 
 
 def _fit_attention(task: _Task, hw: HardwareProfile) -> FittedPart:
     phase, lent = task.operator.removeprefix("attention_"), task.lent
     start = None if lent is None else {name: c.value for name, c in lent.constants.items()}
     known: dict[str, Any] = {"start": start, "seed": task.seed, "provenance": task.provenance}
-    return task.part(fit_attention(phase, columns_of(task.rows), device_of(hw, task.dtype), hw.architecture, **known))
+    return fit_attention(phase, columns_of(task.rows), device_of(hw, task.dtype), hw.architecture, **known)
 
 
 def _fit_elementwise(task: _Task, hw: HardwareProfile) -> FittedPart:
@@ -294,7 +265,7 @@ def _fit_elementwise(task: _Task, hw: HardwareProfile) -> FittedPart:
     code = np.where(r.role >= 0, class_code(np.maximum(r.role, 0)), CLASSES.index("copy"))
     device = hw.l2_bytes, hw.bandwidth_bytes_per_s, hw.architecture
     known: dict[str, Any] = {"seed": task.seed, "provenance": provenance_of(r, task.date)}
-    return task.part(fit_elementwise(r.read_bytes + r.write_bytes, code, r.seconds, *device, **known))
+    return fit_elementwise(r.read_bytes + r.write_bytes, code, r.seconds, *device, **known)
 
 
 def _fit_runtime(task: _Task, hw: HardwareProfile) -> FittedPart:
@@ -308,5 +279,5 @@ def _fit_runtime(task: _Task, hw: HardwareProfile) -> FittedPart:
         constants["host_op_s"] = Fitted(value, float(np.std(chosen)) if len(chosen) > 1 else None, "fitted")
         if hw.architecture == "cpu":  # nothing computes while the framework takes the views that every operator needs
             constants["graph_gap_s"] = Fitted(value, None, "borrowed")
-    section = Section(MappingProxyType(constants), provenance=task.provenance, status="calibrated")
-    return FittedPart("runtime", "*", len(r), section)
+    section = Section(constants, provenance=task.provenance, status="calibrated")
+    return FittedPart(section, ConstantsFit({}, {}, {}), len(r))

@@ -1,8 +1,9 @@
-"""Fit of residuals: sums of multilinear lattices on log misfits, by robust ridge with first- and second-difference penalties.
+"""Fit of residuals: sums of multilinear lattices on log misfits, by robust ridge with first- and second-difference
+penalties.
 
-Use :func:`blocks` and :func:`solve` for the lattices of a GEMM residual, :func:`fit_lattice` for a lattice of its own (attention,
-elementwise). Lattices are fitted in turn, each to what the others leave (block Gauss-Seidel on one convex problem), or, on few rows, all
-at once in the problem's dual form.
+Use :func:`blocks` and :func:`solve` for the lattices of a GEMM residual, :func:`fit_lattice` for a lattice of its own
+(attention, elementwise). Lattices are fitted in turn, each to what the others leave (block Gauss-Seidel on one convex
+problem), or, on few rows, all at once in the problem's dual form.
 """
 
 from __future__ import annotations
@@ -25,48 +26,51 @@ F = NDArray[np.float64]
 Axes = tuple[str, ...]
 
 # fmt: off
+_ODD = 1.833333333333333  # 11 / 6, in the last digit as the shipped profiles hold it
 # start, spacing, nodes
 _COARSE: dict[str, tuple[float, float, int]] = {
-    "m": (0, 1.875, 9), "n": (5, 11 / 6, 7), "k": (5, 11 / 6, 7), "nk": (10, 2, 12), "mn": (5, 25 / 12, 13), "mk": (5, 25 / 12, 13),
-    "aspect": (-11, 2, 12), "time": (1, 1, 16), "tiles": (-7, 1, 17), "blocks": (-5, 1, 15), "tile": (0, 1, 6), "m_step": (0, 1, 4),
-    "idle": (0, 0.25, 5),
+    "m": (0, 1.875, 9), "n": (5, _ODD, 7), "k": (5, _ODD, 7), "nk": (10, 2, 12), "mn": (5, 25 / 12, 13), "mk": (5, 25 /
+    12, 13), "aspect": (-11, 2, 12), "time": (1, 1, 16), "tiles": (-7, 1, 17), "blocks": (-5, 1, 15), "tile": (0, 1, 6),
+    "m_step": (0, 1, 4), "idle": (0, 0.25, 5),
 }
 _FINE: dict[str, tuple[float, float, int]] = {
     **_COARSE,
     "m": (0, 1, 16), "n": (5, 1, 12), "k": (5, 1, 12), "nk": (10, 1, 23), "mn": (5, 1, 26), "mk": (5, 1, 26),
-    "aspect": (-11, 1, 23), "time": (1, 0.5, 31), "tiles": (-7, 0.5, 33), "blocks": (-5, 0.5, 29), "tiles64": (-7, 0.5, 33),
-    "idle256": (0, 0.125, 9), "last128": (0, 0.0625, 17), "idle": (0, 0.125, 9),
+    "aspect": (-11, 1, 23), "time": (1, 0.5, 31), "tiles": (-7, 0.5, 33), "blocks": (-5, 0.5, 29), "tiles64": (-7, 0.5,
+    33), "idle256": (0, 0.125, 9), "last128": (0, 0.0625, 17), "idle": (0, 0.125, 9),
 }
 SMOOTH: dict[str, tuple[float, float, int]] = {"m": (0, 1, 16), "n": (5, 1, 13), "k": (5, 1, 13)}
 """Nodes of the smooth lattice: octaves."""
 
 FINE_TERMS: dict[bool, tuple[Axes, ...]] = {
     False: (
-        ("k", "tiles", "tile"), ("k", "idle256"), ("k", "tiles64"), ("time", "m", "blocks"), ("time", "m", "tile"), ("k", "time", "idle"),
-        ("nk", "m_exact"), ("tiles", "tiles64"), ("k", "mn"), ("tiles", "nk", "m"), ("time", "tile", "blocks"),
+        ("k", "tiles", "tile"), ("k", "idle256"), ("k", "tiles64"), ("time", "m", "blocks"), ("time", "m", "tile"),
+        ("k", "time", "idle"), ("nk", "m_exact"), ("tiles", "tiles64"), ("k", "mn"), ("tiles", "nk", "m"), ("time",
+        "tile", "blocks"),
     ),
     True: (
-        ("m_exact", "tiles64"), ("time", "nk"), ("tiles", "m_exact"), ("time", "m", "blocks"), ("m_exact", "idle256"), ("time", "mk"),
-        ("time", "aspect", "m_step"), ("m_exact", "last128"),
+        ("m_exact", "tiles64"), ("time", "nk"), ("tiles", "m_exact"), ("time", "m", "blocks"), ("m_exact", "idle256"),
+        ("time", "mk"), ("time", "aspect", "m_step"), ("m_exact", "last128"),
     ),
 }
-"""Axes of the stack's own lattices, for kernels that launch a block a tile (False) and persistent ones (True): chosen greedily among
-200 pairs and 280 triples by the error on unseen (n, k) pairs of the A100 and H100 trtllm tables, splits 10-12."""
+"""Axes of the stack's own lattices, for kernels that launch a block a tile (False) and persistent ones (True): chosen
+greedily among 200 pairs and 280 triples by the error on unseen (n, k) pairs of the A100 and H100 trtllm tables, splits
+10-12."""
 FEW_TERMS: dict[bool, tuple[Axes, ...]] = {
     False: (
-        ("k", "idle256"), ("time", "blocks", "tile"), ("nk", "tiles", "tile"), ("k", "tiles", "idle"), ("k", "time", "tile"),
-        ("m", "k", "tile"), ("k", "tile", "idle"), ("time", "blocks", "idle"), ("k", "mn"),
+        ("k", "idle256"), ("time", "blocks", "tile"), ("nk", "tiles", "tile"), ("k", "tiles", "idle"), ("k", "time",
+        "tile"), ("m", "k", "tile"), ("k", "tile", "idle"), ("time", "blocks", "idle"), ("k", "mn"),
     ),
     True: (
-        ("time", "nk"), ("k", "tiles", "tile"), ("time", "tile"), ("nk", "m"), ("k", "idle256"), ("time", "m", "blocks"), ("k", "mn"),
-        ("tiles", "nk"), ("k", "time", "idle"),
+        ("time", "nk"), ("k", "tiles", "tile"), ("time", "tile"), ("nk", "m"), ("k", "idle256"), ("time", "m",
+        "blocks"), ("k", "mn"), ("tiles", "nk"), ("k", "time", "idle"),
     ),
 }
 """The same for few rows, chosen at 400 rows of splits 10-14 of the A100 and H100 tables."""
 # fmt: on
 PACKED_TERMS: tuple[Axes, ...] = (("m_exact",),)
-"""The same for CPUs, which have no tiles and waves but a kernel of their own for some numbers of rows (folds over the fit rows of a run in
-fp32 on two cores: 6.7 % with it, 8.2 % without, 7.4-7.9 % with n, k or both beside)."""
+"""The same for CPUs, which have no tiles and waves but a kernel of their own for some numbers of rows (folds over the
+fit rows of a run in fp32 on two cores: 6.7 % with it, 8.2 % without, 7.4-7.9 % with n, k or both beside)."""
 FEW_ROWS = 1500
 """Rows up to which the problem is solved row by row rather than node by node, where nodes are more."""
 
@@ -78,8 +82,8 @@ def terms_of(machine: Machine, own: bool) -> tuple[Axes, ...]:
 
 @dataclass(frozen=True)
 class Stiffness:
-    """Weights of the penalties on first and second differences (one, or one a coordinate) and on size, of a lattice of log residuals; a
-    row of data counts 1."""
+    """Weights of the penalties on first and second differences (one, or one a coordinate) and on size, of a lattice of
+    log residuals; a row of data counts 1."""
 
     first: float | tuple[float, ...]
     second: float | tuple[float, ...]
@@ -155,9 +159,11 @@ class Block:
         return total.tocsr()
 
     def whitened(self) -> tuple[F, F]:
-        """The matrix in the eigenvectors of the penalty, scaled so that the penalty is the identity, (rows, nodes); and that scale.
+        """The matrix in the eigenvectors of the penalty, scaled so that the penalty is the identity, (rows, nodes); and
+        that scale.
 
-        The penalty is a sum over coordinates, so its eigenvectors are products of those of each, and a row is a product of rows.
+        The penalty is a sum over coordinates, so its eigenvectors are products of those of each, and a row is a product
+        of rows.
         """
         rows = self.cells.shape[1]
         total, out = np.full(1, self.stiffness.size), np.ones((rows, 1))
@@ -191,7 +197,8 @@ def blocks(
     stiffness: Stiffness,
     own: Stiffness = OWN,
 ) -> list[Block]:
-    """The smooth lattice and those of other axes on their standard nodes, once for any number of fits to subsets of the rows."""
+    """The smooth lattice and those of other axes on their standard nodes, once for any number of fits to subsets of the
+    rows."""
     places = m_places(measured_m)
     known = Coordinates(data.m, data.n, data.k, parts, core, places)
     exact = (0.0, 1.0, max(int(np.ceil(places.max())) + 1, 2))
@@ -217,8 +224,8 @@ def solve(
     rows : index array, optional
         Rows to fit to; all by default.
     rounds : int, optional
-        Solutions of a single lattice, the robust weights renewed between them from one on. By default 8 sweeps over all lattices,
-        weights renewed before the first (from the target itself), second and fourth.
+        Solutions of a single lattice, the robust weights renewed between them from one on. By default 8 sweeps over all
+        lattices, weights renewed before the first (from the target itself), second and fourth.
     """
     if rows is not None:
         parts, target = [b.take(rows) for b in parts], target[rows]
@@ -246,7 +253,8 @@ def solve(
 
 @dataclass(frozen=True)
 class FewRows:
-    """The same ridge problem solved for one number a row rather than one a node: exact, and faster while rows are fewer than nodes."""
+    """The same ridge problem solved for one number a row rather than one a node: exact, and faster while rows are fewer
+    than nodes."""
 
     parts: tuple[Block, ...]
     common: F  # (rows, rows): what the penalties say rows have in common before any data
@@ -299,6 +307,7 @@ def add_residuals(a: Residual, b: Residual) -> Residual:
 
 
 def fit_lattice(blank: Lattice, coordinates: Any, target: F, stiffness: Stiffness, rounds: int) -> Lattice:
-    """A lattice of its own fitted to log residuals at coordinates, on the nodes of ``blank``; ``rounds`` as in :func:`solve`."""
+    """A lattice of its own fitted to log residuals at coordinates, on the nodes of ``blank``; ``rounds`` as in
+    :func:`solve`."""
     values = solve([Block.of(blank, coordinates, stiffness)], target, rounds=rounds)[0]
     return replace(blank, values=values.reshape(blank.values.shape))

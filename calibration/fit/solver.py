@@ -1,13 +1,14 @@
-"""The one solver of every operator's constants: robust least squares of log time in the logarithms of the constants.
+"""What every operator's fit is made of: rows, constants with their errors, a fitted section; and the one solver of
+constants, robust least squares of log time in their logarithms.
 
 Use :func:`fit_logs` for constants, their errors and what could not be known; :func:`minimise` for a single search.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,36 @@ HUBER = 0.05
 ON_BOUND = 1e-2
 """Log distance to an end of its range at which a constant counts as on it."""
 ABSENT = "no rows of its class"
+
+T = TypeVar("T", bound="Table")
+
+
+class Table:
+    """Measured rows: a dataclass of equal-length float64 columns; numbers among its fields are facts of all rows."""
+
+    seconds: F
+
+    def __len__(self) -> int:
+        return len(self.seconds)
+
+    def take(self: T, rows: Any) -> T:
+        """Rows by mask or index."""
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        chosen = {name: column[rows] for name, column in columns.items() if np.ndim(column)}
+        return replace(self, **chosen)  # type: ignore[type-var]
+
+
+def numbered(*columns: F) -> NDArray[np.intp]:
+    """Number of each row's combination of values, from 0."""
+    return np.unique(np.stack(columns, axis=1), axis=0, return_inverse=True)[1].reshape(-1)
+
+
+def folds(groups: NDArray[np.intp], count: int, rng: np.random.Generator) -> Iterator[tuple[Any, Any]]:
+    """Rows to fit and rows to predict, by parts of the groups."""
+    part = rng.permutation(groups.max() + 1)[groups] % count
+    for i in np.unique(part):
+        if not (part == i).all():
+            yield np.flatnonzero(part != i), np.flatnonzero(part == i)
 
 
 @dataclass(frozen=True)
@@ -47,54 +78,58 @@ class ConstantsFit:
     values: Mapping[str, float]
     std_errors: Mapping[str, float]
     fixed: Mapping[str, str]
-    correlation: F
+    correlation: F = field(default_factory=lambda: np.zeros((0, 0)))
     spread: float = 0.0
-
-    @property
-    def correlations(self) -> dict[tuple[str, str], float]:
-        """The correlation of each pair of fitted constants."""
-        names = list(self.std_errors)
-        rows, columns = np.triu_indices(len(names), 1)
-        return {(names[i], names[j]): float(self.correlation[i, j]) for i, j in zip(rows, columns, strict=True)}
 
     def fitted(self) -> dict[str, Fitted]:
         """What a section of a profile holds."""
-        kept = {name for name, why in self.fixed.items() if why != ABSENT}
-        errors = self.std_errors
-        return {
-            name: Fitted(
-                float(value), errors.get(name), "fitted" if name in errors else "fixed" if name in kept else "default"
-            )
-            for name, value in self.values.items()
-        }
+        kept = {name: "default" if why == ABSENT else "fixed" for name, why in self.fixed.items()}
+        status = dict.fromkeys(self.values, "default") | kept | dict.fromkeys(self.std_errors, "fitted")
+        return {n: Fitted(float(v), self.std_errors.get(n), status[n]) for n, v in self.values.items()}
 
 
 @dataclass(frozen=True)
-class OperatorFit:
-    """A fitted section, and what a report of it needs.
+class FittedPart:
+    """A fitted section of a profile, and what a report of it needs.
 
     Attributes
     ----------
     section : Section
     constants : ConstantsFit
     rows : int
-        Rows used.
+        Rows it was fitted on.
     unseen : array
         Log of predicted over measured time of rows, each predicted by a fit that did not see it.
     dropped : mapping of str to int
         Rows refused, by reason.
+    operator, dtype : str
+        Key of the section.
     """
 
     section: Section
     constants: ConstantsFit
     rows: int
-    unseen: F
+    unseen: F = field(default_factory=lambda: np.zeros(0))
     dropped: Mapping[str, int] = field(default_factory=dict)
+    operator: str = ""
+    dtype: str = ""
+
+    @property
+    def fixed(self) -> Mapping[str, str]:
+        """Constants that were not fitted, and why."""
+        return self.constants.fixed
+
+    @property
+    def correlations(self) -> dict[tuple[str, str], float]:
+        """Of the logarithms of each pair of fitted constants."""
+        names, matrix = list(self.constants.std_errors), self.constants.correlation
+        return {(a, b): float(matrix[i, j]) for i, a in enumerate(names) for j, b in enumerate(names) if i < j}
 
 
 @dataclass(frozen=True)
 class Minimum:
-    """Where a search ended: logs of the free constants and of their ranges, rows of the misfit there, and their derivatives."""
+    """Where a search ended: logs of the free constants and of their ranges, rows of the misfit there, and their
+    derivatives."""
 
     names: tuple[str, ...]
     x: F
@@ -179,7 +214,8 @@ def fit_logs(
     misfit, start, ranges
         As in :func:`minimise`.
     covariance : callable
-        Of the logs of the free constants at a minimum, with the values of all there, and the spread of the residuals it assumes.
+        Of the logs of the free constants at a minimum, with the values of all there, and the spread of the residuals it
+        assumes.
     fixed : mapping of str to str
         Constants that are not free, and why.
     weak : float
@@ -206,7 +242,7 @@ def fit_logs(
                 if error > weak and name not in gone:
                     gone[name] = f"not identified by these {'shapes' if anew else 'rows'}"
                     values[name] = start[name]  # where a few rows drove it may be absurd
-            if not gone or len(gone) == len(free) and anew:
+            if not gone or (len(gone) == len(free) and anew):
                 values = {**values, **found.values}
                 scale = np.where(errors > 0, errors, 1.0)
                 known = {name: float(values[name] * error) for name, error in zip(free, errors, strict=True)}
@@ -215,7 +251,7 @@ def fit_logs(
         for name, (other, why) in (moot or {}).items():
             if found.on_bound.get(name) == "lower":
                 values[other], kept[other] = start[other], why
-    return ConstantsFit(values, {}, kept, np.zeros((0, 0)))
+    return ConstantsFit(values, {}, kept)
 
 
 def soft_l1(misfit: F) -> F:

@@ -16,8 +16,8 @@ from typing import Any
 
 from calibration.fit.core import bootstrap, fit_constants, machine_of, shapes
 from calibration.fit.kernels import weight_copies
-from calibration.fit.profile import FittedPart
 from calibration.fit.shipped import RECIPES, built, rtx_tables, shared_folder
+from calibration.fit.solver import FittedPart
 from calibration.judge import pages_ablations, pages_commands
 from calibration.judge.accuracy import GEMMS, Row, columns_of_table, gemm_shapes, means, run_protocol, titles
 from calibration.judge.pages_overview import overview

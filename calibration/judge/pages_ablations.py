@@ -20,7 +20,7 @@ from calibration.fit.conformal import bands, pair_bands
 from calibration.fit.core import Shapes, fit_constants, free_constants, machine_of, shapes, timed
 from calibration.fit.gemm import FOLDS, accuracy, starting_constants
 from calibration.fit.residual import FINE_TERMS, OWN, SUPPLE, Block, blocks, evaluate, residual_from, solve
-from calibration.fit.solver import OperatorFit
+from calibration.fit.solver import FittedPart
 from calibration.judge.accuracy import GEMMS, Row, gemm_shapes
 from calibration.judge.pages_tables import left
 from calibration.judge.protocol import evaluate_table
@@ -140,7 +140,7 @@ def fit_variant(
     copies: Any = None,
     prior: Section | None = None,
     seed: int = 0,
-) -> OperatorFit:
+) -> FittedPart:
     """:func:`calibration.fit.gemm.fit_gemm` for many rows, without what the variant leaves out.
 
     Parameters
@@ -153,7 +153,7 @@ def fit_variant(
 
     Returns
     -------
-    OperatorFit
+    FittedPart
     """
     machine = machine_of(hw, dtype)
     data = shapes(m, n, k, seconds, machine, copies)
@@ -183,7 +183,7 @@ def fit_variant(
         None,
         "calibrated",
     )
-    return OperatorFit(section, constants, len(data), unseen)
+    return FittedPart(section, constants, len(data), unseen)
 
 
 def _unseen(lattices: list[Block], target: F, fold: NDArray[np.intp]) -> F:

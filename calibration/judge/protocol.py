@@ -19,7 +19,7 @@ from scipy.stats import spearmanr
 from calibration.fit.conformal import neighbours
 from calibration.fit.core import Shapes, machine_of
 from calibration.fit.gemm import anchor_gemm, fit_gemm
-from calibration.fit.solver import OperatorFit
+from calibration.fit.solver import FittedPart
 from calibration.judge.baselines import BASELINES
 from simulator.hardware.parts import Section
 from simulator.hardware.profile import HardwareProfile
@@ -184,7 +184,7 @@ def evaluate_table(
     size: int | None = 400,
     seed: int = 0,
     prior: Section | None = None,
-    fit: Callable[..., OperatorFit] = fit_gemm,
+    fit: Callable[..., FittedPart] = fit_gemm,
 ) -> Result:
     """Fit on ``size`` rows of the training pairs and judge on every row of the others.
 

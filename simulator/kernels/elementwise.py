@@ -81,7 +81,7 @@ _LAUNCH, _MEMORY, _L2 = BOUNDS.index("launch"), BOUNDS.index("memory"), BOUNDS.i
 
 
 def class_lattice(arrays: Mapping[str, NDArray[Any]]) -> Lattice | None:
-    """log(measured / core) over (class, log2 bytes), nodes an octave apart, that a section's arrays hold ("start", "values"), or None."""
+    """log(measured / core) over (class, log2 bytes), nodes an octave apart, that a section's arrays hold, or None."""
     if "values" not in arrays:
         return None
     values = np.asarray(arrays["values"], dtype=np.float64)

@@ -1,8 +1,7 @@
 """Residuals of the cost models: log factors on regular grids, linear in between, constant beyond their edges.
 
-:class:`Lattice` is one grid, :class:`LatticeSum` several that share coordinates. Attention and elementwise operators have one lattice each
-(:func:`prefill_place`, :func:`decode_place`: its coordinates); a GEMM section holds a :class:`Residual`, a sum over named coordinates of a
-shape and of its kernel, read by :func:`residual_of`.
+Attention and elementwise operators have one :class:`Lattice` each, GEMMs a :class:`Residual`, a sum over named
+coordinates of a shape and of its kernel (:func:`residual_of` reads it).
 """
 
 from __future__ import annotations
@@ -57,19 +56,17 @@ class Lattice:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Lattice | None:
-        """The lattice that the arrays of an attention section ("start", "step", "values") hold, axes from the last to the first."""
+        """What an attention section holds ("start", "step", "values"), axes from the last to the first; None without
+        these arrays."""
         if "values" not in arrays:
             return None
-        start, step = (tuple(float(x) for x in arrays[name][::-1]) for name in ("start", "step"))
+        start, step = (tuple(map(float, arrays[name][::-1])) for name in ("start", "step"))
         return cls(start, step, np.ascontiguousarray(arrays["values"].T, dtype=np.float64))
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """What :meth:`from_arrays` reads."""
-        return {
-            "start": np.array(self.start[::-1]),
-            "step": np.array(self.step[::-1]),
-            "values": np.ascontiguousarray(self.values.T),
-        }
+        start, step = np.array(self.start[::-1]), np.array(self.step[::-1])
+        return {"start": start, "step": step, "values": np.ascontiguousarray(self.values.T)}
 
     def __call__(self, coordinates: Any) -> F:
         """Values at points: ``coordinates[axis]`` is an array for each of ``axes``."""
@@ -87,20 +84,17 @@ class Lattice:
     def grid(self) -> list[tuple[Any, float, float, int, float]]:
         """Of each coordinate: key, first node, step, nodes, inset."""
         shape = self.values.shape
-        return [
-            (*axis, self.inset)
-            for axis in zip(self.axes or range(len(shape)), self.start, self.step, shape, strict=True)
-        ]
+        axes = zip(self.axes or range(len(shape)), self.start, self.step, shape, strict=True)
+        return [(*axis, self.inset) for axis in axes]
 
     @property
     def strides(self) -> list[int]:
         """Nodes, in the order of memory, from one to the next of each coordinate."""
         return [int(np.prod(self.values.shape[i + 1 :])) for i in range(self.values.ndim)]
 
-    @property
     def corners(self) -> F:
-        """Values at the corners of the cell that begins at each node, (2^coordinates, nodes); the first coordinate's far side is the
-        second half. Beyond an edge they are of no meaning: there a point lies at the near side."""
+        """Values at the corners of the cell that begins at each node, (2^coordinates, nodes), the first coordinate's
+        far side in the second half. Beyond an edge they mean nothing, and no point lies there."""
         offsets = [0]
         for stride in reversed(self.strides):
             offsets += [stride + o for o in offsets]
@@ -110,7 +104,8 @@ class Lattice:
 
 @dataclass(frozen=True)
 class _Group:
-    """Lattices of one number of coordinates: of each coordinate the row of places each lattice reads and the stride of its nodes."""
+    """Lattices of one number of coordinates: of each coordinate the row of places that each reads, and the stride of
+    its nodes."""
 
     rows: tuple[NDArray[np.intp], ...]
     strides: tuple[NDArray[np.int32], ...]
@@ -119,40 +114,41 @@ class _Group:
 
 @dataclass(frozen=True)
 class LatticeSum:
-    """Lattices over shared coordinates, arranged so that one NumPy call serves many: a few points cost little more than its overhead."""
+    """Lattices over shared coordinates, arranged so that one NumPy call serves many: a few points cost little more than
+    its overhead."""
 
     lattices: tuple[Lattice, ...]
 
     @cached_property
-    def _grid(self) -> tuple[list[Any], F, F, F, F]:
-        """Key, first node, nodes per unit, last place and last cell of each distinct coordinate; arrays are (coordinates, 1)."""
-        distinct = list(dict.fromkeys(axis for lattice in self.lattices for axis in lattice.grid))
-        keys, start, step, nodes, inset = zip(*distinct, strict=True)
-        size = np.array(nodes, dtype=np.float64)
-        columns = (np.array(start), 1.0 / np.array(step), size - (1.0 + np.array(inset)), np.maximum(size - 2.0, 0.0))
-        dtype = self.lattices[0].values.dtype
-        first, inverse, last, last_cell = (column.astype(dtype)[:, None] for column in columns)
-        return list(keys), first, inverse, last, last_cell
+    def _axes(self) -> dict[Any, int]:
+        """The distinct coordinates (see :attr:`Lattice.grid`), numbered."""
+        distinct = dict.fromkeys(axis for lattice in self.lattices for axis in lattice.grid)
+        return {axis: i for i, axis in enumerate(distinct)}
+
+    @cached_property
+    def _limits(self) -> tuple[F, ...]:
+        """First node, nodes per unit, last place and last cell of each, (coordinates, 1)."""
+        _, start, step, nodes, inset = (np.array(column) for column in zip(*self._axes, strict=True))
+        columns = (start, 1.0 / step, nodes - (1.0 + inset), np.maximum(nodes - 2.0, 0.0))
+        return tuple(column.astype(self.lattices[0].values.dtype)[:, None] for column in columns)
 
     @cached_property
     def _groups(self) -> tuple[_Group, ...]:
-        row = {axis: i for i, axis in enumerate(dict.fromkeys(a for lattice in self.lattices for a in lattice.grid))}
         groups = []
         for count in sorted({lattice.values.ndim for lattice in self.lattices}):
             own = [lattice for lattice in self.lattices if lattice.values.ndim == count]
-            rows = tuple(np.array([row[lattice.grid[i]] for lattice in own]) for i in range(count))
-            strides = tuple(np.array([[lattice.strides[i]] for lattice in own], dtype=np.int32) for i in range(count))
-            groups.append(_Group(rows, strides, tuple(lattice.corners for lattice in own)))
+            rows = tuple(np.array([self._axes[lattice.grid[i]] for lattice in own]) for i in range(count))
+            strides = tuple(np.array([[lattice.strides[i]] for lattice in own], np.int32) for i in range(count))
+            groups.append(_Group(rows, strides, tuple(lattice.corners() for lattice in own)))
         return tuple(groups)
 
     def places(self, coordinates: Any) -> tuple[NDArray[np.int32], F]:
         """Cell of each point along each distinct coordinate, and how far into it; arrays (coordinates, points)."""
-        keys, start, inverse, last, last_cell = self._grid
-        given = [coordinates[key] for key in keys]
-        inside = np.empty((len(given), *_shape(given)), dtype=start.dtype)
-        for i, values in enumerate(given):
-            inside[i] = values
-        inside = inside.reshape(len(given), -1)
+        start, inverse, last, last_cell = self._limits
+        inside = np.empty((len(start), *self._shape(coordinates)), dtype=start.dtype)
+        for (key, *_), i in self._axes.items():
+            inside[i] = coordinates[key]
+        inside = inside.reshape(len(start), -1)
         inside -= start
         inside *= inverse
         np.maximum(inside, 0.0, out=inside)
@@ -184,15 +180,11 @@ class LatticeSum:
                 low += high
                 found = low
             total += np.add.reduce(found[:, 0], axis=0)
-        return total.reshape(_shape([coordinates[key] for key in self._grid[0]]))
+        return total.reshape(self._shape(coordinates))
 
-
-def _shape(arrays: list[Any]) -> tuple[int, ...]:
-    shapes = {np.shape(a) for a in arrays}
-    return shapes.pop() if len(shapes) == 1 else np.broadcast_shapes(*shapes)
-
-
-# -- attention: in the order of `Lattice.from_arrays` -----------------------------------------------------------------------------
+    def _shape(self, coordinates: Any) -> tuple[int, ...]:
+        shapes = {np.shape(coordinates[key]) for key, *_ in self._axes}
+        return shapes.pop() if len(shapes) == 1 else np.broadcast_shapes(*shapes)
 
 
 def prefill_place(q_len: F, batch: F, heads: F, kv_heads: F) -> tuple[F, F, F]:
@@ -201,20 +193,18 @@ def prefill_place(q_len: F, batch: F, heads: F, kv_heads: F) -> tuple[F, F, F]:
 
 
 def decode_place(keys: F, pairs: F, group: F) -> tuple[F, F, F]:
-    """Coordinates of decode rows: log2 of query heads a KV head, of work units (at most 128 query heads each), of cached positions."""
+    """Coordinates of decode rows: log2 of query heads a KV head, of work units (at most 128 query heads each), of
+    cached positions."""
     return np.log2(group), np.log2(pairs * np.ceil(group / 128.0)), np.log2(keys)
-
-
-# -- GEMM -------------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Residual(LatticeSum):
     """The log factor of a GEMM's analytic time.
 
-    The first lattice, over log2 of (m, n, k), is smooth and carries over between software stacks. The others are in coordinates of the
-    kernel (waves, tiles, core time, alignment of m): they hold what one stack's kernel choice does, and are kept for that stack only
-    (:func:`smooth_arrays`).
+    The first lattice, over log2 of (m, n, k), is smooth and carries over between software stacks. The others are in
+    coordinates of the kernel (waves, tiles, core time, alignment of m): they hold what one stack's kernel choice does,
+    and are kept for that stack only (:func:`smooth_arrays`).
     """
 
     m_places: F
@@ -292,11 +282,11 @@ assert tuple(_MAKE) == AXES  # a code in a file means its position
 
 
 def m_places(measured: F) -> F:
-    """Place of every m among measured ones, by whole m up to :data:`M_TABLE`: first those that are no multiple of 8 or below 16, then
-    the multiples.
+    """Place of every m among measured ones, by whole m up to :data:`M_TABLE`: first those that are no multiple of 8 or
+    below 16, then the multiples.
 
-    Two rows of places, because kernels treat the two apart: 300 lies between unaligned neighbours, 304 between aligned ones, and each
-    is interpolated on log2 m.
+    Two rows of places, because kernels treat the two apart: 300 lies between unaligned neighbours, 304 between aligned
+    ones, and each is interpolated on log2 m.
 
     >>> p = m_places(np.array([1.0, 2.0, 17.0, 33.0, 16.0, 32.0]))
     >>> p[[1, 2, 33, 16, 32]].tolist(), bool(4 < p[24] < 5)
@@ -321,11 +311,12 @@ def _whole_m() -> F:
 
 
 def between_measured(residual: Residual, measured: F) -> Residual:
-    """The same residual for predicting: unchanged at every measured m (the fit's), and led from one to the next in between.
+    """The same residual for predicting: unchanged at every measured m (the fit's), and led from one to the next in
+    between.
 
-    Tables hold m = 256 j, which fills its tiles, and 256 j + 1, which begins new ones, and little else above 256. A fit may keep the two
-    apart, but what it learns of them says nothing of 392 against 391: there the values of the measured m below and above are mixed by
-    log2 m, whatever m is a multiple of.
+    Tables hold m = 256 j, which fills its tiles, and 256 j + 1, which begins new ones, and little else above 256. A fit
+    may keep the two apart, but what it learns of them says nothing of 392 against 391: there the values of the measured
+    m below and above are mixed by log2 m, whatever m is a multiple of.
     """
     known = np.unique(np.rint(measured))
     if len(known) < 2:
@@ -349,9 +340,9 @@ def residual_of(arrays: Mapping[str, NDArray[Any]], dtype: Any = np.float64) -> 
     Parameters
     ----------
     arrays : mapping
-        As :mod:`simulator.hardware.checks` lets them pass. ``terms`` (j, 3): codes of the axes, -1 where a lattice has fewer; ``grids``
-        (j, 3, 3): start, spacing and nodes of each axis; ``values``: nodes of all lattices in turn, the last axis fastest;
-        ``measured_m``: the m the fit saw.
+        As :mod:`simulator.hardware.checks` lets them pass. ``terms`` (j, 3): codes of the axes, -1 where a lattice has
+        fewer; ``grids`` (j, 3, 3): start, spacing and nodes of each axis; ``values``: nodes of all lattices in turn,
+        the last axis fastest; ``measured_m``: the m the fit saw.
     """
     if "terms" not in arrays:
         return None
@@ -370,7 +361,8 @@ def residual_of(arrays: Mapping[str, NDArray[Any]], dtype: Any = np.float64) -> 
 
 
 def residual_arrays(residual: Residual, measured_m: F) -> dict[str, NDArray[Any]]:
-    """Arrays of a profile that describe a residual; the reverse of :func:`residual_of`. Values as float32: a millionth is ample."""
+    """Arrays of a profile that describe a residual; the reverse of :func:`residual_of`. Values as float32: a millionth
+    is ample."""
     codes = np.full((len(residual.lattices), 3), -1, dtype=np.int64)
     grids = np.ones((len(residual.lattices), 3, 3))
     for i, lattice in enumerate(residual.lattices):

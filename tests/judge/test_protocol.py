@@ -90,7 +90,7 @@ def test_evaluate_scores_unseen_rows_and_average_is_a_mean() -> None:
 
 def test_transfer_and_leave_one_out() -> None:
     data = table()
-    section = protocol.fit_gemm(data.m, data.n, data.k, data.seconds, HW, copies=np.inf, intervals=False).section
+    section = protocol.fit_gemm(data.m, data.n, data.k, data.seconds, HW, copies=np.inf).section
     slower = Shapes(data.m, data.n, data.k, 1.2 * data.seconds, data.copies)
     shipped, moved = protocol.transfer(section, slower, HW, sizes=(100,))
     assert moved.scores["mape"] < 0.3 * shipped.scores["mape"]
