@@ -208,19 +208,6 @@ def test_shapes_broadcast_and_bad_formats_are_named() -> None:
         decode_attention_time(1, 16, 8, 8, 64, hw, kv_dtype="bf17")
 
 
-def test_lattice_is_exact_on_its_nodes_and_flat_outside() -> None:
-    rng = np.random.default_rng(1)
-    lattice = Lattice((1.0, 0.0, 0.0), (0.5, 1.0, 1.0), rng.normal(size=(4, 3, 2)))
-    i, j, k = np.indices((4, 3, 2)).reshape(3, -1)
-    assert lattice((1.0 + 0.5 * i, 1.0 * j, 1.0 * k)) == pytest.approx(lattice.values.ravel())
-    assert float(lattice((np.array(99.0), np.array(-5.0), np.array(9.0)))) == pytest.approx(lattice.values[3, 0, 1])
-    again = Lattice.from_arrays(lattice.arrays())
-    assert again is not None
-    assert float(again((np.array(1.7), np.array(0.4), np.array(0.2)))) == float(
-        lattice((np.array(1.7), np.array(0.4), np.array(0.2)))
-    )
-
-
 def test_a_small_call_is_quick() -> None:
     hw = load_hardware("h100_sxm")
     calls = (
