@@ -1,37 +1,30 @@
 """Calibration of attention: constants, residual lattice and intervals from measured times.
 
-Use :func:`fit_attention` with plain columns and a :class:`Device`. One call fits one phase of one kernel path:
-constants belong to a stack (the same shape differs by 9-34 % between stacks), so tables of several must not be mixed.
+Use :func:`columns_of` on records, then :func:`fit_attention`. One call fits one phase of one kernel path: constants
+belong to a stack (the same shape differs by 9-34 % between stacks), so tables of several must not be mixed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.fit.attention_columns import Columns, core_of, residual_coordinates, usable, work_of
+from calibration.fit import solver
 from calibration.fit.conformal import accuracy_of, outer_bands
 from calibration.fit.residual import Stiffness, fit_lattice
-from calibration.fit.solver import (
-    ConstantsFit,
-    FittedPart,
-    Minimum,
-    fit_logs,
-    folds,
-    minimise,
-    numbered,
-    sandwich,
-    slopes,
-)
+from calibration.fit.solver import ConstantsFit, FittedPart, Minimum, Table
 from simulator.hardware.constants import DECODE_CONSTANTS, PREFILL_CONSTANTS, Constant
 from simulator.hardware.parts import Provenance, Section
+from simulator.hardware.profile import HardwareProfile
 from simulator.kernels.attention import REGIMES, regime_of
-from simulator.kernels.attention_decode import decode_parts
-from simulator.kernels.attention_prefill import Device
-from simulator.kernels.lattice import Lattice
+from simulator.kernels.attention_decode import decode_core, decode_parts, decode_work
+from simulator.kernels.attention_prefill import Device, prefill_core, prefill_work
+from simulator.kernels.lattice import Lattice, decode_place, prefill_place
+from simulator.workload import DTYPE_BYTES, DTYPES
 
 F = NDArray[np.float64]
 
@@ -62,6 +55,91 @@ STIFFNESS = Stiffness(0.02, (0.03, 0.05, 0.05), 0.02)
 
 _SEARCH: Mapping[str, Any] = {"ftol": 1e-6, "xtol": 1e-6}
 
+SHAPE: tuple[str, ...] = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim")
+"""Columns that make a shape."""
+
+
+@dataclass(frozen=True)
+class Columns(Table):
+    """Measured attention calls.
+
+    ``seconds`` is the time of each; ``element_bytes`` that of an element, keys and values included; ``warm`` 1 where a
+    call was repeated on one cache, as the published tables do, 0 where caches were rotated past L2, as this program
+    does.
+    """
+
+    batch: F
+    q_len: F
+    kv_len: F
+    heads: F
+    kv_heads: F
+    head_dim: F
+    seconds: F
+    element_bytes: F | float = 2.0
+    warm: F | float = 1.0
+
+
+def columns_of(records: Any) -> Columns:
+    """Columns of attention records (an object with columns of these names, seconds in s)."""
+    names = (*SHAPE, "seconds")
+    bytes_ = np.array([DTYPE_BYTES[code] for code in range(len(DTYPES))], dtype=np.float64)
+    columns = {name: np.asarray(getattr(records, name), dtype=np.float64) for name in names}
+    warm = 1.0 - np.asarray(records.cold, dtype=np.float64)
+    return Columns(**columns, element_bytes=bytes_[np.asarray(records.dtype)], warm=warm)
+
+
+def device_of(hw: HardwareProfile, dtype: str = "bf16") -> Device:
+    """The facts the attention cores need, of a profile."""
+    return Device(hw.peak_flop_per_s(dtype), float(hw.sm_count), hw.bandwidth_bytes_per_s, hw.l2_bytes)
+
+
+def work_of(phase: str, c: Columns, values: Mapping[str, float]) -> Any:
+    """Geometry of a phase for columns; it depends on the structural constants alone."""
+    size: Any = {"element_bytes": c.element_bytes, "cache_bytes": c.element_bytes}
+    if phase == "decode":
+        return decode_work(c.batch, c.kv_len, c.heads, c.kv_heads, c.head_dim, warm=c.warm, **size)
+    form: Any = {"packs": values["packs"], "pads": values.get("pads", 1.0)}
+    return prefill_work(c.batch, c.q_len, c.kv_len, c.heads, c.kv_heads, c.head_dim, **form, **size)
+
+
+def core_of(phase: str, work: Any, device: Device, values: Mapping[str, float]) -> F:
+    """Core time as it was measured; the operands of a prefill may be warm in L2, since a benchmark repeats its call."""
+    return prefill_core(work, device, values, True) if phase == "prefill" else decode_core(work, device, values)
+
+
+def residual_coordinates(phase: str, c: Columns) -> tuple[NDArray[np.floating[Any]], ...]:
+    """Where each row lies in the residual lattice."""
+    if phase == "prefill":
+        return prefill_place(c.q_len, c.batch, c.heads, c.kv_heads)
+    return decode_place(c.kv_len, c.batch * c.kv_heads, c.heads / c.kv_heads)
+
+
+def usable(phase: str, c: Columns, device: Device) -> tuple[NDArray[np.bool_], dict[str, int]]:
+    """Rows a fit may use, and how many it may not by reason.
+
+    A time may lie below bytes / bandwidth only while the bytes fit the L2; FLOP / peak it may not beat by more than 5 %
+    (boost clocks).
+    """
+    work = work_of(phase, c, {"packs": 0.0})
+    size = work.io_bytes if phase == "prefill" else work.cache_bytes
+    finite = [np.isfinite(getattr(c, f.name)) & np.ones(len(c), dtype=bool) for f in fields(c)]
+    reasons = {
+        "a value is not finite": ~np.all(finite, axis=0),
+        "the time is not positive": ~(c.seconds > 0),
+        "a chunk of one query, which takes the path of decode": (c.q_len < 2) & (phase == "prefill"),
+        "heads are no multiple of KV heads": (c.heads % np.maximum(c.kv_heads, 1.0)) != 0,
+        "a length or count is below 1": np.any([getattr(c, n) < 1 for n in SHAPE], axis=0),
+        "faster than FLOP / peak": c.seconds * 1.05 < work.flops / device.peak_flop_per_s,
+        "faster than bytes / bandwidth with more bytes than the L2 holds": (size > 1.5 * device.l2_bytes)
+        & (c.seconds < size / device.bandwidth_bytes_per_s),
+    }
+    good = np.ones(len(c), dtype=bool)
+    counts = {}
+    for reason, bad in reasons.items():
+        counts[reason] = int(np.count_nonzero(bad & good))
+        good &= ~bad
+    return good, {reason: n for reason, n in counts.items() if n}
+
 
 def _misfit(phase: str, c: Columns, device: Device, start: Mapping[str, float]) -> Callable[[Mapping[str, float]], F]:
     work, log_time = work_of(phase, c, start), np.log(c.seconds)
@@ -84,10 +162,10 @@ def fit_constants(
             fixed[name] = "not identified by these rows"
 
     def covariance(found: Minimum, values: Mapping[str, float]) -> tuple[F, float]:
-        return sandwich(found.rows, slopes(misfit, values, found.names, 1e-3)), 0.0
+        return solver.sandwich(found.rows, solver.slopes(misfit, values, found.names, 1e-3)), 0.0
 
     moot = {"l2_gain": ("l2_share", "without meaning where L2 gains nothing")}
-    return fit_logs(misfit, start, known, covariance, fixed=fixed, weak=1.0, moot=moot, max_nfev=60, **_SEARCH)
+    return solver.fit_logs(misfit, start, known, covariance, fixed=fixed, weak=1.0, moot=moot, max_nfev=60, **_SEARCH)
 
 
 def fit_residual(phase: str, c: Columns, device: Device, values: Mapping[str, float]) -> Lattice:
@@ -117,7 +195,7 @@ def groups_of(c: Columns, kind: str, phase: str) -> NDArray[np.intp]:
     """Group number of each row: rows of a group are left out together. ``kind``: "heads" (heads, KV heads, features) or
     "lengths"."""
     length = c.q_len if phase == "prefill" else c.kv_len
-    return numbered(c.heads, c.kv_heads, c.head_dim) if kind == "heads" else numbered(length)
+    return solver.numbered(c.heads, c.kv_heads, c.head_dim) if kind == "heads" else solver.numbered(length)
 
 
 def fit_attention(
@@ -138,13 +216,10 @@ def fit_attention(
     phase : {"prefill", "decode"}
     columns : Columns
         Measured calls of one kernel path.
-    device : Device
-        Datasheet facts.
-    architecture : str
-        For the starting values: the defaults of the registry.
+    device, architecture
+        Datasheet facts, and where the search starts: the defaults of the registry.
     fold_by : sequence of {"heads", "lengths"}
-        What a fold leaves out, for intervals and accuracy; the residuals of several are pooled. Each fold refits
-        everything.
+        What a fold leaves out, for intervals and accuracy; the residuals of several are pooled. Each fold refits all.
     seed : int
         Of the folds.
     start : mapping of str to float, optional
@@ -175,13 +250,13 @@ def fit_attention(
         group = groups_of(c, kind, phase)
         if group.max() == 0:
             group = np.arange(len(c))  # nothing to leave out as a group: leave out rows
-        for train, test in folds(group, FOLDS, rng):
+        for train, test in solver.folds(group, FOLDS, rng):
             # from the solution on: a refit moves little, but what it moves is part of the error of an unseen shape
             rest, left = c.take(train), c.take(test)
             values = dict(constants.values)
             if constants.std_errors:
                 misfit = _misfit(phase, rest, device, values)
-                values |= minimise(misfit, values, known, constants.std_errors, max_nfev=6, **_SEARCH).values
+                values |= solver.minimise(misfit, values, known, constants.std_errors, max_nfev=6, **_SEARCH).values
             predicted, regime = predict(phase, left, device, values, fit_residual(phase, rest, device, values))
             unseen.append(np.log(predicted / left.seconds))
             plain.append(_misfit(phase, left, device, values)(values))

@@ -9,27 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.fit import solver
 from calibration.fit.conformal import accuracy_of, outer_bands
 from calibration.fit.residual import Stiffness, fit_lattice
-from calibration.fit.solver import (
-    ABSENT,
-    HUBER,
-    ConstantsFit,
-    FittedPart,
-    Minimum,
-    Table,
-    fit_logs,
-    folds,
-    gauss_newton,
-    minimise,
-    numbered,
-    slopes,
-)
+from calibration.fit.solver import ConstantsFit, FittedPart, Minimum, Table
 from simulator.hardware.constants import CLASSES
 from simulator.hardware.constants import ELEMENTWISE_CONSTANTS as CONSTANTS
 from simulator.hardware.parts import Provenance, Section
@@ -43,13 +32,8 @@ SPREAD = 0.7
 STIFFNESS = Stiffness(0.0, (0.0, 0.1), 0.1)
 """Of the residual along (class, log2 bytes): nothing joins two classes; chosen on seeds 10-19 of :func:`score`."""
 FOLDS = 5
-_FACTORS = ("t0", "e", "l2", "l2_share")
-
-
-@dataclass(frozen=True)
-class _Range:
-    low: float
-    high: float
+FACTORS = ("t0", "e", "l2", "l2_share")
+"""Kinds of constants, by the beginning of their names."""
 
 
 @dataclass(frozen=True)
@@ -72,40 +56,37 @@ class _Rows(Table):
 
         def scaled(factor: Mapping[str, float]) -> dict[str, float]:
             """The constants of all classes, each kind times one factor."""
-            moved = {
-                n: v * factor[n if n == "l2_share" else n.split("_")[0]] for n, v in default.items() if n != "spread"
-            }
-            return {n: float(np.clip(v, CONSTANTS[n].low, CONSTANTS[n].high)) for n, v in moved.items()}
+            moved = {}
+            for name in CONSTANTS.keys() - {"spread"}:
+                kind = name if name in FACTORS else name.split("_")[0]
+                moved[name] = float(np.clip(default[name] * factor[kind], CONSTANTS[name].low, CONSTANTS[name].high))
+            return moved
 
-        one = dict.fromkeys(_FACTORS, 1.0)
-        wide = dict.fromkeys(_FACTORS, _Range(np.exp(-4.0), np.exp(4.0)))
-        common = minimise(lambda x: self.misfit({**default, **scaled(x)}), one, wide, _FACTORS, prior=1.0).values
+        one = dict.fromkeys(FACTORS, 1.0)
+        wide = dict.fromkeys(FACTORS, SimpleNamespace(low=np.exp(-4.0), high=np.exp(4.0)))
+        common = solver.minimise(lambda x: self.misfit({**default, **scaled(x)}), one, wide, FACTORS, prior=1.0).values
         start = {**default, **scaled(common)}
 
         def covariance(found: Minimum, values: Mapping[str, float]) -> tuple[F, float]:
-            raw = slopes(self.misfit, values, found.names, 1e-4)
-            every = np.concatenate([raw, HUBER / SPREAD * np.eye(len(found.names))])
+            raw = solver.slopes(self.misfit, values, found.names, 1e-4)
+            every = np.concatenate([raw, solver.HUBER / SPREAD * np.eye(len(found.names))])
             freedom = max(len(self) - len(found.names), 1)
-            spread = float(np.sqrt(np.sum(np.minimum(found.rows**2, (3 * HUBER) ** 2)) / freedom))
-            return gauss_newton(every, spread), spread
+            spread = float(np.sqrt(np.sum(np.minimum(found.rows**2, (3 * solver.HUBER) ** 2)) / freedom))
+            return solver.gauss_newton(every, spread), spread
 
-        own = {
-            f"{kind}_{name}" for i, name in enumerate(CLASSES) if np.any(self.code == i) for kind in ("t0", "e", "l2")
-        }
-        fixed = {n: ABSENT for n in CONSTANTS if n.removesuffix("_s") not in {*own, "l2_share"}}
+        known = [name for i, name in enumerate(CLASSES) if np.any(self.code == i)]
+        own = {f"{kind}_{name}" for name in known for kind in ("t0", "e", "l2")}
+        fixed = {n: solver.ABSENT for n in CONSTANTS if n.removesuffix("_s") not in {*own, "l2_share"}}
         fixed["spread"] = "replaced by the intervals"
         # what the classes have in common is a prior worth one row: a class of three rows must not run away
-        return fit_logs(
-            self.misfit, start, CONSTANTS, covariance, fixed=fixed, prior=SPREAD, center=start, max_nfev=100
-        )
+        search: dict[str, Any] = {"prior": SPREAD, "center": start, "max_nfev": 100}
+        return solver.fit_logs(self.misfit, start, CONSTANTS, covariance, fixed=fixed, **search)
 
     def residual(self, values: Mapping[str, float]) -> Lattice:
         """Residual over log2 bytes by class, nodes an octave apart."""
         place = class_place(self.bytes_, self.code)
-        first = float(np.floor(place[1].min()))
-        blank = np.zeros(
-            (len(CLASSES) + 1, int(np.ceil(place[1].max() - first)) + 1)
-        )  # one class more: see class_lattice
+        first, last = float(np.floor(place[1].min())), float(np.ceil(place[1].max()))
+        blank = np.zeros((len(CLASSES) + 1, int(last - first) + 1))  # one class more: see class_lattice
         return fit_lattice(Lattice((0.0, first), (1.0, 1.0), blank), place, -self.misfit(values), STIFFNESS, rounds=3)
 
 
@@ -124,14 +105,10 @@ def fit_elementwise(
 
     Parameters
     ----------
-    bytes_, seconds : float64 arrays, bytes and s
-        Bytes read and written, and time, of each row.
-    operator_class : int array or array of str
-        Index into :data:`simulator.hardware.constants.CLASSES`, or names of classes or roles.
-    l2_bytes, bandwidth_bytes_per_s : float
+    bytes_, operator_class, seconds : arrays
+        Of each row: bytes read and written; index into :data:`CLASSES` or name of a class or role; time.
+    l2_bytes, bandwidth_bytes_per_s, architecture
         Of the datasheet.
-    architecture : str
-        For defaults.
     seed : int
         Of the folds, which leave out sizes, not rows.
     provenance : Provenance, optional
@@ -150,7 +127,7 @@ def fit_elementwise(
         raise ValueError(f"elementwise: expected at least 20 usable rows, got {len(r)} of {len(good)}")
     constants = r.constants(architecture)
     errors = np.zeros(len(r))
-    for train, test in folds(numbered(r.bytes_), FOLDS, np.random.default_rng(seed)):
+    for train, test in solver.folds(solver.numbered(r.bytes_), FOLDS, np.random.default_rng(seed)):
         rest, left = r.take(train), r.take(test)
         values = rest.constants(architecture).values
         errors[test] = left.misfit(values) + rest.residual(values)(class_place(left.bytes_, left.code))
@@ -184,7 +161,7 @@ def score(
     """Accuracy on sizes never seen: 70 % of the sizes by seed are for the fit (``rows`` of their rows; 0 for all), the
     rest is scored."""
     rng = np.random.default_rng(seed)
-    size = numbered(bytes_)
+    size = solver.numbered(bytes_)
     test = rng.permutation(size.max() + 1)[size] >= round(0.7 * (size.max() + 1))
     train = np.flatnonzero(~test)
     if rows:

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.fit.attention import fit_attention
-from calibration.fit.attention_columns import columns_of, device_of
+from calibration.fit.attention import columns_of, device_of, fit_attention
 from calibration.fit.elementwise import fit_elementwise
 from calibration.fit.gemm import anchor_gemm, fit_gemm
 from calibration.fit.kernels import fit_extra, weight_copies
@@ -197,9 +196,8 @@ def _tasks(base: HardwareProfile, records: Records, notes: list[str], **options:
     for name in OPERATORS:
         count = int(is_(name).sum())
         if count and name not in fitted | {"launch_eager", "launch_graph"}:
-            notes.append(
-                f"{name}: {count} rows have no fit of their own; validation compares them with the sum of their parts"
-            )
+            parts = "validation compares them with the sum of their parts"
+            notes.append(f"{name}: {count} rows have no fit of their own; {parts}")
     return out
 
 

@@ -124,7 +124,7 @@ class Block:
     lattice: Lattice
     stiffness: Stiffness
     cells: NDArray[np.int32]
-    inside: F
+    inside: NDArray[np.floating[Any]]
 
     @staticmethod
     def of(lattice: Lattice, coordinates: Any, stiffness: Stiffness) -> Block:

@@ -54,35 +54,17 @@ RTX_FILES: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one profile is made.
+    """How one profile is made."""
 
-    Attributes
-    ----------
-    tables : tuple of str
-        Shipped measurements to fit.
-    formats : tuple of str
-        Number formats to take from them.
-    lender : str
-        Profile that lends what is missing, "" for none.
-    lends : tuple of (operator, dtype)
-        Sections taken from it.
-    fine : bool
-        Whether the lender's own-stack lattices come along: they fit one number of SMs.
-    """
-
-    tables: tuple[str, ...] = ()
-    formats: tuple[str, ...] = ("bf16",)
-    lender: str = ""
-    lends: tuple[tuple[str, str], ...] = ()
-    fine: bool = True
+    tables: tuple[str, ...] = ()  # shipped measurements to fit
+    formats: tuple[str, ...] = ("bf16",)  # number formats to take from them
+    lender: str = ""  # profile that lends what is missing
+    lends: tuple[tuple[str, str], ...] = ()  # sections taken from it
+    fine: bool = True  # whether its own-stack lattices come along: they fit one number of SMs
 
 
-_GEMM, _FP8, _PREFILL, _DECODE = (
-    ("gemm", "bf16"),
-    ("gemm", "fp8"),
-    ("attention_prefill", "bf16"),
-    ("attention_decode", "bf16"),
-)
+_GEMM, _FP8 = ("gemm", "bf16"), ("gemm", "fp8")
+_ATTENTION = ("attention_prefill", "bf16"), ("attention_decode", "bf16")
 
 
 def _tables(gpu: str, prefill: str = "sglang") -> tuple[str, ...]:
@@ -91,10 +73,10 @@ def _tables(gpu: str, prefill: str = "sglang") -> tuple[str, ...]:
 
 RECIPES: Mapping[str, Recipe] = {
     "a100_sxm_80gb": Recipe(_tables("a100_sxm", "trtllm"), ("bf16", "int8_wo", "int4_wo")),
-    "a100_sxm_40gb": Recipe(lender="a100_sxm_80gb", lends=(_GEMM, _PREFILL, _DECODE)),
-    "a100_pcie_80gb": Recipe(lender="a100_sxm_80gb", lends=(_GEMM, _PREFILL, _DECODE)),
+    "a100_sxm_40gb": Recipe(lender="a100_sxm_80gb", lends=(_GEMM, *_ATTENTION)),
+    "a100_pcie_80gb": Recipe(lender="a100_sxm_80gb", lends=(_GEMM, *_ATTENTION)),
     "h100_sxm": Recipe(_tables("h100_sxm"), ("bf16", "fp8")),
-    "h100_pcie": Recipe(lender="h100_sxm", lends=(_GEMM, _FP8, _PREFILL, _DECODE), fine=False),
+    "h100_pcie": Recipe(lender="h100_sxm", lends=(_GEMM, _FP8, *_ATTENTION), fine=False),
     "h200_sxm": Recipe(_tables("h200_sxm"), lender="h100_sxm", lends=(_FP8,)),
     "l40s": Recipe(_tables("l40s")),
     "rtx_4090": Recipe(lender="l40s"),
@@ -166,9 +148,8 @@ def built(name: str, shared: Path | None = None) -> ProfileFit:
     lender = built(recipe.lender, shared).profile if recipe.lender else base
     if name == "rtx_4090":
         if shared is None:
-            raise InputError(
-                "rtx_4090: its tables do not ship; name their folder by --shared-data or PRUNESIM_SHARED_DATA"
-            )
+            where = "name their folder by --shared-data or PRUNESIM_SHARED_DATA"
+            raise InputError(f"rtx_4090: its tables do not ship; {where}")
         fit = fit_profile(base, rtx_tables(shared, base), prior=smooth_prior(lender), date=DATE)
         profile = _with_gap(fit.profile, lender)  # its rows are kernel times of a profiler, the lender's graph replays
     elif recipe.tables:
@@ -252,13 +233,11 @@ def _round(value: float, digits: int) -> float:
 
 def main(arguments: Sequence[str] | None = None, report: Callable[[str], None] = print) -> int:
     """The command of the module's docstring; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m calibration.fit.shipped", description="Make the calibrated sections of the shipped profiles."
-    )
+    about = "Make the calibrated sections of the shipped profiles."
+    parser = argparse.ArgumentParser(prog="python -m calibration.fit.shipped", description=about)
     parser.add_argument("names", nargs="*", metavar="NAME", help="profiles to make; all if left out")
-    parser.add_argument(
-        "-o", "--output", type=Path, default=None, help="folder for the profiles (default: the one they ship in)"
-    )
+    output = "folder for the profiles (default: the one they ship in)"
+    parser.add_argument("-o", "--output", type=Path, default=None, help=output)
     parser.add_argument("--shared-data", default=None, help="folder of the RTX 4090 tables")
     given = parser.parse_args(arguments)
     shared = shared_folder(given.shared_data)

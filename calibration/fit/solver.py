@@ -59,27 +59,13 @@ def folds(groups: NDArray[np.intp], count: int, rng: np.random.Generator) -> Ite
 
 @dataclass(frozen=True)
 class ConstantsFit:
-    """Constants of an operator, and how well the data know them.
+    """Constants of an operator, SI, and how well the data know them."""
 
-    Attributes
-    ----------
-    values : mapping of str to float
-        All constants, SI.
-    std_errors : mapping of str to float
-        Of the fitted ones, SI.
-    fixed : mapping of str to str
-        Constants that were not fitted -> why.
-    correlation : array
-        Of the logs of the fitted constants, in the order of ``std_errors``.
-    spread : float
-        Standard deviation of the log residuals the errors assume.
-    """
-
-    values: Mapping[str, float]
-    std_errors: Mapping[str, float]
-    fixed: Mapping[str, str]
-    correlation: F = field(default_factory=lambda: np.zeros((0, 0)))
-    spread: float = 0.0
+    values: Mapping[str, float]  # all
+    std_errors: Mapping[str, float]  # of the fitted ones
+    fixed: Mapping[str, str]  # those that were not fitted -> why
+    correlation: F = field(default_factory=lambda: np.zeros((0, 0)))  # of the fitted ones' logs, in their order
+    spread: float = 0.0  # standard deviation of the log residuals that the errors assume
 
     def fitted(self) -> dict[str, Fitted]:
         """What a section of a profile holds."""
@@ -90,27 +76,13 @@ class ConstantsFit:
 
 @dataclass(frozen=True)
 class FittedPart:
-    """A fitted section of a profile, and what a report of it needs.
-
-    Attributes
-    ----------
-    section : Section
-    constants : ConstantsFit
-    rows : int
-        Rows it was fitted on.
-    unseen : array
-        Log of predicted over measured time of rows, each predicted by a fit that did not see it.
-    dropped : mapping of str to int
-        Rows refused, by reason.
-    operator, dtype : str
-        Key of the section.
-    """
+    """A fitted section of a profile, and what a report of it needs."""
 
     section: Section
     constants: ConstantsFit
-    rows: int
-    unseen: F = field(default_factory=lambda: np.zeros(0))
-    dropped: Mapping[str, int] = field(default_factory=dict)
+    rows: int  # that it was fitted on
+    unseen: F = field(default_factory=lambda: np.zeros(0))  # log predicted over measured, each row by a fit without it
+    dropped: Mapping[str, int] = field(default_factory=dict)  # rows refused, by reason
     operator: str = ""
     dtype: str = ""
 
@@ -161,22 +133,11 @@ def minimise(
     data_only: bool = False,
     **search: Any,
 ) -> Minimum:
-    """One search over some constants, the others as in ``start``, with the soft-L1 loss.
+    """One search over the constants ``names``, the others as in ``start``, with the soft-L1 loss.
 
-    Parameters
-    ----------
-    misfit : callable
-    start : mapping of str to float
-    ranges : mapping of str to Constant
-        Objects with ``low`` and ``high``.
-    names : iterable of str
-        The free constants.
-    prior : float, optional
-        Log spread of a prior round ``center`` (the start by default): one row of ordinary misfit a constant.
-    data_only : bool
-        The prior's rows stay outside the loss.
-    **search
-        Options of :func:`scipy.optimize.least_squares`.
+    ``ranges`` has their ``low`` and ``high``. ``prior`` is the log spread of a prior round ``center`` (the start by
+    default), one row of ordinary misfit a constant; with ``data_only`` it stays outside the loss. ``search`` goes to
+    :func:`scipy.optimize.least_squares`.
     """
     names = tuple(names)
     low = np.log([ranges[n].low or 1e-9 for n in names])
@@ -211,11 +172,10 @@ def fit_logs(
 
     Parameters
     ----------
-    misfit, start, ranges
-        As in :func:`minimise`.
+    misfit, start, ranges, **search
+        As in :func:`minimise`; ``ranges`` names all constants.
     covariance : callable
-        Of the logs of the free constants at a minimum, with the values of all there, and the spread of the residuals it
-        assumes.
+        Of the logs of the free constants at a minimum, given the values of all; and the spread of residuals it assumes.
     fixed : mapping of str to str
         Constants that are not free, and why.
     weak : float
@@ -224,8 +184,6 @@ def fit_logs(
         Every search begins at the start, and a constant on its bound goes back there too; else it stays on the bound.
     moot : mapping of str to (str, str)
         Constants without meaning once another is on its lower bound, and why.
-    **search
-        Options of :func:`minimise`.
     """
     values, kept = dict(start), dict(fixed or {})
     while free := [name for name in ranges if name not in kept]:

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.fit.attention import fit_attention, groups_of, predict
-from calibration.fit.attention_columns import Columns, columns_of, device_of, usable, work_of
+from calibration.fit.attention import Columns, columns_of, device_of, fit_attention, groups_of, predict, usable, work_of
 from simulator.hardware.library import load_hardware
 from simulator.kernels.attention import REGIMES
 from simulator.kernels.attention_prefill import Device

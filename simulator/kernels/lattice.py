@@ -30,29 +30,16 @@ M_TABLE = 32769
 class Lattice:
     """Values at the nodes of a regular grid; their precision, float32 or float64, is that of its evaluation.
 
-    Attributes
-    ----------
-    start, step : tuple of float
-        First node of each coordinate, and from one to the next.
-    values : array
-        One axis a coordinate.
-    axes : tuple
-        Keys of its coordinates; by default their positions 0, 1, ...
-    inset : float
-        Steps before the last node at which a coordinate stops.
-
-    Examples
-    --------
     >>> box = Lattice((0.0, 0.0), (1.0, 2.0), np.array([[0.0, 1.0], [4.0, 5.0]]))
     >>> box((np.array([0.5, -9.0]), np.array([0.0, 9.0])))
     array([2., 1.])
     """
 
-    start: tuple[float, ...]
-    step: tuple[float, ...]
-    values: F
-    axes: tuple[Any, ...] = ()
-    inset: float = 0.0
+    start: tuple[float, ...]  # first node of each coordinate
+    step: tuple[float, ...]  # from one to the next
+    values: F  # one axis a coordinate
+    axes: tuple[Any, ...] = ()  # keys of its coordinates; by default their positions
+    inset: float = 0.0  # steps before the last node at which a coordinate stops
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Lattice | None:
@@ -103,16 +90,6 @@ class Lattice:
 
 
 @dataclass(frozen=True)
-class _Group:
-    """Lattices of one number of coordinates: of each coordinate the row of places that each reads, and the stride of
-    its nodes."""
-
-    rows: tuple[NDArray[np.intp], ...]
-    strides: tuple[NDArray[np.int32], ...]
-    corners: tuple[F, ...]
-
-
-@dataclass(frozen=True)
 class LatticeSum:
     """Lattices over shared coordinates, arranged so that one NumPy call serves many: a few points cost little more than
     its overhead."""
@@ -133,14 +110,16 @@ class LatticeSum:
         return tuple(column.astype(self.lattices[0].values.dtype)[:, None] for column in columns)
 
     @cached_property
-    def _groups(self) -> tuple[_Group, ...]:
+    def _groups(self) -> list[tuple[NDArray[np.intp], NDArray[np.int32], list[F]]]:
+        """By number of coordinates: rows of places that each lattice reads, (coordinates, lattices); strides of its
+        nodes, (coordinates, lattices, 1); and its corners."""
         groups = []
         for count in sorted({lattice.values.ndim for lattice in self.lattices}):
             own = [lattice for lattice in self.lattices if lattice.values.ndim == count]
-            rows = tuple(np.array([self._axes[lattice.grid[i]] for lattice in own]) for i in range(count))
-            strides = tuple(np.array([[lattice.strides[i]] for lattice in own], np.int32) for i in range(count))
-            groups.append(_Group(rows, strides, tuple(lattice.corners() for lattice in own)))
-        return tuple(groups)
+            rows = np.array([[self._axes[axis] for axis in lattice.grid] for lattice in own]).T
+            strides = np.array([lattice.strides for lattice in own], dtype=np.int32).T[:, :, None]
+            groups.append((rows, strides, [lattice.corners() for lattice in own]))
+        return groups
 
     def places(self, coordinates: Any) -> tuple[NDArray[np.int32], F]:
         """Cell of each point along each distinct coordinate, and how far into it; arrays (coordinates, points)."""
@@ -162,17 +141,12 @@ class LatticeSum:
         cells, inside = self.places(coordinates)
         points = cells.shape[1]
         total = np.zeros(points, dtype=inside.dtype)
-        for group in self._groups:
-            base = cells[group.rows[0]]
-            base *= group.strides[0]
-            for rows, stride in zip(group.rows[1:], group.strides[1:], strict=True):
-                more = cells[rows]
-                more *= stride
-                base += more
-            found = np.empty((len(base), len(group.corners[0]), points), dtype=inside.dtype)
-            for corners, index, out in zip(group.corners, base, found, strict=True):
-                corners.take(index, axis=1, mode="clip", out=out)
-            for rows in group.rows:
+        for axes, strides, corners in self._groups:
+            index = np.add.reduce(cells[axes] * strides, axis=0, dtype=np.int32)
+            found = np.empty((len(corners), len(corners[0]), points), dtype=inside.dtype)
+            for values, at, out in zip(corners, index, found, strict=True):
+                values.take(at, axis=1, mode="clip", out=out)
+            for rows in axes:  # one coordinate after the other, from the near side of its cell to the far side
                 half = found.shape[1] // 2
                 low, high = found[:, :half], found[:, half:]
                 high -= low

@@ -1,4 +1,5 @@
-"""Calibration of attention: planted constants, refusals, named constants, intervals, and the accuracy on shipped tables."""
+"""Calibration of attention: planted constants, refusals, named constants, intervals, and the accuracy on shipped
+tables."""
 
 from __future__ import annotations
 
@@ -8,8 +9,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from calibration.fit.attention import REGISTRY, fit_attention, predict
-from calibration.fit.attention_columns import Columns, core_of, device_of, residual_coordinates, usable, work_of
+from calibration.fit.attention import (
+    REGISTRY,
+    Columns,
+    core_of,
+    device_of,
+    fit_attention,
+    predict,
+    residual_coordinates,
+    usable,
+    work_of,
+)
 from calibration.fit.residual import Stiffness, fit_lattice
 from calibration.judge.protocol_attention import score, speedup_errors
 from simulator.hardware.library import load_hardware
@@ -103,7 +113,8 @@ def test_unusable_rows_are_counted_by_reason() -> None:
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_what_was_measured_cold_in_fp32_is_predicted_so(phase: str) -> None:
-    """A fit that took a rotated cache for a warm one, or four bytes for two, would agree with its rows, not with what is shown."""
+    """A fit that took a rotated cache for a warm one, or four bytes for two, would agree with its rows, not with what
+    is shown."""
     c = replace(shapes(phase, 300, 4), element_bytes=np.full(300, 4.0), warm=np.zeros(300))
     device = device_of(HW, "tf32")
     c = timed(phase, c, defaults(phase), device)
@@ -183,7 +194,7 @@ def test_residual_coordinates_are_those_of_prediction() -> None:
 )
 def test_accuracy_on_unseen_heads_at_400_rows(phase: str, table: str, mape: float) -> None:
     pytest.importorskip("pyarrow")
-    from calibration.fit.attention_columns import columns_of
+    from calibration.fit.attention import columns_of
     from calibration.measurements import load_measurements
 
     hw = load_hardware("a100_sxm_80gb" if table.startswith("a100") else "h100_sxm")
