@@ -9,17 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from calibration.fit.attention import (
-    REGISTRY,
-    Columns,
-    core_of,
-    device_of,
-    fit_attention,
-    predict,
-    residual_coordinates,
-    usable,
-    work_of,
-)
+from calibration.fit.attention import REGISTRY, Columns, core_of, device_of, fit_attention, predict, usable, work_of
 from calibration.fit.residual import Stiffness, fit_lattice
 from calibration.judge.protocol_attention import score, speedup_errors
 from simulator.hardware.library import load_hardware
@@ -175,12 +165,6 @@ def test_speedup_pairs_differ_in_one_thing_only() -> None:
     errors = speedup_errors(c, c.seconds * np.array([1.0, 1.1, 1.0, 1.0]), "prefill", "heads")
     # 32/8 against 16/4 and 8/2; 16/4 against 8/2; 8/2 against 2/0.5; the rest lie below a quarter
     assert sorted(np.round(errors, 6)) == sorted(np.round([1 / 1.1 - 1, 0.0, 0.1, 0.0], 6))
-
-
-def test_residual_coordinates_are_those_of_prediction() -> None:
-    c = shapes("decode", 5, 1)
-    expected = c.heads / c.kv_heads, c.batch * c.kv_heads, c.kv_len
-    np.testing.assert_allclose(residual_coordinates("decode", c), np.log2(expected))
 
 
 @pytest.mark.parametrize(
