@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -226,32 +225,25 @@ def _steps(m: NDArray[np.signedinteger[Any]], dtype: Any) -> F:
     return np.asarray(out)
 
 
-def _last128(c: Coordinates) -> F:
-    waves = c.waves(128.0, 128.0)
-    return np.asarray(waves - np.ceil(waves) + 1.0)
-
-
-_MAKE: Mapping[str, Callable[[Coordinates], F]] = MappingProxyType(
-    {
-        "m": lambda c: np.log2(c.m),
-        "n": lambda c: np.log2(c.n),
-        "k": lambda c: np.log2(c.k),
-        "nk": lambda c: c["n"] + c["k"],
-        "mk": lambda c: c["m"] + c["k"],
-        "mn": lambda c: c["m"] + c["n"],
-        "aspect": lambda c: c["n"] - c["k"],
-        "time": lambda c: c.parts.log2_us,
-        "tiles": lambda c: np.log2(c.parts.tiles / c.sm),
-        "blocks": lambda c: np.log2(c.parts.tiles * c.parts.split / c.sm),
-        "tile": lambda c: c.parts.tile.astype(c.m.dtype),
-        "m_step": lambda c: _steps(c.m.astype(np.int32), c.m.dtype) if c.m_steps is None else c.by_m(c.m_steps),
-        "m_exact": lambda c: c.by_m(c.m_places),
-        "tiles64": lambda c: np.log2(c.waves(64.0, 64.0)),
-        "idle256": lambda c: _idle(c.waves(128.0, 256.0)),
-        "last128": _last128,
-        "idle": lambda c: _idle(c.parts.tiles * c.parts.split / c.sm),
-    }
-)
+_MAKE: Mapping[str, Callable[[Coordinates], F]] = {
+    "m": lambda c: np.log2(c.m),
+    "n": lambda c: np.log2(c.n),
+    "k": lambda c: np.log2(c.k),
+    "nk": lambda c: c["n"] + c["k"],
+    "mk": lambda c: c["m"] + c["k"],
+    "mn": lambda c: c["m"] + c["n"],
+    "aspect": lambda c: c["n"] - c["k"],
+    "time": lambda c: c.parts.log2_us,
+    "tiles": lambda c: np.log2(c.parts.tiles / c.sm),
+    "blocks": lambda c: np.log2(c.parts.tiles * c.parts.split / c.sm),
+    "tile": lambda c: c.parts.tile.astype(c.m.dtype),
+    "m_step": lambda c: _steps(c.m.astype(np.int32), c.m.dtype) if c.m_steps is None else c.by_m(c.m_steps),
+    "m_exact": lambda c: c.by_m(c.m_places),
+    "tiles64": lambda c: np.log2(c.waves(64.0, 64.0)),
+    "idle256": lambda c: _idle(c.waves(128.0, 256.0)),
+    "last128": lambda c: (waves := c.waves(128.0, 128.0)) - np.ceil(waves) + 1.0,
+    "idle": lambda c: _idle(c.parts.tiles * c.parts.split / c.sm),
+}
 assert tuple(_MAKE) == AXES  # a code in a file means its position
 
 
