@@ -58,7 +58,7 @@ def fit_extra(records: Records, hw: HardwareProfile, dtype: str, names: Sequence
 
     found = minimise(misfit, start, CONSTANTS, names, diff_step=[1e-3], max_nfev=40)
     spread = float(np.sqrt(np.mean(np.minimum(found.rows**2, 0.15**2))))
-    errors = np.sqrt(np.diag(gauss_newton(found.slopes, spread)))
+    errors = spread * np.sqrt(np.diag(gauss_newton(found.slopes, 1.0)))
     new, fixed = {}, {}
     for (name, value), error in zip(found.values.items(), errors, strict=True):
         if error <= 0.5 and name not in found.on_bound:
