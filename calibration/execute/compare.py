@@ -19,7 +19,7 @@ from calibration.execute.comparison import OK, name_of
 from calibration.execute.upper_bound import Case
 from calibration.measure.interrupt import Interrupt
 from calibration.measure.plan import check_budget
-from calibration.measure.runs import check_folder
+from calibration.execute.runs import check_folder
 from calibration.records.store import Header, Store, read_store
 from simulator.errors import InputError
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from calibration.records.jsonl import decode_line, encode_line
-from calibration.records.store import open_locked
+from calibration.records.store import decode_line, encode_line, open_locked
 from simulator.errors import InputError
 from simulator.files.read import read_bounded
 

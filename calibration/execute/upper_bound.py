@@ -22,9 +22,9 @@ from calibration.fit.base_profile import base_profile
 from calibration.measure.plan import Rates, check_budget, for_model
 from calibration.measure.probe import default_protocol, default_visits, probe
 from calibration.measure.run import Outcome, Progress, run
-from calibration.measure.runs import DATASHEET, PROFILE, RECORDS, check_folder
+from calibration.execute.runs import DATASHEET, PROFILE, RECORDS, check_folder
 from calibration.records.exact import without_exact
-from calibration.records.recorded import content_records
+from calibration.records.lines import content_records
 from calibration.records.records import Records
 from calibration.records.store import Header, Store, read_store
 from simulator.errors import InputError
@@ -209,7 +209,7 @@ def measure_bounds(
     dtype : str
     seed : int
     progress, say : callable
-        As for :func:`calibration.measure.runs.measure_into`.
+        As for :func:`calibration.execute.runs.measure_into`.
 
     Raises
     ------
@@ -241,7 +241,7 @@ def measure_bounds(
         visits = default_visits(description)
         protocol = replace(base, time_limit_s=_share(left / visits, len(shapes), rates, base.time_limit_s))
         plan = for_model(
-            shapes, rates, dtype=dtype, protocol=protocol, refuses=device.refuses, budget_s=left, seed=seed
+            shapes, rates, dtype=dtype, protocol=protocol, budget_s=left, seed=seed
         )
         turn = {shape: i for i, shape in enumerate(_by_case(cases, seed))}
         ordered = sorted(plan.items, key=lambda i: turn[i.operator.m, i.operator.n, i.operator.k])
