@@ -59,7 +59,7 @@ def command(
             "seed": seed,
             "progress": report,
         }
-        found = compare(folder, opened, config, cases, **known_run)
+        found = compare(folder, opened, config, cases, progress=report, **known_run)
     known = measured_bounds(folder / RECORDS, cases, dtype)
     rows = rows_of(cases, found.records, hw, device=name, dtype=dtype, measured_bounds=known)
     if rows:
