@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -71,7 +72,12 @@ def answer(state: State) -> Answer:
     ([('depth', 0.25), ('width', 0.25)], 1, '')
     """
     gpus, without = _able(state)
-    request = {"phase": [state.phase], "batch": [state.batch], "seq": [state.seq], "setting": state.setting}
+    request: dict[str, Any] = {
+        "phase": [state.phase],
+        "batch": [state.batch],
+        "seq": [state.seq],
+        "setting": state.setting,
+    }
     try:
         model = state.load()
         found = table([model], gpus, state.drawn, state.fractions, **request)

@@ -140,27 +140,15 @@ def _bounds(own: Sequence[Record], panel: int) -> list[Dict]:
 def _curve(own: Sequence[Record], panel: int, detail: bool, rank: int) -> Dict:
     """Points of one family on one GPU, joined; a single one with its interval."""
     name = own[0].family
-    style, ends = look(name), {"type": "data", "symmetric": False, "thickness": 1.2, "width": 4}
-    return scatter(
-        panel,
-        "lines+markers" if len(own) > 1 else "markers",
-        [100 * r.sparsity for r in own],
-        [r.speedup for r in own],
-        line={"color": style.color, "dash": LINES[style.line], "width": 2.6 if detail else 1.8},
-        marker=marker_of(name, 9 if detail else 7),
-        error_y={
-            **ends,
-            "array": [r.speedup_upper - r.speedup for r in own],
-            "arrayminus": [r.speedup - r.speedup_lower for r in own],
-            "color": style.color,
-            "visible": len(own) == 1,
-        },
-        text=[_told(r) for r in own],
-        hovertemplate="%{text}<extra></extra>",
-        name=label(name),
-        legendgroup=name,
-        legendrank=rank,
-    )
+    style, (size, width) = look(name), (9, 2.6) if detail else (7, 1.8)
+    ends: Dict = {"type": "data", "symmetric": False, "color": style.color, "thickness": 1.2, "width": 4}
+    ends |= {"array": [r.speedup_upper - r.speedup for r in own], "visible": len(own) == 1}
+    ends["arrayminus"] = [r.speedup - r.speedup_lower for r in own]
+    more: Dict = {"name": label(name), "legendgroup": name, "legendrank": rank, "marker": marker_of(name, size)}
+    more |= {"line": {"color": style.color, "dash": LINES[style.line], "width": width}, "error_y": ends}
+    more |= {"text": [_told(r) for r in own], "hovertemplate": "%{text}<extra></extra>"}
+    mode, at = "lines+markers" if len(own) > 1 else "markers", [100 * r.sparsity for r in own]
+    return scatter(panel, mode, at, [r.speedup for r in own], **more)
 
 
 def _told(r: Record) -> str:
@@ -202,9 +190,9 @@ def _bars(steps: Steps, e: Explanation, panel: int) -> list[Dict]:
     words = [f" ×{f:.2f}" if abs(f - 1) >= 0.005 else "" for f in steps.factors]
     told = [f"<b>{s.name}</b>: x{s.factor:.3f} to {s.speedup:.3f}<br>{s.note}" for s in e.steps]
     told.append(f"<b>predicted</b> {predicted:.3f} ({steps.lower:.3f} to {steps.upper:.3f})")
-    joints = [
-        (v, y) for i, level in enumerate(reached) for v, y in ((level, i - 0.35), (level, i + 1.35), (None, None))
-    ]
+    joints: list[Any] = []
+    for i, level in enumerate(reached):
+        joints += [(level, i - 0.35), (level, i + 1.35), (None, None)]
     hatch: Dict = {"shape": ["/" if f and f > 1 else "" for f in factors], "bgcolor": PAPER, "fgcolor": GREEN}
     hatch |= {"size": 5, "solidity": 0.35}
     bars: Dict = {"type": "bar", "orientation": "h", "y": list(range(last + 1)), "base": begins, "x": lengths}
@@ -213,10 +201,8 @@ def _bars(steps: Steps, e: Explanation, panel: int) -> list[Dict]:
     edge = [*map(max, begins[:-1], ends[:-1]), max(1.0, predicted, steps.upper)]
     beside: Dict = {"textposition": "middle right", "textfont": {"size": SMALL, "color": INK}, "cliponaxis": False}
     beside["text"] = [f" {steps.nominal:.2f}×", *words, f" {predicted:.2f}×"]
-    ends_of: Dict = {
-        "line": {"color": INK, "width": 1.6},
-        "marker": {"symbol": "line-ns-open", "size": 9, "color": INK},
-    }
+    cap: Dict = {"symbol": "line-ns-open", "size": 9, "color": INK}
+    ends_of: Dict = {"line": {"color": INK, "width": 1.6}, "marker": cap}
     return [
         scatter(panel, "lines", *zip(*joints), line={"color": SOFT, "width": 0.8}, hoverinfo="skip"),
         bars,
@@ -257,8 +243,9 @@ def _roof(roof: Roof, panel: int, low: float, high: float, top: float) -> list[D
     said: Dict = {"hovertemplate": f"datasheet: {words}<extra></extra>", "legendgroup": "roof", "legendrank": 3000}
     line: Dict = {"line": {"color": INK, "width": 1.6}, "name": ROOF, "showlegend": panel == 0}
     corner: Dict = {"textposition": "bottom right", "textfont": {"size": SMALL, "color": SOFT}}
+    x, y = roof.bend(low, high)
     return [
-        scatter(panel, "lines", *roof.bend(low, high), **line, **said),
+        scatter(panel, "lines", x.tolist(), y.tolist(), **line, **said),
         scatter(panel, "text", [low], [top], text=[f" {words}"], **corner, **QUIET),
     ]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
@@ -113,10 +113,8 @@ class Frame:
             "margin": {"l": self.left, "r": self.right, "t": TOP_PX, "b": self.bottom, "autoexpand": False},
             "legend": {**_LEGEND, "y": -AXIS_PX / self.area, "maxheight": self.bottom},
         }
-        return {
-            "data": data,
-            "layout": {**layout, **axes, **more, "annotations": [*names, *more.get("annotations", ())]},
-        }
+        notes = [*names, *more.pop("annotations", ())]
+        return {"data": data, "layout": {**layout, **axes, **more, "annotations": notes}}
 
 
 @lru_cache(maxsize=64)
@@ -125,7 +123,7 @@ def _panels(titles: tuple[str, ...], columns: int, across: float, down: float) -
     from plotly.subplots import make_subplots
 
     rows = -(-len(titles) // columns)
-    cells = [[{} if r * columns + c < len(titles) else None for c in range(columns)] for r in range(rows)]
+    cells: Any = [[{} if r * columns + c < len(titles) else None for c in range(columns)] for r in range(rows)]
     names = [f"<b>{title}</b>" if title else "" for title in titles]
     room = {"horizontal_spacing": across, "vertical_spacing": down}
     layout: Dict = make_subplots(rows, columns, specs=cells, subplot_titles=names, **room).to_dict()["layout"]
@@ -180,7 +178,7 @@ def listed(ticks: Sequence[float], names: Sequence[str]) -> Dict:
 # -- what is drawn on them ---------------------------------------------------------------------------------------------
 
 
-def scatter(panel: int, mode: str, x: Sequence[Any], y: Sequence[Any], **more: Any) -> Dict:
+def scatter(panel: int, mode: str, x: Iterable[Any], y: Iterable[Any], **more: Any) -> Dict:
     """Points, lines or texts of a panel."""
     return {"type": "scatter", "mode": mode, "x": list(x), "y": list(y), **on_axes(panel), **more}
 
