@@ -1,11 +1,14 @@
-"""Measured tables that ship: GEMM and attention times of several GPUs, each with its provenance, so that fits and validation run offline.
+"""Measured tables that ship: GEMM and attention times of several GPUs, each with its provenance, so that fits and
+validation run offline.
 
-:func:`list_measurements` names them (``device/operator/stack``), :func:`load_measurements` reads one, :func:`provenance` says where it is
-from. The files are made from a published Apache-2.0 package by ``build.py`` (see there); NOTICE names its authors.
+:func:`list_measurements` names them (``device/operator/stack``), :func:`load_measurements` reads one,
+:func:`provenance` says where it is from. The files are made from a published Apache-2.0 package by ``build.py`` (see
+there); NOTICE names its authors. :func:`published` reads what papers measured.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,8 +36,6 @@ def file_name(name: str) -> str:
 def list_measurements() -> tuple[str, ...]:
     """Names of the tables, as ``device/operator/stack``.
 
-    Examples
-    --------
     >>> "h100_sxm/gemm/trtllm" in list_measurements()
     True
     """
@@ -42,10 +43,9 @@ def list_measurements() -> tuple[str, ...]:
 
 
 def provenance(name: str) -> Mapping[str, Any]:
-    """Where a table is from: package, path in it, device, software, rows kept and refused with the reasons, digest, licence.
+    """Where a table is from: package, path in it, device, software, rows kept and refused with the reasons, digest,
+    licence.
 
-    Examples
-    --------
     >>> provenance("a100_sxm/gemm/trtllm")["licence"]
     'Apache-2.0'
     """
@@ -56,24 +56,11 @@ def provenance(name: str) -> Mapping[str, Any]:
 
 
 def load_measurements(name: str, dtype: str | None = None) -> Records:
-    """Read a table.
+    """Read a table; ``dtype`` is a number format as :meth:`Records.labels` names them (``bf16``, ``int8_wo``), all of
+    them without it.
 
-    Parameters
-    ----------
-    name : str
-        One of :func:`list_measurements`.
-    dtype : str, optional
-        Number format, as :meth:`Records.labels` names them (``bf16``, ``fp8``, ``int8_wo``); all of them without it.
-
-    Returns
-    -------
-    Records
-        GEMMs with ``copies`` rotated weights; times of CUDA-graph replays, in seconds.
-
-    Raises
-    ------
-    InputError
-        When there is no such table or format, or the file is not the one its provenance describes.
+    GEMMs have ``copies`` rotated weights; times are those of CUDA-graph replays, in seconds. InputError: there is no
+    such table or format, or the file is not the one its provenance describes.
 
     Examples
     --------
@@ -96,3 +83,13 @@ def _index() -> dict[str, dict[str, Any]]:
     """The provenance of every table."""
     index: dict[str, dict[str, Any]] = yaml.safe_load((FOLDER / INDEX).read_text(encoding="utf-8"))["tables"]
     return index
+
+
+def published(name: str) -> list[dict[str, str]]:
+    """Rows of "speedups", "dense_latency" or "gemm_ratios" as papers print them, each with its source.
+
+    >>> len(published("speedups")) > 10
+    True
+    """
+    with (FOLDER / f"published_{name}.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
