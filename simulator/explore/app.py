@@ -83,36 +83,21 @@ def _guarded(response: Any, policy: str) -> Any:
 def _connect(app: Any, dash: Any) -> None:
     """What carries questions and answers (all that is seen is in the page itself), and the callbacks between them: the
     address comes in, figures and texts go out; the page asks for the map once it shows the rest."""
-    names = (
-        "begun",
-        "asked",
-        "answered",
-        "shown",
-        "wanted",
-        "map",
-        "mapped",
-        "dropped",
-        "accepted",
-        "placed",
-        "csv-asked",
-    )
-    stores = [dash.dcc.Store(id=name) for name in names]
-    app.layout = dash.html.Div([dash.dcc.Download(id="csv"), *stores])
     browser = {"begin": ("begun", "asked"), "show": ("answered", "shown")}
     browser |= {"showMap": ("map", "mapped"), "place": ("accepted", "placed")}
-    for name, (source, target) in browser.items():
-        function, ends = (
-            dash.ClientsideFunction("explore", name),
-            (dash.Output(target, "data"), dash.Input(source, "data")),
-        )
-        app.clientside_callback(function, *ends, prevent_initial_call=name != "begin")
-    for source, target, answers in (
-        ("asked", "answered", _answered),
-        ("wanted", "map", _mapped),
-        ("dropped", "accepted", _accepted),
-        ("csv-asked", "csv", _csv),
-    ):
-        app.callback(dash.Output(target, "data"), dash.Input(source, "data"), prevent_initial_call=True)(answers)
+    server = {_answered: ("asked", "answered"), _mapped: ("wanted", "map")}
+    server |= {_accepted: ("dropped", "accepted"), _csv: ("csv-asked", "csv")}
+    names = {name: None for pair in (*browser.values(), *server.values()) for name in pair if name != "csv"}
+    app.layout = dash.html.Div([dash.dcc.Download(id="csv"), *(dash.dcc.Store(id=name) for name in names)])
+
+    def data(source: str, target: str) -> tuple[Any, Any]:
+        return dash.Output(target, "data"), dash.Input(source, "data")
+
+    for name, pair in browser.items():
+        function = dash.ClientsideFunction("explore", name)
+        app.clientside_callback(function, *data(*pair), prevent_initial_call=name != "begin")
+    for answers, pair in server.items():
+        app.callback(*data(*pair), prevent_initial_call=True)(answers)
 
 
 def _answered(asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -143,13 +143,8 @@ def _row(r: Record, detail: str, at: float) -> str:
     memory = size(r.pruned_memory_bytes) + ("" if r.pruned_fits else " (too large)")
     interval = f"{ratio(r.speedup_lower)} to {ratio(r.speedup_upper)}"
     before = [percent(r.sparsity), percent(r.realised_sparsity), r.hardware]
-    after = [
-        interval,
-        *map(ratio, (r.flop_bound, r.byte_bound, r.roofline_bound)),
-        seconds(r.pruned_s),
-        r.limit,
-        memory,
-    ]
+    after = [interval, *map(ratio, (r.flop_bound, r.byte_bound, r.roofline_bound)), seconds(r.pruned_s)]
+    after += [r.limit, memory]
     cells = ["".join(f"<td>{escape(text)}</td>" for text in part) for part in (before, after)]
     speedup = f"<td{verdict}>{ratio(r.speedup)}</td>"
     marked = ' class="detail"' if r.family == detail and r.sparsity == at else ""
@@ -165,7 +160,6 @@ def commands_html(lines: Sequence[Command], *, copy: bool = True) -> str:
     out = []
     for c in lines:
         words = " ".join(f"<i>{escape(shlex.quote(part))}</i>" for part in ("prunesim", *c.arguments))
-        out.append(
-            f'<div class="command"><span>{escape(c.gives)}</span><code tabindex="0">{words}</code>{button}</div>'
-        )
+        said = f'<span>{escape(c.gives)}</span><code tabindex="0">{words}</code>'
+        out.append(f'<div class="command">{said}{button}</div>')
     return "".join(out)
