@@ -85,7 +85,7 @@ def _connect(app: Any, dash: Any) -> None:
     address comes in, figures and texts go out; the page asks for the map once it shows the rest."""
     browser = {"begin": ("begun", "asked"), "show": ("answered", "shown")}
     browser |= {"showMap": ("map", "mapped"), "place": ("accepted", "placed")}
-    server = {_answered: ("asked", "answered"), _mapped: ("wanted", "map")}
+    server: dict[Any, tuple[str, str]] = {_answered: ("asked", "answered"), _mapped: ("wanted", "map")}
     server |= {_accepted: ("dropped", "accepted"), _csv: ("csv-asked", "csv")}
     names = {name: None for pair in (*browser.values(), *server.values()) for name in pair if name != "csv"}
     app.layout = dash.html.Div([dash.dcc.Download(id="csv"), *(dash.dcc.Store(id=name) for name in names)])

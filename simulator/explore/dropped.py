@@ -9,8 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections import UserDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any
@@ -28,16 +27,22 @@ MOST_TOKEN = 6000
 _MOST_JSON = 200_000
 
 
-class _Noted(UserDict[str, Any]):
-    """A configuration that notes which of its keys are looked at."""
+class _Noted(Mapping[str, Any]):
+    """A configuration that notes which of its keys are looked at, be it whether they are there."""
 
     def __init__(self, data: Mapping[str, Any]) -> None:
+        self.data = data
         self.seen: dict[str, Any] = {}
-        super().__init__(data)
 
     def __getitem__(self, key: str) -> Any:
         self.seen[key] = self.data[key]
         return self.data[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.data)
+
+    def __len__(self) -> int:
+        return len(self.data)
 
 
 def token(text: str, file: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from test_explore_state import TINY
 
 from simulator.cli import run
 from simulator.explore.answer import answer, winners
+from simulator.explore.charts import charts
 from simulator.explore.commands import commands
 from simulator.explore.dropped import token
+from simulator.explore.frame import PAGE, PHONE
 from simulator.explore.markup import commands_html
 from simulator.explore.state import State
 
@@ -44,12 +47,15 @@ def shell(line: str, *more: str) -> None:
     assert run([*arguments, *more]) == 0
 
 
-@pytest.mark.parametrize("state", CASES.values(), ids=CASES)
-def test_the_commands_give_what_the_page_shows(
-    state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture(params=CASES.values(), ids=CASES)
+def state(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> State:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my model.json").write_text(json.dumps(TINY))
+    found: State = request.param
+    return found
+
+
+def test_the_commands_give_what_the_page_shows(state: State, capsys: pytest.CaptureFixture[str]) -> None:
     found = answer(state)
     printed: dict[str, list[dict[str, Any]]] = {}
     for command in commands(state, found)[:-1]:
@@ -68,23 +74,14 @@ def test_the_commands_give_what_the_page_shows(
     assert cells == pytest.approx(best, rel=1e-9)
 
 
-@pytest.mark.parametrize("state", CASES.values(), ids=CASES)
-def test_the_last_command_writes_the_page(
-    state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("plotly", reason="the extra explore is not installed")
-    from simulator.explore.charts import charts
-    from simulator.explore.frame import PAGE, PHONE
-
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "my model.json").write_text(json.dumps(TINY))
+@pytest.mark.skipif(find_spec("plotly") is None, reason="the extra explore is not installed")
+def test_the_last_command_writes_the_page(state: State, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shell(commands(state, answer(state))[-1].line)
     assert capsys.readouterr().out.strip() == "report.html"
     embedded = (tmp_path / "report.html").read_text().partition('id="figures">')[2].partition("</script>")[0]
-    figures = json.loads(embedded)
     same = replace(state, model="./my model.json") if state.model.startswith("dropped:") else state
     for name, most in (("page", PAGE), ("phone", PHONE)):
-        assert figures[name]["speedup"] == json.loads(json.dumps(charts(same, most)["speedup"]))
+        assert json.loads(embedded)[name]["speedup"] == json.loads(json.dumps(charts(same, most)["speedup"]))
 
 
 def test_what_is_refused_has_no_commands() -> None:
