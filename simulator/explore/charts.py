@@ -140,15 +140,20 @@ def _bounds(own: Sequence[Record], panel: int) -> list[Dict]:
 def _curve(own: Sequence[Record], panel: int, detail: bool, rank: int) -> Dict:
     """Points of one family on one GPU, joined; a single one with its interval."""
     name = own[0].family
-    style, (size, width) = look(name), (9, 2.6) if detail else (7, 1.8)
+    style = look(name)
     ends: Dict = {"type": "data", "symmetric": False, "color": style.color, "thickness": 1.2, "width": 4}
     ends |= {"array": [r.speedup_upper - r.speedup for r in own], "visible": len(own) == 1}
     ends["arrayminus"] = [r.speedup - r.speedup_lower for r in own]
-    more: Dict = {"name": label(name), "legendgroup": name, "legendrank": rank, "marker": marker_of(name, size)}
-    more |= {"line": {"color": style.color, "dash": LINES[style.line], "width": width}, "error_y": ends}
-    more |= {"text": [_told(r) for r in own], "hovertemplate": "%{text}<extra></extra>"}
-    mode, at = "lines+markers" if len(own) > 1 else "markers", [100 * r.sparsity for r in own]
-    return scatter(panel, mode, at, [r.speedup for r in own], **more)
+    more: Dict = {
+        "name": label(name),
+        "legendgroup": name,
+        "legendrank": rank,
+        "marker": marker_of(name, 9 if detail else 7),
+    }
+    more["line"] = {"color": style.color, "dash": LINES[style.line], "width": 2.6 if detail else 1.8}
+    more |= {"error_y": ends, "text": [_told(r) for r in own], "hovertemplate": "%{text}<extra></extra>"}
+    mode = "lines+markers" if len(own) > 1 else "markers"
+    return scatter(panel, mode, [100 * r.sparsity for r in own], [r.speedup for r in own], **more)
 
 
 def _told(r: Record) -> str:

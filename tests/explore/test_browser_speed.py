@@ -68,18 +68,18 @@ def first_paints(browser: Any, url: str) -> dict[str, list[float]]:
 def changes(browser: Any, url: str) -> dict[str, dict[str, list[float]]]:
     """Times of changes of every control, milliseconds, each to a state that nobody asked for before."""
     out: dict[str, dict[str, list[float]]] = {}
-    fresh, page = count(300), Tab(browser.new_context(viewport=LAPTOP).new_page(), url)
+    fresh, tab = count(300), Tab(browser.new_context(viewport=LAPTOP).new_page(), url)
     for act, change in CHANGES:
-        found, name = [], "{} {}".format(*next(iter(change.items())))
+        found = []
+        phase = "generate" if "new_tokens" in change else "prefill"
         for _ in range(TIMES):
-            page.open(
-                "?seq={0}&new={0}&phase={1}".format(next(fresh), "generate" if "new_tokens" in change else "prefill")
-            )
-            page.page.evaluate(WATCH)
-            act(page.page)
-            found.append(page.page.evaluate(READ))
-        out[name] = dict(zip(("answer", "map"), map(list, zip(*found))))
-    page.page.context.close()
+            tab.open(f"?seq={next(fresh)}&new={next(fresh)}&phase={phase}")
+            tab.page.evaluate(WATCH)
+            act(tab.page)
+            found.append(tab.page.evaluate(READ))
+        ((name, value),) = change.items()
+        out[f"{name} {value}"] = dict(zip(("answer", "map"), map(list, zip(*found))))
+    tab.page.context.close()
     return out
 
 
