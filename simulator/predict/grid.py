@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
 from simulator.errors import InputError
-from simulator.files.fields import Checked, Keys, Kind, Many, Number, Text, Truth
+from simulator.files.fields import Checked, Keys, Kind, Many, Number, Text, record
 from simulator.files.yaml import Node, Problems, join, parse_yaml, read_text
 from simulator.hardware.library import load_hardware
 from simulator.models.config import ModelConfig
@@ -32,18 +31,7 @@ _SMALL = "llama-3.2-1b"
 """A model on which options of families are tried."""
 
 REQUIRED: tuple[str, ...] = ("models", "hardware", "sparsities", "phases", "batches", "seqs")
-OPTIONAL: tuple[str, ...] = (
-    "families",
-    "dtypes",
-    "runtimes",
-    "devices",
-    "parallel",
-    "new_tokens",
-    "fuse_qkv",
-    "fuse_gate_up",
-    "ideal",
-    "level",
-)
+AXES: tuple[str, ...] = (*REQUIRED, "families", "dtypes", "runtimes", "devices")
 
 
 @dataclass(frozen=True)
@@ -55,110 +43,7 @@ class Formats:
     kv_dtype: str | None = None
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Axes of a sweep; every combination is predicted.
-
-    Attributes
-    ----------
-    models : tuple of str or ModelConfig
-        Names, paths or loaded models.
-    hardware : tuple of str
-        Names, aliases or paths.
-    sparsities : tuple of float, [0, 1)
-    phases, runtimes : tuple of str
-    batches, seqs, devices : tuple of int
-        Sequences; tokens (prefill) or cached positions (decode) of each; devices that share the model.
-    families : tuple of FamilyChoice
-        Default: all, each with its own defaults.
-    dtypes : tuple of Formats
-    parallel, new_tokens, fuse_qkv, fuse_gate_up, ideal, level
-        As in :class:`simulator.predict.settings.Setting`, for the whole grid.
-
-    Examples
-    --------
-    >>> grid = Grid(("llama-3.1-8b",), ("h100_sxm", "a100"), (0.25, 0.5), ("decode",), (1, 8), (2048,))
-    >>> grid.size == 2 * 2 * 2 * len(FAMILIES)
-    True
-    """
-
-    models: tuple[str | ModelConfig, ...]
-    hardware: tuple[str, ...]
-    sparsities: tuple[float, ...]
-    phases: tuple[str, ...]
-    batches: tuple[int, ...]
-    seqs: tuple[int, ...]
-    families: tuple[FamilyChoice, ...] = tuple(FamilyChoice(name) for name in FAMILIES)
-    dtypes: tuple[Formats, ...] = (Formats(),)
-    runtimes: tuple[str, ...] = ("cuda_graph",)
-    devices: tuple[int, ...] = (1,)
-    parallel: str = "tensor"
-    new_tokens: int = 128
-    fuse_qkv: bool = False
-    fuse_gate_up: bool = False
-    ideal: bool = False
-    level: float = 0.9
-
-    def __post_init__(self) -> None:
-        for name in (*REQUIRED, "families", "dtypes", "runtimes", "devices"):
-            if not getattr(self, name):
-                raise InputError(f"{name}: expected at least one value")
-
-    @property
-    def size(self) -> int:
-        """Configurations in the product."""
-        axes = (*REQUIRED, "families", "dtypes", "runtimes", "devices")
-        return math.prod(len(getattr(self, name)) for name in axes)
-
-    def setting(self, formats: Formats, devices: int) -> Setting:
-        """How a model is run at one point of the grid."""
-        names = ("parallel", "new_tokens", "fuse_qkv", "fuse_gate_up", "level")
-        return Setting(devices=devices, **asdict(formats), **{name: getattr(self, name) for name in names})
-
-
-def read_grid(path: str | Path) -> Grid:
-    """The grid a YAML file describes.
-
-    An axis is a list, one value, or for numbers ``{from: 0.1, to: 0.9, step: 0.1}`` or ``{from: 1, to: 64, times: 2}``.
-    A family is a name, ``all``, or a mapping ``{width: {align: 64}}``; a dtype a name or ``{dtype: bf16, weight_dtype:
-    int4, kv_dtype: fp8}``.
-
-    Parameters
-    ----------
-    path : str or Path
-
-    Returns
-    -------
-    Grid
-
-    Raises
-    ------
-    InputError
-        The first problem of the file as ``file:line:column: key: reason``.
-    """
-    problems = Problems(str(path))
-    text = read_text(Path(path), problems)
-    root = None if text is None else parse_yaml(text, problems)
-    if root is None and not len(problems):
-        problems.add(None, "file", f"is empty; expected the axes {', '.join(REQUIRED)}")
-    if root is not None and not len(problems):
-        keys = Keys({name: _KINDS[name] for name in REQUIRED}, {name: _KINDS[name] for name in OPTIONAL})
-        axes = keys.read(root, "", problems)
-        if not len(problems):
-            _check_tokens(root, axes, problems)
-        if not len(problems):
-            return Grid(**axes)
-    # a wrong key is said before the missing one it was meant for
-    first, *rest = sorted(problems.lines, key=lambda line: line.endswith(": is missing"))
-    raise InputError(first + (f" (and {len(rest)} more)" if rest else ""))
-
-
-def _check_tokens(root: Node, axes: Mapping[str, Any], problems: Problems) -> None:
-    """Refuse passes longer than the cost models are meant for."""
-    batch, seq = max(axes["batches"]), max(axes["seqs"])
-    if batch * seq > MAX_TOKENS and set(axes["phases"]) != {"decode"}:
-        reason = f"batch {batch} x seq {seq}: expected at most {MAX_TOKENS} tokens in a pass"
-        problems.add(root.entries["seqs"][1], "seqs", reason)
+# -- kinds of axes: what the file may say of each
 
 
 @dataclass(frozen=True)
@@ -272,7 +157,7 @@ class _Option:
 
 
 class _Formats:
-    """A dtype, or a mapping of the three."""
+    """A dtype, or a mapping that has it and may have the two others."""
 
     def read(self, node: Node, key: str, problems: Problems) -> Formats | None:
         dtype = Text(DTYPES)
@@ -306,31 +191,78 @@ def _flat(groups: Sequence[Sequence[FamilyChoice]]) -> tuple[FamilyChoice, ...]:
     return tuple(dict.fromkeys(choice for group in groups for choice in group))
 
 
-_KINDS: Mapping[str, Kind] = MappingProxyType(
-    {
-        "models": _Axis(Checked(Text(), _model)),
-        "hardware": _Axis(Checked(Text(), _device)),
-        "sparsities": _Numbers(Number(-1e9, 1e9, "0.25"), check_fraction),
-        "phases": _Axis(Text(PHASES)),
-        "batches": _Numbers(Number(1, MAX_TOKENS, "64", whole=True)),
-        "seqs": _Numbers(Number(1, MAX_TOKENS, "64", whole=True)),
-        "families": Checked(_Axis(_Family()), _flat),
-        "dtypes": _Axis(_Formats()),
-        "runtimes": _Axis(Text(RUNTIMES)),
-        "devices": _Numbers(Number(1, 100_000, "2", whole=True)),
-        "parallel": Text(PARALLEL),
-        "new_tokens": Number(1, 1_000_000, "128", whole=True),
-        "fuse_qkv": Truth(),
-        "fuse_gate_up": Truth(),
-        "ideal": Truth(),
-        "level": Number(0.01, 0.999, "0.9"),
-    }
-)
+@dataclass(frozen=True)
+class Grid:
+    """Axes of a sweep, every combination of which is predicted, and what holds for the whole of it; the annotations are
+    the schema of its file.
+
+    >>> grid = Grid(("llama-3.1-8b",), ("h100_sxm", "a100"), (0.25, 0.5), ("decode",), (1, 8), (2048,))
+    >>> grid.size == 2 * 2 * 2 * len(FAMILIES)
+    True
+    """
+
+    # names, paths or loaded models
+    models: Annotated[tuple[str | ModelConfig, ...], _Axis(Checked(Text(), _model))]
+    hardware: Annotated[tuple[str, ...], _Axis(Checked(Text(), _device))]  # names, aliases or paths
+    sparsities: Annotated[tuple[float, ...], _Numbers(Number(-1e9, 1e9, "0.25"), check_fraction)]
+    phases: Annotated[tuple[str, ...], _Axis(Text(PHASES))]
+    batches: Annotated[tuple[int, ...], _Numbers(Number(1, MAX_TOKENS, "64", whole=True))]
+    # tokens (prefill) or cached positions (decode) of each sequence
+    seqs: Annotated[tuple[int, ...], _Numbers(Number(1, MAX_TOKENS, "64", whole=True))]
+    families: Annotated[tuple[FamilyChoice, ...], Checked(_Axis(_Family()), _flat)] = tuple(map(FamilyChoice, FAMILIES))
+    dtypes: Annotated[tuple[Formats, ...], _Axis(_Formats())] = (Formats(),)
+    runtimes: Annotated[tuple[str, ...], _Axis(Text(RUNTIMES))] = ("cuda_graph",)
+    devices: Annotated[tuple[int, ...], _Numbers(Number(1, 100_000, "2", whole=True))] = (1,)
+    # as in Setting, for the whole grid
+    parallel: Annotated[str, Text(PARALLEL)] = "tensor"
+    new_tokens: Annotated[int, Number(1, 1_000_000, "128", whole=True)] = 128
+    fuse_qkv: bool = False
+    fuse_gate_up: bool = False
+    ideal: bool = False
+    level: Annotated[float, Number(0.01, 0.999, "0.9")] = 0.9
+
+    def __post_init__(self) -> None:
+        for name in AXES:
+            if not getattr(self, name):
+                raise InputError(f"{name}: expected at least one value")
+
+    @property
+    def size(self) -> int:
+        """Configurations in the product."""
+        return math.prod(len(getattr(self, name)) for name in AXES)
+
+    def setting(self, formats: Formats, devices: int) -> Setting:
+        """How a model is run at one point of the grid."""
+        names = ("parallel", "new_tokens", "fuse_qkv", "fuse_gate_up", "level")
+        return Setting(devices=devices, **asdict(formats), **{name: getattr(self, name) for name in names})
+
+    def facts(self) -> dict[str, Any]:
+        """Plain values, for a digest and for people."""
+        formats = [[f.dtype, f.weight_dtype, f.kv_dtype] for f in self.dtypes]
+        return {**vars(self), "families": [[f.name, f.label] for f in self.families], "dtypes": formats}
 
 
-def grid_facts(grid: Grid) -> Mapping[str, Any]:
-    """A grid as plain values, for a digest and for people."""
-    facts: dict[str, Any] = {name: getattr(grid, name) for name in (*REQUIRED, *OPTIONAL)}
-    facts["families"] = [[f.name, f.label] for f in grid.families]
-    facts["dtypes"] = [[f.dtype, f.weight_dtype, f.kv_dtype] for f in grid.dtypes]
-    return MappingProxyType(facts)
+def read_grid(path: str | Path) -> Grid:
+    """The grid a YAML file describes; InputError, its first problem as ``file:line:column: key: reason``.
+
+    An axis is a list, one value, or for numbers ``{from: 0.1, to: 0.9, step: 0.1}`` or ``{from: 1, to: 64, times: 2}``.
+    A family is a name, ``all``, or a mapping ``{width: {align: 64}}``; a dtype a name or ``{dtype: bf16, weight_dtype:
+    int4, kv_dtype: fp8}``.
+    """
+    problems = Problems(str(path))
+    text = read_text(Path(path), problems)
+    root = None if text is None else parse_yaml(text, problems)
+    if root is None and not len(problems):
+        problems.add(None, "file", f"is empty; expected the axes {', '.join(REQUIRED)}")
+    if root is not None and not len(problems):
+        axes = replace(record(Grid), make=None).read(root, "", problems)
+        if not len(problems):
+            grid = Grid(**axes)
+            batch, seq = max(grid.batches), max(grid.seqs)
+            if batch * seq <= MAX_TOKENS or set(grid.phases) == {"decode"}:
+                return grid
+            reason = f"batch {batch} x seq {seq}: expected at most {MAX_TOKENS} tokens in a pass"
+            problems.add(root.entries["seqs"][1], "seqs", reason)
+    # a wrong key is said before the missing one it was meant for
+    first, *rest = sorted(problems.lines, key=lambda line: line.endswith(": is missing"))
+    raise InputError(first + (f" (and {len(rest)} more)" if rest else ""))

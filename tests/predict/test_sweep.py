@@ -21,8 +21,9 @@ from simulator.errors import InputError
 from simulator.hardware.library import load_hardware, save_hardware
 from simulator.predict.grid import Formats, Grid, read_grid
 from simulator.predict.rows import COLUMNS, FamilyChoice, Record
-from simulator.predict.sweep import compute_part, digest, pieces, sweep, sweep_columns, windowed
+from simulator.predict.sweep import compute_part, digest, pieces, sweep, sweep_columns
 from simulator.predict.where import parse_filter
+from simulator.predict.workers import windowed
 
 parquet = pytest.importorskip("pyarrow.parquet", reason="tables need pyarrow")
 
