@@ -17,7 +17,7 @@ from scipy.optimize import least_squares
 from calibration.fit.attention_columns import Columns, core_of, residual_coordinates, usable, work_of
 from calibration.fit.attention_lattice import ROBUST, Smoothing, fit_lattice
 from simulator.hardware.constants import DECODE_CONSTANTS, PREFILL_CONSTANTS
-from simulator.hardware.parts import Fitted, Interval, Provenance, Section
+from simulator.hardware.profile import Fitted, Interval, Provenance, Section
 from simulator.kernels.attention import REGIMES, regime_of
 from simulator.kernels.attention_core import Device, decode_parts
 from simulator.kernels.attention_residual import Lattice

@@ -16,7 +16,7 @@ from scipy.optimize import least_squares
 
 from simulator.hardware.constants import CLASSES
 from simulator.hardware.constants import ELEMENTWISE_CONSTANTS as CONSTANTS
-from simulator.hardware.parts import Fitted, Interval, Provenance, Section
+from simulator.hardware.profile import Fitted, Interval, Provenance, Section
 from simulator.kernels.elementwise import Residual, class_code, elementwise_core
 
 F = NDArray[np.float64]

@@ -34,8 +34,7 @@ from calibration.fit.residual import (
     terms_of,
 )
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
-from simulator.hardware.parts import Fitted, Provenance, Section
-from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.profile import Fitted, HardwareProfile, Provenance, Section
 from simulator.kernels.gemm_core import Core, CoreTime, Machine, machine_core
 from simulator.kernels.lattice import Residual, residual_arrays, residual_of, smooth_arrays
 

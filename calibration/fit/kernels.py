@@ -12,8 +12,7 @@ from scipy.optimize import least_squares
 
 from calibration.records.records import Records
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
-from simulator.hardware.parts import Fitted, Section
-from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.profile import Fitted, HardwareProfile, Section
 from simulator.kernels.gemm import SPARSE24, gemm_time, with_section
 from simulator.workload import DTYPES
 

@@ -17,8 +17,7 @@ from calibration.fit.kernels import fit_extra, weight_copies
 from calibration.records.exact import with_exact
 from calibration.records.records import OPERATORS, PURPOSES, Flag, Records
 from simulator.errors import InputError
-from simulator.hardware.parts import Fitted, Provenance, Section
-from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.profile import Fitted, HardwareProfile, Provenance, Section
 from simulator.workload import DTYPES
 
 F = NDArray[np.float64]

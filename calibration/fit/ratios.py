@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from calibration.measurements import published
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
-from simulator.hardware.parts import Fitted, Section
-from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.profile import Fitted, HardwareProfile, Section
 from simulator.kernels.gemm import DENSE, SPARSE24, gemm_time, with_section
 
 F = NDArray[np.float64]

@@ -30,8 +30,7 @@ from simulator.errors import InputError, unknown
 from simulator.files.yaml import Problems
 from simulator.hardware.library import save_hardware
 from simulator.hardware.names import profiles_folder
-from simulator.hardware.parts import Fitted, Interval, Provenance, Section
-from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.profile import Fitted, HardwareProfile, Interval, Provenance, Section
 from simulator.hardware.schema import profile_from_text
 from simulator.kernels.lattice import smooth_arrays
 

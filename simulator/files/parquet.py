@@ -12,9 +12,7 @@ from numpy.typing import NDArray
 from simulator.errors import InputError
 from simulator.files.read import MOST_TABLE_BYTES
 
-MOST_CELLS = 20_000_000
-"""Most values, rows times columns, of a table that is read: 160 MB as float64, a thousand times what ships."""
-
+MOST_CELLS = 20_000_000  # values of a table that is read: 160 MB as float64, a thousand times what ships
 _MOST = f"{MOST_TABLE_BYTES / 1e6:g} MB"
 
 
@@ -30,11 +28,8 @@ def load_pyarrow() -> tuple[Any, Any]:
 
 
 def read_parquet(content: bytes, label: str) -> Any:
-    """The plain columns of a Parquet file as a pyarrow table; those of lists and structures are left out.
-
-    Raises InputError, one line that starts with the label (the file's name): no Parquet, damaged, a column that is
-    there twice, or larger in memory than accepted.
-    """
+    """The plain columns of a Parquet file as a pyarrow table; those of lists and structures are left out. InputError,
+    one line that starts with the label: no Parquet, damaged, a column twice, or larger in memory than accepted."""
     pa, pq = load_pyarrow()
     try:
         file = pq.ParquetFile(io.BytesIO(content))

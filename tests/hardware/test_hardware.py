@@ -17,15 +17,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import simulator.hardware.save as save_module
+import simulator.hardware.library as save_module
 from simulator.errors import InputError
 from simulator.hardware.arrays import read_arrays
 from simulator.hardware.constants import CONSTANTS
-from simulator.hardware.library import check_hardware, forget, load_hardware, save_hardware
+from simulator.hardware.library import check_hardware, forget, load_hardware, profile_text, save_hardware
 from simulator.hardware.names import list_hardware, plain_name, profiles_folder, shipped_names
-from simulator.hardware.parts import Fitted, Interval, Provenance, Section
-from simulator.hardware.profile import OPERATORS, HardwareProfile
-from simulator.hardware.save import profile_text
+from simulator.hardware.profile import OPERATORS, Fitted, HardwareProfile, Interval, Provenance, Section
 from simulator.hardware.schema import QUANTITIES
 from simulator.units import EXAMPLES
 
