@@ -28,10 +28,9 @@ _TRUTHS = ("true", "false", "yes", "no", "on", "off")
 
 
 class Kind(Protocol):
-    """What a node must be."""
+    """What a node must be; the key is for messages."""
 
-    def read(self, node: Node, key: str, problems: Problems) -> Any:
-        """The value of a node, whose key is for messages."""
+    def read(self, node: Node, key: str, problems: Problems) -> Any: ...
 
 
 class Scalar:
@@ -81,12 +80,12 @@ class Number(Scalar):
     whole: bool = False
 
     def value(self, node: Node) -> float:
-        kind = "a whole number" if self.whole else "a number"
+        expected = "expected a whole number" if self.whole else "expected a number"
         if reason := self._problem(node):
-            raise ValueError(f"expected {kind}, got {shown(node)}: {reason}")
+            raise ValueError(f"{expected}, got {shown(node)}: {reason}")
         value = float(node.text)
         if not self.low <= value <= self.high:
-            raise ValueError(f"expected {kind} from {self.low:g} to {self.high:g}, got {shown(node)}")
+            raise ValueError(f"{expected} from {self.low:g} to {self.high:g}, got {shown(node)}")
         return int(value) if self.whole else value
 
     def _problem(self, node: Node) -> str:

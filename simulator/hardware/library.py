@@ -11,7 +11,6 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from simulator.files.write import check_target, one_writer, write_whole
 from simulator.files.yaml import MAX_BYTES, Problems
 from simulator.hardware.arrays import FILE_NAME, check_arrays, pack_arrays
 from simulator.hardware.names import plain_name, profiles_folder, shipped_names
-from simulator.hardware.profile import OPERATORS, HardwareProfile, Section
+from simulator.hardware.profile import OPERATORS, HardwareProfile, Interval, Provenance, Section
 from simulator.hardware.schema import QUANTITIES, SCHEMA_VERSION, profile_from_text, read_profile
 from simulator.units import format_quantity
 
@@ -61,12 +60,6 @@ def _load(path: str, _modified: int, _size: int) -> HardwareProfile:
     if profile is None:
         raise problems.error()
     return profile
-
-
-def forget() -> None:
-    """Drop what was cached of files, after one was written."""
-    _load.cache_clear()
-    shipped_names.cache_clear()
 
 
 def check_hardware(path: str | os.PathLike[str]) -> list[str]:
@@ -113,7 +106,8 @@ def save_hardware(profile: HardwareProfile, path: str | os.PathLike[str]) -> Non
             mine = re.fullmatch(r"[0-9a-f]{12}", old.name[len(stem) + 1 : -4])
             if mine and not (packed and old.name == file):
                 old.unlink(missing_ok=True)
-    forget()
+    _load.cache_clear()
+    shipped_names.cache_clear()
 
 
 def profile_text(profile: HardwareProfile, arrays_file: str = "", arrays_sha256: str = "") -> str:
@@ -176,7 +170,7 @@ def _facts(profile: HardwareProfile) -> dict[str, Any]:
 
 
 def _section(section: Section, arrays_file: str, arrays_sha256: str) -> dict[str, Any]:
-    provenance = asdict(section.provenance) if section.provenance else {}
+    provenance = _values(section.provenance) if section.provenance else {}
     constants = {}
     for name, fitted in section.constants.items():
         error = {} if fitted.std_error is None else {"std_error": _number(fitted.std_error)}
@@ -185,12 +179,12 @@ def _section(section: Section, arrays_file: str, arrays_sha256: str) -> dict[str
     arrays = {"file": _text(arrays_file), "sha256": _quoted(arrays_sha256), "names": names}
     optional = {
         "arrays": arrays if section.arrays else {},
-        "intervals": [_flow({name: _value(value) for name, value in asdict(i).items()}) for i in section.intervals],
+        "intervals": [_flow(_values(interval)) for interval in section.intervals],
         "accuracy": {_text(name): _number(value) for name, value in section.accuracy.items()},
     }
     return {
         "status": section.status,
-        "provenance": {name: _value(value) for name, value in provenance.items() if value != ""},
+        "provenance": {name: value for name, value in provenance.items() if value != '""'},
         "constants": constants or "{}",
         **{name: value for name, value in optional.items() if value},
     }
@@ -205,12 +199,12 @@ def _lines(tree: Mapping[str, Any], indent: str = "") -> Iterator[str]:
             yield from (f"{indent}  - {item}" for item in value)
 
 
+def _values(part: Interval | Provenance) -> dict[str, str]:
+    return {name: _quoted(value) if isinstance(value, str) else _number(value) for name, value in vars(part).items()}
+
+
 def _flow(pairs: Mapping[str, str]) -> str:
     return "{" + ", ".join(f"{name}: {value}" for name, value in pairs.items()) + "}"
-
-
-def _value(value: str | float) -> str:
-    return _quoted(value) if isinstance(value, str) else _number(value)
 
 
 def _number(value: float) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,9 +43,6 @@ class Formats:
     kv_dtype: str | None = None
 
 
-# -- kinds of axes: what the file may say of each
-
-
 @dataclass(frozen=True)
 class _Axis:
     """A list, or one value that stands for a list; each value once."""
@@ -74,10 +71,9 @@ class _Numbers:
             values = tuple(dict.fromkeys(self.progression(node, key, problems)))
         else:
             values = _Axis(self.number).read(node, key, problems)
-        for value in values:
+        for value in values if self.rule else ():
             try:
-                if self.rule:
-                    self.rule(value)
+                self.rule(value)
             except InputError as error:
                 place = next((item for item in node.items if _number_of(item) == value), node)
                 problems.add(place, key, str(error))
@@ -86,8 +82,8 @@ class _Numbers:
     def progression(self, node: Node, key: str, problems: Problems) -> list[float]:
         whole, example = self.number.whole, "2" if self.number.whole else "0.1"
         by_step, by_times = Number(1 if whole else 1e-6, 1e9, example, whole), Number(1 + 1e-6, 1e9, example)
-        ends = {"from": self.number, "to": self.number}
-        nodes = Keys(ends, {"step": by_step, "times": by_times}).members(node, key, problems)
+        kinds = {"from": self.number, "to": self.number, "step": by_step, "times": by_times}
+        nodes = Keys(dict.fromkeys(("from", "to"), self.number), kinds).members(node, key, problems)
 
         def wrong(name: str, reason: str) -> list[float]:
             problems.add(nodes[name], join(key, name), reason)
@@ -99,8 +95,7 @@ class _Numbers:
             problems.add(node, key, "expected either step or times beside from and to")
             return []
         how = "step" if "step" in nodes else "times"
-        kinds = {"from": self.number, "to": self.number, how: by_step if how == "step" else by_times}
-        start, end, by = (kind.read(nodes[name], join(key, name), problems) for name, kind in kinds.items())
+        start, end, by = (kinds[name].read(nodes[name], join(key, name), problems) for name in ("from", "to", how))
         if start is None or end is None or by is None:
             return []
         if end < start:
@@ -234,11 +229,11 @@ class Grid:
     def setting(self, formats: Formats, devices: int) -> Setting:
         """How a model is run at one point of the grid."""
         names = ("parallel", "new_tokens", "fuse_qkv", "fuse_gate_up", "level")
-        return Setting(devices=devices, **asdict(formats), **{name: getattr(self, name) for name in names})
+        return Setting(devices=devices, **vars(formats), **{name: getattr(self, name) for name in names})
 
     def facts(self) -> dict[str, Any]:
         """Plain values, for a digest and for people."""
-        formats = [[f.dtype, f.weight_dtype, f.kv_dtype] for f in self.dtypes]
+        formats = [list(vars(f).values()) for f in self.dtypes]
         return {**vars(self), "families": [[f.name, f.label] for f in self.families], "dtypes": formats}
 
 

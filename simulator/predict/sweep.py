@@ -67,27 +67,24 @@ def sweep(
     """Predict every combination of a grid, or of the YAML file of one, into a Parquet file.
 
     While it grows there is a folder ``OUT.parts`` beside it; the same call takes up the parts it finds there.
+    Raises InputError before any work, for a bad grid, filter, target or address, or a grid too large for the disk.
 
     Parameters
     ----------
     where : str, optional
         Rows to keep, such as ``speedup > 1.3 and batch == 1``; see :mod:`simulator.predict.where`.
     jobs : int
-        Processes on this machine, at least 1.
+        Processes on this machine.
     scheduler : str, optional
         Address of a running Dask scheduler; its workers compute instead.
     progress : callable, optional
         Called with configurations done and in all.
     most : int
-        Largest grid to accept.
-
-    Raises
-    ------
-    InputError
-        Before any work, for a bad grid, filter, target or address, and for a grid too large for the disk.
+        Configurations of the largest grid to accept.
     """
     began = time.monotonic()
     grid = grid if isinstance(grid, Grid) else read_grid(grid)
+    report = progress or (lambda done, of: None)
     _condition(where)
     if jobs < 1:
         raise InputError(f"jobs {jobs}: expected a whole number from 1")
@@ -105,13 +102,12 @@ def sweep(
             todo, resumed = [i for i in range(len(sizes)) if i not in there], len(there)
             check_room(store.target, BYTES_PER_ROW * grid.size * (0.5 + 0.5 * len(todo) / len(sizes)))
             done = sum(sizes[i] for i in there)
-            if progress is not None and there:
-                progress(done, grid.size)
+            if there:
+                report(done, grid.size)
             for index, content in compute_parts(partial(compute_part, grid, where), todo, jobs, scheduler):
                 store.put(index, content)
                 done += sizes[index]
-                if progress is not None:
-                    progress(done, grid.size)
+                report(done, grid.size)
             rows, notes = store.assemble()
     seconds = time.monotonic() - began
     return Summary(store.target, grid.size, rows, resumed, len(sizes), seconds, note_lines(notes, NOTED))
@@ -185,7 +181,7 @@ def piece_columns(grid: Grid, piece: Piece, notes: Notes, where: str | None = No
     columns = columns_of(work_of(piece, refuse), [load_hardware(h) for h in grid.hardware], grid.runtimes, refuse)
     condition = _condition(where)
     if condition is not None:
-        mask = condition.mask(lambda name: plain(columns[name]), len(columns["speedup"]))
+        mask = condition(lambda name: plain(columns[name]), len(columns["speedup"]))
         columns = {name: column[mask] for name, column in columns.items()}
     return columns
 

@@ -23,6 +23,8 @@ MOST_CHARACTERS = 2000
 
 Column = Callable[[str], NDArray[Any]]
 Value = Callable[[Column], Any]
+Filter = Callable[[Column, int], NDArray[np.bool_]]
+"""Rows for which a condition holds, from what gives a column by name and how many values it has."""
 
 # fmt: off
 _OPERATORS: Mapping[type[ast.AST], Callable[[Any, Any], Any]] = {
@@ -36,19 +38,6 @@ _CONSTANTS = {"true": True, "false": False}
 _SHOWN = {str: "text", bool: "condition", float: "number"}
 
 
-@dataclass(frozen=True)
-class Filter:
-    """A condition on columns."""
-
-    value: Value
-
-    def mask(self, column: Column, size: int) -> NDArray[np.bool_]:
-        """Rows for which it holds; ``column`` gives a column of ``size`` values by name."""
-        with np.errstate(all="ignore"):
-            value = np.asarray(self.value(column))
-        return np.array(np.broadcast_to(value, (size,)), dtype=bool)
-
-
 def parse_filter(text: str, columns: Mapping[str, type]) -> Filter:
     """A condition, checked; ``columns`` says whether a column holds ``str``, ``float``, ``int`` or ``bool``.
 
@@ -56,7 +45,7 @@ def parse_filter(text: str, columns: Mapping[str, type]) -> Filter:
 
     >>> f = parse_filter("speedup > 1.3 and batch == 1", {"speedup": float, "batch": int})
     >>> table = {"speedup": np.array([1.2, 1.5, 1.6]), "batch": np.array([1, 1, 8])}
-    >>> f.mask(table.__getitem__, 3).tolist()
+    >>> f(table.__getitem__, 3).tolist()
     [False, True, False]
     """
     if len(text) > MOST_CHARACTERS:
@@ -71,7 +60,12 @@ def parse_filter(text: str, columns: Mapping[str, type]) -> Filter:
         raise InputError(f"--where {text!r}: cannot be read ({reason}); {wanted}") from None
     if kind is not bool:
         raise InputError(f"--where {text!r}: expected a condition such as speedup > 1.3, got a {_SHOWN[kind]}")
-    return Filter(value)
+
+    def mask(column: Column, size: int) -> NDArray[np.bool_]:
+        with np.errstate(all="ignore"):
+            return np.array(np.broadcast_to(np.asarray(value(column)), (size,)), dtype=bool)
+
+    return mask
 
 
 @dataclass(frozen=True)

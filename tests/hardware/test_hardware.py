@@ -17,11 +17,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import simulator.hardware.library as save_module
 from simulator.errors import InputError
+from simulator.hardware import library
 from simulator.hardware.arrays import read_arrays
 from simulator.hardware.constants import CONSTANTS
-from simulator.hardware.library import check_hardware, forget, load_hardware, profile_text, save_hardware
+from simulator.hardware.library import check_hardware, load_hardware, profile_text, save_hardware
 from simulator.hardware.names import list_hardware, plain_name, profiles_folder, shipped_names
 from simulator.hardware.profile import OPERATORS, Fitted, HardwareProfile, Interval, Provenance, Section
 from simulator.hardware.schema import QUANTITIES
@@ -286,17 +286,17 @@ def test_saving_stopped_in_between_leaves_a_readable_profile(tmp_path: Path, mon
     save_hardware(hw, path)
     gemm = hw.sections["gemm", "bf16"]
     newer = replace(hw, sections={("gemm", "bf16"): replace(gemm, arrays={"lattice": np.zeros(3)})})
-    whole = save_module.write_whole
+    whole = library.write_whole
 
     def stop(target: Path, content: bytes) -> None:
         if target.suffix == ".yaml":
             raise KeyboardInterrupt
         whole(target, content)
 
-    monkeypatch.setattr(save_module, "write_whole", stop)
+    monkeypatch.setattr(library, "write_whole", stop)
     with pytest.raises(KeyboardInterrupt):
         save_hardware(newer, path)
-    forget()
+    library._load.cache_clear()
     assert_same(load_hardware(path), hw)
 
 

@@ -391,7 +391,7 @@ def test_filters_mean_what_python_would_say() -> None:
     ):  # fmt: skip
         rows = [{n: c[i] for n, c in table.items()} for i in range(4)]
         wanted = [bool(eval(text, {}, {"true": True, "false": False, **row})) for row in rows]
-        assert parse_filter(text, kinds).mask(table.__getitem__, 4).tolist() == wanted, text
+        assert parse_filter(text, kinds)(table.__getitem__, 4).tolist() == wanted, text
 
 
 def test_a_missing_pyarrow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
