@@ -28,8 +28,7 @@ from calibration.records.recorded import content_records
 from calibration.records.records import Records
 from calibration.records.store import Header, Store, read_store
 from simulator.errors import InputError
-from simulator.hardware.library import load_hardware, save_hardware
-from simulator.hardware.names import list_hardware
+from simulator.hardware.library import list_hardware, load_hardware, save_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.kernels.gemm import gemm_time
 from simulator.models.config import ModelConfig

@@ -16,8 +16,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from types import MappingProxyType, UnionType
-from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
+from types import MappingProxyType
+from typing import Annotated, Any, Protocol, get_args, get_origin, get_type_hints
 
 from simulator.errors import InputError
 from simulator.files.yaml import Node, Problems, join
@@ -216,9 +216,8 @@ class Checked:
 
 @lru_cache(maxsize=256)
 def record(cls: type) -> Keys:
-    """The kind of a dataclass, from its annotations: ``Annotated[..., kind]``; ``str``, ``bool``, ``Literal``, other
-    dataclasses, ``tuple[X, ...]``, ``Mapping[str, X]`` and ``X | None`` need none. A field without a default must be
-    there; the dataclass is made only where nothing in it was wrong::
+    """The kind of a dataclass, from its annotations; ``str`` and ``bool`` need no kind. A field without a default must
+    be there; the dataclass is made only where nothing in it was wrong::
 
         rows: Annotated[int, Number(0, 1e12, "400", whole=True)] = 0
     """
@@ -229,21 +228,11 @@ def record(cls: type) -> Keys:
 
 
 def _kind_of(hint: Any) -> Kind:
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        kind: Kind = args[1]
+    if get_origin(hint) is Annotated:
+        kind: Kind = get_args(hint)[1]
         return kind
-    if origin in (Union, UnionType):
-        return _kind_of(next(arg for arg in args if arg is not type(None)))
-    if origin is Literal:
-        return Text(args)
-    if origin is tuple:
-        return Many(_kind_of(args[0]))
-    if origin is not None:
-        return Table(_kind_of(args[1]))
-    if hint in (str, bool):
-        return Text() if hint is str else Truth()
-    return record(hint)
+    plain: dict[Any, Kind] = {str: Text(), bool: Truth()}
+    return plain[hint]
 
 
 def shown(node: Node) -> str:

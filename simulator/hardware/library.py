@@ -1,5 +1,4 @@
-"""Profiles by name: :func:`load_hardware`, :func:`check_hardware`, :func:`save_hardware`; names are in
-``hardware.names``.
+"""Profiles by name: :func:`list_hardware`, :func:`load_hardware`, :func:`check_hardware`, :func:`save_hardware`.
 
 A profile is written in a fixed order and layout: equal profiles give equal bytes, a change shows as a small diff.
 """
@@ -13,19 +12,46 @@ import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from simulator.errors import InputError, unknown
 from simulator.files.write import check_target, one_writer, write_whole
-from simulator.files.yaml import MAX_BYTES, Problems
-from simulator.hardware.arrays import FILE_NAME, check_arrays, pack_arrays
-from simulator.hardware.names import plain_name, profiles_folder, shipped_names
+from simulator.files.yaml import MAX_BYTES, Problems, read_text
+from simulator.hardware.arrays import FILE_NAME, Arrays, check_arrays, pack_arrays, read_arrays
 from simulator.hardware.profile import OPERATORS, HardwareProfile, Interval, Provenance, Section
-from simulator.hardware.schema import QUANTITIES, SCHEMA_VERSION, profile_from_text, read_profile
+from simulator.hardware.schema import QUANTITIES, SCHEMA_VERSION, plain_name, profile_from_text
 from simulator.units import format_quantity
 
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_]*(?:[.-][A-Za-z0-9_]+)*")
 _WORDS = ("true", "false", "yes", "no", "on", "off", "null", "y", "n")
+
+
+def profiles_folder() -> Path:
+    """Folder of the shipped profiles, in a checkout and in an installation alike."""
+    import hardware_profiles
+
+    return Path(hardware_profiles.__file__).parent
+
+
+def list_hardware() -> tuple[str, ...]:
+    """Names of the shipped profiles, sorted."""
+    return tuple(sorted(path.stem for path in profiles_folder().glob("*.yaml")))
+
+
+@lru_cache(maxsize=1)
+def shipped_names() -> Mapping[str, str]:
+    """Every name and alias of the shipped profiles -> profile name. Reads one line of each file: that is quick."""
+    found: dict[str, str] = {}
+    for name in list_hardware():
+        text = (profiles_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+        line = re.search(r"^aliases: *\[(.*)\] *$", text, re.MULTILINE)
+        aliases = [alias.strip().strip("\"'") for alias in line.group(1).split(",")] if line else []
+        for alias in [name, *filter(None, aliases)]:
+            other = found.setdefault(plain_name(alias), name)
+            if other != name:
+                raise InputError(f"{name}.yaml: aliases: {alias!r} is a name of {other} too; use another")
+    return MappingProxyType(found)
 
 
 def load_hardware(name_or_path: str | os.PathLike[str]) -> HardwareProfile:
@@ -56,15 +82,33 @@ def load_hardware(name_or_path: str | os.PathLike[str]) -> HardwareProfile:
 
 @lru_cache(maxsize=64)
 def _load(path: str, _modified: int, _size: int) -> HardwareProfile:
-    profile, problems = read_profile(Path(path))
+    profile, problems = _read(Path(path))
     if profile is None:
         raise problems.error()
     return profile
 
 
+def _read(path: Path) -> tuple[HardwareProfile | None, Problems]:
+    """A profile file to a profile, None if anything is wrong, and its problems."""
+    problems = Problems(str(path))
+    text = read_text(path, problems)
+    return None if text is None else profile_from_text(text, path, problems, _read_checked, _taken(path)), problems
+
+
+def _taken(path: Path) -> Mapping[str, str]:
+    """Names a file's aliases may not be; among the shipped files, clashes are found by :func:`shipped_names`."""
+    return {} if path.parent.absolute() == profiles_folder().absolute() else shipped_names()
+
+
+def _read_checked(path: Path, sha256: str, prefix: str, names: tuple[str, ...]) -> Arrays:
+    arrays = read_arrays(path, sha256, prefix, names)
+    check_arrays(prefix.split(".")[0], arrays)
+    return arrays
+
+
 def check_hardware(path: str | os.PathLike[str]) -> list[str]:
     """All problems of a profile file, one line each: ``file:line:column: key: reason, what would be right``."""
-    return read_profile(Path(path))[1].lines
+    return _read(Path(path))[1].lines
 
 
 def save_hardware(profile: HardwareProfile, path: str | os.PathLike[str]) -> None:
@@ -95,7 +139,7 @@ def save_hardware(profile: HardwareProfile, path: str | os.PathLike[str]) -> Non
     if len(text.encode()) > MAX_BYTES:
         problems.add(None, "file", f"would be larger than {MAX_BYTES / 1e6:g} MB")
     else:
-        profile_from_text(text, path, problems, lambda _path, _sha256, _section, names: dict.fromkeys(names))
+        profile_from_text(text, path, problems, lambda *said: dict.fromkeys(said[-1]), _taken(path))
     if len(problems):
         raise problems.error()
     with one_writer(path.parent):  # else another's clean-up could take the arrays written here before they are named
@@ -116,11 +160,10 @@ def profile_text(profile: HardwareProfile, arrays_file: str = "", arrays_sha256:
     head = f"# {title}: facts with their sources under datasheet, fitted values under calibrated."
     tree = _facts(profile)
     if profile.sections:
-        tree["calibrated"] = calibrated = {}
-        for operator in OPERATORS:
-            for dtype in sorted(dtype for other, dtype in profile.sections if other == operator):
-                section = _section(profile.sections[operator, dtype], arrays_file, arrays_sha256)
-                calibrated.setdefault(operator, {})[_text(dtype)] = section
+        tree["calibrated"] = {operator: {} for operator in OPERATORS if any(o == operator for o, _ in profile.sections)}
+    for (operator, dtype), section in sorted(profile.sections.items()):
+        if operator in OPERATORS:
+            tree["calibrated"][operator][_text(dtype)] = _section(section, arrays_file, arrays_sha256)
     return "\n".join([head, *_lines(tree)]) + "\n"
 
 

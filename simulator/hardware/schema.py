@@ -11,11 +11,10 @@ from types import MappingProxyType
 from typing import Any
 
 from simulator.files.fields import Checked, Keys, Kind, Many, Number, Quantity, Table, Text, did_you_mean, record, shown
-from simulator.files.yaml import Node, Problems, parse_yaml, read_text
+from simulator.files.yaml import Node, Problems, parse_yaml
 from simulator.hardware import profile as parts
-from simulator.hardware.arrays import ARRAY_NAME, FILE_NAME, check_arrays, read_arrays
+from simulator.hardware.arrays import ARRAY_NAME, FILE_NAME
 from simulator.hardware.constants import CONSTANTS
-from simulator.hardware.names import plain_name, profiles_folder, shipped_names
 from simulator.hardware.profile import ARCHITECTURES, OPERATORS, HardwareProfile
 from simulator.workload import DTYPES
 
@@ -53,21 +52,19 @@ _ARRAYS = Keys(
 _FITTED = {"std_error": Number(0, 1e30, "0.01"), "status": Text(("fitted", "fixed", "borrowed", "default"))}
 
 
-def read_profile(path: Path) -> tuple[HardwareProfile | None, Problems]:
-    """A profile file to a profile (None if anything is wrong) and its problems."""
-    problems = Problems(str(path))
-    text = read_text(path, problems)
-    return None if text is None else profile_from_text(text, path, problems, _read_checked), problems
+def plain_name(name: str) -> str:
+    """A name as it is compared: lower case, with blanks and dashes as underscores.
+
+    >>> plain_name("RTX 4090")
+    'rtx_4090'
+    """
+    return re.sub(r"[\s_-]+", "_", name.strip().lower())
 
 
-def _read_checked(path: Path, sha256: str, prefix: str, names: tuple[str, ...]) -> Mapping[str, Any]:
-    arrays = read_arrays(path, sha256, prefix, names)
-    check_arrays(prefix.split(".")[0], arrays)
-    return arrays
-
-
-def profile_from_text(text: str, path: Path, problems: Problems, fetch: Fetch) -> HardwareProfile | None:
-    """A profile's text to a profile; ``fetch`` gets a section's arrays."""
+def profile_from_text(
+    text: str, path: Path, problems: Problems, fetch: Fetch, taken: Mapping[str, str] = MappingProxyType({})
+) -> HardwareProfile | None:
+    """A profile's text to a profile; ``fetch`` gets a section's arrays, ``taken`` says who has a plain name."""
     root = parse_yaml(text, problems)
     start = f"that starts with schema_version: {SCHEMA_VERSION}"
     if len(problems):
@@ -82,7 +79,7 @@ def profile_from_text(text: str, path: Path, problems: Problems, fetch: Fetch) -
         problems.add(node, "schema_version", reason)
     else:
         top = _kinds(root, path, fetch).read(root, "", problems)
-        _check_across(root, top, path, problems)
+        _check_across(root, top, taken, problems)
         return None if len(problems) else _profile(top, path)
     return None
 
@@ -184,7 +181,7 @@ class _Arrays:
             return None
 
 
-def _check_across(root: Node, top: Mapping[str, Any], path: Path, problems: Problems) -> None:
+def _check_across(root: Node, top: Mapping[str, Any], taken: Mapping[str, str], problems: Problems) -> None:
     """What keys must hold together."""
     for short, (key_node, _) in _at(root, "sources").entries.items():
         if not _SHORT.fullmatch(short):
@@ -200,13 +197,11 @@ def _check_across(root: Node, top: Mapping[str, Any], path: Path, problems: Prob
         problems.add(rates, "datasheet.rates", f"expected the rate of at least one dtype of {', '.join(DTYPES)}")
     name = top.get("name") or ""
     own = {plain_name(name)}
-    # among the shipped files, clashes are found by shipped_names, which reads them all
-    shipped = path.parent.absolute() == profiles_folder().absolute()
     for i, alias in enumerate(top.get("aliases", ())):
         if alias is None:
             continue
         plain = plain_name(alias)
-        owner = name if shipped else shipped_names().get(plain, name)
+        owner = taken.get(plain, name)
         if plain not in own and owner == name:
             own.add(plain)
             continue

@@ -64,14 +64,14 @@ class _Numbers:
     """An axis of numbers: a list, one, or ``{from, to, step}`` or ``{from, to, times}``, ends included where hit."""
 
     number: Number
-    rule: Callable[[float], Any] | None = None
+    rule: Callable[[float], Any] = float
 
     def read(self, node: Node, key: str, problems: Problems) -> tuple[Any, ...]:
         if node.kind == "mapping":
             values = tuple(dict.fromkeys(self.progression(node, key, problems)))
         else:
             values = _Axis(self.number).read(node, key, problems)
-        for value in values if self.rule else ():
+        for value in values:
             try:
                 self.rule(value)
             except InputError as error:

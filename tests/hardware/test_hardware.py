@@ -21,10 +21,17 @@ from simulator.errors import InputError
 from simulator.hardware import library
 from simulator.hardware.arrays import read_arrays
 from simulator.hardware.constants import CONSTANTS
-from simulator.hardware.library import check_hardware, load_hardware, profile_text, save_hardware
-from simulator.hardware.names import list_hardware, plain_name, profiles_folder, shipped_names
+from simulator.hardware.library import (
+    check_hardware,
+    list_hardware,
+    load_hardware,
+    profile_text,
+    profiles_folder,
+    save_hardware,
+    shipped_names,
+)
 from simulator.hardware.profile import OPERATORS, Fitted, HardwareProfile, Interval, Provenance, Section
-from simulator.hardware.schema import QUANTITIES
+from simulator.hardware.schema import QUANTITIES, plain_name
 from simulator.units import EXAMPLES
 
 BAD = Path(__file__).parents[1] / "bad_profiles"
