@@ -1,7 +1,7 @@
 """One reader for every YAML file of this project: what a node must be, said as data.
 
 A *kind* reads a node: :class:`Text`, :class:`Number`, :class:`Quantity`, :class:`Truth`, :class:`Many` (a list),
-:class:`Table` (a mapping with free keys), :class:`Keys` (one with known keys) and :class:`Checked` (one of these and a
+:class:`Table` (a mapping with free keys), :class:`Keys` (one with known keys) and :class:`Checked` (a scalar and a
 rule of its own). :func:`record` makes the kind of a frozen dataclass from its annotations.
 
 What is wrong is noted with its place, what came and what would be right, and reading goes on, so that one run reports
@@ -130,6 +130,17 @@ class Truth(Scalar):
 
 
 @dataclass(frozen=True)
+class Checked(Scalar):
+    """A scalar and a rule: the value it gives is kept, what it raises (ValueError) is the reason against it."""
+
+    kind: Scalar
+    rule: Callable[[Any], Any]
+
+    def value(self, node: Node) -> Any:
+        return self.rule(self.kind.value(node))
+
+
+@dataclass(frozen=True)
 class Many:
     """A list of one kind, as a tuple."""
 
@@ -196,22 +207,6 @@ class Keys:
             if name not in node.entries:
                 problems.add(node, join(key, name), "is missing")
         return {name: value for name, (_, value) in node.entries.items() if name in known}
-
-
-@dataclass(frozen=True)
-class Checked:
-    """A kind and a rule: the value it gives is kept, what it raises (ValueError) is the reason against it."""
-
-    kind: Kind
-    rule: Callable[[Any], Any]
-
-    def read(self, node: Node, key: str, problems: Problems) -> Any:
-        value = self.kind.read(node, key, problems)
-        try:
-            return None if value is None else self.rule(value)
-        except ValueError as error:
-            problems.add(node, key, str(error))
-            return None
 
 
 @lru_cache(maxsize=256)

@@ -134,6 +134,14 @@ class _Family:
         return tuple(options.items())
 
 
+class _Families:
+    """An axis of them."""
+
+    def read(self, node: Node, key: str, problems: Problems) -> tuple[FamilyChoice, ...]:
+        groups = _Axis(_Family()).read(node, key, problems)
+        return tuple(dict.fromkeys(choice for group in groups for choice in group))
+
+
 class _Option:
     """A whole number, a number, true, false, a word, or a list of them; what it must be, the family says."""
 
@@ -182,10 +190,6 @@ def _device(text: str) -> str:
     return text if Path(text).suffix in (".yaml", ".yml") or "/" in text else name
 
 
-def _flat(groups: Sequence[Sequence[FamilyChoice]]) -> tuple[FamilyChoice, ...]:
-    return tuple(dict.fromkeys(choice for group in groups for choice in group))
-
-
 @dataclass(frozen=True)
 class Grid:
     """Axes of a sweep, every combination of which is predicted, and what holds for the whole of it; the annotations are
@@ -204,7 +208,7 @@ class Grid:
     batches: Annotated[tuple[int, ...], _Numbers(Number(1, MAX_TOKENS, "64", whole=True))]
     # tokens (prefill) or cached positions (decode) of each sequence
     seqs: Annotated[tuple[int, ...], _Numbers(Number(1, MAX_TOKENS, "64", whole=True))]
-    families: Annotated[tuple[FamilyChoice, ...], Checked(_Axis(_Family()), _flat)] = tuple(map(FamilyChoice, FAMILIES))
+    families: Annotated[tuple[FamilyChoice, ...], _Families()] = tuple(map(FamilyChoice, FAMILIES))
     dtypes: Annotated[tuple[Formats, ...], _Axis(_Formats())] = (Formats(),)
     runtimes: Annotated[tuple[str, ...], _Axis(Text(RUNTIMES))] = ("cuda_graph",)
     devices: Annotated[tuple[int, ...], _Numbers(Number(1, 100_000, "2", whole=True))] = (1,)

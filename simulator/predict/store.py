@@ -1,8 +1,7 @@
 """Where a sweep's table grows: a folder of whole parts beside the file, put together and removed when all are there.
 
-A part is written whole or not at all, so whatever kills a sweep loses the parts in flight and no
-more; a rerun goes on with those that are missing. The folder's manifest says which grid it belongs to, and a lock keeps
-a second sweep out.
+A part is written whole or not at all, so whatever kills a sweep loses the parts in flight and no more; a rerun goes on
+with those that are missing. The folder's manifest says which grid it belongs to, and a lock keeps a second sweep out.
 """
 
 from __future__ import annotations
@@ -19,9 +18,7 @@ from simulator.errors import InputError, one_line
 from simulator.files.parquet import load_pyarrow
 from simulator.files.write import check_target, replacing, write_whole
 
-GROUP_ROWS = 131_072
-"""Rows of a row group in the finished file."""
-
+GROUP_ROWS = 131_072  # of the finished file
 DIGEST_KEY, NOTES_KEY = b"prunesim.grid", b"prunesim.notes"
 
 
