@@ -72,8 +72,9 @@ def pack_arrays(arrays: Arrays) -> bytes:
 
 
 def read_arrays(path: Path, sha256: str, prefix: str, names: tuple[str, ...]) -> Arrays:
-    """Arrays ``prefix.name`` of an ``.npz`` with that digest, read-only, keyed by name; ValueError, one line, where the
-    file is missing, too large, of another digest or no zip, or an array is missing, pickled or not finite."""
+    """Arrays ``prefix.name`` of an ``.npz`` with that digest, checked, read-only, keyed by name; the prefix is
+    ``operator.dtype``. ValueError, one line, where the file is missing, too large, of another digest or no zip, or an
+    array is missing, pickled, not finite or not what a cost model reads."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise ValueError(f"{path.name} is no regular file; expected the .npz that was saved with the profile")
@@ -87,7 +88,9 @@ def read_arrays(path: Path, sha256: str, prefix: str, names: tuple[str, ...]) ->
     if found != sha256:
         belongs = "it belongs to another version of the profile"
         raise ValueError(f"{path.name} has sha256 {found[:12]}..., expected {sha256[:12]}...: {belongs}")
-    return MappingProxyType({name: _array(f"{prefix}.{name}", raw) for name in names})
+    arrays = MappingProxyType({name: _array(f"{prefix}.{name}", raw) for name in names})
+    check_arrays(prefix.split(".")[0], arrays)
+    return arrays
 
 
 def _array(name: str, raw: bytes) -> NDArray[Any]:

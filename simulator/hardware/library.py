@@ -18,7 +18,7 @@ from typing import Any
 from simulator.errors import InputError, unknown
 from simulator.files.write import check_target, one_writer, write_whole
 from simulator.files.yaml import MAX_BYTES, Problems, read_text
-from simulator.hardware.arrays import FILE_NAME, Arrays, check_arrays, pack_arrays, read_arrays
+from simulator.hardware.arrays import FILE_NAME, check_arrays, pack_arrays, read_arrays
 from simulator.hardware.profile import OPERATORS, HardwareProfile, Interval, Provenance, Section
 from simulator.hardware.schema import QUANTITIES, SCHEMA_VERSION, plain_name, profile_from_text
 from simulator.units import format_quantity
@@ -92,18 +92,12 @@ def _read(path: Path) -> tuple[HardwareProfile | None, Problems]:
     """A profile file to a profile, None if anything is wrong, and its problems."""
     problems = Problems(str(path))
     text = read_text(path, problems)
-    return None if text is None else profile_from_text(text, path, problems, _read_checked, _taken(path)), problems
+    return None if text is None else profile_from_text(text, path, problems, read_arrays, _taken(path)), problems
 
 
 def _taken(path: Path) -> Mapping[str, str]:
     """Names a file's aliases may not be; among the shipped files, clashes are found by :func:`shipped_names`."""
     return {} if path.parent.absolute() == profiles_folder().absolute() else shipped_names()
-
-
-def _read_checked(path: Path, sha256: str, prefix: str, names: tuple[str, ...]) -> Arrays:
-    arrays = read_arrays(path, sha256, prefix, names)
-    check_arrays(prefix.split(".")[0], arrays)
-    return arrays
 
 
 def check_hardware(path: str | os.PathLike[str]) -> list[str]:

@@ -42,13 +42,8 @@ _SUMS = Text(("fp16", "bf16", "fp32", "fp64", "int32"))
 _RATE = {"value": Quantity("FLOP/s", 1e8, 1e18), "accumulate": _SUMS, "sparse_factor": Number(1, 4, "2")}
 _FILE = Text((), FILE_NAME.pattern, "the name of an .npz file beside the profile, without folders")
 _SHA256 = Text((), "[0-9a-f]{64}", "64 lower-case hexadecimal digits")
-_ARRAYS = Keys(
-    {
-        "file": _FILE,
-        "sha256": _SHA256,
-        "names": Many(Text((), ARRAY_NAME.pattern, "an array name of letters, digits and _")),
-    }
-)
+_NAMES = Many(Text((), ARRAY_NAME.pattern, "an array name of letters, digits and _"))
+_ARRAYS = Keys({"file": _FILE, "sha256": _SHA256, "names": _NAMES})
 _FITTED = {"std_error": Number(0, 1e30, "0.01"), "status": Text(("fitted", "fixed", "borrowed", "default"))}
 
 
@@ -71,21 +66,19 @@ def profile_from_text(
         return None
     if root is None:
         problems.add(None, "file", f"is empty; expected a profile {start}")
-    elif root.kind != "mapping":
+        return None
+    if root.kind != "mapping":
         problems.add(root, "file", f"expected a mapping {start}, got {shown(root)}")
-    elif "schema_version" in root.entries and not _is_version(root.entries["schema_version"][1]):
-        node = root.entries["schema_version"][1]  # said alone: another version may have other keys
-        reason = f"expected {SCHEMA_VERSION}, got {shown(node)}; this prunesim reads no other version"
-        problems.add(node, "schema_version", reason)
-    else:
-        top = _kinds(root, path, fetch).read(root, "", problems)
-        _check_across(root, top, taken, problems)
-        return None if len(problems) else _profile(top, path)
-    return None
-
-
-def _is_version(node: Node) -> bool:
-    return node.kind == "scalar" and not node.quoted and node.text == str(SCHEMA_VERSION)
+        return None
+    version = _at(root, "schema_version")
+    if "schema_version" in root.entries and (version.quoted or version.text != str(SCHEMA_VERSION)):
+        # said alone: another version may have other keys
+        reason = f"expected {SCHEMA_VERSION}, got {shown(version)}; this prunesim reads no other version"
+        problems.add(version, "schema_version", reason)
+        return None
+    top = _kinds(root, path, fetch).read(root, "", problems)
+    _check_across(root, top, taken, problems)
+    return None if len(problems) else _profile(top, path)
 
 
 def _at(node: Node, *keys: str) -> Node:
