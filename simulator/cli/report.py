@@ -93,8 +93,7 @@ def _start(model: str) -> State:
 
 def _device(name: str) -> str:
     """A shipped device by its name, another one by its path."""
-    from simulator.hardware.library import load_hardware
-    from simulator.hardware.names import list_hardware
+    from simulator.hardware.library import list_hardware, load_hardware
 
     found = load_hardware(name).name
     return found if found in list_hardware() and load_hardware(found) is load_hardware(name) else name

@@ -16,7 +16,7 @@ from simulator.explore.dropped import PREFIX, read_token
 from simulator.explore.markup import paragraphs
 from simulator.explore.state import MOST_NEW_TOKENS, State
 from simulator.figures.style import label, look
-from simulator.hardware.names import list_hardware
+from simulator.hardware.library import list_hardware
 from simulator.models.library import list_models
 from simulator.predict.settings import MAX_TOKENS
 from simulator.pruning import FAMILIES

@@ -14,8 +14,8 @@ from urllib.parse import parse_qsl, quote
 
 from simulator.errors import InputError, one_line, unknown
 from simulator.explore.dropped import PREFIX, read_token
-from simulator.hardware.library import load_hardware
-from simulator.hardware.names import plain_name, shipped_names
+from simulator.hardware.library import load_hardware, shipped_names
+from simulator.hardware.schema import plain_name
 from simulator.models.config import ModelConfig
 from simulator.models.library import list_models, load_model
 from simulator.predict.settings import MAX_TOKENS, Setting, check_fraction, once, one_of, whole_number

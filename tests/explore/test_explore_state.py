@@ -18,7 +18,7 @@ import simulator.models.library
 from simulator.errors import InputError
 from simulator.explore.dropped import MOST_TOKEN, PREFIX, read_token, token
 from simulator.explore.state import KEYS, MOST_QUERY, State, read_query, strict_query, to_query
-from simulator.hardware.names import list_hardware
+from simulator.hardware.library import list_hardware
 from simulator.models.huggingface import MAX_FILE_BYTES
 from simulator.models.library import list_models, load_model
 from simulator.pruning import FAMILIES
