@@ -93,15 +93,8 @@ def test_import_counts_what_it_refuses(tmp_path: Path, capsys: pytest.CaptureFix
 def test_import_json_and_column_map(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "t.csv").write_text("M,n,k,t\n8,64,64,2\n")
     arguments = [
-        "import",
-        str(tmp_path / "t.csv"),
-        "-o",
-        str(tmp_path / "o.parquet"),
-        "--map",
-        "m=M",
-        "--map",
-        "latency_us=t",
-        "--json",
+        *("import", str(tmp_path / "t.csv"), "-o", str(tmp_path / "o.parquet"), "--map", "m=M", "--map"),
+        *("latency_us=t", "--json"),
     ]
     row = json.loads(output(arguments, capsys)[0])[0]
     assert (row["kept"], row["refused"]) == (1, 0)
@@ -342,18 +335,8 @@ def test_exact_shapes_of_a_model_are_measured_first(
     tmp_path: Path, planted: list[ReplayDevice], capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [
-        "--for",
-        "qwen2.5-0.5b",
-        "--batch",
-        "1",
-        "--seq",
-        "128",
-        "--family",
-        "width",
-        "--sparsity",
-        "0.5",
-        "--budget",
-        "60s",
+        *("--for", "qwen2.5-0.5b", "--batch", "1", "--seq", "128", "--family", "width", "--sparsity", "0.5"),
+        *("--budget", "60s"),
     ]
     out, _ = output(["calibrate", "cuda", "-o", str(tmp_path / "run"), *arguments], capsys)
     assert "the shapes measured exactly" in out

@@ -22,25 +22,9 @@ from simulator.cli import speedup as speedup_command
 ROOT = Path(__file__).resolve().parents[2]
 
 STABLE_KEYS = [
-    "model",
-    "hardware",
-    "family",
-    "sparsity",
-    "realised_sparsity",
-    "phase",
-    "batch",
-    "seq",
-    "dtype",
-    "runtime",
-    "dense_s",
-    "pruned_s",
-    "speedup",
-    "speedup_lower",
-    "speedup_upper",
-    "flop_bound",
-    "byte_bound",
-    "roofline_bound",
-    "limit",
+    *("model", "hardware", "family", "sparsity", "realised_sparsity", "phase", "batch", "seq", "dtype", "runtime"),
+    *("dense_s", "pruned_s", "speedup", "speedup_lower", "speedup_upper", "flop_bound", "byte_bound"),
+    *("roofline_bound", "limit"),
 ]
 
 SPEEDUP = ["speedup", "llama-3.1-8b", "--hardware", "h100_sxm"]
@@ -220,16 +204,8 @@ def test_json_records_have_the_stable_keys_first_and_agree_with_the_library(caps
     records = json.loads(
         output(
             [
-                *SPEEDUP,
-                "--family",
-                "depth",
-                "--sparsity",
-                "0.1,0.25",
-                "--phase",
-                "prefill,decode",
-                "--batch",
-                "1,8",
-                "--json",
+                *(*SPEEDUP, "--family", "depth", "--sparsity", "0.1,0.25", "--phase", "prefill,decode", "--batch"),
+                *("1,8", "--json"),
             ],
             capsys,
         )
@@ -317,16 +293,8 @@ def test_an_odd_inner_width_is_slower_than_its_aligned_neighbour_and_explain_say
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments = [
-        "explain",
-        "llama-2-7b",
-        "--family",
-        "width",
-        "--sparsity",
-        "0.2",
-        "--hardware",
-        "a100,h100,4090",
-        "--json",
-        "--option",
+        *("explain", "llama-2-7b", "--family", "width", "--sparsity", "0.2", "--hardware", "a100,h100,4090"),
+        *("--json", "--option"),
     ]
     odd = json.loads(output([*arguments, "inner=8810"], capsys))
     aligned = json.loads(output([*arguments, "inner=8816"], capsys))
@@ -341,14 +309,7 @@ def test_the_steps_of_explain_multiply_to_the_speedup(capsys: pytest.CaptureFixt
     (record,) = json.loads(
         output(
             [
-                "explain",
-                "llama-3.1-8b",
-                "--family",
-                "dynamic_depth",
-                "--sparsity",
-                "0.3",
-                "--hardware",
-                "h100",
+                *("explain", "llama-3.1-8b", "--family", "dynamic_depth", "--sparsity", "0.3", "--hardware", "h100"),
                 "--json",
             ],
             capsys,

@@ -103,15 +103,8 @@ def make(kind: str, path: Path) -> str:
 
 
 KINDS = (
-    "folder",
-    "pipe that nobody writes to",
-    "link to itself",
-    "link to a device without an end",
-    "gigabytes",
-    "file that fails when read",
-    "missing",
-    "deep nesting",
-    "one long line",
+    *("folder", "pipe that nobody writes to", "link to itself", "link to a device without an end", "gigabytes"),
+    *("file that fails when read", "missing", "deep nesting", "one long line"),
 )
 
 
@@ -173,17 +166,8 @@ def test_a_name_that_is_a_path_leads_nowhere(tmp_path: Path, capsys: pytest.Capt
         ("speedup", *model, "--family", "depth", "--sparsity", "0.5", "--csv", "s.csv", "--figure", "s.svg"),
         ("explain", *model, "--family", "width", "--sparsity", "0.5", "--figure", "e.svg", "--roofline", "r.svg"),
         (
-            "figures",
-            "--model",
-            "config.json",
-            "--hardware",
-            "h100",
-            "--only",
-            "speedup",
-            "--format",
-            "svg",
-            "-o",
-            "figures",
+            *("figures", "--model", "config.json", "--hardware", "h100", "--only", "speedup", "--format", "svg"),
+            *("-o", "figures"),
         ),
     )
     for words in commands:

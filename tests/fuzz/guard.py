@@ -31,12 +31,7 @@ _CHANGES = {
     "os.link": 1,
 }
 _NEVER = (
-    "subprocess.Popen",
-    "os.system",
-    "os.exec",
-    "os.posix_spawn",
-    "socket.connect",
-    "socket.bind",
+    *("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect", "socket.bind"),
     "pickle.find_class",
 )
 
