@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from simulator.hardware.names import list_hardware
     from simulator.hardware.profile import HardwareProfile
     from simulator.kernels.gemm import gemm_time
-    from simulator.kernels.memory import memory
+    from simulator.kernels.stack import memory
     from simulator.kernels.stream import cost
     from simulator.models.config import ModelConfig
     from simulator.models.library import list_models, load_model
@@ -41,7 +41,7 @@ _HOME = {
     "list_hardware": "hardware.names",
     "load_hardware": "hardware.library",
     "save_hardware": "hardware.library",
-    "memory": "kernels.memory",
+    "memory": "kernels.stack",
     "FAMILIES": "pruning",
     "prune": "pruning",
     "Speedup": "predict.speedup",

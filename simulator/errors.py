@@ -9,7 +9,7 @@ from collections.abc import Iterable
 class InputError(ValueError):
     """Bad input from a person. The command line prints its one line and exits with 2.
 
-    Messages quote what came in, and that may be anything: whatever it is, the message is one line of printable characters.
+    Messages quote what came in, whatever it is: each is one line of printable characters.
 
     >>> str(InputError("file: got a\\nb\\x1b[31m"))
     'file: got a b\\\\x1b[31m'
@@ -20,8 +20,8 @@ class InputError(ValueError):
 
 
 def one_line(text: str, most: int = 4000) -> str:
-    """A text as one line that any terminal can show: blanks for line ends and tabs, escapes for what is not printable, its middle left
-    out where it is long.
+    """A text as one line that any terminal can show: blanks for line ends and tabs, escapes for what is not printable,
+    its middle left out where it is long.
 
     >>> one_line("a\\tb\\u202e"), one_line("x" * 100, 20)
     ('a b\\\\u202e', 'xxxxxxxx ... xxxxxxx')

@@ -1,7 +1,9 @@
-"""Text with a unit to an SI number and back. Prefixes live at the edges only: in profiles, tables and on the command line.
+"""Text with a unit to an SI number and back. Prefixes live at the edges only: in profiles, tables and on the command
+line.
 
-Decimal prefixes mean powers of ten, binary ones powers of two: ``"50 MB"`` is 50e6 bytes, ``"50 MiB"`` is 52,428,800. Arithmetic is
-done in decimal and rounded once, so what :func:`format_quantity` writes, :func:`parse_quantity` reads back to the same float.
+Decimal prefixes mean powers of ten, binary ones powers of two: ``"50 MB"`` is 50e6 bytes, ``"50 MiB"`` 52,428,800.
+Arithmetic is done in decimal and rounded once, so what :func:`format_quantity` writes, :func:`parse_quantity` reads
+back to the same float.
 """
 
 from __future__ import annotations
@@ -23,58 +25,37 @@ _LARGE = {"": 0, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
 _SMALL = {"": 0, "m": -3, "u": -6, "n": -9, "p": -12}
 _BINARY = {"Ki": 1, "Mi": 2, "Gi": 3, "Ti": 4, "Pi": 5}
 
+# fmt: off
+_DIMENSIONS = {  # SI unit: powers of ten of its prefixes, whether it has binary ones, what it measures, an example
+    "B": (_LARGE, True, "an amount of bytes", "50 MiB"),
+    "B/s": (_LARGE, True, "a bandwidth", "3.35 TB/s"),
+    "FLOP/s": (_LARGE, False, "a compute rate", "989.4 TFLOP/s"),
+    "Hz": (_LARGE, False, "a frequency", "1.755 GHz"),
+    "W": ({**_LARGE, **_SMALL}, False, "a power", "700 W"),
+    "s": (_SMALL, False, "a time", "3.0 us"),
+}
+# fmt: on
 
-def _decimal(base: str, prefixes: Mapping[str, int]) -> dict[str, Decimal]:
-    return {prefix + base: Decimal(1).scaleb(power) for prefix, power in prefixes.items()}
+
+def _sizes(unit: str) -> dict[str, Decimal]:
+    powers, binary, _, _ = _DIMENSIONS[unit]
+    sizes = {prefix + unit: Decimal(1).scaleb(power) for prefix, power in powers.items()}
+    return sizes | {prefix + unit: Decimal(1024) ** power for prefix, power in _BINARY.items() if binary}
 
 
-def _binary(base: str) -> dict[str, Decimal]:
-    return {prefix + base: Decimal(1024) ** power for prefix, power in _BINARY.items()}
-
-
-UNITS: Mapping[str, Mapping[str, Decimal]] = MappingProxyType(
-    {
-        "B": {**_decimal("B", _LARGE), **_binary("B")},
-        "B/s": {**_decimal("B/s", _LARGE), **_binary("B/s")},
-        "FLOP/s": _decimal("FLOP/s", _LARGE),
-        "Hz": _decimal("Hz", _LARGE),
-        "W": _decimal("W", {**_LARGE, **_SMALL}),
-        "s": _decimal("s", _SMALL),
-    }
-)
+UNITS: Mapping[str, Mapping[str, Decimal]] = MappingProxyType({unit: _sizes(unit) for unit in _DIMENSIONS})
 """SI unit -> the units a text may carry, each with its size in that SI unit."""
 
-EXAMPLES: Mapping[str, str] = MappingProxyType(
-    {"B": "50 MiB", "B/s": "3.35 TB/s", "FLOP/s": "989.4 TFLOP/s", "Hz": "1.755 GHz", "W": "700 W", "s": "3.0 us"}
-)
+EXAMPLES: Mapping[str, str] = MappingProxyType({unit: example for unit, (*_, example) in _DIMENSIONS.items()})
 """SI unit -> a text that would be right, for messages."""
 
-_MEANING = {
-    "B": "an amount of bytes",
-    "B/s": "a bandwidth",
-    "FLOP/s": "a compute rate",
-    "Hz": "a frequency",
-    "W": "a power",
-    "s": "a time",
-}
-_ALL: dict[str, str] = {name: unit for unit, names in UNITS.items() for name in names}
+_MEANING = {unit: meaning for unit, (_, _, meaning, _) in _DIMENSIONS.items()}
+_ALL = {name: unit for unit, names in UNITS.items() for name in names}
 _HINTS = {"b": "B for bytes (b would be bits)", "FLOPS": "FLOP/s", "FLOPs": "FLOP/s", "OPS": "FLOP/s", "OP/s": "FLOP/s"}
 
 
 def parse_quantity(text: str, unit: str) -> float:
-    """A number with a unit to SI.
-
-    Parameters
-    ----------
-    text : str
-        A number, optional blanks, a unit: ``"3.35 TB/s"``, ``"25 ns"``.
-    unit : str
-        The SI unit wanted, a key of :data:`UNITS`.
-
-    Returns
-    -------
-    float
-        The value in ``unit``; finite, any sign.
+    """A number with a unit, such as ``"25 ns"``, to SI; ``unit`` is the one wanted, a key of :data:`UNITS`.
 
     Raises
     ------
@@ -91,41 +72,43 @@ def parse_quantity(text: str, unit: str) -> float:
     Traceback (most recent call last):
     simulator.errors.InputError: expected a time such as "3.0 us", got "3 GHz": GHz is a unit of a frequency
     """
-    wanted = f'expected {_MEANING[unit]} such as "{EXAMPLES[unit]}", got {_shown(text)}'
     body = text.strip(" ")
     match = _NUMBER.match(body)
-    if match is None:
-        raise InputError(f"{wanted}: it does not start with a number")
-    symbol = body[match.end() :].strip(" ").replace("\u00b5", "u").replace("\u03bc", "u")
-    if not symbol:
-        raise InputError(f"{wanted}: the unit is missing")
-    size = UNITS[unit].get(symbol)
-    if size is None:
-        raise InputError(f"{wanted}: {_unit_problem(symbol, unit)}")
-    value = float(_EXACT.multiply(Decimal(match.group()), size))
-    if not math.isfinite(value):
-        raise InputError(f"{wanted}: the number is too large")
-    return value
+    symbol = body[match.end() :].strip(" ").replace("\u00b5", "u").replace("\u03bc", "u") if match else ""
+    if match and symbol in UNITS[unit]:
+        value = float(_EXACT.multiply(Decimal(match.group()), UNITS[unit][symbol]))
+        if math.isfinite(value):
+            return value
+        problem = "the number is too large"
+    elif symbol:
+        problem = _unit_problem(symbol, unit)
+    else:
+        problem = "the unit is missing" if match else "it does not start with a number"
+    raise InputError(f'expected {_MEANING[unit]} such as "{EXAMPLES[unit]}", got {_shown(text)}: {problem}')
+
+
+def _shown(text: str) -> str:
+    return f'"{text[:40]}..."' if len(text) > 40 else f'"{text}"'
+
+
+def _unit_problem(symbol: str, unit: str) -> str:
+    if symbol in _ALL:
+        return f"{symbol} is a unit of {_MEANING[_ALL[symbol]]}"
+    unknown = f"unit {_shown(symbol)} is unknown"
+    for wrong, right in _HINTS.items():
+        if symbol.endswith(wrong) or (wrong == "b" and symbol.rstrip("/s").endswith("b")):
+            return f"{unknown}; write {right}"
+    lowered = {name.lower(): name for name in UNITS[unit]}
+    close = difflib.get_close_matches(symbol[:20].lower(), lowered, n=1, cutoff=0.3)
+    return (
+        f"{unknown}; did you mean {lowered[close[0]]}?" if close else f"{unknown}; use one of {', '.join(UNITS[unit])}"
+    )
 
 
 def format_quantity(value: float, unit: str, digits: int | None = None) -> str:
-    """An SI number as text with a fitting prefix.
+    """An SI number as text with a fitting prefix, of some significant ``digits`` for people; left out, the text is
+    exact: :func:`parse_quantity` gives the same float back.
 
-    Parameters
-    ----------
-    value : float
-        A finite value in ``unit``.
-    unit : str
-        A key of :data:`UNITS`.
-    digits : int, optional
-        Significant digits, for people. Left out, the text is exact: :func:`parse_quantity` gives the same float back.
-
-    Returns
-    -------
-    str
-
-    Examples
-    --------
     >>> format_quantity(3.35e12, "B/s"), format_quantity(52428800.0, "B"), format_quantity(3e-6, "s")
     ('3.35 TB/s', '50 MiB', '3 us')
     >>> format_quantity(1.23456e9, "Hz", digits=3)
@@ -133,27 +116,18 @@ def format_quantity(value: float, unit: str, digits: int | None = None) -> str:
     """
     if not math.isfinite(value):
         raise ValueError(f"expected a finite number, got {value!r}")
+    if digits is None and unit == "B" and value.is_integer():
+        for symbol, power in reversed(_BINARY.items()):  # caches and memories are whole MiB; their decimal text is long
+            whole, rest = divmod(int(value), 1024**power)
+            if power > 1 and whole and not rest and abs(whole) < 1_000_000:
+                return f"{whole} {symbol}{unit}"
     exact = Decimal(repr(float(value)))
     if digits is not None and exact:
         exact = Context(prec=digits).plus(exact)
-    size = abs(exact)
-    if digits is None and unit == "B" and value.is_integer():
-        for symbol, power in reversed(_BINARY.items()):
-            whole, rest = divmod(int(value), 1024**power)
-            if (
-                power > 1 and whole and not rest and abs(whole) < 1_000_000
-            ):  # caches and memories are whole MiB; their decimal text is long
-                return f"{whole} {symbol}{unit}"
-    decimal = {
-        name: scale
-        for name, scale in UNITS[unit].items()
-        if scale.adjusted() % 3 == 0 and scale == Decimal(1).scaleb(scale.adjusted())
-    }
-    fitting = [name for name, scale in decimal.items() if size >= scale]
-    best = max(fitting, key=lambda name: decimal[name]) if fitting else min(decimal, key=lambda name: decimal[name])
-    if not size:
-        best = unit
-    return f"{_plain(exact.scaleb(-decimal[best].adjusted()))} {best}"
+    powers = sorted(_DIMENSIONS[unit][0].items(), key=lambda item: item[1])
+    fitting = [item for item in powers if abs(exact) >= Decimal(1).scaleb(item[1])]
+    prefix, power = (fitting[-1] if fitting else powers[0]) if exact else ("", 0)
+    return f"{_plain(exact.scaleb(-power))} {prefix}{unit}"
 
 
 def _plain(number: Decimal) -> str:
@@ -165,26 +139,11 @@ def _plain(number: Decimal) -> str:
     return f"{number.normalize():e}"
 
 
-def _shown(text: str) -> str:
-    return f'"{text[:40]}..."' if len(text) > 40 else f'"{text}"'
-
-
-def _unit_problem(symbol: str, unit: str) -> str:
-    if symbol in _ALL:
-        return f"{symbol} is a unit of {_MEANING[_ALL[symbol]]}"
-    shown = _shown(symbol)
-    for wrong, right in _HINTS.items():
-        if symbol.endswith(wrong) or (wrong == "b" and symbol.rstrip("/s").endswith("b")):
-            return f"unit {shown} is unknown; write {right}"
-    lowered = {name.lower(): name for name in UNITS[unit]}
-    close = difflib.get_close_matches(symbol[:20].lower(), lowered, n=1, cutoff=0.3)
-    return f"unit {shown} is unknown; " + (
-        f"did you mean {lowered[close[0]]}?" if close else f"use one of {', '.join(UNITS[unit])}"
-    )
+# -- for people: three significant digits -----------------------------------------------------------------------------
 
 
 def seconds(value: float) -> str:
-    """A time for people, three significant digits.
+    """A time.
 
     >>> seconds(0.0123456), seconds(3e-6), seconds(41.2)
     ('12.3 ms', '3.00 us', '41.2 s')
@@ -193,7 +152,7 @@ def seconds(value: float) -> str:
 
 
 def size(value: float) -> str:
-    """An amount of memory for people, binary prefixes as memory is built.
+    """An amount of memory, binary prefixes as memory is built.
 
     >>> size(80 * 2**30), size(50 * 2**20), size(16.06e9)
     ('80.0 GiB', '50.0 MiB', '15.0 GiB')
@@ -202,7 +161,7 @@ def size(value: float) -> str:
 
 
 def rate(value: float, unit: str) -> str:
-    """Something a second for people, decimal prefixes.
+    """Something a second, decimal prefixes.
 
     >>> rate(3.35e12, "B/s"), rate(989.4e12, "FLOP/s")
     ('3.35 TB/s', '989 TFLOP/s')
@@ -225,8 +184,7 @@ def percent(value: float) -> str:
     >>> percent(0.25), percent(0.1234)
     ('25 %', '12.3 %')
     """
-    text = f"{100 * value:.1f}"
-    return f"{text.removesuffix('.0')} %"
+    return f"{100 * value:.1f}".removesuffix(".0") + " %"
 
 
 def _prefixed(value: float, units: Sequence[tuple[str, float]]) -> str:

@@ -1,14 +1,14 @@
 """A workload: the operators of one forward pass as a frozen table of columns.
 
-Use :func:`simulator.lower` to make one, :func:`simulator.prune` to change it, and the cost modules to time it. A row is one
-operator shape; ``count`` says how often it runs (identical layers share a row), and may be fractional where a dynamic method runs
-an operator only sometimes. Everything is an array of equal length: no row objects, no Python loop over rows.
+Use :func:`simulator.lower` to make one, :func:`simulator.prune` to change it, and the kernels to time it. A row is one
+operator shape; ``count`` says how often it runs (identical layers share a row), and may be fractional where a
+dynamic method runs an operator only sometimes. Everything is an array of equal length: no Python loop over rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import lru_cache
 from types import MappingProxyType
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[Any]
+from simulator.columns import Array, Table, column
 
 
 class Kind(IntEnum):
@@ -30,7 +30,7 @@ class Kind(IntEnum):
     COLLECTIVE = 4
 
 
-# as plain numbers: looking up a member of an enumeration takes a microsecond in Python 3.11, and these are asked for all the time
+# as plain numbers: looking up a member of an enumeration takes a microsecond in Python 3.11, too long here
 _GEMM, _PREFILL, _DECODE = int(Kind.GEMM), int(Kind.PREFILL_ATTENTION), int(Kind.DECODE_ATTENTION)
 
 
@@ -70,47 +70,21 @@ DTYPES: tuple[str, ...] = ("fp32", "tf32", "fp16", "bf16", "fp8", "int8", "int4"
 DTYPE_BYTES: NDArray[np.float64] = np.array([4.0, 4.0, 2.0, 2.0, 1.0, 1.0, 0.5])
 """Stored bytes of one element, by dtype code."""
 
+# fmt: off
 ROLES: tuple[str, ...] = (
     # GEMMs of a decoder layer
-    "q",
-    "k",
-    "v",
-    "qkv",
-    "o",
-    "gate",
-    "up",
-    "gate_up",
-    "down",
+    "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down",
     # GEMMs outside the layers, and those that pruning adds
-    "lm_head",
-    "router",
-    "residual_projection",
+    "lm_head", "router", "residual_projection",
     # attention
     "attention",
     # elementwise
-    "embedding",
-    "attention_norm",
-    "mlp_norm",
-    "qk_norm",
-    "post_norm",
-    "final_norm",
-    "rotary",
-    "activation",
-    "residual",
-    "cache_write",
-    "softcap",
-    "sampling",
-    "gather",
-    "scatter",
-    "mask",
-    "select",
-    "sort",
-    "quantize",
+    "embedding", "attention_norm", "mlp_norm", "qk_norm", "post_norm", "final_norm", "rotary", "activation", "residual",
+    "cache_write", "softcap", "sampling", "gather", "scatter", "mask", "select", "sort", "quantize",
     # collectives
-    "all_reduce",
-    "send",
-    "all_gather",
+    "all_reduce", "send", "all_gather",
 )
+# fmt: on
 """Names of operator roles; the index is the code in the ``role`` column."""
 
 _ROLE_CODE: Mapping[str, int] = MappingProxyType({name: code for code, name in enumerate(ROLES)})
@@ -146,47 +120,10 @@ def dtype_code(name: str) -> int:
         raise ValueError(f"dtype {name!r} is unknown; expected one of {', '.join(DTYPES)}") from None
 
 
-# name -> (numpy type, value of a row that does not say)
-SCHEMA: Mapping[str, tuple[type, Any]] = MappingProxyType(
-    {
-        "kind": (np.int8, Kind.GEMM),
-        "role": (np.int16, 0),
-        "part": (np.int8, Part.ATTENTION),
-        "phase": (np.int8, Phase.PREFILL),
-        "layer": (np.int32, -1),  # first layer the row stands for; -1 outside the layers
-        "layers": (np.int32, 0),  # consecutive layers the row stands for; 0 outside the layers
-        "count": (
-            np.float64,
-            1.0,
-        ),  # executions of this shape in the pass, all its layers together (expected, where dynamic)
-        "m": (np.int64, 0),  # GEMM: tokens
-        "n": (np.int64, 0),  # GEMM: output features
-        "k": (np.int64, 0),  # GEMM: input features
-        "stage": (np.int8, 0),  # GEMM: 0 a whole weight, 1 / 2 the first / second factor of a low-rank pair
-        "batch": (np.int64, 0),  # attention: sequences; collective: devices taking part
-        "q_len": (np.int64, 0),  # attention: query positions a sequence (1 in decode)
-        "kv_len": (np.int64, 0),  # attention: key positions a sequence, the last q_len of them being the queries' own
-        "heads": (np.int64, 0),  # attention: query heads
-        "kv_heads": (np.int64, 0),  # attention: key/value heads
-        "head_dim": (np.int64, 0),  # attention: features a head
-        "window": (np.int64, 0),  # attention: sliding window in positions, 0 for none
-        "block": (np.int64, 0),  # attention: edge of the blocks that are skipped, 0 where none are
-        "density": (np.float64, 1.0),  # share of the multiply-adds that are not zero / not skipped
-        "kernel": (np.int8, Kernel.DENSE),
-        "dtype": (np.int8, _DTYPE_CODE["bf16"]),  # activations and arithmetic
-        "weight_dtype": (np.int8, _DTYPE_CODE["bf16"]),  # second operand: weights, or the K/V cache
-        "read_bytes": (np.float64, 0.0),  # elementwise: bytes read; collective: payload
-        "write_bytes": (np.float64, 0.0),  # elementwise: bytes written
-        "params": (np.float64, 0.0),  # parameters this row owns (0 where tied or shared with another row)
-        "overhead": (np.bool_, False),  # work that exists only because of pruning
-    }
-)
-
-
 def attention_pairs(q_len: Array, kv_len: Array, window: Array) -> Array:
     """Query-key pairs under a causal mask, for one sequence and head.
 
-    Query i of q_len (from 0) sits at position p = kv_len - q_len + i and sees min(p + 1, window) keys (window 0: no limit).
+    Query i of q_len (from 0) sits at position p = kv_len - q_len + i and sees min(p + 1, window) keys (0: no limit).
 
     >>> int(attention_pairs(np.array(4), np.array(4), np.array(0)))
     10
@@ -198,9 +135,8 @@ def attention_pairs(q_len: Array, kv_len: Array, window: Array) -> Array:
     full: Array = q * (first + last) / 2
     if not np.count_nonzero(w):
         return full
-    capped = np.clip(
-        last - np.maximum(w, first - 1), 0, q
-    )  # queries whose window is shorter than what lies before them
+    # queries whose window is shorter than what lies before them
+    capped = np.clip(last - np.maximum(w, first - 1), 0, q)
     seen = full - capped * (last - w) + capped * (capped - 1) / 2  # sum of (position + 1 - w) over the capped queries
     return np.where(w > 0, seen, full)
 
@@ -232,9 +168,9 @@ class Meta:
     config: Any = field(default=None, compare=False, repr=False)  # the ModelConfig it was lowered from
 
 
-@dataclass(frozen=True)
-class Workload:
-    """Operators as equal-length columns; see :data:`SCHEMA` for their meaning, type and default.
+@dataclass(frozen=True, eq=False)
+class Workload(Table):
+    """Operators as equal-length columns; names of roles and number formats are taken as their codes.
 
     Examples
     --------
@@ -243,120 +179,38 @@ class Workload:
     384.0
     """
 
-    kind: Array
-    role: Array
-    part: Array
-    phase: Array
-    layer: Array
-    layers: Array
-    count: Array
-    m: Array
-    n: Array
-    k: Array
-    stage: Array
-    batch: Array
-    q_len: Array
-    kv_len: Array
-    heads: Array
-    kv_heads: Array
-    head_dim: Array
-    window: Array
-    block: Array
-    density: Array
-    kernel: Array
-    dtype: Array
-    weight_dtype: Array
-    read_bytes: Array
-    write_bytes: Array
-    params: Array
-    overhead: Array
+    # fmt: off
+    kind: Array = column(np.int8, Kind.GEMM)
+    role: Array = column(np.int16, 0)
+    part: Array = column(np.int8, Part.ATTENTION)
+    phase: Array = column(np.int8, Phase.PREFILL)
+    layer: Array = column(np.int32, -1)  # first layer the row stands for; -1 outside the layers
+    layers: Array = column(np.int32, 0)  # consecutive layers the row stands for; 0 outside the layers
+    count: Array = column(np.float64, 1.0)  # executions in the pass, all its layers together (expected, where dynamic)
+    m: Array = column(np.int64, 0)  # GEMM: tokens
+    n: Array = column(np.int64, 0)  # GEMM: output features
+    k: Array = column(np.int64, 0)  # GEMM: input features
+    stage: Array = column(np.int8, 0)  # GEMM: 0 a whole weight, 1 / 2 the first / second factor of a low-rank pair
+    batch: Array = column(np.int64, 0)  # attention: sequences; collective: devices taking part
+    q_len: Array = column(np.int64, 0)  # attention: query positions a sequence (1 in decode)
+    kv_len: Array = column(np.int64, 0)  # attention: key positions a sequence, the last q_len the queries' own
+    heads: Array = column(np.int64, 0)  # attention: query heads
+    kv_heads: Array = column(np.int64, 0)  # attention: key/value heads
+    head_dim: Array = column(np.int64, 0)  # attention: features a head
+    window: Array = column(np.int64, 0)  # attention: sliding window in positions, 0 for none
+    block: Array = column(np.int64, 0)  # attention: edge of the blocks that are skipped, 0 where none are
+    density: Array = column(np.float64, 1.0)  # share of the multiply-adds that are not zero / not skipped
+    kernel: Array = column(np.int8, Kernel.DENSE)
+    dtype: Array = column(np.int8, _DTYPE_CODE["bf16"])  # activations and arithmetic
+    weight_dtype: Array = column(np.int8, _DTYPE_CODE["bf16"])  # second operand: weights, or the K/V cache
+    read_bytes: Array = column(np.float64, 0.0)  # elementwise: bytes read; collective: payload
+    write_bytes: Array = column(np.float64, 0.0)  # elementwise: bytes written
+    params: Array = column(np.float64, 0.0)  # parameters this row owns (0 where tied or shared with another row)
+    overhead: Array = column(np.bool_, False)  # work that exists only because of pruning
     meta: Meta = Meta()
+    # fmt: on
 
-    def __post_init__(self) -> None:
-        size = len(self.kind)
-        for name, (kind, _) in SCHEMA.items():
-            given = getattr(self, name)
-            if (
-                type(given) is np.ndarray
-                and given.dtype.type is kind
-                and not given.flags.writeable
-                and given.shape == (size,)
-            ):
-                continue  # a column of another workload: checked there
-            column: Array = np.asarray(given, dtype=kind)
-            if column.shape != (size,):
-                raise ValueError(f"column {name}: expected shape ({size},), got {column.shape}")
-            column = column.view()
-            column.flags.writeable = False
-            object.__setattr__(self, name, column)
-
-    def __len__(self) -> int:
-        return len(self.kind)
-
-    @classmethod
-    def _of(cls, columns: dict[str, Array], meta: Meta) -> Workload:
-        """A workload of columns that are known to be of the schema's types and of one length: they come from checked ones."""
-        out = object.__new__(cls)
-        for column in columns.values():
-            column.flags.writeable = False
-        out.__dict__.update(columns, meta=meta)
-        return out
-
-    # -- making -------------------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def from_columns(cls, meta: Meta | None = None, size: int | None = None, **columns: Any) -> Workload:
-        """Columns (scalars broadcast) to a workload; what is not given takes its default. ``role`` may be names."""
-        if "role" in columns and np.asarray(columns["role"]).dtype.kind in "UO":
-            columns["role"] = role_code(*np.atleast_1d(columns["role"]))
-        unknown = columns.keys() - SCHEMA.keys()
-        if unknown:
-            raise ValueError(f"unknown columns {sorted(unknown)}; expected some of {sorted(SCHEMA)}")
-        if size is None:
-            size = max((np.size(v) for v in columns.values()), default=0)
-        full: dict[str, Array] = {}
-        for name, (kind, default) in SCHEMA.items():
-            value = columns.get(name, default)
-            if isinstance(value, np.ndarray) and value.shape == (size,):
-                full[name] = value.astype(kind)
-            elif np.ndim(value) == 0:
-                full[name] = np.full(size, value, dtype=kind)
-            else:
-                full[name] = np.array(np.broadcast_to(np.asarray(value, dtype=kind), (size,)))
-        return cls(**full, meta=meta or Meta())
-
-    @classmethod
-    def from_rows(cls, rows: Iterable[Mapping[str, Any]], meta: Meta | None = None) -> Workload:
-        """A list of mappings to a workload; ``role`` may be a name. For a handful of rows, as lowering writes them."""
-        rows = list(rows)
-        names = {name for row in rows for name in row}
-        columns: dict[str, Any] = {}
-        for name in names:
-            default = SCHEMA[name][1] if name in SCHEMA else None
-            values = [row.get(name, default) for row in rows]
-            columns[name] = [_ROLE_CODE[v] if isinstance(v, str) else v for v in values] if name == "role" else values
-        return cls.from_columns(meta, size=len(rows), **columns)
-
-    @staticmethod
-    def concat(parts: Iterable[Workload], meta: Meta | None = None) -> Workload:
-        """Rows of several workloads one after the other; the meta of the first unless another is given."""
-        parts = list(parts)
-        columns = {name: np.concatenate([getattr(p, name) for p in parts]) for name in SCHEMA}
-        return Workload._of(columns, meta or parts[0].meta)
-
-    def take(self, index: Array) -> Workload:
-        """Rows chosen by a mask or an index array."""
-        return Workload._of({name: getattr(self, name)[index] for name in SCHEMA}, self.meta)
-
-    def replace(self, **columns: Any) -> Workload:
-        """A copy with some columns (scalars broadcast) or the meta replaced."""
-        meta = columns.pop("meta", self.meta)
-        new: dict[str, Array] = {name: getattr(self, name) for name in SCHEMA}
-        for name, values in columns.items():
-            column: Array = np.asarray(values, dtype=SCHEMA[name][0])
-            # a view, so that the caller's own array stays writable
-            new[name] = column.view() if column.shape == (len(self),) else np.broadcast_to(column, (len(self),))
-        return Workload._of(new, meta)
+    CODES = MappingProxyType({"role": ROLES, "dtype": DTYPES, "weight_dtype": DTYPES})
 
     def is_role(self, *names: str) -> Array:
         """Mask of the rows with one of these roles."""
@@ -369,34 +223,32 @@ class Workload:
         mask: Array = (self.kind == _PREFILL) | (self.kind == _DECODE)
         return mask
 
-    # -- counting -----------------------------------------------------------------------------------------------------------
-
     @property
     def pairs(self) -> Array:
-        """Query-key pairs an attention row computes for one sequence and head: causal, windowed; float64, 0 for other rows."""
+        """Query-key pairs an attention row computes for one sequence and head: causal, windowed; 0 for other rows."""
         return attention_pairs(self.q_len, self.kv_len, self.window)
 
     @property
+    def keys_seen(self) -> Array:
+        """Key positions that any query of an attention row sees."""
+        return np.where(self.window > 0, np.minimum(self.kv_len, self.q_len + self.window - 1), self.kv_len)
+
+    @property
     def weight_bytes_each(self) -> Array:
-        """Bytes of weights one execution of a GEMM row must read (compressed where the kernel stores zeros away), float64."""
+        """Bytes of weights one execution of a GEMM row must read (compressed where the kernel stores zeros away)."""
         stored: Array = DTYPE_BYTES[self.weight_dtype]
         if np.count_nonzero(self.kernel):
+            pairs, scattered = self.kernel == Kernel.SPARSE24, self.kernel == Kernel.UNSTRUCTURED
             # 2:4 keeps a 2-bit index a kept value; scattered zeros need at least one bit a position
-            index = np.where(
-                self.kernel == Kernel.SPARSE24,
-                0.25 * self.density,
-                np.where(self.kernel == Kernel.UNSTRUCTURED, 0.125, 0.0),
-            )
-            whole = (self.kernel == Kernel.DENSE) | (self.kernel == Kernel.BLOCK_SPARSE)
-            stored = np.where(
-                whole, stored, np.minimum(stored, self.density * stored + index)
-            )  # few zeros are not worth an index
+            index = np.where(pairs, 0.25 * self.density, 0.125)
+            # few zeros are not worth an index
+            stored = np.where(pairs | scattered, np.minimum(stored, self.density * stored + index), stored)
         out: Array = np.where(self.kind == _GEMM, self.n.astype(np.float64) * self.k * stored, 0.0)
         return out
 
     @property
     def flops(self) -> Array:
-        """FLOPs of each row, all its executions: GEMMs 2MNK, attention 4 d a query-key pair and head; others count none."""
+        """FLOPs of each row, all its executions: GEMMs 2MNK, attention 4 d a query-key pair and head; others none."""
         m, n, k = (c.astype(np.float64) for c in (self.m, self.n, self.k))
         gemm = 2.0 * m * n * k
         attention = 4.0 * self.batch * self.heads * self.head_dim * self.pairs
@@ -406,21 +258,12 @@ class Workload:
 
     @property
     def bytes(self) -> Array:
-        """Bytes each row must at least move to and from memory, all its executions: operands read once, results written once."""
+        """Bytes each row must at least move, all its executions: operands read once, results written once."""
         act = DTYPE_BYTES[self.dtype]
         gemm = self.weight_bytes_each + act * self.m.astype(np.float64) * (self.k + self.n)
         head = self.head_dim.astype(np.float64)
-        seen = np.where(self.window > 0, np.minimum(self.kv_len, self.q_len + self.window - 1), self.kv_len)
-        decode = self.kind == _DECODE
-        cache = (
-            2.0
-            * self.batch
-            * self.kv_heads
-            * seen
-            * head
-            * DTYPE_BYTES[self.weight_dtype]
-            * np.where(decode, self.density, 1.0)
-        )
+        cache = 2.0 * self.batch * self.kv_heads * self.keys_seen * head * DTYPE_BYTES[self.weight_dtype]
+        cache = np.where(self.kind == _DECODE, cache * self.density, cache)
         query = 2.0 * self.batch * self.heads * self.q_len * head * act
         moved = self.read_bytes + self.write_bytes
         each = np.where(self.kind == _GEMM, gemm, np.where(self.is_attention, cache + query, moved))
@@ -432,10 +275,8 @@ class Workload:
         """Parameters of the model the rows describe."""
         return float((self.params * self.count).sum())
 
-    # -- layers -------------------------------------------------------------------------------------------------------------
-
     def expand(self) -> Workload:
-        """One row a layer: rows that stand for several equal layers are repeated with ``count`` shared out, layers numbered up."""
+        """One row a layer: rows that stand for several equal layers are repeated, ``count`` shared out among them."""
         times = np.maximum(self.layers, 1).astype(np.int64)
         index = np.repeat(np.arange(len(self)), times)
         offset = np.arange(len(index)) - np.repeat(np.cumsum(times) - times, times)
@@ -443,17 +284,3 @@ class Workload:
         layer = np.where(out.layers > 0, out.layer + offset, -1)
         share = 1.0 / times[index]
         return out.replace(count=out.count * share, layer=layer, layers=np.minimum(out.layers, 1))
-
-    def compact(self) -> Workload:
-        """Equal rows merged, their counts added; the first layer of each group is kept."""
-        keys = [name for name in SCHEMA if name not in ("count", "layer", "layers")]
-        table = np.stack([getattr(self, name).astype(np.float64) for name in keys], axis=1)
-        _, first, inverse = np.unique(table, axis=0, return_index=True, return_inverse=True)
-        order = np.argsort(first)
-        inverse = inverse.reshape(-1)
-        counts = np.bincount(inverse, weights=self.count)[order]
-        layers = np.bincount(inverse, weights=self.layers)[order]
-        return self.take(first[order]).replace(count=counts, layers=layers)
-
-
-assert [f.name for f in fields(Workload)][:-1] == list(SCHEMA)  # one list of columns, two places that must agree

@@ -1,7 +1,8 @@
-"""Published shapes and counts of models, and the tensors a checkpoint holds, written down without the code under test."""
+"""Published shapes and counts of models, and the tensors of a checkpoint, written down without the code under test."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 Shape = tuple[int, ...]
@@ -57,20 +58,17 @@ def layer_tensors(p: Published) -> list[Shape]:
     h, q, kv, i, d = p.hidden, p.heads * p.head_dim, p.kv_heads * p.head_dim, p.inner, p.head_dim
     gated: list[Shape] = [(i, h), (i, h), (h, i)]
     split: list[Shape] = [(q, h), (kv, h), (kv, h), (h, q)]
-    if p.family == "llama":
-        return [*split, *gated, (h,), (h,)]
-    if p.family == "qwen2":
-        return [*split, (q,), (kv,), (kv,), *gated, (h,), (h,)]
-    if p.family == "qwen3":
-        return [*split, (d,), (d,), *gated, (h,), (h,)]
-    if p.family == "gemma2":
-        return [*split, *gated, (h,), (h,), (h,), (h,)]
-    if p.family == "phi3":
-        return [(q + 2 * kv, h), (h, q), (2 * i, h), (h, i), (h,), (h,)]
-    if p.family == "opt":
-        return [(h, h), (h,)] * 4 + [(i, h), (i,), (h, i), (h,)] + [(h,), (h,)] * 2
-    assert p.family == "gpt_neox"
-    return [(3 * h, h), (3 * h,), (h, h), (h,), (i, h), (i,), (h, i), (h,)] + [(h,), (h,)] * 2
+    norms: list[Shape] = [(h,), (h,)]
+    plain: list[Shape] = [(h,), (i, h), (i,), (h, i), (h,), *norms, *norms]  # bias of o, the MLP, two layer norms
+    return {
+        "llama": [*split, *gated, *norms],
+        "qwen2": [*split, (q,), (kv,), (kv,), *gated, *norms],
+        "qwen3": [*split, (d,), (d,), *gated, *norms],
+        "gemma2": [*split, *gated, *norms, *norms],
+        "phi3": [(q + 2 * kv, h), (h, q), (2 * i, h), (h, i), *norms],
+        "opt": [*split, (q,), (kv,), (kv,), *plain],
+        "gpt_neox": [(3 * h, h), (3 * h,), (h, h), *plain],
+    }[p.family]
 
 
 def outer_tensors(p: Published) -> list[Shape]:
@@ -87,13 +85,13 @@ def pass_flops(
     *,
     causal: bool = True,
     every_logit: bool = False,
-    window: dict[int, int] | None = None,
+    window: Mapping[int, int] = {},
 ) -> int:
-    """FLOPs of a prefill, counted matrix by matrix and query by query."""
+    """FLOPs of a prefill, counted matrix by matrix and query by query; ``window`` by layer."""
     total = 0
     for layer in range(p.layers):
         total += sum(2 * batch * seq * s[0] * s[1] for s in layer_tensors(p) if len(s) == 2)
-        reach = (window or {}).get(layer, 0) or seq
+        reach = window.get(layer, 0) or seq
         pairs = sum(min(i + 1, reach) if causal else seq for i in range(seq))
         total += 4 * batch * p.heads * p.head_dim * pairs
     return total + 2 * batch * (seq if every_logit else 1) * p.vocab * p.hidden

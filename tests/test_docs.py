@@ -1,9 +1,8 @@
-"""The documentation is true: equations run, worked examples carried out, printed text compared, generated pages current, links whole."""
+"""The documentation is true: equations run, worked examples carried out, printed text compared, generated pages
+current, links whole."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import re
 import shlex
@@ -14,15 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from calibration.fit.core import Shapes, machine_of, shapes
-from calibration.fit.gemm import fit_gemm
-from calibration.judge import pages_ablations, pages_commands
-from calibration.judge.protocol import errors, predict
-from simulator.hardware.library import load_hardware
-from simulator.hardware.profile import HardwareProfile
+from calibration.judge import pages
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -56,17 +49,16 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-# -- examples and equations -----------------------------------------------------------------------------------------------------------
+# -- examples and equations --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the packages that new files may be added to; the files in it are links."""
     folder = tmp_path_factory.mktemp("tree")
+    caches = shutil.ignore_patterns("__pycache__")
     for package in PACKAGES:
-        shutil.copytree(
-            ROOT / package, folder / package, copy_function=os.symlink, ignore=shutil.ignore_patterns("__pycache__")
-        )
+        shutil.copytree(ROOT / package, folder / package, copy_function=os.symlink, ignore=caches)
     return folder
 
 
@@ -75,30 +67,24 @@ def python(arguments: list[str], folder: Path) -> str:
     home = folder if (folder / "simulator").is_dir() else ROOT
     environment = {**os.environ, "PYTHONPATH": str(home), "MPLBACKEND": "Agg", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-W", "error", *arguments]
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.returncode == 0, (
-        f"{' '.join(arguments)[:300]}: status {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-    )
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    said = f"{' '.join(arguments)[:300]}: status {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    assert done.returncode == 0, said
     return done.stdout
 
 
 def commands_of(shell: str) -> Iterator[list[str]]:
-    """The ``prunesim`` and ``python -m calibration...`` calls of a shell block; what sets up an environment is left to `.ci/run`."""
+    """The ``prunesim`` and ``python -m calibration...`` calls of a shell block; what sets up an environment is left to
+    `.ci/run`."""
     for line in shell.replace("\\\n", " ").splitlines():
         for part in line.split("&&"):
             words = shlex.split(part, comments=True)
             if words[1:2] == ["explore"]:
                 continue  # a server, which has tests of its own
-            if words and Path(words[0]).name == "prunesim":
+            program = Path(words[0]).name if words else ""
+            if program == "prunesim":
                 yield ["-m", "calibration.cli", *words[1:]]
-            elif (
-                words
-                and Path(words[0]).name.startswith("python")
-                and words[1:2] == ["-m"]
-                and words[2].startswith("calibration")
-            ):
+            elif program.startswith("python") and words[1:2] == ["-m"] and words[2].startswith("calibration"):
                 yield words[1:]
             else:
                 assert not words or SETS_UP.search(part), f"neither a command of prunesim nor one that sets up: {part}"
@@ -113,7 +99,8 @@ def lines_of(text: str) -> list[str]:
 
 
 def assert_printed(shown: str, printed: str, where: str) -> None:
-    """The lines a page shows are lines that were printed, one after the other; a line ``...`` stands for any that are left out."""
+    """The lines a page shows are lines that were printed, one after the other; a line ``...`` stands for any that are
+    left out."""
     have = lines_of(printed)
     at = 0
     for part in re.split(r"^\.\.\.\n", shown.strip("\n") + "\n", flags=re.MULTILINE):
@@ -121,20 +108,17 @@ def assert_printed(shown: str, printed: str, where: str) -> None:
         places = [i for i in range(at, len(have) - len(want) + 1) if have[i : i + len(want)] == want]
         if not places:
             missing = next((line for line in want if line not in have), "")
-            what = (
-                f"shows a line that is not printed:\n{missing}"
-                if missing
-                else "leaves lines out without a line of three dots"
-            )
+            shown_only = f"shows a line that is not printed:\n{missing}"
+            what = shown_only if missing else "leaves lines out without a line of three dots"
             raise AssertionError(f"{where}: {what}\nprinted:\n" + "\n".join(have[:120]))
         at = places[0] + len(want)
 
 
 def follow(path: Path, folder: Path) -> dict[str, int]:
-    """Do what a page says: write its files, run its commands and its Python, compare what it shows as printed.
+    """Do what a page says: write its files, run its commands and its Python, compare what it shows as printed; count.
 
-    A block of text shows what the last command printed, or, where it begins with ``$``, its own command. One that begins with ``prunesim``
-    is a command for a machine that is not at hand. Returns what was done.
+    A block of text shows what the last command printed, or, where it begins with ``$``, its own command. One that
+    begins with ``prunesim`` is a command for a machine that is not at hand.
     """
     done = {"files": 0, "shell": 0, "python": 0, "shown": 0}
     printed = ""
@@ -193,11 +177,8 @@ def test_the_examples_of_how_to_add_things_work(tree: Path) -> None:
     assert done["shown"] >= 4
 
 
-SHOWN = [
-    p
-    for p in PAGES
-    if p.name not in ("adding.md", "model.md") and any(block.language in ("bash", "text") for block in blocks(p))
-]
+OTHERS = [p for p in PAGES if p.name not in ("adding.md", "model.md")]
+SHOWN = [p for p in OTHERS if any(block.language in ("bash", "text") for block in blocks(p))]
 
 
 @pytest.mark.slow
@@ -209,14 +190,14 @@ def test_a_newcomer_sees_what_the_page_shows(path: Path, tmp_path: Path) -> None
 
 
 def test_what_is_not_printed_is_noticed() -> None:
-    assert_printed("b\nc\n", "a\nb  \nc\nd\n", "here")
-    assert_printed("b\n...\nd\n", "a\nb\nc\nd\n", "here")
-    with pytest.raises(AssertionError, match="here: leaves lines out"):
-        assert_printed("b\nd", "a\nb\nc\nd", "here")
-    with pytest.raises(AssertionError, match="here: leaves lines out"):
-        assert_printed("c\n...\nb", "a\nb\nc\nd", "here")
+    printed = "a\nb  \nc\nd\n"
+    for shown in ("b\nc\n", "b\n...\nd\n"):
+        assert_printed(shown, printed, "here")
+    for shown in ("b\nd", "c\n...\nb"):
+        with pytest.raises(AssertionError, match="here: leaves lines out"):
+            assert_printed(shown, printed, "here")
     with pytest.raises(AssertionError, match="here: shows a line that is not printed:\ne"):
-        assert_printed("b\ne", "a\nb\nc\nd", "here")
+        assert_printed("b\ne", printed, "here")
     with pytest.raises(AssertionError, match="neither a command"):
         list(commands_of("rm -rf x"))
     assert list(commands_of(".venv/bin/pip install -e . && .venv/bin/prunesim gemm 1 2 3 --hardware 'a b'")) == [
@@ -224,20 +205,23 @@ def test_what_is_not_printed_is_noticed() -> None:
     ]
 
 
-# -- pages ----------------------------------------------------------------------------------------------------------------------------
+# -- pages -------------------------------------------------------------------------------------------------------------
+
+
+def prose(path: Path) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
 def anchors(path: Path) -> set[str]:
     """Anchors GitHub gives a page's headings."""
-    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    heads = re.findall(r"^#+ +(.+)$", text, re.MULTILINE)
+    heads = re.findall(r"^#+ +(.+)$", prose(path), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
 def links(path: Path) -> Iterator[str]:
     """Targets of the links and images of a page, those in code left out."""
-    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    yield from re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", text))
+    yield from re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", prose(path)))
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
@@ -254,8 +238,7 @@ def test_relative_links_lead_somewhere(path: Path) -> None:
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
 def test_tables_have_as_many_cells_in_every_line(path: Path) -> None:
-    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    for found in re.finditer(r"(?:^\|.*\n?)+", text, re.MULTILINE):
+    for found in re.finditer(r"(?:^\|.*\n?)+", prose(path), re.MULTILINE):
         lines = found[0].splitlines()
         cells = [len(re.findall(r"(?<!\\)\|", re.sub(r"`[^`]*`", "", line))) for line in lines]
         assert len(lines) >= 3, f"{name_of(path)}: {lines[0]}"
@@ -270,16 +253,11 @@ def test_the_index_names_every_page() -> None:
     assert not missing
 
 
-def test_the_page_of_commands_is_current() -> None:
-    path = ROOT / "docs" / "commands.md"
-    assert path.read_text(encoding="utf-8") == pages_commands.page(), (
-        "python -m calibration.judge.pages commands -o docs/commands.md"
-    )
-
-
-def test_the_page_of_commands_shows_every_option() -> None:
-    page = pages_commands.page()
-    for path, command in pages_commands.commands():
+def test_the_page_of_commands_is_current_and_shows_every_option() -> None:
+    page = pages.commands_page()
+    made_by = "python -m calibration.judge.pages commands -o docs/commands.md"
+    assert (ROOT / "docs" / "commands.md").read_text(encoding="utf-8") == page, made_by
+    for path, command in pages.commands():
         section = page.partition(f"\n## prunesim {path}\n")[2].partition("\n## ")[0]
         options = [name for p in command.params if p.name != "help" for name in p.opts if name.startswith("--")]
         assert "--json" in options
@@ -296,88 +274,3 @@ def test_every_gpu_with_a_table_has_its_accuracy_report() -> None:
     index = text[ROOT / "docs" / "validation" / "README.md"]
     for command in re.findall(r"`prunesim validate (.+?)`", index):
         assert (ROOT / command.split("--markdown ")[1]).is_file(), command
-
-
-# -- ablations ------------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def planted() -> tuple[HardwareProfile, Shapes]:
-    """2,016 shapes of 42 (n, k) pairs, timed by the shipped H100 model with 2 % noise."""
-    from simulator.kernels.gemm import gemm_time
-
-    hw = load_hardware("h100")
-    rng = np.random.default_rng(5)
-    pairs = np.round(2 ** rng.uniform(7, 14, (42, 2)) / 16) * 16
-    m = np.tile(np.unique(np.round(2.0 ** np.linspace(0, 13, 48))), 42)
-    n, k = np.repeat(pairs, len(m) // 42, axis=0).T
-    data = shapes(m, n, k, np.ones(m.size), machine_of(hw, "bf16"))
-    seconds = gemm_time(data.m, data.n, data.k, hw, copies=data.copies).seconds * np.exp(
-        0.02 * rng.standard_normal(m.size)
-    )
-    return hw, Shapes(data.m, data.n, data.k, seconds, data.copies)
-
-
-@pytest.mark.slow
-def test_an_ablation_of_nothing_is_the_fit_that_ships(planted: tuple[HardwareProfile, Shapes]) -> None:
-    hw, data = planted
-    args = (data.m, data.n, data.k, data.seconds, hw)
-    own = pages_ablations.fit_variant(pages_ablations.FULL, *args, copies=data.copies, seed=3)
-    shipped = fit_gemm(*args, copies=data.copies, seed=3)
-    np.testing.assert_allclose(own.unseen, shipped.unseen)
-    assert own.section.intervals == shipped.section.intervals
-    np.testing.assert_allclose(own.section.arrays["values"], shipped.section.arrays["values"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["no launch time", "no split-K", "no L2 residency", "no residual", "smooth lattice alone"]
-)
-def test_an_ablation_leaves_out_what_it_says(name: str, planted: tuple[HardwareProfile, Shapes]) -> None:
-    hw, data = planted
-    variant = next(v for v in pages_ablations.VARIANTS if v.name == name)
-    found = pages_ablations.fit_variant(variant, data.m, data.n, data.k, data.seconds, hw, copies=data.copies)
-    for constant, value in variant.fixed.items():
-        assert found.section[constant] == value
-    assert len(found.section.arrays.get("terms", ())) == {"no residual": 0, "smooth lattice alone": 1}.get(name, 9)
-    bare = pages_ablations.fit_variant(variant.alone, data.m, data.n, data.k, data.seconds, hw, copies=data.copies)
-    full = pages_ablations.fit_variant(
-        pages_ablations.VARIANTS[1], data.m, data.n, data.k, data.seconds, hw, copies=data.copies
-    )
-    mape = {i: errors(predict(f.section, data, hw, "bf16").seconds, data)["mape"] for i, f in enumerate((bare, full))}
-    assert mape[0] > mape[1] if variant.mechanism else mape[0] == pytest.approx(mape[1])
-
-
-def test_the_page_of_ablations_is_made_of_its_rows(planted: tuple[HardwareProfile, Shapes]) -> None:
-    units = [
-        u
-        for u in pages_ablations.units(("h100",), (0, 1))
-        if u[1].name in ("as it ships", "no residual", "no launch time")
-    ]
-    assert len(units) == 8
-    scores = dict.fromkeys(
-        ("mape", "median", "p95", "speedup median", "speedup p95", "coverage", "lowest coverage", "width"), 4.0
-    )
-    rows = []
-    for at, unit in enumerate(units):
-        table, name, alone, seed = pages_ablations.unit_key(unit)
-        rows.append(
-            {"table": table, "variant": name, "alone": alone, "seed": seed, "rows": 9, **scores, "mape": 4.0 + at}
-        )
-    text = pages_ablations.page(rows)
-    assert "| no residual | the analytic form alone | 6.50 | +2.00 ± 0.00 |" in text
-    assert "| no launch time | `t0` = 0 | 9.00 | +4.50 ± 0.50 |" in text
-    assert "10.00 | +3.50 ± 0.50 |" in text
-    row = pages_ablations.run(units[0], lambda _: planted, size=1600)
-    assert pages_ablations.key(row) == pages_ablations.unit_key(units[0])
-    assert 0.5 < row["mape"] < 4.0
-
-
-def test_pages_command_refuses_what_it_cannot_write(tmp_path: Path) -> None:
-    from calibration.judge.pages import main
-
-    assert main(["commands", "-o", str(tmp_path / "c.md")]) == 0
-    assert (tmp_path / "c.md").read_text(encoding="utf-8").startswith("# Commands\n")
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        assert main(["commands", "-o", str(tmp_path / "none" / "c.md")]) == 2
-    assert "none" in said.getvalue()

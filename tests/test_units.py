@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from simulator.errors import InputError
 from simulator.units import EXAMPLES, UNITS, format_quantity, parse_quantity
 
+UNIT = st.sampled_from(sorted(UNITS))
+
 
 @pytest.mark.parametrize(
     ("text", "unit", "value"),
@@ -68,17 +70,17 @@ def test_refused(text: str, unit: str, says: str) -> None:
     assert EXAMPLES[unit] in str(caught.value)  # every refusal shows what would be right
 
 
-@given(st.sampled_from(sorted(UNITS)), st.floats(allow_nan=False, allow_infinity=False))
+@given(UNIT, st.floats(allow_nan=False, allow_infinity=False))
 def test_round_trip(unit: str, value: float) -> None:
     assert parse_quantity(format_quantity(value, unit), unit) == value
 
 
-@given(st.sampled_from(sorted(UNITS)), st.floats(1e-11, 1e20), st.integers(3, 9))
+@given(UNIT, st.floats(1e-11, 1e20), st.integers(3, 9))
 def test_rounded_text_is_near(unit: str, value: float, digits: int) -> None:
     assert math.isclose(parse_quantity(format_quantity(value, unit, digits), unit), value, rel_tol=10.0 ** (1 - digits))
 
 
-@given(st.text(max_size=40), st.sampled_from(sorted(UNITS)))
+@given(st.text(max_size=40), UNIT)
 def test_any_text_is_read_or_refused(text: str, unit: str) -> None:
     with contextlib.suppress(InputError):
         assert math.isfinite(parse_quantity(text, unit))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.workload import DTYPES, ROLES, SCHEMA, Kernel, Kind, Workload, attention_pairs, dtype_code, role_code
+from simulator.workload import DTYPES, ROLES, Kernel, Kind, Meta, Workload, attention_pairs, dtype_code, role_code
 
 
 def _pairs(q: int, kv: int, window: int) -> int:
@@ -21,42 +21,20 @@ def test_pairs_equal_a_count_by_hand(q: int, before: int, window: int) -> None:
 
 
 def test_flops_and_bytes_of_each_kind() -> None:
+    gemm = {"role": "q", "m": 3, "n": 8, "k": 16}
+    attention = {"role": "attention", "batch": 2, "heads": 6, "kv_heads": 2, "head_dim": 8}
     w = Workload.from_rows(
         [
-            {"role": "q", "m": 3, "n": 8, "k": 16, "count": 2},
-            {"role": "q", "m": 3, "n": 8, "k": 16, "kernel": Kernel.SPARSE24, "density": 0.5},
-            {"role": "q", "m": 3, "n": 8, "k": 16, "kernel": Kernel.UNSTRUCTURED, "density": 0.25},
-            {
-                "role": "attention",
-                "kind": Kind.PREFILL_ATTENTION,
-                "batch": 2,
-                "q_len": 4,
-                "kv_len": 4,
-                "heads": 6,
-                "kv_heads": 2,
-                "head_dim": 8,
-            },
-            {
-                "role": "attention",
-                "kind": Kind.DECODE_ATTENTION,
-                "batch": 2,
-                "q_len": 1,
-                "kv_len": 9,
-                "heads": 6,
-                "kv_heads": 2,
-                "head_dim": 8,
-            },
+            gemm | {"count": 2},
+            gemm | {"kernel": Kernel.SPARSE24, "density": 0.5},
+            gemm | {"kernel": Kernel.UNSTRUCTURED, "density": 0.25},
+            attention | {"kind": Kind.PREFILL_ATTENTION, "q_len": 4, "kv_len": 4},
+            attention | {"kind": Kind.DECODE_ATTENTION, "q_len": 1, "kv_len": 9},
             {"role": "residual", "kind": Kind.ELEMENTWISE, "read_bytes": 10, "write_bytes": 5, "count": 4},
         ]
     )
-    assert w.flops.tolist() == [
-        2 * 2 * 3 * 8 * 16,
-        3 * 8 * 16,
-        0.25 * 2 * 3 * 8 * 16,
-        4 * 2 * 6 * 8 * 10,
-        4 * 2 * 6 * 8 * 9,
-        0,
-    ]
+    each, head = 2 * 3 * 8 * 16, 4 * 2 * 6 * 8
+    assert w.flops.tolist() == [2 * each, 0.5 * each, 0.25 * each, 10 * head, 9 * head, 0]
     dense = 2 * (8 * 16 + 3 * 16 + 3 * 8)
     two_four = 8 * 16 * (1 + 1 / 8) + 2 * (3 * 16 + 3 * 8)  # half the values, and 2 bits for each of them
     scattered = 8 * 16 * (0.5 + 1 / 8) + 2 * (3 * 16 + 3 * 8)  # a quarter of the values, and a bit a position
@@ -65,7 +43,7 @@ def test_flops_and_bytes_of_each_kind() -> None:
     assert w.bytes.tolist() == [2 * dense, two_four, scattered, prefill, decode, 60]
 
 
-def test_expand_and_compact_keep_every_count() -> None:
+def test_expand_keeps_every_count() -> None:
     w = Workload.from_rows(
         [
             {"role": "q", "layer": 0, "layers": 4, "count": 12, "m": 1, "n": 8, "k": 8, "params": 64 / 3},
@@ -75,10 +53,6 @@ def test_expand_and_compact_keep_every_count() -> None:
     wide = w.expand()
     assert wide.layer.tolist() == [0, 1, 2, 3, -1]
     assert wide.count.tolist() == [3, 3, 3, 3, 1]
-    back = wide.compact()
-    assert len(back) == 2
-    for name in SCHEMA:
-        assert getattr(back, name).tolist() == getattr(w, name).tolist(), name
     assert wide.parameters == pytest.approx(w.parameters) == 64 * 4 + 800
 
 
@@ -87,9 +61,16 @@ def test_columns_that_do_not_fit_are_refused() -> None:
         Workload.from_columns(rows=3)
     good = Workload.from_columns(m=[1, 2])
     with pytest.raises(ValueError, match="column n: expected shape \\(2,\\), got \\(3,\\)"):
-        Workload(**{**{name: getattr(good, name) for name in SCHEMA}, "n": np.ones(3, np.int64)})
+        Workload(**{**{name: getattr(good, name) for name in Workload.SCHEMA}, "n": np.ones(3, np.int64)})
     with pytest.raises(ValueError, match="read-only"):
         good.m[0] = 5
+    with pytest.raises(ValueError, match="unknown columns \\['rows'\\]"):
+        good.replace(rows=3)
+    with pytest.raises(ValueError, match="role 'query' is unknown"):
+        Workload.from_rows([{"role": "query"}])
+    assert good == good.replace(m=[1, 2]) == good.take(np.array([True, True]))
+    assert good != good.replace(m=3)
+    assert good != good.replace(meta=Meta("other"))
     with pytest.raises(ValueError, match="bf17"):
         dtype_code("bf17")
 

@@ -19,8 +19,7 @@ from calibration.fit.attention_lattice import ROBUST, Smoothing, fit_lattice
 from simulator.hardware.constants import DECODE_CONSTANTS, PREFILL_CONSTANTS
 from simulator.hardware.parts import Fitted, Interval, Provenance, Section
 from simulator.kernels.attention import REGIMES, regime_of
-from simulator.kernels.attention_decode import decode_parts
-from simulator.kernels.attention_prefill import Device
+from simulator.kernels.attention_core import Device, decode_parts
 from simulator.kernels.attention_residual import Lattice
 
 F = NDArray[np.float64]

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.kernels.attention_decode import decode_core, decode_work
-from simulator.kernels.attention_prefill import Device, prefill_core, prefill_work
+from simulator.hardware.profile import HardwareProfile
+from simulator.kernels.attention_core import Device, decode_core, decode_work, prefill_core, prefill_work
 from simulator.kernels.attention_residual import decode_place, prefill_place
 from simulator.workload import DTYPE_BYTES, DTYPES
 
@@ -116,3 +116,8 @@ def usable(phase: str, c: Columns, device: Device) -> tuple[NDArray[np.bool_], d
         counts[reason] = int(np.count_nonzero(bad & good))
         good &= ~bad
     return good, {reason: n for reason, n in counts.items() if n}
+
+
+def device_of(hw: HardwareProfile, dtype: str = "bf16") -> Device:
+    """The facts the attention cores need, of a profile."""
+    return Device(hw.peak_flop_per_s(dtype), float(hw.sm_count), hw.bandwidth_bytes_per_s, hw.l2_bytes)

@@ -16,8 +16,8 @@ from scipy.optimize import least_squares
 
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
 from simulator.hardware.profile import HardwareProfile
-from simulator.kernels.gemm import ELEMENT_BYTES
 from simulator.kernels.gemm_core import (
+    ELEMENT_BYTES,
     PACKING_ARCHITECTURES,
     PERSISTENT_ARCHITECTURES,
     CoreTime,

@@ -14,8 +14,7 @@ from calibration.records.records import Records
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
 from simulator.hardware.parts import Fitted, Section
 from simulator.hardware.profile import HardwareProfile
-from simulator.kernels.gemm import gemm_time, with_section
-from simulator.kernels.gemm_plan import SPARSE24
+from simulator.kernels.gemm import SPARSE24, gemm_time, with_section
 from simulator.workload import DTYPES
 
 F = NDArray[np.float64]

@@ -344,8 +344,7 @@ def _extra(names: Sequence[str]) -> Callable[[_Task, HardwareProfile], FittedPar
 
 def _fit_attention(task: _Task, hw: HardwareProfile, options: _Options) -> FittedPart:
     from calibration.fit.attention import fit_attention
-    from calibration.fit.attention_columns import columns_of
-    from calibration.judge.protocol_attention import device_of
+    from calibration.fit.attention_columns import columns_of, device_of
 
     phase = task.operator.removeprefix("attention_")
     prior = _prior_section(options, task.operator, task.dtype)

@@ -12,12 +12,11 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.judge.published import read
+from calibration.measurements import published
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
 from simulator.hardware.parts import Fitted, Section
 from simulator.hardware.profile import HardwareProfile
-from simulator.kernels.gemm import gemm_time, with_section
-from simulator.kernels.gemm_plan import DENSE, SPARSE24
+from simulator.kernels.gemm import DENSE, SPARSE24, gemm_time, with_section
 
 F = NDArray[np.float64]
 
@@ -29,7 +28,7 @@ def published_ratios(hardware: str, dtypes: tuple[str, ...]) -> tuple[F, F, F, F
     """m, n, k and dense over 2:4 time of the published rows of a device and its formats; those of an unnamed device are left out."""
     rows = [
         r
-        for r in read("gemm_ratios")
+        for r in published("gemm_ratios")
         if r["what"] == "2:4" and r["hardware"] == hardware and r["dtype"] in dtypes and r["gpu"] != "not stated"
     ]
     m, n, k = (np.array([float(r[c]) for r in rows]) for c in ("m", "n", "k"))

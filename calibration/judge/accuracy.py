@@ -1,24 +1,25 @@
-"""The accuracy protocol over everything that ships, as rows of numbers: fits, baselines, other stacks, attention, elementwise operators.
+"""The accuracy protocol over everything that ships, as rows of numbers: fits, baselines, other stacks, attention,
+elementwise operators.
 
-Use :func:`run_protocol`; ``prunesim validate --protocol`` prints its rows and ``accuracy_page`` makes ``docs/accuracy.md`` of them. How a
-split is made and judged is in :mod:`calibration.judge.protocol` and :mod:`calibration.judge.protocol_attention`; here is only what is run. Scores are
-in percent.
+Use :func:`run_protocol`; ``prunesim validate --protocol`` prints its rows and :mod:`calibration.judge.pages` makes
+``docs/accuracy.md`` of them. How a split is made and judged is in :mod:`calibration.judge.protocol` and
+:mod:`calibration.judge.protocol_attention`; here is only what is run. Scores are in percent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from calibration.fit.core import Shapes, machine_of, shapes
-from calibration.fit.gemm import fit_gemm
+from calibration.fit.core import machine_of, shapes
 from calibration.fit.kernels import weight_copies
-from calibration.judge.protocol import Result, evaluate_baselines, evaluate_table, judge, leave_one_out, transfer
+from calibration.judge import protocol
+from calibration.judge.protocol import Measured, Result
 from calibration.measurements import load_measurements
 from calibration.records.records import Records
 from simulator.errors import InputError, unknown
@@ -28,18 +29,21 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.kernels.lattice import smooth_arrays
 
 Row = dict[str, Any]
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Table:
-    """A GEMM table to judge: profile with the datasheet, shipped measurement, number format, and the other stack's table that lends a
-    prior."""
+    """A GEMM table to judge: profile with the datasheet, shipped measurement, number format, and the other stack's
+    table that lends a prior."""
 
     hardware: str
     measurement: str
     dtype: str = "bf16"
     sibling: str = ""
+
+    def load(self, measurement: str = "") -> Measured:
+        """Its rows, or those of another measurement of the device."""
+        return _loaded(measurement or self.measurement, self.hardware, self.dtype)
 
 
 GEMMS: Mapping[str, Table] = MappingProxyType(
@@ -52,54 +56,31 @@ GEMMS: Mapping[str, Table] = MappingProxyType(
         "rtx_pro_6000": Table("rtx_pro_6000", "rtx_pro_6000/gemm/trtllm"),
     }
 )
-OTHERS: tuple[str, ...] = (
-    "a100_sglang",
-    "h100_sglang",
-    "l40s_sglang",
-    "h200_from_h100",
-    "rtx_4090",
-    "attention",
-    "elementwise",
-)
-"""What is judged otherwise: another stack's table, another device by its datasheet, one projection left out, and the other operators."""
-
-TABLES: tuple[str, ...] = (*GEMMS, *OTHERS)
-
-
-@dataclass(frozen=True)
-class _Work:
-    """One unit of the protocol."""
-
-    table: str
-    run: Callable[[], list[Row]]
+STACKS = ("a100_sglang", "h100_sglang", "l40s_sglang")
+"""Another stack's table of the same GPU."""
+TABLES: tuple[str, ...] = (*GEMMS, *STACKS, "h200_from_h100", "rtx_4090", "attention", "elementwise")
+"""What can be judged; the last four: another device by its datasheet, one projection left out, and the other
+operators."""
 
 
 def run_protocol(
     tables: Sequence[str] = ("all",),
     *,
-    seeds: Sequence[int] = (0, 1, 2),
-    sizes: Sequence[int | None] = (100, 400, 4000, None),
-    baselines: bool = True,
-    progress: Progress | None = None,
+    seeds: Sequence[int] = protocol.SEEDS,
+    sizes: Sequence[int | None] = protocol.SIZES,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Row]:
-    """Scores of every table, method, size and seed.
+    """Scores of every table, method, size and seed: rows of "table", "method", "rows" (0: all), "trained_on", "seed",
+    scores.
 
     Parameters
     ----------
     tables : sequence of str
         Of :data:`TABLES`; "all" for all of them (the RTX 4090's only where its rows are at hand).
-    seeds : sequence of int
     sizes : sequence of int or None
         Training rows; None for all there are.
-    baselines : bool
-        Also judge those of :mod:`calibration.judge.baselines` on the same rows.
     progress : callable, optional
-        Called with (units done, units in all).
-
-    Returns
-    -------
-    list of dict
-        "table", "method", "rows" (0: all), "trained_on", "seed", and the scores by name.
+        Called with (steps done, steps in all).
 
     Raises
     ------
@@ -110,86 +91,71 @@ def run_protocol(
     for name in chosen:
         if name not in TABLES:
             raise unknown("table", name, (*TABLES, "all"))
-    units = [unit for name in chosen for unit in _units(name, seeds, sizes, baselines, required="all" not in tables)]
+    units = [unit for name in chosen for unit in _units(name, seeds, sizes, required="all" not in tables)]
     out: list[Row] = []
     for done, unit in enumerate(units):
-        out += unit.run()
+        out += unit()
         if progress is not None:
             progress(done + 1, len(units))
     return out
 
 
 def _units(
-    name: str, seeds: Sequence[int], sizes: Sequence[int | None], baselines: bool, required: bool
-) -> Iterator[_Work]:
+    name: str, seeds: Sequence[int], sizes: Sequence[int | None], required: bool
+) -> Iterator[Callable[[], list[Row]]]:
+    """Steps of one table, as progress counts them."""
     if name in GEMMS:
-        for seed in seeds:
-            for size in sizes:
-                yield _Work(name, lambda size=size, seed=seed: _gemm(name, size, seed, baselines))  # type: ignore[misc]
-    elif name.endswith("_sglang"):
-        for seed in seeds:
-            yield _Work(name, lambda seed=seed: _other_stack(name, seed))  # type: ignore[misc]
+        yield from (partial(_gemm, name, size, seed) for seed in seeds for size in sizes)
+    elif name in STACKS:
+        yield from (partial(_other_stack, name, seed) for seed in seeds)
     elif name == "h200_from_h100":
-        yield _Work(name, _h200)
+        yield _h200
     elif name == "attention":
-        for seed in seeds:
-            yield _Work(name, lambda seed=seed: _attention(seed, sizes))  # type: ignore[misc]
-    elif _rtx_rows() is not None:
-        yield _Work(name, _rtx_4090 if name == "rtx_4090" else lambda: _elementwise(seeds, sizes))
+        yield from (partial(_attention, seed, sizes) for seed in seeds)
+    elif (known := _rtx_rows()) is not None:
+        yield partial(_rtx_4090, *known) if name == "rtx_4090" else partial(_elementwise, *known, seeds, sizes)
     elif required:
         raise InputError(f"table {name}: its rows do not ship; set PRUNESIM_SHARED_DATA to their folder")
 
 
 def _row(table: str, size: int | None, result: Result) -> Row:
-    return {
-        "table": table,
-        "method": result.method,
-        "rows": size or 0,
-        "trained_on": result.rows,
-        "seed": result.seed,
-        **result.scores,
-    }
+    head = {"table": table, "method": result.method, "rows": size or 0, "trained_on": result.rows, "seed": result.seed}
+    return {**head, **result.scores}
+
+
+def gemm_rows(records: Records, hw: HardwareProfile, dtype: str) -> Measured:
+    """GEMM rows as a fit takes them."""
+    r = records.select(records.is_operator("gemm"))
+    return Measured(shapes(r.m, r.n, r.k, r.seconds, machine_of(hw, dtype), weight_copies(r)), hw, dtype)
 
 
 @lru_cache(maxsize=8)
-def gemm_shapes(measurement: str, hardware: str, dtype: str) -> Shapes:
-    """GEMM rows of a shipped measurement as a fit takes them."""
-    r = load_measurements(measurement, dtype)
-    return shapes(r.m, r.n, r.k, r.seconds, machine_of(load_hardware(hardware), dtype), weight_copies(r))
+def _loaded(measurement: str, hardware: str, dtype: str) -> Measured:
+    return gemm_rows(load_measurements(measurement, dtype), load_hardware(hardware), dtype)
 
 
 @lru_cache(maxsize=8)
-def fitted_section(measurement: str, hardware: str, dtype: str) -> Section:
-    """A section fitted on every row of a measurement, without intervals of its own where it only lends a prior."""
-    d = gemm_shapes(measurement, hardware, dtype)
-    return fit_gemm(d.m, d.n, d.k, d.seconds, load_hardware(hardware), dtype=dtype, copies=d.copies).section
+def _fitted(table: Table, measurement: str = "") -> Section:
+    """A section fitted on every row."""
+    return table.load(measurement).fit()
 
 
-def _gemm(name: str, size: int | None, seed: int, baselines: bool) -> list[Row]:
-    t = GEMMS[name]
-    hw, data = load_hardware(t.hardware), gemm_shapes(t.measurement, t.hardware, t.dtype)
-    found = [evaluate_table(data, hw, dtype=t.dtype, size=size, seed=seed)]
-    if t.sibling and size is not None and size <= 1000:
-        prior = fitted_section(t.sibling, t.hardware, t.dtype)
-        found.append(evaluate_table(data, hw, dtype=t.dtype, size=size, seed=seed, prior=prior))
-    if baselines:
-        found += evaluate_baselines(data, hw, dtype=t.dtype, size=size, seed=seed)
-    return [_row(name, size, result) for result in found]
+def _gemm(name: str, size: int | None, seed: int) -> list[Row]:
+    table, data = GEMMS[name], GEMMS[name].load()
+    found = [protocol.evaluate_table(data, size, seed)]
+    if table.sibling and size is not None and size <= 1000:
+        found.append(protocol.evaluate_table(data, size, seed, _fitted(table, table.sibling)))
+    return [_row(name, size, result) for result in (*found, *protocol.evaluate_baselines(data, size, seed))]
 
 
 def _other_stack(name: str, seed: int) -> list[Row]:
-    t = GEMMS[name.removesuffix("_sglang")]
-    hw = load_hardware(t.hardware)
-    section = fitted_section(t.measurement, t.hardware, t.dtype)
-    data = gemm_shapes(t.measurement.replace("trtllm", "sglang"), t.hardware, t.dtype)
-    return [_row(name, result.rows or None, result) for result in transfer(section, data, hw, dtype=t.dtype, seed=seed)]
+    table = GEMMS[name.removesuffix("_sglang")]
+    other = table.load(table.measurement.replace("trtllm", "sglang"))
+    return [_row(name, result.rows, result) for result in protocol.transfer(_fitted(table), other, seed)]
 
 
 def _h200() -> list[Row]:
-    source, target = GEMMS["h100"], GEMMS["h200"]
-    section = fitted_section(source.measurement, source.hardware, source.dtype)
-    data = gemm_shapes(target.measurement, target.hardware, target.dtype)
-    scores = judge(section, data, load_hardware(target.hardware), target.dtype)
+    scores = protocol.judge(_fitted(GEMMS["h100"]), GEMMS["h200"].load())
     return [_row("h200_from_h100", None, Result("H100's section on the H200's datasheet", 0, 0, scores))]
 
 
@@ -197,103 +163,67 @@ def _h200() -> list[Row]:
 def _rtx_rows() -> tuple[HardwareProfile, Records] | None:
     from calibration.fit.shipped import rtx_tables, shared_folder
 
-    folder = shared_folder()
-    hw = load_hardware("rtx_4090")
+    folder, hw = shared_folder(), load_hardware("rtx_4090")
     return None if folder is None else (hw, rtx_tables(folder, hw))
 
 
-def _rtx_4090() -> list[Row]:
-    known = _rtx_rows()
-    assert known is not None
-    hw, r = known
-    r = r.select(r.is_operator("gemm"))
-    data = shapes(r.m, r.n, r.k, r.seconds, machine_of(hw, "bf16"), weight_copies(r))
-    labels = np.array([f"n={int(n)} k={int(k)}" for n, k in zip(r.n, r.k, strict=True)])
-    lender = fitted_section(GEMMS["l40s"].measurement, "l40s", "bf16")
+def _rtx_4090(hw: HardwareProfile, records: Records) -> list[Row]:
+    table = gemm_rows(records, hw, "bf16")
+    labels = np.array([f"n={int(n)} k={int(k)}" for n, k in zip(table.data.n, table.data.k, strict=True)])
+    lender = _fitted(GEMMS["l40s"])
     prior = replace(lender, arrays=MappingProxyType(smooth_arrays(lender.arrays)))
     out = []
     for name, lent in (("prunesim", None), ("prunesim + prior", prior)):
-        for result in leave_one_out(data, labels, hw, prior=lent):
-            out.append({**_row("rtx_4090", None, result), "method": f"{name}, one projection left out"})
+        method = f"{name}, one projection left out"
+        results = protocol.leave_one_out(table, labels, lent)
+        out += [_row("rtx_4090", None, replace(result, method=method)) for result in results]
     return out
 
 
 def _attention(seed: int, sizes: Sequence[int | None]) -> list[Row]:
-    from calibration.judge.protocol_attention import protocol
+    from calibration.fit.attention_columns import columns_of, device_of
+    from calibration.fit.shipped import HEAD_DIM
+    from calibration.judge.protocol_attention import QUESTIONS, TABLES, score
 
-    wanted = tuple(size or 0 for size in sizes if size is None or size >= 400)
     out: list[Row] = []
-    for r in protocol(seeds=(seed,), sizes=wanted):
-        scores = {
-            k.replace("speedup_", "speedup ").replace("_", " "): 100.0 * v
-            for k, v in r.items()
-            if isinstance(v, float) and k != "fit_s"
-        }
-        lowest = min([v for k, v in scores.items() if k.startswith("coverage ")] or [scores["coverage"]])
-        method = f"{r['phase']}, unseen {r['question']}"
-        out.append(
-            {
-                "table": f"attention {r['hardware']}",
-                "method": method,
-                "rows": r["rows"],
-                "trained_on": r["rows"],
-                "seed": seed,
-                **scores,
-                "lowest coverage": lowest,
-                "width": 2.0 * scores["width"],
-            }
-        )
+    for phase, name, table in TABLES:
+        hw, c = load_hardware(name), columns_of(load_measurements(table, dtype="bf16"))
+        c = c.take(c.head_dim == HEAD_DIM)
+        for question in QUESTIONS:
+            for size in (size or 0 for size in sizes if size is None or size >= 400):
+                found = score(phase, c, device_of(hw), hw.architecture, question, size, seed)
+                scores = {key.replace("_", " "): 100.0 * value for key, value in found.items()}
+                scores["lowest coverage"] = min(v for key, v in scores.items() if key.startswith("coverage "))
+                scores["width"] *= 2.0
+                out.append(_row(f"attention {name}", size, Result(f"{phase}, unseen {question}", seed, size, scores)))
     return out
 
 
-def _elementwise(seeds: Sequence[int], sizes: Sequence[int | None]) -> list[Row]:
+def _elementwise(hw: HardwareProfile, records: Records, seeds: Sequence[int], sizes: Sequence[int | None]) -> list[Row]:
     from calibration.fit.elementwise import score
     from simulator.kernels.elementwise import class_code
 
-    known = _rtx_rows()
-    assert known is not None
-    hw, r = known
-    r = r.select(r.is_operator("elementwise"))
-    bytes_, code = r.read_bytes + r.write_bytes, class_code(r.role)
+    r = records.select(records.is_operator("elementwise"))
+    rows = (r.read_bytes + r.write_bytes, class_code(r.role), r.seconds)
+    device = (hw.l2_bytes, hw.bandwidth_bytes_per_s, hw.architecture)
     out = []
-    for size in sizes:
+    for size in (size or 0 for size in sizes if size is None or size >= 400):
         for seed in seeds:
-            if size is None or size >= 400:
-                s = score(
-                    bytes_, code, r.seconds, hw.l2_bytes, hw.bandwidth_bytes_per_s, hw.architecture, size or 0, seed
-                )
-                scores = {k.replace("_", " "): 100.0 * v for k, v in s.items()}
-                out.append(
-                    {
-                        "table": "elementwise rtx_4090",
-                        "method": "prunesim",
-                        "rows": size or 0,
-                        "trained_on": size or 0,
-                        "seed": seed,
-                        **scores,
-                    }
-                )
+            scores = {key.replace("_", " "): 100.0 * v for key, v in score(*rows, *device, size, seed).items()}
+            out.append(_row("elementwise rtx_4090", size, Result("prunesim", seed, size, scores)))
     return out
 
 
-# -- means over seeds -------------------------------------------------------------------------------------------------------------
+# -- means over seeds --------------------------------------------------------------------------------------------------
 
+# fmt: off
 COLUMNS: tuple[tuple[str, str, int], ...] = (
-    ("MAPE", "mape", 2),
-    ("median", "median", 2),
-    ("p95", "p95", 1),
-    ("bias", "bias", 2),
-    ("m<=16", "mape m<=16", 1),
-    ("17-256", "mape m<=256", 1),
-    (">256", "mape m>256", 1),
-    ("over 10 us", "mape over 10us", 2),
-    ("speedup median", "speedup median", 2),
-    ("speedup p95", "speedup p95", 1),
-    ("Spearman", "speedup spearman", 3),
-    ("coverage", "coverage", 1),
-    ("lowest", "lowest coverage", 1),
-    ("width", "width", 1),
+    ("MAPE", "mape", 2), ("median", "median", 2), ("p95", "p95", 1), ("bias", "bias", 2), ("m<=16", "mape m<=16", 1),
+    ("17-256", "mape m<=256", 1), (">256", "mape m>256", 1), ("over 10 us", "mape over 10us", 2),
+    ("speedup median", "speedup median", 2), ("speedup p95", "speedup p95", 1), ("Spearman", "speedup spearman", 3),
+    ("coverage", "coverage", 1), ("lowest", "lowest coverage", 1), ("width", "width", 1),
 )
+# fmt: on
 """Columns of a table: title, score, digits; those that no row of the table has are left out."""
 
 
@@ -304,20 +234,16 @@ def titles(rows: Sequence[Row]) -> list[str]:
 
 def means(rows: Sequence[Row], table: str) -> list[Row]:
     """Rows of one table, averaged over seeds."""
-    mine = [r for r in rows if r["table"] == table]
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for r in rows:
+        if r["table"] == table:
+            groups.setdefault((r["method"], r["rows"]), []).append(r)
     out = []
-    for method, size in dict.fromkeys((r["method"], r["rows"]) for r in mine):
-        group = [r for r in mine if (r["method"], r["rows"]) == (method, size)]
+    for (method, size), group in groups.items():
         names = [n for n, v in group[0].items() if isinstance(v, float) and all(n in r for r in group)]
-        out.append(
-            {
-                "method": method,
-                "rows": size,
-                "seeds": len(group),
-                **{n: float(np.mean([r[n] for r in group])) for n in names},
-            }
-        )
-    return sorted(out, key=lambda r: r["rows"] or 10**9) if len({r["rows"] for r in out}) > 1 else out
+        mean = {n: float(np.mean([r[n] for r in group])) for n in names}
+        out.append({"method": method, "rows": size, "seeds": len(group), **mean})
+    return sorted(out, key=lambda r: r["rows"] or 10**9)
 
 
 def columns_of_table(rows: Sequence[Row], table: str) -> list[tuple[str, list[str]]]:
@@ -329,7 +255,6 @@ def columns_of_table(rows: Sequence[Row], table: str) -> list[tuple[str, list[st
     ]
     for title, score, digits in COLUMNS:
         if any(score in r for r in found):
-            columns.append(
-                (title, [f"{r[score]:.{digits}f}" if score in r and r[score] == r[score] else "" for r in found])
-            )
+            cells = ["" if r.get(score, np.nan) != r.get(score, np.nan) else f"{r[score]:.{digits}f}" for r in found]
+            columns.append((title, cells))
     return columns

@@ -1,11 +1,12 @@
-"""What the GEMM model is judged against: rooflines with none, three and four constants, and a roofline with an RBF residual.
+"""What the GEMM model is judged against: rooflines with none, two and three constants, and a roofline with an RBF
+residual.
 
 Each function takes training shapes, a machine, and shapes to predict, and returns seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
@@ -19,62 +20,52 @@ from simulator.kernels.gemm_core import Machine
 F = NDArray[np.float64]
 
 
-def flop_time(data: Shapes, machine: Machine) -> F:
-    """FLOP over the datasheet rate, s."""
-    return 2.0 * data.m * data.n * data.k / machine.peak_flop_per_s
-
-
-def byte_time(data: Shapes, machine: Machine) -> F:
-    """Bytes over the datasheet bandwidth, s."""
+def flop_and_byte_time(data: Shapes, machine: Machine) -> tuple[F, F]:
+    """FLOP over the datasheet rate and bytes over the datasheet bandwidth, s."""
+    flop = 2.0 * data.m * data.n * data.k
     moved = machine.weight_bytes * data.n * data.k + machine.element_bytes * data.m * (data.n + data.k)
-    return np.asarray(moved / machine.bandwidth_bytes_per_s)
+    return flop / machine.peak_flop_per_s, moved / machine.bandwidth_bytes_per_s
 
 
 def datasheet(train: Shapes, machine: Machine, test: Shapes) -> F:
     """max(FLOP / peak, bytes / bandwidth)."""
-    return np.maximum(flop_time(test, machine), byte_time(test, machine))
+    return np.maximum(*flop_and_byte_time(test, machine))
 
 
 def rule_of_thumb(train: Shapes, machine: Machine, test: Shapes) -> F:
     """max(FLOP / peak, bytes / 0.8 bandwidth) + 3 us."""
-    return np.maximum(flop_time(test, machine), byte_time(test, machine) / 0.8) + 3e-6
+    compute, moved = flop_and_byte_time(test, machine)
+    return np.maximum(compute, moved / 0.8) + 3e-6
 
 
-def _robust(form: Callable[[F, Shapes], F], start: F, train: Shapes, machine: Machine, test: Shapes) -> F:
-    logs = np.log(train.seconds)
+def _fitted_roofline(start: Sequence[float], train: Shapes, machine: Machine, test: Shapes) -> F:
+    """t0 + max(FLOP / (a peak), bytes / (b bandwidth)) by robust least squares in log time, from ``start`` = (a, b) or
+    (t0, a, b)."""
 
-    def misfit(x: F) -> F:
-        return np.asarray(np.log(form(np.exp(x), train)) - logs)
+    def form(constants: F, data: Shapes) -> F:
+        compute, moved = flop_and_byte_time(data, machine)
+        *fixed_s, a, b = constants
+        return np.asarray(sum(fixed_s) + np.maximum(compute / a, moved / b))
 
-    found = least_squares(misfit, np.log(start), loss="soft_l1", f_scale=HUBER)
-    return form(np.exp(found.x), test)
+    def misfit(logs: F) -> F:
+        return np.asarray(np.log(form(np.exp(logs), train)) - np.log(train.seconds))
+
+    return form(np.exp(least_squares(misfit, np.log(start), loss="soft_l1", f_scale=HUBER).x), test)
 
 
 def three_constants(train: Shapes, machine: Machine, test: Shapes) -> F:
     """t0 + max(FLOP / (a peak), bytes / (b bandwidth)), the three fitted."""
-    return _robust(
-        lambda c, d: c[0] + np.maximum(flop_time(d, machine) / c[1], byte_time(d, machine) / c[2]),
-        np.array([3e-6, 0.7, 0.8]),
-        train,
-        machine,
-        test,
-    )
+    return _fitted_roofline((3e-6, 0.7, 0.8), train, machine, test)
 
 
 def two_efficiencies(train: Shapes, machine: Machine, test: Shapes) -> F:
     """max(FLOP / (a peak), bytes / (b bandwidth)), the two efficiencies fitted: what GenZ-style LLM simulators use."""
-    return _robust(
-        lambda c, d: np.maximum(flop_time(d, machine) / c[0], byte_time(d, machine) / c[1]),
-        np.array([0.5, 0.5]),
-        train,
-        machine,
-        test,
-    )
+    return _fitted_roofline((0.5, 0.5), train, machine, test)
 
 
 def roofline_rbf(train: Shapes, machine: Machine, test: Shapes, limit: int = 4000, seed: int = 0) -> F:
-    """Three constants times an RBF interpolant of the log residual over log2 (m, n, k); of at most ``limit`` training rows, whose cube
-    is its cost."""
+    """Three constants times an RBF interpolant of the log residual over log2 (m, n, k); of at most ``limit`` training
+    rows, whose cube is its cost."""
     if len(train) > limit:
         train = train.take(np.random.default_rng(seed).choice(len(train), limit, replace=False))
 

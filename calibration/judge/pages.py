@@ -1,32 +1,59 @@
-"""The generated pages of the documentation: ``python -m calibration.judge.pages accuracy|constants|ablations|commands -o FILE``.
+"""The generated pages of the documentation: ``python -m calibration.judge.pages PAGE -o FILE``.
 
-*accuracy* runs the protocol of :mod:`calibration.judge.accuracy` over everything that ships (about half an hour on one core; ``--results``
-keeps its rows as JSON, or makes the page of rows kept before). *constants* fits every shipped table and tells what the data know of each
-constant (a few minutes). *ablations* is :mod:`calibration.judge.pages_ablations`, *commands* :mod:`calibration.judge.pages_commands`.
+*accuracy* fills the tables of the page with the rows of :mod:`calibration.judge.accuracy` (half an hour on one core),
+*ablations* with those of :mod:`calibration.judge.ablations` (twenty minutes); ``--results`` keeps the rows. *constants*
+fits every shipped table and tells what the data know of each constant (a few minutes); *published* are the comparisons
+of :mod:`calibration.judge.published`; *commands* is read off the program itself. The prose of a page is that of
+``docs``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from calibration.fit.core import bootstrap, fit_constants, machine_of, shapes
-from calibration.fit.kernels import weight_copies
+from calibration.fit.core import bootstrap, fit_constants, free_constants, machine_of
 from calibration.fit.profile import FittedPart
 from calibration.fit.shipped import RECIPES, built, rtx_tables, shared_folder
-from calibration.judge import pages_ablations, pages_commands
-from calibration.judge.accuracy import GEMMS, Row, columns_of_table, gemm_shapes, means, run_protocol, titles
-from calibration.judge.pages_overview import overview
-from calibration.judge.pages_tables import left
+from calibration.judge import ablations, accuracy, published
+from calibration.judge.accuracy import GEMMS, STACKS, Row
 from calibration.judge.report import table
 from simulator.errors import InputError
 from simulator.files.write import check_target, write_whole
 from simulator.hardware.library import load_hardware
+from simulator.hardware.parts import Fitted
 from simulator.hardware.profile import constants_of
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def head(page: str) -> str:
+    """What a page says before its first section or table."""
+    return re.split(r"^(?=## |\|)", _read(page), maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def filled(page: str, tables: Sequence[str]) -> str:
+    """A page with its tables, in their order, replaced by new ones."""
+    prose = re.split(r"(?:^\|.*\n)+", _read(page), flags=re.MULTILINE)
+    if len(prose) != len(tables) + 1:
+        raise InputError(f"docs/{page}.md: expected {len(tables)} tables to fill, got {len(prose) - 1}")
+    return prose[0] + "".join(f"{new}\n{text}" for new, text in zip(tables, prose[1:], strict=True))
+
+
+def _read(page: str) -> str:
+    return (DOCS / f"{page}.md").read_text(encoding="utf-8")
+
+
+# -- accuracy ----------------------------------------------------------------------------------------------------------
 
 BARS: Mapping[str, Mapping[str, float]] = {
     "a100": {"mape 400": 6.0, "prior 400": 4.8, "mape all": 4.2, "speedup median": 4.0, "speedup p95": 17.0},
@@ -34,291 +61,245 @@ BARS: Mapping[str, Mapping[str, float]] = {
     "h200": {"mape 400": 4.7, "mape all": 4.0},
     "l40s": {"mape 400": 11.0, "mape all": 8.5},
     "h100_fp8": {"mape 400": 4.4, "mape all": 4.0},
+    "rtx_4090": {"mape all": 4.0, "speedup median": 2.5, "speedup p95": 16.0},
+    "attention": {"mape 400": 5.0, "mape all": 3.8, "speedup median": 4.5, "speedup p95": 18.0},
+    "elementwise": {"mape 400": 6.0, "mape all": 5.0},
+    "sglang": {"as shipped": 9.0, "anchored": 6.0},
 }
 """What was asked of each table, percent."""
 
-ATTENTION_BARS: Mapping[int, float] = {400: 5.0, 0: 3.8}
+
+def accuracy_tables(rows: Sequence[Row]) -> list[str]:
+    """Tables of ``docs/accuracy.md`` of protocol rows: errors against the bars, then every table beside its
+    baselines."""
+    header = ["table", "MAPE at 400 rows", "with a prior", "MAPE, all rows", "speedup median", "speedup p95"]
+    asked = [line for title in accuracy.titles(rows) for line in _against_bars(title, accuracy.means(rows, title))]
+    out = [table([*header, "coverage of 90 %"], asked)]
+    for title in accuracy.titles(rows):
+        names, columns = zip(*accuracy.columns_of_table(rows, title), strict=True)
+        out.append(table(names, list(zip(*columns, strict=True))))
+    return out
 
 
-ACCURACY_HEAD = """\
-# Accuracy
-
-Made by `python -m calibration.judge.pages accuracy -o docs/accuracy.md`; the same numbers print with `prunesim validate --protocol`.
-
-Each shipped table is split 70/30 by (n, k) pairs; a fit sees some rows of the 70 %, and every row of the 30 % is scored: no test shape
-shares its weight matrix with a training shape. Numbers are percent and means over seeds 0, 1 and 2. A speedup is the ratio of two test
-rows that differ in one of m, n, k by a factor in [0.25, 1). Coverage is of the 90 % interval, "lowest" that of the worst range of m
-(attention: regime), "width" its full width over the prediction.
-
-## Against what was asked
-
-A number with its bar in parentheses; **bold** where the bar is missed.
-"""
-
-CONSTANTS_HEAD = """\
-# Constants
-
-Made by `python -m calibration.judge.pages constants -o docs/constants.md`. The standard error is that of the least-squares fit; the bootstrap
-spread is the standard deviation over {repeats} samples of (n, k) pairs drawn with replacement (at most 2,000 rows each), so that it
-includes what the form gets wrong. "fixed" constants were free and could not be known from the rows, for the reason given; constants no row
-says anything about are left out. Correlations are of the logarithms; a pair near 1 or -1 is known only as a ratio or product.
-"""
+def _cell(row: Row, score: str, bar: float | None = None, digits: int = 2) -> str:
+    if score not in row:
+        return "-"
+    text = f"{row[score]:.{digits}f}" + (f" (≤ {bar:g})" if bar is not None else "")
+    return f"**{text}**" if bar is not None and row[score] > bar else text
 
 
-def accuracy_page(rows: Sequence[Row]) -> str:
-    """``docs/accuracy.md`` of protocol rows: first against the bars, then every table beside its baselines."""
-    lines = [ACCURACY_HEAD, _bars(rows), ""]
-    for title in titles(rows):
-        columns = columns_of_table(rows, title)
-        cells = list(zip(*(c for _, c in columns), strict=True))
-        lines += [
-            f"## {title.replace('_', ' ')}",
-            "",
-            _about(title),
-            "",
-            table([name for name, _ in columns], cells),
-            "",
-        ]
-    return "\n".join(lines)
+def _against_bars(name: str, found: Sequence[Row]) -> Iterator[list[str]]:
+    """Lines of one table, whose means over seeds are given: name, three errors, two of speedups, coverage."""
+    at = {(r["method"], r["rows"]): r for r in found}
+
+    def line(label: str, bars: Mapping[str, float], few: Row, every: Row, prior: Row, score: str = "mape") -> list[str]:
+        errors = (few, score, "mape 400"), (prior, "mape", "prior 400"), (every, score, "mape all")
+        ratios = ((every, key, key) for key in ("speedup median", "speedup p95"))
+        cells = [_cell(row, key, bars.get(bar)) for row, key, bar in (*errors, *ratios)]
+        lowest = f", lowest {every['lowest coverage']:.1f}" if "lowest coverage" in every else ""
+        return [label, *cells, _cell(every, "coverage", digits=1) + lowest]
+
+    if name in STACKS:
+        shipped, moved = at["as shipped", 0], at["re-anchored", 100]
+        error = f"re-anchored on 100: {_cell(moved, 'mape', BARS['sglang']['anchored'])}"
+        cells = ["-", error, _cell(moved, "speedup median"), _cell(moved, "speedup p95", digits=1)]
+        covered = f"{moved['coverage']:.1f}, lowest {moved['lowest coverage']:.1f}"
+        yield [f"{name} as shipped", _cell(shipped, "mape", BARS["sglang"]["as shipped"]), *cells, covered]
+    elif name == "rtx_4090":
+        yield from (line(f"rtx_4090, {r['method']}", BARS[name], {}, r, {}) for r in found)
+    elif name.startswith("attention "):
+        for method in dict.fromkeys(r["method"] for r in found):
+            few, every = at.get((method, 400), {}), at.get((method, 0), {})
+            yield line(f"{name}, {method}", BARS["attention"], few, every, {})
+    elif name.startswith("elementwise "):
+        few, every = at.get(("prunesim", 400), {}), at.get(("prunesim", 0), {})
+        yield line(f"{name}, over 10 us", BARS["elementwise"], few, every, {}, "mape over 10us")
+    elif name in BARS and found:
+        few, every, prior = (at.get(key, {}) for key in (("prunesim", 400), ("prunesim", 0), ("prunesim + prior", 400)))
+        cells = line(name, BARS[name], few, every, prior)
+        yield [*cells[:-1], cells[-1] + (" (87-93, ≥ 82)" if every else "")]
 
 
-def _about(title: str) -> str:
-    if title in GEMMS:
-        t = GEMMS[title]
-        lent = f" The prior is a fit to all of `{t.sibling}`, the same GPU under another stack." if t.sibling else ""
-        return f"GEMM, {t.dtype}, `{t.measurement}`.{lent}"
-    if title.endswith("_sglang"):
-        device = title.removesuffix("_sglang")
-        fitted = GEMMS[device].measurement
-        return f"Fitted on `{fitted}`, judged on the sglang table of the same GPU: as shipped, and re-anchored on a few of its shapes."
-    if title == "h200_from_h100":
-        return "No measurement of the H200 used: constants and residual of the H100, datasheet of the H200; scored on all rows of its table."
-    if title == "rtx_4090":
-        return "344 GEMMs of three projections (kernel times of a profiler); fitted on two, judged on the third. The prior is the L40S."
-    if title.startswith("elementwise"):
-        return "Norms, rotary embedding, activation and embedding of a Llama-3.1-8B layer; tensor sizes never seen. Means of seeds 0, 1 and 2."
-    return "One collection and kernel path, head dimension 128; fewer KV groups or a shorter length for the speedup."
+# -- constants ---------------------------------------------------------------------------------------------------------
 
 
-def _of(row: Row | None, score: str) -> float | None:
-    return None if row is None else float(row[score])
-
-
-def _bars(rows: Sequence[Row]) -> str:
-    out = []
-
-    def cell(value: float | None, bar: float | None) -> str:
-        if value is None:
-            return "-"
-        text = f"{value:.2f}" + (f" (≤ {bar:g})" if bar is not None else "")
-        return f"**{text}**" if bar is not None and value > bar else text
-
-    for name, bars in BARS.items():
-        found = means(rows, name)
-        at = {(r["method"], r["rows"]): r for r in found}
-        own400, prior400, every = at.get(("prunesim", 400)), at.get(("prunesim + prior", 400)), at.get(("prunesim", 0))
-        if not found:
-            continue
-        out.append(
-            [
-                name,
-                cell(_of(own400, "mape"), bars.get("mape 400")),
-                cell(_of(prior400, "mape"), bars.get("prior 400")),
-                cell(_of(every, "mape"), bars.get("mape all")),
-                cell(_of(every, "speedup median"), bars.get("speedup median")),
-                cell(_of(every, "speedup p95"), bars.get("speedup p95")),
-                "-" if not every else f"{every['coverage']:.1f}, lowest {every['lowest coverage']:.1f} (87-93, ≥ 82)",
-            ]
-        )
-    for title in titles(rows):
-        if title.endswith("_sglang"):
-            at = {(r["method"], r["rows"]): r for r in means(rows, title)}
-            shipped, moved = at.get(("as shipped", 0)), at.get(("re-anchored", 100))
-            if shipped and moved:
-                anchored = f"re-anchored on 100: {cell(moved['mape'], 6.0)}"
-                out.append(
-                    [
-                        f"{title} as shipped",
-                        cell(shipped["mape"], 9.0),
-                        "-",
-                        anchored,
-                        f"{moved['speedup median']:.2f}",
-                        f"{moved['speedup p95']:.1f}",
-                        f"{moved['coverage']:.1f}, lowest {moved['lowest coverage']:.1f}",
-                    ]
-                )
-        if title == "rtx_4090":
-            for r in means(rows, title):
-                median, p95 = cell(r["speedup median"], 2.5), cell(r["speedup p95"], 16.0)
-                out.append(
-                    [f"rtx_4090, {r['method']}", "-", "-", cell(r["mape"], 4.0), median, p95, f"{r['coverage']:.1f}"]
-                )
-        if title.startswith("attention"):
-            found = means(rows, title)
-            for method in dict.fromkeys(r["method"] for r in found):
-                by_rows = {r["rows"]: r for r in found if r["method"] == method}
-                few, every = by_rows.get(400), by_rows.get(0)
-                out.append(
-                    [
-                        f"{title}, {method}",
-                        cell(_of(few, "mape"), ATTENTION_BARS[400]),
-                        "-",
-                        cell(_of(every, "mape"), ATTENTION_BARS[0]),
-                        cell(_of(every, "speedup median"), 4.5),
-                        cell(_of(every, "speedup p95"), 18.0),
-                        "-" if not every else f"{every['coverage']:.1f}, lowest {every['lowest coverage']:.1f}",
-                    ]
-                )
-        if title.startswith("elementwise"):
-            by_rows = {r["rows"]: r for r in means(rows, title)}
-            few, every = by_rows.get(400), by_rows.get(0)
-            out.append(
-                [
-                    f"{title}, over 10 us",
-                    cell(_of(few, "mape over 10us"), 6.0),
-                    "-",
-                    cell(_of(every, "mape over 10us"), 5.0),
-                    "-",
-                    "-",
-                    "-" if not every else f"{every['coverage']:.1f}",
-                ]
-            )
-    return table(
-        [
-            "table",
-            "MAPE at 400 rows",
-            "with a prior",
-            "MAPE, all rows",
-            "speedup median",
-            "speedup p95",
-            "coverage of 90 %",
-        ],
-        out,
-    )
-
-
-def constants_page(
-    names: Sequence[str] = tuple(RECIPES),
-    shared: Path | None = None,
-    repeats: int = 25,
-    say: Callable[[str], None] = lambda text: None,
-) -> str:
-    """``docs/constants.md``: by device, each constant with its standard error, its bootstrap spread, and what it is confused with."""
-    lines = [CONSTANTS_HEAD.format(repeats=repeats), "## GEMM, bf16, side by side", ""]
+def constants_page(names: Sequence[str], shared: Path | None = None, repeats: int = 25) -> str:
+    """``docs/constants.md``: by device, each constant with its standard error, its bootstrap spread, and what it is
+    confused with."""
+    lines = ["## GEMM, bf16, side by side", ""]
     lines += ["As the profiles ship, with the relative standard error of the fit.", "", overview(names), ""]
     for name in names:
         if RECIPES[name].tables or (name == "rtx_4090" and shared is not None):
-            say(name)
+            _say(name)
             fit = built(name, shared)
             lines += [f"## {fit.profile.title}", ""]
             for part in fit.parts:
                 spread = _bootstrap(name, part, repeats, shared) if part.operator == "gemm" else {}
                 lines += constants_of_part(part, spread)
-    return "\n".join(lines).rstrip() + "\n"
+    return head("constants") + "\n".join(lines).rstrip() + "\n"
+
+
+def overview(names: Sequence[str], dtype: str = "bf16") -> str:
+    """A table of the constants a dense fit may find, one column a GPU with a calibrated GEMM section, as its profile
+    ships.
+
+    >>> print(overview(["h100_sxm"]).split("\\n")[2])
+    | `t0` | s | 2.68e-06 ± 0.3 % |
+    """
+    known, profiles = constants_of("gemm"), [hw for hw in map(load_hardware, names) if dtype in hw.rates]
+    profiles = [hw for hw in profiles if hw.section("gemm", dtype).status == "calibrated"]
+    shown = dict.fromkeys(name for hw in profiles for name in free_constants(machine_of(hw, dtype)))
+    sections = [hw.section("gemm", dtype) for hw in profiles]
+    rows = [[f"`{name}`", known[name].unit, *(_value(s.constants[name]) for s in sections)] for name in shown]
+    return table(["constant", "unit", *(f"`{hw.name}`" for hw in profiles)], rows, left=(0, 1))
+
+
+def _value(c: Fitted) -> str:
+    """A value with its relative standard error, or what it is instead of fitted."""
+    return f"{c.value:.3g} " + (f"({c.status})" if c.std_error is None else f"± {_relative(c, '.1f')} %")
+
+
+def _relative(c: Fitted, digits: str = ".2g") -> str:
+    return "-" if c.std_error is None else f"{100 * c.std_error / abs(c.value):{digits}}"
 
 
 def _bootstrap(name: str, part: FittedPart, repeats: int, shared: Path | None) -> Mapping[str, float]:
-    machine = machine_of(load_hardware(name), part.dtype)
-    measured = next((t for t in GEMMS.values() if t.hardware == name and t.dtype == part.dtype), None)
-    if measured is not None:
-        data = gemm_shapes(measured.measurement, name, part.dtype)
+    hw = load_hardware(name)
+    known = next((t for t in GEMMS.values() if t.hardware == name and t.dtype == part.dtype), None)
+    if known is not None:
+        data = known.load().data
     elif name == "rtx_4090" and shared is not None:
-        r = rtx_tables(shared, load_hardware(name))
-        r = r.select(r.is_operator("gemm"))
-        data = shapes(r.m, r.n, r.k, r.seconds, machine, weight_copies(r))
+        data = accuracy.gemm_rows(rtx_tables(shared, hw), hw, part.dtype).data
     else:
         return {}
-    start = {n: c.value for n, c in part.section.constants.items()}
-    free = [
-        n for n, c in part.section.constants.items() if c.status == "fitted" and not n.startswith(("quant", "sparse"))
-    ]
+    machine, start = machine_of(hw, part.dtype), {n: c.value for n, c in part.section.constants.items()}
+    fitted = [n for n, c in part.section.constants.items() if c.status == "fitted"]
+    free = [n for n in fitted if not n.startswith(("quant", "sparse"))]
     return bootstrap(data, machine, fit_constants(data, machine, start, free), repeats)
 
 
 def constants_of_part(part: FittedPart, spread: Mapping[str, float]) -> list[str]:
-    """Lines of one fitted part: a table of its constants, and the pairs confused with one another; ``spread`` is the bootstrap's."""
-    known = constants_of(part.operator)
-    rows = []
+    """Lines of one fitted part: a table of its constants, and the pairs confused with one another; ``spread`` is the
+    bootstrap's."""
+    known, rows = constants_of(part.operator), []
     for name, c in part.section.constants.items():
-        if c.status == "default" and name not in part.fixed:
-            continue
-        error = "-" if c.std_error is None else f"{100 * c.std_error / abs(c.value):.2g}"
-        boot = f"{100 * spread[name]:.2g}" if name in spread else "-"
-        status = c.status + (f" ({part.fixed[name]})" if name in part.fixed else "")
-        rows.append([f"`{name}`", f"{c.value:.4g}", known[name].unit, error, boot, status, known[name].meaning])
+        if c.status != "default" or name in part.fixed:
+            boot = f"{100 * spread[name]:.2g}" if name in spread else "-"
+            status = c.status + (f" ({part.fixed[name]})" if name in part.fixed else "")
+            value = [f"`{name}`", f"{c.value:.4g}", known[name].unit, _relative(c), boot, status]
+            rows.append([*value, known[name].meaning])
     header = ["constant", "value", "unit", "std. error %", "bootstrap %", "status", "meaning"]
-    lines = [f"### {part.operator}, {part.dtype}: {part.rows:,} rows", "", left(table(header, rows), 2, 5, 6), ""]
-    strong = sorted(((a, b, r) for (a, b), r in part.correlations.items() if abs(r) >= 0.5), key=lambda p: -abs(p[2]))
+    heading = f"### {part.operator}, {part.dtype}: {part.rows:,} rows"
+    lines = [heading, "", table(header, rows, left=(0, 2, 5, 6)), ""]
+    strong = sorted((pair for pair in part.correlations.items() if abs(pair[1]) >= 0.5), key=lambda p: -abs(p[1]))
     if strong:
-        lines += [
-            "Correlations of 0.5 and above: " + ", ".join(f"`{a}` and `{b}` {r:+.2f}" for a, b, r in strong[:12]) + ".",
-            "",
-        ]
+        pairs = ", ".join(f"`{a}` and `{b}` {r:+.2f}" for (a, b), r in strong[:12])
+        lines += [f"Correlations of 0.5 and above: {pairs}.", ""]
     elif part.correlations:
         lines += ["No two constants are correlated by 0.5 or more.", ""]
     return lines
 
 
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+
+def commands() -> Iterator[tuple[str, Any]]:
+    """Path of every command ("speedup", "hardware list", ...) and its parser, in the order of ``--help``."""
+    import typer
+
+    from calibration.cli import app
+
+    def walk(command: Any, path: list[str]) -> Iterator[tuple[str, Any]]:
+        if hasattr(command, "commands"):
+            for name, inner in command.commands.items():
+                yield from walk(inner, [*path, name])
+        else:
+            yield " ".join(path), command
+
+    return walk(typer.main.get_command(app), [])
+
+
+def _text(text: str) -> str:
+    """Text as one table cell: on one line, its bars escaped.
+
+    >>> _text("a |\\n b")
+    'a \\\\| b'
+    """
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _parameter(p: Any) -> list[str]:
+    """Name, default, "yes" where it may be repeated, and help of an argument or option."""
+    name = p.metavar or p.name.upper()
+    if p.param_type_name != "argument":
+        name = ", ".join([*p.opts, *p.secondary_opts])
+        name += "" if p.is_flag else f" {p.metavar or p.type.name.upper()}"
+    value = p.default() if callable(p.default) else p.default
+    default = "required"
+    if not p.required:
+        shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
+        default = "" if value is None or value is False or value in ("", [], ()) else f"`{shown}`"
+    several = "yes" if p.multiple or p.nargs == -1 else ""
+    return [_text(f"`{name}`"), _text(default), several, _text(getattr(p, "help", None) or "")]
+
+
+def commands_page() -> str:
+    """``docs/commands.md``: an index, and each command with its arguments and options."""
+    index, lines = [], []
+    for path, command in commands():
+        paragraphs = [" ".join(part.split()) for part in (command.help or "").split("\n\n")]
+        index.append([f"[`prunesim {path}`](#prunesim-{path.replace(' ', '-')})", _text(paragraphs[0])])
+        shown = [_parameter(p) for p in command.params if not getattr(p, "hidden", False) and p.name != "help"]
+        parameters = table(["argument or option", "default", "several", "meaning"], shown, left=(0, 1, 2, 3))
+        lines += [f"## prunesim {path}", "", "\n\n".join(paragraphs), "", parameters, ""]
+    first = table(["command", "what it does"], index, left=(0, 1))
+    return head("commands") + "\n".join([first, "", *lines]).rstrip() + "\n"
+
+
+# -- the program -------------------------------------------------------------------------------------------------------
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command of the module's docstring; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m calibration.judge.pages", description="Generate a page of the documentation."
+        "python -m calibration.judge.pages", description="Generate a page of the documentation."
     )
-    parser.add_argument("page", choices=("accuracy", "constants", "ablations", "commands"))
+    parser.add_argument("page", choices=("accuracy", "constants", "ablations", "published", "commands"))
     parser.add_argument("-o", "--output", required=True, help="Markdown file")
-    kept = "accuracy, ablations: JSON file of the rows behind the page, read if it exists, else written; ablations go on from it"
+    kept = "accuracy, ablations: JSON file of the rows behind the page, read if it exists, else written"
     parser.add_argument("--results", type=Path, help=kept)
     parser.add_argument("--shared-data", help="folder of the RTX 4090 tables")
     given = parser.parse_args(arguments)
-
-    def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
     try:
         check_target(given.output)
-        if given.page == "constants":
-            text = constants_page(shared=shared_folder(given.shared_data), say=say)
+        if given.page == "accuracy":
+            rows = _rows(
+                given.results, lambda: accuracy.run_protocol(progress=lambda done, total: _say(f"{done}/{total}"))
+            )
+            text = filled("accuracy", accuracy_tables(rows))
         elif given.page == "ablations":
-            text = pages_ablations.page(_ablated(given.results, say))
-        elif given.page == "commands":
-            text = pages_commands.page()
+            text = filled("ablations", ablations.tables(_rows(given.results, lambda: ablations.run_all(_say))))
+        elif given.page == "published":
+            text = filled("published", published.tables())
+        elif given.page == "constants":
+            text = constants_page(tuple(RECIPES), shared_folder(given.shared_data))
         else:
-            text = accuracy_page(_results(given.results, say))
+            text = commands_page()
         write_whole(given.output, text.encode())
     except InputError as error:
-        print(f"calibration.judge.pages: {error}", file=sys.stderr)
+        _say(f"calibration.judge.pages: {error}")
         return 2
     return 0
 
 
-def _kept(path: Path | None) -> list[Row]:
-    rows: list[dict[str, Any]] = (
-        json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else []
-    )
-    return rows
-
-
-def _results(path: Path | None, say: Callable[[str], None]) -> list[Row]:
-    if found := _kept(path):
-        return found
-    found = run_protocol(progress=lambda done, total: say(f"{done}/{total}"))
+def _rows(path: Path | None, run: Callable[[], list[Row]]) -> list[Row]:
+    """Rows kept before, else those of a run, which are kept."""
+    if path is not None and path.exists():
+        return list(json.loads(path.read_text(encoding="utf-8")))
+    rows = run()
     if path is not None:
-        write_whole(path, json.dumps(found).encode())
-    return found
-
-
-def _ablated(path: Path | None, say: Callable[[str], None]) -> list[Row]:
-    """Rows of every ablation, those kept before not run again."""
-    units = list(pages_ablations.units())
-    rows = {pages_ablations.key(row): row for row in _kept(path)}
-    for done, unit in enumerate(units):
-        if pages_ablations.unit_key(unit) not in rows:
-            row = pages_ablations.run(unit)
-            rows[pages_ablations.key(row)] = row
-            say(f"{done + 1}/{len(units)} {unit[0]}, {unit[1].name}, split {unit[2]}: {row['mape']:.2f} %")
-            if path is not None:
-                write_whole(path, json.dumps(list(rows.values())).encode())
-    return [rows[pages_ablations.unit_key(unit)] for unit in units]
+        write_whole(path, json.dumps(rows).encode())
+    return rows
 
 
 if __name__ == "__main__":

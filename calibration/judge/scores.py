@@ -1,11 +1,13 @@
-"""The numbers of a validation: errors of times and of speedups, by size and by regime, and how often an interval holds.
+"""What predictions are worth, once for every judge: errors of times and of speedups, by size and by regime, and how
+often an interval holds.
 
-Use :func:`summary` for all of them as plain data, or :func:`errors`, :func:`by_size`, :func:`speedups` and :func:`coverage` one by one.
+Use :func:`errors`, :func:`pairs` and :func:`speedups` with arrays; :func:`summary` for every number of a report as
+plain data. Fractions, or percent with ``scale=100``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,134 +17,133 @@ from calibration.judge.validate import Part, Report
 
 F = NDArray[np.float64]
 
-M_RANGES: tuple[tuple[str, float, float], ...] = (
-    ("m <= 16", 0.0, 16.0),
-    ("m 17-256", 16.0, 256.0),
-    ("m > 256", 256.0, np.inf),
+M_RANGES: tuple[tuple[str, str, float, float], ...] = (
+    ("m <= 16", "m<=16", 0.0, 16.0),
+    ("m 17-256", "m<=256", 16.0, 256.0),
+    ("m > 256", "m>256", 256.0, np.inf),
 )
+"""Title, key of a score, and bounds (low, high] of the ranges of m that errors are told by."""
 PAIRS = 200_000
-"""Pairs of rows that speedups are judged on; more are drawn from by chance."""
+"""Pairs of rows that a report's speedups are judged on; more are drawn from by chance."""
 
 
-def errors(predicted_s: F, measured_s: F) -> dict[str, float]:
-    """Accuracy of times, as fractions.
+def m_ranges(m: F) -> Iterator[tuple[str, str, NDArray[np.bool_]]]:
+    """Title, key and rows of each of :data:`M_RANGES` that has any."""
+    for title, key, low, high in M_RANGES:
+        rows = (m > low) & (m <= high)
+        if rows.any():
+            yield title, key, rows
 
-    Returns
-    -------
-    dict
-        "mape", "median" and "p95" of the absolute relative error, and its signed mean "bias".
 
-    Examples
-    --------
+def errors(predicted_s: F, measured_s: F, scale: float = 1.0) -> dict[str, float]:
+    """Mean ("mape"), "median" and "p95" of the absolute relative error of times, and its signed mean "bias".
+
     >>> errors(np.array([1.1, 0.9]), np.array([1.0, 1.0]))["mape"].__round__(3)
     0.1
     """
-    e = predicted_s / measured_s - 1.0
-    a = np.abs(e)
-    return {
-        "mape": float(a.mean()),
-        "median": float(np.median(a)),
-        "p95": float(np.quantile(a, 0.95)),
-        "bias": float(e.mean()),
-    }
+    error = scale * (predicted_s / measured_s - 1.0)
+    size = np.abs(error)
+    found = {"mape": size.mean(), "median": np.median(size), "p95": np.quantile(size, 0.95), "bias": error.mean()}
+    return {name: float(value) for name, value in found.items()}
 
 
-def by_size(part: Part, name: str, bins: int = 12) -> list[dict[str, float]]:
-    """Errors over one dimension, in at most ``bins`` ranges that hold equal numbers of distinct sizes.
+def spearman(a: F, b: F) -> float:
+    """Rank correlation; NaN with fewer than three values, or where one side never changes."""
+    from scipy.stats import spearmanr
 
-    Returns
-    -------
-    list of dict
-        "low", "high" (of the sizes), "rows", and the values of :func:`errors`.
+    return float(spearmanr(a, b).statistic) if len(a) > 2 and np.ptp(a) > 0 and np.ptp(b) > 0 else float("nan")
+
+
+def pairs_along(size: F, others: Sequence[F], low: float = 0.25) -> NDArray[np.intp]:
+    """Pairs (smaller, larger) of rows equal in all ``others`` and whose ``size`` differs by a ratio in [``low``, 1).
+
+    >>> pairs_along(np.array([1.0, 8.0, 2.0]), []).tolist()
+    [[0, 2], [2, 1]]
     """
-    values = np.unique(part.sizes[name])
-    out = []
-    for chunk in np.array_split(values, min(bins, len(values))):
-        rows = (part.sizes[name] >= chunk[0]) & (part.sizes[name] <= chunk[-1])
-        out.append(
-            {
-                "low": float(chunk[0]),
-                "high": float(chunk[-1]),
-                "rows": int(rows.sum()),
-                **errors(part.predicted_s[rows], part.measured_s[rows]),
-            }
-        )
-    return out
+    table = np.stack(others, axis=1) if len(others) else np.zeros((len(size), 1))
+    key = np.unique(table, axis=0, return_inverse=True)[1].reshape(-1)
+    order = np.lexsort((size, key))
+    key, size = key[order], size[order]
+    out = [np.zeros((0, 2), dtype=np.intp)]
+    for gap in range(1, len(key)):
+        same = key[gap:] == key[:-gap]
+        if not same.any():
+            break
+        ratio = size[:-gap] / np.where(size[gap:] > 0, size[gap:], 1.0)
+        at = np.flatnonzero(same & (ratio >= low) & (ratio < 1.0))
+        out.append(np.stack([order[at], order[at + gap]], axis=1))
+    return np.concatenate(out)
 
 
-def pairs(sizes: Mapping[str, F], limit: int = PAIRS, low: float = 0.25, seed: int = 0) -> NDArray[np.intp]:
-    """Pairs (smaller, larger) of rows that differ in exactly one size, by a ratio in [``low``, 1); at most ``limit``, drawn by chance.
+def pairs(sizes: Mapping[str, F], limit: int | None = PAIRS, seed: int = 0) -> NDArray[np.intp]:
+    """Pairs (smaller, larger) of rows that differ in exactly one size, by a ratio in [0.25, 1); at most ``limit``,
+    drawn by chance.
 
     >>> pairs({"m": np.array([1.0, 2.0, 8.0]), "n": np.array([4.0, 4.0, 4.0])}).tolist()
     [[0, 1], [1, 2]]
     """
-    names = list(sizes)
-    out = []
-    for axis in names:
-        others = np.stack([sizes[o] for o in names if o != axis] or [np.zeros(len(sizes[axis]))], axis=1)
-        key = np.unique(others, axis=0, return_inverse=True)[1].reshape(-1)
-        order = np.lexsort((sizes[axis], key))
-        key, size = key[order], sizes[axis][order]
-        for gap in range(1, len(key)):
-            same = key[gap:] == key[:-gap]
-            if not same.any():
-                break
-            ratio = size[:-gap] / np.where(size[gap:] > 0, size[gap:], 1.0)
-            at = np.flatnonzero(same & (ratio >= low) & (ratio < 1.0))
-            out.append(np.stack([order[at], order[at + gap]], axis=1))
-    found = np.concatenate(out) if out else np.zeros((0, 2), dtype=np.intp)
-    if len(found) > limit:
+    found = np.concatenate(
+        [pairs_along(size, [other for o, other in sizes.items() if o != name]) for name, size in sizes.items()]
+    )
+    if limit is not None and len(found) > limit:
         found = found[np.sort(np.random.default_rng(seed).choice(len(found), limit, replace=False))]
     return found
 
 
-def speedups(part: Part, limit: int = PAIRS) -> dict[str, float]:
-    """Accuracy of ratios of two times, over pairs of rows that differ in one size only by a ratio in [0.25, 1).
+def speedups(predicted_s: F, measured_s: F, at: NDArray[np.intp], scale: float = 1.0) -> dict[str, float]:
+    """Accuracy of larger over smaller time at :func:`pairs` of rows.
 
-    Returns
-    -------
-    dict
-        "pairs" and, where there are any, "median" and "p95" of the absolute relative error of the speedup, and "spearman" of predicted
-        against measured speedup.
+    "pairs" and, where there are any, "median" and "p95" of the absolute relative error, and "spearman" of predicted
+    against measured.
     """
-    sizes = {name: v for name, v in part.sizes.items() if name != "role"}
-    at = pairs(sizes, limit)
     if not len(at):
         return {"pairs": 0}
-    from scipy.stats import spearmanr
+    small, large = at[:, 0], at[:, 1]
+    predicted, measured = predicted_s[large] / predicted_s[small], measured_s[large] / measured_s[small]
+    error = scale * np.abs(predicted / measured - 1.0)
+    return {
+        "pairs": len(at),
+        "median": float(np.median(error)),
+        "p95": float(np.quantile(error, 0.95)),
+        "spearman": spearman(predicted, measured),
+    }
 
-    predicted = part.predicted_s[at[:, 1]] / part.predicted_s[at[:, 0]]
-    measured = part.measured_s[at[:, 1]] / part.measured_s[at[:, 0]]
-    e = np.abs(predicted / measured - 1.0)
-    rank = (
-        float(spearmanr(predicted, measured).statistic)
-        if len(at) > 2 and np.ptp(predicted) > 0 and np.ptp(measured) > 0
-        else float("nan")
-    )
-    return {"pairs": len(at), "median": float(np.median(e)), "p95": float(np.quantile(e, 0.95)), "spearman": rank}
+
+# -- parts of a report -------------------------------------------------------------------------------------------------
+
+
+def part_errors(part: Part, rows: Any = slice(None)) -> dict[str, float]:
+    """:func:`errors` of some rows of a part."""
+    return errors(part.predicted_s[rows], part.measured_s[rows])
+
+
+def by_size(part: Part, name: str, bins: int = 12) -> list[dict[str, float]]:
+    """Errors over one size, in at most ``bins`` ranges ("low" to "high") that hold equal numbers of distinct sizes."""
+    size = part.sizes[name]
+    out: list[dict[str, float]] = []
+    for chunk in np.array_split(values := np.unique(size), min(bins, len(values))):
+        rows = (size >= chunk[0]) & (size <= chunk[-1])
+        ends = {"low": float(chunk[0]), "high": float(chunk[-1]), "rows": int(rows.sum())}
+        out.append({**ends, **part_errors(part, rows)})
+    return out
+
+
+def part_speedups(part: Part) -> dict[str, float]:
+    """:func:`speedups` over a part's own sizes."""
+    at = pairs({name: size for name, size in part.sizes.items() if name != "role"})
+    return speedups(part.predicted_s, part.measured_s, at)
 
 
 def coverage(part: Part) -> list[dict[str, Any]]:
-    """Share of the measured times inside their interval and its geometric half width, in all and by regime.
-
-    Returns
-    -------
-    list of dict
-        "regime" ("all" first), "rows", "coverage", "width" (a factor less 1).
-    """
+    """Share of the measured times inside their interval and its geometric half width (a factor less 1): "all", then by
+    regime."""
     inside = (part.measured_s >= part.lower_s) & (part.measured_s <= part.upper_s)
     half = 0.5 * np.log(part.upper_s / part.lower_s)
     out = []
-    for name in ["all", *sorted(set(part.regime.tolist()))]:
-        rows = np.ones(len(part), dtype=bool) if name == "all" else part.regime == name
-        out.append(
-            {
-                "regime": name,
-                "rows": int(rows.sum()),
-                "coverage": float(inside[rows].mean()),
-                "width": float(np.expm1(half[rows].mean())),
-            }
-        )
+    for regime in ["all", *sorted(set(part.regime.tolist()))]:
+        rows = np.full(len(part), regime == "all") | (part.regime == regime)
+        share, width = float(inside[rows].mean()), float(np.expm1(half[rows].mean()))
+        out.append({"regime": regime, "rows": int(rows.sum()), "coverage": share, "width": width})
     return out
 
 
@@ -154,20 +155,15 @@ def part_summary(part: Part) -> dict[str, Any]:
         "rows": len(part),
         "status": part.status,
         "fitted_on_these_rows": part.seen,
-        "errors": errors(part.predicted_s, part.measured_s),
+        "errors": part_errors(part),
         "roofline": errors(part.roofline_s, part.measured_s),
         "simple": errors(part.simple_s, part.measured_s),
-        "speedup": speedups(part),
+        "speedup": part_speedups(part),
         "coverage": coverage(part),
     }
     if "m" in part.sizes:
-        m = part.sizes["m"]
-        masks = {name: (m > low) & (m <= high) for name, low, high in M_RANGES}
-        out["by_m"] = {
-            name: {"rows": int(rows.sum()), **errors(part.predicted_s[rows], part.measured_s[rows])}
-            for name, rows in masks.items()
-            if rows.any()
-        }
+        ranges = m_ranges(part.sizes["m"])
+        out["by_m"] = {title: {"rows": int(rows.sum()), **part_errors(part, rows)} for title, _, rows in ranges}
     out["by_size"] = {name: by_size(part, name) for name in part.sizes if name != "role"}
     return out
 

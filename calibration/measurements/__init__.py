@@ -1,11 +1,14 @@
-"""Measured tables that ship: GEMM and attention times of several GPUs, each with its provenance, so that fits and validation run offline.
+"""Measured tables that ship: GEMM and attention times of several GPUs, each with its provenance, so that fits and
+validation run offline.
 
-:func:`list_measurements` names them (``device/operator/stack``), :func:`load_measurements` reads one, :func:`provenance` says where it is
-from. The files are made from a published Apache-2.0 package by ``build.py`` (see there); NOTICE names its authors.
+:func:`list_measurements` names them (``device/operator/stack``), :func:`load_measurements` reads one,
+:func:`provenance` says where it is from. The files are made from a published Apache-2.0 package by ``build.py`` (see
+there); NOTICE names its authors. :func:`published` reads what papers measured.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,7 +45,8 @@ def list_measurements() -> tuple[str, ...]:
 
 
 def provenance(name: str) -> Mapping[str, Any]:
-    """Where a table is from: package, path in it, device, software, rows kept and refused with the reasons, digest, licence.
+    """Where a table is from: package, path in it, device, software, rows kept and refused with the reasons, digest,
+    licence.
 
     Examples
     --------
@@ -96,3 +100,13 @@ def _index() -> dict[str, dict[str, Any]]:
     """The provenance of every table."""
     index: dict[str, dict[str, Any]] = yaml.safe_load((FOLDER / INDEX).read_text(encoding="utf-8"))["tables"]
     return index
+
+
+def published(name: str) -> list[dict[str, str]]:
+    """Rows of "speedups", "dense_latency" or "gemm_ratios" as papers print them, each with its source.
+
+    >>> len(published("speedups")) > 10
+    True
+    """
+    with (FOLDER / f"published_{name}.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))

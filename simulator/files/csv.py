@@ -1,6 +1,6 @@
-"""CSV files as they come, read whole and checked for their form, with the line of every row so that a refusal can name it.
+"""CSV files as they come, read whole and checked for their form; what the cells mean is the business of whoever asks.
 
-Use :func:`read_csv`; what the cells mean is the business of whoever asks.
+:func:`read_csv` keeps the line of every row, so that a refusal can name it.
 """
 
 from __future__ import annotations
@@ -26,17 +26,9 @@ MOST_CELLS = 12_000_000
 
 @dataclass(frozen=True)
 class CsvTable:
-    """Rows of as many cells as the header has names.
+    """Rows of as many cells as the header has names, without the blanks around them; each cell one printable line.
 
-    Attributes
-    ----------
-    label : str
-        Name of the file, for messages.
-    header : tuple of str
-    rows : list of list of str
-        Cells without the blanks around them, each one printable line.
-    lines : list of int
-        Line of the file on which each row ends.
+    ``label`` is the file's name for messages; ``lines`` holds the line of the file on which each row ends.
     """
 
     label: str
@@ -66,26 +58,13 @@ class CsvTable:
 
 
 def read_csv(content: bytes | str, label: str, required: Sequence[str] = ()) -> CsvTable:
-    """The rows of a CSV with a header; blank lines are passed over.
-
-    Parameters
-    ----------
-    content : bytes or str
-        UTF-8, with or without a mark at its head.
-    label : str
-        Name of the file, for messages.
-    required : sequence of str
-        Columns that must be there.
-
-    Returns
-    -------
-    CsvTable
+    """The rows of a CSV (UTF-8) with a header that has the required columns; blank lines are passed over.
 
     Raises
     ------
     InputError
-        One line, ``file:line: what is wrong``: no text, no CSV, too large, no header, no row, a column missing or given twice, or a row of
-        another length than the header.
+        One line, ``file:line: what is wrong``: no text, no CSV, too large, no header, no row, a column missing or given
+        twice, or a row of another length than the header.
 
     Examples
     --------
@@ -97,46 +76,41 @@ def read_csv(content: bytes | str, label: str, required: Sequence[str] = ()) -> 
     simulator.errors.InputError: t.csv:2: expected 2 cells, as the header has, got 3
     """
     if len(content) > MOST_BYTES:
-        raise InputError(
-            f"{label}: is larger than {MOST_BYTES / 1e6:g} MB, the most that is read as CSV; split it or write Parquet"
-        )
+        large = f"is larger than {MOST_BYTES / 1e6:g} MB, the most that is read as CSV"
+        raise InputError(f"{label}: {large}; split it or write Parquet")
     try:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
     except UnicodeDecodeError as error:
         raise InputError(f"{label}: is not CSV: not UTF-8 text (byte {error.start})") from None
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header: tuple[str, ...] = ()
-    rows: list[list[str]] = []
-    lines: list[int] = []
+    table = CsvTable(label, (), [], [])
     try:
         for cells in reader:
-            if not any(cell and not cell.isspace() for cell in cells):
-                continue
-            row = [_cell(cell) for cell in cells]
-            if not header:
-                header = _header(row, f"{label}:{reader.line_num}", required)
-                continue
-            if len(row) != len(header):
-                raise InputError(
-                    f"{label}:{reader.line_num}: expected {len(header)} cells, as the header has, got {len(row)}"
-                )
-            if len(rows) * max(len(header), 4) > MOST_CELLS:
-                raise InputError(
-                    f"{label}:{reader.line_num}: holds more than {MOST_CELLS:.3g} cells; split it or write Parquet"
-                )
-            rows.append(row)
-            lines.append(reader.line_num)
+            if any(cell and not cell.isspace() for cell in cells):
+                place = f"{label}:{reader.line_num}"
+                row = [_cell(cell) for cell in cells]
+                if not table.header:
+                    _check_header(row, place, required)
+                    table = CsvTable(label, tuple(row), [], [])
+                    continue
+                if len(row) != len(table.header):
+                    expected = f"expected {len(table.header)} cells, as the header has"
+                    raise InputError(f"{place}: {expected}, got {len(row)}")
+                if len(table.rows) * max(len(row), 4) > MOST_CELLS:
+                    raise InputError(f"{place}: holds more than {MOST_CELLS:.3g} cells; split it or write Parquet")
+                table.rows.append(row)
+                table.lines.append(reader.line_num)
     except csv.Error as error:
         raise InputError(f"{label}:{max(reader.line_num, 1)}: is not CSV: {error}") from None
-    if not header:
+    if not table.header:
         expected = f" with the columns {', '.join(required)}" if required else ""
         raise InputError(f"{label}: is empty; expected a header{expected}, and rows")
-    if not rows:
+    if not table.rows:
         raise InputError(f"{label}: has a header but no rows")
-    return CsvTable(label, header, rows, lines)
+    return table
 
 
-def _header(names: list[str], place: str, required: Sequence[str]) -> tuple[str, ...]:
+def _check_header(names: list[str], place: str, required: Sequence[str]) -> None:
     if len(names) > MOST_COLUMNS:
         raise InputError(f"{place}: has {len(names)} columns; expected at most {MOST_COLUMNS}")
     for name in required:
@@ -144,7 +118,6 @@ def _header(names: list[str], place: str, required: Sequence[str]) -> tuple[str,
             raise InputError(f"{place}: column {name} is missing; expected {', '.join(required)}")
     if twice := next((name for name in names if name and names.count(name) > 1), None):
         raise InputError(f"{place}: column {twice!r} appears twice")
-    return tuple(names)
 
 
 def _cell(cell: str) -> str:

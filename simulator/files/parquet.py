@@ -1,4 +1,4 @@
-"""Parquet files as they come, looked at before they take memory. pyarrow is optional, and only these files need it."""
+"""Parquet files as they come, looked at before they take memory. pyarrow is optional, only these files need it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from simulator.files.read import MOST_TABLE_BYTES
 MOST_CELLS = 20_000_000
 """Most values, rows times columns, of a table that is read: 160 MB as float64, a thousand times what ships."""
 
+_MOST = f"{MOST_TABLE_BYTES / 1e6:g} MB"
+
 
 def load_pyarrow() -> tuple[Any, Any]:
     """``pyarrow`` and ``pyarrow.parquet``, or an error that says how to get them."""
@@ -22,53 +24,25 @@ def load_pyarrow() -> tuple[Any, Any]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise InputError(
-            'a Parquet table needs pyarrow, which is not installed: pip install "prunesim[tables]"'
-        ) from None
+        hint = 'pip install "prunesim[tables]"'
+        raise InputError(f"a Parquet table needs pyarrow, which is not installed: {hint}") from None
     return pyarrow, pyarrow.parquet
 
 
 def read_parquet(content: bytes, label: str) -> Any:
     """The plain columns of a Parquet file as a pyarrow table; those of lists and structures are left out.
 
-    Parameters
-    ----------
-    content : bytes
-    label : str
-        Name of the file, for messages.
-
-    Raises
-    ------
-    InputError
-        One line that starts with the label: no Parquet, damaged, a column that is there twice, or larger in memory than accepted.
+    Raises InputError, one line that starts with the label (the file's name): no Parquet, damaged, a column that is
+    there twice, or larger in memory than accepted.
     """
     pa, pq = load_pyarrow()
     try:
         file = pq.ParquetFile(io.BytesIO(content))
-        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-        # some columns of a run of one value take a few bytes in the file, and all of them in memory
-        cells = file.metadata.num_rows * max(file.metadata.num_columns, 1)
-        if cells > MOST_CELLS or sum(g.total_byte_size for g in groups) > MOST_TABLE_BYTES:
-            raise InputError(
-                f"{label}: holds {cells:.3g} values, more than {MOST_CELLS:.3g} or {MOST_TABLE_BYTES / 1e6:g} MB; split it"
-            )
-        names = list(file.schema_arrow.names)
-        if len(set(names)) < len(names):
-            raise InputError(f"{label}: column {next(n for n in names if names.count(n) > 1)!r} appears twice")
-        flat = [field for field in file.schema_arrow if not pa.types.is_nested(field.type)]
-        for field in flat:
-            if (
-                pa.types.is_fixed_size_binary(field.type)
-                and field.type.byte_width * file.metadata.num_rows > MOST_TABLE_BYTES
-            ):
-                raise InputError(
-                    f"{label}: column {field.name!r:.60} holds more than {MOST_TABLE_BYTES / 1e6:g} MB; shorten it"
-                )
+        flat = _accepted(file, label, pa)
         texts = [field.name for field in flat if pa.types.is_string(field.type) or pa.types.is_binary(field.type)]
         file = pq.ParquetFile(io.BytesIO(content), read_dictionary=texts)
-        table = file.read(
-            columns=[field.name for field in flat], use_threads=False
-        )  # small tables: starting threads would take longer
+        # tables are small: starting threads would take longer
+        table = file.read(columns=[field.name for field in flat], use_threads=False)
         for at, column in enumerate(table.columns):
             if pa.types.is_dictionary(column.type):
                 table = table.set_column(at, table.field(at).name, _decoded(column, label, pa))
@@ -79,13 +53,31 @@ def read_parquet(content: bytes, label: str) -> Any:
         raise InputError(f"{label}: cannot be read as Parquet: {_first(error)}") from error
 
 
+def _accepted(file: Any, label: str, pa: Any) -> list[Any]:
+    """Fields that are read; a run of one value takes a few bytes in the file and all of them in memory."""
+    about = file.metadata
+    cells = about.num_rows * max(about.num_columns, 1)
+    size = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
+    if cells > MOST_CELLS or size > MOST_TABLE_BYTES:
+        raise InputError(f"{label}: holds {cells:.3g} values, more than {MOST_CELLS:.3g} or {_MOST}; split it")
+    names = list(file.schema_arrow.names)
+    if len(set(names)) < len(names):
+        raise InputError(f"{label}: column {next(n for n in names if names.count(n) > 1)!r} appears twice")
+    flat = [field for field in file.schema_arrow if not pa.types.is_nested(field.type)]
+    for field in flat:
+        fixed = field.type.byte_width if pa.types.is_fixed_size_binary(field.type) else 0
+        if fixed * about.num_rows > MOST_TABLE_BYTES:
+            raise InputError(f"{label}: column {field.name!r:.60} holds more than {_MOST}; shorten it")
+    return flat
+
+
 def _decoded(column: Any, label: str, pa: Any) -> Any:
-    """A column of texts kept once each as a plain one, if that fits: a long text repeated a million times takes no room in a file."""
+    """A column of texts kept once each as a plain one, if that fits: a long text that repeats a million times takes no
+    room in a file."""
     size = sum(len(chunk) * _longest(chunk.dictionary, pa) for chunk in column.chunks)
     if size > MOST_TABLE_BYTES:
-        raise InputError(
-            f"{label}: has texts that may take {size / 1e6:.3g} MB in memory, more than {MOST_TABLE_BYTES / 1e6:g}; shorten them"
-        )
+        taken = f"may take {size / 1e6:.3g} MB in memory, more than {_MOST}"
+        raise InputError(f"{label}: has texts that {taken}; shorten them")
     return pa.chunked_array([chunk.dictionary_decode() for chunk in column.chunks], column.type.value_type)
 
 
@@ -101,21 +93,8 @@ def _longest(values: Any, pa: Any) -> int:
 
 
 def parquet_columns(table: Any, label: str, wanted: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
-    """Columns of a pyarrow table as NumPy arrays: numbers as they are (missing ones NaN), everything else as objects.
-
-    Parameters
-    ----------
-    table : pyarrow.Table
-    label : str
-        Name of the file, for messages.
-    wanted : sequence of str, optional
-        Columns to take, where they are there; all if left out.
-
-    Raises
-    ------
-    InputError
-        Where a column is of a type without a NumPy counterpart.
-    """
+    """Columns of a pyarrow table (``wanted``, where they are there) as NumPy arrays: numbers as they are, missing ones
+    NaN, everything else as objects; InputError where a type has no NumPy counterpart."""
     names = [name for name in table.column_names if wanted is None or name in wanted]
     try:
         return {name: np.asarray(table.column(name).to_numpy()) for name in names}

@@ -15,23 +15,8 @@ MOST_TABLE_BYTES = 256_000_000
 def read_bounded(path: str | Path, most_bytes: int = MOST_TABLE_BYTES) -> bytes:
     """All bytes of a file or pipe.
 
-    Parameters
-    ----------
-    path : str or Path
-    most_bytes : int
-        Largest content that is accepted.
+    Raises InputError, one line that starts with the path: missing, a folder, a device, or larger than accepted.
 
-    Returns
-    -------
-    bytes
-
-    Raises
-    ------
-    InputError
-        One line that starts with the path: missing, a folder, a device, or larger than accepted.
-
-    Examples
-    --------
     >>> read_bounded(__file__)[:3], len(read_bounded(__file__)) < MOST_TABLE_BYTES
     (b'\"\"\"', True)
     """
@@ -44,12 +29,11 @@ def read_bounded(path: str | Path, most_bytes: int = MOST_TABLE_BYTES) -> bytes:
         with open(path, "rb", opener=_open) as file:
             os.set_blocking(file.fileno(), True)
             raw = file.read(most_bytes + 1) if status.st_size <= most_bytes else b""
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: cannot be read: {error}") from None  # a NUL in the path
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be read: {reason}") from None
     if not raw and stat.S_ISFIFO(status.st_mode):
         raise InputError(f"{path}: cannot be read: is a pipe that nothing came through")
     if status.st_size > most_bytes or len(raw) > most_bytes:

@@ -14,22 +14,8 @@ from simulator.errors import InputError
 def check_target(path: str | Path) -> Path:
     """A path that a file can be written to, as far as can be told without writing it.
 
-    Parameters
-    ----------
-    path : str or Path
-        File to write; it may exist.
+    Raises InputError when it is a folder or lies in a folder that does not exist.
 
-    Returns
-    -------
-    Path
-
-    Raises
-    ------
-    InputError
-        When the path is a folder or lies in a folder that does not exist.
-
-    Examples
-    --------
     >>> check_target("table.csv").name
     'table.csv'
     """
@@ -44,14 +30,8 @@ def check_target(path: str | Path) -> Path:
 def write_whole(path: str | Path, content: bytes) -> None:
     """Write a file by way of a temporary one beside it, synced, then renamed over it.
 
-    A link is followed, so what it points to is replaced. Devices and pipes (``/dev/stdout``) cannot be replaced and are written directly.
-
-    Parameters
-    ----------
-    path : str or Path
-        File to write.
-    content : bytes
-        All of it.
+    A link is followed, so what it points to is replaced. Devices and pipes (``/dev/stdout``) cannot be replaced and are
+    written directly.
 
     Raises
     ------
@@ -62,23 +42,19 @@ def write_whole(path: str | Path, content: bytes) -> None:
     """
     target = check_target(path)
     try:
-        _write(target, content)
+        if target.exists() and not target.is_file():
+            target.write_bytes(content)
+        else:
+            with replacing(target) as name:
+                Path(name).write_bytes(content)
     except OSError as error:
         error.filename = str(target)  # a failed write or sync does not name its file
         raise
 
 
-def _write(target: Path, content: bytes) -> None:
-    if target.exists() and not target.is_file():
-        target.write_bytes(content)
-        return
-    with replacing(target) as name:
-        Path(name).write_bytes(content)
-
-
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[str]:
-    """An empty file beside another, which is synced and renamed over it in the end, or removed when something goes wrong."""
+    """Name of an empty file beside another: synced and renamed over it in the end, removed where something fails."""
     target = target.resolve()
     mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)

@@ -1,19 +1,20 @@
 """YAML text to a tree that remembers where everything stood, with nothing guessed.
 
-PyYAML turns scalars into Python values by rules that surprise (``010`` becomes 8, ``1:30`` becomes 90, ``yes`` becomes True, ``3.35e12``
-stays text, the second of two equal keys wins silently). Here a scalar stays the text that was written; the schema that reads the tree
-decides what it must be. Anchors, aliases, tags, several documents and duplicate keys are refused, and depth and size are bounded, so a
-file from the internet can neither run code nor grow in memory.
+PyYAML turns scalars into Python values by rules that surprise (``010`` becomes 8, ``1:30`` becomes 90, ``yes`` becomes
+True, ``3.35e12`` stays text, the second of two equal keys wins silently). Here a scalar stays the text that was
+written; the kinds of ``files.fields`` that read the tree decide what it must be. Anchors, aliases, tags, several
+documents and duplicate keys are refused, and depth and size are bounded, so a file from the internet can neither run
+code nor grow in memory.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from simulator.errors import InputError, one_line
 
@@ -23,22 +24,9 @@ MAX_DEPTH = 20
 
 @dataclass(frozen=True)
 class Node:
-    """A scalar, list or mapping of a YAML file.
+    """A "scalar", "list" or "mapping" of a YAML file, and where it starts, counted from 1.
 
-    Attributes
-    ----------
-    kind : str
-        "scalar", "list" or "mapping".
-    line, column : int
-        Where it starts, counted from 1.
-    text : str
-        What a scalar says.
-    quoted : bool
-        Whether the scalar was in quotes, so that ``"132"`` and ``132`` can be told apart.
-    items : tuple of Node
-        Members of a list.
-    entries : mapping of str to (Node, Node)
-        Members of a mapping: the node of the key, that of the value.
+    ``quoted`` tells ``"132"`` and ``132`` apart; ``entries`` holds the node of each key beside that of its value.
     """
 
     kind: str
@@ -64,8 +52,9 @@ class Problems:
         self._found: list[tuple[int, int, str, str]] = []
 
     def add(self, node: Node | None, key: str, reason: str) -> None:
-        """Note one problem at a node (None: at the start of the file)."""
-        self._found.append((node.line if node else 1, node.column if node else 1, key, " ".join(reason.split())))
+        """Note one problem at a node (None: at the start of the file); the key of the root is ""."""
+        line, column = (node.line, node.column) if node else (1, 1)
+        self._found.append((line, column, key or "file", " ".join(reason.split())))
 
     def __len__(self) -> int:
         return len(self._found)
@@ -82,48 +71,47 @@ class Problems:
         return InputError(first + (f" (and {len(rest)} more: prunesim hardware check {self.file})" if rest else ""))
 
 
-def read_text(path: Path, problems: Problems, limit: int = MAX_BYTES) -> str | None:
+def join(path: str, key: str) -> str:
+    """The path of a member, for messages: a strange key shortened and quoted."""
+    short = key if len(key) <= 40 else key[:40] + "..."
+    short = short if short.strip() and short.isprintable() else repr(short)
+    return f"{path}.{short}" if path else short
+
+
+def read_text(path: Path, problems: Problems) -> str | None:
     """Text of a file, or None and a problem: missing, no file, too large, empty, not UTF-8."""
     try:
-        status = os.stat(path)
-        if stat.S_ISDIR(status.st_mode):
-            problems.add(None, "file", "is a folder; expected a YAML file")
-            return None
-        if not stat.S_ISREG(status.st_mode):
-            problems.add(None, "file", "is no regular file; expected a YAML file")
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            what = "is a folder" if stat.S_ISDIR(mode) else "is no regular file"
+            problems.add(None, "file", f"{what}; expected a YAML file")
             return None
         with open(path, "rb") as file:
-            raw = file.read(limit + 1)
+            raw = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or str(error)
         problems.add(None, "file", f"cannot be read ({reason}); expected a YAML file")
         return None
-    if len(raw) > limit:
-        problems.add(
-            None,
-            "file",
-            f"is larger than {limit / 1e6:g} MB; a profile has a few kB, arrays belong in the .npz beside it",
-        )
+    if len(raw) > MAX_BYTES:
+        large = f"is larger than {MAX_BYTES / 1e6:g} MB"
+        problems.add(None, "file", f"{large}; a profile has a few kB, arrays belong in the .npz beside it")
         return None
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         before = raw[: error.start]
-        line, column = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
-        problems.add(
-            Node("scalar", line, column), "file", f"byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8"
-        )
+        place = Node("scalar", before.count(b"\n") + 1, error.start - before.rfind(b"\n"))
+        problems.add(place, "file", f"byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8")
         return None
 
 
 def parse_yaml(text: str, problems: Problems) -> Node | None:
-    """A YAML text to its tree; None and a problem where there is no single document without anchors, aliases and tags."""
+    """A YAML text to its tree; None where it is empty, and None and a problem where it is refused."""
     import yaml  # late: 25 ms that a run without a profile need not pay
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    before = len(problems)
     try:
-        return _build(yaml.parse(text, Loader=loader), yaml, problems)
+        return _Parser(yaml, yaml.parse(text, Loader=loader), problems).root()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = Node("scalar", mark.line + 1, mark.column + 1) if mark else None
@@ -135,7 +123,7 @@ def parse_yaml(text: str, problems: Problems) -> Node | None:
     except yaml.YAMLError as error:
         problems.add(None, "yaml", f"{str(error).splitlines()[0]}; expected plain YAML text")
     except _Refused:
-        assert len(problems) > before
+        pass
     return None
 
 
@@ -143,93 +131,50 @@ class _Refused(Exception):
     """Parsing stops: the problem is noted."""
 
 
-@dataclass
-class _Open:
-    """A list or mapping whose end has not been seen."""
+class _Parser:
+    """Events of PyYAML to nodes."""
 
-    node: Node
-    path: str
-    items: list[Node] = field(default_factory=list)
-    key: Node | None = None
+    def __init__(self, yaml: Any, events: Iterator[Any], problems: Problems) -> None:
+        self.yaml, self.events, self.problems = yaml, events, problems
 
+    def root(self) -> Node | None:
+        root = None
+        for event in self.events:
+            if isinstance(event, self.yaml.NodeEvent):
+                root = self.node(event, "", 0)
+            elif root is not None and isinstance(event, self.yaml.DocumentStartEvent):
+                self.refuse(event, "", "holds more than one YAML document; expected one")
+        return root
 
-def _build(events: Iterable[Any], yaml: Any, problems: Problems) -> Node | None:
-    root: Node | None = None
-    documents = 0
-    stack: list[_Open] = []
-    for event in events:
-        if isinstance(event, yaml.DocumentStartEvent):
-            documents += 1
-            if documents > 1:
-                _refuse(problems, event, "file", "holds more than one YAML document; expected one")
-            continue
-        if isinstance(event, (yaml.SequenceEndEvent, yaml.MappingEndEvent)):
-            done = stack.pop()
-            node = (
-                done.node
-                if done.node.kind == "mapping"
-                else Node("list", done.node.line, done.node.column, items=tuple(done.items))
-            )
-        elif isinstance(event, yaml.NodeEvent):
-            path = _path(stack)
-            if event.anchor is not None:
-                _refuse(
-                    problems,
-                    event,
-                    path,
-                    "anchors (&) and aliases (*) are not allowed; write the value out, or quote it if it is text",
-                )
-            if getattr(event, "tag", None) is not None:
-                _refuse(problems, event, path, f"tags are not allowed, got {str(event.tag)[:60]}; write plain values")
-            line, column = event.start_mark.line + 1, event.start_mark.column + 1
-            if not isinstance(event, yaml.ScalarEvent):
-                if len(stack) >= MAX_DEPTH:
-                    _refuse(problems, event, path, f"is nested deeper than {MAX_DEPTH} levels")
-                if stack and stack[-1].node.kind == "mapping" and stack[-1].key is None:
-                    _refuse(problems, event, path, "a key must be plain text, got a list or mapping")
-                kind = "list" if isinstance(event, yaml.SequenceStartEvent) else "mapping"
-                stack.append(_Open(Node(kind, line, column), path))
-                continue
-            node = Node("scalar", line, column, text=event.value, quoted=bool(event.style))
-        else:
-            continue
-        if not stack:
-            root = node
-        else:
-            _put(stack[-1], node, problems)
-    return root
+    def node(self, event: Any, path: str, depth: int, is_key: bool = False) -> Node:
+        if event.anchor is not None:
+            hint = "write the value out, or quote it if it is text"
+            self.refuse(event, path, f"anchors (&) and aliases (*) are not allowed; {hint}")
+        if event.tag is not None:
+            self.refuse(event, path, f"tags are not allowed, got {str(event.tag)[:60]}; write plain values")
+        line, column = event.start_mark.line + 1, event.start_mark.column + 1
+        if isinstance(event, self.yaml.ScalarEvent):
+            return Node("scalar", line, column, text=event.value, quoted=bool(event.style))
+        if depth >= MAX_DEPTH:
+            self.refuse(event, path, f"is nested deeper than {MAX_DEPTH} levels")
+        if is_key:
+            self.refuse(event, path, "a key must be plain text, got a list or mapping")
+        if isinstance(event, self.yaml.SequenceStartEvent):
+            items: list[Node] = []
+            while not isinstance(inner := next(self.events), self.yaml.SequenceEndEvent):
+                items.append(self.node(inner, join(path, str(len(items))), depth + 1))
+            return Node("list", line, column, items=tuple(items))
+        entries: dict[str, tuple[Node, Node]] = {}
+        while not isinstance(inner := next(self.events), self.yaml.MappingEndEvent):
+            key = self.node(inner, path, depth + 1, is_key=True)
+            at = join(path, key.text)
+            value = self.node(next(self.events), at, depth + 1)
+            first = entries.setdefault(key.text, (key, value))[0]
+            if first is not key:
+                self.problems.add(key, at, f"is given twice, first on line {first.line}; keep one")
+        return Node("mapping", line, column, entries=entries)
 
-
-def _put(parent: _Open, node: Node, problems: Problems) -> None:
-    if parent.node.kind == "list":
-        parent.items.append(node)
-    elif parent.key is None:
-        parent.key = node
-    else:
-        key, entries = parent.key, parent.node.entries
-        if key.text in entries:
-            first = entries[key.text][0]
-            problems.add(key, _join(parent.path, key.text), f"is given twice, first on line {first.line}; keep one")
-        else:
-            entries[key.text] = (key, node)
-        parent.key = None
-
-
-def _path(stack: list[_Open]) -> str:
-    if not stack:
-        return "file"
-    last = stack[-1]
-    if last.node.kind == "list":
-        return _join(last.path, str(len(last.items)))
-    return _join(last.path, last.key.text) if last.key is not None else last.path
-
-
-def _join(path: str, key: str) -> str:
-    short = key if len(key) <= 40 else key[:40] + "..."
-    short = short if short.strip() and short.isprintable() else repr(short)
-    return short if path == "file" else f"{path}.{short}"
-
-
-def _refuse(problems: Problems, event: Any, key: str, reason: str) -> None:
-    problems.add(Node("scalar", event.start_mark.line + 1, event.start_mark.column + 1), key, reason)
-    raise _Refused
+    def refuse(self, event: Any, key: str, reason: str) -> NoReturn:
+        place = Node("scalar", event.start_mark.line + 1, event.start_mark.column + 1)
+        self.problems.add(place, key, reason)
+        raise _Refused

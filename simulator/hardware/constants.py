@@ -1,4 +1,8 @@
-"""The named constants of the GEMM model: unit, range, meaning, default by architecture and where it comes from."""
+"""The named constants of every cost model: unit, range, meaning, default by architecture and where that comes from.
+
+Use :data:`CONSTANTS` by operator of a profile, :data:`COLLECTIVE_CONSTANTS` for links between devices. Beside them
+stand the vocabularies of a profile's arrays: :data:`AXES`, :data:`CLASSES` and :data:`EXACT_NAMES`.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +13,9 @@ from types import MappingProxyType
 
 @dataclass(frozen=True)
 class Constant:
-    """One constant of a cost model.
+    """One constant of a cost model: a fit searches, and a profile may hold, values from ``low`` to ``high``.
 
-    Attributes
-    ----------
-    unit : str
-        SI unit, "1" for a ratio.
-    low, high : float
-        Range a fit may search and a profile may hold.
-    meaning : str
-        One line.
-    defaults : mapping of str to float
-        Value by architecture ("ampere", "ada", "hopper", "blackwell", "cpu"); "*" for any other.
-    source : str
-        Where the defaults come from.
+    ``unit`` is an SI unit, "1" for a ratio; ``defaults`` holds a value by architecture, "*" for any other.
     """
 
     unit: str
@@ -37,645 +30,216 @@ class Constant:
         return self.defaults.get(architecture, self.defaults["*"])
 
 
-_TABLES = "fit to the bf16 GEMM tables of aiconfigurator-core 0.12.0 (a100_sxm, h100_sxm, l40s, rtx_pro_6000_server)"
+def _row(unit: str, low: float, high: float, source: str, meaning: str, *, other: float, **defaults: float) -> Constant:
+    return Constant(unit, low, high, meaning, MappingProxyType({**defaults, "*": other}), source)
+
+
+# -- where defaults come from
+
+_AIC = "aiconfigurator-core 0.12.0"
+_TABLES = f"fit to the bf16 GEMM tables of {_AIC} (a100_sxm, h100_sxm, l40s, rtx_pro_6000_server)"
 _GUIDE = (
-    "uncalibrated: shape of the effect from NVIDIA, Matrix Multiplication Background User's Guide, section on alignment; "
-    "size assumed, no table has unaligned shapes"
+    "uncalibrated: shape of the effect from NVIDIA, Matrix Multiplication Background User's Guide, section on "
+    "alignment; size assumed, no table has unaligned shapes"
 )
 _SPARSE = "ratios of 2:4 to dense times quoted in PyTorch, CUTLASS, torchao and SliceGPT (arXiv 2401.15024, table 12)"
+_COMPRESSED = "uncalibrated: no 16-bit ratio at small m is published; set so that compressed weights alone gain nothing"
 _PACKING = (
-    "the effect: Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, ACM TOMS 34(3), 2008; the size: fp32 GEMMs "
-    "measured by prunesim on two cores of a Xeon"
+    "the effect: Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, ACM TOMS 34(3), 2008; "
+    "the size: fp32 GEMMs measured by prunesim on two cores of a Xeon"
 )
-
-
-def _constant(unit: str, low: float, high: float, meaning: str, source: str, **defaults: float) -> Constant:
-    values = {("*" if name == "other" else name): value for name, value in defaults.items()}
-    return Constant(unit, low, high, meaning, MappingProxyType(values), source)
-
-
-GEMM_CONSTANTS: Mapping[str, Constant] = MappingProxyType(
-    {
-        "t0": _constant(
-            "s",
-            1e-7,
-            5e-5,
-            "fixed time of a kernel inside a CUDA graph",
-            _TABLES,
-            ampere=3.0e-6,
-            ada=1.95e-6,
-            hopper=2.7e-6,
-            blackwell=1.95e-6,
-            cpu=5e-6,
-            other=2.7e-6,
-        ),
-        "e_tc": _constant(
-            "1",
-            0.05,
-            1.3,
-            "share of the datasheet rate the main loop reaches",
-            _TABLES,
-            ampere=1.0,
-            ada=0.64,
-            hopper=0.81,
-            blackwell=0.64,
-            cpu=0.8,
-            other=0.8,
-        ),
-        "tau": _constant(
-            "s",
-            1e-9,
-            5e-6,
-            "shortest main-loop step (128 bytes of k)",
-            _TABLES,
-            ampere=3.0e-7,
-            ada=2.23e-7,
-            hopper=8.6e-8,
-            blackwell=2.0e-7,
-            cpu=1e-8,
-            other=2e-7,
-        ),
-        "b_e": _constant(
-            "B/s",
-            1e8,
-            1e13,
-            "rate one SM stores its finished tile at",
-            _TABLES,
-            ampere=3.0e10,
-            ada=3.0e10,
-            hopper=3.0e10,
-            blackwell=3.0e10,
-            cpu=1e10,
-            other=3.0e10,
-        ),
-        "b_l2": _constant(
-            "B/s",
-            1e10,
-            1e15,
-            "rate L2 feeds operands to all SMs at",
-            _TABLES,
-            ampere=5.6e12,
-            ada=7.1e12,
-            hopper=5.0e13,
-            blackwell=1.0e13,
-            cpu=1e12,
-            other=7e12,
-        ),
-        "e_d": _constant(
-            "1",
-            0.1,
-            1.1,
-            "share of the datasheet bandwidth DRAM reaches",
-            _TABLES,
-            ampere=0.76,
-            ada=0.78,
-            hopper=0.81,
-            blackwell=0.8,
-            cpu=0.7,
-            other=0.78,
-        ),
-        "b_hit": _constant(
-            "B/s",
-            1e10,
-            1e15,
-            "rate of operands that are in L2",
-            _TABLES,
-            ampere=2.0e12,
-            ada=3.0e12,
-            hopper=6.0e12,
-            blackwell=5.0e12,
-            cpu=2e11,
-            other=4e12,
-        ),
-        "c_l2": _constant(
-            "1",
-            0.05,
-            4.0,
-            "share of L2 where half a footprint stays resident",
-            _TABLES,
-            ampere=1.5,
-            ada=1.05,
-            hopper=0.75,
-            blackwell=1.0,
-            cpu=0.8,
-            other=1.0,
-        ),
-        "l2_power": _constant("1", 0.5, 16.0, "sharpness of that transition", _TABLES, ampere=4.0, other=16.0),
-        "t_s": _constant(
-            "s",
-            0.0,
-            1e-4,
-            "fixed time of adding up the parts of a split-K",
-            _TABLES,
-            ampere=2.5e-6,
-            ada=2.6e-6,
-            hopper=2.9e-6,
-            blackwell=2.6e-6,
-            cpu=2e-6,
-            other=2.6e-6,
-        ),
-        "b_s": _constant(
-            "B/s",
-            1e9,
-            1e15,
-            "rate those parts are written and read at",
-            _TABLES,
-            ampere=2.0e12,
-            ada=2.0e12,
-            hopper=3.0e12,
-            blackwell=2.0e12,
-            cpu=1e11,
-            other=2e12,
-        ),
-        "b_convert": _constant(
-            "B/s",
-            1e9,
-            1e15,
-            "rate 16-bit activations are converted at before a product of 8-bit formats",
-            _TABLES + ", fp8 rows",
-            ampere=1.5e12,
-            ada=8e11,
-            hopper=2e12,
-            blackwell=1.5e12,
-            cpu=1e11,
-            other=1.5e12,
-        ),
-        "t0_8bit": _constant(
-            "s",
-            1e-7,
-            1e-4,
-            "t0 of 8-bit formats without a fit of their own: the conversion is a launch too",
-            "uncalibrated: assumed",
-            other=1.2e-5,
-        ),
-        "e_tc_8bit": _constant(
-            "1",
-            0.05,
-            1.3,
-            "e_tc of 8-bit formats without a fit of their own",
-            "uncalibrated: assumed",
-            ampere=0.9,
-            ada=0.6,
-            hopper=0.75,
-            blackwell=0.6,
-            cpu=0.5,
-            other=0.7,
-        ),
-        "align_step": _constant(
-            "1",
-            0.0,
-            3.0,
-            "main-loop time added per halving of the alignment of n or k below 16 bytes",
-            _GUIDE,
-            ampere=0.15,
-            ada=0.15,
-            hopper=0.3,
-            blackwell=0.15,
-            cpu=0.02,
-            other=0.15,
-        ),
-        "align_load": _constant(
-            "1",
-            0.0,
-            3.0,
-            "weight-load time added per halving of that alignment",
-            _GUIDE,
-            ampere=0.06,
-            ada=0.06,
-            hopper=0.08,
-            blackwell=0.06,
-            cpu=0.02,
-            other=0.06,
-        ),
-        "sparse_step": _constant(
-            "1",
-            0.1,
-            1.2,
-            "e_tc of 2:4 kernels over that of dense ones, both of their own datasheet rate",
-            _SPARSE,
-            ampere=0.87,
-            ada=0.9,
-            hopper=0.65,
-            blackwell=0.65,
-            cpu=0.5,
-            other=0.7,
-        ),
-        "sparse_load": _constant(
-            "1",
-            0.1,
-            1.2,
-            "e_d of 2:4 kernels over that of dense ones",
-            "uncalibrated: no 16-bit ratio at small m is published; set so that compressed weights alone gain nothing",
-            other=0.56,
-        ),
-        "sparse_time": _constant(
-            "s",
-            0.0,
-            1e-4,
-            "fixed time a 2:4 kernel takes above a dense one",
-            "uncalibrated: order of the launch of cuSPARSELt kernels",
-            other=2e-6,
-        ),
-        "quant_time": _constant(
-            "s",
-            0.0,
-            1e-4,
-            "fixed time a weight-only quantised kernel takes above a dense one",
-            "uncalibrated: assumed; the A100 profile holds a fit to its int8_wo and int4_wo rows",
-            other=6e-6,
-        ),
-        "quant_step": _constant(
-            "1",
-            0.05,
-            1.2,
-            "e_tc of weight-only quantised kernels over that of dense ones",
-            "uncalibrated: assumed; the A100 profile holds a fit to its int8_wo and int4_wo rows",
-            other=0.7,
-        ),
-        "quant_load": _constant(
-            "1",
-            0.05,
-            1.2,
-            "e_d of weight-only quantised kernels over that of dense ones",
-            "uncalibrated: assumed; the A100 profile holds a fit to its int8_wo and int4_wo rows",
-            other=0.85,
-        ),
-        "block_step": _constant(
-            "1",
-            0.1,
-            1.2,
-            "e_tc of kernels that skip blocks of rows, over that of dense ones",
-            "uncalibrated: assumed",
-            other=0.85,
-        ),
-        "pack": _constant(
-            "1",
-            0.01,
-            10.0,
-            "time of rearranging the weights before a product on a CPU, over that of reading them",
-            _PACKING,
-            other=0.85,
-        ),
-        "pack_m": _constant(
-            "1", 1.0, 64.0, "rows from which a CPU's product rearranges its weights", _PACKING, other=4.0
-        ),
-    }
+_ASSUMED = "uncalibrated: assumed"
+_QUANTISED = f"{_ASSUMED}; the A100 profile holds a fit to its int8_wo and int4_wo rows"
+_CONTEXT = (
+    f"fits on the context tables of {_AIC}: A100, L40S TRT-LLM, H100 sglang (FlashAttention-3); bf16, head_dim 128"
 )
-"""GEMM constants by name. A fit searches within ``low`` and ``high``."""
-
-_CONTEXT = "fits on the context tables of aiconfigurator-core 0.12.0: A100, L40S TRT-LLM, H100 sglang (FlashAttention-3); bf16, head_dim 128"
-
-
-PREFILL_CONSTANTS: Mapping[str, Constant] = MappingProxyType(
-    {
-        "t0_s": Constant(
-            "s",
-            1e-6,
-            4e-5,
-            "fixed time of the kernel and what its library launches with it",
-            {"ampere": 9.25e-6, "ada": 7.3e-6, "hopper": 1.1e-5, "*": 9e-6},
-            _CONTEXT,
-        ),
-        "e_tc": Constant(
-            "1",
-            0.1,
-            1.1,
-            "share of the datasheet tensor rate the two products reach",
-            {"ampere": 0.505, "ada": 0.426, "hopper": 0.738, "*": 0.5},
-            _CONTEXT,
-        ),
-        "exp_per_s": Constant(
-            "1/s",
-            1e9,
-            1e13,
-            "exponentials an SM retires a second, beside its products",
-            {"ampere": 3.7e10, "ada": 3.7e10, "hopper": 5.2e10, "*": 3.7e10},
-            _CONTEXT,
-        ),
-        "tile_s": Constant(
-            "s", 1e-10, 2e-5, "start and end of one query tile on an SM", {"ampere": 9.6e-7, "*": 1e-9}, _CONTEXT
-        ),
-        "sequence_s": Constant(
-            "s", 1e-11, 1e-6, "scheduling one sequence of the batch", {"hopper": 2.5e-8, "*": 1e-10}, _CONTEXT
-        ),
-        "kappa": Constant(
-            "1",
-            0.05,
-            6.0,
-            "time of the longest tile alone, in units of its share of a full SM",
-            {"ampere": 1.56, "ada": 1.18, "hopper": 0.88, "*": 1.2},
-            _CONTEXT,
-        ),
-        "e_io": Constant(
-            "1",
-            0.05,
-            1.0,
-            "share of the datasheet bandwidth at which queries, keys, values and outputs move",
-            {"ampere": 0.305, "ada": 0.38, "hopper": 0.48, "*": 0.35},
-            _CONTEXT,
-        ),
-        "l2_gain": Constant(
-            "1",
-            1.0,
-            10.0,
-            "rate at which they move out of L2, in units of that out of DRAM",
-            {"ampere": 1.09, "ada": 3.35, "hopper": 1.98, "*": 1.3},
-            _CONTEXT,
-        ),
-        "l2_share": Constant(
-            "1",
-            0.1,
-            4.0,
-            "bytes, in units of the L2, at which half of them are found there",
-            {"ampere": 0.64, "ada": 1.07, "hopper": 0.53, "*": 0.7},
-            _CONTEXT,
-        ),
-        "packs": Constant(
-            "1",
-            0.0,
-            1.0,
-            "1: a tile takes the query heads of a KV head together where that fills it better; 0: never",
-            {"hopper": 1.0, "*": 0.0},
-            "FlashAttention-3 packs so; its tables fit better with it (core 6.5 against 6.7 %)",
-        ),
-        "pads": Constant(
-            "1",
-            0.0,
-            1.0,
-            "1: a tile of few queries takes the time of a whole one; 0: that of its queries",
-            {"cpu": 0.0, "*": 1.0},
-            "tiles of tensor cores are padded, loops of a CPU are not",
-        ),
-        "sparse_block": Constant(
-            "1",
-            0.0,
-            256.0,
-            "edge of skipped blocks at which the blocks left cost twice their dense share",
-            {"*": 16.0},
-            "uncalibrated: a block of 16 keys fills a quarter of a 64-key step of the tensor cores",
-        ),
-    }
+_GENERATION = (
+    f"fits on the generation tables of {_AIC} (sglang: FlashAttention on A100 and H100, FlashInfer on L40S; bf16)"
 )
-"""Constants of the ``attention_prefill`` section of a profile."""
-
-
-_GENERATION = "fits on the generation tables of aiconfigurator-core 0.12.0 (sglang: FlashAttention on A100 and H100, FlashInfer on L40S; bf16)"
-
-
-DECODE_CONSTANTS: Mapping[str, Constant] = MappingProxyType(
-    {
-        "t0_s": Constant(
-            "s",
-            1e-6,
-            4e-5,
-            "fixed time of the kernel and what its library launches with it",
-            {"ampere": 1.05e-5, "ada": 4.1e-6, "hopper": 6.65e-6, "*": 8e-6},
-            _GENERATION,
-        ),
-        "unit_s": Constant(
-            "s",
-            1e-9,
-            2e-5,
-            "start and end of a work unit on an SM",
-            {"ampere": 1.5e-6, "ada": 6.5e-7, "hopper": 2.3e-6, "*": 2e-6},
-            _GENERATION,
-        ),
-        "wide_s": Constant(
-            "s",
-            1e-10,
-            2e-5,
-            "fixed time more where a KV head serves more than 64 query heads (a larger tile)",
-            {"ampere": 4e-7, "hopper": 1.7e-6, "*": 5e-7},
-            _GENERATION,
-        ),
-        "long_unit_s": Constant(
-            "s",
-            1e-9,
-            5e-5,
-            "what a unit takes more from `long_keys` keys on, where the kernel is one that splits",
-            {"ampere": 6.9e-6, "hopper": 1e-8, "*": 5e-7},
-            _GENERATION,
-        ),
-        "sequence_s": Constant(
-            "s",
-            1e-11,
-            1e-6,
-            "scheduling one sequence of the batch",
-            {"ampere": 1.2e-8, "ada": 2.6e-9, "hopper": 1.1e-8, "*": 5e-9},
-            _GENERATION,
-        ),
-        "unit_bytes_per_s": Constant(
-            "B/s",
-            1e9,
-            1e12,
-            "what one work unit draws from its cache",
-            {"ampere": 1.4e10, "ada": 4e10, "hopper": 7.2e10, "*": 4e10},
-            _GENERATION,
-        ),
-        "e_d": Constant(
-            "1",
-            0.2,
-            1.0,
-            "share of the datasheet bandwidth a long cache reaches",
-            {"ampere": 0.95, "ada": 0.83, "hopper": 0.93, "*": 0.85},
-            _GENERATION,
-        ),
-        "split_s": Constant(
-            "s",
-            1e-9,
-            2e-5,
-            "a second kernel that merges the parts of split caches",
-            {"ampere": 1e-8, "ada": 2.2e-6, "hopper": 1.65e-6, "*": 1.5e-6},
-            _GENERATION,
-        ),
-        "merge_s": Constant(
-            "s",
-            1e-9,
-            2e-5,
-            "time of that kernel more for 16 times the splits",
-            {"ampere": 4.6e-6, "ada": 1.1e-6, "hopper": 1.9e-6, "*": 2e-6},
-            _GENERATION,
-        ),
-        "l2_gain": Constant(
-            "1",
-            1.0,
-            10.0,
-            "rate of a cache that lies in L2, in units of that out of DRAM",
-            {"ampere": 1.0, "ada": 7.0, "hopper": 3.0, "*": 2.0},
-            _GENERATION,
-        ),
-        "l2_share": Constant(
-            "1",
-            0.1,
-            4.0,
-            "cache bytes, in units of the L2, at which half of them are found there",
-            {"ada": 1.01, "*": 0.71},
-            _GENERATION,
-        ),
-        "rows": Constant(
-            "1",
-            1.0,
-            128.0,
-            "query rows of one KV head a unit takes at most",
-            {"*": 128.0},
-            "96 and 128 rows start no second unit in the A100 and H100 tables",
-        ),
-        "units_per_sm": Constant(
-            "1", 0.25, 8.0, "units an SM holds when the splits are chosen", {"ada": 2.0, "*": 1.0}, _GENERATION
-        ),
-        "long_keys": Constant(
-            "1", 1.0, 1e6, "keys from which a sequence counts as long", {"*": 512.0}, "where the A100 table steps up"
-        ),
-        "split_keys": Constant(
-            "1", 16.0, 4096.0, "keys a split keeps at least", {"*": 128.0}, "64 to 256 fit the tables alike"
-        ),
-        "regroup": Constant(
-            "1",
-            0.0,
-            4.0,
-            "time more of a cache whose KV heads serve several query heads: a CPU packs it",
-            {"cpu": 1.0, "*": 0.0},
-            "fp32 attention measured by prunesim on two cores of a Xeon",
-        ),
-    }
+_STUDY = (
+    "study of kernel tables (A100, H100): floors 1.6-3.8 us, 0.36-1.05 of the datasheet bandwidth; "
+    "uncalibrated on this device"
 )
-"""Constants of the ``attention_decode`` section of a profile."""
+_RTX = f"fit on rtx4090_other_ops.csv (RTX 4090); elsewhere: {_STUDY}"
+_GRAPH = (
+    "0: operator times are fitted on CUDA-graph replays and hold the gap; a profile fitted on bare kernel times sets it"
+)
+_EAGER = (
+    "uncalibrated default; PyTorch spends about 5-25 us of host time before each kernel "
+    "(public notes on its dispatcher)"
+)
+_NCCL = f"NCCL and engine all-reduce tables of {_AIC} (a100_sxm, h100_sxm, l40s; 2, 4 and 8 devices)"
 
+# -- the tables: unit, range, source, meaning, default by architecture
+# fmt: off
+
+GEMM_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
+    "t0": _row("s", 1e-7, 5e-5, _TABLES, "fixed time of a kernel inside a CUDA graph",
+        ampere=3.0e-6, ada=1.95e-6, hopper=2.7e-6, blackwell=1.95e-6, cpu=5e-6, other=2.7e-6),
+    "e_tc": _row("1", 0.05, 1.3, _TABLES, "share of the datasheet rate the main loop reaches",
+        ampere=1.0, ada=0.64, hopper=0.81, blackwell=0.64, cpu=0.8, other=0.8),
+    "tau": _row("s", 1e-9, 5e-6, _TABLES, "shortest main-loop step (128 bytes of k)",
+        ampere=3.0e-7, ada=2.23e-7, hopper=8.6e-8, blackwell=2.0e-7, cpu=1e-8, other=2e-7),
+    "b_e": _row("B/s", 1e8, 1e13, _TABLES, "rate one SM stores its finished tile at",
+        ampere=3.0e10, ada=3.0e10, hopper=3.0e10, blackwell=3.0e10, cpu=1e10, other=3.0e10),
+    "b_l2": _row("B/s", 1e10, 1e15, _TABLES, "rate L2 feeds operands to all SMs at",
+        ampere=5.6e12, ada=7.1e12, hopper=5.0e13, blackwell=1.0e13, cpu=1e12, other=7e12),
+    "e_d": _row("1", 0.1, 1.1, _TABLES, "share of the datasheet bandwidth DRAM reaches",
+        ampere=0.76, ada=0.78, hopper=0.81, blackwell=0.8, cpu=0.7, other=0.78),
+    "b_hit": _row("B/s", 1e10, 1e15, _TABLES, "rate of operands that are in L2",
+        ampere=2.0e12, ada=3.0e12, hopper=6.0e12, blackwell=5.0e12, cpu=2e11, other=4e12),
+    "c_l2": _row("1", 0.05, 4.0, _TABLES, "share of L2 where half a footprint stays resident",
+        ampere=1.5, ada=1.05, hopper=0.75, blackwell=1.0, cpu=0.8, other=1.0),
+    "l2_power": _row("1", 0.5, 16.0, _TABLES, "sharpness of that transition", ampere=4.0, other=16.0),
+    "t_s": _row("s", 0.0, 1e-4, _TABLES, "fixed time of adding up the parts of a split-K",
+        ampere=2.5e-6, ada=2.6e-6, hopper=2.9e-6, blackwell=2.6e-6, cpu=2e-6, other=2.6e-6),
+    "b_s": _row("B/s", 1e9, 1e15, _TABLES, "rate those parts are written and read at",
+        ampere=2.0e12, ada=2.0e12, hopper=3.0e12, blackwell=2.0e12, cpu=1e11, other=2e12),
+    "b_convert": _row("B/s", 1e9, 1e15, _TABLES + ", fp8 rows",
+        "rate 16-bit activations are converted at before a product of 8-bit formats",
+        ampere=1.5e12, ada=8e11, hopper=2e12, blackwell=1.5e12, cpu=1e11, other=1.5e12),
+    "t0_8bit": _row("s", 1e-7, 1e-4, _ASSUMED,
+        "t0 of 8-bit formats without a fit of their own: the conversion is a launch too", other=1.2e-5),
+    "e_tc_8bit": _row("1", 0.05, 1.3, _ASSUMED, "e_tc of 8-bit formats without a fit of their own",
+        ampere=0.9, ada=0.6, hopper=0.75, blackwell=0.6, cpu=0.5, other=0.7),
+    "align_step": _row("1", 0.0, 3.0, _GUIDE,
+        "main-loop time added per halving of the alignment of n or k below 16 bytes",
+        ampere=0.15, ada=0.15, hopper=0.3, blackwell=0.15, cpu=0.02, other=0.15),
+    "align_load": _row("1", 0.0, 3.0, _GUIDE, "weight-load time added per halving of that alignment",
+        ampere=0.06, ada=0.06, hopper=0.08, blackwell=0.06, cpu=0.02, other=0.06),
+    "sparse_step": _row("1", 0.1, 1.2, _SPARSE,
+        "e_tc of 2:4 kernels over that of dense ones, both of their own datasheet rate",
+        ampere=0.87, ada=0.9, hopper=0.65, blackwell=0.65, cpu=0.5, other=0.7),
+    "sparse_load": _row("1", 0.1, 1.2, _COMPRESSED, "e_d of 2:4 kernels over that of dense ones", other=0.56),
+    "sparse_time": _row("s", 0.0, 1e-4, "uncalibrated: order of the launch of cuSPARSELt kernels",
+        "fixed time a 2:4 kernel takes above a dense one", other=2e-6),
+    "quant_time": _row("s", 0.0, 1e-4, _QUANTISED,
+        "fixed time a weight-only quantised kernel takes above a dense one", other=6e-6),
+    "quant_step": _row("1", 0.05, 1.2, _QUANTISED,
+        "e_tc of weight-only quantised kernels over that of dense ones", other=0.7),
+    "quant_load": _row("1", 0.05, 1.2, _QUANTISED,
+        "e_d of weight-only quantised kernels over that of dense ones", other=0.85),
+    "block_step": _row("1", 0.1, 1.2, _ASSUMED,
+        "e_tc of kernels that skip blocks of rows, over that of dense ones", other=0.85),
+    "pack": _row("1", 0.01, 10.0, _PACKING,
+        "time of rearranging the weights before a product on a CPU, over that of reading them", other=0.85),
+    "pack_m": _row("1", 1.0, 64.0, _PACKING, "rows from which a CPU's product rearranges its weights", other=4.0),
+})
+
+PREFILL_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
+    "t0_s": _row("s", 1e-6, 4e-5, _CONTEXT, "fixed time of the kernel and what its library launches with it",
+        ampere=9.25e-6, ada=7.3e-6, hopper=1.1e-5, other=9e-6),
+    "e_tc": _row("1", 0.1, 1.1, _CONTEXT, "share of the datasheet tensor rate the two products reach",
+        ampere=0.505, ada=0.426, hopper=0.738, other=0.5),
+    "exp_per_s": _row("1/s", 1e9, 1e13, _CONTEXT, "exponentials an SM retires a second, beside its products",
+        ampere=3.7e10, ada=3.7e10, hopper=5.2e10, other=3.7e10),
+    "tile_s": _row("s", 1e-10, 2e-5, _CONTEXT, "start and end of one query tile on an SM", ampere=9.6e-7, other=1e-9),
+    "sequence_s": _row("s", 1e-11, 1e-6, _CONTEXT, "scheduling one sequence of the batch", hopper=2.5e-8, other=1e-10),
+    "kappa": _row("1", 0.05, 6.0, _CONTEXT, "time of the longest tile alone, in units of its share of a full SM",
+        ampere=1.56, ada=1.18, hopper=0.88, other=1.2),
+    "e_io": _row("1", 0.05, 1.0, _CONTEXT,
+        "share of the datasheet bandwidth at which queries, keys, values and outputs move",
+        ampere=0.305, ada=0.38, hopper=0.48, other=0.35),
+    "l2_gain": _row("1", 1.0, 10.0, _CONTEXT, "rate at which they move out of L2, in units of that out of DRAM",
+        ampere=1.09, ada=3.35, hopper=1.98, other=1.3),
+    "l2_share": _row("1", 0.1, 4.0, _CONTEXT, "bytes, in units of the L2, at which half of them are found there",
+        ampere=0.64, ada=1.07, hopper=0.53, other=0.7),
+    "packs": _row("1", 0.0, 1.0, "FlashAttention-3 packs so; its tables fit better with it (core 6.5 against 6.7 %)",
+        "1: a tile takes the query heads of a KV head together where that fills it better; 0: never",
+        hopper=1.0, other=0.0),
+    "pads": _row("1", 0.0, 1.0, "tiles of tensor cores are padded, loops of a CPU are not",
+        "1: a tile of few queries takes the time of a whole one; 0: that of its queries", cpu=0.0, other=1.0),
+    "sparse_block": _row("1", 0.0, 256.0,
+        "uncalibrated: a block of 16 keys fills a quarter of a 64-key step of the tensor cores",
+        "edge of skipped blocks at which the blocks left cost twice their dense share", other=16.0),
+})
+
+DECODE_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
+    "t0_s": _row("s", 1e-6, 4e-5, _GENERATION, "fixed time of the kernel and what its library launches with it",
+        ampere=1.05e-5, ada=4.1e-6, hopper=6.65e-6, other=8e-6),
+    "unit_s": _row("s", 1e-9, 2e-5, _GENERATION, "start and end of a work unit on an SM",
+        ampere=1.5e-6, ada=6.5e-7, hopper=2.3e-6, other=2e-6),
+    "wide_s": _row("s", 1e-10, 2e-5, _GENERATION,
+        "fixed time more where a KV head serves more than 64 query heads (a larger tile)",
+        ampere=4e-7, hopper=1.7e-6, other=5e-7),
+    "long_unit_s": _row("s", 1e-9, 5e-5, _GENERATION,
+        "what a unit takes more from `long_keys` keys on, where the kernel is one that splits",
+        ampere=6.9e-6, hopper=1e-8, other=5e-7),
+    "sequence_s": _row("s", 1e-11, 1e-6, _GENERATION, "scheduling one sequence of the batch",
+        ampere=1.2e-8, ada=2.6e-9, hopper=1.1e-8, other=5e-9),
+    "unit_bytes_per_s": _row("B/s", 1e9, 1e12, _GENERATION, "what one work unit draws from its cache",
+        ampere=1.4e10, ada=4e10, hopper=7.2e10, other=4e10),
+    "e_d": _row("1", 0.2, 1.0, _GENERATION, "share of the datasheet bandwidth a long cache reaches",
+        ampere=0.95, ada=0.83, hopper=0.93, other=0.85),
+    "split_s": _row("s", 1e-9, 2e-5, _GENERATION, "a second kernel that merges the parts of split caches",
+        ampere=1e-8, ada=2.2e-6, hopper=1.65e-6, other=1.5e-6),
+    "merge_s": _row("s", 1e-9, 2e-5, _GENERATION, "time of that kernel more for 16 times the splits",
+        ampere=4.6e-6, ada=1.1e-6, hopper=1.9e-6, other=2e-6),
+    "l2_gain": _row("1", 1.0, 10.0, _GENERATION, "rate of a cache that lies in L2, in units of that out of DRAM",
+        ampere=1.0, ada=7.0, hopper=3.0, other=2.0),
+    "l2_share": _row("1", 0.1, 4.0, _GENERATION,
+        "cache bytes, in units of the L2, at which half of them are found there", ada=1.01, other=0.71),
+    "rows": _row("1", 1.0, 128.0, "96 and 128 rows start no second unit in the A100 and H100 tables",
+        "query rows of one KV head a unit takes at most", other=128.0),
+    "units_per_sm": _row("1", 0.25, 8.0, _GENERATION, "units an SM holds when the splits are chosen",
+        ada=2.0, other=1.0),
+    "long_keys": _row("1", 1.0, 1e6, "where the A100 table steps up", "keys from which a sequence counts as long",
+        other=512.0),
+    "split_keys": _row("1", 16.0, 4096.0, "64 to 256 fit the tables alike", "keys a split keeps at least", other=128.0),
+    "regroup": _row("1", 0.0, 4.0, "fp32 attention measured by prunesim on two cores of a Xeon",
+        "time more of a cache whose KV heads serve several query heads: a CPU packs it", cpu=1.0, other=0.0),
+})
+
+RUNTIME_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
+    "graph_gap_s": _row("s", 0.0, 2e-5, _GRAPH,
+        "idle time between two kernels of a CUDA graph that the kernels' own times do not hold yet", other=0.0),
+    "host_op_s": _row("s", 1e-7, 1e-3, _EAGER,
+        "host time to launch one kernel from an eager framework (interpreter, dispatcher, driver)",
+        other=10e-6, cpu=5e-6),
+})
+
+COLLECTIVE_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
+    "t0_s": _row("s", 0.0, 1e-4, _NCCL, "fixed time of a collective inside a CUDA graph",
+        ampere=3.8e-6, hopper=2.5e-6, other=4e-6),
+    "e_link": _row("1", 0.05, 1.0, _NCCL, "share of the link's bandwidth in one direction a large payload reaches",
+        ampere=0.67, hopper=0.70, other=0.63),
+    "step_s": _row("s", 0.0, 1e-4, _NCCL, "one more synchronising step between all devices", other=1e-6),
+    "pcie_sharing": _row("1", 0.0, 3.0, _NCCL,
+        "power of 2 / devices by which devices on PCIe lose bandwidth to one another", other=1.9),
+    "spread": _row("1", 1.0, 4.0, "engines and NCCL differ by this on the same payload; " + _NCCL,
+        "factor of the 90 % interval either way", other=1.5),
+})
+"""Of a link between devices; no section of a profile holds them."""
+# fmt: on
 
 CLASSES: tuple[str, ...] = ("norm", "final_norm", "rotary", "activation", "embedding", "copy", "select", "scatter")
-"""Classes of operators with a bandwidth and a floor of their own; new ones come last, so that arrays of older profiles keep their rows."""
-
+"""Classes of elementwise operators with a bandwidth and a floor of their own; new ones come last, so that arrays of
+older profiles keep their rows."""
 
 FIRST_CLASSES = 7
 """Classes of the first profiles."""
 
 
-_STUDY = "study of kernel tables (A100, H100): floors 1.6-3.8 us, 0.36-1.05 of the datasheet bandwidth; uncalibrated on this device"
-
-
-_RTX = "fit on rtx4090_other_ops.csv (RTX 4090); elsewhere: " + _STUDY
-
-
 def _elementwise() -> dict[str, Constant]:
-    floors = dict(zip(CLASSES, (2.1e-6, 2.6e-6, 2.4e-6, 3.1e-6, 3.9e-6, 2.2e-6, 3.8e-6, 3.9e-6), strict=True))
-    shares = dict(zip(CLASSES, (0.75, 0.75, 0.65, 0.85, 0.75, 0.70, 0.36, 0.75), strict=True))
+    floors_s = (2.1e-6, 2.6e-6, 2.4e-6, 3.1e-6, 3.9e-6, 2.2e-6, 3.8e-6, 3.9e-6)
+    shares = (0.75, 0.75, 0.65, 0.85, 0.75, 0.70, 0.36, 0.75)
     out = {}
-    for name in CLASSES:
-        out[f"t0_{name}_s"] = Constant("s", 5e-7, 5e-5, f"floor of a {name} kernel", {"*": floors[name]}, _RTX)
+    for name, floor_s, share in zip(CLASSES, floors_s, shares, strict=True):
+        out[f"t0_{name}_s"] = _row("s", 5e-7, 5e-5, _RTX, f"floor of a {name} kernel", other=floor_s)
         meaning = f"share of the DRAM bandwidth a large {name} operator reaches"
-        out[f"e_{name}"] = Constant("1", 0.001, 1.0, meaning, {"*": shares[name]}, _STUDY)
+        out[f"e_{name}"] = _row("1", 0.001, 1.0, _STUDY, meaning, other=share)
         meaning = f"rate of a {name} operator whose data lie in L2, in units of its DRAM rate"
-        out[f"l2_{name}"] = Constant("1", 1.0, 6.0, meaning, {"ada": 2.5, "*": 1.5}, _RTX)
+        out[f"l2_{name}"] = _row("1", 1.0, 6.0, _RTX, meaning, ada=2.5, other=1.5)
     meaning = "bytes of an operator, in units of the L2, at which half of them are found there"
-    out["l2_share"] = Constant("1", 0.05, 4.0, meaning, {"*": 0.8}, _RTX)
-    meaning = "factor of the 90 % interval either way where none was fitted"
-    out["spread"] = Constant(
-        "1", 1.0, 4.0, meaning, {"*": 1.6}, "rates between operators of one class differ by this; " + _STUDY
+    out["l2_share"] = _row("1", 0.05, 4.0, _RTX, meaning, other=0.8)
+    source = f"rates between operators of one class differ by this; {_STUDY}"
+    out["spread"] = _row(
+        "1", 1.0, 4.0, source, "factor of the 90 % interval either way where none was fitted", other=1.6
     )
     return out
 
 
 ELEMENTWISE_CONSTANTS: Mapping[str, Constant] = MappingProxyType(_elementwise())
-"""Constants of the ``elementwise`` section of a profile."""
-
-
-RUNTIME_CONSTANTS: Mapping[str, Constant] = MappingProxyType(
-    {
-        "graph_gap_s": Constant(
-            "s",
-            0.0,
-            2e-5,
-            "idle time between two kernels of a CUDA graph that the kernels' own times do not hold yet",
-            {"*": 0.0},
-            "0: operator times are fitted on CUDA-graph replays and hold the gap; a profile fitted on bare kernel times sets it",
-        ),
-        "host_op_s": Constant(
-            "s",
-            1e-7,
-            1e-3,
-            "host time to launch one kernel from an eager framework (interpreter, dispatcher, driver)",
-            {"*": 10e-6, "cpu": 5e-6},
-            "uncalibrated default; PyTorch spends about 5-25 us of host time before each kernel (public notes on its dispatcher)",
-        ),
-    }
-)
-"""Constants of the runtime section of a profile."""
-
-
-_NCCL = "NCCL and engine all-reduce tables of aiconfigurator-core 0.12.0 (a100_sxm, h100_sxm, l40s; 2, 4 and 8 devices)"
-
-
-COLLECTIVE_CONSTANTS: Mapping[str, Constant] = MappingProxyType(
-    {
-        "t0_s": Constant(
-            "s",
-            0.0,
-            1e-4,
-            "fixed time of a collective inside a CUDA graph",
-            {"ampere": 3.8e-6, "hopper": 2.5e-6, "*": 4e-6},
-            _NCCL,
-        ),
-        "e_link": Constant(
-            "1",
-            0.05,
-            1.0,
-            "share of the link's bandwidth in one direction a large payload reaches",
-            {"ampere": 0.67, "hopper": 0.70, "*": 0.63},
-            _NCCL,
-        ),
-        "step_s": Constant("s", 0.0, 1e-4, "one more synchronising step between all devices", {"*": 1e-6}, _NCCL),
-        "pcie_sharing": Constant(
-            "1",
-            0.0,
-            3.0,
-            "power of 2 / devices by which devices on PCIe lose bandwidth to one another",
-            {"*": 1.9},
-            _NCCL,
-        ),
-        "spread": Constant(
-            "1",
-            1.0,
-            4.0,
-            "factor of the 90 % interval either way",
-            {"*": 1.5},
-            "engines and NCCL differ by this on the same payload; " + _NCCL,
-        ),
-    }
-)
-"""Constants of :func:`collective_time`, by architecture."""
-
-
-AXES: tuple[str, ...] = (
-    "m",
-    "n",
-    "k",
-    "nk",
-    "mk",
-    "mn",
-    "aspect",
-    "time",
-    "tiles",
-    "blocks",
-    "tile",
-    "m_step",
-    "m_exact",
-    "tiles64",
-    "idle256",
-    "last128",
-    "idle",
-)
-"""Coordinates of a shape; the position is the code in a profile's ``terms`` array. log2 of m, n, k and their products; aspect: log2
-n/k; time: log2 of the analytic
-microseconds; tiles, blocks: log2 of output tiles, and of those times split-K, over SMs; tile: entry of the menu; m_step: 0 odd, 1
-even, 2 a multiple of 8, 3 of 64; m_exact: place of m
-among the measured ones; tiles64: log2 of 64 x 64 tiles over SMs; idle256: idle share of the last wave of 128 x 256 tiles; last128:
-waves of 128 x 128 tiles beyond whole ones, plus 1; idle:
-idle share of the last wave of the chosen tile."""
-
-
-EXACT_NAMES: tuple[str, ...] = ("exact_m", "exact_n", "exact_k", "exact_s", "exact_log_half")
-"""Arrays of a GEMM section, of equal length; a profile has all of them or none."""
-
 
 CONSTANTS: Mapping[str, Mapping[str, Constant]] = MappingProxyType(
     {
@@ -686,4 +250,26 @@ CONSTANTS: Mapping[str, Mapping[str, Constant]] = MappingProxyType(
         "runtime": RUNTIME_CONSTANTS,
     }
 )
-"""Constants by operator."""
+"""Constants by operator: those of each fitted section of a profile."""
+
+# -- arrays of a GEMM section
+
+# fmt: off
+AXES: tuple[str, ...] = (
+    "m", "n", "k", "nk", "mk", "mn", "aspect", "time", "tiles", "blocks", "tile", "m_step", "m_exact",
+    "tiles64", "idle256", "last128", "idle",
+)
+# fmt: on
+"""Coordinates of a shape; the position is the code in a profile's ``terms`` array.
+
+log2 of m, n, k and their products; aspect: log2 n/k; time: log2 of the analytic microseconds; tiles, blocks: log2 of
+output tiles, and of those times split-K, over SMs; tile: entry of the menu; m_step: 0 odd, 1 even, 2 a multiple of 8,
+3 of 64; m_exact: place of m among the measured ones; tiles64: log2 of 64 x 64 tiles over SMs; idle256: idle share of
+the last wave of 128 x 256 tiles; last128: waves of 128 x 128 tiles beyond whole ones, plus 1; idle: idle share of the
+last wave of the chosen tile."""
+
+EXACT_NAMES: tuple[str, ...] = ("exact_m", "exact_n", "exact_k", "exact_s", "exact_log_half")
+"""Arrays of exact shapes, of equal length; a profile has all of them or none."""
+
+EXACT_BITS: tuple[int, ...] = (22, 21, 21)
+"""Bits of m, n and k in the 64-bit key of an exact shape; a dimension that does not fit is never found."""

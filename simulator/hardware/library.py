@@ -1,4 +1,5 @@
-"""Profiles by name: :func:`load_hardware`, :func:`list_hardware`, :func:`check_hardware`, :func:`save_hardware`."""
+"""Profiles by name: :func:`load_hardware`, :func:`check_hardware`, :func:`save_hardware`; names are in
+``hardware.names``."""
 
 from __future__ import annotations
 
@@ -15,22 +16,15 @@ from simulator.hardware.schema import read_profile
 
 
 def load_hardware(name_or_path: str | os.PathLike[str]) -> HardwareProfile:
-    """A profile by name, alias or path.
+    """A profile by shipped name or alias (case, blanks, dashes and underscores do not matter) or the path of its YAML.
 
-    Parameters
-    ----------
-    name_or_path : str or path
-        A shipped name or alias (case, blanks, dashes and underscores do not matter), or the path of a YAML file.
-
-    Returns
-    -------
-    HardwareProfile
-        Shared: the same file gives the same object until it changes.
+    It is shared: the same file gives the same object until it changes.
 
     Raises
     ------
     InputError
-        For an unknown name (with the closest ones) or a bad file: its first problem as ``file:line:column: key: reason``.
+        For an unknown name, with the closest ones, or a bad file: its first problem as
+        ``file:line:column: key: reason``.
 
     Examples
     --------
@@ -69,30 +63,14 @@ def forget() -> None:
 
 
 def check_hardware(path: str | os.PathLike[str]) -> list[str]:
-    """All problems of a profile file, one line each: ``file:line:column: key: reason, what would be right``.
-
-    Parameters
-    ----------
-    path : str or path
-
-    Returns
-    -------
-    list of str
-        Empty for a good file.
-    """
+    """All problems of a profile file, one line each: ``file:line:column: key: reason, what would be right``."""
     return read_profile(Path(path))[1].lines
 
 
 def save_hardware(profile: HardwareProfile, path: str | os.PathLike[str]) -> None:
-    """Write a profile whole: arrays to an ``.npz`` beside the YAML that carries its digest in its name, then the YAML.
+    """Write a profile whole: its arrays to an ``.npz`` named with their digest, then the YAML beside it.
 
     The same profile gives the same bytes. Comments of an older file are not kept; facts, sources and notes are.
-
-    Parameters
-    ----------
-    profile : HardwareProfile
-    path : str or path
-        Ends in ``.yaml``.
 
     Raises
     ------

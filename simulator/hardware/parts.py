@@ -1,27 +1,23 @@
-"""The parts a hardware profile is made of, as frozen values; :mod:`simulator.hardware` puts them together and hands them out."""
+"""The parts of a hardware profile, as frozen values; their annotations are the schema of its YAML."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Annotated, Any
 
 from numpy.typing import NDArray
+
+from simulator.files.fields import Number
+
+Rows = Annotated[int, Number(0, 1e12, "400", whole=True)]
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Arithmetic of one dtype.
-
-    Attributes
-    ----------
-    flop_per_s : float
-        Dense datasheet rate at boost clock.
-    accumulate : str
-        Type sums are kept in.
-    sparse_factor : float
-        Rate of 2:4 sparse operands over dense ones; 1.0 without sparse tensor cores.
-    """
+    """Arithmetic of one dtype: the dense datasheet rate at boost clock, the type sums are kept in, and the rate of 2:4
+    sparse operands over dense ones (1.0 without sparse tensor cores)."""
 
     flop_per_s: float
     accumulate: str
@@ -52,10 +48,10 @@ class Interval:
     """Multipliers of a prediction that hold the measured time at ``level``, from ``rows`` unseen shapes of a regime."""
 
     regime: str
-    low: float
-    high: float
-    level: float
-    rows: int
+    low: Annotated[float, Number(1e-6, 1.0, "0.93")]
+    high: Annotated[float, Number(1.0, 1e6, "1.08")]
+    level: Annotated[float, Number(0.01, 0.9999, "0.9")]
+    rows: Rows
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ class Provenance:
     software: str
     device: str
     protocol: str
-    rows: int
+    rows: Rows
     borrowed_from: str = ""
 
 
@@ -76,23 +72,14 @@ class Provenance:
 class Section:
     """One fitted part of a profile; ``section["name"]`` is the value of a constant.
 
-    Attributes
-    ----------
-    constants : mapping of str to Fitted
-    arrays : mapping of str to array
-        For instance the residual lattice; read-only.
-    intervals : tuple of Interval
-    accuracy : mapping of str to float
-        Errors on shapes the fit did not see.
-    provenance : Provenance or None
-    status : str
-        "calibrated", "borrowed" or "default".
+    ``arrays`` (for instance the residual lattice) are read-only, ``accuracy`` holds errors on shapes the fit did not
+    see, ``status`` is "calibrated", "borrowed" or "default".
     """
 
     constants: Mapping[str, Fitted]
-    arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    arrays: Mapping[str, NDArray[Any]] = field(default_factory=lambda: MappingProxyType({}))
     intervals: tuple[Interval, ...] = ()
-    accuracy: Mapping[str, float] = field(default_factory=dict)
+    accuracy: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     provenance: Provenance | None = None
     status: str = "default"
 

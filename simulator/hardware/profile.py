@@ -1,8 +1,7 @@
 """A device as data: datasheet facts with their sources, and beside them what was fitted on it.
 
-Use :func:`load_hardware` to get a profile by name, alias or path, :func:`list_hardware` for the shipped names, :func:`check_hardware` for
-everything that is wrong with a file, :func:`save_hardware` to write one. Facts and fitted values never mix: the first are attributes, the
-second come from :meth:`HardwareProfile.section`, which says whether they were calibrated, borrowed or are defaults of the architecture.
+``hardware.library`` reads and writes profiles. Facts and fitted values never mix: the first are attributes, the second
+come from :meth:`HardwareProfile.section`, which says whether they are calibrated, borrowed or the architecture's.
 """
 
 from __future__ import annotations
@@ -16,11 +15,12 @@ from types import MappingProxyType
 from simulator.errors import InputError, unknown
 from simulator.hardware.constants import CONSTANTS, Constant
 from simulator.hardware.parts import Fitted, Link, Rate, Section
-from simulator.units import format_quantity
 
 ARCHITECTURES: tuple[str, ...] = ("ampere", "ada", "hopper", "blackwell", "cpu")
-OPERATORS: tuple[str, ...] = ("gemm", "attention_prefill", "attention_decode", "elementwise", "runtime")
+OPERATORS: tuple[str, ...] = tuple(CONSTANTS)
 """Parts of a profile that are fitted; "runtime" holds for every dtype and has dtype "*"."""
+
+_TWINS = {"bf16": "fp16", "fp16": "bf16"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,10 +29,9 @@ class HardwareProfile:
 
     Attributes
     ----------
-    sources : mapping of str to str
-        Datasheet key ("sm_count", "rates.bf16", "link.latency") -> where the value comes from.
-    notes : mapping of str to str
-        Datasheet key -> a remark, where a value needs one.
+    sources, notes : mapping of str to str
+        Datasheet key ("sm_count", "rates.bf16", "link.latency") -> where the value comes from, and a remark where it
+        needs one.
     references : mapping of str to str
         Short names the file uses for its sources.
     sections : mapping of (operator, dtype) to Section
@@ -72,20 +71,15 @@ class HardwareProfile:
         return self.max_clock_hz / self.boost_clock_hz
 
     def rate(self, dtype: str) -> Rate:
-        """Datasheet rate of a dtype.
-
-        Raises
-        ------
-        InputError
-            When the device has no such arithmetic; names what it has.
-        """
+        """Datasheet rate of a dtype; InputError, which names what the device has, where it has no such arithmetic."""
         try:
             return self.rates[dtype]
         except KeyError:
             raise InputError(f"{self.name} has no {dtype} arithmetic; it has {', '.join(self.rates)}") from None
 
     def peak_flop_per_s(self, dtype: str, sparse: bool = False) -> float:
-        """Datasheet rate at boost clock, FLOP/s; with ``sparse`` that of 2:4 operands. Times ``clock_headroom`` it is a hard ceiling."""
+        """Datasheet rate at boost clock, FLOP/s, with ``sparse`` that of 2:4 operands; times ``clock_headroom`` it is a
+        hard ceiling."""
         rate = self.rate(dtype)
         return rate.flop_per_s * (rate.sparse_factor if sparse else 1.0)
 
@@ -94,72 +88,21 @@ class HardwareProfile:
         return self.peak_flop_per_s(dtype) / self.bandwidth_bytes_per_s
 
     def section(self, operator: str, dtype: str) -> Section:
-        """Fitted values of an operator: the calibrated ones, else those of bf16 / fp16 for one another, else the architecture's defaults.
+        """Fitted values of one of :data:`OPERATORS`: the calibrated ones, else those of bf16 / fp16 for one another,
+        else the architecture's defaults.
 
-        Parameters
-        ----------
-        operator : str
-            One of :data:`OPERATORS`.
-        dtype : str
-            A dtype of the device; ignored for "runtime".
-
-        Returns
-        -------
-        Section
-            With every constant of the operator; one that was not fitted has its default and status "default".
-
-        Raises
-        ------
-        InputError
-            For an operator that does not exist.
+        The section has every constant of the operator; one that was not fitted has its default and status "default".
         """
-        if operator not in OPERATORS:
-            raise unknown("operator", operator, OPERATORS)
-        key = (operator, "*" if operator == "runtime" else dtype)
-        twin = {"bf16": "fp16", "fp16": "bf16"}.get(dtype)
-        found = self.sections.get(key)
-        if (
-            found is None
-            and twin is not None
-            and (operator, twin) in self.sections
-            and self.rates.get(dtype) == self.rates.get(twin)
-        ):
-            found = _borrowed(self.sections[(operator, twin)], f"{self.name} {operator} {twin}")
         default = _default_section(operator, self.architecture)
+        found = self.sections.get((operator, "*" if operator == "runtime" else dtype))
+        twin = _TWINS.get(dtype, "")
+        if found is None and (operator, twin) in self.sections and self.rates.get(dtype) == self.rates.get(twin):
+            found = _borrowed(self.sections[operator, twin], f"{self.name} {operator} {twin}")
         if found is None:
             return default
         if found.constants.keys() >= default.constants.keys():
             return found
         return replace(found, constants=MappingProxyType({**default.constants, **found.constants}))
-
-    def describe(self) -> list[tuple[str, str, str]]:
-        """Facts as rows of (key, value for people, source); prints nothing."""
-        rows: list[tuple[str, str]] = [
-            ("sm_count", str(self.sm_count)),
-            ("boost_clock", format_quantity(self.boost_clock_hz, "Hz")),
-            ("max_clock", format_quantity(self.max_clock_hz, "Hz")),
-            ("memory", format_quantity(self.memory_bytes, "B")),
-            ("bandwidth", format_quantity(self.bandwidth_bytes_per_s, "B/s")),
-            ("l2_cache", format_quantity(self.l2_bytes, "B")),
-            ("power", format_quantity(self.power_w, "W")),
-        ]
-        for dtype, rate in self.rates.items():
-            sparse = f", 2:4 sparse x{rate.sparse_factor:g}" if rate.sparse_factor != 1 else ""
-            rows.append(
-                (
-                    f"rates.{dtype}",
-                    f"{format_quantity(rate.flop_per_s, 'FLOP/s')}, {rate.accumulate} accumulate{sparse}",
-                )
-            )
-        if self.link:
-            rows.append(
-                (
-                    "link.bandwidth",
-                    f"{self.link.kind}, {format_quantity(self.link.bandwidth_bytes_per_s, 'B/s')} each direction",
-                )
-            )
-            rows.append(("link.latency", format_quantity(self.link.latency_s, "s")))
-        return [(key, value, self.sources.get(key, "")) for key, value in rows]
 
 
 def constants_of(operator: str) -> Mapping[str, Constant]:
@@ -171,11 +114,10 @@ def constants_of(operator: str) -> Mapping[str, Constant]:
 
 @lru_cache(maxsize=64)
 def _default_section(operator: str, architecture: str) -> Section:
-    values = {
-        name: Fitted(constant.default(architecture), None, "default")
-        for name, constant in constants_of(operator).items()
-    }
-    return Section(MappingProxyType(values))
+    constants = constants_of(operator)
+    return Section(
+        MappingProxyType({name: Fitted(c.default(architecture), None, "default") for name, c in constants.items()})
+    )
 
 
 @lru_cache(maxsize=64)

@@ -1,359 +1,261 @@
-"""The schema of a hardware profile: a tree of positioned nodes to a :class:`HardwareProfile`, or to everything that is wrong with it.
-
-Every check says key, what came and what would be right. Checks go on after a problem, so that one run reports all of them. Saving is
-in ``profile_save``, reading the arrays in ``profile_arrays``.
-"""
+"""The schema of a hardware profile: its YAML to a :class:`HardwareProfile`, or to everything that is wrong with it."""
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from simulator.files.fields import Fields, join, shown
+from simulator.files.fields import Checked, Keys, Kind, Many, Number, Quantity, Table, Text, did_you_mean, record, shown
 from simulator.files.yaml import Node, Problems, parse_yaml, read_text
 from simulator.hardware.arrays import ARRAY_NAME, FILE_NAME, read_arrays
 from simulator.hardware.checks import check_arrays
 from simulator.hardware.names import plain_name, profiles_folder, shipped_names
 from simulator.hardware.parts import Fitted, Interval, Link, Provenance, Rate, Section
 from simulator.hardware.profile import ARCHITECTURES, OPERATORS, HardwareProfile, constants_of
+from simulator.workload import DTYPES
 
 SCHEMA_VERSION = 1
 
-# key of the file -> attribute of the profile, SI unit, plausible range: wide, to catch a slip of the unit and nothing else
-QUANTITIES: Mapping[str, tuple[str, str, float, float]] = MappingProxyType(
+# fmt: off
+QUANTITIES: Mapping[str, tuple[str, Quantity]] = MappingProxyType({
+    "boost_clock": ("boost_clock_hz", Quantity("Hz", 1e7, 1e11)),
+    "max_clock": ("max_clock_hz", Quantity("Hz", 1e7, 1e11)),
+    "memory": ("memory_bytes", Quantity("B", 1e6, 1e15)),
+    "bandwidth": ("bandwidth_bytes_per_s", Quantity("B/s", 1e8, 1e15)),
+    "l2_cache": ("l2_bytes", Quantity("B", 1e3, 1e12)),
+    "power": ("power_w", Quantity("W", 0.1, 1e5)),
+})
+# fmt: on
+"""Key of the file -> attribute of the profile, unit and plausible range: wide, to catch a slip of the unit only."""
+
+Fetch = Callable[[Path, str, str, tuple[str, ...]], Mapping[str, Any]]
+"""Gets a section's arrays, as :func:`simulator.hardware.arrays.read_arrays` does."""
+
+_NAME = Text((), "[a-z0-9][a-z0-9_.-]{0,63}", "a name of lower-case letters, digits, _ - and ., at most 64")
+_ALIAS = Text((), "[A-Za-z0-9][A-Za-z0-9 _.-]{0,63}", "letters, digits, blanks, _ - and .")
+_SHORT = re.compile("[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_RATE: Mapping[str, Kind] = MappingProxyType(
     {
-        "boost_clock": ("boost_clock_hz", "Hz", 1e7, 1e11),
-        "max_clock": ("max_clock_hz", "Hz", 1e7, 1e11),
-        "memory": ("memory_bytes", "B", 1e6, 1e15),
-        "bandwidth": ("bandwidth_bytes_per_s", "B/s", 1e8, 1e15),
-        "l2_cache": ("l2_bytes", "B", 1e3, 1e12),
-        "power": ("power_w", "W", 0.1, 1e5),
+        "value": Quantity("FLOP/s", 1e8, 1e18),
+        "accumulate": Text(("fp16", "bf16", "fp32", "fp64", "int32")),
+        "sparse_factor": Number(1, 4, "2"),
     }
 )
-DTYPES = ("fp32", "tf32", "fp16", "bf16", "fp8", "int8", "int4")  # those of simulator.workload, which is a layer above
-ACCUMULATE = ("fp16", "bf16", "fp32", "fp64", "int32")
-STATUSES = ("fitted", "fixed", "borrowed", "default")
-SECTION_STATUSES = ("calibrated", "borrowed")
-_TOP = ("schema_version", "name", "title", "vendor", "architecture", "sources", "datasheet")
-_FACTS = ("sm_count", *(key for key in QUANTITIES if key != "max_clock"), "rates")
-_PROVENANCE = ("source", "digest", "date", "software", "device", "protocol")
-
-_SHORT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
+_ARRAYS = Keys(
+    {
+        "file": Text((), FILE_NAME.pattern, "the name of an .npz file beside the profile, without folders"),
+        "sha256": Text((), "[0-9a-f]{64}", "64 lower-case hexadecimal digits"),
+        "names": Many(Text((), ARRAY_NAME.pattern, "an array name of letters, digits and _")),
+    }
+)
 
 
 def read_profile(path: Path) -> tuple[HardwareProfile | None, Problems]:
     """A profile file to a profile (None if anything is wrong) and its problems."""
     problems = Problems(str(path))
     text = read_text(path, problems)
-    if text is None:
-        return None, problems
-    return profile_from_text(text, path, problems, _read_checked), problems
+    return None if text is None else profile_from_text(text, path, problems, _read_checked), problems
 
 
 def _read_checked(path: Path, sha256: str, prefix: str, names: tuple[str, ...]) -> Mapping[str, Any]:
-    """A section's arrays, refused where its cost model could not use them."""
     arrays = read_arrays(path, sha256, prefix, names)
     check_arrays(prefix.split(".")[0], arrays)
     return arrays
 
 
-def profile_from_text(
-    text: str, path: Path, problems: Problems, arrays: Callable[..., Mapping[str, Any]]
-) -> HardwareProfile | None:
-    """A profile's text to a profile; ``arrays`` fetches a section's arrays (see :func:`simulator.hardware.arrays.read_arrays`)."""
+def profile_from_text(text: str, path: Path, problems: Problems, fetch: Fetch) -> HardwareProfile | None:
+    """A profile's text to a profile; ``fetch`` gets a section's arrays."""
     root = parse_yaml(text, problems)
-    if root is None or len(problems):
-        if root is None and not len(problems):
-            problems.add(
-                None, "file", f"is empty; expected a profile that starts with schema_version: {SCHEMA_VERSION}"
-            )
+    start = f"that starts with schema_version: {SCHEMA_VERSION}"
+    if len(problems):
         return None
-    reader = _Reader(problems, path, arrays)
-    profile = reader.profile(root)
-    return None if len(problems) else profile
+    if root is None:
+        problems.add(None, "file", f"is empty; expected a profile {start}")
+    elif root.kind != "mapping":
+        problems.add(root, "file", f"expected a mapping {start}, got {shown(root)}")
+    elif "schema_version" in root.entries and not _is_version(root.entries["schema_version"][1]):
+        node = root.entries["schema_version"][1]  # said alone: another version may have other keys
+        reason = f"expected {SCHEMA_VERSION}, got {shown(node)}; this prunesim reads no other version"
+        problems.add(node, "schema_version", reason)
+    else:
+        top = _kinds(root, path, fetch).read(root, "", problems)
+        _check_across(root, top, path, problems)
+        return None if len(problems) else _profile(top, path)
+    return None
 
 
-class _Reader(Fields):
-    """Reads nodes into values; notes a problem and returns a stand-in where it cannot."""
+def _is_version(node: Node) -> bool:
+    return node.kind == "scalar" and not node.quoted and node.text == str(SCHEMA_VERSION)
 
-    def __init__(self, problems: Problems, path: Path, arrays: Callable[..., Mapping[str, Any]]) -> None:
-        super().__init__(problems)
-        self.path = path
-        self.arrays = arrays
-        self.references: dict[str, str] = {}
-        self.sources: dict[str, str] = {}
-        self.notes: dict[str, str] = {}
 
-    def fact(self, node: Node | None, key: str, required: Iterable[str] = ("value",)) -> dict[str, Node]:
-        """A datasheet entry: its own keys, a source that is listed under ``sources``, perhaps a note."""
-        if node is None:
-            return {}
-        if node.kind != "mapping":
-            self.problems.add(node, key, f"expected {{value: ..., source: ...}}, got {shown(node)}")
-            return {}
-        entry = self.mapping(node, key, (*required, "source"), ("note",))
-        short = self.text(entry.get("source"), join(key, "source"))
-        if short and short not in self.references:
-            close = difflib.get_close_matches(short, self.references, n=1, cutoff=0.3)
-            hint = f"did you mean {close[0]}?" if close else "add it there with the title and address of a datasheet"
-            self.problems.add(entry["source"], join(key, "source"), f"{short!r} is not listed under sources; {hint}")
-        elif short:
-            self.sources[key.removeprefix("datasheet.")] = self.references[short]
-        if "note" in entry:
-            self.notes[key.removeprefix("datasheet.")] = self.text(entry["note"], join(key, "note"))
-        return entry
+# -- what each key must hold ------------------------------------------------------------------------------------------
 
-    # -- the profile ----------------------------------------------------------------------------------------------------------
 
-    def profile(self, root: Node) -> HardwareProfile | None:
-        if root.kind != "mapping":
-            self.problems.add(
-                root, "file", f"expected a mapping that starts with schema_version: {SCHEMA_VERSION}, got {shown(root)}"
-            )
+def _kinds(root: Node, path: Path, fetch: Fetch) -> Keys:
+    """What a file must hold: facts from the sources it lists, fits for the dtypes it has rates of."""
+    references = _keys_at(root, "sources")
+    rates = tuple(dtype for dtype in _keys_at(root, "datasheet", "rates") if dtype in DTYPES)
+
+    def listed(short: str) -> str:
+        if short in references:
+            return short
+        hint = did_you_mean(short, references, 0.3) or "add it there with the title and address of a datasheet"
+        raise ValueError(f"{short!r} is not listed under sources; {hint}")
+
+    def fact(kinds: Mapping[str, Kind]) -> Keys:
+        source = {"source": Checked(Text(), listed)}
+        return Keys({**kinds, **source}, {"note": Text()}, expected="{value: ..., source: ...}")
+
+    def fitted(operator: str) -> Table:
+        known = ("*",) if operator == "runtime" else rates
+        reason = f"unknown dtype; expected one this device has a rate for: {', '.join(known)}"
+        required: dict[str, Kind] = {"provenance": record(Provenance), "constants": _constants(operator)}
+        optional: dict[str, Kind] = {
+            "status": Text(("calibrated", "borrowed")),
+            "arrays": _Arrays(path, fetch),
+            "intervals": Many(record(Interval)),
+            "accuracy": Table(Number(-1e9, 1e9, "0.042")),
+        }
+        return Table(Keys(required, optional, _section), lambda dtype: "" if dtype in known else reason)
+
+    quantities = {key: fact({"value": quantity}) for key, (_, quantity) in QUANTITIES.items()}
+    max_clock = quantities.pop("max_clock")
+    link: dict[str, Kind] = {
+        "kind": Text(),
+        "max_devices": Number(1, 100_000, "8", whole=True),
+        "bandwidth": fact({"value": Quantity("B/s", 1e6, 1e14)}),
+        "latency": fact({"value": Quantity("s", 1e-9, 1.0)}),
+    }
+    facts: dict[str, Kind] = {
+        "sm_count": fact({"value": Number(1, 100_000, "132", whole=True)}),
+        **quantities,
+        "rates": Table(fact(_RATE), _wrong_dtype),
+    }
+    top: dict[str, Kind] = {
+        "schema_version": Number(SCHEMA_VERSION, SCHEMA_VERSION, str(SCHEMA_VERSION)),
+        "name": _NAME,
+        "title": Text(),
+        "vendor": Text(),
+        "architecture": Text(ARCHITECTURES),
+        "sources": Table(Text()),
+        "datasheet": Keys(facts, {"max_clock": max_clock, "link": Keys(link)}),
+    }
+    calibrated = Keys({}, {operator: fitted(operator) for operator in OPERATORS})
+    return Keys(top, {"aliases": Many(_ALIAS), "calibrated": calibrated})
+
+
+def _keys_at(node: Node, *path: str) -> tuple[str, ...]:
+    for key in path:
+        if key not in node.entries:
+            return ()
+        node = node.entries[key][1]
+    return tuple(node.entries)
+
+
+def _wrong_dtype(dtype: str) -> str:
+    if dtype in DTYPES:
+        return ""
+    return "unknown dtype; " + (did_you_mean(dtype[:40].lower(), DTYPES) or f"known are {', '.join(DTYPES)}")
+
+
+@lru_cache
+def _constants(operator: str) -> Keys:
+    optional: dict[str, Kind] = {
+        "std_error": Number(0, 1e30, "0.01"),
+        "status": Text(("fitted", "fixed", "borrowed", "default")),
+    }
+    values = {name: Number(c.low, c.high, "0.81") for name, c in constants_of(operator).items()}
+    return Keys({}, {name: Keys({"value": value}, optional, Fitted) for name, value in values.items()})
+
+
+def _section(**parts: Any) -> Section:
+    return Section(**{"status": "calibrated", **parts})
+
+
+@dataclass(frozen=True)
+class _Arrays:
+    """Arrays of the section whose key this is, fetched from the file that is named."""
+
+    path: Path
+    fetch: Fetch
+
+    def read(self, node: Node, key: str, problems: Problems) -> Mapping[str, Any] | None:
+        entry = _ARRAYS.read(node, key, problems)
+        names = entry.get("names", ())
+        if not entry.get("file") or not entry.get("sha256") or None in names:
             return None
-        entries = root.entries
-        if "schema_version" in entries:  # first and alone: another version may have other keys
-            node = entries["schema_version"][1]
-            if node.kind != "scalar" or node.quoted or node.text != str(SCHEMA_VERSION):
-                self.problems.add(
-                    node,
-                    "schema_version",
-                    f"expected {SCHEMA_VERSION}, got {shown(node)}; this prunesim reads no other version",
-                )
-                return None
-        top = self.mapping(root, "", _TOP, ("aliases", "calibrated"))
-        name = self.text(
-            top.get("name"), "name", pattern=_NAME, right="a name of lower-case letters, digits, _ - and ., at most 64"
-        )
-        self.read_references(top.get("sources"))
-        facts = self.mapping(top["datasheet"], "datasheet", _FACTS, ("max_clock", "link")) if "datasheet" in top else {}
-        values: dict[str, Any] = {}
-        entry = self.fact(facts.get("sm_count"), "datasheet.sm_count")
-        sms = self.number(entry.get("value"), "datasheet.sm_count.value", 1, 100_000, "132", whole=True)
-        for key, (attribute, unit, low, high) in QUANTITIES.items():
-            path = f"datasheet.{key}"
-            values[attribute] = self.quantity(
-                self.fact(facts.get(key), path).get("value"), f"{path}.value", unit, low, high
-            )
-        if "max_clock" not in facts:
-            values["max_clock_hz"] = values["boost_clock_hz"]
-        elif values["max_clock_hz"] < values["boost_clock_hz"]:
-            self.problems.add(
-                facts["max_clock"],
-                "datasheet.max_clock",
-                "is below boost_clock; expected the highest clock the driver allows",
-            )
-        rates = self.rates(facts.get("rates"))
-        link = self.link(facts.get("link"))
-        architecture = self.text(top.get("architecture"), "architecture", choices=ARCHITECTURES)
-        aliases = self.aliases(top.get("aliases"), name)
-        title, vendor = self.text(top.get("title"), "title"), self.text(top.get("vendor"), "vendor")
-        sections = self.sections(top.get("calibrated"), rates)
-        if len(self.problems):
-            return None
-        frozen: list[Mapping[str, Any]] = [
-            MappingProxyType(d) for d in (self.sources, self.notes, self.references, rates)
-        ]
-        return HardwareProfile(
-            name=name,
-            title=title,
-            vendor=vendor,
-            architecture=architecture,
-            aliases=aliases,
-            rates=frozen[3],
-            sm_count=int(sms),
-            link=link,
-            sources=frozen[0],
-            notes=frozen[1],
-            references=frozen[2],
-            sections=MappingProxyType(sections),
-            path=self.path,
-            **values,
-        )
-
-    def read_references(self, node: Node | None) -> None:
-        entries = self.any_mapping(node, "sources") if node is not None else None
-        for short, (key_node, value) in (entries or {}).items():
-            if not _SHORT.fullmatch(short):
-                self.problems.add(
-                    key_node,
-                    "sources",
-                    f"expected a short name of letters, digits, _ - and . as key, got {shown(key_node)}",
-                )
-            self.references[short] = self.text(value, join("sources", short))
-
-    def aliases(self, node: Node | None, name: str) -> tuple[str, ...]:
-        found: dict[str, str] = {}
-        for i, item in enumerate(self.listed(node, "aliases")):
-            alias = self.text(
-                item,
-                f"aliases.{i}",
-                pattern=re.compile(r"[A-Za-z0-9][A-Za-z0-9 _.-]{0,63}"),
-                right="letters, digits, blanks, _ - and .",
-            )
-            owner = shipped_names().get(plain_name(alias), name)
-            if plain_name(alias) in (plain_name(name), *map(plain_name, found)):
-                self.problems.add(item, f"aliases.{i}", f"{alias!r} is given twice, or is the name itself; remove it")
-            elif owner != name and not self._is_shipped():
-                self.problems.add(item, f"aliases.{i}", f"{alias!r} already means {owner}; use another")
-            elif alias:
-                found[alias] = alias
-        return tuple(found)
-
-    def _is_shipped(self) -> bool:
-        """Among the shipped files, clashes are found by :func:`shipped_names`, which reads them all."""
-        return self.path.parent.absolute() == profiles_folder().absolute()
-
-    def rates(self, node: Node | None) -> dict[str, Rate]:
-        entries = self.any_mapping(node, "datasheet.rates") if node is not None else None
-        found: dict[str, Rate] = {}
-        for dtype, (key_node, value) in (entries or {}).items():
-            path = join("datasheet.rates", dtype)
-            if dtype not in DTYPES:
-                close = difflib.get_close_matches(dtype[:40].lower(), DTYPES, n=1, cutoff=0.5)
-                hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(DTYPES)}"
-                self.problems.add(key_node, path, f"unknown dtype; {hint}")
-                continue
-            entry = self.fact(value, path, ("value", "accumulate", "sparse_factor"))
-            found[dtype] = Rate(
-                self.quantity(entry.get("value"), f"{path}.value", "FLOP/s", 1e8, 1e18),
-                self.text(entry.get("accumulate"), f"{path}.accumulate", choices=ACCUMULATE),
-                self.number(entry.get("sparse_factor"), f"{path}.sparse_factor", 1, 4, "2"),
-            )
-        if entries is not None and not entries:
-            self.problems.add(
-                node, "datasheet.rates", f"expected the rate of at least one dtype of {', '.join(DTYPES)}"
-            )
-        return found
-
-    def link(self, node: Node | None) -> Link | None:
-        if node is None:
-            return None
-        entry = self.mapping(node, "datasheet.link", ("kind", "max_devices", "bandwidth", "latency"))
-        bandwidth = self.fact(entry.get("bandwidth"), "datasheet.link.bandwidth")
-        latency = self.fact(entry.get("latency"), "datasheet.link.latency")
-        devices = self.number(entry.get("max_devices"), "datasheet.link.max_devices", 1, 100_000, "8", whole=True)
-        return Link(
-            self.text(entry.get("kind"), "datasheet.link.kind"),
-            self.quantity(bandwidth.get("value"), "datasheet.link.bandwidth.value", "B/s", 1e6, 1e14),
-            self.quantity(latency.get("value"), "datasheet.link.latency.value", "s", 1e-9, 1.0),
-            int(devices) if devices == devices else 0,
-        )
-
-    # -- fitted sections ------------------------------------------------------------------------------------------------------
-
-    def sections(self, node: Node | None, rates: Mapping[str, Rate]) -> dict[tuple[str, str], Section]:
-        found: dict[tuple[str, str], Section] = {}
-        if node is None:
-            return found
-        for operator, by_dtype in self.mapping(node, "calibrated", (), OPERATORS).items():
-            path = f"calibrated.{operator}"
-            for dtype, (key_node, value) in (self.any_mapping(by_dtype, path) or {}).items():
-                known = ("*",) if operator == "runtime" else tuple(rates)
-                if dtype not in known:
-                    self.problems.add(
-                        key_node,
-                        join(path, dtype),
-                        f"unknown dtype; expected one this device has a rate for: {', '.join(known)}",
-                    )
-                    continue
-                found[operator, dtype] = self.section(value, operator, f"{path}.{dtype}")
-        return found
-
-    def section(self, node: Node, operator: str, path: str) -> Section:
-        entry = self.mapping(node, path, ("provenance", "constants"), ("status", "arrays", "intervals", "accuracy"))
-        status = (
-            self.text(entry["status"], f"{path}.status", choices=SECTION_STATUSES)
-            if "status" in entry
-            else "calibrated"
-        )
-        arrays: Mapping[str, Any] = {}
-        if "arrays" in entry:
-            arrays = self.section_arrays(entry["arrays"], f"{path}.arrays", path.removeprefix("calibrated."))
-        intervals = [
-            self.interval(item, f"{path}.intervals.{i}")
-            for i, item in enumerate(self.listed(entry.get("intervals"), f"{path}.intervals"))
-        ]
-        accuracy = {}
-        if "accuracy" in entry:
-            for name, (_, value) in (self.any_mapping(entry["accuracy"], f"{path}.accuracy") or {}).items():
-                accuracy[name] = self.number(value, join(f"{path}.accuracy", name), -1e9, 1e9, "0.042")
-        return Section(
-            MappingProxyType(self.constants(entry.get("constants"), operator, f"{path}.constants")),
-            MappingProxyType(dict(arrays)),
-            tuple(intervals),
-            MappingProxyType(accuracy),
-            self.provenance(entry.get("provenance"), f"{path}.provenance"),
-            status,
-        )
-
-    def constants(self, node: Node | None, operator: str, path: str) -> dict[str, Fitted]:
-        if node is None:
-            return {}
-        registry = constants_of(operator)
-        found = {}
-        for name, value in self.mapping(node, path, (), registry).items():
-            entry = self.mapping(value, f"{path}.{name}", ("value",), ("std_error", "status"))
-            known = registry[name]
-            number = self.number(entry.get("value"), f"{path}.{name}.value", known.low, known.high, "0.81")
-            error = (
-                self.number(entry["std_error"], f"{path}.{name}.std_error", 0, 1e30, "0.01")
-                if "std_error" in entry
-                else None
-            )
-            status = (
-                self.text(entry["status"], f"{path}.{name}.status", choices=STATUSES) if "status" in entry else "fitted"
-            )
-            found[name] = Fitted(number, error, status)
-        return found
-
-    def interval(self, node: Node, path: str) -> Interval:
-        entry = self.mapping(node, path, ("regime", "low", "high", "level", "rows"))
-        low = self.number(entry.get("low"), f"{path}.low", 1e-6, 1.0, "0.93")
-        high = self.number(entry.get("high"), f"{path}.high", 1.0, 1e6, "1.08")
-        level = self.number(entry.get("level"), f"{path}.level", 0.01, 0.9999, "0.9")
-        rows = self.number(entry.get("rows"), f"{path}.rows", 0, 1e12, "400", whole=True)
-        return Interval(
-            self.text(entry.get("regime"), f"{path}.regime"), low, high, level, int(rows) if rows == rows else 0
-        )
-
-    def provenance(self, node: Node | None, path: str) -> Provenance | None:
-        if node is None:
-            return None
-        entry = self.mapping(node, path, (*_PROVENANCE, "rows"), ("borrowed_from",))
-        texts = {name: self.text(entry.get(name), f"{path}.{name}") for name in _PROVENANCE}
-        rows = self.number(entry.get("rows"), f"{path}.rows", 0, 1e12, "400", whole=True)
-        origin = self.text(entry["borrowed_from"], f"{path}.borrowed_from") if "borrowed_from" in entry else ""
-        return Provenance(**texts, rows=int(rows) if rows == rows else 0, borrowed_from=origin)
-
-    def section_arrays(self, node: Node, path: str, prefix: str) -> Mapping[str, Any]:
-        entry = self.mapping(node, path, ("file", "sha256", "names"))
-        file = self.text(
-            entry.get("file"),
-            f"{path}.file",
-            pattern=FILE_NAME,
-            right="the name of an .npz file beside the profile, without folders",
-        )
-        digest = self.text(
-            entry.get("sha256"),
-            f"{path}.sha256",
-            pattern=re.compile(r"[0-9a-f]{64}"),
-            right="64 lower-case hexadecimal digits",
-        )
-        nodes = self.listed(entry.get("names"), f"{path}.names")
-        names = [
-            self.text(item, f"{path}.names.{i}", pattern=ARRAY_NAME, right="an array name of letters, digits and _")
-            for i, item in enumerate(nodes)
-        ]
-        if not (file and digest and all(names)):
-            return {}
+        section = key.removeprefix("calibrated.").removesuffix(".arrays")
         try:
-            return self.arrays(self.path.parent / file, digest, prefix, tuple(names))
+            return self.fetch(self.path.parent / entry["file"], entry["sha256"], section, names)
         except ValueError as error:
-            self.problems.add(entry["file"], f"{path}.file", str(error))
-            return {}
+            problems.add(node.entries["file"][1], f"{key}.file", str(error))
+            return None
+
+
+# -- what keys must hold together -------------------------------------------------------------------------------------
+
+
+def _check_across(root: Node, top: Mapping[str, Any], path: Path, problems: Problems) -> None:
+    for short, (key_node, _) in root.entries["sources"][1].entries.items() if "sources" in top else ():
+        if not _SHORT.fullmatch(short):
+            right = "a short name of letters, digits, _ - and . as key"
+            problems.add(key_node, "sources", f"expected {right}, got {shown(key_node)}")
+    facts = top.get("datasheet", {})
+    boost, highest = (facts.get(key, {}).get("value") for key in ("boost_clock", "max_clock"))
+    if boost and highest and highest < boost:
+        node = root.entries["datasheet"][1].entries["max_clock"][1]
+        reason = "is below boost_clock; expected the highest clock the driver allows"
+        problems.add(node, "datasheet.max_clock", reason)
+    if "rates" in facts:
+        node = root.entries["datasheet"][1].entries["rates"][1]
+        if node.kind == "mapping" and not node.entries:
+            problems.add(node, "datasheet.rates", f"expected the rate of at least one dtype of {', '.join(DTYPES)}")
+    name = top.get("name") or ""
+    own = {plain_name(name)}
+    for i, alias in enumerate(top.get("aliases", ())):
+        if alias is None:
+            continue
+        node, key, plain = root.entries["aliases"][1].items[i], f"aliases.{i}", plain_name(alias)
+        owner = shipped_names().get(plain, name)
+        # among the shipped files, clashes are found by shipped_names, which reads them all
+        shipped = path.parent.absolute() == profiles_folder().absolute()
+        if plain in own:
+            problems.add(node, key, f"{alias!r} is given twice, or is the name itself; remove it")
+        elif owner != name and not shipped:
+            problems.add(node, key, f"{alias!r} already means {owner}; use another")
+        else:
+            own.add(plain)
+
+
+def _profile(top: Mapping[str, Any], path: Path) -> HardwareProfile:
+    facts, references = top["datasheet"], top["sources"]
+    rates, link = facts["rates"], facts.get("link")
+    entries = {key: facts[key] for key in ("sm_count", *QUANTITIES) if key in facts}
+    values = {QUANTITIES[key][0]: entry["value"] for key, entry in entries.items() if key in QUANTITIES}
+    values.setdefault("max_clock_hz", values["boost_clock_hz"])
+    entries |= {f"rates.{dtype}": entry for dtype, entry in rates.items()}
+    if link:
+        entries |= {f"link.{key}": link[key] for key in ("bandwidth", "latency")}
+    sections = {
+        (operator, dtype): section
+        for operator, by_dtype in top.get("calibrated", {}).items()
+        for dtype, section in by_dtype.items()
+    }
+    return HardwareProfile(
+        **{key: top[key] for key in ("name", "title", "vendor", "architecture")},
+        **values,
+        aliases=top.get("aliases", ()),
+        rates=MappingProxyType({d: Rate(r["value"], r["accumulate"], r["sparse_factor"]) for d, r in rates.items()}),
+        sm_count=facts["sm_count"]["value"],
+        link=link and Link(link["kind"], link["bandwidth"]["value"], link["latency"]["value"], link["max_devices"]),
+        sources=MappingProxyType({key: references[entry["source"]] for key, entry in entries.items()}),
+        notes=MappingProxyType({key: entry["note"] for key, entry in entries.items() if "note" in entry}),
+        references=references,
+        sections=MappingProxyType(sections),
+        path=path,
+    )

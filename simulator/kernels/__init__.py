@@ -1,1 +1,1 @@
-"""What each kernel takes: equal-length arrays and a profile in, times with their limits out. No file, no model, no pruning family."""
+"""What each kernel takes: equal-length arrays and a profile in, times with their limits out. No file, no model."""

@@ -1,7 +1,8 @@
 """Collectives between devices: alpha-beta over the profile's link. What to use: :func:`collective_time`.
 
-An all-reduce takes the better of two algorithms, as inference engines do: one-shot (every device reads everything from all others) for
-small payloads, reduce-scatter plus all-gather (two steps, 2 (n-1)/n of the payload on the wire) for large ones.
+An all-reduce takes the better of two algorithms, as inference engines do: one-shot (every device reads everything from
+all others) for small payloads, reduce-scatter plus all-gather (two steps, 2 (n-1)/n of the payload on the wire) for
+large ones.
 """
 
 from __future__ import annotations
@@ -13,35 +14,20 @@ import numpy as np
 
 from simulator.errors import InputError, unknown
 from simulator.hardware.constants import COLLECTIVE_CONSTANTS
-from simulator.kernels.optime import BOUNDS, OpTime
+from simulator.kernels.intervals import BOUNDS, OpTime
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
 
 KINDS: tuple[str, ...] = ("all_reduce", "send", "all_gather")
-"""Collectives that can be timed."""
 
-
-_LINK = BOUNDS.index("link")
-_LAUNCH = BOUNDS.index("launch")
+_LINK, _LAUNCH = BOUNDS.index("link"), BOUNDS.index("launch")
 
 
 def collective_time(payload_bytes: Any, devices: Any, hw: HardwareProfile, *, kind: str = "all_reduce") -> OpTime:
-    """Time of one collective.
+    """Time of a collective of one of :data:`KINDS` among ``devices``, at least 1 (1: nothing happens, 0 s).
 
-    Parameters
-    ----------
-    payload_bytes : array_like, bytes
-        all_reduce: what each device holds; send: what is sent; all_gather: what each device holds in the end.
-    devices : array_like
-        Devices taking part, at least 1 (1: nothing happens, 0 s).
-    hw : HardwareProfile
-        The device; its link must hold that many.
-    kind : {"all_reduce", "send", "all_gather"}
-
-    Returns
-    -------
-    OpTime
+    The payload is what each device holds (all_reduce), what is sent (send), or what each holds in the end (all_gather).
 
     Raises
     ------
@@ -50,9 +36,7 @@ def collective_time(payload_bytes: Any, devices: Any, hw: HardwareProfile, *, ki
     """
     if kind not in KINDS:
         raise unknown("collective", kind, KINDS)
-    payload = np.asarray(payload_bytes, dtype=np.float64)
-    count = np.asarray(devices, dtype=np.float64)
-    payload, count = np.broadcast_arrays(payload, count)
+    payload, count = (a.astype(np.float64) for a in np.broadcast_arrays(payload_bytes, devices))
     link = hw.link
     if link is None:
         if np.any(count > 1):
@@ -63,7 +47,7 @@ def collective_time(payload_bytes: Any, devices: Any, hw: HardwareProfile, *, ki
         raise InputError(f"{hw.name}: its {link.kind} connects {link.max_devices} devices, got {int(count.max())}")
     c = {name: constant.default(hw.architecture) for name, constant in COLLECTIVE_CONSTANTS.items()}
     others = np.maximum(count - 1.0, 0.0)
-    share = others / np.maximum(count, 1.0)
+    share = others / np.maximum(count, 1.0)  # of the payload that a device must receive
     rate = c["e_link"] * link.bandwidth_bytes_per_s * np.ones_like(count)
     steps_two = np.full(count.shape, 2.0)
     if "nvlink" not in link.kind.lower():
@@ -81,8 +65,6 @@ def collective_time(payload_bytes: Any, devices: Any, hw: HardwareProfile, *, ki
     busy = count > 1
     seconds = np.where(busy, c["t0_s"] + moved, 0.0)
     roofline = np.where(busy, wire / link.bandwidth_bytes_per_s, 0.0)
-    spread = math.log(c["spread"])
+    low, high = (math.exp(sign * math.log(c["spread"])) for sign in (-1, 1))
     bound = np.where(seconds > 2.0 * (c["t0_s"] + step), _LINK, _LAUNCH).astype(np.int8)
-    return OpTime(
-        seconds, np.maximum(seconds * math.exp(-spread), roofline), seconds * math.exp(spread), roofline, bound
-    )
+    return OpTime(seconds, np.maximum(seconds * low, roofline), seconds * high, roofline, bound)

@@ -1,13 +1,14 @@
 """Elementwise operators (norms, rotary, activation, copies, sorts): bytes over achieved bandwidth, with a floor.
 
-Use :func:`elementwise_time` with the bytes an operator reads and writes. Activations just written are still in L2 while they fit, so a
-small operator may run above the DRAM bandwidth; a large one streams. Form: t = pn(floor, bytes / rate), pn the 2-norm (DESIGN section 10).
+Use :func:`elementwise_time` with the bytes an operator reads and writes. Activations just written are still in L2 while
+they fit, so a small operator may run above the DRAM bandwidth; a large one streams. Floor and bytes join by a 2-norm.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -16,72 +17,39 @@ from numpy.typing import NDArray
 
 from simulator.errors import unknown
 from simulator.hardware.constants import CLASSES, ELEMENTWISE_CONSTANTS
-from simulator.hardware.memo import PerObject
-from simulator.kernels.optime import BOUNDS, OpTime
+from simulator.kernels.intervals import BOUNDS, OpTime
+from simulator.workload import ROLES
 
 if TYPE_CHECKING:
-    from simulator.hardware.parts import Section
     from simulator.hardware.profile import HardwareProfile
 
 F = NDArray[np.float64]
 
 
-ROLE_CLASS: Mapping[str, str] = MappingProxyType(
-    {
-        # in the order of workload.ROLES (a test holds the two together); what is no elementwise operator counts as a copy
-        "q": "copy",
-        "k": "copy",
-        "v": "copy",
-        "qkv": "copy",
-        "o": "copy",
-        "gate": "copy",
-        "up": "copy",
-        "gate_up": "copy",
-        "down": "copy",
-        "lm_head": "copy",
-        "router": "copy",
-        "residual_projection": "copy",
-        "attention": "copy",
-        "embedding": "embedding",
-        "attention_norm": "norm",
-        "mlp_norm": "norm",
-        "qk_norm": "norm",
-        "post_norm": "norm",
-        "final_norm": "final_norm",
-        "rotary": "rotary",
-        "activation": "activation",
-        "residual": "copy",
-        "cache_write": "copy",
-        "softcap": "activation",
-        "sampling": "select",
-        "gather": "embedding",
-        "scatter": "scatter",
-        "mask": "copy",
-        "select": "select",
-        "sort": "select",
-        "quantize": "activation",
-        "all_reduce": "copy",
-        "send": "copy",
-        "all_gather": "copy",
-    }
-)
-"""Class of each operator role."""
-
-_CLASS_OF_ROLE = np.array([CLASSES.index(name) for name in ROLE_CLASS.values()])
-_NAME_CODE = {name: CLASSES.index(value) for name, value in ROLE_CLASS.items()} | {
-    name: i for i, name in enumerate(CLASSES)
+_ROLES = {
+    "embedding": "embedding gather",
+    "norm": "attention_norm mlp_norm qk_norm post_norm",
+    "final_norm": "final_norm",
+    "rotary": "rotary",
+    "activation": "activation softcap quantize",
+    "select": "sampling select sort",
+    "scatter": "scatter",
 }
+ROLE_CLASS: Mapping[str, str] = MappingProxyType(
+    {role: next((name for name, roles in _ROLES.items() if role in roles.split()), "copy") for role in ROLES}
+)
+"""Class of each operator role; what is no elementwise operator counts as a copy."""
 
-
-RESIDENCY_POWER = 4.0
-"""Steepness of the residency h = 1 / (1 + (bytes / (l2_share L2))^4); fixed, the data do not tell 3 from 6."""
+_CODE = {name: CLASSES.index(value) for name, value in {**ROLE_CLASS, **{name: name for name in CLASSES}}.items()}
+_CODE_OF_ROLE = np.array([_CODE[role] for role in ROLES])
 
 _LAUNCH, _MEMORY, _L2 = BOUNDS.index("launch"), BOUNDS.index("memory"), BOUNDS.index("l2")
 
 
 @dataclass(frozen=True)
 class Residual:
-    """log(measured / core) by class over log2 bytes, nodes an octave apart from ``start`` on; beyond them the edge holds."""
+    """log(measured / core) by class over log2 bytes, nodes an octave apart from ``start`` on; beyond them the edge
+    holds."""
 
     start: float
     values: F  # (classes, nodes)
@@ -112,44 +80,40 @@ class Residual:
 
 @dataclass(frozen=True)
 class _Ready:
-    """Constants of one device as arrays by class."""
+    """What a profile says, as arrays by class."""
 
-    t0: F
-    rate: F  # DRAM rate by class, bytes/s
-    l2: F
-    half_bytes: float
-    bandwidth: float
+    constants: Mapping[str, float]
     low: F
     high: F
-    residual: Residual | None = None
+    residual: Residual | None
 
 
-_MEMO: PerObject[_Ready] = PerObject()
+@lru_cache(maxsize=128)
+def _ready(hw: HardwareProfile, dtype: str) -> _Ready:
+    section = hw.section("elementwise", dtype)
+    constants = {name: section[name] for name in ELEMENTWISE_CONSTANTS}
+    known = {interval.regime: (interval.low, interval.high) for interval in section.intervals}
+    spread = constants["spread"]
+    low, high = np.array([known.get(name, (1.0 / spread, spread)) for name in CLASSES]).T
+    return _Ready(constants, low, high, Residual.from_arrays(section.arrays))
 
 
 def elementwise_core(bytes_: F, code: NDArray[np.intp], l2_bytes: float, bandwidth: float, c: Mapping[str, float]) -> F:
-    """Time of elementwise operators, s, from constants by name; the fit uses this, :func:`elementwise_time` its cached twin."""
-    return _core(bytes_, code, _arrays(c, l2_bytes, bandwidth))[0]
+    """Time of elementwise operators without residual, s, from constants by name."""
+    return _core(bytes_, code, l2_bytes, bandwidth, c)[0]
 
 
-def _arrays(c: Mapping[str, float], l2_bytes: float, bandwidth: float) -> _Ready:
-    def column(pattern: str) -> F:
-        return np.array([c[pattern.format(name)] for name in CLASSES], dtype=np.float64)
-
-    ones = np.ones(len(CLASSES))
-    return _Ready(
-        column("t0_{}_s"), column("e_{}") * bandwidth, column("l2_{}"), c["l2_share"] * l2_bytes, bandwidth, ones, ones
-    )
-
-
-def _core(bytes_: F, code: NDArray[np.intp], r: _Ready) -> tuple[F, F, F]:
-    """Time, memory part and residency."""
-    ratio = bytes_ / r.half_bytes
-    ratio *= ratio
+def _core(
+    bytes_: F, code: NDArray[np.intp], l2_bytes: float, bandwidth: float, c: Mapping[str, float]
+) -> tuple[F, F, F, F]:
+    """Time, floor, memory part and residency; the power of the residency is fixed: the data do not tell 3 from 6."""
+    patterns = ("t0_{}_s", "e_{}", "l2_{}")
+    floor, share, gain = (np.array([c[p.format(name)] for name in CLASSES])[code] for p in patterns)
+    ratio = bytes_ / (c["l2_share"] * l2_bytes)
+    ratio = ratio * ratio
     hit = 1.0 / (1.0 + ratio * ratio)
-    memory = bytes_ / r.rate[code] * (1.0 - hit + hit / r.l2[code])
-    floor = r.t0[code]
-    return np.sqrt(floor * floor + memory * memory), memory, hit
+    memory = bytes_ / (share * bandwidth) * (1.0 - hit + hit / gain)
+    return np.sqrt(floor * floor + memory * memory), floor, memory, hit
 
 
 def class_code(role: Any) -> NDArray[np.intp]:
@@ -158,59 +122,28 @@ def class_code(role: Any) -> NDArray[np.intp]:
     >>> [CLASSES[i] for i in class_code(["mlp_norm", "gather", "rotary"])]
     ['norm', 'embedding', 'rotary']
     """
-    if isinstance(role, str):
-        if role not in _NAME_CODE:
-            raise unknown("operator", role, _NAME_CODE)
-        return np.asarray(_NAME_CODE[role])
     given = np.asarray(role)
-    if given.dtype.kind in "US":
-        return np.array([class_code(str(name)) for name in given.ravel()], dtype=np.intp).reshape(given.shape)
-    return np.asarray(_CLASS_OF_ROLE[given])
-
-
-def _ready(hw: HardwareProfile, dtype: str) -> _Ready:
-    section: Section = hw.section("elementwise", dtype)
-    values = {name: section[name] for name in ELEMENTWISE_CONSTANTS}
-    base = _arrays(values, hw.l2_bytes, hw.bandwidth_bytes_per_s)
-    low = np.full(len(CLASSES), 1.0 / values["spread"])
-    high = np.full(len(CLASSES), values["spread"])
-    for interval in section.intervals:
-        if interval.regime in CLASSES:
-            i = CLASSES.index(interval.regime)
-            low[i], high[i] = interval.low, interval.high
-    return _Ready(
-        base.t0, base.rate, base.l2, base.half_bytes, base.bandwidth, low, high, Residual.from_arrays(section.arrays)
-    )
+    if given.dtype.kind not in "US":
+        return np.asarray(_CODE_OF_ROLE[given])
+    names = given.ravel().tolist()
+    for name in names:
+        if name not in _CODE:
+            raise unknown("operator", name, _CODE)
+    return np.array([_CODE[name] for name in names], dtype=np.intp).reshape(given.shape)
 
 
 def elementwise_time(
     read_bytes: Any, write_bytes: Any, hw: HardwareProfile, *, role: Any = "copy", dtype: str = "bf16"
 ) -> OpTime:
-    """Time of elementwise operators.
+    """Time of elementwise operators from the bytes one execution reads and writes.
 
-    Parameters
-    ----------
-    read_bytes, write_bytes : array_like, bytes
-        What one execution reads and writes.
-    hw : HardwareProfile
-    role : int array, str or array of str
-        Codes into ``workload.ROLES``, role names, or names of :data:`CLASSES`.
-    dtype : str
-        Number format whose section of the profile is used.
-
-    Returns
-    -------
-    OpTime
-        The roofline is bytes over datasheet bandwidth; a time may lie below it where the data are still in L2.
+    ``role`` is of :func:`class_code`, ``dtype`` that of the profile's section. The roofline is bytes over datasheet
+    bandwidth; a time may lie below it where the data are still in L2.
     """
-    r = _MEMO.get(hw, dtype, lambda: _ready(hw, dtype))
-    total = np.asarray(np.asarray(read_bytes, dtype=np.float64) + np.asarray(write_bytes, dtype=np.float64))
-    code = class_code(role)
-    if total.shape != code.shape:
-        total, code = np.broadcast_arrays(total, code)
-    seconds, memory, hit = _core(total, code, r)
+    r = _ready(hw, dtype)
+    total, code = np.broadcast_arrays(np.add(read_bytes, write_bytes, dtype=np.float64), class_code(role))
+    seconds, floor, memory, hit = _core(total, code, hw.l2_bytes, hw.bandwidth_bytes_per_s, r.constants)
     if r.residual is not None:
         seconds = seconds * np.exp(r.residual(total, code))
-    bound = np.where(memory < r.t0[code], _LAUNCH, np.where(hit > 0.5, _L2, _MEMORY)).astype(np.int8)
-    roofline = total / r.bandwidth
-    return OpTime(seconds, seconds * r.low[code], seconds * r.high[code], roofline, bound)
+    bound = np.where(memory < floor, _LAUNCH, np.where(hit > 0.5, _L2, _MEMORY)).astype(np.int8)
+    return OpTime(seconds, seconds * r.low[code], seconds * r.high[code], total / hw.bandwidth_bytes_per_s, bound)

@@ -1,14 +1,17 @@
 """GEMM cost: arrays of shapes and a profile in, times with intervals out.
 
-Use :func:`gemm_time` for times, :func:`gemm_ladder` for the same time built up effect by effect. The analytic form is in
-:mod:`simulator.kernels.gemm_core`; a
-fitted profile multiplies it by a smooth residual (:mod:`simulator.kernels.lattice`), and no time beats the datasheet at the device's highest clock.
+Use :func:`gemm_time` for times, :func:`gemm_ladder` for the same time built up effect by effect. The analytic form
+(:mod:`simulator.kernels.gemm_core`) is multiplied by a fitted residual (:mod:`simulator.kernels.lattice`); shapes a
+profile has measured (:mod:`simulator.kernels.exact`) take its place; no prediction beats the datasheet at the highest
+clock.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,42 +19,32 @@ from numpy.typing import NDArray
 
 from simulator.errors import InputError
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
-from simulator.kernels.exact import overlay
-from simulator.kernels.gemm_core import CoreTime, core_time
-from simulator.kernels.gemm_plan import (
-    BLOCK_SPARSE,
-    DENSE,
+from simulator.kernels.exact import LEVEL, Exact, exact_of
+from simulator.kernels.gemm_core import (
     ELEMENT_BYTES,
-    PRECISION,
-    SPARSE24,
-    UNSTRUCTURED,
-    Plan,
-    aligned,
-    alignment_halvings,
-    gemm_plan,
+    PACKING_ARCHITECTURES,
+    PERSISTENT_ARCHITECTURES,
+    Core,
+    CoreTime,
+    Machine,
+    core_time,
+    cube,
+    machine_core,
 )
-from simulator.kernels.optime import BOUNDS, OpTime
+from simulator.kernels.intervals import BOUNDS, Bands, OpTime, bands_of, level_scale, regimes
+from simulator.kernels.lattice import Residual, between_measured, residual_of
+from simulator.workload import Kernel
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
 
-__all__ = [
-    "BOUNDS",
-    "CONSTANTS",
-    "ELEMENT_BYTES",
-    "PRECISION",
-    "GemmTime",
-    "Plan",
-    "alignment_halvings",
-    "gemm_ladder",
-    "gemm_plan",
-    "gemm_time",
-    "with_section",
-]
-
 F = NDArray[np.floating[Any]]
+Columns = dict[str, NDArray[Any]]
 
-MOST_FEATURES = 2.0**31
+DENSE, SPARSE24, UNSTRUCTURED, BLOCK_SPARSE = (int(kernel) for kernel in Kernel)
+
+PRECISION = np.float32
+"""Arithmetic of predictions; the fit's is float64. Results are float64 either way, 1e-6 apart at most."""
 
 CHUNK = 4096
 """Shapes timed at once: few enough for the second-level cache, many enough to hide the cost of calls."""
@@ -61,113 +54,88 @@ _COMPUTE, _MEMORY, _L2, _LATENCY, _LAUNCH = (
 )
 
 
-def _no_values() -> F:
+def _none() -> Any:
     return np.zeros(0)
 
 
 @dataclass(frozen=True)
 class GemmTime(OpTime):
-    """Times of GEMMs; the fields of :class:`OpTime`, and with ``detail`` what the model chose (else empty arrays).
+    """Times of GEMMs; the fields of :class:`OpTime`, and with ``detail`` what the model chose (else empty arrays)."""
 
-    Attributes
-    ----------
-    measured : bool array
-        The time was measured at this very shape and kept with the profile, not predicted; its interval is that of the measurement.
-    tile_m, tile_n : float64 array
-        Output tile of a block.
-    split_k : float64 array
-        Blocks that share one tile's k.
-    waves : float64 array
-        Output tiles (times split_k) over SMs.
-    compute_s, memory_s, fixed_s : float64 array, s
-        Main loop, memory system and fixed time of the analytic form, before the residual.
-    residual : float64 array
-        Factor of the fitted residual.
-    """
-
-    measured: NDArray[np.bool_] = field(default_factory=_no_values)  # type: ignore[arg-type]
-    tile_m: F = field(default_factory=_no_values)
-    tile_n: F = field(default_factory=_no_values)
-    split_k: F = field(default_factory=_no_values)
-    waves: F = field(default_factory=_no_values)
-    compute_s: F = field(default_factory=_no_values)
-    memory_s: F = field(default_factory=_no_values)
-    fixed_s: F = field(default_factory=_no_values)
-    residual: F = field(default_factory=_no_values)
+    measured: NDArray[np.bool_] = field(
+        default_factory=_none
+    )  # kept with the profile for this very shape, not predicted
+    tile_m: F = field(default_factory=_none)  # output tile of a block
+    tile_n: F = field(default_factory=_none)
+    split_k: F = field(default_factory=_none)  # blocks that share one tile's k
+    waves: F = field(default_factory=_none)  # output tiles (times split_k) over SMs
+    compute_s: F = field(default_factory=_none)  # main loop of the analytic form, before the residual
+    memory_s: F = field(default_factory=_none)  # memory system, likewise
+    fixed_s: F = field(default_factory=_none)  # fixed time, likewise
+    residual: F = field(default_factory=_none)  # factor of the fitted residual
 
 
 @dataclass(frozen=True)
-class _Timed:
-    """A chunk's results, microseconds."""
+class GemmKernel:
+    """What a profile says about GEMMs of one dtype, weight format and kernel, as numbers."""
 
-    us: F
-    lower_us: F
-    upper_us: F
-    roofline_us: F
-    bound: NDArray[np.int8]
-    parts: CoreTime
-    residual: F | float
-
-
-def _timed(m: F, n: F, k: F, plan: Plan, copies: F | float | None, level: float) -> _Timed:
-    core, machine = plan.core, plan.core.machine
-    byte_us, flop_us = 1e6 / machine.bandwidth_bytes_per_s, 1e6 / plan.flop_rate
-    flop = n * k
-    moved = flop * (machine.weight_bytes * byte_us)
-    flop *= m
-    flop *= 2.0 * flop_us
-    acts = n + k
-    acts *= m
-    acts *= machine.element_bytes * byte_us
-    moved += acts
-    roofline = np.maximum(flop, moved)
-    rows = np.ceil(m * (1.0 / plan.pad_m)) * plan.pad_m if plan.pad_m > 1.0 else m
-    step_scale, load_scale = aligned(n, k, plan)
-    parts = core_time(rows, n, k, core, copies, step_scale, load_scale)
-    residual: F | float = 1.0
-    us = parts.total_us
-    if plan.residual is not None:
-        residual = plan.residual.at(rows, n, k, parts, core)
-        np.exp(residual, out=residual)
-        us = us * residual
-    flop *= 1.0 / machine.headroom
-    floor = np.maximum(flop, parts.dram_bytes * byte_us)
-    floor *= 1.0 + 5e-7  # single precision must not round below the physics
-    us = np.maximum(us, floor)
-    low, high = plan.bands.factors(rows, parts, core, level, plan.widen)
-    if np.ndim(step_scale):  # no table has unaligned shapes: the penalty is known to half of itself either way
-        doubt = np.sqrt(step_scale)
-        low, high = low / doubt, high * doubt
-    low *= us
-    np.maximum(low, floor, out=low)
-    high *= us
-    return _Timed(us, low, high, roofline, _bound(parts, plan, k), parts, residual)
+    core: Core
+    residual: Residual | None
+    bands: Bands
+    exact: Exact | None  # shapes measured with cold weights, used in place of the model
+    align_step: float
+    align_load: float
+    load_scale: float = 1.0
+    pad_m: float = 1.0
+    widen: float = 0.0  # extra log half-width of what no fit has seen
 
 
-def _bound(parts: CoreTime, plan: Plan, k: F) -> NDArray[np.int8]:
-    """What holds each shape: the largest part; a main loop may wait for its step's latency or for L2's feed rather than compute."""
-    core = plan.core
-    memory3 = parts.memory_us * parts.memory_us
-    memory3 *= parts.memory_us
-    bound = plan.kinds.take(parts.tile)
-    if core.has_feed:
-        feed = core.feed_us[:, 0].take(parts.tile)
-        feed *= parts.tiles
-        feed *= k
-        feed *= 1.0 / core.step_elements
-        cubed = feed * feed
-        cubed *= feed
-        np.copyto(bound, _L2, where=cubed > 0.5 * parts.compute3)
-    np.copyto(bound, _MEMORY, where=memory3 > parts.compute3)
-    np.copyto(bound, _LAUNCH, where=parts.total_us < 2.0 * core.t0_us)
-    return bound
+@lru_cache(maxsize=128)
+def gemm_kernel(hw: HardwareProfile, dtype: str, weight_dtype: str | None, kernel: int) -> GemmKernel:
+    """The kernel of a profile; InputError for a dtype the device lacks or a weight format that is none."""
+    rate, weight = hw.rate(dtype), weight_dtype or dtype
+    if weight not in ELEMENT_BYTES:
+        raise InputError(f"weight dtype {weight!r} is unknown; expected one of {', '.join(ELEMENT_BYTES)}")
+    section = hw.section("gemm", dtype)
+    c = {name: float(section[name]) for name in CONSTANTS}
+    element, weight_bytes, peak = ELEMENT_BYTES[dtype], ELEMENT_BYTES[weight], rate.flop_per_s
+    if section.status == "default" and element == 1.0:
+        c["e_tc"], c["t0"] = c["e_tc_8bit"], c["t0_8bit"]
+    load_scale, pad_m, widen = 1.0, 1.0, 0.0
+    if kernel == SPARSE24:
+        if rate.sparse_factor <= 1.0:
+            raise InputError(f"{hw.name} has no 2:4 sparse tensor cores for {dtype}")
+        peak *= rate.sparse_factor
+        c["e_tc"] *= c["sparse_step"]
+        c["t0"] += c["sparse_time"]
+        load_scale /= c["sparse_load"]
+        # half the values and two bits of index for each; of the two operands L2 feeds, one is the compressed weight
+        weight_bytes = 0.5 * weight_bytes + 0.125
+        c["b_l2"] *= 2.0 * ELEMENT_BYTES[weight] / (ELEMENT_BYTES[weight] + weight_bytes)
+        pad_m, widen = 8.0, math.log(1.15)
+    elif kernel == BLOCK_SPARSE:
+        c["e_tc"] *= c["block_step"]
+        widen = math.log(1.15)
+    if ELEMENT_BYTES[weight] < element:
+        c["t0"] += c["quant_time"]
+        c["e_tc"] *= c["quant_step"]
+        load_scale /= c["quant_load"]
+        widen += math.log(1.4)  # nine in ten of the A100 rows of such kernels lie within a factor of 1.6
+    facts = float(hw.bandwidth_bytes_per_s), float(hw.l2_bytes), int(hw.sm_count), max(1.0, float(hw.clock_headroom))
+    kinds = hw.architecture in PERSISTENT_ARCHITECTURES, hw.architecture in PACKING_ARCHITECTURES
+    core = machine_core(Machine(peak, *facts, element, weight_bytes, *kinds), c, PRECISION)
+    residual = residual_of(section.arrays, PRECISION)
+    if residual is not None:
+        residual = between_measured(residual, section.arrays["measured_m"])
+    # what was measured of another format or device says nothing exact here: no exact shapes of a borrowed section
+    plain = kernel == DENSE and weight == dtype and section.status == "calibrated"
+    exact, align = exact_of(section.arrays) if plain else None, (c["align_step"], c["align_load"])
+    return GemmKernel(core, residual, bands_of(section), exact, *align, load_scale, pad_m, widen)
 
 
-def _columns(*values: Any) -> list[F]:
-    arrays: list[F] = [np.asarray(v, dtype=np.float64) for v in values]
-    if len({a.shape for a in arrays}) > 1:
-        arrays = [np.ascontiguousarray(a) for a in np.broadcast_arrays(*arrays)]
-    return arrays
+def with_section(hw: HardwareProfile, dtype: str, section: Any) -> HardwareProfile:
+    """A profile whose GEMM section of a dtype is another."""
+    return replace(hw, sections={**hw.sections, ("gemm", dtype): section})
 
 
 def gemm_time(
@@ -191,28 +159,21 @@ def gemm_time(
     ----------
     m, n, k : int or array
         Tokens, output features, input features; at least 1.
-    hw : HardwareProfile
-    dtype : str
-        Of activations and arithmetic.
-    weight_dtype : str, optional
-        How weights are stored; narrower than ``dtype``: a weight-only quantised kernel.
+    dtype, weight_dtype : str
+        Of activations and arithmetic; of stored weights (default: the same), narrower: a weight-only quantised kernel.
     kernel : int or array
-        0 dense, 1 2:4 sparse, 2 zeros without structure (timed as dense), 3 rows skipped in blocks (m counts the rows computed).
+        0 dense, 1 2:4 sparse, 2 zeros without structure (timed as dense), 3 rows skipped in blocks (m counts those
+        computed).
     density : float or array
-        Share of weights that are not zero; no kernel here gains by it beyond its format, so that it only documents the operand.
+        Share of weights that are not zero; no kernel here gains by it beyond its format: it only documents the operand.
     cold : bool
         Weights come from DRAM, as in a decoder; False: they are as warm as L2 allows.
     copies : int or array, optional
-        Weights used in turn, as benchmarks rotate them: how warm they are follows from their footprint. Overrides ``cold``.
+        Weights used in turn, as benchmarks rotate them: their footprint says how warm they are. Overrides ``cold``.
     level : float
         Of the interval, in (0, 1).
     detail : bool
         Fill the detail fields too.
-
-    Returns
-    -------
-    GemmTime
-        Arrays of the broadcast shape.
 
     Raises
     ------
@@ -226,102 +187,25 @@ def gemm_time(
     >>> t.limits.tolist(), bool((t.lower < t.seconds).all())
     (['memory', 'compute'], True)
     """
-    if not 0.0 < level < 1.0:
-        raise InputError(f"level {level:g} is outside (0, 1)")
-    m, n, k = _columns(m, n, k)
-    codes = np.asarray(kernel)
-    shape = (
-        m.shape
-        if codes.ndim == 0 and np.ndim(copies) == 0
-        else np.broadcast_shapes(m.shape, codes.shape, np.shape(copies))
-    )
-    if m.shape != shape:
-        m, n, k = (np.broadcast_to(a, shape) for a in (m, n, k))
-    m, n, k = (np.ascontiguousarray(a).reshape(-1) for a in (m, n, k))
-    if len(m) and not (m.min() >= 1.0 and n.min() >= 1.0 and k.min() >= 1.0):  # also refuses NaN
-        raise InputError("m, n and k must be at least 1")
-    if len(m) and not (n.max() < MOST_FEATURES and k.max() < MOST_FEATURES):  # their alignment is looked at in 32 bits
-        raise InputError(f"n and k must be below 2**31, got {max(n.max(), k.max()):g}")
-    used: Any = None if cold and copies is None else 1.0 if copies is None else copies
-    if np.ndim(used):
-        used = np.broadcast_to(np.asarray(used, dtype=np.float64), shape).reshape(-1)
-    kinds = (np.broadcast_to(codes, shape) if codes.ndim and codes.shape != shape else codes).reshape(-1)
-    if len(kinds) and (kinds == kinds[0]).all():
-        out = _run(m, n, k, gemm_plan(hw, dtype, weight_dtype, _family(int(kinds[0]))), used, level, detail)
-    else:
-        out = _empty(len(m), detail)
-        for code in np.unique(kinds):
-            rows = np.flatnonzero(kinds == code)
-            part = _run(
-                m[rows],
-                n[rows],
-                k[rows],
-                gemm_plan(hw, dtype, weight_dtype, _family(int(code))),
-                used[rows] if np.ndim(used) else used,
-                level,
-                detail,
-            )
-            for name, values in part.items():
-                out[name][rows] = values
-    return GemmTime(**{name: values.reshape(shape) for name, values in out.items()})
+    path = {"dtype": dtype, "weight_dtype": weight_dtype, "kernel": kernel, "cold": cold, "copies": copies}
+    return GemmTime(**_each(partial(_columns, detail=detail), m, n, k, hw, level=level, **path))
 
 
-def _family(code: int) -> int:
-    if code not in (DENSE, SPARSE24, UNSTRUCTURED, BLOCK_SPARSE):
-        raise InputError(
-            f"kernel code {code} is unknown; expected 0 dense, 1 2:4 sparse, 2 unstructured, 3 block-sparse rows"
-        )
-    return DENSE if code == UNSTRUCTURED else code
+def gemm_ladder(m: Any, n: Any, k: Any, hw: HardwareProfile, **options: Any) -> Mapping[str, F]:
+    """The time of GEMMs built up effect by effect, s; parameters are those of :func:`gemm_time`.
+
+    "roofline" is max(FLOP / peak, bytes / bandwidth); "tile": with the chosen tile's padding; "wave": and idle SMs of
+    the last wave; "alignment": and n or k off 16 bytes; "kernel": all but the fixed time; "launch": all of it.
+
+    >>> from simulator.hardware.library import load_hardware
+    >>> list(gemm_ladder(64, 4096, 4096, load_hardware("a100")))
+    ['roofline', 'tile', 'wave', 'alignment', 'kernel', 'launch']
+    """
+    return _each(_rungs, m, n, k, hw, **options)
 
 
-_PLAIN = [*(f.name for f in fields(OpTime)), "measured"]
-_TYPES: Mapping[str, Any] = {"bound": np.int8, "measured": np.bool_}
-_DETAIL = [f.name for f in fields(GemmTime) if f.name not in _PLAIN]
-
-
-def _empty(size: int, detail: bool) -> dict[str, Any]:
-    names = _PLAIN + (_DETAIL if detail else [])
-    return {name: np.zeros(size, dtype=_TYPES.get(name, np.float64)) for name in names}
-
-
-def _run(m: F, n: F, k: F, plan: Plan, copies: Any, level: float, detail: bool) -> dict[str, Any]:
-    """Chunks of shapes through the model, so that their intermediate arrays stay in the cache."""
-    size = len(m)
-    if size <= CHUNK:
-        return _fields(m, n, k, plan, copies, level, detail)
-    out = _empty(size, detail)
-    for start in range(0, size, CHUNK):
-        part = slice(start, start + CHUNK)
-        for name, values in _fields(
-            m[part], n[part], k[part], plan, copies[part] if np.ndim(copies) else copies, level, detail
-        ).items():
-            out[name][part] = values
-    return out
-
-
-def _fields(m: F, n: F, k: F, plan: Plan, copies: Any, level: float, detail: bool) -> dict[str, Any]:
-    core, shapes = plan.core, (m, n, k)
-    m, n, k = (a.astype(PRECISION) for a in (m, n, k))
-    t = _timed(m, n, k, plan, copies.astype(PRECISION) if np.ndim(copies) else copies, level)
-    parts = t.parts
-    out: dict[str, Any] = {"seconds": t.us, "lower": t.lower_us, "upper": t.upper_us, "roofline_s": t.roofline_us}
-    if detail:
-        out |= {"compute_s": parts.compute_us, "memory_s": parts.memory_us, "fixed_s": np.full(len(m), core.t0_us)}
-    out = {name: np.multiply(values, 1e-6, dtype=np.float64) for name, values in out.items()}
-    out["bound"] = t.bound
-    overlay(out, plan.exact if copies is None else None, *shapes, level)
-    if detail:
-        out |= {
-            "tile_m": core.tile_m[:, 0].take(parts.tile).astype(np.float64),
-            "tile_n": core.tile_n[:, 0].take(parts.tile).astype(np.float64),
-            "split_k": parts.split.astype(np.float64),
-            "waves": parts.tiles.astype(np.float64) * parts.split / core.machine.sm_count,
-            "residual": np.ones(len(m)) * t.residual,
-        }
-    return out
-
-
-def gemm_ladder(
+def _each(
+    columns: Callable[..., Columns],
     m: Any,
     n: Any,
     k: Any,
@@ -334,66 +218,136 @@ def gemm_ladder(
     cold: bool = True,
     copies: Any = None,
     level: float = 0.9,
-    detail: bool = False,
-) -> Mapping[str, F]:
-    """The time of GEMMs built up effect by effect, s.
+) -> Columns:
+    """Columns of shapes, kernel by kernel, in chunks so that their intermediate arrays stay in the cache."""
+    if not 0.0 < level < 1.0:
+        raise InputError(f"level {level:g} is outside (0, 1)")
+    given = [np.asarray(v, dtype=np.float64) for v in (m, n, k)]
+    codes = np.asarray(kernel)
+    if copies is not None or not cold:
+        given.append(np.asarray(1.0 if copies is None else copies, dtype=np.float64))
+    shape = np.broadcast_shapes(codes.shape, *(a.shape for a in given))
+    given = [np.ascontiguousarray(np.broadcast_to(a, shape)).reshape(-1) for a in given]
+    m, n, k = given[:3]
+    if len(m) and not (m.min() >= 1.0 and n.min() >= 1.0 and k.min() >= 1.0):  # also refuses NaN
+        raise InputError("m, n and k must be at least 1")
+    if len(m) and max(n.max(), k.max()) >= 2.0**31:  # their alignment is looked at in 32 bits
+        raise InputError(f"n and k must be below 2**31, got {max(n.max(), k.max()):g}")
+    out: Columns = {}
+    for code, rows in _chunks(codes, shape):
+        if code not in tuple(Kernel):
+            known = "0 dense, 1 2:4 sparse, 2 unstructured, 3 block-sparse rows"
+            raise InputError(f"kernel code {code} is unknown; expected {known}")
+        one = gemm_kernel(hw, dtype, weight_dtype, DENSE if code == UNSTRUCTURED else code)
+        for name, values in columns(one, level, *(a[rows] for a in given)).items():
+            if name not in out:
+                out[name] = np.zeros(len(m), dtype=values.dtype)
+            out[name][rows] = values
+    return {name: values.reshape(shape) for name, values in out.items()}
 
-    Parameters are those of :func:`gemm_time`.
 
-    Returns
-    -------
-    mapping of str to float64 array
-        "roofline": max(FLOP / peak, bytes / bandwidth); "tile": with the chosen tile's padding; "wave": and idle SMs of the last wave;
-        "alignment":
-        and n or k off 16 bytes; "kernel": all but the fixed time; "launch": equals ``gemm_time(...).seconds``.
+def _chunks(codes: NDArray[Any], shape: tuple[int, ...]) -> list[tuple[int, Any]]:
+    """Kernel codes and some of the flat rows that run it."""
+    size, found = math.prod(shape), np.unique(codes).tolist() or [DENSE]
+    if len(found) == 1:
+        return [(found[0], slice(start, start + CHUNK)) for start in range(0, max(size, 1), CHUNK)]
+    flat = np.broadcast_to(codes, shape).reshape(-1)
+    rows = {code: np.flatnonzero(flat == code) for code in found}
+    return [(code, at[start : start + CHUNK]) for code, at in rows.items() for start in range(0, len(at), CHUNK)]
 
-    Examples
-    --------
-    >>> from simulator.hardware.library import load_hardware
-    >>> list(gemm_ladder(64, 4096, 4096, load_hardware("a100")))
-    ['roofline', 'tile', 'wave', 'alignment', 'kernel', 'launch']
-    """
-    t = gemm_time(
-        m,
-        n,
-        k,
-        hw,
-        dtype=dtype,
-        weight_dtype=weight_dtype,
-        kernel=kernel,
-        density=density,
-        cold=cold,
-        copies=copies,
-        level=level,
-        detail=True,
-    )
-    m, n, k = _columns(m, n, k)
-    m, n, k, codes = np.broadcast_arrays(m, n, k, np.asarray(kernel))
-    plans = {int(c): gemm_plan(hw, dtype, weight_dtype, _family(int(c))) for c in np.unique(codes)}
-    rate, weight, step, load = (np.zeros(codes.shape) for _ in range(4))
-    for code, plan in plans.items():
-        rows = codes == code
-        halvings = alignment_halvings(n[rows], k[rows], plan.core.machine.element_bytes)
-        rate[rows], weight[rows] = plan.flop_rate, plan.core.machine.weight_bytes
-        step[rows], load[rows] = 1.0 + plan.align_step * halvings, 1.0 + plan.align_load * halvings
-    machine = next(iter(plans.values())).core.machine
-    weight_s = weight * n * k / machine.bandwidth_bytes_per_s
-    memory = weight_s + machine.element_bytes * m * (n + k) / machine.bandwidth_bytes_per_s
-    tiles = np.ceil(m / t.tile_m) * np.ceil(n / t.tile_n)
-    padded = 2.0 * tiles * t.tile_m * t.tile_n * k / rate
-    blocks = tiles * t.split_k / machine.sm_count
-    idle = np.where(blocks > 1.0, 1.0 if machine.persistent else np.ceil(blocks) / blocks, 1.0 / blocks)
-    fixed = np.minimum(t.fixed_s * t.residual, t.seconds)
-    return {
-        "roofline": t.roofline_s,
-        "tile": np.maximum(padded, memory),
-        "wave": np.maximum(padded * idle, memory),
-        "alignment": np.maximum(padded * idle * step, memory + weight_s * (load - 1.0)),
-        "kernel": t.seconds - fixed,
-        "launch": t.seconds,
+
+def _columns(
+    kernel: GemmKernel, level: float, m: F, n: F, k: F, copies: F | None = None, *, detail: bool = True
+) -> Columns:
+    """Columns of :class:`GemmTime` for shapes."""
+    core, machine, shapes = kernel.core, kernel.core.machine, (m, n, k)
+    m, n, k = (a.astype(PRECISION) for a in shapes)
+    used = None if copies is None else copies.astype(PRECISION)
+    byte_us, flop_us = 1e6 / machine.bandwidth_bytes_per_s, 1e6 / machine.peak_flop_per_s
+    compute = n * k * m * (2.0 * flop_us)
+    moved = n * k * (machine.weight_bytes * byte_us) + (n + k) * m * (machine.element_bytes * byte_us)
+    rows = np.ceil(m * (1.0 / kernel.pad_m)) * kernel.pad_m
+    halvings: F | float = alignment_halvings(n, k, machine.element_bytes)
+    if not np.any(halvings):
+        halvings = 0.0  # a number multiplies the tables of tiles, an array every shape by every tile
+    step_scale = 1.0 + kernel.align_step * halvings
+    load_scale = kernel.load_scale * (1.0 + kernel.align_load * halvings)
+    parts = core_time(rows, n, k, core, used, step_scale, load_scale)
+    factor: F | float = 1.0
+    if kernel.residual is not None:
+        factor = np.exp(kernel.residual.at(rows, n, k, parts, core))
+    # single precision must not round below the physics
+    floor = np.maximum(compute * (1.0 / machine.headroom), parts.dram_bytes * byte_us) * (1.0 + 5e-7)
+    us = np.maximum(parts.total_us * factor, floor)
+    low, high = kernel.bands.factors(regimes(rows, parts, core), level, kernel.widen, PRECISION)
+    doubt = step_scale**0.5  # no table has unaligned shapes: the penalty is known to half of itself either way
+    times = {
+        "seconds": us,
+        "lower": np.maximum(low / doubt * us, floor),
+        "upper": high * doubt * us,
+        "roofline_s": np.maximum(compute, moved),
+    }
+    out: Columns = {name: 1e-6 * values.astype(np.float64) for name, values in times.items()}
+    out |= {"bound": _bound(parts, core, k), "measured": np.zeros(len(m), dtype=np.bool_)}
+    if kernel.exact is not None and copies is None:
+        hit, seconds, log_half = kernel.exact.at(*shapes)
+        width = np.exp(log_half[hit] * level_scale(level, LEVEL))
+        out["measured"], seconds = hit, seconds[hit]
+        out["seconds"][hit], out["lower"][hit], out["upper"][hit] = seconds, seconds / width, seconds * width
+    if not detail:
+        return out
+    one = np.ones(len(m))
+    return out | {
+        "tile_m": core.tile_m[parts.tile, 0] * one,
+        "tile_n": core.tile_n[parts.tile, 0] * one,
+        "split_k": parts.split * one,
+        "waves": parts.tiles * one * parts.split / machine.sm_count,
+        "compute_s": parts.compute_us * one * 1e-6,
+        "memory_s": parts.memory_us * one * 1e-6,
+        "fixed_s": core.t0_us * 1e-6 * one,
+        "residual": factor * one,
     }
 
 
-def with_section(hw: HardwareProfile, dtype: str, section: Any) -> HardwareProfile:
-    """A profile whose GEMM section of a dtype is another."""
-    return replace(hw, sections={**hw.sections, ("gemm", dtype): section})
+def _rungs(kernel: GemmKernel, level: float, m: F, n: F, k: F, copies: F | None = None) -> Columns:
+    """Columns of :func:`gemm_ladder`."""
+    t, machine = _columns(kernel, level, m, n, k, copies), kernel.core.machine
+    halvings = alignment_halvings(n, k, machine.element_bytes)
+    weight_s = machine.weight_bytes * n * k / machine.bandwidth_bytes_per_s
+    memory = weight_s + machine.element_bytes * m * (n + k) / machine.bandwidth_bytes_per_s
+    tiles = np.ceil(m / t["tile_m"]) * np.ceil(n / t["tile_n"])
+    padded = 2.0 * tiles * t["tile_m"] * t["tile_n"] * k / machine.peak_flop_per_s
+    blocks = tiles * t["split_k"] / machine.sm_count
+    idle = np.where(blocks > 1.0, 1.0 if machine.persistent else np.ceil(blocks) / blocks, 1.0 / blocks)
+    slower = padded * idle * (1.0 + kernel.align_step * halvings)
+    return {
+        "roofline": t["roofline_s"],
+        "tile": np.maximum(padded, memory),
+        "wave": np.maximum(padded * idle, memory),
+        "alignment": np.maximum(slower, memory + weight_s * ((1.0 + kernel.align_load * halvings) - 1.0)),
+        "kernel": t["seconds"] - np.minimum(t["fixed_s"] * t["residual"], t["seconds"]),
+        "launch": t["seconds"],
+    }
+
+
+def _bound(parts: CoreTime, core: Core, k: F) -> NDArray[np.int8]:
+    """What holds each shape: its largest part; a main loop may wait for its step's latency or for L2's feed."""
+    waits = np.where(core.step_us > 1.5 * core.flop_us, _LATENCY, _COMPUTE).astype(np.int8)
+    bound: NDArray[np.int8] = waits[parts.tile, 0]
+    if not core.machine.persistent:
+        feed = core.feed_us[parts.tile, 0] * parts.tiles * k * (1.0 / core.step_elements)
+        bound[cube(feed) > 0.5 * parts.compute3] = _L2
+    bound[cube(parts.memory_us) > parts.compute3] = _MEMORY
+    bound[parts.total_us < 2.0 * core.t0_us] = _LAUNCH
+    return bound
+
+
+def alignment_halvings(n: F, k: F, element_bytes: float) -> F:
+    """Times the alignment of a row of n or k elements falls short of 16 bytes by a factor of two; 0 when it does not.
+
+    >>> alignment_halvings(np.array([8816.0, 8810.0, 8809.0]), np.array([4096.0, 4096.0, 4096.0]), 2.0)
+    array([0., 2., 3.])
+    """
+    low = n.astype(np.int32) | k.astype(np.int32)
+    sizes = 2 ** np.arange(1, round(math.log2(16 / element_bytes)) + 1)
+    return sum(((low & (size - 1)) != 0 for size in sizes.tolist()), np.zeros(n.shape, dtype=n.dtype))

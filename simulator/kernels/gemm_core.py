@@ -1,9 +1,9 @@
-"""The analytic core of the GEMM model: tiles, waves, split-K, memory and fixed time, on arrays; no profile, no residual.
+"""The analytic form of the GEMM model (docs/model.md): tiles, waves, split-K, memory and fixed time; no profile, no
+residual.
 
-Use :func:`machine_core` to turn datasheet facts and named constants into a :class:`Core`, :func:`core_time` to time shapes on it.
-Times inside are microseconds, so that their cubes stay near one. The form is DESIGN section 10; its tile shapes are those of cuBLAS
-kernels.
-Arithmetic is in the precision of the shapes given: float64 to fit, float32 to predict many.
+Use :func:`machine_core` to turn datasheet facts and named constants into a :class:`Core`, :func:`core_time` to time
+shapes on it. Times are microseconds, so that their cubes stay near one. Arithmetic is in the precision of the shapes:
+float64 to fit, float32 to predict many.
 """
 
 from __future__ import annotations
@@ -16,7 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.workload import DTYPE_BYTES, DTYPES
+
 F = NDArray[np.floating[Any]]
+Factor = F | float
+
+ELEMENT_BYTES: Mapping[str, float] = MappingProxyType(dict(zip(DTYPES, DTYPE_BYTES.tolist(), strict=True)))
 
 LINE_BYTES = 128.0
 """Bytes of K a main-loop step covers per row of an operand: 64 elements of 16 bits."""
@@ -28,8 +33,8 @@ MENUS: Mapping[str, tuple[tuple[int, int], ...]] = MappingProxyType(
         "packing": ((1, 1),),
     }
 )
-"""Tiles (rows of m x columns of n): kernels that launch a block a tile, kernels whose blocks stay and take tile after tile (Hopper), and
-products on a CPU, which pad nothing that could be seen in their time."""
+"""Tiles of cuBLAS kernels (rows of m x columns of n): of kernels that launch a block a tile, of kernels whose blocks
+stay and take tile after tile (Hopper), and of products on a CPU, which pad nothing that could be seen in their time."""
 
 PERSISTENT_ARCHITECTURES = frozenset({"hopper"})
 PACKING_ARCHITECTURES = frozenset({"cpu"})
@@ -37,88 +42,53 @@ PACKING_ARCHITECTURES = frozenset({"cpu"})
 
 @dataclass(frozen=True)
 class Machine:
-    """Datasheet facts of one arithmetic on one device.
-
-    Attributes
-    ----------
-    peak_flop_per_s, bandwidth_bytes_per_s, l2_bytes : float
-    sm_count : int
-    headroom : float
-        Highest clock over boost clock.
-    element_bytes : float
-        Bytes of an activation.
-    weight_bytes : float
-        Bytes of a stored weight, indices included.
-    persistent : bool
-        Blocks stay on their SM and take tile after tile.
-    packs : bool
-        A CPU: no tiles and waves; weights are rearranged for the caches from ``pack_m`` rows on, and nothing overlaps with arithmetic.
-    """
+    """Datasheet facts of one arithmetic on one device."""
 
     peak_flop_per_s: float
     bandwidth_bytes_per_s: float
     l2_bytes: float
     sm_count: int
-    headroom: float
-    element_bytes: float
-    weight_bytes: float
-    persistent: bool
-    packs: bool = False
+    headroom: float  # highest clock over boost clock
+    element_bytes: float  # of an activation
+    weight_bytes: float  # of a stored weight, indices included
+    persistent: bool  # blocks stay on their SM and take tile after tile
+    packs: bool = (
+        False  # a CPU: no tiles and waves, weights rearranged from `pack_m` rows on, nothing overlaps with arithmetic
+    )
 
 
 @dataclass(frozen=True)
 class Core:
-    """A machine and its constants, ready to time shapes: microseconds, bytes and elements.
-
-    The arrays have one row a tile of the menu.
-    """
+    """A machine and its constants (SI), ready to time shapes; the arrays have one row a tile of the menu."""
 
     machine: Machine
     constants: Mapping[str, float]
     tile_m: F
     tile_n: F
-    step_elements: float
-    step_us: F
-    flop_us: F
+    step_us: F  # a main-loop step
+    flop_us: F  # its arithmetic alone
     epilogue_us: F
-    feed_us: F  # L2 feed of one k-step of one tile, whole device
-    has_feed: bool
+    feed_us: F  # L2 feed of one step of one tile, whole device; 0 where blocks stay on their SM
+    step_elements: float
     t0_us: float
-    split_us: float
-    split_us_per_byte: float
-    dram_us_per_byte: float
-    hit_us_per_byte: float
-    convert_us_per_element: float
-    resident_bytes: float
-    residency_power: float
 
 
 @dataclass(frozen=True)
 class CoreTime:
-    """What the core says about shapes; microseconds unless said otherwise.
+    """What the core says about shapes, arrays of their length; microseconds unless said otherwise."""
 
-    Attributes
-    ----------
-    total_us : array
-        Fixed time included, residual not.
-    log2_us : array
-        Its logarithm to base 2.
-    compute3, memory_us : array
-        Main loop of the chosen tile, cubed; operands and result through the memory system. They combine by a 3-norm.
-    dram_bytes : array
-        Bytes that come from or go to DRAM.
-    tile, split, tiles : array
-        Chosen entry of the menu, split-K factor, output tiles of the launch (split parts not counted).
-    """
+    total_us: F  # fixed time included, residual not
+    compute3: F  # main loop of the chosen tile, cubed; it joins the memory time by a 3-norm
+    memory_us: F  # operands and result through the memory system
+    dram_bytes: F  # come from or go to DRAM
+    tile: NDArray[np.int8]  # chosen entry of the menu
+    split: F  # split-K factor
+    tiles: F  # output tiles of the launch, split parts not counted
 
-    total_us: F
-    log2_us: F
-    compute3: F
-    memory_us: F
-    dram_bytes: F
-    tile: NDArray[np.int8]
-    split: F
-    tiles: F
+    @property
+    def log2_us(self) -> F:
+        """Logarithm to base 2 of the total."""
+        return np.log2(self.total_us)
 
     @property
     def compute_us(self) -> F:
@@ -127,219 +97,108 @@ class CoreTime:
 
 
 def machine_core(machine: Machine, constants: Mapping[str, float], dtype: Any = np.float64) -> Core:
-    """Per-tile times and other derived numbers, once for many shapes.
-
-    Parameters
-    ----------
-    machine : Machine
-    constants : mapping of str to float
-        SI values of the names in :data:`simulator.kernels.gemm.CONSTANTS`.
-    dtype : dtype
-        Precision of the shapes it will time.
-
-    Returns
-    -------
-    Core
-    """
+    """Per-tile times, once for many shapes of a precision, from constants by their names in ``GEMM_CONSTANTS``."""
     c = {name: float(value) for name, value in constants.items()}
-    kind = "packing" if machine.packs else "persistent" if machine.persistent else "stationary"
-    menu = np.array(MENUS[kind], dtype=np.float64)
-    bm, bn = menu[:, 0], menu[:, 1]
+    menu = "packing" if machine.packs else "persistent" if machine.persistent else "stationary"
+    tile_m, tile_n = np.array(MENUS[menu], dtype=np.float64).T[:, :, None]
     step = LINE_BYTES / machine.element_bytes
-    flop_us = 1e6 * 2.0 * step * bm * bn * machine.sm_count / (machine.peak_flop_per_s * c["e_tc"])
-
-    def column(values: F) -> F:
-        return np.ascontiguousarray(values[:, None].astype(dtype))
-
-    return Core(
-        machine=machine,
-        constants=MappingProxyType(c),
-        tile_m=column(bm),
-        tile_n=column(bn),
-        step_elements=step,
-        step_us=column(((1e6 * c["tau"]) ** 4 + flop_us**4) ** 0.25),
-        flop_us=column(flop_us),
-        epilogue_us=column(1e6 * machine.element_bytes * bm * bn / c["b_e"]),
-        feed_us=column(1e6 * LINE_BYTES * (bm + bn) / c["b_l2"]),
-        has_feed=kind == "stationary",
-        t0_us=1e6 * c["t0"],
-        split_us=1e6 * c["t_s"],
-        split_us_per_byte=1e6 / c["b_s"],
-        dram_us_per_byte=1e6 / (machine.bandwidth_bytes_per_s * c["e_d"]),
-        hit_us_per_byte=1e6 / c["b_hit"],
-        # 16-bit activations read, narrow ones written, by a kernel of its own before the product
-        convert_us_per_element=1e6 * (2.0 + machine.element_bytes) / c["b_convert"]
-        if machine.element_bytes == 1.0
-        else 0.0,
-        resident_bytes=c["c_l2"] * machine.l2_bytes,
-        residency_power=c["l2_power"],
-    )
+    flop_us = 1e6 * 2.0 * step * tile_m * tile_n * machine.sm_count / (machine.peak_flop_per_s * c["e_tc"])
+    columns = {
+        "tile_m": tile_m,
+        "tile_n": tile_n,
+        "step_us": ((1e6 * c["tau"]) ** 4 + flop_us**4) ** 0.25,
+        "flop_us": flop_us,
+        "epilogue_us": 1e6 * machine.element_bytes * tile_m * tile_n / c["b_e"],
+        "feed_us": 1e6 * LINE_BYTES * (tile_m + tile_n) / c["b_l2"] * (menu == "stationary"),
+    }
+    arrays = {name: values.astype(dtype) for name, values in columns.items()}
+    return Core(machine, MappingProxyType(c), **arrays, step_elements=step, t0_us=1e6 * c["t0"])
 
 
 def residency(footprint_bytes: F, core: Core) -> F:
     """Share of a footprint that stays in L2: 1 / (1 + (footprint / (c_l2 L2))^Q)."""
-    x = np.minimum(
-        footprint_bytes * (1.0 / core.resident_bytes), 100.0
-    )  # beyond, nothing stays; single precision would overflow
-    power = core.residency_power
+    # far beyond, nothing stays; single precision would overflow
+    x = np.minimum(footprint_bytes * (1.0 / (core.constants["c_l2"] * core.machine.l2_bytes)), 100.0)
+    power = core.constants["l2_power"]
     doublings = {2.0: 1, 4.0: 2, 8.0: 3, 16.0: 4}.get(power)
-    if doublings:  # much faster than a general power
-        for _ in range(doublings):
-            x *= x
-    else:
-        x **= power
-    x += 1.0
-    return np.asarray(np.reciprocal(x, out=x))
+    if doublings is None:
+        x = x**power
+    for _ in range(doublings or 0):  # much faster than a general power
+        x = x * x
+    return np.asarray(1.0 / (1.0 + x))
 
 
-def memory_time(m: F, n: F, k: F, core: Core, copies: F | float | None, load_scale: F | float) -> tuple[F, F]:
+def memory_time(m: F, n: F, k: F, core: Core, copies: Factor | None, load_scale: Factor) -> tuple[F, F]:
     """Microseconds of moving the operands and the result, and the bytes of them that DRAM moves.
 
-    ``copies`` weights are used in turn: the footprint that competes for L2; None for cold weights. The activations, ``m (n + k)``, are
-    warm as far
-    as they fit. ``load_scale`` stretches the weights' time.
+    ``copies`` weights are used in turn: the footprint that competes for L2; None for cold weights. The activations,
+    ``m (n + k)``, are warm as far as they fit. ``load_scale`` stretches the weights' time.
     """
-    machine = core.machine
-    weights = n * k
-    weights *= machine.weight_bytes
-    acts = n + k
-    acts *= m
-    acts *= machine.element_bytes
-    warm = residency(acts, core)
-    warm *= acts
-    dram = np.subtract(acts, warm, out=acts)
-    if copies is None:
-        time = weights * load_scale
-        time += dram
-        time *= core.dram_us_per_byte
-        warm *= core.hit_us_per_byte
-        time += warm
-        dram += weights
-        return time, dram
-    hit = weights * residency(weights * copies, core)
-    miss = weights - hit
-    time = (miss * load_scale + dram) * core.dram_us_per_byte + (hit * load_scale + warm) * core.hit_us_per_byte
-    return time, miss + dram
+    machine, c = core.machine, core.constants
+    weights, acts = n * k * machine.weight_bytes, (n + k) * m * machine.element_bytes
+    warm = residency(acts, core) * acts
+    hit = 0.0 if copies is None else weights * residency(weights * copies, core)
+    miss, cold = weights - hit, acts - warm
+    dram_us, hit_us = 1e6 / (machine.bandwidth_bytes_per_s * c["e_d"]), 1e6 / c["b_hit"]
+    return (miss * load_scale + cold) * dram_us + (hit * load_scale + warm) * hit_us, miss + cold
 
 
 def core_time(
-    m: F,
-    n: F,
-    k: F,
-    core: Core,
-    copies: F | float | None = None,
-    step_scale: F | float = 1.0,
-    load_scale: F | float = 1.0,
+    m: F, n: F, k: F, core: Core, copies: Factor | None = None, step_scale: Factor = 1.0, load_scale: Factor = 1.0
 ) -> CoreTime:
-    """Time of GEMMs y[m, n] = x[m, k] w[k, n] by the analytic form.
+    """Time of GEMMs y[m, n] = x[m, k] w[k, n] by the analytic form; m, n, k at least 1, of one shape (x,).
 
-    Parameters
-    ----------
-    m, n, k : float arrays of one shape (x,)
-        At least 1, of the precision the core was made for.
-    core : Core
-    copies : array, float or None
-        Weights used in turn (see :func:`memory_time`); None: cold.
-    step_scale, load_scale : array or float
-        Factors of the main-loop step and of the weights' memory time: alignment, dequantisation.
-
-    Returns
-    -------
-    CoreTime
+    ``copies`` and ``load_scale`` are of :func:`memory_time`, ``step_scale`` a factor of the main-loop step.
     """
-    if core.machine.packs:
+    machine, c = core.machine, core.constants
+    if machine.packs:
         return _packed_time(m, n, k, core, copies, step_scale, load_scale)
-    sm = float(core.machine.sm_count)
-    tiles = m / core.tile_m
-    np.ceil(tiles, out=tiles)
-    cols = n / core.tile_n
-    np.ceil(cols, out=cols)
-    tiles *= cols
-    steps = np.ceil(k * (1.0 / core.step_elements))
-    step_us = core.step_us if isinstance(step_scale, float) and step_scale == 1.0 else core.step_us * step_scale
-    # whole k: waves of tiles, each its main loop and epilogue
-    unsplit = np.multiply(step_us, steps, out=cols) if np.size(step_us) <= len(core.step_us) else step_us * steps
-    unsplit += core.epilogue_us
-    waves = tiles / sm  # a division: the reciprocal's rounding would make 132 tiles on 132 SMs two waves
-    if core.machine.persistent:
-        np.maximum(waves, 1.0, out=waves)
-    else:
-        np.ceil(waves, out=waves)
-    unsplit *= waves
-    cube(unsplit, waves)
+    sm, step = float(machine.sm_count), core.step_us * step_scale
+    tiles, steps = np.ceil(m / core.tile_m) * np.ceil(n / core.tile_n), np.ceil(k / core.step_elements)
+    # a division: the reciprocal's rounding would make 132 tiles on 132 SMs two waves
+    waves = np.maximum(tiles / sm, 1.0) if machine.persistent else np.ceil(tiles / sm)
+    whole = cube(waves * (steps * step + core.epilogue_us))
     # split-K: SMs that would idle share one tile's k-steps, and their partial sums are added up in a second pass
-    split = sm / tiles
-    np.floor(split, out=split)
-    np.maximum(split, 1.0, out=split)
-    np.minimum(split, np.clip(np.floor(k * (1.0 / 128.0)), 1.0, 64.0), out=split)
-    chunk = steps / split
-    np.ceil(chunk, out=chunk)
-    parts = chunk * step_us
-    parts += core.epilogue_us
-    extra = np.multiply(split, 4.0, out=waves)
-    extra += 2.0
-    extra *= m * n * core.split_us_per_byte
-    parts += extra
-    parts += core.split_us
-    cube(parts, extra)
-    if core.has_feed:
+    split = np.minimum(np.maximum(np.floor(sm / tiles), 1.0), np.clip(np.floor(k / 128.0), 1.0, 64.0))
+    chunk = np.ceil(steps / split)
+    added = (4.0 * split + 2.0) * (m * n * (1e6 / c["b_s"]))
+    shared = cube(chunk * step + core.epilogue_us + added + 1e6 * c["t_s"])
+    if not machine.persistent:
         feed = tiles * core.feed_us
-        chunk *= split
-        chunk *= feed
-        cube(chunk, extra)
-        parts += chunk
-        feed *= steps
-        cube(feed, extra)
-        unsplit += feed
-    parts[tiles > sm] = np.inf
-    best = np.minimum(unsplit, parts)
-    compute = np.minimum.reduce(best, axis=0)
-    at = np.arange(len(compute))
-    choice = np.zeros(len(compute), dtype=np.int8)
-    for i in range(1, len(best)):
-        np.copyto(choice, i, where=best[i] == compute)
-    flat = choice.astype(np.intp) * len(compute) + at  # the cast first: NumPy 1 would multiply in 8 bits
-    chosen_split = split.take(flat)
-    chosen_split[unsplit.take(flat) <= compute] = 1.0
+        whole = whole + cube(steps * feed)
+        shared = shared + cube(split * chunk * feed)
+    shared[tiles > sm] = np.inf
+    best = np.minimum(whole, shared)
+    compute = best.min(axis=0)
+    tile = ((best == compute) * np.arange(len(best), dtype=np.int8)[:, None]).max(
+        axis=0
+    )  # of equally fast ones the last
+    chosen = tile.astype(np.intp) * len(tile) + np.arange(len(tile))
+    unsplit, split, tiles = (a.take(chosen) for a in (whole, split, tiles))
     memory, dram = memory_time(m, n, k, core, copies, load_scale)
-    total = memory * memory
-    total *= memory
-    total += compute
-    cube_root(total)
-    total += core.t0_us
-    if core.convert_us_per_element:
-        total += m * k * core.convert_us_per_element
-    return CoreTime(total, np.log2(total), compute, memory, dram, choice, chosen_split, tiles.take(flat))
+    total = cube_root(cube(memory) + compute) + core.t0_us
+    if machine.element_bytes == 1.0:  # 16-bit activations read, narrow ones written, by a kernel of its own before
+        total = total + m * k * (1e6 * (2.0 + machine.element_bytes) / c["b_convert"])
+    return CoreTime(total, compute, memory, dram, tile, np.where(unsplit <= compute, 1.0, split), tiles)
 
 
 def _packed_time(
-    m: F, n: F, k: F, core: Core, copies: F | float | None, step_scale: F | float, load_scale: F | float
+    m: F, n: F, k: F, core: Core, copies: Factor | None, step_scale: Factor, load_scale: Factor
 ) -> CoreTime:
-    """A product on a CPU: fixed time, operands, the rearranging of the weights from ``pack_m`` rows on, and arithmetic in turn."""
+    """A product on a CPU: fixed time, operands, rearranging weights from ``pack_m`` rows on, and arithmetic in turn."""
     c = core.constants
-    memory, dram = memory_time(
-        m, n, k, core, copies, load_scale * np.where(m >= c["pack_m"], 1.0 + c["pack"], 1.0).astype(m.dtype)
-    )
-    flop = m * n
-    tiles = flop.copy()
-    flop *= k
-    flop *= 2e6 / (core.machine.peak_flop_per_s * c["e_tc"])
-    flop *= step_scale
-    total = memory + flop
-    total += core.t0_us
-    cube(flop, np.empty_like(flop))
-    ones = np.ones_like(total)
-    return CoreTime(total, np.log2(total), flop, memory, dram, np.zeros(len(total), dtype=np.int8), ones, tiles)
+    packing = np.where(m >= c["pack_m"], 1.0 + c["pack"], 1.0).astype(m.dtype)
+    memory, dram = memory_time(m, n, k, core, copies, load_scale * packing)
+    compute = m * n * k * (2e6 / (core.machine.peak_flop_per_s * c["e_tc"])) * step_scale
+    total, tile = memory + compute + core.t0_us, np.zeros(len(m), dtype=np.int8)
+    return CoreTime(total, cube(compute), memory, dram, tile, np.ones_like(m), m * n)
 
 
-def cube(x: F, work: F) -> None:
-    """x^3 in place, with a scratch array of its shape."""
-    np.multiply(x, x, out=work)
-    x *= work
+def cube(x: F) -> F:
+    """x^3; ``x**3`` would be a general power."""
+    return np.asarray(x * x * x)
 
 
 def cube_root(x: F) -> F:
-    """Cube root of positive numbers, in place; faster than ``np.cbrt``, whose loop is scalar."""
-    np.log2(x, out=x)
-    x *= 1.0 / 3.0
-    return np.exp2(x, out=x)
+    """Cube root of positive numbers; faster than ``np.cbrt``, whose loop is scalar."""
+    return np.asarray(np.exp2(np.log2(x) * (1.0 / 3.0)))

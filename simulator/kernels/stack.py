@@ -1,6 +1,15 @@
-"""Many workloads as one table: rows one after the other, and which workload each belongs to.
+"""Many workloads as one table, rows one after the other, and the memory each needs.
 
-Use :meth:`Stack.of` and the functions here to count or sum over hundreds of workloads in a few passes; :mod:`simulator.predict.compare` times them.
+Use :meth:`Stack.of` to count, sum or time hundreds of workloads in a few passes, :func:`memory` to ask whether one fits
+on a device. Counted for the device that holds most:
+
+- weights: parameters x bytes of their format; 2:4 weights compressed, with their indices. Scattered zeros are stored,
+  as dense kernels need. Scales of quantised weights are left out (a 16-bit scale for 128 weights adds 3 % to 4-bit
+  ones).
+- cache: keys and values of the longest length a layer reaches, no more than its sliding window.
+- activations: two tensors of the residual stream, and the larger of q, k, v and the attention's output, of gate, up and
+  their product, and of the logits. One forward pass without chunks; an allocator's fragmentation is not in it.
+- a reserve for what no tensor shows: :data:`RESERVE_BYTES`.
 """
 
 from __future__ import annotations
@@ -8,19 +17,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.workload import DTYPE_BYTES, ROLES, Kernel, Kind, Part, Workload
+from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, Kernel, Kind, Part, Workload
+
+if TYPE_CHECKING:
+    from simulator.hardware.profile import HardwareProfile
 
 F = NDArray[np.float64]
 Rows = NDArray[np.intp]
 
-_QKV, _WIDE = (
-    tuple(ROLES.index(name) for name in names) for names in (("q", "k", "v", "qkv"), ("gate", "up", "gate_up"))
-)
+RESERVE_BYTES = 1e9
+"""Set aside for CUDA context, library workspaces and framework: a stated default, not a measurement."""
+
+MOST_DEVICES = 1024
+"""Where the search for a number of devices that is enough ends."""
+
+FEW_ROWS = 200
+"""Rows below which looking for equal operators costs more than timing them twice."""
+
+_QKV, _WIDE = ([ROLES.index(name) for name in names.split()] for names in ("q k v qkv", "gate up gate_up"))
 _O, _DOWN, _HEAD = (ROLES.index(name) for name in ("o", "down", "lm_head"))
 
 
@@ -28,31 +47,19 @@ _O, _DOWN, _HEAD = (ROLES.index(name) for name in ("o", "down", "lm_head"))
 class Stack:
     """Workloads one after the other.
 
-    Attributes
-    ----------
-    rows : Workload
-        All their rows; its meta is that of the first.
-    lengths : intp array, at least 1 each
-        Rows of each workload.
-    sequences : intp array, optional
-        Sequences each workload serves, which all have a cache although a dynamic method may skip some in a step.
-
-    Examples
-    --------
     >>> one = Workload.from_rows([{"role": "q", "m": 2, "n": 8, "k": 4}, {"role": "k", "m": 2, "n": 4, "k": 4}])
     >>> Stack.of([one, one.take(np.array([0]))]).total(np.array([1.0, 2.0, 5.0])).tolist()
     [3.0, 5.0]
     """
 
-    rows: Workload
-    lengths: Rows
-    sequences: Rows | None = None
+    rows: Workload  # all their rows; its meta is that of the first
+    lengths: Rows  # rows of each workload, at least 1
+    sequences: Rows | None = None  # each serves: all have a cache, though a dynamic method may skip some in a step
 
     def __post_init__(self) -> None:
         if not len(self.lengths) or int(self.lengths.min()) < 1 or int(self.lengths.sum()) != len(self.rows):
-            raise ValueError(
-                f"lengths: expected at least one workload, each of at least 1 row, {len(self.rows)} together"
-            )
+            expected = f"at least one workload, each of at least 1 row, {len(self.rows)} together"
+            raise ValueError(f"lengths: expected {expected}")
 
     @classmethod
     def of(cls, workloads: Sequence[Workload]) -> Stack:
@@ -91,12 +98,98 @@ class Stack:
         """Maximum of a column of the rows, by workload."""
         return np.maximum.reduceat(column, self.starts)
 
+    @cached_property
+    def shapes(self) -> tuple[Workload, Rows]:
+        """Different operators, and which of them each row is; of a few rows, each as it is."""
+        return distinct(self.rows) if len(self.rows) >= FEW_ROWS else (self.rows, np.arange(len(self.rows)))
 
-# -- memory -----------------------------------------------------------------------------------------------------------------------
+
+def distinct(w: Workload) -> tuple[Workload, Rows]:
+    """Different operators of a workload as far as their time goes, and which of them each row is.
+
+    >>> q = {"role": "q", "m": 2, "n": 8, "k": 4}
+    >>> shapes, which = distinct(Workload.from_rows([q, q | {"role": "o", "count": 3}]))
+    >>> len(shapes), which.tolist()
+    (1, [0, 0])
+    """
+    small = w.kind.astype(np.int64)
+    role = np.where(w.kind == Kind.GEMM, 0, w.role)
+    for column, many in ((role, len(ROLES)), (w.kernel, 8), (w.dtype, len(DTYPES)), (w.weight_dtype, len(DTYPES))):
+        small = small * many + column
+    columns = [small, w.m, w.n, w.k, w.batch, w.q_len, w.kv_len, w.heads, w.kv_heads, w.head_dim, w.window, w.block]
+    columns += [c.view(np.int64) for c in (w.density, w.read_bytes, w.write_bytes)]
+    key = np.zeros(len(w), dtype=np.uint64)
+    for column in columns:  # a mixing hash: what it makes equal is checked below
+        key ^= np.ascontiguousarray(column).view(np.uint64)
+        key *= np.uint64(0x9E3779B97F4A7C15)
+        key ^= key >> np.uint64(29)
+    _, first, which = np.unique(key, return_index=True, return_inverse=True)
+    which = which.reshape(-1)
+    if any((column[first][which] != column).any() for column in columns):  # two operators of one hash: time every row
+        return w, np.arange(len(w))
+    return w.take(first), which
+
+
+# -- memory --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the device that holds most, and the verdict."""
+
+    weights_bytes: float
+    cache_bytes: float
+    activation_bytes: float
+    reserve_bytes: float
+    total_bytes: float
+    capacity_bytes: float
+    fits: bool
+    devices_needed: int  # smallest power of two that share weights and cache evenly and fit; 0: none up to MOST_DEVICES
+    verdict: str  # one sentence for people
+
+
+def memory(workload: Workload, hw: HardwareProfile, *, reserve_bytes: float = RESERVE_BYTES) -> Memory:
+    """Memory of a workload, pruned or not, on a device of ``memory_bytes``, ``reserve_bytes`` of which are set aside.
+
+    Examples
+    --------
+    >>> import simulator
+    >>> w = simulator.lower(simulator.load_model("llama-2-70b"), phase="decode", seq=2048)
+    >>> from types import SimpleNamespace
+    >>> print(memory(w, SimpleNamespace(memory_bytes=80e9)).verdict)
+    does not fit: needs 130.0 GiB of 74.5 GiB (1.7x); fits on 2 devices
+    """
+    stack, devices, capacity = Stack.of([workload]), workload.meta.devices, float(hw.memory_bytes)
+    weights, cache, activation = (float(f(stack)[0]) for f in (weights_bytes, cache_bytes, activation_bytes))
+    total = weights + cache + activation + reserve_bytes
+    fits = total <= capacity
+    # what the devices share; a pipeline's fullest stage holds more than its even share, so this never promises too much
+    # there
+    shared, whole = (weights + cache) * devices, activation + reserve_bytes
+    sizes = (2**i for i in range(MOST_DEVICES.bit_length()) if 2**i > devices)
+    needed = devices if fits else next((n for n in sizes if shared / n + whole <= capacity), 0)
+    of = f"{total / 2**30:.1f} GiB of {capacity / 2**30:.1f} GiB"
+    way = f"fits on {needed} devices" if needed else f"does not fit on {MOST_DEVICES} devices either"
+    each = " each" if devices > 1 else ""
+    verdict = f"does not fit: needs {of}{each} ({total / capacity:.1f}x); {way}"
+    if fits:
+        verdict = f"fits: {of}{each} ({total / capacity:.0%})"
+    return Memory(weights, cache, activation, reserve_bytes, total, capacity, fits, needed, verdict)
+
+
+def bytes_needed(stack: Stack, *, reserve_bytes: float = RESERVE_BYTES) -> F:
+    """Bytes each workload needs on the device that holds most: ``memory(...).total_bytes`` of many at once."""
+    out: F = weights_bytes(stack) + cache_bytes(stack) + activation_bytes(stack) + reserve_bytes
+    return out
 
 
 def weights_bytes(stack: Stack) -> F:
-    """Bytes of the parameters of each workload on the device that holds most; see :mod:`simulator.memory`."""
+    """Bytes of the parameters of each workload.
+
+    >>> row = {"role": "q", "m": 1, "n": 4, "k": 8, "params": 32, "count": 3}
+    >>> weights_bytes(Stack.of([Workload.from_rows([row])])).tolist()
+    [192.0]
+    """
     w = stack.rows
     element = DTYPE_BYTES[w.weight_dtype]
     gemm = w.kind == Kind.GEMM
@@ -104,7 +197,8 @@ def weights_bytes(stack: Stack) -> F:
     each = positions * element
     compressed = gemm & (w.kernel == Kernel.SPARSE24)
     if compressed.any():
-        # by the value kept, so that rows which run only sometimes, and own more than one weight for it, keep all of them
+        # by the value kept, so that rows which run only sometimes, and own more than one weight for it, keep all of
+        # them
         values = np.maximum(w.n * w.k * w.density, 1.0)
         beyond = w.params - values
         bias = np.where((beyond > 0) & (beyond <= w.n), beyond, 0.0)
@@ -116,14 +210,19 @@ def weights_bytes(stack: Stack) -> F:
     tied = np.where(gemm & head & (w.params == 0), w.weight_bytes_each, 0.0)  # the last stage has its own copy
     first = stack.total(np.where(~inside & ~head, stored, 0.0))
     last = stack.total(np.where(head, stored, 0.0)) + np.maximum(stack.largest(tied), 0.0)
-    out: F = stack.total(np.where(inside, stored, 0.0)) * stage_share(stack) + np.maximum(first, last)
+    out: F = stack.total(np.where(inside, stored, 0.0)) * _stage_share(stack) + np.maximum(first, last)
     return out
 
 
 def cache_bytes(stack: Stack) -> F:
-    """Bytes of keys and values at the longest length each layer reaches, of each workload, on the device that holds most."""
+    """Bytes of keys and values of each workload at the longest length each layer reaches.
+
+    >>> heads = {"kind": Kind.DECODE_ATTENTION, "batch": 2, "kv_heads": 4, "head_dim": 8, "layers": 3}
+    >>> cache_bytes(Stack.of([Workload.from_rows([heads | {"kv_len": 10}, heads | {"kv_len": 11}])])).tolist()
+    [8448.0]
+    """
     w = stack.rows
-    at = np.flatnonzero((w.kind == Kind.PREFILL_ATTENTION) | (w.kind == Kind.DECODE_ATTENTION))
+    at = np.flatnonzero(w.is_attention)
     if not len(at):
         return np.zeros(len(stack))
     kv, window = w.kv_len[at], w.window[at]
@@ -132,29 +231,29 @@ def cache_bytes(stack: Stack) -> F:
     each = 2.0 * batch * w.kv_heads[at] * w.head_dim[at] * seen * DTYPE_BYTES[w.weight_dtype[at]]
     start, size = np.maximum(w.layer[at], 0).astype(np.int64), np.maximum(w.layers[at], 1).astype(np.int64)
     span = int((start + size).max()) + 1
-    run = (stack.owner[at] * span + start) * span + size
-    run, group = np.unique(
-        run, return_inverse=True
-    )  # decodes of a generate have one row a length, of which the longest counts
+    # decodes of a generate have one row a length, of which the longest counts
+    run, group = np.unique((stack.owner[at] * span + start) * span + size, return_inverse=True)
     most = np.zeros(len(run))
     np.maximum.at(most, group.reshape(-1), each)
     size = run % span
-    layer = (
-        np.repeat(run // span, size) + np.arange(int(size.sum())) - np.repeat(np.cumsum(size) - size, size)
-    )  # owner * span + layer
-    layers = np.zeros(len(stack) * span)
-    np.maximum.at(layers, layer, np.repeat(most, size))
+    inside = np.arange(int(size.sum())) - np.repeat(np.cumsum(size) - size, size)
+    layers = np.zeros(len(stack) * span)  # owner x layer
+    np.maximum.at(layers, np.repeat(run // span, size) + inside, np.repeat(most, size))
     out: F = layers.reshape(len(stack), span).sum(axis=1)
-    return out * stage_share(stack) if w.meta.parallel == "pipeline" else out
+    return out * _stage_share(stack) if w.meta.parallel == "pipeline" else out
 
 
 def activation_bytes(stack: Stack) -> F:
-    """Peak bytes of activations in one forward pass of each workload; for rows of several widths, the widest."""
+    """Peak bytes of activations in one forward pass of each workload; for rows of several widths, the widest.
+
+    >>> up, down = {"role": "up", "m": 10, "n": 64, "k": 8}, {"role": "down", "m": 10, "n": 8, "k": 64}
+    >>> activation_bytes(Stack.of([Workload.from_rows([up, down])])).tolist()
+    [2880.0]
+    """
     w, size = stack.rows, len(stack)
     gemm = w.kind == Kind.GEMM
     element = np.maximum(stack.largest(np.where(gemm, 2.0, DTYPE_BYTES[w.dtype])), 2.0)
-    tokens = w.m.astype(np.float64)
-    cell = stack.owner * len(ROLES) + w.role
+    tokens, cell = w.m.astype(np.float64), stack.owner * len(ROLES) + w.role
 
     def widest(width: Any, stage: int) -> F:
         """The largest tensor of every workload and role, those inside a low-rank pair left out."""
@@ -163,20 +262,21 @@ def activation_bytes(stack: Stack) -> F:
         np.maximum.at(most, cell[usable], tokens[usable] * width[usable])
         return most.reshape(size, len(ROLES))
 
+    def largest(role: str, column: Any) -> Any:
+        return np.maximum(stack.largest(np.where(w.is_role(role), column, 0.0)), 0.0)
+
     outer, inner = widest(w.n, 1), widest(w.k, 2)
-    table = np.maximum(
-        stack.largest(np.where(w.is_role("embedding"), tokens * w.n, 0.0)), 0.0
-    )  # all tokens, where a layer computes some
-    stream = np.maximum(table, inner[:, _QKV + _WIDE].max(axis=1))
+    # the embedding: all tokens, where a layer computes some
+    stream = np.maximum(largest("embedding", tokens * w.n), inner[:, _QKV + _WIDE].max(axis=1))
     attention = outer[:, _QKV].sum(axis=1) + inner[:, _O]
     mlp = outer[:, _WIDE].sum(axis=1) + inner[:, _DOWN]
-    gathered = np.maximum(stack.largest(np.where(w.is_role("all_gather"), w.read_bytes, 0.0)), 0.0)
-    out: F = (2.0 * stream + np.maximum(np.maximum(attention, mlp), outer[:, _HEAD])) * element + gathered
+    widest_three = np.maximum(np.maximum(attention, mlp), outer[:, _HEAD])
+    out: F = (2.0 * stream + widest_three) * element + largest("all_gather", w.read_bytes)
     return out
 
 
-def stage_share(stack: Stack) -> F:
-    """Share of the layers on the fullest stage of a pipeline, of each workload; 1 without one."""
+def _stage_share(stack: Stack) -> F:
+    """Share of the layers on the fullest stage of a pipeline, of each workload; 1 without layers."""
     w = stack.rows
     layers = np.maximum(stack.largest(np.where(w.layers > 0, w.layer + w.layers, 0)), 0).astype(np.float64)
     share: F = np.where(layers > 0, np.ceil(layers / w.meta.devices) / np.maximum(layers, 1.0), 1.0)

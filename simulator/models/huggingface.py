@@ -1,9 +1,9 @@
 """Shapes from a Hugging Face ``config.json``, checked key by key.
 
-Use :func:`from_hf_config` with the parsed content, :func:`read_config` with a file or folder; :func:`simulator.load_model` takes
-either, or the name of a shipped model. Only JSON is read: no code of a model's repository is looked at, let alone run. Keys that
-``transformers`` fills in when a file omits them take the default of its configuration class for that architecture; the shapes
-themselves must be in the file.
+Use :func:`from_hf_config` with the parsed content, :func:`read_config` with a file or folder;
+:func:`simulator.load_model` takes either, or the name of a shipped model. Only JSON is read: no code of a model's
+repository is looked at, let alone run. Keys that ``transformers`` fills in when a file omits them take the default of
+its configuration class for that architecture; the shapes themselves must be in the file.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import Any
@@ -29,17 +29,17 @@ MAX_VALUE = 10_000_000
 MAX_LAYERS = 10_000
 """Largest number of decoder layers; per-layer tables grow with it."""
 
-
 MAX_NAME = 80
 """Longest name of a model; the middle of a longer one is left out."""
-
-
-# -- reading one key -------------------------------------------------------------------------------------------------------------
 
 
 def _show(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -52,253 +52,163 @@ class _Reader:
     def fail(self, key: str, reason: str) -> InputError:
         return InputError(f"{self.source}: {key}: {reason}")
 
-    def integer(self, key: str, default: int | None = None, *, low: int = 1, high: int = MAX_VALUE) -> int:
-        """An integer; null and absent take the default, and are an error where there is none."""
+    def value(self, key: str, default: Any, expected: str, right: Callable[[Any], bool]) -> Any:
+        """A value that must be right; null and absent take the default, and are an error where there is none."""
         value = self.data.get(key)
+        value = default if value is None else value
         if value is None:
-            if default is None:
-                raise self.fail(key, f"missing; expected an integer from {low} to {high}")
-            value = default
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not low <= value <= high or value != int(value):
-            raise self.fail(key, f"expected an integer from {low} to {high}, got {_show(value)}")
-        return int(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.data.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self.fail(key, f"expected true or false, got {_show(value)}")
+            raise self.fail(key, f"missing; expected {expected}")
+        if not right(value):
+            raise self.fail(key, f"expected {expected}, got {_show(value)}")
         return value
 
+    def integer(self, key: str, default: int | None = None, *, low: int = 1, high: int = MAX_VALUE) -> int:
+        right = lambda x: _is_number(x) and low <= x <= high and x == int(x)  # noqa: E731
+        return int(self.value(key, default, f"an integer from {low} to {high}", right))
+
+    def flag(self, key: str, default: bool) -> bool:
+        return bool(self.value(key, default, "true or false", lambda x: isinstance(x, bool)))
+
     def share(self, key: str, default: float) -> float:
-        """A number from 0 to 1."""
-        value = self.data.get(key)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise self.fail(key, f"expected a number from 0 to 1, got {_show(value)}")
-        return float(value)
+        return float(self.value(key, default, "a number from 0 to 1", lambda x: _is_number(x) and 0 <= x <= 1))
 
-    def capped(self, key: str, default: bool) -> bool:
-        """Whether a soft cap is set: null means none, absent takes the default."""
-        if key not in self.data:
-            return default
-        value = self.data[key]
-        if value is None:
-            return False
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < float("inf")):
-            raise self.fail(key, f"expected a positive number or null, got {_show(value)}")
-        return True
+    def capped(self, key: str) -> bool:
+        """Whether a soft cap is set: null means none, absent that there is one."""
+        self.value(key, 1.0, "a positive number or null", lambda x: _is_number(x) and 0 < x < float("inf"))
+        return self.data.get(key, 1.0) is not None
+
+    def windows(self, layers: int, default: int, windowed: Callable[[int], bool], used: bool = True) -> tuple[int, ...]:
+        """Window of each layer: from ``layer_types`` where the file lists them, else by the architecture's rule.
+
+        A ``sliding_window`` of null means none, absent the default; it is not looked at where it is not ``used``.
+        """
+        null = "sliding_window" in self.data and self.data["sliding_window"] is None
+        window = 0 if null or not used else self.integer("sliding_window", default, low=0)
+        types = self.data.get("layer_types")
+        if types is None:
+            return tuple(window if windowed(layer) else 0 for layer in range(layers))
+        known = ("full_attention", "sliding_attention")
+        if not isinstance(types, list) or len(types) != layers or any(t not in known for t in types):
+            raise self.fail("layer_types", f"expected a list of {layers} of {' or '.join(known)}, got {_show(types)}")
+        if "sliding_attention" in types and not window:
+            raise self.fail("sliding_window", "missing; expected an integer, as layer_types names sliding_attention")
+        return tuple(window if t == "sliding_attention" else 0 for t in types)
 
 
-def _shapes(read: _Reader, kv_default: int | None, head_dim_default: int | None) -> dict[str, Any]:
-    """Keys whose names are the same in all architectures but OPT and GPT-NeoX."""
-    hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads")
-    absent = "num_key_value_heads" not in read.data  # an explicit null means as many as query heads
-    kv_heads = read.integer("num_key_value_heads", kv_default if absent and kv_default is not None else heads)
+# -- architectures -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    """Keys of one architecture and their defaults, those of its configuration class in transformers 4.57."""
+
+    positions: int  # max_position_embeddings
+    flags: Mapping[str, tuple[str, bool]]  # field -> key and default
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # fields that are the same in all its models
+    kv_heads: int | None = None  # num_key_value_heads where absent; None: as many as query heads, as null means
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    grouped: bool = True  # has the keys of the two lines above
+    inner: str = "intermediate_size"
+    window: int | None = None  # sliding_window; None: no such key
+    windowed: Callable[[int], bool] = lambda layer: True  # layers with a window
+    rotary: tuple[str, float] | None = None  # key and default of the share of each head that is rotated; None: all
+    more: Callable[[_Reader, dict[str, Any]], dict[str, Any]] = lambda read, values: {}  # what no table says
+
+
+def _qwen(read: _Reader, values: dict[str, Any]) -> dict[str, Any]:
+    used, first = read.flag("use_sliding_window", False), read.integer("max_window_layers", 28, low=0)
+    return {"windows": read.windows(values["layers"], 4096, lambda layer: layer >= first, used)}
+
+
+def _gemma2(read: _Reader, values: dict[str, Any]) -> dict[str, Any]:
+    caps = {"attention_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"}
+    return {name: read.capped(key) for name, key in caps.items()}
+
+
+def _opt(read: _Reader, values: dict[str, Any]) -> dict[str, Any]:
+    hidden = values["hidden"]
+    if read.integer("word_embed_proj_dim", hidden) != hidden:
+        projected = "projected embeddings, as in OPT-350M, are not supported"
+        raise read.fail("word_embed_proj_dim", f"expected hidden_size {hidden} ({projected})")
     return {
+        "learned_positions": values["max_positions"] + 2,  # OPT's table starts with two rows of padding
+        "norm": "layer" if read.flag("layer_norm_elementwise_affine", True) else "none",
+        "final_norm": values["final_norm"] and not read.flag("_remove_final_layer_norm", False),
+    }
+
+
+_TIED, _UNTIED = {"tied": ("tie_word_embeddings", True)}, {"tied": ("tie_word_embeddings", False)}
+_BIAS = {"qkv_bias": ("attention_bias", False), "o_bias": ("attention_bias", False)}
+
+# fmt: off
+ARCHITECTURES: Mapping[str, _Architecture] = MappingProxyType({
+    "llama": _Architecture(2048, {**_BIAS, **_UNTIED, "mlp_bias": ("mlp_bias", False)}),
+    "mistral": _Architecture(131072, _UNTIED, kv_heads=8, window=4096),
+    "qwen2": _Architecture(32768, _UNTIED, {"qkv_bias": True}, kv_heads=32, more=_qwen),
+    "qwen3": _Architecture(32768, {**_BIAS, **_UNTIED}, {"qk_norm": True}, kv_heads=32, head_dim=128, more=_qwen),
+    "gemma": _Architecture(8192, {**_BIAS, **_TIED}, kv_heads=16, head_dim=256),
+    "gemma2": _Architecture(8192, {**_BIAS, **_TIED}, {"post_norms": True}, kv_heads=4, head_dim=256,
+                            window=4096, windowed=lambda layer: layer % 2 == 0, more=_gemma2),
+    "phi3": _Architecture(4096, _UNTIED, window=0, rotary=("partial_rotary_factor", 1.0)),
+    "opt": _Architecture(
+        2048,
+        {**dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), ("enable_bias", True)), **_TIED,
+         "final_norm": ("do_layer_norm_before", True)},
+        {"gated": False, "rotary_dim": 0}, grouped=False, inner="ffn_dim", more=_opt),
+    "gpt_neox": _Architecture(
+        2048,
+        {**dict.fromkeys(("qkv_bias", "o_bias"), ("attention_bias", True)), **_UNTIED,
+         "parallel_residual": ("use_parallel_residual", True)},
+        {"gated": False, "mlp_bias": True, "norm": "layer"}, grouped=False, rotary=("rotary_pct", 0.25)),
+})
+# fmt: on
+"""Supported values of ``model_type``."""
+
+
+def _values(read: _Reader, kind: _Architecture) -> dict[str, Any]:
+    """Fields of :class:`ModelConfig` from the keys of an architecture."""
+    hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads")
+    kv_heads, head_dim = heads, kind.head_dim
+    if kind.grouped:
+        absent = kind.kv_heads if "num_key_value_heads" not in read.data else None
+        kv_heads = read.integer("num_key_value_heads", absent or heads)
+    if head_dim is None and (not kind.grouped or read.data.get("head_dim") is None):
+        if hidden % heads:
+            given = " (no head_dim is given)" if kind.grouped else ""
+            raise read.fail("num_attention_heads", f"expected a divisor of hidden_size {hidden}{given}, got {heads}")
+        head_dim = hidden // heads
+    else:
+        head_dim = read.integer("head_dim", head_dim)
+    layers = read.integer("num_hidden_layers", high=MAX_LAYERS)
+    values = {
         "hidden": hidden,
-        "layers": read.integer("num_hidden_layers", high=MAX_LAYERS),
+        "layers": layers,
         "heads": heads,
         "kv_heads": kv_heads,
-        "head_dim": _head_dim(read, hidden, heads, head_dim_default),
-        "inner": read.integer("intermediate_size"),
+        "head_dim": head_dim,
+        "inner": read.integer(kind.inner),
         "vocab": read.integer("vocab_size"),
+        "rotary_dim": int(head_dim * read.share(*kind.rotary)) if kind.rotary else head_dim,
+        "windows": (0,) * layers if kind.window is None else read.windows(layers, kind.window, kind.windowed),
+        **{name: read.flag(key, default) for name, (key, default) in kind.flags.items()},
+        "max_positions": read.integer("max_position_embeddings", kind.positions),
+        **kind.fixed,
     }
-
-
-def _head_dim(read: _Reader, hidden: int, heads: int, default: int | None = None) -> int:
-    if read.data.get("head_dim") is None and default is None:
-        if hidden % heads:
-            raise read.fail(
-                "num_attention_heads", f"expected a divisor of hidden_size {hidden} (no head_dim is given), got {heads}"
-            )
-        return hidden // heads
-    return read.integer("head_dim", default)
-
-
-def _windows(read: _Reader, layers: int, window: int, windowed: Callable[[int], bool]) -> tuple[int, ...]:
-    """Window of each layer: from ``layer_types`` where the file lists them, else by the architecture's rule."""
-    types = read.data.get("layer_types")
-    if types is None:
-        return tuple(window if windowed(layer) else 0 for layer in range(layers))
-    known = ("full_attention", "sliding_attention")
-    if not isinstance(types, list) or len(types) != layers or any(t not in known for t in types):
-        raise read.fail("layer_types", f"expected a list of {layers} of {' or '.join(known)}, got {_show(types)}")
-    if "sliding_attention" in types and not window:
-        raise read.fail("sliding_window", "missing; expected an integer, as layer_types names sliding_attention")
-    return tuple(window if t == "sliding_attention" else 0 for t in types)
-
-
-def _window(read: _Reader, default: int = 0) -> int:
-    """``sliding_window``: null means none, absent takes the default."""
-    if "sliding_window" in read.data and read.data["sliding_window"] is None:
-        return 0
-    return read.integer("sliding_window", default, low=0)
-
-
-# -- one function an architecture: defaults are those of the configuration classes in transformers 4.57 -----------------------
-
-
-def _llama(read: _Reader) -> dict[str, Any]:
-    out = _shapes(read, None, None)
-    bias = read.flag("attention_bias", False)
-    return out | {
-        "qkv_bias": bias,
-        "o_bias": bias,
-        "mlp_bias": read.flag("mlp_bias", False),
-        "tied": read.flag("tie_word_embeddings", False),
-        "max_positions": read.integer("max_position_embeddings", 2048),
-    }
-
-
-def _mistral(read: _Reader) -> dict[str, Any]:
-    out = _shapes(read, 8, None)
-    return out | {
-        "windows": _windows(read, out["layers"], _window(read, 4096), lambda _: True),
-        "tied": read.flag("tie_word_embeddings", False),
-        "max_positions": read.integer("max_position_embeddings", 131072),
-    }
-
-
-def _qwen(read: _Reader, head_dim: int | None, **extra: Any) -> dict[str, Any]:
-    out = _shapes(read, 32, head_dim)
-    window = _window(read, 4096) if read.flag("use_sliding_window", False) else 0
-    first = read.integer("max_window_layers", 28, low=0)
-    return out | {
-        "windows": _windows(read, out["layers"], window, lambda layer: layer >= first),
-        "tied": read.flag("tie_word_embeddings", False),
-        "max_positions": read.integer("max_position_embeddings", 32768),
-        **extra,
-    }
-
-
-def _qwen2(read: _Reader) -> dict[str, Any]:
-    return _qwen(read, None, qkv_bias=True)
-
-
-def _qwen3(read: _Reader) -> dict[str, Any]:
-    bias = read.flag("attention_bias", False)
-    return _qwen(read, 128, qk_norm=True, qkv_bias=bias, o_bias=bias)
-
-
-def _gemma(read: _Reader) -> dict[str, Any]:
-    out = _shapes(read, 16, 256)
-    bias = read.flag("attention_bias", False)
-    return out | {
-        "qkv_bias": bias,
-        "o_bias": bias,
-        "tied": read.flag("tie_word_embeddings", True),
-        "max_positions": read.integer("max_position_embeddings", 8192),
-    }
-
-
-def _gemma2(read: _Reader) -> dict[str, Any]:
-    plain = _Reader({"num_key_value_heads": 4, **read.data}, read.source)
-    out = _gemma(plain)
-    return out | {
-        "windows": _windows(read, out["layers"], _window(read, 4096), lambda layer: layer % 2 == 0),
-        "post_norms": True,
-        "attention_softcap": read.capped("attn_logit_softcapping", True),
-        "logit_softcap": read.capped("final_logit_softcapping", True),
-    }
-
-
-def _phi3(read: _Reader) -> dict[str, Any]:
-    out = _shapes(read, None, None)
-    return out | {
-        "rotary_dim": int(out["head_dim"] * read.share("partial_rotary_factor", 1.0)),
-        "windows": _windows(read, out["layers"], _window(read), lambda _: True),
-        "tied": read.flag("tie_word_embeddings", False),
-        "max_positions": read.integer("max_position_embeddings", 4096),
-    }
-
-
-def _opt(read: _Reader) -> dict[str, Any]:
-    hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads")
-    if read.integer("word_embed_proj_dim", hidden) != hidden:
-        raise read.fail(
-            "word_embed_proj_dim",
-            f"expected hidden_size {hidden} (projected embeddings, as in OPT-350M, are not supported)",
-        )
-    if hidden % heads:
-        raise read.fail("num_attention_heads", f"expected a divisor of hidden_size {hidden}, got {heads}")
-    positions, bias = read.integer("max_position_embeddings", 2048), read.flag("enable_bias", True)
-    return {
-        "hidden": hidden,
-        "layers": read.integer("num_hidden_layers", high=MAX_LAYERS),
-        "heads": heads,
-        "kv_heads": heads,
-        "head_dim": hidden // heads,
-        "inner": read.integer("ffn_dim"),
-        "vocab": read.integer("vocab_size"),
-        "max_positions": positions,
-        "learned_positions": positions + 2,  # OPT's table starts with two rows of padding
-        "gated": False,
-        "tied": read.flag("tie_word_embeddings", True),
-        "qkv_bias": bias,
-        "o_bias": bias,
-        "mlp_bias": bias,
-        "norm": "layer" if read.flag("layer_norm_elementwise_affine", True) else "none",
-        "final_norm": read.flag("do_layer_norm_before", True) and not read.flag("_remove_final_layer_norm", False),
-        "rotary_dim": 0,
-    }
-
-
-def _gpt_neox(read: _Reader) -> dict[str, Any]:
-    hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads")
-    if hidden % heads:
-        raise read.fail("num_attention_heads", f"expected a divisor of hidden_size {hidden}, got {heads}")
-    bias = read.flag("attention_bias", True)
-    return {
-        "hidden": hidden,
-        "layers": read.integer("num_hidden_layers", high=MAX_LAYERS),
-        "heads": heads,
-        "kv_heads": heads,
-        "head_dim": hidden // heads,
-        "inner": read.integer("intermediate_size"),
-        "vocab": read.integer("vocab_size"),
-        "max_positions": read.integer("max_position_embeddings", 2048),
-        "gated": False,
-        "tied": read.flag("tie_word_embeddings", False),
-        "qkv_bias": bias,
-        "o_bias": bias,
-        "mlp_bias": True,
-        "norm": "layer",
-        "rotary_dim": int(hidden // heads * read.share("rotary_pct", 0.25)),
-        "parallel_residual": read.flag("use_parallel_residual", True),
-    }
-
-
-ARCHITECTURES: Mapping[str, Callable[[_Reader], dict[str, Any]]] = MappingProxyType(
-    {
-        "llama": _llama,
-        "mistral": _mistral,
-        "qwen2": _qwen2,
-        "qwen3": _qwen3,
-        "gemma": _gemma,
-        "gemma2": _gemma2,
-        "phi3": _phi3,
-        "opt": _opt,
-        "gpt_neox": _gpt_neox,
-    }
-)
-"""Supported values of ``model_type`` and the reader of each."""
+    values |= kind.more(read, values)
+    if heads % kv_heads:
+        raise read.fail("num_key_value_heads", f"expected a divisor of num_attention_heads {heads}, got {kv_heads}")
+    return values
 
 
 def from_hf_config(data: Mapping[str, Any], source: str = "config", name: str = "") -> ModelConfig:
-    """Shapes from the content of a Hugging Face ``config.json``.
+    """Shapes from the content of a Hugging Face ``config.json``; keys that are not about shapes are ignored.
 
     Parameters
     ----------
-    data : mapping
-        The parsed file. Keys that are not about shapes are ignored.
     source : str
         What errors call the configuration (a path, usually).
     name : str
-        Name of the model; by default the tail of ``_name_or_path``, else the architecture.
+        Name of a model without a ``_name_or_path``; by default its architecture.
 
     Raises
     ------
@@ -315,30 +225,16 @@ def from_hf_config(data: Mapping[str, Any], source: str = "config", name: str = 
     if not isinstance(data, Mapping):
         raise InputError(f"{source}: expected a JSON object (a config.json), got {type(data).__name__} {_show(data)}")
     read = _Reader(data, source)
-    kind = data.get("model_type")
+    kind, known = data.get("model_type"), f"expected one of {', '.join(sorted(ARCHITECTURES))}"
     if kind is None:
-        raise read.fail("model_type", f"missing; expected one of {', '.join(sorted(ARCHITECTURES))}")
+        raise read.fail("model_type", f"missing; {known}")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
-        raise read.fail(
-            "model_type",
-            f"architecture {_show(kind)} is not supported; expected one of {', '.join(sorted(ARCHITECTURES))}",
-        )
-    if not name:
-        given = data.get("_name_or_path")
-        name = given.rstrip("/").rsplit("/", 1)[-1] if isinstance(given, str) and given.strip("/") else kind
+        raise read.fail("model_type", f"architecture {_show(kind)} is not supported; {known}")
+    own = data.get("_name_or_path")
+    if isinstance(own, str) and own.strip("/."):
+        name = own.rstrip("/").rsplit("/", 1)[-1]
     name = one_line(name.replace("/", "_"), MAX_NAME).strip(" .") or kind  # it goes into tables, titles and reports
-    values = ARCHITECTURES[kind](read)
-    if values["heads"] % values["kv_heads"]:
-        raise read.fail(
-            "num_key_value_heads",
-            f"expected a divisor of num_attention_heads {values['heads']}, got {values['kv_heads']}",
-        )
-    values.setdefault("windows", (0,) * values["layers"])
-    values.setdefault("rotary_dim", values["head_dim"])
-    return ModelConfig(name=name, architecture=kind, **values)
-
-
-# -- files -------------------------------------------------------------------------------------------------------------
+    return ModelConfig(name=name, architecture=kind, **_values(read, ARCHITECTURES[kind]))
 
 
 def _no_constant(text: str) -> float:
@@ -382,7 +278,5 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
 
 
 def from_file(data: Any, file: PurePath) -> ModelConfig:
-    """Shapes from the parsed content of a file; a model without a name of its own is called after the file or its folder."""
-    named = file.parent.name if file.name == "config.json" else file.stem
-    own = isinstance(data, Mapping) and isinstance(data.get("_name_or_path"), str) and data["_name_or_path"].strip("/.")
-    return from_hf_config(data, str(file), "" if own else named)
+    """Shapes from the parsed content of a file; a model without a name of its own is called after file or folder."""
+    return from_hf_config(data, str(file), file.parent.name if file.name == "config.json" else file.stem)

@@ -1,4 +1,4 @@
-"""Configurations of well-known models (shape keys of their Hugging Face ``config.json``, with the repository in ``_source``)."""
+"""Well-known models by name: shape keys of their Hugging Face ``config.json``, with the repository in ``_source``."""
 
 from __future__ import annotations
 
@@ -51,13 +51,9 @@ def list_models() -> tuple[str, ...]:
 
 
 def load_model(source: str | os.PathLike[str] | Mapping[str, Any] | ModelConfig) -> ModelConfig:
-    """A model by name, or from a Hugging Face ``config.json``.
+    """A model by name, or from a Hugging Face ``config.json``, a folder with one, or its parsed content.
 
-    Parameters
-    ----------
-    source : str, path or mapping
-        A name of :func:`list_models` (case, ``-``, ``_``, ``.`` and spaces do not matter; a Hugging Face id such as
-        ``meta-llama/Llama-3.1-8B`` works too), a ``config.json``, a folder with one, or its parsed content.
+    Names are those of :func:`list_models` (case, ``-``, ``_``, ``.`` and spaces do not matter), and Hugging Face ids.
 
     Raises
     ------

@@ -1,23 +1,22 @@
-"""One model on several GPUs: what each device holds, and what the devices say to each other.
+"""One model on several GPUs: the shapes that each device computes with.
 
-*Tensor* parallel splits every layer: query heads, key/value heads, the MLP's inner width and the vocabulary go in equal parts to
-the devices; the residual stream is whole on each. The row-parallel projections (o, down) and the split embedding end in an
-all-reduce, the logits in an all-gather (M. Shoeybi et al., "Megatron-LM", arXiv 1909.08053). Fewer key/value heads than devices
-are replicated. Rows then describe one device, and so do their parameters.
+*Tensor* parallel splits every layer: query heads, key/value heads, the MLP's inner width and the vocabulary go in equal
+parts to the devices; the residual stream is whole on each. The row-parallel projections (o, down) and the split
+embedding end in an all-reduce, the logits in an all-gather (M. Shoeybi et al., "Megatron-LM", arXiv 1909.08053). Fewer
+key/value heads than devices are replicated. Rows then describe one device, and so do their parameters.
 
-*Pipeline* parallel gives each device consecutive layers. One micro-batch passes all stages one after the other, so its latency is the
-sum over all layers, as on one device, and ``devices - 1`` sends; no throughput gain of several micro-batches in flight is claimed.
-Rows then describe the whole model; only memory is a matter of one device (:mod:`simulator.memory`).
+*Pipeline* parallel gives each device consecutive layers. One micro-batch passes all stages one after the other, so its
+latency is the sum over all layers, as on one device, and ``devices - 1`` sends; no throughput gain of several
+micro-batches in flight is claimed. Rows then describe the whole model; only memory is a matter of one device
+(:mod:`simulator.kernels.memory`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from simulator.errors import InputError
 from simulator.models.config import ModelConfig
-from simulator.workload import Kind, Part
 
 SPLITS: tuple[str, ...] = ("tensor", "pipeline")
 """Names of the ways to use several devices."""
@@ -50,65 +49,16 @@ def shard(model: ModelConfig, devices: int, parallel: str) -> Shard:
     """
     if parallel not in SPLITS:
         raise InputError(f"parallel {parallel!r} is unknown; expected one of {', '.join(SPLITS)}")
-    whole = Shard(model.heads, model.kv_heads, model.inner, model.vocab)
-    if devices == 1:
-        return whole
-    if parallel == "pipeline":
-        if devices > model.layers:
-            raise InputError(
-                f"devices {devices}: {model.name} has {model.layers} layers; a pipeline takes at most one device a layer"
-            )
-        return whole
+    where = f"devices {devices}: {model.name} has"
+    if parallel == "pipeline" and devices > model.layers:
+        raise InputError(f"{where} {model.layers} layers; a pipeline takes at most one device a layer")
+    if parallel == "pipeline" or devices == 1:
+        return Shard(model.heads, model.kv_heads, model.inner, model.vocab)
     for what, size in (("attention heads", model.heads), ("MLP width", model.inner), ("vocabulary", model.vocab)):
         if size % devices:
-            raise InputError(
-                f"devices {devices}: {model.name} has {what} {size}; tensor parallel needs a number that divides it"
-            )
+            raise InputError(f"{where} {what} {size}; tensor parallel needs a number that divides it")
     few, many = sorted((model.kv_heads, devices))
     if many % few:
-        raise InputError(
-            f"devices {devices}: {model.name} has {model.kv_heads} key/value heads; one number must divide the other"
-        )
-    return Shard(
-        model.heads // devices,
-        max(1, model.kv_heads // devices),
-        model.inner // devices,
-        model.vocab // devices,
-        devices,
-    )
-
-
-def all_reduce(shard: Shard, part: Part, tokens: int, hidden: int, element: float) -> list[dict[str, Any]]:
-    """The row that sums partial results [tokens, hidden] over the devices; none on one device. Payload: that tensor's bytes."""
-    return _collective(shard, "all_reduce", part, tokens, hidden, element)
-
-
-def all_gather(shard: Shard, tokens: int, element: float) -> list[dict[str, Any]]:
-    """The row that puts the logits together; none on one device. Payload: the bytes of the whole result, all devices' parts."""
-    return _collective(shard, "all_gather", Part.HEAD, tokens, shard.vocab * shard.devices, element)
-
-
-def _collective(shard: Shard, role: str, part: Part, tokens: int, width: int, element: float) -> list[dict[str, Any]]:
-    if shard.devices == 1:
-        return []
-    payload = tokens * width * element
-    return [
-        {
-            "kind": Kind.COLLECTIVE,
-            "role": role,
-            "part": part,
-            "m": tokens,
-            "n": width,
-            "batch": shard.devices,
-            "read_bytes": payload,
-        }
-    ]
-
-
-def sends(devices: int, parallel: str, tokens: int, hidden: int, element: float) -> list[dict[str, Any]]:
-    """The row of a pipeline's ``devices - 1`` sends of the residual stream [tokens, hidden], each between two devices."""
-    if devices == 1 or parallel != "pipeline":
-        return []
-    # not part of any layer: they remain when layers are pruned
-    row = {"kind": Kind.COLLECTIVE, "role": "send", "part": Part.HEAD, "m": tokens, "n": hidden, "batch": 2}
-    return [row | {"read_bytes": tokens * hidden * element, "count": devices - 1}]
+        raise InputError(f"{where} {model.kv_heads} key/value heads; one number must divide the other")
+    kv_heads = max(1, model.kv_heads // devices)
+    return Shard(model.heads // devices, kv_heads, model.inner // devices, model.vocab // devices, devices)

@@ -116,7 +116,7 @@ def gemm_table(
     for hw in profiles(hardware):
         path = {"dtype": dtype, "weight_dtype": weight, "kernel": rows.kernel, "density": rows.density, "cold": cold}
         time = gemm_time(rows.m, rows.n, rows.k, hw, **path, level=level)  # type: ignore[arg-type]
-        ladder = gemm_ladder(rows.m, rows.n, rows.k, hw, **path)  # type: ignore[arg-type]
+        ladder = gemm_ladder(rows.m, rows.n, rows.k, hw, **path)
         about = (hw.name, dtype, weight, semi_structured, cold)
         datasheet = (hw.peak_flop_per_s(dtype), hw.bandwidth_bytes_per_s)
         rate, intensity = rows.flops / time.seconds, rows.flops / rows.bytes

@@ -14,8 +14,8 @@ from types import MappingProxyType
 from typing import Any
 
 from simulator.errors import InputError
-from simulator.files.fields import Fields, join
-from simulator.files.yaml import Node, Problems, parse_yaml, read_text
+from simulator.files.fields import Checked, Keys, Kind, Many, Number, Text, Truth
+from simulator.files.yaml import Node, Problems, join, parse_yaml, read_text
 from simulator.hardware.library import load_hardware
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
@@ -141,220 +141,191 @@ def read_grid(path: str | Path) -> Grid:
     root = None if text is None else parse_yaml(text, problems)
     if root is None and not len(problems):
         problems.add(None, "file", f"is empty; expected the axes {', '.join(REQUIRED)}")
-    grid = None if root is None or len(problems) else _Reader(problems).grid(root)
-    if grid is None or len(problems):
-        raise InputError(_said(problems))
-    return grid
-
-
-def _said(problems: Problems) -> str:
-    """The first problem and how many more; a wrong key before the missing one it was meant for."""
+    if root is not None and not len(problems):
+        keys = Keys({name: _KINDS[name] for name in REQUIRED}, {name: _KINDS[name] for name in OPTIONAL})
+        axes = keys.read(root, "", problems)
+        if not len(problems):
+            _check_tokens(root, axes, problems)
+        if not len(problems):
+            return Grid(**axes)
+    # a wrong key is said before the missing one it was meant for
     first, *rest = sorted(problems.lines, key=lambda line: line.endswith(": is missing"))
-    return first + (f" (and {len(rest)} more)" if rest else "")
+    raise InputError(first + (f" (and {len(rest)} more)" if rest else ""))
 
 
-class _Reader:
-    """Nodes of a grid file to values; every problem is noted with its place."""
+def _check_tokens(root: Node, axes: Mapping[str, Any], problems: Problems) -> None:
+    """Refuse passes longer than the cost models are meant for."""
+    batch, seq = max(axes["batches"]), max(axes["seqs"])
+    if batch * seq > MAX_TOKENS and set(axes["phases"]) != {"decode"}:
+        reason = f"batch {batch} x seq {seq}: expected at most {MAX_TOKENS} tokens in a pass"
+        problems.add(root.entries["seqs"][1], "seqs", reason)
 
-    def __init__(self, problems: Problems) -> None:
-        self.problems = problems
-        self.fields = Fields(problems)
 
-    def grid(self, root: Node) -> Grid | None:
-        nodes = self.fields.mapping(root, "", REQUIRED, OPTIONAL)
-        loaded: dict[str, Callable[[str], Any]] = {"models": load_model, "hardware": load_hardware}
-        axes: dict[str, Any] = {name: self.names(nodes.get(name), name, check) for name, check in loaded.items()}
-        axes["sparsities"] = self.sparsities(nodes.get("sparsities"), "sparsities")
-        axes["phases"] = self.chosen(nodes.get("phases"), "phases", PHASES)
-        for name in ("batches", "seqs"):
-            axes[name] = self.numbers(nodes.get(name), name, 1, MAX_TOKENS, "64", whole=True)
-        if "families" in nodes:
-            axes["families"] = self.families(nodes["families"])
-        if "dtypes" in nodes:
-            axes["dtypes"] = self.formats(nodes["dtypes"])
-        if "runtimes" in nodes:
-            axes["runtimes"] = self.chosen(nodes["runtimes"], "runtimes", RUNTIMES)
-        if "devices" in nodes:
-            axes["devices"] = self.numbers(nodes["devices"], "devices", 1, 100_000, "2", whole=True)
-        if "parallel" in nodes:
-            axes["parallel"] = self.fields.text(nodes["parallel"], "parallel", PARALLEL)
-        if "new_tokens" in nodes:
-            axes["new_tokens"] = self.integer(
-                self.fields.number(nodes["new_tokens"], "new_tokens", 1, 1_000_000, "128", whole=True)
-            )
-        if "level" in nodes:
-            axes["level"] = self.fields.number(nodes["level"], "level", 0.01, 0.999, "0.9")
-        for name in ("fuse_qkv", "fuse_gate_up", "ideal"):
-            if name in nodes:
-                axes[name] = self.truth(nodes[name], name)
-        if not len(self.problems):
-            self.tokens(nodes, axes)
-        return None if len(self.problems) else Grid(**axes)
+@dataclass(frozen=True)
+class _Axis:
+    """A list, or one value that stands for a list; each value once."""
 
-    def tokens(self, nodes: Mapping[str, Node], axes: Mapping[str, Any]) -> None:
-        """Refuse passes longer than the cost models are meant for."""
-        batch, seq = max(axes["batches"]), max(axes["seqs"])
-        if batch * seq > MAX_TOKENS and set(axes["phases"]) != {"decode"}:
-            self.problems.add(
-                nodes["seqs"], "seqs", f"batch {batch} x seq {seq}: expected at most {MAX_TOKENS} tokens in a pass"
-            )
+    kind: Kind
 
-    def members(self, node: Node | None, key: str) -> list[tuple[Node, str]]:
-        """Members of a list, or the one value that stands for a list."""
-        if node is None:
-            return []
+    def read(self, node: Node, key: str, problems: Problems) -> tuple[Any, ...]:
         if node.kind != "list":
-            return [(node, key)]
-        if not node.items:
-            self.problems.add(node, key, "is an empty list; expected at least one value")
-        return [(item, join(key, str(i))) for i, item in enumerate(node.items)]
-
-    def names(self, node: Node | None, key: str, check: Callable[[str], Any]) -> tuple[str, ...]:
-        """Texts, each of which loads."""
-        out: dict[str, None] = {}
-        for item, at in self.members(node, key):
-            text = self.fields.text(item, at)
-            if text:
-                try:
-                    out[text if key == "models" else _device(text, check)] = None
-                    check(text)
-                except InputError as error:
-                    self.problems.add(item, at, str(error))
-        return tuple(out)
-
-    def chosen(self, node: Node | None, key: str, choices: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(
-            dict.fromkeys(filter(None, (self.fields.text(item, at, choices) for item, at in self.members(node, key))))
-        )
-
-    def numbers(
-        self, node: Node | None, key: str, low: float, high: float, example: str, whole: bool
-    ) -> tuple[Any, ...]:
-        if node is not None and node.kind == "mapping":
-            values: Sequence[float] = self.progression(node, key, low, high, example, whole)
+            found: Sequence[Any] = [self.kind.read(node, key, problems)]
         else:
-            values = [self.fields.number(item, at, low, high, example, whole) for item, at in self.members(node, key)]
-        kept = [v for v in values if not math.isnan(v)]
-        return tuple(dict.fromkeys(self.integer(v) if whole else v for v in kept))
+            found = Many(self.kind).read(node, key, problems)
+            if not node.items:
+                problems.add(node, key, "is an empty list; expected at least one value")
+        return tuple(dict.fromkeys(value for value in found if value is not None))
 
-    def sparsities(self, node: Node | None, key: str) -> tuple[float, ...]:
-        """Fractions in [0, 1)."""
-        values = self.numbers(node, key, -1e9, 1e9, "0.25", whole=False)
-        listed = [item for item, _ in self.members(node, key)]
+
+@dataclass(frozen=True)
+class _Numbers:
+    """An axis of numbers: a list, one, or ``{from, to, step}`` or ``{from, to, times}``, ends included where hit."""
+
+    number: Number
+    rule: Callable[[float], Any] | None = None
+
+    def read(self, node: Node, key: str, problems: Problems) -> tuple[Any, ...]:
+        if node.kind == "mapping":
+            values = tuple(dict.fromkeys(self.progression(node, key, problems)))
+        else:
+            values = _Axis(self.number).read(node, key, problems)
         for value in values:
             try:
-                check_fraction(value)
+                if self.rule:
+                    self.rule(value)
             except InputError as error:
-                place = next((item for item in listed if item.kind == "scalar" and _same(item.text, value)), node)
-                self.problems.add(place, key, str(error))
+                place = next((item for item in node.items if _number_of(item) == value), node)
+                problems.add(place, key, str(error))
         return values
 
-    def progression(self, node: Node, key: str, low: float, high: float, example: str, whole: bool) -> list[float]:
-        """``{from, to, step}`` or ``{from, to, times}``, both ends included where they are hit."""
-        nodes = self.fields.mapping(node, key, ("from", "to"), ("step", "times"))
+    def progression(self, node: Node, key: str, problems: Problems) -> list[float]:
+        whole, example = self.number.whole, "2" if self.number.whole else "0.1"
+        by_step, by_times = Number(1 if whole else 1e-6, 1e9, example, whole), Number(1 + 1e-6, 1e9, example)
+        ends = {"from": self.number, "to": self.number}
+        nodes = Keys(ends, {"step": by_step, "times": by_times}).members(node, key, problems)
+
+        def wrong(name: str, reason: str) -> list[float]:
+            problems.add(nodes[name], join(key, name), reason)
+            return []
+
         if "from" not in nodes or "to" not in nodes:
             return []
         if ("step" in nodes) == ("times" in nodes):
-            self.problems.add(node, key, "expected either step or times beside from and to")
+            problems.add(node, key, "expected either step or times beside from and to")
             return []
-        start, end = (
-            self.fields.number(nodes[name], join(key, name), low, high, example, whole) for name in ("from", "to")
-        )
         how = "step" if "step" in nodes else "times"
-        smallest = 1.0 if whole else 1e-6
-        least = 1.0 + 1e-6 if how == "times" else smallest
-        by = self.fields.number(
-            nodes[how], join(key, how), least, 1e9, "2" if whole else "0.1", whole and how == "step"
-        )
-        if math.isnan(start) or math.isnan(end) or math.isnan(by):
+        kinds = {"from": self.number, "to": self.number, how: by_step if how == "step" else by_times}
+        start, end, by = (kind.read(nodes[name], join(key, name), problems) for name, kind in kinds.items())
+        if start is None or end is None or by is None:
             return []
         if end < start:
-            self.problems.add(nodes["to"], join(key, "to"), f"expected at least the start {start:g}, got {end:g}")
-            return []
+            return wrong("to", f"expected at least the start {start:g}, got {end:g}")
         if how == "times" and start <= 0:
-            self.problems.add(nodes["from"], join(key, "from"), f"expected a start above 0 to multiply, got {start:g}")
-            return []
+            return wrong("from", f"expected a start above 0 to multiply, got {start:g}")
         many = (math.log(end / start) / math.log(by) if how == "times" else (end - start) / by) + 1e-9
         if many >= MOST_POINTS:
-            self.problems.add(nodes[how], join(key, how), f"makes more than {MOST_POINTS} values; take a larger one")
-            return []
+            return wrong(how, f"makes more than {MOST_POINTS} values; take a larger one")
         values = (start * by**i if how == "times" else start + i * by for i in range(int(many) + 1))
-        return [float(round(v)) if whole else round(v, 9) for v in values]
+        return [round(v) if whole else round(v, 9) for v in values]
 
-    def integer(self, value: float) -> int:
-        return 0 if math.isnan(value) else int(value)
 
-    def truth(self, node: Node, key: str) -> bool:
-        if node.kind != "scalar" or node.quoted or node.text not in ("true", "false"):
-            self.problems.add(node, key, f"expected true or false, got {node}")
-        return node.text == "true"
+class _Family:
+    """A family's name, "all", or a mapping of names to options; gives the choices it stands for."""
 
-    def families(self, node: Node) -> tuple[FamilyChoice, ...]:
-        found: dict[FamilyChoice, None] = {}
-        for item, at in self.members(node, "families"):
-            if item.kind == "mapping":
-                for name, (key_node, value) in item.entries.items():
-                    label = join(at, name)
-                    if self.fields.text(key_node, label, tuple(FAMILIES)):
-                        found[FamilyChoice(name, self.options(value, label, name))] = None
-            else:
-                text = self.fields.text(item, at, (*FAMILIES, "all"))
-                found.update({FamilyChoice(name): None for name in (FAMILIES if text == "all" else [text]) if name})
+    def read(self, node: Node, key: str, problems: Problems) -> tuple[FamilyChoice, ...]:
+        if node.kind != "mapping":
+            text = Text((*FAMILIES, "all")).read(node, key, problems)
+            return tuple(FamilyChoice(name) for name in (FAMILIES if text == "all" else [text]) if name)
+        found = []
+        for name, (key_node, value) in node.entries.items():
+            family = Text(tuple(FAMILIES)).read(key_node, join(key, name), problems)
+            if family:
+                found.append(FamilyChoice(family, self.options(value, join(key, name), family, problems)))
         return tuple(found)
 
-    def options(self, node: Node, key: str, family: str) -> tuple[tuple[str, Any], ...]:
-        known = FAMILIES[family].options
-        nodes = self.fields.mapping(node, key, (), tuple(known))
-        options = tuple((name, self.option(value, join(key, name))) for name, value in sorted(nodes.items()))
-        if not len(self.problems):
+    def options(self, node: Node, key: str, family: str, problems: Problems) -> tuple[tuple[str, Any], ...]:
+        known = dict.fromkeys(FAMILIES[family].options, _Option())
+        options = dict(sorted(Keys({}, known).read(node, key, problems).items()))
+        if not len(problems):
             try:
-                prune(lower(load_model(_SMALL), phase="generate", seq=64, new_tokens=1), family, 0.5, **dict(options))
+                prune(lower(load_model(_SMALL), phase="generate", seq=64, new_tokens=1), family, 0.5, **options)
             except InputError as error:
-                self.problems.add(node, key, str(error))
-        return options
+                problems.add(node, key, str(error))
+        return tuple(options.items())
 
-    def option(self, node: Node, key: str) -> Any:
-        """A whole number, a number, true, false, a word, or a list of them; what it must be, the family says."""
+
+class _Option:
+    """A whole number, a number, true, false, a word, or a list of them; what it must be, the family says."""
+
+    def read(self, node: Node, key: str, problems: Problems) -> Any:
         if node.kind == "list":
-            return tuple(self.option(item, join(key, str(i))) for i, item in enumerate(node.items))
+            return Many(self).read(node, key, problems)
         if node.kind == "mapping":
-            self.problems.add(node, key, "expected a value, got a mapping")
+            problems.add(node, key, "expected a value, got a mapping")
             return None
         if node.text in ("true", "false") and not node.quoted:
             return node.text == "true"
-        try:
-            value = float(node.text) if not node.quoted else math.nan
-        except ValueError:
-            value = math.nan
+        value = math.nan if node.quoted else _number_of(node)
         if math.isnan(value):
-            return self.fields.text(node, key)
+            return Text().read(node, key, problems)
         return int(value) if value.is_integer() and "." not in node.text and "e" not in node.text.lower() else value
 
-    def formats(self, node: Node) -> tuple[Formats, ...]:
-        out: dict[Formats, None] = {}
-        for item, at in self.members(node, "dtypes"):
-            if item.kind == "mapping":
-                nodes = self.fields.mapping(item, at, ("dtype",), ("weight_dtype", "kv_dtype"))
-                values = {name: self.fields.text(value, join(at, name), DTYPES) for name, value in nodes.items()}
-                if all(values.values()) and "dtype" in values:
-                    out[Formats(**values)] = None
-            else:
-                text = self.fields.text(item, at, DTYPES)
-                if text:
-                    out[Formats(text)] = None
-        return tuple(out)
+
+class _Formats:
+    """A dtype, or a mapping of the three."""
+
+    def read(self, node: Node, key: str, problems: Problems) -> Formats | None:
+        dtype = Text(DTYPES)
+        if node.kind != "mapping":
+            text = dtype.read(node, key, problems)
+            return Formats(text) if text else None
+        keys = Keys({"dtype": dtype}, {"weight_dtype": dtype, "kv_dtype": dtype}, Formats)
+        formats: Formats | None = keys.read(node, key, problems)
+        return formats
 
 
-def _same(text: str, value: float) -> bool:
+def _number_of(node: Node) -> float:
     try:
-        return float(text) == value
+        return float(node.text)
     except ValueError:
-        return False
+        return math.nan
 
 
-def _device(text: str, load: Callable[[str], Any]) -> str:
+def _model(text: str) -> str:
+    load_model(text)
+    return text
+
+
+def _device(text: str) -> str:
     """A shipped device by its own name, so that an alias does not count twice; a file by its path."""
-    return text if Path(text).suffix in (".yaml", ".yml") or "/" in text else str(load(text).name)
+    name = load_hardware(text).name
+    return text if Path(text).suffix in (".yaml", ".yml") or "/" in text else name
+
+
+def _flat(groups: Sequence[Sequence[FamilyChoice]]) -> tuple[FamilyChoice, ...]:
+    return tuple(dict.fromkeys(choice for group in groups for choice in group))
+
+
+_KINDS: Mapping[str, Kind] = MappingProxyType(
+    {
+        "models": _Axis(Checked(Text(), _model)),
+        "hardware": _Axis(Checked(Text(), _device)),
+        "sparsities": _Numbers(Number(-1e9, 1e9, "0.25"), check_fraction),
+        "phases": _Axis(Text(PHASES)),
+        "batches": _Numbers(Number(1, MAX_TOKENS, "64", whole=True)),
+        "seqs": _Numbers(Number(1, MAX_TOKENS, "64", whole=True)),
+        "families": Checked(_Axis(_Family()), _flat),
+        "dtypes": _Axis(_Formats()),
+        "runtimes": _Axis(Text(RUNTIMES)),
+        "devices": _Numbers(Number(1, 100_000, "2", whole=True)),
+        "parallel": Text(PARALLEL),
+        "new_tokens": Number(1, 1_000_000, "128", whole=True),
+        "fuse_qkv": Truth(),
+        "fuse_gate_up": Truth(),
+        "ideal": Truth(),
+        "level": Number(0.01, 0.999, "0.9"),
+    }
+)
 
 
 def grid_facts(grid: Grid) -> Mapping[str, Any]:

@@ -47,7 +47,7 @@ class Requests:
 
     def _joined(self, group: Group) -> Workload:
         workloads, batch = [self.workloads[i] for i in group], max(self.shapes[i][0] for i in group)
-        return Workload.concat(workloads, replace(workloads[0].meta, batch=batch))
+        return Workload.concat(workloads, meta=replace(workloads[0].meta, batch=batch))
 
 
 def _grouped(shapes: Sequence[tuple[int, int]], together: str) -> list[Group]:

@@ -16,9 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.errors import InputError
-from simulator.kernels.memory import bytes_needed
-from simulator.kernels.optime import BOUNDS
-from simulator.kernels.stack import F, Rows, Stack
+from simulator.kernels.intervals import BOUNDS
+from simulator.kernels.stack import F, Rows, Stack, bytes_needed
 from simulator.models.library import load_model
 from simulator.predict.compare import Comparison, Pairs, compare
 from simulator.predict.requests import Requests, prune_all

@@ -4,7 +4,6 @@ devices."""
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from simulator.errors import InputError, unknown
 from simulator.hardware.library import load_hardware
 from simulator.models.lower import lower
+from simulator.pruning import check_fraction as check_fraction
 from simulator.workload import DTYPES, PHASES, RUNTIMES
 
 if TYPE_CHECKING:
@@ -69,14 +69,6 @@ def one_of(kind: str, name: str, choices: Sequence[str]) -> str:
     if name not in choices:
         raise unknown(kind, name, choices)
     return name
-
-
-def check_fraction(value: float) -> float:
-    """A fraction in [0, 1)."""
-    if not (math.isfinite(value) and 0.0 <= value < 1.0):
-        hint = f"; for {value:g} % write {value / 100:g}" if 1.0 < value < 100.0 else ""
-        raise InputError(f"sparsity {value:g}: expected a fraction in [0, 1), such as 0.25{hint}")
-    return float(value)
 
 
 def whole_number(name: str, value: int, largest: int = MAX_TOKENS) -> int:

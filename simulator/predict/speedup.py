@@ -1,24 +1,25 @@
 """From a dense and a pruned workload to a speedup: times, interval, bounds, and where the difference was lost.
 
-Use :func:`speedup` for one pair, :func:`speedups` for many pruned versions of one dense workload on one device (one vectorised pass),
-:func:`waterfall` for the named steps from the nominal 1/(1 - s) to the prediction.
+Use :func:`speedup` for one pair, :func:`speedups` for many pruned versions of one dense workload on one device (one
+vectorised pass), :func:`waterfall` for the named steps from the nominal 1/(1 - s) to the prediction.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simulator.kernels.elementwise import elementwise_time
 from simulator.kernels.gemm import gemm_ladder
-from simulator.kernels.optime import BOUNDS
+from simulator.kernels.intervals import BOUNDS
 from simulator.kernels.stack import Stack
-from simulator.kernels.stream import cost_batch, ideal_roofline
-from simulator.predict.compare import Pairs, compare
+from simulator.kernels.stream import by_formats, cost_batch, ideal_roofline
+from simulator.predict.compare import SECTIONS, Comparison, Pairs, compare
 from simulator.workload import DTYPES, Kind, Workload
 
 if TYPE_CHECKING:
@@ -39,50 +40,28 @@ class Step:
 
 @dataclass(frozen=True)
 class Speedup:
-    """The predicted speedup of a pruned workload over its dense one.
+    """The predicted speedup of a pruned workload over its dense one."""
 
-    Attributes
-    ----------
-    dense_s, pruned_s : float, s
-        Time of a pass.
-    speedup, lower, upper : float
-        dense_s / pruned_s and its interval at ``level``.
-    flop_bound, byte_bound, roofline_bound : float
-        Ratio of FLOPs, of bytes, of summed per-operator datasheet rooflines; the pruning's own overheads left out.
-    measured_bound : float or None
-        Ratio of measured dense GEMM times at the two models' shapes, where they were measured.
-    limit : str
-        What holds most of the pruned time: one of :data:`simulator.kernels.optime.BOUNDS`.
-    limit_share : float
-        The share of the pruned time it holds.
-    family : str
-        Families applied, joined by "+".
-    sparsity, realised_sparsity : float
-        Asked for, and after rounding.
-    calibrated : bool
-        Every cost section used was fitted on the device's own measurements.
-    """
-
-    dense_s: float
+    dense_s: float  # of a pass
     pruned_s: float
-    speedup: float
-    lower: float
+    speedup: float  # dense_s / pruned_s
+    lower: float  # its interval at `level`
     upper: float
-    flop_bound: float
-    byte_bound: float
-    roofline_bound: float
-    measured_bound: float | None
-    limit: str
-    limit_share: float
-    family: str
-    sparsity: float
-    realised_sparsity: float
+    flop_bound: float  # ratio of FLOPs, the pruning's own overheads left out, as in the next two
+    byte_bound: float  # of bytes
+    roofline_bound: float  # of summed datasheet rooflines of the operators
+    measured_bound: float | None  # of measured dense GEMM times at the two models' shapes, where they were measured
+    limit: str  # what holds most of the pruned time, one of BOUNDS
+    limit_share: float  # and the share it holds
+    family: str  # families applied, joined by "+"
+    sparsity: float  # asked for
+    realised_sparsity: float  # after rounding
     level: float
-    calibrated: bool
+    calibrated: bool  # every cost section used was fitted on the device's own measurements
 
     @property
     def efficiency(self) -> float:
-        """(speedup - 1) / (roofline_bound - 1): the share of the possible gain that is granted; NaN where nothing was to be gained."""
+        """Share of the possible gain that is granted, (speedup - 1) / (roofline_bound - 1); NaN where there is none."""
         gain = self.roofline_bound - 1.0
         return (self.speedup - 1.0) / gain if gain > 1e-9 else float("nan")
 
@@ -96,49 +75,22 @@ def speedups(
     *,
     pairs: Pairs | None = None,
 ) -> list[Speedup]:
-    """Speedups of many pruned workloads over one dense workload on one device.
+    """Speedups of many pruned versions of a dense workload (as :func:`simulator.prune` returns them) on one device.
 
-    Parameters
-    ----------
-    dense : Workload
-    pruned : sequence of Workload
-        Versions of ``dense`` as :func:`simulator.prune` returns them.
-    hw : HardwareProfile
-    runtime : {"cuda_graph", "eager"}
-    level : float
-        Level of the intervals.
-    pairs : Pairs, optional
-        :func:`pairs_of` these workloads, where they are compared on several devices.
-
-    Returns
-    -------
-    list of Speedup
+    ``runtime`` is "cuda_graph" or "eager", ``level`` that of the intervals; ``pairs`` are :func:`pairs_of` these
+    workloads, where they are compared on several devices.
     """
     pairs = pairs or pairs_of(dense, pruned)
     (c,) = compare(pairs, hw, (runtime,), level)
+    columns: dict[str, Any] = {f.name: getattr(c, f.name).tolist() for f in fields(Comparison)}
+    columns |= {"flop_bound": pairs.flop_bound.tolist(), "byte_bound": pairs.byte_bound.tolist()}
+    columns |= {"limit": [BOUNDS[code] for code in columns["limit"]]}
     out = []
     for i, w in enumerate(pruned, start=1):
-        applied = w.meta.applied[len(dense.meta.applied) :]
-        out.append(
-            Speedup(
-                dense_s=float(c.dense_s[i]),
-                pruned_s=float(c.pruned_s[i]),
-                speedup=float(c.speedup[i]),
-                lower=float(c.lower[i]),
-                upper=float(c.upper[i]),
-                flop_bound=float(pairs.flop_bound[i]),
-                byte_bound=float(pairs.byte_bound[i]),
-                roofline_bound=float(c.roofline_bound[i]),
-                measured_bound=None,
-                limit=BOUNDS[int(c.limit[i])],
-                limit_share=float(c.limit_share[i]),
-                family="+".join(a.family for a in applied) or "none",
-                sparsity=_together([a.sparsity for a in applied]),
-                realised_sparsity=_together([a.realised for a in applied]),
-                level=level,
-                calibrated=bool(c.calibrated[i]),
-            )
-        )
+        families, asked, realised = _applied(dense, w)
+        steps: dict[str, Any] = {"family": families, "sparsity": asked, "realised_sparsity": realised}
+        of_pair = {name: column[i] for name, column in columns.items()}
+        out.append(Speedup(**of_pair, **steps, measured_bound=None, level=level))
     return out
 
 
@@ -163,9 +115,12 @@ def speedup(
     return speedups(dense, [pruned], hw, runtime, level)[0]
 
 
-def _together(values: Sequence[float]) -> float:
-    """Fraction removed by several steps one after the other."""
-    return float(1.0 - np.prod([1.0 - v for v in values])) if values else 0.0
+def _applied(dense: Workload, pruned: Workload) -> tuple[str, float, float]:
+    """Families that pruned a workload, and the fractions they removed together: asked for, and after rounding."""
+    steps = pruned.meta.applied[len(dense.meta.applied) :]
+    asked = float(1.0 - math.prod(1.0 - step.sparsity for step in steps))
+    realised = float(1.0 - math.prod(1.0 - step.realised for step in steps))
+    return "+".join(step.family for step in steps) or "none", asked, realised
 
 
 NOTES = {
@@ -186,83 +141,53 @@ NOTES = {
 def waterfall(dense: Workload, pruned: Workload, hw: HardwareProfile, runtime: str = "cuda_graph") -> tuple[Step, ...]:
     """Named steps from the nominal speedup 1/(1 - s) to the predicted one; the factors multiply exactly.
 
-    Each step makes the cost model of both workloads one effect more real and takes the ratio again.
-
-    Parameters
-    ----------
-    dense, pruned : Workload
-    hw : HardwareProfile
-    runtime : {"cuda_graph", "eager"}
-
-    Returns
-    -------
-    tuple of Step
-        The first is "nominal" with factor and speedup 1/(1 - s); the last has the predicted speedup.
+    Each step makes the cost model of both workloads one effect more real and takes the ratio again. The first is
+    "nominal" with factor and speedup 1/(1 - s); the last has the predicted speedup.
     """
-    applied = pruned.meta.applied[len(dense.meta.applied) :]
-    asked, realised = _together([a.sparsity for a in applied]), _together([a.realised for a in applied])
+    _, asked, realised = _applied(dense, pruned)
     costs = cost_batch([dense, pruned], hw, runtime)
-    ideal = pruned.take(~pruned.overhead)
-    ladders = [_ladder(w, c.seconds, hw) for w, c in ((dense, costs[0]), (pruned, costs[1]))]
-    kept = ~pruned.overhead
-    dense_total = {name: float(column @ dense.count) for name, column in ladders[0].items()}
-    ideal_total = {name: float(column[kept] @ ideal.count) for name, column in ladders[1].items()}
-    pruned_kernel = float(ladders[1]["kernel"] @ pruned.count)
-    levels = [
-        ("rounding", 1.0 / (1.0 - realised)),
-        ("parts not pruned", float(dense.flops.sum() / ideal.flops.sum())),
-        ("memory-bound operators", dense_total["ideal"] / ideal_total["ideal"]),
-        ("zeros the kernel computes", dense_total["roofline"] / ideal_total["roofline"]),
-        ("tile quantisation", dense_total["tile"] / ideal_total["tile"]),
-        ("wave quantisation", dense_total["wave"] / ideal_total["wave"]),
-        ("alignment", dense_total["alignment"] / ideal_total["alignment"]),
-        ("kernel efficiency", dense_total["kernel"] / ideal_total["kernel"]),
-        ("overhead operators", dense_total["kernel"] / pruned_kernel),
-        ("launch or host time", costs[0].total_s / costs[1].total_s),
+    kept, ladders = ~pruned.overhead, [_ladder(w, c.seconds, hw) for w, c in zip((dense, pruned), costs, strict=True)]
+    wanted = pruned.take(kept)
+    dense_s = {name: float(column @ dense.count) for name, column in ladders[0].items()}
+    wanted_s = {name: float(column[kept] @ wanted.count) for name, column in ladders[1].items()}
+    values = [
+        1.0 / (1.0 - realised),
+        float(dense.flops.sum() / wanted.flops.sum()),
+        *(dense_s[name] / wanted_s[name] for name in ladders[0]),
+        dense_s["kernel"] / float(ladders[1]["kernel"] @ pruned.count),
+        costs[0].total_s / costs[1].total_s,
     ]
     before = 1.0 / (1.0 - asked)
     steps = [Step("nominal", before, before, f"1 / (1 - {asked:.3g}): what a fraction of {asked:.3g} removed suggests")]
-    for name, value in levels:
-        steps.append(Step(name, value / before, value, NOTES[name]))
+    for (name, note), value in zip(NOTES.items(), values, strict=True):
+        steps.append(Step(name, value / before, value, note))
         before = value
     return tuple(steps)
 
 
 def _ladder(w: Workload, seconds: F, hw: HardwareProfile) -> dict[str, F]:
-    """Seconds of every row as more and more effects are counted; operators that are not GEMMs step from roofline to kernel at once."""
+    """Seconds of rows as more and more effects are counted; what is no GEMM steps from roofline to kernel at once."""
     ideal = ideal_roofline(w, hw)
-    floor = np.minimum(_launch_floor(w, hw), seconds)
     rungs = {name: ideal.copy() for name in ("ideal", "roofline", "tile", "wave", "alignment")}
-    rungs["kernel"] = np.maximum(seconds - floor, np.minimum(ideal, seconds))
-    gemm = np.flatnonzero(w.kind == Kind.GEMM)
-    for code in np.unique(w.dtype[gemm].astype(np.int64) * len(DTYPES) + w.weight_dtype[gemm]):
-        rows = gemm[w.dtype[gemm].astype(np.int64) * len(DTYPES) + w.weight_dtype[gemm] == code]
-        ladder = gemm_ladder(
-            w.m[rows],
-            w.n[rows],
-            w.k[rows],
-            hw,
-            dtype=DTYPES[code // len(DTYPES)],
-            weight_dtype=DTYPES[code % len(DTYPES)],
-            kernel=w.kernel[rows],
-            density=w.density[rows],
-        )
+    rungs["kernel"] = np.maximum(seconds - np.minimum(_launch_floor(w, hw), seconds), np.minimum(ideal, seconds))
+    for rows, dtype, weight in by_formats(w, Kind.GEMM):
+        shape = {name: getattr(w, name)[rows] for name in ("m", "n", "k", "kernel")}
+        ladder = gemm_ladder(**shape, hw=hw, dtype=dtype, weight_dtype=weight)
         for name in ("roofline", "tile", "wave", "alignment", "kernel"):
             rungs[name][rows] = ladder[name]
     return rungs
 
 
 def _launch_floor(w: Workload, hw: HardwareProfile) -> F:
-    """Fixed time of one kernel that is not a GEMM, s: that of an elementwise operator without bytes, or of attention by its constant."""
+    """Fixed time of a kernel that is no GEMM, s: an elementwise operator without bytes, a constant of attention."""
     floor = np.zeros(len(w))
-    rows = w.kind == Kind.ELEMENTWISE
-    if rows.any():
-        nothing = np.zeros(int(rows.sum()))
-        floor[rows] = elementwise_time(
-            nothing, nothing, hw, role=w.role[rows], dtype=DTYPES[int(w.dtype[rows][0])]
-        ).seconds
-    for kind, operator in ((Kind.PREFILL_ATTENTION, "attention_prefill"), (Kind.DECODE_ATTENTION, "attention_decode")):
-        rows = w.kind == kind
-        if rows.any():
-            floor[rows] = hw.section(operator, DTYPES[int(w.dtype[rows][0])])["t0_s"]
+    for kind in (Kind.ELEMENTWISE, Kind.PREFILL_ATTENTION, Kind.DECODE_ATTENTION):
+        rows = np.flatnonzero(w.kind == kind)
+        if not len(rows):
+            continue
+        dtype = DTYPES[w.dtype[rows[0]]]
+        if kind == Kind.ELEMENTWISE:
+            floor[rows] = elementwise_time(0.0, 0.0, hw, role=w.role[rows], dtype=dtype).seconds
+        else:
+            floor[rows] = hw.section(SECTIONS[kind], dtype)["t0_s"]
     return floor

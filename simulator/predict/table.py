@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from simulator.errors import InputError, unknown
-from simulator.kernels.memory import memory
+from simulator.kernels.stack import memory
 from simulator.models.library import load_model
 from simulator.predict.rows import FamilyChoice, Notes, Piece, Record, columns_of, note, note_lines, records, work_of
 from simulator.predict.settings import MAX_TOKENS, Setting, check_fraction, once, profiles, requests_of

@@ -1,16 +1,15 @@
 """Pruning: pure functions from a workload to the workload of the pruned model.
 
-Use :func:`prune`; :data:`FAMILIES` describes what there is. A new family is one new module here with a constant ``FAMILY``. Calls compose:
-``prune(prune(w, "depth", 0.25), "semi_structured", 0.5)``. Rounding is to the nearest whole, halves up, unless a family says otherwise.
+Use :func:`prune`; :data:`FAMILIES` describes what there is. A new family is one new module here with a constant
+``FAMILY``. Calls compose: ``prune(prune(w, "depth", 0.25), "semi_structured", 0.5)``. Rounding is to the nearest whole,
+halves up, unless a family says otherwise.
 """
 
 from __future__ import annotations
 
 import importlib
-import math
 import pkgutil
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -18,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from simulator.errors import InputError, unknown
-from simulator.pruning._common import GROUPS, SUBLAYERS, Choice, Family, has_bias, layer_count, merge_runs, projections
+from simulator.pruning._common import GROUPS, SUBLAYERS, Choice, Family, check_fraction
+from simulator.pruning._rows import layer_count, merge_runs, projections, weights
 from simulator.workload import ROLES, Applied, Part, Workload
 
-__all__ = ["FAMILIES", "Family", "prune"]
+__all__ = ["FAMILIES", "Family", "check_fraction", "prune"]
 
 
 def _discover() -> Mapping[str, Family]:
@@ -42,7 +42,7 @@ def prune(
     ideal: bool = False,
     **options: Any,
 ) -> Workload:
-    """The workload of the pruned model.
+    """The workload of the pruned model, with the sparsity asked for and the one realised in ``meta.applied``.
 
     Parameters
     ----------
@@ -51,17 +51,13 @@ def prune(
     family : str
         A key of :data:`FAMILIES`.
     sparsity : float, mapping or sequence, in [0, 1)
-        Fraction removed: everywhere; by projection (``"q"``, ``"down"``, ... or the groups ``"attention"``, ``"mlp"``, ``"qkv"``; what is
-        not named stays dense, and a projection's own entry goes before its group's); or of each layer, first to last.
+        Fraction removed: everywhere; by projection (``"q"``, ``"down"``, ... or the groups ``"attention"``, ``"mlp"``,
+        ``"qkv"``; what is not named stays dense, and a projection's own entry goes before its group's); or of each
+        layer, first to last. 0 changes no row.
     ideal : bool
         Leave out the work that the method itself adds (routers, gathers, selections): the bound of the family.
     **options
         See ``FAMILIES[family].options``.
-
-    Returns
-    -------
-    Workload
-        With the family, the sparsity asked for and the one realised in ``meta.applied``. Sparsity 0 changes no row.
 
     Raises
     ------
@@ -80,31 +76,18 @@ def prune(
         raise unknown("pruning family", family, FAMILIES)
     chosen = FAMILIES[family]
     for name in options:
+        if not chosen.options:
+            raise InputError(f"family {family} has no option {name!r}; it has none")
         if name not in chosen.options:
-            if not chosen.options:
-                raise InputError(f"family {family} has no option {name!r}; it has none")
             raise unknown(f"option of family {family}", name, chosen.options)
     work, choice = _resolve(workload, chosen, sparsity)
-    if not choice.rows.any():
-        pruned, realised = workload, 0.0
-    else:
+    pruned, realised = workload, 0.0
+    if choice.rows.any():
         pruned, realised = chosen.function(work, choice, ideal=bool(ideal), **{**chosen.options, **options})
         if choice.form == "layer":
             pruned = merge_runs(pruned)
     applied = (*workload.meta.applied, Applied(family, choice.asked, realised))
-    out = copy(pruned)  # same read-only columns, checked already
-    object.__setattr__(out, "meta", replace(workload.meta, applied=applied))
-    return out
-
-
-def _fraction(value: Any, where: str = "sparsity") -> float:
-    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
-        raise InputError(f"{where}: expected a fraction in [0, 1), such as 0.25, got {value!r}")
-    number = float(value)
-    if not (math.isfinite(number) and 0.0 <= number < 1.0):
-        hint = f"; for {number:g} % write {number / 100:g}" if 1.0 < number < 100.0 else ""
-        raise InputError(f"{where} {number:g}: expected a fraction in [0, 1), such as 0.25{hint}")
-    return number
+    return pruned.replace(meta=replace(workload.meta, applied=applied))
 
 
 def _resolve(w: Workload, family: Family, sparsity: Any) -> tuple[Workload, Choice]:
@@ -113,19 +96,18 @@ def _resolve(w: Workload, family: Family, sparsity: Any) -> tuple[Workload, Choi
         return w, _by_projection(w, family, sparsity)
     if isinstance(sparsity, Sequence | np.ndarray) and not isinstance(sparsity, str | bytes) and np.ndim(sparsity) != 0:
         return _by_layer(w, family, sparsity)
-    fraction = _fraction(sparsity)
+    fraction = check_fraction(sparsity)
     return w, Choice(np.where(w.layer >= 0, fraction, 0.0), fraction)
 
 
 def _by_layer(w: Workload, family: Family, sparsity: Any) -> tuple[Workload, Choice]:
-    layers = layer_count(w)
+    layers, given = layer_count(w), len(sparsity)
     if not family.per_layer:
         raise InputError(f"family {family.name} takes no sparsity by layer; give one fraction")
-    if np.ndim(sparsity) != 1 or len(sparsity) != layers:
-        raise InputError(
-            f"sparsity by layer: expected {layers} fractions, one a layer of this model, got {len(sparsity)}"
-        )
-    table = np.array([_fraction(s, f"sparsity of layer {i}:") for i, s in enumerate(sparsity)])
+    if np.ndim(sparsity) != 1 or given != layers:
+        expected = f"expected {layers} fractions, one a layer of this model"
+        raise InputError(f"sparsity by layer: {expected}, got {given}")
+    table = np.array([check_fraction(s, f"sparsity of layer {i}:") for i, s in enumerate(sparsity)])
     wide = w.expand()
     rows = np.where(wide.layer >= 0, table[np.maximum(wide.layer, 0)], 0.0)
     return wide, Choice(rows, float(table.mean()), "layer")
@@ -136,21 +118,20 @@ def _by_projection(w: Workload, family: Family, sparsity: Mapping[str, float]) -
         raise InputError(f"family {family.name} takes no sparsity by projection; give one fraction")
     if not sparsity:
         raise InputError(f"sparsity by projection: expected some of {', '.join(family.targets)}, got none")
-    rows = np.zeros(len(w))
-    for name, value in sorted(
-        sparsity.items(), key=lambda item: (item[0] not in SUBLAYERS, item[0] not in GROUPS)
-    ):  # wider names first
+    rows, inside = np.zeros(len(w)), projections(w)
+    wider_first = sorted(sparsity, key=lambda name: (name not in SUBLAYERS, name not in GROUPS))
+    for name in wider_first:
         if name not in family.targets:
             raise unknown(f"projection (for family {family.name})", name, family.targets)
-        fraction = _fraction(value, f"sparsity of {name}:")
+        fraction = check_fraction(sparsity[name], f"sparsity of {name}:")
         if name in SUBLAYERS:
             mask = (w.layer >= 0) & (w.part == Part[name.upper()])
         else:
             mask = projections(w, *GROUPS.get(name, (name,)))
             if not mask.any():
-                has = dict.fromkeys(ROLES[code] for code in w.role[projections(w)])
+                has = dict.fromkeys(ROLES[code] for code in w.role[inside])
                 raise InputError(f"sparsity of {name}: this workload has no such projection; it has {', '.join(has)}")
         rows[mask] = fraction
-    weight = np.where(projections(w), (w.params - np.where(has_bias(w), w.n, 0)) * w.count, 0.0)
+    weight = np.where(inside, weights(w), 0.0)
     asked = float(weight @ rows / weight.sum()) if weight.sum() > 0 else float(np.mean(list(sparsity.values())))
     return Choice(rows, asked, "projection")

@@ -7,15 +7,17 @@ from functools import lru_cache
 
 import numpy as np
 
+from simulator.columns import Array
 from simulator.errors import InputError
-from simulator.pruning._common import F, attention_rows, covering, has_role, layer_count
-from simulator.workload import Array, Kind, Workload, role_code
+from simulator.pruning._common import F
+from simulator.pruning._rows import covering, doubled, layer_count
+from simulator.workload import Kind, Workload, role_code
 
 EXACT_TOKENS = 16
 """Up to so many tokens every outcome of a binomial is a row of its own."""
 
 CAPACITY_TOKENS = 512
-"""From so many tokens on the number computed is taken as fixed, as capacity-based routers fix it; its spread is below 5 %."""
+"""From so many tokens on the number computed is fixed, as capacity-based routers fix it; its spread is below 5 %."""
 
 BINS = 5
 """Equally likely bins that stand for a binomial between the two."""
@@ -23,10 +25,11 @@ BINS = 5
 
 @lru_cache(maxsize=4096)
 def token_points(tokens: int, keep: float) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """How many of ``tokens`` are computed when each is with probability ``keep``, and how likely; none computed is left out.
+    """How many of ``tokens`` are computed when each is with probability ``keep``, and how likely; 0 is left out.
 
-    The expected number is exactly ``tokens * keep``. Up to :data:`EXACT_TOKENS` this is the binomial distribution; then the means of
-    :data:`BINS` bins of it, each shared between the two whole numbers around it; from :data:`CAPACITY_TOKENS` the mean alone.
+    The expected number is exactly ``tokens * keep``. Up to :data:`EXACT_TOKENS` this is the binomial distribution; then
+    the means of :data:`BINS` bins of it, each shared between the two whole numbers around it; from
+    :data:`CAPACITY_TOKENS` the mean alone.
 
     >>> token_points(1, 0.75)
     ((1,), (0.75,))
@@ -36,114 +39,103 @@ def token_points(tokens: int, keep: float) -> tuple[tuple[int, ...], tuple[float
     """
     if tokens <= 0 or keep >= 1.0:
         return (tokens,), (1.0,)
+    many = np.arange(tokens + 1)
     if tokens <= EXACT_TOKENS:
-        many = np.arange(tokens + 1)
         chance = np.array([math.comb(tokens, j) * keep**j * (1.0 - keep) ** (tokens - j) for j in range(tokens + 1)])
     else:
         if tokens >= CAPACITY_TOKENS:
             means, weights = np.array([tokens * keep]), np.array([1.0])
         else:
-            outcome = np.arange(tokens + 1)
-            choose = np.array(
-                [math.lgamma(tokens + 1) - math.lgamma(j + 1) - math.lgamma(tokens - j + 1) for j in range(tokens + 1)]
-            )
-            mass = np.exp(choose + outcome * math.log(keep) + (tokens - outcome) * math.log1p(-keep))
-            mass /= mass.sum()
-            which = np.minimum((np.cumsum(mass) - mass / 2) * BINS, BINS - 1).astype(np.int64)
-            weights = np.bincount(which, weights=mass, minlength=BINS)
-            used = weights > 0
-            means = np.bincount(which, weights=mass * outcome, minlength=BINS)[used] / weights[used]
-            weights = weights[used]
-            means = np.minimum(
-                means * (tokens * keep / (means @ weights)), tokens
-            )  # undoes the rounding of the sums above
+            means, weights = _binned(tokens, keep)
         low = np.floor(means)
-        many = np.concatenate([low, low + 1]).astype(np.int64)
-        chance = np.concatenate([weights * (low + 1 - means), weights * (means - low)])
-        many, inverse = np.unique(many, return_inverse=True)
-        chance = np.bincount(inverse.reshape(-1), weights=chance)
+        both = np.concatenate([low, low + 1]).astype(np.int64)
+        many, inverse = np.unique(both, return_inverse=True)
+        shares = np.concatenate([weights * (low + 1 - means), weights * (means - low)])
+        chance = np.bincount(inverse.reshape(-1), weights=shares)
     kept = (many > 0) & (chance > 0)
     return tuple(int(j) for j in many[kept]), tuple(float(c) for c in chance[kept])
 
 
-def split_tokens(w: Workload, mask: Array, keep: F) -> Workload:
-    """Masked rows on a random number of their tokens: one row a possible number, counted as often as it is expected.
+def _binned(tokens: int, keep: float) -> tuple[Array, Array]:
+    """Means and weights of the bins of a binomial."""
+    outcome = np.arange(tokens + 1)
+    factorial = np.array([math.lgamma(j + 1) for j in range(tokens + 1)])
+    choose = factorial[-1] - factorial - factorial[::-1]
+    mass = np.exp(choose + outcome * math.log(keep) + (tokens - outcome) * math.log1p(-keep))
+    mass /= mass.sum()
+    which = np.minimum((np.cumsum(mass) - mass / 2) * BINS, BINS - 1).astype(np.int64)
+    weights = np.bincount(which, weights=mass, minlength=BINS)
+    used = weights > 0
+    means = np.bincount(which, weights=mass * outcome, minlength=BINS)[used] / weights[used]
+    weights = weights[used]
+    return np.minimum(means * (tokens * keep / (means @ weights)), tokens), weights  # undoes the rounding of the sums
 
-    Tokens are ``m`` (``batch`` for decode attention); bytes of elementwise and collective rows follow; parameters are conserved.
+
+def split_tokens(w: Workload, keep: F) -> Workload:
+    """Rows of ``keep < 1`` on a random number of their tokens: a row a possible number, counted as often as expected.
+
+    Tokens are ``m`` (``batch`` for decode attention); bytes of elementwise and collective rows follow; parameters are
+    conserved.
     """
-    tokens = tokens_of(w)
-    chosen = np.flatnonzero(mask & (keep < 1.0))
+    tokens, chosen = tokens_of(w), np.flatnonzero(keep < 1.0)
     if not len(chosen):
         return w
     pairs, inverse = np.unique(np.stack([tokens[chosen].astype(np.float64), keep[chosen]]), axis=1, return_inverse=True)
-    points = [token_points(int(t), float(p)) for t, p in pairs.T]
+    points, inverse = [token_points(int(t), float(p)) for t, p in pairs.T], inverse.reshape(-1)
     length = np.array([len(many) for many, _ in points])
-    many_table = np.concatenate([np.array(many, dtype=np.int64) for many, _ in points])
-    chance_table = np.concatenate([np.array(chance) for _, chance in points])
-    conserve = np.array([1.0 / sum(chance) for _, chance in points])
-    inverse = inverse.reshape(-1)
     times = np.ones(len(w), dtype=np.int64)
     times[chosen] = length[inverse]
-    begin = np.zeros(len(w), dtype=np.int64)
-    begin[chosen] = (np.cumsum(length) - length)[inverse]
     index = np.repeat(np.arange(len(w)), times)
-    which = begin[index] + np.arange(len(index)) - np.repeat(np.cumsum(times) - times, times)
-    split = np.zeros(len(w), dtype=bool)
-    split[chosen] = True
-    split = split[index]
-    scale = np.ones(len(w))
-    scale[chosen] = conserve[inverse]
-    out = w.take(index)
-    many = np.where(split, many_table[which], tokens[index])
-    share = many / np.maximum(tokens[index], 1)
-    decode = out.kind == Kind.DECODE_ATTENTION
+    out, own = w.take(index), tokens[index]
+    many, chance, conserve = own.copy(), np.ones(len(out)), np.ones(len(w))
+    # the rows made of a chosen one take the points of its pair one after the other
+    split = (keep < 1.0)[index]
+    made, begin = length[inverse], (np.cumsum(length) - length)[inverse]
+    which = np.arange(made.sum()) + np.repeat(begin - (np.cumsum(made) - made), made)
+    many[split] = np.concatenate([many for many, _ in points])[which]
+    chance[split] = np.concatenate([chance for _, chance in points])[which]
+    conserve[chosen] = np.array([1.0 / sum(chance) for _, chance in points])[inverse]
+    share = many / np.maximum(own, 1)
     return out.replace(
-        count=out.count * np.where(split, chance_table[which], 1.0),
-        m=np.where(split & (out.m > 0), many, out.m),
-        batch=np.where(split & decode, many, out.batch),
+        count=out.count * chance,
+        m=np.where(out.m > 0, many, out.m),
+        batch=np.where(out.kind == Kind.DECODE_ATTENTION, many, out.batch),
         read_bytes=out.read_bytes * share,
         write_bytes=out.write_bytes * share,
-        params=out.params * scale[index],
+        params=out.params * conserve[index],
     )
 
 
 def tokens_of(w: Workload) -> Array:
     """Tokens of every row: ``m``, or ``batch`` for decode attention."""
-    out: Array = np.where(w.kind == Kind.DECODE_ATTENTION, w.batch, w.m)
-    return out
+    return np.where(w.kind == Kind.DECODE_ATTENTION, w.batch, w.m)
 
 
 def split_fused_qkv(w: Workload, s: F) -> tuple[Workload, F]:
-    """Fused q, k, v projections of sparsity ``s > 0`` as two GEMMs, queries and the rest, for methods that treat them differently."""
-    attention = attention_rows(w)
-    queries, keys = covering(w, attention, w.heads * w.head_dim), covering(w, attention, w.kv_heads * w.head_dim)
-    fused = (s > 0) & has_role(w, "qkv") & (w.stage != 1) & (w.n != 2 * keys)  # not split before
+    """Fused q, k, v projections of sparsity ``s > 0`` as two GEMMs, queries and the rest; the sparsity of the rows."""
+    queries, keys = (covering(w, w.is_attention, heads * w.head_dim) for heads in (w.heads, w.kv_heads))
+    fused = (s > 0) & w.is_role("qkv") & (w.stage != 1) & (w.n != 2 * keys)  # not split before
     if not fused.any():
         return w, s
     if (w.stage[fused] == 2).any():
         raise InputError(
             "the queries of a low-rank fused qkv projection cannot be computed alone; lower with fuse_qkv=False"
         )
-    times = np.where(fused, 2, 1)
-    index = np.repeat(np.arange(len(w)), times)
-    first = np.r_[True, index[1:] != index[:-1]]
-    out, two = w.take(index), fused[index]
-    n = np.where(two, np.where(first, queries[index], out.n - queries[index]), out.n)
-    role = np.where(two & first, role_code("q")[0], out.role)
-    params = np.where(two, out.params * (n / np.maximum(out.n, 1)), out.params)
-    return out.replace(n=n, role=role, params=params), s[index]
+    out, index, first, rest = doubled(w, fused)
+    n = np.where(first, queries[index], np.where(rest, out.n - queries[index], out.n))
+    params = np.where(first | rest, out.params * (n / np.maximum(out.n, 1)), out.params)
+    return out.replace(n=n, role=np.where(first, role_code("q")[0], out.role), params=params), s[index]
 
 
 def query_share(w: Workload, keep: F) -> F:
-    """Share of rotary (or query-key norm) left when ``keep`` of the query work is and all of the keys'."""
-    attention = attention_rows(w)
-    heads, groups = covering(w, attention, w.heads), covering(w, attention, w.kv_heads)
+    """Share of rotary (or query-key norm) left when ``keep`` of the query work is and all of the keys'; 1 of others."""
+    heads, groups = (covering(w, w.is_attention, heads) for heads in (w.heads, w.kv_heads))
     share: F = (heads * keep + groups) / np.maximum(heads + groups, 1)
-    return share
+    return np.where(w.is_role("rotary", "qk_norm") & (w.layer >= 0), share, 1.0)
 
 
 def prompt_of(w: Workload) -> Array:
-    """Prompt positions in the cache of every layer row's layer, as its decodes (or its prefill) see them; int64, 0 outside."""
+    """Prompt positions in the cache of every row's layer, as its decodes (or its prefill) see them; 0 outside."""
     none = np.iinfo(np.int64).max
     out = np.full(layer_count(w) + 1, none)
     decode = w.kind == Kind.DECODE_ATTENTION

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from simulator.pruning._common import SCORE_BYTES, Choice, Family, insert, overheads, removed, whole, whole_share
+from simulator.pruning._common import Choice, Family, whole
+from simulator.pruning._rows import SCORE_BYTES, insert, overheads, removed, whole_share
 from simulator.pruning._tokens import prompt_of
 from simulator.workload import DTYPE_BYTES, Kind, Workload
 
@@ -12,9 +13,10 @@ from simulator.workload import DTYPE_BYTES, Kind, Workload
 def kv_cache(w: Workload, choice: Choice, *, ideal: bool, observed: int) -> tuple[Workload, float]:
     """``round((1-s) S)`` of the S prompt positions stay in the cache, at least one; what is generated stays.
 
-    Prefill rows gain nothing and pay in every layer: the last ``observed`` queries score all keys (``mask``: reads K, writes and reads the
-    scores), each KV head chooses positions (``select``), and the cache is compacted (``gather``: reads and writes what is kept). A
-    workload that is a decode alone has paid it before. Realised: prompt positions evicted / prompt positions, mean over the layers.
+    Prefill rows gain nothing and pay in every layer: the last ``observed`` queries score all keys (``mask``: reads K,
+    writes and reads the scores), each KV head chooses positions (``select``), and the cache is compacted (``gather``:
+    reads and writes what is kept). A workload that is a decode alone has paid it before. Realised: prompt positions
+    evicted / prompt positions, mean over the layers.
     """
     observed = whole("observed", observed)
     prompt = prompt_of(w)
@@ -25,40 +27,28 @@ def kv_cache(w: Workload, choice: Choice, *, ideal: bool, observed: int) -> tupl
     rows = prefill if prefill.any() else decode
     realised = removed(float(prompt[rows] @ w.count[rows]), float((prompt - evicted)[rows] @ w.count[rows]))
     at = np.flatnonzero(prefill & (choice.rows > 0))
-    if ideal or not len(at):
+    if ideal:
         return out, realised
-    element = DTYPE_BYTES[w.weight_dtype[at]]
-    position = w.batch[at] * w.kv_heads[at] * w.head_dim[at] * element  # bytes of one key, all sequences and heads
-    scores = w.batch[at] * w.heads[at] * np.minimum(observed, w.q_len[at]) * w.kv_len[at] * SCORE_BYTES
-    count = w.batch[at] * w.kv_heads[at]
-    mask = overheads(
-        w,
-        at,
-        "mask",
-        m=w.batch[at] * w.heads[at] * np.minimum(observed, w.q_len[at]),
-        n=w.kv_len[at],
-        read_bytes=position * w.kv_len[at] + scores,
-        write_bytes=scores,
-    )
-    chosen = SCORE_BYTES * count * kept[at]
-    select = overheads(
-        w, at, "select", m=count, n=w.kv_len[at], read_bytes=SCORE_BYTES * count * w.kv_len[at], write_bytes=chosen
-    )
-    moved = position * 2.0 * kept[at]
-    gather = overheads(w, at, "gather", m=count * kept[at], n=2 * w.head_dim[at], read_bytes=moved, write_bytes=moved)
-    return insert(out, [(at + 0.5, mask), (at + 0.5, select), (at + 0.5, gather)]), realised
+    keys, left, heads = w.kv_len[at], kept[at], w.batch[at] * w.kv_heads[at]
+    position = heads * w.head_dim[at] * DTYPE_BYTES[w.weight_dtype[at]]  # bytes of one key, all sequences and heads
+    queries = w.batch[at] * w.heads[at] * np.minimum(observed, w.q_len[at])
+    scores, chosen = queries * keys * SCORE_BYTES, SCORE_BYTES * heads
+    traffic = {
+        "mask": (queries, keys, position * keys + scores, scores),
+        "select": (heads, keys, chosen * keys, chosen * left),
+        "gather": (heads * left, 2 * w.head_dim[at], position * 2.0 * left, position * 2.0 * left),
+    }
+    added = [
+        overheads(w, at, role, m=m, n=n, read_bytes=read, write_bytes=write)
+        for role, (m, n, read, write) in traffic.items()
+    ]
+    return insert(out, [(at + 0.5, rows) for rows in added]), realised
 
 
 FAMILY = Family(
-    name="kv_cache",
-    axis="K of decode attention",
-    dynamic=True,
-    order=11,
-    together="equal length",
-    function=kv_cache,
+    name="kv_cache", axis="K of decode attention", dynamic=True, order=11, together="equal length", function=kv_cache,
     summary="a share of the prompt's cache kept",
     cost="scoring, selection and compaction at the end of the prefill",
     realised="prompt positions evicted from the cache / prompt positions",
-    options={"observed": 32},
-    support=("decode", "generate"),
-)
+    options={"observed": 32}, support=("decode", "generate"),
+)  # fmt: skip

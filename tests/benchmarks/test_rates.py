@@ -11,7 +11,6 @@ import pytest
 
 from simulator.hardware.library import load_hardware
 from simulator.kernels.gemm import gemm_time
-from simulator.kernels.roofline import gemm_roofline
 from simulator.predict.compare import compare
 from simulator.predict.grid import Grid
 from simulator.predict.sweep import compute_part, piece_columns, pieces, sweep
@@ -51,13 +50,6 @@ def test_calibrated_gemms(benchmark: Any, shapes: tuple[Any, Any, Any], name: st
     assert (time.lower <= time.seconds).all()
     what = f"GEMMs a second, {name} ({section.status}, {'with' if section.arrays else 'without'} residual)"
     floor(what, SHAPES / benchmark.stats["min"], 3e6)
-
-
-def test_plain_rooflines(benchmark: Any, shapes: tuple[Any, Any, Any], floor: Floor) -> None:
-    hw = load_hardware("h100_sxm")
-    seconds = benchmark(gemm_roofline, *shapes, hw)
-    assert (seconds > 0).all()
-    floor("plain rooflines a second", SHAPES / benchmark.stats["min"], 20e6)
 
 
 def test_configurations_of_a_sweep(benchmark: Any, floor: Floor) -> None:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from calibration.fit.attention import fit_attention, predict, registry
-from calibration.fit.attention_columns import Columns, core_of, residual_coordinates, usable, work_of
+from calibration.fit.attention_columns import Columns, core_of, device_of, residual_coordinates, usable, work_of
 from calibration.fit.attention_lattice import Smoothing, fit_lattice
-from calibration.judge.protocol_attention import device_of, score, speedup_errors
+from calibration.judge.protocol_attention import score
 from simulator.hardware.library import load_hardware
 from simulator.kernels.attention import REGIMES, decode_attention_time, prefill_attention_time
 from simulator.kernels.attention_residual import Lattice
@@ -168,17 +168,6 @@ def test_a_fitted_section_predicts_in_a_profile_what_the_fit_predicts() -> None:
             shown = decode_attention_time(c.batch, c.kv_len, c.heads, c.kv_heads, c.head_dim, hw, cold=False).seconds
         assert np.median(np.abs(shown / expected - 1.0)) < 1e-12
         assert np.all(shown >= expected * (1 - 1e-12))  # the floors of physics may only raise it
-
-
-def test_speedup_pairs_differ_in_one_thing_only() -> None:
-    ones = np.ones(4)
-    heads, kv_heads, seconds = (
-        np.array(x) for x in ([32.0, 16.0, 8.0, 2.0], [8.0, 4.0, 2.0, 0.5], [8.0, 4.0, 2.0, 1.0])
-    )
-    c = Columns(ones, 128 * ones, 128 * ones, heads, kv_heads, 128 * ones, seconds)
-    errors = speedup_errors(c, c.seconds * np.array([1.0, 1.1, 1.0, 1.0]), "prefill", "heads")
-    # 32/8 against 16/4 and 8/2; 16/4 against 8/2; 8/2 against 2/0.5; the rest lie below a quarter
-    assert sorted(np.round(errors, 6)) == sorted(np.round([1 / 1.1 - 1, 0.0, 0.1, 0.0], 6))
 
 
 def test_residual_coordinates_are_those_of_prediction() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +14,25 @@ from simulator.errors import InputError
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
 from simulator.hardware.library import load_hardware
 from simulator.kernels.gemm import BOUNDS, CHUNK, PRECISION, alignment_halvings, gemm_ladder, gemm_time
-from simulator.kernels.gemm_core import Machine, core_time, machine_core
+from simulator.kernels.gemm_core import Core, Machine, core_time, machine_core
 
 GPUS = ("a100_sxm_80gb", "h100_sxm", "rtx_4090")
 sizes = st.integers(1, 40_000)
 widths = st.integers(1, 8192).map(lambda i: 8 * i)
+
+
+def machine_of(gpu: str) -> Machine:
+    hw = load_hardware(gpu)
+    facts = (hw.rate("bf16").flop_per_s, hw.bandwidth_bytes_per_s, hw.l2_bytes, hw.sm_count)
+    return Machine(*facts, 1.0, 2.0, 2.0, hw.architecture == "hopper")
+
+
+def defaults(architecture: str) -> dict[str, float]:
+    return {name: constant.default(architecture) for name, constant in CONSTANTS.items()}
+
+
+def core_of(gpu: str, dtype: Any = np.float64) -> Core:
+    return machine_core(machine_of(gpu), defaults(load_hardware(gpu).architecture), dtype)
 
 
 @settings(max_examples=200, deadline=None)
@@ -36,19 +51,9 @@ def test_never_beats_the_physics(m: int, n: int, k: int, gpu: str, kernel: int) 
 @settings(max_examples=100, deadline=None)
 @given(m=st.integers(1, 8192), n=widths, k=widths, axis=st.integers(0, 2), gpu=st.sampled_from(GPUS))
 def test_more_work_is_never_faster_by_more_than_a_tile_step(m: int, n: int, k: int, axis: int, gpu: str) -> None:
-    """The analytic core: a step up to the next whole tile may be cheaper only by the difference of two tiles' efficiency."""
-    hw = load_hardware(gpu)
-    machine = Machine(
-        hw.rate("bf16").flop_per_s,
-        hw.bandwidth_bytes_per_s,
-        hw.l2_bytes,
-        hw.sm_count,
-        1.0,
-        2.0,
-        2.0,
-        hw.architecture == "hopper",
-    )
-    core = machine_core(machine, {name: c.default(hw.architecture) for name, c in CONSTANTS.items()})
+    """The analytic core: a step up to the next whole tile may be cheaper only by two tiles' difference in
+    efficiency."""
+    core = core_of(gpu)
     shape = np.array([[m], [n], [k]], dtype=np.float64)
     larger = shape.copy()
     larger[axis] += (128, 256, 128)[axis]
@@ -58,12 +63,7 @@ def test_more_work_is_never_faster_by_more_than_a_tile_step(m: int, n: int, k: i
 
 def test_a_cpu_has_no_tiles_and_reads_its_weights_twice_from_some_rows_on() -> None:
     machine = Machine(1e12, 3e10, 1e6, 2, 1.0, 4.0, 4.0, False, packs=True)
-    constants = {name: c.default("cpu") for name, c in CONSTANTS.items()} | {
-        "pack": 1.0,
-        "pack_m": 4.0,
-        "t0": 1e-7,
-        "e_d": 1.0,
-    }
+    constants = defaults("cpu") | {"pack": 1.0, "pack_m": 4.0, "t0": 1e-7, "e_d": 1.0}
     core = machine_core(machine, constants)
     m, wide = np.array([1.0, 3.0, 4.0, 5.0]), np.full(4, 4096.0)
     t = core_time(m, wide, wide, core)
@@ -75,32 +75,13 @@ def test_a_cpu_has_no_tiles_and_reads_its_weights_twice_from_some_rows_on() -> N
 
 @pytest.mark.parametrize("gpu", GPUS)
 def test_halving_both_rates_doubles_time_minus_overhead(gpu: str) -> None:
-    hw = load_hardware(gpu)
-    machine = Machine(
-        hw.rate("bf16").flop_per_s,
-        hw.bandwidth_bytes_per_s,
-        hw.l2_bytes,
-        hw.sm_count,
-        1.0,
-        2.0,
-        2.0,
-        hw.architecture == "hopper",
-    )
-    c = {name: constant.default(hw.architecture) for name, constant in CONSTANTS.items()}
-    slow = {
-        **c,
-        "tau": 2 * c["tau"],
-        "t_s": 2 * c["t_s"],
-        **{name: c[name] / 2 for name in ("b_e", "b_l2", "b_hit", "b_s")},
-    }
-    half = replace(
-        machine, peak_flop_per_s=machine.peak_flop_per_s / 2, bandwidth_bytes_per_s=machine.bandwidth_bytes_per_s / 2
-    )
-    m, n, k = (
-        np.array(v, dtype=np.float64)
-        for v in ([1, 64, 2048, 8192], [4096, 11008, 4096, 8192], [4096, 4096, 11008, 512])
-    )
-    fast, slowed = core_time(m, n, k, machine_core(machine, c)), core_time(m, n, k, machine_core(half, slow))
+    machine, c = machine_of(gpu), defaults(load_hardware(gpu).architecture)
+    twice, halved = ("tau", "t_s"), ("b_e", "b_l2", "b_hit", "b_s")
+    slow = c | {name: 2 * c[name] for name in twice} | {name: c[name] / 2 for name in halved}
+    rates = (machine.peak_flop_per_s / 2, machine.bandwidth_bytes_per_s / 2)
+    half = replace(machine, peak_flop_per_s=rates[0], bandwidth_bytes_per_s=rates[1])
+    shapes = np.array([[1, 4096, 4096], [64, 11008, 4096], [2048, 4096, 11008], [8192, 8192, 512]], dtype=np.float64).T
+    fast, slowed = core_time(*shapes, machine_core(machine, c)), core_time(*shapes, machine_core(half, slow))
     np.testing.assert_allclose(slowed.total_us - 1e6 * c["t0"], 2 * (fast.total_us - 1e6 * c["t0"]), rtol=1e-12)
 
 
@@ -114,11 +95,10 @@ def test_odd_inner_width_is_slower_than_its_aligned_neighbour(gpu: str, m: int, 
     assert down[0] > least * down[1]
 
 
-def test_alignment_counts_halvings_below_16_bytes() -> None:
-    n = np.array([8.0, 4.0, 2.0, 1.0, 16.0])
-    assert alignment_halvings(n, np.full(5, 16.0), 2.0).tolist() == [0, 1, 2, 3, 0]
-    assert alignment_halvings(n, np.full(5, 16.0), 1.0).tolist() == [1, 2, 3, 4, 0]
-    assert alignment_halvings(np.full(5, 16.0), n, 2.0).tolist() == [0, 1, 2, 3, 0]
+@pytest.mark.parametrize(("size", "halvings"), [(2.0, [0, 1, 2, 3, 0]), (1.0, [1, 2, 3, 4, 0])])
+def test_alignment_counts_halvings_below_16_bytes(size: float, halvings: list[int]) -> None:
+    odd, even = np.array([8.0, 4.0, 2.0, 1.0, 16.0]), np.full(5, 16.0)
+    assert alignment_halvings(odd, even, size).tolist() == alignment_halvings(even, odd, size).tolist() == halvings
 
 
 @pytest.mark.parametrize("gpu", GPUS)
@@ -130,10 +110,10 @@ def test_semi_structured_gains_at_prefill_and_nothing_in_decode(gpu: str) -> Non
 
 
 def test_narrow_weights_help_where_weights_are_the_traffic() -> None:
-    hw = load_hardware("a100")
-    for m, low, high in ((1, 1.2, 4.0), (4096, 0.4, 1.05)):
-        ratio = gemm_time(m, 8192, 8192, hw).seconds / gemm_time(m, 8192, 8192, hw, weight_dtype="int4").seconds
-        assert low < ratio < high
+    full, narrow = (gemm_time([1, 4096], 8192, 8192, load_hardware("a100"), weight_dtype=d) for d in (None, "int4"))
+    ratio = full.seconds / narrow.seconds
+    assert 1.2 < ratio[0] < 4.0
+    assert 0.4 < ratio[1] < 1.05
 
 
 def test_unstructured_zeros_are_timed_as_dense() -> None:
@@ -160,13 +140,9 @@ def test_ladder_ends_in_the_time_and_starts_at_the_roofline(gpu: str) -> None:
     assert list(rungs) == ["roofline", "tile", "wave", "alignment", "kernel", "launch"]
     time = gemm_time(m, n, k, hw)
     assert (rungs["launch"] == time.seconds).all()
-    np.testing.assert_allclose(
-        rungs["roofline"],
-        np.maximum(
-            2.0 * m * n * k / hw.peak_flop_per_s("bf16"), 2.0 * (n * k + m * (n + k)) / hw.bandwidth_bytes_per_s
-        ),
-        rtol=1e-6,
-    )
+    compute = 2.0 * m * n * k / hw.peak_flop_per_s("bf16")
+    roofline = np.maximum(compute, 2.0 * (n * k + m * (n + k)) / hw.bandwidth_bytes_per_s)
+    np.testing.assert_allclose(rungs["roofline"], roofline, rtol=1e-6)
     assert (rungs["tile"] >= rungs["roofline"] * (1 - 1e-6)).all()
     assert (rungs["wave"] >= rungs["tile"]).all()
     assert (rungs["alignment"][2:] > 1.1 * rungs["wave"][2:]).all()
@@ -197,15 +173,8 @@ def test_chunks_do_not_show(size: int) -> None:
 
 
 def test_single_precision_is_enough() -> None:
-    hw = load_hardware("a100")
-    c = {name: constant.default(hw.architecture) for name, constant in CONSTANTS.items()}
-    machine = Machine(
-        hw.rate("bf16").flop_per_s, hw.bandwidth_bytes_per_s, hw.l2_bytes, hw.sm_count, 1.0, 2.0, 2.0, False
-    )
-    rng = np.random.default_rng(0)
-    m, n, k = (np.ceil(2.0 ** rng.uniform(0, 15, 5000)) for _ in range(3))
-    exact = core_time(m, n, k, machine_core(machine, c))
-    quick = core_time(*(a.astype(PRECISION) for a in (m, n, k)), machine_core(machine, c, PRECISION))
+    shapes = np.ceil(2.0 ** np.random.default_rng(0).uniform(0, 15, (3, 5000)))
+    exact, quick = core_time(*shapes, core_of("a100")), core_time(*shapes.astype(PRECISION), core_of("a100", PRECISION))
     np.testing.assert_allclose(quick.total_us, exact.total_us, rtol=5e-6)
 
 
@@ -213,25 +182,20 @@ def test_whole_waves_are_whole() -> None:
     """108 tiles on 108 SMs are one wave, at any precision."""
     for sm in (56, 84, 108, 114, 128, 132, 142, 188):
         machine = Machine(3e14, 2e12, 4e7, sm, 1.0, 2.0, 2.0, False)
-        c = {name: constant.default("ampere") for name, constant in CONSTANTS.items()}
         for dtype in (np.float64, np.float32):
             m, n, k = (np.full(1, v, dtype=dtype) for v in (128 * sm, 256, 64))
-            one = core_time(m, n, k, machine_core(machine, c, dtype))
-            two = core_time(m + dtype(1), n, k, machine_core(machine, c, dtype))
-            assert one.total_us < two.total_us
+            core = machine_core(machine, defaults("ampere"), dtype)
+            assert core_time(m, n, k, core).total_us < core_time(m + dtype(1), n, k, core).total_us
 
 
 def test_levels_nest() -> None:
-    hw = load_hardware("h100")
-    narrow, wide = (gemm_time(64, 4096, 4096, hw, level=v) for v in (0.5, 0.99))
+    narrow, wide = (gemm_time(64, 4096, 4096, load_hardware("h100"), level=v) for v in (0.5, 0.99))
     assert wide.lower <= narrow.lower < narrow.seconds < narrow.upper < wide.upper
 
 
-def test_empty_and_scalar_shapes() -> None:
-    hw = load_hardware("h100")
-    assert gemm_time([], [], [], hw).seconds.shape == (0,)
-    assert gemm_time(1, 64, 64, hw).seconds.shape == ()
-    assert gemm_time(np.ones((2, 1)), np.full((1, 3), 64), 64, hw).seconds.shape == (2, 3)
+@pytest.mark.parametrize(("m", "n", "shape"), [([], [], (0,)), (1, 64, ()), ([[1], [1]], [[64, 64, 64]], (2, 3))])
+def test_times_have_the_shape_of_what_was_asked(m: Any, n: Any, shape: tuple[int, ...]) -> None:
+    assert gemm_time(m, n, 64, load_hardware("h100")).seconds.shape == shape
 
 
 @pytest.mark.parametrize(
@@ -252,8 +216,5 @@ def test_bad_input_is_one_line(shape: tuple[float, ...], options: dict[str, obje
 
 def test_every_constant_has_a_unit_a_source_and_defaults_in_range() -> None:
     for name, constant in CONSTANTS.items():
-        assert constant.unit, name
-        assert constant.source, name
-        assert "*" in constant.defaults, name
-        for value in constant.defaults.values():
-            assert constant.low <= value <= constant.high, name
+        assert all((constant.unit, constant.source, "*" in constant.defaults)), name
+        assert all(constant.low <= value <= constant.high for value in constant.defaults.values()), name

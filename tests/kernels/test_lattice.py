@@ -9,9 +9,8 @@ from scipy.interpolate import RegularGridInterpolator
 from simulator.hardware.constants import AXES
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
 from simulator.hardware.library import load_hardware
-from simulator.kernels.gemm import gemm_time
+from simulator.kernels.gemm import gemm_kernel, gemm_time
 from simulator.kernels.gemm_core import Machine, core_time, machine_core
-from simulator.kernels.gemm_plan import gemm_plan
 from simulator.kernels.lattice import (
     Coordinates,
     Residual,
@@ -126,7 +125,7 @@ def test_between_measured_m_the_residual_leads_from_one_to_the_next() -> None:
     assert plain is not None
     led = between_measured(plain, measured)
     m = measured[measured > 16]
-    core = gemm_plan(hw, "bf16", None, 0).core
+    core = gemm_kernel(hw, "bf16", None, 0).core
     n, k = np.full(len(m), 4096.0), np.full(len(m), 5120.0)
     parts = core_time(m, n, k, core)
     np.testing.assert_allclose(led.at(m, n, k, parts, core), plain.at(m, n, k, parts, core), atol=1e-5)

@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 
+from simulator.cli import run
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
@@ -153,13 +154,12 @@ def test_bad_requests_are_refused(hardware: list[str], phase: str, family: str, 
 
 
 def test_the_command_prints_a_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
-    from simulator.cli import advise as command
-
-    command.command(MODEL, HARDWARE, 1.5, family="width,unstructured")
+    words = ["advise", MODEL, "--hardware", HARDWARE, "--target", "1.5", "--family", "width,unstructured"]
+    assert run(words) == 0
     text = capsys.readouterr().out
     assert "not reachable (at most 1.00 at" in text
     assert "no pruning, weights in int8" in text
-    command.command(MODEL, HARDWARE, 1.5, family="width,unstructured", json=True)
+    assert run([*words, "--json"]) == 0
     records = json.loads(capsys.readouterr().out)
     assert [(r["family"], r["reached"]) for r in records] == [("width", True), ("unstructured", False)]
     assert records[0]["speedup"] >= 1.5

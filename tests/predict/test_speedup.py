@@ -1,4 +1,4 @@
-"""Dense and pruned workloads to speedups: bounds by hand, exact waterfalls, intervals that cancel where nothing changed."""
+"""Dense and pruned workloads to speedups: bounds by hand, exact waterfalls, intervals that cancel where they should."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from simulator.predict.rows import COLUMNS, Record
 from simulator.predict.settings import Setting
 from simulator.predict.table import explanations, families
 from simulator.pruning import FAMILIES
-from simulator.workload import SCHEMA
+from simulator.workload import Workload
 
 MODEL = ["llama-3.1-8b"]
 
@@ -176,7 +176,7 @@ def test_pruning_together_equals_one_by_one(family: str, phase: str, model: str,
             stack, j = together[i]
             at = stack.starts[j] + np.arange(stack.lengths[j])
             assert len(one) == len(at)
-            for name in SCHEMA:
+            for name in Workload.SCHEMA:
                 got, wanted = getattr(stack.rows, name)[at], getattr(one, name)
                 np.testing.assert_allclose(got, wanted, rtol=1e-12, err_msg=name)
             applied = one.meta.applied[-1]

@@ -7,54 +7,37 @@ import pytest
 from tiny_decoder import FUSED, GQA, MHA, workload
 
 from simulator.errors import InputError
-from simulator.pruning import FAMILIES, Family, prune
-from simulator.workload import SCHEMA, Applied, Workload
+from simulator.pruning import FAMILIES, prune
+from simulator.workload import Applied, Workload
 
-ELEVEN = [
-    "depth",
-    "width",
-    "width_cross",
-    "semi_structured",
-    "low_rank",
-    "unstructured",
-    "dynamic_depth",
-    "dynamic_width",
-    "sparse_attention",
-    "token",
-    "kv_cache",
-]
+STATIC = ["depth", "width", "width_cross", "semi_structured", "low_rank", "unstructured"]
+ELEVEN = [*STATIC, "dynamic_depth", "dynamic_width", "sparse_attention", "token", "kv_cache"]
 PER_LAYER = [name for name, family in FAMILIES.items() if family.per_layer and name not in ("semi_structured", "token")]
 
 
 def same(a: Workload, b: Workload) -> None:
     assert len(a) == len(b)
-    for name in SCHEMA:
+    for name in a.SCHEMA:
         np.testing.assert_allclose(getattr(a, name), getattr(b, name), rtol=1e-12, err_msg=name)
 
 
 def test_the_registry_is_that_of_the_design() -> None:
     assert list(FAMILIES) == ELEVEN
     for name, family in FAMILIES.items():
-        assert isinstance(family, Family)
         assert family.name == name
         assert all((family.axis, family.summary, family.cost, family.realised))
-        assert family.dynamic == (name in ELEVEN[6:])
-    with pytest.raises(TypeError):
-        FAMILIES["new"] = FAMILIES["depth"]  # type: ignore[index]
+        assert family.dynamic == (name not in STATIC)
 
 
 @pytest.mark.parametrize("family", ELEVEN)
 @pytest.mark.parametrize("phase", ["prefill", "decode", "generate"])
 def test_zero_is_the_identity(family: str, phase: str) -> None:
     w = workload(GQA, phase)
-    for zero in (0, 0.0, np.float64(0)):
+    zeros = [0, 0.0, np.float64(0)] + [[0.0] * 6] * FAMILIES[family].per_layer
+    for zero in zeros + [{"mlp": 0.0}] * bool(FAMILIES[family].targets):
         pruned = prune(w, family, zero)
-        same(pruned, w)
         assert pruned.meta.applied == (Applied(family, 0.0, 0.0),)
-    if FAMILIES[family].per_layer:
-        same(prune(w, family, [0.0] * 6), w)
-    if FAMILIES[family].targets:
-        same(prune(w, family, {"mlp": 0.0}), w)
+        assert pruned.replace(meta=w.meta) == w
 
 
 def test_what_was_applied_is_recorded() -> None:
@@ -75,10 +58,9 @@ def test_equal_layers_are_a_scalar(family: str, phase: str) -> None:
         w = workload(d, phase, 3)
         a, b = prune(w, family, 0.3), prune(w, family, [0.3] * d.layers)
         assert a.meta.applied[0].realised == pytest.approx(b.meta.applied[0].realised)
-        a, b = a.compact(), b.compact()
-        keys = ("read_bytes", "batch", "kv_len", "k", "n", "m", "part", "phase", "role")
-        order = [np.lexsort([getattr(x, name) for name in keys]) for x in (a, b)]
-        same(a.take(order[0]).replace(layer=0), b.take(order[1]).replace(layer=0))
+        keys = ("read_bytes", "batch", "kv_len", "k", "n", "m", "part", "phase", "role", "layer")
+        a, b = (x.expand() for x in (a, b))
+        same(*(x.take(np.lexsort([getattr(x, name) for name in keys])) for x in (a, b)))
 
 
 def test_layers_differ_and_runs_merge() -> None:
@@ -117,14 +99,9 @@ def test_a_mapping_is_weighed_by_parameters() -> None:
     [
         ("dept", 0.5, {}, "pruning family 'dept' is unknown; did you mean depth"),
         (3, 0.5, {}, "pruning family '3' is unknown"),
-        ("depth", 1.0, {}, r"sparsity 1: expected a fraction in \[0, 1\)"),
-        ("depth", -0.1, {}, r"sparsity -0.1: expected"),
         ("depth", 25, {}, r"for 25 % write 0.25"),
-        ("depth", float("nan"), {}, "sparsity nan: expected"),
-        ("depth", float("inf"), {}, "sparsity inf: expected"),
-        ("depth", "0.5", {}, "got '0.5'"),
-        ("depth", True, {}, "got True"),
-        ("depth", None, {}, "got None"),
+        *(("depth", s, {}, rf"sparsity {s:g}: expected a fraction in \[0, 1\)") for s in (1.0, -0.1, np.nan, np.inf)),
+        *(("depth", s, {}, f"got {s!r}") for s in ("0.5", True, None)),
         ("depth", [0.5] * 6, {}, "family depth takes no sparsity by layer"),
         ("depth", {"q": 0.5}, {}, r"projection \(for family depth\) 'q' is unknown; .*attention, mlp"),
         ("depth", 0.5, {"unit": "head"}, "option unit: expected layer or both or attention or mlp, got 'head'"),
@@ -149,19 +126,14 @@ def test_a_mapping_is_weighed_by_parameters() -> None:
             "unstructured",
             {"gate_up": 0.5},
             {},
-            "sparsity of gate_up: this workload has no such projection; it has q, k, v, o,",
+            "sparsity of gate_up: this workload has no such projection; it has q, k",
         ),
         ("unstructured", {"q": 1}, {}, "sparsity of q: 1: expected"),
         ("dynamic_depth", 0.5, {"prune_kv": "yes"}, "option prune_kv: expected true or false, got 'yes'"),
         ("sparse_attention", 0.5, {"block": 32}, "option block: expected 16 or 64 or 128, got 32"),
         ("token", 0.5, {"start": 6}, "option start: expected a layer from 0 to 5, got 6"),
         ("token", 0.5, {"start": -1}, "option start: expected a whole number from 0 up, got -1"),
-        (
-            "token",
-            [0.5, 0.5, 0.5, 0.4, 0.5, 0.5],
-            {},
-            "sparsity of layer 3: a dropped token cannot come back; expected at least 0.5",
-        ),
+        ("token", [0.5] * 3 + [0.4] * 3, {}, "sparsity of layer 3: a dropped token cannot come back; .*at least 0.5"),
         ("token", [0.5] * 6, {"start": 2}, "option start: a sparsity by layer says already"),
         ("kv_cache", 0.5, {"observed": 0}, "option observed: expected a whole number from 1 up, got 0"),
     ],

@@ -11,6 +11,7 @@ from simulator.pruning import FAMILIES, prune
 from simulator.workload import Workload
 
 SPARSITIES = (0.1, 0.25, 0.5, 0.7)
+SHAPES = {**DECODERS, "llama-3.1-8b": Decoder(4096, 32, 32, 8, 128, 14336, 128256)}
 
 
 def counts(w: Workload) -> tuple[float, float]:
@@ -18,62 +19,26 @@ def counts(w: Workload) -> tuple[float, float]:
     return float(w.flops[own].sum()), float((w.params * w.count)[own].sum())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+OPTIONS = [
+    *((family, {}) for family in FAMILIES),
+    ("dynamic_depth", {"prune_kv": True}),
+    *(("width", {"align": align}) for align in (1, 8)),
+    ("token", {"start": 0}),
+    ("token", {"start": 4, "mode": "static"}),
+]
+
+
+@pytest.mark.parametrize(("family", "options"), OPTIONS)
 @pytest.mark.parametrize("phase", ["prefill", "decode", "generate"])
-@pytest.mark.parametrize("name", DECODERS)
-def test_flops_and_parameters(family: str, phase: str, name: str) -> None:
-    d = DECODERS[name]
+@pytest.mark.parametrize("name", SHAPES)
+def test_flops_and_parameters(family: str, options: dict[str, object], phase: str, name: str) -> None:
+    d = SHAPES[name]
     for s in SPARSITIES if family != "semi_structured" else (0.5,):
         for batch in (1, 3, 16, 40, 600):
             dense = workload(d, phase, batch)
-            want = expected(d, phase, batch, 48, 3, family, s)
-            assert counts(prune(dense, family, s, ideal=True)) == pytest.approx(want, rel=1e-12), (s, batch)
-            assert counts(prune(dense, family, s)) == pytest.approx(want, rel=1e-12), (s, batch)
-
-
-@pytest.mark.parametrize(
-    ("family", "options"),
-    [
-        ("dynamic_depth", {"prune_kv": True}),
-        ("width", {"align": 1}),
-        ("width", {"align": 8}),
-        ("token", {"start": 0}),
-        ("token", {"start": 4, "mode": "static"}),
-    ],
-)
-@pytest.mark.parametrize("phase", ["prefill", "decode", "generate"])
-@pytest.mark.parametrize("name", DECODERS)
-def test_flops_and_parameters_with_options(family: str, options: dict[str, object], phase: str, name: str) -> None:
-    d = DECODERS[name]
-    for s in SPARSITIES:
-        for batch in (1, 5):
-            got = counts(prune(workload(d, phase, batch), family, s, **options))
-            assert got == pytest.approx(expected(d, phase, batch, 48, 3, family, s, **options), rel=1e-12), (s, batch)
-
-
-def _named(config: simulator.ModelConfig) -> Decoder:
-    return Decoder(
-        config.hidden,
-        config.layers,
-        config.heads,
-        config.kv_heads,
-        config.head_dim,
-        config.inner,
-        config.vocab,
-        config.gated,
-    )
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ["llama-2-7b", "llama-3.1-8b"])
-def test_lowered_models(family: str, name: str) -> None:
-    model = simulator.load_model(name)
-    d = _named(model)
-    for phase, batch, seq in (("prefill", 1, 512), ("decode", 1, 2048), ("decode", 64, 2048), ("generate", 4, 256)):
-        dense = simulator.lower(model, phase=phase, batch=batch, seq=seq, new_tokens=8 if phase == "generate" else 0)
-        for s in (0.1, 0.25, 0.5) if family != "semi_structured" else (0.5,):
-            got = counts(prune(dense, family, s))
-            assert got == pytest.approx(expected(d, phase, batch, seq, 8, family, s), rel=1e-12), (phase, batch, s)
+            want = pytest.approx(expected(d, phase, batch, 48, 3, family, s, **options), rel=1e-12)
+            assert counts(prune(dense, family, s, ideal=True, **options)) == want, (s, batch)
+            assert counts(prune(dense, family, s, **options)) == want, (s, batch)
 
 
 def test_parameters_of_llama_2_7b_at_width() -> None:
@@ -108,15 +73,16 @@ def test_overhead_flops_are_those_of_router_and_projection() -> None:
 
 def test_devices_prune_their_own_share() -> None:
     model = simulator.load_model("llama-3.1-8b")
-    pruned = prune(simulator.lower(model, phase="decode", batch=4, seq=512, devices=2), "width", 0.4)
+    dense = simulator.lower(model, phase="decode", batch=4, seq=512, devices=2)
+    pruned = prune(dense, "width", 0.4)
     # each device: 4 KV groups -> 2.4 -> 2, an inner width of 7168 -> 4300.8 -> 4304
     assert set(pruned.kv_heads[pruned.is_role("attention")]) == {2}
     assert set(pruned.n[pruned.is_role("q")]) == {2 * 4 * 128}
     assert set(pruned.k[pruned.is_role("down")]) == {4304}
-    explicit = prune(simulator.lower(model, phase="decode", batch=4, seq=512, devices=2), "width", 0.4, inner=8600)
+    explicit = prune(dense, "width", 0.4, inner=8600)
     assert set(explicit.k[explicit.is_role("down")]) == {4300}
     # tokens that skip a sublayer are not reduced over the devices either
-    reduced = prune(simulator.lower(model, phase="decode", batch=4, seq=512, devices=2), "dynamic_depth", 0.5)
+    reduced = prune(dense, "dynamic_depth", 0.5)
     inside = reduced.is_role("all_reduce") & (reduced.layer >= 0)
     assert float((reduced.read_bytes * reduced.count)[inside].sum()) == pytest.approx(2 * 32 * 2 * 4096 * 2)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,12 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_shapes import PUBLISHED
 
-from simulator.kernels.memory import RESERVE_BYTES, activation_bytes, cache_bytes, memory, weights_bytes
+from simulator.kernels import stack
+from simulator.kernels.stack import RESERVE_BYTES, Stack, memory
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.workload import Kernel, Kind, Part, Workload
 
 GPU: Any = SimpleNamespace(memory_bytes=80e9)
+
+
+def _of_one(count: Callable[[Stack], Any]) -> Callable[[Workload], float]:
+    return lambda w: float(count(Stack.of([w]))[0])
+
+
+counts = (stack.weights_bytes, stack.cache_bytes, stack.activation_bytes)
+weights_bytes, cache_bytes, activation_bytes = (_of_one(count) for count in counts)
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
@@ -57,9 +67,8 @@ def test_activations_of_a_prefill() -> None:
     model, m = load_model("llama-3.1-8b"), 2 * 500
     stream, mlp = 2 * m * p.hidden, 3 * m * p.inner
     for fused in (False, True):
-        assert activation_bytes(lower(model, batch=2, seq=500, fuse_qkv=fused, fuse_gate_up=fused)) == 2 * (
-            stream + mlp
-        )
+        w = lower(model, batch=2, seq=500, fuse_qkv=fused, fuse_gate_up=fused)
+        assert activation_bytes(w) == 2 * (stream + mlp)
     assert activation_bytes(lower(model, batch=2, seq=500, logits="all")) == 2 * (stream + m * p.vocab)
     assert activation_bytes(lower(model, batch=2, seq=500, dtype="fp32")) == 4 * (stream + mlp)
 
@@ -88,22 +97,13 @@ def test_what_grows_with_no_device_count() -> None:
 
 
 def test_weights_with_two_of_four() -> None:
-    row = {
-        "role": "up",
-        "part": Part.MLP,
-        "m": 1,
-        "n": 64,
-        "k": 32,
-        "count": 2,
-        "kernel": Kernel.SPARSE24,
-        "density": 0.5,
-    }
+    row = {"role": "up", "part": Part.MLP, "m": 1, "n": 64, "k": 32, "count": 2}
+    row |= {"kernel": Kernel.SPARSE24, "density": 0.5}
     # half the values at two bytes, and two bits of index for each of them
     expected = 2 * (64 * 32 // 2 * 2 + 64 * 32 // 2 * 2 / 8)
     assert weights_bytes(Workload.from_rows([row | {"params": 64 * 32 / 2}])) == expected
-    assert (
-        weights_bytes(Workload.from_rows([row | {"params": 64 * 32 / 2 + 64}])) == expected + 2 * 64 * 2
-    )  # with a bias
+    bias = row | {"params": 64 * 32 / 2 + 64}
+    assert weights_bytes(Workload.from_rows([bias])) == expected + 2 * 64 * 2
     scattered = row | {"kernel": Kernel.UNSTRUCTURED, "params": 64 * 32 / 2}
     assert weights_bytes(Workload.from_rows([scattered])) == 2 * 64 * 32 * 2
 
@@ -129,15 +129,12 @@ def test_pipeline_memory_is_the_fullest_stage() -> None:
     tied = lower(load_model("llama-3.2-1b"), phase="decode", seq=9, devices=2, parallel="pipeline")
     q = PUBLISHED["llama-3.2-1b"]
     body = q.parameters - q.vocab * q.hidden - q.hidden
-    assert weights_bytes(tied) == 2 * (
-        body / 2 + q.vocab * q.hidden + q.hidden
-    )  # the last stage has its own copy of the table
+    # the last stage has its own copy of the table
+    assert weights_bytes(tied) == 2 * (body / 2 + q.vocab * q.hidden + q.hidden)
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    name=st.sampled_from(sorted(PUBLISHED)), batch=st.integers(1, 32), seq=st.integers(1, 5000), steps=st.integers(1, 8)
-)
+@given(st.sampled_from(sorted(PUBLISHED)), st.integers(1, 32), st.integers(1, 5000), st.integers(1, 8))
 def test_memory_grows_with_batch_and_length(name: str, batch: int, seq: int, steps: int) -> None:
     def of(**options: int) -> tuple[float, float, float]:
         w = lower(load_model(name), phase="generate", **{"batch": batch, "seq": seq, "new_tokens": steps, **options})
@@ -155,14 +152,7 @@ def test_memory_grows_with_batch_and_length(name: str, batch: int, seq: int, ste
 
 def test_an_empty_and_a_row_without_layers() -> None:
     assert cache_bytes(Workload.from_rows([{"role": "q", "m": 1, "n": 2, "k": 3}])) == 0.0
-    lone = {
-        "kind": Kind.DECODE_ATTENTION,
-        "role": "attention",
-        "batch": 1,
-        "q_len": 1,
-        "kv_len": 7,
-        "kv_heads": 2,
-        "head_dim": 4,
-    }
+    lone = {"kind": Kind.DECODE_ATTENTION, "role": "attention", "batch": 1, "q_len": 1, "kv_len": 7}
+    lone |= {"kv_heads": 2, "head_dim": 4}
     assert cache_bytes(Workload.from_rows([lone])) == 2 * 2 * 4 * 7 * 2
     assert np.isfinite(activation_bytes(Workload.from_rows([lone])))

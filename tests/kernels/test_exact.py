@@ -1,4 +1,4 @@
-"""Exact shapes: looked up by m, n and k, refused where the arrays cannot be, made from records of exact measurements."""
+"""Exact shapes: looked up by m, n and k, refused where the arrays cannot be, made from records of measurements."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from calibration.records.exact import UNKNOWN_REPEAT, exact_arrays, repeatabilit
 from calibration.records.records import Flag, Records, Source
 from simulator.hardware.constants import EXACT_NAMES as NAMES
 from simulator.hardware.library import load_hardware, save_hardware
-from simulator.kernels.exact import exact_of, lookup, pack, width_at
+from simulator.hardware.parts import Provenance
+from simulator.kernels.exact import Exact, exact_of
 from simulator.kernels.gemm import gemm_ladder, gemm_time
 
 SIZE = st.integers(1, 2**21 - 1)
@@ -30,47 +31,40 @@ def _arrays(shapes: Any, seconds: Any = None, half: Any = None) -> dict[str, Any
     return dict(zip(NAMES, (m, n, k, times, np.full(len(m), 0.01) if half is None else np.asarray(half)), strict=True))
 
 
+def _exact(shapes: Any) -> Exact:
+    exact = exact_of(_arrays(shapes))
+    assert exact is not None
+    return exact
+
+
 @given(SHAPES)
 def test_every_shape_is_found_and_no_other(shapes: list[tuple[int, int, int]]) -> None:
-    arrays = _arrays(shapes)
-    m, n, k = np.array(shapes).T
-    hit, seconds, half = lookup(arrays, m, n, k)
+    hit, seconds, half = _exact(shapes).at(*np.array(shapes).T)
     assert hit.all()
-    assert seconds.tolist() == arrays["exact_s"].tolist()
+    assert seconds.tolist() == _arrays(shapes)["exact_s"].tolist()
     assert (half == 0.01).all()
-    known = set(shapes)
-    near = [
-        (a + da, b + db, c + dc) for a, b, c in shapes for da, db, dc in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (-1, 0, 0))
-    ]
-    found, times, _ = lookup(arrays, *np.array(near).T)
-    assert found.tolist() == [shape in known for shape in near]
+    steps = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (-1, 0, 0))
+    near = [(a + da, b + db, c + dc) for a, b, c in shapes for da, db, dc in steps]
+    found, times, _ = _exact(shapes).at(*np.array(near).T)
+    assert found.tolist() == [shape in set(shapes) for shape in near]
     assert np.isnan(times[~found]).all()
-
-
-@given(SHAPES)
-def test_keys_are_their_own(shapes: list[tuple[int, int, int]]) -> None:
-    assert len(set(pack(*np.array(shapes, dtype=np.float64).T).tolist())) == len(shapes)
 
 
 @pytest.mark.parametrize("odd", [8.5, 0.0, -8.0, np.nan, np.inf, 2.0**22, 2.0**40])
 def test_what_no_key_can_hold_is_not_found(odd: float) -> None:
     with np.errstate(invalid="ignore"):
         side = np.array([64.0, 64.0])
-        hit, _, _ = lookup(_arrays([(8, 64, 64), (2**22 - 1, 64, 64)]), np.array([odd, 8.0]), side, side)
+        hit, _, _ = _exact([(8, 64, 64), (2**22 - 1, 64, 64)]).at(np.array([odd, 8.0]), side, side)
     assert hit.tolist() == [False, True]
 
 
-def test_shape_of_the_answer_is_that_of_the_question() -> None:
+def test_an_answer_has_the_shape_of_its_question_and_nothing_measured_finds_nothing() -> None:
     grid = np.array([[8, 9], [8, 8]])
-    hit, seconds, _ = lookup(_arrays([(8, 64, 64)]), grid, np.full((2, 2), 64), np.full((2, 2), 64))
+    hit, seconds, _ = _exact([(8, 64, 64)]).at(grid, np.full((2, 2), 64), np.full((2, 2), 64))
     assert hit.tolist() == [[True, False], [True, True]]
     assert seconds.shape == (2, 2)
-
-
-def test_nothing_measured_finds_nothing() -> None:
-    assert exact_of({}) is None
-    assert exact_of(_arrays(np.zeros((0, 3), dtype=np.int64))) is None
-    assert not lookup({"values": np.zeros(3)}, np.array([8]), np.array([8]), np.array([8]))[0].any()
+    for arrays in ({}, {"values": np.zeros(3)}, _arrays(np.zeros((0, 3), dtype=np.int64))):
+        assert exact_of(arrays) is None
 
 
 @pytest.mark.parametrize(
@@ -82,33 +76,17 @@ def test_nothing_measured_finds_nothing() -> None:
         ({"exact_log_half": np.array([0.1, -0.1])}, "above zero"),
         ({"exact_m": np.array([8.0, 0.5])}, "whole numbers"),
         ({"exact_k": np.array([8, 2**21])}, "whole numbers"),
+        ({"exact_s": None}, "exact_s is missing"),
     ],
 )
 def test_arrays_that_cannot_be_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        exact_of({**_arrays([(8, 64, 64), (16, 64, 64)]), **change})
-
-
-def test_an_array_that_is_missing_is_named() -> None:
-    arrays = _arrays([(8, 64, 64)])
-    del arrays["exact_s"]
-    with pytest.raises(ValueError, match="exact_s is missing"):
-        exact_of(arrays)
-
-
-def test_widths_follow_the_level() -> None:
-    half = np.array([0.02, 0.0])
-    assert width_at(half, 0.9).tolist() == half.tolist()
-    assert width_at(half, 0.5)[0] < half[0] < width_at(half, 0.99)[0]
-
-
-# -- from records -----------------------------------------------------------------------------------------------------------------
+        exact_of({name: a for name, a in (_arrays([(8, 64, 64), (16, 64, 64)]) | change).items() if a is not None})
 
 
 def _records(**columns: Any) -> Records:
-    return Records.from_columns(
-        [Source("some device")], **{"n": 64, "k": 32, "purpose": "exact", "spread": 0.01, **columns}
-    )
+    columns = {"n": 64, "k": 32, "purpose": "exact", "spread": 0.01, **columns}
+    return Records.from_columns([Source("some device")], **columns)
 
 
 def test_only_clean_cold_exact_rows_of_the_format_are_taken() -> None:
@@ -140,22 +118,18 @@ def test_repeats_give_their_median_and_widen_the_interval() -> None:
 def test_a_device_that_repeats_itself_well_has_narrow_intervals() -> None:
     rng = np.random.default_rng(3)
     for sigma in (0.002, 0.05):
-        anchors = _records(
-            m=4096, n=4096, k=4096, purpose="anchor", seconds=1e-3 * np.exp(sigma * rng.standard_normal(400))
-        )
+        seconds = 1e-3 * np.exp(sigma * rng.standard_normal(400))
+        anchors = _records(m=4096, n=4096, k=4096, purpose="anchor", seconds=seconds)
         assert repeatability(anchors) == pytest.approx(sigma, rel=0.15)
-        width = exact_arrays(Records.concat([anchors, _records(m=8, seconds=1e-6, spread=0.0)]), "bf16")[
-            "exact_log_half"
-        ]
-        assert width.tolist() == [pytest.approx(1.6449 * sigma, rel=0.15)]
+        arrays = exact_arrays(Records.concat([anchors, _records(m=8, seconds=1e-6, spread=0.0)]), "bf16")
+        assert arrays["exact_log_half"].tolist() == [pytest.approx(1.6449 * sigma, rel=0.15)]
     assert repeatability(_records(m=8, seconds=1e-6)) == UNKNOWN_REPEAT
 
 
 def test_an_interval_without_an_end_counts_as_the_limit_of_drift() -> None:
     for spread in (float("nan"), float("inf")):
-        assert exact_arrays(_records(m=8, seconds=1e-6, spread=spread), "bf16")["exact_log_half"][0] == pytest.approx(
-            1.6449 * np.hypot(UNKNOWN_REPEAT, UNKNOWN_REPEAT)
-        )
+        half = exact_arrays(_records(m=8, seconds=1e-6, spread=spread), "bf16")["exact_log_half"][0]
+        assert half == pytest.approx(1.6449 * np.hypot(UNKNOWN_REPEAT, UNKNOWN_REPEAT))
 
 
 def test_a_profile_keeps_them_and_a_file_gives_them_back(tmp_path: Any) -> None:
@@ -170,23 +144,14 @@ def test_a_profile_keeps_them_and_a_file_gives_them_back(tmp_path: Any) -> None:
     assert arrays["exact_k"].tolist() == [4096]  # the other would beat the datasheet
     save_hardware(replace(profile, path=None), tmp_path / "mine.yaml")
     again = load_hardware(tmp_path / "mine.yaml").sections["gemm", "bf16"].arrays
-    assert lookup(again, np.array([64]), np.array([4096]), np.array([4096]))[1].tolist() == [
-        pytest.approx(2.0 * flop_s)
-    ]
+    assert again["exact_s"].tolist() == [pytest.approx(2.0 * flop_s)]
     assert "exact_m" not in without_exact(profile).sections["gemm", "bf16"].arrays
     assert set(without_exact(profile).sections["gemm", "bf16"].arrays) == set(hw.section("gemm", "bf16").arrays)
     assert with_exact(hw, _records(m=1, seconds=1e-6, dtype="fp32")) is hw
 
 
-def _provenance() -> Any:
-    from simulator.hardware.parts import Provenance
-
-    return Provenance(
-        source="a test", digest="0" * 64, date="2026-01-01", software="none", device="none", protocol="none", rows=1
-    )
-
-
-# -- in the cost model ------------------------------------------------------------------------------------------------------------
+def _provenance() -> Provenance:
+    return Provenance("a test", "0" * 64, "2026-01-01", software="none", device="none", protocol="none", rows=1)
 
 
 def _profile(shapes: list[tuple[int, int, int]], factor: float = 1.3) -> Any:
@@ -235,7 +200,7 @@ def test_long_columns_are_looked_up_chunk_by_chunk() -> None:
 
 
 def test_bounds_of_measured_shapes_are_as_good_as_the_clock(tmp_path: Any) -> None:
-    """A device whose kernels no smooth model follows: a second run agrees with the shapes kept of the first, not with the model."""
+    """A device that no smooth model follows: a second run agrees with the shapes kept of the first, not the model."""
     base = roofline_timings()
 
     def wavy(op: Operator) -> float:
@@ -244,10 +209,8 @@ def test_bounds_of_measured_shapes_are_as_good_as_the_clock(tmp_path: Any) -> No
     families = ["depth", "width", "width_cross", "low_rank"]
     cases, _ = settings_of("smollm2-135m", seq=[256], families=families, sparsities=[0.25, 0.5])
     hw, mine = _profile([(1, 64, 64)])
-    first, second = (
-        measure_bounds(tmp_path / name, ReplayDevice(wavy, noise=0.003, seed=seed), cases, budget_s=300.0).records
-        for seed, name in enumerate("ab")
-    )
+    devices = {str(seed): ReplayDevice(wavy, noise=0.003, seed=seed) for seed in (0, 1)}
+    first, second = (measure_bounds(tmp_path / n, d, cases, budget_s=300.0).records for n, d in devices.items())
     errors = bound_errors(bounds(cases, second, with_exact(mine, first)))
     assert errors["predicted"] < 0.003
     assert errors["model"] > 10.0 * errors["predicted"]

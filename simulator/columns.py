@@ -1,0 +1,161 @@
+"""A frozen table of equal-length columns, declared once: the base of workloads and of measured records.
+
+A subclass is a frozen dataclass (``eq=False``) whose first fields are ``name: Array = column(dtype, default)``; other
+fields hold for all rows. Columns of names are stored as codes, indices into ``CODES[column]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, field, fields
+from types import MappingProxyType
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulator.errors import InputError, unknown
+
+Array = NDArray[Any]
+T = TypeVar("T", bound="Table")
+
+
+def column(dtype: type, default: Any) -> Any:
+    """A field of a table: its NumPy type, and the value of a row that does not say."""
+    return field(metadata={"column": (dtype, default)})
+
+
+class Table:
+    """Columns of equal length, read-only, of the types declared.
+
+    Examples
+    --------
+    >>> from dataclasses import dataclass
+    >>> @dataclass(frozen=True, eq=False)
+    ... class Parts(Table):
+    ...     kind: Array = column(np.int8, 0)
+    ...     length: Array = column(np.float64, 1.0)
+    ...     maker: str = ""
+    ...     CODES = {"kind": ("bolt", "nut")}
+    >>> parts = Parts.from_rows([{"kind": "nut"}, {"length": 2}], "me")
+    >>> parts.kind.tolist(), parts.length.tolist(), parts.take(parts.length > 1) == Parts.from_columns("me", length=[2])
+    ([1, 0], [1.0, 2.0], True)
+    """
+
+    SCHEMA: ClassVar[Mapping[str, tuple[type, Any]]]  # column -> its type and default, from the declaration
+    CODES: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    TITLE: ClassVar[str] = ""  # what the errors call the table
+
+    def __init_subclass__(cls) -> None:
+        declared = {n: f.metadata for n, f in vars(cls).items() if isinstance(f, Field) and "column" in f.metadata}
+        cls.SCHEMA = MappingProxyType({name: metadata["column"] for name, metadata in declared.items()})
+
+    def __post_init__(self) -> None:
+        size = len(self)
+        for name, (dtype, _) in self.SCHEMA.items():
+            values: Array = np.asarray(getattr(self, name), dtype=dtype)
+            if values.shape != (size,):
+                raise ValueError(f"{self.TITLE}column {name}: expected shape ({size},), got {values.shape}")
+            values = values.view()  # so that the caller's own array stays writable
+            values.flags.writeable = False
+            object.__setattr__(self, name, values)
+
+    def __len__(self) -> int:
+        return len(getattr(self, next(iter(self.SCHEMA))))
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        mine, theirs = vars(self), vars(other)
+        return all(
+            np.array_equal(mine[f.name], theirs[f.name], equal_nan=self.SCHEMA[f.name][0] is np.float64)
+            if f.name in self.SCHEMA
+            else mine[f.name] == theirs[f.name]
+            for f in fields(self)  # type: ignore[arg-type]  # subclasses are dataclasses
+        )
+
+    @classmethod
+    def _of(cls: type[T], values: Mapping[str, Any]) -> T:
+        """A table of all its fields' values, unchecked: of columns that come from checked ones."""
+        for name in cls.SCHEMA:
+            values[name].flags.writeable = False
+        out = object.__new__(cls)
+        out.__dict__.update(values)
+        return out
+
+    @classmethod
+    def coerced(cls, name: str, values: Any) -> Array:
+        """Values of one column as numbers, names as codes; a subclass may check their range too."""
+        given = np.asarray(values)
+        return encode(name, given, cls.CODES) if given.dtype.kind in "UOT" else given
+
+    @classmethod
+    def _known(cls, names: Iterable[str]) -> None:
+        if extra := sorted(set(names) - cls.SCHEMA.keys()):
+            raise ValueError(f"unknown columns {extra}; expected some of {sorted(cls.SCHEMA)}")
+
+    @classmethod
+    def from_columns(cls: type[T], *others: Any, size: int | None = None, **columns: Any) -> T:
+        """A table of columns: scalars broadcast, what is not given takes its default; ``others`` hold for all rows."""
+        cls._known(columns)
+        if size is None:
+            size = max((np.size(values) for values in columns.values()), default=0)
+        full = []
+        for name, (dtype, default) in cls.SCHEMA.items():
+            whole: Array = np.empty(size, dtype)
+            whole[:] = cls.coerced(name, columns[name]) if name in columns else default
+            full.append(whole)
+        return cls(*full, *others)
+
+    @classmethod
+    def from_rows(cls: type[T], rows: Iterable[Mapping[str, Any]], *others: Any) -> T:
+        """A table of mappings from column to value, one a row; names are allowed where the column has codes."""
+        rows = list(rows)
+        names = {name: None for row in rows for name in row}
+        cls._known(names)
+        columns: dict[str, Any] = {}
+        for name in names:
+            values = [row.get(name, cls.SCHEMA[name][1]) for row in rows]
+            columns[name] = [_code(name, v, cls.CODES) if isinstance(v, str) else v for v in values]
+        return cls.from_columns(*others, size=len(rows), **columns)
+
+    @classmethod
+    def concat(cls: type[T], parts: Iterable[T], **others: Any) -> T:
+        """Rows of several tables one after the other; what holds for all rows is the first's unless given."""
+        tables = [vars(part) for part in parts]
+        columns = {name: np.concatenate([table[name] for table in tables]) for name in cls.SCHEMA}
+        return cls._of({**tables[0], **columns, **others})
+
+    def take(self: T, index: Array) -> T:
+        """Rows chosen by a mask or an index array."""
+        values = vars(self)
+        return self._of({**values, **{name: values[name][index] for name in self.SCHEMA}})
+
+    def replace(self: T, **changes: Any) -> T:
+        """A copy with some columns (scalars broadcast), or what holds for all rows, replaced."""
+        shape = (len(self),)
+        for name in changes.keys() & self.SCHEMA.keys():
+            values: Array = np.asarray(changes[name], dtype=self.SCHEMA[name][0])
+            # a view, so that the caller's own array stays writable
+            changes[name] = values.view() if values.shape == shape else np.broadcast_to(values, shape)
+        if extra := changes.keys() - vars(self).keys():
+            raise ValueError(f"unknown columns {sorted(extra)}; expected some of {sorted(self.SCHEMA)}")
+        return self._of({**vars(self), **changes})
+
+
+def encode(name: str, values: Array, codes: Mapping[str, tuple[str, ...]]) -> Array:
+    """Codes of a column given as names.
+
+    >>> encode("kind", np.array(["nut", "bolt", "nut"]), {"kind": ("bolt", "nut")}).tolist()
+    [1, 0, 1]
+    """
+    names, inverse = np.unique(np.asarray(values, dtype=object).astype(str), return_inverse=True)
+    return np.array([_code(name, str(n), codes) for n in names], dtype=np.int64)[inverse].reshape(np.shape(values))
+
+
+def _code(name: str, value: str, codes: Mapping[str, tuple[str, ...]]) -> int:
+    if name not in codes:
+        raise InputError(f"column {name}: expected a number, got {value!r}")
+    if value not in codes[name]:
+        raise unknown(name, value, codes[name])
+    return codes[name].index(value)
