@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -20,30 +19,18 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tests" / "gpu" / "run.sh"
 MINUTES = 10.0
 
-TINY = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 256,
-    "vocab_size": 512,
-    "max_position_embeddings": 512,
-    "hidden_act": "silu",
-}
+TINY = """{
+"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 128, "num_hidden_layers": 2,
+"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 256, "vocab_size": 512,
+"max_position_embeddings": 512, "hidden_act": "silu"}"""
+VARIABLES = ("DEVICE", "MODEL", "LAYERS", "DTYPES", "SEQ", "BATCH", "SPARSITY", "BUDGET")
 
 
 def _run(folder: Path, prunesim: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
-    clean = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in ("DEVICE", "MODEL", "LAYERS", "DTYPES", "SEQ", "BATCH", "SPARSITY", "BUDGET")
-    }
+    clean = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     environment = clean | {"PRUNESIM": " ".join(prunesim), "PYTHONPATH": str(ROOT), **variables}
-    return subprocess.run(
-        [str(SCRIPT), str(folder)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
+    words = [str(SCRIPT), str(folder)]
+    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
 
 def _pretend(folder: Path, body: str = "") -> list[str]:
@@ -72,9 +59,8 @@ def test_every_step_in_order_within_ten_minutes(tmp_path: Path, dtypes: str) -> 
     assert [a[a.index("--dtype") + 1] for a in asked] == [*names, names[0], names[0]]
     assert all("cuda" in a for a in asked)
     assert asked[-1][1] == asked[-2][1] == "llama-3.1-8b"
-    assert (
-        asked[-1][asked[-1].index("-o") + 1] == asked[0][asked[0].index("-o") + 1]
-    )  # predicted by the profile of the first step
+    first, last = (a[a.index("-o") + 1] for a in (asked[0], asked[-1]))
+    assert first == last  # predicted by the profile of the first step
     total = sum(_seconds(a) for a in asked)
     assert total == pytest.approx(480.0, abs=1.0)
     assert total < MINUTES * 60 - 100  # the rest is for starting, fitting and drawing
@@ -97,15 +83,8 @@ def test_every_command_and_option_exists(tmp_path: Path) -> None:
 
 
 def test_variables_reach_the_commands(tmp_path: Path) -> None:
-    settings = {
-        "DEVICE": "cuda:1",
-        "MODEL": "mistral-7b-v0.3",
-        "LAYERS": "8",
-        "SEQ": "512,1024",
-        "BATCH": "4",
-        "SPARSITY": "0.3",
-    }
-    _run(tmp_path / "run", _pretend(tmp_path), **settings)
+    settings = {"DEVICE": "cuda:1", "MODEL": "mistral-7b-v0.3", "LAYERS": "8", "SEQ": "512,1024"}
+    _run(tmp_path / "run", _pretend(tmp_path), **settings, BATCH="4", SPARSITY="0.3")
     for arguments in _asked(tmp_path)[-2:]:
         pairs = dict(zip(arguments[2::2], arguments[3::2], strict=True))
         assert arguments[1] == "mistral-7b-v0.3"
@@ -126,29 +105,23 @@ def test_a_step_that_fails_is_named_and_the_others_still_run(tmp_path: Path) -> 
 @pytest.mark.slow
 def test_the_script_runs_end_to_end_on_the_cpu(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    model = tmp_path / "config.json"
-    model.write_text(json.dumps(TINY))
-    out = tmp_path / "run"
-    settings = {
-        "DEVICE": "cpu",
-        "MODEL": str(model),
-        "DTYPES": "fp32",
-        "SEQ": "64",
-        "BUDGET": os.environ.get("PRUNESIM_SCRIPT_S", "150"),
-    }
-    done = _run(out, [sys.executable, "-m", "calibration.cli"], **settings)
+    model, out = tmp_path / "config.json", tmp_path / "run"
+    model.write_text(TINY)
+    settings = {"DEVICE": "cpu", "MODEL": str(model), "DTYPES": "fp32", "SEQ": "64"}
+    budget = os.environ.get("PRUNESIM_SCRIPT_S", "150")
+    done = _run(out, [sys.executable, "-m", "calibration.cli"], **settings, BUDGET=budget)
     log = (out / "log.txt").read_text()
-    assert done.returncode == 0, f"{done.stdout}\n{shlex.join(settings.values())}\n{log[-3000:]}"
+    assert done.returncode == 0, f"{done.stdout}\n{settings}\n{log[-3000:]}"
     profile = load_hardware(out / "fp32" / "profile.yaml")
     assert profile.section("gemm", "fp32").status == "calibrated"
     kinds = {row["operator"]["kind"] for row in read_store(out / "fp32" / "records.jsonl").rows if row.get("median_s")}
     assert {"gemm", "attention_prefill", "attention_decode", "elementwise", "low_rank"} <= kinds
-    with open(out / "fp32" / "upper_bound.csv", newline="") as file:
-        bounds = list(csv.DictReader(file))
+    bounds, compared = (
+        list(csv.DictReader((out / "fp32" / file).read_text().splitlines()))
+        for file in ("upper_bound.csv", "comparison.csv")
+    )
     assert {row["family"] for row in bounds} >= {"depth", "width", "low_rank", "dynamic_depth", "token", "kv_cache"}
     assert all(float(row["measured_bound"]) > 0 for row in bounds if row["missing"] == "0")
-    with open(out / "fp32" / "comparison.csv", newline="") as file:
-        compared = list(csv.DictReader(file))
     assert {row["family"] for row in compared} >= {"depth", "width", "low_rank"}
     assert all(float(row["measured"]) > 0 and float(row["predicted"]) > 0 for row in compared)
     assert {row["hardware"] for row in compared} == {profile.name}
