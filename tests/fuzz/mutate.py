@@ -73,10 +73,9 @@ def few(rng: random.Random, most: int = 3) -> int:
 def edit_parts(parts: Iterable[Any], rng: random.Random, edits: Mapping[Edit, int], most: int = 3) -> list[Any]:
     """The parts of a whole after one to ``most`` edits, each of one part, chosen by their weights."""
     out = list(parts)
-    for _ in range(few(rng, most)):
+    for edit in rng.choices(tuple(edits), tuple(edits.values()), k=few(rng, most)):
         if out:
             at = rng.randrange(len(out))
-            (edit,) = rng.choices(tuple(edits), tuple(edits.values()))
             out[at : at + 1] = edit(out[at], rng, out)
     return out
 
@@ -120,7 +119,8 @@ def edit_bytes(data: bytes, rng: random.Random, most: int = 4) -> bytes:
     return data
 
 
-def _seldom(data: bytes, rng: random.Random, share: float = 0.2) -> bytes:
+def seldom(data: bytes, rng: random.Random, share: float = 0.2) -> bytes:
+    """Bytes that are mostly as they were."""
     return edit_bytes(data, rng, 2) if rng.random() < share else data
 
 
@@ -170,7 +170,7 @@ def json_text(value: Any, rng: random.Random) -> bytes:
         text = f"{text[:-1]}, {json.dumps(rng.choice(list(data)))}: {json.dumps(scalar(rng))}}}"
     if rng.random() < 0.02:  # deeper than any parser's stack
         text = text.replace(":", ": " + rng.choice(("[", '{"a":')) * 20_000, 1)
-    return _seldom(text.encode(), rng)
+    return seldom(text.encode(), rng)
 
 
 # -- YAML --------------------------------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ _LINE_EDITS: dict[Edit, int] = {
 def yaml_text(text: str, rng: random.Random) -> bytes:
     """A YAML document near ``text``: values, keys, lines and indentation changed, seldom its bytes edited."""
     lines = edit_parts(text.split("\n"), rng, _LINE_EDITS)
-    return _seldom("\n".join(lines).encode("utf-8", "surrogatepass"), rng)
+    return seldom("\n".join(lines).encode("utf-8", "surrogatepass"), rng)
 
 
 # -- CSV ---------------------------------------------------------------------------------------------------------------
@@ -232,15 +232,13 @@ _COLUMN_EDITS: dict[Edit, int] = {
 def csv_text(text: str, rng: random.Random) -> bytes:
     """A CSV near ``text``: cells, columns, rows and separators changed, seldom its bytes edited."""
     table = [line.split(",") for line in text.rstrip("\n").split("\n")]
-    if rng.random() < 0.1:
-        table = [list(row) for row in zip(*edit_parts(zip(*table), rng, _COLUMN_EDITS))]
-    else:
-        table = edit_parts(table, rng, _ROW_EDITS)
+    by_rows = rng.random() < 0.9
+    table = edit_parts(table, rng, _ROW_EDITS) if by_rows else [*zip(*edit_parts(zip(*table), rng, _COLUMN_EDITS))]
     if rng.random() < 0.7:
         table = [[f'"{c.replace(chr(34), chr(34) * 2)}"' if set(c) & set(',\n"') else c for c in row] for row in table]
     separator, end = rng.choice((*"," * 20, ";", "\t")), rng.choice((*"\n" * 20, "\r\n", "\r", "\n\n"))
     raw = end.join([*map(separator.join, table), *rng.choice(([], [""]))])
-    return _seldom(raw.encode("utf-8", "surrogatepass"), rng)
+    return seldom(raw.encode("utf-8", "surrogatepass"), rng)
 
 
 # -- Parquet -----------------------------------------------------------------------------------------------------------
@@ -250,25 +248,20 @@ _CONSTANTS = (None, "x", b"\xff", [1, 2], {"a": 1}, True, 1e300, -1, "\u202e", 2
 _TYPES = ("string", "float32", "int8", "uint64", "bool", "float16", "large_binary", "timestamp[us]")
 
 
-def _items(values: list[Any], rng: random.Random) -> list[Any]:
-    """Some values replaced; all of one kind, so that a column can hold them."""
-    number = rng.choice((float, int))
-    odd = {rng.randrange(len(values)): rng.choice(_ITEMS) for _ in range(rng.randint(1, 5))}
-    return [None if v is None else number(v) for v in (odd.get(i, v) for i, v in enumerate(values))]
-
-
-_SPOILT = (
-    lambda array, rng: array.cast(pa.type_for_alias(rng.choice(_TYPES)), safe=False),
-    lambda array, rng: pa.array(list(map(str, array.to_pylist()))),
-    lambda array, rng: pa.array([rng.choice(_CONSTANTS)] * len(array)),
-    *[lambda array, rng: pa.array(_items(array.to_pylist(), rng))] * 3,
-)
-
-
 def _spoilt(column: tuple[str, Any], rng: random.Random, columns: Sequence[Any]) -> list[tuple[str, Any]]:
+    """Of another type, of one value, or with some items replaced."""
     name, array = column
+    kind, number = rng.randrange(6), rng.choice((float, int))
+    values = [rng.choice(_ITEMS) if rng.random() < 0.2 else value for value in array.to_pylist()]
     with contextlib.suppress(pa.ArrowException, ValueError, TypeError, OverflowError):  # not every column can be
-        array = rng.choice(_SPOILT)(array, rng)
+        if kind == 0:
+            array = array.cast(pa.type_for_alias(rng.choice(_TYPES)), safe=False)
+        elif kind == 1:
+            array = pa.array(list(map(str, array.to_pylist())))
+        elif kind == 2:
+            array = pa.array([rng.choice(_CONSTANTS)] * len(array))
+        else:
+            array = pa.array([None if value is None else number(value) for value in values])
     return [(name, array)]
 
 
@@ -295,11 +288,9 @@ def parquet_bytes(table: Any, rng: random.Random) -> bytes:
         table = rng.choice((pa.concat_tables([table, table]), table[at:], table[at : at + 1], table[:0]))
     out = io.BytesIO()
     compression, dictionary = rng.choice(("zstd", "none", "snappy")), rng.random() < 0.5
-    try:
+    with contextlib.suppress(pa.ArrowException):  # a type that Parquet lacks
         pq.write_table(table, out, compression=compression, use_dictionary=dictionary)
-    except pa.ArrowException:  # a type that Parquet lacks
-        return b"PAR1"
-    return _seldom(out.getvalue(), rng, 0.35)
+    return seldom(out.getvalue(), rng, 0.35)
 
 
 # -- .npz --------------------------------------------------------------------------------------------------------------
@@ -344,4 +335,4 @@ def npz_bytes(arrays: Mapping[str, Any], rng: random.Random) -> bytes:
             if name == changed[0] and rng.random() < 0.2:
                 raw, name = rng.choice(_FILES)(raw, rng), rng.choice((*[name] * 4, "../../x", "/etc/x"))
             archive.writestr(f"{name}.npy", raw)
-    return _seldom(out.getvalue(), rng, 0.3)
+    return seldom(out.getvalue(), rng, 0.3)

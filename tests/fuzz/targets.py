@@ -20,15 +20,14 @@ import good
 import mutate
 import numpy as np
 from guard import check_line
-from mutate import PART_EDITS, TEXTS, Edit, edit_bytes, edit_parts, pq
+from mutate import PART_EDITS, TEXTS, Edit, edit_bytes, edit_parts, pq, seldom
 
 import simulator
 from calibration.execute.quality_results import Results
 from calibration.records.importers import import_table
-from calibration.records.merge import merge
+from calibration.records.lines import content_records, untimed
 from calibration.records.parquet import read_records, write_records
-from calibration.records.recorded import content_records, untimed
-from calibration.records.store import read_store
+from calibration.records.store import merge, read_store
 from simulator.errors import InputError
 from simulator.explore.answer import answer
 from simulator.explore.dropped import PREFIX, read_token, token
@@ -191,8 +190,7 @@ def gemms(path: Path) -> None:
 def _run_lines(rows: Sequence[Any], rng: random.Random) -> bytes:
     """Lines with right checksums, one or two changed."""
     edits: dict[Edit, int] = {lambda row, rng, rows: [mutate.json_tree(row, rng, 2)]: 1}
-    raw = b"".join(map(good.crc_line, edit_parts(rows, rng, edits, 2)))
-    return edit_bytes(raw, rng) if rng.random() < 0.2 else raw
+    return seldom(b"".join(map(good.crc_line, edit_parts(rows, rng, edits, 2))), rng)
 
 
 _MERGE = "measure --merge {} -o out.jsonl"
@@ -213,7 +211,7 @@ def results(path: Path) -> None:
     with Results(path, {"plan": 1}) as found:
         for method, fraction in found.points:
             assert np.isfinite(found.losses(method, fraction)).all()
-            assert 0.0 <= found.realised(method, fraction) <= 1.0
+            assert 0.0 <= found.points[method, fraction]["realised"] <= 1.0
 
 
 # -- tables of quality and of speedups ---------------------------------------------------------------------------------
@@ -300,8 +298,7 @@ _PAIR_EDITS: dict[Edit, int] = {
 
 def _make_address(rng: random.Random) -> bytes:
     pairs = edit_parts([pair.split("=") for pair in good.ADDRESS.split("&")], rng, _PAIR_EDITS)
-    raw = "&".join(map("=".join, pairs)).encode("utf-8", "surrogatepass")
-    return edit_bytes(raw, rng, 2) if rng.random() < 0.2 else raw
+    return seldom("&".join(map("=".join, pairs)).encode("utf-8", "surrogatepass"), rng)
 
 
 @Target("address.txt", _make_address, names_file=False)
@@ -327,7 +324,7 @@ def _make_dropped(rng: random.Random) -> bytes:
         return whole
     inner = rng.choice((whole, b"0", b"[]", b'{"file": 1, "config": {}}', b'{"file":"a","config":' + whole + b"}"))
     token = b"dropped:" + base64.urlsafe_b64encode(zlib.compress(inner + b" " * rng.choice((0, 300_000))))
-    return edit_bytes(token, rng, 2) if rng.random() < 0.7 else token
+    return seldom(token, rng, 0.7)
 
 
 @Target("dropped.txt", _make_dropped, names_file=False)
@@ -353,8 +350,7 @@ _WHERE_EDITS: dict[Edit, int] = {
 
 
 def _make_where(rng: random.Random) -> bytes:
-    raw = "".join(edit_parts(re.split(r"(\W)", good.WHERE), rng, _WHERE_EDITS)).encode()
-    return edit_bytes(raw, rng) if rng.random() < 0.3 else raw
+    return seldom("".join(edit_parts(re.split(r"(\W)", good.WHERE), rng, _WHERE_EDITS)).encode(), rng, 0.3)
 
 
 @Target("where.txt", _make_where, names_file=False)

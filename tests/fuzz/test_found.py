@@ -19,10 +19,9 @@ import simulator
 from calibration.cli import run
 from calibration.execute.quality_results import Results
 from calibration.records.importers import import_table
-from calibration.records.merge import merge
-from calibration.records.recorded import content_records
+from calibration.records.lines import content_records
 from calibration.records.records import Records, Source
-from calibration.records.store import Header, read_store
+from calibration.records.store import Header, merge, read_store
 from simulator.errors import InputError
 from simulator.figures.measured import read_measured_gemms
 from simulator.hardware.arrays import pack_arrays
@@ -268,7 +267,7 @@ def test_the_good_arrays_are_good(tmp_path: Path) -> None:
 
 
 # fmt: off
-@pytest.mark.parametrize(("operator", "name", "value", "says"), [
+ODD_ARRAYS = [
     ("gemm", "grids", None, "array grids is missing"),
     ("gemm", "grids", np.zeros((2, 3, 3)), "array grids"),
     ("gemm", "measured_m", None, "measured_m is missing"),
@@ -288,8 +287,11 @@ def test_the_good_arrays_are_good(tmp_path: Path) -> None:
     ("elementwise", "values", np.zeros((3, 4)), "array values"),
     ("elementwise", "start", np.zeros(2), "array start"),
     ("elementwise", "start", None, "array start is missing"),
-])
+]
 # fmt: on
+
+
+@pytest.mark.parametrize(("operator", "name", "value", "says"), ODD_ARRAYS)
 def test_arrays_that_a_cost_model_could_not_use(
     operator: str, name: str, value: Any, says: str, tmp_path: Path
 ) -> None:
