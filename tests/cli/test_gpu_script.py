@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
+from calibration.cli import calibrate, compare, upper_bound
 from calibration.records.store import read_store
 from simulator.hardware.library import load_hardware
 
@@ -26,66 +28,57 @@ TINY = """{
 VARIABLES = ("DEVICE", "MODEL", "LAYERS", "DTYPES", "SEQ", "BATCH", "SPARSITY", "BUDGET")
 
 
-def _run(folder: Path, prunesim: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
+Done = subprocess.CompletedProcess[str]
+
+
+def run(folder: Path, prunesim: str, **variables: str) -> Done:
     clean = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    environment = clean | {"PRUNESIM": " ".join(prunesim), "PYTHONPATH": str(ROOT), **variables}
-    words = [str(SCRIPT), str(folder)]
+    environment = clean | {"PRUNESIM": f"{sys.executable} {prunesim}", "PYTHONPATH": str(ROOT), **variables}
+    words = [str(SCRIPT), str(folder / "run")]
     return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
 
-def _pretend(folder: Path, body: str = "") -> list[str]:
-    """A program that only writes down what it was asked, and fails as told."""
-    file = folder / "pretend.py"
-    log = folder / "asked.jsonl"
-    file.write_text(f"import json, sys\nopen({str(log)!r}, 'a').write(json.dumps(sys.argv[1:]) + '\\n')\n{body}\n")
-    return [sys.executable, str(file)]
+def pretend(folder: Path, body: str = "", **variables: str) -> tuple[Done, list[list[str]]]:
+    """Run a program that only writes down what it was asked, and fails as told."""
+    file, log = folder / "pretend.py", folder / "asked.jsonl"
+    file.write_text(f"import json, sys\nprint(json.dumps(sys.argv[1:]), file=open({str(log)!r}, 'a'))\n{body}\n")
+    done = run(folder, str(file), **variables)
+    return done, [json.loads(line) for line in log.read_text().splitlines()]
 
 
-def _asked(folder: Path) -> list[list[str]]:
-    return [json.loads(line) for line in (folder / "asked.jsonl").read_text().splitlines()]
-
-
-def _seconds(arguments: list[str]) -> float:
-    return float(arguments[arguments.index("--budget") + 1].removesuffix("s"))
+def after(arguments: list[str], option: str) -> str:
+    return arguments[arguments.index(option) + 1]
 
 
 @pytest.mark.parametrize("dtypes", ["bf16 fp16", "bf16", "bf16 fp16 fp8"])
 def test_every_step_in_order_within_ten_minutes(tmp_path: Path, dtypes: str) -> None:
-    done = _run(tmp_path / "run", _pretend(tmp_path), DTYPES=dtypes)
+    done, asked = pretend(tmp_path, DTYPES=dtypes)
     assert done.returncode == 0, done.stderr
-    asked = _asked(tmp_path)
     names = dtypes.split()
     assert [a[0] for a in asked] == [*["calibrate"] * len(names), "upper-bound", "compare"]
-    assert [a[a.index("--dtype") + 1] for a in asked] == [*names, names[0], names[0]]
+    assert [after(a, "--dtype") for a in asked] == [*names, names[0], names[0]]
     assert all("cuda" in a for a in asked)
     assert asked[-1][1] == asked[-2][1] == "llama-3.1-8b"
-    first, last = (a[a.index("-o") + 1] for a in (asked[0], asked[-1]))
-    assert first == last  # predicted by the profile of the first step
-    total = sum(_seconds(a) for a in asked)
-    assert total == pytest.approx(480.0, abs=1.0)
-    assert total < MINUTES * 60 - 100  # the rest is for starting, fitting and drawing
+    assert after(asked[-1], "-o") == after(asked[0], "-o")  # predicted by the profile of the first step
+    total_s = sum(float(after(a, "--budget").removesuffix("s")) for a in asked)
+    assert total_s == pytest.approx(480.0, abs=1.0)
+    assert total_s < MINUTES * 60 - 100  # the rest is for starting, fitting and drawing
 
 
 def test_every_command_and_option_exists(tmp_path: Path) -> None:
     """What the script asks for must be what the commands offer."""
-    import typer
-
-    from calibration.cli import app, calibrate, compare, upper_bound
-
-    _run(tmp_path / "run", _pretend(tmp_path), LAYERS="4")
-    known = typer.main.get_command(app)
-    for arguments in _asked(tmp_path):
+    own = {"calibrate": calibrate, "upper-bound": upper_bound, "compare": compare}
+    for arguments in pretend(tmp_path, LAYERS="4")[1]:
         lone = typer.Typer()
-        lone.command()({"calibrate": calibrate, "upper-bound": upper_bound, "compare": compare}[arguments[0]].command)
+        lone.command()(own[arguments[0]].command)
         found = {o for p in typer.main.get_command(lone).params for o in p.opts}
         assert {a for a in arguments if a.startswith("-")} <= found
-    assert known.name == "prunesim"
 
 
 def test_variables_reach_the_commands(tmp_path: Path) -> None:
     settings = {"DEVICE": "cuda:1", "MODEL": "mistral-7b-v0.3", "LAYERS": "8", "SEQ": "512,1024"}
-    _run(tmp_path / "run", _pretend(tmp_path), **settings, BATCH="4", SPARSITY="0.3")
-    for arguments in _asked(tmp_path)[-2:]:
+    _, asked = pretend(tmp_path, **settings, BATCH="4", SPARSITY="0.3")
+    for arguments in asked[-2:]:
         pairs = dict(zip(arguments[2::2], arguments[3::2], strict=True))
         assert arguments[1] == "mistral-7b-v0.3"
         assert (pairs["--device"], pairs["--layers"], pairs["--seq"]) == ("cuda:1", "8", "512,1024")
@@ -94,11 +87,11 @@ def test_variables_reach_the_commands(tmp_path: Path) -> None:
 
 def test_a_step_that_fails_is_named_and_the_others_still_run(tmp_path: Path) -> None:
     body = "if sys.argv[1] == 'upper-bound': print('no such kernel', file=sys.stderr); sys.exit(1)"
-    done = _run(tmp_path / "run", _pretend(tmp_path, body))
+    done, asked = pretend(tmp_path, body)
     assert done.returncode == 1
     assert "FAILED with status 1" in done.stdout
     assert "no such kernel" in done.stdout
-    assert [a[0] for a in _asked(tmp_path)] == ["calibrate", "calibrate", "upper-bound", "compare"]
+    assert [a[0] for a in asked] == ["calibrate", "calibrate", "upper-bound", "compare"]
     assert "1 steps failed" in (tmp_path / "run" / "report.md").read_text()
 
 
@@ -109,7 +102,7 @@ def test_the_script_runs_end_to_end_on_the_cpu(tmp_path: Path) -> None:
     model.write_text(TINY)
     settings = {"DEVICE": "cpu", "MODEL": str(model), "DTYPES": "fp32", "SEQ": "64"}
     budget = os.environ.get("PRUNESIM_SCRIPT_S", "150")
-    done = _run(out, [sys.executable, "-m", "calibration.cli"], **settings, BUDGET=budget)
+    done = run(tmp_path, "-m calibration.cli", **settings, BUDGET=budget)
     log = (out / "log.txt").read_text()
     assert done.returncode == 0, f"{done.stdout}\n{settings}\n{log[-3000:]}"
     profile = load_hardware(out / "fp32" / "profile.yaml")

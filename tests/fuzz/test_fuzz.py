@@ -67,6 +67,12 @@ def test_inputs_near_good_ones_by_the_thousand(target: Target, tmp_path: Path) -
     assert read >= MANY // 100
 
 
+def test_the_guard_hears_what_is_touched_outside(tmp_path: Path) -> None:
+    for touch in ((tmp_path / "b").touch, (tmp_path / "b").unlink, Path("/etc/passwd").read_bytes):
+        with pytest.raises(AssertionError, match=r"write|os\.remove|read"), Guard(tmp_path / "a"):
+            touch()
+
+
 def check_command(words: list[str]) -> int:
     """Status of a command line, given its time: done, or refused in one line."""
     out, err = io.StringIO(), io.StringIO()
