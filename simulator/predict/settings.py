@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from simulator.errors import InputError, unknown
 from simulator.hardware.library import load_hardware
 from simulator.models.lower import lower
+from simulator.models.parallel import PARALLEL as PARALLEL
 from simulator.pruning import check_fraction as check_fraction
 from simulator.workload import DTYPES, PHASES, RUNTIMES
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PARALLEL: tuple[str, ...] = ("tensor", "pipeline")
 MAX_TOKENS = 2**31 - 1
 """Tokens of a pass (batch x sequence) that the cost models are meant for: row indices of real kernels are 32-bit."""
 
