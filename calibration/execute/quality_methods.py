@@ -24,7 +24,7 @@ from calibration.execute.quality_rules import (
     TokenSkipping,
     UnitChoice,
 )
-from simulator.pruning._rows import aligned, whole_share
+from simulator.pruning._edits import aligned, whole_share
 
 ALIGN = 16
 """Widths and ranks are rounded up to a multiple of this, as the simulator's families do."""

@@ -42,7 +42,8 @@ class Requests:
     def groups(self, together: str) -> list[tuple[Group, Workload]]:
         """Requests that a family may prune together, and their rows as one workload."""
         if together not in self._groups:
-            self._groups[together] = [(g, self._joined(g)) for g in _grouped(self.shapes, together)]
+            every = _by_length(self.shapes) if together != "any" else [tuple(range(len(self.shapes)))]
+            self._groups[together] = [(g, self._joined(g)) for g in every]
         return self._groups[together]
 
     def _joined(self, group: Group) -> Workload:
@@ -50,16 +51,11 @@ class Requests:
         return Workload.concat(workloads, meta=replace(workloads[0].meta, batch=batch))
 
 
-def _grouped(shapes: Sequence[tuple[int, int]], together: str) -> list[Group]:
-    every = range(len(shapes))
-    if together == "any":
-        return [tuple(every)]
-    if together != "equal length":
-        return [(i,) for i in every]
+def _by_length(shapes: Sequence[tuple[int, int]]) -> list[Group]:
     groups: list[list[int]] = []
     for length in dict.fromkeys(seq for _, seq in shapes):
         first = len(groups)
-        for i in sorted((i for i in every if shapes[i][1] == length), key=lambda i: shapes[i][0]):
+        for i in sorted((i for i, (_, seq) in enumerate(shapes) if seq == length), key=lambda i: shapes[i][0]):
             # rows of all tokens must stay apart from those of one a sequence, which token pruning tells by their number
             if len(groups) == first or shapes[i][0] >= shapes[groups[-1][0]][0] * length:
                 groups.append([])

@@ -8,12 +8,13 @@ import numpy as np
 
 from simulator.columns import Array
 from simulator.errors import InputError
-from simulator.pruning._common import SUBLAYERS, Choice, Family, one_of
-from simulator.pruning._rows import merge_runs, projections, removed, weights, whole_share
+from simulator.pruning._edits import merge_runs, whole_share
+from simulator.pruning._family import SUBLAYERS, Choice, Family, Pruned, one_of
+from simulator.pruning._rows import projections, removed, weights
 from simulator.workload import Part, Workload
 
 
-def depth(w: Workload, choice: Choice, *, ideal: bool, unit: str, drop: Any) -> tuple[Workload, float]:
+def depth(w: Workload, choice: Choice, *, ideal: bool, unit: str = "layer", drop: Any = None) -> Pruned:
     """``round(s L)`` sublayers of each kind vanish with norm, residual, cache and parameters.
 
     ``unit``: "layer" (the same as "both", as equally many of both kinds go), "attention" or "mlp". ``drop`` names the
@@ -69,9 +70,9 @@ def _named(drop: Any, layers: int, many: int) -> Array:
 
 
 FAMILY = Family(
-    name="depth", axis="static M", dynamic=False, order=1, together="any", function=depth,
+    function=depth, axis="static M", order=1,
     summary="layers, or attention or MLP sublayers, vanish with norm, residual and cache",
     cost="nothing",
     realised="layers (sublayers) removed / layers (sublayers addressed), weighted by their projection parameters",
-    options={"unit": "layer", "drop": None}, targets=SUBLAYERS, per_layer=False,
+    targets=SUBLAYERS, per_layer=False,
 )  # fmt: skip

@@ -5,24 +5,22 @@ from __future__ import annotations
 import numpy as np
 
 from simulator.errors import InputError
-from simulator.pruning._common import SUBLAYERS, Choice, Family, flag, whole
-from simulator.pruning._rows import (
-    SCORE_BYTES,
+from simulator.pruning._added import (
     before_sublayer,
     insert,
     insertion,
-    moved,
     overhead_gemm,
     overheads,
-    stream_dtype,
+    stream_bytes,
     sublayer_ends,
-    whole_share,
 )
+from simulator.pruning._edits import moved, whole_share
+from simulator.pruning._family import SCORE_BYTES, SUBLAYERS, Choice, Family, Pruned, flag, whole
 from simulator.pruning._tokens import query_share, split_fused_qkv, split_tokens
-from simulator.workload import DTYPE_BYTES, Kernel, Kind, Workload
+from simulator.workload import Kernel, Kind, Workload
 
 
-def dynamic_depth(w: Workload, choice: Choice, *, ideal: bool, prune_kv: bool, router: int) -> tuple[Workload, float]:
+def dynamic_depth(w: Workload, choice: Choice, *, ideal: bool, prune_kv: bool = False, router: int = 2) -> Pruned:
     """Each attention and MLP sublayer computes an expected share ``1-s`` of the tokens.
 
     k, v, their rotary and cache writes (and the norm before them) stay dense, so that later tokens find every key; with
@@ -61,7 +59,7 @@ def dynamic_depth(w: Workload, choice: Choice, *, ideal: bool, prune_kv: bool, r
     first, several = before_sublayer(w, ends), w.m[ends] > 1
     at = ends[several]
     m, hidden = w.m[at], w.n[at]
-    size = m * hidden * DTYPE_BYTES[stream_dtype(w, at)]
+    size = m * hidden * stream_bytes(w, at)
     traffic = {"m": m, "n": hidden, "read_bytes": size + SCORE_BYTES * m, "write_bytes": size}
     gather, scatter = (overheads(w, at, role, **traffic) for role in ("gather", "scatter"))
     route = overhead_gemm(w, ends, "router", router, w.n[ends])
@@ -71,9 +69,9 @@ def dynamic_depth(w: Workload, choice: Choice, *, ideal: bool, prune_kv: bool, r
 
 
 FAMILY = Family(
-    name="dynamic_depth", axis="dynamic M", dynamic=True, order=7, together="any", function=dynamic_depth,
+    function=dynamic_depth, axis="dynamic M", dynamic=True, order=7,
     summary="each sublayer computes a share of the tokens; k and v stay dense (prune_kv=True prunes them)",
     cost="a router GEMM, a gather and a scatter a sublayer; at batch 1 in decode all or nothing",
     realised="expected share of token-sublayer pairs skipped",
-    options={"prune_kv": False, "router": 2}, targets=SUBLAYERS,
+    targets=SUBLAYERS,
 )  # fmt: skip

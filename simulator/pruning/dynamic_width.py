@@ -6,24 +6,12 @@ import numpy as np
 
 from simulator.columns import Array
 from simulator.errors import InputError
-from simulator.pruning._common import SUBLAYERS, Choice, F, Family, one_of, whole
-from simulator.pruning._rows import (
-    SCORE_BYTES,
-    Inserted,
-    aligned,
-    before_sublayer,
-    covering,
-    insert,
-    moved,
-    overhead_gemm,
-    overheads,
-    readers,
-    stream_dtype,
-    sublayer_ends,
-    writers,
-)
+from simulator.pruning._added import before_sublayer, insert, overhead_gemm, overheads, stream_bytes, sublayer_ends
+from simulator.pruning._edits import aligned, moved
+from simulator.pruning._family import SCORE_BYTES, SUBLAYERS, Choice, Family, Pruned, one_of, whole
+from simulator.pruning._rows import covering, readers, writers
 from simulator.pruning._tokens import query_share, split_fused_qkv, tokens_of
-from simulator.workload import DTYPE_BYTES, Kernel, Part, Workload
+from simulator.workload import Kernel, Part, Workload
 
 KERNELS = ("tiles", "grouped", "looped")
 """A kernel that skips tiles; rows gathered for one grouped GEMM; rows gathered for a GEMM a group."""
@@ -33,8 +21,8 @@ ALIGN = 16
 
 
 def dynamic_width(
-    w: Workload, choice: Choice, *, ideal: bool, channel_groups: int, kernel: str
-) -> tuple[Workload, float]:
+    w: Workload, choice: Choice, *, ideal: bool, channel_groups: int = 32, kernel: str = "tiles"
+) -> Pruned:
     """Each (token, group) tile of q, attention, o, gate, up, down is computed with probability ``1-s``; k and v stay.
 
     A GEMM over M tokens runs sorted by the mask. A group is in use if any token chose it, with probability
@@ -77,7 +65,7 @@ def dynamic_width(
     return _with_overheads(w, pruned, s, groups, kernel != "tiles"), choice.asked
 
 
-def _tiled(w: Workload, outer: Array, tiles: Array, s: F, used: F) -> Workload:
+def _tiled(w: Workload, outer: Array, tiles: Array, s: Array, used: Array) -> Workload:
     """Tiled GEMMs over the tokens of a group in use and the width of all groups in use."""
     width, tokens = np.where(outer, w.n, w.k), np.maximum(tokens_of(w), 1).astype(np.float64)
     kept = np.where(tiles, aligned(width, used, ALIGN), width)
@@ -87,7 +75,7 @@ def _tiled(w: Workload, outer: Array, tiles: Array, s: F, used: F) -> Workload:
     return w.replace(n=n, k=k, m=m, density=np.where(tiles, w.density * exact, w.density))
 
 
-def _looped(w: Workload, tiled: Workload, outer: Array, tiles: Array, s: F, used: F, groups: Array) -> Workload:
+def _looped(w: Workload, tiled: Workload, outer: Array, tiles: Array, s: Array, used: Array, groups: Array) -> Workload:
     """Tiled GEMMs of several tokens as one GEMM for each group in use, the FLOPs the same."""
     width = np.where(outer, w.n, w.k)
     groups = np.minimum(groups, np.maximum(width, 1))
@@ -102,12 +90,12 @@ def _looped(w: Workload, tiled: Workload, outer: Array, tiles: Array, s: F, used
     )
 
 
-def _with_overheads(w: Workload, pruned: Workload, s: F, groups: Array, gathered: bool) -> Workload:
+def _with_overheads(w: Workload, pruned: Workload, s: Array, groups: Array, gathered: bool) -> Workload:
     at = np.flatnonzero(sublayer_ends(w) & (s > 0))
-    m, hidden, size, outputs = w.m[at], w.n[at], DTYPE_BYTES[stream_dtype(w, at)], groups[at]
+    m, hidden, size, outputs = w.m[at], w.n[at], stream_bytes(w, at), groups[at]
     scores, chosen, place = m * outputs, m * outputs * (1.0 - s[at]), before_sublayer(w, at)
     sort = overheads(w, at, "sort", m=m, n=outputs, read_bytes=scores * size, write_bytes=chosen * SCORE_BYTES)
-    parts: Inserted = [(place, overhead_gemm(w, at, "router", outputs, hidden)), (place, sort)]
+    parts = [(place, overhead_gemm(w, at, "router", outputs, hidden)), (place, sort)]
     if gathered and (several := m > 1).any():
         rows, pairs, n = at[several], chosen[several], hidden[several]
         traffic = dict.fromkeys(("read_bytes", "write_bytes"), pairs * n * size[several])
@@ -118,10 +106,10 @@ def _with_overheads(w: Workload, pruned: Workload, s: F, groups: Array, gathered
 
 
 FAMILY = Family(
-    name="dynamic_width", axis="dynamic N, K", dynamic=True, order=8, together="any", function=dynamic_width,
+    function=dynamic_width, axis="dynamic N, K", dynamic=True, order=8,
     summary="head groups and channel groups chosen per token; k and v stay dense",
     cost="a router and a sort of its mask a sublayer; a batch uses the union of its tokens' groups; "
          "copies where no kernel skips tiles",
     realised="expected share of (token, group) tiles skipped",
-    options={"channel_groups": 32, "kernel": "tiles"}, targets=SUBLAYERS,
+    targets=SUBLAYERS,
 )  # fmt: skip

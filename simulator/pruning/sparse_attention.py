@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from simulator.pruning._common import Choice, Family, one_of
-from simulator.pruning._rows import SCORE_BYTES, insert, overheads
+from simulator.pruning._added import insert, overheads
+from simulator.pruning._family import SCORE_BYTES, Choice, Family, Pruned, one_of
 from simulator.workload import DTYPE_BYTES, Kernel, Kind, Workload
 
 
-def sparse_attention(w: Workload, choice: Choice, *, ideal: bool, block: int) -> tuple[Workload, float]:
+def sparse_attention(w: Workload, choice: Choice, *, ideal: bool, block: int = 64) -> Pruned:
     """A share ``1-s`` of the q-k blocks of edge ``block`` is computed; in decode, of the cache's blocks is read.
 
     Cost, an attention: prefill pools queries and keys by block and scores the pooled ones (``mask``: reads Q and K,
@@ -41,10 +41,8 @@ def sparse_attention(w: Workload, choice: Choice, *, ideal: bool, block: int) ->
 
 
 FAMILY = Family(
-    name="sparse_attention", axis="dynamic N, K of attention", dynamic=True, order=9, together="any",
-    function=sparse_attention,
+    function=sparse_attention, axis="dynamic N, K of attention", dynamic=True, order=9,
     summary="a share of the q-k blocks (16, 64 or 128) computed; in decode, of the cache's blocks read",
     cost="scoring and choosing the blocks; small blocks cost more a pair",
     realised="share of q-k pairs skipped",
-    options={"block": 64},
 )  # fmt: skip
