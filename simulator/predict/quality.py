@@ -166,12 +166,16 @@ def list_quality() -> tuple[str, ...]:
     return tuple(sorted(p.stem for p in FOLDER.glob("*.csv")))
 
 
-def load_quality(name_or_path: str | Path) -> QualityTable:
-    """A shipped table by name, or any CSV file by path; InputError in one line ``file:line: column: what is wrong``.
+def load_quality(name_or_path: str | Path | None = None) -> QualityTable:
+    """A shipped table by name, any CSV file by path, or all that ships, rows measured by this project first; InputError
+    in one line ``file:line: column: what is wrong``.
 
     >>> len(load_quality("published").of_model("llama-2-7b")) > 20
     True
     """
+    if name_or_path is None:
+        tables = [load_quality(name) for name in sorted(list_quality(), key=lambda name: name == "published")]
+        return QualityTable(tuple(r for t in tables for r in t.rows), "shipped quality tables")
     name = str(name_or_path)
     shipped = FOLDER / f"{name}.csv"
     path = shipped if shipped.is_file() and "/" not in name else Path(name_or_path)
@@ -181,17 +185,6 @@ def load_quality(name_or_path: str | Path) -> QualityTable:
             raise InputError(f"{path}: no such file; {wanted}")
         raise unknown("quality table", name, list_quality())
     return read_quality(read_bounded(path), str(path))
-
-
-def shipped_quality(model: str) -> QualityTable:
-    """All shipped rows of a model, those measured by this project first.
-
-    >>> shipped_quality("llama-2-7b").models
-    ('llama-2-7b',)
-    """
-    tables = [load_quality(name) for name in sorted(list_quality(), key=lambda n: n == "published")]
-    rows = tuple(r for t in tables for r in t.rows)
-    return QualityTable(rows, "shipped quality tables").of_model(model)
 
 
 def read_quality(text: bytes | str, name: str = "quality table") -> QualityTable:

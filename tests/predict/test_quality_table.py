@@ -19,7 +19,6 @@ from simulator.predict.quality import (
     list_quality,
     load_quality,
     read_quality,
-    shipped_quality,
     table_text,
 )
 
@@ -169,7 +168,7 @@ def test_names_of_tables(tmp_path: Path) -> None:
 
 
 def test_axis_with_most_families_comes_first() -> None:
-    table = shipped_quality("llama-2-7b")
+    table = load_quality().of_model("llama-2-7b")
     first = table.on_axis(table.axes()[0])
     assert len({r.family for r in first.rows}) >= 4
     assert len({(r.metric, r.protocol) for r in first.rows}) == 1
