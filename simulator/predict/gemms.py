@@ -29,13 +29,12 @@ LARGEST = 2**31 - 1
 
 @dataclass(frozen=True)
 class GemmPoints:
-    """GEMM shapes of a workload on a roofline: the role of each, FLOP/byte, useful FLOPs over predicted time, share of
-    the GEMM time."""
+    """GEMM shapes of a workload on a roofline."""
 
     role: tuple[str, ...]
-    intensity: NDArray[np.float64]
-    achieved_flop_per_s: NDArray[np.float64]
-    share: NDArray[np.float64]
+    intensity: NDArray[np.float64]  # FLOP/byte
+    achieved_flop_per_s: NDArray[np.float64]  # useful FLOPs over predicted time
+    share: NDArray[np.float64]  # of the GEMM time
 
 
 @dataclass(frozen=True)
@@ -74,28 +73,8 @@ def gemm_table(
     cold: bool = True,
     level: float = 0.9,
 ) -> tuple[GemmRecord, ...]:
-    """Every combination of sizes, on every device.
+    """Every combination of tokens, output and input features (each from 1 to :data:`LARGEST`), on every device.
 
-    Parameters
-    ----------
-    m, n, k : sequence of int
-        Tokens, output features, input features; from 1 to :data:`LARGEST`.
-    dtype, weight_dtype : str
-        Number format of activations and arithmetic, and of stored weights (the same if left out).
-    semi_structured : bool
-        2:4 weights on sparse tensor cores.
-    cold : bool
-        Weights come from memory.
-    level : float
-        Level of the interval.
-
-    Raises
-    ------
-    InputError
-        For sizes out of range, unknown names, and formats that a device does not compute in.
-
-    Examples
-    --------
     >>> (r,) = gemm_table([2048], [4096], [4096], ["h100"])
     >>> r.roofline_s < r.seconds < r.upper_s
     True
@@ -117,25 +96,23 @@ def gemm_table(
         path = {"dtype": dtype, "weight_dtype": weight, "kernel": rows.kernel, "density": rows.density, "cold": cold}
         time = gemm_time(rows.m, rows.n, rows.k, hw, **path, level=level)  # type: ignore[arg-type]
         ladder = gemm_ladder(rows.m, rows.n, rows.k, hw, **path)
-        about = (hw.name, dtype, weight, semi_structured, cold)
-        datasheet = (hw.peak_flop_per_s(dtype), hw.bandwidth_bytes_per_s)
-        rate, intensity = rows.flops / time.seconds, rows.flops / rows.bytes
-        for i, (rows_m, rows_n, rows_k) in enumerate(shapes.tolist()):
-            seconds: list[Any] = [float(c[i]) for c in (time.seconds, time.lower, time.upper, time.roofline_s)]
-            steps = {step: float(column[i]) for step, column in ladder.items()}
-            found = (*seconds, str(time.limits[i]), float(rate[i]), *datasheet, float(intensity[i]), steps)
-            out.append(GemmRecord(rows_m, rows_n, rows_k, *about, *found))
+        about: dict[str, Any] = {"hardware": hw.name, "dtype": dtype, "weight_dtype": weight, "cold": cold}
+        about |= {"semi_structured": semi_structured, "peak_flop_per_s": hw.peak_flop_per_s(dtype)}
+        about |= {"bandwidth_bytes_per_s": hw.bandwidth_bytes_per_s}
+        columns = {"seconds": time.seconds, "lower_s": time.lower, "upper_s": time.upper, "roofline_s": time.roofline_s}
+        columns |= {"flop_per_s": rows.flops / time.seconds, "intensity": rows.flops / rows.bytes}
+        for i, size in enumerate(shapes.tolist()):
+            values: dict[str, Any] = {name: float(column[i]) for name, column in columns.items()}
+            values.update(zip("mnk", size), **about, limit=str(time.limits[i]))
+            out.append(GemmRecord(**values, ladder_s={step: float(column[i]) for step, column in ladder.items()}))
     return tuple(out)
 
 
 def gemm_points(workload: Workload, hw: HardwareProfile, runtime: str = "cuda_graph") -> GemmPoints:
     """GEMMs of a workload as points of a roofline; those that pruning adds (routers) are left out.
 
-    Examples
-    --------
     >>> from simulator import load_hardware, load_model, lower
-    >>> w = lower(load_model("llama-3.1-8b"), phase="decode", batch=1, seq=2048)
-    >>> points = gemm_points(w, load_hardware("h100"))
+    >>> points = gemm_points(lower(load_model("llama-3.1-8b"), phase="decode"), load_hardware("h100"))
     >>> bool((points.intensity < 2).all()), round(float(points.share.sum()), 9)
     (True, 1.0)
     """

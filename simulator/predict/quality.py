@@ -32,10 +32,9 @@ FOLDER = Path(__file__).with_name("published")
 """Where the shipped tables lie."""
 
 _TEXTS = ("method", "family", "model", "metric", "protocol", "source")
-REQUIRED: tuple[str, ...] = (
-    *("method", "family", "model", "sparsity", "metric", "higher_is_better", "dense", "pruned", "protocol", "source"),
-)
-COLUMNS: tuple[str, ...] = (*REQUIRED[:8], "relative_loss", *REQUIRED[8:], "options", "note")
+_VALUES = ("method", "family", "model", "sparsity", "metric", "higher_is_better", "dense", "pruned")
+REQUIRED: tuple[str, ...] = (*_VALUES, "protocol", "source")
+COLUMNS: tuple[str, ...] = (*_VALUES, "relative_loss", "protocol", "source", "options", "note")
 """Columns of a table as :func:`table_text` writes them."""
 
 LOSS_TOLERANCE = 5e-4
@@ -77,7 +76,8 @@ class QualityRow:
     @property
     def relative_loss(self) -> float:
         """Drop of the metric (rise of a perplexity) relative to the dense model; below 0 where pruning did good."""
-        return relative_loss(self.dense, self.pruned, self.higher_is_better)
+        drop = self.dense - self.pruned if self.higher_is_better else self.pruned - self.dense
+        return drop / self.dense
 
     @property
     def axis(self) -> Axis:
@@ -85,22 +85,12 @@ class QualityRow:
         return Axis(self.metric, self.protocol)
 
 
-def relative_loss(dense: float, pruned: float, higher_is_better: bool) -> float:
-    """Relative loss of quality from two values of one metric under one protocol, dense > 0: the drop, or the rise where
-    lower is better.
-
-    >>> round(relative_loss(69.0, 62.24, True), 3), round(relative_loss(5.47, 5.89, False), 3)
-    (0.098, 0.077)
-    """
-    return ((dense - pruned) if higher_is_better else (pruned - dense)) / dense
-
-
 @dataclass(frozen=True)
 class QualityTable:
-    """Rows of a table, and its name for messages."""
+    """Rows of a table."""
 
     rows: tuple[QualityRow, ...]
-    name: str = "quality table"
+    name: str = "quality table"  # for messages
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -135,8 +125,6 @@ def choose_axis(table: QualityTable, metric: str = "", protocol: str = "", *, st
     Case does not matter, and empty stands for any. Of several axes the one with most families and points is taken, or
     with ``strict`` none: InputError, as when no axis fits, since metrics and protocols are never mixed.
 
-    Examples
-    --------
     >>> choose_axis(load_quality("published").of_model("llama-2-7b"), "zero-shot", "SLEB").protocol
     'SLEB Table 2, no fine-tuning'
     """
@@ -154,15 +142,8 @@ def choose_axis(table: QualityTable, metric: str = "", protocol: str = "", *, st
     return fitting[0]
 
 
-# -- files -------------------------------------------------------------------------------------------------------------
-
-
 def list_quality() -> tuple[str, ...]:
-    """Names of the shipped tables.
-
-    >>> "published" in list_quality()
-    True
-    """
+    """Names of the shipped tables."""
     return tuple(sorted(p.stem for p in FOLDER.glob("*.csv")))
 
 
@@ -180,10 +161,10 @@ def load_quality(name_or_path: str | Path | None = None) -> QualityTable:
     shipped = FOLDER / f"{name}.csv"
     path = shipped if shipped.is_file() and "/" not in name else Path(name_or_path)
     if not path.exists():
-        if path.suffix:
-            wanted = f"expected a quality table (CSV), or one of {', '.join(list_quality())}"
-            raise InputError(f"{path}: no such file; {wanted}")
-        raise unknown("quality table", name, list_quality())
+        if not path.suffix:
+            raise unknown("quality table", name, list_quality())
+        known = ", ".join(list_quality())
+        raise InputError(f"{path}: no such file; expected a quality table (CSV), or one of {known}")
     return read_quality(read_bounded(path), str(path))
 
 
@@ -221,8 +202,8 @@ def _row(cells: Mapping[str, str]) -> QualityRow:
     if cells.get("relative_loss"):
         written, given = _number(cells, "relative_loss"), row.relative_loss
         if abs(written - given) > LOSS_TOLERANCE * max(1.0, abs(given)):
-            why = f"{written:g} does not follow from dense and pruned, which give {given:.4f}"
-            raise InputError(f"relative_loss: {why}")
+            says = f"{written:g} does not follow from dense and pruned, which give {given:.4f}"
+            raise InputError(f"relative_loss: {says}")
     return row
 
 
@@ -272,12 +253,7 @@ def _check_together(rows: Sequence[QualityRow], lines: Sequence[int], name: str)
 
 
 def table_text(rows: Iterable[QualityRow]) -> str:
-    """CSV text of rows, with :data:`COLUMNS`.
-
-    >>> row = QualityRow("m", "depth", "x", 0.25, "ppl", False, 5.0, 6.0, "p", "s")
-    >>> read_quality(table_text([row])).rows == (row,)
-    True
-    """
+    """CSV text of rows, with :data:`COLUMNS`: what :func:`read_quality` reads."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(COLUMNS)

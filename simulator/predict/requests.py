@@ -8,8 +8,8 @@ rows of many requests go through the family's function together; what a family a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,18 +33,16 @@ class Requests:
 
     shapes: tuple[tuple[int, int], ...]
     workloads: tuple[Workload, ...]
-    _groups: dict[str, list[tuple[Group, Workload]]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, model: ModelConfig, setting: Setting, phase: str, shapes: tuple[tuple[int, int], ...]) -> Requests:
         return cls(shapes, tuple(setting.lower(model, phase, b, s) for b, s in shapes))
 
-    def groups(self, together: str) -> list[tuple[Group, Workload]]:
-        """Requests that a family may prune together, and their rows as one workload."""
-        if together not in self._groups:
-            every = _by_length(self.shapes) if together != "any" else [tuple(range(len(self.shapes)))]
-            self._groups[together] = [(g, self._joined(g)) for g in every]
-        return self._groups[together]
+    @cached_property
+    def together(self) -> dict[str, list[tuple[Group, Workload]]]:
+        """What families say they can prune together -> the requests of each call, and their rows as one workload."""
+        groups = {"any": [tuple(range(len(self.shapes)))], "equal length": _by_length(self.shapes)}
+        return {name: [(group, self._joined(group)) for group in found] for name, found in groups.items()}
 
     def _joined(self, group: Group) -> Workload:
         workloads, batch = [self.workloads[i] for i in group], max(self.shapes[i][0] for i in group)
@@ -70,7 +68,7 @@ def prune_all(
     :func:`simulator.prune`."""
     refused: dict[str, None] = {}
     call = partial(prune, family=family, sparsity=sparsity, ideal=ideal, **(options or {}))
-    groups = requests.groups(FAMILIES[family].together)
+    groups = requests.together[FAMILIES[family].together]
     return [part for group, joined in groups for part in _prune(requests, group, joined, call, refused)], tuple(refused)
 
 

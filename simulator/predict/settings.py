@@ -54,10 +54,9 @@ class Setting:
 
     def lower(self, model: ModelConfig, phase: str, batch: int, seq: int) -> Workload:
         """The dense workload of a model in this setting."""
-        names = ("dtype", "weight_dtype", "kv_dtype", "fuse_qkv", "fuse_gate_up", "devices", "parallel")
-        tokens = self.new_tokens if phase == "generate" else 0
-        options = {name: getattr(self, name) for name in names}
-        return lower(model, phase=phase, batch=batch, seq=seq, new_tokens=tokens, **options)
+        options = {**vars(self), "new_tokens": self.new_tokens if phase == "generate" else 0}
+        del options["runtime"], options["level"]
+        return lower(model, phase=phase, batch=batch, seq=seq, **options)
 
 
 def once(values: Iterable[T]) -> tuple[T, ...]:

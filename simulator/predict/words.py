@@ -29,8 +29,7 @@ def setting_title(r: Record) -> str:
 
 
 def uncalibrated(records: Sequence[Any]) -> tuple[str, ...]:
-    """The note on devices whose prediction rests on something that was not fitted there; none where all are
-    calibrated."""
+    """The note on devices whose prediction rests on something that was not fitted there, if there are any."""
     names = ", ".join(dict.fromkeys(r.hardware for r in records if not r.calibrated))
     return (f"{names}: not calibrated for everything this needs; the intervals are wide for it",) if names else ()
 
@@ -60,11 +59,7 @@ def _and(parts: Sequence[str]) -> str:
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A CSV table with a header, numbers in full; what is missing or not finite is empty.
-
-    >>> csv_text([{"a": 0.1, "b": None}])
-    'a,b\\n0.1,\\n'
-    """
+    """A CSV table with a header, numbers in full; what is missing or not finite is empty."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(rows[0])
