@@ -102,9 +102,9 @@ def gemm_table(
         columns = {"seconds": time.seconds, "lower_s": time.lower, "upper_s": time.upper, "roofline_s": time.roofline_s}
         columns |= {"flop_per_s": rows.flops / time.seconds, "intensity": rows.flops / rows.bytes}
         for i, size in enumerate(shapes.tolist()):
-            values: dict[str, Any] = {name: float(column[i]) for name, column in columns.items()}
-            values.update(zip("mnk", size), **about, limit=str(time.limits[i]))
-            out.append(GemmRecord(**values, ladder_s={step: float(column[i]) for step, column in ladder.items()}))
+            row: dict[str, Any] = {name: float(column[i]) for name, column in columns.items()}
+            row.update(zip("mnk", size), **about, limit=str(time.limits[i]))
+            out.append(GemmRecord(**row, ladder_s={step: float(column[i]) for step, column in ladder.items()}))
     return tuple(out)
 
 
