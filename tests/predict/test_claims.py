@@ -74,7 +74,7 @@ def test_claims_of_a_model_with_quality_of_some_families(tmp_path: Path) -> None
     (none,) = verdicts("llama-2-7b", ["a100"], tmp_path / "q.csv")[2:]
     assert (none.verdict, none.missing) == (NO_DATA, ("dynamic depth", "static width"))
     assert none.numbers.endswith("there is quality of: static depth")
-    with pytest.raises(InputError, match="'llama-3.1-8b' is unknown"):
+    with pytest.raises(InputError, match=r"'llama-3\.1-8b' is unknown"):
         verdicts("llama-3.1-8b", ["a100"], tmp_path / "q.csv")
 
 

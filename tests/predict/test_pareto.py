@@ -20,8 +20,6 @@ from simulator.figures.save import save_figure
 from simulator.predict.pareto import bands, frontier, fronts, judge, read_measured
 from simulator.predict.quality import QualityTable, choose_axis, load_quality
 
-# -- the rule ---------------------------------------------------------------------------------------------------------
-
 few = st.tuples(st.sampled_from([0.0, 0.1, 0.2, 0.3]), st.sampled_from([0.9, 1.0, 1.2, 1.5]))
 planted = st.tuples(st.sampled_from(["depth", "width", "token"]), st.floats(-0.1, 2.0), st.floats(0.5, 3.0))
 
@@ -73,9 +71,6 @@ def test_sure_needs_intervals_apart() -> None:
     far = bands(judge([point("depth", 0.1, 1.2, 1.01), point("width", 0.1, 1.5, 1.01)]))
     assert [b.sure for b in near] == [True, False]
     assert [b.sure for b in far] == [True, True]
-
-
-# -- joined with speedups ---------------------------------------------------------------------------------------------
 
 
 def test_fronts_cite_and_do_not_mix() -> None:
@@ -155,9 +150,6 @@ def test_bad_measured_speedups(content: str, expected: str, tmp_path: Path) -> N
     with pytest.raises(InputError) as error:
         read_measured(path)
     assert expected in str(error.value)
-
-
-# -- command and figure -----------------------------------------------------------------------------------------------
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,9 +41,6 @@ def text(*rows: dict[str, str], leave_out: str = "") -> str:
     return "\n".join([",".join(names), *(",".join((ROW | row).get(c, "") for c in names) for row in rows)]) + "\n"
 
 
-# -- what ships --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", list_quality())
 def test_shipped_tables_are_consistent(name: str) -> None:
     table = load_quality(name)  # the reader refuses dense values that differ on an axis, and repeated rows
@@ -96,9 +93,6 @@ def test_provenance_counts_every_row(shared_data: Path) -> None:
     assert len(table) + sum(refused.values()) == len(source.read_text(encoding="utf-8").splitlines()) - 1
     note = (FOLDER / "PROVENANCE.md").read_text(encoding="utf-8")
     assert all(f"- {count}: {why}" in note for why, count in refused.items())
-
-
-# -- reading -----------------------------------------------------------------------------------------------------------
 
 
 def test_round_trip() -> None:
@@ -162,9 +156,6 @@ def test_names_of_tables(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="not UTF-8"):
         load_quality(path)
-
-
-# -- axes --------------------------------------------------------------------------------------------------------------
 
 
 def test_axis_with_most_families_comes_first() -> None:
