@@ -29,6 +29,11 @@ def aligned(width: Array, keep: Array, align: int) -> Array:
     return np.minimum(np.maximum(wanted, align), width)
 
 
+def changed(w: Workload, rows: Array, **columns: Any) -> Workload:
+    """Some rows with other values in some columns."""
+    return w.replace(**{name: np.where(rows, values, getattr(w, name)) for name, values in columns.items()})
+
+
 def resized(w: Workload, n: Array, k: Array, **columns: Any) -> Workload:
     """GEMMs with other N and K; the parameters follow, with the bias (N of them) where a row has one."""
     bias = biases(w)
@@ -49,9 +54,7 @@ def zeroed(w: Workload, choice: Choice, kernel: Kernel, name: str) -> Pruned:
         which = Kernel(int(w.kernel[rows].max())).name.lower()
         raise InputError(f"{name}: the projections are sparse already ({which}); a weight is zeroed once")
     bias = biases(w)
-    left = np.where(rows, keep * (w.params - bias) + bias, w.params)
-    density, code = np.where(rows, w.density * keep, w.density), np.where(rows, kernel, w.kernel)
-    out = w.replace(density=density, kernel=code, params=left)
+    out = changed(w, rows, density=w.density * keep, kernel=kernel, params=keep * (w.params - bias) + bias)
     return out, parameters_removed(w, out)
 
 
@@ -68,10 +71,9 @@ def split_at(w: Workload, layer: int) -> Workload:
     if not across.any():
         return w
     out, _, first, second = doubled(w, across)
-    before = layer - out.layer
-    layers = np.where(first, before, np.where(second, out.layers - before, out.layers))
-    count = out.count * np.where(first | second, layers / np.maximum(out.layers, 1), 1.0)
-    return out.replace(layer=np.where(second, layer, out.layer), layers=layers, count=count)
+    layers = np.where(first, layer - out.layer, out.layers - (layer - out.layer))
+    out = changed(out, first | second, layers=layers, count=out.count * (layers / np.maximum(out.layers, 1)))
+    return changed(out, second, layer=layer)
 
 
 def merge_runs(w: Workload) -> Workload:

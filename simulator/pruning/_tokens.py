@@ -9,7 +9,7 @@ import numpy as np
 
 from simulator.columns import Array
 from simulator.errors import InputError
-from simulator.pruning._edits import doubled
+from simulator.pruning._edits import changed, doubled
 from simulator.pruning._rows import covering, layer_count
 from simulator.workload import Kind, Workload, role_code
 
@@ -112,13 +112,12 @@ def split_fused_qkv(w: Workload, s: Array) -> tuple[Workload, Array]:
     if not fused.any():
         return w, s
     if (w.stage[fused] == 2).any():
-        raise InputError(
-            "the queries of a low-rank fused qkv projection cannot be computed alone; lower with fuse_qkv=False"
-        )
+        alone = "the queries of a low-rank fused qkv projection cannot be computed alone"
+        raise InputError(f"{alone}; lower with fuse_qkv=False")
     out, index, first, rest = doubled(w, fused)
-    n = np.where(first, queries[index], np.where(rest, out.n - queries[index], out.n))
-    params = np.where(first | rest, out.params * (n / np.maximum(out.n, 1)), out.params)
-    return out.replace(n=n, role=np.where(first, role_code("q")[0], out.role), params=params), s[index]
+    n = np.where(first, queries[index], out.n - queries[index])
+    out = changed(out, first | rest, n=n, params=out.params * (n / np.maximum(out.n, 1)))
+    return changed(out, first, role=role_code("q")[0]), s[index]
 
 
 def query_share(w: Workload, keep: Array) -> Array:

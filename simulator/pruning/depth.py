@@ -8,7 +8,7 @@ import numpy as np
 
 from simulator.columns import Array
 from simulator.errors import InputError
-from simulator.pruning._edits import merge_runs, whole_share
+from simulator.pruning._edits import changed, merge_runs, whole_share
 from simulator.pruning._family import SUBLAYERS, Choice, Family, Pruned, one_of
 from simulator.pruning._rows import projections, removed, weights
 from simulator.workload import Part, Workload
@@ -44,8 +44,7 @@ def _without(w: Workload, part: Part, sparsity: float, drop: Any) -> Workload:
     many = int(whole_share(sparsity, layers))
     if drop is None and ((w.layer == 0) & (w.layers == layers))[rows].all():  # all layers alike
         left = layers - many
-        count = np.where(rows, w.count * (left / layers), w.count)
-        kept = w.replace(count=count, layers=np.where(rows, left, w.layers))
+        kept = changed(w, rows, count=w.count * (left / layers), layers=left)
         return kept if left else kept.take(~rows)
     keep = np.ones(layers, dtype=bool)
     # the deepest layers but the last are those that published methods find redundant
@@ -55,7 +54,7 @@ def _without(w: Workload, part: Part, sparsity: float, drop: Any) -> Workload:
     wide = w.expand()
     rows = _rows(wide, part)
     layer = np.where(rows, wide.layer, 0)
-    return merge_runs(wide.replace(layer=np.where(rows, number[layer], wide.layer)).take(~rows | keep[layer]))
+    return merge_runs(changed(wide, rows, layer=number[layer]).take(~rows | keep[layer]))
 
 
 def _named(drop: Any, layers: int, many: int) -> Array:

@@ -14,7 +14,7 @@ from simulator.pruning._added import (
     stream_bytes,
     sublayer_ends,
 )
-from simulator.pruning._edits import moved, whole_share
+from simulator.pruning._edits import changed, moved, whole_share
 from simulator.pruning._family import SCORE_BYTES, SUBLAYERS, Choice, Family, Pruned, flag, whole
 from simulator.pruning._tokens import query_share, split_fused_qkv, split_tokens
 from simulator.workload import Kernel, Kind, Workload
@@ -36,21 +36,15 @@ def dynamic_depth(w: Workload, choice: Choice, *, ideal: bool, prune_kv: bool = 
         raise InputError("dynamic_depth: tokens are routed already; route once, at the final sparsity")
     w, s = split_fused_qkv(w, choice.rows) if dense_kv else (w, choice.rows)
     keep, routed = 1.0 - s, s > 0
-    prefill, decode = w.kind == Kind.PREFILL_ATTENTION, w.kind == Kind.DECODE_ATTENTION
+    prefill = w.kind == Kind.PREFILL_ATTENTION
     skips = routed & ~w.overhead & ~prefill
     if dense_kv:
-        w = w.replace(
-            density=np.where(prefill, w.density * keep, w.density),
-            kernel=np.where(prefill & routed, Kernel.BLOCK_SPARSE, w.kernel),
-            **moved(w, np.where(skips, query_share(w, keep), 1.0)),
-        )
+        w = changed(w, prefill & routed, density=w.density * keep, kernel=Kernel.BLOCK_SPARSE)
+        w = w.replace(**moved(w, np.where(skips, query_share(w, keep), 1.0)))
         skips &= ~w.is_role("k", "v", "qkv", "attention_norm", "rotary", "qk_norm", "cache_write")
     else:
         q_len, kv_len = (np.maximum(whole_share(keep, length), 1) for length in (w.q_len, w.kv_len))
-        w = w.replace(
-            q_len=np.where(prefill & routed, q_len, w.q_len),
-            kv_len=np.where((prefill | decode) & routed, kv_len, w.kv_len),
-        )
+        w = changed(w, w.is_attention & routed, q_len=q_len, kv_len=kv_len)
     keep = np.where(skips, keep, 1.0)
     if ideal:
         return split_tokens(w, keep), choice.asked

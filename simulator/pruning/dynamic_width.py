@@ -7,7 +7,7 @@ import numpy as np
 from simulator.columns import Array
 from simulator.errors import InputError
 from simulator.pruning._added import before_sublayer, insert, overhead_gemm, overheads, stream_bytes, sublayer_ends
-from simulator.pruning._edits import aligned, moved
+from simulator.pruning._edits import aligned, changed, moved
 from simulator.pruning._family import SCORE_BYTES, SUBLAYERS, Choice, Family, Pruned, one_of, whole
 from simulator.pruning._rows import covering, readers, writers
 from simulator.pruning._tokens import query_share, split_fused_qkv, tokens_of
@@ -43,9 +43,8 @@ def dynamic_width(
     outer = writers(w, "q", "gate", "up", "gate_up") & (s > 0)
     tiles = outer | (readers(w, "o", "down") & (s > 0))
     if np.isin(w.kernel[tiles], (Kernel.SPARSE24, Kernel.UNSTRUCTURED)).any():
-        raise InputError(
-            "dynamic_width: sparse projections have no kernel that also skips tiles; choose one of the two"
-        )
+        no_kernel = "sparse projections have no kernel that also skips tiles"
+        raise InputError(f"dynamic_width: {no_kernel}; choose one of the two")
     heads = covering(w, w.is_attention, w.kv_heads)
     groups = np.where(w.part == Part.ATTENTION, np.maximum(heads, 1), channel_groups)
     channels = w.is_role("activation") & (w.layer >= 0)
@@ -53,11 +52,9 @@ def dynamic_width(
     chance = -np.expm1(np.maximum(tokens_of(w), 1) * np.log(np.where(tiles, s, 0.5)))  # 1 - s^M
     used = np.where(tiles, chance, 1.0)
     pruned = _tiled(w, outer, tiles, s, used)
-    pruned = pruned.replace(
-        density=np.where(attention, w.density * (1.0 - s), pruned.density),
-        kernel=np.where(tiles | attention, Kernel.BLOCK_SPARSE, w.kernel),
-        **moved(w, np.where(channels, 1.0 - s, query_share(w, 1.0 - s))),
-    )
+    pruned = changed(pruned, tiles | attention, kernel=Kernel.BLOCK_SPARSE)
+    pruned = changed(pruned, attention, density=w.density * (1.0 - s))
+    pruned = pruned.replace(**moved(w, np.where(channels, 1.0 - s, query_share(w, 1.0 - s))))
     if ideal:
         return pruned, choice.asked
     if kernel == "looped":
@@ -68,11 +65,10 @@ def dynamic_width(
 def _tiled(w: Workload, outer: Array, tiles: Array, s: Array, used: Array) -> Workload:
     """Tiled GEMMs over the tokens of a group in use and the width of all groups in use."""
     width, tokens = np.where(outer, w.n, w.k), np.maximum(tokens_of(w), 1).astype(np.float64)
-    kept = np.where(tiles, aligned(width, used, ALIGN), width)
-    m = np.where(tiles, np.ceil(tokens * (1.0 - s) / used - 1e-9), w.m).astype(np.int64)
-    exact = tokens * (1.0 - s) * width / np.maximum(m.astype(np.float64) * kept, 1.0)
-    n, k = np.where(outer, kept, w.n), np.where(tiles & ~outer, kept, w.k)
-    return w.replace(n=n, k=k, m=m, density=np.where(tiles, w.density * exact, w.density))
+    kept, m = aligned(width, used, ALIGN), np.ceil(tokens * (1.0 - s) / used - 1e-9)
+    exact = tokens * (1.0 - s) * width / np.maximum(m * kept, 1.0)
+    w = changed(w, tiles, m=m, density=w.density * exact)
+    return changed(changed(w, outer, n=kept), tiles & ~outer, k=kept)
 
 
 def _looped(w: Workload, tiled: Workload, outer: Array, tiles: Array, s: Array, used: Array, groups: Array) -> Workload:
@@ -81,13 +77,9 @@ def _looped(w: Workload, tiled: Workload, outer: Array, tiles: Array, s: Array, 
     groups = np.minimum(groups, np.maximum(width, 1))
     many, each = np.where(tiles, groups * used, 1.0), -(-width // groups)
     exact = tokens_of(w).astype(np.float64) * (1.0 - s) * width / np.maximum(tiled.m * each * many, 1.0)
-    return tiled.replace(
-        n=np.where(tiles & outer, each, tiled.n),
-        k=np.where(tiles & ~outer, each, tiled.k),
-        density=np.where(tiles, w.density * exact, tiled.density),
-        count=tiled.count * many,
-        params=tiled.params / many,
-    )
+    tiled = tiled.replace(count=tiled.count * many, params=tiled.params / many)
+    tiled = changed(tiled, tiles, density=w.density * exact)
+    return changed(changed(tiled, tiles & outer, n=each), tiles & ~outer, k=each)
 
 
 def _with_overheads(w: Workload, pruned: Workload, s: Array, groups: Array, gathered: bool) -> Workload:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from simulator.pruning._added import insert, overheads
-from simulator.pruning._edits import whole_share
+from simulator.pruning._edits import changed, whole_share
 from simulator.pruning._family import SCORE_BYTES, Choice, Family, Pruned, whole
 from simulator.pruning._rows import removed
 from simulator.pruning._tokens import prompt_of
@@ -25,7 +25,7 @@ def kv_cache(w: Workload, choice: Choice, *, ideal: bool, observed: int = 32) ->
     kept = np.maximum(whole_share(1.0 - choice.rows, prompt), 1)
     evicted = np.where(choice.rows > 0, prompt - kept, 0)
     decode, prefill = w.kind == Kind.DECODE_ATTENTION, w.kind == Kind.PREFILL_ATTENTION
-    out = w.replace(kv_len=np.where(decode, w.kv_len - evicted, w.kv_len))
+    out = changed(w, decode, kv_len=w.kv_len - evicted)
     rows = prefill if prefill.any() else decode
     realised = removed(float(prompt[rows] @ w.count[rows]), float((prompt - evicted)[rows] @ w.count[rows]))
     at = np.flatnonzero(prefill & (choice.rows > 0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from simulator.errors import InputError
-from simulator.pruning._edits import doubled
+from simulator.pruning._edits import changed, doubled
 from simulator.pruning._family import WEIGHTS, Choice, Family, Pruned, whole
 from simulator.pruning._rows import biases, parameters_removed, projections
 from simulator.workload import Kernel, Workload
@@ -30,10 +30,8 @@ def low_rank(w: Workload, choice: Choice, *, ideal: bool, align: int = 16) -> Pr
     owned = np.where(bias > 0, 1.0, w.params / np.maximum(n * k, 1.0))  # 1, or more where only some executions own them
     out, index, first, second = doubled(w, rows)
     r, owned = rank[index], owned[index]
-    with_bias = owned * r * out.n + (bias[index] > 0) * out.n
-    shared = np.where(first, owned * r * out.k, np.where(second, with_bias, out.params))
-    n, k, stage = np.where(first, r, out.n), np.where(second, r, out.k), out.stage + first + 2 * second
-    out = out.replace(n=n, k=k, stage=stage, params=shared)
+    out = changed(out, first, n=r, stage=1, params=owned * r * out.k)
+    out = changed(out, second, k=r, stage=2, params=owned * r * out.n + (bias[index] > 0) * out.n)
     return out, parameters_removed(w, out)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from simulator.pruning._added import insert, overheads
+from simulator.pruning._edits import changed
 from simulator.pruning._family import SCORE_BYTES, Choice, Family, Pruned, one_of
 from simulator.workload import DTYPE_BYTES, Kernel, Kind, Workload
 
@@ -18,11 +19,7 @@ def sparse_attention(w: Workload, choice: Choice, *, ideal: bool, block: int = 6
     """
     one_of("block", block, (16, 64, 128))
     rows = w.is_attention & (choice.rows > 0)
-    out = w.replace(
-        density=np.where(rows, w.density * (1.0 - choice.rows), w.density),
-        block=np.where(rows, block, w.block),
-        kernel=np.where(rows, Kernel.BLOCK_SPARSE, w.kernel),
-    )
+    out = changed(w, rows, density=w.density * (1.0 - choice.rows), block=block, kernel=Kernel.BLOCK_SPARSE)
     at = np.flatnonzero(rows)
     if ideal or not len(at):
         return out, choice.asked if len(at) else 0.0

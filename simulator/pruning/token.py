@@ -12,7 +12,7 @@ import numpy as np
 from simulator.columns import Array
 from simulator.errors import InputError
 from simulator.pruning._added import before_sublayer, insert, overheads, sublayer_ends
-from simulator.pruning._edits import merge_runs, moved, split_at, whole_share
+from simulator.pruning._edits import changed, merge_runs, moved, split_at, whole_share
 from simulator.pruning._family import SCORE_BYTES, Choice, Family, Pruned, one_of, whole
 from simulator.pruning._rows import layer_count, removed
 from simulator.pruning._tokens import prompt_of
@@ -68,13 +68,8 @@ def _dropped(w: Workload, table: Array) -> tuple[Workload, Array, Array]:
     fewer = (w.phase == Phase.PREFILL) & (s > 0) & ~sampled & (w.m > 0)
     m = np.where(fewer, np.maximum(w.m * kept // np.maximum(prompt, 1), 1), w.m)
     q_len, kv_len = (np.maximum(length - (prompt - kept), 1) for length in (w.q_len, w.kv_len))
-    out = w.replace(
-        m=m,
-        q_len=np.where(w.kind == Kind.PREFILL_ATTENTION, q_len, w.q_len),
-        kv_len=np.where(w.is_attention, kv_len, w.kv_len),
-        **moved(w, np.where(fewer, m / np.maximum(w.m, 1), 1.0)),
-    )
-    return out, kept, prompt
+    out = changed(w, w.is_attention, q_len=q_len, kv_len=kv_len)
+    return out.replace(m=m, **moved(w, np.where(fewer, m / np.maximum(w.m, 1), 1.0))), kept, prompt
 
 
 def _with_selection(w: Workload, out: Workload, table: Array, kept: Array, prompt: Array, mode: str) -> Workload:
