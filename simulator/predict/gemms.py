@@ -14,17 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.errors import InputError, unknown
 from simulator.kernels.gemm import gemm_ladder, gemm_time
 from simulator.kernels.stream import cost_batch
-from simulator.predict.settings import profiles
+from simulator.predict.settings import once, one_of, profiles, whole_number
 from simulator.workload import DTYPES, ROLES, Kernel, Kind, Workload, dtype_code
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
-
-LARGEST = 2**31 - 1
-"""Largest size of a matrix: real kernels index with 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,7 @@ def gemm_table(
     cold: bool = True,
     level: float = 0.9,
 ) -> tuple[GemmRecord, ...]:
-    """Every combination of tokens, output and input features (each from 1 to :data:`LARGEST`), on every device.
+    """Every combination of tokens, output and input features on every device.
 
     >>> (r,) = gemm_table([2048], [4096], [4096], ["h100"])
     >>> r.roofline_s < r.seconds < r.upper_s
@@ -81,13 +77,11 @@ def gemm_table(
     """
     for name, values in (("M", m), ("N", n), ("K", k)):
         for value in values:
-            if not 1 <= value <= LARGEST:
-                raise InputError(f"{name} {value}: expected a whole number from 1 to {LARGEST}")
-    for given in (dtype, weight_dtype):
-        if given is not None and given not in DTYPES:
-            raise unknown("dtype", given, DTYPES)
-    shapes = np.array(list(dict.fromkeys(itertools.product(m, n, k))), dtype=np.int64)
+            whole_number(name, value)
     weight, kernel = weight_dtype or dtype, Kernel.SPARSE24 if semi_structured else Kernel.DENSE
+    for given in (dtype, weight):
+        one_of("dtype", given, DTYPES)
+    shapes = np.array(once(itertools.product(m, n, k)), dtype=np.int64)
     columns: dict[str, Any] = dict(zip("mnk", shapes.T), kernel=kernel, density=0.5 if semi_structured else 1.0)
     columns |= {"dtype": dtype_code(dtype), "weight_dtype": dtype_code(weight)}
     rows = Workload.from_columns(role=["q"] * len(shapes), **columns)
