@@ -230,11 +230,8 @@ class Measured:
 
     def fits(self, sparsity: float, conditions: Mapping[str, Any]) -> bool:
         """Whether it was measured under these conditions."""
-        return abs(self.sparsity - sparsity) <= SAME_SPARSITY and all(
-            str(conditions[name]).lower() == value.lower()
-            for name, value in self.conditions.items()
-            if name in conditions
-        )
+        same = (str(conditions[name]).lower() == value.lower() for name, value in self.conditions.items())
+        return abs(self.sparsity - sparsity) <= SAME_SPARSITY and all(same)
 
 
 def read_measured(path: str | Path) -> tuple[Measured, ...]:

@@ -5,17 +5,12 @@ choose a model and :meth:`QualityTable.axes` for the (metric, protocol) pairs th
 only on one axis: the same metric under the same protocol, hence over the same dense value. A table that breaks this is
 refused with the line that does.
 
-Columns: ``method`` (name of the method), ``family`` (of section "pruning"), ``model``, ``sparsity`` (fraction removed),
-``metric``, ``higher_is_better`` (true or false), ``dense`` and ``pruned`` (value of the metric), ``protocol`` (how it
-was measured: data, length, calibration, fine-tuning), ``source`` (where the row is from). Optional: ``relative_loss``
-(checked against the two values), ``options`` (of the family, ``name=value`` separated by semicolons), ``note``. Further
-columns are ignored.
+Columns are the fields of :class:`QualityRow`, options and note optional, and ``relative_loss``, checked against the two
+values where it is given. Further columns are ignored.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +21,7 @@ from typing import Any
 from simulator.errors import InputError, unknown
 from simulator.files.csv import read_csv
 from simulator.files.read import read_bounded
+from simulator.predict.words import csv_text
 from simulator.pruning import FAMILIES
 
 FOLDER = Path(__file__).with_name("published")
@@ -57,20 +53,19 @@ class Axis:
 
 @dataclass(frozen=True)
 class QualityRow:
-    """Quality of one pruned model; ``sparsity`` is the fraction removed as the source counts it, ``options`` are those
-    of the family."""
+    """Quality of one pruned model."""
 
     method: str
-    family: str
+    family: str  # of section "pruning"
     model: str
-    sparsity: float
+    sparsity: float  # fraction removed, as the source counts it
     metric: str
     higher_is_better: bool
-    dense: float
+    dense: float  # value of the metric
     pruned: float
-    protocol: str
-    source: str
-    options: tuple[tuple[str, Any], ...] = ()
+    protocol: str  # how it was measured: data, length, calibration, fine-tuning
+    source: str  # where the row is from
+    options: tuple[tuple[str, Any], ...] = ()  # of the family; in a file name=value, separated by semicolons
     note: str = ""
 
     @property
@@ -254,12 +249,10 @@ def _check_together(rows: Sequence[QualityRow], lines: Sequence[int], name: str)
 
 def table_text(rows: Iterable[QualityRow]) -> str:
     """CSV text of rows, with :data:`COLUMNS`: what :func:`read_quality` reads."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    out = []
     for r in rows:
         text = {name: f"{getattr(r, name):.10g}" for name in ("sparsity", "dense", "pruned")}
         text |= {"relative_loss": f"{r.relative_loss:.6f}", "higher_is_better": str(r.higher_is_better).lower()}
         text["options"] = ";".join(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in r.options)
-        writer.writerow([text[name] if name in text else getattr(r, name) for name in COLUMNS])
-    return out.getvalue()
+        out.append({**vars(r), **text})
+    return csv_text(out, COLUMNS)

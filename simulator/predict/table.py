@@ -50,7 +50,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A prediction, its waterfall, and the GEMMs of the dense and the pruned model."""
+    """A prediction, its waterfall, and what it is of."""
 
     record: Record
     steps: tuple[Step, ...]
