@@ -230,7 +230,7 @@ class Measured:
 
     def fits(self, sparsity: float, conditions: Mapping[str, Any]) -> bool:
         """Whether it was measured under these conditions."""
-        same = (str(conditions[name]).lower() == value.lower() for name, value in self.conditions.items())
+        same = (str(conditions.get(name, value)).lower() == value.lower() for name, value in self.conditions.items())
         return abs(self.sparsity - sparsity) <= SAME_SPARSITY and all(same)
 
 
