@@ -152,9 +152,7 @@ def measure_bounds(
         left = max(budget_s - (device.clock() - start), 1e-3)
         visits = default_visits(description)
         protocol = replace(base, time_limit_s=_share(left / visits, len(shapes), rates, base.time_limit_s))
-        plan = for_model(
-            shapes, rates, dtype=dtype, protocol=protocol, budget_s=left, seed=seed
-        )
+        plan = for_model(shapes, rates, dtype=dtype, protocol=protocol, budget_s=left, seed=seed)
         turn = {shape: i for i, shape in enumerate(_by_case(cases, seed))}
         ordered = sorted(plan.items, key=lambda i: turn[i.operator.m, i.operator.n, i.operator.k])
         plan = replace(plan, items=tuple(ordered), visits=visits)

@@ -15,7 +15,6 @@ from simulator.predict.words import uncalibrated
 
 if TYPE_CHECKING:
     from simulator.predict.pareto import Band, Front, Point
-    from simulator.predict.quality import QualityTable
 
 # fmt: off
 Quality = Annotated[str | None, opt("--quality", "FILE", "Quality table (CSV), or the name of a shipped one.")]
@@ -49,10 +48,10 @@ def pareto(
     output = render.Output(json, csv, [figure])
     from simulator.models.library import load_model
     from simulator.predict.pareto import fronts, read_measured
-    from simulator.predict.quality import choose_axis
+    from simulator.predict.quality import choose_axis, load_quality
 
     config = load_model(model)
-    table = quality_rows(quality, quality_model or config.name)
+    table = load_quality(quality).of_model(quality_model or config.name)
     axis = choose_axis(table, metric, protocol, strict=quality is not None)
     devices, asked = options.names("--hardware", hardware), run.asked()
     known = read_measured(measured) if measured else ()
@@ -78,13 +77,6 @@ def pareto(
         render.note(f"quality is that of {table.models[0]}, speed that of {config.name}")
     for line in uncalibrated(found):
         render.note(line)
-
-
-def quality_rows(quality: str | None, model: str) -> QualityTable:
-    """Rows of a model from a table, or from the shipped ones."""
-    from simulator.predict.quality import load_quality, shipped_quality
-
-    return load_quality(quality).of_model(model) if quality else shipped_quality(model)
 
 
 def _finite(rows: Sequence[Point] | Sequence[Band]) -> list[dict[str, object]]:

@@ -208,18 +208,18 @@ def _crossover(p: Paper) -> Made:
 
 def _pareto(p: Paper) -> Made:
     from simulator.predict.pareto import fronts
-    from simulator.predict.quality import choose_axis, shipped_quality
+    from simulator.predict.quality import choose_axis, load_quality
 
     model, notes = p.model, []
     try:
-        table = shipped_quality(model.name)
+        table = load_quality().of_model(model.name)
         few = len({r.family for r in table.on_axis(choose_axis(table)).rows}) < 2
     except InputError:
         few = True
     if few:
         few_of = f"fewer than two families of {model.name} have quality on one axis"
         notes.append(f"pareto: {few_of}; drawn for {QUALITY_MODEL}")
-        model, table = load_model(QUALITY_MODEL), shipped_quality(QUALITY_MODEL)
+        model, table = load_model(QUALITY_MODEL), load_quality().of_model(QUALITY_MODEL)
     axis = choose_axis(table)
     found, more = fronts(model, p.devices, table, axis, ["prefill", "decode"], [1], [p.seq], setting=p.setting)
     figure = fronts_of(found, [f"{f.phase}, batch {f.batch}" for f in found])

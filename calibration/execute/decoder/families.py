@@ -23,7 +23,7 @@ from calibration.execute.decoder.routed import BlockAttention, CacheCut, TokenDr
 from calibration.execute.decoder.run import Rule
 from calibration.execute.decoder.widths import GroupRouting
 from simulator.errors import InputError, unknown
-from simulator.pruning import _rows
+from simulator.pruning import _edits
 
 ALIGN = 16
 """Widths and ranks are rounded up to a multiple of this unless told otherwise, as the simulator's families do."""
@@ -79,12 +79,12 @@ def prune_decoder(decoder: Decoder, family: str, sparsity: float, **options: Any
 
 def whole_share(share: float, of: int) -> int:
     """``share`` of ``of`` rounded to the nearest whole, halves up."""
-    return int(_rows.whole_share(share, of))
+    return int(_edits.whole_share(share, of))
 
 
 def aligned(width: int, keep: float, align: int = ALIGN) -> int:
     """``keep`` of ``width`` rounded up to a multiple of ``align``, and no more than ``width``."""
-    return int(_rows.aligned(np.array(width), np.array(keep), align))
+    return int(_edits.aligned(np.array(width), np.array(keep), align))
 
 
 def rank_left(sparsity: float, n: int, k: int, align: int = ALIGN) -> int:
