@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +25,11 @@ LEAST, ENOUGH, MOST = 3, 8, 200
 
 @dataclass(frozen=True)
 class PairTimes:
-    """Raw samples of two decoders, s a pass, one of each a pair; ``loops`` passes a sample."""
+    """Raw samples of two decoders, s a pass, one of each a pair."""
 
-    first_s: tuple[float, ...]
-    second_s: tuple[float, ...]
-    loops: int
+    first_s: Sequence[float]
+    second_s: Sequence[float]
+    loops: int  # passes a sample
 
 
 def time_pair(
@@ -60,18 +60,17 @@ def time_pair(
         sample(loops)
     found: tuple[list[float], list[float]] = ([], [])
     start = clock()
-    while len(found[0]) < MOST:
-        order = (0, 1) if len(found[0]) % 2 == 0 else (1, 0)
-        for i in order:
+    for pair in range(1, MOST + 1):
+        for i in (0, 1) if pair % 2 else (1, 0):
             found[i].append(samplers[i](loops))
         spent = clock() - start
-        if spent >= time_limit_s and (len(found[0]) >= LEAST or spent >= 3.0 * time_limit_s):
+        if spent >= time_limit_s and (pair >= LEAST or spent >= 3.0 * time_limit_s):
             break
-        if len(found[0]) >= ENOUGH:
+        if pair >= ENOUGH:
             middle, low, high = median_interval([a / b for a, b in zip(*found, strict=True)])
             if high - low <= 2.0 * PRECISION * middle:
                 break
-    return PairTimes(tuple(found[0]), tuple(found[1]), loops)
+    return PairTimes(*found, loops)
 
 
 def _ready(
@@ -83,9 +82,8 @@ def _ready(
     if graph and not cuda:
         raise Unsupported(f"cuda_graph: device {decoder.place!r} has no CUDA graphs")
     if graph and decoder.rule is not None and decoder.rule.on_host:
-        raise Unsupported(
-            f"cuda_graph: {decoder.rule.family} decides on the host which kernels run, so no graph can hold it"
-        )
+        why = "decides on the host which kernels run, so no graph can hold it"
+        raise Unsupported(f"cuda_graph: {decoder.rule.family} {why}")
     tokens = torch.randint(len(decoder.embedding), (batch, seq), generator=torch.Generator().manual_seed(0))
     tokens = tokens.to(decoder.place)
     step = _decode_step(decoder, tokens) if phase == "decode" else lambda: prefill(decoder, tokens)
