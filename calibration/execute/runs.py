@@ -23,6 +23,7 @@ from calibration.judge.validate import Report, validate
 from calibration.measure.plan import Plan, Rates, base_plan, check_budget, for_model
 from calibration.measure.probe import default_protocol, default_visits, probe
 from calibration.measure.run import Outcome, Progress, run
+from calibration.measure.timing import Protocol
 from calibration.records.exact import without_exact
 from calibration.records.lines import content_records
 from calibration.records.records import PURPOSES, Records
@@ -58,6 +59,54 @@ def check_folder(folder: str | Path) -> Path:
     return path
 
 
+def begin(
+    folder: str | Path, device: Device, dtype: str, budget_s: float, name: str = RECORDS, **extra: Any
+) -> tuple[Path, Header]:
+    """Where a run keeps its records, and what they are of.
+
+    Refused (InputError): a budget of zero, a number format the device lacks, a folder of another device or software.
+    """
+    file = check_folder(folder) / name
+    check_budget(budget_s)
+    if dtype not in device.dtypes():
+        raise InputError(f"--dtype {dtype}: device {device.name} has none; it has {', '.join(device.dtypes())}")
+    description = device.describe()
+    header = Header(description.device, dict(description.stack), dtype, extra={"opened": device.name, **extra})
+    if not is_new(file):
+        read_store(file).header.refuse_other(header, str(file))
+    return file, header
+
+
+def is_new(file: Path) -> bool:
+    """Whether a file of records is still to be begun."""
+    return not file.exists() or not file.stat().st_size
+
+
+def measure_plan(
+    file: Path,
+    header: Header,
+    device: Device,
+    planned: Callable[[Rates, Protocol, int], tuple[Plan, Protocol]],
+    *,
+    budget_s: float,
+    seed: int,
+    progress: Callable[[Progress], None] | None = None,
+) -> Measured:
+    """Run a plan into a file, made from the device's rates (probed where the file is new), its protocol and the seed
+    that the run began with."""
+    protocol = default_protocol(device.describe(), budget_s)
+    if is_new(file):
+        file.parent.mkdir(exist_ok=True)
+        probed = {"rates": asdict(probe(device, header.dtype, protocol)), "seed": seed, "budget_s": budget_s}
+        header = replace(header, extra={**header.extra, **probed})
+    with Store(file, header) as store:
+        kept = store.header.extra.get("rates")
+        rates = Rates(**kept) if isinstance(kept, Mapping) else probe(device, header.dtype, protocol)
+        plan, protocol = planned(rates, protocol, int(store.header.extra.get("seed", seed)))
+        outcome = run(plan, device, store.append, previous=store.rows, protocol=protocol, progress=progress)
+    return Measured(plan, outcome, content_records(read_store(file)))
+
+
 def measure_into(
     folder: str | Path,
     device: Device,
@@ -71,7 +120,7 @@ def measure_into(
     progress: Callable[[Progress], None] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Measured:
-    """Plan and measure, into a new folder or one that an earlier run of the same device began.
+    """Plan and measure, into a new folder or one that an earlier run of the same device began; see :func:`begin`.
 
     Parameters
     ----------
@@ -87,43 +136,23 @@ def measure_into(
         See :func:`calibration.measure.run.run`.
     say : callable
         Told what the machine is and what is planned.
-
-    Raises
-    ------
-    InputError
-        Before anything is measured: a budget of zero, a number format the device lacks, or a folder of another device
-        or software.
     """
-    path = check_folder(folder)
-    check_budget(budget_s)
     description = device.describe()
-    if dtype not in device.dtypes():
-        raise InputError(f"--dtype {dtype}: device {device.name} has none; it has {', '.join(device.dtypes())}")
-    file = path / RECORDS
-    new = not file.exists() or not file.stat().st_size
-    extra = {"opened": device.name, "memory_bytes": description.memory_bytes}
-    header = Header(description.device, dict(description.stack), dtype, extra=extra)
-    if not new:
-        read_store(file).header.refuse_other(header, str(file))
+    file, header = begin(folder, device, dtype, budget_s, memory_bytes=description.memory_bytes)
     say(f"{description.device}; {description.software}; {dtype}")
-    protocol = default_protocol(description, budget_s)
-    if new or not (path / DATASHEET).exists():
+    datasheet = file.with_name(DATASHEET)
+    if is_new(file) or not datasheet.exists():
         base = base_profile(device, dtype, hardware)
-        path.mkdir(exist_ok=True)
-        save_hardware(replace(base, path=None), path / DATASHEET)
-    if new:
-        rates = probe(device, dtype, protocol)
-        header = replace(header, extra={**extra, "rates": asdict(rates), "seed": seed, "budget_s": budget_s})
-    with Store(file, header) as store:
-        kept = store.header.extra.get("rates")
-        rates = Rates(**kept) if isinstance(kept, Mapping) else probe(device, dtype, protocol)
-        plan = _plan(rates, device, dtype, budget_s, shapes, quick, int(store.header.extra.get("seed", seed)))
+        datasheet.parent.mkdir(exist_ok=True)
+        save_hardware(replace(base, path=None), datasheet)
+
+    def planned(rates: Rates, protocol: Protocol, seed: int) -> tuple[Plan, Protocol]:
+        plan = _plan(rates, device, dtype, budget_s, shapes, quick, seed)
         counts = ", ".join(f"{count} {name}" for name, count in plan.counts().items())
         say(f"{len(plan.items)} operators planned: {counts}")
-        outcome = run(
-            plan, device, store.append, previous=store.rows, protocol=protocol, budget_s=budget_s, progress=progress
-        )
-    return Measured(plan, outcome, content_records(read_store(file)))
+        return plan, protocol
+
+    return measure_plan(file, header, device, planned, budget_s=budget_s, seed=seed, progress=progress)
 
 
 def _plan(

@@ -17,21 +17,10 @@ from decoder_reference import ALL, BATCH, CONFIG, LAYERS, PROMPT, TOKENS, Masks,
 import simulator  # noqa: E402
 from calibration.devices.attention import layout_mask  # noqa: E402
 from calibration.devices.protocol import Unsupported  # noqa: E402
-from calibration.execute.decoder import (  # noqa: E402  # noqa: E402
-    DYNAMIC,
-    STATIC,
-    Decoder,
-    State,
-    decode,
-    from_weights,
-    prefill,
-    prune_decoder,
-    random_decoder,
-    token_losses,
-)
-from calibration.execute.decoder.families import each_projection, two_of_four  # noqa: E402
+from calibration.execute.decoder.families import DYNAMIC, STATIC, each_projection, prune_decoder, two_of_four  # noqa: E402
+from calibration.execute.decoder.model import Decoder, from_weights, random_decoder  # noqa: E402
 from calibration.execute.decoder.routed import CacheCut  # noqa: E402
-from calibration.execute.decoder.run import Cache  # noqa: E402
+from calibration.execute.decoder.run import Cache, State, decode, prefill, token_losses  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.pruning import FAMILIES  # noqa: E402
 from simulator.workload import ROLES, Kind  # noqa: E402
@@ -49,9 +38,6 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def dense() -> Decoder:
     return random_decoder(CONFIG, dtype="fp32", seed=1)
-
-
-# -- dense ----------------------------------------------------------------------------------------
 
 
 def test_dense_prefill_and_decode_equal_the_reference(dense: Decoder) -> None:
@@ -104,9 +90,6 @@ def test_rewinding_repeats_a_step(dense: Decoder) -> None:
     first = decode(dense, TOKENS[:, PROMPT : PROMPT + 1], state)
     state.rewind(mark)
     assert torch.equal(first, decode(dense, TOKENS[:, PROMPT : PROMPT + 1], state))
-
-
-# -- static families ------------------------------------------------------------------------------
 
 
 def _masked(decoder: Decoder, number: int, role: str, weight: Any) -> Decoder:
@@ -228,9 +211,6 @@ def test_semi_structured_on_a_gpu() -> None:
     assert float((first - second).norm() / second.norm()) < 0.05
 
 
-# -- dynamic families -----------------------------------------------------------------------------
-
-
 def _rows(places: Any, length: int) -> Any:
     """Places (batch, chosen) as booleans (batch, length)."""
     return torch.zeros(places.shape[0], length, dtype=torch.bool).scatter_(1, places, True)
@@ -342,9 +322,6 @@ def test_positions_attended_to_are_the_ones_kept() -> None:
     assert torch.equal(state.trace[0, "cache"], wanted[None])
     assert cache.length == 3
     assert torch.equal(cache.v[0, 1, :3], v[0, 1, wanted[1]])
-
-
-# -- composition, shapes, refusals ----------------------------------------------------------------
 
 
 def test_families_compose(dense: Decoder) -> None:

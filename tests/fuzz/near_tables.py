@@ -195,9 +195,9 @@ def read_results(path: Path) -> None:
     from calibration.execute.quality_results import Results
 
     with Results(path, {"plan": 1}) as results:
-        for method, fraction in results.points:
-            assert np.isfinite(results.losses(method, fraction)).all()
-            assert 0.0 <= results.realised(method, fraction) <= 1.0
+        for point in results.points.values():
+            assert np.isfinite(point["losses"]).all()
+            assert 0.0 <= point["realised"] <= 1.0
 
 
 # -- tables of quality and of speedups --------------------------------------------------------------------------------------------
