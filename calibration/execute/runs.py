@@ -30,12 +30,17 @@ from calibration.records.records import PURPOSES, Records
 from calibration.records.store import Header, Store, read_store
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware, save_hardware
-from simulator.hardware.profile import HardwareProfile
 
 RECORDS, DATASHEET, PROFILE, REPORT = "records.jsonl", "datasheet.yaml", "profile.yaml", "report.md"
 
 QUICK_SHARES: Mapping[str, float] = {"gemm": 1.0}
 """What a quick run spends its time on: re-anchoring moves the GEMM section alone."""
+
+JUDGED = {
+    "holdout": (REPORT, "shapes held out before the fit"),
+    "exact": ("exact_shapes.md", "the model on shapes that were measured exactly"),
+}
+"""Purpose of records -> the file of their report, and what they are."""
 
 Shape = tuple[int, int, int]
 
@@ -147,31 +152,23 @@ def measure_into(
         save_hardware(replace(base, path=None), datasheet)
 
     def planned(rates: Rates, protocol: Protocol, seed: int) -> tuple[Plan, Protocol]:
-        plan = _plan(rates, device, dtype, budget_s, shapes, quick, seed)
+        """Exact shapes first, and what time they leave spread over the rest; every visit has its share."""
+        visits = default_visits(description)
+        left, plan = budget_s / visits, None
+        if shapes:
+            plan = for_model(shapes, rates, dtype=dtype, protocol=protocol, seed=seed)
+            left -= plan.estimated_s
+        if plan is None or left > 0.1 * budget_s / visits:
+            options: dict[str, Any] = {"shares": QUICK_SHARES} if quick else {}
+            options |= {"protocol": protocol, "refuses": device.refuses, "seed": seed}
+            base = base_plan(rates, budget_s=left, dtype=dtype, **options)
+            plan = plan.joined(base) if plan else base
+        plan = replace(plan, budget_s=budget_s, visits=visits)
         counts = ", ".join(f"{count} {name}" for name, count in plan.counts().items())
         say(f"{len(plan.items)} operators planned: {counts}")
         return plan, protocol
 
     return measure_plan(file, header, device, planned, budget_s=budget_s, seed=seed, progress=progress)
-
-
-def _plan(
-    rates: Rates, device: Device, dtype: str, budget_s: float, shapes: Sequence[Shape], quick: bool, seed: int
-) -> Plan:
-    """Exact shapes first, and what time they leave spread over the rest; every visit gets its share of the budget."""
-    description = device.describe()
-    protocol, visits = default_protocol(description, budget_s), default_visits(description)
-    left = each_s = budget_s / visits
-    exact = None
-    if shapes:
-        exact = for_model(shapes, rates, dtype=dtype, protocol=protocol, seed=seed)
-        left -= exact.estimated_s
-        if left <= 0.1 * each_s:
-            return replace(exact, budget_s=budget_s, visits=visits)
-    options: dict[str, Any] = {"shares": QUICK_SHARES} if quick else {}
-    options |= {"protocol": protocol, "refuses": device.refuses, "seed": seed}
-    base = base_plan(rates, budget_s=left, dtype=dtype, **options)
-    return replace(exact.joined(base) if exact else base, budget_s=budget_s, visits=visits)
 
 
 def keep_apart(records: Records) -> Records:
@@ -212,26 +209,16 @@ def fit_run(
     profile = replace(fit.profile, title=base.title)
     save_hardware(profile, path / PROFILE)
     model = without_exact(profile)
-    held = _judged(model, records, "holdout")
-    exact = _judged(model, records, "exact")
-    title = f"Calibration of {content.header.device}, {content.header.dtype}"
-    if held is not None:
-        write_markdown(held, path / REPORT, title=f"{title}: shapes held out before the fit")
-    if exact is not None:
-        write_markdown(
-            exact, path / "exact_shapes.md", title=f"{title}: the model on shapes that were measured exactly"
-        )
-    return Calibrated(fit, held, exact)
-
-
-def _judged(profile: HardwareProfile, records: Records, purpose: str) -> Report | None:
-    rows = records.select((records.purpose == PURPOSES.index(purpose)) & np.isfinite(records.seconds))
-    if not len(rows):
-        return None
-    try:
-        return validate(profile, rows)
-    except InputError:
-        return None
+    title, reports = f"Calibration of {content.header.device}, {content.header.dtype}", {}
+    for purpose, (name, what) in JUDGED.items():
+        rows = records.select((records.purpose == PURPOSES.index(purpose)) & np.isfinite(records.seconds))
+        try:
+            reports[purpose] = validate(model, rows) if len(rows) else None
+        except InputError:
+            reports[purpose] = None
+        if report := reports[purpose]:
+            write_markdown(report, path / name, title=f"{title}: {what}")
+    return Calibrated(fit, reports["holdout"], reports["exact"])
 
 
 def model_shapes(

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from calibration.devices.protocol import Device
 from calibration.execute.cases import Case, CaseRow, predicted_speedup
@@ -33,7 +32,6 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.kernels.gemm import gemm_time
 from simulator.workload import Kind, Workload
 
-F = NDArray[np.float64]
 ALIGN = 16
 """Features that zeros without structure leave are rounded to a multiple of this, as the families with structure do."""
 
@@ -60,17 +58,15 @@ class Bound(CaseRow):
     missing: int  # shapes without a time
 
 
-def plain_gemms(w: Workload) -> tuple[NDArray[np.int64], F]:
-    """A workload's GEMMs as plain dense ones: shapes (g, 3) as m, n, k, and how often each runs.
+def plain_gemms(w: Workload) -> dict[Shape, float]:
+    """A workload's GEMMs as plain dense ones: how often each (m, n, k) runs.
 
     What pruning adds is left out. Where a kernel computes with zeros in its weights (2:4, or without structure) the
     bound is a dense GEMM over as many input features as there are weights left, in multiples of :data:`ALIGN`.
 
     >>> q = {"role": "q", "m": 2, "n": 64, "k": 64}
-    >>> w = Workload.from_rows([{**q, "count": 3}, {**q, "role": "k"}])
-    >>> shapes, count = plain_gemms(w)
-    >>> shapes.tolist(), count.tolist()
-    ([[2, 64, 64]], [4.0])
+    >>> plain_gemms(Workload.from_rows([{**q, "count": 3}, {**q, "role": "k"}]))
+    {(2, 64, 64): 4.0}
     """
     rows = np.flatnonzero((w.kind == Kind.GEMM) & ~w.overhead & (w.count > 0))
     k = w.k[rows].astype(np.float64)
@@ -79,13 +75,13 @@ def plain_gemms(w: Workload) -> tuple[NDArray[np.int64], F]:
     m = np.maximum(np.round(w.m[rows].astype(np.float64)), 1.0)
     table = np.stack([m, w.n[rows].astype(np.float64), k], axis=1).astype(np.int64)
     shapes, which = np.unique(table, axis=0, return_inverse=True)
-    return shapes, np.bincount(which.reshape(-1), weights=w.count[rows], minlength=len(shapes)).astype(np.float64)
+    counts = np.bincount(which.reshape(-1), weights=w.count[rows])
+    return {(m, n, k): count for (m, n, k), count in zip(shapes.tolist(), counts.tolist(), strict=True)}
 
 
 def shapes_of(cases: Sequence[Case]) -> list[Shape]:
     """Every (m, n, k) the bounds of some cases need, once."""
-    tables = [plain_gemms(w)[0] for case in cases for w in (case.dense, case.pruned)]
-    return [(int(m), int(n), int(k)) for m, n, k in np.unique(np.concatenate(tables), axis=0)]
+    return sorted({shape for case in cases for w in (case.dense, case.pruned) for shape in plain_gemms(w)})
 
 
 def measure_bounds(
@@ -125,8 +121,8 @@ def _by_case(cases: Sequence[Case], seed: int) -> list[Shape]:
     rng = np.random.default_rng(seed)
     found: dict[Shape, None] = {}
     for i in rng.permutation(len(cases)):
-        shapes = np.concatenate([plain_gemms(w)[0] for w in (cases[i].dense, cases[i].pruned)])
-        found.update(dict.fromkeys((int(m), int(n), int(k)) for m, n, k in rng.permutation(shapes)))
+        shapes = [*plain_gemms(cases[i].dense), *plain_gemms(cases[i].pruned)]
+        found.update(dict.fromkeys(shapes[j] for j in rng.permutation(len(shapes))))
     return list(found)
 
 
@@ -198,18 +194,19 @@ def bound_errors(rows: Sequence[Bound]) -> dict[str, float]:
 
 def _total(w: Workload, times: Mapping[Shape, tuple[float, float]]) -> tuple[float, float, int]:
     """Time of a workload's plain GEMMs (NaN where some have none), its relative half width, and how many have none."""
-    shapes, count = plain_gemms(w)
-    keys = [(m, n, k) for m, n, k in shapes.tolist()]
-    if missing := sum(key not in times for key in keys):
+    gemms = plain_gemms(w)
+    if missing := sum(shape not in times for shape in gemms):
         return math.nan, math.nan, missing
-    seconds, half = np.array([times[key] for key in keys]).T
-    parts = count * seconds
-    total = sum(parts.tolist())
-    return total, math.sqrt(sum(((parts * half) ** 2).tolist())) / total, 0
+    total, variance = 0.0, 0.0
+    for shape, count in gemms.items():
+        seconds, half = times[shape]
+        total += count * seconds
+        variance += (count * seconds * half) ** 2
+    return total, math.sqrt(variance) / total, 0
 
 
 def _predicted(w: Workload, hw: HardwareProfile, dtype: str) -> float:
     """Time of a workload's plain GEMMs on a device, s."""
-    shapes, count = plain_gemms(w)
-    m, n, k = shapes.T
-    return float(gemm_time(m, n, k, hw, dtype=dtype).seconds @ count)
+    gemms = plain_gemms(w)
+    m, n, k = np.array([*gemms]).T
+    return float(gemm_time(m, n, k, hw, dtype=dtype).seconds @ np.array([*gemms.values()]))

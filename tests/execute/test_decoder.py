@@ -226,7 +226,7 @@ def test_dynamic_depth(dense: Decoder, sparsity: float) -> None:
         ran = _rows(traces[0][number, what], length)
         for step, trace in enumerate(traces[1:]):
             ran[trace[number, what], PROMPT + step] = True
-        getattr(masks, what)[number] = ran
+        masks[what, number] = ran
     check(logits, reference(dense, TOKENS, masks))
 
 
@@ -253,9 +253,9 @@ def test_dynamic_width(dense: Decoder, sparsity: float) -> None:
     edges = [g * CONFIG.inner // 7 for g in range(8)]
     of_group = torch.bucketize(torch.arange(CONFIG.inner), torch.tensor(edges[1:]), right=True)
     for number in range(LAYERS):
-        masks.groups[number] = torch.cat([t[number, "attention"] for t in traces], 1)
-        masks.channels[number] = torch.cat([t[number, "mlp"] for t in traces], 1)[..., of_group]
-        assert set(masks.groups[number].sum(-1).flatten().tolist()) == {round((1 - sparsity) * 4)}
+        masks["groups", number] = torch.cat([t[number, "attention"] for t in traces], 1)
+        masks["channels", number] = torch.cat([t[number, "mlp"] for t in traces], 1)[..., of_group]
+        assert set(masks["groups", number].sum(-1).flatten().tolist()) == {round((1 - sparsity) * 4)}
     check(logits, reference(dense, TOKENS, masks))
 
 
@@ -274,7 +274,7 @@ def test_sparse_attention(dense: Decoder, sparsity: float) -> None:
             blocks = torch.zeros(BATCH, CONFIG.kv_heads, whole, dtype=torch.bool).scatter_(-1, index, True)
             seen[:, :, PROMPT + step, : whole * block] = blocks.repeat_interleave(block, -1)
             seen[:, :, PROMPT + step, whole * block :] = True
-        masks.seen[number] = seen
+        masks["seen", number] = seen
     check(logits, reference(dense, TOKENS, masks))
 
 
@@ -288,7 +288,7 @@ def test_token(dense: Decoder, start: int) -> None:
     there = _rows(places, TOKENS.shape[1])
     there[:, PROMPT:] = True
     seen = there[:, None, None, :] | torch.eye(there.shape[1], dtype=torch.bool)
-    masks = Masks(dict.fromkeys(range(start, LAYERS), seen.expand(-1, CONFIG.kv_heads, -1, -1)))
+    masks: Masks = {("seen", number): seen.expand(-1, CONFIG.kv_heads, -1, -1) for number in range(start, LAYERS)}
     check(logits, reference(dense, TOKENS, masks))
     if start:
         assert not torch.equal(places[0], places[1])  # chosen by what is attended to, not by place
@@ -305,7 +305,7 @@ def test_kv_cache(dense: Decoder, sparsity: float) -> None:
         seen = torch.ones(BATCH, CONFIG.kv_heads, length, length, dtype=torch.bool)
         kept = torch.zeros(BATCH, CONFIG.kv_heads, PROMPT, dtype=torch.bool).scatter_(-1, places, True)
         seen[:, :, PROMPT:, :PROMPT] = kept[:, :, None]
-        masks.seen[number] = seen
+        masks["seen", number] = seen
     check(logits, reference(dense, TOKENS, masks))
 
 
