@@ -23,11 +23,12 @@ from calibration.execute.decoder.run import token_losses
 from calibration.execute.quality_load import load_decoder
 from calibration.execute.quality_methods import METHODS, apply, calibrate
 from calibration.execute.quality_results import Results
-from simulator.errors import InputError, unknown
+from simulator.errors import InputError
 from simulator.files.read import read_bounded
 from simulator.files.write import check_target, write_whole
 from simulator.models.library import list_models, load_model
 from simulator.predict.quality import QualityRow, QualityTable, table_text
+from simulator.predict.settings import one_of
 
 DENSE = "dense"
 
@@ -47,8 +48,7 @@ class Plan:
             if getattr(self, name) < least:
                 raise InputError(f"{name} {getattr(self, name)}: expected a whole number from {least} up")
         for name in self.methods:
-            if name not in METHODS:
-                raise unknown("method", name, METHODS)
+            one_of("method", name, list(METHODS))
         for fraction in self.fractions:
             if not 0.0 < fraction < 1.0:
                 raise InputError(f"sparsity {fraction:g}: expected a fraction in (0, 1), such as 0.25")

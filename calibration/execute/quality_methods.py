@@ -75,9 +75,6 @@ def calibrate(
     return Calibration(watch.second, watch.influence / (many * length), similarity, watch.stream)
 
 
-# -- weights --------------------------------------------------------------------------------------
-
-
 def drop_layers(decoder: Decoder, sparsity: float, seen: Calibration) -> Applied:
     """Depth: the layers of least block influence go (ShortGPT, arXiv 2403.03853)."""
     many = families.whole_share(sparsity, len(decoder.layers))
@@ -160,9 +157,6 @@ def _each(decoder: Decoder, seen: Calibration, change: Callable[[Tensor, Tensor]
 def _parameters(decoder: Decoder) -> int:
     """Parameters of the projections' weights."""
     return sum(p.weight.numel() for _, _, p in decoder.projections())
-
-
-# -- per token ------------------------------------------------------------------------------------
 
 
 def skip_tokens(decoder: Decoder, sparsity: float, seen: Calibration) -> Applied:

@@ -9,6 +9,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -161,16 +162,11 @@ def test_a_rerun_does_the_rest(tmp_path: Path, planted: list[str]) -> None:
 def test_a_pruned_decoder_is_made_once_for_all_its_cases(
     tmp_path: Path, planted: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[tuple[str, float]] = []
-
-    def counted(dense: Any, family: str, sparsity: float) -> Any:
-        made.append((family, sparsity))
-        return prune_decoder(dense, family, sparsity)
-
-    monkeypatch.setattr(timing, "prune_decoder", counted)
+    made = Mock(wraps=prune_decoder)
+    monkeypatch.setattr(timing, "prune_decoder", made)
     _compare(tmp_path, _cases(families=["depth", "width", "token"], sparsities=[0.25, 0.5], seq=[32, 64]))
     assert len(planted) == 24
-    assert len(made) == len(set(made)) == 6
+    assert made.call_count == len({call.args[1:] for call in made.call_args_list}) == 6
 
 
 def test_the_budget_ends_a_run_and_says_what_is_left(tmp_path: Path, planted: list[str]) -> None:
@@ -186,20 +182,13 @@ def test_the_budget_ends_a_run_and_says_what_is_left(tmp_path: Path, planted: li
     assert found.left + len(found.records) == len(_cases())
 
 
-def _raises(error: Exception) -> Any:
-    def broken(*_: Any, **__: Any) -> None:
-        raise error
-
-    return broken
-
-
 @pytest.mark.parametrize(
     ("error", "status"), [(RuntimeError("CUDA out of memory"), "skipped"), (ValueError("odd"), "failed")]
 )
 def test_a_case_that_breaks_is_kept_with_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, status: str
 ) -> None:
-    monkeypatch.setattr(timing, "time_pair", _raises(error))
+    monkeypatch.setattr(timing, "time_pair", Mock(side_effect=error))
     cases = _cases(families=["depth", "width"], sparsities=[0.25, 0.5])
     found = _compare(tmp_path, cases)
     assert {r["status"] for r in found.records} == {status}
@@ -252,7 +241,7 @@ def test_refusals_are_one_line_and_write_nothing(tmp_path: Path, planted: list[s
 
 def test_a_model_too_large_for_the_device_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     error = RuntimeError("CUDA out of memory. Tried to allocate")
-    monkeypatch.setattr(timing, "random_decoder", _raises(error))
+    monkeypatch.setattr(timing, "random_decoder", Mock(side_effect=error))
     with pytest.raises(InputError, match="does not fit on cpu; --layers"):
         _compare(tmp_path, _cases())
 
@@ -342,7 +331,10 @@ BAD = {
     "--device replay": "replay:FILE",
     "--device cdua": "did you mean cuda",
     "--family dept": "did you mean depth",
+    "--family semi_structured --sparsity 0.25": "exactly 0.5",
     "--sparsity 50": "0.5",
+    "--batch 0": "from 1 to",
+    "--seq -1": "from 1 to",
     "--phase generate": "decode",
     "--runtime fast": "cuda_graph",
     "--dtype int4": "int4",

@@ -165,23 +165,6 @@ def test_without_sparse_tensor_cores_2to4_has_bounds_but_no_prediction(tmp_path:
     )  # dense kernels gain nothing, or the profile refuses
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"families": ["widht"]}, "did you mean width"),
-        ({"sparsities": [25]}, "write 0.25"),
-        ({"phases": ["generate"]}, "generate"),
-        ({"batch": [0]}, "batch 0"),
-        ({"seq": [-1]}, "seq -1"),
-        ({"families": ["semi_structured"], "sparsities": [0.25]}, "exactly 0.5"),
-    ],
-)
-def test_bad_settings_are_one_line(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message) as caught:
-        settings_of(MODEL, **settings)
-    assert "\n" not in str(caught.value)
-
-
 def test_nothing_is_written_before_a_refusal(tmp_path: Path) -> None:
     cases = _cases("width")
     for options, message in (({"budget_s": 0.0}, "budget"), ({"dtype": "fp8"}, "bf16, fp16")):

@@ -56,8 +56,6 @@ class State:
         for layer, length in lengths.items():
             self.caches[layer].length = length
 
-    # -- parts of sublayers
-
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight, self.decoder.epsilon)
 

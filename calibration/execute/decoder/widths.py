@@ -95,9 +95,6 @@ def pairs_of(index: Tensor, counts: NDArray[np.int64], groups: int) -> Pairs:
     return Pairs(torch.empty_like(cells).scatter_(0, place, cells), running, place, starts, tokens)
 
 
-# -- products -------------------------------------------------------------------------------------
-
-
 @lru_cache(maxsize=16)
 def _has_grouped(dtype: Any, place: str) -> bool:
     """Whether this torch multiplies by groups in this format on this device."""
@@ -144,9 +141,6 @@ def _returned(features: Tensor, index: Tensor, blocks: Blocks) -> Tensor:
     """Features (groups, width) by their rows of the transposed weight, summed: (1, hidden); rows are read in place."""
     channels = index[:, None] * blocks.width + torch.arange(blocks.width, device=index.device)
     return F.embedding_bag(channels, blocks.outer, mode="sum", per_sample_weights=features).sum(0, keepdim=True)
-
-
-# -- sublayers ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
