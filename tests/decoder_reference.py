@@ -58,8 +58,8 @@ def reference(decoder: Decoder, tokens: Any, masks: Masks | None = None) -> Any:
             h = _norm(x, a.norm, decoder.epsilon)
             wanted = ((a.q, a.heads), (a.k, a.kv_heads), (a.v, a.kv_heads))
             q, k, v = (_linear(p, h).view(batch, length, heads, -1).transpose(1, 2) for p, heads in wanted)
-            if a.qk_norms is not None:
-                q, k = _norm(q, a.qk_norms[0], decoder.epsilon), _norm(k, a.qk_norms[1], decoder.epsilon)
+            if a.q_norm is not None:
+                q, k = _norm(q, a.q_norm, decoder.epsilon), _norm(k, a.k_norm, decoder.epsilon)
             q, k = _turn(q, 10000.0), _turn(k, 10000.0)
             group = a.heads // a.kv_heads
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)

@@ -20,11 +20,11 @@ BAND = 0.08
 """Relative error that the dashed lines mark."""
 
 
-def compare_figure(rows: Sequence[Row], *, width_in: float | None = None) -> Figure:
+def compare_figure(rows: Sequence[Row]) -> Figure:
     """Draw predicted against measured speedups of one model on one device; an InputError when there is nothing to draw.
 
     Markers are by family, large for the largest sparsity; bars are the predicted interval and the range of the measured
-    rounds. One phase takes a column's width, more take the page's, if ``width_in`` names no other.
+    rounds. One phase takes a column's width, more take the page's.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -36,7 +36,7 @@ def compare_figure(rows: Sequence[Row], *, width_in: float | None = None) -> Fig
     columns = in_a_row(len(phases))
     lines, per_row = -(-len(phases) // columns), 3 if columns == 1 else 6
     legend_rows = -(-len(families) // per_row)
-    width = width_in or (COLUMN_IN if columns == 1 else PAGE_IN)
+    width = COLUMN_IN if columns == 1 else PAGE_IN
     height = lines * (min(width / columns - 0.45, 2.7) + 0.6) + 0.16 * legend_rows + 0.08
     with paper_style():
         figure = Figure(figsize=(width, height), layout="constrained")

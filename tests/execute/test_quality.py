@@ -21,7 +21,7 @@ from calibration.execute.decoder.families import each_projection  # noqa: E402
 from calibration.execute.decoder.model import Decoder, random_decoder  # noqa: E402
 from calibration.execute.decoder.run import State, token_losses  # noqa: E402
 from calibration.execute.quality import Plan, Results, read_text, split_windows  # noqa: E402
-from calibration.execute.quality_load import Loaded, check_same, extract, load_decoder  # noqa: E402
+from calibration.execute.quality_load import check_same, extract, load_decoder  # noqa: E402
 from calibration.execute.quality_methods import METHODS, Calibration, apply, calibrate, truncated  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.predict.quality import load_quality  # noqa: E402
@@ -275,7 +275,7 @@ def test_run_resumes_and_gives_the_same_table(
     def tokenizer(text: str, **_: object) -> SimpleNamespace:
         return SimpleNamespace(input_ids=[b % CONFIG.vocab for b in text.encode()])
 
-    monkeypatch.setattr(quality, "load_decoder", lambda model, threads: Loaded(decoder, tokenizer, "0"))
+    monkeypatch.setattr(quality, "load_decoder", lambda model, threads: (decoder, tokenizer, "0"))
     plan = Plan(2, 2, 128, methods=("block influence", "Wanda 2:4", "H2O"), fractions=(0.2, 0.4))
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"paragraph {i} says {i * i}" for i in range(200)), encoding="utf-8")

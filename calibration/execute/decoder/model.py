@@ -82,8 +82,8 @@ class Sublayer:
 
     roles: ClassVar[tuple[str, ...]] = ()  # of the projections: the last writes the hidden state, the others read it
     norm: Tensor
-    turn: Tensor | None = None  # the residual projection that width_cross may add
-    router: Tensor | None = None  # of dynamic depth and width
+    turn: Tensor = None  # the residual projection that width_cross may add
+    router: Tensor = None  # of dynamic depth and width
     blocks: Blocks | None = None  # of dynamic width: q and o by KV group, or the MLP by groups of channels
 
 
@@ -96,7 +96,8 @@ class Attention(Sublayer):
     o: Projection
     heads: int
     kv_heads: int
-    qk_norms: tuple[Tensor, Tensor] | None = None
+    q_norm: Tensor = None
+    k_norm: Tensor = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +246,7 @@ def from_weights(
     for at in (f"model.layers.{number}" for number in range(max(numbers, default=-1) + 1)):
         attention = {"norm": get(f"{at}.input_layernorm.weight"), **projections(f"{at}.self_attn", Attention.roles)}
         if f"{at}.self_attn.q_norm.weight" in weights:
-            attention["qk_norms"] = tuple(get(f"{at}.self_attn.{role}_norm.weight") for role in "qk")
+            attention |= {f"{role}_norm": get(f"{at}.self_attn.{role}_norm.weight") for role in "qk"}
         mlp = {"norm": get(f"{at}.post_attention_layernorm.weight"), **projections(f"{at}.mlp", Mlp.roles)}
         made.append(Layer(Attention(heads=heads, kv_heads=kv_heads, **attention), Mlp(**mlp)))
     head, final_norm = maybe("lm_head.weight"), get("model.norm.weight")
