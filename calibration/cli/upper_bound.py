@@ -113,7 +113,7 @@ def command(
             alone = f"; its model without the exact shapes {100 * errors['model']:.1f} %"
             again = alone if errors["predicted"] != errors["model"] else ""
             print(f"\nmedian error of the bounds predicted by {hw.name}: {100 * errors['predicted']:.1f} %{again}")
-        print(f"\n{file}: {found.shapes} shapes; {describe(found.outcome)}")
+        print(f"\n{file}: {len(found.plan.items)} shapes; {describe(found.outcome)}")
     for line in notes:
         render.note(line)
     if missing := sum(1 for row in rows if row.missing):

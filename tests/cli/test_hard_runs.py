@@ -216,7 +216,7 @@ def test_a_second_quality_run_stops_at_once(tmp_path: Path) -> None:
         first.add("depth", 0.5, 0.5, [2.0])
     path.write_bytes(path.read_bytes()[:-9])  # the second point was cut short by a kill
     with Results(path, {"model": "a"}) as again:
-        assert (again.has("depth", 0.25), again.has("depth", 0.5)) == (True, False)
+        assert list(again.points) == [("depth", 0.25)]
         again.add("depth", 0.5, 0.5, [3.0])
     with Results(path, {"model": "a"}) as last:
-        assert last.losses("depth", 0.5) == [3.0]
+        assert last.points["depth", 0.5]["losses"] == [3.0]
