@@ -1,4 +1,4 @@
-"""Many workloads as one table, rows one after the other, and the memory each needs.
+"""Many workloads as one table, rows one after the other: what a device's time does not enter, and the memory of each.
 
 Use :meth:`Stack.of` to count, sum or time hundreds of workloads in a few passes, :func:`memory` to ask whether one fits
 on a device. Counted for the device that holds most:
@@ -14,9 +14,10 @@ on a device. Counted for the device that holds most:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,8 +40,56 @@ MOST_DEVICES = 1024
 FEW_ROWS = 200
 """Rows below which looking for equal operators costs more than timing them twice."""
 
+# what an unfused PyTorch decoder launches where an inference engine runs one kernel, counted from the operations of a
+# Llama layer; norms: residual sum, cast, square, mean, reciprocal root, two products, cast; rotary: two rotations of
+# negate + concatenate, four products, two sums; attention: repeat of the KV heads, scaled dot product, transpose
+EAGER_KERNELS: Mapping[str, int] = MappingProxyType(
+    dict.fromkeys(("attention_norm", "mlp_norm", "post_norm"), 7)
+    | {"final_norm": 6, "qk_norm": 12, "rotary": 10, "attention": 3, "activation": 2, "cache_write": 2}
+    | {"sort": 3, "select": 4, "mask": 3}
+)
+"""Kernels an eager framework launches for one row of this role; 1 where it is not listed."""
+
+_KERNELS = np.array([EAGER_KERNELS.get(role, 1) for role in ROLES], dtype=np.float64)
+_SEGMENT = np.zeros(len(Part), dtype=np.int64)
+_SEGMENT[[Part.ATTENTION, Part.MLP]] = 1
+_SEGMENT[Part.HEAD] = 2
+
 _QKV, _WIDE = ([ROLES.index(name) for name in names.split()] for names in ("q k v qkv", "gate up gate_up"))
 _O, _DOWN, _HEAD = (ROLES.index(name) for name in ("o", "down", "lm_head"))
+
+
+def segment_of(w: Workload) -> NDArray[np.int64]:
+    """Place of each row on the stream: phase x 3 + 0 before the layers, 1 in them, 2 after them."""
+    out: NDArray[np.int64] = w.phase.astype(np.int64) * 3 + _SEGMENT[w.part]
+    return out
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Rows of each workload that share phase, place in the pass, kind and role, hence an error and a launch."""
+
+    cell: Rows  # of each row: workload x group
+    segment: Rows  # of each group, as the following: of :func:`segment_of`
+    gemm: NDArray[np.bool_]
+    kernels: F  # an eager framework launches for one execution
+    streams: F  # times these stream the data: an unfused elementwise operator's all do, of others one does the work
+    count: F  # workload x group: executions
+
+    @property
+    def of_row(self) -> Rows:
+        """Group of each row."""
+        return self.cell % len(self.segment)
+
+    def sums(self, column: F) -> F:
+        """Sums of a column of the rows, workload x group."""
+        return sums(self.cell, column, self.count.shape)
+
+
+def sums(cell: Rows, column: F, shape: tuple[int, int]) -> F:
+    """Sums of a column by cell of a table."""
+    out = np.bincount(cell, weights=column, minlength=shape[0] * shape[1])
+    return np.asarray(out, dtype=np.float64).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -97,6 +146,30 @@ class Stack:
     def largest(self, column: Any) -> Any:
         """Maximum of a column of the rows, by workload."""
         return np.maximum.reduceat(column, self.starts)
+
+    @cached_property
+    def flops(self) -> F:
+        """FLOPs of each row, all its executions."""
+        return self.rows.flops
+
+    @cached_property
+    def bytes(self) -> F:
+        """Bytes each row must at least move, all its executions."""
+        return self.rows.bytes
+
+    @cached_property
+    def groups(self) -> Groups:
+        """The groups of the rows."""
+        w = self.rows
+        code = (segment_of(w) * len(Kind) + w.kind) * len(ROLES) + w.role
+        occurs = np.bincount(code) > 0
+        used = np.flatnonzero(occurs)
+        cell = self.owner * len(used) + (np.cumsum(occurs) - 1)[code]
+        place, role = np.divmod(used, len(ROLES))
+        segment, kind = np.divmod(place, len(Kind))
+        kernels, count = _KERNELS[role], sums(cell, w.count, (len(self), len(used)))
+        streams = np.where(kind == Kind.ELEMENTWISE, kernels, 1.0)
+        return Groups(cell, segment, kind == Kind.GEMM, kernels, streams, count)
 
     @cached_property
     def shapes(self) -> tuple[Workload, Rows]:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from simulator.errors import InputError, unknown
 from simulator.kernels.gemm import gemm_ladder, gemm_time
-from simulator.kernels.stream import cost_batch
+from simulator.kernels.stack import Stack
+from simulator.kernels.stream import passes
 from simulator.predict.settings import profiles
 from simulator.workload import DTYPES, ROLES, Kernel, Kind, Workload, dtype_code
 
@@ -141,6 +142,6 @@ def gemm_points(workload: Workload, hw: HardwareProfile, runtime: str = "cuda_gr
     """
     rows = np.flatnonzero((workload.kind == Kind.GEMM) & (workload.count > 0) & ~workload.overhead)
     chosen = workload.take(rows)
-    (cost,) = cost_batch([chosen], hw, runtime)
-    seconds, roles = cost.seconds * chosen.count, tuple(ROLES[code] for code in chosen.role)
-    return GemmPoints(roles, chosen.flops / chosen.bytes, chosen.flops / seconds, seconds / seconds.sum())
+    (p,) = passes(Stack.of([chosen]), hw, (runtime,))
+    flops, roles = p.stack.flops, tuple(ROLES[code] for code in chosen.role)
+    return GemmPoints(roles, flops / p.stack.bytes, flops / p.row_s, p.share)
