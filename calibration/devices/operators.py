@@ -143,9 +143,12 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-def rotary_tables(positions: Tensor, head_dim: int, dtype: Any, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding, each (positions, head_dim), halves repeated."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+def rotary_tables(
+    positions: Tensor, head_dim: int, dtype: Any, frequency: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary embedding, each (positions, head_dim), halves repeated; Llama's frequencies if None."""
+    if frequency is None:
+        frequency = 10000.0 ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     angle = positions.to(torch.float32)[:, None] * frequency[None, :]
     angle = torch.cat((angle, angle), dim=-1)
     return angle.cos().to(dtype), angle.sin().to(dtype)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from calibration.execute.comparison import Row, by_phase
+from calibration.execute.comparison import Row, summary
 from simulator.errors import InputError
 from simulator.figures.layout import in_a_row, log_axis
 from simulator.figures.style import COLUMN_IN, PAGE_IN, in_order, label, look, paper_style
@@ -21,24 +21,10 @@ BAND = 0.08
 
 
 def compare_figure(rows: Sequence[Row], *, width_in: float | None = None) -> Figure:
-    """Draw predicted against measured speedups.
+    """Draw predicted against measured speedups of one model on one device; an InputError when there is nothing to draw.
 
-    Parameters
-    ----------
-    rows : sequence of calibration.execute.comparison.Row
-        Of one model on one device.
-    width_in : float, optional
-        Width of the figure in inches; one column for one phase, the page for more.
-
-    Returns
-    -------
-    Figure
-        Markers by family, large for the largest sparsity; bars are the predicted interval and the range of the measured rounds.
-
-    Raises
-    ------
-    InputError
-        When there is nothing to draw.
+    Markers are by family, large for the largest sparsity; bars are the predicted interval and the range of the measured
+    rounds. One phase takes a column's width, more take the page's, if ``width_in`` names no other.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -47,71 +33,42 @@ def compare_figure(rows: Sequence[Row], *, width_in: float | None = None) -> Fig
         raise InputError("predicted against measured: expected one comparison or more")
     phases = list(dict.fromkeys(r.phase for r in rows))
     families = in_order(r.family for r in rows)
+    columns = in_a_row(len(phases))
+    lines, per_row = -(-len(phases) // columns), 3 if columns == 1 else 6
+    legend_rows = -(-len(families) // per_row)
+    width = width_in or (COLUMN_IN if columns == 1 else PAGE_IN)
+    height = lines * (min(width / columns - 0.45, 2.7) + 0.6) + 0.16 * legend_rows + 0.08
     with paper_style():
-        columns = in_a_row(len(phases))
-        width = width_in or (COLUMN_IN if columns == 1 else PAGE_IN)
-        left, right, top, across = 0.46, 0.08, 0.24, 0.42
-        per_row = 3 if columns == 1 else 6
-        legend = 0.16 * -(-len(families) // per_row) + 0.08
-        bottom = 0.36 + legend
-        side = (width - left - right - (columns - 1) * across) / columns
-        panel = min(side, 2.7)
-        lines = -(-len(phases) // columns)
-        height = top + bottom + lines * panel + (lines - 1) * (bottom - legend + top)
-        figure = Figure(figsize=(width, height))
-        numbers = by_phase(rows)
+        figure = Figure(figsize=(width, height), layout="constrained")
         for i, phase in enumerate(phases):
-            r, c = divmod(i, columns)
-            x0, y0 = left + c * (side + across), height - top - r * (panel + bottom - legend + top) - panel
-            ax = figure.add_axes((x0 / width, y0 / height, side / width, panel / height))
+            ax = figure.add_subplot(lines, columns, i + 1, title=phase)
             _panel(ax, [row for row in rows if row.phase == phase], families)
-            ax.set_title(phase, pad=4)
-            ax.set_xlabel("measured speedup", labelpad=2)
-            ax.set_ylabel("predicted speedup" if c == 0 else "", labelpad=2)
-            a = numbers[phase]
-            agree = [f"{a.count} cases", f"median error {100 * a.median:.1f} %"]
-            agree += [f"Spearman {a.spearman:.2f}"] if np.isfinite(a.spearman) else []
-            ax.text(
-                0.04,
-                0.97,
-                "\n".join(agree),
-                transform=ax.transAxes,
-                ha="left",
-                va="top",
-                fontsize=6,
-                linespacing=1.25,
-                zorder=6,
-            )
-        marks = [
-            Line2D([], [], **{**look(f).marks(), "linestyle": "none"}, markersize=3.5, label=label(f)) for f in families
-        ]
-        figure.legend(handles=marks, loc="lower center", ncol=min(per_row, len(marks)), borderaxespad=0.3)
+            ax.set_ylabel("predicted speedup" if i % columns == 0 else "")
+        dots = [{**look(f).marks(), "linestyle": "none", "label": label(f)} for f in families]
+        marks = [Line2D([], [], **dot, markersize=3.5) for dot in dots]
+        figure.legend(handles=marks, loc="outside lower center", ncol=min(per_row, len(marks)))
     return figure
 
 
 def _panel(ax: Axes, rows: Sequence[Row], families: Sequence[str]) -> None:
-    values = [
-        v
-        for r in rows
-        for v in (r.measured, r.predicted, r.predicted_lower, r.predicted_upper, r.measured_lower, r.measured_upper)
-    ]
-    usable = [v for v in values if np.isfinite(v) and v > 0]
+    names = ("measured", "predicted", "predicted_lower", "predicted_upper", "measured_lower", "measured_upper")
+    usable = [v for r in rows for name in names if np.isfinite(v := getattr(r, name)) and v > 0]
     low, high = min(0.95, min(usable)) / 1.04, max(1.05, *usable) * 1.04
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    ax.set_xlim(low, high)
-    ax.set_ylim(low, high)
+    ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), xlabel="measured speedup")
     ends = np.array([low, high])
     ax.plot(ends, ends, color="black", linewidth=0.6, zorder=1)
     for edge in (1.0 - BAND, 1.0 + BAND):
         ax.plot(ends, ends * edge, color="#5A5A5A", linewidth=0.5, linestyle=(0, (3, 2)), zorder=1)
     most = max(r.sparsity for r in rows)
-    for index, family in enumerate(families):
-        marks = {**look(family, index).marks(), "linestyle": "none"}
-        for r in (r for r in rows if r.family == family):
-            bars = {"color": marks["color"], "linewidth": 0.4, "alpha": 0.55, "zorder": 2}
-            ax.plot([r.measured, r.measured], [r.predicted_lower, r.predicted_upper], **bars)
-            ax.plot([r.measured_lower, r.measured_upper], [r.predicted, r.predicted], **bars)
-            ax.plot([r.measured], [r.predicted], **marks, markersize=3.0 + 2.0 * (r.sparsity == most), zorder=3)
-    log_axis(ax.xaxis, low, high, 7)
-    log_axis(ax.yaxis, low, high, 7)
+    for r in rows:
+        marks = {**look(r.family, families.index(r.family)).marks(), "linestyle": "none"}
+        bars = {"color": marks["color"], "linewidth": 0.4, "alpha": 0.55, "zorder": 2}
+        ax.plot([r.measured, r.measured], [r.predicted_lower, r.predicted_upper], **bars)
+        ax.plot([r.measured_lower, r.measured_upper], [r.predicted, r.predicted], **bars)
+        ax.plot([r.measured], [r.predicted], **marks, markersize=3.0 + 2.0 * (r.sparsity == most), zorder=3)
+    for axis in (ax.xaxis, ax.yaxis):
+        log_axis(axis, low, high, 7)
+    a = summary(rows)
+    lines = [f"{a.count} cases", f"median error {100 * a.median:.1f} %"]
+    lines += [f"Spearman {a.spearman:.2f}"] if np.isfinite(a.spearman) else []
+    ax.text(0.04, 0.97, "\n".join(lines), transform=ax.transAxes, va="top", fontsize=6, linespacing=1.25, zorder=6)

@@ -1,7 +1,8 @@
 """Predictions and bounds beside what a decoder took: rows of a table, and how well the two agree.
 
-Use :func:`rows_of` with the records that :func:`calibration.execute.compare.compare` keeps, :func:`summary` and :func:`by_phase` on the rows,
-:func:`repeatability` on the records. :mod:`calibration.execute.compare_figure` draws the rows.
+Use :func:`rows_of` with the records that :func:`calibration.execute.compare.compare` keeps, :func:`summary` and
+:func:`by_phase` on the rows, :func:`repeatability` on the records. :mod:`calibration.execute.compare_figure` draws the
+rows.
 """
 
 from __future__ import annotations
@@ -12,14 +13,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from calibration.execute.upper_bound import Case, predicted_speedup
+from calibration.execute.cases import Case, Key, predicted_speedup
 from calibration.measure.timing import median_interval
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
-
-F = NDArray[np.float64]
 
 OK = "ok"
 """Status of a record that has times."""
@@ -27,10 +26,11 @@ OK = "ok"
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison; the order of fields is that of columns. Times are of a forward pass; ``error`` is predicted over measured, less 1.
+    """One comparison; the order of fields is that of columns. Times are of a forward pass; ``error`` is predicted over
+    measured, less 1.
 
-    ``measured`` is the median ratio of passes taken in turns; ``measured_lower`` and ``measured_upper`` enclose it (95 %), or are the
-    smallest and largest ratio where they are too few for an interval.
+    ``measured`` is the median ratio of passes taken in turns; ``measured_lower`` and ``measured_upper`` enclose it (95
+    %), or are the smallest and largest ratio where they are too few for an interval.
     """
 
     model: str
@@ -65,19 +65,9 @@ class Row:
 class Agreement:
     """How well predicted and measured speedups agree.
 
-    Attributes
-    ----------
-    count : int
-    spearman : float
-        Rank correlation; NaN with fewer than three rows, or when one side never changes.
-    median, p95 : float
-        Of |predicted / measured - 1|.
-    bias : float
-        Median of predicted / measured, less 1.
-    inside : float
-        Share of the measured speedups in their predicted interval.
-    dense_time : float
-        Median of |predicted / measured - 1| of the dense times themselves.
+    ``median`` and ``p95`` are of |predicted / measured - 1|, ``bias`` is the median of predicted / measured, less 1;
+    ``inside`` the share of the measured speedups in their predicted interval; ``dense_time`` the median of |predicted /
+    measured - 1| of the dense times themselves.
     """
 
     count: int
@@ -91,13 +81,10 @@ class Agreement:
 
 def name_of(case: Case, dtype: str) -> str:
     """Text that identifies a case: equal cases, equal names."""
-    model = case.dense.meta.model
-    return f"decoder {model} {case.family} {case.sparsity:g} {case.phase} batch={case.batch} seq={case.seq} {dtype} layers={_layers(case)}"
-
-
-def _layers(case: Case) -> int:
     w = case.dense
-    return int((w.layer + w.layers)[w.layer >= 0].max(initial=0))
+    layers = int((w.layer + w.layers)[w.layer >= 0].max(initial=0))
+    where = f"{case.phase} batch={case.batch} seq={case.seq} {dtype} layers={layers}"
+    return f"decoder {w.meta.model} {case.family} {case.sparsity:g} {where}"
 
 
 def rows_of(
@@ -107,28 +94,19 @@ def rows_of(
     *,
     device: str = "",
     dtype: str = "bf16",
-    measured_bounds: Mapping[tuple[Any, ...], float] | None = None,
+    measured_bounds: Mapping[Key, float] | None = None,
 ) -> list[Row]:
-    """Comparisons of the cases that were measured, in their order.
+    """Comparisons of the cases, in their order, that have a time and that the profile can predict.
+
+    A pass launched from a graph, a prefill, and any pass on a CPU (whose operators' times hold their launches) are
+    predicted as the sum of their operators; a decode step launched one by one on a GPU in eager mode.
 
     Parameters
     ----------
-    cases : sequence of Case
     records : iterable of mapping
-        As :func:`compare` keeps them.
-    hw : HardwareProfile
-        That predicts. A pass launched from a graph, a prefill, and any pass on a CPU (whose operators' times hold their launches) are
-        predicted as the sum of their operators; a decode step launched one by one on a GPU in eager mode.
-    device : str
-        Name of what was measured.
-    dtype : str
+        As :func:`calibration.execute.compare.compare` keeps them.
     measured_bounds : mapping, optional
-        (family, sparsity, phase, batch, seq) to the measured upper bound, where there is one.
-
-    Returns
-    -------
-    list of Row
-        Cases without a time, or that the profile cannot predict, are left out.
+        Keys of cases to the measured upper bound, where there is one.
     """
     found = {str(r["key"]): r for r in records if r.get("status") == OK}
     out = []
@@ -138,25 +116,17 @@ def rows_of(
             continue
         host_bound = record["runtime"] == "eager" and case.phase == "decode" and hw.architecture != "cpu"
         s = predicted_speedup(case, hw, "eager" if host_bound else "cuda_graph")
+        if not math.isfinite(s.speedup):
+            continue
         dense_s, pruned_s = (np.asarray(record[name], dtype=np.float64) for name in ("dense_s", "pruned_s"))
         ratio = dense_s / pruned_s
         measured, low, high = median_interval(ratio.tolist())
         if not math.isfinite(high):
             low, high = float(ratio.min()), float(ratio.max())
-        if not math.isfinite(s.speedup):
-            continue
-        key = (case.family, case.sparsity, case.phase, case.batch, case.seq)
         out.append(
             Row(
-                model=case.dense.meta.model,
+                **case.columns(hw, s),
                 device=device,
-                hardware=hw.name,
-                family=case.family,
-                sparsity=case.sparsity,
-                realised_sparsity=case.pruned.meta.applied[-1].realised,
-                phase=case.phase,
-                batch=case.batch,
-                seq=case.seq,
                 dtype=dtype,
                 runtime=str(record["runtime"]),
                 dense_s=float(np.median(dense_s)),
@@ -166,48 +136,28 @@ def rows_of(
                 measured_upper=high,
                 predicted_dense_s=s.dense_s,
                 predicted_pruned_s=s.pruned_s,
-                predicted=s.speedup,
-                predicted_lower=s.lower,
-                predicted_upper=s.upper,
                 error=s.speedup / measured - 1.0,
-                flop_bound=s.flop_bound,
-                byte_bound=s.byte_bound,
-                roofline_bound=s.roofline_bound,
-                measured_bound=(measured_bounds or {}).get(key, math.nan),
+                measured_bound=(measured_bounds or {}).get(case.key, math.nan),
             )
         )
     return out
 
 
 def spearman(x: ArrayLike, y: ArrayLike) -> float:
-    """Rank correlation, equal values sharing their mean rank; NaN with fewer than three values or when one side never changes.
+    """Rank correlation, equal values sharing a mean rank; NaN below three values or when one side never changes.
 
     >>> spearman([1.0, 2.0, 3.0, 4.0], [1.1, 2.5, 2.4, 9.0])
     0.8
     """
-    a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    if len(a) < 3:
-        return math.nan
-    r, s = _ranks(a), _ranks(b)
-    r, s = r - r.mean(), s - s.mean()
+    from scipy.stats import rankdata
+
+    r, s = (rankdata(v) - (np.size(v) + 1) / 2.0 for v in (x, y))
     scale = math.sqrt(float(r @ r) * float(s @ s))
-    return float(r @ s) / scale if scale else math.nan
-
-
-def _ranks(values: F) -> F:
-    _, which, count = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(count)
-    return np.asarray((last - (count - 1) / 2.0)[which.reshape(-1)], dtype=np.float64)
+    return float(r @ s) / scale if scale and len(r) >= 3 else math.nan
 
 
 def summary(rows: Sequence[Row]) -> Agreement:
-    """How well the rows' predictions agree with what was measured.
-
-    Raises
-    ------
-    InputError
-        When there is no row.
-    """
+    """How well the rows' predictions agree with what was measured; an InputError when there is no row."""
     if not rows:
         raise InputError("nothing was measured that could be compared")
     predicted, measured = (np.array([getattr(r, name) for r in rows]) for name in ("predicted", "measured"))

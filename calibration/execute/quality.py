@@ -1,8 +1,9 @@
-"""What pruning costs in quality, measured: perplexity of a real causal language model under every family, without fine-tuning.
+"""What pruning costs in quality: perplexity of a real causal language model under every family, without fine-tuning.
 
-Use :func:`measure_quality`. Each window of text is a prompt and its continuation; the perplexity is that of the continuation, so that
-methods that drop prompt tokens or cached positions share the axis with those that change weights. Criteria see calibration text only,
-which is disjoint from the evaluation text. Every finished point is on disk before the next one begins, and a rerun goes on from there.
+Use :func:`measure_quality`. Each window of text is a prompt and its continuation; the perplexity is that of the
+continuation, so that methods that drop prompt tokens or cached positions share the axis with those that change weights.
+Criteria see calibration text only, which is disjoint from the evaluation text. Every finished point is on disk before
+the next one begins, and a rerun goes on from there.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from calibration.execute.decoder import Decoder, token_losses
+from calibration.execute.quality_load import Loaded, load_decoder
 from calibration.execute.quality_methods import METHODS, apply, calibrate
-from calibration.execute.quality_model import Decoder, Rule, load_decoder, token_losses
 from calibration.execute.quality_results import Results
 from simulator.errors import InputError, unknown
 from simulator.files.read import read_bounded
@@ -31,34 +33,18 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured.
-
-    Attributes
-    ----------
-    windows, calibration : int
-        Windows of text that are scored, and that criteria are computed on.
-    length : int
-        Tokens of a window; the first half is the prompt, the second half is scored.
-    methods : tuple of str
-        Names in :data:`calibration.execute.quality_methods.METHODS`; empty for all.
-    fractions : tuple of float
-        Fractions removed; empty for those of each method.
-    """
+    """What is measured: windows that are scored, windows that criteria are computed on, methods, fractions removed."""
 
     windows: int = 8
     calibration: int = 8
-    length: int = 1024
-    methods: tuple[str, ...] = ()
-    fractions: tuple[float, ...] = ()
+    length: int = 1024  # tokens of a window; the first half is the prompt, the second half is scored
+    methods: tuple[str, ...] = ()  # names in METHODS; empty for all
+    fractions: tuple[float, ...] = ()  # empty for those of each method
 
     def __post_init__(self) -> None:
-        for name, value, least in (
-            ("windows", self.windows, 1),
-            ("calibration", self.calibration, 1),
-            ("length", self.length, 64),
-        ):
-            if value < least:
-                raise InputError(f"{name} {value}: expected a whole number from {least} up")
+        for name, least in (("windows", 1), ("calibration", 1), ("length", 64)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} {getattr(self, name)}: expected a whole number from {least} up")
         for name in self.methods:
             if name not in METHODS:
                 raise unknown("method", name, METHODS)
@@ -68,29 +54,18 @@ class Plan:
 
     def points(self) -> list[tuple[str, float]]:
         """Every method with its fractions; 2:4 has only one."""
-        chosen = self.methods or tuple(METHODS)
-        out = []
-        for name in chosen:
-            own = not self.fractions or METHODS[name].family == "semi_structured"
-            out += [(name, fraction) for fraction in (METHODS[name].fractions if own else self.fractions)]
-        return out
+        return [
+            (name, fraction)
+            for name in self.methods or METHODS
+            for fraction in (METHODS[name].family != "semi_structured" and self.fractions) or METHODS[name].fractions
+        ]
 
 
 def read_text(path: str | Path | None = None) -> tuple[str, str]:
-    """Text to measure on, and its name.
+    """Text to measure on, and its name: a UTF-8 file, or the English of ``pydoc_data.topics``, which Python ships.
 
-    Parameters
-    ----------
-    path : str or Path, optional
-        A text file in UTF-8; the English of ``pydoc_data.topics``, which every Python ships, if left out.
+    Paragraphs that occur twice are kept once, so that no text is in both halves.
 
-    Returns
-    -------
-    text, name : str
-        Paragraphs that occur twice are kept once, so that no text is in both halves.
-
-    Examples
-    --------
     >>> text, name = read_text()
     >>> len(text) > 100_000, name.startswith("pydoc topics")
     (True, True)
@@ -98,10 +73,8 @@ def read_text(path: str | Path | None = None) -> tuple[str, str]:
     if path is None:
         from pydoc_data.topics import topics
 
-        raw, name = (
-            "\n\n".join(topics[key] for key in sorted(topics)),
-            f"pydoc topics of Python {platform.python_version()}",
-        )
+        name = f"pydoc topics of Python {platform.python_version()}"
+        raw = "\n\n".join(topics[key] for key in sorted(topics))
     else:
         try:
             raw, name = read_bounded(path).decode("utf-8"), Path(path).name
@@ -113,7 +86,7 @@ def read_text(path: str | Path | None = None) -> tuple[str, str]:
 
 
 def split_windows(ids: Tensor, plan: Plan) -> tuple[list[Tensor], list[Tensor]]:
-    """Calibration windows from the first half of a text and evaluation windows from the second, evenly spread over each.
+    """Calibration windows from the first half of a text, evaluation windows from the second, evenly spread.
 
     >>> calibration, evaluation = split_windows(torch.arange(1000), Plan(windows=2, calibration=3, length=100))
     >>> [int(w[0]) for w in calibration], [int(w[0]) for w in evaluation]
@@ -147,22 +120,18 @@ def measure_quality(
     Parameters
     ----------
     model : str or Path
-        See :func:`calibration.execute.quality_model.load_decoder`.
+        See :func:`calibration.execute.quality_load.load_decoder`, also for ``threads``.
     out : str or Path
-        The table (CSV). Finished points are kept beside it until the table is complete, and a rerun with the same settings goes on.
+        The table (CSV). Finished points are kept beside it until the table is complete, and a rerun with the same
+        settings goes on.
     plan : Plan, optional
     text : str or Path, optional
         See :func:`read_text`.
     name : str
-        Name of the model in the table; if left out, that of the shipped configuration with the same shape, else the file's.
-    threads : int
-        Threads of PyTorch.
+        Name of the model in the table; if left out, that of the shipped configuration with the same shape, else the
+        file's.
     progress : callable, optional
         Called with windows done, windows in all, and what is running.
-
-    Returns
-    -------
-    QualityTable
 
     Raises
     ------
@@ -172,18 +141,15 @@ def measure_quality(
     plan = plan or Plan()
     target = check_target(out)
     words, text_name = read_text(text)
-    decoder, tokenizer = load_decoder(model, threads)
-    ids = torch.tensor(tokenizer(words, add_special_tokens=False, verbose=False).input_ids)
+    loaded = load_decoder(model, threads)
+    decoder = loaded.decoder
+    ids = torch.tensor(loaded.tokenizer(words, add_special_tokens=False, verbose=False).input_ids)
     calibration, evaluation = split_windows(ids, plan)
     start, points = plan.length // 2, plan.points()
-    header = {
-        "model": decoder.digest,
-        "text": text_name,
-        "windows": plan.windows,
-        "calibration": plan.calibration,
-        "length": plan.length,
-    }
-    results = Results(target.with_name(target.name + ".partial.jsonl"), header)
+    settings = {"windows": plan.windows, "calibration": plan.calibration, "length": plan.length}
+    results = Results(
+        target.with_name(target.name + ".partial.jsonl"), {"model": loaded.digest, "text": text_name, **settings}
+    )
     total = len(calibration) + (1 + len(points)) * len(evaluation)
     done = 0
 
@@ -199,33 +165,31 @@ def measure_quality(
             if results.has(method, fraction):
                 done += len(evaluation)
                 continue
-            changed, rule, realised = decoder, Rule(), 0.0
+            changed, realised = decoder, 0.0
             if method != DENSE:
                 if seen is None:
                     seen = calibrate(decoder, calibration, lambda i, n: step("calibration"))
-                changed, rule, realised = apply(method, decoder, fraction, seen)
+                changed, realised = apply(method, decoder, fraction, seen)
             losses = []
             for window in evaluation:
-                losses.append(float(token_losses(changed, window, rule, start).mean()))
+                losses.append(float(token_losses(changed, window, start).mean()))
                 step(f"{method} {100 * fraction:g} %" if fraction else method)
             results.add(method, fraction, realised, losses)
     scored = f"tokens {start}-{plan.length} of {plan.windows} windows, {text_name}"
     protocol = f"{scored}, calibrated on {plan.calibration} other windows, no fine-tuning"
     label = name or known_name(decoder)
-    rows = tuple(_row(method, fraction, label, protocol, decoder, results) for method, fraction in points)
+    rows = tuple(_row(method, fraction, label, protocol, loaded, results) for method, fraction in points)
     write_whole(target, table_text(rows).encode())
     results.path.unlink(missing_ok=True)
     return QualityTable(rows, str(target))
 
 
-def _row(method: str, fraction: float, model: str, protocol: str, decoder: Decoder, results: Results) -> QualityRow:
+def _row(method: str, fraction: float, model: str, protocol: str, loaded: Loaded, results: Results) -> QualityRow:
     dense, pruned = results.losses(DENSE, 0.0), results.losses(method, fraction)
-    difference = [p - d for p, d in zip(pruned, dense)]
+    difference = [p - d for p, d in zip(pruned, dense, strict=True)]
     mean = sum(difference) / len(difference)
     spread = math.sqrt(sum((d - mean) ** 2 for d in difference) / max(len(difference) - 1, 1) / len(difference))
-    note = (
-        f"realised {results.realised(method, fraction):.4f}; standard error of the loss {math.exp(mean) * spread:.4f}"
-    )
+    realised = results.points[method, fraction]["realised"]
     return QualityRow(
         method,
         METHODS[method].family,
@@ -236,9 +200,8 @@ def _row(method: str, fraction: float, model: str, protocol: str, decoder: Decod
         _perplexity(dense),
         _perplexity(pruned),
         protocol,
-        f"measured by prunesim quality on {decoder.name} ({decoder.digest})",
-        METHODS[method].options,
-        note,
+        f"measured by prunesim quality on {loaded.decoder.name} ({loaded.digest})",
+        note=f"realised {realised:.4f}; standard error of the loss {math.exp(mean) * spread:.4f}",
     )
 
 
@@ -248,10 +211,13 @@ def _perplexity(losses: Sequence[float]) -> float:
 
 def known_name(decoder: Decoder) -> str:
     """The shipped model configuration with the decoder's shape, or the file's name."""
-    inner, (vocabulary, hidden) = decoder.layers[0].down.shape[1], decoder.embedding.shape
+    attention, mlp = decoder.layers[0].attention, decoder.layers[0].mlp
+    assert attention is not None
+    assert mlp is not None
+    heads, inner = (attention.heads, attention.kv_heads), len(mlp.up.weight)
+    shape = (decoder.hidden, len(decoder.layers), *heads, inner, len(decoder.embedding))
     for name in list_models():
         c = load_model(name)
-        same = (c.hidden, c.layers, c.heads, c.kv_heads, c.inner, c.vocab)
-        if same == (hidden, len(decoder.layers), decoder.heads, decoder.kv_heads, inner, vocabulary):
+        if shape == (c.hidden, c.layers, c.heads, c.kv_heads, c.inner, c.vocab):
             return name
     return decoder.name

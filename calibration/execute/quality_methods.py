@@ -1,33 +1,41 @@
-"""Training-free pruning of a real decoder, a method for every family: criteria published for each, applied without fine-tuning.
+"""Training-free pruning of a real decoder, a method for every family: published criteria, without fine-tuning.
 
-Use :func:`calibrate` once on calibration text, then :func:`apply` for a family and a fraction: it returns the changed decoder, the rule of
-a dynamic method, and the fraction really removed, with the same rounding as :mod:`simulator.pruning`. :data:`METHODS` names the methods.
+Use :func:`calibrate` once on calibration text, then :func:`apply` for a method of :data:`METHODS` and a fraction: it
+returns the changed decoder, whose rule has the dynamic decisions, and the fraction really removed, with the same
+rounding as :mod:`simulator.pruning`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from calibration.execute.quality_model import PARTS, Decoder, Layer, Rule, token_losses
+from calibration.execute.decoder import Decoder, Rule, State, token_losses
+from calibration.execute.decoder.families import (
+    aligned,
+    each_projection,
+    narrowed,
+    rank_left,
+    two_of_four,
+    whole_share,
+    without_layers,
+)
+from calibration.execute.decoder.model import Attention, Mlp, Projection, Sublayer
 from calibration.execute.quality_rules import (
     SINKS,
     AttentionBlocks,
     CacheEviction,
+    Masked,
     PromptDropping,
     TokenSkipping,
     UnitChoice,
 )
-from simulator.pruning._rows import aligned, whole_share
-
-ALIGN = 16
-"""Widths and ranks are rounded up to a multiple of this, as the simulator's families do."""
 
 INPUT_OF: Mapping[str, str] = MappingProxyType(
     {"q": "attention", "k": "attention", "v": "attention", "o": "o", "gate": "mlp", "up": "mlp", "down": "down"}
@@ -37,180 +45,122 @@ INPUT_OF: Mapping[str, str] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the dense model does on calibration text.
+    """What the dense model does on calibration text; similarities are cosines of the residual stream before and
+    after."""
 
-    Attributes
-    ----------
-    second : mapping (layer, input) -> (features, features)
-        Second moments of the inputs of projections, summed over tokens.
-    influence : tensor (layers,)
-        Block influence: 1 - mean cosine similarity of the residual stream before and after a layer.
-    similarity : tensor (layers, 2, tokens)
-        Cosine similarity of the residual stream before and after each sublayer, by token.
-    stream : tensor (hidden, hidden)
-        Second moments of the residual stream, each token scaled to unit norm, over all sublayer inputs.
-    position : tensor (tokens,)
-        Place of each token in its window.
-    """
-
-    second: Mapping[tuple[int, str], Tensor]
-    influence: Tensor
-    similarity: Tensor
-    stream: Tensor
-    position: Tensor
+    second: Mapping[tuple[int, str], Tensor]  # by (layer, input): second moments of the inputs of projections, summed
+    influence: Tensor  # (layers,): block influence, 1 - mean similarity over a layer
+    similarity: Tensor  # (layers, 2, tokens): over each sublayer
+    stream: Tensor  # (hidden, hidden): second moments of all sublayer inputs, each token scaled to unit norm
+    position: Tensor  # (tokens,): place of each token in its window
 
 
 class Applied(NamedTuple):
-    """A pruned decoder, the rule of its dynamic decisions, and the fraction removed."""
+    """A pruned decoder and the fraction removed."""
 
     decoder: Decoder
-    rule: Rule
     realised: float
 
 
-class _Watch(Rule):
+class _Watch(Masked):
     """Collects what :class:`Calibration` holds."""
 
     def __init__(self, decoder: Decoder) -> None:
-        hidden = decoder.embedding.shape[1]
         self.second: dict[tuple[int, str], Tensor] = {}
-        self.similarity: dict[tuple[int, str], list[Tensor]] = {}
-        self.stream = torch.zeros(hidden, hidden)
-        self.first: Tensor = torch.zeros(0)
+        self.similarity: dict[tuple[int, type[Sublayer]], list[Tensor]] = {}
+        self.stream = torch.zeros(decoder.hidden, decoder.hidden)
         self.influence = torch.zeros(len(decoder.layers))
 
-    def observe(self, layer: int, where: str, value: Tensor) -> None:
-        moments = value.T @ value
-        before = self.second.get((layer, where))
-        self.second[layer, where] = moments if before is None else before + moments
+    def observe(self, s: State, where: str, value: Tensor) -> None:
+        moments, key = value[0].T @ value[0], (s.layer, where)
+        self.second[key] = self.second[key] + moments if key in self.second else moments
 
-    def after(self, layer: int, part: str, before: Tensor, x: Tensor) -> None:
-        self.similarity.setdefault((layer, part), []).append(torch.cosine_similarity(before, x, dim=-1))
+    def after(self, s: State, part: Sublayer, before: Tensor, x: Tensor) -> None:
+        self.similarity.setdefault((s.layer, type(part)), []).append(torch.cosine_similarity(before, x, dim=-1))
         unit = before / before.norm(dim=-1, keepdim=True)
         self.stream += unit.T @ unit
-        if part == PARTS[0]:
-            self.first = before
+        if isinstance(part, Attention):
+            s.kept["first"] = before
         else:
-            self.influence[layer] += (1.0 - torch.cosine_similarity(self.first, x, dim=-1)).sum()
+            self.influence[s.layer] += (1.0 - torch.cosine_similarity(s.kept["first"], x, dim=-1)).sum()
 
 
 def calibrate(
     decoder: Decoder, windows: Sequence[Tensor], progress: Callable[[int, int], None] | None = None
 ) -> Calibration:
-    """Run the dense model over calibration windows.
-
-    Parameters
-    ----------
-    decoder : Decoder
-    windows : sequence of int64 tensors
-        Text that the evaluation does not see.
-    progress : callable, optional
-        Called with windows done and their number.
-
-    Returns
-    -------
-    Calibration
-    """
+    """Run the dense model over windows that the evaluation does not see; ``progress`` gets windows done and in all."""
     watch = _Watch(decoder)
+    watched = replace(decoder, rule=watch)
     for done, ids in enumerate(windows):
-        token_losses(decoder, ids, watch, len(ids) - 1)
+        token_losses(watched, ids, len(ids) - 1)
         if progress is not None:
             progress(done + 1, len(windows))
     tokens = sum(len(ids) for ids in windows)
-    table = [torch.stack([torch.cat(watch.similarity[i, part]) for part in PARTS]) for i in range(len(decoder.layers))]
+    similarity = torch.stack(
+        [
+            torch.stack([torch.cat(watch.similarity[i, kind]) for kind in (Attention, Mlp)])
+            for i in range(len(decoder.layers))
+        ]
+    )
     position = torch.cat([torch.arange(len(ids)) for ids in windows])
-    return Calibration(watch.second, watch.influence / tokens, torch.stack(table), watch.stream, position)
+    return Calibration(watch.second, watch.influence / tokens, similarity, watch.stream, position)
 
 
-# -- weights ----------------------------------------------------------------------------------------------------------------------
+# -- weights --------------------------------------------------------------------------------------
 
 
 def drop_layers(decoder: Decoder, sparsity: float, seen: Calibration) -> Applied:
     """Depth: the layers of least block influence go (ShortGPT, arXiv 2403.03853)."""
-    many = int(whole_share(sparsity, len(decoder.layers)))
+    many = whole_share(sparsity, len(decoder.layers))
     gone = set(seen.influence.argsort()[:many].tolist())
-    kept = tuple(layer for i, layer in enumerate(decoder.layers) if i not in gone)
-    return Applied(replace(decoder, layers=kept), Rule(), many / len(decoder.layers))
+    return Applied(without_layers(decoder, gone), many / len(decoder.layers))
 
 
 def narrow(decoder: Decoder, sparsity: float, seen: Calibration) -> Applied:
-    """Width: KV groups and MLP channels of least activation-weighted magnitude go (Wanda-sp in FLAP, arXiv 2312.11983)."""
-    groups, inner = decoder.kv_heads, decoder.layers[0].down.shape[1]
-    keep_groups = max(int(whole_share(1.0 - sparsity, groups)), 1)
-    keep_inner = int(aligned(np.array(inner), np.array(1.0 - sparsity), ALIGN))
-    layers, before, after = [], 0, 0
-    for i, layer in enumerate(decoder.layers):
-        heads = _saliency(layer.o, seen.second[i, "o"]).sum(0).view(groups, -1).sum(1)
-        group = torch.zeros(groups, dtype=torch.bool)
-        group[heads.argsort(descending=True)[:keep_groups]] = True
-        features = group.repeat_interleave(layer.o.shape[1] // groups)
-        channel = torch.zeros(inner, dtype=torch.bool)
-        channel[_saliency(layer.down, seen.second[i, "down"]).sum(0).argsort(descending=True)[:keep_inner]] = True
-        layers.append(replace(layer, o=layer.o * features, down=layer.down * channel))
-        rows = (
-            sum(getattr(layer, n).numel() for n in "qkvo"),
-            sum(getattr(layer, n).numel() for n in ("gate", "up", "down")),
-        )
-        before += sum(rows)
-        after += rows[0] * keep_groups // groups + rows[1] * keep_inner // inner
-    return Applied(replace(decoder, layers=tuple(layers)), Rule(), 1.0 - after / before)
+    """Width: KV groups and channels of least activation-weighted magnitude go (Wanda-sp in FLAP, arXiv 2312.11983)."""
+    out = narrowed(decoder, sparsity, lambda i, role, p: _saliency(p.weight, seen.second[i, role]).sum(0))
+    return Applied(out, 1.0 - _parameters(out) / _parameters(decoder))
 
 
 def slice_hidden(decoder: Decoder, sparsity: float, seen: Calibration) -> Applied:
-    """Width across layers: the residual stream keeps its leading principal components (SliceGPT, arXiv 2401.15024), the same ones in all
-    layers, so no residual projections are needed."""
-    hidden = decoder.embedding.shape[1]
-    kept = int(aligned(np.array(hidden), np.array(1.0 - sparsity), ALIGN))
+    """Width across layers: the residual stream keeps its leading principal components (SliceGPT, arXiv 2401.15024), the
+    same ones in all layers, so no residual projections are needed."""
+    kept = aligned(decoder.hidden, 1.0 - sparsity)
     _, vectors = torch.linalg.eigh(seen.stream.double())
     basis = vectors[:, -kept:].float()
     onto = basis @ basis.T
-    layers = tuple(
-        replace(layer, o=onto @ layer.o, down=onto @ layer.down, biases=_onto(layer, onto)) for layer in decoder.layers
-    )
-    return Applied(replace(decoder, embedding=decoder.embedding @ onto, layers=layers), Rule(), 1.0 - kept / hidden)
+
+    def write(number: int, role: str, p: Projection) -> Projection:
+        if role not in ("o", "down"):
+            return p
+        return Projection((onto @ p.weight,), None if p.bias is None else onto @ p.bias)
+
+    out = replace(each_projection(decoder, write), embedding=decoder.embedding @ onto)
+    return Applied(out, 1.0 - kept / decoder.hidden)
 
 
-def _onto(layer: Layer, onto: Tensor) -> tuple[tuple[str, Tensor], ...]:
-    return tuple((name, onto @ b if name in ("o", "down") else b) for name, b in layer.biases)
-
-
-def two_of_four(decoder: Decoder, sparsity: float, seen: Calibration) -> Applied:
+def mask_fours(decoder: Decoder, sparsity: float, seen: Calibration) -> Applied:
     """2:4: of every four weights along K the two of least |weight| x input norm go (Wanda, arXiv 2306.11695)."""
-
-    def mask(weight: Tensor, second: Tensor) -> Tensor:
-        fours = _saliency(weight, second).view(len(weight), -1, 4)
-        keep = torch.zeros_like(fours, dtype=torch.bool).scatter_(-1, fours.topk(2, dim=-1).indices, True)
-        return weight * keep.view_as(weight)
-
-    return Applied(_each(decoder, seen, mask), Rule(), 0.5)
+    return Applied(_each(decoder, seen, lambda w, second: two_of_four(w, _saliency(w, second))), 0.5)
 
 
 def scatter_zeros(decoder: Decoder, sparsity: float, seen: Calibration) -> Applied:
     """Unstructured: in every row the weights of least |weight| x input norm go (Wanda, arXiv 2306.11695)."""
 
     def mask(weight: Tensor, second: Tensor) -> Tensor:
-        saliency = _saliency(weight, second)
-        many = int(whole_share(sparsity, weight.shape[1]))
-        return weight.scatter(1, saliency.argsort(dim=1)[:, :many], 0.0)
+        least = _saliency(weight, second).argsort(dim=1)[:, : whole_share(sparsity, weight.shape[1])]
+        return weight.scatter(1, least, 0.0)
 
-    return Applied(_each(decoder, seen, mask), Rule(), sparsity)
+    return Applied(_each(decoder, seen, mask), sparsity)
 
 
 def factorise(decoder: Decoder, sparsity: float, seen: Calibration) -> Applied:
-    """Low rank: each weight keeps the directions of its outputs with most energy on calibration data, which is its truncated SVD
-    after scaling by the inputs' second moments (SVD-LLM, arXiv 2403.07378)."""
-    removed = [0, 0]
-
-    def cut(weight: Tensor, second: Tensor) -> Tensor:
-        n, k = weight.shape
-        exact = np.floor((1.0 - sparsity) * n * k / (n + k) + 1e-9)
-        rank = int(min(max(np.ceil(exact / ALIGN), 1) * ALIGN, n, k))
-        removed[0] += n * k
-        removed[1] += rank * (n + k)
-        return truncated(weight, second, rank)
-
-    out = _each(decoder, seen, cut)
-    return Applied(out, Rule(), max(0.0, 1.0 - removed[1] / removed[0]))
+    """Low rank: each weight keeps the directions of its outputs with most energy on calibration data, which is its
+    truncated SVD after scaling by the inputs' second moments (SVD-LLM, arXiv 2403.07378)."""
+    shapes = [p.weight.shape for _, _, p in decoder.projections()]
+    left = sum(rank_left(sparsity, n, k) * (n + k) for n, k in shapes)
+    out = _each(decoder, seen, lambda w, second: truncated(w, second, rank_left(sparsity, *w.shape)))
+    return Applied(out, max(0.0, 1.0 - left / _parameters(decoder)))
 
 
 def truncated(weight: Tensor, second: Tensor, rank: int) -> Tensor:
@@ -233,57 +183,43 @@ def _saliency(weight: Tensor, second: Tensor) -> Tensor:
 
 def _each(decoder: Decoder, seen: Calibration, change: Callable[[Tensor, Tensor], Tensor]) -> Decoder:
     """All projections changed by a function of the weight and its inputs' second moments."""
-    layers = []
-    for i, layer in enumerate(decoder.layers):
-        layers.append(replace(layer, **{n: change(getattr(layer, n), seen.second[i, INPUT_OF[n]]) for n in INPUT_OF}))
-    return replace(decoder, layers=tuple(layers))
+    return each_projection(
+        decoder, lambda i, role, p: Projection((change(p.weight, seen.second[i, INPUT_OF[role]]),), p.bias)
+    )
 
 
-# -- per token --------------------------------------------------------------------------------------------------------------------
+def _parameters(decoder: Decoder) -> int:
+    """Parameters of the projections' weights."""
+    return sum(p.weight.numel() for _, _, p in decoder.projections())
+
+
+# -- per token ------------------------------------------------------------------------------------
 
 
 def skip_tokens(decoder: Decoder, sparsity: float, seen: Calibration) -> Applied:
-    """Dynamic depth: tokens whose residual stream the sublayer before changed least skip this one; sublayers of redundant layers are
-    skipped more often (similarity as in FFN-SkipLLM, arXiv 2404.03865). Keys and values stay dense."""
+    """Dynamic depth: tokens whose residual stream the sublayer before changed least skip this one; sublayers of
+    redundant layers are skipped more often (similarity as in FFN-SkipLLM, arXiv 2404.03865). Keys and values stay
+    dense."""
     similarity = seen.similarity[..., seen.position >= SINKS]
     limit = similarity.flatten().kthvalue(max(1, round(similarity.numel() * (1.0 - sparsity)))).values
     share = (similarity > limit).float().mean(-1)
-    return Applied(decoder, TokenSkipping(share), float(share.mean()))
+    return Applied(replace(decoder, rule=TokenSkipping(share)), float(share.mean()))
 
 
-def choose_units(decoder: Decoder, sparsity: float, seen: Calibration) -> Applied:
-    """Dynamic width: of all (token, group) pairs of a sublayer those of least contribution are left out. The choice looks at what the
-    groups would give, so it bounds what a router could reach (contextual sparsity, Deja Vu, arXiv 2310.17157)."""
-    return Applied(decoder, UnitChoice(sparsity), sparsity)
+Function = Callable[[Decoder, float, Calibration], Applied]
 
 
-def local_blocks(decoder: Decoder, sparsity: float, seen: Calibration) -> Applied:
-    """Sparse attention: the first block of keys and the nearest ones (A-shape, StreamingLLM, arXiv 2309.17453)."""
-    return Applied(decoder, AttentionBlocks(sparsity, "local"), sparsity)
-
-
-def vertical_slash(decoder: Decoder, sparsity: float, seen: Calibration) -> Applied:
-    """Sparse attention: blocks on the columns and diagonals that the last queries attend to most (MInference, arXiv 2407.02490)."""
-    return Applied(decoder, AttentionBlocks(sparsity, "vertical-slash"), sparsity)
-
-
-def drop_prompt(decoder: Decoder, sparsity: float, seen: Calibration) -> Applied:
-    """Token: prompt tokens that the last one attends to least are dropped after layer 2 (FastV, arXiv 2403.06764)."""
-    return Applied(decoder, PromptDropping(sparsity), sparsity)
-
-
-def evict(decoder: Decoder, sparsity: float, seen: Calibration) -> Applied:
-    """KV cache: of the prompt stay the most recent positions and those with most attention, half and half (H2O, arXiv 2306.14048)."""
-    return Applied(decoder, CacheEviction(sparsity), sparsity)
+def _under(rule: Callable[[float], Rule]) -> Function:
+    """A method that is a rule of its sparsity alone; the rule's docstring names its paper."""
+    return lambda decoder, sparsity, seen: Applied(replace(decoder, rule=rule(sparsity)), sparsity)
 
 
 class Method(NamedTuple):
-    """A method: the family it belongs to, what applies it, the fractions it is measured at, options of the simulator's family."""
+    """A method: the family it belongs to, what applies it, the fractions it is measured at."""
 
     family: str
-    function: Callable[[Decoder, float, Calibration], Applied]
+    function: Function
     fractions: tuple[float, ...]
-    options: tuple[tuple[str, object], ...] = ()
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(
@@ -291,20 +227,22 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "block influence": Method("depth", drop_layers, (0.0333, 0.1, 0.2)),
         "Wanda-sp": Method("width", narrow, (0.05, 0.1, 0.2)),
         "shared PCA slicing": Method("width_cross", slice_hidden, (0.1, 0.2)),
-        "Wanda 2:4": Method("semi_structured", two_of_four, (0.5,)),
+        "Wanda 2:4": Method("semi_structured", mask_fours, (0.5,)),
         "scaled SVD": Method("low_rank", factorise, (0.1, 0.2)),
         "Wanda": Method("unstructured", scatter_zeros, (0.25, 0.5)),
         "similarity skipping": Method("dynamic_depth", skip_tokens, (0.05, 0.1, 0.2)),
-        "oracle groups": Method("dynamic_width", choose_units, (0.1, 0.2, 0.3)),
-        "A-shape": Method("sparse_attention", local_blocks, (0.25, 0.5)),
-        "vertical-slash": Method("sparse_attention", vertical_slash, (0.25, 0.5)),
-        "FastV": Method("token", drop_prompt, (0.25, 0.5)),
-        "H2O": Method("kv_cache", evict, (0.25, 0.5)),
+        "oracle groups": Method("dynamic_width", _under(UnitChoice), (0.1, 0.2, 0.3)),
+        "A-shape": Method("sparse_attention", _under(partial(AttentionBlocks, pattern="local")), (0.25, 0.5)),
+        "vertical-slash": Method(
+            "sparse_attention", _under(partial(AttentionBlocks, pattern="vertical-slash")), (0.25, 0.5)
+        ),
+        "FastV": Method("token", _under(PromptDropping), (0.25, 0.5)),
+        "H2O": Method("kv_cache", _under(CacheEviction), (0.25, 0.5)),
     }
 )
 """Methods by name."""
 
 
 def apply(method: str, decoder: Decoder, sparsity: float, seen: Calibration) -> Applied:
-    """Prune a decoder with a method of :data:`METHODS`; see its function for the criterion."""
+    """Prune a decoder with a method of :data:`METHODS`; see its function or its rule for the criterion."""
     return METHODS[method].function(decoder, sparsity, seen)

@@ -1,11 +1,10 @@
-"""Finished points of a quality measurement on disk, so that one that was stopped goes on where it was, and a second one stops at once."""
+"""Finished points of a quality measurement on disk: a stopped one goes on where it was, a second one stops at once."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from calibration.records.jsonl import decode_line, encode_line
@@ -18,19 +17,10 @@ MOST_LOSS = 1e6
 
 
 class Results:
-    """Finished points, each on disk as soon as it is added; a line that was cut is measured again.
+    """Finished points by method and fraction, on disk as soon as they are added; a line that was cut is measured again.
 
-    Parameters
-    ----------
-    path : Path
-        JSON lines with checksums; the first says what was measured.
-    header : mapping
-        Settings that must equal those of an earlier run.
-
-    Raises
-    ------
-    InputError
-        When another process writes to the file, or it holds something else.
+    The file has JSON lines with checksums; the first says what was measured and must equal the ``header``. Refused
+    (InputError) when another process writes to it, or it holds something else.
     """
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
@@ -39,18 +29,13 @@ class Results:
         self._file = os.fdopen(open_locked(path), "r+b")
         try:
             raw = read_bounded(path)
-            lines = [decode_line(line) for line in raw.split(b"\n") if line]
-            whole = [line for line in lines if line is not None]
+            whole = [line for text in raw.split(b"\n") if text and (line := decode_line(text)) is not None]
             if whole and whole[0] != header:
                 changed = ", ".join(k for k in header if whole[0].get(k) != header[k])
-                raise InputError(
-                    f"{path}: holds points measured with another {changed}; remove it, or name another output file"
-                )
+                raise self._other(f"points measured with another {changed}")
             for line in whole[1:]:
                 if not _is_point(line):
-                    raise InputError(
-                        f"{path}: holds a line that is no measured point; remove it, or name another output file"
-                    )
+                    raise self._other("a line that is no measured point")
                 self.points[line["method"], line["fraction"]] = line
             self._file.seek(0, os.SEEK_END)
             if not whole:
@@ -71,12 +56,8 @@ class Results:
         """Mean loss of each window."""
         return list(self.points[method, fraction]["losses"])
 
-    def realised(self, method: str, fraction: float) -> float:
-        """Fraction really removed."""
-        return float(self.points[method, fraction]["realised"])
-
     def add(self, method: str, fraction: float, realised: float, losses: Sequence[float]) -> None:
-        """Keep a point."""
+        """Keep a point: the fraction really removed, and the mean loss of each window."""
         line = {"method": method, "fraction": fraction, "realised": realised, "losses": list(losses)}
         self._put(line)
         self.points[method, fraction] = line
@@ -84,10 +65,11 @@ class Results:
     def __enter__(self) -> Results:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()  # and with it the lock
+
+    def _other(self, what: str) -> InputError:
+        return InputError(f"{self.path}: holds {what}; remove it, or name another output file")
 
     def _put(self, line: Mapping[str, Any]) -> None:
         self._file.write(encode_line(line))
@@ -97,11 +79,10 @@ class Results:
 
 def _is_point(line: Mapping[str, Any]) -> bool:
     """Whether a line is what :meth:`Results.add` writes."""
-    losses = line.get("losses")
-    numbers = (line.get("fraction"), line.get("realised"))
+    losses, shares = line.get("losses"), (line.get("fraction"), line.get("realised"))
     return (
         isinstance(line.get("method"), str)
-        and all(isinstance(n, (int, float)) and 0.0 <= n <= 1.0 for n in numbers)
+        and all(isinstance(n, (int, float)) and 0.0 <= n <= 1.0 for n in shares)
         and isinstance(losses, list)
         and bool(losses)
         and all(isinstance(x, (int, float)) and -MOST_LOSS <= x <= MOST_LOSS for x in losses)

@@ -1,11 +1,18 @@
-"""Rules of dynamic pruning on a real decoder: which tokens, groups, attention blocks or cached positions a pass leaves out."""
+"""Rules of published methods: which tokens, groups, attention blocks or cached positions a pass leaves out.
+
+They compute what a method skips and then leave it out, for one window at a time (a batch of one): they measure quality,
+not speed.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from calibration.execute.quality_model import Decoder, Rule
+from calibration.execute.decoder.model import Attention, Mlp, Sublayer
+from calibration.execute.decoder.run import Rule, State
 
 BLOCK = 64
 """Edge of the attention blocks, as the simulator's family has it unless told otherwise."""
@@ -19,96 +26,124 @@ CHANNEL_GROUPS = 32
 DROP_FROM = 2
 """First layer on fewer prompt tokens, as the simulator's family has it unless told otherwise."""
 
+SINKS = 4
+"""First tokens of a window that never skip: later ones rest their attention on them (StreamingLLM, arXiv 2309.17453).
+On SmolLM2-135M this halves what skipping 5 % costs."""
+
 NEVER = float("-inf")
 
 
-SINKS = 4
-"""First tokens of a window that never skip: later ones rest their attention on them (StreamingLLM, arXiv 2309.17453). On SmolLM2-135M
-this halves what skipping 5 % costs."""
+class Masked(Rule):
+    """What may be masked: tokens that a sublayer leaves as they are, scores, heads, channels; here nothing."""
+
+    def attention(self, s: State, a: Attention, x: Tensor) -> Tensor:
+        return self._masked(s, a, x, super().attention(s, a, x))
+
+    def mlp(self, s: State, m: Mlp, x: Tensor) -> Tensor:
+        return self._masked(s, m, x, super().mlp(s, m, x))
+
+    def _masked(self, s: State, part: Sublayer, before: Tensor, x: Tensor) -> Tensor:
+        chosen = self.tokens(s, part, before[0])
+        if chosen is not None:
+            x = torch.where(chosen[:, None], x, before)
+        self.after(s, part, before[0], x[0])
+        return x
+
+    def rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Each product rounded, as the models' own code does, so that criteria rank ties as it would."""
+        low, high = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-high, low), dim=-1) * sin
+
+    def attend(self, s: State, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        share, n = q.shape[1] // k.shape[1], q.shape[2]
+        k, v = (t[0].repeat_interleave(share, 0) for t in (k, v))
+        scores = q[0] @ k.mT * q.shape[-1] ** -0.5
+        scores = scores.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), NEVER)
+        out = self.scores(s, scores).softmax(-1) @ v
+        return self.heads(s, out)[None]
+
+    def tokens(self, s: State, part: Sublayer, x: Tensor) -> Tensor | None:
+        """Which tokens compute a sublayer, (tokens,) bool; None for all."""
+        return None
+
+    def after(self, s: State, part: Sublayer, before: Tensor, x: Tensor) -> None:
+        """Sees the residual stream (tokens, hidden) before and after a sublayer."""
+
+    def scores(self, s: State, scores: Tensor) -> Tensor:
+        """May set attention scores (heads, queries, keys) to minus infinity; they are causal already."""
+        return scores
+
+    def heads(self, s: State, out: Tensor) -> Tensor:
+        """May zero outputs of heads, (heads, tokens, head_dim)."""
+        return out
 
 
-class TokenSkipping(Rule):
-    """A share of a window's tokens skips each sublayer: those whose residual stream the last sublayer of that kind that they
-    computed changed least; the first :data:`SINKS` tokens never do.
-
-    Parameters
-    ----------
-    share : tensor (layers, 2)
-        Share of tokens that skip the attention and the MLP of each layer.
+@dataclass(frozen=True)
+class TokenSkipping(Masked):
+    """A share of a window's tokens skips each sublayer: those whose residual stream the last sublayer of that kind that
+    they computed changed least; the first :data:`SINKS` tokens never do. ``share`` (layers, 2) is that of attention and
+    MLP of each layer.
     """
 
-    def __init__(self, share: Tensor) -> None:
-        self.share = share
-        self.last: dict[str, Tensor] = {}
-        self.chosen: Tensor | None = None
+    share: Tensor
 
-    def begin(self, decoder: Decoder, length: int, start: int) -> None:
-        self.last = {}
-
-    def tokens(self, layer: int, part: str, x: Tensor) -> Tensor | None:
-        many = round(float(self.share[layer, 0 if part == "attention" else 1]) * len(x))
+    def tokens(self, s: State, part: Sublayer, x: Tensor) -> Tensor:
+        many = round(float(self.share[s.layer, int(isinstance(part, Mlp))]) * len(x))
         keep = torch.ones(len(x), dtype=torch.bool)
-        known = self.last.get(part)
-        if known is None:
-            known = torch.arange(
-                len(x)
-            ).float()  # nothing is known at the first layer: the latest tokens, which fewest others read
-        order = known[SINKS:].argsort(descending=True, stable=True)[:many]
-        keep[SINKS + order] = False
-        self.chosen = keep
+        known = s.kept.get(type(part))
+        if known is None:  # nothing is known at the first layer: the latest tokens, which fewest others read
+            known = torch.arange(len(x)).float()
+        keep[SINKS + known[SINKS:].argsort(descending=True, stable=True)[:many]] = False
+        s.kept["chosen"] = keep
         return keep
 
-    def after(self, layer: int, part: str, before: Tensor, x: Tensor) -> None:
+    def after(self, s: State, part: Sublayer, before: Tensor, x: Tensor) -> None:
         found = torch.cosine_similarity(before, x, dim=-1)
-        known = self.last.get(part)
-        self.last[part] = found if known is None or self.chosen is None else torch.where(self.chosen, found, known)
+        known = s.kept.get(type(part), found)
+        s.kept[type(part)] = torch.where(s.kept["chosen"], found, known)
 
 
-class UnitChoice(Rule):
-    """In each sublayer the (token, head group) or (token, channel group) pairs of least contribution to the output are left out."""
+@dataclass(frozen=True)
+class UnitChoice(Masked):
+    """In each sublayer the (token, head group) or (token, channel group) pairs of least contribution to the output are
+    left out. The choice looks at what the groups would give, so it bounds what a router could reach (contextual
+    sparsity, Deja Vu, arXiv 2310.17157)."""
 
-    def __init__(self, sparsity: float) -> None:
-        self.sparsity = sparsity
-        self.decoder: Decoder | None = None
+    sparsity: float
 
-    def begin(self, decoder: Decoder, length: int, start: int) -> None:
-        self.decoder = decoder
-
-    def heads(self, layer: int, out: Tensor) -> Tensor:
-        assert self.decoder is not None
-        groups = self.decoder.kv_heads
-        parts = out.reshape(len(out), groups, -1)
-        weight = self.decoder.layers[layer].o.T.reshape(groups, parts.shape[2], -1)
+    def heads(self, s: State, out: Tensor) -> Tensor:
+        a = s.decoder.layers[s.layer].attention
+        assert a is not None
+        parts = out.transpose(0, 1).reshape(out.shape[1], a.kv_heads, -1)  # (tokens, groups, features)
+        weight = a.o.weight.T.reshape(a.kv_heads, parts.shape[2], -1)
         size = torch.einsum("tgd,gdh->tgh", parts, weight).norm(dim=-1)
-        return (parts * self._kept(size)[..., None]).reshape(out.shape)
+        return (parts * self._kept(size)[..., None]).view(out.shape[1], len(out), -1).transpose(0, 1)
 
-    def channels(self, layer: int, h: Tensor) -> Tensor:
-        assert self.decoder is not None
+    def channels(self, s: State, inner: Tensor) -> Tensor:
+        m, h = s.decoder.layers[s.layer].mlp, inner[0]
+        assert m is not None
         groups = CHANNEL_GROUPS if h.shape[1] % CHANNEL_GROUPS == 0 else 1
-        size = (h * self.decoder.layers[layer].down.norm(dim=0)).view(len(h), groups, -1).norm(dim=-1)
-        return (h.view(len(h), groups, -1) * self._kept(size)[..., None]).reshape(h.shape)
+        size = (h * m.down.weight.norm(dim=0)).view(len(h), groups, -1).norm(dim=-1)
+        return (h.view(len(h), groups, -1) * self._kept(size)[..., None]).view(inner.shape)
 
     def _kept(self, size: Tensor) -> Tensor:
-        many = round(self.sparsity * size.numel())
         keep = torch.ones(size.numel(), dtype=torch.bool)
-        keep[size.flatten().argsort()[:many]] = False
+        keep[size.flatten().argsort()[: round(self.sparsity * size.numel())]] = False
         return keep.view_as(size)
 
 
-class AttentionBlocks(Rule):
-    """A share of the causal blocks of attention is left out, head by head; the diagonal and the first column of blocks always stay.
+@dataclass(frozen=True)
+class AttentionBlocks(Masked):
+    """A share of each head's causal blocks of attention is left out; the diagonal and the first column always stay.
 
-    Parameters
-    ----------
-    sparsity : float
-        Share of the blocks left out.
-    pattern : {"local", "vertical-slash"}
+    ``pattern`` is "local", the nearest blocks (A-shape, StreamingLLM, arXiv 2309.17453), or "vertical-slash", those on
+    the columns and diagonals that the last queries attend to most (MInference, arXiv 2407.02490).
     """
 
-    def __init__(self, sparsity: float, pattern: str) -> None:
-        self.sparsity, self.pattern = sparsity, pattern
+    sparsity: float
+    pattern: str
 
-    def scores(self, layer: int, scores: Tensor) -> Tensor:
+    def scores(self, s: State, scores: Tensor) -> Tensor:
         heads, n, _ = scores.shape
         blocks = -(-n // BLOCK)
         row, column = torch.arange(blocks)[:, None], torch.arange(blocks)[None]
@@ -135,50 +170,45 @@ class AttentionBlocks(Rule):
         return vertical[:, None, :] + slash[:, offset]
 
 
-class PromptDropping(Rule):
-    """Prompt tokens that the last prompt token attends to least, on average over the heads of layer 1, are gone from layer 2 on."""
+@dataclass(frozen=True)
+class PromptDropping(Masked):
+    """Prompt tokens that the last one attends to least, on average over the heads of layer 1, are gone from layer 2 on
+    (FastV, arXiv 2403.06764)."""
 
-    def __init__(self, sparsity: float) -> None:
-        self.sparsity, self.start = sparsity, 0
-        self.gone: Tensor | None = None
+    sparsity: float
 
-    def begin(self, decoder: Decoder, length: int, start: int) -> None:
-        self.start, self.gone = start, None
+    def tokens(self, s: State, part: Sublayer, x: Tensor) -> Tensor | None:
+        return ~s.kept["gone"] if s.layer >= DROP_FROM and "gone" in s.kept else None
 
-    def tokens(self, layer: int, part: str, x: Tensor) -> Tensor | None:
-        return None if self.gone is None or layer < DROP_FROM else ~self.gone
-
-    def scores(self, layer: int, scores: Tensor) -> Tensor:
-        if layer == DROP_FROM - 1:
-            received = scores[:, self.start - 1, : self.start].softmax(-1).mean(0)
+    def scores(self, s: State, scores: Tensor) -> Tensor:
+        if s.layer == DROP_FROM - 1:
+            received = scores[:, s.prompt - 1, : s.prompt].softmax(-1).mean(0)
             received[-1] = float("inf")
-            self.gone = torch.zeros(scores.shape[-1], dtype=torch.bool)
-            self.gone[received.argsort()[: round(self.sparsity * self.start)]] = True
-        if self.gone is None or layer < DROP_FROM:
+            s.kept["gone"] = torch.zeros(scores.shape[-1], dtype=torch.bool)
+            s.kept["gone"][received.argsort()[: round(self.sparsity * s.prompt)]] = True
+        if s.layer < DROP_FROM or "gone" not in s.kept:
             return scores
-        alone = torch.eye(
-            len(self.gone), dtype=torch.bool
-        )  # a dropped token attends to itself; nothing reads what comes of it
-        return scores.masked_fill(self.gone[None, None] & ~alone, NEVER)
+        # a dropped token attends to itself; nothing reads what comes of it
+        alone = torch.eye(scores.shape[-1], dtype=torch.bool)
+        return scores.masked_fill(s.kept["gone"][None, None] & ~alone, NEVER)
 
 
-class CacheEviction(Rule):
-    """After the prompt, the positions of each KV head's cache that stay are the most recent and those with most attention so far."""
+@dataclass(frozen=True)
+class CacheEviction(Masked):
+    """After the prompt, the positions of each KV head's cache that stay are the most recent and those with most
+    attention so far, half and half (H2O, arXiv 2306.14048)."""
 
-    def __init__(self, sparsity: float) -> None:
-        self.sparsity, self.start, self.kv_heads = sparsity, 0, 1
+    sparsity: float
 
-    def begin(self, decoder: Decoder, length: int, start: int) -> None:
-        self.start, self.kv_heads = start, decoder.kv_heads
-
-    def scores(self, layer: int, scores: Tensor) -> Tensor:
-        start, heads = self.start, len(scores)
-        kept = max(1, round((1.0 - self.sparsity) * start))
-        received = scores[:, :start, :start].softmax(-1).sum(1).view(self.kv_heads, -1, start).sum(1)
-        received[:, start - kept // 2 :] = float("inf")
-        gone = torch.ones(self.kv_heads, start, dtype=torch.bool).scatter_(1, received.topk(kept, dim=1).indices, False)
+    def scores(self, s: State, scores: Tensor) -> Tensor:
+        a, prompt = s.decoder.layers[s.layer].attention, s.prompt
+        assert a is not None
+        kept = max(1, round((1.0 - self.sparsity) * prompt))
+        received = scores[:, :prompt, :prompt].softmax(-1).sum(1).view(a.kv_heads, -1, prompt).sum(1)
+        received[:, prompt - kept // 2 :] = float("inf")
+        gone = torch.ones(a.kv_heads, prompt, dtype=torch.bool)
+        gone.scatter_(1, received.topk(kept, dim=1).indices, False)
         out = scores.clone()
-        out[:, start:, :start] = out[:, start:, :start].masked_fill(
-            gone.repeat_interleave(heads // self.kv_heads, 0)[:, None], NEVER
-        )
+        each = gone.repeat_interleave(len(scores) // a.kv_heads, 0)[:, None]
+        out[:, prompt:, :prompt] = out[:, prompt:, :prompt].masked_fill(each, NEVER)
         return out

@@ -1,28 +1,34 @@
 """Calibration of attention: constants, residual lattice and intervals from measured times.
 
-Use :func:`fit_attention` with plain columns and a :class:`Device`; it returns what a section of a profile holds. One call fits one phase of
-one kernel path: constants belong to a stack (the same shape differs by 9-34 % between stacks), so tables of several must not be mixed.
+Use :func:`columns_of` on records, then :func:`fit_attention`. One call fits one phase of one kernel path: constants
+belong to a stack (the same shape differs by 9-34 % between stacks), so tables of several must not be mixed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import least_squares
 
-from calibration.fit.attention_columns import Columns, core_of, residual_coordinates, usable, work_of
-from calibration.fit.attention_lattice import ROBUST, Smoothing, fit_lattice
-from simulator.hardware.constants import DECODE_CONSTANTS, PREFILL_CONSTANTS
-from simulator.hardware.parts import Fitted, Interval, Provenance, Section
+from calibration.fit import solver
+from calibration.fit.conformal import accuracy_of, outer_bands
+from calibration.fit.residual import Stiffness, fit_lattice
+from calibration.fit.solver import ConstantsFit, FittedPart, Minimum, Table
+from simulator.hardware.constants import DECODE_CONSTANTS, PREFILL_CONSTANTS, Constant
+from simulator.hardware.parts import Provenance, Section
+from simulator.hardware.profile import HardwareProfile
 from simulator.kernels.attention import REGIMES, regime_of
-from simulator.kernels.attention_core import Device, decode_parts
-from simulator.kernels.attention_residual import Lattice
+from simulator.kernels.attention_core import Device, decode_core, decode_parts, decode_work, prefill_core, prefill_work
+from simulator.kernels.lattice import Lattice, decode_place, prefill_place
+from simulator.workload import DTYPE_BYTES, DTYPES
 
 F = NDArray[np.float64]
+
+REGISTRY: Mapping[str, Mapping[str, Constant]] = {"prefill": PREFILL_CONSTANTS, "decode": DECODE_CONSTANTS}
+"""Constants of a phase."""
 
 STRUCTURE: Mapping[str, tuple[str, ...]] = {
     "prefill": ("packs", "pads", "sparse_block"),
@@ -33,170 +39,141 @@ STRUCTURE: Mapping[str, tuple[str, ...]] = {
 MINIMUM_ROWS = 20
 FEW_ROWS = 100  # below these the lattice stays only if rows left out are predicted better with it
 INFORMING_ROWS = 8  # rows a constant must move, to be fitted at all
+FOLDS = 5
 
 LONE: Mapping[str, tuple[str, ...]] = {
     "prefill": ("exp_per_s", "sequence_s", "e_io", "l2_gain", "l2_share"),
     "decode": ("wide_s", "l2_gain", "l2_share", "merge_s"),
 }
-"""Constants that rows of a single head configuration cannot tell from the others; they keep their start, that of the architecture."""
+"""Constants that rows of a single head configuration cannot tell from the others; they keep their start, that of the
+architecture."""
+
+STIFFNESS = Stiffness(0.02, (0.03, 0.05, 0.05), 0.02)
+"""Of the lattice, along (group, units, length); chosen on seeds 10 and 11 of the protocol (A100 and H100, both phases,
+400 and all rows)."""
+
+_SEARCH: Mapping[str, Any] = {"ftol": 1e-6, "xtol": 1e-6}
+
+SHAPE: tuple[str, ...] = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim")
+"""Columns that make a shape."""
 
 
 @dataclass(frozen=True)
-class AttentionFit:
-    """A fitted phase: what a profile's section holds, and what a report of the fit needs.
+class Columns(Table):
+    """Measured attention calls.
 
-    Attributes
-    ----------
-    constants : mapping of str to Fitted
-        With standard errors; status "fitted", or "fixed" where named in ``fixed``.
-    arrays : mapping of str to array
-        The residual lattice.
-    intervals : tuple of Interval
-        Split-conformal, by regime, from folds over groups of shapes.
-    accuracy : mapping of str to float
-        Errors on the rows each fold left out ("mape", "median", "p95", "bias", fractions) and of the core alone ("core_mape", all rows).
-    fixed : mapping of str to str
-        Constants that were not fitted, and why.
-    correlations : mapping of (str, str) to float
-        Of the fitted constants' logarithms.
-    dropped : mapping of str to int
-        Rows refused, by reason.
-    rows : int
-        Rows used.
+    ``seconds`` is the time of each; ``element_bytes`` that of an element, keys and values included; ``warm`` 1 where a
+    call was repeated on one cache, as the published tables do, 0 where caches were rotated past L2, as this program
+    does.
     """
 
-    constants: Mapping[str, Fitted]
-    arrays: Mapping[str, NDArray[Any]]
-    intervals: tuple[Interval, ...]
-    accuracy: Mapping[str, float]
-    fixed: Mapping[str, str]
-    correlations: Mapping[tuple[str, str], float]
-    dropped: Mapping[str, int]
-    rows: int
-    phase: str = "prefill"
-
-    @property
-    def values(self) -> dict[str, float]:
-        """Values of the constants by name."""
-        return {name: constant.value for name, constant in self.constants.items()}
-
-    def section(self, provenance: Provenance | None = None) -> Section:
-        """The section of a profile this fit makes, for operator ``attention_prefill`` or ``attention_decode``."""
-        return Section(self.constants, self.arrays, self.intervals, self.accuracy, provenance, "calibrated")
+    batch: F
+    q_len: F
+    kv_len: F
+    heads: F
+    kv_heads: F
+    head_dim: F
+    seconds: F
+    element_bytes: F | float = 2.0
+    warm: F | float = 1.0
 
 
-def registry(phase: str) -> Mapping[str, Any]:
-    """Constants of a phase, "prefill" or "decode"."""
-    return PREFILL_CONSTANTS if phase == "prefill" else DECODE_CONSTANTS
+def columns_of(records: Any) -> Columns:
+    """Columns of attention records (an object with columns of these names, seconds in s)."""
+    names = (*SHAPE, "seconds")
+    bytes_ = np.array([DTYPE_BYTES[code] for code in range(len(DTYPES))], dtype=np.float64)
+    columns = {name: np.asarray(getattr(records, name), dtype=np.float64) for name in names}
+    warm = 1.0 - np.asarray(records.cold, dtype=np.float64)
+    return Columns(**columns, element_bytes=bytes_[np.asarray(records.dtype)], warm=warm)
 
 
-@dataclass(frozen=True)
-class _Constants:
-    values: dict[str, float]
-    errors: dict[str, float]  # standard errors of the logarithms
-    fixed: dict[str, str]
-    correlations: dict[tuple[str, str], float]
-    cost: float
+def device_of(hw: HardwareProfile, dtype: str = "bf16") -> Device:
+    """The facts the attention cores need, of a profile."""
+    return Device(hw.peak_flop_per_s(dtype), float(hw.sm_count), hw.bandwidth_bytes_per_s, hw.l2_bytes)
 
 
-def _solve(
-    phase: str,
-    work: Any,
-    log_time: F,
-    device: Device,
-    start: Mapping[str, float],
-    free: Sequence[str],
-    evaluations: int = 60,
-) -> tuple[dict[str, float], Any]:
-    known = registry(phase)
-    if not free:
-        return dict(start), None
-    low = np.log([max(known[n].low, 1e-12) for n in free])
-    high = np.log([known[n].high for n in free])
-    values = dict(start)
-
-    def residual(x: F) -> F:
-        values.update(zip(free, np.exp(x).tolist(), strict=True))
-        return np.asarray(np.log(core_of(phase, work, device, values)) - log_time)
-
-    first = np.clip(np.log([start[n] for n in free]), low + 1e-3, high - 1e-3)
-    found = least_squares(
-        residual, first, bounds=(low, high), loss="soft_l1", f_scale=ROBUST, max_nfev=evaluations, ftol=1e-6, xtol=1e-6
-    )
-    return {**start, **dict(zip(free, np.exp(found.x).tolist(), strict=True))}, found
+def work_of(phase: str, c: Columns, values: Mapping[str, float]) -> Any:
+    """Geometry of a phase for columns; it depends on the structural constants alone."""
+    size: Any = {"element_bytes": c.element_bytes, "cache_bytes": c.element_bytes}
+    if phase == "decode":
+        return decode_work(c.batch, c.kv_len, c.heads, c.kv_heads, c.head_dim, warm=c.warm, **size)
+    form: Any = {"packs": values["packs"], "pads": values.get("pads", 1.0)}
+    return prefill_work(c.batch, c.q_len, c.kv_len, c.heads, c.kv_heads, c.head_dim, **form, **size)
 
 
-def _spread(found: Any, free: Sequence[str]) -> tuple[dict[str, float], dict[tuple[str, str], float]]:
-    """Standard errors and correlations of the logarithms, by the sandwich formula of a robust fit."""
-    # least_squares scales jac and fun by the loss at the solution; undo that for the residuals, keep raw derivatives
-    residual = found.fun / ROBUST
-    psi = found.fun / np.sqrt(1.0 + residual**2)
-    slope = (1.0 + residual**2) ** -1.5
-    raw = found.raw_jac
-    bread = np.linalg.pinv((raw * slope[:, None]).T @ raw)
-    meat = (raw * (psi**2)[:, None]).T @ raw * len(psi) / max(len(psi) - len(free), 1)
-    cov = bread @ meat @ bread
-    sigma = np.sqrt(np.maximum(np.diag(cov), 0.0))
-    scale = np.where(sigma > 0, sigma, 1.0)
-    corr = cov / np.outer(scale, scale)
-    pairs = {(free[i], free[j]): float(corr[i, j]) for i in range(len(free)) for j in range(i + 1, len(free))}
-    return dict(zip(free, sigma.tolist(), strict=True)), pairs
+def core_of(phase: str, work: Any, device: Device, values: Mapping[str, float]) -> F:
+    """Core time as it was measured; the operands of a prefill may be warm in L2, since a benchmark repeats its call."""
+    return prefill_core(work, device, values, True) if phase == "prefill" else decode_core(work, device, values)
 
 
-def _raw_jacobian(phase: str, work: Any, device: Device, values: Mapping[str, float], free: Sequence[str]) -> F:
-    """Derivatives of log core time by the logarithms of the constants, central differences."""
-    step = 1e-3
-    columns = []
-    for name in free:
-        up = np.log(core_of(phase, work, device, {**values, name: values[name] * np.exp(step)}))
-        down = np.log(core_of(phase, work, device, {**values, name: values[name] * np.exp(-step)}))
-        columns.append((up - down) / (2 * step))
-    return np.stack(columns, axis=1)
+def residual_coordinates(phase: str, c: Columns) -> tuple[NDArray[np.floating[Any]], ...]:
+    """Where each row lies in the residual lattice."""
+    if phase == "prefill":
+        return prefill_place(c.q_len, c.batch, c.heads, c.kv_heads)
+    return decode_place(c.kv_len, c.batch * c.kv_heads, c.heads / c.kv_heads)
+
+
+def usable(phase: str, c: Columns, device: Device) -> tuple[NDArray[np.bool_], dict[str, int]]:
+    """Rows a fit may use, and how many it may not by reason.
+
+    A time may lie below bytes / bandwidth only while the bytes fit the L2; FLOP / peak it may not beat by more than 5 %
+    (boost clocks).
+    """
+    work = work_of(phase, c, {"packs": 0.0})
+    size = work.io_bytes if phase == "prefill" else work.cache_bytes
+    finite = [np.isfinite(getattr(c, f.name)) & np.ones(len(c), dtype=bool) for f in fields(c)]
+    reasons = {
+        "a value is not finite": ~np.all(finite, axis=0),
+        "the time is not positive": ~(c.seconds > 0),
+        "a chunk of one query, which takes the path of decode": (c.q_len < 2) & (phase == "prefill"),
+        "heads are no multiple of KV heads": (c.heads % np.maximum(c.kv_heads, 1.0)) != 0,
+        "a length or count is below 1": np.any([getattr(c, n) < 1 for n in SHAPE], axis=0),
+        "faster than FLOP / peak": c.seconds * 1.05 < work.flops / device.peak_flop_per_s,
+        "faster than bytes / bandwidth with more bytes than the L2 holds": (size > 1.5 * device.l2_bytes)
+        & (c.seconds < size / device.bandwidth_bytes_per_s),
+    }
+    good = np.ones(len(c), dtype=bool)
+    counts = {}
+    for reason, bad in reasons.items():
+        counts[reason] = int(np.count_nonzero(bad & good))
+        good &= ~bad
+    return good, {reason: n for reason, n in counts.items() if n}
+
+
+def _misfit(phase: str, c: Columns, device: Device, start: Mapping[str, float]) -> Callable[[Mapping[str, float]], F]:
+    work, log_time = work_of(phase, c, start), np.log(c.seconds)
+    return lambda values: np.asarray(np.log(core_of(phase, work, device, values)) - log_time)
 
 
 def fit_constants(
-    phase: str, c: Columns, device: Device, start: Mapping[str, float], keep: Mapping[str, str] | None = None
-) -> _Constants:
-    """Constants of a phase by robust least squares on log time.
+    phase: str, c: Columns, device: Device, start: Mapping[str, float], fixed: Mapping[str, str]
+) -> ConstantsFit:
+    """Constants of a phase, but for those ``fixed`` for a reason.
 
-    A constant that ends on its bound, or whose standard error exceeds its value, is fixed (there; at its start) and named.
+    One that ends on its bound, or whose log standard error exceeds 1, is fixed (there; at its start) and named.
     """
-    known = registry(phase)
-    work = work_of(phase, c, start)
-    log_time = np.log(c.seconds)
-    fixed: dict[str, str] = dict.fromkeys(STRUCTURE[phase], "structure")
-    fixed.update(keep or {})
-    values = dict(start)
+    known, misfit = REGISTRY[phase], _misfit(phase, c, device, start)
+    fixed = {**dict.fromkeys(STRUCTURE[phase], "structure"), **fixed}
     for name in known.keys() - fixed.keys():
         # a constant few rows know of would wander: what would its whole range change?
-        ends = [
-            np.log(core_of(phase, work, device, {**values, name: end})) for end in (known[name].low, known[name].high)
-        ]
-        if np.count_nonzero(np.abs(ends[1] - ends[0]) > 0.02) < INFORMING_ROWS:
+        low, high = (misfit({**start, name: end}) for end in (known[name].low, known[name].high))
+        if np.count_nonzero(np.abs(high - low) > 0.02) < INFORMING_ROWS:
             fixed[name] = "not identified by these rows"
-    while True:
-        free = [n for n in known if n not in fixed]
-        if not free:
-            core = core_of(phase, work, device, values)
-            return _Constants(values, {}, fixed, {}, float(np.sum(np.log(core / c.seconds) ** 2)))
-        values, found = _solve(phase, work, log_time, device, values, free)
-        stuck = [n for n in free if values[n] < known[n].low * 1.01 + 1e-12 or values[n] > known[n].high * 0.99]
-        if stuck:
-            for name in stuck:
-                at_low = values[name] < known[name].low * 1.01 + 1e-12
-                values[name] = known[name].low if at_low else known[name].high
-                fixed[name] = "on its lower bound" if at_low else "on its upper bound"
-            if "l2_gain" in stuck and values["l2_gain"] <= known["l2_gain"].low:
-                values["l2_share"], fixed["l2_share"] = start["l2_share"], "without meaning where L2 gains nothing"
-            continue
-        found.raw_jac = _raw_jacobian(phase, work, device, values, free)
-        errors, correlations = _spread(found, free)
-        weak = [n for n in free if errors[n] > 1.0]
-        if not weak:
-            return _Constants(values, errors, fixed, correlations, float(found.cost))
-        for name in weak:
-            values[name] = start[name]  # where a few rows drove it may be absurd
-            fixed[name] = "not identified by these rows"
+
+    def covariance(found: Minimum, values: Mapping[str, float]) -> tuple[F, float]:
+        return solver.sandwich(found.rows, solver.slopes(misfit, values, found.names, 1e-3)), 0.0
+
+    moot = {"l2_gain": ("l2_share", "without meaning where L2 gains nothing")}
+    return solver.fit_logs(misfit, start, known, covariance, fixed=fixed, weak=1.0, moot=moot, max_nfev=60, **_SEARCH)
+
+
+def fit_residual(phase: str, c: Columns, device: Device, values: Mapping[str, float]) -> Lattice:
+    """The lattice on what constants leave, on the smallest box of octaves that holds the rows."""
+    place = residual_coordinates(phase, c)
+    start = tuple(float(np.floor(np.min(x))) for x in place)
+    shape = [int(np.ceil(np.max(x) - first - 1e-9)) + 1 for x, first in zip(place, start, strict=True)]
+    misfit = _misfit(phase, c, device, values)(values)
+    return fit_lattice(Lattice(start, (1.0, 1.0, 1.0), np.zeros(shape)), place, -misfit, STIFFNESS, rounds=4)
 
 
 def predict(
@@ -214,41 +191,10 @@ def predict(
 
 
 def groups_of(c: Columns, kind: str, phase: str) -> NDArray[np.intp]:
-    """Group number of each row: rows of a group are left out together. ``kind``: "heads" (heads, KV heads, features) or "lengths"."""
+    """Group number of each row: rows of a group are left out together. ``kind``: "heads" (heads, KV heads, features) or
+    "lengths"."""
     length = c.q_len if phase == "prefill" else c.kv_len
-    key = np.stack([c.heads, c.kv_heads, c.head_dim] if kind == "heads" else [length], axis=1)
-    return np.asarray(np.unique(key, axis=0, return_inverse=True)[1]).reshape(-1)
-
-
-def conformal(log_ratio: F, regime: NDArray[np.intp], level: float = 0.9) -> tuple[Interval, ...]:
-    """Intervals from log(measured / predicted) of unseen rows: finite-sample quantiles by regime; under 20 rows, those of all regimes.
-
-    An interval always holds the prediction itself, also where a biased fit puts all its errors on one side.
-    """
-    out = []
-    for i, name in enumerate(REGIMES):
-        mine = log_ratio[regime == i]
-        used = mine if len(mine) >= 20 else log_ratio
-        n = len(used)
-        tail = 0.5 * (1.0 - level)
-        low = np.quantile(used, max(tail - tail / n, 0.0), method="lower")
-        high = np.quantile(used, min(1.0 - tail + (1.0 - tail) / n, 1.0), method="higher")
-        out.append(Interval(name, float(np.exp(min(low, 0.0))), float(np.exp(max(high, 0.0))), level, len(mine)))
-    return tuple(out)
-
-
-def fit_core_and_lattice(
-    phase: str,
-    c: Columns,
-    device: Device,
-    start: Mapping[str, float],
-    s: Smoothing,
-    keep: Mapping[str, str] | None = None,
-) -> tuple[_Constants, Lattice]:
-    """Constants, then the lattice on what they leave."""
-    constants = fit_constants(phase, c, device, start, keep)
-    core = core_of(phase, work_of(phase, c, constants.values), device, constants.values)
-    return constants, fit_lattice(residual_coordinates(phase, c), np.log(c.seconds / core), s)
+    return solver.numbered(c.heads, c.kv_heads, c.head_dim) if kind == "heads" else solver.numbered(length)
 
 
 def fit_attention(
@@ -257,13 +203,11 @@ def fit_attention(
     device: Device,
     architecture: str,
     *,
-    smoothing: Smoothing | None = None,
-    folds: int = 5,
     fold_by: Sequence[str] = ("heads", "lengths"),
     seed: int = 0,
     start: Mapping[str, float] | None = None,
-    keep: Mapping[str, str] | None = None,
-) -> AttentionFit:
+    provenance: Provenance | None = None,
+) -> FittedPart:
     """Fit one phase of attention.
 
     Parameters
@@ -271,24 +215,15 @@ def fit_attention(
     phase : {"prefill", "decode"}
     columns : Columns
         Measured calls of one kernel path.
-    device : Device
-        Datasheet facts.
-    architecture : str
-        For the starting values: the defaults of the registry.
-    smoothing : Smoothing
-        Of the lattice; by default the phase's own.
-    folds : int
-        Folds over groups of shapes, for intervals and accuracy; each refits everything.
+    device, architecture
+        Datasheet facts, and where the search starts: the defaults of the registry.
     fold_by : sequence of {"heads", "lengths"}
-        What a fold leaves out; the residuals of several are pooled.
+        What a fold leaves out, for intervals and accuracy; the residuals of several are pooled. Each fold refits all.
     seed : int
         Of the folds.
-    start, keep : mappings
-        Starting values other than the defaults (a sibling's), and constants to keep there with the reason.
-
-    Returns
-    -------
-    AttentionFit
+    start : mapping of str to float, optional
+        Starting values other than the defaults (a sibling's).
+    provenance : Provenance, optional
 
     Raises
     ------
@@ -298,69 +233,44 @@ def fit_attention(
     good, dropped = usable(phase, columns, device)
     c = columns.take(good)
     if len(c) < MINIMUM_ROWS:
-        raise ValueError(
-            f"{phase} attention: expected at least {MINIMUM_ROWS} usable rows, got {len(c)} ({dropped or 'none refused'})"
-        )
-    s = smoothing or Smoothing()
-    first = {n: k.default(architecture) for n, k in registry(phase).items()} | dict(start or {})
-    keep = dict(keep or {})
+        refused = dropped or "none refused"
+        raise ValueError(f"{phase} attention: expected at least {MINIMUM_ROWS} usable rows, got {len(c)} ({refused})")
+    known = REGISTRY[phase]
+    first = {n: k.default(architecture) for n, k in known.items()} | dict(start or {})
+    keep = {}
+    if groups_of(c, "heads", phase).max() == 0:
+        keep = dict.fromkeys(LONE[phase], "rows of a single head configuration cannot tell it")
     if phase == "decode" and architecture != "cpu":
         keep["regroup"] = "the work of a CPU alone"
-    if groups_of(c, "heads", phase).max() == 0:
-        keep = {**dict.fromkeys(LONE[phase], "rows of a single head configuration cannot tell it"), **keep}
-    constants, lattice = fit_core_and_lattice(phase, c, device, first, s, keep)
-    core = core_of(phase, work_of(phase, c, constants.values), device, constants.values)
-    residual = np.log(c.seconds / core)
+    constants = fit_constants(phase, c, device, first, keep)
     rng = np.random.default_rng(seed)
-    ratios, plain, regimes = [], [], []
+    unseen, plain, regimes = [], [], []
     for kind in fold_by:
         group = groups_of(c, kind, phase)
         if group.max() == 0:
             group = np.arange(len(c))  # nothing to leave out as a group: leave out rows
-        fold = rng.permutation(group.max() + 1)[group] % folds
-        for f in range(folds):
-            out = fold == f
-            if not out.any() or out.all():
-                continue
+        for train, test in solver.folds(group, FOLDS, rng):
             # from the solution on: a refit moves little, but what it moves is part of the error of an unseen shape
-            rest = c.take(~out)
-            free = [n for n in registry(phase) if n not in constants.fixed]
-            values, _ = _solve(
-                phase, work_of(phase, rest, constants.values), np.log(rest.seconds), device, constants.values, free, 6
-            )
-            core = core_of(phase, work_of(phase, rest, values), device, values)
-            part = fit_lattice(residual_coordinates(phase, rest), np.log(rest.seconds / core), s)
-            left = c.take(out)
-            predicted, regime = predict(phase, left, device, values, part)
-            ratios.append(np.log(c.seconds[out] / predicted))
-            plain.append(np.log(c.seconds[out] / core_of(phase, work_of(phase, left, values), device, values)))
+            rest, left = c.take(train), c.take(test)
+            values = dict(constants.values)
+            if constants.std_errors:
+                misfit = _misfit(phase, rest, device, values)
+                values |= solver.minimise(misfit, values, known, constants.std_errors, max_nfev=6, **_SEARCH).values
+            predicted, regime = predict(phase, left, device, values, fit_residual(phase, rest, device, values))
+            unseen.append(np.log(predicted / left.seconds))
+            plain.append(_misfit(phase, left, device, values)(values))
             regimes.append(regime)
-    log_ratio, regime = np.concatenate(ratios), np.concatenate(regimes)
-    arrays = lattice.arrays()
-    if len(c) < FEW_ROWS and np.abs(np.concatenate(plain)).mean() < np.abs(log_ratio).mean():
-        log_ratio, arrays = np.concatenate(plain), {}
-    error = np.expm1(-log_ratio)
-    accuracy = {
-        "mape": float(np.mean(np.abs(error))),
-        "median": float(np.median(np.abs(error))),
-        "p95": float(np.quantile(np.abs(error), 0.95)),
-        "bias": float(np.mean(error)),
-        "core_mape": float(np.mean(np.abs(np.expm1(-residual)))),
-    }
-    fitted = {
-        n: Fitted(
-            v, v * constants.errors[n] if n in constants.errors else None, "fixed" if n in constants.fixed else "fitted"
-        )
-        for n, v in constants.values.items()
-    }
-    return AttentionFit(
-        fitted,
+    errors, core_errors = np.concatenate(unseen), np.concatenate(plain)
+    arrays = fit_residual(phase, c, device, constants.values).arrays()
+    if len(c) < FEW_ROWS and np.abs(core_errors).mean() < np.abs(errors).mean():
+        errors, arrays = core_errors, {}
+    core = np.expm1(_misfit(phase, c, device, constants.values)(constants.values))
+    section = Section(
+        constants.fitted(),
         arrays,
-        conformal(log_ratio, regime),
-        accuracy,
-        constants.fixed,
-        constants.correlations,
-        dropped,
-        len(c),
-        phase,
+        tuple(outer_bands(errors, np.concatenate(regimes), REGIMES)),
+        {**accuracy_of(errors), "core_mape": float(np.abs(core).mean())},
+        provenance,
+        "calibrated",
     )
+    return FittedPart(section, constants, len(c), errors, dropped)

@@ -1,16 +1,14 @@
-"""The datasheet part of a measured device's profile: that of the shipped profile whose GPU it is, else facts measured on the spot.
+"""The datasheet part of a measured device's profile: that of the shipped profile whose GPU it is, else facts measured
+on the spot.
 
-Use :func:`base_profile` before a plan is measured, and :func:`raised` with its records, so that no measured time beats a "peak" that was
-itself only a measurement. Measured facts say so in their source.
+Use :func:`base_profile` before a plan is measured, and :func:`raised` with its records, so that no measured time beats
+a "peak" that was itself only a measurement. Measured facts say so in their source.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
-from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 
@@ -55,20 +53,8 @@ def shipped_name(device: str) -> str:
 
 
 def base_profile(device: Device, dtype: str, hardware: str = "") -> HardwareProfile:
-    """Facts to measure and to fit a device with.
-
-    Parameters
-    ----------
-    device : Device
-    dtype : str
-        Number format that will be measured.
-    hardware : str
-        Name or path of the profile to use; found by the device's name if left out.
-
-    Returns
-    -------
-    HardwareProfile
-        With a rate for ``dtype``: the datasheet's, or one measured in about a second.
+    """Facts to measure and to fit a device with: of the profile ``hardware`` (a name or path; by default the one its
+    name tells), or measured in about a second; with a rate for ``dtype`` either way.
 
     Raises
     ------
@@ -83,12 +69,8 @@ def base_profile(device: Device, dtype: str, hardware: str = "") -> HardwareProf
         base = load_hardware(known)
         if dtype in base.rates:
             return base
-        rate = Rate(_MARGIN * gemm_rate(device, dtype), "int32" if dtype == "int8" else "fp32")
-        return replace(
-            base,
-            rates=MappingProxyType({**base.rates, dtype: rate}),
-            sources=MappingProxyType({**base.sources, f"rates.{dtype}": MEASURED}),
-        )
+        rates = {**base.rates, dtype: _measured_rate(device, dtype)}
+        return replace(base, rates=rates, sources={**base.sources, f"rates.{dtype}": MEASURED})
     return _measured_profile(device, description, dtype)
 
 
@@ -97,16 +79,8 @@ def _measured_profile(device: Device, description: Description, dtype: str) -> H
     clock = snapshot.clock_hz if isinstance(snapshot.clock_hz, float) else _CLOCK_HZ
     power = snapshot.power_w if isinstance(snapshot.power_w, float) and snapshot.power_w > 1.0 else _POWER_W
     threads = description.stack.get("threads", "")
-    units = int(threads) if threads.isdecimal() else _first_number(r"\((\d+) SM\)", description.device) or 1
-    facts: dict[str, Any] = {
-        "sm_count": max(units, 1),
-        "boost_clock_hz": clock,
-        "max_clock_hz": clock,
-        "memory_bytes": max(float(round(description.memory_bytes)), 1e8),
-        "bandwidth_bytes_per_s": _MARGIN * bandwidth(device, dtype),
-        "l2_bytes": max(float(description.cache_bytes), 1e6),
-        "power_w": power,
-    }
+    processors = re.search(r"\((\d+) SM\)", description.device)
+    units = int(threads) if threads.isdecimal() else int(processors[1]) if processors else 1
     said = "said by the operating system or driver"
     sources = {
         "sm_count": said,
@@ -117,31 +91,29 @@ def _measured_profile(device: Device, description: Description, dtype: str) -> H
         "power": said if power != _POWER_W else UNKNOWN,
         f"rates.{dtype}": MEASURED,
     }
-    notes = {"sm_count": "threads used" if threads else "multiprocessors", "memory": "what operands may take"}
-    rate = Rate(_MARGIN * gemm_rate(device, dtype), "int32" if dtype == "int8" else "fp32")
-    architecture = "cpu" if device.name == "cpu" or threads else "ampere"
+    named = description.device.lower()
+    vendors = (name for name in ("NVIDIA", "Intel", "AMD", "Apple", "ARM") if name.lower() in named)
     return HardwareProfile(
         name=re.sub(r"[^a-z0-9_]+", "_", device.name.lower()).strip("_") or "device",
         title=description.device,
-        vendor=_vendor(description.device),
-        architecture=architecture,
+        vendor=next(vendors, "unknown"),
+        architecture="cpu" if device.name == "cpu" or threads else "ampere",
         aliases=(),
-        rates=MappingProxyType({dtype: rate}),
-        sources=MappingProxyType(sources),
-        notes=MappingProxyType(notes),
-        **facts,
+        sm_count=max(units, 1),
+        boost_clock_hz=clock,
+        max_clock_hz=clock,
+        memory_bytes=max(float(round(description.memory_bytes)), 1e8),
+        bandwidth_bytes_per_s=_MARGIN * bandwidth(device, dtype),
+        l2_bytes=max(float(description.cache_bytes), 1e6),
+        power_w=power,
+        rates={dtype: _measured_rate(device, dtype)},
+        sources=sources,
+        notes={"sm_count": "threads used" if threads else "multiprocessors", "memory": "what operands may take"},
     )
 
 
-def _vendor(device: str) -> str:
-    return next(
-        (name for name in ("NVIDIA", "Intel", "AMD", "Apple", "ARM") if name.lower() in device.lower()), "unknown"
-    )
-
-
-def _first_number(pattern: str, text: str) -> int:
-    match = re.search(pattern, text)
-    return int(match[1]) if match else 0
+def _measured_rate(device: Device, dtype: str) -> Rate:
+    return Rate(_MARGIN * gemm_rate(device, dtype), "int32" if dtype == "int8" else "fp32")
 
 
 _QUICK = Protocol(min_window_s=4e-3, precision=0.02, min_samples=5, max_samples=10, time_limit_s=0.5)
@@ -164,7 +136,8 @@ def gemm_rate(device: Device, dtype: str) -> float:
 
 
 def bandwidth(device: Device, dtype: str) -> float:
-    """Best rate of memory, bytes/s: a copy (read and written), and a product with one row, which only reads its weights."""
+    """Best rate of memory, bytes/s: a copy (read and written), and a product with one row, which only reads its
+    weights."""
     best = 0.0
     for op in (Operator("copy", dtype, n=1 << 27), Operator("gemm", dtype, m=1, n=8192, k=4096)):
         if not device.refuses(op):
@@ -187,14 +160,8 @@ def raised(base: HardwareProfile, records: Records) -> HardwareProfile:
             reached = float(np.max(flops[rows] / timed.seconds[rows]))
             rates[dtype] = replace(rates[dtype], flop_per_s=max(rates[dtype].flop_per_s, 1.01 * reached))
     speed = base.bandwidth_bytes_per_s
-    cold = (
-        gemm & timed.cold & (weights > _COLD_SHARE * base.l2_bytes)
-    )  # smaller ones may not have been rotated past the cache
+    # smaller weights may not have been rotated past the cache
+    cold = gemm & timed.cold & (weights > _COLD_SHARE * base.l2_bytes)
     if base.sources.get("bandwidth") == MEASURED and cold.any():
         speed = max(speed, 1.01 * float(np.max((weights + others)[cold] / timed.seconds[cold])))
-    return replace(base, rates=MappingProxyType(rates), bandwidth_bytes_per_s=speed)
-
-
-def facts_of(base: HardwareProfile) -> Mapping[str, float]:
-    """The measured facts of a base as numbers, for a log line."""
-    return {**{f"{d} FLOP/s": r.flop_per_s for d, r in base.rates.items()}, "bytes/s": base.bandwidth_bytes_per_s}
+    return replace(base, rates=rates, bandwidth_bytes_per_s=speed)

@@ -1,7 +1,12 @@
-"""Split-conformal intervals of the GEMM model from log residuals of shapes a fit did not see."""
+"""Split-conformal intervals and errors from log residuals of rows a fit did not see.
+
+:func:`bands` and :func:`pair_bands` are for GEMMs and their ratios, :func:`outer_bands` for attention and elementwise
+operators.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,23 +22,34 @@ F = NDArray[np.float64]
 
 LEVEL = 0.9
 PRIOR_GROUPS = 4.0
-ENOUGH = 40
-"""Rows a regime needs for its own quantiles; with fewer it is mixed with all rows."""
+ENOUGH, OUTER_ENOUGH = 40, 20
+"""Rows a regime needs for its own quantiles: with fewer, a GEMM's are mixed with all rows, others take those of all
+rows."""
+
+
+def accuracy_of(log_ratio: F) -> dict[str, float]:
+    """Mean, median and 95th percentile of the relative error and its signed mean, from log predicted over measured
+    times."""
+    error = np.expm1(log_ratio)
+    size = np.abs(error)
+    scores = {"mape": size.mean(), "median": np.median(size), "p95": np.quantile(size, 0.95), "bias": error.mean()}
+    return {name: float(v) for name, v in scores.items()}
 
 
 def quantiles(errors: F, level: float = LEVEL) -> tuple[float, float]:
-    """Lower and upper log multiplier: quantiles of log measured over predicted with the finite-sample correction of split-conformal
-    prediction."""
-    size = len(errors)
+    """Lower and upper log multiplier: quantiles of log measured over predicted with the finite-sample correction of
+    split-conformal prediction."""
     tail = (1.0 - level) / 2.0
-    up = min(1.0, (1.0 - tail) * (size + 1) / size)
+    up = min(1.0, (1.0 - tail) * (len(errors) + 1) / len(errors))
     return float(np.quantile(errors, 1.0 - up)), float(np.quantile(errors, up))
 
 
 def few_groups(count: int, level: float = LEVEL) -> float:
-    """Factor that widens intervals learnt on few (n, k) pairs: Student's quantile with a degree of freedom a pair, over the normal one.
+    """Factor that widens intervals learnt on few (n, k) pairs: Student's quantile with a degree of freedom a pair, over
+    the normal one.
 
-    Errors within a pair are alike, so that a table of three projections says little about a fourth, however many m it holds.
+    Errors within a pair are alike, so that a table of three projections says little about a fourth, however many m it
+    holds.
 
     >>> few_groups(2) > 1.7, few_groups(300) < 1.01
     (True, True)
@@ -45,20 +61,11 @@ def few_groups(count: int, level: float = LEVEL) -> float:
 def bands(
     log_ratio: F, m: F, parts: CoreTime, core: Core, groups: int, prior: Section | None = None, level: float = LEVEL
 ) -> tuple[Interval, ...]:
-    """Intervals by regime of single times.
+    """Intervals by regime of single GEMMs, from log predicted over measured of unseen shapes of ``groups`` (n, k)
+    pairs.
 
-    Parameters
-    ----------
-    log_ratio : array
-        log predicted over measured of unseen shapes.
-    m : array
-    parts, core
-        Analytic parts of these shapes: they decide the regime.
-    groups : int
-        (n, k) pairs among them.
-    prior : Section, optional
-        On few pairs its intervals count for as much as :data:`PRIOR_GROUPS` pairs of one's own.
-    level : float
+    ``parts`` of ``core`` decide the regime. On few pairs the intervals of ``prior`` count for as much as
+    :data:`PRIOR_GROUPS` pairs of one's own.
     """
     errors = -log_ratio
     regime = regimes(m, parts, core)
@@ -73,31 +80,47 @@ def bands(
         low, high = (wider * (share * x + (1.0 - share) * y) for x, y in zip(mine, everywhere, strict=True))
         if name in known:
             trust = groups / (groups + PRIOR_GROUPS)
-            low, high = trust * low + (1.0 - trust) * known[name][0], trust * high + (1.0 - trust) * known[name][1]
+            low, high = (trust * x + (1.0 - trust) * y for x, y in zip((low, high), known[name], strict=True))
         out.append(Interval(name, float(np.exp(min(low, -1e-4))), float(np.exp(max(high, 1e-4))), level, len(own)))
     return tuple(out)
 
 
 def pair_bands(log_ratio: F, data: Shapes, level: float = LEVEL, limit: int = 200_000) -> tuple[Interval, ...]:
     """Intervals of a ratio of two times, by the distance of the shapes in octaves: errors of neighbours cancel."""
-    pairs = neighbours(data, limit)
-    if not len(pairs):
-        return ()
-    difference = -(log_ratio[pairs[:, 0]] - log_ratio[pairs[:, 1]])
-    sizes = np.stack([np.log2(a[pairs[:, 0]]) - np.log2(a[pairs[:, 1]]) for a in (data.m, data.n, data.k)])
-    where = np.searchsorted(PAIR_EDGES, np.abs(sizes).sum(axis=0), side="left")
+    small, large = neighbours(data, limit).T
+    difference = np.abs(log_ratio[small] - log_ratio[large])
+    octaves = sum(np.abs(np.log2(a[small]) - np.log2(a[large])) for a in (data.m, data.n, data.k))
+    where = np.searchsorted(PAIR_EDGES, octaves, side="left")
     out = []
     for i, name in enumerate(PAIR_REGIMES):
         own = difference[where == i]
         if len(own) >= ENOUGH:
-            half = float(np.quantile(np.abs(own), level))
+            half = float(np.quantile(own, level))
             out.append(Interval(name, float(np.exp(-half)), float(np.exp(half)), level, len(own)))
     return tuple(out)
 
 
+def outer_bands(log_ratio: F, regime: NDArray[np.intp], names: Sequence[str], level: float = LEVEL) -> list[Interval]:
+    """Intervals by regime (an index into ``names``) from log predicted over measured of unseen rows: the rows next
+    beyond the quantiles.
+
+    An interval always holds the prediction itself, also where a biased fit puts all its errors on one side.
+    """
+    errors, tail = -log_ratio, 0.5 * (1.0 - level)
+    out = []
+    for i, name in enumerate(names):
+        mine = errors[regime == i]
+        used = mine if len(mine) >= OUTER_ENOUGH else errors
+        n = len(used)
+        low = np.quantile(used, max(tail - tail / n, 0.0), method="lower")
+        high = np.quantile(used, min(1.0 - tail + (1.0 - tail) / n, 1.0), method="higher")
+        out.append(Interval(name, float(np.exp(min(low, 0.0))), float(np.exp(max(high, 0.0))), level, len(mine)))
+    return out
+
+
 def neighbours(data: Any, limit: int | None = None, low: float = 0.25, seed: int = 0) -> NDArray[np.intp]:
-    """Pairs (smaller, larger) of rows that differ in exactly one of m, n, k, by a ratio in [``low``, 1); at most ``limit`` of them,
-    drawn at random."""
+    """Pairs (smaller, larger) of rows that differ in exactly one of m, n, k, by a ratio in [``low``, 1); at most
+    ``limit`` of them, drawn at random."""
     columns = [np.asarray(v) for v in (data.m, data.n, data.k)]
     out = []
     for axis in range(3):
@@ -111,7 +134,7 @@ def neighbours(data: Any, limit: int | None = None, low: float = 0.25, seed: int
             ratio = size[i] / size[j]
             near = (ratio >= low) & (ratio < 1.0)
             out.append(np.stack([rows[i[near]], rows[j[near]]], axis=1))
-    pairs = np.concatenate(out) if out else np.zeros((0, 2), dtype=np.intp)
+    pairs = np.concatenate(out)
     if limit is not None and len(pairs) > limit:
         pairs = pairs[np.random.default_rng(seed).choice(len(pairs), limit, replace=False)]
     return pairs

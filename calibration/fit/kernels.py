@@ -1,23 +1,31 @@
-"""Constants of kernels that differ from the dense GEMM (2:4 weights, narrower weights), fitted with the dense section as it is."""
+"""Constants of kernels that differ from the dense GEMM (2:4 weights, narrower weights), fitted with the dense section
+as it is.
+
+Use :func:`fit_extra` on measured rows of such a kernel, :func:`fit_sparse_step` on published ratios of 2:4 to dense
+times: absolute times of different benchmarks do not compare, ratios within one do.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import least_squares
 
+from calibration.fit.solver import ConstantsFit, FittedPart, gauss_newton, minimise
+from calibration.measurements import published
 from calibration.records.records import Records
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
 from simulator.hardware.parts import Fitted, Section
 from simulator.hardware.profile import HardwareProfile
-from simulator.kernels.gemm import SPARSE24, gemm_time, with_section
+from simulator.kernels.gemm import DENSE, SPARSE24, gemm_time, with_section
 from simulator.workload import DTYPES
 
 F = NDArray[np.float64]
+
+ENOUGH_RATIOS = 5
+"""Published ratios one constant needs."""
 
 
 def weight_copies(records: Records) -> F:
@@ -25,71 +33,74 @@ def weight_copies(records: Records) -> F:
     return np.where(records.copies > 0, records.copies, np.where(records.cold, np.inf, 1.0)).astype(np.float64)
 
 
-def fit_extra(
-    records: Records, hw: HardwareProfile, dtype: str, names: Sequence[str]
-) -> tuple[Section, dict[str, str]]:
-    """Constants of a kernel that differs from the dense one, the dense section as it is.
+def _with_constants(section: Section, constants: Mapping[str, Fitted], **accuracy: float) -> Section:
+    return replace(section, constants={**section.constants, **constants}, accuracy={**section.accuracy, **accuracy})
 
-    Parameters
-    ----------
-    records : Records
-        Rows of that kernel, all of one arithmetic format.
-    hw : HardwareProfile
-    dtype : str
-    names : sequence of str
-        Constants to fit; those that the model does not have are passed over.
 
-    Returns
-    -------
-    section : Section
-        That of ``dtype`` with those constants, their standard errors, and "mape_..." of these rows in its accuracy.
-    fixed : dict of str to str
-        Those of the names that could not be known, and why.
-    """
+def fit_extra(records: Records, hw: HardwareProfile, dtype: str, names: Sequence[str]) -> FittedPart:
+    """Constants of a kernel that differs from the dense one, from its rows, all of one arithmetic format: the section
+    of ``dtype`` with them, and "mape_..." of these rows in its accuracy."""
     section = hw.section("gemm", dtype)
-    names = [name for name in names if name in CONSTANTS]
-    low, high = (np.log([max(getattr(CONSTANTS[n], side), 1e-9) for n in names]) for side in ("low", "high"))
-    start = np.clip(np.log([max(section[n], 1e-9) for n in names]), low + 1e-3, high - 1e-3)
-    kernel = SPARSE24 if records.is_operator("gemm_2to4").all() else 0
-    formats = [(code, records.select(records.weight_dtype == code)) for code in np.unique(records.weight_dtype)]
+    start = {name: section[name] for name in names}
+    kernel = SPARSE24 if records.is_operator("gemm_2to4").all() else DENSE
+    formats = [(DTYPES[int(c)], records.select(records.weight_dtype == c)) for c in np.unique(records.weight_dtype)]
 
-    def with_values(x: F) -> Section:
-        new = {name: Fitted(float(np.exp(v)), None, "fitted") for name, v in zip(names, x, strict=True)}
-        return replace(section, constants=MappingProxyType({**section.constants, **new}))
+    def misfit(values: Mapping[str, float]) -> F:
+        trial = with_section(hw, dtype, _with_constants(section, {n: Fitted(v) for n, v in values.items()}))
+        times = [
+            gemm_time(r.m, r.n, r.k, trial, dtype=dtype, weight_dtype=weight, kernel=kernel, copies=weight_copies(r))
+            for weight, r in formats
+        ]
+        return np.concatenate([np.log(t.seconds / r.seconds) for t, (_, r) in zip(times, formats, strict=True)])
 
-    def log_ratio(x: F) -> F:
-        trial = with_section(hw, dtype, with_values(x))
-        out = []
-        for code, rows in formats:
-            weight = DTYPES[int(code)]
-            t = gemm_time(
-                rows.m,
-                rows.n,
-                rows.k,
-                trial,
-                dtype=dtype,
-                weight_dtype=weight,
-                kernel=kernel,
-                copies=weight_copies(rows),
-            )
-            out.append(np.log(t.seconds / rows.seconds))
-        return np.concatenate(out)
-
-    found = least_squares(
-        log_ratio, start, bounds=(low, high), loss="soft_l1", f_scale=0.05, diff_step=[1e-3], max_nfev=40
-    )
-    spread = float(np.sqrt(np.mean(np.minimum(log_ratio(found.x) ** 2, 0.15**2))))
-    slopes: F = np.asarray(found.jac)
-    errors = np.sqrt(np.diag(np.linalg.pinv(slopes.T @ slopes))) * spread
-    new = dict(with_values(found.x).constants)
-    fixed = {}
-    for name, x, error, lo, hi in zip(names, found.x, errors, low, high, strict=True):
-        if min(x - lo, hi - x) < 1e-2 or error > 0.5:
+    found = minimise(misfit, start, CONSTANTS, names, diff_step=[1e-3], max_nfev=40)
+    spread = float(np.sqrt(np.mean(np.minimum(found.rows**2, 0.15**2))))
+    errors = spread * np.sqrt(np.diag(gauss_newton(found.slopes, 1.0)))
+    new, fixed = {}, {}
+    for (name, value), error in zip(found.values.items(), errors, strict=True):
+        if error <= 0.5 and name not in found.on_bound:
+            new[name] = Fitted(value, float(error * value), "fitted")
+        else:
             fixed[name] = "on its bound" if error <= 0.5 else "not identified by these rows"
             new[name] = Fitted(section[name], None, "fixed")
-        else:
-            new[name] = Fitted(new[name].value, float(error * new[name].value), "fitted")
-    error = np.abs(np.expm1(log_ratio(found.x)))
-    what = "2to4" if kernel else "narrow_weights"
-    accuracy = {**section.accuracy, f"mape_{what}": float(error.mean()), f"median_{what}": float(np.median(error))}
-    return replace(section, constants=MappingProxyType(new), accuracy=MappingProxyType(accuracy)), fixed
+    size = np.abs(np.expm1(found.rows))
+    what = "2to4" if kernel == SPARSE24 else "narrow_weights"
+    scores = {f"mape_{what}": float(size.mean()), f"median_{what}": float(np.median(size))}
+    return FittedPart(_with_constants(section, new, **scores), ConstantsFit({}, {}, fixed), len(records))
+
+
+def published_ratios(hardware: str, dtypes: tuple[str, ...]) -> tuple[F, F, F, F]:
+    """m, n, k and dense over 2:4 time of the published rows of a device and its formats; those of an unnamed device are
+    left out."""
+    rows = [r for r in published("gemm_ratios") if r["what"] == "2:4" and r["gpu"] != "not stated"]
+    rows = [r for r in rows if r["hardware"] == hardware and r["dtype"] in dtypes]
+    m, n, k, dense, pruned = (np.array([float(r[c]) for r in rows]) for c in ("m", "n", "k", "dense_us", "pruned_us"))
+    return m, n, k, dense / pruned
+
+
+def fit_sparse_step(hw: HardwareProfile, dtype: str) -> Section:
+    """The GEMM section of a format with ``sparse_step`` fitted to published ratios; unchanged with fewer than
+    :data:`ENOUGH_RATIOS`.
+
+    Ten rows of an A100 and ten of an H100-class device are known, so one constant is fitted, by least absolute log
+    error (bf16 stands for fp16 too, as they run at one rate); "median_2to4" in its accuracy is the median log error of
+    rows left out one at a time.
+    """
+    section = hw.sections["gemm", dtype]
+    m, n, k, ratio = published_ratios(hw.name, ("fp16", "bf16") if dtype in ("fp16", "bf16") else (dtype,))
+    if len(ratio) < ENOUGH_RATIOS:
+        return section
+    constant = CONSTANTS["sparse_step"]
+    steps = np.round(np.arange(max(constant.low, 0.3), constant.high + 1e-9, 0.01), 2)
+    dense = gemm_time(m, n, k, hw, dtype=dtype, kernel=DENSE, cold=False).seconds
+    error = np.empty((len(steps), len(ratio)))
+    for i, step in enumerate(steps):  # one constant, so that a scan is safer than a search
+        trial = with_section(hw, dtype, _with_constants(section, {"sparse_step": Fitted(float(step))}))
+        sparse = gemm_time(m, n, k, trial, dtype=dtype, kernel=SPARSE24, density=0.5, cold=False).seconds
+        error[i] = np.abs(np.log(dense / sparse / ratio))
+    total = error.sum(axis=1)
+    without = [error[(total - error[:, i]).argmin(), i] for i in range(len(ratio))]
+    draws = np.random.default_rng(0).integers(0, len(ratio), (200, len(ratio)))
+    spread = np.std([steps[error[:, rows].sum(axis=1).argmin()] for rows in draws])
+    found = Fitted(float(steps[total.argmin()]), float(spread), "fitted")
+    return _with_constants(section, {"sparse_step": found}, median_2to4=float(np.median(without)))

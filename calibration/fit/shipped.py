@@ -1,9 +1,11 @@
-"""The calibrated sections of the shipped profiles, made from the measurements that ship: ``python -m calibration.fit.shipped [NAME ...]``.
+"""The calibrated sections of the shipped profiles, made from the measurements that ship: ``python -m
+calibration.fit.shipped [NAME ...]``.
 
-Each profile keeps its datasheet; its fitted sections are made again from the tables of :mod:`calibration.measurements`, one collection
-and one kernel path a section, and rounded so that the same tables give the same file. A device without measurements of its own borrows
-the sections of its sibling, with wider intervals, and says from which. The RTX 4090 is fitted on tables that do not ship
-(``--shared-data``, or ``PRUNESIM_SHARED_DATA``); without them its profile is left as it is.
+Each profile keeps its datasheet; its fitted sections are made again from the tables of :mod:`calibration.measurements`,
+one collection and one kernel path a section, and rounded so that the same tables give the same file. A device without
+measurements of its own borrows the sections of its sibling, with wider intervals, and says from which. The RTX 4090 is
+fitted on tables that do not ship (``--shared-data``, or ``PRUNESIM_SHARED_DATA``); without them its profile is left as
+it is.
 """
 
 from __future__ import annotations
@@ -15,14 +17,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from calibration.fit.kernels import fit_sparse_step
 from calibration.fit.profile import ProfileFit, fit_profile
-from calibration.fit.ratios import fit_sparse_step
 from calibration.measurements import load_measurements
 from calibration.records.importers import import_table
 from calibration.records.records import Records
@@ -30,7 +29,7 @@ from simulator.errors import InputError, unknown
 from simulator.files.yaml import Problems
 from simulator.hardware.library import save_hardware
 from simulator.hardware.names import profiles_folder
-from simulator.hardware.parts import Fitted, Interval, Provenance, Section
+from simulator.hardware.parts import Fitted, Section
 from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.schema import profile_from_text
 from simulator.kernels.lattice import smooth_arrays
@@ -39,77 +38,56 @@ DATE = "2026-11-25"
 """Of the fits; the tables themselves bear no date."""
 
 BORROWED_SPREAD = 1.08
-"""Factor by which borrowed intervals are widened either way: one GPU model differs by 5.5-14.6 % between stacks (DESIGN section 10)."""
+"""Factor by which borrowed intervals are widened either way: one GPU model differs by 5.5-14.6 % between stacks (DESIGN
+section 10)."""
 
 HEAD_DIM = 128
-"""Features a head of the attention rows that are fitted: nearly all current models have 128, and one fit of all widths is worse for each
-of them (H100 decode, rows of 128: 1.6 % alone, 5.7 % together with 64, 192 and 256)."""
+"""Features a head of the attention rows that are fitted: nearly all current models have 128, and one fit of all widths
+is worse for each of them (H100 decode, rows of 128: 1.6 % alone, 5.7 % together with 64, 192 and 256)."""
 
-RTX_FILES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "rtx4090_gemm.csv": ("gemm",),
-        "rtx4090_attention.csv": ("attention_prefill", "attention_decode"),
-        "rtx4090_other_ops.csv": ("elementwise",),
-    }
-)
+RTX_FILES: Mapping[str, tuple[str, ...]] = {
+    "rtx4090_gemm.csv": ("gemm",),
+    "rtx4090_attention.csv": ("attention_prefill", "attention_decode"),
+    "rtx4090_other_ops.csv": ("elementwise",),
+}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one profile is made.
+    """How one profile is made."""
 
-    Attributes
-    ----------
-    tables : tuple of str
-        Shipped measurements to fit.
-    formats : tuple of str
-        Number formats to take from them.
-    lender : str
-        Profile that lends what is missing, "" for none.
-    lends : tuple of (operator, dtype)
-        Sections taken from it.
-    fine : bool
-        Whether the lender's own-stack lattices come along: they fit one number of SMs.
-    """
-
-    tables: tuple[str, ...] = ()
-    formats: tuple[str, ...] = ("bf16",)
-    lender: str = ""
-    lends: tuple[tuple[str, str], ...] = ()
-    fine: bool = True
+    tables: tuple[str, ...] = ()  # shipped measurements to fit
+    formats: tuple[str, ...] = ("bf16",)  # number formats to take from them
+    lender: str = ""  # profile that lends what is missing
+    lends: tuple[tuple[str, str], ...] = ()  # sections taken from it
+    fine: bool = True  # whether its own-stack lattices come along: they fit one number of SMs
 
 
-_GEMM, _PREFILL, _DECODE = ("gemm", "bf16"), ("attention_prefill", "bf16"), ("attention_decode", "bf16")
+_GEMM, _FP8 = ("gemm", "bf16"), ("gemm", "fp8")
+_ATTENTION = ("attention_prefill", "bf16"), ("attention_decode", "bf16")
 
-RECIPES: Mapping[str, Recipe] = MappingProxyType(
-    {
-        "a100_sxm_80gb": Recipe(
-            ("a100_sxm/gemm/trtllm", "a100_sxm/attention_prefill/trtllm", "a100_sxm/attention_decode/sglang"),
-            ("bf16", "int8_wo", "int4_wo"),
-        ),
-        "a100_sxm_40gb": Recipe(lender="a100_sxm_80gb", lends=(_GEMM, _PREFILL, _DECODE)),
-        "a100_pcie_80gb": Recipe(lender="a100_sxm_80gb", lends=(_GEMM, _PREFILL, _DECODE)),
-        "h100_sxm": Recipe(
-            ("h100_sxm/gemm/trtllm", "h100_sxm/attention_prefill/sglang", "h100_sxm/attention_decode/sglang"),
-            ("bf16", "fp8"),
-        ),
-        "h100_pcie": Recipe(lender="h100_sxm", lends=(_GEMM, ("gemm", "fp8"), _PREFILL, _DECODE), fine=False),
-        "h200_sxm": Recipe(
-            ("h200_sxm/gemm/trtllm", "h200_sxm/attention_prefill/sglang", "h200_sxm/attention_decode/sglang"),
-            lender="h100_sxm",
-            lends=(("gemm", "fp8"),),
-        ),
-        "l40s": Recipe(("l40s/gemm/trtllm", "l40s/attention_prefill/sglang", "l40s/attention_decode/sglang")),
-        "rtx_4090": Recipe(lender="l40s", lends=()),
-        "rtx_pro_6000": Recipe(("rtx_pro_6000/gemm/trtllm",)),
-    }
-)
+
+def _tables(gpu: str, prefill: str = "sglang") -> tuple[str, ...]:
+    return f"{gpu}/gemm/trtllm", f"{gpu}/attention_prefill/{prefill}", f"{gpu}/attention_decode/sglang"
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "a100_sxm_80gb": Recipe(_tables("a100_sxm", "trtllm"), ("bf16", "int8_wo", "int4_wo")),
+    "a100_sxm_40gb": Recipe(lender="a100_sxm_80gb", lends=(_GEMM, *_ATTENTION)),
+    "a100_pcie_80gb": Recipe(lender="a100_sxm_80gb", lends=(_GEMM, *_ATTENTION)),
+    "h100_sxm": Recipe(_tables("h100_sxm"), ("bf16", "fp8")),
+    "h100_pcie": Recipe(lender="h100_sxm", lends=(_GEMM, _FP8, *_ATTENTION), fine=False),
+    "h200_sxm": Recipe(_tables("h200_sxm"), lender="h100_sxm", lends=(_FP8,)),
+    "l40s": Recipe(_tables("l40s")),
+    "rtx_4090": Recipe(lender="l40s"),
+    "rtx_pro_6000": Recipe(("rtx_pro_6000/gemm/trtllm",)),
+}
 """By profile, lenders before those that borrow."""
 
 
 def shared_folder(folder: str | None = None) -> Path | None:
-    """Where the RTX 4090 tables lie: the folder given, ``PRUNESIM_SHARED_DATA``, or ``../shared/data`` of a checkout; None where they are
-    not."""
+    """Where the RTX 4090 tables lie: the folder given, ``PRUNESIM_SHARED_DATA``, or ``../shared/data`` of a checkout;
+    None where they are not."""
     checkout = Path(__file__).resolve().parents[3] / "shared" / "data"
     for place in (folder, os.environ.get("PRUNESIM_SHARED_DATA"), checkout):
         if place is not None:
@@ -128,25 +106,22 @@ def tables_of(recipe: Recipe) -> Records:
 
 
 def rtx_tables(folder: Path, hw: HardwareProfile) -> Records:
-    """The RTX 4090's rows, checked against its datasheet; each names its file and licence, not the folder, which is a private place."""
+    """The RTX 4090's rows, checked against its datasheet; each names its file and licence, not the folder, which is a
+    private place."""
     parts = []
     for name, operators in RTX_FILES.items():
         records = import_table(folder / name, hw=hw, dtype="bf16").records
-        sources = [
-            replace(
-                s,
-                origin=f"{name}, from {s.origin}",
-                licence="MIT",
-                stack={"vLLM": "0.19"} if "vLLM 0.19" in s.method else s.stack,
-            )
-            for s in records.sources
-        ]
+        sources = []
+        for s in records.sources:
+            stack = {"vLLM": "0.19"} if "vLLM 0.19" in s.method else s.stack
+            sources.append(replace(s, origin=f"{name}, from {s.origin}", licence="MIT", stack=stack))
         parts.append(records.replace(sources=sources).select(records.is_operator(*operators)))
     return Records.concat(parts)
 
 
 def datasheet(name: str) -> HardwareProfile:
-    """A shipped profile's facts alone; its fitted sections are not even read, for they may hold constants that a model no longer has."""
+    """A shipped profile's facts alone; its fitted sections are not even read, for they may hold constants that a model
+    no longer has."""
     path = profiles_folder() / f"{name}.yaml"
     problems = Problems(str(path))
     facts = path.read_text(encoding="utf-8").partition("\ncalibrated:")[0] + "\n"
@@ -158,14 +133,8 @@ def datasheet(name: str) -> HardwareProfile:
 
 @lru_cache(maxsize=16)
 def built(name: str, shared: Path | None = None) -> ProfileFit:
-    """A shipped profile with its sections made anew, not yet saved.
-
-    Parameters
-    ----------
-    name : str
-        Key of :data:`RECIPES`.
-    shared : Path, optional
-        Folder of the RTX 4090 tables.
+    """A shipped profile (a key of :data:`RECIPES`) with its sections made anew, not yet saved; ``shared``: folder of
+    the RTX 4090 tables.
 
     Raises
     ------
@@ -176,102 +145,81 @@ def built(name: str, shared: Path | None = None) -> ProfileFit:
         raise unknown("profile", name, RECIPES)
     recipe = RECIPES[name]
     base = datasheet(name)
-    lender = built(recipe.lender, shared).profile if recipe.lender else None
+    lender = built(recipe.lender, shared).profile if recipe.lender else base
     if name == "rtx_4090":
         if shared is None:
-            raise InputError(
-                "rtx_4090: its tables do not ship; name their folder by --shared-data or PRUNESIM_SHARED_DATA"
-            )
-        assert lender is not None
+            where = "name their folder by --shared-data or PRUNESIM_SHARED_DATA"
+            raise InputError(f"rtx_4090: its tables do not ship; {where}")
         fit = fit_profile(base, rtx_tables(shared, base), prior=smooth_prior(lender), date=DATE)
         profile = _with_gap(fit.profile, lender)  # its rows are kernel times of a profiler, the lender's graph replays
     elif recipe.tables:
         fit = fit_profile(base, tables_of(recipe), date=DATE)
-        fitted = {
-            key: fit_sparse_step(fit.profile, key[1]) if key[0] == "gemm" else s
-            for key, s in fit.profile.sections.items()
-        }
-        profile = replace(fit.profile, sections=MappingProxyType(fitted))
+        steps = {key: fit_sparse_step(fit.profile, key[1]) for key in fit.profile.sections if key[0] == "gemm"}
+        profile = with_sections(fit.profile, steps)
     else:
         fit = ProfileFit(base, ())
         profile = base
     sections = {key: rounded(section) for key, section in profile.sections.items()}
-    for key in recipe.lends:
-        assert lender is not None
-        sections[key] = borrowed(lender.sections[key], lender.name, recipe.fine)
-    return replace(fit, profile=replace(profile, sections=MappingProxyType(sections)))
+    sections |= {key: borrowed(lender.sections[key], lender.name, recipe.fine) for key in recipe.lends}
+    return replace(fit, profile=replace(profile, sections=sections))
+
+
+def with_sections(profile: HardwareProfile, sections: Mapping[tuple[str, str], Section]) -> HardwareProfile:
+    """A profile with some sections changed or added."""
+    return replace(profile, sections={**profile.sections, **sections})
 
 
 def borrowed(section: Section, lender: str, fine: bool = True, spread: float = BORROWED_SPREAD) -> Section:
-    """A lender's section as its sibling keeps it: marked, intervals widened, without the errors that are not its own."""
-    origin = f"{lender}: {section.provenance.device}, {section.provenance.software}" if section.provenance else lender
-    provenance = None if section.provenance is None else replace(section.provenance, borrowed_from=origin)
-    return replace(
-        section,
-        constants=MappingProxyType(
-            {
-                n: replace(c, status="borrowed" if c.status == "fitted" else c.status)
-                for n, c in section.constants.items()
-            }
-        ),
-        arrays=section.arrays if fine else MappingProxyType(smooth_arrays(section.arrays) or dict(section.arrays)),
-        intervals=tuple(
-            replace(i, low=_round(i.low / spread, 5), high=_round(i.high * spread, 5)) for i in section.intervals
-        ),
-        accuracy=MappingProxyType({}),
-        provenance=provenance,
-        status="borrowed",
-    )
+    """A lender's section as its sibling keeps it: marked, intervals widened, without the errors that are not its
+    own."""
+    provenance, constants = section.provenance, dict(section.constants)
+    if provenance is not None:
+        origin = f"{lender}: {provenance.device}, {provenance.software}"
+        provenance = replace(provenance, borrowed_from=origin)
+    for name, c in section.constants.items():
+        if c.status == "fitted":
+            constants[name] = replace(c, status="borrowed")
+    wider = (replace(i, low=_round(i.low / spread, 5), high=_round(i.high * spread, 5)) for i in section.intervals)
+    arrays = section.arrays if fine else smooth_arrays(section.arrays) or section.arrays
+    return Section(constants, dict(arrays), tuple(wider), {}, provenance, "borrowed")
 
 
 def smooth_prior(profile: HardwareProfile) -> HardwareProfile:
-    """A profile as another device may lean on it: of its GEMM residual the smooth lattice alone, for finer ones fit one stack only."""
-    sections = {
-        key: replace(s, arrays=MappingProxyType(smooth_arrays(s.arrays))) if key[0] == "gemm" else s
-        for key, s in profile.sections.items()
-    }
-    return replace(profile, sections=MappingProxyType(sections))
+    """A profile as another device may lean on it: of its GEMM residual the smooth lattice alone, for finer ones fit one
+    stack only."""
+    gemms = {key: s for key, s in profile.sections.items() if key[0] == "gemm"}
+    return with_sections(profile, {k: replace(s, arrays=smooth_arrays(s.arrays)) for k, s in gemms.items()})
 
 
 def _with_gap(profile: HardwareProfile, lender: HardwareProfile) -> HardwareProfile:
-    """A profile fitted on bare kernel times gets the gap of a graph, if its sibling's fixed time shows one: has more than its own."""
-    gap = lender.sections[_GEMM]["t0"] - profile.sections[_GEMM]["t0"]
-    if gap <= 0.0:
+    """A profile fitted on bare kernel times gets the gap of a graph, if its sibling's fixed time shows one: has more
+    than its own."""
+    own = profile.sections[_GEMM]
+    gap = lender.sections[_GEMM]["t0"] - own["t0"]
+    if gap <= 0.0 or own.provenance is None:
         return profile
-    runtime = profile.section("runtime", "*")
+    constants = {**profile.section("runtime", "*").constants, "graph_gap_s": Fitted(gap, None, "borrowed")}
     origin = f"{lender.name}: its GEMM t0 (graph replays) less this device's (kernel times)"
-    constants = {**runtime.constants, "graph_gap_s": Fitted(gap, None, "borrowed")}
-    provenance = replace(_provenance(profile.sections[_GEMM]), borrowed_from=origin)
-    section = Section(MappingProxyType(constants), provenance=provenance, status="borrowed")
-    return replace(profile, sections=MappingProxyType({**profile.sections, ("runtime", "*"): section}))
-
-
-def _provenance(section: Section) -> Provenance:
-    assert section.provenance is not None
-    return section.provenance
+    provenance = replace(own.provenance, borrowed_from=origin)
+    section = Section(constants, provenance=provenance, status="borrowed")
+    return with_sections(profile, {("runtime", "*"): section})
 
 
 def rounded(section: Section) -> Section:
-    """A section without the digits that differ from one machine's linear algebra to another's."""
-
-    def constant(c: Fitted) -> Fitted:
-        return Fitted(_round(c.value, 6), None if c.std_error is None else _round(c.std_error, 3), c.status)
-
-    return replace(
-        section,
-        constants=MappingProxyType({name: constant(c) for name, c in section.constants.items()}),
-        arrays=MappingProxyType({n: _rounded_array(n, a) for n, a in section.arrays.items()}),
-        intervals=tuple(
-            Interval(i.regime, min(_round(i.low, 5), 1.0), max(_round(i.high, 5), 1.0), i.level, i.rows)
-            for i in section.intervals
-        ),
-        accuracy=MappingProxyType({name: _round(value, 4) for name, value in section.accuracy.items()}),
+    """A section without the digits that differ from one machine's linear algebra to another's; log residuals to 1e-4,
+    as float32."""
+    constants = {
+        name: replace(c, value=_round(c.value, 6), std_error=None if c.std_error is None else _round(c.std_error, 3))
+        for name, c in section.constants.items()
+    }
+    arrays = dict(section.arrays)
+    if "values" in arrays:
+        arrays["values"] = np.round(arrays["values"], 4).astype(np.float32)
+    intervals = (
+        replace(i, low=min(_round(i.low, 5), 1.0), high=max(_round(i.high, 5), 1.0)) for i in section.intervals
     )
-
-
-def _rounded_array(name: str, array: NDArray[Any]) -> NDArray[Any]:
-    """Log residuals to 1e-4, as float32; grids and sizes as they are."""
-    return np.round(array, 4).astype(np.float32) if name == "values" else array
+    accuracy = {name: _round(value, 4) for name, value in section.accuracy.items()}
+    return replace(section, constants=constants, arrays=arrays, intervals=tuple(intervals), accuracy=accuracy)
 
 
 def _round(value: float, digits: int) -> float:
@@ -285,13 +233,11 @@ def _round(value: float, digits: int) -> float:
 
 def main(arguments: Sequence[str] | None = None, report: Callable[[str], None] = print) -> int:
     """The command of the module's docstring; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m calibration.fit.shipped", description="Make the calibrated sections of the shipped profiles."
-    )
+    about = "Make the calibrated sections of the shipped profiles."
+    parser = argparse.ArgumentParser(prog="python -m calibration.fit.shipped", description=about)
     parser.add_argument("names", nargs="*", metavar="NAME", help="profiles to make; all if left out")
-    parser.add_argument(
-        "-o", "--output", type=Path, default=None, help="folder for the profiles (default: the one they ship in)"
-    )
+    output = "folder for the profiles (default: the one they ship in)"
+    parser.add_argument("-o", "--output", type=Path, default=None, help=output)
     parser.add_argument("--shared-data", default=None, help="folder of the RTX 4090 tables")
     given = parser.parse_args(arguments)
     shared = shared_folder(given.shared_data)

@@ -181,7 +181,7 @@ def _rtx_4090(hw: HardwareProfile, records: Records) -> list[Row]:
 
 
 def _attention(seed: int, sizes: Sequence[int | None]) -> list[Row]:
-    from calibration.fit.attention_columns import columns_of, device_of
+    from calibration.fit.attention import columns_of, device_of
     from calibration.fit.shipped import HEAD_DIM
     from calibration.judge.protocol_attention import QUESTIONS, TABLES, score
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from scipy.interpolate import RBFInterpolator
 from scipy.optimize import least_squares
 
-from calibration.fit.core import HUBER, Shapes
+from calibration.fit.core import Shapes
+from calibration.fit.solver import HUBER
 from simulator.kernels.gemm_core import Machine
 
 F = NDArray[np.float64]

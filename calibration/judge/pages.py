@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from calibration.fit.core import bootstrap, fit_constants, free_constants, machine_of
-from calibration.fit.profile import FittedPart
 from calibration.fit.shipped import RECIPES, built, rtx_tables, shared_folder
+from calibration.fit.solver import FittedPart
 from calibration.judge import ablations, accuracy, published
 from calibration.judge.accuracy import GEMMS, STACKS, Row
 from calibration.judge.report import table

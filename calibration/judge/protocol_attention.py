@@ -13,12 +13,11 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.fit.attention import fit_attention, groups_of, predict
-from calibration.fit.attention_columns import Columns, usable, work_of
+from calibration.fit.attention import Columns, fit_attention, groups_of, predict, usable, work_of
 from calibration.judge import scores
 from simulator.kernels.attention import REGIMES
 from simulator.kernels.attention_core import Device
-from simulator.kernels.attention_residual import Lattice
+from simulator.kernels.lattice import Lattice
 
 F = NDArray[np.float64]
 
@@ -62,8 +61,8 @@ def score(
         train = rng.choice(train, min(rows, len(train)), replace=False)
     fit = fit_attention(phase, c.take(train), device, architecture, fold_by=(question,), seed=seed)
     unseen = c.take(test)
-    predicted, regime = predict(phase, unseen, device, fit.values, Lattice.from_arrays(fit.arrays))
-    low, high = (np.array([getattr(i, side) for i in fit.intervals])[regime] for side in ("low", "high"))
+    predicted, regime = predict(phase, unseen, device, fit.constants.values, Lattice.from_arrays(fit.section.arrays))
+    low, high = (np.array([getattr(i, side) for i in fit.section.intervals])[regime] for side in ("low", "high"))
     inside = (unseen.seconds >= predicted * low) & (unseen.seconds <= predicted * high)
     ratios = scores.speedups(predicted, unseen.seconds, comparable(unseen, phase, question))
     held = {name: float(np.mean(inside[regime == i])) for i, name in enumerate(REGIMES) if (regime == i).any()}

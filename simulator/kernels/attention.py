@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from simulator.errors import InputError
 from simulator.hardware.constants import DECODE_CONSTANTS, PREFILL_CONSTANTS
 from simulator.kernels.attention_core import Device, decode_parts, decode_work, join, prefill_parts, prefill_work
-from simulator.kernels.attention_residual import Lattice, decode_place, prefill_place
 from simulator.kernels.gemm_core import ELEMENT_BYTES
 from simulator.kernels.intervals import BOUNDS, Bands, OpTime, bands_of, level_scale
+from simulator.kernels.lattice import Lattice, decode_place, prefill_place
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from simulator.errors import unknown
 from simulator.hardware.constants import CLASSES, ELEMENTWISE_CONSTANTS
 from simulator.kernels.intervals import BOUNDS, OpTime
+from simulator.kernels.lattice import Lattice
 from simulator.workload import ROLES
 
 if TYPE_CHECKING:
@@ -46,36 +47,19 @@ _CODE_OF_ROLE = np.array([_CODE[role] for role in ROLES])
 _LAUNCH, _MEMORY, _L2 = BOUNDS.index("launch"), BOUNDS.index("memory"), BOUNDS.index("l2")
 
 
-@dataclass(frozen=True)
-class Residual:
-    """log(measured / core) by class over log2 bytes, nodes an octave apart from ``start`` on; beyond them the edge
-    holds."""
+def class_lattice(arrays: Mapping[str, NDArray[Any]]) -> Lattice | None:
+    """log(measured / core) over (class, log2 bytes), nodes an octave apart, that a section's arrays hold, or None."""
+    if "values" not in arrays:
+        return None
+    values = np.asarray(arrays["values"], dtype=np.float64)
+    # classes that came after the profile have no residual; one row more, so that each class is the near side of a cell
+    later = np.zeros((len(CLASSES) + 1 - len(values), values.shape[1]))
+    return Lattice((0.0, float(arrays["start"])), (1.0, 1.0), np.concatenate([values, later]))
 
-    start: float
-    values: F  # (classes, nodes)
 
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Residual | None:
-        """The residual kept in a section's arrays ("start", "values"), or None."""
-        if "values" not in arrays:
-            return None
-        values = np.asarray(arrays["values"], dtype=np.float64)
-        later = np.zeros(
-            (len(CLASSES) - len(values), values.shape[1])
-        )  # classes that came after the profile have no residual
-        return cls(float(arrays["start"]), np.concatenate([values, later]))
-
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """What :meth:`from_arrays` reads."""
-        return {"start": np.array(self.start), "values": self.values}
-
-    def __call__(self, bytes_: F, code: NDArray[np.intp]) -> F:
-        """Interpolated values."""
-        last = self.values.shape[1] - 1
-        place = np.clip(np.log2(np.maximum(bytes_, 1.0)) - self.start, 0.0, last)
-        low = np.minimum(place.astype(np.intp), max(last - 1, 0))
-        left, right = self.values[code, low], self.values[code, np.minimum(low + 1, last)]
-        return np.asarray(left + (place - low) * (right - left))
+def class_place(bytes_: F, code: NDArray[np.intp]) -> tuple[NDArray[np.intp], F]:
+    """Coordinates of operators in their lattice."""
+    return code, np.log2(np.maximum(bytes_, 1.0))
 
 
 @dataclass(frozen=True)
@@ -85,7 +69,7 @@ class _Ready:
     constants: Mapping[str, float]
     low: F
     high: F
-    residual: Residual | None
+    residual: Lattice | None
 
 
 @lru_cache(maxsize=128)
@@ -95,7 +79,7 @@ def _ready(hw: HardwareProfile, dtype: str) -> _Ready:
     known = {interval.regime: (interval.low, interval.high) for interval in section.intervals}
     spread = constants["spread"]
     low, high = np.array([known.get(name, (1.0 / spread, spread)) for name in CLASSES]).T
-    return _Ready(constants, low, high, Residual.from_arrays(section.arrays))
+    return _Ready(constants, low, high, class_lattice(section.arrays))
 
 
 def elementwise_core(bytes_: F, code: NDArray[np.intp], l2_bytes: float, bandwidth: float, c: Mapping[str, float]) -> F:
@@ -144,6 +128,6 @@ def elementwise_time(
     total, code = np.broadcast_arrays(np.add(read_bytes, write_bytes, dtype=np.float64), class_code(role))
     seconds, floor, memory, hit = _core(total, code, hw.l2_bytes, hw.bandwidth_bytes_per_s, r.constants)
     if r.residual is not None:
-        seconds = seconds * np.exp(r.residual(total, code))
+        seconds = seconds * np.exp(r.residual(class_place(total, code)))
     bound = np.where(memory < floor, _LAUNCH, np.where(hit > 0.5, _L2, _MEMORY)).astype(np.int8)
     return OpTime(seconds, seconds * r.low[code], seconds * r.high[code], total / hw.bandwidth_bytes_per_s, bound)

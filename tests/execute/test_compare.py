@@ -1,75 +1,51 @@
-"""Decoders timed in turns and compared with predictions: planted times, real passes of a tiny model, faults, figure and command."""
+"""Decoders timed in turns and compared with predictions: planted times, real passes of a tiny model, faults, figure and
+command."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy.stats import spearmanr
 
 torch = pytest.importorskip("torch")
 
-from calibration.cli import app, run  # noqa: E402
-from calibration.cli import compare as command  # noqa: E402
+from decoder_reference import CONFIG  # noqa: E402
+
+from calibration.cli import run  # noqa: E402
 from calibration.devices.protocol import Description, Unsupported  # noqa: E402
 from calibration.devices.replay import ReplayDevice  # noqa: E402
 from calibration.execute import compare as running  # noqa: E402
-from calibration.execute.compare import STORE, Compared, compare, fewer_layers  # noqa: E402
+from calibration.execute.cases import Case, fewer_layers, settings_of  # noqa: E402
+from calibration.execute.compare import STORE, Compared, compare  # noqa: E402
 from calibration.execute.compare_figure import compare_figure  # noqa: E402
 from calibration.execute.comparison import Row, by_phase, name_of, repeatability, rows_of, spearman, summary  # noqa: E402
-from calibration.execute.decoder import pairs, random_decoder  # noqa: E402
-from calibration.execute.decoder.pairs import PairTimes, time_pair  # noqa: E402
-from calibration.execute.upper_bound import Case, settings_of  # noqa: E402
+from calibration.execute.decoder import prune_decoder, random_decoder, timing  # noqa: E402
+from calibration.execute.decoder.timing import PairTimes, time_pair  # noqa: E402
 from calibration.records.store import read_store  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
-from simulator.hardware.library import load_hardware
+from simulator.hardware.library import load_hardware  # noqa: E402
 from simulator.models.library import load_model  # noqa: E402
 from simulator.predict.speedup import speedup  # noqa: E402
 
-CONFIG = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "intermediate_size": 160,
-    "vocab_size": 211,
-    "max_position_embeddings": 512,
-    "hidden_act": "silu",
-}
 HW = load_hardware("a100")
-
-if "compare" not in {c.name for c in app.registered_commands}:
-    app.command("compare")(command.command)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("model") / "config.json"
-    file.write_text(json.dumps(CONFIG))
-    return file
 
 
 def _device(**options: Any) -> ReplayDevice:
     return ReplayDevice(description=Description("cpu", "some CPU", {"threads": "1"}), **options)
 
 
-def _cases(tiny: Path, **settings: Any) -> list[Case]:
-    return settings_of(load_model(str(tiny)), **{"seq": [64], "sparsities": [0.5], **settings})[0]
+def _cases(**settings: Any) -> list[Case]:
+    return settings_of(CONFIG, **{"seq": [64], "sparsities": [0.5], **settings})[0]
 
 
-def _compare(
-    folder: Path, tiny: Path, cases: list[Case], device: ReplayDevice | None = None, **options: Any
-) -> Compared:
-    return compare(folder / "run", device or _device(), load_model(str(tiny)), cases, **{"budget_s": 5.0, **options})
+def _compare(folder: Path, cases: list[Case], device: ReplayDevice | None = None, **options: Any) -> Compared:
+    return compare(folder / "run", device or _device(), CONFIG, cases, **{"budget_s": 5.0, **options})
 
 
 @pytest.fixture
@@ -78,20 +54,18 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
 
     def timed(first: Any, second: Any, *, phase: str, time_limit_s: float, runtime: str, **_: Any) -> PairTimes:
-        seen.append(f"{second.dynamic.family or len(second.layers)} {phase} {runtime}")
+        seen.append(f"{second.rule.family if second.rule else len(second.layers)} {phase} {runtime}")
         noise = (1.0, 1.02, 0.98, 1.01, 0.99, 1.0, 1.0)
-        return PairTimes(
-            tuple(len(first.layers) * x for x in noise), tuple(float(len(second.layers)) for _ in noise), 1
-        )
+        return PairTimes(tuple(len(first.layers) * x for x in noise), (float(len(second.layers)),) * len(noise), 1)
 
-    monkeypatch.setattr(pairs, "time_pair", timed)
+    monkeypatch.setattr(timing, "time_pair", timed)
     return seen
 
 
-# -- timing two decoders ----------------------------------------------------------------------------------------------------------
+# -- timing two decoders --------------------------------------------------------------------------
 
 
-def test_pairs_are_taken_in_turns(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairs_are_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[int] = []
     ticks = itertools.count()
 
@@ -102,57 +76,48 @@ def test_pairs_are_taken_in_turns(tiny: Path, monkeypatch: pytest.MonkeyPatch) -
 
         return sample
 
-    monkeypatch.setattr(pairs, "_ready", ready)
-    config = load_model(str(tiny))
-    first, second = random_decoder(config, dtype="fp32"), random_decoder(config, dtype="fp32", layers=2)
-    times = time_pair(
-        first, second, batch=1, seq=8, phase="prefill", time_limit_s=5.0, clock=lambda: float(next(ticks))
-    )
+    monkeypatch.setattr(timing, "_ready", ready)
+    first, second = random_decoder(CONFIG, dtype="fp32"), random_decoder(CONFIG, dtype="fp32", layers=2)
+    where: dict[str, Any] = {"batch": 1, "seq": 8, "phase": "prefill", "clock": lambda: float(next(ticks))}
+    times = time_pair(first, second, **where, time_limit_s=5.0)
     assert len(times.first_s) == len(times.second_s) == 5  # a tick a pair
     assert order[:2] == [4, 2]  # first passes; long ones need no others to be warm
     assert order[2:10] == [4, 2, 2, 4, 4, 2, 2, 4]
-    for limit, count in (
-        (1.5, pairs.LEAST),
-        (0.5, 2),
-        (0.2, 1),
-    ):  # three are taken, unless they take three times as long
-        ended = time_pair(
-            first, second, batch=1, seq=8, phase="prefill", time_limit_s=limit, clock=lambda: float(next(ticks))
-        )
-        assert len(ended.first_s) == count
+    for limit, count in ((1.5, timing.LEAST), (0.5, 2), (0.2, 1)):  # three, unless they take three times as long
+        assert len(time_pair(first, second, **where, time_limit_s=limit).first_s) == count
 
 
-def test_a_precise_ratio_ends_early(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs, "_ready", lambda decoder, *_: lambda loops: float(len(decoder.layers)))
-    config = load_model(str(tiny))
-    many, one = random_decoder(config, dtype="fp32"), random_decoder(config, dtype="fp32", layers=1)
+def test_a_precise_ratio_ends_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_ready", lambda decoder, *_: lambda loops: float(len(decoder.layers)))
+    many, one = random_decoder(CONFIG, dtype="fp32"), random_decoder(CONFIG, dtype="fp32", layers=1)
     times = time_pair(many, one, batch=1, seq=8, phase="decode", time_limit_s=9e9)
-    assert (len(times.first_s), set(times.first_s), set(times.second_s)) == (pairs.ENOUGH, {4.0}, {1.0})
+    assert (len(times.first_s), set(times.first_s), set(times.second_s)) == (timing.ENOUGH, {4.0}, {1.0})
 
 
-def test_more_layers_take_longer(tiny: Path) -> None:
-    config = load_model(str(tiny))
-    many, few = random_decoder(config, dtype="fp32", layers=16), random_decoder(config, dtype="fp32", layers=2)
+def test_more_layers_take_longer() -> None:
+    many, few = random_decoder(CONFIG, dtype="fp32", layers=16), random_decoder(CONFIG, dtype="fp32", layers=2)
     for phase in ("prefill", "decode"):
         times = time_pair(many, few, batch=1, seq=64, phase=phase, time_limit_s=0.3)
         assert float(np.median(np.array(times.first_s) / times.second_s)) > 2.0
 
 
-def test_graphs_are_refused_without_a_gpu(tiny: Path) -> None:
-    decoder = random_decoder(load_model(str(tiny)), dtype="fp32")
-    with pytest.raises(Unsupported, match="CUDA graphs"):
-        time_pair(decoder, decoder, batch=1, seq=8, phase="decode", runtime="cuda_graph")
+def test_graphs_are_refused_without_a_gpu_and_for_what_the_host_decides() -> None:
+    decoder = random_decoder(CONFIG, dtype="fp32")
+    routed = replace(prune_decoder(decoder, "dynamic_depth", 0.5), place="cuda:0")
+    for first, reason in ((decoder, "CUDA graphs"), (routed, "dynamic_depth decides on the host")):
+        with pytest.raises(Unsupported, match=reason):
+            timing._ready(first, 1, 8, "decode", "cuda_graph", lambda: 0.0)
     for wrong in ({"phase": "train"}, {"phase": "decode", "runtime": "fast"}):
         with pytest.raises(InputError, match="unknown"):
             time_pair(decoder, decoder, batch=1, seq=8, **wrong)  # type: ignore[arg-type]
 
 
-# -- running the cases ------------------------------------------------------------------------------------------------------------
+# -- running the cases ----------------------------------------------------------------------------
 
 
-def test_every_family_really_runs(tiny: Path, tmp_path: Path) -> None:
-    cases = _cases(tiny)
-    found = _compare(tmp_path, tiny, cases, budget_s=0.5, dtype="fp32")
+def test_every_family_really_runs(tmp_path: Path) -> None:
+    cases = _cases()
+    found = _compare(tmp_path, cases, budget_s=0.5, dtype="fp32")
     by_name = {r["key"]: r for r in found.records}
     assert len(by_name) == len(cases)
     assert {r["status"] for r in found.records if r["family"] != "semi_structured"} == {"ok"}
@@ -166,9 +131,9 @@ def test_every_family_really_runs(tiny: Path, tmp_path: Path) -> None:
         assert r.runtime == "eager"
 
 
-def test_rows_hold_what_was_measured_and_what_is_predicted(tiny: Path, tmp_path: Path, planted: list[str]) -> None:
-    cases = _cases(tiny, families=["depth", "width"], sparsities=[0.25, 0.5])
-    found = _compare(tmp_path, tiny, cases)
+def test_rows_hold_what_was_measured_and_what_is_predicted(tmp_path: Path, planted: list[str]) -> None:
+    cases = _cases(families=["depth", "width"], sparsities=[0.25, 0.5])
+    found = _compare(tmp_path, cases)
     assert sorted(planted)[:2] == ["2 decode eager", "2 prefill eager"]
     known = {("depth", 0.5, "decode", 1, 64): 1.9}
     rows = {(r.family, r.sparsity, r.phase): r for r in rows_of(cases, found.records, HW, measured_bounds=known)}
@@ -186,11 +151,11 @@ def test_rows_hold_what_was_measured_and_what_is_predicted(tiny: Path, tmp_path:
     assert repeatability(found.records) == pytest.approx(0.0, abs=0.03)
 
 
-def test_a_rerun_does_the_rest(tiny: Path, tmp_path: Path, planted: list[str]) -> None:
-    cases = _cases(tiny)
-    _compare(tmp_path, tiny, cases[:4])
+def test_a_rerun_does_the_rest(tmp_path: Path, planted: list[str]) -> None:
+    cases = _cases()
+    _compare(tmp_path, cases[:4])
     assert len(planted) == 3  # 2:4 was refused
-    again = _compare(tmp_path, tiny, cases[:6])
+    again = _compare(tmp_path, cases[:6])
     assert len(planted) == 5
     assert len(again.records) == 6
     lines = read_store(tmp_path / "run" / STORE).rows
@@ -198,7 +163,7 @@ def test_a_rerun_does_the_rest(tiny: Path, tmp_path: Path, planted: list[str]) -
 
 
 def test_a_pruned_decoder_is_made_once_for_all_its_cases(
-    tiny: Path, tmp_path: Path, planted: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, planted: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import calibration.execute.decoder as decoders
 
@@ -210,36 +175,40 @@ def test_a_pruned_decoder_is_made_once_for_all_its_cases(
         return real(dense, family, sparsity)
 
     monkeypatch.setattr(decoders, "prune_decoder", counted)
-    _compare(tmp_path, tiny, _cases(tiny, families=["depth", "width", "token"], sparsities=[0.25, 0.5], seq=[32, 64]))
+    _compare(tmp_path, _cases(families=["depth", "width", "token"], sparsities=[0.25, 0.5], seq=[32, 64]))
     assert len(planted) == 24
     assert len(made) == len(set(made)) == 6
 
 
-def test_the_budget_ends_a_run_and_says_what_is_left(tiny: Path, tmp_path: Path, planted: list[str]) -> None:
+def test_the_budget_ends_a_run_and_says_what_is_left(tmp_path: Path, planted: list[str]) -> None:
     class Ticking(ReplayDevice):
         def clock(self) -> float:
             self._now += 1.0
             return self._now
 
     device = Ticking(description=Description("cpu", "some CPU"))
-    found = _compare(tmp_path, tiny, _cases(tiny), device, budget_s=20.0)
+    found = _compare(tmp_path, _cases(), device, budget_s=20.0)
     assert found.stopped == "budget"
     assert len(planted) < 20
-    assert found.left + len(found.records) == len(_cases(tiny))
+    assert found.left + len(found.records) == len(_cases())
+
+
+def _raises(error: Exception) -> Any:
+    def broken(*_: Any, **__: Any) -> None:
+        raise error
+
+    return broken
 
 
 @pytest.mark.parametrize(
     ("error", "status"), [(RuntimeError("CUDA out of memory"), "skipped"), (ValueError("odd"), "failed")]
 )
 def test_a_case_that_breaks_is_kept_with_its_reason(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, status: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, status: str
 ) -> None:
-    def broken(*_: Any, **__: Any) -> PairTimes:
-        raise error
-
-    monkeypatch.setattr(pairs, "time_pair", broken)
-    cases = _cases(tiny, families=["depth", "width"], sparsities=[0.25, 0.5])
-    found = _compare(tmp_path, tiny, cases)
+    monkeypatch.setattr(timing, "time_pair", _raises(error))
+    cases = _cases(families=["depth", "width"], sparsities=[0.25, 0.5])
+    found = _compare(tmp_path, cases)
     assert {r["status"] for r in found.records} == {status}
     assert all(str(error) in note for note in found.notes)
     if status == "failed":  # three in a row: the device is gone
@@ -250,9 +219,7 @@ def test_a_case_that_breaks_is_kept_with_its_reason(
         summary([])
 
 
-def test_what_a_graph_cannot_hold_is_launched_one_by_one(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_graph_cannot_hold_is_launched_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
     def timed(*_: Any, runtime: str, **__: Any) -> PairTimes:
@@ -261,90 +228,64 @@ def test_what_a_graph_cannot_hold_is_launched_one_by_one(
             raise RuntimeError("operation not permitted when stream is capturing")
         return PairTimes((2.0,) * 3, (1.0,) * 3, 1)
 
-    monkeypatch.setattr(pairs, "time_pair", timed)
-    monkeypatch.setattr(running._Job, "_best", lambda self, case: "cuda_graph")
-    (record,) = _compare(tmp_path, tiny, _cases(tiny, families=["depth"], phases=["decode"])).records
+    monkeypatch.setattr(timing, "time_pair", timed)
+    monkeypatch.setattr(running._Executor, "_runtime", lambda self, *_: "cuda_graph")
+    (record,) = _compare(tmp_path, _cases(families=["depth"], phases=["decode"])).records
     assert asked == ["cuda_graph", "eager"]
     assert (record["status"], record["runtime"]) == ("ok", "eager")
-    forced = _compare(tmp_path, tiny, _cases(tiny, families=["width"], phases=["decode"]), runtime="cuda_graph").records
+    forced = _compare(tmp_path, _cases(families=["width"], phases=["decode"]), runtime="cuda_graph").records
     assert forced[0]["status"] == "failed"
 
 
-def test_refusals_are_one_line_and_write_nothing(tiny: Path, tmp_path: Path, planted: list[str]) -> None:
-    cases = _cases(tiny)
+def test_refusals_are_one_line_and_write_nothing(tmp_path: Path, planted: list[str]) -> None:
+    cases = _cases()
     for options, message in (
         ({"budget_s": 0.0}, "budget"),
         ({"dtype": "int8"}, "runs in fp32, bf16, fp16"),
         ({"device": ReplayDevice()}, "cpu or cuda"),
     ):
         with pytest.raises(InputError, match=message) as caught:
-            _compare(tmp_path, tiny, cases, **{"device": _device(dtypes=("fp32", "bf16", "fp16", "int8")), **options})  # type: ignore[arg-type]
+            _compare(tmp_path, cases, **{"device": _device(dtypes=("fp32", "bf16", "fp16", "int8")), **options})  # type: ignore[arg-type]
         assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="no Llama-style"):
         compare(tmp_path / "run", _device(), load_model("opt-13b"), cases, budget_s=1.0)
     assert not (tmp_path / "run").exists()
-    _compare(tmp_path, tiny, cases[:1])
+    _compare(tmp_path, cases[:1])
     with pytest.raises(InputError, match="another CPU"):
-        _compare(tmp_path, tiny, cases, ReplayDevice(description=Description("cpu", "another CPU")))
+        _compare(tmp_path, cases, ReplayDevice(description=Description("cpu", "another CPU")))
     with pytest.raises(InputError, match="1 to 4"):
-        fewer_layers(load_model(str(tiny)), 5)
+        fewer_layers(CONFIG, 5)
 
 
-def test_a_model_too_large_for_the_device_is_one_line(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*_: Any, **__: Any) -> None:
-        raise RuntimeError("CUDA out of memory. Tried to allocate")
-
-    monkeypatch.setattr("calibration.execute.decoder.random_decoder", broken)
+def test_a_model_too_large_for_the_device_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = RuntimeError("CUDA out of memory. Tried to allocate")
+    monkeypatch.setattr("calibration.execute.decoder.random_decoder", _raises(error))
     with pytest.raises(InputError, match="does not fit on cpu; --layers"):
-        _compare(tmp_path, tiny, _cases(tiny))
+        _compare(tmp_path, _cases())
 
 
-def test_names_tell_cases_apart(tiny: Path) -> None:
-    cases = _cases(tiny, batch=[1, 2], seq=[64, 65], sparsities=[0.25, 0.5])
-    short = settings_of(fewer_layers(load_model(str(tiny)), 2), seq=[64], sparsities=[0.5])[0]
+def test_names_tell_cases_apart() -> None:
+    cases = _cases(batch=[1, 2], seq=[64, 65], sparsities=[0.25, 0.5])
+    short = settings_of(fewer_layers(CONFIG, 2), seq=[64], sparsities=[0.5])[0]
     names = [name_of(c, dtype) for c in (*cases, *short) for dtype in ("bf16", "fp32")]
     assert len(set(names)) == len(names)
 
 
-# -- agreement --------------------------------------------------------------------------------------------------------------------
+# -- agreement ------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.tuples(st.sampled_from([1.0, 1.1, 1.5, 2.0, 2.2]), st.floats(0.5, 3.0)), min_size=3, max_size=40))
-def test_rank_correlation_is_scipy_s(values: list[tuple[float, float]]) -> None:
-    x, y = np.array(values).T
-    if len(set(x)) > 1 and len(set(y)) > 1:
-        assert spearman(x, y) == pytest.approx(float(spearmanr(x, y)[0]), abs=1e-9)
-    else:
-        assert math.isnan(spearman(x, y))
-    assert math.isnan(spearman(x[:2], y[:2]))
+def test_rank_correlation_by_hand() -> None:
+    assert spearman([1.0, 1.0, 2.0], [3.0, 5.0, 4.0]) == pytest.approx(0.0)  # ranks 1.5, 1.5, 3 and 1, 3, 2
+    assert spearman([1.0, 2.0, 2.0, 9.0], [8.0, 3.0, 3.0, 1.0]) == pytest.approx(-1.0)
+    assert all(math.isnan(spearman(x, y)) for x, y in (([1.0, 2.0], [1.0, 2.0]), ([1.0] * 3, [1.0, 2.0, 3.0])))
 
 
 def _row(predicted: float, measured: float, **changes: Any) -> Row:
     base: dict[str, Any] = dict.fromkeys(Row.__dataclass_fields__, 1.0)
-    base |= {
-        "model": "m",
-        "device": "d",
-        "hardware": "h",
-        "family": "depth",
-        "phase": "decode",
-        "dtype": "bf16",
-        "runtime": "eager",
-    }
-    base |= {
-        "predicted": predicted,
-        "measured": measured,
-        "predicted_lower": 0.9 * predicted,
-        "predicted_upper": 1.1 * predicted,
-    }
-    base |= {
-        "measured_lower": 0.98 * measured,
-        "measured_upper": 1.02 * measured,
-        "predicted_dense_s": 1.2,
-        "dense_s": 1.0,
-    }
-    return Row(**{**base, **changes})
+    base |= dict.fromkeys(("model", "device", "hardware", "dtype", "runtime"), "x")
+    base |= {"predicted_lower": 0.9 * predicted, "predicted_upper": 1.1 * predicted, "predicted_dense_s": 1.2}
+    base |= {"measured_lower": 0.98 * measured, "measured_upper": 1.02 * measured, "family": "depth", "phase": "decode"}
+    return Row(**{**base, "predicted": predicted, "measured": measured, **changes})
 
 
 def test_agreement_by_hand() -> None:
@@ -367,12 +308,8 @@ def test_the_figure_has_a_panel_a_phase(tmp_path: Path) -> None:
     assert "4 cases" in texts
     assert "median error 10.0 %" in texts
     drawn = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 1]
-    assert sorted((float(line.get_xdata()[0]), round(float(line.get_ydata()[0]), 3)) for line in drawn) == [
-        (1.25, 1.375),
-        (1.25, 1.375),
-        (1.5, 1.65),
-        (1.5, 1.65),
-    ]
+    found = sorted((float(line.get_xdata()[0]), round(float(line.get_ydata()[0]), 3)) for line in drawn)
+    assert found == [(1.25, 1.375)] * 2 + [(1.5, 1.65)] * 2
     save_figure(figure, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
     assert len(compare_figure(rows[:1]).axes) == 1
@@ -380,30 +317,26 @@ def test_the_figure_has_a_panel_a_phase(tmp_path: Path) -> None:
         compare_figure([])
 
 
-# -- the command ------------------------------------------------------------------------------------------------------------------
+# -- the command ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("model") / "config.json"
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "vocab_size": 211}
+    heads = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512}
+    file.write_text(json.dumps({**config, **heads, "hidden_size": 96, "intermediate_size": 160}))
+    return file
 
 
 def _command(tiny: Path, folder: Path, *more: str) -> list[str]:
-    return [
-        "compare",
-        str(tiny),
-        "--device",
-        "cpu",
-        "--seq",
-        "64",
-        "--sparsity",
-        "0.5",
-        "--hardware",
-        "a100",
-        "-o",
-        str(folder),
-        *more,
-    ]
+    words = f"compare {tiny} --device cpu --seq 64 --sparsity 0.5 --hardware a100 -o {folder}"
+    return [*words.split(), *more]
 
 
 def test_the_command_compares_on_the_cpu(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
-    assert run(_command(tiny, folder, "--family", "depth,semi_structured", "--budget", "6s")) == 0
+    assert run(_command(tiny, folder, "--family", "depth,semi_structured", "--budget", "15s")) == 0
     out, err = capsys.readouterr()
     assert "median error" in out
     assert "sparse tensor cores" in err

@@ -1,4 +1,5 @@
-"""The real decoder: each pruned forward pass against a dense one in float64, written out, whose removed parts are masked."""
+"""The real decoder: each pruned forward pass against a dense one in float64, written out, whose removed parts are
+masked."""
 
 from __future__ import annotations
 
@@ -11,27 +12,26 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-import numpy as np  # noqa: E402
 from decoder_reference import ALL, BATCH, CONFIG, LAYERS, PROMPT, TOKENS, Masks, check, reference, run  # noqa: E402
 
 import simulator  # noqa: E402
 from calibration.devices.attention import layout_mask  # noqa: E402
 from calibration.devices.protocol import Unsupported  # noqa: E402
-from calibration.execute.decoder import (
+from calibration.execute.decoder import (  # noqa: E402  # noqa: E402
     DYNAMIC,
     STATIC,
     Decoder,
+    State,
     decode,
     from_weights,
     prefill,
     prune_decoder,
     random_decoder,
-    routed,
-    time_decoder,
+    token_losses,
 )
-from calibration.execute.decoder.families import two_of_four  # noqa: E402
-from calibration.execute.decoder.model import Cache, State  # noqa: E402
-from calibration.measure.timing import Protocol  # noqa: E402
+from calibration.execute.decoder.families import each_projection, two_of_four  # noqa: E402
+from calibration.execute.decoder.routed import CacheCut  # noqa: E402
+from calibration.execute.decoder.run import Cache  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.pruning import FAMILIES  # noqa: E402
 from simulator.workload import ROLES, Kind  # noqa: E402
@@ -51,7 +51,7 @@ def dense() -> Decoder:
     return random_decoder(CONFIG, dtype="fp32", seed=1)
 
 
-# -- dense ------------------------------------------------------------------------------------------------------------------------
+# -- dense ----------------------------------------------------------------------------------------
 
 
 def test_dense_prefill_and_decode_equal_the_reference(dense: Decoder) -> None:
@@ -72,37 +72,30 @@ def test_bf16_is_near_fp32() -> None:
     assert float((first - second).norm() / first.norm()) < 0.05
 
 
-def test_parameters_are_the_model_s(dense: Decoder) -> None:
-    total = dense.embedding.numel() + dense.head.numel() + dense.final_norm.numel()
-    for _, _, projection in dense.projections():
-        total += projection.weight.numel()
-    total += sum(
-        layer.attention.norm.numel() + layer.mlp.norm.numel() for layer in dense.layers if layer.attention and layer.mlp
-    )
-    assert total == CONFIG.parameters
-
-
 def test_a_checkpoint_s_names(dense: Decoder) -> None:
     weights = {
         "model.embed_tokens.weight": dense.embedding,
         "model.norm.weight": dense.final_norm,
         "lm_head.weight": dense.head,
     }
+    for number, role, projection in dense.projections():
+        part = "mlp" if role in ("gate", "up", "down") else "self_attn"
+        weights[f"model.layers.{number}.{part}.{role}_proj.weight"] = projection.weight
     for number, layer in enumerate(dense.layers):
-        assert layer.attention is not None
-        assert layer.mlp is not None
-        at = f"model.layers.{number}"
-        weights |= {f"{at}.self_attn.{n}_proj.weight": getattr(layer.attention, n).weight for n in "qkvo"}
-        weights |= {f"{at}.mlp.{n}_proj.weight": getattr(layer.mlp, n).weight for n in ("gate", "up", "down")}
-        weights |= {
-            f"{at}.input_layernorm.weight": layer.attention.norm,
-            f"{at}.post_attention_layernorm.weight": layer.mlp.norm,
-        }
-    loaded = from_weights(CONFIG, weights, dtype="fp32")
+        assert layer.attention and layer.mlp  # noqa: PT018
+        weights[f"model.layers.{number}.input_layernorm.weight"] = layer.attention.norm
+        weights[f"model.layers.{number}.post_attention_layernorm.weight"] = layer.mlp.norm
+    loaded = from_weights("tiny", weights, heads=CONFIG.heads, kv_heads=CONFIG.kv_heads)
     assert torch.equal(run(loaded)[0], run(dense)[0])
     del weights["model.layers.1.mlp.up_proj.weight"]
     with pytest.raises(InputError, match=r"no weight 'model.layers.1.mlp.up_proj.weight'"):
-        from_weights(CONFIG, weights, dtype="fp32")
+        from_weights("tiny", weights, heads=CONFIG.heads, kv_heads=CONFIG.kv_heads)
+
+
+def test_losses_are_those_of_the_logits(dense: Decoder) -> None:
+    ids = TOKENS[0]
+    wanted = torch.nn.functional.cross_entropy(reference(dense, ids[None])[0, 39:-1], ids[40:], reduction="none")
+    torch.testing.assert_close(token_losses(dense, ids, 40).double(), wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_rewinding_repeats_a_step(dense: Decoder) -> None:
@@ -113,22 +106,24 @@ def test_rewinding_repeats_a_step(dense: Decoder) -> None:
     assert torch.equal(first, decode(dense, TOKENS[:, PROMPT : PROMPT + 1], state))
 
 
-# -- static families --------------------------------------------------------------------------------------------------------------
+# -- static families ------------------------------------------------------------------------------
 
 
-def _masked(decoder: Decoder, number: int, part: str, role: str, weight: Any) -> Decoder:
+def _masked(decoder: Decoder, number: int, role: str, weight: Any) -> Decoder:
     """The decoder with one weight replaced."""
-    layers = list(decoder.layers)
-    sublayer = getattr(layers[number], part)
-    projection = replace(getattr(sublayer, role), factors=(weight,))
-    layers[number] = replace(layers[number], **{part: replace(sublayer, **{role: projection})})
-    return replace(decoder, layers=tuple(layers))
+
+    def change(i: int, name: str, p: Any) -> Any:
+        return replace(p, factors=(weight,)) if (i, name) == (number, role) else p
+
+    return each_projection(decoder, change)
 
 
-def _zeroed(decoder: Decoder, number: int, part: str, role: str, rows: Any = ALL, columns: Any = ALL) -> Decoder:
-    weight = getattr(getattr(decoder.layers[number], part), role).weight.clone()
+def _zeroed(decoder: Decoder, number: int, role: str, rows: Any = ALL, columns: Any = ALL) -> Decoder:
+    weight = getattr(
+        decoder.layers[number].mlp if role == "down" else decoder.layers[number].attention, role
+    ).weight.clone()
     weight[rows, columns] = 0.0
-    return _masked(decoder, number, part, role, weight)
+    return _masked(decoder, number, role, weight)
 
 
 def _missing(rows: Any, among: Any) -> Any:
@@ -145,9 +140,9 @@ def test_depth(dense: Decoder, unit: str, sparsity: float) -> None:
     masked = dense
     for number in range(LAYERS - 1 - many, LAYERS - 1):
         if unit != "mlp":
-            masked = _zeroed(masked, number, "attention", "o")
+            masked = _zeroed(masked, number, "o")
         if unit != "attention":
-            masked = _zeroed(masked, number, "mlp", "down")
+            masked = _zeroed(masked, number, "down")
     pruned = prune_decoder(dense, "depth", sparsity, unit=unit)
     missing = {"layer": 7, "attention": 4, "mlp": 3}[unit] * many
     assert len(list(pruned.projections())) == 7 * LAYERS - missing
@@ -161,9 +156,9 @@ def test_width(dense: Decoder, sparsity: float) -> None:
         assert after.attention and before.attention and after.mlp and before.mlp  # noqa: PT018
         assert after.attention.kv_heads == {0.25: 3, 0.6: 2}[sparsity]
         heads = _missing(after.attention.q.weight, before.attention.q.weight)
-        masked = _zeroed(masked, number, "attention", "o", columns=heads)
+        masked = _zeroed(masked, number, "o", columns=heads)
         channels = _missing(after.mlp.up.weight, before.mlp.up.weight)
-        masked = _zeroed(masked, number, "mlp", "down", columns=channels)
+        masked = _zeroed(masked, number, "down", columns=channels)
     check(run(pruned)[0], reference(masked, TOKENS))
 
 
@@ -176,8 +171,8 @@ def test_width_cross(dense: Decoder, turned: bool) -> None:
     embedding[:, gone] = 0.0
     masked = replace(dense, embedding=embedding)
     for number in range(LAYERS):
-        masked = _zeroed(masked, number, "attention", "o", rows=gone)
-        masked = _zeroed(masked, number, "mlp", "down", rows=gone)
+        masked = _zeroed(masked, number, "o", rows=gone)
+        masked = _zeroed(masked, number, "down", rows=gone)
     check(run(pruned)[0], reference(masked, TOKENS))
 
 
@@ -186,8 +181,7 @@ def test_low_rank(dense: Decoder) -> None:
     for number, role, projection in pruned.projections():
         first, second = projection.factors
         assert first.shape[0] == second.shape[1] < min(first.shape[1], second.shape[0])
-        part = "mlp" if role in ("gate", "up", "down") else "attention"
-        masked = _masked(masked, number, part, role, (second.double() @ first.double()).float())
+        masked = _masked(masked, number, role, (second.double() @ first.double()).float())
     check(run(pruned)[0], reference(masked, TOKENS))
 
 
@@ -228,19 +222,13 @@ def test_semi_structured_on_a_gpu() -> None:
     made = random_decoder(config, dtype="bf16", place="cuda")
     pruned, masked = prune_decoder(made, "semi_structured", 0.5), made
     for number, role, projection in made.projections():
-        masked = _masked(
-            masked,
-            number,
-            "mlp" if role in ("gate", "up", "down") else "attention",
-            role,
-            two_of_four(projection.weight),
-        )
+        masked = _masked(masked, number, role, two_of_four(projection.weight))
     tokens = TOKENS.to("cuda")
     first, second = run(pruned, tokens)[0].float(), run(masked, tokens)[0].float()
     assert float((first - second).norm() / second.norm()) < 0.05
 
 
-# -- dynamic families -------------------------------------------------------------------------------------------------------------
+# -- dynamic families -----------------------------------------------------------------------------
 
 
 def _rows(places: Any, length: int) -> Any:
@@ -319,13 +307,8 @@ def test_token(dense: Decoder, start: int) -> None:
     assert torch.equal(places[:, -1], torch.full((BATCH,), PROMPT - 1))
     there = _rows(places, TOKENS.shape[1])
     there[:, PROMPT:] = True
-    masks = Masks(
-        {
-            number: there[:, None, None, :] | torch.eye(there.shape[1], dtype=torch.bool)
-            for number in range(start, LAYERS)
-        }
-    )
-    masks.seen = {number: seen.expand(-1, CONFIG.kv_heads, -1, -1) for number, seen in masks.seen.items()}
+    seen = there[:, None, None, :] | torch.eye(there.shape[1], dtype=torch.bool)
+    masks = Masks(dict.fromkeys(range(start, LAYERS), seen.expand(-1, CONFIG.kv_heads, -1, -1)))
     check(logits, reference(dense, TOKENS, masks))
     if start:
         assert not torch.equal(places[0], places[1])  # chosen by what is attended to, not by place
@@ -353,16 +336,15 @@ def test_positions_attended_to_are_the_ones_kept() -> None:
     wanted = torch.tensor([[3, 11, 25], [0, 17, 37]])
     for head in range(2):
         k[0, head, wanted[head]] = 3.0 * torch.eye(8)[:3]
-    cache = Cache(torch.zeros_like(k), torch.zeros_like(v), 40)
-    state = State([], 40, np.random.default_rng(0), {})
-    routed.evict(q, k, v, cache, keep=3 / 40, observed=2, state=state, number=0)
+    cache, state = Cache(torch.zeros_like(k), torch.zeros_like(v), 40), State(random_decoder(CONFIG), 40, trace={})
+    CacheCut(3 / 40, observed=2).cut(state, cache, q, k, v)
     assert state.trace is not None
     assert torch.equal(state.trace[0, "cache"], wanted[None])
     assert cache.length == 3
     assert torch.equal(cache.v[0, 1, :3], v[0, 1, wanted[1]])
 
 
-# -- composition, shapes, refusals ------------------------------------------------------------------------------------------------
+# -- composition, shapes, refusals ----------------------------------------------------------------
 
 
 def test_families_compose(dense: Decoder) -> None:
@@ -441,34 +423,3 @@ def test_a_start_beyond_the_layers_is_refused(dense: Decoder) -> None:
 def test_other_architectures_are_refused_with_the_reason(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(InputError, match=reason):
         random_decoder(replace(CONFIG, **changes))
-
-
-# -- timing -----------------------------------------------------------------------------------------------------------------------
-
-
-def test_timing_gives_both_phases(dense: Decoder) -> None:
-    protocol = Protocol(time_limit_s=0.3, min_samples=6, precision=0.2)
-    times = time_decoder(dense, batch=1, seq=64, protocol=protocol)
-    assert set(times) == {"prefill", "decode"}
-    assert all(t.median_s > 0 for t in times.values())
-
-
-def test_longer_prompts_take_longer(dense: Decoder) -> None:
-    protocol = Protocol(time_limit_s=0.3, min_samples=6, precision=0.2)
-    short, long = (
-        min(time_decoder(dense, batch=1, seq=s, phases=["prefill"], protocol=protocol)["prefill"].samples_s)
-        for s in (8, 1024)
-    )
-    assert long > 3 * short
-
-
-def test_timing_refuses_what_it_cannot_do(dense: Decoder) -> None:
-    with pytest.raises(Unsupported, match="no CUDA graphs"):
-        time_decoder(dense, batch=1, seq=8, runtime="cuda_graph")
-    routed = replace(prune_decoder(dense, "dynamic_depth", 0.5), place="cuda:0")
-    with pytest.raises(Unsupported, match="dynamic_depth decides on the host"):
-        time_decoder(routed, batch=1, seq=8, runtime="cuda_graph")
-    with pytest.raises(InputError, match="phase"):
-        time_decoder(dense, batch=1, seq=8, phases=["generate"])
-    with pytest.raises(InputError, match="runtime"):
-        time_decoder(dense, batch=1, seq=8, runtime="triton")

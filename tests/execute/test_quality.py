@@ -1,4 +1,5 @@
-"""Pruning a real decoder: the pass equals the model's own code, methods remove what they say, runs resume. Needs PyTorch."""
+"""Pruning a real decoder: the pass equals the model's own code, methods remove what they say, runs resume. Needs
+PyTorch."""
 
 from __future__ import annotations
 
@@ -6,16 +7,26 @@ import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch", reason="measuring quality needs PyTorch")
 
 from calibration.execute import quality  # noqa: E402
+from calibration.execute.decoder import Decoder, Rule, State, from_weights, token_losses  # noqa: E402
+from calibration.execute.decoder.families import each_projection  # noqa: E402
 from calibration.execute.quality import Plan, Results, read_text, split_windows  # noqa: E402
+from calibration.execute.quality_load import Loaded, check_same, extract, load_decoder  # noqa: E402
 from calibration.execute.quality_methods import METHODS, Calibration, apply, calibrate, truncated  # noqa: E402
-from calibration.execute.quality_model import Decoder, Layer, Rule, load_decoder, token_losses  # noqa: E402
-from calibration.execute.quality_rules import AttentionBlocks, CacheEviction, PromptDropping, TokenSkipping, UnitChoice  # noqa: E402
+from calibration.execute.quality_rules import (  # noqa: E402
+    AttentionBlocks,
+    CacheEviction,
+    Masked,
+    PromptDropping,
+    TokenSkipping,
+    UnitChoice,
+)
 from simulator.errors import InputError  # noqa: E402
 from simulator.predict.quality import load_quality  # noqa: E402
 from simulator.pruning import FAMILIES  # noqa: E402
@@ -23,42 +34,35 @@ from simulator.pruning import FAMILIES  # noqa: E402
 HIDDEN, INNER, HEADS, GROUPS, DIM, VOCABULARY, LAYERS, LENGTH = 64, 128, 4, 2, 16, 97, 5, 160
 
 
+def _matrix(random: torch.Generator, n: int, k: int) -> torch.Tensor:
+    return torch.randn(n, k, generator=random) / k**0.5
+
+
 @pytest.fixture(scope="module")
 def decoder() -> Decoder:
     random = torch.Generator().manual_seed(0)
+    shapes = {
+        f"self_attn.{r}_proj": (n, HIDDEN) for r, n in (("q", HEADS * DIM), ("k", GROUPS * DIM), ("v", GROUPS * DIM))
+    }
+    shapes |= {"self_attn.o_proj": (HIDDEN, HEADS * DIM), "mlp.down_proj": (HIDDEN, INNER)}
+    shapes |= {f"mlp.{role}_proj": (INNER, HIDDEN) for role in ("gate", "up")}
+    weights = {"model.norm.weight": torch.ones(HIDDEN)}
+    for name in ("model.embed_tokens", "lm_head"):
+        weights[f"{name}.weight"] = _matrix(random, VOCABULARY, HIDDEN) * 4
+    for at in (f"model.layers.{number}" for number in range(LAYERS)):
+        weights |= {f"{at}.{name}.weight": _matrix(random, *shape) for name, shape in shapes.items()}
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            weights[f"{at}.{name}.weight"] = 1 + 0.1 * _matrix(random, 1, HIDDEN)[0]
+    return from_weights("tiny", weights, heads=HEADS, kv_heads=GROUPS, rule=Masked())
 
-    def matrix(n: int, k: int) -> torch.Tensor:
-        return torch.randn(n, k, generator=random) / k**0.5
 
-    layers = tuple(
-        Layer(
-            1 + 0.1 * matrix(1, HIDDEN)[0],
-            matrix(HEADS * DIM, HIDDEN),
-            matrix(GROUPS * DIM, HIDDEN),
-            matrix(GROUPS * DIM, HIDDEN),
-            matrix(HIDDEN, HEADS * DIM),
-            1 + 0.1 * matrix(1, HIDDEN)[0],
-            matrix(INNER, HIDDEN),
-            matrix(INNER, HIDDEN),
-            matrix(HIDDEN, INNER),
-        )
-        for _ in range(LAYERS)
-    )
-    frequencies = 10000.0 ** (-torch.arange(0, DIM, 2).float() / DIM)
-    return Decoder(
-        matrix(VOCABULARY, HIDDEN) * 4,
-        layers,
-        torch.ones(HIDDEN),
-        matrix(VOCABULARY, HIDDEN) * 4,
-        HEADS,
-        GROUPS,
-        DIM,
-        1e-5,
-        frequencies,
-        1.0,
-        "tiny",
-        "0",
-    )
+def _under(decoder: Decoder, rule: Rule) -> Decoder:
+    return replace(decoder, rule=rule)
+
+
+def _scaled(decoder: Decoder, scale: dict[tuple[int, str], Any]) -> Decoder:
+    """The decoder with some projections' weights, by layer and role, multiplied."""
+    return each_projection(decoder, lambda i, role, p: replace(p, factors=(p.weight * scale.get((i, role), 1.0),)))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +76,7 @@ def seen(decoder: Decoder, windows: list[torch.Tensor]) -> Calibration:
     return calibrate(decoder, windows)
 
 
-# -- the pass ---------------------------------------------------------------------------------------------------------------------
+# -- the pass -------------------------------------------------------------------------------------
 
 
 def test_pass_equals_transformers_own_code() -> None:
@@ -92,14 +96,12 @@ def test_pass_equals_transformers_own_code() -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.2)
-    from calibration.execute.quality_model import check_same, extract
-
-    ours = extract(model, "tiny", "0")
+    ours = extract(model, "tiny")
     check_same(ours, model)
     ids = torch.arange(64) % VOCABULARY
     with torch.no_grad():
         theirs = torch.nn.functional.cross_entropy(model(ids[None]).logits[0, 31:-1], ids[32:], reduction="none")
-    torch.testing.assert_close(token_losses(ours, ids, Rule(), 32), theirs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(token_losses(ours, ids, 32), theirs, rtol=1e-4, atol=1e-4)
     with pytest.raises(InputError, match="not a plain Llama-style decoder"):
         check_same(replace(ours, layers=ours.layers[:-1]), model)
 
@@ -107,12 +109,12 @@ def test_pass_equals_transformers_own_code() -> None:
 def test_losses_are_causal(decoder: Decoder, windows: list[torch.Tensor]) -> None:
     changed = windows[0].clone()
     changed[-1] = (changed[-1] + 1) % VOCABULARY
-    a, b = (token_losses(decoder, ids, Rule(), 80) for ids in (windows[0], changed))
+    a, b = (token_losses(decoder, ids, 80) for ids in (windows[0], changed))
     assert len(a) == LENGTH - 80
     torch.testing.assert_close(a[:-1], b[:-1])
 
 
-# -- methods ----------------------------------------------------------------------------------------------------------------------
+# -- methods --------------------------------------------------------------------------------------
 
 
 def test_every_family_has_a_method() -> None:
@@ -123,9 +125,9 @@ def test_every_family_has_a_method() -> None:
 def test_methods_do_something_finite(
     method: str, decoder: Decoder, windows: list[torch.Tensor], seen: Calibration
 ) -> None:
-    dense = token_losses(decoder, windows[0], Rule(), LENGTH // 2)
-    changed, rule, realised = apply(method, decoder, 0.5, seen)
-    pruned = token_losses(changed, windows[0], rule, LENGTH // 2)
+    dense = token_losses(decoder, windows[0], LENGTH // 2)
+    changed, realised = apply(method, decoder, 0.5, seen)
+    pruned = token_losses(changed, windows[0], LENGTH // 2)
     assert torch.isfinite(pruned).all()
     assert not torch.allclose(pruned, dense, atol=1e-4)
     assert realised == pytest.approx(0.5, abs=0.25)  # groups, widths and ranks are coarse in so small a model
@@ -133,40 +135,36 @@ def test_methods_do_something_finite(
 
 @pytest.mark.parametrize("method", [name for name, m in METHODS.items() if m.family != "semi_structured"])
 def test_less_is_closer_to_dense(method: str, decoder: Decoder, windows: list[torch.Tensor], seen: Calibration) -> None:
-    dense = token_losses(decoder, windows[0], Rule(), LENGTH // 2)
+    dense = token_losses(decoder, windows[0], LENGTH // 2)
 
     def distance(sparsity: float) -> float:
-        changed, rule, _ = apply(method, decoder, sparsity, seen)
-        return float((token_losses(changed, windows[0], rule, LENGTH // 2) - dense).pow(2).mean())
+        changed = apply(method, decoder, sparsity, seen).decoder
+        return float((token_losses(changed, windows[0], LENGTH // 2) - dense).pow(2).mean())
 
     assert distance(0.01 if METHODS[method].family != "low_rank" else -1.2) <= distance(0.6) * 0.6
 
 
 def test_block_influence_drops_an_idle_layer(decoder: Decoder, windows: list[torch.Tensor]) -> None:
-    idle = replace(decoder.layers[2], o=decoder.layers[2].o * 0, down=decoder.layers[2].down * 1e-6)
-    planted = replace(decoder, layers=(*decoder.layers[:2], idle, *decoder.layers[3:]))
-    changed, _, realised = apply("block influence", planted, 0.2, calibrate(planted, windows))
+    planted = _scaled(decoder, {(2, "o"): 0.0, (2, "down"): 1e-6})
+    changed, realised = apply("block influence", planted, 0.2, calibrate(planted, windows))
     assert (len(changed.layers), realised) == (4, 0.2)
-    a, b = (token_losses(d, windows[0], Rule(), 80) for d in (planted, changed))
+    a, b = (token_losses(d, windows[0], 80) for d in (planted, changed))
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
 def test_width_keeps_groups_and_aligned_channels(decoder: Decoder, seen: Calibration) -> None:
-    changed, _, realised = apply("Wanda-sp", decoder, 0.45, seen)
-    layer = changed.layers[0]
-    assert int((layer.down.abs().sum(0) > 0).sum()) == 80  # 70.4 rounded up to 16
-    assert int((layer.o.abs().sum(0) > 0).sum()) == HEADS * DIM // 2
+    changed, realised = apply("Wanda-sp", decoder, 0.45, seen)
+    inputs = {role: p.weight.shape[1] for _, role, p in changed.projections()}
+    assert (inputs["down"], inputs["o"]) == (80, HEADS * DIM // 2)  # 70.4 rounded up to 16
     attention, mlp = HIDDEN * DIM * (2 * HEADS + 2 * GROUPS), 3 * HIDDEN * INNER
     assert realised == pytest.approx(1 - (attention / 2 + mlp * 80 / 128) / (attention + mlp))
 
 
 def test_two_of_four_and_unstructured_patterns(decoder: Decoder, seen: Calibration) -> None:
-    sparse = apply("Wanda 2:4", decoder, 0.5, seen).decoder.layers[1]
-    for name in ("q", "k", "v", "o", "gate", "up", "down"):
-        kept = (getattr(sparse, name) != 0).view(-1, 4).sum(1)
-        assert bool((kept == 2).all())
-    scattered = apply("Wanda", decoder, 0.25, seen).decoder.layers[1]
-    assert bool(((scattered.down == 0).sum(1) == INNER // 4).all())
+    for _, _, p in apply("Wanda 2:4", decoder, 0.5, seen).decoder.projections():
+        assert bool(((p.weight != 0).view(-1, 4).sum(1) == 2).all())
+    for _, _, p in apply("Wanda", decoder, 0.25, seen).decoder.projections():
+        assert bool(((p.weight == 0).sum(1) == p.weight.shape[1] // 4).all())
 
 
 def test_truncation_is_the_best_of_its_rank() -> None:
@@ -184,42 +182,38 @@ def test_truncation_is_the_best_of_its_rank() -> None:
 
 def test_slicing_keeps_a_stream_that_lies_in_a_subspace(decoder: Decoder, windows: list[torch.Tensor]) -> None:
     mask = (torch.arange(HIDDEN) < 32).float()
-    layers = tuple(
-        replace(layer, o=layer.o * mask[:, None], down=layer.down * mask[:, None]) for layer in decoder.layers
-    )
-    planted = replace(decoder, embedding=decoder.embedding * mask, layers=layers)
-    changed, _, realised = apply("shared PCA slicing", planted, 0.5, calibrate(planted, windows))
+    writers = {(i, role): mask[:, None] for i in range(LAYERS) for role in ("o", "down")}
+    planted = replace(_scaled(decoder, writers), embedding=decoder.embedding * mask)
+    changed, realised = apply("shared PCA slicing", planted, 0.5, calibrate(planted, windows))
     assert realised == 0.5
-    a, b = (token_losses(d, windows[0], Rule(), 80) for d in (planted, changed))
+    a, b = (token_losses(d, windows[0], 80) for d in (planted, changed))
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
-# -- rules ------------------------------------------------------------------------------------------------------------------------
+# -- rules ----------------------------------------------------------------------------------------
+
+
+def _causal(scores: torch.Tensor) -> torch.Tensor:
+    n = scores.shape[-1]
+    return scores.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), float("-inf"))
 
 
 def test_token_skipping_skips_its_share(decoder: Decoder, windows: list[torch.Tensor]) -> None:
     kept: list[int] = []
 
     class Count(TokenSkipping):
-        def tokens(self, layer: int, part: str, x: torch.Tensor) -> torch.Tensor | None:
-            keep = super().tokens(layer, part, x)
-            assert keep is not None
-            kept.append(int(keep.sum()))
+        def tokens(self, s: State, part: Any, x: torch.Tensor) -> torch.Tensor:
+            kept.append(int((keep := super().tokens(s, part, x)).sum()))
             return keep
 
-    share = torch.full((LAYERS, 2), 0.25)
-    token_losses(decoder, windows[0], Count(share), 80)
+    token_losses(_under(decoder, Count(torch.full((LAYERS, 2), 0.25))), windows[0], 80)
     assert kept == [120] * (2 * LAYERS)
 
 
 @pytest.mark.parametrize("pattern", ["local", "vertical-slash"])
-def test_attention_blocks_keep_their_share(pattern: str) -> None:
-    random = torch.Generator().manual_seed(5)
-    n = 512
-    scores = torch.randn(3, n, n, generator=random).masked_fill(
-        torch.ones(n, n, dtype=torch.bool).triu(1), float("-inf")
-    )
-    out = AttentionBlocks(0.4, pattern).scores(0, scores)
+def test_attention_blocks_keep_their_share(decoder: Decoder, pattern: str) -> None:
+    scores = _causal(torch.randn(3, 512, 512, generator=torch.Generator().manual_seed(5)))
+    out = AttentionBlocks(0.4, pattern).scores(State(decoder, 256), scores)
     kept = torch.isfinite(out).view(3, 8, 64, 8, 64).any(4).any(2)
     assert kept.sum((1, 2)).tolist() == [round(0.6 * 36)] * 3
     assert bool(torch.diagonal(kept, dim1=1, dim2=2).all())
@@ -227,36 +221,34 @@ def test_attention_blocks_keep_their_share(pattern: str) -> None:
     assert bool((torch.isfinite(out) <= torch.isfinite(scores)).all())
 
 
-def test_vertical_slash_finds_a_planted_column() -> None:
-    n = 512
-    scores = torch.zeros(1, n, n)
+def test_vertical_slash_finds_a_planted_column(decoder: Decoder) -> None:
+    scores = torch.zeros(1, 512, 512)
     scores[:, :, 192:256] = 5.0
-    scores = scores.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), float("-inf"))
-    kept = torch.isfinite(AttentionBlocks(0.45, "vertical-slash").scores(0, scores)).view(8, 64, 8, 64).any(3).any(1)
-    assert bool(kept[3:, 3].all())
+    out = AttentionBlocks(0.45, "vertical-slash").scores(State(decoder, 256), _causal(scores))
+    assert bool(torch.isfinite(out).view(8, 64, 8, 64).any(3).any(1)[3:, 3].all())
 
 
 def test_prompt_dropping_drops_what_the_last_token_ignores(decoder: Decoder) -> None:
-    rule = PromptDropping(0.25)
-    rule.begin(decoder, 16, 8)
-    scores = torch.zeros(2, 16, 16).masked_fill(torch.ones(16, 16, dtype=torch.bool).triu(1), float("-inf"))
+    rule, state, part, x = PromptDropping(0.25), State(decoder, 8, layer=2), decoder.layers[2].mlp, torch.zeros(16, 4)
+    scores = _causal(torch.zeros(2, 16, 16))
     scores[:, 7, 2] = scores[:, 7, 5] = -4.0
-    assert rule.tokens(2, "mlp", torch.zeros(16, 4)) is None
-    rule.scores(1, scores)
-    keep = rule.tokens(2, "mlp", torch.zeros(16, 4))
+    assert part is not None
+    assert rule.tokens(state, part, x) is None
+    state.layer = 1
+    rule.scores(state, scores)
+    state.layer = 2
+    keep = rule.tokens(state, part, x)
     assert keep is not None
     assert (~keep).nonzero().flatten().tolist() == [2, 5]
-    late = rule.scores(2, scores)
+    late = rule.scores(state, scores)
     assert not torch.isfinite(late[:, 12, [2, 5]]).any()
     assert torch.isfinite(late[:, 12, [0, 1, 3, 4, 6, 7, 8, 12]]).all()
 
 
 def test_cache_eviction_keeps_recent_and_heavy(decoder: Decoder) -> None:
-    rule = CacheEviction(0.5)
-    rule.begin(decoder, 16, 8)
-    scores = torch.zeros(HEADS, 16, 16).masked_fill(torch.ones(16, 16, dtype=torch.bool).triu(1), float("-inf"))
+    scores = _causal(torch.zeros(HEADS, 16, 16))
     scores[:, :, 3] += torch.where(torch.isfinite(scores[:, :, 3]), 6.0, 0.0)
-    out = rule.scores(0, scores)
+    out = CacheEviction(0.5).scores(State(decoder, 8), scores)
     assert torch.equal(out[:, :8], scores[:, :8])
     kept = torch.isfinite(out[0, 12, :8]).nonzero().flatten().tolist()
     assert len(kept) == 4
@@ -265,16 +257,14 @@ def test_cache_eviction_keeps_recent_and_heavy(decoder: Decoder) -> None:
 
 
 def test_unit_choice_leaves_out_the_smallest(decoder: Decoder) -> None:
-    rule = UnitChoice(0.5)
-    rule.begin(decoder, 4, 2)
-    h = torch.ones(4, INNER)
-    h[:2] *= 1e-3
-    out = rule.channels(0, h)
-    assert float(out[:2].abs().sum()) == 0.0
-    assert torch.equal(out[2:], h[2:])
+    h = torch.ones(1, 4, INNER)
+    h[:, :2] *= 1e-3
+    out = UnitChoice(0.5).channels(State(decoder, 2), h)
+    assert float(out[:, :2].abs().sum()) == 0.0
+    assert torch.equal(out[:, 2:], h[:, 2:])
 
 
-# -- text and runs ----------------------------------------------------------------------------------------------------------------
+# -- text and runs --------------------------------------------------------------------------------
 
 
 def test_texts_are_disjoint() -> None:
@@ -312,47 +302,31 @@ def test_models_that_are_not_there(tmp_path: Path) -> None:
         load_decoder(tmp_path)
 
 
-def fake(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    def tokenizer(text: str, **_: object) -> SimpleNamespace:
-        return SimpleNamespace(input_ids=[b % VOCABULARY for b in text.encode()])
-
-    monkeypatch.setattr(quality, "load_decoder", lambda model, threads: (decoder, tokenizer))
-
-
 def test_run_resumes_and_gives_the_same_table(
     decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake(decoder, monkeypatch)
-    plan = Plan(
-        windows=2, calibration=2, length=128, methods=("block influence", "Wanda 2:4", "H2O"), fractions=(0.2, 0.4)
-    )
+    def tokenizer(text: str, **_: object) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[b % VOCABULARY for b in text.encode()])
+
+    monkeypatch.setattr(quality, "load_decoder", lambda model, threads: Loaded(decoder, tokenizer, "0"))
+    plan = Plan(2, 2, 128, methods=("block influence", "Wanda 2:4", "H2O"), fractions=(0.2, 0.4))
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"paragraph {i} says {i * i}" for i in range(200)), encoding="utf-8")
     whole = quality.measure_quality("tiny", tmp_path / "a.csv", plan, text)
-    assert [(r.family, r.sparsity) for r in whole.rows] == [
-        ("depth", 0.2),
-        ("depth", 0.4),
-        ("semi_structured", 0.5),
-        ("kv_cache", 0.2),
-        ("kv_cache", 0.4),
-    ]
+    points = [("depth", 0.2), ("depth", 0.4), ("semi_structured", 0.5), ("kv_cache", 0.2), ("kv_cache", 0.4)]
+    assert [(r.family, r.sparsity) for r in whole.rows] == points
     assert load_quality(tmp_path / "a.csv").models == ("tiny",)
     assert not list(tmp_path.glob("*.partial.jsonl"))
 
-    class Stop(Exception):
-        pass
-
-    def stop_after(steps: int) -> object:
-        def progress(done: int, total: int, what: str) -> None:
-            if done >= steps:
-                raise Stop
-
-        return progress
-
     partial = tmp_path / "b.csv.partial.jsonl"
     for steps in (3, 7, 9):
-        with pytest.raises(Stop):
-            quality.measure_quality("tiny", tmp_path / "b.csv", plan, text, progress=stop_after(steps))  # type: ignore[arg-type]
+
+        def stop(done: int, total: int, what: str, steps: int = steps) -> None:
+            if done >= steps:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            quality.measure_quality("tiny", tmp_path / "b.csv", plan, text, progress=stop)
     content = partial.read_bytes()
     partial.write_bytes(content[:-7])  # the last line was cut
     quality.measure_quality("tiny", tmp_path / "b.csv", plan, text)

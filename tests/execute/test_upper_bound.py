@@ -1,4 +1,5 @@
-"""The measured upper bound: which GEMMs it needs, what it is on a planted device, and what happens when some have no time."""
+"""The measured upper bound: which GEMMs it needs, what it is on a planted device, and what happens when some have no
+time."""
 
 from __future__ import annotations
 
@@ -11,20 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration.cli import app, run, upper_bound
+from calibration.cli import run
 from calibration.devices.protocol import Description, Operator
 from calibration.devices.replay import Faults, ReplayDevice, roofline_timings
+from calibration.execute.cases import Case, profile_of, settings_of
 from calibration.execute.upper_bound import (
     Bound,
-    Case,
     bound_errors,
     bounds,
     gemm_seconds,
     measure_bounds,
     measured_bounds,
     plain_gemms,
-    profile_of,
-    settings_of,
     shapes_of,
 )
 from calibration.records.records import Records, Source
@@ -36,15 +35,12 @@ from simulator.workload import Kernel, Kind, Workload
 MODEL = "smollm2-135m"
 HW = load_hardware("a100")
 
-if "upper-bound" not in {command.name for command in app.registered_commands}:
-    app.command("upper-bound")(upper_bound.command)
-
 
 def _cases(family: str = "all", sparsity: float = 0.5, **settings: Any) -> list[Case]:
     return settings_of(MODEL, families=[family], sparsities=[sparsity], seq=[128], **settings)[0]
 
 
-# -- which GEMMs ------------------------------------------------------------------------------------------------------------------
+# -- which GEMMs ----------------------------------------------------------------------------------
 
 
 def test_depth_needs_no_shape_of_its_own() -> None:
@@ -96,7 +92,7 @@ def test_every_shape_once() -> None:
     assert all(m >= 1 and n >= 1 and k >= 1 for m, n, k in shapes)
 
 
-# -- on a planted device ----------------------------------------------------------------------------------------------------------
+# -- on a planted device --------------------------------------------------------------------------
 
 
 def _measure(
@@ -181,7 +177,7 @@ def test_errors_of_predicted_bounds_by_hand(tmp_path: Path) -> None:
 
 def test_repeated_shapes_have_their_median() -> None:
     records = Records.from_columns([Source("some device")], m=8, n=64, k=32, seconds=[1e-6, 9e-6, 2e-6])
-    assert gemm_seconds(records, "bf16") == {"gemm bf16 cold m=8 n=64 k=32": (2e-6, 0.0)}
+    assert gemm_seconds(records, "bf16") == {(8, 64, 32): (2e-6, 0.0)}
 
 
 def test_without_sparse_tensor_cores_2to4_has_bounds_but_no_prediction(tmp_path: Path) -> None:
@@ -197,7 +193,7 @@ def test_without_sparse_tensor_cores_2to4_has_bounds_but_no_prediction(tmp_path:
     )  # dense kernels gain nothing, or the profile refuses
 
 
-# -- refusals ---------------------------------------------------------------------------------------------------------------------
+# -- refusals -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -246,7 +242,7 @@ def test_the_profile_is_the_named_one_else_the_folder_s_else_measured_facts(tmp_
         profile_of(tmp_path / "run", device, "int4")
 
 
-# -- the command ------------------------------------------------------------------------------------------------------------------
+# -- the command ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -262,18 +258,7 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _command(recording: Path, folder: Path, *more: str) -> list[str]:
-    where = [
-        "--device",
-        f"replay:{recording}",
-        "-o",
-        str(folder),
-        "--hardware",
-        "a100",
-        "--seq",
-        "128",
-        "--sparsity",
-        "0.5",
-    ]
+    where = f"--device replay:{recording} -o {folder} --hardware a100 --seq 128 --sparsity 0.5".split()
     return ["upper-bound", MODEL, *where, *more]
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from calibration.fit.attention import Columns
 
-from calibration.fit.attention_columns import Columns
 from calibration.fit.core import Shapes, machine_of, shapes
 from calibration.judge import protocol
 from calibration.judge.accuracy import GEMMS, columns_of_table, means
@@ -89,7 +89,7 @@ def test_a_fit_is_scored_on_unseen_rows(data: Shapes) -> None:
 
 
 def test_transfer_and_leave_one_out(data: Shapes) -> None:
-    section = protocol.Measured(data, HW).fit(intervals=False)
+    section = protocol.Measured(data, HW).fit()
     slower = protocol.Measured(replace(data, seconds=1.2 * data.seconds), HW)
     shipped, moved = protocol.transfer(section, slower, 0, sizes=(100,))
     assert moved.scores["mape"] < 0.3 * shipped.scores["mape"]

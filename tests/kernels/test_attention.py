@@ -18,7 +18,7 @@ from simulator.hardware.parts import Fitted, Interval, Section
 from simulator.kernels import attention
 from simulator.kernels.attention import decode_attention_time, prefill_attention_time
 from simulator.kernels.attention_core import causal_blocks, prefill_work
-from simulator.kernels.attention_residual import Lattice
+from simulator.kernels.lattice import Lattice
 from simulator.workload import attention_pairs
 
 DEVICES = ("a100_sxm_80gb", "h100_sxm", "rtx_4090", "l40s")

@@ -7,12 +7,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from calibration.fit.elementwise import OPERATORS, fit_elementwise, layer_bytes, score
+from calibration.fit.elementwise import fit_elementwise, score
+from calibration.fit.shipped import rtx_tables
 from simulator.errors import InputError
 from simulator.hardware.constants import CLASSES
 from simulator.hardware.constants import ELEMENTWISE_CONSTANTS as CONSTANTS
 from simulator.hardware.library import load_hardware
-from simulator.kernels.elementwise import ROLE_CLASS, Residual, class_code, elementwise_core, elementwise_time
+from simulator.kernels.elementwise import (
+    ROLE_CLASS,
+    class_code,
+    class_lattice,
+    class_place,
+    elementwise_core,
+    elementwise_time,
+)
 from simulator.workload import ROLES, role_code
 
 
@@ -62,12 +70,12 @@ def test_fit_recovers_planted_constants() -> None:
     size, code, time, truth = planted(3, 0.01)
     fit = fit_elementwise(size, code, time, 72e6, 1.0e12, "ada")
     for name in ("t0_norm_s", "e_norm", "l2_norm", "t0_rotary_s", "e_rotary", "l2_rotary", "l2_share"):
-        constant = fit.constants[name]
+        constant = fit.section.constants[name]
         assert constant.std_error is not None
         assert abs(constant.value - truth[name]) < 4 * constant.std_error
     assert fit.fixed["e_select"] == "no rows of its class"
-    assert fit.constants["e_select"].status == "default"
-    assert fit.accuracy["mape"] < 0.02
+    assert fit.section.constants["e_select"].status == "default"
+    assert fit.section.accuracy["mape"] < 0.02
 
 
 def test_fit_refuses_too_few_and_skips_unusable_rows() -> None:
@@ -82,26 +90,21 @@ def test_a_section_brings_its_residual() -> None:
     size, code, time, _ = planted(5, 0.0)
     fit = fit_elementwise(size, code, time * np.where(size > 1e7, 1.3, 1.0), 72e6, 1.0e12, "ada")
     facts = {"l2_bytes": 72e6, "bandwidth_bytes_per_s": 1.0e12}
-    hw = replace(load_hardware("rtx_4090"), **facts, sections={("elementwise", "bf16"): fit.section()})
+    hw = replace(load_hardware("rtx_4090"), **facts, sections={("elementwise", "bf16"): fit.section})
     shown = elementwise_time(size, 0.0, hw, role=np.array(CLASSES)[code]).seconds
-    residual = Residual.from_arrays(fit.arrays)
+    residual = class_lattice(fit.section.arrays)
     assert residual is not None
-    assert shown == pytest.approx(elementwise_core(size, code, 72e6, 1.0e12, fit.values) * np.exp(residual(size, code)))
+    core = elementwise_core(size, code, 72e6, 1.0e12, fit.constants.values)
+    assert shown == pytest.approx(core * np.exp(residual(class_place(size, code))))
 
 
 def test_accuracy_on_the_rtx_4090(shared_data) -> None:  # type: ignore[no-untyped-def]
-    rows = np.genfromtxt(
-        shared_data / "rtx4090_other_ops.csv", delimiter=",", names=True, dtype=None, encoding="utf-8", usecols=range(8)
-    )
-    size = np.array([float(layer_bytes(r["op"], np.array(float(r["m"])), 4096, 14336, 1024)) for r in rows])
-    code = class_code(np.array([OPERATORS[r["op"]] for r in rows]))
     hw = load_hardware("rtx_4090")
-    scores = [
-        score(size, code, rows["latency_us"] * 1e-6, hw.l2_bytes, hw.bandwidth_bytes_per_s, "ada", 400, seed)
-        for seed in (0, 1, 2)
-    ]
-    # measured: 5.1 %, and 6.7 % over 10 us, where rotary alternates between 10 and 22 us from one token count to the
-    # next
+    r = rtx_tables(shared_data, hw)
+    r = r.select(r.is_operator("elementwise"))
+    size, code, device = r.read_bytes + r.write_bytes, class_code(r.role), (hw.l2_bytes, hw.bandwidth_bytes_per_s)
+    scores = [score(size, code, r.seconds, *device, "ada", 400, seed) for seed in (0, 1, 2)]
+    # measured: 5.1 %, and 6.7 % over 10 us, where rotary alternates between 10 and 22 us from one token count to the next
     assert np.mean([s["mape"] for s in scores]) < 0.06
     assert np.mean([s["mape_over_10us"] for s in scores]) < 0.075
     assert 0.87 <= np.mean([s["coverage"] for s in scores]) <= 0.95

@@ -1,27 +1,25 @@
-"""Weights of a Llama-style decoder, dense or pruned, as frozen data: projections, sublayers, layers, and what is decided while running.
+"""Weights of a Llama-style decoder, dense or pruned, as frozen data: projections, sublayers, layers.
 
-Models are those with RMS norms before each sublayer, rotary positions, a gated MLP and grouped-query attention (Llama, Mistral, Qwen2,
-Qwen3, SmolLM2, Phi-3); others are refused with the reason.
+Such a decoder has RMS norms before each sublayer, rotary positions, a gated MLP and grouped-query attention (Llama,
+Mistral, Qwen2, Qwen3, SmolLM2, Phi-3). :func:`random_decoder` makes one of a model's shape, :func:`from_weights` takes
+a checkpoint's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from calibration.devices.operators import TORCH_DTYPE
-from simulator.errors import InputError, unknown
+from simulator.errors import InputError
 from simulator.models.config import ModelConfig
 
 Tensor = Any
-
-EPSILON = 1e-5
 
 
 @dataclass(frozen=True)
@@ -43,28 +41,26 @@ class Projection:
             raise InputError("decoder: this projection is factorised or sparse already; prune in another order")
         return self.factors[0]
 
+    def rows(self, index: Tensor) -> Projection:
+        """Some of the output features."""
+        bias = None if self.bias is None else self.bias.index_select(0, index)
+        return Projection((self.weight.index_select(0, index).contiguous(),), bias)
+
+    def columns(self, index: Tensor) -> Projection:
+        """Some of the input features."""
+        return Projection((self.weight.index_select(1, index).contiguous(),), self.bias)
+
 
 @dataclass(frozen=True)
 class Blocks:
-    """A sublayer's weights group by group, so that what a token uses of them is whole rows next to each other: a copy of the projections'.
+    """A copy of a sublayer's weights by groups, so that what a token uses of them is whole rows next to each other."""
 
-    Attributes
-    ----------
-    inner : tensor (rows, hidden)
-        Rows that make a group's features (an MLP's: its gate's and then its up's), one group after the other.
-    outer : tensor (features, hidden)
-        The weight that takes the features back to the hidden state, transposed.
-    edges : tuple of int
-        Where the features of each group begin, and the end of the last.
-    """
-
-    inner: Tensor
-    outer: Tensor
-    edges: tuple[int, ...]
+    inner: Tensor  # (rows, hidden): what makes a group's features (of an MLP: its gate's, then its up's), by group
+    outer: Tensor  # (features, hidden): the weight that takes the features back to the hidden state, transposed
+    edges: tuple[int, ...]  # where the features of each group begin, and the end of the last
 
     @property
     def groups(self) -> int:
-        """Number of groups."""
         return len(self.edges) - 1
 
     @property
@@ -81,13 +77,24 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class Attention:
-    """An attention sublayer. ``turn`` is the residual projection that width_cross may add, ``router`` the one of a dynamic family.
+class Sublayer:
+    """What both sublayers have beside their projections.
 
-    ``blocks`` are q and o by KV group, for dynamic width.
+    ``turn`` is the residual projection that width_cross may add; a router belongs to dynamic depth and width,
+    ``blocks`` (q and o by KV group, or the MLP by groups of channels) to dynamic width. ``roles`` names the
+    projections: the last writes the hidden state, the others read it.
     """
 
+    roles: ClassVar[tuple[str, ...]] = ()
     norm: Tensor
+    turn: Tensor | None = None
+    router: Tensor | None = None
+    blocks: Blocks | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention(Sublayer):
+    roles: ClassVar[tuple[str, ...]] = ("q", "k", "v", "o")
     q: Projection
     k: Projection
     v: Projection
@@ -95,22 +102,14 @@ class Attention:
     heads: int
     kv_heads: int
     qk_norms: tuple[Tensor, Tensor] | None = None
-    turn: Tensor | None = None
-    router: Tensor | None = None
-    blocks: Blocks | None = None
 
 
-@dataclass(frozen=True)
-class Mlp:
-    """A gated MLP sublayer; ``blocks`` are its weights by groups of channels, for dynamic width."""
-
-    norm: Tensor
+@dataclass(frozen=True, kw_only=True)
+class Mlp(Sublayer):
+    roles: ClassVar[tuple[str, ...]] = ("gate", "up", "down")
     gate: Projection
     up: Projection
     down: Projection
-    turn: Tensor | None = None
-    router: Tensor | None = None
-    blocks: Blocks | None = None
 
 
 @dataclass(frozen=True)
@@ -122,50 +121,21 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Dynamic:
-    """What is decided while the decoder runs; shares kept are 1 where nothing is.
-
-    Attributes
-    ----------
-    family : str
-        The one dynamic family that is on, or "".
-    keep : float
-        Share of the tokens, tiles, blocks, prompt or cache that is kept.
-    block : int
-        sparse_attention: edge of a block.
-    start : int
-        token: first layer on fewer tokens.
-    channel_groups : int
-        dynamic_width: groups of MLP channels.
-    observed : int
-        kv_cache: queries that score the cache.
-    seed : int
-        Of the number of tokens that run in a decode step.
-    """
-
-    family: str = ""
-    keep: float = 1.0
-    block: int = 64
-    start: int = 2
-    channel_groups: int = 32
-    observed: int = 32
-    seed: int = 0
-
-
-@dataclass(frozen=True)
 class Decoder:
-    """A decoder ready to run; see :func:`random_decoder`."""
+    """A decoder ready to run; ``rule`` (a ``run.Rule``) says what a pass leaves out, if anything."""
 
-    config: ModelConfig
+    name: str
     dtype: str
     place: str
-    embedding: Tensor
+    head_dim: int
+    embedding: Tensor  # (vocabulary, hidden)
     final_norm: Tensor
-    head: Tensor
+    head: Tensor  # (vocabulary, hidden)
     layers: tuple[Layer, ...]
-    theta: float = 10000.0
-    epsilon: float = EPSILON
-    dynamic: Dynamic = field(default_factory=Dynamic)
+    epsilon: float = 1e-5
+    frequencies: Tensor | None = None  # (head_dim / 2,) of the rotary positions; those of Llama if None
+    rotary_scale: float = 1.0
+    rule: Any = None
 
     @property
     def hidden(self) -> int:
@@ -175,44 +145,17 @@ class Decoder:
     def projections(self) -> Iterator[tuple[int, str, Projection]]:
         """Layer number, role and weights of every projection there is."""
         for number, layer in enumerate(self.layers):
-            for sublayer, roles in ((layer.attention, ("q", "k", "v", "o")), (layer.mlp, ("gate", "up", "down"))):
-                for role in roles if sublayer is not None else ():
+            for sublayer in (layer.attention, layer.mlp):
+                for role in sublayer.roles if sublayer is not None else ():
                     yield number, role, getattr(sublayer, role)
 
-
-@dataclass
-class Cache:
-    """Keys and values of one layer, (batch, kv_heads, room, head_dim) each, of which ``length`` positions are filled."""
-
-    k: Tensor
-    v: Tensor
-    length: int = 0
-    means: Tensor | None = None  # sparse_attention: mean key of each whole block of the prompt
-
-
-@dataclass
-class State:
-    """What a prefill leaves for decoding.
-
-    ``caches`` has None where a layer has no attention; ``position`` is that of the next token; ``trace``, where it is a dict, receives what
-    dynamic families decided, by layer and sublayer.
-    """
-
-    caches: list[Cache | None]
-    position: int
-    rng: np.random.Generator
-    trace: dict[tuple[int, str], Any] | None = None
-
-    def mark(self) -> tuple[int, list[int]]:
-        """Where the caches stand, for :meth:`rewind`."""
-        return self.position, [cache.length if cache else 0 for cache in self.caches]
-
-    def rewind(self, mark: tuple[int, list[int]]) -> None:
-        """Forget tokens decoded since the mark."""
-        self.position = mark[0]
-        for cache, length in zip(self.caches, mark[1], strict=True):
-            if cache is not None:
-                cache.length = length
+    def changed(self, change: Callable[[int, Any], Any]) -> Decoder:
+        """The decoder with a function of (layer number, sublayer) in place of every sublayer that is there."""
+        layers = []
+        for number, layer in enumerate(self.layers):
+            parts: list[Any] = [part and change(number, part) for part in (layer.attention, layer.mlp)]
+            layers.append(Layer(*parts))
+        return replace(self, layers=tuple(layers))
 
 
 def check_model(config: ModelConfig) -> ModelConfig:
@@ -235,44 +178,25 @@ def check_model(config: ModelConfig) -> ModelConfig:
 
 
 def random_decoder(
-    config: ModelConfig,
-    *,
-    dtype: str = "bf16",
-    place: str = "cpu",
-    layers: int | None = None,
-    seed: int = 0,
-    theta: float = 10000.0,
+    config: ModelConfig, *, dtype: str = "bf16", place: str = "cpu", layers: int | None = None, seed: int = 0
 ) -> Decoder:
-    """A decoder with random weights of a size that keeps activations near one.
+    """A decoder of a model's shape on a torch device, with random weights of a size that keeps activations near one.
 
-    Parameters
-    ----------
-    config : simulator.ModelConfig
-    dtype : {"fp32", "bf16", "fp16"}
-    place : str
-        torch device.
-    layers : int, optional
-        Fewer layers than the model has, where memory or time is short.
-    seed : int
-    theta : float
-        Base of the rotary frequencies.
-
-    Raises
-    ------
-    InputError
-        The model is no Llama-style one.
+    ``dtype`` is fp32, bf16 or fp16; ``layers`` may be fewer than the model has. Refuses a model that is no Llama-style
+    one (InputError).
     """
     check_model(config)
-    if dtype not in ("fp32", "bf16", "fp16"):
-        raise unknown("dtype of a decoder", dtype, ("fp32", "bf16", "fp16"))
     generator = torch.Generator(device=place).manual_seed(seed)
     kind = TORCH_DTYPE[dtype]
 
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=place)
+
     def weight(rows: int, columns: int) -> Tensor:
-        return (torch.randn(rows, columns, generator=generator, device=place) / math.sqrt(columns)).to(kind)
+        return (normal(rows, columns) / math.sqrt(columns)).to(kind)
 
     def near(value: float, size: int) -> Tensor:
-        return (value + 0.1 * torch.randn(size, generator=generator, device=place)).to(kind)
+        return (value + 0.1 * normal(size)).to(kind)
 
     def dense(rows: int, columns: int, bias: bool = False) -> Projection:
         return Projection((weight(rows, columns),), near(0.0, rows) if bias else None)
@@ -280,55 +204,66 @@ def random_decoder(
     h, q, kv, biased = config.hidden, config.q_width, config.kv_width, config.qkv_bias
     made = []
     for _ in range(config.layers if layers is None else layers):
+        # in this order: the generator's numbers are the decoder
         norms = (near(1.0, config.head_dim), near(1.0, config.head_dim)) if config.qk_norm else None
         attention = Attention(
-            near(1.0, h),
-            dense(q, h, biased),
-            dense(kv, h, biased),
-            dense(kv, h, biased),
-            dense(h, q),
-            config.heads,
-            config.kv_heads,
-            norms,
+            norm=near(1.0, h),
+            q=dense(q, h, biased),
+            k=dense(kv, h, biased),
+            v=dense(kv, h, biased),
+            o=dense(h, q),
+            heads=config.heads,
+            kv_heads=config.kv_heads,
+            qk_norms=norms,
         )
-        made.append(
-            Layer(attention, Mlp(near(1.0, h), dense(config.inner, h), dense(config.inner, h), dense(h, config.inner)))
-        )
-    embedding = torch.randn(config.vocab, h, generator=generator, device=place).to(kind)
+        norm, shapes = near(1.0, h), {"gate": (config.inner, h), "up": (config.inner, h), "down": (h, config.inner)}
+        projections: dict[str, Any] = {role: dense(*shape) for role, shape in shapes.items()}
+        made.append(Layer(attention, Mlp(norm=norm, **projections)))
+    embedding = normal(config.vocab, h).to(kind)
     head = embedding if config.tied else weight(config.vocab, h)
-    return Decoder(config, dtype, place, embedding, near(1.0, h), head, tuple(made), theta)
+    return Decoder(config.name, dtype, place, config.head_dim, embedding, near(1.0, h), head, tuple(made))
 
 
 def from_weights(
-    config: ModelConfig,
+    name: str,
     weights: Mapping[str, Tensor],
     *,
-    dtype: str = "bf16",
+    heads: int,
+    kv_heads: int,
+    dtype: str = "fp32",
     place: str = "cpu",
-    theta: float = 10000.0,
-    epsilon: float = EPSILON,
+    **constants: Any,
 ) -> Decoder:
-    """A decoder with the weights of a Hugging Face checkpoint, by their names there (``model.layers.0.self_attn.q_proj.weight``, ...)."""
-    check_model(config)
-    kind = TORCH_DTYPE[dtype]
+    """A decoder with the weights of a Hugging Face checkpoint, by their names there
+    (``model.layers.0.self_attn.q_proj.weight``, ...).
 
-    def get(name: str) -> Tensor:
-        if name not in weights:
-            raise InputError(f"decoder: the checkpoint of {config.name} has no weight {name!r}")
-        return weights[name].to(device=place, dtype=kind)
+    ``constants`` are the last fields of a :class:`Decoder`: ``epsilon``, ``frequencies``, ``rotary_scale``, ``rule``.
+    """
 
-    def projection(name: str, bias: bool = False) -> Projection:
-        return Projection((get(f"{name}.weight"),), get(f"{name}.bias") if bias else None)
+    def get(key: str) -> Tensor:
+        if key not in weights:
+            raise InputError(f"decoder: the checkpoint of {name} has no weight {key!r}")
+        return weights[key].to(device=place, dtype=TORCH_DTYPE[dtype])
 
-    made = []
-    for number in range(config.layers):
-        at = f"model.layers.{number}"
-        norms = (get(f"{at}.self_attn.q_norm.weight"), get(f"{at}.self_attn.k_norm.weight")) if config.qk_norm else None
-        q, k, v = (projection(f"{at}.self_attn.{name}_proj", config.qkv_bias) for name in "qkv")
-        o = projection(f"{at}.self_attn.o_proj")
-        attention = Attention(get(f"{at}.input_layernorm.weight"), q, k, v, o, config.heads, config.kv_heads, norms)
-        gate, up, down = (projection(f"{at}.mlp.{name}_proj") for name in ("gate", "up", "down"))
-        made.append(Layer(attention, Mlp(get(f"{at}.post_attention_layernorm.weight"), gate, up, down)))
-    embedding = get("model.embed_tokens.weight")
-    head = embedding if config.tied else get("lm_head.weight")
-    return Decoder(config, dtype, place, embedding, get("model.norm.weight"), head, tuple(made), theta, epsilon)
+    def projections(at: str, roles: tuple[str, ...]) -> dict[str, Any]:
+        keys = {role: f"{at}.{role}_proj" for role in roles}
+        biases = {role: get(f"{key}.bias") if f"{key}.bias" in weights else None for role, key in keys.items()}
+        return {role: Projection((get(f"{key}.weight"),), biases[role]) for role, key in keys.items()}
+
+    embedding, made = get("model.embed_tokens.weight"), []
+    numbers = [int(key.split(".")[2]) for key in weights if key.startswith("model.layers.")]
+    for at in (f"model.layers.{number}" for number in range(max(numbers, default=-1) + 1)):
+        norms = tuple(f"{at}.self_attn.{role}_norm.weight" for role in "qk")
+        attention = Attention(
+            norm=get(f"{at}.input_layernorm.weight"),
+            **projections(f"{at}.self_attn", Attention.roles),
+            heads=heads,
+            kv_heads=kv_heads,
+            qk_norms=(get(norms[0]), get(norms[1])) if norms[0] in weights else None,
+        )
+        mlp = Mlp(norm=get(f"{at}.post_attention_layernorm.weight"), **projections(f"{at}.mlp", Mlp.roles))
+        made.append(Layer(attention, mlp))
+    head = get("lm_head.weight") if "lm_head.weight" in weights else embedding
+    head_dim = len(made[0].attention.q.weight) // heads if made and made[0].attention else 0
+    final_norm = get("model.norm.weight")
+    return Decoder(name, dtype, place, head_dim, embedding, final_norm, head, tuple(made), **constants)

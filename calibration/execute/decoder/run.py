@@ -1,161 +1,194 @@
-"""The forward pass: a prefill of whole prompts, and decode steps of one token a sequence.
+"""The forward pass: a prefill of prompts, decode steps of one token a sequence, the loss of every token of a window.
 
-Sublayers without anything dynamic are here; ``routed`` has those that decide for each token what to compute.
+Whatever may be decided while it runs is a method of a :class:`Rule`; that of a dense decoder decides nothing.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from calibration.devices.attention import block_sparse_attention, decode_attention, prefill_attention
-from calibration.devices.operators import gated, rms_norm, rotary_tables
-from calibration.execute.decoder import routed, widths
-from calibration.execute.decoder.model import Attention, Cache, Decoder, Mlp, State, Tensor
-from simulator.errors import InputError
+from calibration.devices.attention import decode_attention, prefill_attention
+from calibration.devices.operators import gated, rms_norm, rotary, rotary_tables
+from calibration.execute.decoder.model import Attention, Decoder, Mlp, Tensor
+
+
+@dataclass
+class Cache:
+    """Keys and values of a layer, (batch, kv_heads, room, head_dim) each, of which ``length`` positions are filled."""
+
+    k: Tensor
+    v: Tensor
+    length: int
+
+
+@dataclass
+class State:
+    """A pass under way, and what it leaves for the next."""
+
+    decoder: Decoder
+    prompt: int  # its tokens
+    room: int = 0  # positions that caches have beside those of the prefill
+    trace: dict[tuple[int, str], Any] | None = None  # receives what a rule decides, by (layer, what)
+    position: int = 0  # of the first token of the pass; after it, of the next token
+    decoding: bool = False  # whether this is a decode step
+    layer: int = 0  # the layer that runs
+    cos: Tensor = None  # rotary tables of the tokens that run, (tokens, head_dim)
+    sin: Tensor = None
+    caches: dict[int, Cache] = field(default_factory=dict)  # by layer; one without attention has none
+    kept: dict[Any, Any] = field(default_factory=dict)  # what a rule remembers from one sublayer to the next
+
+    def note(self, what: str, value: Any) -> None:
+        """Leave a decision in the trace."""
+        if self.trace is not None:
+            self.trace[self.layer, what] = value
+
+    def mark(self) -> tuple[int, dict[int, int]]:
+        """Where the caches stand, for :meth:`rewind`."""
+        return self.position, {layer: cache.length for layer, cache in self.caches.items()}
+
+    def rewind(self, mark: tuple[int, dict[int, int]]) -> None:
+        """Forget tokens decoded since the mark."""
+        self.position, lengths = mark
+        for layer, length in lengths.items():
+            self.caches[layer].length = length
+
+    # -- parts of sublayers
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(x, weight, self.decoder.epsilon)
+
+    def turned(self, heads: Tensor, norms: tuple[Tensor, Tensor] | None, which: int, *tables: Tensor) -> Tensor:
+        """Query (0) or key (1) heads, normed where the model does, and rotated by this pass's tables or others."""
+        heads = heads if norms is None else self.norm(heads, norms[which])
+        return (self.decoder.rule or DENSE).rotated(heads, *(tables or (self.cos, self.sin)))
+
+    def queries(self, a: Attention, h: Tensor, *tables: Tensor) -> Tensor:
+        """Query heads of normed tokens, rotated."""
+        return self.turned(split_heads(a.q(h), a.heads), a.qk_norms, 0, *tables)
+
+    def keys_values(self, a: Attention, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotated key heads and value heads of normed tokens, put into the cache; when decoding, all that it holds."""
+        k = self.turned(split_heads(a.k(h), a.kv_heads), a.qk_norms, 1)
+        v = split_heads(a.v(h), a.kv_heads)
+        if not self.decoding:
+            batch, heads, length, head_dim = k.shape
+            size = (batch, heads, length + self.room, head_dim)
+            self.caches[self.layer] = Cache(k.new_empty(size), v.new_empty(size), 0)
+        cache = self.caches[self.layer]
+        begin, cache.length = cache.length, cache.length + k.shape[2]
+        cache.k[:, :, begin : cache.length] = k
+        cache.v[:, :, begin : cache.length] = v
+        if self.decoding:
+            return cache.k[:, :, : cache.length], cache.v[:, :, : cache.length]
+        return k, v
+
+
+class Rule:
+    """What a pass leaves out: nothing, unless a method is overridden. What a rule remembers is in ``State.kept``."""
+
+    family: ClassVar[str] = ""
+    on_host: ClassVar[bool] = False
+    """Decides on the host which kernels run, so that no CUDA graph can hold it."""
+
+    def enter(self, s: State, x: Tensor) -> Tensor:
+        """The residual stream on its way into a layer."""
+        return x
+
+    def attention(self, s: State, a: Attention, x: Tensor) -> Tensor:
+        """The residual stream after an attention sublayer."""
+        h = s.norm(x, a.norm)
+        self.observe(s, "attention", h)
+        k, v = s.keys_values(a, h)
+        out = joined(self.attend(s, s.queries(a, h), k, v))
+        self.observe(s, "o", out)
+        return added(x, a.o(out), a.turn)
+
+    def rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Heads turned by their positions."""
+        return rotary(x, cos, sin)
+
+    def attend(self, s: State, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Outputs of the heads, of the shape of ``q`` (batch, heads, tokens, d)."""
+        return decode_attention(q, k, v) if s.decoding else prefill_attention(q, k, v)
+
+    def mlp(self, s: State, m: Mlp, x: Tensor) -> Tensor:
+        """The residual stream after an MLP."""
+        h = s.norm(x, m.norm)
+        self.observe(s, "mlp", h)
+        inner = self.channels(s, gated(m.gate(h), m.up(h)))
+        self.observe(s, "down", inner)
+        return added(x, m.down(inner), m.turn)
+
+    def channels(self, s: State, inner: Tensor) -> Tensor:
+        """Channels of the MLP, (batch, tokens, inner)."""
+        return inner
+
+    def observe(self, s: State, where: str, value: Tensor) -> None:
+        """Sees the inputs of projections: ``attention`` (of q, k, v), ``o``, ``mlp`` (of gate, up), ``down``."""
+
+
+DENSE = Rule()
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(batch, tokens, heads * d) -> (batch, heads, tokens, d)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def joined(x: Tensor) -> Tensor:
+    """(batch, heads, tokens, d) -> (batch, tokens, heads * d)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def added(x: Tensor, y: Tensor, turn: Tensor | None) -> Tensor:
+    """The residual stream and a sublayer's output."""
+    return x + y if turn is None else F.linear(x, turn).add_(y)
 
 
 def prefill(
     decoder: Decoder, tokens: Tensor, *, room: int = 1, trace: dict[tuple[int, str], Any] | None = None
 ) -> tuple[Tensor, State]:
-    """Process prompts and fill the caches.
-
-    Parameters
-    ----------
-    decoder : Decoder
-    tokens : integer tensor (batch, seq)
-    room : int
-        Tokens that will be decoded after it.
-    trace : dict, optional
-        Receives what dynamic families decide, by (layer, sublayer).
-
-    Returns
-    -------
-    logits : tensor (batch, vocab)
-        Of the last position.
-    state : State
-    """
-    d = decoder.dynamic
-    if d.family == "token" and not 0 <= d.start < max(len(decoder.layers), 1):
-        raise InputError(f"token: start at layer {d.start}, but there are {len(decoder.layers)} layers")
+    """Logits (batch, vocab) after prompts (batch, seq), and the state to go on from, with ``room`` in its caches."""
     with torch.no_grad():
-        x = F.embedding(tokens, decoder.embedding)
-        seq = tokens.shape[1]
-        cos, sin = rotary_tables(torch.arange(seq, device=x.device), decoder.config.head_dim, x.dtype, decoder.theta)
-        state = State([], seq, np.random.default_rng(d.seed), trace)
-        scores: Tensor | None = (
-            None  # token: how much the last query attends to each position, one layer before tokens are dropped
-        )
-        for number, layer in enumerate(decoder.layers):
-            if d.family == "token" and number == d.start:
-                x, cos, sin = routed.drop_tokens(d.keep, x, cos, sin, scores, state, number)
-            if layer.attention is None:
-                state.caches.append(None)
-            else:
-                x, scores = _prefill_attention(decoder, number, layer.attention, x, cos, sin, state, room)
-            if layer.mlp is not None:
-                x = _mlp(decoder, number, layer.mlp, x, state)
-        return _logits(decoder, x[:, -1]), state
+        state = State(decoder, tokens.shape[1], room, trace)
+        return _logits(decoder, _through(state, tokens)[:, -1]), state
 
 
 def decode(decoder: Decoder, token: Tensor, state: State) -> Tensor:
-    """One more token of each sequence.
-
-    Parameters
-    ----------
-    decoder : Decoder
-    token : integer tensor (batch, 1)
-    state : State
-        From :func:`prefill`; its caches take the token in.
-
-    Returns
-    -------
-    logits : tensor (batch, vocab)
-    """
+    """Logits (batch, vocab) after one more token (batch, 1) of each sequence, which goes into the state's caches."""
     with torch.no_grad():
-        x = F.embedding(token, decoder.embedding)
-        place = torch.full((1,), state.position, device=x.device)
-        cos, sin = rotary_tables(place, decoder.config.head_dim, x.dtype, decoder.theta)
-        for number, layer in enumerate(decoder.layers):
-            if layer.attention is not None:
-                cache = state.caches[number]
-                assert cache is not None
-                x = _decode_attention(decoder, number, layer.attention, x, cos, sin, state, cache)
-            if layer.mlp is not None:
-                x = _mlp(decoder, number, layer.mlp, x, state)
-        state.position += 1
-        return _logits(decoder, x[:, -1])
+        state.decoding = True
+        return _logits(decoder, _through(state, token)[:, -1])
+
+
+def token_losses(decoder: Decoder, ids: Tensor, start: int) -> Tensor:
+    """Negative log-likelihoods (n - start,) of a window's tokens (n,) from ``start`` on, where the prompt ends."""
+    with torch.no_grad():
+        x = _through(State(decoder, start), ids[None])[0]
+        return F.cross_entropy(_logits(decoder, x[start - 1 : -1]), ids[start:], reduction="none")
+
+
+def _through(s: State, tokens: Tensor) -> Tensor:
+    """The residual stream after all layers."""
+    decoder, rule = s.decoder, s.decoder.rule or DENSE
+    x = F.embedding(tokens, decoder.embedding)
+    places = torch.arange(s.position, s.position + tokens.shape[1], device=x.device)
+    tables = rotary_tables(places, decoder.head_dim, x.dtype, decoder.frequencies)
+    s.cos, s.sin = (table * decoder.rotary_scale for table in tables) if decoder.rotary_scale != 1.0 else tables
+    for number, layer in enumerate(decoder.layers):
+        s.layer = number
+        x = rule.enter(s, x)
+        if layer.attention is not None:
+            x = rule.attention(s, layer.attention, x)
+        if layer.mlp is not None:
+            x = rule.mlp(s, layer.mlp, x)
+    s.position += tokens.shape[1]
+    return x
 
 
 def _logits(decoder: Decoder, last: Tensor) -> Tensor:
     return F.linear(rms_norm(last, decoder.final_norm, decoder.epsilon), decoder.head)
-
-
-def _add(x: Tensor, y: Tensor, turn: Tensor | None) -> Tensor:
-    return x + y if turn is None else F.linear(x, turn).add_(y)
-
-
-def _prefill_attention(
-    decoder: Decoder, number: int, a: Attention, x: Tensor, cos: Tensor, sin: Tensor, state: State, room: int
-) -> tuple[Tensor, Tensor | None]:
-    d = decoder.dynamic
-    h = rms_norm(x, a.norm, decoder.epsilon)
-    k, v = routed.keys_values(decoder, a, h, cos, sin)
-    seq = k.shape[2]
-    size = (*k.shape[:2], seq + room, k.shape[3])
-    cache = Cache(k.new_empty(size), v.new_empty(size), seq)
-    cache.k[:, :, :seq] = k
-    cache.v[:, :, :seq] = v
-    state.caches.append(cache)
-    if d.family == "dynamic_depth":
-        return routed.depth_prefill(decoder, number, a, x, h, k, v, cos, sin, state), None
-    if d.family == "dynamic_width":
-        return widths.width_prefill(decoder, number, a, x, h, k, v, cos, sin, state), None
-    q = routed.queries(decoder, a, h, cos, sin)
-    scores = None
-    if d.family == "sparse_attention":
-        layout = routed.scored_layout(q, k, d.block, d.keep)
-        cache.means = routed.block_means(k, d.block)
-        if state.trace is not None:
-            state.trace[number, "attention"] = layout
-        out = block_sparse_attention(layout, q.shape[2], k.shape[2], d.block, decoder.place)(q, k, v)
-    else:
-        out = prefill_attention(q, k, v)
-        if d.family == "token" and number == d.start - 1:
-            scores = routed.last_query_scores(q, k)
-        if d.family == "kv_cache":
-            routed.evict(q, k, v, cache, d.keep, d.observed, state, number)
-    return _add(x, a.o(routed.joined(out)), a.turn), scores
-
-
-def _decode_attention(
-    decoder: Decoder, number: int, a: Attention, x: Tensor, cos: Tensor, sin: Tensor, state: State, cache: Cache
-) -> Tensor:
-    d = decoder.dynamic
-    h = rms_norm(x, a.norm, decoder.epsilon)
-    k, v = routed.keys_values(decoder, a, h, cos, sin)
-    cache.k[:, :, cache.length : cache.length + 1] = k
-    cache.v[:, :, cache.length : cache.length + 1] = v
-    cache.length += 1
-    keys, values = cache.k[:, :, : cache.length], cache.v[:, :, : cache.length]
-    if d.family == "dynamic_depth":
-        return routed.depth_decode(decoder, number, a, x, h, keys, values, cos, sin, state)
-    if d.family == "dynamic_width":
-        return widths.width_decode(decoder, number, a, x, h, keys, values, cos, sin, state)
-    q = routed.queries(decoder, a, h, cos, sin)
-    if d.family == "sparse_attention":
-        keys, values = routed.chosen_blocks(q, keys, values, cache, d.block, d.keep, state, number)
-    return _add(x, a.o(routed.joined(decode_attention(q, keys, values))), a.turn)
-
-
-def _mlp(decoder: Decoder, number: int, m: Mlp, x: Tensor, state: State) -> Tensor:
-    family = decoder.dynamic.family
-    if family == "dynamic_depth":
-        return routed.depth_mlp(decoder, number, m, x, state)
-    h = rms_norm(x, m.norm, decoder.epsilon)
-    if family == "dynamic_width":
-        return widths.width_mlp(decoder, number, m, x, h, state)
-    return _add(x, m.down(gated(m.gate(h), m.up(h))), m.turn)

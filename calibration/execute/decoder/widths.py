@@ -1,9 +1,9 @@
 """Dynamic width: groups of heads and of MLP channels chosen for each token, and nothing but them computed.
 
-Plain torch has no kernel that skips tiles, so this is what frameworks without one do. The (token, group) pairs of a sublayer are sorted by
-group once; their rows are gathered, multiplied group by group (one grouped GEMM where torch has it, else a loop into one output), and the
-partial outputs of each token summed by one operator. A single token on a CPU needs no pairs: neighbouring groups are one slice of the
-stacked weights, read in place.
+Plain torch has no kernel that skips tiles, so this is what frameworks without one do. The (token, group) pairs of a
+sublayer are sorted by group once; their rows are gathered, multiplied group by group (one grouped GEMM where torch has
+it, else a loop into one output), and the partial outputs of each token summed by one operator. A single token on a CPU
+needs no pairs: neighbouring groups are one slice of the stacked weights, read in place.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,15 +20,17 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from calibration.devices.attention import decode_attention
-from calibration.devices.operators import gated, rotary
-from calibration.execute.decoder.model import Attention, Blocks, Decoder, Mlp, State, Tensor
-from calibration.execute.decoder.routed import normed, note, routed_attention
+from calibration.devices.operators import gated
+from calibration.execute.decoder.model import Attention, Blocks, Mlp, Sublayer, Tensor
+from calibration.execute.decoder.routed import routed_attention
+from calibration.execute.decoder.run import Rule, State, added
 
 
 def group_counts(keep: float, groups: int, first: int, tokens: int) -> NDArray[np.int64]:
-    """How many groups each token uses: the two whole numbers around ``keep * groups`` in turn, so that the mean is exact.
+    """Groups each token uses: the two whole numbers around ``keep * groups`` in turn, so that the mean is exact.
 
-    ``first`` is where in the turn the tokens begin; layers and positions begin at others. A share below one group leaves some tokens none.
+    ``first`` is where in the turn the tokens begin; layers and positions begin at others. A share below one group
+    leaves some tokens none.
 
     >>> group_counts(0.5, 3, 0, 4).tolist(), group_counts(0.5, 3, 1, 2).tolist(), group_counts(0.25, 32, 5, 2).tolist()
     ([1, 2, 1, 2], [2, 1], [8, 8])
@@ -39,27 +41,13 @@ def group_counts(keep: float, groups: int, first: int, tokens: int) -> NDArray[n
 
 @dataclass(frozen=True)
 class Pairs:
-    """The (token, group) pairs of a sublayer, sorted by group and then by token.
+    """The (token, group) pairs of a sublayer, sorted by group and then by token."""
 
-    Attributes
-    ----------
-    cells : integer tensor (pairs,)
-        ``group * tokens + token`` of each.
-    running : integer tensor (groups * tokens,)
-        Pairs up to each cell, itself included.
-    place : integer tensor (pairs,)
-        Where the pairs of the first token lie in that order, then those of the second, and so on.
-    starts : integer tensor (tokens,)
-        Where those of each token begin in ``place``.
-    tokens, groups : int
-    """
-
-    cells: Tensor
-    running: Tensor
-    place: Tensor
-    starts: Tensor
+    cells: Tensor  # (pairs,): group * tokens + token of each
+    running: Tensor  # (groups * tokens,): pairs up to each cell, itself included
+    place: Tensor  # (pairs,): where the pairs of the first token lie in that order, then those of the second, and so on
+    starts: Tensor  # (tokens,): where those of each token begin in ``place``
     tokens: int
-    groups: int
 
     @property
     def rows(self) -> Tensor:
@@ -67,23 +55,24 @@ class Pairs:
         return self.cells.remainder(self.tokens)
 
     @property
+    def groups(self) -> Tensor:
+        """Group of each pair."""
+        return self.cells.div(self.tokens, rounding_mode="floor")
+
+    @property
     def ends(self) -> Tensor:
         """Pairs up to the end of each group, int32 (groups,)."""
         return self.running[self.tokens - 1 :: self.tokens].int()
 
-    def bounds(self, sequences: int = 1) -> list[int]:
-        """Where each group's pairs, sequence by sequence, begin, and the end of the last; waits for the device."""
+    def spans(self, sequences: int = 1) -> list[tuple[int, int, int]]:
+        """Number, begin and end of each group's pairs, by sequence, where there are some; waits for the device."""
         step = self.tokens // sequences
-        return [0, *self.running[step - 1 :: step].tolist()]
+        bounds = [0, *self.running[step - 1 :: step].tolist()]
+        return [(number, start, stop) for number, (start, stop) in enumerate(pairwise(bounds)) if stop > start]
 
     def summed(self, parts: Tensor) -> Tensor:
         """Sum of each token's partial outputs: (pairs, hidden) -> (tokens, hidden)."""
         return F.embedding_bag(self.place, parts, self.starts, mode="sum")
-
-
-def chosen_groups(x: Tensor, router: Tensor, counts: NDArray[np.int64]) -> Tensor:
-    """Groups that each token wants most, best first: (tokens, as many as the greediest token uses)."""
-    return F.linear(x.flatten(0, 1), router).topk(int(counts.max()), dim=-1).indices
 
 
 def pairs_of(index: Tensor, counts: NDArray[np.int64], groups: int) -> Pairs:
@@ -103,31 +92,10 @@ def pairs_of(index: Tensor, counts: NDArray[np.int64], groups: int) -> Pairs:
         starts = torch.from_numpy(np.cumsum(counts) - counts).to(index.device)
     running = torch.zeros(groups * tokens, dtype=torch.long, device=index.device).index_fill_(0, cells, 1).cumsum(0)
     place = running.index_select(0, cells).sub_(1)
-    return Pairs(torch.empty_like(cells).scatter_(0, place, cells), running, place, starts, tokens, groups)
+    return Pairs(torch.empty_like(cells).scatter_(0, place, cells), running, place, starts, tokens)
 
 
-def _note(
-    state: State, number: int, what: str, x: Tensor, index: Tensor, counts: NDArray[np.int64], groups: int
-) -> None:
-    """Record the choice as booleans (batch, tokens, groups)."""
-    if state.trace is not None:
-        used = torch.from_numpy(np.arange(index.shape[1]) < counts[:, None]).to(index.device)
-        table = torch.zeros(len(index), groups, dtype=torch.bool, device=index.device).scatter_(1, index, used)
-        note(state, number, what, table.view(*x.shape[:2], groups))
-
-
-def _choice(
-    decoder: Decoder, number: int, what: str, router: Tensor | None, x: Tensor, state: State
-) -> tuple[Tensor, NDArray[np.int64]]:
-    """Each token's groups and how many of them it uses."""
-    assert router is not None
-    counts = group_counts(decoder.dynamic.keep, len(router), number + state.position, x.shape[0] * x.shape[1])
-    index = chosen_groups(x, router, counts)
-    _note(state, number, what, x, index, counts, len(router))
-    return index, counts
-
-
-# -- products ---------------------------------------------------------------------------------------------------------------------
+# -- products -------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=16)
@@ -146,15 +114,12 @@ def _has_grouped(dtype: Any, place: str) -> bool:
 
 def products(x: Tensor, weights: Tensor, pairs: Pairs) -> Tensor:
     """Rows (pairs, k), sorted by group, each by its group's weight of (groups, k, n): (pairs, n)."""
-    whole = all(
-        size * x.element_size() % 16 == 0 for size in weights.shape[1:]
-    )  # grouped GEMMs take rows of whole 16 bytes
+    whole = all(size * x.element_size() % 16 == 0 for size in weights.shape[1:])  # rows of whole 16 bytes
     if whole and _has_grouped(x.dtype, str(x.device)):
         return F.grouped_mm(x, weights, offs=pairs.ends)
     out = x.new_empty(len(x), weights.shape[2])
-    for group, (start, stop) in enumerate(pairwise(pairs.bounds())):
-        if stop > start:
-            torch.mm(x[start:stop], weights[group], out=out[start:stop])
+    for group, start, stop in pairs.spans():
+        torch.mm(x[start:stop], weights[group], out=out[start:stop])
     return out
 
 
@@ -176,143 +141,130 @@ def _sliced(x: Tensor, weight: Tensor, spans: Sequence[tuple[int, int]], rows: i
 
 
 def _returned(features: Tensor, index: Tensor, blocks: Blocks) -> Tensor:
-    """Features (groups, width) of some groups by their rows of the transposed weight, summed: (1, hidden); rows are read in place."""
+    """Features (groups, width) by their rows of the transposed weight, summed: (1, hidden); rows are read in place."""
     channels = index[:, None] * blocks.width + torch.arange(blocks.width, device=index.device)
     return F.embedding_bag(channels, blocks.outer, mode="sum", per_sample_weights=features).sum(0, keepdim=True)
 
 
-def _alone(x: Tensor, blocks: Blocks) -> bool:
+# -- sublayers ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GroupRouting(Rule):
+    """Dynamic width: a router says which groups of heads and of MLP channels each token uses; k and v are dense."""
+
+    family: ClassVar[str] = "dynamic_width"
+    on_host: ClassVar[bool] = True
+    keep: float
+    channel_groups: int = 32
+    seed: int = 0
+
+    def attention(self, s: State, a: Attention, x: Tensor) -> Tensor:
+        h = s.norm(x, a.norm)
+        keys, values = s.keys_values(a, h)
+        index, counts = self._choice(s, "attention", a, x)
+        if not counts.any():
+            y = torch.zeros_like(x)
+        elif _alone(x, a.blocks):
+            y = _heads_of_one(s, a, h, keys, values, index[0, : counts[0]].sort().values)
+        else:
+            y = _heads(s, a, h, keys, values, pairs_of(index, counts, a.kv_heads))
+        return added(x, y.view_as(x), a.turn)
+
+    def mlp(self, s: State, m: Mlp, x: Tensor) -> Tensor:
+        h, blocks = s.norm(x, m.norm), m.blocks
+        assert blocks is not None
+        index, counts = self._choice(s, "mlp", m, x)
+        if not counts.any():
+            y = torch.zeros_like(x)
+        elif _alone(x, blocks):
+            chosen = index[0, : counts[0]].sort().values
+            both = _sliced(h.flatten(), blocks.inner, _spans(chosen.tolist()), 2 * blocks.width)
+            gate, up = both.view(len(chosen), 2, -1).unbind(1)
+            y = _returned(gated(gate, up), chosen, blocks)
+        else:
+            y = _channels(h.flatten(0, 1), blocks, pairs_of(index, counts, blocks.groups))
+        return added(x, y.view_as(x), m.turn)
+
+    def _choice(self, s: State, what: str, sublayer: Sublayer, x: Tensor) -> tuple[Tensor, NDArray[np.int64]]:
+        """Groups that each token wants most, best first, as many as any token uses; and how many each uses."""
+        assert sublayer.router is not None
+        groups, (batch, tokens) = len(sublayer.router), x.shape[:2]
+        counts = group_counts(self.keep, groups, s.layer + max(s.position, s.prompt), batch * tokens)
+        index = F.linear(x.flatten(0, 1), sublayer.router).topk(int(counts.max()), dim=-1).indices
+        if s.trace is not None:
+            used = torch.from_numpy(np.arange(index.shape[1]) < counts[:, None]).to(index.device)
+            table = torch.zeros(len(index), groups, dtype=torch.bool, device=index.device).scatter_(1, index, used)
+            s.note(what, table.view(batch, tokens, groups))
+        return index, counts
+
+
+def _alone(x: Tensor, blocks: Blocks | None) -> bool:
     """Whether it is a single token on a CPU, whose groups are slices; a GPU would have to be asked which."""
+    assert blocks is not None
     return x.shape[0] * x.shape[1] == 1 and x.device.type == "cpu" and blocks.width > 0
 
 
-def _added(x: Tensor, y: Tensor, turn: Tensor | None) -> Tensor:
-    return (x if turn is None else F.linear(x, turn)) + y.view_as(x)
-
-
-# -- sublayers --------------------------------------------------------------------------------------------------------------------
-
-
-def width_prefill(
-    decoder: Decoder,
-    number: int,
-    a: Attention,
-    x: Tensor,
-    h: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    state: State,
-) -> Tensor:
-    """Query, attention and output of each KV group for the tokens that chose it; keys and values dense."""
-    index, counts = _choice(decoder, number, "attention", a.router, x, state)
-    if not counts.any():
-        return _added(x, torch.zeros_like(x), a.turn)
-    pairs, (batch, seq) = pairs_of(index, counts, a.kv_heads), x.shape[:2]
-    rows = pairs.rows
-    places = rows.remainder(seq)
-    q = _queries(
-        decoder, a, h.flatten(0, 1).index_select(0, rows), pairs, cos[places].unsqueeze(1), sin[places].unsqueeze(1)
-    )
-    out = torch.empty_like(q)
-    for number_of, (start, stop) in enumerate(pairwise(pairs.bounds(batch))):
-        if stop > start:
-            group, b = divmod(number_of, batch)
-            some, here = q[start:stop].transpose(0, 1)[None], places[None, start:stop]
-            out[start:stop] = routed_attention(some, k[b, group][None, None], v[b, group][None, None], here)[
-                0
-            ].transpose(0, 1)
-    assert a.blocks is not None
-    parts = products(out.flatten(1), a.blocks.outer.view(a.kv_heads, a.blocks.width, -1), pairs)
-    return _added(x, pairs.summed(parts), a.turn)
-
-
-def _queries(decoder: Decoder, a: Attention, h: Tensor, pairs: Pairs, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotated query heads of pairs: (pairs, heads of a group, d)."""
-    blocks = a.blocks
+def _heads_of_one(s: State, a: Attention, h: Tensor, keys: Tensor, values: Tensor, chosen: Tensor) -> Tensor:
+    """Query, attention and output of the KV groups chosen, for one token."""
+    blocks, spans, share = a.blocks, _spans(chosen.tolist()), a.heads // a.kv_heads
     assert blocks is not None
-    q = products(h, blocks.inner.view(a.kv_heads, blocks.width, -1).transpose(1, 2), pairs)
-    if a.q.bias is not None:
-        q = q + a.q.bias.view(a.kv_heads, -1).index_select(0, pairs.cells.div(pairs.tokens, rounding_mode="floor"))
-    return rotary(normed(decoder, q.unflatten(-1, (a.heads // a.kv_heads, -1)), a.qk_norms, 0), cos, sin)
-
-
-def width_decode(
-    decoder: Decoder,
-    number: int,
-    a: Attention,
-    x: Tensor,
-    h: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    state: State,
-) -> Tensor:
-    """The same for one token a sequence: a group's weights are read once for all sequences that chose it."""
-    index, counts = _choice(decoder, number, "attention", a.router, x, state)
-    blocks = a.blocks
-    assert blocks is not None
-    if not counts.any():
-        return _added(x, torch.zeros_like(x), a.turn)
-    if not _alone(x, blocks):
-        pairs = pairs_of(index, counts, a.kv_heads)
-        q = _queries(decoder, a, h.flatten(0, 1).index_select(0, pairs.rows), pairs, cos, sin)
-        out = pair_attention(q, keys, values, pairs, copied=x.is_cuda)
-        return _added(
-            x, pairs.summed(products(out.flatten(1), blocks.outer.view(a.kv_heads, blocks.width, -1), pairs)), a.turn
-        )
-    chosen = index[0, : counts[0]].sort().values
-    spans = _spans(chosen.tolist())
     q = _sliced(h.flatten(), blocks.inner, spans, blocks.width)
     if a.q.bias is not None:
         q = q + a.q.bias.view(a.kv_heads, -1).index_select(0, chosen).flatten()
-    q = q.view(1, len(chosen) * (a.heads // a.kv_heads), 1, -1)
-    q = rotary(normed(decoder, q, a.qk_norms, 0), cos, sin).split(
-        [(stop - start) * a.heads // a.kv_heads for start, stop in spans], 1
-    )
-    outs = [decode_attention(some, keys[:, i:j], values[:, i:j]) for some, (i, j) in zip(q, spans, strict=True)]
-    return _added(x, _returned(torch.cat(outs, 1).view(len(chosen), -1), chosen, blocks), a.turn)
+    q = s.turned(q.view(1, len(chosen) * share, 1, -1), a.qk_norms, 0)
+    some = q.split([(stop - start) * share for start, stop in spans], 1)
+    outs = [decode_attention(q, keys[:, i:j], values[:, i:j]) for q, (i, j) in zip(some, spans, strict=True)]
+    return _returned(torch.cat(outs, 1).view(len(chosen), -1), chosen, blocks)
 
 
-def pair_attention(q: Tensor, keys: Tensor, values: Tensor, pairs: Pairs, copied: bool) -> Tensor:
+def _heads(s: State, a: Attention, h: Tensor, keys: Tensor, values: Tensor, pairs: Pairs) -> Tensor:
+    """The same of each KV group for the tokens that chose it; a group's weights are read once for all of them."""
+    blocks, rows, (batch, tokens) = a.blocks, pairs.rows, h.shape[:2]
+    assert blocks is not None
+    inner = blocks.inner.view(a.kv_heads, blocks.width, -1).transpose(1, 2)
+    q = products(h.flatten(0, 1).index_select(0, rows), inner, pairs)
+    if a.q.bias is not None:
+        q = q + a.q.bias.view(a.kv_heads, -1).index_select(0, pairs.groups)
+    q = q.unflatten(-1, (a.heads // a.kv_heads, -1))  # (pairs, heads of a group, d)
+    if s.decoding:
+        out = _pair_attention(s.turned(q, a.qk_norms, 0), keys, values, pairs)
+    else:
+        places = rows.remainder(tokens)
+        q = s.turned(q, a.qk_norms, 0, s.cos[places].unsqueeze(1), s.sin[places].unsqueeze(1))
+        out = torch.empty_like(q)
+        for number, start, stop in pairs.spans(batch):
+            group, b = divmod(number, batch)
+            some, k, v = q[start:stop].transpose(0, 1)[None], keys[b, group][None, None], values[b, group][None, None]
+            out[start:stop] = routed_attention(some, k, v, places[None, start:stop])[0].transpose(0, 1)
+    return pairs.summed(products(out.flatten(1), blocks.outer.view(a.kv_heads, blocks.width, -1), pairs))
+
+
+def _pair_attention(q: Tensor, keys: Tensor, values: Tensor, pairs: Pairs) -> Tensor:
     """Attention of each pair's query heads, (pairs, heads of a group, d), over its sequence's cache of its group.
 
-    ``copied``: one kernel over a copy of the caches used, which pays where launches cost more than copies; else one launch a pair.
+    On a GPU, where launches cost more than copies, one kernel over a copy of the caches used; else one launch a pair.
     """
-    group, b = pairs.cells.div(pairs.tokens, rounding_mode="floor"), pairs.rows
-    if copied:
-        some = (t.flatten(0, 1).index_select(0, b * keys.shape[1] + group).unsqueeze(1) for t in (keys, values))
+    if q.is_cuda:
+        cell = pairs.rows * keys.shape[1] + pairs.groups
+        some = (t.flatten(0, 1).index_select(0, cell).unsqueeze(1) for t in (keys, values))
         return F.scaled_dot_product_attention(q.unsqueeze(1), *some).squeeze(1)
     out = torch.empty_like(q)
-    for i, (g, s) in enumerate(zip(group.tolist(), b.tolist(), strict=True)):
-        out[i] = F.scaled_dot_product_attention(q[i][None, None], keys[s, g][None, None], values[s, g][None, None])[
-            0, 0
-        ]
+    for i, (g, b) in enumerate(zip(pairs.groups.tolist(), pairs.rows.tolist(), strict=True)):
+        k, v = keys[b, g][None, None], values[b, g][None, None]
+        out[i] = F.scaled_dot_product_attention(q[i][None, None], k, v)[0, 0]
     return out
 
 
-def width_mlp(decoder: Decoder, number: int, m: Mlp, x: Tensor, h: Tensor, state: State) -> Tensor:
-    """Each group of channels for the tokens that chose it."""
-    index, counts = _choice(decoder, number, "mlp", m.router, x, state)
-    blocks = m.blocks
-    assert blocks is not None
-    if not counts.any():
-        return _added(x, torch.zeros_like(x), m.turn)
-    if _alone(x, blocks):
-        chosen = index[0, : counts[0]].sort().values
-        both = _sliced(h.flatten(), blocks.inner, _spans(chosen.tolist()), 2 * blocks.width).view(len(chosen), 2, -1)
-        return _added(x, _returned(gated(both[:, 0], both[:, 1]), chosen, blocks), m.turn)
-    pairs = pairs_of(index, counts, blocks.groups)
-    some = h.flatten(0, 1).index_select(0, pairs.rows)
+def _channels(h: Tensor, blocks: Blocks, pairs: Pairs) -> Tensor:
+    """Each group of channels for the tokens (tokens, hidden) that chose it."""
+    some = h.index_select(0, pairs.rows)
     if blocks.width:
-        both = products(some, blocks.inner.view(blocks.groups, 2 * blocks.width, -1).transpose(1, 2), pairs)
-        parts = products(gated(*both.chunk(2, 1)), blocks.outer.view(blocks.groups, blocks.width, -1), pairs)
-    else:
-        parts = torch.empty_like(some)
-        for group, (start, stop) in enumerate(pairwise(pairs.bounds())):
-            if stop > start:
-                inner, outer = blocks.of(group)
-                torch.mm(gated(*F.linear(some[start:stop], inner).chunk(2, 1)), outer, out=parts[start:stop])
-    return _added(x, pairs.summed(parts), m.turn)
+        inner = blocks.inner.view(blocks.groups, 2 * blocks.width, -1).transpose(1, 2)
+        features = gated(*products(some, inner, pairs).chunk(2, 1))
+        return pairs.summed(products(features, blocks.outer.view(blocks.groups, blocks.width, -1), pairs))
+    parts = torch.empty_like(some)
+    for group, start, stop in pairs.spans():
+        both, outer = blocks.of(group)
+        torch.mm(gated(*F.linear(some[start:stop], both).chunk(2, 1)), outer, out=parts[start:stop])
+    return pairs.summed(parts)

@@ -1,0 +1,241 @@
+"""What every operator's fit is made of: rows, constants with their errors, a fitted section; and the one solver of
+constants, robust least squares of log time in their logarithms.
+
+Use :func:`fit_logs` for constants, their errors and what could not be known; :func:`minimise` for a single search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import least_squares
+
+from simulator.hardware.parts import Fitted, Section
+
+F = NDArray[np.float64]
+Misfit = Callable[[Mapping[str, float]], F]
+"""Log of predicted over measured time of each row, from all constants by name."""
+
+HUBER = 0.05
+"""Log residual from which a row counts less: kernel choice makes steps of 5-15 % (DESIGN section 10)."""
+ON_BOUND = 1e-2
+"""Log distance to an end of its range at which a constant counts as on it."""
+ABSENT = "no rows of its class"
+
+T = TypeVar("T", bound="Table")
+
+
+class Table:
+    """Measured rows: a dataclass of equal-length float64 columns; numbers among its fields are facts of all rows."""
+
+    seconds: F
+
+    def __len__(self) -> int:
+        return len(self.seconds)
+
+    def take(self: T, rows: Any) -> T:
+        """Rows by mask or index."""
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        chosen = {name: column[rows] for name, column in columns.items() if np.ndim(column)}
+        return replace(self, **chosen)  # type: ignore[type-var]
+
+
+def numbered(*columns: F) -> NDArray[np.intp]:
+    """Number of each row's combination of values, from 0."""
+    return np.unique(np.stack(columns, axis=1), axis=0, return_inverse=True)[1].reshape(-1)
+
+
+def folds(groups: NDArray[np.intp], count: int, rng: np.random.Generator) -> Iterator[tuple[Any, Any]]:
+    """Rows to fit and rows to predict, by parts of the groups."""
+    part = rng.permutation(groups.max() + 1)[groups] % count
+    for i in np.unique(part):
+        if not (part == i).all():
+            yield np.flatnonzero(part != i), np.flatnonzero(part == i)
+
+
+@dataclass(frozen=True)
+class ConstantsFit:
+    """Constants of an operator, SI, and how well the data know them."""
+
+    values: Mapping[str, float]  # all
+    std_errors: Mapping[str, float]  # of the fitted ones
+    fixed: Mapping[str, str]  # those that were not fitted -> why
+    correlation: F = field(default_factory=lambda: np.zeros((0, 0)))  # of the fitted ones' logs, in their order
+    spread: float = 0.0  # standard deviation of the log residuals that the errors assume
+
+    def fitted(self) -> dict[str, Fitted]:
+        """What a section of a profile holds."""
+        kept = {name: "default" if why == ABSENT else "fixed" for name, why in self.fixed.items()}
+        status = dict.fromkeys(self.values, "default") | kept | dict.fromkeys(self.std_errors, "fitted")
+        return {n: Fitted(float(v), self.std_errors.get(n), status[n]) for n, v in self.values.items()}
+
+
+@dataclass(frozen=True)
+class FittedPart:
+    """A fitted section of a profile, and what a report of it needs."""
+
+    section: Section
+    constants: ConstantsFit
+    rows: int  # that it was fitted on
+    unseen: F = field(default_factory=lambda: np.zeros(0))  # log predicted over measured, each row by a fit without it
+    dropped: Mapping[str, int] = field(default_factory=dict)  # rows refused, by reason
+    operator: str = ""
+    dtype: str = ""
+
+    @property
+    def fixed(self) -> Mapping[str, str]:
+        """Constants that were not fitted, and why."""
+        return self.constants.fixed
+
+    @property
+    def correlations(self) -> dict[tuple[str, str], float]:
+        """Of the logarithms of each pair of fitted constants."""
+        names, matrix = list(self.constants.std_errors), self.constants.correlation
+        return {(a, b): float(matrix[i, j]) for i, a in enumerate(names) for j, b in enumerate(names) if i < j}
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """Where a search ended: logs of the free constants and of their ranges, rows of the misfit there, and their
+    derivatives."""
+
+    names: tuple[str, ...]
+    x: F
+    low: F
+    high: F
+    rows: F
+    slopes: F
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The free constants."""
+        return dict(zip(self.names, np.exp(self.x).tolist(), strict=True))
+
+    @property
+    def on_bound(self) -> dict[str, str]:
+        """Free constants that ended on an end of their range: "lower" or "upper"."""
+        ends = zip(self.names, self.x - self.low, self.high - self.x, strict=True)
+        return {n: "lower" if below < above else "upper" for n, below, above in ends if min(below, above) < ON_BOUND}
+
+
+def minimise(
+    misfit: Misfit,
+    start: Mapping[str, float],
+    ranges: Mapping[str, Any],
+    names: Iterable[str],
+    *,
+    prior: float | None = None,
+    center: Mapping[str, float] | None = None,
+    data_only: bool = False,
+    **search: Any,
+) -> Minimum:
+    """One search over the constants ``names``, the others as in ``start``, with the soft-L1 loss.
+
+    ``ranges`` has their ``low`` and ``high``. ``prior`` is the log spread of a prior round ``center`` (the start by
+    default), one row of ordinary misfit a constant; with ``data_only`` it stays outside the loss. ``search`` goes to
+    :func:`scipy.optimize.least_squares`.
+    """
+    names = tuple(names)
+    low = np.log([ranges[n].low or 1e-9 for n in names])
+    high = np.log([ranges[n].high for n in names])
+    middle = np.log([max((center or start)[n], 1e-12) for n in names])
+    first = np.clip(np.log([max(start[n], 1e-12) for n in names]), low + 1e-3, high - 1e-3)
+
+    def rows(x: F) -> F:
+        out = misfit({**start, **dict(zip(names, np.exp(x).tolist(), strict=True))})
+        if data_only:
+            out = soft_l1(out)
+        return out if prior is None else np.concatenate([out, HUBER / prior * (x - middle)])
+
+    loss: dict[str, Any] = {} if data_only else {"loss": "soft_l1", "f_scale": HUBER}
+    found = least_squares(rows, first, bounds=(low, high), **loss, **search)
+    return Minimum(names, found.x, low, high, found.fun, np.asarray(found.jac))
+
+
+def fit_logs(
+    misfit: Misfit,
+    start: Mapping[str, float],
+    ranges: Mapping[str, Any],
+    covariance: Callable[[Minimum, Mapping[str, float]], tuple[F, float]],
+    *,
+    fixed: Mapping[str, str] | None = None,
+    weak: float = np.inf,
+    anew: bool = False,
+    moot: Mapping[str, tuple[str, str]] | None = None,
+    **search: Any,
+) -> ConstantsFit:
+    """Constants by repeated searches, until none is on its bound and the data know every free one.
+
+    Parameters
+    ----------
+    misfit, start, ranges, **search
+        As in :func:`minimise`; ``ranges`` names all constants.
+    covariance : callable
+        Of the logs of the free constants at a minimum, given the values of all; and the spread of residuals it assumes.
+    fixed : mapping of str to str
+        Constants that are not free, and why.
+    weak : float
+        Log standard error from which a constant counts as not identified: it goes back to its start.
+    anew : bool
+        Every search begins at the start, and a constant on its bound goes back there too; else it stays on the bound.
+    moot : mapping of str to (str, str)
+        Constants without meaning once another is on its lower bound, and why.
+    """
+    values, kept = dict(start), dict(fixed or {})
+    while free := [name for name in ranges if name not in kept]:
+        found = minimise(misfit, start if anew else values, ranges, free, **search)
+        values = {**(start if anew else values), **found.values}
+        gone: dict[str, str] = {}
+        for name, side in found.on_bound.items():
+            gone[name] = "on its bound" if anew else f"on its {side} bound"
+            values[name] = start[name] if anew else getattr(ranges[name], "low" if side == "lower" else "high")
+        if not gone or anew:
+            matrix, spread = covariance(found, {**values, **found.values})
+            errors = np.sqrt(np.maximum(np.diag(matrix), 0.0))
+            for name, error in zip(free, errors, strict=True):
+                if error > weak and name not in gone:
+                    gone[name] = f"not identified by these {'shapes' if anew else 'rows'}"
+                    values[name] = start[name]  # where a few rows drove it may be absurd
+            if not gone or (len(gone) == len(free) and anew):
+                values = {**values, **found.values}
+                scale = np.where(errors > 0, errors, 1.0)
+                known = {name: float(values[name] * error) for name, error in zip(free, errors, strict=True)}
+                return ConstantsFit(values, known, kept, matrix / np.outer(scale, scale), spread)
+        kept |= {name: gone[name] for name in free if name in gone}
+        for name, (other, why) in (moot or {}).items():
+            if found.on_bound.get(name) == "lower":
+                values[other], kept[other] = start[other], why
+    return ConstantsFit(values, {}, kept)
+
+
+def soft_l1(misfit: F) -> F:
+    """Residuals whose square is the soft-L1 loss."""
+    z = (misfit / HUBER) ** 2
+    return np.sign(misfit) * HUBER * np.sqrt(2.0 * (np.sqrt(1.0 + z) - 1.0))
+
+
+def slopes(misfit: Misfit, values: Mapping[str, float], names: Sequence[str], step: float) -> F:
+    """Derivatives of the misfit by the logarithms of constants, (rows, names), by central differences."""
+    sides = [
+        (misfit({**values, name: values[name] * np.exp(step)}), misfit({**values, name: values[name] * np.exp(-step)}))
+        for name in names
+    ]
+    return np.stack([(up - down) / (2.0 * step) for up, down in sides], axis=1)
+
+
+def gauss_newton(slopes: F, spread: float) -> F:
+    """Covariance of logs from the derivatives of residuals of one spread."""
+    return np.asarray(np.linalg.pinv(slopes.T @ slopes) * spread**2)
+
+
+def sandwich(misfit: F, slopes: F) -> F:
+    """Covariance of logs by the sandwich formula of a robust fit, from raw residuals and their derivatives."""
+    z = (misfit / HUBER) ** 2
+    psi = misfit / np.sqrt(1.0 + z)
+    bread = np.linalg.pinv((slopes * ((1.0 + z) ** -1.5)[:, None]).T @ slopes)
+    freedom = len(psi) / max(len(psi) - slopes.shape[1], 1)
+    return np.asarray(bread @ ((slopes * (psi**2)[:, None]).T @ slopes * freedom) @ bread)
