@@ -19,9 +19,9 @@ from calibration.fit.residual import Stiffness, fit_lattice
 from calibration.fit.solver import ConstantsFit, FittedPart, Minimum, Table
 from simulator.hardware.constants import DECODE_CONSTANTS, PREFILL_CONSTANTS, Constant
 from simulator.hardware.parts import Provenance, Section
-from simulator.hardware.profile import HardwareProfile
+from simulator.kernels import attention_core
 from simulator.kernels.attention import REGIMES, regime_of
-from simulator.kernels.attention_core import Device, decode_core, decode_parts, decode_work, prefill_core, prefill_work
+from simulator.kernels.attention_core import Calls, Device, decode_parts, decode_work, prefill_work
 from simulator.kernels.lattice import Lattice, decode_place, prefill_place
 from simulator.workload import DTYPE_BYTES, DTYPES
 
@@ -87,23 +87,17 @@ def columns_of(records: Any) -> Columns:
     return Columns(**columns, element_bytes=bytes_[np.asarray(records.dtype)], warm=warm)
 
 
-def device_of(hw: HardwareProfile, dtype: str = "bf16") -> Device:
-    """The facts the attention cores need, of a profile."""
-    return Device(hw.peak_flop_per_s(dtype), float(hw.sm_count), hw.bandwidth_bytes_per_s, hw.l2_bytes)
-
-
 def work_of(phase: str, c: Columns, values: Mapping[str, float]) -> Any:
     """Geometry of a phase for columns; it depends on the structural constants alone."""
     size: Any = {"element_bytes": c.element_bytes, "cache_bytes": c.element_bytes}
-    if phase == "decode":
-        return decode_work(c.batch, c.kv_len, c.heads, c.kv_heads, c.head_dim, warm=c.warm, **size)
-    form: Any = {"packs": values["packs"], "pads": values.get("pads", 1.0)}
-    return prefill_work(c.batch, c.q_len, c.kv_len, c.heads, c.kv_heads, c.head_dim, **form, **size)
+    calls = Calls(c.batch, c.q_len, c.kv_len, c.heads, c.kv_heads, c.head_dim, **size, warm=c.warm)
+    return decode_work(calls) if phase == "decode" else prefill_work(calls, {"pads": 1.0, **values})
 
 
 def core_of(phase: str, work: Any, device: Device, values: Mapping[str, float]) -> F:
     """Core time as it was measured; the operands of a prefill may be warm in L2, since a benchmark repeats its call."""
-    return prefill_core(work, device, values, True) if phase == "prefill" else decode_core(work, device, values)
+    core = attention_core.prefill_core if phase == "prefill" else attention_core.decode_core
+    return core(work, device, values)
 
 
 def residual_coordinates(phase: str, c: Columns) -> tuple[NDArray[np.floating[Any]], ...]:

@@ -181,9 +181,10 @@ def _rtx_4090(hw: HardwareProfile, records: Records) -> list[Row]:
 
 
 def _attention(seed: int, sizes: Sequence[int | None]) -> list[Row]:
-    from calibration.fit.attention import columns_of, device_of
+    from calibration.fit.attention import columns_of
     from calibration.fit.shipped import HEAD_DIM
     from calibration.judge.protocol_attention import QUESTIONS, TABLES, score
+    from simulator.kernels.attention_core import Device
 
     out: list[Row] = []
     for phase, name, table in TABLES:
@@ -191,7 +192,7 @@ def _attention(seed: int, sizes: Sequence[int | None]) -> list[Row]:
         c = c.take(c.head_dim == HEAD_DIM)
         for question in QUESTIONS:
             for size in (size or 0 for size in sizes if size is None or size >= 400):
-                found = score(phase, c, device_of(hw), hw.architecture, question, size, seed)
+                found = score(phase, c, Device.of(hw), hw.architecture, question, size, seed)
                 scores = {key.replace("_", " "): 100.0 * value for key, value in found.items()}
                 scores["lowest coverage"] = min(v for key, v in scores.items() if key.startswith("coverage "))
                 scores["width"] *= 2.0

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from simulator.errors import InputError
 from simulator.hardware.constants import DECODE_CONSTANTS, PREFILL_CONSTANTS
-from simulator.kernels.attention_core import Device, decode_parts, decode_work, join, prefill_parts, prefill_work
+from simulator.kernels.attention_core import Calls, Device, decode_parts, decode_work, join, prefill_parts, prefill_work
 from simulator.kernels.gemm_core import ELEMENT_BYTES
 from simulator.kernels.intervals import BOUNDS, Bands, OpTime, bands_of, level_scale
 from simulator.kernels.lattice import Lattice, decode_place, prefill_place
@@ -42,22 +42,33 @@ _COMPUTE, _MEMORY, _LATENCY, _LAUNCH = (BOUNDS.index(name) for name in ("compute
 
 @dataclass(frozen=True)
 class _Ready:
-    """What a profile says about one phase and format, as floats and arrays."""
+    """What a profile says about one phase and two formats, as floats and arrays."""
 
     device: Device
     constants: Mapping[str, float]
     lattice: Lattice | None
     headroom: float  # highest over boost clock
     bands: Bands
+    element_bytes: float
+    cache_bytes: float
+    widen: float  # extra log half-width for a cache of another format
+
+    def calls(self, *sizes: Any, **options: Any) -> Calls:
+        """Attention calls of these sizes in these formats."""
+        options |= {"element_bytes": self.element_bytes, "cache_bytes": self.cache_bytes}
+        return Calls(*(a.astype(np.float64) for a in np.broadcast_arrays(*sizes)), **options)
 
 
 @lru_cache(maxsize=128)
-def _ready(hw: HardwareProfile, operator: str, dtype: str) -> _Ready:
-    section = hw.section(operator, dtype)
+def _ready(hw: HardwareProfile, operator: str, dtype: str, kv_dtype: str | None) -> _Ready:
+    section, cache = hw.section(operator, dtype), kv_dtype or dtype
     names = PREFILL_CONSTANTS if operator == "attention_prefill" else DECODE_CONSTANTS
-    device = Device(hw.peak_flop_per_s(dtype), float(hw.sm_count), hw.bandwidth_bytes_per_s, hw.l2_bytes)
-    constants, lattice = {name: section[name] for name in names}, Lattice.from_arrays(section.arrays)
-    return _Ready(device, constants, lattice, hw.clock_headroom, bands_of(section, REGIMES))
+    model = Device.of(hw, dtype), {name: section[name] for name in names}, Lattice.from_arrays(section.arrays)
+    for name in (dtype, cache):
+        if name not in ELEMENT_BYTES:
+            raise InputError(f"dtype {name!r} is unknown; expected one of {', '.join(ELEMENT_BYTES)}")
+    formats = ELEMENT_BYTES[dtype], ELEMENT_BYTES[cache], math.log(CACHE_SPREAD) * (cache != dtype)
+    return _Ready(*model, hw.clock_headroom, bands_of(section, REGIMES), *formats)
 
 
 def regime_of(share: Any) -> NDArray[np.intp]:
@@ -99,18 +110,13 @@ def prefill_attention_time(
     dtype, kv_dtype : str
         Formats of the arithmetic and of the KV cache (default: the same).
     """
-    r, sizes = _ready(hw, "attention_prefill", dtype), _element_sizes(dtype, kv_dtype)
-    b, q, kv, h, g, d = _columns(batch, q_len, kv_len, heads, kv_heads, head_dim)
-    c = r.constants
-    options = {name: c[name] for name in ("sparse_block", "packs", "pads")}
-    work = prefill_work(b, q, kv, h, g, d, window=window, density=density, block=block, **sizes, **options)
-    throughput, chain, memory = prefill_parts(work, r.device, c)
-    parts = {_COMPUTE: throughput, _LATENCY: chain, _MEMORY: memory, _LAUNCH: c["t0_s"]}
-    core = c["t0_s"] + join(throughput, chain, memory)
-    if r.lattice is not None:
-        core = core * np.exp(r.lattice(prefill_place(q, b, h, g)))
-    widen = _widen(density, window, d, kv_dtype not in (None, dtype))
-    return _finish(r, core, parts, work.flops, work.io_bytes, level, widen)
+    r = _ready(hw, "attention_prefill", dtype, kv_dtype)
+    a = r.calls(batch, q_len, kv_len, heads, kv_heads, head_dim, window=window, density=density, block=block)
+    work, t0 = prefill_work(a, r.constants), r.constants["t0_s"]
+    throughput, chain, memory = prefill_parts(work, r.device, r.constants)
+    parts = {_COMPUTE: throughput, _LATENCY: chain, _MEMORY: memory, _LAUNCH: t0}
+    place = prefill_place(a.q_len, a.batch, a.heads, a.kv_heads)
+    return _finish(r, a, t0 + join(throughput, chain, memory), parts, place, work.flops, work.io_bytes, level)
 
 
 def decode_attention_time(
@@ -133,46 +139,30 @@ def decode_attention_time(
     As :func:`prefill_attention_time`, but ``density`` is the share of the cache read, and with ``cold`` it comes from
     DRAM, as in a model, whose other layers ran in between; else from L2 where it fits, as in a benchmark.
     """
-    r, sizes = _ready(hw, "attention_decode", dtype), _element_sizes(dtype, kv_dtype)
-    b, kv, h, g, d = _columns(batch, kv_len, heads, kv_heads, head_dim)
-    work = decode_work(b, kv, h, g, d, window=window, density=density, **sizes, warm=not cold)
+    r = _ready(hw, "attention_decode", dtype, kv_dtype)
+    a = r.calls(batch, 1, kv_len, heads, kv_heads, head_dim, window=window, density=density, warm=not cold)
+    work = decode_work(a)
     memory, unit, merge = decode_parts(work, r.device, r.constants)
     fixed = r.constants["t0_s"] + merge
     parts = {_MEMORY: memory, _LATENCY: unit, _LAUNCH: fixed}
-    core = fixed + np.sqrt(memory * memory + unit * unit)
-    if r.lattice is not None:
-        core = core * np.exp(r.lattice(decode_place(work.kv, work.pairs, work.group)))
-    widen = _widen(density, window, d, kv_dtype not in (None, dtype))
-    return _finish(r, core, parts, work.flops, work.cache_bytes + work.io_bytes, level, widen, cold)
-
-
-def _element_sizes(dtype: str, kv_dtype: str | None) -> dict[str, float]:
-    """Bytes of an element of the activations and of the cache."""
-    for name in (dtype, kv_dtype or dtype):
-        if name not in ELEMENT_BYTES:
-            raise InputError(f"dtype {name!r} is unknown; expected one of {', '.join(ELEMENT_BYTES)}")
-    return {"element_bytes": ELEMENT_BYTES[dtype], "cache_bytes": ELEMENT_BYTES[kv_dtype or dtype]}
-
-
-def _columns(*values: Any) -> list[F]:
-    return [a.astype(np.float64) for a in np.broadcast_arrays(*values)]
-
-
-def _widen(density: Any, window: Any, head_dim: F, other_cache: bool) -> F:
-    """Extra log half-width where the kernel is one no fit has seen."""
-    cache = math.log(CACHE_SPREAD) * other_cache
-    other = math.log(WIDTH_SPREAD) * (head_dim != FITTED_WIDTH)
-    skipped = math.log(SPARSE_SPREAD) * (np.asarray(density) < 1.0)
-    return np.asarray(cache + other + skipped + math.log(WINDOW_SPREAD) * (np.asarray(window) > 0))
+    core, place = fixed + np.sqrt(memory * memory + unit * unit), decode_place(work.kv, work.pairs, work.group)
+    return _finish(r, a, core, parts, place, work.flops, work.cache_bytes + work.io_bytes, level)
 
 
 def _finish(
-    r: _Ready, core: F, parts: dict[int, Any], flops: F, bytes_: F, level: float, widen: F, cold: bool = True
+    r: _Ready, a: Calls, core: F, parts: dict[int, Any], place: Any, flops: F, bytes_: F, level: float
 ) -> OpTime:
-    """Floors of physics, interval by regime, and the limit: the largest of the parts (by code, the fixed time last)."""
+    """Residual, floors of physics, interval by regime, and the limit: the largest of the parts by code, the fixed time
+    last."""
+    if r.lattice is not None:
+        core = core * np.exp(r.lattice(place))
     compute_s, bytes_s = flops / r.device.peak_flop_per_s, bytes_ / r.device.bandwidth_bytes_per_s
-    floor = np.maximum(compute_s / r.headroom, bytes_s if cold else 0.0)
+    floor = np.maximum(compute_s / r.headroom, 0.0 if a.warm else bytes_s)
     seconds = np.maximum(core, floor)
+    # of a kernel that no fit has seen
+    widen = r.widen + math.log(WIDTH_SPREAD) * (a.head_dim != FITTED_WIDTH)
+    widen = widen + math.log(SPARSE_SPREAD) * (np.asarray(a.density) < 1.0)
+    widen = widen + math.log(WINDOW_SPREAD) * (np.asarray(a.window) > 0)
     regime, scale = regime_of(parts[_LAUNCH] / seconds), level_scale(level, r.bands.level)
     lower = np.maximum(seconds * np.exp(scale * (r.bands.low[regime] - widen)), floor)
     upper = seconds * np.exp(scale * (r.bands.high[regime] + widen))

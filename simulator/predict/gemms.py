@@ -115,7 +115,7 @@ def gemm_table(
     rows = Workload.from_columns(role=["q"] * len(shapes), **columns)
     out: list[GemmRecord] = []
     for hw in profiles(hardware):
-        path = {"dtype": dtype, "weight_dtype": weight, "kernel": rows.kernel, "density": rows.density, "cold": cold}
+        path = {"dtype": dtype, "weight_dtype": weight, "kernel": rows.kernel, "cold": cold}
         time = gemm_time(rows.m, rows.n, rows.k, hw, **path, level=level)  # type: ignore[arg-type]
         ladder = gemm_ladder(rows.m, rows.n, rows.k, hw, **path)
         about = (hw.name, dtype, weight, semi_structured, cold)

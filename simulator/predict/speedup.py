@@ -179,8 +179,7 @@ def _fixed(p: Pass) -> F:
     for kind in (Kind.ELEMENTWISE, Kind.PREFILL_ATTENTION, Kind.DECODE_ATTENTION):
         for rows, dtype, _ in by_formats(w, kind):
             if kind == Kind.ELEMENTWISE:
-                each = elementwise_time(0.0, 0.0, p.hw, role=w.role[rows], dtype=dtype).seconds
+                out[rows] = elementwise_time(0.0, 0.0, p.hw, role=w.role[rows], dtype=dtype).seconds
             else:
-                each = p.hw.section(SECTIONS[kind], dtype)["t0_s"]
-            out[rows] = each * w.count[rows]
-    return out
+                out[rows] = p.hw.section(SECTIONS[kind], dtype)["t0_s"]
+    return out * w.count

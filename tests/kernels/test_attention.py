@@ -17,7 +17,7 @@ from simulator.hardware.library import load_hardware
 from simulator.hardware.parts import Fitted, Interval, Section
 from simulator.kernels import attention
 from simulator.kernels.attention import decode_attention_time, prefill_attention_time
-from simulator.kernels.attention_core import causal_blocks, prefill_work
+from simulator.kernels.attention_core import Calls, causal_blocks, prefill_work
 from simulator.kernels.lattice import Lattice
 from simulator.workload import attention_pairs
 
@@ -56,8 +56,8 @@ def test_geometry_equals_brute_force(q: int, history: int, window: int) -> None:
 
 
 def test_flops_and_bytes_of_work() -> None:
-    one = [np.array(float(x)) for x in (2, 128, 128, 32, 8, 64)]
-    work = prefill_work(*one)
+    sizes = [np.array(float(x)) for x in (2, 128, 128, 32, 8, 64)]
+    work = prefill_work(Calls(*sizes), {"pads": 1.0, "packs": 0.0})
     assert float(work.flops) == 4 * 2 * 32 * 64 * (128 * 129 // 2)
     assert float(work.io_bytes) == 2 * 64 * (2 * 2 * 32 * 128 + 2 * 2 * 8 * 128)
 
