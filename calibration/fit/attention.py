@@ -19,9 +19,8 @@ from calibration.fit.residual import Stiffness, fit_lattice
 from calibration.fit.solver import ConstantsFit, FittedPart, Minimum, Table
 from simulator.hardware.constants import DECODE_CONSTANTS, PREFILL_CONSTANTS, Constant
 from simulator.hardware.parts import Provenance, Section
-from simulator.kernels import attention_core
 from simulator.kernels.attention import REGIMES, regime_of
-from simulator.kernels.attention_core import Calls, Device, decode_parts, decode_work, prefill_work
+from simulator.kernels.attention_core import Calls, Device, Parts, decode_core, decode_work, prefill_core, prefill_work
 from simulator.kernels.lattice import Lattice, decode_place, prefill_place
 from simulator.workload import DTYPE_BYTES, DTYPES
 
@@ -94,10 +93,9 @@ def work_of(phase: str, c: Columns, values: Mapping[str, float]) -> Any:
     return decode_work(calls) if phase == "decode" else prefill_work(calls, {"pads": 1.0, **values})
 
 
-def core_of(phase: str, work: Any, device: Device, values: Mapping[str, float]) -> F:
+def core_of(phase: str, work: Any, device: Device, values: Mapping[str, float]) -> Parts:
     """Core time as it was measured; the operands of a prefill may be warm in L2, since a benchmark repeats its call."""
-    core = attention_core.prefill_core if phase == "prefill" else attention_core.decode_core
-    return core(work, device, values)
+    return (prefill_core if phase == "prefill" else decode_core)(work, device, values)
 
 
 def residual_coordinates(phase: str, c: Columns) -> tuple[NDArray[np.floating[Any]], ...]:
@@ -114,7 +112,7 @@ def usable(phase: str, c: Columns, device: Device) -> tuple[NDArray[np.bool_], d
     (boost clocks).
     """
     work = work_of(phase, c, {"packs": 0.0})
-    size = work.io_bytes if phase == "prefill" else work.cache_bytes
+    size = work.moved_bytes if phase == "prefill" else work.cache_bytes
     finite = [np.isfinite(getattr(c, f.name)) & np.ones(len(c), dtype=bool) for f in fields(c)]
     reasons = {
         "a value is not finite": ~np.all(finite, axis=0),
@@ -136,7 +134,7 @@ def usable(phase: str, c: Columns, device: Device) -> tuple[NDArray[np.bool_], d
 
 def _misfit(phase: str, c: Columns, device: Device, start: Mapping[str, float]) -> Callable[[Mapping[str, float]], F]:
     work, log_time = work_of(phase, c, start), np.log(c.seconds)
-    return lambda values: np.asarray(np.log(core_of(phase, work, device, values)) - log_time)
+    return lambda values: np.asarray(np.log(core_of(phase, work, device, values).total_s) - log_time)
 
 
 def fit_constants(
@@ -174,14 +172,11 @@ def predict(
     phase: str, c: Columns, device: Device, values: Mapping[str, float], lattice: Lattice | None
 ) -> tuple[F, NDArray[np.intp]]:
     """Predicted time, as it was measured (warm or cold), and interval regime of each row."""
-    work = work_of(phase, c, values)
-    core = core_of(phase, work, device, values)
+    parts = core_of(phase, work_of(phase, c, values), device, values)
+    core = parts.total_s
     if lattice is not None:
         core = core * np.exp(lattice(residual_coordinates(phase, c)))
-    fixed: Any = values["t0_s"]
-    if phase == "decode":
-        fixed = fixed + decode_parts(work, device, values)[2]
-    return core, regime_of(fixed / core)
+    return core, regime_of(parts.by_limit["launch"] / core)
 
 
 def groups_of(c: Columns, kind: str, phase: str) -> NDArray[np.intp]:

@@ -80,5 +80,4 @@ def score(
 def roofline(phase: str, c: Columns, device: Device) -> F:
     """Datasheet roofline of measured rows, s."""
     work = work_of(phase, c, {"packs": 0.0})
-    moved = work.io_bytes if phase == "prefill" else work.cache_bytes + work.io_bytes
-    return np.asarray(np.maximum(work.flops / device.peak_flop_per_s, moved / device.bandwidth_bytes_per_s))
+    return np.asarray(np.maximum(work.flops / device.peak_flop_per_s, work.moved_bytes / device.bandwidth_bytes_per_s))

@@ -17,7 +17,17 @@ from numpy.typing import NDArray
 
 from simulator.errors import InputError
 from simulator.hardware.constants import DECODE_CONSTANTS, PREFILL_CONSTANTS
-from simulator.kernels.attention_core import Calls, Device, decode_parts, decode_work, join, prefill_parts, prefill_work
+from simulator.kernels.attention_core import (
+    Calls,
+    DecodeWork,
+    Device,
+    Parts,
+    PrefillWork,
+    decode_core,
+    decode_work,
+    prefill_core,
+    prefill_work,
+)
 from simulator.kernels.gemm_core import ELEMENT_BYTES
 from simulator.kernels.intervals import BOUNDS, Bands, OpTime, bands_of, level_scale
 from simulator.kernels.lattice import Lattice, decode_place, prefill_place
@@ -36,8 +46,6 @@ window, and heads of another width than the fits' 128 features (which err by 5 t
 
 FITTED_WIDTH = 128.0
 """Features a head of the rows the shipped profiles are fitted on."""
-
-_COMPUTE, _MEMORY, _LATENCY, _LAUNCH = (BOUNDS.index(name) for name in ("compute", "memory", "latency", "launch"))
 
 
 @dataclass(frozen=True)
@@ -112,11 +120,9 @@ def prefill_attention_time(
     """
     r = _ready(hw, "attention_prefill", dtype, kv_dtype)
     a = r.calls(batch, q_len, kv_len, heads, kv_heads, head_dim, window=window, density=density, block=block)
-    work, t0 = prefill_work(a, r.constants), r.constants["t0_s"]
-    throughput, chain, memory = prefill_parts(work, r.device, r.constants)
-    parts = {_COMPUTE: throughput, _LATENCY: chain, _MEMORY: memory, _LAUNCH: t0}
+    work = prefill_work(a, r.constants)
     place = prefill_place(a.q_len, a.batch, a.heads, a.kv_heads)
-    return _finish(r, a, t0 + join(throughput, chain, memory), parts, place, work.flops, work.io_bytes, level)
+    return _finish(r, work, prefill_core(work, r.device, r.constants), place, level)
 
 
 def decode_attention_time(
@@ -142,30 +148,25 @@ def decode_attention_time(
     r = _ready(hw, "attention_decode", dtype, kv_dtype)
     a = r.calls(batch, 1, kv_len, heads, kv_heads, head_dim, window=window, density=density, warm=not cold)
     work = decode_work(a)
-    memory, unit, merge = decode_parts(work, r.device, r.constants)
-    fixed = r.constants["t0_s"] + merge
-    parts = {_MEMORY: memory, _LATENCY: unit, _LAUNCH: fixed}
-    core, place = fixed + np.sqrt(memory * memory + unit * unit), decode_place(work.kv, work.pairs, work.group)
-    return _finish(r, a, core, parts, place, work.flops, work.cache_bytes + work.io_bytes, level)
+    place = decode_place(work.kv, work.pairs, work.group)
+    return _finish(r, work, decode_core(work, r.device, r.constants), place, level)
 
 
-def _finish(
-    r: _Ready, a: Calls, core: F, parts: dict[int, Any], place: Any, flops: F, bytes_: F, level: float
-) -> OpTime:
-    """Residual, floors of physics, interval by regime, and the limit: the largest of the parts by code, the fixed time
-    last."""
+def _finish(r: _Ready, work: PrefillWork | DecodeWork, parts: Parts, place: Any, level: float) -> OpTime:
+    """Residual, floors of physics, interval by regime, and the limit: the largest of the parts."""
+    a, core = work.calls, parts.total_s
     if r.lattice is not None:
         core = core * np.exp(r.lattice(place))
-    compute_s, bytes_s = flops / r.device.peak_flop_per_s, bytes_ / r.device.bandwidth_bytes_per_s
+    compute_s, bytes_s = work.flops / r.device.peak_flop_per_s, work.moved_bytes / r.device.bandwidth_bytes_per_s
     floor = np.maximum(compute_s / r.headroom, 0.0 if a.warm else bytes_s)
     seconds = np.maximum(core, floor)
     # of a kernel that no fit has seen
     widen = r.widen + math.log(WIDTH_SPREAD) * (a.head_dim != FITTED_WIDTH)
     widen = widen + math.log(SPARSE_SPREAD) * (np.asarray(a.density) < 1.0)
     widen = widen + math.log(WINDOW_SPREAD) * (np.asarray(a.window) > 0)
-    regime, scale = regime_of(parts[_LAUNCH] / seconds), level_scale(level, r.bands.level)
+    regime, scale = regime_of(parts.by_limit["launch"] / seconds), level_scale(level, r.bands.level)
     lower = np.maximum(seconds * np.exp(scale * (r.bands.low[regime] - widen)), floor)
     upper = seconds * np.exp(scale * (r.bands.high[regime] + widen))
-    largest = np.argmax([np.broadcast_to(part, seconds.shape) for part in parts.values()], axis=0)
-    bound = np.array(list(parts), dtype=np.int8)[largest]
+    largest = np.argmax([np.broadcast_to(part, seconds.shape) for part in parts.by_limit.values()], axis=0)
+    bound = np.array([BOUNDS.index(name) for name in parts.by_limit], dtype=np.int8)[largest]
     return OpTime(seconds, lower, upper, np.maximum(compute_s, bytes_s), bound)

@@ -66,6 +66,14 @@ class Calls:
     warm: Any = False  # of decode: L2 may hold the cache, as in a benchmark that repeats one call
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Time of attention calls without residual, s, and the parts it is joined from, by limit."""
+
+    total_s: F
+    by_limit: Mapping[str, F | float]  # "launch", the fixed time, is the last
+
+
 def from_l2(footprint_bytes: F, device: Device, c: Mapping[str, float]) -> F:
     """Time of moving bytes of which L2 holds 1 / (1 + (bytes / (l2_share L2))^8), over that of moving them from DRAM.
 
@@ -86,7 +94,7 @@ class PrefillWork:
     blocks: F  # key blocks of all tiles
     chain: F  # key blocks of the longest tile
     flops: F  # of the query-key pairs the mask leaves
-    io_bytes: F  # queries, outputs, keys and values, each once
+    moved_bytes: F  # queries, outputs, keys and values, each once
     cost: F | float  # time of the blocks left, over that of all of them
 
 
@@ -133,31 +141,17 @@ def prefill_work(a: Calls, c: Mapping[str, float]) -> PrefillWork:
     return PrefillWork(a, all_tiles, all_blocks, chain, flops, a.batch * a.head_dim * (queries + keys), cost)
 
 
-def prefill_parts(work: PrefillWork, device: Device, c: Mapping[str, float], warm: bool = True) -> tuple[F, F, F]:
-    """Throughput, chain and memory time, s, of prefill attention, to be joined. ``warm``: L2 may hold the operands."""
+def prefill_core(work: PrefillWork, device: Device, c: Mapping[str, float]) -> Parts:
+    """Time of prefill attention; throughput, longest chain and memory overlap in part: a 4/3-norm joins them."""
     per_pair = 4.0 * device.sm_count / (c["e_tc"] * device.peak_flop_per_s)
     block_s = (TILE * TILE * per_pair * work.calls.head_dim + TILE * TILE / c["exp_per_s"]) * work.cost
     starts = work.calls.batch * c["sequence_s"] + np.ceil(work.tiles / device.sm_count) * c["tile_s"]
     throughput = starts + work.blocks * block_s / device.sm_count
     chain = c["kappa"] * (c["tile_s"] + work.chain * block_s)
-    memory = work.io_bytes / (c["e_io"] * device.bandwidth_bytes_per_s)
-    return throughput, chain, memory * from_l2(work.io_bytes, device, c) if warm else memory
-
-
-def join(*parts: F) -> F:
-    """4/3-norm of times that overlap in part: more than the longest, less than the sum.
-
-    >>> float(join(np.array(1.0), np.array(0.0))), round(float(join(np.array(1.0), np.array(1.0))), 3)
-    (1.0, 1.682)
-    """
-    total: Any = sum(part * np.cbrt(part) for part in parts)
-    root = np.sqrt(total)
-    return np.asarray(root * np.sqrt(root))
-
-
-def prefill_core(work: PrefillWork, device: Device, c: Mapping[str, float], warm: bool = True) -> F:
-    """Time of prefill attention without residual, s: fixed time plus the joined throughput, chain and memory."""
-    return np.asarray(c["t0_s"] + join(*prefill_parts(work, device, c, warm)))
+    memory = work.moved_bytes / (c["e_io"] * device.bandwidth_bytes_per_s) * from_l2(work.moved_bytes, device, c)
+    root = np.sqrt(sum(part * np.cbrt(part) for part in (throughput, chain, memory)))
+    parts: dict[str, F | float] = {"compute": throughput, "latency": chain, "memory": memory, "launch": c["t0_s"]}
+    return Parts(c["t0_s"] + root * np.sqrt(root), parts)
 
 
 @dataclass(frozen=True)
@@ -173,6 +167,11 @@ class DecodeWork:
     cache_bytes: F
     io_bytes: F  # queries and outputs
 
+    @property
+    def moved_bytes(self) -> F:
+        """All bytes, none of them from L2."""
+        return self.cache_bytes + self.io_bytes
+
 
 def decode_work(a: Calls) -> DecodeWork:
     """Keys, FLOPs and bytes of decode attention."""
@@ -183,8 +182,8 @@ def decode_work(a: Calls) -> DecodeWork:
     return DecodeWork(a, kv, pairs, a.heads / a.kv_heads, key, flops, pairs * key * kv, io)
 
 
-def decode_parts(work: DecodeWork, device: Device, c: Mapping[str, float]) -> tuple[F, F, F]:
-    """Memory and unit time, and what is fixed beside ``t0_s`` (merge, wide tile), of decode attention, s each."""
+def decode_core(work: DecodeWork, device: Device, c: Mapping[str, float]) -> Parts:
+    """Time of decode attention: memory and units, joined by a 2-norm, and what is fixed (merge, wide tile too)."""
     slots, units = c["units_per_sm"] * device.sm_count, work.pairs * np.ceil(work.group / c["rows"])
     splits = np.minimum(np.floor(slots / units), np.floor(work.kv / c["split_keys"]))
     long = work.kv >= c["long_keys"]
@@ -199,10 +198,5 @@ def decode_parts(work: DecodeWork, device: Device, c: Mapping[str, float]) -> tu
     cache = cache * (1.0 + c["regroup"] * (work.group > 1.0))
     memory = (cache + work.io_bytes) / (c["e_d"] * device.bandwidth_bytes_per_s)
     merge = (splits > 1.0) * (c["split_s"] + 0.25 * c["merge_s"] * np.log2(splits)) + (work.group > TILE) * c["wide_s"]
-    return memory, unit, merge
-
-
-def decode_core(work: DecodeWork, device: Device, c: Mapping[str, float]) -> F:
-    """Time of decode attention without residual, s: fixed time, joined memory and units, merge."""
-    memory, unit, merge = decode_parts(work, device, c)
-    return np.asarray(c["t0_s"] + np.sqrt(memory * memory + unit * unit) + merge)
+    fixed = c["t0_s"] + merge
+    return Parts(fixed + np.sqrt(memory * memory + unit * unit), {"memory": memory, "latency": unit, "launch": fixed})

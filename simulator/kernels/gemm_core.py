@@ -52,9 +52,7 @@ class Machine:
     element_bytes: float  # of an activation
     weight_bytes: float  # of a stored weight, indices included
     persistent: bool  # blocks stay on their SM and take tile after tile
-    packs: bool = (
-        False  # a CPU: no tiles and waves, weights rearranged from `pack_m` rows on, nothing overlaps with arithmetic
-    )
+    packs: bool = False  # a CPU: no tiles and waves, weights rearranged from `pack_m` rows on, nothing overlaps
 
 
 @dataclass(frozen=True)
@@ -84,16 +82,6 @@ class CoreTime:
     tile: NDArray[np.int8]  # chosen entry of the menu
     split: F  # split-K factor
     tiles: F  # output tiles of the launch, split parts not counted
-
-    @property
-    def log2_us(self) -> F:
-        """Logarithm to base 2 of the total."""
-        return np.log2(self.total_us)
-
-    @property
-    def compute_us(self) -> F:
-        """Main loop of the chosen tile."""
-        return np.asarray(np.cbrt(self.compute3))
 
 
 def machine_core(machine: Machine, constants: Mapping[str, float], dtype: Any = np.float64) -> Core:
@@ -170,9 +158,8 @@ def core_time(
     shared[tiles > sm] = np.inf
     best = np.minimum(whole, shared)
     compute = best.min(axis=0)
-    tile = ((best == compute) * np.arange(len(best), dtype=np.int8)[:, None]).max(
-        axis=0
-    )  # of equally fast ones the last
+    numbers = np.arange(len(best), dtype=np.int8)[:, None]
+    tile = ((best == compute) * numbers).max(axis=0)  # of equally fast ones the last
     chosen = tile.astype(np.intp) * len(tile) + np.arange(len(tile))
     unsplit, split, tiles = (a.take(chosen) for a in (whole, split, tiles))
     memory, dram = memory_time(m, n, k, core, copies, load_scale)

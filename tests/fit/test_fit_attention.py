@@ -40,7 +40,7 @@ def shapes(phase: str, rows: int, seed: int) -> Columns:
 
 
 def timed(phase: str, c: Columns, truth: dict[str, float], device: object = DEVICE) -> Columns:
-    return replace(c, seconds=core_of(phase, work_of(phase, c, truth), device, truth))
+    return replace(c, seconds=core_of(phase, work_of(phase, c, truth), device, truth).total_s)
 
 
 def planted(phase: str, rows: int, seed: int, noise: float) -> Columns:

@@ -59,7 +59,7 @@ def test_flops_and_bytes_of_work() -> None:
     sizes = [np.array(float(x)) for x in (2, 128, 128, 32, 8, 64)]
     work = prefill_work(Calls(*sizes), {"pads": 1.0, "packs": 0.0})
     assert float(work.flops) == 4 * 2 * 32 * 64 * (128 * 129 // 2)
-    assert float(work.io_bytes) == 2 * 64 * (2 * 2 * 32 * 128 + 2 * 2 * 8 * 128)
+    assert float(work.moved_bytes) == 2 * 64 * (2 * 2 * 32 * 128 + 2 * 2 * 8 * 128)
 
 
 @given(NAMES, st.integers(1, 64), st.integers(1, 8192), st.integers(0, 8192), HEADS, DIMS, st.floats(0.05, 1.0))
