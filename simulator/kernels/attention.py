@@ -105,18 +105,9 @@ def prefill_attention_time(
 
     Never below FLOP / peak at the highest clock, nor below bytes / bandwidth with the cache read cold.
 
-    Parameters
-    ----------
-    batch, q_len, kv_len, heads, kv_heads, head_dim : array_like
-        Sequences; query and key positions of one; query and key/value heads; features of a head. All at least 1,
-        ``q_len <= kv_len``.
-    window : array_like
-        Sliding window in positions, 0 for none.
-    density, block : array_like
-        Share of the query-key blocks computed, in (0, 1], and their edge (0 where nothing is skipped): small blocks
-        cost more than their share (uncalibrated: the interval is wider).
-    dtype, kv_dtype : str
-        Formats of the arithmetic and of the KV cache (default: the same).
+    All sizes are at least 1, ``q_len <= kv_len``; a ``window`` of 0 is none; ``density`` is the share of the query-key
+    blocks computed and ``block`` their edge (0 where nothing is skipped): small blocks cost more than their share
+    (uncalibrated: the interval is wider). ``kv_dtype`` is the format of the KV cache (default: the arithmetic's).
     """
     r = _ready(hw, "attention_prefill", dtype, kv_dtype)
     a = r.calls(batch, q_len, kv_len, heads, kv_heads, head_dim, window=window, density=density, block=block)

@@ -99,11 +99,7 @@ class PrefillWork:
 
 
 def causal_blocks(q: F, kv: F, window: F) -> tuple[F, F, F]:
-    """Query tiles of a head, key blocks over all of them, and key blocks of the longest.
-
-    >>> [float(x) for x in causal_blocks(np.array(256.0), np.array(256.0), np.array(0.0))]
-    [4.0, 10.0, 4.0]
-    """
+    """Query tiles of a head, key blocks over all of them, and key blocks of the longest."""
     tiles, last = np.ceil(q / TILE), np.ceil(kv / TILE)
     blocks = (tiles - 1.0) * (np.ceil((kv - q) / TILE) + 0.5 * tiles) + last
     if not np.any(window):

@@ -40,9 +40,7 @@ PRECISION = np.float32
 CHUNK = 4096
 """Shapes timed at once: few enough for the second-level cache, many enough to hide the cost of calls."""
 
-_COMPUTE, _MEMORY, _L2, _LATENCY, _LAUNCH = (
-    BOUNDS.index(name) for name in ("compute", "memory", "l2", "latency", "launch")
-)
+_COMPUTE, _MEMORY, _L2, _LATENCY, _LAUNCH = map(BOUNDS.index, ("compute", "memory", "l2", "latency", "launch"))
 
 
 @dataclass(frozen=True)
@@ -82,9 +80,9 @@ class GemmKernel:
     exact: Exact | None  # shapes measured with cold weights, used in place of the model
     align_step: float
     align_load: float
-    load_scale: float = 1.0
-    pad_m: float = 1.0
-    widen: float = 0.0  # extra log half-width of what no fit has seen
+    load_scale: float
+    pad_m: float
+    widen: float  # extra log half-width of what no fit has seen
 
 
 @lru_cache(maxsize=128)
@@ -167,10 +165,8 @@ def gemm_time(
         Weights come from DRAM, as in a decoder; False: they are as warm as L2 allows.
     copies : int or array, optional
         Weights used in turn, as benchmarks rotate them: their footprint says how warm they are. Overrides ``cold``.
-    level : float
-        Of the interval, in (0, 1).
-    detail : bool
-        Fill the detail fields too.
+    level, detail : float, bool
+        Of the interval, in (0, 1); whether to fill the detail fields too.
 
     Raises
     ------
@@ -193,10 +189,6 @@ def gemm_ladder(m: Any, n: Any, k: Any, hw: HardwareProfile, **options: Any) -> 
 
     "roofline" is max(FLOP / peak, bytes / bandwidth); "tile": with the chosen tile's padding; "wave": and idle SMs of
     the last wave; "alignment": and n or k off 16 bytes; "kernel": all but the fixed time; "launch": all of it.
-
-    >>> from simulator.hardware.library import load_hardware
-    >>> list(gemm_ladder(64, 4096, 4096, load_hardware("a100")))
-    ['roofline', 'tile', 'wave', 'alignment', 'kernel', 'launch']
     """
     found = _columns(m, n, k, hw, _Path(**options), detail=True)
     between = {name: found[name] for name in ("tile", "wave", "alignment", "kernel")}
@@ -319,11 +311,7 @@ def _bound(parts: CoreTime, core: Core, k: F) -> NDArray[np.int8]:
 
 
 def alignment_halvings(n: F, k: F, element_bytes: float) -> F:
-    """Times the alignment of a row of n or k elements falls short of 16 bytes by a factor of two; 0 when it does not.
-
-    >>> alignment_halvings(np.array([8816.0, 8810.0, 8809.0]), np.array([4096.0, 4096.0, 4096.0]), 2.0)
-    array([0., 2., 3.])
-    """
+    """Times the alignment of a row of n or k elements falls short of 16 bytes by a factor of two; else 0."""
     low = n.astype(np.int32) | k.astype(np.int32)
     sizes = 2 ** np.arange(1, round(math.log2(16 / element_bytes)) + 1)
     return sum(((low & (size - 1)) != 0 for size in sizes.tolist()), np.zeros(n.shape, dtype=n.dtype))

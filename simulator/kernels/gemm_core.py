@@ -1,5 +1,4 @@
-"""The analytic form of the GEMM model (docs/model.md): tiles, waves, split-K, memory and fixed time; no profile, no
-residual.
+"""The analytic form of the GEMM model (docs/model.md): tiles, waves, split-K, memory, fixed time; no residual.
 
 Use :func:`machine_core` to turn datasheet facts and named constants into a :class:`Core`, :func:`core_time` to time
 shapes on it. Times are microseconds, so that their cubes stay near one. Arithmetic is in the precision of the shapes:

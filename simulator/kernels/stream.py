@@ -101,7 +101,7 @@ class Pass:
     def ideal_s(self) -> F:
         """Datasheet roofline of each row if its kernel used every zero; of a collective, its link's."""
         stack, w, hw = self.stack, self.stack.rows, self.hw
-        # formats the device does not compute in have moved no faster than their bytes
+        # of a format that the device does not compute in, the bytes alone count
         rates = np.array([hw.peak_flop_per_s(name) if name in hw.rates else np.inf for name in DTYPES])
         out: F = np.maximum(stack.flops * (1.0 / rates)[w.dtype], stack.bytes * (1.0 / hw.bandwidth_bytes_per_s))
         link = w.read_bytes * w.count / (hw.link.bandwidth_bytes_per_s if hw.link else np.inf)
@@ -167,12 +167,6 @@ def eager_total(seconds: F, host: F, segment: NDArray[Any]) -> tuple[F, F]:
     ``seconds`` and ``host`` (passes, groups) are of groups of operators, ``segment`` (groups,) of ``segment_of``.
     Within a phase the stream is: what precedes the layers, the layers (a mix too even to matter), what follows them.
     The device can start a segment only when the host has launched it, and ends no earlier than the last launch.
-
-    Examples
-    --------
-    >>> total, host = eager_total(np.array([[1.0, 5.0, 3.0]]), np.array([[2.0, 9.0, 1.0]]), np.array([0, 1, 2]))
-    >>> float(total[0]), float(host[0])
-    (14.0, 12.0)
     """
     total, host_total = np.zeros(len(seconds)), np.zeros(len(seconds))
     for phase in (0, 1):
@@ -200,13 +194,7 @@ class Cost(OpTime):
 
 
 def cost(w: Workload, hw: HardwareProfile, runtime: str = "cuda_graph", level: float = 0.9) -> Cost:
-    """Cost of one workload on one device: its :class:`Pass`, ``level`` that of the intervals.
-
-    Raises
-    ------
-    InputError
-        For an unknown runtime, or a number format the device does not compute in.
-    """
+    """Cost of one workload on one device (:func:`passes`); InputError for what the device cannot run."""
     (p,) = passes(Stack.of([w]), hw, (runtime,), level)
     in_all = {name: getattr(p, name)[0].item() for name in ("total_s", "device_s", "gap_s", "host_s", "host_bound")}
     return Cost(**vars(p.time), **in_all)
