@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from calibration.fit.attention import Columns
 
+from calibration.fit.attention import Columns
 from calibration.fit.core import Shapes, machine_of, shapes
 from calibration.judge import protocol
 from calibration.judge.accuracy import GEMMS, columns_of_table, means
