@@ -20,7 +20,8 @@ from calibration.fit.solver import ConstantsFit, FittedPart, Minimum, Table
 from simulator.hardware.constants import DECODE_CONSTANTS, PREFILL_CONSTANTS, Constant
 from simulator.hardware.parts import Provenance, Section
 from simulator.kernels.attention import REGIMES, regime_of
-from simulator.kernels.attention_core import Calls, Device, Parts, decode_core, decode_work, prefill_core, prefill_work
+from simulator.kernels.attention_core import Calls, Parts, decode_core, decode_work, prefill_core, prefill_work
+from simulator.kernels.gemm_core import Machine
 from simulator.kernels.lattice import Lattice, decode_place, prefill_place
 from simulator.workload import DTYPE_BYTES, DTYPES
 
@@ -93,7 +94,7 @@ def work_of(phase: str, c: Columns, values: Mapping[str, float]) -> Any:
     return decode_work(calls) if phase == "decode" else prefill_work(calls, {"pads": 1.0, **values})
 
 
-def core_of(phase: str, work: Any, device: Device, values: Mapping[str, float]) -> Parts:
+def core_of(phase: str, work: Any, device: Machine, values: Mapping[str, float]) -> Parts:
     """Core time as it was measured; the operands of a prefill may be warm in L2, since a benchmark repeats its call."""
     return (prefill_core if phase == "prefill" else decode_core)(work, device, values)
 
@@ -105,7 +106,7 @@ def residual_coordinates(phase: str, c: Columns) -> tuple[NDArray[np.floating[An
     return decode_place(c.kv_len, c.batch * c.kv_heads, c.heads / c.kv_heads)
 
 
-def usable(phase: str, c: Columns, device: Device) -> tuple[NDArray[np.bool_], dict[str, int]]:
+def usable(phase: str, c: Columns, device: Machine) -> tuple[NDArray[np.bool_], dict[str, int]]:
     """Rows a fit may use, and how many it may not by reason.
 
     A time may lie below bytes / bandwidth only while the bytes fit the L2; FLOP / peak it may not beat by more than 5 %
@@ -132,13 +133,13 @@ def usable(phase: str, c: Columns, device: Device) -> tuple[NDArray[np.bool_], d
     return good, {reason: n for reason, n in counts.items() if n}
 
 
-def _misfit(phase: str, c: Columns, device: Device, start: Mapping[str, float]) -> Callable[[Mapping[str, float]], F]:
+def _misfit(phase: str, c: Columns, device: Machine, start: Mapping[str, float]) -> Callable[[Mapping[str, float]], F]:
     work, log_time = work_of(phase, c, start), np.log(c.seconds)
     return lambda values: np.asarray(np.log(core_of(phase, work, device, values).total_s) - log_time)
 
 
 def fit_constants(
-    phase: str, c: Columns, device: Device, start: Mapping[str, float], fixed: Mapping[str, str]
+    phase: str, c: Columns, device: Machine, start: Mapping[str, float], fixed: Mapping[str, str]
 ) -> ConstantsFit:
     """Constants of a phase, but for those ``fixed`` for a reason.
 
@@ -159,7 +160,7 @@ def fit_constants(
     return solver.fit_logs(misfit, start, known, covariance, fixed=fixed, weak=1.0, moot=moot, max_nfev=60, **_SEARCH)
 
 
-def fit_residual(phase: str, c: Columns, device: Device, values: Mapping[str, float]) -> Lattice:
+def fit_residual(phase: str, c: Columns, device: Machine, values: Mapping[str, float]) -> Lattice:
     """The lattice on what constants leave, on the smallest box of octaves that holds the rows."""
     place = residual_coordinates(phase, c)
     start = tuple(float(np.floor(np.min(x))) for x in place)
@@ -169,7 +170,7 @@ def fit_residual(phase: str, c: Columns, device: Device, values: Mapping[str, fl
 
 
 def predict(
-    phase: str, c: Columns, device: Device, values: Mapping[str, float], lattice: Lattice | None
+    phase: str, c: Columns, device: Machine, values: Mapping[str, float], lattice: Lattice | None
 ) -> tuple[F, NDArray[np.intp]]:
     """Predicted time, as it was measured (warm or cold), and interval regime of each row."""
     parts = core_of(phase, work_of(phase, c, values), device, values)
@@ -189,7 +190,7 @@ def groups_of(c: Columns, kind: str, phase: str) -> NDArray[np.intp]:
 def fit_attention(
     phase: str,
     columns: Columns,
-    device: Device,
+    device: Machine,
     architecture: str,
     *,
     fold_by: Sequence[str] = ("heads", "lengths"),

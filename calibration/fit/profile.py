@@ -25,8 +25,8 @@ from simulator.errors import InputError
 from simulator.hardware.constants import CLASSES
 from simulator.hardware.parts import Fitted, Provenance, Section
 from simulator.hardware.profile import HardwareProfile
-from simulator.kernels.attention_core import Device
 from simulator.kernels.elementwise import class_code
+from simulator.kernels.gemm_core import Machine
 from simulator.workload import DTYPES
 
 Mask = NDArray[np.bool_]
@@ -254,7 +254,7 @@ def _fit_attention(task: _Task, hw: HardwareProfile) -> FittedPart:
     phase, lent = task.operator.removeprefix("attention_"), task.lent
     start = None if lent is None else {name: c.value for name, c in lent.constants.items()}
     known: dict[str, Any] = {"start": start, "seed": task.seed, "provenance": task.provenance}
-    return fit_attention(phase, columns_of(task.rows), Device.of(hw, task.dtype), hw.architecture, **known)
+    return fit_attention(phase, columns_of(task.rows), Machine.of(hw, task.dtype), hw.architecture, **known)
 
 
 def _fit_elementwise(task: _Task, hw: HardwareProfile) -> FittedPart:

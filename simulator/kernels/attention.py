@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +17,8 @@ from numpy.typing import NDArray
 
 from simulator.errors import InputError
 from simulator.hardware.constants import DECODE_CONSTANTS, PREFILL_CONSTANTS
-from simulator.kernels.attention_core import (
-    Calls,
-    DecodeWork,
-    Device,
-    Parts,
-    PrefillWork,
-    decode_core,
-    decode_work,
-    prefill_core,
-    prefill_work,
-)
-from simulator.kernels.gemm_core import ELEMENT_BYTES
+from simulator.kernels import attention_core
+from simulator.kernels.gemm_core import ELEMENT_BYTES, Machine
 from simulator.kernels.intervals import BOUNDS, Bands, OpTime, bands_of, level_scale
 from simulator.kernels.lattice import Lattice, decode_place, prefill_place
 
@@ -52,31 +42,27 @@ FITTED_WIDTH = 128.0
 class _Ready:
     """What a profile says about one phase and two formats, as floats and arrays."""
 
-    device: Device
+    device: Machine
     constants: Mapping[str, float]
     lattice: Lattice | None
-    headroom: float  # highest over boost clock
     bands: Bands
-    element_bytes: float
-    cache_bytes: float
     widen: float  # extra log half-width for a cache of another format
 
-    def calls(self, *sizes: Any, **options: Any) -> Calls:
+    def calls(self, *sizes: Any, **options: Any) -> attention_core.Calls:
         """Attention calls of these sizes in these formats."""
-        options |= {"element_bytes": self.element_bytes, "cache_bytes": self.cache_bytes}
-        return Calls(*(a.astype(np.float64) for a in np.broadcast_arrays(*sizes)), **options)
+        options |= {"element_bytes": self.device.element_bytes, "cache_bytes": self.device.weight_bytes}
+        return attention_core.Calls(*(a.astype(np.float64) for a in np.broadcast_arrays(*sizes)), **options)
 
 
 @lru_cache(maxsize=128)
 def _ready(hw: HardwareProfile, operator: str, dtype: str, kv_dtype: str | None) -> _Ready:
     section, cache = hw.section(operator, dtype), kv_dtype or dtype
     names = PREFILL_CONSTANTS if operator == "attention_prefill" else DECODE_CONSTANTS
-    model = Device.of(hw, dtype), {name: section[name] for name in names}, Lattice.from_arrays(section.arrays)
-    for name in (dtype, cache):
-        if name not in ELEMENT_BYTES:
-            raise InputError(f"dtype {name!r} is unknown; expected one of {', '.join(ELEMENT_BYTES)}")
-    formats = ELEMENT_BYTES[dtype], ELEMENT_BYTES[cache], math.log(CACHE_SPREAD) * (cache != dtype)
-    return _Ready(*model, hw.clock_headroom, bands_of(section, REGIMES), *formats)
+    machine, constants = Machine.of(hw, dtype), {name: section[name] for name in names}
+    if cache not in ELEMENT_BYTES:
+        raise InputError(f"dtype {cache!r} is unknown; expected one of {', '.join(ELEMENT_BYTES)}")
+    machine, widen = replace(machine, weight_bytes=ELEMENT_BYTES[cache]), math.log(CACHE_SPREAD) * (cache != dtype)
+    return _Ready(machine, constants, Lattice.from_arrays(section.arrays), bands_of(section, REGIMES), widen)
 
 
 def regime_of(share: Any) -> NDArray[np.intp]:
@@ -111,9 +97,9 @@ def prefill_attention_time(
     """
     r = _ready(hw, "attention_prefill", dtype, kv_dtype)
     a = r.calls(batch, q_len, kv_len, heads, kv_heads, head_dim, window=window, density=density, block=block)
-    work = prefill_work(a, r.constants)
+    work = attention_core.prefill_work(a, r.constants)
     place = prefill_place(a.q_len, a.batch, a.heads, a.kv_heads)
-    return _finish(r, work, prefill_core(work, r.device, r.constants), place, level)
+    return _finish(r, work, attention_core.prefill_core(work, r.device, r.constants), place, level)
 
 
 def decode_attention_time(
@@ -138,18 +124,18 @@ def decode_attention_time(
     """
     r = _ready(hw, "attention_decode", dtype, kv_dtype)
     a = r.calls(batch, 1, kv_len, heads, kv_heads, head_dim, window=window, density=density, warm=not cold)
-    work = decode_work(a)
+    work = attention_core.decode_work(a)
     place = decode_place(work.kv, work.pairs, work.group)
-    return _finish(r, work, decode_core(work, r.device, r.constants), place, level)
+    return _finish(r, work, attention_core.decode_core(work, r.device, r.constants), place, level)
 
 
-def _finish(r: _Ready, work: PrefillWork | DecodeWork, parts: Parts, place: Any, level: float) -> OpTime:
+def _finish(r: _Ready, work: attention_core.Work, parts: attention_core.Parts, place: Any, level: float) -> OpTime:
     """Residual, floors of physics, interval by regime, and the limit: the largest of the parts."""
     a, core = work.calls, parts.total_s
     if r.lattice is not None:
         core = core * np.exp(r.lattice(place))
     compute_s, bytes_s = work.flops / r.device.peak_flop_per_s, work.moved_bytes / r.device.bandwidth_bytes_per_s
-    floor = np.maximum(compute_s / r.headroom, 0.0 if a.warm else bytes_s)
+    floor = np.maximum(compute_s / r.device.headroom, 0.0 if a.warm else bytes_s)
     seconds = np.maximum(core, floor)
     # of a kernel that no fit has seen
     widen = r.widen + math.log(WIDTH_SPREAD) * (a.head_dim != FITTED_WIDTH)

@@ -17,35 +17,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.kernels.gemm_core import Machine
 from simulator.workload import attention_pairs
-
-if TYPE_CHECKING:
-    from simulator.hardware.profile import HardwareProfile
 
 F = NDArray[np.float64]
 
 TILE = 64.0
 """Queries of a tile and keys of a block; FlashAttention kernels use 64 or 128 of either."""
-
-
-@dataclass(frozen=True)
-class Device:
-    """The facts of a device the attention cores need, SI."""
-
-    peak_flop_per_s: float
-    sm_count: float
-    bandwidth_bytes_per_s: float
-    l2_bytes: float
-
-    @classmethod
-    def of(cls, hw: HardwareProfile, dtype: str = "bf16") -> Device:
-        """Those of a profile."""
-        return cls(hw.peak_flop_per_s(dtype), float(hw.sm_count), hw.bandwidth_bytes_per_s, hw.l2_bytes)
 
 
 @dataclass(frozen=True)
@@ -74,7 +57,7 @@ class Parts:
     by_limit: Mapping[str, F | float]  # "launch", the fixed time, is the last
 
 
-def from_l2(footprint_bytes: F, device: Device, c: Mapping[str, float]) -> F:
+def from_l2(footprint_bytes: F, device: Machine, c: Mapping[str, float]) -> F:
     """Time of moving bytes of which L2 holds 1 / (1 + (bytes / (l2_share L2))^8), over that of moving them from DRAM.
 
     The power is fixed: L40S decode errs by 16.3, 14.0, 13.2 % with 4, 8, 16.
@@ -137,7 +120,7 @@ def prefill_work(a: Calls, c: Mapping[str, float]) -> PrefillWork:
     return PrefillWork(a, all_tiles, all_blocks, chain, flops, a.batch * a.head_dim * (queries + keys), cost)
 
 
-def prefill_core(work: PrefillWork, device: Device, c: Mapping[str, float]) -> Parts:
+def prefill_core(work: PrefillWork, device: Machine, c: Mapping[str, float]) -> Parts:
     """Time of prefill attention; throughput, longest chain and memory overlap in part: a 4/3-norm joins them."""
     per_pair = 4.0 * device.sm_count / (c["e_tc"] * device.peak_flop_per_s)
     block_s = (TILE * TILE * per_pair * work.calls.head_dim + TILE * TILE / c["exp_per_s"]) * work.cost
@@ -169,6 +152,9 @@ class DecodeWork:
         return self.cache_bytes + self.io_bytes
 
 
+Work = PrefillWork | DecodeWork
+
+
 def decode_work(a: Calls) -> DecodeWork:
     """Keys, FLOPs and bytes of decode attention."""
     seen = np.where(np.asarray(a.window) > 0, np.minimum(a.kv_len, a.window), a.kv_len)
@@ -178,7 +164,7 @@ def decode_work(a: Calls) -> DecodeWork:
     return DecodeWork(a, kv, pairs, a.heads / a.kv_heads, key, flops, pairs * key * kv, io)
 
 
-def decode_core(work: DecodeWork, device: Device, c: Mapping[str, float]) -> Parts:
+def decode_core(work: DecodeWork, device: Machine, c: Mapping[str, float]) -> Parts:
     """Time of decode attention: memory and units, joined by a 2-norm, and what is fixed (merge, wide tile too)."""
     slots, units = c["units_per_sm"] * device.sm_count, work.pairs * np.ceil(work.group / c["rows"])
     splits = np.minimum(np.floor(slots / units), np.floor(work.kv / c["split_keys"]))

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from simulator.errors import InputError
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
-from simulator.kernels import gemm_core
 from simulator.kernels.exact import LEVEL, Exact, exact_of
 from simulator.kernels.gemm_core import ELEMENT_BYTES, Core, CoreTime, Machine, core_time, cube, machine_core
 from simulator.kernels.intervals import BOUNDS, Bands, OpTime, bands_of, level_scale, regimes
@@ -116,9 +115,8 @@ def gemm_kernel(hw: HardwareProfile, dtype: str, weight_dtype: str | None, kerne
         c["e_tc"] *= c["quant_step"]
         load_scale /= c["quant_load"]
         widen += math.log(1.4)  # nine in ten of the A100 rows of such kernels lie within a factor of 1.6
-    facts = float(hw.bandwidth_bytes_per_s), float(hw.l2_bytes), int(hw.sm_count), max(1.0, float(hw.clock_headroom))
-    kinds = hw.architecture in gemm_core.PERSISTENT_ARCHITECTURES, hw.architecture in gemm_core.PACKING_ARCHITECTURES
-    core = machine_core(Machine(peak, *facts, element, weight_bytes, *kinds), c, PRECISION)
+    machine = replace(Machine.of(hw, dtype), peak_flop_per_s=peak, weight_bytes=weight_bytes)
+    core = machine_core(machine, c, PRECISION)
     residual = residual_of(section.arrays, PRECISION)
     if residual is not None:
         residual = between_measured(residual, section.arrays["measured_m"])

@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simulator.workload import DTYPE_BYTES, DTYPES
+
+if TYPE_CHECKING:
+    from simulator.hardware.profile import HardwareProfile
 
 F = NDArray[np.floating[Any]]
 Factor = F | float
@@ -41,7 +44,7 @@ PACKING_ARCHITECTURES = frozenset({"cpu"})
 
 @dataclass(frozen=True)
 class Machine:
-    """Datasheet facts of one arithmetic on one device."""
+    """Datasheet facts of one arithmetic on one device, SI."""
 
     peak_flop_per_s: float
     bandwidth_bytes_per_s: float
@@ -49,9 +52,17 @@ class Machine:
     sm_count: int
     headroom: float  # highest clock over boost clock
     element_bytes: float  # of an activation
-    weight_bytes: float  # of a stored weight, indices included
+    weight_bytes: float  # of a stored weight, indices included; of attention, of the KV cache
     persistent: bool  # blocks stay on their SM and take tile after tile
     packs: bool = False  # a CPU: no tiles and waves, weights rearranged from `pack_m` rows on, nothing overlaps
+
+    @classmethod
+    def of(cls, hw: HardwareProfile, dtype: str = "bf16") -> Machine:
+        """Those of a profile, weights in the same format; InputError where the device has no such arithmetic."""
+        peak, memory = hw.rate(dtype).flop_per_s, (float(hw.bandwidth_bytes_per_s), float(hw.l2_bytes))
+        size, headroom = ELEMENT_BYTES[dtype], max(1.0, float(hw.clock_headroom))
+        kinds = hw.architecture in PERSISTENT_ARCHITECTURES, hw.architecture in PACKING_ARCHITECTURES
+        return cls(peak, *memory, int(hw.sm_count), headroom, size, size, *kinds)
 
 
 @dataclass(frozen=True)

@@ -21,18 +21,12 @@ sizes = st.integers(1, 40_000)
 widths = st.integers(1, 8192).map(lambda i: 8 * i)
 
 
-def machine_of(gpu: str) -> Machine:
-    hw = load_hardware(gpu)
-    facts = (hw.rate("bf16").flop_per_s, hw.bandwidth_bytes_per_s, hw.l2_bytes, hw.sm_count)
-    return Machine(*facts, 1.0, 2.0, 2.0, hw.architecture == "hopper")
-
-
 def defaults(architecture: str) -> dict[str, float]:
     return {name: constant.default(architecture) for name, constant in CONSTANTS.items()}
 
 
 def core_of(gpu: str, dtype: Any = np.float64) -> Core:
-    return machine_core(machine_of(gpu), defaults(load_hardware(gpu).architecture), dtype)
+    return machine_core(Machine.of(load_hardware(gpu)), defaults(load_hardware(gpu).architecture), dtype)
 
 
 @settings(max_examples=200, deadline=None)
@@ -75,7 +69,7 @@ def test_a_cpu_has_no_tiles_and_reads_its_weights_twice_from_some_rows_on() -> N
 
 @pytest.mark.parametrize("gpu", GPUS)
 def test_halving_both_rates_doubles_time_minus_overhead(gpu: str) -> None:
-    machine, c = machine_of(gpu), defaults(load_hardware(gpu).architecture)
+    machine, c = Machine.of(load_hardware(gpu)), defaults(load_hardware(gpu).architecture)
     twice, halved = ("tau", "t_s"), ("b_e", "b_l2", "b_hit", "b_s")
     slow = c | {name: 2 * c[name] for name in twice} | {name: c[name] / 2 for name in halved}
     rates = (machine.peak_flop_per_s / 2, machine.bandwidth_bytes_per_s / 2)
