@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from simulator.errors import InputError
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
 from simulator.hardware.library import load_hardware
-from simulator.kernels.gemm import CHUNK, PRECISION, alignment_halvings, gemm_ladder, gemm_time
+from simulator.kernels.gemm import CHUNK, PRECISION, GemmTime, alignment_halvings, gemm_ladder, gemm_time
 from simulator.kernels.gemm_core import Core, Machine, core_time, machine_core
+from simulator.workload import Kernel
 
 GPUS = ("a100_sxm_80gb", "h100_sxm", "rtx_4090")
 sizes = st.integers(1, 40_000)
@@ -112,16 +113,6 @@ def test_other_kernels_gain_where_their_saving_is_the_limit(
         assert least <= gain <= most
 
 
-def test_mixed_kernels_equal_each_alone() -> None:
-    hw = load_hardware("h100")
-    m = np.array([1, 64, 2048, 17])
-    mixed = gemm_time(m, 4096, 4096, hw, kernel=np.array([0, 1, 3, 2]), detail=True)
-    for i, code in enumerate((0, 1, 3, 2)):
-        alone = gemm_time(m[i], 4096, 4096, hw, kernel=code, detail=True)
-        for name in ("seconds", "lower", "upper", "roofline_s", "tile_m", "split_k", "fixed_s"):
-            assert getattr(mixed, name)[i] == getattr(alone, name)
-
-
 @pytest.mark.parametrize("gpu", GPUS)
 def test_ladder_ends_in_the_time_and_starts_at_the_roofline(gpu: str) -> None:
     hw = load_hardware(gpu)
@@ -158,13 +149,15 @@ def test_warm_weights_are_faster_and_many_copies_are_cold() -> None:
 
 
 @pytest.mark.parametrize("size", [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK])
-def test_chunks_do_not_show(size: int) -> None:
-    hw = load_hardware("h100")
-    rng = np.random.default_rng(size)
+@pytest.mark.parametrize("kernels", [1, len(Kernel)])
+def test_neither_chunks_nor_other_kernels_show(size: int, kernels: int) -> None:
+    hw, rng = load_hardware("h100"), np.random.default_rng(size)
     m, n, k = (np.ceil(2.0 ** rng.uniform(0, 13, size)) for _ in range(3))
-    whole = gemm_time(m, n, k, hw, detail=True)
+    kernel = np.arange(size) % kernels
+    whole = gemm_time(m, n, k, hw, kernel=kernel, detail=True)
     for i in {0, size // 2, size - 1}:
-        assert gemm_time(m[i], n[i], k[i], hw).seconds == whole.seconds[i]
+        alone = gemm_time(m[i], n[i], k[i], hw, kernel=kernel[i], detail=True)
+        assert all(getattr(whole, f.name)[i] == getattr(alone, f.name) for f in fields(GemmTime))
 
 
 def test_single_precision_is_enough() -> None:
