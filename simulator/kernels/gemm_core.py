@@ -38,9 +38,6 @@ MENUS: Mapping[str, tuple[tuple[int, int], ...]] = MappingProxyType(
 """Tiles of cuBLAS kernels (rows of m x columns of n): of kernels that launch a block a tile, of kernels whose blocks
 stay and take tile after tile (Hopper), and of products on a CPU, which pad nothing that could be seen in their time."""
 
-PERSISTENT_ARCHITECTURES = frozenset({"hopper"})
-PACKING_ARCHITECTURES = frozenset({"cpu"})
-
 
 @dataclass(frozen=True)
 class Machine:
@@ -61,8 +58,8 @@ class Machine:
         """Those of a profile, weights in the same format; InputError where the device has no such arithmetic."""
         peak, memory = hw.rate(dtype).flop_per_s, (float(hw.bandwidth_bytes_per_s), float(hw.l2_bytes))
         size, headroom = ELEMENT_BYTES[dtype], max(1.0, float(hw.clock_headroom))
-        kinds = hw.architecture in PERSISTENT_ARCHITECTURES, hw.architecture in PACKING_ARCHITECTURES
-        return cls(peak, *memory, int(hw.sm_count), headroom, size, size, *kinds)
+        kind = hw.architecture == "hopper", hw.architecture == "cpu"
+        return cls(peak, *memory, int(hw.sm_count), headroom, size, size, *kind)
 
 
 @dataclass(frozen=True)
