@@ -15,8 +15,7 @@ from calibration.devices.protocol import Device
 from calibration.execute.runs import DATASHEET, PROFILE, check_folder
 from calibration.fit.base_profile import base_profile
 from simulator.errors import InputError
-from simulator.hardware.library import load_hardware, save_hardware
-from simulator.hardware.names import list_hardware
+from simulator.hardware.library import list_hardware, load_hardware, save_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model

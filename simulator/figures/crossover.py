@@ -98,7 +98,7 @@ def _panel(ax: Axes, data: Columns, batches: list[int], lengths: list[int]) -> N
             center = np.stack([x[chosen], y[chosen]], axis=1)
             ax.add_collection(PolyCollection(list(center[:, None, :] + np.array(corners)), **style))
 
-    colors = [to_rgba(look(n).color, _opacity(n, sure)) for n, sure in zip(winner[gains], data["sure"][gains])]
+    colors = [to_rgba(look(n).color, opacity(n, sure)) for n, sure in zip(winner[gains], data["sure"][gains])]
     draw(gains, _SQUARE, facecolors=colors, edgecolors="white", linewidths=0.6)
     draw(~gains, _SQUARE, facecolors="white", edgecolors="#B8B8B8", hatch="////", linewidths=0.0)
     draw(unfit, [(0.47, 0.47), (0.17, 0.47), (0.47, 0.17)], facecolors=PALE_INK, linewidths=0, zorder=3)
@@ -109,7 +109,7 @@ def _panel(ax: Axes, data: Columns, batches: list[int], lengths: list[int]) -> N
         ax.text(x[i], y[i] - 0.20, f"{data['speedup'][i]:.2f}", ha="center", va="center_baseline", fontsize=5)
 
 
-def _opacity(name: str, sure: bool) -> float:
+def opacity(name: str, sure: bool) -> float:
     """Opacity of a cell; a black family is thinned, or the numbers in its cells could not be read."""
     return (SURE if sure else PALE) * (0.6 if look(name).color == BLACK else 1.0)
 

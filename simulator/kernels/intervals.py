@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from simulator.kernels.gemm_core import Core, CoreTime
 
 if TYPE_CHECKING:
-    from simulator.hardware.parts import Interval, Section
+    from simulator.hardware.profile import Interval, Section
 
 F = NDArray[np.floating[Any]]
 

@@ -245,4 +245,4 @@ def read_where(path: Path) -> None:
         name: np.array(["depth"] * 3, dtype=object) if kind is str else np.arange(3).astype(kind)
         for name, kind in COLUMNS.items()
     }
-    assert found.mask(table.__getitem__, 3).shape == (3,)
+    assert found(table.__getitem__, 3).shape == (3,)

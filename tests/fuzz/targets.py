@@ -206,11 +206,11 @@ level: 0.9
 
 
 def _grid(path: Path) -> None:
-    from simulator.predict.grid import grid_facts, read_grid
+    from simulator.predict.grid import read_grid
     from simulator.predict.sweep import pieces, sweep_columns
 
     grid = read_grid(path)
-    assert json.dumps(dict(grid_facts(grid)), default=str)
+    assert json.dumps(grid.facts(), default=str)
     if grid.size < 200 and max(grid.seqs) * max(grid.batches) < 1 << 22:
         columns, _ = sweep_columns(grid)
         for name in ("speedup", "dense_s", "pruned_s"):

@@ -24,8 +24,7 @@ from calibration.records.records import Records, Source
 from calibration.records.store import Header, merge, read_store
 from simulator.errors import InputError
 from simulator.figures.measured import read_measured_gemms
-from simulator.hardware.arrays import pack_arrays
-from simulator.hardware.checks import MOST_LOG, check_arrays
+from simulator.hardware.arrays import MOST_LOG, check_arrays, pack_arrays
 from simulator.hardware.library import load_hardware, save_hardware
 from simulator.predict.pareto import read_measured
 from simulator.predict.quality import load_quality
