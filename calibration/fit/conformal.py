@@ -7,13 +7,13 @@ operators.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
 from calibration.fit.core import Shapes
+from calibration.fit.solver import numbered
 from simulator.hardware.parts import Interval, Section
 from simulator.kernels.gemm_core import Core, CoreTime
 from simulator.kernels.intervals import PAIR_EDGES, PAIR_REGIMES, REGIMES, regimes
@@ -27,10 +27,12 @@ ENOUGH, OUTER_ENOUGH = 40, 20
 rows."""
 
 
-def accuracy_of(log_ratio: F) -> dict[str, float]:
-    """Mean, median and 95th percentile of the relative error and its signed mean, from log predicted over measured
-    times."""
-    error = np.expm1(log_ratio)
+def accuracy_of(error: F) -> dict[str, float]:
+    """Mean ("mape"), "median" and "p95" of the size of relative errors, and their signed mean "bias".
+
+    >>> accuracy_of(np.array([0.125, -0.25]))["mape"]
+    0.1875
+    """
     size = np.abs(error)
     scores = {"mape": size.mean(), "median": np.median(size), "p95": np.quantile(size, 0.95), "bias": error.mean()}
     return {name: float(v) for name, v in scores.items()}
@@ -87,9 +89,13 @@ def bands(
 
 def pair_bands(log_ratio: F, data: Shapes, level: float = LEVEL, limit: int = 200_000) -> tuple[Interval, ...]:
     """Intervals of a ratio of two times, by the distance of the shapes in octaves: errors of neighbours cancel."""
-    small, large = neighbours(data, limit).T
+    sizes = data.m, data.n, data.k
+    pairs = neighbours(sizes, nested=True)
+    if len(pairs) > limit:
+        pairs = pairs[np.random.default_rng(0).choice(len(pairs), limit, replace=False)]
+    small, large = pairs.T
     difference = np.abs(log_ratio[small] - log_ratio[large])
-    octaves = sum(np.abs(np.log2(a[small]) - np.log2(a[large])) for a in (data.m, data.n, data.k))
+    octaves = sum(np.abs(np.log2(a[small]) - np.log2(a[large])) for a in sizes)
     where = np.searchsorted(PAIR_EDGES, octaves, side="left")
     out = []
     for i, name in enumerate(PAIR_REGIMES):
@@ -118,23 +124,32 @@ def outer_bands(log_ratio: F, regime: NDArray[np.intp], names: Sequence[str], le
     return out
 
 
-def neighbours(data: Any, limit: int | None = None, low: float = 0.25, seed: int = 0) -> NDArray[np.intp]:
-    """Pairs (smaller, larger) of rows that differ in exactly one of m, n, k, by a ratio in [``low``, 1); at most
-    ``limit`` of them, drawn at random."""
-    columns = [np.asarray(v) for v in (data.m, data.n, data.k)]
-    out = []
-    for axis in range(3):
-        a, b = (columns[i] for i in range(3) if i != axis)
-        key = a * 2.0**24 + b
-        order = np.lexsort((columns[axis], key))
-        edges = np.flatnonzero(np.diff(key[order])) + 1
-        for rows in np.split(order, edges):
-            size = columns[axis][rows]
-            i, j = np.triu_indices(len(rows), 1)
-            ratio = size[i] / size[j]
-            near = (ratio >= low) & (ratio < 1.0)
-            out.append(np.stack([rows[i[near]], rows[j[near]]], axis=1))
-    pairs = np.concatenate(out)
-    if limit is not None and len(pairs) > limit:
-        pairs = pairs[np.random.default_rng(seed).choice(len(pairs), limit, replace=False)]
-    return pairs
+def neighbours(sizes: Sequence[F], nested: bool = False) -> NDArray[np.intp]:
+    """Pairs (smaller, larger) of rows that differ in exactly one of several sizes, by a ratio in [0.25, 1).
+
+    >>> neighbours([np.array([1.0, 2.0, 8.0]), np.array([4.0, 4.0, 4.0])]).tolist()
+    [[0, 1], [1, 2]]
+    """
+    return np.concatenate([pairs_along(s, [*sizes[:i], *sizes[i + 1 :]], nested) for i, s in enumerate(sizes)])
+
+
+def pairs_along(size: F, others: Sequence[F], nested: bool = False) -> NDArray[np.intp]:
+    """Pairs (smaller, larger) of rows equal in all ``others`` and whose ``size`` differs by a ratio in [0.25, 1): in
+    the order of how many sizes lie between the two, or (``nested``) all pairs of a smaller one together.
+
+    >>> pairs_along(np.array([1.0, 8.0, 2.0]), []).tolist()
+    [[0, 2], [2, 1]]
+    """
+    key = numbered(*others) if len(others) else np.zeros(len(size), dtype=np.intp)
+    order = np.lexsort((size, key))
+    key, size = key[order], size[order]
+    found = [np.zeros((0, 2), dtype=np.intp)]
+    for gap in range(1, len(key)):
+        same = key[gap:] == key[:-gap]
+        if not same.any():
+            break
+        ratio = size[:-gap] / np.where(size[gap:] > 0, size[gap:], 1.0)
+        at = np.flatnonzero(same & (ratio >= 0.25) & (ratio < 1.0))
+        found.append(np.stack([at, at + gap], axis=1))
+    pairs = np.concatenate(found)
+    return order[pairs[np.lexsort(pairs.T[::-1])] if nested else pairs]

@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.fit.core import weight_copies
 from calibration.fit.solver import ConstantsFit, FittedPart, gauss_newton, minimise
 from calibration.measurements import published
 from calibration.records.records import Records
@@ -26,11 +27,6 @@ F = NDArray[np.float64]
 
 ENOUGH_RATIOS = 5
 """Published ratios one constant needs."""
-
-
-def weight_copies(records: Records) -> F:
-    """Weights used in turn, as the GEMM model counts them: infinitely many where the benchmark kept them cold."""
-    return np.where(records.copies > 0, records.copies, np.where(records.cold, np.inf, 1.0)).astype(np.float64)
 
 
 def _with_constants(section: Section, constants: Mapping[str, Fitted], **accuracy: float) -> Section:

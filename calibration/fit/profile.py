@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.fit.attention import columns_of, device_of, fit_attention
-from calibration.fit.elementwise import fit_elementwise
+from calibration.fit.attention import calls_of, device_of, fit_attention
+from calibration.fit.core import machine_of, shapes_of
+from calibration.fit.elementwise import Moves, fit_elementwise
 from calibration.fit.gemm import anchor_gemm, fit_gemm
-from calibration.fit.kernels import fit_extra, weight_copies
+from calibration.fit.kernels import fit_extra
 from calibration.fit.solver import ConstantsFit, FittedPart
 from calibration.records.exact import with_exact
 from calibration.records.records import OPERATORS, PURPOSES, Flag, Records
@@ -227,10 +228,10 @@ def provenance_of(records: Records, date: str = "") -> Provenance:
 
 
 def _fit_gemm(task: _Task, hw: HardwareProfile) -> FittedPart:
-    r = task.rows
-    known: dict[str, Any] = {"dtype": task.dtype, "copies": weight_copies(r), "provenance": task.provenance}
+    data = shapes_of(task.rows, machine_of(hw, task.dtype))
+    known: dict[str, Any] = {"dtype": task.dtype, "provenance": task.provenance}
     if not task.anchor:
-        return fit_gemm(r.m, r.n, r.k, r.seconds, hw, prior=task.lent, seed=task.seed, **known)
+        return fit_gemm(data, hw, prior=task.lent, seed=task.seed, **known)
     section = task.lent or hw.section("gemm", task.dtype)
     if section.status == "default":
         none = f"--anchor: {hw.name} has no calibrated gemm {task.dtype} section to move"
@@ -238,7 +239,7 @@ def _fit_gemm(task: _Task, hw: HardwareProfile) -> FittedPart:
     if section.provenance is not None:
         origin = f"{section.provenance.borrowed_from or section.provenance.software}, re-anchored"
         known["provenance"] = replace(known["provenance"], borrowed_from=origin)
-    return anchor_gemm(section, r.m, r.n, r.k, r.seconds, hw, **known)
+    return anchor_gemm(section, data, hw, **known)
 
 
 def _fit_narrow(task: _Task, hw: HardwareProfile) -> FittedPart:
@@ -253,7 +254,7 @@ def _fit_attention(task: _Task, hw: HardwareProfile) -> FittedPart:
     phase, lent = task.operator.removeprefix("attention_"), task.lent
     start = None if lent is None else {name: c.value for name, c in lent.constants.items()}
     known: dict[str, Any] = {"start": start, "seed": task.seed, "provenance": task.provenance}
-    return fit_attention(phase, columns_of(task.rows), device_of(hw, task.dtype), hw.architecture, **known)
+    return fit_attention(calls_of(task.rows, phase, device_of(hw, task.dtype)), hw.architecture, **known)
 
 
 def _fit_elementwise(task: _Task, hw: HardwareProfile) -> FittedPart:
@@ -262,8 +263,8 @@ def _fit_elementwise(task: _Task, hw: HardwareProfile) -> FittedPart:
     r = r.select(~r.is_operator("copy") | (r.read_bytes + r.write_bytes > hw.l2_bytes))
     code = np.where(r.role >= 0, class_code(np.maximum(r.role, 0)), CLASSES.index("copy"))
     device = hw.l2_bytes, hw.bandwidth_bytes_per_s, hw.architecture
-    known: dict[str, Any] = {"seed": task.seed, "provenance": provenance_of(r, task.date)}
-    return fit_elementwise(r.read_bytes + r.write_bytes, code, r.seconds, *device, **known)
+    moves = Moves(r.read_bytes + r.write_bytes, code, r.seconds, *device)
+    return fit_elementwise(moves, seed=task.seed, provenance=provenance_of(r, task.date))
 
 
 def _fit_runtime(task: _Task, hw: HardwareProfile) -> FittedPart:

@@ -189,17 +189,11 @@ class Block:
 
 
 def blocks(
-    data: Shapes,
-    parts: CoreTime,
-    core: Core,
-    axes: Sequence[Axes],
-    measured_m: F,
-    stiffness: Stiffness,
-    own: Stiffness = OWN,
+    data: Shapes, parts: CoreTime, core: Core, axes: Sequence[Axes], stiffness: Stiffness, own: Stiffness
 ) -> list[Block]:
     """The smooth lattice and those of other axes on their standard nodes, once for any number of fits to subsets of the
     rows."""
-    places = m_places(measured_m)
+    places = m_places(data.m)
     known = Coordinates(data.m, data.n, data.k, parts, core, places)
     exact = (0.0, 1.0, max(int(np.ceil(places.max())) + 1, 2))
     out = []

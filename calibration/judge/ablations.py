@@ -14,18 +14,15 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.fit.conformal import bands, pair_bands
-from calibration.fit.core import fit_constants, free_constants, machine_of, timed
-from calibration.fit.gemm import FOLDS, accuracy, starting_constants
-from calibration.fit.residual import FINE_TERMS, OWN, SUPPLE, Block, blocks, evaluate, residual_from, solve
+from calibration.fit.core import free_constants, machine_of
+from calibration.fit.gemm import Problem, starting_constants
+from calibration.fit.residual import FINE_TERMS
 from calibration.judge.accuracy import GEMMS, Row, titles
 from calibration.judge.protocol import Measured, judge
 from calibration.judge.report import table
 from simulator.hardware.library import load_hardware
-from simulator.hardware.parts import Fitted, Section
+from simulator.hardware.parts import Section
 from simulator.hardware.profile import HardwareProfile
-from simulator.kernels.gemm_core import machine_core
-from simulator.kernels.lattice import residual_arrays
 
 F = NDArray[np.float64]
 
@@ -115,37 +112,12 @@ def profile_of(variant: Variant, hw: HardwareProfile) -> HardwareProfile:
 def fit_variant(variant: Variant, table: Measured, seed: int = 0) -> Section:
     """The section of :func:`calibration.fit.gemm.fit_gemm` for at least ``FINE_ROWS`` rows, without what the variant
     leaves out."""
-    data, hw, dtype = table.data, table.hw, table.dtype
-    machine = machine_of(hw, dtype)
-    free = [name for name in free_constants(machine) if name not in {*variant.fixed, *variant.idle}]
-    constants = fit_constants(data, machine, starting_constants(hw, dtype) | dict(variant.fixed), free, seed=seed)
-    core, parts = machine_core(machine, constants.values), timed(data, machine, constants.values)
-    target = np.log(data.seconds * 1e6 / parts.total_us)
+    machine, start = machine_of(table.hw, table.dtype), starting_constants(table.hw, table.dtype)
+    free = tuple(name for name in free_constants(machine) if name not in {*variant.fixed, *variant.idle})
     terms = () if "*" in variant.without else FINE_TERMS[machine.persistent]
     own = tuple(term for term in terms if not variant.without & set(term))
-    lattices = blocks(data, parts, core, own, data.m, SUPPLE, OWN)[0 if variant.smooth else 1 :]
-    groups = data.groups
-    count = int(groups.max()) + 1
-    unseen = _unseen(lattices, target, np.random.default_rng(seed).permutation(count)[groups] % FOLDS)
-    return Section(
-        {name: Fitted(float(value), None, "fitted") for name, value in constants.values.items()},
-        residual_arrays(residual_from(lattices, solve(lattices, target), data.m), data.m) if lattices else {},
-        (*bands(unseen, data.m, parts, core, count), *pair_bands(unseen, data)),
-        accuracy(unseen, data.m),
-        None,
-        "calibrated",
-    )
-
-
-def _unseen(lattices: list[Block], target: F, fold: NDArray[np.intp]) -> F:
-    """Log of predicted over measured of each row, by lattices fitted to the other folds."""
-    if not lattices:
-        return -target  # a dozen constants know nothing of a single one of thousands of rows
-    out = np.empty(len(target))
-    for i in range(int(fold.max()) + 1):
-        test = np.flatnonzero(fold == i)
-        out[test] = evaluate(lattices, solve(lattices, target, np.flatnonzero(fold != i)), test) - target[test]
-    return out
+    problem = Problem(machine, {**start, **variant.fixed}, own, None, seed, free, variant.smooth)
+    return problem.fit(table.data).section
 
 
 Unit = tuple[str, Variant, int]

@@ -3,7 +3,7 @@ elementwise operators.
 
 Use :func:`run_protocol`; ``prunesim validate --protocol`` prints its rows and :mod:`calibration.judge.pages` makes
 ``docs/accuracy.md`` of them. How a split is made and judged is in :mod:`calibration.judge.protocol` and
-:mod:`calibration.judge.protocol_attention`; here is only what is run. Scores are in percent.
+:mod:`calibration.judge.protocol_operators`; here is only what is run. Scores are in percent.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from calibration.fit.core import machine_of, shapes
-from calibration.fit.kernels import weight_copies
-from calibration.judge import protocol
+from calibration.fit.attention import calls_of, device_of
+from calibration.fit.core import machine_of, shapes_of
+from calibration.fit.elementwise import Moves
+from calibration.fit.shipped import HEAD_DIM, rtx_tables, shared_folder
+from calibration.judge import protocol, protocol_operators
 from calibration.judge.protocol import Measured, Result
 from calibration.measurements import load_measurements
 from calibration.records.records import Records
@@ -26,6 +28,7 @@ from simulator.errors import InputError, unknown
 from simulator.hardware.library import load_hardware
 from simulator.hardware.parts import Section
 from simulator.hardware.profile import HardwareProfile
+from simulator.kernels.elementwise import class_code
 from simulator.kernels.lattice import smooth_arrays
 
 Row = dict[str, Any]
@@ -73,14 +76,8 @@ def run_protocol(
     """Scores of every table, method, size and seed: rows of "table", "method", "rows" (0: all), "trained_on", "seed",
     scores.
 
-    Parameters
-    ----------
-    tables : sequence of str
-        Of :data:`TABLES`; "all" for all of them (the RTX 4090's only where its rows are at hand).
-    sizes : sequence of int or None
-        Training rows; None for all there are.
-    progress : callable, optional
-        Called with (steps done, steps in all).
+    ``tables`` are of :data:`TABLES`, "all" for all of them (the RTX 4090's only where its rows are at hand); ``sizes``
+    training rows, None for all there are. ``progress`` is called with (steps done, steps in all).
 
     Raises
     ------
@@ -125,8 +122,7 @@ def _row(table: str, size: int | None, result: Result) -> Row:
 
 def gemm_rows(records: Records, hw: HardwareProfile, dtype: str) -> Measured:
     """GEMM rows as a fit takes them."""
-    r = records.select(records.is_operator("gemm"))
-    return Measured(shapes(r.m, r.n, r.k, r.seconds, machine_of(hw, dtype), weight_copies(r)), hw, dtype)
+    return Measured(shapes_of(records, machine_of(hw, dtype)), hw, dtype)
 
 
 @lru_cache(maxsize=8)
@@ -161,8 +157,6 @@ def _h200() -> list[Row]:
 
 @lru_cache(maxsize=1)
 def _rtx_rows() -> tuple[HardwareProfile, Records] | None:
-    from calibration.fit.shipped import rtx_tables, shared_folder
-
     folder, hw = shared_folder(), load_hardware("rtx_4090")
     return None if folder is None else (hw, rtx_tables(folder, hw))
 
@@ -181,40 +175,34 @@ def _rtx_4090(hw: HardwareProfile, records: Records) -> list[Row]:
 
 
 def _attention(seed: int, sizes: Sequence[int | None]) -> list[Row]:
-    from calibration.fit.attention import columns_of, device_of
-    from calibration.fit.shipped import HEAD_DIM
-    from calibration.judge.protocol_attention import QUESTIONS, TABLES, score
-
     out: list[Row] = []
-    for phase, name, table in TABLES:
-        hw, c = load_hardware(name), columns_of(load_measurements(table, dtype="bf16"))
-        c = c.take(c.head_dim == HEAD_DIM)
-        for question in QUESTIONS:
-            for size in (size or 0 for size in sizes if size is None or size >= 400):
-                found = score(phase, c, device_of(hw), hw.architecture, question, size, seed)
-                scores = {key.replace("_", " "): 100.0 * value for key, value in found.items()}
-                scores["lowest coverage"] = min(v for key, v in scores.items() if key.startswith("coverage "))
-                scores["width"] *= 2.0
+    for phase, name, table in protocol_operators.TABLES:
+        hw = load_hardware(name)
+        calls = calls_of(load_measurements(table, dtype="bf16"), phase, device_of(hw))
+        calls = calls.take(calls.head_dim == HEAD_DIM)
+        for question in protocol_operators.QUESTIONS:
+            for size in _large(sizes):
+                scores = protocol_operators.score_attention(calls, hw.architecture, question, size, seed)
                 out.append(_row(f"attention {name}", size, Result(f"{phase}, unseen {question}", seed, size, scores)))
     return out
 
 
 def _elementwise(hw: HardwareProfile, records: Records, seeds: Sequence[int], sizes: Sequence[int | None]) -> list[Row]:
-    from calibration.fit.elementwise import score
-    from simulator.kernels.elementwise import class_code
-
     r = records.select(records.is_operator("elementwise"))
-    rows = (r.read_bytes + r.write_bytes, class_code(r.role), r.seconds)
-    device = (hw.l2_bytes, hw.bandwidth_bytes_per_s, hw.architecture)
+    device = hw.l2_bytes, hw.bandwidth_bytes_per_s, hw.architecture
+    moves = Moves(r.read_bytes + r.write_bytes, class_code(r.role), r.seconds, *device)
     out = []
-    for size in (size or 0 for size in sizes if size is None or size >= 400):
+    for size in _large(sizes):
         for seed in seeds:
-            scores = {key.replace("_", " "): 100.0 * v for key, v in score(*rows, *device, size, seed).items()}
+            scores = protocol_operators.score_elementwise(moves, size, seed)
             out.append(_row("elementwise rtx_4090", size, Result("prunesim", seed, size, scores)))
     return out
 
 
-# -- means over seeds --------------------------------------------------------------------------------------------------
+def _large(sizes: Sequence[int | None]) -> list[int]:
+    """Training rows that operators with few rows are judged at, 0 for all."""
+    return [size or 0 for size in sizes if size is None or size >= 400]
+
 
 # fmt: off
 COLUMNS: tuple[tuple[str, str, int], ...] = (
@@ -249,10 +237,8 @@ def means(rows: Sequence[Row], table: str) -> list[Row]:
 def columns_of_table(rows: Sequence[Row], table: str) -> list[tuple[str, list[str]]]:
     """One table as (title, cells), means over seeds."""
     found = means(rows, table)
-    columns = [
-        ("method", [str(r["method"]) for r in found]),
-        ("rows", [str(r["rows"] or ("-" if "as shipped" in r["method"] else "all")) for r in found]),
-    ]
+    sizes = [str(r["rows"] or ("-" if "as shipped" in r["method"] else "all")) for r in found]
+    columns = [("method", [str(r["method"]) for r in found]), ("rows", sizes)]
     for title, score, digits in COLUMNS:
         if any(score in r for r in found):
             cells = ["" if r.get(score, np.nan) != r.get(score, np.nan) else f"{r[score]:.{digits}f}" for r in found]

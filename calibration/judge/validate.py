@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.fit.kernels import weight_copies
+from calibration.fit.core import weight_copies
 from calibration.records.records import OPERATORS, Records
 from calibration.records.screening import work
 from simulator.errors import InputError

@@ -253,6 +253,7 @@ def prunesim(data: Split, repeat: int = 5) -> dict[str, Any]:
     from types import MappingProxyType
 
     import simulator
+    from calibration.fit.core import machine_of, shapes
     from calibration.fit.gemm import fit_gemm
     from simulator.predict.grid import Grid
     from simulator.predict.sweep import piece_columns, pieces
@@ -263,7 +264,7 @@ def prunesim(data: Split, repeat: int = 5) -> dict[str, Any]:
     for rows in (400, 4000):
         at = rng.permutation(len(data.fit))[:rows]
         began = time.perf_counter()
-        section = fit_gemm(*data.fit[at].T, data.fit_s[at], hw).section
+        section = fit_gemm(shapes(*data.fit[at].T, data.fit_s[at], machine_of(hw, "bf16")), hw).section
         out[f"fit_s_{rows}"] = time.perf_counter() - began
         profile = replace(hw, sections=MappingProxyType({**hw.sections, ("gemm", "bf16"): section}))
         predicted = simulator.gemm_time(*data.test.T, profile, cold=False, copies=copies(data.test, profile)).seconds

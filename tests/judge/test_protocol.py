@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from calibration.fit.attention import Columns
 
+from calibration.fit.attention import Calls, device_of
 from calibration.fit.core import Shapes, machine_of, shapes
 from calibration.judge import protocol
 from calibration.judge.accuracy import GEMMS, columns_of_table, means
 from calibration.judge.baselines import BASELINES, datasheet, roofline_rbf, three_constants
-from calibration.judge.protocol_attention import comparable
+from calibration.judge.protocol_operators import comparable
 from simulator.hardware.library import load_hardware
 
 HW = load_hardware("h100_sxm")
@@ -65,10 +65,10 @@ def test_llm_pairs_are_shaped_like_pruning() -> None:
 def test_attention_pairs_differ_in_one_thing_only() -> None:
     ones = np.ones(4)
     heads, groups = np.array([32.0, 16.0, 8.0, 2.0]), np.array([8.0, 4.0, 2.0, 0.5])
-    c = Columns(ones, 128 * ones, 128 * ones, heads, groups, 128 * ones, ones)
+    c = Calls("prefill", device_of(HW), ones, 128 * ones, 128 * ones, heads, groups, 128 * ones, ones)
     # 32/8 against 16/4 and 8/2; 16/4 against 8/2; 8/2 against 2/0.5; the rest lie below a quarter
-    assert sorted(map(tuple, comparable(c, "prefill", "heads").tolist())) == [(1, 0), (2, 0), (2, 1), (3, 2)]
-    assert not len(comparable(c, "prefill", "lengths"))
+    assert sorted(map(tuple, comparable(c, "heads").tolist())) == [(1, 0), (2, 0), (2, 1), (3, 2)]
+    assert not len(comparable(c, "lengths"))
 
 
 def test_baselines_fit_what_they_describe(data: Shapes) -> None:

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from calibration.fit.conformal import neighbours
 from calibration.fit.profile import fit_profile, provenance_of
 from calibration.fit.shipped import RECIPES, borrowed, rounded
 from calibration.judge.pages import constants_of_part
 from calibration.judge.report import html, markdown, write_html, write_markdown
-from calibration.judge.scores import by_size, coverage, pairs, part_errors, part_speedups, part_summary, summary
+from calibration.judge.scores import by_size, coverage, part_errors, part_speedups, part_summary, summary
 from calibration.judge.validate import validate
 from calibration.records.records import Records, Source
 from simulator.errors import InputError
@@ -92,8 +93,7 @@ def test_pairs_are_all_that_differ_in_one_size_by_at_most_a_factor_of_four() -> 
     table = np.stack(list(sizes.values()), axis=1)
     ratios = table[:, None] / table[None]
     fits = ((ratios != 1.0).sum(axis=2) == 1) & (ratios.min(axis=2) >= 0.25) & (ratios.max(axis=2) <= 1.0)
-    assert sorted(pairs(sizes).tolist()) == np.argwhere(fits).tolist() != []
-    assert len(pairs(sizes, limit=7)) == 7
+    assert sorted(neighbours(list(sizes.values())).tolist()) == np.argwhere(fits).tolist() != []
 
 
 def test_baselines_are_the_rooflines_they_say() -> None:
