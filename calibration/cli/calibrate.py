@@ -12,7 +12,7 @@ from simulator.cli import options, render
 from simulator.cli.options import arg, opt
 
 if TYPE_CHECKING:
-    from calibration.measure.runs import Calibrated
+    from calibration.execute.runs import Calibrated
 
 # fmt: off
 DeviceName = Annotated[str, arg("DEVICE", "cpu, cuda, cuda:1 or replay:FILE.")]
@@ -46,7 +46,7 @@ def command(
     Writes RUN/records.jsonl, RUN/profile.yaml and RUN/report.md with plots. The profile is for --hardware of every
     other command. A run that was stopped goes on with the same command.
     """
-    from calibration.measure.runs import fit_run, model_shapes
+    from calibration.execute.runs import fit_run, model_shapes
 
     budget_s = seconds("--budget", budget)
     shapes: Any = ()

@@ -48,8 +48,8 @@ def command(
     from calibration.execute.cases import fewer_layers, profile_of, settings_of
     from calibration.execute.compare import as_executed, compare
     from calibration.execute.comparison import rows_of, table
+    from calibration.execute.runs import RECORDS, check_folder
     from calibration.execute.upper_bound import measured_bounds
-    from calibration.measure.runs import RECORDS, check_folder
     from simulator.files.write import write_whole
     from simulator.models.library import load_model
     from simulator.predict.settings import Setting, one_of

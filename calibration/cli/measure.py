@@ -15,8 +15,8 @@ from simulator.cli.options import arg, opt
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
+    from calibration.execute.runs import Measured
     from calibration.measure.run import Outcome, Progress
-    from calibration.measure.runs import Measured
 
 # fmt: off
 Devices = Annotated[list[str], arg("DEVICE", "cpu, cuda, cuda:1, replay:FILE; with --merge, the runs to join.")]
@@ -62,7 +62,7 @@ def command(
 def measure(device: str, output: str, budget_s: float, dtype: str, **settings: Any) -> Measured:
     """Open a device, measure into a folder with a progress bar, and close it whatever happens."""
     from calibration.devices import open_device
-    from calibration.measure.runs import check_folder, measure_into
+    from calibration.execute.runs import check_folder, measure_into
 
     check_folder(output)
     settings |= {"budget_s": budget_s, "dtype": dtype, "say": render.note}
@@ -108,7 +108,7 @@ def finish(outcome: Outcome) -> None:
 
 
 def _merge(runs: list[str], output: str, json: bool) -> None:
-    from calibration.records.merge import merge
+    from calibration.records.store import merge
 
     files = [Path(run) / "records.jsonl" if Path(run).is_dir() else Path(run) for run in runs]
     content = merge(files, output)

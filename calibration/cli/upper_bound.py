@@ -49,8 +49,8 @@ def command(
     """
     from calibration.devices import open_device
     from calibration.execute.cases import fewer_layers, profile_of, settings_of
+    from calibration.execute.runs import check_folder
     from calibration.execute.upper_bound import bound_errors, bounds, measure_bounds
-    from calibration.measure.runs import check_folder
     from simulator.files.write import write_whole
     from simulator.models.library import load_model
     from simulator.predict.settings import Setting

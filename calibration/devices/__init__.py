@@ -1,56 +1,23 @@
 """Devices to measure: one file each, opened by name.
 
-``open_device("cpu")``, ``open_device("cuda")`` or ``open_device("cuda:1")``, ``open_device("replay:records.jsonl")``. Importing this
-package needs neither torch nor NVML; the file of the device does.
+``open_device("cpu")``, ``open_device("cuda")`` or ``open_device("cuda:1")``, ``open_device("replay:records.jsonl")``.
+Importing this package needs neither torch nor NVML; the file of the device does.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from calibration.devices.protocol import (
-    ELEMENTWISE_ROLES,
-    NORMS,
-    OPERATORS,
-    Description,
-    Device,
-    DeviceLost,
-    Operator,
-    OutOfMemory,
-    Prepared,
-    Unsupported,
-)
+from calibration.devices.protocol import Device, DeviceLost, Operator, OutOfMemory, Unsupported
 from simulator.errors import InputError, unknown
 
-__all__ = [
-    "ELEMENTWISE_ROLES",
-    "NORMS",
-    "OPERATORS",
-    "Description",
-    "Device",
-    "DeviceLost",
-    "Operator",
-    "OutOfMemory",
-    "Prepared",
-    "Unsupported",
-    "open_device",
-]
+__all__ = ["Device", "DeviceLost", "Operator", "OutOfMemory", "Unsupported", "open_device"]
 
 
 def open_device(name: str, **options: Any) -> Device:
-    """Open a device by name.
+    """Open a device by name: ``cpu``, ``cuda`` or ``cuda:INDEX``, ``replay:FILE`` with records to be played back.
 
-    Parameters
-    ----------
-    name : str
-        ``cpu``; ``cuda`` or ``cuda:INDEX``; ``replay:FILE`` with records to be played back.
-    **options
-        Passed to the device (``threads`` for the CPU).
-
-    Raises
-    ------
-    InputError
-        No such device, or torch is missing.
+    Options are the device's own (``threads`` for the CPU). InputError: no such device, or torch is missing.
     """
     kind, _, rest = name.partition(":")
     if kind not in ("cpu", "cuda", "replay") or (kind == "cpu" and rest):

@@ -1,15 +1,14 @@
 """Attention in torch: causal prefill, decode over a cache, and causal attention with blocks really skipped.
 
-Shapes are (batch, heads, positions, head_dim) for queries and (batch, kv_heads, positions, head_dim) for the cache. Masks and indices
-depend on the shape alone and are made once, so that the functions that are timed launch kernels and nothing else (copying an
-index from the host would also break a CUDA graph capture).
+Shapes are (batch, heads, positions, head_dim) for queries and (batch, kv_heads, positions, head_dim) for the cache.
+Masks and indices depend on the shape alone and are made once, so that the functions that are timed launch kernels and
+nothing else (copying an index from the host would also break a CUDA graph capture).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ Tensor = Any
 
 
 def prefill_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Causal attention; the queries are the last q_len of the kv_len positions, by ``mask`` from :func:`causal_mask` when those differ."""
+    """Causal attention of the last q_len of kv_len positions, by ``mask`` of :func:`causal_mask` where those differ."""
     shared = q.shape[1] != k.shape[1]
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
@@ -27,7 +26,8 @@ def prefill_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
 
 
 def causal_mask(q_len: int, kv_len: int, place: str) -> Tensor | None:
-    """What :func:`prefill_attention` needs beside the tensors: nothing for a whole prompt, else the lower-right causal mask.
+    """What :func:`prefill_attention` needs beside the tensors: nothing for a whole prompt, else the lower-right causal
+    mask.
 
     On CUDA it is the symbolic bias, which the flash kernels take; a mask of booleans would send them to a slower one.
     """
@@ -43,7 +43,8 @@ def causal_mask(q_len: int, kv_len: int, place: str) -> Tensor | None:
 def decode_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of one query a sequence, (batch, heads, 1, d), over a whole cache.
 
-    The query heads that share a key/value head become its query rows: exact, since no mask is needed, and the cache is read once.
+    The query heads that share a key/value head become its query rows: exact, since no mask is needed, and the cache is
+    read once.
     """
     batch, heads, _, head_dim = q.shape
     grouped = q.reshape(batch, k.shape[1], heads // k.shape[1], head_dim)
@@ -68,24 +69,12 @@ def block_layout(q_len: int, kv_len: int, block: int, density: float) -> list[li
 
 
 def layout_mask(layout: Sequence[Sequence[int]], q_len: int, kv_len: int, block: int) -> Tensor:
-    """The boolean mask (q_len, kv_len) a layout stands for: what a dense reference must apply to give the same result."""
+    """The boolean mask (q_len, kv_len) a layout stands for: what a dense reference must apply for the same result."""
     mask = torch.zeros(q_len, kv_len, dtype=torch.bool)
     for row, blocks in enumerate(layout):
         for column in blocks:
             mask[row * block : (row + 1) * block, column * block : (column + 1) * block] = True
     return mask & torch.ones(q_len, kv_len, dtype=torch.bool).tril(kv_len - q_len)
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One block of queries: its span, where its earlier key blocks lie, its diagonal span, and the mask over both."""
-
-    start: int
-    stop: int
-    index: Tensor | None
-    low: int
-    high: int
-    mask: Tensor
 
 
 def block_sparse_attention(
@@ -100,28 +89,29 @@ def block_sparse_attention(
         raise ValueError(
             f"block-sparse attention: kv_len - q_len = {kv_len - q_len} is no multiple of the block {block}"
         )
-    rows = []
+    rows = []  # of each block of queries: its span, its earlier key blocks, its diagonal's span, and the mask over both
     for number, blocks in enumerate(layout):
         earlier, last = list(blocks[:-1]), blocks[-1]
-        start, stop = number * block, min((number + 1) * block, q_len)
-        low, high = last * block, min((last + 1) * block, kv_len)
-        mask = torch.ones(stop - start, len(earlier) * block + high - low, dtype=torch.bool)
-        mask[:, len(earlier) * block :] = mask[:, len(earlier) * block :].tril()
+        queries = slice(number * block, min((number + 1) * block, q_len))
+        diagonal = slice(last * block, min((last + 1) * block, kv_len))
+        width = len(earlier) * block
+        mask = torch.ones(queries.stop - queries.start, width + diagonal.stop - diagonal.start, dtype=torch.bool)
+        mask[:, width:] = mask[:, width:].tril()
         index = torch.tensor(earlier, device=place) if earlier else None
-        rows.append(_Row(start, stop, index, low, high, mask.to(place)))
+        rows.append((queries, index, diagonal, mask.to(place)))
     whole = kv_len // block
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         shared = q.shape[1] != k.shape[1]
         blocked = [t[:, :, : whole * block].unflatten(2, (whole, block)) for t in (k, v)]
         out = torch.empty_like(q)
-        for row in rows:
-            keys, values = (t[:, :, row.low : row.high] for t in (k, v))
-            if row.index is not None:
-                first, second = (t.index_select(2, row.index).flatten(2, 3) for t in blocked)
+        for queries, index, diagonal, mask in rows:
+            keys, values = (t[:, :, diagonal] for t in (k, v))
+            if index is not None:
+                first, second = (t.index_select(2, index).flatten(2, 3) for t in blocked)
                 keys, values = torch.cat((first, keys), dim=2), torch.cat((second, values), dim=2)
-            out[:, :, row.start : row.stop] = F.scaled_dot_product_attention(
-                q[:, :, row.start : row.stop], keys, values, attn_mask=row.mask, enable_gqa=shared
+            out[:, :, queries] = F.scaled_dot_product_attention(
+                q[:, :, queries], keys, values, attn_mask=mask, enable_gqa=shared
             )
         return out
 
@@ -133,7 +123,8 @@ def flex_block_sparse_attention(
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The same as one fused kernel, through torch's flex attention: blocks outside the layout are never loaded.
 
-    Compiling takes seconds a shape. Uncompiled it computes densely under the mask, which serves to check the layout, not to time it.
+    Compiling takes seconds a shape. Uncompiled it computes densely under the mask, which serves to check the layout,
+    not to time it.
     """
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 

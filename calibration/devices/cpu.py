@@ -1,10 +1,10 @@
 """The CPU as a device: torch operators, threads pinned and recorded, operands rotated past the last-level cache.
 
-Two settings of the process matter as much as the silicon and are therefore made here and recorded. Threads are pinned, one a CPU, so
-that they do not migrate in the middle of a sample; OpenMP pins its own when it is loaded (``OMP_PROC_BIND``), so this module asks for it
-before it imports torch. And the allocator is told to keep large blocks instead of handing them back to the
-kernel after every operator: otherwise each result would be paged in again, four kilobytes at a time, and a GEMM would be
-timed together with its page faults.
+Two settings of the process matter as much as the silicon and are therefore made here and recorded. Threads are pinned,
+one a CPU, so that they do not migrate in the middle of a sample; OpenMP pins its own when it is loaded
+(``OMP_PROC_BIND``), so this module asks for it before it imports torch. And the allocator is told to keep large blocks
+instead of handing them back to the kernel after every operator: otherwise each result would be paged in again, four
+kilobytes at a time, and a GEMM would be timed together with its page faults.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ import ctypes
 import os
 import platform
 import sys
-import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 
 def _affinity() -> list[int]:
@@ -40,15 +38,16 @@ import torch  # noqa: E402
 if _BOUND:  # loading OpenMP has bound this thread to the first CPU; importing a module must not do that
     _set_affinity(_ALLOWED)
 
-from calibration.devices.operators import Arena, Launches, build, is_out_of_memory  # noqa: E402
-from calibration.devices.protocol import OPERATORS, Description, Operator, OutOfMemory, Unsupported  # noqa: E402
+from calibration.devices.operators import build, is_out_of_memory  # noqa: E402
+from calibration.devices.protocol import Operator, OutOfMemory, Unsupported  # noqa: E402
 from calibration.devices.telemetry import CpuReader, Snapshot, cpuinfo  # noqa: E402
+from calibration.devices.torch_device import TorchDevice, host_loop  # noqa: E402
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 _DEFAULT_CACHE = 32.0 * 2**20
 
 
-def _read_text(path: str) -> str:
+def _read_text(path: str | Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
@@ -63,11 +62,10 @@ def last_level_cache_bytes(root: str = "/sys/devices/system/cpu/cpu0/cache") -> 
     """
     sizes = []
     for path in Path(root).glob("index*/size"):
-        text = _read_text(str(path))
-        unit = {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30}.get(text[-1:], 1.0)
+        text = _read_text(path)
         digits = text.rstrip("KMG")
         if digits.isdecimal():
-            sizes.append(float(digits) * unit)
+            sizes.append(float(digits) * {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30}.get(text[-1:], 1.0))
     return max(sizes, default=_DEFAULT_CACHE)
 
 
@@ -92,30 +90,7 @@ def keep_blocks() -> bool:
     return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
-class _CpuPrepared:
-    """Launches in a loop between two readings of the performance counter."""
-
-    def __init__(self, launches: Launches) -> None:
-        self._launches = launches
-        self._next = 0
-        how = f", {launches.how}" if launches.how else ""
-        self.method = f"perf_counter_ns round a loop over {launches.copies} rotated copies{how}"
-
-    def sample(self, loops: int) -> float:
-        launch, first = self._launches.launch, self._next
-        self._next = (first + loops) % self._launches.copies
-        try:
-            start = time.perf_counter_ns()
-            for i in range(first, first + loops):
-                launch(i)
-            return (time.perf_counter_ns() - start) * 1e-9 / loops
-        except (RuntimeError, MemoryError) as error:
-            if is_out_of_memory(error):
-                raise OutOfMemory(str(error)) from error
-            raise
-
-
-class CpuDevice:
+class CpuDevice(TorchDevice):
     """The CPUs this process may use.
 
     Parameters
@@ -145,24 +120,26 @@ class CpuDevice:
             raise Unsupported(f"threads: expected 1 to {len(allowed)} (the CPUs this process may use), got {threads}")
         self._restore = (torch.get_num_threads(), allowed)
         self.cpus: tuple[int, ...] = tuple(allowed[: self.threads])
-        # where OpenMP binds its workers the calling thread takes the first CPU; otherwise all share a mask as wide as they are many
+        # where OpenMP binds its workers the calling thread takes the first CPU; otherwise all share a mask as wide as
+        # they are many
         self._pinned = pin and _set_affinity(self.cpus[:1] if _BOUND else self.cpus)
         torch.set_num_threads(self.threads)
         self._kept = keep_blocks()
-        self.cache_bytes = last_level_cache_bytes() if cache_bytes is None else cache_bytes
-        self.memory_limit_bytes = 0.5 * available_memory_bytes() if memory_limit_bytes is None else memory_limit_bytes
-        self._arena = Arena("cpu", self.cache_bytes, 0.5 * self.memory_limit_bytes)
         self._reader = CpuReader(self.cpus)
+        super().__init__(
+            "cpu",
+            last_level_cache_bytes() if cache_bytes is None else cache_bytes,
+            0.5 * available_memory_bytes() if memory_limit_bytes is None else memory_limit_bytes,
+        )
 
-    def describe(self) -> Description:
-        """CPU model, threads, pinning, torch and its libraries."""
+    def identity(self) -> tuple[str, Mapping[str, str]]:
+        """CPU model, threads, pinning, libraries of torch."""
         try:
             model = cpuinfo(_read_text("/proc/cpuinfo"), self.cpus[0])["model name"]
         except KeyError:
             model = platform.processor() or platform.machine()
         how = "one thread each" if _BOUND else "shared by all threads"
-        stack = {
-            "torch": torch.__version__,
+        return f"{model} ({self.threads} threads)", {
             "oneDNN": "on" if torch.backends.mkldnn.is_available() else "off",
             "isa": str(torch.backends.cpu.get_cpu_capability()),
             "threads": str(self.threads),
@@ -170,17 +147,10 @@ class CpuDevice:
             "allocator": "keeps blocks" if self._kept else "default",
             "system": f"{platform.system()} {platform.release()}",
         }
-        return Description(
-            self.name, f"{model} ({self.threads} threads)", stack, self.memory_limit_bytes, self.cache_bytes
-        )
 
     def dtypes(self) -> tuple[str, ...]:
         """fp32; bf16 and fp16 (emulated where the CPU lacks them, and slow then); int8."""
         return ("fp32", "bf16", "fp16", "int8")
-
-    def capabilities(self) -> frozenset[str]:
-        """Everything but sparse tensor cores and recorded graphs."""
-        return frozenset(OPERATORS) - {"gemm_2to4", "launch_graph"}
 
     def refuses(self, operator: Operator) -> str:
         """Why the CPU cannot run it; empty when it can."""
@@ -190,50 +160,23 @@ class CpuDevice:
             return "launch_graph needs recorded graphs; torch has none on a CPU"
         if operator.dtype not in self.dtypes():
             return f"dtype {operator.dtype} has no GEMM on this CPU; it runs {', '.join(self.dtypes())}"
-        if operator.dtype == "int8" and operator.kind not in ("gemm", "copy"):
-            return f"{operator.kind} in int8 has no implementation in torch; only gemm and copy have"
-        if operator.kind == "attention_block_sparse" and (operator.kv_len - operator.q_len) % operator.block:
-            return f"attention_block_sparse needs kv_len - q_len to be a multiple of the block {operator.block}"
-        return ""
+        return super().refuses(operator)
 
-    def prepare(self, operator: Operator) -> _CpuPrepared:
-        """Operands in memory; see :class:`calibration.devices.protocol.Device`."""
-        if reason := self.refuses(operator):
-            raise Unsupported(reason)
-        if operator.footprint_bytes > self.memory_limit_bytes:
-            raise OutOfMemory(
-                f"{operator.key} takes {operator.footprint_bytes:.3g} bytes, {self.memory_limit_bytes:.3g} are allowed"
-            )
-        try:
-            launches = build(operator, "cpu", self._arena)
-        except (RuntimeError, MemoryError) as error:
-            if is_out_of_memory(error):
-                raise OutOfMemory(str(error)) from error
-            raise
-        return _CpuPrepared(launches)
+    def _bind(self, operator: Operator) -> tuple[str, Callable[[int], float]]:
+        launches = build(operator, "cpu", self._arena)
+        return f"perf_counter_ns round a loop over {launches.copies} rotated copies{launches.how}", host_loop(launches)
+
+    def _translate(self, error: BaseException, operator: Operator) -> Exception | None:
+        return OutOfMemory(str(error)) if is_out_of_memory(error) else None
 
     def snapshot(self) -> Snapshot:
         """Clock, temperature, load and thermal events of the CPUs used, as far as Linux shows them."""
         return self._reader.snapshot()
 
-    def clock(self) -> float:
-        """Monotonic seconds."""
-        return time.monotonic()
-
-    def rest(self, seconds: float) -> None:
-        """Sleep."""
-        time.sleep(seconds)
-
     def close(self) -> None:
         """Give operands back, and the process its threads and CPUs."""
-        self._arena.clear()
+        super().close()
         threads, cpus = self._restore
         torch.set_num_threads(threads)
         if self._pinned:
             _set_affinity(cpus)
-
-    def __enter__(self) -> CpuDevice:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()

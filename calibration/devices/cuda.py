@@ -1,39 +1,34 @@
 """An NVIDIA GPU as a device: CUDA events around replays of a CUDA graph of many launches over rotated operands.
 
-A graph keeps the host out of the time, and going round weights that together exceed twice the L2 makes each of them come from memory.
-Where an operator cannot be captured, every launch stands alone between two events, after a buffer of twice the L2 has been
-overwritten; the overwriting also gives the host time to have the launch ready. The record says which of the two it was.
+A graph keeps the host out of the time, and going round weights that together exceed twice the L2 makes each of them
+come from memory. Where an operator cannot be captured, every launch stands alone between two events, after a buffer of
+twice the L2 has been overwritten; the overwriting also gives the host time to have the launch ready. The record says
+which of the two it was.
 
-The torch module for CUDA is an argument (``backend``), and so is the place where tensors live, so that all that is not a kernel can
-be tested where there is no GPU.
+The torch module for CUDA is an argument (``backend``), and so is the place where tensors live, so that all that is not
+a kernel can be tested where there is no GPU.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from calibration.devices.operators import Arena, Launches, build, is_out_of_memory
-from calibration.devices.protocol import OPERATORS, Description, DeviceLost, Operator, OutOfMemory, Unsupported
+from calibration.devices.operators import Launches, build, is_out_of_memory
+from calibration.devices.protocol import DeviceLost, Operator, OutOfMemory, Unsupported
 from calibration.devices.telemetry import UNKNOWN, NvmlReader, Snapshot
+from calibration.devices.torch_device import TorchDevice, host_loop
 from simulator.errors import InputError
 
 _FEWEST_LAUNCHES = 20  # in a graph, so that the gap between replays is shared by many
 _MOST_LAUNCHES = 1 << 13
 _GRAPH_SPAN_S = 2e-3
 _EVENTS = 128  # event pairs in flight on the path without graphs
-_LOST = (
-    "CUDA error",
-    "uncorrectable ECC",
-    "fallen off the bus",
-    "device-side assert",
-    "unspecified launch failure",
-    "no CUDA GPUs",
-)
+_LOST: tuple[str, ...] = ("CUDA error", "uncorrectable ECC", "fallen off the bus", "device-side assert")
+_LOST += ("unspecified launch failure", "no CUDA GPUs")
 
 
 def load_nvml() -> Any | None:
@@ -65,24 +60,7 @@ def translate(error: BaseException, what: str) -> Exception | None:
     return None
 
 
-class _Guarded:
-    """Samples with torch's errors translated; the three ways of timing differ only in ``run``."""
-
-    def __init__(self, what: str, method: str, run: Callable[[int], float]) -> None:
-        self._what, self._run = what, run
-        self.method = method
-
-    def sample(self, loops: int) -> float:
-        try:
-            return self._run(loops)
-        except Exception as error:
-            known = translate(error, self._what)
-            if known is None:
-                raise
-            raise known from error
-
-
-class CudaDevice:
+class CudaDevice(TorchDevice):
     """One CUDA GPU.
 
     Parameters
@@ -96,6 +74,8 @@ class CudaDevice:
     backend, place, nvml
         ``torch.cuda``, the torch device of tensors, and the NVML module; arguments for the sake of tests.
     """
+
+    eight_bit = ("gemm", "copy", "launch_eager", "launch_graph")
 
     def __init__(
         self,
@@ -116,28 +96,22 @@ class CudaDevice:
         self._cuda.set_device(index)
         self._place = place or self.name
         self._graphs = graphs
-        p = self._cuda.get_device_properties(index)
-        self._properties = p
+        self._properties = p = self._cuda.get_device_properties(index)
         self.capability = (int(p.major), int(p.minor))
-        self.cache_bytes = float(getattr(p, "L2_cache_size", 0) or 50 * 2**20)
-        self.memory_limit_bytes = (
-            0.9 * float(self._cuda.mem_get_info(index)[0]) if memory_limit_bytes is None else memory_limit_bytes
-        )
-        self._arena = Arena(self._place, self.cache_bytes, 0.5 * self.memory_limit_bytes)
+        free = 0.9 * float(self._cuda.mem_get_info(index)[0]) if memory_limit_bytes is None else memory_limit_bytes
+        super().__init__(self._place, float(getattr(p, "L2_cache_size", 0) or 50 * 2**20), free)
         uuid = str(getattr(p, "uuid", "") or "")
-        self._reader = NvmlReader(
-            load_nvml() if isinstance(nvml, str) else nvml, f"GPU-{uuid.removeprefix('GPU-')}" if uuid else "", index
-        )
+        uuid = f"GPU-{uuid.removeprefix('GPU-')}" if uuid else ""
+        self._reader = NvmlReader(load_nvml() if isinstance(nvml, str) else nvml, uuid, index)
         self._flush: Any = None
 
-    # -- what it is ---------------------------------------------------------------------------------------------------------------
+    # -- what it is ---------------------------------------------------------------------------------------------------
 
-    def describe(self) -> Description:
-        """GPU name, driver, CUDA, torch and its libraries."""
+    def identity(self) -> tuple[str, Mapping[str, str]]:
+        """GPU name, driver, CUDA, libraries of torch, power limit and how it is timed."""
         sparse = getattr(torch.backends, "cusparselt", None)
         limit = self._reader.power_limit_w()
-        stack = {
-            "torch": torch.__version__,
+        return f"{self._properties.name} ({self._properties.multi_processor_count} SM)", {
             "cuda": str(torch.version.cuda or UNKNOWN),
             "cudnn": str(torch.backends.cudnn.version() or UNKNOWN),
             "cusparselt": str(sparse.version()) if sparse is not None and sparse.is_available() else "none",
@@ -145,26 +119,14 @@ class CudaDevice:
             "power_limit_w": limit if isinstance(limit, str) else f"{limit:.0f}",
             "timing": "graph" if self._graphs else "events",
         }
-        p = self._properties
-        return Description(
-            self.name, f"{p.name} ({p.multi_processor_count} SM)", stack, self.memory_limit_bytes, self.cache_bytes
-        )
 
     def dtypes(self) -> tuple[str, ...]:
         """Formats of its tensor cores, by compute capability (8.0 Ampere, 8.9 Ada, 9.0 Hopper)."""
-        names = ["fp32", "fp16"]
-        if self.capability >= (8, 0):
-            names += ["tf32", "bf16", "int8"]
-        if self.capability >= (8, 9):
-            names.append("fp8")
-        return tuple(names)
-
-    def capabilities(self) -> frozenset[str]:
-        """All operators; 2:4 from Ampere on."""
-        return frozenset(OPERATORS) - (frozenset() if self.capability >= (8, 0) else {"gemm_2to4"})
+        ampere = ("tf32", "bf16", "int8") if self.capability >= (8, 0) else ()
+        return ("fp32", "fp16", *ampere, *(("fp8",) if self.capability >= (8, 9) else ()))
 
     def refuses(self, operator: Operator) -> str:
-        """Why this GPU cannot run it; empty when it can. Shape rules are those of cublasLt, cuSPARSELt and torch's bindings to them."""
+        """Why this GPU cannot run it, by the rules of cublasLt, cuSPARSELt and torch; empty when it can."""
         op = operator
         if op.dtype not in self.dtypes():
             return (
@@ -177,71 +139,54 @@ class CudaDevice:
                 return f"gemm_2to4 is measured in fp16 and bf16, not in {op.dtype}"
             if op.n % 32 or op.k % 64:
                 return f"gemm_2to4 needs n a multiple of 32 and k of 64, got n={op.n} k={op.k}"
-        if op.dtype in ("fp8", "int8") and op.kind not in ("gemm", "copy", "launch_eager", "launch_graph"):
-            return f"{op.kind} in {op.dtype} has no implementation in torch; only gemm and copy have"
         if op.kind == "gemm" and op.dtype == "fp8" and (op.n % 16 or op.k % 16):
             return f"gemm in fp8 needs n and k to be multiples of 16, got n={op.n} k={op.k}"
         if op.kind == "gemm" and op.dtype == "int8" and (op.m <= 16 or op.n % 8 or op.k % 8):
             return f"gemm in int8 needs m above 16 and n and k multiples of 8, got m={op.m} n={op.n} k={op.k}"
-        if op.kind == "attention_block_sparse" and (op.kv_len - op.q_len) % op.block:
-            return f"attention_block_sparse needs kv_len - q_len to be a multiple of the block {op.block}"
-        return ""
+        return super().refuses(op)
 
-    # -- measuring ----------------------------------------------------------------------------------------------------------------
+    # -- measuring ----------------------------------------------------------------------------------------------------
 
-    def prepare(self, operator: Operator) -> _Guarded:
+    def _bind(self, operator: Operator) -> tuple[str, Callable[[int], float]]:
         """Operands on the GPU and, where possible, a graph of launches recorded."""
-        if reason := self.refuses(operator):
-            raise Unsupported(reason)
-        if operator.footprint_bytes > self.memory_limit_bytes:
-            raise OutOfMemory(
-                f"{operator.key} takes {operator.footprint_bytes:.3g} bytes, {self.memory_limit_bytes:.3g} are allowed"
-            )
-        try:
-            torch.set_float32_matmul_precision("high" if operator.dtype == "tf32" else "highest")
-            return self._prepare(operator)
-        except Exception as error:
-            known = translate(error, operator.key)
-            if isinstance(known, OutOfMemory):
-                self._arena.clear()
-                self._cuda.empty_cache()
-            if known is None:
-                raise
-            raise known from error
-
-    def _prepare(self, operator: Operator) -> _Guarded:
+        torch.set_float32_matmul_precision("high" if operator.dtype == "tf32" else "highest")
         launches = build(operator, self._place, self._arena)
-        how = f", {launches.how}" if launches.how else ""
         for i in range(3):  # picks kernels and fills workspaces, which a capture must not do
             launches.launch(i)
         self._cuda.synchronize()
         if operator.kind == "launch_eager":
-            return _Guarded(
-                operator.key, "host clock round launches one by one", lambda loops: self._eager(launches, loops)
-            )
+            return "host clock round launches one by one", host_loop(launches, self._cuda.synchronize)
+        lost = ""
         if self._graphs:
             try:
                 graph, length = self._capture(launches)
             except RuntimeError as error:
                 if is_out_of_memory(error) or operator.kind == "launch_graph":
                     raise
-                how += f"; not captured ({type(error).__name__})"
+                lost = f"; not captured ({type(error).__name__})"
             else:
-                method = f"events round a graph of {length} launches over {launches.copies} rotated copies{how}"
-                return _Guarded(operator.key, method, lambda loops: self._replay(graph, length, loops))
+                method = (
+                    f"events round a graph of {length} launches over {launches.copies} rotated copies{launches.how}"
+                )
+                return method, lambda loops: self._replay(graph, length, loops)
         elif operator.kind == "launch_graph":
             raise Unsupported("launch_graph needs CUDA graphs, which are switched off")
         flush = operator.cold
-        method = f"events round single launches{' after an L2 flush' if flush else ''}{how}"
-        return _Guarded(operator.key, method, lambda loops: self._single(launches, loops, flush))
+        method = f"events round single launches{' after an L2 flush' if flush else ''}{launches.how}{lost}"
+        return method, lambda loops: self._single(launches, loops, flush)
+
+    def _translate(self, error: BaseException, operator: Operator) -> Exception | None:
+        known = translate(error, operator.key)
+        if isinstance(known, OutOfMemory):
+            self._arena.clear()
+            self._cuda.empty_cache()
+        return known
 
     def _capture(self, launches: Launches) -> tuple[Any, int]:
         """A graph long enough to hide the gap between replays, and a whole number of rounds over the copies."""
         once = self._single(launches, 3, False)
-        wanted = max(
-            _FEWEST_LAUNCHES if once < _GRAPH_SPAN_S else 1,
-            min(_MOST_LAUNCHES, math.ceil(_GRAPH_SPAN_S / max(once, 1e-7))),
-        )
+        fewest = _FEWEST_LAUNCHES if once < _GRAPH_SPAN_S else 1
+        wanted = max(fewest, min(_MOST_LAUNCHES, math.ceil(_GRAPH_SPAN_S / max(once, 1e-7))))
         length = math.ceil(wanted / launches.copies) * launches.copies
         stream = self._cuda.Stream()
         stream.wait_stream(self._cuda.current_stream())
@@ -286,28 +231,12 @@ class CudaDevice:
             done += len(pairs)
         return total_ms * 1e-3 / loops
 
-    def _eager(self, launches: Launches, loops: int) -> float:
-        self._cuda.synchronize()
-        start = time.perf_counter_ns()
-        for i in range(loops):
-            launches.launch(i)
-        self._cuda.synchronize()
-        return (time.perf_counter_ns() - start) * 1e-9 / loops
-
     def snapshot(self) -> Snapshot:
         """NVML's view now."""
         return self._reader.snapshot()
 
-    def clock(self) -> float:
-        """Monotonic seconds."""
-        return time.monotonic()
-
-    def rest(self, seconds: float) -> None:
-        """Sleep."""
-        time.sleep(seconds)
-
     def close(self) -> None:
         """Give memory back."""
-        self._arena.clear()
+        super().close()
         self._flush = None
         self._cuda.empty_cache()

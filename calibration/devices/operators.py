@@ -1,11 +1,12 @@
 """Operators in torch, shared by the CUDA and the CPU device and by the decoder that really runs.
 
-The lower half are the operators of a decoder as plain functions on tensors. :func:`build` binds one :class:`Operator` to operands and
-returns a :class:`Launches`: ``launch(i)`` runs it once, with the i-th copy of the operand that is rotated so that it comes from memory.
+The lower half are the operators of a decoder as plain functions on tensors. :func:`build` binds one :class:`Operator`
+to operands and returns a :class:`Launches`: ``launch(i)`` runs it once, with the i-th copy of the operand that is
+rotated so that it comes from memory.
 
-Rotated operands are views into one :class:`Arena` of random data at least twice as large as the last-level cache, so that going
-round all of them always evicts the first, at no cost of allocation; the data is normal, because what is multiplied changes the power
-drawn and with it the clock. Activations stay warm, as the kernel before would leave them.
+Rotated operands are views into one :class:`Arena` of random data at least twice as large as the last-level cache, so
+that going round all of them always evicts the first, at no cost of allocation; the data is normal, because what is
+multiplied changes the power drawn and with it the clock. Activations stay warm, as the kernel before would leave them.
 """
 
 from __future__ import annotations
@@ -45,53 +46,35 @@ _ALIGN = 256  # bytes; what the CUDA allocator and cuBLAS's fast kernels expect 
 
 @dataclass(frozen=True)
 class Launches:
-    """An operator bound to its operands.
+    """An operator bound to its operands."""
 
-    Attributes
-    ----------
-    launch : callable
-        ``launch(i)`` runs the operator once with copy ``i % copies`` of its rotated operand.
-    copies : int
-        Distinct copies; 1 when hot, or when one copy alone is larger than twice the cache.
-    how : str
-        How it is computed, where there is more than one way.
-    """
-
-    launch: Callable[[int], Any]
-    copies: int
-    how: str = ""
+    launch: Callable[[int], Any]  # ``launch(i)`` runs it once with copy ``i % copies`` of its rotated operand
+    copies: int  # distinct ones; 1 when hot, or when one copy alone is larger than twice the cache
+    how: str = ""  # how it is computed, after a comma, where there is more than one way
 
 
 class Arena:
-    """Random data from which rotated operands are cut.
+    """Random data from which rotated operands are cut: a round over them exceeds the last-level cache twice.
 
-    Parameters
-    ----------
-    place : str
-        torch device.
-    cache_bytes : float
-        Last-level cache that a round must exceed twice.
-    limit_bytes : float
-        Memory it may take; a round that would exceed it is shortened, and a single operand larger than it is out of memory.
+    A round that would take more than ``limit_bytes`` is shortened, and a single operand larger than that is out of
+    memory.
     """
 
-    def __init__(self, place: str, cache_bytes: float, limit_bytes: float, seed: int = 0) -> None:
+    def __init__(self, place: str, cache_bytes: float, limit_bytes: float) -> None:
         self.place = place
         self.round_bytes = min(2.0 * cache_bytes, limit_bytes)
         self.limit_bytes = limit_bytes
-        self._seed = seed
         self._data: dict[str, Tensor] = {}
 
     def cut(self, elements: int, dtype: str, cold: bool) -> tuple[Callable[[int], Tensor], int]:
         """Flat views of ``elements`` each and how many distinct ones there are; ``view(i)`` wraps round."""
         size = float(DTYPE_BYTES[dtype_code(dtype)])
-        step = math.ceil(elements * size / _ALIGN) * _ALIGN / size
-        copies = int(min(MAX_COPIES, max(1, math.ceil(self.round_bytes / (step * size))))) if cold else 1
-        if copies * step * size > max(self.limit_bytes, step * size):
-            copies = max(1, int(self.limit_bytes // (step * size)))
-        if step * size > self.limit_bytes:
-            raise OutOfMemory(f"one operand takes {step * size:.3g} bytes, {self.limit_bytes:.3g} are allowed")
-        data = self._get(dtype, int(copies * step))
+        each = math.ceil(elements * size / _ALIGN) * _ALIGN  # bytes
+        if each > self.limit_bytes:
+            raise OutOfMemory(f"one operand takes {each:.3g} bytes, {self.limit_bytes:.3g} are allowed")
+        copies = min(MAX_COPIES, max(1, math.ceil(self.round_bytes / each))) if cold else 1
+        copies = min(copies, int(self.limit_bytes // each))
+        data = self._get(dtype, int(copies * each / size))
         # few small copies are spread over the whole arena: neighbours would share DRAM pages and be fetched ahead
         stride = int(data.numel() // copies * size // _ALIGN * _ALIGN / size) if copies > 1 else 0
         views = [data[i * stride : i * stride + elements] for i in range(copies)]
@@ -104,7 +87,7 @@ class Arena:
             while len(self._data) >= 2:  # formats alternate in one run, but rarely more than two
                 self._data.pop(next(iter(self._data)))
             least = int(self.round_bytes / float(DTYPE_BYTES[dtype_code(dtype)]))
-            data = random_tensor((max(elements, least),), dtype, self.place, self._seed)
+            data = random_tensor((max(elements, least),), dtype, self.place)
             self._data[dtype] = data
         return data
 
@@ -114,7 +97,7 @@ class Arena:
 
 
 def random_tensor(shape: tuple[int, ...], dtype: str, place: str, seed: int = 0) -> Tensor:
-    """Normal data (integers for int8) in the shape asked for; large ones repeat a block, since making them costs more than reading them."""
+    """Normal data (integers for int8); large shapes repeat a block, since making data costs more than reading it."""
     total = math.prod(shape)
     block = min(total, 1 << 22)
     generator = torch.Generator(device=place).manual_seed(seed)
@@ -130,7 +113,7 @@ def random_tensor(shape: tuple[int, ...], dtype: str, place: str, seed: int = 0)
     return out.reshape(shape)
 
 
-# -- operators of a decoder -------------------------------------------------------------------------------------------------------
+# -- operators of a decoder -------------------------------------------------------------------------------------------
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float = 1e-5) -> Tensor:
@@ -177,29 +160,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
-# -- operators to time ------------------------------------------------------------------------------------------------------------
+# -- operators to time ------------------------------------------------------------------------------------------------
 
 
 def build(op: Operator, place: str, arena: Arena) -> Launches:
-    """Bind an operator to operands on a torch device.
+    """Bind an operator to operands on a torch device. OutOfMemory: its rotated operand exceeds the arena's limit."""
+    return _BUILDERS[op.kind](op, place, arena)
 
-    Raises
-    ------
-    Unsupported
-        The operator has no torch implementation here.
-    OutOfMemory
-        Its rotated operand exceeds the arena's limit.
-    """
-    maker = _BUILDERS.get(op.kind)
-    if maker is None:
-        raise Unsupported(f"operator {op.kind!r} has no implementation in torch")
-    return maker(op, place, arena)
+
+def _rotated(arena: Arena, op: Operator, *shape: int) -> tuple[list[Tensor], int]:
+    """Distinct copies of the rotated operand, and how many: a list, since a call would count in what is timed."""
+    flat, copies = arena.cut(math.prod(shape), op.dtype, op.cold)
+    return [flat(i).view(shape) for i in range(copies)], copies
 
 
 def _gemm(op: Operator, place: str, arena: Arena) -> Launches:
     x = random_tensor((op.m, op.k), op.dtype, place, 1)
-    flat, copies = arena.cut(op.n * op.k, op.dtype, op.cold)
-    weights = [flat(i).view(op.n, op.k) for i in range(copies)]
+    weights, copies = _rotated(arena, op, op.n, op.k)
     scale = torch.ones((), device=place) if op.dtype == "fp8" else None
     if op.dtype in ("fp8", "int8"):
         return Launches(lambda i: matmul(x, weights[i % copies], op.dtype, scale), copies)
@@ -209,8 +186,8 @@ def _gemm(op: Operator, place: str, arena: Arena) -> Launches:
 
 def _gemm_2to4(op: Operator, place: str, arena: Arena) -> Launches:
     x = random_tensor((op.m, op.k), op.dtype, place, 1)
-    size = float(DTYPE_BYTES[dtype_code(op.dtype)]) * op.n * op.k
-    copies = min(64, math.ceil(arena.round_bytes / (0.5625 * size))) if op.cold else 1
+    packed_bytes = 0.5625 * op.element_bytes * op.n * op.k
+    copies = min(64, math.ceil(arena.round_bytes / packed_bytes)) if op.cold else 1
     pruned = random_tensor((op.n, op.k), op.dtype, place, 2)
     pruned.view(op.n, op.k // 4, 4)[..., 2:] = 0  # which two of four makes no difference to the kernel
     packed = [torch.sparse.to_sparse_semi_structured(pruned) for _ in range(copies)]
@@ -234,18 +211,15 @@ def _gather_gemm(op: Operator, place: str, arena: Arena) -> Launches:
     x = random_tensor((op.m, op.k), op.dtype, place, 1)
     y = random_tensor((op.m, op.n), op.dtype, place, 2)
     index = torch.randperm(op.m, generator=torch.Generator().manual_seed(op.rows))[: op.rows].sort().values.to(place)
-    flat, copies = arena.cut(op.n * op.k, op.dtype, op.cold)
-    weights = [flat(i).view(op.n, op.k) for i in range(copies)]
+    weights, copies = _rotated(arena, op, op.n, op.k)
     y.mul_(0)  # added to at every launch: starting from zero keeps it finite
     return Launches(lambda i: y.index_copy_(0, index, F.linear(x.index_select(0, index), weights[i % copies])), copies)
 
 
 def _attention(op: Operator, place: str, arena: Arena) -> Launches:
     q = random_tensor((op.batch, op.heads, op.q_len, op.head_dim), op.dtype, place, 1)
-    half = op.batch * op.kv_heads * op.kv_len * op.head_dim
-    flat, copies = arena.cut(2 * half, op.dtype, op.cold)
-    shape = (op.batch, op.kv_heads, op.kv_len, op.head_dim)
-    caches = [(flat(i)[:half].view(shape), flat(i)[half:].view(shape)) for i in range(copies)]
+    both, copies = _rotated(arena, op, 2, op.batch, op.kv_heads, op.kv_len, op.head_dim)
+    caches = [(keys, values) for keys, values in both]
     if op.kind == "attention_decode":
         return Launches(lambda i: decode_attention(q, *caches[i % copies]), copies)
     if op.kind == "attention_prefill":
@@ -256,19 +230,17 @@ def _attention(op: Operator, place: str, arena: Arena) -> Launches:
         try:
             fused = flex_block_sparse_attention(layout, op.q_len, op.kv_len, op.block, place)
             fused(q, *caches[0])  # compiles now or not at all
-            return Launches(lambda i: fused(q, *caches[i % copies]), copies, "one fused kernel (flex attention)")
+            return Launches(lambda i: fused(q, *caches[i % copies]), copies, ", one fused kernel (flex attention)")
         except Exception as error:
             if is_out_of_memory(error):
                 raise
     by_rows = block_sparse_attention(layout, op.q_len, op.kv_len, op.block, place)
-    return Launches(
-        lambda i: by_rows(q, *caches[i % copies]), copies, "a gather and a dense attention for each block of queries"
-    )
+    how = ", a gather and a dense attention for each block of queries"
+    return Launches(lambda i: by_rows(q, *caches[i % copies]), copies, how)
 
 
 def _elementwise(op: Operator, place: str, arena: Arena) -> Launches:
-    flat, copies = arena.cut(op.m * op.n, op.dtype, op.cold)
-    inputs = [flat(i).view(op.m, op.n) for i in range(copies)]
+    inputs, copies = _rotated(arena, op, op.m, op.n)
     other = random_tensor((op.m, op.n), op.dtype, place, 1)
     if op.role in NORMS:
         weight = random_tensor((op.n,), op.dtype, place, 2)
@@ -296,12 +268,11 @@ def _elementwise(op: Operator, place: str, arena: Arena) -> Launches:
 
 def _copy(op: Operator, place: str, arena: Arena) -> Launches:
     flat, copies = arena.cut(op.n, "int8", op.cold)
-    targets, target_copies = flat, copies
     if copies < 2:
         target = torch.empty(op.n, dtype=torch.int8, device=place)
         return Launches(lambda i: target.copy_(flat(0)), 1)
     # half a round away, so that neither end is still in the cache
-    return Launches(lambda i: targets(i + target_copies // 2).copy_(flat(i)), copies)
+    return Launches(lambda i: flat(i + copies // 2).copy_(flat(i)), copies)
 
 
 def _launch(op: Operator, place: str, arena: Arena) -> Launches:

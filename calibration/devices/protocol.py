@@ -1,7 +1,8 @@
 """What a device must offer to be measured, the operators it may be asked for, and the ways it may fail.
 
-:class:`Operator` names one thing to time, by shape and number format alone. A :class:`Device` turns it into a :class:`Prepared`, whose
-``sample(loops)`` is all that the timing code ever calls. Three exceptions say what went wrong in a way the runner can act on.
+:class:`Operator` names one thing to time, by shape and number format alone. A :class:`Device` turns it into a
+:class:`Prepared`, whose ``sample(loops)`` is all that the timing code ever calls. Three exceptions say what went wrong
+in a way the runner can act on.
 """
 
 from __future__ import annotations
@@ -13,33 +14,30 @@ from typing import Any, Protocol
 from calibration.devices.telemetry import Snapshot
 from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, dtype_code
 
-OPERATORS: Mapping[str, str] = {
-    "gemm": "y[m,n] = x[m,k] w[n,k]^T",
-    "gemm_2to4": "the same with 2:4 sparse weights on sparse tensor cores",
-    "low_rank": "two GEMMs through rank `rank`: k -> rank -> n",
-    "gather_gemm": "`rows` of m tokens gathered, multiplied, added back in their places",
-    "attention_prefill": "causal attention of q_len new queries over kv_len positions",
-    "attention_decode": "attention of one query a sequence over a cache of kv_len positions",
-    "attention_block_sparse": "causal attention with a `density` share of its blocks of edge `block` computed",
-    "elementwise": "the operator named by `role` on m tokens of n features",
-    "copy": "n bytes copied within memory",
-    "launch_eager": "a kernel too small to take time, launched one by one: host time a launch (role `gemm`: a tiny GEMM)",
-    "launch_graph": "the same inside a recorded graph: the gap between kernels",
+_GEMM = ("m", "n", "k")
+_ATTENTION = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim")
+
+# fmt: off
+OPERATORS: Mapping[str, tuple[str, ...]] = {
+    "gemm": _GEMM,  # y[m,n] = x[m,k] w[n,k]^T
+    "gemm_2to4": _GEMM,  # the same with 2:4 sparse weights on sparse tensor cores
+    "low_rank": (*_GEMM, "rank"),  # two GEMMs through rank `rank`: k -> rank -> n
+    "gather_gemm": (*_GEMM, "rows"),  # `rows` of m tokens gathered, multiplied, added back in their places
+    "attention_prefill": _ATTENTION,  # causal attention of q_len new queries over kv_len positions
+    "attention_decode": _ATTENTION,  # attention of one query a sequence over a cache of kv_len positions
+    "attention_block_sparse": (*_ATTENTION, "block"),  # causal, with a `density` share of its blocks of edge `block`
+    "elementwise": ("m", "n"),  # the operator named by `role` on m tokens of n features
+    "copy": ("n",),  # n bytes copied within memory
+    "launch_eager": (),  # a kernel too small to take time, one by one: host time a launch (role `gemm`: a tiny GEMM)
+    "launch_graph": (),  # the same inside a recorded graph: the gap between kernels
 }
-"""Kinds of operators and what they mean."""
+"""Kinds of operators, and the dimensions each must have."""
 
 NORMS = ("attention_norm", "mlp_norm", "post_norm", "final_norm", "qk_norm")
 ELEMENTWISE_ROLES = (
-    *NORMS,
-    "activation",
-    "residual",
-    "rotary",
-    "embedding",
-    "gather",
-    "scatter",
-    "cache_write",
-    "select",
+    *NORMS, "activation", "residual", "rotary", "embedding", "gather", "scatter", "cache_write", "select",
 )
+# fmt: on
 """Roles an ``elementwise`` operator may have."""
 INDEX_BYTES = 4.0
 """A chosen index, as the families' selections count it."""
@@ -58,7 +56,8 @@ class DeviceLost(RuntimeError):
 
 
 def elementwise_bytes(role: str, m: int, n: int, element_bytes: float) -> tuple[float, float]:
-    """Bytes an elementwise operator on m tokens of n features reads and writes; ``select`` keeps the indices of half the features.
+    """Bytes an elementwise operator on m tokens of n features reads and writes; ``select`` keeps the indices of half
+    the features.
 
     >>> elementwise_bytes("residual", 2, 8, 2.0), elementwise_bytes("select", 2, 8, 2.0)
     ((64.0, 32.0), (32.0, 32.0))
@@ -76,28 +75,8 @@ def selected(n: int) -> int:
 
 @dataclass(frozen=True)
 class Operator:
-    """One thing to time. Which fields matter depends on ``kind``; the others stay at their defaults.
-
-    Attributes
-    ----------
-    kind : str
-        One of :data:`OPERATORS`.
-    dtype : str
-        Number format, one of ``simulator.workload.DTYPES``.
-    m, n, k : int
-        GEMMs: tokens, output features, input features. Elementwise: tokens and features. Copy: n is bytes.
-    rank : int
-        Low-rank pairs: the width between the two factors.
-    rows : int
-        Gathered GEMMs: how many of the m tokens are computed.
-    batch, q_len, kv_len, heads, kv_heads, head_dim : int
-        Attention: sequences, new queries and positions a sequence, heads, features a head.
-    block, density : int, float
-        Block-sparse attention: edge of a block, share of the causal blocks computed.
-    role : str
-        Elementwise: one of :data:`ELEMENTWISE_ROLES`.
-    cold : bool
-        Whether the weights (the cache, in attention; the input, in elementwise operators) come from memory rather than from a cache.
+    """One thing to time. Which fields matter depends on ``kind``, one of :data:`OPERATORS`; the others stay at their
+    defaults.
 
     Examples
     --------
@@ -108,22 +87,22 @@ class Operator:
     """
 
     kind: str
-    dtype: str = "bf16"
-    m: int = 0
-    n: int = 0
-    k: int = 0
-    rank: int = 0
-    rows: int = 0
-    batch: int = 0
-    q_len: int = 0
-    kv_len: int = 0
+    dtype: str = "bf16"  # one of simulator.workload.DTYPES
+    m: int = 0  # GEMMs, elementwise: tokens
+    n: int = 0  # GEMMs: output features; elementwise: features; copy: bytes
+    k: int = 0  # GEMMs: input features
+    rank: int = 0  # low-rank pairs: width between the two factors
+    rows: int = 0  # gathered GEMMs: how many of the m tokens are computed
+    batch: int = 0  # attention: sequences
+    q_len: int = 0  # attention: new queries a sequence
+    kv_len: int = 0  # attention: positions a sequence
     heads: int = 0
     kv_heads: int = 0
     head_dim: int = 0
-    block: int = 0
-    density: float = 1.0
-    role: str = ""
-    cold: bool = True
+    block: int = 0  # block-sparse attention: edge of a block
+    density: float = 1.0  # block-sparse attention: share of the causal blocks computed
+    role: str = ""  # elementwise: one of ELEMENTWISE_ROLES
+    cold: bool = True  # weights (attention: cache; elementwise: input) come from memory rather than from a cache
 
     def __post_init__(self) -> None:
         if self.kind not in OPERATORS:
@@ -136,34 +115,29 @@ class Operator:
             )
         if self.role and self.role != "gemm" and self.role not in ROLES:
             raise ValueError(f"operator role {self.role!r} is unknown")
-        for name in _REQUIRED[self.kind]:
+        for name in OPERATORS[self.kind]:
             if getattr(self, name) < 1:
                 raise ValueError(f"operator {self.kind}: {name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.density <= 1:
             raise ValueError(f"operator density must lie in (0, 1], got {self.density}")
-        if self.kind.startswith("attention") and self.heads % self.kv_heads:
+        if self.attention and self.heads % self.kv_heads:
             raise ValueError(f"operator {self.kind}: {self.heads} heads are no multiple of {self.kv_heads} kv_heads")
-        if self.kind.startswith("attention") and self.q_len > self.kv_len:
+        if self.attention and self.q_len > self.kv_len:
             raise ValueError(f"operator {self.kind}: q_len {self.q_len} exceeds kv_len {self.kv_len}")
         if self.kind == "gather_gemm" and self.rows > self.m:
             raise ValueError(f"operator gather_gemm: {self.rows} rows of {self.m} tokens")
 
     @property
-    def shape(self) -> dict[str, Any]:
-        """The fields that differ from their defaults, kind, dtype and cold aside."""
-        return {f.name: getattr(self, f.name) for f in fields(self)[2:-1] if getattr(self, f.name) != f.default}
+    def attention(self) -> bool:
+        """Whether it is one of the kinds of attention."""
+        return self.kind.startswith("attention")
 
     @property
     def key(self) -> str:
         """Text that names the operator: equal operators, equal keys."""
-        return " ".join(
-            [
-                self.kind,
-                self.dtype,
-                "cold" if self.cold else "hot",
-                *(f"{name}={value}" for name, value in self.shape.items()),
-            ]
-        )
+        shape = {f.name: getattr(self, f.name) for f in fields(self)[2:-1] if getattr(self, f.name) != f.default}
+        temperature = "cold" if self.cold else "hot"
+        return " ".join([self.kind, self.dtype, temperature, *(f"{name}={value}" for name, value in shape.items())])
 
     @property
     def group(self) -> tuple[int, int]:
@@ -171,15 +145,20 @@ class Operator:
         return self.n, self.k
 
     @property
+    def element_bytes(self) -> float:
+        """Size of one element in its number format."""
+        return float(DTYPE_BYTES[dtype_code(self.dtype)])
+
+    @property
     def flops(self) -> float:
-        """Multiply-adds counted twice; causal attention counts what lies under the mask. 2:4 counts the dense product's."""
+        """Multiply-adds counted twice: of causal attention those under the mask, of 2:4 the dense product's."""
         if self.kind == "low_rank":
             return 2.0 * self.m * self.rank * (self.n + self.k)
         if self.kind == "gather_gemm":
             return 2.0 * self.rows * self.n * self.k
         if self.kind.startswith("gemm"):
             return 2.0 * self.m * self.n * self.k
-        if self.kind.startswith("attention"):
+        if self.attention:
             pairs = self.q_len * (self.kv_len - (self.q_len - 1) / 2.0)
             return 4.0 * self.batch * self.heads * self.head_dim * pairs * self.density
         return 0.0
@@ -191,14 +170,14 @@ class Operator:
             return self.rank * (self.n + self.k)
         if self.kind in ("gemm", "gemm_2to4", "gather_gemm"):
             return self.n * self.k
-        if self.kind.startswith("attention"):
+        if self.attention:
             return 2 * self.batch * self.kv_heads * self.kv_len * self.head_dim
         return self.m * self.n if self.kind == "elementwise" else 0
 
     @property
     def bytes(self) -> float:
         """Bytes that must at least be moved: operands read once, results written once."""
-        size = float(DTYPE_BYTES[dtype_code(self.dtype)])
+        size = self.element_bytes
         weight = size * self.weight_elements
         if self.kind == "copy":
             return 2.0 * self.n
@@ -212,19 +191,18 @@ class Operator:
             return weight * 0.5 + self.n * self.k / 8.0 + size * self.m * (self.k + self.n)
         if self.kind == "gemm":
             return weight + size * self.m * (self.k + self.n)
-        if self.kind.startswith("attention"):
+        if self.attention:
             return weight * self.density + 2.0 * size * self.batch * self.heads * self.q_len * self.head_dim
         return 0.0
 
     @property
     def footprint_bytes(self) -> float:
         """Memory the operands and results of one launch occupy."""
-        size = float(DTYPE_BYTES[dtype_code(self.dtype)])
         if self.kind == "gather_gemm":
-            return size * (self.n * self.k + (self.m + self.rows) * (self.n + self.k))
+            return self.element_bytes * (self.n * self.k + (self.m + self.rows) * (self.n + self.k))
         if self.kind == "elementwise":
-            return 4.0 * size * self.m * self.n
-        return max(self.bytes, size * self.weight_elements)
+            return 4.0 * self.element_bytes * self.m * self.n
+        return max(self.bytes, self.element_bytes * self.weight_elements)
 
     def as_record(self) -> dict[str, Any]:
         """A JSON-ready mapping with every field."""
@@ -232,70 +210,32 @@ class Operator:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Operator:
-        """The inverse of :meth:`as_record`; names that are no field are refused.
-
-        >>> import json
-        >>> op = Operator("copy", n=1024)
-        >>> Operator.from_record(json.loads(json.dumps(op.as_record()))) == op
-        True
-        """
+        """The inverse of :meth:`as_record`; names that are no field are refused."""
         known = {f.name for f in fields(cls)}
         if extra := sorted(set(record) - known):
             raise ValueError(f"operator record has unknown fields {extra}; expected some of {sorted(known)}")
         return cls(**record)
 
 
-_REQUIRED: Mapping[str, tuple[str, ...]] = {
-    "gemm": ("m", "n", "k"),
-    "gemm_2to4": ("m", "n", "k"),
-    "low_rank": ("m", "n", "k", "rank"),
-    "gather_gemm": ("m", "n", "k", "rows"),
-    "attention_prefill": ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim"),
-    "attention_decode": ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim"),
-    "attention_block_sparse": ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim", "block"),
-    "elementwise": ("m", "n"),
-    "copy": ("n",),
-    "launch_eager": (),
-    "launch_graph": (),
-}
-
-
 @dataclass(frozen=True)
 class Description:
-    """What was measured, and with which software: a profile names both, because the same silicon differs by 5-15 % between stacks.
+    """What was measured, and with which software: a profile names both, because the same silicon differs by 5-15 %
+    between stacks.
 
-    Attributes
-    ----------
-    name : str
-        The name the device was opened by (``cpu``, ``cuda:0``).
-    device : str
-        The hardware as it names itself.
-    stack : mapping of str to str
-        Versions and settings that change timings: framework, driver, CUDA, threads, pinning.
-    memory_bytes : float
-        Memory operands may take.
-    cache_bytes : float
-        Last-level cache (L2 of a GPU); 0 where unknown.
+    >>> Description("cpu", "some CPU", {"torch": "2.9", "threads": "2"}).software
+    'torch 2.9, threads 2'
     """
 
-    name: str
-    device: str
-    stack: Mapping[str, str] = field(default_factory=dict)
-    memory_bytes: float = 0.0
-    cache_bytes: float = 0.0
+    name: str  # the name the device was opened by (cpu, cuda:0)
+    device: str  # the hardware as it names itself
+    stack: Mapping[str, str] = field(default_factory=dict)  # what changes timings: framework, driver, threads, pinning
+    memory_bytes: float = 0.0  # that operands may take
+    cache_bytes: float = 0.0  # last-level cache (L2 of a GPU); 0 where unknown
 
     @property
     def software(self) -> str:
-        """The stack on one line.
-
-        >>> Description("cpu", "some CPU", {"torch": "2.9", "threads": "2"}).software
-        'torch 2.9, threads 2'
-        """
+        """The stack on one line."""
         return ", ".join(f"{key} {value}" for key, value in self.stack.items())
-
-    def as_record(self) -> dict[str, Any]:
-        """A JSON-ready mapping."""
-        return {**asdict(self), "stack": dict(self.stack)}
 
 
 class Prepared(Protocol):
@@ -320,10 +260,6 @@ class Device(Protocol):
 
     def dtypes(self) -> tuple[str, ...]:
         """Number formats its GEMMs run in."""
-        ...
-
-    def capabilities(self) -> frozenset[str]:
-        """Kinds of operators it can run in at least one number format."""
         ...
 
     def refuses(self, operator: Operator) -> str:

@@ -1,8 +1,8 @@
 """A device that plays timings back: recorded ones, or planted ones of known mean and noise, with planted faults.
 
-It runs in simulated time: a sample of L launches of t seconds moves its clock by L t, so a plan of ten minutes is replayed in
-milliseconds by the very code that measures a GPU. Use it to test whatever comes after a device, and to show that each fault of a device
-is flagged, counted, survived or refused.
+It runs in simulated time: a sample of L launches of t seconds moves its clock by L t, so a plan of ten minutes is
+replayed in milliseconds by the very code that measures a GPU. Use it to test whatever comes after a device, and to show
+that each fault of a device is flagged, counted, survived or refused.
 """
 
 from __future__ import annotations
@@ -10,58 +10,36 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from calibration.devices.protocol import OPERATORS, Description, DeviceLost, Operator, OutOfMemory, Unsupported
+from calibration.devices.protocol import Description, DeviceLost, Operator, OutOfMemory, Unsupported
 from calibration.devices.telemetry import UNKNOWN, Snapshot
 from simulator.errors import InputError
 from simulator.files.read import read_bounded
 
+Seconds = Callable[[Operator], float]
+
 
 @dataclass(frozen=True)
 class Faults:
-    """Faults to plant. Numbers count the calls of ``prepare`` from 0, anchors and repeats included.
+    """Faults to plant. Numbers count the calls of ``prepare`` from 0, anchors and repeats included."""
 
-    Attributes
-    ----------
-    throttle : collection of int
-        Preparations under thermal throttling: slower by ``slowdown``, and the telemetry says so.
-    slowdown : float
-        Factor on times under throttling.
-    noisy : collection of int
-        Preparations whose noise is ``noise`` instead of the device's.
-    noise : float
-        Relative standard deviation of the noisy ones.
-    nan : collection of int
-        Preparations whose third sample is not a number.
-    out_of_memory_bytes : float
-        Operators with a larger footprint run out of memory.
-    lost_at : int or None
-        Preparation during which the device stops answering, for good.
-    drift_per_s : float
-        Relative slowing down a second of simulated time.
-    nvml : bool
-        Whether telemetry works; without it every reading is "unknown".
-    """
-
-    throttle: Collection[int] = ()
-    slowdown: float = 1.6
-    noisy: Collection[int] = ()
-    noise: float = 0.3
-    nan: Collection[int] = ()
-    out_of_memory_bytes: float = math.inf
-    lost_at: int | None = None
-    drift_per_s: float = 0.0
-    nvml: bool = True
+    throttle: Collection[int] = ()  # preparations under thermal throttling: slower, and the telemetry says so
+    slowdown: float = 1.6  # factor on times under throttling
+    noisy: Collection[int] = ()  # preparations whose noise is ``noise`` instead of the device's
+    noise: float = 0.3  # relative standard deviation of the noisy ones
+    nan: Collection[int] = ()  # preparations whose third sample is not a number
+    out_of_memory_bytes: float = math.inf  # operators with a larger footprint run out of memory
+    lost_at: int | None = None  # preparation during which the device stops answering, for good
+    drift_per_s: float = 0.0  # relative slowing down a second of simulated time
+    nvml: bool = True  # whether telemetry works; without it every reading is "unknown"
 
 
-def roofline_timings(
-    flop_per_s: float = 100e12, bytes_per_s: float = 1.5e12, floor_s: float = 3e-6
-) -> Callable[[Operator], float]:
+def roofline_timings(flop_per_s: float = 100e12, bytes_per_s: float = 1.5e12, floor_s: float = 3e-6) -> Seconds:
     """A plain planted device: the cubic mean of tensor and memory time over a floor.
 
     >>> round(roofline_timings()(Operator("gemm", m=4096, n=4096, k=4096)) * 1e3, 2)
@@ -74,15 +52,17 @@ def roofline_timings(
     return seconds
 
 
+@dataclass
 class _ReplayPrepared:
-    def __init__(self, device: ReplayDevice, operator: Operator, number: int) -> None:
-        self._device, self._operator, self._number = device, operator, number
-        self._samples = 0
-        self.method = "replayed"
+    device: ReplayDevice
+    operator: Operator
+    number: int  # of the preparation
+    samples: int = 0
+    method: str = "replayed"
 
     def sample(self, loops: int) -> float:
-        self._samples += 1
-        return self._device.play(self._operator, self._number, self._samples, loops)
+        self.samples += 1
+        return self.device.play(self.operator, self.number, self.samples, loops)
 
 
 class ReplayDevice:
@@ -90,13 +70,10 @@ class ReplayDevice:
 
     Parameters
     ----------
-    seconds : callable
-        Operator -> seconds a launch.
+    seconds : callable or mapping
+        Operator -> seconds a launch, or by the operator's key; then others are refused.
     noise : float
         Relative standard deviation of a sample (log-normal, so that it stays above zero).
-    seed : int
-    faults : Faults
-    description : Description, optional
     setup_s : float, s
         Simulated time that a preparation takes.
     warmup : int
@@ -113,7 +90,7 @@ class ReplayDevice:
 
     def __init__(
         self,
-        seconds: Callable[[Operator], float] | None = None,
+        seconds: Seconds | Mapping[str, float] | None = None,
         *,
         noise: float = 0.0,
         seed: int = 0,
@@ -127,7 +104,8 @@ class ReplayDevice:
         self.name = description.name if description else "replay"
         self.faults = faults or Faults()
         self.prepared: list[Operator] = []
-        self._seconds = seconds or roofline_timings()
+        self._recorded = seconds if isinstance(seconds, Mapping) else None
+        self._planted = roofline_timings() if seconds is None or isinstance(seconds, Mapping) else seconds
         self._noise, self._rng = noise, np.random.default_rng(seed)
         self._description = description or Description("replay", "planted device", {"replay": "1"}, 80e9, 50e6)
         self._setup_s, self._warmup, self._refused = setup_s, warmup, dict(refused or {})
@@ -135,37 +113,26 @@ class ReplayDevice:
         self._now, self._lost = 0.0, False
 
     @classmethod
-    def from_records(cls, records: Sequence[Mapping[str, Any]], **options: Any) -> ReplayDevice:
-        """A device that answers with the medians of records, and refuses what they lack. Records need ``operator`` and ``median_s``."""
-        usable = [r for r in records if r.get("operator") and r.get("median_s")]
-        return cls(
-            _Recorded({Operator.from_record(r["operator"]).key: float(r["median_s"]) for r in usable}), **options
-        )
-
-    @classmethod
     def from_file(cls, path: str | Path, **options: Any) -> ReplayDevice:
-        """The same from a file of one JSON record a line; lines that are no measurement of an operator are passed over."""
+        """A device that answers with the medians of a file of one JSON record a line, and refuses what they lack.
+
+        Records need ``operator`` and ``median_s``; lines that are no measurement of an operator are passed over.
+        """
         try:
             lines = read_bounded(path).decode("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
             raise InputError(f"device replay:{path}: {error}") from None
-        records = []
+        medians: dict[str, float] = {}
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}:{number}: not a JSON record: {error}") from None
-            if isinstance(record, dict):
-                records.append(record)
-        device = cls.from_records(records, **options)
-        if not device.recorded:
+            if isinstance(record, dict) and record.get("operator") and record.get("median_s"):
+                medians[Operator.from_record(record["operator"]).key] = float(record["median_s"])
+        if not medians:
             raise InputError(f"device replay:{path}: the file has no measurement of an operator in it")
-        return device
-
-    @property
-    def recorded(self) -> tuple[str, ...]:
-        """Keys of the operators it has recordings of; empty for a planted device."""
-        return tuple(self._seconds.medians) if isinstance(self._seconds, _Recorded) else ()
+        return cls(medians, **options)
 
     def describe(self) -> Description:
         """What it was told to be."""
@@ -175,17 +142,17 @@ class ReplayDevice:
         """What it was told to have."""
         return self._dtypes
 
-    def capabilities(self) -> frozenset[str]:
-        """Every kind that is not refused."""
-        return frozenset(OPERATORS) - set(self._refused)
-
     def refuses(self, operator: Operator) -> str:
         """The planted reason; on a recorded device also that there is no recording."""
         if operator.kind in self._refused:
             return self._refused[operator.kind]
-        if isinstance(self._seconds, _Recorded) and operator.key not in self._seconds.medians:
+        if self._recorded is not None and operator.key not in self._recorded:
             return f"no recording of {operator.key}"
         return ""
+
+    def seconds(self, operator: Operator) -> float:
+        """Time of a launch without noise and faults."""
+        return self._planted(operator) if self._recorded is None else self._recorded[operator.key]
 
     def prepare(self, operator: Operator) -> _ReplayPrepared:
         """Count the preparation and fail as planted."""
@@ -210,7 +177,7 @@ class ReplayDevice:
         if self._lost:
             raise DeviceLost("planted: the device has fallen off the bus")
         noise = f.noise if number in f.noisy else self._noise
-        value = self._seconds(operator) * (1.0 + f.drift_per_s * self._now)
+        value = self.seconds(operator) * (1.0 + f.drift_per_s * self._now)
         value *= f.slowdown if number in f.throttle else 1.0
         value *= 1.0 + 0.5 * 0.5 ** (sample - 1) if sample <= self._warmup else 1.0
         value *= math.exp(noise * self._rng.standard_normal()) if noise else 1.0
@@ -236,11 +203,3 @@ class ReplayDevice:
 
     def close(self) -> None:
         """Nothing to give back."""
-
-
-@dataclass(frozen=True)
-class _Recorded:
-    medians: Mapping[str, float] = field(default_factory=dict)
-
-    def __call__(self, operator: Operator) -> float:
-        return self.medians[operator.key]

@@ -1,13 +1,15 @@
 """What the device was doing while it was measured: clocks, power, temperature, throttle reasons. "unknown" is a value.
 
-A reading that cannot be had (no NVML, a virtual machine, a driver that refuses) is the string ``"unknown"``, never 0 and never left out, so
-that nobody later mistakes silence for health. The NVML module is handed in by the device that imported it; nothing here imports it.
+A reading that cannot be had (no NVML, a virtual machine, a driver that refuses) is the string ``"unknown"``, never 0
+and never left out, so that nobody later mistakes silence for health. The NVML module is handed in by the device that
+imported it; nothing here imports it.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,8 +31,9 @@ NVML_REASONS: tuple[tuple[int, str], ...] = (
     (0x100, "display_clock_setting"),
 )
 
-# Reasons under which a sample does not show the device at its best and is repeated. The software power cap is not among them: a data-centre
-# GPU sits on its power limit in every long GEMM, so that state belongs to what is being measured; it is recorded all the same.
+# Reasons under which a sample does not show the device at its best and is repeated. The software power cap is not among
+# them: a data-centre GPU sits on its power limit in every long GEMM, so that state belongs to what is being measured;
+# it is recorded all the same.
 THROTTLING: frozenset[str] = frozenset(
     {"hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown", "cpu_thermal"}
 )
@@ -38,32 +41,16 @@ THROTTLING: frozenset[str] = frozenset(
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One look at a device.
+    """One look at a device, in SI."""
 
-    Attributes
-    ----------
-    clock_hz, memory_clock_hz : float or "unknown", Hz
-        Of the processors (SM clock on a GPU, mean core clock on a CPU) and of the memory.
-    power_w : float or "unknown", W
-    temperature_c : float or "unknown", degrees Celsius
-    load : float or "unknown"
-        GPU utilisation in 0..1; on a CPU the one-minute load average.
-    throttle : tuple of str or "unknown"
-        Reasons the device gives for running below its clocks; empty when it says there are none.
-    throttle_events : float or "unknown"
-        A counter that only grows (CPU thermal events), for devices that count instead of giving a state.
-    waited_s : float or "unknown", s
-        Time that threads of this process have been ready to run and were not given a CPU, since it started: a counter too.
-    """
-
-    clock_hz: Reading = UNKNOWN
+    clock_hz: Reading = UNKNOWN  # of the processors: SM clock on a GPU, mean core clock on a CPU
     memory_clock_hz: Reading = UNKNOWN
     power_w: Reading = UNKNOWN
-    temperature_c: Reading = UNKNOWN
-    load: Reading = UNKNOWN
-    throttle: tuple[str, ...] | Unknown = UNKNOWN
-    throttle_events: Reading = UNKNOWN
-    waited_s: Reading = UNKNOWN
+    temperature_c: Reading = UNKNOWN  # degrees Celsius
+    load: Reading = UNKNOWN  # GPU utilisation in 0..1; on a CPU the one-minute load average
+    throttle: tuple[str, ...] | Unknown = UNKNOWN  # reasons given for running below its clocks; empty: it says none
+    throttle_events: Reading = UNKNOWN  # a counter that only grows, for devices that count instead of giving a state
+    waited_s: Reading = UNKNOWN  # that threads of this process were ready to run and given no CPU, a counter too
 
     def as_record(self) -> dict[str, Any]:
         """A JSON-ready mapping.
@@ -71,18 +58,7 @@ class Snapshot:
         >>> Snapshot(power_w=70.0).as_record()["power_w"], Snapshot().as_record()["throttle"]
         (70.0, 'unknown')
         """
-        record = asdict(self)
-        if self.throttle != UNKNOWN:
-            record["throttle"] = list(self.throttle)
-        return record
-
-    @classmethod
-    def from_record(cls, record: dict[str, Any]) -> Snapshot:
-        """The inverse of :meth:`as_record`."""
-        fields = dict(record)
-        if not isinstance(fields.get("throttle", UNKNOWN), str):
-            fields["throttle"] = tuple(fields["throttle"])
-        return cls(**fields)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
 def throttle_reasons(bits: int) -> tuple[str, ...]:
@@ -97,24 +73,20 @@ def throttle_reasons(bits: int) -> tuple[str, ...]:
 
 
 def throttled(before: Snapshot, after: Snapshot) -> tuple[str, ...] | Unknown:
-    """Why a measurement between two snapshots must be repeated: throttle reasons, none, or "unknown" when neither snapshot can tell.
+    """Why a measurement between two snapshots must be repeated: throttle reasons, none, or "unknown" when neither
+    snapshot can tell.
 
     >>> throttled(Snapshot(throttle=()), Snapshot(throttle=("hw_slowdown", "sw_power_cap")))
     ('hw_slowdown',)
     >>> throttled(Snapshot(), Snapshot())
     'unknown'
     """
-    reasons: set[str] = set()
-    known = False
-    for snapshot in (before, after):
-        if not isinstance(snapshot.throttle, str):
-            known = True
-            reasons.update(snapshot.throttle)
-    if not isinstance(before.throttle_events, str) and not isinstance(after.throttle_events, str):
-        known = True
-        if after.throttle_events > before.throttle_events:
-            reasons.add("cpu_thermal")
-    return tuple(sorted(reasons & THROTTLING)) if known else UNKNOWN
+    states = [snapshot.throttle for snapshot in (before, after) if not isinstance(snapshot.throttle, str)]
+    reasons = {reason for state in states for reason in state}
+    counted = not isinstance(before.throttle_events, str) and not isinstance(after.throttle_events, str)
+    if counted and after.throttle_events > before.throttle_events:  # type: ignore[operator]
+        reasons.add("cpu_thermal")
+    return tuple(sorted(reasons & THROTTLING)) if states or counted else UNKNOWN
 
 
 def waited(before: Snapshot, after: Snapshot, elapsed_s: float, threads: int = 1) -> Reading:
@@ -137,28 +109,19 @@ def _read(reader: Callable[[], Any], scale: float = 1.0) -> Reading:
 
 
 class NvmlReader:
-    """Snapshots of one NVIDIA GPU.
+    """Snapshots of one NVIDIA GPU through the ``pynvml`` module; without it (None) every reading is "unknown".
 
-    Parameters
-    ----------
-    nvml : module or None
-        The ``pynvml`` module, or None where it is missing: then every reading is "unknown".
-    uuid : str
-        UUID of the GPU (``GPU-...``). NVML's own numbering ignores ``CUDA_VISIBLE_DEVICES``, so an index would read the wrong card.
-    index : int
-        NVML index, used only when there is no UUID.
+    The GPU is found by its UUID (``GPU-...``), because NVML's own numbering ignores ``CUDA_VISIBLE_DEVICES``: the
+    index, which might be another card's, is used only when there is no UUID.
     """
 
     def __init__(self, nvml: Any | None, uuid: str = "", index: int = 0) -> None:
         self._nvml = nvml
         self._handle: Any = None
-        self.problem = "" if nvml is not None else "pynvml is not installed"
         if nvml is not None:
-            try:
+            with suppress(Exception):  # NVML's errors share no public base with its import errors
                 nvml.nvmlInit()
                 self._handle = nvml.nvmlDeviceGetHandleByUUID(uuid) if uuid else nvml.nvmlDeviceGetHandleByIndex(index)
-            except Exception as error:  # NVML's errors share no public base with its import errors
-                self.problem = f"NVML: {error}"
 
     def snapshot(self) -> Snapshot:
         """Clocks, power, temperature, utilisation and throttle reasons now."""
@@ -175,7 +138,7 @@ class NvmlReader:
         )
 
     def _throttle(self) -> tuple[str, ...] | Unknown:
-        # renamed in driver 535; older modules know only the first name
+        # renamed in driver 535; older modules know only the second name
         for name in ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"):
             try:
                 return throttle_reasons(int(getattr(self._nvml, name)(self._handle)))
@@ -193,68 +156,53 @@ class NvmlReader:
 
     def power_limit_w(self) -> Reading:
         """Enforced power limit in watts, or "unknown"."""
-        nvml, handle = self._nvml, self._handle
-        return _read(lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(handle), 1e-3)  # type: ignore[union-attr]
+        return _read(lambda: self._nvml.nvmlDeviceGetEnforcedPowerLimit(self._handle), 1e-3)  # type: ignore[union-attr]
 
 
 class CpuReader:
-    """Snapshots of the CPUs with the given numbers, from Linux's ``/proc`` and ``/sys``; elsewhere all is "unknown".
-
-    Parameters
-    ----------
-    cpus : iterable of int
-    root : Path
-        Where ``proc`` and ``sys`` lie; tests plant their own.
-    """
+    """Snapshots of some CPUs by number, from Linux's ``/proc`` and ``/sys`` under ``root``; elsewhere "unknown"."""
 
     def __init__(self, cpus: Iterable[int], root: Path = Path("/")) -> None:
         self.cpus = tuple(sorted(cpus))
         self._root = root
 
     def snapshot(self) -> Snapshot:
-        """Mean core clock, temperature of the hottest zone, load average and thermal events now."""
-        clocks = [clock for cpu in self.cpus if not isinstance(clock := self._clock_hz(cpu), str)]
-        events = [count for cpu in self.cpus if not isinstance(count := self._events(cpu), str)]
+        """Mean core clock, temperature of the hottest zone, load average, thermal events and time waited now."""
+        cpu = "sys/devices/system/cpu/cpu"
+        clocks = _known(self._clock_hz(number) for number in self.cpus)
+        events = _known(self._read(f"{cpu}{number}/thermal_throttle/core_throttle_count") for number in self.cpus)
+        zones = (self._root / "sys/class/thermal").glob("thermal_zone*/temp")
+        temperatures = _known(self._read(zone, scale=1e-3) for zone in zones)
+        # second field: nanoseconds on a run queue (Linux, Documentation/scheduler/sched-stats.rst); a thread that has
+        # ended is missed
+        tasks = (self._root / "proc/self/task").glob("*/schedstat")
+        waits = _known(self._read(task, field=1, scale=1e-9) for task in tasks)
         return Snapshot(
             clock_hz=sum(clocks) / len(clocks) if clocks else UNKNOWN,
-            temperature_c=self._temperature_c(),
-            load=_read(
-                lambda: os.getloadavg()[0] if self._root == Path("/") else self._text("proc/loadavg").split()[0]
-            ),
+            temperature_c=max(temperatures, default=UNKNOWN),
+            load=_read(lambda: os.getloadavg()[0]) if self._root == Path("/") else self._read("proc/loadavg"),
             throttle_events=sum(events) if events else UNKNOWN,
-            waited_s=self._waited_s(),
+            waited_s=sum(waits) if waits else UNKNOWN,
         )
 
-    def _text(self, path: str) -> str:
+    def _text(self, path: str | Path) -> str:
         return (self._root / path).read_text(encoding="utf-8", errors="replace")
 
+    def _read(self, path: str | Path, field: int = 0, scale: float = 1.0) -> Reading:
+        """A number of a file under the root (a path that is absolute already is taken as it is)."""
+        return _read(lambda: self._text(path).split()[field], scale)
+
     def _clock_hz(self, cpu: int) -> Reading:
-        clock = _read(lambda: self._text(f"sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_cur_freq"), 1e3)
-        if clock != UNKNOWN:
-            return clock
-        return _read(lambda: cpuinfo(self._text("proc/cpuinfo"), cpu)["cpu MHz"], 1e6)
-
-    def _events(self, cpu: int) -> Reading:
-        return _read(lambda: self._text(f"sys/devices/system/cpu/cpu{cpu}/thermal_throttle/core_throttle_count"))
-
-    def _waited_s(self) -> Reading:
-        # second field: nanoseconds on a run queue (Linux, Documentation/scheduler/sched-stats.rst); a thread that has ended is missed
-        tasks = (self._root / "proc/self/task").glob("*/schedstat")
-        values = [value for task in tasks if not isinstance(value := _read(_second_field(task), 1e-9), str)]
-        return sum(values) if values else UNKNOWN
-
-    def _temperature_c(self) -> Reading:
-        zones = sorted((self._root / "sys/class/thermal").glob("thermal_zone*/temp"))
-        values = [value for zone in zones if not isinstance(value := _read(zone.read_text, 1e-3), str)]
-        return max(values) if values else UNKNOWN
+        clock = self._read(f"sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_cur_freq", scale=1e3)
+        return _read(lambda: cpuinfo(self._text("proc/cpuinfo"), cpu)["cpu MHz"], 1e6) if clock == UNKNOWN else clock
 
 
-def _second_field(path: Path) -> Callable[[], str]:
-    return lambda: path.read_text(encoding="ascii").split()[1]
+def _known(readings: Iterable[Reading]) -> list[float]:
+    return [reading for reading in readings if not isinstance(reading, str)]
 
 
 def cpuinfo(text: str, cpu: int = 0) -> dict[str, str]:
-    """The entry of one processor in the text of ``/proc/cpuinfo``.
+    """The entry of one processor in the text of ``/proc/cpuinfo``; KeyError where it has none.
 
     >>> cpuinfo("processor : 0\\ncpu MHz : 2600.0\\n\\nprocessor : 1\\ncpu MHz : 2700.0\\n", 1)["cpu MHz"]
     '2700.0'

@@ -12,8 +12,8 @@ from types import MappingProxyType
 from typing import Any
 
 from calibration.devices.protocol import Device
+from calibration.execute.runs import DATASHEET, PROFILE, check_folder
 from calibration.fit.base_profile import base_profile
-from calibration.measure.runs import DATASHEET, PROFILE, check_folder
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware, save_hardware
 from simulator.hardware.names import list_hardware

@@ -17,9 +17,9 @@ import numpy as np
 from calibration.devices.protocol import Device, Unsupported
 from calibration.execute.cases import Case
 from calibration.execute.comparison import OK, name_of
+from calibration.execute.runs import check_folder
 from calibration.measure.interrupt import Interrupt
 from calibration.measure.plan import check_budget
-from calibration.measure.runs import check_folder
 from calibration.records.store import Header, Store, read_store
 from simulator.errors import InputError
 from simulator.models.config import ModelConfig

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from calibration.records.jsonl import decode_line, encode_line
-from calibration.records.store import open_locked
+from calibration.records.store import decode_line, encode_line, open_locked
 from simulator.errors import InputError
 from simulator.files.read import read_bounded
 

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from calibration.devices.protocol import Device
 from calibration.execute.cases import Case, Key, predicted_speedup
+from calibration.execute.runs import RECORDS, check_folder
 from calibration.measure.plan import Rates, check_budget, for_model
 from calibration.measure.probe import default_protocol, default_visits, probe
 from calibration.measure.run import Outcome, Progress, run
-from calibration.measure.runs import RECORDS, check_folder
 from calibration.records.exact import without_exact
-from calibration.records.recorded import content_records
+from calibration.records.lines import content_records
 from calibration.records.records import Records
 from calibration.records.store import Header, Store, read_store
 from simulator.errors import InputError
@@ -126,7 +126,7 @@ def measure_bounds(
     """Time the GEMMs of some cases into a run folder, new or begun by an earlier run of the same device.
 
     The budget is shared among the shapes: the more there are the less time each gets; what does not fit is left for the
-    next run. The other arguments, and what is refused, are as for :func:`calibration.measure.runs.measure_into`.
+    next run. The other arguments, and what is refused, are as for :func:`calibration.execute.runs.measure_into`.
     """
     path = check_folder(folder)
     check_budget(budget_s)
@@ -153,7 +153,7 @@ def measure_bounds(
         visits = default_visits(description)
         protocol = replace(base, time_limit_s=_share(left / visits, len(shapes), rates, base.time_limit_s))
         plan = for_model(
-            shapes, rates, dtype=dtype, protocol=protocol, refuses=device.refuses, budget_s=left, seed=seed
+            shapes, rates, dtype=dtype, protocol=protocol, budget_s=left, seed=seed
         )
         turn = {shape: i for i, shape in enumerate(_by_case(cases, seed))}
         ordered = sorted(plan.items, key=lambda i: turn[i.operator.m, i.operator.n, i.operator.k])

@@ -183,9 +183,9 @@ def device_of(hw: HardwareProfile, dtype: str = "bf16") -> Device:
 
 def calls_of(records: Any, phase: str, device: Device) -> Calls:
     """Attention records (an object with columns of these names, seconds in s) as a fit takes them."""
-    shape: Any = [np.asarray(getattr(records, name), dtype=np.float64) for name in (*SHAPE, "seconds")]
+    columns: Any = {name: np.asarray(getattr(records, name), dtype=np.float64) for name in (*SHAPE, "seconds")}
     bytes_ = np.array([DTYPE_BYTES[code] for code in range(len(DTYPES))], dtype=np.float64)[np.asarray(records.dtype)]
-    return Calls(phase, device, *shape, bytes_, 1.0 - np.asarray(records.cold, dtype=np.float64))
+    return Calls(phase, device, **columns, element_bytes=bytes_, warm=1.0 - np.asarray(records.cold, dtype=np.float64))
 
 
 def fit_attention(

@@ -1,20 +1,20 @@
 """Which operators to measure in the time there is.
 
-:func:`base_plan` spreads shapes over (m, n, k) in logarithmic space, with sizes that language models have and odd ones between
-them, and adds attention, elementwise, copy and launch items; :func:`for_model` takes exactly the shapes it is given; :func:`refine` adds
-shapes where a fitted model is least certain. All return a :class:`Plan`: items in random order by seed, each with an estimated
-cost, that together fit the budget. Groups (n, k) are held out here, before anything is measured, so that no fit can have seen them.
+:func:`base_plan` spreads shapes over (m, n, k) in logarithmic space, with sizes that language models have and odd ones
+between them, and adds attention, elementwise, copy and launch items; :func:`for_model` takes exactly the shapes it is
+given. Both return a :class:`Plan`: items in random order by seed, each with an estimated cost, that together fit the
+budget. Groups (n, k) are held out here, before anything is measured, so that no fit can have seen them.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from calibration.devices.protocol import Operator
 from calibration.measure.shapes import gemm_stream, other_streams
@@ -22,6 +22,10 @@ from calibration.measure.timing import Protocol
 from simulator.errors import InputError
 
 FIT, HOLDOUT, EXACT, ANCHOR = "fit", "holdout", "exact", "anchor"
+HOLDOUT_SHARE = 0.2
+"""Share of the (n, k) groups of a base plan, and of the items that have none, to keep from the fit."""
+ANCHOR_EVERY = 20
+"""Items between two measurements of the anchor."""
 
 SHARES: Mapping[str, float] = {
     "gemm": 0.56,
@@ -37,28 +41,14 @@ SHARES: Mapping[str, float] = {
 
 @dataclass(frozen=True)
 class Rates:
-    """What a plan must know of a device to estimate times: measured by a probe, or taken from a datasheet.
-
-    Attributes
-    ----------
-    flop_per_s : float, FLOP/s
-    bytes_per_s : float, bytes/s
-    floor_s : float, s
-        Time of the smallest launch.
-    setup_s : float, s
-        Preparing an operator.
-    memory_bytes : float
-        Largest footprint to plan for.
-    noise : float
-        Standard deviation of one sample over its mean: what it takes to reach the protocol's precision.
-    """
+    """What a plan must know of a device to estimate times: measured by a probe, or taken from a datasheet."""
 
     flop_per_s: float
     bytes_per_s: float
-    floor_s: float = 5e-6
-    setup_s: float = 0.05
-    memory_bytes: float = math.inf
-    noise: float = 0.0
+    floor_s: float = 5e-6  # time of the smallest launch
+    setup_s: float = 0.05  # preparing an operator
+    memory_bytes: float = math.inf  # largest footprint to plan for
+    noise: float = 0.0  # standard deviation of one sample over its mean
 
     def __post_init__(self) -> None:
         for name in ("flop_per_s", "bytes_per_s", "floor_s", "setup_s", "memory_bytes"):
@@ -76,14 +66,14 @@ class Rates:
     def cost_s(self, op: Operator, protocol: Protocol) -> float:
         """Rough time that measuring takes, s: setup, loop calibration, warm-up and samples, under the protocol's limit.
 
-        The interval of a median of n samples is some 1.25 * 1.96 * noise / sqrt(n) either way.
+        ``noise`` decides how many samples reach the protocol's precision: the interval of a median of n samples is
+        some 1.25 * 1.96 * noise / sqrt(n) either way.
         """
         launch = self.launch_s(op)
         needed = min((2.45 * self.noise / protocol.precision) ** 2, protocol.max_samples)
         windows = 3 + protocol.warm_values + max(2 * protocol.min_samples, math.ceil(needed))
-        return (
-            self.setup_s + min(protocol.time_limit_s, windows * max(1.2 * protocol.min_window_s, launch)) + 2.0 * launch
-        )
+        sampling_s = min(protocol.time_limit_s, windows * max(1.2 * protocol.min_window_s, launch))
+        return self.setup_s + sampling_s + 2.0 * launch
 
 
 @dataclass(frozen=True)
@@ -97,26 +87,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Plan:
-    """Items in the order they are to be measured.
-
-    Attributes
-    ----------
-    items : tuple of Item
-    anchor : Operator
-        Shape measured first and after every ``anchor_every`` items, to see drift.
-    seed : int
-    budget_s : float, s
-    anchor_every : int
-    visits : int
-        Rounds over the items, each in an order of its own. On a shared machine other work slows this one down for seconds at a time and
-        never speeds it up: what counts of an item is its fastest visit.
-    """
+    """Items in the order they are to be measured."""
 
     items: tuple[Item, ...]
-    anchor: Operator
+    anchor: Operator  # shape measured first and after every :data:`ANCHOR_EVERY` items, to see drift
     seed: int = 0
     budget_s: float = math.inf
-    anchor_every: int = 20
+    # Rounds over the items, each in an order of its own. On a shared machine other work slows this one down for seconds
+    # at a time and never speeds it up: what counts of an item is its fastest visit.
     visits: int = 1
 
     def order(self, visit: int) -> tuple[Item, ...]:
@@ -130,11 +108,7 @@ class Plan:
 
     def counts(self) -> dict[str, int]:
         """Items by kind of operator and purpose, for a table: ``{"gemm fit": 40, ...}``."""
-        out: dict[str, int] = {}
-        for item in self.items:
-            name = f"{item.operator.kind} {item.purpose}"
-            out[name] = out.get(name, 0) + 1
-        return dict(sorted(out.items()))
+        return dict(sorted(Counter(f"{item.operator.kind} {item.purpose}" for item in self.items).items()))
 
     def joined(self, other: Plan) -> Plan:
         """The items of both in random order, exact ones first; an operator in both keeps the purpose it has here."""
@@ -150,15 +124,13 @@ class _Budget:
     rates: Rates
     protocol: Protocol
     refuses: Callable[[Operator], str]
-    max_launch_s: float
-    overhead: float  # anchors cost one item in twenty
     taken: dict[str, Item] = field(default_factory=dict)
 
     def fits(self, op: Operator) -> bool:
         """Whether the device can run it, and it is not too slow or too large to be worth it."""
         return (
             op.key not in self.taken
-            and self.rates.launch_s(op) <= self.max_launch_s
+            and self.rates.launch_s(op) <= self.protocol.time_limit_s / 12.0
             and op.footprint_bytes <= self.rates.memory_bytes
             and not self.refuses(op)
         )
@@ -168,7 +140,7 @@ class _Budget:
         for op in stream:
             if not self.fits(op):
                 continue
-            cost = self.overhead * self.rates.cost_s(op, self.protocol)
+            cost = (1.0 + 1.0 / ANCHOR_EVERY) * self.rates.cost_s(op, self.protocol)
             if cost > seconds:
                 break
             self.taken[op.key] = Item(op, FIT, cost)
@@ -180,38 +152,27 @@ def base_plan(
     rates: Rates,
     *,
     budget_s: float,
-    dtypes: Sequence[str] = ("bf16",),
+    dtype: str = "bf16",
     protocol: Protocol | None = None,
     refuses: Callable[[Operator], str] = lambda op: "",
     seed: int = 0,
-    holdout: float = 0.2,
     shares: Mapping[str, float] = SHARES,
-    max_launch_s: float | None = None,
 ) -> Plan:
     """A plan for a device of which nothing is known yet.
 
     Parameters
     ----------
-    rates : Rates
     budget_s : float, s
         Time for all of it.
-    dtypes : sequence of str
-        Number formats, which share the budget equally; the first one is the anchor's.
-    protocol : calibration.measure.timing.Protocol, optional
     refuses : callable
         Operator -> reason, empty where the device can run it (``Device.refuses``).
-    seed : int
-    holdout : float
-        Share of the (n, k) groups, and of the items that have none, to keep from the fit.
     shares : mapping
         See :data:`SHARES`.
-    max_launch_s : float, s, optional
-        Longest launch worth measuring; a twelfth of the protocol's time limit unless given.
 
     Raises
     ------
     InputError
-        The budget is no positive number or too short for a single GEMM of each dtype.
+        The budget is no positive number or too short for a single GEMM.
 
     Examples
     --------
@@ -222,21 +183,15 @@ def base_plan(
     protocol = protocol or Protocol()
     check_budget(budget_s)
     rng = np.random.default_rng(seed)
-    longest = protocol.time_limit_s / 12.0 if max_launch_s is None else max_launch_s
-    overhead = 1.0 + 1.0 / 20.0
-    items: list[Item] = []
-    for dtype in dtypes:
-        budget = _Budget(rates, protocol, refuses, longest, overhead)
-        seconds = budget_s / len(dtypes)
-        left = 0.0
-        for name, stream in other_streams(dtype, rng).items():
-            left += budget.fill(stream, shares.get(name, 0.0) * seconds)
-        gemms = gemm_stream("gemm", dtype, rng, budget.fits)
-        budget.fill(gemms, shares.get("gemm", 0.0) * seconds + left)
-        if shares.get("gemm", 0.0) > 0 and not any(item.operator.kind == "gemm" for item in budget.taken.values()):
-            raise InputError(f"budget: {budget_s:g} s are too short to measure a single GEMM in {dtype}; give more")
-        items += split_holdout(list(budget.taken.values()), holdout, rng)
-    return Plan(_shuffled(items, seed), anchor_operator(rates, dtypes[0], protocol), seed, budget_s)
+    budget = _Budget(rates, protocol, refuses)
+    left = 0.0
+    for name, stream in other_streams(dtype, rng).items():
+        left += budget.fill(stream, shares.get(name, 0.0) * budget_s)
+    budget.fill(gemm_stream("gemm", dtype, rng, budget.fits), shares["gemm"] * budget_s + left)
+    if not any(item.operator.kind == "gemm" for item in budget.taken.values()):
+        raise InputError(f"budget: {budget_s:g} s are too short to measure a single GEMM in {dtype}; give more")
+    items = split_holdout(list(budget.taken.values()), rng)
+    return Plan(_shuffled(items, seed), anchor_operator(rates, dtype, protocol), seed, budget_s)
 
 
 def check_budget(budget_s: float) -> float:
@@ -247,24 +202,21 @@ def check_budget(budget_s: float) -> float:
 
 
 def anchor_operator(rates: Rates, dtype: str, protocol: Protocol) -> Operator:
-    """A compute-bound GEMM, long enough to be timed sharply and short enough to be repeated: the largest that stays under half a window."""
+    """A compute-bound GEMM, long enough to be timed sharply: the largest that stays under half a window."""
     candidates = [Operator("gemm", dtype, m=size // 2, n=size, k=size) for size in (4096, 2048, 1024, 512)]
     short = [op for op in candidates if rates.launch_s(op) <= 0.5 * protocol.min_window_s]
     return short[0] if short else candidates[-1]
 
 
-def split_holdout(items: Sequence[Item], fraction: float, rng: np.random.Generator) -> list[Item]:
-    """Items with their purpose set: whole (n, k) groups of GEMMs, and single items of other kinds, are held out by chance."""
+def split_holdout(items: Sequence[Item], rng: np.random.Generator) -> list[Item]:
+    """Items with their purpose set: whole (n, k) groups of GEMMs, single items of other kinds, held out by chance."""
     groups = sorted({item.operator.group for item in items if item.operator.kind == "gemm"})
-    others = sorted(
-        item.operator.key
-        for item in items
-        if item.operator.kind not in ("gemm", "copy", "launch_eager", "launch_graph")
-    )
+    apart = ("gemm", "copy", "launch_eager", "launch_graph")
+    others = sorted(item.operator.key for item in items if item.operator.kind not in apart)
     held: set[Any] = set()
     for pool in (groups, others):
         if len(pool) >= 5:  # fewer leave a fit with too little and a judgement with nothing
-            chosen = rng.permutation(len(pool))[: max(1, round(fraction * len(pool)))]
+            chosen = rng.permutation(len(pool))[: max(1, round(HOLDOUT_SHARE * len(pool)))]
             held.update(pool[i] for i in chosen)
     out = []
     for item in items:
@@ -274,98 +226,31 @@ def split_holdout(items: Sequence[Item], fraction: float, rng: np.random.Generat
 
 
 def for_model(
-    shapes: Iterable[tuple[int, int, int] | Operator],
+    shapes: Iterable[tuple[int, int, int]],
     rates: Rates,
     *,
     dtype: str = "bf16",
     protocol: Protocol | None = None,
-    refuses: Callable[[Operator], str] = lambda op: "",
     budget_s: float = math.inf,
     seed: int = 0,
 ) -> Plan:
-    """A plan of exactly these shapes: (m, n, k) of GEMMs, or operators. What the device refuses is left in, to be counted and named there.
+    """A plan of exactly these GEMMs (m, n, k). What a device refuses is counted and named when it is measured.
 
     >>> plan = for_model([(1, 64, 64), (1, 64, 64), (8, 64, 64)], Rates(1e12, 3e10))
     >>> sorted(item.operator.m for item in plan.items), plan.items[0].purpose
     ([1, 8], 'exact')
     """
     protocol = protocol or Protocol()
-    operators = [
-        s if isinstance(s, Operator) else Operator("gemm", dtype, m=int(s[0]), n=int(s[1]), k=int(s[2])) for s in shapes
-    ]
+    operators = [Operator("gemm", dtype, m=int(m), n=int(n), k=int(k)) for m, n, k in shapes]
     if not operators:
         raise InputError("for_model: there are no shapes to measure")
     unique = {op.key: op for op in operators}
     items = [Item(op, EXACT, rates.cost_s(op, protocol)) for op in unique.values()]
-    return Plan(_shuffled(items, seed), anchor_operator(rates, operators[0].dtype, protocol), seed, budget_s)
-
-
-def refine(
-    candidates: Sequence[Operator],
-    uncertainty: NDArray[np.float64],
-    rates: Rates,
-    *,
-    budget_s: float,
-    measured: Iterable[Operator] = (),
-    protocol: Protocol | None = None,
-    seed: int = 0,
-    reach: float = 1.0,
-) -> Plan:
-    """Shapes where a fitted model is least certain, in the order of uncertainty, kept apart from each other.
-
-    A shape that has been chosen takes away uncertainty around itself: a candidate d octaves off loses a share of exp(-(d / reach)^2 / 2).
-
-    Parameters
-    ----------
-    candidates : sequence of Operator
-        GEMMs that may be measured.
-    uncertainty : float64 array (candidates,)
-        Predicted standard deviation of log time; finite, not negative.
-    measured : iterable of Operator
-        Shapes already measured, and those held out: not chosen again.
-    reach : float
-        Distance in octaves over which shapes inform each other.
-
-    >>> ops = [Operator("gemm", m=m, n=64, k=64) for m in (1, 2, 64)]
-    >>> plan = refine(ops, np.array([0.3, 0.29, 0.2]), Rates(1e12, 3e10), budget_s=0.25, protocol=Protocol(time_limit_s=0.05))
-    >>> sorted(item.operator.m for item in plan.items)
-    [1, 64]
-    """
-    protocol = protocol or Protocol()
-    check_budget(budget_s)
-    score = np.array(uncertainty, dtype=np.float64)
-    if score.shape != (len(candidates),) or not np.all(np.isfinite(score)) or np.any(score < 0):
-        raise ValueError(
-            f"refine: expected {len(candidates)} finite uncertainties of at least zero, got shape {score.shape}"
-        )
-    if not len(candidates):
-        raise InputError("refine: there are no candidates")
-    known = {op.key for op in measured}
-    score[[op.key in known for op in candidates]] = -1.0
-    points = np.log2([[op.m, op.n, op.k] for op in candidates])
-    items: list[Item] = []
-    left = budget_s
-    while True:
-        best = int(np.argmax(score))
-        if score[best] <= 0:
-            break
-        op = candidates[best]
-        cost = rates.cost_s(op, protocol)
-        if cost <= left:
-            items.append(Item(op, FIT, cost))
-            left -= cost
-            distance = np.linalg.norm(points - points[best], axis=1)
-            score *= 1.0 - np.exp(-0.5 * (distance / reach) ** 2)
-        score[best] = -1.0
-        if left < rates.setup_s:
-            break
-    if not items:
-        raise InputError(f"refine: {budget_s:g} s are too short for any of the {len(candidates)} candidates; give more")
-    return Plan(_shuffled(items, seed), anchor_operator(rates, items[0].operator.dtype, protocol), seed, budget_s)
+    return Plan(_shuffled(items, seed), anchor_operator(rates, dtype, protocol), seed, budget_s)
 
 
 def _shuffled(items: Sequence[Item], seed: int) -> tuple[Item, ...]:
-    """Random order by seed, whatever order the items came in; exact ones first, since time may run out on the others."""
+    """Random order by seed, whatever order they came in; exact ones first, since time may run out on the others."""
     ordered = sorted(items, key=lambda item: item.operator.key)
     mixed = [ordered[i] for i in np.random.default_rng(seed).permutation(len(ordered))]
     return tuple(sorted(mixed, key=lambda item: item.purpose != EXACT))

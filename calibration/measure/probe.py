@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import replace
 
 from calibration.devices.protocol import Description, Device, Operator, OutOfMemory, Unsupported
 from calibration.measure.plan import Rates, check_budget
@@ -11,7 +10,8 @@ from calibration.measure.timing import Protocol, measure
 
 
 def default_protocol(description: Description, budget_s: float) -> Protocol:
-    """The measuring protocol for a device and a budget: short budgets get less time a shape, so that there are enough shapes to fit.
+    """The measuring protocol for a device and a budget: short budgets get less time a shape, so that there are enough
+    shapes to fit.
 
     >>> [round(default_protocol(Description(n, n), b).time_limit_s, 3) for n, b in (("cpu", 120.0), ("cuda:0", 3600.0))]
     [0.1, 2.0]
@@ -31,14 +31,14 @@ def default_visits(description: Description) -> int:
 
 
 def probe(device: Device, dtype: str, protocol: Protocol | None = None) -> Rates:
-    """Arithmetic rate, bandwidth and launch time of a device, to plan with.
+    """Arithmetic rate, bandwidth and launch time of a device, to plan with; takes about a second.
 
-    A square GEMM grows until it takes five milliseconds, so that a slow number format is not probed for minutes; a copy of 64 MiB, an
-    empty launch and a thin GEMM follow: a CPU rearranges weights for a product, which takes longer than to copy them. Takes about a second.
+    A square GEMM grows until it takes five milliseconds, so that a slow number format is not probed for minutes; a copy
+    of 64 MiB, an empty launch and a thin GEMM follow: a CPU rearranges weights for a product, which takes longer than
+    to copy them.
     """
-    quick = Protocol(min_window_s=1e-3, precision=0.05, min_samples=6, max_samples=8, time_limit_s=0.2)
-    if protocol is not None:
-        quick = replace(quick, min_window_s=protocol.min_window_s)
+    window_s = protocol.min_window_s if protocol else 1e-3
+    quick = Protocol(window_s, precision=0.05, min_samples=6, max_samples=8, time_limit_s=0.2)
     setups: list[float] = []
     noises: list[float] = []
 
@@ -76,12 +76,7 @@ def probe(device: Device, dtype: str, protocol: Protocol | None = None) -> Rates
     seconds = time_of(thin)
     if seconds is not None and seconds > 50.0 * floor:
         bytes_per_s = min(bytes_per_s, thin.bytes / max(seconds - thin.flops / flop_per_s, 0.25 * seconds))
-    return Rates(
-        flop_per_s,
-        bytes_per_s,
-        floor,
-        # the median, because the first preparation of a number format also fills memory with random data
-        max(1e-3, 1.5 * statistics.median(setups)),
-        device.describe().memory_bytes or float("inf"),
-        statistics.median(noises),
-    )
+    # the median, because the first preparation of a number format also fills memory with random data
+    setup = max(1e-3, 1.5 * statistics.median(setups))
+    memory_bytes = device.describe().memory_bytes or float("inf")
+    return Rates(flop_per_s, bytes_per_s, floor, setup, memory_bytes, statistics.median(noises))

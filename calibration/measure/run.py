@@ -1,30 +1,30 @@
 """Run a plan on a device, one record an operator, whatever the device does.
 
-:func:`run` takes a plan, a device and a function that keeps a record; it decides what happens when memory runs out (the shape is
-skipped and counted), when a time is not a number (refused and counted), when the device throttles or other processes hold the CPU
-(repeated and counted), when it is lost or interrupted (stop, with the reason; everything before is kept), and when time is up. Given
-the records of an earlier run it goes on where that one ended.
+:func:`run` takes a plan, a device and a function that keeps a record; it decides what happens when memory runs out (the
+shape is skipped and counted), when a time is not a number (refused and counted), when the device throttles or other
+processes hold the CPU (repeated and counted), when it is lost or interrupted (stop, with the reason; everything before
+is kept), and when time is up. Given the records of an earlier run it goes on where that one ended.
 
 A record is a JSON-ready mapping:
 
-===================  ==============================================================================================================
+===================  ===================================================================================================
 ``type``             ``"measurement"``
 ``key``              the operator as text; equal operators, equal keys
 ``operator``         the operator's fields
 ``purpose``          ``fit``, ``holdout``, ``exact`` or ``anchor``
-``status``           ``ok``, ``noisy``, ``throttled`` (also when repeated), or without a time ``skipped`` (out of memory), ``unsupported``,
-                     ``refused`` (a time that cannot be one), ``failed`` (the kernel raised)
+``status``           ``ok``, ``noisy``, ``throttled`` (also when repeated), or without a time ``skipped`` (out of
+                     memory), ``unsupported``, ``refused`` (a time that cannot be one), ``failed`` (the kernel raised)
 ``reason``           why it is not ``ok``
-``median_s`` ...     ``lower_s``, ``upper_s`` (95 % interval of the median; null where samples are too few for one), ``samples_s`` and
-                     ``warmup_s`` (raw, untrimmed), ``loops``
+``median_s`` ...     ``lower_s``, ``upper_s`` (95 % interval of the median; null where samples are too few for one),
+                     ``samples_s`` and ``warmup_s`` (raw, untrimmed), ``loops``
 ``method``           how launches were timed and kept cold
 ``before, after``    telemetry
-``visit``            round of the plan it is of, from 0; of several the fastest counts (:mod:`calibration.records.recorded`)
+``visit``            round of the plan it is of, from 0; of several the fastest counts (``calibration.records.lines``)
 ``attempts``         times it was measured, ``throttled_samples`` of which were discarded for throttling
 ``waited``           share of the time in which this process waited for a CPU, where that is counted
 ``block``            number of the last anchor before it
-``drift``            anchors: change against the first anchor; ``drifted`` when it exceeds the limit and the intervals do not touch
-===================  ==============================================================================================================
+``drift``            anchors: change against the first; ``drifted`` where it exceeds the limit, and intervals are apart
+===================  ===================================================================================================
 """
 
 from __future__ import annotations
@@ -38,16 +38,15 @@ from typing import Any
 from calibration.devices.protocol import Device, DeviceLost, Operator, OutOfMemory, Unsupported
 from calibration.devices.telemetry import UNKNOWN, Snapshot, throttled, waited
 from calibration.measure.interrupt import Interrupt, Interrupted
-from calibration.measure.plan import ANCHOR, Item, Plan, check_budget
+from calibration.measure.plan import ANCHOR, ANCHOR_EVERY, Item, Plan, check_budget
 from calibration.measure.probe import default_protocol
 from calibration.measure.timing import NOISY, OK, InvalidTiming, Protocol, Timing, measure
-from calibration.measure.timing import drift as relative_drift
-from calibration.records.recorded import DRIFT_LIMIT
+from calibration.records.lines import DRIFT_LIMIT
 
 SKIPPED, UNSUPPORTED, REFUSED, FAILED, THROTTLED = "skipped", "unsupported", "refused", "failed", "throttled"
-STATUSES = (OK, NOISY, THROTTLED, SKIPPED, UNSUPPORTED, REFUSED, FAILED)
 
-WAIT_LIMIT = 0.05  # share of the time a process may wait for a CPU before its timings say more about other processes than about the device
+WAIT_LIMIT = 0.05
+"""Share of the time a process may wait for a CPU before its timings say more about other processes than the device."""
 MAX_ATTEMPTS = 3
 _FAILURES_IN_A_ROW = 5
 
@@ -56,7 +55,7 @@ Append = Callable[[Mapping[str, Any]], Any]
 
 @dataclass
 class Counts:
-    """How often what happened. ``drifted`` counts anchors, ``repeated`` and ``revisited`` measurements, the others operators."""
+    """How often what happened to operators; ``drifted`` counts anchors, ``repeated`` and ``revisited`` measurements."""
 
     ok: int = 0
     noisy: int = 0
@@ -97,23 +96,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended.
-
-    Attributes
-    ----------
-    counts : Counts
-    elapsed_s : float, s
-        On the device's clock.
-    stopped : str
-        Why it ended before the plan did: ``"budget"``, ``"interrupted"`` or ``"device lost: ..."``; empty when the plan is done.
-    problems : tuple of str
-        One line for each operator without a time, and one for the anchors that drifted.
-    """
+    """How a run ended."""
 
     counts: Counts
-    elapsed_s: float
-    stopped: str
-    problems: tuple[str, ...]
+    elapsed_s: float  # on the device's clock
+    stopped: str  # why it ended early: "budget", "interrupted" or "device lost: ..."; "" when the plan is done
+    problems: tuple[str, ...]  # one line for each operator without a time, and one for the anchors that drifted
 
     @property
     def complete(self) -> bool:
@@ -141,14 +129,8 @@ class _Run:
     def record(self, item: Item, protocol: Protocol) -> dict[str, Any]:
         """Measure one operator and say what came of it. Lets only a lost device and an interruption through."""
         op = item.operator
-        record: dict[str, Any] = {
-            "type": "measurement",
-            "key": op.key,
-            "operator": op.as_record(),
-            "purpose": item.purpose,
-            "status": OK,
-            "reason": "",
-        }
+        record = {"type": "measurement", "key": op.key, "operator": op.as_record()}
+        record |= {"purpose": item.purpose, "status": OK, "reason": ""}
         try:
             self._measure(op, protocol, record)
         except (Interrupted, DeviceLost):
@@ -166,8 +148,7 @@ class _Run:
     def _measure(self, op: Operator, protocol: Protocol, record: dict[str, Any]) -> None:
         if reason := self.device.refuses(op):
             raise Unsupported(reason)
-        prepared = None
-        bad = 0
+        bad, least = 0, 0.0
         best: dict[str, Any] = {}  # the attempt under which other processes took least
         for attempt in range(1, MAX_ATTEMPTS + 1):
             prepared = None  # operands of the last attempt must go before new ones come
@@ -176,24 +157,25 @@ class _Run:
             timing = measure(self._watched(prepared.sample), protocol, self.device.clock)
             after = self.device.snapshot()
             reasons = throttled(before, after)
-            share = waited(before, after, timing.elapsed_s, self.threads)
-            fields = _timing_fields(timing, before, after, prepared.method) | {"waited": share}
+            said = waited(before, after, timing.elapsed_s, self.threads)
+            share = 0.0 if isinstance(said, str) else said  # what cannot be seen cannot be a reason to repeat
+            fields = _timing_fields(timing, before, after, prepared.method) | {"waited": said}
             if reasons in ((), UNKNOWN):
-                if not best or _wait_of(share) < _wait_of(best["waited"]):
-                    best = fields
+                if not best or share < least:
+                    best, least = fields, share
                 record |= best | {"attempts": attempt, "throttled_samples": bad}
-                self.waits.append(_wait_of(share))
-                if _wait_of(share) <= WAIT_LIMIT:
+                self.waits.append(share)
+                if share <= WAIT_LIMIT:
                     return
-                # on a machine that is always shared repeating gains nothing: only what is unusual for this run is repeated, and once
-                if attempt > 1 or _wait_of(share) < 2.0 * statistics.median(self.waits):
+                # on a machine that is always shared repeating gains nothing: only what is unusual for this run is
+                # repeated, and once
+                if attempt > 1 or share < 2.0 * statistics.median(self.waits):
                     break
                 pause = 0.0
             else:
                 bad += len(timing.samples_s)
                 self.counts.throttled_samples += len(timing.samples_s)
-                record |= fields if not best else {}
-                record |= {"attempts": attempt, "throttled_samples": bad}
+                record |= (best or fields) | {"attempts": attempt, "throttled_samples": bad}
                 pause = min(5.0, float(2 ** (attempt - 1)))
             if attempt < MAX_ATTEMPTS:
                 self.counts.repeated += 1
@@ -201,7 +183,7 @@ class _Run:
         if not best:
             record |= {"status": THROTTLED, "reason": f"throttled: {', '.join(reasons)}"}
         else:
-            taken = f"other processes took {_wait_of(best['waited']):.0%} of the CPU time"
+            taken = f"other processes took {least:.0%} of the CPU time"
             record |= {"status": NOISY, "reason": "; ".join(filter(None, (best["reason"], taken)))}
 
     def _watched(self, sample: Callable[[int], float]) -> Callable[[int], float]:
@@ -241,7 +223,7 @@ class _Run:
         if "median_s" in record:
             now = _interval(record)
             self.reference = self.reference or now
-            change = relative_drift(self.reference[0], now[0])
+            change = now[0] / self.reference[0] - 1.0
             apart = now[1] > self.reference[2] or now[2] < self.reference[1]
             record |= {"drift": change, "drifted": abs(change) > DRIFT_LIMIT and apart}
             if record["drifted"]:
@@ -265,24 +247,20 @@ def run(
 
     Parameters
     ----------
-    plan : calibration.measure.plan.Plan
-    device : Device
     append : callable
         Keeps one record for good before it returns (``Store.append``). What it raises ends the run.
     previous : iterable of mapping
-        Records of earlier runs into the same store: their operators are not measured again, their first anchor stays the reference.
+        Records of earlier runs into the same store: their operators are not measured again, their first anchor stays
+        the reference.
     protocol : calibration.measure.timing.Protocol, optional
         :func:`default_protocol` unless given.
     budget_s : float, s, optional
-        The plan's unless given. Items that are not expected to end in time are left; the cost estimates learn from what items really took.
+        The plan's unless given. Items that are not expected to end in time are left; the cost estimates learn from what
+        items really took.
     progress : callable, optional
         Called with a :class:`Progress` after every visit of an item.
     interrupt : Interrupt, optional
         For callers that stop a run from another thread.
-
-    Returns
-    -------
-    Outcome
 
     Examples
     --------
@@ -339,18 +317,14 @@ def run(
                 if failures >= _FAILURES_IN_A_ROW:
                     raise DeviceLost(f"{failures} operators in a row failed; the last: {state.problems[-1]}")
                 since_anchor += 1
-                if since_anchor >= plan.anchor_every:
+                if since_anchor >= ANCHOR_EVERY:
                     state.anchor(plan.anchor)
                     since_anchor = 0
                 if progress is not None:
                     now = device.clock() - start
-                    rest = max(waiting_s, 0.0) * (spent_s / expected_s)
-                    left_s = min(rest, max(budget - now, 0.0))
-                    progress(
-                        Progress(
-                            counts.timed + counts.revisited, sum(map(len, todo)), now, left_s, item.operator.key, counts
-                        )
-                    )
+                    left_s = min(max(waiting_s, 0.0) * (spent_s / expected_s), max(budget - now, 0.0))
+                    measured = counts.timed + counts.revisited
+                    progress(Progress(measured, sum(map(len, todo)), now, left_s, item.operator.key, counts))
             if since_anchor:
                 state.anchor(plan.anchor)
         except Interrupted:
@@ -381,24 +355,11 @@ def _interval(record: Mapping[str, Any]) -> tuple[float, float, float]:
     return float(record["median_s"]), float(record["lower_s"]), math.inf if upper is None else float(upper)
 
 
-def _wait_of(share: Any) -> float:
-    """The share waited, or 0 where it is unknown: what cannot be seen cannot be a reason to repeat."""
-    return 0.0 if isinstance(share, str) else float(share)
-
-
 def _timing_fields(timing: Timing, before: Snapshot, after: Snapshot, method: str) -> dict[str, Any]:
     """What a timing adds to a record."""
-    return {
-        "status": timing.status,
-        "reason": timing.reason,
-        "median_s": timing.median_s,
-        "lower_s": timing.lower_s,
-        "upper_s": timing.upper_s if math.isfinite(timing.upper_s) else None,
-        "samples_s": list(timing.samples_s),
-        "warmup_s": list(timing.warmup_s),
-        "loops": timing.loops,
-        "elapsed_s": timing.elapsed_s,
-        "method": method,
-        "before": before.as_record(),
-        "after": after.as_record(),
-    }
+    names = ("status", "reason", "median_s", "lower_s", "upper_s", "samples_s", "warmup_s", "loops", "elapsed_s")
+    said: dict[str, Any] = {name: getattr(timing, name) for name in names}
+    said |= {"samples_s": list(timing.samples_s), "warmup_s": list(timing.warmup_s)}
+    if math.isinf(timing.upper_s):
+        said["upper_s"] = None
+    return said | {"method": method, "before": before.as_record(), "after": after.as_record()}

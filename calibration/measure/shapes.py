@@ -1,117 +1,40 @@
-"""Candidates for a plan, best first: sizes that language models have and odd ones between them, spread over logarithmic space.
+"""Candidates for a plan, best first: sizes that language models have and odd ones between them, spread over logarithmic
+space.
 
-Each stream yields operators for as long as it is asked; ``plan`` takes from them until a share of the budget is used. The tables below are
-the values of m, n, k, heads, lengths and batches that streams choose from.
+Each stream yields operators for as long as it is asked; ``plan`` takes from them until a share of the budget is used.
+The tables below are the values of m, n, k, heads, lengths and batches that streams choose from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import zip_longest
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.devices.protocol import NORMS, Operator
+from calibration.devices.protocol import NORMS, OPERATORS, Operator
 
+# fmt: off
 TOKENS = (
-    1,
-    2,
-    3,
-    4,
-    5,
-    7,
-    8,
-    12,
-    16,
-    17,
-    24,
-    31,
-    32,
-    48,
-    64,
-    65,
-    96,
-    100,
-    127,
-    128,
-    160,
-    192,
-    256,
-    257,
-    320,
-    384,
-    512,
-    513,
-    640,
-    768,
-    1000,
-    1024,
-    1536,
-    2048,
-    3000,
-    3072,
-    4096,
-    6144,
-    8192,
-    16384,
+    1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 24, 31, 32, 48, 64, 65, 96, 100, 127, 128, 160, 192, 256, 257, 320, 384, 512, 513,
+    640, 768, 1000, 1024, 1536, 2048, 3000, 3072, 4096, 6144, 8192, 16384,
 )
 SIZES = (
-    64,
-    128,
-    192,
-    256,
-    320,
-    512,
-    576,
-    640,
-    768,
-    896,
-    960,
-    1024,
-    1280,
-    1536,
-    1792,
-    2048,
-    2304,
-    2560,
-    3072,
-    3584,
-    4096,
-    4864,
-    5120,
-    5632,
-    6144,
-    7168,
-    8192,
-    8960,
-    9216,
-    11008,
-    12288,
-    13824,
-    14336,
-    16384,
-    18944,
-    24576,
-    28672,
+    64, 128, 192, 256, 320, 512, 576, 640, 768, 896, 960, 1024, 1280, 1536, 1792, 2048, 2304, 2560, 3072, 3584, 4096,
+    4864, 5120, 5632, 6144, 7168, 8192, 8960, 9216, 11008, 12288, 13824, 14336, 16384, 18944, 24576, 28672,
 )
 ODD_SIZES = (100, 321, 500, 1001, 1365, 2050, 2731, 3001, 4099, 5461, 7500, 11003)
 VOCABULARIES = (32000, 49152, 50257, 128256, 151936)
-HEADS = (
-    (9, 3, 64),
-    (14, 2, 64),
-    (12, 12, 64),
-    (16, 8, 128),
-    (32, 32, 128),
-    (32, 8, 128),
-    (28, 4, 128),
-    (40, 8, 128),
-    (64, 8, 128),
-    (24, 8, 96),
+HEADS = (  # heads, kv_heads, head_dim
+    (9, 3, 64), (14, 2, 64), (12, 12, 64), (16, 8, 128), (32, 32, 128), (32, 8, 128), (28, 4, 128), (40, 8, 128),
+    (64, 8, 128), (24, 8, 96),
 )
 LENGTHS = (64, 128, 200, 256, 384, 512, 768, 1000, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384, 32768)
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 ELEMENTWISE = (NORMS[0], "activation", "residual", "rotary", "gather", "scatter", "cache_write", "select")
+# fmt: on
 SELECTED = (8, 32, 64, 256, 1024, 2048)
 """Scores that a selection chooses from: groups, blocks, positions."""
 
@@ -121,22 +44,12 @@ _ODD_EVERY = 8  # one group in eight is misaligned in n, in k, or in both
 
 
 def spread_order(points: NDArray[np.float64], count: int, first: int = 0) -> list[int]:
-    """Indices of points such that every prefix of the list is spread as widely as the points allow (farthest point first).
-
-    Parameters
-    ----------
-    points : float64 array (points, dimensions)
-    count : int
-        How many to order.
-    first : int
-        Index to begin with.
+    """Indices of points such that every prefix of the list is spread as widely as the points allow (farthest point
+    first).
 
     >>> spread_order(np.array([[0.0], [1.0], [9.0], [10.0]]), 3)
     [0, 3, 1]
     """
-    points = np.asarray(points, dtype=np.float64)
-    if not len(points):
-        return []
     order = [first]
     nearest = np.linalg.norm(points - points[first], axis=1)
     nearest[first] = -1.0
@@ -148,27 +61,17 @@ def spread_order(points: NDArray[np.float64], count: int, first: int = 0) -> lis
     return order
 
 
-def gemm_candidates(dtype: str = "bf16", *, odd: bool = True) -> list[Operator]:
-    """Every (m, n, k) of the tables above: what :func:`refine` may choose from."""
-    sizes = (*SIZES, *ODD_SIZES) if odd else SIZES
-    wide = (*sizes, *VOCABULARIES)
-    return [Operator("gemm", dtype, m=m, n=n, k=k) for n in wide for k in sizes for m in TOKENS]
-
-
 def gemm_stream(
     kind: str, dtype: str, rng: np.random.Generator, fits: Callable[[Operator], bool]
 ) -> Iterable[Operator]:
-    """Groups (n, k) spread out, one in eight misaligned; in each, m from as many strata of what fits as there are values a group.
+    """Groups (n, k) spread out, one in eight misaligned; in each, m from as many strata of what fits as there are
+    values a group.
 
     When all groups have had their turn they have another, with other values of m, until nothing is left that fits.
     """
     regular = [(n, k) for n in (*SIZES, *VOCABULARIES) for k in SIZES]
-    odd = [
-        (n, k)
-        for n in (*ODD_SIZES, *SIZES[5:21:3])
-        for k in (*ODD_SIZES, *SIZES[5:21:3])
-        if n in ODD_SIZES or k in ODD_SIZES
-    ]
+    mixed = (*ODD_SIZES, *SIZES[5:21:3])
+    odd = [(n, k) for n in mixed for k in mixed if n in ODD_SIZES or k in ODD_SIZES]
     # a pair of which no m fits would waste its place in the spread
     pools = [
         [pair for pair in pool if fits(Operator(kind, dtype, m=TOKENS[0], n=pair[0], k=pair[1]))]
@@ -190,6 +93,7 @@ def gemm_stream(
 
 
 def _spread(pool: Sequence[tuple[int, ...]], rng: np.random.Generator) -> list[tuple[int, ...]]:
+    """The first some hundred of a pool, from a random one on, such that every prefix is spread out."""
     if not pool:
         return []
     order = spread_order(np.log2(np.array(pool, dtype=np.float64)), _SPREAD, int(rng.integers(len(pool))))
@@ -200,25 +104,11 @@ def other_streams(dtype: str, rng: np.random.Generator) -> dict[str, Iterable[Op
     """Every stream but the plain GEMMs', by the name of its share."""
     aligned = [(m, n, k) for m in TOKENS for n in SIZES[3::2] for k in SIZES[3::2] if n % 32 == 0 and k % 64 == 0]
     sparse = (Operator("gemm_2to4", dtype, m=m, n=n, k=k) for m, n, k in _spread(aligned, rng))
-    heads = {(h, g): d for h, g, d in HEADS}
-    prefill = (
-        Operator(
-            "attention_prefill",
-            dtype,
-            batch=b,
-            q_len=s,
-            kv_len=s,
-            heads=h,
-            kv_heads=g,
-            head_dim=heads[h, g],
-            cold=False,
-        )
-        for b, s, h, g in _spread([(b, s, h, g) for b in BATCHES[:4] for s in LENGTHS for h, g in heads], rng)
-    )
-    decode = (
-        Operator("attention_decode", dtype, batch=b, q_len=1, kv_len=s, heads=h, kv_heads=g, head_dim=heads[h, g])
-        for b, s, h, g in _spread([(b, s, h, g) for b in BATCHES for s in LENGTHS for h, g in heads], rng)
-    )
+    head_dim = {(h, g): d for h, g, d in HEADS}
+    prompts = _spread([(b, s, h, g) for b in BATCHES[:4] for s in LENGTHS for h, g in head_dim], rng)
+    prefill = (_attention("prefill", dtype, b, s, s, h, g, head_dim[h, g], cold=False) for b, s, h, g in prompts)
+    caches = _spread([(b, s, h, g) for b in BATCHES for s in LENGTHS for h, g in head_dim], rng)
+    decode = (_attention("decode", dtype, b, 1, s, h, g, head_dim[h, g]) for b, s, h, g in caches)
     spots = [
         _spread([(m, n) for m in TOKENS[::3] for n in (SELECTED if role == "select" else SIZES[4::4])], rng)
         for role in ELEMENTWISE
@@ -239,6 +129,12 @@ def other_streams(dtype: str, rng: np.random.Generator) -> dict[str, Iterable[Op
     }
 
 
+def _attention(kind: str, dtype: str, *shape: int, **more: Any) -> Operator:
+    """An operator of batch, q_len, kv_len, heads, kv_heads and head_dim."""
+    sizes: dict[str, Any] = dict(zip(OPERATORS["attention_decode"], shape, strict=True))
+    return Operator(f"attention_{kind}", dtype, **sizes, **more)
+
+
 def _runtime(dtype: str) -> list[Operator]:
     """Launch and host time, and copies from a size that fits any cache to one that fits none."""
     launches = [
@@ -250,7 +146,7 @@ def _runtime(dtype: str) -> list[Operator]:
 
 
 def _pruned(dtype: str, rng: np.random.Generator) -> Iterable[Operator]:
-    """Low-rank pairs, gathered GEMMs and block-sparse attention in turn: what sums of plain kernels are checked against."""
+    """Low-rank pairs, gathered GEMMs, block-sparse attention in turn: to check sums of plain kernels against."""
     pairs = _spread([(m, n, k) for m in TOKENS[::4] for n in SIZES[5:28:3] for k in SIZES[5:28:3]], rng)
     lengths = _spread([(s, h) for s in LENGTHS[3:13] for h in (8, 16, 32)], rng)
     for turn, (m, n, k) in enumerate(pairs):
@@ -262,16 +158,5 @@ def _pruned(dtype: str, rng: np.random.Generator) -> Iterable[Operator]:
             yield Operator("gather_gemm", dtype, m=m, n=n, k=k, rows=max(1, round(density * m)))
         elif turn // 3 < len(lengths):
             s, h = lengths[turn // 3]
-            yield Operator(
-                "attention_block_sparse",
-                dtype,
-                batch=1,
-                q_len=s,
-                kv_len=s,
-                heads=h,
-                kv_heads=h // 4,
-                head_dim=64,
-                block=64,
-                density=density,
-                cold=False,
-            )
+            more = {"block": 64, "density": density, "cold": False}
+            yield _attention("block_sparse", dtype, 1, s, s, h, h // 4, 64, **more)

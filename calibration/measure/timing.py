@@ -1,12 +1,13 @@
 """Timing as pure functions on number series: warm-up, loop count, interval of the median, stopping rule.
 
 Use :func:`measure` to time anything that offers ``sample(loops) -> seconds per launch``; the parts it is made of
-(:func:`is_warm`, :func:`calibrate_loops`, :func:`median_interval`) are public because each is tested on planted series. Nothing here
-knows a device: the clock is an argument, so a replayed device is timed by the same code in simulated time.
+(:func:`is_warm`, :func:`calibrate_loops`, :func:`median_interval`) are public because each is tested on planted series.
+Nothing here knows a device: the clock is an argument, so a replayed device is timed by the same code in simulated time.
 
-The interval of the median is distribution-free: for n independent samples the order statistics x(l), x(n+1-l) enclose the median
-with probability 1 - 2 P(Binomial(n, 1/2) < l), whatever the noise looks like (H. A. David, H. N. Nagaraja, "Order Statistics", 3rd
-edition, section 7.1). No sample is ever trimmed: an outlier is part of what the machine does, and the median bears it.
+The interval of the median is distribution-free: for n independent samples the order statistics x(l), x(n+1-l) enclose
+the median with probability 1 - 2 P(Binomial(n, 1/2) < l), whatever the noise looks like (H. A. David, H. N. Nagaraja,
+"Order Statistics", 3rd edition, section 7.1). No sample is ever trimmed: an outlier is part of what the machine does,
+and the median bears it.
 """
 
 from __future__ import annotations
@@ -32,34 +33,16 @@ class InvalidTiming(ValueError):
 
 @dataclass(frozen=True)
 class Protocol:
-    """How long and how precisely to measure; see :func:`measure`.
+    """How long and how precisely to measure; see :func:`measure`."""
 
-    Attributes
-    ----------
-    min_window_s : float, s
-        Shortest span one sample may cover; launches are repeated until it is reached.
-    precision : float
-        Half width of the interval of the median, relative to the median, at which measuring stops.
-    confidence : float
-        Level of that interval.
-    min_samples, max_samples : int
-        Samples taken at least (6 is the fewest for which a 95 % interval of the median exists) and at most.
-    time_limit_s : float, s
-        After this the measurement ends whatever its precision, and is called noisy when the precision was missed.
-    warm_values : int
-        Length of the stretch that must look steady before measuring begins.
-    max_loops : int
-        Upper limit of launches a sample.
-    """
-
-    min_window_s: float = 2e-3
-    precision: float = 0.01
-    confidence: float = 0.95
-    min_samples: int = 8
+    min_window_s: float = 2e-3  # shortest span one sample may cover; launches are repeated until it is reached
+    precision: float = 0.01  # half width of the interval of the median over the median at which measuring stops
+    confidence: float = 0.95  # level of that interval
+    min_samples: int = 8  # taken at least; 6 is the fewest for which a 95 % interval of the median exists
     max_samples: int = 400
-    time_limit_s: float = 2.0
-    warm_values: int = 6
-    max_loops: int = 1 << 20
+    time_limit_s: float = 2.0  # then it ends whatever its precision, and is called noisy when the precision was missed
+    warm_values: int = 6  # length of the stretch that must look steady before measuring begins
+    max_loops: int = 1 << 20  # launches a sample at most
 
     def __post_init__(self) -> None:
         checks = {
@@ -79,40 +62,17 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Timing:
-    """The outcome of :func:`measure`: raw samples and what they say.
+    """The outcome of :func:`measure`: raw samples and what they say, in seconds a launch."""
 
-    Attributes
-    ----------
-    samples_s : tuple of float, s per launch
-        Every sample after the warm-up, untrimmed, in order.
-    warmup_s : tuple of float, s per launch
-        Samples taken before the series looked steady.
-    loops : int
-        Launches a sample.
-    median_s, lower_s, upper_s : float, s per launch
-        Median of the samples and its interval (infinite on the upper side when there are too few samples for one).
-    status : str
-        ``"ok"``, or ``"noisy"`` when the precision was not reached or the series never looked steady.
-    reason : str
-        Why it is noisy; empty otherwise.
-    elapsed_s : float, s
-        Time spent, warm-up included.
-    """
-
-    samples_s: tuple[float, ...]
-    warmup_s: tuple[float, ...]
-    loops: int
+    samples_s: tuple[float, ...]  # every sample after the warm-up, untrimmed, in order
+    warmup_s: tuple[float, ...]  # samples taken before the series looked steady
+    loops: int  # launches a sample
     median_s: float
-    lower_s: float
-    upper_s: float
-    status: str
-    reason: str
-    elapsed_s: float
-
-    @property
-    def relative_half_width(self) -> float:
-        """Half the width of the interval over the median."""
-        return (self.upper_s - self.lower_s) / (2.0 * self.median_s)
+    lower_s: float  # interval of the median
+    upper_s: float  # infinite when there are too few samples for one
+    status: str  # "ok", or "noisy" when the precision was not reached or the series never looked steady
+    reason: str  # why it is noisy; empty otherwise
+    elapsed_s: float  # time spent, warm-up included
 
 
 @lru_cache(maxsize=4096)
@@ -126,9 +86,8 @@ def interval_rank(count: int, confidence: float = 0.95) -> int:
     rank, tail = 0, 0.0
     for below in range(count // 2 + 1):
         # lgamma keeps the binomial weight in range for any count
-        tail += math.exp(
-            math.lgamma(count + 1) - math.lgamma(below + 1) - math.lgamma(count - below + 1) - count * math.log(2.0)
-        )
+        log_ways = math.lgamma(count + 1) - math.lgamma(below + 1) - math.lgamma(count - below + 1)
+        tail += math.exp(log_ways - count * math.log(2.0))
         if tail > tail_limit:
             break
         rank = below + 1
@@ -136,17 +95,7 @@ def interval_rank(count: int, confidence: float = 0.95) -> int:
 
 
 def median_interval(samples: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """Median of a series and its distribution-free interval.
-
-    Parameters
-    ----------
-    samples : sequence of float, length >= 1
-    confidence : float in (0, 1)
-
-    Returns
-    -------
-    median, lower, upper : float
-        ``lower`` is 0 and ``upper`` infinite when the series is too short for an interval at this level.
+    """Median of a series and its distribution-free interval: 0 to infinity when it is too short for one.
 
     >>> median_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
     (4.0, 1.0, 7.0)
@@ -158,9 +107,7 @@ def median_interval(samples: Sequence[float], confidence: float = 0.95) -> tuple
         raise ValueError("median_interval: expected at least one sample, got none")
     rank = interval_rank(int(values.size), confidence)
     median = float(np.median(values))
-    if rank == 0:
-        return median, 0.0, math.inf
-    return median, float(values[rank - 1]), float(values[values.size - rank])
+    return (median, float(values[rank - 1]), float(values[values.size - rank])) if rank else (median, 0.0, math.inf)
 
 
 def _noise(values: NDArray[np.float64]) -> float:
@@ -174,16 +121,10 @@ def _noise(values: NDArray[np.float64]) -> float:
 def is_warm(values: Sequence[float], tolerance: float = 0.01) -> bool:
     """Whether a stretch of samples looks steady: its first value is no outlier, and its halves agree.
 
-    The first value is an outlier when it lies further from the median of the others than five standard deviations of their noise and
-    further than ``tolerance``; the halves agree when their medians differ by less than three standard errors, or by less than
-    ``tolerance``. Both tests need the tolerance because a quiet clock may repeat one number exactly.
-
-    Parameters
-    ----------
-    values : sequence of float, length >= 4
-        Samples in the order taken.
-    tolerance : float
-        Relative difference too small to matter.
+    The first value is an outlier when it lies further from the median of the others than five standard deviations of
+    their noise and further than ``tolerance``; the halves agree when their medians differ by less than three standard
+    errors, or by less than ``tolerance``. Both tests need the tolerance because a quiet clock may repeat one number
+    exactly.
 
     >>> is_warm([9.0, 1.0, 1.01, 0.99, 1.0, 1.0]), is_warm([1.0, 1.0, 1.01, 0.99, 1.0, 1.0])
     (False, True)
@@ -214,8 +155,8 @@ def checked(seconds: float) -> float:
 def calibrate_loops(sample: Sample, min_window_s: float, max_loops: int = 1 << 20) -> int:
     """Launches a sample needs to cover ``min_window_s``.
 
-    Grows at most tenfold a step, because the first launches are slower than those that follow and a count taken from them alone
-    would be too small.
+    Grows at most tenfold a step, because the first launches are slower than those that follow and a count taken from
+    them alone would be too small.
 
     >>> calibrate_loops(lambda loops: 1e-5 + 1e-6 / loops, 1e-3)
     100
@@ -235,8 +176,8 @@ def calibrate_loops(sample: Sample, min_window_s: float, max_loops: int = 1 << 2
 def next_look(count: int) -> int:
     """Sample count at which the stopping rule is asked next.
 
-    Growing by a quarter, not by one: each look is another chance to stop on a lucky interval, and a rule that looks after every sample
-    covers the median far less often than its level says.
+    Growing by a quarter, not by one: each look is another chance to stop on a lucky interval, and a rule that looks
+    after every sample covers the median far less often than its level says.
 
     >>> next_look(8), next_look(10)
     (10, 13)
@@ -247,16 +188,9 @@ def next_look(count: int) -> int:
 def measure(sample: Sample, protocol: Protocol | None = None, clock: Callable[[], float] = time.monotonic) -> Timing:
     """Time a launch: warm up, find the loop count, sample until the median is known well enough or time is up.
 
-    The stretch that first looks steady is kept as the beginning of the samples; what came before is the warm-up. Warming up may take half
-    of the time limit; a series that is not steady by then is measured all the same and called noisy.
-
-    Parameters
-    ----------
-    sample : callable
-        ``sample(loops)`` launches ``loops`` times and returns seconds per launch.
-    protocol : Protocol, optional
-    clock : callable
-        Monotonic seconds.
+    ``sample(loops)`` launches ``loops`` times and returns seconds per launch; ``clock`` gives monotonic seconds. The
+    stretch that first looks steady is kept as the beginning of the samples; what came before is the warm-up. Warming up
+    may take half of the time limit; a series that is not steady by then is measured all the same and called noisy.
 
     Raises
     ------
@@ -300,23 +234,5 @@ def measure(sample: Sample, protocol: Protocol | None = None, clock: Callable[[]
         reasons.append(
             f"interval of the median is {width:.1%} of it, {p.precision:.1%} asked, after {len(values)} samples"
         )
-    return Timing(
-        samples_s=tuple(values),
-        warmup_s=tuple(warmup),
-        loops=loops,
-        median_s=median,
-        lower_s=lower,
-        upper_s=upper,
-        status=NOISY if reasons else OK,
-        reason="; ".join(reasons),
-        elapsed_s=clock() - start,
-    )
-
-
-def drift(reference_s: float, now_s: float) -> float:
-    """Relative change of an anchor's time since its reference.
-
-    >>> round(drift(1.0, 1.03), 6)
-    0.03
-    """
-    return checked(now_s) / checked(reference_s) - 1.0
+    status, reason = NOISY if reasons else OK, "; ".join(reasons)
+    return Timing(tuple(values), tuple(warmup), loops, median, lower, upper, status, reason, clock() - start)

@@ -36,8 +36,6 @@ def file_name(name: str) -> str:
 def list_measurements() -> tuple[str, ...]:
     """Names of the tables, as ``device/operator/stack``.
 
-    Examples
-    --------
     >>> "h100_sxm/gemm/trtllm" in list_measurements()
     True
     """
@@ -48,8 +46,6 @@ def provenance(name: str) -> Mapping[str, Any]:
     """Where a table is from: package, path in it, device, software, rows kept and refused with the reasons, digest,
     licence.
 
-    Examples
-    --------
     >>> provenance("a100_sxm/gemm/trtllm")["licence"]
     'Apache-2.0'
     """
@@ -60,24 +56,11 @@ def provenance(name: str) -> Mapping[str, Any]:
 
 
 def load_measurements(name: str, dtype: str | None = None) -> Records:
-    """Read a table.
+    """Read a table; ``dtype`` is a number format as :meth:`Records.labels` names them (``bf16``, ``int8_wo``), all of
+    them without it.
 
-    Parameters
-    ----------
-    name : str
-        One of :func:`list_measurements`.
-    dtype : str, optional
-        Number format, as :meth:`Records.labels` names them (``bf16``, ``fp8``, ``int8_wo``); all of them without it.
-
-    Returns
-    -------
-    Records
-        GEMMs with ``copies`` rotated weights; times of CUDA-graph replays, in seconds.
-
-    Raises
-    ------
-    InputError
-        When there is no such table or format, or the file is not the one its provenance describes.
+    GEMMs have ``copies`` rotated weights; times are those of CUDA-graph replays, in seconds. InputError: there is no
+    such table or format, or the file is not the one its provenance describes.
 
     Examples
     --------

@@ -1,10 +1,12 @@
 """Make the shipped tables from the wheel they were published in; the same wheel gives the same bytes.
 
-    pip download --no-deps --only-binary :all: --python-version 3.11 --platform manylinux_2_28_x86_64 aiconfigurator-core==0.12.0
+    pip download --no-deps --only-binary :all: --python-version 3.11 --platform manylinux_2_28_x86_64 \\
+        aiconfigurator-core==0.12.0
     python -m calibration.measurements.build aiconfigurator_core-0.12.0-*.whl
 
-Taken are the collections of TensorRT-LLM and SGLang, one kernel path an attention table, full attention and the listed number formats;
-every row left out is counted in PROVENANCE.yaml under the reason. (pyarrow's version is named there too: another one may encode otherwise.)
+Taken are the collections of TensorRT-LLM and SGLang, one kernel path an attention table, full attention and the listed
+number formats; every row left out is counted in PROVENANCE.yaml under the reason. (pyarrow's version is named there
+too: another one may encode otherwise.)
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import numpy as np
 import yaml
 
 from calibration.measurements import FOLDER, INDEX, file_name
-from calibration.records.importers import import_content
+from calibration.records.importers import import_table
 from calibration.records.parquet import write_records
 from calibration.records.records import Records
 from simulator.errors import InputError
@@ -36,7 +38,7 @@ _ROOT = PurePosixPath("aiconfigurator_core/systems/data")
 
 @dataclass(frozen=True)
 class Choice:
-    """One table to make: where it is in the wheel, the profile its times are checked against, and what is taken from it."""
+    """One table to make: where it is in the wheel, the profile that checks its times, and what is taken from it."""
 
     system: str  # folder of the wheel
     hardware: str  # profile with the datasheet
@@ -46,17 +48,10 @@ class Choice:
     kernel: str = ""  # attention: the one kernel path taken
 
 
-_GEMM, _CONTEXT, _GENERATION = (
-    "gemm/{}/gemm_perf",
-    "attention/{}/context_attention_perf",
-    "attention/{}/generation_attention_perf",
-)
-_A100, _H100, _H200, _L40S = (
-    ("a100_sxm", "a100_sxm_80gb"),
-    ("h100_sxm", "h100_sxm"),
-    ("h200_sxm", "h200_sxm"),
-    ("l40s", "l40s"),
-)
+_GEMM, _ATTENTION = "gemm/{}/gemm_perf", "attention/{}/"
+_CONTEXT, _GENERATION = _ATTENTION + "context_attention_perf", _ATTENTION + "generation_attention_perf"
+_A100, _H100 = ("a100_sxm", "a100_sxm_80gb"), ("h100_sxm", "h100_sxm")
+_H200, _L40S = ("h200_sxm", "h200_sxm"), ("l40s", "l40s")
 _RTX = ("rtx_pro_6000_server", "rtx_pro_6000")
 
 CHOICES: Mapping[str, Choice] = {
@@ -96,28 +91,13 @@ def choose(records: Records, choice: Choice) -> tuple[Records, dict[str, int]]:
             left[reason] = count
         kept &= ~mask
     taken = records.select(kept)
-    order = np.lexsort(
-        [getattr(taken, c) for c in ("m", "kv_len", "q_len", "batch", "k", "n", "heads", "kv_heads", "head_dim")]
-    )
-    taken = taken.select(order)
+    by = ("m", "kv_len", "q_len", "batch", "k", "n", "heads", "kv_heads", "head_dim")
+    taken = taken.select(np.lexsort([getattr(taken, name) for name in by]))
     return taken.select(np.argsort(taken.labels().astype(str), kind="stable")).tidy(), left
 
 
 def build(wheel: Path, folder: Path) -> dict[str, dict[str, Any]]:
-    """Write all tables and their index into a folder.
-
-    Parameters
-    ----------
-    wheel : Path
-        The wheel named in the module's docstring; any other is refused.
-    folder : Path
-        An existing folder.
-
-    Returns
-    -------
-    dict
-        The index as written.
-    """
+    """Write all tables and their index, which it returns, into a folder; wheels but the one named above are refused."""
     import pyarrow
 
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
@@ -127,21 +107,11 @@ def build(wheel: Path, folder: Path) -> dict[str, dict[str, Any]]:
     with zipfile.ZipFile(wheel) as archive:
         for name, choice in CHOICES.items():
             inside = _ROOT / choice.system / (choice.file.format(choice.collection) + ".parquet")
-            result = import_content(
-                archive.read(str(inside)),
-                Path(inside),
-                format="aiconfigurator",
-                hw=load_hardware(choice.hardware),
-                dtype="all",
-            )
+            rows: dict[str, Any] = {"format": "aiconfigurator", "hw": load_hardware(choice.hardware), "dtype": "all"}
+            result = import_table(str(inside), content=archive.read(str(inside)), **rows)
             records, left = choose(result.records, choice)
-            extra = {
-                "name": name,
-                "package": PACKAGE,
-                "copyright": COPYRIGHT,
-                "licence": "Apache-2.0",
-                "modified": "see NOTICE",
-            }
+            extra = {"name": name, "package": PACKAGE, "copyright": COPYRIGHT}
+            extra |= {"licence": "Apache-2.0", "modified": "see NOTICE"}
             content = write_records(records, extra=extra, single=True)
             write_whole(folder / file_name(name), content)
             stack = records.sources[0].stack
@@ -166,7 +136,8 @@ def build(wheel: Path, folder: Path) -> dict[str, dict[str, Any]]:
         "wheel": wheel.name,
         "wheel_sha256": digest,
         "protocol": "CUDA graph replay, weights rotated over at most 6 copies, latency of one launch with its gap",
-        "changes": "rows selected as said under each table; milliseconds to seconds in float32; column names and order; copies added",
+        "changes": "rows selected as said under each table; milliseconds to seconds in float32; "
+        "column names and order; copies added",
         "pyarrow": pyarrow.__version__,
     }
     text = yaml.safe_dump({**head, "tables": tables}, sort_keys=False, width=140, allow_unicode=True)

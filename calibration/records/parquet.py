@@ -1,7 +1,8 @@
 """Tables of records as Parquet files.
 
-:func:`read_records` and :func:`write_records` keep everything a :class:`~calibration.records.records.Records` holds. Columns that do not vary
-become metadata and integers take the smallest type that holds them, so that a table of 36,000 GEMMs fits in some 150 kB.
+:func:`read_records` and :func:`write_records` keep everything a :class:`~calibration.records.records.Records` holds.
+Columns that do not vary become metadata and integers take the smallest type that holds them, so that a table of 36,000
+GEMMs fits in some 150 kB.
 """
 
 from __future__ import annotations
@@ -13,15 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from calibration.records.records import COLUMNS, SCHEMA_VERSION, Records, Source
+from calibration.records.records import SCHEMA_VERSION, Records, Source
+from simulator.columns import Array
 from simulator.errors import InputError
-from simulator.files.parquet import load_pyarrow, parquet_columns, read_parquet
+from simulator.files.parquet import load_pyarrow, read_parquet
 from simulator.files.read import read_bounded
 from simulator.files.write import write_whole
-
-Array = NDArray[Any]
 
 _KEY = b"prunesim.records"
 
@@ -31,45 +30,30 @@ def write_records(
 ) -> bytes:
     """A table as the bytes of a Parquet file (zstd), written to a path if one is given.
 
-    Parameters
-    ----------
-    records : Records
-    path : str or Path, optional
-        File to write, whole; without it only the bytes are returned.
-    extra : mapping, optional
-        JSON-ready metadata to keep with the table.
-    single : bool
-        Times as float32 (relative rounding 6e-8, far below the noise of any clock) for tables that ship.
+    ``extra`` is JSON-ready metadata to keep with it. ``single``: times as float32 (relative rounding 6e-8, far below
+    the noise of any clock), for tables that ship.
     """
     pa, pq = load_pyarrow()
     constant: dict[str, Any] = {}
     arrays: dict[str, Any] = {}
-    for name in COLUMNS:
-        column = getattr(records, name)
-        if len(column) and name != "seconds" and (np.all(column == column[0]) or np.all(column != column)):
-            constant[name] = None if column[0] != column[0] else column[0].item()
+    for name in records.SCHEMA:
+        values = getattr(records, name)
+        if len(values) and name != "seconds" and (np.all(values == values[0]) or np.all(values != values)):
+            constant[name] = None if values[0] != values[0] else values[0].item()
         else:
-            narrow = np.float32 if single and name == "seconds" else _narrow(column)
-            arrays[name] = pa.array(column.astype(narrow))
-    head = {
-        "schema": SCHEMA_VERSION,
-        "constant": constant,
-        "sources": [s.as_dict() for s in records.sources],
-        "extra": dict(extra or {}),
-    }
+            narrow = np.float32 if single and name == "seconds" else _narrow(values)
+            arrays[name] = pa.array(values.astype(narrow))
+    sources = [s.as_dict() for s in records.sources]
+    head = {"schema": SCHEMA_VERSION, "constant": constant, "sources": sources, "extra": dict(extra or {})}
     table = pa.table(arrays).replace_schema_metadata({_KEY: json.dumps(head).encode()})
     floats = [name for name in arrays if pa.types.is_floating(arrays[name].type)]
+    encodings = {
+        "use_dictionary": [name for name in arrays if name not in floats],
+        "use_byte_stream_split": floats or False,
+        "write_statistics": False,
+    }
     buffer = io.BytesIO()
-    pq.write_table(
-        table,
-        buffer,
-        compression="zstd",
-        compression_level=19,
-        row_group_size=1 << 20,
-        write_statistics=False,
-        use_dictionary=[name for name in arrays if name not in floats],
-        use_byte_stream_split=floats or False,
-    )
+    pq.write_table(table, buffer, compression="zstd", compression_level=19, row_group_size=1 << 20, **encodings)
     content = buffer.getvalue()
     if path is not None:
         write_whole(path, content)
@@ -77,7 +61,7 @@ def write_records(
 
 
 def read_records(path: str | Path | bytes, label: str = "table") -> Records:
-    """A table written by :func:`write_records`, or its bytes, which ``label`` names; anything else is refused with an InputError."""
+    """A table of :func:`write_records`, or its bytes, which ``label`` names; InputError for anything else."""
     label = label if isinstance(path, bytes) else str(path)
     table = read_parquet(path if isinstance(path, bytes) else read_bounded(path), label)
     head = _head(table.schema.metadata, label)
@@ -98,16 +82,11 @@ def is_records(content: bytes) -> bool:
         return False
 
 
-def read_arrow(content: bytes, label: str) -> dict[str, Array]:
-    """The columns of any Parquet file as NumPy arrays: numbers as they are (missing ones NaN), everything else as objects."""
-    return parquet_columns(read_parquet(content, label), label)
-
-
-def _narrow(column: Array) -> type:
+def _narrow(values: Array) -> type:
     """The smallest type that holds a column exactly."""
-    if column.dtype.kind not in "iu":
-        return column.dtype.type
-    low, high = (int(column.min()), int(column.max())) if len(column) else (0, 0)
+    if values.dtype.kind not in "iu":
+        return values.dtype.type
+    low, high = (int(values.min()), int(values.max())) if len(values) else (0, 0)
     kinds = (np.uint8, np.int8, np.uint16, np.int16, np.int32, np.int64)
     return next(kind for kind in kinds if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max)
 
@@ -118,12 +97,13 @@ def _head(metadata: Mapping[bytes, bytes] | None, label: str) -> dict[str, Any]:
         raise InputError(
             f"{label}: is no table of records; expected one written by this program (use `prunesim import` for others)"
         )
+    damaged = f"{label}: is a damaged table of records: its metadata"
     try:
         head: Any = json.loads(metadata[_KEY])
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{label}: is a damaged table of records: its metadata cannot be read") from error
+        raise InputError(f"{damaged} cannot be read") from error
     if not isinstance(head, dict):
-        raise InputError(f"{label}: is a damaged table of records: its metadata are no mapping")
+        raise InputError(f"{damaged} are no mapping")
     if head.get("schema") != SCHEMA_VERSION:
         raise InputError(
             f"{label}: records of schema {head.get('schema')!r:.40}; this version reads schema {SCHEMA_VERSION}"

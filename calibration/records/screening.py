@@ -1,72 +1,63 @@
 """Which imported rows can be trusted: reasons counted, physics checked, repeated shapes joined.
 
-Nothing is dropped in silence: a :class:`Screen` remembers for each row of a file why it was refused, and :class:`Refusals` is the count.
-:func:`least_seconds` is what no device can beat, caches included; :func:`join_repeats` takes the median of repeated shapes and flags those
-that disagree.
+Nothing is dropped in silence: a :class:`Screen` remembers for each row of a file why it was refused, and
+:class:`Refusals` says so. :func:`least_seconds` is what no device can beat, caches included; :func:`join_repeats` takes
+the median of repeated shapes and flags those that disagree.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from calibration.records.records import COLUMNS, Flag, Records
+from calibration.records.records import Flag, Records
+from simulator.columns import Array
 from simulator.errors import InputError
+from simulator.hardware.profile import HardwareProfile
 from simulator.workload import DTYPE_BYTES, DTYPES, attention_pairs
-
-Array = NDArray[Any]
 
 DISAGREE = 1.10  # largest over smallest time of one shape above which its rows are said to disagree
 ROUNDING = 1.02  # datasheet rates are printed to three digits and clocks to the megahertz
 L2_BYTES_PER_CLOCK = 64.0
-"""Bytes an SM can at most take from L2 in a clock (an A100 delivers 5120 to 108 SMs: NVIDIA, "A100 Tensor Core GPU Architecture")."""
+"""Bytes an SM can at most take from L2 in a clock (an A100 delivers 5120 to 108 SMs: NVIDIA, "A100 Tensor Core GPU
+Architecture")."""
 
 
 @dataclass(frozen=True)
 class Refusals(Mapping[str, int]):
-    """How many rows were refused for which reason, and the first of them.
-
-    Attributes
-    ----------
-    counts : mapping of str to int
-        Reason to number of rows.
-    first : mapping of str to tuple of int
-        Reason to the numbers of the first rows (1 is the first row of data).
+    """How many rows were refused for which reason, and which (1 is the first row of data).
 
     Examples
     --------
-    >>> print(*Refusals({"time is zero": 2}, {"time is zero": (3, 9)}).lines())
+    >>> print(*Refusals({"time is zero": [3, 9]}).lines())
     2 rows: time is zero (rows 3, 9)
     """
 
-    counts: Mapping[str, int] = field(default_factory=dict)
-    first: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    rows: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def __getitem__(self, reason: str) -> int:
-        return self.counts[reason]
+        return len(self.rows[reason])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.counts)
+        return iter(self.rows)
 
     def __len__(self) -> int:
-        return len(self.counts)
+        return len(self.rows)
 
     @property
     def total(self) -> int:
         """Rows refused for any reason."""
-        return sum(self.counts.values())
+        return sum(self.values())
 
     def lines(self) -> list[str]:
-        """One line of text a reason."""
+        """One line of text a reason, with the first three rows."""
         out = []
-        for reason, count in self.counts.items():
-            rows = ", ".join(str(r) for r in self.first.get(reason, ()))
-            more = ", ..." if count > len(self.first.get(reason, ())) else ""
-            out.append(f"{count} row{'s' * (count > 1)}: {reason} (row{'s' * (count > 1)} {rows}{more})")
+        for reason, rows in self.rows.items():
+            some = ", ".join(map(str, rows[:3])) + (", ..." if len(rows) > 3 else "")
+            plural = "s" * (len(rows) > 1)
+            out.append(f"{len(rows)} row{plural}: {reason} (row{plural} {some})")
         return out
 
 
@@ -83,16 +74,14 @@ class Screen:
 
     def __init__(self, size: int) -> None:
         self.kept: Array = np.ones(size, dtype=np.bool_)
-        self._rows: dict[str, Array] = {}
+        self._rows: dict[str, list[int]] = {}
 
     def refuse(self, bad: Array, reason: str) -> None:
         """Refuse the rows of a mask over all rows, except those refused before."""
         bad = np.broadcast_to(bad, self.kept.shape) & self.kept
         if bad.any():
             self.kept = self.kept & ~bad
-            self._rows[reason] = np.concatenate(
-                [self._rows.get(reason, np.zeros(0, np.int64)), np.flatnonzero(bad) + 1]
-            )
+            self._rows.setdefault(reason, []).extend((np.flatnonzero(bad) + 1).tolist())
 
     def refuse_kept(self, bad: Array, reason: str) -> None:
         """Refuse by a mask over the rows still kept."""
@@ -100,108 +89,53 @@ class Screen:
         full[np.flatnonzero(self.kept)[bad]] = True
         self.refuse(full, reason)
 
-    def refusals(self, first: int = 3) -> Refusals:
-        """The count so far."""
-        return Refusals(
-            {r: len(n) for r, n in self._rows.items()},
-            {r: tuple(np.sort(n)[:first].tolist()) for r, n in self._rows.items()},
-        )
+    def refusals(self) -> Refusals:
+        """The rows refused so far."""
+        return Refusals({reason: sorted(rows) for reason, rows in self._rows.items()})
 
 
-class _Rate(Protocol):
-    @property
-    def flop_per_s(self) -> float: ...
-    @property
-    def sparse_factor(self) -> float: ...
+def rotated_copies(weight_bytes: Array, l2_bytes: float) -> Array:
+    """Distinct weights the aiconfigurator collector rotates: enough to fill the L2 once, at most six (int32, for sizes
+    above 0).
 
-
-class DeviceFacts(Protocol):
-    """What the checks need of a ``simulator.HardwareProfile``."""
-
-    @property
-    def sm_count(self) -> int: ...
-    @property
-    def max_clock_hz(self) -> float: ...
-    @property
-    def clock_headroom(self) -> float: ...
-    @property
-    def bandwidth_bytes_per_s(self) -> float: ...
-    @property
-    def l2_bytes(self) -> float: ...
-    def rate(self, dtype: str) -> _Rate: ...
-
-
-def rotated_copies(weight_bytes: Array, l2_bytes: float, most: int = 6) -> Array:
-    """Distinct weights the aiconfigurator collector rotates: enough to fill the L2 once, at most six.
-
-    Parameters
-    ----------
-    weight_bytes : array, bytes
-        Size of one weight matrix, above 0.
-    l2_bytes : float, bytes
-        L2 of the device.
-    most : int
-        Upper limit.
-
-    Returns
-    -------
-    int32 array
-
-    Examples
-    --------
     >>> rotated_copies(np.array([1e6, 20e6, 200e6]), 50e6).tolist()
     [6, 3, 1]
     """
-    return np.clip(np.ceil(l2_bytes / np.asarray(weight_bytes, dtype=np.float64)), 1, most).astype(np.int32)
+    return np.clip(np.ceil(l2_bytes / np.asarray(weight_bytes, dtype=np.float64)), 1, 6).astype(np.int32)
 
 
 def work(records: Records) -> tuple[Array, Array, Array]:
-    """FLOPs, weight (or cache) bytes and activation bytes of one execution of each row.
+    """FLOPs, weight (or cache) bytes and activation bytes of one execution of each row, float64.
 
-    Returns
-    -------
-    flops, weight_bytes, other_bytes : float64 arrays
-        Causal attention counts what lies under its mask and window; 2:4 counts the half that is computed.
+    Causal attention counts what lies under its mask and window; 2:4 counts the half that is computed.
     """
-    act, weight = DTYPE_BYTES[records.dtype], DTYPE_BYTES[records.weight_dtype]
-    m, n, k, rank = (getattr(records, c).astype(np.float64) for c in ("m", "n", "k", "rank"))
-    rows = np.where(records.is_operator("gather_gemm"), records.rows, m)
-    sparse, thin = records.is_operator("gemm_2to4"), records.is_operator("low_rank")
-    gemm = records.is_operator("gemm", "gemm_2to4", "gather_gemm")
-    attention = records.is_operator("attention_prefill", "attention_decode", "attention_block_sparse")
-    pairs = attention_pairs(records.q_len, records.kv_len, records.window) * records.density
-    heads = records.batch * records.heads * records.head_dim.astype(np.float64)
-    kept = np.where(sparse, 0.5, 1.0)
-    flops = np.select(
-        [gemm, thin, attention], [2 * rows * n * k * kept, 2 * m * rank * (n + k), 4 * heads * pairs], 0.0
-    )
-    seen = (
-        np.where(records.window > 0, np.minimum(records.kv_len, records.q_len + records.window - 1), records.kv_len)
-        * records.density
-    )
-    cache = 2 * records.batch * records.kv_heads * records.head_dim * seen * weight
-    weights = np.select([gemm, thin, attention], [n * k * weight * kept, rank * (n + k) * weight, cache], 0.0)
-    moved = records.read_bytes + records.write_bytes
-    others = np.select([gemm | thin, attention], [rows * (n + k) * act, 2 * heads * records.q_len * act], moved)
+    r = records
+    act, weight = DTYPE_BYTES[r.dtype], DTYPE_BYTES[r.weight_dtype]
+    m, n, k, rank = (getattr(r, name).astype(np.float64) for name in ("m", "n", "k", "rank"))
+    tokens = np.where(r.is_operator("gather_gemm"), r.rows, m)
+    kept = np.where(r.is_operator("gemm_2to4"), 0.5, 1.0)
+    kinds = [
+        r.is_operator("gemm", "gemm_2to4", "gather_gemm"),
+        r.is_operator("low_rank"),
+        r.is_operator("attention_prefill", "attention_decode", "attention_block_sparse"),
+    ]
+    pairs = attention_pairs(r.q_len, r.kv_len, r.window) * r.density
+    heads = r.batch * r.heads * r.head_dim.astype(np.float64)
+    flops = np.select(kinds, [2 * tokens * n * k * kept, 2 * m * rank * (n + k), 4 * heads * pairs], 0.0)
+    seen = np.where(r.window > 0, np.minimum(r.kv_len, r.q_len + r.window - 1), r.kv_len) * r.density
+    cache = 2 * r.batch * r.kv_heads * r.head_dim * seen * weight
+    weights = np.select(kinds, [n * k * weight * kept, rank * (n + k) * weight, cache], 0.0)
+    activations = tokens * (n + k) * act
+    others = np.select(kinds, [activations, activations, 2 * heads * r.q_len * act], r.read_bytes + r.write_bytes)
     return flops, weights, others
 
 
-def least_seconds(records: Records, hw: DeviceFacts) -> tuple[Array, Array]:
-    """Times no run can beat: FLOPs at the highest clock, and bytes with everything in L2 that can have been there.
+def least_seconds(records: Records, hw: HardwareProfile) -> tuple[Array, Array]:
+    """Times no run can beat: FLOPs at the highest clock, and bytes with everything in L2 that can have been there, s.
 
-    Of the bytes one execution touches, at most the size of the L2 can have been in it before; of ``c`` rotated weights together at most
-    as much, hence ``L2/c`` each. The rest comes at the memory's datasheet bandwidth, and all of it through the L2.
-
-    Parameters
-    ----------
-    records : Records
-    hw : HardwareProfile
-        Datasheet of the device they were measured on.
-
-    Returns
-    -------
-    compute_s, memory_s : float64 arrays, s
-        Zero where the device lists no rate for the row's number format.
+    Of the bytes one execution touches, at most the size of the L2 can have been in it before; of ``c`` rotated weights
+    together at most as much, hence ``L2/c`` each. The rest comes at the memory's datasheet bandwidth, and all of it
+    through the L2. The first is zero where the device lists no rate for the row's number format.
     """
     flops, weights, others = work(records)
     peak = np.full(len(DTYPES), np.inf)
@@ -221,37 +155,28 @@ def least_seconds(records: Records, hw: DeviceFacts) -> tuple[Array, Array]:
     return compute, np.maximum(memory, feed)
 
 
-def too_fast(records: Records, hw: DeviceFacts) -> tuple[Array, Array]:
-    """Masks of the rows that beat the compute limit and the memory limit of :func:`least_seconds` by more than rounding explains."""
+def too_fast(records: Records, hw: HardwareProfile) -> tuple[Array, Array]:
+    """Masks of the rows that beat the two limits of :func:`least_seconds` by more than rounding explains."""
     compute, memory = least_seconds(records, hw)
     return records.seconds * ROUNDING < compute, records.seconds * ROUNDING < memory
 
 
 def join_repeats(records: Records) -> tuple[Records, int, int]:
-    """One row for each shape and source: the median of its times, flagged where they disagree by more than 10 %.
+    """One row for each shape and source, in the order of first appearance, how many rows went into another, and how
+    many shapes disagree.
 
-    Returns
-    -------
-    records : Records
-        In the order of first appearance.
-    joined : int
-        Rows that went into another.
-    conflicts : int
-        Shapes whose times disagree.
+    A row's time is the median of its shape's; it is flagged where they differ by more than 10 %.
 
     Examples
     --------
     >>> from calibration.records.records import Source
-    >>> r, joined, conflicts = join_repeats(Records.from_columns([Source("x")], m=[1, 2, 1], n=8, k=8, seconds=[1.0, 5.0, 2.0]))
+    >>> r = Records.from_columns([Source("x")], m=[1, 2, 1], n=8, k=8, seconds=[1.0, 5.0, 2.0])
+    >>> r, joined, conflicts = join_repeats(r)
     >>> r.seconds.tolist(), joined, conflicts, r.flags.tolist()
     ([1.5, 5.0], 1, 1, [8, 0])
     """
-    if not len(records):
-        return records, 0, 0
-    names = [
-        name for name in COLUMNS if name not in ("seconds", "spread", "sample_count", "flags", "launch", "purpose")
-    ]
-    group = records.groups(*names)
+    timing = ("seconds", "spread", "sample_count", "flags", "launch", "purpose")
+    group = records.groups(*(name for name in records.SCHEMA if name not in timing))
     _, first, counts = np.unique(group, return_index=True, return_counts=True)
     if len(first) == len(records):
         return records, 0, 0

@@ -1,68 +1,98 @@
-"""Records on disk while a device is measured: append-only, one JSON line each, safe against a kill, a full disk and a second writer.
+"""Records on disk while a device is measured: JSON lines that outlive a kill, a full disk and a second writer.
 
-:class:`Store` is opened by the one process that measures; :func:`read_store` reads a file at any time; ``store_merge`` joins the files of
-several machines. The first line is the :class:`Header`; every line ends with a checksum of what is before it:
+:class:`Store` is opened by the one process that measures; :func:`read_store` reads a file at any time; :func:`merge`
+joins the files of several machines. The first line is the :class:`Header`; every line ends with a CRC-32 of what is
+before it:
 
     {"prunesim":"records","schema":1,"device":"...","stack":{...},"dtype":"bf16","run":"...",...,"crc":"89abcdef"}
     {"type":"measurement","key":"gemm bf16 ...",...,"run":"...","time":"...","crc":"01234567"}
 
-A line is on the disk (``fsync``) before :meth:`Store.append` returns. A last line that was cut short is dropped and counted; a damaged line
-anywhere else is refused, because then more than a kill has happened to the file. What the lines mean for a fit is in ``recorded``.
+A line is on the disk (``fsync``) before :meth:`Store.append` returns. A last line that was cut short is dropped and
+counted; a damaged line anywhere else is refused, because then more than a kill has happened to the file. What the lines
+mean for a fit is in ``lines``.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import zlib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from calibration.records.jsonl import decode_line, encode_line
 from calibration.records.records import SCHEMA_VERSION, Source
 from simulator.errors import InputError
 from simulator.files.read import read_bounded
-from simulator.files.write import check_target
+from simulator.files.write import check_target, write_whole
 from simulator.workload import DTYPES
 
 MARK = b'{"prunesim":"records",'
 MOST_STORE_BYTES = 2_000_000_000
 """Largest store that is read: a record with its samples takes some 2 kB, so a million of them."""
+
+# -- a line -----------------------------------------------------------------------------------------------------------
+
+_CRC = re.compile(rb',"crc":"([0-9a-f]{8})"\}$')
 _RUN_ON = re.compile(rb'"crc":"[0-9a-f]{8}"\}.')  # a record that ends inside a line: its newline was damaged
 
-_HEADER_TEXTS = tuple((name, str, "text") for name in ("device", "dtype", "run", "started"))
+
+def encode_line(line: Mapping[str, Any]) -> bytes:
+    """A mapping as one line with its checksum; ValueError when it is no JSON (not a number, an array) or names ``crc``
+    itself.
+
+    >>> encode_line({"a": 1})
+    b'{"a":1,"crc":"561bacaf"}\\n'
+    """
+    if "crc" in line or not line:
+        raise ValueError("a record needs at least one field, and none of the name 'crc'")
+    body = json.dumps(dict(line), separators=(",", ":"), allow_nan=False).encode()
+    return body[:-1] + b',"crc":"%08x"}\n' % zlib.crc32(body)
+
+
+def decode_line(line: bytes) -> dict[str, Any] | None:
+    """The inverse of :func:`encode_line`; None when the line is cut or damaged.
+
+    >>> decode_line(b'{"a":1,"crc":"561bacaf"}'), decode_line(b'{"a":2,"crc":"561bacaf"}')
+    ({'a': 1}, None)
+    """
+    found = _CRC.search(line)
+    body = line[: found.start()] + b"}" if found else b""
+    if found is None or zlib.crc32(body) != int(found[1], 16):
+        return None
+    try:
+        out = json.loads(body, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return None
+    return out if isinstance(out, dict) else None
+
+
+def _refuse(text: str) -> float:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+
+# -- a file -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a store holds records of. Device, stack and dtype identify it; the rest describes.
+    """What a store holds records of. Device, stack and dtype identify it; the rest describes."""
 
-    Attributes
-    ----------
-    device : str
-        The hardware as it names itself.
-    stack : mapping of str to str
-        Everything that changes timings: framework, driver, CUDA, threads.
-    dtype : str
-        Number format that is measured.
-    run : str
-        Name of the run; a new one is drawn where none is given.
-    started : str
-        ISO 8601, UTC.
-    extra : mapping
-        JSON-ready, for whoever wrote it (the name the device was opened by, its memory, the plan).
-    """
-
-    device: str
-    stack: Mapping[str, str] = field(default_factory=dict)
-    dtype: str = "bf16"
+    device: str  # the hardware as it names itself
+    stack: Mapping[str, str] = field(default_factory=dict)  # all that changes timings: framework, driver, CUDA, threads
+    dtype: str = "bf16"  # number format that is measured
     run: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
-    started: str = field(default_factory=lambda: _now())
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    started: str = field(default_factory=_now)  # ISO 8601, UTC
+    extra: Mapping[str, Any] = field(default_factory=dict)  # JSON-ready: name the device was opened by, memory, plan
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -70,16 +100,8 @@ class Header:
 
     def as_dict(self) -> dict[str, Any]:
         """The first line of a store."""
-        return {
-            "prunesim": "records",
-            "schema": SCHEMA_VERSION,
-            "device": self.device,
-            "stack": dict(self.stack),
-            "dtype": self.dtype,
-            "run": self.run,
-            "started": self.started,
-            "extra": dict(self.extra),
-        }
+        head = {"prunesim": "records", "schema": SCHEMA_VERSION, **vars(self)}
+        return {**head, "stack": dict(self.stack), "extra": dict(self.extra)}
 
     @classmethod
     def from_dict(cls, line: Mapping[str, Any], label: str) -> Header:
@@ -90,18 +112,17 @@ class Header:
             raise InputError(
                 f"{label}:1: schema {line.get('schema')!r:.40}; this version reads schema {SCHEMA_VERSION}"
             )
-        names = ("device", "stack", "dtype", "run", "started", "extra")
+        names = [f.name for f in fields(cls)]
         if missing := [name for name in names if name not in line]:
             raise InputError(f"{label}:1: the header lacks {', '.join(missing)}")
-        for name, kind, right in (
-            ("stack", Mapping, "names and versions"),
-            ("extra", Mapping, "names and values"),
-            *_HEADER_TEXTS,
-        ):
-            if not isinstance(line[name], kind):
+        mappings = {"stack": "names and versions", "extra": "names and values"}
+        for name in (*mappings, "device", "dtype", "run", "started"):
+            if not isinstance(line[name], Mapping if name in mappings else str):
+                right = mappings.get(name, "text")
                 raise InputError(f"{label}:1: {name}: expected {right}, got {line[name]!r:.60}")
-        if bad := [name for name, version in line["stack"].items() if not isinstance(version, str)]:
-            raise InputError(f"{label}:1: stack.{bad[0]}: expected text, got {line['stack'][bad[0]]!r:.60}")
+        for name, version in line["stack"].items():
+            if not isinstance(version, str):
+                raise InputError(f"{label}:1: stack.{name}: expected text, got {version!r:.60}")
         if line["dtype"] not in DTYPES:
             raise InputError(f"{label}:1: dtype {line['dtype']!r:.60}: expected one of {', '.join(DTYPES)}")
         return cls(**{name: line[name] for name in names})
@@ -109,7 +130,7 @@ class Header:
     def refuse_other(self, other: Header, label: str) -> None:
         """Raise unless both name the same device, software and number format."""
         pairs = {"device": (self.device, other.device), "dtype": (self.dtype, other.dtype)}
-        for name in [*self.stack, *(n for n in other.stack if n not in self.stack)]:
+        for name in [*self.stack, *other.stack]:
             pairs[name] = (self.stack.get(name, "none"), other.stack.get(name, "none"))
         for name, (mine, theirs) in pairs.items():
             if mine != theirs:
@@ -117,71 +138,36 @@ class Header:
 
     def source(self, run: str = "") -> Source:
         """The source of its records."""
-        return Source(
-            self.device,
-            dict(self.stack),
-            method=str(self.extra.get("method", "")),
-            date=self.started,
-            run=run or self.run,
-        )
+        method = str(self.extra.get("method", ""))
+        return Source(self.device, dict(self.stack), method=method, date=self.started, run=run or self.run)
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a store's file holds.
-
-    Attributes
-    ----------
-    header : Header
-    rows : tuple of dict
-        The records in the order they were written, without their checksums.
-    dropped : int
-        1 when the last line had been cut short and was dropped, else 0.
-    end : int
-        Bytes up to the end of the last good line.
-    label : str
-        Name of the file, for messages.
-    """
+    """What a store's file holds."""
 
     header: Header
-    rows: tuple[dict[str, Any], ...]
-    dropped: int = 0
-    end: int = 0
-    label: str = ""
+    rows: tuple[dict[str, Any], ...]  # the records in the order they were written, without their checksums
+    dropped: int = 0  # 1 when the last line had been cut short and was dropped
+    end: int = 0  # bytes up to the end of the last good line
+    label: str = ""  # name of the file, for messages
 
 
 def parse(content: bytes, label: str) -> Content | None:
-    """Read a store's bytes.
+    """Read a store's bytes; ``label`` names the file in messages.
 
-    Parameters
-    ----------
-    content : bytes
-        All of the file.
-    label : str
-        Its name, for messages.
-
-    Returns
-    -------
-    Content or None
-        None when nothing was ever acknowledged: the file is empty or its header was cut short.
-
-    Raises
-    ------
-    InputError
-        When the file is something else, of another schema, or damaged before its last line.
+    None when nothing was ever acknowledged: the file is empty or its header was cut short. InputError when the file is
+    something else, of another schema, or damaged before its last line.
     """
     if not content.startswith(MARK) and not MARK.startswith(content[: len(MARK)]):
         raise InputError(f"{label}: is no store of records (its first line does not say so)")
     lines = content.split(b"\n")
+    last = max((i for i, line in enumerate(lines) if line), default=-1)
     rows: list[dict[str, Any]] = []
-    end = 0
-    dropped = 0
-    last = max((i for i, line in enumerate(lines) if line), default=0)
-    for number, line in enumerate(lines):
+    end = dropped = 0
+    for number, line in enumerate(lines[: last + 1]):
         if not line:
-            if number < last:
-                raise InputError(f"{label}:{number + 1}: an empty line among records")
-            break
+            raise InputError(f"{label}:{number + 1}: an empty line among records")
         row = decode_line(line)
         if row is None:
             if number < last or _RUN_ON.search(line):  # more than the line in flight would be lost
@@ -198,34 +184,21 @@ def parse(content: bytes, label: str) -> Content | None:
 
 
 def read_store(path: str | Path) -> Content:
-    """Read a store, also while another process writes to it.
-
-    Raises
-    ------
-    InputError
-        When there is no such file, it is empty, or see :func:`parse`.
-    """
-    content = read_bounded(path, MOST_STORE_BYTES)
-    parsed = parse(content, str(path))
+    """Read a store, also while another process writes to it; InputError as of :func:`parse`, or where it is empty."""
+    parsed = parse(read_bounded(path, MOST_STORE_BYTES), str(path))
     if parsed is None:
         raise InputError(f"{path}: holds no records")
     return parsed
 
 
 class Store:
-    """The one writer of a file of records. Opening an existing file resumes it.
-
-    Parameters
-    ----------
-    path : str or Path
-        File to create or to go on with; its folder must exist.
-    header : Header
-        What will be measured. An existing file must name the same device, software and number format; its run goes on.
+    """The one writer of a file of records. Opening an existing file resumes it: its header stays, and its run goes on.
 
     Raises
     ------
     InputError
-        When another process writes to the file, it holds something else, or it cannot be written.
+        When another process writes to the file, it holds something else or records of another device, software or
+        number format than the header names, or it cannot be written.
 
     Examples
     --------
@@ -243,20 +216,18 @@ class Store:
         try:
             size = os.fstat(self._fd).st_size
             found = parse(os.pread(self._fd, size, 0), str(self.path))
+            self._end = found.end if found else 0
             if found is None:
-                self._end = 0
                 self._put(encode_line(header.as_dict()))
                 _sync_folder(self.path.parent)
                 found = Content(header, ())
             else:
                 found.header.refuse_other(header, str(self.path))
-                self._end = found.end
                 self._mend(size)
         except BaseException:
-            os.close(self._fd)
+            self.close()
             raise
         self.header = found.header
-        self.dropped = found.dropped
         self._rows = list(found.rows)
 
     @property
@@ -265,21 +236,22 @@ class Store:
         return tuple(self._rows)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one record; when this returns, it is on the disk.
-
-        Parameters
-        ----------
-        record : mapping
-            JSON-ready. ``run`` and ``time`` are added where it does not say.
+        """Write one JSON-ready record; when this returns, it is on the disk. ``run`` and ``time`` are added where it
+        does not say.
 
         Raises
         ------
         InputError
-            When the disk is full or the file cannot be written: the records before are untouched, and the store may be used again.
+            When it is of another number format; when the disk is full or the file cannot be written: then the records
+            before are untouched, and the store may be used again.
         ValueError
-            When the record is no JSON, or of another number format.
+            When the record is no JSON.
         """
-        self._refuse_dtype(record)
+        operator, mine = record.get("operator"), self.header.dtype
+        if isinstance(operator, Mapping) and not str(operator.get("kind", "")).startswith(("copy", "launch")):
+            theirs = operator.get("dtype", mine)  # a copy or a launch has none
+            if theirs != mine:
+                raise InputError(f"{self.path}: holds records of dtype {mine!r}, not of {theirs!r}; use another file")
         row = {"run": self.header.run, "time": _now(), **record}
         self._put(encode_line(row))
         self._rows.append(row)
@@ -293,20 +265,8 @@ class Store:
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _refuse_dtype(self, record: Mapping[str, Any]) -> None:
-        """Number formats are not mixed in a file; what moves bytes or launches nothing has none."""
-        operator = record.get("operator")
-        if not isinstance(operator, Mapping) or str(operator.get("kind", "")).startswith(("copy", "launch")):
-            return
-        if operator.get("dtype", self.header.dtype) != self.header.dtype:
-            raise InputError(
-                f"{self.path}: holds records of dtype {self.header.dtype!r}, not of {operator['dtype']!r}; use another file"
-            )
 
     def _put(self, line: bytes) -> None:
         """Write and sync one line at the end, or leave the file as it was."""
@@ -316,11 +276,9 @@ class Store:
                 done += _write(self._fd, line[done:], self._end + done)
             _sync(self._fd)
         except OSError as error:
-            try:
+            with suppress(OSError):  # else the half line has no checksum: whoever reads the file drops it
                 os.ftruncate(self._fd, self._end)
                 _sync(self._fd)
-            except OSError:
-                pass  # the half line has no checksum: whoever reads the file drops it
             raise InputError(
                 f"{self.path}: cannot be written: {error.strerror}; the records before this one are safe"
             ) from error
@@ -332,8 +290,7 @@ class Store:
             if self._end < size:
                 os.ftruncate(self._fd, self._end)
             if os.pread(self._fd, 1, self._end - 1) != b"\n":
-                _write(self._fd, b"\n", self._end)
-                self._end += 1
+                self._end += _write(self._fd, b"\n", self._end)
             _sync(self._fd)
         except OSError as error:
             raise InputError(f"{self.path}: cannot be written: {error.strerror}") from error
@@ -374,5 +331,57 @@ def _sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+# -- several files ----------------------------------------------------------------------------------------------------
+
+
+def merge(stores: Sequence[str | Path], out: str | Path) -> Content:
+    """Join stores of one device type and software, for instance of several machines of a cluster, into a new one,
+    written whole.
+
+    A record that is there twice (same run, operator, purpose and anchor number) is kept once; ``dropped`` counts cut
+    last lines of all stores.
+
+    Raises
+    ------
+    InputError
+        When device, software or number format differ, nothing was given, or ``out`` is one of the stores or open in
+        another process.
+    """
+    if not stores:
+        raise InputError("nothing to merge: expected at least one store")
+    target = check_target(out)
+    if any(Path(path).exists() and target.exists() and os.path.samefile(path, target) for path in stores):
+        raise InputError(f"{target}: is itself one of the stores to merge; write to another file")
+    contents = [read_store(path) for path in stores]
+    first = contents[0].header
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    runs: dict[str, None] = {}
+    for path, content in zip(stores, contents):
+        content.header.refuse_other(first, str(path))
+        for row in content.rows:
+            run = str(row.get("run", content.header.run))
+            runs[run] = None
+            rows.setdefault(_identity(row, run), {**row, "run": run})
+    name = first.run if len(runs) < 2 else f"{zlib.crc32(json.dumps(sorted(runs)).encode()):08x}"
+    extra = {**first.extra, "runs": [*runs] or [first.run]}
+    header = Header(first.device, first.stack, first.dtype, name, min(c.header.started for c in contents), extra)
+    try:
+        written = b"".join(encode_line(line) for line in (header.as_dict(), *rows.values()))
+    except ValueError as error:  # a number that is none, which this program never writes
+        raise InputError(f"{' '.join(map(str, stores))}: cannot be merged: {error}") from None
+    if target.exists():
+        os.close(open_locked(target))
+    try:
+        write_whole(target, written)
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written: {error.strerror}") from error
+    return Content(header, tuple(rows.values()), sum(c.dropped for c in contents), len(written))
+
+
+def _identity(row: Mapping[str, Any], run: str) -> tuple[str, ...]:
+    """What makes two lines one record: run, operator, purpose, and for anchors their number."""
+    key = row.get("key")
+    if key is None:  # no operator named: equal content
+        return run, json.dumps(dict(row), sort_keys=True)
+    purpose = str(row.get("purpose", ""))
+    return run, str(key), purpose, str(row.get("block", "")) if purpose == "anchor" else ""

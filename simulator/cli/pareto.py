@@ -65,6 +65,8 @@ def pareto(
             print(front_text(front), end="\n\n")
         print("optimal: no other point is as fast at no more loss (*: also at the unfavourable ends of the intervals)")
     if figure:
+        from simulator.cli.drawing import draw_fronts
+
         draw_fronts(found, figure)
     for line in notes:
         render.note(line)
@@ -152,29 +154,3 @@ def _layouts(front: Front) -> Iterator[list[render.Column]]:
     yield layout(False, True, True)
     yield layout(False, False, True)
     yield layout(False, False, False)
-
-
-def draw_fronts(found: Sequence[Front], path: str) -> None:
-    """The frontiers as a figure, a panel each."""
-    from simulator.figures.pareto import pareto_figure
-    from simulator.figures.save import save_figure
-
-    points = [(f, p) for f in found for p in f.points]
-    settings = len({(f.phase, f.batch, f.seq) for f in found}) > 1
-    lengths = len({f.seq for f in found}) > 1
-    names = [f"{f.phase}, batch {f.batch}" + (f", seq {f.seq}" if lengths else "") for f, _ in points]
-    rows = names if settings else [f.phase for f, _ in points]
-    figure = pareto_figure(
-        rows,
-        [f.hardware for f, _ in points],
-        [p.family for _, p in points],
-        [p.method for _, p in points],
-        [p.loss for _, p in points],
-        [p.speedup for _, p in points],
-        [p.speedup_lower for _, p in points],
-        [p.speedup_upper for _, p in points],
-        axis=found[0].axis.metric,
-        protocol=found[0].axis.protocol,
-        interval=f"{100 * found[0].level:.4g} % interval",
-    )
-    save_figure(figure, path)

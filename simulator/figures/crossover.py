@@ -46,27 +46,11 @@ def crossover_figure(
 ) -> Figure:
     """Draw the winners.
 
-    Parameters
-    ----------
-    row, column : sequence of str, one entry a cell
-        Labels of the phase and the device (panels, in the order of their first occurrence).
-    batch, seq : int array
-    winner : sequence of str
-        The fastest family; empty where none is faster than the dense model.
-    speedup : array
-        Its speedup.
-    sure : bool array
-        Whether its interval lies above that of every other family; the cell is pale where not.
-    fits : bool array
-        Whether the dense model fits the device's memory; a dark corner where not.
+    One entry a cell: labels of the phase and the device (panels, in the order of their first occurrence), batch,
+    tokens, the fastest family (empty where none is faster than the dense model) and its speedup, whether its interval
+    lies above that of every other family (the cell is pale where not), and whether the dense model fits the device's
+    memory (a dark corner where not). InputError when there are no cells or the arrays differ in length.
 
-    Raises
-    ------
-    InputError
-        When there are no cells or the arrays differ in length.
-
-    Examples
-    --------
     >>> where = ["decode"] * 2, ["h100"] * 2, [1, 8], [512] * 2
     >>> figure = crossover_figure(*where, ["depth", "width"], [1.9, 1.6], [True] * 2, [True] * 2)
     >>> [t.get_text() for t in figure.axes[0].texts][:2]

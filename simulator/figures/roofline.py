@@ -43,48 +43,23 @@ CYCLE = tuple(zip((BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK, GREY, BL
 
 @dataclass(frozen=True)
 class Roof:
-    """One device with the GEMMs on it.
-
-    Attributes
-    ----------
-    title : str
-        Of the panel.
-    peak_flop_per_s, bandwidth_bytes_per_s : float
-        Datasheet peaks.
-    names : sequence of str
-        What each GEMM is.
-    intensity : array, FLOP/byte
-    achieved_flop_per_s : array, FLOP/s
-    pruned : array of bool
-        Whether a point belongs to the pruned model.
-    """
+    """One device with the GEMMs on it: a panel."""
 
     title: str
-    peak_flop_per_s: float
+    peak_flop_per_s: float  # datasheet peaks
     bandwidth_bytes_per_s: float
-    names: Sequence[str]
-    intensity: ArrayLike
+    names: Sequence[str]  # what each GEMM is
+    intensity: ArrayLike  # FLOP/byte
     achieved_flop_per_s: ArrayLike
-    pruned: ArrayLike
+    pruned: ArrayLike  # whether a point belongs to the pruned model
 
 
 def roofline_figure(roofs: Sequence[Roof], *, columns: int | None = None, width_in: float | None = None) -> Figure:
     """Draw devices side by side, hollow points for the dense model and filled ones for the pruned.
 
-    Parameters
-    ----------
-    columns : int, optional
-        Panels in a row; at most three if left out.
-    width_in : float, optional
-        One column for one device, the page for more, if left out.
+    ``columns`` panels stand in a row, at most three if left out; the figure is one column wide for one device, else a
+    page. InputError when there is nothing to draw or the columns of a panel differ in length.
 
-    Raises
-    ------
-    InputError
-        When there is nothing to draw or the columns of a panel differ in length.
-
-    Examples
-    --------
     >>> one = Roof("h100", 1e15, 3e12, ["q", "q"], [100.0, 90.0], [2e14, 1.8e14], [False, True])
     >>> roofline_figure([one]).axes[0].get_xlabel()
     'arithmetic intensity (FLOP/byte)'

@@ -23,49 +23,22 @@ NEGLIGIBLE = 0.0005
 
 @dataclass(frozen=True)
 class Steps:
-    """One waterfall.
-
-    Attributes
-    ----------
-    title : str
-        Of the panel.
-    names : sequence of str
-        Steps after the nominal speedup.
-    factors : sequence of float, > 0
-        What each step multiplies the speedup by.
-    nominal : float
-        1 / (1 - sparsity).
-    lower, upper : float
-        Interval of the predicted speedup.
-    """
+    """One waterfall: a panel."""
 
     title: str
-    names: Sequence[str]
-    factors: Sequence[float]
-    nominal: float
-    lower: float
+    names: Sequence[str]  # steps after the nominal speedup
+    factors: Sequence[float]  # what each multiplies the speedup by, > 0
+    nominal: float  # 1 / (1 - sparsity)
+    lower: float  # interval of the predicted speedup
     upper: float
 
 
 def waterfall_figure(panels: Sequence[Steps], *, columns: int | None = None, width_in: float | None = None) -> Figure:
     """Draw waterfalls side by side, steps on common lines.
 
-    Parameters
-    ----------
-    panels : sequence of Steps
-        All with the same names of steps.
-    columns : int, optional
-        Panels in a row; at most three if left out.
-    width_in : float, optional
-        One column for one panel, the page for more, if left out.
+    ``columns`` panels stand in a row, at most three if left out; the figure is one column wide for one panel, else a
+    page. InputError when there is no panel or their names of steps differ.
 
-    Raises
-    ------
-    InputError
-        When there is no panel or their steps differ.
-
-    Examples
-    --------
     >>> figure = waterfall_figure([Steps("h100", ["parts not pruned", "alignment"], [0.9, 0.95], 1.333, 1.1, 1.2)])
     >>> [t.get_text() for t in figure.axes[0].get_yticklabels()]
     ['promised', 'parts not pruned', 'alignment', 'predicted']

@@ -17,9 +17,9 @@ from calibration.cli import run
 from calibration.cli.rows import seconds
 from calibration.devices.protocol import Description
 from calibration.devices.replay import Faults, ReplayDevice, roofline_timings
+from calibration.execute.runs import keep_apart, model_shapes
 from calibration.fit.base_profile import MEASURED, base_profile, raised, shipped_name
 from calibration.measure.interrupt import Interrupted
-from calibration.measure.runs import keep_apart, model_shapes
 from calibration.records.parquet import read_records, write_records
 from calibration.records.records import Records, Source
 from calibration.records.store import read_store

@@ -1,9 +1,9 @@
-"""The CUDA device: its logic on a planted ``torch.cuda`` that counts launches in simulated time, and the real thing where there is one."""
+"""The CUDA device: its logic on a planted ``torch.cuda`` in simulated time, and the real thing where there is one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +16,7 @@ from calibration.devices import DeviceLost, Operator, OutOfMemory, Unsupported, 
 from calibration.devices import cuda as module  # noqa: E402
 from calibration.devices.cuda import CudaDevice, translate  # noqa: E402
 from calibration.devices.operators import Launches  # noqa: E402
+from calibration.devices.protocol import OPERATORS  # noqa: E402
 from calibration.devices.telemetry import UNKNOWN  # noqa: E402
 from calibration.measure.plan import Rates, for_model  # noqa: E402
 from calibration.measure.run import run  # noqa: E402
@@ -25,93 +26,68 @@ from simulator.errors import InputError  # noqa: E402
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
 
 
-class FakeCuda:
-    """``torch.cuda`` in simulated time: a launch takes ``kernel_s``, a replay takes as many as were captured, plus a gap."""
+class Event:
+    """A point in the simulated time of a planted ``torch.cuda``."""
 
-    def __init__(
-        self, kernel_s: float = 1e-5, gap_s: float = 0.0, capability: tuple[int, int] = (9, 0), free: float = 1e9
-    ) -> None:
-        self.kernel_s, self.gap_s, self.capability, self.free = kernel_s, gap_s, capability, free
-        self.now, self.capturing, self.captured, self.replays, self.flushes = 0.0, False, 0, 0, 0
+    def __init__(self, cuda: FakeCuda, enable_timing: bool) -> None:
+        assert enable_timing
+        self.cuda = cuda
+
+    def record(self) -> None:
+        self.at = self.cuda.now
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, other: Event) -> float:
+        return (other.at - self.at) * 1e3
+
+
+class Graph:
+    """Launches captured by a planted ``torch.cuda``."""
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda, self.launches = cuda, 0
+
+    def replay(self) -> None:
+        self.cuda.replays += 1
+        self.cuda.now += self.launches * self.cuda.kernel_s + self.cuda.gap_s
+
+
+class FakeCuda:
+    """``torch.cuda`` in simulated time: a launch takes ``kernel_s``, a replay as many as were captured, plus a gap."""
+
+    def __init__(self, capability: tuple[int, int] = (9, 0)) -> None:
+        self.capability, self.kernel_s, self.gap_s = capability, 1e-5, 0.0
+        self.now, self.capturing, self.captured, self.replays = 0.0, False, 0, 0
         self.capture_error: Exception | None = None
         self.launch_error: Exception | None = None
-        outer = self
-
-        class Event:
-            def __init__(self, enable_timing: bool = False) -> None:
-                assert enable_timing
-                self.at = -1.0
-
-            def record(self) -> None:
-                self.at = outer.now
-
-            def synchronize(self) -> None: ...
-
-            def elapsed_time(self, other: Any) -> float:
-                return (other.at - self.at) * 1e3
-
-        class CUDAGraph:
-            def __init__(self) -> None:
-                self.launches = 0
-
-            def replay(self) -> None:
-                outer.replays += 1
-                outer.now += self.launches * outer.kernel_s + outer.gap_s
-
-        self.Event, self.CUDAGraph = Event, CUDAGraph
+        self.Event = lambda enable_timing: Event(self, enable_timing)
+        self.CUDAGraph = lambda: Graph(self)
+        self.Stream = self.current_stream = lambda: SimpleNamespace(wait_stream=lambda other: None)
+        self.stream = nullcontext
+        self.is_available = lambda: True
+        self.device_count = lambda: 1
+        self.set_device = self.synchronize = self.empty_cache = lambda *_: None
+        self.mem_get_info = lambda index: (1e9, 1e9)
 
     def launch(self) -> None:
         if self.launch_error is not None:
             raise self.launch_error
-        if self.capturing:
-            self.captured += 1
-        else:
-            self.now += self.kernel_s
+        self.captured += self.capturing
+        self.now += 0.0 if self.capturing else self.kernel_s
 
     @contextmanager
-    def graph(self, graph: Any) -> Iterator[None]:
+    def graph(self, graph: Graph) -> Iterator[None]:
         if self.capture_error is not None:
             raise self.capture_error
         self.capturing, self.captured = True, 0
         yield
-        self.capturing = False
-        graph.launches = self.captured
-
-    def Stream(self) -> Any:
-        return SimpleNamespace(wait_stream=lambda other: None)
-
-    @contextmanager
-    def stream(self, stream: Any) -> Iterator[None]:
-        yield
-
-    def current_stream(self) -> Any:
-        return self.Stream()
-
-    def is_available(self) -> bool:
-        return True
-
-    def device_count(self) -> int:
-        return 1
-
-    def set_device(self, index: int) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def empty_cache(self) -> None: ...
-
-    def mem_get_info(self, index: int) -> tuple[float, float]:
-        return self.free, self.free
+        self.capturing, graph.launches = False, self.captured
 
     def get_device_properties(self, index: int) -> Any:
         major, minor = self.capability
-        return SimpleNamespace(
-            name="Planted GPU",
-            major=major,
-            minor=minor,
-            multi_processor_count=132,
-            L2_cache_size=1_000_000,
-            uuid="1234",
-        )
+        facts = {"name": "Planted GPU", "multi_processor_count": 132, "L2_cache_size": 1_000_000, "uuid": "1234"}
+        return SimpleNamespace(major=major, minor=minor, **facts)
 
 
 @pytest.fixture
@@ -149,16 +125,11 @@ def test_a_graph_holds_whole_rounds_of_copies_and_is_timed_exactly(fake: FakeCud
     assert f"graph of {fake.captured} launches over {copies} rotated copies" in prepared.method
 
 
-def test_the_gap_between_replays_is_shared_by_many_launches(fake: FakeCuda) -> None:
+def test_the_gap_between_replays_is_shared_and_replays_cover_the_loops_asked_for(fake: FakeCuda) -> None:
     fake.gap_s = 3e-6
-    prepared = _device(fake).prepare(Operator("gemm", m=4, n=128, k=64, cold=False))
-    assert prepared.sample(1000) == pytest.approx(1e-5, rel=0.02)
-
-
-def test_replays_cover_the_loops_asked_for(fake: FakeCuda) -> None:
-    prepared = _device(fake).prepare(GEMM)
+    prepared = _device(fake).prepare(replace(GEMM, cold=False))
     length, before = fake.captured, fake.replays
-    prepared.sample(2 * length + 1)
+    assert prepared.sample(2 * length + 1) == pytest.approx(1e-5, rel=0.02)
     assert fake.replays - before == 3
 
 
@@ -180,7 +151,7 @@ def test_what_cannot_be_captured_is_timed_launch_by_launch_after_a_flush(fake: F
 
 def test_without_graphs(fake: FakeCuda) -> None:
     device = _device(fake, graphs=False)
-    hot = device.prepare(Operator("gemm", m=4, n=128, k=64, cold=False))
+    hot = device.prepare(replace(GEMM, cold=False))
     assert hot.sample(10) == pytest.approx(1e-5)
     assert "flush" not in hot.method
     assert device._flush is None
@@ -206,18 +177,11 @@ def test_a_run_through_the_fake(fake: FakeCuda) -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "has", "lacks"),
-    [
-        ((7, 5), {"fp16"}, {"bf16", "int8", "fp8", "tf32"}),
-        ((8, 0), {"bf16", "int8", "tf32"}, {"fp8"}),
-        ((8, 9), {"fp8"}, set()),
-        ((9, 0), {"fp8"}, set()),
-    ],
+    ("capability", "more"),
+    [((7, 5), set()), ((8, 0), {"bf16", "int8", "tf32"}), ((8, 9), {"bf16", "int8", "tf32", "fp8"})],
 )
-def test_number_formats_by_compute_capability(capability: tuple[int, int], has: set[str], lacks: set[str]) -> None:
-    names = set(_device(FakeCuda(capability=capability)).dtypes())
-    assert has <= names
-    assert not lacks & names
+def test_number_formats_by_compute_capability(capability: tuple[int, int], more: set[str]) -> None:
+    assert set(_device(FakeCuda(capability)).dtypes()) == {"fp32", "fp16"} | more
 
 
 @pytest.mark.parametrize(
@@ -232,20 +196,19 @@ def test_number_formats_by_compute_capability(capability: tuple[int, int], has: 
         (Operator("gemm", "int8", m=16, n=32, k=64), (9, 0), "m above 16"),
         (Operator("gemm", "int8", m=32, n=33, k=64), (9, 0), "multiples of 8"),
         (Operator("low_rank", "fp8", m=32, n=32, k=64, rank=16), (9, 0), "low_rank in fp8"),
+        (Operator("gemm", m=64, n=8192, k=8192), (9, 0), ""),
+        (Operator("gemm", "fp8", m=1, n=64, k=64), (9, 0), ""),
+        (Operator("gemm", "int8", m=17, n=64, k=64), (9, 0), ""),
+        (Operator("gemm_2to4", m=1, n=64, k=64), (9, 0), ""),
     ],
 )
 def test_what_the_gpu_lacks_is_refused_by_name(op: Operator, capability: tuple[int, int], message: str) -> None:
-    device = _device(FakeCuda(capability=capability))
+    device = _device(FakeCuda(capability))
     assert message in device.refuses(op)
-    with pytest.raises(Unsupported):
-        device.prepare(op)
-
-
-def test_a_usual_gemm_is_not_refused() -> None:
-    device = _device(FakeCuda())
-    for kind, dtype, m in (("gemm", "bf16", 1), ("gemm", "fp8", 1), ("gemm", "int8", 17), ("gemm_2to4", "bf16", 1)):
-        op = Operator(kind, dtype, m=m, n=64, k=64)
-        assert device.refuses(op) == ""
+    assert bool(message) == bool(device.refuses(op))
+    if message:
+        with pytest.raises(Unsupported, match=message):
+            device.prepare(op)
 
 
 @pytest.mark.parametrize(
@@ -273,14 +236,11 @@ def test_torch_errors_become_ones_the_runner_knows(fake: FakeCuda, error: Except
         prepared.sample(1)
 
 
-def test_other_errors_stay_what_they_are(fake: FakeCuda) -> None:
+def test_other_errors_stay_what_they_are_and_what_does_not_fit_is_not_allocated(fake: FakeCuda) -> None:
     assert translate(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "gemm") is None
     fake.launch_error = ZeroDivisionError("a bug")
     with pytest.raises(ZeroDivisionError):
         _device(fake).prepare(GEMM)
-
-
-def test_what_does_not_fit_is_refused_before_it_is_allocated(fake: FakeCuda) -> None:
     with pytest.raises(OutOfMemory, match="are allowed"):
         _device(fake, memory_limit_bytes=1e4).prepare(GEMM)
 
@@ -299,11 +259,8 @@ def test_tf32_is_switched_by_number_format(fake: FakeCuda) -> None:
 
 def test_the_description_names_the_stack(fake: FakeCuda) -> None:
     described = _device(fake).describe()
-    assert described.device == "Planted GPU (132 SM)"
-    assert described.stack["torch"] == torch.__version__
-    assert described.stack["driver"] == UNKNOWN
-    assert described.memory_bytes == 0.9e9
-    assert described.cache_bytes == 1e6
+    assert (described.device, described.memory_bytes, described.cache_bytes) == ("Planted GPU (132 SM)", 0.9e9, 1e6)
+    assert (described.stack["torch"], described.stack["driver"]) == (torch.__version__, UNKNOWN)
 
 
 def test_a_gpu_that_is_not_there_is_one_line() -> None:
@@ -318,21 +275,13 @@ def test_a_gpu_that_is_not_there_is_one_line() -> None:
 def test_every_operator_on_a_real_gpu() -> None:
     device: Any = open_device("cuda")
     attention: dict[str, Any] = {"batch": 1, "q_len": 256, "kv_len": 256, "heads": 8, "kv_heads": 2, "head_dim": 64}
-    ops = [
-        *(Operator("gemm", dtype, m=64, n=1024, k=1024) for dtype in device.dtypes()),
-        Operator("gemm", m=64, n=1001, k=999),
-        Operator("gemm_2to4", m=64, n=1024, k=1024),
-        Operator("low_rank", m=64, n=1024, k=1024, rank=128),
-        Operator("gather_gemm", m=64, n=1024, k=1024, rows=32),
-        Operator("attention_prefill", **attention),
-        Operator("attention_prefill", **{**attention, "q_len": 128}),
-        Operator("attention_decode", **{**attention, "q_len": 1}),
-        Operator("attention_block_sparse", **attention, block=128, density=0.5),
-        Operator("elementwise", role="attention_norm", m=64, n=1024),
-        Operator("copy", n=1 << 24),
-        Operator("launch_eager"),
-        Operator("launch_graph"),
-    ]
+    shape = {**attention, "m": 64, "n": 1024, "k": 1024, "rank": 128, "rows": 32, "block": 128}
+    more: dict[str, dict[str, Any]] = {"attention_decode": {"q_len": 1}, "elementwise": {"role": "attention_norm"}}
+    more |= {"attention_block_sparse": {"density": 0.5}, "copy": {"n": 1 << 24}}
+    sizes = {kind: {name: shape[name] for name in names} for kind, names in OPERATORS.items()}
+    ops = [Operator(kind, **{**sizes[kind], **more.get(kind, {})}) for kind in OPERATORS]
+    ops += [Operator("gemm", dtype, m=64, n=1024, k=1024) for dtype in device.dtypes()]
+    ops += [Operator("gemm", m=64, n=1001, k=999), Operator("attention_prefill", **{**attention, "q_len": 128})]
     for op in ops:
         if not device.refuses(op):
             assert 0 < device.prepare(op).sample(10) < 1.0, op.key
@@ -342,7 +291,7 @@ def test_every_operator_on_a_real_gpu() -> None:
 @needs_gpu
 def test_cold_weights_are_slower_than_hot_ones_on_a_real_gpu() -> None:
     device: Any = open_device("cuda")
-    shape: dict[str, Any] = {"m": 1, "n": 4096, "k": 2048}
-    cold, hot = (device.prepare(Operator("gemm", cold=state, **shape)).sample(200) for state in (True, False))
+    ops = [Operator("gemm", cold=state, m=1, n=4096, k=2048) for state in (True, False)]
+    cold, hot = (device.prepare(op).sample(200) for op in ops)
     assert cold > hot
     device.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,43 +19,22 @@ class FakeNvml:
     def __init__(self, broken: tuple[str, ...] = (), reasons: int = 0) -> None:
         self.broken, self.reasons, self.asked = broken, reasons, []
 
-    def __getattribute__(self, name: str) -> Any:
-        if name.startswith("nvml") and name in self.broken:
+    def __getattr__(self, name: str) -> Any:
+        answers = {
+            "nvmlInit": lambda: None,
+            "nvmlDeviceGetHandleByUUID": lambda uuid: uuid,
+            "nvmlDeviceGetClockInfo": lambda handle, kind: self.asked.append(handle) or {1: 1980, 2: 2619}[kind],
+            "nvmlDeviceGetPowerUsage": lambda handle: 437_250,
+            "nvmlDeviceGetTemperature": lambda handle, sensor: 61,
+            "nvmlDeviceGetUtilizationRates": lambda handle: SimpleNamespace(gpu=97),
+            "nvmlDeviceGetCurrentClocksEventReasons": lambda handle: self.reasons,
+            "nvmlDeviceGetCurrentClocksThrottleReasons": lambda handle: self.reasons,
+            "nvmlSystemGetDriverVersion": lambda: "580.1",
+            "nvmlDeviceGetEnforcedPowerLimit": lambda handle: 700_000,
+        }
+        if name in self.broken:
             raise RuntimeError(f"{name}: Not Supported")
-        return super().__getattribute__(name)
-
-    def nvmlInit(self) -> None: ...
-
-    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
-        return uuid
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> str:
-        return f"index {index}"
-
-    def nvmlDeviceGetClockInfo(self, handle: str, kind: int) -> int:
-        self.asked.append(handle)
-        return {1: 1980, 2: 2619}[kind]
-
-    def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
-        return 437_250
-
-    def nvmlDeviceGetTemperature(self, handle: str, sensor: int) -> int:
-        return 61
-
-    def nvmlDeviceGetUtilizationRates(self, handle: str) -> Any:
-        return SimpleNamespace(gpu=97)
-
-    def nvmlDeviceGetCurrentClocksEventReasons(self, handle: str) -> int:
-        return self.reasons
-
-    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: str) -> int:
-        return self.reasons
-
-    def nvmlSystemGetDriverVersion(self) -> str:
-        return "580.1"
-
-    def nvmlDeviceGetEnforcedPowerLimit(self, handle: str) -> int:
-        return 700_000
+        return answers[name]
 
 
 def test_readings_are_in_si() -> None:
@@ -73,14 +51,11 @@ def test_without_nvml_everything_is_unknown() -> None:
     assert reader.snapshot() == Snapshot()
     assert reader.driver() == UNKNOWN
     assert reader.power_limit_w() == UNKNOWN
-    assert "not installed" in reader.problem
 
 
 @pytest.mark.parametrize("broken", ["nvmlInit", "nvmlDeviceGetHandleByUUID"])
-def test_nvml_that_does_not_start_is_unknown_and_says_why(broken: str) -> None:
-    reader = NvmlReader(FakeNvml((broken,)), "GPU-abc")
-    assert reader.snapshot() == Snapshot()
-    assert "Not Supported" in reader.problem
+def test_nvml_that_does_not_start_is_unknown(broken: str) -> None:
+    assert NvmlReader(FakeNvml((broken,)), "GPU-abc").snapshot() == Snapshot()
 
 
 @pytest.mark.parametrize(
@@ -136,12 +111,6 @@ def test_waiting_needs_both_readings() -> None:
         waited(Snapshot(waited_s=2.0), Snapshot(waited_s=1.0), 1.0) == 0.0
     )  # a thread that ended took its count along
     assert waited(Snapshot(waited_s=1.0), Snapshot(waited_s=2.0), 0.0) == UNKNOWN
-
-
-def test_a_snapshot_survives_json() -> None:
-    for snapshot in (Snapshot(), Snapshot(1e9, UNKNOWN, 3.0, 50.0, 0.5, ("hw_slowdown",), 2.0, 0.1)):
-        text = json.dumps(snapshot.as_record(), allow_nan=False)
-        assert Snapshot.from_record(json.loads(text)) == snapshot
 
 
 def _plant(root: Path, files: dict[str, str]) -> Path:

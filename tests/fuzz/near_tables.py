@@ -173,9 +173,8 @@ def make_jsonl(rng: random.Random) -> bytes:
 
 
 def read_jsonl(path: Path) -> None:
-    from calibration.records.merge import merge
-    from calibration.records.recorded import content_records, untimed
-    from calibration.records.store import read_store
+    from calibration.records.lines import content_records, untimed
+    from calibration.records.store import merge, read_store
 
     content = read_store(path)
     untimed(content.rows)

@@ -19,10 +19,9 @@ import simulator
 from calibration.cli import run
 from calibration.execute.quality_results import Results
 from calibration.records.importers import import_table
-from calibration.records.merge import merge
-from calibration.records.recorded import content_records
+from calibration.records.lines import content_records
 from calibration.records.records import Records, Source
-from calibration.records.store import Header, read_store
+from calibration.records.store import Header, merge, read_store
 from simulator.errors import InputError
 from simulator.figures.measured import read_measured_gemms
 from simulator.hardware.arrays import pack_arrays

@@ -8,20 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from calibration.devices.protocol import Operator
-from calibration.measure.plan import (
-    EXACT,
-    FIT,
-    HOLDOUT,
-    SHARES,
-    Plan,
-    Rates,
-    anchor_operator,
-    base_plan,
-    for_model,
-    refine,
-)
-from calibration.measure.shapes import ODD_SIZES, gemm_candidates, spread_order
+from calibration.devices.protocol import OPERATORS, Operator
+from calibration.measure.plan import EXACT, FIT, HOLDOUT, SHARES, Plan, Rates, anchor_operator, base_plan, for_model
+from calibration.measure.shapes import ODD_SIZES, spread_order
 from calibration.measure.timing import Protocol
 from simulator.errors import InputError
 
@@ -46,27 +35,12 @@ def test_the_estimate_fits_the_budget_and_uses_it(rates: Rates, budget_s: float)
 
 
 def test_a_plan_has_every_kind_of_operator(plan: Plan) -> None:
-    kinds = {item.operator.kind for item in plan.items}
-    assert kinds == {
-        "gemm",
-        "gemm_2to4",
-        "low_rank",
-        "gather_gemm",
-        "attention_prefill",
-        "attention_decode",
-        "attention_block_sparse",
-        "elementwise",
-        "copy",
-        "launch_eager",
-        "launch_graph",
-    }
+    assert {item.operator.kind for item in plan.items} == set(OPERATORS)
 
 
 def test_shares_of_the_budget_are_kept(plan: Plan) -> None:
-    spent = {"gemm": 0.0, "elementwise": 0.0, "attention_decode": 0.0}
-    for item in plan.items:
-        if item.operator.kind in spent:
-            spent[item.operator.kind] += item.cost_s
+    kinds = ("gemm", "elementwise", "attention_decode")
+    spent = {kind: sum(item.cost_s for item in plan.items if item.operator.kind == kind) for kind in kinds}
     assert spent["gemm"] >= 0.9 * SHARES["gemm"] * 600.0
     for kind in ("elementwise", "attention_decode"):
         assert spent[kind] == pytest.approx(SHARES[kind] * 600.0, rel=0.2)
@@ -82,7 +56,7 @@ def test_gemms_are_spread_over_the_whole_space(plan: Plan) -> None:
 
 
 def test_spread_beats_chance() -> None:
-    """The largest hole a farthest-point choice leaves is smaller than that of a random choice, on every one of ten draws."""
+    """The largest hole a farthest-point choice leaves is smaller than that of each of ten random choices."""
     points = np.random.default_rng(0).uniform(0, 1, (500, 3))
 
     def hole(chosen: list[int]) -> float:
@@ -145,19 +119,10 @@ def test_shapes_too_slow_or_too_large_are_left_out() -> None:
     assert max(item.operator.footprint_bytes for item in made.items) <= 1e8
 
 
-def test_dtypes_share_the_budget() -> None:
-    made = base_plan(GPU, budget_s=200.0, dtypes=["bf16", "fp16"])
-    spent = [sum(item.cost_s for item in made.items if item.operator.dtype == dtype) for dtype in ("bf16", "fp16")]
-    assert spent[0] == pytest.approx(spent[1], rel=0.1)
-
-
 @pytest.mark.parametrize("budget", [0, -1.0, math.nan])
-def test_a_budget_of_nothing_is_refused(budget: float) -> None:
+def test_a_budget_of_nothing_or_for_not_one_gemm_is_refused(budget: float) -> None:
     with pytest.raises(InputError, match="budget: expected a time above zero"):
         base_plan(CPU, budget_s=budget)
-
-
-def test_a_budget_for_not_one_gemm_is_refused() -> None:
     with pytest.raises(InputError, match="too short to measure a single GEMM in bf16"):
         base_plan(CPU, budget_s=0.01)
 
@@ -168,8 +133,6 @@ def test_for_model_takes_exactly_the_shapes_given() -> None:
     assert {(op.m, op.n, op.k) for op in _gemms(made)} == set(shapes)
     assert {item.purpose for item in made.items} == {EXACT}
     assert {op.dtype for op in _gemms(made)} == {"fp16"}
-    op = Operator("attention_decode", batch=1, q_len=1, kv_len=64, heads=4, kv_heads=2, head_dim=64)
-    assert for_model([op], GPU).items[0].operator == op
     with pytest.raises(InputError, match="no shapes"):
         for_model([], GPU)
 
@@ -185,41 +148,11 @@ def test_exact_shapes_come_first_at_every_visit() -> None:
 
 def test_joined_plans_have_each_operator_once() -> None:
     base = base_plan(CPU, budget_s=60.0)
-    op = base.items[0].operator
-    both = base.joined(for_model([op, (1, 48, 48)], CPU))
+    op = next(item.operator for item in base.items if item.operator.kind == "gemm")
+    both = base.joined(for_model([(op.m, op.n, op.k), (1, 48, 48)], CPU))
     keys = [item.operator.key for item in both.items]
     assert len(keys) == len(set(keys)) == len(base.items) + 1
-    assert next(item for item in both.items if item.operator == op).purpose == base.items[0].purpose
-
-
-def test_refining_goes_where_uncertainty_is_and_keeps_apart() -> None:
-    candidates = [op for op in gemm_candidates(odd=False) if CPU.launch_s(op) < 0.02]
-    m = np.array([op.m for op in candidates], dtype=float)
-    uncertainty = np.where(m == 96, 0.2, 0.01)
-    made = refine(candidates, uncertainty, CPU, budget_s=8.0)
-    assert {op.m for op in _gemms(made)} == {96}
-    points = np.log2([[op.n, op.k] for op in _gemms(made)])
-    distance = np.linalg.norm(points[:, None] - points[None], axis=2) + np.diag(np.full(len(points), np.inf))
-    assert distance.min() > 0.8
-    assert made.estimated_s <= 8.0
-
-
-def test_refining_leaves_out_what_was_measured() -> None:
-    candidates = gemm_candidates(odd=False)[:2000]
-    measured = candidates[::2]
-    made = refine(candidates, np.ones(2000), CPU, budget_s=20.0, measured=measured)
-    assert not {item.operator.key for item in made.items} & {op.key for op in measured}
-
-
-@pytest.mark.parametrize("bad", [np.ones(3), np.array([1.0, math.nan]), np.array([1.0, -1.0])])
-def test_refining_refuses_uncertainties_that_cannot_be(bad: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="finite uncertainties"):
-        refine(gemm_candidates()[:2], bad, CPU, budget_s=10.0)
-
-
-def test_refining_without_time_says_so() -> None:
-    with pytest.raises(InputError, match="too short"):
-        refine(gemm_candidates()[:2], np.ones(2), CPU, budget_s=0.001)
+    assert next(item for item in both.items if item.operator == op).purpose in (FIT, HOLDOUT)
 
 
 @pytest.mark.parametrize("rates", [GPU, CPU, Rates(5e10, 5e9)])
@@ -233,7 +166,3 @@ def test_an_anchor_is_compute_bound_and_short(rates: Rates) -> None:
 def test_rates_name_what_is_wrong(name: str) -> None:
     with pytest.raises(ValueError, match=name):
         Rates(**{"flop_per_s": 1e12, "bytes_per_s": 1e10, name: 0.0})
-
-
-def test_spread_order_of_nothing_is_nothing() -> None:
-    assert spread_order(np.zeros((0, 2)), 3) == []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import random
+import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,18 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration.records.importers import ImportResult, import_content, import_table
+from calibration.records.importers import ImportResult, import_table
 from calibration.records.parquet import write_records
 from calibration.records.records import LAUNCHES, OPERATORS, Flag, Records, Source
-from calibration.records.screening import (
-    L2_BYTES_PER_CLOCK,
-    Refusals,
-    Screen,
-    join_repeats,
-    least_seconds,
-    rotated_copies,
-    too_fast,
-)
+from calibration.records.screening import L2_BYTES_PER_CLOCK, Refusals, Screen, join_repeats, least_seconds, too_fast
 from calibration.records.store import Header, Store
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
@@ -48,7 +40,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "table.csv"
 
 
-# -- plain CSV ----------------------------------------------------------------------------------------------------------------
+# -- plain CSV --------------------------------------------------------------------------------------------------------
 
 
 def test_a_plain_csv_by_its_own_names(path: Path) -> None:
@@ -92,16 +84,15 @@ def test_the_time_column_names_its_unit(path: Path, name: str, scale: float) -> 
 def test_bad_rows_are_counted_under_their_reason(path: Path, line: str, reason: str) -> None:
     result = import_table(gemms(path, [line, "16,4096,4096,30", line]), hw=H100)
     assert dict(result.refusals) == {reason: 2}
-    assert result.refusals.first[reason] == (31, 33)
+    assert result.refusals.rows[reason] == [31, 33]
     assert result.refusals.lines() == [f"2 rows: {reason} (rows 31, 33)"]
     assert len(result.records) == 30  # the good row repeats the first shape
 
 
 def test_a_table_with_nothing_usable_says_why(path: Path) -> None:
     csv(path, "m,n,k,latency_us\n1,64,64,0\n2,64,64,-1\n3,64,64,0\n")
-    with pytest.raises(
-        InputError, match=r"no usable row: 2 rows: time is zero \(rows 1, 3\); 1 row: time is negative \(row 2\)"
-    ):
+    reasons = r"no usable row: 2 rows: time is zero \(rows 1, 3\); 1 row: time is negative \(row 2\)"
+    with pytest.raises(InputError, match=reasons):
         import_table(path)
 
 
@@ -110,11 +101,7 @@ def test_a_table_with_nothing_usable_says_why(path: Path) -> None:
     [
         ("m,n,latency_us\n1,2,3\n", None, "column k is missing; the file has m, n, latency_us"),
         ("m,n,k,time\n1,2,3,4\n", None, "expected one column of times, named or mapped to one of seconds"),
-        (
-            "m,n,k,latency_us,latency_ms\n1,2,3,4,5\n",
-            None,
-            "expected one column of times.*found latency_ms, latency_us|found",
-        ),
+        ("m,n,k,latency_us,latency_ms\n1,2,3,4,5\n", None, "one column of times.*; found latency_ms, latency_us"),
         ("m,n,k,latency_us\n1,2,3,4\n", {"m": "M"}, "column 'M' is unknown; did you mean m"),
         ("m,n,k,latency_us\n1,2,3,4\n", {"q": "m"}, "column map: column 'q' is unknown"),
         ("m,n,k,latency_us\n", None, "has a header but no rows"),
@@ -136,21 +123,17 @@ def test_files_that_cannot_be_understood_are_refused(
 
 
 def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
-    binary = tmp_path / "x.csv"
-    binary.write_bytes(b"\x93NUMPY\xff\xfe")
-    with pytest.raises(InputError, match=r"is not CSV: not UTF-8 text \(byte 0\)"):
-        import_table(binary)
-    broken = tmp_path / "x.parquet"
-    broken.write_bytes(b"PAR1 and then nothing")
-    with pytest.raises(InputError, match="cannot be read as Parquet"):
-        import_table(broken)
-    broken.write_bytes(b"m,n,k\n")
-    with pytest.raises(InputError, match="is no file of the format"):
-        import_table(broken)
+    for name, content, reason in (
+        ("x.csv", b"\x93NUMPY\xff\xfe", r"is not CSV: not UTF-8 text \(byte 0\)"),
+        ("x.parquet", b"PAR1 and then nothing", "cannot be read as Parquet"),
+        ("x.parquet", b"m,n,k\n", "is no file of the format"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            import_table(tmp_path / name, content=content)
     with pytest.raises(InputError, match="cannot be read: No such file"):
         import_table(tmp_path / "none.csv")
     with pytest.raises(InputError, match="format 'xls' is unknown"):
-        import_table(binary, format="xls")
+        import_table(tmp_path / "x.csv", content=b"", format="xls")
 
 
 def test_repeated_shapes_give_their_median_and_disagreement_is_flagged(path: Path) -> None:
@@ -159,25 +142,21 @@ def test_repeated_shapes_give_their_median_and_disagreement_is_flagged(path: Pat
     assert len(result.records) == 30
     assert result.records.seconds[:2] == pytest.approx([30.25e-6, 60e-6])
     assert result.records.flags.tolist()[:3] == [0, Flag.CONFLICT, 0]
-    assert result.notes == (
-        "3 rows repeat a shape: the median was taken; 1 shapes disagree by over 10 %, flagged CONFLICT",
-    )
+    note = "3 rows repeat a shape: the median was taken; 1 shapes disagree by over 10 %, flagged CONFLICT"
+    assert result.notes == (note,)
 
 
 def test_mixed_number_formats_need_a_choice(path: Path) -> None:
-    text = "m,n,k,dtype,weight_dtype,latency_us\n" + "".join(
-        f"{m},4096,4096,{d},{w},40\n"
-        for m in range(1, 31)
-        for d, w in (("bfloat16", "bf16"), ("fp8", "fp8"), ("bf16", "int8"))
-    )
-    csv(path, text)
+    formats = ("bfloat16,bf16", "fp8,fp8", "bf16,int8")
+    rows = [f"{m},4096,4096,{names},40" for m in range(1, 31) for names in formats]
+    csv(path, "\n".join(["m,n,k,dtype,weight_dtype,latency_us", *rows]))
     with pytest.raises(InputError, match=r"mixes number formats \(bf16 30, fp8 30, int8_wo 30 rows\); choose one"):
         import_table(path, hw=H100)
     assert set(import_table(path, hw=H100, dtype="all").records.labels()) == {"bf16", "fp8", "int8_wo"}
     chosen = import_table(path, hw=H100, dtype="int8_wo")
     assert set(chosen.records.labels()) == {"int8_wo"}
     assert dict(chosen.refusals) == {"dtype bf16, not int8_wo": 30, "dtype fp8, not int8_wo": 30}
-    assert chosen.refusals.first["dtype fp8, not int8_wo"] == (2, 5, 8)
+    assert chosen.refusals.rows["dtype fp8, not int8_wo"][:3] == [2, 5, 8]
     with pytest.raises(InputError, match="no usable row: 30 rows: dtype bf16, not int4_wo"):
         import_table(path, hw=H100, dtype="int4_wo")
 
@@ -236,107 +215,23 @@ def test_a_store_and_a_table_of_records_are_read_too(tmp_path: Path) -> None:
         import_table(tmp_path / "records.parquet")
 
 
-_TOKENS = (
-    b"nan",
-    b"inf",
-    b"-1",
-    b"0",
-    b"1e400",
-    b"",
-    b'"',
-    b",",
-    b"\n",
-    b"\x00",
-    b"\xff",
-    b"1e18",
-    b"9" * 30,
-    b"0x10",
-    b"true",
-    b"fp8",
-    b"m",
-)
-
-
-def mutated(data: bytes, rng: random.Random) -> bytes:
-    """A few bytes replaced, deleted or inserted."""
-    out = bytearray(data)
-    for _ in range(rng.randrange(1, 6)):
-        place = rng.randrange(len(out))
-        if rng.random() < 0.3:
-            del out[place : place + rng.randrange(1, 100)]
-        else:
-            out[place : place + rng.choice((0, 1, 9))] = rng.choice((*_TOKENS, bytes([rng.randrange(256)])))
-    return bytes(out)
-
-
-def outcome_of(content: bytes, path: Path, **options: Any) -> ImportResult | str:
-    """What was read, or the line that says why not."""
-    try:
-        return import_content(content, path, **options)
-    except InputError as error:
-        return str(error)
-
-
-@pytest.mark.parametrize("kind", ["csv", "measured", "aiconfigurator", "records"])
-def test_a_damaged_file_is_refused_in_one_line_or_read(tmp_path: Path, kind: str) -> None:
-    rng = random.Random(kind)
-    if kind == "csv":
-        content = gemms(tmp_path / "t", ["64,64,64,5,fp8"] * 3, "m,n,k,latency_us,dtype").read_bytes()
-        content = content.replace(b"\n16,", b",bf16\n16,", 1)
-    elif kind == "measured":
-        content = (
-            b"gpu,dtype,op,m,n,k,latency_us,source,note\n"
-            + b"RTX4090,bf16,down_proj,1,4096,14336,150,somewhere,kernel time\n" * 30
-        )
-    elif kind == "aiconfigurator":
-        columns = attention_columns(200, latency=[0.02] * 200)
-        content = aic(tmp_path / "t", columns, "SGLang", "generation_attention").read_bytes()
-    else:
-        pytest.importorskip("pyarrow")
-        content = write_records(Records.from_columns([Source("x")], m=np.arange(1, 99), n=64, k=64, seconds=1e-5))
-    for _ in range(250):
-        outcome = outcome_of(
-            mutated(content, rng), tmp_path / "t", hw=rng.choice((H100, None)), dtype=rng.choice((None, "all"))
-        )
-        if isinstance(outcome, str):
-            assert "\n" not in outcome
-            continue
-        result = outcome
-        assert np.isfinite(result.records.seconds).all()
-        assert (result.records.seconds > 0).all()
-
-
-# -- aiconfigurator -----------------------------------------------------------------------------------------------------------
+# -- aiconfigurator ---------------------------------------------------------------------------------------------------
 
 
 def aic(path: Path, columns: Mapping[str, Any], framework: str = "TRTLLM", op: str = "gemm") -> Path:
     """A table as the package has them, with these columns."""
-    pa = pytest.importorskip("pyarrow")
-    pq = pytest.importorskip("pyarrow.parquet")
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     size = len(columns["latency"])
-    shared = {
-        "framework": framework,
-        "version": "1.0.0",
-        "device": "NVIDIA A100-SXM4-80GB",
-        "op_name": op,
-        "kernel_source": "k",
-    }
+    shared = {"framework": framework, "version": "1.0.0", "op_name": op, "kernel_source": "k"}
+    shared["device"] = "NVIDIA A100-SXM4-80GB"
     pq.write_table(pa.table({**{name: [value] * size for name, value in shared.items()}, **columns}), path)
     return path
 
 
 def attention_columns(size: int, **more: Any) -> dict[str, Any]:
-    base = {
-        "batch_size": 1,
-        "isl": 1,
-        "num_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "step": 1023,
-        "beam_width": 1,
-    }
-    columns: dict[str, Any] = {name: [value] * size for name, value in base.items()}
-    return {**columns, "attn_dtype": ["bfloat16"] * size, "kv_cache_dtype": ["bfloat16"] * size, **more}
+    columns: dict[str, Any] = {"batch_size": 1, "isl": 1, "num_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    columns |= {"step": 1023, "beam_width": 1, "attn_dtype": "bfloat16", "kv_cache_dtype": "bfloat16"}
+    return {**{name: [value] * size for name, value in columns.items()}, **more}
 
 
 def test_aiconfigurator_gemms(tmp_path: Path) -> None:
@@ -354,15 +249,10 @@ def test_aiconfigurator_gemms(tmp_path: Path) -> None:
     assert result.records.seconds == pytest.approx(np.array([0.05, 0.03, 0.02, 0.03, 0.7]) / 1e3)
     assert result.records.copies.tolist() == [2, 3, 5, 3, 1]  # ceil(40 MiB / weight bytes), at most 6
     assert {LAUNCHES[c] for c in result.records.launch} == {"graph"}
-    assert result.records.sources[0] == Source(
-        "NVIDIA A100-SXM4-80GB",
-        {"TRTLLM": "1.0.0"},
-        "k",
-        result.records.sources[0].method,
-        result.records.sources[0].origin,
-        result.records.sources[0].digest,
-        "Apache-2.0",
-    )
+    (source,) = result.records.sources
+    assert (source.device, source.software, source.kernel) == ("NVIDIA A100-SXM4-80GB", "TRTLLM 1.0.0", "k")
+    assert source.licence == "Apache-2.0"
+    assert source.digest == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_the_vllm_collections_are_refused_with_the_reason(tmp_path: Path) -> None:
@@ -379,9 +269,7 @@ def test_aiconfigurator_tables_that_lack_something(tmp_path: Path) -> None:
 
 
 def test_aiconfigurator_attention(tmp_path: Path) -> None:
-    columns = attention_columns(
-        4, latency=[0.02, 0.02, 0.02, 0.02], window_size=[0, 128, 0, 0], beam_width=[1, 1, 4, 1]
-    )
+    columns = attention_columns(4, latency=[0.02] * 4, window_size=[0, 128, 0, 0], beam_width=[1, 1, 4, 1])
     columns["kv_cache_dtype"] = ["bfloat16", "bfloat16", "bfloat16", "fp8"]
     result = import_table(aic(tmp_path / "t.parquet", columns, "SGLang", "generation_attention"), hw=A100, dtype="all")
     records = result.records
@@ -392,11 +280,8 @@ def test_aiconfigurator_attention(tmp_path: Path) -> None:
     assert (records.cold.any(), records.copies.tolist()) == (False, [1, 1, 1])
     columns = attention_columns(1, latency=[0.5], isl=[512], step=[100])
     context = import_table(aic(tmp_path / "u.parquet", columns, "SGLang", "context_attention"), hw=A100).records
-    assert (int(context.q_len[0]), int(context.kv_len[0]), OPERATORS[int(context.operator[0])]) == (
-        512,
-        612,
-        "attention_prefill",
-    )
+    assert (context.q_len.tolist(), context.kv_len.tolist()) == ([512], [612])
+    assert context.is_operator("attention_prefill").all()
 
 
 def test_decode_rows_above_the_memory_peak_are_dropped_for_the_collection_known_for_it(tmp_path: Path) -> None:
@@ -426,7 +311,7 @@ def test_the_real_collections(wheel_tables: Path) -> None:
         rows("h100_sxm/gemm/vllm/0.24.0/gemm_perf.parquet", "h100_sxm")
 
 
-# -- the measured tables handed over --------------------------------------------------------------------------------------------
+# -- the measured tables handed over ----------------------------------------------------------------------------------
 
 
 def test_the_rtx_4090_tables(shared_data: Path) -> None:
@@ -438,10 +323,8 @@ def test_the_rtx_4090_tables(shared_data: Path) -> None:
     assert {LAUNCHES[c] for c in gemm.records.launch} == {"excluded"}
     assert not gemm.records.copies.any()
     attention = import_table(shared_data / "rtx4090_attention.csv", hw=hw)
-    assert (len(attention.records), dict(attention.refusals)) == (
-        98,
-        {"attn_prefill_noncausal: attention without a causal mask is not modelled": 1},
-    )
+    refused = {"attn_prefill_noncausal: attention without a causal mask is not modelled": 1}
+    assert (len(attention.records), dict(attention.refusals)) == (98, refused)
     assert not attention.records.cold.any()
     others = import_table(shared_data / "rtx4090_other_ops.csv", hw=hw)
     assert {ROLES[r] for r in others.records.role} == {
@@ -469,7 +352,7 @@ def test_the_2to4_table_keeps_experiments_apart(shared_data: Path) -> None:
     assert dense / sparse == pytest.approx(890 / 560)
 
 
-# -- physics ------------------------------------------------------------------------------------------------------------------
+# -- physics ----------------------------------------------------------------------------------------------------------
 
 
 def one(**columns: Any) -> Records:
@@ -500,21 +383,15 @@ def test_a_time_on_the_limit_passes_and_one_well_below_does_not() -> None:
         assert np.any(too_fast(one(**shape, seconds=limit * 0.95), H100))
 
 
-def test_rotated_copies_fill_the_cache_once() -> None:
-    weights = np.array([1.0, 8.8e6, 52428800, 52428801, 1e12])
-    copies = rotated_copies(weights, 50 * 2**20)
-    assert copies.tolist() == [6, 6, 1, 1, 1]
-
-
 def test_a_row_is_refused_once_for_the_first_reason() -> None:
     screen = Screen(4)
     screen.refuse(np.array([True, False, False, True]), "a")
     screen.refuse(np.array([True, True, False, False]), "b")
     screen.refuse_kept(np.array([True]), "c")
     assert dict(screen.refusals()) == {"a": 2, "b": 1, "c": 1}
-    assert screen.refusals().first == {"a": (1, 4), "b": (2,), "c": (3,)}
+    assert screen.refusals().rows == {"a": [1, 4], "b": [2], "c": [3]}
     assert (screen.refusals().total, screen.kept.any()) == (4, False)
-    assert re.fullmatch(r"9 rows: r \(rows 1, 2, 3, \.\.\.\)", Refusals({"r": 9}, {"r": (1, 2, 3)}).lines()[0])
+    assert re.fullmatch(r"9 rows: r \(rows 1, 2, 3, \.\.\.\)", Refusals({"r": range(1, 10)}).lines()[0])
 
 
 def test_joining_repeats_against_a_plain_loop() -> None:

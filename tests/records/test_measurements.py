@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -49,8 +48,9 @@ def test_a_table_is_what_its_provenance_says(name: str, tables: dict[str, Record
     assert entry["path"].endswith(records.sources[0].origin)
     assert "NVIDIA CORPORATION" in entry["copyright"]
     assert set(provenance(name)) >= {"left_out", "refused", "sha256", "kernels"}
-    assert records.clean.all()
-    assert len(np.unique(records.shapes(), axis=0)) == len(records)
+    assert records.timed.all()
+    assert not records.flags.any()
+    assert int(records.groups().max()) + 1 == len(records)
     if "attention" in name:
         assert len(records.sources) == 1  # one kernel path
         assert not records.window.any()
@@ -132,7 +132,4 @@ def test_the_wheel_gives_the_shipped_files(tmp_path: Path) -> None:
     tables = build.build(Path(wheel), tmp_path)
     assert set(tables) == set(list_measurements())
     for path in tmp_path.iterdir():
-        assert (
-            hashlib.sha256(path.read_bytes()).hexdigest()
-            == hashlib.sha256((FOLDER / path.name).read_bytes()).hexdigest()
-        ), path.name
+        assert path.read_bytes() == (FOLDER / path.name).read_bytes(), path.name

@@ -1,13 +1,16 @@
-"""A calibration run in a folder: plan, measure, fit, judge on shapes held out before. What ``prunesim measure`` and ``calibrate`` do.
+"""A calibration run in a folder: plan, measure, fit, judge on shapes held out before. What ``prunesim measure`` and
+``calibrate`` do.
 
-A folder holds ``datasheet.yaml`` (the base profile), ``records.jsonl``, ``profile.yaml`` with its arrays, and ``report.md`` with figures.
-:func:`measure_into` fills the first two and goes on where an earlier call ended; :func:`fit_run` makes the others.
+A folder holds ``datasheet.yaml`` (the base profile), ``records.jsonl``, ``profile.yaml`` with its arrays, and
+``report.md`` with figures. :func:`measure_into` fills the first two and goes on where an earlier call ended;
+:func:`fit_run` makes the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from calibration.measure.plan import Plan, Rates, base_plan, check_budget, for_m
 from calibration.measure.probe import default_protocol, default_visits, probe
 from calibration.measure.run import Outcome, Progress, run
 from calibration.records.exact import without_exact
-from calibration.records.recorded import content_records
+from calibration.records.lines import content_records
 from calibration.records.records import PURPOSES, Records
 from calibration.records.store import Header, Store, read_store
 from simulator.errors import InputError
@@ -46,13 +49,7 @@ class Measured:
 
 
 def check_folder(folder: str | Path) -> Path:
-    """A run folder that can be made or gone on with.
-
-    Raises
-    ------
-    InputError
-        When it is a file, or in a folder that does not exist.
-    """
+    """A run folder that can be made or gone on with; InputError when it is a file, or its parent does not exist."""
     path = Path(folder)
     if path.exists() and not path.is_dir():
         raise InputError(f"{path}: is a file; expected the folder of a run")
@@ -78,18 +75,14 @@ def measure_into(
 
     Parameters
     ----------
-    folder : str or Path
     device : Device
         Open, and left open.
-    budget_s : float, s
-    dtype : str
     hardware : str
         Profile with the datasheet; found by the device's name, or measured, if left out.
     shapes : sequence of (m, n, k)
         GEMMs to measure exactly, first of all; the rest of the budget goes to the fit.
     quick : bool
         GEMMs only.
-    seed : int
     progress : callable, optional
         See :func:`calibration.measure.run.run`.
     say : callable
@@ -98,7 +91,8 @@ def measure_into(
     Raises
     ------
     InputError
-        Before anything is measured: a budget of zero, a number format the device lacks, or a folder of another device or software.
+        Before anything is measured: a budget of zero, a number format the device lacks, or a folder of another device
+        or software.
     """
     path = check_folder(folder)
     check_budget(budget_s)
@@ -107,12 +101,8 @@ def measure_into(
         raise InputError(f"--dtype {dtype}: device {device.name} has none; it has {', '.join(device.dtypes())}")
     file = path / RECORDS
     new = not file.exists() or not file.stat().st_size
-    header = Header(
-        description.device,
-        dict(description.stack),
-        dtype,
-        extra={"opened": device.name, "memory_bytes": description.memory_bytes},
-    )
+    extra = {"opened": device.name, "memory_bytes": description.memory_bytes}
+    header = Header(description.device, dict(description.stack), dtype, extra=extra)
     if not new:
         read_store(file).header.refuse_other(header, str(file))
     say(f"{description.device}; {description.software}; {dtype}")
@@ -123,14 +113,13 @@ def measure_into(
         save_hardware(replace(base, path=None), path / DATASHEET)
     if new:
         rates = probe(device, dtype, protocol)
-        header = replace(header, extra={**header.extra, "rates": asdict(rates), "seed": seed, "budget_s": budget_s})
+        header = replace(header, extra={**extra, "rates": asdict(rates), "seed": seed, "budget_s": budget_s})
     with Store(file, header) as store:
         kept = store.header.extra.get("rates")
         rates = Rates(**kept) if isinstance(kept, Mapping) else probe(device, dtype, protocol)
         plan = _plan(rates, device, dtype, budget_s, shapes, quick, int(store.header.extra.get("seed", seed)))
-        say(
-            f"{len(plan.items)} operators planned: {', '.join(f'{count} {name}' for name, count in plan.counts().items())}"
-        )
+        counts = ", ".join(f"{count} {name}" for name, count in plan.counts().items())
+        say(f"{len(plan.items)} operators planned: {counts}")
         outcome = run(
             plan, device, store.append, previous=store.rows, protocol=protocol, budget_s=budget_s, progress=progress
         )
@@ -140,24 +129,24 @@ def measure_into(
 def _plan(
     rates: Rates, device: Device, dtype: str, budget_s: float, shapes: Sequence[Shape], quick: bool, seed: int
 ) -> Plan:
+    """Exact shapes first, and what time they leave spread over the rest; every visit gets its share of the budget."""
     description = device.describe()
     protocol, visits = default_protocol(description, budget_s), default_visits(description)
-    each_s = budget_s / visits
-    exact = (
-        for_model(shapes, rates, dtype=dtype, protocol=protocol, refuses=device.refuses, seed=seed) if shapes else None
-    )
-    left = each_s - (exact.estimated_s if exact else 0.0)
-    if exact is not None and left <= 0.1 * each_s:
-        return replace(exact, budget_s=budget_s, visits=visits)
+    left = each_s = budget_s / visits
+    exact = None
+    if shapes:
+        exact = for_model(shapes, rates, dtype=dtype, protocol=protocol, seed=seed)
+        left -= exact.estimated_s
+        if left <= 0.1 * each_s:
+            return replace(exact, budget_s=budget_s, visits=visits)
     options: dict[str, Any] = {"shares": QUICK_SHARES} if quick else {}
-    base = base_plan(
-        rates, budget_s=left, dtypes=(dtype,), protocol=protocol, refuses=device.refuses, seed=seed, **options
-    )
-    return replace(exact.joined(base) if exact is not None else base, budget_s=budget_s, visits=visits)
+    options |= {"protocol": protocol, "refuses": device.refuses, "seed": seed}
+    base = base_plan(rates, budget_s=left, dtype=dtype, **options)
+    return replace(exact.joined(base) if exact else base, budget_s=budget_s, visits=visits)
 
 
 def keep_apart(records: Records) -> Records:
-    """Records whose fit rows share no (n, k) with those held out: a folder measured twice under two plans may mix them."""
+    """Records whose fit rows share no (n, k) with those held out, as a folder measured under two plans may have."""
     purpose = np.array(records.purpose)
     held, fit = PURPOSES.index("holdout"), PURPOSES.index("fit")
     gemm = records.is_operator("gemm")
@@ -179,20 +168,10 @@ class Calibrated:
 def fit_run(
     folder: str | Path, *, anchor: bool = False, progress: Callable[[int, int], None] | None = None
 ) -> Calibrated:
-    """Fit the records of a run folder, judge the fit on what was held out, and write profile and report into the folder.
+    """Fit the records of a run folder, judge the fit on what was held out, and write profile and report into it.
 
-    Parameters
-    ----------
-    folder : str or Path
-    anchor : bool
-        Move the calibrated GEMM section of the datasheet's profile instead of fitting a new one.
-    progress : callable, optional
-        Called with (fits done, fits in all).
-
-    Raises
-    ------
-    InputError
-        When the folder holds no records, or too few for any fit.
+    ``anchor``: move the calibrated GEMM section of the datasheet's profile instead of fitting a new one. ``progress``
+    is called with (fits done, fits in all). InputError: the folder holds no records, or too few for any fit.
     """
     from calibration.judge.report import write_markdown
 
@@ -236,21 +215,10 @@ def model_shapes(
     families: Sequence[str] = ("depth", "width", "width_cross", "low_rank"),
     sparsities: Sequence[float] = (0.25, 0.5),
 ) -> tuple[Shape, ...]:
-    """Every dense GEMM of a model's settings, dense and pruned, once.
+    """Every dense GEMM (m, n, k) of a model (a name, or a config.json) in all combinations of settings, dense and
+    pruned, once.
 
-    Parameters
-    ----------
-    model : str
-        Name, or a config.json.
-    phases, batch, seq : sequences
-        Settings, all combinations.
-    dtype : str
-    families, sparsities : sequences
-        How it is pruned; families that leave no GEMM shape of their own need not be named.
-
-    Returns
-    -------
-    tuple of (m, n, k)
+    Families that leave no GEMM shape of their own need not be named.
     """
     from simulator.models.library import load_model
     from simulator.predict.settings import Setting
@@ -259,12 +227,10 @@ def model_shapes(
 
     config, setting = load_model(model), Setting(dtype=dtype)
     found: dict[Shape, None] = {}
-    for phase in phases:
-        for b in batch:
-            for s in seq:
-                dense = setting.lower(config, phase, b, s)
-                for w in (dense, *(prune(dense, family, sparsity) for family in families for sparsity in sparsities)):
-                    rows = (w.kind == Kind.GEMM) & (w.kernel == Kernel.DENSE)
-                    for m, n, k in zip(w.m[rows], w.n[rows], w.k[rows], strict=True):
-                        found.setdefault((max(round(float(m)), 1), int(n), int(k)))
+    for phase, b, s in product(phases, batch, seq):
+        dense = setting.lower(config, phase, b, s)
+        for w in (dense, *(prune(dense, family, sparsity) for family in families for sparsity in sparsities)):
+            rows = (w.kind == Kind.GEMM) & (w.kernel == Kernel.DENSE)
+            for m, n, k in zip(w.m[rows], w.n[rows], w.k[rows], strict=True):
+                found.setdefault((max(round(float(m)), 1), int(n), int(k)))
     return tuple(found)
