@@ -38,15 +38,15 @@ def accuracy_of(error: F) -> dict[str, float]:
     return {name: float(v) for name, v in scores.items()}
 
 
-def quantiles(errors: F, level: float = LEVEL) -> tuple[float, float]:
+def quantiles(errors: F) -> tuple[float, float]:
     """Lower and upper log multiplier: quantiles of log measured over predicted with the finite-sample correction of
     split-conformal prediction."""
-    tail = (1.0 - level) / 2.0
+    tail = (1.0 - LEVEL) / 2.0
     up = min(1.0, (1.0 - tail) * (len(errors) + 1) / len(errors))
     return float(np.quantile(errors, 1.0 - up)), float(np.quantile(errors, up))
 
 
-def few_groups(count: int, level: float = LEVEL) -> float:
+def few_groups(count: int) -> float:
     """Factor that widens intervals learnt on few (n, k) pairs: Student's quantile with a degree of freedom a pair, over
     the normal one.
 
@@ -56,12 +56,12 @@ def few_groups(count: int, level: float = LEVEL) -> float:
     >>> few_groups(2) > 1.7, few_groups(300) < 1.01
     (True, True)
     """
-    tail = 0.5 + 0.5 * level
+    tail = 0.5 + 0.5 * LEVEL
     return float(student.ppf(tail, max(count, 1)) / student.ppf(tail, np.inf))
 
 
 def bands(
-    log_ratio: F, m: F, parts: CoreTime, core: Core, groups: int, prior: Section | None = None, level: float = LEVEL
+    log_ratio: F, m: F, parts: CoreTime, core: Core, groups: int, prior: Section | None = None
 ) -> tuple[Interval, ...]:
     """Intervals by regime of single GEMMs, from log predicted over measured of unseen shapes of ``groups`` (n, k)
     pairs.
@@ -71,23 +71,23 @@ def bands(
     """
     errors = -log_ratio
     regime = regimes(m, parts, core)
-    everywhere = quantiles(errors, level)
-    wider = few_groups(groups, level)
+    everywhere = quantiles(errors)
+    wider = few_groups(groups)
     known = {i.regime: (np.log(i.low), np.log(i.high)) for i in prior.intervals} if prior is not None else {}
     out = []
     for i, name in enumerate(REGIMES):
         own = errors[regime == i]
         share = min(1.0, len(own) / ENOUGH)
-        mine = quantiles(own, level) if len(own) >= 10 else everywhere
+        mine = quantiles(own) if len(own) >= 10 else everywhere
         low, high = (wider * (share * x + (1.0 - share) * y) for x, y in zip(mine, everywhere, strict=True))
         if name in known:
             trust = groups / (groups + PRIOR_GROUPS)
             low, high = (trust * x + (1.0 - trust) * y for x, y in zip((low, high), known[name], strict=True))
-        out.append(Interval(name, float(np.exp(min(low, -1e-4))), float(np.exp(max(high, 1e-4))), level, len(own)))
+        out.append(Interval(name, float(np.exp(min(low, -1e-4))), float(np.exp(max(high, 1e-4))), LEVEL, len(own)))
     return tuple(out)
 
 
-def pair_bands(log_ratio: F, data: Shapes, level: float = LEVEL, limit: int = 200_000) -> tuple[Interval, ...]:
+def pair_bands(log_ratio: F, data: Shapes, limit: int = 200_000) -> tuple[Interval, ...]:
     """Intervals of a ratio of two times, by the distance of the shapes in octaves: errors of neighbours cancel."""
     sizes = data.m, data.n, data.k
     pairs = neighbours(sizes, nested=True)
@@ -101,18 +101,18 @@ def pair_bands(log_ratio: F, data: Shapes, level: float = LEVEL, limit: int = 20
     for i, name in enumerate(PAIR_REGIMES):
         own = difference[where == i]
         if len(own) >= ENOUGH:
-            half = float(np.quantile(own, level))
-            out.append(Interval(name, float(np.exp(-half)), float(np.exp(half)), level, len(own)))
+            half = float(np.quantile(own, LEVEL))
+            out.append(Interval(name, float(np.exp(-half)), float(np.exp(half)), LEVEL, len(own)))
     return tuple(out)
 
 
-def outer_bands(log_ratio: F, regime: NDArray[np.intp], names: Sequence[str], level: float = LEVEL) -> list[Interval]:
+def outer_bands(log_ratio: F, regime: NDArray[np.intp], names: Sequence[str]) -> list[Interval]:
     """Intervals by regime (an index into ``names``) from log predicted over measured of unseen rows: the rows next
     beyond the quantiles.
 
     An interval always holds the prediction itself, also where a biased fit puts all its errors on one side.
     """
-    errors, tail = -log_ratio, 0.5 * (1.0 - level)
+    errors, tail = -log_ratio, 0.5 * (1.0 - LEVEL)
     out = []
     for i, name in enumerate(names):
         mine = errors[regime == i]
@@ -120,7 +120,7 @@ def outer_bands(log_ratio: F, regime: NDArray[np.intp], names: Sequence[str], le
         n = len(used)
         low = np.quantile(used, max(tail - tail / n, 0.0), method="lower")
         high = np.quantile(used, min(1.0 - tail + (1.0 - tail) / n, 1.0), method="higher")
-        out.append(Interval(name, float(np.exp(min(low, 0.0))), float(np.exp(max(high, 0.0))), level, len(mine)))
+        out.append(Interval(name, float(np.exp(min(low, 0.0))), float(np.exp(max(high, 0.0))), LEVEL, len(mine)))
     return out
 
 

@@ -7,7 +7,7 @@ times: absolute times of different benchmarks do not compare, ratios within one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -33,12 +33,13 @@ def _with_constants(section: Section, constants: Mapping[str, Fitted], **accurac
     return replace(section, constants={**section.constants, **constants}, accuracy={**section.accuracy, **accuracy})
 
 
-def fit_extra(records: Records, hw: HardwareProfile, dtype: str, names: Sequence[str]) -> FittedPart:
+def fit_extra(records: Records, hw: HardwareProfile, dtype: str) -> FittedPart:
     """Constants of a kernel that differs from the dense one, from its rows, all of one arithmetic format: the section
     of ``dtype`` with them, and "mape_..." of these rows in its accuracy."""
     section = hw.section("gemm", dtype)
-    start = {name: section[name] for name in names}
-    kernel = SPARSE24 if records.is_operator("gemm_2to4").all() else DENSE
+    sparse = bool(records.is_operator("gemm_2to4").all())
+    kernel, stem, what = (SPARSE24, "sparse", "2to4") if sparse else (DENSE, "quant", "narrow_weights")
+    start = {name: section[name] for name in (f"{stem}_step", f"{stem}_load", f"{stem}_time")}
     formats = [(DTYPES[int(c)], records.select(records.weight_dtype == c)) for c in np.unique(records.weight_dtype)]
 
     def misfit(values: Mapping[str, float]) -> F:
@@ -49,7 +50,7 @@ def fit_extra(records: Records, hw: HardwareProfile, dtype: str, names: Sequence
         ]
         return np.concatenate([np.log(t.seconds / r.seconds) for t, (_, r) in zip(times, formats, strict=True)])
 
-    found = minimise(misfit, start, CONSTANTS, names, diff_step=[1e-3], max_nfev=40)
+    found = minimise(misfit, start, CONSTANTS, start, diff_step=[1e-3], max_nfev=40)
     spread = float(np.sqrt(np.mean(np.minimum(found.rows**2, 0.15**2))))
     errors = spread * np.sqrt(np.diag(gauss_newton(found.slopes, 1.0)))
     new, fixed = {}, {}
@@ -60,7 +61,6 @@ def fit_extra(records: Records, hw: HardwareProfile, dtype: str, names: Sequence
             fixed[name] = "on its bound" if error <= 0.5 else "not identified by these rows"
             new[name] = Fitted(section[name], None, "fixed")
     size = np.abs(np.expm1(found.rows))
-    what = "2to4" if kernel == SPARSE24 else "narrow_weights"
     scores = {f"mape_{what}": float(size.mean()), f"median_{what}": float(np.median(size))}
     return FittedPart(_with_constants(section, new, **scores), ConstantsFit({}, {}, fixed), len(records))
 

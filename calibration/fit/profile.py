@@ -83,24 +83,11 @@ def fit_profile(
 ) -> ProfileFit:
     """Fit everything that records allow.
 
-    Parameters
-    ----------
-    base : HardwareProfile
-        Datasheet facts of the device; sections that the records say nothing of are kept.
-    records : Records
-        Rows marked ``holdout``, ``exact`` or ``anchor`` are kept from the fit; ``exact`` ones stay with the GEMM
-        section as they are.
-    dtype : str, optional
-        Number format to fit; all by default.
-    prior : HardwareProfile, optional
-        A sibling device or another stack: its sections lend a small sample what it cannot know.
-    anchor : bool
-        Refit only the few constants of the base's (or prior's) GEMM section that differ between software stacks.
-    date : str
-        ISO 8601, for the provenance; by default the newest the records name.
-    seed : int
-    progress : callable, optional
-        Called with (fits done, fits in all).
+    ``base`` has the datasheet facts; its sections that the records say nothing of are kept. Rows marked ``holdout``,
+    ``exact`` or ``anchor`` are kept from the fit; ``exact`` ones stay with the GEMM section as they are. ``prior``, a
+    sibling device or another stack, lends a small sample what it cannot know. With ``anchor`` only the few constants of
+    the base's (or prior's) GEMM section are refitted that differ between software stacks. ``date`` (ISO 8601) is that
+    of the provenance, by default the newest the records name. ``progress`` is called with (fits done, fits in all).
 
     Raises
     ------
@@ -135,9 +122,8 @@ def fit_profile(
     if not parts:
         raise InputError(f"nothing could be fitted: {'; '.join(notes)}")
     profile = with_exact(replace(base, sections=sections, path=None), records)
-    return ProfileFit(
-        profile, tuple(replace(p, section=profile.sections[key]) for key, p in parts.items()), tuple(notes)
-    )
+    kept = tuple(replace(part, section=profile.sections[key]) for key, part in parts.items())
+    return ProfileFit(profile, kept, tuple(notes))
 
 
 def _formats(records: Records) -> NDArray[np.str_]:
@@ -174,8 +160,8 @@ def _tasks(base: HardwareProfile, records: Records, notes: list[str], **options:
     fewest_gemms = FEWEST_TO_ANCHOR if options["anchor"] else FEWEST_GEMMS
     kinds: tuple[tuple[str, str, Mask, NDArray[np.str_], int, Any], ...] = (
         ("gemm", "gemm {}", is_("gemm") & same, labels, fewest_gemms, _fit_gemm),
-        ("gemm", "gemm with narrower weights, {}", is_("gemm") & ~same, _formats(records), FEWEST_EXTRA, _fit_narrow),
-        ("gemm", "2:4 gemm {}", is_("gemm_2to4"), _formats(records), FEWEST_EXTRA, _fit_sparse),
+        ("gemm", "gemm with narrower weights, {}", is_("gemm") & ~same, _formats(records), FEWEST_EXTRA, _fit_extra),
+        ("gemm", "2:4 gemm {}", is_("gemm_2to4"), _formats(records), FEWEST_EXTRA, _fit_extra),
         *(
             (phase, phase + " {}", is_(phase) & whole, _formats(records), FEWEST_ATTENTION, _fit_attention)
             for phase in ("attention_prefill", "attention_decode")
@@ -224,9 +210,6 @@ def provenance_of(records: Records, date: str = "") -> Provenance:
     )
 
 
-# -- one fit each ---------------------------------------------------------------------------------------------------
-
-
 def _fit_gemm(task: _Task, hw: HardwareProfile) -> FittedPart:
     data = shapes_of(task.rows, machine_of(hw, task.dtype))
     known: dict[str, Any] = {"dtype": task.dtype, "provenance": task.provenance}
@@ -242,12 +225,8 @@ def _fit_gemm(task: _Task, hw: HardwareProfile) -> FittedPart:
     return anchor_gemm(section, data, hw, **known)
 
 
-def _fit_narrow(task: _Task, hw: HardwareProfile) -> FittedPart:
-    return fit_extra(task.rows, hw, task.dtype, ["quant_step", "quant_load", "quant_time"])
-
-
-def _fit_sparse(task: _Task, hw: HardwareProfile) -> FittedPart:
-    return fit_extra(task.rows, hw, task.dtype, ["sparse_step", "sparse_load", "sparse_time"])
+def _fit_extra(task: _Task, hw: HardwareProfile) -> FittedPart:
+    return fit_extra(task.rows, hw, task.dtype)
 
 
 def _fit_attention(task: _Task, hw: HardwareProfile) -> FittedPart:

@@ -38,23 +38,17 @@ EVERY = frozenset({"*"})
 
 @dataclass(frozen=True)
 class Variant:
-    """The model without one thing: constants ``fixed`` at a value instead of being fitted, and those that are ``idle``
-    then and keep their default; the ``smooth`` lattice, or own lattices ``without`` these coordinates ("*": all of
-    them); weights that count as ``cold`` although the benchmark rotated few; kernels ``swapped`` for the other
-    architecture's.
-
-    ``persistent`` is the kind of kernels that have the mechanism; None: both.
-    """
+    """The model without one thing."""
 
     name: str
     about: str
-    fixed: Mapping[str, float] = field(default_factory=dict)
-    idle: tuple[str, ...] = ()
-    smooth: bool = True
-    without: frozenset[str] = frozenset()
-    cold: bool = False
-    swapped: bool = False
-    persistent: bool | None = None
+    fixed: Mapping[str, float] = field(default_factory=dict)  # constants at a value instead of being fitted
+    idle: tuple[str, ...] = ()  # those without meaning then, which keep their default
+    smooth: bool = True  # with the smooth lattice
+    without: frozenset[str] = frozenset()  # no own lattice in one of these coordinates ("*": none at all)
+    cold: bool = False  # weights count as cold although the benchmark rotated few
+    swapped: bool = False  # the other architecture's kernels
+    persistent: bool | None = None  # the kind of kernels that have the mechanism; None: both
 
     @property
     def mechanism(self) -> bool:
@@ -101,11 +95,7 @@ VARIANTS: tuple[Variant, ...] = (
 
 def profile_of(variant: Variant, hw: HardwareProfile) -> HardwareProfile:
     """The profile a variant is fitted for: with "swapped", Hopper's kind of kernels on another device and Ampere's on a
-    Hopper one.
-
-    >>> profile_of(VARIANTS[-1], load_hardware("h100")).architecture
-    'ampere'
-    """
+    Hopper one."""
     return replace(hw, architecture="ampere" if hw.architecture == "hopper" else "hopper") if variant.swapped else hw
 
 
@@ -155,9 +145,6 @@ def run_all(say: Callable[[str], None]) -> list[Row]:
         out.append(run((name, variant, seed)))
         say(f"{len(out)}/{len(todo)} {name}, {variant.name}, split {seed}: {out[-1]['mape']:.2f} %")
     return out
-
-
-# -- the page ----------------------------------------------------------------------------------------------------------
 
 
 def tables(rows: Sequence[Row]) -> list[str]:

@@ -36,29 +36,26 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Table:
-    """A GEMM table to judge: profile with the datasheet, shipped measurement, number format, and the other stack's
-    table that lends a prior."""
+    """A shipped GEMM table to judge."""
 
-    hardware: str
+    hardware: str  # profile with the datasheet
     measurement: str
     dtype: str = "bf16"
-    sibling: str = ""
+    sibling: str = ""  # the other stack's table, which lends a prior
 
     def load(self, measurement: str = "") -> Measured:
         """Its rows, or those of another measurement of the device."""
         return _loaded(measurement or self.measurement, self.hardware, self.dtype)
 
 
-GEMMS: Mapping[str, Table] = MappingProxyType(
-    {
-        "a100": Table("a100_sxm_80gb", "a100_sxm/gemm/trtllm", sibling="a100_sxm/gemm/sglang"),
-        "h100": Table("h100_sxm", "h100_sxm/gemm/trtllm", sibling="h100_sxm/gemm/sglang"),
-        "h100_fp8": Table("h100_sxm", "h100_sxm/gemm/trtllm", "fp8"),
-        "h200": Table("h200_sxm", "h200_sxm/gemm/trtllm"),
-        "l40s": Table("l40s", "l40s/gemm/trtllm"),
-        "rtx_pro_6000": Table("rtx_pro_6000", "rtx_pro_6000/gemm/trtllm"),
-    }
-)
+GEMMS: Mapping[str, Table] = {
+    "a100": Table("a100_sxm_80gb", "a100_sxm/gemm/trtllm", sibling="a100_sxm/gemm/sglang"),
+    "h100": Table("h100_sxm", "h100_sxm/gemm/trtllm", sibling="h100_sxm/gemm/sglang"),
+    "h100_fp8": Table("h100_sxm", "h100_sxm/gemm/trtllm", "fp8"),
+    "h200": Table("h200_sxm", "h200_sxm/gemm/trtllm"),
+    "l40s": Table("l40s", "l40s/gemm/trtllm"),
+    "rtx_pro_6000": Table("rtx_pro_6000", "rtx_pro_6000/gemm/trtllm"),
+}
 STACKS = ("a100_sglang", "h100_sglang", "l40s_sglang")
 """Another stack's table of the same GPU."""
 TABLES: tuple[str, ...] = (*GEMMS, *STACKS, "h200_from_h100", "rtx_4090", "attention", "elementwise")

@@ -21,7 +21,6 @@ from simulator.files.write import check_target, write_whole
 ENOUGH_TO_DRAW = 10
 """Rows an operator needs for figures of its own."""
 
-ERRORS = ("mape", "median", "p95", "bias")
 ERROR_TITLES = ("MAPE %", "median %", "p95 %", "bias %")
 
 CAPTIONS: Mapping[str, str] = {
@@ -55,10 +54,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[i
 
 
 def _errors(values: Mapping[str, Any]) -> list[str]:
-    return [percent(values.get(name), 2) for name in ERRORS]
+    return [percent(values.get(name), 2) for name in ("mape", "median", "p95", "bias")]
 
 
-def accuracy_table(parts: Sequence[Mapping[str, Any]]) -> str:
+def _accuracy_table(parts: Sequence[Mapping[str, Any]]) -> str:
     """One line an operator: errors of the model beside the two baselines that need no fit, speedups, coverage."""
     header = ["operator", "rows", *ERROR_TITLES, "roofline MAPE %", "0.8 bw + 3 us MAPE %"]
     header += ["speedup median / p95 %", "Spearman", "in 90 % interval"]
@@ -79,15 +78,10 @@ def accuracy_table(parts: Sequence[Mapping[str, Any]]) -> str:
 def markdown(report: Report, figures: Mapping[str, Mapping[str, str]] | None = None, title: str = "") -> str:
     """The report as Markdown; ``figures``: part ("gemm bf16") -> name of a figure -> address of its image."""
     data = summary(report)
-    lines = [
-        f"# {title or f'Accuracy of {report.hardware}'}",
-        "",
-        f"Measured on {report.device}; software: {report.software}. "
-        "Errors are predicted over measured time less one, in percent.",
-        "",
-        accuracy_table(data["parts"]),
-        "",
-    ]
+    about = f"Measured on {report.device}; software: {report.software}."
+    lines = [f"# {title or f'Accuracy of {report.hardware}'}", ""]
+    lines += [f"{about} Errors are predicted over measured time less one, in percent.", ""]
+    lines += [_accuracy_table(data["parts"]), ""]
     if any(p["fitted_on_these_rows"] for p in data["parts"]):
         lines += ["\\* fitted on these very rows; below, what its folds say of shapes left out.", ""]
     if data["skipped"]:

@@ -68,8 +68,8 @@ def speedups(predicted_s: F, measured_s: F, at: NDArray[np.intp], scale: float =
 
 
 def part_errors(part: Part, rows: Any = slice(None)) -> dict[str, float]:
-    """:func:`errors` of some rows of a part."""
-    return errors(part.predicted_s[rows], part.measured_s[rows])
+    """Errors of some rows of a part."""
+    return accuracy_of(part.error[rows])
 
 
 def by_size(part: Part, name: str, bins: int = 12) -> list[dict[str, float]]:
