@@ -65,27 +65,22 @@ def fit_extra(records: Records, hw: HardwareProfile, dtype: str) -> FittedPart:
     return FittedPart(_with_constants(section, new, **scores), ConstantsFit({}, {}, fixed), len(records))
 
 
-def published_ratios(hardware: str, dtypes: tuple[str, ...]) -> tuple[F, F, F, F]:
-    """m, n, k and dense over 2:4 time of the published rows of a device and its formats; those of an unnamed device are
-    left out."""
-    rows = [r for r in published("gemm_ratios") if r["what"] == "2:4" and r["gpu"] != "not stated"]
-    rows = [r for r in rows if r["hardware"] == hardware and r["dtype"] in dtypes]
-    m, n, k, dense, pruned = (np.array([float(r[c]) for r in rows]) for c in ("m", "n", "k", "dense_us", "pruned_us"))
-    return m, n, k, dense / pruned
-
-
 def fit_sparse_step(hw: HardwareProfile, dtype: str) -> Section:
     """The GEMM section of a format with ``sparse_step`` fitted to published ratios; unchanged with fewer than
-    :data:`ENOUGH_RATIOS`.
+    :data:`ENOUGH_RATIOS` of this device (those of an unnamed one are left out).
 
     Ten rows of an A100 and ten of an H100-class device are known, so one constant is fitted, by least absolute log
     error (bf16 stands for fp16 too, as they run at one rate); "median_2to4" in its accuracy is the median log error of
     rows left out one at a time.
     """
     section = hw.sections["gemm", dtype]
-    m, n, k, ratio = published_ratios(hw.name, ("fp16", "bf16") if dtype in ("fp16", "bf16") else (dtype,))
-    if len(ratio) < ENOUGH_RATIOS:
+    dtypes = ("fp16", "bf16") if dtype in ("fp16", "bf16") else (dtype,)
+    rows = [r for r in published("gemm_ratios") if r["what"] == "2:4" and r["gpu"] != "not stated"]
+    rows = [r for r in rows if r["hardware"] == hw.name and r["dtype"] in dtypes]
+    if len(rows) < ENOUGH_RATIOS:
         return section
+    m, n, k, before, after = (np.array([float(r[c]) for r in rows]) for c in ("m", "n", "k", "dense_us", "pruned_us"))
+    ratio = before / after
     constant = CONSTANTS["sparse_step"]
     steps = np.round(np.arange(max(constant.low, 0.3), constant.high + 1e-9, 0.01), 2)
     dense = gemm_time(m, n, k, hw, dtype=dtype, kernel=DENSE, cold=False).seconds
@@ -97,6 +92,6 @@ def fit_sparse_step(hw: HardwareProfile, dtype: str) -> Section:
     total = error.sum(axis=1)
     without = [error[(total - error[:, i]).argmin(), i] for i in range(len(ratio))]
     draws = np.random.default_rng(0).integers(0, len(ratio), (200, len(ratio)))
-    spread = np.std([steps[error[:, rows].sum(axis=1).argmin()] for rows in draws])
+    spread = np.std([steps[error[:, drawn].sum(axis=1).argmin()] for drawn in draws])
     found = Fitted(float(steps[total.argmin()]), float(spread), "fitted")
     return _with_constants(section, {"sparse_step": found}, median_2to4=float(np.median(without)))

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from calibration.fit.core import free_constants, machine_of
 from calibration.fit.gemm import Problem, starting_constants
 from calibration.fit.residual import FINE_TERMS
-from calibration.judge.accuracy import GEMMS, Row, titles
-from calibration.judge.protocol import Measured, judge
+from calibration.judge.accuracy import GEMMS, titles
+from calibration.judge.protocol import Measured, Row, judge
 from calibration.judge.report import table
 from simulator.hardware.library import load_hardware
 from simulator.hardware.parts import Section

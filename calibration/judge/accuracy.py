@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from calibration.fit.core import machine_of, shapes_of
 from calibration.fit.elementwise import Moves
 from calibration.fit.shipped import HEAD_DIM, rtx_tables, shared_folder
 from calibration.judge import protocol, protocol_operators
-from calibration.judge.protocol import Measured, Result
+from calibration.judge.protocol import Measured, Row, row
 from calibration.measurements import load_measurements
 from calibration.records.records import Records
 from simulator.errors import InputError, unknown
@@ -30,8 +29,6 @@ from simulator.hardware.parts import Section
 from simulator.hardware.profile import HardwareProfile
 from simulator.kernels.elementwise import class_code
 from simulator.kernels.lattice import smooth_arrays
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -112,11 +109,6 @@ def _units(
         raise InputError(f"table {name}: its rows do not ship; set PRUNESIM_SHARED_DATA to their folder")
 
 
-def _row(table: str, size: int | None, result: Result) -> Row:
-    head = {"table": table, "method": result.method, "rows": size or 0, "trained_on": result.rows, "seed": result.seed}
-    return {**head, **result.scores}
-
-
 def gemm_rows(records: Records, hw: HardwareProfile, dtype: str) -> Measured:
     """GEMM rows as a fit takes them."""
     return Measured(shapes_of(records, machine_of(hw, dtype)), hw, dtype)
@@ -138,18 +130,20 @@ def _gemm(name: str, size: int | None, seed: int) -> list[Row]:
     found = [protocol.evaluate_table(data, size, seed)]
     if table.sibling and size is not None and size <= 1000:
         found.append(protocol.evaluate_table(data, size, seed, _fitted(table, table.sibling)))
-    return [_row(name, size, result) for result in (*found, *protocol.evaluate_baselines(data, size, seed))]
+    found += protocol.evaluate_baselines(data, size, seed)
+    return [{**result, "table": name, "rows": size or 0} for result in found]
 
 
 def _other_stack(name: str, seed: int) -> list[Row]:
     table = GEMMS[name.removesuffix("_sglang")]
     other = table.load(table.measurement.replace("trtllm", "sglang"))
-    return [_row(name, result.rows, result) for result in protocol.transfer(_fitted(table), other, seed)]
+    moved = protocol.transfer(_fitted(table), other, seed)
+    return [{**result, "table": name, "rows": result["trained_on"]} for result in moved]
 
 
 def _h200() -> list[Row]:
     scores = protocol.judge(_fitted(GEMMS["h100"]), GEMMS["h200"].load())
-    return [_row("h200_from_h100", None, Result("H100's section on the H200's datasheet", 0, 0, scores))]
+    return [row("H100's section on the H200's datasheet", 0, 0, scores, "h200_from_h100")]
 
 
 @lru_cache(maxsize=1)
@@ -167,7 +161,7 @@ def _rtx_4090(hw: HardwareProfile, records: Records) -> list[Row]:
     for name, lent in (("prunesim", None), ("prunesim + prior", prior)):
         method = f"{name}, one projection left out"
         results = protocol.leave_one_out(table, labels, lent)
-        out += [_row("rtx_4090", None, replace(result, method=method)) for result in results]
+        out += [{**result, "table": "rtx_4090", "method": method} for result in results]
     return out
 
 
@@ -180,7 +174,7 @@ def _attention(seed: int, sizes: Sequence[int | None]) -> list[Row]:
         for question in protocol_operators.QUESTIONS:
             for size in _large(sizes):
                 scores = protocol_operators.score_attention(calls, hw.architecture, question, size, seed)
-                out.append(_row(f"attention {name}", size, Result(f"{phase}, unseen {question}", seed, size, scores)))
+                out.append(row(f"{phase}, unseen {question}", seed, size, scores, f"attention {name}", size))
     return out
 
 
@@ -192,7 +186,7 @@ def _elementwise(hw: HardwareProfile, records: Records, seeds: Sequence[int], si
     for size in _large(sizes):
         for seed in seeds:
             scores = protocol_operators.score_elementwise(moves, size, seed)
-            out.append(_row("elementwise rtx_4090", size, Result("prunesim", seed, size, scores)))
+            out.append(row("prunesim", seed, size, scores, "elementwise rtx_4090", size))
     return out
 
 

@@ -21,7 +21,8 @@ from calibration.fit.core import bootstrap, fit_constants, free_constants, machi
 from calibration.fit.shipped import RECIPES, built, rtx_tables, shared_folder
 from calibration.fit.solver import FittedPart
 from calibration.judge import ablations, accuracy, published
-from calibration.judge.accuracy import GEMMS, STACKS, Row
+from calibration.judge.accuracy import GEMMS, STACKS
+from calibration.judge.protocol import Row
 from calibration.judge.report import table
 from simulator.errors import InputError
 from simulator.files.write import check_target, write_whole

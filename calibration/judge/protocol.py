@@ -28,6 +28,7 @@ from simulator.kernels.intervals import OpTime
 
 F = NDArray[np.float64]
 Rows = NDArray[np.intp]
+Row = dict[str, Any]
 
 SEEDS = (0, 1, 2)
 SIZES: tuple[int | None, ...] = (100, 400, 4000, None)
@@ -66,14 +67,9 @@ class Measured:
         return gemm_time(d.m, d.n, d.k, with_section(self.hw, self.dtype, section), dtype=self.dtype, copies=copies)
 
 
-@dataclass(frozen=True)
-class Result:
-    """Scores of one method on one split; ``rows`` it was trained on, 0 for methods without any."""
-
-    method: str
-    seed: int
-    rows: int
-    scores: Mapping[str, float]
+def row(method: str, seed: int, trained_on: int, scores: Mapping[str, float], table: str = "", rows: int = 0) -> Row:
+    """Scores of one method on one split of a table, trained on so many rows (0: none) of those asked for (0: all)."""
+    return {"table": table, "method": method, "rows": rows, "trained_on": trained_on, "seed": seed, **scores}
 
 
 def split(data: Shapes, seed: int) -> tuple[Rows, Rows]:
@@ -146,42 +142,42 @@ def judge(section: Section, table: Measured) -> dict[str, float]:
     return out
 
 
-def evaluate_table(table: Measured, size: int | None, seed: int, prior: Section | None = None) -> Result:
+def evaluate_table(table: Measured, size: int | None, seed: int, prior: Section | None = None) -> Row:
     """Fit on ``size`` rows (None: all) of the training pairs and judge on every row of the others; ``prior`` is the
     section of a sibling or another stack."""
     own, unseen = table.drawn(size, seed)
     method = "prunesim" if prior is None else "prunesim + prior"
-    return Result(method, seed, len(own.data), judge(own.fit(prior=prior, seed=seed), unseen))
+    return row(method, seed, len(own.data), judge(own.fit(prior=prior, seed=seed), unseen))
 
 
-def evaluate_baselines(table: Measured, size: int | None, seed: int) -> list[Result]:
+def evaluate_baselines(table: Measured, size: int | None, seed: int) -> list[Row]:
     """The baselines on the same rows."""
     own, unseen = (part.data for part in table.drawn(size, seed))
     out = []
     for name, baseline in BASELINES.items():
         predicted = baseline(own, machine_of(table.hw, table.dtype), unseen)
-        out.append(Result(name, seed, len(own), {**errors(predicted, unseen), **speedups(predicted, unseen)}))
+        out.append(row(name, seed, len(own), {**errors(predicted, unseen), **speedups(predicted, unseen)}))
     return out
 
 
-def transfer(section: Section, table: Measured, seed: int, sizes: Sequence[int] = (20, 100, 400)) -> list[Result]:
+def transfer(section: Section, table: Measured, seed: int, sizes: Sequence[int] = (20, 100, 400)) -> list[Row]:
     """A section on another stack's table: as shipped, and re-anchored on some shapes; judged on unseen (n, k) pairs."""
-    out = [Result("as shipped", seed, 0, judge(section, table.drawn(None, seed)[1]))]
+    out = [row("as shipped", seed, 0, judge(section, table.drawn(None, seed)[1]))]
     for size in sizes:
         own, unseen = table.drawn(size, seed)
         moved = anchor_gemm(section, own.data, own.hw, dtype=own.dtype).section
-        out.append(Result("re-anchored", seed, len(own.data), judge(moved, unseen)))
+        out.append(row("re-anchored", seed, len(own.data), judge(moved, unseen)))
     return out
 
 
-def leave_one_out(table: Measured, labels: NDArray[Any], prior: Section | None = None) -> list[Result]:
+def leave_one_out(table: Measured, labels: NDArray[Any], prior: Section | None = None) -> list[Row]:
     """For a table of a few projections: fit on all but one, judge on it. ``method`` names the one left out; the last
     result, "all", pools their rows."""
     out, times, tests = [], [], []
     for i, label in enumerate(np.unique(labels)):
         test = table.take(labels == label)
         section = table.take(labels != label).fit(prior=prior)
-        out.append(Result(str(label), i, len(labels) - len(test.data), judge(section, test)))
+        out.append(row(str(label), i, len(labels) - len(test.data), judge(section, test)))
         times.append(test.times(section))
         tests.append(np.flatnonzero(labels == label))
     pooled, time = table.data.take(np.concatenate(tests)), joined(times)
@@ -189,4 +185,4 @@ def leave_one_out(table: Measured, labels: NDArray[Any], prior: Section | None =
     pairs = neighbours((pooled.m, pooled.n, pooled.k))
     pairs = pairs[own[pairs[:, 0]] == own[pairs[:, 1]]]
     overall = {**errors(time.seconds, pooled), **speedups(time.seconds, pooled, pairs), **coverage(time, pooled)}
-    return [*out, Result("all", len(out), len(labels), overall)]
+    return [*out, row("all", len(out), len(labels), overall)]
