@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.fit.attention import calls_of, device_of, fit_attention
+from calibration.fit.attention import MINIMUM_ROWS, calls_of, device_of, fit_attention
 from calibration.fit.core import machine_of, shapes_of
 from calibration.fit.elementwise import Moves, fit_elementwise
-from calibration.fit.gemm import anchor_gemm, fit_gemm
+from calibration.fit.gemm import ANCHOR_ROWS, FIT_ROWS, anchor_gemm, fit_gemm
 from calibration.fit.kernels import fit_extra
 from calibration.fit.solver import ConstantsFit, FittedPart
 from calibration.records.exact import with_exact
@@ -31,8 +31,8 @@ from simulator.workload import DTYPES
 
 Mask = NDArray[np.bool_]
 
-FEWEST_GEMMS, FEWEST_TO_ANCHOR, FEWEST_ATTENTION, FEWEST_ELEMENTWISE, FEWEST_EXTRA = 20, 10, 20, 20, 12
-"""Rows an operator needs: for a fit, to re-anchor, and for the constants of a kernel that lean on the dense fit."""
+FEWEST_EXTRA = 12
+"""Rows that the constants of a kernel need which lean on the dense fit."""
 
 
 @dataclass(frozen=True)
@@ -152,37 +152,35 @@ def _usable(records: Records, notes: list[str]) -> Records:
 
 def _tasks(base: HardwareProfile, records: Records, notes: list[str], **options: Any) -> list[_Task]:
     """The fits that the rows allow, dense GEMMs first because others lean on them."""
-    same, is_ = records.dtype == records.weight_dtype, records.is_operator
+    same, is_, formats = records.dtype == records.weight_dtype, records.is_operator, _formats(records)
+    prefill, decode = "attention_prefill", "attention_decode"
+    fewest = ANCHOR_ROWS if options["anchor"] else FIT_ROWS
     labels = records.labels().astype(str) if len(records) else np.zeros(0, dtype=np.str_)
     # a window of attention has no fit of its own, a narrower cache neither: the model widens its interval for them
     whole = same & (records.window == 0)
-    moved = is_("elementwise", "copy") & np.isin(_formats(records), np.unique(_formats(records)[is_("elementwise")]))
-    fewest_gemms = FEWEST_TO_ANCHOR if options["anchor"] else FEWEST_GEMMS
+    moved = is_("elementwise", "copy") & np.isin(formats, formats[is_("elementwise")])
     kinds: tuple[tuple[str, str, Mask, NDArray[np.str_], int, Any], ...] = (
-        ("gemm", "gemm {}", is_("gemm") & same, labels, fewest_gemms, _fit_gemm),
-        ("gemm", "gemm with narrower weights, {}", is_("gemm") & ~same, _formats(records), FEWEST_EXTRA, _fit_extra),
-        ("gemm", "2:4 gemm {}", is_("gemm_2to4"), _formats(records), FEWEST_EXTRA, _fit_extra),
-        *(
-            (phase, phase + " {}", is_(phase) & whole, _formats(records), FEWEST_ATTENTION, _fit_attention)
-            for phase in ("attention_prefill", "attention_decode")
-        ),
-        ("elementwise", "elementwise {}", moved, _formats(records), FEWEST_ELEMENTWISE, _fit_elementwise),
+        ("gemm", "gemm {}", is_("gemm") & same, labels, fewest, _fit_gemm),
+        ("gemm", "gemm with narrower weights, {}", is_("gemm") & ~same, formats, FEWEST_EXTRA, _fit_extra),
+        ("gemm", "2:4 gemm {}", is_("gemm_2to4"), formats, FEWEST_EXTRA, _fit_extra),
+        (prefill, f"{prefill} {{}}", is_(prefill) & whole, formats, MINIMUM_ROWS, _fit_attention),
+        (decode, f"{decode} {{}}", is_(decode) & whole, formats, MINIMUM_ROWS, _fit_attention),
+        ("elementwise", "elementwise {}", moved, formats, MINIMUM_ROWS, _fit_elementwise),
         ("runtime", "launches", is_("launch_eager", "launch_graph"), np.full(len(records), "*"), 1, _fit_runtime),
     )
     out: list[_Task] = []
-    for operator, what, mask, formats, fewest, run in kinds:
-        for dtype in map(str, np.unique(formats[mask])):
-            rows = records.select(mask & (formats == dtype))
+    for operator, what, mask, names, fewest, run in kinds:
+        for dtype in map(str, np.unique(names[mask])):
+            rows = records.select(mask & (names == dtype))
             if dtype not in base.rates and dtype != "*":
                 notes.append(f"{what.format(dtype)}: {len(rows)} rows left out, {base.name} has no {dtype} arithmetic")
             elif len(rows) < fewest:
                 notes.append(f"{what.format(dtype)}: {len(rows)} rows are too few, a fit needs {fewest}")
             else:
                 out.append(_Task(operator, dtype, rows, run, **options))
-    fitted = {"gemm", "gemm_2to4", "attention_prefill", "attention_decode", "elementwise", "copy"}
+    fitted = {"gemm", "gemm_2to4", prefill, decode, "elementwise", "copy", "launch_eager", "launch_graph"}
     for name in OPERATORS:
-        count = int(is_(name).sum())
-        if count and name not in fitted | {"launch_eager", "launch_graph"}:
+        if name not in fitted and (count := int(is_(name).sum())):
             parts = "validation compares them with the sum of their parts"
             notes.append(f"{name}: {count} rows have no fit of their own; {parts}")
     return out
@@ -196,11 +194,12 @@ def provenance_of(records: Records, date: str = "") -> Provenance:
         return " and ".join(once[:3]) + (f" and {len(once) - 3} more" if len(once) > 3 else "") or "unknown"
 
     used = [records.sources[i] for i in np.unique(records.source)]
-    licensed = (f"{s.origin}{f' [{s.licence}]' if s.licence else ''}" for s in used)
+    licences = (f" [{s.licence}]" if s.licence else "" for s in used)
+    origins = (
+        s.origin + said if s.origin else f"measured here, run {s.run}" for s, said in zip(used, licences, strict=True)
+    )
     return Provenance(
-        source=joined(
-            text if s.origin else f"measured here, run {s.run}" for s, text in zip(used, licensed, strict=True)
-        ),
+        source=joined(origins),
         digest=records.tidy().digest(),
         date=date or max((s.date for s in used), default="") or "unknown",
         software=joined(f"{s.software}{f' ({s.kernel})' if s.kernel else ''}" for s in used),
