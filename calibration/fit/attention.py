@@ -201,12 +201,7 @@ def fit_attention(
 
     The search begins at ``start`` (a sibling's constants), else at the architecture's defaults. Of ``fold_by`` a fold
     leaves out groups, for intervals and accuracy; the residuals of several kinds are pooled. Each fold, by ``seed``,
-    refits all.
-
-    Raises
-    ------
-    ValueError
-        With fewer than 20 usable rows.
+    refits all. ValueError with fewer than 20 usable rows.
     """
     c, dropped = calls.usable()
     if len(c) < MINIMUM_ROWS:

@@ -54,13 +54,7 @@ def shipped_name(device: str) -> str:
 
 def base_profile(device: Device, dtype: str, hardware: str = "") -> HardwareProfile:
     """Facts to measure and to fit a device with: of the profile ``hardware`` (a name or path; by default the one its
-    name tells), or measured in about a second; with a rate for ``dtype`` either way.
-
-    Raises
-    ------
-    InputError
-        When the device has no such number format.
-    """
+    name tells), or measured in about a second; with a rate for ``dtype`` either way, which the device must have."""
     description = device.describe()
     if dtype not in device.dtypes():
         raise InputError(f"--dtype {dtype}: device {device.name} has none; it has {', '.join(device.dtypes())}")

@@ -102,13 +102,8 @@ class Moves(Table):
 
 
 def fit_elementwise(moves: Moves, *, seed: int = 0, provenance: Provenance | None = None) -> FittedPart:
-    """Fit the elementwise section of one device; folds, by ``seed``, leave out sizes, not rows.
-
-    Raises
-    ------
-    ValueError
-        With fewer than 20 usable rows (finite, positive, and not twice as fast as L2 could be).
-    """
+    """Fit the elementwise section of one device; folds, by ``seed``, leave out sizes, not rows. ValueError with fewer
+    than 20 usable rows (finite, positive, and not twice as fast as L2 could be)."""
     bytes_, seconds = moves.bytes_, moves.seconds
     known = np.isfinite(seconds) & (seconds > 0) & np.isfinite(bytes_) & (bytes_ > 0)
     r = moves.take(known & (seconds > bytes_ / (20.0 * moves.bandwidth)))

@@ -105,8 +105,10 @@ class Problem:
         constants = self.constants(data)
         lattices, target, parts = self.lattices(data, constants.values)
         residual, measured = ridge.residual_from(lattices, ridge.solve(lattices, target), data.m), data.m
-        if self.prior is not None and self.lent is not None:
-            residual, measured = ridge.add_residuals(self.lent, residual), self.prior.arrays["measured_m"]
+        if self.prior is not None and self.lent is not None:  # local data add to the prior's smooth lattice
+            smooth, *own = self.lent.lattices
+            smooth = replace(smooth, values=smooth.values + residual.lattices[0].values)
+            residual, measured = replace(self.lent, lattices=(smooth, *own)), self.prior.arrays["measured_m"]
         unseen = self.unseen(data, lattices, target)
         known = np.isfinite(unseen)
         errors, seen = unseen[known], data.take(known)
@@ -134,12 +136,8 @@ def fit_gemm(
     used.
 
     ``prior`` is the section of a sibling device or another stack: its constants centre the search, its lattices are the
-    residual's starting point. Without one, the stack's own lattices are fitted too.
-
-    Raises
-    ------
-    ValueError
-        For fewer than 20 rows, 10 with a prior.
+    residual's starting point. Without one, the stack's own lattices are fitted too. ValueError for fewer than 20 rows,
+    10 with a prior.
     """
     if len(data) < (FIT_ROWS if prior is None else ANCHOR_ROWS):
         few = f"a GEMM fit needs at least {FIT_ROWS} shapes, got {len(data)}"
@@ -157,12 +155,7 @@ def anchor_gemm(section: Section, data: Shapes, hw: HardwareProfile, **known: An
     constants near its own ones, and a stiff correction of its smooth lattice.
 
     The stack's own lattices stay if the local shapes, each predicted from the others, are predicted no worse with them.
-    ``known`` are ``dtype`` and ``provenance``, as in :func:`fit_gemm`.
-
-    Raises
-    ------
-    ValueError
-        For fewer shapes.
+    ``known`` are ``dtype`` and ``provenance``, as in :func:`fit_gemm`. ValueError for fewer shapes.
     """
     if len(data) < ANCHOR_ROWS:
         raise ValueError(f"re-anchoring needs at least {ANCHOR_ROWS} shapes, got {len(data)}")

@@ -88,11 +88,7 @@ def fit_profile(
     sibling device or another stack, lends a small sample what it cannot know. With ``anchor`` only the few constants of
     the base's (or prior's) GEMM section are refitted that differ between software stacks. ``date`` (ISO 8601) is that
     of the provenance, by default the newest the records name. ``progress`` is called with (fits done, fits in all).
-
-    Raises
-    ------
-    InputError
-        When nothing can be fitted; the reasons are in the message.
+    InputError, with the reasons, when nothing can be fitted.
     """
     notes: list[str] = []
     usable = _usable(records, notes)

@@ -285,12 +285,6 @@ def residual_from(parts: Sequence[Block], values: Sequence[F], measured_m: F) ->
     return Residual(tuple(lattices), m_places(measured_m))
 
 
-def add_residuals(a: Residual, b: Residual) -> Residual:
-    """The sum of a residual and a smooth one on the same nodes (a prior and what local data add)."""
-    first = replace(a.lattices[0], values=a.lattices[0].values + b.lattices[0].values)
-    return Residual((first, *a.lattices[1:]), a.m_places)
-
-
 def fit_lattice(blank: Lattice, coordinates: Any, target: F, stiffness: Stiffness, rounds: int) -> Lattice:
     """A lattice of its own fitted to log residuals at coordinates, on the nodes of ``blank``; ``rounds`` as in
     :func:`solve`."""

@@ -71,12 +71,8 @@ def run_protocol(
     scores.
 
     ``tables`` are of :data:`TABLES`, "all" for all of them (the RTX 4090's only where its rows are at hand); ``sizes``
-    training rows, None for all there are. ``progress`` is called with (steps done, steps in all).
-
-    Raises
-    ------
-    InputError
-        For an unknown table, or one whose rows are not at hand.
+    training rows, None for all there are. ``progress`` is called with (steps done, steps in all). InputError for an
+    unknown table, or one whose rows are not at hand.
     """
     chosen = TABLES if "all" in tables else tuple(tables)
     for name in chosen:

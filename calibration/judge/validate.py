@@ -81,12 +81,7 @@ def validate(hw: HardwareProfile, records: Records, *, dtype: str | None = None,
     """Predict every record, of one number format (as :meth:`Records.labels` names it) or of all, and compare.
 
     Rows without a time that can be one, or that are no operator of the model or of the device, are counted in
-    ``skipped``.
-
-    Raises
-    ------
-    InputError
-        When no row can be predicted; with the reasons.
+    ``skipped``. InputError, with the reasons, when no row can be predicted.
     """
     skipped: dict[str, int] = {}
     timed = np.isfinite(records.seconds) & (records.seconds > 0)

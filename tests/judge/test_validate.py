@@ -188,8 +188,11 @@ def test_sparse_kernels_lean_on_the_dense_fit() -> None:
     assert found.accuracy["mape_2to4"] < 0.05
 
 
-def test_borrowed_sections_say_from_which_and_are_wider() -> None:
+def test_shipped_sections_are_round_and_borrowed_ones_say_from_which_and_are_wider() -> None:
     own = load_hardware("a100_sxm_80gb").sections["gemm", "bf16"]
+    again = rounded(own)  # as it is: rounded before
+    assert (again.constants, again.intervals) == (own.constants, own.intervals)
+    assert all(np.array_equal(again.arrays[name], own.arrays[name]) for name in own.arrays)
     lent = borrowed(own, "a100_sxm_80gb")
     assert lent.status == "borrowed"
     assert lent.provenance is not None
@@ -212,14 +215,6 @@ def test_shipped_profiles_say_what_they_rest_on() -> None:
                 assert section.provenance.rows >= 40
                 assert len(section.provenance.digest) == 64
     assert set(RECIPES) <= set(list_hardware())
-
-
-def test_rounding_is_idempotent() -> None:
-    section = load_hardware("h100_sxm").sections["gemm", "bf16"]
-    again = rounded(section)
-    assert again.constants == section.constants
-    assert again.intervals == section.intervals
-    assert all(np.array_equal(again.arrays[name], section.arrays[name]) for name in section.arrays)
 
 
 RIDGE = ("e_tc", "exp_per_s")
