@@ -53,13 +53,7 @@ def shipped_name(device: str) -> str:
 
 def base_profile(device: Device, dtype: str, hardware: str = "") -> HardwareProfile:
     """Facts to measure and to fit a device with: of the profile ``hardware`` (a name or path; by default the one its
-    name tells), or measured in about a second; with a rate for ``dtype`` either way.
-
-    Raises
-    ------
-    InputError
-        When the device has no such number format.
-    """
+    name tells), or measured in about a second; with a rate for ``dtype`` either way, which the device must have."""
     description = device.describe()
     if dtype not in device.dtypes():
         raise InputError(f"--dtype {dtype}: device {device.name} has none; it has {', '.join(device.dtypes())}")
@@ -68,7 +62,7 @@ def base_profile(device: Device, dtype: str, hardware: str = "") -> HardwareProf
         base = load_hardware(known)
         if dtype in base.rates:
             return base
-        rates = {**base.rates, dtype: _measured_rate(device, dtype)}
+        rates = {**base.rates, dtype: _gemm_rate(device, dtype)}
         return replace(base, rates=rates, sources={**base.sources, f"rates.{dtype}": MEASURED})
     return _measured_profile(device, description, dtype)
 
@@ -81,15 +75,10 @@ def _measured_profile(device: Device, description: Description, dtype: str) -> H
     processors = re.search(r"\((\d+) SM\)", description.device)
     units = int(threads) if threads.isdecimal() else int(processors[1]) if processors else 1
     said = "said by the operating system or driver"
-    sources = {
-        "sm_count": said,
-        "boost_clock": said if clock != _CLOCK_HZ else UNKNOWN,
-        "memory": said,
-        "bandwidth": MEASURED,
-        "l2_cache": said,
-        "power": said if power != _POWER_W else UNKNOWN,
-        f"rates.{dtype}": MEASURED,
-    }
+    names = ("sm_count", "boost_clock", "memory", "bandwidth", "l2_cache", "power", f"rates.{dtype}")
+    sources = dict.fromkeys(names, said) | dict.fromkeys(("bandwidth", f"rates.{dtype}"), MEASURED)
+    sources |= {"boost_clock": UNKNOWN} if clock == _CLOCK_HZ else {}
+    sources |= {"power": UNKNOWN} if power == _POWER_W else {}
     named = description.device.lower()
     vendors = (name for name in ("NVIDIA", "Intel", "AMD", "Apple", "ARM") if name.lower() in named)
     return HardwareProfile(
@@ -102,24 +91,20 @@ def _measured_profile(device: Device, description: Description, dtype: str) -> H
         boost_clock_hz=clock,
         max_clock_hz=clock,
         memory_bytes=max(float(round(description.memory_bytes)), 1e8),
-        bandwidth_bytes_per_s=_MARGIN * bandwidth(device, dtype),
+        bandwidth_bytes_per_s=_MARGIN * _bandwidth(device, dtype),
         l2_bytes=max(float(description.cache_bytes), 1e6),
         power_w=power,
-        rates={dtype: _measured_rate(device, dtype)},
+        rates={dtype: _gemm_rate(device, dtype)},
         sources=sources,
         notes={"sm_count": "threads used" if threads else "multiprocessors", "memory": "what operands may take"},
     )
 
 
-def _measured_rate(device: Device, dtype: str) -> Rate:
-    return Rate(_MARGIN * gemm_rate(device, dtype), "int32" if dtype == "int8" else "fp32")
-
-
 _QUICK = Protocol(min_window_s=4e-3, precision=0.02, min_samples=5, max_samples=10, time_limit_s=0.5)
 
 
-def gemm_rate(device: Device, dtype: str) -> float:
-    """Best arithmetic rate, FLOP/s, of square GEMMs that grow until one takes a fifth of a second."""
+def _gemm_rate(device: Device, dtype: str) -> Rate:
+    """Best arithmetic rate of square GEMMs that grow until one takes 50 ms, and a margin."""
     best = 0.0
     for size in (512, 1024, 2048, 3072, 4096, 8192):
         op = Operator("gemm", dtype, m=size, n=size, k=size)
@@ -131,10 +116,10 @@ def gemm_rate(device: Device, dtype: str) -> float:
             break
     if not best:
         raise InputError(f"--dtype {dtype}: device {device.name} refuses every square GEMM")
-    return best
+    return Rate(_MARGIN * best, "int32" if dtype == "int8" else "fp32")
 
 
-def bandwidth(device: Device, dtype: str) -> float:
+def _bandwidth(device: Device, dtype: str) -> float:
     """Best rate of memory, bytes/s: a copy (read and written), and a product with one row, which only reads its
     weights."""
     best = 0.0

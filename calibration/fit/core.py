@@ -1,7 +1,7 @@
 """Measured GEMMs and the named constants of the analytic model, fitted to them.
 
-Use :func:`shapes` to hold measurements, :func:`fit_constants` to fit; :func:`bootstrap` for a spread that does not
-trust the model.
+Use :func:`shapes` or :func:`shapes_of` to hold measurements, :func:`fit_constants` to fit; :func:`bootstrap` for a
+spread that does not trust the model.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.fit.solver import ConstantsFit, Minimum, Table, fit_logs, gauss_newton, numbered
+from calibration.records.records import Records
 from calibration.records.screening import rotated_copies
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
 from simulator.kernels.gemm_core import CoreTime, Machine, core_time, machine_core
@@ -72,6 +73,17 @@ def shapes(m: Any, n: Any, k: Any, seconds: Any, machine: Machine, copies: Any =
     return Shapes(m, n, k, seconds, np.array(np.broadcast_to(np.asarray(copies, dtype=np.float64), m.shape)))
 
 
+def shapes_of(records: Records, machine: Machine) -> Shapes:
+    """The GEMMs among records as a fit takes them."""
+    r = records.select(records.is_operator("gemm"))
+    return shapes(r.m, r.n, r.k, r.seconds, machine, weight_copies(r))
+
+
+def weight_copies(records: Records) -> F:
+    """Weights used in turn, as the GEMM model counts them: infinitely many where the benchmark kept them cold."""
+    return np.where(records.copies > 0, records.copies, np.where(records.cold, np.inf, 1.0)).astype(np.float64)
+
+
 def free_constants(machine: Machine) -> tuple[str, ...]:
     """Constants a dense table can identify on a machine."""
     if machine.packs:
@@ -98,49 +110,29 @@ def fit_constants(
     prior: float = WEAK,
     seed: int = 0,
 ) -> ConstantsFit:
-    """Named constants from measurements.
+    """The constants ``names`` (by default :func:`free_constants`) from measurements.
 
-    Parameters
-    ----------
-    data, machine
-    start : mapping of str to float
-        All constants; where the search begins and where the prior is centred.
-    names : sequence of str, optional
-        Constants to fit; by default :func:`free_constants`.
-    prior : float
-        Log spread of the prior.
-    seed : int
-        Of the choice of :data:`ROWS` rows.
-
-    Returns
-    -------
-    ConstantsFit
-        A constant on its bound, or whose log the data leave wider than 0.5, is put back to its start and named in
-        ``fixed``.
+    The search begins at ``start``, which has all constants; a prior of log spread ``prior`` is centred there. ``seed``
+    chooses :data:`ROWS` rows. A constant on its bound, or whose log the data leave wider than 0.5, is put back to its
+    start and named in ``fixed``.
     """
     if len(data) > ROWS:
         data = data.take(np.sort(np.random.default_rng(seed).choice(len(data), ROWS, replace=False)))
     target = np.log(data.seconds * 1e6)
     ranges = {name: CONSTANTS[name] for name in names or free_constants(machine)}
+    weak = min(0.5, 0.45 * prior) if prior >= WEAK else 0.5
+    search: dict[str, Any] = {"prior": prior, "data_only": True, "x_scale": 0.1, "max_nfev": 80}
+
+    def misfit(values: Mapping[str, float]) -> F:
+        return np.asarray(np.log(timed(data, machine, values).total_us) - target)
 
     def covariance(found: Minimum, _: Mapping[str, float]) -> tuple[F, float]:
-        misfit = found.rows[: len(data)]
-        spread = float(np.sqrt(np.sum(misfit**2) / max(len(data) - len(found.names), 1)))
+        rows = found.rows[: len(data)]
+        spread = float(np.sqrt(np.sum(rows**2) / max(len(data) - len(found.names), 1)))
         return gauss_newton(found.slopes, max(spread, 1e-9)), spread
 
     def fit(origin: Mapping[str, float]) -> ConstantsFit:
-        return fit_logs(
-            lambda values: np.log(timed(data, machine, values).total_us) - target,
-            origin,
-            ranges,
-            covariance,
-            weak=min(0.5, 0.45 * prior) if prior >= WEAK else 0.5,
-            anew=True,
-            prior=prior,
-            data_only=True,
-            x_scale=0.1,
-            max_nfev=80,
-        )
+        return fit_logs(misfit, origin, ranges, covariance, weak=weak, anew=True, **search)
 
     if not machine.packs:
         return fit(start)

@@ -1,8 +1,7 @@
 """Calibration of elementwise operators: floor, bandwidth share, L2 gain by class, and the L2 share, from measured
 times.
 
-Use :func:`fit_elementwise` with bytes, class and seconds of each row. A class without rows keeps its default and says
-so.
+Use :func:`fit_elementwise` on :class:`Moves`. A class without rows keeps its default and says so.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from calibration.fit.solver import ConstantsFit, FittedPart, Minimum, Table
 from simulator.hardware.constants import CLASSES
 from simulator.hardware.constants import ELEMENTWISE_CONSTANTS as CONSTANTS
 from simulator.hardware.profile import Provenance, Section
-from simulator.kernels.elementwise import class_code, class_lattice, class_place, elementwise_core
+from simulator.kernels.elementwise import class_lattice, class_place, elementwise_core
 from simulator.kernels.lattice import Lattice
 
 F = NDArray[np.float64]
@@ -30,29 +29,34 @@ F = NDArray[np.float64]
 SPREAD = 0.7
 """Log spread of a class's constants round those of all classes."""
 STIFFNESS = Stiffness(0.0, (0.0, 0.1), 0.1)
-"""Of the residual along (class, log2 bytes): nothing joins two classes; chosen on seeds 10-19 of :func:`score`."""
+"""Of the residual along (class, log2 bytes): nothing joins two classes; chosen on seeds 10-19 of the protocol."""
 FOLDS = 5
 FACTORS = ("t0", "e", "l2", "l2_share")
 """Kinds of constants, by the beginning of their names."""
 
 
 @dataclass(frozen=True)
-class _Rows(Table):
-    """Measured operators of one device, and its datasheet."""
+class Moves(Table):
+    """Measured operators of one device: bytes read and written, index into :data:`CLASSES`, time, and its datasheet."""
 
     bytes_: F
     code: NDArray[np.intp]
     seconds: F
     l2_bytes: float
-    bandwidth: float
+    bandwidth: float  # bytes/s
+    architecture: str
+
+    def core(self, values: Mapping[str, float]) -> F:
+        """Core time, s."""
+        return elementwise_core(self.bytes_, self.code, self.l2_bytes, self.bandwidth, values)[0]
 
     def misfit(self, values: Mapping[str, float]) -> F:
         """Log of core over measured time."""
-        core, *_ = elementwise_core(self.bytes_, self.code, self.l2_bytes, self.bandwidth, values)
-        return np.asarray(np.log(core) - np.log(self.seconds))
+        return np.asarray(np.log(self.core(values)) - np.log(self.seconds))
 
-    def constants(self, architecture: str) -> ConstantsFit:
-        default = {name: constant.default(architecture) for name, constant in CONSTANTS.items()}
+    def constants(self) -> ConstantsFit:
+        """Constants of the classes that have rows, round what all classes have in common."""
+        default = {name: constant.default(self.architecture) for name, constant in CONSTANTS.items()}
 
         def scaled(factor: Mapping[str, float]) -> dict[str, float]:
             """The constants of all classes, each kind times one factor."""
@@ -89,97 +93,35 @@ class _Rows(Table):
         blank = np.zeros((len(CLASSES) + 1, int(last - first) + 1))  # one class more: see class_lattice
         return fit_lattice(Lattice((0.0, first), (1.0, 1.0), blank), place, -self.misfit(values), STIFFNESS, rounds=3)
 
+    def predict(self, section: Section) -> F:
+        """Times a fitted section gives, s."""
+        residual = class_lattice(section.arrays)
+        assert residual is not None
+        values = {name: constant.value for name, constant in section.constants.items()}
+        return np.asarray(self.core(values) * np.exp(residual(class_place(self.bytes_, self.code))))
 
-def fit_elementwise(
-    bytes_: F,
-    operator_class: Any,
-    seconds: F,
-    l2_bytes: float,
-    bandwidth_bytes_per_s: float,
-    architecture: str,
-    *,
-    seed: int = 0,
-    provenance: Provenance | None = None,
-) -> FittedPart:
-    """Fit the elementwise section of one device.
 
-    Parameters
-    ----------
-    bytes_, operator_class, seconds : arrays
-        Of each row: bytes read and written; index into :data:`CLASSES` or name of a class or role; time.
-    l2_bytes, bandwidth_bytes_per_s, architecture
-        Of the datasheet.
-    seed : int
-        Of the folds, which leave out sizes, not rows.
-    provenance : Provenance, optional
-
-    Raises
-    ------
-    ValueError
-        With fewer than 20 usable rows (finite, positive, and not twice as fast as L2 could be).
-    """
-    code = np.asarray(operator_class)
-    code = class_code(code) if code.dtype.kind in "US" else code.astype(np.intp)
+def fit_elementwise(moves: Moves, *, seed: int = 0, provenance: Provenance | None = None) -> FittedPart:
+    """Fit the elementwise section of one device; folds, by ``seed``, leave out sizes, not rows. ValueError with fewer
+    than 20 usable rows (finite, positive, and not twice as fast as L2 could be)."""
+    bytes_, seconds = moves.bytes_, moves.seconds
     known = np.isfinite(seconds) & (seconds > 0) & np.isfinite(bytes_) & (bytes_ > 0)
-    good = known & (seconds > bytes_ / (20.0 * bandwidth_bytes_per_s))
-    r = _Rows(bytes_, code, seconds, l2_bytes, bandwidth_bytes_per_s).take(good)
+    r = moves.take(known & (seconds > bytes_ / (20.0 * moves.bandwidth)))
     if len(r) < 20:
-        raise ValueError(f"elementwise: expected at least 20 usable rows, got {len(r)} of {len(good)}")
-    constants = r.constants(architecture)
+        raise ValueError(f"elementwise: expected at least 20 usable rows, got {len(r)} of {len(moves)}")
+    constants = r.constants()
     errors = np.zeros(len(r))
     for train, test in solver.folds(solver.numbered(r.bytes_), FOLDS, np.random.default_rng(seed)):
         rest, left = r.take(train), r.take(test)
-        values = rest.constants(architecture).values
+        values = rest.constants().values
         errors[test] = left.misfit(values) + rest.residual(values)(class_place(left.bytes_, left.code))
-    accuracy = accuracy_of(errors)
+    relative = np.expm1(errors)
+    accuracy = accuracy_of(relative)
     del accuracy["bias"]
-    long = r.seconds > 1e-5
-    if long.any():
-        accuracy["mape_over_10us"] = float(np.abs(np.expm1(errors[long])).mean())
+    if (long := r.seconds > 1e-5).any():
+        accuracy["mape_over_10us"] = float(np.abs(relative[long]).mean())
     residual = r.residual(constants.values)
-    section = Section(
-        constants.fitted(),
-        {"start": np.array(residual.start[1]), "values": residual.values[:-1]},
-        tuple(i for i in outer_bands(errors, r.code, CLASSES) if i.rows),
-        accuracy,
-        provenance,
-        "calibrated",
-    )
+    arrays = {"start": np.array(residual.start[1]), "values": residual.values[:-1]}
+    intervals = tuple(i for i in outer_bands(errors, r.code, CLASSES) if i.rows)
+    section = Section(constants.fitted(), arrays, intervals, accuracy, provenance, "calibrated")
     return FittedPart(section, constants, len(r), errors)
-
-
-def score(
-    bytes_: F,
-    code: NDArray[np.intp],
-    seconds: F,
-    l2_bytes: float,
-    bandwidth: float,
-    architecture: str,
-    rows: int,
-    seed: int,
-) -> Mapping[str, float]:
-    """Accuracy on sizes never seen: 70 % of the sizes by seed are for the fit (``rows`` of their rows; 0 for all), the
-    rest is scored."""
-    rng = np.random.default_rng(seed)
-    size = solver.numbered(bytes_)
-    test = rng.permutation(size.max() + 1)[size] >= round(0.7 * (size.max() + 1))
-    train = np.flatnonzero(~test)
-    if rows:
-        train = rng.choice(train, min(rows, len(train)), replace=False)
-    section = fit_elementwise(
-        bytes_[train], code[train], seconds[train], l2_bytes, bandwidth, architecture, seed=seed
-    ).section
-    values = {name: constant.value for name, constant in section.constants.items()}
-    residual, place = class_lattice(section.arrays), class_place(bytes_[test], code[test])
-    assert residual is not None
-    core, *_ = elementwise_core(bytes_[test], code[test], l2_bytes, bandwidth, values)
-    predicted = core * np.exp(residual(place))
-    known = {CLASSES.index(i.regime): (i.low, i.high) for i in section.intervals}
-    low, high = np.array([known.get(int(k), (0.5, 2.0)) for k in code[test]]).T
-    error = np.abs(predicted / seconds[test] - 1.0)
-    return {
-        "mape": float(error.mean()),
-        "mape_over_10us": float(error[seconds[test] > 1e-5].mean()),
-        "p95": float(np.quantile(error, 0.95)),
-        "coverage": float(np.mean((seconds[test] >= predicted * low) & (seconds[test] <= predicted * high))),
-    }

@@ -2,13 +2,15 @@
 known.
 
 Use :func:`fit_gemm` for a device's own measurements (``prior`` lends the profile of a sibling or another stack to a
-small sample), :func:`anchor_gemm` to move a shipped section to a local stack with 20-100 shapes.
+small sample), :func:`anchor_gemm` to move a shipped section to a local stack with 20-100 shapes; :class:`Problem` is a
+fit with something left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 
 from calibration.fit import residual as ridge
 from calibration.fit.conformal import accuracy_of, bands, pair_bands
-from calibration.fit.core import CLOSE, WEAK, Shapes, fit_constants, shapes, timed
+from calibration.fit.core import CLOSE, WEAK, Shapes, fit_constants, timed
 from calibration.fit.residual import Axes, Block
 from calibration.fit.solver import ConstantsFit, FittedPart, folds
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
@@ -46,30 +48,38 @@ def starting_constants(hw: HardwareProfile, dtype: str, prior: Section | None = 
 
 
 @dataclass(frozen=True)
-class _Problem:
-    """What a fit keeps from fold to fold."""
+class Problem:
+    """What is to be fitted, the same from fold to fold."""
 
     machine: Machine
     start: Mapping[str, float]
-    spread: float
-    axes: tuple[Axes, ...]
-    prior: Residual | None
-    seed: int
+    axes: tuple[Axes, ...]  # of the stack's own lattices
+    prior: Section | None = None
+    seed: int = 0
+    free: tuple[str, ...] | None = None  # constants to fit; by default all that a table can identify
+    smooth: bool = True  # whether the lattice over m, n, k is fitted
+
+    @cached_property
+    def lent(self) -> Residual | None:
+        """The prior's residual."""
+        return None if self.prior is None else residual_of(self.prior.arrays)
 
     def constants(self, data: Shapes) -> ConstantsFit:
-        return fit_constants(data, self.machine, self.start, prior=self.spread, seed=self.seed)
+        """Fitted constants."""
+        spread = WEAK if self.prior is None else CLOSE
+        return fit_constants(data, self.machine, self.start, self.free, spread, self.seed)
 
     def lattices(self, data: Shapes, values: Mapping[str, float]) -> tuple[list[Block], F, CoreTime]:
         """Lattices to fit, the log residual they are fitted to (after the prior's), and the analytic parts."""
         core, parts = machine_core(self.machine, values), timed(data, self.machine, values)
         target = np.log(data.seconds * 1e6 / parts.total_us)
-        if self.prior is not None:
-            target = target - self.prior.at(data.m, data.n, data.k, parts, core)
+        if self.lent is not None:
+            target = target - self.lent.at(data.m, data.n, data.k, parts, core)
             smooth, own = ridge.STIFF, ridge.OWN
         else:
             few = len(data) < FINE_ROWS
             smooth, own = (ridge.FEW, ridge.FEW_OWN) if few else (ridge.SUPPLE, ridge.OWN)
-        return ridge.blocks(data, parts, core, self.axes, data.m, smooth, own), target, parts
+        return ridge.blocks(data, parts, core, self.axes, smooth, own)[0 if self.smooth else 1 :], target, parts
 
     def unseen(self, data: Shapes, lattices: list[Block], target: F) -> F:
         """Log predicted over measured of each row, from a fit to the other folds; on few rows the constants are fitted
@@ -89,100 +99,69 @@ class _Problem:
             out[test] = found - target[test]
         return out
 
+    def fit(self, data: Shapes, provenance: Provenance | None = None) -> FittedPart:
+        """The section of measured shapes."""
+        constants = self.constants(data)
+        lattices, target, parts = self.lattices(data, constants.values)
+        residual, measured = ridge.residual_from(lattices, ridge.solve(lattices, target), data.m), data.m
+        if self.prior is not None and self.lent is not None:  # local data add to the prior's smooth lattice
+            smooth, *own = self.lent.lattices
+            smooth = replace(smooth, values=smooth.values + residual.lattices[0].values)
+            residual, measured = replace(self.lent, lattices=(smooth, *own)), self.prior.arrays["measured_m"]
+        unseen = self.unseen(data, lattices, target)
+        known = np.isfinite(unseen)
+        errors, seen = unseen[known], data.take(known)
+        intervals: tuple[Interval, ...] = ()
+        if known.any():
+            chosen = CoreTime(**{f.name: getattr(parts, f.name)[known] for f in fields(parts)})
+            core, pairs = machine_core(self.machine, constants.values), int(data.groups.max()) + 1
+            intervals = (*bands(errors, seen.m, chosen, core, pairs, self.prior), *pair_bands(errors, seen))
+        arrays = residual_arrays(residual, measured) if lattices else {}
+        scores = accuracy(errors, seen.m)
+        section = Section(constants.fitted(), arrays, intervals, scores, provenance, "calibrated")
+        return FittedPart(section, constants, len(data), unseen)
+
 
 def fit_gemm(
-    m: Any,
-    n: Any,
-    k: Any,
-    seconds: Any,
+    data: Shapes,
     hw: HardwareProfile,
     *,
     dtype: str = "bf16",
-    copies: Any = None,
     prior: Section | None = None,
     provenance: Provenance | None = None,
     seed: int = 0,
 ) -> FittedPart:
-    """Calibrate the GEMM model.
+    """Calibrate the GEMM model on measured dense GEMMs and the datasheet facts of ``hw``, whose own section is not
+    used.
 
-    Parameters
-    ----------
-    m, n, k, seconds : array
-        Measured dense GEMMs.
-    hw : HardwareProfile
-        Datasheet facts; its own GEMM section is not used.
-    dtype : str
-    copies : array or float, optional
-        Weights each measurement used in turn; by default the rule of the published tables. ``inf``: cold.
-    prior : Section, optional
-        Of a sibling device or another stack: its constants centre the search, its lattices are the residual's starting
-        point. Without one, the stack's own lattices are fitted too.
-    provenance, seed
-
-    Raises
-    ------
-    ValueError
-        For bad arrays, or fewer than 20 rows.
+    ``prior`` is the section of a sibling device or another stack: its constants centre the search, its lattices are the
+    residual's starting point. Without one, the stack's own lattices are fitted too. ValueError for fewer than 20 rows,
+    10 with a prior.
     """
-    machine = Machine.of(hw, dtype)
-    data = shapes(m, n, k, seconds, machine, copies)
-    if len(data) < (ANCHOR_ROWS if prior is not None else FIT_ROWS):
+    if len(data) < (FIT_ROWS if prior is None else ANCHOR_ROWS):
         few = f"a GEMM fit needs at least {FIT_ROWS} shapes, got {len(data)}"
         raise ValueError(f"{few}; to move a shipped profile to this stack, anchor it")
-    start, pairs = starting_constants(hw, dtype, prior), int(data.groups.max()) + 1
+    machine = Machine.of(hw, dtype)
+    axes: tuple[Axes, ...] = ()
     if prior is None:
-        own = ridge.terms_of(machine, len(data) >= FINE_ROWS and pairs >= FINE_GROUPS)
-        problem = _Problem(machine, start, WEAK, own, None, seed)
-    else:
-        problem = _Problem(machine, start, CLOSE, (), residual_of(prior.arrays), seed)
-    constants = problem.constants(data)
-    lattices, target, parts = problem.lattices(data, constants.values)
-    residual, measured = ridge.residual_from(lattices, ridge.solve(lattices, target), data.m), data.m
-    if prior is not None and problem.prior is not None:
-        residual, measured = ridge.add_residuals(problem.prior, residual), prior.arrays["measured_m"]
-    unseen = problem.unseen(data, lattices, target)
-    known = np.isfinite(unseen)
-    errors, seen = unseen[known], data.take(known)
-    intervals: tuple[Interval, ...] = ()
-    if known.any():
-        chosen = CoreTime(**{f.name: getattr(parts, f.name)[known] for f in fields(parts)})
-        intervals = bands(errors, seen.m, chosen, machine_core(machine, constants.values), pairs, prior)
-        intervals += pair_bands(errors, seen)
-    arrays, scores = residual_arrays(residual, measured), accuracy(errors, seen.m)
-    section = Section(constants.fitted(), arrays, intervals, scores, provenance, "calibrated")
-    return FittedPart(section, constants, len(data), unseen)
+        many = len(data) >= FINE_ROWS and int(data.groups.max()) + 1 >= FINE_GROUPS
+        axes = ridge.terms_of(machine, many)
+    return Problem(machine, starting_constants(hw, dtype, prior), axes, prior, seed).fit(data, provenance)
 
 
-def anchor_gemm(
-    section: Section, m: Any, n: Any, k: Any, seconds: Any, hw: HardwareProfile, **known: Any
-) -> FittedPart:
-    """Move a section to a local stack with few shapes: constants near its own ones, and a stiff correction of its
-    smooth lattice.
+def anchor_gemm(section: Section, data: Shapes, hw: HardwareProfile, **known: Any) -> FittedPart:
+    """Move a shipped section of this device or a sibling to a local stack with few shapes (10 or more; 20 to 100 do):
+    constants near its own ones, and a stiff correction of its smooth lattice.
 
     The stack's own lattices stay if the local shapes, each predicted from the others, are predicted no worse with them.
-
-    Parameters
-    ----------
-    section : Section
-        Shipped one of this device or a sibling.
-    m, n, k, seconds : array
-        10 local shapes or more; 20 to 100 do.
-    hw : HardwareProfile
-    **known
-        ``dtype``, ``copies`` and ``provenance``, as in :func:`fit_gemm`.
-
-    Raises
-    ------
-    ValueError
-        For fewer shapes.
+    ``known`` are ``dtype`` and ``provenance``, as in :func:`fit_gemm`. ValueError for fewer shapes.
     """
-    rows = len(shapes(m, n, k, seconds, Machine.of(hw, known.get("dtype", "bf16"))))
-    if rows < ANCHOR_ROWS:
-        raise ValueError(f"re-anchoring needs at least {ANCHOR_ROWS} shapes, got {rows}")
+    if len(data) < ANCHOR_ROWS:
+        raise ValueError(f"re-anchoring needs at least {ANCHOR_ROWS} shapes, got {len(data)}")
     bases = [section]
     if len(section.arrays.get("terms", ())) > 1:
         bases.append(replace(section, arrays=smooth_arrays(section.arrays)))
-    tried = [fit_gemm(m, n, k, seconds, hw, prior=base, **known) for base in bases]
+    tried = [fit_gemm(data, hw, prior=base, **known) for base in bases]
     return min(tried, key=lambda fit: float(np.abs(np.expm1(fit.unseen)).mean()))
 
 
@@ -190,8 +169,9 @@ def accuracy(log_ratio: F, m: F) -> dict[str, float]:
     """Errors from log predicted over measured times (see :func:`accuracy_of`), and "mape_..." by range of m."""
     if not len(log_ratio):
         return {}
-    out = accuracy_of(log_ratio)
+    error = np.expm1(log_ratio)
+    out = accuracy_of(error)
     for label, rows in (("m_1_16", m <= 16), ("m_17_256", (m > 16) & (m <= 256)), ("m_257_up", m > 256)):
         if rows.any():
-            out[f"mape_{label}"] = float(np.abs(np.expm1(log_ratio[rows])).mean())
+            out[f"mape_{label}"] = float(np.abs(error[rows]).mean())
     return out

@@ -7,12 +7,13 @@ times: absolute times of different benchmarks do not compare, ratios within one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.fit.core import weight_copies
 from calibration.fit.solver import ConstantsFit, FittedPart, gauss_newton, minimise
 from calibration.measurements import published
 from calibration.records.records import Records
@@ -27,21 +28,17 @@ ENOUGH_RATIOS = 5
 """Published ratios one constant needs."""
 
 
-def weight_copies(records: Records) -> F:
-    """Weights used in turn, as the GEMM model counts them: infinitely many where the benchmark kept them cold."""
-    return np.where(records.copies > 0, records.copies, np.where(records.cold, np.inf, 1.0)).astype(np.float64)
-
-
 def _with_constants(section: Section, constants: Mapping[str, Fitted], **accuracy: float) -> Section:
     return replace(section, constants={**section.constants, **constants}, accuracy={**section.accuracy, **accuracy})
 
 
-def fit_extra(records: Records, hw: HardwareProfile, dtype: str, names: Sequence[str]) -> FittedPart:
+def fit_extra(records: Records, hw: HardwareProfile, dtype: str) -> FittedPart:
     """Constants of a kernel that differs from the dense one, from its rows, all of one arithmetic format: the section
     of ``dtype`` with them, and "mape_..." of these rows in its accuracy."""
     section = hw.section("gemm", dtype)
-    start = {name: section[name] for name in names}
-    kernel = SPARSE24 if records.is_operator("gemm_2to4").all() else DENSE
+    sparse = bool(records.is_operator("gemm_2to4").all())
+    kernel, stem, what = (SPARSE24, "sparse", "2to4") if sparse else (DENSE, "quant", "narrow_weights")
+    start = {name: section[name] for name in (f"{stem}_step", f"{stem}_load", f"{stem}_time")}
     formats = [(DTYPES[int(c)], records.select(records.weight_dtype == c)) for c in np.unique(records.weight_dtype)]
 
     def misfit(values: Mapping[str, float]) -> F:
@@ -52,7 +49,7 @@ def fit_extra(records: Records, hw: HardwareProfile, dtype: str, names: Sequence
         ]
         return np.concatenate([np.log(t.seconds / r.seconds) for t, (_, r) in zip(times, formats, strict=True)])
 
-    found = minimise(misfit, start, CONSTANTS, names, diff_step=[1e-3], max_nfev=40)
+    found = minimise(misfit, start, CONSTANTS, start, diff_step=[1e-3], max_nfev=40)
     spread = float(np.sqrt(np.mean(np.minimum(found.rows**2, 0.15**2))))
     errors = spread * np.sqrt(np.diag(gauss_newton(found.slopes, 1.0)))
     new, fixed = {}, {}
@@ -63,32 +60,26 @@ def fit_extra(records: Records, hw: HardwareProfile, dtype: str, names: Sequence
             fixed[name] = "on its bound" if error <= 0.5 else "not identified by these rows"
             new[name] = Fitted(section[name], None, "fixed")
     size = np.abs(np.expm1(found.rows))
-    what = "2to4" if kernel == SPARSE24 else "narrow_weights"
     scores = {f"mape_{what}": float(size.mean()), f"median_{what}": float(np.median(size))}
     return FittedPart(_with_constants(section, new, **scores), ConstantsFit({}, {}, fixed), len(records))
 
 
-def published_ratios(hardware: str, dtypes: tuple[str, ...]) -> tuple[F, F, F, F]:
-    """m, n, k and dense over 2:4 time of the published rows of a device and its formats; those of an unnamed device are
-    left out."""
-    rows = [r for r in published("gemm_ratios") if r["what"] == "2:4" and r["gpu"] != "not stated"]
-    rows = [r for r in rows if r["hardware"] == hardware and r["dtype"] in dtypes]
-    m, n, k, dense, pruned = (np.array([float(r[c]) for r in rows]) for c in ("m", "n", "k", "dense_us", "pruned_us"))
-    return m, n, k, dense / pruned
-
-
 def fit_sparse_step(hw: HardwareProfile, dtype: str) -> Section:
     """The GEMM section of a format with ``sparse_step`` fitted to published ratios; unchanged with fewer than
-    :data:`ENOUGH_RATIOS`.
+    :data:`ENOUGH_RATIOS` of this device (those of an unnamed one are left out).
 
     Ten rows of an A100 and ten of an H100-class device are known, so one constant is fitted, by least absolute log
     error (bf16 stands for fp16 too, as they run at one rate); "median_2to4" in its accuracy is the median log error of
     rows left out one at a time.
     """
     section = hw.sections["gemm", dtype]
-    m, n, k, ratio = published_ratios(hw.name, ("fp16", "bf16") if dtype in ("fp16", "bf16") else (dtype,))
-    if len(ratio) < ENOUGH_RATIOS:
+    dtypes = ("fp16", "bf16") if dtype in ("fp16", "bf16") else (dtype,)
+    rows = [r for r in published("gemm_ratios") if r["what"] == "2:4" and r["gpu"] != "not stated"]
+    rows = [r for r in rows if r["hardware"] == hw.name and r["dtype"] in dtypes]
+    if len(rows) < ENOUGH_RATIOS:
         return section
+    m, n, k, before, after = (np.array([float(r[c]) for r in rows]) for c in ("m", "n", "k", "dense_us", "pruned_us"))
+    ratio = before / after
     constant = CONSTANTS["sparse_step"]
     steps = np.round(np.arange(max(constant.low, 0.3), constant.high + 1e-9, 0.01), 2)
     dense = gemm_time(m, n, k, hw, dtype=dtype, kernel=DENSE, cold=False).seconds
@@ -100,6 +91,6 @@ def fit_sparse_step(hw: HardwareProfile, dtype: str) -> Section:
     total = error.sum(axis=1)
     without = [error[(total - error[:, i]).argmin(), i] for i in range(len(ratio))]
     draws = np.random.default_rng(0).integers(0, len(ratio), (200, len(ratio)))
-    spread = np.std([steps[error[:, rows].sum(axis=1).argmin()] for rows in draws])
+    spread = np.std([steps[error[:, drawn].sum(axis=1).argmin()] for drawn in draws])
     found = Fitted(float(steps[total.argmin()]), float(spread), "fitted")
     return _with_constants(section, {"sparse_step": found}, median_2to4=float(np.median(without)))

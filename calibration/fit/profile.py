@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.fit.attention import columns_of, fit_attention
-from calibration.fit.elementwise import fit_elementwise
-from calibration.fit.gemm import anchor_gemm, fit_gemm
-from calibration.fit.kernels import fit_extra, weight_copies
+from calibration.fit.attention import MINIMUM_ROWS, calls_of, fit_attention
+from calibration.fit.core import shapes_of
+from calibration.fit.elementwise import Moves, fit_elementwise
+from calibration.fit.gemm import ANCHOR_ROWS, FIT_ROWS, anchor_gemm, fit_gemm
+from calibration.fit.kernels import fit_extra
 from calibration.fit.solver import ConstantsFit, FittedPart
 from calibration.records.exact import with_exact
 from calibration.records.records import OPERATORS, PURPOSES, Flag, Records
@@ -30,8 +31,8 @@ from simulator.workload import DTYPES
 
 Mask = NDArray[np.bool_]
 
-FEWEST_GEMMS, FEWEST_TO_ANCHOR, FEWEST_ATTENTION, FEWEST_ELEMENTWISE, FEWEST_EXTRA = 20, 10, 20, 20, 12
-"""Rows an operator needs: for a fit, to re-anchor, and for the constants of a kernel that lean on the dense fit."""
+FEWEST_EXTRA = 12
+"""Rows that the constants of a kernel need which lean on the dense fit."""
 
 
 @dataclass(frozen=True)
@@ -82,29 +83,12 @@ def fit_profile(
 ) -> ProfileFit:
     """Fit everything that records allow.
 
-    Parameters
-    ----------
-    base : HardwareProfile
-        Datasheet facts of the device; sections that the records say nothing of are kept.
-    records : Records
-        Rows marked ``holdout``, ``exact`` or ``anchor`` are kept from the fit; ``exact`` ones stay with the GEMM
-        section as they are.
-    dtype : str, optional
-        Number format to fit; all by default.
-    prior : HardwareProfile, optional
-        A sibling device or another stack: its sections lend a small sample what it cannot know.
-    anchor : bool
-        Refit only the few constants of the base's (or prior's) GEMM section that differ between software stacks.
-    date : str
-        ISO 8601, for the provenance; by default the newest the records name.
-    seed : int
-    progress : callable, optional
-        Called with (fits done, fits in all).
-
-    Raises
-    ------
-    InputError
-        When nothing can be fitted; the reasons are in the message.
+    ``base`` has the datasheet facts; its sections that the records say nothing of are kept. Rows marked ``holdout``,
+    ``exact`` or ``anchor`` are kept from the fit; ``exact`` ones stay with the GEMM section as they are. ``prior``, a
+    sibling device or another stack, lends a small sample what it cannot know. With ``anchor`` only the few constants of
+    the base's (or prior's) GEMM section are refitted that differ between software stacks. ``date`` (ISO 8601) is that
+    of the provenance, by default the newest the records name. ``progress`` is called with (fits done, fits in all).
+    InputError, with the reasons, when nothing can be fitted.
     """
     notes: list[str] = []
     usable = _usable(records, notes)
@@ -134,9 +118,8 @@ def fit_profile(
     if not parts:
         raise InputError(f"nothing could be fitted: {'; '.join(notes)}")
     profile = with_exact(replace(base, sections=sections, path=None), records)
-    return ProfileFit(
-        profile, tuple(replace(p, section=profile.sections[key]) for key, p in parts.items()), tuple(notes)
-    )
+    kept = tuple(replace(part, section=profile.sections[key]) for key, part in parts.items())
+    return ProfileFit(profile, kept, tuple(notes))
 
 
 def _formats(records: Records) -> NDArray[np.str_]:
@@ -165,37 +148,35 @@ def _usable(records: Records, notes: list[str]) -> Records:
 
 def _tasks(base: HardwareProfile, records: Records, notes: list[str], **options: Any) -> list[_Task]:
     """The fits that the rows allow, dense GEMMs first because others lean on them."""
-    same, is_ = records.dtype == records.weight_dtype, records.is_operator
+    same, is_, formats = records.dtype == records.weight_dtype, records.is_operator, _formats(records)
+    prefill, decode = "attention_prefill", "attention_decode"
+    fewest = ANCHOR_ROWS if options["anchor"] else FIT_ROWS
     labels = records.labels().astype(str) if len(records) else np.zeros(0, dtype=np.str_)
     # a window of attention has no fit of its own, a narrower cache neither: the model widens its interval for them
     whole = same & (records.window == 0)
-    moved = is_("elementwise", "copy") & np.isin(_formats(records), np.unique(_formats(records)[is_("elementwise")]))
-    fewest_gemms = FEWEST_TO_ANCHOR if options["anchor"] else FEWEST_GEMMS
+    moved = is_("elementwise", "copy") & np.isin(formats, formats[is_("elementwise")])
     kinds: tuple[tuple[str, str, Mask, NDArray[np.str_], int, Any], ...] = (
-        ("gemm", "gemm {}", is_("gemm") & same, labels, fewest_gemms, _fit_gemm),
-        ("gemm", "gemm with narrower weights, {}", is_("gemm") & ~same, _formats(records), FEWEST_EXTRA, _fit_narrow),
-        ("gemm", "2:4 gemm {}", is_("gemm_2to4"), _formats(records), FEWEST_EXTRA, _fit_sparse),
-        *(
-            (phase, phase + " {}", is_(phase) & whole, _formats(records), FEWEST_ATTENTION, _fit_attention)
-            for phase in ("attention_prefill", "attention_decode")
-        ),
-        ("elementwise", "elementwise {}", moved, _formats(records), FEWEST_ELEMENTWISE, _fit_elementwise),
+        ("gemm", "gemm {}", is_("gemm") & same, labels, fewest, _fit_gemm),
+        ("gemm", "gemm with narrower weights, {}", is_("gemm") & ~same, formats, FEWEST_EXTRA, _fit_extra),
+        ("gemm", "2:4 gemm {}", is_("gemm_2to4"), formats, FEWEST_EXTRA, _fit_extra),
+        (prefill, f"{prefill} {{}}", is_(prefill) & whole, formats, MINIMUM_ROWS, _fit_attention),
+        (decode, f"{decode} {{}}", is_(decode) & whole, formats, MINIMUM_ROWS, _fit_attention),
+        ("elementwise", "elementwise {}", moved, formats, MINIMUM_ROWS, _fit_elementwise),
         ("runtime", "launches", is_("launch_eager", "launch_graph"), np.full(len(records), "*"), 1, _fit_runtime),
     )
     out: list[_Task] = []
-    for operator, what, mask, formats, fewest, run in kinds:
-        for dtype in map(str, np.unique(formats[mask])):
-            rows = records.select(mask & (formats == dtype))
+    for operator, what, mask, names, fewest, run in kinds:
+        for dtype in map(str, np.unique(names[mask])):
+            rows = records.select(mask & (names == dtype))
             if dtype not in base.rates and dtype != "*":
                 notes.append(f"{what.format(dtype)}: {len(rows)} rows left out, {base.name} has no {dtype} arithmetic")
             elif len(rows) < fewest:
                 notes.append(f"{what.format(dtype)}: {len(rows)} rows are too few, a fit needs {fewest}")
             else:
                 out.append(_Task(operator, dtype, rows, run, **options))
-    fitted = {"gemm", "gemm_2to4", "attention_prefill", "attention_decode", "elementwise", "copy"}
+    fitted = {"gemm", "gemm_2to4", prefill, decode, "elementwise", "copy", "launch_eager", "launch_graph"}
     for name in OPERATORS:
-        count = int(is_(name).sum())
-        if count and name not in fitted | {"launch_eager", "launch_graph"}:
+        if name not in fitted and (count := int(is_(name).sum())):
             parts = "validation compares them with the sum of their parts"
             notes.append(f"{name}: {count} rows have no fit of their own; {parts}")
     return out
@@ -209,11 +190,12 @@ def provenance_of(records: Records, date: str = "") -> Provenance:
         return " and ".join(once[:3]) + (f" and {len(once) - 3} more" if len(once) > 3 else "") or "unknown"
 
     used = [records.sources[i] for i in np.unique(records.source)]
-    licensed = (f"{s.origin}{f' [{s.licence}]' if s.licence else ''}" for s in used)
+    licences = (f" [{s.licence}]" if s.licence else "" for s in used)
+    origins = (
+        s.origin + said if s.origin else f"measured here, run {s.run}" for s, said in zip(used, licences, strict=True)
+    )
     return Provenance(
-        source=joined(
-            text if s.origin else f"measured here, run {s.run}" for s, text in zip(used, licensed, strict=True)
-        ),
+        source=joined(origins),
         digest=records.tidy().digest(),
         date=date or max((s.date for s in used), default="") or "unknown",
         software=joined(f"{s.software}{f' ({s.kernel})' if s.kernel else ''}" for s in used),
@@ -223,14 +205,11 @@ def provenance_of(records: Records, date: str = "") -> Provenance:
     )
 
 
-# -- one fit each ---------------------------------------------------------------------------------------------------
-
-
 def _fit_gemm(task: _Task, hw: HardwareProfile) -> FittedPart:
-    r = task.rows
-    known: dict[str, Any] = {"dtype": task.dtype, "copies": weight_copies(r), "provenance": task.provenance}
+    data = shapes_of(task.rows, Machine.of(hw, task.dtype))
+    known: dict[str, Any] = {"dtype": task.dtype, "provenance": task.provenance}
     if not task.anchor:
-        return fit_gemm(r.m, r.n, r.k, r.seconds, hw, prior=task.lent, seed=task.seed, **known)
+        return fit_gemm(data, hw, prior=task.lent, seed=task.seed, **known)
     section = task.lent or hw.section("gemm", task.dtype)
     if section.status == "default":
         none = f"--anchor: {hw.name} has no calibrated gemm {task.dtype} section to move"
@@ -238,22 +217,18 @@ def _fit_gemm(task: _Task, hw: HardwareProfile) -> FittedPart:
     if section.provenance is not None:
         origin = f"{section.provenance.borrowed_from or section.provenance.software}, re-anchored"
         known["provenance"] = replace(known["provenance"], borrowed_from=origin)
-    return anchor_gemm(section, r.m, r.n, r.k, r.seconds, hw, **known)
+    return anchor_gemm(section, data, hw, **known)
 
 
-def _fit_narrow(task: _Task, hw: HardwareProfile) -> FittedPart:
-    return fit_extra(task.rows, hw, task.dtype, ["quant_step", "quant_load", "quant_time"])
-
-
-def _fit_sparse(task: _Task, hw: HardwareProfile) -> FittedPart:
-    return fit_extra(task.rows, hw, task.dtype, ["sparse_step", "sparse_load", "sparse_time"])
+def _fit_extra(task: _Task, hw: HardwareProfile) -> FittedPart:
+    return fit_extra(task.rows, hw, task.dtype)
 
 
 def _fit_attention(task: _Task, hw: HardwareProfile) -> FittedPart:
     phase, lent = task.operator.removeprefix("attention_"), task.lent
     start = None if lent is None else {name: c.value for name, c in lent.constants.items()}
     known: dict[str, Any] = {"start": start, "seed": task.seed, "provenance": task.provenance}
-    return fit_attention(phase, columns_of(task.rows), Machine.of(hw, task.dtype), hw.architecture, **known)
+    return fit_attention(calls_of(task.rows, phase, Machine.of(hw, task.dtype)), hw.architecture, **known)
 
 
 def _fit_elementwise(task: _Task, hw: HardwareProfile) -> FittedPart:
@@ -262,8 +237,8 @@ def _fit_elementwise(task: _Task, hw: HardwareProfile) -> FittedPart:
     r = r.select(~r.is_operator("copy") | (r.read_bytes + r.write_bytes > hw.l2_bytes))
     code = np.where(r.role >= 0, class_code(np.maximum(r.role, 0)), CLASSES.index("copy"))
     device = hw.l2_bytes, hw.bandwidth_bytes_per_s, hw.architecture
-    known: dict[str, Any] = {"seed": task.seed, "provenance": provenance_of(r, task.date)}
-    return fit_elementwise(r.read_bytes + r.write_bytes, code, r.seconds, *device, **known)
+    moves = Moves(r.read_bytes + r.write_bytes, code, r.seconds, *device)
+    return fit_elementwise(moves, seed=task.seed, provenance=provenance_of(r, task.date))
 
 
 def _fit_runtime(task: _Task, hw: HardwareProfile) -> FittedPart:

@@ -29,15 +29,15 @@ Axes = tuple[str, ...]
 _ODD = 1.833333333333333  # 11 / 6, in the last digit as the shipped profiles hold it
 # start, spacing, nodes
 _COARSE: dict[str, tuple[float, float, int]] = {
-    "m": (0, 1.875, 9), "n": (5, _ODD, 7), "k": (5, _ODD, 7), "nk": (10, 2, 12), "mn": (5, 25 / 12, 13), "mk": (5, 25 /
-    12, 13), "aspect": (-11, 2, 12), "time": (1, 1, 16), "tiles": (-7, 1, 17), "blocks": (-5, 1, 15), "tile": (0, 1, 6),
-    "m_step": (0, 1, 4), "idle": (0, 0.25, 5),
+    "m": (0, 1.875, 9), "n": (5, _ODD, 7), "k": (5, _ODD, 7),
+    "nk": (10, 2, 12), "mn": (5, 25 / 12, 13), "mk": (5, 25 / 12, 13), "aspect": (-11, 2, 12), "time": (1, 1, 16),
+    "tiles": (-7, 1, 17), "blocks": (-5, 1, 15), "tile": (0, 1, 6), "m_step": (0, 1, 4), "idle": (0, 0.25, 5),
 }
 _FINE: dict[str, tuple[float, float, int]] = {
     **_COARSE,
     "m": (0, 1, 16), "n": (5, 1, 12), "k": (5, 1, 12), "nk": (10, 1, 23), "mn": (5, 1, 26), "mk": (5, 1, 26),
-    "aspect": (-11, 1, 23), "time": (1, 0.5, 31), "tiles": (-7, 0.5, 33), "blocks": (-5, 0.5, 29), "tiles64": (-7, 0.5,
-    33), "idle256": (0, 0.125, 9), "last128": (0, 0.0625, 17), "idle": (0, 0.125, 9),
+    "aspect": (-11, 1, 23), "time": (1, 0.5, 31), "tiles": (-7, 0.5, 33), "blocks": (-5, 0.5, 29),
+    "tiles64": (-7, 0.5, 33), "idle256": (0, 0.125, 9), "last128": (0, 0.0625, 17), "idle": (0, 0.125, 9),
 }
 SMOOTH: dict[str, tuple[float, float, int]] = {"m": (0, 1, 16), "n": (5, 1, 13), "k": (5, 1, 13)}
 """Nodes of the smooth lattice: octaves."""
@@ -45,8 +45,8 @@ SMOOTH: dict[str, tuple[float, float, int]] = {"m": (0, 1, 16), "n": (5, 1, 13),
 FINE_TERMS: dict[bool, tuple[Axes, ...]] = {
     False: (
         ("k", "tiles", "tile"), ("k", "idle256"), ("k", "tiles64"), ("time", "m", "blocks"), ("time", "m", "tile"),
-        ("k", "time", "idle"), ("nk", "m_exact"), ("tiles", "tiles64"), ("k", "mn"), ("tiles", "nk", "m"), ("time",
-        "tile", "blocks"),
+        ("k", "time", "idle"), ("nk", "m_exact"), ("tiles", "tiles64"), ("k", "mn"), ("tiles", "nk", "m"),
+        ("time", "tile", "blocks"),
     ),
     True: (
         ("m_exact", "tiles64"), ("time", "nk"), ("tiles", "m_exact"), ("time", "m", "blocks"), ("m_exact", "idle256"),
@@ -58,12 +58,12 @@ greedily among 200 pairs and 280 triples by the error on unseen (n, k) pairs of 
 10-12."""
 FEW_TERMS: dict[bool, tuple[Axes, ...]] = {
     False: (
-        ("k", "idle256"), ("time", "blocks", "tile"), ("nk", "tiles", "tile"), ("k", "tiles", "idle"), ("k", "time",
-        "tile"), ("m", "k", "tile"), ("k", "tile", "idle"), ("time", "blocks", "idle"), ("k", "mn"),
+        ("k", "idle256"), ("time", "blocks", "tile"), ("nk", "tiles", "tile"), ("k", "tiles", "idle"),
+        ("k", "time", "tile"), ("m", "k", "tile"), ("k", "tile", "idle"), ("time", "blocks", "idle"), ("k", "mn"),
     ),
     True: (
-        ("time", "nk"), ("k", "tiles", "tile"), ("time", "tile"), ("nk", "m"), ("k", "idle256"), ("time", "m",
-        "blocks"), ("k", "mn"), ("tiles", "nk"), ("k", "time", "idle"),
+        ("time", "nk"), ("k", "tiles", "tile"), ("time", "tile"), ("nk", "m"), ("k", "idle256"),
+        ("time", "m", "blocks"), ("k", "mn"), ("tiles", "nk"), ("k", "time", "idle"),
     ),
 }
 """The same for few rows, chosen at 400 rows of splits 10-14 of the A100 and H100 tables."""
@@ -88,11 +88,6 @@ class Stiffness:
     first: float | tuple[float, ...]
     second: float | tuple[float, ...]
     size: float
-
-    def along(self, shape: tuple[int, ...]) -> list[tuple[int, float, float]]:
-        """Nodes, first and second of each coordinate."""
-        weights = (np.broadcast_to(w, len(shape)).tolist() for w in (self.first, self.second))
-        return list(zip(shape, *weights, strict=True))
 
 
 SUPPLE, OWN = Stiffness(0.05, 0.3, 0.01), Stiffness(0.03, 0.1, 0.3)
@@ -131,6 +126,13 @@ class Block:
         """Rows at coordinates."""
         return Block(lattice, stiffness, *lattice.places(coordinates))
 
+    @property
+    def along(self) -> list[tuple[int, float, float]]:
+        """Nodes and weights of first and second differences of each coordinate."""
+        shape = self.lattice.values.shape
+        weights = (np.broadcast_to(w, len(shape)).tolist() for w in (self.stiffness.first, self.stiffness.second))
+        return list(zip(shape, *weights, strict=True))
+
     def take(self, rows: Any) -> Block:
         """The same of some rows."""
         return replace(self, cells=self.cells[:, rows], inside=self.inside[:, rows])
@@ -153,7 +155,7 @@ class Block:
         """Quadratic form of all penalties, (nodes, nodes)."""
         shape = self.lattice.values.shape
         total = sparse.identity(self.lattice.values.size, format="csr") * self.stiffness.size
-        for axis, along in enumerate(self.stiffness.along(shape)):
+        for axis, along in enumerate(self.along):
             before, after = (sparse.identity(int(np.prod(part))) for part in (shape[:axis], shape[axis + 1 :]))
             total = total + sparse.kron(sparse.kron(before, sparse.csr_matrix(_penalty(*along))), after, format="csr")
         return total.tocsr()
@@ -167,7 +169,7 @@ class Block:
         """
         rows = self.cells.shape[1]
         total, out = np.full(1, self.stiffness.size), np.ones((rows, 1))
-        for cell, inside, along in zip(self.cells, self.inside, self._along, strict=True):
+        for cell, inside, along in zip(self.cells, self.inside, self.along, strict=True):
             values, vectors = _spectrum(*along)
             next_ = np.minimum(cell + 1, along[0] - 1)
             side = vectors[cell] * (1.0 - inside)[:, None] + vectors[next_] * inside[:, None]
@@ -179,27 +181,17 @@ class Block:
     def nodes(self, coefficients: F) -> F:
         """Node values from coefficients of the eigenvectors."""
         grid = coefficients.reshape(self.lattice.values.shape)
-        for axis, along in enumerate(self._along):
+        for axis, along in enumerate(self.along):
             grid = np.moveaxis(np.tensordot(_spectrum(*along)[1], grid, axes=(1, axis)), 0, axis)
         return grid.reshape(-1)
 
-    @property
-    def _along(self) -> list[tuple[int, float, float]]:
-        return self.stiffness.along(self.lattice.values.shape)
-
 
 def blocks(
-    data: Shapes,
-    parts: CoreTime,
-    core: Core,
-    axes: Sequence[Axes],
-    measured_m: F,
-    stiffness: Stiffness,
-    own: Stiffness = OWN,
+    data: Shapes, parts: CoreTime, core: Core, axes: Sequence[Axes], stiffness: Stiffness, own: Stiffness
 ) -> list[Block]:
     """The smooth lattice and those of other axes on their standard nodes, once for any number of fits to subsets of the
     rows."""
-    places = m_places(measured_m)
+    places = m_places(data.m)
     known = Coordinates(data.m, data.n, data.k, parts, core, places)
     exact = (0.0, 1.0, max(int(np.ceil(places.max())) + 1, 2))
     out = []
@@ -215,17 +207,10 @@ def blocks(
 def solve(
     parts: Sequence[Block], target: F, rows: NDArray[np.intp] | None = None, rounds: int | None = None
 ) -> list[F]:
-    """Node values of every lattice for a log target.
+    """Node values of every lattice for a log target, of ``rows`` or all.
 
-    Parameters
-    ----------
-    parts : sequence of Block
-    target : array (rows,)
-    rows : index array, optional
-        Rows to fit to; all by default.
-    rounds : int, optional
-        Solutions of a single lattice, the robust weights renewed between them from one on. By default 8 sweeps over all
-        lattices, weights renewed before the first (from the target itself), second and fourth.
+    ``rounds`` are solutions of a single lattice, the robust weights renewed between them from one on; by default 8
+    sweeps over all lattices, weights renewed before the first (from the target itself), second and fourth.
     """
     if rows is not None:
         parts, target = [b.take(rows) for b in parts], target[rows]
@@ -298,12 +283,6 @@ def residual_from(parts: Sequence[Block], values: Sequence[F], measured_m: F) ->
         replace(b.lattice, values=v.reshape(b.lattice.values.shape)) for b, v in zip(parts, values, strict=True)
     )
     return Residual(tuple(lattices), m_places(measured_m))
-
-
-def add_residuals(a: Residual, b: Residual) -> Residual:
-    """The sum of a residual and a smooth one on the same nodes (a prior and what local data add)."""
-    first = replace(a.lattices[0], values=a.lattices[0].values + b.lattices[0].values)
-    return Residual((first, *a.lattices[1:]), a.m_places)
 
 
 def fit_lattice(blank: Lattice, coordinates: Any, target: F, stiffness: Stiffness, rounds: int) -> Lattice:

@@ -132,13 +132,7 @@ def datasheet(name: str) -> HardwareProfile:
 @lru_cache(maxsize=16)
 def built(name: str, shared: Path | None = None) -> ProfileFit:
     """A shipped profile (a key of :data:`RECIPES`) with its sections made anew, not yet saved; ``shared``: folder of
-    the RTX 4090 tables.
-
-    Raises
-    ------
-    InputError
-        For another name, or when the tables of the RTX 4090 are needed and not at hand.
-    """
+    the RTX 4090 tables, without which that profile is refused."""
     if name not in RECIPES:
         raise unknown("profile", name, RECIPES)
     recipe = RECIPES[name]
@@ -148,15 +142,17 @@ def built(name: str, shared: Path | None = None) -> ProfileFit:
         if shared is None:
             where = "name their folder by --shared-data or PRUNESIM_SHARED_DATA"
             raise InputError(f"rtx_4090: its tables do not ship; {where}")
-        fit = fit_profile(base, rtx_tables(shared, base), prior=smooth_prior(lender), date=DATE)
+        gemms = {key: section for key, section in lender.sections.items() if key[0] == "gemm"}
+        # of the lender's GEMM residual the smooth lattice alone: finer ones fit one stack only
+        smooth = with_sections(lender, {k: replace(s, arrays=smooth_arrays(s.arrays)) for k, s in gemms.items()})
+        fit = fit_profile(base, rtx_tables(shared, base), prior=smooth, date=DATE)
         profile = _with_gap(fit.profile, lender)  # its rows are kernel times of a profiler, the lender's graph replays
     elif recipe.tables:
         fit = fit_profile(base, tables_of(recipe), date=DATE)
         steps = {key: fit_sparse_step(fit.profile, key[1]) for key in fit.profile.sections if key[0] == "gemm"}
         profile = with_sections(fit.profile, steps)
     else:
-        fit = ProfileFit(base, ())
-        profile = base
+        fit, profile = ProfileFit(base, ()), base
     sections = {key: rounded(section) for key, section in profile.sections.items()}
     sections |= {key: borrowed(lender.sections[key], lender.name, recipe.fine) for key in recipe.lends}
     return replace(fit, profile=replace(profile, sections=sections))
@@ -167,26 +163,21 @@ def with_sections(profile: HardwareProfile, sections: Mapping[tuple[str, str], S
     return replace(profile, sections={**profile.sections, **sections})
 
 
-def borrowed(section: Section, lender: str, fine: bool = True, spread: float = BORROWED_SPREAD) -> Section:
+def borrowed(section: Section, lender: str, fine: bool = True) -> Section:
     """A lender's section as its sibling keeps it: marked, intervals widened, without the errors that are not its
     own."""
-    provenance, constants = section.provenance, dict(section.constants)
+    provenance = section.provenance
     if provenance is not None:
         origin = f"{lender}: {provenance.device}, {provenance.software}"
         provenance = replace(provenance, borrowed_from=origin)
-    for name, c in section.constants.items():
-        if c.status == "fitted":
-            constants[name] = replace(c, status="borrowed")
-    wider = (replace(i, low=_round(i.low / spread, 5), high=_round(i.high * spread, 5)) for i in section.intervals)
+    marks = {"fitted": "borrowed"}
+    constants = {n: replace(c, status=marks.get(c.status, c.status)) for n, c in section.constants.items()}
+    wider = (
+        replace(i, low=_round(i.low / BORROWED_SPREAD, 5), high=_round(i.high * BORROWED_SPREAD, 5))
+        for i in section.intervals
+    )
     arrays = section.arrays if fine else smooth_arrays(section.arrays) or section.arrays
     return Section(constants, dict(arrays), tuple(wider), {}, provenance, "borrowed")
-
-
-def smooth_prior(profile: HardwareProfile) -> HardwareProfile:
-    """A profile as another device may lean on it: of its GEMM residual the smooth lattice alone, for finer ones fit one
-    stack only."""
-    gemms = {key: s for key, s in profile.sections.items() if key[0] == "gemm"}
-    return with_sections(profile, {k: replace(s, arrays=smooth_arrays(s.arrays)) for k, s in gemms.items()})
 
 
 def _with_gap(profile: HardwareProfile, lender: HardwareProfile) -> HardwareProfile:
@@ -235,18 +226,17 @@ def main(arguments: Sequence[str] | None = None, report: Callable[[str], None] =
     parser = argparse.ArgumentParser(prog="python -m calibration.fit.shipped", description=about)
     parser.add_argument("names", nargs="*", metavar="NAME", help="profiles to make; all if left out")
     output = "folder for the profiles (default: the one they ship in)"
-    parser.add_argument("-o", "--output", type=Path, default=None, help=output)
-    parser.add_argument("--shared-data", default=None, help="folder of the RTX 4090 tables")
+    parser.add_argument("-o", "--output", type=Path, default=profiles_folder(), help=output)
+    parser.add_argument("--shared-data", help="folder of the RTX 4090 tables")
     given = parser.parse_args(arguments)
     shared = shared_folder(given.shared_data)
-    folder = given.output or profiles_folder()
     try:
         for name in given.names or RECIPES:
             if name == "rtx_4090" and shared is None and not given.names:
                 report("rtx_4090: left as it is; its tables do not ship (--shared-data)")
                 continue
             made = built(name, shared)
-            save_hardware(made.profile, folder / f"{name}.yaml")
+            save_hardware(made.profile, given.output / f"{name}.yaml")
             for (operator, dtype), section in made.profile.sections.items():
                 error = f", unseen MAPE {100 * section.accuracy['mape']:.2f} %" if "mape" in section.accuracy else ""
                 rows = section.provenance.rows if section.provenance else 0

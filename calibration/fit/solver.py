@@ -170,20 +170,11 @@ def fit_logs(
 ) -> ConstantsFit:
     """Constants by repeated searches, until none is on its bound and the data know every free one.
 
-    Parameters
-    ----------
-    misfit, start, ranges, **search
-        As in :func:`minimise`; ``ranges`` names all constants.
-    covariance : callable
-        Of the logs of the free constants at a minimum, given the values of all; and the spread of residuals it assumes.
-    fixed : mapping of str to str
-        Constants that are not free, and why.
-    weak : float
-        Log standard error from which a constant counts as not identified: it goes back to its start.
-    anew : bool
-        Every search begins at the start, and a constant on its bound goes back there too; else it stays on the bound.
-    moot : mapping of str to (str, str)
-        Constants without meaning once another is on its lower bound, and why.
+    ``misfit``, ``start`` and ``search`` are as in :func:`minimise`; ``ranges`` names all constants, ``fixed`` those
+    that are not free, and why. ``covariance`` is that of the logs of the free constants at a minimum, given the values
+    of all, with the spread of residuals it assumes. A constant of a log standard error above ``weak`` goes back to its
+    start. One on its bound stays there or, with ``anew``, goes back too, and every search begins at the start. ``moot``
+    are constants without meaning once another is on its lower bound, and why.
     """
     values, kept = dict(start), dict(fixed or {})
     while free := [name for name in ranges if name not in kept]:

@@ -14,17 +14,15 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.fit.conformal import bands, pair_bands
-from calibration.fit.core import fit_constants, free_constants, timed
-from calibration.fit.gemm import FOLDS, accuracy, starting_constants
-from calibration.fit.residual import FINE_TERMS, OWN, SUPPLE, Block, blocks, evaluate, residual_from, solve
-from calibration.judge.accuracy import GEMMS, Row, titles
-from calibration.judge.protocol import Measured, judge
+from calibration.fit.core import free_constants
+from calibration.fit.gemm import Problem, starting_constants
+from calibration.fit.residual import FINE_TERMS
+from calibration.judge.accuracy import GEMMS, titles
+from calibration.judge.protocol import Measured, Row, judge
 from calibration.judge.report import table
 from simulator.hardware.library import load_hardware
-from simulator.hardware.profile import Fitted, HardwareProfile, Section
-from simulator.kernels.gemm_core import Machine, machine_core
-from simulator.kernels.lattice import residual_arrays
+from simulator.hardware.profile import HardwareProfile, Section
+from simulator.kernels.gemm_core import Machine
 
 F = NDArray[np.float64]
 
@@ -40,23 +38,17 @@ EVERY = frozenset({"*"})
 
 @dataclass(frozen=True)
 class Variant:
-    """The model without one thing: constants ``fixed`` at a value instead of being fitted, and those that are ``idle``
-    then and keep their default; the ``smooth`` lattice, or own lattices ``without`` these coordinates ("*": all of
-    them); weights that count as ``cold`` although the benchmark rotated few; kernels ``swapped`` for the other
-    architecture's.
-
-    ``persistent`` is the kind of kernels that have the mechanism; None: both.
-    """
+    """The model without one thing."""
 
     name: str
     about: str
-    fixed: Mapping[str, float] = field(default_factory=dict)
-    idle: tuple[str, ...] = ()
-    smooth: bool = True
-    without: frozenset[str] = frozenset()
-    cold: bool = False
-    swapped: bool = False
-    persistent: bool | None = None
+    fixed: Mapping[str, float] = field(default_factory=dict)  # constants at a value instead of being fitted
+    idle: tuple[str, ...] = ()  # those without meaning then, which keep their default
+    smooth: bool = True  # with the smooth lattice
+    without: frozenset[str] = frozenset()  # no own lattice in one of these coordinates ("*": none at all)
+    cold: bool = False  # weights count as cold although the benchmark rotated few
+    swapped: bool = False  # the other architecture's kernels
+    persistent: bool | None = None  # the kind of kernels that have the mechanism; None: both
 
     @property
     def mechanism(self) -> bool:
@@ -103,48 +95,19 @@ VARIANTS: tuple[Variant, ...] = (
 
 def profile_of(variant: Variant, hw: HardwareProfile) -> HardwareProfile:
     """The profile a variant is fitted for: with "swapped", Hopper's kind of kernels on another device and Ampere's on a
-    Hopper one.
-
-    >>> profile_of(VARIANTS[-1], load_hardware("h100")).architecture
-    'ampere'
-    """
+    Hopper one."""
     return replace(hw, architecture="ampere" if hw.architecture == "hopper" else "hopper") if variant.swapped else hw
 
 
 def fit_variant(variant: Variant, table: Measured, seed: int = 0) -> Section:
     """The section of :func:`calibration.fit.gemm.fit_gemm` for at least ``FINE_ROWS`` rows, without what the variant
     leaves out."""
-    data, hw, dtype = table.data, table.hw, table.dtype
-    machine = Machine.of(hw, dtype)
-    free = [name for name in free_constants(machine) if name not in {*variant.fixed, *variant.idle}]
-    constants = fit_constants(data, machine, starting_constants(hw, dtype) | dict(variant.fixed), free, seed=seed)
-    core, parts = machine_core(machine, constants.values), timed(data, machine, constants.values)
-    target = np.log(data.seconds * 1e6 / parts.total_us)
+    machine, start = Machine.of(table.hw, table.dtype), starting_constants(table.hw, table.dtype)
+    free = tuple(name for name in free_constants(machine) if name not in {*variant.fixed, *variant.idle})
     terms = () if "*" in variant.without else FINE_TERMS[machine.persistent]
     own = tuple(term for term in terms if not variant.without & set(term))
-    lattices = blocks(data, parts, core, own, data.m, SUPPLE, OWN)[0 if variant.smooth else 1 :]
-    groups = data.groups
-    count = int(groups.max()) + 1
-    unseen = _unseen(lattices, target, np.random.default_rng(seed).permutation(count)[groups] % FOLDS)
-    return Section(
-        {name: Fitted(float(value), None, "fitted") for name, value in constants.values.items()},
-        residual_arrays(residual_from(lattices, solve(lattices, target), data.m), data.m) if lattices else {},
-        (*bands(unseen, data.m, parts, core, count), *pair_bands(unseen, data)),
-        accuracy(unseen, data.m),
-        None,
-        "calibrated",
-    )
-
-
-def _unseen(lattices: list[Block], target: F, fold: NDArray[np.intp]) -> F:
-    """Log of predicted over measured of each row, by lattices fitted to the other folds."""
-    if not lattices:
-        return -target  # a dozen constants know nothing of a single one of thousands of rows
-    out = np.empty(len(target))
-    for i in range(int(fold.max()) + 1):
-        test = np.flatnonzero(fold == i)
-        out[test] = evaluate(lattices, solve(lattices, target, np.flatnonzero(fold != i)), test) - target[test]
-    return out
+    problem = Problem(machine, {**start, **variant.fixed}, own, None, seed, free, variant.smooth)
+    return problem.fit(table.data).section
 
 
 Unit = tuple[str, Variant, int]
@@ -182,9 +145,6 @@ def run_all(say: Callable[[str], None]) -> list[Row]:
         out.append(run((name, variant, seed)))
         say(f"{len(out)}/{len(todo)} {name}, {variant.name}, split {seed}: {out[-1]['mape']:.2f} %")
     return out
-
-
-# -- the page ----------------------------------------------------------------------------------------------------------
 
 
 def tables(rows: Sequence[Row]) -> list[str]:

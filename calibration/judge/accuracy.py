@@ -3,7 +3,7 @@ elementwise operators.
 
 Use :func:`run_protocol`; ``prunesim validate --protocol`` prints its rows and :mod:`calibration.judge.pages` makes
 ``docs/accuracy.md`` of them. How a split is made and judged is in :mod:`calibration.judge.protocol` and
-:mod:`calibration.judge.protocol_attention`; here is only what is run. Scores are in percent.
+:mod:`calibration.judge.protocol_operators`; here is only what is run. Scores are in percent.
 """
 
 from __future__ import annotations
@@ -12,50 +12,47 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 
-from calibration.fit.core import shapes
-from calibration.fit.kernels import weight_copies
-from calibration.judge import protocol
-from calibration.judge.protocol import Measured, Result
+from calibration.fit.attention import calls_of
+from calibration.fit.core import shapes_of
+from calibration.fit.elementwise import Moves
+from calibration.fit.shipped import HEAD_DIM, rtx_tables, shared_folder
+from calibration.judge import protocol, protocol_operators
+from calibration.judge.protocol import Measured, Row, row
 from calibration.measurements import load_measurements
 from calibration.records.records import Records
 from simulator.errors import InputError, unknown
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile, Section
+from simulator.kernels.elementwise import class_code
 from simulator.kernels.gemm_core import Machine
 from simulator.kernels.lattice import smooth_arrays
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Table:
-    """A GEMM table to judge: profile with the datasheet, shipped measurement, number format, and the other stack's
-    table that lends a prior."""
+    """A shipped GEMM table to judge."""
 
-    hardware: str
+    hardware: str  # profile with the datasheet
     measurement: str
     dtype: str = "bf16"
-    sibling: str = ""
+    sibling: str = ""  # the other stack's table, which lends a prior
 
     def load(self, measurement: str = "") -> Measured:
         """Its rows, or those of another measurement of the device."""
         return _loaded(measurement or self.measurement, self.hardware, self.dtype)
 
 
-GEMMS: Mapping[str, Table] = MappingProxyType(
-    {
-        "a100": Table("a100_sxm_80gb", "a100_sxm/gemm/trtllm", sibling="a100_sxm/gemm/sglang"),
-        "h100": Table("h100_sxm", "h100_sxm/gemm/trtllm", sibling="h100_sxm/gemm/sglang"),
-        "h100_fp8": Table("h100_sxm", "h100_sxm/gemm/trtllm", "fp8"),
-        "h200": Table("h200_sxm", "h200_sxm/gemm/trtllm"),
-        "l40s": Table("l40s", "l40s/gemm/trtllm"),
-        "rtx_pro_6000": Table("rtx_pro_6000", "rtx_pro_6000/gemm/trtllm"),
-    }
-)
+GEMMS: Mapping[str, Table] = {
+    "a100": Table("a100_sxm_80gb", "a100_sxm/gemm/trtllm", sibling="a100_sxm/gemm/sglang"),
+    "h100": Table("h100_sxm", "h100_sxm/gemm/trtllm", sibling="h100_sxm/gemm/sglang"),
+    "h100_fp8": Table("h100_sxm", "h100_sxm/gemm/trtllm", "fp8"),
+    "h200": Table("h200_sxm", "h200_sxm/gemm/trtllm"),
+    "l40s": Table("l40s", "l40s/gemm/trtllm"),
+    "rtx_pro_6000": Table("rtx_pro_6000", "rtx_pro_6000/gemm/trtllm"),
+}
 STACKS = ("a100_sglang", "h100_sglang", "l40s_sglang")
 """Another stack's table of the same GPU."""
 TABLES: tuple[str, ...] = (*GEMMS, *STACKS, "h200_from_h100", "rtx_4090", "attention", "elementwise")
@@ -73,19 +70,9 @@ def run_protocol(
     """Scores of every table, method, size and seed: rows of "table", "method", "rows" (0: all), "trained_on", "seed",
     scores.
 
-    Parameters
-    ----------
-    tables : sequence of str
-        Of :data:`TABLES`; "all" for all of them (the RTX 4090's only where its rows are at hand).
-    sizes : sequence of int or None
-        Training rows; None for all there are.
-    progress : callable, optional
-        Called with (steps done, steps in all).
-
-    Raises
-    ------
-    InputError
-        For an unknown table, or one whose rows are not at hand.
+    ``tables`` are of :data:`TABLES`, "all" for all of them (the RTX 4090's only where its rows are at hand); ``sizes``
+    training rows, None for all there are. ``progress`` is called with (steps done, steps in all). InputError for an
+    unknown table, or one whose rows are not at hand.
     """
     chosen = TABLES if "all" in tables else tuple(tables)
     for name in chosen:
@@ -118,15 +105,9 @@ def _units(
         raise InputError(f"table {name}: its rows do not ship; set PRUNESIM_SHARED_DATA to their folder")
 
 
-def _row(table: str, size: int | None, result: Result) -> Row:
-    head = {"table": table, "method": result.method, "rows": size or 0, "trained_on": result.rows, "seed": result.seed}
-    return {**head, **result.scores}
-
-
 def gemm_rows(records: Records, hw: HardwareProfile, dtype: str) -> Measured:
     """GEMM rows as a fit takes them."""
-    r = records.select(records.is_operator("gemm"))
-    return Measured(shapes(r.m, r.n, r.k, r.seconds, Machine.of(hw, dtype), weight_copies(r)), hw, dtype)
+    return Measured(shapes_of(records, Machine.of(hw, dtype)), hw, dtype)
 
 
 @lru_cache(maxsize=8)
@@ -145,24 +126,24 @@ def _gemm(name: str, size: int | None, seed: int) -> list[Row]:
     found = [protocol.evaluate_table(data, size, seed)]
     if table.sibling and size is not None and size <= 1000:
         found.append(protocol.evaluate_table(data, size, seed, _fitted(table, table.sibling)))
-    return [_row(name, size, result) for result in (*found, *protocol.evaluate_baselines(data, size, seed))]
+    found += protocol.evaluate_baselines(data, size, seed)
+    return [{**result, "table": name, "rows": size or 0} for result in found]
 
 
 def _other_stack(name: str, seed: int) -> list[Row]:
     table = GEMMS[name.removesuffix("_sglang")]
     other = table.load(table.measurement.replace("trtllm", "sglang"))
-    return [_row(name, result.rows, result) for result in protocol.transfer(_fitted(table), other, seed)]
+    moved = protocol.transfer(_fitted(table), other, seed)
+    return [{**result, "table": name, "rows": result["trained_on"]} for result in moved]
 
 
 def _h200() -> list[Row]:
     scores = protocol.judge(_fitted(GEMMS["h100"]), GEMMS["h200"].load())
-    return [_row("h200_from_h100", None, Result("H100's section on the H200's datasheet", 0, 0, scores))]
+    return [row("H100's section on the H200's datasheet", 0, 0, scores, "h200_from_h100")]
 
 
 @lru_cache(maxsize=1)
 def _rtx_rows() -> tuple[HardwareProfile, Records] | None:
-    from calibration.fit.shipped import rtx_tables, shared_folder
-
     folder, hw = shared_folder(), load_hardware("rtx_4090")
     return None if folder is None else (hw, rtx_tables(folder, hw))
 
@@ -176,45 +157,39 @@ def _rtx_4090(hw: HardwareProfile, records: Records) -> list[Row]:
     for name, lent in (("prunesim", None), ("prunesim + prior", prior)):
         method = f"{name}, one projection left out"
         results = protocol.leave_one_out(table, labels, lent)
-        out += [_row("rtx_4090", None, replace(result, method=method)) for result in results]
+        out += [{**result, "table": "rtx_4090", "method": method} for result in results]
     return out
 
 
 def _attention(seed: int, sizes: Sequence[int | None]) -> list[Row]:
-    from calibration.fit.attention import columns_of
-    from calibration.fit.shipped import HEAD_DIM
-    from calibration.judge.protocol_attention import QUESTIONS, TABLES, score
-
     out: list[Row] = []
-    for phase, name, table in TABLES:
-        hw, c = load_hardware(name), columns_of(load_measurements(table, dtype="bf16"))
-        c = c.take(c.head_dim == HEAD_DIM)
-        for question in QUESTIONS:
-            for size in (size or 0 for size in sizes if size is None or size >= 400):
-                found = score(phase, c, Machine.of(hw), hw.architecture, question, size, seed)
-                scores = {key.replace("_", " "): 100.0 * value for key, value in found.items()}
-                scores["lowest coverage"] = min(v for key, v in scores.items() if key.startswith("coverage "))
-                scores["width"] *= 2.0
-                out.append(_row(f"attention {name}", size, Result(f"{phase}, unseen {question}", seed, size, scores)))
+    for phase, name, table in protocol_operators.TABLES:
+        hw = load_hardware(name)
+        calls = calls_of(load_measurements(table, dtype="bf16"), phase, Machine.of(hw))
+        calls = calls.take(calls.head_dim == HEAD_DIM)
+        for question in protocol_operators.QUESTIONS:
+            for size in _large(sizes):
+                scores = protocol_operators.score_attention(calls, hw.architecture, question, size, seed)
+                out.append(row(f"{phase}, unseen {question}", seed, size, scores, f"attention {name}", size))
     return out
 
 
 def _elementwise(hw: HardwareProfile, records: Records, seeds: Sequence[int], sizes: Sequence[int | None]) -> list[Row]:
-    from calibration.fit.elementwise import score
-    from simulator.kernels.elementwise import class_code
-
     r = records.select(records.is_operator("elementwise"))
-    rows = (r.read_bytes + r.write_bytes, class_code(r.role), r.seconds)
-    device = (hw.l2_bytes, hw.bandwidth_bytes_per_s, hw.architecture)
+    device = hw.l2_bytes, hw.bandwidth_bytes_per_s, hw.architecture
+    moves = Moves(r.read_bytes + r.write_bytes, class_code(r.role), r.seconds, *device)
     out = []
-    for size in (size or 0 for size in sizes if size is None or size >= 400):
+    for size in _large(sizes):
         for seed in seeds:
-            scores = {key.replace("_", " "): 100.0 * v for key, v in score(*rows, *device, size, seed).items()}
-            out.append(_row("elementwise rtx_4090", size, Result("prunesim", seed, size, scores)))
+            scores = protocol_operators.score_elementwise(moves, size, seed)
+            out.append(row("prunesim", seed, size, scores, "elementwise rtx_4090", size))
     return out
 
 
-# -- means over seeds --------------------------------------------------------------------------------------------------
+def _large(sizes: Sequence[int | None]) -> list[int]:
+    """Training rows that operators with few rows are judged at, 0 for all."""
+    return [size or 0 for size in sizes if size is None or size >= 400]
+
 
 # fmt: off
 COLUMNS: tuple[tuple[str, str, int], ...] = (
@@ -249,10 +224,8 @@ def means(rows: Sequence[Row], table: str) -> list[Row]:
 def columns_of_table(rows: Sequence[Row], table: str) -> list[tuple[str, list[str]]]:
     """One table as (title, cells), means over seeds."""
     found = means(rows, table)
-    columns = [
-        ("method", [str(r["method"]) for r in found]),
-        ("rows", [str(r["rows"] or ("-" if "as shipped" in r["method"] else "all")) for r in found]),
-    ]
+    sizes = [str(r["rows"] or ("-" if "as shipped" in r["method"] else "all")) for r in found]
+    columns = [("method", [str(r["method"]) for r in found]), ("rows", sizes)]
     for title, score, digits in COLUMNS:
         if any(score in r for r in found):
             cells = ["" if r.get(score, np.nan) != r.get(score, np.nan) else f"{r[score]:.{digits}f}" for r in found]

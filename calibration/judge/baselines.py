@@ -1,13 +1,13 @@
 """What the GEMM model is judged against: rooflines with none, two and three constants, and a roofline with an RBF
 residual.
 
-Each function takes training shapes, a machine, and shapes to predict, and returns seconds.
+Each of :data:`BASELINES` takes training shapes, a machine, and shapes to predict, and returns seconds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from scipy.optimize import least_squares
 
 from calibration.fit.core import Shapes
 from calibration.fit.solver import HUBER
+from calibration.judge.validate import SIMPLE_FLOOR_S, SIMPLE_SHARE
 from simulator.kernels.gemm_core import Machine
 
 F = NDArray[np.float64]
@@ -28,18 +29,13 @@ def flop_and_byte_time(data: Shapes, machine: Machine) -> tuple[F, F]:
     return flop / machine.peak_flop_per_s, moved / machine.bandwidth_bytes_per_s
 
 
-def datasheet(train: Shapes, machine: Machine, test: Shapes) -> F:
-    """max(FLOP / peak, bytes / bandwidth)."""
-    return np.maximum(*flop_and_byte_time(test, machine))
-
-
-def rule_of_thumb(train: Shapes, machine: Machine, test: Shapes) -> F:
-    """max(FLOP / peak, bytes / 0.8 bandwidth) + 3 us."""
+def roofline(share: float, floor_s: float, train: Shapes, machine: Machine, test: Shapes) -> F:
+    """max(FLOP / peak, bytes / (share of the bandwidth)) and a fixed time."""
     compute, moved = flop_and_byte_time(test, machine)
-    return np.maximum(compute, moved / 0.8) + 3e-6
+    return np.maximum(compute, moved / share) + floor_s
 
 
-def _fitted_roofline(start: Sequence[float], train: Shapes, machine: Machine, test: Shapes) -> F:
+def fitted_roofline(start: Sequence[float], train: Shapes, machine: Machine, test: Shapes) -> F:
     """t0 + max(FLOP / (a peak), bytes / (b bandwidth)) by robust least squares in log time, from ``start`` = (a, b) or
     (t0, a, b)."""
 
@@ -54,21 +50,14 @@ def _fitted_roofline(start: Sequence[float], train: Shapes, machine: Machine, te
     return form(np.exp(least_squares(misfit, np.log(start), loss="soft_l1", f_scale=HUBER).x), test)
 
 
-def three_constants(train: Shapes, machine: Machine, test: Shapes) -> F:
-    """t0 + max(FLOP / (a peak), bytes / (b bandwidth)), the three fitted."""
-    return _fitted_roofline((3e-6, 0.7, 0.8), train, machine, test)
+three_constants = partial(fitted_roofline, (3e-6, 0.7, 0.8))
 
 
-def two_efficiencies(train: Shapes, machine: Machine, test: Shapes) -> F:
-    """max(FLOP / (a peak), bytes / (b bandwidth)), the two efficiencies fitted: what GenZ-style LLM simulators use."""
-    return _fitted_roofline((0.5, 0.5), train, machine, test)
-
-
-def roofline_rbf(train: Shapes, machine: Machine, test: Shapes, limit: int = 4000, seed: int = 0) -> F:
-    """Three constants times an RBF interpolant of the log residual over log2 (m, n, k); of at most ``limit`` training
-    rows, whose cube is its cost."""
-    if len(train) > limit:
-        train = train.take(np.random.default_rng(seed).choice(len(train), limit, replace=False))
+def roofline_rbf(train: Shapes, machine: Machine, test: Shapes) -> F:
+    """Three constants times an RBF interpolant of the log residual over log2 (m, n, k); of at most 4,000 training rows,
+    whose cube is its cost."""
+    if len(train) > 4000:
+        train = train.take(np.random.default_rng(0).choice(len(train), 4000, replace=False))
 
     def axes(d: Shapes) -> F:
         return np.log2(np.stack([d.m, d.n, d.k], axis=1))
@@ -79,13 +68,11 @@ def roofline_rbf(train: Shapes, machine: Machine, test: Shapes, limit: int = 400
     return np.asarray(three_constants(train, machine, test) * np.exp(smooth(axes(test))), dtype=np.float64)
 
 
-BASELINES: Mapping[str, Callable[[Shapes, Machine, Shapes], F]] = MappingProxyType(
-    {
-        "datasheet roofline": datasheet,
-        "max(flop, bytes/0.8) + 3 us": rule_of_thumb,
-        "two efficiencies (GenZ-style)": two_efficiencies,
-        "three-constant roofline": three_constants,
-        "roofline + RBF": roofline_rbf,
-    }
-)
+BASELINES: Mapping[str, Callable[[Shapes, Machine, Shapes], F]] = {
+    "datasheet roofline": partial(roofline, 1.0, 0.0),
+    "max(flop, bytes/0.8) + 3 us": partial(roofline, SIMPLE_SHARE, SIMPLE_FLOOR_S),
+    "two efficiencies (GenZ-style)": partial(fitted_roofline, (0.5, 0.5)),  # what GenZ-style LLM simulators use
+    "three-constant roofline": three_constants,
+    "roofline + RBF": roofline_rbf,
+}
 """Baselines by name."""

@@ -21,7 +21,8 @@ from calibration.fit.core import bootstrap, fit_constants, free_constants
 from calibration.fit.shipped import RECIPES, built, rtx_tables, shared_folder
 from calibration.fit.solver import FittedPart
 from calibration.judge import ablations, accuracy, published
-from calibration.judge.accuracy import GEMMS, STACKS, Row
+from calibration.judge.accuracy import GEMMS, STACKS
+from calibration.judge.protocol import Row
 from calibration.judge.report import table
 from simulator.errors import InputError
 from simulator.files.write import check_target, write_whole
@@ -53,8 +54,6 @@ def filled(page: str, tables: Sequence[str]) -> str:
 def _read(page: str) -> str:
     return (DOCS / f"{page}.md").read_text(encoding="utf-8")
 
-
-# -- accuracy ----------------------------------------------------------------------------------------------------------
 
 BARS: Mapping[str, Mapping[str, float]] = {
     "a100": {"mape 400": 6.0, "prior 400": 4.8, "mape all": 4.2, "speedup median": 4.0, "speedup p95": 17.0},
@@ -121,38 +120,35 @@ def _against_bars(name: str, found: Sequence[Row]) -> Iterator[list[str]]:
         yield [*cells[:-1], cells[-1] + (" (87-93, ≥ 82)" if every else "")]
 
 
-# -- constants ---------------------------------------------------------------------------------------------------------
-
-
-def constants_page(names: Sequence[str], shared: Path | None = None, repeats: int = 25) -> str:
+def constants_page(shared: Path | None = None) -> str:
     """``docs/constants.md``: by device, each constant with its standard error, its bootstrap spread, and what it is
     confused with."""
     lines = ["## GEMM, bf16, side by side", ""]
-    lines += ["As the profiles ship, with the relative standard error of the fit.", "", overview(names), ""]
-    for name in names:
-        if RECIPES[name].tables or (name == "rtx_4090" and shared is not None):
+    lines += ["As the profiles ship, with the relative standard error of the fit.", "", overview(tuple(RECIPES)), ""]
+    for name, recipe in RECIPES.items():
+        if recipe.tables or (name == "rtx_4090" and shared is not None):
             _say(name)
             fit = built(name, shared)
             lines += [f"## {fit.profile.title}", ""]
             for part in fit.parts:
-                spread = _bootstrap(name, part, repeats, shared) if part.operator == "gemm" else {}
+                spread = _bootstrap(name, part, shared) if part.operator == "gemm" else {}
                 lines += constants_of_part(part, spread)
     return head("constants") + "\n".join(lines).rstrip() + "\n"
 
 
-def overview(names: Sequence[str], dtype: str = "bf16") -> str:
-    """A table of the constants a dense fit may find, one column a GPU with a calibrated GEMM section, as its profile
-    ships.
+def overview(names: Sequence[str]) -> str:
+    """A table of the constants a dense bf16 fit may find, one column a GPU with a calibrated GEMM section, as its
+    profile ships.
 
     >>> print(overview(["h100_sxm"]).split("\\n")[2])
     | `t0` | s | 2.68e-06 ± 0.3 % |
     """
-    known, profiles = CONSTANTS["gemm"], [hw for hw in map(load_hardware, names) if dtype in hw.rates]
-    profiles = [hw for hw in profiles if hw.section("gemm", dtype).status == "calibrated"]
-    shown = dict.fromkeys(name for hw in profiles for name in free_constants(Machine.of(hw, dtype)))
-    sections = [hw.section("gemm", dtype) for hw in profiles]
-    rows = [[f"`{name}`", known[name].unit, *(_value(s.constants[name]) for s in sections)] for name in shown]
-    return table(["constant", "unit", *(f"`{hw.name}`" for hw in profiles)], rows, left=(0, 1))
+    known, profiles = CONSTANTS["gemm"], [hw for hw in map(load_hardware, names) if "bf16" in hw.rates]
+    sections = {hw: hw.section("gemm", "bf16") for hw in profiles}
+    sections = {hw: section for hw, section in sections.items() if section.status == "calibrated"}
+    shown = dict.fromkeys(name for hw in sections for name in free_constants(Machine.of(hw, "bf16")))
+    rows = [[f"`{n}`", known[n].unit, *(_value(s.constants[n]) for s in sections.values())] for n in shown]
+    return table(["constant", "unit", *(f"`{hw.name}`" for hw in sections)], rows, left=(0, 1))
 
 
 def _value(c: Fitted) -> str:
@@ -164,7 +160,7 @@ def _relative(c: Fitted, digits: str = ".2g") -> str:
     return "-" if c.std_error is None else f"{100 * c.std_error / abs(c.value):{digits}}"
 
 
-def _bootstrap(name: str, part: FittedPart, repeats: int, shared: Path | None) -> Mapping[str, float]:
+def _bootstrap(name: str, part: FittedPart, shared: Path | None) -> Mapping[str, float]:
     hw = load_hardware(name)
     known = next((t for t in GEMMS.values() if t.hardware == name and t.dtype == part.dtype), None)
     if known is not None:
@@ -173,10 +169,9 @@ def _bootstrap(name: str, part: FittedPart, repeats: int, shared: Path | None) -
         data = accuracy.gemm_rows(rtx_tables(shared, hw), hw, part.dtype).data
     else:
         return {}
-    machine, start = Machine.of(hw, part.dtype), {n: c.value for n, c in part.section.constants.items()}
-    fitted = [n for n, c in part.section.constants.items() if c.status == "fitted"]
-    free = [n for n in fitted if not n.startswith(("quant", "sparse"))]
-    return bootstrap(data, machine, fit_constants(data, machine, start, free), repeats)
+    constants, machine = part.section.constants, Machine.of(hw, part.dtype)
+    free = [n for n, c in constants.items() if c.status == "fitted" and not n.startswith(("quant", "sparse"))]
+    return bootstrap(data, machine, fit_constants(data, machine, {n: c.value for n, c in constants.items()}, free), 25)
 
 
 def constants_of_part(part: FittedPart, spread: Mapping[str, float]) -> list[str]:
@@ -199,9 +194,6 @@ def constants_of_part(part: FittedPart, spread: Mapping[str, float]) -> list[str
     elif part.correlations:
         lines += ["No two constants are correlated by 0.5 or more.", ""]
     return lines
-
-
-# -- commands ----------------------------------------------------------------------------------------------------------
 
 
 def commands() -> Iterator[tuple[str, Any]]:
@@ -257,36 +249,32 @@ def commands_page() -> str:
     return head("commands") + "\n".join([first, "", *lines]).rstrip() + "\n"
 
 
-# -- the program -------------------------------------------------------------------------------------------------------
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command of the module's docstring; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        "python -m calibration.judge.pages", description="Generate a page of the documentation."
-    )
+    about = "Generate a page of the documentation."
+    parser = argparse.ArgumentParser("python -m calibration.judge.pages", description=about)
     parser.add_argument("page", choices=("accuracy", "constants", "ablations", "published", "commands"))
     parser.add_argument("-o", "--output", required=True, help="Markdown file")
     kept = "accuracy, ablations: JSON file of the rows behind the page, read if it exists, else written"
     parser.add_argument("--results", type=Path, help=kept)
     parser.add_argument("--shared-data", help="folder of the RTX 4090 tables")
     given = parser.parse_args(arguments)
+
+    def judged() -> list[Row]:
+        return accuracy.run_protocol(progress=lambda done, total: _say(f"{done}/{total}"))
+
+    made: Mapping[str, Callable[[], str]] = {
+        "accuracy": lambda: filled("accuracy", accuracy_tables(_rows(given.results, judged))),
+        "ablations": lambda: filled(
+            "ablations", ablations.tables(_rows(given.results, lambda: ablations.run_all(_say)))
+        ),
+        "published": lambda: filled("published", published.tables()),
+        "constants": lambda: constants_page(shared_folder(given.shared_data)),
+        "commands": commands_page,
+    }
     try:
         check_target(given.output)
-        if given.page == "accuracy":
-            rows = _rows(
-                given.results, lambda: accuracy.run_protocol(progress=lambda done, total: _say(f"{done}/{total}"))
-            )
-            text = filled("accuracy", accuracy_tables(rows))
-        elif given.page == "ablations":
-            text = filled("ablations", ablations.tables(_rows(given.results, lambda: ablations.run_all(_say))))
-        elif given.page == "published":
-            text = filled("published", published.tables())
-        elif given.page == "constants":
-            text = constants_page(tuple(RECIPES), shared_folder(given.shared_data))
-        else:
-            text = commands_page()
-        write_whole(given.output, text.encode())
+        write_whole(given.output, made[given.page]().encode())
     except InputError as error:
         _say(f"calibration.judge.pages: {error}")
         return 2

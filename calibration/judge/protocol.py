@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.fit.conformal import neighbours
 from calibration.fit.core import Shapes
 from calibration.fit.gemm import anchor_gemm, fit_gemm
 from calibration.judge import scores
@@ -27,6 +28,7 @@ from simulator.kernels.intervals import OpTime
 
 F = NDArray[np.float64]
 Rows = NDArray[np.intp]
+Row = dict[str, Any]
 
 SEEDS = (0, 1, 2)
 SIZES: tuple[int | None, ...] = (100, 400, 4000, None)
@@ -57,8 +59,7 @@ class Measured:
 
     def fit(self, **known: Any) -> Section:
         """The section :func:`fit_gemm` makes of all rows."""
-        d = self.data
-        return fit_gemm(d.m, d.n, d.k, d.seconds, self.hw, dtype=self.dtype, copies=d.copies, **known).section
+        return fit_gemm(self.data, self.hw, dtype=self.dtype, **known).section
 
     def times(self, section: Section) -> OpTime:
         """Times a section gives the rows under their own protocol (warm or cold weights)."""
@@ -66,14 +67,9 @@ class Measured:
         return gemm_time(d.m, d.n, d.k, with_section(self.hw, self.dtype, section), dtype=self.dtype, copies=copies)
 
 
-@dataclass(frozen=True)
-class Result:
-    """Scores of one method on one split; ``rows`` it was trained on, 0 for methods without any."""
-
-    method: str
-    seed: int
-    rows: int
-    scores: Mapping[str, float]
+def row(method: str, seed: int, trained_on: int, scores: Mapping[str, float], table: str = "", rows: int = 0) -> Row:
+    """Scores of one method on one split of a table, trained on so many rows (0: none) of those asked for (0: all)."""
+    return {"table": table, "method": method, "rows": rows, "trained_on": trained_on, "seed": seed, **scores}
 
 
 def split(data: Shapes, seed: int) -> tuple[Rows, Rows]:
@@ -81,9 +77,8 @@ def split(data: Shapes, seed: int) -> tuple[Rows, Rows]:
     groups = data.groups
     count = int(groups.max()) + 1
     order = np.random.default_rng(seed).permutation(count)
-    unseen = np.zeros(count, dtype=bool)
-    unseen[order[: round(TEST_SHARE * count)]] = True
-    return np.flatnonzero(~unseen[groups]), np.flatnonzero(unseen[groups])
+    unseen = np.isin(groups, order[: round(TEST_SHARE * count)])
+    return np.flatnonzero(~unseen), np.flatnonzero(unseen)
 
 
 def draw(rows: Rows, size: int | None, seed: int) -> Rows:
@@ -101,14 +96,10 @@ def errors(predicted: F, data: Shapes) -> dict[str, float]:
     return found
 
 
-def neighbours(data: Shapes) -> Rows:
-    """Pairs (smaller, larger) of rows that differ in one of m, n, k by a ratio in [0.25, 1)."""
-    return scores.pairs({"m": data.m, "n": data.n, "k": data.k}, limit=None)
-
-
 def speedups(predicted: F, data: Shapes, pairs: Rows | None = None) -> dict[str, float]:
     """Error of the speedup larger over smaller of neighbours: median, p95, Spearman, count."""
-    found = scores.speedups(predicted, data.seconds, neighbours(data) if pairs is None else pairs, 100.0)
+    pairs = neighbours((data.m, data.n, data.k)) if pairs is None else pairs
+    found = scores.speedups(predicted, data.seconds, pairs, 100.0)
     names = [name for name in ("median", "p95", "spearman", "pairs") if name in found]
     return {f"speedup {name}": float(found[name]) for name in names}
 
@@ -130,15 +121,11 @@ def llm_pairs(data: Shapes, near: float = 0.26) -> Rows:
     n or k, or three quarters or half of m."""
     logs = np.log2(np.stack([data.n, data.k], axis=1))
     far = np.abs(logs[:, None, :] - np.log2(LLM_WIDTHS)).max(axis=2).min(axis=1)
-    pairs = neighbours(data)
-    small, large = pairs[:, 0], pairs[:, 1]
-    keep = (far <= near)[large]
-    keep &= (
-        np.isin(data.m[small] / data.m[large], (0.75, 0.5))
-        | np.isin(data.n[small] / data.n[large], (0.5, 0.25))
-        | np.isin(data.k[small] / data.k[large], (0.5, 0.25))
-    )
-    return np.stack([small[keep], large[keep]], axis=1)
+    pairs = neighbours((data.m, data.n, data.k))
+    small, large = pairs.T
+    cuts = (data.m, (0.75, 0.5)), (data.n, (0.5, 0.25)), (data.k, (0.5, 0.25))
+    pruned = np.any([np.isin(size[small] / size[large], ratios) for size, ratios in cuts], axis=0)
+    return np.asarray(pairs[(far <= near)[large] & pruned])
 
 
 def judge(section: Section, table: Measured) -> dict[str, float]:
@@ -155,50 +142,47 @@ def judge(section: Section, table: Measured) -> dict[str, float]:
     return out
 
 
-def evaluate_table(table: Measured, size: int | None, seed: int, prior: Section | None = None) -> Result:
-    """Fit on ``size`` rows (None: all) of the training pairs and judge on every row of the others.
-
-    ``prior`` is the section of a sibling or another stack.
-    """
+def evaluate_table(table: Measured, size: int | None, seed: int, prior: Section | None = None) -> Row:
+    """Fit on ``size`` rows (None: all) of the training pairs and judge on every row of the others; ``prior`` is the
+    section of a sibling or another stack."""
     own, unseen = table.drawn(size, seed)
     method = "prunesim" if prior is None else "prunesim + prior"
-    return Result(method, seed, len(own.data), judge(own.fit(prior=prior, seed=seed), unseen))
+    return row(method, seed, len(own.data), judge(own.fit(prior=prior, seed=seed), unseen))
 
 
-def evaluate_baselines(table: Measured, size: int | None, seed: int) -> list[Result]:
+def evaluate_baselines(table: Measured, size: int | None, seed: int) -> list[Row]:
     """The baselines on the same rows."""
     own, unseen = (part.data for part in table.drawn(size, seed))
     out = []
     for name, baseline in BASELINES.items():
         predicted = baseline(own, Machine.of(table.hw, table.dtype), unseen)
-        out.append(Result(name, seed, len(own), {**errors(predicted, unseen), **speedups(predicted, unseen)}))
+        out.append(row(name, seed, len(own), {**errors(predicted, unseen), **speedups(predicted, unseen)}))
     return out
 
 
-def transfer(section: Section, table: Measured, seed: int, sizes: Sequence[int] = (20, 100, 400)) -> list[Result]:
+def transfer(section: Section, table: Measured, seed: int, sizes: Sequence[int] = (20, 100, 400)) -> list[Row]:
     """A section on another stack's table: as shipped, and re-anchored on some shapes; judged on unseen (n, k) pairs."""
-    out = [Result("as shipped", seed, 0, judge(section, table.drawn(None, seed)[1]))]
+    out = [row("as shipped", seed, 0, judge(section, table.drawn(None, seed)[1]))]
     for size in sizes:
         own, unseen = table.drawn(size, seed)
-        d, dtype = own.data, own.dtype
-        moved = anchor_gemm(section, d.m, d.n, d.k, d.seconds, own.hw, dtype=dtype, copies=d.copies).section
-        out.append(Result("re-anchored", seed, len(d), judge(moved, unseen)))
+        moved = anchor_gemm(section, own.data, own.hw, dtype=own.dtype).section
+        out.append(row("re-anchored", seed, len(own.data), judge(moved, unseen)))
     return out
 
 
-def leave_one_out(table: Measured, labels: NDArray[Any], prior: Section | None = None) -> list[Result]:
+def leave_one_out(table: Measured, labels: NDArray[Any], prior: Section | None = None) -> list[Row]:
     """For a table of a few projections: fit on all but one, judge on it. ``method`` names the one left out; the last
     result, "all", pools their rows."""
     out, times, tests = [], [], []
     for i, label in enumerate(np.unique(labels)):
         test = table.take(labels == label)
         section = table.take(labels != label).fit(prior=prior)
-        out.append(Result(str(label), i, len(labels) - len(test.data), judge(section, test)))
+        out.append(row(str(label), i, len(labels) - len(test.data), judge(section, test)))
         times.append(test.times(section))
         tests.append(np.flatnonzero(labels == label))
     pooled, time = table.data.take(np.concatenate(tests)), joined(times)
     own = np.repeat(np.arange(len(tests)), [len(rows) for rows in tests])
-    pairs = neighbours(pooled)
+    pairs = neighbours((pooled.m, pooled.n, pooled.k))
     pairs = pairs[own[pairs[:, 0]] == own[pairs[:, 1]]]
     overall = {**errors(time.seconds, pooled), **speedups(time.seconds, pooled, pairs), **coverage(time, pooled)}
-    return [*out, Result("all", len(out), len(labels), overall)]
+    return [*out, row("all", len(out), len(labels), overall)]

@@ -42,21 +42,17 @@ MISS = 0.10
 
 @dataclass(frozen=True)
 class Comparison:
-    """One published value, a ratio of times or seconds, beside the prediction of it.
+    """One published value, a ratio of times or seconds, beside the prediction of it."""
 
-    ``what`` is method, model and fraction, ``where`` GPU, phase, batch, length and runtime; ``assumed`` what the source
-    leaves open, ``reason`` the likely one of a miss.
-    """
-
-    what: str
-    where: str
+    what: str  # method, model and fraction
+    where: str  # GPU, phase, batch, length and runtime
     measured: float
     predicted: float
     lower: float
     upper: float
     source: str
-    assumed: str = ""
-    reason: str = ""
+    assumed: str = ""  # what the source leaves open
+    reason: str = ""  # the likely one of a miss
 
     @property
     def error(self) -> float:
@@ -70,20 +66,12 @@ class Comparison:
 
 
 def median_error(rows: Sequence[Comparison]) -> float:
-    """Median absolute relative error.
-
-    >>> median_error([Comparison("", "", 1.0, 1.1, 1, 2, ""), Comparison("", "", 2.0, 2.0, 1, 2, "")])
-    0.05
-    """
+    """Median absolute relative error."""
     return round(median(abs(r.error) for r in rows), 12)
 
 
 def compare_speedups() -> list[Comparison]:
-    """Published speedups of pruned models, predicted under the same conditions.
-
-    >>> all(c.predicted > 0.8 for c in compare_speedups())
-    True
-    """
+    """Published speedups of pruned models, predicted under the same conditions."""
     return [_speedup(row) for row in published("speedups")]
 
 
@@ -98,18 +86,12 @@ def _speedup(row: Mapping[str, str]) -> Comparison:
     if row["scope"] == "projections":
         dense, pruned, scope = _projections(dense), _projections(pruned), "projections of a layer"
     (found,) = speedups(dense, [pruned], hw, row["runtime"])
-    ratio = float(row["dense"]) / float(row["pruned"])
-    return Comparison(
-        f"{row['method']}, {row['model']}, {100 * fraction:.3g} %{f' from layer {first}' if first else ''}",
-        f"{row['gpu']}, {scope}, batch {row['batch']}, seq {row['new_tokens'] or row['seq']}, {row['runtime']}",
-        float(row["pruned"]) / float(row["dense"]) if row["unit"].startswith("tokens") else ratio,
-        found.speedup,
-        found.lower,
-        found.upper,
-        row["source"],
-        row["assumed"],
-        row["reason"],
-    )
+    before, after = float(row["dense"]), float(row["pruned"])
+    ratio = after / before if row["unit"].startswith("tokens") else before / after
+    what = f"{row['method']}, {row['model']}, {100 * fraction:.3g} %{f' from layer {first}' if first else ''}"
+    where = f"{row['gpu']}, {scope}, batch {row['batch']}, seq {row['new_tokens'] or row['seq']}, {row['runtime']}"
+    notes = (row[name] for name in ("source", "assumed", "reason"))
+    return Comparison(what, where, ratio, found.speedup, found.lower, found.upper, *notes)
 
 
 def _projections(w: Workload) -> Workload:
@@ -132,11 +114,7 @@ def compare_dense() -> list[Comparison]:
 
 
 def compare_gemms(what: str = "2:4") -> list[Comparison]:
-    """Published ratios of a dense GEMM's time to that of its "2:4" or its "narrower" version, predicted.
-
-    >>> len(compare_gemms("narrower"))
-    8
-    """
+    """Published ratios of a dense GEMM's time to that of its "2:4" or its "narrower" version, predicted."""
     return [_gemm_ratio(row) for row in published("gemm_ratios") if row["what"] == what]
 
 
@@ -160,9 +138,6 @@ def _gemm_ratio(row: Mapping[str, str]) -> Comparison:
     where = f"{row['gpu']}, {row['dtype']}"
     bounds = (ratio / spread, ratio * spread)
     return Comparison(shape, where, measured, ratio, *bounds, row["source"], reason=row["reason"])
-
-
-# -- the page ----------------------------------------------------------------------------------------------------------
 
 
 def tables() -> list[str]:

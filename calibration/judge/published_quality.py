@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from simulator.files.write import write_whole
 from simulator.predict.quality import FOLDER, QualityRow, QualityTable, read_quality, table_text
@@ -31,14 +32,11 @@ FAMILY: Mapping[str, str] = {
 }
 
 PERPLEXITIES: Mapping[str, str] = {
-    "WikiText2 ppl (seq 2048)": "WikiText2 perplexity, seq 2048",
-    "WikiText2 ppl (seq 4096)": "WikiText2 perplexity, seq 4096",
-    "WikiText2 ppl (seq 128)": "WikiText2 perplexity, seq 128",
+    **{f"WikiText2 ppl (seq {n})": f"WikiText2 perplexity, seq {n}" for n in (128, 2048, 4096)},
+    **{f"PTB ppl (seq {n})": f"PTB perplexity, seq {n}" for n in (128, 2048)},
     "WikiText2 ppl (seq 128 protocol)": "WikiText2 perplexity, seq 128",
     "WikiText2 ppl": "WikiText2 perplexity",
     "C4 ppl": "C4 perplexity",
-    "PTB ppl (seq 128)": "PTB perplexity, seq 128",
-    "PTB ppl (seq 2048)": "PTB perplexity, seq 2048",
     "ppl (PG19)": "PG19 perplexity",
 }
 SCORES: Mapping[str, str] = {
@@ -50,6 +48,7 @@ SCORES: Mapping[str, str] = {
     "avg of 13 benchmarks %": "score, mean of 13 benchmarks (%)",
     "MMLU acc %": "MMLU accuracy (%)",
 }
+METRICS = {**PERPLEXITIES, **SCORES}
 """Metric as transcribed -> as named here; higher is better for scores."""
 
 
@@ -71,28 +70,25 @@ def refusal(cells: Mapping[str, str]) -> str:
         return "the fraction removed is not a number (it depends on the pattern found)"
     if not 0.0 < fraction < 1.0 or float(cells["dense"]) <= 0.0 or float(cells["pruned"]) < 0.0:
         return "a value out of range"
-    return "" if cells["metric"] in {**PERPLEXITIES, **SCORES} else "a metric without a direction"
+    return "" if cells["metric"] in METRICS else "a metric without a direction"
 
 
 def clean_row(cells: Mapping[str, str]) -> QualityRow:
     """One usable transcribed row in the schema of quality tables."""
-    method, source, note, metric = (cells[name] for name in ("method", "source", "note", "metric"))
     name = cells["model"].lower().replace(" ", "-").replace("(", "").replace(")", "")
-    sliced = method.startswith("SliceGPT")
-    across = cells["family"] == "width" and (sliced or "Channel" in method)
+    sliced, metric = cells["method"].startswith("SliceGPT"), cells["metric"]
+    across = cells["family"] == "width" and (sliced or "Channel" in cells["method"])
+    told: Any = {key: cells[key] for key in ("method", "source", "note")}
+    numbers: Any = {key: float(cells[key]) for key in ("sparsity", "dense", "pruned")}
     return QualityRow(
-        method,
-        "width_cross" if across else FAMILY[cells["family"]],
-        MODELS.get(name, name),
-        float(cells["sparsity"]),
-        {**PERPLEXITIES, **SCORES}[metric],
-        metric in SCORES,
-        float(cells["dense"]),
-        float(cells["pruned"]),
-        protocol(method, source, note),
-        source,
-        (("residual_projections", True),) if sliced else (),  # it turns the residual stream twice a layer: two GEMMs
-        note,
+        family="width_cross" if across else FAMILY[cells["family"]],
+        model=MODELS.get(name, name),
+        metric=METRICS[metric],
+        higher_is_better=metric in SCORES,
+        protocol=protocol(**told),
+        options=(("residual_projections", True),) if sliced else (),  # it turns the stream twice a layer: two GEMMs
+        **numbers,
+        **told,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import html as escape
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from simulator.files.write import check_target, write_whole
 ENOUGH_TO_DRAW = 10
 """Rows an operator needs for figures of its own."""
 
-ERRORS = ("mape", "median", "p95", "bias")
 ERROR_TITLES = ("MAPE %", "median %", "p95 %", "bias %")
 
 CAPTIONS: Mapping[str, str] = {
@@ -55,10 +54,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[i
 
 
 def _errors(values: Mapping[str, Any]) -> list[str]:
-    return [percent(values.get(name), 2) for name in ERRORS]
+    return [percent(values.get(name), 2) for name in ("mape", "median", "p95", "bias")]
 
 
-def accuracy_table(parts: Sequence[Mapping[str, Any]]) -> str:
+def _accuracy_table(parts: Sequence[Mapping[str, Any]]) -> str:
     """One line an operator: errors of the model beside the two baselines that need no fit, speedups, coverage."""
     header = ["operator", "rows", *ERROR_TITLES, "roofline MAPE %", "0.8 bw + 3 us MAPE %"]
     header += ["speedup median / p95 %", "Spearman", "in 90 % interval"]
@@ -79,15 +78,10 @@ def accuracy_table(parts: Sequence[Mapping[str, Any]]) -> str:
 def markdown(report: Report, figures: Mapping[str, Mapping[str, str]] | None = None, title: str = "") -> str:
     """The report as Markdown; ``figures``: part ("gemm bf16") -> name of a figure -> address of its image."""
     data = summary(report)
-    lines = [
-        f"# {title or f'Accuracy of {report.hardware}'}",
-        "",
-        f"Measured on {report.device}; software: {report.software}. "
-        "Errors are predicted over measured time less one, in percent.",
-        "",
-        accuracy_table(data["parts"]),
-        "",
-    ]
+    about = f"Measured on {report.device}; software: {report.software}."
+    lines = [f"# {title or f'Accuracy of {report.hardware}'}", ""]
+    lines += [f"{about} Errors are predicted over measured time less one, in percent.", ""]
+    lines += [_accuracy_table(data["parts"]), ""]
     if any(p["fitted_on_these_rows"] for p in data["parts"]):
         lines += ["\\* fitted on these very rows; below, what its folds say of shapes left out.", ""]
     if data["skipped"]:
@@ -109,38 +103,43 @@ def markdown(report: Report, figures: Mapping[str, Mapping[str, str]] | None = N
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _drawn(report: Report) -> Iterator[tuple[str, str, bytes]]:
-    """Part, name and PNG of every figure of a report."""
+def _with_figures(report: Report, title: str, place: Callable[[str, bytes], str]) -> str:
+    """The report with figures of its larger parts, each under the address that ``place`` gives to its name and PNG."""
     from calibration.judge.report_figures import part_figures, png
 
-    for part in report.parts:
-        if len(part) >= ENOUGH_TO_DRAW:
-            for figure, drawn in part_figures(part, report.level).items():
-                yield part.name, figure, png(drawn)
+    addresses = {
+        part.name: {
+            name: place(f"{part.name.replace(' ', '_')}_{name}", png(drawn))
+            for name, drawn in part_figures(part, report.level).items()
+        }
+        for part in report.parts
+        if len(part) >= ENOUGH_TO_DRAW
+    }
+    return markdown(report, addresses, title)
 
 
 def write_markdown(report: Report, path: str | Path, title: str = "") -> tuple[Path, ...]:
     """Write FILE.md and its figures as PNG files beside it: all files written, the text last."""
     target = check_target(path)
-    figures: dict[str, dict[str, str]] = {}
     written = []
-    for part, figure, image in _drawn(report):
-        file = target.with_name(f"{target.stem}_{part.replace(' ', '_')}_{figure}.png")
-        write_whole(file, image)
-        written.append(file)
-        figures.setdefault(part, {})[figure] = file.name
-    write_whole(target, markdown(report, figures, title).encode())
+
+    def beside(name: str, image: bytes) -> str:
+        written.append(target.with_name(f"{target.stem}_{name}.png"))
+        write_whole(written[-1], image)
+        return written[-1].name
+
+    write_whole(target, _with_figures(report, title, beside).encode())
     return (*written, target)
 
 
 def write_html(report: Report, path: str | Path, title: str = "") -> Path:
     """Write the report as one HTML file with its figures inside; it loads nothing from elsewhere."""
     target = check_target(path)
-    figures: dict[str, dict[str, str]] = {}
-    for part, figure, image in _drawn(report):
-        data = base64.b64encode(image).decode()
-        figures.setdefault(part, {})[figure] = f"data:image/png;base64,{data}"
-    write_whole(target, html(markdown(report, figures, title)).encode())
+
+    def inside(_: str, image: bytes) -> str:
+        return f"data:image/png;base64,{base64.b64encode(image).decode()}"
+
+    write_whole(target, html(_with_figures(report, title, inside)).encode())
     return target
 
 

@@ -30,6 +30,11 @@ MOST_POINTS = 6000
 """Points of a scatter plot; more make the file large and the plot no clearer."""
 MAP_LIMIT = 0.15
 """Signed error at which the colours of a residual map end."""
+_LOOKS: tuple[tuple[str, str, str, str], ...] = (
+    ("median", "median |error|", BLUE, "o-"),
+    ("p95", "95th percentile", VERMILLION, "s-"),
+    ("bias", "bias", GREY, "--"),
+)
 
 
 def _figure(width_in: float, height_in: float) -> Figure:
@@ -38,12 +43,12 @@ def _figure(width_in: float, height_in: float) -> Figure:
     return Figure(figsize=(width_in, height_in), layout="constrained")
 
 
-def predicted_measured(part: Part, *, seed: int = 0) -> Figure:
+def predicted_measured(part: Part) -> Figure:
     """Predicted against measured time, both logarithmic, with the datasheet roofline below; at most
-    :data:`MOST_POINTS`, by ``seed``."""
+    :data:`MOST_POINTS`."""
     rows = np.arange(len(part))
     if len(rows) > MOST_POINTS:
-        rows = np.random.default_rng(seed).choice(rows, MOST_POINTS, replace=False)
+        rows = np.random.default_rng(0).choice(rows, MOST_POINTS, replace=False)
     x, y, roof = (1e6 * a[rows] for a in (part.measured_s, part.predicted_s, part.roofline_s))
     low, high = 0.7 * min(x.min(), y.min()), 1.4 * max(x.max(), y.max())
     figure = _figure(COLUMN_IN, COLUMN_IN * 0.82)
@@ -70,12 +75,7 @@ def error_by_size(part: Part) -> Figure:
         ranges = by_size(part, name)
         x = np.array([np.sqrt(max(r["low"], 0.5) * max(r["high"], 0.5)) for r in ranges])
         ax.set(xscale="log", xlabel=name.replace("_", " "))
-        looks: tuple[tuple[str, str, str, str], ...] = (
-            ("median", "median |error|", BLUE, "o-"),
-            ("p95", "95th percentile", VERMILLION, "s-"),
-            ("bias", "bias", GREY, "--"),
-        )
-        for key, label, color, look in looks:
+        for key, label, color, look in _LOOKS:
             ax.plot(x, [100.0 * r[key] for r in ranges], look, color=color, label=label)
         if len(x) > 1:
             log_axis(ax.xaxis, float(x.min()), float(x.max()), 5)
@@ -84,10 +84,7 @@ def error_by_size(part: Part) -> Figure:
 
 
 def residual_map(part: Part) -> Figure:
-    """Mean signed error over two sizes in octaves: where the model is too slow (positive) or too fast.
-
-    GEMMs: m against n k, and n against k. Attention: length against batch x KV heads. Elementwise: bytes, by operator.
-    """
+    """Mean signed error over two sizes in octaves: where the model is too slow (positive) or too fast."""
     s = part.sizes
     if "m" in s:
         panels = [("m", s["m"], "n k", s["n"] * s["k"]), ("n", s["n"], "k", s["k"])]
@@ -123,15 +120,13 @@ def _map(ax: Axes, x: F, y: F, error: F) -> Any:
     return image
 
 
-def coverage_figure(part: Part, level: float = 0.9) -> Figure:
-    """Share of measured times inside their interval, by regime, beside the level asked for; the interval's half width
-    as text."""
+def coverage_figure(part: Part, level: float) -> Figure:
+    """Share of measured times inside their interval, by regime, beside the level; the interval's half width as text."""
     found = coverage(part)
     names, values = [f["regime"] for f in found], [100.0 * f["coverage"] for f in found]
     figure = _figure(COLUMN_IN, 0.75 + 0.17 * len(found))
-    ax = figure.add_subplot(
-        title=f"{part.operator}, {part.dtype}", xlabel=f"inside the {100 * level:.3g} % interval (%)"
-    )
+    inside = f"inside the {100 * level:.3g} % interval (%)"
+    ax = figure.add_subplot(title=f"{part.operator}, {part.dtype}", xlabel=inside)
     ax.barh(names, values, color=[BLUE if name == "all" else "#9CC5E3" for name in names], height=0.62)
     ax.axvline(100.0 * level, color=VERMILLION, linewidth=0.9)
     ax.set(xlim=(max(min(75.0, min(values) - 5.0), 0.0), 100.0), ylim=(len(found) - 0.4, -0.6))
@@ -142,7 +137,7 @@ def coverage_figure(part: Part, level: float = 0.9) -> Figure:
     return figure
 
 
-def part_figures(part: Part, level: float = 0.9) -> Mapping[str, Figure]:
+def part_figures(part: Part, level: float) -> Mapping[str, Figure]:
     """All figures of a part by name: "predicted", "sizes", "residuals", "coverage"."""
     with paper_style():
         return {
@@ -153,9 +148,9 @@ def part_figures(part: Part, level: float = 0.9) -> Mapping[str, Figure]:
         }
 
 
-def png(figure: Figure, dpi: int = 144) -> bytes:
+def png(figure: Figure) -> bytes:
     """A figure as the bytes of a PNG; the same figure gives the same bytes."""
     out = io.BytesIO()
     with paper_style():
-        figure.savefig(out, format="png", dpi=dpi, metadata={"Software": None})
+        figure.savefig(out, format="png", dpi=144, metadata={"Software": None})
     return out.getvalue()

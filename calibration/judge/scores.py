@@ -1,18 +1,19 @@
 """What predictions are worth, once for every judge: errors of times and of speedups, by size and by regime, and how
 often an interval holds.
 
-Use :func:`errors`, :func:`pairs` and :func:`speedups` with arrays; :func:`summary` for every number of a report as
+Use :func:`errors` and :func:`speedups` with arrays; :func:`summary` for every number of a report as
 plain data. Fractions, or percent with ``scale=100``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.fit.conformal import accuracy_of, neighbours
 from calibration.judge.validate import Part, Report
 
 F = NDArray[np.float64]
@@ -36,15 +37,8 @@ def m_ranges(m: F) -> Iterator[tuple[str, str, NDArray[np.bool_]]]:
 
 
 def errors(predicted_s: F, measured_s: F, scale: float = 1.0) -> dict[str, float]:
-    """Mean ("mape"), "median" and "p95" of the absolute relative error of times, and its signed mean "bias".
-
-    >>> errors(np.array([1.1, 0.9]), np.array([1.0, 1.0]))["mape"].__round__(3)
-    0.1
-    """
-    error = scale * (predicted_s / measured_s - 1.0)
-    size = np.abs(error)
-    found = {"mape": size.mean(), "median": np.median(size), "p95": np.quantile(size, 0.95), "bias": error.mean()}
-    return {name: float(value) for name, value in found.items()}
+    """:func:`calibration.fit.conformal.accuracy_of` of times."""
+    return accuracy_of(scale * (predicted_s / measured_s - 1.0))
 
 
 def spearman(a: F, b: F) -> float:
@@ -54,44 +48,8 @@ def spearman(a: F, b: F) -> float:
     return float(spearmanr(a, b).statistic) if len(a) > 2 and np.ptp(a) > 0 and np.ptp(b) > 0 else float("nan")
 
 
-def pairs_along(size: F, others: Sequence[F], low: float = 0.25) -> NDArray[np.intp]:
-    """Pairs (smaller, larger) of rows equal in all ``others`` and whose ``size`` differs by a ratio in [``low``, 1).
-
-    >>> pairs_along(np.array([1.0, 8.0, 2.0]), []).tolist()
-    [[0, 2], [2, 1]]
-    """
-    table = np.stack(others, axis=1) if len(others) else np.zeros((len(size), 1))
-    key = np.unique(table, axis=0, return_inverse=True)[1].reshape(-1)
-    order = np.lexsort((size, key))
-    key, size = key[order], size[order]
-    out = [np.zeros((0, 2), dtype=np.intp)]
-    for gap in range(1, len(key)):
-        same = key[gap:] == key[:-gap]
-        if not same.any():
-            break
-        ratio = size[:-gap] / np.where(size[gap:] > 0, size[gap:], 1.0)
-        at = np.flatnonzero(same & (ratio >= low) & (ratio < 1.0))
-        out.append(np.stack([order[at], order[at + gap]], axis=1))
-    return np.concatenate(out)
-
-
-def pairs(sizes: Mapping[str, F], limit: int | None = PAIRS, seed: int = 0) -> NDArray[np.intp]:
-    """Pairs (smaller, larger) of rows that differ in exactly one size, by a ratio in [0.25, 1); at most ``limit``,
-    drawn by chance.
-
-    >>> pairs({"m": np.array([1.0, 2.0, 8.0]), "n": np.array([4.0, 4.0, 4.0])}).tolist()
-    [[0, 1], [1, 2]]
-    """
-    found = np.concatenate(
-        [pairs_along(size, [other for o, other in sizes.items() if o != name]) for name, size in sizes.items()]
-    )
-    if limit is not None and len(found) > limit:
-        found = found[np.sort(np.random.default_rng(seed).choice(len(found), limit, replace=False))]
-    return found
-
-
 def speedups(predicted_s: F, measured_s: F, at: NDArray[np.intp], scale: float = 1.0) -> dict[str, float]:
-    """Accuracy of larger over smaller time at :func:`pairs` of rows.
+    """Accuracy of larger over smaller time at pairs (smaller, larger) of rows.
 
     "pairs" and, where there are any, "median" and "p95" of the absolute relative error, and "spearman" of predicted
     against measured.
@@ -109,12 +67,9 @@ def speedups(predicted_s: F, measured_s: F, at: NDArray[np.intp], scale: float =
     }
 
 
-# -- parts of a report -------------------------------------------------------------------------------------------------
-
-
 def part_errors(part: Part, rows: Any = slice(None)) -> dict[str, float]:
-    """:func:`errors` of some rows of a part."""
-    return errors(part.predicted_s[rows], part.measured_s[rows])
+    """Errors of some rows of a part."""
+    return accuracy_of(part.error[rows])
 
 
 def by_size(part: Part, name: str, bins: int = 12) -> list[dict[str, float]]:
@@ -130,7 +85,9 @@ def by_size(part: Part, name: str, bins: int = 12) -> list[dict[str, float]]:
 
 def part_speedups(part: Part) -> dict[str, float]:
     """:func:`speedups` over a part's own sizes."""
-    at = pairs({name: size for name, size in part.sizes.items() if name != "role"})
+    at = neighbours([size for name, size in part.sizes.items() if name != "role"])
+    if len(at) > PAIRS:
+        at = at[np.sort(np.random.default_rng(0).choice(len(at), PAIRS, replace=False))]
     return speedups(part.predicted_s, part.measured_s, at)
 
 

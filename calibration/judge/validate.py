@@ -14,12 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.fit.kernels import weight_copies
+from calibration.fit.core import weight_copies
 from calibration.records.records import OPERATORS, Records
 from calibration.records.screening import work
 from simulator.errors import InputError
+from simulator.hardware.constants import CLASSES
 from simulator.hardware.profile import HardwareProfile
-from simulator.kernels.intervals import OpTime
+from simulator.kernels.attention import decode_attention_time, prefill_attention_time
+from simulator.kernels.elementwise import class_code, elementwise_time
+from simulator.kernels.gemm import gemm_time
+from simulator.kernels.intervals import REGIMES, OpTime
 from simulator.workload import DTYPES, ROLES
 
 F = NDArray[np.float64]
@@ -31,27 +35,20 @@ us."""
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One operator in one number format ("int8_wo": int8 weights under 16-bit activations): arrays with a row a
-    measurement.
-
-    ``sizes`` are the dimensions that errors are shown against and that pairs may differ in; ``roofline_s`` is max(FLOP
-    / peak, bytes / bandwidth), ``simple_s`` the same with 0.8 of the bandwidth plus 3 us; ``regime`` that of the
-    interval; ``status`` what the profile has for the operator: "calibrated", "borrowed" or "default"; ``seen`` whether
-    its section was fitted on these very rows.
-    """
+    """One operator in one number format ("int8_wo": int8 weights under 16-bit activations), a row a measurement."""
 
     operator: str
     dtype: str
-    sizes: Mapping[str, F]
+    sizes: Mapping[str, F]  # dimensions that errors are shown against and that pairs may differ in
     measured_s: F
     predicted_s: F
     lower_s: F
     upper_s: F
-    roofline_s: F
-    simple_s: F
-    regime: NDArray[np.str_]
-    status: str = "default"
-    seen: bool = False
+    roofline_s: F  # max(FLOP / peak, bytes / bandwidth)
+    simple_s: F  # the same with 0.8 of the bandwidth, plus 3 us
+    regime: NDArray[np.str_]  # of the interval
+    status: str = "default"  # of the profile's section: "calibrated", "borrowed" or "default"
+    seen: bool = False  # whether that was fitted on these very rows
 
     def __len__(self) -> int:
         return len(self.measured_s)
@@ -84,12 +81,7 @@ def validate(hw: HardwareProfile, records: Records, *, dtype: str | None = None,
     """Predict every record, of one number format (as :meth:`Records.labels` names it) or of all, and compare.
 
     Rows without a time that can be one, or that are no operator of the model or of the device, are counted in
-    ``skipped``.
-
-    Raises
-    ------
-    InputError
-        When no row can be predicted; with the reasons.
+    ``skipped``. InputError, with the reasons, when no row can be predicted.
     """
     skipped: dict[str, int] = {}
     timed = np.isfinite(records.seconds) & (records.seconds > 0)
@@ -146,21 +138,16 @@ def _part(operator: str, label: str, r: Records, hw: HardwareProfile, level: flo
     )
 
 
-# -- predictions by operator: times, sizes, regimes --------------------------------------------------------------------
-
 Predicted = tuple[OpTime, Mapping[str, Any], Any]
+"""Times, sizes and regimes of the rows of an operator."""
 
 
 def joined(times: Sequence[OpTime]) -> OpTime:
     """Times of several calls, one after the other."""
-    columns = [f.name for f in fields(OpTime)]
-    return OpTime(*(np.concatenate([getattr(t, name) for t in times]) for name in columns))
+    return OpTime(**{f.name: np.concatenate([getattr(t, f.name) for t in times]) for f in fields(OpTime)})
 
 
 def _gemm(r: Records, hw: HardwareProfile, options: Mapping[str, Any]) -> Predicted:
-    from simulator.kernels.gemm import gemm_time
-    from simulator.kernels.intervals import REGIMES
-
     kernel = 1 if r.is_operator("gemm_2to4")[0] else 0
     t = gemm_time(r.m, r.n, r.k, hw, kernel=kernel, copies=weight_copies(r), detail=True, **options)
     total = t.seconds / t.residual
@@ -169,8 +156,6 @@ def _gemm(r: Records, hw: HardwareProfile, options: Mapping[str, Any]) -> Predic
 
 
 def _attention(r: Records, hw: HardwareProfile, options: Mapping[str, Any]) -> Predicted:
-    from simulator.kernels.attention import decode_attention_time, prefill_attention_time
-
     common = {"dtype": options["dtype"], "kv_dtype": options["weight_dtype"], "level": options["level"]}
 
     def call(time: Callable[..., OpTime], lengths: Sequence[str], x: Records, **more: Any) -> OpTime:
@@ -190,23 +175,18 @@ def _attention(r: Records, hw: HardwareProfile, options: Mapping[str, Any]) -> P
 
 
 def _elementwise(r: Records, hw: HardwareProfile, options: Mapping[str, Any]) -> Predicted:
-    from simulator.hardware.constants import CLASSES
-    from simulator.kernels.elementwise import class_code, elementwise_time
-
     # a copy is of the class of copies
     role = np.where(r.is_operator("copy") | (r.role < 0), ROLES.index("cache_write"), r.role)
     t = elementwise_time(r.read_bytes, r.write_bytes, hw, role=role, dtype=options["dtype"])
     return t, {"bytes": r.read_bytes + r.write_bytes, "role": role}, np.array(CLASSES)[class_code(role)]
 
 
-_PREDICT: Mapping[str, tuple[str, Callable[..., Predicted]]] = MappingProxyType(
-    {
-        "gemm": ("gemm", _gemm),
-        "gemm_2to4": ("gemm", _gemm),
-        "attention_prefill": ("attention_prefill", _attention),
-        "attention_block_sparse": ("attention_prefill", _attention),
-        "attention_decode": ("attention_decode", _attention),
-        "elementwise": ("elementwise", _elementwise),
-    }
-)
+_PREDICT: Mapping[str, tuple[str, Callable[..., Predicted]]] = {
+    "gemm": ("gemm", _gemm),
+    "gemm_2to4": ("gemm", _gemm),
+    "attention_prefill": ("attention_prefill", _attention),
+    "attention_block_sparse": ("attention_prefill", _attention),
+    "attention_decode": ("attention_decode", _attention),
+    "elementwise": ("elementwise", _elementwise),
+}
 """Section of the profile and prediction of each operator of a record."""

@@ -38,40 +38,41 @@ _ROOT = PurePosixPath("aiconfigurator_core/systems/data")
 
 @dataclass(frozen=True)
 class Choice:
-    """One table to make: where it is in the wheel, the profile that checks its times, and what is taken from it."""
+    """One table to make, and what is taken from it."""
 
     system: str  # folder of the wheel
-    hardware: str  # profile with the datasheet
     collection: str  # backend/version
     file: str
     dtypes: tuple[str, ...] = ("bf16",)
     kernel: str = ""  # attention: the one kernel path taken
 
+    @property
+    def hardware(self) -> str:
+        """The profile with the datasheet that its times are checked against."""
+        return {"a100_sxm": "a100_sxm_80gb", "rtx_pro_6000_server": "rtx_pro_6000"}.get(self.system, self.system)
 
-_GEMM, _ATTENTION = "gemm/{}/gemm_perf", "attention/{}/"
-_CONTEXT, _GENERATION = _ATTENTION + "context_attention_perf", _ATTENTION + "generation_attention_perf"
-_A100, _H100 = ("a100_sxm", "a100_sxm_80gb"), ("h100_sxm", "h100_sxm")
-_H200, _L40S = ("h200_sxm", "h200_sxm"), ("l40s", "l40s")
-_RTX = ("rtx_pro_6000_server", "rtx_pro_6000")
+
+_GEMM = "gemm/{}/gemm_perf"
+_CONTEXT, _GENERATION = "attention/{}/context_attention_perf", "attention/{}/generation_attention_perf"
 
 CHOICES: Mapping[str, Choice] = {
-    "a100_sxm/gemm/trtllm": Choice(*_A100, "trtllm/1.0.0", _GEMM, ("bf16", "int8_wo", "int4_wo")),
-    "a100_sxm/gemm/sglang": Choice(*_A100, "sglang/0.5.10", _GEMM),
-    "h100_sxm/gemm/trtllm": Choice(*_H100, "trtllm/1.3.0rc20", _GEMM, ("bf16", "fp8")),
-    "h100_sxm/gemm/sglang": Choice(*_H100, "sglang/0.5.14", _GEMM),
-    "h200_sxm/gemm/trtllm": Choice(*_H200, "trtllm/1.3.0rc20", _GEMM),
-    "l40s/gemm/trtllm": Choice(*_L40S, "trtllm/1.3.0rc20", _GEMM),
-    "l40s/gemm/sglang": Choice(*_L40S, "sglang/0.5.14", _GEMM),
-    "rtx_pro_6000/gemm/trtllm": Choice(*_RTX, "trtllm/1.3.0rc20", _GEMM),
-    "a100_sxm/attention_prefill/trtllm": Choice(*_A100, "trtllm/1.0.0", _CONTEXT, kernel="torch_flow"),
-    "a100_sxm/attention_prefill/sglang": Choice(*_A100, "sglang/0.5.10", _CONTEXT, kernel="flash_attention"),
-    "a100_sxm/attention_decode/sglang": Choice(*_A100, "sglang/0.5.10", _GENERATION, kernel="flash_attention"),
-    "h100_sxm/attention_prefill/sglang": Choice(*_H100, "sglang/0.5.14", _CONTEXT, kernel="fa3"),
-    "h100_sxm/attention_decode/sglang": Choice(*_H100, "sglang/0.5.14", _GENERATION, kernel="fa3"),
-    "h200_sxm/attention_prefill/sglang": Choice(*_H200, "sglang/0.5.14", _CONTEXT, kernel="fa3"),
-    "h200_sxm/attention_decode/sglang": Choice(*_H200, "sglang/0.5.14", _GENERATION, kernel="fa3"),
-    "l40s/attention_prefill/sglang": Choice(*_L40S, "sglang/0.5.14", _CONTEXT, kernel="flashinfer"),
-    "l40s/attention_decode/sglang": Choice(*_L40S, "sglang/0.5.14", _GENERATION, kernel="flashinfer"),
+    "a100_sxm/gemm/trtllm": Choice("a100_sxm", "trtllm/1.0.0", _GEMM, ("bf16", "int8_wo", "int4_wo")),
+    "a100_sxm/gemm/sglang": Choice("a100_sxm", "sglang/0.5.10", _GEMM),
+    "h100_sxm/gemm/trtllm": Choice("h100_sxm", "trtllm/1.3.0rc20", _GEMM, ("bf16", "fp8")),
+    "h100_sxm/gemm/sglang": Choice("h100_sxm", "sglang/0.5.14", _GEMM),
+    "h200_sxm/gemm/trtllm": Choice("h200_sxm", "trtllm/1.3.0rc20", _GEMM),
+    "l40s/gemm/trtllm": Choice("l40s", "trtllm/1.3.0rc20", _GEMM),
+    "l40s/gemm/sglang": Choice("l40s", "sglang/0.5.14", _GEMM),
+    "rtx_pro_6000/gemm/trtllm": Choice("rtx_pro_6000_server", "trtllm/1.3.0rc20", _GEMM),
+    "a100_sxm/attention_prefill/trtllm": Choice("a100_sxm", "trtllm/1.0.0", _CONTEXT, kernel="torch_flow"),
+    "a100_sxm/attention_prefill/sglang": Choice("a100_sxm", "sglang/0.5.10", _CONTEXT, kernel="flash_attention"),
+    "a100_sxm/attention_decode/sglang": Choice("a100_sxm", "sglang/0.5.10", _GENERATION, kernel="flash_attention"),
+    "h100_sxm/attention_prefill/sglang": Choice("h100_sxm", "sglang/0.5.14", _CONTEXT, kernel="fa3"),
+    "h100_sxm/attention_decode/sglang": Choice("h100_sxm", "sglang/0.5.14", _GENERATION, kernel="fa3"),
+    "h200_sxm/attention_prefill/sglang": Choice("h200_sxm", "sglang/0.5.14", _CONTEXT, kernel="fa3"),
+    "h200_sxm/attention_decode/sglang": Choice("h200_sxm", "sglang/0.5.14", _GENERATION, kernel="fa3"),
+    "l40s/attention_prefill/sglang": Choice("l40s", "sglang/0.5.14", _CONTEXT, kernel="flashinfer"),
+    "l40s/attention_decode/sglang": Choice("l40s", "sglang/0.5.14", _GENERATION, kernel="flashinfer"),
 }
 
 

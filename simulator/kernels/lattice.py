@@ -6,6 +6,7 @@ coordinates of a shape and of its kernel (:func:`residual_of` reads it).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -76,11 +77,11 @@ class Lattice:
     @property
     def strides(self) -> list[int]:
         """Nodes, in the order of memory, from one to the next of each coordinate."""
-        return [int(np.prod(self.values.shape[i + 1 :])) for i in range(self.values.ndim)]
+        return [math.prod(self.values.shape[i + 1 :]) for i in range(self.values.ndim)]
 
     def corners(self) -> F:
         """Values at the corners of the cell that begins at each node, (2^coordinates, nodes), the first coordinate's
-        far side in the second half. Beyond an edge they mean nothing, and no point lies there."""
+        far side in the second half; meaningless beyond an edge, where no point lies."""
         offsets = [0]
         for stride in reversed(self.strides):
             offsets += [stride + o for o in offsets]
@@ -253,27 +254,25 @@ def m_places(measured: F) -> F:
 
     Two rows of places, because kernels treat the two apart: 300 lies between unaligned neighbours, 304 between aligned
     ones, and each is interpolated on log2 m.
-
-    >>> p = m_places(np.array([1.0, 2.0, 17.0, 33.0, 16.0, 32.0]))
-    >>> p[[1, 2, 33, 16, 32]].tolist(), bool(4 < p[24] < 5)
-    ([0.0, 1.0, 3.0, 4.0, 5.0], True)
     """
 
     def stepped(m: F) -> NDArray[np.bool_]:
         return np.asarray((m >= 16.0) & (np.fmod(m, 8.0) == 0.0))
 
-    known, whole = np.unique(np.rint(measured)), _whole_m()
+    known = np.unique(np.rint(measured))
     plain, aligned = known[~stepped(known)], known[stepped(known)]
-    low, high = (
-        np.interp(np.log2(whole), np.log2(row), np.arange(len(row))) if len(row) else None for row in (plain, aligned)
-    )
-    if low is None or high is None:
-        return np.asarray(high if low is None else low)
-    return np.where(stepped(whole), high + len(plain), low)
+    if not len(plain) or not len(aligned):
+        return _over_m(known, range(len(known)))
+    low, high = (_over_m(row, range(len(row))) for row in (plain, aligned))
+    return np.where(stepped(_WHOLE_M), high + len(plain), low)
 
 
-def _whole_m() -> F:
-    return np.maximum(np.arange(M_TABLE, dtype=np.float64), 1.0)
+_WHOLE_M = np.maximum(np.arange(M_TABLE, dtype=np.float64), 1.0)
+
+
+def _over_m(known: F, values: Any) -> F:
+    """Values at known m for every whole m up to :data:`M_TABLE`, linear in log2 m."""
+    return np.asarray(np.interp(np.log2(_WHOLE_M), np.log2(known), values))
 
 
 def between_measured(residual: Residual, measured: F) -> Residual:
@@ -295,34 +294,27 @@ def between_measured(residual: Residual, measured: F) -> Residual:
         if "m_exact" in lattice.axes and values.shape[axis := lattice.axes.index("m_exact")] == len(known):
             values = np.ascontiguousarray(values.take(place, axis=axis))
         lattices.append(replace(lattice, values=values))
-    where = np.interp(np.log2(_whole_m()), np.log2(known), np.arange(len(known)))
-    steps = np.interp(np.log2(_whole_m()), np.log2(known), _steps(known.astype(np.int64), np.float64))
-    return Residual(tuple(lattices), where.astype(dtype), steps.astype(dtype))
+    steps = _over_m(known, _steps(known.astype(np.int64), np.float64))
+    return Residual(tuple(lattices), _over_m(known, range(len(known))).astype(dtype), steps.astype(dtype))
 
 
 def residual_of(arrays: Mapping[str, NDArray[Any]], dtype: Any = np.float64) -> Residual | None:
     """The residual a GEMM section's arrays describe, None where it has none; evaluated in ``dtype``.
 
-    Parameters
-    ----------
-    arrays : mapping
-        As :mod:`simulator.hardware.arrays` lets them pass. ``terms`` (j, 3): codes of the axes, -1 where a lattice has
-        fewer; ``grids`` (j, 3, 3): start, spacing and nodes of each axis; ``values``: nodes of all lattices in turn,
-        the last axis fastest; ``measured_m``: the m the fit saw.
+    As :mod:`simulator.hardware.arrays` lets them pass: ``terms`` (j, 3) are codes of the axes, -1 where a lattice has
+    fewer; ``grids`` (j, 3, 3) start, spacing and nodes of each axis; ``values`` the nodes of all lattices in turn, the
+    last axis fastest; ``measured_m`` the m the fit saw.
     """
     if "terms" not in arrays:
         return None
-    values = np.asarray(arrays["values"], dtype=dtype)
-    lattices, at = [], 0
+    rest, lattices = np.asarray(arrays["values"], dtype=dtype), []
     for code, grid in zip(np.asarray(arrays["terms"]), np.asarray(arrays["grids"]), strict=True):
         used = code >= 0
-        start, step, nodes = grid[used].T
-        shape = tuple(int(v) for v in nodes)
-        end = at + int(np.prod(shape))
+        start, step, nodes = grid[used].T.tolist()
+        shape = tuple(map(int, nodes))
+        part, rest = np.split(rest, [math.prod(shape)])
         axes = tuple(AXES[i] for i in code[used])
-        part = values[at:end].reshape(shape)
-        lattices.append(Lattice(tuple(map(float, start)), tuple(map(float, step)), part, axes, EDGE))
-        at = end
+        lattices.append(Lattice(tuple(start), tuple(step), part.reshape(shape), axes, EDGE))
     return Residual(tuple(lattices), m_places(np.asarray(arrays["measured_m"], dtype=np.float64)).astype(dtype))
 
 

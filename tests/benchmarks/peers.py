@@ -24,9 +24,11 @@ from typing import Any
 import numpy as np
 
 import simulator
+from calibration.fit.core import shapes
 from calibration.fit.gemm import fit_gemm
 from calibration.measurements import load_measurements
 from calibration.records.screening import rotated_copies
+from simulator.kernels.gemm_core import Machine
 from simulator.predict.grid import Grid
 from simulator.predict.sweep import piece_columns, pieces
 
@@ -260,7 +262,7 @@ def prunesim(data: Split, repeat: int = 5) -> dict[str, Any]:
     for rows in (400, 4000):
         at = rng.permutation(len(data.fit))[:rows]
         began = time.perf_counter()
-        section = fit_gemm(*data.fit[at].T, data.fit_s[at], hw).section
+        section = fit_gemm(shapes(*data.fit[at].T, data.fit_s[at], Machine.of(hw, "bf16")), hw).section
         out[f"fit_s_{rows}"] = time.perf_counter() - began
         profile = replace(hw, sections=MappingProxyType({**hw.sections, ("gemm", "bf16"): section}))
         rotated = rotated_copies(2.0 * data.test[:, 1] * data.test[:, 2], hw.l2_bytes)  # weights the tables rotate

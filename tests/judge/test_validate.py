@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from calibration.fit.conformal import neighbours
 from calibration.fit.profile import fit_profile, provenance_of
-from calibration.fit.shipped import RECIPES, borrowed, rounded
+from calibration.fit.shipped import RECIPES, borrowed, built, rounded
 from calibration.judge.pages import constants_of_part
 from calibration.judge.report import html, markdown, write_html, write_markdown
-from calibration.judge.scores import by_size, coverage, pairs, part_errors, part_speedups, part_summary, summary
+from calibration.judge.scores import by_size, coverage, part_errors, part_speedups, summary
 from calibration.judge.validate import validate
 from calibration.records.records import Records, Source
 from simulator.errors import InputError
@@ -37,24 +38,21 @@ def bare(name: str = "h100_sxm") -> HardwareProfile:
     return replace(load_hardware(name), sections=MappingProxyType({}), path=None)
 
 
-def gemms(
-    hw: HardwareProfile, factor: float = 1.0, noise: float = 0.0, rows: int = 300, seed: int = 0, **columns: Any
-) -> Records:
+HW = bare()
+
+
+def gemms(factor: float = 1.0, noise: float = 0.0, rows: int = 300, seed: int = 0) -> Records:
     """GEMMs whose times are the model's, times a factor and log-normal noise."""
     rng = np.random.default_rng(seed)
     m = rng.choice([1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048], rows)
     n, k = rng.choice([512, 1024, 2048, 4096, 8192], (2, rows))
-    seconds = gemm_time(m, n, k, hw).seconds * factor * np.exp(noise * rng.standard_normal(rows))
-    return Records.from_columns([SOURCE], m=m, n=n, k=k, seconds=seconds, **columns)
-
-
-# -- numbers -----------------------------------------------------------------------------------------------------------
+    seconds = gemm_time(m, n, k, HW).seconds * factor * np.exp(noise * rng.standard_normal(rows))
+    return Records.from_columns([SOURCE], m=m, n=n, k=k, seconds=seconds)
 
 
 @pytest.mark.parametrize("factor", [0.8, 1.0, 1.25])
 def test_a_planted_factor_is_the_error_reported(factor: float) -> None:
-    hw = bare()
-    part = validate(hw, gemms(hw, factor)).parts[0]
+    part = validate(HW, gemms(factor)).parts[0]
     found = part_errors(part)
     assert found["bias"] == pytest.approx(1.0 / factor - 1.0, abs=1e-6)
     assert found["mape"] == pytest.approx(abs(found["bias"]), abs=1e-6)
@@ -64,24 +62,22 @@ def test_a_planted_factor_is_the_error_reported(factor: float) -> None:
 
 
 def test_planted_noise_shows_in_errors_and_coverage() -> None:
-    hw = bare()
-    part = validate(hw, gemms(hw, noise=0.05, rows=3000)).parts[0]
+    part = validate(HW, gemms(noise=0.05, rows=3000)).parts[0]
     assert part_errors(part)["median"] == pytest.approx(0.0337, abs=0.004)  # 0.6745 sigma
-    everything = coverage(part)[0]
+    everything, *regimes = coverage(part)
     assert everything["regime"] == "all"
     assert everything["coverage"] > 0.99  # the default interval is a factor of 1.35 wide
     assert everything["width"] == pytest.approx(0.35, abs=0.02)
-    assert sum(c["rows"] for c in coverage(part)[1:]) == len(part)
-
-
-def test_errors_by_size_hold_every_row_once() -> None:
-    hw = bare()
-    part = validate(hw, gemms(hw, noise=0.02)).parts[0]
-    for name in part.sizes:
+    assert sum(c["rows"] for c in regimes) == len(part)
+    for name in part.sizes:  # errors by size hold every row once
         ranges = by_size(part, name, bins=4)
         assert sum(r["rows"] for r in ranges) == len(part)
         assert all(a["high"] < b["low"] for a, b in itertools.pairwise(ranges))
-    assert sum(v["rows"] for v in part_summary(part)["by_m"].values()) == len(part)
+    data = json.loads(json.dumps(summary(validate(HW, gemms(noise=0.02)))))["parts"][0]
+    assert sum(v["rows"] for v in data["by_m"].values()) == data["rows"] == 300
+    assert list(data["errors"]) == ["mape", "median", "p95", "bias"]
+    assert list(data["by_size"]) == ["m", "n", "k"]
+    assert data["speedup"]["pairs"] > 100
 
 
 def test_pairs_are_all_that_differ_in_one_size_by_at_most_a_factor_of_four() -> None:
@@ -90,31 +86,25 @@ def test_pairs_are_all_that_differ_in_one_size_by_at_most_a_factor_of_four() -> 
     table = np.stack(list(sizes.values()), axis=1)
     ratios = table[:, None] / table[None]
     fits = ((ratios != 1.0).sum(axis=2) == 1) & (ratios.min(axis=2) >= 0.25) & (ratios.max(axis=2) <= 1.0)
-    assert sorted(pairs(sizes).tolist()) == np.argwhere(fits).tolist() != []
-    assert len(pairs(sizes, limit=7)) == 7
+    assert sorted(neighbours(list(sizes.values())).tolist()) == np.argwhere(fits).tolist() != []
 
 
 def test_baselines_are_the_rooflines_they_say() -> None:
-    hw = bare()
     r = Records.from_columns([SOURCE], m=[4096, 1], n=4096, k=4096, seconds=[2e-4, 2e-5])
-    part = validate(hw, r).parts[0]
-    flop = 2 * 4096.0**3 / hw.peak_flop_per_s("bf16")
-    moved = 2.0 * (4096.0**2 + 2 * 4096) / hw.bandwidth_bytes_per_s
+    part = validate(HW, r).parts[0]
+    flop = 2 * 4096.0**3 / HW.peak_flop_per_s("bf16")
+    moved = 2.0 * (4096.0**2 + 2 * 4096) / HW.bandwidth_bytes_per_s
     assert part.roofline_s == pytest.approx([flop, moved], rel=1e-6)
     assert part.simple_s == pytest.approx([flop + 3e-6, moved / 0.8 + 3e-6], rel=1e-6)
 
 
-# -- operators ---------------------------------------------------------------------------------------------------------
-
-
 def test_every_operator_is_compared_with_its_own_model() -> None:
-    hw = bare()
     shape = {"batch": 2, "heads": 32, "kv_heads": 8, "head_dim": 128}
-    prefill = prefill_attention_time(2, 1024, 1024, 32, 8, 128, hw).seconds
-    warm, cold = (decode_attention_time(2, 1024, 32, 8, 128, hw, cold=c).seconds for c in (False, True))
+    prefill = prefill_attention_time(2, 1024, 1024, 32, 8, 128, HW).seconds
+    warm, cold = (decode_attention_time(2, 1024, 32, 8, 128, HW, cold=c).seconds for c in (False, True))
     role = ROLES.index("activation")
-    moved = elementwise_time(2e6, 1e6, hw, role=role).seconds
-    sparse = gemm_time(512, 4096, 4096, hw, kernel=1).seconds
+    moved = elementwise_time(2e6, 1e6, HW, role=role).seconds
+    sparse = gemm_time(512, 4096, 4096, HW, kernel=1).seconds
     rows: list[dict[str, Any]] = [
         {"operator": "attention_prefill", "q_len": 1024, "kv_len": 1024, "seconds": float(prefill), **shape},
         {"operator": "attention_decode", "q_len": 1, "kv_len": 1024, "seconds": float(cold), **shape},
@@ -124,7 +114,7 @@ def test_every_operator_is_compared_with_its_own_model() -> None:
         {"operator": "low_rank", "m": 512, "n": 4096, "k": 4096, "rank": 64, "seconds": 1e-5},
     ]
     records = Records.from_rows(rows, [SOURCE])
-    report = validate(hw, records)
+    report = validate(HW, records)
     assert [p.operator for p in report.parts] == ["gemm_2to4", "attention_prefill", "attention_decode", "elementwise"]
     for part in report.parts:
         assert np.abs(part.error).max() < 1e-6, part.operator
@@ -137,45 +127,38 @@ def test_nothing_to_validate_says_why() -> None:
     with pytest.raises(InputError, match=r"1 rows: a100_sxm_80gb has no fp8 arithmetic"):
         validate(hw, r)
     with pytest.raises(InputError, match="nothing to validate in fp16"):
-        validate(hw, gemms(hw), dtype="fp16")
+        validate(hw, gemms(), dtype="fp16")
     with pytest.raises(InputError, match="the time is no positive number"):
         validate(hw, Records.from_columns([SOURCE], m=8, n=64, k=64, seconds=[-1.0, np.nan]))
 
 
 def test_rows_a_profile_was_fitted_on_are_named_so() -> None:
-    hw = bare()
-    rows = gemms(hw, factor=1.1, noise=0.02)
-    profile = fit_profile(hw, rows).profile
+    rows = gemms(factor=1.1, noise=0.02)
+    profile = fit_profile(HW, rows).profile
     assert validate(profile, rows).parts[0].seen
-    assert not validate(profile, gemms(hw, seed=1)).parts[0].seen
-
-
-# -- fits of profiles --------------------------------------------------------------------------------------------------
+    assert not validate(profile, gemms(seed=1)).parts[0].seen
 
 
 def test_a_fit_brings_planted_times_closer_and_keeps_what_was_held_out_apart() -> None:
-    hw = bare()
-    rows = gemms(hw, factor=1.2, noise=0.01, rows=400)
+    rows = gemms(factor=1.2, noise=0.01, rows=400)
     held = rows.n == 2048
-    fit = fit_profile(hw, rows.replace(purpose=np.where(held, 2, 1)))
+    fit = fit_profile(HW, rows.replace(purpose=np.where(held, 2, 1)))
     assert fit.parts[0].rows == int((~held).sum())
-    before, after = (np.abs(validate(p, rows.select(held)).parts[0].error).mean() for p in (hw, fit.profile))
+    before, after = (np.abs(validate(p, rows.select(held)).parts[0].error).mean() for p in (HW, fit.profile))
     assert after < 0.05 < before
     assert any("held out" in note for note in fit.notes)
 
 
 def test_throttled_rows_stay_out_and_flagged_ones_are_counted() -> None:
-    hw = bare()
-    fit = fit_profile(hw, gemms(hw, noise=0.01, rows=200).replace(flags=np.repeat([2, 1, 0], [10, 5, 185])))
+    fit = fit_profile(HW, gemms(noise=0.01, rows=200).replace(flags=np.repeat([2, 1, 0], [10, 5, 185])))
     assert fit.parts[0].rows == 190
     assert any(note.startswith("10 rows were measured under throttling") for note in fit.notes)
     assert any(note.startswith("5 of 190 rows are flagged NOISY") for note in fit.notes)
 
 
 def test_exact_shapes_stay_with_the_profile(tmp_path: Path) -> None:
-    hw = bare()
-    rows = gemms(hw, noise=0.01, rows=120).replace(purpose=np.repeat([3, 1], [7, 113]))
-    save_hardware(fit_profile(hw, rows).profile, tmp_path / "p.yaml")
+    rows = gemms(noise=0.01, rows=120).replace(purpose=np.repeat([3, 1], [7, 113]))
+    save_hardware(fit_profile(HW, rows).profile, tmp_path / "p.yaml")
     arrays = load_hardware(tmp_path / "p.yaml").sections["gemm", "bf16"].arrays
     kept = {(m, n, k): t for m, n, k, t in zip(*(arrays[f"exact_{x}"].tolist() for x in "mnks"), strict=True)}
     for m, n, k, t in zip(rows.m[:7], rows.n[:7], rows.k[:7], rows.seconds[:7], strict=True):
@@ -183,33 +166,31 @@ def test_exact_shapes_stay_with_the_profile(tmp_path: Path) -> None:
 
 
 def test_too_few_rows_are_refused_by_name() -> None:
-    hw = bare()
     with pytest.raises(InputError, match=r"gemm bf16: 10 rows are too few, a fit needs 20"):
-        fit_profile(hw, gemms(hw, rows=10))
+        fit_profile(HW, gemms(rows=10))
     with pytest.raises(InputError, match="no calibrated gemm bf16 section to move"):
-        fit_profile(hw, gemms(hw, rows=30), anchor=True)
+        fit_profile(HW, gemms(rows=30), anchor=True)
 
 
 def test_sparse_kernels_lean_on_the_dense_fit() -> None:
-    hw = bare()
-    section = hw.section("gemm", "bf16")
+    section = HW.section("gemm", "bf16")
     slow = {**section.constants, "sparse_step": replace(section.constants["sparse_step"], value=0.5)}
-    planted = replace(hw, sections=MappingProxyType({("gemm", "bf16"): replace(section, constants=slow)}))
+    planted = replace(HW, sections=MappingProxyType({("gemm", "bf16"): replace(section, constants=slow)}))
     m, n, k = (a.ravel() for a in np.meshgrid([256, 1024, 4096, 8192], [4096, 8192], [4096, 8192], indexing="ij"))
     seconds = gemm_time(m, n, k, planted, kernel=1).seconds
     sparse = Records.from_columns([SOURCE], operator="gemm_2to4", m=m, n=n, k=k, seconds=seconds)
-    dense = gemms(hw, noise=0.005, rows=200)
-    found = fit_profile(hw, Records.concat([dense, sparse])).profile.sections["gemm", "bf16"]
+    dense = gemms(noise=0.005, rows=200)
+    found = fit_profile(HW, Records.concat([dense, sparse])).profile.sections["gemm", "bf16"]
     # the dense e_tc is fitted too, on noisy rows: only their product is exact
     assert found["sparse_step"] * found["e_tc"] == pytest.approx(0.5 * section["e_tc"], rel=0.08)
     assert found.accuracy["mape_2to4"] < 0.05
 
 
-# -- shipped profiles --------------------------------------------------------------------------------------------------
-
-
-def test_borrowed_sections_say_from_which_and_are_wider() -> None:
+def test_shipped_sections_are_round_and_borrowed_ones_say_from_which_and_are_wider() -> None:
     own = load_hardware("a100_sxm_80gb").sections["gemm", "bf16"]
+    again = rounded(own)  # as it is: rounded before
+    assert (again.constants, again.intervals) == (own.constants, own.intervals)
+    assert all(np.array_equal(again.arrays[name], own.arrays[name]) for name in own.arrays)
     lent = borrowed(own, "a100_sxm_80gb")
     assert lent.status == "borrowed"
     assert lent.provenance is not None
@@ -234,14 +215,6 @@ def test_shipped_profiles_say_what_they_rest_on() -> None:
     assert set(RECIPES) <= set(list_hardware())
 
 
-def test_rounding_is_idempotent() -> None:
-    section = load_hardware("h100_sxm").sections["gemm", "bf16"]
-    again = rounded(section)
-    assert again.constants == section.constants
-    assert again.intervals == section.intervals
-    assert all(np.array_equal(again.arrays[name], section.arrays[name]) for name in section.arrays)
-
-
 RIDGE = ("e_tc", "exp_per_s")
 """Constants of prefill attention whose logarithms correlate by +1.00 (docs/constants.md): where on their ridge a fit
 ends depends on the rounding of a machine's linear algebra (0.7 % between two processors), and no time does."""
@@ -249,9 +222,6 @@ ends depends on the rounding of a machine's linear algebra (0.7 % between two pr
 
 @pytest.mark.slow
 def test_the_shipped_profile_is_what_its_tables_give() -> None:
-    from calibration.fit.shipped import built
-    from simulator.kernels.attention import prefill_attention_time
-
     made, shipped = built("a100_sxm_80gb").profile, load_hardware("a100_sxm_80gb")
     for key, section in shipped.sections.items():
         fresh = made.sections[key]
@@ -264,9 +234,6 @@ def test_the_shipped_profile_is_what_its_tables_give() -> None:
     )
     times = [prefill_attention_time(batch, seq, seq, heads, groups, 128, hw).seconds for hw in (made, shipped)]
     np.testing.assert_allclose(*times, rtol=1e-3)
-
-
-# -- reports -----------------------------------------------------------------------------------------------------------
 
 
 def golden_records() -> tuple[HardwareProfile, Records]:
@@ -300,27 +267,19 @@ def test_golden_fit_report() -> None:
     hw, rows = golden_records()
     part = fit_profile(hw, rows).parts[0]
     lines = [f"{part.operator} {part.dtype} {part.rows} rows"]
-    lines += [
-        f"{name} {c.value:.2g} {c.status} {part.fixed.get(name, '')}".rstrip()
-        for name, c in part.section.constants.items()
-    ]
+    for name, c in part.section.constants.items():
+        lines.append(f"{name} {c.value:.2g} {c.status} {part.fixed.get(name, '')}".rstrip())
     lines += [f"{name} {value:.2f}" for name, value in part.section.accuracy.items()]
     check_golden("fit.txt", "\n".join(lines) + "\n")
-
-
-def test_json_of_a_report_is_plain_data() -> None:
-    hw = bare()
-    data = json.loads(json.dumps(summary(validate(hw, gemms(hw, noise=0.02)))))
-    part = data["parts"][0]
-    assert part["operator"] == "gemm"
-    assert list(part["errors"]) == ["mape", "median", "p95", "bias"]
-    assert list(part["by_size"]) == ["m", "n", "k"]
-    assert part["speedup"]["pairs"] > 100
+    page = "\n".join(constants_of_part(part, {"t0": 0.02}))
+    assert "| `t0` |" in page
+    assert "| 2 | fitted |" in page
+    assert "fixed (not identified by these shapes)" in page
+    assert "`align_step`" not in page  # no row says anything about it
 
 
 def test_markdown_and_html_hold_their_plots(tmp_path: Path) -> None:
-    hw = bare()
-    report = validate(hw, gemms(hw, noise=0.03))
+    report = validate(HW, gemms(noise=0.03))
     *images, text = write_markdown(report, tmp_path / "report.md", title="A <title>")
     assert text.read_text().startswith("# A <title>\n")
     assert len(images) == 4
@@ -337,12 +296,3 @@ def test_markdown_and_html_hold_their_plots(tmp_path: Path) -> None:
 def test_html_escapes_what_it_is_given() -> None:
     text = "# <script>\n| a | b |\n| --- | --- |\n| <script> | 1 |\n\n- <script>\n\n![<script>](<script>)\n\n<script>"
     assert "<script>" not in html(text)
-
-
-def test_the_constants_page_names_what_is_known_and_what_is_not() -> None:
-    hw, rows = golden_records()
-    lines = "\n".join(constants_of_part(fit_profile(hw, rows).parts[0], {"t0": 0.02}))
-    assert "| `t0` |" in lines
-    assert "| 2 | fitted |" in lines
-    assert "fixed (not identified by these shapes)" in lines
-    assert "`align_step`" not in lines  # no row says anything about it

@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from calibration.fit.elementwise import fit_elementwise, score
+from calibration.fit.elementwise import Moves, fit_elementwise
 from calibration.fit.shipped import rtx_tables
+from calibration.judge.protocol_operators import score_elementwise
 from simulator.errors import InputError
 from simulator.hardware.constants import CLASSES
 from simulator.hardware.constants import ELEMENTWISE_CONSTANTS as CONSTANTS
@@ -63,7 +64,7 @@ def planted(seed: int, noise: float) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 def test_fit_recovers_planted_constants() -> None:
     size, code, time, truth = planted(3, 0.01)
-    fit = fit_elementwise(size, code, time, 72e6, 1.0e12, "ada")
+    fit = fit_elementwise(Moves(size, code, time, 72e6, 1.0e12, "ada"))
     for name in ("t0_norm_s", "e_norm", "l2_norm", "t0_rotary_s", "e_rotary", "l2_rotary", "l2_share"):
         constant = fit.section.constants[name]
         assert constant.std_error is not None
@@ -76,14 +77,14 @@ def test_fit_recovers_planted_constants() -> None:
 def test_fit_refuses_too_few_and_skips_unusable_rows() -> None:
     size, code, time, _ = planted(3, 0.01)
     with pytest.raises(ValueError, match="at least 20"):
-        fit_elementwise(size[:10], code[:10], time[:10], 72e6, 1.0e12, "ada")
+        fit_elementwise(Moves(size[:10], code[:10], time[:10], 72e6, 1.0e12, "ada"))
     time[:3] = [np.nan, -1.0, 0.0]
-    assert fit_elementwise(size, code, time, 72e6, 1.0e12, "ada").rows == 397
+    assert fit_elementwise(Moves(size, code, time, 72e6, 1.0e12, "ada")).rows == 397
 
 
 def test_a_section_brings_its_residual() -> None:
     size, code, time, _ = planted(5, 0.0)
-    fit = fit_elementwise(size, code, time * np.where(size > 1e7, 1.3, 1.0), 72e6, 1.0e12, "ada")
+    fit = fit_elementwise(Moves(size, code, time * np.where(size > 1e7, 1.3, 1.0), 72e6, 1.0e12, "ada"))
     facts = {"l2_bytes": 72e6, "bandwidth_bytes_per_s": 1.0e12}
     hw = replace(load_hardware("rtx_4090"), **facts, sections={("elementwise", "bf16"): fit.section})
     shown = elementwise_time(size, 0.0, hw, role=np.array(CLASSES)[code]).seconds
@@ -97,9 +98,11 @@ def test_accuracy_on_the_rtx_4090(shared_data) -> None:  # type: ignore[no-untyp
     hw = load_hardware("rtx_4090")
     r = rtx_tables(shared_data, hw)
     r = r.select(r.is_operator("elementwise"))
-    size, code, device = r.read_bytes + r.write_bytes, class_code(r.role), (hw.l2_bytes, hw.bandwidth_bytes_per_s)
-    scores = [score(size, code, r.seconds, *device, "ada", 400, seed) for seed in (0, 1, 2)]
-    # measured: 5.1 %, and 6.7 % over 10 us, where rotary takes 10 or 22 us in turn from one token count to the next
-    assert np.mean([s["mape"] for s in scores]) < 0.06
-    assert np.mean([s["mape_over_10us"] for s in scores]) < 0.075
-    assert 0.87 <= np.mean([s["coverage"] for s in scores]) <= 0.95
+    moves = Moves(
+        r.read_bytes + r.write_bytes, class_code(r.role), r.seconds, hw.l2_bytes, hw.bandwidth_bytes_per_s, "ada"
+    )
+    scores = [score_elementwise(moves, 400, seed) for seed in (0, 1, 2)]
+    # measured: 5.1 %, and 6.7 % over 10 us, where rotary alternates between 10 and 22 us from one size to the next
+    assert np.mean([s["mape"] for s in scores]) < 6.0
+    assert np.mean([s["mape over 10us"] for s in scores]) < 7.5
+    assert 87 <= np.mean([s["coverage"] for s in scores]) <= 95
