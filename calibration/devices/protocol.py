@@ -8,10 +8,11 @@ in a way the runner can act on.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 from calibration.devices.telemetry import Snapshot
+from simulator.errors import InputError, unknown
 from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, dtype_code
 
 _GEMM = ("m", "n", "k")
@@ -33,14 +34,12 @@ OPERATORS: Mapping[str, tuple[str, ...]] = {
 }
 """Kinds of operators, and the dimensions each must have."""
 
-NORMS = ("attention_norm", "mlp_norm", "post_norm", "final_norm", "qk_norm")
-ELEMENTWISE_ROLES = (
-    *NORMS, "activation", "residual", "rotary", "embedding", "gather", "scatter", "cache_write", "select",
-)
 # fmt: on
+NORMS = ("attention_norm", "mlp_norm", "post_norm", "final_norm", "qk_norm")
+_OTHERS = ("activation", "residual", "rotary", "embedding", "gather", "scatter", "cache_write", "select")
+ELEMENTWISE_ROLES = NORMS + _OTHERS
 """Roles an ``elementwise`` operator may have."""
-INDEX_BYTES = 4.0
-"""A chosen index, as the families' selections count it."""
+INDEX_BYTES = 4.0  # of a chosen index, as the families' selections count it
 
 
 class Unsupported(ValueError):
@@ -53,6 +52,11 @@ class OutOfMemory(RuntimeError):
 
 class DeviceLost(RuntimeError):
     """The device no longer answers; nothing after this can be measured."""
+
+
+def unknown_device(name: str) -> InputError:
+    """The error for a name that no device is opened by."""
+    return unknown("device", name, ("cpu", "cuda", "cuda:0", "replay:FILE"))
 
 
 def elementwise_bytes(role: str, m: int, n: int, element_bytes: float) -> tuple[float, float]:
@@ -75,18 +79,15 @@ def selected(n: int) -> int:
 
 @dataclass(frozen=True)
 class Operator:
-    """One thing to time. Which fields matter depends on ``kind``, one of :data:`OPERATORS`; the others stay at their
-    defaults.
+    """One thing to time. Which fields matter depends on ``kind``; the others stay at their defaults.
 
-    Examples
-    --------
     >>> Operator("gemm", m=1, n=64, k=32).key
     'gemm bf16 cold m=1 n=64 k=32'
     >>> Operator("gemm", m=1, n=64, k=32).bytes
     4288.0
     """
 
-    kind: str
+    kind: str  # one of OPERATORS
     dtype: str = "bf16"  # one of simulator.workload.DTYPES
     m: int = 0  # GEMMs, elementwise: tokens
     n: int = 0  # GEMMs: output features; elementwise: features; copy: bytes
@@ -110,9 +111,8 @@ class Operator:
         if self.dtype not in DTYPES:
             raise ValueError(f"operator dtype {self.dtype!r} is unknown; expected one of {', '.join(DTYPES)}")
         if self.kind == "elementwise" and self.role not in ELEMENTWISE_ROLES:
-            raise ValueError(
-                f"elementwise role {self.role!r} is unknown; expected one of {', '.join(ELEMENTWISE_ROLES)}"
-            )
+            expected = ", ".join(ELEMENTWISE_ROLES)
+            raise ValueError(f"elementwise role {self.role!r} is unknown; expected one of {expected}")
         if self.role and self.role != "gemm" and self.role not in ROLES:
             raise ValueError(f"operator role {self.role!r} is unknown")
         for name in OPERATORS[self.kind]:
@@ -204,13 +204,9 @@ class Operator:
             return 4.0 * self.element_bytes * self.m * self.n
         return max(self.bytes, self.element_bytes * self.weight_elements)
 
-    def as_record(self) -> dict[str, Any]:
-        """A JSON-ready mapping with every field."""
-        return asdict(self)
-
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Operator:
-        """The inverse of :meth:`as_record`; names that are no field are refused."""
+        """The inverse of ``vars``; names that are no field are refused."""
         known = {f.name for f in fields(cls)}
         if extra := sorted(set(record) - known):
             raise ValueError(f"operator record has unknown fields {extra}; expected some of {sorted(known)}")
@@ -241,12 +237,10 @@ class Description:
 class Prepared(Protocol):
     """An operator ready to be launched, with its operands in memory."""
 
-    method: str
-    """How launches are timed and kept cold, for the record."""
+    method: str  # how launches are timed and kept cold, for the record
 
     def sample(self, loops: int) -> float:
         """Launch ``loops`` times and return seconds per launch."""
-        ...
 
 
 class Device(Protocol):
@@ -256,32 +250,24 @@ class Device(Protocol):
 
     def describe(self) -> Description:
         """Hardware and software of the device."""
-        ...
 
     def dtypes(self) -> tuple[str, ...]:
         """Number formats its GEMMs run in."""
-        ...
 
     def refuses(self, operator: Operator) -> str:
         """Why the device cannot run this operator; empty when it can."""
-        ...
 
     def prepare(self, operator: Operator) -> Prepared:
         """Operands in place, kernels chosen. Raises Unsupported, OutOfMemory or DeviceLost."""
-        ...
 
     def snapshot(self) -> Snapshot:
         """Clocks, power, temperature and throttle reasons now."""
-        ...
 
     def clock(self) -> float:
         """Monotonic seconds in which budgets are counted (simulated on a replayed device)."""
-        ...
 
     def rest(self, seconds: float) -> None:
         """Do nothing for a while, to let the device cool down."""
-        ...
 
     def close(self) -> None:
         """Give operands and settings back."""
-        ...

@@ -129,7 +129,7 @@ class _Run:
     def record(self, item: Item, protocol: Protocol) -> dict[str, Any]:
         """Measure one operator and say what came of it. Lets only a lost device and an interruption through."""
         op = item.operator
-        record = {"type": "measurement", "key": op.key, "operator": op.as_record()}
+        record = {"type": "measurement", "key": op.key, "operator": dict(vars(op))}
         record |= {"purpose": item.purpose, "status": OK, "reason": ""}
         try:
             self._measure(op, protocol, record)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 import os
 import signal
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -24,7 +27,6 @@ from calibration.measure.timing import Protocol
 from calibration.records.store import Header, Store, read_store
 from simulator.errors import InputError
 
-ROOT = Path(__file__).resolve().parents[2]
 ALL = len(SHAPES)
 
 
@@ -135,6 +137,42 @@ def test_a_real_store_takes_the_records(tmp_path: Path) -> None:
             outcomes.append(run(plan_of(), device, store.append, previous=store.rows, protocol=PROTOCOL))
         assert len(read_store(path).rows) == ALL + outcomes[0].counts.anchors
     assert outcomes[1].counts.resumed == ALL
+
+
+VICTIM = """
+    import sys, time
+    from planted import PROTOCOL, plan_of
+    from calibration.devices.replay import ReplayDevice
+    from calibration.measure.run import run
+    from calibration.records.store import Header, Store
+
+    with Store(sys.argv[1], Header("planted")) as store:
+        def append(record):
+            store.append(record)
+            print(record["key"], flush=True)  # acknowledged
+            time.sleep(0.002)
+
+        run(plan_of(), ReplayDevice(), append, previous=store.rows, protocol=PROTOCOL)
+"""
+
+
+def test_killed_runs_lose_nothing_acknowledged_and_the_last_one_finishes(tmp_path: Path) -> None:
+    path, acknowledged = tmp_path / "records.jsonl", set()
+    here = Path(__file__).resolve().parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (here, here.parents[1])))}
+    command = [sys.executable, "-c", textwrap.dedent(VICTIM), str(path)]
+    for turn in range(7):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as victim:
+            assert victim.stdout is not None
+            said = [victim.stdout.readline() for _ in range(3 + turn % 3)]
+            if turn < 6:
+                victim.kill()
+            said += victim.stdout.readlines()
+        acknowledged |= {line.strip() for line in said} - {""}
+    assert victim.returncode == 0
+    rows = read_store(path).rows
+    assert sorted(r["key"] for r in rows if r["purpose"] != ANCHOR) == sorted(i.operator.key for i in plan_of().items)
+    assert acknowledged <= {r["key"] for r in rows}
 
 
 # -- what a plan needs to know ----------------------------------------------------------------------------------------
