@@ -32,6 +32,7 @@ from simulator.hardware.library import load_hardware
 
 PACKAGE = "aiconfigurator-core 0.12.0"
 WHEEL_SHA256 = "aadc4aad0a00bf8a61c477c62bef43de479849c3aa0b1c3078068e08309eccc4"
+LICENCE = "Apache-2.0"
 COPYRIGHT = "Copyright (c) 2025-2026 NVIDIA CORPORATION & AFFILIATES. All rights reserved."
 _ROOT = PurePosixPath("aiconfigurator_core/systems/data")
 
@@ -50,9 +51,8 @@ class Choice:
 
 _GEMM, _ATTENTION = "gemm/{}/gemm_perf", "attention/{}/"
 _CONTEXT, _GENERATION = _ATTENTION + "context_attention_perf", _ATTENTION + "generation_attention_perf"
-_A100, _H100 = ("a100_sxm", "a100_sxm_80gb"), ("h100_sxm", "h100_sxm")
-_H200, _L40S = ("h200_sxm", "h200_sxm"), ("l40s", "l40s")
-_RTX = ("rtx_pro_6000_server", "rtx_pro_6000")
+_A100, _H100, _H200 = ("a100_sxm", "a100_sxm_80gb"), ("h100_sxm", "h100_sxm"), ("h200_sxm", "h200_sxm")
+_L40S, _RTX = ("l40s", "l40s"), ("rtx_pro_6000_server", "rtx_pro_6000")
 
 CHOICES: Mapping[str, Choice] = {
     "a100_sxm/gemm/trtllm": Choice(*_A100, "trtllm/1.0.0", _GEMM, ("bf16", "int8_wo", "int4_wo")),
@@ -110,26 +110,22 @@ def build(wheel: Path, folder: Path) -> dict[str, dict[str, Any]]:
             rows: dict[str, Any] = {"format": "aiconfigurator", "hw": load_hardware(choice.hardware), "dtype": "all"}
             result = import_table(str(inside), content=archive.read(str(inside)), **rows)
             records, left = choose(result.records, choice)
-            extra = {"name": name, "package": PACKAGE, "copyright": COPYRIGHT}
-            extra |= {"licence": "Apache-2.0", "modified": "see NOTICE"}
+            rights = {"copyright": COPYRIGHT, "licence": LICENCE, "modified": "see NOTICE"}
+            extra = {"name": name, "package": PACKAGE, **rights}
             content = write_records(records, extra=extra, single=True)
             write_whole(folder / file_name(name), content)
-            stack = records.sources[0].stack
+            source, labels = records.sources[0], records.labels().astype(str)
+            ((framework, version),) = source.stack.items()
+            # fmt: off
             tables[name] = {
-                "file": file_name(name),
-                "device": records.sources[0].device,
-                "framework": next(iter(stack)),
-                "version": next(iter(stack.values())),
+                "file": file_name(name), "device": source.device, "framework": framework, "version": version,
                 "kernels": [s.kernel for s in records.sources],
-                "rows": {str(d): int((records.labels() == d).sum()) for d in np.unique(records.labels().astype(str))},
-                "left_out": left,
-                "refused": dict(result.refusals),
-                "path": str(inside),
-                "licence": "Apache-2.0",
-                "copyright": COPYRIGHT,
-                "bytes": len(content),
-                "sha256": hashlib.sha256(content).hexdigest(),
+                "rows": {str(label): int((labels == label).sum()) for label in np.unique(labels)},
+                "left_out": left, "refused": dict(result.refusals),
+                "path": str(inside), "licence": LICENCE, "copyright": COPYRIGHT,
+                "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(),
             }
+            # fmt: on
     head = {
         "package": PACKAGE,
         "url": "https://pypi.org/project/aiconfigurator-core/0.12.0/",
@@ -149,9 +145,8 @@ def main() -> None:
     """The command of the module's docstring."""
     parser = argparse.ArgumentParser(description="Make the shipped measurement tables from the wheel of " + PACKAGE)
     parser.add_argument("wheel", type=Path)
-    parser.add_argument(
-        "-o", "--output", type=Path, default=FOLDER, help="folder for the tables (default: beside this file)"
-    )
+    beside = "folder for the tables (default: beside this file)"
+    parser.add_argument("-o", "--output", type=Path, default=FOLDER, help=beside)
     arguments = parser.parse_args()
     for name, entry in build(arguments.wheel, arguments.output).items():
         print(f"{name}: {sum(entry['rows'].values())} rows, {entry['bytes']} bytes")

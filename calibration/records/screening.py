@@ -29,8 +29,6 @@ Architecture")."""
 class Refusals(Mapping[str, int]):
     """How many rows were refused for which reason, and which (1 is the first row of data).
 
-    Examples
-    --------
     >>> print(*Refusals({"time is zero": [3, 9]}).lines())
     2 rows: time is zero (rows 3, 9)
     """
@@ -62,15 +60,7 @@ class Refusals(Mapping[str, int]):
 
 
 class Screen:
-    """Rows of a file under inspection; a row is refused once, for the first reason found.
-
-    Examples
-    --------
-    >>> screen = Screen(3)
-    >>> screen.refuse(np.array([True, False, False]), "m is negative")
-    >>> screen.kept.tolist(), dict(screen.refusals())
-    ([False, True, True], {'m is negative': 1})
-    """
+    """Rows of a file under inspection; a row is refused once, for the first reason found."""
 
     def __init__(self, size: int) -> None:
         self.kept: Array = np.ones(size, dtype=np.bool_)
@@ -95,8 +85,7 @@ class Screen:
 
 
 def rotated_copies(weight_bytes: Array, l2_bytes: float) -> Array:
-    """Distinct weights the aiconfigurator collector rotates: enough to fill the L2 once, at most six (int32, for sizes
-    above 0).
+    """Distinct weights the aiconfigurator collector rotates: enough to fill the L2 once, at most six.
 
     >>> rotated_copies(np.array([1e6, 20e6, 200e6]), 50e6).tolist()
     [6, 3, 1]
@@ -166,14 +155,6 @@ def join_repeats(records: Records) -> tuple[Records, int, int]:
     many shapes disagree.
 
     A row's time is the median of its shape's; it is flagged where they differ by more than 10 %.
-
-    Examples
-    --------
-    >>> from calibration.records.records import Source
-    >>> r = Records.from_columns([Source("x")], m=[1, 2, 1], n=8, k=8, seconds=[1.0, 5.0, 2.0])
-    >>> r, joined, conflicts = join_repeats(r)
-    >>> r.seconds.tolist(), joined, conflicts, r.flags.tolist()
-    ([1.5, 5.0], 1, 1, [8, 0])
     """
     timing = ("seconds", "spread", "sample_count", "flags", "launch", "purpose")
     group = records.groups(*(name for name in records.SCHEMA if name not in timing))
