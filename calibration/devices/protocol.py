@@ -1,8 +1,7 @@
 """What a device must offer to be measured, the operators it may be asked for, and the ways it may fail.
 
 :class:`Operator` names one thing to time, by shape and number format alone. A :class:`Device` turns it into a
-:class:`Prepared`, whose ``sample(loops)`` is all that the timing code ever calls. Three exceptions say what went wrong
-in a way the runner can act on.
+:class:`Prepared`, whose ``sample(loops)`` is all that the timing code ever calls.
 """
 
 from __future__ import annotations
@@ -60,8 +59,7 @@ def unknown_device(name: str) -> InputError:
 
 
 def elementwise_bytes(role: str, m: int, n: int, element_bytes: float) -> tuple[float, float]:
-    """Bytes an elementwise operator on m tokens of n features reads and writes; ``select`` keeps the indices of half
-    the features.
+    """Bytes an elementwise operator on m tokens of n features reads and writes; ``select`` keeps half of their indices.
 
     >>> elementwise_bytes("residual", 2, 8, 2.0), elementwise_bytes("select", 2, 8, 2.0)
     ((64.0, 32.0), (32.0, 32.0))
@@ -216,11 +214,7 @@ class Operator:
 @dataclass(frozen=True)
 class Description:
     """What was measured, and with which software: a profile names both, because the same silicon differs by 5-15 %
-    between stacks.
-
-    >>> Description("cpu", "some CPU", {"torch": "2.9", "threads": "2"}).software
-    'torch 2.9, threads 2'
-    """
+    between stacks."""
 
     name: str  # the name the device was opened by (cpu, cuda:0)
     device: str  # the hardware as it names itself

@@ -41,11 +41,7 @@ class Faults:
 
 
 def roofline_timings(flop_per_s: float = 100e12, bytes_per_s: float = 1.5e12, floor_s: float = 3e-6) -> Seconds:
-    """A plain planted device: the cubic mean of tensor and memory time over a floor.
-
-    >>> round(roofline_timings()(Operator("gemm", m=4096, n=4096, k=4096)) * 1e3, 2)
-    1.38
-    """
+    """A plain planted device: the cubic mean of tensor and memory time over a floor."""
 
     def seconds(op: Operator) -> float:
         return floor_s + float(np.cbrt((op.flops / flop_per_s) ** 3 + (op.bytes / bytes_per_s) ** 3))

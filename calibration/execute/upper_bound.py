@@ -24,8 +24,8 @@ from calibration.measure.probe import default_protocol, default_visits, probe
 from calibration.measure.run import Outcome, Progress, run
 from calibration.records.exact import without_exact
 from calibration.records.lines import content_records
-from calibration.records.records import Records
 from calibration.records.store import Header, Store, read_store
+from calibration.records.table import Records
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
 from simulator.kernels.gemm import gemm_time

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from calibration.fit.solver import ConstantsFit, FittedPart, gauss_newton, minimise
 from calibration.measurements import published
-from calibration.records.records import Records
+from calibration.records.table import Records
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
 from simulator.hardware.parts import Fitted, Section
 from simulator.hardware.profile import HardwareProfile

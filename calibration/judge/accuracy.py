@@ -21,7 +21,7 @@ from calibration.fit.kernels import weight_copies
 from calibration.judge import protocol
 from calibration.judge.protocol import Measured, Result
 from calibration.measurements import load_measurements
-from calibration.records.records import Records
+from calibration.records.table import Records
 from simulator.errors import InputError, unknown
 from simulator.hardware.library import load_hardware
 from simulator.hardware.parts import Section

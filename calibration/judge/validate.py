@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.fit.kernels import weight_copies
-from calibration.records.records import OPERATORS, Records
 from calibration.records.screening import work
+from calibration.records.table import OPERATORS, Records
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
 from simulator.kernels.intervals import OpTime

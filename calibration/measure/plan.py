@@ -208,7 +208,7 @@ def for_model(
     budget_s: float = math.inf,
     seed: int = 0,
 ) -> Plan:
-    """A plan of exactly these GEMMs (m, n, k). What a device refuses is counted and named when it is measured.
+    """A plan of exactly these GEMMs (m, n, k); what a device refuses is counted and named when it is measured.
 
     >>> plan = for_model([(1, 64, 64), (1, 64, 64), (8, 64, 64)], Rates(1e12, 3e10))
     >>> sorted(item.operator.m for item in plan.items), plan.items[0].purpose

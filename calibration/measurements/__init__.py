@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from calibration.records.parquet import read_records
-from calibration.records.records import Records
+from calibration.records.table import Records
 from simulator.errors import InputError, unknown
 
 FOLDER = Path(__file__).resolve().parent

@@ -25,7 +25,7 @@ import yaml
 from calibration.measurements import FOLDER, INDEX, file_name
 from calibration.records.importers import import_table
 from calibration.records.parquet import write_records
-from calibration.records.records import Records
+from calibration.records.table import Records
 from simulator.errors import InputError
 from simulator.files.write import write_whole
 from simulator.hardware.library import load_hardware

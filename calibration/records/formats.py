@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from calibration.records.records import LAUNCHES, OPERATORS, Records, Source
 from calibration.records.screening import Screen
+from calibration.records.table import LAUNCHES, OPERATORS, Records, Source
 from simulator.columns import Array
 from simulator.errors import InputError, one_line, unknown
 from simulator.workload import DTYPES, ROLES

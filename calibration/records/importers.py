@@ -19,9 +19,9 @@ from calibration.devices.protocol import OPERATORS as NEEDED
 from calibration.records.formats import MEASURED, Draft, draft_of_records, read_aiconfigurator, read_csv, read_measured
 from calibration.records.lines import content_records, untimed
 from calibration.records.parquet import is_records, read_records
-from calibration.records.records import COUNTS, Records
 from calibration.records.screening import Refusals, Screen, join_repeats, rotated_copies, too_fast, work
 from calibration.records.store import MARK, parse
+from calibration.records.table import COUNTS, Records
 from simulator.columns import Array
 from simulator.errors import InputError, unknown
 from simulator.files import csv

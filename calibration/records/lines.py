@@ -1,4 +1,4 @@
-"""What the lines of a store mean: measured rows to :class:`~calibration.records.records.Records`.
+"""What the lines of a store mean: measured rows to :class:`~calibration.records.table.Records`.
 
 A line with ``operator`` and ``median_s`` is a timing; its status and the drift of the anchors round it become flags.
 Lines without a time (skipped, unsupported, refused, failed) are left out of the table and counted by reason in
@@ -13,8 +13,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from calibration.devices.protocol import elementwise_bytes
-from calibration.records.records import COUNTS, LAUNCHES, OPERATORS, PURPOSES, Flag, Records
 from calibration.records.store import Content, Header
+from calibration.records.table import COUNTS, LAUNCHES, OPERATORS, PURPOSES, Flag, Records
 from simulator.errors import InputError, unknown
 from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, dtype_code
 
@@ -39,12 +39,6 @@ def records_of(rows: Iterable[Mapping[str, Any]], header: Header) -> Records:
     Of several visits of an operator in one run the fastest counts (:class:`calibration.measure.plan.Plan`). ``NOISY``
     and ``THROTTLED`` are by status; ``DRIFT`` is for rows between an anchor that had drifted and its neighbours: from
     the first anchor of its run, or where operators were visited several times from the faster quarter of them.
-
-    >>> gemm = {"kind": "gemm", "m": 8, "n": 64, "k": 32, "dtype": "bf16"}
-    >>> row = {"operator": gemm, "median_s": 1e-6, "status": "noisy"}
-    >>> r = records_of([row, {"operator": {"kind": "gemm"}, "status": "skipped"}], Header("A100"))
-    >>> len(r), int(r.m[0]), Flag(int(r.flags[0])).name
-    (1, 8, 'NOISY')
     """
     rows = list(rows)
     drifted = _drifted(rows)

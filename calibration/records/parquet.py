@@ -1,6 +1,6 @@
 """Tables of records as Parquet files.
 
-:func:`read_records` and :func:`write_records` keep everything a :class:`~calibration.records.records.Records` holds.
+:func:`read_records` and :func:`write_records` keep everything a :class:`~calibration.records.table.Records` holds.
 Columns that do not vary become metadata and integers take the smallest type that holds them, so that a table of 36,000
 GEMMs fits in some 150 kB.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from calibration.records.records import SCHEMA_VERSION, Records, Source
+from calibration.records.table import SCHEMA_VERSION, Records, Source
 from simulator.columns import Array
 from simulator.errors import InputError
 from simulator.files.parquet import load_pyarrow, read_parquet

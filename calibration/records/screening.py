@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from calibration.records.records import Flag, Records
+from calibration.records.table import Flag, Records
 from simulator.columns import Array
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
@@ -20,18 +20,13 @@ from simulator.workload import DTYPE_BYTES, DTYPES, attention_pairs
 
 DISAGREE = 1.10  # largest over smallest time of one shape above which its rows are said to disagree
 ROUNDING = 1.02  # datasheet rates are printed to three digits and clocks to the megahertz
+# bytes an SM can at most take from L2 a clock (an A100 has 5120 for 108: NVIDIA, "A100 Tensor Core GPU Architecture")
 L2_BYTES_PER_CLOCK = 64.0
-"""Bytes an SM can at most take from L2 in a clock (an A100 delivers 5120 to 108 SMs: NVIDIA, "A100 Tensor Core GPU
-Architecture")."""
 
 
 @dataclass(frozen=True)
 class Refusals(Mapping[str, int]):
-    """How many rows were refused for which reason, and which (1 is the first row of data).
-
-    >>> print(*Refusals({"time is zero": [3, 9]}).lines())
-    2 rows: time is zero (rows 3, 9)
-    """
+    """How many rows were refused for which reason, and which (1 is the first row of data)."""
 
     rows: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
@@ -50,7 +45,7 @@ class Refusals(Mapping[str, int]):
         return sum(self.values())
 
     def lines(self) -> list[str]:
-        """One line of text a reason, with the first three rows."""
+        """One line of text a reason, with the first three rows: ``2 rows: time is zero (rows 3, 9)``."""
         out = []
         for reason, rows in self.rows.items():
             some = ", ".join(map(str, rows[:3])) + (", ..." if len(rows) > 3 else "")

@@ -26,7 +26,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from calibration.records.records import SCHEMA_VERSION, Source
+from calibration.records.table import SCHEMA_VERSION, Source
 from simulator.errors import InputError
 from simulator.files.read import read_bounded
 from simulator.files.write import check_target, write_whole

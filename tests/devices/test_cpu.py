@@ -39,9 +39,6 @@ def _close(value: Any, reference: Any, tolerance: float = 1e-4) -> None:
     torch.testing.assert_close(value.float(), reference.float(), rtol=tolerance, atol=tolerance)
 
 
-# -- operators --------------------------------------------------------------------------------------------------------
-
-
 def test_arena_copies_are_distinct_and_exceed_the_cache_twice(arena: Arena) -> None:
     view, copies = arena.cut(10_000, "fp32", cold=True)
     starts = sorted(view(i).data_ptr() for i in range(copies))
@@ -220,9 +217,6 @@ def test_copy_moves_the_bytes(arena: Arena) -> None:
 def test_refusals(device: CpuDevice, op: Operator, message: str) -> None:
     with pytest.raises(Unsupported, match=message):
         device.prepare(op)
-
-
-# -- the device -------------------------------------------------------------------------------------------------------
 
 
 def test_every_capability_can_be_prepared_and_sampled(device: CpuDevice) -> None:

@@ -28,9 +28,6 @@ GEMM = Operator("gemm", m=128, n=1024, k=1024)
 needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
 
 
-# -- operators --------------------------------------------------------------------------------------------------------
-
-
 @given(
     st.sampled_from(["gemm", "gemm_2to4", "low_rank", "gather_gemm"]),
     st.tuples(*[st.integers(1, 9999)] * 3),
@@ -83,9 +80,6 @@ def test_work_of_operators_by_hand() -> None:
     assert Operator("copy", n=1000).bytes == 2000
 
 
-# -- opening ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -118,9 +112,6 @@ except ValueError as error:
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
     assert done.stdout.strip() == "device 'cpu' needs torch, which is not installed; try: pip install torch"
-
-
-# -- planted ----------------------------------------------------------------------------------------------------------
 
 
 def test_noise_has_the_planted_size() -> None:
@@ -181,9 +172,6 @@ def test_what_is_refused_is_refused_by_name() -> None:
     device = ReplayDevice(refused={"gemm_2to4": "gemm_2to4 needs sparse tensor cores"})
     with pytest.raises(Unsupported, match="sparse tensor cores"):
         device.prepare(Operator("gemm_2to4", m=16, n=64, k=64))
-
-
-# -- recorded ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_recording_is_played_back(tmp_path: Path) -> None:

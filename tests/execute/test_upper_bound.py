@@ -26,8 +26,8 @@ from calibration.execute.upper_bound import (
     plain_gemms,
     shapes_of,
 )
-from calibration.records.records import Records, Source
 from calibration.records.store import read_store
+from calibration.records.table import Records, Source
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware, save_hardware
 from simulator.workload import Kernel, Kind, Workload

@@ -55,7 +55,7 @@ def _tables() -> tuple[Any, ...]:
     import pyarrow.parquet as pq
 
     from calibration.records.parquet import write_records
-    from calibration.records.records import Records, Source
+    from calibration.records.table import Records, Source
 
     size = 12
     shared = {"framework": "TRTLLM", "version": "1.0.0", "device": "NVIDIA A100-SXM4-80GB", "kernel_source": "k"}

@@ -19,7 +19,7 @@ from calibration.judge.pages import constants_of_part
 from calibration.judge.report import html, markdown, write_html, write_markdown
 from calibration.judge.scores import by_size, coverage, pairs, part_errors, part_speedups, part_summary, summary
 from calibration.judge.validate import validate
-from calibration.records.records import Records, Source
+from calibration.records.table import Records, Source
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware, save_hardware
 from simulator.hardware.names import list_hardware

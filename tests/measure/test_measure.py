@@ -14,17 +14,14 @@ from calibration.devices.telemetry import UNKNOWN, Snapshot
 from calibration.measure.plan import ANCHOR, Item, Plan
 from calibration.measure.run import Progress
 from calibration.records.lines import records_of
-from calibration.records.records import PURPOSES
 from calibration.records.store import Header
+from calibration.records.table import PURPOSES
 
 ALL = len(SHAPES)
 
 
 def _truth(record: Mapping[str, Any]) -> float:
     return ReplayDevice().seconds(Operator.from_record(record["operator"]))
-
-
-# -- several visits ---------------------------------------------------------------------------------------------------
 
 
 class Slowed(ReplayDevice):
@@ -75,9 +72,6 @@ def test_what_has_no_time_at_first_is_not_visited_again() -> None:
     assert len(items(kept)) == outcome.counts.skipped + 2 * outcome.counts.ok
 
 
-# -- a healthy device -------------------------------------------------------------------------------------------------
-
-
 def test_a_quiet_device_is_measured_in_full() -> None:
     outcome, kept = go(ReplayDevice(noise=0.003))
     assert (outcome.stopped, outcome.complete, outcome.problems) == ("", True, ())
@@ -104,9 +98,6 @@ def test_progress_is_told_after_every_item() -> None:
     go(ReplayDevice(), progress=seen.append)
     assert [(p.done, p.total) for p in seen] == [(done, ALL) for done in range(1, ALL + 1)]
     assert seen[0].remaining_s > seen[-5].remaining_s > seen[-1].remaining_s == 0.0
-
-
-# -- faults of the device ---------------------------------------------------------------------------------------------
 
 
 def test_throttled_measurements_are_counted_and_repeated() -> None:

@@ -13,9 +13,9 @@ import pytest
 
 from calibration.records.importers import ImportResult, import_table
 from calibration.records.parquet import write_records
-from calibration.records.records import LAUNCHES, OPERATORS, Flag, Records, Source
 from calibration.records.screening import L2_BYTES_PER_CLOCK, Refusals, Screen, join_repeats, least_seconds, too_fast
 from calibration.records.store import Header, Store
+from calibration.records.table import LAUNCHES, OPERATORS, Flag, Records, Source
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.workload import ROLES
@@ -38,9 +38,6 @@ def gemms(path: Path, lines: list[str], header: str = "m,n,k,latency_us") -> Pat
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "table.csv"
-
-
-# -- plain CSV --------------------------------------------------------------------------------------------------------
 
 
 def test_a_plain_csv_by_its_own_names(path: Path) -> None:
@@ -215,9 +212,6 @@ def test_a_store_and_a_table_of_records_are_read_too(tmp_path: Path) -> None:
         import_table(tmp_path / "records.parquet")
 
 
-# -- aiconfigurator ---------------------------------------------------------------------------------------------------
-
-
 def aic(path: Path, columns: Mapping[str, Any], framework: str = "TRTLLM", op: str = "gemm") -> Path:
     """A table as the package has them, with these columns."""
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
@@ -311,9 +305,6 @@ def test_the_real_collections(wheel_tables: Path) -> None:
         rows("h100_sxm/gemm/vllm/0.24.0/gemm_perf.parquet", "h100_sxm")
 
 
-# -- the measured tables handed over ----------------------------------------------------------------------------------
-
-
 def test_the_rtx_4090_tables(shared_data: Path) -> None:
     hw = load_hardware("rtx_4090")
     gemm = import_table(shared_data / "rtx4090_gemm.csv", hw=hw)
@@ -350,9 +341,6 @@ def test_the_2to4_table_keeps_experiments_apart(shared_data: Path) -> None:
     one = records.select(runs == "LLaMA-2-7B.down")
     dense, sparse = (float(one.seconds[one.is_operator(op) & (one.n == 4096)][0]) for op in ("gemm", "gemm_2to4"))
     assert dense / sparse == pytest.approx(890 / 560)
-
-
-# -- physics ----------------------------------------------------------------------------------------------------------
 
 
 def one(**columns: Any) -> Records:

@@ -12,8 +12,8 @@ import pytest
 
 import calibration.measurements as shipped
 from calibration.measurements import FOLDER, INDEX, file_name, list_measurements, load_measurements, provenance
-from calibration.records.records import OPERATORS, Records
 from calibration.records.screening import too_fast
+from calibration.records.table import OPERATORS, Records
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 

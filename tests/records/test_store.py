@@ -6,11 +6,8 @@ from __future__ import annotations
 
 import errno
 import os
-import random
 import subprocess
 import sys
-import textwrap
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +17,8 @@ from calibration.devices.protocol import Operator
 from calibration.records import store as store_module
 from calibration.records.lines import content_records, records_of, shape_of, untimed
 from calibration.records.parquet import read_records, write_records
-from calibration.records.records import OPERATORS, Flag, Records, Source
 from calibration.records.store import Header, Store, decode_line, encode_line, merge, parse, read_store
+from calibration.records.table import OPERATORS, Flag, Records, Source
 from simulator.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -220,54 +217,6 @@ def test_a_full_disk_at_the_first_line(path: Path, monkeypatch: pytest.MonkeyPat
     assert len(written(path, 1)) == len(keys(path)) == 1
 
 
-WRITER = """
-    import sys
-    from calibration.records.store import Header, Store
-
-    with Store(sys.argv[1], Header("planted device", {"driver": "1"})) as store:
-        present = {row["key"] for row in store.rows}
-        for number in range(400):
-            if f"shape {number}" not in present:
-                store.append({"key": f"shape {number}", "median_s": 1e-6, "samples_s": [1e-6 + number] * 40})
-                print(number, flush=True)  # acknowledged
-"""
-
-
-def killed(path: Path, lines: int | None, pause_s: float = 0.0) -> set[int]:
-    """Start a writer, kill it after some acknowledgements and a pause, or never; returns what it acknowledged."""
-    command = [sys.executable, "-S", "-c", textwrap.dedent(WRITER), str(path)]
-    packages = os.pathsep.join([str(ROOT), *(p for p in sys.path if p.endswith("site-packages"))])
-    environment = {**os.environ, "PYTHONPATH": packages}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as writer:
-        assert writer.stdout is not None
-        said = [writer.stdout.readline() for _ in range(lines or 0)]
-        if lines is not None:
-            time.sleep(pause_s)
-            writer.kill()
-        said += writer.stdout.readlines()  # acknowledged before it died, still in the pipe
-    return {int(line) for line in said if line.strip().isdigit()}
-
-
-def test_thirty_kills_lose_no_acknowledged_record(path: Path) -> None:
-    rng = random.Random(7)
-    acknowledged: set[int] = set()
-    for _ in range(30):
-        acknowledged |= killed(path, rng.randrange(10), rng.random() * 0.004)
-        content = parse(path.read_bytes() if path.exists() else b"", "file")
-        found = [r["key"] for r in content.rows] if content else []  # none: killed before its header was on the disk
-        assert len(found) == len(set(found))
-        assert {f"shape {i}" for i in acknowledged} <= set(found)
-    assert 30 < len(acknowledged) < 400
-    killed(path, None)
-    content = read_store(path)
-    assert sorted(r["key"] for r in content.rows) == sorted(f"shape {i}" for i in range(400))
-    assert content.dropped == 0
-    assert all(r["samples_s"] == [1e-6 + int(r["key"].split()[1])] * 40 for r in content.rows)
-
-
-# -- merging ----------------------------------------------------------------------------------------------------------
-
-
 def test_stores_of_several_machines_are_joined(tmp_path: Path) -> None:
     a, b, out = (tmp_path / name for name in ("a.jsonl", "b.jsonl", "out.jsonl"))
     first = written(a, 2)
@@ -307,9 +256,6 @@ def test_what_cannot_be_merged_is_refused_and_nothing_written(tmp_path: Path) ->
         merge([a], out)
 
 
-# -- what lines mean --------------------------------------------------------------------------------------------------
-
-
 def test_flags_purposes_and_spread_of_measured_rows() -> None:
     interval = {"lower_s": 1e-6, "upper_s": 3e-6, "samples_s": [1.0] * 9}
     rows = [
@@ -346,9 +292,6 @@ def test_every_operator_a_device_offers_becomes_a_record() -> None:
         if kind in ("elementwise", "copy"):
             assert float(records.read_bytes[0] + records.write_bytes[0]) == operator.bytes
     assert shape_of({"kind": "launch_eager", "role": "gemm"})["n"] == 64
-
-
-# -- tables -----------------------------------------------------------------------------------------------------------
 
 
 def table() -> Records:
