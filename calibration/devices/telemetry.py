@@ -137,7 +137,7 @@ class NvmlReader:
         return version.decode() if isinstance(version, bytes) else str(version)
 
     def power_limit_w(self) -> Reading:
-        """Enforced power limit in watts, or "unknown"."""
+        """Enforced power limit, or "unknown"."""
         return _read(lambda: self._nvml.nvmlDeviceGetEnforcedPowerLimit(self._handle), 1e-3)
 
 

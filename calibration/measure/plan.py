@@ -22,10 +22,8 @@ from calibration.measure.timing import Protocol
 from simulator.errors import InputError
 
 FIT, HOLDOUT, EXACT, ANCHOR = "fit", "holdout", "exact", "anchor"
-HOLDOUT_SHARE = 0.2
-"""Share of the (n, k) groups of a base plan, and of the items that have none, to keep from the fit."""
-ANCHOR_EVERY = 20
-"""Items between two measurements of the anchor."""
+HOLDOUT_SHARE = 0.2  # of the (n, k) groups of a base plan, and of the items that have none, to keep from the fit
+ANCHOR_EVERY = 20  # items between two measurements of the anchor
 
 # fmt: off
 SHARES: Mapping[str, float] = {

@@ -35,8 +35,7 @@ LENGTHS = (64, 128, 200, 256, 384, 512, 768, 1000, 1024, 1536, 2048, 3072, 4096,
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 ELEMENTWISE = (NORMS[0], "activation", "residual", "rotary", "gather", "scatter", "cache_write", "select")
 # fmt: on
-SELECTED = (8, 32, 64, 256, 1024, 2048)
-"""Scores that a selection chooses from: groups, blocks, positions."""
+SELECTED = (8, 32, 64, 256, 1024, 2048)  # scores that a selection chooses from: groups, blocks, positions
 
 _SPREAD = 600  # points ordered at a time: beyond some hundreds a spread is a lattice, and ordering costs their product
 _GROUP_TOKENS = 3  # values of m measured for each (n, k)

@@ -19,9 +19,8 @@ from simulator.hardware.constants import EXACT_NAMES as NAMES
 from simulator.hardware.profile import HardwareProfile
 from simulator.workload import DTYPES
 
+# standard deviation of a repeated measurement where nothing was repeated: drift below it is not flagged
 UNKNOWN_REPEAT = 0.02
-"""Standard deviation of a repeated measurement where nothing was repeated: drift below it is not flagged
-(``calibration.measure.run``)."""
 
 _Z90, _Z95 = 1.6449, 1.9600
 
@@ -85,10 +84,8 @@ def with_exact(profile: HardwareProfile, records: Records, purposes: Sequence[st
     """
     sections = dict(profile.sections)
     for (operator, dtype), section in profile.sections.items():
-        if operator != "gemm" or section.status != "calibrated" or dtype not in DTYPES:
-            continue
-        arrays = _allowed(exact_arrays(records, dtype, purposes), profile, dtype)
-        if arrays:
+        fitted = operator == "gemm" and section.status == "calibrated" and dtype in DTYPES
+        if fitted and (arrays := _allowed(exact_arrays(records, dtype, purposes), profile, dtype)):
             sections["gemm", dtype] = replace(section, arrays=MappingProxyType({**_others(section.arrays), **arrays}))
     return replace(profile, sections=MappingProxyType(sections)) if sections != profile.sections else profile
 

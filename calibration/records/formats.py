@@ -135,8 +135,7 @@ def _refuse_above_peak(screen: Screen, columns: Columns, known: Array) -> None:
     screen.refuse(decode & (cache > _AIC_L2_BYTES) & fast, reason)
 
 
-MEASURED = ("gpu", "dtype", "op", "latency_us", "source", "note")
-"""Columns by which such a table is known."""
+MEASURED = ("gpu", "dtype", "op", "latency_us", "source", "note")  # columns by which such a table is known
 
 # of the model the element-wise rows name: its hidden size, the width of its MLP, of its k and v
 _HIDDEN, _INNER, _GROUPS = 4096.0, 14336.0, 1024.0

@@ -18,8 +18,7 @@ from calibration.records.table import COUNTS, LAUNCHES, OPERATORS, PURPOSES, Fla
 from simulator.errors import InputError, unknown
 from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, dtype_code
 
-DRIFT_LIMIT = 0.02
-"""Change of an anchor's time from which the records round it are flagged."""
+DRIFT_LIMIT = 0.02  # change of an anchor's time from which the records round it are flagged
 _MOST = 2**40  # largest dimension of an operator that can be meant
 _FLAGS: Mapping[str, Flag] = {"noisy": Flag.NOISY, "throttled": Flag.THROTTLED}
 _GEMM_LAUNCH = {"m": 1, "n": 64, "k": 64}  # the tiny GEMM that stands for any in a launch measurement

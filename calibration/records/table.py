@@ -29,13 +29,15 @@ SCHEMA_VERSION = 1
 
 OPERATORS: tuple[str, ...] = tuple(KINDS)
 """Names of what can be timed; the index is the code in the ``operator`` column."""
-
+# what a time says of the launch: kernel time of a profiler, gap inside a replayed graph, host time
 LAUNCHES: tuple[str, ...] = ("unknown", "excluded", "graph", "eager")
-"""What a time says of the launch: ``excluded`` (kernel time of a profiler), ``graph`` (gap inside a replayed graph),
-``eager`` (host)."""
-
-PURPOSES: tuple[str, ...] = ("", "fit", "holdout", "exact", "anchor")
-"""Why a row was measured; imported rows do not say."""
+PURPOSES: tuple[str, ...] = (
+    "",
+    "fit",
+    "holdout",
+    "exact",
+    "anchor",
+)  # why a row was measured; imports do not say
 
 
 class Flag(IntFlag):

@@ -180,12 +180,9 @@ def test_attention_and_other_operators_from_csv(path: Path) -> None:
     result = import_table(csv(path, header + "\n".join(rows)))
     assert [OPERATORS[o] for o in result.records.operator] == ["attention_decode", "elementwise", "gemm"]
     assert [int(r) for r in result.records.role] == [-1, ROLES.index("activation"), ROLES.index("q")]
-    assert dict(result.refusals) == {
-        "operator 'conv' is unknown": 1,
-        "k is missing or not a number": 1,
-        "heads is no multiple of kv_heads": 1,
-        "q_len exceeds kv_len": 1,
-    }
+    heads = ["heads is no multiple of kv_heads", "q_len exceeds kv_len"]
+    reasons = ["operator 'conv' is unknown", "k is missing or not a number", *heads]
+    assert dict(result.refusals) == dict.fromkeys(reasons, 1)
 
 
 def test_a_store_and_a_table_of_records_are_read_too(tmp_path: Path) -> None:
@@ -199,10 +196,8 @@ def test_a_store_and_a_table_of_records_are_read_too(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes() + b'{"half a')
     result = import_table(path, hw=H100)
     assert dict(result.refusals) == {"faster than the arithmetic peak at the highest clock": 1}
-    assert result.notes == (
-        "the last line was cut short and dropped",
-        "1 operators without a time: skipped: out of memory",
-    )
+    cut = "the last line was cut short and dropped"
+    assert result.notes == (cut, "1 operators without a time: skipped: out of memory")
     write_records(result.records, tmp_path / "records.parquet")
     again = import_table(tmp_path / "records.parquet", hw=H100)
     assert again.records.digest() == result.records.digest()
@@ -229,13 +224,9 @@ def attention_columns(size: int, **more: Any) -> dict[str, Any]:
 
 
 def test_aiconfigurator_gemms(tmp_path: Path) -> None:
-    columns = {
-        "gemm_dtype": ["bfloat16", "int8_wo", "int4_wo", "sq", "fp8_block", "bfloat16", "bfloat16"],
-        "m": [1] * 7,
-        "n": [4096] * 7,
-        "k": [4096] * 6 + [65536],
-        "latency": [0.05, 0.03, 0.02, 0.03, 0.03, 0.0, 0.7],
-    }
+    formats = ["bfloat16", "int8_wo", "int4_wo", "sq", "fp8_block", "bfloat16", "bfloat16"]
+    columns = {"gemm_dtype": formats, "m": [1] * 7, "n": [4096] * 7, "k": [4096] * 6 + [65536]}
+    columns["latency"] = [0.05, 0.03, 0.02, 0.03, 0.03, 0.0, 0.7]
     path = aic(tmp_path / "gemm_perf.parquet", columns)
     result = import_table(path, hw=A100, dtype="all")
     assert dict(result.refusals) == {"number format fp8_block is not modelled": 1, "time is zero": 1}
@@ -318,13 +309,8 @@ def test_the_rtx_4090_tables(shared_data: Path) -> None:
     assert (len(attention.records), dict(attention.refusals)) == (98, refused)
     assert not attention.records.cold.any()
     others = import_table(shared_data / "rtx4090_other_ops.csv", hw=hw)
-    assert {ROLES[r] for r in others.records.role} == {
-        "activation",
-        "embedding",
-        "attention_norm",
-        "final_norm",
-        "rotary",
-    }
+    roles = "activation embedding attention_norm final_norm rotary"
+    assert {ROLES[r] for r in others.records.role} == set(roles.split())
     moved = others.records.read_bytes + others.records.write_bytes
     large = (others.records.role == ROLES.index("activation")) & (others.records.m == 2048)
     bandwidth = float(moved[large][0] / others.records.seconds[large][0])

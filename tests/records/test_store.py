@@ -1,6 +1,4 @@
-"""The store of measured records: nothing acknowledged is lost, nothing is doubled, nothing is read that was not
-written.
-"""
+"""The store of measured records: nothing acknowledged is lost or doubled, nothing is read that was not written."""
 
 from __future__ import annotations
 
@@ -22,9 +20,8 @@ from calibration.records.table import OPERATORS, Flag, Records, Source
 from simulator.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
-HEADER = Header(
-    "NVIDIA A100", {"torch": "2.9", "driver": "580.65"}, "bf16", run="r1", started="2026-01-01T00:00:00+00:00"
-)
+STACK = {"torch": "2.9", "driver": "580.65"}
+HEADER = Header("NVIDIA A100", STACK, "bf16", run="r1", started="2026-01-01T00:00:00+00:00")
 
 
 def row(number: int, **more: object) -> dict[str, object]:
@@ -296,21 +293,11 @@ def test_every_operator_a_device_offers_becomes_a_record() -> None:
 
 def table() -> Records:
     sources = [Source("A", {"torch": "2"}, kernel="x"), Source("B", run="r")]
-    return Records.from_columns(
-        sources,
-        operator=np.array(["gemm", "gemm", "elementwise"]),
-        role=[0, 0, 17],
-        dtype=np.array(["bf16", "fp8", "bf16"]),
-        weight_dtype=np.array(["int8", "fp8", "bf16"]),
-        m=[1, 300, 70_000],
-        n=8,
-        k=[4, 4, 0],
-        seconds=[1e-6, 2e-6, 1 / 3],
-        spread=[np.nan, 0.01, 0.02],
-        cold=[True, False, True],
-        source=[0, 0, 1],
-        flags=[0, 1, 0],
-    )
+    names = {"operator": ["gemm", "gemm", "elementwise"], "dtype": ["bf16", "fp8", "bf16"]}
+    names["weight_dtype"] = ["int8", "fp8", "bf16"]
+    sizes = {"m": [1, 300, 70_000], "n": 8, "k": [4, 4, 0], "role": [0, 0, 17], "cold": [True, False, True]}
+    times = {"seconds": [1e-6, 2e-6, 1 / 3], "spread": [np.nan, 0.01, 0.02], "source": [0, 0, 1], "flags": [0, 1, 0]}
+    return Records.from_columns(sources, **names, **sizes, **times)
 
 
 def test_records_survive_parquet() -> None:
