@@ -1,8 +1,4 @@
-"""Devices to measure: one file each, opened by its name.
-
-``open_device("cpu")``, ``open_device("cuda")`` or ``open_device("cuda:1")``, ``open_device("replay:records.jsonl")``.
-Importing this package needs neither torch nor NVML; the file of the device does.
-"""
+"""Devices to measure: one file each, opened by its name. Only the file of a device needs torch or NVML."""
 
 from __future__ import annotations
 

@@ -4,9 +4,6 @@ A graph keeps the host out of the time, and going round weights that together ex
 come from memory. Where an operator cannot be captured, every launch stands alone between two events, after a buffer of
 twice the L2 has been overwritten; the overwriting also gives the host time to have the launch ready. The record says
 which of the two it was.
-
-The torch module for CUDA is an argument (``backend``), and so is the place where tensors live, so that all that is not
-a kernel can be tested where there is no GPU.
 """
 
 from __future__ import annotations
@@ -55,7 +52,7 @@ class CudaDevice(TorchDevice):
 
     Without ``graphs`` every launch is timed alone after an L2 flush. Operands may take ``memory_limit_bytes``, nine
     tenths of what is free unless given. ``backend`` (``torch.cuda``), ``place`` (of tensors) and ``nvml`` (the module)
-    are arguments for the sake of tests.
+    are arguments so that all that is not a kernel can be tested where there is no GPU.
     """
 
     eight_bit = ("gemm", "copy", "launch_eager", "launch_graph")

@@ -6,14 +6,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from calibration.devices.operators import Arena, Launches
 from calibration.devices.protocol import Description, Operator, OutOfMemory, Unsupported
-
-D = TypeVar("D", bound="TorchDevice")
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ class TorchDevice:
         """Give operands back."""
         self._arena.clear()
 
-    def __enter__(self: D) -> D:
+    def __enter__(self) -> Any:
         return self
 
     def __exit__(self, *_: object) -> None:

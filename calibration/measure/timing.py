@@ -134,11 +134,8 @@ def checked(seconds: float) -> float:
 
 
 def calibrate_loops(sample: Sample, min_window_s: float, max_loops: int = 1 << 20) -> int:
-    """Launches a sample needs to cover ``min_window_s``.
-
-    Grows at most tenfold a step, because the first launches are slower than those that follow and a count taken from
-    them alone would be too small.
-    """
+    """Launches a sample needs to cover ``min_window_s``; grows at most tenfold a step, since the first launches are
+    slower than those that follow and a count taken from them alone would be too small."""
     loops = 1
     while True:
         each = checked(sample(loops))
@@ -152,10 +149,8 @@ def calibrate_loops(sample: Sample, min_window_s: float, max_loops: int = 1 << 2
 
 
 def next_look(count: int) -> int:
-    """Sample count at which the stopping rule is asked next.
-
-    Growing by a quarter, not by one: each look is another chance to stop on a lucky interval, and a rule that looks
-    after every sample covers the median far less often than its level says.
+    """Sample count at which the stopping rule is asked next. Growing by a quarter, not by one: each look is another
+    chance to stop on a lucky interval, and looking after every sample covers the median less often than its level says.
     """
     return max(count + 1, math.ceil(1.25 * count))
 

@@ -1,8 +1,7 @@
 """Which imported rows can be trusted: reasons counted, physics checked, repeated shapes joined.
 
 Nothing is dropped in silence: a :class:`Screen` remembers for each row of a file why it was refused, and
-:class:`Refusals` says so. :func:`least_seconds` is what no device can beat, caches included; :func:`join_repeats` takes
-the median of repeated shapes and flags those that disagree.
+:class:`Refusals` says so. :func:`least_seconds` is what no device can beat, caches included.
 """
 
 from __future__ import annotations

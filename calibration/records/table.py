@@ -31,13 +31,7 @@ OPERATORS: tuple[str, ...] = tuple(KINDS)
 """Names of what can be timed; the index is the code in the ``operator`` column."""
 # what a time says of the launch: kernel time of a profiler, gap inside a replayed graph, host time
 LAUNCHES: tuple[str, ...] = ("unknown", "excluded", "graph", "eager")
-PURPOSES: tuple[str, ...] = (
-    "",
-    "fit",
-    "holdout",
-    "exact",
-    "anchor",
-)  # why a row was measured; imports do not say
+PURPOSES: tuple[str, ...] = ("", "fit", "holdout", "exact", "anchor")  # why a row was measured; imports do not say
 
 
 class Flag(IntFlag):

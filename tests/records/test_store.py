@@ -58,21 +58,18 @@ def test_what_is_written_is_read_and_a_run_is_resumed(path: Path) -> None:
     assert (content.header, content.dropped) == (HEADER, 0)
 
 
-@pytest.mark.parametrize(
-    ("other", "word"),
-    [
-        (Header("NVIDIA H100", HEADER.stack), "device 'NVIDIA A100', not of 'NVIDIA H100'"),
-        (Header(HEADER.device, {"torch": "2.9", "driver": "590.1"}), "driver '580.65', not of '590.1'"),
-        (Header(HEADER.device, {"torch": "2.9"}), "driver '580.65', not of 'none'"),
-        (Header(HEADER.device, HEADER.stack, "fp16"), "dtype 'bf16', not of 'fp16'"),
-    ],
-)
-def test_another_device_driver_or_dtype_is_refused(path: Path, other: Header, word: str) -> None:
+def test_another_device_driver_or_dtype_is_refused(path: Path) -> None:
     written(path)
     before = path.read_bytes()
-    with pytest.raises(InputError, match=word):
-        Store(path, other)
-    assert path.read_bytes() == before
+    for other, word in (
+        (Header("NVIDIA H100", STACK), "device 'NVIDIA A100', not of 'NVIDIA H100'"),
+        (Header(HEADER.device, {"torch": "2.9", "driver": "590.1"}), "driver '580.65', not of '590.1'"),
+        (Header(HEADER.device, {"torch": "2.9"}), "driver '580.65', not of 'none'"),
+        (Header(HEADER.device, STACK, "fp16"), "dtype 'bf16', not of 'fp16'"),
+    ):
+        with pytest.raises(InputError, match=word):
+            Store(path, other)
+        assert path.read_bytes() == before
     Store(path, HEADER).close()  # and the lock was given back
 
 
