@@ -18,8 +18,7 @@ from simulator._version import __version__
 
 if TYPE_CHECKING:
     from simulator.errors import InputError
-    from simulator.hardware.library import load_hardware, save_hardware
-    from simulator.hardware.names import list_hardware
+    from simulator.hardware.library import list_hardware, load_hardware, save_hardware
     from simulator.hardware.profile import HardwareProfile
     from simulator.kernels.gemm import gemm_time
     from simulator.kernels.stack import memory
@@ -38,7 +37,7 @@ _HOME = {
     "cost": "kernels.stream",
     "gemm_time": "kernels.gemm",
     "HardwareProfile": "hardware.profile",
-    "list_hardware": "hardware.names",
+    "list_hardware": "hardware.library",
     "load_hardware": "hardware.library",
     "save_hardware": "hardware.library",
     "memory": "kernels.stack",

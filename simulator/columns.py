@@ -28,8 +28,6 @@ def column(dtype: type, default: Any) -> Any:
 class Table:
     """Columns of equal length, read-only, of the types declared.
 
-    Examples
-    --------
     >>> from dataclasses import dataclass
     >>> @dataclass(frozen=True, eq=False)
     ... class Parts(Table):
@@ -144,11 +142,7 @@ class Table:
 
 
 def encode(name: str, values: Array, codes: Mapping[str, tuple[str, ...]]) -> Array:
-    """Codes of a column given as names.
-
-    >>> encode("kind", np.array(["nut", "bolt", "nut"]), {"kind": ("bolt", "nut")}).tolist()
-    [1, 0, 1]
-    """
+    """Codes of a column given as names."""
     names, inverse = np.unique(np.asarray(values, dtype=object).astype(str), return_inverse=True)
     return np.array([_code(name, str(n), codes) for n in names], dtype=np.int64)[inverse].reshape(np.shape(values))
 

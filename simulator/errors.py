@@ -9,10 +9,7 @@ from collections.abc import Iterable
 class InputError(ValueError):
     """Bad input from a person. The command line prints its one line and exits with 2.
 
-    Messages quote what came in, whatever it is: each is one line of printable characters.
-
-    >>> str(InputError("file: got a\\nb\\x1b[31m"))
-    'file: got a b\\\\x1b[31m'
+    Messages quote what came in, whatever it is: each is made one line of printable characters.
     """
 
     def __init__(self, message: str = "") -> None:

@@ -57,20 +57,8 @@ _HINTS = {"b": "B for bytes (b would be bits)", "FLOPS": "FLOP/s", "FLOPs": "FLO
 def parse_quantity(text: str, unit: str) -> float:
     """A number with a unit, such as ``"25 ns"``, to SI; ``unit`` is the one wanted, a key of :data:`UNITS`.
 
-    Raises
-    ------
-    InputError
-        If the text is no number with a unit of that dimension; says what came and what would be right.
-
-    Examples
-    --------
-    >>> parse_quantity("3.35 TB/s", "B/s")
-    3350000000000.0
     >>> parse_quantity("50 MiB", "B")
     52428800.0
-    >>> parse_quantity("3 GHz", "s")
-    Traceback (most recent call last):
-    simulator.errors.InputError: expected a time such as "3.0 us", got "3 GHz": GHz is a unit of a frequency
     """
     body = text.strip(" ")
     match = _NUMBER.match(body)
@@ -100,9 +88,8 @@ def _unit_problem(symbol: str, unit: str) -> str:
             return f"{unknown}; write {right}"
     lowered = {name.lower(): name for name in UNITS[unit]}
     close = difflib.get_close_matches(symbol[:20].lower(), lowered, n=1, cutoff=0.3)
-    return (
-        f"{unknown}; did you mean {lowered[close[0]]}?" if close else f"{unknown}; use one of {', '.join(UNITS[unit])}"
-    )
+    hint = f"did you mean {lowered[close[0]]}?" if close else f"use one of {', '.join(UNITS[unit])}"
+    return f"{unknown}; {hint}"
 
 
 def format_quantity(value: float, unit: str, digits: int | None = None) -> str:
@@ -139,11 +126,8 @@ def _plain(number: Decimal) -> str:
     return f"{number.normalize():e}"
 
 
-# -- for people: three significant digits -----------------------------------------------------------------------------
-
-
 def seconds(value: float) -> str:
-    """A time.
+    """A time for people, three significant digits as all that follow.
 
     >>> seconds(0.0123456), seconds(3e-6), seconds(41.2)
     ('12.3 ms', '3.00 us', '41.2 s')

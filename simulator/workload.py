@@ -92,11 +92,7 @@ _DTYPE_CODE: Mapping[str, int] = MappingProxyType({name: code for code, name in 
 
 
 def role_code(*names: str) -> Array:
-    """Codes of role names.
-
-    >>> [ROLES[c] for c in role_code("q", "down")]
-    ['q', 'down']
-    """
+    """Codes of role names."""
     return np.array([_ROLE_CODE[name] for name in names], dtype=np.int16)
 
 
@@ -109,15 +105,10 @@ def _role_table(names: tuple[str, ...]) -> Array:
 
 
 def dtype_code(name: str) -> int:
-    """Code of a number format.
-
-    >>> DTYPES[dtype_code("bf16")]
-    'bf16'
-    """
-    try:
-        return _DTYPE_CODE[name]
-    except KeyError:
-        raise ValueError(f"dtype {name!r} is unknown; expected one of {', '.join(DTYPES)}") from None
+    """Code of a number format."""
+    if name not in _DTYPE_CODE:
+        raise ValueError(f"dtype {name!r} is unknown; expected one of {', '.join(DTYPES)}")
+    return _DTYPE_CODE[name]
 
 
 def attention_pairs(q_len: Array, kv_len: Array, window: Array) -> Array:
@@ -125,8 +116,6 @@ def attention_pairs(q_len: Array, kv_len: Array, window: Array) -> Array:
 
     Query i of q_len (from 0) sits at position p = kv_len - q_len + i and sees min(p + 1, window) keys (0: no limit).
 
-    >>> int(attention_pairs(np.array(4), np.array(4), np.array(0)))
-    10
     >>> int(attention_pairs(np.array(4), np.array(4), np.array(2)))
     7
     """
@@ -172,8 +161,6 @@ class Meta:
 class Workload(Table):
     """Operators as equal-length columns; names of roles and number formats are taken as their codes.
 
-    Examples
-    --------
     >>> w = Workload.from_rows([{"role": "q", "m": 2, "n": 8, "k": 4, "count": 3}])
     >>> float(w.flops.sum())
     384.0

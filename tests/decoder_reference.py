@@ -3,46 +3,26 @@ must equal."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from calibration.execute.decoder import Decoder, decode, prefill
+from calibration.execute.decoder.model import Decoder
+from calibration.execute.decoder.run import decode, prefill
 from simulator.models.config import ModelConfig
 
 LAYERS, BATCH, PROMPT, STEPS = 4, 3, 70, 3
-CONFIG = ModelConfig(
-    name="tiny",
-    architecture="llama",
-    hidden=96,
-    layers=LAYERS,
-    heads=8,
-    kv_heads=4,
-    head_dim=12,
-    inner=160,
-    vocab=211,
-    rotary_dim=12,
-    max_positions=512,
-    windows=(0,) * LAYERS,
-)
+_SHAPE = {"hidden": 96, "heads": 8, "kv_heads": 4, "head_dim": 12, "inner": 160, "vocab": 211, "rotary_dim": 12}
+CONFIG = ModelConfig("tiny", "llama", layers=LAYERS, max_positions=512, windows=(0,) * LAYERS, **_SHAPE)
 TOKENS = torch.randint(CONFIG.vocab, (BATCH, PROMPT + STEPS), generator=torch.Generator().manual_seed(7))
 ALL = slice(None)
 
+Masks = dict[tuple[str, int], Any]
+"""What a dense pass must leave out to equal a pruned one, by name and layer; missing where nothing is left out.
 
-@dataclass
-class Masks:
-    """What a dense pass must leave out to equal a pruned one; by layer, missing where nothing is left out.
-
-    ``seen`` (batch, kv_heads, queries, keys); ``groups`` (batch, tokens, kv_heads) and ``channels`` (batch, tokens,
-    inner) used; ``attention`` and ``mlp`` (batch, tokens) computed.
-    """
-
-    seen: dict[int, Any] = field(default_factory=dict)
-    groups: dict[int, Any] = field(default_factory=dict)
-    channels: dict[int, Any] = field(default_factory=dict)
-    attention: dict[int, Any] = field(default_factory=dict)
-    mlp: dict[int, Any] = field(default_factory=dict)
+"seen" (batch, kv_heads, queries, keys); "groups" (batch, tokens, kv_heads) and "channels" (batch, tokens, inner) used;
+"attention" and "mlp" (batch, tokens) computed.
+"""
 
 
 def _norm(x: Any, weight: Any, epsilon: float) -> Any:
@@ -69,7 +49,7 @@ def _linear(projection: Any, x: Any) -> Any:
 
 def reference(decoder: Decoder, tokens: Any, masks: Masks | None = None) -> Any:
     """Logits at every position, (batch, tokens, vocab), all positions at once, no cache."""
-    masks = masks or Masks()
+    masks = masks or {}
     x = decoder.embedding.double()[tokens]
     batch, length = tokens.shape
     causal = torch.ones(length, length, dtype=torch.bool).tril()
@@ -78,28 +58,28 @@ def reference(decoder: Decoder, tokens: Any, masks: Masks | None = None) -> Any:
             h = _norm(x, a.norm, decoder.epsilon)
             wanted = ((a.q, a.heads), (a.k, a.kv_heads), (a.v, a.kv_heads))
             q, k, v = (_linear(p, h).view(batch, length, heads, -1).transpose(1, 2) for p, heads in wanted)
-            if a.qk_norms is not None:
-                q, k = _norm(q, a.qk_norms[0], decoder.epsilon), _norm(k, a.qk_norms[1], decoder.epsilon)
+            if a.q_norm is not None:
+                q, k = _norm(q, a.q_norm, decoder.epsilon), _norm(k, a.k_norm, decoder.epsilon)
             q, k = _turn(q, 10000.0), _turn(k, 10000.0)
             group = a.heads // a.kv_heads
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-            seen = causal & masks.seen[number].repeat_interleave(group, 1) if number in masks.seen else causal
+            seen = causal & masks["seen", number].repeat_interleave(group, 1) if ("seen", number) in masks else causal
             out = ((q @ k.transpose(-1, -2)) / q.shape[-1] ** 0.5).masked_fill(~seen, -torch.inf).softmax(-1) @ v
-            if number in masks.groups:
-                out = out * masks.groups[number].transpose(1, 2).repeat_interleave(group, 1)[..., None]
+            if ("groups", number) in masks:
+                out = out * masks["groups", number].transpose(1, 2).repeat_interleave(group, 1)[..., None]
             y = _linear(a.o, out.transpose(1, 2).flatten(2))
-            if number in masks.attention:
-                y = y * masks.attention[number][..., None]
+            if ("attention", number) in masks:
+                y = y * masks["attention", number][..., None]
             x = x + y
         if (m := layer.mlp) is not None:
             h = _norm(x, m.norm, decoder.epsilon)
             gate = _linear(m.gate, h)
             middle = gate * torch.sigmoid(gate) * _linear(m.up, h)
-            if number in masks.channels:
-                middle = middle * masks.channels[number]
+            if ("channels", number) in masks:
+                middle = middle * masks["channels", number]
             y = _linear(m.down, middle)
-            if number in masks.mlp:
-                y = y * masks.mlp[number][..., None]
+            if ("mlp", number) in masks:
+                y = y * masks["mlp", number][..., None]
             x = x + y
     return _norm(x, decoder.final_norm, decoder.epsilon) @ decoder.head.double().t()
 

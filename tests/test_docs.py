@@ -156,12 +156,11 @@ def test_the_equations_of_the_model_are_those_of_the_code() -> None:
 
 
 def test_every_constant_of_the_cost_models_is_explained() -> None:
-    from simulator.hardware.constants import CLASSES
+    from simulator.hardware.constants import CLASSES, CONSTANTS
     from simulator.hardware.constants import COLLECTIVE_CONSTANTS as LINK
-    from simulator.hardware.profile import OPERATORS, constants_of
 
     text = (ROOT / "docs" / "model.md").read_text(encoding="utf-8").replace("\\_", "_")
-    names = {name for operator in OPERATORS for name in constants_of(operator)} | set(LINK)
+    names = {name for constants in CONSTANTS.values() for name in constants} | set(LINK)
     classes = re.compile(rf"(t0|e|l2)_({'|'.join(CLASSES)})(_s)?")
     assert all(f"`{name}`" in text for name in CLASSES)
     missing = [name for name in sorted(names) if not classes.fullmatch(name) and not re.search(rf"\b{name}\b", text)]

@@ -43,19 +43,6 @@ def test_flops_and_bytes_of_each_kind() -> None:
     assert w.bytes.tolist() == [2 * dense, two_four, scattered, prefill, decode, 60]
 
 
-def test_expand_keeps_every_count() -> None:
-    w = Workload.from_rows(
-        [
-            {"role": "q", "layer": 0, "layers": 4, "count": 12, "m": 1, "n": 8, "k": 8, "params": 64 / 3},
-            {"role": "lm_head", "m": 1, "n": 100, "k": 8, "params": 800},
-        ]
-    )
-    wide = w.expand()
-    assert wide.layer.tolist() == [0, 1, 2, 3, -1]
-    assert wide.count.tolist() == [3, 3, 3, 3, 1]
-    assert wide.parameters == pytest.approx(w.parameters) == 64 * 4 + 800
-
-
 def test_columns_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown columns \\['rows'\\]"):
         Workload.from_columns(rows=3)

@@ -74,7 +74,7 @@ def command(
 
 
 def _check_quick(hardware: str, dtype: str) -> None:
-    """Refuse before measuring what could not be moved after it; a GPU found by its name is checked when it is fitted."""
+    """Refuse before measuring what could not be moved after it; a GPU found by its name is checked when fitted."""
     from simulator.errors import InputError
     from simulator.hardware.library import load_hardware
 

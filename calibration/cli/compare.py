@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from calibration.cli.measure import Budget, Dtype, Folder, Hardware, Seed
+from calibration.cli.measure import Folder, Seed
 from calibration.cli.rows import seconds
-from calibration.cli.upper_bound import DeviceName, Family, Layers, Model, Sparsity, case_columns, ratio_of
+from calibration.cli.upper_bound import Cases, DeviceName, Model, case_columns, ratio_of
 from simulator.cli import options, render
 from simulator.cli.options import opt
 
 if TYPE_CHECKING:
-    from calibration.execute.comparison import Row
+    from calibration.execute.compare import Row
 
 Runtime = Annotated[
     str, opt("--runtime", "NAME", "How decode steps are launched: cuda_graph or eager; what can be if left out.")
 ]
 
 
+@options.expanded()
 def command(
     model: Model,
     device: DeviceName,
     output: Folder,
-    phase: options.Phase = "prefill,decode",
-    batch: options.Batch = "1",
-    seq: options.Seq = "2048",
-    family: Family = "all",
-    sparsity: Sparsity = "0.25,0.5",
-    budget: Budget = "10min",
-    dtype: Dtype = "bf16",
-    hardware: Hardware = "",
-    layers: Layers = None,
+    asked: Cases = Cases(),  # noqa: B008 - frozen
     runtime: Runtime = "",
     seed: Seed = 0,
     json: options.Json = False,
@@ -44,50 +38,29 @@ def command(
     calibration left one, unless --hardware names another. Writes RUN/decoder.jsonl, comparison.csv, comparison.md and
     comparison.png; the same command goes on where it was stopped.
     """
-    from calibration.devices import open_device
-    from calibration.execute.cases import fewer_layers, profile_of, settings_of
-    from calibration.execute.compare import as_executed, compare
-    from calibration.execute.comparison import rows_of, table
+    from calibration.execute.compare import as_executed, compare, rows_of
     from calibration.execute.runs import RECORDS, check_folder
     from calibration.execute.upper_bound import measured_bounds
     from simulator.files.write import write_whole
-    from simulator.models.library import load_model
-    from simulator.predict.settings import Setting, one_of
+    from simulator.predict.settings import one_of
 
-    budget_s = seconds("--budget", budget)
+    budget_s, dtype = seconds("--budget", asked.budget), asked.dtype
     if runtime:
         one_of("runtime", runtime, ("cuda_graph", "eager"))
-    config = fewer_layers(load_model(model), layers)
-    cases, notes = settings_of(
-        config,
-        phases=options.names("--phase", phase),
-        batch=options.integers("--batch", batch),
-        seq=options.integers("--seq", seq),
-        families=options.names("--family", family),
-        sparsities=options.fractions("--sparsity", sparsity),
-        setting=Setting(dtype=dtype),
-        options=as_executed(device),
-    )
+    config, cases, notes = asked.of(model, options=as_executed(device))
     folder = check_folder(output)
-    opened = open_device(device)
-    try:
+    with asked.on(device, folder, budget_s) as (opened, hw, left), render.progress("running") as report:
         name = opened.describe().device
         render.note(f"{name}; {opened.describe().software}; {dtype}; {len(cases)} cases")
-        start = opened.clock()
-        hw = profile_of(folder, opened, dtype, hardware)
-        left = max(budget_s - (opened.clock() - start), 1e-3)
-        with render.progress("running") as report:
-            found = compare(
-                folder, opened, config, cases, budget_s=left, dtype=dtype, runtime=runtime, seed=seed, progress=report
-            )
-    finally:
-        opened.close()
+        known_run: dict[str, Any] = {"budget_s": left, "dtype": dtype, "runtime": runtime, "seed": seed}
+        found = compare(folder, opened, config, cases, progress=report, **known_run)
     known = measured_bounds(folder / RECORDS, cases, dtype)
     rows = rows_of(cases, found.records, hw, device=name, dtype=dtype, measured_bounds=known)
+    table = [asdict(row) for row in rows]
     if rows:
-        write_whole(folder / "comparison.csv", render.csv_text(table(rows)).encode())
+        write_whole(folder / "comparison.csv", render.csv_text(table).encode())
         _write(folder, rows, list(found.records))
-    if render.Output(json).write(table(rows)) and rows:
+    if render.Output(json).write(table) and rows:
         render.show(_columns(rows), _title(rows[0]))
         print("\n" + "\n".join(_agreement(rows, list(found.records))))
         print(f"\n{folder / 'comparison.md'}")
@@ -123,15 +96,16 @@ def _columns(rows: list[Row]) -> list[render.Column]:
 
 def _agreement(rows: list[Row], records: list[dict[str, object]]) -> list[str]:
     """How well they agree, a line a phase."""
-    from calibration.execute.comparison import by_phase, repeatability
+    from calibration.execute.compare import by_phase, repeatability
 
     lines = []
     for phase, a in by_phase(rows).items():
-        rank = f"Spearman {a.spearman:.3f}, " if a.spearman == a.spearman else ""
+        percent = {name: 100 * value for name, value in a.items()}
+        rank = f"Spearman {a['spearman']:.3f}, " if a["spearman"] == a["spearman"] else ""
         lines.append(
-            f"{phase}: {rank}median error {100 * a.median:.1f} %, p95 {100 * a.p95:.1f} %, bias {100 * a.bias:+.1f} %, "
-            f"{100 * a.inside:.0f} % of {a.count} in their 90 % interval; "
-            f"dense times off by {100 * a.dense_time:.1f} % (median)"
+            f"{phase}: {rank}median error {percent['median']:.1f} %, p95 {percent['p95']:.1f} %, "
+            f"bias {percent['bias']:+.1f} %, {percent['inside']:.0f} % of {a['count']} in their 90 % interval; "
+            f"dense times off by {percent['dense_time']:.1f} % (median)"
         )
     again = repeatability(records)
     if again == again:

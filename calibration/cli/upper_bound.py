@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,11 @@ from simulator.cli import options, render
 from simulator.cli.options import arg, opt
 
 if TYPE_CHECKING:
+    from calibration.devices import Device
+    from calibration.execute.cases import Case
     from calibration.execute.upper_bound import Bound
+    from simulator.hardware.profile import HardwareProfile
+    from simulator.models.config import ModelConfig
 
 # fmt: off
 DeviceName = Annotated[str, opt("--device", "DEVICE", "cpu, cuda, cuda:1 or replay:FILE.")]
@@ -25,19 +30,60 @@ Layers = Annotated[int | None, opt("--layers", "N", "Cut the model to its first 
 # fmt: on
 
 
+@dataclass(frozen=True)
+class Cases:
+    """Which pruned versions of a model are run on a device and for how long, as texts of the command line."""
+
+    phase: options.Phase = "prefill,decode"
+    batch: options.Batch = "1"
+    seq: options.Seq = "2048"
+    family: Family = "all"
+    sparsity: Sparsity = "0.25,0.5"
+    budget: Budget = "10min"
+    dtype: Dtype = "bf16"
+    hardware: Hardware = ""
+    layers: Layers = None
+
+    def of(self, model: str, runtime: str = "cuda_graph", **more: Any) -> tuple[ModelConfig, list[Case], list[str]]:
+        """The model, its cases, and what was left out."""
+        from calibration.execute.cases import fewer_layers, settings_of
+        from simulator.models.library import load_model
+        from simulator.predict.settings import Setting
+
+        config = fewer_layers(load_model(model), self.layers)
+        cases, notes = settings_of(
+            config,
+            phases=options.names("--phase", self.phase),
+            batch=options.integers("--batch", self.batch),
+            seq=options.integers("--seq", self.seq),
+            families=options.names("--family", self.family),
+            sparsities=options.fractions("--sparsity", self.sparsity),
+            setting=Setting(dtype=self.dtype, runtime=runtime),
+            **more,
+        )
+        return config, cases, notes
+
+    @contextlib.contextmanager
+    def on(self, device: str, folder: Path, budget_s: float) -> Iterator[tuple[Device, HardwareProfile, float]]:
+        """The open device, its profile, and the seconds that are left of the budget."""
+        from calibration.devices import open_device
+        from calibration.execute.cases import profile_of
+
+        opened = open_device(device)
+        try:
+            start = opened.clock()
+            hw = profile_of(folder, opened, self.dtype, self.hardware)
+            yield opened, hw, max(budget_s - (opened.clock() - start), 1e-3)
+        finally:
+            opened.close()
+
+
+@options.expanded()
 def command(
     model: Model,
     device: DeviceName,
     output: Folder,
-    phase: options.Phase = "prefill,decode",
-    batch: options.Batch = "1",
-    seq: options.Seq = "2048",
-    family: Family = "all",
-    sparsity: Sparsity = "0.25,0.5",
-    budget: Budget = "5min",
-    dtype: Dtype = "bf16",
-    hardware: Hardware = "",
-    layers: Layers = None,
+    asked: Cases = Cases(budget="5min"),
     runtime: options.Runtime = "cuda_graph",
     seed: Seed = 0,
     json: options.Json = False,
@@ -47,39 +93,18 @@ def command(
     Times dense GEMMs at the dense and at the pruned shapes: what the device grants at best. Writes RUN/records.jsonl
     and RUN/upper_bound.csv; the same command goes on where it was stopped.
     """
-    from calibration.devices import open_device
-    from calibration.execute.cases import fewer_layers, profile_of, settings_of
     from calibration.execute.runs import check_folder
     from calibration.execute.upper_bound import bound_errors, bounds, measure_bounds
     from simulator.files.write import write_whole
-    from simulator.models.library import load_model
-    from simulator.predict.settings import Setting
 
-    budget_s = seconds("--budget", budget)
-    cases, notes = settings_of(
-        fewer_layers(load_model(model), layers),
-        phases=options.names("--phase", phase),
-        batch=options.integers("--batch", batch),
-        seq=options.integers("--seq", seq),
-        families=options.names("--family", family),
-        sparsities=options.fractions("--sparsity", sparsity),
-        setting=Setting(dtype=dtype, runtime=runtime),
-    )
-    check_folder(output)
-    opened = open_device(device)
-    try:
-        start = opened.clock()
-        hw = profile_of(output, opened, dtype, hardware)
-        left = max(budget_s - (opened.clock() - start), 1e-3)
-        with render.progress("measuring") as report:
-            done = in_seconds(report)
-            found = measure_bounds(
-                output, opened, cases, budget_s=left, dtype=dtype, seed=seed, progress=done, say=render.note
-            )
-    finally:
-        opened.close()
+    budget_s, dtype = seconds("--budget", asked.budget), asked.dtype
+    _, cases, notes = asked.of(model, runtime)
+    folder = check_folder(output)
+    with asked.on(device, folder, budget_s) as (opened, hw, left), render.progress("measuring") as report:
+        known: dict[str, Any] = {"budget_s": left, "dtype": dtype, "seed": seed, "say": render.note}
+        found = measure_bounds(folder, opened, cases, progress=in_seconds(report), **known)
     rows = bounds(cases, found.records, hw, runtime=runtime, dtype=dtype)
-    file = Path(output) / "upper_bound.csv"
+    file = folder / "upper_bound.csv"
     records = [asdict(row) for row in rows]
     write_whole(file, render.csv_text(records).encode())
     if render.Output(json).write(records):
@@ -88,7 +113,7 @@ def command(
             alone = f"; its model without the exact shapes {100 * errors['model']:.1f} %"
             again = alone if errors["predicted"] != errors["model"] else ""
             print(f"\nmedian error of the bounds predicted by {hw.name}: {100 * errors['predicted']:.1f} %{again}")
-        print(f"\n{file}: {found.shapes} shapes; {describe(found.outcome)}")
+        print(f"\n{file}: {len(found.plan.items)} shapes; {describe(found.outcome)}")
     for line in notes:
         render.note(line)
     if missing := sum(1 for row in rows if row.missing):

@@ -15,8 +15,7 @@ from calibration.devices.protocol import Device
 from calibration.execute.runs import DATASHEET, PROFILE, check_folder
 from calibration.fit.base_profile import base_profile
 from simulator.errors import InputError
-from simulator.hardware.library import load_hardware, save_hardware
-from simulator.hardware.names import list_hardware
+from simulator.hardware.library import list_hardware, load_hardware, save_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
@@ -26,7 +25,21 @@ from simulator.predict.table import families as family_names
 from simulator.pruning import prune
 from simulator.workload import PHASES, Workload
 
-Key = tuple[str, float, str, int, int]
+
+@dataclass(frozen=True)
+class CaseRow:
+    """What the tables of both commands begin with; the order of fields is that of columns."""
+
+    model: str
+    device: str
+    hardware: str
+    family: str
+    sparsity: float
+    realised_sparsity: float
+    phase: str
+    batch: int
+    seq: int
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -42,29 +55,16 @@ class Case:
     pruned: Workload
 
     @property
-    def key(self) -> Key:
-        """What tells it apart from the other cases of a model."""
-        return self.family, self.sparsity, self.phase, self.batch, self.seq
+    def identity(self) -> dict[str, Any]:
+        """The model, and what tells the case apart from others of it."""
+        names = ("family", "sparsity", "phase", "batch", "seq")
+        return {"model": self.dense.meta.model, **{name: getattr(self, name) for name in names}}
 
-    def columns(self, hw: HardwareProfile, s: Speedup, **more: Any) -> dict[str, Any]:
-        """What rows of both commands hold of a case and of what is predicted for it, by column."""
-        return {
-            "model": self.dense.meta.model,
-            "hardware": hw.name,
-            "family": self.family,
-            "sparsity": self.sparsity,
-            "realised_sparsity": self.pruned.meta.applied[-1].realised,
-            "phase": self.phase,
-            "batch": self.batch,
-            "seq": self.seq,
-            "flop_bound": s.flop_bound,
-            "byte_bound": s.byte_bound,
-            "roofline_bound": s.roofline_bound,
-            "predicted": s.speedup,
-            "predicted_lower": s.lower,
-            "predicted_upper": s.upper,
-            **more,
-        }
+    def columns(self, hw: HardwareProfile, s: Speedup) -> dict[str, Any]:
+        """What rows of both tables hold of a case and of what is predicted for it, by column."""
+        of_case = {**self.identity, "realised_sparsity": self.pruned.meta.applied[-1].realised, "hardware": hw.name}
+        limits = {f"{name}_bound": getattr(s, f"{name}_bound") for name in ("flop", "byte", "roofline")}
+        return {**of_case, **limits, "predicted": s.speedup, "predicted_lower": s.lower, "predicted_upper": s.upper}
 
 
 def settings_of(
@@ -80,13 +80,8 @@ def settings_of(
 ) -> tuple[list[Case], list[str]]:
     """Every combination as a case, and a line for each that a family does not support; ``options`` are by family.
 
-    Raises
-    ------
-    InputError
-        For an unknown name, a value out of range, or when no case is left.
+    An InputError for an unknown name, a value out of range, or when no case is left.
 
-    Examples
-    --------
     >>> families = ["depth", "semi_structured"]
     >>> cases, notes = settings_of("smollm2-135m", phases=["decode"], families=families, sparsities=[0.25])
     >>> [(c.family, c.sparsity) for c in cases], len(notes)

@@ -1,37 +1,34 @@
-"""A decoder really executed, dense and pruned by every family: what predictions of whole passes are compared with.
+"""A decoder really executed, dense and pruned by every family, beside what is predicted for it.
 
 :func:`compare` times each pruned decoder in turns with the dense one, so that a machine that slows down slows both, and
-keeps every result in a run folder; :mod:`calibration.execute.comparison` puts predictions and bounds beside them and
-says how well they agree. :mod:`calibration.execute.decoder` and torch are imported only when a decoder is run.
+keeps every result in a run folder. :func:`rows_of` puts predictions and bounds beside its records, :func:`summary` and
+:func:`by_phase` say how well they agree, :func:`repeatability` how well the machine agrees with itself.
+:mod:`calibration.execute.decoder` and torch are imported only when a decoder is run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from calibration.devices.protocol import Device, Unsupported
-from calibration.execute.cases import Case
-from calibration.execute.comparison import OK, name_of
-from calibration.execute.runs import check_folder
+from calibration.devices.protocol import Device
+from calibration.execute.cases import Case, CaseRow, predicted_speedup
+from calibration.execute.runs import begin
+from calibration.judge.scores import errors, spearman
 from calibration.measure.interrupt import Interrupt
-from calibration.measure.plan import check_budget
-from calibration.records.store import Header, Store, read_store
+from calibration.measure.run import FAILED, UNSUPPORTED
+from calibration.measure.timing import OK, median_interval
+from calibration.records.store import Store
 from simulator.errors import InputError
+from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import ModelConfig
 
-if TYPE_CHECKING:
-    from calibration.execute.decoder import Decoder
-
 STORE = "decoder.jsonl"
-LONGEST_S = 30.0
-"""Time for the pairs of one case, whatever the budget."""
-
-UNSUPPORTED, SKIPPED, FAILED = "unsupported", "skipped", "failed"
 _FAILURES_IN_A_ROW = 3
 DTYPES: tuple[str, ...] = ("fp32", "bf16", "fp16")
 """Number formats a decoder runs in."""
@@ -48,11 +45,11 @@ def as_executed(device: str) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Compared:
-    """What :func:`compare` did: records in the folder, cases not reached in the time, and why others have no time."""
+    """What :func:`compare` did."""
 
-    records: tuple[dict[str, Any], ...]
-    left: int
-    notes: tuple[str, ...]
+    records: tuple[dict[str, Any], ...]  # of the cases, in the folder
+    left: int  # cases not reached in the time
+    notes: tuple[str, ...]  # why others have no time
     stopped: str = ""
 
 
@@ -66,52 +63,35 @@ def compare(
     dtype: str = "bf16",
     runtime: str = "",
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done_s, total_s: None,
 ) -> Compared:
     """Run and time a decoder in every case, into a run folder, new or begun by an earlier run of the same device.
 
     The device is open, and left open; the cases were lowered from ``config`` and share the budget equally: those that
-    time is too short for are left for the next run.
-
-    Parameters
-    ----------
-    runtime : {"", "cuda_graph", "eager"}
-        How decode steps are launched; a graph where the device and the family can if left out.
-    seed : int
-        Of the weights, and of the order of the cases.
-    progress : callable, optional
-        Called with seconds spent and seconds in all.
-
-    Raises
-    ------
-    InputError
-        For a budget of zero, a device without torch, a number format or a model the decoder cannot run, a folder of
-        another device.
+    time is too short for are left for the next run. ``runtime`` ("cuda_graph" or "eager") is how decode steps are
+    launched: from a graph, where device and family can, if left out. ``seed`` is that of the weights and of the order
+    of the cases. An InputError for a budget of zero, a device without torch, a number format or a model the decoder
+    cannot run, a folder of another device.
     """
-    path = check_folder(folder)
-    check_budget(budget_s)
     if dtype not in DTYPES or dtype not in device.dtypes():
         known = ", ".join(d for d in DTYPES if d in device.dtypes())
         raise InputError(f"--dtype {dtype}: a decoder on {device.name} runs in {known}")
     if not device.name.startswith(("cpu", "cuda")):
         raise InputError(f"device {device.name!r}: a decoder needs one that runs torch: cpu or cuda")
     from calibration.execute.decoder.model import check_model
+    from calibration.execute.decoder.timing import Executor
 
     check_model(config)
-    description = device.describe()
-    extra = {"opened": device.name, "model": config.name}
-    header = Header(description.device, dict(description.stack), dtype, extra=extra)
-    file = path / STORE
-    if file.exists() and file.stat().st_size:
-        read_store(file).header.refuse_other(header, str(file))
-    path.mkdir(exist_ok=True)
+    file, header = begin(folder, device, dtype, budget_s, STORE, model=config.name)
+    file.parent.mkdir(exist_ok=True)
     start, stopped, failures = device.clock(), "", 0
+    names = {name_of(case, dtype): case for case in cases}
     with Store(file, header) as store, Interrupt() as interrupt:
         done = {str(row["key"]) for row in store.rows if row.get("status") in (OK, UNSUPPORTED)}
-        todo = _shuffled([case for case in cases if name_of(case, dtype) not in done], seed)
+        todo = _shuffled({name: case for name, case in names.items() if name not in done}, seed)
         left = len(todo)
-        executor = _Executor(device, _dense(config, dtype, device.name, seed), runtime) if todo else None
-        for case in todo:
+        executor = Executor(device, config, dtype, runtime, seed) if todo else None
+        for name, case in todo:
             spent = device.clock() - start
             if interrupt.asked or spent >= budget_s:
                 stopped = "interrupted" if interrupt.asked else "budget"
@@ -119,17 +99,14 @@ def compare(
             assert executor is not None
             # building a pruned decoder takes its share too: what a case does not use goes to those after it
             record = executor.record(case, (budget_s - spent) / left)
-            name = name_of(case, dtype)
-            store.append({"type": "decoder", "key": name, "dtype": dtype, **_identity(case), **record})
+            store.append({"type": "decoder", "key": name, "dtype": dtype, **case.identity, **record})
             left -= 1
             failures = failures + 1 if record["status"] == FAILED else 0
             if failures >= _FAILURES_IN_A_ROW:
                 stopped = f"device lost: {failures} cases in a row failed; the last: {record['reason']}"
                 break
-            if progress is not None:
-                progress(round(device.clock() - start), round(budget_s))
-        wanted = {name_of(case, dtype) for case in cases}
-        found = {str(row["key"]): row for row in store.rows if row.get("key") in wanted}
+            progress(round(device.clock() - start), round(budget_s))
+        found = {str(row["key"]): row for row in store.rows if row.get("key") in names}
     notes = dict.fromkeys(
         f"{r['family']} at {r['sparsity']:g} in {r['phase']}: {r['status']}: {r['reason']}"
         for r in found.values()
@@ -138,84 +115,120 @@ def compare(
     return Compared(tuple(found.values()), left, tuple(notes), stopped)
 
 
-def _dense(config: ModelConfig, dtype: str, place: str, seed: int) -> Decoder:
-    from calibration.devices.operators import is_out_of_memory
-    from calibration.execute.decoder import random_decoder
-
-    try:
-        return random_decoder(config, dtype=dtype, place=place, seed=seed)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise InputError(
-            f"{config.name} in {dtype} does not fit on {place}; --layers N takes its first N layers"
-        ) from None
+def name_of(case: Case, dtype: str) -> str:
+    """Text that identifies a case: equal cases, equal names."""
+    w = case.dense
+    layers = int((w.layer + w.layers)[w.layer >= 0].max(initial=0))
+    where = f"{case.phase} batch={case.batch} seq={case.seq} {dtype} layers={layers}"
+    return f"decoder {w.meta.model} {case.family} {case.sparsity:g} {where}"
 
 
-def _shuffled(cases: Sequence[Case], seed: int) -> list[Case]:
+def _shuffled(cases: Mapping[str, Case], seed: int) -> list[tuple[str, Case]]:
     """Pruned decoders in random order, so that drift falls on none in particular; cases of one stay together."""
-    kinds = list(dict.fromkeys((case.family, case.sparsity) for case in cases))
+    kinds = list(dict.fromkeys((case.family, case.sparsity) for case in cases.values()))
     turn = {kinds[i]: place for place, i in enumerate(np.random.default_rng(seed).permutation(len(kinds)))}
-    return sorted(cases, key=lambda case: turn[case.family, case.sparsity])
+    return sorted(cases.items(), key=lambda item: turn[item[1].family, item[1].sparsity])
 
 
-def _identity(case: Case) -> dict[str, Any]:
-    where = {"phase": case.phase, "batch": case.batch, "seq": case.seq}
-    return {"model": case.dense.meta.model, "family": case.family, "sparsity": case.sparsity, **where}
+@dataclass(frozen=True)
+class Row(CaseRow):
+    """One comparison; the order of fields is that of columns. Times are of a forward pass.
+
+    ``measured`` is the median ratio of passes taken in turns; ``measured_lower`` and ``measured_upper`` enclose it (95
+    %), or are the smallest and largest ratio where they are too few for an interval.
+    """
+
+    runtime: str
+    dense_s: float
+    pruned_s: float
+    measured: float
+    measured_lower: float
+    measured_upper: float
+    predicted_dense_s: float
+    predicted_pruned_s: float
+    predicted: float
+    predicted_lower: float
+    predicted_upper: float
+    error: float  # predicted over measured, less 1
+    flop_bound: float
+    byte_bound: float
+    roofline_bound: float
+    measured_bound: float  # NaN where there is none
 
 
-class _Executor:
-    """Times cases in turns with the dense decoder; one that cannot run ends as a record with the reason."""
+def rows_of(
+    cases: Sequence[Case],
+    records: Iterable[Mapping[str, Any]],
+    hw: HardwareProfile,
+    *,
+    device: str = "",
+    dtype: str = "bf16",
+    measured_bounds: Sequence[float] = (),
+) -> list[Row]:
+    """Comparisons of the cases, in their order, that have a time among the records and that the profile can predict.
 
-    def __init__(self, device: Device, dense: Decoder, runtime: str) -> None:
-        self.device, self.dense, self.runtime = device, dense, runtime
-        self.kept: dict[tuple[str, float], Decoder] = {}  # the one pruned decoder that was made last
+    A pass launched from a graph, a prefill, and any pass on a CPU (whose operators' times hold their launches) are
+    predicted as the sum of their operators; a decode step launched one by one on a GPU in eager mode.
+    ``measured_bounds``: the measured upper bound of each case, NaN where it has none.
+    """
+    found = {str(r["key"]): r for r in records if r.get("status") == OK}
+    out = []
+    for case, bound in zip(cases, measured_bounds or [math.nan] * len(cases), strict=True):
+        record = found.get(name_of(case, dtype))
+        if record is None:
+            continue
+        host_bound = record["runtime"] == "eager" and case.phase == "decode" and hw.architecture != "cpu"
+        s = predicted_speedup(case, hw, "eager" if host_bound else "cuda_graph")
+        if not math.isfinite(s.speedup):
+            continue
+        dense_s, pruned_s = (np.asarray(record[name], dtype=np.float64) for name in ("dense_s", "pruned_s"))
+        ratio = dense_s / pruned_s
+        measured, low, high = median_interval(ratio.tolist())
+        if not math.isfinite(high):
+            low, high = float(ratio.min()), float(ratio.max())
+        columns: dict[str, Any] = {"device": device, "dtype": dtype, "runtime": str(record["runtime"])}
+        columns |= {"dense_s": float(np.median(dense_s)), "pruned_s": float(np.median(pruned_s))}
+        columns |= {"measured": measured, "measured_lower": low, "measured_upper": high, "measured_bound": bound}
+        columns |= {"predicted_dense_s": s.dense_s, "predicted_pruned_s": s.pruned_s, "error": s.speedup / measured - 1}
+        out.append(Row(**case.columns(hw, s), **columns))
+    return out
 
-    def record(self, case: Case, seconds: float) -> dict[str, Any]:
-        from calibration.devices.operators import is_out_of_memory
 
-        try:
-            return {"status": OK, "reason": "", **self._timed(case, self.device.clock() + seconds)}
-        except (Unsupported, InputError) as error:
-            return {"status": UNSUPPORTED, "reason": str(error)}
-        except Exception as error:  # a kernel may raise anything; one family must not end the comparison
-            status = SKIPPED if is_out_of_memory(error) else FAILED
-            return {"status": status, "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
+def summary(rows: Sequence[Row]) -> dict[str, float]:
+    """How well predicted and measured speedups agree; an InputError when there is no row.
 
-    def _timed(self, case: Case, end: float) -> dict[str, Any]:
-        from calibration.devices.operators import is_out_of_memory
-        from calibration.execute.decoder.timing import PairTimes, time_pair
+    "count", "spearman", :func:`~calibration.judge.scores.errors` ("median", "p95") with the median of predicted over
+    measured, less 1, as "bias", the share "inside" their predicted interval, and the median error of the dense times
+    themselves ("dense_time").
+    """
+    if not rows:
+        raise InputError("nothing was measured that could be compared")
+    names = ("predicted", "measured", "predicted_lower", "predicted_upper", "predicted_dense_s", "dense_s")
+    predicted, measured, low, high, dense, dense_s = (np.array([getattr(r, name) for r in rows]) for name in names)
+    found = {"count": len(rows), "spearman": spearman(predicted, measured), **errors(predicted, measured)}
+    found |= {"bias": float(np.median(predicted / measured)) - 1.0, "dense_time": errors(dense, dense_s)["median"]}
+    return {**found, "inside": float(np.mean((low <= measured) & (measured <= high)))}
 
-        pruned = self._pruned(case)
-        # the first passes and the cache take their part too
-        limit = min(max(0.6 * (end - self.device.clock()), 0.0), LONGEST_S)
 
-        def timed(how: str) -> PairTimes:
-            where: dict[str, Any] = {"batch": case.batch, "seq": case.seq, "phase": case.phase}
-            return time_pair(self.dense, pruned, **where, runtime=how, time_limit_s=limit)
+def by_phase(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """The same for each phase, and for ``"all"`` of them where there are several."""
+    phases = list(dict.fromkeys(r.phase for r in rows))
+    out = {phase: summary([r for r in rows if r.phase == phase]) for phase in phases}
+    return {**out, "all": summary(rows)} if len(phases) > 1 else out
 
-        runtime = self._runtime(case, pruned)
-        try:
-            times = timed(runtime)
-        except RuntimeError as error:
-            if runtime != "cuda_graph" or self.runtime or is_out_of_memory(error):
-                raise
-            runtime = "eager"  # what a graph cannot hold is launched one by one
-            times = timed(runtime)
-        samples = {"dense_s": list(times.first_s), "pruned_s": list(times.second_s)}
-        return {"runtime": runtime, "loops": times.loops, **samples}
 
-    def _pruned(self, case: Case) -> Decoder:
-        from calibration.execute.decoder import prune_decoder
+def repeatability(records: Iterable[Mapping[str, Any]]) -> float:
+    """How far a speedup differs when measured again: median |ratio of the medians of the two halves of its passes - 1|.
 
-        which = (case.family, case.sparsity)
-        if which not in self.kept:
-            self.kept.clear()  # before the next one is made: two large models may fit, three not
-            self.kept[which] = prune_decoder(self.dense, *which)
-        return self.kept[which]
+    NaN where nothing has six passes or more.
 
-    def _runtime(self, case: Case, pruned: Decoder) -> str:
-        if case.phase != "decode":
-            return "eager"
-        graph = pruned.place.startswith("cuda") and not (pruned.rule and pruned.rule.on_host)
-        return self.runtime or ("cuda_graph" if graph else "eager")
+    >>> repeatability([{"status": "ok", "dense_s": [2, 2, 2, 2.2, 2.2, 2.2], "pruned_s": [1] * 6}])
+    0.1
+    """
+    off: list[float] = []
+    for r in records:
+        if r.get("status") == OK and len(r["dense_s"]) >= 6:
+            ratio = np.asarray(r["dense_s"], dtype=np.float64) / np.asarray(r["pruned_s"], dtype=np.float64)
+            half = len(ratio) // 2
+            off.append(abs(float(np.median(ratio[-half:]) / np.median(ratio[:half])) - 1.0))
+    return round(float(np.median(off)), 12) if off else math.nan

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from calibration.execute.comparison import Row, summary
+from calibration.execute.compare import Row, summary
 from simulator.errors import InputError
 from simulator.figures.layout import in_a_row, log_axis
 from simulator.figures.style import COLUMN_IN, PAGE_IN, in_order, label, look, paper_style
@@ -20,11 +20,11 @@ BAND = 0.08
 """Relative error that the dashed lines mark."""
 
 
-def compare_figure(rows: Sequence[Row], *, width_in: float | None = None) -> Figure:
+def compare_figure(rows: Sequence[Row]) -> Figure:
     """Draw predicted against measured speedups of one model on one device; an InputError when there is nothing to draw.
 
     Markers are by family, large for the largest sparsity; bars are the predicted interval and the range of the measured
-    rounds. One phase takes a column's width, more take the page's, if ``width_in`` names no other.
+    rounds. One phase takes a column's width, more take the page's.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -36,7 +36,7 @@ def compare_figure(rows: Sequence[Row], *, width_in: float | None = None) -> Fig
     columns = in_a_row(len(phases))
     lines, per_row = -(-len(phases) // columns), 3 if columns == 1 else 6
     legend_rows = -(-len(families) // per_row)
-    width = width_in or (COLUMN_IN if columns == 1 else PAGE_IN)
+    width = COLUMN_IN if columns == 1 else PAGE_IN
     height = lines * (min(width / columns - 0.45, 2.7) + 0.6) + 0.16 * legend_rows + 0.08
     with paper_style():
         figure = Figure(figsize=(width, height), layout="constrained")
@@ -69,6 +69,6 @@ def _panel(ax: Axes, rows: Sequence[Row], families: Sequence[str]) -> None:
     for axis in (ax.xaxis, ax.yaxis):
         log_axis(axis, low, high, 7)
     a = summary(rows)
-    lines = [f"{a.count} cases", f"median error {100 * a.median:.1f} %"]
-    lines += [f"Spearman {a.spearman:.2f}"] if np.isfinite(a.spearman) else []
+    lines = [f"{a['count']} cases", f"median error {100 * a['median']:.1f} %"]
+    lines += [f"Spearman {a['spearman']:.2f}"] if np.isfinite(a["spearman"]) else []
     ax.text(0.04, 0.97, "\n".join(lines), transform=ax.transAxes, va="top", fontsize=6, linespacing=1.25, zorder=6)

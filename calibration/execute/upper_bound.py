@@ -10,91 +10,63 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from calibration.devices.protocol import Device
-from calibration.execute.cases import Case, Key, predicted_speedup
-from calibration.execute.runs import RECORDS, check_folder
-from calibration.measure.plan import Rates, check_budget, for_model
-from calibration.measure.probe import default_protocol, default_visits, probe
-from calibration.measure.run import Outcome, Progress, run
+from calibration.execute.cases import Case, CaseRow, predicted_speedup
+from calibration.execute.runs import Measured, Shape, begin, measure_plan
+from calibration.judge.scores import errors
+from calibration.measure.plan import Plan, Rates, for_model
+from calibration.measure.probe import default_visits
+from calibration.measure.run import Progress
+from calibration.measure.timing import Protocol
 from calibration.records.exact import without_exact
 from calibration.records.lines import content_records
-from calibration.records.store import Header, Store, read_store
+from calibration.records.store import read_store
 from calibration.records.table import Records
-from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
 from simulator.kernels.gemm import gemm_time
 from simulator.workload import Kind, Workload
 
-F = NDArray[np.float64]
-Shape = tuple[int, int, int]
 ALIGN = 16
 """Features that zeros without structure leave are rounded to a multiple of this, as the families with structure do."""
 
 
 @dataclass(frozen=True)
-class Bound:
-    """The measured upper bound of a case beside the others and the prediction; fields are in the order of columns.
+class Bound(CaseRow):
+    """The measured upper bound of a case beside the others and the prediction; fields are in the order of columns."""
 
-    ``lower`` and ``upper`` enclose the measured bound as far as the spread of its samples goes (95 %).
-    ``predicted_bound`` is the profile's ratio for the same plain GEMMs, from its exact shapes where it has them,
-    ``model_bound`` that of its model alone; ``predicted`` is the whole pass, what pruning adds included. ``missing``
-    counts shapes without a time, with which there is no measured bound (NaN).
-    """
-
-    model: str
-    device: str
-    hardware: str
-    family: str
-    sparsity: float
-    realised_sparsity: float
-    phase: str
-    batch: int
-    seq: int
-    dtype: str
     dense_gemm_s: float
     pruned_gemm_s: float
-    measured_bound: float
-    lower: float
+    measured_bound: float  # NaN where shapes have no time
+    lower: float  # encloses it with `upper` as far as the spread of its samples goes (95 %)
     upper: float
-    predicted_bound: float
-    model_bound: float
+    predicted_bound: float  # the profile's ratio for the same plain GEMMs, from its exact shapes where it has them
+    model_bound: float  # that of its model alone
     flop_bound: float
     byte_bound: float
     roofline_bound: float
-    predicted: float
+    predicted: float  # the whole pass, what pruning adds included
     predicted_lower: float
     predicted_upper: float
     efficiency: float
     gemm_share: float
-    missing: int
+    missing: int  # shapes without a time
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What :func:`measure_bounds` did: how the run ended, the records of the folder, the number of shapes asked for."""
-
-    outcome: Outcome
-    records: Records
-    shapes: int
-
-
-def plain_gemms(w: Workload) -> tuple[NDArray[np.int64], F]:
-    """A workload's GEMMs as plain dense ones: shapes (g, 3) as m, n, k, and how often each runs.
+def plain_gemms(w: Workload) -> dict[Shape, float]:
+    """A workload's GEMMs as plain dense ones: how often each (m, n, k) runs.
 
     What pruning adds is left out. Where a kernel computes with zeros in its weights (2:4, or without structure) the
     bound is a dense GEMM over as many input features as there are weights left, in multiples of :data:`ALIGN`.
 
     >>> q = {"role": "q", "m": 2, "n": 64, "k": 64}
-    >>> w = Workload.from_rows([{**q, "count": 3}, {**q, "role": "k"}])
-    >>> shapes, count = plain_gemms(w)
-    >>> shapes.tolist(), count.tolist()
-    ([[2, 64, 64]], [4.0])
+    >>> plain_gemms(Workload.from_rows([{**q, "count": 3}, {**q, "role": "k"}]))
+    {(2, 64, 64): 4.0}
     """
     rows = np.flatnonzero((w.kind == Kind.GEMM) & ~w.overhead & (w.count > 0))
     k = w.k[rows].astype(np.float64)
@@ -103,13 +75,13 @@ def plain_gemms(w: Workload) -> tuple[NDArray[np.int64], F]:
     m = np.maximum(np.round(w.m[rows].astype(np.float64)), 1.0)
     table = np.stack([m, w.n[rows].astype(np.float64), k], axis=1).astype(np.int64)
     shapes, which = np.unique(table, axis=0, return_inverse=True)
-    return shapes, np.bincount(which.reshape(-1), weights=w.count[rows], minlength=len(shapes)).astype(np.float64)
+    counts = np.bincount(which.reshape(-1), weights=w.count[rows])
+    return {(m, n, k): count for (m, n, k), count in zip(shapes.tolist(), counts.tolist(), strict=True)}
 
 
 def shapes_of(cases: Sequence[Case]) -> list[Shape]:
     """Every (m, n, k) the bounds of some cases need, once."""
-    tables = [plain_gemms(w)[0] for case in cases for w in (case.dense, case.pruned)]
-    return [(int(m), int(n), int(k)) for m, n, k in np.unique(np.concatenate(tables), axis=0)]
+    return sorted({shape for case in cases for w in (case.dense, case.pruned) for shape in plain_gemms(w)})
 
 
 def measure_bounds(
@@ -128,41 +100,20 @@ def measure_bounds(
     The budget is shared among the shapes: the more there are the less time each gets; what does not fit is left for the
     next run. The other arguments, and what is refused, are as for :func:`calibration.execute.runs.measure_into`.
     """
-    path = check_folder(folder)
-    check_budget(budget_s)
-    if dtype not in device.dtypes():
-        raise InputError(f"--dtype {dtype}: device {device.name} has none; it has {', '.join(device.dtypes())}")
-    description = device.describe()
-    extra = {"opened": device.name, "memory_bytes": description.memory_bytes}
-    header = Header(description.device, dict(description.stack), dtype, extra=extra)
-    file = path / RECORDS
-    start = device.clock()
-    base = default_protocol(description, budget_s)
-    if file.exists() and file.stat().st_size:
-        read_store(file).header.refuse_other(header, str(file))
-    else:
-        path.mkdir(exist_ok=True)
-        header = replace(
-            header, extra={**extra, "rates": asdict(probe(device, dtype, base)), "seed": seed, "budget_s": budget_s}
-        )
-    shapes = shapes_of(cases)
-    with Store(file, header) as store:
-        kept = store.header.extra.get("rates")
-        rates = Rates(**kept) if isinstance(kept, Mapping) else probe(device, dtype, base)
-        left = max(budget_s - (device.clock() - start), 1e-3)
-        visits = default_visits(description)
-        protocol = replace(base, time_limit_s=_share(left / visits, len(shapes), rates, base.time_limit_s))
-        plan = for_model(
-            shapes, rates, dtype=dtype, protocol=protocol, budget_s=left, seed=seed
-        )
+    start, description, shapes = device.clock(), device.describe(), shapes_of(cases)
+    file, header = begin(folder, device, dtype, budget_s, memory_bytes=description.memory_bytes)
+
+    def planned(rates: Rates, protocol: Protocol, _: int) -> tuple[Plan, Protocol]:
+        left, visits = max(budget_s - (device.clock() - start), 1e-3), default_visits(description)
+        limit = _share(left / visits, len(shapes), rates, protocol.time_limit_s)
+        protocol = replace(protocol, time_limit_s=limit)
+        plan = for_model(shapes, rates, dtype=dtype, protocol=protocol, budget_s=left, seed=seed)
         turn = {shape: i for i, shape in enumerate(_by_case(cases, seed))}
-        ordered = sorted(plan.items, key=lambda i: turn[i.operator.m, i.operator.n, i.operator.k])
-        plan = replace(plan, items=tuple(ordered), visits=visits)
+        items = sorted(plan.items, key=lambda i: turn[i.operator.m, i.operator.n, i.operator.k])
         say(f"{description.device}; {description.software}; {dtype}; {len(shapes)} shapes")
-        outcome = run(
-            plan, device, store.append, previous=store.rows, protocol=protocol, budget_s=left, progress=progress
-        )
-    return Measured(outcome, content_records(read_store(file)), len(shapes))
+        return replace(plan, items=tuple(items), visits=visits), protocol
+
+    return measure_plan(file, header, device, planned, budget_s=budget_s, seed=seed, progress=progress)
 
 
 def _by_case(cases: Sequence[Case], seed: int) -> list[Shape]:
@@ -170,8 +121,8 @@ def _by_case(cases: Sequence[Case], seed: int) -> list[Shape]:
     rng = np.random.default_rng(seed)
     found: dict[Shape, None] = {}
     for i in rng.permutation(len(cases)):
-        shapes = np.concatenate([plain_gemms(w)[0] for w in (cases[i].dense, cases[i].pruned)])
-        found.update(dict.fromkeys((int(m), int(n), int(k)) for m, n, k in rng.permutation(shapes)))
+        shapes = [*plain_gemms(cases[i].dense), *plain_gemms(cases[i].pruned)]
+        found.update(dict.fromkeys(shapes[j] for j in rng.permutation(len(shapes))))
     return list(found)
 
 
@@ -210,37 +161,23 @@ def bounds(
     out = []
     for case in cases:
         s = predicted_speedup(case, hw, runtime)
-        dense, pruned = (_total(w, times) for w in (case.dense, case.pruned))
-        ratio, half = dense.seconds / pruned.seconds, math.hypot(dense.half, pruned.half)
-        plain = [_predicted(w, hw, dtype) for w in (case.dense, case.pruned)]
-        model = [_predicted(w, alone, dtype) for w in (case.dense, case.pruned)]
-        out.append(
-            Bound(
-                **case.columns(hw, s),
-                device=device,
-                dtype=dtype,
-                dense_gemm_s=dense.seconds,
-                pruned_gemm_s=pruned.seconds,
-                measured_bound=ratio,
-                lower=ratio * math.exp(-half),
-                upper=ratio * math.exp(half),
-                predicted_bound=plain[0] / plain[1],
-                model_bound=model[0] / model[1],
-                efficiency=(s.speedup - 1.0) / (ratio - 1.0) if ratio - 1.0 > 1e-9 else math.nan,
-                gemm_share=plain[0] / s.dense_s,
-                missing=dense.missing + pruned.missing,
-            )
-        )
+        pair = case.dense, case.pruned
+        (dense_s, dense_half, lacking), (pruned_s, pruned_half, lacking_too) = (_total(w, times) for w in pair)
+        ratio, half = dense_s / pruned_s, math.hypot(dense_half, pruned_half)
+        plain, model = ([_predicted(w, profile, dtype) for w in pair] for profile in (hw, alone))
+        columns: dict[str, Any] = {"device": device, "dtype": dtype, "missing": lacking + lacking_too}
+        columns |= {"dense_gemm_s": dense_s, "pruned_gemm_s": pruned_s, "gemm_share": plain[0] / s.dense_s}
+        columns |= {"measured_bound": ratio, "lower": ratio * math.exp(-half), "upper": ratio * math.exp(half)}
+        columns |= {"predicted_bound": plain[0] / plain[1], "model_bound": model[0] / model[1]}
+        efficiency = (s.speedup - 1.0) / (ratio - 1.0) if ratio - 1.0 > 1e-9 else math.nan
+        out.append(Bound(**case.columns(hw, s), **columns, efficiency=efficiency))
     return out
 
 
-def measured_bounds(file: str | Path, cases: Sequence[Case], dtype: str = "bf16") -> dict[Key, float]:
-    """Measured bounds of the cases whose GEMMs a store of records has, by their keys; empty without the file."""
-    if not Path(file).is_file():
-        return {}
-    times = gemm_seconds(content_records(read_store(file)), dtype)
-    ratios = {c.key: _total(c.dense, times).seconds / _total(c.pruned, times).seconds for c in cases}
-    return {key: ratio for key, ratio in ratios.items() if math.isfinite(ratio)}
+def measured_bounds(file: str | Path, cases: Sequence[Case], dtype: str = "bf16") -> list[float]:
+    """Measured bounds of cases from a store of records; NaN where it lacks some GEMMs, or there is no file."""
+    times = gemm_seconds(content_records(read_store(file)), dtype) if Path(file).is_file() else {}
+    return [_total(case.dense, times)[0] / _total(case.pruned, times)[0] for case in cases]
 
 
 def bound_errors(rows: Sequence[Bound]) -> dict[str, float]:
@@ -249,37 +186,27 @@ def bound_errors(rows: Sequence[Bound]) -> dict[str, float]:
     Where the profile has measured the same shapes before, the first is how well the device repeats itself.
     """
     known = [r for r in rows if math.isfinite(r.measured_bound)]
-    names = {"predicted": "predicted_bound", "model": "model_bound"} if known else {}
-    return {
-        k: float(np.median([abs(getattr(r, name) / r.measured_bound - 1.0) for r in known]))
-        for k, name in names.items()
-    }
+    if not known:
+        return {}
+    measured, predicted, model = np.array([(r.measured_bound, r.predicted_bound, r.model_bound) for r in known]).T
+    return {name: errors(b, measured)["median"] for name, b in (("predicted", predicted), ("model", model))}
 
 
-@dataclass(frozen=True)
-class _Total:
-    """Time of plain GEMMs (NaN where some have none), its relative half width, the number of shapes without one."""
-
-    seconds: float
-    half: float
-    missing: int
-
-
-def _total(w: Workload, times: Mapping[Shape, tuple[float, float]]) -> _Total:
-    shapes, count = plain_gemms(w)
-    keys = [(m, n, k) for m, n, k in shapes.tolist()]
-    missing = sum(key not in times for key in keys)
-    if missing:
-        return _Total(math.nan, math.nan, missing)
+def _total(w: Workload, times: Mapping[Shape, tuple[float, float]]) -> tuple[float, float, int]:
+    """Time of a workload's plain GEMMs (NaN where some have none), its relative half width, and how many have none."""
+    gemms = plain_gemms(w)
+    if missing := sum(shape not in times for shape in gemms):
+        return math.nan, math.nan, missing
     total, variance = 0.0, 0.0
-    for key, number in zip(keys, count.tolist(), strict=True):
-        seconds, half = times[key]
-        total += number * seconds
-        variance += (number * seconds * half) ** 2
-    return _Total(total, math.sqrt(variance) / total, 0)
+    for shape, count in gemms.items():
+        seconds, half = times[shape]
+        total += count * seconds
+        variance += (count * seconds * half) ** 2
+    return total, math.sqrt(variance) / total, 0
 
 
 def _predicted(w: Workload, hw: HardwareProfile, dtype: str) -> float:
-    shapes, count = plain_gemms(w)
-    m, n, k = shapes.T
-    return float(gemm_time(m, n, k, hw, dtype=dtype).seconds @ count)
+    """Time of a workload's plain GEMMs on a device, s."""
+    gemms = plain_gemms(w)
+    m, n, k = np.array([*gemms]).T
+    return float(gemm_time(m, n, k, hw, dtype=dtype).seconds @ np.array([*gemms.values()]))

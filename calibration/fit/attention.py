@@ -18,8 +18,7 @@ from calibration.fit.conformal import accuracy_of, outer_bands
 from calibration.fit.residual import Stiffness, fit_lattice
 from calibration.fit.solver import ConstantsFit, FittedPart, Minimum, Table
 from simulator.hardware.constants import DECODE_CONSTANTS, PREFILL_CONSTANTS, Constant
-from simulator.hardware.parts import Provenance, Section
-from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.profile import HardwareProfile, Provenance, Section
 from simulator.kernels.attention import REGIMES, regime_of
 from simulator.kernels.attention_core import Device, decode_core, decode_parts, decode_work, prefill_core, prefill_work
 from simulator.kernels.lattice import Lattice, decode_place, prefill_place

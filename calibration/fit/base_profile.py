@@ -18,8 +18,7 @@ from calibration.records.screening import work
 from calibration.records.table import Records
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
-from simulator.hardware.parts import Rate
-from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.profile import HardwareProfile, Rate
 from simulator.workload import DTYPES
 
 SHIPPED: tuple[tuple[str, str], ...] = (

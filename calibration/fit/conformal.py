@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.stats import t as student
 
 from calibration.fit.core import Shapes
-from simulator.hardware.parts import Interval, Section
+from simulator.hardware.profile import Interval, Section
 from simulator.kernels.gemm_core import Core, CoreTime
 from simulator.kernels.intervals import PAIR_EDGES, PAIR_REGIMES, REGIMES, regimes
 

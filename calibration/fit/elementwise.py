@@ -21,7 +21,7 @@ from calibration.fit.residual import Stiffness, fit_lattice
 from calibration.fit.solver import ConstantsFit, FittedPart, Minimum, Table
 from simulator.hardware.constants import CLASSES
 from simulator.hardware.constants import ELEMENTWISE_CONSTANTS as CONSTANTS
-from simulator.hardware.parts import Provenance, Section
+from simulator.hardware.profile import Provenance, Section
 from simulator.kernels.elementwise import class_code, class_lattice, class_place, elementwise_core
 from simulator.kernels.lattice import Lattice
 

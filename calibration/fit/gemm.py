@@ -20,8 +20,7 @@ from calibration.fit.core import CLOSE, WEAK, Shapes, fit_constants, machine_of,
 from calibration.fit.residual import Axes, Block
 from calibration.fit.solver import ConstantsFit, FittedPart, folds
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
-from simulator.hardware.parts import Interval, Provenance, Section
-from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.profile import HardwareProfile, Interval, Provenance, Section
 from simulator.kernels.gemm_core import CoreTime, Machine, machine_core
 from simulator.kernels.lattice import Residual, residual_arrays, residual_of, smooth_arrays
 

@@ -17,8 +17,7 @@ from calibration.fit.solver import ConstantsFit, FittedPart, gauss_newton, minim
 from calibration.measurements import published
 from calibration.records.table import Records
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
-from simulator.hardware.parts import Fitted, Section
-from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.profile import Fitted, HardwareProfile, Section
 from simulator.kernels.gemm import DENSE, SPARSE24, gemm_time, with_section
 from simulator.workload import DTYPES
 

@@ -23,8 +23,7 @@ from calibration.records.exact import with_exact
 from calibration.records.table import OPERATORS, PURPOSES, Flag, Records
 from simulator.errors import InputError
 from simulator.hardware.constants import CLASSES
-from simulator.hardware.parts import Fitted, Provenance, Section
-from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.profile import Fitted, HardwareProfile, Provenance, Section
 from simulator.kernels.elementwise import class_code
 from simulator.workload import DTYPES
 

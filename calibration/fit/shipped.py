@@ -27,10 +27,8 @@ from calibration.records.importers import import_table
 from calibration.records.table import Records
 from simulator.errors import InputError, unknown
 from simulator.files.yaml import Problems
-from simulator.hardware.library import save_hardware
-from simulator.hardware.names import profiles_folder
-from simulator.hardware.parts import Fitted, Section
-from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.library import profiles_folder, save_hardware
+from simulator.hardware.profile import Fitted, HardwareProfile, Section
 from simulator.hardware.schema import profile_from_text
 from simulator.kernels.lattice import smooth_arrays
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
-from simulator.hardware.parts import Fitted, Section
+from simulator.hardware.profile import Fitted, Section
 
 F = NDArray[np.float64]
 Misfit = Callable[[Mapping[str, float]], F]

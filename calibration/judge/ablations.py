@@ -22,8 +22,7 @@ from calibration.judge.accuracy import GEMMS, Row, titles
 from calibration.judge.protocol import Measured, judge
 from calibration.judge.report import table
 from simulator.hardware.library import load_hardware
-from simulator.hardware.parts import Fitted, Section
-from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.profile import Fitted, HardwareProfile, Section
 from simulator.kernels.gemm_core import machine_core
 from simulator.kernels.lattice import residual_arrays
 

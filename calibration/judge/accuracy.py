@@ -24,8 +24,7 @@ from calibration.measurements import load_measurements
 from calibration.records.table import Records
 from simulator.errors import InputError, unknown
 from simulator.hardware.library import load_hardware
-from simulator.hardware.parts import Section
-from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.profile import HardwareProfile, Section
 from simulator.kernels.lattice import smooth_arrays
 
 Row = dict[str, Any]

@@ -25,9 +25,9 @@ from calibration.judge.accuracy import GEMMS, STACKS, Row
 from calibration.judge.report import table
 from simulator.errors import InputError
 from simulator.files.write import check_target, write_whole
+from simulator.hardware.constants import CONSTANTS
 from simulator.hardware.library import load_hardware
-from simulator.hardware.parts import Fitted
-from simulator.hardware.profile import constants_of
+from simulator.hardware.profile import Fitted
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -146,7 +146,7 @@ def overview(names: Sequence[str], dtype: str = "bf16") -> str:
     >>> print(overview(["h100_sxm"]).split("\\n")[2])
     | `t0` | s | 2.68e-06 ± 0.3 % |
     """
-    known, profiles = constants_of("gemm"), [hw for hw in map(load_hardware, names) if dtype in hw.rates]
+    known, profiles = CONSTANTS["gemm"], [hw for hw in map(load_hardware, names) if dtype in hw.rates]
     profiles = [hw for hw in profiles if hw.section("gemm", dtype).status == "calibrated"]
     shown = dict.fromkeys(name for hw in profiles for name in free_constants(machine_of(hw, dtype)))
     sections = [hw.section("gemm", dtype) for hw in profiles]
@@ -181,7 +181,7 @@ def _bootstrap(name: str, part: FittedPart, repeats: int, shared: Path | None) -
 def constants_of_part(part: FittedPart, spread: Mapping[str, float]) -> list[str]:
     """Lines of one fitted part: a table of its constants, and the pairs confused with one another; ``spread`` is the
     bootstrap's."""
-    known, rows = constants_of(part.operator), []
+    known, rows = CONSTANTS[part.operator], []
     for name, c in part.section.constants.items():
         if c.status != "default" or name in part.fixed:
             boot = f"{100 * spread[name]:.2g}" if name in spread else "-"

@@ -20,8 +20,7 @@ from calibration.fit.gemm import anchor_gemm, fit_gemm
 from calibration.judge import scores
 from calibration.judge.baselines import BASELINES
 from calibration.judge.validate import joined
-from simulator.hardware.parts import Section
-from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.profile import HardwareProfile, Section
 from simulator.kernels.gemm import gemm_time, with_section
 from simulator.kernels.intervals import OpTime
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,13 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from simulator.cli import options, render
 from simulator.cli.options import arg, opt
-from simulator.errors import InputError
 from simulator.predict.words import uncalibrated
 
 if TYPE_CHECKING:
     from simulator.predict.claims import Verdict
-    from simulator.predict.quality import QualityTable
-    from simulator.predict.settings import Setting
 
 STYLES = {"holds": "green", "does not hold": "red", "undecided": "yellow"}
 
@@ -38,62 +34,17 @@ def claims(
     asked = run.asked()
     del asked["phase"]  # each claim has its own
     devices, names = options.names("--hardware", hardware), options.names("MODELS", models)
+    from simulator.predict.claims import verdicts
+
     found: list[Verdict] = []
     with render.progress("testing") as report:
         for done, model in enumerate(names):
-            found += _of_model(model, devices, quality, **asked)
+            found += verdicts(model, devices, quality, **asked)
             report(done + 1, len(names))
     if render.Output(json).write([asdict(v) for v in found]):
         _print(found)
     for line in uncalibrated(found):
         render.note(line)
-
-
-def _of_model(
-    model: str, hardware: Sequence[str], quality: str | None, batch: Sequence[int], seq: Sequence[int], setting: Setting
-) -> list[Verdict]:
-    """Both claims for one model."""
-    from simulator.models.library import load_model
-    from simulator.predict.claims import axes_to_test, bound_claim, order_claim
-
-    config = load_model(model)
-    out = list(bound_claim(config, hardware, ["prefill", "decode"], batch, seq, setting=setting))
-    table = _rows(quality, config.name)
-    axes = axes_to_test(table) if table else ()
-    for axis in axes:
-        assert table is not None
-        out += order_claim(config, hardware, table, axis, batch, seq, setting=setting)
-    if not axes:
-        out += _no_data(config.name, hardware, table, batch, seq)
-    return out
-
-
-def _rows(quality: str | None, model: str) -> QualityTable | None:
-    """Quality rows of a model; none where the shipped tables have none."""
-    from simulator.cli.pareto import quality_rows
-
-    try:
-        return quality_rows(quality, model)
-    except InputError:
-        if quality:
-            raise
-        return None
-
-
-def _no_data(
-    model: str, hardware: Sequence[str], table: QualityTable | None, batch: Sequence[int], seq: Sequence[int]
-) -> list[Verdict]:
-    """Verdicts of (b) where no axis has two of its families."""
-    from simulator.hardware.library import load_hardware
-    from simulator.predict.claims import GROUPS, NO_DATA, Verdict, group_of
-
-    has = sorted({group_of(r.family) for r in table.rows} - {""}) if table else []
-    missing = tuple(name for name in GROUPS if name not in has)
-    text = f"no metric and protocol with two of the families; there is quality of: {', '.join(has) or 'none of them'}"
-    where = itertools.product([load_hardware(h).name for h in hardware], batch, seq)
-    return [
-        Verdict("order", model, h, "prefill", b, s, NO_DATA, "", text, missing, calibrated=True) for h, b, s in where
-    ]
 
 
 def _cell(v: Verdict | None) -> str:

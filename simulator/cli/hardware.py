@@ -20,8 +20,7 @@ app = typer.Typer(help="Devices: list them, show one, check a profile.")
 @app.command("list")
 def list_(json: options.Json = False) -> None:
     """List the devices that ship."""
-    from simulator.hardware.library import load_hardware
-    from simulator.hardware.names import list_hardware
+    from simulator.hardware.library import list_hardware, load_hardware
 
     profiles = [load_hardware(name) for name in list_hardware()]
     if json:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import wraps
 from typing import Annotated, Any, get_type_hints
 
@@ -83,24 +83,28 @@ RUN = Run()
 
 
 def expanded(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A command whose parameter ``run`` becomes the options of :class:`Run`, in its place, but for some that keep their
-    defaults.
+    """A command whose parameters that default to a dataclass of options (as :data:`RUN`) become those options, in their
+    place and with those defaults, but for some that are left out and keep them.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        shared = [f for f in fields(Run) if f.name not in left_out]
-        types = {**get_type_hints(Run, include_extras=True), **get_type_hints(command, include_extras=True)}
-        parameters: list[inspect.Parameter] = []
+        types, parameters = get_type_hints(command, include_extras=True), []
+        groups: dict[str, tuple[Any, list[str]]] = {}
         for p in inspect.signature(command).parameters.values():
-            parts = [(f.name, f.default) for f in shared] if p.name == "run" else [(p.name, p.default)]
-            for name, default in parts:
-                parameters.append(
-                    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=types[name])
-                )
+            parts = [(p.name, p.default, types[p.name])]
+            if is_dataclass(p.default):
+                hints = get_type_hints(type(p.default), include_extras=True)
+                shared = [f.name for f in fields(p.default) if f.name not in left_out]
+                groups[p.name] = p.default, shared
+                parts = [(name, getattr(p.default, name), hints[name]) for name in shared]
+            for name, default, kind in parts:
+                parameters.append(inspect.Parameter(name, p.KEYWORD_ONLY, default=default, annotation=kind))
 
         @wraps(command)
         def called(**given: Any) -> None:
-            command(run=Run(**{f.name: given.pop(f.name) for f in shared}), **given)
+            for name, (usual, shared) in groups.items():
+                given[name] = replace(usual, **{option: given.pop(option) for option in shared})
+            command(**given)
 
         called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         called.__annotations__ = {p.name: p.annotation for p in parameters}

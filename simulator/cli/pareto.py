@@ -15,7 +15,6 @@ from simulator.predict.words import uncalibrated
 
 if TYPE_CHECKING:
     from simulator.predict.pareto import Band, Front, Point
-    from simulator.predict.quality import QualityTable
 
 # fmt: off
 Quality = Annotated[str | None, opt("--quality", "FILE", "Quality table (CSV), or the name of a shipped one.")]
@@ -49,10 +48,10 @@ def pareto(
     output = render.Output(json, csv, [figure])
     from simulator.models.library import load_model
     from simulator.predict.pareto import fronts, read_measured
-    from simulator.predict.quality import choose_axis
+    from simulator.predict.quality import choose_axis, load_quality
 
     config = load_model(model)
-    table = quality_rows(quality, quality_model or config.name)
+    table = load_quality(quality).of_model(quality_model or config.name)
     axis = choose_axis(table, metric, protocol, strict=quality is not None)
     devices, asked = options.names("--hardware", hardware), run.asked()
     known = read_measured(measured) if measured else ()
@@ -65,6 +64,8 @@ def pareto(
             print(front_text(front), end="\n\n")
         print("optimal: no other point is as fast at no more loss (*: also at the unfavourable ends of the intervals)")
     if figure:
+        from simulator.cli.drawing import draw_fronts
+
         draw_fronts(found, figure)
     for line in notes:
         render.note(line)
@@ -76,13 +77,6 @@ def pareto(
         render.note(f"quality is that of {table.models[0]}, speed that of {config.name}")
     for line in uncalibrated(found):
         render.note(line)
-
-
-def quality_rows(quality: str | None, model: str) -> QualityTable:
-    """Rows of a model from a table, or from the shipped ones."""
-    from simulator.predict.quality import load_quality, shipped_quality
-
-    return load_quality(quality).of_model(model) if quality else shipped_quality(model)
 
 
 def _finite(rows: Sequence[Point] | Sequence[Band]) -> list[dict[str, object]]:
@@ -152,29 +146,3 @@ def _layouts(front: Front) -> Iterator[list[render.Column]]:
     yield layout(False, True, True)
     yield layout(False, False, True)
     yield layout(False, False, False)
-
-
-def draw_fronts(found: Sequence[Front], path: str) -> None:
-    """The frontiers as a figure, a panel each."""
-    from simulator.figures.pareto import pareto_figure
-    from simulator.figures.save import save_figure
-
-    points = [(f, p) for f in found for p in f.points]
-    settings = len({(f.phase, f.batch, f.seq) for f in found}) > 1
-    lengths = len({f.seq for f in found}) > 1
-    names = [f"{f.phase}, batch {f.batch}" + (f", seq {f.seq}" if lengths else "") for f, _ in points]
-    rows = names if settings else [f.phase for f, _ in points]
-    figure = pareto_figure(
-        rows,
-        [f.hardware for f, _ in points],
-        [p.family for _, p in points],
-        [p.method for _, p in points],
-        [p.loss for _, p in points],
-        [p.speedup for _, p in points],
-        [p.speedup_lower for _, p in points],
-        [p.speedup_upper for _, p in points],
-        axis=found[0].axis.metric,
-        protocol=found[0].axis.protocol,
-        interval=f"{100 * found[0].level:.4g} % interval",
-    )
-    save_figure(figure, path)

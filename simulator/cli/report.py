@@ -59,17 +59,18 @@ def command(
         raise InputError(f"{output}: expected a name that ends in .html")
     check_target(output)
     from simulator.explore.report import write_report
+    from simulator.predict.settings import once
 
-    given: dict[str, Any] = dict(phase=phase, batch=batch, seq=seq, new_tokens=new_tokens, runtime=runtime, dtype=dtype)
-    given |= {"detail": detail, "at": at}
+    given: dict[str, Any] = {"phase": phase, "batch": batch, "seq": seq, "new_tokens": new_tokens, "runtime": runtime}
+    given |= {"dtype": dtype, "detail": detail, "at": at}
     if hardware is not None:
-        given["gpus"] = tuple(dict.fromkeys(_device(name) for name in options.names("--hardware", hardware)))
+        given["gpus"] = once(_device(name) for name in options.names("--hardware", hardware))
     if family is not None:
         from simulator.predict.table import families
 
         given["families"] = families(options.names("--family", family))
     if sparsity is not None:
-        given["sparsities"] = tuple(dict.fromkeys(options.fractions("--sparsity", sparsity)))
+        given["sparsities"] = once(options.fractions("--sparsity", sparsity))
     state = replace(_start(model), **{name: value for name, value in given.items() if value is not None})
     size = write_report(state, output)
     print(json.dumps({"file": output, "bytes": size}) if as_json else output)
@@ -92,8 +93,7 @@ def _start(model: str) -> State:
 
 def _device(name: str) -> str:
     """A shipped device by its name, another one by its path."""
-    from simulator.hardware.library import load_hardware
-    from simulator.hardware.names import list_hardware
+    from simulator.hardware.library import list_hardware, load_hardware
 
     found = load_hardware(name).name
     return found if found in list_hardware() and load_hardware(found) is load_hardware(name) else name

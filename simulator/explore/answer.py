@@ -1,16 +1,16 @@
 """What the simulator says about a state: the table, the explanations of the family in detail, and the map of winners.
 
-Use :func:`answer` and :func:`winners`; both remember the last states, so going back is free. What cannot be predicted is a line of text,
-never an exception.
+Use :func:`answer` and :func:`winners`; both remember the last states, so going back is free. What cannot be predicted
+is a line of text, never an exception.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from simulator.errors import InputError
 from simulator.explore.state import State
@@ -18,7 +18,7 @@ from simulator.figures.paper import BATCHES, LENGTHS
 from simulator.hardware.library import load_hardware
 from simulator.predict.crossover import fastest
 from simulator.predict.grid import Formats, Grid
-from simulator.predict.rows import FamilyChoice, Record
+from simulator.predict.rows import FamilyChoice, Record, records
 from simulator.predict.sweep import sweep_columns
 from simulator.predict.table import Explanation, Table, explanations, table
 from simulator.predict.words import uncalibrated
@@ -47,82 +47,56 @@ class Answer:
         Why there is no table; empty when there is one.
     """
 
-    table: Table
-    details: tuple[Explanation, ...]
-    notes: tuple[str, ...]
+    table: Table = _EMPTY
+    details: tuple[Explanation, ...] = ()
+    notes: tuple[str, ...] = ()
     gpus: tuple[str, ...] = ()
     refused: str = ""
 
 
 @dataclass(frozen=True)
-class Cells:
-    """The fastest family of each cell of the map, one entry a cell.
+class Cell:
+    """The fastest family of one cell of the map; ``winner`` is empty where it is not faster than the dense model."""
 
-    Attributes
-    ----------
-    gpu, winner : object array of str
-        ``winner`` is empty where no family is faster than the dense model.
-    batch, seq : int array
-    speedup, lower, upper : float array
-    sure, fits : bool array
-        Whether the winner is certain; whether the dense model fits the GPU's memory.
-    refused : str
-        Why there are no cells.
-    """
-
-    gpu: NDArray[np.object_]
-    batch: NDArray[np.int64]
-    seq: NDArray[np.int64]
-    winner: NDArray[np.object_]
-    speedup: NDArray[np.float64]
-    lower: NDArray[np.float64]
-    upper: NDArray[np.float64]
-    sure: NDArray[np.bool_]
-    fits: NDArray[np.bool_]
-    refused: str = ""
+    best: Record
+    winner: str
+    sure: bool
 
 
 @lru_cache(maxsize=KEPT)
 def answer(state: State) -> Answer:
-    """The found and the explanations of a state.
+    """The table and the explanations of a state.
 
-    Examples
-    --------
     >>> found = answer(State(families=("depth", "width"), sparsities=(0.25,), at=0.25))
     >>> [(r.family, r.sparsity) for r in found.table], len(found.details), found.refused
     ([('depth', 0.25), ('width', 0.25)], 1, '')
     """
     gpus, without = _able(state)
+    request: dict[str, Any] = {
+        "phase": [state.phase],
+        "batch": [state.batch],
+        "seq": [state.seq],
+        "setting": state.setting,
+    }
     try:
         model = state.load()
-        found = table(
-            [model],
-            gpus,
-            state.drawn,
-            state.fractions,
-            [state.phase],
-            [state.batch],
-            [state.seq],
-            setting=state.setting,
-        )
+        found = table([model], gpus, state.drawn, state.fractions, **request)
     except InputError as error:
-        return Answer(_EMPTY, (), (), refused=str(error))
+        return Answer(refused=str(error))
     details: list[Explanation] = []
     notes = [*without, *found.notes, *uncalibrated(found.records)]
     for gpu in gpus:
         try:
-            details += explanations(
-                model, [gpu], state.detail, state.at, [state.phase], [state.batch], [state.seq], setting=state.setting
-            )
+            details += explanations(model, [gpu], state.detail, state.at, **request)
         except InputError as error:
-            line = f"{state.detail} on {gpu} at {state.at:g}: {error}"
             if not any(str(error) in note for note in notes):
-                notes.append(line)
+                notes.append(f"{state.detail} on {gpu} at {state.at:g}: {error}")
     return Answer(found, tuple(details), tuple(notes), gpus)
 
 
 def _able(state: State) -> tuple[tuple[str, ...], list[str]]:
-    """GPUs that have the number format, and a line on each that lacks it; all of them, so that the reason is given, where none has it."""
+    """GPUs that have the number format, and a line on each that lacks it; all of them, so that the reason is given,
+    where none has it."""
     able, notes = [], []
     for gpu in state.gpus:
         try:
@@ -134,65 +108,28 @@ def _able(state: State) -> tuple[tuple[str, ...], list[str]]:
 
 
 @lru_cache(maxsize=KEPT)
-def winners(state: State) -> Cells:
-    """The map of a state: the fastest of its families at its sparsity over :data:`simulator.figures.paper.BATCHES` and ``LENGTHS``.
+def winners(state: State) -> tuple[tuple[Cell, ...], str]:
+    """The map of a state: the fastest of its families at its sparsity over :data:`simulator.figures.paper.BATCHES` and
+    ``LENGTHS``; or why there is none.
 
-    Examples
-    --------
-    >>> found = winners(State(phase="decode"))
-    >>> len(found.batch), found.winner[found.batch == 1].tolist()[0]
-    (81, 'depth')
+    >>> cells, refused = winners(State(phase="decode"))
+    >>> len(cells), cells[0].winner, cells[0].best.batch, refused
+    (81, 'depth', 1, '')
     """
-    setting = state.setting
+    families, formats = tuple(map(FamilyChoice, state.drawn)), (Formats(state.dtype),)
+    axes = ((state.at,), (state.phase,), BATCHES, LENGTHS, families, formats, (state.runtime,))
     try:
-        grid = Grid(
-            (state.load(),),
-            state.gpus,
-            (state.at,),
-            (state.phase,),
-            BATCHES,
-            LENGTHS,
-            tuple(FamilyChoice(name) for name in state.drawn),
-            (Formats(state.dtype),),
-            (state.runtime,),
-            new_tokens=state.new_tokens,
-            level=setting.level,
-        )
+        grid = Grid((state.load(),), state.gpus, *axes, new_tokens=state.new_tokens, level=state.setting.level)
         columns, notes = sweep_columns(grid)
     except InputError as error:
-        return _no_cells(str(error))
+        return (), str(error)
     if not len(columns["speedup"]):
-        return _no_cells("; ".join(notes) or "nothing to predict")
-    order = {name: i for i, name in enumerate(dict.fromkeys(columns["hardware"]))}
-    gpu = np.array([order[name] for name in columns["hardware"]])
-    cell = (gpu * len(LENGTHS) + np.searchsorted(LENGTHS, columns["seq"])) * len(BATCHES) + np.searchsorted(
-        BATCHES, columns["batch"]
-    )
-    won = fastest(cell, columns["family"], columns["speedup"], columns["speedup_lower"], columns["speedup_upper"])
-    best = {name: columns[name][won.row] for name in ("hardware", "batch", "seq", "family", "speedup", "dense_fits")}
-    lower, upper = (columns[f"speedup_{end}"][won.row] for end in ("lower", "upper"))
-    return Cells(
-        best["hardware"],
-        best["batch"],
-        best["seq"],
-        np.where(won.gains, best["family"], ""),
-        best["speedup"],
-        lower,
-        upper,
-        won.sure,
-        best["dense_fits"],
-    )
-
-
-def _no_cells(why: str) -> Cells:
-    text, number, flag = np.zeros(0, dtype=object), np.zeros(0), np.zeros(0, dtype=bool)
-    whole = np.zeros(0, dtype=np.int64)
-    return Cells(text, whole, whole, text, number, number, number, flag, flag, why)
-
-
-def dense_of(records: tuple[Record, ...]) -> dict[str, Record]:
-    """One record of each GPU, for what they say of the dense model."""
-    out: dict[str, Record] = {}
-    for r in records:
-        out.setdefault(r.hardware, r)
-    return out
+        return (), "; ".join(notes) or "nothing to predict"
+    gpu = {name: i for i, name in enumerate(dict.fromkeys(columns["hardware"]))}
+    where = np.stack([[gpu[name] for name in columns["hardware"]], columns["seq"], columns["batch"]])
+    cell = np.unique(where, axis=1, return_inverse=True)[1]
+    won = fastest(cell, *(columns[name] for name in ("family", "speedup", "speedup_lower", "speedup_upper")))
+    best = records({name: values[won.row] for name, values in columns.items()})
+    return tuple(
+        Cell(r, r.family if gains else "", sure) for r, gains, sure in zip(best, won.gains.tolist(), won.sure.tolist())
+    ), ""

@@ -1,8 +1,8 @@
 """The page as a Dash application, served on this machine only.
 
-Use :func:`make_app` for the application and :func:`server` for a server bound to 127.0.0.1. The page's state is its address: a change of a
-control changes the query (``assets/explore.js``), and one callback answers the query with all texts and figures but the map, which may take
-longer and has a callback of its own.
+Use :func:`make_app` for the application and :func:`server` for a server bound to 127.0.0.1. The page's state is its
+address: a change of a control changes the query (``assets/explore.js``), and one callback answers the query with all
+texts and figures but the map, which may take longer and has a callback of its own.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from simulator.errors import InputError
-from simulator.explore import markup, needs_extra
+from simulator.explore import needs_extra
 from simulator.explore.answer import answer
-from simulator.explore.chart import PHONE, WIDE
-from simulator.explore.charts import charts, map_chart, texts
+from simulator.explore.charts import charts, map_chart
 from simulator.explore.dropped import token
+from simulator.explore.frame import PHONE, WIDE
+from simulator.explore.markup import paragraphs, table_csv, texts
 from simulator.explore.page import dropped_label, model_option, page_html
 from simulator.explore.state import read_query, to_query
 
@@ -30,33 +31,21 @@ MOST_REQUEST_BYTES = 7_000_000
 """Largest request body: a dropped file has at most a megabyte, of which JSON may make six."""
 
 POLICY = (
-    "default-src 'none'; script-src 'self' {hashes}; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; connect-src 'self'; "
-    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+    "default-src 'none'; script-src 'self' {hashes}; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
+    "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 )
 """What the browser may load: nothing from elsewhere, and no script in the page but the line that starts Dash."""
 
 
-def load_dash() -> Any:
-    """The module ``dash``, or one line that says what to install."""
+# -- the application ---------------------------------------------------------------------------------------------------
+
+
+def make_app() -> Any:
+    """The Dash application; refused where Dash is not installed."""
     try:
         import dash
     except ImportError:
         raise needs_extra("the page") from None
-    return dash
-
-
-# -- the application ----------------------------------------------------------------------------------------------------------------
-
-
-def make_app() -> Any:
-    """The Dash application.
-
-    Raises
-    ------
-    InputError
-        When Dash is not installed.
-    """
-    dash = load_dash()
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     app = dash.Dash(
         __name__,
@@ -68,7 +57,6 @@ def make_app() -> Any:
         meta_tags=[{"name": "viewport", "content": "width=device-width, initial-scale=1"}],
     )
     app.enable_dev_tools(debug=False, dev_tools_disable_version_check=True)
-    app.layout = _layout(dash)
     app.interpolate_index = _index
     _connect(app, dash)
     app.server.config["MAX_CONTENT_LENGTH"] = MOST_REQUEST_BYTES
@@ -92,53 +80,30 @@ def _guarded(response: Any, policy: str) -> Any:
     return response
 
 
-STORES = (
-    "begun",
-    "asked",
-    "answered",
-    "shown",
-    "wanted",
-    "map",
-    "mapped",
-    "dropped",
-    "accepted",
-    "placed",
-    "csv-asked",
-)
-
-
-def _layout(dash: Any) -> Any:
-    """What carries questions and answers; everything that is seen is in the page itself."""
-    return dash.html.Div([dash.dcc.Download(id="csv"), *(dash.dcc.Store(id=name) for name in STORES)])
-
-
 def _connect(app: Any, dash: Any) -> None:
-    """Callbacks: the address comes in, figures and texts go out; the page asks for the map once it shows the rest."""
-    out, given = dash.Output, dash.Input
+    """What carries questions and answers (all that is seen is in the page itself), and the callbacks between them: the
+    address comes in, figures and texts go out; the page asks for the map once it shows the rest."""
+    browser = {"begin": ("begun", "asked"), "show": ("answered", "shown")}
+    browser |= {"showMap": ("map", "mapped"), "place": ("accepted", "placed")}
+    server: dict[Any, tuple[str, str]] = {_answered: ("asked", "answered"), _mapped: ("wanted", "map")}
+    server |= {_accepted: ("dropped", "accepted"), _csv: ("csv-asked", "csv")}
+    names = {name: None for pair in (*browser.values(), *server.values()) for name in pair if name != "csv"}
+    app.layout = dash.html.Div([dash.dcc.Download(id="csv"), *(dash.dcc.Store(id=name) for name in names)])
 
-    def client(name: str, source: str, target: str) -> None:
+    def data(source: str, target: str) -> tuple[Any, Any]:
+        return dash.Output(target, "data"), dash.Input(source, "data")
+
+    for name, pair in browser.items():
         function = dash.ClientsideFunction("explore", name)
-        app.clientside_callback(
-            function, out(target, "data"), given(source, "data"), prevent_initial_call=name != "begin"
-        )
-
-    client("begin", "begun", "asked")
-    client("show", "answered", "shown")
-    client("showMap", "map", "mapped")
-    client("place", "accepted", "placed")
-    for source, target, function in (
-        ("asked", "answered", _answered),
-        ("wanted", "map", _mapped),
-        ("dropped", "accepted", _accepted),
-        ("csv-asked", "csv", _csv),
-    ):
-        app.callback(out(target, "data"), given(source, "data"), prevent_initial_call=True)(function)
+        app.clientside_callback(function, *data(*pair), prevent_initial_call=name != "begin")
+    for answers, pair in server.items():
+        app.callback(*data(*pair), prevent_initial_call=True)(answers)
 
 
 def _answered(asked: Mapping[str, Any]) -> dict[str, Any]:
     state, problems = read_query(str(asked["search"]))
     return {
-        "html": texts(state) | {"problems": markup.problems_html(problems)},
+        "html": texts(state) | {"problems": paragraphs(problems)},
         "figures": charts(state, PHONE if asked["narrow"] else WIDE),
         "query": to_query(state),
         "model": model_option(state),
@@ -161,21 +126,14 @@ def _accepted(dropped: Mapping[str, Any]) -> dict[str, str]:
 
 def _csv(asked: Mapping[str, Any]) -> dict[str, Any]:
     state, _ = read_query(str(asked["search"]))
-    return {
-        "content": markup.table_csv(answer(state).table.records),
-        "filename": "prunesim.csv",
-        "type": "text/csv",
-        "base64": False,
-    }
+    content = table_csv(answer(state).table.records)
+    return {"content": content, "filename": "prunesim.csv", "type": "text/csv", "base64": False}
 
 
 def server(port: int) -> Any:
     """A server of the page on 127.0.0.1, not started yet; port 0 takes a free one (``server.port``).
 
-    Raises
-    ------
-    InputError
-        When Dash is not installed, the port is no port, or it is taken.
+    Refused where Dash is not installed, the port is no port, or it is taken.
     """
     if not 0 <= port <= 65535:
         raise InputError(f"port {port}: expected a whole number from 0 to 65535")
@@ -204,14 +162,14 @@ def _listening(port: int) -> socket.socket:
 
 
 def _own(hosts: set[str]) -> Any:
-    """Refuse what comes under another name or from another page: a site cannot reach this server, not even by renaming itself."""
+    """Refuse what comes under another name or from another page: a site cannot reach this server, not even by renaming
+    itself."""
     from flask import request
 
     told = request.headers
     origin = told.get("Origin")
-    followed = (
-        told.get("Sec-Fetch-Site", "none") in ("none", "same-origin") or told.get("Sec-Fetch-Dest") == "document"
-    )  # a link may
-    if request.host in hosts and followed and (origin is None or origin.removeprefix("http://") in hosts):
+    own = told.get("Sec-Fetch-Site", "none") in ("none", "same-origin")
+    followed = told.get("Sec-Fetch-Dest") == "document"  # a link may
+    if request.host in hosts and (own or followed) and (origin is None or origin.removeprefix("http://") in hosts):
         return None
     return "this server answers its own page on 127.0.0.1 only", 403

@@ -1,63 +1,360 @@
-"""All figures and texts of a state, as the page and the report show them."""
+"""The figures of a state: speedup over sparsity, the loss waterfall, the roofline and the crossover map, a panel a GPU.
+
+Use :func:`charts` for the first three, :func:`map_chart` for the map, which may take longer.
+"""
 
 from __future__ import annotations
 
-from simulator.explore import markup
-from simulator.explore.answer import answer, winners
-from simulator.explore.chart import Chart, message
-from simulator.explore.chart_crossover import crossover_chart
-from simulator.explore.chart_roofline import roofline_chart
-from simulator.explore.chart_speedup import speedup_chart
-from simulator.explore.chart_waterfall import waterfall_chart
-from simulator.explore.commands import commands
-from simulator.explore.state import State
-from simulator.figures.style import label
-from simulator.units import percent
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-CARDS = (
-    ("speedup", "Speedup over sparsity"),
-    ("roofline", "Roofline"),
-    ("waterfall", "Loss waterfall"),
-    ("crossover", "Crossover map"),
+from simulator.explore.answer import Cell, answer, winners
+from simulator.explore.frame import (
+    INK,
+    LINES,
+    MARKERS,
+    PAPER,
+    QUIET,
+    SMALL,
+    SOFT,
+    Chart,
+    Dict,
+    Frame,
+    faded,
+    key,
+    legend_px,
+    listed,
+    log_axis,
+    marker_of,
+    message,
+    on_axes,
+    rule,
+    scatter,
 )
+from simulator.explore.state import State
+from simulator.figures.crossover import opacity, short
+from simulator.figures.panels import roof_of, steps_of
+from simulator.figures.roofline import CYCLE, Roof, drawn, merged
+from simulator.figures.style import BLACK, BLUE, GREEN, VERMILLION, in_order, label, look
+from simulator.figures.waterfall import NEGLIGIBLE, Steps, common_range
+from simulator.predict.settings import once
+from simulator.units import percent, rate, ratio
+
+if TYPE_CHECKING:
+    from simulator.predict.rows import Record
+    from simulator.predict.table import Explanation
+
+CARDS = {
+    "speedup": "Speedup over sparsity",
+    "roofline": "Roofline",
+    "waterfall": "Loss waterfall",
+    "crossover": "Crossover map",
+}
 """Figures by name, with their titles."""
 
 
 def charts(state: State, most: int) -> dict[str, Chart]:
-    """The figures of a state but the map.
-
-    >>> sorted(charts(State(), 3))
-    ['roofline', 'speedup', 'waterfall']
-    """
+    """The figures of a state but the map, at most ``most`` panels in a row."""
     found = answer(state)
     why = found.refused or next((n for n in found.notes if n.startswith(state.detail)), "nothing to draw")
+    records, details = found.table.records, found.details
     return {
-        "speedup": speedup_chart(found.table.records, state.detail, state.at, most=most, refused=found.refused),
-        "roofline": roofline_chart(found.details, most=most, refused=why),
-        "waterfall": waterfall_chart(found.details, most=most, refused=why),
+        "speedup": speedup_chart(records, state.detail, state.at, most) if records else message(why),
+        "roofline": roofline_chart(details, most) if details else message(why),
+        "waterfall": waterfall_chart(details, most) if details else message(why),
     }
 
 
 def map_chart(state: State, most: int) -> Chart:
     """The map of a state."""
-    cells = winners(state)
-    if cells.refused:
-        return message(answer(state).refused or cells.refused)
-    return crossover_chart(cells, state.batch, state.seq, most=most)
+    cells, refused = winners(state)
+    return crossover_chart(cells, state, most) if cells else message(answer(state).refused or refused)
 
 
-def texts(state: State) -> dict[str, str]:
-    """What is text, as HTML by the element it goes into."""
-    found = answer(state)
-    detail = f"{label(state.detail)} at {percent(state.at)}"
-    return {
-        "title": markup.title(found),
-        "facts": markup.facts_html(found),
-        "notes": markup.notes_html(found),
-        "table": markup.table_html(found, state.detail, state.at),
-        "commands": markup.commands_html(commands(state, found)),
-        "about-speedup": f"Bands: {percent(state.setting.level)} interval. Black lines: bounds of {label(state.detail)}.",
-        "about-roofline": f"GEMMs of the layers, dense (hollow) and with {detail} (filled), on the datasheet roofline.",
-        "about-waterfall": markup.conclusions_html(found),
-        "about-crossover": f"Fastest of the families chosen at {percent(state.at)}, {state.phase}. Equal sparsity is not equal quality.",
+# -- speedup over sparsity ---------------------------------------------------------------------------------------------
+
+MOST_BANDS = 6
+"""Families that are drawn with their interval each; of more, the one in detail alone."""
+
+# fmt: off
+BOUNDS = (
+    ("flop_bound", "FLOP bound", "dot"), ("byte_bound", "byte bound", "dashdot"),
+    ("roofline_bound", "roofline bound", "dash"),
+)
+# fmt: on
+
+
+def speedup_chart(records: Sequence[Record], detail: str, at: float, most: int) -> Chart:
+    """A curve a family with its interval, the bounds of the family in detail, and a line at its sparsity."""
+    gpus, families = once(r.hardware for r in records), in_order(r.family for r in records)
+    names = [*map(label, families), *(f"{title} ({label(detail)})" for _, title, _ in BOUNDS)]
+    frame = Frame(gpus, most, 200, bottom=legend_px(names, len(gpus), most))
+    values = [1.0, *(v for r in records for v in (r.speedup, r.speedup_lower, r.speedup_upper))]
+    values += [getattr(r, bound) for r in records if r.family == detail for bound, _, _ in BOUNDS]
+    fractions = sorted({r.sparsity for r in records})
+    margin = max(0.04 * (fractions[-1] - fractions[0]), 0.02)
+    x = {"range": [100 * (fractions[0] - margin), 100 * (fractions[-1] + margin)], "nticks": 9}
+    y = log_axis(min(values) / 1.03, max(values) * 1.03, 6)
+    data: list[Dict] = []
+    shapes: list[Dict] = []
+    for panel, gpu in enumerate(gpus):
+        for family in sorted(families, key=lambda name: name == detail):  # the one in detail on top
+            own = sorted((r for r in records if r.hardware == gpu and r.family == family), key=lambda r: r.sparsity)
+            if not own:
+                continue
+            if len(families) <= MOST_BANDS or family == detail:
+                data += _band(own, panel, 0.22 if family == detail else 0.13)
+            if family == detail:
+                data += _bounds(own, panel)
+            data.append(_curve(own, panel, family == detail, 1000 + families.index(family)))
+        shapes.append(rule(panel, "y", 1, SOFT, 1, layer="below"))
+        shapes.append(rule(panel, "x", 100 * at, "#c3cad4", 1.5, layer="below"))
+    named: set[str] = set()
+    for trace in data:  # the legend names each curve once, whatever the number of panels
+        if "name" in trace:
+            trace["showlegend"] = trace["name"] not in named
+            named.add(trace["name"])
+    return frame.chart(data, [x] * len(gpus), [y] * len(gpus), "removed (%)", "speedup", shapes=shapes)
+
+
+def _band(own: Sequence[Record], panel: int, opacity: float) -> list[Dict]:
+    """The interval of one family on one GPU, where there is more than one point."""
+    at, name = [100 * r.sparsity for r in own], own[0].family
+    edge = [r.speedup_upper for r in own] + [r.speedup_lower for r in reversed(own)]
+    style: Dict = {"fill": "toself", "line": {"width": 0}, "fillcolor": faded(look(name).color, opacity)}
+    return [scatter(panel, "lines", at + at[::-1], edge, legendgroup=name, **style, **QUIET)] if len(own) > 1 else []
+
+
+def _bounds(own: Sequence[Record], panel: int) -> list[Dict]:
+    name, mode = label(own[0].family), "lines" if len(own) > 1 else "markers"
+    at, marker = [100 * r.sparsity for r in own], {"symbol": "line-ew-open", "color": BLACK, "size": 10}
+    out = []
+    for bound, title, dash in BOUNDS:
+        said = f"{title} of {name} at %{{x:g}} %: %{{y:.3f}}<extra></extra>"
+        style: Dict = {"line": {"color": BLACK, "dash": dash, "width": 1.2}, "marker": marker, "hovertemplate": said}
+        style |= {"name": f"{title} ({name})", "legendgroup": bound, "legendrank": 2000}
+        out.append(scatter(panel, mode, at, [getattr(r, bound) for r in own], **style))
+    return out
+
+
+def _curve(own: Sequence[Record], panel: int, detail: bool, rank: int) -> Dict:
+    """Points of one family on one GPU, joined; a single one with its interval."""
+    name = own[0].family
+    style = look(name)
+    ends: Dict = {"type": "data", "symmetric": False, "color": style.color, "thickness": 1.2, "width": 4}
+    ends |= {"array": [r.speedup_upper - r.speedup for r in own], "visible": len(own) == 1}
+    ends["arrayminus"] = [r.speedup - r.speedup_lower for r in own]
+    more: Dict = {
+        "name": label(name),
+        "legendgroup": name,
+        "legendrank": rank,
+        "marker": marker_of(name, 9 if detail else 7),
     }
+    more["line"] = {"color": style.color, "dash": LINES[style.line], "width": 2.6 if detail else 1.8}
+    more |= {"error_y": ends, "text": [_told(r) for r in own], "hovertemplate": "%{text}<extra></extra>"}
+    mode = "lines+markers" if len(own) > 1 else "markers"
+    return scatter(panel, mode, [100 * r.sparsity for r in own], [r.speedup for r in own], **more)
+
+
+def _told(r: Record) -> str:
+    """What a point says when it is pointed at."""
+    return (
+        f"<b>{label(r.family)}</b> at {percent(r.sparsity)}, {r.hardware}<br>{ratio(r.speedup)} "
+        f"({percent(r.level)} interval {ratio(r.speedup_lower)} to {ratio(r.speedup_upper)}), held by {r.limit}<br>"
+        f"bounds: FLOP {ratio(r.flop_bound)}, byte {ratio(r.byte_bound)}, roofline {ratio(r.roofline_bound)}"
+    )
+
+
+# -- the loss waterfall ------------------------------------------------------------------------------------------------
+
+PROMISE = "#9aa5b1"
+
+
+def waterfall_chart(details: Sequence[Explanation], most: int) -> Chart:
+    """From the promise 1 / (1 - s) down to the prediction; losses are full bars, gains hatched ones, so that they
+    differ without colour."""
+    panels = [steps_of(e, e.record.hardware) for e in details]
+    names = ["promised", *panels[0].names, "predicted"]
+    frame = Frame([p.title for p in panels], most, 19 * len(names), left=160, bottom=40, right=14)
+    lines: Dict = {"range": [len(names) - 0.4, -0.6], "showgrid": False, "showline": False}
+    lines |= {**listed(range(len(names)), names), "tickfont": {"size": SMALL, "color": INK}}
+    data = [trace for i, (steps, e) in enumerate(zip(panels, details)) for trace in _bars(steps, e, i)]
+    x, y = ([axis] * len(panels) for axis in (log_axis(*common_range(panels, 0.30), 5), lines))
+    shapes = [rule(i, "x", 1, SOFT, 1) for i in range(len(panels))]
+    return frame.chart(data, x, y, "speedup", shapes=shapes, showlegend=False, bargap=0.3)
+
+
+def _bars(steps: Steps, e: Explanation, panel: int) -> list[Dict]:
+    """Bars with lines from one to the next, factors beside them, and the interval of the last one."""
+    reached = steps.reached.tolist()
+    last, predicted = len(reached), reached[-1]
+    begins, ends = [1.0, *reached[:-1], 1.0], [*reached, predicted]
+    factors = [None, *steps.factors, None]
+    lengths = [0.0 if f and abs(f - 1) <= NEGLIGIBLE else b - a for a, b, f in zip(begins, ends, factors)]
+    colors = [PROMISE, *(GREEN if f > 1 else VERMILLION for f in steps.factors), BLUE]
+    words = [f" ×{f:.2f}" if abs(f - 1) >= 0.005 else "" for f in steps.factors]
+    told = [f"<b>{s.name}</b>: x{s.factor:.3f} to {s.speedup:.3f}<br>{s.note}" for s in e.steps]
+    told.append(f"<b>predicted</b> {predicted:.3f} ({steps.lower:.3f} to {steps.upper:.3f})")
+    joints: list[Any] = []
+    for i, level in enumerate(reached):
+        joints += [(level, i - 0.35), (level, i + 1.35), (None, None)]
+    hatch: Dict = {"shape": ["/" if f and f > 1 else "" for f in factors], "bgcolor": PAPER, "fgcolor": GREEN}
+    hatch |= {"size": 5, "solidity": 0.35}
+    bars: Dict = {"type": "bar", "orientation": "h", "y": list(range(last + 1)), "base": begins, "x": lengths}
+    bars["marker"] = {"color": colors, "line": {"width": 1, "color": colors}, "pattern": hatch}
+    bars |= {"hovertext": told, "hovertemplate": "%{hovertext}<extra></extra>", **on_axes(panel)}
+    edge = [*map(max, begins[:-1], ends[:-1]), max(1.0, predicted, steps.upper)]
+    beside: Dict = {"textposition": "middle right", "textfont": {"size": SMALL, "color": INK}, "cliponaxis": False}
+    beside["text"] = [f" {steps.nominal:.2f}×", *words, f" {predicted:.2f}×"]
+    cap: Dict = {"symbol": "line-ns-open", "size": 9, "color": INK}
+    ends_of: Dict = {"line": {"color": INK, "width": 1.6}, "marker": cap}
+    return [
+        scatter(panel, "lines", *zip(*joints), line={"color": SOFT, "width": 0.8}, hoverinfo="skip"),
+        bars,
+        scatter(panel, "text", edge, range(last + 1), **beside, hoverinfo="skip"),
+        scatter(panel, "lines+markers", [steps.lower, steps.upper], [last, last], **ends_of, hoverinfo="skip"),
+    ]
+
+
+# -- the roofline ------------------------------------------------------------------------------------------------------
+
+DENSE, PRUNED, ROOF = "dense (hollow)", "pruned (filled)", "datasheet roofline"
+
+
+def roofline_chart(details: Sequence[Explanation], most: int) -> Chart:
+    """The dense model's GEMMs hollow, the pruned one's filled, a line from where each was to where it went; those that
+    coincide in every panel share a marker and a name."""
+    roofs = [roof_of(e, e.record.hardware, layers_only=True) for e in details]
+    groups = merged(roofs)
+    looks = {title: (color, MARKERS[mark]) for title, (color, mark) in zip(groups, CYCLE * len(groups))}
+    room = legend_px([*groups, DENSE, PRUNED, ROOF], len(roofs), most)
+    frame = Frame([r.title for r in roofs], most, 200, bottom=room, across=0.06, left=58)
+    data, x, y = [], [], []
+    for panel, roof in enumerate(roofs):
+        low, high, bottom, top = roof.limits(2.2)
+        x.append(log_axis(low, high, 5))
+        y.append({**log_axis(bottom, top, 6), "showticklabels": True})
+        data += _roof(roof, panel, low, high, top / (top / bottom) ** 0.03) + _points(roof, panel, groups, looks)
+    for i, (title, (color, symbol)) in enumerate(looks.items()):
+        data.append(key(title, {"symbol": symbol, "color": color, "size": 8}, 1000 + i))
+    hollow = {"symbol": "circle", "color": PAPER, "size": 8, "line": {"color": SOFT, "width": 1.6}}
+    data += [key(DENSE, hollow, 2000), key(PRUNED, {"symbol": "circle", "color": SOFT, "size": 8}, 2001)]
+    return frame.chart(data, x, y, "arithmetic intensity (FLOP/byte)", "TFLOP/s")
+
+
+def _roof(roof: Roof, panel: int, low: float, high: float, top: float) -> list[Dict]:
+    """The roof, with its peaks written in the corner above it, where no GEMM can be."""
+    words = f"{rate(roof.peak_flop_per_s, 'FLOP/s')}, {rate(roof.bandwidth_bytes_per_s, 'B/s')}"
+    said: Dict = {"hovertemplate": f"datasheet: {words}<extra></extra>", "legendgroup": "roof", "legendrank": 3000}
+    line: Dict = {"line": {"color": INK, "width": 1.6}, "name": ROOF, "showlegend": panel == 0}
+    corner: Dict = {"textposition": "bottom right", "textfont": {"size": SMALL, "color": SOFT}}
+    x, y = roof.bend(low, high)
+    return [
+        scatter(panel, "lines", x.tolist(), y.tolist(), **line, **said),
+        scatter(panel, "text", [low], [top], text=[f" {words}"], **corner, **QUIET),
+    ]
+
+
+def _points(
+    roof: Roof, panel: int, groups: dict[str, tuple[str, ...]], looks: dict[str, tuple[str, str]]
+) -> list[Dict]:
+    """All GEMMs of a panel as three traces: lines, hollow markers, filled ones."""
+    at, achieved, pruned = (column.tolist() for column in roof.columns())
+    places = list(zip(at, (v / 1e12 for v in achieved)))
+    points = list(drawn(roof, groups))
+    lines: list[Any] = [p for _, i, j in points if j is not None for p in (places[j], places[i], (None, None))]
+    thin = {"line": {"color": SOFT, "width": 1}}
+    out = [scatter(panel, "lines", [p[0] for p in lines], [p[1] for p in lines], **thin, **QUIET)]
+    for kind, what in ((False, "dense"), (True, "pruned")):
+        own = [(title, *places[i], *looks[title]) for title, i, _ in points if pruned[i] == kind]
+        _, x, y, colors, symbols = zip(*own) if own else [()] * 5
+        marker: Dict = {"symbol": list(symbols), "size": 9, "line": {"color": list(colors), "width": 1.6}}
+        marker["color"] = list(colors) if kind else PAPER
+        said = [f"<b>{title}</b>, {what}<br>{u:.4g} FLOP/byte, {v:.4g} TFLOP/s" for title, u, v, _, _ in own]
+        named: Dict = {"name": what, "text": said, "hovertemplate": "%{text}<extra></extra>", "showlegend": False}
+        out.append(scatter(panel, "markers", x, y, marker=marker, **named))
+    return out
+
+
+# -- the crossover map -------------------------------------------------------------------------------------------------
+
+NONE = "none gains"
+_DASH: Dict = {"symbol": "line-ew-open", "color": SOFT}
+_CORNER: Dict = {"symbol": "triangle-ne", "size": 5, "color": SOFT}
+
+
+def crossover_chart(cells: Sequence[Cell], state: State, most: int) -> Chart:
+    """The fastest family of each batch and sequence, with its speedup; the cell of the state's own batch and sequence
+    is framed where the map has it."""
+    gpus, names = once(c.best.hardware for c in cells), in_order(c.winner for c in cells)
+    batches, lengths = sorted({c.best.batch for c in cells}), sorted({c.best.seq for c in cells})
+    keys = _keys(cells, names)
+    frame = Frame(gpus, most, 23 * len(lengths), bottom=legend_px([name for name, _ in keys], len(gpus), most))
+    data, shapes = [], []
+    for panel, gpu in enumerate(gpus):
+        own = [(batches.index(c.best.batch), lengths.index(c.best.seq), c) for c in cells if c.best.hardware == gpu]
+        size = (len(batches), len(lengths))
+        data += _cells(own, size, names, panel, 9 if most == 1 or len(gpus) > 1 else 10)
+        if state.batch in batches and state.seq in lengths:
+            i, j = batches.index(state.batch), lengths.index(state.seq)
+            box = {"x0": i - 0.48, "x1": i + 0.48, "y0": j - 0.47, "y1": j + 0.47}
+            refs = {f"{axis[0]}ref": name for axis, name in on_axes(panel).items()}
+            shapes.append({"type": "rect", **refs, **box, "line": {"color": INK, "width": 2}})
+    data += [key(name, marker, 1000 + i) for i, (name, marker) in enumerate(keys)]
+    x, y = (
+        [{"range": [-0.5, len(texts) - 0.5], "showgrid": False, **listed(range(len(texts)), texts)}] * len(gpus)
+        for texts in ([str(b) for b in batches], [short(n) for n in lengths])
+    )
+    return frame.chart(data, x, y, "batch", "sequence", shapes=shapes)
+
+
+def _cells(
+    own: Sequence[tuple[int, int, Cell]], size: tuple[int, int], names: list[str], panel: int, font: int
+) -> list[Dict]:
+    """Cells coloured by their winner, pale where it is not certain; on them its marker and speedup, and a corner where
+    memory is short."""
+    code: list[list[Any]] = [[None] * size[0] for _ in range(size[1])]
+    told: list[list[str]] = [[""] * size[0] for _ in range(size[1])]
+    for i, j, c in own:
+        code[j][i], told[j][i] = 2.0 * names.index(c.winner) + c.sure, _said(c)
+    colors = [_shade(name, sure) for name in names for sure in (False, True)]
+    steps = [[(k + end) / len(colors), color] for k, color in enumerate(colors) for end in (0, 1)]
+    cells: Dict = {"type": "heatmap", "z": code, "colorscale": steps, "zmin": -0.5, "zmax": len(colors) - 0.5}
+    cells |= {"showscale": False, "xgap": 1, "ygap": 1, "text": told, "hovertemplate": "%{text}<extra></extra>"}
+    out = [{**cells, **on_axes(panel)}]
+    words: Dict = {"textposition": "middle right", "textfont": {"size": font, "color": INK}, **QUIET}
+    for name in names:
+        won = [(i - 0.36, j, f"{c.best.speedup:.2f}") for i, j, c in own if c.winner == name]
+        x, y, text = zip(*won) if won else [()] * 3
+        marker = marker_of(name, font - 4) if name else {**_DASH, "size": 6}
+        out.append(scatter(panel, "markers+text", x, y, text=list(text), marker=marker, **words))
+    corners = [(i + 0.40, j + 0.34) for i, j, c in own if not c.best.dense_fits]
+    if corners:
+        out.append(scatter(panel, "markers", *zip(*corners), marker=_CORNER, **QUIET))
+    return out
+
+
+def _shade(name: str, sure: bool) -> str:
+    """Colour of a cell, thin enough for its number to be read."""
+    return faded(look(name).color, opacity(name, sure)) if name else "rgba(231,234,238,1)"
+
+
+def _said(c: Cell) -> str:
+    r, certain = c.best, "" if c.sure else "<br>intervals overlap: not certain"
+    memory = "" if r.dense_fits else "<br>the dense model exceeds the memory"
+    return (
+        f"<b>{label(c.winner) if c.winner else NONE}</b>, batch {r.batch}, sequence {r.seq}<br>{r.speedup:.3f} "
+        f"({r.speedup_lower:.3f} to {r.speedup_upper:.3f}){certain}{memory}"
+    )
+
+
+def _keys(cells: Sequence[Cell], names: list[str]) -> list[tuple[str, Dict]]:
+    """Names and markers of the legend."""
+    entries = [(label(name), marker_of(name)) for name in names if name]
+    if "" in names:
+        entries.append((NONE, {**_DASH, "size": 9}))
+    if not all(c.sure for c in cells):
+        entries.append(("pale: intervals overlap", {"symbol": "square", "size": 11, "color": "#d9dee5"}))
+    if not all(c.best.dense_fits for c in cells):
+        entries.append(("dense exceeds memory", {**_CORNER, "size": 8}))
+    return entries

@@ -6,8 +6,8 @@ Use :func:`commands`; each is a list of arguments, so that a test can run it and
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from simulator.explore.answer import Answer
 from simulator.explore.dropped import PREFIX, read_token
@@ -32,74 +32,37 @@ class Command:
 def commands(state: State, answer: Answer) -> tuple[Command, ...]:
     """What to type for the numbers of the page; nothing where there are none.
 
-    Examples
-    --------
     >>> from simulator.explore.answer import answer
     >>> state = State(families=("depth",), sparsities=(0.25,), detail="depth", at=0.25)
-    >>> commands(state, answer(state))[1].line
-    'prunesim explain llama-3.1-8b --hardware h100_sxm --family depth --sparsity 0.25 --phase prefill --batch 1 --seq 2048'
+    >>> commands(state, answer(state))[1].line[:73]
+    'prunesim explain llama-3.1-8b --hardware h100_sxm --family depth --sparsi'
     """
     if answer.refused:
         return ()
-    drawn, at = ",".join(state.drawn), f"{state.at!r}"
-    every = ",".join(repr(s) for s in state.fractions)
     explained = [e.record.hardware for e in answer.details]
     gpus = [gpu for gpu in answer.gpus if load_hardware(gpu).name in explained]
-    out = [
-        Command("curves and table", _line("speedup", state, answer.gpus, drawn, every)),
-        Command("waterfall and roofline", _line("explain", state, gpus, state.detail, at)),
-        Command(
-            "map",
-            _line("speedup", state, answer.gpus, drawn, at, ",".join(map(str, BATCHES)), ",".join(map(str, LENGTHS))),
-        ),
-        Command(
-            "this page as a file",
-            (
-                *_line(
-                    "report", state, state.gpus, ",".join(state.families), ",".join(repr(s) for s in state.sparsities)
-                ),
-                "--detail",
-                state.detail,
-                "--at",
-                at,
-                "-o",
-                "report.html",
-            ),
-        ),
-    ]
-    return tuple(out if answer.details else [c for c in out if c.arguments[0] != "explain"])
+    every = _line("speedup", state, answer.gpus, state.drawn, state.fractions)
+    detail = _line("explain", state, gpus, state.detail, state.at)
+    cells = _line("speedup", state, answer.gpus, state.drawn, state.at, BATCHES, LENGTHS)
+    report = _line("report", state, state.gpus, state.families, state.sparsities)
+    report += ("--detail", state.detail, "--at", repr(state.at), "-o", "report.html")
+    out = {"curves and table": every, "waterfall and roofline": detail, "map": cells, "this page as a file": report}
+    return tuple(Command(gives, line) for gives, line in out.items() if answer.details or line is not detail)
 
 
 def _line(
-    command: str, state: State, gpus: Sequence[str], family: str, sparsity: str, batch: str = "", seq: str = ""
+    command: str, state: State, gpus: Any, family: Any, sparsity: Any, batch: Any = None, seq: Any = None
 ) -> tuple[str, ...]:
     """Arguments of a command; what is the command's own default is left out."""
-    out = [
-        command,
-        model_argument(state),
-        "--hardware",
-        ",".join(gpus),
-        "--family",
-        family,
-        "--sparsity",
-        sparsity,
-        "--phase",
-        state.phase,
-    ]
-    out += ["--batch", batch or str(state.batch), "--seq", seq or str(state.seq)]
+    values = {"--hardware": gpus, "--family": family, "--sparsity": sparsity, "--phase": state.phase}
+    values |= {"--batch": batch or state.batch, "--seq": seq or state.seq}
     if state.phase == "generate":
-        out += ["--new-tokens", str(state.new_tokens)]
+        values["--new-tokens"] = state.new_tokens
     if state.runtime != "cuda_graph":
-        out += ["--runtime", state.runtime]
+        values["--runtime"] = state.runtime
     if state.dtype != "bf16":
-        out += ["--dtype", state.dtype]
-    return tuple(out)
-
-
-def model_argument(state: State) -> str:
-    """The model as a command takes it; a dropped file is where the command is run.
-
-    >>> model_argument(State())
-    'llama-3.1-8b'
-    """
-    return f"./{read_token(state.model)[0]}" if state.model.startswith(PREFIX) else state.model
+        values["--dtype"] = state.dtype
+    texts = {option: ",".join(map(str, v)) if isinstance(v, tuple | list) else str(v) for option, v in values.items()}
+    dropped = state.model.startswith(PREFIX)  # a dropped file is where the command is run
+    model = f"./{read_token(state.model)[0]}" if dropped else state.model
+    return (command, model, *(part for pair in texts.items() for part in pair))

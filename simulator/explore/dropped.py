@@ -1,7 +1,7 @@
 """A dropped config.json as a token that fits in a URL: its shape keys, compressed, and the name of its file.
 
-Use :func:`token` for a file's content and :func:`read_token` for a token. A token holds only the keys that the shapes follow from, so that
-it stays short; what comes out of it is checked like any other configuration.
+Use :func:`token` for a file's content and :func:`read_token` for a token. A token holds only the keys that the shapes
+follow from, so that it stays short; what comes out of it is checked like any other configuration.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _MOST_JSON = 200_000
 
 
 class _Noted(Mapping[str, Any]):
-    """A configuration that notes which of its keys are looked at."""
+    """A configuration that notes which of its keys are looked at, be it whether they are there."""
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         self.data = data
-        self.seen: dict[str, None] = {}
+        self.seen: dict[str, Any] = {}
 
     def __getitem__(self, key: str) -> Any:
-        self.seen[key] = None
+        self.seen[key] = self.data[key]
         return self.data[key]
 
     def __iter__(self) -> Iterator[str]:
@@ -46,18 +46,7 @@ class _Noted(Mapping[str, Any]):
 
 
 def token(text: str, file: str) -> str:
-    """The token of a config.json.
-
-    Parameters
-    ----------
-    text : str
-        Content of the file.
-    file : str
-        Its name; folders before it are dropped.
-
-    Returns
-    -------
-    str
+    """The token of a config.json: ``text`` is what the file holds, ``file`` its name; folders before it are dropped.
 
     Raises
     ------
@@ -66,38 +55,33 @@ def token(text: str, file: str) -> str:
 
     Examples
     --------
-    >>> tiny = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-    ...         "vocab_size": 10, "torch_dtype": "bfloat16"}
+    >>> tiny = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}
+    >>> tiny |= {"num_attention_heads": 2, "vocab_size": 10, "torch_dtype": "bfloat16"}
     >>> read_token(token(json.dumps(tiny), "tiny.json"))[1].parameters
     824
     """
-    name = one_line(PurePosixPath(file.replace("\\", "/")).name, 100) or "config.json"
+    name = _file_name(file.replace("\\", "/"))
     if len(text.encode("utf-8", "replace")) > MAX_FILE_BYTES:
         raise InputError(f"{name}: larger than {MAX_FILE_BYTES} bytes; expected a config.json")
     data = parse_config(text.removeprefix("\ufeff"), name)
-    noted = _Noted(data) if isinstance(data, Mapping) else data
-    from_file(noted, PurePosixPath(name))
-    kept = {key: data[key] for key in noted.seen if key in data}
-    packed = zlib.compress(json.dumps({"file": name, "config": kept}, separators=(",", ":")).encode(), 9)
+    noted = _Noted(data if isinstance(data, Mapping) else {})
+    from_file(noted if isinstance(data, Mapping) else data, PurePosixPath(name))
+    packed = zlib.compress(json.dumps({"file": name, "config": noted.seen}, separators=(",", ":")).encode(), 9)
     out = PREFIX + base64.urlsafe_b64encode(packed).decode().rstrip("=")
     if len(out) > MOST_TOKEN:
-        raise InputError(
-            f"{name}: its shape keys take {len(out)} characters, more than the {MOST_TOKEN} that an address can carry"
-        )
+        most = f"more than the {MOST_TOKEN} that an address can carry"
+        raise InputError(f"{name}: its shape keys take {len(out)} characters, {most}")
     return out
+
+
+def _file_name(path: str) -> str:
+    return one_line(PurePosixPath(path).name, 100) or "config.json"
 
 
 @lru_cache(maxsize=32)
 def read_token(text: str) -> tuple[str, ModelConfig]:
-    """The file name and the model of a token.
+    """The file name and the model of a token; refuses what :func:`token` did not make.
 
-    Raises
-    ------
-    InputError
-        For what :func:`token` did not make.
-
-    Examples
-    --------
     >>> read_token("dropped:x")
     Traceback (most recent call last):
     simulator.errors.InputError: model 'dropped:x': not a dropped config.json that can be read
@@ -115,5 +99,5 @@ def read_token(text: str) -> tuple[str, ModelConfig]:
         raise broken from None
     if not unpack.eof or not isinstance(name, str):
         raise broken
-    name = one_line(PurePosixPath(name).name, 100) or "config.json"
+    name = _file_name(name)
     return name, from_file(data, PurePosixPath(name))

@@ -1,37 +1,28 @@
 """The page as HTML: the form with every control set as the state says, what is text, and frames for the figures.
 
-Controls are plain form elements: labels, keyboard and screen readers work as the browser makes them work, and they are there before any
-script has run. What they hold is the query of the address; the script in ``assets`` only carries it there.
+Controls are plain form elements: labels, keyboard and screen readers work as the browser makes them work, and they are
+there before any script has run. What they hold is the query of the address; the script in ``assets`` only carries it
+there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from simulator._version import __version__
 from simulator.explore.charts import CARDS
 from simulator.explore.dropped import PREFIX, read_token
-from simulator.explore.markup import problems_html
+from simulator.explore.markup import paragraphs
 from simulator.explore.state import MOST_NEW_TOKENS, State
 from simulator.figures.style import label, look
-from simulator.hardware.names import list_hardware
+from simulator.hardware.library import list_hardware
 from simulator.models.library import list_models
 from simulator.predict.settings import MAX_TOKENS
 from simulator.pruning import FAMILIES
 from simulator.workload import DTYPES, PHASES, RUNTIMES
 
-_SIGNS = {
-    "o": ("●", "○"),
-    "s": ("■", "□"),
-    "D": ("◆", "◇"),
-    "^": ("▲", "△"),
-    "v": ("▼", "▽"),
-    "P": ("✚", "✚"),
-    "X": ("✖", "✖"),
-    "d": ("◆", "◇"),
-    "h": ("⬢", "⬡"),
-}
+_SIGNS = dict(zip("osD^vPXdh", ("●○", "■□", "◆◇", "▲△", "▼▽", "✚✚", "✖✖", "◆◇", "⬢⬡")))
 """Markers of families as characters, filled and hollow."""
 
 PLOTLY = "/_dash-component-suites/plotly/package_data/plotly.min.js"
@@ -50,10 +41,12 @@ def page_html(state: State, problems: Sequence[str], said: Mapping[str, str], pa
     problems : sequence of str
         What was wrong with the address.
     said : dict
-        What is text, as HTML by the element it stands in (:func:`simulator.explore.charts.texts`).
+        What is text, as HTML by the element it stands in (:func:`simulator.explore.markup.texts`).
     parts : dict
         What Dash puts into a page: metas, favicon, css, app_entry, config, scripts, renderer.
     """
+    facts, notes = (f'<div id="{name}">{said[name]}</div>' for name in ("facts", "notes"))
+    cards = "".join(_card(name, escape(title), said[f"about-{name}"]) for name, title in CARDS.items())
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -67,10 +60,19 @@ def page_html(state: State, problems: Sequence[str], said: Mapping[str, str], pa
 <a class="skip" href="#results">Skip to the results</a>
 <header class="bar"><h1>prunesim</h1><p>How much faster will a pruned LLM really be?</p></header>
 <div class="shell">
-<details class="settings" open><summary>Settings</summary>{form_html(state)}</details>
+<details class="settings" open><summary>Settings</summary>{_form(state)}</details>
 <main id="results" tabindex="-1">
-<div id="problems" class="problems" role="alert">{problems_html(problems)}</div>
-{_results(state, said)}
+<div id="problems" class="problems" role="alert">{paragraphs(problems)}</div>
+<div class="summary">
+<p id="title" class="title">{said["title"]}</p>{facts}{notes}
+</div>
+<div class="grid" id="grid" data-wide="{"yes" if len(state.gpus) > 1 else "no"}">{cards}
+<section class="card whole"><div class="head"><h2 id="h-table">Table</h2>
+<button type="button" data-csv aria-label="Download the table as CSV">CSV</button></div>
+<div id="table" class="table" tabindex="0" role="region" aria-labelledby="h-table">{said["table"]}</div></section>
+<section class="card whole"><div class="head"><h2>The same numbers from the command line</h2></div>
+<div id="commands">{said["commands"]}</div></section>
+</div>
 <p class="version">prunesim {__version__}</p>
 <div hidden>{parts["app_entry"]}</div>
 </main>
@@ -80,75 +82,64 @@ def page_html(state: State, problems: Sequence[str], said: Mapping[str, str], pa
 </html>"""
 
 
-def _results(state: State, said: Mapping[str, str]) -> str:
-    """Texts, and frames for the figures."""
-    cards = "".join(
-        f'<section class="card" id="card-{name}"><div class="head"><h2 id="h-{name}">{escape(title)}</h2>{_save(name, title)}</div>'
+def _card(name: str, title: str, about: str) -> str:
+    """A frame for a figure, with buttons that download it."""
+    save = "".join(
+        f'<button type="button" data-save="{name}" data-kind="{kind.lower()}" title="Download the figure as {kind}" '
+        f'aria-label="Download {title} as {kind}">{kind}</button>'
+        for kind in ("SVG", "PNG")
+    )
+    return (
+        f'<section class="card" id="card-{name}"><div class="head"><h2 id="h-{name}">{title}</h2>{save}</div>'
         f'<div id="{name}" class="chart" role="img" aria-labelledby="h-{name} about-{name}"></div>'
-        f'<div id="about-{name}" class="about">{said[f"about-{name}"]}</div></section>'
-        for name, title in CARDS
-    )
-    return f"""<div class="summary">
-<p id="title" class="title">{said["title"]}</p><div id="facts">{said["facts"]}</div><div id="notes">{said["notes"]}</div>
-</div>
-<div class="grid" id="grid" data-wide="{"yes" if len(state.gpus) > 1 else "no"}">{cards}
-<section class="card whole"><div class="head"><h2 id="h-table">Table</h2>
-<button type="button" data-csv aria-label="Download the table as CSV">CSV</button></div>
-<div id="table" class="table" tabindex="0" role="region" aria-labelledby="h-table">{said["table"]}</div></section>
-<section class="card whole"><div class="head"><h2>The same numbers from the command line</h2></div>
-<div id="commands">{said["commands"]}</div></section>
-</div>"""
-
-
-def _save(name: str, title: str) -> str:
-    """Buttons that download a figure."""
-    return "".join(
-        f'<button type="button" data-save="{name}" data-kind="{kind}" title="Download the figure as {kind.upper()}" '
-        f'aria-label="Download {escape(title)} as {kind.upper()}">{kind.upper()}</button>'
-        for kind in ("svg", "png")
+        f'<div id="about-{name}" class="about">{about}</div></section>'
     )
 
 
-def form_html(state: State) -> str:
-    """The form of all controls."""
+# -- controls ----------------------------------------------------------------------------------------------------------
+
+
+def _form(state: State) -> str:
+    gpus = _inputs("checkbox", "gpu", {name: escape(name) for name in list_hardware()}, state.gpus)
+    families = _inputs("checkbox", "family", {name: _signed(name) for name in FAMILIES}, state.families)
+    dropped = model_option(state)
+    models = {name: name for name in list_models()} | (dict([dropped]) if dropped else {})
+    choose = '<button type="button" id="choose">Open a config.json</button>'
+    sparsities = ", ".join(map(repr, state.sparsities))
+    at = f'<input type="number" id="at" name="at" min="0" max="0.99" step="0.05" value="{state.at!r}">'
     return f"""<form id="controls" autocomplete="off">
 <fieldset><legend>Model</legend>
-{_select("model", "Name", _models(state), state.model)}
-<div class="drop" id="drop"><button type="button" id="choose">Open a config.json</button><span>or drop one here</span></div>
+{_select("model", "Name", models, state.model)}
+<div class="drop" id="drop">{choose}<span>or drop one here</span></div>
 <p id="dropped-note" class="error" role="alert"></p>
 </fieldset>
 <fieldset><legend>GPUs</legend>
-<div class="checks">{_checks("gpu", [(name, escape(name)) for name in list_hardware()], state.gpus)}</div></fieldset>
+<div class="checks">{gpus}</div></fieldset>
 <fieldset><legend>Workload</legend>
-{_radios("phase", "Phase", [(p, p) for p in PHASES], state.phase)}
+{_radios("phase", "Phase", {name: name for name in PHASES}, state.phase)}
 <div class="pair">
 {_number("batch", "Batch", state.batch, MAX_TOKENS)}
 {_number("seq", "Sequence", state.seq, MAX_TOKENS)}
 </div>
 <div class="pair">
-{_select("dtype", "Number format", [(d, d) for d in DTYPES], state.dtype)}
+{_select("dtype", "Number format", {name: name for name in DTYPES}, state.dtype)}
 {_number("new", "New tokens", state.new_tokens, MOST_NEW_TOKENS)}
 </div>
-{_radios("runtime", "Runtime", [(r, RUNTIME_NAMES[r]) for r in RUNTIMES], state.runtime)}
+{_radios("runtime", "Runtime", {name: RUNTIME_NAMES[name] for name in RUNTIMES}, state.runtime)}
 </fieldset>
 <fieldset><legend>Pruning</legend>
-<div class="checks families">{_checks("family", [(name, _signed(name)) for name in FAMILIES], state.families)}</div>
+<div class="checks families">{families}</div>
 <label class="field" for="sparsity">Sparsities of the curves
-<input type="text" id="sparsity" name="sparsity" spellcheck="false" value="{", ".join(map(repr, state.sparsities))}"></label>
+<input type="text" id="sparsity" name="sparsity" spellcheck="false" value="{sparsities}"></label>
 </fieldset>
 <fieldset><legend>In detail</legend>
 <div class="pair">
-{_select("detail", "Family", [(name, label(name)) for name in FAMILIES], state.detail)}
-<label class="field" for="at">Sparsity<input type="number" id="at" name="at" min="0" max="0.99" step="0.05" value="{state.at!r}"></label>
+{_select("detail", "Family", {name: label(name) for name in FAMILIES}, state.detail)}
+<label class="field" for="at">Sparsity{at}</label>
 </div>
 <p class="hint">For waterfall, roofline, bounds and map; always drawn.</p>
 </fieldset>
 </form>"""
-
-
-def _models(state: State) -> list[tuple[str, str]]:
-    dropped = model_option(state)
-    return [(name, name) for name in list_models()] + ([dropped] if dropped else [])
 
 
 def model_option(state: State) -> tuple[str, str] | None:
@@ -165,40 +156,37 @@ def dropped_label(token: str) -> str:
 def _signed(name: str) -> str:
     """A family with its marker in its colour."""
     style = look(name)
-    sign = _SIGNS[style.marker][style.hollow]
-    return f'<span class="sign" aria-hidden="true" style="color:{style.color}">{sign}</span>{escape(label(name))}'
+    sign = (
+        f'<span class="sign" aria-hidden="true" style="color:{style.color}">{_SIGNS[style.marker][style.hollow]}</span>'
+    )
+    return sign + escape(label(name))
 
 
-def _select(name: str, title: str, choices: Sequence[tuple[str, str]], chosen: str) -> str:
+def _select(name: str, title: str, choices: Mapping[str, str], chosen: str) -> str:
     options = "".join(
         f'<option value="{escape(value)}"{" selected" if value == chosen else ""}>{escape(text)}</option>'
-        for value, text in choices
+        for value, text in choices.items()
     )
-    return (
-        f'<label class="field" for="{name}">{escape(title)}<select id="{name}" name="{name}">{options}</select></label>'
-    )
+    select = f'<select id="{name}" name="{name}">{options}</select>'
+    return f'<label class="field" for="{name}">{title}{select}</label>'
 
 
-def _checks(name: str, choices: Sequence[tuple[str, str]], chosen: Sequence[str]) -> str:
-    """Check boxes; the texts are HTML."""
+def _inputs(kind: str, name: str, choices: Mapping[str, str], chosen: Iterable[str]) -> str:
+    """Check boxes or radio buttons; the texts are HTML."""
     return "".join(
-        f'<label><input type="checkbox" name="{name}" value="{escape(value)}"{" checked" if value in chosen else ""}>{text}</label>'
-        for value, text in choices
+        f'<label><input type="{kind}" name="{name}" value="{escape(value)}"{" checked" if value in chosen else ""}>'
+        f"{text}</label>"
+        for value, text in choices.items()
     )
 
 
-def _radios(name: str, title: str, choices: Sequence[tuple[str, str]], chosen: str) -> str:
-    inner = "".join(
-        f'<label><input type="radio" name="{name}" value="{escape(value)}"{" checked" if value == chosen else ""}>'
-        f"<span>{escape(text)}</span></label>"
-        for value, text in choices
-    )
-    name_ = f'<span class="name" aria-hidden="true">{escape(title)}</span>'
-    return f'<div class="radios" role="radiogroup" aria-label="{escape(title)}">{name_}<div>{inner}</div></div>'
+def _radios(name: str, title: str, choices: Mapping[str, str], chosen: str) -> str:
+    inner = _inputs("radio", name, {value: f"<span>{text}</span>" for value, text in choices.items()}, [chosen])
+    shown = f'<span class="name" aria-hidden="true">{title}</span>'
+    return f'<div class="radios" role="radiogroup" aria-label="{title}">{shown}<div>{inner}</div></div>'
 
 
 def _number(name: str, title: str, value: int, most: int) -> str:
-    return (
-        f'<label class="field" for="{name}">{escape(title)}'
-        f'<input type="number" id="{name}" name="{name}" min="1" max="{most}" step="1" inputmode="numeric" value="{value}"></label>'
-    )
+    limits = f'min="1" max="{most}" step="1" inputmode="numeric"'
+    number = f'<input type="number" id="{name}" name="{name}" {limits} value="{value}">'
+    return f'<label class="field" for="{name}">{title}{number}</label>'

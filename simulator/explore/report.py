@@ -1,7 +1,7 @@
-"""A state as one HTML file: figures, table, notes, settings and commands, with nothing to fetch and nothing to install to read it.
+"""A state as one HTML file with nothing to fetch: figures, table, notes, settings and commands.
 
-Use :func:`report_html` for the text and :func:`write_report` for the file. The figures are those of the page; the script that draws them is
-in the file, which therefore has about 5 MB.
+Use :func:`report_html` for the text and :func:`write_report` for the file. The figures are those of the page; the
+script that draws them is in the file, which therefore has about 5 MB.
 """
 
 from __future__ import annotations
@@ -12,24 +12,22 @@ from datetime import datetime, timezone
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from simulator._version import __version__
 from simulator.errors import InputError
-from simulator.explore import markup, needs_extra
+from simulator.explore import needs_extra
 from simulator.explore.answer import answer
-from simulator.explore.chart import PAGE, PHONE
-from simulator.explore.charts import CARDS, charts, map_chart, texts
+from simulator.explore.charts import CARDS, charts, map_chart
 from simulator.explore.commands import commands
-from simulator.explore.dropped import PREFIX, read_token
+from simulator.explore.dropped import PREFIX
+from simulator.explore.frame import PAGE, PHONE
+from simulator.explore.markup import commands_html, texts
+from simulator.explore.page import dropped_label
 from simulator.explore.state import State, to_query
 from simulator.files.write import write_whole
 from simulator.units import percent
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 """What a browser may load while it shows the report: nothing."""
@@ -68,13 +66,7 @@ body.report { background: #fff; }
 
 
 def plotly_js() -> str:
-    """The script that draws the figures.
-
-    Raises
-    ------
-    InputError
-        When Plotly is not installed.
-    """
+    """The script that draws the figures; refused where Plotly is not installed."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
@@ -83,21 +75,7 @@ def plotly_js() -> str:
 
 
 def report_html(state: State) -> str:
-    """The report as HTML.
-
-    Parameters
-    ----------
-    state : State
-
-    Returns
-    -------
-    str
-
-    Raises
-    ------
-    InputError
-        When the state cannot be predicted, or Plotly is not installed.
-    """
+    """The report as HTML; refused when the state cannot be predicted, or Plotly is not installed."""
     found = answer(state)
     if found.refused:
         raise InputError(found.refused)
@@ -106,22 +84,24 @@ def report_html(state: State) -> str:
         name: {**charts(state, most), "crossover": map_chart(state, most)}
         for name, most in (("page", PAGE), ("phone", PHONE))
     }
-    said = texts(state)
-    cards = "".join(
-        f'<section class="card"><div class="head"><h2>{escape(title)}</h2></div>'
-        f'<div id="{name}" style="height:{figures["page"][name]["layout"]["height"]}px" role="img" aria-label="{escape(title)}"></div>'
-        f'<div class="about">{said[f"about-{name}"]}</div></section>'
-        for name, title in CARDS
-    )
+    said, cards = texts(state), ""
+    for name, title in CARDS.items():
+        height = figures["page"][name]["layout"]["height"]
+        cards += (
+            f'<section class="card"><div class="head"><h2>{title}</h2></div>'
+            f'<div id="{name}" style="height:{height}px" role="img" aria-label="{title}"></div>'
+            f'<div class="about">{said[f"about-{name}"]}</div></section>'
+        )
+    embedded = json.dumps(figures, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     css = Path(__file__).with_name("assets").joinpath("explore.css").read_text(encoding="utf-8")
-    title = f"prunesim report: {markup.title(found)}"
+    table = f'<div class="table" id="table">{said["table"]}</div>'
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<title>{title}</title>
+<title>prunesim report: {said["title"]}</title>
 <style>{css}{_STYLE}</style>
 </head>
 <body class="report">
@@ -133,11 +113,11 @@ def report_html(state: State) -> str:
 {said["notes"]}
 <noscript><p class="error">The figures are drawn by a script in this file; the table below needs none.</p></noscript>
 {cards}
-<section class="card long"><div class="head"><h2>Table</h2></div><div class="table" id="table">{said["table"]}</div></section>
+<section class="card long"><div class="head"><h2>Table</h2></div>{table}</section>
 <section class="card"><div class="head"><h2>The same numbers from the command line</h2></div>
-{markup.commands_html(commands(state, found), copy=False)}</section>
+{commands_html(commands(state, found), copy=False)}</section>
 </main>
-<script type="application/json" id="figures">{_embedded(figures)}</script>
+<script type="application/json" id="figures">{embedded}</script>
 <script>{script}</script>
 <script>{_DRAW}</script>
 </body>
@@ -154,21 +134,15 @@ def write_report(state: State, path: str | Path) -> int:
 
 def _settings(state: State) -> str:
     """What was asked for, when, and with which versions."""
-    dropped = state.model.startswith(PREFIX)
-    model = f"{state.load().name} ({read_token(state.model)[0]})" if dropped else state.model
+    python, plotly = platform.python_version(), version("plotly")
     rows = {
-        "Model": model,
+        "Model": dropped_label(state.model) if state.model.startswith(PREFIX) else state.model,
         "GPUs": ", ".join(state.gpus),
         "Families": ", ".join(state.drawn),
         "Sparsities": ", ".join(percent(s) for s in state.fractions),
         "In detail": f"{state.detail} at {percent(state.at)}",
         "Made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "Versions": f"prunesim {__version__}, Python {platform.python_version()}, NumPy {np.__version__}, Plotly {version('plotly')}",
+        "Versions": f"prunesim {__version__}, Python {python}, NumPy {np.__version__}, Plotly {plotly}",
         "Page": f"prunesim explore, address ?{to_query(state)}",
     }
     return f"<dl>{''.join(f'<dt>{escape(name)}</dt><dd>{escape(value)}</dd>' for name, value in rows.items())}</dl>"
-
-
-def _embedded(figures: Mapping[str, Any]) -> str:
-    """Figures as JSON that cannot end the element it stands in."""
-    return json.dumps(figures, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")

@@ -1,21 +1,21 @@
 """What the page shows: one immutable state, and its form as the query of a URL.
 
-Use :func:`read_query` for what a browser sends (bad values are named and replaced), :func:`strict_query` for what a person typed,
-:func:`to_query` for the other way. The same state gives the same page, wherever the query came from.
+Use :func:`read_query` for what a browser sends (bad values are named and replaced), :func:`strict_query` for what a
+person typed, :func:`to_query` for the other way. The same state gives the same page, wherever the query came from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import parse_qsl, quote
 
 from simulator.errors import InputError, one_line, unknown
 from simulator.explore.dropped import PREFIX, read_token
-from simulator.hardware.library import load_hardware
-from simulator.hardware.names import plain_name, shipped_names
+from simulator.hardware.library import load_hardware, shipped_names
+from simulator.hardware.schema import plain_name
 from simulator.models.config import ModelConfig
 from simulator.models.library import list_models, load_model
 from simulator.predict.settings import MAX_TOKENS, Setting, check_fraction, once, one_of, whole_number
@@ -46,11 +46,8 @@ class State:
         Families with a curve; ``detail`` is always among what is drawn.
     sparsities : tuple of float, [0, 1)
         Points of the curves; ``at`` is always among them.
-    phase : {"prefill", "decode", "generate"}
     batch, seq, new_tokens : int
         Sequences, tokens of each, and tokens a generate decodes.
-    runtime : {"cuda_graph", "eager"}
-    dtype : str
     detail : str
         The family whose waterfall, roofline and bounds are shown.
     at : float, [0, 1)
@@ -113,26 +110,79 @@ class State:
         return read_token(self.model)[1] if self.model.startswith(PREFIX) else load_model(self.model)
 
 
-KEYS: Mapping[str, str] = MappingProxyType(
-    {
-        "model": "model",
-        "gpu": "gpus",
-        "family": "families",
-        "sparsity": "sparsities",
-        "phase": "phase",
-        "batch": "batch",
-        "seq": "seq",
-        "new": "new_tokens",
-        "runtime": "runtime",
-        "dtype": "dtype",
-        "detail": "detail",
-        "at": "at",
-    }
-)
-"""Keys of a query and the fields of a state they stand for."""
+# -- values of a query -------------------------------------------------------------------------------------------------
 
 
-# -- writing ----------------------------------------------------------------------------------------------------------------------
+def _model(_: str, text: str) -> str:
+    """The name of a shipped model, or a token; never a path: a page must not make the server open files."""
+    if text.startswith(PREFIX):
+        read_token(text)
+        return text
+    for name in list_models():
+        if plain_name(name).replace(".", "_") == plain_name(text).replace(".", "_"):
+            return name
+    raise unknown("model", text, list_models())
+
+
+def _gpu(text: str) -> str:
+    found = shipped_names().get(plain_name(text))
+    if found is None:
+        raise unknown("GPU", text, sorted(set(shipped_names().values())))
+    return load_hardware(found).name
+
+
+def _fraction(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        raise InputError(f"sparsity {text!r}: expected a number") from None
+    return check_fraction(number)
+
+
+def _whole(key: str, text: str) -> int:
+    try:
+        if len(text) < 20:
+            return int(text)
+    except ValueError:
+        pass
+    raise InputError(f"{key} {text!r}: expected a whole number")
+
+
+def _word(_: str, text: str) -> str:
+    return text.strip()
+
+
+def _each(check: Callable[[str], Any]) -> Callable[[str, str], Any]:
+
+    def read(key: str, text: str) -> tuple[Any, ...]:
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        if not parts:
+            raise InputError(f"{key}: expected at least one")
+        return once(check(part) for part in parts)
+
+    return read
+
+
+# fmt: off
+KEYS: Mapping[str, tuple[str, Callable[[str, str], Any]]] = MappingProxyType({
+    "model": ("model", _model),
+    "gpu": ("gpus", _each(_gpu)),
+    "family": ("families", _each(lambda name: one_of("family", name, tuple(FAMILIES)))),
+    "sparsity": ("sparsities", _each(_fraction)),
+    "phase": ("phase", _word),
+    "batch": ("batch", _whole),
+    "seq": ("seq", _whole),
+    "new": ("new_tokens", _whole),
+    "runtime": ("runtime", _word),
+    "dtype": ("dtype", _word),
+    "detail": ("detail", _word),
+    "at": ("at", lambda _, text: _fraction(text)),
+})
+# fmt: on
+"""Keys of a query, the fields of a state they stand for, and what reads their values."""
+
+
+# -- the whole query ---------------------------------------------------------------------------------------------------
 
 
 def to_query(state: State) -> str:
@@ -141,37 +191,20 @@ def to_query(state: State) -> str:
     >>> to_query(State(gpus=("a100_sxm_80gb", "h100_sxm"), families=("depth",), sparsities=(0.25, 0.5)))[:60]
     'model=llama-3.1-8b&gpu=a100_sxm_80gb,h100_sxm&family=depth&s'
     """
-    return "&".join(f"{key}={quote(_text(getattr(state, name)), safe=',~:')}" for key, name in KEYS.items())
+    return "&".join(f"{key}={quote(_text(getattr(state, name)), safe=',~:')}" for key, (name, _) in KEYS.items())
 
 
-def _text(value: Any) -> str:
-    return (
-        ",".join(map(_text, value))
-        if isinstance(value, tuple)
-        else repr(value)
-        if isinstance(value, float)
-        else str(value)
-    )
-
-
-# -- reading ----------------------------------------------------------------------------------------------------------------------
+def _text(value: Any, comma: str = ",") -> str:
+    return comma.join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def read_query(query: str) -> tuple[State, tuple[str, ...]]:
     """The state of a query, and one line for each value that was bad and is replaced by its default.
 
-    Parameters
-    ----------
-    query : str
-        With or without its question mark. A list is separated by commas, or its key is repeated.
+    The query may have its question mark. A list is separated by commas, or its key is repeated.
 
-    Returns
-    -------
-    State, tuple of str
-
-    Examples
-    --------
-    >>> read_query("?gpu=a100&batch=0")[0].gpus, read_query("?gpu=a100&batch=0")[1]
+    >>> state, problems = read_query("?gpu=a100&batch=0")
+    >>> state.gpus, problems
     (('a100_sxm_80gb',), ('batch 0: expected a whole number from 1 to 2147483647; shown with 1',))
     """
     state, problems = _read(query)
@@ -179,13 +212,7 @@ def read_query(query: str) -> tuple[State, tuple[str, ...]]:
 
 
 def strict_query(query: str) -> State:
-    """The state of a query without faults.
-
-    Raises
-    ------
-    InputError
-        The first fault.
-    """
+    """The state of a query without faults; refused with the first fault."""
     state, problems = _read(query)
     if problems:
         raise InputError(problems[0][0])
@@ -205,89 +232,14 @@ def _read(query: str) -> tuple[State, list[tuple[str, str]]]:
         if key not in KEYS:
             problems.append((str(unknown("key", key, KEYS)), "left out"))
             continue
-        name = KEYS[key]
+        name, read = KEYS[key]
+        shown = getattr(state, name)
         try:
-            if name not in LISTS and len(texts) > 1:
+            if len(texts) > 1 and not isinstance(shown, tuple):
                 raise InputError(f"{key}: given {len(texts)} times, expected once")
-            value = _READERS[name](key, ",".join(texts))
+            value = read(key, ",".join(texts))
             replace(default, **{name: value})  # alone, so that a bad value is not blamed on another one
             state = replace(state, **{name: value})
         except InputError as error:
-            problems.append((one_line(str(error), 300), f"shown with {_text(getattr(state, name)).replace(',', ', ')}"))
+            problems.append((one_line(str(error), 300), f"shown with {_text(shown, ', ')}"))
     return state, problems
-
-
-def _model(_: str, text: str) -> str:
-    """The name of a shipped model, or a token; never a path: a page must not make the server open files."""
-    if text.startswith(PREFIX):
-        read_token(text)
-        return text
-    same = [name for name in list_models() if _plain(name) == _plain(text)]
-    if not same:
-        raise unknown("model", text, list_models())
-    return same[0]
-
-
-def _plain(name: str) -> str:
-    return plain_name(name).replace(".", "_")
-
-
-def _gpu(text: str) -> str:
-    found = shipped_names().get(plain_name(text))
-    if found is None:
-        raise unknown("GPU", text, sorted(set(shipped_names().values())))
-    return load_hardware(found).name
-
-
-def _list(check: Callable[[str], Any]) -> Callable[[str, str], Any]:
-    def read(key: str, text: str) -> tuple[Any, ...]:
-        parts = [part.strip() for part in text.split(",") if part.strip()]
-        if not parts:
-            raise InputError(f"{key}: expected at least one")
-        return once(check(part) for part in parts)
-
-    return read
-
-
-def _fraction(text: str) -> float:
-    try:
-        return check_fraction(float(text))
-    except ValueError as error:
-        raise (
-            error if isinstance(error, InputError) else InputError(f"sparsity {text!r}: expected a number")
-        ) from None
-
-
-def _whole(key: str, text: str) -> int:
-    try:
-        number = int(text) if len(text) < 20 else None
-    except ValueError:
-        number = None
-    if number is None:
-        raise InputError(f"{key} {text!r}: expected a whole number")
-    return number
-
-
-def _word(key: str, text: str) -> str:
-    return text.strip()
-
-
-_READERS: Mapping[str, Callable[[str, str], Any]] = MappingProxyType(
-    {
-        "model": _model,
-        "gpus": _list(_gpu),
-        "families": _list(lambda name: one_of("family", name, tuple(FAMILIES))),
-        "sparsities": _list(_fraction),
-        "batch": _whole,
-        "seq": _whole,
-        "new_tokens": _whole,
-        "phase": _word,
-        "runtime": _word,
-        "dtype": _word,
-        "detail": _word,
-        "at": lambda _, text: _fraction(text),
-    }
-)
-
-LISTS: Iterable[str] = frozenset(f.name for f in fields(State) if isinstance(f.default, tuple))
-"""Fields that hold several values."""

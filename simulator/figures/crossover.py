@@ -46,27 +46,11 @@ def crossover_figure(
 ) -> Figure:
     """Draw the winners.
 
-    Parameters
-    ----------
-    row, column : sequence of str, one entry a cell
-        Labels of the phase and the device (panels, in the order of their first occurrence).
-    batch, seq : int array
-    winner : sequence of str
-        The fastest family; empty where none is faster than the dense model.
-    speedup : array
-        Its speedup.
-    sure : bool array
-        Whether its interval lies above that of every other family; the cell is pale where not.
-    fits : bool array
-        Whether the dense model fits the device's memory; a dark corner where not.
+    One entry a cell: labels of the phase and the device (panels, in the order of their first occurrence), batch,
+    tokens, the fastest family (empty where none is faster than the dense model) and its speedup, whether its interval
+    lies above that of every other family (the cell is pale where not), and whether the dense model fits the device's
+    memory (a dark corner where not). InputError when there are no cells or the arrays differ in length.
 
-    Raises
-    ------
-    InputError
-        When there are no cells or the arrays differ in length.
-
-    Examples
-    --------
     >>> where = ["decode"] * 2, ["h100"] * 2, [1, 8], [512] * 2
     >>> figure = crossover_figure(*where, ["depth", "width"], [1.9, 1.6], [True] * 2, [True] * 2)
     >>> [t.get_text() for t in figure.axes[0].texts][:2]
@@ -114,7 +98,7 @@ def _panel(ax: Axes, data: Columns, batches: list[int], lengths: list[int]) -> N
             center = np.stack([x[chosen], y[chosen]], axis=1)
             ax.add_collection(PolyCollection(list(center[:, None, :] + np.array(corners)), **style))
 
-    colors = [to_rgba(look(n).color, _opacity(n, sure)) for n, sure in zip(winner[gains], data["sure"][gains])]
+    colors = [to_rgba(look(n).color, opacity(n, sure)) for n, sure in zip(winner[gains], data["sure"][gains])]
     draw(gains, _SQUARE, facecolors=colors, edgecolors="white", linewidths=0.6)
     draw(~gains, _SQUARE, facecolors="white", edgecolors="#B8B8B8", hatch="////", linewidths=0.0)
     draw(unfit, [(0.47, 0.47), (0.17, 0.47), (0.47, 0.17)], facecolors=PALE_INK, linewidths=0, zorder=3)
@@ -125,7 +109,7 @@ def _panel(ax: Axes, data: Columns, batches: list[int], lengths: list[int]) -> N
         ax.text(x[i], y[i] - 0.20, f"{data['speedup'][i]:.2f}", ha="center", va="center_baseline", fontsize=5)
 
 
-def _opacity(name: str, sure: bool) -> float:
+def opacity(name: str, sure: bool) -> float:
     """Opacity of a cell; a black family is thinned, or the numbers in its cells could not be read."""
     return (SURE if sure else PALE) * (0.6 if look(name).color == BLACK else 1.0)
 

@@ -37,21 +37,10 @@ def efficiency_figure(
 ) -> Figure:
     """Efficiency to the bound, (speedup - 1) / (bound - 1), as a table for each device and phase.
 
-    Parameters
-    ----------
-    row, column, family : sequence of str, one entry a point
-        Labels of the setting and the device (panels, in the order of their first occurrence) and the family.
-    batch : int array
-    efficiency : array
-        NaN where the bound promises nothing; such cells stay white with a dash.
+    One entry a point: labels of the setting and the device (panels, in the order of their first occurrence), the
+    family, the batch, and the efficiency: NaN where the bound promises nothing, such cells stay white with a dash.
+    InputError when there are no points or the arrays differ in length.
 
-    Raises
-    ------
-    InputError
-        When there are no points or the arrays differ in length.
-
-    Examples
-    --------
     >>> figure = efficiency_figure(["decode"] * 2, ["h100"] * 2, ["depth"] * 2, [1, 8], [0.9, 0.4])
     >>> [t.get_text() for t in figure.axes[0].texts][:2]
     ['.90', '.40']

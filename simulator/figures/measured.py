@@ -39,31 +39,18 @@ OPTIONAL = ("copies", "dtype", "weight_dtype", "predicted_s")
 class MeasuredGemms:
     """Measured GEMMs of one device and number format.
 
-    Attributes
-    ----------
-    source : str
-        Where they are from, for captions.
-    m, n, k : float64 array
-    seconds : float64 array, s
-    copies : float64 array or None
-        Weights used in turn; None: cold.
-    predicted_s : float64 array or None, s
-        Predictions that never saw the row.
-
-    Examples
-    --------
     >>> one = MeasuredGemms("mine", *(np.array([v]) for v in (8.0, 4096.0, 4096.0, 3e-5)))
     >>> len(one), one.of_weight(4096, 4096).tolist(), one.of_weight(4096, 1024).tolist()
     (1, [True], [False])
     """
 
-    source: str
+    source: str  # where they are from, for captions
     m: F
     n: F
     k: F
     seconds: F
-    copies: F | None = None
-    predicted_s: F | None = None
+    copies: F | None = None  # weights used in turn; None: cold
+    predicted_s: F | None = None  # by what never saw the row
 
     def __len__(self) -> int:
         return len(self.seconds)

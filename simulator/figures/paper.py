@@ -6,16 +6,17 @@ Figures see arrays (the other modules); this module asks the simulator for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from simulator.errors import InputError, unknown
 from simulator.figures.gemms import scatter, staircase
 from simulator.figures.kept import SKIPPED_PAIRS, kept_axes
+from simulator.figures.panels import SPEEDUP, across, columns, fronts_of, roof_of, speedups_of, steps_of
 from simulator.figures.style import label
 from simulator.figures.subject import Made, Paper
 from simulator.models.library import load_model
@@ -88,20 +89,6 @@ def _where(r: Record) -> str:
     return f"{r.phase}, batch {r.batch}"
 
 
-def _across(p: Paper) -> int | None:
-    """Panels in a row: the devices, where there are two or three of them."""
-    return len(p.devices) if len(p.devices) in (2, 3) else None
-
-
-def _columns(rows: Iterable[Any], **names: str) -> dict[str, Any]:
-    """Attributes of some rows, a list each, under the names that a figure has for them."""
-    found = list(rows)
-    return {column: [getattr(row, name) for row in found] for column, name in names.items()}
-
-
-_SPEEDUP = {"speedup": "speedup", "lower": "speedup_lower", "upper": "speedup_upper"}
-
-
 def _taxonomy(p: Paper) -> Made:
     from simulator.figures.taxonomy import taxonomy_figure
 
@@ -128,7 +115,6 @@ def _taxonomy(p: Paper) -> Made:
 
 
 def _roofline(p: Paper) -> Made:
-    from simulator.figures.panels import roof_of
     from simulator.figures.roofline import roofline_figure
 
     roofs = [
@@ -143,17 +129,12 @@ def _roofline(p: Paper) -> Made:
         f"the width pruned (filled), at their predicted rates: {p.setting_text}, {p.seq} tokens. Pruning the width "
         "moves every point to less work per byte."
     )
-    return roofline_figure(roofs, columns=_across(p)), caption, ()
+    return roofline_figure(roofs, columns=across(len(p.devices))), caption, ()
 
 
 def _speedup(p: Paper) -> Made:
-    from simulator.figures.speedup import speedup_figure
-
     found = table([p.model], p.devices, ["all"], SPARSITIES, ["prefill", "decode"], [1, 64], [p.seq], setting=p.setting)
-    records = found.records
-    bounds = {"FLOP bound": [r.flop_bound for r in records], "roofline bound": [r.roofline_bound for r in records]}
-    columns = _columns(records, column="hardware", family="family", sparsity="sparsity", **_SPEEDUP)
-    figure = speedup_figure(row=[_where(r) for r in records], bounds=bounds, interval=p.interval, **columns)
+    figure = speedups_of(found.records, [_where(r) for r in found.records])
     percents = ", ".join(f"{100 * s:.4g}" for s in SPARSITIES[:-1]) + f" and {100 * SPARSITIES[-1]:.4g} %"
     caption = (
         f"Predicted speedup of every family at {percents} sparsity with its {p.interval} and its bounds: "
@@ -170,8 +151,8 @@ def _efficiency(p: Paper) -> Made:
     )
     records = [r for r in found if r.family != "unstructured"]
     shares = [r.efficiency if r.roofline_bound >= LEAST_BOUND else float("nan") for r in records]
-    columns = _columns(records, row="phase", column="hardware", family="family", batch="batch")
-    figure = efficiency_figure(efficiency=shares, **columns)
+    cells = columns(records, row="phase", column="hardware", family="family", batch="batch")
+    figure = efficiency_figure(efficiency=shares, **cells)
     caption = (
         "Efficiency to the bound, (speedup - 1) / (roofline bound - 1), by family and batch at "
         f"{100 * MAP_SPARSITY:.0f} % sparsity: {p.setting_text}, {p.seq} tokens a sequence. 1: all that the datasheet "
@@ -182,7 +163,6 @@ def _efficiency(p: Paper) -> Made:
 
 
 def _waterfall(p: Paper) -> Made:
-    from simulator.figures.panels import steps_of
     from simulator.figures.waterfall import waterfall_figure
 
     panels, notes = [], []
@@ -200,7 +180,7 @@ def _waterfall(p: Paper) -> Made:
         f"Where the promise of 1/(1 - s) goes: {p.setting_text}, {p.seq} tokens. Each step multiplies the speedup "
         f"before it, orange for a loss, hatched green for a gain; the last bar is the prediction with its {p.interval}."
     )
-    return waterfall_figure(panels, columns=_across(p)), caption, tuple(notes)
+    return waterfall_figure(panels, columns=across(len(p.devices))), caption, tuple(notes)
 
 
 def _crossover(p: Paper) -> Made:
@@ -213,11 +193,11 @@ def _crossover(p: Paper) -> Made:
     records = found.records
     cells: dict[tuple[str, str, int, int], int] = {}
     where = [cells.setdefault((r.phase, r.hardware, r.batch, r.seq), len(cells)) for r in records]
-    won = fastest(where, [r.family for r in records], **_columns(records, **_SPEEDUP))
+    won = fastest(where, [r.family for r in records], **columns(records, **SPEEDUP))
     best = [records[i] for i in won.row]
     winner = [r.family if gains else "" for r, gains in zip(best, won.gains)]
     names = {"row": "phase", "column": "hardware", "batch": "batch", "seq": "seq", "speedup": "speedup"}
-    figure = crossover_figure(winner=winner, sure=won.sure, **_columns(best, fits="dense_fits", **names))
+    figure = crossover_figure(winner=winner, sure=won.sure, **columns(best, fits="dense_fits", **names))
     caption = (
         f"Which family is fastest at {100 * MAP_SPARSITY:.0f} % sparsity, by batch and sequence, and its speedup: "
         f"{p.setting_text}. Equal sparsity is not equal quality. Pale: another family's {p.interval} reaches the "
@@ -227,32 +207,23 @@ def _crossover(p: Paper) -> Made:
 
 
 def _pareto(p: Paper) -> Made:
-    from simulator.figures.pareto import pareto_figure
     from simulator.predict.pareto import fronts
-    from simulator.predict.quality import choose_axis, shipped_quality
+    from simulator.predict.quality import choose_axis, load_quality
 
     model, notes = p.model, []
     try:
-        table = shipped_quality(model.name)
+        table = load_quality().of_model(model.name)
         few = len({r.family for r in table.on_axis(choose_axis(table)).rows}) < 2
     except InputError:
         few = True
     if few:
-        notes.append(
-            f"pareto: fewer than two families of {model.name} have quality on one axis; drawn for {QUALITY_MODEL}"
-        )
-        model, table = load_model(QUALITY_MODEL), shipped_quality(QUALITY_MODEL)
+        few_of = f"fewer than two families of {model.name} have quality on one axis"
+        notes.append(f"pareto: {few_of}; drawn for {QUALITY_MODEL}")
+        model, table = load_model(QUALITY_MODEL), load_quality().of_model(QUALITY_MODEL)
     axis = choose_axis(table)
     found, more = fronts(model, p.devices, table, axis, ["prefill", "decode"], [1], [p.seq], setting=p.setting)
-    points = [(f, q) for f in found for q in f.points]
-    where: dict[str, Any] = {
-        "row": [f"{f.phase}, batch {f.batch}" for f, _ in points],
-        "column": [f.hardware for f, _ in points],
-    }
-    columns = _columns((q for _, q in points), family="family", method="method", loss="loss", **_SPEEDUP)
-    about: dict[str, Any] = {"axis": axis.metric, "protocol": axis.protocol, "interval": p.interval}
-    figure = pareto_figure(**where, **columns, **about)
-    sources = "; ".join(dict.fromkeys(q.source for _, q in points))
+    figure = fronts_of(found, [f"{f.phase}, batch {f.batch}" for f in found])
+    sources = "; ".join(dict.fromkeys(q.source for f in found for q in f.points))
     caption = (
         f"Predicted speedup against measured quality loss with its frontier: {replace(p, model=model).setting_text}, "
         f"{p.seq} tokens. Quality: {axis.metric}, {axis.protocol} ({sources}). Faint points are beaten by another; the "

@@ -13,17 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from simulator.figures.layout import (
-    Columns,
-    columns_of,
-    fixed_ticks,
-    legend_below,
-    legend_lines,
-    log_axis,
-    name_panels,
-    panel_grid,
-    settled,
-)
+from simulator.figures import layout
 from simulator.figures.style import BLACK, INK, PAGE_IN, in_order, label, look, paper_style
 from simulator.predict.pareto import frontier
 
@@ -59,26 +49,10 @@ def pareto_figure(
 ) -> Figure:
     """Speedup against quality loss with its frontier.
 
-    Parameters
-    ----------
-    row, column, family, method : sequence of str, one entry a point
-        Labels of the setting and the device (panels, in the order of their first occurrence), family and method.
-    loss : array
-        Relative loss of quality, a fraction; all on one metric under one protocol.
-    speedup, lower, upper : array, > 0
-        Speedup and its interval.
-    axis, protocol : str
-        Metric and protocol of the loss.
-    interval : str
-        What the bars are.
+    One entry a point: labels of the setting and the device (panels, in the order of their first occurrence), family and
+    method, relative loss of quality (a fraction; all on the metric ``axis`` under one ``protocol``), speedup and its
+    interval. InputError when there are no points or the arrays differ in length.
 
-    Raises
-    ------
-    InputError
-        When there are no points or the arrays differ in length.
-
-    Examples
-    --------
     >>> where = ["prefill"] * 2, ["h100"] * 2, ["depth", "width"], ["a", "b"]
     >>> figure = pareto_figure(*where, [0.1, 0.2], [1.1, 1.3], [1, 1.2], [1.2, 1.4], axis="ppl")
     >>> len(figure.axes)
@@ -86,12 +60,12 @@ def pareto_figure(
     """
     texts = {"row": row, "column": column, "family": family, "method": method}
     numbers = {"loss": loss, "speedup": speedup, "lower": lower, "upper": upper}
-    data = columns_of("points of the figure", texts, numbers)
+    data = layout.columns_of("points of the figure", texts, numbers)
     rows = list(dict.fromkeys(data["row"]))
     with paper_style():
         handles = _handles(in_order(data["family"]), interval)
-        lines = legend_lines(handles, width_in)
-        figure, panels = panel_grid(
+        lines = layout.legend_lines(handles, width_in)
+        figure, panels = layout.panel_grid(
             data["row"], data["column"], 1.9, 0.66 + 0.14 * lines, width_in, sharex=True, sharey=True
         )
         low, high = float(min(1.0, data["lower"].min())), float(max(1.05, data["upper"].max()))
@@ -99,13 +73,13 @@ def pareto_figure(
         for ax in panels.values():
             ax.set_yscale("log")
             ax.set_ylim(low / pad, high * pad)
-            log_axis(ax.yaxis, low / pad, high * pad, 7)
+            layout.log_axis(ax.yaxis, low / pad, high * pad, 7)
             _loss_axis(ax, 100 * data["loss"])
-        name_panels(panels, {r: r for r in rows} if len(rows) > 1 else {})
+        layout.name_panels(panels, {r: r for r in rows} if len(rows) > 1 else {})
         figure.supylabel("speedup (log scale)", fontsize=7)
         title = f"quality loss (%): {axis}" + (f"\n{protocol}" if protocol else "")
-        legend_below(figure, handles, lines, title)
-        settled(figure)  # names of points need to know how much room there is
+        layout.legend_below(figure, handles, lines, title)
+        layout.settled(figure)  # names of points need to know how much room there is
         for (r, c), ax in panels.items():
             chosen = (data["row"] == r) & (data["column"] == c)
             _panel(ax, {name: values[chosen] for name, values in data.items()})
@@ -120,14 +94,14 @@ def _loss_axis(ax: Axes, loss: F) -> None:
         ax.set_xlim(first - 1.0 if first < 0 else 0.0, last * 1.25)
         # none so near the end that its label would run into the next panel
         ticks = [t for t in (0, 10, 30, 100, 300, 1000, 3000, 10_000, 100_000, 1_000_000) if t <= last * 0.75]
-        fixed_ticks(ax.xaxis, ticks, lambda value, _: f"{value:,.10g}")
+        layout.fixed_ticks(ax.xaxis, ticks, lambda value, _: f"{value:,.10g}")
     else:
         ax.set_xlim(first - 0.03 * last if first < 0 else 0.0, last * 1.08)
     ax.tick_params(axis="x", length=0, pad=7)
     ax.spines["bottom"].set_visible(False)
 
 
-def _panel(ax: Axes, data: Columns) -> None:
+def _panel(ax: Axes, data: layout.Columns) -> None:
     x, y = 100 * data["loss"].astype(float), data["speedup"].astype(float)
     optimal = frontier([0.0, *x], [1.0, *y])[1:] if len(x) else np.zeros(0, dtype=bool)
     ax.axhline(1.0, color=INK, linewidth=0.7, zorder=1.5)

@@ -4,7 +4,7 @@ pruned.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,48 +43,54 @@ CYCLE = tuple(zip((BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK, GREY, BL
 
 @dataclass(frozen=True)
 class Roof:
-    """One device with the GEMMs on it.
-
-    Attributes
-    ----------
-    title : str
-        Of the panel.
-    peak_flop_per_s, bandwidth_bytes_per_s : float
-        Datasheet peaks.
-    names : sequence of str
-        What each GEMM is.
-    intensity : array, FLOP/byte
-    achieved_flop_per_s : array, FLOP/s
-    pruned : array of bool
-        Whether a point belongs to the pruned model.
-    """
+    """One device with the GEMMs on it: a panel."""
 
     title: str
-    peak_flop_per_s: float
+    peak_flop_per_s: float  # datasheet peaks
     bandwidth_bytes_per_s: float
-    names: Sequence[str]
-    intensity: ArrayLike
+    names: Sequence[str]  # what each GEMM is
+    intensity: ArrayLike  # FLOP/byte
     achieved_flop_per_s: ArrayLike
-    pruned: ArrayLike
+    pruned: ArrayLike  # whether a point belongs to the pruned model
+
+    def columns(self) -> tuple[F, F, NDArray[np.bool_]]:
+        """Intensity (FLOP/byte), achieved FLOP/s, and whether a point is pruned; refuses columns that differ in
+        length."""
+        x, y = (np.asarray(values, dtype=float) for values in (self.intensity, self.achieved_flop_per_s))
+        pruned = np.asarray(self.pruned, dtype=bool)
+        if not len(x) or len({len(x), len(y), len(pruned), len(self.names)}) > 1:
+            raise InputError(f"roofline of {self.title}: expected columns of one length from 1 up")
+        return x, y, pruned
+
+    def limits(self, headroom: float) -> tuple[float, float, float, float]:
+        """Ranges of intensity (FLOP/byte) and rate (TFLOP/s) that hold all points, and show where the roof bends unless
+        that is far off and would squeeze the points; ``headroom`` is the factor above the roof."""
+        x, y, _ = self.columns()
+        peak, bandwidth = self.peak_flop_per_s / 1e12, self.bandwidth_bytes_per_s / 1e12
+        ridge = peak / bandwidth
+        low, high = float(x.min()) / 2.2, float(x.max()) * 2.2
+        if ridge / 15 < high:
+            low, high = min(low, ridge / 2.2), max(high, ridge * 2.2)
+        return (
+            low,
+            high,
+            min(float((y / 1e12).min()) / 2, peak, low * bandwidth),
+            min(peak, high * bandwidth) * headroom,
+        )
+
+    def bend(self, low: float, high: float) -> tuple[F, F]:
+        """Corners of the roof between two intensities: intensity and TFLOP/s."""
+        peak, bandwidth = self.peak_flop_per_s / 1e12, self.bandwidth_bytes_per_s / 1e12
+        at = np.array(sorted({low, min(max(peak / bandwidth, low), high), high}))
+        return at, np.minimum(peak, at * bandwidth)
 
 
 def roofline_figure(roofs: Sequence[Roof], *, columns: int | None = None, width_in: float | None = None) -> Figure:
     """Draw devices side by side, hollow points for the dense model and filled ones for the pruned.
 
-    Parameters
-    ----------
-    columns : int, optional
-        Panels in a row; at most three if left out.
-    width_in : float, optional
-        One column for one device, the page for more, if left out.
+    ``columns`` panels stand in a row, at most three if left out; the figure is one column wide for one device, else a
+    page. InputError when there is nothing to draw or the columns of a panel differ in length.
 
-    Raises
-    ------
-    InputError
-        When there is nothing to draw or the columns of a panel differ in length.
-
-    Examples
-    --------
     >>> one = Roof("h100", 1e15, 3e12, ["q", "q"], [100.0, 90.0], [2e14, 1.8e14], [False, True])
     >>> roofline_figure([one]).axes[0].get_xlabel()
     'arithmetic intensity (FLOP/byte)'
@@ -112,21 +118,13 @@ def roofline_figure(roofs: Sequence[Roof], *, columns: int | None = None, width_
     return figure
 
 
-def _columns(roof: Roof) -> tuple[F, F, NDArray[np.bool_]]:
-    x, y = np.asarray(roof.intensity, dtype=float), np.asarray(roof.achieved_flop_per_s, dtype=float)
-    pruned = np.asarray(roof.pruned, dtype=bool)
-    if not len(x) or len({len(x), len(y), len(pruned), len(roof.names)}) > 1:
-        raise InputError(f"roofline of {roof.title}: expected columns of one length from 1 up")
-    return x, y, pruned
-
-
 def merged(roofs: Sequence[Roof]) -> dict[str, tuple[str, ...]]:
     """Joint labels of GEMMs whose points coincide in every panel, dense and pruned alike, and the names each stands
     for.
     """
     where: dict[str, list[tuple[int, bool, float, float]]] = {}
     for r, roof in enumerate(roofs):
-        for name, x, y, pruned in zip(roof.names, *_columns(roof)):
+        for name, x, y, pruned in zip(roof.names, *roof.columns()):
             where.setdefault(name, []).append((r, bool(pruned), float(np.log(x)), float(np.log(y))))
     groups: list[list[str]] = []
     for name, points in where.items():
@@ -151,34 +149,35 @@ def origin_of(intensity: F, dense: Sequence[int], point: int) -> int:
     return min(dense, key=lambda j: abs(float(np.log(intensity[j] / intensity[point]))))
 
 
+def drawn(roof: Roof, groups: dict[str, tuple[str, ...]]) -> Iterator[tuple[str, int, int | None]]:
+    """Of every point that is drawn: the label of its group, its place in the columns, and that of the dense point it
+    came from."""
+    x, _, pruned = roof.columns()
+    for title, members in groups.items():
+        points = [i for i, own in enumerate(roof.names) if own == members[0]]
+        dense = [i for i in points if not pruned[i]]
+        for i in points:
+            yield title, i, origin_of(x, dense, i) if pruned[i] and dense else None
+
+
 def _draw(ax: Axes, roof: Roof, groups: dict[str, tuple[str, ...]], looks: dict[str, tuple[str, str]]) -> None:
-    x, y, pruned = _columns(roof)
-    y = y / 1e12
-    peak, bandwidth = roof.peak_flop_per_s / 1e12, roof.bandwidth_bytes_per_s / 1e12
-    ridge = peak / bandwidth
-    low, high = float(x.min()) / 2.2, float(x.max()) * 2.2
-    if ridge / 15 < high:  # show where the roof bends, unless that is far off and would squeeze the points
-        low, high = min(low, ridge / 2.2), max(high, ridge * 2.2)
-    roof_low, roof_high = min(peak, low * bandwidth), min(peak, high * bandwidth)
-    bottom, top = min(float(y.min()) / 2, roof_low), roof_high * 2.0
+    x, y, pruned = roof.columns()
+    y, peak = y / 1e12, roof.peak_flop_per_s / 1e12
+    low, high, bottom, top = roof.limits(2.0)
     ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(bottom, top))
     ax.set_title(roof.title, pad=5)
-    bend = np.array(sorted({low, min(max(ridge, low), high), high}))
-    ax.plot(bend, np.minimum(peak, bend * bandwidth), color=BLACK, linewidth=1.1, zorder=2)
-    ax.fill_between(bend, np.minimum(peak, bend * bandwidth), top, color="#F0F0F0", linewidth=0, zorder=0)
-    if high > ridge:
+    bend = roof.bend(low, high)
+    ax.plot(*bend, color=BLACK, linewidth=1.1, zorder=2)
+    ax.fill_between(*bend, top, color="#F0F0F0", linewidth=0, zorder=0)
+    if high > peak / (roof.bandwidth_bytes_per_s / 1e12):
         ax.annotate(f"{peak:,.4g} TFLOP/s", (high, peak), xytext=(-2, 2.5), ha="right", **_BESIDE)
-    for name, members in groups.items():
+    for name, i, origin in drawn(roof, groups):
         color, marker = looks[name]
-        points = [i for i, own in enumerate(roof.names) if own == members[0]]
-        first = [i for i in points if not pruned[i]]
+        if origin is not None:
+            ax.plot([x[origin], x[i]], [y[origin], y[i]], color=color, linewidth=0.6, zorder=3)
+        face, zorder = (color, 4) if pruned[i] else ("none", 5)
         mark: dict[str, Any] = {"marker": marker, "linestyle": "none", "color": color, "markersize": 3.6}
-        for i in points:
-            if pruned[i] and first:
-                origin = origin_of(x, first, i)
-                ax.plot([x[origin], x[i]], [y[origin], y[i]], color=color, linewidth=0.6, zorder=3)
-            face, zorder = (color, 4) if pruned[i] else ("none", 5)
-            ax.plot([x[i]], [y[i]], markerfacecolor=face, zorder=zorder, **mark)
+        ax.plot([x[i]], [y[i]], markerfacecolor=face, zorder=zorder, **mark)
     log_axis(ax.xaxis, low, high, 5)
     log_axis(ax.yaxis, bottom, top, 6)
 

@@ -64,15 +64,9 @@ def agreement(measured_s: ArrayLike, predicted_s: ArrayLike) -> Agreement:
 
 
 def scatter_figure(clouds: Sequence[Cloud], *, width_in: float | None = None) -> Figure:
-    """Draw predicted against measured times.
+    """Draw predicted against measured times; InputError where there are none, or they differ in number or are not above
+    zero.
 
-    Raises
-    ------
-    InputError
-        When there is nothing to draw, columns differ in length, or a time is not above zero.
-
-    Examples
-    --------
     >>> figure = scatter_figure([Cloud("h100", [1e-6, 1e-5, 1e-4], [1.1e-6, 1e-5, 0.9e-4])])
     >>> len(figure.axes), figure.axes[1].get_xlabel()
     (2, 'measured time')

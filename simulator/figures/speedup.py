@@ -14,17 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from simulator.figures.layout import (
-    Columns,
-    Panels,
-    columns_of,
-    legend_below,
-    legend_lines,
-    log_axis,
-    name_panels,
-    panel_grid,
-    settled,
-)
+from simulator.figures import layout
 from simulator.figures.style import BLACK, GREY, INK, PAGE_IN, PALE_INK, in_order, label, look, paper_style
 
 if TYPE_CHECKING:
@@ -60,25 +50,11 @@ def speedup_figure(
 ) -> Figure:
     """Speedup against sparsity.
 
-    Parameters
-    ----------
-    row, column, family : sequence of str, one entry a point
-        Labels of the setting, the device and the family; panels come in the order in which labels first occur.
-    sparsity : array, in [0, 1)
-    speedup, lower, upper : array, > 0
-        Prediction and its interval.
-    bounds : mapping from name to array, optional
-        Upper bounds of each point, such as ``{"roofline bound": ...}``; at most three.
-    interval : str
-        What the bars or bands are.
+    One entry a point: labels of the setting, the device and the family (panels come in the order in which labels first
+    occur), the fraction removed in [0, 1), the prediction and its interval. ``bounds`` are up to three upper bounds of
+    each point by name, ``interval`` says what bars and bands are. InputError when there are no points or the arrays
+    differ in length.
 
-    Raises
-    ------
-    InputError
-        When there are no points or the arrays differ in length.
-
-    Examples
-    --------
     >>> where = ["decode"] * 2, ["h100"] * 2, ["depth"] * 2
     >>> figure = speedup_figure(*where, [0.1, 0.2], [1.1, 1.2], [1.0, 1.1], [1.2, 1.3])
     >>> len(figure.axes)
@@ -86,28 +62,32 @@ def speedup_figure(
     """
     numbers = {"sparsity": sparsity, "speedup": speedup, "lower": lower, "upper": upper}
     limits = {name: np.asarray(values, dtype=float) for name, values in (bounds or {}).items()}
-    data = columns_of("points of the figure", {"row": row, "column": column, "family": family}, {**numbers, **limits})
+    data = layout.columns_of(
+        "points of the figure", {"row": row, "column": column, "family": family}, {**numbers, **limits}
+    )
     families, fractions = in_order(data["family"]), np.unique(data["sparsity"])
     dots = len(fractions) == 1 or (len(families) > MOST_CURVES and len(fractions) <= MOST_DOTS)
     with paper_style():
         return (_dots if dots else _curves)(data, list(limits), families, width_in, interval)
 
 
-def _panels(data: Columns, panel_in: float, around_in: float, width_in: float) -> tuple[Figure, Panels]:
-    """Panels with ticks on the outer ones; names of rows are wrapped to the height of a panel."""
-    figure, panels = panel_grid(data["row"], data["column"], panel_in, around_in, width_in, sharex=True, sharey=True)
-    name_panels(panels, {r: textwrap.fill(r, max(8, int(panel_in / 0.058))) for r in data["row"]})
+def _panels(data: layout.Columns, panel_in: float, around_in: float, width_in: float) -> tuple[Figure, layout.Panels]:
+    """layout.Panels with ticks on the outer ones; names of rows are wrapped to the height of a panel."""
+    figure, panels = layout.panel_grid(
+        data["row"], data["column"], panel_in, around_in, width_in, sharex=True, sharey=True
+    )
+    layout.name_panels(panels, {r: textwrap.fill(r, max(8, int(panel_in / 0.058))) for r in data["row"]})
     return figure, panels
 
 
-def _own(data: Columns, r: str, c: str, family: str) -> NDArray[np.intp]:
+def _own(data: layout.Columns, r: str, c: str, family: str) -> NDArray[np.intp]:
     """Points of one family in a panel by rising sparsity."""
     rows = np.flatnonzero((data["row"] == r) & (data["column"] == c) & (data["family"] == family))
     ordered: NDArray[np.intp] = rows[np.argsort(data["sparsity"][rows], kind="stable")]
     return ordered
 
 
-def _range(data: Columns, names: Sequence[str]) -> tuple[float, float]:
+def _range(data: layout.Columns, names: Sequence[str]) -> tuple[float, float]:
     """Range of some columns, widened a little; always holds 1."""
     values = np.concatenate([*(data[name] for name in names), np.ones(1)])
     values = values[np.isfinite(values) & (values > 0)]
@@ -116,7 +96,7 @@ def _range(data: Columns, names: Sequence[str]) -> tuple[float, float]:
     return low / pad, high * pad
 
 
-def _dots(data: Columns, bounds: list[str], families: list[str], width: float, interval: str) -> Figure:
+def _dots(data: layout.Columns, bounds: list[str], families: list[str], width: float, interval: str) -> Figure:
     """Many families: a line of text for each, a dot for each sparsity."""
     fractions = np.unique(data["sparsity"])
     several = len(fractions) > 1
@@ -130,7 +110,7 @@ def _dots(data: Columns, bounds: list[str], families: list[str], width: float, i
     sizes = np.minimum(sizes, 72 * line * 0.8 / max(len(fractions), 2))
     low, high = _range(data, ["speedup", "lower", "upper", *bounds])
     handles = _dot_handles(fractions, sizes, bounds, interval)
-    lines = legend_lines(handles, width)
+    lines = layout.legend_lines(handles, width)
     figure, panels = _panels(data, max(len(families) * line, 0.75) + 0.08, 0.62 + 0.14 * lines, width)
     for (r, c), ax in panels.items():
         ax.set_xscale("log")
@@ -152,9 +132,9 @@ def _dots(data: Columns, bounds: list[str], families: list[str], width: float, i
             face = "white" if style.hollow else style.color
             ax.scatter(data["speedup"][own], y, s=sizes[place] ** 2, facecolor=face, **marks)
         ax.set_yticks(range(len(families)), [label(name) for name in families])
-        log_axis(ax.xaxis, low, high, int(np.clip((width - 1.5) / devices / 0.29, 2, 12)))
-    legend_below(figure, handles, lines, "speedup (log scale)")
-    return settled(figure)
+        layout.log_axis(ax.xaxis, low, high, int(np.clip((width - 1.5) / devices / 0.29, 2, 12)))
+    layout.legend_below(figure, handles, lines, "speedup (log scale)")
+    return layout.settled(figure)
 
 
 def _dot_handles(fractions: F, sizes: F, bounds: list[str], interval: str) -> list[Any]:
@@ -169,12 +149,12 @@ def _dot_handles(fractions: F, sizes: F, bounds: list[str], interval: str) -> li
     return [*dots, Line2D([], [], color=INK, linewidth=1.0, label=interval), *ticks]
 
 
-def _curves(data: Columns, bounds: list[str], families: list[str], width: float, interval: str) -> Figure:
+def _curves(data: layout.Columns, bounds: list[str], families: list[str], width: float, interval: str) -> Figure:
     """Few families: a curve for each, with its band and its bounds; of many the curves alone."""
     few = len(families) <= MOST_CURVES
     bounds = bounds if few else []
     handles = _curve_handles(families, bounds, interval if few else "")
-    lines = legend_lines(handles, width)
+    lines = layout.legend_lines(handles, width)
     low, high = _range(data, ["speedup", "lower", "upper", *bounds] if few else ["speedup"])
     figure, panels = _panels(data, 1.6, 0.5 + 0.14 * lines, width)
     fractions = np.unique(data["sparsity"])
@@ -197,12 +177,12 @@ def _curves(data: Columns, bounds: list[str], families: list[str], width: float,
                     for bound in bounds:
                         ax.scatter(x, data[bound][own], color=style.color, marker="_", s=36, zorder=2.5)
             ax.plot(x, data["speedup"][own], **style.marks(), zorder=4)
-        log_axis(ax.yaxis, low, high, 7)
+        layout.log_axis(ax.yaxis, low, high, 7)
         if len(fractions) <= 5:
             ax.set_xticks(100 * fractions, [f"{100 * f:.4g}" for f in fractions])
     figure.supylabel("speedup (log scale)", fontsize=7)
-    legend_below(figure, handles, lines, "removed (%)")
-    return settled(figure)
+    layout.legend_below(figure, handles, lines, "removed (%)")
+    return layout.settled(figure)
 
 
 def _curve_handles(families: list[str], bounds: list[str], interval: str) -> list[Any]:

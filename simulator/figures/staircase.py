@@ -26,47 +26,28 @@ def _none() -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Stairs:
-    """One panel.
+    """One panel."""
 
-    Attributes
-    ----------
-    row, column : str
-        Which panel: what is quantised, and the device.
-    x_label, y_label : str
-    x, predicted, lower, upper, ideal : array, one length
-        Sizes, the prediction with its interval, and the roofline.
-    measured_x, measured : array, one length
-        Measured points, where there are any.
-    note : str
-        What stays fixed, written into the panel.
-    """
-
-    row: str
-    column: str
+    row: str  # what is quantised
+    column: str  # the device
     x_label: str
     y_label: str
-    x: ArrayLike
+    x: ArrayLike  # sizes; the next four are as long
     predicted: ArrayLike
     lower: ArrayLike
     upper: ArrayLike
-    ideal: ArrayLike
+    ideal: ArrayLike  # the roofline
     measured_x: ArrayLike = field(default_factory=_none)
     measured: ArrayLike = field(default_factory=_none)
-    note: str = ""
+    note: str = ""  # what stays fixed, written into the panel
 
 
 def staircase_figure(
     panels: Sequence[Stairs], *, width_in: float | None = None, interval: str = "90 % interval"
 ) -> Figure:
     """Draw staircases, devices side by side, a row for each kind, in the order in which their labels first occur.
+    InputError when there is nothing to draw or the arrays of a panel differ in length.
 
-    Raises
-    ------
-    InputError
-        When there is nothing to draw or the arrays of a panel differ in length.
-
-    Examples
-    --------
     >>> one = Stairs("tile", "h100", "m", "time (µs)", [1, 2], [1.0, 2.0], [0.9, 1.9], [1.1, 2.1], [0.8, 1.0])
     >>> staircase_figure([one]).axes[0].get_ylabel()
     'time (µs)'

@@ -39,24 +39,10 @@ def taxonomy_figure(
 ) -> Figure:
     """Draw what families keep of M, N and K.
 
-    Parameters
-    ----------
-    family, axis : sequence of str, one entry a row
-        Names of families and what they change ("static M").
-    operators : sequence of str
-        Names of the columns.
-    kept : array, shape (families, operators, 3), in [0, 1]
-        Share of the logical M, N and K that is left; NaN for an operator that the model lacks.
-    adds : sequence of str, one entry a row
-        Operators the family adds; empty for none.
+    One entry a row: names of families, what they change ("static M"), and the operators they add; ``operators`` name
+    the columns. ``kept`` (families, operators, 3) is the share of the logical M, N and K that is left, NaN for an
+    operator that the model lacks. InputError when they do not fit together.
 
-    Raises
-    ------
-    InputError
-        When the arrays do not fit together.
-
-    Examples
-    --------
     >>> figure = taxonomy_figure(["depth"], ["static M"], ["q", "o"], [[[0.75, 1, 1], [0.75, 1, 1]]], [""])
     >>> sorted({t.get_text() for t in figure.axes[0].texts} & {"M", "N", "K", "75"})
     ['75', 'K', 'M', 'N']

@@ -23,49 +23,27 @@ NEGLIGIBLE = 0.0005
 
 @dataclass(frozen=True)
 class Steps:
-    """One waterfall.
-
-    Attributes
-    ----------
-    title : str
-        Of the panel.
-    names : sequence of str
-        Steps after the nominal speedup.
-    factors : sequence of float, > 0
-        What each step multiplies the speedup by.
-    nominal : float
-        1 / (1 - sparsity).
-    lower, upper : float
-        Interval of the predicted speedup.
-    """
+    """One waterfall: a panel."""
 
     title: str
-    names: Sequence[str]
-    factors: Sequence[float]
-    nominal: float
-    lower: float
+    names: Sequence[str]  # steps after the nominal speedup
+    factors: Sequence[float]  # what each multiplies the speedup by, > 0
+    nominal: float  # 1 / (1 - sparsity)
+    lower: float  # interval of the predicted speedup
     upper: float
+
+    @property
+    def reached(self) -> NDArray[np.float64]:
+        """Speedup before the first step and after each."""
+        return np.asarray(self.nominal * np.cumprod([1.0, *self.factors]))
 
 
 def waterfall_figure(panels: Sequence[Steps], *, columns: int | None = None, width_in: float | None = None) -> Figure:
     """Draw waterfalls side by side, steps on common lines.
 
-    Parameters
-    ----------
-    panels : sequence of Steps
-        All with the same names of steps.
-    columns : int, optional
-        Panels in a row; at most three if left out.
-    width_in : float, optional
-        One column for one panel, the page for more, if left out.
+    ``columns`` panels stand in a row, at most three if left out; the figure is one column wide for one panel, else a
+    page. InputError when there is no panel or their names of steps differ.
 
-    Raises
-    ------
-    InputError
-        When there is no panel or their steps differ.
-
-    Examples
-    --------
     >>> figure = waterfall_figure([Steps("h100", ["parts not pruned", "alignment"], [0.9, 0.95], 1.333, 1.1, 1.2)])
     >>> [t.get_text() for t in figure.axes[0].get_yticklabels()]
     ['promised', 'parts not pruned', 'alignment', 'predicted']
@@ -76,7 +54,7 @@ def waterfall_figure(panels: Sequence[Steps], *, columns: int | None = None, wid
         titles = max(p.title.count("\n") + 1 for p in panels)
         panel_in = 0.155 * (len(panels[0].names) + 2) + 0.24 + 0.13 * titles
         figure, axes, columns = panel_list(len(panels), panel_in, 0.18, columns, width_in)
-        low, high = _range(panels)
+        low, high = common_range(panels, 0.34)
         for i, (ax, panel) in enumerate(zip(axes, panels)):
             _draw(ax, panel, low, high)
             ax.tick_params(labelleft=i % columns == 0)
@@ -85,21 +63,16 @@ def waterfall_figure(panels: Sequence[Steps], *, columns: int | None = None, wid
         return settled(figure)
 
 
-def _reached(panel: Steps) -> NDArray[np.float64]:
-    """Speedup before the first step and after each."""
-    return np.asarray(panel.nominal * np.cumprod([1.0, *panel.factors]))
-
-
-def _range(panels: Sequence[Steps]) -> tuple[float, float]:
-    """Common range of all bars and intervals, with room for the factor written beside each bar."""
-    values = np.concatenate([[1.0], *([p.lower, p.upper, *_reached(p)] for p in panels)])
+def common_range(panels: Sequence[Steps], room: float) -> tuple[float, float]:
+    """Range of all bars and intervals, with ``room`` (a share of it) for the factor written beside each bar."""
+    values = np.concatenate([[1.0], *([p.lower, p.upper, *p.reached] for p in panels)])
     low, high = float(values.min()), float(values.max())
     span = max(high / low, 1.1)
-    return low / span**0.08, high * span**0.34
+    return low / span**0.08, high * span**room
 
 
 def _draw(ax: Axes, panel: Steps, low: float, high: float) -> None:
-    count, reached = len(panel.names), _reached(panel)
+    count, reached = len(panel.names), panel.reached
     last, predicted = count + 1, float(reached[-1])
     ax.set(xscale="log", xlim=(low, high), ylim=(last + 0.6, -0.6))
     ax.set_title(panel.title, pad=4)

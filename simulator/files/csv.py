@@ -15,26 +15,19 @@ from simulator.errors import InputError, one_line
 
 T = TypeVar("T")
 
-MOST_BYTES = 50_000_000
-"""Largest CSV that is read: some 800,000 measured rows, and half a gigabyte once it is split into cells."""
-
+MOST_BYTES = 50_000_000  # some 800,000 measured rows, and half a gigabyte once they are split into cells
 MOST_COLUMNS = 1000
-
-MOST_CELLS = 12_000_000
-"""Most cells that are kept; rows of fewer than four count as four, since a row takes room too."""
+MOST_CELLS = 12_000_000  # rows of fewer than four count as four, since a row takes room too
 
 
 @dataclass(frozen=True)
 class CsvTable:
-    """Rows of as many cells as the header has names, without the blanks around them; each cell one printable line.
+    """Rows of as many cells as the header has names, without the blanks around them; each cell one printable line."""
 
-    ``label`` is the file's name for messages; ``lines`` holds the line of the file on which each row ends.
-    """
-
-    label: str
+    label: str  # the file's name for messages
     header: tuple[str, ...]
     rows: list[list[str]]
-    lines: list[int]
+    lines: list[int]  # of the file, on which each row ends
 
     def column(self, name: str) -> list[str]:
         """The cells of a column."""
@@ -60,20 +53,12 @@ class CsvTable:
 def read_csv(content: bytes | str, label: str, required: Sequence[str] = ()) -> CsvTable:
     """The rows of a CSV (UTF-8) with a header that has the required columns; blank lines are passed over.
 
-    Raises
-    ------
-    InputError
-        One line, ``file:line: what is wrong``: no text, no CSV, too large, no header, no row, a column missing or given
-        twice, or a row of another length than the header.
+    Raises InputError, one line, ``file:line: what is wrong``: no text, no CSV, too large, no header, no row, a column
+    missing or given twice, or a row of another length than the header.
 
-    Examples
-    --------
     >>> table = read_csv("m, n\\n1,2\\n\\n3,4\\n", "t.csv")
     >>> table.column("n"), table.lines
     (['2', '4'], [2, 4])
-    >>> read_csv("m,n\\n1,2,3\\n", "t.csv")
-    Traceback (most recent call last):
-    simulator.errors.InputError: t.csv:2: expected 2 cells, as the header has, got 3
     """
     if len(content) > MOST_BYTES:
         large = f"is larger than {MOST_BYTES / 1e6:g} MB, the most that is read as CSV"
@@ -82,32 +67,34 @@ def read_csv(content: bytes | str, label: str, required: Sequence[str] = ()) -> 
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
     except UnicodeDecodeError as error:
         raise InputError(f"{label}: is not CSV: not UTF-8 text (byte {error.start})") from None
+    header: tuple[str, ...] = ()
+    rows: list[list[str]] = []
+    lines: list[int] = []
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    table = CsvTable(label, (), [], [])
     try:
         for cells in reader:
-            if any(cell and not cell.isspace() for cell in cells):
-                place = f"{label}:{reader.line_num}"
-                row = [_cell(cell) for cell in cells]
-                if not table.header:
-                    _check_header(row, place, required)
-                    table = CsvTable(label, tuple(row), [], [])
-                    continue
-                if len(row) != len(table.header):
-                    expected = f"expected {len(table.header)} cells, as the header has"
-                    raise InputError(f"{place}: {expected}, got {len(row)}")
-                if len(table.rows) * max(len(row), 4) > MOST_CELLS:
-                    raise InputError(f"{place}: holds more than {MOST_CELLS:.3g} cells; split it or write Parquet")
-                table.rows.append(row)
-                table.lines.append(reader.line_num)
+            if not any(cell and not cell.isspace() for cell in cells):
+                continue
+            place = f"{label}:{reader.line_num}"
+            row = [_cell(cell) for cell in cells]
+            if not header:
+                _check_header(row, place, required)
+                header = tuple(row)
+                continue
+            if len(row) != len(header):
+                raise InputError(f"{place}: expected {len(header)} cells, as the header has, got {len(row)}")
+            if len(rows) * max(len(row), 4) > MOST_CELLS:
+                raise InputError(f"{place}: holds more than {MOST_CELLS:.3g} cells; split it or write Parquet")
+            rows.append(row)
+            lines.append(reader.line_num)
     except csv.Error as error:
         raise InputError(f"{label}:{max(reader.line_num, 1)}: is not CSV: {error}") from None
-    if not table.header:
+    if not header:
         expected = f" with the columns {', '.join(required)}" if required else ""
         raise InputError(f"{label}: is empty; expected a header{expected}, and rows")
-    if not table.rows:
+    if not rows:
         raise InputError(f"{label}: has a header but no rows")
-    return table
+    return CsvTable(label, header, rows, lines)
 
 
 def _check_header(names: list[str], place: str, required: Sequence[str]) -> None:

@@ -1,21 +1,11 @@
 """One reader for every YAML file of this project: what a node must be, said as data.
 
 A *kind* reads a node: :class:`Text`, :class:`Number`, :class:`Quantity`, :class:`Truth`, :class:`Many` (a list),
-:class:`Table` (a mapping with free keys), :class:`Keys` (one with known keys) and :class:`Checked` (one of these and a
-rule of its own). :func:`record` makes the kind of a frozen dataclass from its annotations::
+:class:`Table` (a mapping with free keys), :class:`Keys` (one with known keys) and :class:`Checked` (a scalar and a
+rule of its own). :func:`record` makes the kind of a frozen dataclass from its annotations.
 
-    @dataclass(frozen=True)
-    class Interval:
-        regime: str
-        low: Annotated[float, Number(1e-6, 1.0, "0.93")]
-        rows: Annotated[int, Number(0, 1e12, "400", whole=True)] = 0
-
-    record(Interval).read(node, "intervals.0", problems)
-
-``str``, ``bool``, ``Literal``, other dataclasses, ``tuple[X, ...]``, ``Mapping[str, X]`` and ``X | None`` need no kind.
-A field without a default must be there. What is wrong is noted with its place, what came and what would be right, and
-reading goes on, so that one run reports everything. A scalar that could not be read is None; a dataclass is made only
-where nothing in it was wrong; lists and mappings hold what could be read.
+What is wrong is noted with its place, what came and what would be right, and reading goes on, so that one run reports
+everything. A scalar that could not be read is None; lists and mappings hold what could be read.
 """
 
 from __future__ import annotations
@@ -26,8 +16,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from types import MappingProxyType, UnionType
-from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
+from types import MappingProxyType
+from typing import Annotated, Any, Protocol, get_args, get_origin, get_type_hints
 
 from simulator.errors import InputError
 from simulator.files.yaml import Node, Problems, join
@@ -38,40 +28,50 @@ _TRUTHS = ("true", "false", "yes", "no", "on", "off")
 
 
 class Kind(Protocol):
-    """What a node must be."""
+    """What a node must be; the key is for messages."""
+
+    def read(self, node: Node, key: str, problems: Problems) -> Any: ...
+
+
+class Scalar:
+    """A kind whose ``value`` is that of a node, or raises ValueError with the reason against it."""
+
+    def value(self, node: Node) -> Any:
+        raise NotImplementedError
 
     def read(self, node: Node, key: str, problems: Problems) -> Any:
-        """The value of a node, whose key is for messages."""
+        try:
+            return self.value(node)
+        except ValueError as error:
+            problems.add(node, key, str(error))
+            return None
 
 
 @dataclass(frozen=True)
-class Text:
+class Text(Scalar):
     """1 to 2000 printable characters; one of some choices, or all of a pattern, which ``right`` says in words."""
 
     choices: tuple[str, ...] = ()
     pattern: str = ""
     right: str = ""
 
-    def read(self, node: Node, key: str, problems: Problems) -> str | None:
-        value = node.text.strip()
+    def value(self, node: Node) -> str:
+        text = node.text.strip()
         if node.kind != "scalar" or (not node.quoted and _means_another(node.text)):
             hint = "; put it in quotes" if node.kind == "scalar" and node.text else ""
-            problems.add(node, key, f"expected text, got {shown(node)}{hint}")
-        elif not value or not value.isprintable() or len(value) > 2000:
-            problems.add(node, key, f"expected 1 to 2000 printable characters, got {shown(node)}")
-        elif self.choices and value not in self.choices:
-            hint = did_you_mean(value[:40].lower(), self.choices)
-            hint = f"{hint} " if hint else ""
-            problems.add(node, key, f"unknown value {shown(node)}; {hint}Known: {', '.join(self.choices)}")
-        elif self.pattern and not re.fullmatch(self.pattern, value):
-            problems.add(node, key, f"expected {self.right}, got {shown(node)}")
-        else:
-            return value
-        return None
+            raise ValueError(f"expected text, got {shown(node)}{hint}")
+        if not text or not text.isprintable() or len(text) > 2000:
+            raise ValueError(f"expected 1 to 2000 printable characters, got {shown(node)}")
+        if self.choices and text not in self.choices:
+            hint = f"{did_you_mean(text.lower(), self.choices)} Known: {', '.join(self.choices)}"
+            raise ValueError(f"unknown value {shown(node)}; {hint.strip()}")
+        if self.pattern and not re.fullmatch(self.pattern, text):
+            raise ValueError(f"expected {self.right}, got {shown(node)}")
+        return text
 
 
 @dataclass(frozen=True)
-class Number:
+class Number(Scalar):
     """A plain finite number in [low, high]; an int where it must be whole."""
 
     low: float
@@ -79,15 +79,13 @@ class Number:
     example: str
     whole: bool = False
 
-    def read(self, node: Node, key: str, problems: Problems) -> float | None:
-        kind = "a whole number" if self.whole else "a number"
+    def value(self, node: Node) -> float:
+        expected = "expected a whole number" if self.whole else "expected a number"
         if reason := self._problem(node):
-            problems.add(node, key, f"expected {kind}, got {shown(node)}: {reason}")
-            return None
+            raise ValueError(f"{expected}, got {shown(node)}: {reason}")
         value = float(node.text)
         if not self.low <= value <= self.high:
-            problems.add(node, key, f"expected {kind} from {self.low:g} to {self.high:g}, got {shown(node)}")
-            return None
+            raise ValueError(f"{expected} from {self.low:g} to {self.high:g}, got {shown(node)}")
         return int(value) if self.whole else value
 
     def _problem(self, node: Node) -> str:
@@ -105,39 +103,41 @@ class Number:
 
 
 @dataclass(frozen=True)
-class Quantity:
+class Quantity(Scalar):
     """A text with a unit such as "3.35 TB/s", to SI."""
 
     unit: str
     low: float
     high: float
 
-    def read(self, node: Node, key: str, problems: Problems) -> float | None:
+    def value(self, node: Node) -> float:
         if node.kind != "scalar":
-            right = f'a quantity with a unit such as "{EXAMPLES[self.unit]}"'
-            problems.add(node, key, f"expected {right}, got a {node.kind}")
-            return None
-        try:
-            value = parse_quantity(node.text, self.unit)
-        except InputError as error:
-            problems.add(node, key, str(error))
-            return None
+            raise ValueError(f'expected a quantity with a unit such as "{EXAMPLES[self.unit]}", got a {node.kind}')
+        value = parse_quantity(node.text, self.unit)
         if not self.low <= value <= self.high:
-            span = f"{format_quantity(self.low, self.unit)} to {format_quantity(self.high, self.unit)}"
-            problems.add(node, key, f"expected {span}, got {shown(node)}")
-            return None
+            low, high = (format_quantity(end, self.unit) for end in (self.low, self.high))
+            raise ValueError(f"expected {low} to {high}, got {shown(node)}")
         return value
 
 
-@dataclass(frozen=True)
-class Truth:
+class Truth(Scalar):
     """``true`` or ``false``, no other spelling."""
 
-    def read(self, node: Node, key: str, problems: Problems) -> bool | None:
+    def value(self, node: Node) -> bool:
         if node.kind != "scalar" or node.quoted or node.text not in ("true", "false"):
-            problems.add(node, key, f"expected true or false, got {node}")
-            return None
+            raise ValueError(f"expected true or false, got {node}")
         return node.text == "true"
+
+
+@dataclass(frozen=True)
+class Checked(Scalar):
+    """A scalar and a rule: the value it gives is kept, what it raises (ValueError) is the reason against it."""
+
+    kind: Scalar
+    rule: Callable[[Any], Any]
+
+    def value(self, node: Node) -> Any:
+        return self.rule(self.kind.value(node))
 
 
 @dataclass(frozen=True)
@@ -209,50 +209,25 @@ class Keys:
         return {name: value for name, (_, value) in node.entries.items() if name in known}
 
 
-@dataclass(frozen=True)
-class Checked:
-    """A kind and a rule: the value it gives is kept, what it raises (ValueError) is the reason against it."""
-
-    kind: Kind
-    rule: Callable[[Any], Any]
-
-    def read(self, node: Node, key: str, problems: Problems) -> Any:
-        value = self.kind.read(node, key, problems)
-        try:
-            return None if value is None else self.rule(value)
-        except ValueError as error:
-            problems.add(node, key, str(error))
-            return None
-
-
 @lru_cache(maxsize=256)
 def record(cls: type) -> Keys:
-    """The kind of a dataclass, from its annotations; see the module."""
-    hints = get_type_hints(cls, include_extras=True)
-    required: dict[str, Kind] = {}
-    optional: dict[str, Kind] = {}
-    for each in dataclasses.fields(cls):
-        must = each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
-        (required if must else optional)[each.name] = _kind_of(hints[each.name])
-    return Keys(required, optional, cls)
+    """The kind of a dataclass, from its annotations; ``str`` and ``bool`` need no kind. A field without a default must
+    be there; the dataclass is made only where nothing in it was wrong::
+
+        rows: Annotated[int, Number(0, 1e12, "400", whole=True)] = 0
+    """
+    hints = {name: _kind_of(hint) for name, hint in get_type_hints(cls, include_extras=True).items()}
+    must = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+    optional = [f.name for f in dataclasses.fields(cls) if f.name not in must]
+    return Keys({name: hints[name] for name in must}, {name: hints[name] for name in optional}, cls)
 
 
 def _kind_of(hint: Any) -> Kind:
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        kind: Kind = next(found for found in args[1:] if hasattr(found, "read"))
+    if get_origin(hint) is Annotated:
+        kind: Kind = get_args(hint)[1]
         return kind
-    if origin in (Union, UnionType):
-        return _kind_of(next(arg for arg in args if arg is not type(None)))
-    if origin is Literal:
-        return Text(args)
-    if origin is tuple:
-        return Many(_kind_of(args[0]))
-    if origin is not None:
-        return Table(_kind_of(args[1]))
-    if hint in (str, bool):
-        return Text() if hint is str else Truth()
-    return record(hint)
+    plain: dict[Any, Kind] = {str: Text(), bool: Truth()}
+    return plain[hint]
 
 
 def shown(node: Node) -> str:

@@ -12,9 +12,7 @@ from numpy.typing import NDArray
 from simulator.errors import InputError
 from simulator.files.read import MOST_TABLE_BYTES
 
-MOST_CELLS = 20_000_000
-"""Most values, rows times columns, of a table that is read: 160 MB as float64, a thousand times what ships."""
-
+MOST_CELLS = 20_000_000  # values of a table that is read: 160 MB as float64, a thousand times what ships
 _MOST = f"{MOST_TABLE_BYTES / 1e6:g} MB"
 
 
@@ -30,11 +28,8 @@ def load_pyarrow() -> tuple[Any, Any]:
 
 
 def read_parquet(content: bytes, label: str) -> Any:
-    """The plain columns of a Parquet file as a pyarrow table; those of lists and structures are left out.
-
-    Raises InputError, one line that starts with the label (the file's name): no Parquet, damaged, a column that is
-    there twice, or larger in memory than accepted.
-    """
+    """The plain columns of a Parquet file as a pyarrow table; those of lists and structures are left out. InputError,
+    one line that starts with the label: no Parquet, damaged, a column twice, or larger in memory than accepted."""
     pa, pq = load_pyarrow()
     try:
         file = pq.ParquetFile(io.BytesIO(content))
@@ -74,22 +69,19 @@ def _accepted(file: Any, label: str, pa: Any) -> list[Any]:
 def _decoded(column: Any, label: str, pa: Any) -> Any:
     """A column of texts kept once each as a plain one, if that fits: a long text that repeats a million times takes no
     room in a file."""
-    size = sum(len(chunk) * _longest(chunk.dictionary, pa) for chunk in column.chunks)
+    import pyarrow.compute as compute
+
+    size = 0
+    for chunk in column.chunks:
+        texts = chunk.dictionary
+        if pa.types.is_string(texts.type) or pa.types.is_binary(texts.type) or pa.types.is_large_string(texts.type):
+            size += len(chunk) * (compute.max(compute.binary_length(texts)).as_py() or 0)
+        elif len(texts):
+            size += len(chunk) * (texts.nbytes // len(texts) + 1)
     if size > MOST_TABLE_BYTES:
         taken = f"may take {size / 1e6:.3g} MB in memory, more than {_MOST}"
         raise InputError(f"{label}: has texts that {taken}; shorten them")
     return pa.chunked_array([chunk.dictionary_decode() for chunk in column.chunks], column.type.value_type)
-
-
-def _longest(values: Any, pa: Any) -> int:
-    """Bytes of the longest of some values."""
-    import pyarrow.compute as compute
-
-    if not len(values):
-        return 0
-    if pa.types.is_string(values.type) or pa.types.is_binary(values.type) or pa.types.is_large_string(values.type):
-        return int(compute.max(compute.binary_length(values)).as_py() or 0)
-    return int(values.nbytes // len(values)) + 1
 
 
 def parquet_columns(table: Any, label: str, wanted: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:

@@ -13,13 +13,8 @@ MOST_TABLE_BYTES = 256_000_000
 
 
 def read_bounded(path: str | Path, most_bytes: int = MOST_TABLE_BYTES) -> bytes:
-    """All bytes of a file or pipe.
-
-    Raises InputError, one line that starts with the path: missing, a folder, a device, or larger than accepted.
-
-    >>> read_bounded(__file__)[:3], len(read_bounded(__file__)) < MOST_TABLE_BYTES
-    (b'\"\"\"', True)
-    """
+    """All bytes of a file or pipe; InputError, one line that starts with the path, where it is missing, a folder, a
+    device, or larger than accepted."""
     try:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):

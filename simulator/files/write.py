@@ -12,13 +12,8 @@ from simulator.errors import InputError
 
 
 def check_target(path: str | Path) -> Path:
-    """A path that a file can be written to, as far as can be told without writing it.
-
-    Raises InputError when it is a folder or lies in a folder that does not exist.
-
-    >>> check_target("table.csv").name
-    'table.csv'
-    """
+    """A path that a file can be written to, as far as can be told without writing it; InputError when it is a folder
+    or lies in none."""
     target = Path(path)
     if target.is_dir():
         raise InputError(f"{target}: is a folder; expected the name of a file")
@@ -31,14 +26,8 @@ def write_whole(path: str | Path, content: bytes) -> None:
     """Write a file by way of a temporary one beside it, synced, then renamed over it.
 
     A link is followed, so what it points to is replaced. Devices and pipes (``/dev/stdout``) cannot be replaced and are
-    written directly.
-
-    Raises
-    ------
-    InputError
-        See :func:`check_target`.
-    OSError
-        When the disk is full or the folder is not writable; the old file, if any, is untouched.
+    written directly. Raises as :func:`check_target`, and OSError when the disk is full or the folder is not writable;
+    the old file, if any, is untouched.
     """
     target = check_target(path)
     try:
@@ -56,7 +45,11 @@ def write_whole(path: str | Path, content: bytes) -> None:
 def replacing(target: Path) -> Iterator[str]:
     """Name of an empty file beside another: synced and renamed over it in the end, removed where something fails."""
     target = target.resolve()
-    mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
+    if target.exists():
+        mode = target.stat().st_mode & 0o777
+    else:
+        os.umask(umask := os.umask(0o022))  # it can only be read by setting it
+        mode = 0o666 & ~umask
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
     os.close(handle)
     try:
@@ -72,10 +65,8 @@ def replacing(target: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def one_writer(folder: Path) -> Iterator[None]:
-    """Let one process at a time write several files that belong together into a folder; the others wait.
-
-    Where folders cannot be locked (Windows, some network disks) nobody waits.
-    """
+    """Let one process at a time write several files that belong together into a folder; the others wait, but where
+    folders cannot be locked (Windows, some network disks)."""
     try:
         import fcntl
 
@@ -89,10 +80,3 @@ def one_writer(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def _umask() -> int:
-    """The process's file mode mask, which can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask

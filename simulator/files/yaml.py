@@ -2,9 +2,8 @@
 
 PyYAML turns scalars into Python values by rules that surprise (``010`` becomes 8, ``1:30`` becomes 90, ``yes`` becomes
 True, ``3.35e12`` stays text, the second of two equal keys wins silently). Here a scalar stays the text that was
-written; the kinds of ``files.fields`` that read the tree decide what it must be. Anchors, aliases, tags, several
-documents and duplicate keys are refused, and depth and size are bounded, so a file from the internet can neither run
-code nor grow in memory.
+written; ``files.fields`` decides what it must be. Anchors, aliases, tags, several documents and duplicate keys are
+refused, depth and size are bounded: a file from the internet can neither run code nor grow in memory.
 """
 
 from __future__ import annotations
@@ -13,8 +12,9 @@ import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from simulator.errors import InputError, one_line
 
@@ -24,18 +24,15 @@ MAX_DEPTH = 20
 
 @dataclass(frozen=True)
 class Node:
-    """A "scalar", "list" or "mapping" of a YAML file, and where it starts, counted from 1.
+    """A part of a YAML file, and where it starts, counted from 1."""
 
-    ``quoted`` tells ``"132"`` and ``132`` apart; ``entries`` holds the node of each key beside that of its value.
-    """
-
-    kind: str
+    kind: str  # "scalar", "list" or "mapping"
     line: int
     column: int
     text: str = ""
-    quoted: bool = False
+    quoted: bool = False  # tells "132" and 132 apart
     items: tuple[Node, ...] = ()
-    entries: dict[str, tuple[Node, Node]] = field(default_factory=dict)
+    entries: dict[str, tuple[Node, Node]] = field(default_factory=dict)  # the node of each key, and of its value
 
     def __str__(self) -> str:
         if self.kind != "scalar":
@@ -80,29 +77,26 @@ def join(path: str, key: str) -> str:
 
 def read_text(path: Path, problems: Problems) -> str | None:
     """Text of a file, or None and a problem: missing, no file, too large, empty, not UTF-8."""
+    place, raw = None, b""
     try:
         mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode):
-            what = "is a folder" if stat.S_ISDIR(mode) else "is no regular file"
-            problems.add(None, "file", f"{what}; expected a YAML file")
-            return None
-        with open(path, "rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = getattr(error, "strerror", None) or str(error)
-        problems.add(None, "file", f"cannot be read ({reason}); expected a YAML file")
-        return None
-    if len(raw) > MAX_BYTES:
-        large = f"is larger than {MAX_BYTES / 1e6:g} MB"
-        problems.add(None, "file", f"{large}; a profile has a few kB, arrays belong in the .npz beside it")
-        return None
-    try:
-        return raw.decode("utf-8-sig")
+        if stat.S_ISREG(mode):
+            with open(path, "rb") as file:
+                raw = file.read(MAX_BYTES + 1)
+            if len(raw) <= MAX_BYTES:
+                return raw.decode("utf-8-sig")
+            large = f"is larger than {MAX_BYTES / 1e6:g} MB"
+            reason = f"{large}; a profile has a few kB, arrays belong in the .npz beside it"
+        else:
+            reason = f"is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}; expected a YAML file"
     except UnicodeDecodeError as error:
         before = raw[: error.start]
         place = Node("scalar", before.count(b"\n") + 1, error.start - before.rfind(b"\n"))
-        problems.add(place, "file", f"byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8")
-        return None
+        reason = f"byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8"
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = f"cannot be read ({getattr(error, 'strerror', None) or error}); expected a YAML file"
+    problems.add(place, "file", reason)
+    return None
 
 
 def parse_yaml(text: str, problems: Problems) -> Node | None:
@@ -112,23 +106,27 @@ def parse_yaml(text: str, problems: Problems) -> Node | None:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         return _Parser(yaml, yaml.parse(text, Loader=loader), problems).root()
+    except _Refused as refused:
+        mark, key, reason = refused.args
+        problems.add(_place(mark), key, reason)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = Node("scalar", mark.line + 1, mark.column + 1) if mark else None
         said = str(error.problem or error.context or "cannot be read")
         line = text.split("\n")[mark.line] if mark and mark.line <= text.count("\n") else ""
         tab = "\t" in line[: mark.column + 1] if mark else False
         hint = "indent with spaces, not tabs" if tab else "check quotes, colons and indentation"
-        problems.add(place, "yaml", f"{said}; {hint}")
+        problems.add(_place(mark) if mark else None, "yaml", f"{said}; {hint}")
     except yaml.YAMLError as error:
         problems.add(None, "yaml", f"{str(error).splitlines()[0]}; expected plain YAML text")
-    except _Refused:
-        pass
     return None
 
 
+def _place(mark: Any) -> Node:
+    return Node("scalar", mark.line + 1, mark.column + 1)
+
+
 class _Refused(Exception):
-    """Parsing stops: the problem is noted."""
+    """Parsing stops: mark, key and reason."""
 
 
 class _Parser:
@@ -143,22 +141,23 @@ class _Parser:
             if isinstance(event, self.yaml.NodeEvent):
                 root = self.node(event, "", 0)
             elif root is not None and isinstance(event, self.yaml.DocumentStartEvent):
-                self.refuse(event, "", "holds more than one YAML document; expected one")
+                raise _Refused(event.start_mark, "", "holds more than one YAML document; expected one")
         return root
 
     def node(self, event: Any, path: str, depth: int, is_key: bool = False) -> Node:
+        line, column = event.start_mark.line + 1, event.start_mark.column + 1
+        refused = partial(_Refused, event.start_mark, path)
         if event.anchor is not None:
             hint = "write the value out, or quote it if it is text"
-            self.refuse(event, path, f"anchors (&) and aliases (*) are not allowed; {hint}")
+            raise refused(f"anchors (&) and aliases (*) are not allowed; {hint}")
         if event.tag is not None:
-            self.refuse(event, path, f"tags are not allowed, got {str(event.tag)[:60]}; write plain values")
-        line, column = event.start_mark.line + 1, event.start_mark.column + 1
+            raise refused(f"tags are not allowed, got {str(event.tag)[:60]}; write plain values")
         if isinstance(event, self.yaml.ScalarEvent):
             return Node("scalar", line, column, text=event.value, quoted=bool(event.style))
         if depth >= MAX_DEPTH:
-            self.refuse(event, path, f"is nested deeper than {MAX_DEPTH} levels")
+            raise refused(f"is nested deeper than {MAX_DEPTH} levels")
         if is_key:
-            self.refuse(event, path, "a key must be plain text, got a list or mapping")
+            raise refused("a key must be plain text, got a list or mapping")
         if isinstance(event, self.yaml.SequenceStartEvent):
             items: list[Node] = []
             while not isinstance(inner := next(self.events), self.yaml.SequenceEndEvent):
@@ -173,8 +172,3 @@ class _Parser:
             if first is not key:
                 self.problems.add(key, at, f"is given twice, first on line {first.line}; keep one")
         return Node("mapping", line, column, entries=entries)
-
-    def refuse(self, event: Any, key: str, reason: str) -> NoReturn:
-        place = Node("scalar", event.start_mark.line + 1, event.start_mark.column + 1)
-        self.problems.add(place, key, reason)
-        raise _Refused

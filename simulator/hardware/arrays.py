@@ -1,4 +1,9 @@
-"""Arrays of a profile: an ``.npz`` whose bytes depend on its content alone, read without pickle, sizes first."""
+"""Arrays of a profile: an ``.npz`` whose bytes depend on its content alone, read without pickle, sizes first; and
+whether they are what a cost model reads.
+
+A profile may come from anywhere. What passes :func:`check_arrays` cannot fail in a cost model, nor make a time that is
+zero, infinite or no number; what does not is refused when the profile is read, with one line.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +24,20 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from simulator.hardware.constants import AXES, CLASSES, EXACT_BITS, EXACT_NAMES, FIRST_CLASSES
+
+Arrays = Mapping[str, NDArray[Any]]
+
 MAX_BYTES = 64_000_000
 """Largest file, and largest array, that is read."""
 
-FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,120}\.npz")
-"""A bare file name: no folder, no drive, no dot file."""
+MOST_LOG = 5.0
+"""Largest log factor between a model and a measurement that is taken at face value: a factor of 148."""
+
+_MOST_PLACE = 1e6  # coordinates are logarithms, indices and shares: none is near
+_LEAST_STEP = 1e-3
+
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,120}\.npz")  # bare: no folder, no drive, no dot file
 ARRAY_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 
 # what numpy writes in front of the numbers, and nothing else: no expression of the file is ever evaluated
@@ -39,20 +53,14 @@ _UNREADABLE = (
 # fmt: on
 
 
-def pack_arrays(arrays: Mapping[str, NDArray[Any]]) -> bytes:
-    """Arrays to the bytes of an ``.npz``: sorted, uncompressed, dated 1980, so that equal arrays give equal bytes.
-
-    Raises ValueError for an array that is not numeric or not finite.
-
-    >>> a = {"x": np.arange(3.0)}
-    >>> pack_arrays(a) == pack_arrays(a), float(np.load(io.BytesIO(pack_arrays(a)))["x"][2])
-    (True, 2.0)
-    """
+def pack_arrays(arrays: Arrays) -> bytes:
+    """Arrays to the bytes of an ``.npz``: sorted, uncompressed, dated 1980, so that equal arrays give equal bytes;
+    ValueError for one that is not numeric or not finite."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name in sorted(arrays):
             array = np.asarray(arrays[name], order="C")
-            _check_values(name, array)
+            _check_numbers(name, array)
             item = io.BytesIO()
             little = array.astype(array.dtype.newbyteorder("<"), copy=False)
             npy.write_array(item, little, version=(1, 0), allow_pickle=False)
@@ -63,21 +71,10 @@ def pack_arrays(arrays: Mapping[str, NDArray[Any]]) -> bytes:
     return buffer.getvalue()
 
 
-def read_arrays(path: Path, sha256: str, prefix: str, names: tuple[str, ...]) -> Mapping[str, NDArray[Any]]:
-    """Arrays ``prefix.name`` of an ``.npz`` with that digest, read-only, keyed by name.
-
-    Raises ValueError, one line: the file is missing, too large, of another digest or no zip, or an array is missing,
-    pickled or not finite.
-    """
-    raw = _read(path)
-    found = hashlib.sha256(raw).hexdigest()
-    if found != sha256:
-        belongs = "it belongs to another version of the profile"
-        raise ValueError(f"{path.name} has sha256 {found[:12]}..., expected {sha256[:12]}...: {belongs}")
-    return MappingProxyType({name: _array(f"{prefix}.{name}", raw) for name in names})
-
-
-def _read(path: Path) -> bytes:
+def read_arrays(path: Path, sha256: str, prefix: str, names: tuple[str, ...]) -> Arrays:
+    """Arrays ``prefix.name`` of an ``.npz`` with that digest, checked, read-only, keyed by name; the prefix is
+    ``operator.dtype``. ValueError, one line, where the file is missing, too large, of another digest or no zip, or an
+    array is missing, pickled, not finite or not what a cost model reads."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise ValueError(f"{path.name} is no regular file; expected the .npz that was saved with the profile")
@@ -87,7 +84,13 @@ def _read(path: Path) -> bytes:
         raise ValueError(f"{path.name} cannot be read ({error.strerror}); expected it beside the profile") from None
     if len(raw) > MAX_BYTES:
         raise ValueError(f"{path.name} is larger than {MAX_BYTES / 1e6:g} MB")
-    return raw
+    found = hashlib.sha256(raw).hexdigest()
+    if found != sha256:
+        belongs = "it belongs to another version of the profile"
+        raise ValueError(f"{path.name} has sha256 {found[:12]}..., expected {sha256[:12]}...: {belongs}")
+    arrays = MappingProxyType({name: _array(f"{prefix}.{name}", raw) for name in names})
+    check_arrays(prefix.split(".")[0], arrays)
+    return arrays
 
 
 def _array(name: str, raw: bytes) -> NDArray[Any]:
@@ -115,14 +118,111 @@ def _array(name: str, raw: bytes) -> NDArray[Any]:
         raise ValueError(f"array {name} does not have the size its header says; save both files again")
     flat = np.frombuffer(item, dtype, offset=match.end()) if math.prod(shape) else np.empty(0, dtype)
     array = flat.reshape(shape, order="F" if fortran == "True" else "C")
-    _check_values(name, array)
+    _check_numbers(name, array)
     array = array.astype(dtype.newbyteorder("="), copy=False)
     array.flags.writeable = False
     return array
 
 
-def _check_values(name: str, array: NDArray[Any]) -> None:
+def _check_numbers(name: str, array: NDArray[Any]) -> None:
     if array.dtype.kind not in "fiub":
         raise ValueError(f"array {name} has type {array.dtype}, expected numbers")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise ValueError(f"array {name} holds values that are not finite")
+
+
+def check_arrays(operator: str, arrays: Arrays) -> None:
+    """Refuse (ValueError, one line) arrays that the cost model of an operator could not use; names it does not know are
+    left alone.
+
+    >>> check_arrays("elementwise", {"values": np.zeros((7, 4))})
+    Traceback (most recent call last):
+    ValueError: array start is missing beside values
+    """
+    if operator == "gemm":
+        if "exact_m" in arrays:
+            check_exact(arrays)
+            _bound(arrays, "exact_log_half", 0.0, MOST_LOG)
+            _bound(arrays, "exact_s", 1e-12, 1e9)
+        if "terms" in arrays:
+            _check_lattices(arrays)
+    elif "values" in arrays and operator != "runtime":
+        _check_values(operator, arrays)
+
+
+def check_exact(arrays: Arrays) -> None:
+    """Refuse exact shapes that could not be looked up: an array missing, other lengths, dimensions or times that are
+    none."""
+    if missing := [name for name in EXACT_NAMES if name not in arrays]:
+        raise ValueError(f"exact shapes: array {missing[0]} is missing")
+    *shape, seconds, log_half = (np.asarray(arrays[name], dtype=np.float64) for name in EXACT_NAMES)
+    if seconds.ndim != 1 or any(a.shape != seconds.shape for a in (*shape, log_half)):
+        found = [np.shape(arrays[name]) for name in EXACT_NAMES]
+        raise ValueError(f"exact shapes: expected arrays of one length, got {found}")
+    if not all(((a >= 1) & (a < 2.0**bits) & (a == np.floor(a))).all() for a, bits in zip(shape, EXACT_BITS)):
+        raise ValueError("exact shapes: m, n and k must be whole numbers from 1 to 2^22, 2^21 and 2^21")
+    if not ((seconds > 0) & np.isfinite(seconds) & (log_half >= 0) & np.isfinite(log_half)).all():
+        raise ValueError("exact shapes: times must be above zero, half-widths at least zero")
+
+
+def _check_lattices(arrays: Arrays) -> None:
+    """Lattices of a GEMM residual, in turn: codes of their axes, then start, step and nodes of each, then values."""
+    _need(arrays, "terms", "grids", "values", "measured_m")
+    terms, values = arrays["terms"], arrays["values"]
+    grids = np.asarray(arrays["grids"], dtype=np.float64)
+    _shape("terms", terms, terms.ndim == 2 and 1 <= terms.shape[1] <= 3 and len(terms) >= 1, "(lattices, up to 3)")
+    _shape("grids", grids, grids.shape == (*terms.shape, 3), f"{(*terms.shape, 3)}")
+    used = terms >= 0
+    if terms.dtype.kind not in "iu" or terms.min() < -1 or terms.max() >= len(AXES) or not used.any(axis=1).all():
+        raise ValueError(f"array terms: expected whole numbers from -1 to {len(AXES) - 1}, at least one axis a lattice")
+    start, step, nodes = grids[used].T
+    if not ((np.abs(start) <= _MOST_PLACE) & (step >= _LEAST_STEP) & (step <= _MOST_PLACE)).all():
+        expected = f"starts within {_MOST_PLACE:g} and steps from {_LEAST_STEP:g} to {_MOST_PLACE:g}"
+        raise ValueError(f"array grids: expected {expected}")
+    _shape("values", values, values.ndim == 1, "(nodes,)")
+    if not ((nodes >= 2) & (nodes <= values.size) & (nodes == np.floor(nodes))).all():
+        expected = "whole numbers of nodes, at least 2 on each axis and no more than there are values"
+        raise ValueError(f"array grids: expected {expected}")
+    if float(np.where(used, grids[..., 2], 1.0).prod(axis=1).sum()) != values.size:
+        raise ValueError("array values: expected as many values as the grids have nodes")
+    _bound(arrays, "values", -MOST_LOG, MOST_LOG)
+    measured = arrays["measured_m"]
+    _shape("measured_m", measured, measured.ndim == 1 and measured.size >= 1, "(sizes,)")
+    _bound(arrays, "measured_m", 1.0, 2.0**31)
+
+
+def _check_values(operator: str, arrays: Arrays) -> None:
+    """The lattice of attention, over three coordinates, or that of each class of elementwise operators, over one."""
+    values = arrays["values"]
+    if operator == "elementwise":
+        _need(arrays, "values", "start")
+        good = values.ndim == 2 and FIRST_CLASSES <= values.shape[0] <= len(CLASSES) and values.shape[1] >= 1
+        _shape("values", values, good, f"({len(CLASSES)}, nodes)")
+        _shape("start", arrays["start"], arrays["start"].shape == (), "a single number")
+    else:
+        _need(arrays, "values", "start", "step")
+        _shape("values", values, values.ndim == 3 and values.size > 0, "(a, b, c), at least one each")
+        for name in ("start", "step"):
+            _shape(name, arrays[name], arrays[name].shape == (3,), "(3,)")
+    _bound(arrays, "values", -MOST_LOG, MOST_LOG)
+    _bound(arrays, "start", -_MOST_PLACE, _MOST_PLACE)
+    if operator != "elementwise":
+        _bound(arrays, "step", _LEAST_STEP, _MOST_PLACE)
+
+
+def _need(arrays: Arrays, first: str, *others: str) -> None:
+    for name in others:
+        if name not in arrays:
+            raise ValueError(f"array {name} is missing beside {first}")
+
+
+def _shape(name: str, array: NDArray[Any], good: bool, expected: str) -> None:
+    if not good:
+        raise ValueError(f"array {name}: expected the shape {expected}, got {np.shape(array)}")
+
+
+def _bound(arrays: Arrays, name: str, low: float, high: float) -> None:
+    array = np.asarray(arrays[name], dtype=np.float64)
+    if array.size and not (low <= array.min() and array.max() <= high):
+        found = f"{array.min():g} to {array.max():g}"
+        raise ValueError(f"array {name}: expected values from {low:g} to {high:g}, got {found}")

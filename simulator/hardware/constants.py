@@ -13,20 +13,16 @@ from types import MappingProxyType
 
 @dataclass(frozen=True)
 class Constant:
-    """One constant of a cost model: a fit searches, and a profile may hold, values from ``low`` to ``high``.
+    """One constant of a cost model: a fit searches, and a profile may hold, values from ``low`` to ``high``."""
 
-    ``unit`` is an SI unit, "1" for a ratio; ``defaults`` holds a value by architecture, "*" for any other.
-    """
-
-    unit: str
+    unit: str  # SI, "1" for a ratio
     low: float
     high: float
     meaning: str
-    defaults: Mapping[str, float]
+    defaults: Mapping[str, float]  # by architecture, "*" for any other
     source: str
 
     def default(self, architecture: str) -> float:
-        """Default for an architecture."""
         return self.defaults.get(architecture, self.defaults["*"])
 
 
@@ -34,44 +30,32 @@ def _row(unit: str, low: float, high: float, source: str, meaning: str, *, other
     return Constant(unit, low, high, meaning, MappingProxyType({**defaults, "*": other}), source)
 
 
-# -- where defaults come from
-
+# fmt: off
+# where defaults come from
 _AIC = "aiconfigurator-core 0.12.0"
 _TABLES = f"fit to the bf16 GEMM tables of {_AIC} (a100_sxm, h100_sxm, l40s, rtx_pro_6000_server)"
-_GUIDE = (
-    "uncalibrated: shape of the effect from NVIDIA, Matrix Multiplication Background User's Guide, section on "
-    "alignment; size assumed, no table has unaligned shapes"
-)
+_GUIDE = ("uncalibrated: shape of the effect from NVIDIA, Matrix Multiplication Background User's Guide, section on "
+    "alignment; size assumed, no table has unaligned shapes")
 _SPARSE = "ratios of 2:4 to dense times quoted in PyTorch, CUTLASS, torchao and SliceGPT (arXiv 2401.15024, table 12)"
 _COMPRESSED = "uncalibrated: no 16-bit ratio at small m is published; set so that compressed weights alone gain nothing"
-_PACKING = (
-    "the effect: Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, ACM TOMS 34(3), 2008; "
-    "the size: fp32 GEMMs measured by prunesim on two cores of a Xeon"
-)
+_PACKING = ("the effect: Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, ACM TOMS 34(3), "
+    "2008; the size: fp32 GEMMs measured by prunesim on two cores of a Xeon")
 _ASSUMED = "uncalibrated: assumed"
 _QUANTISED = f"{_ASSUMED}; the A100 profile holds a fit to its int8_wo and int4_wo rows"
-_CONTEXT = (
-    f"fits on the context tables of {_AIC}: A100, L40S TRT-LLM, H100 sglang (FlashAttention-3); bf16, head_dim 128"
-)
-_GENERATION = (
-    f"fits on the generation tables of {_AIC} (sglang: FlashAttention on A100 and H100, FlashInfer on L40S; bf16)"
-)
-_STUDY = (
-    "study of kernel tables (A100, H100): floors 1.6-3.8 us, 0.36-1.05 of the datasheet bandwidth; "
-    "uncalibrated on this device"
-)
+_CONTEXT = (f"fits on the context tables of {_AIC}: A100, L40S TRT-LLM, H100 sglang (FlashAttention-3); bf16, "
+    "head_dim 128")
+_GENERATION = (f"fits on the generation tables of {_AIC} (sglang: FlashAttention on A100 and H100, FlashInfer on L40S; "
+    "bf16)")
+_STUDY = ("study of kernel tables (A100, H100): floors 1.6-3.8 us, 0.36-1.05 of the datasheet bandwidth; "
+    "uncalibrated on this device")
 _RTX = f"fit on rtx4090_other_ops.csv (RTX 4090); elsewhere: {_STUDY}"
-_GRAPH = (
-    "0: operator times are fitted on CUDA-graph replays and hold the gap; a profile fitted on bare kernel times sets it"
-)
-_EAGER = (
-    "uncalibrated default; PyTorch spends about 5-25 us of host time before each kernel "
-    "(public notes on its dispatcher)"
-)
+_GRAPH = ("0: operator times are fitted on CUDA-graph replays and hold the gap; a profile fitted on bare kernel times "
+    "sets it")
+_EAGER = ("uncalibrated default; PyTorch spends about 5-25 us of host time before each kernel "
+    "(public notes on its dispatcher)")
 _NCCL = f"NCCL and engine all-reduce tables of {_AIC} (a100_sxm, h100_sxm, l40s; 2, 4 and 8 devices)"
 
-# -- the tables: unit, range, source, meaning, default by architecture
-# fmt: off
+# unit, range, source, meaning, default by architecture
 
 GEMM_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
     "t0": _row("s", 1e-7, 5e-5, _TABLES, "fixed time of a kernel inside a CUDA graph",
@@ -216,51 +200,46 @@ CLASSES: tuple[str, ...] = ("norm", "final_norm", "rotary", "activation", "embed
 """Classes of elementwise operators with a bandwidth and a floor of their own; new ones come last, so that arrays of
 older profiles keep their rows."""
 
-FIRST_CLASSES = 7
-"""Classes of the first profiles."""
+FIRST_CLASSES = 7  # of the first profiles
 
 
 def _elementwise() -> dict[str, Constant]:
     floors_s = (2.1e-6, 2.6e-6, 2.4e-6, 3.1e-6, 3.9e-6, 2.2e-6, 3.8e-6, 3.9e-6)
     shares = (0.75, 0.75, 0.65, 0.85, 0.75, 0.70, 0.36, 0.75)
-    out = {}
+    rates = {}
     for name, floor_s, share in zip(CLASSES, floors_s, shares, strict=True):
-        out[f"t0_{name}_s"] = _row("s", 5e-7, 5e-5, _RTX, f"floor of a {name} kernel", other=floor_s)
+        rates[f"t0_{name}_s"] = _row("s", 5e-7, 5e-5, _RTX, f"floor of a {name} kernel", other=floor_s)
         meaning = f"share of the DRAM bandwidth a large {name} operator reaches"
-        out[f"e_{name}"] = _row("1", 0.001, 1.0, _STUDY, meaning, other=share)
+        rates[f"e_{name}"] = _row("1", 0.001, 1.0, _STUDY, meaning, other=share)
         meaning = f"rate of a {name} operator whose data lie in L2, in units of its DRAM rate"
-        out[f"l2_{name}"] = _row("1", 1.0, 6.0, _RTX, meaning, ada=2.5, other=1.5)
-    meaning = "bytes of an operator, in units of the L2, at which half of them are found there"
-    out["l2_share"] = _row("1", 0.05, 4.0, _RTX, meaning, other=0.8)
-    source = f"rates between operators of one class differ by this; {_STUDY}"
-    out["spread"] = _row(
-        "1", 1.0, 4.0, source, "factor of the 90 % interval either way where none was fitted", other=1.6
-    )
-    return out
+        rates[f"l2_{name}"] = _row("1", 1.0, 6.0, _RTX, meaning, ada=2.5, other=1.5)
+    return rates
 
-
-ELEMENTWISE_CONSTANTS: Mapping[str, Constant] = MappingProxyType(_elementwise())
-
-CONSTANTS: Mapping[str, Mapping[str, Constant]] = MappingProxyType(
-    {
-        "gemm": GEMM_CONSTANTS,
-        "attention_prefill": PREFILL_CONSTANTS,
-        "attention_decode": DECODE_CONSTANTS,
-        "elementwise": ELEMENTWISE_CONSTANTS,
-        "runtime": RUNTIME_CONSTANTS,
-    }
-)
-"""Constants by operator: those of each fitted section of a profile."""
-
-# -- arrays of a GEMM section
 
 # fmt: off
+ELEMENTWISE_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
+    **_elementwise(),
+    "l2_share": _row("1", 0.05, 4.0, _RTX,
+        "bytes of an operator, in units of the L2, at which half of them are found there", other=0.8),
+    "spread": _row("1", 1.0, 4.0, f"rates between operators of one class differ by this; {_STUDY}",
+        "factor of the 90 % interval either way where none was fitted", other=1.6),
+})
+
+CONSTANTS: Mapping[str, Mapping[str, Constant]] = MappingProxyType({
+    "gemm": GEMM_CONSTANTS,
+    "attention_prefill": PREFILL_CONSTANTS,
+    "attention_decode": DECODE_CONSTANTS,
+    "elementwise": ELEMENTWISE_CONSTANTS,
+    "runtime": RUNTIME_CONSTANTS,
+})
+"""Constants by operator: those of each fitted section of a profile."""
+
 AXES: tuple[str, ...] = (
     "m", "n", "k", "nk", "mk", "mn", "aspect", "time", "tiles", "blocks", "tile", "m_step", "m_exact",
     "tiles64", "idle256", "last128", "idle",
 )
 # fmt: on
-"""Coordinates of a shape; the position is the code in a profile's ``terms`` array.
+"""Coordinates of a shape in a GEMM section; the position is the code in a profile's ``terms`` array.
 
 log2 of m, n, k and their products; aspect: log2 n/k; time: log2 of the analytic microseconds; tiles, blocks: log2 of
 output tiles, and of those times split-K, over SMs; tile: entry of the menu; m_step: 0 odd, 1 even, 2 a multiple of 8,

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.hardware.checks import check_exact
+from simulator.hardware.arrays import check_exact
 from simulator.hardware.constants import EXACT_BITS
 from simulator.hardware.constants import EXACT_NAMES as NAMES
 

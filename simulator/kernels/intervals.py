@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from simulator.kernels.gemm_core import Core, CoreTime
 
 if TYPE_CHECKING:
-    from simulator.hardware.parts import Section
+    from simulator.hardware.profile import Section
 
 F = NDArray[np.floating[Any]]
 

@@ -306,7 +306,7 @@ def residual_of(arrays: Mapping[str, NDArray[Any]], dtype: Any = np.float64) -> 
     Parameters
     ----------
     arrays : mapping
-        As :mod:`simulator.hardware.checks` lets them pass. ``terms`` (j, 3): codes of the axes, -1 where a lattice has
+        As :mod:`simulator.hardware.arrays` lets them pass. ``terms`` (j, 3): codes of the axes, -1 where a lattice has
         fewer; ``grids`` (j, 3, 3): start, spacing and nodes of each axis; ``values``: nodes of all lattices in turn,
         the last axis fastest; ``measured_m``: the m the fit saw.
     """

@@ -10,10 +10,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shapes of a decoder-only transformer. Frozen and hashable.
+    """The shapes of a decoder-only transformer.
 
-    Examples
-    --------
     >>> import simulator
     >>> simulator.load_model("llama-2-7b").parameters
     6738415616
@@ -64,9 +62,7 @@ class ModelConfig:
     def layer_parameters(self) -> int:
         """Parameters of one decoder layer."""
         h, q, kv = self.hidden, self.q_width, self.kv_width
-        attention = (
-            h * (q + 2 * kv) + q * h + self.qkv_bias * (q + 2 * kv) + self.o_bias * h + self.qk_norm * 2 * self.head_dim
-        )
+        attention = (h + self.qkv_bias) * (q + 2 * kv) + (q + self.o_bias) * h + self.qk_norm * 2 * self.head_dim
         wide = 2 if self.gated else 1
         mlp = (wide + 1) * h * self.inner + self.mlp_bias * (wide * self.inner + h)
         return attention + mlp + (4 if self.post_norms else 2) * self.norm_parameters

@@ -180,14 +180,12 @@ def _values(read: _Reader, kind: _Architecture) -> dict[str, Any]:
     else:
         head_dim = read.integer("head_dim", head_dim)
     layers = read.integer("num_hidden_layers", high=MAX_LAYERS)
+    inner, vocab = read.integer(kind.inner), read.integer("vocab_size")
+    widths = {"hidden": hidden, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "inner": inner}
     values = {
-        "hidden": hidden,
+        **widths,
         "layers": layers,
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "head_dim": head_dim,
-        "inner": read.integer(kind.inner),
-        "vocab": read.integer("vocab_size"),
+        "vocab": vocab,
         "rotary_dim": int(head_dim * read.share(*kind.rotary)) if kind.rotary else head_dim,
         "windows": (0,) * layers if kind.window is None else read.windows(layers, kind.window, kind.windowed),
         **{name: read.flag(key, default) for name, (key, default) in kind.flags.items()},
@@ -203,22 +201,10 @@ def _values(read: _Reader, kind: _Architecture) -> dict[str, Any]:
 def from_hf_config(data: Mapping[str, Any], source: str = "config", name: str = "") -> ModelConfig:
     """Shapes from the content of a Hugging Face ``config.json``; keys that are not about shapes are ignored.
 
-    Parameters
-    ----------
-    source : str
-        What errors call the configuration (a path, usually).
-    name : str
-        Name of a model without a ``_name_or_path``; by default its architecture.
+    ``source`` is what errors call it (a path, usually), ``name`` that of a model without a ``_name_or_path``.
 
-    Raises
-    ------
-    InputError
-        One line that names the source, the key and what is right.
-
-    Examples
-    --------
     >>> tiny = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
-    ...         "num_attention_heads": 2, "vocab_size": 10}
+    ...     "num_attention_heads": 2, "vocab_size": 10}
     >>> from_hf_config(tiny).parameters
     824
     """
@@ -250,11 +236,10 @@ def parse_config(text: str, source: str) -> Any:
     try:
         return json.loads(text, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
-        raise InputError(
-            f"{source}:{error.lineno}:{error.colno}: is not JSON ({error.msg}); expected a config.json"
-        ) from None
+        where, why = f"{source}:{error.lineno}:{error.colno}", error.msg
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{source}: is not JSON ({_show(str(error))}); expected a config.json") from None
+        where, why = source, _show(str(error))
+    raise InputError(f"{where}: is not JSON ({why}); expected a config.json")
 
 
 def read_config(path: str | os.PathLike[str]) -> ModelConfig:

@@ -8,13 +8,13 @@ import re
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib import resources
-from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from simulator.errors import InputError, unknown
 from simulator.models.config import ModelConfig
 from simulator.models.huggingface import from_hf_config, read_config
+
+FOLDER = resources.files(__package__)
 
 
 def _key(name: str) -> str:
@@ -22,22 +22,24 @@ def _key(name: str) -> str:
     return re.sub(r"[-_. ]+", "", name).lower()
 
 
+def _content(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    return content
+
+
 @lru_cache(maxsize=1)
 def _aliases() -> Mapping[str, str]:
     out: dict[str, str] = {}
-    for file in resources.files(__package__).iterdir():
-        if file.name.endswith(".json"):
-            name = file.name.removesuffix(".json")
-            text = json.loads(file.read_text(encoding="utf-8"))
-            for other in (name, text["_source"].rsplit("/", 1)[-1], *text.get("_aliases", ())):
-                out[_key(other)] = name
-    return MappingProxyType(out)
+    for name in list_models():
+        content = _content(name)
+        for other in (name, content["_source"].rsplit("/", 1)[-1], *content.get("_aliases", ())):
+            out[_key(other)] = name
+    return out
 
 
 @lru_cache(maxsize=128)
 def _shipped(name: str) -> ModelConfig:
-    file = resources.files(__package__) / f"{name}.json"
-    return from_hf_config(json.loads(file.read_text(encoding="utf-8")), f"{name}.json", name)
+    return from_hf_config(_content(name), f"{name}.json", name)
 
 
 @lru_cache(maxsize=1)
@@ -47,7 +49,7 @@ def list_models() -> tuple[str, ...]:
     >>> "llama-3.1-8b" in list_models()
     True
     """
-    return tuple(sorted(set(_aliases().values())))
+    return tuple(sorted(file.name.removesuffix(".json") for file in FOLDER.iterdir() if file.name.endswith(".json")))
 
 
 def load_model(source: str | os.PathLike[str] | Mapping[str, Any] | ModelConfig) -> ModelConfig:
@@ -55,13 +57,6 @@ def load_model(source: str | os.PathLike[str] | Mapping[str, Any] | ModelConfig)
 
     Names are those of :func:`list_models` (case, ``-``, ``_``, ``.`` and spaces do not matter), and Hugging Face ids.
 
-    Raises
-    ------
-    InputError
-        One line: what is wrong, and what would be right.
-
-    Examples
-    --------
     >>> load_model("meta-llama/Llama-3.1-8B").parameters
     8030261248
     """
@@ -79,13 +74,6 @@ def load_model(source: str | os.PathLike[str] | Mapping[str, Any] | ModelConfig)
     explicit = source.startswith((".", "/", "~")) or source.endswith((".json", "/", os.sep))
     if name is not None and not explicit:
         return _shipped(name)
-    if explicit or _exists(source):
+    if explicit or os.path.exists(source):
         return read_config(source)
     raise unknown("model", source, list_models())
-
-
-def _exists(source: str) -> bool:
-    try:
-        return Path(source).exists()
-    except OSError:  # a name too long for a path
-        return False

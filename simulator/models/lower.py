@@ -29,7 +29,7 @@ import numpy as np
 from simulator.columns import Array
 from simulator.errors import InputError, unknown
 from simulator.models.config import ModelConfig
-from simulator.models.parallel import Shard, shard
+from simulator.models.parallel import shard
 from simulator.workload import DTYPE_BYTES, DTYPES, PHASES, Kind, Meta, Part, Phase, Workload, dtype_code
 
 MAX_TOKENS = 2**40
@@ -61,16 +61,13 @@ def lower(
 
     Parameters
     ----------
-    model : ModelConfig
-        From :func:`simulator.load_model`.
     phase : {"prefill", "decode", "generate"}
         ``generate`` is a prefill of ``seq`` tokens and ``new_tokens`` decodes; parameters are on its prefill rows only.
     batch, seq : int
-        Sequences; prompt tokens a sequence (prefill, generate) or cached positions (decode), also more than the model
-        was trained for. At least 1 each.
+        Sequences; prompt tokens of each (prefill, generate) or cached positions (decode), also more than the model was
+        trained for. At least 1.
     dtype, weight_dtype, kv_dtype : str
-        Formats of arithmetic, of the projections' weights (default ``dtype``) and of the cache (default: the residual
-        stream's).
+        Of arithmetic, of the projections' weights (default ``dtype``), of the cache (default: the residual stream's).
     fuse_qkv, fuse_gate_up : bool
         One GEMM for q, k, v; one for gate and up.
     logits : {"last", "all"}
@@ -78,26 +75,21 @@ def lower(
     devices, parallel : int, {"tensor", "pipeline"}
         See :mod:`simulator.models.parallel`.
 
-    Raises
-    ------
-    InputError
-        One line: the argument, what was expected and what came.
-
     Examples
     --------
-    >>> from simulator.models.library import load_model
-    >>> w = lower(load_model("llama-2-7b"), phase="decode", batch=4, seq=1024)
+    >>> import simulator
+    >>> w = lower(simulator.load_model("llama-2-7b"), phase="decode", batch=4, seq=1024)
     >>> int(w.parameters)
     6738415616
     """
     if not isinstance(model, ModelConfig):
         raise InputError(f"model: expected a ModelConfig (see load_model), got {type(model).__name__}")
-    _choice("phase", phase, PHASES)
-    _choice("logits", logits, ("last", "all"))
-    _choice("dtype", dtype, DTYPES)
+    checked = {"phase": (phase, PHASES), "logits": (logits, ("last", "all")), "dtype": (dtype, DTYPES)}
     for what, optional in (("weight_dtype", weight_dtype), ("kv_dtype", kv_dtype)):
-        if optional is not None:
-            _choice(what, optional, DTYPES)
+        checked[what] = (dtype if optional is None else optional, DTYPES)
+    for what, (value, choices) in checked.items():
+        if not isinstance(value, str) or value not in choices:
+            raise unknown(what, value, choices)
     batch, seq = _integer("batch", batch, 1, MAX_TOKENS), _integer("seq", seq, 1, MAX_TOKENS)
     if batch * seq > MAX_TOKENS:
         raise InputError(f"batch x seq: expected at most {MAX_TOKENS} tokens, got {batch * seq}")
@@ -107,11 +99,6 @@ def lower(
     formats = [dtype_code(name) for name in (dtype, weight_dtype or dtype, kv_dtype or stream, stream)]
     fusion = bool(fuse_qkv), bool(fuse_gate_up)
     return _lower(_Request(model, phase, batch, seq, new_tokens, logits, devices, parallel, *fusion, *formats))
-
-
-def _choice(what: str, value: Any, choices: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in choices:
-        raise unknown(what, value, choices)
 
 
 def _integer(what: str, value: Any, low: int, high: int, where: str = "") -> int:
@@ -144,13 +131,18 @@ class _Request:
     cache_dtype: int
     stream_dtype: int
 
+    @property
+    def split(self) -> bool:
+        """Whether several devices share each layer."""
+        return self.devices > 1 and self.parallel == "tensor"
+
 
 @dataclass(frozen=True)
 class _Pass:
     """One prefill, or the decodes of a request, as rows in the order they run; one attention row for all layers."""
 
     request: _Request
-    shard: Shard
+    part: ModelConfig  # what one device computes
     phase: Phase
     q_len: int
     head_tokens: int  # positions that go through the head
@@ -166,7 +158,7 @@ class _Pass:
         return self.phase == Phase.PREFILL or self.request.phase == "decode"
 
     def rows(self) -> list[Row]:
-        model, vocab, many, h = self.request.model, self.shard.vocab, self.head_tokens, self.request.model.hidden
+        model, vocab, many, h = self.part, self.part.vocab, self.head_tokens, self.part.hidden
         tables = 2 if model.learned_positions else 1
         rows = [self.move("embedding", Part.EMBEDDING, h, tables * h, h, (vocab + model.learned_positions) * h)]
         rows += self.collective("all_reduce", Part.EMBEDDING, self.tokens, h)
@@ -177,34 +169,29 @@ class _Pass:
         stream = {"dtype": self.request.stream_dtype, "weight_dtype": self.request.stream_dtype}
         head = self.gemm("lm_head", Part.HEAD, vocab, h, False) | stream | {"m": many}
         rows.append(head | {"params": 0 if model.tied else head["params"]})
-        rows += self.collective("all_gather", Part.HEAD, many, vocab * self.shard.devices)
+        rows += self.collective("all_gather", Part.HEAD, many, self.request.model.vocab)
         if model.logit_softcap:
-            rows.append(self.move("softcap", Part.HEAD, model.vocab, model.vocab, model.vocab, tokens=many))
+            whole = self.request.model.vocab
+            rows.append(self.move("softcap", Part.HEAD, whole, whole, whole, tokens=many))
         rows += self.sends()
         return [row | {"phase": self.phase, "count": row.get("count", 1) * self.steps} for row in rows]
 
     def attention(self) -> Iterator[Row]:
-        r, model, part, h, d = (
-            self.request,
-            self.request.model,
-            Part.ATTENTION,
-            self.request.model.hidden,
-            self.request.model.head_dim,
-        )
-        q, kv, norm = self.shard.heads * d, self.shard.kv_heads * d, model.norm_parameters
+        r, model, part, h, d = self.request, self.part, Part.ATTENTION, self.part.hidden, self.part.head_dim
+        q, kv, norm = model.q_width, model.kv_width, model.norm_parameters
         yield self.move("attention_norm", part, h, 2 * h, 2 * h, norm)
         for role, n in (("qkv", q + 2 * kv),) if r.fuse_qkv else (("q", q), ("k", kv), ("v", kv)):
             yield self.gemm(role, part, n, h, model.qkv_bias)
         if model.qk_norm:
             yield self.move("qk_norm", part, q + kv, q + kv, q + kv, 2 * d)
         if model.rotary_dim:
-            turned = (self.shard.heads + self.shard.kv_heads) * model.rotary_dim
+            turned = (model.heads + model.kv_heads) * model.rotary_dim
             yield self.move("rotary", part, turned, turned, turned)
         write = 2 * kv * float(DTYPE_BYTES[r.cache_dtype] / DTYPE_BYTES[r.stream_dtype])
         yield self.move("cache_write", part, 2 * kv, 2 * kv, write) | {"weight_dtype": r.cache_dtype}
         kind = Kind.DECODE_ATTENTION if self.phase == Phase.DECODE else Kind.PREFILL_ATTENTION
         row = {"kind": kind, "role": "attention", "part": part, "dtype": r.stream_dtype, "weight_dtype": r.cache_dtype}
-        heads = {"heads": self.shard.heads, "kv_heads": self.shard.kv_heads, "head_dim": d}
+        heads = {"heads": model.heads, "kv_heads": model.kv_heads, "head_dim": d}
         yield row | heads | {"batch": r.batch, "q_len": self.q_len}
         yield self.gemm("o", part, h, q, model.o_bias)
         yield from self.collective("all_reduce", part, self.tokens, h)
@@ -212,7 +199,7 @@ class _Pass:
             yield self.move("post_norm", part, h, h, h, norm)
 
     def mlp(self) -> Iterator[Row]:
-        model, part, h, inner = self.request.model, Part.MLP, self.request.model.hidden, self.shard.inner
+        model, part, h, inner = self.part, Part.MLP, self.part.hidden, self.part.inner
         norm, bias = model.norm_parameters, model.mlp_bias
         moved = h if model.parallel_residual else 2 * h  # the norm adds the residual, or does not
         yield self.move("mlp_norm", part, h, moved, moved, norm)
@@ -244,16 +231,16 @@ class _Pass:
 
     def collective(self, role: str, part: Part, tokens: int, width: int) -> list[Row]:
         """What the devices put together: [tokens, width], the payload; nothing on one device."""
-        if self.shard.devices == 1:
+        if not self.request.split:
             return []
         stream = self.request.stream_dtype
         row = {"kind": Kind.COLLECTIVE, "role": role, "part": part, "m": tokens, "n": width, "dtype": stream}
-        return [row | {"batch": self.shard.devices, "read_bytes": tokens * width * DTYPE_BYTES[stream]}]
+        return [row | {"batch": self.request.devices, "read_bytes": tokens * width * DTYPE_BYTES[stream]}]
 
     def sends(self) -> list[Row]:
         """A pipeline's sends of the residual stream, each between two devices; they remain when layers are pruned."""
         r = self.request
-        if r.devices == 1 or r.parallel != "pipeline":
+        if r.devices == 1 or r.split:
             return []
         payload = self.tokens * r.model.hidden * float(DTYPE_BYTES[r.stream_dtype])
         row = {"kind": Kind.COLLECTIVE, "role": "send", "part": Part.HEAD, "m": self.tokens, "n": r.model.hidden}

@@ -13,52 +13,36 @@ micro-batches in flight is claimed. Rows then describe the whole model; only mem
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 from simulator.errors import InputError
 from simulator.models.config import ModelConfig
 
-SPLITS: tuple[str, ...] = ("tensor", "pipeline")
+PARALLEL: tuple[str, ...] = ("tensor", "pipeline")
 """Names of the ways to use several devices."""
 
 
-@dataclass(frozen=True)
-class Shard:
-    """The shapes one device computes with."""
+def shard(model: ModelConfig, devices: int, parallel: str) -> ModelConfig:
+    """The model as one of ``devices`` computes it; the whole in a pipeline. Refused where a width does not divide by
+    the number of devices, or where a pipeline has more stages than layers.
 
-    heads: int
-    kv_heads: int
-    inner: int
-    vocab: int
-    devices: int = 1  # devices that share each layer (1 in a pipeline)
-
-
-def shard(model: ModelConfig, devices: int, parallel: str) -> Shard:
-    """Shapes of one of ``devices``; the whole model's in a pipeline.
-
-    Raises
-    ------
-    InputError
-        Where a width does not divide by the number of devices, or a pipeline has more stages than layers.
-
-    Examples
-    --------
     >>> from simulator.models.library import load_model
-    >>> shard(load_model("llama-2-70b"), 16, "tensor")
-    Shard(heads=4, kv_heads=1, inner=1792, vocab=2000, devices=16)
+    >>> part = shard(load_model("llama-2-70b"), 16, "tensor")
+    >>> part.heads, part.kv_heads, part.inner, part.vocab
+    (4, 1, 1792, 2000)
     """
-    if parallel not in SPLITS:
-        raise InputError(f"parallel {parallel!r} is unknown; expected one of {', '.join(SPLITS)}")
+    if parallel not in PARALLEL:
+        raise InputError(f"parallel {parallel!r} is unknown; expected one of {', '.join(PARALLEL)}")
     where = f"devices {devices}: {model.name} has"
     if parallel == "pipeline" and devices > model.layers:
         raise InputError(f"{where} {model.layers} layers; a pipeline takes at most one device a layer")
     if parallel == "pipeline" or devices == 1:
-        return Shard(model.heads, model.kv_heads, model.inner, model.vocab)
+        return model
     for what, size in (("attention heads", model.heads), ("MLP width", model.inner), ("vocabulary", model.vocab)):
         if size % devices:
             raise InputError(f"{where} {what} {size}; tensor parallel needs a number that divides it")
     few, many = sorted((model.kv_heads, devices))
     if many % few:
         raise InputError(f"{where} {model.kv_heads} key/value heads; one number must divide the other")
-    kv_heads = max(1, model.kv_heads // devices)
-    return Shard(model.heads // devices, kv_heads, model.inner // devices, model.vocab // devices, devices)
+    shares = {name: getattr(model, name) // devices for name in ("heads", "inner", "vocab")}
+    return replace(model, kv_heads=max(1, model.kv_heads // devices), **shares)

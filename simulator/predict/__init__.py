@@ -1,1 +1,1 @@
-"""From a grid of models, devices, settings and families to rows, and what is asked of rows: advice, claims, frontiers, sweeps."""
+"""From a grid of models, devices, settings and families to rows, and what is asked of rows: advice, claims, sweeps."""

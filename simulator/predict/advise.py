@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from simulator.errors import InputError
 from simulator.models.library import load_model
-from simulator.predict.rows import Choice, Columns, FamilyChoice, Piece, columns_of, plain, work_of
+from simulator.predict.rows import Columns, FamilyChoice, Piece, columns_of, plain, work_of
 from simulator.predict.settings import Setting, profiles, requests_of
-from simulator.predict.speedup import Speedup, speedups
+from simulator.predict.speedup import speedups
 from simulator.predict.table import families
 from simulator.pruning import prune
 
@@ -34,13 +36,9 @@ COARSE, FINE = 0.02, 0.001
 """Steps of the search, first and then between the two neighbours it found."""
 
 PAIRS: tuple[tuple[str, str], ...] = (
-    ("depth", "width"),
-    ("depth", "semi_structured"),
-    ("width", "semi_structured"),
-    ("depth", "kv_cache"),
-    ("width", "kv_cache"),
-    ("depth", "token"),
-)
+    ("depth", "width"), ("depth", "semi_structured"), ("width", "semi_structured"),
+    ("depth", "kv_cache"), ("width", "kv_cache"), ("depth", "token"),
+)  # fmt: skip
 """Families that go together and are not the same lever twice."""
 
 FORMATS: tuple[tuple[str | None, str | None], ...] = (("int8", None), ("int4", None), (None, "fp8"))
@@ -70,8 +68,7 @@ class WidthStep:
 
 @dataclass(frozen=True)
 class Advice:
-    """One family on one device for one request, at the least sparsity that reaches the target, or else at the
-    fastest."""
+    """A family for one device and request, at the least sparsity that reaches the target, or else at the fastest."""
 
     model: str
     hardware: str
@@ -135,13 +132,10 @@ def advise(
     *,
     setting: Setting | None = None,
     ideal: bool = False,
-    quality: Quality | None = None,
+    quality: Quality = MappingProxyType({}),
 ) -> Advised:
-    """What reaches a target speedup (above 1); requests and setting are those of :func:`simulator.table`, ``quality``
-    is shown beside.
+    """What reaches a target speedup (above 1); requests and setting are those of :func:`simulator.table`.
 
-    Examples
-    --------
     >>> found = advise("llama-3.1-8b", ["h100"], 1.3, ["decode"], family=["depth", "unstructured"])
     >>> [(a.family, a.reached) for a in found.advice]
     [('depth', True), ('unstructured', False)]
@@ -151,7 +145,6 @@ def advise(
     if not (np.isfinite(target) and 1.0 < target <= 1000.0):
         raise InputError(f"target {target:g}: expected a speedup above 1, such as 1.5")
     setting, chosen = setting or Setting(), families(family)
-    config = load_model(model) if isinstance(model, str) else model
     devices, requests = profiles(hardware), requests_of(phase, batch, seq)
     for name, values in {"hardware": devices, "family": chosen, "request": requests}.items():
         if not values:
@@ -160,11 +153,10 @@ def advise(
     others: list[Alternative] = []
     notes: dict[str, None] = {}
     for p, b, s in requests:
-        search = _Search(Piece(config, setting, p, ((b, s),), (), ideal), chosen, target, notes)
+        search = _Search(Piece(load_model(model), setting, p, ((b, s),), (), ideal), chosen, target, notes)
         for hw in devices:
-            found, more = search.on(hw, quality or {})
-            advice += found
-            others += more
+            found, more = search.on(hw, quality)
+            advice, others = [*advice, *found], [*others, *more]
     if not advice:
         raise InputError("; ".join(notes) or "nothing to advise")
     return Advised(tuple(advice), tuple(others), tuple(notes))
@@ -177,17 +169,12 @@ class _Search:
         self.piece, self.target, self.notes = piece, target, notes
         grid = [round(COARSE * i, 6) for i in range(1, round(LARGEST_SPARSITY / COARSE) + 1)]
         choices = tuple(itertools.product(map(FamilyChoice, chosen), grid))
-        errors: dict[str, str] = {}
-
-        def refuse(choice: int | None, reason: str, device: str) -> None:
-            assert choice is not None
-            errors[choices[choice][0].name] = reason
-
-        self.coarse = work_of(replace(piece, choices=choices), refuse)
+        refused: list[tuple[Any, str]] = []
+        self.coarse = work_of(replace(piece, choices=choices), lambda choice, why, _: refused.append((choice, why)))
         (self.dense,) = self.coarse.requests.workloads
         supported = {choices[i][0].name for i in self.coarse.choice}
         self.families = [name for name in chosen if name in supported]
-        for name, error in errors.items():
+        for name, error in {choices[choice][0].name: error for choice, error in refused}.items():
             if name not in supported:
                 notes[error if name in error else f"{name}: {error}"] = None
 
@@ -223,7 +210,7 @@ class _Search:
 
     def rows(self, asked: Iterable[tuple[str, Any]], hw: HardwareProfile) -> Columns:
         """Rows of some families at some sparsities; what is not supported has none."""
-        choices: tuple[Choice, ...] = tuple((FamilyChoice(name), sparsity) for name, sparsity in asked)
+        choices = tuple((FamilyChoice(name), sparsity) for name, sparsity in asked)
         work = work_of(replace(self.piece, choices=choices), _refuse)
         return columns_of(work, [hw], (self.piece.setting.runtime,), _refuse)
 
@@ -246,8 +233,7 @@ class _Search:
         return {family[row]: (row, sparsity[row]) for row in reversed(reaches)}
 
     def steps(self, family: str, sparsity: float, hw: HardwareProfile) -> tuple[WidthStep, ...]:
-        """Where time steps down around a sparsity, wider first; for "width" its KV groups are kept and the inner width
-        varied."""
+        """Where time steps down around a sparsity, wider first; "width" keeps its KV groups, varies the inner width."""
         down = np.flatnonzero(self.dense.is_role("down") & (self.dense.stage == 0))
         if not len(down) or family not in ("width", "width_cross", "low_rank"):
             return ()
@@ -278,52 +264,47 @@ class _Search:
         return tuple(out)
 
     def pairs(self, hw: HardwareProfile, coarse: Columns, least: Mapping[str, float]) -> list[Alternative]:
-        """Pairs of families at the least equal sparsity that reaches the target, where that is less than either alone
-        needs."""
+        """Pairs of families at the least equal sparsity that reaches the target, if that is less than either alone."""
         family, out = plain(coarse["family"]), []
         for pair in PAIRS:
             if not set(pair) <= set(self.families):
                 continue
             alone = min((least[name] for name in pair if name in least), default=1.0)
-            what, both = [], []
+            both: list[tuple[str, Workload]] = []
             for s in coarse["sparsity"][family == pair[0]][1::2].tolist():
                 other = 0.5 if pair[1] == "semi_structured" else s
                 if s >= alone:
                     break
-                try:
+                with suppress(InputError):
                     once = prune(self.dense, pair[0], s, ideal=self.piece.ideal)
-                    both.append(prune(once, pair[1], other, ideal=self.piece.ideal))
-                except InputError:
-                    continue
-                what.append(f"{pair[0]} {s:g} and {pair[1]} {other:g}")
-            found = [self.alternative(hw, text, s) for text, s in zip(what, self.speedups(both, hw))]
-            out += [o for o in found if o.reached][:1]
+                    twice = prune(once, pair[1], other, ideal=self.piece.ideal)
+                    both.append((f"{pair[0]} {s:g} and {pair[1]} {other:g}", twice))
+            out += [o for o in self.alternatives(hw, both) if o.reached][:1]
         return out
 
     def formats(self, hw: HardwareProfile) -> list[Alternative]:
         """Narrower formats of weights and cache, without pruning."""
-        setting, meta, out = self.piece.setting, self.dense.meta, []
+        setting, meta = self.piece.setting, self.dense.meta
+        out: list[Alternative] = []
         for weight, cache in FORMATS:
             changed = replace(setting, weight_dtype=weight or setting.weight_dtype, kv_dtype=cache or setting.kv_dtype)
             if changed == setting:
                 continue
+            names = " and ".join(f"{what} in {n}" for what, n in (("weights", weight), ("cache", cache)) if n)
             try:
                 lowered = changed.lower(load_model(self.piece.model), meta.phase, meta.batch, meta.seq)
-                (found,) = self.speedups([lowered], hw)
+                out += self.alternatives(hw, [(f"no pruning, {names}", lowered)])
             except InputError as error:
                 self.notes[f"{hw.name}: {error}"] = None
-                continue
-            names = " and ".join(f"{what} in {n}" for what, n in (("weights", weight), ("cache", cache)) if n)
-            out.append(self.alternative(hw, f"no pruning, {names}", found))
         return out
 
-    def speedups(self, workloads: Sequence[Workload], hw: HardwareProfile) -> list[Speedup]:
-        return speedups(self.dense, workloads, hw, self.piece.setting.runtime, self.piece.setting.level)
-
-    def alternative(self, hw: HardwareProfile, what: str, s: Speedup) -> Alternative:
-        meta, reached = self.dense.meta, s.speedup >= self.target
+    def alternatives(self, hw: HardwareProfile, named: Sequence[tuple[str, Workload]]) -> list[Alternative]:
+        """Workloads in place of the dense one, timed."""
+        meta, setting = self.dense.meta, self.piece.setting
+        found = speedups(self.dense, [w for _, w in named], hw, setting.runtime, setting.level)
         where = (meta.model, hw.name, meta.phase, meta.batch, meta.seq)
-        return Alternative(*where, what, s.speedup, s.lower, s.upper, reached)
+        ends = [(s.speedup, s.lower, s.upper, s.speedup >= self.target) for s in found]
+        return [Alternative(*where, what, *end) for (what, _), end in zip(named, ends)]
 
 
 def _refuse(_choice: int | None, reason: str, device: str) -> None:

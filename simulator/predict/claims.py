@@ -1,42 +1,42 @@
 """The two claims of "Beyond FLOPs" (arXiv 2606.09080), tested on any model and device: a verdict with its numbers.
 
-Use :func:`bound_claim` for (a): in memory-bound inference static depth pruning is the strongest baseline and stays
-closest to its theoretical bound; :func:`order_claim` for (b): along the prefill frontier of speed and quality come
-static depth, then dynamic depth, then static width. A claim *holds* or *does not hold* where all ends of the intervals
-say so, is *undecided* where they differ or where a family it speaks of has no quality data, and *does not apply* where
-its condition is not met.
+Use :func:`verdicts`. (a) *bound*: in memory-bound inference static depth pruning is the strongest baseline and stays
+closest to its theoretical bound; (b) *order*: along the prefill frontier of speed and quality come static depth, then
+dynamic depth, then static width. A claim *holds* or *does not hold* where all ends of the intervals say so, is
+*undecided* where they differ or where a family it speaks of has no quality data, and *does not apply* where its
+condition is not met.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simulator.errors import InputError
+from simulator.models.library import load_model
 from simulator.predict.pareto import Front, Point, bands, fronts, judge
+from simulator.predict.quality import QualityTable, load_quality
+from simulator.predict.settings import profiles
 from simulator.predict.table import table
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
     from simulator.models.config import ModelConfig
-    from simulator.predict.quality import Axis, QualityTable
     from simulator.predict.rows import Record
     from simulator.predict.settings import Setting
 
 HOLDS, FAILS, UNDECIDED, NOT_APPLICABLE, NO_DATA = "holds", "does not hold", "undecided", "does not apply", "no data"
 
-CLAIMS: Mapping[str, str] = MappingProxyType(
-    {
-        "bound": "in memory-bound inference static depth is the strongest baseline and stays closest to its "
-        "theoretical bound",
-        "order": "along the prefill frontier come static depth (0-4 % quality loss), dynamic depth (5-16 %), "
-        "static width (17-26 %)",
-    }
-)
+CLAIMS: Mapping[str, str] = {
+    "bound": "in memory-bound inference static depth is the strongest baseline and stays closest to its theoretical "
+    "bound",
+    "order": "along the prefill frontier come static depth (0-4 % quality loss), dynamic depth (5-16 %), static width "
+    "(17-26 %)",
+}
 """What is claimed, by name of the claim."""
 
 SPARSITIES: tuple[float, ...] = (0.125, 0.25, 0.5)
@@ -48,10 +48,13 @@ LEAST_GAIN = 0.05
 CLOSE = 0.005
 """Efficiencies and speedups that differ by less than this, relatively, count as equal."""
 
-GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"static depth": ("depth",), "dynamic depth": ("dynamic_depth",), "static width": ("width", "width_cross")}
-)
-"""Families that (b) speaks of, in the order claimed."""
+GROUPS: Mapping[str, str] = {
+    "depth": "static depth",
+    "dynamic_depth": "dynamic depth",
+    "width": "static width",
+    "width_cross": "static width",
+}
+"""Families that (b) speaks of and what it calls them, in the order claimed."""
 
 Ends = tuple[float, float, float]
 """A value at the low end of its interval, as predicted, at the high end."""
@@ -82,34 +85,55 @@ class Verdict:
         return cls(claim, *place, verdict, predicted, numbers, calibrated=where.calibrated, **more)
 
 
-# -- (a) ---------------------------------------------------------------------------------------------------------------
-
-
-def bound_claim(
+def verdicts(
     model: str | ModelConfig,
     hardware: Sequence[str | HardwareProfile],
-    phase: Sequence[str] = ("prefill", "decode"),
-    batch: Sequence[int] = (1, 64),
+    quality: str | Path | None = None,
+    batch: Sequence[int] = (1,),
     seq: Sequence[int] = (2048,),
     *,
-    sparsity: Sequence[float] = SPARSITIES,
     setting: Setting | None = None,
 ) -> tuple[Verdict, ...]:
-    """Claim (a) for every device, phase, batch and length; arguments as those of :func:`simulator.table`.
+    """Both claims for every device, batch and length: (a) in prefill and decode, (b) on every axis of quality on which
+    two of its families have data.
 
-    It holds when it holds at each sparsity. Where memory does not hold most of the time the verdict is ``does not
-    apply``, with the numbers all the same.
+    Requests and setting are those of :func:`simulator.table`, ``quality`` a table by name or path, else the shipped
+    ones.
 
-    Examples
-    --------
-    >>> (v,) = bound_claim("llama-3.1-8b", ["h100"], ["prefill"], [1])
-    >>> v.verdict
-    'does not apply'
+    >>> [(v.claim, v.phase, v.verdict) for v in verdicts("llama-3.2-1b", ["h100"])]
+    [('bound', 'prefill', 'does not apply'), ('bound', 'decode', 'holds'), ('order', 'prefill', 'no data')]
+    """
+    config = load_model(model)
+    asked: dict[str, Any] = {"batch": batch, "seq": seq, "setting": setting}
+    out = bound_verdicts(config, hardware, **asked)
+    try:
+        rows = load_quality(quality).of_model(config.name)
+    except InputError:
+        if quality:
+            raise
+        rows = QualityTable(())  # none has been measured
+    axes = [axis for axis in rows.axes() if len(_present(r.family for r in rows.on_axis(axis).rows)) >= 2]
+    for axis in axes:
+        out += [order_verdict(front) for front in fronts(config, hardware, rows, axis, **asked)[0]]
+    if not axes:
+        has = _present(r.family for r in rows.rows)
+        there = f"there is quality of: {', '.join(sorted(has)) or 'none of them'}"
+        numbers, missing = f"no metric and protocol with two of the families; {there}", _missing(has)
+        for hw, b, s in itertools.product(profiles(hardware), batch, seq):
+            where = (config.name, hw.name, "prefill", b, s)
+            out.append(Verdict("order", *where, NO_DATA, "", numbers, missing, calibrated=True))
+    return tuple(out)
+
+
+def bound_verdicts(model: ModelConfig, hardware: Sequence[str | HardwareProfile], **asked: Any) -> list[Verdict]:
+    """Claim (a): it holds when it holds at each sparsity.
+
+    Where memory does not hold most of the time the verdict is ``does not apply``, with the numbers all the same.
     """
     groups: dict[tuple[str, str, int, int], list[Record]] = {}
-    for r in table([model], hardware, ["all"], sparsity, phase, batch, seq, setting=setting):
+    for r in table([model], hardware, ["all"], SPARSITIES, ["prefill", "decode"], **asked):
         groups.setdefault((r.hardware, r.phase, r.batch, r.seq), []).append(r)
-    return tuple(_bound_verdict(records) for records in groups.values())
+    return [_bound_verdict(records) for records in groups.values()]
 
 
 def _bound_verdict(records: Sequence[Record]) -> Verdict:
@@ -177,43 +201,15 @@ def _at(own: Record, rivals: Sequence[Record]) -> str:
     return f"{depth}; next closest {near.family} {share(near)}; next fastest {fast.family} {speed(fast)}"
 
 
-# -- (b) ---------------------------------------------------------------------------------------------------------------
-
-
-def order_claim(
-    model: str | ModelConfig,
-    hardware: Sequence[str | HardwareProfile],
-    quality: QualityTable,
-    axis: Axis,
-    batch: Sequence[int] = (1,),
-    seq: Sequence[int] = (2048,),
-    *,
-    setting: Setting | None = None,
-) -> tuple[Verdict, ...]:
-    """Claim (b) on one axis of quality, for every device, batch and length of a prefill; see
-    :func:`simulator.predict.pareto.fronts`."""
-    found, _ = fronts(model, hardware, quality, axis, ["prefill"], batch, seq, setting=setting)
-    return tuple(order_verdict(front) for front in found)
-
-
-def group_of(family: str) -> str:
-    """The group of (b) that a family belongs to; empty for none.
-
-    >>> group_of("width_cross"), group_of("low_rank")
-    ('static width', '')
-    """
-    return next((name for name, members in GROUPS.items() if family in members), "")
-
-
 def order_verdict(front: Front) -> Verdict:
     """Claim (b) on one frontier.
 
     The frontier is taken among the families that the claim speaks of; others on the whole frontier are named. It is
     judged with the predicted speedups and with every group's at either end of its interval.
     """
-    own = [p for p in front.points if group_of(p.family)]
-    present = [name for name in GROUPS if any(group_of(p.family) == name for p in own)]
-    missing = tuple(name for name in GROUPS if name not in present)
+    own = [p for p in front.points if p.family in GROUPS]
+    present = _present(p.family for p in own)
+    missing = _missing(present)
     sources = "; ".join(dict.fromkeys(p.source for p in front.points))
     result = Verdict.on("order", front, NO_DATA, "", "", missing=missing, axis=str(front.axis), source=sources)
     if len(present) < 2:
@@ -221,7 +217,7 @@ def order_verdict(front: Front) -> Verdict:
     predicted = sequence(own) == present
     ends = itertools.product(("speedup_lower", "speedup_upper"), repeat=len(present))
     outcomes = {predicted, *(sequence(_moved(own, dict(zip(present, end)))) == present for end in ends)}
-    parts = [_band(b.family, b.low, b.high) for b in bands(judge(own)) if group_of(b.family)]
+    parts = [_band(b.family, b.low, b.high) for b in bands(judge(own)) if b.family in GROUPS]
     parts = parts or ["nothing beats the dense model"]
     verdict = UNDECIDED
     if outcomes == {False}:
@@ -230,7 +226,7 @@ def order_verdict(front: Front) -> Verdict:
         verdict = HOLDS
     elif outcomes == {True}:
         parts.append("the order of those with data is the one claimed")
-    others = sorted({p.family for p in front.points if p.optimal and not group_of(p.family)})
+    others = sorted({p.family for p in front.points if p.optimal and p.family not in GROUPS})
     if others:
         parts.append(f"also on the frontier: {', '.join(others)}")
     return replace(result, verdict=verdict, predicted=HOLDS if predicted else FAILS, numbers="; ".join(parts))
@@ -238,22 +234,24 @@ def order_verdict(front: Front) -> Verdict:
 
 def sequence(points: Sequence[Point]) -> list[str]:
     """Groups of (b) along a frontier by rising loss; one that comes back is listed again."""
-    names = [group_of(b.family) for b in bands(judge(points)) if group_of(b.family)]
+    names = [GROUPS[b.family] for b in bands(judge(points)) if b.family in GROUPS]
     return [name for name, _ in itertools.groupby(names)]
 
 
 def _moved(points: Sequence[Point], end: Mapping[str, str]) -> list[Point]:
     """Points with every group's speedups at one end of their intervals."""
-    return [replace(p, speedup=getattr(p, end[group_of(p.family)])) for p in points]
+    return [replace(p, speedup=getattr(p, end[GROUPS[p.family]])) for p in points]
 
 
 def _band(family: str, low: float, high: float) -> str:
     return f"{family} from {100 * low:.3g} %" + ("" if math.isinf(high) else f" to {100 * high:.3g} %")
 
 
-def axes_to_test(quality: QualityTable) -> tuple[Axis, ...]:
-    """Axes with at least two of the groups of (b); raises :class:`InputError` when the table has no rows."""
-    if not quality.rows:
-        raise InputError(f"{quality.name}: has no rows")
-    found = {axis: {group_of(r.family) for r in quality.on_axis(axis).rows} - {""} for axis in quality.axes()}
-    return tuple(axis for axis, groups in found.items() if len(groups) >= 2)
+def _present(families: Iterable[str]) -> list[str]:
+    """Groups of (b) among some families, in the order claimed."""
+    found = {GROUPS[family] for family in families if family in GROUPS}
+    return [name for name in dict.fromkeys(GROUPS.values()) if name in found]
+
+
+def _missing(present: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in dict.fromkeys(GROUPS.values()) if name not in present)

@@ -11,22 +11,16 @@ from numpy.typing import ArrayLike, NDArray
 
 @dataclass(frozen=True)
 class Winners:
-    """The fastest prediction of every cell, by rising cell.
+    """The fastest prediction of every cell, by rising cell."""
 
-    ``row`` is its row in the table; ``gains`` whether it is faster than the dense model; ``sure`` whether its interval
-    lies above 1 and above that of every other family in the cell.
-    """
-
-    row: NDArray[np.intp]
-    gains: NDArray[np.bool_]
-    sure: NDArray[np.bool_]
+    row: NDArray[np.intp]  # of the table
+    gains: NDArray[np.bool_]  # whether it is faster than the dense model
+    sure: NDArray[np.bool_]  # whether its interval lies above 1 and above that of every other family in the cell
 
 
 def fastest(cell: ArrayLike, family: ArrayLike, speedup: ArrayLike, lower: ArrayLike, upper: ArrayLike) -> Winners:
     """Find the fastest family of each cell; one entry a prediction, ``cell`` an integer.
 
-    Examples
-    --------
     >>> speedup, lower, upper = [1.5, 1.2, 0.9, 0.8], [1.4, 1.1, 0.8, 0.7], [1.6, 1.3, 1.1, 0.9]
     >>> w = fastest([0, 0, 1, 1], ["depth", "width"] * 2, speedup, lower, upper)
     >>> w.row.tolist(), w.gains.tolist(), w.sure.tolist()

@@ -14,28 +14,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.errors import InputError, unknown
 from simulator.kernels.gemm import gemm_ladder, gemm_time
 from simulator.kernels.stream import cost_batch
-from simulator.predict.settings import profiles
+from simulator.predict.settings import once, one_of, profiles, whole_number
 from simulator.workload import DTYPES, ROLES, Kernel, Kind, Workload, dtype_code
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
 
-LARGEST = 2**31 - 1
-"""Largest size of a matrix: real kernels index with 32 bits."""
-
 
 @dataclass(frozen=True)
 class GemmPoints:
-    """GEMM shapes of a workload on a roofline: the role of each, FLOP/byte, useful FLOPs over predicted time, share of
-    the GEMM time."""
+    """GEMM shapes of a workload on a roofline."""
 
     role: tuple[str, ...]
-    intensity: NDArray[np.float64]
-    achieved_flop_per_s: NDArray[np.float64]
-    share: NDArray[np.float64]
+    intensity: NDArray[np.float64]  # FLOP/byte
+    achieved_flop_per_s: NDArray[np.float64]  # useful FLOPs over predicted time
+    share: NDArray[np.float64]  # of the GEMM time
 
 
 @dataclass(frozen=True)
@@ -74,41 +69,19 @@ def gemm_table(
     cold: bool = True,
     level: float = 0.9,
 ) -> tuple[GemmRecord, ...]:
-    """Every combination of sizes, on every device.
+    """Every combination of tokens, output and input features on every device.
 
-    Parameters
-    ----------
-    m, n, k : sequence of int
-        Tokens, output features, input features; from 1 to :data:`LARGEST`.
-    dtype, weight_dtype : str
-        Number format of activations and arithmetic, and of stored weights (the same if left out).
-    semi_structured : bool
-        2:4 weights on sparse tensor cores.
-    cold : bool
-        Weights come from memory.
-    level : float
-        Level of the interval.
-
-    Raises
-    ------
-    InputError
-        For sizes out of range, unknown names, and formats that a device does not compute in.
-
-    Examples
-    --------
     >>> (r,) = gemm_table([2048], [4096], [4096], ["h100"])
     >>> r.roofline_s < r.seconds < r.upper_s
     True
     """
     for name, values in (("M", m), ("N", n), ("K", k)):
         for value in values:
-            if not 1 <= value <= LARGEST:
-                raise InputError(f"{name} {value}: expected a whole number from 1 to {LARGEST}")
-    for given in (dtype, weight_dtype):
-        if given is not None and given not in DTYPES:
-            raise unknown("dtype", given, DTYPES)
-    shapes = np.array(list(dict.fromkeys(itertools.product(m, n, k))), dtype=np.int64)
+            whole_number(name, value)
     weight, kernel = weight_dtype or dtype, Kernel.SPARSE24 if semi_structured else Kernel.DENSE
+    for given in (dtype, weight):
+        one_of("dtype", given, DTYPES)
+    shapes = np.array(once(itertools.product(m, n, k)), dtype=np.int64)
     columns: dict[str, Any] = dict(zip("mnk", shapes.T), kernel=kernel, density=0.5 if semi_structured else 1.0)
     columns |= {"dtype": dtype_code(dtype), "weight_dtype": dtype_code(weight)}
     rows = Workload.from_columns(role=["q"] * len(shapes), **columns)
@@ -117,25 +90,23 @@ def gemm_table(
         path = {"dtype": dtype, "weight_dtype": weight, "kernel": rows.kernel, "density": rows.density, "cold": cold}
         time = gemm_time(rows.m, rows.n, rows.k, hw, **path, level=level)  # type: ignore[arg-type]
         ladder = gemm_ladder(rows.m, rows.n, rows.k, hw, **path)
-        about = (hw.name, dtype, weight, semi_structured, cold)
-        datasheet = (hw.peak_flop_per_s(dtype), hw.bandwidth_bytes_per_s)
-        rate, intensity = rows.flops / time.seconds, rows.flops / rows.bytes
-        for i, (rows_m, rows_n, rows_k) in enumerate(shapes.tolist()):
-            seconds: list[Any] = [float(c[i]) for c in (time.seconds, time.lower, time.upper, time.roofline_s)]
-            steps = {step: float(column[i]) for step, column in ladder.items()}
-            found = (*seconds, str(time.limits[i]), float(rate[i]), *datasheet, float(intensity[i]), steps)
-            out.append(GemmRecord(rows_m, rows_n, rows_k, *about, *found))
+        about: dict[str, Any] = {"hardware": hw.name, "dtype": dtype, "weight_dtype": weight, "cold": cold}
+        about |= {"semi_structured": semi_structured, "peak_flop_per_s": hw.peak_flop_per_s(dtype)}
+        about |= {"bandwidth_bytes_per_s": hw.bandwidth_bytes_per_s}
+        columns = {"seconds": time.seconds, "lower_s": time.lower, "upper_s": time.upper, "roofline_s": time.roofline_s}
+        columns |= {"flop_per_s": rows.flops / time.seconds, "intensity": rows.flops / rows.bytes}
+        for i, size in enumerate(shapes.tolist()):
+            row: dict[str, Any] = {name: float(column[i]) for name, column in columns.items()}
+            row.update(zip("mnk", size), **about, limit=str(time.limits[i]))
+            out.append(GemmRecord(**row, ladder_s={step: float(column[i]) for step, column in ladder.items()}))
     return tuple(out)
 
 
 def gemm_points(workload: Workload, hw: HardwareProfile, runtime: str = "cuda_graph") -> GemmPoints:
     """GEMMs of a workload as points of a roofline; those that pruning adds (routers) are left out.
 
-    Examples
-    --------
     >>> from simulator import load_hardware, load_model, lower
-    >>> w = lower(load_model("llama-3.1-8b"), phase="decode", batch=1, seq=2048)
-    >>> points = gemm_points(w, load_hardware("h100"))
+    >>> points = gemm_points(lower(load_model("llama-3.1-8b"), phase="decode"), load_hardware("h100"))
     >>> bool((points.intensity < 2).all()), round(float(points.share.sum()), 9)
     (True, 1.0)
     """

@@ -7,14 +7,13 @@ before any work, with ``file:line:column: key: what is wrong, what would be righ
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
 from simulator.errors import InputError
-from simulator.files.fields import Checked, Keys, Kind, Many, Number, Text, Truth
+from simulator.files.fields import Checked, Keys, Kind, Many, Number, Text, record
 from simulator.files.yaml import Node, Problems, join, parse_yaml, read_text
 from simulator.hardware.library import load_hardware
 from simulator.models.config import ModelConfig
@@ -32,18 +31,7 @@ _SMALL = "llama-3.2-1b"
 """A model on which options of families are tried."""
 
 REQUIRED: tuple[str, ...] = ("models", "hardware", "sparsities", "phases", "batches", "seqs")
-OPTIONAL: tuple[str, ...] = (
-    "families",
-    "dtypes",
-    "runtimes",
-    "devices",
-    "parallel",
-    "new_tokens",
-    "fuse_qkv",
-    "fuse_gate_up",
-    "ideal",
-    "level",
-)
+AXES: tuple[str, ...] = (*REQUIRED, "families", "dtypes", "runtimes", "devices")
 
 
 @dataclass(frozen=True)
@@ -53,112 +41,6 @@ class Formats:
     dtype: str = "bf16"
     weight_dtype: str | None = None
     kv_dtype: str | None = None
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Axes of a sweep; every combination is predicted.
-
-    Attributes
-    ----------
-    models : tuple of str or ModelConfig
-        Names, paths or loaded models.
-    hardware : tuple of str
-        Names, aliases or paths.
-    sparsities : tuple of float, [0, 1)
-    phases, runtimes : tuple of str
-    batches, seqs, devices : tuple of int
-        Sequences; tokens (prefill) or cached positions (decode) of each; devices that share the model.
-    families : tuple of FamilyChoice
-        Default: all, each with its own defaults.
-    dtypes : tuple of Formats
-    parallel, new_tokens, fuse_qkv, fuse_gate_up, ideal, level
-        As in :class:`simulator.predict.settings.Setting`, for the whole grid.
-
-    Examples
-    --------
-    >>> grid = Grid(("llama-3.1-8b",), ("h100_sxm", "a100"), (0.25, 0.5), ("decode",), (1, 8), (2048,))
-    >>> grid.size == 2 * 2 * 2 * len(FAMILIES)
-    True
-    """
-
-    models: tuple[str | ModelConfig, ...]
-    hardware: tuple[str, ...]
-    sparsities: tuple[float, ...]
-    phases: tuple[str, ...]
-    batches: tuple[int, ...]
-    seqs: tuple[int, ...]
-    families: tuple[FamilyChoice, ...] = tuple(FamilyChoice(name) for name in FAMILIES)
-    dtypes: tuple[Formats, ...] = (Formats(),)
-    runtimes: tuple[str, ...] = ("cuda_graph",)
-    devices: tuple[int, ...] = (1,)
-    parallel: str = "tensor"
-    new_tokens: int = 128
-    fuse_qkv: bool = False
-    fuse_gate_up: bool = False
-    ideal: bool = False
-    level: float = 0.9
-
-    def __post_init__(self) -> None:
-        for name in (*REQUIRED, "families", "dtypes", "runtimes", "devices"):
-            if not getattr(self, name):
-                raise InputError(f"{name}: expected at least one value")
-
-    @property
-    def size(self) -> int:
-        """Configurations in the product."""
-        axes = (*REQUIRED, "families", "dtypes", "runtimes", "devices")
-        return math.prod(len(getattr(self, name)) for name in axes)
-
-    def setting(self, formats: Formats, devices: int) -> Setting:
-        """How a model is run at one point of the grid."""
-        names = ("parallel", "new_tokens", "fuse_qkv", "fuse_gate_up", "level")
-        return Setting(devices=devices, **asdict(formats), **{name: getattr(self, name) for name in names})
-
-
-def read_grid(path: str | Path) -> Grid:
-    """The grid a YAML file describes.
-
-    An axis is a list, one value, or for numbers ``{from: 0.1, to: 0.9, step: 0.1}`` or ``{from: 1, to: 64, times: 2}``.
-    A family is a name, ``all``, or a mapping ``{width: {align: 64}}``; a dtype a name or ``{dtype: bf16, weight_dtype:
-    int4, kv_dtype: fp8}``.
-
-    Parameters
-    ----------
-    path : str or Path
-
-    Returns
-    -------
-    Grid
-
-    Raises
-    ------
-    InputError
-        The first problem of the file as ``file:line:column: key: reason``.
-    """
-    problems = Problems(str(path))
-    text = read_text(Path(path), problems)
-    root = None if text is None else parse_yaml(text, problems)
-    if root is None and not len(problems):
-        problems.add(None, "file", f"is empty; expected the axes {', '.join(REQUIRED)}")
-    if root is not None and not len(problems):
-        keys = Keys({name: _KINDS[name] for name in REQUIRED}, {name: _KINDS[name] for name in OPTIONAL})
-        axes = keys.read(root, "", problems)
-        if not len(problems):
-            _check_tokens(root, axes, problems)
-        if not len(problems):
-            return Grid(**axes)
-    # a wrong key is said before the missing one it was meant for
-    first, *rest = sorted(problems.lines, key=lambda line: line.endswith(": is missing"))
-    raise InputError(first + (f" (and {len(rest)} more)" if rest else ""))
-
-
-def _check_tokens(root: Node, axes: Mapping[str, Any], problems: Problems) -> None:
-    """Refuse passes longer than the cost models are meant for."""
-    batch, seq = max(axes["batches"]), max(axes["seqs"])
-    if batch * seq > MAX_TOKENS and set(axes["phases"]) != {"decode"}:
-        reason = f"batch {batch} x seq {seq}: expected at most {MAX_TOKENS} tokens in a pass"
-        problems.add(root.entries["seqs"][1], "seqs", reason)
 
 
 @dataclass(frozen=True)
@@ -182,7 +64,7 @@ class _Numbers:
     """An axis of numbers: a list, one, or ``{from, to, step}`` or ``{from, to, times}``, ends included where hit."""
 
     number: Number
-    rule: Callable[[float], Any] | None = None
+    rule: Callable[[float], Any] = float
 
     def read(self, node: Node, key: str, problems: Problems) -> tuple[Any, ...]:
         if node.kind == "mapping":
@@ -191,8 +73,7 @@ class _Numbers:
             values = _Axis(self.number).read(node, key, problems)
         for value in values:
             try:
-                if self.rule:
-                    self.rule(value)
+                self.rule(value)
             except InputError as error:
                 place = next((item for item in node.items if _number_of(item) == value), node)
                 problems.add(place, key, str(error))
@@ -201,8 +82,8 @@ class _Numbers:
     def progression(self, node: Node, key: str, problems: Problems) -> list[float]:
         whole, example = self.number.whole, "2" if self.number.whole else "0.1"
         by_step, by_times = Number(1 if whole else 1e-6, 1e9, example, whole), Number(1 + 1e-6, 1e9, example)
-        ends = {"from": self.number, "to": self.number}
-        nodes = Keys(ends, {"step": by_step, "times": by_times}).members(node, key, problems)
+        kinds = {"from": self.number, "to": self.number, "step": by_step, "times": by_times}
+        nodes = Keys(dict.fromkeys(("from", "to"), self.number), kinds).members(node, key, problems)
 
         def wrong(name: str, reason: str) -> list[float]:
             problems.add(nodes[name], join(key, name), reason)
@@ -214,8 +95,7 @@ class _Numbers:
             problems.add(node, key, "expected either step or times beside from and to")
             return []
         how = "step" if "step" in nodes else "times"
-        kinds = {"from": self.number, "to": self.number, how: by_step if how == "step" else by_times}
-        start, end, by = (kind.read(nodes[name], join(key, name), problems) for name, kind in kinds.items())
+        start, end, by = (kinds[name].read(nodes[name], join(key, name), problems) for name in ("from", "to", how))
         if start is None or end is None or by is None:
             return []
         if end < start:
@@ -254,6 +134,14 @@ class _Family:
         return tuple(options.items())
 
 
+class _Families:
+    """An axis of them."""
+
+    def read(self, node: Node, key: str, problems: Problems) -> tuple[FamilyChoice, ...]:
+        groups = _Axis(_Family()).read(node, key, problems)
+        return tuple(dict.fromkeys(choice for group in groups for choice in group))
+
+
 class _Option:
     """A whole number, a number, true, false, a word, or a list of them; what it must be, the family says."""
 
@@ -272,7 +160,7 @@ class _Option:
 
 
 class _Formats:
-    """A dtype, or a mapping of the three."""
+    """A dtype, or a mapping that has it and may have the two others."""
 
     def read(self, node: Node, key: str, problems: Problems) -> Formats | None:
         dtype = Text(DTYPES)
@@ -302,35 +190,78 @@ def _device(text: str) -> str:
     return text if Path(text).suffix in (".yaml", ".yml") or "/" in text else name
 
 
-def _flat(groups: Sequence[Sequence[FamilyChoice]]) -> tuple[FamilyChoice, ...]:
-    return tuple(dict.fromkeys(choice for group in groups for choice in group))
+@dataclass(frozen=True)
+class Grid:
+    """Axes of a sweep, every combination of which is predicted, and what holds for the whole of it; the annotations are
+    the schema of its file.
+
+    >>> grid = Grid(("llama-3.1-8b",), ("h100_sxm", "a100"), (0.25, 0.5), ("decode",), (1, 8), (2048,))
+    >>> grid.size == 2 * 2 * 2 * len(FAMILIES)
+    True
+    """
+
+    # names, paths or loaded models
+    models: Annotated[tuple[str | ModelConfig, ...], _Axis(Checked(Text(), _model))]
+    hardware: Annotated[tuple[str, ...], _Axis(Checked(Text(), _device))]  # names, aliases or paths
+    sparsities: Annotated[tuple[float, ...], _Numbers(Number(-1e9, 1e9, "0.25"), check_fraction)]
+    phases: Annotated[tuple[str, ...], _Axis(Text(PHASES))]
+    batches: Annotated[tuple[int, ...], _Numbers(Number(1, MAX_TOKENS, "64", whole=True))]
+    # tokens (prefill) or cached positions (decode) of each sequence
+    seqs: Annotated[tuple[int, ...], _Numbers(Number(1, MAX_TOKENS, "64", whole=True))]
+    families: Annotated[tuple[FamilyChoice, ...], _Families()] = tuple(map(FamilyChoice, FAMILIES))
+    dtypes: Annotated[tuple[Formats, ...], _Axis(_Formats())] = (Formats(),)
+    runtimes: Annotated[tuple[str, ...], _Axis(Text(RUNTIMES))] = ("cuda_graph",)
+    devices: Annotated[tuple[int, ...], _Numbers(Number(1, 100_000, "2", whole=True))] = (1,)
+    # as in Setting, for the whole grid
+    parallel: Annotated[str, Text(PARALLEL)] = "tensor"
+    new_tokens: Annotated[int, Number(1, 1_000_000, "128", whole=True)] = 128
+    fuse_qkv: bool = False
+    fuse_gate_up: bool = False
+    ideal: bool = False
+    level: Annotated[float, Number(0.01, 0.999, "0.9")] = 0.9
+
+    def __post_init__(self) -> None:
+        for name in AXES:
+            if not getattr(self, name):
+                raise InputError(f"{name}: expected at least one value")
+
+    @property
+    def size(self) -> int:
+        """Configurations in the product."""
+        return math.prod(len(getattr(self, name)) for name in AXES)
+
+    def setting(self, formats: Formats, devices: int) -> Setting:
+        """How a model is run at one point of the grid."""
+        names = ("parallel", "new_tokens", "fuse_qkv", "fuse_gate_up", "level")
+        return Setting(devices=devices, **vars(formats), **{name: getattr(self, name) for name in names})
+
+    def facts(self) -> dict[str, Any]:
+        """Plain values, for a digest and for people."""
+        formats = [list(vars(f).values()) for f in self.dtypes]
+        return {**vars(self), "families": [[f.name, f.label] for f in self.families], "dtypes": formats}
 
 
-_KINDS: Mapping[str, Kind] = MappingProxyType(
-    {
-        "models": _Axis(Checked(Text(), _model)),
-        "hardware": _Axis(Checked(Text(), _device)),
-        "sparsities": _Numbers(Number(-1e9, 1e9, "0.25"), check_fraction),
-        "phases": _Axis(Text(PHASES)),
-        "batches": _Numbers(Number(1, MAX_TOKENS, "64", whole=True)),
-        "seqs": _Numbers(Number(1, MAX_TOKENS, "64", whole=True)),
-        "families": Checked(_Axis(_Family()), _flat),
-        "dtypes": _Axis(_Formats()),
-        "runtimes": _Axis(Text(RUNTIMES)),
-        "devices": _Numbers(Number(1, 100_000, "2", whole=True)),
-        "parallel": Text(PARALLEL),
-        "new_tokens": Number(1, 1_000_000, "128", whole=True),
-        "fuse_qkv": Truth(),
-        "fuse_gate_up": Truth(),
-        "ideal": Truth(),
-        "level": Number(0.01, 0.999, "0.9"),
-    }
-)
+def read_grid(path: str | Path) -> Grid:
+    """The grid a YAML file describes; InputError, its first problem as ``file:line:column: key: reason``.
 
-
-def grid_facts(grid: Grid) -> Mapping[str, Any]:
-    """A grid as plain values, for a digest and for people."""
-    facts: dict[str, Any] = {name: getattr(grid, name) for name in (*REQUIRED, *OPTIONAL)}
-    facts["families"] = [[f.name, f.label] for f in grid.families]
-    facts["dtypes"] = [[f.dtype, f.weight_dtype, f.kv_dtype] for f in grid.dtypes]
-    return MappingProxyType(facts)
+    An axis is a list, one value, or for numbers ``{from: 0.1, to: 0.9, step: 0.1}`` or ``{from: 1, to: 64, times: 2}``.
+    A family is a name, ``all``, or a mapping ``{width: {align: 64}}``; a dtype a name or ``{dtype: bf16, weight_dtype:
+    int4, kv_dtype: fp8}``.
+    """
+    problems = Problems(str(path))
+    text = read_text(Path(path), problems)
+    root = None if text is None else parse_yaml(text, problems)
+    if root is None and not len(problems):
+        problems.add(None, "file", f"is empty; expected the axes {', '.join(REQUIRED)}")
+    if root is not None and not len(problems):
+        axes = replace(record(Grid), make=None).read(root, "", problems)
+        if not len(problems):
+            grid = Grid(**axes)
+            batch, seq = max(grid.batches), max(grid.seqs)
+            if batch * seq <= MAX_TOKENS or set(grid.phases) == {"decode"}:
+                return grid
+            reason = f"batch {batch} x seq {seq}: expected at most {MAX_TOKENS} tokens in a pass"
+            problems.add(root.entries["seqs"][1], "seqs", reason)
+    # a wrong key is said before the missing one it was meant for
+    first, *rest = sorted(problems.lines, key=lambda line: line.endswith(": is missing"))
+    raise InputError(first + (f" (and {len(rest)} more)" if rest else ""))

@@ -36,12 +36,7 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Point:
-    """One pruned model on the plane of quality loss and speedup; the order of the fields is that of JSON keys.
-
-    ``optimal``: no other point is as fast at no more loss. ``sure``: still so when its speedup is at the low end of its
-    interval and those of other families are at the high end. ``beaten_by`` names the fastest point at no more loss, for
-    points that are not optimal.
-    """
+    """One pruned model on the plane of quality loss and speedup; the order of the fields is that of JSON keys."""
 
     model: str
     hardware: str
@@ -62,9 +57,9 @@ class Point:
     speedup_lower: float
     speedup_upper: float
     measured: bool
-    optimal: bool
-    sure: bool
-    beaten_by: str
+    optimal: bool  # no other point is as fast at no more loss
+    sure: bool  # still so with its speedup at the low end of its interval and those of other families at the high end
+    beaten_by: str  # where not optimal: the fastest point at no more loss
     limit: str
     calibrated: bool
     source: str
@@ -77,12 +72,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Band:
-    """Quality budgets ``[low, high)`` in which a family is the fastest, from one speedup to another; ``high`` may be
-    infinite."""
+    """Quality budgets ``[low, high)`` in which a family is the fastest."""
 
     family: str
     low: float
-    high: float
+    high: float  # may be infinite
     speedup_low: float
     speedup_high: float
     sure: bool
@@ -106,13 +100,9 @@ class Front:
 
 
 def frontier(loss: ArrayLike, speedup: ArrayLike) -> NDArray[np.bool_]:
-    """Which points no other point beats: none is at least as fast at no more loss, and better in one of the two.
+    """Which points no other point beats: none is at least as fast at no more loss, and better in one of the two; of
+    equal points all count. InputError when there are none or a value is not finite.
 
-    Less loss is better, more speedup is better; of equal points all count. InputError when there are none or a value is
-    not finite.
-
-    Examples
-    --------
     >>> frontier([0.0, 0.1, 0.2, 0.2], [1.0, 1.3, 1.2, 1.6]).tolist()
     [True, True, False, True]
     """
@@ -120,16 +110,14 @@ def frontier(loss: ArrayLike, speedup: ArrayLike) -> NDArray[np.bool_]:
     if not x.size or x.shape != y.shape or not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise InputError(f"frontier: expected finite losses and speedups, as many of each, got {x.size} and {y.size}")
     no_worse = (x[:, None] <= x) & (y[:, None] >= y)
-    better = (x[:, None] < x) | (y[:, None] > y)
-    out: NDArray[np.bool_] = np.logical_not(np.any(no_worse & better, axis=0))
-    return out
+    beaten: NDArray[np.bool_] = np.any(no_worse & ((x[:, None] < x) | (y[:, None] > y)), axis=0)
+    return ~beaten
 
 
 def bands(points: Sequence[Point]) -> tuple[Band, ...]:
-    """The family that is fastest at each quality budget, neighbours of one family joined; the dense model until
-    something beats it.
+    """The family that is fastest at each quality budget among judged points; the dense model until one beats it.
 
-    ``points`` are all of a frontier, optimal or not; bands come by rising loss, without gaps, the last one open.
+    Bands come by rising loss, without gaps, neighbours of one family joined, the last one open.
     """
     best = sorted((p for p in points if p.optimal and p.speedup > 1.0), key=lambda p: (p.loss, -p.speedup))
     edges = [*(max(p.loss, 0.0) for p in best), math.inf]
@@ -165,16 +153,12 @@ def fronts(
 
     Model, hardware, requests and setting are those of :func:`simulator.table`; the quality rows may be those of another
     model of its kind (the caller says so). ``measured`` speedups stand in for predictions where their conditions fit.
-
-    Raises
-    ------
-    InputError
-        For bad names, no rows on the axis, or no row that the model and the devices support.
+    No row on the axis that the model and the devices support is an InputError.
     """
     rows, setting = quality.on_axis(axis).rows, setting or Setting()
     if not rows:
         raise InputError(f"{quality.name}: no rows on the axis {axis}")
-    config, devices = load_model(model) if isinstance(model, str) else model, profiles(hardware)
+    config, devices = load_model(model), profiles(hardware)
     choices = tuple((FamilyChoice(row.family, row.options), row.sparsity) for row in rows)
     notes: dict[str, None] = {}
 
@@ -211,11 +195,9 @@ def judge(points: Sequence[Point]) -> tuple[Point, ...]:
         others = [q.speedup_upper for q in rivals if q.family != p.family]
         sure = optimal and p.speedup_lower > max([1.0 if p.loss >= 0 else 0.0, *others])
         fastest = max(rivals, key=lambda q: q.speedup, default=None)
-        winner = ""
-        if not optimal:
-            beaten = fastest is not None and fastest.speedup >= max(p.speedup, 1.0)
-            winner = fastest.name if fastest and beaten else "the dense model"
-        out.append(replace(p, optimal=optimal, sure=sure, beaten_by=winner))
+        beaten = fastest and fastest.speedup >= max(p.speedup, 1.0)
+        winner = fastest.name if fastest and beaten else "the dense model"
+        out.append(replace(p, optimal=optimal, sure=sure, beaten_by="" if optimal else winner))
     return tuple(out)
 
 
@@ -229,11 +211,8 @@ def _point(row: QualityRow, record: Record, measured: Sequence[Measured]) -> Poi
     return Point(**shared, measured=known is not None, optimal=False, sure=False, beaten_by="")
 
 
-# -- measured speedups ------------------------------------------------------------------------------------------------
-
-MEASURED: tuple[str, ...] = ("family", "sparsity", "speedup")
 MATCHED: tuple[str, ...] = ("model", "hardware", "phase", "batch", "seq", "method", "family")
-"""Columns that must equal those of a point, where the table has them and they are not empty."""
+"""Columns of measured speedups that must equal those of a point, where there are any and they are not empty."""
 
 SAME_SPARSITY = 5e-4
 """Fractions this close are the same: tables print three digits."""
@@ -251,20 +230,17 @@ class Measured:
 
     def fits(self, sparsity: float, conditions: Mapping[str, Any]) -> bool:
         """Whether it was measured under these conditions."""
-        return abs(self.sparsity - sparsity) <= SAME_SPARSITY and all(
-            str(conditions[name]).lower() == value.lower()
-            for name, value in self.conditions.items()
-            if name in conditions
-        )
+        same = (str(conditions.get(name, value)).lower() == value.lower() for name, value in self.conditions.items())
+        return abs(self.sparsity - sparsity) <= SAME_SPARSITY and all(same)
 
 
 def read_measured(path: str | Path) -> tuple[Measured, ...]:
     """Measured speedups from a CSV file, to stand where predictions would; InputError in one line.
 
-    Columns: :data:`MEASURED` (speedup: dense time over pruned time); optional :data:`MATCHED`, and the ends of the
+    Columns: family, sparsity, speedup (dense time over pruned time); optional :data:`MATCHED`, and the ends of the
     measurement's interval, ``speedup_lower`` and ``speedup_upper``. ``prunesim speedup --csv`` writes this form.
     """
-    return tuple(read_csv(read_bounded(path), str(path), MEASURED).each(_measured))
+    return tuple(read_csv(read_bounded(path), str(path), ("family", "sparsity", "speedup")).each(_measured))
 
 
 def _measured(cells: Mapping[str, str]) -> Measured:
@@ -275,8 +251,8 @@ def _measured(cells: Mapping[str, str]) -> Measured:
         raise InputError(f"sparsity: expected a fraction in [0, 1), got {cells['sparsity']}")
     lower, upper = (_number(cells, c) if cells.get(c) else speedup for c in ("speedup_lower", "speedup_upper"))
     if not 0.0 < lower <= speedup <= upper:
-        wanted = "0 < speedup_lower <= speedup <= speedup_upper"
-        raise InputError(f"speedup: expected {wanted}, got {lower:g}, {speedup:g}, {upper:g}")
+        got = f"{lower:g}, {speedup:g}, {upper:g}"
+        raise InputError(f"speedup: expected 0 < speedup_lower <= speedup <= speedup_upper, got {got}")
     return Measured({name: cells[name] for name in MATCHED if cells.get(name)}, sparsity, speedup, lower, upper)
 
 

@@ -5,17 +5,12 @@ choose a model and :meth:`QualityTable.axes` for the (metric, protocol) pairs th
 only on one axis: the same metric under the same protocol, hence over the same dense value. A table that breaks this is
 refused with the line that does.
 
-Columns: ``method`` (name of the method), ``family`` (of section "pruning"), ``model``, ``sparsity`` (fraction removed),
-``metric``, ``higher_is_better`` (true or false), ``dense`` and ``pruned`` (value of the metric), ``protocol`` (how it
-was measured: data, length, calibration, fine-tuning), ``source`` (where the row is from). Optional: ``relative_loss``
-(checked against the two values), ``options`` (of the family, ``name=value`` separated by semicolons), ``note``. Further
-columns are ignored.
+Columns are the fields of :class:`QualityRow`, options and note optional, and ``relative_loss``, checked against the two
+values where it is given. Further columns are ignored.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,16 +21,16 @@ from typing import Any
 from simulator.errors import InputError, unknown
 from simulator.files.csv import read_csv
 from simulator.files.read import read_bounded
+from simulator.predict.words import csv_text
 from simulator.pruning import FAMILIES
 
 FOLDER = Path(__file__).with_name("published")
 """Where the shipped tables lie."""
 
 _TEXTS = ("method", "family", "model", "metric", "protocol", "source")
-REQUIRED: tuple[str, ...] = (
-    *("method", "family", "model", "sparsity", "metric", "higher_is_better", "dense", "pruned", "protocol", "source"),
-)
-COLUMNS: tuple[str, ...] = (*REQUIRED[:8], "relative_loss", *REQUIRED[8:], "options", "note")
+_VALUES = ("method", "family", "model", "sparsity", "metric", "higher_is_better", "dense", "pruned")
+REQUIRED: tuple[str, ...] = (*_VALUES, "protocol", "source")
+COLUMNS: tuple[str, ...] = (*_VALUES, "relative_loss", "protocol", "source", "options", "note")
 """Columns of a table as :func:`table_text` writes them."""
 
 LOSS_TOLERANCE = 5e-4
@@ -58,26 +53,26 @@ class Axis:
 
 @dataclass(frozen=True)
 class QualityRow:
-    """Quality of one pruned model; ``sparsity`` is the fraction removed as the source counts it, ``options`` are those
-    of the family."""
+    """Quality of one pruned model."""
 
     method: str
-    family: str
+    family: str  # of section "pruning"
     model: str
-    sparsity: float
+    sparsity: float  # fraction removed, as the source counts it
     metric: str
     higher_is_better: bool
-    dense: float
+    dense: float  # value of the metric
     pruned: float
-    protocol: str
-    source: str
-    options: tuple[tuple[str, Any], ...] = ()
+    protocol: str  # how it was measured: data, length, calibration, fine-tuning
+    source: str  # where the row is from
+    options: tuple[tuple[str, Any], ...] = ()  # of the family; in a file name=value, separated by semicolons
     note: str = ""
 
     @property
     def relative_loss(self) -> float:
         """Drop of the metric (rise of a perplexity) relative to the dense model; below 0 where pruning did good."""
-        return relative_loss(self.dense, self.pruned, self.higher_is_better)
+        drop = self.dense - self.pruned if self.higher_is_better else self.pruned - self.dense
+        return drop / self.dense
 
     @property
     def axis(self) -> Axis:
@@ -85,22 +80,12 @@ class QualityRow:
         return Axis(self.metric, self.protocol)
 
 
-def relative_loss(dense: float, pruned: float, higher_is_better: bool) -> float:
-    """Relative loss of quality from two values of one metric under one protocol, dense > 0: the drop, or the rise where
-    lower is better.
-
-    >>> round(relative_loss(69.0, 62.24, True), 3), round(relative_loss(5.47, 5.89, False), 3)
-    (0.098, 0.077)
-    """
-    return ((dense - pruned) if higher_is_better else (pruned - dense)) / dense
-
-
 @dataclass(frozen=True)
 class QualityTable:
-    """Rows of a table, and its name for messages."""
+    """Rows of a table."""
 
     rows: tuple[QualityRow, ...]
-    name: str = "quality table"
+    name: str = "quality table"  # for messages
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -135,8 +120,6 @@ def choose_axis(table: QualityTable, metric: str = "", protocol: str = "", *, st
     Case does not matter, and empty stands for any. Of several axes the one with most families and points is taken, or
     with ``strict`` none: InputError, as when no axis fits, since metrics and protocols are never mixed.
 
-    Examples
-    --------
     >>> choose_axis(load_quality("published").of_model("llama-2-7b"), "zero-shot", "SLEB").protocol
     'SLEB Table 2, no fine-tuning'
     """
@@ -154,44 +137,30 @@ def choose_axis(table: QualityTable, metric: str = "", protocol: str = "", *, st
     return fitting[0]
 
 
-# -- files -------------------------------------------------------------------------------------------------------------
-
-
 def list_quality() -> tuple[str, ...]:
-    """Names of the shipped tables.
-
-    >>> "published" in list_quality()
-    True
-    """
+    """Names of the shipped tables."""
     return tuple(sorted(p.stem for p in FOLDER.glob("*.csv")))
 
 
-def load_quality(name_or_path: str | Path) -> QualityTable:
-    """A shipped table by name, or any CSV file by path; InputError in one line ``file:line: column: what is wrong``.
+def load_quality(name_or_path: str | Path | None = None) -> QualityTable:
+    """A shipped table by name, any CSV file by path, or all that ships, rows measured by this project first; InputError
+    in one line ``file:line: column: what is wrong``.
 
     >>> len(load_quality("published").of_model("llama-2-7b")) > 20
     True
     """
+    if name_or_path is None:
+        tables = [load_quality(name) for name in sorted(list_quality(), key=lambda name: name == "published")]
+        return QualityTable(tuple(r for t in tables for r in t.rows), "shipped quality tables")
     name = str(name_or_path)
     shipped = FOLDER / f"{name}.csv"
     path = shipped if shipped.is_file() and "/" not in name else Path(name_or_path)
     if not path.exists():
-        if path.suffix:
-            wanted = f"expected a quality table (CSV), or one of {', '.join(list_quality())}"
-            raise InputError(f"{path}: no such file; {wanted}")
-        raise unknown("quality table", name, list_quality())
+        if not path.suffix:
+            raise unknown("quality table", name, list_quality())
+        known = ", ".join(list_quality())
+        raise InputError(f"{path}: no such file; expected a quality table (CSV), or one of {known}")
     return read_quality(read_bounded(path), str(path))
-
-
-def shipped_quality(model: str) -> QualityTable:
-    """All shipped rows of a model, those measured by this project first.
-
-    >>> shipped_quality("llama-2-7b").models
-    ('llama-2-7b',)
-    """
-    tables = [load_quality(name) for name in sorted(list_quality(), key=lambda n: n == "published")]
-    rows = tuple(r for t in tables for r in t.rows)
-    return QualityTable(rows, "shipped quality tables").of_model(model)
 
 
 def read_quality(text: bytes | str, name: str = "quality table") -> QualityTable:
@@ -228,8 +197,8 @@ def _row(cells: Mapping[str, str]) -> QualityRow:
     if cells.get("relative_loss"):
         written, given = _number(cells, "relative_loss"), row.relative_loss
         if abs(written - given) > LOSS_TOLERANCE * max(1.0, abs(given)):
-            why = f"{written:g} does not follow from dense and pruned, which give {given:.4f}"
-            raise InputError(f"relative_loss: {why}")
+            says = f"{written:g} does not follow from dense and pruned, which give {given:.4f}"
+            raise InputError(f"relative_loss: {says}")
     return row
 
 
@@ -279,18 +248,11 @@ def _check_together(rows: Sequence[QualityRow], lines: Sequence[int], name: str)
 
 
 def table_text(rows: Iterable[QualityRow]) -> str:
-    """CSV text of rows, with :data:`COLUMNS`.
-
-    >>> row = QualityRow("m", "depth", "x", 0.25, "ppl", False, 5.0, 6.0, "p", "s")
-    >>> read_quality(table_text([row])).rows == (row,)
-    True
-    """
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    """CSV text of rows, with :data:`COLUMNS`: what :func:`read_quality` reads."""
+    out = []
     for r in rows:
         text = {name: f"{getattr(r, name):.10g}" for name in ("sparsity", "dense", "pruned")}
         text |= {"relative_loss": f"{r.relative_loss:.6f}", "higher_is_better": str(r.higher_is_better).lower()}
         text["options"] = ";".join(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in r.options)
-        writer.writerow([text[name] if name in text else getattr(r, name) for name in COLUMNS])
-    return out.getvalue()
+        out.append({**vars(r), **text})
+    return csv_text(out, COLUMNS)

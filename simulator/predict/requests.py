@@ -8,8 +8,8 @@ rows of many requests go through the family's function together; what a family a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,33 +33,27 @@ class Requests:
 
     shapes: tuple[tuple[int, int], ...]
     workloads: tuple[Workload, ...]
-    _groups: dict[str, list[tuple[Group, Workload]]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, model: ModelConfig, setting: Setting, phase: str, shapes: tuple[tuple[int, int], ...]) -> Requests:
         return cls(shapes, tuple(setting.lower(model, phase, b, s) for b, s in shapes))
 
-    def groups(self, together: str) -> list[tuple[Group, Workload]]:
-        """Requests that a family may prune together, and their rows as one workload."""
-        if together not in self._groups:
-            self._groups[together] = [(g, self._joined(g)) for g in _grouped(self.shapes, together)]
-        return self._groups[together]
+    @cached_property
+    def together(self) -> dict[str, list[tuple[Group, Workload]]]:
+        """What families say they can prune together -> the requests of each call, and their rows as one workload."""
+        groups = {"any": [tuple(range(len(self.shapes)))], "equal length": _by_length(self.shapes)}
+        return {name: [(group, self._joined(group)) for group in found] for name, found in groups.items()}
 
     def _joined(self, group: Group) -> Workload:
         workloads, batch = [self.workloads[i] for i in group], max(self.shapes[i][0] for i in group)
         return Workload.concat(workloads, meta=replace(workloads[0].meta, batch=batch))
 
 
-def _grouped(shapes: Sequence[tuple[int, int]], together: str) -> list[Group]:
-    every = range(len(shapes))
-    if together == "any":
-        return [tuple(every)]
-    if together != "equal length":
-        return [(i,) for i in every]
+def _by_length(shapes: Sequence[tuple[int, int]]) -> list[Group]:
     groups: list[list[int]] = []
     for length in dict.fromkeys(seq for _, seq in shapes):
         first = len(groups)
-        for i in sorted((i for i in every if shapes[i][1] == length), key=lambda i: shapes[i][0]):
+        for i in sorted((i for i, (_, seq) in enumerate(shapes) if seq == length), key=lambda i: shapes[i][0]):
             # rows of all tokens must stay apart from those of one a sequence, which token pruning tells by their number
             if len(groups) == first or shapes[i][0] >= shapes[groups[-1][0]][0] * length:
                 groups.append([])
@@ -74,7 +68,7 @@ def prune_all(
     :func:`simulator.prune`."""
     refused: dict[str, None] = {}
     call = partial(prune, family=family, sparsity=sparsity, ideal=ideal, **(options or {}))
-    groups = requests.groups(FAMILIES[family].together)
+    groups = requests.together[FAMILIES[family].together]
     return [part for group, joined in groups for part in _prune(requests, group, joined, call, refused)], tuple(refused)
 
 

@@ -103,18 +103,14 @@ def plain(column: Any) -> NDArray[Any]:
 
 @dataclass(frozen=True)
 class FamilyChoice:
-    """A family and the options it is run with, as sorted pairs.
-
-    >>> FamilyChoice("width", (("align", 64),)).label
-    'align=64'
-    """
+    """A family and the options it is run with."""
 
     name: str
-    options: tuple[tuple[str, Any], ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()  # sorted
 
     @property
     def label(self) -> str:
-        """The options as text."""
+        """The options as text: ``align=64``."""
         return ",".join(f"{name}={value}" for name, value in self.options)
 
 
@@ -128,13 +124,10 @@ instead."""
 
 @dataclass(frozen=True)
 class Piece:
-    """What is pruned and timed in one pass: requests of one model, setting and phase, each by every choice.
-
-    The setting's runtime is not looked at, since one pass times several.
-    """
+    """What is pruned and timed in one pass: requests of one model, setting and phase, each by every choice."""
 
     model: str | ModelConfig
-    setting: Setting
+    setting: Setting  # but for its runtime, since one pass times several
     phase: str
     shapes: tuple[tuple[int, int], ...]  # (batch, seq)
     choices: tuple[Choice, ...]
@@ -201,17 +194,13 @@ def columns_of(work: Work, hardware: Sequence[HardwareProfile], runtimes: tuple[
     sizes = [len(pruned) for _, _, pruned, _ in blocks]
     device, runtime = (np.repeat([block[i] for block in blocks], sizes) for i in (0, 1))
     pruned = np.concatenate([block[2] for block in blocks])
-    rank = np.empty(len(work.choice), dtype=np.intp)
-    rank[np.lexsort((work.choice, work.request))] = np.arange(len(rank))
-    order = np.argsort((rank[pruned] * len(hardware) + device) * len(runtimes) + runtime)
+    order = np.lexsort((runtime, device, work.choice[pruned], work.request[pruned]))
     device, runtime, pruned = device[order], runtime[order], pruned[order]
     request, choice, at = work.request[pruned], work.choice[pruned], dense + pruned
-
-    def timed(name: str) -> NDArray[Any]:
-        return np.concatenate([getattr(block[3], name)[dense:] for block in blocks])[order]
-
+    names = [f.name for f in fields(Comparison)]
+    timed = {name: np.concatenate([getattr(block[3], name)[dense:] for block in blocks])[order] for name in names}
     batch, seq = np.array(piece.shapes, dtype=np.int64)[request].T
-    speedup, gain = timed("speedup"), timed("roofline_bound") - 1.0
+    gain = timed["roofline_bound"] - 1.0
     need, need_pruned = work.bytes_needed[request], work.bytes_needed[at]
     capacity = np.array([float(hw.memory_bytes) for hw in hardware])[device]
     families = [family for family, _ in piece.choices]
@@ -220,7 +209,7 @@ def columns_of(work: Work, hardware: Sequence[HardwareProfile], runtimes: tuple[
         "family": (choice, (f.name for f in families)),
         "options": (choice, (f.label for f in families)),
         "runtime": (runtime, runtimes),
-        "limit": (timed("limit"), BOUNDS),
+        "limit": (timed["limit"], BOUNDS),
         "model": (0, [load_model(piece.model).name]),
         "phase": (0, [piece.phase]),
         "dtype": (0, [setting.dtype]),
@@ -229,18 +218,17 @@ def columns_of(work: Work, hardware: Sequence[HardwareProfile], runtimes: tuple[
         "parallel": (0, [setting.parallel if setting.devices > 1 else "none"]),
     }
     values: dict[str, Any] = {
+        **timed,
         "sparsity": work.asked[pruned],
         "realised_sparsity": work.realised[pruned],
         "batch": batch,
         "seq": seq,
-        "speedup": speedup,
-        "speedup_lower": timed("lower"),
-        "speedup_upper": timed("upper"),
+        "speedup_lower": timed["lower"],
+        "speedup_upper": timed["upper"],
         "flop_bound": work.pairs.flop_bound[at],
         "byte_bound": work.pairs.byte_bound[at],
-        **{name: timed(name) for name in ("dense_s", "pruned_s", "roofline_bound", "limit_share", "calibrated")},
         "measured_bound": np.nan,
-        "efficiency": np.where(gain > 1e-9, (speedup - 1.0) / np.where(gain > 1e-9, gain, 1.0), np.nan),
+        "efficiency": np.divide(timed["speedup"] - 1.0, gain, out=np.full(len(at), np.nan), where=gain > 1e-9),
         "level": setting.level,
         "new_tokens": setting.new_tokens if piece.phase == "generate" else 0,
         "devices": setting.devices,
@@ -253,8 +241,8 @@ def columns_of(work: Work, hardware: Sequence[HardwareProfile], runtimes: tuple[
         "choice": choice,
     }
     columns: Columns = {name: np.full(len(at), v) if np.ndim(v) == 0 else v for name, v in values.items()}
-    for name, (codes, names) in texts.items():
-        columns[name] = Text(np.broadcast_to(codes, len(at)).astype(np.int32), tuple(names))
+    for name, (codes, known) in texts.items():
+        columns[name] = Text(np.broadcast_to(codes, len(at)).astype(np.int32), tuple(known))
     return {name: columns[name] for name in (*COLUMNS, "choice")}
 
 
@@ -302,8 +290,6 @@ def records(columns: Columns) -> list[Record]:
     lists = [unknown if f.name == "measured_bound" else plain(values[f.name]).tolist() for f in fields(Record)]
     return [Record(*row) for row in zip(*lists)]
 
-
-# -- what is left out --------------------------------------------------------------------------------------------------
 
 Notes = dict[str, list[float]]
 """Reason -> sparsities at which something is left out for it."""

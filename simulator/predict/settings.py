@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from simulator.errors import InputError, unknown
 from simulator.hardware.library import load_hardware
 from simulator.models.lower import lower
+from simulator.models.parallel import PARALLEL as PARALLEL
 from simulator.pruning import check_fraction as check_fraction
 from simulator.workload import DTYPES, PHASES, RUNTIMES
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PARALLEL: tuple[str, ...] = ("tensor", "pipeline")
 MAX_TOKENS = 2**31 - 1
 """Tokens of a pass (batch x sequence) that the cost models are meant for: row indices of real kernels are 32-bit."""
 
@@ -54,10 +54,9 @@ class Setting:
 
     def lower(self, model: ModelConfig, phase: str, batch: int, seq: int) -> Workload:
         """The dense workload of a model in this setting."""
-        names = ("dtype", "weight_dtype", "kv_dtype", "fuse_qkv", "fuse_gate_up", "devices", "parallel")
-        tokens = self.new_tokens if phase == "generate" else 0
-        options = {name: getattr(self, name) for name in names}
-        return lower(model, phase=phase, batch=batch, seq=seq, new_tokens=tokens, **options)
+        options = {**vars(self), "new_tokens": self.new_tokens if phase == "generate" else 0}
+        del options["runtime"], options["level"]
+        return lower(model, phase=phase, batch=batch, seq=seq, **options)
 
 
 def once(values: Iterable[T]) -> tuple[T, ...]:

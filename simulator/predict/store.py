@@ -1,8 +1,7 @@
 """Where a sweep's table grows: a folder of whole parts beside the file, put together and removed when all are there.
 
-Use :class:`Store`. A part is written whole or not at all, so whatever kills a sweep loses the parts in flight and no
-more; a rerun goes on with those that are missing. The folder's manifest says which grid it belongs to, and a lock keeps
-a second sweep out.
+A part is written whole or not at all, so whatever kills a sweep loses the parts in flight and no more; a rerun goes on
+with those that are missing. The folder's manifest says which grid it belongs to, and a lock keeps a second sweep out.
 """
 
 from __future__ import annotations
@@ -19,20 +18,17 @@ from simulator.errors import InputError, one_line
 from simulator.files.parquet import load_pyarrow
 from simulator.files.write import check_target, replacing, write_whole
 
-GROUP_ROWS = 131_072
-"""Rows of a row group in the finished file."""
-
+GROUP_ROWS = 131_072  # of the finished file
 DIGEST_KEY, NOTES_KEY = b"prunesim.grid", b"prunesim.notes"
 
 
 @dataclass(frozen=True)
 class Store:
-    """The parts of one table: the Parquet file to be, the digest of everything its content follows from, and how many
-    parts there will be."""
+    """The parts of one table, the Parquet file to be."""
 
     target: Path
-    digest: str
-    parts: int
+    digest: str  # of everything the content follows from
+    parts: int  # as many there will be
 
     @property
     def folder(self) -> Path:
@@ -44,8 +40,7 @@ class Store:
         return self.folder / f"part-{index:06d}.parquet"
 
     def finished(self) -> bool:
-        """Whether the table is there already; InputError where the target is a folder, lies in none, or is something
-        else."""
+        """Whether the table is there already; InputError where the target is no place for it or something else."""
         check_target(self.target)
         if not self.target.exists():
             return False
@@ -61,13 +56,8 @@ class Store:
 
     @contextlib.contextmanager
     def opened(self, facts: Mapping[str, Any]) -> Iterator[set[int]]:
-        """The folder, made or taken up again, under a lock: indices of the parts that are there.
-
-        Raises
-        ------
-        InputError
-            Where another sweep is writing, or the parts are another grid's.
-        """
+        """The folder, made or taken up again, under a lock: indices of the parts that are there. InputError where
+        another sweep is writing, or the parts are another grid's."""
         manifest, own = self.folder / "manifest.json", {"digest": self.digest, "parts": self.parts}
         self.folder.mkdir(exist_ok=True)
         with _locked(self.folder / "lock", self.target):
@@ -76,7 +66,7 @@ class Store:
                     found = json.loads(manifest.read_text(encoding="utf-8"))
                 except (ValueError, RecursionError):
                     found = {}
-                if not isinstance(found, dict) or {name: found.get(name) for name in own} != own:
+                if not isinstance(found, dict) or not own.items() <= found.items():
                     what = "parts of another sweep (grid, filter, profiles or version differ)"
                     raise InputError(f"{self.folder}: holds {what}; remove it or name another file")
             else:
@@ -100,10 +90,10 @@ class Store:
         of the parts."""
         pyarrow, parquet = load_pyarrow()
         notes: dict[str, list[float]] = {}
+        waiting: list[Any] = []
+        writer: Any = None
         rows = 0
         with replacing(self.target) as name, contextlib.ExitStack() as stack:
-            writer: Any = None
-            waiting: list[Any] = []
             for index in range(self.parts):
                 table, own = self._read(index)
                 for reason, at in own.items():

@@ -12,15 +12,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +26,11 @@ from simulator.errors import InputError
 from simulator.files.parquet import load_pyarrow
 from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
-from simulator.predict.grid import Grid, grid_facts, read_grid
+from simulator.predict.grid import Grid, read_grid
 from simulator.predict.rows import COLUMNS, Columns, Notes, Piece, Text, columns_of, note, note_lines, plain, work_of
 from simulator.predict.store import NOTES_KEY, Store, check_room
 from simulator.predict.where import Filter, parse_filter
+from simulator.predict.workers import compute_parts
 
 MOST_CONFIGURATIONS = 100_000_000  # largest grid unless told otherwise
 PART_ROWS = 40_000  # configurations of a piece, about: a few megabytes of table
@@ -42,22 +38,20 @@ OPERATOR_ROWS = 120_000  # operators of a piece, about: 25 MB of columns, some 1
 REQUESTS = 64  # (batch, seq) pruned together
 NOTED = 8  # sparsities that a note lists at most
 
-BYTES_PER_ROW = 120.0
-"""Disk a configuration takes while a table is put together: about 50 B in a part, as much in the file, and a margin."""
+BYTES_PER_ROW = 120.0  # disk while a table is put together: about 50 B in a part, as much in the file, and a margin
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a sweep did: configurations in the grid; rows in the table, after the filter and without what is not
-    supported; the partitions there are and those found done; what was left out, one line a reason."""
+    """What a sweep did."""
 
     target: Path
-    configurations: int
-    rows: int
-    resumed: int
+    configurations: int  # in the grid
+    rows: int  # in the table, after the filter and without what is not supported
+    resumed: int  # partitions found done
     partitions: int
     seconds: float
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # what was left out, one line a reason
 
 
 def sweep(
@@ -70,33 +64,27 @@ def sweep(
     progress: Callable[[int, int], None] | None = None,
     most: int = MOST_CONFIGURATIONS,
 ) -> Summary:
-    """Predict every combination of a grid into a Parquet file.
+    """Predict every combination of a grid, or of the YAML file of one, into a Parquet file.
+
+    While it grows there is a folder ``OUT.parts`` beside it; the same call takes up the parts it finds there.
+    Raises InputError before any work, for a bad grid, filter, target or address, or a grid too large for the disk.
 
     Parameters
     ----------
-    grid : Grid, str or Path
-        A grid or the YAML file of one.
-    out : str or Path
-        The file. While it grows there is a folder ``OUT.parts`` beside it; the same call takes up the parts it finds
-        there.
     where : str, optional
         Rows to keep, such as ``speedup > 1.3 and batch == 1``; see :mod:`simulator.predict.where`.
     jobs : int
-        Processes on this machine, at least 1.
+        Processes on this machine.
     scheduler : str, optional
         Address of a running Dask scheduler; its workers compute instead.
     progress : callable, optional
         Called with configurations done and in all.
     most : int
-        Largest grid to accept.
-
-    Raises
-    ------
-    InputError
-        Before any work, for a bad grid, filter, target or address, and for a grid too large for the disk.
+        Configurations of the largest grid to accept.
     """
     began = time.monotonic()
     grid = grid if isinstance(grid, Grid) else read_grid(grid)
+    report = progress or (lambda done, of: None)
     _condition(where)
     if jobs < 1:
         raise InputError(f"jobs {jobs}: expected a whole number from 1")
@@ -110,17 +98,16 @@ def sweep(
         store.clear()
         resumed, rows = len(sizes), int(parquet.read_metadata(store.target).num_rows)
     else:
-        with store.opened({"version": __version__, "where": where, "grid": dict(grid_facts(grid))}) as there:
+        with store.opened({"version": __version__, "where": where, "grid": grid.facts()}) as there:
             todo, resumed = [i for i in range(len(sizes)) if i not in there], len(there)
             check_room(store.target, BYTES_PER_ROW * grid.size * (0.5 + 0.5 * len(todo) / len(sizes)))
             done = sum(sizes[i] for i in there)
-            if progress is not None and there:
-                progress(done, grid.size)
-            for index, content in _parts(partial(compute_part, grid, where), todo, jobs, scheduler):
+            if there:
+                report(done, grid.size)
+            for index, content in compute_parts(partial(compute_part, grid, where), todo, jobs, scheduler):
                 store.put(index, content)
                 done += sizes[index]
-                if progress is not None:
-                    progress(done, grid.size)
+                report(done, grid.size)
             rows, notes = store.assemble()
     seconds = time.monotonic() - began
     return Summary(store.target, grid.size, rows, resumed, len(sizes), seconds, note_lines(notes, NOTED))
@@ -129,20 +116,15 @@ def sweep(
 def sweep_columns(grid: Grid, where: str | None = None) -> tuple[Columns, tuple[str, ...]]:
     """A grid's rows as arrays in memory, texts as object arrays; and what was left out.
 
-    Examples
-    --------
-    >>> from simulator.predict.rows import FamilyChoice
-    >>> families = (FamilyChoice("depth"),)
-    >>> grid = Grid(("llama-3.1-8b",), ("h100",), (0.25, 0.5), ("decode",), (1, 8), (2048,), families)
-    >>> columns, notes = sweep_columns(grid, "sparsity > 0.3")
+    >>> grid = Grid(("llama-3.1-8b",), ("h100",), (0.5,), ("decode",), (1, 8), (2048,))
+    >>> columns, notes = sweep_columns(grid, "family == 'depth'")
     >>> columns["batch"].tolist(), columns["realised_sparsity"].tolist(), notes
     ([1, 8], [0.5, 0.5], ())
     """
     notes: Notes = {}
     found = [piece_columns(grid, piece, notes, where) for piece in pieces(grid)]
-    return {name: np.concatenate([plain(columns[name]) for columns in found]) for name in COLUMNS}, note_lines(
-        notes, NOTED
-    )
+    joined = {name: np.concatenate([plain(columns[name]) for columns in found]) for name in COLUMNS}
+    return joined, note_lines(notes, NOTED)
 
 
 def compute_part(grid: Grid, where: str | None, index: int) -> bytes:
@@ -199,14 +181,14 @@ def piece_columns(grid: Grid, piece: Piece, notes: Notes, where: str | None = No
     columns = columns_of(work_of(piece, refuse), [load_hardware(h) for h in grid.hardware], grid.runtimes, refuse)
     condition = _condition(where)
     if condition is not None:
-        mask = condition.mask(lambda name: plain(columns[name]), len(columns["speedup"]))
+        mask = condition(lambda name: plain(columns[name]), len(columns["speedup"]))
         columns = {name: column[mask] for name, column in columns.items()}
     return columns
 
 
 def digest(grid: Grid, where: str | None = None) -> str:
     """Digest of everything a table follows from: grid, filter, version, models and the files of the profiles."""
-    facts = json.dumps([__version__, where, dict(grid_facts(grid))], sort_keys=True, default=str)
+    facts = json.dumps([__version__, where, grid.facts()], sort_keys=True, default=str)
     sha = hashlib.sha256(facts.encode())
     for name in grid.models:
         sha.update(repr(load_model(name)).encode())
@@ -225,61 +207,3 @@ def _cached_pieces(grid: Grid) -> tuple[Piece, ...]:
 @lru_cache(maxsize=8)
 def _condition(where: str | None) -> Filter | None:
     return None if where is None else parse_filter(where, COLUMNS)
-
-
-# -- workers -----------------------------------------------------------------------------------------------------------
-
-
-def _parts(
-    compute: Callable[[int], bytes], todo: list[int], jobs: int, scheduler: str | None
-) -> Iterator[tuple[int, bytes]]:
-    """Parts as they come, from a cluster, from processes of this machine, or from this one."""
-    jobs = min(jobs, max(1, len(todo)))
-    if scheduler is not None:
-        from simulator.predict.dask import compute_on
-
-        yield from compute_on(scheduler, compute, todo)
-    elif jobs == 1:
-        for index in todo:
-            yield index, compute(index)
-    else:
-        # spawned: a forked child would inherit the locks of threads it does not have
-        context = get_context("spawn")
-        with ProcessPoolExecutor(jobs, mp_context=context, initializer=_follow, initargs=(os.getpid(),)) as pool:
-            try:
-                yield from windowed(lambda index: pool.submit(compute, index), todo, 2 * jobs)
-            except BrokenExecutor as error:
-                why = "a worker process ended before its time, perhaps for want of memory; the same command goes on"
-                raise OSError(why) from error
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-
-
-def windowed(submit: Callable[[int], Future[bytes]], todo: Iterable[int], many: int) -> Iterator[tuple[int, bytes]]:
-    """Results of tasks as they finish, never more than so many under way: their bytes are the only thing that adds
-    up."""
-    waiting = iter(todo)
-    under_way: dict[Future[bytes], int] = {}
-    while True:
-        for index in waiting:
-            under_way[submit(index)] = index
-            if len(under_way) >= many:
-                break
-        if not under_way:
-            return
-        for future in wait(under_way, return_when=FIRST_COMPLETED).done:
-            yield under_way.pop(future), future.result()
-
-
-def _follow(parent: int) -> None:
-    """End this worker when the process that started it is gone, whatever killed that."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    # Ctrl-C reaches the whole group; the parent answers it and ends this process
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=watch, daemon=True).start()

@@ -28,11 +28,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Table:
-    """Records, and what a person should know beside them (combinations left out, models that do not fit): one line
-    each."""
+    """Predictions; iterates over its records."""
 
     records: tuple[Record, ...]
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # what a person should know beside them: combinations left out, models that do not fit
 
     def __iter__(self) -> Iterator[Record]:
         return iter(self.records)
@@ -51,7 +50,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A prediction, its waterfall, and the GEMMs of the dense and the pruned model."""
+    """A prediction, its waterfall, and what it is of."""
 
     record: Record
     steps: tuple[Step, ...]
@@ -92,31 +91,21 @@ def table(
     ----------
     models, hardware : sequences
         Names, paths or loaded ones; a device named twice counts once.
-    family : sequence of str
-        Families of section "pruning", or ``all``.
-    sparsity : sequence of float
-        Fractions removed, each in [0, 1).
-    phase : sequence of {"prefill", "decode", "generate"}
-    batch, seq : sequence of int
-        Sequences, and tokens (prefill) or cached positions (decode) of each; at least 1.
-    setting : Setting, optional
-        Number formats, runtime, devices.
+    family, sparsity : sequences
+        Keys of :data:`simulator.FAMILIES`, or ``all``; fractions removed, each in [0, 1).
+    phase, batch, seq : sequences
+        Of "prefill", "decode" and "generate"; of sequences, and tokens (prefill) or cached positions (decode) of each.
     ideal : bool
         Leave out the work that pruning adds (routers, gathers).
-    options : mapping, optional
+    options : mapping
         Further options of the one family asked for.
-    progress : callable, optional
+    progress : callable
         Called with combinations done and their number.
 
     Returns
     -------
     Table
         Ordered by model, phase, batch, seq, family, sparsity, hardware.
-
-    Raises
-    ------
-    InputError
-        For bad values, and for a combination that the only family asked for does not support.
 
     Examples
     --------
@@ -128,7 +117,7 @@ def table(
     """
     chosen, fractions = families(family), once(check_fraction(s) for s in sparsity)
     requests, setting = requests_of(phase, batch, seq), setting or Setting()
-    devices, loaded = profiles(hardware), [load_model(m) if isinstance(m, str) else m for m in models]
+    devices, loaded = profiles(hardware), [load_model(m) for m in models]
     axes = {"model": loaded, "hardware": devices, "family": chosen, "sparsity": fractions, "phase": phase}
     for name, values in {**axes, "shape": batch and seq}.items():
         if not values:
@@ -186,12 +175,9 @@ def explanations(
     ideal: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> tuple[Explanation, ...]:
-    """The loss waterfall of one family at one sparsity, for every device, phase, batch and length; see :func:`table`.
+    """The loss waterfall of one family at one sparsity (or a mapping from projection kind to fraction), for every
+    device, phase, batch and length; see :func:`table`.
 
-    ``sparsity`` may also be a mapping from projection kind to fraction.
-
-    Examples
-    --------
     >>> import math
     >>> (e,) = explanations("llama-3.1-8b", ["h100"], "width", 0.25)
     >>> bool(abs(math.prod(step.factor for step in e.steps) - e.record.speedup) < 1e-9)
@@ -205,8 +191,7 @@ def explanations(
         fraction = {kind: check_fraction(s) for kind, s in sparsity.items()}
     else:
         fraction = check_fraction(sparsity)
-    config = load_model(model) if isinstance(model, str) else model
-    devices, setting, options = profiles(hardware), setting or Setting(), options or {}
+    config, devices, setting, options = load_model(model), profiles(hardware), setting or Setting(), options or {}
     choices = ((FamilyChoice(family, tuple(options.items())), fraction),)
 
     def refuse(_choice: int | None, reason: str, _device: str) -> None:

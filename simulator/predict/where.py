@@ -11,7 +11,7 @@ import ast
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -23,58 +23,29 @@ MOST_CHARACTERS = 2000
 
 Column = Callable[[str], NDArray[Any]]
 Value = Callable[[Column], Any]
+Filter = Callable[[Column, int], NDArray[np.bool_]]
+"""Rows for which a condition holds, from what gives a column by name and how many values it has."""
 
-_COMPARE: Mapping[type[ast.cmpop], Callable[[Any, Any], Any]] = {
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
+# fmt: off
+_OPERATORS: Mapping[type[ast.AST], Callable[[Any, Any], Any]] = {
+    ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
+    ast.Eq: operator.eq, ast.NotEq: operator.ne,
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.And: np.logical_and, ast.Or: np.logical_or,
 }
-_ARITHMETIC: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-}
+# fmt: on
 _CONSTANTS = {"true": True, "false": False}
 _SHOWN = {str: "text", bool: "condition", float: "number"}
 
 
-@dataclass(frozen=True)
-class Filter:
-    """A condition on columns, as it was written and as it is evaluated."""
-
-    text: str
-    value: Value
-
-    def mask(self, column: Column, size: int) -> NDArray[np.bool_]:
-        """Rows for which it holds; ``column`` gives a column of ``size`` values by name."""
-        with np.errstate(all="ignore"):
-            value = np.asarray(self.value(column))
-        return np.array(np.broadcast_to(value, (size,)), dtype=bool)
-
-
 def parse_filter(text: str, columns: Mapping[str, type]) -> Filter:
-    """A condition, checked.
+    """A condition, checked; ``columns`` says whether a column holds ``str``, ``float``, ``int`` or ``bool``.
 
-    Parameters
-    ----------
-    text : str
-    columns : mapping of str to {str, float, int, bool}
-        Columns there are, and what they hold.
+    Raises InputError where it cannot be read, names no column, compares texts with numbers, or is no condition.
 
-    Raises
-    ------
-    InputError
-        Where it cannot be read, names no column, compares texts with numbers, or is no condition.
-
-    Examples
-    --------
     >>> f = parse_filter("speedup > 1.3 and batch == 1", {"speedup": float, "batch": int})
     >>> table = {"speedup": np.array([1.2, 1.5, 1.6]), "batch": np.array([1, 1, 8])}
-    >>> f.mask(table.__getitem__, 3).tolist()
+    >>> f(table.__getitem__, 3).tolist()
     [False, True, False]
     """
     if len(text) > MOST_CHARACTERS:
@@ -89,7 +60,12 @@ def parse_filter(text: str, columns: Mapping[str, type]) -> Filter:
         raise InputError(f"--where {text!r}: cannot be read ({reason}); {wanted}") from None
     if kind is not bool:
         raise InputError(f"--where {text!r}: expected a condition such as speedup > 1.3, got a {_SHOWN[kind]}")
-    return Filter(text, value)
+
+    def mask(column: Column, size: int) -> NDArray[np.bool_]:
+        with np.errstate(all="ignore"):
+            return np.array(np.broadcast_to(np.asarray(value(column)), (size,)), dtype=bool)
+
+    return mask
 
 
 @dataclass(frozen=True)
@@ -108,16 +84,14 @@ class _Reader:
             constant = float(node.value) if type(node.value) is int else node.value
             return type(constant), lambda _: constant
         if isinstance(node, ast.BoolOp):
-            join, parts = np.logical_and if isinstance(node.op, ast.And) else np.logical_or, self.all(node.values, bool)
+            join, parts = _OPERATORS[type(node.op)], self.all(node.values, bool)
             return bool, lambda column: reduce(join, [part(column) for part in parts])
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-            (inner,) = self.all([node.operand], bool)
-            return bool, lambda column: np.logical_not(inner(column))
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-            (inner,) = self.all([node.operand], float)
-            return float, lambda column: -inner(column)
-        if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
-            combine, (left, right) = _ARITHMETIC[type(node.op)], self.all([node.left, node.right], float)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.Not, ast.USub)):
+            kind, change = (bool, np.logical_not) if isinstance(node.op, ast.Not) else (float, operator.neg)
+            (inner,) = self.all([node.operand], kind)
+            return kind, lambda column: change(inner(column))
+        if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+            combine, (left, right) = _OPERATORS[type(node.op)], self.all([node.left, node.right], float)
             return float, lambda column: combine(np.asarray(left(column), dtype=np.float64), right(column))
         if isinstance(node, ast.Compare):
             return bool, self.comparison(node)
@@ -134,13 +108,13 @@ class _Reader:
 
     def all(self, nodes: Sequence[ast.expr], wanted: type) -> list[Value]:
         """Values of one kind."""
-        out = []
+        found = []
         for node in nodes:
             kind, value = self.read(node)
             if kind is not wanted:
                 raise self.refusal(f"{ast.unparse(node)} is a {_SHOWN[kind]}, expected a {_SHOWN[wanted]}")
-            out.append(value)
-        return out
+            found.append(value)
+        return found
 
     def comparison(self, node: ast.Compare) -> Value:
         """One or several in a chain, each with the value before it."""
@@ -148,10 +122,10 @@ class _Reader:
         steps: list[Value] = []
         for op, right in zip(node.ops, node.comparators):
             if isinstance(op, (ast.In, ast.NotIn)) and isinstance(right, (ast.List, ast.Tuple, ast.Set)) and right.elts:
-                steps.append(_member(left, self.all(right.elts, kind), isinstance(op, ast.NotIn)))
-            elif type(op) in _COMPARE and (kind is float or isinstance(op, (ast.Eq, ast.NotEq))):
+                steps.append(partial(_member, left, self.all(right.elts, kind), isinstance(op, ast.NotIn)))
+            elif type(op) in _OPERATORS and (kind is float or isinstance(op, (ast.Eq, ast.NotEq))):
                 (value,) = self.all([right], kind)
-                steps.append(_pair(_COMPARE[type(op)], left, value))
+                steps.append(partial(_pair, _OPERATORS[type(op)], left, value))
                 left = value
             else:
                 raise self.refusal(f"cannot compare so in {ast.unparse(node)}")
@@ -161,13 +135,10 @@ class _Reader:
         return InputError(f"--where {self.text!r}: {why}")
 
 
-def _pair(compare: Callable[[Any, Any], Any], left: Value, right: Value) -> Value:
-    return lambda column: compare(left(column), right(column))
+def _pair(compare: Callable[[Any, Any], Any], left: Value, right: Value, column: Column) -> Any:
+    return compare(left(column), right(column))
 
 
-def _member(left: Value, members: Sequence[Value], negated: bool) -> Value:
-    def value(column: Column) -> Any:
-        found = reduce(np.logical_or, [left(column) == member(column) for member in members])
-        return np.logical_not(found) if negated else found
-
-    return value
+def _member(left: Value, members: Sequence[Value], negated: bool, column: Column) -> Any:
+    found = reduce(np.logical_or, [left(column) == member(column) for member in members])
+    return np.logical_not(found) if negated else found

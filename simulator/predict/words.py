@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from simulator.units import finite, percent
@@ -29,8 +29,7 @@ def setting_title(r: Record) -> str:
 
 
 def uncalibrated(records: Sequence[Any]) -> tuple[str, ...]:
-    """The note on devices whose prediction rests on something that was not fitted there; none where all are
-    calibrated."""
+    """The note on devices whose prediction rests on something that was not fitted there, if there are any."""
     names = ", ".join(dict.fromkeys(r.hardware for r in records if not r.calibrated))
     return (f"{names}: not calibrated for everything this needs; the intervals are wide for it",) if names else ()
 
@@ -59,15 +58,13 @@ def _and(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A CSV table with a header, numbers in full; what is missing or not finite is empty.
-
-    >>> csv_text([{"a": 0.1, "b": None}])
-    'a,b\\n0.1,\\n'
-    """
+def csv_text(rows: Sequence[Mapping[str, Any]], columns: Iterable[str] = ()) -> str:
+    """A CSV table with a header (the columns, else the names of the first row), numbers in full; what is missing or not
+    finite is empty."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(rows[0])
-    for row in rows:
-        writer.writerow(["" if finite(v) is None else repr(v) if isinstance(v, float) else v for v in row.values()])
+    names = tuple(columns or rows[0])
+    writer.writerow(names)
+    for values in ([row[name] for name in names] for row in rows):
+        writer.writerow(["" if finite(v) is None else repr(v) if isinstance(v, float) else v for v in values])
     return out.getvalue()

@@ -17,20 +17,17 @@ from typing import Any
 import numpy as np
 
 from simulator.errors import InputError, unknown
-from simulator.pruning._common import GROUPS, SUBLAYERS, Choice, Family, check_fraction
-from simulator.pruning._rows import layer_count, merge_runs, projections, weights
+from simulator.pruning._edits import merge_runs
+from simulator.pruning._family import GROUPS, SUBLAYERS, Choice, Family, check_fraction
+from simulator.pruning._rows import layer_count, projections, weights
 from simulator.workload import ROLES, Applied, Part, Workload
 
 __all__ = ["FAMILIES", "Family", "check_fraction", "prune"]
 
 
-def _discover() -> Mapping[str, Family]:
-    names = (module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
-    found = (importlib.import_module(f"{__name__}.{name}").FAMILY for name in names)
-    return MappingProxyType({family.name: family for family in sorted(found, key=lambda f: (f.order, f.name))})
-
-
-FAMILIES: Mapping[str, Family] = _discover()
+_MODULES = [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
+_FOUND: list[Family] = [importlib.import_module(f"{__name__}.{name}").FAMILY for name in _MODULES]
+FAMILIES: Mapping[str, Family] = MappingProxyType({f.name: f for f in sorted(_FOUND, key=lambda f: (f.order, f.name))})
 """Pruning families by name, in the order of tables."""
 
 
@@ -42,14 +39,11 @@ def prune(
     ideal: bool = False,
     **options: Any,
 ) -> Workload:
-    """The workload of the pruned model, with the sparsity asked for and the one realised in ``meta.applied``.
+    """The workload of the pruned model, with the sparsity asked for and the one realised in ``meta.applied``; anything
+    unknown, out of range or without meaning for this workload is an InputError.
 
     Parameters
     ----------
-    workload : Workload
-        From :func:`simulator.lower`, or pruned already.
-    family : str
-        A key of :data:`FAMILIES`.
     sparsity : float, mapping or sequence, in [0, 1)
         Fraction removed: everywhere; by projection (``"q"``, ``"down"``, ... or the groups ``"attention"``, ``"mlp"``,
         ``"qkv"``; what is not named stays dense, and a projection's own entry goes before its group's); or of each
@@ -58,11 +52,6 @@ def prune(
         Leave out the work that the method itself adds (routers, gathers, selections): the bound of the family.
     **options
         See ``FAMILIES[family].options``.
-
-    Raises
-    ------
-    InputError
-        One line, for anything unknown, out of range, or without meaning for this workload.
 
     Examples
     --------
@@ -75,15 +64,14 @@ def prune(
     if not isinstance(family, str) or family not in FAMILIES:
         raise unknown("pruning family", family, FAMILIES)
     chosen = FAMILIES[family]
-    for name in options:
+    if wrong := [name for name in options if name not in chosen.options]:
         if not chosen.options:
-            raise InputError(f"family {family} has no option {name!r}; it has none")
-        if name not in chosen.options:
-            raise unknown(f"option of family {family}", name, chosen.options)
+            raise InputError(f"family {family} has no option {wrong[0]!r}; it has none")
+        raise unknown(f"option of family {family}", wrong[0], chosen.options)
     work, choice = _resolve(workload, chosen, sparsity)
     pruned, realised = workload, 0.0
     if choice.rows.any():
-        pruned, realised = chosen.function(work, choice, ideal=bool(ideal), **{**chosen.options, **options})
+        pruned, realised = chosen.function(work, choice, ideal=bool(ideal), **options)
         if choice.form == "layer":
             pruned = merge_runs(pruned)
     applied = (*workload.meta.applied, Applied(family, choice.asked, realised))
@@ -101,12 +89,12 @@ def _resolve(w: Workload, family: Family, sparsity: Any) -> tuple[Workload, Choi
 
 
 def _by_layer(w: Workload, family: Family, sparsity: Any) -> tuple[Workload, Choice]:
-    layers, given = layer_count(w), len(sparsity)
+    layers = layer_count(w)
     if not family.per_layer:
         raise InputError(f"family {family.name} takes no sparsity by layer; give one fraction")
-    if np.ndim(sparsity) != 1 or given != layers:
+    if np.shape(sparsity) != (layers,):
         expected = f"expected {layers} fractions, one a layer of this model"
-        raise InputError(f"sparsity by layer: {expected}, got {given}")
+        raise InputError(f"sparsity by layer: {expected}, got {len(sparsity)}")
     table = np.array([check_fraction(s, f"sparsity of layer {i}:") for i, s in enumerate(sparsity)])
     wide = w.expand()
     rows = np.where(wide.layer >= 0, table[np.maximum(wide.layer, 0)], 0.0)

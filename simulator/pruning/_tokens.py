@@ -9,8 +9,8 @@ import numpy as np
 
 from simulator.columns import Array
 from simulator.errors import InputError
-from simulator.pruning._common import F
-from simulator.pruning._rows import covering, doubled, layer_count
+from simulator.pruning._edits import changed, doubled
+from simulator.pruning._rows import covering, layer_count
 from simulator.workload import Kind, Workload, role_code
 
 EXACT_TOKENS = 16
@@ -31,8 +31,6 @@ def token_points(tokens: int, keep: float) -> tuple[tuple[int, ...], tuple[float
     the means of :data:`BINS` bins of it, each shared between the two whole numbers around it; from
     :data:`CAPACITY_TOKENS` the mean alone.
 
-    >>> token_points(1, 0.75)
-    ((1,), (0.75,))
     >>> points, likely = token_points(64, 0.9)
     >>> len(points), round(sum(m * p for m, p in zip(points, likely)), 9)
     (8, 57.6)
@@ -71,7 +69,7 @@ def _binned(tokens: int, keep: float) -> tuple[Array, Array]:
     return np.minimum(means * (tokens * keep / (means @ weights)), tokens), weights  # undoes the rounding of the sums
 
 
-def split_tokens(w: Workload, keep: F) -> Workload:
+def split_tokens(w: Workload, keep: Array) -> Workload:
     """Rows of ``keep < 1`` on a random number of their tokens: a row a possible number, counted as often as expected.
 
     Tokens are ``m`` (``batch`` for decode attention); bytes of elementwise and collective rows follow; parameters are
@@ -81,20 +79,16 @@ def split_tokens(w: Workload, keep: F) -> Workload:
     if not len(chosen):
         return w
     pairs, inverse = np.unique(np.stack([tokens[chosen].astype(np.float64), keep[chosen]]), axis=1, return_inverse=True)
-    points, inverse = [token_points(int(t), float(p)) for t, p in pairs.T], inverse.reshape(-1)
-    length = np.array([len(many) for many, _ in points])
-    times = np.ones(len(w), dtype=np.int64)
-    times[chosen] = length[inverse]
-    index = np.repeat(np.arange(len(w)), times)
-    out, own = w.take(index), tokens[index]
-    many, chance, conserve = own.copy(), np.ones(len(out)), np.ones(len(w))
-    # the rows made of a chosen one take the points of its pair one after the other
-    split = (keep < 1.0)[index]
-    made, begin = length[inverse], (np.cumsum(length) - length)[inverse]
-    which = np.arange(made.sum()) + np.repeat(begin - (np.cumsum(made) - made), made)
-    many[split] = np.concatenate([many for many, _ in points])[which]
-    chance[split] = np.concatenate([chance for _, chance in points])[which]
+    inverse = inverse.reshape(-1)
+    points = [token_points(int(t), float(p)) for t, p in pairs.T]
+    times, conserve = np.ones(len(w), dtype=np.int64), np.ones(len(w))
+    times[chosen] = np.array([len(many) for many, _ in points])[inverse]
     conserve[chosen] = np.array([1.0 / sum(chance) for _, chance in points])[inverse]
+    index = np.repeat(np.arange(len(w)), times)
+    out, own, split = w.take(index), tokens[index], (keep < 1.0)[index]
+    many, chance = own.astype(np.float64), np.ones(len(out))
+    both = [np.array(pair) for pair in points]
+    many[split], chance[split] = np.concatenate([both[pair] for pair in inverse.tolist()], axis=1)
     share = many / np.maximum(own, 1)
     return out.replace(
         count=out.count * chance,
@@ -111,26 +105,25 @@ def tokens_of(w: Workload) -> Array:
     return np.where(w.kind == Kind.DECODE_ATTENTION, w.batch, w.m)
 
 
-def split_fused_qkv(w: Workload, s: F) -> tuple[Workload, F]:
+def split_fused_qkv(w: Workload, s: Array) -> tuple[Workload, Array]:
     """Fused q, k, v projections of sparsity ``s > 0`` as two GEMMs, queries and the rest; the sparsity of the rows."""
     queries, keys = (covering(w, w.is_attention, heads * w.head_dim) for heads in (w.heads, w.kv_heads))
     fused = (s > 0) & w.is_role("qkv") & (w.stage != 1) & (w.n != 2 * keys)  # not split before
     if not fused.any():
         return w, s
     if (w.stage[fused] == 2).any():
-        raise InputError(
-            "the queries of a low-rank fused qkv projection cannot be computed alone; lower with fuse_qkv=False"
-        )
+        alone = "the queries of a low-rank fused qkv projection cannot be computed alone"
+        raise InputError(f"{alone}; lower with fuse_qkv=False")
     out, index, first, rest = doubled(w, fused)
-    n = np.where(first, queries[index], np.where(rest, out.n - queries[index], out.n))
-    params = np.where(first | rest, out.params * (n / np.maximum(out.n, 1)), out.params)
-    return out.replace(n=n, role=np.where(first, role_code("q")[0], out.role), params=params), s[index]
+    n = np.where(first, queries[index], out.n - queries[index])
+    out = changed(out, first | rest, n=n, params=out.params * (n / np.maximum(out.n, 1)))
+    return changed(out, first, role=role_code("q")[0]), s[index]
 
 
-def query_share(w: Workload, keep: F) -> F:
+def query_share(w: Workload, keep: Array) -> Array:
     """Share of rotary (or query-key norm) left when ``keep`` of the query work is and all of the keys'; 1 of others."""
     heads, groups = (covering(w, w.is_attention, heads) for heads in (w.heads, w.kv_heads))
-    share: F = (heads * keep + groups) / np.maximum(heads + groups, 1)
+    share: Array = (heads * keep + groups) / np.maximum(heads + groups, 1)
     return np.where(w.is_role("rotary", "qk_norm") & (w.layer >= 0), share, 1.0)
 
 
@@ -139,12 +132,11 @@ def prompt_of(w: Workload) -> Array:
     none = np.iinfo(np.int64).max
     out = np.full(layer_count(w) + 1, none)
     decode = w.kind == Kind.DECODE_ATTENTION
-    rows = np.flatnonzero(decode if decode.any() else w.kind == Kind.PREFILL_ATTENTION)
-    length = w.kv_len[rows] - (1 if decode.any() else 0)  # a decode attends to its own position too
-    span = (w.layer[rows].astype(np.int64) << 32) | w.layers[rows]
-    for code in np.unique(span):
-        run = slice(code >> 32, (code >> 32) + (code & 0xFFFFFFFF))
-        out[run] = np.minimum(out[run], length[span == code].min())
+    rows = w.take(decode if decode.any() else w.kind == Kind.PREFILL_ATTENTION)
+    length = rows.kv_len - (1 if decode.any() else 0)  # a decode attends to its own position too
+    for first, many in sorted(set(zip(rows.layer.tolist(), rows.layers.tolist()))):
+        run = slice(first, first + many)
+        out[run] = np.minimum(out[run], length[(rows.layer == first) & (rows.layers == many)].min())
     out[out == none] = 0
     prompt: Array = np.where(w.layer >= 0, out[np.maximum(w.layer, 0)], 0)
     return prompt

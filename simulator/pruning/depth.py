@@ -8,12 +8,13 @@ import numpy as np
 
 from simulator.columns import Array
 from simulator.errors import InputError
-from simulator.pruning._common import SUBLAYERS, Choice, Family, one_of
-from simulator.pruning._rows import merge_runs, projections, removed, weights, whole_share
+from simulator.pruning._edits import changed, merge_runs, whole_share
+from simulator.pruning._family import SUBLAYERS, Choice, Family, Pruned, one_of
+from simulator.pruning._rows import projections, removed, weights
 from simulator.workload import Part, Workload
 
 
-def depth(w: Workload, choice: Choice, *, ideal: bool, unit: str, drop: Any) -> tuple[Workload, float]:
+def depth(w: Workload, choice: Choice, *, ideal: bool, unit: str = "layer", drop: Any = None) -> Pruned:
     """``round(s L)`` sublayers of each kind vanish with norm, residual, cache and parameters.
 
     ``unit``: "layer" (the same as "both", as equally many of both kinds go), "attention" or "mlp". ``drop`` names the
@@ -43,8 +44,7 @@ def _without(w: Workload, part: Part, sparsity: float, drop: Any) -> Workload:
     many = int(whole_share(sparsity, layers))
     if drop is None and ((w.layer == 0) & (w.layers == layers))[rows].all():  # all layers alike
         left = layers - many
-        count = np.where(rows, w.count * (left / layers), w.count)
-        kept = w.replace(count=count, layers=np.where(rows, left, w.layers))
+        kept = changed(w, rows, count=w.count * (left / layers), layers=left)
         return kept if left else kept.take(~rows)
     keep = np.ones(layers, dtype=bool)
     # the deepest layers but the last are those that published methods find redundant
@@ -54,7 +54,7 @@ def _without(w: Workload, part: Part, sparsity: float, drop: Any) -> Workload:
     wide = w.expand()
     rows = _rows(wide, part)
     layer = np.where(rows, wide.layer, 0)
-    return merge_runs(wide.replace(layer=np.where(rows, number[layer], wide.layer)).take(~rows | keep[layer]))
+    return merge_runs(changed(wide, rows, layer=number[layer]).take(~rows | keep[layer]))
 
 
 def _named(drop: Any, layers: int, many: int) -> Array:
@@ -69,9 +69,9 @@ def _named(drop: Any, layers: int, many: int) -> Array:
 
 
 FAMILY = Family(
-    name="depth", axis="static M", dynamic=False, order=1, together="any", function=depth,
+    function=depth, axis="static M", order=1,
     summary="layers, or attention or MLP sublayers, vanish with norm, residual and cache",
     cost="nothing",
     realised="layers (sublayers) removed / layers (sublayers addressed), weighted by their projection parameters",
-    options={"unit": "layer", "drop": None}, targets=SUBLAYERS, per_layer=False,
+    targets=SUBLAYERS, per_layer=False,
 )  # fmt: skip

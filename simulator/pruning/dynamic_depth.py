@@ -5,24 +5,22 @@ from __future__ import annotations
 import numpy as np
 
 from simulator.errors import InputError
-from simulator.pruning._common import SUBLAYERS, Choice, Family, flag, whole
-from simulator.pruning._rows import (
-    SCORE_BYTES,
+from simulator.pruning._added import (
     before_sublayer,
     insert,
     insertion,
-    moved,
     overhead_gemm,
     overheads,
-    stream_dtype,
+    stream_bytes,
     sublayer_ends,
-    whole_share,
 )
+from simulator.pruning._edits import changed, moved, whole_share
+from simulator.pruning._family import SCORE_BYTES, SUBLAYERS, Choice, Family, Pruned, flag, whole
 from simulator.pruning._tokens import query_share, split_fused_qkv, split_tokens
-from simulator.workload import DTYPE_BYTES, Kernel, Kind, Workload
+from simulator.workload import Kernel, Kind, Workload
 
 
-def dynamic_depth(w: Workload, choice: Choice, *, ideal: bool, prune_kv: bool, router: int) -> tuple[Workload, float]:
+def dynamic_depth(w: Workload, choice: Choice, *, ideal: bool, prune_kv: bool = False, router: int = 2) -> Pruned:
     """Each attention and MLP sublayer computes an expected share ``1-s`` of the tokens.
 
     k, v, their rotary and cache writes (and the norm before them) stay dense, so that later tokens find every key; with
@@ -38,21 +36,15 @@ def dynamic_depth(w: Workload, choice: Choice, *, ideal: bool, prune_kv: bool, r
         raise InputError("dynamic_depth: tokens are routed already; route once, at the final sparsity")
     w, s = split_fused_qkv(w, choice.rows) if dense_kv else (w, choice.rows)
     keep, routed = 1.0 - s, s > 0
-    prefill, decode = w.kind == Kind.PREFILL_ATTENTION, w.kind == Kind.DECODE_ATTENTION
+    prefill = w.kind == Kind.PREFILL_ATTENTION
     skips = routed & ~w.overhead & ~prefill
     if dense_kv:
-        w = w.replace(
-            density=np.where(prefill, w.density * keep, w.density),
-            kernel=np.where(prefill & routed, Kernel.BLOCK_SPARSE, w.kernel),
-            **moved(w, np.where(skips, query_share(w, keep), 1.0)),
-        )
+        w = changed(w, prefill & routed, density=w.density * keep, kernel=Kernel.BLOCK_SPARSE)
+        w = w.replace(**moved(w, np.where(skips, query_share(w, keep), 1.0)))
         skips &= ~w.is_role("k", "v", "qkv", "attention_norm", "rotary", "qk_norm", "cache_write")
     else:
         q_len, kv_len = (np.maximum(whole_share(keep, length), 1) for length in (w.q_len, w.kv_len))
-        w = w.replace(
-            q_len=np.where(prefill & routed, q_len, w.q_len),
-            kv_len=np.where((prefill | decode) & routed, kv_len, w.kv_len),
-        )
+        w = changed(w, w.is_attention & routed, q_len=q_len, kv_len=kv_len)
     keep = np.where(skips, keep, 1.0)
     if ideal:
         return split_tokens(w, keep), choice.asked
@@ -61,7 +53,7 @@ def dynamic_depth(w: Workload, choice: Choice, *, ideal: bool, prune_kv: bool, r
     first, several = before_sublayer(w, ends), w.m[ends] > 1
     at = ends[several]
     m, hidden = w.m[at], w.n[at]
-    size = m * hidden * DTYPE_BYTES[stream_dtype(w, at)]
+    size = m * hidden * stream_bytes(w, at)
     traffic = {"m": m, "n": hidden, "read_bytes": size + SCORE_BYTES * m, "write_bytes": size}
     gather, scatter = (overheads(w, at, role, **traffic) for role in ("gather", "scatter"))
     route = overhead_gemm(w, ends, "router", router, w.n[ends])
@@ -71,9 +63,9 @@ def dynamic_depth(w: Workload, choice: Choice, *, ideal: bool, prune_kv: bool, r
 
 
 FAMILY = Family(
-    name="dynamic_depth", axis="dynamic M", dynamic=True, order=7, together="any", function=dynamic_depth,
+    function=dynamic_depth, axis="dynamic M", dynamic=True, order=7,
     summary="each sublayer computes a share of the tokens; k and v stay dense (prune_kv=True prunes them)",
     cost="a router GEMM, a gather and a scatter a sublayer; at batch 1 in decode all or nothing",
     realised="expected share of token-sublayer pairs skipped",
-    options={"prune_kv": False, "router": 2}, targets=SUBLAYERS,
+    targets=SUBLAYERS,
 )  # fmt: skip

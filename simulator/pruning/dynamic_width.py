@@ -6,24 +6,12 @@ import numpy as np
 
 from simulator.columns import Array
 from simulator.errors import InputError
-from simulator.pruning._common import SUBLAYERS, Choice, F, Family, one_of, whole
-from simulator.pruning._rows import (
-    SCORE_BYTES,
-    Inserted,
-    aligned,
-    before_sublayer,
-    covering,
-    insert,
-    moved,
-    overhead_gemm,
-    overheads,
-    readers,
-    stream_dtype,
-    sublayer_ends,
-    writers,
-)
+from simulator.pruning._added import before_sublayer, insert, overhead_gemm, overheads, stream_bytes, sublayer_ends
+from simulator.pruning._edits import aligned, changed, moved
+from simulator.pruning._family import SCORE_BYTES, SUBLAYERS, Choice, Family, Pruned, one_of, whole
+from simulator.pruning._rows import covering, readers, writers
 from simulator.pruning._tokens import query_share, split_fused_qkv, tokens_of
-from simulator.workload import DTYPE_BYTES, Kernel, Part, Workload
+from simulator.workload import Kernel, Part, Workload
 
 KERNELS = ("tiles", "grouped", "looped")
 """A kernel that skips tiles; rows gathered for one grouped GEMM; rows gathered for a GEMM a group."""
@@ -33,8 +21,8 @@ ALIGN = 16
 
 
 def dynamic_width(
-    w: Workload, choice: Choice, *, ideal: bool, channel_groups: int, kernel: str
-) -> tuple[Workload, float]:
+    w: Workload, choice: Choice, *, ideal: bool, channel_groups: int = 32, kernel: str = "tiles"
+) -> Pruned:
     """Each (token, group) tile of q, attention, o, gate, up, down is computed with probability ``1-s``; k and v stay.
 
     A GEMM over M tokens runs sorted by the mask. A group is in use if any token chose it, with probability
@@ -55,9 +43,8 @@ def dynamic_width(
     outer = writers(w, "q", "gate", "up", "gate_up") & (s > 0)
     tiles = outer | (readers(w, "o", "down") & (s > 0))
     if np.isin(w.kernel[tiles], (Kernel.SPARSE24, Kernel.UNSTRUCTURED)).any():
-        raise InputError(
-            "dynamic_width: sparse projections have no kernel that also skips tiles; choose one of the two"
-        )
+        no_kernel = "sparse projections have no kernel that also skips tiles"
+        raise InputError(f"dynamic_width: {no_kernel}; choose one of the two")
     heads = covering(w, w.is_attention, w.kv_heads)
     groups = np.where(w.part == Part.ATTENTION, np.maximum(heads, 1), channel_groups)
     channels = w.is_role("activation") & (w.layer >= 0)
@@ -65,11 +52,9 @@ def dynamic_width(
     chance = -np.expm1(np.maximum(tokens_of(w), 1) * np.log(np.where(tiles, s, 0.5)))  # 1 - s^M
     used = np.where(tiles, chance, 1.0)
     pruned = _tiled(w, outer, tiles, s, used)
-    pruned = pruned.replace(
-        density=np.where(attention, w.density * (1.0 - s), pruned.density),
-        kernel=np.where(tiles | attention, Kernel.BLOCK_SPARSE, w.kernel),
-        **moved(w, np.where(channels, 1.0 - s, query_share(w, 1.0 - s))),
-    )
+    pruned = changed(pruned, tiles | attention, kernel=Kernel.BLOCK_SPARSE)
+    pruned = changed(pruned, attention, density=w.density * (1.0 - s))
+    pruned = pruned.replace(**moved(w, np.where(channels, 1.0 - s, query_share(w, 1.0 - s))))
     if ideal:
         return pruned, choice.asked
     if kernel == "looped":
@@ -77,37 +62,32 @@ def dynamic_width(
     return _with_overheads(w, pruned, s, groups, kernel != "tiles"), choice.asked
 
 
-def _tiled(w: Workload, outer: Array, tiles: Array, s: F, used: F) -> Workload:
+def _tiled(w: Workload, outer: Array, tiles: Array, s: Array, used: Array) -> Workload:
     """Tiled GEMMs over the tokens of a group in use and the width of all groups in use."""
     width, tokens = np.where(outer, w.n, w.k), np.maximum(tokens_of(w), 1).astype(np.float64)
-    kept = np.where(tiles, aligned(width, used, ALIGN), width)
-    m = np.where(tiles, np.ceil(tokens * (1.0 - s) / used - 1e-9), w.m).astype(np.int64)
-    exact = tokens * (1.0 - s) * width / np.maximum(m.astype(np.float64) * kept, 1.0)
-    n, k = np.where(outer, kept, w.n), np.where(tiles & ~outer, kept, w.k)
-    return w.replace(n=n, k=k, m=m, density=np.where(tiles, w.density * exact, w.density))
+    kept, m = aligned(width, used, ALIGN), np.ceil(tokens * (1.0 - s) / used - 1e-9)
+    exact = tokens * (1.0 - s) * width / np.maximum(m * kept, 1.0)
+    w = changed(w, tiles, m=m, density=w.density * exact)
+    return changed(changed(w, outer, n=kept), tiles & ~outer, k=kept)
 
 
-def _looped(w: Workload, tiled: Workload, outer: Array, tiles: Array, s: F, used: F, groups: Array) -> Workload:
+def _looped(w: Workload, tiled: Workload, outer: Array, tiles: Array, s: Array, used: Array, groups: Array) -> Workload:
     """Tiled GEMMs of several tokens as one GEMM for each group in use, the FLOPs the same."""
     width = np.where(outer, w.n, w.k)
     groups = np.minimum(groups, np.maximum(width, 1))
     many, each = np.where(tiles, groups * used, 1.0), -(-width // groups)
     exact = tokens_of(w).astype(np.float64) * (1.0 - s) * width / np.maximum(tiled.m * each * many, 1.0)
-    return tiled.replace(
-        n=np.where(tiles & outer, each, tiled.n),
-        k=np.where(tiles & ~outer, each, tiled.k),
-        density=np.where(tiles, w.density * exact, tiled.density),
-        count=tiled.count * many,
-        params=tiled.params / many,
-    )
+    tiled = tiled.replace(count=tiled.count * many, params=tiled.params / many)
+    tiled = changed(tiled, tiles, density=w.density * exact)
+    return changed(changed(tiled, tiles & outer, n=each), tiles & ~outer, k=each)
 
 
-def _with_overheads(w: Workload, pruned: Workload, s: F, groups: Array, gathered: bool) -> Workload:
+def _with_overheads(w: Workload, pruned: Workload, s: Array, groups: Array, gathered: bool) -> Workload:
     at = np.flatnonzero(sublayer_ends(w) & (s > 0))
-    m, hidden, size, outputs = w.m[at], w.n[at], DTYPE_BYTES[stream_dtype(w, at)], groups[at]
+    m, hidden, size, outputs = w.m[at], w.n[at], stream_bytes(w, at), groups[at]
     scores, chosen, place = m * outputs, m * outputs * (1.0 - s[at]), before_sublayer(w, at)
     sort = overheads(w, at, "sort", m=m, n=outputs, read_bytes=scores * size, write_bytes=chosen * SCORE_BYTES)
-    parts: Inserted = [(place, overhead_gemm(w, at, "router", outputs, hidden)), (place, sort)]
+    parts = [(place, overhead_gemm(w, at, "router", outputs, hidden)), (place, sort)]
     if gathered and (several := m > 1).any():
         rows, pairs, n = at[several], chosen[several], hidden[several]
         traffic = dict.fromkeys(("read_bytes", "write_bytes"), pairs * n * size[several])
@@ -118,10 +98,10 @@ def _with_overheads(w: Workload, pruned: Workload, s: F, groups: Array, gathered
 
 
 FAMILY = Family(
-    name="dynamic_width", axis="dynamic N, K", dynamic=True, order=8, together="any", function=dynamic_width,
+    function=dynamic_width, axis="dynamic N, K", dynamic=True, order=8,
     summary="head groups and channel groups chosen per token; k and v stay dense",
     cost="a router and a sort of its mask a sublayer; a batch uses the union of its tokens' groups; "
          "copies where no kernel skips tiles",
     realised="expected share of (token, group) tiles skipped",
-    options={"channel_groups": 32, "kernel": "tiles"}, targets=SUBLAYERS,
+    targets=SUBLAYERS,
 )  # fmt: skip

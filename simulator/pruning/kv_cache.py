@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from simulator.pruning._common import Choice, Family, whole
-from simulator.pruning._rows import SCORE_BYTES, insert, overheads, removed, whole_share
+from simulator.pruning._added import insert, overheads
+from simulator.pruning._edits import changed, whole_share
+from simulator.pruning._family import SCORE_BYTES, Choice, Family, Pruned, whole
+from simulator.pruning._rows import removed
 from simulator.pruning._tokens import prompt_of
 from simulator.workload import DTYPE_BYTES, Kind, Workload
 
 
-def kv_cache(w: Workload, choice: Choice, *, ideal: bool, observed: int) -> tuple[Workload, float]:
+def kv_cache(w: Workload, choice: Choice, *, ideal: bool, observed: int = 32) -> Pruned:
     """``round((1-s) S)`` of the S prompt positions stay in the cache, at least one; what is generated stays.
 
     Prefill rows gain nothing and pay in every layer: the last ``observed`` queries score all keys (``mask``: reads K,
@@ -23,7 +25,7 @@ def kv_cache(w: Workload, choice: Choice, *, ideal: bool, observed: int) -> tupl
     kept = np.maximum(whole_share(1.0 - choice.rows, prompt), 1)
     evicted = np.where(choice.rows > 0, prompt - kept, 0)
     decode, prefill = w.kind == Kind.DECODE_ATTENTION, w.kind == Kind.PREFILL_ATTENTION
-    out = w.replace(kv_len=np.where(decode, w.kv_len - evicted, w.kv_len))
+    out = changed(w, decode, kv_len=w.kv_len - evicted)
     rows = prefill if prefill.any() else decode
     realised = removed(float(prompt[rows] @ w.count[rows]), float((prompt - evicted)[rows] @ w.count[rows]))
     at = np.flatnonzero(prefill & (choice.rows > 0))
@@ -46,9 +48,9 @@ def kv_cache(w: Workload, choice: Choice, *, ideal: bool, observed: int) -> tupl
 
 
 FAMILY = Family(
-    name="kv_cache", axis="K of decode attention", dynamic=True, order=11, together="equal length", function=kv_cache,
+    function=kv_cache, axis="K of decode attention", dynamic=True, order=11, together="equal length",
     summary="a share of the prompt's cache kept",
     cost="scoring, selection and compaction at the end of the prefill",
     realised="prompt positions evicted from the cache / prompt positions",
-    options={"observed": 32}, support=("decode", "generate"),
+    support=("decode", "generate"),
 )  # fmt: skip

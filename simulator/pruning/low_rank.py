@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from simulator.errors import InputError
-from simulator.pruning._common import WEIGHTS, Choice, Family, whole
-from simulator.pruning._rows import biases, doubled, parameters_removed, projections
+from simulator.pruning._edits import changed, doubled
+from simulator.pruning._family import WEIGHTS, Choice, Family, Pruned, whole
+from simulator.pruning._rows import biases, parameters_removed, projections
 from simulator.workload import Kernel, Workload
 
 
-def low_rank(w: Workload, choice: Choice, *, ideal: bool, align: int) -> tuple[Workload, float]:
+def low_rank(w: Workload, choice: Choice, *, ideal: bool, align: int = 16) -> Pruned:
     """W of N x K becomes K x r and r x N, r = ``floor((1-s) N K / (N + K))`` rounded up to ``align``, at most N and K.
 
     A fused projection is factorised as one; a tensor-parallel device factorises its own shard. A bias stays with the
@@ -29,19 +30,15 @@ def low_rank(w: Workload, choice: Choice, *, ideal: bool, align: int) -> tuple[W
     owned = np.where(bias > 0, 1.0, w.params / np.maximum(n * k, 1.0))  # 1, or more where only some executions own them
     out, index, first, second = doubled(w, rows)
     r, owned = rank[index], owned[index]
-    shared = np.where(
-        first, owned * r * out.k, np.where(second, owned * r * out.n + (bias[index] > 0) * out.n, out.params)
-    )
-    out = out.replace(
-        n=np.where(first, r, out.n), k=np.where(second, r, out.k), stage=out.stage + first + 2 * second, params=shared
-    )
+    out = changed(out, first, n=r, stage=1, params=owned * r * out.k)
+    out = changed(out, second, k=r, stage=2, params=owned * r * out.n + (bias[index] > 0) * out.n)
     return out, parameters_removed(w, out)
 
 
 FAMILY = Family(
-    name="low_rank", axis="static K", dynamic=False, order=5, together="any", function=low_rank,
+    function=low_rank, axis="static K", order=5,
     summary="each projection becomes two GEMMs of a small rank",
     cost="a second launch, thin GEMMs, traffic of the intermediate",
     realised="parameters of the projections removed / parameters of the projections, after rounding the ranks",
-    options={"align": 16}, targets=WEIGHTS,
+    targets=WEIGHTS,
 )  # fmt: skip

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from simulator.errors import InputError
-from simulator.pruning._common import WEIGHTS, Choice, Family
-from simulator.pruning._rows import projections, zeroed
+from simulator.pruning._edits import zeroed
+from simulator.pruning._family import WEIGHTS, Choice, Family, Pruned
+from simulator.pruning._rows import projections
 from simulator.workload import Kernel, Workload
 
 
-def semi_structured(w: Workload, choice: Choice, *, ideal: bool) -> tuple[Workload, float]:
+def semi_structured(w: Workload, choice: Choice, *, ideal: bool) -> Pruned:
     """2:4 in the projections: density 0.5 on the sparse tensor cores. ``m`` stays logical; the kernel pads it to 8.
 
     A part of the projections is chosen by a per-projection or per-layer sparsity of 0.5 and 0.
@@ -21,7 +22,7 @@ def semi_structured(w: Workload, choice: Choice, *, ideal: bool) -> tuple[Worklo
 
 
 FAMILY = Family(
-    name="semi_structured", axis="static K", dynamic=False, order=4, together="any", function=semi_structured,
+    function=semi_structured, axis="static K", order=4,
     summary="2:4 sparsity in all projections: half the weights and FLOPs, plus 2-bit indices",
     cost="kernels less efficient than dense ones; no gain, often a loss, when M is small",
     realised="zero parameters / parameters of the projections (0.5)",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from simulator.pruning._common import Choice, Family, one_of
-from simulator.pruning._rows import SCORE_BYTES, insert, overheads
+from simulator.pruning._added import insert, overheads
+from simulator.pruning._edits import changed
+from simulator.pruning._family import SCORE_BYTES, Choice, Family, Pruned, one_of
 from simulator.workload import DTYPE_BYTES, Kernel, Kind, Workload
 
 
-def sparse_attention(w: Workload, choice: Choice, *, ideal: bool, block: int) -> tuple[Workload, float]:
+def sparse_attention(w: Workload, choice: Choice, *, ideal: bool, block: int = 64) -> Pruned:
     """A share ``1-s`` of the q-k blocks of edge ``block`` is computed; in decode, of the cache's blocks is read.
 
     Cost, an attention: prefill pools queries and keys by block and scores the pooled ones (``mask``: reads Q and K,
@@ -18,11 +19,7 @@ def sparse_attention(w: Workload, choice: Choice, *, ideal: bool, block: int) ->
     """
     one_of("block", block, (16, 64, 128))
     rows = w.is_attention & (choice.rows > 0)
-    out = w.replace(
-        density=np.where(rows, w.density * (1.0 - choice.rows), w.density),
-        block=np.where(rows, block, w.block),
-        kernel=np.where(rows, Kernel.BLOCK_SPARSE, w.kernel),
-    )
+    out = changed(w, rows, density=w.density * (1.0 - choice.rows), block=block, kernel=Kernel.BLOCK_SPARSE)
     at = np.flatnonzero(rows)
     if ideal or not len(at):
         return out, choice.asked if len(at) else 0.0
@@ -41,10 +38,8 @@ def sparse_attention(w: Workload, choice: Choice, *, ideal: bool, block: int) ->
 
 
 FAMILY = Family(
-    name="sparse_attention", axis="dynamic N, K of attention", dynamic=True, order=9, together="any",
-    function=sparse_attention,
+    function=sparse_attention, axis="dynamic N, K of attention", dynamic=True, order=9,
     summary="a share of the q-k blocks (16, 64 or 128) computed; in decode, of the cache's blocks read",
     cost="scoring and choosing the blocks; small blocks cost more a pair",
     realised="share of q-k pairs skipped",
-    options={"block": 64},
 )  # fmt: skip

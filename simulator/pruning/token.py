@@ -11,21 +11,10 @@ import numpy as np
 
 from simulator.columns import Array
 from simulator.errors import InputError
-from simulator.pruning._common import Choice, Family, one_of, whole
-from simulator.pruning._rows import (
-    SCORE_BYTES,
-    Inserted,
-    before_sublayer,
-    insert,
-    layer_count,
-    merge_runs,
-    moved,
-    overheads,
-    removed,
-    split_at,
-    sublayer_ends,
-    whole_share,
-)
+from simulator.pruning._added import before_sublayer, insert, overheads, sublayer_ends
+from simulator.pruning._edits import changed, merge_runs, moved, split_at, whole_share
+from simulator.pruning._family import SCORE_BYTES, Choice, Family, Pruned, one_of, whole
+from simulator.pruning._rows import layer_count, removed
 from simulator.pruning._tokens import prompt_of
 from simulator.workload import DTYPE_BYTES, Kind, Part, Phase, Workload
 
@@ -33,7 +22,7 @@ START = 2
 """First layer on fewer tokens unless told otherwise; dropping hurts early layers most (FastV drops after layer 2)."""
 
 
-def token(w: Workload, choice: Choice, *, ideal: bool, start: Any, mode: str) -> tuple[Workload, float]:
+def token(w: Workload, choice: Choice, *, ideal: bool, start: Any = None, mode: str = "dynamic") -> Pruned:
     """From layer ``start`` (default 2), ``round((1-s) S)`` of S prompt tokens, at least 1, stay and are cached.
 
     A per-layer sparsity is the share of the prompt missing in each layer; it never falls from one layer to the next.
@@ -63,10 +52,9 @@ def token(w: Workload, choice: Choice, *, ideal: bool, start: Any, mode: str) ->
     if not ideal:
         out = _with_selection(w, out, table, kept, prompt, mode)
     share = kept / np.maximum(prompt, 1)
-    shares = [
-        share[(w.layer <= i) & (w.layer + w.layers > i)][0] for i in range(0 if per_layer else layers - 1, layers)
-    ]
-    return merge_runs(out), float(np.mean([removed(1.0, float(x)) for x in shares]))
+    counted = range(layers) if per_layer else (layers - 1,)
+    shares = [float(share[(w.layer <= i) & (w.layer + w.layers > i)][0]) for i in counted]
+    return merge_runs(out), float(np.mean([removed(1.0, x) for x in shares]))
 
 
 def _dropped(w: Workload, table: Array) -> tuple[Workload, Array, Array]:
@@ -80,13 +68,8 @@ def _dropped(w: Workload, table: Array) -> tuple[Workload, Array, Array]:
     fewer = (w.phase == Phase.PREFILL) & (s > 0) & ~sampled & (w.m > 0)
     m = np.where(fewer, np.maximum(w.m * kept // np.maximum(prompt, 1), 1), w.m)
     q_len, kv_len = (np.maximum(length - (prompt - kept), 1) for length in (w.q_len, w.kv_len))
-    out = w.replace(
-        m=m,
-        q_len=np.where(w.kind == Kind.PREFILL_ATTENTION, q_len, w.q_len),
-        kv_len=np.where(w.is_attention, kv_len, w.kv_len),
-        **moved(w, np.where(fewer, m / np.maximum(w.m, 1), 1.0)),
-    )
-    return out, kept, prompt
+    out = changed(w, w.is_attention, q_len=q_len, kv_len=kv_len)
+    return out.replace(m=m, **moved(w, np.where(fewer, m / np.maximum(w.m, 1), 1.0))), kept, prompt
 
 
 def _with_selection(w: Workload, out: Workload, table: Array, kept: Array, prompt: Array, mode: str) -> Workload:
@@ -100,19 +83,17 @@ def _with_selection(w: Workload, out: Workload, table: Array, kept: Array, promp
     left, hidden = x.batch * kept[rows], int(w.n[sublayer_ends(w)].max())
     stream, scores, index = left * hidden * DTYPE_BYTES[x.dtype], before * x.heads * SCORE_BYTES, left * SCORE_BYTES
     once = {"layers": np.ones(len(rows)), "count": x.count / np.maximum(x.layers, 1)}  # in one layer only
-    parts: Inserted = []
-    if mode == "dynamic":
-        select = {"m": before, "n": x.heads, "read_bytes": scores, "write_bytes": index}
-        parts.append((place, overheads(w, rows, "select", **select, **once)))
-    gather = {"m": left, "n": hidden, "read_bytes": stream + index, "write_bytes": stream}
-    parts.append((place, overheads(w, rows, "gather", **gather, **once)))
-    return insert(out, parts)
+    traffic: dict[str, Any] = {
+        "select": {"m": before, "n": x.heads, "read_bytes": scores, "write_bytes": index},
+        "gather": {"m": left, "n": hidden, "read_bytes": stream + index, "write_bytes": stream},
+    }
+    roles = ("select", "gather") if mode == "dynamic" else ("gather",)
+    return insert(out, [(place, overheads(w, rows, role, **traffic[role], **once)) for role in roles])
 
 
 FAMILY = Family(
-    name="token", axis="static or dynamic M", dynamic=True, order=10, together="equal length", function=token,
+    function=token, axis="static or dynamic M", dynamic=True, order=10, together="equal length",
     summary="prompt tokens dropped from a layer on, and from the cache",
     cost="scoring and gathering of the tokens where they are dropped",
     realised="prompt tokens dropped / prompt tokens, from the layer on",
-    options={"start": None, "mode": "dynamic"},
 )  # fmt: skip

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from simulator.pruning._common import WEIGHTS, Choice, Family
-from simulator.pruning._rows import zeroed
+from simulator.pruning._edits import zeroed
+from simulator.pruning._family import WEIGHTS, Choice, Family, Pruned
 from simulator.workload import Kernel, Workload
 
 
-def unstructured(w: Workload, choice: Choice, *, ideal: bool) -> tuple[Workload, float]:
+def unstructured(w: Workload, choice: Choice, *, ideal: bool) -> Pruned:
     """Density ``1-s`` in the projections; counted in the bounds, timed as dense."""
     return zeroed(w, choice, Kernel.UNSTRUCTURED, "unstructured")
 
 
 FAMILY = Family(
-    name="unstructured", axis="static K", dynamic=False, order=6, together="any", function=unstructured,
+    function=unstructured, axis="static K", order=6,
     summary="zeros without structure in all projections",
     cost="no gain: dense kernels compute the zeros; the bounds count them",
     realised="zero parameters / parameters of the projections",

@@ -8,12 +8,13 @@ import numpy as np
 
 from simulator.columns import Array
 from simulator.errors import InputError
-from simulator.pruning._common import QKV, SUBLAYERS, Choice, Family, whole
-from simulator.pruning._rows import aligned, covering, moved, parameters_removed, readers, resized, whole_share, writers
+from simulator.pruning._edits import aligned, moved, resized, whole_share
+from simulator.pruning._family import QKV, SUBLAYERS, Choice, Family, Pruned, whole
+from simulator.pruning._rows import covering, parameters_removed, readers, writers
 from simulator.workload import Workload
 
 
-def width(w: Workload, choice: Choice, *, ideal: bool, align: int, inner: Any) -> tuple[Workload, float]:
+def width(w: Workload, choice: Choice, *, ideal: bool, align: int = 16, inner: Any = None) -> Pruned:
     """``round((1-s) G)`` KV groups stay, at least one; the inner width becomes ``(1-s)`` of itself, up to ``align``.
 
     On tensor-parallel devices both hold for each device's share, so that devices stay balanced. ``inner`` sets the
@@ -60,10 +61,10 @@ def _mlp(w: Workload, s: Array, align: int, inner: Any) -> Workload:
 
 
 FAMILY = Family(
-    name="width", axis="static N -> K", dynamic=False, order=2, together="any", function=width,
+    function=width, axis="static N -> K", order=2,
     summary="KV groups with their query heads, and MLP channels, vanish; the cache shrinks with them",
     cost="alignment and tile effects of the narrower shapes",
     realised="parameters of the projections removed / parameters of the projections, "
              "after rounding groups and inner width",
-    options={"align": 16, "inner": None}, targets=SUBLAYERS,
+    targets=SUBLAYERS,
 )  # fmt: skip

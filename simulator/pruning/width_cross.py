@@ -5,19 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from simulator.errors import InputError
-from simulator.pruning._common import Choice, Family, flag, whole
-from simulator.pruning._rows import (
-    INPUTS,
-    aligned,
-    insert,
-    moved,
-    overhead_gemm,
-    parameters_removed,
-    readers,
-    resized,
-    sublayer_ends,
-)
+from simulator.pruning._added import insert, overhead_gemm, sublayer_ends
+from simulator.pruning._edits import aligned, moved, resized
+from simulator.pruning._family import QKV, Choice, Family, Pruned, flag, whole
+from simulator.pruning._rows import parameters_removed, readers
 from simulator.workload import Kind, Workload
+
+INPUTS = (*QKV, "gate", "up", "gate_up")
+"""Projections that read the hidden state."""
 
 NORMS = ("attention_norm", "mlp_norm", "post_norm", "final_norm")
 STREAM = ("embedding", *NORMS, "residual", "gather", "scatter", "quantize", "all_reduce", "send")
@@ -25,8 +20,8 @@ STREAM = ("embedding", *NORMS, "residual", "gather", "scatter", "quantize", "all
 
 
 def width_cross(
-    w: Workload, choice: Choice, *, ideal: bool, align: int, residual_projections: bool
-) -> tuple[Workload, float]:
+    w: Workload, choice: Choice, *, ideal: bool, align: int = 16, residual_projections: bool = False
+) -> Pruned:
     """The hidden size H becomes H' = ``(1-s) H`` rounded up to ``align`` in embedding, norms, projections and head.
 
     ``residual_projections`` adds the two H'xH' GEMMs a layer with which SliceGPT turns the residual stream from one
@@ -52,9 +47,9 @@ def width_cross(
 
 
 FAMILY = Family(
-    name="width_cross", axis="static N, K across layers", dynamic=False, order=3, together="any", function=width_cross,
+    function=width_cross, axis="static N, K across layers", order=3,
     summary="the hidden size shrinks everywhere: embedding, norms, projections, residual stream, head",
     cost="optional residual projections H'xH', two a layer (residual_projections=True)",
     realised="parameters of the projections removed / parameters of the projections, after rounding the hidden size",
-    options={"align": 16, "residual_projections": False}, per_layer=False,
+    per_layer=False,
 )  # fmt: skip

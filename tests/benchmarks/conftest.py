@@ -1,6 +1,6 @@
-"""Benchmarks: ``pytest --override-ini addopts= -s tests/benchmarks`` (on a busy machine add ``--benchmark-timer=time.process_time``).
+"""Benchmarks: ``pytest --override-ini addopts= -s tests/benchmarks``; busy: ``--benchmark-timer=time.process_time``.
 
-A rate is judged against its floor only with ``PRUNESIM_FLOORS=1``: absolute figures mean nothing on a machine that is busy with other work.
+A rate is judged against its floor only with ``PRUNESIM_FLOORS=1``: absolute figures mean nothing on a busy machine.
 """
 
 from __future__ import annotations

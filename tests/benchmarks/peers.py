@@ -1,10 +1,10 @@
 """Peers beside prunesim in one run on one machine: ``python tests/benchmarks/peers.py``.
 
-Each peer is installed from PyPI into a virtual environment of its own under a temporary folder (``--folder`` keeps it) and asked, by the
-fastest way that was found, for the time of GEMMs and of a whole model. Printed: GEMMs and whole-model estimates a second of CPU time (so
-a busy machine slows nobody more than another), wall time of a fresh process from import to first answer, and the mean error on the same
-measured shapes, whose (n, k) neither prunesim's fit nor aiconfigurator's table has seen. A peer that cannot be installed or does not answer
-is reported as such, with the reason.
+Each peer is installed from PyPI into a virtual environment of its own under a temporary folder (``--folder`` keeps it)
+and asked, by the fastest way that was found, for the time of GEMMs and of a whole model. Printed: GEMMs and whole-model
+estimates a second of CPU time (so a busy machine slows nobody more than another), wall time of a fresh process from
+import to first answer, and the mean error on the same measured shapes, whose (n, k) neither prunesim's fit nor
+aiconfigurator's table has seen. A peer that cannot be installed or does not answer is reported, with the reason.
 """
 
 from __future__ import annotations
@@ -15,11 +15,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+
+import simulator
+from calibration.fit.gemm import fit_gemm
+from calibration.measurements import load_measurements
+from calibration.records.screening import rotated_copies
+from simulator.predict.grid import Grid
+from simulator.predict.sweep import piece_columns, pieces
 
 TABLE, DEVICE = "h100_sxm/gemm/trtllm", "h100_sxm"
 INSTALL_S, RUN_S = 420.0, 120.0
@@ -49,7 +58,8 @@ print("RESULT " + json.dumps(out))
 
 NVIDIA_MATMUL = """
 from nvMatmulHeuristics.nvMatmulHeuristics import *
-source = NvMatmulHeuristicsInterfaceEx(backend=NvMatmulHeuristicsTarget.CUTLASS3, gpu=NvMatmulHeuristicsNvidiaGpu.H100_SXM)
+backend, gpu = NvMatmulHeuristicsTarget.CUTLASS3, NvMatmulHeuristicsNvidiaGpu.H100_SXM
+source = NvMatmulHeuristicsInterfaceEx(backend=backend, gpu=gpu)
 def one(shape):
     m, n, k = shape
     # of 3 targets x 3 layouts x 2 formats x (m, n) in either order, the way that errs least on these shapes
@@ -132,8 +142,9 @@ import logging
 logging.disable(logging.CRITICAL)
 from llm_analysis.analysis import LLMAnalysis
 from llm_analysis.config import ModelConfig, get_dtype_config_by_name, get_gpu_config_by_name
-shape = ModelConfig(name="llama", num_layers=32, n_head=32, hidden_dim=4096, vocab_size=128256, max_seq_len=8192, num_key_value_heads=8,
-                    ffn_embed_dim=16384)  # it takes only multiples of the hidden size
+# it takes only multiples of the hidden size
+shape = ModelConfig(name="llama", num_layers=32, n_head=32, hidden_dim=4096, vocab_size=128256, max_seq_len=8192,
+                    num_key_value_heads=8, ffn_embed_dim=16384)
 gpu, kind = get_gpu_config_by_name("a100-sxm-80gb"), get_dtype_config_by_name("w16a16e16")
 source = LLMAnalysis(shape, gpu, kind, flops_efficiency=1, hbm_memory_efficiency=1)
 def model(batch, seq):
@@ -159,38 +170,20 @@ WAYS = {}
 """
 
 
-@dataclass(frozen=True)
-class Peer:
-    """A package, what it depends on beyond what it says, and how it is asked."""
+PEERS = {
+    "aiconfigurator": AICONFIGURATOR,
+    "nvidia-matmul-heuristics": NVIDIA_MATMUL,
+    "genz-llm": GENZ,
+    "llm-analysis": LLM_ANALYSIS,
+    "ridgepoint": RIDGEPOINT,
+}
 
-    package: str
-    code: str
-    extra: tuple[str, ...] = ()
-
-
-PEERS = (
-    Peer("aiconfigurator", AICONFIGURATOR),
-    Peer("nvidia-matmul-heuristics", NVIDIA_MATMUL),
-    Peer("genz-llm", GENZ),
-    Peer("llm-analysis", LLM_ANALYSIS),
-    Peer("ridgepoint", RIDGEPOINT),
-)
-
-
-@dataclass(frozen=True)
-class Split:
-    """Measured shapes: those to fit on, and those to be judged on, whose (n, k) the first lack."""
-
-    fit: Any
-    test: Any
-    fit_s: Any
-    test_s: Any
+Split = namedtuple("Split", "fit test fit_s test_s")
+"""Measured shapes and their times: to fit on, and to be judged on, whose (n, k) the first lack."""
 
 
 def split(seed: int = 0, most: int = 5000) -> Split:
     """70 and 30 % of the (n, k) pairs of the measured table."""
-    from calibration.measurements import load_measurements
-
     records = load_measurements(TABLE, "bf16")
     shapes = np.stack([np.asarray(getattr(records, name), dtype=np.int64) for name in ("m", "n", "k")], axis=1)
     seconds = np.asarray(records.seconds, dtype=np.float64)
@@ -203,60 +196,64 @@ def split(seed: int = 0, most: int = 5000) -> Split:
     return Split(shapes[fit], shapes[test], seconds[fit], seconds[test])
 
 
-def install(peer: Peer, folder: Path) -> Path | str:
-    """The interpreter of a peer's environment, or why there is none."""
-    home = folder / peer.package
-    python = home / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
+class Silent(Exception):
+    """A peer that cannot be installed or does not answer, and why."""
+
+
+def program(words: list[str], limit_s: float, what: str, **options: Any) -> str:
+    """Standard output of a peer's program."""
     try:
-        command = [
-            str(python),
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--disable-pip-version-check",
-            peer.package,
-            *peer.extra,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_S, check=False)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=limit_s, check=False, **options)
     except subprocess.TimeoutExpired:
-        return f"not installed within {INSTALL_S:.0f} s"
-    if done.returncode:
+        raise Silent(f"{what}: not within {limit_s:.0f} s") from None
+    if done.returncode and "RESULT " not in done.stdout:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        return f"pip failed: {lines[-1][:160] if lines else done.returncode}"
-    return python
+        raise Silent(f"{what} failed: {lines[-1][:160] if lines else done.returncode}")
+    return done.stdout
 
 
-def ask(python: Path, peer: Peer, task: dict[str, Any], folder: Path) -> tuple[dict[str, Any] | str, float]:
-    """What a peer answers, or why it does not, and the wall time of its process."""
+def install(package: str, folder: Path) -> str:
+    """The interpreter of a peer's environment."""
+    python = folder / package / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder / package)], check=True)
+    quiet = ("--quiet", "--disable-pip-version-check")
+    program([str(python), "-m", "pip", "install", *quiet, package], INSTALL_S, "pip")
+    return str(python)
+
+
+def ask(python: str, package: str, task: dict[str, Any], folder: Path) -> tuple[dict[str, Any], float]:
+    """What a peer answers, and the wall time of its process."""
     (folder / "task.json").write_text(json.dumps(task))
     began = time.perf_counter()
-    try:
-        command = [str(python), "-c", peer.code + HARNESS, str(folder / "task.json")]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=RUN_S, check=False, cwd=folder)
-    except subprocess.TimeoutExpired:
-        return f"no answer within {RUN_S:.0f} s", RUN_S
+    words = [python, "-c", PEERS[package] + HARNESS, str(folder / "task.json")]
+    out = program(words, RUN_S, "answer", cwd=folder)
     wall = time.perf_counter() - began
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not lines:
-        error = [line for line in done.stderr.splitlines() if line.strip()]
-        return f"failed: {error[-1][:160] if error else done.returncode}", wall
-    found: dict[str, Any] = json.loads(lines[-1][7:])
-    return found, wall
+    return json.loads(out[out.rindex("RESULT ") + 7 :]), wall
+
+
+def peer(package: str, folder: Path, data: Split) -> dict[str, Any] | str:
+    """The numbers of a peer, or why there are none; its error also with the one scale that suits it best."""
+    try:
+        python = install(package, folder)
+        first = sorted(ask(python, package, {"first": True}, folder)[1] for _ in range(3))[1]
+        at = np.random.default_rng(2).permutation(len(data.fit))[:1000]
+        shapes = [*data.test.tolist(), *data.fit[at].tolist()]
+        found, _ = ask(python, package, {"first": False, "shapes": shapes}, folder)
+    except Silent as reason:
+        return str(reason)
+    found["first_s"] = first
+    if "seconds" in found:
+        seconds = np.array(found.pop("seconds"))
+        test, fit = seconds[: len(data.test)], seconds[len(data.test) :]
+        best = min(10.0 ** np.linspace(-2, 1, 301), key=lambda scale: mape(fit * scale, data.fit_s[at]))
+        found |= {"answered": float(np.isfinite(test).mean()), "mape": mape(test, data.test_s)}
+        found["mape_one_scale"] = mape(test * best, data.test_s)
+    return found
 
 
 def prunesim(data: Split, repeat: int = 5) -> dict[str, Any]:
-    """The same numbers of this package: rates with residual and interval of a profile fitted on 4,000 rows of the 70 %."""
-    from dataclasses import replace
-    from types import MappingProxyType
-
-    import simulator
-    from calibration.fit.gemm import fit_gemm
-    from simulator.predict.grid import Grid
-    from simulator.predict.sweep import piece_columns, pieces
-
+    """The same numbers of this package: with residual and interval of a profile fitted on 4,000 rows of the 70 %."""
     hw = simulator.load_hardware(DEVICE)
     out: dict[str, Any] = {}
     rng = np.random.default_rng(1)
@@ -266,41 +263,32 @@ def prunesim(data: Split, repeat: int = 5) -> dict[str, Any]:
         section = fit_gemm(*data.fit[at].T, data.fit_s[at], hw).section
         out[f"fit_s_{rows}"] = time.perf_counter() - began
         profile = replace(hw, sections=MappingProxyType({**hw.sections, ("gemm", "bf16"): section}))
-        predicted = simulator.gemm_time(*data.test.T, profile, cold=False, copies=copies(data.test, profile)).seconds
+        rotated = rotated_copies(2.0 * data.test[:, 1] * data.test[:, 2], hw.l2_bytes)  # weights the tables rotate
+        predicted = simulator.gemm_time(*data.test.T, profile, cold=False, copies=rotated).seconds
         out[f"mape_{rows}"] = mape(predicted, data.test_s)
     roofline = simulator.gemm_time(*data.test.T, profile).roofline_s
     out["mape_roofline"] = mape(roofline, data.test_s)
     m, n, k = (np.tile(c, 20) for c in data.test.T)
-    out["gemms_per_s"] = max(
-        len(m) / timed(lambda: simulator.gemm_time(m, n, k, profile), time.process_time) for _ in range(repeat)
-    )
+    took_s = [timed(lambda: simulator.gemm_time(m, n, k, profile), time.process_time) for _ in range(repeat)]
+    out["gemms_per_s"] = len(m) / min(took_s)
     model = simulator.load_model("llama-3.1-8b")
-    lengths = iter(range(128, 10**6))
 
-    def estimate() -> float:
-        return simulator.cost(simulator.lower(model, phase="prefill", batch=1, seq=next(lengths)), profile).total_s
+    def estimate(seqs: range) -> None:
+        for seq in seqs:
+            simulator.cost(simulator.lower(model, phase="prefill", batch=1, seq=seq), profile)
 
-    estimate()
-    out["models_per_s"] = 200 / timed(lambda: [estimate() for _ in range(200)], time.process_time)
+    estimate(range(100, 101))
+    out["models_per_s"] = 200 / timed(lambda: estimate(range(128, 328)), time.process_time)
     batches, seqs = tuple(2**i for i in range(8)), tuple(2**i for i in range(7, 15))
     grid = Grid(("llama-3.1-8b",), (DEVICE,), (0.25, 0.5), ("prefill", "decode"), batches, seqs)
     some = list(pieces(grid))
     piece_columns(grid, some[0], {})
-    out["models_per_s_in_a_sweep"] = grid.size / timed(
-        lambda: [piece_columns(grid, p, {}) for p in some], time.process_time
-    )
+    took = timed(lambda: [piece_columns(grid, p, {}) for p in some], time.process_time)
+    out["models_per_s_in_a_sweep"] = grid.size / took
     code = f"import simulator; simulator.gemm_time(2048, 4096, 4096, simulator.load_hardware({DEVICE!r}))"
-    out["first_s"] = float(
-        np.median([timed(lambda: subprocess.run([sys.executable, "-c", code], check=True)) for _ in range(3)])
-    )
+    first_s = [timed(lambda: subprocess.run([sys.executable, "-c", code], check=True)) for _ in range(3)]
+    out["first_s"] = sorted(first_s)[1]
     return out
-
-
-def copies(shapes: Any, hw: Any) -> Any:
-    """Weights the published tables rotate (DESIGN section 10)."""
-    from calibration.records.screening import rotated_copies
-
-    return rotated_copies(2.0 * shapes[:, 1] * shapes[:, 2], hw.l2_bytes)
 
 
 def mape(predicted: Any, measured: Any) -> float:
@@ -320,62 +308,39 @@ def main() -> None:
     """Run all and print a table and a JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="keep the environments here")
-    parser.add_argument("--peer", action="append", help="only this one; may be repeated")
+    parser.add_argument("--peer", action="append", choices=PEERS, help="only this one; may be repeated")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         data = split()
         results: dict[str, Any] = {"prunesim": prunesim(data)}
-        scale_at = np.random.default_rng(2).permutation(len(data.fit))[:1000]
-        for peer in PEERS:
-            if options.peer and peer.package not in options.peer:
-                continue
-            python = install(peer, folder)
-            if isinstance(python, str):
-                results[peer.package] = python
-                continue
-            first = sorted(ask(python, peer, {"first": True}, folder)[1] for _ in range(3))[1]
-            shapes = [*data.test.tolist(), *data.fit[scale_at].tolist()]
-            found, _ = ask(python, peer, {"first": False, "shapes": shapes}, folder)
-            if isinstance(found, dict):
-                found["first_s"] = first
-                if "seconds" in found:
-                    seconds = np.array(found.pop("seconds"))
-                    test, fit = seconds[: len(data.test)], seconds[len(data.test) :]
-                    found["answered"] = float(np.isfinite(test).mean())
-                    found["mape"] = mape(test, data.test_s)
-                    scales = 10.0 ** np.linspace(-2, 1, 301)
-                    best = min(scales, key=lambda s: mape(fit * s, data.fit_s[scale_at]))
-                    found["mape_one_scale"] = mape(test * best, data.test_s)
-            results[peer.package] = found
+        results |= {package: peer(package, folder, data) for package in options.peer or PEERS}
     show(results, len(data.test))
     print(json.dumps(results))
+
+
+DETAILS = {
+    "gemms_per_s_in_lists": "GEMMs/s in lists",
+    "models_per_s_in_a_sweep": "models/s in a sweep",
+    "mape_one_scale": "MAPE, one fitted scale",
+    "answered": "share of the shapes answered",
+}
 
 
 def show(results: dict[str, Any], rows: int) -> None:
     """A table of what was found."""
     own = results["prunesim"]
     print(f"{rows} measured shapes of {TABLE} with unseen (n, k); datasheet roofline {own['mape_roofline']:.1f} %")
-    print(f"{'':26}{'GEMMs/s':>12}{'models/s':>12}{'first answer':>14}{'MAPE':>9}")
+    print(f"{'':26}{'GEMMs/s':>12}{'models/s':>12}{'first, s':>12}{'MAPE, %':>12}")
     for name, r in results.items():
         if isinstance(r, str):
             print(f"{name:26}{r}")
             continue
-        error = r.get("mape_4000", r.get("mape"))
-        cells = [
-            f"{r['gemms_per_s']:,.0f}" if "gemms_per_s" in r else "-",
-            f"{r['models_per_s']:,.1f}" if "models_per_s" in r else "-",
-            f"{r['first_s']:.2f} s",
-            f"{error:.1f} %" if error is not None else "-",
-        ]
-        print(f"{name:26}{cells[0]:>12}{cells[1]:>12}{cells[2]:>14}{cells[3]:>9}")
-        for key, text in (
-            ("gemms_per_s_in_lists", "GEMMs/s in lists"),
-            ("models_per_s_in_a_sweep", "models/s in a sweep"),
-            ("mape_one_scale", "MAPE, one fitted scale"),
-            ("answered", "share of the shapes answered"),
-        ):
+        r = {**r, "mape": r.get("mape_4000", r.get("mape"))}
+        columns = {"gemms_per_s": ">12,.0f", "models_per_s": ">12,.1f", "first_s": ">12.2f", "mape": ">12.1f"}
+        print(f"{name:26}" + "".join(format(r[k], form) if r.get(k) else f"{'-':>12}" for k, form in columns.items()))
+        for key, text in DETAILS.items():
             if key in r:
                 print(f"{'':8}{text}: {r[key]:,.2f}")
         if "gemms_per_s" in r and name != "prunesim":

@@ -43,34 +43,31 @@ def test_a_whole_model_speedup(benchmark: Any, floor: Floor) -> None:
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_the_speedup_table(benchmark: Any, phase: str, floor: Floor) -> None:
     """Three GPUs, eleven families, three sparsities, one phase: what ``prunesim speedup`` prints by default."""
-    table = benchmark(
-        lambda: simulator.table(["llama-3.1-8b"], DEVICES, ["all"], (0.1, 0.25, 0.5), (phase,), (1,), (2048,))
-    )
+    case = (["llama-3.1-8b"], DEVICES, ["all"], (0.1, 0.25, 0.5), (phase,), (1,), (2048,))
+    table = benchmark(simulator.table, *case)
     assert len(table) == 3 * 31
     floor(f"milliseconds, {phase}", 1e3 * benchmark.stats["median"], 50.0, False)
 
 
 def test_advice(benchmark: Any, floor: Floor) -> None:
-    found = benchmark.pedantic(
-        lambda: advise("llama-3.1-8b", ["h100_sxm"], 1.5, ["prefill"]), rounds=3, warmup_rounds=1
-    )
+    case = ("llama-3.1-8b", ["h100_sxm"], 1.5, ["prefill"])
+    found = benchmark.pedantic(advise, case, rounds=3, warmup_rounds=1)
     assert found.advice
     floor("seconds for advice on one device and request", benchmark.stats["min"], 2.0, False)
 
 
-def test_import(floor: Floor) -> None:
-    floor("seconds to import simulator, cold", cold(["-c", "import simulator"]), 0.25, False)
-
-
-def test_gemm_command(floor: Floor) -> None:
-    command = ["-m", "simulator.cli", "gemm", "4096", "4096", "4096", "--hardware", "h100"]
-    floor("seconds for prunesim gemm, cold", cold(command), 0.5, False)
-
-
-def test_help_command(floor: Floor) -> None:
-    floor("seconds for prunesim --help, cold", cold(["-m", "simulator.cli", "--help"]), 0.5, False)
-
-
-def test_speedup_command(floor: Floor) -> None:
-    command = ["-m", "simulator.cli", "speedup", "llama-3.1-8b", "--hardware", ",".join(DEVICES), "--phase", "prefill"]
-    floor("seconds for prunesim speedup, cold", cold(command), 1.0, False)
+@pytest.mark.parametrize(
+    ("what", "line", "limit_s"),
+    [
+        ("to import simulator", "-c import\tsimulator", 0.25),
+        ("for prunesim gemm", "-m simulator.cli gemm 4096 4096 4096 --hardware h100", 0.5),
+        ("for prunesim --help", "-m simulator.cli --help", 0.5),
+        (
+            "for prunesim speedup",
+            f"-m simulator.cli speedup llama-3.1-8b --phase prefill --hardware {','.join(DEVICES)}",
+            1.0,
+        ),
+    ],
+)
+def test_cold_start(what: str, line: str, limit_s: float, floor: Floor) -> None:
+    floor(f"seconds {what}, cold", cold(line.split(" ")), limit_s, False)

@@ -8,14 +8,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scale import grid
 
+from calibration.fit.gemm import fit_gemm
+from calibration.measurements import load_measurements
 from simulator.hardware.library import load_hardware
 from simulator.kernels.gemm import gemm_time
+from simulator.models.library import load_model
+from simulator.models.lower import lower
 from simulator.predict.compare import compare
-from simulator.predict.grid import Grid
+from simulator.predict.speedup import pairs_of
 from simulator.predict.sweep import compute_part, piece_columns, pieces, sweep
+from simulator.pruning import prune
 
 Floor = Callable[..., None]
+DEVICES = ("a100_sxm_80gb", "h100_sxm", "rtx_4090")
 SHAPES = 200_000
 
 
@@ -28,20 +35,7 @@ def shapes() -> tuple[Any, Any, Any]:
     return m, n, k
 
 
-def grid(sparsities: int = 12) -> Grid:
-    """11 families on three devices under both runtimes."""
-    return Grid(
-        ("llama-3.1-8b",),
-        ("a100_sxm_80gb", "h100_sxm", "rtx_4090"),
-        tuple(round(0.08 * i, 2) for i in range(1, sparsities)),
-        ("prefill", "decode"),
-        tuple(2**i for i in range(8)),
-        tuple(2**i for i in range(7, 15)),
-        runtimes=("cuda_graph", "eager"),
-    )
-
-
-@pytest.mark.parametrize("name", ["a100_sxm_80gb", "h100_sxm", "rtx_4090"])
+@pytest.mark.parametrize("name", DEVICES)
 def test_calibrated_gemms(benchmark: Any, shapes: tuple[Any, Any, Any], name: str, floor: Floor) -> None:
     """Core, residual and interval of the shipped profile."""
     hw = load_hardware(name)
@@ -54,7 +48,7 @@ def test_calibrated_gemms(benchmark: Any, shapes: tuple[Any, Any, Any], name: st
 
 def test_configurations_of_a_sweep(benchmark: Any, floor: Floor) -> None:
     """Amortised cost of a configuration: lowering, pruning, three devices, two runtimes, intervals, bounds, memory."""
-    g = grid()
+    g = grid(100_000)
     some = list(pieces(g))[:2]
     piece_columns(g, some[0], {})
     rows = benchmark(lambda: sum(len(piece_columns(g, p, {})["speedup"]) for p in some))
@@ -63,7 +57,7 @@ def test_configurations_of_a_sweep(benchmark: Any, floor: Floor) -> None:
 
 def test_configurations_of_a_sweep_as_parquet(benchmark: Any, floor: Floor) -> None:
     pytest.importorskip("pyarrow")
-    g = grid()
+    g = grid(100_000)
     compute_part(g, None, 0)
     piece = next(pieces(g))
     benchmark(compute_part, g, None, 0)
@@ -75,30 +69,27 @@ def test_a_whole_sweep(benchmark: Any, tmp_path: Path, floor: Floor) -> None:
     """A hundred thousand configurations, one process."""
     pytest.importorskip("pyarrow")
     targets = iter(tmp_path / f"{i}.parquet" for i in range(1000))
-    g = grid()
+    g = grid(100_000)
     done = benchmark.pedantic(lambda: sweep(g, next(targets)), rounds=3, warmup_rounds=1)
     assert done.configurations == g.size
-    floor(
-        "seconds for a million configurations at this rate, one process",
-        1e6 * benchmark.stats["min"] / g.size,
-        120.0,
-        False,
-    )
+    million_s = 1e6 * benchmark.stats["min"] / g.size
+    floor("seconds for a million configurations at this rate, one process", million_s, 120.0, False)
 
 
 def test_comparing_a_stack(benchmark: Any) -> None:
     """The cost pass alone: one device, one runtime, a thousand workloads."""
-    from simulator.models.library import load_model
-    from simulator.models.lower import lower
-    from simulator.predict.speedup import pairs_of
-    from simulator.pruning import prune
-
     dense = lower(load_model("llama-3.1-8b"), phase="prefill", batch=1, seq=2048)
-    pruned = [
-        prune(dense, family, round(0.001 * i, 3))
-        for family in ("depth", "width", "low_rank", "width_cross")
-        for i in range(1, 250)
-    ]
-    hw = load_hardware("h100_sxm")
-    (c,) = benchmark(lambda: compare(pairs_of(dense, pruned), hw))
+    families = ("depth", "width", "low_rank", "width_cross")
+    pruned = [prune(dense, family, round(0.001 * i, 3)) for family in families for i in range(1, 250)]
+    (c,) = benchmark(lambda: compare(pairs_of(dense, pruned), load_hardware("h100_sxm")))
     assert len(c.speedup) == 1 + len(pruned)
+
+
+@pytest.mark.parametrize("rows", [100, 400, 4000])
+def test_fit_of_gemms(benchmark: Any, rows: int, floor: Floor) -> None:
+    """Time to fit a profile's GEMM section from the measurements that ship."""
+    records = load_measurements("h100_sxm/gemm/trtllm", "bf16")
+    at = np.random.default_rng(0).permutation(len(records))[:rows]
+    shapes = (np.asarray(getattr(records, name), dtype=np.float64)[at] for name in ("m", "n", "k", "seconds"))
+    benchmark.pedantic(fit_gemm, (*shapes, load_hardware("h100_sxm")), rounds=1)
+    floor(f"seconds to fit {rows} rows", benchmark.stats["min"], 60.0, False)

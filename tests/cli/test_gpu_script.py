@@ -6,13 +6,14 @@ import csv
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 
+from calibration.cli import calibrate, compare, upper_bound
 from calibration.records.store import read_store
 from simulator.hardware.library import load_hardware
 
@@ -20,93 +21,64 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tests" / "gpu" / "run.sh"
 MINUTES = 10.0
 
-TINY = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 256,
-    "vocab_size": 512,
-    "max_position_embeddings": 512,
-    "hidden_act": "silu",
-}
+TINY = """{
+"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 128, "num_hidden_layers": 2,
+"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 256, "vocab_size": 512,
+"max_position_embeddings": 512, "hidden_act": "silu"}"""
+VARIABLES = ("DEVICE", "MODEL", "LAYERS", "DTYPES", "SEQ", "BATCH", "SPARSITY", "BUDGET")
 
 
-def _run(folder: Path, prunesim: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
-    clean = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in ("DEVICE", "MODEL", "LAYERS", "DTYPES", "SEQ", "BATCH", "SPARSITY", "BUDGET")
-    }
-    environment = clean | {"PRUNESIM": " ".join(prunesim), "PYTHONPATH": str(ROOT), **variables}
-    return subprocess.run(
-        [str(SCRIPT), str(folder)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
+Done = subprocess.CompletedProcess[str]
 
 
-def _pretend(folder: Path, body: str = "") -> list[str]:
-    """A program that only writes down what it was asked, and fails as told."""
-    file = folder / "pretend.py"
-    log = folder / "asked.jsonl"
-    file.write_text(f"import json, sys\nopen({str(log)!r}, 'a').write(json.dumps(sys.argv[1:]) + '\\n')\n{body}\n")
-    return [sys.executable, str(file)]
+def run(folder: Path, prunesim: str, **variables: str) -> Done:
+    clean = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    environment = clean | {"PRUNESIM": f"{sys.executable} {prunesim}", "PYTHONPATH": str(ROOT), **variables}
+    words = [str(SCRIPT), str(folder / "run")]
+    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
 
-def _asked(folder: Path) -> list[list[str]]:
-    return [json.loads(line) for line in (folder / "asked.jsonl").read_text().splitlines()]
+def pretend(folder: Path, body: str = "", **variables: str) -> tuple[Done, list[list[str]]]:
+    """Run a program that only writes down what it was asked, and fails as told."""
+    file, log = folder / "pretend.py", folder / "asked.jsonl"
+    file.write_text(f"import json, sys\nprint(json.dumps(sys.argv[1:]), file=open({str(log)!r}, 'a'))\n{body}\n")
+    done = run(folder, str(file), **variables)
+    return done, [json.loads(line) for line in log.read_text().splitlines()]
 
 
-def _seconds(arguments: list[str]) -> float:
-    return float(arguments[arguments.index("--budget") + 1].removesuffix("s"))
+def after(arguments: list[str], option: str) -> str:
+    return arguments[arguments.index(option) + 1]
 
 
 @pytest.mark.parametrize("dtypes", ["bf16 fp16", "bf16", "bf16 fp16 fp8"])
 def test_every_step_in_order_within_ten_minutes(tmp_path: Path, dtypes: str) -> None:
-    done = _run(tmp_path / "run", _pretend(tmp_path), DTYPES=dtypes)
+    done, asked = pretend(tmp_path, DTYPES=dtypes)
     assert done.returncode == 0, done.stderr
-    asked = _asked(tmp_path)
     names = dtypes.split()
     assert [a[0] for a in asked] == [*["calibrate"] * len(names), "upper-bound", "compare"]
-    assert [a[a.index("--dtype") + 1] for a in asked] == [*names, names[0], names[0]]
+    assert [after(a, "--dtype") for a in asked] == [*names, names[0], names[0]]
     assert all("cuda" in a for a in asked)
     assert asked[-1][1] == asked[-2][1] == "llama-3.1-8b"
-    assert (
-        asked[-1][asked[-1].index("-o") + 1] == asked[0][asked[0].index("-o") + 1]
-    )  # predicted by the profile of the first step
-    total = sum(_seconds(a) for a in asked)
-    assert total == pytest.approx(480.0, abs=1.0)
-    assert total < MINUTES * 60 - 100  # the rest is for starting, fitting and drawing
+    assert after(asked[-1], "-o") == after(asked[0], "-o")  # predicted by the profile of the first step
+    total_s = sum(float(after(a, "--budget").removesuffix("s")) for a in asked)
+    assert total_s == pytest.approx(480.0, abs=1.0)
+    assert total_s < MINUTES * 60 - 100  # the rest is for starting, fitting and drawing
 
 
 def test_every_command_and_option_exists(tmp_path: Path) -> None:
     """What the script asks for must be what the commands offer."""
-    import typer
-
-    from calibration.cli import app, calibrate, compare, upper_bound
-
-    _run(tmp_path / "run", _pretend(tmp_path), LAYERS="4")
-    known = typer.main.get_command(app)
-    for arguments in _asked(tmp_path):
+    own = {"calibrate": calibrate, "upper-bound": upper_bound, "compare": compare}
+    for arguments in pretend(tmp_path, LAYERS="4")[1]:
         lone = typer.Typer()
-        lone.command()({"calibrate": calibrate, "upper-bound": upper_bound, "compare": compare}[arguments[0]].command)
+        lone.command()(own[arguments[0]].command)
         found = {o for p in typer.main.get_command(lone).params for o in p.opts}
         assert {a for a in arguments if a.startswith("-")} <= found
-    assert known.name == "prunesim"
 
 
 def test_variables_reach_the_commands(tmp_path: Path) -> None:
-    settings = {
-        "DEVICE": "cuda:1",
-        "MODEL": "mistral-7b-v0.3",
-        "LAYERS": "8",
-        "SEQ": "512,1024",
-        "BATCH": "4",
-        "SPARSITY": "0.3",
-    }
-    _run(tmp_path / "run", _pretend(tmp_path), **settings)
-    for arguments in _asked(tmp_path)[-2:]:
+    settings = {"DEVICE": "cuda:1", "MODEL": "mistral-7b-v0.3", "LAYERS": "8", "SEQ": "512,1024"}
+    _, asked = pretend(tmp_path, **settings, BATCH="4", SPARSITY="0.3")
+    for arguments in asked[-2:]:
         pairs = dict(zip(arguments[2::2], arguments[3::2], strict=True))
         assert arguments[1] == "mistral-7b-v0.3"
         assert (pairs["--device"], pairs["--layers"], pairs["--seq"]) == ("cuda:1", "8", "512,1024")
@@ -115,40 +87,34 @@ def test_variables_reach_the_commands(tmp_path: Path) -> None:
 
 def test_a_step_that_fails_is_named_and_the_others_still_run(tmp_path: Path) -> None:
     body = "if sys.argv[1] == 'upper-bound': print('no such kernel', file=sys.stderr); sys.exit(1)"
-    done = _run(tmp_path / "run", _pretend(tmp_path, body))
+    done, asked = pretend(tmp_path, body)
     assert done.returncode == 1
     assert "FAILED with status 1" in done.stdout
     assert "no such kernel" in done.stdout
-    assert [a[0] for a in _asked(tmp_path)] == ["calibrate", "calibrate", "upper-bound", "compare"]
+    assert [a[0] for a in asked] == ["calibrate", "calibrate", "upper-bound", "compare"]
     assert "1 steps failed" in (tmp_path / "run" / "report.md").read_text()
 
 
 @pytest.mark.slow
 def test_the_script_runs_end_to_end_on_the_cpu(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    model = tmp_path / "config.json"
-    model.write_text(json.dumps(TINY))
-    out = tmp_path / "run"
-    settings = {
-        "DEVICE": "cpu",
-        "MODEL": str(model),
-        "DTYPES": "fp32",
-        "SEQ": "64",
-        "BUDGET": os.environ.get("PRUNESIM_SCRIPT_S", "150"),
-    }
-    done = _run(out, [sys.executable, "-m", "calibration.cli"], **settings)
+    model, out = tmp_path / "config.json", tmp_path / "run"
+    model.write_text(TINY)
+    settings = {"DEVICE": "cpu", "MODEL": str(model), "DTYPES": "fp32", "SEQ": "64"}
+    budget = os.environ.get("PRUNESIM_SCRIPT_S", "150")
+    done = run(tmp_path, "-m calibration.cli", **settings, BUDGET=budget)
     log = (out / "log.txt").read_text()
-    assert done.returncode == 0, f"{done.stdout}\n{shlex.join(settings.values())}\n{log[-3000:]}"
+    assert done.returncode == 0, f"{done.stdout}\n{settings}\n{log[-3000:]}"
     profile = load_hardware(out / "fp32" / "profile.yaml")
     assert profile.section("gemm", "fp32").status == "calibrated"
     kinds = {row["operator"]["kind"] for row in read_store(out / "fp32" / "records.jsonl").rows if row.get("median_s")}
     assert {"gemm", "attention_prefill", "attention_decode", "elementwise", "low_rank"} <= kinds
-    with open(out / "fp32" / "upper_bound.csv", newline="") as file:
-        bounds = list(csv.DictReader(file))
+    bounds, compared = (
+        list(csv.DictReader((out / "fp32" / file).read_text().splitlines()))
+        for file in ("upper_bound.csv", "comparison.csv")
+    )
     assert {row["family"] for row in bounds} >= {"depth", "width", "low_rank", "dynamic_depth", "token", "kv_cache"}
     assert all(float(row["measured_bound"]) > 0 for row in bounds if row["missing"] == "0")
-    with open(out / "fp32" / "comparison.csv", newline="") as file:
-        compared = list(csv.DictReader(file))
     assert {row["family"] for row in compared} >= {"depth", "width", "low_rank"}
     assert all(float(row["measured"]) > 0 and float(row["predicted"]) > 0 for row in compared)
     assert {row["hardware"] for row in compared} == {profile.name}

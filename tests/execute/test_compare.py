@@ -9,6 +9,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,13 +21,15 @@ from decoder_reference import CONFIG  # noqa: E402
 from calibration.cli import run  # noqa: E402
 from calibration.devices.protocol import Description, Unsupported  # noqa: E402
 from calibration.devices.replay import ReplayDevice  # noqa: E402
-from calibration.execute import compare as running  # noqa: E402
+from calibration.execute import compare as comparing  # noqa: E402
 from calibration.execute.cases import Case, fewer_layers, settings_of  # noqa: E402
-from calibration.execute.compare import STORE, Compared, compare  # noqa: E402
+from calibration.execute.compare import Compared, Row, rows_of, summary  # noqa: E402
 from calibration.execute.compare_figure import compare_figure  # noqa: E402
-from calibration.execute.comparison import Row, by_phase, name_of, repeatability, rows_of, spearman, summary  # noqa: E402
-from calibration.execute.decoder import prune_decoder, random_decoder, timing  # noqa: E402
+from calibration.execute.decoder import timing  # noqa: E402
+from calibration.execute.decoder.families import prune_decoder  # noqa: E402
+from calibration.execute.decoder.model import random_decoder  # noqa: E402
 from calibration.execute.decoder.timing import PairTimes, time_pair  # noqa: E402
+from calibration.judge.scores import spearman  # noqa: E402
 from calibration.records.store import read_store  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.hardware.library import load_hardware  # noqa: E402
@@ -45,7 +48,7 @@ def _cases(**settings: Any) -> list[Case]:
 
 
 def _compare(folder: Path, cases: list[Case], device: ReplayDevice | None = None, **options: Any) -> Compared:
-    return compare(folder / "run", device or _device(), CONFIG, cases, **{"budget_s": 5.0, **options})
+    return comparing.compare(folder / "run", device or _device(), CONFIG, cases, **{"budget_s": 5.0, **options})
 
 
 @pytest.fixture
@@ -60,9 +63,6 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(timing, "time_pair", timed)
     return seen
-
-
-# -- timing two decoders --------------------------------------------------------------------------
 
 
 def test_pairs_are_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,9 +112,6 @@ def test_graphs_are_refused_without_a_gpu_and_for_what_the_host_decides() -> Non
             time_pair(decoder, decoder, batch=1, seq=8, **wrong)  # type: ignore[arg-type]
 
 
-# -- running the cases ----------------------------------------------------------------------------
-
-
 def test_every_family_really_runs(tmp_path: Path) -> None:
     cases = _cases()
     found = _compare(tmp_path, cases, budget_s=0.5, dtype="fp32")
@@ -135,10 +132,10 @@ def test_rows_hold_what_was_measured_and_what_is_predicted(tmp_path: Path, plant
     cases = _cases(families=["depth", "width"], sparsities=[0.25, 0.5])
     found = _compare(tmp_path, cases)
     assert sorted(planted)[:2] == ["2 decode eager", "2 prefill eager"]
-    known = {("depth", 0.5, "decode", 1, 64): 1.9}
+    by_name = {(c.family, c.sparsity, c.phase): c for c in cases}
+    known = [1.9 if name == ("depth", 0.5, "decode") else math.nan for name in by_name]
     rows = {(r.family, r.sparsity, r.phase): r for r in rows_of(cases, found.records, HW, measured_bounds=known)}
-    half = rows["depth", 0.5, "decode"]
-    case = next(c for c in cases if (c.family, c.sparsity, c.phase) == ("depth", 0.5, "decode"))
+    half, case = (of["depth", 0.5, "decode"] for of in (rows, by_name))
     eager = speedup(case.dense, case.pruned, HW, "eager")
     assert (half.measured, half.dense_s, half.pruned_s) == (2.0, 4.0, 2.0)
     assert half.measured_lower < 2.0 < half.measured_upper
@@ -146,9 +143,9 @@ def test_rows_hold_what_was_measured_and_what_is_predicted(tmp_path: Path, plant
     assert half.error == pytest.approx(eager.speedup / 2.0 - 1.0)
     assert half.measured_bound == 1.9
     assert math.isnan(rows["width", 0.5, "decode"].measured_bound)
-    prefill = next(c for c in cases if (c.family, c.sparsity, c.phase) == ("depth", 0.5, "prefill"))
+    prefill = by_name["depth", 0.5, "prefill"]
     assert rows["depth", 0.5, "prefill"].predicted == speedup(prefill.dense, prefill.pruned, HW, "cuda_graph").speedup
-    assert repeatability(found.records) == pytest.approx(0.0, abs=0.03)
+    assert comparing.repeatability(found.records) == pytest.approx(0.0, abs=0.03)
 
 
 def test_a_rerun_does_the_rest(tmp_path: Path, planted: list[str]) -> None:
@@ -158,26 +155,18 @@ def test_a_rerun_does_the_rest(tmp_path: Path, planted: list[str]) -> None:
     again = _compare(tmp_path, cases[:6])
     assert len(planted) == 5
     assert len(again.records) == 6
-    lines = read_store(tmp_path / "run" / STORE).rows
+    lines = read_store(tmp_path / "run" / comparing.STORE).rows
     assert len({line["key"] for line in lines}) == len(lines) == 6
 
 
 def test_a_pruned_decoder_is_made_once_for_all_its_cases(
     tmp_path: Path, planted: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import calibration.execute.decoder as decoders
-
-    made: list[tuple[str, float]] = []
-    real = decoders.prune_decoder
-
-    def counted(dense: Any, family: str, sparsity: float) -> Any:
-        made.append((family, sparsity))
-        return real(dense, family, sparsity)
-
-    monkeypatch.setattr(decoders, "prune_decoder", counted)
+    made = Mock(wraps=prune_decoder)
+    monkeypatch.setattr(timing, "prune_decoder", made)
     _compare(tmp_path, _cases(families=["depth", "width", "token"], sparsities=[0.25, 0.5], seq=[32, 64]))
     assert len(planted) == 24
-    assert len(made) == len(set(made)) == 6
+    assert made.call_count == len({call.args[1:] for call in made.call_args_list}) == 6
 
 
 def test_the_budget_ends_a_run_and_says_what_is_left(tmp_path: Path, planted: list[str]) -> None:
@@ -193,20 +182,13 @@ def test_the_budget_ends_a_run_and_says_what_is_left(tmp_path: Path, planted: li
     assert found.left + len(found.records) == len(_cases())
 
 
-def _raises(error: Exception) -> Any:
-    def broken(*_: Any, **__: Any) -> None:
-        raise error
-
-    return broken
-
-
 @pytest.mark.parametrize(
     ("error", "status"), [(RuntimeError("CUDA out of memory"), "skipped"), (ValueError("odd"), "failed")]
 )
 def test_a_case_that_breaks_is_kept_with_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, status: str
 ) -> None:
-    monkeypatch.setattr(timing, "time_pair", _raises(error))
+    monkeypatch.setattr(timing, "time_pair", Mock(side_effect=error))
     cases = _cases(families=["depth", "width"], sparsities=[0.25, 0.5])
     found = _compare(tmp_path, cases)
     assert {r["status"] for r in found.records} == {status}
@@ -229,7 +211,7 @@ def test_what_a_graph_cannot_hold_is_launched_one_by_one(tmp_path: Path, monkeyp
         return PairTimes((2.0,) * 3, (1.0,) * 3, 1)
 
     monkeypatch.setattr(timing, "time_pair", timed)
-    monkeypatch.setattr(running._Executor, "_runtime", lambda self, *_: "cuda_graph")
+    monkeypatch.setattr(timing.Executor, "_runtime", lambda self, *_: "cuda_graph")
     (record,) = _compare(tmp_path, _cases(families=["depth"], phases=["decode"])).records
     assert asked == ["cuda_graph", "eager"]
     assert (record["status"], record["runtime"]) == ("ok", "eager")
@@ -248,7 +230,7 @@ def test_refusals_are_one_line_and_write_nothing(tmp_path: Path, planted: list[s
             _compare(tmp_path, cases, **{"device": _device(formats=("fp32", "bf16", "fp16", "int8")), **options})  # type: ignore[arg-type]
         assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="no Llama-style"):
-        compare(tmp_path / "run", _device(), load_model("opt-13b"), cases, budget_s=1.0)
+        comparing.compare(tmp_path / "run", _device(), load_model("opt-13b"), cases, budget_s=1.0)
     assert not (tmp_path / "run").exists()
     _compare(tmp_path, cases[:1])
     with pytest.raises(InputError, match="another CPU"):
@@ -259,7 +241,7 @@ def test_refusals_are_one_line_and_write_nothing(tmp_path: Path, planted: list[s
 
 def test_a_model_too_large_for_the_device_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     error = RuntimeError("CUDA out of memory. Tried to allocate")
-    monkeypatch.setattr("calibration.execute.decoder.random_decoder", _raises(error))
+    monkeypatch.setattr(timing, "random_decoder", Mock(side_effect=error))
     with pytest.raises(InputError, match="does not fit on cpu; --layers"):
         _compare(tmp_path, _cases())
 
@@ -267,17 +249,15 @@ def test_a_model_too_large_for_the_device_is_one_line(tmp_path: Path, monkeypatc
 def test_names_tell_cases_apart() -> None:
     cases = _cases(batch=[1, 2], seq=[64, 65], sparsities=[0.25, 0.5])
     short = settings_of(fewer_layers(CONFIG, 2), seq=[64], sparsities=[0.5])[0]
-    names = [name_of(c, dtype) for c in (*cases, *short) for dtype in ("bf16", "fp32")]
+    names = [comparing.name_of(c, dtype) for c in (*cases, *short) for dtype in ("bf16", "fp32")]
     assert len(set(names)) == len(names)
 
 
-# -- agreement ------------------------------------------------------------------------------------
-
-
 def test_rank_correlation_by_hand() -> None:
-    assert spearman([1.0, 1.0, 2.0], [3.0, 5.0, 4.0]) == pytest.approx(0.0)  # ranks 1.5, 1.5, 3 and 1, 3, 2
-    assert spearman([1.0, 2.0, 2.0, 9.0], [8.0, 3.0, 3.0, 1.0]) == pytest.approx(-1.0)
-    assert all(math.isnan(spearman(x, y)) for x, y in (([1.0, 2.0], [1.0, 2.0]), ([1.0] * 3, [1.0, 2.0, 3.0])))
+    # ranks 1.5, 1.5, 3 and 1, 3, 2; then opposite ones; then too few values, and one side that never changes
+    pairs = [([1, 1, 2], [3, 5, 4]), ([1, 2, 2, 9], [8, 3, 3, 1]), ([1, 2], [1, 2]), ([1, 1, 1], [1, 2, 3])]
+    found = [spearman(*np.array(pair, dtype=float)) for pair in pairs]
+    assert found == pytest.approx([0.0, -1.0, math.nan, math.nan], abs=1e-12, nan_ok=True)
 
 
 def _row(predicted: float, measured: float, **changes: Any) -> Row:
@@ -290,11 +270,10 @@ def _row(predicted: float, measured: float, **changes: Any) -> Row:
 
 def test_agreement_by_hand() -> None:
     rows = [_row(1.1, 1.0), _row(2.0, 2.0), _row(3.0, 4.0), _row(1.5, 1.5, phase="prefill")]
-    a = summary(rows)
-    assert (a.count, a.spearman, a.median) == (4, pytest.approx(1.0), pytest.approx(0.05))
-    assert (a.bias, a.inside) == (pytest.approx(0.0), 0.75)  # 4 lies above 1.1 x 3
-    assert a.dense_time == pytest.approx(0.2)
-    assert {name: b.count for name, b in by_phase(rows).items()} == {"decode": 3, "prefill": 1, "all": 4}
+    # of four, 4 lies above 1.1 x 3
+    wanted = {"count": 4, "spearman": 1.0, "median": 0.05, "bias": 0.0, "inside": 0.75, "dense_time": 0.2}
+    assert {name: value for name, value in summary(rows).items() if name in wanted} == pytest.approx(wanted, abs=1e-9)
+    assert {name: b["count"] for name, b in comparing.by_phase(rows).items()} == {"decode": 3, "prefill": 1, "all": 4}
 
 
 def test_the_figure_has_a_panel_a_phase(tmp_path: Path) -> None:
@@ -317,9 +296,6 @@ def test_the_figure_has_a_panel_a_phase(tmp_path: Path) -> None:
         compare_figure([])
 
 
-# -- the command ----------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("model") / "config.json"
@@ -340,7 +316,7 @@ def test_the_command_compares_on_the_cpu(tiny: Path, tmp_path: Path, capsys: pyt
     out, err = capsys.readouterr()
     assert "median error" in out
     assert "sparse tensor cores" in err
-    assert {p.name for p in folder.iterdir()} == {STORE, "comparison.csv", "comparison.md", "comparison.png"}
+    assert {p.name for p in folder.iterdir()} == {comparing.STORE, "comparison.csv", "comparison.md", "comparison.png"}
     page = (folder / "comparison.md").read_text()
     assert page.count("\n| depth") == 2
     assert len((folder / "comparison.csv").read_text().splitlines()) == 1 + 2
@@ -349,25 +325,33 @@ def test_the_command_compares_on_the_cpu(tiny: Path, tmp_path: Path, capsys: pyt
     assert [list(row) for row in rows] == [list(Row.__dataclass_fields__)] * 2
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (["--budget", "0"], "above zero"),
-        (["--device", "replay"], "replay:FILE"),
-        (["--family", "dept"], "did you mean depth"),
-        (["--runtime", "fast"], "cuda_graph"),
-        (["--dtype", "int4"], "int4"),
-        (["--layers", "0"], "1 to 4"),
-        (["--hardware", "h1000"], "h100"),
-        (["-o", "/no/such/folder/run"], "does not exist"),
-    ],
-)
+BAD = {
+    "--budget 0": "above zero",
+    "--budget soon": "2min",
+    "--device replay": "replay:FILE",
+    "--device cdua": "did you mean cuda",
+    "--family dept": "did you mean depth",
+    "--family semi_structured --sparsity 0.25": "exactly 0.5",
+    "--sparsity 50": "0.5",
+    "--batch 0": "from 1 to",
+    "--seq -1": "from 1 to",
+    "--phase generate": "decode",
+    "--runtime fast": "cuda_graph",
+    "--dtype int4": "int4",
+    "--layers 0": "1 to 4",
+    "--hardware h1000": "h100",
+    "-o /no/such/folder/run": "does not exist",
+}
+
+
+@pytest.mark.parametrize("command", ["compare", "upper-bound"])
+@pytest.mark.parametrize("change", BAD)
 def test_bad_input_is_one_line_and_status_2(
-    tiny: Path, tmp_path: Path, change: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    tiny: Path, tmp_path: Path, command: str, change: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(_command(tiny, tmp_path / "run", *change)) == 2
+    assert run([command, *_command(tiny, tmp_path / "run")[1:], *change.split()]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert message in err.splitlines()[-1]
+    assert BAD[change] in err.splitlines()[-1]
     assert all(line.startswith(("note:", "prunesim:")) for line in err.splitlines())
     assert not (tmp_path / "run").exists()

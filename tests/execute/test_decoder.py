@@ -4,6 +4,7 @@ masked."""
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -17,21 +18,10 @@ from decoder_reference import ALL, BATCH, CONFIG, LAYERS, PROMPT, TOKENS, Masks,
 import simulator  # noqa: E402
 from calibration.devices.attention import layout_mask  # noqa: E402
 from calibration.devices.protocol import Unsupported  # noqa: E402
-from calibration.execute.decoder import (  # noqa: E402  # noqa: E402
-    DYNAMIC,
-    STATIC,
-    Decoder,
-    State,
-    decode,
-    from_weights,
-    prefill,
-    prune_decoder,
-    random_decoder,
-    token_losses,
-)
-from calibration.execute.decoder.families import each_projection, two_of_four  # noqa: E402
+from calibration.execute.decoder.families import DYNAMIC, STATIC, each_projection, prune_decoder, two_of_four  # noqa: E402
+from calibration.execute.decoder.model import Decoder, from_weights, random_decoder  # noqa: E402
 from calibration.execute.decoder.routed import CacheCut  # noqa: E402
-from calibration.execute.decoder.run import Cache  # noqa: E402
+from calibration.execute.decoder.run import Cache, State, decode, prefill, token_losses  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.pruning import FAMILIES  # noqa: E402
 from simulator.workload import ROLES, Kind  # noqa: E402
@@ -51,17 +41,10 @@ def dense() -> Decoder:
     return random_decoder(CONFIG, dtype="fp32", seed=1)
 
 
-# -- dense ----------------------------------------------------------------------------------------
-
-
-def test_dense_prefill_and_decode_equal_the_reference(dense: Decoder) -> None:
-    check(run(dense)[0], reference(dense, TOKENS))
-
-
-def test_tied_biased_and_normed_models() -> None:
-    config = replace(CONFIG, tied=True, qkv_bias=True, qk_norm=True)
-    made = random_decoder(config, dtype="fp32", seed=2)
-    assert made.head is made.embedding
+@pytest.mark.parametrize("changes", [{}, {"tied": True, "qkv_bias": True, "qk_norm": True}])
+def test_dense_prefill_and_decode_equal_the_reference(changes: dict[str, bool]) -> None:
+    made = random_decoder(replace(CONFIG, **changes), dtype="fp32", seed=2)
+    assert (made.head is made.embedding) == changes.get("tied", False)
     check(run(made)[0], reference(made, TOKENS))
 
 
@@ -73,18 +56,13 @@ def test_bf16_is_near_fp32() -> None:
 
 
 def test_a_checkpoint_s_names(dense: Decoder) -> None:
-    weights = {
-        "model.embed_tokens.weight": dense.embedding,
-        "model.norm.weight": dense.final_norm,
-        "lm_head.weight": dense.head,
-    }
-    for number, role, projection in dense.projections():
-        part = "mlp" if role in ("gate", "up", "down") else "self_attn"
-        weights[f"model.layers.{number}.{part}.{role}_proj.weight"] = projection.weight
+    weights = {"model.embed_tokens.weight": dense.embedding, "model.norm.weight": dense.final_norm}
+    weights["lm_head.weight"] = dense.head
     for number, layer in enumerate(dense.layers):
-        assert layer.attention and layer.mlp  # noqa: PT018
-        weights[f"model.layers.{number}.input_layernorm.weight"] = layer.attention.norm
-        weights[f"model.layers.{number}.post_attention_layernorm.weight"] = layer.mlp.norm
+        for at, norm, part in (("self_attn", "input", layer.attention), ("mlp", "post_attention", layer.mlp)):
+            weights[f"model.layers.{number}.{norm}_layernorm.weight"] = part.norm
+            for role in part.roles:
+                weights[f"model.layers.{number}.{at}.{role}_proj.weight"] = getattr(part, role).weight
     loaded = from_weights("tiny", weights, heads=CONFIG.heads, kv_heads=CONFIG.kv_heads)
     assert torch.equal(run(loaded)[0], run(dense)[0])
     del weights["model.layers.1.mlp.up_proj.weight"]
@@ -106,24 +84,17 @@ def test_rewinding_repeats_a_step(dense: Decoder) -> None:
     assert torch.equal(first, decode(dense, TOKENS[:, PROMPT : PROMPT + 1], state))
 
 
-# -- static families ------------------------------------------------------------------------------
-
-
-def _masked(decoder: Decoder, number: int, role: str, weight: Any) -> Decoder:
-    """The decoder with one weight replaced."""
+def _zeroed(decoder: Decoder, number: int, role: str, rows: Any = ALL, columns: Any = ALL) -> Decoder:
+    """The decoder with part of one weight set to zero."""
 
     def change(i: int, name: str, p: Any) -> Any:
-        return replace(p, factors=(weight,)) if (i, name) == (number, role) else p
+        if (i, name) != (number, role):
+            return p
+        weight = p.weight.clone()
+        weight[rows, columns] = 0.0
+        return replace(p, factors=(weight,))
 
     return each_projection(decoder, change)
-
-
-def _zeroed(decoder: Decoder, number: int, role: str, rows: Any = ALL, columns: Any = ALL) -> Decoder:
-    weight = getattr(
-        decoder.layers[number].mlp if role == "down" else decoder.layers[number].attention, role
-    ).weight.clone()
-    weight[rows, columns] = 0.0
-    return _masked(decoder, number, role, weight)
 
 
 def _missing(rows: Any, among: Any) -> Any:
@@ -153,12 +124,10 @@ def test_depth(dense: Decoder, unit: str, sparsity: float) -> None:
 def test_width(dense: Decoder, sparsity: float) -> None:
     pruned, masked = prune_decoder(dense, "width", sparsity), dense
     for number, (after, before) in enumerate(zip(pruned.layers, dense.layers, strict=True)):
-        assert after.attention and before.attention and after.mlp and before.mlp  # noqa: PT018
         assert after.attention.kv_heads == {0.25: 3, 0.6: 2}[sparsity]
         heads = _missing(after.attention.q.weight, before.attention.q.weight)
-        masked = _zeroed(masked, number, "o", columns=heads)
         channels = _missing(after.mlp.up.weight, before.mlp.up.weight)
-        masked = _zeroed(masked, number, "down", columns=channels)
+        masked = _zeroed(_zeroed(masked, number, "o", columns=heads), number, "down", columns=channels)
     check(run(pruned)[0], reference(masked, TOKENS))
 
 
@@ -171,18 +140,16 @@ def test_width_cross(dense: Decoder, turned: bool) -> None:
     embedding[:, gone] = 0.0
     masked = replace(dense, embedding=embedding)
     for number in range(LAYERS):
-        masked = _zeroed(masked, number, "o", rows=gone)
-        masked = _zeroed(masked, number, "down", rows=gone)
+        masked = _zeroed(_zeroed(masked, number, "o", rows=gone), number, "down", rows=gone)
     check(run(pruned)[0], reference(masked, TOKENS))
 
 
 def test_low_rank(dense: Decoder) -> None:
-    pruned, masked = prune_decoder(dense, "low_rank", 0.4), dense
-    for number, role, projection in pruned.projections():
+    pruned = prune_decoder(dense, "low_rank", 0.4)
+    for _, _, projection in pruned.projections():
         first, second = projection.factors
         assert first.shape[0] == second.shape[1] < min(first.shape[1], second.shape[0])
-        masked = _masked(masked, number, role, (second.double() @ first.double()).float())
-    check(run(pruned)[0], reference(masked, TOKENS))
+    check(run(pruned)[0], reference(pruned, TOKENS))
 
 
 def test_low_rank_of_full_rank_changes_nothing() -> None:
@@ -220,15 +187,11 @@ def test_semi_structured_is_refused_by_name_on_a_cpu(dense: Decoder) -> None:
 def test_semi_structured_on_a_gpu() -> None:
     config = replace(CONFIG, hidden=256, heads=8, kv_heads=4, head_dim=32, rotary_dim=32, inner=512)
     made = random_decoder(config, dtype="bf16", place="cuda")
-    pruned, masked = prune_decoder(made, "semi_structured", 0.5), made
-    for number, role, projection in made.projections():
-        masked = _masked(masked, number, role, two_of_four(projection.weight))
+    pruned = prune_decoder(made, "semi_structured", 0.5)
+    masked = each_projection(made, lambda i, role, p: replace(p, factors=(two_of_four(p.weight),)))
     tokens = TOKENS.to("cuda")
     first, second = run(pruned, tokens)[0].float(), run(masked, tokens)[0].float()
     assert float((first - second).norm() / second.norm()) < 0.05
-
-
-# -- dynamic families -----------------------------------------------------------------------------
 
 
 def _rows(places: Any, length: int) -> Any:
@@ -246,7 +209,7 @@ def test_dynamic_depth(dense: Decoder, sparsity: float) -> None:
         ran = _rows(traces[0][number, what], length)
         for step, trace in enumerate(traces[1:]):
             ran[trace[number, what], PROMPT + step] = True
-        getattr(masks, what)[number] = ran
+        masks[what, number] = ran
     check(logits, reference(dense, TOKENS, masks))
 
 
@@ -273,9 +236,9 @@ def test_dynamic_width(dense: Decoder, sparsity: float) -> None:
     edges = [g * CONFIG.inner // 7 for g in range(8)]
     of_group = torch.bucketize(torch.arange(CONFIG.inner), torch.tensor(edges[1:]), right=True)
     for number in range(LAYERS):
-        masks.groups[number] = torch.cat([t[number, "attention"] for t in traces], 1)
-        masks.channels[number] = torch.cat([t[number, "mlp"] for t in traces], 1)[..., of_group]
-        assert set(masks.groups[number].sum(-1).flatten().tolist()) == {round((1 - sparsity) * 4)}
+        masks["groups", number] = torch.cat([t[number, "attention"] for t in traces], 1)
+        masks["channels", number] = torch.cat([t[number, "mlp"] for t in traces], 1)[..., of_group]
+        assert set(masks["groups", number].sum(-1).flatten().tolist()) == {round((1 - sparsity) * 4)}
     check(logits, reference(dense, TOKENS, masks))
 
 
@@ -294,7 +257,7 @@ def test_sparse_attention(dense: Decoder, sparsity: float) -> None:
             blocks = torch.zeros(BATCH, CONFIG.kv_heads, whole, dtype=torch.bool).scatter_(-1, index, True)
             seen[:, :, PROMPT + step, : whole * block] = blocks.repeat_interleave(block, -1)
             seen[:, :, PROMPT + step, whole * block :] = True
-        masks.seen[number] = seen
+        masks["seen", number] = seen
     check(logits, reference(dense, TOKENS, masks))
 
 
@@ -308,7 +271,7 @@ def test_token(dense: Decoder, start: int) -> None:
     there = _rows(places, TOKENS.shape[1])
     there[:, PROMPT:] = True
     seen = there[:, None, None, :] | torch.eye(there.shape[1], dtype=torch.bool)
-    masks = Masks(dict.fromkeys(range(start, LAYERS), seen.expand(-1, CONFIG.kv_heads, -1, -1)))
+    masks: Masks = {("seen", number): seen.expand(-1, CONFIG.kv_heads, -1, -1) for number in range(start, LAYERS)}
     check(logits, reference(dense, TOKENS, masks))
     if start:
         assert not torch.equal(places[0], places[1])  # chosen by what is attended to, not by place
@@ -325,7 +288,7 @@ def test_kv_cache(dense: Decoder, sparsity: float) -> None:
         seen = torch.ones(BATCH, CONFIG.kv_heads, length, length, dtype=torch.bool)
         kept = torch.zeros(BATCH, CONFIG.kv_heads, PROMPT, dtype=torch.bool).scatter_(-1, places, True)
         seen[:, :, PROMPT:, :PROMPT] = kept[:, :, None]
-        masks.seen[number] = seen
+        masks["seen", number] = seen
     check(logits, reference(dense, TOKENS, masks))
 
 
@@ -338,13 +301,9 @@ def test_positions_attended_to_are_the_ones_kept() -> None:
         k[0, head, wanted[head]] = 3.0 * torch.eye(8)[:3]
     cache, state = Cache(torch.zeros_like(k), torch.zeros_like(v), 40), State(random_decoder(CONFIG), 40, trace={})
     CacheCut(3 / 40, observed=2).cut(state, cache, q, k, v)
-    assert state.trace is not None
     assert torch.equal(state.trace[0, "cache"], wanted[None])
     assert cache.length == 3
     assert torch.equal(cache.v[0, 1, :3], v[0, 1, wanted[1]])
-
-
-# -- composition, shapes, refusals ----------------------------------------------------------------
 
 
 def test_families_compose(dense: Decoder) -> None:
@@ -358,29 +317,22 @@ def test_families_compose(dense: Decoder) -> None:
         prune_decoder(prune_decoder(dense, "low_rank", 0.5), "width", 0.5)
 
 
-def test_every_family_of_the_simulator_is_here() -> None:
+def test_every_family_of_the_simulator_is_here_and_nothing_removed_is_the_dense_decoder(dense: Decoder) -> None:
     assert {*STATIC, *DYNAMIC} == set(FAMILIES)
-
-
-@pytest.mark.parametrize("family", sorted({*STATIC, *DYNAMIC} - {"semi_structured"}))
-def test_a_sparsity_of_zero_is_the_dense_decoder(dense: Decoder, family: str) -> None:
-    assert prune_decoder(dense, family, 0.0) is dense
+    assert all(prune_decoder(dense, family, 0.0) is dense for family in FAMILIES)
 
 
 @pytest.mark.parametrize("family", ["depth", "width", "width_cross", "low_rank"])
 @pytest.mark.parametrize("sparsity", [0.1, 0.25, 0.5, 0.73])
 def test_what_runs_has_the_shapes_that_are_predicted(dense: Decoder, family: str, sparsity: float) -> None:
     workload = simulator.prune(simulator.lower(CONFIG, phase="prefill", batch=1, seq=8), family, sparsity)
-    predicted: dict[tuple[str, int, int, int], float] = {}
-    for i in (workload.kind == Kind.GEMM).nonzero()[0]:
-        if workload.layer[i] >= 0:
-            name = (ROLES[workload.role[i]], int(workload.stage[i]), int(workload.n[i]), int(workload.k[i]))
-            predicted[name] = predicted.get(name, 0) + float(workload.count[i])
-    found: dict[tuple[str, int, int, int], float] = {}
+    predicted, found = Counter[Any](), Counter[Any]()
+    for i in ((workload.kind == Kind.GEMM) & (workload.layer >= 0)).nonzero()[0]:
+        shape = ROLES[workload.role[i]], int(workload.stage[i]), int(workload.n[i]), int(workload.k[i])
+        predicted[shape] += workload.count[i]
     for _, role, projection in prune_decoder(dense, family, sparsity).projections():
         for stage, factor in enumerate(projection.factors, 1):
-            name = (role, stage if len(projection.factors) > 1 else 0, *factor.shape)
-            found[name] = found.get(name, 0) + 1
+            found[(role, stage if len(projection.factors) > 1 else 0, *factor.shape)] += 1
     assert found == predicted
 
 

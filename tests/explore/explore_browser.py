@@ -1,7 +1,8 @@
-"""A real browser on the real page: the command as a process, Chromium without a screen, and what a person does with both.
+"""A real browser on the real page: the command as a process, Chromium without a screen, and what a person does with
+both.
 
-Use :func:`absent` for the reason why there is no browser here, :func:`serving` for the command, :func:`chromium` for the browser and
-:class:`Tab` for one page in it, :func:`check` to compare what it shows with what is predicted.
+Use :func:`absent` for the reason why there is no browser here, :func:`serving` for the command, :func:`chromium` for
+the browser and :class:`Tab` for one page in it, :func:`check` to compare what it shows with what is predicted.
 """
 
 from __future__ import annotations
@@ -16,30 +17,29 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
 import simulator
+from simulator.explore.charts import CARDS, charts, map_chart
+from simulator.explore.frame import WIDE
 from simulator.explore.state import State, read_query
 from simulator.figures.style import label
 from simulator.predict.rows import Record
-from simulator.predict.settings import Setting
 from simulator.units import percent, ratio, seconds
 
 PRUNESIM = (sys.executable, "-c", "import sys; sys.argv[0] = 'prunesim'; from calibration.cli import main; main()")
 """The command, of this environment whatever the search path says."""
 
+# fmt: off
 QUIET = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
+    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--no-first-run",
 )
+# fmt: on
 """The browser calls nobody on its own account."""
 
 LAPTOP, PHONE = {"width": 1366, "height": 768}, {"width": 390, "height": 844}
@@ -58,19 +58,21 @@ def absent() -> str:
     return "" if program() else "no chromium on the search path: install the system's package chromium"
 
 
-# -- the command --------------------------------------------------------------------------------------------------------------------
+needs_browser = pytest.mark.skipif(bool(absent()), reason=absent() or "all there")
+
+# -- the command and the browser ---------------------------------------------------------------------------------------
 
 
-def start(*options: str, **more: Any) -> subprocess.Popen[str]:
+def start(*options: str) -> subprocess.Popen[str]:
     """``prunesim explore`` with options, as a process."""
     command = (*PRUNESIM, "explore", "--no-browser", "--json", *options)
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @contextmanager
-def serving(*options: str) -> Iterator[str]:
+def serving() -> Iterator[str]:
     """The address of a served page; the process ends with the block."""
-    with start(*(options or ("--port", "0"))) as process:
+    with start("--port", "0") as process:
         assert process.stdout is not None
         try:
             yield json.loads(process.stdout.readline())["url"]
@@ -79,12 +81,9 @@ def serving(*options: str) -> Iterator[str]:
             process.communicate(timeout=20)
 
 
-def prunesim(*arguments: str, cwd: str | os.PathLike[str] | None = None) -> subprocess.CompletedProcess[str]:
+def prunesim(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """A command that ends."""
     return subprocess.run((*PRUNESIM, *arguments), capture_output=True, text=True, check=False, timeout=120, cwd=cwd)
-
-
-# -- the browser --------------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -93,12 +92,7 @@ def chromium() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with tempfile.TemporaryDirectory() as home, sync_playwright() as playwright:
-        environment: dict[str, str | float | bool] = {
-            **os.environ,
-            "HOME": home,
-            "XDG_CONFIG_HOME": home,
-            "XDG_CACHE_HOME": home,
-        }
+        environment: Any = {**os.environ, **dict.fromkeys(("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"), home)}
         browser = playwright.chromium.launch(executable_path=program(), args=list(QUIET), env=environment)
         try:
             yield browser
@@ -106,51 +100,28 @@ def chromium() -> Iterator[Any]:
             browser.close()
 
 
-@dataclass
 class Tab:
-    """One page in a context of its own, with all it asked for and all it complained of.
+    """One page in a context of its own, with every address it asked for and all it complained of: errors and warnings
+    of the console, exceptions nobody caught, requests that failed."""
 
-    Attributes
-    ----------
-    page : playwright.sync_api.Page
-    url : str
-        Address of the server.
-    requests : list of str
-        Every address that was asked for.
-    complaints : list of str
-        Errors and warnings of the console, exceptions nobody caught, requests that failed.
-    """
+    def __init__(self, page: Any, url: str) -> None:
+        self.page, self.url = page, url
+        self.requests: list[str] = []
+        self.complaints: list[str] = []
+        page.on("request", lambda r: self.requests.append(r.url))
+        page.on("console", lambda m: self._complain(m.type in ("error", "warning"), f"{m.type}: {m.text}"))
+        page.on("pageerror", lambda e: self._complain(True, f"exception: {e}"))
+        page.on("dialog", lambda d: (self._complain(True, f"dialogue: {d.message}"), d.dismiss()))
+        page.on("response", lambda r: self._complain(r.status >= 400, f"{r.status}: {r.url}"))
 
-    page: Any
-    url: str = ""
-    requests: list[str] = field(default_factory=list)
-    complaints: list[str] = field(default_factory=list)
-
-    def listen(self) -> None:
-        self.page.on("request", lambda r: self.requests.append(r.url))
-        self.page.on(
-            "console",
-            lambda m: self.complaints.append(f"{m.type}: {m.text}") if m.type in ("error", "warning") else None,
-        )
-        self.page.on("pageerror", lambda e: self.complaints.append(f"exception: {e}"))
-        self.page.on("dialog", self._dialogue)
-        self.page.on("response", lambda r: self.complaints.append(f"{r.status}: {r.url}") if r.status >= 400 else None)
-
-    def _dialogue(self, dialogue: Any) -> None:
-        self.complaints.append(f"dialogue: {dialogue.message}")
-        dialogue.dismiss()
+    def _complain(self, bad: bool, line: str) -> None:
+        self.complaints += [line] if bad else []
 
     @property
     def elsewhere(self) -> list[str]:
         """Requests that left this machine."""
-        local = {"127.0.0.1", None}
-        return [
-            r
-            for r in self.requests
-            if urlsplit(r).hostname not in local or not r.startswith(("http://", "blob:", "data:", "file:"))
-        ]
-
-    # -- going ----------------------------------------------------------------------------------------------------------------------
+        here = ("http://", "blob:", "data:", "file:")
+        return [r for r in self.requests if urlsplit(r).hostname not in {"127.0.0.1", None} or not r.startswith(here)]
 
     def open(self, query: str = "") -> Tab:
         self.page.goto(self.url + query)
@@ -161,83 +132,68 @@ class Tab:
         """Wait until page, figures and map show what the address says."""
         self.page.evaluate(SETTLE)
 
+    def fill(self, **values: object) -> None:
+        """Type values into fields, one after the other."""
+        for name, value in values.items():
+            self.page.fill(f"#{name}", str(value))
+        self.settle()
+
     @property
     def query(self) -> str:
         """The query of the address."""
         return str(urlsplit(self.page.url).query)
 
-    # -- seeing ---------------------------------------------------------------------------------------------------------------------
-
-    def figure(self, name: str) -> dict[str, Any]:
+    def figure(self, name: str) -> Any:
         """The Plotly figure that an element draws: ``data`` and ``layout`` as Plotly holds them."""
-        found: dict[str, Any] = self.page.evaluate(FIGURE, name)
-        return found
+        return self.page.evaluate(FIGURE, name)
+
+    def figures(self) -> list[Any]:
+        return [self.figure(name) for name in CARDS]
 
     def table(self) -> list[list[str]]:
         """Cells of the table, its header first."""
-        rows: list[list[str]] = self.page.evaluate(
-            "[...document.querySelectorAll('#table tr')].map((r) => [...r.children].map((c) => c.innerText.trim()))"
-        )
+        cells = "[...document.querySelectorAll('#table tr')].map((r) => [...r.children].map((c) => c.innerText.trim()))"
+        rows: list[list[str]] = self.page.evaluate(cells)
         return rows
 
     def text(self, selector: str) -> str:
         return str(self.page.locator(selector).inner_text())
 
 
-# -- what is shown and what is predicted ------------------------------------------------------------------------------------------
+# -- what is shown and what is predicted -------------------------------------------------------------------------------
 
 
 def predicted(state: State) -> tuple[Record, ...]:
     """The table of a state, asked from the Python interface."""
-    setting = Setting(new_tokens=state.new_tokens, runtime=state.runtime, dtype=state.dtype)
-    model = state.load()
-    table = simulator.table(
-        [model], state.gpus, state.drawn, state.fractions, [state.phase], [state.batch], [state.seq], setting=setting
-    )
+    case: Any = ([state.phase], [state.batch], [state.seq])
+    table = simulator.table([state.load()], state.gpus, state.drawn, state.fractions, *case, setting=state.setting)
     return table.records
 
 
 def check(tab: Tab, state: State) -> None:
-    """Address, controls, table, curves and waterfall show the state as the Python interface predicts it."""
+    """Address, controls, table and figures show the state as the Python interface predicts it."""
     assert read_query(tab.query) == (state, ())
     controls = tab.page.evaluate("Object.fromEntries(new FormData(document.getElementById('controls')))")
-    assert {name: controls[name] for name in ("model", "phase", "runtime", "dtype", "detail")} == {
-        "model": state.model,
-        "phase": state.phase,
-        "runtime": state.runtime,
-        "dtype": state.dtype,
-        "detail": state.detail,
-    }
-    assert [int(controls[name]) for name in ("batch", "seq", "new")] == [state.batch, state.seq, state.new_tokens]
+    for name in ("model", "phase", "runtime", "dtype", "detail", "batch", "seq"):
+        assert controls[name] == str(getattr(state, name))
+    assert controls["new"] == str(state.new_tokens)
     checked = "(name) => [...document.querySelectorAll(`[name=${name}]:checked`)].map((e) => e.value)"
     assert set(tab.page.evaluate(checked, "gpu")) == set(state.gpus)
     assert set(tab.page.evaluate(checked, "family")) == set(state.families)
     records = predicted(state)
     assert tab.text("#title").startswith(f"{records[0].model}, {state.phase}, batch {state.batch}, seq {state.seq}")
-    rows = {(row[0], row[1], row[3]): row for row in tab.table()[1:]}
+    rows = {(row[0], row[1], row[3]): row[4:11] for row in tab.table()[1:]}
     assert len(rows) == len(records)
-    curves = [t for t in tab.figure("speedup")["data"] if "markers" in t["mode"]]
-    gpus = list(dict.fromkeys(r.hardware for r in records))
     for r in records:
-        row = rows[(label(r.family), percent(r.sparsity), r.hardware)]
-        assert row[4:6] == [ratio(r.speedup), f"{ratio(r.speedup_lower)} to {ratio(r.speedup_upper)}"]
-        assert row[6:11] == [
-            ratio(r.flop_bound),
-            ratio(r.byte_bound),
-            ratio(r.roofline_bound),
-            seconds(r.pruned_s),
-            r.limit,
-        ]
-        axis = ("", *map(str, range(2, 20)))[gpus.index(r.hardware)]
-        (curve,) = [t for t in curves if t["name"] == label(r.family) and t.get("xaxis", "x") == f"x{axis}"]
-        assert curve["y"][curve["x"].index(100 * r.sparsity)] == r.speedup
-    bars = [t for t in tab.figure("waterfall")["data"] if t["type"] == "bar"]
-    chosen = [r for r in records if r.family == state.detail and r.sparsity == state.at]
-    assert [t["base"][-1] + t["x"][-1] for t in bars] == pytest.approx([r.speedup for r in chosen], rel=1e-9)
+        interval = f"{ratio(r.speedup_lower)} to {ratio(r.speedup_upper)}"
+        bounds = map(ratio, (r.flop_bound, r.byte_bound, r.roofline_bound))
+        shown = [ratio(r.speedup), interval, *bounds, seconds(r.pruned_s), r.limit]
+        assert rows[label(r.family), percent(r.sparsity), r.hardware] == shown
+    for name, chart in {**charts(state, WIDE), "crossover": map_chart(state, WIDE)}.items():
+        assert tab.figure(name)["data"] == json.loads(json.dumps(chart["data"])), name
 
 
-# -- scripts -----------------------------------------------------------------------------------------------------------------------
-
+# -- scripts -----------------------------------------------------------------------------------------------------------
 CLASHES = """() => {
   // texts of figures that lie on one another or outside their figure
   const found = [];
@@ -246,10 +202,11 @@ CLASHES = """() => {
     const texts = [...chart.querySelectorAll("svg text")].filter((t) => t.textContent.trim())
       .map((t) => [t.textContent, t.getBoundingClientRect()]);
     texts.forEach(([a, r], i) => {
-      const across = r.left < frame.left - 1 || r.right > frame.right + 1, down = r.top < frame.top - 1 || r.bottom > frame.bottom + 1;
-      if (across || down) found.push(`${chart.id}: ${a} is cut`);
+      const across = r.left < frame.left - 1 || r.right > frame.right + 1;
+      if (across || r.top < frame.top - 1 || r.bottom > frame.bottom + 1) found.push(`${chart.id}: ${a} is cut`);
       for (const [b, q] of texts.slice(i + 1)) {
-        const across = Math.min(r.right, q.right) - Math.max(r.left, q.left), down = Math.min(r.bottom, q.bottom) - Math.max(r.top, q.top);
+        const across = Math.min(r.right, q.right) - Math.max(r.left, q.left);
+        const down = Math.min(r.bottom, q.bottom) - Math.max(r.top, q.top);
         if (across > 2 && down > 3) found.push(`${chart.id}: ${a} on ${b}`);
       }
     });
@@ -260,12 +217,14 @@ CLASHES = """() => {
 OUTSIDE = """() => {
   // elements that stick out of the window, or whose text is cut, unless they can be scrolled to
   const width = document.documentElement.clientWidth, found = [];
-  if (document.documentElement.scrollWidth > width) found.push(`the page scrolls to ${document.documentElement.scrollWidth}`);
+  const whole = document.documentElement.scrollWidth;
+  if (whole > width) found.push(`the page scrolls to ${whole}`);
   const scrolls = (e) => e && (["auto", "scroll"].includes(getComputedStyle(e).overflowX) || scrolls(e.parentElement));
   for (const e of document.querySelectorAll("header *, form *, main *, summary")) {
     if (e.closest("svg, .skip") || scrolls(e)) continue;
     const r = e.getBoundingClientRect();
-    const name = `${e.tagName} ${e.id || e.className}`, text = !e.children.length && !["INPUT", "SELECT", "OPTION"].includes(e.tagName);
+    const name = `${e.tagName} ${e.id || e.className}`;
+    const text = !e.children.length && !["INPUT", "SELECT", "OPTION"].includes(e.tagName);
     if (r.width && (r.right > width + 1 || r.left < -1)) found.push(`${name} reaches from ${r.left} to ${r.right}`);
     if (text && e.clientWidth && e.scrollWidth > e.clientWidth + 1) found.push(`${name} is cut: ${e.textContent}`);
   }

@@ -1,4 +1,5 @@
-"""The page in a real browser: keyboard, windows of all sizes, the report, several tabs, the end, and whoever else might ask."""
+"""The page in a real browser: keyboard, windows of all sizes, the report, several tabs, the end, and whoever else might
+ask."""
 
 from __future__ import annotations
 
@@ -12,26 +13,28 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from explore_browser import CLASHES, LAPTOP, OUTSIDE, PHONE, Tab, absent, check, predicted, prunesim, start
+from explore_browser import CLASHES, LAPTOP, OUTSIDE, PHONE, Tab, check, needs_browser, predicted, prunesim, start
 from test_explore_state import TINY
 
+from simulator.explore.charts import CARDS
 from simulator.explore.dropped import token
-from simulator.explore.state import State
+from simulator.explore.state import KEYS, State
 from simulator.pruning import FAMILIES
 
-pytestmark = pytest.mark.skipif(bool(absent()), reason=absent() or "all there")
+pytestmark = needs_browser
 
 
-# -- keyboard ---------------------------------------------------------------------------------------------------------------------------
+# -- keyboard ----------------------------------------------------------------------------------------------------------
 
 FOCUS = """() => {
-  const e = document.activeElement;
-  const ring = e.type === "radio" ? e.nextElementSibling : e;
-  const style = getComputedStyle(ring), box = ring.getBoundingClientRect();
+  const e = document.activeElement, data = e.dataset;
+  const style = getComputedStyle(e.type === "radio" ? e.nextElementSibling : e);
+  const box = (e.type === "radio" ? e.nextElementSibling : e).getBoundingClientRect();
   const all = [...document.querySelectorAll("a[href], button, input, select, summary, [tabindex='0']")];
+  const button = data.save || (("csv" in data) ? "csv" : ("copy" in data) ? "copy" : e.className || e.tagName);
+  const ring = style.outlineStyle !== "none" && parseFloat(style.outlineWidth) >= 2;
   return {
-    name: e.name || e.id || e.dataset.save || (("csv" in e.dataset) ? "csv" : ("copy" in e.dataset) ? "copy" : e.className || e.tagName),
-    place: all.indexOf(e), seen: style.outlineStyle !== "none" && parseFloat(style.outlineWidth) >= 2 && box.right > 0 && box.width > 0,
+    name: e.name || e.id || button, place: all.indexOf(e), seen: ring && box.right > 0 && box.width > 0,
     inside: box.top < innerHeight && box.bottom > 0,
   };
 }"""
@@ -47,24 +50,8 @@ def test_everything_can_be_reached_by_keyboard(tab: Tab) -> None:
             break
         reached.append(at)
     names = [at["name"] for at in reached]
-    assert reached[0]["name"] == "skip"
-    wanted = {
-        "model",
-        "choose",
-        "gpu",
-        "phase",
-        "batch",
-        "seq",
-        "dtype",
-        "new",
-        "runtime",
-        "family",
-        "sparsity",
-        "detail",
-        "at",
-    }
-    wanted |= {"speedup", "roofline", "waterfall", "crossover", "csv", "table", "copy"}
-    assert wanted <= set(names)
+    assert names[0] == "skip"
+    assert {*KEYS, *CARDS, "choose", "csv", "table", "copy"} <= set(names)
     assert names.count("family") == len(FAMILIES)
     assert names.count("phase") == names.count("runtime") == 1, "radios are one stop, arrow keys go on"
     assert all(at["seen"] for at in reached), [at["name"] for at in reached if not at["seen"]]
@@ -73,17 +60,16 @@ def test_everything_can_be_reached_by_keyboard(tab: Tab) -> None:
 
 def test_the_keyboard_alone_changes_the_page(tab: Tab) -> None:
     tab.open()
-    tab.page.locator("[name=phase]:checked").focus()
-    tab.page.keyboard.press("ArrowRight")
-    tab.settle()
-    tab.page.locator("[name=family][value=kv_cache]").focus()
-    tab.page.keyboard.press("Space")
-    tab.settle()
-    tab.page.locator("#model").focus()
-    tab.page.keyboard.type("qwen3-8")
-    tab.page.locator("#batch").focus()
-    tab.page.keyboard.press("ArrowUp")
-    tab.settle()
+    keyboard = tab.page.keyboard
+    for selector, act, keys in (
+        ("[name=phase]:checked", keyboard.press, "ArrowRight"),
+        ("[name=family][value=kv_cache]", keyboard.press, "Space"),
+        ("#model", keyboard.type, "qwen3-8"),
+        ("#batch", keyboard.press, "ArrowUp"),
+    ):
+        tab.page.locator(selector).focus()
+        act(keys)
+        tab.settle()
     check(tab, State(model="qwen3-8b", phase="decode", batch=2, families=(*State().families, "kv_cache")))
 
 
@@ -95,12 +81,11 @@ def test_the_skip_link_leads_to_the_results(tab: Tab) -> None:
     assert tab.page.evaluate("document.activeElement.id") == "results"
     tab.page.keyboard.press("Tab")
     assert tab.page.evaluate("document.activeElement.dataset.save") == "speedup"
-    tab.page.fill("#seq", "100")
-    tab.settle()
+    tab.fill(seq=100)
     check(tab, State(batch=2, seq=100))
 
 
-# -- windows of all sizes ---------------------------------------------------------------------------------------------------------------
+# -- windows of all sizes ----------------------------------------------------------------------------------------------
 
 LAYOUTS = {
     "default": "",
@@ -111,11 +96,15 @@ LAYOUTS = {
     "refused": "?gpu=a100_sxm_80gb&dtype=fp8",
     "problems": "?batch=x&gpu=h10&model=" + "z" * 200,
 }
+SIZES: dict[str, Any] = {
+    "laptop": {"viewport": LAPTOP},
+    "phone": {"viewport": PHONE, "is_mobile": True, "has_touch": True},
+}
 
 
-@pytest.mark.parametrize("size", ["laptop", "phone"])
+@pytest.mark.parametrize("size", SIZES)
 def test_nothing_is_cut_and_no_label_lies_on_another(size: str, new_tab: Callable[..., Tab]) -> None:
-    tab = new_tab(viewport=LAPTOP) if size == "laptop" else new_tab(viewport=PHONE, is_mobile=True, has_touch=True)
+    tab = new_tab(**SIZES[size])
     for name, query in LAYOUTS.items():
         tab.open(query)
         assert tab.page.evaluate(OUTSIDE) == [], name
@@ -123,8 +112,9 @@ def test_nothing_is_cut_and_no_label_lies_on_another(size: str, new_tab: Callabl
     if size == "phone":
         tab.page.click("summary")
         assert tab.page.evaluate(OUTSIDE) == []
-        small = "[...document.querySelectorAll('form button, form select, form .field input')].map((e) => e.getBoundingClientRect().height)"
-        assert min(height for height in tab.page.evaluate(small) if height) >= 24
+        touched = "[...document.querySelectorAll('form button, form select, form .field input')]"
+        heights = tab.page.evaluate(touched + ".map((e) => e.getBoundingClientRect().height)")
+        assert min(height for height in heights if height) >= 24
 
 
 def test_a_window_that_becomes_narrow_is_drawn_again(tab: Tab) -> None:
@@ -137,29 +127,25 @@ def test_a_window_that_becomes_narrow_is_drawn_again(tab: Tab) -> None:
     assert tab.page.evaluate(OUTSIDE) == []
 
 
-# -- the report -------------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", ["laptop", "phone"])
-def test_a_report_needs_no_network(size: str, new_tab: Callable[..., Tab], tmp_path: Path) -> None:
-    done = prunesim(
-        "report", "llama-3.1-8b", "--hardware", "h100,rtx_4090", "--phase", "decode", "-o", "r.html", cwd=tmp_path
-    )
+@pytest.mark.parametrize("size", [LAPTOP, PHONE], ids=["laptop", "phone"])
+def test_a_report_needs_no_network(size: dict[str, int], new_tab: Callable[..., Tab], tmp_path: Path) -> None:
+    options = ("--hardware", "h100,rtx_4090", "--phase", "decode", "-o", "r.html")
+    done = prunesim("report", "llama-3.1-8b", *options, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "r.html\n"), done.stderr
-    tab = new_tab(offline=True, viewport=LAPTOP if size == "laptop" else PHONE)
+    tab = new_tab(offline=True, viewport=size)
     tab.page.goto((tmp_path / "r.html").as_uri())
     records = predicted(State(gpus=("h100_sxm", "rtx_4090"), phase="decode"))
     curves = [t for t in tab.figure("speedup")["data"] if "markers" in t["mode"] and t["name"] == "depth"]
     for curve, gpu in zip(curves, ("h100_sxm", "rtx_4090"), strict=True):
         assert curve["y"] == [r.speedup for r in records if (r.family, r.hardware) == ("depth", gpu)]
-    assert all(tab.figure(name)["drawn"] for name in ("speedup", "roofline", "waterfall", "crossover"))
+    assert all(figure["drawn"] for figure in tab.figures())
     assert len(tab.table()) == 1 + len(records)
     assert tab.page.evaluate(OUTSIDE) == []
     assert tab.page.evaluate(CLASHES) == []
     assert tab.requests == [(tmp_path / "r.html").as_uri()]
 
 
-# -- more than one at once, and ends -----------------------------------------------------------------------------------------------------
+# -- more than one at once, and ends -----------------------------------------------------------------------------------
 
 
 def test_two_tabs_do_not_mix(new_tab: Callable[..., Tab]) -> None:
@@ -178,8 +164,8 @@ def test_the_last_of_many_quick_changes_is_shown(tab: Tab) -> None:
         tab.page.fill("#batch", str(i))
     tab.settle()
     check(tab, State(phase="generate", gpus=("a100_sxm_80gb", "h100_sxm"), new_tokens=64, batch=11))
-    (frame, *_) = [s for s in tab.figure("crossover")["layout"].get("shapes", []) if s["type"] == "rect"] or [None]
-    assert frame is None, "11 is no batch of the map"
+    frames = [s for s in tab.figure("crossover")["layout"].get("shapes", []) if s["type"] == "rect"]
+    assert not frames, "11 is no batch of the map"
 
 
 def test_a_port_that_is_taken_is_one_line(url: str) -> None:
@@ -200,7 +186,7 @@ def test_ctrl_c_ends_it_and_the_page_says_so(browser: Any) -> None:
     tab.page.context.close()
 
 
-# -- nobody else ------------------------------------------------------------------------------------------------------------------------
+# -- nobody else -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -237,18 +223,15 @@ def test_only_its_own_page_is_answered(url: str, headers: dict[str, str], status
 
 def test_another_page_can_neither_read_nor_ask(tab: Tab) -> None:
     tab.page.goto("data:text/html,<title>elsewhere</title>")
-    attempt = """async (url) => {
-      const read = await fetch(url).then(() => "read", () => "refused");
-      const asked = await fetch(url + "_dash-update-component", {method: "POST", body: "{}"}).then(() => "read", () => "refused");
-      return [read, asked];
-    }"""
-    assert tab.page.evaluate(attempt, tab.url) == ["refused", "refused"]
+    attempt = """async ([path, method]) => fetch(path, {method, body: method === "POST" ? "{}" : undefined})
+      .then(() => "read", () => "refused")"""
+    for path, method in (("", "GET"), ("_dash-update-component", "POST")):
+        assert tab.page.evaluate(attempt, [tab.url + path, method]) == "refused"
     tab.complaints.clear()
 
 
 def test_a_request_without_end_is_refused(url: str) -> None:
-    port = urlsplit(url).port
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", urlsplit(url).port, timeout=20)
     connection.putrequest("POST", "/_dash-update-component")
     connection.putheader("Content-Type", "application/json")
     connection.putheader("Content-Length", "8000000000")

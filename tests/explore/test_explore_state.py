@@ -1,49 +1,46 @@
-"""The page's state: its query says all of it, bad queries are named and replaced, and a dropped config.json fits in it."""
+"""The page's state: its query says all of it, bad queries are named and replaced, a dropped config.json fits in it."""
 
 from __future__ import annotations
 
 import base64
 import json
+import string
 import zlib
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import simulator.models.library
 from simulator.errors import InputError
 from simulator.explore.dropped import MOST_TOKEN, PREFIX, read_token, token
-from simulator.explore.state import MOST_QUERY, State, read_query, strict_query, to_query
-from simulator.hardware.names import list_hardware
+from simulator.explore.state import KEYS, MOST_QUERY, State, read_query, strict_query, to_query
+from simulator.hardware.library import list_hardware
 from simulator.models.huggingface import MAX_FILE_BYTES
 from simulator.models.library import list_models, load_model
 from simulator.pruning import FAMILIES
 from simulator.workload import DTYPES, PHASES
 
+# fmt: off
 TINY: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 512,
-    "intermediate_size": 1408,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "vocab_size": 32000,
-    "torch_dtype": "bfloat16",
+    "model_type": "llama", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 32000, "torch_dtype": "bfloat16",
     "architectures": ["LlamaForCausalLM"],
 }
+# fmt: on
+
+SHIPPED = sorted(Path(simulator.models.library.__file__).parent.glob("*.json"))
 
 fractions = st.floats(0.0, 0.999, allow_nan=False)
-subsets = {
-    "gpus": st.lists(st.sampled_from(list_hardware()), min_size=1, max_size=4, unique=True).map(tuple),
-    "families": st.lists(st.sampled_from(list(FAMILIES)), min_size=1, unique=True).map(tuple),
-    "sparsities": st.lists(fractions, min_size=1, max_size=9, unique=True).map(tuple),
-}
 states = st.builds(
     State,
     model=st.sampled_from([*list_models(), token(json.dumps(TINY), "tiny.json")]),
-    **subsets,
+    gpus=st.lists(st.sampled_from(list_hardware()), min_size=1, max_size=4, unique=True).map(tuple),
+    families=st.lists(st.sampled_from(list(FAMILIES)), min_size=1, unique=True).map(tuple),
+    sparsities=st.lists(fractions, min_size=1, max_size=9, unique=True).map(tuple),
     phase=st.sampled_from(PHASES),
     batch=st.integers(1, 4096),
     seq=st.integers(1, 100_000),
@@ -70,16 +67,9 @@ def test_any_query_gives_a_state(text: str) -> None:
     assert all(line.isprintable() for line in problems)
 
 
-@given(
-    st.sampled_from(
-        ["model", "gpu", "family", "sparsity", "phase", "batch", "seq", "new", "runtime", "dtype", "detail", "at"]
-    ),
-    st.text(),
-)
+@given(st.sampled_from(list(KEYS)), st.text())
 @settings(max_examples=300, deadline=None)
 def test_any_value_gives_a_state(key: str, value: str) -> None:
-    from urllib.parse import quote
-
     state, problems = read_query(f"{key}={quote(value)}")
     assert len(problems) <= 1
     if problems:
@@ -136,40 +126,21 @@ def test_keys_may_repeat_where_lists_are_expected() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad",
-    [
-        {"gpus": ()},
-        {"families": ()},
-        {"sparsities": ()},
-        {"families": ("x",)},
-        {"sparsities": tuple(i / 100 for i in range(26))},
-    ],
+    "bad", [{"gpus": ()}, {"families": ()}, {"sparsities": ()}, {"families": ("x",)}, {"sparsities": (0.01,) * 26}]
 )
 def test_a_state_is_checked(bad: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         State(**bad)
 
 
-# -- a dropped config.json ----------------------------------------------------------------------------------------------------------
+# -- a dropped config.json ---------------------------------------------------------------------------------------------
 
 
-def test_a_dropped_model_is_the_one_its_file_describes(tmp_path: Path) -> None:
-    for name in list_models():
-        if not hasattr(load_model(name), "windows"):
-            continue
-        source = json.loads((Path(load_file()) / f"{name}.json").read_text())
-        file = tmp_path / f"{name}.json"
-        file.write_text(json.dumps(source))
-        made = token(file.read_text(), file.name)
-        assert len(made) < MOST_TOKEN
-        assert read_token(made) == (file.name, load_model(file))
-
-
-def load_file() -> Path:
-    """Folder of the shipped configurations."""
-    import simulator.models
-
-    return Path(simulator.models.library.__file__).parent
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_a_dropped_model_is_the_one_its_file_describes(file: Path) -> None:
+    made = token(file.read_text(), file.name)
+    assert len(made) < MOST_TOKEN
+    assert read_token(made) == (file.name, load_model(file))
 
 
 def test_a_token_carries_shape_keys_only() -> None:
@@ -210,7 +181,7 @@ def test_a_token_cannot_unpack_without_end() -> None:
         read_token(text)
 
 
-@given(st.text(alphabet="abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_=", max_size=300))
+@given(st.text(alphabet=f"{string.ascii_letters}{string.digits}-_=", max_size=300))
 @settings(max_examples=200, deadline=None)
 def test_any_token_is_read_or_refused(text: str) -> None:
     with pytest.raises(InputError):
@@ -218,6 +189,6 @@ def test_any_token_is_read_or_refused(text: str) -> None:
 
 
 def test_a_state_with_a_dropped_model_loads_it() -> None:
-    state = replace(State(), model=token(json.dumps(TINY), "tiny.json"))
+    state = State(model=token(json.dumps(TINY), "tiny.json"))
     assert state.load().name == "tiny"
     assert state.load().layers == 4

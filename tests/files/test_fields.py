@@ -4,32 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated
 
 import pytest
 
 from simulator.errors import InputError
-from simulator.files.fields import Number, Quantity, record
+from simulator.files.fields import Many, Number, Quantity, Table, Text, record
 from simulator.files.yaml import Problems, parse_yaml
-
-Share = Annotated[float, Number(0, 1, "0.25")]
 
 
 @dataclass(frozen=True)
 class Wheel:
     spokes: Annotated[int, Number(1, 100, "36", whole=True)]
-    mass: Share
+    mass: Annotated[float, Number(0, 1, "0.25")]
 
 
 @dataclass(frozen=True)
 class Bicycle:
     name: str
-    gear: Literal["fixed", "hub"]
-    wheels: tuple[Wheel, ...]
+    gear: Annotated[str, Text(("fixed", "hub"))]
+    wheels: Annotated[tuple[Wheel, ...], Many(record(Wheel))]
     latency_s: Annotated[float, Quantity("s", 1e-6, 1.0)] = 1.0
-    shares: Mapping[str, Share] = field(default_factory=dict)
+    shares: Annotated[Mapping[str, float], Table(Number(0, 1, "0.25"))] = field(default_factory=dict)
     bell: bool = False
-    note: str | None = None
+    note: str = ""
 
     def __post_init__(self) -> None:
         if self.bell and self.gear == "fixed":

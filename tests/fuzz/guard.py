@@ -1,17 +1,19 @@
-"""What the fuzz tests hold every input to: answered within seconds, one printable line of refusal or a result, and nothing touched outside.
+"""What the fuzz tests hold every input to: answered within seconds, in one printable line, and nothing touched outside.
 
-Use :func:`refusal` for one input and :class:`Guard` around many. The guard listens to the interpreter's audit events: files opened for
-writing, made, moved or removed outside one folder, files read outside the places a run may read, programs started, sockets opened.
+Use :func:`refusal` for one input and :class:`Guard` around many. The guard listens to the interpreter's audit events:
+files opened for writing, made, moved or removed outside one folder, files read outside the places a run may read,
+programs started, sockets opened.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from simulator.errors import InputError
@@ -21,22 +23,14 @@ MOST_CHARACTERS = 4000
 """Longest message: lists of known names and of columns are long, what came in is cut."""
 
 ROOT = Path(__file__).resolve().parents[2]
+_PROGRAMS = (ROOT, Path(sys.prefix), Path(sys.base_prefix), Path(os.__file__).parent)
 _CHANGES = {
-    "os.mkdir": 0,
-    "os.remove": 0,
-    "os.rmdir": 0,
-    "os.truncate": 0,
-    "os.chmod": 0,
-    "os.symlink": 1,
-    "os.link": 1,
+    **dict.fromkeys(("os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod"), (0,)),
+    **{"os.rename": (0, 1), "os.symlink": (1,), "os.link": (1,)},
 }
+"""Events that change something, and which of their arguments is its place."""
 _NEVER = (
-    "subprocess.Popen",
-    "os.system",
-    "os.exec",
-    "os.posix_spawn",
-    "socket.connect",
-    "socket.bind",
+    *("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect", "socket.bind"),
     "pickle.find_class",
 )
 
@@ -46,10 +40,7 @@ class Hang(BaseException):
 
 
 def refusal(read: Callable[[], Any], file: str = "") -> tuple[str, Any]:
-    """("" and what was read) or (the refusal and None); anything but an :class:`InputError` of one printable line goes on up.
-
-    ``file`` must stand in the message.
-    """
+    """("" and what was read) or (the refusal, which names ``file``, and None); any other exception goes on up."""
     signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
     try:
         return "", read()
@@ -74,15 +65,8 @@ class Guard:
 
     def __init__(self, folder: Path, may_read: tuple[Path, ...] = ()) -> None:
         self.folder = os.path.realpath(folder)
-        programs = (ROOT, Path(sys.prefix), Path(sys.base_prefix), Path(os.__file__).parent)
-        self.readable = (
-            self.folder,
-            *(os.path.realpath(p) for p in (*programs, *may_read)),
-            "/dev/null",
-            "/proc",
-            "/sys",
-            "/usr/share/zoneinfo",
-        )
+        allowed = [os.path.realpath(path) for path in (*_PROGRAMS, *may_read)]
+        self.readable = (self.folder, *allowed, "/dev/null", "/proc", "/sys", "/usr/share/zoneinfo")
         self.found: list[str] = []
         self._old: Any = None
 
@@ -92,9 +76,7 @@ class Guard:
         _LISTENING.append(self)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         _LISTENING.remove(self)
         signal.signal(signal.SIGALRM, self._old)
@@ -114,15 +96,9 @@ class Guard:
             writes = bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC))
             if not self._inside(args[0], (self.folder, "/dev/null") if writes else self.readable):
                 self.found.append(f"{'write' if writes else 'read'} {args[0]!r:.200}")
-        elif event == "os.rename":
-            for place in args[:2]:
-                self._change(event, place)
-        elif event in _CHANGES:
-            self._change(event, args[_CHANGES[event]])
-
-    def _change(self, event: str, place: Any) -> None:
-        if isinstance(place, (str, bytes, os.PathLike)) and not self._inside(place, (self.folder,)):
-            self.found.append(f"{event} {place!r:.200}")
+        for at in _CHANGES.get(event, ()):
+            if isinstance(args[at], (str, bytes, os.PathLike)) and not self._inside(args[at], (self.folder,)):
+                self.found.append(f"{event} {args[at]!r:.200}")
 
     @staticmethod
     def _inside(path: Any, folders: tuple[str, ...]) -> bool:
@@ -134,14 +110,12 @@ class Guard:
 
 
 _LISTENING: list[Guard] = []
-_INSTALLED: list[bool] = []
 
 
+@functools.cache
 def _install() -> None:
     """Audit hooks cannot be removed: one, which is silent while nobody listens."""
-    if not _INSTALLED:
-        sys.addaudithook(_audit)
-        _INSTALLED.append(True)
+    sys.addaudithook(_audit)
 
 
 def _audit(event: str, args: tuple[Any, ...]) -> None:

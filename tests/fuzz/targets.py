@@ -1,87 +1,102 @@
-"""The formats that are read, each as a target: how to make an input near a good one, how to read it, and what must hold of what was read.
+"""The formats that are read, each as a target: how to make an input near a good one, how to read it, what must hold.
 
-A target's ``make`` gives the bytes (or text) of one input; ``read`` reads it and hands what it got to the next stage, which may refuse it
-in one line as well. Whatever is neither a result nor an ``InputError`` is a bug.
+A target is the function that reads a file and hands what it got to the next stage, which may refuse it in one line as
+well. Whatever is neither a result nor an ``InputError`` is a bug.
 """
 
 from __future__ import annotations
 
-import hashlib
+import base64
 import json
 import random
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+import re
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-import near_lines as lines
-import near_page as page
-import near_tables as tables
+import good
+import mutate
 import numpy as np
-from mutate import csv_text, edit_bytes, json_text, npz_bytes, yaml_text
+from guard import check_line
+from mutate import PART_EDITS, TEXTS, Edit, edit_bytes, edit_parts, pq, seldom
 
 import simulator
+from calibration.execute.quality_results import Results
+from calibration.records.importers import import_table
+from calibration.records.lines import content_records, untimed
+from calibration.records.parquet import read_records, write_records
+from calibration.records.store import merge, read_store
+from simulator.errors import InputError
+from simulator.explore.answer import answer
+from simulator.explore.dropped import PREFIX, read_token, token
+from simulator.explore.state import read_query, strict_query, to_query
+from simulator.figures.measured import read_measured_gemms
 from simulator.hardware import library as hardware
+from simulator.predict.grid import read_grid
+from simulator.predict.pareto import fronts, read_measured
+from simulator.predict.quality import choose_axis, load_quality, read_quality, table_text
+from simulator.predict.rows import COLUMNS
+from simulator.predict.store import Store
+from simulator.predict.sweep import pieces, sweep_columns
+from simulator.predict.where import parse_filter
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+Make = Callable[[random.Random], bytes]
 
 
-@dataclass(frozen=True)
 class Target:
-    """One format.
+    """One format, made of the function that uses a file of it.
 
-    Attributes
-    ----------
-    name : str
-    file : str
-        Name of the file an input is written to; empty where the input is a text on the command line.
-    make : callable
-        random.Random -> bytes of an input.
-    read : callable
-        Path -> anything; reads the file and uses what it got.
-    commands : tuple of tuple of str
-        Command lines that read the file, {} standing for its path.
-    positions : bool
-        Whether a refusal carries line and column.
-    names_file : bool
-        Whether a refusal carries the name of the file.
+    ``make`` gives the bytes of one; ``commands`` read it too, {} standing for its path; a refusal carries line and
+    column (``positions``) and the name of the file (``names_file``).
     """
 
-    name: str
-    file: str
-    make: Callable[[random.Random], bytes]
-    read: Callable[[Path], Any]
-    commands: tuple[tuple[str, ...], ...] = ()
-    positions: bool = False
-    names_file: bool = True
+    def __init__(self, file: str, make: Make, *commands: str, positions: bool = False, names_file: bool = True) -> None:
+        self.file, self.make, self.commands = file, make, commands
+        self.positions, self.names_file = positions, names_file
+
+    def __call__(self, read: Callable[[Path], Any]) -> Callable[[Path], Any]:
+        self.read = read
+        TARGETS.append(self)
+        return read
 
 
-# -- hardware profiles ------------------------------------------------------------------------------------------------------------
+TARGETS: list[Target] = []
+
+
+def finite(*values: Any, least: float = 0.0) -> None:
+    """All numbers are finite and above zero."""
+    for value in values:
+        assert np.isfinite(value).all(), value
+        assert (np.asarray(value) > least).all(), value
+
+
+# -- profiles and their arrays -----------------------------------------------------------------------------------------
 
 _M, _N, _K = (np.array(v) for v in ([1, 17, 300, 8192], [4096, 8810, 64, 16384], [4096, 64, 11008, 4096]))
 
 
 def times(hw: Any) -> None:
-    """Predictions of a profile that loaded: finite and above zero, in every format it has and in every kind of operator."""
+    """Predictions of a profile that loaded: finite and above zero, in every format and every kind of operator."""
     for dtype in hw.rates:
         t = simulator.gemm_time(_M, _N, _K, hw, dtype=dtype)
-        for values in (t.seconds, t.lower, t.upper):
-            assert np.isfinite(values).all(), (dtype, values)
-            assert (values > 0).all(), (dtype, values)
+        finite(t.seconds, t.lower, t.upper)
         assert (t.lower <= t.upper).all()
     model = simulator.load_model("llama-3.2-1b")
     for phase, runtime in (("prefill", "cuda_graph"), ("decode", "eager")):
-        for dtype in list(hw.rates)[:1]:
-            dense = simulator.lower(model, phase=phase, batch=3, seq=130, dtype=dtype)
-            s = simulator.speedup(dense, simulator.prune(dense, "width", 0.3), hw, runtime=runtime)
-            found = (s.dense_s, s.pruned_s, s.speedup, s.lower, s.upper)
-            assert np.isfinite(found).all(), found
-            assert min(found) > 0.0, found
+        dense = simulator.lower(model, phase=phase, batch=3, seq=130, dtype=next(iter(hw.rates)))
+        s = simulator.speedup(dense, simulator.prune(dense, "width", 0.3), hw, runtime=runtime)
+        finite(s.dense_s, s.pruned_s, s.speedup, s.lower, s.upper)
 
 
-def _profile(path: Path) -> None:
+def _make_profile(rng: random.Random) -> bytes:
+    text = good.SHIPPED if rng.random() < 0.1 else good.SMALL
+    return edit_bytes(text.encode(), rng) if rng.random() < 0.3 else mutate.yaml_text(text, rng)
+
+
+@Target("gpu.yaml", _make_profile, "hardware check {}", "gemm 64 64 64 --hardware {}", positions=True)
+def profile(path: Path) -> None:
     hardware._load.cache_clear()  # files of equal size within a tick of the clock look the same
     if path.stat().st_size % 8 == 0:
         for line in hardware.check_hardware(path):
@@ -94,222 +109,273 @@ def _profile(path: Path) -> None:
     assert hardware.load_hardware(again).sm_count == hw.sm_count
 
 
-@lru_cache
-def _good_profile() -> str:
-    """A shipped profile without its arrays, so that the file stands alone."""
-    text = (ROOT / "hardware_profiles/rtx_4090.yaml").read_text(encoding="utf-8")
-    out, skip = [], False
-    for line in text.split("\n"):
-        indent = len(line) - len(line.lstrip())
-        skip = line.strip() == "arrays:" or (skip and indent > 6)
-        out += [] if skip else [line]
-    return "\n".join(out).replace("name: rtx_4090", "name: mine").replace('aliases: ["', 'aliases: ["my ')
+def _make_arrays(rng: random.Random) -> bytes:
+    return mutate.npz_bytes(good.arrays_of(rng.choice(good.OPERATORS)), rng)
 
 
-def _make_profile(rng: random.Random) -> bytes:
-    small = (ROOT / "tests/bad_profiles/good.yaml").read_text(encoding="utf-8")
-    small = small.replace("tensor_efficiency", "e_tc").replace(
-        "t0_s: {value: 2.7e-06, std_error: 1e-08", "t0: {value: 2.7e-06, std_error: 1e-08"
-    )
-    text = _good_profile() if rng.random() < 0.1 else small
-    return edit_bytes(text.encode(), rng) if rng.random() < 0.3 else yaml_text(text, rng)
-
-
-# -- arrays beside a profile ------------------------------------------------------------------------------------------------------
-
-
-@lru_cache
-def good_arrays() -> Mapping[str, Any]:
-    """Small arrays of every operator that has some, and exact shapes."""
-    t, g = [[0, 1, -1], [11, -1, -1]], np.ones((2, 3, 3))
-    g[:, :, 2] = 2
-    g[1, 0] = (0.0, 1.0, 4.0)
-    return {
-        "gemm.bf16.terms": np.array(t),
-        "gemm.bf16.grids": g,
-        "gemm.bf16.values": np.linspace(-0.1, 0.1, 8).astype("f4"),
-        "gemm.bf16.measured_m": np.array([1.0, 16.0, 17.0, 256.0, 4096.0]),
-        "gemm.bf16.exact_m": np.array([1, 17]),
-        "gemm.bf16.exact_n": np.array([4096, 8810]),
-        "gemm.bf16.exact_k": np.array([4096, 64]),
-        "gemm.bf16.exact_s": np.array([1e-4, 2e-5]),
-        "gemm.bf16.exact_log_half": np.array([0.02, 0.1]),
-        "attention_prefill.bf16.start": np.zeros(3),
-        "attention_prefill.bf16.step": np.ones(3),
-        "attention_prefill.bf16.values": np.zeros((3, 2, 2)),
-        "attention_decode.bf16.start": np.zeros(3),
-        "attention_decode.bf16.step": np.ones(3),
-        "attention_decode.bf16.values": np.zeros((3, 2, 1)),
-        "elementwise.bf16.start": np.array(14.0),
-        "elementwise.bf16.values": np.zeros((7, 5)),
-    }
-
-
-OPERATORS = ("gemm", "attention_prefill", "attention_decode", "elementwise")
-
-
-def profile_with(raw: bytes, file: str = "arrays.npz", operators: Iterable[str] = OPERATORS) -> str:
-    """Text of a profile that names these bytes as the arrays of some operators."""
-    text = (ROOT / "tests/bad_profiles/good.yaml").read_text(encoding="utf-8")
-    head, provenance = (
-        text[: text.index("calibrated:")],
-        text[text.index("      provenance:") : text.index("      constants:")],
-    )
-    parts = ["calibrated:"]
-    for operator in operators:
-        names = [n.split(".")[2] for n in good_arrays() if n.startswith(f"{operator}.")]
-        parts += [f"  {operator}:", "    bf16:", provenance.rstrip("\n"), "      constants: {}", "      arrays:"]
-        parts += [
-            f"        file: {file}",
-            f'        sha256: "{hashlib.sha256(raw).hexdigest()}"',
-            f"        names: [{', '.join(names)}]",
-        ]
-    return head + "\n".join(parts) + "\n"
-
-
-def _arrays(path: Path) -> None:
+@Target("arrays.npz", _make_arrays, positions=True, names_file=False)
+def arrays(path: Path) -> None:
     raw = path.read_bytes()
-    operators = [o for o in OPERATORS if f"{o}.bf16.".encode() in raw] or ["gemm"]
-    profile = path.with_name("with_arrays.yaml")
-    profile.write_text(profile_with(raw, path.name, operators), encoding="utf-8")
-    _profile(profile)
+    operators = [o for o in good.OPERATORS if f"{o}.bf16.".encode() in raw] or ["gemm"]
+    beside = path.with_name("with_arrays.yaml")
+    beside.write_text(good.profile_with(raw, path.name, operators), encoding="utf-8")
+    profile(beside)
 
 
-def _make_npz(rng: random.Random) -> bytes:
-    operator = rng.choice(OPERATORS)
-    return npz_bytes({name: array for name, array in good_arrays().items() if name.startswith(f"{operator}.")}, rng)
+# -- grids of sweeps, configurations of models -------------------------------------------------------------------------
 
 
-# -- grids of sweeps --------------------------------------------------------------------------------------------------------------
-
-_GRID = """\
-models: [llama-3.2-1b, llama-3.1-8b]
-hardware: [h100_sxm, a100]
-sparsities: {from: 0.1, to: 0.5, step: 0.2}
-phases: [prefill, decode]
-batches: [1, 8]
-seqs: {from: 64, to: 256, times: 2}
-families:
-  - depth
-  - width: {align: 64}
-  - token: {}
-dtypes:
-  - bf16
-  - {dtype: bf16, weight_dtype: int4, kv_dtype: fp8}
-runtimes: [cuda_graph, eager]
-devices: [1]
-parallel: tensor
-new_tokens: 16
-fuse_qkv: false
-level: 0.9
-"""
+@Target("grid.yaml", lambda rng: mutate.yaml_text(good.GRID, rng), "sweep {} --max 0 -o out.parquet", positions=True)
+def grid(path: Path) -> None:
+    found = read_grid(path)
+    assert json.dumps(found.facts(), default=str)
+    if found.size < 200 and max(found.seqs) * max(found.batches) < 1 << 22:
+        columns, _ = sweep_columns(found)
+        finite(*(columns[name] for name in ("speedup", "dense_s", "pruned_s")))
+    elif found.size < 1_000_000:
+        assert next(pieces(found), None) is not None
 
 
-def _grid(path: Path) -> None:
-    from simulator.predict.grid import grid_facts, read_grid
-    from simulator.predict.sweep import pieces, sweep_columns
-
-    grid = read_grid(path)
-    assert json.dumps(dict(grid_facts(grid)), default=str)
-    if grid.size < 200 and max(grid.seqs) * max(grid.batches) < 1 << 22:
-        columns, _ = sweep_columns(grid)
-        for name in ("speedup", "dense_s", "pruned_s"):
-            assert np.isfinite(columns[name]).all(), name
-            assert (columns[name] > 0).all(), name
-    elif grid.size < 1_000_000:
-        assert next(pieces(grid), None) is not None
-
-
-def _make_grid(rng: random.Random) -> bytes:
-    return edit_bytes(_GRID.encode(), rng) if rng.random() < 0.2 else yaml_text(_GRID, rng)
-
-
-# -- configurations of models -----------------------------------------------------------------------------------------------------
-
-
-@lru_cache
-def _configs() -> tuple[Mapping[str, Any], ...]:
-    """One configuration of each architecture."""
-    found: dict[str, Mapping[str, Any]] = {}
-    for file in sorted((ROOT / "simulator/models").glob("*.json")):
-        data = json.loads(file.read_text(encoding="utf-8"))
-        found.setdefault(
-            data["model_type"],
-            {k: v for k, v in data.items() if not k.startswith("_")} | {"_name_or_path": "org/some-model"},
-        )
-    return tuple(found.values())
-
-
-def _config(path: Path) -> None:
+@Target("config.json", lambda rng: mutate.json_text(dict(rng.choice(good.CONFIGS)), rng), "models show {}")
+def config(path: Path) -> None:
     model = simulator.load_model(path)
     assert model.parameters > 0
     assert model.name.isprintable()
     assert 0 < len(model.name) <= 100
     assert "/" not in model.name
-    phase = "decode" if model.layers > 200 else "prefill"
-    w = simulator.lower(model, phase=phase, batch=1, seq=16)
-    for values in (w.flops, w.bytes, w.params):
-        assert np.isfinite(values).all()
-        assert (values >= 0).all()
+    dense = simulator.lower(model, phase="decode" if model.layers > 200 else "prefill", batch=1, seq=16)
+    finite(dense.flops, dense.bytes, dense.params, least=-1.0)
     if model.layers <= 100:
-        hw = hardware.load_hardware("h100_sxm")
-        s = simulator.speedup(w, simulator.prune(w, "depth", 0.5), hw)
-        assert np.isfinite((s.dense_s, s.pruned_s, s.lower, s.upper)).all()
+        s = simulator.speedup(dense, simulator.prune(dense, "depth", 0.5), hardware.load_hardware("h100_sxm"))
+        finite(s.dense_s, s.pruned_s, s.lower, s.upper)
 
 
-_IMPORT = (("import", "{}", "--dtype", "all", "-o", "out.parquet"),)
-_PARETO = ("pareto", "llama-2-7b", "--hardware", "h100", "--phase", "decode")
+# -- tables of measurements --------------------------------------------------------------------------------------------
 
-TARGETS: tuple[Target, ...] = (
-    Target(
-        "profile",
-        "gpu.yaml",
-        _make_profile,
-        _profile,
-        (("hardware", "check", "{}"), ("gemm", "64", "64", "64", "--hardware", "{}")),
-        positions=True,
-    ),
-    Target("arrays", "arrays.npz", _make_npz, _arrays, positions=True, names_file=False),
-    Target(
-        "grid", "grid.yaml", _make_grid, _grid, (("sweep", "{}", "--max", "0", "-o", "out.parquet"),), positions=True
-    ),
-    Target(
-        "config",
-        "config.json",
-        lambda rng: json_text(dict(rng.choice(_configs())), rng),
-        _config,
-        (("models", "show", "{}"),),
-    ),
-    Target("csv", "table.csv", tables.make_csv, tables.read_import, _IMPORT),
-    Target("parquet", "table.parquet", tables.make_parquet, tables.read_import, _IMPORT),
-    Target(
-        "jsonl",
-        "records.jsonl",
-        tables.make_jsonl,
-        tables.read_jsonl,
-        (*_IMPORT, ("measure", "--merge", "{}", "-o", "out.jsonl")),
-    ),
-    Target("results", "quality.jsonl", tables.make_results, tables.read_results),
-    Target(
-        "quality",
-        "quality.csv",
-        lambda rng: csv_text(tables.QUALITY, rng),
-        tables.read_quality_table,
-        ((*_PARETO, "--quality", "{}"),),
-    ),
-    Target(
-        "speedups",
-        "speedups.csv",
-        lambda rng: csv_text(tables.SPEEDUPS, rng),
-        tables.read_speedups,
-        ((*_PARETO, "--measured", "{}"),),
-    ),
-    Target("gemms", "gemms.csv", tables.make_gemms, tables.read_gemms),
-    Target("part", "part.parquet", tables.make_part, tables.read_part, names_file=False),
-    Target("address", "address.txt", page.make_query, page.read_address, names_file=False),
-    Target(
-        "dropped", "dropped.txt", lambda rng: page.make_dropped(rng, _configs()), page.read_dropped, names_file=False
-    ),
-    Target("manifest", "manifest.json", tables.make_manifest, tables.read_manifest, names_file=False),
-    Target("where", "where.txt", lines.make_where, lines.read_where, names_file=False),
-)
+_IMPORT = "import {} --dtype all -o out.parquet"
+
+
+def _make_csv(rng: random.Random) -> bytes:
+    return mutate.csv_text(rng.choice((good.CSV, good.ATTENTION, good.MEASURED)), rng)
+
+
+@Target("table.csv", _make_csv, _IMPORT)
+@Target("table.parquet", lambda rng: mutate.parquet_bytes(rng.choice(good.tables()), rng), _IMPORT)
+def imported(path: Path) -> None:
+    hw = hardware.load_hardware("h100_sxm") if path.stat().st_size % 2 else None
+    records = import_table(path, hw=hw, dtype="all").records
+    assert len(records)
+    finite(records.seconds)
+    assert all(str(label) for label in records.labels())
+    if len(records) < 200 and path.stat().st_size % 4 == 0:
+        assert read_records(write_records(records)).digest() == records.digest()
+
+
+def _make_gemms(rng: random.Random) -> bytes:
+    text = good.GEMMS.replace(",predicted_s", ",other") if rng.random() < 0.5 else good.GEMMS
+    return mutate.csv_text(text, rng) if rng.random() < 0.6 else mutate.parquet_bytes(good.arrow(text), rng)
+
+
+@Target("gemms.csv", _make_gemms)
+def gemms(path: Path) -> None:
+    table = read_measured_gemms(path)
+    predicted = table.predict(hardware.load_hardware("h100_sxm"))
+    finite(table.seconds, predicted)
+    assert len(table.seconds) == len(predicted) == len(table)
+
+
+# -- records of a run --------------------------------------------------------------------------------------------------
+
+
+def _run_lines(rows: Sequence[Any], rng: random.Random) -> bytes:
+    """Lines with right checksums, one or two changed."""
+    edits: dict[Edit, int] = {lambda row, rng, rows: [mutate.json_tree(row, rng, 2)]: 1}
+    return seldom(b"".join(map(good.crc_line, edit_parts(rows, rng, edits, 2))), rng)
+
+
+_MERGE = "measure --merge {} -o out.jsonl"
+
+
+@Target("records.jsonl", lambda rng: _run_lines(good.RUN, rng), _IMPORT, _MERGE)
+def jsonl(path: Path) -> None:
+    content = read_store(path)
+    untimed(content.rows)
+    content_records(content)
+    if path.stat().st_size % 4 == 0:
+        merge([path], path.with_name("merged.jsonl"))
+        imported(path)
+
+
+@Target("quality.jsonl", lambda rng: _run_lines(good.RESULTS, rng))
+def results(path: Path) -> None:
+    with Results(path, {"plan": 1}) as found:
+        for method, fraction in found.points:
+            assert np.isfinite(found.losses(method, fraction)).all()
+            assert 0.0 <= found.points[method, fraction]["realised"] <= 1.0
+
+
+# -- tables of quality and of speedups ---------------------------------------------------------------------------------
+
+_PARETO = "pareto llama-2-7b --hardware h100 --phase decode"
+
+
+@Target("quality.csv", lambda rng: mutate.csv_text(good.QUALITY, rng), f"{_PARETO} --quality {{}}")
+def quality(path: Path) -> None:
+    table = load_quality(path)
+    assert read_quality(table_text(table.rows)).models == table.models
+    assert all(np.isfinite(row.relative_loss) for row in table.rows)
+    rows, model = table.of_model("llama-2-7b"), simulator.load_model("llama-3.2-1b")
+    found, _ = fronts(model, ["h100_sxm"], rows, choose_axis(rows), ["decode"], [1], [64])
+    assert all(np.isfinite((p.loss, p.speedup)).all() for f in found for p in f.points)
+
+
+@Target("speedups.csv", lambda rng: mutate.csv_text(good.SPEEDUPS, rng), f"{_PARETO} --measured {{}}")
+def speedups(path: Path) -> None:
+    for row in read_measured(path):
+        assert 0.0 < row.lower <= row.speedup <= row.upper < float("inf")
+        row.fits(0.25, {"family": "depth", "batch": 1})
+
+
+# -- a sweep's folder --------------------------------------------------------------------------------------------------
+
+_MANIFEST = {"digest": "d", "parts": 2, "version": "1", "grid": {"models": ["a"]}}
+
+
+def _part() -> Any:
+    return good.arrow(good.PART).replace_schema_metadata({b"prunesim.notes": b'{"left out": [1, 0.5]}'})
+
+
+@Target("part.parquet", lambda rng: mutate.parquet_bytes(_part(), rng), names_file=False)
+def part(path: Path) -> None:
+    store = Store(path.with_name("u.parquet"), "d", 2)
+    store.folder.mkdir(exist_ok=True)
+    store.target.unlink(missing_ok=True)
+    pq.write_table(_part(), store.part(0))
+    path.replace(store.part(1))
+    rows, notes = store.assemble()
+    assert all(f"{x:g}" for at in notes.values() for x in at)
+    assert pq.read_metadata(store.target).num_rows == rows
+    assert not list(path.parent.glob("*.tmp"))
+
+
+@Target("manifest.json", lambda rng: mutate.json_text(_MANIFEST, rng), names_file=False)
+def manifest(path: Path) -> None:
+    folder = path.parent / "t.parquet.parts"
+    folder.mkdir(exist_ok=True)
+    path.replace(folder / "manifest.json")
+    with Store(path.parent / "t.parquet", "d", 2).opened({}) as there:
+        assert there == set()
+
+
+# -- the page: addresses, dropped files --------------------------------------------------------------------------------
+
+_GOOD_WORDS = """
+1 64 1,8 0.25 0.1,0.5 decode prefill prefill,decode bf16 fp16 a100 h100,4090 depth depth,token align=16 align=64 512
+2048 1.2 mlp=0.5 q=0.1,down=0.5 4096 cpu low_rank width
+"""
+_ODD_WORDS = """
+1,64 1,,2 , = 0.999999 1.0 0.25,0.5 q=0.1 mlp=0.5,attention=nan mlp=1e999 inner=8810 inner=-1 inner=1e999 align=0
+align=nan align=1_0 rank=16,32 rank=9999999999999999999999 ~ /dev/zero generate prefill,decode cuda_graph 2147483648
+-- --json
+"""
+_WORDS = (*TEXTS, *_ODD_WORDS.split(), "9" * 5000, "\udcff")
+
+
+def word(rng: random.Random, plausible: float = 0.6) -> str:
+    return rng.choice(_GOOD_WORDS.split() if rng.random() < plausible else _WORDS)
+
+
+_TAILS = ("%", "%ff", "%00", "%0a", "%F0%9F", "+", "&", "=", "#", ";", "%2e%2e%2f", "," * 3000)
+_PAIR_EDITS: dict[Edit, int] = {
+    **PART_EDITS,
+    lambda pair, rng, pairs: [(pair[0], quote(word(rng), errors="surrogatepass"))]: 3,
+    lambda pair, rng, pairs: [(pair[0], word(rng))]: 1,
+    lambda pair, rng, pairs: [(rng.choice((rng.choice(pairs)[0], "x", "", "Model", "constructor")), pair[1])]: 1,
+    lambda pair, rng, pairs: [pair, (pair[0], word(rng))]: 1,
+    lambda pair, rng, pairs: [(pair[0], pair[1] + rng.choice(_TAILS))]: 1,
+}
+
+
+def _make_address(rng: random.Random) -> bytes:
+    pairs = edit_parts([pair.split("=") for pair in good.ADDRESS.split("&")], rng, _PAIR_EDITS)
+    return seldom("&".join(map("=".join, pairs)).encode("utf-8", "surrogatepass"), rng)
+
+
+@Target("address.txt", _make_address, names_file=False)
+def address(path: Path) -> None:
+    """Whatever it says there is a state, the same from its own address; what was bad is said line by line."""
+    state, problems = read_query(path.read_bytes().decode("utf-8", "replace"))
+    for line in problems:
+        check_line(line)
+    assert strict_query(to_query(state)) == state
+    if problems:
+        raise InputError(problems[0])
+    if path.stat().st_size % 16 == 0:  # what the page shows: numbers, or a reason
+        shown = answer(state)
+        assert shown.refused or all(
+            np.isfinite((r.speedup, r.speedup_lower, r.speedup_upper)).all() for r in shown.table.records
+        )
+
+
+def _make_dropped(rng: random.Random) -> bytes:
+    """A dropped file, or a token that nobody made."""
+    whole = mutate.json_text(dict(rng.choice(good.CONFIGS)), rng)
+    if rng.random() < 0.7:
+        return whole
+    inner = rng.choice((whole, b"0", b"[]", b'{"file": 1, "config": {}}', b'{"file":"a","config":' + whole + b"}"))
+    token = b"dropped:" + base64.urlsafe_b64encode(zlib.compress(inner + b" " * rng.choice((0, 300_000))))
+    return seldom(token, rng, 0.7)
+
+
+@Target("dropped.txt", _make_dropped, names_file=False)
+def dropped(path: Path) -> None:
+    text = path.read_bytes().decode("utf-8", "replace")
+    file, model = read_token(text if text.startswith(PREFIX) else token(text, "a\\b/../config.json"))
+    assert file.isprintable()
+    assert "/" not in file
+    assert model.parameters > 0
+
+
+# -- texts on the command line -----------------------------------------------------------------------------------------
+
+_WHERE_WORDS = """
+(  )  speedup  family  'depth'  and  or  not  in  [1]  ==  <  1e400  lambda: 0  f'{1}'  ideal  true  / 0  ** 9
+__import__  1j  ...  '\\ud800'  :=
+"""
+_WHERE_PARTS = (*re.split("  |\n", _WHERE_WORDS), "\x00", "9" * 400, "(" * 300, "-" * 500, "not " * 400)
+_WHERE_EDITS: dict[Edit, int] = {
+    lambda part, rng, parts: [rng.choice(_WHERE_PARTS), " ", part]: 1,
+    lambda part, rng, parts: [rng.choice(_WHERE_PARTS)]: 1,
+}
+
+
+def _make_where(rng: random.Random) -> bytes:
+    return seldom("".join(edit_parts(re.split(r"(\W)", good.WHERE), rng, _WHERE_EDITS)).encode(), rng, 0.3)
+
+
+@Target("where.txt", _make_where, names_file=False)
+def where(path: Path) -> None:
+    found = parse_filter(path.read_bytes().decode("utf-8", "surrogateescape"), COLUMNS)
+    table = {
+        name: np.array(["depth"] * 3, dtype=object) if kind is str else np.arange(3).astype(kind)
+        for name, kind in COLUMNS.items()
+    }
+    assert found(table.__getitem__, 3).shape == (3,)
+
+
+def _spoilt(words: list[str], rng: random.Random, parts: Sequence[Any]) -> list[list[str]]:
+    raw = edit_bytes(words[-1].encode("utf-8", "surrogatepass"), rng, 2)
+    return [[*words[:-1], raw.decode("utf-8", "surrogateescape")]]
+
+
+_WORD_EDITS: dict[Edit, int] = {
+    lambda words, rng, parts: [[*words[:-1], word(rng)]]: 6,
+    lambda words, rng, parts: []: 1,
+    _spoilt: 1,
+}
+
+
+def command_line(rng: random.Random) -> list[str]:
+    """A command line near a good one: options with their values, one or two changed."""
+    command, *parts = re.findall(r"--\S+ [^-\s]\S*|\S+", rng.choice(good.LINES.split("\n")))
+    return [command, *(w for words in edit_parts(map(str.split, parts), rng, _WORD_EDITS, 2) for w in words)]

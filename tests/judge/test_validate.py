@@ -21,10 +21,8 @@ from calibration.judge.scores import by_size, coverage, pairs, part_errors, part
 from calibration.judge.validate import validate
 from calibration.records.table import Records, Source
 from simulator.errors import InputError
-from simulator.hardware.library import load_hardware, save_hardware
-from simulator.hardware.names import list_hardware
-from simulator.hardware.parts import Interval
-from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.library import list_hardware, load_hardware, save_hardware
+from simulator.hardware.profile import HardwareProfile, Interval
 from simulator.kernels.attention import decode_attention_time, prefill_attention_time
 from simulator.kernels.elementwise import elementwise_time
 from simulator.kernels.gemm import gemm_time

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
-from simulator.hardware.parts import Fitted, Interval, Section
+from simulator.hardware.profile import Fitted, Interval, Section
 from simulator.kernels import attention
 from simulator.kernels.attention import decode_attention_time, prefill_attention_time
 from simulator.kernels.attention_core import causal_blocks, prefill_work

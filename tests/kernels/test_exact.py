@@ -18,7 +18,7 @@ from calibration.records.exact import UNKNOWN_REPEAT, exact_arrays, repeatabilit
 from calibration.records.table import Flag, Records, Source
 from simulator.hardware.constants import EXACT_NAMES as NAMES
 from simulator.hardware.library import load_hardware, save_hardware
-from simulator.hardware.parts import Provenance
+from simulator.hardware.profile import Provenance
 from simulator.kernels.exact import Exact, exact_of
 from simulator.kernels.gemm import gemm_ladder, gemm_time
 

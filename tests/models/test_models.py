@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_shapes import PUBLISHED, Published, layer_tensors, outer_tensors
+from model_shapes import PUBLISHED, layer_tensors, outer_tensors
 
 from simulator.errors import InputError
 from simulator.models.huggingface import ARCHITECTURES, MAX_FILE_BYTES, from_hf_config, read_config
@@ -22,8 +22,10 @@ LLAMA: dict[str, Any] = {"model_type": "llama", "intermediate_size": 176, **SHAP
 OPT = {"model_type": "opt", "ffn_dim": 256, **SHAPE}
 
 
-def test_every_shipped_model_has_published_numbers() -> None:
+def test_every_shipped_model_has_published_numbers_and_names_its_source() -> None:
     assert set(list_models()) == set(PUBLISHED)
+    for file in SHIPPED.glob("*.json"):
+        assert json.loads(file.read_text())["_source"].startswith("https://huggingface.co/"), file
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
@@ -55,11 +57,6 @@ def test_names_and_ids(given_name: str, name: str) -> None:
     assert load_model(name).name == name
 
 
-def test_every_shipped_file_names_its_source() -> None:
-    for file in SHIPPED.glob("*.json"):
-        assert json.loads(file.read_text())["_source"].startswith("https://huggingface.co/"), file
-
-
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
@@ -77,11 +74,9 @@ def test_what_is_no_model_is_refused_in_one_line(source: Any, reason: str) -> No
     assert "\n" not in str(error.value)
 
 
-# -- defaults that transformers fills in -------------------------------------------------------------------------------
-
-
 WIDE = LLAMA | {"num_attention_heads": 32, "hidden_size": 128}
 QWEN = LLAMA | {"model_type": "qwen2", "num_key_value_heads": 4, "sliding_window": 512, "max_window_layers": 1}
+SLIDING = QWEN | {"use_sliding_window": True}
 
 
 @pytest.mark.parametrize(
@@ -104,24 +99,13 @@ QWEN = LLAMA | {"model_type": "qwen2", "num_key_value_heads": 4, "sliding_window
         (OPT | {"do_layer_norm_before": False}, {"final_norm": False}),
         (LLAMA | {"model_type": "gpt_neox"}, {"rotary_dim": 4, "parallel_residual": True, "gated": False}),
         (QWEN, {"windows": (0, 0)}),
-        (QWEN | {"use_sliding_window": True}, {"windows": (0, 512)}),
-        (
-            QWEN | {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]},
-            {"windows": (512, 0)},
-        ),
+        (SLIDING, {"windows": (0, 512)}),
+        (SLIDING | {"layer_types": ["sliding_attention", "full_attention"]}, {"windows": (512, 0)}),
     ],
 )
 def test_defaults(data: dict[str, Any], fields: dict[str, Any]) -> None:
     model = from_hf_config(data)
     assert {name: getattr(model, name) for name in fields} == fields
-
-
-def test_biases_are_counted() -> None:
-    biased = from_hf_config(LLAMA | {"attention_bias": True, "mlp_bias": True})
-    assert biased.layer_parameters - from_hf_config(LLAMA).layer_parameters == 4 * 64 + 2 * 176 + 64
-
-
-# -- bad configurations ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("key", [k for k in LLAMA if k != "model_type"])
@@ -151,10 +135,7 @@ def test_unsupported_architecture_is_named(kind: Any) -> None:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (
-            LLAMA | {"num_attention_heads": 5},
-            r"num_attention_heads: expected a divisor of hidden_size 64 \(no head_dim",
-        ),
+        (LLAMA | {"num_attention_heads": 5}, r"num_attention_heads: expected a divisor of hidden_size 64 \(no head"),
         (LLAMA | {"num_key_value_heads": 3}, "num_key_value_heads: expected a divisor of num_attention_heads 4, got 3"),
         (LLAMA | {"num_key_value_heads": 8}, "num_key_value_heads: expected a divisor"),
         (LLAMA | {"attention_bias": 1}, "attention_bias: expected true or false, got 1"),
@@ -173,9 +154,6 @@ def test_unsupported_architecture_is_named(kind: Any) -> None:
 def test_other_bad_values(data: Any, reason: str) -> None:
     with pytest.raises(InputError, match=reason):
         from_hf_config(data)
-
-
-# -- files -------------------------------------------------------------------------------------------------------------
 
 
 def test_file_folder_path_and_dictionary_agree(tmp_path: Path) -> None:
@@ -207,18 +185,14 @@ def test_file_folder_path_and_dictionary_agree(tmp_path: Path) -> None:
 )
 def test_bad_files(tmp_path: Path, content: bytes, reason: str) -> None:
     file = tmp_path / "config.json"
+    for source, wrong in ((tmp_path, r"the folder has no config\.json"), (file, "no such file")):
+        with pytest.raises(InputError, match=wrong):
+            load_model(source)
     file.write_bytes(content)
     with pytest.raises(InputError, match=reason) as error:
         load_model(file)
     assert "\n" not in str(error.value)
     assert "config.json" in str(error.value)
-
-
-def test_folder_without_config_and_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"the folder has no config\.json"):
-        load_model(tmp_path)
-    with pytest.raises(InputError, match="no such file"):
-        load_model(tmp_path / "config.json")
 
 
 values = st.recursive(
@@ -246,13 +220,3 @@ def test_mutated_configurations_load_or_are_refused_in_one_line(name: str, chang
         assert hash(model) == hash(from_hf_config(data))
     assert reason
     assert "\n" not in reason
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.integers(1, 16), st.integers(1, 4), st.integers(1, 64), st.integers(1, 300), st.integers(1, 5), st.booleans())
-def test_parameters_of_any_llama(heads: int, group: int, dim: int, inner: int, layers: int, tied: bool) -> None:
-    shape = Published("llama", heads * group * dim, layers, heads * group, heads, dim, inner, 100, tied, 0, "drawn")
-    keys = {"hidden_size": shape.hidden, "num_hidden_layers": layers, "num_attention_heads": shape.heads}
-    keys |= {"num_key_value_heads": heads, "intermediate_size": inner, "tie_word_embeddings": tied}
-    expected = sum(math.prod(s) for s in layer_tensors(shape) * layers + outer_tensors(shape))
-    assert from_hf_config(LLAMA | keys).parameters == expected

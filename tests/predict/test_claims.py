@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
 
 import pytest
 from planted import WHERE, point, row
 
 from simulator.cli import run
-from simulator.predict.claims import (
-    FAILS,
-    HOLDS,
-    NO_DATA,
-    NOT_APPLICABLE,
-    UNDECIDED,
-    axes_to_test,
-    bound_claim,
-    compare,
-    order_claim,
-    order_verdict,
-)
+from simulator.errors import InputError
+from simulator.predict.claims import FAILS, HOLDS, NO_DATA, NOT_APPLICABLE, UNDECIDED, compare, order_verdict, verdicts
 from simulator.predict.pareto import Front, Point, bands, judge
-from simulator.predict.quality import Axis, QualityTable, shipped_quality
+from simulator.predict.quality import Axis, table_text
 
 CLAIMED = (point("depth", 0.02, 1.1), point("dynamic_depth", 0.1, 1.3), point("width", 0.2, 1.6))
 REVERSED = (point("width", 0.02, 1.1), point("dynamic_depth", 0.1, 1.3), point("depth", 0.2, 1.6))
@@ -63,40 +56,34 @@ def test_compare() -> None:
     assert compare(own, [(1.1, 1.2, 1.3), (0.1, 0.2, 0.3)]) == FAILS
 
 
-def test_bound_claim_speaks_of_memory_bound_inference_only() -> None:
-    prefill, decode = bound_claim("llama-3.1-8b", ["h100"], ["prefill", "decode"], [1])
+def test_claims_of_a_model_with_quality_of_some_families(tmp_path: Path) -> None:
+    found = verdicts("llama-2-7b", ["a100"])
+    prefill, decode, *order = found
     assert (prefill.phase, prefill.verdict, decode.phase) == ("prefill", NOT_APPLICABLE, "decode")
     assert "bound by compute" in prefill.numbers
     assert decode.verdict in (HOLDS, UNDECIDED)  # depth itself loses nothing in decode under a graph
     assert decode.predicted == HOLDS
     assert decode.numbers.count("of its bound") == 3
-
-
-def test_order_claim_uses_one_axis() -> None:
-    table = shipped_quality("llama-2-7b")
-    axes = axes_to_test(table)
-    assert len(axes) >= 3
-    for axis in axes:
-        (verdict,) = order_claim("llama-2-7b", ["a100"], table, axis)
-        assert (verdict.axis, verdict.missing) == (str(axis), ("dynamic depth",))
-        assert verdict.source
-
-
-def test_order_claim_with_all_families() -> None:
-    """Planted quality that makes the claim true: little depth, more dynamic depth, most width removed."""
-    rows = (row("depth", 0.0625, 6.1), row("dynamic_depth", 0.4, 6.6), row("width", 0.75, 7.2))
-    (verdict,) = order_claim("llama-2-7b", ["a100"], QualityTable(rows), rows[0].axis)
-    assert verdict.verdict == HOLDS
+    assert len({v.axis for v in order}) == len(order) >= 3
+    assert all(v.axis and v.source and v.missing == ("dynamic depth",) for v in order)
+    # planted quality that makes (b) true: little depth, more dynamic depth, most width removed
+    rows = [row("depth", 0.0625, 6.1), row("dynamic_depth", 0.4, 6.6), row("width", 0.75, 7.2)]
+    (tmp_path / "q.csv").write_text(table_text(replace(r, model="llama-2-7b") for r in rows))
+    assert verdicts("llama-2-7b", ["a100"], tmp_path / "q.csv")[2].verdict == HOLDS
+    (tmp_path / "q.csv").write_text(table_text(replace(r, model="llama-2-7b") for r in rows[:1]))
+    (none,) = verdicts("llama-2-7b", ["a100"], tmp_path / "q.csv")[2:]
+    assert (none.verdict, none.missing) == (NO_DATA, ("dynamic depth", "static width"))
+    assert none.numbers.endswith("there is quality of: static depth")
+    with pytest.raises(InputError, match=r"'llama-3\.1-8b' is unknown"):
+        verdicts("llama-3.1-8b", ["a100"], tmp_path / "q.csv")
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["claims", "--json"]) == 0
+    assert run(["claims", "llama-3.1-8b", "--hardware", "h100,rtx_4090", "--json"]) == 0
     records = json.loads(capsys.readouterr().out)
-    assert {r["model"] for r in records} == {"llama-3.1-8b", "llama-2-7b"}
-    assert {r["hardware"] for r in records} == {"a100_sxm_80gb", "h100_sxm", "rtx_4090"}
-    assert {r["claim"] for r in records} == {"bound", "order"}
-    assert all(r["verdict"] in (HOLDS, FAILS, UNDECIDED, NOT_APPLICABLE, NO_DATA) and r["numbers"] for r in records)
-    no_depth = [r for r in records if r["model"] == "llama-3.1-8b" and r["claim"] == "order"]
+    assert {(r["claim"], r["hardware"]) for r in records} == {*product(("bound", "order"), ("h100_sxm", "rtx_4090"))}
+    assert all(r["numbers"] for r in records)
+    no_depth = [r for r in records if r["claim"] == "order"]
     assert all(r["verdict"] == NO_DATA and "static depth" in r["missing"] for r in no_depth)
     assert run(["claims", "llama-2-7b", "--hardware", "h100"]) == 0
     out = capsys.readouterr().out

@@ -18,9 +18,7 @@ from simulator.errors import InputError
 from simulator.figures.pareto import pareto_figure
 from simulator.figures.save import save_figure
 from simulator.predict.pareto import bands, frontier, fronts, judge, read_measured
-from simulator.predict.quality import QualityTable, choose_axis, shipped_quality
-
-# -- the rule ---------------------------------------------------------------------------------------------------------
+from simulator.predict.quality import QualityTable, choose_axis, load_quality
 
 few = st.tuples(st.sampled_from([0.0, 0.1, 0.2, 0.3]), st.sampled_from([0.9, 1.0, 1.2, 1.5]))
 planted = st.tuples(st.sampled_from(["depth", "width", "token"]), st.floats(-0.1, 2.0), st.floats(0.5, 3.0))
@@ -75,11 +73,8 @@ def test_sure_needs_intervals_apart() -> None:
     assert [b.sure for b in far] == [True, True]
 
 
-# -- joined with speedups ---------------------------------------------------------------------------------------------
-
-
 def test_fronts_cite_and_do_not_mix() -> None:
-    table = shipped_quality("llama-2-7b")
+    table = load_quality().of_model("llama-2-7b")
     axis = choose_axis(table, "zero-shot", "SLEB")
     found, _ = fronts("llama-2-7b", ["h100", "h100_sxm", "rtx_4090"], table, axis, ["prefill", "decode"])
     assert [(f.phase, f.hardware) for f in found] == [
@@ -114,7 +109,7 @@ def test_unsupported_rows_are_noted_and_an_empty_frontier_refused() -> None:
 
 @pytest.mark.parametrize(("phase", "batch", "seq"), [("prefil", 1, 1), ("prefill", 0, 1), ("prefill", 1, 0)])
 def test_bad_settings(phase: str, batch: int, seq: int) -> None:
-    table = shipped_quality("llama-2-7b")
+    table = load_quality().of_model("llama-2-7b")
     with pytest.raises(InputError):
         fronts("llama-2-7b", ["h100"], table, table.axes()[0], [phase], [batch], [seq])
 
@@ -155,9 +150,6 @@ def test_bad_measured_speedups(content: str, expected: str, tmp_path: Path) -> N
     with pytest.raises(InputError) as error:
         read_measured(path)
     assert expected in str(error.value)
-
-
-# -- command and figure -----------------------------------------------------------------------------------------------
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:

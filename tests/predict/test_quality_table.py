@@ -19,7 +19,6 @@ from simulator.predict.quality import (
     list_quality,
     load_quality,
     read_quality,
-    shipped_quality,
     table_text,
 )
 
@@ -40,9 +39,6 @@ ROW = {
 def text(*rows: dict[str, str], leave_out: str = "") -> str:
     names = [c for c in ROW if c != leave_out] + [c for c in (rows[0] if rows else {}) if c not in ROW]
     return "\n".join([",".join(names), *(",".join((ROW | row).get(c, "") for c in names) for row in rows)]) + "\n"
-
-
-# -- what ships --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", list_quality())
@@ -97,9 +93,6 @@ def test_provenance_counts_every_row(shared_data: Path) -> None:
     assert len(table) + sum(refused.values()) == len(source.read_text(encoding="utf-8").splitlines()) - 1
     note = (FOLDER / "PROVENANCE.md").read_text(encoding="utf-8")
     assert all(f"- {count}: {why}" in note for why, count in refused.items())
-
-
-# -- reading -----------------------------------------------------------------------------------------------------------
 
 
 def test_round_trip() -> None:
@@ -165,11 +158,8 @@ def test_names_of_tables(tmp_path: Path) -> None:
         load_quality(path)
 
 
-# -- axes --------------------------------------------------------------------------------------------------------------
-
-
 def test_axis_with_most_families_comes_first() -> None:
-    table = shipped_quality("llama-2-7b")
+    table = load_quality().of_model("llama-2-7b")
     first = table.on_axis(table.axes()[0])
     assert len({r.family for r in first.rows}) >= 4
     assert len({(r.metric, r.protocol) for r in first.rows}) == 1

@@ -23,7 +23,8 @@ from calibration.execute.decoder.routed import BlockAttention, CacheCut, TokenDr
 from calibration.execute.decoder.run import Rule
 from calibration.execute.decoder.widths import GroupRouting
 from simulator.errors import InputError, unknown
-from simulator.pruning import _rows
+from simulator.predict.settings import one_of
+from simulator.pruning import _edits
 
 ALIGN = 16
 """Widths and ranks are rounded up to a multiple of this unless told otherwise, as the simulator's families do."""
@@ -35,37 +36,19 @@ DYNAMIC: Mapping[str, Callable[..., Rule]] = {
 
 
 def prune_decoder(decoder: Decoder, family: str, sparsity: float, **options: Any) -> Decoder:
-    """The decoder pruned by a family; families compose, but at most one of them may be dynamic.
+    """The decoder with a fraction in [0, 1) removed by a family; families compose, but at most one may be dynamic.
 
-    Parameters
-    ----------
-    decoder : Decoder
-    family : str
-        A family of ``simulator.pruning.FAMILIES``.
-    sparsity : float, [0, 1)
-        Fraction removed.
-    **options
-        depth: ``unit`` (layer, attention, mlp). width, width_cross, low_rank: ``align``. width_cross:
-        ``residual_projections``. Dynamic families: fields of their rule.
-
-    Raises
-    ------
-    InputError
-        Unknown family or option, sparsity out of range, or a combination that cannot run.
-    Unsupported
-        The device has no kernel for it (2:4 needs a CUDA GPU).
+    ``options`` are those of the family's function here, or the fields of its rule. An InputError for an unknown family
+    or option, or a combination that cannot run; Unsupported where the device has no kernel (2:4 needs a CUDA GPU).
     """
-    if family not in STATIC and family not in DYNAMIC:
-        raise unknown("pruning family", family, (*STATIC, *DYNAMIC))
+    known = {**STATIC, **DYNAMIC}
+    if family not in known:
+        raise unknown("pruning family", family, known)
     if not 0.0 <= sparsity < 1.0:
         raise InputError(f"sparsity {sparsity:g}: expected a fraction in [0, 1), such as 0.25")
     if sparsity == 0.0:
         return decoder
-    names = [
-        name
-        for name in signature({**STATIC, **DYNAMIC}[family]).parameters
-        if name not in ("decoder", "sparsity", "keep")
-    ]
+    names = [name for name in signature(known[family]).parameters if name not in ("decoder", "sparsity", "keep")]
     if bad := sorted(set(options) - set(names)):
         raise InputError(f"family {family} has no option {bad[0]!r} here; it has {', '.join(names) or 'none'}")
     with torch.no_grad():
@@ -79,12 +62,12 @@ def prune_decoder(decoder: Decoder, family: str, sparsity: float, **options: Any
 
 def whole_share(share: float, of: int) -> int:
     """``share`` of ``of`` rounded to the nearest whole, halves up."""
-    return int(_rows.whole_share(share, of))
+    return int(_edits.whole_share(share, of))
 
 
 def aligned(width: int, keep: float, align: int = ALIGN) -> int:
     """``keep`` of ``width`` rounded up to a multiple of ``align``, and no more than ``width``."""
-    return int(_rows.aligned(np.array(width), np.array(keep), align))
+    return int(_edits.aligned(np.array(width), np.array(keep), align))
 
 
 def rank_left(sparsity: float, n: int, k: int, align: int = ALIGN) -> int:
@@ -93,13 +76,9 @@ def rank_left(sparsity: float, n: int, k: int, align: int = ALIGN) -> int:
     return min(max(math.ceil(exact / align), 1) * align, n, k)
 
 
-# -- static ---------------------------------------------------------------------------------------
-
-
 def depth(decoder: Decoder, sparsity: float, *, unit: str = "layer") -> Decoder:
     """``round(s L)`` layers (or one kind of sublayer in as many layers) vanish: the deepest but the last."""
-    if unit not in ("layer", "both", "attention", "mlp"):
-        raise unknown("option unit", unit, ("layer", "both", "attention", "mlp"))
+    one_of("option unit", unit, ("layer", "both", "attention", "mlp"))
     many = len(decoder.layers)
     gone = whole_share(sparsity, many)
     end = many - 1 if gone < many else many
@@ -229,9 +208,6 @@ STATIC: Mapping[str, Callable[..., Decoder]] = {
     function.__name__: function for function in (depth, width, width_cross, semi_structured, low_rank, unstructured)
 }
 """Families that change the weights."""
-
-
-# -- dynamic --------------------------------------------------------------------------------------
 
 
 def _routed(decoder: Decoder, rule: Any) -> Decoder:

@@ -78,18 +78,13 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Sublayer:
-    """What both sublayers have beside their projections.
+    """What both sublayers have beside their projections."""
 
-    ``turn`` is the residual projection that width_cross may add; a router belongs to dynamic depth and width,
-    ``blocks`` (q and o by KV group, or the MLP by groups of channels) to dynamic width. ``roles`` names the
-    projections: the last writes the hidden state, the others read it.
-    """
-
-    roles: ClassVar[tuple[str, ...]] = ()
+    roles: ClassVar[tuple[str, ...]] = ()  # of the projections: the last writes the hidden state, the others read it
     norm: Tensor
-    turn: Tensor | None = None
-    router: Tensor | None = None
-    blocks: Blocks | None = None
+    turn: Tensor = None  # the residual projection that width_cross may add
+    router: Tensor = None  # of dynamic depth and width
+    blocks: Blocks | None = None  # of dynamic width: q and o by KV group, or the MLP by groups of channels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +96,8 @@ class Attention(Sublayer):
     o: Projection
     heads: int
     kv_heads: int
-    qk_norms: tuple[Tensor, Tensor] | None = None
+    q_norm: Tensor = None
+    k_norm: Tensor = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,23 +154,21 @@ class Decoder:
         return replace(self, layers=tuple(layers))
 
 
-def check_model(config: ModelConfig) -> ModelConfig:
-    """The config itself when this decoder can run it, else an InputError that says why not."""
+def check_model(config: ModelConfig) -> None:
+    """Refuse a model that this decoder cannot run (InputError), with every reason."""
+    whole_heads = config.rotary_dim == config.head_dim and not config.learned_positions
     reasons = {
         "its MLP is not gated": not config.gated,
         f"its norms are {config.norm!r}, not RMS norms": config.norm != "rms",
-        "it has no rotary positions over whole heads": config.rotary_dim != config.head_dim
-        or config.learned_positions > 0,
+        "it has no rotary positions over whole heads": not whole_heads,
         "attention and MLP run in parallel": config.parallel_residual,
         "it has norms after its sublayers": config.post_norms,
         "it soft-caps its logits": config.logit_softcap or config.attention_softcap,
         "some layers attend to a window": any(config.windows),
         "its output projections have biases": config.o_bias or config.mlp_bias,
     }
-    found = [reason for reason, true in reasons.items() if true]
-    if found:
+    if found := [reason for reason, true in reasons.items() if true]:
         raise InputError(f"decoder: {config.name} is no Llama-style model: {'; '.join(found)}")
-    return config
 
 
 def random_decoder(
@@ -187,41 +181,36 @@ def random_decoder(
     """
     check_model(config)
     generator = torch.Generator(device=place).manual_seed(seed)
-    kind = TORCH_DTYPE[dtype]
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=place)
 
     def weight(rows: int, columns: int) -> Tensor:
-        return (normal(rows, columns) / math.sqrt(columns)).to(kind)
+        return (normal(rows, columns) / math.sqrt(columns)).to(TORCH_DTYPE[dtype])
 
     def near(value: float, size: int) -> Tensor:
-        return (value + 0.1 * normal(size)).to(kind)
+        return (value + 0.1 * normal(size)).to(TORCH_DTYPE[dtype])
 
-    def dense(rows: int, columns: int, bias: bool = False) -> Projection:
-        return Projection((weight(rows, columns),), near(0.0, rows) if bias else None)
-
-    h, q, kv, biased = config.hidden, config.q_width, config.kv_width, config.qkv_bias
-    made = []
-    for _ in range(config.layers if layers is None else layers):
+    h, q, kv, inner = config.hidden, config.q_width, config.kv_width, config.inner
+    qk_norms = ("self_attn.q_norm", "self_attn.k_norm") if config.qk_norm else ()
+    attention = {"q": (q, h), "k": (kv, h), "v": (kv, h), "o": (h, q)}
+    mlp = {"gate": (inner, h), "up": (inner, h), "down": (h, inner)}
+    weights: dict[str, Tensor] = {}
+    for at in (f"model.layers.{i}" for i in range(config.layers if layers is None else layers)):
         # in this order: the generator's numbers are the decoder
-        norms = (near(1.0, config.head_dim), near(1.0, config.head_dim)) if config.qk_norm else None
-        attention = Attention(
-            norm=near(1.0, h),
-            q=dense(q, h, biased),
-            k=dense(kv, h, biased),
-            v=dense(kv, h, biased),
-            o=dense(h, q),
-            heads=config.heads,
-            kv_heads=config.kv_heads,
-            qk_norms=norms,
-        )
-        norm, shapes = near(1.0, h), {"gate": (config.inner, h), "up": (config.inner, h), "down": (h, config.inner)}
-        projections: dict[str, Any] = {role: dense(*shape) for role, shape in shapes.items()}
-        made.append(Layer(attention, Mlp(norm=norm, **projections)))
-    embedding = normal(config.vocab, h).to(kind)
-    head = embedding if config.tied else weight(config.vocab, h)
-    return Decoder(config.name, dtype, place, config.head_dim, embedding, near(1.0, h), head, tuple(made))
+        weights |= {f"{at}.{name}.weight": near(1.0, config.head_dim) for name in qk_norms}
+        for norm, part, shapes in (("input", "self_attn", attention), ("post_attention", "mlp", mlp)):
+            weights[f"{at}.{norm}_layernorm.weight"] = near(1.0, h)
+            for role, shape in shapes.items():
+                weights[f"{at}.{part}.{role}_proj.weight"] = weight(*shape)
+                if config.qkv_bias and role in ("q", "k", "v"):
+                    weights[f"{at}.{part}.{role}_proj.bias"] = near(0.0, shape[0])
+    weights["model.embed_tokens.weight"] = normal(config.vocab, h).to(TORCH_DTYPE[dtype])
+    if not config.tied:
+        weights["lm_head.weight"] = weight(config.vocab, h)
+    weights["model.norm.weight"] = near(1.0, h)
+    heads = {"heads": config.heads, "kv_heads": config.kv_heads}
+    return from_weights(config.name, weights, **heads, dtype=dtype, place=place)
 
 
 def from_weights(
@@ -245,25 +234,22 @@ def from_weights(
             raise InputError(f"decoder: the checkpoint of {name} has no weight {key!r}")
         return weights[key].to(device=place, dtype=TORCH_DTYPE[dtype])
 
+    def maybe(key: str) -> Tensor | None:
+        return get(key) if key in weights else None
+
     def projections(at: str, roles: tuple[str, ...]) -> dict[str, Any]:
         keys = {role: f"{at}.{role}_proj" for role in roles}
-        biases = {role: get(f"{key}.bias") if f"{key}.bias" in weights else None for role, key in keys.items()}
-        return {role: Projection((get(f"{key}.weight"),), biases[role]) for role, key in keys.items()}
+        return {role: Projection((get(f"{key}.weight"),), maybe(f"{key}.bias")) for role, key in keys.items()}
 
     embedding, made = get("model.embed_tokens.weight"), []
     numbers = [int(key.split(".")[2]) for key in weights if key.startswith("model.layers.")]
     for at in (f"model.layers.{number}" for number in range(max(numbers, default=-1) + 1)):
-        norms = tuple(f"{at}.self_attn.{role}_norm.weight" for role in "qk")
-        attention = Attention(
-            norm=get(f"{at}.input_layernorm.weight"),
-            **projections(f"{at}.self_attn", Attention.roles),
-            heads=heads,
-            kv_heads=kv_heads,
-            qk_norms=(get(norms[0]), get(norms[1])) if norms[0] in weights else None,
-        )
-        mlp = Mlp(norm=get(f"{at}.post_attention_layernorm.weight"), **projections(f"{at}.mlp", Mlp.roles))
-        made.append(Layer(attention, mlp))
-    head = get("lm_head.weight") if "lm_head.weight" in weights else embedding
+        attention = {"norm": get(f"{at}.input_layernorm.weight"), **projections(f"{at}.self_attn", Attention.roles)}
+        if f"{at}.self_attn.q_norm.weight" in weights:
+            attention |= {f"{role}_norm": get(f"{at}.self_attn.{role}_norm.weight") for role in "qk"}
+        mlp = {"norm": get(f"{at}.post_attention_layernorm.weight"), **projections(f"{at}.mlp", Mlp.roles)}
+        made.append(Layer(Attention(heads=heads, kv_heads=kv_heads, **attention), Mlp(**mlp)))
+    head, final_norm = maybe("lm_head.weight"), get("model.norm.weight")
+    head = embedding if head is None else head
     head_dim = len(made[0].attention.q.weight) // heads if made and made[0].attention else 0
-    final_norm = get("model.norm.weight")
     return Decoder(name, dtype, place, head_dim, embedding, final_norm, head, tuple(made), **constants)

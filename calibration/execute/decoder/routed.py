@@ -98,9 +98,8 @@ class TokenRouting(Rule):
         h = s.norm(x.flatten(0, 1).index_select(0, rows), m.norm)
         return _scattered(x, rows, m.down(gated(m.gate(h), m.up(h))), m.turn)
 
-    def _chosen(self, s: State, what: str, router: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _chosen(self, s: State, what: str, router: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of the flattened batch that run (a fixed share of a prompt), and their places in it (batch, chosen)."""
-        assert router is not None
         votes = F.linear(x, router).float()
         scores = votes[..., 1] - votes[..., 0]
         if s.decoding:
@@ -114,7 +113,7 @@ class TokenRouting(Rule):
         return rows, places
 
 
-def _scattered(x: Tensor, rows: Tensor, y: Tensor | None, turn: Tensor | None) -> Tensor:
+def _scattered(x: Tensor, rows: Tensor, y: Tensor | None, turn: Tensor) -> Tensor:
     """Outputs of some tokens, if any, added back in their places; x may be overwritten."""
     x = x if turn is None else F.linear(x, turn)
     if y is not None:

@@ -56,23 +56,21 @@ class State:
         for layer, length in lengths.items():
             self.caches[layer].length = length
 
-    # -- parts of sublayers
-
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight, self.decoder.epsilon)
 
-    def turned(self, heads: Tensor, norms: tuple[Tensor, Tensor] | None, which: int, *tables: Tensor) -> Tensor:
-        """Query (0) or key (1) heads, normed where the model does, and rotated by this pass's tables or others."""
-        heads = heads if norms is None else self.norm(heads, norms[which])
+    def turned(self, heads: Tensor, norm: Tensor, *tables: Tensor) -> Tensor:
+        """Query or key heads, normed where the model does, and rotated by this pass's tables or others."""
+        heads = heads if norm is None else self.norm(heads, norm)
         return (self.decoder.rule or DENSE).rotated(heads, *(tables or (self.cos, self.sin)))
 
     def queries(self, a: Attention, h: Tensor, *tables: Tensor) -> Tensor:
         """Query heads of normed tokens, rotated."""
-        return self.turned(split_heads(a.q(h), a.heads), a.qk_norms, 0, *tables)
+        return self.turned(split_heads(a.q(h), a.heads), a.q_norm, *tables)
 
     def keys_values(self, a: Attention, h: Tensor) -> tuple[Tensor, Tensor]:
         """Rotated key heads and value heads of normed tokens, put into the cache; when decoding, all that it holds."""
-        k = self.turned(split_heads(a.k(h), a.kv_heads), a.qk_norms, 1)
+        k = self.turned(split_heads(a.k(h), a.kv_heads), a.k_norm)
         v = split_heads(a.v(h), a.kv_heads)
         if not self.decoding:
             batch, heads, length, head_dim = k.shape
@@ -144,7 +142,7 @@ def joined(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def added(x: Tensor, y: Tensor, turn: Tensor | None) -> Tensor:
+def added(x: Tensor, y: Tensor, turn: Tensor) -> Tensor:
     """The residual stream and a sublayer's output."""
     return x + y if turn is None else F.linear(x, turn).add_(y)
 

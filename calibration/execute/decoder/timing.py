@@ -1,22 +1,33 @@
-"""Two decoders timed in turns, pass by pass: what disturbs the machine disturbs both, and their ratio least of all."""
+"""Two decoders timed in turns, pass by pass: what disturbs the machine disturbs both, and their ratio least of all.
+
+:func:`time_pair` times two; an :class:`Executor` times the pruned decoders of cases against the dense one.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from calibration.devices.protocol import Unsupported
-from calibration.execute.decoder.model import Decoder
+from calibration.devices.operators import is_out_of_memory
+from calibration.devices.protocol import Device, Unsupported
+from calibration.execute.cases import Case
+from calibration.execute.decoder.families import prune_decoder
+from calibration.execute.decoder.model import Decoder, random_decoder
 from calibration.execute.decoder.run import decode, prefill
-from calibration.measure.timing import median_interval
+from calibration.measure.run import FAILED, SKIPPED, UNSUPPORTED
+from calibration.measure.timing import OK, median_interval
+from simulator.errors import InputError
+from simulator.models.config import ModelConfig
 from simulator.predict.settings import one_of
 from simulator.workload import PHASES, RUNTIMES
 
+LONGEST_S = 30.0
+"""Time for the pairs of one case, whatever the budget."""
 WINDOW_S = 4e-3
 PRECISION = 0.005
 LEAST, ENOUGH, MOST = 3, 8, 200
@@ -25,11 +36,11 @@ LEAST, ENOUGH, MOST = 3, 8, 200
 
 @dataclass(frozen=True)
 class PairTimes:
-    """Raw samples of two decoders, s a pass, one of each a pair; ``loops`` passes a sample."""
+    """Raw samples of two decoders, s a pass, one of each a pair."""
 
-    first_s: tuple[float, ...]
-    second_s: tuple[float, ...]
-    loops: int
+    first_s: Sequence[float]
+    second_s: Sequence[float]
+    loops: int  # passes a sample
 
 
 def time_pair(
@@ -60,18 +71,17 @@ def time_pair(
         sample(loops)
     found: tuple[list[float], list[float]] = ([], [])
     start = clock()
-    while len(found[0]) < MOST:
-        order = (0, 1) if len(found[0]) % 2 == 0 else (1, 0)
-        for i in order:
+    for pair in range(1, MOST + 1):
+        for i in (0, 1) if pair % 2 else (1, 0):
             found[i].append(samplers[i](loops))
         spent = clock() - start
-        if spent >= time_limit_s and (len(found[0]) >= LEAST or spent >= 3.0 * time_limit_s):
+        if spent >= time_limit_s and (pair >= LEAST or spent >= 3.0 * time_limit_s):
             break
-        if len(found[0]) >= ENOUGH:
+        if pair >= ENOUGH:
             middle, low, high = median_interval([a / b for a, b in zip(*found, strict=True)])
             if high - low <= 2.0 * PRECISION * middle:
                 break
-    return PairTimes(tuple(found[0]), tuple(found[1]), loops)
+    return PairTimes(*found, loops)
 
 
 def _ready(
@@ -83,9 +93,8 @@ def _ready(
     if graph and not cuda:
         raise Unsupported(f"cuda_graph: device {decoder.place!r} has no CUDA graphs")
     if graph and decoder.rule is not None and decoder.rule.on_host:
-        raise Unsupported(
-            f"cuda_graph: {decoder.rule.family} decides on the host which kernels run, so no graph can hold it"
-        )
+        why = "decides on the host which kernels run, so no graph can hold it"
+        raise Unsupported(f"cuda_graph: {decoder.rule.family} {why}")
     tokens = torch.randint(len(decoder.embedding), (batch, seq), generator=torch.Generator().manual_seed(0))
     tokens = tokens.to(decoder.place)
     step = _decode_step(decoder, tokens) if phase == "decode" else lambda: prefill(decoder, tokens)
@@ -127,3 +136,53 @@ def _recorded(step: Callable[[], Any]) -> Callable[[], Any]:
     with torch.cuda.graph(graph):
         step()
     return graph.replay  # type: ignore[no-any-return]
+
+
+class Executor:
+    """Times cases in turns with the dense decoder; one that cannot run ends as a record with the reason."""
+
+    def __init__(self, device: Device, config: ModelConfig, dtype: str, runtime: str, seed: int) -> None:
+        self.device, self.runtime = device, runtime
+        self.kept: dict[tuple[str, float], Decoder] = {}  # the one pruned decoder that was made last
+        try:
+            self.dense = random_decoder(config, dtype=dtype, place=device.name, seed=seed)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            fewer = "--layers N takes its first N layers"
+            raise InputError(f"{config.name} in {dtype} does not fit on {device.name}; {fewer}") from None
+
+    def record(self, case: Case, seconds: float) -> dict[str, Any]:
+        """Status, reason and, where it ran, times of a case, building its decoder included in the seconds it has."""
+        try:
+            return {"status": OK, "reason": "", **self._timed(case, self.device.clock() + seconds)}
+        except (Unsupported, InputError) as error:
+            return {"status": UNSUPPORTED, "reason": str(error)}
+        except Exception as error:  # a kernel may raise anything; one family must not end the comparison
+            status = SKIPPED if is_out_of_memory(error) else FAILED
+            return {"status": status, "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+    def _timed(self, case: Case, end: float) -> dict[str, Any]:
+        which = (case.family, case.sparsity)
+        if which not in self.kept:
+            self.kept.clear()  # before the next one is made: two large models may fit, three not
+            self.kept[which] = prune_decoder(self.dense, *which)
+        pruned = self.kept[which]
+        # the first passes and the cache take their part too
+        limit = min(max(0.6 * (end - self.device.clock()), 0.0), LONGEST_S)
+        where: dict[str, Any] = {"batch": case.batch, "seq": case.seq, "phase": case.phase, "time_limit_s": limit}
+        runtime = self._runtime(case, pruned)
+        try:
+            times = time_pair(self.dense, pruned, **where, runtime=runtime)
+        except RuntimeError as error:
+            if runtime != "cuda_graph" or self.runtime or is_out_of_memory(error):
+                raise
+            runtime = "eager"  # what a graph cannot hold is launched one by one
+            times = time_pair(self.dense, pruned, **where, runtime=runtime)
+        return {"runtime": runtime, "loops": times.loops, "dense_s": times.first_s, "pruned_s": times.second_s}
+
+    def _runtime(self, case: Case, pruned: Decoder) -> str:
+        if case.phase != "decode":
+            return "eager"
+        graph = pruned.place.startswith("cuda") and not (pruned.rule and pruned.rule.on_host)
+        return self.runtime or ("cuda_graph" if graph else "eager")

@@ -95,9 +95,6 @@ def pairs_of(index: Tensor, counts: NDArray[np.int64], groups: int) -> Pairs:
     return Pairs(torch.empty_like(cells).scatter_(0, place, cells), running, place, starts, tokens)
 
 
-# -- products -------------------------------------------------------------------------------------
-
-
 @lru_cache(maxsize=16)
 def _has_grouped(dtype: Any, place: str) -> bool:
     """Whether this torch multiplies by groups in this format on this device."""
@@ -146,9 +143,6 @@ def _returned(features: Tensor, index: Tensor, blocks: Blocks) -> Tensor:
     return F.embedding_bag(channels, blocks.outer, mode="sum", per_sample_weights=features).sum(0, keepdim=True)
 
 
-# -- sublayers ------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class GroupRouting(Rule):
     """Dynamic width: a router says which groups of heads and of MLP channels each token uses; k and v are dense."""
@@ -188,7 +182,6 @@ class GroupRouting(Rule):
 
     def _choice(self, s: State, what: str, sublayer: Sublayer, x: Tensor) -> tuple[Tensor, NDArray[np.int64]]:
         """Groups that each token wants most, best first, as many as any token uses; and how many each uses."""
-        assert sublayer.router is not None
         groups, (batch, tokens) = len(sublayer.router), x.shape[:2]
         counts = group_counts(self.keep, groups, s.layer + max(s.position, s.prompt), batch * tokens)
         index = F.linear(x.flatten(0, 1), sublayer.router).topk(int(counts.max()), dim=-1).indices
@@ -212,7 +205,7 @@ def _heads_of_one(s: State, a: Attention, h: Tensor, keys: Tensor, values: Tenso
     q = _sliced(h.flatten(), blocks.inner, spans, blocks.width)
     if a.q.bias is not None:
         q = q + a.q.bias.view(a.kv_heads, -1).index_select(0, chosen).flatten()
-    q = s.turned(q.view(1, len(chosen) * share, 1, -1), a.qk_norms, 0)
+    q = s.turned(q.view(1, len(chosen) * share, 1, -1), a.q_norm)
     some = q.split([(stop - start) * share for start, stop in spans], 1)
     outs = [decode_attention(q, keys[:, i:j], values[:, i:j]) for q, (i, j) in zip(some, spans, strict=True)]
     return _returned(torch.cat(outs, 1).view(len(chosen), -1), chosen, blocks)
@@ -228,10 +221,10 @@ def _heads(s: State, a: Attention, h: Tensor, keys: Tensor, values: Tensor, pair
         q = q + a.q.bias.view(a.kv_heads, -1).index_select(0, pairs.groups)
     q = q.unflatten(-1, (a.heads // a.kv_heads, -1))  # (pairs, heads of a group, d)
     if s.decoding:
-        out = _pair_attention(s.turned(q, a.qk_norms, 0), keys, values, pairs)
+        out = _pair_attention(s.turned(q, a.q_norm), keys, values, pairs)
     else:
         places = rows.remainder(tokens)
-        q = s.turned(q, a.qk_norms, 0, s.cos[places].unsqueeze(1), s.sin[places].unsqueeze(1))
+        q = s.turned(q, a.q_norm, s.cos[places].unsqueeze(1), s.sin[places].unsqueeze(1))
         out = torch.empty_like(q)
         for number, start, stop in pairs.spans(batch):
             group, b = divmod(number, batch)

@@ -1,7 +1,7 @@
 """What a pruning family is: its description, the sparsity of every row that it is given, and checks of its options.
 
 A family is one file of this package with a constant ``FAMILY``; nothing else lists it. What families do to rows is in
-``_rows`` and ``_tokens``.
+``_edits`` (change), ``_added`` (add) and ``_tokens`` (fewer tokens), how they find them in ``_rows``.
 """
 
 from __future__ import annotations
@@ -9,60 +9,61 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from simulator.columns import Array
 from simulator.errors import InputError
 from simulator.workload import Workload
 
-F = NDArray[np.float64]
-
 QKV: tuple[str, ...] = ("q", "k", "v", "qkv")
-PROJECTIONS: tuple[str, ...] = (*QKV, "o", "gate", "up", "gate_up", "down")
-GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"attention": (*QKV, "o"), "mlp": ("gate", "up", "gate_up", "down"), "qkv": QKV}
-)
+GROUPS: Mapping[str, tuple[str, ...]] = {"attention": (*QKV, "o"), "mlp": ("gate", "up", "gate_up", "down"), "qkv": QKV}
 """Names that stand for several projections in a per-projection sparsity."""
 SUBLAYERS: tuple[str, ...] = ("attention", "mlp")
+PROJECTIONS: tuple[str, ...] = (*GROUPS["attention"], *GROUPS["mlp"])
 WEIGHTS: tuple[str, ...] = (*PROJECTIONS, *SUBLAYERS)
 """What a per-projection sparsity may name where every weight has one of its own."""
+
+SCORE_BYTES = 4.0
+"""A score or an index of a selection: fp32 or int32."""
+
+Pruned = tuple[Workload, float]
+"""The pruned workload, and the sparsity that it realised."""
 
 
 @dataclass(frozen=True)
 class Choice:
     """The sparsity asked for, resolved to rows."""
 
-    rows: F  # of every row of the workload, in [0, 1); 0 outside the layers and where a projection is not named
+    rows: Array  # of every row of the workload, in [0, 1); 0 outside the layers and where a projection is not named
     asked: float  # the scalar, or the mean of a choice: over layers, or over the parameters of the projections
     form: str = "scalar"  # how it was given: scalar, projection or layer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Family:
-    """A way to prune a decoder.
+    """A way to prune a decoder. ``function(workload, choice, *, ideal, **options)`` gives it its name and options."""
 
-    ``function`` is called as ``(workload, choice, *, ideal, **options)`` and returns the pruned workload and the
-    sparsity it realised.
-    """
-
-    name: str
+    name: str = field(init=False)
     axis: str  # logical GEMM dimension it changes
-    dynamic: bool  # decided per token at inference
+    dynamic: bool = False  # decided per token at inference
     summary: str
     cost: str  # beside what it saves
-    function: Callable[..., tuple[Workload, float]] = field(repr=False)
+    function: Callable[..., Pruned] = field(repr=False)
     order: int  # place in tables
     realised: str  # definition of its realised sparsity
-    options: Mapping[str, Any] = field(default_factory=dict)  # with their defaults
+    options: Mapping[str, Any] = field(init=False)  # with their defaults
     support: tuple[str, ...] = ("prefill", "decode", "generate")  # phases in which it can save time; allowed in all
     targets: tuple[str, ...] = ()  # names a per-projection sparsity may use
     per_layer: bool = True  # whether a per-layer sparsity means something
-    # requests (batch, length) of one model whose rows a call may prune together: "any" where the function never looks
-    # at the prompt's length, "equal length" where it takes it from the workload, else "one"
-    together: str = "one"
+    # requests (batch, length) of one model that a call may prune together: "any", or those of "equal length" where the
+    # function takes the prompt's length from the workload
+    together: str = "any"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.function.__name__)
+        object.__setattr__(self, "options", dict(self.function.__kwdefaults__ or {}))
 
 
 def check_fraction(value: Any, where: str = "sparsity") -> float:

@@ -1,0 +1,91 @@
+"""Changing the rows of a workload: other widths and bytes, zeros, rows twice, runs of layers split and merged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from simulator.columns import Array
+from simulator.errors import InputError
+from simulator.pruning._family import Choice, Pruned
+from simulator.pruning._rows import biases, parameters_removed, projections
+from simulator.workload import Kernel, Kind, Workload
+
+
+def whole_share(share: Array | float, of: Array | float) -> Array:
+    """``share`` of ``of``, rounded to the nearest whole (halves up)."""
+    rounded: Array = np.floor(np.asarray(share) * np.asarray(of) + 0.5).astype(np.int64)
+    return rounded
+
+
+def aligned(width: Array, keep: Array, align: int) -> Array:
+    """``keep`` of ``width`` rounded up to a multiple of ``align``, and no more than ``width``.
+
+    >>> aligned(np.array([11008, 100]), np.array([0.8, 0.99]), 16).tolist()
+    [8816, 100]
+    """
+    wanted = np.ceil(keep * width / align - 1e-9).astype(np.int64) * align
+    return np.minimum(np.maximum(wanted, align), width)
+
+
+def changed(w: Workload, rows: Array, **columns: Any) -> Workload:
+    """Some rows with other values in some columns."""
+    return w.replace(**{name: np.where(rows, values, getattr(w, name)) for name, values in columns.items()})
+
+
+def resized(w: Workload, n: Array, k: Array, **columns: Any) -> Workload:
+    """GEMMs with other N and K; the parameters follow, with the bias (N of them) where a row has one."""
+    bias = biases(w)
+    before = np.maximum(w.n.astype(np.float64) * w.k, 1.0)
+    params = (w.params - bias) * (n.astype(np.float64) * k / before) + np.where(bias > 0, n, 0.0)
+    return w.replace(n=n, k=k, params=np.where(w.kind == Kind.GEMM, params, w.params), **columns)
+
+
+def moved(w: Workload, share: Array) -> dict[str, Array]:
+    """A share of the bytes that each row reads and writes, as columns to replace."""
+    return {"read_bytes": w.read_bytes * share, "write_bytes": w.write_bytes * share}
+
+
+def zeroed(w: Workload, choice: Choice, kernel: Kernel, name: str) -> Pruned:
+    """Weights of the projections set to zero once; ``params`` counts those that are not (and the biases)."""
+    rows, keep = projections(w) & (choice.rows > 0), 1.0 - choice.rows
+    if (w.kernel[rows] != Kernel.DENSE).any():
+        which = Kernel(int(w.kernel[rows].max())).name.lower()
+        raise InputError(f"{name}: the projections are sparse already ({which}); a weight is zeroed once")
+    bias = biases(w)
+    out = changed(w, rows, density=w.density * keep, kernel=kernel, params=keep * (w.params - bias) + bias)
+    return out, parameters_removed(w, out)
+
+
+def doubled(w: Workload, mask: Array) -> tuple[Workload, Array, Array, Array]:
+    """The masked rows twice; which row each comes from, and masks of the first and of the second of two."""
+    index = np.repeat(np.arange(len(w)), np.where(mask, 2, 1))
+    second = np.r_[False, index[1:] == index[:-1]]
+    return w.take(index), index, mask[index] & ~second, second
+
+
+def split_at(w: Workload, layer: int) -> Workload:
+    """Rows that stand for layers on both sides of the start of one as two rows, the counts shared out."""
+    across = (w.layer >= 0) & (w.layer < layer) & (w.layer + w.layers > layer)
+    if not across.any():
+        return w
+    out, _, first, second = doubled(w, across)
+    layers = np.where(first, layer - out.layer, out.layers - (layer - out.layer))
+    out = changed(out, first | second, layers=layers, count=out.count * (layers / np.maximum(out.layers, 1)))
+    return changed(out, second, layer=layer)
+
+
+def merge_runs(w: Workload) -> Workload:
+    """Neighbouring rows that are equal but for consecutive layers merged: undoes ``expand`` and ``split_at``."""
+    if len(w) < 2:
+        return w
+    new = np.ones(len(w), dtype=bool)
+    new[1:] = (w.layer[1:] != w.layer[:-1] + w.layers[:-1]) | (w.layers[1:] == 0)
+    for name in w.SCHEMA.keys() - {"count", "layer", "layers"}:
+        column = getattr(w, name)
+        new[1:] |= column[1:] != column[:-1]
+    start = np.flatnonzero(new)
+    if len(start) == len(w):
+        return w
+    return w.take(start).replace(count=np.add.reduceat(w.count, start), layers=np.add.reduceat(w.layers, start))

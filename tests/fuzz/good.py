@@ -1,0 +1,210 @@
+"""Good inputs of every format that is read, small: the fuzz tests change them, a little each time."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.csv
+import pyarrow.parquet
+
+from calibration.records.parquet import write_records
+from calibration.records.store import Header
+from calibration.records.table import Records, Source
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+CSV = "m,n,k,latency_us,dtype,operator,launch,role,window,sample_count\n" + "".join(
+    f"{m},4096,4096,{5 + m / 10},bf16,gemm,graph,qkv,0,20\n" for m in (1, 16, 64, 256, 300, 512, 1024, 2048)
+)
+ATTENTION = "batch,q_len,kv_len,heads,kv_heads,head_dim,latency_us,operator\n" + "".join(
+    f"{b},1,{kv},32,8,128,{50 + b * kv / 100},attention_decode\n" for b in (1, 8) for kv in (128, 1024, 4096)
+)
+MEASURED = "gpu,dtype,op,m,n,k,latency_us,source,note,group\n" + "".join(
+    f"RTX4090,bf16,{op},{m},4096,14336,{150 + m},somewhere,kernel time,g\n"
+    for op in ("down_proj", "act_fn", "sparse24")
+    for m in (1, 64, 512)
+)
+AIC_GEMM = "framework,version,device,kernel_source,op_name,gemm_dtype,m,n,k,latency\n" + "".join(
+    f"TRTLLM,1.0.0,NVIDIA A100-SXM4-80GB,k,gemm,{dtype},{1 << i},4096,4096,{0.05 * (i + 1)}\n"
+    for i, dtype in enumerate(["bfloat16"] * 10 + ["fp8", "int4_wo"])
+)
+AIC_ATTENTION = (
+    "framework,version,device,kernel_source,op_name,batch_size,isl,num_heads,num_key_value_heads,head_dim,"
+    "attn_dtype,kv_cache_dtype,step,latency\n"
+) + "".join(
+    f"TRTLLM,1.0.0,NVIDIA A100-SXM4-80GB,k,generation_attention,{b},1,32,8,128,bfloat16,bfloat16,{16 << i},{0.05 + i}\n"
+    for i in range(6)
+    for b in (1, 8)
+)
+QUALITY = """\
+method,family,model,sparsity,metric,higher_is_better,dense,pruned,relative_loss,protocol,source,options,note
+SLEB,depth,llama-2-7b,0.1,ppl,false,7.26,9.34,,C4,a paper,unit=layer,
+SLEB,depth,llama-2-7b,0.2,ppl,false,7.26,12,,C4,a paper,unit=layer,
+Slice,width_cross,llama-2-7b,0.25,ppl,false,7.26,10,,C4,a paper,residual_projections=true,
+2:4,semi_structured,llama-2-7b,0.5,ppl,false,7.26,10.5,,C4,a paper,,note
+"""
+SPEEDUPS = """\
+family,sparsity,speedup,speedup_lower,speedup_upper,model,hardware,phase,batch,seq
+depth,0.1,1.1,1.05,1.15,llama-2-7b,h100_sxm,prefill,1,2048
+width_cross,0.25,1.2,,,llama-2-7b,h100_sxm,prefill,1,2048
+"""
+GEMMS = """\
+m,n,k,seconds,copies,dtype,predicted_s,more
+1,4096,4096,1.01e-5,1,bf16,1e-5,x
+64,4096,4096,1.64e-5,1,bf16,1e-5,x
+512,4096,4096,6.12e-5,1,bf16,1e-5,x
+"""
+PART = "family,speedup\ndepth,1.5\nwidth,2.25\n"
+
+
+@lru_cache
+def arrow(text: str) -> Any:
+    """A CSV as a pyarrow table."""
+    return pyarrow.csv.read_csv(io.BytesIO(text.encode()))
+
+
+@lru_cache
+def tables() -> tuple[Any, ...]:
+    """Parquet tables that an import reads: two of aiconfigurator, one of records."""
+    sources = [Source("NVIDIA A100", {"torch": "2.9"}, run=run) for run in "rs"]
+    columns = {"m": [1 << i for i in range(12)], "n": 4096, "k": 64, "seconds": np.linspace(1e-5, 1e-4, 12)}
+    columns |= {"spread": 0.01, "source": [0, 1] * 6, "purpose": ["fit", "holdout"] * 6}
+    records = Records.from_columns(sources, **columns)
+    return arrow(AIC_GEMM), arrow(AIC_ATTENTION), pyarrow.parquet.read_table(io.BytesIO(write_records(records)))
+
+
+# -- records of a run --------------------------------------------------------------------------------------------------
+
+_MEASUREMENT = """{
+"run": "run1", "time": "2026-01-01T00:00:01+00:00", "type": "measurement", "key": "gemm bf16 %d", "purpose": "fit",
+"block": %d, "operator": {"kind": "gemm", "m": %d, "n": 4096, "k": 4096, "dtype": "bf16", "cold": true},
+"median_s": 1e-5, "lower_s": 0.9e-5, "upper_s": 1.2e-5, "samples_s": [1e-5, 1.1e-5],
+"status": "ok", "method": "cuda graph", "drifted": false}"""
+_OTHERS = """[
+{"key": "copy", "operator": {"kind": "copy", "n": 4096}, "median_s": 1e-6, "purpose": "anchor", "drifted": true},
+{"key": "elementwise", "operator": {"kind": "elementwise", "m": 64, "n": 4096, "role": "residual"}, "median_s": 1e-6},
+{"key": "gemm big", "operator": {"kind": "gemm"}, "status": "skipped", "reason": "out of memory"}]"""
+RESULTS = ({"plan": 1}, {"method": "depth", "fraction": 0.25, "realised": 0.25, "losses": [1.0, 2.0]})
+
+
+_HEADER = Header(
+    *("NVIDIA A100", {"torch": "2.9", "driver": "580"}, "bf16", "run1", "2026-01-01T00:00:00+00:00"),
+    {"opened": "cuda", "rates": {"a": 1.0}},
+)
+_TIMINGS = [json.loads(_MEASUREMENT % (m, i, m)) for i, m in enumerate((1, 64, 300, 4096))]
+RUN = (_HEADER.as_dict(), *_TIMINGS, *json.loads(_OTHERS))
+"""Rows of a run: a header, timings, what is none."""
+
+
+def crc_line(row: Any) -> bytes:
+    """A line with a checksum that is right, whatever the line holds; bytes are taken as they are."""
+    body = row if isinstance(row, bytes) else json.dumps(row, separators=(",", ":")).encode()
+    return body[:-1] + b',"crc":"%08x"}\n' % zlib.crc32(body) if body.endswith(b"}") and len(body) > 2 else body + b"\n"
+
+
+# -- profiles ----------------------------------------------------------------------------------------------------------
+
+SMALL = (ROOT / "tests/bad_profiles/good.yaml").read_text(encoding="utf-8")
+OPERATORS = ("gemm", "attention_prefill", "attention_decode", "elementwise")
+
+
+_RTX4090 = (ROOT / "hardware_profiles/rtx_4090.yaml").read_text(encoding="utf-8")
+SHIPPED = re.sub(r"\n      arrays:\n(?: {8}.*\n)+", "\n", _RTX4090.replace("rtx_4090", "mine").replace("RTX", "my"))
+"""A shipped profile without its arrays, so that the file stands alone, under another name."""
+
+ARRAYS: dict[str, Any] = {
+    "gemm.bf16.terms": np.array([[0, 1, -1], [11, -1, -1]]),
+    "gemm.bf16.grids": np.array([[[1.0, 1, 2], [1, 1, 2], [1, 1, 2]], [[0, 1, 4], [1, 1, 2], [1, 1, 2]]]),
+    "gemm.bf16.values": np.linspace(-0.1, 0.1, 8).astype("f4"),
+    "gemm.bf16.measured_m": np.array([1.0, 16.0, 17.0, 256.0, 4096.0]),
+    "gemm.bf16.exact_m": np.array([1, 17]),
+    "gemm.bf16.exact_n": np.array([4096, 8810]),
+    "gemm.bf16.exact_k": np.array([4096, 64]),
+    "gemm.bf16.exact_s": np.array([1e-4, 2e-5]),
+    "gemm.bf16.exact_log_half": np.array([0.02, 0.1]),
+    "attention_prefill.bf16.start": np.zeros(3),
+    "attention_prefill.bf16.step": np.ones(3),
+    "attention_prefill.bf16.values": np.zeros((3, 2, 2)),
+    "attention_decode.bf16.start": np.zeros(3),
+    "attention_decode.bf16.step": np.ones(3),
+    "attention_decode.bf16.values": np.zeros((3, 2, 1)),
+    "elementwise.bf16.start": np.array(14.0),
+    "elementwise.bf16.values": np.zeros((7, 5)),
+}
+"""Small arrays of every operator that has some, and exact shapes."""
+
+
+def arrays_of(operator: str) -> dict[str, Any]:
+    """Those of one operator."""
+    return {name: array for name, array in ARRAYS.items() if name.startswith(f"{operator}.")}
+
+
+def profile_with(raw: bytes, file: str = "arrays.npz", operators: Iterable[str] = OPERATORS) -> str:
+    """Text of a profile that names these bytes as the arrays of some operators."""
+    provenance = SMALL[SMALL.index("      provenance:") : SMALL.index("      constants:")]
+    sections = "".join(
+        f"  {operator}:\n    bf16:\n{provenance}      constants: {{}}\n      arrays:\n        file: {file}\n"
+        f'        sha256: "{hashlib.sha256(raw).hexdigest()}"\n'
+        f"        names: [{', '.join(name.split('.')[2] for name in arrays_of(operator))}]\n"
+        for operator in operators
+    )
+    return SMALL[: SMALL.index("calibrated:")] + "calibrated:\n" + sections
+
+
+# -- models and grids --------------------------------------------------------------------------------------------------
+
+_SHIPPED = [json.loads(file.read_text()) for file in sorted((ROOT / "simulator/models").glob("*.json"))]
+_PUBLIC = [{key: value for key, value in config.items() if not key.startswith("_")} for config in _SHIPPED]
+CONFIGS = [*{config["model_type"]: {**config, "_name_or_path": "org/some-model"} for config in _PUBLIC}.values()]
+"""One configuration of each architecture."""
+
+GRID = """\
+models: [llama-3.2-1b, llama-3.1-8b]
+hardware: [h100_sxm, a100]
+sparsities: {from: 0.1, to: 0.5, step: 0.2}
+phases: [prefill, decode]
+batches: [1, 8]
+seqs: {from: 64, to: 256, times: 2}
+families:
+  - depth
+  - width: {align: 64}
+  - token: {}
+dtypes:
+  - bf16
+  - {dtype: bf16, weight_dtype: int4, kv_dtype: fp8}
+runtimes: [cuda_graph, eager]
+devices: [1]
+parallel: tensor
+new_tokens: 16
+fuse_qkv: false
+level: 0.9
+"""
+
+# -- texts -------------------------------------------------------------------------------------------------------------
+
+LINES = """\
+speedup llama-3.2-1b --hardware h100 --family depth,width --sparsity 0.1,0.25 --phase decode --batch 1 --json
+speedup llama-3.2-1b --hardware a100 --family width --sparsity 0.3 --ideal --phase prefill --option align=64
+explain llama-3.2-1b --hardware h100 --family width --sparsity mlp=0.2 --option inner=8100 --phase prefill
+explain llama-3.2-1b --hardware h100 --family low_rank --sparsity 0.3 --option align=64 --phase decode
+gemm 16,32 4096 11008 --hardware h100 --dtype bf16 --json
+advise llama-3.2-1b --hardware h100 --phase decode --target 1.5 --json
+models show llama-3.2-1b
+hardware show h100
+pareto llama-2-7b --hardware h100 --metric zero-shot --phase decode"""
+ADDRESS = (
+    "model=llama-3.1-8b&gpu=h100_sxm,a100&family=depth,width&sparsity=0.25,0.5&phase=decode&batch=8&seq=512&new=16"
+    "&runtime=cuda_graph&dtype=bf16&detail=width&at=0.5"
+)
+WHERE = "speedup > 1.3 and batch == 1 or not (family in ['depth', 'width'] and 1 < sparsity / 0.5 <= 2)"
