@@ -48,6 +48,7 @@ _ATTENTION = {"batch": 1, "q_len": 1, "kv_len": 8, "heads": 4, "kv_heads": 2, "h
     ("kind", "fields", "message"),
     [
         ("gem", {}, "kind 'gem'"),
+        ("copy", {"n": 1, "x": 1}, "'x'"),
         ("gemm", {"m": 1, "n": 1, "k": 0}, "k must be at least 1"),
         ("gemm", {"dtype": "bf17", "m": 1, "n": 1, "k": 1}, "bf17"),
         ("gemm", {"m": 1, "n": 1, "k": 1, "density": 0.0}, "density"),
@@ -60,12 +61,7 @@ _ATTENTION = {"batch": 1, "q_len": 1, "kv_len": 8, "heads": 4, "kv_heads": 2, "h
 )
 def test_an_operator_that_cannot_be_is_refused(kind: str, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Operator(kind, **fields)
-
-
-def test_a_record_with_unknown_fields_is_refused() -> None:
-    with pytest.raises(ValueError, match="'x'"):
-        Operator.from_record({"kind": "copy", "n": 1, "x": 1})
+        Operator.from_record({"kind": kind, **fields})
 
 
 def test_work_of_operators_by_hand() -> None:
@@ -186,11 +182,9 @@ def test_a_recording_is_played_back(tmp_path: Path) -> None:
         device.prepare(Operator("gemm", m=9, n=64, k=64))
 
 
-@pytest.mark.parametrize(
-    ("text", "message"), [("{", ":1: not a JSON record"), ("", "no measurement"), ("[1]\n{}", "no measurement")]
-)
-def test_a_file_that_is_no_recording_is_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_a_file_that_is_no_recording_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
-    path.write_text(text)
-    with pytest.raises(InputError, match=message):
-        open_device(f"replay:{path}")
+    for text, message in (("{", ":1: not a JSON record"), ("", "no measurement"), ("[1]\n{}", "no measurement")):
+        path.write_text(text)
+        with pytest.raises(InputError, match=message):
+            open_device(f"replay:{path}")

@@ -130,22 +130,18 @@ def test_no_flipped_byte_makes_a_wrong_record(path: Path) -> None:
     assert outcomes == {"refused": len(whole) - last + 1, "dropped": last - 1}
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
+def test_other_files_are_refused_and_left_alone(path: Path) -> None:
+    for content, reason in (
         (b"m,n,k\n1,2,3\n", "is no store"),
         (b"hello", "is no store"),
         (encode_line({"prunesim": "records", "schema": 2}), "schema 2; this version reads schema 1"),
         (encode_line({"prunesim": "records", "schema": 1}), "header lacks device"),
-    ],
-)
-def test_other_files_are_refused_and_left_alone(path: Path, content: bytes, reason: str) -> None:
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=reason):
-        read_store(path)
-    with pytest.raises(InputError, match=reason):
-        Store(path, HEADER)
-    assert path.read_bytes() == content
+    ):
+        path.write_bytes(content)
+        for opened in (read_store, lambda file: Store(file, HEADER)):
+            with pytest.raises(InputError, match=reason):
+                opened(path)
+        assert path.read_bytes() == content
 
 
 def test_a_missing_file_or_folder(tmp_path: Path) -> None:
@@ -226,13 +222,10 @@ def test_stores_of_several_machines_are_joined(tmp_path: Path) -> None:
     assert again.rows == content.rows  # merging what is merged adds nothing
     records = content_records(read_store(out))
     assert (len(records), [s.run for s in records.sources]) == (4, ["r1", "r2"])
-
-
-def test_anchors_of_one_run_are_kept_apart(tmp_path: Path) -> None:
-    with Store(tmp_path / "a.jsonl", HEADER) as store:
+    with Store(a, HEADER) as store:  # anchors of one run are kept apart
         for block in (1, 2):
             store.append(row(0, purpose="anchor", block=block))
-    assert len(merge([tmp_path / "a.jsonl"] * 2, tmp_path / "out.jsonl").rows) == 2
+    assert len(merge([a, a], tmp_path / "anchors.jsonl").rows) == 4
 
 
 def test_what_cannot_be_merged_is_refused_and_nothing_written(tmp_path: Path) -> None:
