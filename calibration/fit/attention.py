@@ -18,9 +18,10 @@ from calibration.fit.conformal import accuracy_of, outer_bands
 from calibration.fit.residual import Stiffness, fit_lattice
 from calibration.fit.solver import ConstantsFit, FittedPart, Minimum, Table
 from simulator.hardware.constants import DECODE_CONSTANTS, PREFILL_CONSTANTS, Constant
-from simulator.hardware.profile import HardwareProfile, Provenance, Section
+from simulator.hardware.profile import Provenance, Section
 from simulator.kernels.attention import REGIMES, regime_of
-from simulator.kernels.attention_core import Device, decode_core, decode_parts, decode_work, prefill_core, prefill_work
+from simulator.kernels.attention_core import Calls, Parts, decode_core, decode_work, prefill_core, prefill_work
+from simulator.kernels.gemm_core import Machine
 from simulator.kernels.lattice import Lattice, decode_place, prefill_place
 from simulator.workload import DTYPE_BYTES, DTYPES
 
@@ -86,23 +87,16 @@ def columns_of(records: Any) -> Columns:
     return Columns(**columns, element_bytes=bytes_[np.asarray(records.dtype)], warm=warm)
 
 
-def device_of(hw: HardwareProfile, dtype: str = "bf16") -> Device:
-    """The facts the attention cores need, of a profile."""
-    return Device(hw.peak_flop_per_s(dtype), float(hw.sm_count), hw.bandwidth_bytes_per_s, hw.l2_bytes)
-
-
 def work_of(phase: str, c: Columns, values: Mapping[str, float]) -> Any:
     """Geometry of a phase for columns; it depends on the structural constants alone."""
     size: Any = {"element_bytes": c.element_bytes, "cache_bytes": c.element_bytes}
-    if phase == "decode":
-        return decode_work(c.batch, c.kv_len, c.heads, c.kv_heads, c.head_dim, warm=c.warm, **size)
-    form: Any = {"packs": values["packs"], "pads": values.get("pads", 1.0)}
-    return prefill_work(c.batch, c.q_len, c.kv_len, c.heads, c.kv_heads, c.head_dim, **form, **size)
+    calls = Calls(c.batch, c.q_len, c.kv_len, c.heads, c.kv_heads, c.head_dim, **size, warm=c.warm)
+    return decode_work(calls) if phase == "decode" else prefill_work(calls, {"pads": 1.0, **values})
 
 
-def core_of(phase: str, work: Any, device: Device, values: Mapping[str, float]) -> F:
+def core_of(phase: str, work: Any, device: Machine, values: Mapping[str, float]) -> Parts:
     """Core time as it was measured; the operands of a prefill may be warm in L2, since a benchmark repeats its call."""
-    return prefill_core(work, device, values, True) if phase == "prefill" else decode_core(work, device, values)
+    return (prefill_core if phase == "prefill" else decode_core)(work, device, values)
 
 
 def residual_coordinates(phase: str, c: Columns) -> tuple[NDArray[np.floating[Any]], ...]:
@@ -112,14 +106,14 @@ def residual_coordinates(phase: str, c: Columns) -> tuple[NDArray[np.floating[An
     return decode_place(c.kv_len, c.batch * c.kv_heads, c.heads / c.kv_heads)
 
 
-def usable(phase: str, c: Columns, device: Device) -> tuple[NDArray[np.bool_], dict[str, int]]:
+def usable(phase: str, c: Columns, device: Machine) -> tuple[NDArray[np.bool_], dict[str, int]]:
     """Rows a fit may use, and how many it may not by reason.
 
     A time may lie below bytes / bandwidth only while the bytes fit the L2; FLOP / peak it may not beat by more than 5 %
     (boost clocks).
     """
     work = work_of(phase, c, {"packs": 0.0})
-    size = work.io_bytes if phase == "prefill" else work.cache_bytes
+    size = work.moved_bytes if phase == "prefill" else work.cache_bytes
     finite = [np.isfinite(getattr(c, f.name)) & np.ones(len(c), dtype=bool) for f in fields(c)]
     reasons = {
         "a value is not finite": ~np.all(finite, axis=0),
@@ -139,13 +133,13 @@ def usable(phase: str, c: Columns, device: Device) -> tuple[NDArray[np.bool_], d
     return good, {reason: n for reason, n in counts.items() if n}
 
 
-def _misfit(phase: str, c: Columns, device: Device, start: Mapping[str, float]) -> Callable[[Mapping[str, float]], F]:
+def _misfit(phase: str, c: Columns, device: Machine, start: Mapping[str, float]) -> Callable[[Mapping[str, float]], F]:
     work, log_time = work_of(phase, c, start), np.log(c.seconds)
-    return lambda values: np.asarray(np.log(core_of(phase, work, device, values)) - log_time)
+    return lambda values: np.asarray(np.log(core_of(phase, work, device, values).total_s) - log_time)
 
 
 def fit_constants(
-    phase: str, c: Columns, device: Device, start: Mapping[str, float], fixed: Mapping[str, str]
+    phase: str, c: Columns, device: Machine, start: Mapping[str, float], fixed: Mapping[str, str]
 ) -> ConstantsFit:
     """Constants of a phase, but for those ``fixed`` for a reason.
 
@@ -166,7 +160,7 @@ def fit_constants(
     return solver.fit_logs(misfit, start, known, covariance, fixed=fixed, weak=1.0, moot=moot, max_nfev=60, **_SEARCH)
 
 
-def fit_residual(phase: str, c: Columns, device: Device, values: Mapping[str, float]) -> Lattice:
+def fit_residual(phase: str, c: Columns, device: Machine, values: Mapping[str, float]) -> Lattice:
     """The lattice on what constants leave, on the smallest box of octaves that holds the rows."""
     place = residual_coordinates(phase, c)
     start = tuple(float(np.floor(np.min(x))) for x in place)
@@ -176,17 +170,14 @@ def fit_residual(phase: str, c: Columns, device: Device, values: Mapping[str, fl
 
 
 def predict(
-    phase: str, c: Columns, device: Device, values: Mapping[str, float], lattice: Lattice | None
+    phase: str, c: Columns, device: Machine, values: Mapping[str, float], lattice: Lattice | None
 ) -> tuple[F, NDArray[np.intp]]:
     """Predicted time, as it was measured (warm or cold), and interval regime of each row."""
-    work = work_of(phase, c, values)
-    core = core_of(phase, work, device, values)
+    parts = core_of(phase, work_of(phase, c, values), device, values)
+    core = parts.total_s
     if lattice is not None:
         core = core * np.exp(lattice(residual_coordinates(phase, c)))
-    fixed: Any = values["t0_s"]
-    if phase == "decode":
-        fixed = fixed + decode_parts(work, device, values)[2]
-    return core, regime_of(fixed / core)
+    return core, regime_of(parts.by_limit["launch"] / core)
 
 
 def groups_of(c: Columns, kind: str, phase: str) -> NDArray[np.intp]:
@@ -199,7 +190,7 @@ def groups_of(c: Columns, kind: str, phase: str) -> NDArray[np.intp]:
 def fit_attention(
     phase: str,
     columns: Columns,
-    device: Device,
+    device: Machine,
     architecture: str,
     *,
     fold_by: Sequence[str] = ("heads", "lengths"),

@@ -16,16 +16,7 @@ from numpy.typing import NDArray
 from calibration.fit.solver import ConstantsFit, Minimum, Table, fit_logs, gauss_newton, numbered
 from calibration.records.screening import rotated_copies
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
-from simulator.hardware.profile import HardwareProfile
-from simulator.kernels.gemm_core import (
-    ELEMENT_BYTES,
-    PACKING_ARCHITECTURES,
-    PERSISTENT_ARCHITECTURES,
-    CoreTime,
-    Machine,
-    core_time,
-    machine_core,
-)
+from simulator.kernels.gemm_core import CoreTime, Machine, core_time, machine_core
 
 F = NDArray[np.float64]
 
@@ -79,21 +70,6 @@ def shapes(m: Any, n: Any, k: Any, seconds: Any, machine: Machine, copies: Any =
     if copies is None:
         copies = rotated_copies(machine.weight_bytes * n * k, machine.l2_bytes)
     return Shapes(m, n, k, seconds, np.array(np.broadcast_to(np.asarray(copies, dtype=np.float64), m.shape)))
-
-
-def machine_of(hw: HardwareProfile, dtype: str) -> Machine:
-    """Datasheet facts of a device's arithmetic, dense."""
-    return Machine(
-        peak_flop_per_s=hw.rate(dtype).flop_per_s,
-        bandwidth_bytes_per_s=float(hw.bandwidth_bytes_per_s),
-        l2_bytes=float(hw.l2_bytes),
-        sm_count=int(hw.sm_count),
-        headroom=max(1.0, float(hw.clock_headroom)),
-        element_bytes=ELEMENT_BYTES[dtype],
-        weight_bytes=ELEMENT_BYTES[dtype],
-        persistent=hw.architecture in PERSISTENT_ARCHITECTURES,
-        packs=hw.architecture in PACKING_ARCHITECTURES,
-    )
 
 
 def free_constants(machine: Machine) -> tuple[str, ...]:

@@ -48,7 +48,7 @@ class _Rows(Table):
 
     def misfit(self, values: Mapping[str, float]) -> F:
         """Log of core over measured time."""
-        core = elementwise_core(self.bytes_, self.code, self.l2_bytes, self.bandwidth, values)
+        core, *_ = elementwise_core(self.bytes_, self.code, self.l2_bytes, self.bandwidth, values)
         return np.asarray(np.log(core) - np.log(self.seconds))
 
     def constants(self, architecture: str) -> ConstantsFit:
@@ -172,7 +172,8 @@ def score(
     values = {name: constant.value for name, constant in section.constants.items()}
     residual, place = class_lattice(section.arrays), class_place(bytes_[test], code[test])
     assert residual is not None
-    predicted = elementwise_core(bytes_[test], code[test], l2_bytes, bandwidth, values) * np.exp(residual(place))
+    core, *_ = elementwise_core(bytes_[test], code[test], l2_bytes, bandwidth, values)
+    predicted = core * np.exp(residual(place))
     known = {CLASSES.index(i.regime): (i.low, i.high) for i in section.intervals}
     low, high = np.array([known.get(int(k), (0.5, 2.0)) for k in code[test]]).T
     error = np.abs(predicted / seconds[test] - 1.0)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from calibration.fit import residual as ridge
 from calibration.fit.conformal import accuracy_of, bands, pair_bands
-from calibration.fit.core import CLOSE, WEAK, Shapes, fit_constants, machine_of, shapes, timed
+from calibration.fit.core import CLOSE, WEAK, Shapes, fit_constants, shapes, timed
 from calibration.fit.residual import Axes, Block
 from calibration.fit.solver import ConstantsFit, FittedPart, folds
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
@@ -124,7 +124,7 @@ def fit_gemm(
     ValueError
         For bad arrays, or fewer than 20 rows.
     """
-    machine = machine_of(hw, dtype)
+    machine = Machine.of(hw, dtype)
     data = shapes(m, n, k, seconds, machine, copies)
     if len(data) < (ANCHOR_ROWS if prior is not None else FIT_ROWS):
         few = f"a GEMM fit needs at least {FIT_ROWS} shapes, got {len(data)}"
@@ -176,7 +176,7 @@ def anchor_gemm(
     ValueError
         For fewer shapes.
     """
-    rows = len(shapes(m, n, k, seconds, machine_of(hw, known.get("dtype", "bf16"))))
+    rows = len(shapes(m, n, k, seconds, Machine.of(hw, known.get("dtype", "bf16"))))
     if rows < ANCHOR_ROWS:
         raise ValueError(f"re-anchoring needs at least {ANCHOR_ROWS} shapes, got {rows}")
     bases = [section]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.fit.attention import columns_of, device_of, fit_attention
+from calibration.fit.attention import columns_of, fit_attention
 from calibration.fit.elementwise import fit_elementwise
 from calibration.fit.gemm import anchor_gemm, fit_gemm
 from calibration.fit.kernels import fit_extra, weight_copies
@@ -25,6 +25,7 @@ from simulator.errors import InputError
 from simulator.hardware.constants import CLASSES
 from simulator.hardware.profile import Fitted, HardwareProfile, Provenance, Section
 from simulator.kernels.elementwise import class_code
+from simulator.kernels.gemm_core import Machine
 from simulator.workload import DTYPES
 
 Mask = NDArray[np.bool_]
@@ -252,7 +253,7 @@ def _fit_attention(task: _Task, hw: HardwareProfile) -> FittedPart:
     phase, lent = task.operator.removeprefix("attention_"), task.lent
     start = None if lent is None else {name: c.value for name, c in lent.constants.items()}
     known: dict[str, Any] = {"start": start, "seed": task.seed, "provenance": task.provenance}
-    return fit_attention(phase, columns_of(task.rows), device_of(hw, task.dtype), hw.architecture, **known)
+    return fit_attention(phase, columns_of(task.rows), Machine.of(hw, task.dtype), hw.architecture, **known)
 
 
 def _fit_elementwise(task: _Task, hw: HardwareProfile) -> FittedPart:

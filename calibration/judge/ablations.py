@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.fit.conformal import bands, pair_bands
-from calibration.fit.core import fit_constants, free_constants, machine_of, timed
+from calibration.fit.core import fit_constants, free_constants, timed
 from calibration.fit.gemm import FOLDS, accuracy, starting_constants
 from calibration.fit.residual import FINE_TERMS, OWN, SUPPLE, Block, blocks, evaluate, residual_from, solve
 from calibration.judge.accuracy import GEMMS, Row, titles
@@ -23,7 +23,7 @@ from calibration.judge.protocol import Measured, judge
 from calibration.judge.report import table
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import Fitted, HardwareProfile, Section
-from simulator.kernels.gemm_core import machine_core
+from simulator.kernels.gemm_core import Machine, machine_core
 from simulator.kernels.lattice import residual_arrays
 
 F = NDArray[np.float64]
@@ -115,7 +115,7 @@ def fit_variant(variant: Variant, table: Measured, seed: int = 0) -> Section:
     """The section of :func:`calibration.fit.gemm.fit_gemm` for at least ``FINE_ROWS`` rows, without what the variant
     leaves out."""
     data, hw, dtype = table.data, table.hw, table.dtype
-    machine = machine_of(hw, dtype)
+    machine = Machine.of(hw, dtype)
     free = [name for name in free_constants(machine) if name not in {*variant.fixed, *variant.idle}]
     constants = fit_constants(data, machine, starting_constants(hw, dtype) | dict(variant.fixed), free, seed=seed)
     core, parts = machine_core(machine, constants.values), timed(data, machine, constants.values)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from calibration.fit.core import machine_of, shapes
+from calibration.fit.core import shapes
 from calibration.fit.kernels import weight_copies
 from calibration.judge import protocol
 from calibration.judge.protocol import Measured, Result
@@ -25,6 +25,7 @@ from calibration.records.table import Records
 from simulator.errors import InputError, unknown
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile, Section
+from simulator.kernels.gemm_core import Machine
 from simulator.kernels.lattice import smooth_arrays
 
 Row = dict[str, Any]
@@ -125,7 +126,7 @@ def _row(table: str, size: int | None, result: Result) -> Row:
 def gemm_rows(records: Records, hw: HardwareProfile, dtype: str) -> Measured:
     """GEMM rows as a fit takes them."""
     r = records.select(records.is_operator("gemm"))
-    return Measured(shapes(r.m, r.n, r.k, r.seconds, machine_of(hw, dtype), weight_copies(r)), hw, dtype)
+    return Measured(shapes(r.m, r.n, r.k, r.seconds, Machine.of(hw, dtype), weight_copies(r)), hw, dtype)
 
 
 @lru_cache(maxsize=8)
@@ -180,7 +181,7 @@ def _rtx_4090(hw: HardwareProfile, records: Records) -> list[Row]:
 
 
 def _attention(seed: int, sizes: Sequence[int | None]) -> list[Row]:
-    from calibration.fit.attention import columns_of, device_of
+    from calibration.fit.attention import columns_of
     from calibration.fit.shipped import HEAD_DIM
     from calibration.judge.protocol_attention import QUESTIONS, TABLES, score
 
@@ -190,7 +191,7 @@ def _attention(seed: int, sizes: Sequence[int | None]) -> list[Row]:
         c = c.take(c.head_dim == HEAD_DIM)
         for question in QUESTIONS:
             for size in (size or 0 for size in sizes if size is None or size >= 400):
-                found = score(phase, c, device_of(hw), hw.architecture, question, size, seed)
+                found = score(phase, c, Machine.of(hw), hw.architecture, question, size, seed)
                 scores = {key.replace("_", " "): 100.0 * value for key, value in found.items()}
                 scores["lowest coverage"] = min(v for key, v in scores.items() if key.startswith("coverage "))
                 scores["width"] *= 2.0

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from calibration.fit.core import bootstrap, fit_constants, free_constants, machine_of
+from calibration.fit.core import bootstrap, fit_constants, free_constants
 from calibration.fit.shipped import RECIPES, built, rtx_tables, shared_folder
 from calibration.fit.solver import FittedPart
 from calibration.judge import ablations, accuracy, published
@@ -28,6 +28,7 @@ from simulator.files.write import check_target, write_whole
 from simulator.hardware.constants import CONSTANTS
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import Fitted
+from simulator.kernels.gemm_core import Machine
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -148,7 +149,7 @@ def overview(names: Sequence[str], dtype: str = "bf16") -> str:
     """
     known, profiles = CONSTANTS["gemm"], [hw for hw in map(load_hardware, names) if dtype in hw.rates]
     profiles = [hw for hw in profiles if hw.section("gemm", dtype).status == "calibrated"]
-    shown = dict.fromkeys(name for hw in profiles for name in free_constants(machine_of(hw, dtype)))
+    shown = dict.fromkeys(name for hw in profiles for name in free_constants(Machine.of(hw, dtype)))
     sections = [hw.section("gemm", dtype) for hw in profiles]
     rows = [[f"`{name}`", known[name].unit, *(_value(s.constants[name]) for s in sections)] for name in shown]
     return table(["constant", "unit", *(f"`{hw.name}`" for hw in profiles)], rows, left=(0, 1))
@@ -172,7 +173,7 @@ def _bootstrap(name: str, part: FittedPart, repeats: int, shared: Path | None) -
         data = accuracy.gemm_rows(rtx_tables(shared, hw), hw, part.dtype).data
     else:
         return {}
-    machine, start = machine_of(hw, part.dtype), {n: c.value for n, c in part.section.constants.items()}
+    machine, start = Machine.of(hw, part.dtype), {n: c.value for n, c in part.section.constants.items()}
     fitted = [n for n, c in part.section.constants.items() if c.status == "fitted"]
     free = [n for n in fitted if not n.startswith(("quant", "sparse"))]
     return bootstrap(data, machine, fit_constants(data, machine, start, free), repeats)

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.fit.core import Shapes, machine_of
+from calibration.fit.core import Shapes
 from calibration.fit.gemm import anchor_gemm, fit_gemm
 from calibration.judge import scores
 from calibration.judge.baselines import BASELINES
 from calibration.judge.validate import joined
 from simulator.hardware.profile import HardwareProfile, Section
 from simulator.kernels.gemm import gemm_time, with_section
+from simulator.kernels.gemm_core import Machine
 from simulator.kernels.intervals import OpTime
 
 F = NDArray[np.float64]
@@ -169,7 +170,7 @@ def evaluate_baselines(table: Measured, size: int | None, seed: int) -> list[Res
     own, unseen = (part.data for part in table.drawn(size, seed))
     out = []
     for name, baseline in BASELINES.items():
-        predicted = baseline(own, machine_of(table.hw, table.dtype), unseen)
+        predicted = baseline(own, Machine.of(table.hw, table.dtype), unseen)
         out.append(Result(name, seed, len(own), {**errors(predicted, unseen), **speedups(predicted, unseen)}))
     return out
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from calibration.fit.attention import Columns, fit_attention, groups_of, predict, usable, work_of
 from calibration.judge import scores
 from simulator.kernels.attention import REGIMES
-from simulator.kernels.attention_core import Device
+from simulator.kernels.gemm_core import Machine
 from simulator.kernels.lattice import Lattice
 
 F = NDArray[np.float64]
@@ -42,7 +42,7 @@ def comparable(c: Columns, phase: str, question: str) -> NDArray[np.intp]:
 
 
 def score(
-    phase: str, c: Columns, device: Device, architecture: str, question: str, rows: int, seed: int
+    phase: str, c: Columns, device: Machine, architecture: str, question: str, rows: int, seed: int
 ) -> Mapping[str, float]:
     """Accuracy on unseen groups of one fit to ``rows`` rows drawn from the 70 % (0: all of them).
 
@@ -77,8 +77,7 @@ def score(
     }
 
 
-def roofline(phase: str, c: Columns, device: Device) -> F:
+def roofline(phase: str, c: Columns, device: Machine) -> F:
     """Datasheet roofline of measured rows, s."""
     work = work_of(phase, c, {"packs": 0.0})
-    moved = work.io_bytes if phase == "prefill" else work.cache_bytes + work.io_bytes
-    return np.asarray(np.maximum(work.flops / device.peak_flop_per_s, moved / device.bandwidth_bytes_per_s))
+    return np.asarray(np.maximum(work.flops / device.peak_flop_per_s, work.moved_bytes / device.bandwidth_bytes_per_s))

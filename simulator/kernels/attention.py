@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from simulator.errors import InputError
 from simulator.hardware.constants import DECODE_CONSTANTS, PREFILL_CONSTANTS
-from simulator.kernels.attention_core import Device, decode_parts, decode_work, join, prefill_parts, prefill_work
-from simulator.kernels.gemm_core import ELEMENT_BYTES
+from simulator.kernels import attention_core
+from simulator.kernels.gemm_core import ELEMENT_BYTES, Machine
 from simulator.kernels.intervals import BOUNDS, Bands, OpTime, bands_of, level_scale
 from simulator.kernels.lattice import Lattice, decode_place, prefill_place
 
@@ -37,27 +37,32 @@ window, and heads of another width than the fits' 128 features (which err by 5 t
 FITTED_WIDTH = 128.0
 """Features a head of the rows the shipped profiles are fitted on."""
 
-_COMPUTE, _MEMORY, _LATENCY, _LAUNCH = (BOUNDS.index(name) for name in ("compute", "memory", "latency", "launch"))
-
 
 @dataclass(frozen=True)
 class _Ready:
-    """What a profile says about one phase and format, as floats and arrays."""
+    """What a profile says about one phase and two formats, as floats and arrays."""
 
-    device: Device
+    device: Machine
     constants: Mapping[str, float]
     lattice: Lattice | None
-    headroom: float  # highest over boost clock
     bands: Bands
+    widen: float  # extra log half-width for a cache of another format
+
+    def calls(self, *sizes: Any, **options: Any) -> attention_core.Calls:
+        """Attention calls of these sizes in these formats."""
+        options |= {"element_bytes": self.device.element_bytes, "cache_bytes": self.device.weight_bytes}
+        return attention_core.Calls(*(a.astype(np.float64) for a in np.broadcast_arrays(*sizes)), **options)
 
 
 @lru_cache(maxsize=128)
-def _ready(hw: HardwareProfile, operator: str, dtype: str) -> _Ready:
-    section = hw.section(operator, dtype)
+def _ready(hw: HardwareProfile, operator: str, dtype: str, kv_dtype: str | None) -> _Ready:
+    section, cache = hw.section(operator, dtype), kv_dtype or dtype
     names = PREFILL_CONSTANTS if operator == "attention_prefill" else DECODE_CONSTANTS
-    device = Device(hw.peak_flop_per_s(dtype), float(hw.sm_count), hw.bandwidth_bytes_per_s, hw.l2_bytes)
-    constants, lattice = {name: section[name] for name in names}, Lattice.from_arrays(section.arrays)
-    return _Ready(device, constants, lattice, hw.clock_headroom, bands_of(section, REGIMES))
+    machine, constants = Machine.of(hw, dtype), {name: section[name] for name in names}
+    if cache not in ELEMENT_BYTES:
+        raise InputError(f"dtype {cache!r} is unknown; expected one of {', '.join(ELEMENT_BYTES)}")
+    machine, widen = replace(machine, weight_bytes=ELEMENT_BYTES[cache]), math.log(CACHE_SPREAD) * (cache != dtype)
+    return _Ready(machine, constants, Lattice.from_arrays(section.arrays), bands_of(section, REGIMES), widen)
 
 
 def regime_of(share: Any) -> NDArray[np.intp]:
@@ -86,31 +91,15 @@ def prefill_attention_time(
 
     Never below FLOP / peak at the highest clock, nor below bytes / bandwidth with the cache read cold.
 
-    Parameters
-    ----------
-    batch, q_len, kv_len, heads, kv_heads, head_dim : array_like
-        Sequences; query and key positions of one; query and key/value heads; features of a head. All at least 1,
-        ``q_len <= kv_len``.
-    window : array_like
-        Sliding window in positions, 0 for none.
-    density, block : array_like
-        Share of the query-key blocks computed, in (0, 1], and their edge (0 where nothing is skipped): small blocks
-        cost more than their share (uncalibrated: the interval is wider).
-    dtype, kv_dtype : str
-        Formats of the arithmetic and of the KV cache (default: the same).
+    All sizes are at least 1, ``q_len <= kv_len``; a ``window`` of 0 is none; ``density`` is the share of the query-key
+    blocks computed and ``block`` their edge (0 where nothing is skipped): small blocks cost more than their share
+    (uncalibrated: the interval is wider). ``kv_dtype`` is the format of the KV cache (default: the arithmetic's).
     """
-    r, sizes = _ready(hw, "attention_prefill", dtype), _element_sizes(dtype, kv_dtype)
-    b, q, kv, h, g, d = _columns(batch, q_len, kv_len, heads, kv_heads, head_dim)
-    c = r.constants
-    options = {name: c[name] for name in ("sparse_block", "packs", "pads")}
-    work = prefill_work(b, q, kv, h, g, d, window=window, density=density, block=block, **sizes, **options)
-    throughput, chain, memory = prefill_parts(work, r.device, c)
-    parts = {_COMPUTE: throughput, _LATENCY: chain, _MEMORY: memory, _LAUNCH: c["t0_s"]}
-    core = c["t0_s"] + join(throughput, chain, memory)
-    if r.lattice is not None:
-        core = core * np.exp(r.lattice(prefill_place(q, b, h, g)))
-    widen = _widen(density, window, d, kv_dtype not in (None, dtype))
-    return _finish(r, core, parts, work.flops, work.io_bytes, level, widen)
+    r = _ready(hw, "attention_prefill", dtype, kv_dtype)
+    a = r.calls(batch, q_len, kv_len, heads, kv_heads, head_dim, window=window, density=density, block=block)
+    work = attention_core.prefill_work(a, r.constants)
+    place = prefill_place(a.q_len, a.batch, a.heads, a.kv_heads)
+    return _finish(r, work, attention_core.prefill_core(work, r.device, r.constants), place, level)
 
 
 def decode_attention_time(
@@ -133,49 +122,28 @@ def decode_attention_time(
     As :func:`prefill_attention_time`, but ``density`` is the share of the cache read, and with ``cold`` it comes from
     DRAM, as in a model, whose other layers ran in between; else from L2 where it fits, as in a benchmark.
     """
-    r, sizes = _ready(hw, "attention_decode", dtype), _element_sizes(dtype, kv_dtype)
-    b, kv, h, g, d = _columns(batch, kv_len, heads, kv_heads, head_dim)
-    work = decode_work(b, kv, h, g, d, window=window, density=density, **sizes, warm=not cold)
-    memory, unit, merge = decode_parts(work, r.device, r.constants)
-    fixed = r.constants["t0_s"] + merge
-    parts = {_MEMORY: memory, _LATENCY: unit, _LAUNCH: fixed}
-    core = fixed + np.sqrt(memory * memory + unit * unit)
+    r = _ready(hw, "attention_decode", dtype, kv_dtype)
+    a = r.calls(batch, 1, kv_len, heads, kv_heads, head_dim, window=window, density=density, warm=not cold)
+    work = attention_core.decode_work(a)
+    place = decode_place(work.kv, work.pairs, work.group)
+    return _finish(r, work, attention_core.decode_core(work, r.device, r.constants), place, level)
+
+
+def _finish(r: _Ready, work: attention_core.Work, parts: attention_core.Parts, place: Any, level: float) -> OpTime:
+    """Residual, floors of physics, interval by regime, and the limit: the largest of the parts."""
+    a, core = work.calls, parts.total_s
     if r.lattice is not None:
-        core = core * np.exp(r.lattice(decode_place(work.kv, work.pairs, work.group)))
-    widen = _widen(density, window, d, kv_dtype not in (None, dtype))
-    return _finish(r, core, parts, work.flops, work.cache_bytes + work.io_bytes, level, widen, cold)
-
-
-def _element_sizes(dtype: str, kv_dtype: str | None) -> dict[str, float]:
-    """Bytes of an element of the activations and of the cache."""
-    for name in (dtype, kv_dtype or dtype):
-        if name not in ELEMENT_BYTES:
-            raise InputError(f"dtype {name!r} is unknown; expected one of {', '.join(ELEMENT_BYTES)}")
-    return {"element_bytes": ELEMENT_BYTES[dtype], "cache_bytes": ELEMENT_BYTES[kv_dtype or dtype]}
-
-
-def _columns(*values: Any) -> list[F]:
-    return [a.astype(np.float64) for a in np.broadcast_arrays(*values)]
-
-
-def _widen(density: Any, window: Any, head_dim: F, other_cache: bool) -> F:
-    """Extra log half-width where the kernel is one no fit has seen."""
-    cache = math.log(CACHE_SPREAD) * other_cache
-    other = math.log(WIDTH_SPREAD) * (head_dim != FITTED_WIDTH)
-    skipped = math.log(SPARSE_SPREAD) * (np.asarray(density) < 1.0)
-    return np.asarray(cache + other + skipped + math.log(WINDOW_SPREAD) * (np.asarray(window) > 0))
-
-
-def _finish(
-    r: _Ready, core: F, parts: dict[int, Any], flops: F, bytes_: F, level: float, widen: F, cold: bool = True
-) -> OpTime:
-    """Floors of physics, interval by regime, and the limit: the largest of the parts (by code, the fixed time last)."""
-    compute_s, bytes_s = flops / r.device.peak_flop_per_s, bytes_ / r.device.bandwidth_bytes_per_s
-    floor = np.maximum(compute_s / r.headroom, bytes_s if cold else 0.0)
+        core = core * np.exp(r.lattice(place))
+    compute_s, bytes_s = work.flops / r.device.peak_flop_per_s, work.moved_bytes / r.device.bandwidth_bytes_per_s
+    floor = np.maximum(compute_s / r.device.headroom, 0.0 if a.warm else bytes_s)
     seconds = np.maximum(core, floor)
-    regime, scale = regime_of(parts[_LAUNCH] / seconds), level_scale(level, r.bands.level)
+    # of a kernel that no fit has seen
+    widen = r.widen + math.log(WIDTH_SPREAD) * (a.head_dim != FITTED_WIDTH)
+    widen = widen + math.log(SPARSE_SPREAD) * (np.asarray(a.density) < 1.0)
+    widen = widen + math.log(WINDOW_SPREAD) * (np.asarray(a.window) > 0)
+    regime, scale = regime_of(parts.by_limit["launch"] / seconds), level_scale(level, r.bands.level)
     lower = np.maximum(seconds * np.exp(scale * (r.bands.low[regime] - widen)), floor)
     upper = seconds * np.exp(scale * (r.bands.high[regime] + widen))
-    largest = np.argmax([np.broadcast_to(part, seconds.shape) for part in parts.values()], axis=0)
-    bound = np.array(list(parts), dtype=np.int8)[largest]
+    largest = np.argmax([np.broadcast_to(part, seconds.shape) for part in parts.by_limit.values()], axis=0)
+    bound = np.array([BOUNDS.index(name) for name in parts.by_limit], dtype=np.int8)[largest]
     return OpTime(seconds, lower, upper, np.maximum(compute_s, bytes_s), bound)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.kernels.gemm_core import Machine
 from simulator.workload import attention_pairs
 
 F = NDArray[np.float64]
@@ -31,16 +32,32 @@ TILE = 64.0
 
 
 @dataclass(frozen=True)
-class Device:
-    """The facts of a device the attention cores need, SI."""
+class Calls:
+    """Attention calls: the sizes are arrays of one shape, with which the rest broadcasts."""
 
-    peak_flop_per_s: float
-    sm_count: float
-    bandwidth_bytes_per_s: float
-    l2_bytes: float
+    batch: F  # sequences
+    q_len: F  # query positions of one, the last of its key positions
+    kv_len: F
+    heads: F
+    kv_heads: F
+    head_dim: F  # features of a head
+    window: Any = 0.0  # positions, 0 for none
+    density: Any = 1.0  # share of the query-key blocks computed; in decode, of the cache read
+    block: Any = 0.0  # edge of the blocks skipped, 0 for none
+    element_bytes: Any = 2.0  # of an activation
+    cache_bytes: Any = 2.0
+    warm: Any = False  # of decode: L2 may hold the cache, as in a benchmark that repeats one call
 
 
-def from_l2(footprint_bytes: F, device: Device, c: Mapping[str, float]) -> F:
+@dataclass(frozen=True)
+class Parts:
+    """Time of attention calls without residual, s, and the parts it is joined from, by limit."""
+
+    total_s: F
+    by_limit: Mapping[str, F | float]  # "launch", the fixed time, is the last
+
+
+def from_l2(footprint_bytes: F, device: Machine, c: Mapping[str, float]) -> F:
     """Time of moving bytes of which L2 holds 1 / (1 + (bytes / (l2_share L2))^8), over that of moving them from DRAM.
 
     The power is fixed: L40S decode errs by 16.3, 14.0, 13.2 % with 4, 8, 16.
@@ -51,36 +68,26 @@ def from_l2(footprint_bytes: F, device: Device, c: Mapping[str, float]) -> F:
     return np.asarray(1.0 - (1.0 - 1.0 / c["l2_gain"]) / (1.0 + ratio))
 
 
-# -- prefill -------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class PrefillWork:
     """What a prefill attention computes and moves, arrays of one shape."""
 
-    batch: F
+    calls: Calls
     tiles: F  # query tiles, all heads and sequences
     blocks: F  # key blocks of all tiles
     chain: F  # key blocks of the longest tile
-    head_dim: F
     flops: F  # of the query-key pairs the mask leaves
-    io_bytes: F  # queries, outputs, keys and values, each once
+    moved_bytes: F  # queries, outputs, keys and values, each once
     cost: F | float  # time of the blocks left, over that of all of them
 
 
 def causal_blocks(q: F, kv: F, window: F) -> tuple[F, F, F]:
-    """Query tiles of a head, key blocks over all of them, and key blocks of the longest.
-
-    >>> [float(x) for x in causal_blocks(np.array(256.0), np.array(256.0), np.array(0.0))]
-    [4.0, 10.0, 4.0]
-    """
+    """Query tiles of a head, key blocks over all of them, and key blocks of the longest."""
     tiles, last = np.ceil(q / TILE), np.ceil(kv / TILE)
     blocks = (tiles - 1.0) * (np.ceil((kv - q) / TILE) + 0.5 * tiles) + last
     if not np.any(window):
         return tiles, blocks, last
-    first = np.floor(
-        (kv - q - window + 1.0) / TILE
-    )  # block the first tile sees first, negative while the window is not full
+    first = np.floor((kv - q - window + 1.0) / TILE)  # seen first by the first tile; below 0 in a window not yet full
     whole = np.clip(-first, 0.0, tiles)  # tiles that see everything before them
     skipped = (tiles - whole) * first + 0.5 * (tiles * (tiles - 1.0) - whole * (whole - 1.0))
     longest = np.minimum(last, np.ceil((window - 1.0) / TILE) + 1.0)
@@ -88,122 +95,77 @@ def causal_blocks(q: F, kv: F, window: F) -> tuple[F, F, F]:
     return tiles, np.where(windowed, np.maximum(blocks - skipped, tiles), blocks), np.where(windowed, longest, last)
 
 
-def prefill_work(
-    batch: F,
-    q_len: F,
-    kv_len: F,
-    heads: F,
-    kv_heads: F,
-    head_dim: F,
-    *,
-    window: Any = 0.0,
-    density: Any = 1.0,
-    block: Any = 0.0,
-    element_bytes: Any = 2.0,
-    cache_bytes: Any = 2.0,
-    sparse_block: float = 16.0,
-    packs: float = 0.0,
-    pads: float = 1.0,
-) -> PrefillWork:
-    """Tiles, blocks, FLOPs and bytes of prefill attention.
-
-    Arrays as of :func:`simulator.kernels.attention.prefill_attention_time`; bytes are of one element of an activation
-    and of the KV cache, ``sparse_block``, ``packs`` and ``pads`` the constants of those names.
-    """
-    window, density = (np.asarray(v, dtype=np.float64) for v in (window, density))
-    tiles, blocks, chain = causal_blocks(q_len, kv_len, window)
-    if pads <= 0.0:
-        part = q_len / TILE - np.floor(q_len / TILE)
-        blocks = np.where(part > 0.0, blocks - chain + part * np.minimum(chain, kv_len / TILE), blocks)
-    units = batch * heads
+def prefill_work(a: Calls, c: Mapping[str, float]) -> PrefillWork:
+    """Tiles, blocks, FLOPs and bytes of prefill attention; of the constants only those of its structure enter."""
+    window, density = (np.asarray(v, dtype=np.float64) for v in (a.window, a.density))
+    tiles, blocks, chain = causal_blocks(a.q_len, a.kv_len, window)
+    if c["pads"] <= 0.0:
+        part = a.q_len / TILE - np.floor(a.q_len / TILE)
+        blocks = np.where(part > 0.0, blocks - chain + part * np.minimum(chain, a.kv_len / TILE), blocks)
+    units = a.batch * a.heads
     all_tiles, all_blocks = units * tiles, units * blocks
-    if packs > 0:
-        packed = np.minimum(all_tiles, batch * kv_heads * np.ceil(q_len * (heads / kv_heads) / TILE))
+    if c["packs"] > 0:
+        packed = np.minimum(all_tiles, a.batch * a.kv_heads * np.ceil(a.q_len * (a.heads / a.kv_heads) / TILE))
         all_tiles, all_blocks = packed, all_blocks * (packed / all_tiles)
-    seen = np.where(window > 0, np.minimum(kv_len, q_len + window - 1.0), kv_len)
-    io = batch * head_dim * (2.0 * element_bytes * heads * q_len + 2.0 * cache_bytes * kv_heads * seen)
-    flops = 4.0 * units * head_dim * attention_pairs(q_len, kv_len, window)
+    seen = np.where(window > 0, np.minimum(a.kv_len, a.q_len + window - 1.0), a.kv_len)
+    queries, keys = 2.0 * a.element_bytes * a.heads * a.q_len, 2.0 * a.cache_bytes * a.kv_heads * seen
+    flops = 4.0 * units * a.head_dim * attention_pairs(a.q_len, a.kv_len, window)
     cost: F | float = 1.0
     if np.any(density < 1.0):
         # fewer blocks than a dense kernel, each of them dearer the smaller it is; a dense kernel is always to be had
-        edge = np.asarray(block, dtype=np.float64)
-        dearer = np.where(edge > 0, 1.0 + sparse_block / np.maximum(edge, 1.0), 1.0)
+        edge = np.asarray(a.block, dtype=np.float64)
+        dearer = np.where(edge > 0, 1.0 + c["sparse_block"] / np.maximum(edge, 1.0), 1.0)
         cost = np.where(density < 1.0, np.minimum(density * dearer, 1.0), 1.0)
         flops = flops * density
-    return PrefillWork(batch, all_tiles, all_blocks, chain, head_dim, flops, io, cost)
+    return PrefillWork(a, all_tiles, all_blocks, chain, flops, a.batch * a.head_dim * (queries + keys), cost)
 
 
-def prefill_parts(work: PrefillWork, device: Device, c: Mapping[str, float], warm: bool = True) -> tuple[F, F, F]:
-    """Throughput, chain and memory time, s, of prefill attention, to be joined. ``warm``: L2 may hold the operands."""
+def prefill_core(work: PrefillWork, device: Machine, c: Mapping[str, float]) -> Parts:
+    """Time of prefill attention; throughput, longest chain and memory overlap in part: a 4/3-norm joins them."""
     per_pair = 4.0 * device.sm_count / (c["e_tc"] * device.peak_flop_per_s)
-    block_s = (TILE * TILE * per_pair * work.head_dim + TILE * TILE / c["exp_per_s"]) * work.cost
-    starts = work.batch * c["sequence_s"] + np.ceil(work.tiles / device.sm_count) * c["tile_s"]
+    block_s = (TILE * TILE * per_pair * work.calls.head_dim + TILE * TILE / c["exp_per_s"]) * work.cost
+    starts = work.calls.batch * c["sequence_s"] + np.ceil(work.tiles / device.sm_count) * c["tile_s"]
     throughput = starts + work.blocks * block_s / device.sm_count
     chain = c["kappa"] * (c["tile_s"] + work.chain * block_s)
-    memory = work.io_bytes / (c["e_io"] * device.bandwidth_bytes_per_s)
-    return throughput, chain, memory * from_l2(work.io_bytes, device, c) if warm else memory
-
-
-def join(*parts: F) -> F:
-    """4/3-norm of times that overlap in part: more than the longest, less than the sum.
-
-    >>> float(join(np.array(1.0), np.array(0.0))), round(float(join(np.array(1.0), np.array(1.0))), 3)
-    (1.0, 1.682)
-    """
-    total: Any = sum(part * np.cbrt(part) for part in parts)
-    root = np.sqrt(total)
-    return np.asarray(root * np.sqrt(root))
-
-
-def prefill_core(work: PrefillWork, device: Device, c: Mapping[str, float], warm: bool = True) -> F:
-    """Time of prefill attention without residual, s: fixed time plus the joined throughput, chain and memory."""
-    return np.asarray(c["t0_s"] + join(*prefill_parts(work, device, c, warm)))
-
-
-# -- decode --------------------------------------------------------------------------------------------------
+    memory = work.moved_bytes / (c["e_io"] * device.bandwidth_bytes_per_s) * from_l2(work.moved_bytes, device, c)
+    root = np.sqrt(sum(part * np.cbrt(part) for part in (throughput, chain, memory)))
+    parts: dict[str, F | float] = {"compute": throughput, "latency": chain, "memory": memory, "launch": c["t0_s"]}
+    return Parts(c["t0_s"] + root * np.sqrt(root), parts)
 
 
 @dataclass(frozen=True)
 class DecodeWork:
     """What a decode attention computes and moves, arrays of one shape."""
 
+    calls: Calls
     kv: F  # keys read, after window and density
-    batch: F
     pairs: F  # batch times KV heads
     group: F  # query heads a KV head
     key_bytes: F  # cache bytes of one key of one KV head, its value included
     flops: F
     cache_bytes: F
     io_bytes: F  # queries and outputs
-    warm: Any = False  # L2 may hold the cache, as in a benchmark that repeats one call
+
+    @property
+    def moved_bytes(self) -> F:
+        """All bytes, none of them from L2."""
+        return self.cache_bytes + self.io_bytes
 
 
-def decode_work(
-    batch: F,
-    kv_len: F,
-    heads: F,
-    kv_heads: F,
-    head_dim: F,
-    *,
-    window: Any = 0.0,
-    density: Any = 1.0,
-    element_bytes: Any = 2.0,
-    cache_bytes: Any = 2.0,
-    warm: Any = False,
-) -> DecodeWork:
-    """Keys, FLOPs and bytes of decode attention; ``density`` is the share of the cache read.
-
-    ``warm`` (bool or array): L2 may hold the cache, as in a benchmark that repeats one call.
-    """
-    kv = np.where(np.asarray(window) > 0, np.minimum(kv_len, window), kv_len) * np.asarray(density, dtype=np.float64)
-    pairs, key = batch * kv_heads, 2.0 * cache_bytes * head_dim
-    flops = 4.0 * batch * heads * head_dim * kv
-    io = 2.0 * element_bytes * batch * heads * head_dim
-    return DecodeWork(kv, batch, pairs, heads / kv_heads, key, flops, pairs * key * kv, io, warm)
+Work = PrefillWork | DecodeWork
 
 
-def decode_parts(work: DecodeWork, device: Device, c: Mapping[str, float]) -> tuple[F, F, F]:
-    """Memory and unit time, and what is fixed beside ``t0_s`` (merge, wide tile), of decode attention, s each."""
+def decode_work(a: Calls) -> DecodeWork:
+    """Keys, FLOPs and bytes of decode attention."""
+    seen = np.where(np.asarray(a.window) > 0, np.minimum(a.kv_len, a.window), a.kv_len)
+    kv = seen * np.asarray(a.density, dtype=np.float64)
+    pairs, key = a.batch * a.kv_heads, 2.0 * a.cache_bytes * a.head_dim
+    flops, io = 4.0 * a.batch * a.heads * a.head_dim * kv, 2.0 * a.element_bytes * a.batch * a.heads * a.head_dim
+    return DecodeWork(a, kv, pairs, a.heads / a.kv_heads, key, flops, pairs * key * kv, io)
+
+
+def decode_core(work: DecodeWork, device: Machine, c: Mapping[str, float]) -> Parts:
+    """Time of decode attention: memory and units, joined by a 2-norm, and what is fixed (merge, wide tile too)."""
     slots, units = c["units_per_sm"] * device.sm_count, work.pairs * np.ceil(work.group / c["rows"])
     splits = np.minimum(np.floor(slots / units), np.floor(work.kv / c["split_keys"]))
     long = work.kv >= c["long_keys"]
@@ -211,17 +173,12 @@ def decode_parts(work: DecodeWork, device: Device, c: Mapping[str, float]) -> tu
     waves = np.ceil(units * splits / slots)
     keys = TILE * np.ceil(work.kv / (splits * TILE))  # a unit works in whole blocks
     start = c["unit_s"] + long * c["long_unit_s"]
-    unit = work.batch * c["sequence_s"] + waves * (start + keys * work.key_bytes / c["unit_bytes_per_s"])
+    unit = work.calls.batch * c["sequence_s"] + waves * (start + keys * work.key_bytes / c["unit_bytes_per_s"])
     cache = work.cache_bytes
-    if np.any(work.warm):
-        cache = np.where(work.warm, cache * from_l2(cache, device, c), cache)
+    if np.any(work.calls.warm):
+        cache = np.where(work.calls.warm, cache * from_l2(cache, device, c), cache)
     cache = cache * (1.0 + c["regroup"] * (work.group > 1.0))
     memory = (cache + work.io_bytes) / (c["e_d"] * device.bandwidth_bytes_per_s)
     merge = (splits > 1.0) * (c["split_s"] + 0.25 * c["merge_s"] * np.log2(splits)) + (work.group > TILE) * c["wide_s"]
-    return memory, unit, merge
-
-
-def decode_core(work: DecodeWork, device: Device, c: Mapping[str, float]) -> F:
-    """Time of decode attention without residual, s: fixed time, joined memory and units, merge."""
-    memory, unit, merge = decode_parts(work, device, c)
-    return np.asarray(c["t0_s"] + np.sqrt(memory * memory + unit * unit) + merge)
+    fixed = c["t0_s"] + merge
+    return Parts(fixed + np.sqrt(memory * memory + unit * unit), {"memory": memory, "latency": unit, "launch": fixed})

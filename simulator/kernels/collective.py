@@ -48,20 +48,15 @@ def collective_time(payload_bytes: Any, devices: Any, hw: HardwareProfile, *, ki
     c = {name: constant.default(hw.architecture) for name, constant in COLLECTIVE_CONSTANTS.items()}
     others = np.maximum(count - 1.0, 0.0)
     share = others / np.maximum(count, 1.0)  # of the payload that a device must receive
-    rate = c["e_link"] * link.bandwidth_bytes_per_s * np.ones_like(count)
-    steps_two = np.full(count.shape, 2.0)
+    rate, hops = np.full(count.shape, c["e_link"] * link.bandwidth_bytes_per_s), np.ones(count.shape)
     if "nvlink" not in link.kind.lower():
-        rate = rate * (2.0 / np.maximum(count, 2.0)) ** c["pcie_sharing"]
-        steps_two = 2.0 * np.maximum(others, 1.0)
+        rate, hops = rate * (2.0 / np.maximum(count, 2.0)) ** c["pcie_sharing"], np.maximum(others, 1.0)
     step = max(c["step_s"], link.latency_s)
+    # of each kind what is on the wire, and the time to move it
+    wire = {"all_reduce": 2.0 * share * payload, "all_gather": share * payload, "send": payload}[kind]
+    moved = wire / rate + step * {"all_reduce": 2.0 * hops, "all_gather": hops, "send": np.ones(count.shape)}[kind]
     if kind == "all_reduce":
-        one = others * payload / rate + step
-        two = 2.0 * share * payload / rate + steps_two * step
-        moved, wire = np.minimum(one, two), 2.0 * share * payload
-    elif kind == "all_gather":
-        moved, wire = share * payload / rate + 0.5 * steps_two * step, share * payload
-    else:
-        moved, wire = payload / rate + step, payload
+        moved = np.minimum(others * payload / rate + step, moved)
     busy = count > 1
     seconds = np.where(busy, c["t0_s"] + moved, 0.0)
     roofline = np.where(busy, wire / link.bandwidth_bytes_per_s, 0.0)

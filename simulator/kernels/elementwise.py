@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
 F = NDArray[np.float64]
 
-
 _ROLES = {
     "embedding": "embedding gather",
     "norm": "attention_norm mlp_norm qk_norm post_norm",
@@ -36,12 +34,9 @@ _ROLES = {
     "select": "sampling select sort",
     "scatter": "scatter",
 }
-ROLE_CLASS: Mapping[str, str] = MappingProxyType(
-    {role: next((name for name, roles in _ROLES.items() if role in roles.split()), "copy") for role in ROLES}
-)
-"""Class of each operator role; what is no elementwise operator counts as a copy."""
-
-_CODE = {name: CLASSES.index(value) for name, value in {**ROLE_CLASS, **{name: name for name in CLASSES}}.items()}
+# a class by itself, and what is no elementwise operator as a copy
+_CODE = {role: CLASSES.index("copy") for role in ROLES} | {name: i for i, name in enumerate(CLASSES)}
+_CODE |= {role: CLASSES.index(name) for name, roles in _ROLES.items() for role in roles.split()}
 _CODE_OF_ROLE = np.array([_CODE[role] for role in ROLES])
 
 _LAUNCH, _MEMORY, _L2 = BOUNDS.index("launch"), BOUNDS.index("memory"), BOUNDS.index("l2")
@@ -82,15 +77,11 @@ def _ready(hw: HardwareProfile, dtype: str) -> _Ready:
     return _Ready(constants, low, high, class_lattice(section.arrays))
 
 
-def elementwise_core(bytes_: F, code: NDArray[np.intp], l2_bytes: float, bandwidth: float, c: Mapping[str, float]) -> F:
-    """Time of elementwise operators without residual, s, from constants by name."""
-    return _core(bytes_, code, l2_bytes, bandwidth, c)[0]
-
-
-def _core(
+def elementwise_core(
     bytes_: F, code: NDArray[np.intp], l2_bytes: float, bandwidth: float, c: Mapping[str, float]
 ) -> tuple[F, F, F, F]:
-    """Time, floor, memory part and residency; the power of the residency is fixed: the data do not tell 3 from 6."""
+    """Time of elementwise operators without residual, s, from constants by name; its floor and memory part; and the
+    share that L2 holds (by a fixed power: the data do not tell 3 from 6)."""
     patterns = ("t0_{}_s", "e_{}", "l2_{}")
     floor, share, gain = (np.array([c[p.format(name)] for name in CLASSES])[code] for p in patterns)
     ratio = bytes_ / (c["l2_share"] * l2_bytes)
@@ -101,11 +92,7 @@ def _core(
 
 
 def class_code(role: Any) -> NDArray[np.intp]:
-    """Index into :data:`CLASSES` from role codes (indices into ``workload.ROLES``), role names or class names.
-
-    >>> [CLASSES[i] for i in class_code(["mlp_norm", "gather", "rotary"])]
-    ['norm', 'embedding', 'rotary']
-    """
+    """Index into :data:`CLASSES` from role codes (indices into ``workload.ROLES``), role names or class names."""
     given = np.asarray(role)
     if given.dtype.kind not in "US":
         return np.asarray(_CODE_OF_ROLE[given])
@@ -126,7 +113,7 @@ def elementwise_time(
     """
     r = _ready(hw, dtype)
     total, code = np.broadcast_arrays(np.add(read_bytes, write_bytes, dtype=np.float64), class_code(role))
-    seconds, floor, memory, hit = _core(total, code, hw.l2_bytes, hw.bandwidth_bytes_per_s, r.constants)
+    seconds, floor, memory, hit = elementwise_core(total, code, hw.l2_bytes, hw.bandwidth_bytes_per_s, r.constants)
     if r.residual is not None:
         seconds = seconds * np.exp(r.residual(class_place(total, code)))
     bound = np.where(memory < floor, _LAUNCH, np.where(hit > 0.5, _L2, _MEMORY)).astype(np.int8)

@@ -1,9 +1,6 @@
-"""Exact shapes: GEMM times measured on a device, kept with its profile and used in place of the model's where m, n and
-k match.
+"""Exact shapes: GEMM times measured on a device, kept with its profile, in place of the model's at these m, n, k.
 
-Use :func:`exact_of` to read them from a profile's arrays, :meth:`Exact.at` to look shapes up. The arrays are
-``exact_m``, ``exact_n``, ``exact_k``, ``exact_s`` (seconds, cold weights, plain dense kernel) and ``exact_log_half``
-(log half-width of the 90 % interval); ``calibration.records.exact`` makes them from records.
+Use :func:`exact_of` to read them from a profile's arrays, :meth:`Exact.at` to look shapes up.
 """
 
 from __future__ import annotations
@@ -47,10 +44,8 @@ class Exact:
 def exact_of(arrays: Mapping[str, NDArray[Any]]) -> Exact | None:
     """The exact shapes of a section's arrays, None where there are none; ValueError where they cannot be looked up.
 
-    >>> exact = exact_of(dict(zip(NAMES, np.array([[1, 8], [64, 64], [32, 32], [1e-6, 2e-6], [0.01, 0.01]]))))
-    >>> hit, seconds, _ = exact.at(np.array([8, 9]), np.array([64, 64]), np.array([32, 32]))
-    >>> hit.tolist(), float(seconds[0])
-    ([True, False], 2e-06)
+    ``exact_m``, ``exact_n``, ``exact_k``; ``exact_s``: seconds, cold weights, plain dense kernel; ``exact_log_half``:
+    log half-width of the 90 % interval. ``calibration.records.exact`` makes them from records.
     """
     if "exact_m" not in arrays:
         return None
@@ -63,11 +58,7 @@ def exact_of(arrays: Mapping[str, NDArray[Any]]) -> Exact | None:
 
 
 def pack(m: F, n: F, k: F) -> NDArray[np.uint64]:
-    """m, n and k in one number; shapes out of range give a meaningless one.
-
-    >>> int(pack(np.array([1.0]), np.array([2.0]), np.array([3.0]))[0]) == 2**42 + 2 * 2**21 + 3
-    True
-    """
+    """m, n and k in one number; shapes out of range give a meaningless one."""
     key = np.zeros(np.shape(m), dtype=np.uint64)
     for value, bits in zip((m, n, k), EXACT_BITS, strict=True):
         key = (key << np.uint64(bits)) | np.clip(value, 0.0, 2.0**bits - 1.0).astype(np.uint64)

@@ -9,9 +9,9 @@ clock.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,17 +20,7 @@ from numpy.typing import NDArray
 from simulator.errors import InputError
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
 from simulator.kernels.exact import LEVEL, Exact, exact_of
-from simulator.kernels.gemm_core import (
-    ELEMENT_BYTES,
-    PACKING_ARCHITECTURES,
-    PERSISTENT_ARCHITECTURES,
-    Core,
-    CoreTime,
-    Machine,
-    core_time,
-    cube,
-    machine_core,
-)
+from simulator.kernels.gemm_core import ELEMENT_BYTES, Core, CoreTime, Machine, core_time, cube, machine_core
 from simulator.kernels.intervals import BOUNDS, Bands, OpTime, bands_of, level_scale, regimes
 from simulator.kernels.lattice import Residual, between_measured, residual_of
 from simulator.workload import Kernel
@@ -49,30 +39,34 @@ PRECISION = np.float32
 CHUNK = 4096
 """Shapes timed at once: few enough for the second-level cache, many enough to hide the cost of calls."""
 
-_COMPUTE, _MEMORY, _L2, _LATENCY, _LAUNCH = (
-    BOUNDS.index(name) for name in ("compute", "memory", "l2", "latency", "launch")
-)
-
-
-def _none() -> Any:
-    return np.zeros(0)
+_COMPUTE, _MEMORY, _L2, _LATENCY, _LAUNCH = map(BOUNDS.index, ("compute", "memory", "l2", "latency", "launch"))
 
 
 @dataclass(frozen=True)
 class GemmTime(OpTime):
     """Times of GEMMs; the fields of :class:`OpTime`, and with ``detail`` what the model chose (else empty arrays)."""
 
-    measured: NDArray[np.bool_] = field(
-        default_factory=_none
-    )  # kept with the profile for this very shape, not predicted
-    tile_m: F = field(default_factory=_none)  # output tile of a block
-    tile_n: F = field(default_factory=_none)
-    split_k: F = field(default_factory=_none)  # blocks that share one tile's k
-    waves: F = field(default_factory=_none)  # output tiles (times split_k) over SMs
-    compute_s: F = field(default_factory=_none)  # main loop of the analytic form, before the residual
-    memory_s: F = field(default_factory=_none)  # memory system, likewise
-    fixed_s: F = field(default_factory=_none)  # fixed time, likewise
-    residual: F = field(default_factory=_none)  # factor of the fitted residual
+    measured: NDArray[np.bool_]  # kept with the profile for this very shape, not predicted
+    tile_m: F  # output tile of a block
+    tile_n: F
+    split_k: F  # blocks that share one tile's k
+    waves: F  # output tiles (times split_k) over SMs
+    compute_s: F  # main loop of the analytic form, before the residual
+    memory_s: F  # memory system, likewise
+    fixed_s: F  # fixed time, likewise
+    residual: F  # factor of the fitted residual
+
+
+@dataclass(frozen=True)
+class _Path:
+    """The options of :func:`gemm_time`."""
+
+    dtype: str = "bf16"
+    weight_dtype: str | None = None
+    kernel: Any = DENSE
+    cold: bool = True
+    copies: Any = None
+    level: float = 0.9
 
 
 @dataclass(frozen=True)
@@ -85,9 +79,9 @@ class GemmKernel:
     exact: Exact | None  # shapes measured with cold weights, used in place of the model
     align_step: float
     align_load: float
-    load_scale: float = 1.0
-    pad_m: float = 1.0
-    widen: float = 0.0  # extra log half-width of what no fit has seen
+    load_scale: float
+    pad_m: float
+    widen: float  # extra log half-width of what no fit has seen
 
 
 @lru_cache(maxsize=128)
@@ -121,9 +115,8 @@ def gemm_kernel(hw: HardwareProfile, dtype: str, weight_dtype: str | None, kerne
         c["e_tc"] *= c["quant_step"]
         load_scale /= c["quant_load"]
         widen += math.log(1.4)  # nine in ten of the A100 rows of such kernels lie within a factor of 1.6
-    facts = float(hw.bandwidth_bytes_per_s), float(hw.l2_bytes), int(hw.sm_count), max(1.0, float(hw.clock_headroom))
-    kinds = hw.architecture in PERSISTENT_ARCHITECTURES, hw.architecture in PACKING_ARCHITECTURES
-    core = machine_core(Machine(peak, *facts, element, weight_bytes, *kinds), c, PRECISION)
+    machine = replace(Machine.of(hw, dtype), peak_flop_per_s=peak, weight_bytes=weight_bytes)
+    core = machine_core(machine, c, PRECISION)
     residual = residual_of(section.arrays, PRECISION)
     if residual is not None:
         residual = between_measured(residual, section.arrays["measured_m"])
@@ -170,10 +163,8 @@ def gemm_time(
         Weights come from DRAM, as in a decoder; False: they are as warm as L2 allows.
     copies : int or array, optional
         Weights used in turn, as benchmarks rotate them: their footprint says how warm they are. Overrides ``cold``.
-    level : float
-        Of the interval, in (0, 1).
-    detail : bool
-        Fill the detail fields too.
+    level, detail : float, bool
+        Of the interval, in (0, 1); whether to fill the detail fields too.
 
     Raises
     ------
@@ -187,45 +178,29 @@ def gemm_time(
     >>> t.limits.tolist(), bool((t.lower < t.seconds).all())
     (['memory', 'compute'], True)
     """
-    path = {"dtype": dtype, "weight_dtype": weight_dtype, "kernel": kernel, "cold": cold, "copies": copies}
-    return GemmTime(**_each(partial(_columns, detail=detail), m, n, k, hw, level=level, **path))
+    found = _columns(m, n, k, hw, _Path(dtype, weight_dtype, kernel, cold, copies, level), detail)
+    return GemmTime(**{f.name: found.get(f.name, np.zeros(0)) for f in fields(GemmTime)})
 
 
 def gemm_ladder(m: Any, n: Any, k: Any, hw: HardwareProfile, **options: Any) -> Mapping[str, F]:
-    """The time of GEMMs built up effect by effect, s; parameters are those of :func:`gemm_time`.
+    """The time of GEMMs built up effect by effect, s; options are those of :func:`gemm_time`.
 
     "roofline" is max(FLOP / peak, bytes / bandwidth); "tile": with the chosen tile's padding; "wave": and idle SMs of
     the last wave; "alignment": and n or k off 16 bytes; "kernel": all but the fixed time; "launch": all of it.
-
-    >>> from simulator.hardware.library import load_hardware
-    >>> list(gemm_ladder(64, 4096, 4096, load_hardware("a100")))
-    ['roofline', 'tile', 'wave', 'alignment', 'kernel', 'launch']
     """
-    return _each(_rungs, m, n, k, hw, **options)
+    found = _columns(m, n, k, hw, _Path(**options), detail=True)
+    between = {name: found[name] for name in ("tile", "wave", "alignment", "kernel")}
+    return {"roofline": found["roofline_s"], **between, "launch": found["seconds"]}
 
 
-def _each(
-    columns: Callable[..., Columns],
-    m: Any,
-    n: Any,
-    k: Any,
-    hw: HardwareProfile,
-    *,
-    dtype: str = "bf16",
-    weight_dtype: str | None = None,
-    kernel: Any = DENSE,
-    density: Any = 1.0,
-    cold: bool = True,
-    copies: Any = None,
-    level: float = 0.9,
-) -> Columns:
+def _columns(m: Any, n: Any, k: Any, hw: HardwareProfile, path: _Path, detail: bool) -> Columns:
     """Columns of shapes, kernel by kernel, in chunks so that their intermediate arrays stay in the cache."""
-    if not 0.0 < level < 1.0:
-        raise InputError(f"level {level:g} is outside (0, 1)")
+    if not 0.0 < path.level < 1.0:
+        raise InputError(f"level {path.level:g} is outside (0, 1)")
     given = [np.asarray(v, dtype=np.float64) for v in (m, n, k)]
-    codes = np.asarray(kernel)
-    if copies is not None or not cold:
-        given.append(np.asarray(1.0 if copies is None else copies, dtype=np.float64))
+    codes = np.asarray(path.kernel)
+    if path.copies is not None or not path.cold:
+        given.append(np.asarray(1.0 if path.copies is None else path.copies, dtype=np.float64))
     shape = np.broadcast_shapes(codes.shape, *(a.shape for a in given))
     given = [np.ascontiguousarray(np.broadcast_to(a, shape)).reshape(-1) for a in given]
     m, n, k = given[:3]
@@ -238,8 +213,8 @@ def _each(
         if code not in tuple(Kernel):
             known = "0 dense, 1 2:4 sparse, 2 unstructured, 3 block-sparse rows"
             raise InputError(f"kernel code {code} is unknown; expected {known}")
-        one = gemm_kernel(hw, dtype, weight_dtype, DENSE if code == UNSTRUCTURED else code)
-        for name, values in columns(one, level, *(a[rows] for a in given)).items():
+        kernel = gemm_kernel(hw, path.dtype, path.weight_dtype, DENSE if code == UNSTRUCTURED else code)
+        for name, values in _timed(kernel, path.level, detail, *(a[rows] for a in given)).items():
             if name not in out:
                 out[name] = np.zeros(len(m), dtype=values.dtype)
             out[name][rows] = values
@@ -256,10 +231,8 @@ def _chunks(codes: NDArray[Any], shape: tuple[int, ...]) -> list[tuple[int, Any]
     return [(code, at[start : start + CHUNK]) for code, at in rows.items() for start in range(0, len(at), CHUNK)]
 
 
-def _columns(
-    kernel: GemmKernel, level: float, m: F, n: F, k: F, copies: F | None = None, *, detail: bool = True
-) -> Columns:
-    """Columns of :class:`GemmTime` for shapes."""
+def _timed(kernel: GemmKernel, level: float, detail: bool, m: F, n: F, k: F, copies: F | None = None) -> Columns:
+    """Columns of :class:`GemmTime` for shapes of one kernel; with ``detail`` also the rungs of the ladder."""
     core, machine, shapes = kernel.core, kernel.core.machine, (m, n, k)
     m, n, k = (a.astype(PRECISION) for a in shapes)
     used = None if copies is None else copies.astype(PRECISION)
@@ -297,21 +270,16 @@ def _columns(
     if not detail:
         return out
     one = np.ones(len(m))
-    return out | {
-        "tile_m": core.tile_m[parts.tile, 0] * one,
-        "tile_n": core.tile_n[parts.tile, 0] * one,
-        "split_k": parts.split * one,
-        "waves": parts.tiles * one * parts.split / machine.sm_count,
-        "compute_s": parts.compute_us * one * 1e-6,
-        "memory_s": parts.memory_us * one * 1e-6,
-        "fixed_s": core.t0_us * 1e-6 * one,
-        "residual": factor * one,
-    }
+    out |= {"tile_m": core.tile_m[parts.tile, 0] * one, "tile_n": core.tile_n[parts.tile, 0] * one}
+    out |= {"split_k": parts.split * one, "waves": parts.tiles * one * parts.split / machine.sm_count}
+    out |= {"compute_s": np.cbrt(parts.compute3) * one * 1e-6, "memory_s": parts.memory_us * one * 1e-6}
+    out |= {"fixed_s": core.t0_us * 1e-6 * one, "residual": factor * one}
+    return out | _rungs(kernel, out, *shapes)
 
 
-def _rungs(kernel: GemmKernel, level: float, m: F, n: F, k: F, copies: F | None = None) -> Columns:
-    """Columns of :func:`gemm_ladder`."""
-    t, machine = _columns(kernel, level, m, n, k, copies), kernel.core.machine
+def _rungs(kernel: GemmKernel, t: Columns, m: F, n: F, k: F) -> Columns:
+    """What :func:`gemm_ladder` has between the roofline and the time, which ``t`` tells."""
+    machine = kernel.core.machine
     halvings = alignment_halvings(n, k, machine.element_bytes)
     weight_s = machine.weight_bytes * n * k / machine.bandwidth_bytes_per_s
     memory = weight_s + machine.element_bytes * m * (n + k) / machine.bandwidth_bytes_per_s
@@ -321,12 +289,10 @@ def _rungs(kernel: GemmKernel, level: float, m: F, n: F, k: F, copies: F | None 
     idle = np.where(blocks > 1.0, 1.0 if machine.persistent else np.ceil(blocks) / blocks, 1.0 / blocks)
     slower = padded * idle * (1.0 + kernel.align_step * halvings)
     return {
-        "roofline": t["roofline_s"],
         "tile": np.maximum(padded, memory),
         "wave": np.maximum(padded * idle, memory),
         "alignment": np.maximum(slower, memory + weight_s * ((1.0 + kernel.align_load * halvings) - 1.0)),
         "kernel": t["seconds"] - np.minimum(t["fixed_s"] * t["residual"], t["seconds"]),
-        "launch": t["seconds"],
     }
 
 
@@ -343,11 +309,7 @@ def _bound(parts: CoreTime, core: Core, k: F) -> NDArray[np.int8]:
 
 
 def alignment_halvings(n: F, k: F, element_bytes: float) -> F:
-    """Times the alignment of a row of n or k elements falls short of 16 bytes by a factor of two; 0 when it does not.
-
-    >>> alignment_halvings(np.array([8816.0, 8810.0, 8809.0]), np.array([4096.0, 4096.0, 4096.0]), 2.0)
-    array([0., 2., 3.])
-    """
+    """Times the alignment of a row of n or k elements falls short of 16 bytes by a factor of two; else 0."""
     low = n.astype(np.int32) | k.astype(np.int32)
     sizes = 2 ** np.arange(1, round(math.log2(16 / element_bytes)) + 1)
     return sum(((low & (size - 1)) != 0 for size in sizes.tolist()), np.zeros(n.shape, dtype=n.dtype))

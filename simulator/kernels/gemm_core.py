@@ -1,5 +1,4 @@
-"""The analytic form of the GEMM model (docs/model.md): tiles, waves, split-K, memory and fixed time; no profile, no
-residual.
+"""The analytic form of the GEMM model (docs/model.md): tiles, waves, split-K, memory, fixed time; no residual.
 
 Use :func:`machine_core` to turn datasheet facts and named constants into a :class:`Core`, :func:`core_time` to time
 shapes on it. Times are microseconds, so that their cubes stay near one. Arithmetic is in the precision of the shapes:
@@ -11,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simulator.workload import DTYPE_BYTES, DTYPES
+
+if TYPE_CHECKING:
+    from simulator.hardware.profile import HardwareProfile
 
 F = NDArray[np.floating[Any]]
 Factor = F | float
@@ -36,13 +38,10 @@ MENUS: Mapping[str, tuple[tuple[int, int], ...]] = MappingProxyType(
 """Tiles of cuBLAS kernels (rows of m x columns of n): of kernels that launch a block a tile, of kernels whose blocks
 stay and take tile after tile (Hopper), and of products on a CPU, which pad nothing that could be seen in their time."""
 
-PERSISTENT_ARCHITECTURES = frozenset({"hopper"})
-PACKING_ARCHITECTURES = frozenset({"cpu"})
-
 
 @dataclass(frozen=True)
 class Machine:
-    """Datasheet facts of one arithmetic on one device."""
+    """Datasheet facts of one arithmetic on one device, SI."""
 
     peak_flop_per_s: float
     bandwidth_bytes_per_s: float
@@ -50,11 +49,17 @@ class Machine:
     sm_count: int
     headroom: float  # highest clock over boost clock
     element_bytes: float  # of an activation
-    weight_bytes: float  # of a stored weight, indices included
+    weight_bytes: float  # of a stored weight, indices included; of attention, of the KV cache
     persistent: bool  # blocks stay on their SM and take tile after tile
-    packs: bool = (
-        False  # a CPU: no tiles and waves, weights rearranged from `pack_m` rows on, nothing overlaps with arithmetic
-    )
+    packs: bool = False  # a CPU: no tiles and waves, weights rearranged from `pack_m` rows on, nothing overlaps
+
+    @classmethod
+    def of(cls, hw: HardwareProfile, dtype: str = "bf16") -> Machine:
+        """Those of a profile, weights in the same format; InputError where the device has no such arithmetic."""
+        peak, memory = hw.rate(dtype).flop_per_s, (float(hw.bandwidth_bytes_per_s), float(hw.l2_bytes))
+        size, headroom = ELEMENT_BYTES[dtype], max(1.0, float(hw.clock_headroom))
+        kind = hw.architecture == "hopper", hw.architecture == "cpu"
+        return cls(peak, *memory, int(hw.sm_count), headroom, size, size, *kind)
 
 
 @dataclass(frozen=True)
@@ -84,16 +89,6 @@ class CoreTime:
     tile: NDArray[np.int8]  # chosen entry of the menu
     split: F  # split-K factor
     tiles: F  # output tiles of the launch, split parts not counted
-
-    @property
-    def log2_us(self) -> F:
-        """Logarithm to base 2 of the total."""
-        return np.log2(self.total_us)
-
-    @property
-    def compute_us(self) -> F:
-        """Main loop of the chosen tile."""
-        return np.asarray(np.cbrt(self.compute3))
 
 
 def machine_core(machine: Machine, constants: Mapping[str, float], dtype: Any = np.float64) -> Core:
@@ -170,9 +165,8 @@ def core_time(
     shared[tiles > sm] = np.inf
     best = np.minimum(whole, shared)
     compute = best.min(axis=0)
-    tile = ((best == compute) * np.arange(len(best), dtype=np.int8)[:, None]).max(
-        axis=0
-    )  # of equally fast ones the last
+    numbers = np.arange(len(best), dtype=np.int8)[:, None]
+    tile = ((best == compute) * numbers).max(axis=0)  # of equally fast ones the last
     chosen = tile.astype(np.intp) * len(tile) + np.arange(len(tile))
     unsplit, split, tiles = (a.take(chosen) for a in (whole, split, tiles))
     memory, dram = memory_time(m, n, k, core, copies, load_scale)

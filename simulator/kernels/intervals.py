@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from simulator.kernels.gemm_core import Core, CoreTime
 
 if TYPE_CHECKING:
-    from simulator.hardware.profile import Section
+    from simulator.hardware.profile import Interval, Section
 
 F = NDArray[np.floating[Any]]
 
@@ -81,11 +81,17 @@ class Bands:
 
 def bands_of(section: Section, names: Sequence[str] = REGIMES) -> Bands:
     """Bands of a profile's section by the regimes of its operator; wide ones where it has none."""
-    known = {interval.regime: interval for interval in section.intervals if interval.regime in names}
-    low = [math.log(known[name].low) if name in known else -math.log(DEFAULT_SPREAD) for name in names]
-    high = [math.log(known[name].high) if name in known else math.log(DEFAULT_SPREAD) for name in names]
-    level = next(iter(known.values())).level if known else 0.9
+    known, level = _known(section, names)
+    wide = math.log(DEFAULT_SPREAD)
+    low = [math.log(known[name].low) if name in known else -wide for name in names]
+    high = [math.log(known[name].high) if name in known else wide for name in names]
     return Bands(np.array(low), np.array(high), level)
+
+
+def _known(section: Section, names: Sequence[str]) -> tuple[dict[str, Interval], float]:
+    """Intervals of a section by regime, of some regimes, and their level."""
+    known = {interval.regime: interval for interval in section.intervals if interval.regime in names}
+    return known, next(iter(known.values())).level if known else 0.9
 
 
 def regimes(m: F, parts: CoreTime, core: Core) -> NDArray[np.int8]:
@@ -96,14 +102,10 @@ def regimes(m: F, parts: CoreTime, core: Core) -> NDArray[np.int8]:
 
 
 def pair_spread(section: Section, octaves: F, level: float) -> NDArray[np.float64]:
-    """Log half-width at a level of a ratio of two GEMM times whose shapes lie that far apart (|log2| of the ratios of
-    m, n, k, added up).
-
-    Without a calibration, that of two independent default intervals.
-    """
-    known = {interval.regime: interval for interval in section.intervals if interval.regime in PAIR_REGIMES}
+    """Log half-width at a level of a ratio of two GEMM times so many octaves apart (see :data:`PAIR_EDGES`); without a
+    calibration, that of two independent default intervals."""
+    known, of_known = _known(section, PAIR_REGIMES)
     half = {name: math.log(interval.high) for name, interval in known.items()}
     fallback = max(half.values(), default=math.log(DEFAULT_SPREAD) * math.sqrt(2.0))
     table = np.array([half.get(name, fallback) for name in PAIR_REGIMES])
-    scale = level_scale(level, next(iter(known.values())).level if known else 0.9)
-    return np.asarray(table[np.searchsorted(PAIR_EDGES, octaves, side="left")] * scale, dtype=np.float64)
+    return np.asarray(table[np.searchsorted(PAIR_EDGES, octaves, side="left")] * level_scale(level, of_known))

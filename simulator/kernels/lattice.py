@@ -233,7 +233,7 @@ _MAKE: Mapping[str, Callable[[Coordinates], F]] = {
     "mk": lambda c: c["m"] + c["k"],
     "mn": lambda c: c["m"] + c["n"],
     "aspect": lambda c: c["n"] - c["k"],
-    "time": lambda c: c.parts.log2_us,
+    "time": lambda c: np.log2(c.parts.total_us),
     "tiles": lambda c: np.log2(c.parts.tiles / c.sm),
     "blocks": lambda c: np.log2(c.parts.tiles * c.parts.split / c.sm),
     "tile": lambda c: c.parts.tile.astype(c.m.dtype),

@@ -1,4 +1,4 @@
-"""Many workloads as one table, rows one after the other, and the memory each needs.
+"""Many workloads as one table, rows one after the other: what a device's time does not enter, and the memory of each.
 
 Use :meth:`Stack.of` to count, sum or time hundreds of workloads in a few passes, :func:`memory` to ask whether one fits
 on a device. Counted for the device that holds most:
@@ -14,9 +14,10 @@ on a device. Counted for the device that holds most:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,8 +40,55 @@ MOST_DEVICES = 1024
 FEW_ROWS = 200
 """Rows below which looking for equal operators costs more than timing them twice."""
 
+# what an unfused PyTorch decoder launches where an inference engine runs one kernel, counted from the operations of a
+# Llama layer; norms: residual sum, cast, square, mean, reciprocal root, two products, cast; rotary: two rotations of
+# negate + concatenate, four products, two sums; attention: repeat of the KV heads, scaled dot product, transpose
+EAGER_KERNELS: Mapping[str, int] = MappingProxyType(
+    dict.fromkeys(("attention_norm", "mlp_norm", "post_norm"), 7)
+    | {"final_norm": 6, "qk_norm": 12, "rotary": 10, "attention": 3, "activation": 2, "cache_write": 2}
+    | {"sort": 3, "select": 4, "mask": 3}
+)
+"""Kernels an eager framework launches for one row of this role; 1 where it is not listed."""
+
+_KERNELS = np.array([EAGER_KERNELS.get(role, 1) for role in ROLES], dtype=np.float64)
+_SEGMENT = np.zeros(len(Part), dtype=np.int64)
+_SEGMENT[[Part.ATTENTION, Part.MLP]] = 1
+_SEGMENT[Part.HEAD] = 2
+
 _QKV, _WIDE = ([ROLES.index(name) for name in names.split()] for names in ("q k v qkv", "gate up gate_up"))
 _O, _DOWN, _HEAD = (ROLES.index(name) for name in ("o", "down", "lm_head"))
+
+
+def segment_of(w: Workload) -> NDArray[np.int64]:
+    """Place of each row on the stream: phase x 3 + 0 before the layers, 1 in them, 2 after them."""
+    return np.asarray(w.phase.astype(np.int64) * 3 + _SEGMENT[w.part])
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Rows of each workload that share phase, place in the pass, kind and role, hence an error and a launch."""
+
+    cell: Rows  # of each row: workload x group
+    segment: Rows  # of each group, as the following: of :func:`segment_of`
+    gemm: NDArray[np.bool_]
+    kernels: F  # an eager framework launches for one execution
+    streams: F  # times these stream the data: an unfused elementwise operator's all do, of others one does the work
+    count: F  # workload x group: executions
+
+    @property
+    def of_row(self) -> Rows:
+        """Group of each row."""
+        return self.cell % len(self.segment)
+
+    def sums(self, column: F) -> F:
+        """Sums of a column of the rows, workload x group."""
+        return sums(self.cell, column, self.count.shape)
+
+
+def sums(cell: Rows, column: F, shape: tuple[int, int]) -> F:
+    """Sums of a column by cell of a table."""
+    out = np.bincount(cell, weights=column, minlength=shape[0] * shape[1])
+    return np.asarray(out, dtype=np.float64).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -91,46 +139,58 @@ class Stack:
 
     def total(self, column: F) -> F:
         """Sum of a column of the rows, by workload."""
-        out: F = np.add.reduceat(np.asarray(column, dtype=np.float64), self.starts)
-        return out
+        return np.asarray(np.add.reduceat(np.asarray(column, dtype=np.float64), self.starts))
 
     def largest(self, column: Any) -> Any:
         """Maximum of a column of the rows, by workload."""
         return np.maximum.reduceat(column, self.starts)
 
     @cached_property
+    def flops(self) -> F:
+        """FLOPs of each row, all its executions."""
+        return self.rows.flops
+
+    @cached_property
+    def bytes(self) -> F:
+        """Bytes each row must at least move, all its executions."""
+        return self.rows.bytes
+
+    @cached_property
+    def groups(self) -> Groups:
+        """The groups of the rows."""
+        w = self.rows
+        code = (segment_of(w) * len(Kind) + w.kind) * len(ROLES) + w.role
+        occurs = np.bincount(code) > 0
+        used = np.flatnonzero(occurs)
+        cell = self.owner * len(used) + (np.cumsum(occurs) - 1)[code]
+        place, role = np.divmod(used, len(ROLES))
+        segment, kind = np.divmod(place, len(Kind))
+        kernels, count = _KERNELS[role], sums(cell, w.count, (len(self), len(used)))
+        streams = np.where(kind == Kind.ELEMENTWISE, kernels, 1.0)
+        return Groups(cell, segment, kind == Kind.GEMM, kernels, streams, count)
+
+    @cached_property
     def shapes(self) -> tuple[Workload, Rows]:
-        """Different operators, and which of them each row is; of a few rows, each as it is."""
-        return distinct(self.rows) if len(self.rows) >= FEW_ROWS else (self.rows, np.arange(len(self.rows)))
-
-
-def distinct(w: Workload) -> tuple[Workload, Rows]:
-    """Different operators of a workload as far as their time goes, and which of them each row is.
-
-    >>> q = {"role": "q", "m": 2, "n": 8, "k": 4}
-    >>> shapes, which = distinct(Workload.from_rows([q, q | {"role": "o", "count": 3}]))
-    >>> len(shapes), which.tolist()
-    (1, [0, 0])
-    """
-    small = w.kind.astype(np.int64)
-    role = np.where(w.kind == Kind.GEMM, 0, w.role)
-    for column, many in ((role, len(ROLES)), (w.kernel, 8), (w.dtype, len(DTYPES)), (w.weight_dtype, len(DTYPES))):
-        small = small * many + column
-    columns = [small, w.m, w.n, w.k, w.batch, w.q_len, w.kv_len, w.heads, w.kv_heads, w.head_dim, w.window, w.block]
-    columns += [c.view(np.int64) for c in (w.density, w.read_bytes, w.write_bytes)]
-    key = np.zeros(len(w), dtype=np.uint64)
-    for column in columns:  # a mixing hash: what it makes equal is checked below
-        key ^= np.ascontiguousarray(column).view(np.uint64)
-        key *= np.uint64(0x9E3779B97F4A7C15)
-        key ^= key >> np.uint64(29)
-    _, first, which = np.unique(key, return_index=True, return_inverse=True)
-    which = which.reshape(-1)
-    if any((column[first][which] != column).any() for column in columns):  # two operators of one hash: time every row
-        return w, np.arange(len(w))
-    return w.take(first), which
-
-
-# -- memory --------------------------------------------------------------------------------------------------
+        """Different operators as far as their time goes, and which of them each row is; of few rows, each as it is."""
+        w, every = self.rows, np.arange(len(self.rows))
+        if len(w) < FEW_ROWS:
+            return w, every
+        small = w.kind.astype(np.int64)
+        role = np.where(w.kind == Kind.GEMM, 0, w.role)
+        for column, many in ((role, len(ROLES)), (w.kernel, 8), (w.dtype, len(DTYPES)), (w.weight_dtype, len(DTYPES))):
+            small = small * many + column
+        columns = [small, w.m, w.n, w.k, w.batch, w.q_len, w.kv_len, w.heads, w.kv_heads, w.head_dim, w.window, w.block]
+        columns += [c.view(np.int64) for c in (w.density, w.read_bytes, w.write_bytes)]
+        key = np.zeros(len(w), dtype=np.uint64)
+        for column in columns:  # a mixing hash: what it makes equal is checked below
+            key ^= np.ascontiguousarray(column).view(np.uint64)
+            key *= np.uint64(0x9E3779B97F4A7C15)
+            key ^= key >> np.uint64(29)
+        _, first, which = np.unique(key, return_index=True, return_inverse=True)
+        which = which.reshape(-1)
+        if any((column[first][which] != column).any() for column in columns):  # two operators of one hash
+            return w, every
+        return w.take(first), which
 
 
 @dataclass(frozen=True)
@@ -163,8 +223,7 @@ def memory(workload: Workload, hw: HardwareProfile, *, reserve_bytes: float = RE
     weights, cache, activation = (float(f(stack)[0]) for f in (weights_bytes, cache_bytes, activation_bytes))
     total = weights + cache + activation + reserve_bytes
     fits = total <= capacity
-    # what the devices share; a pipeline's fullest stage holds more than its even share, so this never promises too much
-    # there
+    # what devices share; of a pipeline's fullest stage too much, so that this never promises too much
     shared, whole = (weights + cache) * devices, activation + reserve_bytes
     sizes = (2**i for i in range(MOST_DEVICES.bit_length()) if 2**i > devices)
     needed = devices if fits else next((n for n in sizes if shared / n + whole <= capacity), 0)
@@ -179,17 +238,11 @@ def memory(workload: Workload, hw: HardwareProfile, *, reserve_bytes: float = RE
 
 def bytes_needed(stack: Stack, *, reserve_bytes: float = RESERVE_BYTES) -> F:
     """Bytes each workload needs on the device that holds most: ``memory(...).total_bytes`` of many at once."""
-    out: F = weights_bytes(stack) + cache_bytes(stack) + activation_bytes(stack) + reserve_bytes
-    return out
+    return np.asarray(weights_bytes(stack) + cache_bytes(stack) + activation_bytes(stack) + reserve_bytes)
 
 
 def weights_bytes(stack: Stack) -> F:
-    """Bytes of the parameters of each workload.
-
-    >>> row = {"role": "q", "m": 1, "n": 4, "k": 8, "params": 32, "count": 3}
-    >>> weights_bytes(Stack.of([Workload.from_rows([row])])).tolist()
-    [192.0]
-    """
+    """Bytes of the parameters of each workload."""
     w = stack.rows
     element = DTYPE_BYTES[w.weight_dtype]
     gemm = w.kind == Kind.GEMM
@@ -197,8 +250,7 @@ def weights_bytes(stack: Stack) -> F:
     each = positions * element
     compressed = gemm & (w.kernel == Kernel.SPARSE24)
     if compressed.any():
-        # by the value kept, so that rows which run only sometimes, and own more than one weight for it, keep all of
-        # them
+        # by the value kept: rows that run only sometimes may own more than one weight for it, and keep all
         values = np.maximum(w.n * w.k * w.density, 1.0)
         beyond = w.params - values
         bias = np.where((beyond > 0) & (beyond <= w.n), beyond, 0.0)
@@ -210,17 +262,11 @@ def weights_bytes(stack: Stack) -> F:
     tied = np.where(gemm & head & (w.params == 0), w.weight_bytes_each, 0.0)  # the last stage has its own copy
     first = stack.total(np.where(~inside & ~head, stored, 0.0))
     last = stack.total(np.where(head, stored, 0.0)) + np.maximum(stack.largest(tied), 0.0)
-    out: F = stack.total(np.where(inside, stored, 0.0)) * _stage_share(stack) + np.maximum(first, last)
-    return out
+    return np.asarray(stack.total(np.where(inside, stored, 0.0)) * _stage_share(stack) + np.maximum(first, last))
 
 
 def cache_bytes(stack: Stack) -> F:
-    """Bytes of keys and values of each workload at the longest length each layer reaches.
-
-    >>> heads = {"kind": Kind.DECODE_ATTENTION, "batch": 2, "kv_heads": 4, "head_dim": 8, "layers": 3}
-    >>> cache_bytes(Stack.of([Workload.from_rows([heads | {"kv_len": 10}, heads | {"kv_len": 11}])])).tolist()
-    [8448.0]
-    """
+    """Bytes of keys and values of each workload at the longest length each layer reaches."""
     w = stack.rows
     at = np.flatnonzero(w.is_attention)
     if not len(at):
@@ -239,17 +285,12 @@ def cache_bytes(stack: Stack) -> F:
     inside = np.arange(int(size.sum())) - np.repeat(np.cumsum(size) - size, size)
     layers = np.zeros(len(stack) * span)  # owner x layer
     np.maximum.at(layers, np.repeat(run // span, size) + inside, np.repeat(most, size))
-    out: F = layers.reshape(len(stack), span).sum(axis=1)
-    return out * _stage_share(stack) if w.meta.parallel == "pipeline" else out
+    out = layers.reshape(len(stack), span).sum(axis=1)
+    return np.asarray(out * _stage_share(stack) if w.meta.parallel == "pipeline" else out)
 
 
 def activation_bytes(stack: Stack) -> F:
-    """Peak bytes of activations in one forward pass of each workload; for rows of several widths, the widest.
-
-    >>> up, down = {"role": "up", "m": 10, "n": 64, "k": 8}, {"role": "down", "m": 10, "n": 8, "k": 64}
-    >>> activation_bytes(Stack.of([Workload.from_rows([up, down])])).tolist()
-    [2880.0]
-    """
+    """Peak bytes of activations in one forward pass of each workload; for rows of several widths, the widest."""
     w, size = stack.rows, len(stack)
     gemm = w.kind == Kind.GEMM
     element = np.maximum(stack.largest(np.where(gemm, 2.0, DTYPE_BYTES[w.dtype])), 2.0)
@@ -271,13 +312,11 @@ def activation_bytes(stack: Stack) -> F:
     attention = outer[:, _QKV].sum(axis=1) + inner[:, _O]
     mlp = outer[:, _WIDE].sum(axis=1) + inner[:, _DOWN]
     widest_three = np.maximum(np.maximum(attention, mlp), outer[:, _HEAD])
-    out: F = (2.0 * stream + widest_three) * element + largest("all_gather", w.read_bytes)
-    return out
+    return np.asarray((2.0 * stream + widest_three) * element + largest("all_gather", w.read_bytes))
 
 
 def _stage_share(stack: Stack) -> F:
     """Share of the layers on the fullest stage of a pipeline, of each workload; 1 without layers."""
     w = stack.rows
     layers = np.maximum(stack.largest(np.where(w.layers > 0, w.layer + w.layers, 0)), 0).astype(np.float64)
-    share: F = np.where(layers > 0, np.ceil(layers / w.meta.devices) / np.maximum(layers, 1.0), 1.0)
-    return share
+    return np.where(layers > 0, np.ceil(layers / w.meta.devices) / np.maximum(layers, 1.0), 1.0)

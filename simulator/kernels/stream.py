@@ -1,15 +1,16 @@
 """Kernels on a stream: from the time of each operator to the time of a forward pass.
 
-Use :func:`cost` for one workload, :func:`cost_batch` for many on the same device (one vectorised pass). Under a CUDA
-graph the kernels follow one another with a small gap. In eager mode the host launches every kernel itself: while
-kernels are shorter than the time the host takes to launch them, the stream is host-bound, and only fewer launches, not
-smaller kernels, make a model faster.
+Use :func:`passes` for a stack of workloads, under several runtimes at once; :func:`cost` reads it for one workload.
+Under a CUDA graph the kernels follow one another with a small gap. In eager mode the host launches every kernel itself:
+while kernels are shorter than the time the host takes to launch them, the stream is host-bound, and only fewer
+launches, not smaller kernels, make a model faster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -21,29 +22,12 @@ from simulator.kernels.attention import decode_attention_time, prefill_attention
 from simulator.kernels.collective import KINDS, collective_time
 from simulator.kernels.elementwise import elementwise_time
 from simulator.kernels.gemm import gemm_time
-from simulator.kernels.intervals import OpTime
-from simulator.workload import DTYPES, ROLES, RUNTIMES, Kind, Part, Workload
+from simulator.kernels.intervals import BOUNDS, OpTime
+from simulator.kernels.stack import F, Rows, Stack, sums
+from simulator.workload import DTYPES, RUNTIMES, Kind, Workload
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
-
-F = NDArray[np.float64]
-Rows = NDArray[np.intp]
-
-# what an unfused PyTorch decoder launches where an inference engine runs one kernel, counted from the operations of a
-# Llama layer; norms: residual sum, cast, square, mean, reciprocal root, two products, cast; rotary: two rotations of
-# negate + concatenate, four products, two sums; attention: repeat of the KV heads, scaled dot product, transpose
-EAGER_KERNELS: Mapping[str, int] = MappingProxyType(
-    dict.fromkeys(("attention_norm", "mlp_norm", "post_norm"), 7)
-    | {"final_norm": 6, "qk_norm": 12, "rotary": 10, "attention": 3, "activation": 2, "cache_write": 2}
-    | {"sort": 3, "select": 4, "mask": 3}
-)
-"""Kernels an eager framework launches for one row of this role; 1 where it is not listed."""
-
-_KERNELS = np.array([EAGER_KERNELS.get(role, 1) for role in ROLES], dtype=np.float64)
-_SEGMENT = np.zeros(len(Part), dtype=np.int64)
-_SEGMENT[[Part.ATTENTION, Part.MLP]] = 1
-_SEGMENT[Part.HEAD] = 2
 
 _ATTENTION = "batch kv_len heads kv_heads head_dim window density"
 _MODELS: Mapping[int, tuple[Callable[..., OpTime], str, str]] = MappingProxyType(
@@ -55,34 +39,7 @@ _MODELS: Mapping[int, tuple[Callable[..., OpTime], str, str]] = MappingProxyType
 )
 """Kinds whose rows have two number formats: the cost model, its name of the second format, and the columns it takes."""
 
-
-@dataclass(frozen=True)
-class Cost(OpTime):
-    """Times of a workload on a device, s: of each row's execution (eager: all kernels it stands for), and in all."""
-
-    total_s: float
-    device_s: float  # the rows times their counts
-    gap_s: float  # idle between the kernels of a graph
-    host_s: float  # to launch everything; 0 under a CUDA graph
-    host_bound: bool  # the host, not the device, sets the pace
-
-
-@dataclass(frozen=True)
-class StreamTime:
-    """What :class:`Cost` says in all, of many passes: arrays (passes,), s."""
-
-    total_s: F
-    device_s: F
-    gap_s: F
-    host_s: F
-
-    @property
-    def host_bound(self) -> NDArray[np.bool_]:
-        """The host sets the pace."""
-        return np.asarray(self.host_s > self.device_s)
-
-
-# -- operators -----------------------------------------------------------------------------------------------
+_HOST, _LAUNCH = BOUNDS.index("host"), BOUNDS.index("launch")
 
 
 def by_formats(w: Workload, kind: int) -> Iterator[tuple[Rows, str, str]]:
@@ -115,114 +72,101 @@ def operator_times(w: Workload, hw: HardwareProfile, level: float = 0.9) -> OpTi
     return out
 
 
-def ideal_roofline(w: Workload, hw: HardwareProfile) -> F:
-    """Datasheet roofline of an execution of every row, s, if its kernel used every zero; of a collective, its
-    link's."""
-    count = np.where(w.count > 0, w.count, 1.0)
-    compute = w.flops / count / peaks(hw)[w.dtype]
-    memory = w.bytes / count / hw.bandwidth_bytes_per_s
-    link = w.read_bytes / (hw.link.bandwidth_bytes_per_s if hw.link else np.inf)
-    return np.where(w.kind == Kind.COLLECTIVE, link, np.maximum(compute, memory))
+@dataclass(frozen=True)
+class Pass:
+    """Forward passes of a stack of workloads on a device under one runtime; seconds.
 
-
-def peaks(hw: HardwareProfile) -> F:
-    """Datasheet rate by dtype code, FLOP/s; infinite for formats the device does not compute in."""
-    return np.array([hw.peak_flop_per_s(name) if name in hw.rates else np.inf for name in DTYPES])
-
-
-def host_kernels(w: Workload) -> F:
-    """Kernels an eager framework launches for one execution of each row."""
-    return eager_kernels(w.kind, w.role)[0]
-
-
-def eager_kernels(kind: NDArray[Any], role: NDArray[Any]) -> tuple[F, F]:
-    """Kernels an eager framework launches for one execution of an operator, and times it streams the operator's data.
-
-    An unfused elementwise operator streams them once a kernel; GEMMs and attention have one main kernel.
+    Rows and groups are counted with all their executions; in eager mode also with all kernels they stand for.
     """
-    kernels = _KERNELS[role]
-    return kernels, np.where(kind == Kind.ELEMENTWISE, kernels, 1.0)
+
+    stack: Stack
+    hw: HardwareProfile
+    each: OpTime  # one execution of the main kernel of each of the stack's different shapes
+    streams: F  # times each row's kernels stream its data
+    row_s: F  # on the device
+    group_s: F  # workload x group, sums of the rows
+    group_error_s: F  # and of their log half-widths, weighted by time
+    total_s: F  # of each workload, as the following
+    device_s: F  # its rows
+    gap_s: F  # idle between the kernels of a graph
+    host_s: F  # to launch everything; 0 under a CUDA graph
+
+    @cached_property
+    def time(self) -> OpTime:
+        """One execution of each row; the roofline is that of a fused kernel."""
+        of_row = {f.name: getattr(self.each, f.name)[self.stack.shapes[1]] for f in fields(OpTime)}
+        return OpTime(**of_row | {name: of_row[name] * self.streams for name in ("seconds", "lower", "upper")})
+
+    @cached_property
+    def ideal_s(self) -> F:
+        """Datasheet roofline of each row if its kernel used every zero; of a collective, its link's."""
+        stack, w, hw = self.stack, self.stack.rows, self.hw
+        # of a format that the device does not compute in, the bytes alone count
+        rates = np.array([hw.peak_flop_per_s(name) if name in hw.rates else np.inf for name in DTYPES])
+        out: F = np.maximum(stack.flops * (1.0 / rates)[w.dtype], stack.bytes * (1.0 / hw.bandwidth_bytes_per_s))
+        link = w.read_bytes * w.count / (hw.link.bandwidth_bytes_per_s if hw.link else np.inf)
+        return np.where(w.kind == Kind.COLLECTIVE, link, out)
+
+    @property
+    def share(self) -> F:
+        """Of each row in the device's time of its workload."""
+        return self.row_s / self.device_s[self.stack.owner]
+
+    @property
+    def host_bound(self) -> NDArray[np.bool_]:
+        """The host, not the device, sets the pace of each workload."""
+        return np.asarray(self.host_s > self.device_s)
+
+    @cached_property
+    def limit(self) -> tuple[NDArray[np.int8], F]:
+        """What holds most of the time of each workload, an index into ``BOUNDS``, and the share it holds."""
+        bound = self.stack.owner * len(BOUNDS) + self.each.bound[self.stack.shapes[1]]
+        held = sums(bound, self.row_s, (len(self.stack), len(BOUNDS)))
+        held[:, _LAUNCH] += self.gap_s
+        limit = np.where(self.host_bound, _HOST, held.argmax(axis=1)).astype(np.int8)
+        return limit, np.where(self.host_bound, 1.0, held.max(axis=1) / held.sum(axis=1))
 
 
-# -- passes --------------------------------------------------------------------------------------------------
-
-
-def cost(w: Workload, hw: HardwareProfile, runtime: str = "cuda_graph", level: float = 0.9) -> Cost:
-    """Cost of one workload on one device; see :func:`cost_batch`."""
-    return cost_batch([w], hw, runtime, level)[0]
-
-
-def cost_batch(
-    workloads: Sequence[Workload], hw: HardwareProfile, runtime: str = "cuda_graph", level: float = 0.9
-) -> list[Cost]:
-    """Costs of many workloads on one device, in one vectorised pass over all their rows; ``level`` is of the intervals.
+def passes(
+    stack: Stack, hw: HardwareProfile, runtimes: tuple[str, ...] = ("cuda_graph",), level: float = 0.9
+) -> tuple[Pass, ...]:
+    """Passes of a stack under each runtime; every different operator is timed once. ``level`` is of the intervals.
 
     Raises
     ------
     InputError
-        For an unknown runtime, or a number format the device does not compute in.
+        For an unknown runtime, or operators the device cannot run.
     """
-    check_runtime(runtime)
-    joined = Workload.concat(workloads)
-    time = operator_times(joined, hw, level)
-    kernels, passes = eager_kernels(joined.kind, joined.role)
-    if runtime != "eager":
-        passes = np.ones(len(joined))
-    columns = time.seconds * passes, time.lower * passes, time.upper * passes, time.roofline_s, time.bound
-    host_s = kernels * hw.section("runtime", "*")["host_op_s"]
-    out, start = [], 0
-    for w in workloads:
-        rows = slice(start, start + len(w))
-        start += len(w)
-        seconds, lower, upper, roofline, bound = (column[rows] for column in columns)
-        count, device = w.count[None], np.array([seconds @ w.count])
-        times = seconds * count, host_s[rows] * count
-        stream = stream_time(runtime, hw, *times, segment_of(w), count.sum(axis=1), device)
-        pass_s = {f.name: float(getattr(stream, f.name)[0]) for f in fields(stream)}
-        out.append(Cost(seconds, lower, upper, roofline, bound, **pass_s, host_bound=bool(stream.host_bound[0])))
-    return out
-
-
-def check_runtime(runtime: str) -> None:
-    """Refuse an unknown runtime."""
-    if runtime not in RUNTIMES:
-        raise InputError(f"runtime {runtime!r} is unknown; expected {' or '.join(RUNTIMES)}")
-
-
-def segment_of(w: Workload) -> NDArray[np.int64]:
-    """Place of each row on the stream: phase x 3 + 0 before the layers, 1 in them, 2 after them."""
-    out: NDArray[np.int64] = w.phase.astype(np.int64) * 3 + _SEGMENT[w.part]
-    return out
-
-
-def stream_time(
-    runtime: str, hw: HardwareProfile, seconds: F, host: F, segment: NDArray[Any], launches: F, device: F
-) -> StreamTime:
-    """Times of passes from ``seconds`` on the device, ``host`` and ``segment`` of groups of operators
-    (:func:`eager_total`).
-
-    ``launches`` counts the executions of a pass, ``device`` adds up its seconds.
-    """
-    none = np.zeros(len(device))
-    if runtime == "eager":
-        total, host_total = eager_total(seconds, host, segment)
-        return StreamTime(total, device, none, host_total)
-    gap = hw.section("runtime", "*")["graph_gap_s"] * launches
-    return StreamTime(device + gap, device, gap, none)
+    for runtime in runtimes:
+        if runtime not in RUNTIMES:
+            raise InputError(f"runtime {runtime!r} is unknown; expected {' or '.join(RUNTIMES)}")
+    (shapes, which), groups, constants = stack.shapes, stack.groups, hw.section("runtime", "*")
+    each = operator_times(shapes, hw, level)
+    half = 0.5 * np.log(each.upper / np.maximum(each.lower, 1e-300))
+    row_s = each.seconds[which] * stack.rows.count
+    group_s, error_s = groups.sums(row_s), groups.sums(row_s * half[which])
+    out = []
+    for runtime in runtimes:
+        streams = groups.streams if runtime == "eager" else np.ones(len(groups.streams))
+        spent, by_row = group_s * streams, streams[groups.of_row]
+        device = spent.sum(axis=1)
+        if runtime == "eager":
+            gap, launch = np.zeros(len(stack)), groups.count * groups.kernels * constants["host_op_s"]
+            total, host = eager_total(spent, launch, groups.segment)
+        else:
+            gap, host = constants["graph_gap_s"] * groups.count.sum(axis=1), np.zeros(len(stack))
+            total = device + gap
+        tables = by_row, row_s * by_row, spent, error_s * streams
+        out.append(Pass(stack, hw, each, *tables, total, device, gap, host))
+    return tuple(out)
 
 
 def eager_total(seconds: F, host: F, segment: NDArray[Any]) -> tuple[F, F]:
     """Time of passes in eager mode, and the host's share: the longest way along the host to a kernel, then the device.
 
-    ``seconds`` and ``host`` (passes, groups) are of groups of operators, ``segment`` (groups,) of :func:`segment_of`.
+    ``seconds`` and ``host`` (passes, groups) are of groups of operators, ``segment`` (groups,) of ``segment_of``.
     Within a phase the stream is: what precedes the layers, the layers (a mix too even to matter), what follows them.
     The device can start a segment only when the host has launched it, and ends no earlier than the last launch.
-
-    Examples
-    --------
-    >>> total, host = eager_total(np.array([[1.0, 5.0, 3.0]]), np.array([[2.0, 9.0, 1.0]]), np.array([0, 1, 2]))
-    >>> float(total[0]), float(host[0])
-    (14.0, 12.0)
     """
     total, host_total = np.zeros(len(seconds)), np.zeros(len(seconds))
     for phase in (0, 1):
@@ -236,3 +180,21 @@ def eager_total(seconds: F, host: F, segment: NDArray[Any]) -> tuple[F, F]:
         total += np.maximum(longest, launched)
         host_total += launched
     return total, host_total
+
+
+@dataclass(frozen=True)
+class Cost(OpTime):
+    """Times of a workload on a device, s: of each row's execution (eager: all kernels it stands for), and in all."""
+
+    total_s: float
+    device_s: float  # the rows times their counts
+    gap_s: float  # idle between the kernels of a graph
+    host_s: float  # to launch everything; 0 under a CUDA graph
+    host_bound: bool  # the host, not the device, sets the pace
+
+
+def cost(w: Workload, hw: HardwareProfile, runtime: str = "cuda_graph", level: float = 0.9) -> Cost:
+    """Cost of one workload on one device (:func:`passes`); InputError for what the device cannot run."""
+    (p,) = passes(Stack.of([w]), hw, (runtime,), level)
+    in_all = {name: getattr(p, name)[0].item() for name in ("total_s", "device_s", "gap_s", "host_s", "host_bound")}
+    return Cost(**vars(p.time), **in_all)

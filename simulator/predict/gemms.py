@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.kernels.gemm import gemm_ladder, gemm_time
-from simulator.kernels.stream import cost_batch
+from simulator.kernels.stack import Stack
+from simulator.kernels.stream import passes
 from simulator.predict.settings import once, one_of, profiles, whole_number
 from simulator.workload import DTYPES, ROLES, Kernel, Kind, Workload, dtype_code
 
@@ -87,7 +88,7 @@ def gemm_table(
     rows = Workload.from_columns(role=["q"] * len(shapes), **columns)
     out: list[GemmRecord] = []
     for hw in profiles(hardware):
-        path = {"dtype": dtype, "weight_dtype": weight, "kernel": rows.kernel, "density": rows.density, "cold": cold}
+        path = {"dtype": dtype, "weight_dtype": weight, "kernel": rows.kernel, "cold": cold}
         time = gemm_time(rows.m, rows.n, rows.k, hw, **path, level=level)  # type: ignore[arg-type]
         ladder = gemm_ladder(rows.m, rows.n, rows.k, hw, **path)
         about: dict[str, Any] = {"hardware": hw.name, "dtype": dtype, "weight_dtype": weight, "cold": cold}
@@ -112,6 +113,6 @@ def gemm_points(workload: Workload, hw: HardwareProfile, runtime: str = "cuda_gr
     """
     rows = np.flatnonzero((workload.kind == Kind.GEMM) & (workload.count > 0) & ~workload.overhead)
     chosen = workload.take(rows)
-    (cost,) = cost_batch([chosen], hw, runtime)
-    seconds, roles = cost.seconds * chosen.count, tuple(ROLES[code] for code in chosen.role)
-    return GemmPoints(roles, chosen.flops / chosen.bytes, chosen.flops / seconds, seconds / seconds.sum())
+    (p,) = passes(Stack.of([chosen]), hw, (runtime,))
+    flops, roles = p.stack.flops, tuple(ROLES[code] for code in chosen.role)
+    return GemmPoints(roles, flops / p.stack.bytes, flops / p.row_s, p.share)

@@ -12,20 +12,17 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from simulator.kernels.elementwise import elementwise_time
 from simulator.kernels.gemm import gemm_ladder
 from simulator.kernels.intervals import BOUNDS
-from simulator.kernels.stack import Stack
-from simulator.kernels.stream import by_formats, cost_batch, ideal_roofline
+from simulator.kernels.stack import F, Stack
+from simulator.kernels.stream import Pass, by_formats, passes
 from simulator.predict.compare import SECTIONS, Comparison, Pairs, compare
-from simulator.workload import DTYPES, Kind, Workload
+from simulator.workload import Kind, Workload
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
-
-F = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -145,18 +142,16 @@ def waterfall(dense: Workload, pruned: Workload, hw: HardwareProfile, runtime: s
     "nominal" with factor and speedup 1/(1 - s); the last has the predicted speedup.
     """
     _, asked, realised = _applied(dense, pruned)
-    costs = cost_batch([dense, pruned], hw, runtime)
-    kept, ladders = ~pruned.overhead, [_ladder(w, c.seconds, hw) for w, c in zip((dense, pruned), costs, strict=True)]
-    wanted = pruned.take(kept)
-    dense_s = {name: float(column @ dense.count) for name, column in ladders[0].items()}
-    wanted_s = {name: float(column[kept] @ wanted.count) for name, column in ladders[1].items()}
-    values = [
-        1.0 / (1.0 - realised),
-        float(dense.flops.sum() / wanted.flops.sum()),
-        *(dense_s[name] / wanted_s[name] for name in ladders[0]),
-        dense_s["kernel"] / float(ladders[1]["kernel"] @ pruned.count),
-        costs[0].total_s / costs[1].total_s,
-    ]
+    stack = pairs_of(dense, [pruned]).stack
+    (p,) = passes(stack, hw, (runtime,))
+    rungs, added = _ladder(p), stack.rows.overhead & (stack.owner > 0)
+
+    def ratio(column: F) -> float:
+        of_dense, of_pruned = stack.total(column)
+        return float(of_dense / of_pruned)
+
+    values = [1.0 / (1.0 - realised), *(ratio(np.where(added, 0.0, c)) for c in (stack.flops, *rungs.values()))]
+    values += [ratio(rungs["kernel"]), float(p.total_s[0] / p.total_s[1])]
     before = 1.0 / (1.0 - asked)
     steps = [Step("nominal", before, before, f"1 / (1 - {asked:.3g}): what a fraction of {asked:.3g} removed suggests")]
     for (name, note), value in zip(NOTES.items(), values, strict=True):
@@ -165,29 +160,26 @@ def waterfall(dense: Workload, pruned: Workload, hw: HardwareProfile, runtime: s
     return tuple(steps)
 
 
-def _ladder(w: Workload, seconds: F, hw: HardwareProfile) -> dict[str, F]:
+def _ladder(p: Pass) -> dict[str, F]:
     """Seconds of rows as more and more effects are counted; what is no GEMM steps from roofline to kernel at once."""
-    ideal = ideal_roofline(w, hw)
+    w, ideal = p.stack.rows, p.ideal_s
     rungs = {name: ideal.copy() for name in ("ideal", "roofline", "tile", "wave", "alignment")}
-    rungs["kernel"] = np.maximum(seconds - np.minimum(_launch_floor(w, hw), seconds), np.minimum(ideal, seconds))
+    rungs["kernel"] = np.maximum(p.row_s - np.minimum(_fixed(p), p.row_s), np.minimum(ideal, p.row_s))
     for rows, dtype, weight in by_formats(w, Kind.GEMM):
         shape = {name: getattr(w, name)[rows] for name in ("m", "n", "k", "kernel")}
-        ladder = gemm_ladder(**shape, hw=hw, dtype=dtype, weight_dtype=weight)
-        for name in ("roofline", "tile", "wave", "alignment", "kernel"):
-            rungs[name][rows] = ladder[name]
+        for name, seconds in gemm_ladder(**shape, hw=p.hw, dtype=dtype, weight_dtype=weight).items():
+            if name in rungs:
+                rungs[name][rows] = seconds * w.count[rows]
     return rungs
 
 
-def _launch_floor(w: Workload, hw: HardwareProfile) -> F:
-    """Fixed time of a kernel that is no GEMM, s: an elementwise operator without bytes, a constant of attention."""
-    floor = np.zeros(len(w))
+def _fixed(p: Pass) -> F:
+    """Time of rows that are no GEMM without their work, s: elementwise without bytes, a constant of attention."""
+    w, out = p.stack.rows, np.zeros(len(p.stack.rows))
     for kind in (Kind.ELEMENTWISE, Kind.PREFILL_ATTENTION, Kind.DECODE_ATTENTION):
-        rows = np.flatnonzero(w.kind == kind)
-        if not len(rows):
-            continue
-        dtype = DTYPES[w.dtype[rows[0]]]
-        if kind == Kind.ELEMENTWISE:
-            floor[rows] = elementwise_time(0.0, 0.0, hw, role=w.role[rows], dtype=dtype).seconds
-        else:
-            floor[rows] = hw.section(SECTIONS[kind], dtype)["t0_s"]
-    return floor
+        for rows, dtype, _ in by_formats(w, kind):
+            if kind == Kind.ELEMENTWISE:
+                out[rows] = elementwise_time(0.0, 0.0, p.hw, role=w.role[rows], dtype=dtype).seconds
+            else:
+                out[rows] = p.hw.section(SECTIONS[kind], dtype)["t0_s"]
+    return out * w.count

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from calibration.fit.conformal import few_groups, neighbours, outer_bands, quantiles
-from calibration.fit.core import Shapes, bootstrap, fit_constants, free_constants, machine_of, shapes, timed
+from calibration.fit.core import Shapes, bootstrap, fit_constants, free_constants, shapes, timed
 from calibration.fit.gemm import accuracy, anchor_gemm, fit_gemm, starting_constants
 from calibration.fit.residual import FEW, FEW_OWN, FewRows, blocks, evaluate, solve
 from simulator.hardware.library import load_hardware
 from simulator.kernels.gemm import gemm_time, with_section
-from simulator.kernels.gemm_core import machine_core
+from simulator.kernels.gemm_core import Machine, machine_core
 
 HW = load_hardware("h100_sxm")
-MACHINE = machine_of(HW, "bf16")
+MACHINE = Machine.of(HW, "bf16")
 START = starting_constants(HW, "bf16")
 PLANTED = {"t0": 2.4e-6, "e_tc": 0.72, "tau": 1.3e-7, "e_d": 0.88, "t_s": 2.0e-6}
 TRUTH = {**START, **PLANTED}
@@ -48,7 +48,7 @@ def test_planted_constants_are_recovered_and_a_bootstrap_agrees_with_their_error
 @pytest.mark.parametrize("pack_m", [2.0, 4.0, 8.0])
 def test_where_a_cpu_begins_to_rearrange_its_weights_is_found(pack_m: float) -> None:
     hw = load_hardware("cpu")
-    machine, start = machine_of(hw, "fp32"), starting_constants(hw, "fp32")
+    machine, start = Machine.of(hw, "fp32"), starting_constants(hw, "fp32")
     rng = np.random.default_rng(5)
     m = rng.choice([1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0, 64.0, 512.0], 300)
     n, k = (64.0 * np.ceil(2.0 ** rng.uniform(0, 6, 300)) for _ in range(2))
@@ -161,5 +161,5 @@ def test_small_helpers() -> None:
     assert (biased.low, biased.high) == pytest.approx((np.exp(-0.5), 1.0))
     assert few_groups(2) > few_groups(10) > few_groups(1000) > 1
     assert accuracy(np.log([1.1, 0.9]), np.array([1.0, 300.0]))["mape"] == pytest.approx(0.1)
-    hopper, ampere = (free_constants(machine_of(load_hardware(g), "bf16")) for g in ("h100", "a100"))
+    hopper, ampere = (free_constants(Machine.of(load_hardware(g), "bf16")) for g in ("h100", "a100"))
     assert set(ampere) - set(hopper) == {"b_l2"}

@@ -9,15 +9,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from calibration.fit.attention import REGISTRY, Columns, core_of, device_of, fit_attention, predict, usable, work_of
+from calibration.fit.attention import REGISTRY, Columns, core_of, fit_attention, predict, usable, work_of
 from calibration.fit.residual import Stiffness, fit_lattice
 from calibration.judge.protocol_attention import score
 from simulator.hardware.library import load_hardware
 from simulator.kernels.attention import REGIMES, decode_attention_time, prefill_attention_time
+from simulator.kernels.gemm_core import Machine
 from simulator.kernels.lattice import Lattice
 
 HW = load_hardware("h100_sxm")
-DEVICE = device_of(HW)
+DEVICE = Machine.of(HW)
 MOVED = {
     "prefill": {"t0_s": 7e-6, "e_tc": 0.6, "kappa": 1.4, "e_io": 0.5},
     "decode": {"t0_s": 9e-6, "unit_s": 3e-6, "e_d": 0.8},
@@ -39,7 +40,7 @@ def shapes(phase: str, rows: int, seed: int) -> Columns:
 
 
 def timed(phase: str, c: Columns, truth: dict[str, float], device: object = DEVICE) -> Columns:
-    return replace(c, seconds=core_of(phase, work_of(phase, c, truth), device, truth))
+    return replace(c, seconds=core_of(phase, work_of(phase, c, truth), device, truth).total_s)
 
 
 def planted(phase: str, rows: int, seed: int, noise: float) -> Columns:
@@ -106,7 +107,7 @@ def test_what_was_measured_cold_in_fp32_is_predicted_so(phase: str) -> None:
     """A fit that took a rotated cache for a warm one, or four bytes for two, would agree with its rows, not with what
     is shown."""
     c = replace(shapes(phase, 300, 4), element_bytes=np.full(300, 4.0), warm=np.zeros(300))
-    device = device_of(HW, "tf32")
+    device = Machine.of(HW, "tf32")
     c = timed(phase, c, defaults(phase), device)
     times = shown(phase, c, fit_attention(phase, c, device, "hopper"), "tf32")
     assert np.median(np.abs(times / c.seconds - 1.0)) < 0.02
@@ -174,7 +175,7 @@ def test_accuracy_on_unseen_heads_at_400_rows(phase: str, table: str, mape: floa
 
     hw = load_hardware("a100_sxm_80gb" if table.startswith("a100") else "h100_sxm")
     c = columns_of(load_measurements(table, dtype="bf16"))
-    result = score(phase, c.take(c.head_dim == 128), device_of(hw), hw.architecture, "heads", 400, 0)
+    result = score(phase, c.take(c.head_dim == 128), Machine.of(hw), hw.architecture, "heads", 400, 0)
     assert result["mape"] < mape
     assert result["roofline"] > 0.5
     assert result["speedup_median"] < 0.045

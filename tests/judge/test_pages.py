@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibration.fit.core import machine_of, shapes
+from calibration.fit.core import shapes
 from calibration.judge import ablations, pages
 from calibration.judge.protocol import Measured, errors
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.kernels.gemm import gemm_time
+from simulator.kernels.gemm_core import Machine
 
 
 @pytest.mark.parametrize("page", ["accuracy", "ablations", "published"])
@@ -48,7 +49,7 @@ def planted() -> Measured:
     pairs = np.round(2 ** rng.uniform(7, 14, (42, 2)) / 16) * 16
     m = np.tile(np.unique(np.round(2.0 ** np.linspace(0, 13, 48))), 42)
     n, k = np.repeat(pairs, len(m) // 42, axis=0).T
-    data = shapes(m, n, k, np.ones(m.size), machine_of(hw, "bf16"))
+    data = shapes(m, n, k, np.ones(m.size), Machine.of(hw, "bf16"))
     noise = np.exp(0.02 * rng.standard_normal(m.size))
     seconds = gemm_time(data.m, data.n, data.k, hw, copies=data.copies).seconds
     return Measured(replace(data, seconds=seconds * noise), hw)

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 
 from calibration.fit.attention import Columns
-from calibration.fit.core import Shapes, machine_of, shapes
+from calibration.fit.core import Shapes, shapes
 from calibration.judge import protocol
 from calibration.judge.accuracy import GEMMS, columns_of_table, means
 from calibration.judge.baselines import BASELINES, datasheet, roofline_rbf, three_constants
 from calibration.judge.protocol_attention import comparable
 from simulator.hardware.library import load_hardware
+from simulator.kernels.gemm_core import Machine
 
 HW = load_hardware("h100_sxm")
-MACHINE = machine_of(HW, "bf16")
+MACHINE = Machine.of(HW, "bf16")
 
 
 @pytest.fixture(scope="module")

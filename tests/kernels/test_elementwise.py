@@ -13,21 +13,16 @@ from simulator.errors import InputError
 from simulator.hardware.constants import CLASSES
 from simulator.hardware.constants import ELEMENTWISE_CONSTANTS as CONSTANTS
 from simulator.hardware.library import load_hardware
-from simulator.kernels.elementwise import (
-    ROLE_CLASS,
-    class_code,
-    class_lattice,
-    class_place,
-    elementwise_core,
-    elementwise_time,
-)
+from simulator.kernels.elementwise import class_code, class_lattice, class_place, elementwise_core, elementwise_time
 from simulator.workload import ROLES, role_code
 
 
-def test_classes_cover_the_roles_in_order() -> None:
-    assert tuple(ROLE_CLASS) == ROLES
-    assert set(ROLE_CLASS.values()) <= set(CLASSES)
-    assert class_code(role_code("mlp_norm", "activation")).tolist() == class_code(["mlp_norm", "activation"]).tolist()
+def test_every_role_has_a_class_by_code_and_by_name() -> None:
+    codes = class_code(np.arange(len(ROLES)))
+    assert class_code(ROLES).tolist() == codes.tolist()
+    assert {CLASSES[code] for code in codes} == set(CLASSES)
+    names = ["mlp_norm", "gather", "rotary", "residual", "select"]
+    assert [CLASSES[i] for i in class_code(role_code(*names))] == ["norm", "embedding", "rotary", "copy", "select"]
     with pytest.raises(InputError, match="mlp_nrm"):
         class_code("mlp_nrm")
 
@@ -62,7 +57,7 @@ def planted(seed: int, noise: float) -> tuple[np.ndarray, np.ndarray, np.ndarray
     truth |= {"t0_norm_s": 3e-6, "e_norm": 0.8, "l2_norm": 2.0, "t0_rotary_s": 2e-6, "e_rotary": 0.6, "l2_rotary": 3.0}
     size = np.exp(rng.uniform(np.log(1e4), np.log(1e10), 400))
     code = rng.choice([CLASSES.index("norm"), CLASSES.index("rotary")], 400)
-    time = elementwise_core(size, code, 72e6, 1.0e12, truth) * np.exp(noise * rng.normal(size=400))
+    time = elementwise_core(size, code, 72e6, 1.0e12, truth)[0] * np.exp(noise * rng.normal(size=400))
     return size, code, time, truth
 
 
@@ -94,7 +89,7 @@ def test_a_section_brings_its_residual() -> None:
     shown = elementwise_time(size, 0.0, hw, role=np.array(CLASSES)[code]).seconds
     residual = class_lattice(fit.section.arrays)
     assert residual is not None
-    core = elementwise_core(size, code, 72e6, 1.0e12, fit.constants.values)
+    core, *_ = elementwise_core(size, code, 72e6, 1.0e12, fit.constants.values)
     assert shown == pytest.approx(core * np.exp(residual(class_place(size, code))))
 
 
@@ -104,7 +99,7 @@ def test_accuracy_on_the_rtx_4090(shared_data) -> None:  # type: ignore[no-untyp
     r = r.select(r.is_operator("elementwise"))
     size, code, device = r.read_bytes + r.write_bytes, class_code(r.role), (hw.l2_bytes, hw.bandwidth_bytes_per_s)
     scores = [score(size, code, r.seconds, *device, "ada", 400, seed) for seed in (0, 1, 2)]
-    # measured: 5.1 %, and 6.7 % over 10 us, where rotary alternates between 10 and 22 us from one token count to the next
+    # measured: 5.1 %, and 6.7 % over 10 us, where rotary takes 10 or 22 us in turn from one token count to the next
     assert np.mean([s["mape"] for s in scores]) < 0.06
     assert np.mean([s["mape_over_10us"] for s in scores]) < 0.075
     assert 0.87 <= np.mean([s["coverage"] for s in scores]) <= 0.95
