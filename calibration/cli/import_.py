@@ -44,7 +44,7 @@ def command(
     """
     from calibration.records.importers import import_table
     from calibration.records.parquet import write_records
-    from calibration.records.records import Records
+    from calibration.records.table import Records
     from simulator.files.write import check_target
     from simulator.hardware.library import load_hardware
 

@@ -11,7 +11,7 @@ from simulator.cli.options import arg
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from calibration.records.records import Records
+    from calibration.records.table import Records
     from simulator.hardware.profile import HardwareProfile
 
 RecordsArgument = Annotated[list[str], arg("RECORDS...", "Files, run folders, or names of shipped measurements.")]
@@ -32,7 +32,7 @@ def load_rows(names: Sequence[str], hw: HardwareProfile | None = None) -> tuple[
     """
     from calibration.measurements import list_measurements, load_measurements
     from calibration.records.importers import import_table
-    from calibration.records.records import Records
+    from calibration.records.table import Records
 
     parts, notes = [], []
     for name in names:

@@ -26,8 +26,7 @@ def prefill_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
 
 
 def causal_mask(q_len: int, kv_len: int, place: str) -> Tensor | None:
-    """What :func:`prefill_attention` needs beside the tensors: nothing for a whole prompt, else the lower-right causal
-    mask.
+    """The mask of :func:`prefill_attention`: none for a whole prompt, else the lower-right causal one.
 
     On CUDA it is the symbolic bias, which the flash kernels take; a mask of booleans would send them to a slower one.
     """
@@ -52,9 +51,8 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def block_layout(q_len: int, kv_len: int, block: int, density: float) -> list[list[int]]:
-    """Key blocks computed for each block of queries: its diagonal one, and evenly spread earlier ones.
-
-    Together they are a ``density`` share of the causal ones, rounded up.
+    """Key blocks computed for each block of queries: its diagonal one, and evenly spread earlier ones, together a
+    ``density`` share of the causal ones, rounded up.
 
     >>> block_layout(8, 8, 2, 0.5)
     [[0], [1], [0, 2], [0, 3]]
@@ -86,9 +84,8 @@ def block_sparse_attention(
     ``kv_len - q_len`` must be a multiple of ``block``, so that the diagonal falls on a block.
     """
     if (kv_len - q_len) % block:
-        raise ValueError(
-            f"block-sparse attention: kv_len - q_len = {kv_len - q_len} is no multiple of the block {block}"
-        )
+        off = f"kv_len - q_len = {kv_len - q_len} is no multiple of the block {block}"
+        raise ValueError(f"block-sparse attention: {off}")
     rows = []  # of each block of queries: its span, its earlier key blocks, its diagonal's span, and the mask over both
     for number, blocks in enumerate(layout):
         earlier, last = list(blocks[:-1]), blocks[-1]
@@ -110,9 +107,8 @@ def block_sparse_attention(
             if index is not None:
                 first, second = (t.index_select(2, index).flatten(2, 3) for t in blocked)
                 keys, values = torch.cat((first, keys), dim=2), torch.cat((second, values), dim=2)
-            out[:, :, queries] = F.scaled_dot_product_attention(
-                q[:, :, queries], keys, values, attn_mask=mask, enable_gqa=shared
-            )
+            tensors = q[:, :, queries], keys, values
+            out[:, :, queries] = F.scaled_dot_product_attention(*tensors, attn_mask=mask, enable_gqa=shared)
         return out
 
     return attend
@@ -132,21 +128,16 @@ def flex_block_sparse_attention(
     padded = [[*blocks, *(b for b in range(-(-kv_len // block)) if b not in blocks)] for blocks in layout]
     index = torch.tensor(padded, dtype=torch.int32, device=place)
     offset = kv_len - q_len
-    kept = layout_mask(layout, q_len, kv_len, block).to(place) if not compiled else None
+    kept: Tensor = None if compiled else layout_mask(layout, q_len, kv_len, block).to(place)
 
     def causal(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
         return row + offset >= column
 
     def masked(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        assert kept is not None
         return kept[row, column]
 
-    mask = BlockMask.from_kv_blocks(
-        counts[None, None],
-        index[None, None],
-        BLOCK_SIZE=block,
-        mask_mod=causal if compiled else masked,
-        seq_lengths=(q_len, kv_len),
-    )
+    sizes: dict[str, Any] = {"BLOCK_SIZE": block, "seq_lengths": (q_len, kv_len)}
+    mask_mod = causal if compiled else masked
+    mask = BlockMask.from_kv_blocks(counts[None, None], index[None, None], mask_mod=mask_mod, **sizes)
     function = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
     return lambda q, k, v: function(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])

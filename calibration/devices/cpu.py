@@ -15,6 +15,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 
 def _affinity() -> list[int]:
@@ -39,12 +40,11 @@ if _BOUND:  # loading OpenMP has bound this thread to the first CPU; importing a
     _set_affinity(_ALLOWED)
 
 from calibration.devices.operators import build, is_out_of_memory  # noqa: E402
-from calibration.devices.protocol import Operator, OutOfMemory, Unsupported  # noqa: E402
+from calibration.devices.protocol import Operator, OutOfMemory, Unsupported, unknown_device  # noqa: E402
 from calibration.devices.telemetry import CpuReader, Snapshot, cpuinfo  # noqa: E402
 from calibration.devices.torch_device import TorchDevice, host_loop  # noqa: E402
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
-_DEFAULT_CACHE = 32.0 * 2**20
 
 
 def _read_text(path: str | Path) -> str:
@@ -55,26 +55,18 @@ def _read_text(path: str | Path) -> str:
 
 
 def last_level_cache_bytes(root: str = "/sys/devices/system/cpu/cpu0/cache") -> float:
-    """Size of the largest cache of the first CPU, in bytes; 32 MiB where Linux does not say.
-
-    >>> last_level_cache_bytes("/nowhere") == 32 * 2**20
-    True
-    """
+    """Size of the largest cache of the first CPU, in bytes; 32 MiB where Linux does not say."""
     sizes = []
     for path in Path(root).glob("index*/size"):
         text = _read_text(path)
         digits = text.rstrip("KMG")
         if digits.isdecimal():
             sizes.append(float(digits) * {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30}.get(text[-1:], 1.0))
-    return max(sizes, default=_DEFAULT_CACHE)
+    return max(sizes, default=32.0 * 2**20)
 
 
 def available_memory_bytes(text: str | None = None) -> float:
-    """Memory that can be taken without swapping, from ``/proc/meminfo``; 4 GiB where it does not say.
-
-    >>> available_memory_bytes("MemTotal: 8 kB\\nMemAvailable: 4 kB")
-    4096.0
-    """
+    """Memory that can be taken without swapping, from ``/proc/meminfo``; 4 GiB where it does not say."""
     for line in (_read_text("/proc/meminfo") if text is None else text).splitlines():
         if line.startswith("MemAvailable:"):
             return 1024.0 * float(line.split()[1])
@@ -91,28 +83,16 @@ def keep_blocks() -> bool:
 
 
 class CpuDevice(TorchDevice):
-    """The CPUs this process may use.
+    """The CPUs this process may use: as many threads of torch as its affinity mask has CPUs unless given, each pinned.
 
-    Parameters
-    ----------
-    threads : int, optional
-        Threads of torch; as many as there are CPUs in the process's affinity mask unless given.
-    pin : bool
-        Pin the process to as many CPUs as there are threads.
-    memory_limit_bytes : float, optional
-        Memory operands may take; half of what is available unless given.
-    cache_bytes : float, optional
-        Last-level cache that rotation must exceed twice; asked from Linux unless given.
+    Operands may take ``memory_limit_bytes``, half of what is available unless given; rotation exceeds ``cache_bytes``
+    twice, which Linux is asked for.
     """
 
     name = "cpu"
 
     def __init__(
-        self,
-        threads: int | None = None,
-        pin: bool = True,
-        memory_limit_bytes: float | None = None,
-        cache_bytes: float | None = None,
+        self, threads: int | None = None, memory_limit_bytes: float | None = None, cache_bytes: float | None = None
     ) -> None:
         allowed = _affinity()
         self.threads = len(allowed) if threads is None else threads
@@ -122,15 +102,13 @@ class CpuDevice(TorchDevice):
         self.cpus: tuple[int, ...] = tuple(allowed[: self.threads])
         # where OpenMP binds its workers the calling thread takes the first CPU; otherwise all share a mask as wide as
         # they are many
-        self._pinned = pin and _set_affinity(self.cpus[:1] if _BOUND else self.cpus)
+        self._pinned = _set_affinity(self.cpus[:1] if _BOUND else self.cpus)
         torch.set_num_threads(self.threads)
         self._kept = keep_blocks()
         self._reader = CpuReader(self.cpus)
-        super().__init__(
-            "cpu",
-            last_level_cache_bytes() if cache_bytes is None else cache_bytes,
-            0.5 * available_memory_bytes() if memory_limit_bytes is None else memory_limit_bytes,
-        )
+        cache_bytes = last_level_cache_bytes() if cache_bytes is None else cache_bytes
+        limit_bytes = 0.5 * available_memory_bytes() if memory_limit_bytes is None else memory_limit_bytes
+        super().__init__("cpu", cache_bytes, limit_bytes)
 
     def identity(self) -> tuple[str, Mapping[str, str]]:
         """CPU model, threads, pinning, libraries of torch."""
@@ -180,3 +158,10 @@ class CpuDevice(TorchDevice):
         torch.set_num_threads(threads)
         if self._pinned:
             _set_affinity(cpus)
+
+
+def open_named(rest: str, **options: Any) -> CpuDevice:
+    """The device ``cpu``, of which there is one."""
+    if rest:
+        raise unknown_device(f"cpu:{rest}")
+    return CpuDevice(**options)

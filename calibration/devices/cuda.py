@@ -4,15 +4,13 @@ A graph keeps the host out of the time, and going round weights that together ex
 come from memory. Where an operator cannot be captured, every launch stands alone between two events, after a buffer of
 twice the L2 has been overwritten; the overwriting also gives the host time to have the launch ready. The record says
 which of the two it was.
-
-The torch module for CUDA is an argument (``backend``), and so is the place where tensors live, so that all that is not
-a kernel can be tested where there is no GPU.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -27,27 +25,16 @@ _FEWEST_LAUNCHES = 20  # in a graph, so that the gap between replays is shared b
 _MOST_LAUNCHES = 1 << 13
 _GRAPH_SPAN_S = 2e-3
 _EVENTS = 128  # event pairs in flight on the path without graphs
-_LOST: tuple[str, ...] = ("CUDA error", "uncorrectable ECC", "fallen off the bus", "device-side assert")
-_LOST += ("unspecified launch failure", "no CUDA GPUs")
-
-
-def load_nvml() -> Any | None:
-    """The ``pynvml`` module, or None where it is not installed."""
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    return pynvml
+# fmt: off
+_LOST = (
+    "CUDA error", "uncorrectable ECC", "fallen off the bus", "device-side assert", "unspecified launch failure",
+    "no CUDA GPUs",
+)
+# fmt: on
 
 
 def translate(error: BaseException, what: str) -> Exception | None:
-    """Torch's error as one the runner can act on; None when it is none of these.
-
-    >>> type(translate(RuntimeError("CUDA error: unspecified launch failure"), "gemm")).__name__
-    'DeviceLost'
-    >>> type(translate(RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED when calling cublasLtMatmul"), "gemm")).__name__
-    'Unsupported'
-    """
+    """Torch's error as one the runner can act on; None when it is none of these."""
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if isinstance(error, OutOfMemory | Unsupported | DeviceLost):
         return error
@@ -61,18 +48,11 @@ def translate(error: BaseException, what: str) -> Exception | None:
 
 
 class CudaDevice(TorchDevice):
-    """One CUDA GPU.
+    """One CUDA GPU, by torch's number.
 
-    Parameters
-    ----------
-    index : int
-        As torch numbers it.
-    graphs : bool
-        Time through CUDA graphs; without, every launch is timed alone after an L2 flush.
-    memory_limit_bytes : float, optional
-        Memory operands may take; nine tenths of what is free unless given.
-    backend, place, nvml
-        ``torch.cuda``, the torch device of tensors, and the NVML module; arguments for the sake of tests.
+    Without ``graphs`` every launch is timed alone after an L2 flush. Operands may take ``memory_limit_bytes``, nine
+    tenths of what is free unless given. ``backend`` (``torch.cuda``), ``place`` (of tensors) and ``nvml`` (the module)
+    are arguments so that all that is not a kernel can be tested where there is no GPU.
     """
 
     eight_bit = ("gemm", "copy", "launch_eager", "launch_graph")
@@ -102,10 +82,13 @@ class CudaDevice(TorchDevice):
         super().__init__(self._place, float(getattr(p, "L2_cache_size", 0) or 50 * 2**20), free)
         uuid = str(getattr(p, "uuid", "") or "")
         uuid = f"GPU-{uuid.removeprefix('GPU-')}" if uuid else ""
-        self._reader = NvmlReader(load_nvml() if isinstance(nvml, str) else nvml, uuid, index)
+        if nvml == UNKNOWN:
+            try:
+                nvml = import_module("pynvml")
+            except ImportError:
+                nvml = None
+        self._reader = NvmlReader(nvml, uuid, index)
         self._flush: Any = None
-
-    # -- what it is ---------------------------------------------------------------------------------------------------
 
     def identity(self) -> tuple[str, Mapping[str, str]]:
         """GPU name, driver, CUDA, libraries of torch, power limit and how it is timed."""
@@ -129,9 +112,8 @@ class CudaDevice(TorchDevice):
         """Why this GPU cannot run it, by the rules of cublasLt, cuSPARSELt and torch; empty when it can."""
         op = operator
         if op.dtype not in self.dtypes():
-            return (
-                f"dtype {op.dtype} needs a newer GPU than compute capability {self.capability[0]}.{self.capability[1]}"
-            )
+            capability = ".".join(map(str, self.capability))
+            return f"dtype {op.dtype} needs a newer GPU than compute capability {capability}"
         if op.kind == "gemm_2to4":
             if self.capability < (8, 0):
                 return "gemm_2to4 needs sparse tensor cores, compute capability 8.0 or above"
@@ -144,8 +126,6 @@ class CudaDevice(TorchDevice):
         if op.kind == "gemm" and op.dtype == "int8" and (op.m <= 16 or op.n % 8 or op.k % 8):
             return f"gemm in int8 needs m above 16 and n and k multiples of 8, got m={op.m} n={op.n} k={op.k}"
         return super().refuses(op)
-
-    # -- measuring ----------------------------------------------------------------------------------------------------
 
     def _bind(self, operator: Operator) -> tuple[str, Callable[[int], float]]:
         """Operands on the GPU and, where possible, a graph of launches recorded."""
@@ -165,9 +145,8 @@ class CudaDevice(TorchDevice):
                     raise
                 lost = f"; not captured ({type(error).__name__})"
             else:
-                method = (
-                    f"events round a graph of {length} launches over {launches.copies} rotated copies{launches.how}"
-                )
+                copies = f"{launches.copies} rotated copies{launches.how}"
+                method = f"events round a graph of {length} launches over {copies}"
                 return method, lambda loops: self._replay(graph, length, loops)
         elif operator.kind == "launch_graph":
             raise Unsupported("launch_graph needs CUDA graphs, which are switched off")
@@ -240,3 +219,11 @@ class CudaDevice(TorchDevice):
         super().close()
         self._flush = None
         self._cuda.empty_cache()
+
+
+def open_named(rest: str, **options: Any) -> CudaDevice:
+    """The device ``cuda`` (the first GPU) or ``cuda:INDEX``."""
+    name = f"cuda:{rest}"
+    if rest and not rest.isdecimal():
+        raise InputError(f"device {name!r}: expected cuda or cuda:INDEX with a whole number")
+    return CudaDevice(int(rest or 0), **options)

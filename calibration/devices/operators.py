@@ -1,6 +1,6 @@
 """Operators in torch, shared by the CUDA and the CPU device and by the decoder that really runs.
 
-The lower half are the operators of a decoder as plain functions on tensors. :func:`build` binds one :class:`Operator`
+First the operators of a decoder as plain functions on tensors; then :func:`build`, which binds one :class:`Operator`
 to operands and returns a :class:`Launches`: ``launch(i)`` runs it once, with the i-th copy of the operand that is
 rotated so that it comes from memory.
 
@@ -19,27 +19,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from calibration.devices.attention import (
-    block_layout,
-    block_sparse_attention,
-    causal_mask,
-    decode_attention,
-    flex_block_sparse_attention,
-    prefill_attention,
-)
+from calibration.devices import attention
 from calibration.devices.protocol import NORMS, Operator, OutOfMemory, Unsupported, selected
 from simulator.workload import DTYPE_BYTES, dtype_code
 
 Tensor = Any  # torch.Tensor; torch is optional, so its types are not relied upon
 
+# fmt: off
 TORCH_DTYPE: dict[str, Any] = {
-    "fp32": torch.float32,
-    "tf32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp8": torch.float8_e4m3fn,
-    "int8": torch.int8,
+    "fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn, "int8": torch.int8,
 }
+# fmt: on
 MAX_COPIES = 1 << 14
 _ALIGN = 256  # bytes; what the CUDA allocator and cuBLAS's fast kernels expect of a matrix
 
@@ -87,8 +78,7 @@ class Arena:
             while len(self._data) >= 2:  # formats alternate in one run, but rarely more than two
                 self._data.pop(next(iter(self._data)))
             least = int(self.round_bytes / float(DTYPE_BYTES[dtype_code(dtype)]))
-            data = random_tensor((max(elements, least),), dtype, self.place)
-            self._data[dtype] = data
+            data = self._data[dtype] = random_tensor((max(elements, least),), dtype, self.place)
         return data
 
     def clear(self) -> None:
@@ -113,9 +103,6 @@ def random_tensor(shape: tuple[int, ...], dtype: str, place: str, seed: int = 0)
     return out.reshape(shape)
 
 
-# -- operators of a decoder -------------------------------------------------------------------------------------------
-
-
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float = 1e-5) -> Tensor:
     """Root-mean-square norm over the last axis."""
     return F.rms_norm(x, (x.shape[-1],), weight, epsilon)
@@ -126,10 +113,8 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-def rotary_tables(
-    positions: Tensor, head_dim: int, dtype: Any, frequency: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding, each (positions, head_dim), halves repeated; Llama's frequencies if None."""
+def rotary_tables(positions: Tensor, head_dim: int, dtype: Any, frequency: Tensor = None) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary embedding, each (positions, head_dim), halves repeated; Llama's unless given."""
     if frequency is None:
         frequency = 10000.0 ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     angle = positions.to(torch.float32)[:, None] * frequency[None, :]
@@ -158,9 +143,6 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     signs = ("can't allocate memory", "not enough memory", "out of memory")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
-
-
-# -- operators to time ------------------------------------------------------------------------------------------------
 
 
 def build(op: Operator, place: str, arena: Arena) -> Launches:
@@ -221,20 +203,20 @@ def _attention(op: Operator, place: str, arena: Arena) -> Launches:
     both, copies = _rotated(arena, op, 2, op.batch, op.kv_heads, op.kv_len, op.head_dim)
     caches = [(keys, values) for keys, values in both]
     if op.kind == "attention_decode":
-        return Launches(lambda i: decode_attention(q, *caches[i % copies]), copies)
+        return Launches(lambda i: attention.decode_attention(q, *caches[i % copies]), copies)
     if op.kind == "attention_prefill":
-        mask = causal_mask(op.q_len, op.kv_len, place)
-        return Launches(lambda i: prefill_attention(q, *caches[i % copies], mask), copies)
-    layout = block_layout(op.q_len, op.kv_len, op.block, op.density)
+        mask = attention.causal_mask(op.q_len, op.kv_len, place)
+        return Launches(lambda i: attention.prefill_attention(q, *caches[i % copies], mask), copies)
+    layout = attention.block_layout(op.q_len, op.kv_len, op.block, op.density)
     if place.startswith("cuda"):
         try:
-            fused = flex_block_sparse_attention(layout, op.q_len, op.kv_len, op.block, place)
+            fused = attention.flex_block_sparse_attention(layout, op.q_len, op.kv_len, op.block, place)
             fused(q, *caches[0])  # compiles now or not at all
             return Launches(lambda i: fused(q, *caches[i % copies]), copies, ", one fused kernel (flex attention)")
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-    by_rows = block_sparse_attention(layout, op.q_len, op.kv_len, op.block, place)
+    by_rows = attention.block_sparse_attention(layout, op.q_len, op.kv_len, op.block, place)
     how = ", a gather and a dense attention for each block of queries"
     return Launches(lambda i: by_rows(q, *caches[i % copies]), copies, how)
 
@@ -283,16 +265,10 @@ def _launch(op: Operator, place: str, arena: Arena) -> Launches:
     return Launches(lambda i: value.add_(1.0), 1)
 
 
+# fmt: off
 _BUILDERS: dict[str, Callable[[Operator, str, Arena], Launches]] = {
-    "gemm": _gemm,
-    "gemm_2to4": _gemm_2to4,
-    "low_rank": _low_rank,
-    "gather_gemm": _gather_gemm,
-    "attention_prefill": _attention,
-    "attention_decode": _attention,
-    "attention_block_sparse": _attention,
-    "elementwise": _elementwise,
-    "copy": _copy,
-    "launch_eager": _launch,
-    "launch_graph": _launch,
+    "gemm": _gemm, "gemm_2to4": _gemm_2to4, "low_rank": _low_rank, "gather_gemm": _gather_gemm,
+    "attention_prefill": _attention, "attention_decode": _attention, "attention_block_sparse": _attention,
+    "elementwise": _elementwise, "copy": _copy, "launch_eager": _launch, "launch_graph": _launch,
 }
+# fmt: on

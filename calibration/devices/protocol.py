@@ -1,17 +1,17 @@
 """What a device must offer to be measured, the operators it may be asked for, and the ways it may fail.
 
 :class:`Operator` names one thing to time, by shape and number format alone. A :class:`Device` turns it into a
-:class:`Prepared`, whose ``sample(loops)`` is all that the timing code ever calls. Three exceptions say what went wrong
-in a way the runner can act on.
+:class:`Prepared`, whose ``sample(loops)`` is all that the timing code ever calls.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 from calibration.devices.telemetry import Snapshot
+from simulator.errors import InputError, unknown
 from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, dtype_code
 
 _GEMM = ("m", "n", "k")
@@ -33,14 +33,12 @@ OPERATORS: Mapping[str, tuple[str, ...]] = {
 }
 """Kinds of operators, and the dimensions each must have."""
 
-NORMS = ("attention_norm", "mlp_norm", "post_norm", "final_norm", "qk_norm")
-ELEMENTWISE_ROLES = (
-    *NORMS, "activation", "residual", "rotary", "embedding", "gather", "scatter", "cache_write", "select",
-)
 # fmt: on
+NORMS = ("attention_norm", "mlp_norm", "post_norm", "final_norm", "qk_norm")
+_OTHERS = ("activation", "residual", "rotary", "embedding", "gather", "scatter", "cache_write", "select")
+ELEMENTWISE_ROLES = NORMS + _OTHERS
 """Roles an ``elementwise`` operator may have."""
-INDEX_BYTES = 4.0
-"""A chosen index, as the families' selections count it."""
+INDEX_BYTES = 4.0  # of a chosen index, as the families' selections count it
 
 
 class Unsupported(ValueError):
@@ -55,9 +53,13 @@ class DeviceLost(RuntimeError):
     """The device no longer answers; nothing after this can be measured."""
 
 
+def unknown_device(name: str) -> InputError:
+    """The error for a name that no device is opened by."""
+    return unknown("device", name, ("cpu", "cuda", "cuda:0", "replay:FILE"))
+
+
 def elementwise_bytes(role: str, m: int, n: int, element_bytes: float) -> tuple[float, float]:
-    """Bytes an elementwise operator on m tokens of n features reads and writes; ``select`` keeps the indices of half
-    the features.
+    """Bytes an elementwise operator on m tokens of n features reads and writes; ``select`` keeps half of their indices.
 
     >>> elementwise_bytes("residual", 2, 8, 2.0), elementwise_bytes("select", 2, 8, 2.0)
     ((64.0, 32.0), (32.0, 32.0))
@@ -75,18 +77,15 @@ def selected(n: int) -> int:
 
 @dataclass(frozen=True)
 class Operator:
-    """One thing to time. Which fields matter depends on ``kind``, one of :data:`OPERATORS`; the others stay at their
-    defaults.
+    """One thing to time. Which fields matter depends on ``kind``; the others stay at their defaults.
 
-    Examples
-    --------
     >>> Operator("gemm", m=1, n=64, k=32).key
     'gemm bf16 cold m=1 n=64 k=32'
     >>> Operator("gemm", m=1, n=64, k=32).bytes
     4288.0
     """
 
-    kind: str
+    kind: str  # one of OPERATORS
     dtype: str = "bf16"  # one of simulator.workload.DTYPES
     m: int = 0  # GEMMs, elementwise: tokens
     n: int = 0  # GEMMs: output features; elementwise: features; copy: bytes
@@ -110,9 +109,8 @@ class Operator:
         if self.dtype not in DTYPES:
             raise ValueError(f"operator dtype {self.dtype!r} is unknown; expected one of {', '.join(DTYPES)}")
         if self.kind == "elementwise" and self.role not in ELEMENTWISE_ROLES:
-            raise ValueError(
-                f"elementwise role {self.role!r} is unknown; expected one of {', '.join(ELEMENTWISE_ROLES)}"
-            )
+            expected = ", ".join(ELEMENTWISE_ROLES)
+            raise ValueError(f"elementwise role {self.role!r} is unknown; expected one of {expected}")
         if self.role and self.role != "gemm" and self.role not in ROLES:
             raise ValueError(f"operator role {self.role!r} is unknown")
         for name in OPERATORS[self.kind]:
@@ -204,13 +202,9 @@ class Operator:
             return 4.0 * self.element_bytes * self.m * self.n
         return max(self.bytes, self.element_bytes * self.weight_elements)
 
-    def as_record(self) -> dict[str, Any]:
-        """A JSON-ready mapping with every field."""
-        return asdict(self)
-
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Operator:
-        """The inverse of :meth:`as_record`; names that are no field are refused."""
+        """The inverse of ``vars``; names that are no field are refused."""
         known = {f.name for f in fields(cls)}
         if extra := sorted(set(record) - known):
             raise ValueError(f"operator record has unknown fields {extra}; expected some of {sorted(known)}")
@@ -220,11 +214,7 @@ class Operator:
 @dataclass(frozen=True)
 class Description:
     """What was measured, and with which software: a profile names both, because the same silicon differs by 5-15 %
-    between stacks.
-
-    >>> Description("cpu", "some CPU", {"torch": "2.9", "threads": "2"}).software
-    'torch 2.9, threads 2'
-    """
+    between stacks."""
 
     name: str  # the name the device was opened by (cpu, cuda:0)
     device: str  # the hardware as it names itself
@@ -241,12 +231,10 @@ class Description:
 class Prepared(Protocol):
     """An operator ready to be launched, with its operands in memory."""
 
-    method: str
-    """How launches are timed and kept cold, for the record."""
+    method: str  # how launches are timed and kept cold, for the record
 
     def sample(self, loops: int) -> float:
         """Launch ``loops`` times and return seconds per launch."""
-        ...
 
 
 class Device(Protocol):
@@ -256,32 +244,24 @@ class Device(Protocol):
 
     def describe(self) -> Description:
         """Hardware and software of the device."""
-        ...
 
     def dtypes(self) -> tuple[str, ...]:
         """Number formats its GEMMs run in."""
-        ...
 
     def refuses(self, operator: Operator) -> str:
         """Why the device cannot run this operator; empty when it can."""
-        ...
 
     def prepare(self, operator: Operator) -> Prepared:
         """Operands in place, kernels chosen. Raises Unsupported, OutOfMemory or DeviceLost."""
-        ...
 
     def snapshot(self) -> Snapshot:
         """Clocks, power, temperature and throttle reasons now."""
-        ...
 
     def clock(self) -> float:
         """Monotonic seconds in which budgets are counted (simulated on a replayed device)."""
-        ...
 
     def rest(self, seconds: float) -> None:
         """Do nothing for a while, to let the device cool down."""
-        ...
 
     def close(self) -> None:
         """Give operands and settings back."""
-        ...

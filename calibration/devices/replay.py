@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from calibration.devices.protocol import Description, DeviceLost, Operator, OutOfMemory, Unsupported
-from calibration.devices.telemetry import UNKNOWN, Snapshot
+from calibration.devices.telemetry import Snapshot
 from simulator.errors import InputError
 from simulator.files.read import read_bounded
 
 Seconds = Callable[[Operator], float]
+
+_PLANTED = Description("replay", "planted device", {"replay": "1"}, 80e9, 50e6)
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,7 @@ class Faults:
 
 
 def roofline_timings(flop_per_s: float = 100e12, bytes_per_s: float = 1.5e12, floor_s: float = 3e-6) -> Seconds:
-    """A plain planted device: the cubic mean of tensor and memory time over a floor.
-
-    >>> round(roofline_timings()(Operator("gemm", m=4096, n=4096, k=4096)) * 1e3, 2)
-    1.38
-    """
+    """A plain planted device: the cubic mean of tensor and memory time over a floor."""
 
     def seconds(op: Operator) -> float:
         return floor_s + float(np.cbrt((op.flops / flop_per_s) ** 3 + (op.bytes / bytes_per_s) ** 3))
@@ -65,94 +62,49 @@ class _ReplayPrepared:
         return self.device.play(self.operator, self.number, self.samples, loops)
 
 
+@dataclass(eq=False)
 class ReplayDevice:
     """Planted or recorded timings as a device.
 
-    Parameters
-    ----------
-    seconds : callable or mapping
-        Operator -> seconds a launch, or by the operator's key; then others are refused.
-    noise : float
-        Relative standard deviation of a sample (log-normal, so that it stays above zero).
-    setup_s : float, s
-        Simulated time that a preparation takes.
-    warmup : int
-        First samples of every preparation that are slower, by half and less and less.
-    refused : mapping of kind to reason
-        Operators this device lacks.
-
-    Examples
-    --------
     >>> device = ReplayDevice(lambda op: 1e-3)
     >>> device.prepare(Operator("copy", n=1)).sample(10), round(device.clock(), 3)
     (0.001, 0.06)
     """
 
-    def __init__(
-        self,
-        seconds: Seconds | Mapping[str, float] | None = None,
-        *,
-        noise: float = 0.0,
-        seed: int = 0,
-        faults: Faults | None = None,
-        description: Description | None = None,
-        setup_s: float = 0.05,
-        warmup: int = 0,
-        refused: Mapping[str, str] | None = None,
-        dtypes: Sequence[str] = ("bf16", "fp16", "fp32"),
-    ) -> None:
-        self.name = description.name if description else "replay"
-        self.faults = faults or Faults()
-        self.prepared: list[Operator] = []
-        self._recorded = seconds if isinstance(seconds, Mapping) else None
-        self._planted = roofline_timings() if seconds is None or isinstance(seconds, Mapping) else seconds
-        self._noise, self._rng = noise, np.random.default_rng(seed)
-        self._description = description or Description("replay", "planted device", {"replay": "1"}, 80e9, 50e6)
-        self._setup_s, self._warmup, self._refused = setup_s, warmup, dict(refused or {})
-        self._dtypes = tuple(dtypes)
-        self._now, self._lost = 0.0, False
+    timings: Seconds | Mapping[str, float] = field(default_factory=roofline_timings)  # or by key: others are refused
+    _: KW_ONLY
+    noise: float = 0.0  # relative standard deviation of a sample (log-normal, so that it stays above zero)
+    seed: int = 0
+    faults: Faults = field(default_factory=Faults)
+    description: Description = _PLANTED
+    setup_s: float = 0.05  # simulated time that a preparation takes
+    warmup: int = 0  # first samples of every preparation that are slower, by half and less and less
+    refused: Mapping[str, str] = field(default_factory=dict)  # kinds of operators it lacks, and why
+    formats: tuple[str, ...] = ("bf16", "fp16", "fp32")
+    prepared: list[Operator] = field(default_factory=list)
+    _now: float = 0.0
+    _lost: bool = False
 
-    @classmethod
-    def from_file(cls, path: str | Path, **options: Any) -> ReplayDevice:
-        """A device that answers with the medians of a file of one JSON record a line, and refuses what they lack.
-
-        Records need ``operator`` and ``median_s``; lines that are no measurement of an operator are passed over.
-        """
-        try:
-            lines = read_bounded(path).decode("utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise InputError(f"device replay:{path}: {error}") from None
-        medians: dict[str, float] = {}
-        for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{path}:{number}: not a JSON record: {error}") from None
-            if isinstance(record, dict) and record.get("operator") and record.get("median_s"):
-                medians[Operator.from_record(record["operator"]).key] = float(record["median_s"])
-        if not medians:
-            raise InputError(f"device replay:{path}: the file has no measurement of an operator in it")
-        return cls(medians, **options)
+    def __post_init__(self) -> None:
+        self.name = self.description.name
+        self._rng = np.random.default_rng(self.seed)
 
     def describe(self) -> Description:
         """What it was told to be."""
-        return self._description
+        return self.description
 
     def dtypes(self) -> tuple[str, ...]:
         """What it was told to have."""
-        return self._dtypes
+        return self.formats
 
     def refuses(self, operator: Operator) -> str:
         """The planted reason; on a recorded device also that there is no recording."""
-        if operator.kind in self._refused:
-            return self._refused[operator.kind]
-        if self._recorded is not None and operator.key not in self._recorded:
-            return f"no recording of {operator.key}"
-        return ""
+        recorded = not isinstance(self.timings, Mapping) or operator.key in self.timings
+        return self.refused.get(operator.kind, "" if recorded else f"no recording of {operator.key}")
 
     def seconds(self, operator: Operator) -> float:
         """Time of a launch without noise and faults."""
-        return self._planted(operator) if self._recorded is None else self._recorded[operator.key]
+        return self.timings[operator.key] if isinstance(self.timings, Mapping) else self.timings(operator)
 
     def prepare(self, operator: Operator) -> _ReplayPrepared:
         """Count the preparation and fail as planted."""
@@ -163,10 +115,9 @@ class ReplayDevice:
         if reason := self.refuses(operator):
             raise Unsupported(reason)
         if operator.footprint_bytes > self.faults.out_of_memory_bytes:
-            raise OutOfMemory(
-                f"{operator.footprint_bytes:.3g} bytes asked, {self.faults.out_of_memory_bytes:.3g} there"
-            )
-        self._now += self._setup_s
+            there = f"{self.faults.out_of_memory_bytes:.3g} there"
+            raise OutOfMemory(f"{operator.footprint_bytes:.3g} bytes asked, {there}")
+        self._now += self.setup_s
         return _ReplayPrepared(self, operator, number)
 
     def play(self, operator: Operator, number: int, sample: int, loops: int) -> float:
@@ -176,10 +127,10 @@ class ReplayDevice:
             self._lost = True
         if self._lost:
             raise DeviceLost("planted: the device has fallen off the bus")
-        noise = f.noise if number in f.noisy else self._noise
+        noise = f.noise if number in f.noisy else self.noise
         value = self.seconds(operator) * (1.0 + f.drift_per_s * self._now)
         value *= f.slowdown if number in f.throttle else 1.0
-        value *= 1.0 + 0.5 * 0.5 ** (sample - 1) if sample <= self._warmup else 1.0
+        value *= 1.0 + 0.5 * 0.5 ** (sample - 1) if sample <= self.warmup else 1.0
         value *= math.exp(noise * self._rng.standard_normal()) if noise else 1.0
         self._now += value * loops
         return math.nan if number in f.nan and sample == 3 else value
@@ -188,10 +139,9 @@ class ReplayDevice:
         """Planted telemetry."""
         if not self.faults.nvml:
             return Snapshot()
-        hot = len(self.prepared) - 1 in self.faults.throttle
-        reasons = ("hw_thermal_slowdown",) if hot else ()
-        clock = 1.98e9 / (self.faults.slowdown if hot else 1.0)
-        return Snapshot(clock, 2.6e9, 450.0, 91.0 if hot else 61.0, 1.0, reasons, UNKNOWN)
+        if len(self.prepared) - 1 in self.faults.throttle:
+            return Snapshot(1.98e9 / self.faults.slowdown, 2.6e9, 450.0, 91.0, 1.0, ("hw_thermal_slowdown",))
+        return Snapshot(1.98e9, 2.6e9, 450.0, 61.0, 1.0, ())
 
     def clock(self) -> float:
         """Simulated seconds."""
@@ -203,3 +153,27 @@ class ReplayDevice:
 
     def close(self) -> None:
         """Nothing to give back."""
+
+
+def open_named(path: str, **options: Any) -> ReplayDevice:
+    """A device that answers with the medians of a file of one JSON record a line, and refuses what they lack.
+
+    Records need ``operator`` and ``median_s``; lines that are no measurement of an operator are passed over.
+    """
+    if not path:
+        raise InputError("device 'replay' needs a file of records; write replay:FILE")
+    try:
+        lines = read_bounded(path).decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"device replay:{path}: {error}") from None
+    medians: dict[str, float] = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}:{number}: not a JSON record: {error}") from None
+        if isinstance(record, dict) and record.get("operator") and record.get("median_s"):
+            medians[Operator.from_record(record["operator"]).key] = float(record["median_s"])
+    if not medians:
+        raise InputError(f"device replay:{path}: the file has no measurement of an operator in it")
+    return ReplayDevice(medians, **options)

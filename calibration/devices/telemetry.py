@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,18 +18,13 @@ Unknown = Literal["unknown"]
 UNKNOWN: Unknown = "unknown"
 Reading = float | Unknown
 
-# bits of nvmlClocksEventReasons (NVIDIA, "NVML API Reference Guide", group nvmlClocksEventReasons)
-NVML_REASONS: tuple[tuple[int, str], ...] = (
-    (0x1, "gpu_idle"),
-    (0x2, "applications_clocks_setting"),
-    (0x4, "sw_power_cap"),
-    (0x8, "hw_slowdown"),
-    (0x10, "sync_boost"),
-    (0x20, "sw_thermal_slowdown"),
-    (0x40, "hw_thermal_slowdown"),
-    (0x80, "hw_power_brake_slowdown"),
-    (0x100, "display_clock_setting"),
+# fmt: off
+# bits of nvmlClocksEventReasons from the lowest (NVIDIA, "NVML API Reference Guide", group nvmlClocksEventReasons)
+NVML_REASONS = (
+    "gpu_idle", "applications_clocks_setting", "sw_power_cap", "hw_slowdown", "sync_boost", "sw_thermal_slowdown",
+    "hw_thermal_slowdown", "hw_power_brake_slowdown", "display_clock_setting",
 )
+# fmt: on
 
 # Reasons under which a sample does not show the device at its best and is repeated. The software power cap is not among
 # them: a data-centre GPU sits on its power limit in every long GEMM, so that state belongs to what is being measured;
@@ -53,48 +48,35 @@ class Snapshot:
     waited_s: Reading = UNKNOWN  # that threads of this process were ready to run and given no CPU, a counter too
 
     def as_record(self) -> dict[str, Any]:
-        """A JSON-ready mapping.
-
-        >>> Snapshot(power_w=70.0).as_record()["power_w"], Snapshot().as_record()["throttle"]
-        (70.0, 'unknown')
-        """
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        """A JSON-ready mapping."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
 
 def throttle_reasons(bits: int) -> tuple[str, ...]:
     """Names of the set bits of NVML's clock event reasons; bits without a name are kept as ``bit_0x...``.
 
-    >>> throttle_reasons(0x44), throttle_reasons(0)
-    (('sw_power_cap', 'hw_thermal_slowdown'), ())
+    >>> throttle_reasons(0x1044)
+    ('sw_power_cap', 'hw_thermal_slowdown', 'bit_0x1000')
     """
-    names = [name for bit, name in NVML_REASONS if bits & bit]
-    rest = bits & ~sum(bit for bit, _ in NVML_REASONS)
+    names = [name for place, name in enumerate(NVML_REASONS) if bits >> place & 1]
+    rest = bits >> len(NVML_REASONS) << len(NVML_REASONS)
     return tuple(names + ([f"bit_{rest:#x}"] if rest else []))
 
 
 def throttled(before: Snapshot, after: Snapshot) -> tuple[str, ...] | Unknown:
     """Why a measurement between two snapshots must be repeated: throttle reasons, none, or "unknown" when neither
-    snapshot can tell.
-
-    >>> throttled(Snapshot(throttle=()), Snapshot(throttle=("hw_slowdown", "sw_power_cap")))
-    ('hw_slowdown',)
-    >>> throttled(Snapshot(), Snapshot())
-    'unknown'
-    """
+    snapshot can tell."""
     states = [snapshot.throttle for snapshot in (before, after) if not isinstance(snapshot.throttle, str)]
     reasons = {reason for state in states for reason in state}
-    counted = not isinstance(before.throttle_events, str) and not isinstance(after.throttle_events, str)
-    if counted and after.throttle_events > before.throttle_events:  # type: ignore[operator]
+    events = _known((before.throttle_events, after.throttle_events))
+    counted = len(events) == 2
+    if counted and events[1] > events[0]:
         reasons.add("cpu_thermal")
     return tuple(sorted(reasons & THROTTLING)) if states or counted else UNKNOWN
 
 
 def waited(before: Snapshot, after: Snapshot, elapsed_s: float, threads: int = 1) -> Reading:
-    """Share of the threads' time that went by waiting for a CPU, 0..1; "unknown" where nothing counts it.
-
-    >>> waited(Snapshot(waited_s=1.0), Snapshot(waited_s=1.5), 1.0, threads=2)
-    0.25
-    """
+    """Share of the threads' time that went by waiting for a CPU, 0..1; "unknown" where nothing counts it."""
     if isinstance(before.waited_s, str) or isinstance(after.waited_s, str) or elapsed_s <= 0:
         return UNKNOWN
     return max(0.0, after.waited_s - before.waited_s) / (elapsed_s * max(threads, 1))
@@ -115,7 +97,7 @@ class NvmlReader:
     index, which might be another card's, is used only when there is no UUID.
     """
 
-    def __init__(self, nvml: Any | None, uuid: str = "", index: int = 0) -> None:
+    def __init__(self, nvml: Any, uuid: str = "", index: int = 0) -> None:
         self._nvml = nvml
         self._handle: Any = None
         if nvml is not None:
@@ -126,7 +108,7 @@ class NvmlReader:
     def snapshot(self) -> Snapshot:
         """Clocks, power, temperature, utilisation and throttle reasons now."""
         nvml, handle = self._nvml, self._handle
-        if nvml is None or handle is None:
+        if handle is None:
             return Snapshot()
         return Snapshot(
             clock_hz=_read(lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM), 1e6),
@@ -149,14 +131,14 @@ class NvmlReader:
     def driver(self) -> str:
         """Version of the driver, or "unknown"."""
         try:
-            version = self._nvml.nvmlSystemGetDriverVersion()  # type: ignore[union-attr]
+            version = self._nvml.nvmlSystemGetDriverVersion()
         except Exception:
             return UNKNOWN
         return version.decode() if isinstance(version, bytes) else str(version)
 
     def power_limit_w(self) -> Reading:
-        """Enforced power limit in watts, or "unknown"."""
-        return _read(lambda: self._nvml.nvmlDeviceGetEnforcedPowerLimit(self._handle), 1e-3)  # type: ignore[union-attr]
+        """Enforced power limit, or "unknown"."""
+        return _read(lambda: self._nvml.nvmlDeviceGetEnforcedPowerLimit(self._handle), 1e-3)
 
 
 class CpuReader:
@@ -202,11 +184,7 @@ def _known(readings: Iterable[Reading]) -> list[float]:
 
 
 def cpuinfo(text: str, cpu: int = 0) -> dict[str, str]:
-    """The entry of one processor in the text of ``/proc/cpuinfo``; KeyError where it has none.
-
-    >>> cpuinfo("processor : 0\\ncpu MHz : 2600.0\\n\\nprocessor : 1\\ncpu MHz : 2700.0\\n", 1)["cpu MHz"]
-    '2700.0'
-    """
+    """The entry of one processor in the text of ``/proc/cpuinfo``; KeyError where it has none."""
     for block in text.split("\n\n"):
         entry = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in block.splitlines())}
         if entry.get("processor") == str(cpu):

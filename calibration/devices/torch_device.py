@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from calibration.devices.operators import Arena, Launches
 from calibration.devices.protocol import Description, Operator, OutOfMemory, Unsupported
 
-D = TypeVar("D", bound="TorchDevice")
 
-
+@dataclass(frozen=True)
 class Timed:
-    """A ``Prepared`` whose launches ``run`` times, with torch's errors translated."""
+    """A ``Prepared`` whose launches ``run`` times, with torch's errors translated by its device."""
 
-    def __init__(
-        self, method: str, run: Callable[[int], float], translate: Callable[[BaseException], Exception | None]
-    ) -> None:
-        self.method = method
-        self._run, self._translate = run, translate
+    method: str
+    run: Callable[[int], float]
+    translated: Callable[[], AbstractContextManager[None]]
 
     def sample(self, loops: int) -> float:
         """Seconds a launch."""
-        try:
-            return self._run(loops)
-        except Exception as error:
-            known = self._translate(error)
-            if known is None:
-                raise
-            raise known from error
+        with self.translated():
+            return self.run(loops)
 
 
 def host_loop(launches: Launches, synchronize: Callable[[], Any] = lambda: None) -> Callable[[int], float]:
@@ -56,8 +50,7 @@ class TorchDevice:
     """A device on which torch runs; a subclass says what it is, what it refuses, and how launches are timed."""
 
     name: str
-    eight_bit: tuple[str, ...] = ("gemm", "copy")
-    """Kinds of operators that torch has in fp8 and int8."""
+    eight_bit: tuple[str, ...] = ("gemm", "copy")  # kinds of operators that torch has in fp8 and int8
 
     def __init__(self, place: str, cache_bytes: float, memory_limit_bytes: float) -> None:
         self.cache_bytes, self.memory_limit_bytes = cache_bytes, memory_limit_bytes
@@ -86,17 +79,20 @@ class TorchDevice:
         if reason := self.refuses(operator):
             raise Unsupported(reason)
         if operator.footprint_bytes > self.memory_limit_bytes:
-            raise OutOfMemory(
-                f"{operator.key} takes {operator.footprint_bytes:.3g} bytes, {self.memory_limit_bytes:.3g} are allowed"
-            )
+            allowed = f"{self.memory_limit_bytes:.3g} are allowed"
+            raise OutOfMemory(f"{operator.key} takes {operator.footprint_bytes:.3g} bytes, {allowed}")
+        with self._translated(operator):
+            return Timed(*self._bind(operator), lambda: self._translated(operator))
+
+    @contextmanager
+    def _translated(self, operator: Operator) -> Iterator[None]:
         try:
-            method, run = self._bind(operator)
+            yield
         except Exception as error:
             known = self._translate(error, operator)
             if known is None:
                 raise
             raise known from error
-        return Timed(method, run, lambda error: self._translate(error, operator))
 
     def _bind(self, operator: Operator) -> tuple[str, Callable[[int], float]]:
         """How launches are timed and kept cold, and a function from a number of launches to seconds a launch."""
@@ -118,7 +114,7 @@ class TorchDevice:
         """Give operands back."""
         self._arena.clear()
 
-    def __enter__(self: D) -> D:
+    def __enter__(self) -> Any:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -26,8 +26,8 @@ from calibration.measure.run import Outcome, Progress, run
 from calibration.measure.timing import Protocol
 from calibration.records.exact import without_exact
 from calibration.records.lines import content_records
-from calibration.records.records import PURPOSES, Records
 from calibration.records.store import Header, Store, read_store
+from calibration.records.table import PURPOSES, Records
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware, save_hardware
 

@@ -26,8 +26,8 @@ from calibration.measure.run import Progress
 from calibration.measure.timing import Protocol
 from calibration.records.exact import without_exact
 from calibration.records.lines import content_records
-from calibration.records.records import Records
 from calibration.records.store import read_store
+from calibration.records.table import Records
 from simulator.hardware.profile import HardwareProfile
 from simulator.kernels.gemm import gemm_time
 from simulator.workload import Kind, Workload

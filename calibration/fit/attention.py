@@ -20,7 +20,7 @@ from calibration.fit.solver import ConstantsFit, FittedPart, Minimum, Table
 from simulator.hardware.constants import DECODE_CONSTANTS, PREFILL_CONSTANTS, Constant
 from simulator.hardware.profile import Provenance, Section
 from simulator.kernels.attention import REGIMES, regime_of
-from simulator.kernels.attention_core import Calls, Parts, Work, decode_core, decode_work, prefill_core, prefill_work
+from simulator.kernels.attention_core import Calls, Parts, decode_core, decode_work, prefill_core, prefill_work
 from simulator.kernels.gemm_core import Machine
 from simulator.kernels.lattice import Lattice, decode_place, prefill_place
 from simulator.workload import DTYPE_BYTES, DTYPES
@@ -84,15 +84,15 @@ class MeasuredCalls(Table):
         columns = (self.heads, self.kv_heads, self.head_dim) if kind == "heads" else (self.length,)
         return solver.numbered(*columns)
 
-    def work(self, values: Mapping[str, float]) -> Work:
+    def work(self, values: Mapping[str, float]) -> Any:
         """Geometry of the calls; it depends on the structural constants alone."""
-        size: Any = {"element_bytes": self.element_bytes, "cache_bytes": self.element_bytes, "warm": self.warm}
-        calls = Calls(*(getattr(self, name) for name in SHAPE), **size)
+        columns = {name: getattr(self, name) for name in (*SHAPE, "element_bytes", "warm")}
+        calls = Calls(**columns, cache_bytes=self.element_bytes)
         return decode_work(calls) if self.phase == "decode" else prefill_work(calls, {"pads": 1.0, **values})
 
     def core(self, work: Any, values: Mapping[str, float]) -> Parts:
         """Core time as it was measured; operands of a prefill may be warm in L2, since a benchmark repeats its call."""
-        return (decode_core if self.phase == "decode" else prefill_core)(work, self.device, values)
+        return (prefill_core if self.phase == "prefill" else decode_core)(work, self.device, values)
 
     def misfit(self, start: Mapping[str, float]) -> Callable[[Mapping[str, float]], F]:
         """Log of core over measured time, as a function of constants that share the structure of ``start``."""
@@ -112,7 +112,7 @@ class MeasuredCalls(Table):
         5 % (boost clocks).
         """
         work, device = self.work({"packs": 0.0}), self.device
-        size: Any = getattr(work, "moved_bytes" if self.phase == "prefill" else "cache_bytes")
+        size = work.moved_bytes if self.phase == "prefill" else work.cache_bytes
         columns = (getattr(self, name) for name in (*SHAPE, "seconds", "element_bytes", "warm"))
         beyond_l2 = (size > 1.5 * device.l2_bytes) & (self.seconds < size / device.bandwidth_bytes_per_s)
         reasons = {

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.fit.solver import ConstantsFit, Minimum, Table, fit_logs, gauss_newton, numbered
-from calibration.records.records import Records
 from calibration.records.screening import rotated_copies
+from calibration.records.table import Records
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
 from simulator.kernels.gemm_core import CoreTime, Machine, core_time, machine_core
 

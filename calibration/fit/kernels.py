@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from calibration.fit.core import weight_copies
 from calibration.fit.solver import ConstantsFit, FittedPart, gauss_newton, minimise
 from calibration.measurements import published
-from calibration.records.records import Records
+from calibration.records.table import Records
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
 from simulator.hardware.profile import Fitted, HardwareProfile, Section
 from simulator.kernels.gemm import DENSE, SPARSE24, gemm_time, with_section

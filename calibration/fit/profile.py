@@ -21,7 +21,7 @@ from calibration.fit.gemm import ANCHOR_ROWS, FIT_ROWS, anchor_gemm, fit_gemm
 from calibration.fit.kernels import fit_extra
 from calibration.fit.solver import ConstantsFit, FittedPart
 from calibration.records.exact import with_exact
-from calibration.records.records import OPERATORS, PURPOSES, Flag, Records
+from calibration.records.table import OPERATORS, PURPOSES, Flag, Records
 from simulator.errors import InputError
 from simulator.hardware.constants import CLASSES
 from simulator.hardware.profile import Fitted, HardwareProfile, Provenance, Section

@@ -24,7 +24,7 @@ from calibration.fit.kernels import fit_sparse_step
 from calibration.fit.profile import ProfileFit, fit_profile
 from calibration.measurements import load_measurements
 from calibration.records.importers import import_table
-from calibration.records.records import Records
+from calibration.records.table import Records
 from simulator.errors import InputError, unknown
 from simulator.files.yaml import Problems
 from simulator.hardware.library import profiles_folder, save_hardware

@@ -22,7 +22,7 @@ from calibration.fit.shipped import HEAD_DIM, rtx_tables, shared_folder
 from calibration.judge import protocol, protocol_operators
 from calibration.judge.protocol import Measured, Row, row
 from calibration.measurements import load_measurements
-from calibration.records.records import Records
+from calibration.records.table import Records
 from simulator.errors import InputError, unknown
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile, Section

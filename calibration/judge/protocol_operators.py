@@ -77,9 +77,8 @@ def score_attention(calls: MeasuredCalls, architecture: str, question: str, rows
 def roofline(c: MeasuredCalls) -> F:
     """Datasheet roofline of measured rows, s."""
     work = c.work({"packs": 0.0})
-    return np.asarray(
-        np.maximum(work.flops / c.device.peak_flop_per_s, work.moved_bytes / c.device.bandwidth_bytes_per_s)
-    )
+    moved_s = work.moved_bytes / c.device.bandwidth_bytes_per_s
+    return np.asarray(np.maximum(work.flops / c.device.peak_flop_per_s, moved_s))
 
 
 def score_elementwise(moves: Moves, rows: int, seed: int) -> dict[str, float]:

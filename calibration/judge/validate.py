@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.fit.core import weight_copies
-from calibration.records.records import OPERATORS, Records
 from calibration.records.screening import work
+from calibration.records.table import OPERATORS, Records
 from simulator.errors import InputError
 from simulator.hardware.constants import CLASSES
 from simulator.hardware.profile import HardwareProfile

@@ -1,9 +1,10 @@
-"""Ctrl-C taken between two samples, never inside a write."""
+"""Ctrl-C taken between two samples."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -25,6 +26,16 @@ class Interrupt:
     def set(self, *_: Any) -> None:
         """Ask for an end."""
         self.asked = True
+
+    def watched(self, sample: Callable[[int], float]) -> Callable[[int], float]:
+        """The same function, which raises :class:`Interrupted` once an end was asked for."""
+
+        def watched(loops: int) -> float:
+            if self.asked:
+                raise Interrupted
+            return sample(loops)
+
+        return watched
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.asked:

@@ -22,20 +22,15 @@ from calibration.measure.timing import Protocol
 from simulator.errors import InputError
 
 FIT, HOLDOUT, EXACT, ANCHOR = "fit", "holdout", "exact", "anchor"
-HOLDOUT_SHARE = 0.2
-"""Share of the (n, k) groups of a base plan, and of the items that have none, to keep from the fit."""
-ANCHOR_EVERY = 20
-"""Items between two measurements of the anchor."""
+HOLDOUT_SHARE = 0.2  # of the (n, k) groups of a base plan, and of the items that have none, to keep from the fit
+ANCHOR_EVERY = 20  # items between two measurements of the anchor
 
+# fmt: off
 SHARES: Mapping[str, float] = {
-    "gemm": 0.56,
-    "gemm_2to4": 0.06,
-    "attention_prefill": 0.10,
-    "attention_decode": 0.10,
-    "elementwise": 0.12,
-    "pruned": 0.04,
-    "runtime": 0.02,
+    "gemm": 0.56, "gemm_2to4": 0.06, "attention_prefill": 0.10, "attention_decode": 0.10, "elementwise": 0.12,
+    "pruned": 0.04, "runtime": 0.02,
 }
+# fmt: on
 """Share of the budget of each kind of item in a base plan; what a device refuses goes to the GEMMs."""
 
 
@@ -51,16 +46,12 @@ class Rates:
     noise: float = 0.0  # standard deviation of one sample over its mean
 
     def __post_init__(self) -> None:
-        for name in ("flop_per_s", "bytes_per_s", "floor_s", "setup_s", "memory_bytes"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"rates {name}: expected a number above zero, got {getattr(self, name)}")
+        for name, value in vars(self).items():
+            if name != "noise" and not value > 0:
+                raise ValueError(f"rates {name}: expected a number above zero, got {value}")
 
     def launch_s(self, op: Operator) -> float:
-        """Rough time of one launch, s.
-
-        >>> Rates(1e12, 1e11).launch_s(Operator("gemm", m=1000, n=1000, k=1000))
-        0.002005
-        """
+        """Rough time of one launch, s."""
         return self.floor_s + max(op.flops / self.flop_per_s, op.bytes / self.bytes_per_s)
 
     def cost_s(self, op: Operator, protocol: Protocol) -> float:
@@ -107,7 +98,7 @@ class Plan:
         return sum(item.cost_s for item in self.items)
 
     def counts(self) -> dict[str, int]:
-        """Items by kind of operator and purpose, for a table: ``{"gemm fit": 40, ...}``."""
+        """Items by kind of operator and purpose: ``{"gemm fit": 40, ...}``."""
         return dict(sorted(Counter(f"{item.operator.kind} {item.purpose}" for item in self.items).items()))
 
     def joined(self, other: Plan) -> Plan:
@@ -128,18 +119,13 @@ class _Budget:
 
     def fits(self, op: Operator) -> bool:
         """Whether the device can run it, and it is not too slow or too large to be worth it."""
-        return (
-            op.key not in self.taken
-            and self.rates.launch_s(op) <= self.protocol.time_limit_s / 12.0
-            and op.footprint_bytes <= self.rates.memory_bytes
-            and not self.refuses(op)
-        )
+        small = op.footprint_bytes <= self.rates.memory_bytes
+        quick = self.rates.launch_s(op) <= self.protocol.time_limit_s / 12.0
+        return op.key not in self.taken and quick and small and not self.refuses(op)
 
     def fill(self, stream: Iterable[Operator], seconds: float) -> float:
         """Take operators while they fit; returns the time left."""
-        for op in stream:
-            if not self.fits(op):
-                continue
+        for op in filter(self.fits, stream):
             cost = (1.0 + 1.0 / ANCHOR_EVERY) * self.rates.cost_s(op, self.protocol)
             if cost > seconds:
                 break
@@ -158,24 +144,10 @@ def base_plan(
     seed: int = 0,
     shares: Mapping[str, float] = SHARES,
 ) -> Plan:
-    """A plan for a device of which nothing is known yet.
+    """A plan for a device of which nothing is known yet; ``refuses`` is the device's, ``shares`` are of the budget.
 
-    Parameters
-    ----------
-    budget_s : float, s
-        Time for all of it.
-    refuses : callable
-        Operator -> reason, empty where the device can run it (``Device.refuses``).
-    shares : mapping
-        See :data:`SHARES`.
+    InputError: the budget is no positive number or too short for a single GEMM.
 
-    Raises
-    ------
-    InputError
-        The budget is no positive number or too short for a single GEMM.
-
-    Examples
-    --------
     >>> plan = base_plan(Rates(1e12, 3e10), budget_s=60, seed=1)
     >>> plan.estimated_s <= 60, {item.purpose for item in plan.items} == {"fit", "holdout"}
     (True, True)
@@ -187,10 +159,10 @@ def base_plan(
     left = 0.0
     for name, stream in other_streams(dtype, rng).items():
         left += budget.fill(stream, shares.get(name, 0.0) * budget_s)
-    budget.fill(gemm_stream("gemm", dtype, rng, budget.fits), shares["gemm"] * budget_s + left)
+    budget.fill(gemm_stream(dtype, rng, budget.fits), shares["gemm"] * budget_s + left)
     if not any(item.operator.kind == "gemm" for item in budget.taken.values()):
         raise InputError(f"budget: {budget_s:g} s are too short to measure a single GEMM in {dtype}; give more")
-    items = split_holdout(list(budget.taken.values()), rng)
+    items = split_holdout([*budget.taken.values()], rng)
     return Plan(_shuffled(items, seed), anchor_operator(rates, dtype, protocol), seed, budget_s)
 
 
@@ -234,7 +206,7 @@ def for_model(
     budget_s: float = math.inf,
     seed: int = 0,
 ) -> Plan:
-    """A plan of exactly these GEMMs (m, n, k). What a device refuses is counted and named when it is measured.
+    """A plan of exactly these GEMMs (m, n, k); what a device refuses is counted and named when it is measured.
 
     >>> plan = for_model([(1, 64, 64), (1, 64, 64), (8, 64, 64)], Rates(1e12, 3e10))
     >>> sorted(item.operator.m for item in plan.items), plan.items[0].purpose

@@ -11,22 +11,14 @@ from calibration.measure.timing import Protocol, measure
 
 def default_protocol(description: Description, budget_s: float) -> Protocol:
     """The measuring protocol for a device and a budget: short budgets get less time a shape, so that there are enough
-    shapes to fit.
-
-    >>> [round(default_protocol(Description(n, n), b).time_limit_s, 3) for n, b in (("cpu", 120.0), ("cuda:0", 3600.0))]
-    [0.1, 2.0]
-    """
+    shapes to fit."""
     check_budget(budget_s)
     limit = min(2.0, max(0.25, budget_s / 400.0))
     return Protocol(time_limit_s=limit / default_visits(description))
 
 
 def default_visits(description: Description) -> int:
-    """How often each item of a plan is measured; the CPUs of a machine are rarely one's own, a GPU is.
-
-    >>> default_visits(Description("cpu", "CPU")), default_visits(Description("cuda:0", "GPU"))
-    (3, 1)
-    """
+    """How often each item of a plan is measured; the CPUs of a machine are rarely one's own, a GPU is."""
     return 3 if description.name == "cpu" else 1
 
 
@@ -65,9 +57,8 @@ def probe(device: Device, dtype: str, protocol: Protocol | None = None) -> Rates
             if seconds > 5e-3:
                 break
     if not flop_per_s:
-        raise Unsupported(
-            f"dtype {dtype}: device {device.name} runs no square GEMM; it has {', '.join(device.dtypes())}"
-        )
+        formats = ", ".join(device.dtypes())
+        raise Unsupported(f"dtype {dtype}: device {device.name} runs no square GEMM; it has {formats}")
     copy = Operator("copy", dtype, n=1 << 26)
     copied = time_of(copy)
     floor = time_of(Operator("launch_eager", dtype, cold=False)) or 5e-6

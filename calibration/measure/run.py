@@ -45,8 +45,8 @@ from calibration.records.lines import DRIFT_LIMIT
 
 SKIPPED, UNSUPPORTED, REFUSED, FAILED, THROTTLED = "skipped", "unsupported", "refused", "failed", "throttled"
 
+# share of the time a process may wait for a CPU before its timings say more about other processes than the device
 WAIT_LIMIT = 0.05
-"""Share of the time a process may wait for a CPU before its timings say more about other processes than the device."""
 MAX_ATTEMPTS = 3
 _FAILURES_IN_A_ROW = 5
 
@@ -78,7 +78,7 @@ class Counts:
         return self.ok + self.noisy + self.throttled
 
     def add(self, status: str, number: int = 1) -> None:
-        """Count one operator, or with -1 count it no more."""
+        """Count operators of a status, with -1 one less."""
         setattr(self, status, getattr(self, status) + number)
 
 
@@ -90,8 +90,6 @@ class Progress:
     total: int
     elapsed_s: float
     remaining_s: float
-    key: str
-    counts: Counts
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ class _Run:
     def record(self, item: Item, protocol: Protocol) -> dict[str, Any]:
         """Measure one operator and say what came of it. Lets only a lost device and an interruption through."""
         op = item.operator
-        record = {"type": "measurement", "key": op.key, "operator": op.as_record()}
+        record = {"type": "measurement", "key": op.key, "operator": dict(vars(op))}
         record |= {"purpose": item.purpose, "status": OK, "reason": ""}
         try:
             self._measure(op, protocol, record)
@@ -154,7 +152,7 @@ class _Run:
             prepared = None  # operands of the last attempt must go before new ones come
             prepared = self.device.prepare(op)
             before = self.device.snapshot()
-            timing = measure(self._watched(prepared.sample), protocol, self.device.clock)
+            timing = measure(self.interrupt.watched(prepared.sample), protocol, self.device.clock)
             after = self.device.snapshot()
             reasons = throttled(before, after)
             said = waited(before, after, timing.elapsed_s, self.threads)
@@ -185,14 +183,6 @@ class _Run:
         else:
             taken = f"other processes took {least:.0%} of the CPU time"
             record |= {"status": NOISY, "reason": "; ".join(filter(None, (best["reason"], taken)))}
-
-    def _watched(self, sample: Callable[[int], float]) -> Callable[[int], float]:
-        def watched(loops: int) -> float:
-            if self.interrupt.asked:
-                raise Interrupted
-            return sample(loops)
-
-        return watched
 
     def keep(self, item: Item, protocol: Protocol, visit: int) -> str:
         """Measure, count and append one visit of an item of the plan; returns its status."""
@@ -243,27 +233,14 @@ def run(
     progress: Callable[[Progress], None] | None = None,
     interrupt: Interrupt | None = None,
 ) -> Outcome:
-    """Measure the items of a plan.
+    """Measure the items of a plan, by default under :func:`default_protocol` within the plan's budget.
 
-    Parameters
-    ----------
-    append : callable
-        Keeps one record for good before it returns (``Store.append``). What it raises ends the run.
-    previous : iterable of mapping
-        Records of earlier runs into the same store: their operators are not measured again, their first anchor stays
-        the reference.
-    protocol : calibration.measure.timing.Protocol, optional
-        :func:`default_protocol` unless given.
-    budget_s : float, s, optional
-        The plan's unless given. Items that are not expected to end in time are left; the cost estimates learn from what
-        items really took.
-    progress : callable, optional
-        Called with a :class:`Progress` after every visit of an item.
-    interrupt : Interrupt, optional
-        For callers that stop a run from another thread.
+    ``append`` keeps one record for good before it returns (``Store.append``); what it raises ends the run. ``previous``
+    are the records of earlier runs into the same store: their operators are not measured again, their first anchor
+    stays the reference. Items that are not expected to end within ``budget_s`` are left; the cost estimates learn from
+    what items really took. ``progress`` is called after every visit of an item; ``interrupt`` is for callers that stop
+    a run from another thread.
 
-    Examples
-    --------
     >>> from calibration.devices.replay import ReplayDevice
     >>> from calibration.measure.plan import Rates, for_model
     >>> device, kept = ReplayDevice(), []
@@ -323,8 +300,7 @@ def run(
                 if progress is not None:
                     now = device.clock() - start
                     left_s = min(max(waiting_s, 0.0) * (spent_s / expected_s), max(budget - now, 0.0))
-                    measured = counts.timed + counts.revisited
-                    progress(Progress(measured, sum(map(len, todo)), now, left_s, item.operator.key, counts))
+                    progress(Progress(counts.timed + counts.revisited, sum(map(len, todo)), now, left_s))
             if since_anchor:
                 state.anchor(plan.anchor)
         except Interrupted:
@@ -360,6 +336,5 @@ def _timing_fields(timing: Timing, before: Snapshot, after: Snapshot, method: st
     names = ("status", "reason", "median_s", "lower_s", "upper_s", "samples_s", "warmup_s", "loops", "elapsed_s")
     said: dict[str, Any] = {name: getattr(timing, name) for name in names}
     said |= {"samples_s": list(timing.samples_s), "warmup_s": list(timing.warmup_s)}
-    if math.isinf(timing.upper_s):
-        said["upper_s"] = None
+    said["upper_s"] = None if math.isinf(timing.upper_s) else timing.upper_s
     return said | {"method": method, "before": before.as_record(), "after": after.as_record()}

@@ -35,8 +35,7 @@ LENGTHS = (64, 128, 200, 256, 384, 512, 768, 1000, 1024, 1536, 2048, 3072, 4096,
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 ELEMENTWISE = (NORMS[0], "activation", "residual", "rotary", "gather", "scatter", "cache_write", "select")
 # fmt: on
-SELECTED = (8, 32, 64, 256, 1024, 2048)
-"""Scores that a selection chooses from: groups, blocks, positions."""
+SELECTED = (8, 32, 64, 256, 1024, 2048)  # scores that a selection chooses from: groups, blocks, positions
 
 _SPREAD = 600  # points ordered at a time: beyond some hundreds a spread is a lattice, and ordering costs their product
 _GROUP_TOKENS = 3  # values of m measured for each (n, k)
@@ -44,8 +43,7 @@ _ODD_EVERY = 8  # one group in eight is misaligned in n, in k, or in both
 
 
 def spread_order(points: NDArray[np.float64], count: int, first: int = 0) -> list[int]:
-    """Indices of points such that every prefix of the list is spread as widely as the points allow (farthest point
-    first).
+    """Indices of points such that every prefix is spread as widely as the points allow (farthest point first).
 
     >>> spread_order(np.array([[0.0], [1.0], [9.0], [10.0]]), 3)
     [0, 3, 1]
@@ -61,9 +59,7 @@ def spread_order(points: NDArray[np.float64], count: int, first: int = 0) -> lis
     return order
 
 
-def gemm_stream(
-    kind: str, dtype: str, rng: np.random.Generator, fits: Callable[[Operator], bool]
-) -> Iterable[Operator]:
+def gemm_stream(dtype: str, rng: np.random.Generator, fits: Callable[[Operator], bool]) -> Iterable[Operator]:
     """Groups (n, k) spread out, one in eight misaligned; in each, m from as many strata of what fits as there are
     values a group.
 
@@ -73,10 +69,8 @@ def gemm_stream(
     mixed = (*ODD_SIZES, *SIZES[5:21:3])
     odd = [(n, k) for n in mixed for k in mixed if n in ODD_SIZES or k in ODD_SIZES]
     # a pair of which no m fits would waste its place in the spread
-    pools = [
-        [pair for pair in pool if fits(Operator(kind, dtype, m=TOKENS[0], n=pair[0], k=pair[1]))]
-        for pool in (regular, odd)
-    ]
+    small = TOKENS[0]
+    pools = [[(n, k) for n, k in pool if fits(Operator("gemm", dtype, m=small, n=n, k=k))] for pool in (regular, odd)]
     turn, gained = 0, True
     while gained:
         gained = False
@@ -84,7 +78,7 @@ def gemm_stream(
         while orders[0]:
             pool = orders[1] if turn % _ODD_EVERY == _ODD_EVERY - 1 and orders[1] else orders[0]
             n, k = pool.pop(0)
-            usable = [op for m in TOKENS if fits(op := Operator(kind, dtype, m=m, n=n, k=k))]
+            usable = [op for m in TOKENS if fits(op := Operator("gemm", dtype, m=m, n=n, k=k))]
             for stratum in np.array_split(np.arange(len(usable)), min(_GROUP_TOKENS, len(usable)) or 1):
                 if len(stratum):
                     gained = True
@@ -119,14 +113,8 @@ def other_streams(dtype: str, rng: np.random.Generator) -> dict[str, Iterable[Op
         for role, (m, n) in zip(ELEMENTWISE, (spot or (0, 0) for spot in turn), strict=True)
         if m
     )
-    return {
-        "runtime": _runtime(dtype),
-        "gemm_2to4": sparse,
-        "attention_prefill": prefill,
-        "attention_decode": decode,
-        "elementwise": elementwise,
-        "pruned": _pruned(dtype, rng),
-    }
+    streams = {"runtime": _runtime(dtype), "gemm_2to4": sparse, "attention_prefill": prefill}
+    return streams | {"attention_decode": decode, "elementwise": elementwise, "pruned": _pruned(dtype, rng)}
 
 
 def _attention(kind: str, dtype: str, *shape: int, **more: Any) -> Operator:
@@ -137,11 +125,8 @@ def _attention(kind: str, dtype: str, *shape: int, **more: Any) -> Operator:
 
 def _runtime(dtype: str) -> list[Operator]:
     """Launch and host time, and copies from a size that fits any cache to one that fits none."""
-    launches = [
-        Operator(kind, dtype, role=role, cold=False)
-        for kind in ("launch_eager", "launch_graph")
-        for role in ("", "gemm")
-    ]
+    kinds = [(kind, role) for kind in ("launch_eager", "launch_graph") for role in ("", "gemm")]
+    launches = [Operator(kind, dtype, role=role, cold=False) for kind, role in kinds]
     return launches + [Operator("copy", dtype, n=1 << power) for power in (28, 22, 25, 30, 18)]
 
 

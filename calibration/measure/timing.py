@@ -1,8 +1,7 @@
 """Timing as pure functions on number series: warm-up, loop count, interval of the median, stopping rule.
 
-Use :func:`measure` to time anything that offers ``sample(loops) -> seconds per launch``; the parts it is made of
-(:func:`is_warm`, :func:`calibrate_loops`, :func:`median_interval`) are public because each is tested on planted series.
-Nothing here knows a device: the clock is an argument, so a replayed device is timed by the same code in simulated time.
+Use :func:`measure` to time anything that offers ``sample(loops) -> seconds per launch``. Nothing here knows a device:
+the clock is an argument, so a replayed device is timed by the same code in simulated time.
 
 The interval of the median is distribution-free: for n independent samples the order statistics x(l), x(n+1-l) enclose
 the median with probability 1 - 2 P(Binomial(n, 1/2) < l), whatever the noise looks like (H. A. David, H. N. Nagaraja,
@@ -45,19 +44,11 @@ class Protocol:
     max_loops: int = 1 << 20  # launches a sample at most
 
     def __post_init__(self) -> None:
-        checks = {
-            "min_window_s": self.min_window_s > 0,
-            "precision": self.precision > 0,
-            "confidence": 0 < self.confidence < 1,
-            "min_samples": self.min_samples >= 2,
-            "max_samples": self.max_samples >= self.min_samples,
-            "time_limit_s": self.time_limit_s > 0,
-            "warm_values": self.warm_values >= 4,
-            "max_loops": self.max_loops >= 1,
-        }
-        for name, good in checks.items():
-            if not good:
-                raise ValueError(f"protocol {name}: {getattr(self, name)!r} is out of range")
+        least = {"min_samples": 2, "max_samples": self.min_samples, "warm_values": 4, "max_loops": 1}
+        for name, value in vars(self).items():
+            good = value >= least[name] if name in least else value > 0
+            if not good or (name == "confidence" and value >= 1):
+                raise ValueError(f"protocol {name}: {value!r} is out of range")
 
 
 @dataclass(frozen=True)
@@ -77,18 +68,13 @@ class Timing:
 
 @lru_cache(maxsize=4096)
 def interval_rank(count: int, confidence: float = 0.95) -> int:
-    """Rank l (from 1) such that x(l), x(count+1-l) enclose the median at ``confidence``; 0 when no pair does.
-
-    >>> interval_rank(5), interval_rank(6), interval_rank(20)
-    (0, 1, 6)
-    """
-    tail_limit = (1.0 - confidence) / 2.0
+    """Rank l (from 1) such that x(l), x(count+1-l) enclose the median at ``confidence``; 0 when no pair does."""
     rank, tail = 0, 0.0
     for below in range(count // 2 + 1):
         # lgamma keeps the binomial weight in range for any count
         log_ways = math.lgamma(count + 1) - math.lgamma(below + 1) - math.lgamma(count - below + 1)
         tail += math.exp(log_ways - count * math.log(2.0))
-        if tail > tail_limit:
+        if tail > (1.0 - confidence) / 2.0:
             break
         rank = below + 1
     return min(rank, count // 2)
@@ -97,10 +83,8 @@ def interval_rank(count: int, confidence: float = 0.95) -> int:
 def median_interval(samples: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
     """Median of a series and its distribution-free interval: 0 to infinity when it is too short for one.
 
-    >>> median_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
-    (4.0, 1.0, 7.0)
-    >>> median_interval([1.0, 2.0])
-    (1.5, 0.0, inf)
+    >>> median_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]), median_interval([1.0, 2.0])
+    ((4.0, 1.0, 7.0), (1.5, 0.0, inf))
     """
     values = np.sort(np.asarray(samples, dtype=np.float64))
     if values.size == 0:
@@ -125,9 +109,6 @@ def is_warm(values: Sequence[float], tolerance: float = 0.01) -> bool:
     their noise and further than ``tolerance``; the halves agree when their medians differ by less than three standard
     errors, or by less than ``tolerance``. Both tests need the tolerance because a quiet clock may repeat one number
     exactly.
-
-    >>> is_warm([9.0, 1.0, 1.01, 0.99, 1.0, 1.0]), is_warm([1.0, 1.0, 1.01, 0.99, 1.0, 1.0])
-    (False, True)
     """
     series = np.asarray(values, dtype=np.float64)
     if series.size < 4:
@@ -153,14 +134,8 @@ def checked(seconds: float) -> float:
 
 
 def calibrate_loops(sample: Sample, min_window_s: float, max_loops: int = 1 << 20) -> int:
-    """Launches a sample needs to cover ``min_window_s``.
-
-    Grows at most tenfold a step, because the first launches are slower than those that follow and a count taken from
-    them alone would be too small.
-
-    >>> calibrate_loops(lambda loops: 1e-5 + 1e-6 / loops, 1e-3)
-    100
-    """
+    """Launches a sample needs to cover ``min_window_s``; grows at most tenfold a step, since the first launches are
+    slower than those that follow and a count taken from them alone would be too small."""
     loops = 1
     while True:
         each = checked(sample(loops))
@@ -174,13 +149,8 @@ def calibrate_loops(sample: Sample, min_window_s: float, max_loops: int = 1 << 2
 
 
 def next_look(count: int) -> int:
-    """Sample count at which the stopping rule is asked next.
-
-    Growing by a quarter, not by one: each look is another chance to stop on a lucky interval, and a rule that looks
-    after every sample covers the median far less often than its level says.
-
-    >>> next_look(8), next_look(10)
-    (10, 13)
+    """Sample count at which the stopping rule is asked next. Growing by a quarter, not by one: each look is another
+    chance to stop on a lucky interval, and looking after every sample covers the median less often than its level says.
     """
     return max(count + 1, math.ceil(1.25 * count))
 
@@ -191,14 +161,8 @@ def measure(sample: Sample, protocol: Protocol | None = None, clock: Callable[[]
     ``sample(loops)`` launches ``loops`` times and returns seconds per launch; ``clock`` gives monotonic seconds. The
     stretch that first looks steady is kept as the beginning of the samples; what came before is the warm-up. Warming up
     may take half of the time limit; a series that is not steady by then is measured all the same and called noisy.
+    InvalidTiming: a sample is not finite or not above zero.
 
-    Raises
-    ------
-    InvalidTiming
-        A sample is not finite or not above zero.
-
-    Examples
-    --------
     >>> ticks = iter(range(1000))
     >>> t = measure(lambda loops: 2e-3, clock=lambda: next(ticks) * 1e-3)
     >>> t.median_s, t.status, len(t.samples_s)
@@ -231,8 +195,7 @@ def measure(sample: Sample, protocol: Protocol | None = None, clock: Callable[[]
     reasons = [] if warm else [f"not steady within {0.5 * p.time_limit_s:g} s"]
     if not precise:
         width = (upper - lower) / (2.0 * median)
-        reasons.append(
-            f"interval of the median is {width:.1%} of it, {p.precision:.1%} asked, after {len(values)} samples"
-        )
+        asked = f"{p.precision:.1%} asked, after {len(values)} samples"
+        reasons.append(f"interval of the median is {width:.1%} of it, {asked}")
     status, reason = NOISY if reasons else OK, "; ".join(reasons)
     return Timing(tuple(values), tuple(warmup), loops, median, lower, upper, status, reason, clock() - start)

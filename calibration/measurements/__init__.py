@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from calibration.records.parquet import read_records
-from calibration.records.records import Records
+from calibration.records.table import Records
 from simulator.errors import InputError, unknown
 
 FOLDER = Path(__file__).resolve().parent
@@ -25,30 +25,17 @@ INDEX = "PROVENANCE.yaml"
 
 
 def file_name(name: str) -> str:
-    """File of a table.
-
-    >>> file_name("h100_sxm/gemm/trtllm")
-    'h100_sxm.gemm.trtllm.parquet'
-    """
+    """File of a table: ``h100_sxm.gemm.trtllm.parquet``."""
     return name.replace("/", ".") + ".parquet"
 
 
 def list_measurements() -> tuple[str, ...]:
-    """Names of the tables, as ``device/operator/stack``.
-
-    >>> "h100_sxm/gemm/trtllm" in list_measurements()
-    True
-    """
+    """Names of the tables, as ``device/operator/stack``."""
     return tuple(_index())
 
 
 def provenance(name: str) -> Mapping[str, Any]:
-    """Where a table is from: package, path in it, device, software, rows kept and refused with the reasons, digest,
-    licence.
-
-    >>> provenance("a100_sxm/gemm/trtllm")["licence"]
-    'Apache-2.0'
-    """
+    """Where a table is from: package, path in it, device, software, rows kept, refused and why, digest, licence."""
     index = _index()
     if name not in index:
         raise unknown("measurement", name, index)
@@ -56,14 +43,11 @@ def provenance(name: str) -> Mapping[str, Any]:
 
 
 def load_measurements(name: str, dtype: str | None = None) -> Records:
-    """Read a table; ``dtype`` is a number format as :meth:`Records.labels` names them (``bf16``, ``int8_wo``), all of
-    them without it.
+    """Read a table, of one number format as :meth:`Records.labels` names them (``bf16``, ``int8_wo``) or of all.
 
     GEMMs have ``copies`` rotated weights; times are those of CUDA-graph replays, in seconds. InputError: there is no
     such table or format, or the file is not the one its provenance describes.
 
-    Examples
-    --------
     >>> len(load_measurements("a100_sxm/gemm/trtllm", dtype="bf16"))
     9240
     """
@@ -86,10 +70,6 @@ def _index() -> dict[str, dict[str, Any]]:
 
 
 def published(name: str) -> list[dict[str, str]]:
-    """Rows of "speedups", "dense_latency" or "gemm_ratios" as papers print them, each with its source.
-
-    >>> len(published("speedups")) > 10
-    True
-    """
+    """Rows of "speedups", "dense_latency" or "gemm_ratios" as papers print them, each with its source."""
     with (FOLDER / f"published_{name}.csv").open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))

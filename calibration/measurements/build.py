@@ -25,13 +25,14 @@ import yaml
 from calibration.measurements import FOLDER, INDEX, file_name
 from calibration.records.importers import import_table
 from calibration.records.parquet import write_records
-from calibration.records.records import Records
+from calibration.records.table import Records
 from simulator.errors import InputError
 from simulator.files.write import write_whole
 from simulator.hardware.library import load_hardware
 
 PACKAGE = "aiconfigurator-core 0.12.0"
 WHEEL_SHA256 = "aadc4aad0a00bf8a61c477c62bef43de479849c3aa0b1c3078068e08309eccc4"
+LICENCE = "Apache-2.0"
 COPYRIGHT = "Copyright (c) 2025-2026 NVIDIA CORPORATION & AFFILIATES. All rights reserved."
 _ROOT = PurePosixPath("aiconfigurator_core/systems/data")
 
@@ -111,26 +112,22 @@ def build(wheel: Path, folder: Path) -> dict[str, dict[str, Any]]:
             rows: dict[str, Any] = {"format": "aiconfigurator", "hw": load_hardware(choice.hardware), "dtype": "all"}
             result = import_table(str(inside), content=archive.read(str(inside)), **rows)
             records, left = choose(result.records, choice)
-            extra = {"name": name, "package": PACKAGE, "copyright": COPYRIGHT}
-            extra |= {"licence": "Apache-2.0", "modified": "see NOTICE"}
+            rights = {"copyright": COPYRIGHT, "licence": LICENCE, "modified": "see NOTICE"}
+            extra = {"name": name, "package": PACKAGE, **rights}
             content = write_records(records, extra=extra, single=True)
             write_whole(folder / file_name(name), content)
-            stack = records.sources[0].stack
+            source, labels = records.sources[0], records.labels().astype(str)
+            ((framework, version),) = source.stack.items()
+            # fmt: off
             tables[name] = {
-                "file": file_name(name),
-                "device": records.sources[0].device,
-                "framework": next(iter(stack)),
-                "version": next(iter(stack.values())),
+                "file": file_name(name), "device": source.device, "framework": framework, "version": version,
                 "kernels": [s.kernel for s in records.sources],
-                "rows": {str(d): int((records.labels() == d).sum()) for d in np.unique(records.labels().astype(str))},
-                "left_out": left,
-                "refused": dict(result.refusals),
-                "path": str(inside),
-                "licence": "Apache-2.0",
-                "copyright": COPYRIGHT,
-                "bytes": len(content),
-                "sha256": hashlib.sha256(content).hexdigest(),
+                "rows": {str(label): int((labels == label).sum()) for label in np.unique(labels)},
+                "left_out": left, "refused": dict(result.refusals),
+                "path": str(inside), "licence": LICENCE, "copyright": COPYRIGHT,
+                "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(),
             }
+            # fmt: on
     head = {
         "package": PACKAGE,
         "url": "https://pypi.org/project/aiconfigurator-core/0.12.0/",
@@ -150,9 +147,8 @@ def main() -> None:
     """The command of the module's docstring."""
     parser = argparse.ArgumentParser(description="Make the shipped measurement tables from the wheel of " + PACKAGE)
     parser.add_argument("wheel", type=Path)
-    parser.add_argument(
-        "-o", "--output", type=Path, default=FOLDER, help="folder for the tables (default: beside this file)"
-    )
+    beside = "folder for the tables (default: beside this file)"
+    parser.add_argument("-o", "--output", type=Path, default=FOLDER, help=beside)
     arguments = parser.parse_args()
     for name, entry in build(arguments.wheel, arguments.output).items():
         print(f"{name}: {sum(entry['rows'].values())} rows, {entry['bytes']} bytes")

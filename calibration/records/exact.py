@@ -13,15 +13,14 @@ from types import MappingProxyType
 
 import numpy as np
 
-from calibration.records.records import PURPOSES, Flag, Records
+from calibration.records.table import PURPOSES, Flag, Records
 from simulator.columns import Array
 from simulator.hardware.constants import EXACT_NAMES as NAMES
 from simulator.hardware.profile import HardwareProfile
 from simulator.workload import DTYPES
 
+# standard deviation of a repeated measurement where nothing was repeated: drift below it is not flagged
 UNKNOWN_REPEAT = 0.02
-"""Standard deviation of a repeated measurement where nothing was repeated: drift below it is not flagged
-(``calibration.measure.run``)."""
 
 _Z90, _Z95 = 1.6449, 1.9600
 
@@ -31,13 +30,6 @@ def repeatability(records: Records) -> float:
 
     :data:`UNKNOWN_REPEAT` with fewer than three anchors; from the median absolute deviation, so that one burst of load
     does not rule.
-
-    Examples
-    --------
-    >>> from calibration.records.records import Source
-    >>> r = Records.from_columns([Source("d")], m=8, n=8, k=8, seconds=[1.0, 1.1, 0.9, 1.0, 1.05], purpose="anchor")
-    >>> round(repeatability(r), 3)
-    0.072
     """
     anchors = records.select((records.purpose == PURPOSES.index("anchor")) & records.timed)
     group = anchors.groups()
@@ -56,9 +48,7 @@ def exact_arrays(records: Records, dtype: str, purposes: Sequence[str] = ("exact
     that were throttled are left out. Anchors among the records say how well the device repeats itself. Empty when there
     is no such row.
 
-    Examples
-    --------
-    >>> from calibration.records.records import Source
+    >>> from calibration.records.table import Source
     >>> times = {"seconds": [1e-6, 1.02e-6], "spread": 0.01, "purpose": "exact"}
     >>> r = Records.from_columns([Source("d")], m=[8, 8], n=64, k=32, **times)
     >>> exact_arrays(r, "bf16")["exact_s"].round(9).tolist()
@@ -83,8 +73,7 @@ def exact_arrays(records: Records, dtype: str, purposes: Sequence[str] = ("exact
         shapes.append((rows.m[first], rows.n[first], rows.k[first]))
         seconds.append(np.median(times))
         halves.append(max(_Z90 * sigma, between))
-    values = (*np.array(shapes, dtype=np.int64).T, np.array(seconds), np.array(halves))
-    return dict(zip(NAMES, values, strict=True))
+    return dict(zip(NAMES, (*np.array(shapes, dtype=np.int64).T, np.array(seconds), np.array(halves)), strict=True))
 
 
 def with_exact(profile: HardwareProfile, records: Records, purposes: Sequence[str] = ("exact",)) -> HardwareProfile:
@@ -95,22 +84,18 @@ def with_exact(profile: HardwareProfile, records: Records, purposes: Sequence[st
     """
     sections = dict(profile.sections)
     for (operator, dtype), section in profile.sections.items():
-        if operator != "gemm" or section.status != "calibrated" or dtype not in DTYPES:
-            continue
-        arrays = _allowed(exact_arrays(records, dtype, purposes), profile, dtype)
-        if arrays:
+        fitted = operator == "gemm" and section.status == "calibrated" and dtype in DTYPES
+        if fitted and (arrays := _allowed(exact_arrays(records, dtype, purposes), profile, dtype)):
             sections["gemm", dtype] = replace(section, arrays=MappingProxyType({**_others(section.arrays), **arrays}))
     return replace(profile, sections=MappingProxyType(sections)) if sections != profile.sections else profile
 
 
 def without_exact(profile: HardwareProfile) -> HardwareProfile:
     """The same profile as the model alone would predict it."""
-    sections = {
-        key: replace(section, arrays=MappingProxyType(_others(section.arrays)))
-        if "exact_m" in section.arrays
-        else section
-        for key, section in profile.sections.items()
-    }
+    sections = dict(profile.sections)
+    for key, section in sections.items():
+        if "exact_m" in section.arrays:
+            sections[key] = replace(section, arrays=MappingProxyType(_others(section.arrays)))
     return replace(profile, sections=MappingProxyType(sections))
 
 
@@ -120,7 +105,7 @@ def _others(arrays: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def _allowed(arrays: dict[str, Array], profile: HardwareProfile, dtype: str) -> dict[str, Array]:
-    """Without times that beat the datasheet's arithmetic at the highest clock: such a time is a broken measurement."""
+    """Without times that beat the datasheet's arithmetic at the highest clock: those are broken measurements."""
     if not arrays or dtype not in profile.rates:
         return {}
     flops = 2.0 * arrays["exact_m"] * arrays["exact_n"] * arrays["exact_k"]

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from calibration.records.records import LAUNCHES, OPERATORS, Records, Source
 from calibration.records.screening import Screen
+from calibration.records.table import LAUNCHES, OPERATORS, Records, Source
 from simulator.columns import Array
 from simulator.errors import InputError, one_line, unknown
 from simulator.workload import DTYPES, ROLES
@@ -45,38 +45,26 @@ def draft_of_records(records: Records, notes: tuple[str, ...] = ()) -> Draft:
     return Draft(columns, records.sources, Screen(len(records)), notes=notes)
 
 
-# -- aiconfigurator ---------------------------------------------------------------------------------------------------
-
 AICONFIGURATOR_METHOD = "aiconfigurator collector: CUDA graph replay, weights rotated over at most 6 copies"
-_AIC_DTYPES: Mapping[str, tuple[str, str]] = {
-    "bfloat16": ("bf16", "bf16"),
-    "float16": ("fp16", "fp16"),
-    "fp8": ("fp8", "fp8"),
-    "sq": ("int8", "int8"),  # SmoothQuant: int8 activations and weights
-    "int8_wo": ("bf16", "int8"),
-    "int4_wo": ("bf16", "int4"),
+# fmt: off
+_AIC_DTYPES: Mapping[str, tuple[str, str]] = {  # activations, weights; sq is SmoothQuant
+    "bfloat16": ("bf16", "bf16"), "float16": ("fp16", "fp16"), "fp8": ("fp8", "fp8"), "sq": ("int8", "int8"),
+    "int8_wo": ("bf16", "int8"), "int4_wo": ("bf16", "int4"),
 }
 _AIC_SHARED = ("framework", "version", "device", "op_name", "kernel_source", "latency")
 _AIC_GEMM = ("gemm_dtype", "m", "n", "k")
 _AIC_SIZES = {"batch_size": "batch", "num_heads": "heads", "num_key_value_heads": "kv_heads", "head_dim": "head_dim"}
-# fmt: off
 _AIC_ATTENTION = (
     "batch_size", "isl", "num_heads", "num_key_value_heads", "head_dim", "attn_dtype", "kv_cache_dtype", "step",
 )
-# fmt: on
 _AIC_OPERATORS: Mapping[str, str] = {
-    "gemm": "gemm",
-    "context_attention": "attention_prefill",
-    "generation_attention": "attention_decode",
+    "gemm": "gemm", "context_attention": "attention_prefill", "generation_attention": "attention_decode",
 }
-_AIC_REFUSED: Mapping[str, str] = {
-    "VLLM": "its GEMM weights were not initialised, and multiplying zeros saves power and raises clocks "
-    "(up to 967 TFLOP/s on an H100)"
-}
-# collections with decode times that memory cannot have delivered: (device, framework, version) -> bytes/s, L2 bytes
-_AIC_DECODE_ABOVE_PEAK: Mapping[tuple[str, str, str], tuple[float, float]] = {
-    ("NVIDIA A100-SXM4-80GB", "TRTLLM", "1.0.0"): (2.039e12, 40 * 2**20)  # NVIDIA A100 80GB datasheet
-}
+# fmt: on
+# a collection with decode times that memory cannot have delivered, its bytes/s and bytes of L2 (NVIDIA A100 80GB
+# datasheet)
+_AIC_ABOVE_PEAK = ("NVIDIA A100-SXM4-80GB", "TRTLLM", "1.0.0")
+_AIC_PEAK_BYTES_PER_S, _AIC_L2_BYTES = 2.039e12, 40 * 2**20
 
 
 def read_aiconfigurator(table: Columns, path: Path, digest: str) -> Draft:
@@ -93,9 +81,10 @@ def read_aiconfigurator(table: Columns, path: Path, digest: str) -> Draft:
     gemm = "gemm" in operator
     _need(table, _AIC_GEMM if gemm else _AIC_ATTENTION, path)
     for framework in np.unique(_texts(table["framework"])):
-        if framework.upper() in _AIC_REFUSED:
-            why = _AIC_REFUSED[framework.upper()]
-            raise InputError(f"{path}: collections of {framework} are refused: {why}; take trtllm or sglang")
+        if framework.upper() == "VLLM":
+            why = "its GEMM weights were not initialised, and multiplying zeros saves power and raises clocks"
+            rate = "up to 967 TFLOP/s on an H100"
+            raise InputError(f"{path}: collections of {framework} are refused: {why} ({rate}); take trtllm or sglang")
     size = len(table["latency"])
     screen = Screen(size)
     columns: dict[str, Array] = {
@@ -119,14 +108,14 @@ def read_aiconfigurator(table: Columns, path: Path, digest: str) -> Draft:
         for other in np.unique(text[~np.isin(text, [*_AIC_DTYPES])]):
             screen.refuse(text == other, f"number format {other} is not modelled")
         columns[name] = _mapped(text, {aic: pair[place if gemm else 0] for aic, pair in _AIC_DTYPES.items()})
+    keys = np.stack([_texts(table[c]) for c in ("device", "framework", "version", "kernel_source")], axis=1)
     if not gemm:
         screen.refuse(_number(table.get("beam_width", np.ones(size))) != 1, "beam search")
-    keys = np.stack([_texts(table[c]) for c in ("device", "framework", "version", "kernel_source")], axis=1)
+        _refuse_above_peak(screen, columns, (keys[:, :3] == _AIC_ABOVE_PEAK).all(axis=1))
     kinds, columns["source"] = _unique_rows(keys)
     origin = "/".join(path.parts[-5:])  # names the collection: system/operator/backend/version/file
     shared = {"method": AICONFIGURATOR_METHOD, "origin": origin, "digest": digest, "licence": "Apache-2.0"}
     sources = tuple(Source(d, {f: v}, k, **shared) for d, f, v, k in kinds)
-    _refuse_above_peak(screen, columns, sources)
     return Draft(columns, sources, screen, rotated=gemm)
 
 
@@ -136,29 +125,21 @@ def _mapped(text: Array, names: Mapping[str, str]) -> Array:
     return np.array([names.get(str(v), "bf16") for v in values], dtype=object)[inverse.reshape(-1)]
 
 
-def _refuse_above_peak(screen: Screen, columns: Columns, sources: Sequence[Source]) -> None:
-    """Refuse decode rows above the memory's bandwidth, where the cache exceeds the L2, of collections known for it."""
-    for index, source in enumerate(sources):
-        (framework, version), *_ = source.stack.items()
-        limit = _AIC_DECODE_ABOVE_PEAK.get((source.device, framework, version))
-        if limit is None or "kv_len" not in columns:
-            continue
-        bandwidth, l2 = limit
-        decode = (columns["operator"] == "attention_decode") & (columns["source"] == index)
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            cache = 2 * 2 * columns["batch"] * columns["kv_heads"] * columns["kv_len"] * columns["head_dim"]
-            fast = cache / columns["seconds"] > bandwidth
-        reason = f"decode faster than the memory's {bandwidth / 1e12:g} TB/s, known of this collection"
-        screen.refuse(decode & (cache > l2) & fast, reason)
+def _refuse_above_peak(screen: Screen, columns: Columns, known: Array) -> None:
+    """Refuse decode rows above the memory's bandwidth, where the cache exceeds the L2, of rows known for it."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        cache = 2 * 2 * columns["batch"] * columns["kv_heads"] * columns["kv_len"] * columns["head_dim"]
+        fast = cache / columns["seconds"] > _AIC_PEAK_BYTES_PER_S
+    decode = known & (columns["operator"] == "attention_decode")
+    reason = f"decode faster than the memory's {_AIC_PEAK_BYTES_PER_S / 1e12:g} TB/s, known of this collection"
+    screen.refuse(decode & (cache > _AIC_L2_BYTES) & fast, reason)
 
 
-# -- CSV: the measured tables handed to this project ------------------------------------------------------------------
-
-MEASURED = ("gpu", "dtype", "op", "latency_us", "source", "note")
-"""Columns by which such a table is known."""
+MEASURED = ("gpu", "dtype", "op", "latency_us", "source", "note")  # columns by which such a table is known
 
 # of the model the element-wise rows name: its hidden size, the width of its MLP, of its k and v
 _HIDDEN, _INNER, _GROUPS = 4096.0, 14336.0, 1024.0
+# fmt: off
 _ELEMENTWISE: Mapping[str, tuple[str, float, float]] = {  # op -> role, features a token read and written
     "act_fn": ("activation", 2.0 * _INNER, _INNER),
     "embedding": ("embedding", _HIDDEN, _HIDDEN),
@@ -167,12 +148,10 @@ _ELEMENTWISE: Mapping[str, tuple[str, float, float]] = {  # op -> role, features
     "rotary_emb": ("rotary", _HIDDEN + _GROUPS, _HIDDEN + _GROUPS),
 }
 _KERNELS: Mapping[str, tuple[str, str]] = {  # op -> operator, role
-    "qkv_proj": ("gemm", "qkv"),
-    "down_proj": ("gemm", "down"),
-    "lm_head": ("gemm", "lm_head"),
-    "attn_prefill_causal": ("attention_prefill", ""),
-    "attn_decode": ("attention_decode", ""),
+    "qkv_proj": ("gemm", "qkv"), "down_proj": ("gemm", "down"), "lm_head": ("gemm", "lm_head"),
+    "attn_prefill_causal": ("attention_prefill", ""), "attn_decode": ("attention_decode", ""),
 }
+# fmt: on
 
 
 def read_measured(table: Columns, path: Path, digest: str) -> Draft:
@@ -240,8 +219,6 @@ def _kernel_of(op: str) -> tuple[str, str]:
     return "", "is no operator this program knows"
 
 
-# -- any other CSV ----------------------------------------------------------------------------------------------------
-
 _NAMES = {"operator": OPERATORS, "dtype": DTYPES, "weight_dtype": DTYPES, "launch": LAUNCHES}
 _SPELT = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32", "float8": "fp8"}
 
@@ -263,9 +240,8 @@ def read_csv(table: Columns, path: Path, digest: str, column_map: Mapping[str, s
     has = f"the file has {', '.join(table)}"
     if len(times) != 1:
         found = f"found {', '.join(times)}" if times else has
-        raise InputError(
-            f"{path}: expected one column of times, named or mapped to one of {', '.join(TIME_UNITS)}; {found}"
-        )
+        names = ", ".join(TIME_UNITS)
+        raise InputError(f"{path}: expected one column of times, named or mapped to one of {names}; {found}")
     left = sorted(set(table) - set(taken.values()))
     size = len(next(iter(table.values())))
     screen = Screen(size)
@@ -301,9 +277,6 @@ def read_csv(table: Columns, path: Path, digest: str, column_map: Mapping[str, s
     source = Source(device=device, origin=path.name, digest=digest)
     notes = (f"columns not used: {', '.join(left)}",) if left else ()
     return Draft(columns, (source,), screen, notes=notes)
-
-
-# -- cells ------------------------------------------------------------------------------------------------------------
 
 
 def _texts(column: Array) -> Array:

@@ -19,9 +19,9 @@ from calibration.devices.protocol import OPERATORS as NEEDED
 from calibration.records.formats import MEASURED, Draft, draft_of_records, read_aiconfigurator, read_csv, read_measured
 from calibration.records.lines import content_records, untimed
 from calibration.records.parquet import is_records, read_records
-from calibration.records.records import COUNTS, Records
 from calibration.records.screening import Refusals, Screen, join_repeats, rotated_copies, too_fast, work
 from calibration.records.store import MARK, parse
+from calibration.records.table import COUNTS, Records
 from simulator.columns import Array
 from simulator.errors import InputError, unknown
 from simulator.files import csv
@@ -52,24 +52,18 @@ def import_table(
     column_map: Mapping[str, str] | None = None,
     device: str = "",
 ) -> ImportResult:
-    """Read a published table.
+    """Read a published table: a ``.parquet``, ``.csv`` or ``.jsonl`` file, or ``content`` out of an archive.
 
     Parameters
     ----------
-    path : str or Path
-        A ``.parquet``, ``.csv`` or ``.jsonl`` file.
-    content : bytes, optional
-        What it holds, where it lies in an archive.
     format : str
         One of :data:`FORMATS`; ``auto`` looks at the columns.
     hw : HardwareProfile, optional
         Device of the table: rows faster than its datasheet allows are refused, and rotated copies follow from its L2.
     dtype : str, optional
-        Number format to keep, as :meth:`Records.labels` names them, or ``all``. A table with several is refused without
-        it.
+        Number format to keep, as :meth:`Records.labels` names them, or ``all``; needed where there are several.
     column_map : mapping of str to str, optional
-        For ``csv``: this program's column name to the file's (``{"m": "M", "latency_us": "time"}``). The time's name
-        carries its unit.
+        For ``csv``: this program's column name to the file's (``{"m": "M", "latency_us": "time"}``).
     device : str
         For ``csv``: what was measured on, where the file does not say.
 
@@ -168,9 +162,8 @@ def _check_numbers(screen: Screen, columns: dict[str, Array]) -> None:
             values = columns[name] = np.where(np.isnan(columns[name]), 0.0, columns[name])
             screen.refuse((values != np.floor(values)) | np.isinf(values), f"{name} is not a whole number")
             screen.refuse(needed & (values < 1), f"{name} is below 1")
-            screen.refuse(
-                (values < 0) | (values > (2**31 - 1 if name == "copies" else 2**40)), f"{name} is out of range"
-            )
+            most = 2**31 - 1 if name == "copies" else 2**40
+            screen.refuse((values < 0) | (values > most), f"{name} is out of range")
         for name in ("read_bytes", "write_bytes"):
             if name in columns:
                 screen.refuse(~((columns[name] >= 0) & (columns[name] < 2.0**60)), f"{name} is out of range")

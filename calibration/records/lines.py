@@ -1,4 +1,4 @@
-"""What the lines of a store mean: measured rows to :class:`~calibration.records.records.Records`.
+"""What the lines of a store mean: measured rows to :class:`~calibration.records.table.Records`.
 
 A line with ``operator`` and ``median_s`` is a timing; its status and the drift of the anchors round it become flags.
 Lines without a time (skipped, unsupported, refused, failed) are left out of the table and counted by reason in
@@ -8,21 +8,18 @@ Lines without a time (skipped, unsupported, refused, failed) are left out of the
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from calibration.devices.protocol import elementwise_bytes
-from calibration.records.records import COUNTS, LAUNCHES, OPERATORS, PURPOSES, Flag, Records
 from calibration.records.store import Content, Header
+from calibration.records.table import COUNTS, LAUNCHES, OPERATORS, PURPOSES, Flag, Records
 from simulator.errors import InputError, unknown
 from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, dtype_code
 
-DRIFT_LIMIT = 0.02
-"""Change of an anchor's time from which the records round it are flagged."""
-
-MOST = 2**40
-"""Largest dimension of an operator that can be meant."""
-
+DRIFT_LIMIT = 0.02  # change of an anchor's time from which the records round it are flagged
+_MOST = 2**40  # largest dimension of an operator that can be meant
 _FLAGS: Mapping[str, Flag] = {"noisy": Flag.NOISY, "throttled": Flag.THROTTLED}
 _GEMM_LAUNCH = {"m": 1, "n": 64, "k": 64}  # the tiny GEMM that stands for any in a launch measurement
 
@@ -41,14 +38,6 @@ def records_of(rows: Iterable[Mapping[str, Any]], header: Header) -> Records:
     Of several visits of an operator in one run the fastest counts (:class:`calibration.measure.plan.Plan`). ``NOISY``
     and ``THROTTLED`` are by status; ``DRIFT`` is for rows between an anchor that had drifted and its neighbours: from
     the first anchor of its run, or where operators were visited several times from the faster quarter of them.
-
-    Examples
-    --------
-    >>> gemm = {"kind": "gemm", "m": 8, "n": 64, "k": 32, "dtype": "bf16"}
-    >>> row = {"operator": gemm, "median_s": 1e-6, "status": "noisy"}
-    >>> r = records_of([row, {"operator": {"kind": "gemm"}, "status": "skipped"}], Header("A100"))
-    >>> len(r), int(r.m[0]), Flag(int(r.flags[0])).name
-    (1, 8, 'NOISY')
     """
     rows = list(rows)
     drifted = _drifted(rows)
@@ -121,11 +110,7 @@ def _timing(row: Mapping[str, Any], drifted: Collection[tuple[str, int]]) -> dic
 
 def shape_of(operator: Mapping[str, Any]) -> dict[str, Any]:
     """Columns of a record from the fields of a measured operator; refused where a dimension is no whole number, or a
-    name is unknown.
-
-    >>> shape_of({"kind": "elementwise", "role": "residual", "m": 2, "n": 8})["read_bytes"]
-    64.0
-    """
+    name is unknown."""
     kind, role, cold = str(operator["kind"]), str(operator.get("role", "")), bool(operator.get("cold", True))
     shape: dict[str, Any] = {name: operator[name] for name in (*COUNTS, "density", "dtype") if name in operator}
     shape |= {"operator": kind, "cold": cold, "copies": 0 if cold else 1}
@@ -145,8 +130,8 @@ def shape_of(operator: Mapping[str, Any]) -> dict[str, Any]:
         elif name == "density":
             known, right = isinstance(value, (int, float)) and 0.0 < value <= 1.0, "a share above 0, up to 1"
         elif name in COUNTS:
-            known = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST
-            right = f"a whole number from 0 to {MOST}"
+            known = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST
+            right = f"a whole number from 0 to {_MOST}"
         else:
             continue
         if not known:
@@ -157,14 +142,6 @@ def shape_of(operator: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def untimed(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """How many measured operators have no time, by status and reason.
-
-    >>> untimed([{"operator": {}, "status": "skipped", "reason": "out of memory"}, {"operator": {}, "median_s": 1.0}])
-    {'skipped: out of memory': 1}
-    """
-    out: dict[str, int] = {}
-    for row in rows:
-        if isinstance(row.get("operator"), Mapping) and row.get("median_s") is None:
-            reason = ": ".join(str(row[name]) for name in ("status", "reason") if row.get(name))
-            out[reason] = out.get(reason, 0) + 1
-    return out
+    """How many measured operators have no time, by status and reason."""
+    left = (row for row in rows if isinstance(row.get("operator"), Mapping) and row.get("median_s") is None)
+    return dict(Counter(": ".join(str(row[name]) for name in ("status", "reason") if row.get(name)) for row in left))

@@ -1,6 +1,6 @@
 """Tables of records as Parquet files.
 
-:func:`read_records` and :func:`write_records` keep everything a :class:`~calibration.records.records.Records` holds.
+:func:`read_records` and :func:`write_records` keep everything a :class:`~calibration.records.table.Records` holds.
 Columns that do not vary become metadata and integers take the smallest type that holds them, so that a table of 36,000
 GEMMs fits in some 150 kB.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from calibration.records.records import SCHEMA_VERSION, Records, Source
+from calibration.records.table import SCHEMA_VERSION, Records, Source
 from simulator.columns import Array
 from simulator.errors import InputError
 from simulator.files.parquet import load_pyarrow, read_parquet
@@ -47,13 +47,10 @@ def write_records(
     head = {"schema": SCHEMA_VERSION, "constant": constant, "sources": sources, "extra": dict(extra or {})}
     table = pa.table(arrays).replace_schema_metadata({_KEY: json.dumps(head).encode()})
     floats = [name for name in arrays if pa.types.is_floating(arrays[name].type)]
-    encodings = {
-        "use_dictionary": [name for name in arrays if name not in floats],
-        "use_byte_stream_split": floats or False,
-        "write_statistics": False,
-    }
+    encodings = {"use_dictionary": [name for name in arrays if name not in floats], "write_statistics": False}
+    encodings |= {"use_byte_stream_split": floats or False, "compression": "zstd", "compression_level": 19}
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd", compression_level=19, row_group_size=1 << 20, **encodings)
+    pq.write_table(table, buffer, row_group_size=1 << 20, **encodings)
     content = buffer.getvalue()
     if path is not None:
         write_whole(path, content)
@@ -94,9 +91,8 @@ def _narrow(values: Array) -> type:
 def _head(metadata: Mapping[bytes, bytes] | None, label: str) -> dict[str, Any]:
     """The metadata of a table file, checked."""
     if not metadata or _KEY not in metadata:
-        raise InputError(
-            f"{label}: is no table of records; expected one written by this program (use `prunesim import` for others)"
-        )
+        expected = "one written by this program (use `prunesim import` for others)"
+        raise InputError(f"{label}: is no table of records; expected {expected}")
     damaged = f"{label}: is a damaged table of records: its metadata"
     try:
         head: Any = json.loads(metadata[_KEY])
@@ -105,7 +101,6 @@ def _head(metadata: Mapping[bytes, bytes] | None, label: str) -> dict[str, Any]:
     if not isinstance(head, dict):
         raise InputError(f"{damaged} are no mapping")
     if head.get("schema") != SCHEMA_VERSION:
-        raise InputError(
-            f"{label}: records of schema {head.get('schema')!r:.40}; this version reads schema {SCHEMA_VERSION}"
-        )
+        this = f"this version reads schema {SCHEMA_VERSION}"
+        raise InputError(f"{label}: records of schema {head.get('schema')!r:.40}; {this}")
     return head

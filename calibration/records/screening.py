@@ -1,8 +1,7 @@
 """Which imported rows can be trusted: reasons counted, physics checked, repeated shapes joined.
 
 Nothing is dropped in silence: a :class:`Screen` remembers for each row of a file why it was refused, and
-:class:`Refusals` says so. :func:`least_seconds` is what no device can beat, caches included; :func:`join_repeats` takes
-the median of repeated shapes and flags those that disagree.
+:class:`Refusals` says so. :func:`least_seconds` is what no device can beat, caches included.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from calibration.records.records import Flag, Records
+from calibration.records.table import Flag, Records
 from simulator.columns import Array
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
@@ -20,20 +19,13 @@ from simulator.workload import DTYPE_BYTES, DTYPES, attention_pairs
 
 DISAGREE = 1.10  # largest over smallest time of one shape above which its rows are said to disagree
 ROUNDING = 1.02  # datasheet rates are printed to three digits and clocks to the megahertz
+# bytes an SM can at most take from L2 a clock (an A100 has 5120 for 108: NVIDIA, "A100 Tensor Core GPU Architecture")
 L2_BYTES_PER_CLOCK = 64.0
-"""Bytes an SM can at most take from L2 in a clock (an A100 delivers 5120 to 108 SMs: NVIDIA, "A100 Tensor Core GPU
-Architecture")."""
 
 
 @dataclass(frozen=True)
 class Refusals(Mapping[str, int]):
-    """How many rows were refused for which reason, and which (1 is the first row of data).
-
-    Examples
-    --------
-    >>> print(*Refusals({"time is zero": [3, 9]}).lines())
-    2 rows: time is zero (rows 3, 9)
-    """
+    """How many rows were refused for which reason, and which (1 is the first row of data)."""
 
     rows: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
@@ -52,7 +44,7 @@ class Refusals(Mapping[str, int]):
         return sum(self.values())
 
     def lines(self) -> list[str]:
-        """One line of text a reason, with the first three rows."""
+        """One line of text a reason, with the first three rows: ``2 rows: time is zero (rows 3, 9)``."""
         out = []
         for reason, rows in self.rows.items():
             some = ", ".join(map(str, rows[:3])) + (", ..." if len(rows) > 3 else "")
@@ -62,15 +54,7 @@ class Refusals(Mapping[str, int]):
 
 
 class Screen:
-    """Rows of a file under inspection; a row is refused once, for the first reason found.
-
-    Examples
-    --------
-    >>> screen = Screen(3)
-    >>> screen.refuse(np.array([True, False, False]), "m is negative")
-    >>> screen.kept.tolist(), dict(screen.refusals())
-    ([False, True, True], {'m is negative': 1})
-    """
+    """Rows of a file under inspection; a row is refused once, for the first reason found."""
 
     def __init__(self, size: int) -> None:
         self.kept: Array = np.ones(size, dtype=np.bool_)
@@ -95,8 +79,7 @@ class Screen:
 
 
 def rotated_copies(weight_bytes: Array, l2_bytes: float) -> Array:
-    """Distinct weights the aiconfigurator collector rotates: enough to fill the L2 once, at most six (int32, for sizes
-    above 0).
+    """Distinct weights the aiconfigurator collector rotates: enough to fill the L2 once, at most six.
 
     >>> rotated_copies(np.array([1e6, 20e6, 200e6]), 50e6).tolist()
     [6, 3, 1]
@@ -166,14 +149,6 @@ def join_repeats(records: Records) -> tuple[Records, int, int]:
     many shapes disagree.
 
     A row's time is the median of its shape's; it is flagged where they differ by more than 10 %.
-
-    Examples
-    --------
-    >>> from calibration.records.records import Source
-    >>> r = Records.from_columns([Source("x")], m=[1, 2, 1], n=8, k=8, seconds=[1.0, 5.0, 2.0])
-    >>> r, joined, conflicts = join_repeats(r)
-    >>> r.seconds.tolist(), joined, conflicts, r.flags.tolist()
-    ([1.5, 5.0], 1, 1, [8, 0])
     """
     timing = ("seconds", "spread", "sample_count", "flags", "launch", "purpose")
     group = records.groups(*(name for name in records.SCHEMA if name not in timing))

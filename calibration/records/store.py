@@ -26,25 +26,21 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from calibration.records.records import SCHEMA_VERSION, Source
+from calibration.records.table import SCHEMA_VERSION, Source
 from simulator.errors import InputError
 from simulator.files.read import read_bounded
 from simulator.files.write import check_target, write_whole
 from simulator.workload import DTYPES
 
 MARK = b'{"prunesim":"records",'
-MOST_STORE_BYTES = 2_000_000_000
-"""Largest store that is read: a record with its samples takes some 2 kB, so a million of them."""
-
-# -- a line -----------------------------------------------------------------------------------------------------------
+MOST_STORE_BYTES = 2_000_000_000  # that are read: a record with its samples takes some 2 kB, so a million of them
 
 _CRC = re.compile(rb',"crc":"([0-9a-f]{8})"\}$')
 _RUN_ON = re.compile(rb'"crc":"[0-9a-f]{8}"\}.')  # a record that ends inside a line: its newline was damaged
 
 
 def encode_line(line: Mapping[str, Any]) -> bytes:
-    """A mapping as one line with its checksum; ValueError when it is no JSON (not a number, an array) or names ``crc``
-    itself.
+    """A mapping as one line with its checksum; ValueError when it is no JSON (a NaN, an array) or names ``crc`` itself.
 
     >>> encode_line({"a": 1})
     b'{"a":1,"crc":"561bacaf"}\\n'
@@ -56,11 +52,7 @@ def encode_line(line: Mapping[str, Any]) -> bytes:
 
 
 def decode_line(line: bytes) -> dict[str, Any] | None:
-    """The inverse of :func:`encode_line`; None when the line is cut or damaged.
-
-    >>> decode_line(b'{"a":1,"crc":"561bacaf"}'), decode_line(b'{"a":2,"crc":"561bacaf"}')
-    ({'a': 1}, None)
-    """
+    """The inverse of :func:`encode_line`; None when the line is cut or damaged."""
     found = _CRC.search(line)
     body = line[: found.start()] + b"}" if found else b""
     if found is None or zlib.crc32(body) != int(found[1], 16):
@@ -78,9 +70,6 @@ def _refuse(text: str) -> float:
 
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-
-
-# -- a file -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -109,9 +98,8 @@ class Header:
         if line.get("prunesim") != "records":
             raise InputError(f"{label}:1: is no store of records")
         if line.get("schema") != SCHEMA_VERSION:
-            raise InputError(
-                f"{label}:1: schema {line.get('schema')!r:.40}; this version reads schema {SCHEMA_VERSION}"
-            )
+            this = f"this version reads schema {SCHEMA_VERSION}"
+            raise InputError(f"{label}:1: schema {line.get('schema')!r:.40}; {this}")
         names = [f.name for f in fields(cls)]
         if missing := [name for name in names if name not in line]:
             raise InputError(f"{label}:1: the header lacks {', '.join(missing)}")
@@ -154,10 +142,9 @@ class Content:
 
 
 def parse(content: bytes, label: str) -> Content | None:
-    """Read a store's bytes; ``label`` names the file in messages.
+    """Read a store's bytes; None when nothing was ever acknowledged: the file is empty or its header was cut short.
 
-    None when nothing was ever acknowledged: the file is empty or its header was cut short. InputError when the file is
-    something else, of another schema, or damaged before its last line.
+    InputError when the file is something else, of another schema, or damaged before its last line.
     """
     if not content.startswith(MARK) and not MARK.startswith(content[: len(MARK)]):
         raise InputError(f"{label}: is no store of records (its first line does not say so)")
@@ -171,9 +158,8 @@ def parse(content: bytes, label: str) -> Content | None:
         row = decode_line(line)
         if row is None:
             if number < last or _RUN_ON.search(line):  # more than the line in flight would be lost
-                raise InputError(
-                    f"{label}:{number + 1}: damaged record (its checksum is wrong); restore the file from a copy"
-                )
+                damage = "damaged record (its checksum is wrong); restore the file from a copy"
+                raise InputError(f"{label}:{number + 1}: {damage}")
             dropped = 1
             break
         rows.append(row)
@@ -194,14 +180,9 @@ def read_store(path: str | Path) -> Content:
 class Store:
     """The one writer of a file of records. Opening an existing file resumes it: its header stays, and its run goes on.
 
-    Raises
-    ------
-    InputError
-        When another process writes to the file, it holds something else or records of another device, software or
-        number format than the header names, or it cannot be written.
+    InputError when another process writes to the file, it holds something else or records of another device, software
+    or number format than the header names, or it cannot be written.
 
-    Examples
-    --------
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     with Store(Path(folder) / "records.jsonl", Header("A100", {"driver": "580"})) as store:
@@ -236,16 +217,10 @@ class Store:
         return tuple(self._rows)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one JSON-ready record; when this returns, it is on the disk. ``run`` and ``time`` are added where it
-        does not say.
+        """Write one JSON-ready record, with ``run`` and ``time``; when this returns, it is on the disk.
 
-        Raises
-        ------
-        InputError
-            When it is of another number format; when the disk is full or the file cannot be written: then the records
-            before are untouched, and the store may be used again.
-        ValueError
-            When the record is no JSON.
+        InputError when it is of another number format, the disk is full or the file cannot be written: the records
+        before are untouched then, and the store may be used again. ValueError when the record is no JSON.
         """
         operator, mine = record.get("operator"), self.header.dtype
         if isinstance(operator, Mapping) and not str(operator.get("kind", "")).startswith(("copy", "launch")):
@@ -279,9 +254,8 @@ class Store:
             with suppress(OSError):  # else the half line has no checksum: whoever reads the file drops it
                 os.ftruncate(self._fd, self._end)
                 _sync(self._fd)
-            raise InputError(
-                f"{self.path}: cannot be written: {error.strerror}; the records before this one are safe"
-            ) from error
+            safe = "the records before this one are safe"
+            raise InputError(f"{self.path}: cannot be written: {error.strerror}; {safe}") from error
         self._end += len(line)
 
     def _mend(self, size: int) -> None:
@@ -331,21 +305,12 @@ def _sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-# -- several files ----------------------------------------------------------------------------------------------------
-
-
 def merge(stores: Sequence[str | Path], out: str | Path) -> Content:
-    """Join stores of one device type and software, for instance of several machines of a cluster, into a new one,
-    written whole.
+    """Join stores of one device type and software, for instance of several machines of a cluster, into a new one.
 
     A record that is there twice (same run, operator, purpose and anchor number) is kept once; ``dropped`` counts cut
-    last lines of all stores.
-
-    Raises
-    ------
-    InputError
-        When device, software or number format differ, nothing was given, or ``out`` is one of the stores or open in
-        another process.
+    last lines of all stores. InputError when device, software or number format differ, nothing was given, or ``out`` is
+    one of the stores or open in another process.
     """
     if not stores:
         raise InputError("nothing to merge: expected at least one store")

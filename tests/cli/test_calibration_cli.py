@@ -18,8 +18,8 @@ from calibration.execute.runs import keep_apart, model_shapes
 from calibration.fit.base_profile import MEASURED, base_profile, raised, shipped_name
 from calibration.measure.interrupt import Interrupted
 from calibration.records.parquet import read_records, write_records
-from calibration.records.records import Records, Source
 from calibration.records.store import read_store
+from calibration.records.table import Records, Source
 from simulator.hardware.library import load_hardware, save_hardware
 from simulator.kernels.gemm import gemm_time
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from calibration.devices.telemetry import UNKNOWN, CpuReader, NvmlReader, Snapshot, throttle_reasons, throttled, waited
+from calibration.devices.telemetry import UNKNOWN, CpuReader, NvmlReader, Snapshot, throttled, waited
 
 
 class FakeNvml:
@@ -20,21 +20,16 @@ class FakeNvml:
         self.broken, self.reasons, self.asked = broken, reasons, []
 
     def __getattr__(self, name: str) -> Any:
-        answers = {
-            "nvmlInit": lambda: None,
-            "nvmlDeviceGetHandleByUUID": lambda uuid: uuid,
-            "nvmlDeviceGetClockInfo": lambda handle, kind: self.asked.append(handle) or {1: 1980, 2: 2619}[kind],
-            "nvmlDeviceGetPowerUsage": lambda handle: 437_250,
-            "nvmlDeviceGetTemperature": lambda handle, sensor: 61,
-            "nvmlDeviceGetUtilizationRates": lambda handle: SimpleNamespace(gpu=97),
-            "nvmlDeviceGetCurrentClocksEventReasons": lambda handle: self.reasons,
-            "nvmlDeviceGetCurrentClocksThrottleReasons": lambda handle: self.reasons,
-            "nvmlSystemGetDriverVersion": lambda: "580.1",
-            "nvmlDeviceGetEnforcedPowerLimit": lambda handle: 700_000,
-        }
         if name in self.broken:
             raise RuntimeError(f"{name}: Not Supported")
-        return answers[name]
+        if name == "nvmlDeviceGetHandleByUUID":
+            return lambda uuid: uuid
+        if name == "nvmlDeviceGetClockInfo":
+            return lambda handle, kind: self.asked.append(handle) or {1: 1980, 2: 2619}[kind]
+        facts = {"Init": None, "PowerUsage": 437_250, "Temperature": 61, "UtilizationRates": SimpleNamespace(gpu=97)}
+        facts |= dict.fromkeys(("CurrentClocksEventReasons", "CurrentClocksThrottleReasons"), self.reasons)
+        facts |= {"SystemGetDriverVersion": "580.1", "EnforcedPowerLimit": 700_000}
+        return lambda *_: facts[name.removeprefix("nvml").removeprefix("DeviceGet")]
 
 
 def test_readings_are_in_si() -> None:
@@ -53,24 +48,19 @@ def test_without_nvml_everything_is_unknown() -> None:
     assert reader.power_limit_w() == UNKNOWN
 
 
-@pytest.mark.parametrize("broken", ["nvmlInit", "nvmlDeviceGetHandleByUUID"])
-def test_nvml_that_does_not_start_is_unknown(broken: str) -> None:
-    assert NvmlReader(FakeNvml((broken,)), "GPU-abc").snapshot() == Snapshot()
-
-
-@pytest.mark.parametrize(
-    ("broken", "field"),
-    [
-        ("nvmlDeviceGetPowerUsage", "power_w"),
-        ("nvmlDeviceGetTemperature", "temperature_c"),
-        ("nvmlDeviceGetClockInfo", "clock_hz"),
-        ("nvmlDeviceGetUtilizationRates", "load"),
-    ],
-)
-def test_one_reading_that_fails_leaves_the_others(broken: str, field: str) -> None:
-    snapshot = NvmlReader(FakeNvml((broken,)), "GPU-abc").snapshot()
-    assert getattr(snapshot, field) == UNKNOWN
-    assert snapshot.throttle == ()
+def test_nvml_that_does_not_start_is_unknown_and_one_reading_that_fails_leaves_the_others() -> None:
+    for broken in ("nvmlInit", "nvmlDeviceGetHandleByUUID"):
+        assert NvmlReader(FakeNvml((broken,)), "GPU-abc").snapshot() == Snapshot()
+    names = {
+        "PowerUsage": "power_w",
+        "Temperature": "temperature_c",
+        "ClockInfo": "clock_hz",
+        "UtilizationRates": "load",
+    }
+    for broken, field in names.items():
+        snapshot = NvmlReader(FakeNvml((f"nvmlDeviceGet{broken}",)), "GPU-abc").snapshot()
+        assert getattr(snapshot, field) == UNKNOWN
+        assert snapshot.throttle == ()
 
 
 def test_throttle_reasons_under_their_older_name() -> None:
@@ -78,10 +68,6 @@ def test_throttle_reasons_under_their_older_name() -> None:
     assert NvmlReader(nvml, "GPU-abc").snapshot().throttle == ("hw_thermal_slowdown",)
     both = FakeNvml(("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"))
     assert NvmlReader(both, "GPU-abc").snapshot().throttle == UNKNOWN
-
-
-def test_a_bit_without_a_name_is_not_lost() -> None:
-    assert throttle_reasons(0x1001) == ("gpu_idle", "bit_0x1000")
 
 
 @pytest.mark.parametrize(
@@ -107,9 +93,8 @@ def test_a_counter_that_rises_is_throttling() -> None:
 
 def test_waiting_needs_both_readings() -> None:
     assert waited(Snapshot(), Snapshot(waited_s=1.0), 1.0) == UNKNOWN
-    assert (
-        waited(Snapshot(waited_s=2.0), Snapshot(waited_s=1.0), 1.0) == 0.0
-    )  # a thread that ended took its count along
+    ended = waited(Snapshot(waited_s=2.0), Snapshot(waited_s=1.0), 1.0)  # a thread took its count along
+    assert (ended, waited(Snapshot(waited_s=1.0), Snapshot(waited_s=1.5), 1.0, threads=2)) == (0.0, 0.25)
     assert waited(Snapshot(waited_s=1.0), Snapshot(waited_s=2.0), 0.0) == UNKNOWN
 
 
@@ -140,9 +125,8 @@ def test_cpu_readings(tmp_path: Path) -> None:
 
 
 def test_cpu_clock_from_cpuinfo_where_there_is_no_cpufreq(tmp_path: Path) -> None:
-    root = _plant(
-        tmp_path, {"proc/cpuinfo": "processor\t: 0\ncpu MHz\t\t: 2600.000\n\nprocessor\t: 1\ncpu MHz\t\t: bad\n"}
-    )
+    text = "processor\t: 0\ncpu MHz\t\t: 2600.000\n\nprocessor\t: 1\ncpu MHz\t\t: bad\n"
+    root = _plant(tmp_path, {"proc/cpuinfo": text})
     assert CpuReader((0,), root).snapshot().clock_hz == 2.6e9
     assert CpuReader((1,), root).snapshot().clock_hz == UNKNOWN
 

@@ -227,7 +227,7 @@ def test_refusals_are_one_line_and_write_nothing(tmp_path: Path, planted: list[s
         ({"device": ReplayDevice()}, "cpu or cuda"),
     ):
         with pytest.raises(InputError, match=message) as caught:
-            _compare(tmp_path, cases, **{"device": _device(dtypes=("fp32", "bf16", "fp16", "int8")), **options})  # type: ignore[arg-type]
+            _compare(tmp_path, cases, **{"device": _device(formats=("fp32", "bf16", "fp16", "int8")), **options})  # type: ignore[arg-type]
         assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="no Llama-style"):
         comparing.compare(tmp_path / "run", _device(), load_model("opt-13b"), cases, budget_s=1.0)

@@ -27,8 +27,8 @@ from calibration.execute.upper_bound import (
     plain_gemms,
     shapes_of,
 )
-from calibration.records.records import Records, Source
 from calibration.records.store import read_store
+from calibration.records.table import Records, Source
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware, save_hardware
 from simulator.workload import Kernel, Kind, Workload
@@ -202,7 +202,7 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
     anchors = [(s // 2, s, s) for s in (4096, 2048, 1024, 512)]
     ops = [Operator("gemm", m=m, n=n, k=k) for m, n, k in dict.fromkeys([*shapes_of(_cases()), *squares, *anchors])]
     file = tmp_path_factory.mktemp("recording") / "device.jsonl"
-    file.write_text("".join(json.dumps({"operator": op.as_record(), "median_s": planted(op)}) + "\n" for op in ops))
+    file.write_text("".join(json.dumps({"operator": vars(op), "median_s": planted(op)}) + "\n" for op in ops))
     return file
 
 

@@ -17,8 +17,8 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from calibration.records.parquet import write_records
-from calibration.records.records import Records, Source
 from calibration.records.store import Header
+from calibration.records.table import Records, Source
 
 ROOT = Path(__file__).resolve().parents[2]
 

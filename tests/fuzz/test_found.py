@@ -20,8 +20,8 @@ from calibration.cli import run
 from calibration.execute.quality_results import Results
 from calibration.records.importers import import_table
 from calibration.records.lines import content_records
-from calibration.records.records import Records, Source
 from calibration.records.store import Header, merge, read_store
+from calibration.records.table import Records, Source
 from simulator.errors import InputError
 from simulator.figures.measured import read_measured_gemms
 from simulator.hardware.arrays import MOST_LOG, check_arrays, pack_arrays

@@ -20,7 +20,7 @@ from calibration.judge.pages import constants_of_part
 from calibration.judge.report import html, markdown, write_html, write_markdown
 from calibration.judge.scores import by_size, coverage, part_errors, part_speedups, summary
 from calibration.judge.validate import validate
-from calibration.records.records import Records, Source
+from calibration.records.table import Records, Source
 from simulator.errors import InputError
 from simulator.hardware.library import list_hardware, load_hardware, save_hardware
 from simulator.hardware.profile import HardwareProfile, Interval

@@ -15,7 +15,7 @@ from calibration.devices.replay import ReplayDevice, roofline_timings
 from calibration.execute.cases import settings_of
 from calibration.execute.upper_bound import bound_errors, bounds, measure_bounds
 from calibration.records.exact import UNKNOWN_REPEAT, exact_arrays, repeatability, with_exact, without_exact
-from calibration.records.records import Flag, Records, Source
+from calibration.records.table import Flag, Records, Source
 from simulator.hardware.constants import EXACT_NAMES as NAMES
 from simulator.hardware.library import load_hardware, save_hardware
 from simulator.hardware.profile import Provenance

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -21,14 +24,10 @@ from calibration.measure.plan import ANCHOR, base_plan
 from calibration.measure.probe import default_protocol, default_visits, probe
 from calibration.measure.run import Outcome, run
 from calibration.measure.timing import Protocol
-from calibration.records.store import Header, Store, read_store
+from calibration.records.store import Header, Store, parse, read_store
 from simulator.errors import InputError
 
-ROOT = Path(__file__).resolve().parents[2]
 ALL = len(SHAPES)
-
-
-# -- budget, interruption, resumption ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("budget_s", [20.0, 120.0])
@@ -38,9 +37,6 @@ def test_the_budget_holds_though_estimates_are_wrong(budget_s: float, factor: fl
     outcome, _ = go(ReplayDevice(noise=0.05, setup_s=0.05 * factor), plan, budget_s=budget_s)
     assert (outcome.stopped, outcome.complete) == ("budget", True)
     assert 0.9 * budget_s <= outcome.elapsed_s <= 1.1 * budget_s
-
-
-def test_a_budget_of_zero_is_refused() -> None:
     with pytest.raises(InputError, match="budget"):
         go(ReplayDevice(), budget_s=0.0)
 
@@ -50,10 +46,8 @@ def test_a_rerun_measures_what_is_missing_and_keeps_the_reference() -> None:
     slower = ReplayDevice(lambda op: 1.1 * ReplayDevice().seconds(op))
     outcome, second = go(slower, previous=first)
     assert outcome.counts.resumed == 11
-    assert {r["key"] for r in items(first)} | {r["key"] for r in items(second)} == {
-        i.operator.key for i in plan_of().items
-    }
-    assert not {r["key"] for r in items(first)} & {r["key"] for r in items(second)}
+    keys = [r["key"] for r in items(first) + items(second)]
+    assert sorted(keys) == sorted(item.operator.key for item in plan_of().items)
     anchors = [r for r in second if r["purpose"] == ANCHOR]
     assert all(r["drift"] == pytest.approx(0.1) and r["drifted"] for r in anchors)  # against the first run's anchor
     assert anchors[0]["block"] == max(r["block"] for r in first) + 1
@@ -137,7 +131,46 @@ def test_a_real_store_takes_the_records(tmp_path: Path) -> None:
     assert outcomes[1].counts.resumed == ALL
 
 
-# -- what a plan needs to know ----------------------------------------------------------------------------------------
+MANY = [(m, 256, 512) for m in range(1, 201)]
+VICTIM = """
+import sys, time
+from planted import PROTOCOL, plan_of
+from test_measure_runs import MANY
+from calibration.devices.replay import ReplayDevice
+from calibration.measure.run import run
+from calibration.records.store import Header, Store
+
+def append(record):
+    store.append(record)
+    print(record["key"], flush=True)  # acknowledged
+    time.sleep(0.002)
+
+with Store(sys.argv[1], Header("planted")) as store:
+    run(plan_of(MANY), ReplayDevice(noise=0.01), append, previous=store.rows, protocol=PROTOCOL)
+"""
+
+
+def test_killed_runs_lose_nothing_acknowledged_and_the_last_one_finishes(tmp_path: Path) -> None:
+    path, acknowledged, rng = tmp_path / "records.jsonl", set[str](), random.Random(7)
+    here = Path(__file__).resolve().parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (here, here.parents[1])))}
+    for last in [False] * 15 + [True]:
+        command = [sys.executable, "-c", VICTIM, str(path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as victim:
+            assert victim.stdout is not None
+            said = [victim.stdout.readline() for _ in range(rng.randrange(6))]
+            if not last:
+                time.sleep(rng.random() * 0.004)
+                victim.kill()
+            said += victim.stdout.readlines()  # acknowledged before it died, still in the pipe
+        acknowledged |= {line.strip() for line in said}
+        content = parse(path.read_bytes() if path.exists() else b"", "file")
+        rows = content.rows if content else ()  # none: killed before its header was on the disk
+        assert acknowledged <= {r["key"] for r in rows}
+        assert len({r["key"] for r in items(list(rows))}) == len(items(list(rows)))
+        assert all(r["samples_s"] for r in rows)
+    assert (victim.returncode, read_store(path).dropped) == (0, 0)
+    assert {r["key"] for r in items(list(rows))} == {item.operator.key for item in plan_of(MANY).items}
 
 
 def test_the_probe_finds_planted_rates() -> None:

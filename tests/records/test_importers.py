@@ -13,9 +13,9 @@ import pytest
 
 from calibration.records.importers import ImportResult, import_table
 from calibration.records.parquet import write_records
-from calibration.records.records import LAUNCHES, OPERATORS, Flag, Records, Source
 from calibration.records.screening import L2_BYTES_PER_CLOCK, Refusals, Screen, join_repeats, least_seconds, too_fast
 from calibration.records.store import Header, Store
+from calibration.records.table import LAUNCHES, OPERATORS, Flag, Records, Source
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.workload import ROLES
@@ -40,9 +40,6 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "table.csv"
 
 
-# -- plain CSV --------------------------------------------------------------------------------------------------------
-
-
 def test_a_plain_csv_by_its_own_names(path: Path) -> None:
     result = import_table(gemms(path, []), hw=H100)
     assert len(result.records) == 30
@@ -51,14 +48,12 @@ def test_a_plain_csv_by_its_own_names(path: Path) -> None:
     assert result.records.sources[0].origin == "table.csv"
 
 
-UNITS = {"seconds": 1.0, "latency_s": 1.0, "latency_ms": 1e3, "latency_us": 1e6, "latency_ns": 1e9}
-
-
-@pytest.mark.parametrize(("name", "scale"), list(UNITS.items()))
-def test_the_time_column_names_its_unit(path: Path, name: str, scale: float) -> None:
-    csv(path, f"M;x,N,K,time\n8,64,64,{3e-5 * scale!r}\n")
-    result = import_table(path, column_map={"m": "M;x", "n": "N", "k": "K", name: "time"})
-    assert result.records.seconds[0] == pytest.approx(3e-5)
+def test_the_time_column_names_its_unit(path: Path) -> None:
+    scales = {"seconds": 1.0, "latency_s": 1.0, "latency_ms": 1e3, "latency_us": 1e6, "latency_ns": 1e9}
+    for name, scale in scales.items():
+        csv(path, f"M;x,N,K,time\n8,64,64,{3e-5 * scale!r}\n")
+        result = import_table(path, column_map={"m": "M;x", "n": "N", "k": "K", name: "time"})
+        assert result.records.seconds[0] == pytest.approx(3e-5)
 
 
 @pytest.mark.parametrize(
@@ -183,12 +178,9 @@ def test_attention_and_other_operators_from_csv(path: Path) -> None:
     result = import_table(csv(path, header + "\n".join(rows)))
     assert [OPERATORS[o] for o in result.records.operator] == ["attention_decode", "elementwise", "gemm"]
     assert [int(r) for r in result.records.role] == [-1, ROLES.index("activation"), ROLES.index("q")]
-    assert dict(result.refusals) == {
-        "operator 'conv' is unknown": 1,
-        "k is missing or not a number": 1,
-        "heads is no multiple of kv_heads": 1,
-        "q_len exceeds kv_len": 1,
-    }
+    heads = ["heads is no multiple of kv_heads", "q_len exceeds kv_len"]
+    reasons = ["operator 'conv' is unknown", "k is missing or not a number", *heads]
+    assert dict(result.refusals) == dict.fromkeys(reasons, 1)
 
 
 def test_a_store_and_a_table_of_records_are_read_too(tmp_path: Path) -> None:
@@ -202,10 +194,8 @@ def test_a_store_and_a_table_of_records_are_read_too(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes() + b'{"half a')
     result = import_table(path, hw=H100)
     assert dict(result.refusals) == {"faster than the arithmetic peak at the highest clock": 1}
-    assert result.notes == (
-        "the last line was cut short and dropped",
-        "1 operators without a time: skipped: out of memory",
-    )
+    cut = "the last line was cut short and dropped"
+    assert result.notes == (cut, "1 operators without a time: skipped: out of memory")
     write_records(result.records, tmp_path / "records.parquet")
     again = import_table(tmp_path / "records.parquet", hw=H100)
     assert again.records.digest() == result.records.digest()
@@ -213,9 +203,6 @@ def test_a_store_and_a_table_of_records_are_read_too(tmp_path: Path) -> None:
     (tmp_path / "records.parquet").write_bytes(write_records(bad))
     with pytest.raises(InputError, match="no usable row: 29 rows: m is below 1"):
         import_table(tmp_path / "records.parquet")
-
-
-# -- aiconfigurator ---------------------------------------------------------------------------------------------------
 
 
 def aic(path: Path, columns: Mapping[str, Any], framework: str = "TRTLLM", op: str = "gemm") -> Path:
@@ -235,13 +222,9 @@ def attention_columns(size: int, **more: Any) -> dict[str, Any]:
 
 
 def test_aiconfigurator_gemms(tmp_path: Path) -> None:
-    columns = {
-        "gemm_dtype": ["bfloat16", "int8_wo", "int4_wo", "sq", "fp8_block", "bfloat16", "bfloat16"],
-        "m": [1] * 7,
-        "n": [4096] * 7,
-        "k": [4096] * 6 + [65536],
-        "latency": [0.05, 0.03, 0.02, 0.03, 0.03, 0.0, 0.7],
-    }
+    formats = ["bfloat16", "int8_wo", "int4_wo", "sq", "fp8_block", "bfloat16", "bfloat16"]
+    columns = {"gemm_dtype": formats, "m": [1] * 7, "n": [4096] * 7, "k": [4096] * 6 + [65536]}
+    columns["latency"] = [0.05, 0.03, 0.02, 0.03, 0.03, 0.0, 0.7]
     path = aic(tmp_path / "gemm_perf.parquet", columns)
     result = import_table(path, hw=A100, dtype="all")
     assert dict(result.refusals) == {"number format fp8_block is not modelled": 1, "time is zero": 1}
@@ -255,15 +238,12 @@ def test_aiconfigurator_gemms(tmp_path: Path) -> None:
     assert source.digest == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_the_vllm_collections_are_refused_with_the_reason(tmp_path: Path) -> None:
-    columns = {"gemm_dtype": ["bfloat16"], "m": [1], "n": [64], "k": [64], "latency": [0.01]}
+def test_aiconfigurator_tables_that_lack_something_and_those_of_vllm_are_refused(tmp_path: Path) -> None:
+    columns = {"gemm_dtype": ["bfloat16"], "m": [1], "n": [64], "latency": [0.01]}
     with pytest.raises(InputError, match="collections of VLLM are refused: its GEMM weights were not initialised"):
-        import_table(aic(tmp_path / "t.parquet", columns, framework="VLLM"))
-
-
-def test_aiconfigurator_tables_that_lack_something(tmp_path: Path) -> None:
+        import_table(aic(tmp_path / "t.parquet", {**columns, "k": [64]}, framework="VLLM"))
     with pytest.raises(InputError, match="column k missing; the file has"):
-        import_table(aic(tmp_path / "a.parquet", {"gemm_dtype": ["bfloat16"], "m": [1], "n": [64], "latency": [0.01]}))
+        import_table(aic(tmp_path / "a.parquet", columns))
     with pytest.raises(InputError, match="op_name 'moe' is unknown"):
         import_table(aic(tmp_path / "b.parquet", {"latency": [0.01]}, op="moe"))
 
@@ -311,9 +291,6 @@ def test_the_real_collections(wheel_tables: Path) -> None:
         rows("h100_sxm/gemm/vllm/0.24.0/gemm_perf.parquet", "h100_sxm")
 
 
-# -- the measured tables handed over ----------------------------------------------------------------------------------
-
-
 def test_the_rtx_4090_tables(shared_data: Path) -> None:
     hw = load_hardware("rtx_4090")
     gemm = import_table(shared_data / "rtx4090_gemm.csv", hw=hw)
@@ -327,13 +304,8 @@ def test_the_rtx_4090_tables(shared_data: Path) -> None:
     assert (len(attention.records), dict(attention.refusals)) == (98, refused)
     assert not attention.records.cold.any()
     others = import_table(shared_data / "rtx4090_other_ops.csv", hw=hw)
-    assert {ROLES[r] for r in others.records.role} == {
-        "activation",
-        "embedding",
-        "attention_norm",
-        "final_norm",
-        "rotary",
-    }
+    roles = "activation embedding attention_norm final_norm rotary"
+    assert {ROLES[r] for r in others.records.role} == set(roles.split())
     moved = others.records.read_bytes + others.records.write_bytes
     large = (others.records.role == ROLES.index("activation")) & (others.records.m == 2048)
     bandwidth = float(moved[large][0] / others.records.seconds[large][0])
@@ -350,9 +322,6 @@ def test_the_2to4_table_keeps_experiments_apart(shared_data: Path) -> None:
     one = records.select(runs == "LLaMA-2-7B.down")
     dense, sparse = (float(one.seconds[one.is_operator(op) & (one.n == 4096)][0]) for op in ("gemm", "gemm_2to4"))
     assert dense / sparse == pytest.approx(890 / 560)
-
-
-# -- physics ----------------------------------------------------------------------------------------------------------
 
 
 def one(**columns: Any) -> Records:

@@ -12,8 +12,9 @@ import pytest
 
 import calibration.measurements as shipped
 from calibration.measurements import FOLDER, INDEX, file_name, list_measurements, load_measurements, provenance
-from calibration.records.records import OPERATORS, Records
+from calibration.records.parquet import write_records
 from calibration.records.screening import too_fast
+from calibration.records.table import OPERATORS, Records
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 
@@ -51,6 +52,7 @@ def test_a_table_is_what_its_provenance_says(name: str, tables: dict[str, Record
     assert records.timed.all()
     assert not records.flags.any()
     assert int(records.groups().max()) + 1 == len(records)
+    assert not np.any(too_fast(records, load_hardware(build.CHOICES[name].hardware)))
     if "attention" in name:
         assert len(records.sources) == 1  # one kernel path
         assert not records.window.any()
@@ -58,16 +60,8 @@ def test_a_table_is_what_its_provenance_says(name: str, tables: dict[str, Record
         assert set(np.unique(records.copies)) <= set(range(1, 7))
 
 
-@pytest.mark.parametrize("name", list_measurements())
-def test_no_row_beats_its_device(name: str, tables: dict[str, Records]) -> None:
-    assert not np.any(too_fast(tables[name], load_hardware(build.CHOICES[name].hardware)))
-
-
 def test_the_files_are_written_the_same_again(tables: dict[str, Records]) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    pq = pytest.importorskip("pyarrow.parquet")
-    from calibration.records.parquet import write_records
-
+    pyarrow, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     if f"pyarrow: {pyarrow.__version__}\n" not in (FOLDER / INDEX).read_text(encoding="utf-8"):
         pytest.skip("another version of pyarrow made the files")
     for name, records in tables.items():

@@ -1,16 +1,11 @@
-"""The store of measured records: nothing acknowledged is lost, nothing is doubled, nothing is read that was not
-written.
-"""
+"""The store of measured records: nothing acknowledged is lost or doubled, nothing is read that was not written."""
 
 from __future__ import annotations
 
 import errno
 import os
-import random
 import subprocess
 import sys
-import textwrap
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +15,13 @@ from calibration.devices.protocol import Operator
 from calibration.records import store as store_module
 from calibration.records.lines import content_records, records_of, shape_of, untimed
 from calibration.records.parquet import read_records, write_records
-from calibration.records.records import OPERATORS, Flag, Records, Source
 from calibration.records.store import Header, Store, decode_line, encode_line, merge, parse, read_store
+from calibration.records.table import OPERATORS, Flag, Records, Source
 from simulator.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
-HEADER = Header(
-    "NVIDIA A100", {"torch": "2.9", "driver": "580.65"}, "bf16", run="r1", started="2026-01-01T00:00:00+00:00"
-)
+STACK = {"torch": "2.9", "driver": "580.65"}
+HEADER = Header("NVIDIA A100", STACK, "bf16", run="r1", started="2026-01-01T00:00:00+00:00")
 
 
 def row(number: int, **more: object) -> dict[str, object]:
@@ -64,21 +58,18 @@ def test_what_is_written_is_read_and_a_run_is_resumed(path: Path) -> None:
     assert (content.header, content.dropped) == (HEADER, 0)
 
 
-@pytest.mark.parametrize(
-    ("other", "word"),
-    [
-        (Header("NVIDIA H100", HEADER.stack), "device 'NVIDIA A100', not of 'NVIDIA H100'"),
-        (Header(HEADER.device, {"torch": "2.9", "driver": "590.1"}), "driver '580.65', not of '590.1'"),
-        (Header(HEADER.device, {"torch": "2.9"}), "driver '580.65', not of 'none'"),
-        (Header(HEADER.device, HEADER.stack, "fp16"), "dtype 'bf16', not of 'fp16'"),
-    ],
-)
-def test_another_device_driver_or_dtype_is_refused(path: Path, other: Header, word: str) -> None:
+def test_another_device_driver_or_dtype_is_refused(path: Path) -> None:
     written(path)
     before = path.read_bytes()
-    with pytest.raises(InputError, match=word):
-        Store(path, other)
-    assert path.read_bytes() == before
+    for other, word in (
+        (Header("NVIDIA H100", STACK), "device 'NVIDIA A100', not of 'NVIDIA H100'"),
+        (Header(HEADER.device, {"torch": "2.9", "driver": "590.1"}), "driver '580.65', not of '590.1'"),
+        (Header(HEADER.device, {"torch": "2.9"}), "driver '580.65', not of 'none'"),
+        (Header(HEADER.device, STACK, "fp16"), "dtype 'bf16', not of 'fp16'"),
+    ):
+        with pytest.raises(InputError, match=word):
+            Store(path, other)
+        assert path.read_bytes() == before
     Store(path, HEADER).close()  # and the lock was given back
 
 
@@ -139,22 +130,18 @@ def test_no_flipped_byte_makes_a_wrong_record(path: Path) -> None:
     assert outcomes == {"refused": len(whole) - last + 1, "dropped": last - 1}
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
+def test_other_files_are_refused_and_left_alone(path: Path) -> None:
+    for content, reason in (
         (b"m,n,k\n1,2,3\n", "is no store"),
         (b"hello", "is no store"),
         (encode_line({"prunesim": "records", "schema": 2}), "schema 2; this version reads schema 1"),
         (encode_line({"prunesim": "records", "schema": 1}), "header lacks device"),
-    ],
-)
-def test_other_files_are_refused_and_left_alone(path: Path, content: bytes, reason: str) -> None:
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=reason):
-        read_store(path)
-    with pytest.raises(InputError, match=reason):
-        Store(path, HEADER)
-    assert path.read_bytes() == content
+    ):
+        path.write_bytes(content)
+        for opened in (read_store, lambda file: Store(file, HEADER)):
+            with pytest.raises(InputError, match=reason):
+                opened(path)
+        assert path.read_bytes() == content
 
 
 def test_a_missing_file_or_folder(tmp_path: Path) -> None:
@@ -220,54 +207,6 @@ def test_a_full_disk_at_the_first_line(path: Path, monkeypatch: pytest.MonkeyPat
     assert len(written(path, 1)) == len(keys(path)) == 1
 
 
-WRITER = """
-    import sys
-    from calibration.records.store import Header, Store
-
-    with Store(sys.argv[1], Header("planted device", {"driver": "1"})) as store:
-        present = {row["key"] for row in store.rows}
-        for number in range(400):
-            if f"shape {number}" not in present:
-                store.append({"key": f"shape {number}", "median_s": 1e-6, "samples_s": [1e-6 + number] * 40})
-                print(number, flush=True)  # acknowledged
-"""
-
-
-def killed(path: Path, lines: int | None, pause_s: float = 0.0) -> set[int]:
-    """Start a writer, kill it after some acknowledgements and a pause, or never; returns what it acknowledged."""
-    command = [sys.executable, "-S", "-c", textwrap.dedent(WRITER), str(path)]
-    packages = os.pathsep.join([str(ROOT), *(p for p in sys.path if p.endswith("site-packages"))])
-    environment = {**os.environ, "PYTHONPATH": packages}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as writer:
-        assert writer.stdout is not None
-        said = [writer.stdout.readline() for _ in range(lines or 0)]
-        if lines is not None:
-            time.sleep(pause_s)
-            writer.kill()
-        said += writer.stdout.readlines()  # acknowledged before it died, still in the pipe
-    return {int(line) for line in said if line.strip().isdigit()}
-
-
-def test_thirty_kills_lose_no_acknowledged_record(path: Path) -> None:
-    rng = random.Random(7)
-    acknowledged: set[int] = set()
-    for _ in range(30):
-        acknowledged |= killed(path, rng.randrange(10), rng.random() * 0.004)
-        content = parse(path.read_bytes() if path.exists() else b"", "file")
-        found = [r["key"] for r in content.rows] if content else []  # none: killed before its header was on the disk
-        assert len(found) == len(set(found))
-        assert {f"shape {i}" for i in acknowledged} <= set(found)
-    assert 30 < len(acknowledged) < 400
-    killed(path, None)
-    content = read_store(path)
-    assert sorted(r["key"] for r in content.rows) == sorted(f"shape {i}" for i in range(400))
-    assert content.dropped == 0
-    assert all(r["samples_s"] == [1e-6 + int(r["key"].split()[1])] * 40 for r in content.rows)
-
-
-# -- merging ----------------------------------------------------------------------------------------------------------
-
-
 def test_stores_of_several_machines_are_joined(tmp_path: Path) -> None:
     a, b, out = (tmp_path / name for name in ("a.jsonl", "b.jsonl", "out.jsonl"))
     first = written(a, 2)
@@ -283,13 +222,10 @@ def test_stores_of_several_machines_are_joined(tmp_path: Path) -> None:
     assert again.rows == content.rows  # merging what is merged adds nothing
     records = content_records(read_store(out))
     assert (len(records), [s.run for s in records.sources]) == (4, ["r1", "r2"])
-
-
-def test_anchors_of_one_run_are_kept_apart(tmp_path: Path) -> None:
-    with Store(tmp_path / "a.jsonl", HEADER) as store:
+    with Store(a, HEADER) as store:  # anchors of one run are kept apart
         for block in (1, 2):
             store.append(row(0, purpose="anchor", block=block))
-    assert len(merge([tmp_path / "a.jsonl"] * 2, tmp_path / "out.jsonl").rows) == 2
+    assert len(merge([a, a], tmp_path / "anchors.jsonl").rows) == 4
 
 
 def test_what_cannot_be_merged_is_refused_and_nothing_written(tmp_path: Path) -> None:
@@ -305,9 +241,6 @@ def test_what_cannot_be_merged_is_refused_and_nothing_written(tmp_path: Path) ->
         merge([], out)
     with Store(out, HEADER), pytest.raises(InputError, match="another process"):
         merge([a], out)
-
-
-# -- what lines mean --------------------------------------------------------------------------------------------------
 
 
 def test_flags_purposes_and_spread_of_measured_rows() -> None:
@@ -340,7 +273,7 @@ def test_every_operator_a_device_offers_becomes_a_record() -> None:
     for kind in OPERATORS:
         role = {"elementwise": "activation"}.get(kind, "")
         operator = Operator(kind, **shape, block=8, role=role)
-        records = records_of([{"operator": operator.as_record(), "median_s": 1e-6}], HEADER)
+        records = records_of([{"operator": vars(operator), "median_s": 1e-6}], HEADER)
         assert OPERATORS[int(records.operator[0])] == kind
         assert int(records.kv_len[0]) == 16
         if kind in ("elementwise", "copy"):
@@ -348,26 +281,13 @@ def test_every_operator_a_device_offers_becomes_a_record() -> None:
     assert shape_of({"kind": "launch_eager", "role": "gemm"})["n"] == 64
 
 
-# -- tables -----------------------------------------------------------------------------------------------------------
-
-
 def table() -> Records:
     sources = [Source("A", {"torch": "2"}, kernel="x"), Source("B", run="r")]
-    return Records.from_columns(
-        sources,
-        operator=np.array(["gemm", "gemm", "elementwise"]),
-        role=[0, 0, 17],
-        dtype=np.array(["bf16", "fp8", "bf16"]),
-        weight_dtype=np.array(["int8", "fp8", "bf16"]),
-        m=[1, 300, 70_000],
-        n=8,
-        k=[4, 4, 0],
-        seconds=[1e-6, 2e-6, 1 / 3],
-        spread=[np.nan, 0.01, 0.02],
-        cold=[True, False, True],
-        source=[0, 0, 1],
-        flags=[0, 1, 0],
-    )
+    names = {"operator": ["gemm", "gemm", "elementwise"], "dtype": ["bf16", "fp8", "bf16"]}
+    names["weight_dtype"] = ["int8", "fp8", "bf16"]
+    sizes = {"m": [1, 300, 70_000], "n": 8, "k": [4, 4, 0], "role": [0, 0, 17], "cold": [True, False, True]}
+    times = {"seconds": [1e-6, 2e-6, 1 / 3], "spread": [np.nan, 0.01, 0.02], "source": [0, 0, 1], "flags": [0, 1, 0]}
+    return Records.from_columns(sources, **names, **sizes, **times)
 
 
 def test_records_survive_parquet() -> None:

@@ -29,13 +29,9 @@ SCHEMA_VERSION = 1
 
 OPERATORS: tuple[str, ...] = tuple(KINDS)
 """Names of what can be timed; the index is the code in the ``operator`` column."""
-
+# what a time says of the launch: kernel time of a profiler, gap inside a replayed graph, host time
 LAUNCHES: tuple[str, ...] = ("unknown", "excluded", "graph", "eager")
-"""What a time says of the launch: ``excluded`` (kernel time of a profiler), ``graph`` (gap inside a replayed graph),
-``eager`` (host)."""
-
-PURPOSES: tuple[str, ...] = ("", "fit", "holdout", "exact", "anchor")
-"""Why a row was measured; imported rows do not say."""
+PURPOSES: tuple[str, ...] = ("", "fit", "holdout", "exact", "anchor")  # why a row was measured; imports do not say
 
 
 class Flag(IntFlag):
@@ -49,13 +45,7 @@ class Flag(IntFlag):
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from: everything that is the same for many of them.
-
-    Examples
-    --------
-    >>> Source("A100", {"torch": "2.9", "CUDA": "13.0"}).software
-    'torch 2.9, CUDA 13.0'
-    """
+    """Where rows come from: everything that is the same for many of them."""
 
     device: str  # the hardware as it names itself
     stack: Mapping[str, str] = field(default_factory=dict)  # software with versions: framework, driver, CUDA, threads
@@ -69,7 +59,7 @@ class Source:
 
     @property
     def software(self) -> str:
-        """The stack on one line."""
+        """The stack on one line: ``torch 2.9, CUDA 13.0``."""
         return ", ".join(f"{name} {version}" for name, version in self.stack.items())
 
     def as_dict(self) -> dict[str, Any]:
@@ -94,8 +84,6 @@ class Source:
 class Records(Table):
     """Timings as equal-length columns. Up to ``copies`` they say what was timed, then what came of it.
 
-    Examples
-    --------
     >>> r = Records.from_columns([Source("A100")], m=[1, 2], n=8, k=4, seconds=[1e-6, 2e-6])
     >>> len(r), r.select(r.m > 1).seconds.tolist(), r.labels().tolist()
     (2, [2e-06], ['bf16', 'bf16'])
