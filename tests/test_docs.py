@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import pytest
 
+from calibration.cli import pages
 from calibration.fit.shipped import RECIPES
-from calibration.judge import pages
 from simulator.hardware.constants import CLASSES, CONSTANTS
 from simulator.hardware.constants import COLLECTIVE_CONSTANTS as LINK
 from simulator.hardware.profile import OPERATORS
@@ -235,7 +235,7 @@ def test_the_index_names_every_page() -> None:
 
 def test_the_page_of_commands_is_current_and_shows_every_option() -> None:
     page = pages.commands_page()
-    made_by = "python -m calibration.judge.pages commands -o docs/commands.md"
+    made_by = "python -m calibration.cli.pages commands -o docs/commands.md"
     assert (ROOT / "docs" / "commands.md").read_text(encoding="utf-8") == page, made_by
     for path, command in pages.commands():
         section = page.partition(f"\n## prunesim {path}\n")[2].partition("\n## ")[0]

@@ -1,7 +1,7 @@
 """The accuracy protocol over everything that ships, as rows of numbers: fits, baselines, other stacks, attention,
 elementwise operators.
 
-Use :func:`run_protocol`; ``prunesim validate --protocol`` prints its rows and :mod:`calibration.judge.pages` makes
+Use :func:`run_protocol`; ``prunesim validate --protocol`` prints its rows and :mod:`calibration.cli.pages` makes
 ``docs/accuracy.md`` of them. How a split is made and judged is in :mod:`calibration.judge.protocol` and
 :mod:`calibration.judge.protocol_operators`; here is only what is run. Scores are in percent.
 """

@@ -158,7 +158,7 @@ def join_repeats(records: Records) -> tuple[Records, int, int]:
     order = np.lexsort((records.seconds, group))
     times = records.seconds[order]
     start = np.cumsum(counts) - counts
-    median = 0.5 * (times[start + (counts - 1) // 2] + times[start + counts // 2])
+    median = 0.5 * times[start + (counts - 1) // 2] + 0.5 * times[start + counts // 2]
     conflict = times[start + counts - 1] > DISAGREE * times[start]
     flags = np.bitwise_or.reduceat(records.flags[order], start) | np.where(conflict, int(Flag.CONFLICT), 0)
     place = np.argsort(first)

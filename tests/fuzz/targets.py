@@ -210,7 +210,7 @@ def jsonl(path: Path) -> None:
 def results(path: Path) -> None:
     with Results(path, {"plan": 1}) as found:
         for method, fraction in found.points:
-            assert np.isfinite(found.losses(method, fraction)).all()
+            assert np.isfinite(found.points[method, fraction]["losses"]).all()
             assert 0.0 <= found.points[method, fraction]["realised"] <= 1.0
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from calibration.cli import pages
 from calibration.fit.core import shapes
-from calibration.judge import ablations, pages
+from calibration.judge import ablations
 from calibration.judge.protocol import Measured, errors
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware

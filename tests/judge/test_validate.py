@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from calibration.cli.pages import constants_of_part
 from calibration.fit.conformal import neighbours
 from calibration.fit.profile import fit_profile, provenance_of
 from calibration.fit.shipped import RECIPES, borrowed, built, rounded
-from calibration.judge.pages import constants_of_part
 from calibration.judge.report import html, markdown, write_html, write_markdown
 from calibration.judge.scores import by_size, coverage, part_errors, part_speedups, summary
 from calibration.judge.validate import validate

@@ -1,4 +1,4 @@
-"""The generated pages of the documentation: ``python -m calibration.judge.pages PAGE -o FILE``.
+"""The generated pages of the documentation: ``python -m calibration.cli.pages PAGE -o FILE``.
 
 *accuracy* fills the tables of the page with the rows of :mod:`calibration.judge.accuracy` (half an hour on one core),
 *ablations* with those of :mod:`calibration.judge.ablations` (twenty minutes); ``--results`` keeps the rows. *constants*
@@ -252,7 +252,7 @@ def commands_page() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command of the module's docstring; returns the exit status."""
     about = "Generate a page of the documentation."
-    parser = argparse.ArgumentParser("python -m calibration.judge.pages", description=about)
+    parser = argparse.ArgumentParser("python -m calibration.cli.pages", description=about)
     parser.add_argument("page", choices=("accuracy", "constants", "ablations", "published", "commands"))
     parser.add_argument("-o", "--output", required=True, help="Markdown file")
     kept = "accuracy, ablations: JSON file of the rows behind the page, read if it exists, else written"
@@ -276,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_target(given.output)
         write_whole(given.output, made[given.page]().encode())
     except InputError as error:
-        _say(f"calibration.judge.pages: {error}")
+        _say(f"calibration.cli.pages: {error}")
         return 2
     return 0
 
