@@ -1,7 +1,7 @@
 """Check a source archive and the wheels made of it: ``python .ci/dists.py SDIST WHEEL WHEEL_OF_THE_TREE``.
 
-Run in the tree that they were built from. The archive must hold every file of the tree; the wheel must hold every file of the packages
-and nothing else; and the wheel built from the archive must equal the one built from the tree.
+Run in the tree that they were built from. The archive must hold every file of the tree; the wheel must hold every file
+of the packages and nothing else; and the wheel built from the archive must equal the one built from the tree.
 """
 
 from __future__ import annotations

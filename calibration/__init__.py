@@ -1,1 +1,1 @@
-"""Measure devices, keep the records, fit and validate profiles. Imports of torch, pandas and pyarrow happen only where they are used."""
+"""Measure devices, keep the records, fit and validate profiles; torch, pandas and pyarrow are imported where used."""

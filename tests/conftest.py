@@ -21,7 +21,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def wheel_tables() -> Path:
-    """Folder ``aiconfigurator_core/systems/data`` of the wheel aiconfigurator-core 0.12.0 (``PRUNESIM_AICONFIGURATOR``)."""
+    """``aiconfigurator_core/systems/data`` of the wheel aiconfigurator-core 0.12.0 (``PRUNESIM_AICONFIGURATOR``)."""
     folder = os.environ.get("PRUNESIM_AICONFIGURATOR")
     if not folder or not (Path(folder) / "a100_sxm").is_dir():
         pytest.skip(

@@ -107,7 +107,8 @@ def test_the_same_arrays_give_the_same_bytes(suffix: str, tmp_path: Path) -> Non
 
 def test_the_bytes_do_not_depend_on_the_users_settings_or_the_process(tmp_path: Path) -> None:
     code = (
-        "import sys; import matplotlib; from simulator.figures.save import *; from simulator.figures.waterfall import *;"
+        "import sys; import matplotlib; from simulator.figures.save import *;"
+        "from simulator.figures.waterfall import *;"
         "matplotlib.rcParams.update({'font.size': 30, 'axes.grid': False, 'svg.hashsalt': 'other'});"
         "panel = Steps('x', ['a', 'b'], [0.9, 1.1], 1.3, 1.2, 1.4); save_figure(waterfall_figure([panel]), sys.argv[1])"
     )
