@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
@@ -31,27 +30,13 @@ _EMPTY = Table((), ())
 
 @dataclass(frozen=True)
 class Answer:
-    """Predictions of a state.
+    """Predictions of a state."""
 
-    Attributes
-    ----------
-    table : Table
-        Every family drawn, at every sparsity, on every GPU; empty when nothing could be predicted.
-    details : tuple of Explanation
-        The family in detail at its sparsity, one a GPU that can run it.
-    notes : tuple of str
-        What a person should know, one line each.
-    gpus : tuple of str
-        GPUs of the state that have its number format.
-    refused : str
-        Why there is no table; empty when there is one.
-    """
-
-    table: Table = _EMPTY
-    details: tuple[Explanation, ...] = ()
-    notes: tuple[str, ...] = ()
-    gpus: tuple[str, ...] = ()
-    refused: str = ""
+    table: Table = _EMPTY  # every family drawn, at every sparsity, on every GPU; empty when nothing could be predicted
+    details: tuple[Explanation, ...] = ()  # the family in detail at its sparsity, one a GPU that can run it
+    notes: tuple[str, ...] = ()  # what a person should know, one line each
+    gpus: tuple[str, ...] = ()  # GPUs of the state that have its number format
+    refused: str = ""  # why there is no table; empty when there is one
 
 
 @dataclass(frozen=True)
@@ -72,22 +57,17 @@ def answer(state: State) -> Answer:
     ([('depth', 0.25), ('width', 0.25)], 1, '')
     """
     gpus, without = _able(state)
-    request: dict[str, Any] = {
-        "phase": [state.phase],
-        "batch": [state.batch],
-        "seq": [state.seq],
-        "setting": state.setting,
-    }
+    passes = [state.phase], [state.batch], [state.seq]
     try:
         model = state.load()
-        found = table([model], gpus, state.drawn, state.fractions, **request)
+        found = table([model], gpus, state.drawn, state.fractions, *passes, setting=state.setting)
     except InputError as error:
         return Answer(refused=str(error))
     details: list[Explanation] = []
     notes = [*without, *found.notes, *uncalibrated(found.records)]
     for gpu in gpus:
         try:
-            details += explanations(model, [gpu], state.detail, state.at, **request)
+            details += explanations(model, [gpu], state.detail, state.at, *passes, setting=state.setting)
         except InputError as error:
             if not any(str(error) in note for note in notes):
                 notes.append(f"{state.detail} on {gpu} at {state.at:g}: {error}")

@@ -144,12 +144,8 @@ def _curve(own: Sequence[Record], panel: int, detail: bool, rank: int) -> Dict:
     ends: Dict = {"type": "data", "symmetric": False, "color": style.color, "thickness": 1.2, "width": 4}
     ends |= {"array": [r.speedup_upper - r.speedup for r in own], "visible": len(own) == 1}
     ends["arrayminus"] = [r.speedup - r.speedup_lower for r in own]
-    more: Dict = {
-        "name": label(name),
-        "legendgroup": name,
-        "legendrank": rank,
-        "marker": marker_of(name, 9 if detail else 7),
-    }
+    more: Dict = {"name": label(name), "legendgroup": name, "legendrank": rank}
+    more["marker"] = marker_of(name, 9 if detail else 7)
     more["line"] = {"color": style.color, "dash": LINES[style.line], "width": 2.6 if detail else 1.8}
     more |= {"error_y": ends, "text": [_told(r) for r in own], "hovertemplate": "%{text}<extra></extra>"}
     mode = "lines+markers" if len(own) > 1 else "markers"

@@ -48,13 +48,8 @@ class _Noted(Mapping[str, Any]):
 def token(text: str, file: str) -> str:
     """The token of a config.json: ``text`` is what the file holds, ``file`` its name; folders before it are dropped.
 
-    Raises
-    ------
-    InputError
-        One line that starts with the file's name: too large, no JSON, bad fields, or too much for an address.
+    InputError, one line that starts with the file's name: too large, no JSON, bad fields, or too much for an address.
 
-    Examples
-    --------
     >>> tiny = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}
     >>> tiny |= {"num_attention_heads": 2, "vocab_size": 10, "torch_dtype": "bfloat16"}
     >>> read_token(token(json.dumps(tiny), "tiny.json"))[1].parameters

@@ -201,12 +201,8 @@ def marker_of(name: str, size: float = 8) -> Dict:
     """Marker of a family, hollow ones with a white middle so that lines do not show through."""
     style = look(name)
     color, width = (PAPER, 1.8) if style.hollow else (style.color, 0.5)
-    return {
-        "symbol": MARKERS[style.marker],
-        "size": size,
-        "color": color,
-        "line": {"color": style.color, "width": width},
-    }
+    rim = {"color": style.color, "width": width}
+    return {"symbol": MARKERS[style.marker], "size": size, "color": color, "line": rim}
 
 
 def faded(color: str, opacity: float) -> str:

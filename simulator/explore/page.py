@@ -34,16 +34,9 @@ RUNTIME_NAMES = {"cuda_graph": "CUDA graph", "eager": "eager"}
 def page_html(state: State, problems: Sequence[str], said: Mapping[str, str], parts: Mapping[str, str]) -> str:
     """The whole page.
 
-    Parameters
-    ----------
-    state : State
-        What the controls show.
-    problems : sequence of str
-        What was wrong with the address.
-    said : dict
-        What is text, as HTML by the element it stands in (:func:`simulator.explore.markup.texts`).
-    parts : dict
-        What Dash puts into a page: metas, favicon, css, app_entry, config, scripts, renderer.
+    The controls show ``state``, ``problems`` say what was wrong with the address, ``said`` is what is text, as HTML by
+    the element it stands in (:func:`simulator.explore.markup.texts`), and ``parts`` what Dash puts into a page: metas,
+    favicon, css, app_entry, config, scripts, renderer.
     """
     facts, notes = (f'<div id="{name}">{said[name]}</div>' for name in ("facts", "notes"))
     cards = "".join(_card(name, escape(title), said[f"about-{name}"]) for name, title in CARDS.items())
@@ -156,10 +149,8 @@ def dropped_label(token: str) -> str:
 def _signed(name: str) -> str:
     """A family with its marker in its colour."""
     style = look(name)
-    sign = (
-        f'<span class="sign" aria-hidden="true" style="color:{style.color}">{_SIGNS[style.marker][style.hollow]}</span>'
-    )
-    return sign + escape(label(name))
+    sign = _SIGNS[style.marker][style.hollow]
+    return f'<span class="sign" aria-hidden="true" style="color:{style.color}">{sign}</span>{escape(label(name))}'
 
 
 def _select(name: str, title: str, choices: Mapping[str, str], chosen: str) -> str:

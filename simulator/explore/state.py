@@ -36,41 +36,22 @@ MOST_QUERY = 16_000
 class State:
     """Everything the page shows follows from this.
 
-    Attributes
-    ----------
-    model : str
-        A name, a path (report only), or the token of a dropped config.json (:mod:`simulator.explore.dropped`).
-    gpus : tuple of str
-        Names of profiles, or paths (report only).
-    families : tuple of str
-        Families with a curve; ``detail`` is always among what is drawn.
-    sparsities : tuple of float, [0, 1)
-        Points of the curves; ``at`` is always among them.
-    batch, seq, new_tokens : int
-        Sequences, tokens of each, and tokens a generate decodes.
-    detail : str
-        The family whose waterfall, roofline and bounds are shown.
-    at : float, [0, 1)
-        The sparsity of waterfall, roofline and map.
-
-    Examples
-    --------
     >>> State(families=("width",), detail="depth").drawn
     ('depth', 'width')
     """
 
-    model: str = "llama-3.1-8b"
-    gpus: tuple[str, ...] = ("h100_sxm",)
-    families: tuple[str, ...] = ("depth", "width", "semi_structured", "low_rank", "dynamic_depth")
-    sparsities: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+    model: str = "llama-3.1-8b"  # a name, a path (report only), or the token of a dropped config.json
+    gpus: tuple[str, ...] = ("h100_sxm",)  # names of profiles, or paths (report only)
+    families: tuple[str, ...] = ("depth", "width", "semi_structured", "low_rank", "dynamic_depth")  # with a curve
+    sparsities: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)  # points of the curves, [0, 1)
     phase: str = "prefill"
-    batch: int = 1
-    seq: int = 2048
-    new_tokens: int = 128
+    batch: int = 1  # sequences
+    seq: int = 2048  # tokens of each
+    new_tokens: int = 128  # that a generate decodes
     runtime: str = "cuda_graph"
     dtype: str = "bf16"
-    detail: str = "width"
-    at: float = 0.5
+    detail: str = "width"  # family of waterfall, roofline and bounds; always drawn
+    at: float = 0.5  # sparsity of waterfall, roofline and map, [0, 1); always a point of the curves
 
     def __post_init__(self) -> None:
         for name, values in (("gpu", self.gpus), ("family", self.families), ("sparsity", self.sparsities)):

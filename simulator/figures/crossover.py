@@ -8,16 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from simulator.figures.layout import (
-    Columns,
-    cells,
-    columns_of,
-    legend_below,
-    legend_lines,
-    name_panels,
-    panel_grid,
-    settled,
-)
+from simulator.figures import layout
 from simulator.figures.style import BLACK, BLUE, GREY, PAGE_IN, PALE_INK, in_order, label, look, paper_style
 
 if TYPE_CHECKING:
@@ -57,21 +48,21 @@ def crossover_figure(
     ['1.90', '1.60']
     """
     numbers = {"batch": batch, "seq": seq, "speedup": speedup, "sure": sure, "fits": fits}
-    data = columns_of("cells of the map", {"row": row, "column": column, "winner": winner}, numbers)
+    data = layout.columns_of("cells of the map", {"row": row, "column": column, "winner": winner}, numbers)
     batches, lengths = (sorted({int(v) for v in data[name]}) for name in ("batch", "seq"))
     with paper_style():
         handles = _handles(in_order(data["winner"]), not data["sure"].all(), not data["fits"].all())
-        lines = legend_lines(handles, width_in)
+        lines = layout.legend_lines(handles, width_in)
         around_in = 0.66 + 0.14 * lines
-        figure, panels = panel_grid(data["row"], data["column"], _CELL_IN * len(lengths), around_in, width_in)
+        figure, panels = layout.panel_grid(data["row"], data["column"], _CELL_IN * len(lengths), around_in, width_in)
         for (r, c), ax in panels.items():
             chosen = (data["row"] == r) & (data["column"] == c)
             _panel(ax, {name: values[chosen] for name, values in data.items()}, batches, lengths)
-        cells(panels, [str(b) for b in batches], [short(n) for n in lengths])
-        name_panels(panels, {r: r for r in data["row"]})
+        layout.cells(panels, [str(b) for b in batches], [short(n) for n in lengths])
+        layout.name_panels(panels, {r: r for r in data["row"]})
         figure.supylabel("sequence", fontsize=7)
-        legend_below(figure, handles, lines, "batch")
-        return settled(figure)
+        layout.legend_below(figure, handles, lines, "batch")
+        return layout.settled(figure)
 
 
 def short(tokens: int) -> str:
@@ -83,7 +74,7 @@ def short(tokens: int) -> str:
     return f"{tokens // 1024}k" if tokens >= 1024 and tokens % 1024 == 0 else str(tokens)
 
 
-def _panel(ax: Axes, data: Columns, batches: list[int], lengths: list[int]) -> None:
+def _panel(ax: Axes, data: layout.Columns, batches: list[int], lengths: list[int]) -> None:
     """Cells, markers and corners as few collections: a map has hundreds of each."""
     from matplotlib.collections import PolyCollection
     from matplotlib.colors import to_rgba

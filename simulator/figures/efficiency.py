@@ -1,6 +1,4 @@
-"""How much of the possible gain each family grants at each batch: tables of numbers on colour, a panel for each device
-and phase.
-"""
+"""How much of the possible gain each family grants at each batch: tables of numbers on colour."""
 
 from __future__ import annotations
 

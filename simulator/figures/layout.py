@@ -99,17 +99,9 @@ def panel_grid(
 ) -> tuple[Figure, Panels]:
     """A figure with a panel for each row and column, in the order in which their labels first occur.
 
-    Parameters
-    ----------
-    row, column : iterable of str
-        Labels, one entry a point.
-    panel_in, around_in : float, inches
-        Height of a panel, and of all that stands above and below the panels.
-    **axes
-        As for :meth:`matplotlib.figure.Figure.subplots`.
+    ``row`` and ``column`` have a label for each point; ``panel_in`` is the height of a panel, ``around_in`` that of all
+    above and below the panels (inches); ``axes`` as for :meth:`matplotlib.figure.Figure.subplots`.
 
-    Examples
-    --------
     >>> figure, panels = panel_grid(["decode", "decode"], ["a100", "h100"], 1.0, 0.6)
     >>> list(panels), round(float(figure.get_figheight()), 2)
     ([('decode', 'a100'), ('decode', 'h100')], 1.6)

@@ -68,20 +68,10 @@ class MeasuredGemms:
 
 
 def read_measured_gemms(path: str | Path, dtype: str = "bf16") -> MeasuredGemms:
-    """Read a file of measured GEMMs.
+    """Measured GEMMs of a CSV or Parquet file (which needs pyarrow), those with ``dtype`` for activations and weights.
 
-    Parameters
-    ----------
-    path : str or Path
-        CSV, or Parquet (which needs pyarrow).
-    dtype : str
-        Rows of this format, for activations and weights alike.
-
-    Raises
-    ------
-    InputError
-        When the file cannot be read, a column is missing, a value is not a number above zero, or no row is of the
-        format.
+    InputError when the file cannot be read, a column is missing, a value is not a number above zero, or no row is of
+    the format.
     """
     where = Path(path)
     content, label = read_bounded(where), str(where)
@@ -98,8 +88,6 @@ def from_columns(columns: Mapping[str, Any], source: str, dtype: str = "bf16", l
     """Measured GEMMs from named columns; see the module. Messages begin with the label, which is the source if left
     out.
 
-    Examples
-    --------
     >>> times = {"m": [1, 2], "n": [8, 8], "k": [8, 8], "latency_us": [2.0, 3.0]}
     >>> table = from_columns({**times, "dtype": ["bf16", "fp8"]}, "mine")
     >>> len(table), round(1e6 * float(table.seconds[0]), 6)
@@ -108,19 +96,17 @@ def from_columns(columns: Mapping[str, Any], source: str, dtype: str = "bf16", l
     label = label or source
     time = next((name for name in TIMES if name in columns), None)
     missing = [name for name in ("m", "n", "k") if name not in columns] + ([] if time else ["seconds"])
-    if missing:
+    if missing or time is None:
         raise InputError(f"{label}: column {missing[0]} is missing; expected m, n, k and one of {', '.join(TIMES)}")
-    assert time is not None
     keep = np.ones(len(columns[time]), dtype=bool)
     for name in ("dtype", "weight_dtype"):
         if name in columns:
             keep &= _formats(columns[name]) == dtype
     if not keep.any():
         raise InputError(f"{label}: no row of {dtype}")
-    values = {name: _numbers(columns[name], name, label)[keep] for name in ("m", "n", "k", time)}
-    extra = {name: _numbers(columns[name], name, label)[keep] for name in ("copies", "predicted_s") if name in columns}
-    sizes = {name: values[name] for name in ("m", "n", "k")}
-    return MeasuredGemms(source, **sizes, seconds=values[time] * TIMES[time], **extra)
+    wanted = (name for name in ("m", "n", "k", time, "copies", "predicted_s") if name in columns)
+    found = {name: _numbers(columns[name], name, label)[keep] for name in wanted}
+    return MeasuredGemms(source, seconds=found.pop(time) * TIMES[time], **found)
 
 
 def _formats(column: Sequence[Any]) -> NDArray[Any]:

@@ -70,15 +70,7 @@ class Drawn:
 
 
 def draw(name: str, about: Paper) -> Drawn:
-    """Draw one figure of :data:`FIGURES`.
-
-    Raises
-    ------
-    NothingToDraw
-        When the figure's data are not at hand.
-    InputError
-        For an unknown name.
-    """
+    """Draw one figure of :data:`FIGURES`; NothingToDraw without its data, InputError for an unknown name."""
     if name not in FIGURES:
         raise unknown("figure", name, FIGURES)
     figure, caption, notes = FIGURES[name](about)
@@ -232,19 +224,8 @@ def _pareto(p: Paper) -> Made:
     return figure, caption, (*notes, *more)
 
 
-FIGURES: Mapping[str, Callable[[Paper], Made]] = MappingProxyType(
-    {
-        "taxonomy": _taxonomy,
-        "roofline": _roofline,
-        "speedup": _speedup,
-        "efficiency": _efficiency,
-        "waterfall": _waterfall,
-        "staircase": staircase,
-        "scatter": scatter,
-        "pareto": _pareto,
-        "crossover": _crossover,
-    }
-)
+_MAKERS = (_taxonomy, _roofline, _speedup, _efficiency, _waterfall, staircase, scatter, _pareto, _crossover)
+FIGURES: Mapping[str, Callable[[Paper], Made]] = MappingProxyType({f.__name__.lstrip("_"): f for f in _MAKERS})
 """Figures by name, in the order of a paper."""
 
 MEASURED: tuple[str, ...] = ("staircase", "scatter")

@@ -1,5 +1,4 @@
-"""Acceleration against quality: small multiples with the frontier as a staircase and a strip that names the fastest
-family by budget.
+"""Acceleration against quality: small multiples with the frontier as a staircase.
 
 Every point is drawn; those on the frontier are full, those that another point beats are faint. A strip below each panel
 shows which family is the fastest within each quality budget.
@@ -24,9 +23,7 @@ if TYPE_CHECKING:
 F = NDArray[np.float64]
 
 LINEAR_UP_TO = 0.6
-"""Losses up to this are drawn on a linear axis; a perplexity can rise by several times, and is then drawn on a
-logarithmic one.
-"""
+"""Losses up to this are drawn on a linear axis; a perplexity can rise by several times."""
 
 STRIP = 0.045
 """Height of the strip of fastest families, in heights of a panel."""
@@ -71,8 +68,7 @@ def pareto_figure(
         low, high = float(min(1.0, data["lower"].min())), float(max(1.05, data["upper"].max()))
         pad = (high / low) ** 0.05
         for ax in panels.values():
-            ax.set_yscale("log")
-            ax.set_ylim(low / pad, high * pad)
+            ax.set(yscale="log", ylim=(low / pad, high * pad))
             layout.log_axis(ax.yaxis, low / pad, high * pad, 7)
             _loss_axis(ax, 100 * data["loss"])
         layout.name_panels(panels, {r: r for r in rows} if len(rows) > 1 else {})

@@ -1,6 +1,4 @@
-"""GEMMs on the roofline: what the device could do at their arithmetic intensity, and what is predicted, dense and
-pruned.
-"""
+"""GEMMs on the roofline: what the device could do at their arithmetic intensity, and what is predicted."""
 
 from __future__ import annotations
 
@@ -13,20 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from simulator.errors import InputError
 from simulator.figures.layout import in_a_row, legend_below, legend_lines, log_axis, panel_list, settled
-from simulator.figures.style import (
-    BLACK,
-    BLUE,
-    COLUMN_IN,
-    GREEN,
-    GREY,
-    INK,
-    ORANGE,
-    PAGE_IN,
-    PURPLE,
-    SKY,
-    VERMILLION,
-    paper_style,
-)
+from simulator.figures.style import BLACK, COLORS, COLUMN_IN, GREY, INK, PAGE_IN, paper_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +22,7 @@ F = NDArray[np.float64]
 SAME = 1.01
 """Points closer than this factor in both directions are one point with a joint label."""
 
-CYCLE = tuple(zip((BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK, GREY, BLUE, VERMILLION, GREEN), "osD^vPXhd<>"))
+CYCLE = tuple(zip((*COLORS, GREY, *COLORS[:3]), "osD^vPXhd<>"))
 """Colour and marker of each GEMM, in the order of their first occurrence."""
 
 
@@ -71,12 +56,8 @@ class Roof:
         low, high = float(x.min()) / 2.2, float(x.max()) * 2.2
         if ridge / 15 < high:
             low, high = min(low, ridge / 2.2), max(high, ridge * 2.2)
-        return (
-            low,
-            high,
-            min(float((y / 1e12).min()) / 2, peak, low * bandwidth),
-            min(peak, high * bandwidth) * headroom,
-        )
+        bottom = min(float((y / 1e12).min()) / 2, peak, low * bandwidth)
+        return low, high, bottom, min(peak, high * bandwidth) * headroom
 
     def bend(self, low: float, high: float) -> tuple[F, F]:
         """Corners of the roof between two intensities: intensity and TFLOP/s."""
@@ -192,13 +173,9 @@ def _name_slope(ax: Axes, roof: Roof) -> None:
     if low < ridge:
         middle = float(np.sqrt(low * min(ridge, high)))
         (x0, y0), (x1, y1) = ax.transData.transform([(low, low * bandwidth), (middle, middle * bandwidth)])
-        turned: dict[str, Any] = {
-            "rotation": float(np.degrees(np.arctan2(y1 - y0, x1 - x0))),
-            "rotation_mode": "anchor",
-        }
-        ax.annotate(
-            f"{bandwidth:.3g} TB/s", (middle, middle * bandwidth), xytext=(-2.5, 2.5), ha="center", **turned, **_BESIDE
-        )
+        where: dict[str, Any] = {"xytext": (-2.5, 2.5), "ha": "center", "rotation_mode": "anchor", **_BESIDE}
+        where["rotation"] = float(np.degrees(np.arctan2(y1 - y0, x1 - x0)))
+        ax.annotate(f"{bandwidth:.3g} TB/s", (middle, middle * bandwidth), **where)
 
 
 def _handles(looks: dict[str, tuple[str, str]], pruned: bool, dense: bool) -> list[Any]:

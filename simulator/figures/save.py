@@ -23,13 +23,8 @@ _METADATA = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}, ".png": {}}
 def check_figure(path: str | Path) -> Path:
     """A path that a figure can be written to, as far as can be told beforehand.
 
-    Raises
-    ------
-    InputError
-        For a suffix other than those of :data:`SUFFIXES`, a folder, or a folder that does not exist.
+    InputError for a suffix other than those of :data:`SUFFIXES`, a folder, or a folder that does not exist.
 
-    Examples
-    --------
     >>> check_figure("speedup.jpg")
     Traceback (most recent call last):
     simulator.errors.InputError: speedup.jpg: expected a name that ends in .pdf, .svg or .png

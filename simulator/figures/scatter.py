@@ -1,6 +1,4 @@
-"""Predicted against measured, a panel for each device: times above, their ratio below, and how well they agree in
-numbers.
-"""
+"""Predicted against measured, a panel for each device: times above, their ratio below."""
 
 from __future__ import annotations
 
@@ -104,9 +102,7 @@ def _pair(first: Axes, second: Axes, cloud: Cloud) -> None:
     low, high = float(min(x.min(), y.min())) / 1.25, float(max(x.max(), y.max())) * 1.25
     ratio = np.clip(y / x, 1.001 / RATIO, RATIO / 1.001)
     for ax in (first, second):
-        ax.set_xscale("log")
-        ax.set_yscale("log")
-        ax.set_xlim(low, high)
+        ax.set(xscale="log", yscale="log", xlim=(low, high))
     first.set_ylim(low, high)
     second.set_ylim(1 / RATIO, RATIO)
     _points(first, x, y, (low, high), (low, high))

@@ -113,8 +113,7 @@ def _dots(data: layout.Columns, bounds: list[str], families: list[str], width: f
     lines = layout.legend_lines(handles, width)
     figure, panels = _panels(data, max(len(families) * line, 0.75) + 0.08, 0.62 + 0.14 * lines, width)
     for (r, c), ax in panels.items():
-        ax.set_xscale("log")
-        ax.set(xlim=(low, high), ylim=(len(families) - 0.5, -0.5))
+        ax.set(xscale="log", xlim=(low, high), ylim=(len(families) - 0.5, -0.5))
         ax.grid(axis="y", visible=False)
         ax.tick_params(axis="y", length=0)
         ax.spines["left"].set_visible(False)
@@ -161,8 +160,7 @@ def _curves(data: layout.Columns, bounds: list[str], families: list[str], width:
     start, end = float(fractions[0]), float(fractions[-1])
     margin = 0.06 * (end - start)
     for (r, c), ax in panels.items():
-        ax.set_yscale("log")
-        ax.set(xlim=(100 * (start - margin), 100 * (end + margin)), ylim=(low, high))
+        ax.set(yscale="log", xlim=(100 * (start - margin), 100 * (end + margin)), ylim=(low, high))
         ax.axhline(1.0, color=INK, linewidth=0.7, zorder=1.5)
         for i, name in enumerate(families):
             style, own = look(name, i), _own(data, r, c, name)

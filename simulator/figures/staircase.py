@@ -1,15 +1,13 @@
-"""Staircases: how the time of a GEMM climbs in steps of tiles and waves, predicted as a line with its interval,
-measured as points.
-"""
+"""Staircases: how the time of a GEMM climbs in steps of tiles and waves, predicted and measured."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from simulator.errors import InputError
 from simulator.figures.layout import legend_below, legend_lines, name_panels, panel_grid, settled
@@ -18,10 +16,6 @@ from simulator.figures.style import BLUE, COLUMN_IN, PAGE_IN, PALE_INK, VERMILLI
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-
-def _none() -> NDArray[np.float64]:
-    return np.zeros(0)
 
 
 @dataclass(frozen=True)
@@ -37,8 +31,8 @@ class Stairs:
     lower: ArrayLike
     upper: ArrayLike
     ideal: ArrayLike  # the roofline
-    measured_x: ArrayLike = field(default_factory=_none)
-    measured: ArrayLike = field(default_factory=_none)
+    measured_x: ArrayLike = ()
+    measured: ArrayLike = ()
     note: str = ""  # what stays fixed, written into the panel
 
 
@@ -85,9 +79,8 @@ def staircase_figure(
 
 
 _DASHES = (0, (4, 1.5))
-_POINT: dict[str, Any] = {
-    "color": VERMILLION, "marker": "o", "markersize": 2.4, "markerfacecolor": "none", "markeredgewidth": 0.6
-}  # fmt: skip
+_POINT: dict[str, Any] = {"color": VERMILLION, "marker": "o", "markersize": 2.4}
+_POINT |= {"markerfacecolor": "none", "markeredgewidth": 0.6}
 
 
 def _draw(ax: Axes, p: Stairs) -> None:

@@ -64,9 +64,8 @@ LOOKS: MappingProxyType[str, Look] = MappingProxyType(
 )
 """Look of each family, in the order of legends: static ones first."""
 
-_OTHERS = tuple(
-    Look(color, marker) for color, marker in zip((BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK), "osD^vPX")
-)
+COLORS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)
+_OTHERS = tuple(map(Look, COLORS, "osD^vPX"))
 
 
 def look(name: str, index: int = 0) -> Look:

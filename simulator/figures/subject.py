@@ -26,25 +26,13 @@ class NothingToDraw(InputError):
 
 @dataclass(frozen=True)
 class Paper:
-    """What a paper is about.
-
-    Attributes
-    ----------
-    model : ModelConfig
-    devices : tuple of HardwareProfile
-    setting : Setting
-        Number formats, runtime.
-    seq : int
-        Tokens of a prompt, or positions of a cache, where a figure does not vary them.
-    measured : mapping from a device's name to MeasuredGemms
-        Measured GEMMs to show beside predictions.
-    """
+    """What a paper is about."""
 
     model: ModelConfig
     devices: tuple[HardwareProfile, ...]
-    setting: Setting = field(default_factory=Setting)
-    seq: int = 2048
-    measured: Mapping[str, MeasuredGemms] = field(default_factory=dict)
+    setting: Setting = field(default_factory=Setting)  # number formats, runtime
+    seq: int = 2048  # tokens of a prompt, or positions of a cache, where a figure does not vary them
+    measured: Mapping[str, MeasuredGemms] = field(default_factory=dict)  # by device, to show beside predictions
 
     @property
     def setting_text(self) -> str:

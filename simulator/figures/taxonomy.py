@@ -1,5 +1,4 @@
-"""The taxonomy as a picture: what each family leaves of M, N and K of every GEMM of a decoder, and which operators it
-adds.
+"""The taxonomy as a picture: what each family leaves of M, N and K of every GEMM, and which operators it adds.
 
 A row a family, a column an operator, and in each cell three bars for what is kept of M, N and K. What stays whole is a
 grey line, so that the eye finds what shrinks.

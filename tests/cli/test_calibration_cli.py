@@ -64,21 +64,16 @@ def files() -> set[str]:
     return {path.name for path in Path().iterdir()}
 
 
-# -- import ------------------------------------------------------------------------------------------------------------
-
 CSV = "m,n,k,dtype,latency_us\n8,4096,4096,bf16,14.5\n16,4096,4096,bf16,15\n8,1024,4096,bf16,{}\n"
 
 
-def test_import_counts_what_it_refuses(cli: Any) -> None:
+def test_import_counts_what_it_refuses_and_maps_columns(cli: Any) -> None:
     Path("t.csv").write_text(CSV.format(-3))
     out, err = cli("import t.csv -o o.parquet --hardware h100")
     assert "2 rows kept, 1 refused" in out
     assert "1 row: time is negative (row 3)" in out
     assert "only 2 usable rows" in err
     assert read_records(Path("o.parquet")).seconds == pytest.approx([14.5e-6, 15e-6])
-
-
-def test_import_json_and_column_map(cli: Any) -> None:
     Path("t.csv").write_text("M,n,k,t\n8,64,64,2\n")
     (row,) = cli.json("import t.csv -o o.parquet --map m=M --map latency_us=t")
     assert (row["kept"], row["refused"]) == (1, 0)
@@ -103,11 +98,12 @@ def test_bad_tables_are_refused_and_nothing_is_written(text: str, reason: str, c
     assert files() == {"t.csv"}
 
 
-# -- fit, validate -----------------------------------------------------------------------------------------------------
-
-
 def test_fit_then_validate(cli: Any) -> None:
     table("r.parquet")
+    (fitted,) = cli.json("fit r.parquet -o q.yaml --hardware h100")
+    assert fitted["constants"]["e_tc"]["std_error"] > 0
+    assert {"mape", "median", "p95", "bias"} <= set(fitted["accuracy"])
+    assert fitted["correlations"]
     assert "unseen MAPE" in cli.out("fit r.parquet -o p.yaml --hardware h100")
     assert load_hardware("p.yaml").sections["gemm", "bf16"].status == "calibrated"
     assert list(Path().glob("p.*.npz"))
@@ -117,14 +113,6 @@ def test_fit_then_validate(cli: Any) -> None:
     assert part["roofline"]["mape"] > 0.2
     assert "* the profile was fitted on these rows" in cli.out("validate p.yaml r.parquet --html v.html")
     assert Path("v.html").stat().st_size > 50_000
-
-
-def test_fit_json_names_constants_and_errors(cli: Any) -> None:
-    table("r.parquet")
-    (part,) = cli.json("fit r.parquet -o p.yaml --hardware h100")
-    assert part["constants"]["e_tc"]["std_error"] > 0
-    assert {"mape", "median", "p95", "bias"} <= set(part["accuracy"])
-    assert part["correlations"]
 
 
 def test_anchor_moves_a_shipped_section(cli: Any) -> None:
@@ -173,9 +161,6 @@ def test_the_protocol_prints_the_model_beside_its_baselines(cli: Any) -> None:
     assert rows["prunesim + prior"] < rows["prunesim"]
 
 
-# -- measure, calibrate ------------------------------------------------------------------------------------------------
-
-
 def test_calibrate_writes_a_whole_run(planted: list[Any], cli: Any) -> None:
     out, err = cli("calibrate cuda -o run --budget 40s")
     assert {"datasheet.yaml", "profile.yaml", "records.jsonl", "report.md"} <= {p.name for p in Path("run").iterdir()}
@@ -197,8 +182,8 @@ def test_a_run_goes_on_where_it_ended(planted: list[Any], cli: Any) -> None:
     assert second["resumed"] > 20
     assert f'"planned": {second["planned"]},' in out
     keys = [r["key"] for r in read_store(Path("run/records.jsonl")).rows if r["purpose"] != "anchor"]
-    assert len(keys) == len(set(keys))
-    assert len(keys) == sum(second[name] for name in ("resumed", "ok", "noisy", "unsupported", "skipped"))
+    counted = ("resumed", "ok", "noisy", "unsupported", "skipped")
+    assert len(keys) == len(set(keys)) == sum(second[name] for name in counted)
 
 
 def test_an_interrupted_run_says_how_to_go_on(planted: list[Any], monkeypatch: pytest.MonkeyPatch, cli: Any) -> None:
@@ -266,21 +251,14 @@ def test_quick_moves_the_shipped_section(planted: list[Any], cli: Any) -> None:
     assert section.provenance.borrowed_from.endswith("re-anchored")
 
 
-# -- parts -------------------------------------------------------------------------------------------------------------
-
-
-def test_a_device_without_a_datasheet_gets_a_measured_one() -> None:
+def test_a_device_without_a_datasheet_gets_a_measured_one_that_rises_with_its_records() -> None:
     hw = base_profile(device(CPU), "fp32")
     assert (hw.architecture, hw.sm_count, hw.name) == ("cpu", 4, "cpu")
     assert hw.sources["bandwidth"] == hw.sources["rates.fp32"] == MEASURED
     assert 0.9 * 6e14 < hw.peak_flop_per_s("fp32") < 1.1 * 6e14
     assert 0.8 * 2.6e12 < hw.bandwidth_bytes_per_s < 1.1 * 2.6e12
-
-
-def test_a_measured_peak_rises_with_the_records_and_a_datasheet_does_not() -> None:
-    cpu = base_profile(device(CPU), "fp32")
     fast = Records.from_columns([Source("x")], m=1024, n=1024, k=1024, dtype="fp32", seconds=[2 * 1024.0**3 / 9e14])
-    assert raised(cpu, fast).peak_flop_per_s("fp32") == pytest.approx(1.01 * 9e14)
+    assert raised(hw, fast).peak_flop_per_s("fp32") == pytest.approx(1.01 * 9e14)
     h100 = load_hardware("h100")
     assert raised(h100, fast.replace(dtype=3)).rates == h100.rates
 

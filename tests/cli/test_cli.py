@@ -33,8 +33,6 @@ def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-# -- bad input ---------------------------------------------------------------------------------------------------------
-
 BAD = """
 speedup llama-3.1-8b --hardware h10_sxm                              | did you mean h100_sxm
 speedup llama-3.1-8c --hardware h100                                 | did you mean llama-3.1-8b
@@ -99,21 +97,16 @@ def test_bad_input_is_one_line_and_status_2(line: str, says: str, cli: Any) -> N
 def test_a_config_without_a_needed_key_is_one_line(cli: Any) -> None:
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 8, "vocab_size": 16}
     Path("config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
-    line = cli.refused("speedup config.json --hardware h100")
-    assert "hidden_size" in line
-    assert "config.json" in line
+    assert re.search("config.json.*hidden_size", cli.refused("speedup config.json --hardware h100"))
 
 
-def test_a_malformed_yaml_is_one_line_each(cli: Any) -> None:
+def test_a_check_lists_the_problems_one_line_each(cli: Any) -> None:
     Path("mine.yaml").write_text("name: mine\n  title: [\n")
     assert "mine.yaml:" in cli.refused("speedup llama-3.1-8b --hardware mine.yaml")
     out, err = cli("hardware check mine.yaml", 2)
     assert out == ""
     assert err
     assert all(row.startswith("prunesim: ") for row in err.splitlines())
-
-
-def test_a_check_lists_the_problems(cli: Any) -> None:
     good = ROOT / "hardware_profiles" / "h100_sxm.yaml"
     assert "no problem" in cli.out(f"hardware check {good}")
     assert cli.json(f"hardware check {good}") == {"file": str(good), "problems": []}
@@ -130,9 +123,6 @@ def test_a_program_error_is_one_line_and_status_1(cli: Any, monkeypatch: pytest.
     _, err = cli(SPEEDUP, 1)
     assert err.count("\n") == 1
     assert "ZeroDivisionError: planted" in err
-
-
-# -- output ------------------------------------------------------------------------------------------------------------
 
 
 def test_json_records_have_the_stable_keys_first_and_agree_with_the_library(cli: Any) -> None:
@@ -197,10 +187,8 @@ def test_narrow_layouts_lose_columns_not_devices() -> None:
     layouts = list(speedup_command.speedup_layouts(table.records))
     widths = [render.table_width(columns) for columns in layouts]
     assert widths == sorted(widths, reverse=True)
-    for columns in layouts:
-        titles = " ".join(column.title for column in columns)
-        assert "h100_sxm" in titles
-        assert "a100_sxm_80gb" in titles
+    titles = [" ".join(column.title for column in columns) for columns in layouts]
+    assert all("h100_sxm" in row and "a100_sxm_80gb" in row for row in titles)
 
 
 def test_an_odd_inner_width_is_slower_than_its_aligned_neighbour_and_explain_says_alignment(cli: Any) -> None:
@@ -213,14 +201,11 @@ def test_an_odd_inner_width_is_slower_than_its_aligned_neighbour_and_explain_say
         assert "alignment" not in fast["conclusion"]
 
 
-def test_the_steps_of_explain_multiply_to_the_speedup(cli: Any) -> None:
+def test_the_steps_of_explain_multiply_to_the_speedup_and_one_sentence_ends_it(cli: Any) -> None:
     (record,) = cli.json("explain llama-3.1-8b --family dynamic_depth --sparsity 0.3 --hardware h100")
     steps = [step["factor"] for step in record["waterfall"]]
     assert math.prod(steps) == pytest.approx(record["speedup"], rel=1e-12)
     assert steps[0] == pytest.approx(1 / 0.7)
-
-
-def test_explain_ends_with_one_sentence(cli: Any) -> None:
     out = cli.out("explain llama-3.1-8b --family width --sparsity attention=0.25,mlp=0.5 --hardware h100")
     assert out.rstrip().endswith(".")
     assert "promises" in out
@@ -290,9 +275,6 @@ def test_the_progress_bar_waits_and_needs_a_terminal(
         now[0] = 2.1
         report(2, 4)
     assert ("2/4" in stream.getvalue()) is shows
-
-
-# -- the whole ---------------------------------------------------------------------------------------------------------
 
 
 def commands(command: Any, path: str = "") -> list[str]:

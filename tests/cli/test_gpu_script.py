@@ -26,8 +26,6 @@ TINY = """{
 "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 256, "vocab_size": 512,
 "max_position_embeddings": 512, "hidden_act": "silu"}"""
 VARIABLES = ("DEVICE", "MODEL", "LAYERS", "DTYPES", "SEQ", "BATCH", "SPARSITY", "BUDGET")
-
-
 Done = subprocess.CompletedProcess[str]
 
 
@@ -65,17 +63,7 @@ def test_every_step_in_order_within_ten_minutes(tmp_path: Path, dtypes: str) -> 
     assert total_s < MINUTES * 60 - 100  # the rest is for starting, fitting and drawing
 
 
-def test_every_command_and_option_exists(tmp_path: Path) -> None:
-    """What the script asks for must be what the commands offer."""
-    own = {"calibrate": calibrate, "upper-bound": upper_bound, "compare": compare}
-    for arguments in pretend(tmp_path, LAYERS="4")[1]:
-        lone = typer.Typer()
-        lone.command()(own[arguments[0]].command)
-        found = {o for p in typer.main.get_command(lone).params for o in p.opts}
-        assert {a for a in arguments if a.startswith("-")} <= found
-
-
-def test_variables_reach_the_commands(tmp_path: Path) -> None:
+def test_variables_reach_the_commands_by_options_that_they_have(tmp_path: Path) -> None:
     settings = {"DEVICE": "cuda:1", "MODEL": "mistral-7b-v0.3", "LAYERS": "8", "SEQ": "512,1024"}
     _, asked = pretend(tmp_path, **settings, BATCH="4", SPARSITY="0.3")
     for arguments in asked[-2:]:
@@ -83,6 +71,12 @@ def test_variables_reach_the_commands(tmp_path: Path) -> None:
         assert arguments[1] == "mistral-7b-v0.3"
         assert (pairs["--device"], pairs["--layers"], pairs["--seq"]) == ("cuda:1", "8", "512,1024")
         assert (pairs["--batch"], pairs["--sparsity"]) == ("4", "0.3")
+    own = {"calibrate": calibrate, "upper-bound": upper_bound, "compare": compare}
+    for arguments in asked:
+        lone = typer.Typer()
+        lone.command()(own[arguments[0]].command)
+        found = {o for p in typer.main.get_command(lone).params for o in p.opts}
+        assert {a for a in arguments if a.startswith("-")} <= found
 
 
 def test_a_step_that_fails_is_named_and_the_others_still_run(tmp_path: Path) -> None:
@@ -109,10 +103,8 @@ def test_the_script_runs_end_to_end_on_the_cpu(tmp_path: Path) -> None:
     assert profile.section("gemm", "fp32").status == "calibrated"
     kinds = {row["operator"]["kind"] for row in read_store(out / "fp32" / "records.jsonl").rows if row.get("median_s")}
     assert {"gemm", "attention_prefill", "attention_decode", "elementwise", "low_rank"} <= kinds
-    bounds, compared = (
-        list(csv.DictReader((out / "fp32" / file).read_text().splitlines()))
-        for file in ("upper_bound.csv", "comparison.csv")
-    )
+    texts = ((out / "fp32" / file).read_text().splitlines() for file in ("upper_bound.csv", "comparison.csv"))
+    bounds, compared = (list(csv.DictReader(lines)) for lines in texts)
     assert {row["family"] for row in bounds} >= {"depth", "width", "low_rank", "dynamic_depth", "token", "kv_cache"}
     assert all(float(row["measured_bound"]) > 0 for row in bounds if row["missing"] == "0")
     assert {row["family"] for row in compared} >= {"depth", "width", "low_rank"}

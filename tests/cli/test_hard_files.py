@@ -98,8 +98,6 @@ def test_names_that_no_terminal_should_see(reader: str, cli: Any) -> None:
     refused(READERS[reader], "a\n\x1b[31mgiven.csv", cli)
 
 
-# -- configurations ----------------------------------------------------------------------------------------------------
-
 _SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 TINY = {"model_type": "llama", "vocab_size": 50, **_SIZES}
 
@@ -125,9 +123,6 @@ def test_a_name_that_is_a_path_leads_nowhere(cli: Any) -> None:
     assert sorted(os.listdir()) == ["config.json", "e.svg", "figures", "r.svg", "s.csv", "s.svg"]
 
 
-# -- a profile's arrays ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "name",
     ["../../x.npz", "/etc/passwd", "a/b.npz", "..", "", "~/x.npz", "x.npz/../y.npz", "x\\0.npz", "c:x.npz", "x.yaml"],
@@ -150,9 +145,6 @@ def test_arrays_that_unpack_to_gigabytes(lies: bool, cli: Any) -> None:
     Path("a.npz").write_bytes(raw)
     Path("p.yaml").write_text(profile_with(raw, "a.npz", ["elementwise"]), encoding="utf-8")
     assert ".arrays" in refused(PROFILE, "p.yaml", cli)
-
-
-# -- tables ------------------------------------------------------------------------------------------------------------
 
 
 def bomb(kind: str) -> dict[str, Any]:
@@ -188,14 +180,11 @@ def test_csv_larger_than_can_be_split(monkeypatch: pytest.MonkeyPatch) -> None:
         read_csv(b"a\n" + b"1\n" * 50, "t.csv")
 
 
-def test_lines_are_those_of_the_file() -> None:
+def test_lines_are_those_of_the_file_and_columns_without_a_name_are_passed_over(tmp_path: Path) -> None:
     table = read_csv('\n a , b\n\n"1\n2", 3\n , \n4,5', "t.csv")
     assert (table.header, table.rows, table.lines) == (("a", "b"), [["1 2", "3"], ["4", "5"]], [5, 7])
     with pytest.raises(InputError, match=r"^t\.csv:5: expected 2 cells"):
         read_csv('a,b\n"1\n\n2",3\n4\n', "t.csv")
-
-
-def test_columns_without_a_name_are_passed_over(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("m,n,k,latency_us,,\n8,64,64,5,x,y\n")
     assert len(import_table(tmp_path / "t.csv").records) == 1
 

@@ -1,8 +1,4 @@
-"""Whole runs of the program in places that are hard on programs: full disks, closed streams, odd locales, no home.
-
-Each run is a process of its own, some beside another. What it may do is what the README says: exit 0, or 1 for a
-failure, or 2 for bad input, with one line.
-"""
+"""Whole runs of the program in places that are hard on programs: full disks, closed streams, odd locales, no home."""
 
 from __future__ import annotations
 
@@ -65,9 +61,6 @@ def prunesim(python: Any, place: Path) -> Any:
     return lambda line, **options: python(["-m", "calibration.cli", *line.split()], place, **options)
 
 
-# -- disks -------------------------------------------------------------------------------------------------------------
-
-
 SLOW_WRITERS = [pytest.param(what, marks=pytest.mark.slow) for what in ("figures", "fit", "validate")]
 
 
@@ -122,8 +115,6 @@ def test_places_that_cannot_be_written_to(what: str, target: str, place: Path, c
     assert sorted(place.rglob("*")) == before
 
 
-# -- surroundings ------------------------------------------------------------------------------------------------------
-
 C_LOCALE = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": None}
 NO_HOME = {"HOME": None, "XDG_CACHE_HOME": "/proc/nothing", "XDG_CONFIG_HOME": None, "USER": None}
 SURROUNDINGS: Mapping[str, Mapping[str, str | None]] = {
@@ -174,9 +165,6 @@ def test_surroundings_change_no_byte(place: Path, python: Any) -> None:
     for name, found in zip(list(SURROUNDINGS)[1:], others):
         assert found.keys() == first.keys(), name
         assert not [key for key in first if found[key] != first[key]], name
-
-
-# -- two at a time -----------------------------------------------------------------------------------------------------
 
 
 def _together(prunesim: Any, *lines: str) -> None:

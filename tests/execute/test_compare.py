@@ -1,5 +1,4 @@
-"""Decoders timed in turns and compared with predictions: planted times, real passes of a tiny model, faults, figure and
-command."""
+"""Decoders timed in turns and compared with predictions: planted times, a tiny model, faults, figure, command."""
 
 from __future__ import annotations
 
@@ -122,10 +121,8 @@ def test_every_family_really_runs(tmp_path: Path) -> None:
     assert found.left == 0
     rows = rows_of(cases, found.records, HW, device="some CPU", dtype="fp32")
     assert len(rows) == len(cases) - 2
-    for r in rows:
-        assert 0 < r.measured_lower <= r.measured <= r.measured_upper
-        assert r.device == "some CPU"
-        assert r.runtime == "eager"
+    assert all(0 < r.measured_lower <= r.measured <= r.measured_upper for r in rows)
+    assert {(r.device, r.runtime) for r in rows} == {("some CPU", "eager")}
 
 
 def test_rows_hold_what_was_measured_and_what_is_predicted(tmp_path: Path, planted: list[str]) -> None:
@@ -154,9 +151,8 @@ def test_a_rerun_does_the_rest(tmp_path: Path, planted: list[str]) -> None:
     assert len(planted) == 3  # 2:4 was refused
     again = _compare(tmp_path, cases[:6])
     assert len(planted) == 5
-    assert len(again.records) == 6
     lines = read_store(tmp_path / "run" / comparing.STORE).rows
-    assert len({line["key"] for line in lines}) == len(lines) == 6
+    assert len({line["key"] for line in lines}) == len(lines) == len(again.records) == 6
 
 
 def test_a_pruned_decoder_is_made_once_for_all_its_cases(

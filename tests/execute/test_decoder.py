@@ -1,5 +1,4 @@
-"""The real decoder: each pruned forward pass against a dense one in float64, written out, whose removed parts are
-masked."""
+"""The real decoder: each pruned forward pass against a dense one in float64, with the removed parts masked."""
 
 from __future__ import annotations
 
@@ -150,13 +149,10 @@ def test_low_rank(dense: Decoder) -> None:
         first, second = projection.factors
         assert first.shape[0] == second.shape[1] < min(first.shape[1], second.shape[0])
     check(run(pruned)[0], reference(pruned, TOKENS))
-
-
-def test_low_rank_of_full_rank_changes_nothing() -> None:
     config = replace(CONFIG, heads=2, kv_heads=2, head_dim=48, rotary_dim=48, inner=96)  # square weights
     made = random_decoder(config, dtype="fp32")
-    pruned = prune_decoder(made, "low_rank", 0.4, align=96)
-    check(run(pruned)[0], reference(made, TOKENS))
+    whole = prune_decoder(made, "low_rank", 0.4, align=96)  # full rank changes nothing
+    check(run(whole)[0], reference(made, TOKENS))
 
 
 def test_unstructured(dense: Decoder) -> None:
@@ -169,16 +165,13 @@ def test_unstructured(dense: Decoder) -> None:
     check(run(pruned)[0], reference(pruned, TOKENS))
 
 
-def test_two_of_four_keeps_the_larger_half() -> None:
+def test_two_of_four_keeps_the_larger_half_and_is_refused_by_name_on_a_cpu(dense: Decoder) -> None:
     weight = torch.randn(6, 32)
     fours, kept = weight.view(6, 8, 4).abs(), two_of_four(weight).view(6, 8, 4).abs()
     assert torch.equal((kept > 0).sum(-1), torch.full((6, 8), 2))
     torch.testing.assert_close(kept.sum(-1), fours.sort(-1).values[..., 2:].sum(-1))
     with pytest.raises(InputError, match="in fours"):
         two_of_four(torch.randn(2, 6))
-
-
-def test_semi_structured_is_refused_by_name_on_a_cpu(dense: Decoder) -> None:
     with pytest.raises(Unsupported, match=r"semi_structured \(2:4\) needs sparse tensor cores"):
         prune_decoder(dense, "semi_structured", 0.5)
 
@@ -275,6 +268,8 @@ def test_token(dense: Decoder, start: int) -> None:
     check(logits, reference(dense, TOKENS, masks))
     if start:
         assert not torch.equal(places[0], places[1])  # chosen by what is attended to, not by place
+    with pytest.raises(InputError, match="start at layer 9"):
+        prefill(prune_decoder(dense, "token", 0.5, start=9), TOKENS)
 
 
 @pytest.mark.parametrize("sparsity", [0.25, 0.8])
@@ -354,11 +349,6 @@ def test_bad_input_is_one_line(
     with pytest.raises(InputError, match=message) as caught:
         prune_decoder(dense, family, sparsity, **options)
     assert "\n" not in str(caught.value)
-
-
-def test_a_start_beyond_the_layers_is_refused(dense: Decoder) -> None:
-    with pytest.raises(InputError, match="start at layer 9"):
-        prefill(prune_decoder(dense, "token", 0.5, start=9), TOKENS)
 
 
 @pytest.mark.parametrize(

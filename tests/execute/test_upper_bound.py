@@ -1,5 +1,4 @@
-"""The measured upper bound: which GEMMs it needs, what it is on a planted device, and what happens when some have no
-time."""
+"""The measured upper bound: which GEMMs it needs, what it is on a planted device, and shapes without a time."""
 
 from __future__ import annotations
 
@@ -65,17 +64,13 @@ def test_zeros_become_a_shorter_dense_gemm(family: str, sparsity: float) -> None
     rows = np.flatnonzero(case.pruned.kernel != Kernel.DENSE)
     wanted = {(1, int(case.pruned.n[i]), round((1 - sparsity) * int(case.pruned.k[i]) / 16) * 16) for i in rows}
     assert wanted <= set(plain_gemms(case.pruned))
-
-
-def test_fewer_features_than_a_tile_stay_what_they_are() -> None:
+    # fewer features than a tile stay what they are
     row = {"role": "q", "m": 2, "n": 64, "k": 10, "density": 0.9, "kernel": int(Kernel.UNSTRUCTURED)}
     assert set(plain_gemms(Workload.from_rows([row]))) == {(2, 64, 10)}
 
 
-def _measure(
-    folder: Path, cases: list[Case], device: ReplayDevice | None = None, budget_s: float = 600.0, **options: Any
-) -> Any:
-    return measure_bounds(folder / "run", device or ReplayDevice(), cases, budget_s=budget_s, **options)
+def _measure(folder: Path, cases: list[Case], device: ReplayDevice | None = None, **options: Any) -> Any:
+    return measure_bounds(folder / "run", device or ReplayDevice(), cases, **{"budget_s": 600.0, **options})
 
 
 def test_the_bound_is_the_ratio_of_planted_times(tmp_path: Path) -> None:
@@ -138,10 +133,8 @@ def test_a_shape_that_does_not_fit_is_counted(tmp_path: Path) -> None:
 def test_errors_of_predicted_bounds_by_hand(tmp_path: Path) -> None:
     cases = _cases("depth")
     rows = bounds(cases, _measure(tmp_path, cases).records, HW)
-    changed = [
-        replace(r, measured_bound=2.0, predicted_bound=p, model_bound=1.0)
-        for r, p in zip(rows, (2.2, 2.1), strict=True)
-    ]
+    first, second = (replace(r, measured_bound=2.0, model_bound=1.0) for r in rows)
+    changed = [replace(first, predicted_bound=2.2), replace(second, predicted_bound=2.1)]
     assert bound_errors(changed) == {"predicted": pytest.approx(0.075), "model": 0.5}
     assert bound_errors([replace(changed[0], measured_bound=math.nan)]) == {}
     assert all(r.model_bound == r.predicted_bound for r in rows)  # this profile has no exact shapes
@@ -160,9 +153,8 @@ def test_without_sparse_tensor_cores_2to4_has_bounds_but_no_prediction(tmp_path:
     assert without.measured_bound == b.measured_bound > 1.0
     assert (without.flop_bound, without.byte_bound) == (b.flop_bound, b.byte_bound)
     assert b.roofline_bound > 1.0
-    assert without.predicted == 1.0 or math.isnan(
-        without.predicted
-    )  # dense kernels gain nothing, or the profile refuses
+    # dense kernels gain nothing, or the profile refuses
+    assert without.predicted == 1.0 or math.isnan(without.predicted)
 
 
 def test_nothing_is_written_before_a_refusal(tmp_path: Path) -> None:

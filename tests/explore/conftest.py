@@ -11,14 +11,12 @@ from explore_browser import LAPTOP, Tab, chromium, serving
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    """Address of the page, served by the command as a process of its own."""
     with serving() as found:
         yield found
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium."""
     with chromium() as found:
         yield found
 
@@ -42,5 +40,4 @@ def new_tab(url: str, browser: Any) -> Iterator[Callable[..., Tab]]:
 
 @pytest.fixture
 def tab(new_tab: Callable[..., Tab]) -> Tab:
-    """One tab on a laptop."""
     return new_tab()

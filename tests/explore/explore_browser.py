@@ -1,9 +1,4 @@
-"""A real browser on the real page: the command as a process, Chromium without a screen, and what a person does with
-both.
-
-Use :func:`absent` for the reason why there is no browser here, :func:`serving` for the command, :func:`chromium` for
-the browser and :class:`Tab` for one page in it, :func:`check` to compare what it shows with what is predicted.
-"""
+"""A real browser on the real page, the command as a process, and a comparison of what is shown and predicted."""
 
 from __future__ import annotations
 
@@ -32,15 +27,9 @@ from simulator.predict.rows import Record
 from simulator.units import percent, ratio, seconds
 
 PRUNESIM = (sys.executable, "-c", "import sys; sys.argv[0] = 'prunesim'; from calibration.cli import main; main()")
-"""The command, of this environment whatever the search path says."""
 
-# fmt: off
-QUIET = (
-    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    "--no-first-run",
-)
-# fmt: on
-"""The browser calls nobody on its own account."""
+QUIET = ("--no-sandbox", "--disable-gpu", "--disable-component-update", "--disable-sync")
+"""With what Playwright passes itself: the browser calls nobody on its own account."""
 
 LAPTOP, PHONE = {"width": 1366, "height": 768}, {"width": 390, "height": 844}
 
@@ -60,11 +49,8 @@ def absent() -> str:
 
 needs_browser = pytest.mark.skipif(bool(absent()), reason=absent() or "all there")
 
-# -- the command and the browser ---------------------------------------------------------------------------------------
-
 
 def start(*options: str) -> subprocess.Popen[str]:
-    """``prunesim explore`` with options, as a process."""
     command = (*PRUNESIM, "explore", "--no-browser", "--json", *options)
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -82,7 +68,6 @@ def serving() -> Iterator[str]:
 
 
 def prunesim(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """A command that ends."""
     return subprocess.run((*PRUNESIM, *arguments), capture_output=True, text=True, check=False, timeout=120, cwd=cwd)
 
 
@@ -133,14 +118,12 @@ class Tab:
         self.page.evaluate(SETTLE)
 
     def fill(self, **values: object) -> None:
-        """Type values into fields, one after the other."""
         for name, value in values.items():
             self.page.fill(f"#{name}", str(value))
         self.settle()
 
     @property
     def query(self) -> str:
-        """The query of the address."""
         return str(urlsplit(self.page.url).query)
 
     def figure(self, name: str) -> Any:
@@ -150,21 +133,15 @@ class Tab:
     def figures(self) -> list[Any]:
         return [self.figure(name) for name in CARDS]
 
-    def table(self) -> list[list[str]]:
-        """Cells of the table, its header first."""
+    def table(self) -> Any:
         cells = "[...document.querySelectorAll('#table tr')].map((r) => [...r.children].map((c) => c.innerText.trim()))"
-        rows: list[list[str]] = self.page.evaluate(cells)
-        return rows
+        return self.page.evaluate(cells)
 
     def text(self, selector: str) -> str:
         return str(self.page.locator(selector).inner_text())
 
 
-# -- what is shown and what is predicted -------------------------------------------------------------------------------
-
-
 def predicted(state: State) -> tuple[Record, ...]:
-    """The table of a state, asked from the Python interface."""
     case: Any = ([state.phase], [state.batch], [state.seq])
     table = simulator.table([state.load()], state.gpus, state.drawn, state.fractions, *case, setting=state.setting)
     return table.records
@@ -193,7 +170,6 @@ def check(tab: Tab, state: State) -> None:
         assert tab.figure(name)["data"] == json.loads(json.dumps(chart["data"])), name
 
 
-# -- scripts -----------------------------------------------------------------------------------------------------------
 CLASHES = """() => {
   // texts of figures that lie on one another or outside their figure
   const found = [];

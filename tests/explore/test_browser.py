@@ -1,5 +1,4 @@
-"""The page in a real browser: what a person sees is what the Python interface says, whatever is clicked, typed, dropped
-or reloaded."""
+"""What a person sees is what the Python interface says, whatever is clicked, typed, dropped or reloaded."""
 
 from __future__ import annotations
 
@@ -35,9 +34,6 @@ def unharmed(tab: Tab) -> None:
     assert tab.page.evaluate("document.pwned") is None
 
 
-# -- controls ----------------------------------------------------------------------------------------------------------
-
-
 def _tick(name: str, value: str, on: bool = True) -> Callable[[Any], object]:
     return lambda page: page.set_checked(f"[name={name}][value={value}]", on, force=True)
 
@@ -51,7 +47,6 @@ def _type(name: str, value: str) -> Callable[[Any], object]:
 
 
 FAMILIES = ("depth", "width", "low_rank", "dynamic_depth", "token")
-# fmt: off
 CHANGES: tuple[tuple[Callable[[Any], object], dict[str, Any]], ...] = (
     (_choose("model", "qwen3-8b"), {"model": "qwen3-8b"}),
     (_tick("gpu", "a100_sxm_80gb"), {"gpus": ("a100_sxm_80gb", "h100_sxm")}),
@@ -69,7 +64,6 @@ CHANGES: tuple[tuple[Callable[[Any], object], dict[str, Any]], ...] = (
     (_choose("detail", "unstructured"), {"detail": "unstructured"}),
     (_type("at", "0.35"), {"at": 0.35}),
 )
-# fmt: on
 
 
 def test_every_control_changes_what_is_shown(tab: Tab) -> None:
@@ -98,9 +92,6 @@ def test_a_gpu_without_the_number_format_leaves_the_others(tab: Tab) -> None:
     tab.page.select_option("#dtype", "fp32")
     tab.settle()
     assert {row[3] for row in tab.table()[1:]} == {"cpu"}
-
-
-# -- the address -------------------------------------------------------------------------------------------------------
 
 
 def seen(tab: Tab) -> list[Any]:
@@ -153,27 +144,20 @@ def test_bad_values_are_named(tab: Tab) -> None:
     tab.fill(batch=2)
     check(tab, State(batch=2))
     assert tab.text("#problems") == ""
-
-
-def test_an_unfinished_number_waits(tab: Tab) -> None:
-    tab.open().fill(batch="")
-    assert (tab.query, tab.text("#problems")) == ("", "")
+    before = tab.query
+    tab.fill(batch="")
+    assert (tab.query, tab.text("#problems")) == (before, ""), "an unfinished number waits"
     tab.page.press("#batch", "Tab")
     tab.settle()
     assert tab.text("#problems") == "batch '': expected a whole number; shown with 1"
 
 
-# -- a config.json -----------------------------------------------------------------------------------------------------
-
 STRANGE = json.dumps({**TINY, "model_type": HOSTILE}).encode()
 BAD_FILES: dict[str, tuple[bytes, str]] = {
     "notes.txt": (b"this is no JSON", "notes.txt:1:1: is not JSON"),
-    "cut.json": (b'{"model_type": "llama", ', "cut.json:1:25: is not JSON"),
-    "list.json": (b"[1, 2]", "list.json: expected a JSON object"),
     "huge.json": (b" " * 1_000_001, "huge.json: 1000001 bytes; expected a config.json of at most 1000000 bytes"),
     "escapes.json": (b"\x01" * 1_000_000, "escapes.json:1:1: is not JSON"),
     "weights.bin": (bytes(range(256)), "weights.bin: is not UTF-8 text; expected a config.json"),
-    "deep.json": (b"[" * 100_000, "deep.json: is not JSON"),
     f"{HOSTILE}.json": (STRANGE, f"architecture '{HOSTILE}' is not supported"),
 }
 
@@ -185,7 +169,6 @@ TRANSFER = """(files) => {
 
 
 def drop(tab: Tab, files: dict[str, bytes]) -> None:
-    """Drop files on the page as a browser does."""
     packed = [[name, base64.b64encode(content).decode()] for name, content in files.items()]
     made = tab.page.evaluate_handle(TRANSFER, packed)
     for event in ("dragover", "drop"):
@@ -193,7 +176,6 @@ def drop(tab: Tab, files: dict[str, bytes]) -> None:
 
 
 def choose(tab: Tab, files: dict[str, bytes]) -> None:
-    """Open a file through the browser's dialogue."""
     ((name, content),) = files.items()
     with tab.page.expect_file_chooser() as chooser:
         tab.page.click("#choose")
@@ -236,10 +218,7 @@ def test_a_bad_file_is_one_line(give: Callable[..., None], tab: Tab) -> None:
         tab.fill(batch=batch)
         check(tab, State(batch=batch))
     unharmed(tab)
-
-
-def test_two_files_are_one_too_many(tab: Tab) -> None:
-    drop(tab.open(), {"a.json": b"{}", "b.json": b"{}"})
+    drop(tab, {"a.json": b"{}", "b.json": b"{}"})
     tab.page.locator("#dropped-note", has_text="2 files: expected one config.json").wait_for()
 
 
@@ -252,32 +231,24 @@ def test_hostile_names_are_text(tab: Tab) -> None:
     unharmed(tab)
 
 
-# -- downloads and commands --------------------------------------------------------------------------------------------
-
-
 def saved(tab: Tab, selector: str) -> tuple[str, bytes]:
     with tab.page.expect_download() as download:
         tab.page.click(selector)
     return download.value.suggested_filename, Path(download.value.path()).read_bytes()
 
 
-def test_figures_can_be_saved(tab: Tab) -> None:
-    tab.open("?gpu=h100_sxm,rtx_4090")
+def test_figures_and_table_can_be_saved(tab: Tab) -> None:
+    state = State(gpus=("h100_sxm", "rtx_4090"), phase="decode", batch=5)
+    tab.open("?" + to_query(state))
     for figure in CARDS:
         name, svg = saved(tab, f"[data-save={figure}][data-kind=svg]")
-        assert name == f"prunesim-{figure}.svg"
-        assert svg.startswith(b"<svg")
+        assert (name, svg[:4]) == (f"prunesim-{figure}.svg", b"<svg")
         assert b"rtx_4090" in svg
     name, png = saved(tab, "[data-save=speedup][data-kind=png]")
     box = tab.page.locator("#speedup").bounding_box()
     assert (name, png[:4]) == ("prunesim-speedup.png", b"\x89PNG")
     assert struct.unpack(">II", png[16:24]) == (2 * int(box["width"]), 2 * int(box["height"]))
     assert len(png) > 20_000
-
-
-def test_the_table_can_be_saved(tab: Tab) -> None:
-    state = State(gpus=("a100_sxm_80gb", "h100_sxm"), phase="decode", batch=5)
-    tab.open("?" + to_query(state))
     assert saved(tab, "[data-csv]") == ("prunesim.csv", table_csv(predicted(state)).encode())
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import re
 from dataclasses import replace
@@ -13,13 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_explore_state import TINY
 
 import simulator
 from simulator.explore import frame, markup
 from simulator.explore.answer import answer, winners
 from simulator.explore.charts import BOUNDS, charts, map_chart
-from simulator.explore.dropped import token
+from simulator.explore.commands import commands
 from simulator.explore.frame import INK, PAGE, PAPER, PHONE, SOFT, WIDE, Frame
 from simulator.explore.state import State
 from simulator.figures.paper import BATCHES, LENGTHS
@@ -51,11 +49,7 @@ def named(chart: dict[str, Any], name: str) -> list[dict[str, Any]]:
     return [t for t in chart["data"] if t.get("name") == name and t["x"] != [None]]
 
 
-# -- numbers -----------------------------------------------------------------------------------------------------------
-
-
-def test_curves_are_the_predictions(state: State) -> None:
-    """One prediction at a time, through the public functions, against what is drawn."""
+def test_curves_bands_and_bounds_are_the_predictions(state: State) -> None:
     chart = charts(state, WIDE)["speedup"]
     new = state.new_tokens if state.phase == "generate" else 0
     case: dict[str, Any] = {name: getattr(state, name) for name in ("phase", "batch", "seq", "dtype")}
@@ -68,10 +62,6 @@ def test_curves_are_the_predictions(state: State) -> None:
                 pruned = simulator.prune(dense, family, sparsity=removed / 100)
                 expected = simulator.speedup(dense, pruned, hw, runtime=state.runtime).speedup
                 assert drawn == pytest.approx(expected, rel=1e-12)
-
-
-def test_bands_and_bounds_are_those_of_the_records(state: State) -> None:
-    chart = charts(state, WIDE)["speedup"]
     bands = [t["y"] for t in chart["data"] if t.get("fill") == "toself" and t["legendgroup"] == state.detail]
     for panel, gpu in enumerate(state.gpus):
         own = [r for r in answer(state).table if (r.hardware, r.family) == (gpu, state.detail)]
@@ -141,32 +131,20 @@ def test_the_table_and_its_csv_are_the_records(state: State) -> None:
     assert all("[" in name for name in numbers), "a number without a unit"
 
 
-# -- what cannot be shown ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        State(families=("semi_structured",), detail="semi_structured", at=0.3),
-        State(gpus=("a100_sxm_80gb",), dtype="fp8"),
-    ],
-)
-def test_what_cannot_be_predicted_is_a_line(bad: State) -> None:
-    found = answer(bad)
-    assert found.refused
-    assert not found.table.records
-    for chart in (*charts(bad, WIDE).values(), map_chart(bad, WIDE)):
-        (note,) = chart["layout"]["annotations"]
-        assert chart["data"] == []
-        assert note["text"].replace("<br>", " ")[:40] in found.refused
-    assert "<table" not in markup.texts(bad)["table"]
-
-
-def test_a_gpu_that_cannot_run_the_family_in_detail_leaves_the_others() -> None:
-    """The other GPUs keep their panels, and a note says why."""
-    found = answer(State(gpus=("h100_sxm", "cpu"), detail="semi_structured", families=("depth",), dtype="fp32"))
-    assert {e.record.hardware for e in found.details} < {"h100_sxm", "cpu"} or found.refused
-    assert found.refused or any("semi_structured" in note for note in found.notes)
+def test_what_cannot_be_predicted_is_a_line() -> None:
+    half = State(families=("semi_structured",), detail="semi_structured", at=0.3)
+    for bad in (half, State(gpus=("a100_sxm_80gb",), dtype="fp8")):
+        found = answer(bad)
+        assert found.refused
+        assert not found.table.records
+        assert commands(bad, found) == ()
+        for chart in (*charts(bad, WIDE).values(), map_chart(bad, WIDE)):
+            (note,) = chart["layout"]["annotations"]
+            assert chart["data"] == []
+            assert note["text"].replace("<br>", " ")[:40] in found.refused
+        said = markup.texts(bad)
+        assert "<table" not in said["table"]
+        assert "Copy" not in said["commands"]
 
 
 def test_notes_say_what_the_command_line_says() -> None:
@@ -176,6 +154,9 @@ def test_notes_say_what_the_command_line_says() -> None:
     assert "does not fit" in said["facts"]
     assert "calibrated" in said["facts"]
     assert said["notes"].count("<li>") == len(found.notes)
+    found = answer(State(gpus=("h100_sxm", "cpu"), detail="semi_structured", families=("depth",), dtype="fp32"))
+    assert {e.record.hardware for e in found.details} < {"h100_sxm", "cpu"} or found.refused
+    assert found.refused or any("semi_structured" in note for note in found.notes)
 
 
 @pytest.mark.parametrize("gpu", simulator.list_hardware())
@@ -184,16 +165,6 @@ def test_calibration_is_stated_as_the_records_have_it(gpu: str) -> None:
         for dtype in {"bf16", "fp16", "fp32"} & set(simulator.load_hardware(gpu).rates):
             found = answer(State(gpus=(gpu,), families=("depth",), detail="depth", phase=phase, dtype=dtype))
             assert all(r.calibrated == (not markup.uncalibrated_parts(gpu, phase, dtype)) for r in found.table)
-
-
-def test_names_are_escaped() -> None:
-    hostile = json.dumps({**TINY, "_name_or_path": "<img src=x onerror=alert(1)>"})
-    html = "".join(markup.texts(State(model=token(hostile, "<b>.json"))).values())
-    assert "<img" not in html
-    assert "<b>.json" not in html
-
-
-# -- looks -------------------------------------------------------------------------------------------------------------
 
 
 def luminance(color: str) -> float:

@@ -41,7 +41,6 @@ SHOWN = (
 
 
 def shell(line: str, *more: str) -> None:
-    """A command line, pasted into a shell."""
     program, *arguments = shlex.split(line)
     assert program == "prunesim"
     assert run([*arguments, *more]) == 0
@@ -82,12 +81,6 @@ def test_the_last_command_writes_the_page(state: State, tmp_path: Path, capsys: 
     same = replace(state, model="./my model.json") if state.model.startswith("dropped:") else state
     for name, most in (("page", PAGE), ("phone", PHONE)):
         assert json.loads(embedded)[name]["speedup"] == json.loads(json.dumps(charts(same, most)["speedup"]))
-
-
-def test_what_is_refused_has_no_commands() -> None:
-    state = State(gpus=("a100_sxm_80gb",), dtype="fp8")
-    assert commands(state, answer(state)) == ()
-    assert "Copy" not in commands_html(())
 
 
 def test_commands_are_quoted_and_escaped() -> None:

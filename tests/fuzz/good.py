@@ -22,8 +22,6 @@ from calibration.records.table import Records, Source
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# -- tables ------------------------------------------------------------------------------------------------------------
-
 CSV = "m,n,k,latency_us,dtype,operator,launch,role,window,sample_count\n" + "".join(
     f"{m},4096,4096,{5 + m / 10},bf16,gemm,graph,qkv,0,20\n" for m in (1, 16, 64, 256, 300, 512, 1024, 2048)
 )
@@ -47,6 +45,7 @@ AIC_ATTENTION = (
     for i in range(6)
     for b in (1, 8)
 )
+TABLES = (CSV, ATTENTION, MEASURED)
 QUALITY = """\
 method,family,model,sparsity,metric,higher_is_better,dense,pruned,relative_loss,protocol,source,options,note
 SLEB,depth,llama-2-7b,0.1,ppl,false,7.26,9.34,,C4,a paper,unit=layer,
@@ -84,8 +83,6 @@ def tables() -> tuple[Any, ...]:
     return arrow(AIC_GEMM), arrow(AIC_ATTENTION), pyarrow.parquet.read_table(io.BytesIO(write_records(records)))
 
 
-# -- records of a run --------------------------------------------------------------------------------------------------
-
 _MEASUREMENT = """{
 "run": "run1", "time": "2026-01-01T00:00:01+00:00", "type": "measurement", "key": "gemm bf16 %d", "purpose": "fit",
 "block": %d, "operator": {"kind": "gemm", "m": %d, "n": 4096, "k": 4096, "dtype": "bf16", "cold": true},
@@ -112,8 +109,6 @@ def crc_line(row: Any) -> bytes:
     body = row if isinstance(row, bytes) else json.dumps(row, separators=(",", ":")).encode()
     return body[:-1] + b',"crc":"%08x"}\n' % zlib.crc32(body) if body.endswith(b"}") and len(body) > 2 else body + b"\n"
 
-
-# -- profiles ----------------------------------------------------------------------------------------------------------
 
 SMALL = (ROOT / "tests/bad_profiles/good.yaml").read_text(encoding="utf-8")
 OPERATORS = ("gemm", "attention_prefill", "attention_decode", "elementwise")
@@ -162,8 +157,6 @@ def profile_with(raw: bytes, file: str = "arrays.npz", operators: Iterable[str] 
     return SMALL[: SMALL.index("calibrated:")] + "calibrated:\n" + sections
 
 
-# -- models and grids --------------------------------------------------------------------------------------------------
-
 _SHIPPED = [json.loads(file.read_text()) for file in sorted((ROOT / "simulator/models").glob("*.json"))]
 _PUBLIC = [{key: value for key, value in config.items() if not key.startswith("_")} for config in _SHIPPED]
 CONFIGS = [*{config["model_type"]: {**config, "_name_or_path": "org/some-model"} for config in _PUBLIC}.values()]
@@ -190,8 +183,6 @@ new_tokens: 16
 fuse_qkv: false
 level: 0.9
 """
-
-# -- texts -------------------------------------------------------------------------------------------------------------
 
 LINES = """\
 speedup llama-3.2-1b --hardware h100 --family depth,width --sparsity 0.1,0.25 --phase decode --batch 1 --json

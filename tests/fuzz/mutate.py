@@ -124,9 +124,6 @@ def seldom(data: bytes, rng: random.Random, share: float = 0.2) -> bytes:
     return edit_bytes(data, rng, 2) if rng.random() < share else data
 
 
-# -- JSON --------------------------------------------------------------------------------------------------------------
-
-
 def scalar(rng: random.Random) -> Any:
     """A value to put in the place of any other."""
     return copy.deepcopy(rng.choice(rng.choice((NUMBERS, NUMBERS, TEXTS, NESTED))))
@@ -173,9 +170,6 @@ def json_text(value: Any, rng: random.Random) -> bytes:
     return seldom(text.encode(), rng)
 
 
-# -- YAML --------------------------------------------------------------------------------------------------------------
-
-
 def _value(line: str, rng: random.Random, lines: Sequence[str]) -> list[str]:
     """The value of one key, in block or flow style."""
     values = list(re.finditer(r":( [^,}\]]*|$)", line))
@@ -213,9 +207,6 @@ def yaml_text(text: str, rng: random.Random) -> bytes:
     return seldom("\n".join(lines).encode("utf-8", "surrogatepass"), rng)
 
 
-# -- CSV ---------------------------------------------------------------------------------------------------------------
-
-
 def _cells(row: list[str], rng: random.Random, rows: Sequence[Any]) -> list[list[str]]:
     """A cell replaced, put in or removed."""
     at, (cut, put) = rng.randrange(len(row) + 1), rng.choice(((1, 1),) * 7 + ((0, 1), (1, 0)))
@@ -240,8 +231,6 @@ def csv_text(text: str, rng: random.Random) -> bytes:
     raw = end.join([*map(separator.join, table), *rng.choice(([], [""]))])
     return seldom(raw.encode("utf-8", "surrogatepass"), rng)
 
-
-# -- Parquet -----------------------------------------------------------------------------------------------------------
 
 _ITEMS = (None, 0, -1, 1, 7, 1e-320, 1e300, float("nan"), float("inf"), 1 << 40, (1 << 62) + 1)
 _CONSTANTS = (None, "x", b"\xff", [1, 2], {"a": 1}, True, 1e300, -1, "\u202e", 255, "bf16")
@@ -292,8 +281,6 @@ def parquet_bytes(table: Any, rng: random.Random) -> bytes:
         pq.write_table(table, out, compression=compression, use_dictionary=dictionary)
     return seldom(out.getvalue(), rng, 0.35)
 
-
-# -- .npz --------------------------------------------------------------------------------------------------------------
 
 _VALUES = (0.0, -1.0, 1e300, -1e300, np.nan, np.inf, 1e-300, 0.5, 3e9, 17.0)
 _ARRAYS = (

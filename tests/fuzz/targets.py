@@ -72,8 +72,6 @@ def finite(*values: Any, least: float = 0.0) -> None:
         assert (np.asarray(value) > least).all(), value
 
 
-# -- profiles and their arrays -----------------------------------------------------------------------------------------
-
 _M, _N, _K = (np.array(v) for v in ([1, 17, 300, 8192], [4096, 8810, 64, 16384], [4096, 64, 11008, 4096]))
 
 
@@ -122,9 +120,6 @@ def arrays(path: Path) -> None:
     profile(beside)
 
 
-# -- grids of sweeps, configurations of models -------------------------------------------------------------------------
-
-
 @Target("grid.yaml", lambda rng: mutate.yaml_text(good.GRID, rng), "sweep {} --max 0 -o out.parquet", positions=True)
 def grid(path: Path) -> None:
     found = read_grid(path)
@@ -150,16 +145,10 @@ def config(path: Path) -> None:
         finite(s.dense_s, s.pruned_s, s.lower, s.upper)
 
 
-# -- tables of measurements --------------------------------------------------------------------------------------------
-
 _IMPORT = "import {} --dtype all -o out.parquet"
 
 
-def _make_csv(rng: random.Random) -> bytes:
-    return mutate.csv_text(rng.choice((good.CSV, good.ATTENTION, good.MEASURED)), rng)
-
-
-@Target("table.csv", _make_csv, _IMPORT)
+@Target("table.csv", lambda rng: mutate.csv_text(rng.choice(good.TABLES), rng), _IMPORT)
 @Target("table.parquet", lambda rng: mutate.parquet_bytes(rng.choice(good.tables()), rng), _IMPORT)
 def imported(path: Path) -> None:
     hw = hardware.load_hardware("h100_sxm") if path.stat().st_size % 2 else None
@@ -182,9 +171,6 @@ def gemms(path: Path) -> None:
     predicted = table.predict(hardware.load_hardware("h100_sxm"))
     finite(table.seconds, predicted)
     assert len(table.seconds) == len(predicted) == len(table)
-
-
-# -- records of a run --------------------------------------------------------------------------------------------------
 
 
 def _run_lines(rows: Sequence[Any], rng: random.Random) -> bytes:
@@ -214,8 +200,6 @@ def results(path: Path) -> None:
             assert 0.0 <= found.points[method, fraction]["realised"] <= 1.0
 
 
-# -- tables of quality and of speedups ---------------------------------------------------------------------------------
-
 _PARETO = "pareto llama-2-7b --hardware h100 --phase decode"
 
 
@@ -235,8 +219,6 @@ def speedups(path: Path) -> None:
         assert 0.0 < row.lower <= row.speedup <= row.upper < float("inf")
         row.fits(0.25, {"family": "depth", "batch": 1})
 
-
-# -- a sweep's folder --------------------------------------------------------------------------------------------------
 
 _MANIFEST = {"digest": "d", "parts": 2, "version": "1", "grid": {"models": ["a"]}}
 
@@ -266,8 +248,6 @@ def manifest(path: Path) -> None:
     with Store(path.parent / "t.parquet", "d", 2).opened({}) as there:
         assert there == set()
 
-
-# -- the page: addresses, dropped files --------------------------------------------------------------------------------
 
 _GOOD_WORDS = """
 1 64 1,8 0.25 0.1,0.5 decode prefill prefill,decode bf16 fp16 a100 h100,4090 depth depth,token align=16 align=64 512
@@ -335,8 +315,6 @@ def dropped(path: Path) -> None:
     assert "/" not in file
     assert model.parameters > 0
 
-
-# -- texts on the command line -----------------------------------------------------------------------------------------
 
 _WHERE_WORDS = """
 (  )  speedup  family  'depth'  and  or  not  in  [1]  ==  <  1e400  lambda: 0  f'{1}'  ideal  true  / 0  ** 9

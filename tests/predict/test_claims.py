@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from planted import WHERE, point, row
+from planted_points import WHERE, point, row
 
 from simulator.cli import run
 from simulator.errors import InputError

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from planted import point, row
+from planted_points import point, row
 
 from simulator.cli import run
 from simulator.errors import InputError

@@ -1,5 +1,4 @@
-"""Sweeps: the table equals one-by-one predictions, bad grids are refused before any work, and nothing that ends a sweep
-harms its table."""
+"""Sweeps: the table equals one-by-one predictions, bad grids are refused, and nothing harms a table."""
 
 from __future__ import annotations
 
@@ -33,7 +32,6 @@ SMALL = replace(
     ONE, hardware=("h100_sxm", "a100_sxm_80gb"), sparsities=(0.1, 0.5), phases=("prefill", "decode"), batches=(1, 48),
     seqs=(64, 2048), runtimes=("cuda_graph", "eager"),
 )  # fmt: skip
-
 
 MIXED = replace(
     ONE, phases=("generate",), batches=(2,), seqs=(100,), dtypes=(Formats("bf16", "int4", "fp8"),), devices=(1, 2),
@@ -158,11 +156,8 @@ def command(folder: Path, script: str, *arguments: object, grid: str = GRID) -> 
     """That runs a script with a grid's file and a table's."""
     (folder / "grid.yaml").write_text(grid)
     (folder / "run.py").write_text(script)
-    return [
-        sys.executable,
-        *(str(folder / name) for name in ("run.py", "grid.yaml", "t.parquet")),
-        *map(str, arguments),
-    ]
+    files = (folder / name for name in ("run.py", "grid.yaml", "t.parquet"))
+    return [sys.executable, *map(str, (*files, *arguments))]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kill -9 is POSIX")
@@ -171,11 +166,10 @@ def test_kill_9_loses_no_part_and_the_rerun_finishes(tmp_path: Path, after: int,
     killed = subprocess.run(command(tmp_path, KILLED, after, jobs), timeout=120, check=False)
     assert killed.returncode == -signal.SIGKILL
     there = list((tmp_path / "t.parquet.parts").glob("part-*.parquet"))
-    assert there
     out, seen = tmp_path / "t.parquet", []
     assert not out.exists()
     done = sweep(tmp_path / "grid.yaml", out, progress=lambda n, _: seen.append(n))
-    assert done.resumed == len(there)
+    assert done.resumed == len(there) > 0
     assert seen[0] > 0
     clean = sweep(tmp_path / "grid.yaml", tmp_path / "clean.parquet")
     assert clean.target.read_bytes() == out.read_bytes()
@@ -360,11 +354,11 @@ def test_grids_too_large_are_refused_before_any_work(tmp_path: Path, monkeypatch
         ("speedup > 'fast'", "is a text, expected a number"),
         ("family > 'a'", "cannot compare so"),
         ("batch in []", "cannot compare so"),
-        *(
-            (bad, "is not allowed")
-            for bad in ("__import__('os').system('true')", "speedup.real > 1", "[x for x in (1,)]")
-        ),
-        *((bad, "is not allowed") for bad in ("(lambda: 1)() > 0", "speedup ** 99 > 1")),
+        ("__import__('os').system('true')", "is not allowed"),
+        ("speedup.real > 1", "is not allowed"),
+        ("[x for x in (1,)]", "is not allowed"),
+        ("(lambda: 1)() > 0", "is not allowed"),
+        ("speedup ** 99 > 1", "is not allowed"),
         ("(" * 300 + "speedup" + ")" * 300 + " > 1", "--where"),
         ("x" * 3000, "at most 2000 characters"),
     ],

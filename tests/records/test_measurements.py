@@ -35,6 +35,10 @@ def test_what_is_promised_is_there_and_small(tables: dict[str, Records]) -> None
     assert set(sizes) == {file_name(name) for name in tables}
     assert sum(sizes.values()) < 3e6
     assert [len(load_measurements("h100_sxm/gemm/trtllm", dtype=d)) for d in ("bf16", "fp8")] == [35700, 35700]
+    notice = (FOLDER / "NOTICE").read_text(encoding="utf-8")
+    assert build.PACKAGE in notice
+    assert build.COPYRIGHT in notice
+    assert "Apache License" in (FOLDER / "LICENSE-Apache-2.0.txt").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", list_measurements())
@@ -70,7 +74,7 @@ def test_the_files_are_written_the_same_again(tables: dict[str, Records]) -> Non
         assert write_records(records, extra=extra, single=True) == path.read_bytes()
 
 
-def test_a_changed_file_and_an_unknown_name_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_files_and_unknown_names_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="measurement 'h100/gemm' is unknown; did you mean"):
         load_measurements("h100/gemm")
     with pytest.raises(InputError, match="dtype 'fp8' is unknown"):
@@ -87,13 +91,10 @@ def test_a_changed_file_and_an_unknown_name_are_refused(tmp_path: Path, monkeypa
     (tmp_path / file_name(name)).unlink()
     with pytest.raises(InputError, match="cannot be read"):
         load_measurements(name)
-
-
-def test_the_licence_travels_with_the_tables() -> None:
-    notice = (FOLDER / "NOTICE").read_text(encoding="utf-8")
-    assert build.PACKAGE in notice
-    assert build.COPYRIGHT in notice
-    assert "Apache License" in (FOLDER / "LICENSE-Apache-2.0.txt").read_text(encoding="utf-8")
+    wheel = tmp_path / "aiconfigurator_core-0.12.0.whl"
+    wheel.write_bytes(b"PK")
+    with pytest.raises(InputError, match=r"expected the wheel of aiconfigurator-core 0\.12\.0"):
+        build.build(wheel, tmp_path)
 
 
 def test_times_are_those_of_the_package(wheel_tables: Path) -> None:
@@ -109,13 +110,6 @@ def test_times_are_those_of_the_package(wheel_tables: Path) -> None:
     assert len(ours) == len(theirs)
     expected = [theirs[shape] for shape in zip(ours.m.tolist(), ours.n.tolist(), ours.k.tolist())]
     assert ours.seconds == pytest.approx(np.array(expected), rel=1e-7)
-
-
-def test_another_wheel_is_refused(tmp_path: Path) -> None:
-    wheel = tmp_path / "aiconfigurator_core-0.12.0.whl"
-    wheel.write_bytes(b"PK")
-    with pytest.raises(InputError, match=r"expected the wheel of aiconfigurator-core 0\.12\.0"):
-        build.build(wheel, tmp_path)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,13 +16,18 @@ from calibration.devices.protocol import Operator
 from calibration.records import store as store_module
 from calibration.records.lines import content_records, records_of, shape_of, untimed
 from calibration.records.parquet import read_records, write_records
-from calibration.records.store import Header, Store, decode_line, encode_line, merge, parse, read_store
+from calibration.records.store import Header, Store, encode_line, merge, parse, read_store
 from calibration.records.table import OPERATORS, Flag, Records, Source
 from simulator.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 STACK = {"torch": "2.9", "driver": "580.65"}
 HEADER = Header("NVIDIA A100", STACK, "bf16", run="r1", started="2026-01-01T00:00:00+00:00")
+
+
+def refused(says: str, call: Any, *arguments: Any, **options: Any) -> None:
+    with pytest.raises(InputError, match=says):
+        call(*arguments, **options)
 
 
 def row(number: int, **more: object) -> dict[str, object]:
@@ -52,8 +58,11 @@ def test_what_is_written_is_read_and_a_run_is_resumed(path: Path) -> None:
     assert all(r["run"] == "r1" and r["time"] for r in rows)
     with Store(path, Header(HEADER.device, HEADER.stack, run="another")) as store:
         assert store.rows == tuple(rows)
-        store.append(row(3))
+        more = {"text": '\u00fc\n,"crc":"00000000"}', "crc2": [1.5, None]}
+        store.append(row(3, **more))
     content = read_store(path)
+    assert content.rows[:3] == tuple(rows)
+    assert {**content.rows[3], **more} == content.rows[3]
     assert [r["run"] for r in content.rows] == ["r1"] * 4  # a resumed run goes on under its name
     assert (content.header, content.dropped) == (HEADER, 0)
 
@@ -67,16 +76,14 @@ def test_another_device_driver_or_dtype_is_refused(path: Path) -> None:
         (Header(HEADER.device, {"torch": "2.9"}), "driver '580.65', not of 'none'"),
         (Header(HEADER.device, STACK, "fp16"), "dtype 'bf16', not of 'fp16'"),
     ):
-        with pytest.raises(InputError, match=word):
-            Store(path, other)
+        refused(word, Store, path, other)
         assert path.read_bytes() == before
     Store(path, HEADER).close()  # and the lock was given back
 
 
 def test_a_record_of_another_dtype_is_refused(path: Path) -> None:
     with Store(path, HEADER) as store:
-        with pytest.raises(InputError, match="dtype 'bf16', not of 'fp16'"):
-            store.append({"operator": {"kind": "gemm", "dtype": "fp16"}})
+        refused("dtype 'bf16', not of 'fp16'", store.append, {"operator": {"kind": "gemm", "dtype": "fp16"}})
         store.append({"operator": {"kind": "copy", "dtype": "fp32"}})
         for bad in ({"median_s": float("nan")}, {"crc": "1"}):
             with pytest.raises(ValueError, match=r"JSON|crc"):
@@ -105,8 +112,7 @@ def test_a_header_cut_at_any_byte_is_written_anew(path: Path) -> None:
     whole = path.read_bytes()
     for cut in range(len(whole) - 1):
         path.write_bytes(whole[:cut])
-        with pytest.raises(InputError, match="holds no records"):
-            read_store(path)
+        refused("holds no records", read_store, path)
         assert len(written(path, 1)) == len(keys(path)) == 1
 
 
@@ -130,7 +136,7 @@ def test_no_flipped_byte_makes_a_wrong_record(path: Path) -> None:
     assert outcomes == {"refused": len(whole) - last + 1, "dropped": last - 1}
 
 
-def test_other_files_are_refused_and_left_alone(path: Path) -> None:
+def test_other_files_and_folders_are_refused_and_left_alone(path: Path) -> None:
     for content, reason in (
         (b"m,n,k\n1,2,3\n", "is no store"),
         (b"hello", "is no store"),
@@ -139,18 +145,11 @@ def test_other_files_are_refused_and_left_alone(path: Path) -> None:
     ):
         path.write_bytes(content)
         for opened in (read_store, lambda file: Store(file, HEADER)):
-            with pytest.raises(InputError, match=reason):
-                opened(path)
+            refused(reason, opened, path)
         assert path.read_bytes() == content
-
-
-def test_a_missing_file_or_folder(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cannot be read: No such file"):
-        read_store(tmp_path / "none.jsonl")
-    with pytest.raises(InputError, match="does not exist"):
-        Store(tmp_path / "none" / "records.jsonl", HEADER)
-    with pytest.raises(InputError, match="is a folder"):
-        Store(tmp_path, HEADER)
+    refused("cannot be read: No such file", read_store, path.with_name("none.jsonl"))
+    refused("does not exist", Store, path.parent / "none" / "records.jsonl", HEADER)
+    refused("is a folder", Store, path.parent, HEADER)
 
 
 def test_a_second_writer_stops_at_once(path: Path) -> None:
@@ -162,8 +161,7 @@ def test_a_second_writer_stops_at_once(path: Path) -> None:
         second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=10)
         assert "InputError" in second.stderr
         assert "another process is writing to this file" in second.stderr
-        with pytest.raises(InputError, match="another process"):
-            Store(path, HEADER)
+        refused("another process", Store, path, HEADER)
         assert path.read_bytes() == before
         assert len(read_store(path).rows) == 1  # reading is always possible
         store.append(row(1))
@@ -182,6 +180,9 @@ def full(fd: int, data: bytes | int = b"", offset: int = 0) -> int:
 def test_a_full_disk_loses_nothing(
     path: Path, monkeypatch: pytest.MonkeyPatch, where: str, truncate_fails: bool
 ) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, where, full)
+        refused("No space left", Store, path, HEADER)
     rows = written(path)
     whole = path.read_bytes()
     with Store(path, HEADER) as store:
@@ -189,22 +190,13 @@ def test_a_full_disk_loses_nothing(
             patch.setattr(store_module, where, full)
             if truncate_fails:
                 patch.setattr(os, "ftruncate", full)
-            with pytest.raises(InputError, match="No space left on device; the records before this one are safe"):
-                store.append(row(3))
+            refused("No space left on device; the records before this one are safe", store.append, row(3))
         if not truncate_fails:
             assert path.read_bytes() == whole
         elif where == "_write":
             assert read_store(path).rows == tuple(rows)
         store.append(row(4))  # space again: the same store goes on
     assert keys(path) == [f"gemm m={i}" for i in (0, 1, 2, 4)]
-
-
-def test_a_full_disk_at_the_first_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(store_module, "_write", full)
-        with pytest.raises(InputError, match="No space left"):
-            Store(path, HEADER)
-    assert len(written(path, 1)) == len(keys(path)) == 1
 
 
 def test_stores_of_several_machines_are_joined(tmp_path: Path) -> None:
@@ -232,15 +224,12 @@ def test_what_cannot_be_merged_is_refused_and_nothing_written(tmp_path: Path) ->
     a, b, out = (tmp_path / name for name in ("a.jsonl", "b.jsonl", "out.jsonl"))
     written(a, 1)
     written(b, 1, Header("NVIDIA H100", HEADER.stack))
-    with pytest.raises(InputError, match="device 'NVIDIA H100', not of 'NVIDIA A100'"):
-        merge([a, b], out)
+    refused("device 'NVIDIA H100', not of 'NVIDIA A100'", merge, [a, b], out)
     assert not out.exists()
-    with pytest.raises(InputError, match="is itself one of the stores"):
-        merge([a], a)
-    with pytest.raises(InputError, match="nothing to merge"):
-        merge([], out)
-    with Store(out, HEADER), pytest.raises(InputError, match="another process"):
-        merge([a], out)
+    refused("is itself one of the stores", merge, [a], a)
+    refused("nothing to merge", merge, [], out)
+    with Store(out, HEADER):
+        refused("another process", merge, [a], out)
 
 
 def test_flags_purposes_and_spread_of_measured_rows() -> None:
@@ -307,10 +296,8 @@ def test_columns_that_do_not_fit_are_refused() -> None:
         Records.from_columns([Source("A")], size_m=1)
     with pytest.raises(ValueError, match="column source: expected indices into 1 sources"):
         Records.from_columns([Source("A")], m=1, source=1)
-    with pytest.raises(InputError, match="dtype 'bf1' is unknown; did you mean"):
-        Records.from_rows([{"dtype": "bf1"}], [Source("A")])
-    with pytest.raises(InputError, match="dtype 'fp4' is unknown"):
-        table().of_dtype("fp4")
+    refused("dtype 'bf1' is unknown; did you mean", Records.from_rows, [{"dtype": "bf1"}], [Source("A")])
+    refused("dtype 'fp4' is unknown", table().of_dtype, "fp4")
     with pytest.raises(ValueError, match="read-only"):
         table().m[0] = 1
 
@@ -321,8 +308,3 @@ def test_joined_tables_keep_equal_sources_once() -> None:
     assert joined.source.tolist() == [0, 0, 1, 1]
     assert joined.groups().tolist()[2] == joined.groups().tolist()[3]
     assert len(table().select(np.array([2])).tidy().sources) == 1
-
-
-def test_a_line_is_its_own_inverse() -> None:
-    for line in ({"a": "ü\n", "crc2": [1.5, None]}, {"x": ',"crc":"00000000"}'}):
-        assert decode_line(encode_line(line)[:-1]) == line
