@@ -53,7 +53,8 @@ def attack(target: Target, folder: Path, seed: int, count: int) -> int:
 @pytest.mark.parametrize(("seed", "count"), [(0, 300), BY_THE_THOUSAND])
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.file)
 def test_inputs_near_good_ones(target: Target, seed: int, count: int, tmp_path: Path) -> None:
-    assert count // 100 <= attack(target, tmp_path, seed, count) <= 0.97 * count  # the mutator is not blunt, nor idle
+    read = attack(target, tmp_path, seed, count)
+    assert count // 100 <= read <= 29 * count // 30  # the mutator is neither blunt nor idle
 
 
 def test_the_guard_hears_what_is_touched_outside(tmp_path: Path) -> None:
