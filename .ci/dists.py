@@ -1,7 +1,8 @@
 """Check a source archive and the wheels made of it: ``python .ci/dists.py SDIST WHEEL WHEEL_OF_THE_TREE``.
 
 Run in the tree that they were built from. The archive must hold every file of the tree; the wheel must hold every file
-of the packages and nothing else; and the wheel built from the archive must equal the one built from the tree.
+of the packages and nothing else; the wheel built from the archive must equal the one built from the tree; and both must
+stay small.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 PACKAGES = ("simulator", "calibration", "hardware_profiles")
 MADE = ("build/", "dist/", "prunesim.egg-info/")
+MOST_BYTES = {"tree": 20_000_000, "wheel": 6_000_000}
 LICENSES = ("LICENSE", "calibration/measurements/NOTICE", "calibration/measurements/LICENSE-Apache-2.0.txt")
 
 
@@ -48,6 +50,10 @@ def faults(tree: Path, sdist: Path, wheel: Path, wheel_of_tree: Path) -> list[st
     found += [f"{wheel.name}: lacks {name}" for name in sorted(packaged - shipped)]
     found += [f"{wheel.name}: holds {name}, which is no part of a package" for name in sorted(shipped - packaged)]
     found += [f"{wheel.name}: lacks the licence {name}" for name in LICENSES if f"{info}licenses/{name}" not in sums]
+    sizes = {"tree": sum((tree / name).stat().st_size for name in files), "wheel": wheel.stat().st_size}
+    found += [
+        f"{n}: {size / 1e6:.1f} MB, above {MOST_BYTES[n] / 1e6:g}" for n, size in sizes.items() if size > MOST_BYTES[n]
+    ]
     other = wheel_sums(wheel_of_tree)
     found += [
         f"{name}: differs between the wheel of the archive and that of the tree"

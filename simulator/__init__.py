@@ -18,8 +18,9 @@ from simulator._version import __version__
 
 if TYPE_CHECKING:
     from simulator.errors import InputError
-    from simulator.hardware.library import list_hardware, load_hardware, save_hardware
+    from simulator.hardware.library import list_hardware, load_hardware
     from simulator.hardware.profile import HardwareProfile
+    from simulator.hardware.save import save_hardware
     from simulator.kernels.gemm import gemm_time
     from simulator.kernels.stack import memory
     from simulator.kernels.stream import cost
@@ -39,7 +40,7 @@ _HOME = {
     "HardwareProfile": "hardware.profile",
     "list_hardware": "hardware.library",
     "load_hardware": "hardware.library",
-    "save_hardware": "hardware.library",
+    "save_hardware": "hardware.save",
     "memory": "kernels.stack",
     "FAMILIES": "pruning",
     "prune": "pruning",

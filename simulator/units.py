@@ -135,6 +135,18 @@ def seconds(value: float) -> str:
     return _prefixed(value, (("s", 1.0), ("ms", 1e-3), ("us", 1e-6), ("ns", 1e-9)))
 
 
+def seconds_between(value: float, lower: float, upper: float) -> str:
+    """A time and its interval in one unit.
+
+    >>> seconds_between(0.0123456, 0.0101, 0.0142)
+    '12.3 ms (10.1-14.2)'
+    """
+    text = seconds(value)
+    unit_s = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}[text.split()[1]]
+    digits = len(text.split()[0].partition(".")[2])
+    return f"{text} ({lower / unit_s:.{digits}f}-{upper / unit_s:.{digits}f})"
+
+
 def size(value: float) -> str:
     """An amount of memory, binary prefixes as memory is built.
 
@@ -181,9 +193,13 @@ def _prefixed(value: float, units: Sequence[tuple[str, float]]) -> str:
 
 
 def finite(value: Any) -> Any:
-    """A value for JSON: numbers that are not finite become null.
+    """A value for JSON: numbers that are not finite become null, however deep.
 
-    >>> finite(float("nan")) is None, finite(1.5), finite("x")
-    (True, 1.5, 'x')
+    >>> finite(float("nan")) is None, finite(1.5), finite({"x": [float("inf")]})
+    (True, 1.5, {'x': [None]})
     """
+    if isinstance(value, dict):
+        return {name: finite(v) for name, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -64,11 +64,12 @@ PHASES: tuple[str, ...] = ("prefill", "decode", "generate")
 
 RUNTIMES: tuple[str, ...] = ("cuda_graph", "eager")
 
-DTYPES: tuple[str, ...] = ("fp32", "tf32", "fp16", "bf16", "fp8", "int8", "int4")
-"""Names of number formats; the index is the code in the ``dtype`` and ``weight_dtype`` columns."""
+DTYPES: tuple[str, ...] = ("fp32", "tf32", "fp16", "bf16", "fp8", "int8", "int4", "fp8_block", "nvfp4")
+"""Names of number formats; the index is the code in the ``dtype`` and ``weight_dtype`` columns. fp8_block is a format
+of weights that fp8 arithmetic reads: a scale for every 128 x 128 of them."""
 
-DTYPE_BYTES: NDArray[np.float64] = np.array([4.0, 4.0, 2.0, 2.0, 1.0, 1.0, 0.5])
-"""Stored bytes of one element, by dtype code."""
+DTYPE_BYTES: NDArray[np.float64] = np.array([4.0, 4.0, 2.0, 2.0, 1.0, 1.0, 0.5, 1.0, 0.5625])
+"""Stored bytes of one element, by dtype code; nvfp4 with its byte of scale for every 16 elements."""
 
 # fmt: off
 ROLES: tuple[str, ...] = (
@@ -82,7 +83,7 @@ ROLES: tuple[str, ...] = (
     "embedding", "attention_norm", "mlp_norm", "qk_norm", "post_norm", "final_norm", "rotary", "activation", "residual",
     "cache_write", "softcap", "sampling", "gather", "scatter", "mask", "select", "sort", "quantize",
     # collectives
-    "all_reduce", "send", "all_gather",
+    "all_reduce", "send", "all_gather", "reduce_scatter", "all_to_all",
 )
 # fmt: on
 """Names of operator roles; the index is the code in the ``role`` column."""

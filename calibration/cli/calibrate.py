@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from calibration.cli.fit import part_row, show_fit
+from calibration.cli.fit import part_row, show_anchor, show_fit
 from calibration.cli.measure import Budget, Dtype, Folder, Hardware, Seed, describe, finish, measure, outcome_row
 from calibration.cli.rows import seconds
 from simulator.cli import options, render
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 # fmt: off
 DeviceName = Annotated[str, arg("DEVICE", "cpu, cuda, cuda:1 or replay:FILE.")]
-Model = Annotated[str | None, opt("--for", "MODEL", "Also measure exactly this model's dense and pruned GEMMs.")]
+Model = Annotated[str | None, opt("--for", "MODEL", "Measure this model's dense and pruned GEMMs first, exactly.")]
 Family = Annotated[str, opt("--family", "LIST", "With --for: how the model is pruned.")]
 Sparsity = Annotated[str, opt("--sparsity", "LIST", "With --for: fractions removed.")]
 Quick = Annotated[
-    bool, opt("--quick", None, "Only move the calibrated GEMM section of --hardware to this machine's software.")
+    bool, opt("--quick", None, "Move --hardware as a whole by a few measured rows instead of a fit.")
 ]
 # fmt: on
 
@@ -46,12 +46,13 @@ def command(
     Writes RUN/records.jsonl, RUN/profile.yaml and RUN/report.md with plots. The profile is for --hardware of every
     other command. A run that was stopped goes on with the same command.
     """
-    from calibration.execute.runs import fit_run, model_shapes
+    from calibration.execute.asked import Asked, asked_workloads
+    from calibration.execute.runs import fit_run
 
     budget_s = seconds("--budget", budget)
-    shapes: Any = ()
+    asked: Asked = ()
     if model:
-        shapes = model_shapes(
+        asked = asked_workloads(
             model,
             phases=options.names("--phase", phase),
             batch=options.integers("--batch", batch),
@@ -60,9 +61,7 @@ def command(
             families=options.names("--family", family),
             sparsities=options.fractions("--sparsity", sparsity),
         )
-    if quick:
-        _check_quick(hardware, dtype)
-    found = measure(device, output, budget_s, dtype, hardware=hardware, shapes=shapes, quick=quick, seed=seed)
+    found = measure(device, output, budget_s, dtype, hardware=hardware, asked=asked, quick=quick, seed=seed)
     finish(found.outcome)
     with render.progress("fitting") as report:
         done = fit_run(output, anchor=quick, progress=report)
@@ -73,22 +72,15 @@ def command(
         render.note(line)
 
 
-def _check_quick(hardware: str, dtype: str) -> None:
-    """Refuse before measuring what could not be moved after it; a GPU found by its name is checked when fitted."""
-    from simulator.errors import InputError
-    from simulator.hardware.library import load_hardware
-
-    if hardware and load_hardware(hardware).section("gemm", dtype).status == "default":
-        lacking = f"{hardware} has no calibrated gemm {dtype} section to move"
-        raise InputError(f"--quick: {lacking}; leave --quick out for a calibration of its own")
-
-
 def _row(measured: dict[str, Any], done: Calibrated) -> dict[str, Any]:
+    from calibration.fit.anchor import Anchored, as_row
     from calibration.judge.scores import summary
 
+    fit = done.fit
     return {
         "measured": measured,
-        "fitted": [part_row(p) for p in done.fit.parts],
+        "fitted": [] if isinstance(fit, Anchored) else [part_row(p) for p in fit.parts],
+        "anchored": as_row(fit) if isinstance(fit, Anchored) else None,
         "held_out": summary(done.held_out) if done.held_out else None,
         "exact": summary(done.exact) if done.exact else None,
     }
@@ -96,8 +88,12 @@ def _row(measured: dict[str, Any], done: Calibrated) -> dict[str, Any]:
 
 def _show(output: str, done: Calibrated) -> None:
     from calibration.cli.validate import show_report
+    from calibration.fit.anchor import Anchored
 
-    show_fit(done.fit)
+    if isinstance(done.fit, Anchored):
+        show_anchor(done.fit)
+    else:
+        show_fit(done.fit)
     print()
     if done.held_out is None:
         render.note("nothing was held out: the run was too short to judge the fit")

@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 def shipped_gemms(hw: HardwareProfile, dtype: str) -> MeasuredGemms | None:
     """The table that the profile of a device was fitted on, where it ships and has rows of the format."""
-    from calibration.fit.shipped import RECIPES
-    from calibration.measurements import load_measurements, provenance
+    from calibration.measurements import list_measurements, load_measurements, provenance
+    from calibration.shipped import RECIPES
     from simulator.errors import InputError
     from simulator.figures.measured import from_columns
 
-    tables = RECIPES[hw.name].tables if hw.name in RECIPES else ()
-    name = next((table for table in tables if "/gemm/" in table), None)
+    recipe = RECIPES.get(f"{hw.name}.{hw.stack}")
+    name = next((n for n in recipe.tables if "/gemm/" in n and n in list_measurements()), None) if recipe else None
     if name is None:
         return None
     try:

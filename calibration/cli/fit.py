@@ -11,6 +11,7 @@ from simulator.cli.options import opt
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
+    from calibration.fit.anchor import Anchored
     from calibration.fit.profile import ProfileFit
     from calibration.fit.solver import FittedPart
 
@@ -20,9 +21,7 @@ Base = Annotated[str, opt("--hardware", "NAME", "Profile with the device's datas
 DtypeOnly = Annotated[str | None, opt("--dtype", "NAME", "Number format to fit; all if left out.")]
 Prior = Annotated[str | None, opt("--prior", "NAME", "Calibrated profile of a sibling or another stack to lean on.")]
 # fmt: on
-Anchor = Annotated[
-    bool, opt("--anchor", None, "Only move the calibrated GEMM section of --prior (or --hardware) to these records.")
-]
+Anchor = Annotated[bool, opt("--anchor", None, "Move --hardware as a whole by 20 to 400 rows measured here.")]
 
 
 def command(
@@ -37,20 +36,36 @@ def command(
     """Calibrate a profile on records.
 
     Each operator and number format is fitted on its own; what the records say nothing of is kept as --hardware has it.
-    Rows held out are left out. Prints what was fitted and how well it predicts shapes it did not see.
+    Rows held out are left out. Prints what was fitted and how well it predicts shapes it did not see. With --anchor
+    nothing is fitted anew: the rows, of any operators, move all predictions together and narrow their intervals; prints
+    what they say of this machine.
     """
     from calibration.fit.profile import fit_profile
     from simulator.files.write import check_target
-    from simulator.hardware.library import load_hardware, save_hardware
+    from simulator.hardware.library import load_hardware
+    from simulator.hardware.save import save_hardware
 
     if not output.endswith((".yaml", ".yml")):
         raise InputError(f"{output}: expected a file name that ends in .yaml")
     check_target(output)
+    if anchor and prior:
+        raise InputError("--anchor and --prior: expected one of them; name the profile to move by --hardware")
     base = load_hardware(hardware)
+    rows, notes = load_rows(records, base, screened=not anchor)
+    if anchor:
+        from calibration.fit.anchor import anchor_profile, as_row
+
+        done = anchor_profile(base, rows, dtype=dtype)
+        save_hardware(done.profile, output)
+        if render.Output(json).write([as_row(done)]):
+            show_anchor(done)
+            print(f"\n{output}: {done.profile.title} on this machine and software")
+        for line in (*notes, *done.notes):
+            render.note(line)
+        return
     sibling = load_hardware(prior) if prior else None
-    rows, notes = load_rows(records, base)
     with render.progress("fitting") as report:
-        fit = fit_profile(base, rows, dtype=dtype, prior=sibling, anchor=anchor, progress=report)
+        fit = fit_profile(base, rows, dtype=dtype, prior=sibling, progress=report)
     save_hardware(fit.profile, output)
     if render.Output(json).write([part_row(part) for part in fit.parts]):
         show_fit(fit)
@@ -97,3 +112,33 @@ def show_fit(fit: ProfileFit) -> None:
         fixed = [f"{name} ({why})" for name, why in p.fixed.items() if why != "structure"]
         if fixed:
             render.note(f"{p.operator} {p.dtype}: fixed, not fitted: {', '.join(fixed)}")
+
+
+def show_anchor(done: Anchored) -> None:
+    """Print what the rows say of this machine, and how well they are predicted."""
+
+    def percent(value: float, sign: str = "") -> str:
+        return f"{100 * value:{sign}.1f} %"
+
+    told = render.columns(
+        done.effects,
+        ("<of the times", lambda e: e.name),
+        ("before", lambda e: f"+-{percent(e.prior_sd)}"),
+        ("after", lambda e: f"{percent(e.mean, '+')} +-{percent(e.sd)}"),
+        ("<what it means", lambda e: e.meaning),
+    )
+    render.show(told, f"What {done.rows} rows say of this machine and its software, one standard deviation")
+    print()
+    fits = render.columns(
+        done.fits,
+        ("<rows of", lambda f: f.name),
+        ("rows", lambda f: f"{f.rows:,}"),
+        ("error\nbefore", lambda f: percent(f.error_before)),
+        ("\nafter", lambda f: percent(f.error_after)),
+        ("90 % interval\nbefore", lambda f: f"+-{percent(f.half_before)}"),
+        ("\nafter", lambda f: f"+-{percent(f.half_after)}"),
+        ("rows inside\nbefore", lambda f: percent(f.inside_before)),
+        ("\nafter", lambda f: percent(f.inside_after)),
+        ("\nz", lambda f: f"{f.z:.2f}"),
+    )
+    render.show(fits, "Mean error of the rows: as the profile was, and each as the others now predict it")

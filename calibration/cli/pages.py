@@ -1,10 +1,9 @@
 """The generated pages of the documentation: ``python -m calibration.cli.pages PAGE -o FILE``.
 
-*accuracy* fills the tables of the page with the rows of :mod:`calibration.judge.accuracy` (half an hour on one core),
-*ablations* with those of :mod:`calibration.judge.ablations` (twenty minutes); ``--results`` keeps the rows. *constants*
-fits every shipped table and tells what the data know of each constant (a few minutes); *published* are the comparisons
-of :mod:`calibration.judge.published`; *commands* is read off the program itself. The prose of a page is that of
-``docs``.
+*accuracy* is made of the rows of :mod:`calibration.judge.accuracy` (ten minutes on two cores), *ablations* filled with
+those of :mod:`calibration.judge.ablations` (twenty minutes); ``--results`` keeps the rows. *constants* are those of
+the profiles that ship; *published* are the comparisons of :mod:`calibration.judge.published`; *commands* is read off
+the program itself. The prose of a page is that of ``docs``.
 """
 
 from __future__ import annotations
@@ -17,19 +16,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from calibration.fit.core import bootstrap, fit_constants, free_constants
-from calibration.fit.shipped import RECIPES, built, rtx_tables, shared_folder
-from calibration.fit.solver import FittedPart
 from calibration.judge import ablations, accuracy, published
-from calibration.judge.accuracy import GEMMS, STACKS
+from calibration.judge.bars import against_bars
 from calibration.judge.protocol import Row
 from calibration.judge.report import table
 from simulator.errors import InputError
 from simulator.files.write import check_target, write_whole
 from simulator.hardware.constants import CONSTANTS
-from simulator.hardware.library import load_hardware
-from simulator.hardware.profile import Fitted
-from simulator.kernels.gemm_core import Machine
+from simulator.hardware.library import list_hardware, load_hardware
+from simulator.hardware.profile import Fitted, Section
+from simulator.kernels.spread import COLUMNS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -55,145 +51,60 @@ def _read(page: str) -> str:
     return (DOCS / f"{page}.md").read_text(encoding="utf-8")
 
 
-BARS: Mapping[str, Mapping[str, float]] = {
-    "a100": {"mape 400": 6.0, "prior 400": 4.8, "mape all": 4.2, "speedup median": 4.0, "speedup p95": 17.0},
-    "h100": {"mape 400": 4.6, "prior 400": 4.4, "mape all": 3.7, "speedup median": 3.0, "speedup p95": 15.5},
-    "h200": {"mape 400": 4.7, "mape all": 4.0},
-    "l40s": {"mape 400": 11.0, "mape all": 8.5},
-    "h100_fp8": {"mape 400": 4.4, "mape all": 4.0},
-    "rtx_4090": {"mape all": 4.0, "speedup median": 2.5, "speedup p95": 16.0},
-    "attention": {"mape 400": 5.0, "mape all": 3.8, "speedup median": 4.5, "speedup p95": 18.0},
-    "elementwise": {"mape 400": 6.0, "mape all": 5.0},
-    "sglang": {"as shipped": 9.0, "anchored": 6.0},
-}
-"""What was asked of each table, percent."""
-
-
-def accuracy_tables(rows: Sequence[Row]) -> list[str]:
-    """Tables of ``docs/accuracy.md`` of protocol rows: errors against the bars, then every table beside its
-    baselines."""
-    header = ["table", "MAPE at 400 rows", "with a prior", "MAPE, all rows", "speedup median", "speedup p95"]
-    asked = [line for title in accuracy.titles(rows) for line in _against_bars(title, accuracy.means(rows, title))]
-    out = [table([*header, "coverage of 90 %"], asked)]
+def accuracy_page(rows: Sequence[Row]) -> str:
+    """``docs/accuracy.md`` of protocol rows: what was asked beside what was measured, then every table."""
+    asked = [
+        [line.what, line.asked, line.measured if line.met is not False else f"**{line.measured}**"]
+        for line in against_bars(rows)
+    ]
+    lines = ["## Against what was asked", "", table(["what, %", "asked", "measured"], asked), ""]
     for title in accuracy.titles(rows):
         names, columns = zip(*accuracy.columns_of_table(rows, title), strict=True)
-        out.append(table(names, list(zip(*columns, strict=True))))
-    return out
+        lines += [f"## {title.replace('_', ' ')}", "", table(names, list(zip(*columns, strict=True))), ""]
+    return head("accuracy") + "\n".join(lines).rstrip() + "\n"
 
 
-def _cell(row: Row, score: str, bar: float | None = None, digits: int = 2) -> str:
-    if score not in row:
-        return "-"
-    text = f"{row[score]:.{digits}f}" + (f" (≤ {bar:g})" if bar is not None else "")
-    return f"**{text}**" if bar is not None and row[score] > bar else text
-
-
-def _against_bars(name: str, found: Sequence[Row]) -> Iterator[list[str]]:
-    """Lines of one table, whose means over seeds are given: name, three errors, two of speedups, coverage."""
-    at = {(r["method"], r["rows"]): r for r in found}
-
-    def line(label: str, bars: Mapping[str, float], few: Row, every: Row, prior: Row, score: str = "mape") -> list[str]:
-        errors = (few, score, "mape 400"), (prior, "mape", "prior 400"), (every, score, "mape all")
-        ratios = ((every, key, key) for key in ("speedup median", "speedup p95"))
-        cells = [_cell(row, key, bars.get(bar)) for row, key, bar in (*errors, *ratios)]
-        lowest = f", lowest {every['lowest coverage']:.1f}" if "lowest coverage" in every else ""
-        return [label, *cells, _cell(every, "coverage", digits=1) + lowest]
-
-    if name in STACKS:
-        shipped, moved = at["as shipped", 0], at["re-anchored", 100]
-        error = f"re-anchored on 100: {_cell(moved, 'mape', BARS['sglang']['anchored'])}"
-        cells = ["-", error, _cell(moved, "speedup median"), _cell(moved, "speedup p95", digits=1)]
-        covered = f"{moved['coverage']:.1f}, lowest {moved['lowest coverage']:.1f}"
-        yield [f"{name} as shipped", _cell(shipped, "mape", BARS["sglang"]["as shipped"]), *cells, covered]
-    elif name == "rtx_4090":
-        yield from (line(f"rtx_4090, {r['method']}", BARS[name], {}, r, {}) for r in found)
-    elif name.startswith("attention "):
-        for method in dict.fromkeys(r["method"] for r in found):
-            few, every = at.get((method, 400), {}), at.get((method, 0), {})
-            yield line(f"{name}, {method}", BARS["attention"], few, every, {})
-    elif name.startswith("elementwise "):
-        few, every = at.get(("prunesim", 400), {}), at.get(("prunesim", 0), {})
-        yield line(f"{name}, over 10 us", BARS["elementwise"], few, every, {}, "mape over 10us")
-    elif name in BARS and found:
-        few, every, prior = (at.get(key, {}) for key in (("prunesim", 400), ("prunesim", 0), ("prunesim + prior", 400)))
-        cells = line(name, BARS[name], few, every, prior)
-        yield [*cells[:-1], cells[-1] + (" (87-93, ≥ 82)" if every else "")]
-
-
-def constants_page(shared: Path | None = None) -> str:
-    """``docs/constants.md``: by device, each constant with its standard error, its bootstrap spread, and what it is
-    confused with."""
-    lines = ["## GEMM, bf16, side by side", ""]
-    lines += ["As the profiles ship, with the relative standard error of the fit.", "", overview(tuple(RECIPES)), ""]
-    for name, recipe in RECIPES.items():
-        if recipe.tables or (name == "rtx_4090" and shared is not None):
-            _say(name)
-            fit = built(name, shared)
-            lines += [f"## {fit.profile.title}", ""]
-            for part in fit.parts:
-                spread = _bootstrap(name, part, shared) if part.operator == "gemm" else {}
-                lines += constants_of_part(part, spread)
+def constants_page() -> str:
+    """``docs/constants.md``: the error model's columns, then by device and operator the constants of every stack and
+    number format, as the profiles ship."""
+    rows = [[name, f"{sd:g}"] for name, sd in COLUMNS.items()]
+    lines = ["## The error model", "", table(["column", "prior standard deviation of the log"], rows), ""]
+    for name in list_hardware():
+        hw = load_hardware(name)
+        own = {(stack, *key): s for stack, sections in hw.stacks.items() for key, s in sections.items()}
+        fitted = {key: s for key, s in own.items() if s.status == "calibrated"}
+        if fitted:
+            lines += [f"## {hw.title}", ""]
+        for operator in dict.fromkeys(operator for _, operator, _ in fitted):
+            lines += [f"### {operator}", "", constants_of(operator, fitted), ""]
     return head("constants") + "\n".join(lines).rstrip() + "\n"
 
 
-def overview(names: Sequence[str]) -> str:
-    """A table of the constants a dense bf16 fit may find, one column a GPU with a calibrated GEMM section, as its
-    profile ships.
+def constants_of(operator: str, fitted: Mapping[tuple[str, str, str], Section]) -> str:
+    """A table of the constants of an operator that a fit may find, one column a stack and number format; ``fitted`` by
+    stack, operator and format.
 
-    >>> print(overview(["h100_sxm"]).split("\\n")[2])
-    | `t0` | s | 2.68e-06 ± 0.3 % |
+    >>> from simulator.hardware.library import load_hardware
+    >>> own = {("sglang", "gemm", "bf16"): load_hardware("h100@sglang").section("gemm", "bf16")}
+    >>> print(constants_of("gemm", own).split("\\n")[0])
+    | constant | unit | sglang bf16 | meaning |
     """
-    known, profiles = CONSTANTS["gemm"], [hw for hw in map(load_hardware, names) if "bf16" in hw.rates]
-    sections = {hw: hw.section("gemm", "bf16") for hw in profiles}
-    sections = {hw: section for hw, section in sections.items() if section.status == "calibrated"}
-    shown = dict.fromkeys(name for hw in sections for name in free_constants(Machine.of(hw, "bf16")))
-    rows = [[f"`{n}`", known[n].unit, *(_value(s.constants[n]) for s in sections.values())] for n in shown]
-    return table(["constant", "unit", *(f"`{hw.name}`" for hw in sections)], rows, left=(0, 1))
+    sections = {f"{stack} {dtype}".strip(): s for (stack, kind, dtype), s in fitted.items() if kind == operator}
+    known = CONSTANTS[operator]
+    shown = [n for n in known if any(s.constants[n].status != "default" for s in sections.values() if n in s.constants)]
+    rows = [
+        [f"`{n}`", known[n].unit, *(_value(s.constants.get(n)) for s in sections.values()), known[n].meaning]
+        for n in shown
+    ]
+    return table(["constant", "unit", *sections, "meaning"], rows, left=(0, 1, 2 + len(sections)))
 
 
-def _value(c: Fitted) -> str:
+def _value(c: Fitted | None) -> str:
     """A value with its relative standard error, or what it is instead of fitted."""
-    return f"{c.value:.3g} " + (f"({c.status})" if c.std_error is None else f"± {_relative(c, '.1f')} %")
-
-
-def _relative(c: Fitted, digits: str = ".2g") -> str:
-    return "-" if c.std_error is None else f"{100 * c.std_error / abs(c.value):{digits}}"
-
-
-def _bootstrap(name: str, part: FittedPart, shared: Path | None) -> Mapping[str, float]:
-    hw = load_hardware(name)
-    known = next((t for t in GEMMS.values() if t.hardware == name and t.dtype == part.dtype), None)
-    if known is not None:
-        data = known.load().data
-    elif name == "rtx_4090" and shared is not None:
-        data = accuracy.gemm_rows(rtx_tables(shared, hw), hw, part.dtype).data
-    else:
-        return {}
-    constants, machine = part.section.constants, Machine.of(hw, part.dtype)
-    free = [n for n, c in constants.items() if c.status == "fitted" and not n.startswith(("quant", "sparse"))]
-    return bootstrap(data, machine, fit_constants(data, machine, {n: c.value for n, c in constants.items()}, free), 25)
-
-
-def constants_of_part(part: FittedPart, spread: Mapping[str, float]) -> list[str]:
-    """Lines of one fitted part: a table of its constants, and the pairs confused with one another; ``spread`` is the
-    bootstrap's."""
-    known, rows = CONSTANTS[part.operator], []
-    for name, c in part.section.constants.items():
-        if c.status != "default" or name in part.fixed:
-            boot = f"{100 * spread[name]:.2g}" if name in spread else "-"
-            status = c.status + (f" ({part.fixed[name]})" if name in part.fixed else "")
-            value = [f"`{name}`", f"{c.value:.4g}", known[name].unit, _relative(c), boot, status]
-            rows.append([*value, known[name].meaning])
-    header = ["constant", "value", "unit", "std. error %", "bootstrap %", "status", "meaning"]
-    heading = f"### {part.operator}, {part.dtype}: {part.rows:,} rows"
-    lines = [heading, "", table(header, rows, left=(0, 2, 5, 6)), ""]
-    strong = sorted((pair for pair in part.correlations.items() if abs(pair[1]) >= 0.5), key=lambda p: -abs(p[1]))
-    if strong:
-        pairs = ", ".join(f"`{a}` and `{b}` {r:+.2f}" for (a, b), r in strong[:12])
-        lines += [f"Correlations of 0.5 and above: {pairs}.", ""]
-    elif part.correlations:
-        lines += ["No two constants are correlated by 0.5 or more.", ""]
-    return lines
+    if c is None:
+        return "-"
+    sure = f"({c.status})" if c.std_error is None else f"± {100 * c.std_error / abs(c.value):.1f} %"
+    return f"{c.value:.3g} {sure}"
 
 
 def commands() -> Iterator[tuple[str, Any]]:
@@ -257,19 +168,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-o", "--output", required=True, help="Markdown file")
     kept = "accuracy, ablations: JSON file of the rows behind the page, read if it exists, else written"
     parser.add_argument("--results", type=Path, help=kept)
-    parser.add_argument("--shared-data", help="folder of the RTX 4090 tables")
     given = parser.parse_args(arguments)
 
     def judged() -> list[Row]:
-        return accuracy.run_protocol(progress=lambda done, total: _say(f"{done}/{total}"))
+        return accuracy.run_protocol(jobs=2, progress=lambda done, total: _say(f"{done}/{total}"))
 
     made: Mapping[str, Callable[[], str]] = {
-        "accuracy": lambda: filled("accuracy", accuracy_tables(_rows(given.results, judged))),
+        "accuracy": lambda: accuracy_page(_rows(given.results, judged)),
         "ablations": lambda: filled(
             "ablations", ablations.tables(_rows(given.results, lambda: ablations.run_all(_say)))
         ),
         "published": lambda: filled("published", published.tables()),
-        "constants": lambda: constants_page(shared_folder(given.shared_data)),
+        "constants": constants_page,
         "commands": commands_page,
     }
     try:

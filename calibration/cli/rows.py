@@ -19,7 +19,9 @@ RecordsArgument = Annotated[list[str], arg("RECORDS...", "Files, run folders, or
 _SECONDS = {"s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
 
 
-def load_rows(names: Sequence[str], hw: HardwareProfile | None = None) -> tuple[Records, tuple[str, ...]]:
+def load_rows(
+    names: Sequence[str], hw: HardwareProfile | None = None, screened: bool = True
+) -> tuple[Records, tuple[str, ...]]:
     """Records of files, run folders and shipped measurements, one after the other, and what is worth knowing of them.
 
     Parameters
@@ -28,7 +30,7 @@ def load_rows(names: Sequence[str], hw: HardwareProfile | None = None) -> tuple[
         A file (:func:`calibration.records.importers.import_table`), a folder with ``records.jsonl``, or a shipped
         ``device/operator/stack``.
     hw : HardwareProfile, optional
-        Its datasheet is what rows are checked against.
+        Its datasheet is what rows are checked against, if they are to be ``screened``.
     """
     from calibration.measurements import list_measurements, load_measurements
     from calibration.records.importers import import_table
@@ -46,7 +48,7 @@ def load_rows(names: Sequence[str], hw: HardwareProfile | None = None) -> tuple[
             known = ", ".join(list_measurements())
             missing = "there is no such file or folder, nor a shipped measurement of that name"
             raise InputError(f"records {name!r}: {missing}; those are {known}")
-        found = import_table(path, hw=hw, dtype="all")
+        found = import_table(path, hw=hw, dtype="all", screened=screened)
         parts.append(found.records)
         notes += [f"{path}: {line}" for line in (*found.refusals.lines(), *found.notes)]
     return Records.concat(parts), tuple(notes)

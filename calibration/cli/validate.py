@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from calibration.cli.rows import load_rows
@@ -21,8 +22,10 @@ Html = Annotated[str | None, opt("--html", "FILE", "Write a report with its plot
 Protocol = Annotated[
     bool, opt("--protocol", None, "Fit and judge anew on splits of the shipped measurements, beside the baselines.")
 ]
+Wheel = Annotated[str | None, opt("--wheel", "FILE", "With --protocol: the wheel of the tables, for more stacks.")]
+Jobs = Annotated[int, opt("--jobs", "N", "With --protocol: processes that work.")]
 Tables = Annotated[
-    str, opt("--table", "LIST", "With --protocol: tables to judge, as a100,h100_fp8,attention; or all.")
+    str, opt("--table", "LIST", "With --protocol: tables to judge, as a100,stacks,attention; or all.")
 ]
 Seeds = Annotated[str, opt("--seeds", "LIST", "With --protocol: seeds of the splits; their mean is shown.")]
 RowCounts = Annotated[str, opt("--rows", "LIST", "With --protocol: training rows; all for every row there is.")]
@@ -38,20 +41,23 @@ def command(
     protocol: Protocol = False,
     table: Tables = "all",
     seeds: Seeds = "0,1,2",
-    rows: RowCounts = "100,400,4000,all",
+    rows: RowCounts = "400,all",
+    wheel: Wheel = None,
+    jobs: Jobs = 2,
     json: options.Json = False,
 ) -> None:
     """Judge a profile by measurements.
 
     Predicts every record and prints the errors of times and of speedups, beside two rooflines without a fit, and how
     often the measured time lies in its interval. With --protocol no profile is needed: each shipped table is split,
-    fitted on some rows and judged on (n, k) pairs the fit never saw.
+    fitted on some rows and judged on shapes the fit never saw; every software stack is left out and predicted from
+    another, as shipped and moved by 20 to 400 of its rows; and what was asked stands beside what was measured.
     """
     if protocol:
         if profile or records or markdown or html:
             unwanted = "PROFILE, RECORDS, --markdown or --html"
             raise InputError(f"--protocol: judges the shipped measurements; expected no {unwanted} with it")
-        _protocol(table, seeds, rows, json)
+        _protocol(table, seeds, rows, Path(wheel) if wheel else None, jobs, json)
         return
     if not profile or not records:
         example = "prunesim validate a100 a100_sxm/gemm/trtllm"
@@ -119,21 +125,34 @@ def show_report(report: Report, title: str = "") -> None:
         render.note(f"{count} rows left out: {reason}")
 
 
-def _protocol(table: str, seeds: str, rows: str, json: bool) -> None:
+def _protocol(table: str, seeds: str, rows: str, wheel: Path | None, jobs: int, json: bool) -> None:
     from calibration.judge.accuracy import columns_of_table, run_protocol, titles
+    from calibration.judge.bars import against_bars
 
     sizes = [None if text == "all" else text for text in options.names("--rows", rows)]
     counts = [None if size is None else options.integers("--rows", size)[0] for size in sizes]
+    if jobs < 1:
+        raise InputError(f"--jobs: expected at least 1, got {jobs}")
     with render.progress("fitting and judging") as report:
         tables, splits = options.names("--table", table), options.integers("--seeds", seeds)
-        found = run_protocol(tables, seeds=splits, sizes=counts, progress=report)
-    if not render.Output(json).write(found):
+        found = run_protocol(tables, seeds=splits, sizes=counts, wheel=wheel, jobs=jobs, progress=report)
+    asked = against_bars(found, published=table == "all")
+    bars = [{"table": "asked", **vars(line)} for line in asked]
+    if not render.Output(json).write([*found, *bars]):
         return
-    for number, title in enumerate(titles(found)):
-        if number:
-            print()
+    for title in titles(found):
         columns = [
-            render.Column(name, cells, right=name not in ("method", "unseen"))
+            render.Column(name.replace("ratio ", "ratio\n"), cells, right=name not in ("method", "left out"))
             for name, cells in columns_of_table(found, title)
         ]
         render.show(render.narrowed(columns, 6), title)
+        print()
+    marks = {None: "", True: "met", False: "MISSED"}
+    columns = render.columns(
+        asked,
+        ("<what", lambda line: line.what),
+        ("asked", lambda line: line.asked),
+        ("measured", lambda line: line.measured),
+        ("<", lambda line: marks[line.met]),
+    )
+    render.show(columns, "what was asked beside what was measured, %")

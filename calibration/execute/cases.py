@@ -15,8 +15,9 @@ from calibration.devices.protocol import Device
 from calibration.execute.runs import DATASHEET, PROFILE, check_folder
 from calibration.fit.base_profile import base_profile
 from simulator.errors import InputError
-from simulator.hardware.library import list_hardware, load_hardware, save_hardware
+from simulator.hardware.library import list_hardware, load_hardware
 from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.save import save_hardware
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.predict.settings import Setting, check_fraction, once, one_of, whole_number

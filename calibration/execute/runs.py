@@ -8,19 +8,20 @@ A folder holds ``datasheet.yaml`` (the base profile), ``records.jsonl``, ``profi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from calibration.devices.protocol import Device
+from calibration.execute.asked import Asked, asked_operators
+from calibration.fit.anchor import Anchored, anchor_profile
 from calibration.fit.base_profile import base_profile, raised
 from calibration.fit.profile import ProfileFit, fit_profile
 from calibration.judge.validate import Report, validate
-from calibration.measure.plan import Plan, Rates, base_plan, check_budget, for_model
+from calibration.measure.plan import Plan, Rates, base_plan, check_budget, in_order
 from calibration.measure.probe import default_protocol, default_visits, probe
 from calibration.measure.run import Outcome, Progress, run
 from calibration.measure.timing import Protocol
@@ -29,20 +30,21 @@ from calibration.records.lines import content_records
 from calibration.records.store import Header, Store, read_store
 from calibration.records.table import PURPOSES, Records
 from simulator.errors import InputError
-from simulator.hardware.library import load_hardware, save_hardware
+from simulator.hardware.library import load_hardware
+from simulator.hardware.save import save_hardware
 
 RECORDS, DATASHEET, PROFILE, REPORT = "records.jsonl", "datasheet.yaml", "profile.yaml", "report.md"
 
-QUICK_SHARES: Mapping[str, float] = {"gemm": 1.0}
-"""What a quick run spends its time on: re-anchoring moves the GEMM section alone."""
+QUICK_SHARES: Mapping[str, float] = {
+    "gemm": 0.6, "attention_prefill": 0.15, "attention_decode": 0.15, "elementwise": 0.1,
+}  # fmt: skip
+"""What a quick run spends its time on: what re-anchoring can use."""
 
 JUDGED = {
     "holdout": (REPORT, "shapes held out before the fit"),
     "exact": ("exact_shapes.md", "the model on shapes that were measured exactly"),
 }
 """Purpose of records -> the file of their report, and what they are."""
-
-Shape = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def measure_into(
     budget_s: float,
     dtype: str = "bf16",
     hardware: str = "",
-    shapes: Sequence[Shape] = (),
+    asked: Asked = (),
     quick: bool = False,
     seed: int = 0,
     progress: Callable[[Progress], None] | None = None,
@@ -133,10 +135,11 @@ def measure_into(
         Open, and left open.
     hardware : str
         Profile with the datasheet; found by the device's name, or measured, if left out.
-    shapes : sequence of (m, n, k)
-        GEMMs to measure exactly, first of all; the rest of the budget goes to the fit.
+    asked : sequence of sequences of Workload
+        Dense and pruned models whose GEMMs are measured exactly, first of all and those first that narrow the speedups
+        most (``quick``: all their operators); the rest of the budget goes to the fit.
     quick : bool
-        GEMMs only.
+        Measure for an anchor rather than for a fit.
     progress : callable, optional
         See :func:`calibration.measure.run.run`.
     say : callable
@@ -155,14 +158,17 @@ def measure_into(
         """Exact shapes first, and what time they leave spread over the rest; every visit has its share."""
         visits = default_visits(description)
         left, plan = budget_s / visits, None
-        if shapes:
-            plan = for_model(shapes, rates, dtype=dtype, protocol=protocol, seed=seed)
+        if asked:
+            wanted = asked_operators(asked, load_hardware(datasheet), every=quick)
+            plan = in_order(wanted, rates, protocol=protocol, seed=seed)
             left -= plan.estimated_s
         if plan is None or left > 0.1 * budget_s / visits:
             options: dict[str, Any] = {"shares": QUICK_SHARES} if quick else {}
             options |= {"protocol": protocol, "refuses": device.refuses, "seed": seed}
             base = base_plan(rates, budget_s=left, dtype=dtype, **options)
-            plan = plan.joined(base) if plan else base
+            first = plan.items if plan else ()
+            known = {item.operator.key for item in first}
+            plan = replace(base, items=(*first, *(item for item in base.items if item.operator.key not in known)))
         plan = replace(plan, budget_s=budget_s, visits=visits)
         counts = ", ".join(f"{count} {name}" for name, count in plan.counts().items())
         say(f"{len(plan.items)} operators planned: {counts}")
@@ -184,9 +190,9 @@ def keep_apart(records: Records) -> Records:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A fitted run: the profile, and its reports on shapes held out and on exact ones (None where there are none)."""
+    """A fitted or anchored run: the profile, and its reports on shapes held out and on exact ones (None: no rows)."""
 
-    fit: ProfileFit
+    fit: ProfileFit | Anchored
     held_out: Report | None
     exact: Report | None
 
@@ -196,8 +202,8 @@ def fit_run(
 ) -> Calibrated:
     """Fit the records of a run folder, judge the fit on what was held out, and write profile and report into it.
 
-    ``anchor``: move the calibrated GEMM section of the datasheet's profile instead of fitting a new one. ``progress``
-    is called with (fits done, fits in all). InputError: the folder holds no records, or too few for any fit.
+    ``anchor``: move the datasheet's profile as a whole instead of fitting a new one. ``progress`` is called with (fits
+    done, fits in all). InputError: the folder holds no records, or too few for any fit.
     """
     from calibration.judge.report import write_markdown
 
@@ -205,7 +211,8 @@ def fit_run(
     content = read_store(path / RECORDS)
     records = keep_apart(content_records(content))
     base = raised(load_hardware(path / DATASHEET), records)
-    fit = fit_profile(base, records, anchor=anchor, progress=progress)
+    fit: ProfileFit | Anchored
+    fit = anchor_profile(base, records) if anchor else fit_profile(base, records, progress=progress)
     profile = replace(fit.profile, title=base.title)
     save_hardware(profile, path / PROFILE)
     model = without_exact(profile)
@@ -219,34 +226,3 @@ def fit_run(
         if report := reports[purpose]:
             write_markdown(report, path / name, title=f"{title}: {what}")
     return Calibrated(fit, reports["holdout"], reports["exact"])
-
-
-def model_shapes(
-    model: str,
-    *,
-    phases: Sequence[str] = ("prefill", "decode"),
-    batch: Sequence[int] = (1,),
-    seq: Sequence[int] = (2048,),
-    dtype: str = "bf16",
-    families: Sequence[str] = ("depth", "width", "width_cross", "low_rank"),
-    sparsities: Sequence[float] = (0.25, 0.5),
-) -> tuple[Shape, ...]:
-    """Every dense GEMM (m, n, k) of a model (a name, or a config.json) in all combinations of settings, dense and
-    pruned, once.
-
-    Families that leave no GEMM shape of their own need not be named.
-    """
-    from simulator.models.library import load_model
-    from simulator.predict.settings import Setting
-    from simulator.pruning import prune
-    from simulator.workload import Kernel, Kind
-
-    config, setting = load_model(model), Setting(dtype=dtype)
-    found: dict[Shape, None] = {}
-    for phase, b, s in product(phases, batch, seq):
-        dense = setting.lower(config, phase, b, s)
-        for w in (dense, *(prune(dense, family, sparsity) for family in families for sparsity in sparsities)):
-            rows = (w.kind == Kind.GEMM) & (w.kernel == Kernel.DENSE)
-            for m, n, k in zip(w.m[rows], w.n[rows], w.k[rows], strict=True):
-                found.setdefault((max(round(float(m)), 1), int(n), int(k)))
-    return tuple(found)

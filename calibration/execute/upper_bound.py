@@ -18,7 +18,7 @@ import numpy as np
 
 from calibration.devices.protocol import Device
 from calibration.execute.cases import Case, CaseRow, predicted_speedup
-from calibration.execute.runs import Measured, Shape, begin, measure_plan
+from calibration.execute.runs import Measured, begin, measure_plan
 from calibration.judge.scores import errors
 from calibration.measure.plan import Plan, Rates, for_model
 from calibration.measure.probe import default_visits
@@ -31,6 +31,8 @@ from calibration.records.table import Records
 from simulator.hardware.profile import HardwareProfile
 from simulator.kernels.gemm import gemm_time
 from simulator.workload import Kind, Workload
+
+Shape = tuple[int, int, int]  # m, n, k
 
 ALIGN = 16
 """Features that zeros without structure leave are rounded to a multiple of this, as the families with structure do."""

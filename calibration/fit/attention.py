@@ -1,28 +1,30 @@
-"""Calibration of attention: constants, residual lattice and intervals from measured times.
+"""Calibration of attention: constants, residual lattice and spread from measured times.
 
-Use :func:`calls_of` on records, then :func:`fit_attention`. One call fits one phase of one kernel path: constants
-belong to a stack (the same shape differs by 9-34 % between stacks), so tables of several must not be mixed.
+Use :func:`calls_of` on records, then :func:`fit_attention`. One call fits one phase of one stack: constants belong to a
+stack (the same shape differs by 13 to 82 % between two), so tables of several must not be mixed. What is a kernel of
+its own within it (head width, window, format of the cache) has factors on the constants and a lattice of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from calibration.fit import solver
-from calibration.fit.conformal import accuracy_of, outer_bands
+from calibration.fit.errors import accuracy_of, spread_of
 from calibration.fit.residual import Stiffness, fit_lattice
 from calibration.fit.solver import ConstantsFit, FittedPart, Minimum, Table
 from simulator.hardware.constants import DECODE_CONSTANTS, PREFILL_CONSTANTS, Constant
 from simulator.hardware.profile import Provenance, Section
-from simulator.kernels.attention import REGIMES, regime_of
+from simulator.kernels.attention import doubt_of
 from simulator.kernels.attention_core import Calls, Parts, decode_core, decode_work, prefill_core, prefill_work
 from simulator.kernels.gemm_core import Machine
 from simulator.kernels.lattice import Lattice, decode_place, prefill_place
+from simulator.kernels.spread import Doubt
 from simulator.workload import DTYPE_BYTES, DTYPES
 
 F = NDArray[np.float64]
@@ -40,6 +42,7 @@ MINIMUM_ROWS = 20
 FEW_ROWS = 100  # below these the lattice stays only if rows left out are predicted better with it
 INFORMING_ROWS = 8  # rows a constant must move, to be fitted at all
 FOLDS = 5
+SIMPLER = 0.9  # of the error with a term of the sequences: below it the form without is taken
 
 LONE: Mapping[str, tuple[str, ...]] = {
     "prefill": ("exp_per_s", "sequence_s", "e_io", "l2_gain", "l2_share"),
@@ -71,7 +74,9 @@ class MeasuredCalls(Table):
     kv_heads: F
     head_dim: F
     seconds: F
-    element_bytes: F | float = 2.0  # keys and values included
+    element_bytes: F | float = 2.0  # of queries and outputs
+    cache_bytes: F | float = 0.0  # of keys and values; 0: as of queries
+    window: F | float = 0.0  # positions, 0 for none
     warm: F | float = 1.0  # 1: repeated on one cache, as in the published tables; 0: caches rotated past L2, as here
 
     @property
@@ -84,10 +89,18 @@ class MeasuredCalls(Table):
         columns = (self.heads, self.kv_heads, self.head_dim) if kind == "heads" else (self.length,)
         return solver.numbered(*columns)
 
+    @property
+    def kinds(self) -> F:
+        """(n, 3) what makes a kernel of its own, as :class:`simulator.kernels.attention.Variants` has it."""
+        narrow = (np.asarray(self.cache_bytes) > 0) & (self.cache_bytes < np.asarray(self.element_bytes))
+        columns = np.log2(self.head_dim), np.asarray(self.window) > 0, narrow
+        return np.stack(np.broadcast_arrays(*columns), axis=1).astype(np.float64)
+
     def work(self, values: Mapping[str, float]) -> Any:
         """Geometry of the calls; it depends on the structural constants alone."""
-        columns = {name: getattr(self, name) for name in (*SHAPE, "element_bytes", "warm")}
-        calls = Calls(**columns, cache_bytes=self.element_bytes)
+        columns = {name: getattr(self, name) for name in (*SHAPE, "element_bytes", "window", "warm")}
+        cache = np.where(np.asarray(self.cache_bytes) > 0, self.cache_bytes, self.element_bytes)
+        calls = Calls(**columns, cache_bytes=cache)
         return decode_work(calls) if self.phase == "decode" else prefill_work(calls, {"pads": 1.0, **values})
 
     def core(self, work: Any, values: Mapping[str, float]) -> Parts:
@@ -103,7 +116,8 @@ class MeasuredCalls(Table):
         """Where each row lies in the residual lattice."""
         if self.phase == "prefill":
             return prefill_place(self.q_len, self.batch, self.heads, self.kv_heads)
-        return decode_place(self.kv_len, self.batch * self.kv_heads, self.heads / self.kv_heads)
+        seen = np.where(np.asarray(self.window) > 0, np.minimum(self.kv_len, self.window), self.kv_len)
+        return decode_place(seen, self.batch * self.kv_heads, self.heads / self.kv_heads)
 
     def usable(self) -> tuple[MeasuredCalls, dict[str, int]]:
         """The rows a fit may use, and how many it may not by reason.
@@ -113,7 +127,8 @@ class MeasuredCalls(Table):
         """
         work, device = self.work({"packs": 0.0}), self.device
         size = work.moved_bytes if self.phase == "prefill" else work.cache_bytes
-        columns = (getattr(self, name) for name in (*SHAPE, "seconds", "element_bytes", "warm"))
+        names = *SHAPE, "seconds", "element_bytes", "cache_bytes", "window", "warm"
+        columns = (getattr(self, name) for name in names)
         beyond_l2 = (size > 1.5 * device.l2_bytes) & (self.seconds < size / device.bandwidth_bytes_per_s)
         reasons = {
             "a value is not finite": ~np.all(np.isfinite(np.broadcast_arrays(*columns)), axis=0),
@@ -159,22 +174,19 @@ class MeasuredCalls(Table):
         blank = Lattice(start, (1.0, 1.0, 1.0), np.zeros(shape))
         return fit_lattice(blank, places, -self.misfit(values)(values), STIFFNESS, rounds=4)
 
-    def predict(self, values: Mapping[str, float], lattice: Lattice | None) -> tuple[F, NDArray[np.intp]]:
-        """Predicted time, as it was measured (warm or cold), and interval regime of each row."""
-        parts = self.core(self.work(values), values)
-        core = parts.total_s
-        if lattice is not None:
-            core = core * np.exp(lattice(self.places()))
-        return core, regime_of(parts.by_limit["launch"] / core)
+    def predict(self, values: Mapping[str, float], lattice: Lattice | None) -> F:
+        """Predicted time, as it was measured (warm or cold), of each row."""
+        core = self.core(self.work(values), values).total_s
+        return core if lattice is None else np.asarray(core * np.exp(lattice(self.places())))
 
 
 def calls_of(records: Any, phase: str, device: Machine) -> MeasuredCalls:
     """Attention records (an object with columns of these names, seconds in s) as a fit takes them."""
     columns: Any = {name: np.asarray(getattr(records, name), dtype=np.float64) for name in (*SHAPE, "seconds")}
-    bytes_ = np.array([DTYPE_BYTES[code] for code in range(len(DTYPES))], dtype=np.float64)[np.asarray(records.dtype)]
-    return MeasuredCalls(
-        phase, device, **columns, element_bytes=bytes_, warm=1.0 - np.asarray(records.cold, dtype=np.float64)
-    )
+    bytes_ = np.array([DTYPE_BYTES[code] for code in range(len(DTYPES))], dtype=np.float64)
+    columns |= {"element_bytes": bytes_[records.dtype], "cache_bytes": bytes_[records.weight_dtype]}
+    columns |= {"window": records.window.astype(np.float64), "warm": 1.0 - records.cold.astype(np.float64)}
+    return MeasuredCalls(phase, device, **columns)
 
 
 def fit_attention(
@@ -186,26 +198,82 @@ def fit_attention(
     start: Mapping[str, float] | None = None,
     provenance: Provenance | None = None,
 ) -> FittedPart:
-    """Fit one phase of attention on calls of one kernel path.
+    """Fit one phase of attention on calls of one stack, each of its kernels (:class:`Variants`) by itself.
 
     The search begins at ``start`` (a sibling's constants), else at the architecture's defaults. Of ``fold_by`` a fold
-    leaves out groups, for intervals and accuracy; the residuals of several kinds are pooled. Each fold, by ``seed``,
-    refits all. ValueError with fewer than 20 usable rows.
+    leaves out groups, for spread and accuracy; the residuals of several kinds are pooled. Each fold, by ``seed``,
+    refits all. A kernel needs 20 rows; ValueError where none has.
     """
     c, dropped = calls.usable()
-    if len(c) < MINIMUM_ROWS:
+    kinds, kind, count = np.unique(c.kinds, axis=0, return_inverse=True, return_counts=True)
+    kinds, kind, count, seen = kinds[count >= MINIMUM_ROWS], kind.reshape(-1), count[count >= MINIMUM_ROWS], kinds
+    if not len(kinds):
         few = f"expected at least {MINIMUM_ROWS} usable rows, got {len(c)} ({dropped or 'none refused'})"
         raise ValueError(f"{c.phase} attention: {few}")
+    if lost := len(c) - int(count.sum()):
+        dropped |= {f"fewer than {MINIMUM_ROWS} rows of their head width, window and cache": lost}
     known = REGISTRY[c.phase]
     first = {n: k.default(architecture) for n, k in known.items()} | dict(start or {})
     keep = {}
-    if c.groups("heads").max() == 0:
-        keep = dict.fromkeys(LONE[c.phase], "rows of a single head configuration cannot tell it")
     if c.phase == "decode" and architecture != "cpu":
         keep["regroup"] = "the work of a CPU alone"
-    constants = c.constants(first, keep)
-    rng = np.random.default_rng(seed)
-    unseen, plain, regimes = [], [], []
+    # the first kernel, whose constants the section shows: no window, no narrow cache, most rows
+    kinds = kinds[np.lexsort((np.abs(kinds[:, 0] - 7.0), -count, kinds[:, 2], kinds[:, 1]))]
+    rng, fits = np.random.default_rng(seed), list[_Kernel]()
+    for wanted in kinds:
+        rows = c.take(kind == np.flatnonzero((seen == wanted).all(axis=1))[0])
+        fits.append(_fit_kernel(rows, [first, *(fit.constants.values for fit in fits[:1])], keep, fold_by, rng))
+    common = fits[0].constants
+    constants = np.array([[fit.constants.values[name] for name in known] for fit in fits])
+    factors = np.log(np.maximum(constants, 1e-12) / np.maximum(constants[0], 1e-12)).round(6)
+    arrays = _joined([fit.lattice for fit in fits])
+    if kinds.tolist() != [[7.0, 0.0, 0.0]]:  # else as in a section without kernels
+        arrays |= {"kinds": kinds, "factors": factors}
+    errors, inside = (np.concatenate([getattr(fit, name) for fit in fits]) for name in ("unseen", "misfit"))
+    spread = spread_of(errors, _together([fit.doubt for fit in fits]))
+    accuracy = {**accuracy_of(np.expm1(errors)), "core_mape": float(np.abs(np.expm1(inside)).mean())}
+    parts = common.fitted(), arrays, spread, accuracy, provenance
+    return FittedPart(Section(*parts, status="calibrated"), common, int(count.sum()), errors, dropped)
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """The fit of one kernel."""
+
+    constants: ConstantsFit
+    lattice: Lattice | None
+    unseen: F  # log predicted over measured of each row by a fit without it, by kind of folds in turn
+    misfit: F  # log core over measured of each row
+    doubt: Doubt  # of the rows, in the order of ``unseen``
+
+
+def fit_form(
+    c: MeasuredCalls, starts: Sequence[Mapping[str, float]], keep: Mapping[str, str]
+) -> tuple[ConstantsFit, Lattice]:
+    """Constants, but for those ``keep`` fixes, and lattice of the calls of one kernel: the best search of the starts.
+
+    Where time follows the work units alone, a term of the sequences would only be led astray: it goes if that pays.
+    """
+    if c.groups("heads").max() == 0:
+        keep = {**keep, **dict.fromkeys(LONE[c.phase], "rows of a single head configuration cannot tell it")}
+    low, why = REGISTRY[c.phase]["sequence_s"].low, "time follows the work units alone"
+    forms: list[tuple[float, ConstantsFit, Lattice]] = []
+    for simple in (False, True) if len(c) >= FEW_ROWS else (False,):
+        for start in starts:
+            first = {**start, "sequence_s": low} if simple else start
+            constants = c.constants(first, {**keep, "sequence_s": why} if simple else keep)
+            lattice = c.residual(constants.values)
+            error = np.abs(np.log(c.predict(constants.values, lattice) / c.seconds)).mean()
+            forms.append((float(error) / (SIMPLER if simple else 1.0), constants, lattice))
+    return min(forms, key=lambda form: form[0])[1:]
+
+
+def _fit_kernel(
+    c: MeasuredCalls, starts: Sequence[Mapping[str, float]], keep: Mapping[str, str], fold_by: Sequence[str], rng: Any
+) -> _Kernel:
+    """The fit of one kernel and its errors on unseen rows."""
+    constants, lattice = fit_form(c, starts, keep)
+    unseen, plain, order = [], [], []
     for kind in fold_by:
         group = c.groups(kind)
         if group.max() == 0:
@@ -214,18 +282,41 @@ def fit_attention(
             # from the solution on: a refit moves little, but what it moves is part of the error of an unseen shape
             rest, left, values = c.take(train), c.take(test), dict(constants.values)
             if constants.std_errors:
-                search = known, constants.std_errors
+                search = REGISTRY[c.phase], constants.std_errors
                 values |= solver.minimise(rest.misfit(values), values, *search, max_nfev=6, **_SEARCH).values
-            predicted, regime = left.predict(values, rest.residual(values))
-            unseen.append(np.log(predicted / left.seconds))
+            unseen.append(np.log(left.predict(values, rest.residual(values)) / left.seconds))
             plain.append(left.misfit(values)(values))
-            regimes.append(regime)
-    errors, core_errors = np.concatenate(unseen), np.concatenate(plain)
-    arrays = c.residual(constants.values).arrays()
+            order.append(test)
+    errors, core_errors, rows = (np.concatenate(parts) for parts in (unseen, plain, order))
+    misfit = c.misfit(constants.values)(constants.values)
+    work = c.take(rows).work(constants.values)
+    doubt = doubt_of(c.phase, work.calls, c.core(work, constants.values))
     if len(c) < FEW_ROWS and np.abs(core_errors).mean() < np.abs(errors).mean():
-        errors, arrays = core_errors, {}
-    core = np.expm1(c.misfit(constants.values)(constants.values))
-    accuracy = {**accuracy_of(np.expm1(errors)), "core_mape": float(np.abs(core).mean())}
-    bands = outer_bands(errors, np.concatenate(regimes), REGIMES)
-    section = Section(constants.fitted(), arrays, tuple(bands), accuracy, provenance, "calibrated")
-    return FittedPart(section, constants, len(c), errors, dropped)
+        return _Kernel(constants, None, core_errors, misfit, doubt)
+    return _Kernel(constants, lattice, errors, misfit, doubt)
+
+
+def _joined(lattices: Sequence[Lattice | None]) -> dict[str, NDArray[Any]]:
+    """Arrays of the lattices of several kernels, on one box of octaves, one after the other along the first axis; a
+    thousandth is ample."""
+    given = [lattice for lattice in lattices if lattice is not None]
+    if not given:
+        return {}
+    low = np.min([lattice.start for lattice in given], axis=0)
+    high = np.max([np.add(lattice.start, lattice.values.shape) for lattice in given], axis=0)
+    size = tuple((high - low).astype(int))
+    out = []
+    for lattice in lattices:
+        values, start = (np.zeros((1, 1, 1)), low) if lattice is None else (lattice.values, lattice.start)
+        before = np.subtract(start, low).astype(int)
+        after = np.subtract(size, before + values.shape)
+        out.append(np.pad(values, list(zip(before, after, strict=True)), mode="edge"))
+    whole = np.concatenate(out).round(3)
+    return Lattice(tuple(low.tolist()), (1.0,) * 3, whole).arrays()
+
+
+def _together(doubts: Sequence[Doubt]) -> Doubt:
+    """The doubts of several sets of rows as one."""
+    shared = np.concatenate([d.shared for d in doubts], axis=1)
+    local, own, place = (np.concatenate([getattr(d, name) for d in doubts]) for name in ("local", "own", "place"))
+    return replace(doubts[0], shared=shared, local=local, own=own, place=place)

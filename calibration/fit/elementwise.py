@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.fit import solver
-from calibration.fit.conformal import accuracy_of, outer_bands
+from calibration.fit.errors import accuracy_of, spread_of
 from calibration.fit.residual import Stiffness, fit_lattice
 from calibration.fit.solver import ConstantsFit, FittedPart, Minimum, Table
 from simulator.hardware.constants import CLASSES
 from simulator.hardware.constants import ELEMENTWISE_CONSTANTS as CONSTANTS
 from simulator.hardware.profile import Provenance, Section
-from simulator.kernels.elementwise import class_lattice, class_place, elementwise_core
+from simulator.kernels.elementwise import class_lattice, class_place, doubt_of, elementwise_core
 from simulator.kernels.lattice import Lattice
 
 F = NDArray[np.float64]
@@ -61,7 +61,7 @@ class Moves(Table):
         def scaled(factor: Mapping[str, float]) -> dict[str, float]:
             """The constants of all classes, each kind times one factor."""
             moved = {}
-            for name in CONSTANTS.keys() - {"spread"}:
+            for name in CONSTANTS:
                 kind = name if name in FACTORS else name.split("_")[0]
                 moved[name] = float(np.clip(default[name] * factor[kind], CONSTANTS[name].low, CONSTANTS[name].high))
             return moved
@@ -81,7 +81,6 @@ class Moves(Table):
         known = [name for i, name in enumerate(CLASSES) if np.any(self.code == i)]
         own = {f"{kind}_{name}" for name in known for kind in ("t0", "e", "l2")}
         fixed = {n: solver.ABSENT for n in CONSTANTS if n.removesuffix("_s") not in {*own, "l2_share"}}
-        fixed["spread"] = "replaced by the intervals"
         # what the classes have in common is a prior worth one row: a class of three rows must not run away
         search: dict[str, Any] = {"prior": SPREAD, "center": start, "max_nfev": 100}
         return solver.fit_logs(self.misfit, start, CONSTANTS, covariance, fixed=fixed, **search)
@@ -122,6 +121,7 @@ def fit_elementwise(moves: Moves, *, seed: int = 0, provenance: Provenance | Non
         accuracy["mape_over_10us"] = float(np.abs(relative[long]).mean())
     residual = r.residual(constants.values)
     arrays = {"start": np.array(residual.start[1]), "values": residual.values[:-1]}
-    intervals = tuple(i for i in outer_bands(errors, r.code, CLASSES) if i.rows)
-    section = Section(constants.fitted(), arrays, intervals, accuracy, provenance, "calibrated")
+    _, floor, memory, hit = elementwise_core(r.bytes_, r.code, r.l2_bytes, r.bandwidth, constants.values)
+    spread = spread_of(errors, doubt_of(floor, memory, hit, r.bytes_, r.code))
+    section = Section(constants.fitted(), arrays, spread, accuracy, provenance, "calibrated")
     return FittedPart(section, constants, len(r), errors)

@@ -2,8 +2,8 @@
 known.
 
 Use :func:`fit_gemm` for a device's own measurements (``prior`` lends the profile of a sibling or another stack to a
-small sample), :func:`anchor_gemm` to move a shipped section to a local stack with 20-100 shapes; :class:`Problem` is a
-fit with something left out.
+small sample); :class:`Problem` is a fit with something left out. :mod:`calibration.fit.anchor` moves a shipped profile
+to a local stack without a fit.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from calibration.fit import residual as ridge
-from calibration.fit.conformal import accuracy_of, bands, pair_bands
 from calibration.fit.core import CLOSE, WEAK, Shapes, fit_constants, timed
+from calibration.fit.errors import accuracy_of, few_groups, spread_of
 from calibration.fit.residual import Axes, Block
 from calibration.fit.solver import ConstantsFit, FittedPart, folds
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
-from simulator.hardware.profile import HardwareProfile, Interval, Provenance, Section
-from simulator.kernels.gemm_core import CoreTime, Machine, machine_core
-from simulator.kernels.lattice import Residual, residual_arrays, residual_of, smooth_arrays
+from simulator.hardware.profile import HardwareProfile, Provenance, Section
+from simulator.kernels.gemm_core import CoreTime, Machine, machine_core, quantised
+from simulator.kernels.gemm_doubt import doubt_of
+from simulator.kernels.lattice import Residual, residual_arrays, residual_of
 
 F = NDArray[np.float64]
 
@@ -34,14 +34,18 @@ FOLDS, FEW_FOLDS = 5, 10
 """Parts of the (n, k) pairs, each predicted from the others; more on few rows, where a fifth would be missed."""
 REFIT_ROWS = 200
 """Rows up to which the constants are fitted anew for each fold: on more they hardly move."""
-FIT_ROWS, ANCHOR_ROWS = 20, 10
+FIT_ROWS, PRIOR_ROWS = 20, 10
 
 
 def starting_constants(hw: HardwareProfile, dtype: str, prior: Section | None = None) -> dict[str, float]:
     """Where a fit begins: the prior's constants, else the architecture's."""
     values = {name: constant.default(hw.architecture) for name, constant in CONSTANTS.items()}
-    if dtype in ("fp8", "int8"):
+    machine = Machine.of(hw, dtype)
+    values["b_hit"] = max(values["b_hit"], machine.bandwidth_bytes_per_s)
+    if machine.element_bytes < 2.0:
         values |= {"e_tc": values["e_tc_8bit"], "t0": values["t0_8bit"]}
+    elif machine.weight_bytes < machine.element_bytes:
+        values |= quantised(values, machine.weight_bytes / machine.element_bytes)
     if prior is not None:
         values |= {name: prior[name] for name in prior.constants if name in values}
     return values
@@ -78,7 +82,8 @@ class Problem:
             smooth, own = ridge.STIFF, ridge.OWN
         else:
             few = len(data) < FINE_ROWS
-            smooth, own = (ridge.FEW, ridge.FEW_OWN) if few else (ridge.SUPPLE, ridge.OWN)
+            smooth = ridge.ALONE if few or not self.axes else ridge.SUPPLE
+            own = ridge.FEW_OWN if few else ridge.OWN
         return ridge.blocks(data, parts, core, self.axes, smooth, own)[0 if self.smooth else 1 :], target, parts
 
     def unseen(self, data: Shapes, lattices: list[Block], target: F) -> F:
@@ -111,14 +116,16 @@ class Problem:
         unseen = self.unseen(data, lattices, target)
         known = np.isfinite(unseen)
         errors, seen = unseen[known], data.take(known)
-        intervals: tuple[Interval, ...] = ()
+        spread = 1.0
         if known.any():
             chosen = CoreTime(**{f.name: getattr(parts, f.name)[known] for f in fields(parts)})
             core, pairs = machine_core(self.machine, constants.values), int(data.groups.max()) + 1
-            intervals = (*bands(errors, seen.m, chosen, core, pairs, self.prior), *pair_bands(errors, seen))
+            spread = spread_of(errors, doubt_of(core, seen.m, seen.n, seen.k, chosen)) * few_groups(pairs)
         arrays = residual_arrays(residual, measured) if lattices else {}
+        sizes = np.log2(np.stack([data.m, data.n, data.k], axis=1))
+        arrays["measured"] = np.stack([sizes.min(axis=0), sizes.max(axis=0)])
         scores = accuracy(errors, seen.m)
-        section = Section(constants.fitted(), arrays, intervals, scores, provenance, "calibrated")
+        section = Section(constants.fitted(), arrays, spread, scores, provenance, "calibrated")
         return FittedPart(section, constants, len(data), unseen)
 
 
@@ -130,39 +137,24 @@ def fit_gemm(
     prior: Section | None = None,
     provenance: Provenance | None = None,
     seed: int = 0,
+    fine: bool = False,
 ) -> FittedPart:
-    """Calibrate the GEMM model on measured dense GEMMs and the datasheet facts of ``hw``, whose own section is not
-    used.
+    """Calibrate the GEMM model on measured GEMMs of one number format (a label of a section: "bf16", "int4_wo") and the
+    datasheet facts of ``hw``, whose own section is not used.
 
     ``prior`` is the section of a sibling device or another stack: its constants centre the search, its lattices are the
-    residual's starting point. Without one, the stack's own lattices are fitted too. ValueError for fewer than 20 rows,
-    10 with a prior.
+    residual's starting point. Without one, with ``fine`` (and on a CPU), lattices of the stack's own kernel choice are
+    fitted beside the smooth one. ValueError for fewer than 20 rows, 10 with a prior.
     """
-    if len(data) < (FIT_ROWS if prior is None else ANCHOR_ROWS):
+    if len(data) < (FIT_ROWS if prior is None else PRIOR_ROWS):
         few = f"a GEMM fit needs at least {FIT_ROWS} shapes, got {len(data)}"
         raise ValueError(f"{few}; to move a shipped profile to this stack, anchor it")
     machine = Machine.of(hw, dtype)
     axes: tuple[Axes, ...] = ()
-    if prior is None:
+    if prior is None and (fine or machine.packs):
         many = len(data) >= FINE_ROWS and int(data.groups.max()) + 1 >= FINE_GROUPS
         axes = ridge.terms_of(machine, many)
     return Problem(machine, starting_constants(hw, dtype, prior), axes, prior, seed).fit(data, provenance)
-
-
-def anchor_gemm(section: Section, data: Shapes, hw: HardwareProfile, **known: Any) -> FittedPart:
-    """Move a shipped section of this device or a sibling to a local stack with few shapes (10 or more; 20 to 100 do):
-    constants near its own ones, and a stiff correction of its smooth lattice.
-
-    The stack's own lattices stay if the local shapes, each predicted from the others, are predicted no worse with them.
-    ``known`` are ``dtype`` and ``provenance``, as in :func:`fit_gemm`. ValueError for fewer shapes.
-    """
-    if len(data) < ANCHOR_ROWS:
-        raise ValueError(f"re-anchoring needs at least {ANCHOR_ROWS} shapes, got {len(data)}")
-    bases = [section]
-    if len(section.arrays.get("terms", ())) > 1:
-        bases.append(replace(section, arrays=smooth_arrays(section.arrays)))
-    tried = [fit_gemm(data, hw, prior=base, **known) for base in bases]
-    return min(tried, key=lambda fit: float(np.abs(np.expm1(fit.unseen)).mean()))
 
 
 def accuracy(log_ratio: F, m: F) -> dict[str, float]:

@@ -1,8 +1,7 @@
-"""Constants of kernels that differ from the dense GEMM (2:4 weights, narrower weights), fitted with the dense section
-as it is.
+"""Constants of 2:4 kernels, fitted with the dense section as it is.
 
-Use :func:`fit_extra` on measured rows of such a kernel, :func:`fit_sparse_step` on published ratios of 2:4 to dense
-times: absolute times of different benchmarks do not compare, ratios within one do.
+Use :func:`fit_sparse` on measured rows, :func:`fit_sparse_step` on published ratios of 2:4 to dense times: absolute
+times of different benchmarks do not compare, ratios within one do.
 """
 
 from __future__ import annotations
@@ -14,13 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.fit.core import weight_copies
-from calibration.fit.solver import ConstantsFit, FittedPart, gauss_newton, minimise
+from calibration.fit.solver import FittedPart, Minimum, fit_logs, gauss_newton
 from calibration.measurements import published
 from calibration.records.table import Records
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
 from simulator.hardware.profile import Fitted, HardwareProfile, Section
 from simulator.kernels.gemm import DENSE, SPARSE24, gemm_time, with_section
-from simulator.workload import DTYPES
 
 F = NDArray[np.float64]
 
@@ -32,36 +30,26 @@ def _with_constants(section: Section, constants: Mapping[str, Fitted], **accurac
     return replace(section, constants={**section.constants, **constants}, accuracy={**section.accuracy, **accuracy})
 
 
-def fit_extra(records: Records, hw: HardwareProfile, dtype: str) -> FittedPart:
-    """Constants of a kernel that differs from the dense one, from its rows, all of one arithmetic format: the section
-    of ``dtype`` with them, and "mape_..." of these rows in its accuracy."""
+def fit_sparse(r: Records, hw: HardwareProfile, dtype: str) -> FittedPart:
+    """Constants of 2:4 kernels from their rows, all of one number format: the section of ``dtype`` with them, and
+    "mape_2to4" and "median_2to4" of these rows in its accuracy."""
     section = hw.section("gemm", dtype)
-    sparse = bool(records.is_operator("gemm_2to4").all())
-    kernel, stem, what = (SPARSE24, "sparse", "2to4") if sparse else (DENSE, "quant", "narrow_weights")
-    start = {name: section[name] for name in (f"{stem}_step", f"{stem}_load", f"{stem}_time")}
-    formats = [(DTYPES[int(c)], records.select(records.weight_dtype == c)) for c in np.unique(records.weight_dtype)]
+    start = {name: section[name] for name in ("sparse_step", "sparse_load", "sparse_time")}
 
     def misfit(values: Mapping[str, float]) -> F:
         trial = with_section(hw, dtype, _with_constants(section, {n: Fitted(v) for n, v in values.items()}))
-        times = [
-            gemm_time(r.m, r.n, r.k, trial, dtype=dtype, weight_dtype=weight, kernel=kernel, copies=weight_copies(r))
-            for weight, r in formats
-        ]
-        return np.concatenate([np.log(t.seconds / r.seconds) for t, (_, r) in zip(times, formats, strict=True)])
+        times = gemm_time(r.m, r.n, r.k, trial, dtype=dtype, kernel=SPARSE24, copies=weight_copies(r))
+        return np.asarray(np.log(times.seconds / r.seconds))
 
-    found = minimise(misfit, start, CONSTANTS, start, diff_step=[1e-3], max_nfev=40)
-    spread = float(np.sqrt(np.mean(np.minimum(found.rows**2, 0.15**2))))
-    errors = spread * np.sqrt(np.diag(gauss_newton(found.slopes, 1.0)))
-    new, fixed = {}, {}
-    for (name, value), error in zip(found.values.items(), errors, strict=True):
-        if error <= 0.5 and name not in found.on_bound:
-            new[name] = Fitted(value, float(error * value), "fitted")
-        else:
-            fixed[name] = "on its bound" if error <= 0.5 else "not identified by these rows"
-            new[name] = Fitted(section[name], None, "fixed")
-    size = np.abs(np.expm1(found.rows))
-    scores = {f"mape_{what}": float(size.mean()), f"median_{what}": float(np.median(size))}
-    return FittedPart(_with_constants(section, new, **scores), ConstantsFit({}, {}, fixed), len(records))
+    def covariance(found: Minimum, _: Mapping[str, float]) -> tuple[F, float]:
+        spread = float(np.sqrt(np.mean(np.minimum(found.rows**2, 0.15**2))))
+        return gauss_newton(found.slopes, spread), spread
+
+    ranges = {name: CONSTANTS[name] for name in start}
+    found = fit_logs(misfit, start, ranges, covariance, weak=0.5, diff_step=[1e-3], max_nfev=40)
+    size = np.abs(np.expm1(misfit(found.values)))
+    scores = {"mape_2to4": float(size.mean()), "median_2to4": float(np.median(size))}
+    return FittedPart(_with_constants(section, found.fitted(), **scores), found, len(r))
 
 
 def fit_sparse_step(hw: HardwareProfile, dtype: str) -> Section:

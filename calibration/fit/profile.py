@@ -15,24 +15,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.fit.attention import MINIMUM_ROWS, calls_of, fit_attention
+from calibration.fit.collective import Messages, fit_collective
 from calibration.fit.core import shapes_of
 from calibration.fit.elementwise import Moves, fit_elementwise
-from calibration.fit.gemm import ANCHOR_ROWS, FIT_ROWS, anchor_gemm, fit_gemm
-from calibration.fit.kernels import fit_extra
+from calibration.fit.gemm import FIT_ROWS, fit_gemm
+from calibration.fit.kernels import fit_sparse
 from calibration.fit.solver import ConstantsFit, FittedPart
 from calibration.records.exact import with_exact
-from calibration.records.table import OPERATORS, PURPOSES, Flag, Records
+from calibration.records.table import LAUNCHES, OPERATORS, PURPOSES, Flag, Records
 from simulator.errors import InputError
 from simulator.hardware.constants import CLASSES
-from simulator.hardware.profile import Fitted, HardwareProfile, Provenance, Section
+from simulator.hardware.profile import Fitted, HardwareProfile, Provenance, Section, labels
+from simulator.kernels.collective import KINDS
 from simulator.kernels.elementwise import class_code
 from simulator.kernels.gemm_core import Machine
-from simulator.workload import DTYPES
+from simulator.workload import DTYPES, ROLES, role_code
 
 Mask = NDArray[np.bool_]
 
-FEWEST_EXTRA = 12
-"""Rows that the constants of a kernel need which lean on the dense fit."""
+FEWEST_SPARSE = 12
+"""Rows that the constants of 2:4 kernels need, which lean on the dense fit."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,9 @@ class _Task:
     rows: Records
     run: Callable[[_Task, HardwareProfile], FittedPart]
     prior: HardwareProfile | None
-    anchor: bool
     date: str
     seed: int
+    fine: bool
 
     @property
     def provenance(self) -> Provenance:
@@ -64,7 +66,7 @@ class _Task:
     @property
     def lent(self) -> Section | None:
         """What the prior has calibrated of this operator."""
-        if self.prior is None or self.dtype not in self.prior.rates:
+        if self.prior is None or self.dtype not in labels(self.prior.rates):
             return None
         section = self.prior.section(self.operator, self.dtype)
         return None if section.status == "default" else section
@@ -76,25 +78,25 @@ def fit_profile(
     *,
     dtype: str | None = None,
     prior: HardwareProfile | None = None,
-    anchor: bool = False,
     date: str = "",
     seed: int = 0,
+    fine: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> ProfileFit:
     """Fit everything that records allow.
 
     ``base`` has the datasheet facts; its sections that the records say nothing of are kept. Rows marked ``holdout``,
     ``exact`` or ``anchor`` are kept from the fit; ``exact`` ones stay with the GEMM section as they are. ``prior``, a
-    sibling device or another stack, lends a small sample what it cannot know. With ``anchor`` only the few constants of
-    the base's (or prior's) GEMM section are refitted that differ between software stacks. ``date`` (ISO 8601) is that
-    of the provenance, by default the newest the records name. ``progress`` is called with (fits done, fits in all).
-    InputError, with the reasons, when nothing can be fitted.
+    sibling device or another stack, lends a small sample what it cannot know. ``date`` (ISO 8601) is that of the
+    provenance, by default the newest the records name. ``fine`` fits lattices of the stack's own kernel choice beside
+    the smooth one of a GEMM. ``progress`` is called with (fits done, fits in all). InputError, with the reasons, when
+    nothing can be fitted.
     """
     notes: list[str] = []
     usable = _usable(records, notes)
     if dtype is not None:
         usable = usable.select(np.char.startswith(_formats(usable), dtype))
-    tasks = _tasks(base, usable, notes, prior=prior, anchor=anchor, date=date, seed=seed)
+    tasks = _tasks(base, usable, notes, prior=prior, date=date, seed=seed, fine=fine)
     if not tasks:
         raise InputError(f"nothing to fit: {'; '.join(notes) or 'the records hold no operator that has a fit'}")
     sections = dict(base.sections)
@@ -117,7 +119,7 @@ def fit_profile(
             progress(done + 1, len(tasks))
     if not parts:
         raise InputError(f"nothing could be fitted: {'; '.join(notes)}")
-    profile = with_exact(replace(base, sections=sections, path=None), records)
+    profile = with_exact(replace(base, path=None).calibrated(sections), records)
     kept = tuple(replace(part, section=profile.sections[key]) for key, part in parts.items())
     return ProfileFit(profile, kept, tuple(notes))
 
@@ -150,31 +152,30 @@ def _tasks(base: HardwareProfile, records: Records, notes: list[str], **options:
     """The fits that the rows allow, dense GEMMs first because others lean on them."""
     same, is_, formats = records.dtype == records.weight_dtype, records.is_operator, _formats(records)
     prefill, decode = "attention_prefill", "attention_decode"
-    fewest = ANCHOR_ROWS if options["anchor"] else FIT_ROWS
-    labels = records.labels().astype(str) if len(records) else np.zeros(0, dtype=np.str_)
-    # a window of attention has no fit of its own, a narrower cache neither: the model widens its interval for them
-    whole = same & (records.window == 0)
+    gemms = records.labels().astype(str) if len(records) else np.zeros(0, dtype=np.str_)
+    every = np.full(len(records), "*")
+    messages = is_("collective") & (records.launch != LAUNCHES.index("eager"))
     moved = is_("elementwise", "copy") & np.isin(formats, formats[is_("elementwise")])
     kinds: tuple[tuple[str, str, Mask, NDArray[np.str_], int, Any], ...] = (
-        ("gemm", "gemm {}", is_("gemm") & same, labels, fewest, _fit_gemm),
-        ("gemm", "gemm with narrower weights, {}", is_("gemm") & ~same, formats, FEWEST_EXTRA, _fit_extra),
-        ("gemm", "2:4 gemm {}", is_("gemm_2to4"), formats, FEWEST_EXTRA, _fit_extra),
-        (prefill, f"{prefill} {{}}", is_(prefill) & whole, formats, MINIMUM_ROWS, _fit_attention),
-        (decode, f"{decode} {{}}", is_(decode) & whole, formats, MINIMUM_ROWS, _fit_attention),
+        ("gemm", "gemm {}", is_("gemm"), gemms, FIT_ROWS, _fit_gemm),
+        ("gemm", "2:4 gemm {}", is_("gemm_2to4") & same, formats, FEWEST_SPARSE, _fit_sparse),
+        (prefill, f"{prefill} {{}}", is_(prefill), formats, MINIMUM_ROWS, _fit_attention),
+        (decode, f"{decode} {{}}", is_(decode), formats, MINIMUM_ROWS, _fit_attention),
         ("elementwise", "elementwise {}", moved, formats, MINIMUM_ROWS, _fit_elementwise),
-        ("runtime", "launches", is_("launch_eager", "launch_graph"), np.full(len(records), "*"), 1, _fit_runtime),
+        ("runtime", "launches", is_("launch_eager", "launch_graph"), every, 1, _fit_runtime),
+        ("collective", "collectives", messages, every, MINIMUM_ROWS, _fit_collective),
     )
     out: list[_Task] = []
     for operator, what, mask, names, fewest, run in kinds:
         for dtype in map(str, np.unique(names[mask])):
             rows = records.select(mask & (names == dtype))
-            if dtype not in base.rates and dtype != "*":
+            if dtype not in (*labels(base.rates), "*"):
                 notes.append(f"{what.format(dtype)}: {len(rows)} rows left out, {base.name} has no {dtype} arithmetic")
             elif len(rows) < fewest:
                 notes.append(f"{what.format(dtype)}: {len(rows)} rows are too few, a fit needs {fewest}")
             else:
                 out.append(_Task(operator, dtype, rows, run, **options))
-    fitted = {"gemm", "gemm_2to4", prefill, decode, "elementwise", "copy", "launch_eager", "launch_graph"}
+    fitted = {"gemm", "gemm_2to4", prefill, decode, "elementwise", "copy", "launch_eager", "launch_graph", "collective"}
     for name in OPERATORS:
         if name not in fitted and (count := int(is_(name).sum())):
             parts = "validation compares them with the sum of their parts"
@@ -207,21 +208,12 @@ def provenance_of(records: Records, date: str = "") -> Provenance:
 
 def _fit_gemm(task: _Task, hw: HardwareProfile) -> FittedPart:
     data = shapes_of(task.rows, Machine.of(hw, task.dtype))
-    known: dict[str, Any] = {"dtype": task.dtype, "provenance": task.provenance}
-    if not task.anchor:
-        return fit_gemm(data, hw, prior=task.lent, seed=task.seed, **known)
-    section = task.lent or hw.section("gemm", task.dtype)
-    if section.status == "default":
-        none = f"--anchor: {hw.name} has no calibrated gemm {task.dtype} section to move"
-        raise InputError(f"{none}; name one that has by --prior")
-    if section.provenance is not None:
-        origin = f"{section.provenance.borrowed_from or section.provenance.software}, re-anchored"
-        known["provenance"] = replace(known["provenance"], borrowed_from=origin)
-    return anchor_gemm(section, data, hw, **known)
+    known: dict[str, Any] = {"dtype": task.dtype, "provenance": task.provenance, "seed": task.seed, "fine": task.fine}
+    return fit_gemm(data, hw, prior=task.lent, **known)
 
 
-def _fit_extra(task: _Task, hw: HardwareProfile) -> FittedPart:
-    return fit_extra(task.rows, hw, task.dtype)
+def _fit_sparse(task: _Task, hw: HardwareProfile) -> FittedPart:
+    return fit_sparse(task.rows, hw, task.dtype)
 
 
 def _fit_attention(task: _Task, hw: HardwareProfile) -> FittedPart:
@@ -239,6 +231,20 @@ def _fit_elementwise(task: _Task, hw: HardwareProfile) -> FittedPart:
     device = hw.l2_bytes, hw.bandwidth_bytes_per_s, hw.architecture
     moves = Moves(r.read_bytes + r.write_bytes, code, r.seconds, *device)
     return fit_elementwise(moves, seed=task.seed, provenance=provenance_of(r, task.date))
+
+
+def _fit_collective(task: _Task, hw: HardwareProfile) -> FittedPart:
+    """An engine's own all-reduce stands for its library's, where the rows hold both."""
+    r = task.rows
+    if hw.link is None:
+        raise ValueError(f"{hw.name} has no link to other devices")
+    library = np.array([source.kernel == "NCCL" for source in r.sources])[r.source]
+    reduces = r.role == role_code("all_reduce")[0]
+    if (reduces & ~library).any():
+        r = r.select(~(reduces & library))
+    code = np.array([KINDS.index(ROLES[role]) for role in r.role])
+    messages = Messages(code, r.n.astype(np.float64), r.batch.astype(np.float64), r.seconds, hw.link)
+    return fit_collective(messages, seed=task.seed, provenance=provenance_of(r, task.date))
 
 
 def _fit_runtime(task: _Task, hw: HardwareProfile) -> FittedPart:

@@ -90,10 +90,10 @@ class Stiffness:
     size: float
 
 
-SUPPLE, OWN = Stiffness(0.05, 0.3, 0.01), Stiffness(0.03, 0.1, 0.3)
-"""Of the smooth lattice and of the stack's own ones, on many rows."""
-FEW, FEW_OWN = Stiffness(0.02, 0.06, 0.01), Stiffness(0.1, 0.3, 0.1)
-"""The same on few rows."""
+ALONE = Stiffness(0.02, 0.06, 0.01)
+"""Of the smooth lattice, alone or on few rows."""
+SUPPLE, OWN, FEW_OWN = Stiffness(0.05, 0.3, 0.01), Stiffness(0.03, 0.1, 0.3), Stiffness(0.1, 0.3, 0.1)
+"""Of the smooth lattice beside finer ones, and of those, on many rows and on few."""
 STIFF = Stiffness(0.3, 1.0, 0.1)
 """Of a correction to another profile's residual."""
 

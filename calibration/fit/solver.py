@@ -164,7 +164,6 @@ def fit_logs(
     *,
     fixed: Mapping[str, str] | None = None,
     weak: float = np.inf,
-    anew: bool = False,
     moot: Mapping[str, tuple[str, str]] | None = None,
     **search: Any,
 ) -> ConstantsFit:
@@ -172,34 +171,34 @@ def fit_logs(
 
     ``misfit``, ``start`` and ``search`` are as in :func:`minimise`; ``ranges`` names all constants, ``fixed`` those
     that are not free, and why. ``covariance`` is that of the logs of the free constants at a minimum, given the values
-    of all, with the spread of residuals it assumes. A constant of a log standard error above ``weak`` goes back to its
-    start. One on its bound stays there or, with ``anew``, goes back too, and every search begins at the start. ``moot``
-    are constants without meaning once another is on its lower bound, and why.
+    of all, with the spread of residuals it assumes. A constant of a log standard error above ``weak`` goes back to
+    ``center`` (the start by default); one on its bound stays there. ``moot`` are constants without meaning once another
+    is on its lower bound, and why.
     """
+    search = {"center": start, **search}
     values, kept = dict(start), dict(fixed or {})
     while free := [name for name in ranges if name not in kept]:
-        found = minimise(misfit, start if anew else values, ranges, free, **search)
-        values = {**(start if anew else values), **found.values}
+        found = minimise(misfit, values, ranges, free, **search)
+        values = {**values, **found.values}
         gone: dict[str, str] = {}
         for name, side in found.on_bound.items():
-            gone[name] = "on its bound" if anew else f"on its {side} bound"
-            values[name] = start[name] if anew else getattr(ranges[name], "low" if side == "lower" else "high")
-        if not gone or anew:
-            matrix, spread = covariance(found, {**values, **found.values})
+            gone[name] = f"at its {side} bound"
+            values[name] = getattr(ranges[name], "low" if side == "lower" else "high")
+        if not gone:
+            matrix, spread = covariance(found, values)
             errors = np.sqrt(np.maximum(np.diag(matrix), 0.0))
             for name, error in zip(free, errors, strict=True):
-                if error > weak and name not in gone:
-                    gone[name] = f"not identified by these {'shapes' if anew else 'rows'}"
-                    values[name] = start[name]  # where a few rows drove it may be absurd
-            if not gone or (len(gone) == len(free) and anew):
-                values = {**values, **found.values}
+                if error > weak:
+                    gone[name] = "not identified by these rows"
+                    values[name] = search["center"][name]  # where a few rows drove it may be absurd
+            if not gone:
                 scale = np.where(errors > 0, errors, 1.0)
                 known = {name: float(values[name] * error) for name, error in zip(free, errors, strict=True)}
                 return ConstantsFit(values, known, kept, matrix / np.outer(scale, scale), spread)
         kept |= {name: gone[name] for name in free if name in gone}
         for name, (other, why) in (moot or {}).items():
             if found.on_bound.get(name) == "lower":
-                values[other], kept[other] = start[other], why
+                values[other], kept[other] = search["center"][other], why
     return ConstantsFit(values, {}, kept)
 
 

@@ -20,6 +20,7 @@ from calibration.fit.residual import FINE_TERMS
 from calibration.judge.accuracy import GEMMS, titles
 from calibration.judge.protocol import Measured, Row, judge
 from calibration.judge.report import table
+from calibration.measurements.wheel import CHOICES
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile, Section
 from simulator.kernels.gemm_core import Machine
@@ -117,7 +118,7 @@ def units(tables: Sequence[str] = TABLES, seeds: Sequence[int] = SEEDS) -> Itera
     """Table, variant and seed of every fit of the page; a mechanism comes twice, the second time without any
     residual."""
     for name in tables:
-        persistent = load_hardware(GEMMS[name].hardware).architecture == "hopper"
+        persistent = load_hardware(CHOICES[GEMMS[name].measurement].hardware).architecture == "hopper"
         for variant in VARIANTS:
             if variant.persistent in (None, persistent):
                 for seed in seeds:

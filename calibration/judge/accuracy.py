@@ -1,63 +1,84 @@
-"""The accuracy protocol over everything that ships, as rows of numbers: fits, baselines, other stacks, attention,
+"""The accuracy protocol over everything that ships, as rows of numbers: fits, baselines, stacks left out, attention,
 elementwise operators.
 
-Use :func:`run_protocol`; ``prunesim validate --protocol`` prints its rows and :mod:`calibration.cli.pages` makes
-``docs/accuracy.md`` of them. How a split is made and judged is in :mod:`calibration.judge.protocol` and
-:mod:`calibration.judge.protocol_operators`; here is only what is run. Scores are in percent.
+Use :func:`run_protocol`; ``prunesim validate --protocol`` prints its rows, :mod:`calibration.judge.bars` holds them
+against what was asked, and :mod:`calibration.cli.pages` makes ``docs/accuracy.md`` of them. How a split is made and
+judged is in :mod:`calibration.judge.protocol`, how a stack is left out in :mod:`calibration.judge.stacks`; here is only
+what is run. Scores are in percent.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
 from calibration.fit.attention import calls_of
 from calibration.fit.core import shapes_of
 from calibration.fit.elementwise import Moves
-from calibration.fit.shipped import HEAD_DIM, rtx_tables, shared_folder
-from calibration.judge import protocol, protocol_operators
+from calibration.judge import protocol, stacks
 from calibration.judge.protocol import Measured, Row, row
-from calibration.measurements import load_measurements
+from calibration.measurements import list_measurements, load_measurements
+from calibration.measurements.wheel import CHOICES, datasheet, open_wheel, read_choice
 from calibration.records.table import Records
+from calibration.shipped import rtx_tables, shared_folder
 from simulator.errors import InputError, unknown
-from simulator.hardware.library import load_hardware
-from simulator.hardware.profile import HardwareProfile, Section
+from simulator.hardware.profile import STACKS, HardwareProfile, Section
 from simulator.kernels.elementwise import class_code
 from simulator.kernels.gemm_core import Machine
-from simulator.kernels.lattice import smooth_arrays
+from simulator.predict.workers import compute_parts
 
 
 @dataclass(frozen=True)
 class Table:
-    """A shipped GEMM table to judge."""
+    """A table to judge."""
 
-    hardware: str  # profile with the datasheet
-    measurement: str
+    measurement: str  # device/operator/stack
     dtype: str = "bf16"
     sibling: str = ""  # the other stack's table, which lends a prior
+    wheel: Path | None = None  # where it is read from if it does not ship
 
-    def load(self, measurement: str = "") -> Measured:
-        """Its rows, or those of another measurement of the device."""
-        return _loaded(measurement or self.measurement, self.hardware, self.dtype)
+    @property
+    def phase(self) -> str:
+        """ "prefill" or "decode", of attention; "" of GEMMs."""
+        return self.measurement.split("/")[1].removeprefix("attention_").removeprefix("gemm")
+
+    def load(self) -> Measured:
+        """Its rows, of the features a head that are fitted, with the datasheet they belong to."""
+        return _loaded(self)
+
+    def fitted(self) -> Section:
+        """A section fitted on every row."""
+        return _fitted(self)
 
 
-GEMMS: Mapping[str, Table] = {
-    "a100": Table("a100_sxm_80gb", "a100_sxm/gemm/trtllm", sibling="a100_sxm/gemm/sglang"),
-    "h100": Table("h100_sxm", "h100_sxm/gemm/trtllm", sibling="h100_sxm/gemm/sglang"),
-    "h100_fp8": Table("h100_sxm", "h100_sxm/gemm/trtllm", "fp8"),
-    "h200": Table("h200_sxm", "h200_sxm/gemm/trtllm"),
-    "l40s": Table("l40s", "l40s/gemm/trtllm"),
-    "rtx_pro_6000": Table("rtx_pro_6000", "rtx_pro_6000/gemm/trtllm"),
-}
-STACKS = ("a100_sglang", "h100_sglang", "l40s_sglang")
-"""Another stack's table of the same GPU."""
-TABLES: tuple[str, ...] = (*GEMMS, *STACKS, "h200_from_h100", "rtx_4090", "attention", "elementwise")
-"""What can be judged; the last four: another device by its datasheet, one projection left out, and the other
-operators."""
+GEMMS: Mapping[str, Table] = MappingProxyType(
+    {
+        "a100": Table("a100_sxm/gemm/trtllm", sibling="a100_sxm/gemm/sglang"),
+        "a100_sglang": Table("a100_sxm/gemm/sglang"),
+        "h100": Table("h100_sxm/gemm/trtllm", sibling="h100_sxm/gemm/sglang"),
+        "h100_fp8": Table("h100_sxm/gemm/trtllm", "fp8"),
+        "h200": Table("h200_sxm/gemm/trtllm"),
+        "l40s": Table("l40s/gemm/trtllm"),
+        "rtx_pro_6000": Table("rtx_pro_6000/gemm/trtllm"),
+        "b200": Table("b200_sxm/gemm/trtllm"),
+        "a100_int8_wo": Table("a100_sxm/gemm/trtllm", "int8_wo"),
+        "a100_int4_wo": Table("a100_sxm/gemm/trtllm", "int4_wo"),
+    }
+)
+LEAVABLE = ("gemm", "attention_prefill", "attention_decode")
+"""Operators of which a stack is left out."""
+TABLES: tuple[str, ...] = (*GEMMS, "stacks", "h200_from_h100", "rtx_4090", "attention", "elementwise")
+"""What can be judged; after the GEMM tables: every stack of a GPU with two or more left out, another device by its
+datasheet, one projection left out, and the other operators."""
+
+Unit = tuple[Callable[..., list[Row]], tuple[Any, ...]]
 
 
 def run_protocol(
@@ -65,44 +86,78 @@ def run_protocol(
     *,
     seeds: Sequence[int] = protocol.SEEDS,
     sizes: Sequence[int | None] = protocol.SIZES,
+    wheel: Path | None = None,
+    jobs: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Row]:
-    """Scores of every table, method, size and seed: rows of "table", "method", "rows" (0: all), "trained_on", "seed",
-    scores.
+    """Scores of every table, method, size and seed: rows of "table", "method", "rows" (0: all, or none where a stack is
+    left out), "trained_on", "seed", scores.
 
     ``tables`` are of :data:`TABLES`, "all" for all of them (the RTX 4090's only where its rows are at hand); ``sizes``
-    training rows, None for all there are. ``progress`` is called with (steps done, steps in all). InputError for an
-    unknown table, or one whose rows are not at hand.
+    training rows, None for all there are. With the ``wheel`` that the tables are made of, stacks whose tables do not
+    ship are left out too. ``jobs`` processes work; ``progress`` is called with (steps done, steps in all). InputError
+    for an unknown table, or one whose rows are not at hand.
     """
     chosen = TABLES if "all" in tables else tuple(tables)
     for name in chosen:
         if name not in TABLES:
             raise unknown("table", name, (*TABLES, "all"))
-    units = [unit for name in chosen for unit in _units(name, seeds, sizes, required="all" not in tables)]
-    out: list[Row] = []
-    for done, unit in enumerate(units):
-        out += unit()
+    if wheel is not None:
+        open_wheel(wheel).close()
+    units = [unit for name in chosen for unit in _units(name, seeds, sizes, wheel, required="all" not in tables)]
+    found: dict[int, list[Row]] = {}
+    for index, rows in compute_parts(partial(_run, units), list(range(len(units))), jobs):
+        found[index] = json.loads(rows)
         if progress is not None:
-            progress(done + 1, len(units))
-    return out
+            progress(len(found), len(units))
+    return [r for index in sorted(found) for r in found[index]]
+
+
+def _run(units: Sequence[Unit], index: int) -> bytes:
+    judge, arguments = units[index]
+    return json.dumps(judge(*arguments)).encode()
 
 
 def _units(
-    name: str, seeds: Sequence[int], sizes: Sequence[int | None], required: bool
-) -> Iterator[Callable[[], list[Row]]]:
+    name: str, seeds: Sequence[int], sizes: Sequence[int | None], wheel: Path | None, required: bool
+) -> Iterator[Unit]:
     """Steps of one table, as progress counts them."""
     if name in GEMMS:
-        yield from (partial(_gemm, name, size, seed) for seed in seeds for size in sizes)
-    elif name in STACKS:
-        yield from (partial(_other_stack, name, seed) for seed in seeds)
+        yield from ((_gemm, (name, size, seed)) for seed in seeds for size in sizes)
+    elif name == "stacks":
+        yield from ((_stack, (*pair, tuple(seeds))) for pair in stack_pairs(wheel))
     elif name == "h200_from_h100":
-        yield _h200
+        yield _h200, ()
     elif name == "attention":
-        yield from (partial(_attention, seed, sizes) for seed in seeds)
-    elif (known := _rtx_rows()) is not None:
-        yield partial(_rtx_4090, *known) if name == "rtx_4090" else partial(_elementwise, *known, seeds, sizes)
+        tables = [t for o in LEAVABLE[1:] for device in _tables(o).values() for t in device.values()]
+        yield from ((_attention, (t, question, tuple(seeds))) for t in tables for question in protocol.QUESTIONS)
+    elif shared_folder() is not None:
+        yield (_rtx_4090, ()) if name == "rtx_4090" else (_elementwise, (tuple(seeds), tuple(sizes)))
     elif required:
         raise InputError(f"table {name}: its rows do not ship; set PRUNESIM_SHARED_DATA to their folder")
+
+
+def _tables(operator: str, wheel: Path | None = None) -> dict[str, dict[str, Table]]:
+    """Device -> stack -> table of an operator."""
+    out: dict[str, dict[str, Table]] = {}
+    known = list_measurements() if wheel is None else CHOICES
+    for name in known:
+        device, mine, stack = name.split("/")
+        if mine == operator and stack in STACKS:
+            out.setdefault(device, {})[stack] = Table(name, wheel=None if name in list_measurements() else wheel)
+    return out
+
+
+def stack_pairs(wheel: Path | None = None) -> list[tuple[Table, Table]]:
+    """Table of a stack left out, and that of the stack that predicts it: of every device and operator with two or more,
+    the one a user gets who names none. vLLM's tables, which hold no large GEMMs, predict nobody."""
+    out = []
+    for operator in LEAVABLE:
+        for own in _tables(operator, wheel).values():
+            for stack, table in own.items():
+                others = [own[other] for other in STACKS if other in own and other not in (stack, "vllm")]
+                out += [(table, others[0])] if others else []
+    return out
 
 
 def gemm_rows(records: Records, hw: HardwareProfile, dtype: str) -> Measured:
@@ -111,84 +166,86 @@ def gemm_rows(records: Records, hw: HardwareProfile, dtype: str) -> Measured:
 
 
 @lru_cache(maxsize=8)
-def _loaded(measurement: str, hardware: str, dtype: str) -> Measured:
-    return gemm_rows(load_measurements(measurement, dtype), load_hardware(hardware), dtype)
+def _loaded(table: Table) -> Measured:
+    choice = CHOICES[table.measurement]
+    if table.wheel is None:
+        records = load_measurements(table.measurement, table.dtype)
+    else:
+        with open_wheel(table.wheel) as archive:
+            records = read_choice(archive, choice)[0].of_dtype(table.dtype)
+    hw = datasheet(choice.hardware)
+    if not table.phase:
+        return gemm_rows(records, hw, table.dtype)
+    return Measured(calls_of(records, table.phase, Machine.of(hw)).usable()[0], hw, table.dtype)
 
 
 @lru_cache(maxsize=8)
-def _fitted(table: Table, measurement: str = "") -> Section:
-    """A section fitted on every row."""
-    return table.load(measurement).fit()
+def _fitted(table: Table) -> Section:
+    return table.load().fit()
 
 
 def _gemm(name: str, size: int | None, seed: int) -> list[Row]:
     table, data = GEMMS[name], GEMMS[name].load()
     found = [protocol.evaluate_table(data, size, seed)]
-    if table.sibling and size is not None and size <= 1000:
-        found.append(protocol.evaluate_table(data, size, seed, _fitted(table, table.sibling)))
-    found += protocol.evaluate_baselines(data, size, seed)
+    if size is None:
+        found.append(protocol.evaluate_table(data, size, seed, fine=True))
+    elif table.sibling and size <= 1000:
+        lent = replace(table, measurement=table.sibling).fitted()
+        found.append(protocol.evaluate_table(data, size, seed, prior=lent))
+    if not table.dtype.endswith("_wo"):
+        found += protocol.evaluate_baselines(data, size, seed)
     return [{**result, "table": name, "rows": size or 0} for result in found]
 
 
-def _other_stack(name: str, seed: int) -> list[Row]:
-    table = GEMMS[name.removesuffix("_sglang")]
-    other = table.load(table.measurement.replace("trtllm", "sglang"))
-    moved = protocol.transfer(_fitted(table), other, seed)
-    return [{**result, "table": name, "rows": result["trained_on"]} for result in moved]
+def _stack(table: Table, source: Table, seeds: Sequence[int]) -> list[Row]:
+    device, operator, stack = table.measurement.split("/")
+    known = {"table": f"{operator}, a stack left out", "left_out": f"{device} {stack}"}
+    found = (r for seed in seeds for r in stacks.left_out(source.fitted(), table.load(), seed))
+    return [{**result, **known} for result in found]
 
 
 def _h200() -> list[Row]:
-    scores = protocol.judge(_fitted(GEMMS["h100"]), GEMMS["h200"].load())
+    scores = protocol.judge(GEMMS["h100"].fitted(), GEMMS["h200"].load())
     return [row("H100's section on the H200's datasheet", 0, 0, scores, "h200_from_h100")]
 
 
 @lru_cache(maxsize=1)
-def _rtx_rows() -> tuple[HardwareProfile, Records] | None:
-    folder, hw = shared_folder(), load_hardware("rtx_4090")
-    return None if folder is None else (hw, rtx_tables(folder, hw))
+def _rtx_rows() -> tuple[HardwareProfile, Records]:
+    folder, hw = shared_folder(), datasheet("rtx_4090")
+    assert folder is not None
+    return hw, rtx_tables(folder, hw)
 
 
-def _rtx_4090(hw: HardwareProfile, records: Records) -> list[Row]:
+def _rtx_4090() -> list[Row]:
+    hw, records = _rtx_rows()
     table = gemm_rows(records, hw, "bf16")
     labels = np.array([f"n={int(n)} k={int(k)}" for n, k in zip(table.data.n, table.data.k, strict=True)])
-    lender = _fitted(GEMMS["l40s"])
-    prior = replace(lender, arrays=MappingProxyType(smooth_arrays(lender.arrays)))
     out = []
-    for name, lent in (("prunesim", None), ("prunesim + prior", prior)):
+    for name, lent in (("prunesim", None), ("prunesim + prior", _fitted(GEMMS["l40s"]))):
         method = f"{name}, one projection left out"
         results = protocol.leave_one_out(table, labels, lent)
         out += [{**result, "table": "rtx_4090", "method": method} for result in results]
     return out
 
 
-def _attention(seed: int, sizes: Sequence[int | None]) -> list[Row]:
-    out: list[Row] = []
-    for phase, name, table in protocol_operators.TABLES:
-        hw = load_hardware(name)
-        calls = calls_of(load_measurements(table, dtype="bf16"), phase, Machine.of(hw))
-        calls = calls.take(calls.head_dim == HEAD_DIM)
-        for question in protocol_operators.QUESTIONS:
-            for size in _large(sizes):
-                scores = protocol_operators.score_attention(calls, hw.architecture, question, size, seed)
-                out.append(row(f"{phase}, unseen {question}", seed, size, scores, f"attention {name}", size))
-    return out
+def _attention(table: Table, question: str, seeds: Sequence[int]) -> list[Row]:
+    device, operator, stack = table.measurement.split("/")
+    found = (protocol.evaluate_table(table.load(), None, seed, question, fold_by=(question,)) for seed in seeds)
+    known = {"table": f"attention {device}, {stack}", "method": f"{operator.removeprefix('attention_')}, {question}"}
+    return [{**result, **known} for result in found]
 
 
-def _elementwise(hw: HardwareProfile, records: Records, seeds: Sequence[int], sizes: Sequence[int | None]) -> list[Row]:
+def _elementwise(seeds: Sequence[int], sizes: Sequence[int | None]) -> list[Row]:
+    hw, records = _rtx_rows()
     r = records.select(records.is_operator("elementwise"))
     device = hw.l2_bytes, hw.bandwidth_bytes_per_s, hw.architecture
     moves = Moves(r.read_bytes + r.write_bytes, class_code(r.role), r.seconds, *device)
     out = []
-    for size in _large(sizes):
+    for size in (size or 0 for size in sizes if size is None or size >= 400):
         for seed in seeds:
-            scores = protocol_operators.score_elementwise(moves, size, seed)
+            scores = protocol.score_elementwise(moves, hw, size, seed)
             out.append(row("prunesim", seed, size, scores, "elementwise rtx_4090", size))
     return out
-
-
-def _large(sizes: Sequence[int | None]) -> list[int]:
-    """Training rows that operators with few rows are judged at, 0 for all."""
-    return [size or 0 for size in sizes if size is None or size >= 400]
 
 
 # fmt: off
@@ -198,8 +255,12 @@ COLUMNS: tuple[tuple[str, str, int], ...] = (
     ("speedup median", "speedup median", 2), ("speedup p95", "speedup p95", 1), ("Spearman", "speedup spearman", 3),
     ("coverage", "coverage", 1), ("lowest", "lowest coverage", 1), ("width", "width", 1),
 )
+STACK_COLUMNS: tuple[tuple[str, str, int], ...] = (
+    ("MAPE", "mape", 2), ("p95", "p95", 1), ("in", "coverage", 1), ("+-", "width", 0),
+    ("ratio p95", "speedup p95", 1), ("ratio in", "ratio coverage", 1), ("ratio +-", "ratio width", 0),
+)
 # fmt: on
-"""Columns of a table: title, score, digits; those that no row of the table has are left out."""
+"""Columns of a table, and of that of stacks left out: title, score, digits; those that no row has are left out."""
 
 
 def titles(rows: Sequence[Row]) -> list[str]:
@@ -209,25 +270,53 @@ def titles(rows: Sequence[Row]) -> list[str]:
 
 def means(rows: Sequence[Row], table: str) -> list[Row]:
     """Rows of one table, averaged over seeds."""
-    groups: dict[tuple[str, int], list[Row]] = {}
+    groups: dict[tuple[str, ...], list[Row]] = {}
     for r in rows:
         if r["table"] == table:
-            groups.setdefault((r["method"], r["rows"]), []).append(r)
+            groups.setdefault((r.get("left_out", ""), r["method"], r["rows"]), []).append(r)
     out = []
-    for (method, size), group in groups.items():
+    for (left_out, method, size), group in groups.items():
         names = [n for n, v in group[0].items() if isinstance(v, float) and all(n in r for r in group)]
         mean = {n: float(np.mean([r[n] for r in group])) for n in names}
-        out.append({"method": method, "rows": size, "seeds": len(group), **mean})
-    return sorted(out, key=lambda r: r["rows"] or 10**9)
+        out.append({"left_out": left_out, "method": method, "rows": size, "seeds": len(group), **mean})
+    return sorted(out, key=lambda r: (r["left_out"], 0 if r["method"] == "as shipped" else r["rows"] or 10**9))
 
 
 def columns_of_table(rows: Sequence[Row], table: str) -> list[tuple[str, list[str]]]:
     """One table as (title, cells), means over seeds."""
     found = means(rows, table)
-    sizes = [str(r["rows"] or ("-" if "as shipped" in r["method"] else "all")) for r in found]
-    columns = [("method", [str(r["method"]) for r in found]), ("rows", sizes)]
+    if any(r["left_out"] for r in found):
+        return _columns_of_stacks(found)
+    columns = [("method", [str(r["method"]) for r in found]), ("rows", [str(r["rows"] or "all") for r in found])]
     for title, score, digits in COLUMNS:
         if any(score in r for r in found):
-            cells = ["" if r.get(score, np.nan) != r.get(score, np.nan) else f"{r[score]:.{digits}f}" for r in found]
-            columns.append((title, cells))
+            columns.append((title, [_cell(r, score, digits) for r in found]))
     return columns
+
+
+def _columns_of_stacks(found: Sequence[Row]) -> list[tuple[str, list[str]]]:
+    """A line a stack and number of its rows, in the end their means: scores of the posterior (without rows: as
+    shipped), and the MAPE of what is simpler."""
+    at = {(r["left_out"], r["method"], r["rows"]): r for r in found}
+    every = list(dict.fromkeys(r["left_out"] for r in found))
+    sizes = sorted({r["rows"] for r in found})
+    lines = [(left, size, [left]) for left in every for size in sizes] + [("mean", size, every) for size in sizes]
+
+    def cells(method: str, score: str, digits: int) -> list[str]:
+        out = []
+        for _, size, mine in lines:
+            key = "as shipped" if not size and method == "posterior" else method
+            group = [at.get((left, key, size), {}) for left in mine]
+            mean = {score: np.mean([r[score] for r in group])} if all(score in r for r in group) else {}
+            out.append(_cell(mean, score, digits))
+        return out
+
+    columns = [("left out", [name for name, *_ in lines]), ("rows", [str(size) for _, size, _ in lines])]
+    columns += [(title, cells("posterior", score, digits)) for title, score, digits in STACK_COLUMNS]
+    simpler = [(name, cells(name, "mape", 2)) for name in stacks.MOVES]
+    return columns + [(name, values) for name, values in simpler if any(values)]
+
+
+def _cell(row: Mapping[str, Any], score: str, digits: int) -> str:
+    value = row.get(score, np.nan)
+    return "" if value != value else f"{value:.{digits}f}"

@@ -1,38 +1,48 @@
-"""How accuracy is judged, once for everybody (DESIGN section 10): splits by (n, k), errors on unseen pairs, speedups of
-neighbours, coverage, baselines.
+"""How accuracy is judged, once for everybody (DESIGN section 12): splits by groups of shapes, errors on unseen ones,
+ratios of neighbours, what intervals hold, baselines.
 
 Use :func:`evaluate_table` for one :class:`Measured` table, seed and size of training set; :func:`leave_one_out` for
-tables of a few projections; :func:`transfer` for another stack of the same device. Scores are plain mappings, in
+tables of a few projections; :mod:`calibration.judge.stacks` leaves a software stack out. Scores are plain mappings, in
 percent but for Spearman and counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.fit.conformal import neighbours
+from calibration.fit.attention import SHAPE, fit_attention
 from calibration.fit.core import Shapes
-from calibration.fit.gemm import anchor_gemm, fit_gemm
+from calibration.fit.elementwise import Moves, fit_elementwise
+from calibration.fit.errors import neighbours, pairs_along
+from calibration.fit.gemm import fit_gemm
+from calibration.fit.predict import joined, predict
+from calibration.fit.solver import numbered
 from calibration.judge import scores
 from calibration.judge.baselines import BASELINES
-from calibration.judge.validate import joined
-from simulator.hardware.profile import HardwareProfile, Section
-from simulator.kernels.gemm import gemm_time, with_section
+from calibration.records.table import Records, Source
+from simulator.hardware.constants import CLASSES
+from simulator.hardware.profile import HardwareProfile, Section, formats_of
+from simulator.kernels.elementwise import elementwise_time
 from simulator.kernels.gemm_core import Machine
-from simulator.kernels.intervals import OpTime
+from simulator.kernels.spread import OpTime
 
 F = NDArray[np.float64]
 Rows = NDArray[np.intp]
 Row = dict[str, Any]
 
 SEEDS = (0, 1, 2)
-SIZES: tuple[int | None, ...] = (100, 400, 4000, None)
+SIZES: tuple[int | None, ...] = (400, None)
+QUESTIONS: tuple[str, ...] = ("heads", "lengths")
+"""What an attention fit has not seen: pairs of heads and KV heads, or query lengths of prefill, cache lengths of
+decode."""
 TEST_SHARE = 0.3
+COLD_L2 = 4.0
+"""Times the L2 that rotated weights must take to count as cold: below, some of them stay."""
 LLM_WIDTHS: tuple[tuple[int, int], ...] = (
     (4096, 4096), (6144, 4096), (1024, 4096), (14336, 4096), (28672, 4096), (4096, 14336),
     (8192, 8192), (10240, 8192), (28672, 8192), (8192, 28672),
@@ -42,29 +52,67 @@ LLM_WIDTHS: tuple[tuple[int, int], ...] = (
 
 @dataclass(frozen=True)
 class Measured:
-    """GEMMs of one table, the profile whose datasheet belongs to them, and their number format."""
+    """Rows of one operator in one table, the profile whose datasheet belongs to them, and their number format."""
 
-    data: Shapes
+    data: Any  # Shapes of GEMMs, MeasuredCalls of attention
     hw: HardwareProfile
     dtype: str = "bf16"
+
+    @property
+    def operator(self) -> str:
+        """Section of a profile that predicts them."""
+        return "gemm" if isinstance(self.data, Shapes) else f"attention_{self.data.phase}"
+
+    def groups(self, question: str = "") -> Rows:
+        """Number of what a split keeps whole: (n, k) of GEMMs; "heads" or "lengths" of attention."""
+        groups: Rows = self.data.groups if isinstance(self.data, Shapes) else self.data.groups(question or "heads")
+        return groups
+
+    def pairs(self, question: str = "") -> Rows:
+        """Pairs (smaller, larger) that differ in one size, by a ratio in [0.25, 1): of GEMMs any, of attention KV
+        groups with their query heads ("heads") or the length."""
+        d = self.data
+        if isinstance(d, Shapes):
+            return neighbours((d.m, d.n, d.k))
+        if question == "lengths":
+            return pairs_along(d.length, [d.batch, d.heads, d.kv_heads, d.head_dim])
+        return pairs_along(d.kv_heads, [d.batch, d.q_len, d.kv_len, d.heads / d.kv_heads, d.head_dim])
 
     def take(self, rows: Any) -> Measured:
         """Rows by mask or index."""
         return replace(self, data=self.data.take(rows))
 
-    def drawn(self, size: int | None, seed: int) -> tuple[Measured, Measured]:
-        """``size`` rows of the training pairs (None: all) for a fit to see, and every row of the unseen pairs."""
-        train, test = split(self.data, seed)
+    def drawn(self, size: int | None, seed: int, question: str = "") -> tuple[Measured, Measured]:
+        """``size`` rows of the training groups (None: all) for a fit to see, and every row of the unseen groups."""
+        train, test = split(self.groups(question), seed)
         return self.take(draw(train, size, seed)), self.take(test)
 
-    def fit(self, **known: Any) -> Section:
-        """The section :func:`fit_gemm` makes of all rows."""
-        return fit_gemm(self.data, self.hw, dtype=self.dtype, **known).section
+    def records(self) -> Records:
+        """The rows as a file would hold them."""
+        d, columns = self.data, dict[str, Any]()
+        dtype, weight = formats_of(self.dtype, self.hw.rates)
+        if isinstance(d, Shapes):
+            cold = np.isinf(d.copies)
+            columns = {"m": d.m, "n": d.n, "k": d.k, "cold": cold, "copies": np.where(cold, 0.0, d.copies)}
+            columns["weight_dtype"] = weight
+        else:
+            columns = {name: getattr(d, name) for name in SHAPE} | {"cold": np.broadcast_to(d.warm, len(d)) == 0.0}
+        columns |= {"operator": self.operator, "dtype": dtype, "seconds": d.seconds}
+        return Records.from_columns([Source("")], **columns)
 
-    def times(self, section: Section) -> OpTime:
-        """Times a section gives the rows under their own protocol (warm or cold weights)."""
-        d, copies = self.data, None if np.isinf(self.data.copies).all() else self.data.copies
-        return gemm_time(d.m, d.n, d.k, with_section(self.hw, self.dtype, section), dtype=self.dtype, copies=copies)
+    def fit(self, **known: Any) -> Section:
+        """The section fitted to all rows."""
+        if isinstance(self.data, Shapes):
+            return fit_gemm(self.data, self.hw, dtype=self.dtype, **known).section
+        return fit_attention(self.data, self.hw.architecture, **known).section
+
+    def profile(self, section: Section, same_stack: bool = True) -> HardwareProfile:
+        """The device with a section alone, asked of the stack it was fitted on or (``same_stack`` false) of another."""
+        return replace(self.hw.calibrated({(self.operator, self.dtype): section}), same_stack=same_stack)
+
+    def times(self, hw: HardwareProfile) -> OpTime:
+        """Times a profile gives the rows under their own protocol (warm or cold weights), with their doubt."""
+        return predict(self.records(), hw).time
 
 
 def row(method: str, seed: int, trained_on: int, scores: Mapping[str, float], table: str = "", rows: int = 0) -> Row:
@@ -72,9 +120,8 @@ def row(method: str, seed: int, trained_on: int, scores: Mapping[str, float], ta
     return {"table": table, "method": method, "rows": rows, "trained_on": trained_on, "seed": seed, **scores}
 
 
-def split(data: Shapes, seed: int) -> tuple[Rows, Rows]:
-    """Rows to train on and to test on: 30 % of the (n, k) pairs are kept unseen."""
-    groups = data.groups
+def split(groups: Rows, seed: int) -> tuple[Rows, Rows]:
+    """Rows to train on and to test on: 30 % of the groups are kept unseen."""
     count = int(groups.max()) + 1
     order = np.random.default_rng(seed).permutation(count)
     unseen = np.isin(groups, order[: round(TEST_SHARE * count)])
@@ -88,30 +135,29 @@ def draw(rows: Rows, size: int | None, seed: int) -> Rows:
     return np.sort(np.random.default_rng(seed + 100).choice(rows, size, replace=False))
 
 
-def errors(predicted: F, data: Shapes) -> dict[str, float]:
-    """:func:`calibration.judge.scores.errors` in percent, and the MAPE by range of m."""
+def errors(predicted: F, data: Any) -> dict[str, float]:
+    """:func:`calibration.judge.scores.errors` in percent, and of GEMMs the MAPE by range of m."""
     found = scores.errors(predicted, data.seconds, 100.0)
-    for _, key, rows in scores.m_ranges(data.m):
+    for _, key, rows in scores.m_ranges(data.m) if isinstance(data, Shapes) else ():
         found[f"mape {key}"] = scores.errors(predicted[rows], data.seconds[rows], 100.0)["mape"]
     return found
 
 
-def speedups(predicted: F, data: Shapes, pairs: Rows | None = None) -> dict[str, float]:
-    """Error of the speedup larger over smaller of neighbours: median, p95, Spearman, count."""
-    pairs = neighbours((data.m, data.n, data.k)) if pairs is None else pairs
+def speedups(predicted: F, data: Any, pairs: Rows) -> dict[str, float]:
+    """Error of the speedup larger over smaller of pairs: median, p95, Spearman, count."""
     found = scores.speedups(predicted, data.seconds, pairs, 100.0)
     names = [name for name in ("median", "p95", "spearman", "pairs") if name in found]
     return {f"speedup {name}": float(found[name]) for name in names}
 
 
-def coverage(time: OpTime, data: Shapes) -> dict[str, float]:
-    """Percentage of measured times within their interval and its mean full width in percent of the prediction, all and
-    by range of m; lowest range."""
+def coverage(time: OpTime, data: Any) -> dict[str, float]:
+    """Percentage of measured times within their interval and its median half width in percent of the prediction; of
+    GEMMs also by range of m, and the lowest range."""
     inside = (data.seconds >= time.lower) & (data.seconds <= time.upper)
-    width = 100.0 * (time.upper - time.lower) / time.seconds
-    out = {"coverage": 100.0 * inside.mean(), "width": width.mean()}
-    for _, key, rows in scores.m_ranges(data.m):
-        out[f"coverage {key}"], out[f"width {key}"] = 100.0 * inside[rows].mean(), width[rows].mean()
+    width = 100.0 * (time.upper / time.seconds - 1.0)
+    out = {"coverage": 100.0 * inside.mean(), "width": np.median(width)}
+    for _, key, rows in scores.m_ranges(data.m) if isinstance(data, Shapes) else ():
+        out[f"coverage {key}"], out[f"width {key}"] = 100.0 * inside[rows].mean(), np.median(width[rows])
     out["lowest coverage"] = min(v for name, v in out.items() if name.startswith("coverage"))
     return {name: float(v) for name, v in out.items()}
 
@@ -128,10 +174,12 @@ def llm_pairs(data: Shapes, near: float = 0.26) -> Rows:
     return np.asarray(pairs[(far <= near)[large] & pruned])
 
 
-def judge(section: Section, table: Measured) -> dict[str, float]:
-    """All scores of a section on shapes it did not see."""
-    time, data = table.times(section), table.data
-    out = {**errors(time.seconds, data), **speedups(time.seconds, data), **coverage(time, data)}
+def judge(section: Section, table: Measured, question: str = "") -> dict[str, float]:
+    """All scores of a section on shapes of its own stack that it did not see."""
+    time, data = table.times(table.profile(section)), table.data
+    out = {**errors(time.seconds, data), **speedups(time.seconds, data, table.pairs(question)), **coverage(time, data)}
+    if not isinstance(data, Shapes):
+        return out
     pairs = llm_pairs(data)
     groups = [("", np.ones(len(pairs), dtype=bool))] if len(pairs) else []
     groups += [(key, rows) for _, key, rows in scores.m_ranges(data.m[pairs[:, 1]])]
@@ -139,35 +187,53 @@ def judge(section: Section, table: Measured) -> dict[str, float]:
         found = speedups(time.seconds, data, pairs[rows])
         del found["speedup spearman"]
         out |= {f"llm {name.removeprefix('speedup ')} {key}".strip(): value for name, value in found.items()}
-    return out
+    return out | cold_scores(section, table)
 
 
-def evaluate_table(table: Measured, size: int | None, seed: int, prior: Section | None = None) -> Row:
-    """Fit on ``size`` rows (None: all) of the training pairs and judge on every row of the others; ``prior`` is the
-    section of a sibling or another stack."""
-    own, unseen = table.drawn(size, seed)
-    method = "prunesim" if prior is None else "prunesim + prior"
-    return row(method, seed, len(own.data), judge(own.fit(prior=prior, seed=seed), unseen))
+def cold_scores(section: Section, table: Measured) -> dict[str, float]:
+    """Bias and coverage of rows of few tokens whose rotated weights take :data:`COLD_L2` times the L2, asked as a
+    decoder has them: cold."""
+    d, machine = table.data, Machine.of(table.hw, table.dtype)
+    footprint = machine.weight_bytes * d.n * d.k * d.copies
+    rows = (d.m <= 16.0) & (footprint >= COLD_L2 * machine.l2_bytes)
+    if not rows.any():
+        return {}
+    cold = table.take(rows)
+    cold = replace(cold, data=replace(cold.data, copies=np.full(int(rows.sum()), np.inf)))
+    time, seconds = cold.times(cold.profile(section)), cold.data.seconds
+    inside = (seconds >= time.lower) & (seconds <= time.upper)
+    bias = scores.errors(time.seconds, seconds, 100.0)["bias"]
+    return {"cold bias": bias, "cold coverage": 100.0 * float(inside.mean())}
+
+
+def evaluate_table(table: Measured, size: int | None, seed: int, question: str = "", **known: Any) -> Row:
+    """Fit on ``size`` rows (None: all) of the training groups and judge on every row of the others; ``known`` goes to
+    the fit: a ``prior``, or ``fine`` lattices."""
+    own, unseen = table.drawn(size, seed, question)
+    method = "prunesim" + " + prior" * ("prior" in known) + ", finer lattices" * known.get("fine", False)
+    scores_ = judge(own.fit(seed=seed, **known), unseen, question)
+    return row(method, seed, len(own.data), scores_)
 
 
 def evaluate_baselines(table: Measured, size: int | None, seed: int) -> list[Row]:
     """The baselines on the same rows."""
     own, unseen = (part.data for part in table.drawn(size, seed))
+    pairs = neighbours((unseen.m, unseen.n, unseen.k))
     out = []
     for name, baseline in BASELINES.items():
         predicted = baseline(own, Machine.of(table.hw, table.dtype), unseen)
-        out.append(row(name, seed, len(own), {**errors(predicted, unseen), **speedups(predicted, unseen)}))
+        out.append(row(name, seed, len(own), {**errors(predicted, unseen), **speedups(predicted, unseen, pairs)}))
     return out
 
 
-def transfer(section: Section, table: Measured, seed: int, sizes: Sequence[int] = (20, 100, 400)) -> list[Row]:
-    """A section on another stack's table: as shipped, and re-anchored on some shapes; judged on unseen (n, k) pairs."""
-    out = [row("as shipped", seed, 0, judge(section, table.drawn(None, seed)[1]))]
-    for size in sizes:
-        own, unseen = table.drawn(size, seed)
-        moved = anchor_gemm(section, own.data, own.hw, dtype=own.dtype).section
-        out.append(row("re-anchored", seed, len(own.data), judge(moved, unseen)))
-    return out
+def score_elementwise(moves: Moves, hw: HardwareProfile, rows: int, seed: int) -> dict[str, float]:
+    """Scores of a fit to ``rows`` (0: all) elementwise operators on sizes it never saw."""
+    train, test = split(numbered(moves.bytes_), seed)
+    section, unseen = fit_elementwise(moves.take(draw(train, rows or None, seed)), seed=seed).section, moves.take(test)
+    role, own = np.array(CLASSES)[unseen.code], hw.calibrated({("elementwise", "bf16"): section})
+    time, long = elementwise_time(unseen.bytes_, 0.0, own, role=role), unseen.seconds > 1e-5
+    scored = {**errors(time.seconds, unseen), **coverage(time, unseen)}
+    return {**scored, "mape over 10us": scores.errors(time.seconds[long], unseen.seconds[long], 100.0)["mape"]}
 
 
 def leave_one_out(table: Measured, labels: NDArray[Any], prior: Section | None = None) -> list[Row]:
@@ -178,7 +244,7 @@ def leave_one_out(table: Measured, labels: NDArray[Any], prior: Section | None =
         test = table.take(labels == label)
         section = table.take(labels != label).fit(prior=prior)
         out.append(row(str(label), i, len(labels) - len(test.data), judge(section, test)))
-        times.append(test.times(section))
+        times.append(test.times(test.profile(section)))
         tests.append(np.flatnonzero(labels == label))
     pooled, time = table.data.take(np.concatenate(tests)), joined(times)
     own = np.repeat(np.arange(len(tests)), [len(rows) for rows in tests])

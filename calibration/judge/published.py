@@ -19,6 +19,7 @@ from calibration.judge.report import table
 from calibration.measurements import published
 from simulator.hardware.library import load_hardware
 from simulator.kernels.gemm import gemm_time
+from simulator.kernels.spread import ratio_half
 from simulator.kernels.stream import cost
 from simulator.models.library import load_model
 from simulator.models.lower import lower
@@ -104,8 +105,10 @@ def compare_dense() -> list[Comparison]:
     out = []
     for row in published("dense_latency"):
         w = lower(load_model(row["model"]), phase=row["phase"], batch=int(row["batch"]), seq=int(row["seq"]))
-        found = cost(w, load_hardware(row["hardware"]), row["runtime"])
-        low, high = (found.total_s * (float(side @ w.count) / found.device_s) for side in (found.lower, found.upper))
+        # FlashAttention-2 is what the vLLM tables ran
+        stack = "vllm" if "FlashAttention-2" in row["framework"] else ""
+        found = cost(w, load_hardware(row["hardware"], stack), row["runtime"])
+        low, high = found.total_lower_s, found.total_upper_s
         what = f"{row['model']}, {row['framework']}"
         where = f"{row['gpu']}, {row['phase']}, batch {row['batch']}, seq {row['seq']}, {row['runtime']}"
         measured = float(row["seconds"])
@@ -123,12 +126,13 @@ def _gemm_ratio(row: Mapping[str, str]) -> Comparison:
     m, n, k, few_n, few_k = (np.array([int(row[name])]) for name in ("m", "n", "k", "pruned_n", "pruned_k"))
     kernel, density = (Kernel.SPARSE24, 0.5) if row["what"] == "2:4" else (Kernel.DENSE, 1.0)
     # these benchmarks time one GEMM again and again, so its weights may stay in the L2 cache
-    common: dict[str, Any] = {"dtype": row["dtype"], "cold": False}
+    common: dict[str, Any] = {"dtype": row["dtype"], "cold": False, "doubt": True}
     dense = gemm_time(m, n, k, hw, **common)
     pruned = gemm_time(m, few_n, few_k, hw, kernel=np.array([kernel]), density=density, **common)
     ratio = float(dense.seconds[0] / pruned.seconds[0])
-    # halves of the intervals: errors of a GEMM and of its pruned neighbour are half correlated
-    spread = float(np.sqrt(pruned.upper[0] / pruned.lower[0]))
+    assert dense.doubt is not None
+    assert pruned.doubt is not None
+    spread = float(np.exp(ratio_half(dense.doubt, pruned.doubt))[0])
     shape = f"{row['m']}x{row['n']}x{row['k']}"
     if row["what"] != "2:4":
         shape += f" to {row['m']}x{row['pruned_n']}x{row['pruned_k']}"

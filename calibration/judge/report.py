@@ -28,7 +28,7 @@ CAPTIONS: Mapping[str, str] = {
     "sizes": "Error over each size.",
     "residuals": "Mean signed error by size, in octaves: red where the prediction is too slow, "
     "blue where it is too fast.",
-    "coverage": "Measured times inside their interval, by regime, and the interval's half width.",
+    "coverage": "Measured times inside their interval, by limit, and the interval's half width.",
 }
 
 
@@ -96,8 +96,8 @@ def markdown(report: Report, figures: Mapping[str, Mapping[str, str]] | None = N
         if "by_m" in p:
             rows = [[m, f"{v['rows']:,}", *_errors(v)] for m, v in p["by_m"].items()]
             lines += [table(["m", "rows", *ERROR_TITLES], rows), ""]
-        rows = [[c["regime"], f"{c['rows']:,}", percent(c["coverage"]), percent(c["width"])] for c in p["coverage"]]
-        lines += [table(["regime", "rows", inside, "half width %"], rows), ""]
+        rows = [[c["limit"], f"{c['rows']:,}", percent(c["coverage"]), percent(c["width"])] for c in p["coverage"]]
+        lines += [table(["limit", "rows", inside, "half width %"], rows), ""]
         for figure, address in (figures or {}).get(name, {}).items():
             lines += [f"![{name}: {figure}]({address})", "", CAPTIONS[figure], ""]
     return "\n".join(lines).rstrip() + "\n"

@@ -121,9 +121,9 @@ def _map(ax: Axes, x: F, y: F, error: F) -> Any:
 
 
 def coverage_figure(part: Part, level: float) -> Figure:
-    """Share of measured times inside their interval, by regime, beside the level; the interval's half width as text."""
+    """Share of measured times inside their interval, by limit, beside the level; the interval's half width as text."""
     found = coverage(part)
-    names, values = [f["regime"] for f in found], [100.0 * f["coverage"] for f in found]
+    names, values = [f["limit"] for f in found], [100.0 * f["coverage"] for f in found]
     figure = _figure(COLUMN_IN, 0.75 + 0.17 * len(found))
     inside = f"inside the {100 * level:.3g} % interval (%)"
     ax = figure.add_subplot(title=f"{part.operator}, {part.dtype}", xlabel=inside)
@@ -132,7 +132,7 @@ def coverage_figure(part: Part, level: float) -> Figure:
     ax.set(xlim=(max(min(75.0, min(values) - 5.0), 0.0), 100.0), ylim=(len(found) - 0.4, -0.6))
     ax.grid(axis="y", visible=False)
     for f in found:
-        width, place = f"±{100 * f['width']:.3g} %", (1.02, f["regime"])
+        width, place = f"±{100 * f['width']:.3g} %", (1.02, f["limit"])
         ax.annotate(width, place, xycoords=("axes fraction", "data"), va="center", fontsize=6)
     return figure
 

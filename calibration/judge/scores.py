@@ -1,5 +1,5 @@
-"""What predictions are worth, once for every judge: errors of times and of speedups, by size and by regime, and how
-often an interval holds.
+"""What predictions are worth, once for every judge: errors of times and of speedups, by size, and how often an
+interval holds.
 
 Use :func:`errors` and :func:`speedups` with arrays; :func:`summary` for every number of a report as
 plain data. Fractions, or percent with ``scale=100``.
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.fit.conformal import accuracy_of, neighbours
+from calibration.fit.errors import accuracy_of, neighbours
 from calibration.judge.validate import Part, Report
 
 F = NDArray[np.float64]
@@ -37,7 +37,7 @@ def m_ranges(m: F) -> Iterator[tuple[str, str, NDArray[np.bool_]]]:
 
 
 def errors(predicted_s: F, measured_s: F, scale: float = 1.0) -> dict[str, float]:
-    """:func:`calibration.fit.conformal.accuracy_of` of times."""
+    """:func:`calibration.fit.errors.accuracy_of` of times."""
     return accuracy_of(scale * (predicted_s / measured_s - 1.0))
 
 
@@ -93,14 +93,14 @@ def part_speedups(part: Part) -> dict[str, float]:
 
 def coverage(part: Part) -> list[dict[str, Any]]:
     """Share of the measured times inside their interval and its geometric half width (a factor less 1): "all", then by
-    regime."""
+    the limit that holds it."""
     inside = (part.measured_s >= part.lower_s) & (part.measured_s <= part.upper_s)
     half = 0.5 * np.log(part.upper_s / part.lower_s)
     out = []
-    for regime in ["all", *sorted(set(part.regime.tolist()))]:
-        rows = np.full(len(part), regime == "all") | (part.regime == regime)
+    for limit in ["all", *sorted(set(part.limit.tolist()))]:
+        rows = np.full(len(part), limit == "all") | (part.limit == limit)
         share, width = float(inside[rows].mean()), float(np.expm1(half[rows].mean()))
-        out.append({"regime": regime, "rows": int(rows.sum()), "coverage": share, "width": width})
+        out.append({"limit": limit, "rows": int(rows.sum()), "coverage": share, "width": width})
     return out
 
 

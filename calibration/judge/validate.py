@@ -6,25 +6,19 @@ makes numbers of it, :mod:`calibration.judge.report` a text, :mod:`calibration.j
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.fit.core import weight_copies
+from calibration.fit.predict import SECTIONS, parts_of, predict
 from calibration.records.screening import work
-from calibration.records.table import OPERATORS, Records
+from calibration.records.table import Records
 from simulator.errors import InputError
-from simulator.hardware.constants import CLASSES
 from simulator.hardware.profile import HardwareProfile
-from simulator.kernels.attention import decode_attention_time, prefill_attention_time
-from simulator.kernels.elementwise import class_code, elementwise_time
-from simulator.kernels.gemm import gemm_time
-from simulator.kernels.intervals import REGIMES, OpTime
-from simulator.workload import DTYPES, ROLES
+from simulator.workload import DTYPES
 
 F = NDArray[np.float64]
 
@@ -46,7 +40,7 @@ class Part:
     upper_s: F
     roofline_s: F  # max(FLOP / peak, bytes / bandwidth)
     simple_s: F  # the same with 0.8 of the bandwidth, plus 3 us
-    regime: NDArray[np.str_]  # of the interval
+    limit: NDArray[np.str_]  # that holds the predicted time
     status: str = "default"  # of the profile's section: "calibrated", "borrowed" or "default"
     seen: bool = False  # whether that was fitted on these very rows
 
@@ -84,24 +78,10 @@ def validate(hw: HardwareProfile, records: Records, *, dtype: str | None = None,
     ``skipped``. InputError, with the reasons, when no row can be predicted.
     """
     skipped: dict[str, int] = {}
-    timed = np.isfinite(records.seconds) & (records.seconds > 0)
-    if count := int((~timed).sum()):
-        skipped["the time is no positive number"] = count
-    records = records.select(timed)
-    parts = []
-    # copies are judged with the elementwise operators
-    operators = np.where(records.is_operator("copy"), OPERATORS.index("elementwise"), records.operator)
-    labels = records.labels().astype(str)
-    for code, label in sorted(set(zip(operators.tolist(), labels.tolist(), strict=True))):
-        rows, operator = records.select((operators == code) & (labels == label)), OPERATORS[code]
-        if dtype is not None and label != dtype:
-            continue
-        if operator not in _PREDICT:
-            skipped[f"{operator} is no single operator of the model"] = len(rows)
-        elif DTYPES[int(rows.dtype[0])] not in hw.rates:
-            skipped[f"{hw.name} has no {DTYPES[int(rows.dtype[0])]} arithmetic"] = len(rows)
-        else:
-            parts.append(_part(operator, label, rows, hw, level))
+    if dtype is not None:
+        records = records.select(records.labels().astype(str) == dtype)
+    found = parts_of(records, hw, skipped)
+    parts = [_part(operator, label, records.select(rows), hw, level) for operator, label, rows in found]
     if not parts:
         reasons = "; ".join(f"{count} rows: {reason}" for reason, count in skipped.items())
         raise InputError(f"nothing to validate{f': {reasons}' if reasons else ''}{f' in {dtype}' if dtype else ''}")
@@ -113,80 +93,25 @@ def validate(hw: HardwareProfile, records: Records, *, dtype: str | None = None,
 
 def _part(operator: str, label: str, r: Records, hw: HardwareProfile, level: float) -> Part:
     """Rows of one operator and format beside their prediction and two rooflines."""
-    section, predict = _PREDICT[operator]
-    if operator == "attention_decode":
-        r = r.select(np.argsort(r.cold, kind="stable"))  # its model takes warm and cold caches one after the other
-    dtype, weight = DTYPES[int(r.dtype[0])], DTYPES[int(r.weight_dtype[0])]
-    time, sizes, regime = predict(r, hw, {"dtype": dtype, "weight_dtype": weight, "level": level})
+    dtype, found = DTYPES[int(r.dtype[0])], predict(r, hw, level)
+    time = found.time
     flops, weights, others = work(r)
     compute, moved = flops / hw.peak_flop_per_s(dtype), (weights + others) / hw.bandwidth_bytes_per_s
-    fitted = hw.section(section, dtype)
+    if operator == "collective":
+        moved = time.roofline_s
+    fitted = hw.section(SECTIONS[operator], dtype)
     origin = fitted.provenance
     return Part(
         operator,
         label,
-        MappingProxyType({name: np.asarray(v, dtype=np.float64) for name, v in sizes.items()}),
+        MappingProxyType({name: np.asarray(v, dtype=np.float64) for name, v in found.sizes.items()}),
         r.seconds.astype(np.float64),
         time.seconds,
         time.lower,
         time.upper,
         np.maximum(compute, moved),
         np.maximum(compute, moved / SIMPLE_SHARE) + SIMPLE_FLOOR_S,
-        np.asarray(regime, dtype=np.str_),
+        time.limits,
         fitted.status,
         origin is not None and origin.rows == len(r) and origin.digest == r.tidy().digest(),
     )
-
-
-Predicted = tuple[OpTime, Mapping[str, Any], Any]
-"""Times, sizes and regimes of the rows of an operator."""
-
-
-def joined(times: Sequence[OpTime]) -> OpTime:
-    """Times of several calls, one after the other."""
-    return OpTime(**{f.name: np.concatenate([getattr(t, f.name) for t in times]) for f in fields(OpTime)})
-
-
-def _gemm(r: Records, hw: HardwareProfile, options: Mapping[str, Any]) -> Predicted:
-    kernel = 1 if r.is_operator("gemm_2to4")[0] else 0
-    t = gemm_time(r.m, r.n, r.k, hw, kernel=kernel, copies=weight_copies(r), detail=True, **options)
-    total = t.seconds / t.residual
-    code = 3 * ((r.m > 16).astype(int) + (r.m > 256)) + (total > 2.0 * t.fixed_s) + (total > 8.0 * t.fixed_s)
-    return t, {"m": r.m, "n": r.n, "k": r.k}, np.array(REGIMES)[code]
-
-
-def _attention(r: Records, hw: HardwareProfile, options: Mapping[str, Any]) -> Predicted:
-    common = {"dtype": options["dtype"], "kv_dtype": options["weight_dtype"], "level": options["level"]}
-
-    def call(time: Callable[..., OpTime], lengths: Sequence[str], x: Records, **more: Any) -> OpTime:
-        shape = [getattr(x, name) for name in ("batch", *lengths, "heads", "kv_heads", "head_dim")]
-        return time(*shape, hw, window=x.window, density=x.density, **common, **more)
-
-    if r.is_operator("attention_decode")[0]:
-        # the published tables read one cache again and again, this program's own measurements do not
-        groups = [(cold, r.select(r.cold == cold)) for cold in (False, True)]
-        t = joined([call(decode_attention_time, ["kv_len"], rows, cold=c) for c, rows in groups if len(rows)])
-        sizes = {"kv_len": r.kv_len}
-    else:
-        t = call(prefill_attention_time, ["q_len", "kv_len"], r, block=r.block)
-        sizes = {"q_len": r.q_len, "history": r.kv_len - r.q_len}
-    sizes |= {"batch": r.batch, "kv_heads": r.kv_heads, "group": r.heads // r.kv_heads, "head_dim": r.head_dim}
-    return t, sizes, t.limits
-
-
-def _elementwise(r: Records, hw: HardwareProfile, options: Mapping[str, Any]) -> Predicted:
-    # a copy is of the class of copies
-    role = np.where(r.is_operator("copy") | (r.role < 0), ROLES.index("cache_write"), r.role)
-    t = elementwise_time(r.read_bytes, r.write_bytes, hw, role=role, dtype=options["dtype"])
-    return t, {"bytes": r.read_bytes + r.write_bytes, "role": role}, np.array(CLASSES)[class_code(role)]
-
-
-_PREDICT: Mapping[str, tuple[str, Callable[..., Predicted]]] = {
-    "gemm": ("gemm", _gemm),
-    "gemm_2to4": ("gemm", _gemm),
-    "attention_prefill": ("attention_prefill", _attention),
-    "attention_block_sparse": ("attention_prefill", _attention),
-    "attention_decode": ("attention_decode", _attention),
-    "elementwise": ("elementwise", _elementwise),
-}
-"""Section of the profile and prediction of each operator of a record."""

@@ -2,8 +2,9 @@
 
 :func:`base_plan` spreads shapes over (m, n, k) in logarithmic space, with sizes that language models have and odd ones
 between them, and adds attention, elementwise, copy and launch items; :func:`for_model` takes exactly the shapes it is
-given. Both return a :class:`Plan`: items in random order by seed, each with an estimated cost, that together fit the
-budget. Groups (n, k) are held out here, before anything is measured, so that no fit can have seen them.
+given; both in random order by seed. :func:`in_order` keeps an order, as :func:`next_rows` finds the best one. All
+return a :class:`Plan`: items, each with an estimated cost, that together fit the budget. Groups (n, k) are held out
+here, before anything is measured, so that no fit can have seen them.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from calibration.devices.protocol import Operator
 from calibration.measure.shapes import gemm_stream, other_streams
 from calibration.measure.timing import Protocol
 from simulator.errors import InputError
+from simulator.kernels.spread import near
+
+F = NDArray[np.float64]
 
 FIT, HOLDOUT, EXACT, ANCHOR = "fit", "holdout", "exact", "anchor"
 HOLDOUT_SHARE = 0.2  # of the (n, k) groups of a base plan, and of the items that have none, to keep from the fit
@@ -212,13 +217,48 @@ def for_model(
     >>> sorted(item.operator.m for item in plan.items), plan.items[0].purpose
     ([1, 8], 'exact')
     """
-    protocol = protocol or Protocol()
     operators = [Operator("gemm", dtype, m=int(m), n=int(n), k=int(k)) for m, n, k in shapes]
     if not operators:
         raise InputError("for_model: there are no shapes to measure")
-    unique = {op.key: op for op in operators}
-    items = [Item(op, EXACT, rates.cost_s(op, protocol)) for op in unique.values()]
-    return Plan(_shuffled(items, seed), anchor_operator(rates, dtype, protocol), seed, budget_s)
+    plan = in_order(operators, rates, protocol=protocol, budget_s=budget_s, seed=seed)
+    return replace(plan, items=_shuffled(plan.items, seed))
+
+
+def in_order(
+    operators: Sequence[Operator],
+    rates: Rates,
+    *,
+    protocol: Protocol | None = None,
+    budget_s: float = math.inf,
+    seed: int = 0,
+) -> Plan:
+    """A plan of exactly these operators, at least one, in their order; cold GEMMs are kept with the profile."""
+    protocol = protocol or Protocol()
+    unique = {op.key: op for op in operators}.values()
+    items = [Item(op, EXACT if op.kind == "gemm" else FIT, rates.cost_s(op, protocol)) for op in unique]
+    return Plan(tuple(items), anchor_operator(rates, operators[0].dtype, protocol), seed, budget_s)
+
+
+def next_rows(rows: Mapping[str, F], targets: F, count: int) -> list[int]:
+    """Which of n rows to measure: first the one that takes most of the variance of some targets, then the one that does
+    after it, and so on, ``count`` of them.
+
+    ``rows`` are arrays of the error model (:meth:`simulator.kernels.spread.Doubt.columns`) and their ``kind`` (n,);
+    ``targets`` (t, n) is the covariance of each target with each row, as by :meth:`PassDoubt.covariance`.
+    """
+    local, place, kind = rows["local"], rows["place"], rows["kind"]
+    common = rows["shared"] @ rows["shared"].T
+    common += near(place, place) * np.outer(local, local) * (kind[:, None] == kind)
+    left, targets, order = np.ones(len(local), dtype=bool), np.array(targets), []
+    for _ in range(min(count, len(local))):
+        variance = np.diag(common) + np.maximum(rows["own"], 1e-6)
+        best = int(np.argmax(np.where(left, (targets * targets).sum(axis=0) / variance, -1.0)))
+        order.append(best)
+        left[best] = False
+        told = common[best] / variance[best]  # of the error of each row, by one of this
+        targets -= np.outer(targets[:, best], told)
+        common -= np.outer(common[best], told)
+    return order
 
 
 def _shuffled(items: Sequence[Item], seed: int) -> tuple[Item, ...]:

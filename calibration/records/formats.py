@@ -17,7 +17,7 @@ from calibration.records.screening import Screen
 from calibration.records.table import LAUNCHES, OPERATORS, Records, Source
 from simulator.columns import Array
 from simulator.errors import InputError, one_line, unknown
-from simulator.workload import DTYPES, ROLES
+from simulator.workload import DTYPE_BYTES, DTYPES, ROLES
 
 Columns = Mapping[str, Array]
 
@@ -35,6 +35,7 @@ class Draft:
     sources: tuple[Source, ...]
     screen: Screen  # the rows, with those the reader refused already
     rotated: bool = False  # whether GEMMs went round a few copies of their weights, the number to be inferred
+    still: bool = False  # whether operands were no random numbers: arithmetic on them saves power and runs too fast
     notes: tuple[str, ...] = ()
 
 
@@ -48,8 +49,9 @@ def draft_of_records(records: Records, notes: tuple[str, ...] = ()) -> Draft:
 AICONFIGURATOR_METHOD = "aiconfigurator collector: CUDA graph replay, weights rotated over at most 6 copies"
 # fmt: off
 _AIC_DTYPES: Mapping[str, tuple[str, str]] = {  # activations, weights; sq is SmoothQuant
-    "bfloat16": ("bf16", "bf16"), "float16": ("fp16", "fp16"), "fp8": ("fp8", "fp8"), "sq": ("int8", "int8"),
-    "int8_wo": ("bf16", "int8"), "int4_wo": ("bf16", "int4"),
+    "bfloat16": ("bf16", "bf16"), "float16": ("fp16", "fp16"), "half": ("fp16", "fp16"), "fp8": ("fp8", "fp8"),
+    "fp8_block": ("fp8", "fp8_block"), "nvfp4": ("nvfp4", "nvfp4"), "int8": ("int8", "int8"),
+    "sq": ("int8", "int8"), "int8_wo": ("bf16", "int8"), "int4_wo": ("bf16", "int4"),
 }
 _AIC_SHARED = ("framework", "version", "device", "op_name", "kernel_source", "latency")
 _AIC_GEMM = ("gemm_dtype", "m", "n", "k")
@@ -57,8 +59,13 @@ _AIC_SIZES = {"batch_size": "batch", "num_heads": "heads", "num_key_value_heads"
 _AIC_ATTENTION = (
     "batch_size", "isl", "num_heads", "num_key_value_heads", "head_dim", "attn_dtype", "kv_cache_dtype", "step",
 )
+_AIC_COLLECTIVE = ("num_gpus", "message_size")
+_AIC_COLLECTIVES = {name: name.replace("alltoall", "all_to_all") for name in (
+    "all_reduce", "all_gather", "alltoall", "reduce_scatter",
+)}
 _AIC_OPERATORS: Mapping[str, str] = {
     "gemm": "gemm", "context_attention": "attention_prefill", "generation_attention": "attention_decode",
+    **dict.fromkeys(_AIC_COLLECTIVES, "collective"),
 }
 # fmt: on
 # a collection with decode times that memory cannot have delivered, its bytes/s and bytes of L2 (NVIDIA A100 80GB
@@ -68,34 +75,39 @@ _AIC_PEAK_BYTES_PER_S, _AIC_L2_BYTES = 2.039e12, 40 * 2**20
 
 
 def read_aiconfigurator(table: Columns, path: Path, digest: str) -> Draft:
-    """A ``*_perf.parquet`` table of the package aiconfigurator-core: GEMM, context attention or generation attention.
+    """A ``*_perf.parquet`` table of aiconfigurator-core: GEMM, attention (context or generation), or collectives.
 
     Times are milliseconds there. A context row has ``isl`` new positions over ``step`` cached ones; a generation row
-    one new position over ``step``. Block-scaled and 4-bit float formats have no counterpart here and are refused.
+    one new position over ``step``. A collective's ``message_size`` counts elements of what each device holds: before
+    an all-reduce, reduce-scatter or all-to-all, after an all-gather.
     """
     _need(table, _AIC_SHARED, path)
     operator = _texts(table["op_name"])
     for name in np.unique(operator):
         if name not in _AIC_OPERATORS:
             raise unknown(f"{path}: op_name", str(name), _AIC_OPERATORS)
-    gemm = "gemm" in operator
-    _need(table, _AIC_GEMM if gemm else _AIC_ATTENTION, path)
-    for framework in np.unique(_texts(table["framework"])):
-        if framework.upper() == "VLLM":
-            why = "its GEMM weights were not initialised, and multiplying zeros saves power and raises clocks"
-            rate = "up to 967 TFLOP/s on an H100"
-            raise InputError(f"{path}: collections of {framework} are refused: {why} ({rate}); take trtllm or sglang")
+    kind = _AIC_OPERATORS[operator[0]] if len(operator) else "gemm"  # a file holds one kind
+    gemm, collective = kind == "gemm", kind == "collective"
+    _need(table, _AIC_GEMM if gemm else _AIC_COLLECTIVE if collective else _AIC_ATTENTION, path)
     size = len(table["latency"])
     screen = Screen(size)
+    kernel = _texts(table["kernel_source"])
     columns: dict[str, Array] = {
         "operator": _mapped(operator, _AIC_OPERATORS),
         "seconds": _number(table["latency"]) * 1e-3,
-        "launch": np.full(size, "graph", dtype=object),
+        "launch": np.where(np.char.endswith(kernel, "_eager"), "eager", "graph").astype(object),
     }
     if gemm:
         columns |= {name: _number(table[name]) for name in ("m", "n", "k")}
         columns["copies"] = np.full(size, 6.0)
         formats = (table["gemm_dtype"],) * 2
+    elif collective:
+        of = "allreduce_dtype" if "allreduce_dtype" in table else "nccl_dtype"
+        _need(table, (of,), path)
+        roles = {theirs: float(ROLES.index(ours)) for theirs, ours in _AIC_COLLECTIVES.items()}
+        columns |= {"batch": _number(table["num_gpus"]), "role": np.array([roles[name] for name in operator])}
+        columns |= {"copies": np.ones(size), "cold": np.zeros(size, np.bool_)}  # every replay sends the same buffer
+        formats = (table[of],) * 2
     else:
         step, isl = _number(table["step"]), _number(table["isl"])
         columns |= {ours: _number(table[theirs]) for theirs, ours in _AIC_SIZES.items()}
@@ -107,16 +119,24 @@ def read_aiconfigurator(table: Columns, path: Path, digest: str) -> Draft:
         text = _texts(column)
         for other in np.unique(text[~np.isin(text, [*_AIC_DTYPES])]):
             screen.refuse(text == other, f"number format {other} is not modelled")
-        columns[name] = _mapped(text, {aic: pair[place if gemm else 0] for aic, pair in _AIC_DTYPES.items()})
-    keys = np.stack([_texts(table[c]) for c in ("device", "framework", "version", "kernel_source")], axis=1)
-    if not gemm:
-        screen.refuse(_number(table.get("beam_width", np.ones(size))) != 1, "beam search")
+        weights = gemm and place
+        columns[name] = _mapped(text, {aic: pair[weights] for aic, pair in _AIC_DTYPES.items()})
+    if collective:
+        element = np.array([DTYPE_BYTES[DTYPES.index(name)] for name in columns["dtype"]])
+        columns["n"] = _number(table["message_size"]) * element
+    # NCCL's version stands beside the name of the engine that brought it
+    framework = np.where(kernel == "NCCL", "NCCL", _texts(table["framework"]))
+    keys = np.stack([_texts(table["device"]), framework, _texts(table["version"]), kernel], axis=1)
+    if kind == "attention_decode":
         _refuse_above_peak(screen, columns, (keys[:, :3] == _AIC_ABOVE_PEAK).all(axis=1))
+    if "beam_width" in table:
+        screen.refuse(_number(table["beam_width"]) != 1, "beam search")
     kinds, columns["source"] = _unique_rows(keys)
     origin = "/".join(path.parts[-5:])  # names the collection: system/operator/backend/version/file
     shared = {"method": AICONFIGURATOR_METHOD, "origin": origin, "digest": digest, "licence": "Apache-2.0"}
     sources = tuple(Source(d, {f: v}, k, **shared) for d, f, v, k in kinds)
-    return Draft(columns, sources, screen, rotated=gemm)
+    still = gemm and bool((np.char.upper(keys[:, 1]) == "VLLM").any())
+    return Draft(columns, sources, screen, rotated=gemm, still=still)
 
 
 def _mapped(text: Array, names: Mapping[str, str]) -> Array:

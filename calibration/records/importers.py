@@ -15,13 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from calibration.devices.protocol import OPERATORS as NEEDED
 from calibration.records.formats import MEASURED, Draft, draft_of_records, read_aiconfigurator, read_csv, read_measured
 from calibration.records.lines import content_records, untimed
 from calibration.records.parquet import is_records, read_records
-from calibration.records.screening import Refusals, Screen, join_repeats, rotated_copies, too_fast, work
+from calibration.records.screening import Refusals, Screen, compute_bound, join_repeats, rotated_copies, too_fast, work
 from calibration.records.store import MARK, parse
-from calibration.records.table import COUNTS, Records
+from calibration.records.table import COUNTS, NEEDED, Records
 from simulator.columns import Array
 from simulator.errors import InputError, unknown
 from simulator.files import csv
@@ -51,6 +50,7 @@ def import_table(
     dtype: str | None = None,
     column_map: Mapping[str, str] | None = None,
     device: str = "",
+    screened: bool = True,
 ) -> ImportResult:
     """Read a published table: a ``.parquet``, ``.csv`` or ``.jsonl`` file, or ``content`` out of an archive.
 
@@ -66,6 +66,8 @@ def import_table(
         For ``csv``: this program's column name to the file's (``{"m": "M", "latency_us": "time"}``).
     device : str
         For ``csv``: what was measured on, where the file does not say.
+    screened : bool
+        Whether rows faster than the datasheet allows are refused.
 
     Raises
     ------
@@ -77,7 +79,7 @@ def import_table(
         raise unknown("format", format, FORMATS)
     with np.errstate(invalid="ignore", over="ignore"):  # what becomes NaN or infinite is refused by row
         draft = _read(raw, Path(path), format, column_map, device)
-    return finish(draft, label=str(path), hw=hw, dtype=dtype)
+    return finish(draft, label=str(path), hw=hw, dtype=dtype, screened=screened)
 
 
 def _read(content: bytes, path: Path, format: str, column_map: Mapping[str, str] | None, device: str) -> Draft:
@@ -104,7 +106,9 @@ def _read(content: bytes, path: Path, format: str, column_map: Mapping[str, str]
     return read_csv(table, path, digest, column_map or {}, device)
 
 
-def finish(draft: Draft, *, label: str, hw: HardwareProfile | None, dtype: str | None) -> ImportResult:
+def finish(
+    draft: Draft, *, label: str, hw: HardwareProfile | None, dtype: str | None, screened: bool = True
+) -> ImportResult:
     """Records of the rows of a draft that pass; ``label`` names the file, the rest is as in :func:`import_table`."""
     screen, columns = draft.screen, {name: np.asarray(values) for name, values in draft.columns.items()}
     _check_numbers(screen, columns)
@@ -124,12 +128,19 @@ def finish(draft: Draft, *, label: str, hw: HardwareProfile | None, dtype: str |
         if other != dtype:
             screen.refuse_kept(records.labels() == other, f"dtype {other}, not {dtype}")
             records = records.select(records.labels() != other)
+    if draft.still:
+        if hw is None:
+            why = "its operands were not random numbers, and arithmetic on such saves power and raises clocks"
+            raise InputError(f"{label}: {why}; name the hardware, so that rows bound by arithmetic can be left out")
+        unsound = compute_bound(records, hw)
+        screen.refuse_kept(unsound, "bound by arithmetic, on operands that were not random numbers")
+        records = records.select(~unsound)
     if hw is None:
         notes.append("no hardware given: times were not checked against a roofline")
-    else:
+    elif screened:
         compute, memory = too_fast(records, hw)
         screen.refuse_kept(compute, "faster than the arithmetic peak at the highest clock")
-        screen.refuse_kept(memory[~compute], "faster than memory and L2 bandwidth allow")
+        screen.refuse_kept(memory[~compute], "faster than memory, L2 or link allow")
         records = records.select(~(compute | memory))
     if not len(records):
         reasons = "; ".join(screen.refusals().lines()) or "the file has no rows"

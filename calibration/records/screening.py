@@ -13,7 +13,6 @@ import numpy as np
 
 from calibration.records.table import Flag, Records
 from simulator.columns import Array
-from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
 from simulator.workload import DTYPE_BYTES, DTYPES, attention_pairs
 
@@ -113,29 +112,41 @@ def work(records: Records) -> tuple[Array, Array, Array]:
     return flops, weights, others
 
 
+def peaks(records: Records, hw: HardwareProfile) -> Array:
+    """Datasheet FLOP/s of each row's number format, of 2:4 per FLOP computed; infinite where the device lists none."""
+    dense, sparse = np.full(len(DTYPES), np.inf), np.full(len(DTYPES), np.inf)
+    for code in np.unique(records.dtype).tolist():
+        if rate := hw.rates.get(DTYPES[code]):
+            dense[code] = rate.flop_per_s
+            sparse[code] = dense[code] * max(rate.sparse_factor / 2, 0.5)
+    return np.where(records.is_operator("gemm_2to4"), sparse[records.dtype], dense[records.dtype])
+
+
+def compute_bound(records: Records, hw: HardwareProfile) -> Array:
+    """Mask of the rows right of the ridge point of the datasheet's roofline."""
+    flops, weights, others = work(records)
+    return np.asarray(flops / peaks(records, hw) > (weights + others) / hw.bandwidth_bytes_per_s)
+
+
 def least_seconds(records: Records, hw: HardwareProfile) -> tuple[Array, Array]:
     """Times no run can beat: FLOPs at the highest clock, and bytes with everything in L2 that can have been there, s.
 
     Of the bytes one execution touches, at most the size of the L2 can have been in it before; of ``c`` rotated weights
     together at most as much, hence ``L2/c`` each. The rest comes at the memory's datasheet bandwidth, and all of it
-    through the L2. The first is zero where the device lists no rate for the row's number format.
+    through the L2; what a collective passes on comes at the link's. The first is zero where the device lists no rate
+    for the row's number format.
     """
     flops, weights, others = work(records)
-    peak = np.full(len(DTYPES), np.inf)
-    sparse_peak = peak.copy()
-    for code in np.unique(records.dtype).tolist():
-        try:
-            rate = hw.rate(DTYPES[code])
-        except InputError:
-            continue
-        peak[code] = rate.flop_per_s * hw.clock_headroom
-        sparse_peak[code] = peak[code] * max(rate.sparse_factor / 2, 0.5)  # per FLOP computed, half of the dense count
-    compute = flops / np.where(records.is_operator("gemm_2to4"), sparse_peak[records.dtype], peak[records.dtype])
+    compute = flops / (peaks(records, hw) * hw.clock_headroom)
     l2 = float(hw.l2_bytes)
     share = np.where(records.copies > 0, l2 / np.maximum(records.copies, 1), np.where(records.cold, 0.0, l2))
     memory = np.maximum(np.maximum(weights + others - l2, weights - share), 0.0) / hw.bandwidth_bytes_per_s
     feed = (weights + others) / (L2_BYTES_PER_CLOCK * hw.sm_count * hw.max_clock_hz)
-    return compute, np.maximum(memory, feed)
+    # even where the switch adds up, a device takes in, or gives away, all of the payload but its own part
+    passed = records.n * (1.0 - 1.0 / np.maximum(records.batch, 1))
+    rate = hw.link.bandwidth_bytes_per_s if hw.link else np.inf
+    link = np.where(records.is_operator("collective"), passed / rate, 0.0)
+    return compute, np.maximum(np.maximum(memory, feed), link)
 
 
 def too_fast(records: Records, hw: HardwareProfile) -> tuple[Array, Array]:

@@ -27,7 +27,9 @@ T = TypeVar("T", bound="Records")
 
 SCHEMA_VERSION = 1
 
-OPERATORS: tuple[str, ...] = tuple(KINDS)
+NEEDED: Mapping[str, tuple[str, ...]] = {**KINDS, "collective": ("n", "batch")}
+"""Dimensions that each operator must have; no single device can be asked for a collective (its kind is its role)."""
+OPERATORS: tuple[str, ...] = tuple(NEEDED)
 """Names of what can be timed; the index is the code in the ``operator`` column."""
 # what a time says of the launch: kernel time of a profiler, gap inside a replayed graph, host time
 LAUNCHES: tuple[str, ...] = ("unknown", "excluded", "graph", "eager")
@@ -95,11 +97,11 @@ class Records(Table):
     dtype: Array = column(np.int8, DTYPES.index("bf16"))  # activations and arithmetic
     weight_dtype: Array = column(np.int8, DTYPES.index("bf16"))  # weights, or the K/V cache; as dtype if not given
     m: Array = column(np.int64, 0)  # GEMM, elementwise: tokens
-    n: Array = column(np.int64, 0)  # GEMM: output features; elementwise: features; copy: bytes
+    n: Array = column(np.int64, 0)  # GEMM: output features; elementwise: features; copy, collective: bytes
     k: Array = column(np.int64, 0)  # GEMM: input features
     rank: Array = column(np.int64, 0)  # low_rank: width between the factors
     rows: Array = column(np.int64, 0)  # gather_gemm: tokens computed
-    batch: Array = column(np.int64, 0)  # attention: sequences
+    batch: Array = column(np.int64, 0)  # attention: sequences; collective: devices
     q_len: Array = column(np.int64, 0)  # attention: query positions a sequence
     kv_len: Array = column(np.int64, 0)  # attention: key positions a sequence, the last q_len of them the queries' own
     heads: Array = column(np.int64, 0)
@@ -194,10 +196,10 @@ class Records(Table):
         return np.asarray(np.isfinite(self.seconds) & (self.seconds > 0))
 
     def labels(self) -> Array:
-        """Number format of each row as profiles name it; ``int8_wo``: int8 weights under 16-bit activations."""
+        """Number format of each row as profiles name it: ``int8_wo`` has int8 weights alone."""
         names = np.array(DTYPES, dtype=object)
-        mixed = self.dtype != self.weight_dtype
-        return np.asarray(np.where(mixed, names[self.weight_dtype] + "_wo", names[self.dtype]))
+        mixed, suffix = self.dtype != self.weight_dtype, np.where(names == "fp8_block", "", "_wo").astype(object)
+        return np.asarray(np.where(mixed, (names + suffix)[self.weight_dtype], names[self.dtype]))
 
     def of_dtype(self, label: str) -> Records:
         """Rows of one number format, by the names of :meth:`labels`."""

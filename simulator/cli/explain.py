@@ -28,6 +28,7 @@ def explain(
     run: options.Run = options.RUN,
     ideal: options.Ideal = False,
     option: options.Option = None,
+    same_stack: options.SameStack = False,
     json: options.Json = False,
     figure: options.Figure = None,
     roofline: Roofline = None,
@@ -41,7 +42,7 @@ def explain(
         raise InputError(f"--family {family!r}: expected one family to explain")
     from simulator.predict.table import explanations
 
-    devices, fraction = options.names("--hardware", hardware), options.sparsity("--sparsity", sparsity)
+    devices, fraction = options.devices(hardware, same_stack), options.sparsity("--sparsity", sparsity)
     asked, extra = run.asked(), options.settings("--option", option)
     found = explanations(model, devices, family, fraction, **asked, ideal=ideal, options=extra)
     rows = [
@@ -78,8 +79,9 @@ def _print(e: Explanation) -> None:
         f"{r.family} {render.percent(r.sparsity)}, {r.hardware}: {setting_title(r)}",
     )
     print(
-        f"\ndense {render.seconds(r.dense_s)}, pruned {render.seconds(r.pruned_s)}; "
-        f"bounds: FLOP {r.flop_bound:.3f}, byte {r.byte_bound:.3f}, roofline {r.roofline_bound:.3f}"
+        f"\ndense {render.seconds_between(r.dense_s, r.dense_lower, r.dense_upper)}, "
+        f"pruned {render.seconds_between(r.pruned_s, r.pruned_lower, r.pruned_upper)}"
+        f"\nbounds: FLOP {r.flop_bound:.3f}, byte {r.byte_bound:.3f}, roofline {r.roofline_bound:.3f}"
     )
     print(textwrap.fill(conclusion(e), available))
 

@@ -119,13 +119,13 @@ def _with_measured(about: Paper, files: list[str], known: Known | None, dtype: s
 
     found: dict[str, MeasuredGemms] = {}
     if known is not None:
-        tables = {hw.name: known(hw, dtype) for hw in about.devices}
+        tables = {hw.label: known(hw, dtype) for hw in about.devices}
         found = {name: table for name, table in tables.items() if table is not None}
     given: set[str] = set()
     for text in files:
         name, path = options.pair("--measured", text, "DEVICE=FILE, such as rtx_4090=gemms.csv")
-        device = load_hardware(name).name
-        if device not in [hw.name for hw in about.devices]:
+        device = load_hardware(name).label
+        if device not in [hw.label for hw in about.devices]:
             raise InputError(f"--measured {text!r}: {device} is not among --hardware")
         if device in given:
             raise InputError(f"--measured {text!r}: {device} is given twice")

@@ -42,6 +42,7 @@ def gemm(
     semi_structured: SemiStructured = False,
     warm: Warm = False,
     explain: Explain = False,
+    same_stack: options.SameStack = False,
     json: options.Json = False,
     figure: options.Figure = None,
 ) -> None:
@@ -54,7 +55,7 @@ def gemm(
     output = render.Output(json, figures=[figure])
     from simulator.predict.gemms import gemm_table
 
-    devices = options.names("--hardware", hardware)
+    devices = options.devices(hardware, same_stack)
     kernel = {"dtype": dtype, "weight_dtype": weight_dtype, "semi_structured": semi_structured, "cold": not warm}
     rows = gemm_table(*sizes, devices, **kernel)  # type: ignore[arg-type]
     if output.write([asdict(r) for r in rows]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,17 +34,20 @@ def list_(json: options.Json = False) -> None:
         ("bf16 dense", lambda hw: _rate(hw.rates["bf16"].flop_per_s if "bf16" in hw.rates else None)),
         ("memory", lambda hw: render.size(hw.memory_bytes)),
         ("bandwidth", lambda hw: render.rate(hw.bandwidth_bytes_per_s, "B/s")),
-        ("<calibrated", lambda hw: ", ".join(_summary(hw)["calibrated"]) or "no"),
-        ("<also", lambda hw: ", ".join(sorted(hw.aliases, key=len)[:2])),
+        ("<stacks", _stacks),
+        ("<also", lambda hw: min(hw.aliases, key=len, default="")),
     )
     render.show(render.narrowed(columns, 2))
 
 
 @app.command()
-def show(name: Annotated[str, arg("NAME", "Name, alias or YAML file.")], json: options.Json = False) -> None:
+def show(
+    name: Annotated[str, arg("NAME", "Name, alias or YAML file, NAME@STACK.")], json: options.Json = False
+) -> None:
     """Show one device: datasheet, sources, fits.
 
-    Datasheet facts come with their sources, each fitted part with its status and accuracy.
+    Datasheet facts come with their sources; each fitted part with its stack, its status, its accuracy and its spread:
+    the factor on a shape's own error at which 90 % intervals hold unseen rows of its own table.
     """
     from simulator.hardware.library import load_hardware
 
@@ -63,7 +67,7 @@ def show(name: Annotated[str, arg("NAME", "Name, alias or YAML file.")], json: o
         speed = f"{render.rate(hw.link.bandwidth_bytes_per_s, 'B/s')} one way, {render.seconds(hw.link.latency_s)}"
         facts.append(("link", f"{hw.link.kind}, {speed}"))
     also = f" (also {', '.join(hw.aliases)})" if hw.aliases else ""
-    print(f"{hw.title}: {hw.name}{also}\n")
+    print(f"{hw.title}: {hw.label}{also}\n")
     render.show(render.columns(facts, ("<datasheet", lambda fact: fact[0]), ("<", lambda fact: fact[1])))
     print()
     render.show(
@@ -83,26 +87,35 @@ def show(name: Annotated[str, arg("NAME", "Name, alias or YAML file.")], json: o
     for text, keys in values.items():
         print(f"  {', '.join(keys)}:\n    {text}")
     print()
+    if hw.anchor is not None:
+        about = hw.anchor.provenance
+        print(f"anchored: {about.rows} rows measured on {about.device} with {about.software} move all of it\n")
     sections = _sections(hw)
     if not sections:
         print("not calibrated: architecture defaults and wide intervals")
         return
+    columns = render.columns(
+        sections,
+        ("<fitted part", lambda s: s["operator"]),
+        ("<format", lambda s: s["dtype"]),
+        ("<stack", lambda s: s["stack"] or "own"),
+        ("<status", lambda s: s["status"]),
+        ("rows", lambda s: s["rows"] or ""),
+        ("error, p95", lambda s: _accuracy(s["accuracy"])),
+        ("spread", lambda s: f"{s['spread']:.2g}"),
+    )
+    room = max(render.width() - render.table_width(columns) - 2, 12)
     render.show(
-        render.columns(
-            sections,
-            ("<fitted part", lambda s: s["operator"]),
-            ("<format", lambda s: s["dtype"]),
-            ("<status", lambda s: s["status"]),
-            ("rows", lambda s: s["rows"] or ""),
-            ("<accuracy", lambda s: _accuracy(s["accuracy"])),
-            ("<from", lambda s: s["origin"]),
-        )
+        [
+            *columns,
+            *render.columns(sections, ("<from", lambda s: textwrap.shorten(s["origin"], room, placeholder="..."))),
+        ]
     )
 
 
 @app.command()
-def check(file: Annotated[str, arg("FILE", "YAML profile.")], as_json: options.Json = False) -> None:
-    """Check a YAML profile.
+def check(file: Annotated[str, arg("FILE", "YAML profile or stack file.")], as_json: options.Json = False) -> None:
+    """Check a YAML profile and its stack files, or one of these.
 
     Each problem is one line; the exit status is 2 when there is any.
     """
@@ -124,13 +137,22 @@ def _rate(value: float | None) -> str:
     return "-" if value is None else f"{value / 1e12:.4g} TFLOP/s"
 
 
+def _stacks(hw: HardwareProfile) -> str:
+    """Stacks a device was fitted on, the preferred one first, and the sibling that lends some."""
+    names = [stack or "own" for stack in hw.stacks]
+    sibling = f"as {hw.stacks_of}" if hw.stacks_of else ""
+    if sibling and all(s.status == "borrowed" for sections in hw.stacks.values() for s in sections.values()):
+        return sibling
+    return ", ".join(names) or "none"
+
+
 def _accuracy(values: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3g}" for name, value in list(values.items())[:3])
+    return ", ".join(f"{100.0 * values[name]:.2g} %" for name in ("mape", "p95") if name in values)
 
 
 def _summary(hw: HardwareProfile) -> dict[str, Any]:
     """Facts of a profile as plain values."""
-    sections = [key for key, section in hw.sections.items() if section.status == "calibrated"]
+    fitted = {key: None for stack in hw.stacks.values() for key, s in stack.items() if s.status == "calibrated"}
     facts = (
         "sm_count boost_clock_hz max_clock_hz memory_bytes bandwidth_bytes_per_s l2_bytes power_w"  # in the order shown
     )
@@ -140,7 +162,11 @@ def _summary(hw: HardwareProfile) -> dict[str, Any]:
         "peak_flop_per_s": {dtype: rate.flop_per_s for dtype, rate in hw.rates.items()},
         **{name: getattr(hw, name) for name in facts.split()},
         "link": asdict(hw.link) if is_dataclass(hw.link) else None,
-        "calibrated": [f"{operator} {dtype}".replace(" *", "") for operator, dtype in sections],
+        "calibrated": [f"{operator} {dtype}".replace(" *", "") for operator, dtype in fitted],
+        "stack": hw.stack,
+        "stacks": [stack for stack in hw.stacks if stack],
+        "stacks_of": hw.stacks_of,
+        "anchor": None if hw.anchor is None else asdict(hw.anchor.provenance),
     }
 
 
@@ -150,14 +176,17 @@ def _sections(hw: HardwareProfile) -> list[dict[str, Any]]:
     for (operator, dtype), section in hw.sections.items():
         about, origin = section.provenance, ""
         if about:
-            origin = f"borrowed from {about.borrowed_from}" if about.borrowed_from else about.software
+            lender = about.borrowed_from.removeprefix(f"{hw.name} {section.stack}")
+            origin = f"as {lender}" if lender else about.software
         out.append(
             {
                 "operator": operator,
                 "dtype": dtype,
+                "stack": section.stack,
                 "status": section.status,
                 "constants": {name: asdict(fitted) for name, fitted in section.constants.items()},
                 "accuracy": {name: float(value) for name, value in section.accuracy.items()},
+                "spread": section.spread,
                 "rows": about.rows if about else 0,
                 "origin": origin,
             }

@@ -27,7 +27,12 @@ def arg(metavar: str, text: str) -> Any:
 
 
 Model = Annotated[str, arg("MODEL", "Name of a model, or its Hugging Face config.json (file or folder).")]
-Hardware = Annotated[str, opt("--hardware", "LIST", "Devices: names, aliases or YAML files, separated by commas.")]
+Hardware = Annotated[
+    str, opt("--hardware", "LIST", "Devices: names, aliases or YAML files, NAME@STACK, separated by commas.")
+]
+SameStack = Annotated[
+    bool, opt("--same-stack", None, "The software is the stack the profile was fitted on: narrower intervals.")
+]
 Phase = Annotated[str, opt("--phase", "LIST", "prefill, decode, generate; a comma list for several.")]
 Batch = Annotated[str, opt("--batch", "LIST", "Sequences in a batch; a comma list for several.")]
 Seq = Annotated[str, opt("--seq", "LIST", "Prompt tokens (prefill) or cached positions (decode) of a sequence.")]
@@ -123,6 +128,15 @@ def names(option: str, text: str) -> list[str]:
     if not all(parts):
         raise InputError(f"{option} {text!r}: expected names separated by single commas")
     return parts
+
+
+def devices(text: str, same_stack: bool = False) -> list[Any]:
+    """Devices of ``--hardware``: names, or with ``--same-stack`` their profiles."""
+    if not same_stack:
+        return names("--hardware", text)
+    from simulator.hardware.library import load_hardware
+
+    return [load_hardware(name, same_stack=True) for name in names("--hardware", text)]
 
 
 def integers(option: str, text: str) -> list[int]:

@@ -26,6 +26,7 @@ from simulator.units import percent as percent
 from simulator.units import rate as rate
 from simulator.units import ratio as ratio
 from simulator.units import seconds as seconds
+from simulator.units import seconds_between as seconds_between
 from simulator.units import size as size
 
 T = TypeVar("T")
@@ -171,7 +172,7 @@ def json_lines(rows: Sequence[Mapping[str, Any]]) -> str:
     {"a": 2}
     ]
     """
-    lines = [json.dumps({k: finite(v) for k, v in row.items()}, allow_nan=False, ensure_ascii=False) for row in rows]
+    lines = [json.dumps(finite(dict(row)), allow_nan=False, ensure_ascii=False) for row in rows]
     return "[\n" + ",\n".join(lines) + "\n]" if rows else "[]"
 
 

@@ -59,12 +59,13 @@ def command(
         raise InputError(f"{output}: expected a name that ends in .html")
     check_target(output)
     from simulator.explore.report import write_report
+    from simulator.hardware.library import reference
     from simulator.predict.settings import once
 
     given: dict[str, Any] = {"phase": phase, "batch": batch, "seq": seq, "new_tokens": new_tokens, "runtime": runtime}
     given |= {"dtype": dtype, "detail": detail, "at": at}
     if hardware is not None:
-        given["gpus"] = once(_device(name) for name in options.names("--hardware", hardware))
+        given["gpus"] = once(reference(name) for name in options.names("--hardware", hardware))
     if family is not None:
         from simulator.predict.table import families
 
@@ -89,11 +90,3 @@ def _start(model: str) -> State:
     loaded = load_model(model)
     shipped = loaded.name in list_models() and load_model(loaded.name) == loaded
     return State(model=loaded.name if shipped else model)
-
-
-def _device(name: str) -> str:
-    """A shipped device by its name, another one by its path."""
-    from simulator.hardware.library import list_hardware, load_hardware
-
-    found = load_hardware(name).name
-    return found if found in list_hardware() and load_hardware(found) is load_hardware(name) else name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +26,7 @@ def speedup(
     ideal: options.Ideal = False,
     option: options.Option = None,
     memory: Annotated[bool, opt("--memory", None, "Also show memory against the device's capacity.")] = False,
+    same_stack: options.SameStack = False,
     json: options.Json = False,
     csv: Annotated[str | None, opt("--csv", "FILE", "Write CSV, numbers in full (- for standard output).")] = None,
     figure: options.Figure = None,
@@ -41,7 +43,7 @@ def speedup(
         raise InputError("--option: expected one family, for options belong to a family")
     from simulator.predict.table import table
 
-    devices, fractions = options.names("--hardware", hardware), options.fractions("--sparsity", sparsity)
+    devices, fractions = options.devices(hardware, same_stack), options.fractions("--sparsity", sparsity)
     with render.progress("predicting") as report:
         found = table([model], devices, chosen, fractions, **run.asked(), ideal=ideal, options=extra, progress=report)
     if output.write([asdict(r) for r in found]):
@@ -71,8 +73,8 @@ def _print(records: Sequence[Record], memory: bool) -> None:
             print()
             _print_memory(group)
     print(
-        f"\nspeedup (its {render.percent(records[0].level)} interval); bounds leave out what the pruning itself adds;"
-        "\nlimit: what holds most of the pruned model's time"
+        f"\ntimes and speedups with their {render.percent(records[0].level)} interval; "
+        "bounds leave out what pruning adds;\nlimit: what holds most of the pruned model's time"
     )
 
 
@@ -91,7 +93,7 @@ def speedup_layouts(records: Sequence[Record]) -> Iterator[list[render.Column]]:
     """Layouts of a speedup table from the most detailed to the narrowest; the first row is the dense model."""
     hardware, rows, at = _crossed(records)
     any_of = [next(at[h, row] for h in hardware if (h, row) in at) for row in rows]
-    dense = {h: next(r.dense_s for r in records if r.hardware == h) for h in hardware}
+    dense = {h: next(r for r in records if r.hardware == h) for h in hardware}
     first = {name: rows.index((name, s)) for name, s in reversed(rows)}
     labels = ["dense", *(name if first[name] == i else "" for i, (name, _) in enumerate(rows))]
 
@@ -119,7 +121,10 @@ def speedup_layouts(records: Sequence[Record]) -> Iterator[list[render.Column]]:
                     render.Column(f"{h}\ntime", ["", *(render.seconds(r.pruned_s) if r else "-" for r in found)])
                 )
             shown = render.interval if interval else lambda r: render.ratio(r.speedup)
-            cells = [render.seconds(dense[h]), *(shown(r) if r else "-" for r in found)]
+            whole = dense[h]
+            half = math.sqrt(whole.dense_upper / whole.dense_lower) - 1.0
+            sure = f" +-{100.0 * half:.0f} %" if interval else ""
+            cells = [render.seconds(whole.dense_s) + sure, *(shown(r) if r else "-" for r in found)]
             columns.append(render.Column(f"{h}\nspeedup", cells, styles=["", *(_style(r) for r in found)]))
             if limit:
                 names = render.LIMITS_SHORT if limit == "short" else {}

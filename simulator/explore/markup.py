@@ -18,7 +18,7 @@ from simulator.explore.state import State
 from simulator.figures.style import label
 from simulator.hardware.library import load_hardware
 from simulator.predict.words import conclusion, csv_text, setting_title
-from simulator.units import percent, ratio, seconds, size
+from simulator.units import percent, ratio, seconds, seconds_between, size
 from simulator.workload import PHASES
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ UNITS = {
         "roofline_bound", "measured_bound", "efficiency", "limit_share", "level", "devices",
     ), "1"),
     **dict.fromkeys(("dense_memory_bytes", "pruned_memory_bytes", "capacity_bytes"), "B"),
-    "batch": "sequences", "seq": "tokens", "new_tokens": "tokens", "dense_s": "s", "pruned_s": "s",
+    "batch": "sequences", "seq": "tokens", "new_tokens": "tokens",
+    **dict.fromkeys(("dense_s", "dense_lower", "dense_upper", "pruned_s", "pruned_lower", "pruned_upper"), "s"),
 }
 """Units of a record's numbers; 1 is a ratio."""
 
@@ -117,7 +118,7 @@ def _fact(r: Record) -> str:
     sure = f"calibrated but for {', '.join(lacking)}" if lacking else "calibrated"
     mood = "bad" if "GEMMs" in lacking else "soft" if lacking else "good"
     return (
-        f"<b>{escape(r.hardware)}</b> dense {escape(seconds(r.dense_s))}"
+        f"<b>{escape(r.hardware)}</b> dense {escape(seconds_between(r.dense_s, r.dense_lower, r.dense_upper))}"
         f'<span class="{"good" if r.dense_fits else "bad"}">{escape(fits)}</span>'
         f'<span class="{mood}">{escape(sure)}</span>'
     )

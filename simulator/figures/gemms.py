@@ -27,7 +27,7 @@ def staircase(p: Paper) -> Made:
 
     panels = [_over_tokens(p, hw, row) for row in ("tiles", "waves") for hw in p.devices]
     panels += [_over_width(p, hw) for hw in p.devices]
-    used = [hw.name for hw, panel in zip(p.devices, panels) if np.size(panel.measured)]
+    used = [hw.label for hw, panel in zip(p.devices, panels) if np.size(panel.measured)]
     named = "; ".join(f"{name}: {p.measured[name].source}" for name in used)
     caption = (
         f"Staircases of tile and wave quantisation, {p.setting.dtype}. Top: time of the fused q, k, v projection of "
@@ -47,13 +47,13 @@ def _over_tokens(p: Paper, hw: HardwareProfile, row: str) -> Stairs:
     n, k = (p.model.heads + 2 * p.model.kv_heads) * p.model.head_dim, p.model.hidden
     tokens = TOKENS if row == "tiles" else MORE_TOKENS
     copies, seen_m, seen_s = None, np.zeros(0), np.zeros(0)
-    seen = p.measured.get(hw.name)
+    seen = p.measured.get(hw.label)
     if seen is not None:
         rows = np.flatnonzero(seen.of_weight(n, k) & (seen.m <= tokens[-1]))
         seen_m, seen_s = seen.m[rows], seen.seconds[rows]
         copies = float(np.median(seen.copies[rows])) if seen.copies is not None and len(rows) else None
     t = gemm_time(tokens, n, k, hw, dtype=p.setting.dtype, copies=copies, level=p.setting.level)
-    names = {"row": row, "column": hw.name, "x_label": "M (tokens)", "note": f"N {n}, K {k}"}
+    names = {"row": row, "column": hw.label, "x_label": "M (tokens)", "note": f"N {n}, K {k}"}
     if row == "tiles":
         seen_y, columns = 1e6 * seen_s, _microseconds(t)
     else:
@@ -72,7 +72,7 @@ def _over_width(p: Paper, hw: HardwareProfile) -> Stairs:
     inner, k = p.model.inner, p.model.hidden
     widths = np.arange(max(16, inner // 32 * 16), inner + 1, 16)
     t = gemm_time(p.seq, widths, k, hw, dtype=p.setting.dtype, level=p.setting.level)
-    names = {"row": "pruned width", "column": hw.name, "x_label": "N (inner width kept)", "note": f"M {p.seq}, K {k}"}
+    names = {"row": "pruned width", "column": hw.label, "x_label": "N (inner width kept)", "note": f"M {p.seq}, K {k}"}
     return Stairs(**names, y_label="time (µs)", x=widths, **_microseconds(t))
 
 
@@ -87,15 +87,15 @@ def scatter(p: Paper) -> Made:
 
     clouds, words = [], []
     for hw in p.devices:
-        seen = p.measured.get(hw.name)
+        seen = p.measured.get(hw.label)
         if seen is None:
             continue
         predicted = seen.predict(hw, p.setting.dtype)
-        clouds.append(Cloud(hw.name, seen.seconds, predicted, seen.predicted_s is not None))
+        clouds.append(Cloud(hw.label, seen.seconds, predicted, seen.predicted_s is not None))
         a = agreement(seen.seconds, predicted)
-        words.append(f"{hw.name}: {seen.source}, median error {100 * a.median:.1f} %, bias {100 * a.bias:+.1f} %")
+        words.append(f"{hw.label}: {seen.source}, median error {100 * a.median:.1f} %, bias {100 * a.bias:+.1f} %")
     if not clouds:
-        names = ", ".join(hw.name for hw in p.devices)
+        names = ", ".join(hw.label for hw in p.devices)
         raise NothingToDraw(f"predicted against measured: no measured GEMMs of {names} (--measured)")
     held = all(c.held_out for c in clouds)
     fitted = "held-out predictions" if held else "some of these rows may have been used to fit the profiles"

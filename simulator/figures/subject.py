@@ -59,7 +59,7 @@ def paper(
     >>> paper("llama-3.1-8b", ["h100", "h100_sxm"]).devices[0].name
     'h100_sxm'
     """
-    profiles = {hw.name: hw for hw in (load_hardware(h) if isinstance(h, str) else h for h in hardware)}
+    profiles = {hw.label: hw for hw in (load_hardware(h) if isinstance(h, str) else h for h in hardware)}
     if not profiles:
         raise InputError("hardware: expected at least one")
     config = load_model(model) if isinstance(model, str) else model

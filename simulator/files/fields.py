@@ -89,6 +89,9 @@ class Number(Scalar):
         return int(value) if self.whole else value
 
     def _problem(self, node: Node) -> str:
+        plain = node.kind == "scalar" and not node.quoted and _NUMBER.fullmatch(node.text)
+        if plain and not (self.whole and not float(node.text).is_integer()):
+            return ""
         if node.kind == "scalar" and node.quoted:
             return "remove the quotes"
         if re.fullmatch(r"[+-]?0\d+", node.text):
@@ -97,9 +100,7 @@ class Number(Scalar):
             return "a colon reads as base 60 in YAML 1.1; write a plain number"
         if node.text.lower() in _TRUTHS:
             return f"that is a truth value; write {self.example}"
-        if not _NUMBER.fullmatch(node.text) or (self.whole and not float(node.text).is_integer()):
-            return f"write {self.example}"
-        return ""
+        return f"write {self.example}"
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from simulator.hardware.constants import AXES, CLASSES, EXACT_BITS, EXACT_NAMES, FIRST_CLASSES
+from simulator.workload import Kind
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -33,6 +34,24 @@ MAX_BYTES = 64_000_000
 
 MOST_LOG = 5.0
 """Largest log factor between a model and a measurement that is taken at face value: a factor of 148."""
+
+MOST_ROWS = 2000
+"""Rows of an anchor, whose posterior takes time and memory with their square."""
+
+# of an anchor: name, further axes, shape in words, lowest and highest value
+# fmt: off
+_ANCHOR: tuple[tuple[str, tuple[int, ...], str, float, float], ...] = (
+    ("log_ratio", (), "(rows,)", -MOST_LOG, MOST_LOG),
+    ("shared", (0,), "(rows, columns)", -100.0, 100.0),
+    ("own", (), "(rows,)", 0.0, MOST_LOG**2),
+    ("local", (), "(rows,)", 0.0, MOST_LOG),
+    ("place", (3,), "(rows, 3)", -100.0, 100.0),
+    ("kind", (), "(rows,)", 0.0, len(Kind) - 1.0),
+)
+# fmt: on
+
+MOST_FACTOR = 30.0
+"""The same between a constant of one kernel and of another: one of them may be at the lower end of its range."""
 
 _MOST_PLACE = 1e6  # coordinates are logarithms, indices and shares: none is near
 _LEAST_STEP = 1e-3
@@ -71,10 +90,9 @@ def pack_arrays(arrays: Arrays) -> bytes:
     return buffer.getvalue()
 
 
-def read_arrays(path: Path, sha256: str, prefix: str, names: tuple[str, ...]) -> Arrays:
-    """Arrays ``prefix.name`` of an ``.npz`` with that digest, checked, read-only, keyed by name; the prefix is
-    ``operator.dtype``. ValueError, one line, where the file is missing, too large, of another digest or no zip, or an
-    array is missing, pickled, not finite or not what a cost model reads."""
+def read_archive(path: Path, sha256: str) -> Mapping[str, bytes]:
+    """Files in an ``.npz`` with that digest, by name; ValueError, one line, where it is missing, too large, of another
+    digest or no zip."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise ValueError(f"{path.name} is no regular file; expected the .npz that was saved with the profile")
@@ -88,22 +106,27 @@ def read_arrays(path: Path, sha256: str, prefix: str, names: tuple[str, ...]) ->
     if found != sha256:
         belongs = "it belongs to another version of the profile"
         raise ValueError(f"{path.name} has sha256 {found[:12]}..., expected {sha256[:12]}...: {belongs}")
-    arrays = MappingProxyType({name: _array(f"{prefix}.{name}", raw) for name in names})
+    try:
+        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+            if sum(info.file_size for info in archive.infolist()) <= MAX_BYTES:
+                # no more than is said: without a limit, an entry that says less than it holds is unpacked whole
+                return {i.filename: archive.open(i).read(i.file_size + 1) for i in archive.infolist()}
+    except _UNREADABLE as error:
+        raise ValueError(f"is no readable .npz ({str(error)[:80]}); save both files again") from None
+    raise ValueError(f"{path.name} holds arrays larger than {MAX_BYTES / 1e6:g} MB")
+
+
+def read_arrays(items: Mapping[str, bytes], prefix: str, names: tuple[str, ...]) -> Arrays:
+    """Arrays ``prefix.name`` of an archive, checked, read-only, keyed by name; the prefix is ``operator.dtype``, or
+    ``anchor``. ValueError, one line, where one is missing, pickled, not finite or not what a cost model reads."""
+    arrays = MappingProxyType({name: _array(f"{prefix}.{name}", items.get(f"{prefix}.{name}.npy")) for name in names})
     check_arrays(prefix.split(".")[0], arrays)
     return arrays
 
 
-def _array(name: str, raw: bytes) -> NDArray[Any]:
-    try:
-        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-            info = archive.getinfo(f"{name}.npy")
-            item = archive.read(info) if info.file_size <= MAX_BYTES else None
-    except KeyError:
-        raise ValueError(f"array {name} is not in the .npz; save both files again") from None
-    except _UNREADABLE as error:
-        raise ValueError(f"is no readable .npz ({str(error)[:80]}); save both files again") from None
+def _array(name: str, item: bytes | None) -> NDArray[Any]:
     if item is None:
-        raise ValueError(f"array {name} is larger than {MAX_BYTES / 1e6:g} MB")
+        raise ValueError(f"array {name} is not in the .npz; save both files again")
     match = _HEADER.match(item)
     if match is None:
         raise ValueError(f"array {name} has a bad header; save both files again")
@@ -146,7 +169,9 @@ def check_arrays(operator: str, arrays: Arrays) -> None:
             _bound(arrays, "exact_s", 1e-12, 1e9)
         if "terms" in arrays:
             _check_lattices(arrays)
-    elif "values" in arrays and operator != "runtime":
+    elif operator == "anchor":
+        _check_anchor(arrays)
+    elif operator in ("attention_prefill", "attention_decode", "elementwise") and "values" in arrays:
         _check_values(operator, arrays)
 
 
@@ -204,10 +229,36 @@ def _check_values(operator: str, arrays: Arrays) -> None:
         _shape("values", values, values.ndim == 3 and values.size > 0, "(a, b, c), at least one each")
         for name in ("start", "step"):
             _shape(name, arrays[name], arrays[name].shape == (3,), "(3,)")
+        if "kinds" in arrays:
+            _check_variants(arrays)
     _bound(arrays, "values", -MOST_LOG, MOST_LOG)
     _bound(arrays, "start", -_MOST_PLACE, _MOST_PLACE)
     if operator != "elementwise":
         _bound(arrays, "step", _LEAST_STEP, _MOST_PLACE)
+
+
+def _check_variants(arrays: Arrays) -> None:
+    """Kernels of attention by head width, window and cache, whose lattices lie one after the other on the last axis."""
+    _need(arrays, "kinds", "factors")
+    kinds, factors = arrays["kinds"], arrays["factors"]
+    good = kinds.ndim == 2 and kinds.shape[1] == 3 and len(kinds) >= 1 and arrays["values"].shape[2] % len(kinds) == 0
+    _shape("kinds", kinds, good, "(v, 3), v a divisor of the last dimension of values")
+    _shape("factors", factors, factors.ndim == 2 and len(factors) == len(kinds), f"({len(kinds)}, constants)")
+    _bound(arrays, "kinds", 0.0, 20.0)
+    _bound(arrays, "factors", -MOST_FACTOR, MOST_FACTOR)
+
+
+def _check_anchor(arrays: Arrays) -> None:
+    """Rows that were measured on the spot: n log errors, and what the error model needs to know of each."""
+    _need(arrays, "log_ratio", *(name for name, *_ in _ANCHOR))
+    count = arrays["log_ratio"].shape[:1]
+    for name, more, expected, low, high in _ANCHOR:
+        shape = arrays[name].shape
+        good = len(shape) == 1 + len(more) and shape[:1] == count and (name == "shared" or shape[1:] == more)
+        _shape(name, arrays[name], good and 1 <= shape[0] <= MOST_ROWS, f"{expected}, rows from 1 to {MOST_ROWS}")
+        _bound(arrays, name, low, high)
+    if arrays["kind"].dtype.kind not in "iu":
+        raise ValueError(f"array kind: expected whole numbers, got {arrays['kind'].dtype}")
 
 
 def _need(arrays: Arrays, first: str, *others: str) -> None:

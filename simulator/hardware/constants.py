@@ -1,7 +1,7 @@
 """The named constants of every cost model: unit, range, meaning, default by architecture and where that comes from.
 
-Use :data:`CONSTANTS` by operator of a profile, :data:`COLLECTIVE_CONSTANTS` for links between devices. Beside them
-stand the vocabularies of a profile's arrays: :data:`AXES`, :data:`CLASSES` and :data:`EXACT_NAMES`.
+Use :data:`CONSTANTS` by operator of a profile. Beside them stand the vocabularies of a profile's arrays: :data:`AXES`,
+:data:`CLASSES` and :data:`EXACT_NAMES`.
 """
 
 from __future__ import annotations
@@ -35,13 +35,20 @@ def _row(unit: str, low: float, high: float, source: str, meaning: str, *, other
 _AIC = "aiconfigurator-core 0.12.0"
 _TABLES = f"fit to the bf16 GEMM tables of {_AIC} (a100_sxm, h100_sxm, l40s, rtx_pro_6000_server)"
 _GUIDE = ("uncalibrated: shape of the effect from NVIDIA, Matrix Multiplication Background User's Guide, section on "
-    "alignment; size assumed, no table has unaligned shapes")
+    "alignment; size assumed")
+_OFF_16 = ("ampere: NIRVANA's table 8 (A100, Llama-3.1-8B, 4096 tokens: 0.45 s with an inner width of 11468, 0.33 s "
+    "with 11472; the MLP's GEMMs are 0.14 s of that, so 0.12 s more is 0.85 of them for one halving); blackwell: up to "
+    "35 % of the gain lost (arXiv 2606.09080, appendix C, RTX PRO 6000: half a width takes 0.5 + 0.35 x 0.5 of the "
+    "time, 0.35 more for three halvings); others: least squares of the log times of both, a third to three times it")
+_OFF_16_NARROW = "arXiv 2606.09080, appendix C (RTX PRO 6000): fp8 off 16 bytes runs at 11 % of the aligned rate"
 _SPARSE = "ratios of 2:4 to dense times quoted in PyTorch, CUTLASS, torchao and SliceGPT (arXiv 2401.15024, table 12)"
 _COMPRESSED = "uncalibrated: no 16-bit ratio at small m is published; set so that compressed weights alone gain nothing"
 _PACKING = ("the effect: Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, ACM TOMS 34(3), "
     "2008; the size: fp32 GEMMs measured by prunesim on two cores of a Xeon")
 _ASSUMED = "uncalibrated: assumed"
-_QUANTISED = f"{_ASSUMED}; the A100 profile holds a fit to its int8_wo and int4_wo rows"
+_QUANTISED = (f"where a profile has no section int8_wo or int4_wo: fit to those rows of {_AIC}, a100_sxm trtllm, with "
+    "the dense constants as they are, tau and b_l2 by bytes (m <= 16: 17-20 %, no bias); of the 9.5 us they start "
+    "later, 4.7 are TensorRT's layer profiler, which its int8 kernels show too")
 _CONTEXT = (f"fits on the context tables of {_AIC}: A100, L40S TRT-LLM, H100 sglang (FlashAttention-3); bf16, "
     "head_dim 128")
 _GENERATION = (f"fits on the generation tables of {_AIC} (sglang: FlashAttention on A100 and H100, FlashInfer on L40S; "
@@ -53,12 +60,15 @@ _GRAPH = ("0: operator times are fitted on CUDA-graph replays and hold the gap; 
     "sets it")
 _EAGER = ("uncalibrated default; PyTorch spends about 5-25 us of host time before each kernel "
     "(public notes on its dispatcher)")
-_NCCL = f"NCCL and engine all-reduce tables of {_AIC} (a100_sxm, h100_sxm, l40s; 2, 4 and 8 devices)"
+_NCCL = (f"NCCL and engine all-reduce tables of {_AIC} (a100_sxm, h100_sxm, b200_sxm, l40s, rtx_pro_6000_server; 2, 4 "
+    "and 8 devices)")
 
 # unit, range, source, meaning, default by architecture
 
 GEMM_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
-    "t0": _row("s", 1e-7, 5e-5, _TABLES, "fixed time of a kernel inside a CUDA graph",
+    "t0": _row("s", 1e-7, 5e-5, _TABLES,
+        "fixed time of a kernel inside a CUDA graph; of formats of 8 bits and fewer with that of the kernel that "
+        "converts the activations (engines fuse most of it), of A100 weight-only rows with that of a profiler",
         ampere=3.0e-6, ada=1.95e-6, hopper=2.7e-6, blackwell=1.95e-6, cpu=5e-6, other=2.7e-6),
     "e_tc": _row("1", 0.05, 1.3, _TABLES, "share of the datasheet rate the main loop reaches",
         ampere=1.0, ada=0.64, hopper=0.81, blackwell=0.64, cpu=0.8, other=0.8),
@@ -68,12 +78,12 @@ GEMM_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
         ampere=3.0e10, ada=3.0e10, hopper=3.0e10, blackwell=3.0e10, cpu=1e10, other=3.0e10),
     "b_l2": _row("B/s", 1e10, 1e15, _TABLES, "rate L2 feeds operands to all SMs at",
         ampere=5.6e12, ada=7.1e12, hopper=5.0e13, blackwell=1.0e13, cpu=1e12, other=7e12),
-    "e_d": _row("1", 0.1, 1.1, _TABLES, "share of the datasheet bandwidth DRAM reaches",
+    "e_d": _row("1", 0.1, 1.0, _TABLES, "share of the datasheet bandwidth DRAM reaches",
         ampere=0.76, ada=0.78, hopper=0.81, blackwell=0.8, cpu=0.7, other=0.78),
     "b_hit": _row("B/s", 1e10, 1e15, _TABLES, "rate of operands that are in L2",
         ampere=2.0e12, ada=3.0e12, hopper=6.0e12, blackwell=5.0e12, cpu=2e11, other=4e12),
-    "c_l2": _row("1", 0.05, 4.0, _TABLES, "share of L2 where half a footprint stays resident",
-        ampere=1.5, ada=1.05, hopper=0.75, blackwell=1.0, cpu=0.8, other=1.0),
+    "c_l2": _row("1", 0.05, 1.0, _TABLES, "share of L2 where half a footprint stays resident",
+        ampere=0.8, ada=1.0, hopper=0.75, blackwell=0.8, cpu=0.8, other=0.8),
     "l2_power": _row("1", 0.5, 16.0, _TABLES, "sharpness of that transition", ampere=4.0, other=16.0),
     "t_s": _row("s", 0.0, 1e-4, _TABLES, "fixed time of adding up the parts of a split-K",
         ampere=2.5e-6, ada=2.6e-6, hopper=2.9e-6, blackwell=2.6e-6, cpu=2e-6, other=2.6e-6),
@@ -86,9 +96,11 @@ GEMM_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
         "t0 of 8-bit formats without a fit of their own: the conversion is a launch too", other=1.2e-5),
     "e_tc_8bit": _row("1", 0.05, 1.3, _ASSUMED, "e_tc of 8-bit formats without a fit of their own",
         ampere=0.9, ada=0.6, hopper=0.75, blackwell=0.6, cpu=0.5, other=0.7),
-    "align_step": _row("1", 0.0, 3.0, _GUIDE,
+    "align_step": _row("1", 0.0, 3.0, _OFF_16,
         "main-loop time added per halving of the alignment of n or k below 16 bytes",
-        ampere=0.15, ada=0.15, hopper=0.3, blackwell=0.15, cpu=0.02, other=0.15),
+        ampere=0.85, blackwell=0.12, cpu=0.02, other=0.21),
+    "align_step_8bit": _row("1", 0.0, 30.0, _OFF_16_NARROW,
+        "main-loop time added where n or k of formats of 8 bits and fewer is off 16 bytes", cpu=0.02, other=8.1),
     "align_load": _row("1", 0.0, 3.0, _GUIDE, "weight-load time added per halving of that alignment",
         ampere=0.06, ada=0.06, hopper=0.08, blackwell=0.06, cpu=0.02, other=0.06),
     "sparse_step": _row("1", 0.1, 1.2, _SPARSE,
@@ -98,11 +110,9 @@ GEMM_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
     "sparse_time": _row("s", 0.0, 1e-4, "uncalibrated: order of the launch of cuSPARSELt kernels",
         "fixed time a 2:4 kernel takes above a dense one", other=2e-6),
     "quant_time": _row("s", 0.0, 1e-4, _QUANTISED,
-        "fixed time a weight-only quantised kernel takes above a dense one", other=6e-6),
+        "fixed time a weight-only quantised kernel takes above a dense one", other=5e-6),
     "quant_step": _row("1", 0.05, 1.2, _QUANTISED,
-        "e_tc of weight-only quantised kernels over that of dense ones", other=0.7),
-    "quant_load": _row("1", 0.05, 1.2, _QUANTISED,
-        "e_d of weight-only quantised kernels over that of dense ones", other=0.85),
+        "e_tc of weight-only quantised kernels over that of dense ones", other=0.73),
     "block_step": _row("1", 0.1, 1.2, _ASSUMED,
         "e_tc of kernels that skip blocks of rows, over that of dense ones", other=0.85),
     "pack": _row("1", 0.01, 10.0, _PACKING,
@@ -183,17 +193,25 @@ RUNTIME_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
 })
 
 COLLECTIVE_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
-    "t0_s": _row("s", 0.0, 1e-4, _NCCL, "fixed time of a collective inside a CUDA graph",
-        ampere=3.8e-6, hopper=2.5e-6, other=4e-6),
-    "e_link": _row("1", 0.05, 1.0, _NCCL, "share of the link's bandwidth in one direction a large payload reaches",
-        ampere=0.67, hopper=0.70, other=0.63),
-    "step_s": _row("s", 0.0, 1e-4, _NCCL, "one more synchronising step between all devices", other=1e-6),
-    "pcie_sharing": _row("1", 0.0, 3.0, _NCCL,
-        "power of 2 / devices by which devices on PCIe lose bandwidth to one another", other=1.9),
-    "spread": _row("1", 1.0, 4.0, "engines and NCCL differ by this on the same payload; " + _NCCL,
-        "factor of the 90 % interval either way", other=1.5),
+    "t0_s": _row("s", 1e-7, 1e-4, _NCCL, "start of a library's collective inside a CUDA graph",
+        pcie=4.0e-6, other=5.5e-6),
+    "hop_s": _row("s", 0.0, 1e-4, _NCCL, "one of its synchronising steps; where none is fitted, the link's latency",
+        pcie=1.4e-6, other=9e-7),
+    "e_link": _row("1", 0.01, 1.0, _NCCL, "share of the link's bandwidth in one direction a large payload reaches",
+        pcie=0.57, other=0.77),
+    "sharing": _row("1", 0.0, 3.0, f"{_NCCL}; three hosts with PCIe have 0, 0.33 and 1.95",
+        "power of 2 / devices by which devices lose bandwidth to one another", pcie=0.5, other=0.0),
+    "pipe_s": _row("s", 1e-8, 1e-3, _NCCL, "times the time on the wire, the square of what filling the pipeline takes",
+        pcie=5.5e-6, other=1.5e-5),
+    "own_devices": _row("1", 0.0, 1e5, f"{_NCCL}: two over PCIe, all over NVLink",
+        "devices up to which the engine has an all-reduce of its own; 0: it has none", pcie=2.0, other=8.0),
+    "own_bytes": _row("B", 0.0, 1e12, _NCCL, "largest payload it takes", pcie=6.7e7, other=1.68e7),
+    "own_t0_s": _row("s", 1e-7, 1e-4, _NCCL, "its start", pcie=5.5e-6, other=3.5e-6),
+    "own_hop_s": _row("s", 0.0, 1e-5, _NCCL, "what each further device adds to that", pcie=0.0, other=1.2e-7),
+    "own_e": _row("1", 0.01, 1.0, _NCCL, "share of the link's bandwidth its reads reach", pcie=0.59, other=0.65),
+    "own_step_s": _row("s", 1e-8, 1e-4, _NCCL, "its second synchronising step, where it takes two", other=6e-6),
 })
-"""Of a link between devices; no section of a profile holds them."""
+"""By kind of link, "pcie" or any other, in place of the architecture."""
 # fmt: on
 
 CLASSES: tuple[str, ...] = ("norm", "final_norm", "rotary", "activation", "embedding", "copy", "select", "scatter")
@@ -221,8 +239,6 @@ ELEMENTWISE_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
     **_elementwise(),
     "l2_share": _row("1", 0.05, 4.0, _RTX,
         "bytes of an operator, in units of the L2, at which half of them are found there", other=0.8),
-    "spread": _row("1", 1.0, 4.0, f"rates between operators of one class differ by this; {_STUDY}",
-        "factor of the 90 % interval either way where none was fitted", other=1.6),
 })
 
 CONSTANTS: Mapping[str, Mapping[str, Constant]] = MappingProxyType({
@@ -231,6 +247,7 @@ CONSTANTS: Mapping[str, Mapping[str, Constant]] = MappingProxyType({
     "attention_decode": DECODE_CONSTANTS,
     "elementwise": ELEMENTWISE_CONSTANTS,
     "runtime": RUNTIME_CONSTANTS,
+    "collective": COLLECTIVE_CONSTANTS,
 })
 """Constants by operator: those of each fitted section of a profile."""
 

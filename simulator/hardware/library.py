@@ -1,30 +1,22 @@
-"""Profiles by name: :func:`list_hardware`, :func:`load_hardware`, :func:`check_hardware`, :func:`save_hardware`.
-
-A profile is written in a fixed order and layout: equal profiles give equal bytes, a change shows as a small diff.
-"""
+"""Profiles by name: :func:`list_hardware`, :func:`load_hardware`, :func:`check_hardware`."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from simulator.errors import InputError, unknown
-from simulator.files.write import check_target, one_writer, write_whole
-from simulator.files.yaml import MAX_BYTES, Problems, read_text
-from simulator.hardware.arrays import FILE_NAME, check_arrays, pack_arrays, read_arrays
-from simulator.hardware.profile import OPERATORS, HardwareProfile, Interval, Provenance, Section
-from simulator.hardware.schema import QUANTITIES, SCHEMA_VERSION, plain_name, profile_from_text
-from simulator.units import format_quantity
+from simulator.files.yaml import Problems, read_text
+from simulator.hardware.arrays import Arrays, read_archive, read_arrays
+from simulator.hardware.profile import STACKS, HardwareProfile, lent, preferring
+from simulator.hardware.schema import plain_name, profile_from_text, stack_from_text
 
-_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_]*(?:[.-][A-Za-z0-9_]+)*")
-_WORDS = ("true", "false", "yes", "no", "on", "off", "null", "y", "n")
+_STACK_FILE = re.compile(rf"\.({'|'.join(STACKS)})\.ya?ml$")
 
 
 def profiles_folder() -> Path:
@@ -36,7 +28,7 @@ def profiles_folder() -> Path:
 
 def list_hardware() -> tuple[str, ...]:
     """Names of the shipped profiles, sorted."""
-    return tuple(sorted(path.stem for path in profiles_folder().glob("*.yaml")))
+    return tuple(sorted(path.stem for path in profiles_folder().glob("*.yaml") if not _STACK_FILE.search(path.name)))
 
 
 @lru_cache(maxsize=1)
@@ -54,206 +46,144 @@ def shipped_names() -> Mapping[str, str]:
     return MappingProxyType(found)
 
 
-def load_hardware(name_or_path: str | os.PathLike[str]) -> HardwareProfile:
+def load_hardware(name_or_path: str | os.PathLike[str], stack: str = "", same_stack: bool = False) -> HardwareProfile:
     """A profile by shipped name or alias (case, blanks, dashes and underscores do not matter) or the path of its YAML.
 
-    It is shared: the same file gives the same object until it changes. Raises InputError for an unknown name, with the
-    closest ones, or a bad file: its first problem as ``file:line:column: key: reason``.
+    ``stack``, or "@stack" behind the name, is whose kernels are preferred: one of those that files beside the profile
+    were fitted for. ``same_stack`` says that it is the user's own, so that intervals are those of its own table. The
+    profile is shared: the same files give the same object until one changes. Raises InputError for an unknown name or
+    stack, with the closest ones, or a bad file: its first problem as ``file:line:column: key: reason``.
 
-    >>> load_hardware("RTX 4090").name
-    'rtx_4090'
+    >>> load_hardware("RTX 4090").name, load_hardware("a100@trtllm").stack
+    ('rtx_4090', 'trtllm')
     """
     if not isinstance(name_or_path, (str, os.PathLike)):
         raise InputError(f"hardware: expected a name or a path, got {type(name_or_path).__name__}")
     text = os.fspath(name_or_path)
     if isinstance(name_or_path, str):
+        named, at, asked = text.rpartition("@")
+        if at and not re.search(r"[/\\.]", asked):
+            if stack not in ("", asked):
+                raise InputError(f"hardware {text!r}: another stack than {stack!r} is asked for beside it")
+            text, stack = named, asked.strip().lower() or "@"
         shipped = shipped_names().get(plain_name(text))
         if shipped is not None:
             text = str(profiles_folder() / f"{shipped}.yaml")
         elif not re.search(r"[/\\]|\.ya?ml$", text):
             raise unknown("GPU", text, shipped_names())
-    try:
-        status = os.stat(text)
-        stamp = (status.st_mtime_ns, status.st_size)
-    except (OSError, ValueError):
-        stamp = (-1, -1)  # the reader says what is wrong
-    return _load(text, *stamp)
+    profile = _load(_stamps(text))
+    if profile.stacks_of:
+        profile = _lent(profile, _load(_stamps(str(_lender(Path(text), profile.stacks_of)))))
+    profile = profile.on(stack) if stack else profile
+    return _known(profile) if same_stack else profile
+
+
+def reference(name: str) -> str:
+    """A text that :func:`load_hardware` takes, as short as can be: the label of a shipped device, else the path."""
+    found = load_hardware(name).label
+    plain = plain_name(found.partition("@")[0])
+    return found if plain in shipped_names() and load_hardware(found) is load_hardware(name) else name
+
+
+def files_of(profile: HardwareProfile) -> list[Path]:
+    """Every file that a profile was, or could have been, read from: its own, and those of the sibling that lends."""
+    own = [profile.path] if profile.path else []
+    paths = [*own, *(_lender(path, profile.stacks_of) for path in own if profile.stacks_of)]
+    return [file for path in paths for file in sorted(path.parent.glob(f"{path.stem}.*"))]
+
+
+_lent = lru_cache(maxsize=64)(lent)
 
 
 @lru_cache(maxsize=64)
-def _load(path: str, _modified: int, _size: int) -> HardwareProfile:
-    profile, problems = _read(Path(path))
-    if profile is None:
-        raise problems.error()
+def _known(profile: HardwareProfile) -> HardwareProfile:
+    return replace(profile, same_stack=True)
+
+
+def _lender(path: Path, name: str) -> Path:
+    """The profile beside another, or the shipped one, whose stacks it borrows."""
+    beside = path.parent / f"{name}.yaml"
+    if not beside.is_file() and name not in list_hardware():
+        raise unknown(f"{path}: stacks_of: profile", name, list_hardware())
+    return beside if beside.is_file() else profiles_folder() / f"{name}.yaml"
+
+
+def _stack_files(path: str) -> dict[str, str]:
+    """Files beside a profile that hold what was fitted for a stack."""
+    stem = os.path.splitext(path)[0]
+    files = {stack: f"{stem}.{stack}.yaml" for stack in STACKS}
+    return {stack: file for stack, file in files.items() if os.path.isfile(file)}
+
+
+def _stamps(path: str) -> tuple[tuple[str, int, int], ...]:
+    """A profile's files, each with its time and size; the reader says what is wrong with one."""
+    out = []
+    try:
+        for file in (path, *_stack_files(path).values()):
+            status = os.stat(file)
+            out.append((file, status.st_mtime_ns, status.st_size))
+    except (OSError, ValueError):
+        return ((path, -1, -1),)
+    return tuple(out)
+
+
+@lru_cache(maxsize=64)
+def _load(stamps: tuple[tuple[str, int, int], ...]) -> HardwareProfile:
+    profile, found = _read(Path(stamps[0][0]))
+    for problems in found:
+        if len(problems):
+            raise problems.error()
+    assert profile is not None
     return profile
 
 
-def _read(path: Path) -> tuple[HardwareProfile | None, Problems]:
-    """A profile file to a profile, None if anything is wrong, and its problems."""
-    problems = Problems(str(path))
-    text = read_text(path, problems)
-    return None if text is None else profile_from_text(text, path, problems, read_arrays, _taken(path)), problems
+def _read(path: Path, stacks: Mapping[str, str] | None = None) -> tuple[HardwareProfile | None, list[Problems]]:
+    """A profile file and its stack files (by default those beside it) to a profile, None if anything is wrong with the
+    first, and the problems of each."""
+    found = [Problems(str(path))]
+    archive = lru_cache(read_archive)
+
+    def fetch(file: Path, sha256: str, prefix: str, names: tuple[str, ...]) -> Arrays:
+        return read_arrays(archive(file, sha256), prefix, names)
+
+    text = read_text(path, found[0])
+    profile = None if text is None else profile_from_text(text, path, found[0], fetch, taken(path))
+    if profile is None:
+        return None, found
+    sections = dict(profile.stacks)
+    for stack, file in (_stack_files(str(path)) if stacks is None else stacks).items():
+        found.append(Problems(file))
+        text = read_text(Path(file), found[-1])
+        fitted = None if text is None else stack_from_text(text, Path(file), found[-1], fetch, profile, stack)
+        sections[stack] = fitted or {}
+    return preferring(profile, sections), found
 
 
-def _taken(path: Path) -> Mapping[str, str]:
+def forget() -> None:
+    """Read files again, after one was written."""
+    _load.cache_clear()
+    shipped_names.cache_clear()
+
+
+def taken(path: Path) -> Mapping[str, str]:
     """Names a file's aliases may not be; among the shipped files, clashes are found by :func:`shipped_names`."""
     return {} if path.parent.absolute() == profiles_folder().absolute() else shipped_names()
 
 
 def check_hardware(path: str | os.PathLike[str]) -> list[str]:
-    """All problems of a profile file, one line each: ``file:line:column: key: reason, what would be right``."""
-    return _read(Path(path))[1].lines
-
-
-def save_hardware(profile: HardwareProfile, path: str | os.PathLike[str]) -> None:
-    """Write a profile whole: its arrays to an ``.npz`` named with their digest, then the YAML beside it.
-
-    The same profile gives the same bytes. Comments of an older file are not kept; facts, sources and notes are. Raises
-    InputError when the path is no YAML file's name, or the loader would refuse what was to be written.
-    """
+    """All problems of a profile file and the stack files beside it, or of one stack file, one line each:
+    ``file:line:column: key: reason, what would be right``."""
     path = Path(path)
-    if path.suffix not in (".yaml", ".yml"):
-        raise InputError(f"{path}: expected a file name that ends in .yaml")
-    path = check_target(path).resolve()
-    arrays = {}
-    for (operator, dtype), section in profile.sections.items():
-        try:
-            check_arrays(operator, section.arrays)
-        except ValueError as error:
-            raise InputError(f"{path}: calibrated.{operator}.{dtype}.arrays: {error}") from None
-        arrays.update({f"{operator}.{dtype}.{name}": array for name, array in section.arrays.items()})
-    packed = pack_arrays(arrays) if arrays else b""
-    digest = hashlib.sha256(packed).hexdigest()
-    # the digest is part of the name: the old pair stays readable until the new YAML is in place, whatever happens
-    stem = re.sub(r"[^A-Za-z0-9_.-]", "_", path.stem)[:80]
-    stem = stem if FILE_NAME.fullmatch(f"{stem}.npz") else f"profile_{stem}"
-    file = f"{stem}.{digest[:12]}.npz"
-    text = profile_text(profile, file, digest)
-    problems = Problems(str(path))
-    if len(text.encode()) > MAX_BYTES:
-        problems.add(None, "file", f"would be larger than {MAX_BYTES / 1e6:g} MB")
+    lines = []
+    named = _STACK_FILE.search(path.name)
+    owner = path.with_name(f"{path.name[: named.start()]}.yaml") if named else path
+    if named and owner.is_file():
+        found = _read(owner, {named[1]: str(path)})[1]
     else:
-        profile_from_text(text, path, problems, lambda *said: dict.fromkeys(said[-1]), _taken(path))
-    if len(problems):
-        raise problems.error()
-    with one_writer(path.parent):  # else another's clean-up could take the arrays written here before they are named
-        if packed:
-            write_whole(path.parent / file, packed)
-        write_whole(path, text.encode())
-        for old in path.parent.glob(f"{stem}.*.npz"):
-            mine = re.fullmatch(r"[0-9a-f]{12}", old.name[len(stem) + 1 : -4])
-            if mine and not (packed and old.name == file):
-                old.unlink(missing_ok=True)
-    _load.cache_clear()
-    shipped_names.cache_clear()
-
-
-def profile_text(profile: HardwareProfile, arrays_file: str = "", arrays_sha256: str = "") -> str:
-    """YAML text of a profile; the arrays, if any, are named but not written."""
-    title = " ".join(profile.title.split())
-    head = f"# {title}: facts with their sources under datasheet, fitted values under calibrated."
-    tree = _facts(profile)
-    if profile.sections:
-        tree["calibrated"] = {operator: {} for operator in OPERATORS if any(o == operator for o, _ in profile.sections)}
-    for (operator, dtype), section in sorted(profile.sections.items()):
-        if operator in OPERATORS:
-            tree["calibrated"][operator][_text(dtype)] = _section(section, arrays_file, arrays_sha256)
-    return "\n".join([head, *_lines(tree)]) + "\n"
-
-
-def _facts(profile: HardwareProfile) -> dict[str, Any]:
-    """What comes before the fitted sections: mappings, and leaves as their text."""
-    references = dict(profile.references)
-    short = {text: key for key, text in reversed(references.items())}
-    for text in profile.sources.values():
-        if text not in short:
-            key = next(f"source_{i}" for i in range(1, len(references) + 2) if f"source_{i}" not in references)
-            references[key], short[text] = text, key
-
-    def fact(key: str, value: str, **more: str) -> str:
-        pairs = {"value": value, **more}
-        if key in profile.sources:
-            pairs["source"] = _text(short[profile.sources[key]])
-        if key in profile.notes:
-            pairs["note"] = _quoted(profile.notes[key])
-        return _flow(pairs)
-
-    datasheet: dict[str, Any] = {"sm_count": fact("sm_count", str(profile.sm_count))}
-    for key, (attribute, quantity) in QUANTITIES.items():
-        value = getattr(profile, attribute)
-        if key != "max_clock" or key in profile.sources or value != profile.boost_clock_hz:
-            datasheet[key] = fact(key, format_quantity(value, quantity.unit))
-    datasheet["rates"] = rates = {}
-    for dtype, rate in profile.rates.items():
-        more = {"accumulate": _text(rate.accumulate), "sparse_factor": _number(rate.sparse_factor)}
-        rates[dtype] = fact(f"rates.{dtype}", format_quantity(rate.flop_per_s, "FLOP/s"), **more)
-    if link := profile.link:
-        datasheet["link"] = {
-            "kind": _text(link.kind),
-            "max_devices": link.max_devices,
-            "bandwidth": fact("link.bandwidth", format_quantity(link.bandwidth_bytes_per_s, "B/s")),
-            "latency": fact("link.latency", format_quantity(link.latency_s, "s")),
-        }
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "name": _text(profile.name),
-        "title": _quoted(profile.title),
-        "vendor": _text(profile.vendor),
-        "architecture": _text(profile.architecture),
-        "aliases": f"[{', '.join(map(_quoted, profile.aliases))}]",
-        "sources": {_text(key): _quoted(text) for key, text in references.items()},
-        "datasheet": datasheet,
-    }
-
-
-def _section(section: Section, arrays_file: str, arrays_sha256: str) -> dict[str, Any]:
-    provenance = _values(section.provenance) if section.provenance else {}
-    constants = {}
-    for name, fitted in section.constants.items():
-        error = {} if fitted.std_error is None else {"std_error": _number(fitted.std_error)}
-        constants[name] = _flow({"value": _number(fitted.value), **error, "status": fitted.status})
-    names = f"[{', '.join(map(_text, sorted(section.arrays)))}]"
-    arrays = {"file": _text(arrays_file), "sha256": _quoted(arrays_sha256), "names": names}
-    optional = {
-        "arrays": arrays if section.arrays else {},
-        "intervals": [_flow(_values(interval)) for interval in section.intervals],
-        "accuracy": {_text(name): _number(value) for name, value in section.accuracy.items()},
-    }
-    return {
-        "status": section.status,
-        "provenance": {name: value for name, value in provenance.items() if value != '""'},
-        "constants": constants or "{}",
-        **{name: value for name, value in optional.items() if value},
-    }
-
-
-def _lines(tree: Mapping[str, Any], indent: str = "") -> Iterator[str]:
-    for key, value in tree.items():
-        yield f"{indent}{key}:" if isinstance(value, (dict, list)) else f"{indent}{key}: {value}"
-        if isinstance(value, dict):
-            yield from _lines(value, indent + "  ")
-        elif isinstance(value, list):
-            yield from (f"{indent}  - {item}" for item in value)
-
-
-def _values(part: Interval | Provenance) -> dict[str, str]:
-    return {name: _quoted(value) if isinstance(value, str) else _number(value) for name, value in vars(part).items()}
-
-
-def _flow(pairs: Mapping[str, str]) -> str:
-    return "{" + ", ".join(f"{name}: {value}" for name, value in pairs.items()) + "}"
-
-
-def _number(value: float) -> str:
-    """Shortest text that reads back to the same number, whole numbers without a point."""
-    whole = isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e15)
-    return str(int(value)) if whole else repr(float(value))
-
-
-def _text(value: str) -> str:
-    return value if _PLAIN.fullmatch(value) and value.lower() not in _WORDS else _quoted(value)
-
-
-def _quoted(value: str) -> str:
-    """Double-quoted YAML; JSON's escapes are a subset of YAML's."""
-    return json.dumps(value, ensure_ascii=False)
+        profile, found = _read(path)
+        if profile is not None and profile.stacks_of:
+            try:
+                _lender(path, profile.stacks_of)
+            except InputError as error:
+                lines.append(str(error).replace(": ", ":1:1: ", 1))
+    return [line for problems in found for line in problems.lines] + lines

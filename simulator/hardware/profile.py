@@ -6,7 +6,7 @@ come from :meth:`HardwareProfile.section`, which says whether they are calibrate
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,9 +19,25 @@ from simulator.errors import InputError, unknown
 from simulator.files.fields import Number
 from simulator.hardware.constants import CONSTANTS
 
-ARCHITECTURES: tuple[str, ...] = ("ampere", "ada", "hopper", "blackwell", "cpu")
+ARCHITECTURES: tuple[str, ...] = ("ampere", "ada", "hopper", "blackwell", "blackwell_sm100", "cpu")
 OPERATORS: tuple[str, ...] = tuple(CONSTANTS)
-"""Parts of a profile that are fitted; "runtime" holds for every dtype and has dtype "*"."""
+"""Parts of a profile that are fitted."""
+
+ANY_DTYPE: tuple[str, ...] = ("runtime", "collective")
+"""Those that hold for every number format: their sections have the dtype "*"."""
+
+LABELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"int8_wo": ("bf16", "fp16"), "int4_wo": ("bf16", "fp16"), "fp8_block": ("fp8",)}
+)
+"""Number formats of a section beside the arithmetic ones -> the arithmetic they need: 8- and 4-bit weights alone, and
+fp8 with a scale for every block of weights."""
+
+STACKS: tuple[str, ...] = ("sglang", "trtllm", "vllm", "torch")
+"""Software whose kernels a section may be fitted on, the one that is preferred where nobody asks first."""
+
+OTHER_STACK, SAME_STACK = 1.25, 0.5
+"""Factors on the prior of what stacks and labs differ by: for a section fitted on another stack than the user's, judged
+on stacks and labs left out; and for the user's own, whose kernels still run among others."""
 
 _TWINS = {"bf16": "fp16", "fp16": "bf16"}
 Rows = Annotated[int, Number(0, 1e12, "400", whole=True)]
@@ -45,6 +61,11 @@ class Link:
     latency_s: float  # of one message step
     max_devices: int
 
+    @property
+    def family(self) -> str:
+        """ "nvlink" or "pcie" (what is neither counts as the slower one)."""
+        return "nvlink" if "nvlink" in self.kind.lower() else "pcie"
+
 
 @dataclass(frozen=True)
 class Fitted:
@@ -53,17 +74,6 @@ class Fitted:
     value: float
     std_error: float | None = None
     status: str = "fitted"
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Multipliers of a prediction that hold the measured time at ``level``, from ``rows`` unseen shapes of a regime."""
-
-    regime: str
-    low: Annotated[float, Number(1e-6, 1.0, "0.93")]
-    high: Annotated[float, Number(1.0, 1e6, "1.08")]
-    level: Annotated[float, Number(0.01, 0.9999, "0.9")]
-    rows: Rows
 
 
 @dataclass(frozen=True)
@@ -86,13 +96,23 @@ class Section:
 
     constants: Mapping[str, Fitted]
     arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # read-only; for instance the residual lattice
-    intervals: tuple[Interval, ...] = ()
+    spread: float = 1.0  # factor on a shape's own and local errors that holds 90 % of unseen rows of its own table
     accuracy: Mapping[str, float] = field(default_factory=dict)  # errors on shapes the fit did not see
     provenance: Provenance | None = None
     status: str = "default"  # or "calibrated" or "borrowed"
+    stack: str = ""  # of the file it came from; "" for a calibration of one's own
 
     def __getitem__(self, name: str) -> float:
         return self.constants[name].value
+
+
+@dataclass(frozen=True, eq=False)
+class Anchor:
+    """Local rows that move the whole profile, by their log errors and what those depend on."""
+
+    provenance: Provenance
+    columns: tuple[str, ...]  # of ``shared``, by name: a later version may know more
+    arrays: Mapping[str, NDArray[Any]]  # shared (n, columns), own, local, log_ratio and kind (n,), place (n, 3)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +145,42 @@ class HardwareProfile:
     references: Mapping[str, str] = field(default_factory=dict)  # short names the file uses for its sources
     # (operator, dtype) -> what was fitted; ask section(), which also borrows and falls back
     sections: Mapping[tuple[str, str], Section] = field(default_factory=dict)
+    stacks: Mapping[str, Mapping[tuple[str, str], Section]] = field(
+        default_factory=dict
+    )  # the preferred by default first
+    stack: str = ""  # preferred: its sections come first; "" where there is none, or for a calibration of one's own
+    stacks_of: str = ""  # profile of a sibling whose stacks this one borrows
+    same_stack: bool = False  # whether the user's stack is the preferred one
+    anchor: Anchor | None = None
     path: Path | None = None
+
+    @property
+    def label(self) -> str:
+        """The name, with "@stack" where that is not the one preferred by default (:func:`load_hardware` takes it), and
+        whether local rows move it."""
+        name = self.name if self.stack == next(iter(self.stacks), self.stack) else f"{self.name}@{self.stack}"
+        return f"{name} (anchored)" if self.anchor is not None else name
+
+    def on(self, stack: str) -> HardwareProfile:
+        """The same device, its sections those of a stack before those of others; InputError, which names the stacks
+        that there are, for one that it does not have. The same stack gives the same object.
+
+        >>> from simulator.hardware.library import load_hardware
+        >>> load_hardware("h100").on("trtllm").section("gemm", "bf16").status
+        'calibrated'
+        """
+        return self if stack == self.stack else _on(self, stack)
+
+    def calibrated(self, sections: Mapping[tuple[str, str], Section]) -> HardwareProfile:
+        """The same device with sections of a calibration of one's own."""
+        sections = MappingProxyType(dict(sections))
+        return replace(self, sections=sections, stacks=MappingProxyType({"": sections}), stack="", same_stack=True)
+
+    def spread(self, section: Section) -> tuple[float, float]:
+        """Factors on the prior of log errors of a section's times: on those that all share, and on each one's own."""
+        own = self.same_stack and self.anchor is None
+        own = own and section.status == "calibrated" and section.stack == self.stack
+        return (SAME_STACK, section.spread) if own else (OTHER_STACK, max(section.spread, 1.0))
 
     @property
     def clock_headroom(self) -> float:
@@ -154,8 +209,9 @@ class HardwareProfile:
 
         The section has every constant of the operator; one that was not fitted has its default and status "default".
         """
-        default = _default_section(operator, self.architecture)
-        found = self.sections.get((operator, "*" if operator == "runtime" else dtype))
+        kind = self.link.family if operator == "collective" and self.link else self.architecture
+        default = _default_section(operator, kind)
+        found = self.sections.get((operator, "*" if operator in ANY_DTYPE else dtype))
         twin = _TWINS.get(dtype, "")
         if found is None and (operator, twin) in self.sections and self.rates.get(dtype) == self.rates.get(twin):
             found = _borrowed(self.sections[operator, twin], f"{self.name} {operator} {twin}")
@@ -167,10 +223,10 @@ class HardwareProfile:
 
 
 @lru_cache(maxsize=64)
-def _default_section(operator: str, architecture: str) -> Section:
+def _default_section(operator: str, kind: str) -> Section:
     if operator not in CONSTANTS:
         raise unknown("operator", operator, OPERATORS)
-    values = {name: constant.default(architecture) for name, constant in CONSTANTS[operator].items()}
+    values = {name: constant.default(kind) for name, constant in CONSTANTS[operator].items()}
     return Section(MappingProxyType({name: Fitted(value, None, "default") for name, value in values.items()}))
 
 
@@ -180,3 +236,71 @@ def _borrowed(section: Section, origin: str) -> Section:
     if provenance is not None:
         provenance = replace(provenance, borrowed_from=provenance.borrowed_from or origin)
     return replace(section, status="borrowed", provenance=provenance)
+
+
+def labels(rates: Iterable[str]) -> tuple[str, ...]:
+    """Number formats that sections of a device with some rates may have.
+
+    >>> labels(["fp16", "fp8"])
+    ('fp16', 'fp8', 'int8_wo', 'int4_wo', 'fp8_block')
+    """
+    known = tuple(rates)
+    return *known, *(label for label, needed in LABELS.items() if any(dtype in known for dtype in needed))
+
+
+def label_of(dtype: str, weight: str) -> str:
+    """Number format of the section for activations (and arithmetic) and weights; :func:`formats_of` is its reverse.
+
+    >>> label_of("bf16", "int4"), label_of("fp8", "fp8_block"), label_of("bf16", "bf16")
+    ('int4_wo', 'fp8_block', 'bf16')
+    """
+    return dtype if weight == dtype else weight if weight in LABELS else f"{weight}_wo"
+
+
+def formats_of(label: str, rates: Iterable[str]) -> tuple[str, str]:
+    """Format of activations and of weights that a section of a device with some rates is for.
+
+    >>> formats_of("int4_wo", ["fp32", "fp16"]), formats_of("fp8", ["fp8"])
+    (('fp16', 'int4'), ('fp8', 'fp8'))
+    """
+    known = tuple(rates)
+    arithmetic = next((dtype for dtype in LABELS.get(label, ()) if dtype in known), label)
+    return arithmetic, label.removesuffix("_wo")
+
+
+def preferring(
+    profile: HardwareProfile, stacks: Mapping[str, Mapping[tuple[str, str], Section]], stack: str = ""
+) -> HardwareProfile:
+    """A profile with stacks: the sections of one (by default the first there is: a calibration of one's own, then in
+    the order of :data:`STACKS`), then what others have beside it, borrowed."""
+    stacks = {name: stacks[name] for name in ("", *STACKS) if stacks.get(name)}
+    if not stacks:
+        return profile
+    stack = stack or next(iter(stacks))
+    sections = dict(stacks[stack])
+    for name, others in stacks.items():
+        origin = f"{profile.name} {name or 'own calibration'}"
+        sections |= {key: _borrowed(section, origin) for key, section in others.items() if key not in sections}
+    return replace(profile, sections=MappingProxyType(sections), stacks=MappingProxyType(stacks), stack=stack)
+
+
+def lent(profile: HardwareProfile, lender: HardwareProfile) -> HardwareProfile:
+    """A profile with the stacks of a sibling beside its own: for number formats it has, what it was not fitted for;
+    collectives only over a link of the same kind."""
+    linked = profile.link and lender.link and profile.link.kind == lender.link.kind
+    known = (*labels(profile.rates), "runtime", *(["collective"] if linked else []))
+    stacks = {name: dict(own) for name, own in profile.stacks.items()}
+    for name, sections in lender.stacks.items():
+        keys = [key for key in sections if (key[0] if key[0] in ANY_DTYPE else key[1]) in known]
+        borrowed = {key: _borrowed(sections[key], f"{lender.name} {name}") for key in keys}
+        stacks[name] = {**borrowed, **stacks.get(name, {})}
+    return preferring(profile, stacks)
+
+
+@lru_cache(maxsize=64)
+def _on(profile: HardwareProfile, stack: str) -> HardwareProfile:
+    if stack not in profile.stacks:
+        if not any(profile.stacks):
+            raise InputError(f"{profile.name} was fitted for no stack; ask for it without {stack!r}")
+        raise unknown(f"{profile.name}: stack", stack, filter(None, profile.stacks))
+    return preferring(profile, profile.stacks, stack)

@@ -1,21 +1,23 @@
-"""The schema of a hardware profile: its YAML to a :class:`HardwareProfile`, or to everything that is wrong with it."""
+"""The schema of a hardware profile and of its stack files: YAML to a :class:`HardwareProfile` or its sections, or to
+everything that is wrong with them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from simulator.errors import InputError
 from simulator.files.fields import Checked, Keys, Kind, Many, Number, Quantity, Table, Text, did_you_mean, record, shown
 from simulator.files.yaml import Node, Problems, parse_yaml
 from simulator.hardware import profile as parts
 from simulator.hardware.arrays import ARRAY_NAME, FILE_NAME
 from simulator.hardware.constants import CONSTANTS
-from simulator.hardware.profile import ARCHITECTURES, OPERATORS, HardwareProfile
+from simulator.hardware.profile import ANY_DTYPE, ARCHITECTURES, OPERATORS, STACKS, Anchor, HardwareProfile, Section
 from simulator.workload import DTYPES
 
 SCHEMA_VERSION = 1
@@ -33,7 +35,9 @@ QUANTITIES: Mapping[str, tuple[str, Quantity]] = MappingProxyType({
 """Key of the file -> attribute of the profile, unit and plausible range: wide, to catch a slip of the unit only."""
 
 Fetch = Callable[[Path, str, str, tuple[str, ...]], Mapping[str, Any]]
-"""Gets a section's arrays, as :func:`simulator.hardware.arrays.read_arrays` does."""
+"""Gets arrays from a file with a digest by their prefix and names, or raises ValueError."""
+
+Sections = Mapping[tuple[str, str], Section]
 
 _NAME = Text((), "[a-z0-9][a-z0-9_.-]{0,63}", "a name of lower-case letters, digits, _ - and ., at most 64")
 _ALIAS = Text((), "[A-Za-z0-9][A-Za-z0-9 _.-]{0,63}", "letters, digits, blanks, _ - and .")
@@ -44,6 +48,8 @@ _FILE = Text((), FILE_NAME.pattern, "the name of an .npz file beside the profile
 _SHA256 = Text((), "[0-9a-f]{64}", "64 lower-case hexadecimal digits")
 _NAMES = Many(Text((), ARRAY_NAME.pattern, "an array name of letters, digits and _"))
 _ARRAYS = Keys({"file": _FILE, "sha256": _SHA256, "names": _NAMES})
+_COLUMN = Text((), "[a-z0-9_]+( [a-z0-9_]+){0,5}", "words of lower-case letters, digits and _")
+_VERSION = Number(SCHEMA_VERSION, SCHEMA_VERSION, str(SCHEMA_VERSION))
 _FITTED = {"std_error": Number(0, 1e30, "0.01"), "status": Text(("fitted", "fixed", "borrowed", "default"))}
 
 
@@ -60,6 +66,37 @@ def profile_from_text(
     text: str, path: Path, problems: Problems, fetch: Fetch, taken: Mapping[str, str] = MappingProxyType({})
 ) -> HardwareProfile | None:
     """A profile's text to a profile; ``fetch`` gets a section's arrays, ``taken`` says who has a plain name."""
+    root = _root(text, problems)
+    if root is None:
+        return None
+    if root.kind == "mapping" and "stack" in root.entries:
+        name = _at(root, "hardware").text or "NAME"
+        problems.add(root.entries["stack"][0], "stack", f"this is what was fitted for one stack; ask for {name}@STACK")
+        return None
+    top = _kinds(root, path, fetch).read(root, "", problems)
+    _check_across(root, top, taken, problems)
+    return None if len(problems) else _profile(top, path)
+
+
+def stack_from_text(
+    text: str, path: Path, problems: Problems, fetch: Fetch, profile: HardwareProfile, stack: str
+) -> Sections | None:
+    """A stack file's text to its sections, for a profile that has the rates of their number formats."""
+    root = _root(text, problems)
+    if root is None:
+        return None
+    top: dict[str, Kind] = {
+        "schema_version": _VERSION,
+        "hardware": Text((profile.name,)),
+        "stack": Text((stack,)),
+        "calibrated": _calibrated(tuple(profile.rates), path, fetch),
+    }
+    read = Keys(top).read(root, "", problems)
+    return None if len(problems) else _sections(read, stack)
+
+
+def _root(text: str, problems: Problems) -> Node | None:
+    """The tree of a file of this version of the schema."""
     root = parse_yaml(text, problems)
     start = f"that starts with schema_version: {SCHEMA_VERSION}"
     if len(problems):
@@ -76,9 +113,7 @@ def profile_from_text(
         reason = f"expected {SCHEMA_VERSION}, got {shown(version)}; this prunesim reads no other version"
         problems.add(version, "schema_version", reason)
         return None
-    top = _kinds(root, path, fetch).read(root, "", problems)
-    _check_across(root, top, taken, problems)
-    return None if len(problems) else _profile(top, path)
+    return root
 
 
 def _at(node: Node, *keys: str) -> Node:
@@ -103,19 +138,6 @@ def _kinds(root: Node, path: Path, fetch: Fetch) -> Keys:
         kinds = {"value": value, **more, "source": Checked(Text(), listed)}
         return Keys(kinds, {"note": Text()}, expected="{value: ..., source: ...}")
 
-    def fitted(operator: str) -> Table:
-        known = ("*",) if operator == "runtime" else rates
-        reason = f"unknown dtype; expected one this device has a rate for: {', '.join(known)}"
-        required = {"provenance": record(parts.Provenance), "constants": _constants(operator)}
-        optional: dict[str, Kind] = {
-            "status": Text(("calibrated", "borrowed")),
-            "arrays": _Arrays(path, fetch),
-            "intervals": Many(record(parts.Interval)),
-            "accuracy": Table(Number(-1e9, 1e9, "0.042")),
-        }
-        section = Keys(required, optional, partial(parts.Section, status="calibrated"))
-        return Table(section, lambda dtype: "" if dtype in known else reason)
-
     quantities = {key: fact(quantity) for key, (_, quantity) in QUANTITIES.items()}
     max_clock = quantities.pop("max_clock")
     link: dict[str, Kind] = {
@@ -130,7 +152,7 @@ def _kinds(root: Node, path: Path, fetch: Fetch) -> Keys:
         "rates": Table(fact(**_RATE), _wrong_dtype),
     }
     top: dict[str, Kind] = {
-        "schema_version": Number(SCHEMA_VERSION, SCHEMA_VERSION, str(SCHEMA_VERSION)),
+        "schema_version": _VERSION,
         "name": _NAME,
         "title": Text(),
         "vendor": Text(),
@@ -138,8 +160,50 @@ def _kinds(root: Node, path: Path, fetch: Fetch) -> Keys:
         "sources": Table(Text()),
         "datasheet": Keys(facts, {"max_clock": max_clock, "link": Keys(link)}),
     }
-    calibrated = Keys({}, {operator: fitted(operator) for operator in OPERATORS})
-    return Keys(top, {"aliases": Many(_ALIAS), "calibrated": calibrated})
+    optional: dict[str, Kind] = {
+        "aliases": Many(_ALIAS),
+        "stacks_of": _NAME,
+        "calibrated": _calibrated(rates, path, fetch),
+        "anchor": _anchor(path, fetch),
+    }
+    return Keys(top, optional)
+
+
+def _calibrated(rates: tuple[str, ...], path: Path, fetch: Fetch) -> Keys:
+    """Sections by operator and number format, for a device with some rates."""
+    labels = parts.labels(rates)
+    optional: dict[str, Kind] = {
+        "status": Text(("calibrated", "borrowed")),
+        "stack": Text(STACKS),
+        "arrays": _Arrays(path, fetch),
+        "spread": Number(0.01, 10.0, "1.2"),
+        "accuracy": Table(Number(-1e9, 1e9, "0.042")),
+    }
+
+    def fitted(operator: str) -> Table:
+        known = ("*",) if operator in ANY_DTYPE else labels
+        reason = f"unknown dtype; expected one this device has a rate for: {', '.join(known)}"
+        required = {"provenance": record(parts.Provenance), "constants": _constants(operator)}
+        section = Keys(required, optional, partial(Section, status="calibrated"))
+        return Table(section, lambda dtype: "" if dtype in known else reason)
+
+    return Keys({}, {operator: fitted(operator) for operator in OPERATORS})
+
+
+def _anchor(path: Path, fetch: Fetch) -> Keys:
+    required: dict[str, Kind] = {
+        "provenance": record(parts.Provenance),
+        "columns": Many(_COLUMN),
+        "arrays": _Arrays(path, fetch),
+    }
+    return Keys(required, make=_anchor_of)
+
+
+def _anchor_of(columns: tuple[str, ...], arrays: Mapping[str, Any], **others: Any) -> Anchor:
+    shared = arrays.get("shared")
+    if shared is not None and shared.shape[1] != len(columns):
+        raise InputError(f"columns: expected one name a column of the array shared, {shared.shape[1]}")
+    return Anchor(columns=columns, arrays=arrays, **others)
 
 
 def _wrong_dtype(dtype: str) -> str:
@@ -217,10 +281,7 @@ def _profile(top: Mapping[str, Any], path: Path) -> HardwareProfile:
     if link:
         entries |= {f"link.{key}": link[key] for key in ("bandwidth", "latency")}
         link = parts.Link(link["kind"], link["bandwidth"]["value"], link["latency"]["value"], link["max_devices"])
-    sections = {
-        (o, dtype): section for o, by_dtype in top.get("calibrated", {}).items() for dtype, section in by_dtype.items()
-    }
-    return HardwareProfile(
+    profile = HardwareProfile(
         **{key: top[key] for key in ("name", "title", "vendor", "architecture")},
         **values,
         aliases=top.get("aliases", ()),
@@ -230,6 +291,18 @@ def _profile(top: Mapping[str, Any], path: Path) -> HardwareProfile:
         sources=MappingProxyType({key: references[entry["source"]] for key, entry in entries.items()}),
         notes=MappingProxyType({key: entry["note"] for key, entry in entries.items() if "note" in entry}),
         references=references,
-        sections=MappingProxyType(sections),
+        stacks_of=top.get("stacks_of", ""),
+        anchor=top.get("anchor"),
         path=path,
     )
+    sections = _sections(top)
+    own = any(not section.stack for section in sections.values())
+    return replace(profile.calibrated(sections), same_stack=own) if sections else profile
+
+
+def _sections(top: Mapping[str, Any], stack: str = "") -> Sections:
+    """Sections by operator and number format, marked with the stack of their file, if it is one's."""
+    found = {}
+    for operator, formats in top.get("calibrated", {}).items():
+        found.update({(operator, dtype): replace(s, stack=stack or s.stack) for dtype, s in formats.items()})
+    return MappingProxyType(found)

@@ -6,7 +6,6 @@ Use :func:`prefill_attention_time` and :func:`decode_attention_time`; arrays bro
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -17,25 +16,68 @@ from numpy.typing import NDArray
 
 from simulator.errors import InputError
 from simulator.hardware.constants import DECODE_CONSTANTS, PREFILL_CONSTANTS
+from simulator.hardware.profile import SAME_STACK
 from simulator.kernels import attention_core
 from simulator.kernels.gemm_core import ELEMENT_BYTES, Machine
-from simulator.kernels.intervals import BOUNDS, Bands, OpTime, bands_of, level_scale
 from simulator.kernels.lattice import Lattice, decode_place, prefill_place
+from simulator.kernels.spread import BOUNDS, Doubt, OpTime, Posterior, Spread, posterior_of, settle
+from simulator.workload import Kind
 
 if TYPE_CHECKING:
-    from simulator.hardware.profile import HardwareProfile
+    from simulator.hardware.profile import HardwareProfile, Section
 
 F = NDArray[np.float64]
 
-REGIMES: tuple[str, ...] = ("launch", "mixed", "work")
-"""Regimes of the intervals, by the share of the fixed time in the prediction: above 1/2, above 1/8, below."""
+OTHER_KERNEL = 1.0
+"""Octaves of head width that a window, or a cache of another format, counts for in how far a kernel is from a fitted
+one."""
 
-SPARSE_SPREAD, CACHE_SPREAD, WINDOW_SPREAD, WIDTH_SPREAD = 1.25, 1.10, 1.10, 1.15
-"""Factors by which what no fit has seen widens an interval: skipped blocks, a cache of another format, a sliding
-window, and heads of another width than the fits' 128 features (which err by 5 to 31 % there)."""
 
-FITTED_WIDTH = 128.0
-"""Features a head of the rows the shipped profiles are fitted on."""
+@dataclass(frozen=True)
+class Variants:
+    """The kernels of one section: for heads of a width, with a sliding window or none, with a cache in the format of
+    the arithmetic or a narrower one. One of them is fitted after the other; arrays over v of them."""
+
+    kinds: F  # (v, 3): log2 of the features a head, 1 with a window, 1 with a narrower cache
+    factors: F  # (v, c) logs of their constants over the section's, in the order of the registry
+    lattice: Lattice | None = None  # of all, one after the other along its first coordinate
+
+    @classmethod
+    def of(cls, section: Section) -> Variants:
+        """Those of a section's arrays; a section without has one, of 128 features a head."""
+        kinds = np.asarray(section.arrays.get("kinds", [[7.0, 0.0, 0.0]]), dtype=np.float64)
+        factors = np.asarray(section.arrays.get("factors", np.zeros((len(kinds), 0))), dtype=np.float64)
+        return cls(kinds, factors, Lattice.from_arrays(section.arrays))
+
+    def which(self, a: attention_core.Calls, narrow: bool) -> tuple[Any, Any]:
+        """The variant nearest to each call, and how far it is from it in octaves; numbers where all calls have one."""
+        width, window = np.asarray(a.head_dim), np.asarray(a.window) > 0
+        if width.size and (width == width.flat[0]).all() and (window == window.flat[0]).all():
+            width, window = width.flat[0], window.flat[0]
+        best: Any = 0
+        far: Any = np.inf
+        for i, (log_width, windowed, narrower) in enumerate(self.kinds):
+            apart = np.abs(np.log2(width) - log_width) + OTHER_KERNEL * (window != windowed)
+            apart = apart + OTHER_KERNEL * (narrow != narrower)
+            best, far = np.where(apart < far, i, best), np.minimum(apart, far)
+        return best, far
+
+    def constants(self, common: Mapping[str, float], which: Any) -> dict[str, Any]:
+        """Constants of each call: numbers where its variants share them."""
+        out: dict[str, Any] = dict(common)
+        for name, logs in zip(common, self.factors.T):
+            if logs.any():
+                out[name] = common[name] * np.exp(logs)[which]
+        return out
+
+    def residual(self, place: Any, which: Any) -> F:
+        """Log factor of each call that lies at ``place`` in the lattice of its variant."""
+        if self.lattice is None:
+            return np.asarray(0.0)
+        start, step = self.lattice.start[0], self.lattice.step[0]
+        nodes = self.lattice.values.shape[0] // len(self.kinds)
+        first = which * (nodes * step) + np.clip(place[0], start, start + (nodes - 1) * step)
+        return np.asarray(self.lattice((first, *place[1:])))
 
 
 @dataclass(frozen=True)
@@ -43,10 +85,13 @@ class _Ready:
     """What a profile says about one phase and two formats, as floats and arrays."""
 
     device: Machine
-    constants: Mapping[str, float]
-    lattice: Lattice | None
-    bands: Bands
-    widen: float  # extra log half-width for a cache of another format
+    common: Mapping[str, float]
+    variants: Variants
+    narrow: bool  # a cache narrower than the arithmetic
+    operator: str
+    spread: Spread  # factors on the prior of its errors
+    unknown: tuple[str, ...]  # columns of errors of what no fit has seen
+    posterior: Posterior | None
 
     def calls(self, *sizes: Any, **options: Any) -> attention_core.Calls:
         """Attention calls of these sizes in these formats."""
@@ -61,14 +106,12 @@ def _ready(hw: HardwareProfile, operator: str, dtype: str, kv_dtype: str | None)
     machine, constants = Machine.of(hw, dtype), {name: section[name] for name in names}
     if cache not in ELEMENT_BYTES:
         raise InputError(f"dtype {cache!r} is unknown; expected one of {', '.join(ELEMENT_BYTES)}")
-    machine, widen = replace(machine, weight_bytes=ELEMENT_BYTES[cache]), math.log(CACHE_SPREAD) * (cache != dtype)
-    return _Ready(machine, constants, Lattice.from_arrays(section.arrays), bands_of(section, REGIMES), widen)
-
-
-def regime_of(share: Any) -> NDArray[np.intp]:
-    """Index into :data:`REGIMES` from the share of the fixed time in a prediction."""
-    share = np.asarray(share)
-    return np.asarray((share <= 0.5).astype(np.intp) + (share <= 0.125))
+    machine = replace(machine, weight_bytes=ELEMENT_BYTES[cache])
+    unknown = ("default",) if section.status == "default" else ()
+    shared, own = hw.spread(section)
+    spread = (SAME_KERNELS if shared == SAME_STACK else shared, own)
+    sure = operator.removeprefix("attention_"), spread, unknown, posterior_of(hw)
+    return _Ready(machine, constants, Variants.of(section), ELEMENT_BYTES[cache] < machine.element_bytes, *sure)
 
 
 def prefill_attention_time(
@@ -97,9 +140,12 @@ def prefill_attention_time(
     """
     r = _ready(hw, "attention_prefill", dtype, kv_dtype)
     a = r.calls(batch, q_len, kv_len, heads, kv_heads, head_dim, window=window, density=density, block=block)
-    work = attention_core.prefill_work(a, r.constants)
-    place = prefill_place(a.q_len, a.batch, a.heads, a.kv_heads)
-    return _finish(r, work, attention_core.prefill_core(work, r.device, r.constants), place, level)
+    which, far = r.variants.which(a, r.narrow)
+    constants = r.variants.constants(r.common, which)
+    work = attention_core.prefill_work(a, constants)
+    parts = attention_core.prefill_core(work, r.device, constants)
+    residual = r.variants.residual(prefill_place(a.q_len, a.batch, a.heads, a.kv_heads), which)
+    return _finish(r, work, parts, residual, far, level)
 
 
 def decode_attention_time(
@@ -124,26 +170,59 @@ def decode_attention_time(
     """
     r = _ready(hw, "attention_decode", dtype, kv_dtype)
     a = r.calls(batch, 1, kv_len, heads, kv_heads, head_dim, window=window, density=density, warm=not cold)
+    which, far = r.variants.which(a, r.narrow)
     work = attention_core.decode_work(a)
-    place = decode_place(work.kv, work.pairs, work.group)
-    return _finish(r, work, attention_core.decode_core(work, r.device, r.constants), place, level)
+    parts = attention_core.decode_core(work, r.device, r.variants.constants(r.common, which))
+    residual = r.variants.residual(decode_place(work.kv, work.pairs, work.group), which)
+    return _finish(r, work, parts, residual, far, level)
 
 
-def _finish(r: _Ready, work: attention_core.Work, parts: attention_core.Parts, place: Any, level: float) -> OpTime:
-    """Residual, floors of physics, interval by regime, and the limit: the largest of the parts."""
-    a, core = work.calls, parts.total_s
-    if r.lattice is not None:
-        core = core * np.exp(r.lattice(place))
+def _finish(
+    r: _Ready, work: attention_core.Work, parts: attention_core.Parts, residual: F, far: Any, level: float
+) -> OpTime:
+    """Residual, floors of physics, interval, and the limit: the largest of the parts."""
+    a = work.calls
+    core = parts.total_s * np.exp(residual)
     compute_s, bytes_s = work.flops / r.device.peak_flop_per_s, work.moved_bytes / r.device.bandwidth_bytes_per_s
     floor = np.maximum(compute_s / r.device.headroom, 0.0 if a.warm else bytes_s)
-    seconds = np.maximum(core, floor)
-    # of a kernel that no fit has seen
-    widen = r.widen + math.log(WIDTH_SPREAD) * (a.head_dim != FITTED_WIDTH)
-    widen = widen + math.log(SPARSE_SPREAD) * (np.asarray(a.density) < 1.0)
-    widen = widen + math.log(WINDOW_SPREAD) * (np.asarray(a.window) > 0)
-    regime, scale = regime_of(parts.by_limit["launch"] / seconds), level_scale(level, r.bands.level)
-    lower = np.maximum(seconds * np.exp(scale * (r.bands.low[regime] - widen)), floor)
-    upper = seconds * np.exp(scale * (r.bands.high[regime] + widen))
+    unsure = doubt_of(r.operator, a, parts, spread=r.spread, far=far, unknown=r.unknown)
+    seconds, lower, upper = settle(core, floor, unsure, level, r.posterior)
     largest = np.argmax([np.broadcast_to(part, seconds.shape) for part in parts.by_limit.values()], axis=0)
     bound = np.array([BOUNDS.index(name) for name in parts.by_limit], dtype=np.int8)[largest]
-    return OpTime(seconds, lower, upper, np.maximum(compute_s, bytes_s), bound)
+    return OpTime(seconds, lower, upper, np.maximum(compute_s, bytes_s), bound, doubt=unsure)
+
+
+SAME_KERNELS = 0.1
+"""Factor on what stacks differ by where a time is asked of the stack that was fitted: attention differs by 10 to 100 %
+between stacks, and by 2 to 6 % from what was fitted on its own."""
+LOCAL: Mapping[str, float] = {"prefill": 0.10, "decode": 0.16}
+"""Log standard deviation of local errors by phase: between stacks they step apart by choice of kernel."""
+OWN: Mapping[str, tuple[float, float]] = {"prefill": (0.03, 0.014), "decode": (0.045, 0.017)}
+"""Log standard deviation of a shape's own error, and what a share of the launch of 1 adds to it, by phase."""
+
+
+def doubt_of(
+    phase: str,
+    a: attention_core.Calls,
+    parts: attention_core.Parts,
+    *,
+    spread: Spread = (SAME_KERNELS, 1.0),
+    far: Any = 0.0,
+    unknown: tuple[str, ...] = (),
+) -> Doubt:
+    """What the times of calls of a phase ("prefill" or "decode") are unsure of, from the shares of their parts.
+
+    ``far`` is how far a call's kernel is from the nearest fitted one (:meth:`Variants.which`).
+    """
+    shape = parts.total_s.shape
+    shares: dict[str, Any] = {**parts.shares, **dict.fromkeys(unknown, 1.0)}
+    if np.any(np.asarray(far) > 0.0):
+        shares["kernel"] = np.broadcast_to(far, shape)
+    if np.any(np.asarray(a.density) < 1.0):
+        shares["sparse"] = np.broadcast_to(np.asarray(a.density) < 1.0, shape)
+    base, launch = OWN[phase]
+    own = base**2 + (launch * parts.shares["launch"]) ** 2
+    length, kind = (a.q_len, Kind.PREFILL_ATTENTION) if phase == "prefill" else (a.kv_len, Kind.DECODE_ATTENTION)
+    sizes = length, a.batch * a.kv_heads, a.heads / a.kv_heads
+    place = np.log2([np.broadcast_to(size, shape).ravel() for size in sizes]).T
+    return Doubt.of(phase, shares, spread=spread, local=LOCAL[phase], own=own, place=place, kind=int(kind))

@@ -55,6 +55,7 @@ class Parts:
 
     total_s: F
     by_limit: Mapping[str, F | float]  # "launch", the fixed time, is the last
+    shares: Mapping[str, F]  # derivative of log time by the log of each part: what errors of the parts do to it
 
 
 def from_l2(footprint_bytes: F, device: Machine, c: Mapping[str, float]) -> F:
@@ -128,9 +129,18 @@ def prefill_core(work: PrefillWork, device: Machine, c: Mapping[str, float]) -> 
     throughput = starts + work.blocks * block_s / device.sm_count
     chain = c["kappa"] * (c["tile_s"] + work.chain * block_s)
     memory = work.moved_bytes / (c["e_io"] * device.bandwidth_bytes_per_s) * from_l2(work.moved_bytes, device, c)
-    root = np.sqrt(sum(part * np.cbrt(part) for part in (throughput, chain, memory)))
+    powers = [part * np.cbrt(part) for part in (throughput, chain, memory)]
+    norm = sum(powers)
+    root = np.sqrt(norm)
+    total = c["t0_s"] + root * np.sqrt(root)
+    launch = c["t0_s"] / total
+    rest = (1.0 - launch) / norm
+    compute, latency, moved = (power * rest for power in powers)
+    waves = np.maximum(work.tiles / device.sm_count, 1.0)
+    shares = {"launch": launch, "compute": compute, "latency": latency, "memory": moved}
+    shares["occupancy"] = compute * np.log(np.ceil(waves) / waves)
     parts: dict[str, F | float] = {"compute": throughput, "latency": chain, "memory": memory, "launch": c["t0_s"]}
-    return Parts(c["t0_s"] + root * np.sqrt(root), parts)
+    return Parts(total, parts, shares)
 
 
 @dataclass(frozen=True)
@@ -181,4 +191,10 @@ def decode_core(work: DecodeWork, device: Machine, c: Mapping[str, float]) -> Pa
     memory = (cache + work.io_bytes) / (c["e_d"] * device.bandwidth_bytes_per_s)
     merge = (splits > 1.0) * (c["split_s"] + 0.25 * c["merge_s"] * np.log2(splits)) + (work.group > TILE) * c["wide_s"]
     fixed = c["t0_s"] + merge
-    return Parts(fixed + np.sqrt(memory * memory + unit * unit), {"memory": memory, "latency": unit, "launch": fixed})
+    square = memory * memory + unit * unit
+    work_s = np.sqrt(square)
+    total = fixed + work_s
+    rest = 1.0 / (total * work_s)
+    shares = {"launch": c["t0_s"] / total, "memory": memory * memory * rest, "latency": unit * unit * rest}
+    shares["merge"] = merge / total
+    return Parts(total, {"memory": memory, "latency": unit, "launch": fixed}, shares)

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from simulator.errors import unknown
 from simulator.hardware.constants import CLASSES, ELEMENTWISE_CONSTANTS
-from simulator.kernels.intervals import BOUNDS, OpTime
+from simulator.hardware.profile import SAME_STACK
 from simulator.kernels.lattice import Lattice
-from simulator.workload import ROLES
+from simulator.kernels.spread import BOUNDS, Doubt, OpTime, Posterior, Spread, posterior_of, settle
+from simulator.workload import ROLES, Kind
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
@@ -38,6 +39,11 @@ _ROLES = {
 _CODE = {role: CLASSES.index("copy") for role in ROLES} | {name: i for i, name in enumerate(CLASSES)}
 _CODE |= {role: CLASSES.index(name) for name, roles in _ROLES.items() for role in roles.split()}
 _CODE_OF_ROLE = np.array([_CODE[role] for role in ROLES])
+
+LOCAL, OWN = 0.08, 0.08
+"""Log standard deviations of errors that neighbouring sizes of a class share, and of one size's own."""
+APART = 8.0
+"""Octaves between two classes, so that their local errors are their own."""
 
 _LAUNCH, _MEMORY, _L2 = BOUNDS.index("launch"), BOUNDS.index("memory"), BOUNDS.index("l2")
 
@@ -62,19 +68,16 @@ class _Ready:
     """What a profile says, as arrays by class."""
 
     constants: Mapping[str, float]
-    low: F
-    high: F
     residual: Lattice | None
+    spread: Spread  # factors on the prior of its errors
+    posterior: Posterior | None
 
 
 @lru_cache(maxsize=128)
 def _ready(hw: HardwareProfile, dtype: str) -> _Ready:
     section = hw.section("elementwise", dtype)
     constants = {name: section[name] for name in ELEMENTWISE_CONSTANTS}
-    known = {interval.regime: (interval.low, interval.high) for interval in section.intervals}
-    spread = constants["spread"]
-    low, high = np.array([known.get(name, (1.0 / spread, spread)) for name in CLASSES]).T
-    return _Ready(constants, low, high, class_lattice(section.arrays))
+    return _Ready(constants, class_lattice(section.arrays), hw.spread(section), posterior_of(hw))
 
 
 def elementwise_core(
@@ -104,7 +107,13 @@ def class_code(role: Any) -> NDArray[np.intp]:
 
 
 def elementwise_time(
-    read_bytes: Any, write_bytes: Any, hw: HardwareProfile, *, role: Any = "copy", dtype: str = "bf16"
+    read_bytes: Any,
+    write_bytes: Any,
+    hw: HardwareProfile,
+    *,
+    role: Any = "copy",
+    dtype: str = "bf16",
+    level: float = 0.9,
 ) -> OpTime:
     """Time of elementwise operators from the bytes one execution reads and writes.
 
@@ -117,4 +126,17 @@ def elementwise_time(
     if r.residual is not None:
         seconds = seconds * np.exp(r.residual(class_place(total, code)))
     bound = np.where(memory < floor, _LAUNCH, np.where(hit > 0.5, _L2, _MEMORY)).astype(np.int8)
-    return OpTime(seconds, seconds * r.low[code], seconds * r.high[code], total / hw.bandwidth_bytes_per_s, bound)
+    doubt = doubt_of(floor, memory, hit, total, code, r.spread)
+    ends = settle(seconds, 0.0, doubt, level, r.posterior)
+    return OpTime(*ends, total / hw.bandwidth_bytes_per_s, bound, doubt=doubt)
+
+
+def doubt_of(
+    floor: F, memory: F, hit: F, bytes_: F, code: NDArray[np.intp], spread: Spread = (SAME_STACK, 1.0)
+) -> Doubt:
+    """What times of :func:`elementwise_core` are unsure of: their floor, memory, and the part of it that L2 serves."""
+    bound = memory * memory / (floor * floor + memory * memory)
+    shares = {"launch": 1.0 - bound, "memory": bound, "l2": bound * hit}
+    octaves = np.stack([np.log2(np.maximum(bytes_, 1.0)).ravel(), APART * code.ravel(), np.zeros(bound.size)], axis=1)
+    sure: Any = {"local": LOCAL, "own": OWN**2}
+    return Doubt.of("elementwise", shares, spread=spread, **sure, place=octaves, kind=int(Kind.ELEMENTWISE))

@@ -19,11 +19,23 @@ from numpy.typing import NDArray
 
 from simulator.errors import InputError
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
-from simulator.kernels.exact import LEVEL, Exact, exact_of
-from simulator.kernels.gemm_core import ELEMENT_BYTES, Core, CoreTime, Machine, core_time, cube, machine_core
-from simulator.kernels.intervals import BOUNDS, Bands, OpTime, bands_of, level_scale, regimes
+from simulator.hardware.profile import LABELS, label_of
+from simulator.kernels.exact import Exact, exact_of
+from simulator.kernels.gemm_core import ELEMENT_BYTES, Core, CoreTime, Machine, core_time, cube, machine_core, quantised
+from simulator.kernels.gemm_doubt import doubt_of
 from simulator.kernels.lattice import Residual, between_measured, residual_of
-from simulator.workload import Kernel
+from simulator.kernels.spread import (
+    BOUNDS,
+    MULTIPLIER,
+    Doubt,
+    OpTime,
+    Posterior,
+    Spread,
+    level_scale,
+    posterior_of,
+    settle,
+)
+from simulator.workload import Kernel, Kind
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
@@ -67,6 +79,7 @@ class _Path:
     cold: bool = True
     copies: Any = None
     level: float = 0.9
+    doubt: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,13 +88,15 @@ class GemmKernel:
 
     core: Core
     residual: Residual | None
-    bands: Bands
     exact: Exact | None  # shapes measured with cold weights, used in place of the model
     align_step: float
     align_load: float
     load_scale: float
     pad_m: float
-    widen: float  # extra log half-width of what no fit has seen
+    spread: Spread  # factors on the prior of its errors
+    unknown: tuple[str, ...]  # columns of errors of what no fit has seen
+    measured: tuple[F, F] | None  # smallest and largest log2 of m, n, k the fit has seen
+    posterior: Posterior | None
 
 
 @lru_cache(maxsize=128)
@@ -90,12 +105,15 @@ def gemm_kernel(hw: HardwareProfile, dtype: str, weight_dtype: str | None, kerne
     rate, weight = hw.rate(dtype), weight_dtype or dtype
     if weight not in ELEMENT_BYTES:
         raise InputError(f"weight dtype {weight!r} is unknown; expected one of {', '.join(ELEMENT_BYTES)}")
-    section = hw.section("gemm", dtype)
+    label = label_of(dtype, weight)
+    own = label == dtype or (("gemm", label) in hw.sections and dtype in LABELS.get(label, ()))
+    section = hw.section("gemm", label if own else dtype)
     c = {name: float(section[name]) for name in CONSTANTS}
     element, weight_bytes, peak = ELEMENT_BYTES[dtype], ELEMENT_BYTES[weight], rate.flop_per_s
-    if section.status == "default" and element == 1.0:
+    if section.status == "default" and element < 2.0:
         c["e_tc"], c["t0"] = c["e_tc_8bit"], c["t0_8bit"]
-    load_scale, pad_m, widen = 1.0, 1.0, 0.0
+    load_scale, pad_m = 1.0, 1.0
+    unknown = ["default"] if section.status == "default" else []
     if kernel == SPARSE24:
         if rate.sparse_factor <= 1.0:
             raise InputError(f"{hw.name} has no 2:4 sparse tensor cores for {dtype}")
@@ -106,24 +124,31 @@ def gemm_kernel(hw: HardwareProfile, dtype: str, weight_dtype: str | None, kerne
         # half the values and two bits of index for each; of the two operands L2 feeds, one is the compressed weight
         weight_bytes = 0.5 * weight_bytes + 0.125
         c["b_l2"] *= 2.0 * ELEMENT_BYTES[weight] / (ELEMENT_BYTES[weight] + weight_bytes)
-        pad_m, widen = 8.0, math.log(1.15)
+        pad_m = 8.0
+        unknown.append("sparse24")
     elif kernel == BLOCK_SPARSE:
         c["e_tc"] *= c["block_step"]
-        widen = math.log(1.15)
-    if ELEMENT_BYTES[weight] < element:
-        c["t0"] += c["quant_time"]
-        c["e_tc"] *= c["quant_step"]
-        load_scale /= c["quant_load"]
-        widen += math.log(1.4)  # nine in ten of the A100 rows of such kernels lie within a factor of 1.6
+        unknown.append("blocks")
+    if ELEMENT_BYTES[weight] < element and not own:
+        c |= quantised(c, ELEMENT_BYTES[weight] / element)
+        unknown.append("quantised")
     machine = replace(Machine.of(hw, dtype), peak_flop_per_s=peak, weight_bytes=weight_bytes)
     core = machine_core(machine, c, PRECISION)
     residual = residual_of(section.arrays, PRECISION)
     if residual is not None:
         residual = between_measured(residual, section.arrays["measured_m"])
     # what was measured of another format or device says nothing exact here: no exact shapes of a borrowed section
-    plain = kernel == DENSE and weight == dtype and section.status == "calibrated"
-    exact, align = exact_of(section.arrays) if plain else None, (c["align_step"], c["align_load"])
-    return GemmKernel(core, residual, bands_of(section), exact, *align, load_scale, pad_m, widen)
+    plain = kernel == DENSE and own and section.status == "calibrated"
+    exact, align = (
+        exact_of(section.arrays) if plain else None,
+        (c["align_step" if element >= 2.0 else "align_step_8bit"], c["align_load"]),
+    )
+    measured = None
+    if "measured" in section.arrays:
+        low, high = np.asarray(section.arrays["measured"], dtype=PRECISION)
+        measured = low, high
+    spread, posterior = hw.spread(section), posterior_of(hw)
+    return GemmKernel(core, residual, exact, *align, load_scale, pad_m, spread, tuple(unknown), measured, posterior)
 
 
 def with_section(hw: HardwareProfile, dtype: str, section: Any) -> HardwareProfile:
@@ -145,6 +170,7 @@ def gemm_time(
     copies: Any = None,
     level: float = 0.9,
     detail: bool = False,
+    doubt: bool = False,
 ) -> GemmTime:
     """Time of y[m, n] = x[m, k] w[k, n]; arrays broadcast.
 
@@ -163,8 +189,8 @@ def gemm_time(
         Weights come from DRAM, as in a decoder; False: they are as warm as L2 allows.
     copies : int or array, optional
         Weights used in turn, as benchmarks rotate them: their footprint says how warm they are. Overrides ``cold``.
-    level, detail : float, bool
-        Of the interval, in (0, 1); whether to fill the detail fields too.
+    level, detail, doubt : float, bool, bool
+        Of the interval, in (0, 1); whether to fill the detail fields, and ``doubt``, too.
 
     Raises
     ------
@@ -178,8 +204,10 @@ def gemm_time(
     >>> t.limits.tolist(), bool((t.lower < t.seconds).all())
     (['memory', 'compute'], True)
     """
-    found = _columns(m, n, k, hw, _Path(dtype, weight_dtype, kernel, cold, copies, level), detail)
-    return GemmTime(**{f.name: found.get(f.name, np.zeros(0)) for f in fields(GemmTime)})
+    found = _columns(m, n, k, hw, _Path(dtype, weight_dtype, kernel, cold, copies, level, doubt), detail)
+    unsure = Doubt.from_columns(found, int(Kind.GEMM)) if doubt else None
+    columns = {f.name: found.get(f.name, np.zeros(0)) for f in fields(GemmTime) if f.name != "doubt"}
+    return GemmTime(**columns, doubt=unsure)
 
 
 def gemm_ladder(m: Any, n: Any, k: Any, hw: HardwareProfile, **options: Any) -> Mapping[str, F]:
@@ -214,11 +242,11 @@ def _columns(m: Any, n: Any, k: Any, hw: HardwareProfile, path: _Path, detail: b
             known = "0 dense, 1 2:4 sparse, 2 unstructured, 3 block-sparse rows"
             raise InputError(f"kernel code {code} is unknown; expected {known}")
         kernel = gemm_kernel(hw, path.dtype, path.weight_dtype, DENSE if code == UNSTRUCTURED else code)
-        for name, values in _timed(kernel, path.level, detail, *(a[rows] for a in given)).items():
+        for name, values in _timed(kernel, path, detail, *(a[rows] for a in given)).items():
             if name not in out:
-                out[name] = np.zeros(len(m), dtype=values.dtype)
+                out[name] = np.zeros((len(m), *values.shape[1:]), dtype=values.dtype)
             out[name][rows] = values
-    return {name: values.reshape(shape) for name, values in out.items()}
+    return {name: values.reshape((*shape, *values.shape[1:])) for name, values in out.items()}
 
 
 def _chunks(codes: NDArray[Any], shape: tuple[int, ...]) -> list[tuple[int, Any]]:
@@ -231,7 +259,7 @@ def _chunks(codes: NDArray[Any], shape: tuple[int, ...]) -> list[tuple[int, Any]
     return [(code, at[start : start + CHUNK]) for code, at in rows.items() for start in range(0, len(at), CHUNK)]
 
 
-def _timed(kernel: GemmKernel, level: float, detail: bool, m: F, n: F, k: F, copies: F | None = None) -> Columns:
+def _timed(kernel: GemmKernel, path: _Path, detail: bool, m: F, n: F, k: F, copies: F | None = None) -> Columns:
     """Columns of :class:`GemmTime` for shapes of one kernel; with ``detail`` also the rungs of the ladder."""
     core, machine, shapes = kernel.core, kernel.core.machine, (m, n, k)
     m, n, k = (a.astype(PRECISION) for a in shapes)
@@ -251,22 +279,21 @@ def _timed(kernel: GemmKernel, level: float, detail: bool, m: F, n: F, k: F, cop
         factor = np.exp(kernel.residual.at(rows, n, k, parts, core))
     # single precision must not round below the physics
     floor = np.maximum(compute * (1.0 / machine.headroom), parts.dram_bytes * byte_us) * (1.0 + 5e-7)
-    us = np.maximum(parts.total_us * factor, floor)
-    low, high = kernel.bands.factors(regimes(rows, parts, core), level, kernel.widen, PRECISION)
-    doubt = step_scale**0.5  # no table has unaligned shapes: the penalty is known to half of itself either way
-    times = {
-        "seconds": us,
-        "lower": np.maximum(low / doubt * us, floor),
-        "upper": high * doubt * us,
-        "roofline_s": np.maximum(compute, moved),
-    }
+    unsure = doubt_of(core, rows, n, k, parts, step_scale, load_scale, kernel.spread, kernel.unknown, kernel.measured)
+    us, lower, upper = settle(parts.total_us * factor, floor, unsure, path.level, kernel.posterior)
+    times = {"seconds": us, "lower": lower, "upper": upper, "roofline_s": np.maximum(compute, moved)}
     out: Columns = {name: 1e-6 * values.astype(np.float64) for name, values in times.items()}
     out |= {"bound": _bound(parts, core, k), "measured": np.zeros(len(m), dtype=np.bool_)}
+    if path.doubt:
+        out |= unsure.columns()
     if kernel.exact is not None and copies is None:
         hit, seconds, log_half = kernel.exact.at(*shapes)
-        width = np.exp(log_half[hit] * level_scale(level, LEVEL))
+        width = np.exp(log_half[hit] * level_scale(path.level))
         out["measured"], seconds = hit, seconds[hit]
         out["seconds"][hit], out["lower"][hit], out["upper"][hit] = seconds, seconds / width, seconds * width
+        if path.doubt:
+            # measured alone: in a pass its surroundings still tell, as a local error
+            out["shared"][hit], out["own"][hit] = 0.0, (log_half[hit] / MULTIPLIER) ** 2
     if not detail:
         return out
     one = np.ones(len(m))
@@ -309,7 +336,9 @@ def _bound(parts: CoreTime, core: Core, k: F) -> NDArray[np.int8]:
 
 
 def alignment_halvings(n: F, k: F, element_bytes: float) -> F:
-    """Times the alignment of a row of n or k elements falls short of 16 bytes by a factor of two; else 0."""
+    """Times the alignment of a row of n or k elements falls short of 16 bytes by a factor of two; else 0. Formats of 8
+    bits and fewer have no kernels for less: 1 wherever they are off."""
     low = n.astype(np.int32) | k.astype(np.int32)
-    sizes = 2 ** np.arange(1, round(math.log2(16 / element_bytes)) + 1)
+    whole = round(math.log2(16 / element_bytes))
+    sizes = 2 ** np.arange(1 if element_bytes >= 2.0 else whole, whole + 1)
     return sum(((low & (size - 1)) != 0 for size in sizes.tolist()), np.zeros(n.shape, dtype=n.dtype))

@@ -7,6 +7,7 @@ float64 to fit, float32 to predict many.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.hardware.profile import formats_of
 from simulator.workload import DTYPE_BYTES, DTYPES
 
 if TYPE_CHECKING:
@@ -36,7 +38,8 @@ MENUS: Mapping[str, tuple[tuple[int, int], ...]] = MappingProxyType(
     }
 )
 """Tiles of cuBLAS kernels (rows of m x columns of n): of kernels that launch a block a tile, of kernels whose blocks
-stay and take tile after tile (Hopper), and of products on a CPU, which pad nothing that could be seen in their time."""
+stay and take tile after tile (Hopper, the B200), and of products on a CPU, which pad nothing that could be seen in
+their time."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,14 @@ class Machine:
     packs: bool = False  # a CPU: no tiles and waves, weights rearranged from `pack_m` rows on, nothing overlaps
 
     @classmethod
-    def of(cls, hw: HardwareProfile, dtype: str = "bf16") -> Machine:
-        """Those of a profile, weights in the same format; InputError where the device has no such arithmetic."""
+    def of(cls, hw: HardwareProfile, label: str = "bf16") -> Machine:
+        """Those of a profile for a number format of its sections; InputError where the device has no such
+        arithmetic."""
+        dtype, weight = formats_of(label, hw.rates)
         peak, memory = hw.rate(dtype).flop_per_s, (float(hw.bandwidth_bytes_per_s), float(hw.l2_bytes))
-        size, headroom = ELEMENT_BYTES[dtype], max(1.0, float(hw.clock_headroom))
-        kind = hw.architecture == "hopper", hw.architecture == "cpu"
-        return cls(peak, *memory, int(hw.sm_count), headroom, size, size, *kind)
+        sizes, headroom = (ELEMENT_BYTES[dtype], ELEMENT_BYTES[weight]), max(1.0, float(hw.clock_headroom))
+        kind = hw.architecture in ("hopper", "blackwell_sm100"), hw.architecture == "cpu"
+        return cls(peak, *memory, int(hw.sm_count), headroom, *sizes, *kind)
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ def machine_core(machine: Machine, constants: Mapping[str, float], dtype: Any = 
     c = {name: float(value) for name, value in constants.items()}
     menu = "packing" if machine.packs else "persistent" if machine.persistent else "stationary"
     tile_m, tile_n = np.array(MENUS[menu], dtype=np.float64).T[:, :, None]
-    step = LINE_BYTES / machine.element_bytes
+    step = LINE_BYTES / 2.0 ** math.floor(math.log2(machine.element_bytes))  # scales of nvfp4 lie elsewhere
     flop_us = 1e6 * 2.0 * step * tile_m * tile_n * machine.sm_count / (machine.peak_flop_per_s * c["e_tc"])
     columns = {
         "tile_m": tile_m,
@@ -108,6 +113,17 @@ def machine_core(machine: Machine, constants: Mapping[str, float], dtype: Any = 
     }
     arrays = {name: values.astype(dtype) for name, values in columns.items()}
     return Core(machine, MappingProxyType(c), **arrays, step_elements=step, t0_us=1e6 * c["t0"])
+
+
+def quantised(c: Mapping[str, float], share: float) -> dict[str, float]:
+    """Constants of a weight-only kernel from those of the dense one: a step of the main loop waits for, and L2 feeds, a
+    ``share`` of the bytes."""
+    return {
+        "t0": c["t0"] + c["quant_time"],
+        "e_tc": c["e_tc"] * c["quant_step"],
+        "tau": c["tau"] * share,
+        "b_l2": c["b_l2"] / share,
+    }
 
 
 def residency(footprint_bytes: F, core: Core) -> F:
@@ -159,7 +175,7 @@ def core_time(
     added = (4.0 * split + 2.0) * (m * n * (1e6 / c["b_s"]))
     shared = cube(chunk * step + core.epilogue_us + added + 1e6 * c["t_s"])
     if not machine.persistent:
-        feed = tiles * core.feed_us
+        feed = tiles * (core.feed_us * step_scale)
         whole = whole + cube(steps * feed)
         shared = shared + cube(split * chunk * feed)
     shared[tiles > sm] = np.inf
@@ -171,7 +187,7 @@ def core_time(
     unsplit, split, tiles = (a.take(chosen) for a in (whole, split, tiles))
     memory, dram = memory_time(m, n, k, core, copies, load_scale)
     total = cube_root(cube(memory) + compute) + core.t0_us
-    if machine.element_bytes == 1.0:  # 16-bit activations read, narrow ones written, by a kernel of its own before
+    if machine.element_bytes < 2.0:  # 16-bit activations read, narrow ones written, by a kernel of its own before
         total = total + m * k * (1e6 * (2.0 + machine.element_bytes) / c["b_convert"])
     return CoreTime(total, compute, memory, dram, tile, np.where(unsplit <= compute, 1.0, split), tiles)
 

@@ -178,7 +178,7 @@ class Residual(LatticeSum):
 
     The first lattice, over log2 of (m, n, k), is smooth and carries over between software stacks. The others are in
     coordinates of the kernel (waves, tiles, core time, alignment of m): they hold what one stack's kernel choice does,
-    and are kept for that stack only (:func:`smooth_arrays`).
+    and are fitted for that stack only.
     """
 
     m_places: F
@@ -329,11 +329,3 @@ def residual_arrays(residual: Residual, measured_m: F) -> dict[str, NDArray[Any]
             grids[i, j] = start, step, nodes
     values = np.concatenate([np.ravel(lattice.values) for lattice in residual.lattices]).astype(np.float32)
     return {"terms": codes, "grids": grids, "values": values, "measured_m": np.unique(np.rint(measured_m))}
-
-
-def smooth_arrays(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """The first, smooth lattice alone: what a profile takes to another software stack or device."""
-    if "terms" not in arrays:
-        return {}
-    size = int(np.prod(arrays["grids"][0][arrays["terms"][0] >= 0, 2]))
-    return {**arrays, "terms": arrays["terms"][:1], "grids": arrays["grids"][:1], "values": arrays["values"][:size]}

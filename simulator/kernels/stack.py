@@ -70,7 +70,7 @@ class Groups:
 
     cell: Rows  # of each row: workload x group
     segment: Rows  # of each group, as the following: of :func:`segment_of`
-    gemm: NDArray[np.bool_]
+    kind: Rows  # of each group
     kernels: F  # an eager framework launches for one execution
     streams: F  # times these stream the data: an unfused elementwise operator's all do, of others one does the work
     count: F  # workload x group: executions
@@ -167,7 +167,7 @@ class Stack:
         segment, kind = np.divmod(place, len(Kind))
         kernels, count = _KERNELS[role], sums(cell, w.count, (len(self), len(used)))
         streams = np.where(kind == Kind.ELEMENTWISE, kernels, 1.0)
-        return Groups(cell, segment, kind == Kind.GEMM, kernels, streams, count)
+        return Groups(cell, segment, kind, kernels, streams, count)
 
     @cached_property
     def shapes(self) -> tuple[Workload, Rows]:

@@ -9,7 +9,7 @@ launches, not smaller kernels, make a model faster.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from simulator.kernels.attention import decode_attention_time, prefill_attention
 from simulator.kernels.collective import KINDS, collective_time
 from simulator.kernels.elementwise import elementwise_time
 from simulator.kernels.gemm import gemm_time
-from simulator.kernels.intervals import BOUNDS, OpTime
+from simulator.kernels.spread import BOUNDS, COLUMNS, INDEX, Doubt, OpTime, PassDoubt, posterior_of
 from simulator.kernels.stack import F, Rows, Stack, sums
 from simulator.workload import DTYPES, RUNTIMES, Kind, Workload
 
@@ -30,14 +30,17 @@ if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
 
 _ATTENTION = "batch kv_len heads kv_heads head_dim window density"
-_MODELS: Mapping[int, tuple[Callable[..., OpTime], str, str]] = MappingProxyType(
+_MODELS: Mapping[int, tuple[Callable[..., OpTime], str, str, Mapping[str, bool]]] = MappingProxyType(
     {
-        int(Kind.GEMM): (gemm_time, "weight_dtype", "m n k kernel density"),
-        int(Kind.PREFILL_ATTENTION): (prefill_attention_time, "kv_dtype", f"{_ATTENTION} q_len block"),
-        int(Kind.DECODE_ATTENTION): (decode_attention_time, "kv_dtype", _ATTENTION),
+        int(Kind.GEMM): (gemm_time, "weight_dtype", "m n k kernel density", {"doubt": True}),
+        int(Kind.PREFILL_ATTENTION): (prefill_attention_time, "kv_dtype", f"{_ATTENTION} q_len block", {}),
+        int(Kind.DECODE_ATTENTION): (decode_attention_time, "kv_dtype", _ATTENTION, {}),
     }
 )
-"""Kinds whose rows have two number formats: the cost model, its name of the second format, and the columns it takes."""
+"""Kinds whose rows have two number formats: the cost model, its name of the second format, the columns it takes, and
+options."""
+
+TIMES = tuple(f.name for f in fields(OpTime) if f.name != "doubt")
 
 _HOST, _LAUNCH = BOUNDS.index("host"), BOUNDS.index("launch")
 
@@ -51,25 +54,30 @@ def by_formats(w: Workload, kind: int) -> Iterator[tuple[Rows, str, str]]:
 
 
 def operator_times(w: Workload, hw: HardwareProfile, level: float = 0.9) -> OpTime:
-    """Time of one execution of every row, whatever the mix of operators, with intervals at a level."""
+    """Time of one execution of every row, whatever the mix of operators, with intervals at a level and their doubt."""
     seconds, lower, upper, roofline = np.zeros((4, len(w)))
+    doubt = {"shared": np.zeros((len(w), len(COLUMNS))), "local": np.zeros(len(w)), "own": np.zeros(len(w))}
+    doubt["place"] = np.zeros((len(w), 3))
     out = OpTime(seconds, lower, upper, roofline, np.zeros(len(w), dtype=np.int8))
 
     def put(rows: Rows, time: OpTime) -> None:
-        for f in fields(OpTime):
-            getattr(out, f.name)[rows] = getattr(time, f.name)
+        for name in TIMES:
+            getattr(out, name)[rows] = getattr(time, name)
+        for name, column in time.doubt.columns().items() if time.doubt else ():
+            doubt[name][rows] = column
 
-    for kind, (model, second, names) in _MODELS.items():
+    for kind, (model, second, names, more) in _MODELS.items():
         for rows, dtype, other in by_formats(w, kind):
             columns = {name: getattr(w, name)[rows] for name in names.split()}
-            put(rows, model(**columns, hw=hw, dtype=dtype, level=level, **{second: other}))
+            put(rows, model(**columns, hw=hw, dtype=dtype, level=level, **{second: other}, **more))
     for rows, dtype, _ in by_formats(w, int(Kind.ELEMENTWISE)):
-        put(rows, elementwise_time(w.read_bytes[rows], w.write_bytes[rows], hw, role=w.role[rows], dtype=dtype))
+        size = w.read_bytes[rows], w.write_bytes[rows]
+        put(rows, elementwise_time(*size, hw, role=w.role[rows], dtype=dtype, level=level))
     collective = w.kind == int(Kind.COLLECTIVE)
     for role in KINDS if collective.any() else ():
         rows = np.flatnonzero(collective & w.is_role(role))
-        put(rows, collective_time(w.read_bytes[rows], w.batch[rows], hw, kind=role))
-    return out
+        put(rows, collective_time(w.read_bytes[rows], w.batch[rows], hw, kind=role, level=level))
+    return replace(out, doubt=Doubt.from_columns(doubt, 0))
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,6 @@ class Pass:
     streams: F  # times each row's kernels stream its data
     row_s: F  # on the device
     group_s: F  # workload x group, sums of the rows
-    group_error_s: F  # and of their log half-widths, weighted by time
     total_s: F  # of each workload, as the following
     device_s: F  # its rows
     gap_s: F  # idle between the kernels of a graph
@@ -94,7 +101,7 @@ class Pass:
     @cached_property
     def time(self) -> OpTime:
         """One execution of each row; the roofline is that of a fused kernel."""
-        of_row = {f.name: getattr(self.each, f.name)[self.stack.shapes[1]] for f in fields(OpTime)}
+        of_row = {name: getattr(self.each, name)[self.stack.shapes[1]] for name in TIMES}
         return OpTime(**of_row | {name: of_row[name] * self.streams for name in ("seconds", "lower", "upper")})
 
     @cached_property
@@ -106,6 +113,29 @@ class Pass:
         out: F = np.maximum(stack.flops * (1.0 / rates)[w.dtype], stack.bytes * (1.0 / hw.bandwidth_bytes_per_s))
         link = w.read_bytes * w.count / (hw.link.bandwidth_bytes_per_s if hw.link else np.inf)
         return np.where(w.kind == Kind.COLLECTIVE, link, out)
+
+    @cached_property
+    def doubt(self) -> PassDoubt:
+        """What the total times are unsure of: the device or the host, whichever sets the pace, is in it with all its
+        time, the other with what shows of it."""
+        stack, groups, which, d = self.stack, self.stack.groups, self.stack.shapes[1], self.each.doubt
+        assert d is not None
+        host, total = self.host_bound, np.maximum(self.total_s, 1e-300)
+        shown = self.total_s - np.where(host, self.host_s, self.device_s)
+        device = np.where(host, shown, self.device_s) / total
+        share = (device / np.maximum(self.device_s, 1e-300))[stack.owner] * self.row_s
+        shared = np.zeros((len(stack), len(COLUMNS)))
+        for column in np.flatnonzero(d.shared.any(axis=1)):
+            shared[:, column] = stack.total(share * d.shared[column][which])
+        other = np.where(host, self.host_s, shown) / total
+        launched = "host" if self.host_s.any() else "machine launch"
+        shared[:, INDEX[launched]] += COLUMNS[launched] * other
+        local, own, whole = (groups.sums(share * v[which]) for v in (d.local, np.sqrt(d.own), np.sqrt(d.variance)))
+        posterior = posterior_of(self.hw)
+        noise = 1.0 if posterior is None else np.sqrt(posterior.noise[groups.kind])
+        time = np.maximum(groups.sums(share), 1e-300)
+        place = np.stack([groups.sums(share * axis[which]) / time for axis in d.place.T], axis=-1)
+        return PassDoubt(shared, local * noise, own * noise, whole, place, groups.kind, posterior)
 
     @property
     def share(self) -> F:
@@ -142,21 +172,22 @@ def passes(
             raise InputError(f"runtime {runtime!r} is unknown; expected {' or '.join(RUNTIMES)}")
     (shapes, which), groups, constants = stack.shapes, stack.groups, hw.section("runtime", "*")
     each = operator_times(shapes, hw, level)
-    half = 0.5 * np.log(each.upper / np.maximum(each.lower, 1e-300))
     row_s = each.seconds[which] * stack.rows.count
-    group_s, error_s = groups.sums(row_s), groups.sums(row_s * half[which])
+    group_s, host_op_s = groups.sums(row_s), constants["host_op_s"]
+    if (posterior := posterior_of(hw)) is not None:
+        host_op_s *= float(np.exp(posterior.columns[0][INDEX["host"]]))
     out = []
     for runtime in runtimes:
         streams = groups.streams if runtime == "eager" else np.ones(len(groups.streams))
         spent, by_row = group_s * streams, streams[groups.of_row]
         device = spent.sum(axis=1)
         if runtime == "eager":
-            gap, launch = np.zeros(len(stack)), groups.count * groups.kernels * constants["host_op_s"]
+            gap, launch = np.zeros(len(stack)), groups.count * groups.kernels * host_op_s
             total, host = eager_total(spent, launch, groups.segment)
         else:
             gap, host = constants["graph_gap_s"] * groups.count.sum(axis=1), np.zeros(len(stack))
             total = device + gap
-        tables = by_row, row_s * by_row, spent, error_s * streams
+        tables = by_row, row_s * by_row, spent
         out.append(Pass(stack, hw, each, *tables, total, device, gap, host))
     return tuple(out)
 
@@ -187,6 +218,8 @@ class Cost(OpTime):
     """Times of a workload on a device, s: of each row's execution (eager: all kernels it stands for), and in all."""
 
     total_s: float
+    total_lower_s: float  # interval of that time
+    total_upper_s: float
     device_s: float  # the rows times their counts
     gap_s: float  # idle between the kernels of a graph
     host_s: float  # to launch everything; 0 under a CUDA graph
@@ -197,4 +230,6 @@ def cost(w: Workload, hw: HardwareProfile, runtime: str = "cuda_graph", level: f
     """Cost of one workload on one device (:func:`passes`); InputError for what the device cannot run."""
     (p,) = passes(Stack.of([w]), hw, (runtime,), level)
     in_all = {name: getattr(p, name)[0].item() for name in ("total_s", "device_s", "gap_s", "host_s", "host_bound")}
-    return Cost(**vars(p.time), **in_all)
+    half = p.doubt.half(p.doubt.variance(), level)[0].item()
+    ends = {"total_lower_s": in_all["total_s"] * np.exp(-half), "total_upper_s": in_all["total_s"] * np.exp(half)}
+    return Cost(**{name: getattr(p.time, name) for name in TIMES}, **in_all, **ends)

@@ -295,14 +295,14 @@ class _Search:
                 lowered = changed.lower(load_model(self.piece.model), meta.phase, meta.batch, meta.seq)
                 out += self.alternatives(hw, [(f"no pruning, {names}", lowered)])
             except InputError as error:
-                self.notes[f"{hw.name}: {error}"] = None
+                self.notes[f"{hw.label}: {error}"] = None
         return out
 
     def alternatives(self, hw: HardwareProfile, named: Sequence[tuple[str, Workload]]) -> list[Alternative]:
         """Workloads in place of the dense one, timed."""
         meta, setting = self.dense.meta, self.piece.setting
         found = speedups(self.dense, [w for _, w in named], hw, setting.runtime, setting.level)
-        where = (meta.model, hw.name, meta.phase, meta.batch, meta.seq)
+        where = (meta.model, hw.label, meta.phase, meta.batch, meta.seq)
         ends = [(s.speedup, s.lower, s.upper, s.speedup >= self.target) for s in found]
         return [Alternative(*where, what, *end) for (what, _), end in zip(named, ends)]
 

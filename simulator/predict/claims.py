@@ -101,7 +101,7 @@ def verdicts(
     ones.
 
     >>> [(v.claim, v.phase, v.verdict) for v in verdicts("llama-3.2-1b", ["h100"])]
-    [('bound', 'prefill', 'does not apply'), ('bound', 'decode', 'holds'), ('order', 'prefill', 'no data')]
+    [('bound', 'prefill', 'does not apply'), ('bound', 'decode', 'undecided'), ('order', 'prefill', 'no data')]
     """
     config = load_model(model)
     asked: dict[str, Any] = {"batch": batch, "seq": seq, "setting": setting}
@@ -120,7 +120,7 @@ def verdicts(
         there = f"there is quality of: {', '.join(sorted(has)) or 'none of them'}"
         numbers, missing = f"no metric and protocol with two of the families; {there}", _missing(has)
         for hw, b, s in itertools.product(profiles(hardware), batch, seq):
-            where = (config.name, hw.name, "prefill", b, s)
+            where = (config.name, hw.label, "prefill", b, s)
             out.append(Verdict("order", *where, NO_DATA, "", numbers, missing, calibrated=True))
     return tuple(out)
 

@@ -91,7 +91,7 @@ def gemm_table(
         path = {"dtype": dtype, "weight_dtype": weight, "kernel": rows.kernel, "cold": cold}
         time = gemm_time(rows.m, rows.n, rows.k, hw, **path, level=level)  # type: ignore[arg-type]
         ladder = gemm_ladder(rows.m, rows.n, rows.k, hw, **path)
-        about: dict[str, Any] = {"hardware": hw.name, "dtype": dtype, "weight_dtype": weight, "cold": cold}
+        about: dict[str, Any] = {"hardware": hw.label, "dtype": dtype, "weight_dtype": weight, "cold": cold}
         about |= {"semi_structured": semi_structured, "peak_flop_per_s": hw.peak_flop_per_s(dtype)}
         about |= {"bandwidth_bytes_per_s": hw.bandwidth_bytes_per_s}
         columns = {"seconds": time.seconds, "lower_s": time.lower, "upper_s": time.upper, "roofline_s": time.roofline_s}

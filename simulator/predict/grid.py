@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from simulator.errors import InputError
 from simulator.files.fields import Checked, Keys, Kind, Many, Number, Text, record
 from simulator.files.yaml import Node, Problems, join, parse_yaml, read_text
-from simulator.hardware.library import load_hardware
+from simulator.hardware.library import reference
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.models.lower import lower
@@ -184,12 +184,6 @@ def _model(text: str) -> str:
     return text
 
 
-def _device(text: str) -> str:
-    """A shipped device by its own name, so that an alias does not count twice; a file by its path."""
-    name = load_hardware(text).name
-    return text if Path(text).suffix in (".yaml", ".yml") or "/" in text else name
-
-
 @dataclass(frozen=True)
 class Grid:
     """Axes of a sweep, every combination of which is predicted, and what holds for the whole of it; the annotations are
@@ -202,7 +196,7 @@ class Grid:
 
     # names, paths or loaded models
     models: Annotated[tuple[str | ModelConfig, ...], _Axis(Checked(Text(), _model))]
-    hardware: Annotated[tuple[str, ...], _Axis(Checked(Text(), _device))]  # names, aliases or paths
+    hardware: Annotated[tuple[str, ...], _Axis(Checked(Text(), reference))]  # names, aliases or paths
     sparsities: Annotated[tuple[float, ...], _Numbers(Number(-1e9, 1e9, "0.25"), check_fraction)]
     phases: Annotated[tuple[str, ...], _Axis(Text(PHASES))]
     batches: Annotated[tuple[int, ...], _Numbers(Number(1, MAX_TOKENS, "64", whole=True))]

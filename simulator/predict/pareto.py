@@ -176,10 +176,10 @@ def fronts(
             found = zip(columns["choice"].tolist(), records(columns))
             judged = judge([_point(rows[choice], record, measured) for choice, record in found])
             if not judged:
-                none = f"empty frontier: none of the {len(rows)} rows on {axis} can run on {hw.name}"
+                none = f"empty frontier: none of the {len(rows)} rows on {axis} can run on {hw.label}"
                 raise InputError(f"{none}: {'; '.join(notes)}")
             calibrated = all(q.calibrated or q.measured for q in judged)
-            where = (config.name, hw.name, p, b, s, setting.runtime)
+            where = (config.name, hw.label, p, b, s, setting.runtime)
             out.append(Front(*where, axis, judged, bands(judged), calibrated, setting.level))
     return tuple(out), tuple(notes)
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.errors import InputError
-from simulator.kernels.intervals import BOUNDS
+from simulator.kernels.spread import BOUNDS
 from simulator.kernels.stack import F, Rows, Stack, bytes_needed
 from simulator.models.library import load_model
 from simulator.predict.compare import Comparison, Pairs, compare
@@ -44,7 +44,11 @@ class Record:
     dtype: str
     runtime: str
     dense_s: float
+    dense_lower: float
+    dense_upper: float
     pruned_s: float
+    pruned_lower: float
+    pruned_upper: float
     speedup: float
     speedup_lower: float
     speedup_upper: float
@@ -205,7 +209,7 @@ def columns_of(work: Work, hardware: Sequence[HardwareProfile], runtimes: tuple[
     capacity = np.array([float(hw.memory_bytes) for hw in hardware])[device]
     families = [family for family, _ in piece.choices]
     texts: dict[str, tuple[Any, Iterable[str]]] = {
-        "hardware": (device, (hw.name for hw in hardware)),
+        "hardware": (device, (hw.label for hw in hardware)),
         "family": (choice, (f.name for f in families)),
         "options": (choice, (f.label for f in families)),
         "runtime": (runtime, runtimes),
@@ -269,16 +273,16 @@ def _compared(
     try:
         compare(work.only(every[:0]), hw, runtimes, level)
     except InputError as error:
-        refuse(None, str(error), hw.name)
+        refuse(None, str(error), hw.label)
         for i in choices:
-            refuse(i, str(error), hw.name)
+            refuse(i, str(error), hw.label)
         return
     for i in choices:
         some = np.flatnonzero(work.choice == i)
         try:
             yield some, compare(work.only(some), hw, runtimes, level)
         except InputError as error:
-            refuse(i, str(error), hw.name)
+            refuse(i, str(error), hw.label)
 
 
 def records(columns: Columns) -> list[Record]:

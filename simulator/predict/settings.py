@@ -80,7 +80,7 @@ def whole_number(name: str, value: int, largest: int = MAX_TOKENS) -> int:
 def profiles(hardware: Iterable[str | HardwareProfile]) -> list[HardwareProfile]:
     """Loaded devices, one named twice once."""
     found = [load_hardware(h) if isinstance(h, str) else h for h in hardware]
-    return list({hw.name: hw for hw in found}.values())
+    return list({hw.label: hw for hw in found}.values())
 
 
 def requests_of(phase: Iterable[str], batch: Iterable[int], seq: Iterable[int]) -> list[tuple[str, int, int]]:

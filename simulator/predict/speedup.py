@@ -15,7 +15,7 @@ import numpy as np
 
 from simulator.kernels.elementwise import elementwise_time
 from simulator.kernels.gemm import gemm_ladder
-from simulator.kernels.intervals import BOUNDS
+from simulator.kernels.spread import BOUNDS
 from simulator.kernels.stack import F, Stack
 from simulator.kernels.stream import Pass, by_formats, passes
 from simulator.predict.compare import SECTIONS, Comparison, Pairs, compare
@@ -40,9 +40,13 @@ class Speedup:
     """The predicted speedup of a pruned workload over its dense one."""
 
     dense_s: float  # of a pass
+    dense_lower: float  # intervals at `level`
+    dense_upper: float
     pruned_s: float
+    pruned_lower: float
+    pruned_upper: float
     speedup: float  # dense_s / pruned_s
-    lower: float  # its interval at `level`
+    lower: float
     upper: float
     flop_bound: float  # ratio of FLOPs, the pruning's own overheads left out, as in the next two
     byte_bound: float  # of bytes
@@ -150,7 +154,10 @@ def waterfall(dense: Workload, pruned: Workload, hw: HardwareProfile, runtime: s
         of_dense, of_pruned = stack.total(column)
         return float(of_dense / of_pruned)
 
-    values = [1.0 / (1.0 - realised), *(ratio(np.where(added, 0.0, c)) for c in (stack.flops, *rungs.values()))]
+    values = [
+        1.0 / max(1.0 - realised, 1e-9),  # all layers may be gone
+        *(ratio(np.where(added, 0.0, c)) for c in (stack.flops, *rungs.values())),
+    ]
     values += [ratio(rungs["kernel"]), float(p.total_s[0] / p.total_s[1])]
     before = 1.0 / (1.0 - asked)
     steps = [Step("nominal", before, before, f"1 / (1 - {asked:.3g}): what a fraction of {asked:.3g} removed suggests")]

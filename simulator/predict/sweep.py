@@ -24,7 +24,7 @@ import numpy as np
 from simulator._version import __version__
 from simulator.errors import InputError
 from simulator.files.parquet import load_pyarrow
-from simulator.hardware.library import load_hardware
+from simulator.hardware.library import files_of, load_hardware
 from simulator.models.library import load_model
 from simulator.predict.grid import Grid, read_grid
 from simulator.predict.rows import COLUMNS, Columns, Notes, Piece, Text, columns_of, note, note_lines, plain, work_of
@@ -193,8 +193,7 @@ def digest(grid: Grid, where: str | None = None) -> str:
     for name in grid.models:
         sha.update(repr(load_model(name)).encode())
     for name in grid.hardware:
-        path = load_hardware(name).path
-        for file in sorted(path.parent.glob(f"{path.stem}.*")) if path is not None else ():
+        for file in files_of(load_hardware(name)):
             sha.update(file.name.encode() + b"\0" + file.read_bytes())
     return sha.hexdigest()
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from simulator.errors import InputError, unknown
 from simulator.kernels.stack import memory
 from simulator.models.library import load_model
+from simulator.predict.caveats import BETTER, better_than_bound, beyond_measured
 from simulator.predict.rows import FamilyChoice, Notes, Piece, Record, columns_of, note, note_lines, records, work_of
 from simulator.predict.settings import MAX_TOKENS, Setting, check_fraction, once, profiles, requests_of
 from simulator.predict.speedup import Step, waterfall
@@ -57,6 +59,12 @@ class Explanation:
     dense: Workload = field(repr=False)
     pruned: Workload = field(repr=False)
     hardware: HardwareProfile = field(repr=False)
+
+    @cached_property
+    def reason(self) -> str:
+        """Why the speedup lies above its roofline bound; "" where it does not."""
+        r = self.record
+        return better_than_bound(self.dense, self.pruned, self.hardware, r.speedup, r.roofline_bound)
 
 
 def families(names: Sequence[str]) -> tuple[str, ...]:
@@ -144,15 +152,32 @@ def table(
             unfit[f"{made}, fewer than the {reached} asked for; timed as if it took them"] = None
         for hw in devices:
             if need > hw.memory_bytes:
-                where = f"{model.name} at {p}, batch {b}, seq {s} on {hw.name}"
+                where = f"{model.name} at {p}, batch {b}, seq {s} on {hw.label}"
                 unfit[f"{where} {_too_large(dense, hw)}; its times are hypothetical"] = None
-        found += records(columns_of(work, devices, (setting.runtime,), refuse))
+            if far := beyond_measured(dense, hw):
+                unfit[far] = None
+        rows = records(columns_of(work, devices, (setting.runtime,), refuse))
+        unfit |= dict.fromkeys(_gains(rows, dense, devices, options or {}))
+        found += rows
         if progress is not None:
             progress(done * len(devices), len(jobs) * len(devices))
     lines = note_lines(notes)
     if not found:
         raise InputError(lines[0] if lines else "nothing to predict")
     return Table(tuple(found), (*lines, *unfit))
+
+
+def _gains(
+    rows: Sequence[Record], dense: Workload, devices: Sequence[HardwareProfile], options: Mapping[str, Any]
+) -> Iterator[str]:
+    """A note a device on the speedup that lies farthest above its roofline bound."""
+    for hw in devices:
+        r = max((r for r in rows if r.hardware == hw.label), key=lambda r: r.speedup / r.roofline_bound, default=None)
+        if r is not None and r.speedup > BETTER * r.roofline_bound:
+            pruned = prune(dense, r.family, r.sparsity, ideal=r.ideal, **options)
+            why = better_than_bound(dense, pruned, hw, r.speedup, r.roofline_bound)
+            at = f"{r.phase}, batch {r.batch}, seq {r.seq}"
+            yield f"{hw.label}, {at}: {r.family} at {r.sparsity:g} ({r.speedup:.2f}x) is {why}"
 
 
 def _too_large(dense: Workload, hw: HardwareProfile) -> str:

@@ -47,6 +47,8 @@ def conclusion(e: Explanation) -> str:
         text += ": nearly all of it is granted"
     if gains:
         text += f"{';' if losses else ','} helped by " + _and([f"{s.name} (x{s.factor:.2f})" for s in gains[:2]])
+    if e.reason:
+        text += f"; {e.reason}"
     if r.speedup_upper < 1:
         text += "; the pruned model is slower"
     elif r.speedup_lower <= 1 and r.sparsity > 0:

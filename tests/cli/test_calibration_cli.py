@@ -14,13 +14,14 @@ import pytest
 from calibration.cli.rows import seconds
 from calibration.devices.protocol import Description
 from calibration.devices.replay import Faults, ReplayDevice, roofline_timings
-from calibration.execute.runs import keep_apart, model_shapes
+from calibration.execute.asked import asked_operators, asked_workloads
+from calibration.execute.runs import keep_apart
 from calibration.fit.base_profile import MEASURED, base_profile, raised, shipped_name
 from calibration.measure.interrupt import Interrupted
 from calibration.records.parquet import read_records, write_records
 from calibration.records.store import read_store
 from calibration.records.table import Records, Source
-from simulator.hardware.library import load_hardware, save_hardware
+from simulator.hardware.library import load_hardware
 from simulator.kernels.gemm import gemm_time
 
 H100 = Description("cuda:0", "NVIDIA H100 80GB HBM3 (132 SM)", {"torch": "2.9", "driver": "580"}, 80e9, 50e6)
@@ -115,15 +116,25 @@ def test_fit_then_validate(cli: Any) -> None:
     assert Path("v.html").stat().st_size > 50_000
 
 
-def test_anchor_moves_a_shipped_section(cli: Any) -> None:
+def test_anchor_moves_a_shipped_profile_and_says_what_the_rows_mean(cli: Any) -> None:
     table("r.parquet", 60, 1.15, load_hardware("h100"))
-    cli("fit r.parquet -o p.yaml --hardware h100 --anchor")
-    section = load_hardware("p.yaml").sections["gemm", "bf16"]
-    assert section.provenance.borrowed_from.endswith("re-anchored")
+    out = cli.out("fit --anchor r.parquet -o p.yaml --hardware h100")
+    assert "What 42 rows say of this machine" in out  # the others repeat one of them
+    assert "GEMM arithmetic is" in out
+    assert max(map(len, out.splitlines())) <= 100
+    anchor = load_hardware("p.yaml").anchor
+    assert (anchor.provenance.rows, anchor.provenance.device) == (42, "planted H100")
+    assert "anchored: 42 rows measured on planted H100 with planted 1" in cli.out("hardware show p.yaml")
     parts = [cli.json(f"validate {profile} r.parquet")[0]["parts"][0] for profile in ("h100", "p.yaml")]
     before, after = (part["errors"]["mape"] for part in parts)
     assert before == pytest.approx(0.13, abs=0.01)
     assert after < 0.5 * before
+    (row,) = cli.json("fit --anchor r.parquet -o p.yaml --hardware h100")
+    assert row["rows"] == 42
+    assert row["operators"][0]["error_after"] < 0.5 * row["operators"][0]["error_before"]
+    kept = Path("p.yaml").read_bytes()
+    assert "rows of another GPU" in cli.refused("fit --anchor r.parquet -o p.yaml --hardware a100")
+    assert Path("p.yaml").read_bytes() == kept
 
 
 BAD = """
@@ -139,6 +150,8 @@ validate h100 r.parquet --html no/x.html             | does not exist
 validate h100 r.parquet --protocol                   | --protocol
 validate --protocol --table a10                      | did you mean
 validate --protocol --table a100 --rows many         | expected a whole number
+validate --protocol --table stacks --wheel no.whl    | no.whl: cannot be read
+validate --protocol --table stacks --jobs 0          | expected at least 1
 measure gpu -o run                                   | device 'gpu' is unknown
 measure cpu -o r.parquet                             | is a file
 measure cpu cuda -o run                              | expected one, got 2
@@ -206,14 +219,12 @@ BAD_RUNS = {
     "--budget soon": "expected a time such as 2min",
     "--dtype fp8": "device cuda:0 has none; it has bf16, fp16, fp32",
     "--hardware h1000": "did you mean",
-    "--quick --hardware bare.yaml": "has no calibrated gemm bf16 section",
     "--for lama": "unknown",
 }
 
 
 @pytest.mark.parametrize(("options", "reason"), BAD_RUNS.items())
 def test_calibrate_refuses_before_it_measures(options: str, reason: str, planted: list[Any], cli: Any) -> None:
-    save_hardware(bare(), Path("bare.yaml"))
     assert reason in cli.refused(f"calibrate cuda -o run {options}")
     assert not Path("run/records.jsonl").exists()
 
@@ -241,14 +252,23 @@ def test_exact_shapes_of_a_model_are_measured_first(planted: list[Any], cli: Any
     options = "--for qwen2.5-0.5b --batch 1 --seq 128 --family width --sparsity 0.5 --budget 60s"
     assert "the shapes measured exactly" in cli.out(f"calibrate cuda -o run {options}")
     arrays = load_hardware("run/profile.yaml").sections["gemm", "bf16"].arrays
-    wanted = set(model_shapes("qwen2.5-0.5b", seq=(128,), families=("width",), sparsities=(0.5,)))
+    asked = asked_workloads("qwen2.5-0.5b", seq=(128,), families=("width",), sparsities=(0.5,))
+    wanted = {(op.m, op.n, op.k) for op in asked_operators(asked, load_hardware("h100"), every=False)}
     assert set(zip(*(arrays[f"exact_{x}"].tolist() for x in "mnk"), strict=True)) == wanted
 
 
-def test_quick_moves_the_shipped_section(planted: list[Any], cli: Any) -> None:
-    cli("calibrate cuda -o run --quick --budget 15s")
-    section = load_hardware("run/profile.yaml").sections["gemm", "bf16"]
-    assert section.provenance.borrowed_from.endswith("re-anchored")
+def test_quick_anchors_on_rows_of_all_operators(planted: list[Any], cli: Any) -> None:
+    options = "--for qwen2.5-0.5b --batch 1 --seq 128 --family width --sparsity 0.5"
+    out = cli.out(f"calibrate cuda -o run --quick --budget 60s {options}")
+    assert "rows say of this machine and its software" in out
+    profile, shipped = load_hardware("run/profile.yaml"), load_hardware("h100")
+    assert set(profile.anchor.arrays["kind"].tolist()) == {0, 1, 2, 3}
+    assert profile.section("gemm", "bf16")["t0"] == shipped.section("gemm", "bf16")["t0"]
+    asked = asked_workloads("qwen2.5-0.5b", seq=(128,), families=("width",), sparsities=(0.5,))
+    first = [op.key for op in asked_operators(asked, shipped)][:10]
+    keys = [r["key"] for r in read_store(Path("run/records.jsonl")).rows if r["purpose"] != "anchor"]
+    assert keys[:10] == first
+    assert cli.json("calibrate cuda -o again --quick --budget 15s")[0]["anchored"]["rows"] >= 20
 
 
 def test_a_device_without_a_datasheet_gets_a_measured_one_that_rises_with_its_records() -> None:

@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = "simulator.cli"
 SPEEDUP = "speedup llama-3.1-8b --hardware h100_sxm"
 STABLE_KEYS = (
-    "model hardware family sparsity realised_sparsity phase batch seq dtype runtime dense_s pruned_s speedup "
-    "speedup_lower speedup_upper flop_bound byte_bound roofline_bound limit"
+    "model hardware family sparsity realised_sparsity phase batch seq dtype runtime dense_s dense_lower dense_upper "
+    "pruned_s pruned_lower pruned_upper speedup speedup_lower speedup_upper flop_bound byte_bound roofline_bound limit"
 )
 
 
@@ -35,6 +35,9 @@ def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 BAD = """
 speedup llama-3.1-8b --hardware h10_sxm                              | did you mean h100_sxm
+speedup llama-3.1-8b --hardware h100@tensorrt                        | h100_sxm: stack 'tensorrt' is unknown
+gemm 1 1 1 --hardware h100@torch,a100                                | Known: sglang, trtllm
+gemm 1 1 1 --hardware cpu@vllm --dtype fp32                          | cpu was fitted for no stack
 speedup llama-3.1-8c --hardware h100                                 | did you mean llama-3.1-8b
 @ --family depht                                                     | did you mean depth
 @ --sparsity 1.0                                                     | sparsity 1: expected a fraction in [0, 1)
@@ -91,7 +94,7 @@ predict                                                              | No such c
 
 @pytest.mark.parametrize(("line", "says"), [re.split(r" +\| ", row) for row in BAD.strip().split("\n")])
 def test_bad_input_is_one_line_and_status_2(line: str, says: str, cli: Any) -> None:
-    assert says in cli.refused(line.replace("@", SPEEDUP))
+    assert says in cli.refused(re.sub("^@", SPEEDUP, line))
 
 
 def test_a_config_without_a_needed_key_is_one_line(cli: Any) -> None:
@@ -109,6 +112,7 @@ def test_a_check_lists_the_problems_one_line_each(cli: Any) -> None:
     assert all(row.startswith("prunesim: ") for row in err.splitlines())
     good = ROOT / "hardware_profiles" / "h100_sxm.yaml"
     assert "no problem" in cli.out(f"hardware check {good}")
+    assert "no problem" in cli.out(f"hardware check {good.with_suffix('.trtllm.yaml')}")
     assert cli.json(f"hardware check {good}") == {"file": str(good), "problems": []}
     Path("bad.yaml").write_text("schema_version: 1\nname: x\n")
     assert json.loads(cli("hardware check bad.yaml --json", 2)[0])["problems"]
@@ -132,7 +136,9 @@ def test_json_records_have_the_stable_keys_first_and_agree_with_the_library(cli:
     for record, expected in zip(records, table, strict=True):
         assert " ".join(record).startswith(STABLE_KEYS)
         assert record["speedup"] == record["dense_s"] / record["pruned_s"]
-        assert record["speedup_lower"] <= record["speedup"] <= record["speedup_upper"]
+        for name in ("dense", "pruned", "speedup"):
+            value = record["speedup" if name == "speedup" else f"{name}_s"]
+            assert record[f"{name}_lower"] <= value <= record[f"{name}_upper"]
         for key in ("speedup", "phase", "batch", "sparsity"):
             assert record[key] == getattr(expected, key)
 
@@ -175,7 +181,7 @@ def test_a_model_that_does_not_fit_is_said_to(cli: Any) -> None:
 def test_tables_fit_their_width(available: int, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(render, "width", lambda: available)
     out = cli.out("speedup llama-3.1-8b --hardware a100,h100,4090 --phase prefill,decode")
-    rows = [line for line in out.splitlines() if not re.search(r"batch 1|interval\)|limit:", line)]
+    rows = [line for line in out.splitlines() if not re.search(r"batch 1|interval;|limit:", line)]
     assert max(map(len, rows)) <= available
     assert "…" not in out
     for name in ("a100_sxm_80gb", "h100_sxm", "rtx_4090", "sparse_attention", "kv_cache"):
@@ -226,11 +232,19 @@ def test_gemm_prints_a_ladder_that_ends_at_its_time(cli: Any) -> None:
 
 def test_lists_and_shows(cli: Any) -> None:
     assert {"a100_sxm_80gb", "h100_sxm", "rtx_4090"} <= {r["name"] for r in cli.json("hardware list")}
-    assert "h100_sxm" in cli.out("hardware list")
+    listed = cli.out("hardware list")
+    assert re.search(r"h100_sxm +hopper .* sglang, trtllm, vllm +h100\n", listed)
+    assert re.search(r"h100_pcie .* as h100_sxm\n", listed)
+    assert max(map(len, listed.splitlines())) <= 100
     (shown,) = cli.json("hardware show h100")
     assert shown["name"] == "h100_sxm"
     assert shown["sources"]
     assert "989" in cli.out("hardware show h100")
+    for name, stack in (("h100", "sglang +calibrated .* SGLang"), ("h100@trtllm", "trtllm +calibrated .* TRTLLM")):
+        assert re.search(rf"gemm +bf16 +{stack}", cli.out(f"hardware show {name}"))
+    assert re.search(r"gemm +int8_wo +sglang +borrowed .* as h100_sxm sglang\n", cli.out("hardware show h200@trtllm"))
+    stacks = "speedup llama-3.1-8b --hardware a100,a100@trtllm --family depth --sparsity 0.25"
+    assert [r["hardware"] for r in cli.json(stacks)] == ["a100_sxm_80gb", "a100_sxm_80gb@trtllm"]
     assert len(cli.json("models list")) >= 12
     assert "llama-3.1-8b" in cli.out("models list")
     assert "8,030,261,248" in cli.out("models show llama-3.1-8b")

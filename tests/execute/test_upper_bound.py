@@ -29,7 +29,8 @@ from calibration.execute.upper_bound import (
 from calibration.records.store import read_store
 from calibration.records.table import Records, Source
 from simulator.errors import InputError
-from simulator.hardware.library import load_hardware, save_hardware
+from simulator.hardware.library import load_hardware
+from simulator.hardware.save import save_hardware
 from simulator.workload import Kernel, Kind, Workload
 
 MODEL = "smollm2-135m"

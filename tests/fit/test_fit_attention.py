@@ -5,20 +5,24 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from calibration.fit.attention import REGISTRY, MeasuredCalls, calls_of, fit_attention
+from calibration.fit.attention import REGISTRY, MeasuredCalls, fit_attention
 from calibration.fit.residual import Stiffness, fit_lattice
-from calibration.judge.protocol_operators import TABLES, score_attention
-from calibration.measurements import load_measurements
+from calibration.judge.accuracy import Table
+from calibration.judge.protocol import evaluate_table
+from calibration.measurements.wheel import datasheet
 from simulator.hardware.library import load_hardware
-from simulator.kernels.attention import REGIMES, decode_attention_time, prefill_attention_time
+from simulator.hardware.profile import HardwareProfile
+from simulator.kernels.attention import decode_attention_time, prefill_attention_time
 from simulator.kernels.gemm_core import Machine
 from simulator.kernels.lattice import Lattice
+from simulator.kernels.spread import OpTime
 
-HW = load_hardware("h100_sxm")
+HW, A100 = load_hardware("h100_sxm"), datasheet("a100_sxm_80gb")
 DEVICE = Machine.of(HW)
 MOVED = {
     "prefill": {"t0_s": 7e-6, "e_tc": 0.6, "kappa": 1.4, "e_io": 0.5},
@@ -37,7 +41,7 @@ def shapes(phase: str, rows: int, seed: int) -> MeasuredCalls:
     batch = 2.0 ** rng.integers(0, 8, rows)
     length = np.round(2.0 ** rng.uniform(4, 13, rows))
     query = length if phase == "prefill" else np.ones(rows)
-    size = rng.choice([64.0, 128.0], rows)
+    size = np.full(rows, 128.0)
     return MeasuredCalls(phase, DEVICE, batch, query, length, heads, heads / group, size, np.ones(rows))
 
 
@@ -66,11 +70,12 @@ def test_planted_constants_are_recovered_and_a_profile_predicts_what_the_fit_doe
         constant = fit.section.constants[name]
         assert constant.std_error is not None, fit.fixed
         assert constant.std_error < 0.2 * constant.value
-        assert abs(constant.value - truth[name]) < 4 * constant.std_error
+        # heads of one width hardly tell products from exponentials
+        assert abs(constant.value - truth[name]) < max(4 * constant.std_error, 0.03 * truth[name])
     assert fit.section.accuracy["mape"] < 0.03
     assert fit.section.accuracy["core_mape"] < 0.03
     assert {pair for pair in fit.correlations if "t0_s" in pair}
-    expected, _ = c.predict(fit.constants.values, Lattice.from_arrays(fit.section.arrays))
+    expected = c.predict(fit.constants.values, Lattice.from_arrays(fit.section.arrays))
     time = shown(c, fit, cold=False)
     assert np.median(np.abs(time / expected - 1.0)) < 1e-12
     assert np.all(time >= expected * (1 - 1e-12))  # the floors of physics may only raise it
@@ -85,7 +90,7 @@ def test_what_the_rows_cannot_tell_is_named_and_kept() -> None:
     assert (kept.value, kept.status) == (defaults("decode")["wide_s"], "fixed")
     # all but its fixed time: t0 can only end on its bound
     fast = replace(c, seconds=np.maximum(c.seconds - 8.9e-6, 3e-7))
-    assert fit_attention(fast, "hopper").fixed["t0_s"] == "on its lower bound"
+    assert fit_attention(fast, "hopper").fixed["t0_s"] == "at its lower bound"
 
 
 def test_unusable_rows_are_counted_by_reason() -> None:
@@ -149,24 +154,78 @@ def test_lattice_fit_follows_a_smooth_residual_between_its_points(rows: int) -> 
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_intervals_hold_nine_in_ten_unseen_rows(phase: str) -> None:
+def test_intervals_on_the_same_stack_hold_nine_in_ten_unseen_rows(phase: str) -> None:
     c = planted(phase, 1200, 21, 0.05)
-    fit = fit_attention(c.take(np.arange(600)), "hopper", fold_by=("heads",))
-    rest, intervals = c.take(np.arange(600, 1200)), fit.section.intervals
-    predicted, regime = rest.predict(fit.constants.values, Lattice.from_arrays(fit.section.arrays))
-    low, high = (np.array([getattr(i, side) for i in intervals])[regime] for side in ("low", "high"))
-    assert [i.regime for i in intervals] == list(REGIMES)
-    assert 0.86 < np.mean((rest.seconds >= predicted * low) & (rest.seconds <= predicted * high)) < 0.95
+    fit, rest = fit_attention(c.take(np.arange(600)), "hopper", fold_by=("heads",)), c.take(np.arange(600, 1200))
+    section = replace(fit.section, stack=HW.stack)
+    inside = []
+    for same_stack in (True, False):
+        hw = replace(HW, sections={(f"attention_{phase}", "bf16"): section}, same_stack=same_stack)
+        t = timed_by(hw, rest)
+        inside.append(np.mean((rest.seconds >= t.lower) & (rest.seconds <= t.upper)))
+    assert 0.86 < inside[0] < 0.96
+    assert inside[1] > inside[0]  # another stack may differ by far more
 
 
-@pytest.mark.parametrize(("table", "mape"), list(zip(TABLES, (0.03, 0.055, 0.05, 0.045), strict=True)))
-def test_accuracy_on_unseen_heads_at_400_rows(table: tuple[str, str, str], mape: float) -> None:
-    phase, name, measurement = table
-    hw = load_hardware(name)
-    c = calls_of(load_measurements(measurement, dtype="bf16"), phase, Machine.of(hw))
-    result = score_attention(c.take(c.head_dim == 128), hw.architecture, "heads", 400, 0)
-    assert result["mape"] < 100 * mape
-    assert result["roofline"] > 50
+def kernels(rows: int) -> MeasuredCalls:
+    """Decode of four kernels: two head widths, a window, a cache of fp8; each of another speed."""
+    c = shapes("decode", 4 * rows, 31)
+    kind = np.arange(4 * rows) % 4
+    size, window = np.where(kind == 1, 64.0, 128.0), np.where(kind == 2, 256.0, 0.0)
+    c = replace(c, head_dim=size, window=window, cache_bytes=np.where(kind == 3, 1.0, 2.0))
+    seconds = np.empty(len(c))
+    for i in range(4):
+        truth = defaults("decode") | {"t0_s": (6e-6, 9e-6, 1.2e-5, 8e-6)[i], "e_d": (0.9, 0.7, 0.8, 0.6)[i]}
+        seconds[kind == i] = timed(c.take(kind == i), truth).seconds
+    return replace(c, seconds=seconds)
+
+
+def timed_by(hw: HardwareProfile, c: MeasuredCalls, **options: Any) -> OpTime:
+    if c.phase == "prefill":
+        return prefill_attention_time(c.batch, c.q_len, c.kv_len, c.heads, c.kv_heads, c.head_dim, hw, **options)
+    sizes = c.batch, c.kv_len, c.heads, c.kv_heads, c.head_dim
+    return decode_attention_time(*sizes, hw, window=c.window, cold=False, **options)
+
+
+def test_one_section_holds_kernels_of_widths_windows_and_caches_each_with_its_own_speed() -> None:
+    c = kernels(300)
+    fit = fit_attention(c, "hopper")
+    assert fit.rows == 1200
+    assert fit.section.accuracy["mape"] < 0.03
+    assert fit.section.arrays["kinds"].tolist() == [[7, 0, 0], [6, 0, 0], [7, 0, 1], [7, 1, 0]]
+    assert fit.constants.values["t0_s"] == pytest.approx(6e-6, rel=0.02)
+    hw = replace(HW, sections={("attention_decode", "bf16"): fit.section})
+    for narrow, cache in ((False, "bf16"), (True, "fp8")):  # all widths and windows in one call
+        rows = c.take((c.cache_bytes == 1.0) == narrow)
+        assert np.abs(timed_by(hw, rows, kv_dtype=cache).seconds / rows.seconds - 1.0).mean() < 0.02
+    fitted, other = (decode_attention_time(8, 4096, 32, 8, dim, hw) for dim in (128, 96))
+    assert other.upper / other.lower > fitted.upper / fitted.lower  # no kernel of 96 features was fitted
+    few = replace(c, cache_bytes=np.where(np.arange(1200) < 15, 1.0, 2.0))
+    assert "fewer than 20 rows of their head width, window and cache" in fit_attention(few, "hopper").dropped
+
+
+def test_a_term_of_sequences_goes_where_time_follows_the_work_units() -> None:
+    truth = defaults("decode") | {"sequence_s": 1e-11, "units_per_sm": 1.0}
+    c = timed(shapes("decode", 400, 41), truth)
+    by_units = np.where(c.batch * c.kv_heads > 264, 1.5, 1.0)  # a step of units that a term of sequences would take in
+    found = fit_attention(replace(c, seconds=c.seconds * by_units), "hopper").constants
+    assert found.values["sequence_s"] < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("measurement", "mape"),
+    [
+        ("a100_sxm/attention_prefill/trtllm", 3.0),
+        ("h100_sxm/attention_prefill/sglang", 5.5),
+        ("a100_sxm/attention_decode/sglang", 5.0),
+        ("h100_sxm/attention_decode/sglang", 4.5),
+    ],
+)
+def test_accuracy_on_unseen_heads_at_400_rows(measurement: str, mape: float) -> None:
+    table = Table(measurement).load()
+    one_width = table.take(table.data.head_dim == 128)  # 400 rows of one kernel
+    result = evaluate_table(one_width, 400, 0, "heads", fold_by=("heads",))
+    assert result["mape"] < mape
     assert result["speedup median"] < 4.5
 
 

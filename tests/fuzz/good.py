@@ -111,12 +111,17 @@ def crc_line(row: Any) -> bytes:
 
 
 SMALL = (ROOT / "tests/bad_profiles/good.yaml").read_text(encoding="utf-8")
-OPERATORS = ("gemm", "attention_prefill", "attention_decode", "elementwise")
+OPERATORS = ("gemm", "attention_prefill", "attention_decode", "elementwise", "anchor")
 
-
-_RTX4090 = (ROOT / "hardware_profiles/rtx_4090.yaml").read_text(encoding="utf-8")
-SHIPPED = re.sub(r"\n      arrays:\n(?: {8}.*\n)+", "\n", _RTX4090.replace("rtx_4090", "mine").replace("RTX", "my"))
-"""A shipped profile without its arrays, so that the file stands alone, under another name."""
+_FACTS, _FITTED = (
+    (ROOT / f"hardware_profiles/rtx_4090{stack}.yaml").read_text(encoding="utf-8").replace("rtx_4090", "mine")
+    for stack in ("", ".vllm")
+)
+STACK = re.sub(r"\n      arrays:\n(?: {8}.*\n)+", "\n", _FITTED)
+"""A shipped stack file without its arrays, so that the file stands alone, under another name; :data:`FACTS` its
+datasheet."""
+FACTS = re.sub("aliases: .*", "aliases: []", _FACTS)
+SHIPPED = FACTS + STACK[STACK.index("calibrated:") :]
 
 ARRAYS: dict[str, Any] = {
     "gemm.bf16.terms": np.array([[0, 1, -1], [11, -1, -1]]),
@@ -136,6 +141,10 @@ ARRAYS: dict[str, Any] = {
     "attention_decode.bf16.values": np.zeros((3, 2, 1)),
     "elementwise.bf16.start": np.array(14.0),
     "elementwise.bf16.values": np.zeros((7, 5)),
+    **{f"anchor.{name}": np.full(2, 0.1) for name in ("own", "local", "log_ratio")},
+    "anchor.kind": np.array([0, 1]),
+    "anchor.place": np.ones((2, 3)),
+    "anchor.shared": np.ones((2, 2)),
 }
 """Small arrays of every operator that has some, and exact shapes."""
 
@@ -148,13 +157,17 @@ def arrays_of(operator: str) -> dict[str, Any]:
 def profile_with(raw: bytes, file: str = "arrays.npz", operators: Iterable[str] = OPERATORS) -> str:
     """Text of a profile that names these bytes as the arrays of some operators."""
     provenance = SMALL[SMALL.index("      provenance:") : SMALL.index("      constants:")]
-    sections = "".join(
-        f"  {operator}:\n    bf16:\n{provenance}      constants: {{}}\n      arrays:\n        file: {file}\n"
-        f'        sha256: "{hashlib.sha256(raw).hexdigest()}"\n'
-        f"        names: [{', '.join(name.split('.')[2] for name in arrays_of(operator))}]\n"
-        for operator in operators
-    )
-    return SMALL[: SMALL.index("calibrated:")] + "calibrated:\n" + sections
+    text = SMALL[: SMALL.index("calibrated:")] + "calibrated:\n"
+    for operator in sorted(operators, key="anchor".__eq__):
+        names = ", ".join(name.rpartition(".")[2] for name in arrays_of(operator))
+        start = "      columns: [machine launch, gemm launch]\n" if operator == "anchor" else "      constants: {}\n"
+        section = f"{provenance}{start}      arrays:\n        file: {file}\n"
+        section += f'        sha256: "{hashlib.sha256(raw).hexdigest()}"\n        names: [{names}]\n'
+        if operator == "anchor":
+            text = text.removesuffix("calibrated:\n") + "anchor:\n" + re.sub("^    ", "", section, flags=re.MULTILINE)
+        else:
+            text += f"  {operator}:\n    bf16:\n{section}"
+    return text
 
 
 _SHIPPED = [json.loads(file.read_text()) for file in sorted((ROOT / "simulator/models").glob("*.json"))]

@@ -34,6 +34,7 @@ from simulator.explore.dropped import PREFIX, read_token, token
 from simulator.explore.state import read_query, strict_query, to_query
 from simulator.figures.measured import read_measured_gemms
 from simulator.hardware import library as hardware
+from simulator.hardware.save import save_hardware
 from simulator.predict.grid import read_grid
 from simulator.predict.pareto import fronts, read_measured
 from simulator.predict.quality import choose_axis, load_quality, read_quality, table_text
@@ -103,8 +104,19 @@ def profile(path: Path) -> None:
     hw = hardware.load_hardware(path)
     times(hw)
     again = path.with_name("again.yaml")
-    hardware.save_hardware(hw, again)  # what is read can be written and read again
+    save_hardware(hw, again)  # what is read can be written and read again
     assert hardware.load_hardware(again).sm_count == hw.sm_count
+
+
+def _make_stack(rng: random.Random) -> bytes:
+    return edit_bytes(good.STACK.encode(), rng) if rng.random() < 0.3 else mutate.yaml_text(good.STACK, rng)
+
+
+@Target("mine.vllm.yaml", _make_stack, "hardware check {}", positions=True)
+def stack(path: Path) -> None:
+    owner = path.with_name("mine.yaml")
+    owner.write_text(good.FACTS, encoding="utf-8")
+    profile(owner)
 
 
 def _make_arrays(rng: random.Random) -> bytes:
@@ -114,7 +126,7 @@ def _make_arrays(rng: random.Random) -> bytes:
 @Target("arrays.npz", _make_arrays, positions=True, names_file=False)
 def arrays(path: Path) -> None:
     raw = path.read_bytes()
-    operators = [o for o in good.OPERATORS if f"{o}.bf16.".encode() in raw] or ["gemm"]
+    operators = [o for o in good.OPERATORS if any(name.encode() in raw for name in good.arrays_of(o))] or ["gemm"]
     beside = path.with_name("with_arrays.yaml")
     beside.write_text(good.profile_with(raw, path.name, operators), encoding="utf-8")
     profile(beside)

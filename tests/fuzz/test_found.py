@@ -25,7 +25,8 @@ from calibration.records.table import Records, Source
 from simulator.errors import InputError
 from simulator.figures.measured import read_measured_gemms
 from simulator.hardware.arrays import check_arrays, pack_arrays
-from simulator.hardware.library import load_hardware, save_hardware
+from simulator.hardware.library import load_hardware
+from simulator.hardware.save import save_hardware
 from simulator.predict.pareto import read_measured
 from simulator.predict.quality import load_quality
 from simulator.predict.store import NOTES_KEY, Store

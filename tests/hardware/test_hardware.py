@@ -19,19 +19,29 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from simulator.errors import InputError
-from simulator.hardware import library
-from simulator.hardware.arrays import read_arrays
+from simulator.hardware import library, save
+from simulator.hardware.arrays import MOST_ROWS, check_arrays, read_archive, read_arrays
 from simulator.hardware.constants import CONSTANTS
 from simulator.hardware.library import (
     check_hardware,
     list_hardware,
     load_hardware,
-    profile_text,
     profiles_folder,
-    save_hardware,
+    reference,
     shipped_names,
 )
-from simulator.hardware.profile import OPERATORS, Fitted, HardwareProfile, Interval, Provenance, Section
+from simulator.hardware.profile import (
+    OPERATORS,
+    OTHER_STACK,
+    SAME_STACK,
+    STACKS,
+    Anchor,
+    Fitted,
+    HardwareProfile,
+    Provenance,
+    Section,
+)
+from simulator.hardware.save import save_hardware, save_stack
 from simulator.hardware.schema import QUANTITIES, plain_name
 from simulator.units import EXAMPLES
 
@@ -47,13 +57,13 @@ def write(folder: Path, content: str | bytes) -> Path:
 
 
 @pytest.mark.parametrize("name", list_hardware())
-def test_shipped_profile_is_complete(name: str) -> None:
+def test_shipped_profile_is_complete(name: str, tmp_path: Path) -> None:
     path = profiles_folder() / f"{name}.yaml"
     assert check_hardware(path) == []
     hw = load_hardware(name)
     assert hw.name == name
     assert {"fp32", "tf32", "fp16", "bf16", "int8"} <= set(hw.rates) or hw.architecture == "cpu"
-    assert ("fp8" in hw.rates) == (hw.architecture in ("ada", "hopper", "blackwell"))
+    assert ("fp8" in hw.rates) == (hw.architecture not in ("ampere", "cpu"))
     facts = {"sm_count", *QUANTITIES, *(f"rates.{dtype}" for dtype in hw.rates)}
     facts |= {"link.bandwidth", "link.latency"} if hw.link else set()
     if hw.architecture != "cpu":
@@ -62,10 +72,13 @@ def test_shipped_profile_is_complete(name: str) -> None:
     else:  # an example, measured or said by its system; its boost clock is the highest
         assert hw.sources.keys() == facts - {"max_clock"}
     assert hw.clock_headroom >= 1
-    text = path.read_text()
-    file, digest = re.search(r"file: \"?([^\"\n]+)", text), re.search(r"sha256: \"([0-9a-f]+)\"", text)
-    arrays = (file[1], digest[1]) if file and digest else ()
-    assert profile_text(hw, *arrays) == text  # saving a shipped file again would change nothing
+    own = hw.sections if hw.stack == "" else {}
+    save_hardware(replace(hw, sections=own), tmp_path / f"{name}.yaml")
+    for stack in STACKS:
+        if (profiles_folder() / f"{name}.{stack}.yaml").exists():
+            save_stack(hw, stack, tmp_path / f"{name}.{stack}.yaml")
+    shipped = profiles_folder().glob(f"{name}.*")  # saving a shipped profile again would change nothing
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {p.name: p.read_bytes() for p in shipped}
     for operator in OPERATORS:
         section = hw.section(operator, "bf16")
         for constant, known in CONSTANTS[operator].items():
@@ -78,7 +91,8 @@ FLOP_PER_CLOCK = {
     "h100_sxm": {"fp32": 256, "tf32": 2048, "fp16": 4096, "bf16": 4096, "fp8": 8192, "int8": 8192},
     "rtx_4090": {"fp32": 256, "tf32": 256, "fp16": 512, "bf16": 512, "fp8": 1024, "int8": 2048},
     "l40s": {"fp32": 256, "tf32": 512, "fp16": 1024, "bf16": 1024, "fp8": 2048, "int8": 2048},
-    "rtx_pro_6000": {"fp32": 256, "tf32": 512, "fp16": 1024, "bf16": 1024, "fp8": 2048, "int8": 2048},
+    "rtx_pro_6000": {"fp32": 256, "tf32": 512, "fp16": 1024, "bf16": 1024, "fp8": 2048, "int8": 2048, "nvfp4": 4096},
+    "b200_sxm": {"fp32": 256, "tf32": 4096, "fp16": 8192, "bf16": 8192, "fp8": 16384, "int8": 16384, "nvfp4": 32768},
 }
 FLOP_PER_CLOCK["a100_sxm_40gb"] = FLOP_PER_CLOCK["a100_pcie_80gb"] = FLOP_PER_CLOCK["a100_sxm_80gb"]
 FLOP_PER_CLOCK["h100_pcie"] = FLOP_PER_CLOCK["h200_sxm"] = FLOP_PER_CLOCK["h100_sxm"]
@@ -89,8 +103,8 @@ def test_rates_follow_from_clock_and_sm_count(name: str) -> None:
     hw = load_hardware(name)
     assert set(hw.rates) == set(FLOP_PER_CLOCK[name])
     for dtype, each in FLOP_PER_CLOCK[name].items():
-        # Hopper's whitepaper states fp32 at a higher boost clock than the tensor core rates
-        clock = hw.max_clock_hz if hw.architecture == "hopper" and dtype == "fp32" else hw.boost_clock_hz
+        # H and B datasheets state fp32 at a higher boost clock than the tensor core rates
+        clock = hw.max_clock_hz if hw.name[0] in "bh" and dtype == "fp32" else hw.boost_clock_hz
         tolerance = 0.0125 if name == "l40s" and dtype in ("fp16", "bf16") else 0.01  # printed as 362.05 for 366.4
         assert hw.peak_flop_per_s(dtype) == pytest.approx(hw.sm_count * each * clock, rel=tolerance)
 
@@ -179,7 +193,7 @@ def test_position_is_that_of_the_mistake(tmp_path: Path) -> None:
     number = GOOD.splitlines().index("  bandwidth: {value: 3.35 TB/s, source: sheet}") + 1
     assert check_hardware(path) == [
         f"{path}:5:15: architecture: unknown value hoper; did you mean hopper? "
-        "Known: ampere, ada, hopper, blackwell, cpu",
+        "Known: ampere, ada, hopper, blackwell, blackwell_sm100, cpu",
         f'{path}:{number}:22: datasheet.bandwidth.value: expected a bandwidth such as "3.35 TB/s", '
         'got "3.35 TB": TB is a unit of an amount of bytes',
     ]
@@ -200,7 +214,8 @@ def test_what_is_no_file_and_files_that_take_too_much(tmp_path: Path) -> None:
 
 
 def assert_same(a: HardwareProfile, b: HardwareProfile) -> None:
-    assert {**vars(a), "sections": {}, "path": None} == {**vars(b), "sections": {}, "path": None}
+    other = {"sections": {}, "stacks": {}, "path": None}
+    assert {**vars(a), **other} == {**vars(b), **other}
     assert a.sections.keys() == b.sections.keys()
     for one, other in ((a.sections[key], b.sections[key]) for key in a.sections):
         assert {**vars(one), "arrays": None} == {**vars(other), "arrays": None}
@@ -215,14 +230,14 @@ def calibrated() -> HardwareProfile:
     gemm = Section(
         {"t0": Fitted(2.7e-6, 1.25e-8), "e_tc": Fitted(0.1 + 0.2, None, "fixed"), "e_d": Fitted(1.0, 0.0)},
         {"lattice": rng.normal(size=(16, 13, 13)), "edges": np.arange(5), "small": np.float32([[1.5, 2.5]])},
-        (Interval("m <= 16", 0.93, 1.08, 0.9, 120), Interval("all: others", 0.9, 1.2, 0.9, 3)),
+        0.85,
         {"mape": 0.046, "speedup p95": 0.178},
         provenance,
         "calibrated",
     )
     provenance = replace(provenance, borrowed_from="a100_sxm_80gb")
     runtime = Section({"host_op_s": Fitted(1e-5)}, provenance=provenance, status="borrowed")
-    return replace(load_hardware("h100"), sections={("gemm", "bf16"): gemm, ("runtime", "*"): runtime})
+    return load_hardware("h100").calibrated({("gemm", "bf16"): gemm, ("runtime", "*"): runtime})
 
 
 def saved(folder: Path) -> tuple[HardwareProfile, Path]:
@@ -262,14 +277,14 @@ def test_new_arrays_replace_the_old_file(tmp_path: Path) -> None:
 
 def test_saving_stopped_in_between_leaves_a_readable_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hw, path = saved(tmp_path)
-    whole = library.write_whole
+    whole = save.write_whole
 
     def stop(target: Path, content: bytes) -> None:
         if target.suffix == ".yaml":
             raise KeyboardInterrupt
         whole(target, content)
 
-    monkeypatch.setattr(library, "write_whole", stop)
+    monkeypatch.setattr(save, "write_whole", stop)
     with pytest.raises(KeyboardInterrupt):
         save_hardware(with_lattice(hw), path)
     library._load.cache_clear()
@@ -366,13 +381,18 @@ _HUGE = b"{'descr': '<f8', 'fortran_order': False, 'shape': (999999999, 99999999
         (_zip(x=_npy(np.zeros(100)) + b"more"), "does not have the size"),
         (_zip(x=b"\x93NUMPY\x01\x00v\x00" + _HUGE), "does not have the size"),
         (_zip(x=bytes(70_000_000)), "larger than 64 MB"),
+        (_zip(x=bytes(40_000_000), y=bytes(40_000_000)), "larger than 64 MB"),
     ],
 )
 def test_bad_arrays(raw: bytes, says: str, tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     path.write_bytes(raw)
     with pytest.raises(ValueError, match=re.escape(says)):
-        read_arrays(path, hashlib.sha256(raw).hexdigest(), "gemm.bf16", ("x",))
+        read_arrays(
+            read_archive(path, hashlib.sha256(raw).hexdigest()),
+            "gemm.bf16",
+            ("x", "y") if b"gemm.bf16.y" in raw else ("x",),
+        )
 
 
 def test_sections_are_defaults_or_borrowed_between_the_16_bit_types_only(tmp_path: Path) -> None:
@@ -396,3 +416,191 @@ def test_sections_are_defaults_or_borrowed_between_the_16_bit_types_only(tmp_pat
     assert hw.section("gemm", "fp8").status == hw.section("attention_decode", "bf16").status == "default"
     uneven = replace(hw, rates={**hw.rates, "fp16": replace(hw.rates["fp16"], flop_per_s=1e15)})
     assert uneven.section("gemm", "fp16").status == "default"
+
+
+def section(value: float, stack: str, **more: Any) -> Section:
+    about = Provenance("my records", "sha256:1", "2026-11-25", f"{stack} 1.0", "my GPU", "CUDA graph", 400)
+    return Section({"t0": Fitted(value)}, provenance=about, status="calibrated", stack=stack, **more)
+
+
+def stacked(folder: Path) -> Path:
+    """A device with two stacks: sglang has GEMMs, trtllm other ones and those of 4-bit weights, with arrays."""
+    path = write(folder, GOOD[: GOOD.index("calibrated:")])
+    hw = load_hardware(path)
+    save_stack(
+        hw.calibrated({("gemm", "bf16"): section(1e-6, "", spread=0.8)}), "sglang", folder / "my_gpu.sglang.yaml"
+    )
+    both = {("gemm", "bf16"): section(2e-6, ""), ("gemm", "int4_wo"): section(3e-6, "", arrays={"x": np.zeros(3)})}
+    save_stack(hw.calibrated(both), "trtllm", folder / "my_gpu.trtllm.yaml")
+    return path
+
+
+def test_the_preferred_stack_comes_first_and_others_lend(tmp_path: Path) -> None:
+    path = stacked(tmp_path)
+    assert [check_hardware(file) for file in sorted(tmp_path.glob("*.yaml"))] == [[], [], []]
+    hw, other = load_hardware(path), load_hardware(f"{path}@trtllm")
+    assert (list(hw.stacks), hw.stack, other.stack) == (["sglang", "trtllm"], "sglang", "trtllm")
+    assert [hw.section("gemm", "bf16")["t0"], other.section("gemm", "bf16")["t0"]] == [1e-6, 2e-6]
+    lent = hw.section("gemm", "int4_wo")
+    assert (lent["t0"], lent.status, lent.stack) == (3e-6, "borrowed", "trtllm")
+    assert lent.provenance is not None
+    assert lent.provenance.borrowed_from == "my_gpu trtllm"
+    assert other.section("gemm", "int4_wo").status == "calibrated"
+    assert hw.on("trtllm") is other is load_hardware(path, stack="trtllm") is load_hardware(f"{path}@ TRTLLM")
+    assert hw.on("sglang") is hw
+    assert (hw.label, other.label) == ("my_gpu", "my_gpu@trtllm")
+    assert other.on("sglang").label == "my_gpu"
+    assert reference(str(path)) == str(path)
+    assert [reference(name) for name in ("a100", "A100@trtllm")] == ["a100_sxm_80gb", "a100_sxm_80gb@trtllm"]
+    one = section(4e-6, "vllm")
+    save_stack(replace(hw, stacks={"vllm": {("gemm", "bf16"): one}}), "vllm", tmp_path / "my_gpu.vllm.yaml")
+    assert list(load_hardware(path).stacks) == ["sglang", "trtllm", "vllm"]  # a new file is seen
+    assert not any("." in name for name in list_hardware())
+
+
+def test_a_spread_is_the_section_s_own_on_the_user_s_stack_alone(tmp_path: Path) -> None:
+    path = stacked(tmp_path)
+    for same, factors in ((False, (OTHER_STACK, 1.0)), (True, (SAME_STACK, 0.8))):
+        hw = load_hardware(path, same_stack=same)
+        assert hw.spread(hw.section("gemm", "bf16")) == factors
+        assert hw.spread(hw.section("gemm", "int4_wo")) == hw.spread(hw.section("gemm", "fp8")) == (OTHER_STACK, 1.0)
+    own = load_hardware(write(tmp_path, GOOD))  # its own calibration, with stacks beside it
+    assert (own.stack, own.same_stack, list(own.stacks)) == ("", True, ["", "sglang", "trtllm"])
+    assert own.spread(own.section("gemm", "bf16")) == (SAME_STACK, 0.9)
+    save_hardware(
+        load_hardware("h100"), tmp_path / "copy.yaml"
+    )  # a copy of a shipped one is no calibration of one's own
+    copy = load_hardware(tmp_path / "copy.yaml")
+    assert (copy.same_stack, copy.section("gemm", "bf16").stack) == (False, "sglang")
+
+
+def test_stacks_of_a_sibling(tmp_path: Path) -> None:
+    pcie, sxm = load_hardware("h100_pcie"), load_hardware("h100")
+    assert list(pcie.stacks) == list(sxm.stacks)
+    for key, lent in pcie.on("trtllm").sections.items():
+        assert lent.status == "borrowed"
+        assert lent.constants is sxm.on("trtllm").sections[key].constants
+        assert lent.provenance is not None
+        assert lent.provenance.borrowed_from.startswith("h100_sxm ")
+    assert ("collective", "*") in sxm.sections
+    assert ("collective", "*") not in pcie.sections  # another link
+    h200 = load_hardware("h200@trtllm")  # int8_wo: what its sibling's stack has alone
+    assert [h200.section("gemm", dtype).status for dtype in ("bf16", "int8_wo")] == ["calibrated", "borrowed"]
+    old = load_hardware(write(tmp_path, GOOD.replace("vendor:", "stacks_of: h100_sxm\nvendor:")))
+    assert old.section("attention_decode", "bf16").status == "borrowed"
+    assert ("gemm", "fp8") not in old.sections  # it has no such arithmetic
+    path = write(tmp_path, GOOD.replace("vendor:", "stacks_of: h101_sxm\nvendor:"))
+    assert "did you mean h100_sxm" in check_hardware(path)[0]
+    assert LINE.fullmatch(check_hardware(path)[0])
+    with pytest.raises(InputError, match="stacks_of: profile 'h101_sxm' is unknown"):
+        load_hardware(path)
+
+
+def test_unknown_stacks_are_one_line_and_name_those_there_are(tmp_path: Path) -> None:
+    for name, says in (
+        ("h100@tensorrt", "h100_sxm: stack 'tensorrt' is unknown; .*Known: sglang, trtllm, vllm"),
+        ("h100@", "Known: sglang, trtllm"),
+        ("h100@torch", "Known: sglang, trtllm, vllm"),
+        ("cpu@vllm", "cpu was fitted for no stack; ask for it without 'vllm'"),
+        ("h10@vllm", "did you mean h100"),
+        (f"{write(tmp_path, GOOD)}@vllm", "my_gpu was fitted for no stack"),
+    ):
+        with pytest.raises(InputError, match=says):
+            load_hardware(name)
+    with pytest.raises(InputError, match="another stack"):
+        load_hardware("h100@vllm", stack="trtllm")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("hardware: my_gpu", "hardware: your_gpu", "hardware: unknown value your_gpu"),
+        ("stack: trtllm", "stack: vllm", "stack: unknown value vllm"),
+        ("    int4_wo:", "    fp8:", "unknown dtype; expected one this device has a rate for: bf16, fp16, int8_wo"),
+        ("schema_version: 1", "schema_version: 2", "this prunesim reads no other version"),
+        ("t0: {value: 2e-06", "t0: {value: 2", "from 1e-07"),
+        ("stack: trtllm\n", "", "stack: is missing"),
+    ],
+)
+def test_bad_stack_file(old: str, new: str, says: str, tmp_path: Path) -> None:
+    path = stacked(tmp_path)
+    file = tmp_path / "my_gpu.trtllm.yaml"
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new, 1))
+    (problem,) = check_hardware(file)
+    assert LINE.fullmatch(problem)
+    assert problem.startswith(f"{file}:")
+    assert says in problem
+    assert check_hardware(path) == [problem]  # of the profile, too
+    with pytest.raises(InputError, match=re.escape(problem)):
+        load_hardware(path)
+
+
+def test_what_is_no_profile_and_no_stack_says_so(tmp_path: Path) -> None:
+    path = stacked(tmp_path)
+    with pytest.raises(InputError, match="fitted for one stack; ask for my_gpu@STACK"):
+        load_hardware(tmp_path / "my_gpu.trtllm.yaml")
+    hw = load_hardware(path)
+    for stack, name, says in (
+        ("vllm", "my_gpu.trtllm.yaml", "ends in .vllm.yaml"),
+        ("tensorrt", "my_gpu.tensorrt.yaml", "stack 'tensorrt' is unknown"),
+        ("vllm", "my_gpu.vllm.yaml", "nothing of my_gpu was fitted for vllm"),
+    ):
+        with pytest.raises(InputError, match=says):
+            save_stack(replace(hw, sections={}), stack, tmp_path / name)
+
+
+def test_arrays_of_other_stacks_stay(tmp_path: Path) -> None:
+    path = stacked(tmp_path)
+    (held,) = tmp_path.glob("my_gpu.trtllm.*.npz")
+    own = load_hardware(path).calibrated({("gemm", "bf16"): section(1e-6, "", arrays={"y": np.zeros(2)})})
+    save_hardware(own, path)
+    save_hardware(replace(own, sections={}), path)
+    save_stack(own, "sglang", tmp_path / "my_gpu.sglang.yaml")
+    assert held in tmp_path.iterdir()
+    assert len(list(tmp_path.glob("*.npz"))) == 2
+    assert load_hardware(path).sections["gemm", "int4_wo"].arrays["x"].shape == (3,)
+
+
+def anchored(rows: int = 5) -> Anchor:
+    rng = np.random.default_rng(1)
+    arrays = {name: rng.uniform(0.0, 1.0, rows) for name in ("own", "local", "log_ratio")}
+    arrays |= {"shared": rng.normal(size=(rows, 2)), "place": rng.uniform(0, 12, (rows, 3)), "kind": np.arange(rows)}
+    provenance = Provenance("local rows", "sha256:7", "2026-11-25", "mine", "my GPU", "CUDA graph", rows)
+    return Anchor(provenance, ("machine launch", "gemm compute"), arrays)
+
+
+def test_an_anchor_is_kept(tmp_path: Path) -> None:
+    anchor = anchored()
+    save_hardware(replace(load_hardware("h100"), anchor=anchor), tmp_path / "mine.yaml")
+    loaded = load_hardware(tmp_path / "mine.yaml").anchor
+    assert loaded is not None
+    assert (loaded.provenance, loaded.columns) == (anchor.provenance, anchor.columns)
+    for name, array in anchor.arrays.items():
+        np.testing.assert_array_equal(loaded.arrays[name], array, strict=True)
+    text = (tmp_path / "mine.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(text.replace('["machine launch", "gemm compute"]', "[machine launch]"))
+    assert (
+        "anchor: columns: expected one name a column of the array shared, 2"
+        in check_hardware(tmp_path / "mine.yaml")[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"kind": None}, "array kind is missing"),
+        ({"kind": np.zeros(5)}, "whole numbers"),
+        ({"own": np.zeros(4)}, "array own: expected the shape"),
+        ({"own": -np.ones(5)}, "array own: expected values from 0"),
+        ({"log_ratio": np.full(5, 7.0)}, "array log_ratio: expected values from -5 to 5"),
+        ({"place": np.zeros((5, 2))}, "array place: expected the shape"),
+        ({"shared": np.zeros(5)}, "array shared: expected the shape"),
+        ({name: a[:0] for name, a in anchored().arrays.items()}, "rows from 1"),
+        (dict(anchored(MOST_ROWS + 1).arrays), "rows from 1"),
+    ],
+)
+def test_bad_anchor(changes: dict[str, Any], says: str) -> None:
+    arrays = {name: a for name, a in {**anchored().arrays, **changes}.items() if a is not None}
+    with pytest.raises(ValueError, match=says):
+        check_arrays("anchor", arrays)

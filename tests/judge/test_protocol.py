@@ -1,4 +1,5 @@
-"""The accuracy protocol: splits, scores, baselines; on planted shapes, and the bars on the tables that ship."""
+"""The accuracy protocol: splits, scores, baselines, stacks left out; on planted shapes, and the bars on the tables that
+ship."""
 
 from __future__ import annotations
 
@@ -10,14 +11,16 @@ import pytest
 
 from calibration.fit.attention import MeasuredCalls
 from calibration.fit.core import Shapes, shapes
-from calibration.judge import protocol
-from calibration.judge.accuracy import GEMMS, columns_of_table, means
+from calibration.judge import protocol, stacks
+from calibration.judge.accuracy import GEMMS, columns_of_table, means, stack_pairs
+from calibration.judge.bars import against_bars
 from calibration.judge.baselines import BASELINES, roofline_rbf, three_constants
-from calibration.judge.protocol_operators import comparable
-from simulator.hardware.library import load_hardware
+from calibration.judge.protocol import Measured
+from calibration.measurements.wheel import datasheet
+from simulator.kernels.gemm import gemm_time
 from simulator.kernels.gemm_core import Machine
 
-HW = load_hardware("h100_sxm")
+HW = datasheet("h100_sxm")
 MACHINE = Machine.of(HW, "bf16")
 
 
@@ -33,12 +36,12 @@ def data() -> Shapes:
 
 
 def test_split_keeps_pairs_whole_and_is_set_by_the_seed(data: Shapes) -> None:
-    train, test = protocol.split(data, 0)
+    train, test = protocol.split(data.groups, 0)
     pairs = data.groups
     assert not set(pairs[train]) & set(pairs[test])
     assert (len(set(pairs[test])), len(train) + len(test)) == (round(0.3 * 64), len(data))
-    assert np.array_equal(protocol.split(data, 0)[1], test)
-    assert not np.array_equal(protocol.split(data, 1)[1], test)
+    assert np.array_equal(protocol.split(data.groups, 0)[1], test)
+    assert not np.array_equal(protocol.split(data.groups, 1)[1], test)
     few = protocol.draw(train, 100, 0)
     assert len(few) == 100
     assert set(few) <= set(train)
@@ -51,8 +54,9 @@ def test_scores_by_hand() -> None:
     scores = protocol.errors(said, two)
     assert scores["mape"] == pytest.approx(10.0)
     assert scores["bias"] == pytest.approx(0.0)
-    assert protocol.speedups(said, two)["speedup median"] == pytest.approx(100 * abs(1.8 / 1.1 / 2 - 1))
-    assert protocol.speedups(said, two)["speedup pairs"] == 1
+    found = protocol.speedups(said, two, Measured(two, HW).pairs())
+    assert found["speedup median"] == pytest.approx(100 * abs(1.8 / 1.1 / 2 - 1))
+    assert found["speedup pairs"] == 1
 
 
 def test_llm_pairs_are_shaped_like_pruning() -> None:
@@ -63,15 +67,17 @@ def test_llm_pairs_are_shaped_like_pruning() -> None:
 
 def test_attention_pairs_differ_in_one_thing_only() -> None:
     ones = np.ones(4)
-    heads, groups = np.array([32.0, 16.0, 8.0, 2.0]), np.array([8.0, 4.0, 2.0, 0.5])
+    heads, groups = np.array([32.0, 16.0, 8.0, 4.0]), np.array([8.0, 4.0, 2.0, 1.0])
     c = MeasuredCalls("prefill", Machine.of(HW), ones, 128 * ones, 128 * ones, heads, groups, 128 * ones, ones)
-    # 32/8 against 16/4 and 8/2; 16/4 against 8/2; 8/2 against 2/0.5; the rest lie below a quarter
-    assert sorted(map(tuple, comparable(c, "heads").tolist())) == [(1, 0), (2, 0), (2, 1), (3, 2)]
-    assert not len(comparable(c, "lengths"))
+    # 32/8 against 16/4 and 8/2; 16/4 against 8/2 and 4/1; 8/2 against 4/1; 4/1 against 32/8 lies below a quarter
+    calls = Measured(c, HW)
+    assert sorted(map(tuple, calls.pairs("heads").tolist())) == [(1, 0), (2, 0), (2, 1), (3, 1), (3, 2)]
+    assert not len(calls.pairs("lengths"))
+    assert calls.records().kv_heads.tolist() == [8, 4, 2, 1]
 
 
 def test_baselines_fit_what_they_describe(data: Shapes) -> None:
-    train, test = (data.take(rows) for rows in protocol.split(data, 0))
+    train, test = (data.take(rows) for rows in protocol.split(data.groups, 0))
     assert protocol.errors(three_constants(train, MACHINE, test), test)["mape"] < 1.2
     assert protocol.errors(roofline_rbf(train.take(np.arange(0, len(train), 3)), MACHINE, test), test)["mape"] < 2.0
     assert protocol.errors(BASELINES["datasheet roofline"](train, MACHINE, test), test)["mape"] > 20
@@ -79,20 +85,72 @@ def test_baselines_fit_what_they_describe(data: Shapes) -> None:
     assert [r["method"] for r in results] == list(BASELINES)
 
 
-def test_a_fit_is_scored_on_unseen_rows_another_stack_and_projections_left_out(data: Shapes) -> None:
-    found = protocol.evaluate_table(protocol.Measured(data, HW), 200, 1)
+def test_a_fit_is_scored_on_unseen_rows_and_projections_left_out(data: Shapes) -> None:
+    found = protocol.evaluate_table(Measured(data, HW), 200, 1)
     assert (found["method"], found["trained_on"]) == ("prunesim", 200)
     assert found["mape"] < 4.0
     assert found["speedup spearman"] > 0.9
-    assert 80 <= found["coverage"] <= 99
-    section = protocol.Measured(data, HW).fit()
-    slower = protocol.Measured(replace(data, seconds=1.2 * data.seconds), HW)
-    shipped, moved = protocol.transfer(section, slower, 0, sizes=(100,))
-    assert moved["mape"] < 0.3 * shipped["mape"]
+    assert found["coverage"] >= 80
+    section = Measured(data, HW).fit()
     three = data.take(np.isin(data.n, [512, 2048, 4096]) & (data.k == 2048))
-    results = protocol.leave_one_out(protocol.Measured(three, HW), three.n, section)
+    results = protocol.leave_one_out(Measured(three, HW), three.n, section)
     assert [r["method"] for r in results] == ["512.0", "2048.0", "4096.0", "all"]
     assert results[-1]["mape"] < 5
+
+
+def test_weights_of_four_times_the_l2_are_asked_cold(data: Shapes) -> None:
+    table = Measured(replace(data, copies=np.where(data.n * data.k > 2**23, 64.0, 1.0)), HW)
+    hw = table.profile(table.fit())
+    cold = gemm_time(data.m, data.n, data.k, hw).seconds
+    slower = Measured(replace(table.data, seconds=1.1 * cold), HW)
+    found = protocol.cold_scores(hw.section("gemm", "bf16"), slower)
+    assert found["cold bias"] == pytest.approx(100 * (1 / 1.1 - 1), abs=1e-3)
+    assert not protocol.cold_scores(hw.section("gemm", "bf16"), Measured(replace(data, copies=np.ones(len(data))), HW))
+
+
+@pytest.fixture(scope="module")
+def moved(data: Shapes) -> list[dict[str, Any]]:
+    """A stack whose launches take a microsecond more and whose kernels a tenth, predicted from one without."""
+    other = Measured(replace(data, seconds=1.1 * data.seconds + 1e-6), HW)
+    return [{**r, "left_out": "h100 b"} for r in stacks.left_out(Measured(data, HW).fit(), other, 0, sizes=(20, 100))]
+
+
+def test_a_stack_left_out_is_reached_by_some_of_its_rows(moved: list[dict[str, Any]]) -> None:
+    at = {(r["method"], r["rows"]): r for r in moved}
+    assert list(at) == [("as shipped", 0), *((m, n) for n in (20, 100) for m in ("posterior", *stacks.MOVES))]
+    shipped, few, more = (at[key] for key in (("as shipped", 0), ("posterior", 20), ("posterior", 100)))
+    assert more["mape"] < few["mape"] < 0.6 * shipped["mape"]
+    assert more["width"] < few["width"] < shipped["width"]
+    assert min(r[key] for r in (shipped, few, more) for key in ("coverage", "ratio coverage")) >= 85
+    # a factor is not what the stacks differ by, three constants are
+    assert at["three", 100]["mape"] < 0.5 * at["factor", 100]["mape"]
+    assert "coverage" not in at["factor", 100]
+
+
+def test_the_table_of_stacks_ends_in_their_means_and_bars(moved: list[dict[str, Any]]) -> None:
+    rows = [{**r, "table": "gemm, a stack left out"} for r in moved]
+    rows += [{**r, "left_out": "h200 b", "mape": r["mape"] + 2.0} for r in rows]
+    names, cells = zip(*columns_of_table(rows, "gemm, a stack left out"), strict=True)
+    lines = [dict(zip(names, line, strict=True)) for line in zip(*cells, strict=True)]
+    assert [(line["left out"], line["rows"]) for line in lines[::3]] == [
+        ("h100 b", "0"),
+        ("h200 b", "0"),
+        ("mean", "0"),
+    ]
+    assert [lines[0]["MAPE"], lines[6]["MAPE"]] == [f"{moved[0]['mape'] + more:.2f}" for more in (0.0, 1.0)]
+    assert lines[0]["factor"] == ""
+    asked = {line.what: line for line in against_bars(rows, published=False)}
+    assert max(map(len, asked)) <= 63  # beside the three other columns on a line of 100
+    line = asked["gemm, a stack left out, 100 rows: MAPE, mean of 2"]
+    assert (line.asked, line.met) == ("<= 5.5", float(line.measured) <= 5.5)
+
+
+def test_every_stack_with_another_is_left_out() -> None:
+    pairs = {table.measurement: source.measurement for table, source in stack_pairs()}
+    assert pairs["h100_sxm/gemm/trtllm"] == "h100_sxm/gemm/sglang"
+    assert pairs["a100_sxm/gemm/sglang"] == "a100_sxm/gemm/trtllm"
+    assert not any("sglang-0.5.6" in name for pair in pairs.items() for name in pair)
+    assert "a100_sxm/attention_decode/sglang" not in pairs  # the only one
 
 
 def test_means_over_seeds() -> None:
@@ -111,9 +169,9 @@ def test_means_over_seeds() -> None:
     ("name", "size", "mape"), [("a100", None, 4.2), ("h100", 400, 4.6), ("l40s", 400, 11.0), ("h200", 400, 4.7)]
 )
 def test_bars_on_shipped_tables(name: str, size: int | None, mape: float) -> None:
-    found = [protocol.evaluate_table(GEMMS[name].load(), size, seed) for seed in protocol.SEEDS]
+    found = [protocol.evaluate_table(GEMMS[name].load(), size, seed, fine=True) for seed in protocol.SEEDS]
     mean = {score: np.mean([f[score] for f in found]) for score in ("mape", "coverage", "lowest coverage")}
     assert mean["mape"] <= mape
-    assert mean["coverage"] >= 87
-    assert mean["coverage"] <= 93 or size  # few shapes may make it cautious: the upper bar is that of all rows
+    assert mean["coverage"] >= 85
+    assert mean["coverage"] <= 95 or size  # few shapes may make it cautious: the upper bar is that of all rows
     assert mean["lowest coverage"] >= 82

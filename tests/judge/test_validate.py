@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -13,17 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration.cli.pages import constants_of_part
-from calibration.fit.conformal import neighbours
+from calibration.cli.pages import constants_of
+from calibration.fit.errors import neighbours
 from calibration.fit.profile import fit_profile, provenance_of
-from calibration.fit.shipped import RECIPES, borrowed, built, rounded
 from calibration.judge.report import html, markdown, write_html, write_markdown
 from calibration.judge.scores import by_size, coverage, part_errors, part_speedups, summary
 from calibration.judge.validate import validate
 from calibration.records.table import Records, Source
 from simulator.errors import InputError
-from simulator.hardware.library import list_hardware, load_hardware, save_hardware
-from simulator.hardware.profile import HardwareProfile, Interval
+from simulator.hardware.library import load_hardware
+from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.save import save_hardware
 from simulator.kernels.attention import decode_attention_time, prefill_attention_time
 from simulator.kernels.elementwise import elementwise_time
 from simulator.kernels.gemm import gemm_time
@@ -64,11 +65,12 @@ def test_a_planted_factor_is_the_error_reported(factor: float) -> None:
 def test_planted_noise_shows_in_errors_and_coverage() -> None:
     part = validate(HW, gemms(noise=0.05, rows=3000)).parts[0]
     assert part_errors(part)["median"] == pytest.approx(0.0337, abs=0.004)  # 0.6745 sigma
-    everything, *regimes = coverage(part)
-    assert everything["regime"] == "all"
-    assert everything["coverage"] > 0.99  # the default interval is a factor of 1.35 wide
-    assert everything["width"] == pytest.approx(0.35, abs=0.02)
-    assert sum(c["rows"] for c in regimes) == len(part)
+    everything, *limits = coverage(part)
+    assert everything["limit"] == "all"
+    assert everything["coverage"] > 0.99  # without a calibration the interval is wide
+    assert everything["width"] == pytest.approx(np.expm1(0.5 * np.log(part.upper_s / part.lower_s).mean()))
+    assert 0.3 < everything["width"] < 1.0
+    assert sum(c["rows"] for c in limits) == len(part)
     for name in part.sizes:  # errors by size hold every row once
         ranges = by_size(part, name, bins=4)
         assert sum(r["rows"] for r in ranges) == len(part)
@@ -168,8 +170,6 @@ def test_exact_shapes_stay_with_the_profile(tmp_path: Path) -> None:
 def test_too_few_rows_are_refused_by_name() -> None:
     with pytest.raises(InputError, match=r"gemm bf16: 10 rows are too few, a fit needs 20"):
         fit_profile(HW, gemms(rows=10))
-    with pytest.raises(InputError, match="no calibrated gemm bf16 section to move"):
-        fit_profile(HW, gemms(rows=30), anchor=True)
 
 
 def test_sparse_kernels_lean_on_the_dense_fit() -> None:
@@ -184,56 +184,6 @@ def test_sparse_kernels_lean_on_the_dense_fit() -> None:
     # the dense e_tc is fitted too, on noisy rows: only their product is exact
     assert found["sparse_step"] * found["e_tc"] == pytest.approx(0.5 * section["e_tc"], rel=0.08)
     assert found.accuracy["mape_2to4"] < 0.05
-
-
-def test_shipped_sections_are_round_and_borrowed_ones_say_from_which_and_are_wider() -> None:
-    own = load_hardware("a100_sxm_80gb").sections["gemm", "bf16"]
-    again = rounded(own)  # as it is: rounded before
-    assert (again.constants, again.intervals) == (own.constants, own.intervals)
-    assert all(np.array_equal(again.arrays[name], own.arrays[name]) for name in own.arrays)
-    lent = borrowed(own, "a100_sxm_80gb")
-    assert lent.status == "borrowed"
-    assert lent.provenance is not None
-    assert lent.provenance.borrowed_from.startswith("a100_sxm_80gb")
-    assert all(b.low < a.low and b.high > a.high for a, b in zip(own.intervals, lent.intervals, strict=True))
-    assert {c.status for c in lent.constants.values()} <= {"borrowed", "default", "fixed"}
-    assert not lent.accuracy
-
-
-def test_shipped_profiles_say_what_they_rest_on() -> None:
-    for name in RECIPES:
-        hw = load_hardware(name)
-        assert ("gemm", "bf16") in hw.sections, name
-        for key, section in hw.sections.items():
-            assert section.provenance is not None, (name, key)
-            assert section.status == ("borrowed" if section.provenance.borrowed_from else "calibrated"), (name, key)
-            assert "/work" not in section.provenance.source
-            if section.status == "calibrated" and key[0] != "runtime":
-                assert 0.0 < section.accuracy["mape"] < 0.25, (name, key)
-                assert section.provenance.rows >= 40
-                assert len(section.provenance.digest) == 64
-    assert set(RECIPES) <= set(list_hardware())
-
-
-RIDGE = ("e_tc", "exp_per_s")
-"""Constants of prefill attention whose logarithms correlate by +1.00 (docs/constants.md): where on their ridge a fit
-ends depends on the rounding of a machine's linear algebra (0.7 % between two processors), and no time does."""
-
-
-@pytest.mark.slow
-def test_the_shipped_profile_is_what_its_tables_give() -> None:
-    made, shipped = built("a100_sxm_80gb").profile, load_hardware("a100_sxm_80gb")
-    for key, section in shipped.sections.items():
-        fresh = made.sections[key]
-        assert fresh.provenance == section.provenance
-        for name, constant in section.constants.items():
-            tolerance = 2e-2 if key[0] == "attention_prefill" and name in RIDGE else 1e-3
-            assert fresh[name] == pytest.approx(constant.value, rel=tolerance), (key, name)
-    batch, seq, heads, groups = (
-        a.ravel() for a in np.meshgrid([1, 4, 32], [64, 500, 2048, 16384], [8, 32, 64], [1, 4, 8], indexing="ij")
-    )
-    times = [prefill_attention_time(batch, seq, seq, heads, groups, 128, hw).seconds for hw in (made, shipped)]
-    np.testing.assert_allclose(*times, rtol=1e-3)
 
 
 def golden_records() -> tuple[HardwareProfile, Records]:
@@ -255,10 +205,8 @@ def check_golden(name: str, text: str) -> None:
 
 def test_golden_validation_report() -> None:
     hw, rows = golden_records()
-    regimes = [f"{m} {part}" for m in ("m<=16", "m<=256", "m>256") for part in ("launch", "mixed", "work")]
-    intervals = tuple(Interval(regime, 0.95, 1.05, 0.9, 10) for regime in regimes)
     origin = provenance_of(rows.select(rows.m < 0).tidy(), "2026-01-01")
-    flat = replace(hw.section("gemm", "bf16"), provenance=origin, status="calibrated", intervals=intervals)
+    flat = replace(hw.section("gemm", "bf16"), provenance=origin, status="calibrated")
     profile = replace(hw, sections=MappingProxyType({("gemm", "bf16"): flat}))
     check_golden("validation.md", markdown(validate(profile, rows)))
 
@@ -271,10 +219,9 @@ def test_golden_fit_report() -> None:
         lines.append(f"{name} {c.value:.2g} {c.status} {part.fixed.get(name, '')}".rstrip())
     lines += [f"{name} {value:.2f}" for name, value in part.section.accuracy.items()]
     check_golden("fit.txt", "\n".join(lines) + "\n")
-    page = "\n".join(constants_of_part(part, {"t0": 0.02}))
-    assert "| `t0` |" in page
-    assert "| 2 | fitted |" in page
-    assert "fixed (not identified by these shapes)" in page
+    page = constants_of("gemm", {("mine", "gemm", "bf16"): part.section})
+    assert re.search(r"\| `t0` \| s \| [\d.e-]+ ± [\d.]+ % \| fixed time", page)
+    assert "(fixed)" in page
     assert "`align_step`" not in page  # no row says anything about it
 
 

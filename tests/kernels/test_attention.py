@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
-from simulator.hardware.profile import Fitted, Interval, Section
+from simulator.hardware.profile import Fitted, Section
 from simulator.kernels import attention
 from simulator.kernels.attention import decode_attention_time, prefill_attention_time
 from simulator.kernels.attention_core import Calls, causal_blocks, prefill_work
@@ -118,7 +118,11 @@ def test_fewer_blocks_cost_less_but_small_ones_cost_more_than_their_share() -> N
 
 
 def test_what_no_fit_has_seen_widens_the_interval() -> None:
-    options: tuple[dict[str, Any], ...] = ({"density": 0.5, "block": 64}, {"kv_dtype": "fp8"}, {"window": 1024})
+    options: tuple[dict[str, Any], ...] = (
+        {"density": 0.5, "block": 64},
+        {"kv_dtype": "fp8"},
+        {"window": 4096},
+    )  # as wide as the prompt
     hw, levels = load_hardware("h100_sxm"), ({"level": 0.5}, {}, {"level": 0.99})
     times = [prefill_attention_time(1, 4096, 4096, 32, 8, 128, hw, **o) for o in (*levels, *options)]
     narrow, usual, *wider = (float(np.log(t.upper / t.lower)) for t in times)
@@ -130,7 +134,8 @@ def test_a_window_bounds_the_work() -> None:
     prefill = prefill_attention_time(1, 16384, 16384, 32, 8, 128, hw, window=[4096, 0]).seconds
     assert prefill[0] < 0.7 * prefill[1]
     decode = decode_attention_time(8, [4096, 4096, 65536], 32, 8, 128, hw, window=[8192, 0, 4096]).seconds
-    assert decode.tolist() == [decode[0]] * 3
+    assert decode[0] == decode[2]
+    assert decode[1] == pytest.approx(decode[0], rel=0.2)  # a kernel of its own where the stack has one
 
 
 @pytest.mark.parametrize("name", DEVICES)
@@ -146,12 +151,12 @@ def test_a_section_brings_constants_residual_and_intervals() -> None:
     base = load_hardware("h100_sxm")
     constants = {n: Fitted(k.default("hopper")) for n, k in attention.DECODE_CONSTANTS.items()}
     lattice = Lattice((0.0, 0.0, 0.0), (8.0, 8.0, 8.0), np.full((3, 3, 2), np.log(1.5)))
-    intervals = tuple(Interval(r, 0.9, 1.2, 0.9, 50) for r in attention.REGIMES)
     plain = replace(base, sections={("attention_decode", "bf16"): Section(constants)})
-    fitted = replace(base, sections={("attention_decode", "bf16"): Section(constants, lattice.arrays(), intervals)})
+    wide = Section(constants, lattice.arrays(), 3.0)
+    fitted = replace(base, sections={("attention_decode", "bf16"): wide})
     a, b = (decode_attention_time([1, 64], [100, 4096], 32, 8, 128, hw) for hw in (plain, fitted))
     assert b.seconds == pytest.approx(1.5 * a.seconds)
-    assert b.upper == pytest.approx(1.2 * b.seconds)
+    assert (b.upper / b.seconds > a.upper / a.seconds).all()
 
 
 def test_shapes_broadcast_and_bad_formats_are_named() -> None:

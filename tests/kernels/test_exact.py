@@ -17,8 +17,9 @@ from calibration.execute.upper_bound import bound_errors, bounds, measure_bounds
 from calibration.records.exact import UNKNOWN_REPEAT, exact_arrays, repeatability, with_exact, without_exact
 from calibration.records.table import Flag, Records, Source
 from simulator.hardware.constants import EXACT_NAMES as NAMES
-from simulator.hardware.library import load_hardware, save_hardware
+from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import Provenance
+from simulator.hardware.save import save_hardware
 from simulator.kernels.exact import Exact, exact_of
 from simulator.kernels.gemm import gemm_ladder, gemm_time
 

@@ -84,13 +84,21 @@ def test_halving_both_rates_doubles_time_minus_overhead(gpu: str) -> None:
 @pytest.mark.parametrize(("m", "least"), [(1, 1.02), (16, 1.02), (2048, 1.1)])
 def test_odd_inner_width_is_slower_than_its_aligned_neighbour(gpu: str, m: int, least: float) -> None:
     hw = load_hardware(gpu)
-    up = gemm_time(m, [8810, 8816], 4096, hw).seconds
-    down = gemm_time(m, 4096, [8810, 8816], hw).seconds
-    assert up[0] > least * up[1]
-    assert down[0] > least * down[1]
+    floor = hw.bandwidth_bytes_per_s / (2.0 * 8816 * 4096)  # a kernel that reads as fast as DRAM can shows nothing
+    for n, k in (([8810, 8816], 4096), (4096, [8810, 8816])):
+        odd, aligned = gemm_time(m, n, k, hw).seconds
+        assert odd > least * aligned or aligned * floor < 1.02
 
 
-@pytest.mark.parametrize(("size", "halvings"), [(2.0, [0, 1, 2, 3, 0]), (1.0, [1, 2, 3, 4, 0])])
+def test_a_published_pair_of_widths_is_what_alignment_costs() -> None:
+    """Llama-3.1-8B on an A100, 4096 tokens: 0.45 s with a width of 11468, 0.33 s with 11472 (NIRVANA, table 8)."""
+    off, on = (
+        gemm_time(4096, [w, w, 4096], [4096, 4096, w], load_hardware("a100")).seconds.sum() for w in (11468, 11472)
+    )
+    assert 0.33 / (0.33 + 32 * (off - on)) == pytest.approx(0.33 / 0.45, abs=0.05)
+
+
+@pytest.mark.parametrize(("size", "halvings"), [(2.0, [0, 1, 2, 3, 0]), (1.0, [1, 1, 1, 1, 0])])
 def test_alignment_counts_halvings_below_16_bytes(size: float, halvings: list[int]) -> None:
     odd, even = np.array([8.0, 4.0, 2.0, 1.0, 16.0]), np.full(5, 16.0)
     assert alignment_halvings(odd, even, size).tolist() == alignment_halvings(even, odd, size).tolist() == halvings
@@ -157,7 +165,7 @@ def test_neither_chunks_nor_other_kernels_show(size: int, kernels: int) -> None:
     whole = gemm_time(m, n, k, hw, kernel=kernel, detail=True)
     for i in {0, size // 2, size - 1}:
         alone = gemm_time(m[i], n[i], k[i], hw, kernel=kernel[i], detail=True)
-        assert all(getattr(whole, f.name)[i] == getattr(alone, f.name) for f in fields(GemmTime))
+        assert all(getattr(whole, f.name)[i] == getattr(alone, f.name) for f in fields(GemmTime) if f.name != "doubt")
 
 
 def test_single_precision_is_enough() -> None:

@@ -16,7 +16,8 @@ import pytest
 
 import simulator
 from simulator.errors import InputError
-from simulator.hardware.library import load_hardware, save_hardware
+from simulator.hardware.library import load_hardware
+from simulator.hardware.save import save_hardware
 from simulator.predict.grid import Formats, Grid, read_grid
 from simulator.predict.rows import COLUMNS, FamilyChoice, Record
 from simulator.predict.sweep import digest, pieces, sweep, sweep_columns

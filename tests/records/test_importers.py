@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from calibration.measurements.wheel import datasheet
 from calibration.records.importers import ImportResult, import_table
 from calibration.records.parquet import write_records
 from calibration.records.screening import L2_BYTES_PER_CLOCK, Refusals, Screen, least_seconds, too_fast
 from calibration.records.store import Header, Store
 from calibration.records.table import LAUNCHES, OPERATORS, Flag, Records, Source
 from simulator.errors import InputError
-from simulator.hardware.library import load_hardware
-from simulator.workload import ROLES
+from simulator.workload import DTYPES, ROLES
 
-H100 = load_hardware("h100_sxm")
-A100 = load_hardware("a100_sxm_80gb")
+H100 = datasheet("h100_sxm")
+A100 = datasheet("a100_sxm_80gb")
 
 
 def refused(says: str, call: Any, *arguments: Any, **options: Any) -> None:
@@ -70,7 +70,7 @@ def test_the_time_column_names_its_unit(path: Path) -> None:
         ("-16,4096,4096,30", "m is below 1"),
         ("1e15,4096,4096,30", "m is out of range"),
         ("8192,8192,8192,900", "faster than the arithmetic peak at the highest clock"),
-        ("1,16384,16384,50", "faster than memory and L2 bandwidth allow"),
+        ("1,16384,16384,50", "faster than memory, L2 or link allow"),
     ],
 )
 def test_bad_rows_are_counted_under_their_reason(path: Path, line: str, reason: str) -> None:
@@ -212,15 +212,15 @@ def attention_columns(size: int, **more: Any) -> dict[str, Any]:
 
 
 def test_aiconfigurator_gemms(tmp_path: Path) -> None:
-    formats = ["bfloat16", "int8_wo", "int4_wo", "sq", "fp8_block", "bfloat16", "bfloat16"]
-    columns = {"gemm_dtype": formats, "m": [1] * 7, "n": [4096] * 7, "k": [4096] * 6 + [65536]}
-    columns["latency"] = [0.05, 0.03, 0.02, 0.03, 0.03, 0.0, 0.7]
+    formats = ["bfloat16", "int8_wo", "int4_wo", "sq", "mxfp6", "bfloat16", "bfloat16", "fp8_block", "nvfp4"]
+    columns = {"gemm_dtype": formats, "m": [1] * 9, "n": [4096] * 9, "k": [4096] * 6 + [65536] + [4096] * 2}
+    columns["latency"] = [0.05, 0.03, 0.02, 0.03, 0.03, 0.0, 0.7, 0.03, 0.02]
     path = aic(tmp_path / "gemm_perf.parquet", columns)
     result = import_table(path, hw=A100, dtype="all")
-    assert dict(result.refusals) == {"number format fp8_block is not modelled": 1, "time is zero": 1}
-    assert result.records.labels().tolist() == ["bf16", "int8_wo", "int4_wo", "int8", "bf16"]
-    assert result.records.seconds == pytest.approx(np.array([0.05, 0.03, 0.02, 0.03, 0.7]) / 1e3)
-    assert result.records.copies.tolist() == [2, 3, 5, 3, 1]  # ceil(40 MiB / weight bytes), at most 6
+    assert dict(result.refusals) == {"number format mxfp6 is not modelled": 1, "time is zero": 1}
+    assert result.records.labels().tolist() == ["bf16", "int8_wo", "int4_wo", "int8", "bf16", "fp8_block", "nvfp4"]
+    assert result.records.seconds == pytest.approx(np.array([0.05, 0.03, 0.02, 0.03, 0.7, 0.03, 0.02]) / 1e3)
+    assert result.records.copies.tolist() == [2, 3, 5, 3, 1, 3, 5]  # ceil(40 MiB / weight bytes), at most 6
     assert {LAUNCHES[c] for c in result.records.launch} == {"graph"}
     (source,) = result.records.sources
     assert (source.device, source.software, source.kernel) == ("NVIDIA A100-SXM4-80GB", "TRTLLM 1.0.0", "k")
@@ -228,10 +228,36 @@ def test_aiconfigurator_gemms(tmp_path: Path) -> None:
     assert source.digest == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_aiconfigurator_tables_that_lack_something_and_those_of_vllm_are_refused(tmp_path: Path) -> None:
+def test_products_of_no_random_numbers_are_taken_where_memory_bounds_them(tmp_path: Path) -> None:
+    # the A100 computes 156 multiply-adds in the time of a weight of 2 bytes
+    columns = {"gemm_dtype": ["bfloat16"] * 3, "m": [1, 64, 4096], "n": [8192] * 3, "k": [8192] * 3}
+    path = aic(tmp_path / "t.parquet", {**columns, "latency": [0.1, 0.1, 2.0]}, framework="vLLM")
+    result = import_table(path, hw=A100)
+    assert dict(result.refusals) == {"bound by arithmetic, on operands that were not random numbers": 1}
+    assert result.records.m.tolist() == [1, 64]
+    refused("were not random numbers, .* name the hardware", import_table, path)
+
+
+def test_aiconfigurator_collectives(tmp_path: Path) -> None:
+    columns = {"nccl_dtype": ["half", "int8", "half"], "num_gpus": [2, 8, 8], "message_size": [256, 512, 1 << 28]}
+    path = aic(tmp_path / "t.parquet", {**columns, "latency": [0.01, 0.02, 0.9]}, op="alltoall")
+    result = import_table(path, hw=A100, dtype="all")
+    records = result.records
+    # 512 MiB, of which 7/8 leave the device, in 0.9 ms: 522 GB/s on links of 300
+    assert dict(result.refusals) == {"faster than memory, L2 or link allow": 1}
+    assert records.is_operator("collective").all()
+    assert [ROLES[code] for code in records.role] == ["all_to_all"] * 2
+    assert (records.n.tolist(), records.batch.tolist()) == ([512, 512], [2, 8])  # bytes, devices
+    assert [DTYPES[code] for code in records.dtype] == ["fp16", "int8"]
+    columns = {"allreduce_dtype": ["bfloat16"], "num_gpus": [4], "message_size": [128], "latency": [0.005]}
+    columns |= {"kernel_source": ["vLLM_custom_eager"]}
+    own = import_table(aic(tmp_path / "u.parquet", columns, "vLLM", "all_reduce")).records
+    assert (LAUNCHES[own.launch[0]], int(own.n[0])) == ("eager", 256)
+
+
+def test_aiconfigurator_tables_that_lack_something_are_refused(tmp_path: Path) -> None:
     columns = {"gemm_dtype": ["bfloat16"], "m": [1], "n": [64], "latency": [0.01]}
-    path = aic(tmp_path / "t.parquet", {**columns, "k": [64]}, framework="VLLM")
-    refused("collections of VLLM are refused: its GEMM weights were not initialised", import_table, path)
+    path = tmp_path / "t.parquet"
     refused("column k missing; the file has", import_table, aic(path, columns))
     refused("op_name 'moe' is unknown", import_table, aic(path, {"latency": [0.01]}, op="moe"))
 
@@ -265,21 +291,22 @@ def test_decode_rows_above_the_memory_peak_are_dropped_for_the_collection_known_
 
 def test_the_real_collections(wheel_tables: Path) -> None:
     def rows(table: str, hardware: str, dtype: str = "all") -> ImportResult:
-        return import_table(wheel_tables / table, hw=load_hardware(hardware), dtype=dtype)
+        return import_table(wheel_tables / table, hw=datasheet(hardware), dtype=dtype)
 
     a100 = rows("a100_sxm/gemm/trtllm/1.0.0/gemm_perf.parquet", "a100_sxm_80gb", "bf16")
     assert (len(a100.records), int(a100.records.m.max())) == (9240, 8192)
     for system in ("h100_sxm", "h200_sxm", "l40s"):
         result = rows(f"{system}/gemm/trtllm/1.3.0rc20/gemm_perf.parquet", system, "bf16")
         assert len(result.records) == 35700
-        assert result.refusals["number format fp8_block is not modelled"] == 29268
+        assert result.refusals["dtype fp8_block, not bf16"] == 29268
     decode = rows("a100_sxm/attention/trtllm/1.0.0/generation_attention_perf.parquet", "a100_sxm_80gb")
     assert (len(decode.records), decode.refusals.total) == (4675, 351)
-    refused("VLLM are refused", rows, "h100_sxm/gemm/vllm/0.24.0/gemm_perf.parquet", "h100_sxm")
+    vllm = rows("h100_sxm/gemm/vllm/0.24.0/gemm_perf.parquet", "h100_sxm", "bf16")
+    assert vllm.refusals["bound by arithmetic, on operands that were not random numbers"] > 10000
 
 
 def test_the_rtx_4090_tables(shared_data: Path) -> None:
-    hw = load_hardware("rtx_4090")
+    hw = datasheet("rtx_4090")
     gemm = import_table(shared_data / "rtx4090_gemm.csv", hw=hw)
     assert (len(gemm.records), gemm.refusals.total) == (344, 0)
     assert {ROLES[r] for r in gemm.records.role} == {"qkv", "down", "lm_head"}

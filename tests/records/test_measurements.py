@@ -12,11 +12,21 @@ import pytest
 
 import calibration.measurements as shipped
 from calibration.measurements import FOLDER, INDEX, file_name, list_measurements, load_measurements, provenance
+from calibration.measurements.wheel import (
+    CHOICES,
+    HEAD_DIMS,
+    PACKAGE,
+    choose,
+    datasheet,
+    open_wheel,
+    read_choice,
+    shipped_part,
+)
 from calibration.records.parquet import write_records
-from calibration.records.screening import too_fast
-from calibration.records.table import OPERATORS, Records
+from calibration.records.screening import compute_bound, too_fast
+from calibration.records.table import LAUNCHES, OPERATORS, Records, Source
 from simulator.errors import InputError
-from simulator.hardware.library import load_hardware
+from simulator.workload import ROLES
 
 pytest.importorskip("pyarrow")
 build = pytest.importorskip("calibration.measurements.build")
@@ -28,15 +38,18 @@ def tables() -> dict[str, Records]:
 
 
 def test_what_is_promised_is_there_and_small(tables: dict[str, Records]) -> None:
-    assert set(tables) == set(build.CHOICES)
-    for device, operator in (("a100_sxm", "gemm"), ("h100_sxm", "gemm"), ("h200_sxm", "gemm"), ("l40s", "gemm")):
-        assert f"{device}/{operator}/trtllm" in tables
+    assert set(tables) == {name for name, choice in CHOICES.items() if choice.ships}
+    for device in ("a100_sxm", "h100_sxm", "h200_sxm", "l40s", "rtx_pro_6000", "b200_sxm"):
+        for operator in ("gemm", "attention_prefill", "attention_decode", "collective"):
+            expected = {f"{device}/{operator}/{stack}" for stack in ("sglang", "trtllm")}
+            assert expected - {"a100_sxm/attention_decode/trtllm"} <= set(tables)  # faster than its memory
+        assert f"{device}/collective/nccl" in tables
     sizes = {path.name: path.stat().st_size for path in FOLDER.glob("*.parquet")}
     assert set(sizes) == {file_name(name) for name in tables}
     assert sum(sizes.values()) < 3e6
     assert [len(load_measurements("h100_sxm/gemm/trtllm", dtype=d)) for d in ("bf16", "fp8")] == [35700, 35700]
     notice = (FOLDER / "NOTICE").read_text(encoding="utf-8")
-    assert build.PACKAGE in notice
+    assert PACKAGE in notice
     assert build.COPYRIGHT in notice
     assert "Apache License" in (FOLDER / "LICENSE-Apache-2.0.txt").read_text(encoding="utf-8")
 
@@ -56,10 +69,19 @@ def test_a_table_is_what_its_provenance_says(name: str, tables: dict[str, Record
     assert records.timed.all()
     assert not records.flags.any()
     assert int(records.groups().max()) + 1 == len(records)
-    assert not np.any(too_fast(records, load_hardware(build.CHOICES[name].hardware)))
+    assert not np.any(too_fast(records, datasheet(CHOICES[name].hardware)))
     if "attention" in name:
         assert len(records.sources) == 1  # one kernel path
         assert not records.window.any()
+        assert set(np.unique(records.head_dim)) <= set(HEAD_DIMS)
+    elif "collective" in name:
+        assert len(records.sources) == 1
+        assert {LAUNCHES[code] for code in records.launch} == {"graph"}
+        assert set(np.unique(records.batch)) == {2, 4, 8}
+        kinds = {ROLES[code] for code in records.role}
+        assert kinds == (
+            {"all_reduce", "all_gather", "all_to_all", "reduce_scatter"} if "nccl" in name else {"all_reduce"}
+        )
     else:
         assert set(np.unique(records.copies)) <= set(range(1, 7))
 
@@ -92,6 +114,8 @@ def test_changed_files_and_unknown_names_are_refused(tmp_path: Path, monkeypatch
     with pytest.raises(InputError, match="cannot be read"):
         load_measurements(name)
     wheel = tmp_path / "aiconfigurator_core-0.12.0.whl"
+    with pytest.raises(InputError, match="cannot be read"):
+        build.build(wheel, tmp_path)
     wheel.write_bytes(b"PK")
     with pytest.raises(InputError, match=r"expected the wheel of aiconfigurator-core 0\.12\.0"):
         build.build(wheel, tmp_path)
@@ -99,8 +123,7 @@ def test_changed_files_and_unknown_names_are_refused(tmp_path: Path, monkeypatch
 
 def test_times_are_those_of_the_package(wheel_tables: Path) -> None:
     pq = pytest.importorskip("pyarrow.parquet")
-    choice = build.CHOICES["h100_sxm/gemm/trtllm"]
-    raw = pq.read_table(wheel_tables / choice.system / (choice.file.format(choice.collection) + ".parquet")).to_pydict()
+    raw = pq.read_table(wheel_tables / f"{CHOICES['h100_sxm/gemm/trtllm'].path}_perf.parquet").to_pydict()
     theirs = {
         (m, n, k): t / 1e3
         for m, n, k, t, d in zip(raw["m"], raw["n"], raw["k"], raw["latency"], raw["gemm_dtype"])
@@ -112,12 +135,46 @@ def test_times_are_those_of_the_package(wheel_tables: Path) -> None:
     assert ours.seconds == pytest.approx(np.array(expected), rel=1e-7)
 
 
-@pytest.mark.slow
-def test_the_wheel_gives_the_shipped_files(tmp_path: Path) -> None:
-    wheel = os.environ.get("PRUNESIM_AICONFIGURATOR_WHEEL")
-    if not wheel:
+def test_a_choice_takes_one_kernel_and_counts_what_it_leaves() -> None:
+    sources = [Source("B200", {"SGLang": "0.5.14"}, kernel) for kernel in ("trtllm_mha", "triton")]
+    columns = {"operator": "attention_decode", "batch": 1, "q_len": 1, "kv_len": 64, "heads": 8, "kv_heads": 8}
+    columns |= {"head_dim": [64, 128, 128, 512], "window": [0, 128, 0, 0], "source": [0, 0, 1, 0], "seconds": 1e-5}
+    records = Records.from_columns(sources, **columns, dtype="bf16", weight_dtype=["bf16", "bf16", "bf16", "fp8"])
+    choice = CHOICES["b200_sxm/attention_decode/sglang"]
+    taken, left = choose(records, choice)
+    assert left == {"kernel other than trtllm_mha": 1, "features a head not among 64, 128, 256": 1}
+    assert taken.window.tolist() == [0, 128]
+    ships, more = shipped_part(taken, choice)
+    assert (len(ships), more) == (1, {"in the wheel only: sliding window": 1})
+    fp8 = shipped_part(records.select([3]), choice)[1]
+    assert fp8 == {"in the wheel only: number format other than bf16": 1}
+
+
+@pytest.fixture(scope="module")
+def wheel() -> Path:
+    file = os.environ.get("PRUNESIM_AICONFIGURATOR_WHEEL")
+    if not file:
         pytest.skip("set PRUNESIM_AICONFIGURATOR_WHEEL to the wheel of aiconfigurator-core 0.12.0")
-    tables = build.build(Path(wheel), tmp_path)
+    return Path(file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHOICES)
+def test_every_choice_is_in_the_wheel_and_what_ships_is_a_part_of_it(name: str, wheel: Path) -> None:
+    choice = CHOICES[name]
+    with open_wheel(wheel) as archive:
+        records = read_choice(archive, choice)[0]
+    labels = records.labels().astype(str)
+    assert all(count >= 50 for count in np.unique(labels, return_counts=True)[1])
+    if "vllm" in name and "gemm" in name:
+        assert not compute_bound(records, datasheet(choice.hardware)).any()
+    if choice.ships:  # a fit to either is the same, its provenance too
+        assert shipped_part(records, choice)[0].digest() == load_measurements(name).digest()
+
+
+@pytest.mark.slow
+def test_the_wheel_gives_the_shipped_files(tmp_path: Path, wheel: Path) -> None:
+    tables = build.build(wheel, tmp_path)
     assert set(tables) == set(list_measurements())
     for path in tmp_path.iterdir():
         assert path.read_bytes() == (FOLDER / path.name).read_bytes(), path.name

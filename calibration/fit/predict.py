@@ -1,0 +1,159 @@
+"""What a profile says of records: the time of each row by its operator's cost model, with its doubt.
+
+Use :func:`parts_of` to split records into what one cost model takes, :func:`predict` on each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibration.fit.core import weight_copies
+from calibration.records.table import LAUNCHES, OPERATORS, Records
+from simulator.hardware.profile import HardwareProfile
+from simulator.kernels.attention import decode_attention_time, prefill_attention_time
+from simulator.kernels.collective import collective_time
+from simulator.kernels.elementwise import elementwise_time
+from simulator.kernels.gemm import gemm_time
+from simulator.kernels.spread import Doubt, OpTime
+from simulator.kernels.stream import TIMES
+from simulator.workload import DTYPES, ROLES
+
+Rows = NDArray[np.intp]
+
+UNTIMED = "the time is no positive number"
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Times of the rows of an operator, with their doubt; sizes that errors are shown against."""
+
+    time: OpTime
+    sizes: Mapping[str, Any]
+
+
+def parts_of(records: Records, hw: HardwareProfile, skipped: dict[str, int]) -> Iterator[tuple[str, str, Rows]]:
+    """Operator, number format (as :meth:`Records.labels` names it) and rows of what the device's cost models can
+    predict; the others are counted in ``skipped`` by reason."""
+    timed = records.timed
+    if count := int((~timed).sum()):
+        skipped[UNTIMED] = count
+    # copies are one with the elementwise operators
+    operators = np.where(records.is_operator("copy"), OPERATORS.index("elementwise"), records.operator)
+    labels = records.labels().astype(str)
+    for code, label in sorted(set(zip(operators[timed].tolist(), labels[timed].tolist(), strict=True))):
+        rows, operator = np.flatnonzero(timed & (operators == code) & (labels == label)), OPERATORS[code]
+        dtype = DTYPES[int(records.dtype[rows[0]])]
+        if operator not in SECTIONS:
+            reason = f"{operator} is no single operator of the model"
+        elif dtype not in hw.rates:
+            reason = f"{hw.name} has no {dtype} arithmetic"
+        elif operator == "collective" and (records.launch[rows] == LAUNCHES.index("eager")).all():
+            reason = "a collective launched by the host is timed with it"
+        elif operator == "collective" and hw.link is None:
+            reason = f"{hw.name} has no link to other devices"
+        else:
+            yield operator, label, rows
+            continue
+        skipped[reason] = skipped.get(reason, 0) + len(rows)
+
+
+def predict(r: Records, hw: HardwareProfile, level: float = 0.9) -> Predicted:
+    """Times of the rows of one part, as they were measured: warm or cold, so many weights in turn."""
+    operator = OPERATORS[int(r.operator[0])]
+    options = {"dtype": DTYPES[int(r.dtype[0])], "weight_dtype": DTYPES[int(r.weight_dtype[0])], "level": level}
+    return _PREDICT[SECTIONS[operator]](r, hw, options)
+
+
+def joined(times: Sequence[OpTime]) -> OpTime:
+    """Times of several calls, one after the other, without their doubt."""
+    columns: dict[str, Any] = {name: np.concatenate([getattr(t, name) for t in times]) for name in TIMES}
+    return OpTime(**columns)
+
+
+def _gemm(r: Records, hw: HardwareProfile, options: Mapping[str, Any]) -> Predicted:
+    kernel = 1 if r.is_operator("gemm_2to4")[0] else 0
+    t = gemm_time(r.m, r.n, r.k, hw, kernel=kernel, copies=weight_copies(r), doubt=True, **options)
+    return Predicted(t, {"m": r.m, "n": r.n, "k": r.k})
+
+
+def _attention(r: Records, hw: HardwareProfile, time: Callable[..., OpTime], options: Mapping[str, Any]) -> OpTime:
+    common = {"dtype": options["dtype"], "kv_dtype": options["weight_dtype"], "level": options["level"]}
+    decode = r.is_operator("attention_decode")[0]
+    lengths = ["kv_len"] if decode else ["q_len", "kv_len"]
+    shape = [getattr(r, name) for name in ("batch", *lengths, "heads", "kv_heads", "head_dim")]
+    more: dict[str, Any] = {"cold": bool(r.cold[0])} if decode else {"block": r.block}
+    return time(*shape, hw, window=r.window, density=r.density, **common, **more)
+
+
+def _heads(r: Records) -> dict[str, Any]:
+    return {"batch": r.batch, "kv_heads": r.kv_heads, "group": r.heads // r.kv_heads, "head_dim": r.head_dim}
+
+
+def _prefill(r: Records, hw: HardwareProfile, options: Mapping[str, Any]) -> Predicted:
+    t = _attention(r, hw, prefill_attention_time, options)
+    return Predicted(t, {"q_len": r.q_len, "history": r.kv_len - r.q_len, **_heads(r)})
+
+
+def _decode(r: Records, hw: HardwareProfile, options: Mapping[str, Any]) -> Predicted:
+    # the published tables read one cache again and again, this program's own measurements do not
+    t = _by(r, r.cold, lambda rows: _attention(rows, hw, decode_attention_time, options))
+    return Predicted(t, {"kv_len": r.kv_len, **_heads(r)})
+
+
+def _by(r: Records, key: Any, call: Callable[[Records], OpTime]) -> OpTime:
+    """Times of one kind of operator, of which one call takes those of one value of a key."""
+    groups = [np.flatnonzero(key == value) for value in np.unique(key)]
+    times, back = [call(r.select(rows)) for rows in groups], np.argsort(np.concatenate(groups))
+    whole = joined(times)
+    columns: dict[str, Any] = {name: getattr(whole, name)[back] for name in TIMES}
+    found = [t.doubt.columns() for t in times if t.doubt is not None]
+    doubt = {name: np.concatenate([c[name] for c in found])[back] for name in found[0]}
+    kinds = [t.doubt.kind for t in times if t.doubt is not None]
+    return OpTime(**columns, doubt=Doubt.from_columns(doubt, kinds[0]))
+
+
+def _collective(r: Records, hw: HardwareProfile, options: Mapping[str, Any]) -> Predicted:
+    def call(rows: Records) -> OpTime:
+        return collective_time(rows.n, rows.batch, hw, kind=ROLES[int(rows.role[0])], level=options["level"])
+
+    t = _by(r, r.role, call)
+    return Predicted(t, {"bytes": r.n, "devices": r.batch, "role": r.role})
+
+
+def _elementwise(r: Records, hw: HardwareProfile, options: Mapping[str, Any]) -> Predicted:
+    # a copy is of the class of copies
+    role = np.where(r.is_operator("copy") | (r.role < 0), ROLES.index("cache_write"), r.role)
+    known = {"dtype": options["dtype"], "level": options["level"]}
+    t = elementwise_time(r.read_bytes, r.write_bytes, hw, role=role, **known)
+    return Predicted(t, {"bytes": r.read_bytes + r.write_bytes, "role": role})
+
+
+SECTIONS: Mapping[str, str] = MappingProxyType(
+    {
+        "gemm": "gemm",
+        "gemm_2to4": "gemm",
+        "attention_prefill": "attention_prefill",
+        "attention_block_sparse": "attention_prefill",
+        "attention_decode": "attention_decode",
+        "elementwise": "elementwise",
+        "copy": "elementwise",
+        "collective": "collective",
+    }
+)
+"""Section of a profile that predicts each operator of a record."""
+
+_PREDICT: Mapping[str, Callable[..., Predicted]] = MappingProxyType(
+    {
+        "gemm": _gemm,
+        "attention_prefill": _prefill,
+        "attention_decode": _decode,
+        "elementwise": _elementwise,
+        "collective": _collective,
+    }
+)

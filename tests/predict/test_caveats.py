@@ -1,0 +1,40 @@
+"""What a prediction stands on is said: gains above the bound, sizes that nothing measured."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import numpy as np
+
+import simulator
+from simulator.predict.caveats import better_than_bound, beyond_measured
+from simulator.predict.table import explanations, table
+
+
+def test_a_gain_above_the_bound_has_a_reason_and_others_have_none() -> None:
+    """SGLang's decode attention on the A100 is slower for the same bytes at 16 x 16384 than at fewer KV heads."""
+    (e,) = explanations("llama-3.1-8b", ["a100@sglang"], "width", 0.25, ["decode"], [16], [16384])
+    assert e.record.speedup > 1.1 * e.record.roofline_bound
+    found = re.search(
+        r"sglang's kernels run decode attention at (\d+) % dense and (\d+) % pruned of the roofline", e.reason
+    )
+    assert found
+    assert int(found[1]) < int(found[2])
+    notes = table(["llama-3.1-8b"], ["a100@sglang"], ["depth", "width"], [0.25], ["decode"], [16], [16384]).notes
+    assert sum(e.reason in note for note in notes) == 1
+    (plain,) = explanations("llama-3.1-8b", ["h100"], "width", 0.25, ["decode"])
+    assert plain.reason == ""
+    assert better_than_bound(plain.dense, plain.pruned, plain.hardware, 1.2, 1.3) == ""
+
+
+def test_gemms_far_outside_the_measured_sizes_are_named_where_they_take_time() -> None:
+    hw = simulator.load_hardware("h100")
+    section = hw.section("gemm", "bf16")
+    few = replace(section, arrays={**section.arrays, "measured": np.array([[0.0, 7.0, 7.0], [6.0, 12.0, 12.0]])})
+    narrow = hw.calibrated({**hw.sections, ("gemm", "bf16"): few})
+    dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="prefill", batch=1, seq=2048)
+    assert beyond_measured(dense, hw) == ""
+    assert "octaves outside the sizes that were measured (2048 x 14336 x 4096)" in beyond_measured(dense, narrow)
+    wide, usual = (simulator.gemm_time(2048, 14336, 4096, h, level=0.9) for h in (narrow, hw.calibrated(hw.sections)))
+    assert wide.upper / wide.seconds > 1.1 * usual.upper / usual.seconds
