@@ -3,7 +3,7 @@
 >>> import simulator
 >>> hw = simulator.load_hardware("h100")
 >>> model = simulator.load_model("llama-3.1-8b")
->>> dense = simulator.lower(model, phase="prefill", batch=1, seq=2048)
+>>> dense = simulator.lower(model, phase="prefill", batch=1, seq=2048, engine="vllm")
 >>> pruned = simulator.prune(dense, "depth", sparsity=0.25)
 >>> bool(simulator.speedup(dense, pruned, hw).speedup > 1.2)
 True
@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 from simulator._version import __version__
 
 if TYPE_CHECKING:
+    from simulator.engines.engine import list_engines, load_engine
     from simulator.errors import InputError
     from simulator.hardware.library import list_hardware, load_hardware
     from simulator.hardware.profile import HardwareProfile
     from simulator.hardware.save import save_hardware
     from simulator.kernels.gemm import gemm_time
+    from simulator.kernels.settled import cost
     from simulator.kernels.stack import memory
-    from simulator.kernels.stream import cost
     from simulator.models.config import ModelConfig
     from simulator.models.library import list_models, load_model
     from simulator.models.lower import lower
@@ -35,7 +36,9 @@ if TYPE_CHECKING:
 # name -> module; imported on first use, so that ``import simulator`` stays fast
 _HOME = {
     "InputError": "errors",
-    "cost": "kernels.stream",
+    "list_engines": "engines.engine",
+    "load_engine": "engines.engine",
+    "cost": "kernels.settled",
     "gemm_time": "kernels.gemm",
     "HardwareProfile": "hardware.profile",
     "list_hardware": "hardware.library",
@@ -68,8 +71,10 @@ __all__ = [
     "__version__",
     "cost",
     "gemm_time",
+    "list_engines",
     "list_hardware",
     "list_models",
+    "load_engine",
     "load_hardware",
     "load_model",
     "lower",

@@ -59,10 +59,11 @@ class Phase(IntEnum):
     DECODE = 1
 
 
-PHASES: tuple[str, ...] = ("prefill", "decode", "generate")
+PHASES: tuple[str, ...] = ("prefill", "decode", "generate", "serve")
 """Names of what can be lowered."""
 
-RUNTIMES: tuple[str, ...] = ("cuda_graph", "eager")
+STACKS: tuple[str, ...] = ("sglang", "trtllm", "vllm", "torch")
+"""Software whose kernels a section may be fitted on, the one that is preferred where nobody asks first."""
 
 DTYPES: tuple[str, ...] = ("fp32", "tf32", "fp16", "bf16", "fp8", "int8", "int4", "fp8_block", "nvfp4")
 """Names of number formats; the index is the code in the ``dtype`` and ``weight_dtype`` columns. fp8_block is a format
@@ -145,15 +146,16 @@ class Meta:
     """What a workload is a workload of."""
 
     model: str = ""
-    phase: str = "prefill"  # prefill, decode or generate
-    batch: int = 1
-    seq: int = 1  # prompt tokens a sequence (prefill), cached positions (decode)
-    new_tokens: int = 0  # decode steps of a generate
+    phase: str = "prefill"  # one of PHASES
+    batch: int = 1  # sequences; requests in flight of a serve
+    seq: int = 1  # prompt tokens a sequence, cached positions (decode)
+    new_tokens: int = 0  # tokens of each request of a generate or serve
     dtype: str = "bf16"
     layers: int = 0  # decoder layers of the dense model
     hidden: int = 0
     devices: int = 1
     parallel: str = "none"  # none, tensor or pipeline
+    engine: str = ""  # name or path; "": bare kernels
     applied: tuple[Applied, ...] = ()
     config: Any = field(default=None, compare=False, repr=False)  # the ModelConfig it was lowered from
 
@@ -181,7 +183,8 @@ class Workload(Table):
     stage: Array = column(np.int8, 0)  # GEMM: 0 a whole weight, 1 / 2 the first / second factor of a low-rank pair
     batch: Array = column(np.int64, 0)  # attention: sequences; collective: devices taking part
     q_len: Array = column(np.int64, 0)  # attention: query positions a sequence (1 in decode)
-    kv_len: Array = column(np.int64, 0)  # attention: key positions a sequence, the last q_len the queries' own
+    # attention: key positions a sequence, the last q_len the queries' own; of a cache that is copied, its positions
+    kv_len: Array = column(np.int64, 0)
     heads: Array = column(np.int64, 0)  # attention: query heads
     kv_heads: Array = column(np.int64, 0)  # attention: key/value heads
     head_dim: Array = column(np.int64, 0)  # attention: features a head
@@ -257,6 +260,11 @@ class Workload(Table):
         each = np.where(self.kind == _GEMM, gemm, np.where(self.is_attention, cache + query, moved))
         out: Array = each * self.count
         return out
+
+    @property
+    def repeats(self) -> Array:
+        """Executions of each row in a layer, at least 1; what a row owns is shared out among them."""
+        return np.where(self.layers > 0, np.maximum(self.count / np.maximum(self.layers, 1), 1.0), 1.0)
 
     @property
     def parameters(self) -> float:

@@ -44,6 +44,7 @@ PUBLISHED = {
     "qwen2.5-7b": Published("qwen2", 3584, 28, 28, 4, 128, 18944, 152064, False, 7_615_616_512, HUB),
     "qwen2.5-0.5b": Published("qwen2", 896, 24, 14, 2, 64, 4864, 151936, True, 494_032_768, HUB),
     "qwen3-8b": Published("qwen3", 4096, 36, 32, 8, 128, 12288, 151936, False, 8_190_735_360, HUB),
+    "qwen3-14b": Published("qwen3", 5120, 40, 40, 8, 128, 17408, 151936, False, 14_768_307_200, HUB),
     "qwen3-32b": Published("qwen3", 5120, 64, 64, 8, 128, 25600, 151936, False, 32_762_123_264, HUB),
     "gemma-2-9b": Published("gemma2", 3584, 42, 16, 8, 256, 14336, 256000, True, 9_241_705_984, HUB),
     "phi-3-mini-4k": Published("phi3", 3072, 32, 32, 32, 96, 8192, 32064, False, 3_821_079_552, HUB),

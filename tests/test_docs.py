@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ import pytest
 
 from calibration.cli import pages
 from calibration.shipped import RECIPES
+from simulator.engines.engine import Engine
 from simulator.hardware.constants import CLASSES, CONSTANTS
 from simulator.hardware.constants import COLLECTIVE_CONSTANTS as LINK
 from simulator.hardware.profile import OPERATORS
@@ -161,10 +163,17 @@ def test_every_constant_of_the_cost_models_is_explained() -> None:
     assert not missing
 
 
+def test_every_value_of_an_engine_is_explained() -> None:
+    text = (ROOT / "docs" / "adding.md").read_text(encoding="utf-8")
+    shown = {"each_pass": "host.pass", "each_sequence": "host.sequence", "gap": "host.gap"}
+    names = [f.name for f in fields(Engine) if f.name not in ("name", "title", "aliases", "notes", "sources", "path")]
+    assert not [name for name in names if f"`{shown.get(name, name)}`" not in text]
+
+
 @pytest.mark.slow
 def test_the_examples_of_how_to_add_things_work(tree: Path) -> None:
     done = follow(ROOT / "docs" / "adding.md", tree)
-    assert done >= Counter(file=5, bash=4, python=3, text=4)
+    assert done >= Counter(file=6, bash=5, python=4, text=5)
 
 
 OTHERS = [p for p in PAGES if p.name not in ("adding.md", "model.md")]
@@ -175,7 +184,7 @@ SHOWN = [p for p in OTHERS if any(block.language in ("bash", "text") for block i
 @pytest.mark.parametrize("path", SHOWN, ids=name_of)
 def test_a_newcomer_sees_what_the_page_shows(path: Path, tmp_path: Path) -> None:
     done = follow(path, tmp_path)
-    assert done >= (Counter(text=2, bash=2, python=1) if path == ROOT / "README.md" else Counter(text=1))
+    assert done >= (Counter(text=6, bash=2, python=1) if path == ROOT / "README.md" else Counter(text=1))
 
 
 def test_what_is_not_printed_is_noticed() -> None:

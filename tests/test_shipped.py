@@ -15,8 +15,9 @@ from calibration.measurements.wheel import CHOICES, datasheet
 from calibration.shipped import RECIPES, at_hand, built, main, make, rounded, tables_of
 from simulator.errors import InputError
 from simulator.hardware.library import list_hardware, load_hardware, profiles_folder
-from simulator.hardware.profile import STACKS, Provenance, Section
+from simulator.hardware.profile import Provenance, Section
 from simulator.kernels.attention import prefill_attention_time
+from simulator.workload import STACKS
 
 NAME = "a100_sxm_80gb.trtllm"
 B200 = datasheet("b200_sxm")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,12 +11,13 @@ from calibration.cli.measure import Budget, Dtype, Folder, Hardware, Seed, descr
 from calibration.cli.rows import seconds
 from simulator.cli import options, render
 from simulator.cli.options import arg, opt
+from simulator.errors import InputError
 
 if TYPE_CHECKING:
     from calibration.execute.runs import Calibrated
 
 # fmt: off
-DeviceName = Annotated[str, arg("DEVICE", "cpu, cuda, cuda:1 or replay:FILE.")]
+DeviceName = Annotated[str, arg("DEVICE", "cpu, cuda, cuda:1 or replay:FILE; host for the host time alone.")]
 Model = Annotated[str | None, opt("--for", "MODEL", "Measure this model's dense and pruned GEMMs first, exactly.")]
 Family = Annotated[str, opt("--family", "LIST", "With --for: how the model is pruned.")]
 Sparsity = Annotated[str, opt("--sparsity", "LIST", "With --for: fractions removed.")]
@@ -44,12 +46,19 @@ def command(
     """Calibrate a device in one go.
 
     Writes RUN/records.jsonl, RUN/profile.yaml and RUN/report.md with plots. The profile is for --hardware of every
-    other command. A run that was stopped goes on with the same command.
+    other command. A run that was stopped goes on with the same command. With DEVICE host only the time is measured, in
+    seconds, that this machine's host takes to launch a kernel and an eager layer, on its first GPU or else its CPU, and
+    --hardware is moved by it.
     """
     from calibration.execute.asked import Asked, asked_workloads
     from calibration.execute.runs import fit_run
 
     budget_s = seconds("--budget", budget)
+    if device == "host":
+        if model:
+            raise InputError("--for: DEVICE host measures no operators of a model; name the device")
+        _host(output, budget_s, dtype, hardware, seed, json)
+        return
     asked: Asked = ()
     if model:
         asked = asked_workloads(
@@ -68,6 +77,33 @@ def command(
     if render.Output(json).write([_row(outcome_row(found), done)]):
         print(f"measured: {describe(found.outcome)}\n")
         _show(output, done)
+    for line in done.fit.notes:
+        render.note(line)
+
+
+def _host(output: str, budget_s: float, dtype: str, hardware: str, seed: int, json: bool) -> None:
+    import numpy as np
+
+    from calibration.devices.protocol import LAYER_LAUNCHES
+    from calibration.execute.runs import DATASHEET, fit_run
+    from calibration.fit.predict import HostTime
+    from simulator.hardware.library import load_hardware
+
+    found = measure("host", output, budget_s, dtype, host=True, hardware=hardware, seed=seed)
+    finish(found.outcome)
+    done = fit_run(output, anchor=True)
+    before, now = HostTime.of(load_hardware(Path(output) / DATASHEET)), HostTime.of(done.fit.profile)
+    row = {"launch_s": now.launch_s, "half": math.expm1(now.half), "layer_s": now.layer_s, "launches": LAYER_LAUNCHES}
+    row |= {"launch_before_s": before.launch_s, "half_before": math.expm1(before.half)}
+    timed = found.records.select(found.records.timed)
+    for name, kind in (("measured_layer_s", "layer_eager"), ("measured_bare_launch_s", "launch_eager")):
+        row[name] = float(np.median(timed.seconds[timed.is_operator(kind)]))
+    if render.Output(json).write([{"measured": outcome_row(found), **row, "notes": list(done.fit.notes)}]):
+        said, was = (f"{render.seconds(h.launch_s)} a launch +-{100 * math.expm1(h.half):.0f} %" for h in (now, before))
+        print(f"host: {said} (was {was}), {render.seconds(now.layer_s)} an eager layer of {LAYER_LAUNCHES} launches")
+        layer, bare = (render.seconds(row[f"measured_{name}_s"]) for name in ("layer", "bare_launch"))
+        print(f"measured: {layer} a layer, {bare} a launch without a layer round it")
+        print(f"{Path(output) / 'profile.yaml'}: use it as --hardware")
     for line in done.fit.notes:
         render.note(line)
 

@@ -17,9 +17,12 @@ from simulator.cli.options import opt
 if TYPE_CHECKING:
     from calibration.execute.compare import Row
 
-Runtime = Annotated[
-    str, opt("--runtime", "NAME", "How decode steps are launched: cuda_graph or eager; what can be if left out.")
+LaunchedAs = Annotated[
+    str, opt("--engine", "NAME", "How decode steps are launched: as reference or as hf; what can be if left out.")
 ]
+
+
+_RUNTIMES = {"reference": "cuda_graph", "hf": "eager"}
 
 
 @options.expanded()
@@ -28,7 +31,7 @@ def command(
     device: DeviceName,
     output: Folder,
     asked: Cases = Cases(),  # noqa: B008 - frozen
-    runtime: Runtime = "",
+    engine: LaunchedAs = "",
     seed: Seed = 0,
     json: options.Json = False,
 ) -> None:
@@ -45,8 +48,7 @@ def command(
     from simulator.predict.settings import one_of
 
     budget_s, dtype = seconds("--budget", asked.budget), asked.dtype
-    if runtime:
-        one_of("runtime", runtime, ("cuda_graph", "eager"))
+    runtime = _RUNTIMES[one_of("engine", engine, tuple(_RUNTIMES))] if engine else ""
     config, cases, notes = asked.of(model, options=as_executed(device))
     folder = check_folder(output)
     with asked.on(device, folder, budget_s) as (opened, hw, left), render.progress("running") as report:

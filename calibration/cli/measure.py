@@ -59,17 +59,17 @@ def command(
     finish(found.outcome)
 
 
-def measure(device: str, output: str, budget_s: float, dtype: str, **settings: Any) -> Measured:
-    """Open a device, measure into a folder with a progress bar, and close it whatever happens."""
+def measure(device: str, output: str, budget_s: float, dtype: str, host: bool = False, **settings: Any) -> Measured:
+    """Open a device, measure it, or its host, into a folder with a progress bar, and close it whatever happens."""
     from calibration.devices import open_device
-    from calibration.execute.runs import check_folder, measure_into
+    from calibration.execute.runs import check_folder, measure_host, measure_into
 
     check_folder(output)
     settings |= {"budget_s": budget_s, "dtype": dtype, "say": render.note}
     opened = open_device(device)
     try:
         with render.progress("measuring") as report:
-            return measure_into(output, opened, progress=in_seconds(report), **settings)
+            return (measure_host if host else measure_into)(output, opened, progress=in_seconds(report), **settings)
     finally:
         opened.close()
 

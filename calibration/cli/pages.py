@@ -2,7 +2,7 @@
 
 *accuracy* is made of the rows of :mod:`calibration.judge.accuracy` (ten minutes on two cores), *ablations* filled with
 those of :mod:`calibration.judge.ablations` (twenty minutes); ``--results`` keeps the rows. *constants* are those of
-the profiles that ship; *published* are the comparisons of :mod:`calibration.judge.published`; *commands* is read off
+the profiles that ship; *engines* has the comparisons of :mod:`calibration.judge.engines`; *commands* is read off
 the program itself. The prose of a page is that of ``docs``.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from calibration.judge import ablations, accuracy, published
+from calibration.judge import ablations, accuracy, engines
 from calibration.judge.bars import against_bars
 from calibration.judge.protocol import Row
 from calibration.judge.report import table
@@ -164,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command of the module's docstring; returns the exit status."""
     about = "Generate a page of the documentation."
     parser = argparse.ArgumentParser("python -m calibration.cli.pages", description=about)
-    parser.add_argument("page", choices=("accuracy", "constants", "ablations", "published", "commands"))
+    parser.add_argument("page", choices=("accuracy", "constants", "ablations", "engines", "commands"))
     parser.add_argument("-o", "--output", required=True, help="Markdown file")
     kept = "accuracy, ablations: JSON file of the rows behind the page, read if it exists, else written"
     parser.add_argument("--results", type=Path, help=kept)
@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "ablations": lambda: filled(
             "ablations", ablations.tables(_rows(given.results, lambda: ablations.run_all(_say)))
         ),
-        "published": lambda: filled("published", published.tables()),
+        "engines": lambda: filled("engines", engines.tables()),
         "constants": constants_page,
         "commands": commands_page,
     }

@@ -44,8 +44,9 @@ class Cases:
     hardware: Hardware = ""
     layers: Layers = None
 
-    def of(self, model: str, runtime: str = "cuda_graph", **more: Any) -> tuple[ModelConfig, list[Case], list[str]]:
-        """The model, its cases, and what was left out."""
+    def of(self, model: str, engine: str = "", **more: Any) -> tuple[ModelConfig, list[Case], list[str]]:
+        """The model, its cases in an engine (by default the decoder that is run here: bare kernels), and what was left
+        out."""
         from calibration.execute.cases import fewer_layers, settings_of
         from simulator.models.library import load_model
         from simulator.predict.settings import Setting
@@ -58,7 +59,7 @@ class Cases:
             seq=options.integers("--seq", self.seq),
             families=options.names("--family", self.family),
             sparsities=options.fractions("--sparsity", self.sparsity),
-            setting=Setting(dtype=self.dtype, runtime=runtime),
+            setting=Setting(dtype=self.dtype, engine=engine),
             **more,
         )
         return config, cases, notes
@@ -84,7 +85,7 @@ def command(
     device: DeviceName,
     output: Folder,
     asked: Cases = Cases(budget="5min"),
-    runtime: options.Runtime = "cuda_graph",
+    engine: options.Engine = "reference",
     seed: Seed = 0,
     json: options.Json = False,
 ) -> None:
@@ -98,12 +99,12 @@ def command(
     from simulator.files.write import write_whole
 
     budget_s, dtype = seconds("--budget", asked.budget), asked.dtype
-    _, cases, notes = asked.of(model, runtime)
+    _, cases, notes = asked.of(model, engine)
     folder = check_folder(output)
     with asked.on(device, folder, budget_s) as (opened, hw, left), render.progress("measuring") as report:
         known: dict[str, Any] = {"budget_s": left, "dtype": dtype, "seed": seed, "say": render.note}
         found = measure_bounds(folder, opened, cases, progress=in_seconds(report), **known)
-    rows = bounds(cases, found.records, hw, runtime=runtime, dtype=dtype)
+    rows = bounds(cases, found.records, hw, dtype=dtype)
     file = folder / "upper_bound.csv"
     records = [asdict(row) for row in rows]
     write_whole(file, render.csv_text(records).encode())

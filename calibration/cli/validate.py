@@ -24,6 +24,9 @@ Protocol = Annotated[
 ]
 Wheel = Annotated[str | None, opt("--wheel", "FILE", "With --protocol: the wheel of the tables, for more stacks.")]
 Jobs = Annotated[int, opt("--jobs", "N", "With --protocol: processes that work.")]
+EndToEnd = Annotated[
+    bool, opt("--end-to-end", None, "Judge whole models: every published row, by engine and GPU.")
+]
 Tables = Annotated[
     str, opt("--table", "LIST", "With --protocol: tables to judge, as a100,stacks,attention; or all.")
 ]
@@ -44,15 +47,27 @@ def command(
     rows: RowCounts = "400,all",
     wheel: Wheel = None,
     jobs: Jobs = 2,
+    end_to_end: EndToEnd = False,
     json: options.Json = False,
+    figure: options.Figure = None,
 ) -> None:
     """Judge a profile by measurements.
 
     Predicts every record and prints the errors of times and of speedups, beside two rooflines without a fit, and how
     often the measured time lies in its interval. With --protocol no profile is needed: each shipped table is split,
     fitted on some rows and judged on shapes the fit never saw; every software stack is left out and predicted from
-    another, as shipped and moved by 20 to 400 of its rows; and what was asked stands beside what was measured.
+    another, as shipped and moved by 20 to 400 of its rows; and what was asked stands beside what was measured. With
+    --end-to-end the published times and speedups of whole models are predicted, each in its engine.
     """
+    if figure and not end_to_end:
+        raise InputError("--figure: expected with --end-to-end")
+    if end_to_end:
+        if profile or records or markdown or html or protocol:
+            raise InputError(
+                "--end-to-end: judges the published rows; expected no PROFILE, RECORDS or --protocol with it"
+            )
+        _end_to_end(render.Output(json, figures=[figure]), figure)
+        return
     if protocol:
         if profile or records or markdown or html:
             unwanted = "PROFILE, RECORDS, --markdown or --html"
@@ -123,6 +138,36 @@ def show_report(report: Report, title: str = "") -> None:
                 print(f"  {name}: {', '.join(shown)} %")
     for reason, count in report.skipped.items():
         render.note(f"{count} rows left out: {reason}")
+
+
+def _end_to_end(output: render.Output, figure: str | None) -> None:
+    from dataclasses import asdict
+
+    from calibration.judge.engines import KINDS, end_to_end, scatter, summaries
+
+    found = end_to_end()
+    lines = summaries(found)
+    if output.write([asdict(line) for line in lines]):
+        for kind in found:
+            columns = render.columns(
+                sorted((line for line in lines if line.kind == kind), key=lambda s: (s.engine, s.gpu, s.split)),
+                ("<engine", lambda s: s.engine),
+                ("<GPU", lambda s: s.gpu),
+                ("<split", lambda s: s.split),
+                ("rows", lambda s: s.rows),
+                ("median error", lambda s: render.percent(s.median)),
+                ("bias", lambda s: f"{100 * s.bias:+.1f} %"),
+                ("inside", lambda s: render.percent(s.inside)),
+                ("half-width", lambda s: render.percent(s.half)),
+            )
+            render.show(columns, KINDS[kind])
+            print()
+        print("split: fit, the engine's parameters were fitted on this source; judge, they were not")
+        print("rows of a pruned model in other modelling code than the dense one are in docs/engines.md alone")
+    if figure:
+        from simulator.figures.save import save_figure
+
+        save_figure(scatter(found), figure)
 
 
 def _protocol(table: str, seeds: str, rows: str, wheel: Path | None, jobs: int, json: bool) -> None:

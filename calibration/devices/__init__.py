@@ -13,7 +13,8 @@ __all__ = ["Device", "DeviceLost", "Operator", "OutOfMemory", "Unsupported", "op
 
 
 def open_device(name: str, **options: Any) -> Device:
-    """Open a device by name: ``cpu``, ``cuda`` or ``cuda:INDEX``, ``replay:FILE`` with records to be played back.
+    """Open a device by name: ``cpu``, ``cuda`` or ``cuda:INDEX``, ``host`` (the first GPU, else the CPU), or
+    ``replay:FILE`` with records to be played back.
 
     ``NAME:REST`` is what ``open_named(REST, **options)`` of this package's module NAME returns; options are the
     device's own (``threads`` for the CPU). InputError: no such device, or torch is missing.

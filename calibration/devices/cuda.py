@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from calibration.devices.operators import Launches, build, is_out_of_memory
-from calibration.devices.protocol import DeviceLost, Operator, OutOfMemory, Unsupported
+from calibration.devices.protocol import HOST_KINDS, DeviceLost, Operator, OutOfMemory, Unsupported
 from calibration.devices.telemetry import UNKNOWN, NvmlReader, Snapshot
 from calibration.devices.torch_device import TorchDevice, host_loop
 from simulator.errors import InputError
@@ -134,7 +134,7 @@ class CudaDevice(TorchDevice):
         for i in range(3):  # picks kernels and fills workspaces, which a capture must not do
             launches.launch(i)
         self._cuda.synchronize()
-        if operator.kind == "launch_eager":
+        if operator.kind in HOST_KINDS:
             return "host clock round launches one by one", host_loop(launches, self._cuda.synchronize)
         lost = ""
         if self._graphs:

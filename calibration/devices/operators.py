@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from calibration.devices import attention
+from calibration.devices.eager_layer import HEAD_DIM, HIDDEN, LAYERS, EagerLayer
 from calibration.devices.protocol import NORMS, Operator, OutOfMemory, Unsupported, selected
 from simulator.workload import DTYPE_BYTES, dtype_code
 
@@ -265,10 +266,19 @@ def _launch(op: Operator, place: str, arena: Arena) -> Launches:
     return Launches(lambda i: value.add_(1.0), 1)
 
 
+def _layer(op: Operator, place: str, arena: Arena) -> Launches:
+    how: dict[str, Any] = {"device": place, "dtype": TORCH_DTYPE[op.dtype]}
+    layers = [EagerLayer(op.kv_len, **how) for _ in range(LAYERS)]
+    cos, sin = rotary_tables(torch.tensor([op.kv_len - 1], device=place), HEAD_DIM, how["dtype"])
+    hidden, angles = random_tensor((1, 1, HIDDEN), op.dtype, place, 1), (cos[None], sin[None])
+    return Launches(lambda i: layers[i % LAYERS](hidden, angles), LAYERS)
+
+
 # fmt: off
 _BUILDERS: dict[str, Callable[[Operator, str, Arena], Launches]] = {
     "gemm": _gemm, "gemm_2to4": _gemm_2to4, "low_rank": _low_rank, "gather_gemm": _gather_gemm,
     "attention_prefill": _attention, "attention_decode": _attention, "attention_block_sparse": _attention,
     "elementwise": _elementwise, "copy": _copy, "launch_eager": _launch, "launch_graph": _launch,
+    "layer_eager": _layer,
 }
 # fmt: on

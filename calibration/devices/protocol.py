@@ -30,10 +30,16 @@ OPERATORS: Mapping[str, tuple[str, ...]] = {
     "copy": ("n",),  # n bytes copied within memory
     "launch_eager": (),  # a kernel too small to take time, one by one: host time a launch (role `gemm`: a tiny GEMM)
     "launch_graph": (),  # the same inside a recorded graph: the gap between kernels
+    "layer_eager": ("kv_len",),  # a tiny decoder layer as Transformers runs it, for one token: host time of a layer
 }
 """Kinds of operators, and the dimensions each must have."""
 
 # fmt: on
+HOST_KINDS = ("launch_eager", "layer_eager")
+"""Those that time the host rather than a kernel."""
+LAYER_LAUNCHES = 42
+"""Kernels that a ``layer_eager`` launches: two norms of 8, q, k, v, the rotation of two by 5, two cache updates, two
+repeats of KV heads, attention, o, gate, up, silu, product, down, two residual sums."""
 NORMS = ("attention_norm", "mlp_norm", "post_norm", "final_norm", "qk_norm")
 _OTHERS = ("activation", "residual", "rotary", "embedding", "gather", "scatter", "cache_write", "select")
 ELEMENTWISE_ROLES = NORMS + _OTHERS
@@ -55,7 +61,7 @@ class DeviceLost(RuntimeError):
 
 def unknown_device(name: str) -> InputError:
     """The error for a name that no device is opened by."""
-    return unknown("device", name, ("cpu", "cuda", "cuda:0", "replay:FILE"))
+    return unknown("device", name, ("cpu", "cuda", "cuda:0", "host", "replay:FILE"))
 
 
 def elementwise_bytes(role: str, m: int, n: int, element_bytes: float) -> tuple[float, float]:
@@ -136,6 +142,11 @@ class Operator:
         shape = {f.name: getattr(self, f.name) for f in fields(self)[2:-1] if getattr(self, f.name) != f.default}
         temperature = "cold" if self.cold else "hot"
         return " ".join([self.kind, self.dtype, temperature, *(f"{name}={value}" for name, value in shape.items())])
+
+    @property
+    def launches(self) -> int:
+        """Kernels that the host launches for it, where it is the host that is timed."""
+        return LAYER_LAUNCHES if self.kind == "layer_eager" else 1
 
     @property
     def group(self) -> tuple[int, int]:

@@ -41,10 +41,10 @@ class Faults:
 
 
 def roofline_timings(flop_per_s: float = 100e12, bytes_per_s: float = 1.5e12, floor_s: float = 3e-6) -> Seconds:
-    """A plain planted device: the cubic mean of tensor and memory time over a floor."""
+    """A plain planted device: the cubic mean of tensor and memory time over a floor for each launch."""
 
     def seconds(op: Operator) -> float:
-        return floor_s + float(np.cbrt((op.flops / flop_per_s) ** 3 + (op.bytes / bytes_per_s) ** 3))
+        return floor_s * op.launches + float(np.cbrt((op.flops / flop_per_s) ** 3 + (op.bytes / bytes_per_s) ** 3))
 
     return seconds
 

@@ -53,7 +53,7 @@ def asked_operators(asked: Asked, hw: HardwareProfile, every: bool = True) -> li
     stack = Stack.of([w for workloads in asked for w in workloads])
     lengths = np.array([len(workloads) for workloads in asked])
     dense = np.repeat(np.cumsum(lengths) - lengths, lengths)
-    (p,) = passes(stack, hw)
+    p = passes(stack, hw)
     shapes, _ = stack.shapes
     found: dict[Operator, int] = {}
     for row in range(len(shapes)):

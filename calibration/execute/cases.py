@@ -61,6 +61,11 @@ class Case:
         names = ("family", "sparsity", "phase", "batch", "seq")
         return {"model": self.dense.meta.model, **{name: getattr(self, name) for name in names}}
 
+    def run_in(self, engine: str) -> Case:
+        """The same operators, launched as an engine does that fuses no more."""
+        dense, pruned = (w.replace(meta=replace(w.meta, engine=engine)) for w in (self.dense, self.pruned))
+        return replace(self, dense=dense, pruned=pruned)
+
     def columns(self, hw: HardwareProfile, s: Speedup) -> dict[str, Any]:
         """What rows of both tables hold of a case and of what is predicted for it, by column."""
         of_case = {**self.identity, "realised_sparsity": self.pruned.meta.applied[-1].realised, "hardware": hw.name}
@@ -121,12 +126,12 @@ def fewer_layers(config: ModelConfig, layers: int | None) -> ModelConfig:
     return replace(config, layers=layers, windows=config.windows[:layers])
 
 
-def predicted_speedup(case: Case, hw: HardwareProfile, runtime: str) -> Speedup:
-    """The predicted speedup of a case; NaN times and speedup where the device cannot run the pruned model."""
+def predicted_speedup(case: Case, hw: HardwareProfile) -> Speedup:
+    """The predicted speedup of a case; NaN times and speedup where it cannot run."""
     try:
-        return speedups(case.dense, [case.pruned], hw, runtime)[0]
+        return speedups(case.dense, [case.pruned], hw)[0]
     except InputError:
-        plain, pairs = speedups(case.dense, [case.dense], hw, runtime)[0], pairs_of(case.dense, [case.pruned])
+        plain, pairs = speedups(case.dense, [case.dense], hw)[0], pairs_of(case.dense, [case.pruned])
         unknown: dict[str, Any] = dict.fromkeys(("roofline_bound", "pruned_s", "speedup", "lower", "upper"), math.nan)
         return replace(plain, flop_bound=float(pairs.flop_bound[1]), byte_bound=float(pairs.byte_bound[1]), **unknown)
 

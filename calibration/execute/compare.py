@@ -178,7 +178,7 @@ def rows_of(
         if record is None:
             continue
         host_bound = record["runtime"] == "eager" and case.phase == "decode" and hw.architecture != "cpu"
-        s = predicted_speedup(case, hw, "eager" if host_bound else "cuda_graph")
+        s = predicted_speedup(case.run_in("hf") if host_bound else case, hw)
         if not math.isfinite(s.speedup):
             continue
         dense_s, pruned_s = (np.asarray(record[name], dtype=np.float64) for name in ("dense_s", "pruned_s"))

@@ -24,6 +24,7 @@ from calibration.judge.validate import Report, validate
 from calibration.measure.plan import Plan, Rates, base_plan, check_budget, in_order
 from calibration.measure.probe import default_protocol, default_visits, probe
 from calibration.measure.run import Outcome, Progress, run
+from calibration.measure.shapes import host_operators
 from calibration.measure.timing import Protocol
 from calibration.records.exact import without_exact
 from calibration.records.lines import content_records
@@ -39,6 +40,9 @@ QUICK_SHARES: Mapping[str, float] = {
     "gemm": 0.6, "attention_prefill": 0.15, "attention_decode": 0.15, "elementwise": 0.1,
 }  # fmt: skip
 """What a quick run spends its time on: what re-anchoring can use."""
+
+HOST_BUDGET_S = 20.0
+"""Longest time for the few operators that time the host."""
 
 JUDGED = {
     "holdout": (REPORT, "shapes held out before the fit"),
@@ -173,6 +177,41 @@ def measure_into(
         counts = ", ".join(f"{count} {name}" for name, count in plan.counts().items())
         say(f"{len(plan.items)} operators planned: {counts}")
         return plan, protocol
+
+    return measure_plan(file, header, device, planned, budget_s=budget_s, seed=seed, progress=progress)
+
+
+def measure_host(
+    folder: str | Path,
+    device: Device,
+    *,
+    budget_s: float = HOST_BUDGET_S,
+    dtype: str = "bf16",
+    hardware: str = "",
+    seed: int = 0,
+    progress: Callable[[Progress], None] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Measured:
+    """Measure what tells the host time of this machine, in seconds; otherwise as :func:`measure_into`.
+
+    ``hardware`` is the profile that is to have it, of this device or, on a machine without a GPU, of any.
+    """
+    budget_s = min(check_budget(budget_s), HOST_BUDGET_S)
+    description = device.describe()
+    file, header = begin(folder, device, dtype, budget_s, memory_bytes=description.memory_bytes)
+    say(f"{description.device}; {description.software}; {dtype}")
+    datasheet = file.with_name(DATASHEET)
+    if hardware or not datasheet.exists():
+        base = load_hardware(hardware) if hardware else base_profile(device, dtype)
+        if dtype not in base.rates:
+            raise InputError(f"--dtype {dtype}: {base.name} has none; it has {', '.join(base.rates)}")
+        datasheet.parent.mkdir(exist_ok=True)
+        save_hardware(replace(base, path=None), datasheet)
+
+    def planned(rates: Rates, protocol: Protocol, seed: int) -> tuple[Plan, Protocol]:
+        """The longest layer is repeated to see drift."""
+        plan = in_order(host_operators(dtype), rates, protocol=protocol, budget_s=budget_s, seed=seed)
+        return replace(plan, anchor=plan.items[-1].operator, visits=default_visits(description)), protocol
 
     return measure_plan(file, header, device, planned, budget_s=budget_s, seed=seed, progress=progress)
 

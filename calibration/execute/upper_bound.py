@@ -150,9 +150,7 @@ def gemm_seconds(records: Records, dtype: str) -> Mapping[Shape, tuple[float, fl
     return {key: (float(np.median([s for s, _ in v])), float(np.median([h for _, h in v]))) for key, v in found.items()}
 
 
-def bounds(
-    cases: Sequence[Case], records: Records, hw: HardwareProfile, *, runtime: str = "cuda_graph", dtype: str = "bf16"
-) -> list[Bound]:
+def bounds(cases: Sequence[Case], records: Records, hw: HardwareProfile, *, dtype: str = "bf16") -> list[Bound]:
     """Measured bounds of cases, in their order, beside the datasheet's and a profile's prediction of the whole pass.
 
     A case of which ``records`` lacks some cold dense GEMMs has no measured bound; one that the profile cannot predict
@@ -162,7 +160,7 @@ def bounds(
     device = records.sources[0].device if records.sources else ""
     out = []
     for case in cases:
-        s = predicted_speedup(case, hw, runtime)
+        s = predicted_speedup(case, hw)
         pair = case.dense, case.pruned
         (dense_s, dense_half, lacking), (pruned_s, pruned_half, lacking_too) = (_total(w, times) for w in pair)
         ratio, half = dense_s / pruned_s, math.hypot(dense_half, pruned_half)

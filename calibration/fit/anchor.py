@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.devices.protocol import HOST_KINDS
 from calibration.fit.base_profile import shipped_name
-from calibration.fit.predict import SECTIONS, UNTIMED, parts_of, predict
+from calibration.fit.predict import SECTIONS, UNTIMED, parts_of, predict, without_gpu
 from calibration.fit.profile import provenance_of
 from calibration.measure.shapes import spread_order
 from calibration.records.exact import with_exact, without_exact
@@ -25,7 +26,7 @@ from calibration.records.table import PURPOSES, Flag, Records
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import OTHER_STACK, Anchor, HardwareProfile
-from simulator.kernels.spread import COLUMNS, INDEX, MULTIPLIER, Doubt, Posterior, posterior_of
+from simulator.kernels.spread import COLUMNS, INDEX, MOST_LOG, MULTIPLIER, Doubt, Posterior, posterior_of
 
 F = NDArray[np.float64]
 
@@ -90,13 +91,16 @@ def anchor_profile(hw: HardwareProfile, records: Records, *, dtype: str | None =
     base = replace(hw, anchor=None, same_stack=False)
     notes = ["the profile's earlier anchor is replaced"] if hw.anchor is not None else []
     rows = _usable(records if dtype is None else records.select(records.labels().astype(str) == dtype), notes)
-    _refuse_other_device(hw, rows)
+    _refuse_other_device(hw, rows, notes)
     rows, of_part, names, log_ratio, doubts = _compared(base, rows, notes)
     unique = len(np.unique(np.column_stack([doubts["place"], doubts["kind"], doubts["shared"]]), axis=0))
-    uncalibrated = [name for name in names if base.section(*_section(name)).status == "default"]
+    kernels = [name for name in names if _section(name)[0] != "runtime"]
+    uncalibrated = [name for name in kernels if base.section(*_section(name)).status == "default"]
     if uncalibrated:
         notes.append(f"{', '.join(uncalibrated)}: not calibrated, the defaults are moved; a fit of its own says more")
-    if unique == 1:
+    if not kernels:
+        notes.append("rows of the host alone: kernels are predicted as before")
+    elif unique == 1:
         notes.append("one shape: only what its time stands on moves; measure others for the rest")
     elif len(rows) < FEW_ROWS:
         notes.append(f"{len(rows)} rows are few: {FEW_ROWS} to {MOST_ROWS} of several operators say more")
@@ -145,7 +149,15 @@ def _usable(records: Records, notes: list[str]) -> Records:
     return kept
 
 
-def _refuse_other_device(hw: HardwareProfile, records: Records) -> None:
+def _refuse_other_device(hw: HardwareProfile, records: Records, notes: list[str]) -> None:
+    """Refuse rows of another device; of a CPU, rows that time the host are taken for a GPU's profile."""
+    away = without_gpu(records, hw)
+    if away.any():
+        cpu = records.sources[int(records.source[away][0])].device
+        if not records.select(away).is_operator(*HOST_KINDS).all():
+            taken = "of a CPU only rows that time its launches say anything of a GPU's host"
+            raise InputError(f"anchor: rows were measured on {cpu}, the profile is of {hw.title}; {taken}")
+        notes.append(f"the host is {cpu}, timed without a GPU, whose driver adds to each launch: the interval is wider")
     for source in records.tidy().sources:
         if name := shipped_name(source.device):
             other = load_hardware(name)
@@ -169,7 +181,8 @@ def _compared(
         time = predict(own, base).time
         assert time.doubt is not None
         ratio = np.log(own.seconds / time.seconds)
-        _refuse_factor(f"{operator} {label}", float(np.median(ratio)))
+        most = MOST_LOG if SECTIONS[operator] == "runtime" else math.log(MOST_FACTOR)
+        _refuse_factor(f"{operator} {label}", float(np.median(ratio)), most)
         codes = {"kind": time.doubt.kind, "part": len(names)}
         found.append(time.doubt.columns() | {"log_ratio": ratio} | {n: np.full(len(at), c) for n, c in codes.items()})
         index.append(at)
@@ -193,9 +206,9 @@ def _compared(
     return rows.select(order[kept]), columns.pop("part"), names, columns.pop("log_ratio"), columns
 
 
-def _refuse_factor(what: str, median: float) -> None:
+def _refuse_factor(what: str, median: float, most: float) -> None:
     """Refuse times that no stack explains."""
-    if abs(median) <= math.log(MOST_FACTOR):
+    if abs(median) <= most:
         return
     thousands = round(median / math.log(1000.0))
     unit = thousands and abs(median - thousands * math.log(1000.0)) <= math.log(MOST_FACTOR)
@@ -267,7 +280,7 @@ def meaning(name: str, prior_sd: float, mean: float, sd: float) -> str:
     ("this machine's clocks are 8 % lower", 'GEMM reads memory as fitted')
     """
     operator, _, cause = name.partition(" ")
-    first, *size = cause.split()
+    first, *size = (cause or name).split()
     text, longer, shorter = _WORDS.get(name) or _WORDS.get(first, ("{operator}: {cause} costs {}", "more", "less"))
     share = -math.expm1(-mean) if name == "machine compute" else math.expm1(mean)
     if abs(share) < 0.005 or abs(mean) < 0.25 * sd:

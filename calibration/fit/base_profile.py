@@ -28,7 +28,11 @@ SHIPPED: tuple[tuple[str, str], ...] = (
     (r"H100 PCIe", "h100_pcie"),
     (r"H100 80GB HBM3|H100 SXM", "h100_sxm"),
     (r"\bH200\b", "h200_sxm"),
+    (r"\bH20\b(?!-)", "h20"),
     (r"\bL40S\b", "l40s"),
+    (r"\bL4\b", "l4"),
+    (r"RTX A6000\b", "a6000"),
+    (r"RTX 3090\b(?! Ti)", "rtx_3090"),
     (r"RTX 4090\b(?! D)", "rtx_4090"),
     (r"RTX PRO 6000 Blackwell", "rtx_pro_6000"),
 )

@@ -5,6 +5,7 @@ Use :func:`parts_of` to split records into what one cost model takes, :func:`pre
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.devices.protocol import LAYER_LAUNCHES
 from calibration.fit.core import weight_copies
 from calibration.records.table import LAUNCHES, OPERATORS, Records
 from simulator.hardware.profile import HardwareProfile
@@ -20,13 +22,28 @@ from simulator.kernels.attention import decode_attention_time, prefill_attention
 from simulator.kernels.collective import collective_time
 from simulator.kernels.elementwise import elementwise_time
 from simulator.kernels.gemm import gemm_time
-from simulator.kernels.spread import Doubt, OpTime
+from simulator.kernels.spread import (
+    BOUNDS,
+    COLUMNS,
+    HOST_KIND,
+    INDEX,
+    MULTIPLIER,
+    Doubt,
+    OpTime,
+    level_scale,
+    posterior_of,
+)
 from simulator.kernels.stream import TIMES
 from simulator.workload import DTYPES, ROLES
 
 Rows = NDArray[np.intp]
 
 UNTIMED = "the time is no positive number"
+
+LAYER_OWN, LAYER_COMMON, LAYER_WITHOUT_GPU = 0.03, 0.10, 0.50
+"""Error of an eager layer's time, log units: a row's own, and what all have in common, because a layer of Transformers
+is not the one that is measured and a pass is more than its layers; of a GPU's host, if they were measured without the
+GPU, whose driver may take as long as the framework does. The last two are assumed."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +151,47 @@ def _elementwise(r: Records, hw: HardwareProfile, options: Mapping[str, Any]) ->
     return Predicted(t, {"bytes": r.read_bytes + r.write_bytes, "role": role})
 
 
+@dataclass(frozen=True)
+class HostTime:
+    """What an eager launch takes the host, as passes are predicted with it."""
+
+    launch_s: float
+    half: float  # of its 90 % interval, in its log
+
+    @classmethod
+    def of(cls, hw: HardwareProfile) -> HostTime:
+        """By a profile and its anchor."""
+        launch_s, posterior = hw.section("runtime", "*")["host_op_s"], posterior_of(hw)
+        if posterior is None:
+            return cls(launch_s, MULTIPLIER * COLUMNS["host"])
+        mean, sd = (float(column[INDEX["host"]]) for column in posterior.columns)
+        return cls(launch_s * math.exp(mean), posterior.multiplier * sd)
+
+    @property
+    def layer_s(self) -> float:
+        """Time to launch an eager decoder layer."""
+        return LAYER_LAUNCHES * self.launch_s
+
+
+def without_gpu(r: Records, hw: HardwareProfile) -> NDArray[np.bool_]:
+    """Mask of the rows that were measured on a CPU, which says its threads, though the profile is of a GPU."""
+    on_cpu = np.array(["threads" in source.stack for source in r.sources], dtype=bool)
+    return np.asarray(on_cpu[r.source] & (hw.architecture != "cpu"))
+
+
+def _layer(r: Records, hw: HardwareProfile, options: Mapping[str, Any]) -> Predicted:
+    """Eager layers: the host's launches, whatever the length of the cache."""
+    rows, host = len(r), HostTime.of(hw)
+    nothing, seconds = np.zeros(rows), np.full(rows, host.layer_s)
+    common = np.where(without_gpu(r, hw), LAYER_WITHOUT_GPU, LAYER_COMMON)
+    shared, own = np.full((1, rows), COLUMNS["host"]), np.full(rows, LAYER_OWN**2)
+    doubt = Doubt(("host",), shared, common, own, np.zeros((rows, 3)), HOST_KIND)
+    width = math.exp(host.half * level_scale(options["level"]))
+    bound = np.full(rows, BOUNDS.index("host"), dtype=np.int8)
+    time = OpTime(seconds, seconds / width, seconds * width, nothing, bound, doubt=doubt)
+    return Predicted(time, {"kv_len": r.kv_len})
+
+
 SECTIONS: Mapping[str, str] = MappingProxyType(
     {
         "gemm": "gemm",
@@ -144,6 +202,7 @@ SECTIONS: Mapping[str, str] = MappingProxyType(
         "elementwise": "elementwise",
         "copy": "elementwise",
         "collective": "collective",
+        "layer_eager": "runtime",
     }
 )
 """Section of a profile that predicts each operator of a record."""
@@ -155,5 +214,6 @@ _PREDICT: Mapping[str, Callable[..., Predicted]] = MappingProxyType(
         "attention_decode": _decode,
         "elementwise": _elementwise,
         "collective": _collective,
+        "runtime": _layer,
     }
 )

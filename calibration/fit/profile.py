@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.devices.protocol import HOST_KINDS, LAYER_LAUNCHES
 from calibration.fit.attention import MINIMUM_ROWS, calls_of, fit_attention
 from calibration.fit.collective import Messages, fit_collective
 from calibration.fit.core import shapes_of
@@ -162,7 +163,7 @@ def _tasks(base: HardwareProfile, records: Records, notes: list[str], **options:
         (prefill, f"{prefill} {{}}", is_(prefill), formats, MINIMUM_ROWS, _fit_attention),
         (decode, f"{decode} {{}}", is_(decode), formats, MINIMUM_ROWS, _fit_attention),
         ("elementwise", "elementwise {}", moved, formats, MINIMUM_ROWS, _fit_elementwise),
-        ("runtime", "launches", is_("launch_eager", "launch_graph"), every, 1, _fit_runtime),
+        ("runtime", "launches", is_("launch_graph", *HOST_KINDS), every, 1, _fit_runtime),
         ("collective", "collectives", messages, every, MINIMUM_ROWS, _fit_collective),
     )
     out: list[_Task] = []
@@ -175,7 +176,7 @@ def _tasks(base: HardwareProfile, records: Records, notes: list[str], **options:
                 notes.append(f"{what.format(dtype)}: {len(rows)} rows are too few, a fit needs {fewest}")
             else:
                 out.append(_Task(operator, dtype, rows, run, **options))
-    fitted = {"gemm", "gemm_2to4", prefill, decode, "elementwise", "copy", "launch_eager", "launch_graph", "collective"}
+    fitted = {"gemm", "gemm_2to4", prefill, decode, "elementwise", "copy", "launch_graph", *HOST_KINDS, "collective"}
     for name in OPERATORS:
         if name not in fitted and (count := int(is_(name).sum())):
             parts = "validation compares them with the sum of their parts"
@@ -248,15 +249,17 @@ def _fit_collective(task: _Task, hw: HardwareProfile) -> FittedPart:
 
 
 def _fit_runtime(task: _Task, hw: HardwareProfile) -> FittedPart:
-    """Host time of an eager launch: the median over launches of a kernel too small to take time itself."""
+    """Host time of an eager launch: the median over launches of a decoder layer, which has its modules and views to go
+    through; where no layer was timed, over launches of a kernel too small to take time itself."""
     constants, r = dict(hw.section("runtime", "*").constants), task.rows
-    eager = r.is_operator("launch_eager")
-    small = eager & (r.m == 0)  # the others launch a tiny GEMM
-    chosen = r.seconds[small if small.any() else eager]
-    if len(chosen):
-        value = float(np.median(chosen))
-        constants["host_op_s"] = Fitted(value, float(np.std(chosen)) if len(chosen) > 1 else None, "fitted")
-        if hw.architecture == "cpu":  # nothing computes while the framework takes the views that every operator needs
-            constants["graph_gap_s"] = Fitted(value, None, "borrowed")
+    bare = r.is_operator("launch_eager")
+    small = bare & (r.m == 0)  # the others launch a tiny GEMM
+    bare_s = r.seconds[small if small.any() else bare]
+    layer_s = r.seconds[r.is_operator("layer_eager")] / LAYER_LAUNCHES
+    if len(chosen := layer_s if len(layer_s) else bare_s):
+        error = float(np.std(chosen)) if len(chosen) > 1 else None
+        constants["host_op_s"] = Fitted(float(np.median(chosen)), error, "fitted")
+    if len(bare_s) and hw.architecture == "cpu":  # nothing computes while the framework takes the views of an operator
+        constants["graph_gap_s"] = Fitted(float(np.median(bare_s)), None, "borrowed")
     section = Section(constants, provenance=task.provenance, status="calibrated")
     return FittedPart(section, ConstantsFit({}, {}, {}), len(r))

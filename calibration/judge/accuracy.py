@@ -29,10 +29,11 @@ from calibration.measurements.wheel import CHOICES, datasheet, open_wheel, read_
 from calibration.records.table import Records
 from calibration.shipped import rtx_tables, shared_folder
 from simulator.errors import InputError, unknown
-from simulator.hardware.profile import STACKS, HardwareProfile, Section
+from simulator.hardware.profile import HardwareProfile, Section
 from simulator.kernels.elementwise import class_code
 from simulator.kernels.gemm_core import Machine
 from simulator.predict.workers import compute_parts
+from simulator.workload import STACKS
 
 
 @dataclass(frozen=True)

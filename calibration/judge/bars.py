@@ -14,7 +14,8 @@ import numpy as np
 
 from calibration.judge.accuracy import means, titles
 from calibration.judge.protocol import Row
-from calibration.judge.published import Comparison, compare_dense, compare_speedups, median_error
+from calibration.judge.published import Comparison, compare_dense, compare_serving, compare_speedups, median_error
+from calibration.judge.serving import leave_models_out
 
 COVERED = (85.0, 95.0)
 """Range that the share of times and ratios inside 90 % intervals is to lie in."""
@@ -26,6 +27,10 @@ MAPES: Mapping[str, tuple[float, float]] = {
 LEFT_OUT = {0: 8.0, 20: 0.0, 100: 5.5, 400: 4.8}
 """Rows of the left-out stack -> bar of the mean MAPE over stacks (0: none)."""
 # fmt: on
+
+
+SERVED: Mapping[str, float] = {"vllm": 6.0, "sglang": 8.0, "trtllm": 8.0}
+"""Engine -> bar of the median error of times per output token."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,17 @@ def _published() -> Iterator[Line]:
         "published speedups": (compare_speedups, 5.0, COVERED[1], 12.0),
     }
     for name, (compare, error, high, width) in kinds.items():
-        rows = compare()
+        rows = [r for r in compare() if r.split == "judge" and not r.own_code]
         yield _most(f"{name} ({len(rows)}): median error", 100.0 * median_error(rows), error)
         yield _covered(f"{name}: inside", [100.0 * float(np.mean([r.inside for r in rows]))], high=high)
         yield _most(f"{name}: half-width, median", 100.0 * half(rows), width)
+        for engine in sorted({r.engine for r in rows}) if compare is compare_dense else ():
+            bias = [r.error for r in rows if r.engine == engine]
+            yield _most(f"{name}, {engine} ({len(bias)}): bias, either way", 100.0 * abs(float(np.median(bias))), 6.0)
+    left_out = leave_models_out()
+    for engine, bar in SERVED.items():
+        logs = np.concatenate([x.logs for x in left_out if x.engine == engine])
+        what = f"serving, {engine} ({len(logs)}), one model left out: time per token, median error"
+        yield _most(what, 100.0 * float(np.median(np.abs(np.expm1(logs)))), bar)
+        inside = [r.inside for r in compare_serving(engine)]
+        yield _covered(f"serving, {engine}: inside", [100.0 * float(np.mean(inside))])

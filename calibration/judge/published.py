@@ -1,44 +1,40 @@
-"""Predicted against published: speedups, dense latencies and GEMM ratios that papers and projects measured, where
-conditions are known.
+"""Predicted against published: dense times in engines, speedups of really pruned models, serving runs and GEMM ratios
+that papers and projects measured, where conditions are known.
 
-Use :func:`compare_speedups`, :func:`compare_dense` and :func:`compare_gemms` for the numbers; ``docs/published.md``
-holds the :func:`tables`. The measured values ship as ``calibration/measurements/published_*.csv``, each row with its
-source and with what had to be assumed; :data:`NOT_USED` counts what was left out, and why.
+Use :func:`compare_dense`, :func:`compare_speedups`, :func:`compare_serving` and :func:`compare_gemms`;
+:mod:`calibration.judge.engines` sums them up. The measured values ship as ``calibration/measurements/``, each row with
+its source, whether engines are fitted or judged on it, and what it leaves open.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import numpy as np
 
-from calibration.judge.report import table
 from calibration.measurements import published
+from simulator.cli.options import sparsity
 from simulator.hardware.library import load_hardware
+from simulator.hardware.profile import HardwareProfile
 from simulator.kernels.gemm import gemm_time
+from simulator.kernels.settled import cost
 from simulator.kernels.spread import ratio_half
-from simulator.kernels.stream import cost
+from simulator.kernels.stack import memory
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.predict.quality import parse_options
+from simulator.predict.settings import dense_seconds
 from simulator.predict.speedup import speedups
 from simulator.pruning import prune
 from simulator.workload import Kernel, Workload
 
-NOT_USED: Mapping[str, int] = {
-    "GPU or batch not stated (LLM-Pruner, ShortGPT, FP8 2:4 in vLLM)": 11,
-    "share of the attention computed not stated (MInference, A-Shape, InfLLM)": 51,
-    "another batch for the pruned model, so no ratio at equal conditions (SliceGPT Table 11)": 2,
-    "GPU without a profile (Quadro RTX 6000, RTX 5090 kernels)": 27,
-    "not a language model (SAM)": 2,
-}
-"""Rows of published end-to-end speedups that are not compared, by reason."""
-
 MISS = 0.10
 """A relative error beyond this is a miss, and its likely reason is printed."""
+
+_SCALE = {"s": 1.0, "ms": 1e-3, "s/batch": 1.0}
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,7 @@ class Comparison:
     """One published value, a ratio of times or seconds, beside the prediction of it."""
 
     what: str  # method, model and fraction
-    where: str  # GPU, phase, batch, length and runtime
+    where: str  # GPU, phase, batch and length
     measured: float
     predicted: float
     lower: float
@@ -54,6 +50,10 @@ class Comparison:
     source: str
     assumed: str = ""  # what the source leaves open
     reason: str = ""  # the likely one of a miss
+    engine: str = ""
+    gpu: str = ""  # name of its profile
+    split: str = ""  # "fit": parameters of the engine were fitted on its source; "judge": not
+    own_code: bool = False  # the pruned model ran in other modelling code than the dense one
 
     @property
     def error(self) -> float:
@@ -65,34 +65,98 @@ class Comparison:
         """Whether the measured value lies in the predicted interval."""
         return self.lower <= self.measured <= self.upper
 
+    @property
+    def half(self) -> float:
+        """Half-width of the interval, relative."""
+        return float(np.sqrt(self.upper / self.lower)) - 1.0
+
 
 def median_error(rows: Sequence[Comparison]) -> float:
     """Median absolute relative error."""
     return round(median(abs(r.error) for r in rows), 12)
 
 
-def compare_speedups() -> list[Comparison]:
-    """Published speedups of pruned models, predicted under the same conditions."""
-    return [_speedup(row) for row in published("speedups")]
+def compare_dense() -> list[Comparison]:
+    """Published times of dense models in their engines, s, of a pass or a whole request."""
+    return [_dense(row) for row in published("dense") if not row["left_out"]]
 
 
-def _speedup(row: Mapping[str, str]) -> Comparison:
-    hw, config = load_hardware(row["hardware"]), load_model(row["model"])
+def compare_speedups(given: bool = False) -> list[Comparison]:
+    """Published speedups of pruned models in their engines, predicted under the same conditions; ``given`` their
+    measured dense time, where the row is of a whole model."""
+    return [_speedup(row, given) for row in published("speedups") if not row["left_out"]]
+
+
+def compare_serving(engine: str = "") -> list[Comparison]:
+    """Measured times per output token of serving runs, s, of one engine or of all; those whose caches do not fit are
+    left out."""
+    rows = [r for r in published("serving") if not r["left_out"] and engine in ("", r["engine"])]
+    return [c for c in map(_served, rows) if c is not None]
+
+
+def _workload(row: Mapping[str, str], engine: str) -> Workload:
     call: dict[str, Any] = {name: int(row[name] or 0) for name in ("batch", "seq", "new_tokens")}
-    dense = lower(config, phase=row["phase"], weight_dtype=row["weight_dtype"] or None, **call)
-    fraction, first = float(row["sparsity"]), row["first_layer"]
-    asked = [fraction if i >= int(first) else 0.0 for i in range(config.layers)] if first else fraction
+    call |= {"phase": row["phase"], "devices": int(row["devices"] or 1), "engine": engine}
+    call |= {"dtype": row.get("dtype") or "bf16", "weight_dtype": row.get("weight_dtype") or None}
+    return lower(load_model(row["model"]), **call)
+
+
+def _dense(row: Mapping[str, str]) -> Comparison:
+    w = _workload(row, row["engine"])
+    # FlashAttention-2 is what the vLLM tables ran
+    stack = "vllm" if "FlashAttention-2" in row["framework"] else ""
+    found, m = cost(w, load_hardware(row["hardware"], stack)), w.meta
+    value = float(row["value"])
+    if row["metric"] == "tokens_per_s":
+        value = dense_seconds(value, m.phase, m.batch, m.seq, m.new_tokens)
+    elif row["metric"] == "all_tokens_per_s":
+        value = m.batch * (m.seq + m.new_tokens) / value
+    what = f"{row['model']}, {row['framework']}"
+    ends = value, found.total_s, found.total_lower_s, found.total_upper_s
+    return Comparison(what, _where(row), *ends, **_about(row))
+
+
+def _where(row: Mapping[str, str], scope: str = "") -> str:
+    new = f" + {row['new_tokens']}" if row["new_tokens"] not in ("", "0") else ""
+    devices = f" x {row['devices']}" if row["devices"] not in ("", "1") else ""
+    return f"{row['gpu']}{devices}, {scope or row['phase']}, batch {row['batch']}, seq {row['seq']}{new}"
+
+
+def _about(row: Mapping[str, str]) -> dict[str, Any]:
+    names = ("source", "assumed", "reason", "engine", "split")
+    own = row.get("own_code") == "true"
+    return {**{name: row[name] for name in names}, "gpu": row["hardware"], "own_code": own}
+
+
+def _speedup(row: Mapping[str, str], given: bool) -> Comparison:
+    hw, part = load_hardware(row["hardware"]), row["scope"] == "projections"
+    dense = _workload(row, "" if part else row["engine"])
+    fraction, layers = sparsity("sparsity", row["sparsity"]), dense.meta.layers
+    asked: Any = fraction
+    if row["first_layer"]:
+        first, last = int(row["first_layer"]), int(row["last_layer"] or layers - 1)
+        kinds = fraction if isinstance(fraction, Mapping) else {"": fraction}
+        by_layer = {kind: [s if first <= i <= last else 0.0 for i in range(layers)] for kind, s in kinds.items()}
+        asked = by_layer.get("", by_layer)
     pruned = prune(dense, row["family"], asked, **dict(parse_options(row["options"], row["family"])))
     scope = row["phase"]
-    if row["scope"] == "projections":
+    if part:
         dense, pruned, scope = _projections(dense), _projections(pruned), "projections of a layer"
-    (found,) = speedups(dense, [pruned], hw, row["runtime"])
-    before, after = float(row["dense"]), float(row["pruned"])
-    ratio = after / before if row["unit"].startswith("tokens") else before / after
-    what = f"{row['method']}, {row['model']}, {100 * fraction:.3g} %{f' from layer {first}' if first else ''}"
-    where = f"{row['gpu']}, {scope}, batch {row['batch']}, seq {row['new_tokens'] or row['seq']}, {row['runtime']}"
-    notes = (row[name] for name in ("source", "assumed", "reason"))
-    return Comparison(what, where, ratio, found.speedup, found.lower, found.upper, *notes)
+    before, after, m = float(row["dense"]), float(row["pruned"]), dense.meta
+    tokens = row["unit"].startswith("tokens")
+    dense_s = None
+    if given and not part:
+        dense_s = (
+            dense_seconds(before, m.phase, m.batch, m.seq, m.new_tokens) if tokens else before * _SCALE[row["unit"]]
+        )
+    (found,) = speedups(dense, [pruned], hw, dense_s=dense_s)
+    what = f"{row['method']}, {row['model']}, {_fraction(row)}{f' from layer {first}' if row['first_layer'] else ''}"
+    ratio = after / before if tokens else before / after
+    return Comparison(what, _where(row, scope), ratio, found.speedup, found.lower, found.upper, **_about(row))
+
+
+def _fraction(row: Mapping[str, str]) -> str:
+    return row["sparsity"] if "=" in row["sparsity"] else f"{100 * float(row['sparsity']):.3g} %"
 
 
 def _projections(w: Workload) -> Workload:
@@ -100,20 +164,30 @@ def _projections(w: Workload) -> Workload:
     return w.take(w.is_role("q", "k", "v", "o", "gate", "up", "down") & (w.layer >= 0) & ~w.overhead)
 
 
-def compare_dense() -> list[Comparison]:
-    """Published times of dense models, predicted: what a wrong speedup cannot be blamed on."""
-    out = []
-    for row in published("dense_latency"):
-        w = lower(load_model(row["model"]), phase=row["phase"], batch=int(row["batch"]), seq=int(row["seq"]))
-        # FlashAttention-2 is what the vLLM tables ran
-        stack = "vllm" if "FlashAttention-2" in row["framework"] else ""
-        found = cost(w, load_hardware(row["hardware"], stack), row["runtime"])
-        low, high = found.total_lower_s, found.total_upper_s
-        what = f"{row['model']}, {row['framework']}"
-        where = f"{row['gpu']}, {row['phase']}, batch {row['batch']}, seq {row['seq']}, {row['runtime']}"
-        measured = float(row["seconds"])
-        out.append(Comparison(what, where, measured, found.total_s, low, high, row["source"], row["assumed"]))
-    return out
+def _served(row: Mapping[str, str]) -> Comparison | None:
+    found = serving_workload(row)
+    if found is None:
+        return None
+    w, hw = found
+    (s,) = speedups(w, [w], hw)
+    assert s.dense_tpot_s is not None
+    low, high = s.dense_lower / s.dense_s, s.dense_upper / s.dense_s
+    gpu = row["hardware"].partition("_")[0].upper()
+    about = {**row, "batch": row["concurrency"], "phase": "serve", "gpu": gpu, "split": "fit", "reason": ""}
+    what = f"{row['model']}, {row['weight_dtype']}, {row['engine']} {row['version']}".rstrip()
+    ends = float(row["tpot_s"]), s.dense_tpot_s, s.dense_tpot_s * low, s.dense_tpot_s * high
+    return Comparison(what, _where(about, "serve"), *ends, **_about(about))
+
+
+def serving_workload(row: Mapping[str, str]) -> tuple[Workload, HardwareProfile] | None:
+    """What a row of the serving table ran; None where its caches do not fit."""
+    weight = row["weight_dtype"]
+    dtype = "fp8" if weight == "fp8_block" else weight
+    asked: dict[str, Any] = {"phase": "serve", "batch": int(row["concurrency"]), "devices": int(row["devices"])}
+    asked |= {"seq": int(row["seq"]), "new_tokens": int(row["new_tokens"]), "dtype": dtype, "weight_dtype": weight}
+    asked |= {"kv_dtype": row["kv_dtype"] or None, "engine": row["engine"]}
+    w, hw = lower(load_model(row["model"]), **asked), load_hardware(row["hardware"])
+    return (w, hw) if memory(w, hw).fits else None
 
 
 def compare_gemms(what: str = "2:4") -> list[Comparison]:
@@ -142,50 +216,3 @@ def _gemm_ratio(row: Mapping[str, str]) -> Comparison:
     where = f"{row['gpu']}, {row['dtype']}"
     bounds = (ratio / spread, ratio * spread)
     return Comparison(shape, where, measured, ratio, *bounds, row["source"], reason=row["reason"])
-
-
-def tables() -> list[str]:
-    """Tables of ``docs/published.md``: profiles, median errors, every comparison, misses, what the sources leave
-    open."""
-    speed, dense = compare_speedups(), compare_dense()
-    sparse, narrow = compare_gemms("2:4"), compare_gemms("narrower")
-    names = ("speedups of pruned models", "times of dense models", "2:4 GEMMs, ratio", "narrower GEMMs, ratio")
-    counts = [
-        [name, str(len(rows)), f"{100 * median_error(rows):.1f} %", f"{sum(r.inside for r in rows)} of {len(rows)}"]
-        for name, rows in zip(names, (speed, dense, sparse, narrow), strict=True)
-    ]
-    ratios = (*speed, *sparse, *narrow)
-    misses = [[c.what, c.where, f"{100 * c.error:+.0f} %", c.reason] for c in ratios if abs(c.error) > MISS]
-    assumed = dict.fromkeys((c.source, c.assumed) for c in (*speed, *dense) if c.assumed)
-    hardware = {r["hardware"] for name in ("speedups", "dense_latency", "gemm_ratios") for r in published(name)}
-    operators = ("gemm", "attention_prefill", "attention_decode", "elementwise")
-    states = [[name, *(load_hardware(name).section(o, "bf16").status for o in operators)] for name in sorted(hardware)]
-    return [
-        table(["profile", *operators], states, left=range(5)),
-        table(["what", "rows", "median absolute error", "inside the 90 % interval"], counts),
-        _compared(speed),
-        _compared(dense, _seconds),
-        _compared(sparse),
-        _compared(narrow),
-        table(["what", "where", "error", "likely reason"], misses, left=(0, 1, 3)),
-        table(["source", "assumed"], list(assumed), left=(0, 1)),
-        table(["rows", "why"], [[str(count), why] for why, count in NOT_USED.items()], left=(1,)),
-    ]
-
-
-def _times(value: float) -> str:
-    return f"{value:.2f}x"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms"
-
-
-def _compared(rows: Iterable[Comparison], text: Callable[[float], str] = _times) -> str:
-    cells = []
-    for c in rows:
-        interval = f"{text(c.lower)} to {text(c.upper)}"
-        numbers = (text(c.measured), text(c.predicted), interval, f"{100 * c.error:+.1f} %")
-        cells.append([c.what, c.where, *numbers, c.source])
-    header = ["what", "where", "measured", "predicted", "interval", "error", "source"]
-    return table(header, cells, left=(0, 1, 6))

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.devices.protocol import Operator
+from calibration.devices.protocol import HOST_KINDS, Operator
 from calibration.measure.shapes import gemm_stream, other_streams
 from calibration.measure.timing import Protocol
 from simulator.errors import InputError
@@ -57,7 +57,7 @@ class Rates:
 
     def launch_s(self, op: Operator) -> float:
         """Rough time of one launch, s."""
-        return self.floor_s + max(op.flops / self.flop_per_s, op.bytes / self.bytes_per_s)
+        return self.floor_s * op.launches + max(op.flops / self.flop_per_s, op.bytes / self.bytes_per_s)
 
     def cost_s(self, op: Operator, protocol: Protocol) -> float:
         """Rough time that measuring takes, s: setup, loop calibration, warm-up and samples, under the protocol's limit.
@@ -188,7 +188,7 @@ def anchor_operator(rates: Rates, dtype: str, protocol: Protocol) -> Operator:
 def split_holdout(items: Sequence[Item], rng: np.random.Generator) -> list[Item]:
     """Items with their purpose set: whole (n, k) groups of GEMMs, single items of other kinds, held out by chance."""
     groups = sorted({item.operator.group for item in items if item.operator.kind == "gemm"})
-    apart = ("gemm", "copy", "launch_eager", "launch_graph")
+    apart = ("gemm", "copy", "launch_graph", *HOST_KINDS)
     others = sorted(item.operator.key for item in items if item.operator.kind not in apart)
     held: set[Any] = set()
     for pool in (groups, others):

@@ -35,6 +35,7 @@ LENGTHS = (64, 128, 200, 256, 384, 512, 768, 1000, 1024, 1536, 2048, 3072, 4096,
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 ELEMENTWISE = (NORMS[0], "activation", "residual", "rotary", "gather", "scatter", "cache_write", "select")
 # fmt: on
+LAYER_LENGTHS = (16, 32, 64, 96, 128, 192)  # too short a cache for its copy to take longer than a launch
 SELECTED = (8, 32, 64, 256, 1024, 2048)  # scores that a selection chooses from: groups, blocks, positions
 
 _SPREAD = 600  # points ordered at a time: beyond some hundreds a spread is a lattice, and ordering costs their product
@@ -124,10 +125,22 @@ def _attention(kind: str, dtype: str, *shape: int, **more: Any) -> Operator:
 
 
 def _runtime(dtype: str) -> list[Operator]:
-    """Launch and host time, and copies from a size that fits any cache to one that fits none."""
+    """Host and launch time, and copies from a size that fits any cache to one that fits none."""
     kinds = [(kind, role) for kind in ("launch_eager", "launch_graph") for role in ("", "gemm")]
     launches = [Operator(kind, dtype, role=role, cold=False) for kind, role in kinds]
-    return launches + [Operator("copy", dtype, n=1 << power) for power in (28, 22, 25, 30, 18)]
+    return [*layers(dtype, LAYER_LENGTHS[1::3]), *launches] + [
+        Operator("copy", dtype, n=1 << power) for power in (28, 22, 25, 30, 18)
+    ]
+
+
+def layers(dtype: str, lengths: Iterable[int]) -> list[Operator]:
+    """Eager decoder layers with caches of some lengths."""
+    return [Operator("layer_eager", dtype, kv_len=length, cold=False) for length in lengths]
+
+
+def host_operators(dtype: str) -> list[Operator]:
+    """What tells the host time of this machine."""
+    return [Operator("launch_eager", dtype, cold=False), *layers(dtype, LAYER_LENGTHS)]
 
 
 def _pruned(dtype: str, rng: np.random.Generator) -> Iterable[Operator]:

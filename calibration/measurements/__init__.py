@@ -3,7 +3,8 @@ validation run offline.
 
 :func:`list_measurements` names them (``device/operator/stack``), :func:`load_measurements` reads one,
 :func:`provenance` says where it is from. The files are made from a published Apache-2.0 package by ``build.py`` (see
-there); NOTICE names its authors. :func:`published` reads what papers measured.
+there); NOTICE names its authors. :func:`published` reads what papers, projects and serving runs measured of whole
+models, one row a value.
 """
 
 from __future__ import annotations
@@ -22,6 +23,15 @@ from simulator.errors import InputError, unknown
 
 FOLDER = Path(__file__).resolve().parent
 INDEX = "PROVENANCE.yaml"
+
+PUBLISHED: Mapping[str, str] = {
+    "dense": "published_dense.csv",
+    "speedups": "published_speedups.csv",
+    "gemm_ratios": "published_gemm_ratios.csv",
+    "paper": "published_paper.csv",
+    "serving": "serving.csv",
+}
+"""Files of what was measured of whole models (dense, pruned, in the taxonomy paper, serving) and of single GEMMs."""
 
 
 def file_name(name: str) -> str:
@@ -70,6 +80,20 @@ def _index() -> dict[str, dict[str, Any]]:
 
 
 def published(name: str) -> list[dict[str, str]]:
-    """Rows of "speedups", "dense_latency" or "gemm_ratios" as papers print them, each with its source."""
-    with (FOLDER / f"published_{name}.csv").open(encoding="utf-8", newline="") as file:
+    """Rows of a table of :data:`PUBLISHED` as text, each with its source.
+
+    Values are SI unless the row has a ``unit``. ``assumed`` is what the source leaves open, ``reason`` the likely one
+    of a miss, ``left_out`` why a row cannot be predicted (empty: it can). Parameters of an engine are fitted on rows of
+    ``split`` "fit" and judged on those of "judge"; no source is in both. In "dense", ``phase`` is prefill, decode,
+    generate (a prefill of ``seq`` tokens, then ``new_tokens``) or serve (``batch`` requests kept running), and
+    ``metric`` is time_s (of a prefill or a step), tokens_per_s (new tokens of all sequences over the time of all, over
+    a step in decode) or all_tokens_per_s (prompt and new tokens). In "speedups", ``own_code`` says that the pruned
+    model ran in other modelling code than the dense one, from ``first_layer`` to ``last_layer`` of those it prunes.
+
+    >>> published("paper")[0]["value"]
+    '2.19'
+    """
+    if name not in PUBLISHED:
+        raise unknown("published table", name, PUBLISHED)
+    with (FOLDER / PUBLISHED[name]).open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from calibration.measurements import FOLDER, INDEX, file_name
+from calibration.measurements import FOLDER, INDEX, PUBLISHED, file_name
+from calibration.measurements.serving import MEMBER, serving_csv, serving_table, why_left_out
 from calibration.measurements.wheel import CHOICES, PACKAGE, WHEEL_SHA256, open_wheel, read_choice, shipped_part
 from calibration.records.parquet import write_records
 from simulator.files.write import write_whole
@@ -53,6 +54,7 @@ def build(wheel: Path, folder: Path) -> dict[str, dict[str, Any]]:
                 "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(),
             }
             # fmt: on
+        served = serving_table(archive)
     head = {
         "package": PACKAGE,
         "url": "https://pypi.org/project/aiconfigurator-core/0.12.0/",
@@ -63,7 +65,17 @@ def build(wheel: Path, folder: Path) -> dict[str, dict[str, Any]]:
         "column names and order; copies added; sizes of collectives in bytes",
         "pyarrow": pyarrow.__version__,
     }
-    text = yaml.safe_dump({**head, "tables": tables}, sort_keys=False, width=140, allow_unicode=True)
+    content = serving_csv(served)
+    write_whole(folder / PUBLISHED["serving"], content)
+    # fmt: off
+    serving = {
+        "file": PUBLISHED["serving"], "rows": len(served), "left_out": dict(why_left_out(served)),
+        "path": MEMBER, "licence": LICENCE, "copyright": COPYRIGHT,
+        "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    # fmt: on
+    index = {**head, "serving": serving, "tables": tables}
+    text = yaml.safe_dump(index, sort_keys=False, width=140, allow_unicode=True)
     write_whole(folder / INDEX, text.encode())
     return tables
 

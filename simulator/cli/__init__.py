@@ -19,6 +19,7 @@ from simulator._version import __version__
 from simulator.cli import (
     advise,
     claims,
+    engines,
     explain,
     explore,
     figures,
@@ -43,6 +44,7 @@ app = typer.Typer(
 )
 app.add_typer(hardware.app, name="hardware")
 app.add_typer(models.app, name="models")
+app.add_typer(engines.app, name="engines")
 app.command("gemm")(gemm.gemm)
 app.command("speedup")(speedup.speedup)
 app.command("explain")(explain.explain)

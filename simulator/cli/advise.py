@@ -21,6 +21,7 @@ def command(
     target: Annotated[float, opt("--target", "X", "Speedup wanted, above 1.")],
     family: Annotated[str, opt("--family", "LIST", "Pruning families to consider, or all.")] = "all",
     run: options.Run = options.RUN,
+    known: options.Known = options.KNOWN,
     ideal: options.Ideal = False,
     json: options.Json = False,
 ) -> None:
@@ -31,7 +32,7 @@ def command(
     """
     from simulator.predict.advise import advise
 
-    devices, asked = options.names("--hardware", hardware), run.asked()
+    devices, asked = options.names("--hardware", hardware), known.added(run.asked())
     found = advise(model, devices, target, family=options.names("--family", family), ideal=ideal, **asked)
     if not render.Output(json).write([asdict(a) for a in found.advice]):
         return
@@ -63,7 +64,7 @@ def _print(group: Sequence[Advice], others: Sequence[Alternative]) -> None:
     columns = [c for c in columns if c.title != "quality lost" or any(c.cells)]
     title = f"{first.model} on {first.hardware}, {first.phase}, batch {first.batch}, seq {first.seq}, {first.dtype}"
     aim = f"{render.ratio(first.target)}x from {render.seconds(first.dense_s)}"
-    render.show(render.narrowed(columns, 4), f"{title}, {first.runtime}: {aim}")
+    render.show(render.narrowed(columns, 4), f"{title}, {first.engine}: {aim}")
     print("for sure: the least sparsity whose whole interval reaches the target")
     if steps := [(a.family, step) for a in group for step in a.steps]:
         print()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 STYLES = {"holds": "green", "does not hold": "red", "undecided": "yellow"}
 
 
-@options.expanded("phase", "new_tokens", "weight_dtype", "kv_dtype", "devices", "parallel")
+@options.expanded("phase", "concurrency", "new_tokens", "weight_dtype", "kv_dtype", "devices", "parallel")
 def claims(
     models: Annotated[str, arg("MODELS", "Models, separated by commas.")] = "llama-3.1-8b,llama-2-7b",
     hardware: options.Hardware = "a100,h100,rtx_4090",

@@ -7,10 +7,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from simulator.figures.panels import across, fronts_of, roof_of, speedups_of, steps_of
+from simulator.figures.panels import across, device, fronts_of, roof_of, speedups_of, steps_of
 from simulator.figures.roofline import Roof, roofline_figure
 from simulator.figures.save import save_figure
 from simulator.figures.waterfall import waterfall_figure
+from simulator.predict.settings import batch_name
 
 if TYPE_CHECKING:
     from simulator.predict.gemms import GemmRecord
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 
 def setting_label(r: Any) -> str:
-    """A short label of phase (with the new tokens of a generate) and batch."""
-    return f"{r.phase}{f' {r.new_tokens}' if r.phase == 'generate' else ''}, batch {r.batch}"
+    """A short label of phase (with the new tokens of a generate or serve) and batch."""
+    return f"{r.phase}{f' {r.new_tokens}' if r.new_tokens else ''}, {batch_name(r.phase)} {r.batch}"
 
 
 def _several(values: Sequence[object]) -> bool:
@@ -40,7 +41,7 @@ def draw_speedups(records: Sequence[Record], path: str) -> None:
 def draw_fronts(found: Sequence[Front], path: str) -> None:
     """Frontiers, a panel each."""
     settings, lengths = _several([(f.phase, f.batch, f.seq) for f in found]), _several([f.seq for f in found])
-    names = [f"{f.phase}, batch {f.batch}" + (f", seq {f.seq}" if lengths else "") for f in found]
+    names = [f"{f.phase}, {batch_name(f.phase)} {f.batch}" + (f", seq {f.seq}" if lengths else "") for f in found]
     save_figure(fronts_of(found, names if settings else [f.phase for f in found]), path)
 
 
@@ -59,10 +60,10 @@ def _draw_panels(
     figure: Callable[..., Any], panel: Any, found: Sequence[Explanation], path: str, more: Callable[[Record], str]
 ) -> None:
     several = _several([(e.record.phase, e.record.batch, e.record.seq) for e in found])
-    titles = [e.record.hardware + (f"\n{setting_label(e.record)}" if several else "") + more(e.record) for e in found]
-    devices = len({e.record.hardware for e in found})
+    titles = [device(e.record) + (f"\n{setting_label(e.record)}" if several else "") + more(e.record) for e in found]
+    devices, engines = (len({getattr(e.record, name) for e in found}) for name in ("hardware", "engine"))
     panels = [panel(e, title) for e, title in zip(found, titles)]
-    save_figure(figure(panels, columns=across(devices)), path)
+    save_figure(figure(panels, columns=across(devices, engines)), path)
 
 
 def draw_gemms(rows: Sequence[GemmRecord], path: str) -> None:

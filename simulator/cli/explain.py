@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
 from simulator.cli import options, render
@@ -26,6 +26,7 @@ def explain(
     family: Annotated[str, opt("--family", "NAME", "One pruning family.")],
     sparsity: Annotated[str, opt("--sparsity", "FRACTION", "Fraction removed, or by part: attention=0.25,mlp=0.5.")],
     run: options.Run = options.RUN,
+    known: options.Known = options.KNOWN,
     ideal: options.Ideal = False,
     option: options.Option = None,
     same_stack: options.SameStack = False,
@@ -35,7 +36,8 @@ def explain(
 ) -> None:
     """Explain where a promised speedup is lost.
 
-    Named steps lead from the nominal speedup 1/(1 - s) to the predicted one; their factors multiply exactly.
+    Named steps lead from the nominal speedup 1/(1 - s) to the predicted one; their factors multiply exactly. Several
+    engines stand side by side.
     """
     output = render.Output(json, figures=[figure, roofline])
     if "," in family:
@@ -43,17 +45,19 @@ def explain(
     from simulator.predict.table import explanations
 
     devices, fraction = options.devices(hardware, same_stack), options.sparsity("--sparsity", sparsity)
-    asked, extra = run.asked(), options.settings("--option", option)
+    asked, extra = known.added(run.asked()), options.settings("--option", option)
     found = explanations(model, devices, family, fraction, **asked, ideal=ideal, options=extra)
     rows = [
         {**asdict(e.record), "waterfall": [asdict(step) for step in e.steps], "conclusion": conclusion(e)}
         for e in found
     ]
     if output.write(rows):
-        for i, e in enumerate(found):
+        for i, together in enumerate(_by_engine(found)):
             if i:
                 print()
-            _print(e)
+            _print(together)
+        for line in _told(found):
+            render.note(line)
     if figure or roofline:
         from simulator.cli.drawing import draw_rooflines, draw_waterfalls
 
@@ -63,27 +67,47 @@ def explain(
             draw_rooflines(found, roofline)
 
 
-def _print(e: Explanation) -> None:
-    available = render.width()
-    names = [step.name for step in e.steps]
-    columns = [
-        render.Column("step", names, right=False),
-        render.Column("factor", ["", *(f"x{step.factor:.3f}" for step in e.steps[1:])], styles=_styles(e.steps)),
-        render.Column("speedup", [f"{step.speedup:.3f}" for step in e.steps]),
-    ]
-    room = available - render.table_width(columns) - 2
-    columns.append(render.Column("what it is", [_cut(step.note, room) for step in e.steps], right=False))
-    r = e.record
-    render.show(
-        columns if room >= 20 else columns[:3],
-        f"{r.family} {render.percent(r.sparsity)}, {r.hardware}: {setting_title(r)}",
-    )
-    print(
-        f"\ndense {render.seconds_between(r.dense_s, r.dense_lower, r.dense_upper)}, "
-        f"pruned {render.seconds_between(r.pruned_s, r.pruned_lower, r.pruned_upper)}"
-        f"\nbounds: FLOP {r.flop_bound:.3f}, byte {r.byte_bound:.3f}, roofline {r.roofline_bound:.3f}"
-    )
-    print(textwrap.fill(conclusion(e), available))
+def _by_engine(found: Sequence[Explanation]) -> list[list[Explanation]]:
+    """Explanations of the same pruning, request and device together, an engine each."""
+    groups: dict[tuple[object, ...], list[Explanation]] = {}
+    for e in found:
+        r = e.record
+        groups.setdefault((r.hardware, r.phase, r.batch, r.seq), []).append(e)
+    return list(groups.values())
+
+
+def _told(found: Sequence[Explanation]) -> list[str]:
+    """What a measured time says."""
+    from simulator.predict.caveats import implied_line
+
+    known = [(e.implied, e.hardware.label, e.dense_s) for e in found]
+    return [implied_line(told, label, dense_s) for told, label, dense_s in known if told is not None and dense_s]
+
+
+def _print(together: Sequence[Explanation]) -> None:
+    available, first, several = render.width(), together[0], len(together) > 1
+    names = [step.name for step in first.steps]
+    columns = [render.Column("step", names, right=False)]
+    for e in together:
+        above = f"{e.record.engine}\n" if several else ""
+        factors = ["", *(f"x{step.factor:.3f}" for step in e.steps[1:])]
+        columns.append(render.Column(f"{above}factor", factors, styles=_styles(e.steps)))
+        columns.append(render.Column(f"{above}speedup", [f"{step.speedup:.3f}" for step in e.steps]))
+    shown, room = columns, available - render.table_width(columns) - 2
+    if room >= 20:
+        shown = [*columns, render.Column("what it is", [_cut(step.note, room) for step in first.steps], right=False)]
+    r = first.record
+    title = setting_title(replace(r, engine=", ".join(e.record.engine for e in together)))
+    render.show(shown, f"{r.family} {render.percent(r.sparsity)}, {r.hardware}: {title}")
+    print()
+    for e in together:
+        r = e.record
+        dense = render.seconds_between(r.dense_s, r.dense_lower, r.dense_upper)
+        pruned = render.seconds_between(r.pruned_s, r.pruned_lower, r.pruned_upper)
+        print(f"{f'{r.engine}: ' if several else ''}dense {dense}, pruned {pruned}")
+    print(f"bounds: FLOP {r.flop_bound:.3f}, byte {r.byte_bound:.3f}, roofline {r.roofline_bound:.3f}")
+    for e in together:
+        print(textwrap.fill(conclusion(e), available))
 
 
 def _styles(steps: Sequence[Step]) -> list[str]:

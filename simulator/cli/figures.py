@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from simulator.cli import options, render
 from simulator.cli.options import opt
+from simulator.engines import DEFAULT_ENGINE
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def figures_command(known: Known | None = None) -> Callable[..., None]:
         only: Only = None,
         formats: Formats = FORMATS,
         seq: Seq = 2048,
-        runtime: options.Runtime = "cuda_graph",
+        engine: options.Engine = DEFAULT_ENGINE,
         dtype: options.Dtype = "bf16",
         measured: MeasuredFiles = None,
         as_json: options.Json = False,
@@ -72,7 +73,7 @@ def figures_command(known: Known | None = None) -> Callable[..., None]:
         if only:
             chosen = [one_of("figure", name, tuple(FIGURES)) for name in options.names("--only", only)]
         suffixes = [f".{one_of('format', name, known_formats)}" for name in options.names("--format", formats)]
-        setting = Setting(runtime=runtime, dtype=dtype)
+        setting = Setting(engine=engine, dtype=dtype)
         about = paper(model, options.names("--hardware", hardware), setting=setting, seq=whole_number("seq", seq))
         about = _with_measured(about, measured or [], known, dtype)
         folder = _folder(output)
@@ -90,7 +91,7 @@ def figures_command(known: Known | None = None) -> Callable[..., None]:
                         save_figure(drawn[-1].figure, folder / f"{name}{suffix}")
                 report(i + 1, len(chosen))
         given = {"--model": (model, MODEL), "--hardware": (hardware, HARDWARE), "--format": (formats, FORMATS)}
-        given |= {"--seq": (str(seq), "2048"), "--runtime": (runtime, "cuda_graph"), "--dtype": (dtype, "bf16")}
+        given |= {"--seq": (str(seq), "2048"), "--engine": (engine, DEFAULT_ENGINE), "--dtype": (dtype, "bf16")}
         changed = [part for name, (value, usual) in given.items() if value != usual for part in (name, value)]
         _write_captions(drawn, folder, ".png" if ".png" in suffixes else suffixes[0], changed, measured or [])
         if as_json:

@@ -13,7 +13,9 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from simulator.engines import DEFAULT_ENGINE
 from simulator.errors import InputError
+from simulator.units import parse_quantity
 
 
 def opt(flags: str, metavar: str | None, text: str) -> Any:
@@ -33,11 +35,21 @@ Hardware = Annotated[
 SameStack = Annotated[
     bool, opt("--same-stack", None, "The software is the stack the profile was fitted on: narrower intervals.")
 ]
-Phase = Annotated[str, opt("--phase", "LIST", "prefill, decode, generate; a comma list for several.")]
+Phase = Annotated[str, opt("--phase", "LIST", "prefill, decode, generate, serve; a comma list for several.")]
 Batch = Annotated[str, opt("--batch", "LIST", "Sequences in a batch; a comma list for several.")]
 Seq = Annotated[str, opt("--seq", "LIST", "Prompt tokens (prefill) or cached positions (decode) of a sequence.")]
-NewTokens = Annotated[int, opt("--new-tokens", "N", "Tokens that generate decodes after the prompt.")]
-Runtime = Annotated[str, opt("--runtime", "NAME", "cuda_graph, or eager (the host launches every kernel).")]
+Concurrency = Annotated[int | None, opt("--concurrency", "N", "Requests in flight of a serve: --batch by its name.")]
+NewTokens = Annotated[int, opt("--new-tokens", "N", "Tokens that generate and serve decode after the prompt.")]
+Engine = Annotated[str, opt("--engine", "NAME", "How the model is run: see prunesim engines list, or a YAML file.")]
+Engines = Annotated[
+    str, opt("--engine", "LIST", "How the model is run: see prunesim engines list, or YAML files; several at once.")
+]
+DenseTime = Annotated[
+    str | None, opt("--dense-time", "TIME", "Measured time of the dense model in this setting, such as 18.6ms.")
+]
+DenseTokens = Annotated[
+    float | None, opt("--dense-tokens-per-s", "X", "The same, as new tokens a second of all sequences.")
+]
 Dtype = Annotated[str, opt("--dtype", "NAME", "Number format of activations and arithmetic.")]
 WeightDtype = Annotated[
     str | None, opt("--weight-dtype", "NAME", "Format of stored weights: int8, int4, fp8; as --dtype if left out.")
@@ -61,9 +73,10 @@ class Run:
 
     phase: Phase = "prefill"
     batch: Batch = "1"
+    concurrency: Concurrency = None
     seq: Seq = "2048"
     new_tokens: NewTokens = 128
-    runtime: Runtime = "cuda_graph"
+    engine: Engines = DEFAULT_ENGINE
     dtype: Dtype = "bf16"
     weight_dtype: WeightDtype = None
     kv_dtype: KvDtype = None
@@ -71,16 +84,52 @@ class Run:
     parallel: Parallel = "tensor"
 
     def asked(self) -> dict[str, Any]:
-        """Phases, batches, lengths and setting, as :func:`simulator.table` takes them."""
+        """Phases, batches, lengths, engines and setting, as :func:`simulator.table` takes them."""
         from simulator.predict.settings import Setting
 
         formats = {name: getattr(self, name) for name in ("dtype", "weight_dtype", "kv_dtype")}
+        if self.concurrency is not None and (self.batch != "1" or self.phase != "serve"):
+            raise InputError("--concurrency: expected with --phase serve, in place of --batch")
         return {
             "phase": names("--phase", self.phase),
-            "batch": integers("--batch", self.batch),
+            "batch": integers("--batch", self.batch) if self.concurrency is None else [self.concurrency],
             "seq": integers("--seq", self.seq),
-            "setting": Setting(self.new_tokens, self.runtime, devices=self.devices, parallel=self.parallel, **formats),
+            "engine": names("--engine", self.engine),
+            "setting": Setting(self.new_tokens, devices=self.devices, parallel=self.parallel, **formats),
         }
+
+
+@dataclass(frozen=True)
+class Known:
+    """A measured time of the dense model, as texts of the command line."""
+
+    dense_time: DenseTime = None
+    dense_tokens_per_s: DenseTokens = None
+
+    def added(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """What is asked (:meth:`Run.asked`), with the measured time in its setting."""
+        if self.dense_time is None and self.dense_tokens_per_s is None:
+            return asked
+        if self.dense_time is not None and self.dense_tokens_per_s is not None:
+            raise InputError("--dense-time and --dense-tokens-per-s: expected one of them")
+        for name in ("phase", "batch", "seq", "engine"):
+            if len(asked[name]) > 1:
+                raise InputError(f"--dense-time: is of one setting; expected one {name}, got {len(asked[name])}")
+        from simulator.predict.settings import dense_seconds
+
+        setting, (phase,), (batch,), (seq,) = (asked[name] for name in ("setting", "phase", "batch", "seq"))
+        if self.dense_time is not None:
+            try:
+                seconds = parse_quantity(self.dense_time, "s")
+            except InputError as error:
+                raise InputError(f"--dense-time {self.dense_time!r}: {error}") from None
+        else:
+            seconds = dense_seconds(self.dense_tokens_per_s, phase, batch, seq, setting.new_tokens)
+        return asked | {"setting": replace(setting, dense_s=seconds)}
+
+
+KNOWN = Known()
+"""The default of a command's parameter ``known``."""
 
 
 RUN = Run()

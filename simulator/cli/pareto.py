@@ -86,7 +86,7 @@ def _finite(rows: Sequence[Point] | Sequence[Band]) -> list[dict[str, object]]:
 
 def front_title(front: Front) -> str:
     """What a frontier is one of."""
-    return f"{front.model}, {front.hardware}, {front.phase}, batch {front.batch}, seq {front.seq}, {front.runtime}"
+    return f"{front.model}, {front.hardware}, {front.phase}, batch {front.batch}, seq {front.seq}, {front.engine}"
 
 
 def front_text(front: Front) -> str:

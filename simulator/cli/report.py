@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from simulator.cli import options
 from simulator.cli.options import arg, opt
 from simulator.errors import InputError
+from simulator.units import parse_quantity
 
 if TYPE_CHECKING:
     from simulator.explore.state import State
@@ -21,11 +23,14 @@ Output = Annotated[str, opt("-o --output", "FILE", "HTML file to write.")]
 Hardware = Annotated[str | None, opt("--hardware", "LIST", "Devices: names, aliases or YAML files.")]
 Family = Annotated[str | None, opt("--family", "LIST", "Pruning families, or all.")]
 Sparsity = Annotated[str | None, opt("--sparsity", "LIST", "Fractions removed, points of the curves.")]
-Phase = Annotated[str | None, opt("--phase", "NAME", "prefill, decode or generate.")]
+Phase = Annotated[str | None, opt("--phase", "NAME", "prefill, decode, generate or serve.")]
 Batch = Annotated[int | None, opt("--batch", "N", "Sequences in a batch.")]
 Seq = Annotated[int | None, opt("--seq", "N", "Prompt tokens or cached positions of a sequence.")]
-NewTokens = Annotated[int | None, opt("--new-tokens", "N", "Tokens that generate decodes.")]
-Runtime = Annotated[str | None, opt("--runtime", "NAME", "cuda_graph or eager.")]
+NewTokens = Annotated[int | None, opt("--new-tokens", "N", "Tokens that generate and serve decode.")]
+Concurrency = Annotated[int | None, opt("--concurrency", "N", "Requests in flight of a serve: --batch by its name.")]
+Engine = Annotated[str | None, opt("--engine", "NAME", "How the model is run; see prunesim engines list.")]
+Versus = Annotated[str | None, opt("--versus", "NAME", "Engine whose waterfall is drawn beside.")]
+Dense = Annotated[str | None, opt("--dense-time", "TIME", "Measured time of the dense model on the one GPU: 18.6ms.")]
 Dtype = Annotated[str | None, opt("--dtype", "NAME", "Number format.")]
 Detail = Annotated[str | None, opt("--detail", "NAME", "Family of waterfall, roofline and bounds.")]
 At = Annotated[float | None, opt("--at", "FRACTION", "Sparsity of waterfall, roofline and map.")]
@@ -40,9 +45,12 @@ def command(
     sparsity: Sparsity = None,
     phase: Phase = None,
     batch: Batch = None,
+    concurrency: Concurrency = None,
     seq: Seq = None,
     new_tokens: NewTokens = None,
-    runtime: Runtime = None,
+    engine: Engine = None,
+    versus: Versus = None,
+    dense_time: Dense = None,
     dtype: Dtype = None,
     detail: Detail = None,
     at: At = None,
@@ -62,8 +70,15 @@ def command(
     from simulator.hardware.library import reference
     from simulator.predict.settings import once
 
-    given: dict[str, Any] = {"phase": phase, "batch": batch, "seq": seq, "new_tokens": new_tokens, "runtime": runtime}
+    given: dict[str, Any] = {"phase": phase, "batch": batch, "seq": seq, "new_tokens": new_tokens}
     given |= {"dtype": dtype, "detail": detail, "at": at}
+    if concurrency is not None:
+        if batch is not None or phase != "serve":
+            raise InputError("--concurrency: expected with --phase serve, in place of --batch")
+        given["batch"] = concurrency
+    given |= {name: _engine(given_name) for name, given_name in (("engine", engine), ("versus", versus)) if given_name}
+    if dense_time is not None:
+        given["dense_ms"] = float(Decimal(repr(parse_quantity(dense_time, "s"))).scaleb(3))  # 18.6 stays 18.6
     if hardware is not None:
         given["gpus"] = once(reference(name) for name in options.names("--hardware", hardware))
     if family is not None:
@@ -75,6 +90,14 @@ def command(
     state = replace(_start(model), **{name: value for name, value in given.items() if value is not None})
     size = write_report(state, output)
     print(json.dumps({"file": output, "bytes": size}) if as_json else output)
+
+
+def _engine(name: str) -> str:
+    """An engine by the name that an address takes, else by its path."""
+    from simulator.engines.engine import list_engines, load_engine
+
+    found = load_engine(name)
+    return found.name if found.name in list_engines() and load_engine(found.name).path == found.path else name
 
 
 def _start(model: str) -> State:

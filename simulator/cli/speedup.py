@@ -23,6 +23,7 @@ def speedup(
     family: Annotated[str, opt("--family", "LIST", "Pruning families, or all.")] = "all",
     sparsity: Annotated[str, opt("--sparsity", "LIST", "Fractions removed, each in [0, 1).")] = "0.1,0.25,0.5",
     run: options.Run = options.RUN,
+    known: options.Known = options.KNOWN,
     ideal: options.Ideal = False,
     option: options.Option = None,
     memory: Annotated[bool, opt("--memory", None, "Also show memory against the device's capacity.")] = False,
@@ -44,8 +45,9 @@ def speedup(
     from simulator.predict.table import table
 
     devices, fractions = options.devices(hardware, same_stack), options.fractions("--sparsity", sparsity)
+    asked = known.added(run.asked())
     with render.progress("predicting") as report:
-        found = table([model], devices, chosen, fractions, **run.asked(), ideal=ideal, options=extra, progress=report)
+        found = table([model], devices, chosen, fractions, **asked, ideal=ideal, options=extra, progress=report)
     if output.write([asdict(r) for r in found]):
         _print(found.records, memory)
     if figure:
@@ -69,6 +71,9 @@ def _print(records: Sequence[Record], memory: bool) -> None:
                 print()
             render.show(render.first_fitting(speedup_layouts(part), available), title)
             first = False
+        if group[0].new_tokens:
+            print()
+            _print_serving(group)
         if memory:
             print()
             _print_memory(group)
@@ -152,6 +157,27 @@ def _style(r: Record | None) -> str:
     if r is None:
         return ""
     return "green" if r.speedup_lower > 1.0 else "red" if r.speedup_upper < 1.0 else ""
+
+
+def _print_serving(records: Sequence[Record]) -> None:
+    """What users of a server feel: new tokens a second of each device, waiting times, the largest batch that fits."""
+    waits = "; how long a first token waits depends on how requests come" if records[0].phase == "serve" else ""
+    for i, h in enumerate(dict.fromkeys(r.hardware for r in records)):
+        mine = [r for r in records if r.hardware == h]
+        first, rows = mine[0], [(r.tokens_per_s, r.ttft_s, r.tpot_s, r.pruned_largest_batch) for r in mine]
+        rows = [(first.dense_tokens_per_s, first.dense_ttft_s, first.dense_tpot_s, first.dense_largest_batch), *rows]
+        each = [(rate or 0.0) / first.devices for rate, *_ in rows]
+        columns = [
+            render.Column("family", ["dense", *(r.family for r in mine)], right=False),
+            render.Column("pruned", ["", *(render.percent(r.sparsity) for r in mine)]),
+            render.Column("tokens/s\nper GPU", [f"{rate:,.0f}" for rate in each]),
+            render.Column("time to\nfirst token", [render.seconds(ttft or 0.0) for _, ttft, _, _ in rows]),
+            render.Column("time per\noutput token", [render.seconds(tpot or 0.0) for _, _, tpot, _ in rows]),
+            render.Column("largest batch\nthat fits", [f"{largest:,}" for *_, largest in rows]),
+        ]
+        if i:
+            print()
+        render.show(columns, f"{h}: new tokens{waits}")
 
 
 def _print_memory(records: Sequence[Record]) -> None:

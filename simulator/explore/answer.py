@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,6 +23,10 @@ from simulator.predict.sweep import sweep_columns
 from simulator.predict.table import Explanation, Table, explanations, table
 from simulator.predict.words import uncalibrated
 
+if TYPE_CHECKING:
+    from simulator.models.config import ModelConfig
+    from simulator.predict.settings import Setting
+
 KEPT = 64
 """Answers that are remembered."""
 
@@ -34,6 +39,7 @@ class Answer:
 
     table: Table = _EMPTY  # every family drawn, at every sparsity, on every GPU; empty when nothing could be predicted
     details: tuple[Explanation, ...] = ()  # the family in detail at its sparsity, one a GPU that can run it
+    versus: tuple[Explanation, ...] = ()  # the same in the engine beside
     notes: tuple[str, ...] = ()  # what a person should know, one line each
     gpus: tuple[str, ...] = ()  # GPUs of the state that have its number format
     refused: str = ""  # why there is no table; empty when there is one
@@ -57,21 +63,40 @@ def answer(state: State) -> Answer:
     ([('depth', 0.25), ('width', 0.25)], 1, '')
     """
     gpus, without = _able(state)
-    passes = [state.phase], [state.batch], [state.seq]
     try:
         model = state.load()
-        found = table([model], gpus, state.drawn, state.fractions, *passes, setting=state.setting)
+        found = table([model], gpus, state.drawn, state.fractions, *_request(state), setting=state.setting)
     except InputError as error:
         return Answer(refused=str(error))
-    details: list[Explanation] = []
-    notes = [*without, *found.notes, *uncalibrated(found.records)]
+    notes = [*without, *_measured(state), *found.notes, *uncalibrated(found.records)]
+    details = _explained(state, model, gpus, state.setting, notes)
+    versus = _explained(state, model, gpus, state.setting_versus, notes) if state.setting_versus else ()
+    return Answer(found, details, versus, tuple(notes), gpus)
+
+
+def _request(state: State) -> tuple[list[str], list[int], list[int]]:
+    return [state.phase], [state.batch], [state.seq]
+
+
+def _explained(
+    state: State, model: ModelConfig, gpus: tuple[str, ...], setting: Setting, notes: list[str]
+) -> tuple[Explanation, ...]:
+    """The family in detail on each GPU; a note on each that cannot run it, unless one says so already."""
+    found: list[Explanation] = []
     for gpu in gpus:
         try:
-            details += explanations(model, [gpu], state.detail, state.at, *passes, setting=state.setting)
+            found += explanations(model, [gpu], state.detail, state.at, *_request(state), setting=setting)
         except InputError as error:
             if not any(str(error) in note for note in notes):
                 notes.append(f"{state.detail} on {gpu} at {state.at:g}: {error}")
-    return Answer(found, tuple(details), tuple(notes), gpus)
+    return tuple(found)
+
+
+def _measured(state: State) -> list[str]:
+    """Why a measured time is not used; what it says where it is, the table's notes tell."""
+    if state.dense_ms is None or state.setting.dense_s is not None:
+        return []
+    return [f"measured dense time: not used, for it is of one GPU and {len(state.gpus)} are chosen"]
 
 
 def _able(state: State) -> tuple[tuple[str, ...], list[str]]:
@@ -97,7 +122,7 @@ def winners(state: State) -> tuple[tuple[Cell, ...], str]:
     (81, 'depth', 1, '')
     """
     families, formats = tuple(map(FamilyChoice, state.drawn)), (Formats(state.dtype),)
-    axes = ((state.at,), (state.phase,), BATCHES, LENGTHS, families, formats, (state.runtime,))
+    axes = ((state.at,), (state.phase,), BATCHES, LENGTHS, families, formats, (state.engine,))
     try:
         grid = Grid((state.load(),), state.gpus, *axes, new_tokens=state.new_tokens, level=state.setting.level)
         columns, notes = sweep_columns(grid)

@@ -21,7 +21,7 @@ from simulator.explore.charts import charts, map_chart
 from simulator.explore.dropped import token
 from simulator.explore.frame import PHONE, WIDE
 from simulator.explore.markup import paragraphs, table_csv, texts
-from simulator.explore.page import dropped_label, model_option, page_html
+from simulator.explore.page import dropped_label, model_option, page_html, wide_cards
 from simulator.explore.state import read_query, to_query
 
 HOST = "127.0.0.1"
@@ -107,6 +107,7 @@ def _answered(asked: Mapping[str, Any]) -> dict[str, Any]:
         "figures": charts(state, PHONE if asked["narrow"] else WIDE),
         "query": to_query(state),
         "model": model_option(state),
+        "wide": wide_cards(state),
         "asked": asked,
     }
 

@@ -37,7 +37,7 @@ from simulator.figures.panels import roof_of, steps_of
 from simulator.figures.roofline import CYCLE, Roof, drawn, merged
 from simulator.figures.style import BLACK, BLUE, GREEN, VERMILLION, in_order, label, look
 from simulator.figures.waterfall import NEGLIGIBLE, Steps, common_range
-from simulator.predict.settings import once
+from simulator.predict.settings import batch_name, once
 from simulator.units import percent, rate, ratio
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def charts(state: State, most: int) -> dict[str, Chart]:
     return {
         "speedup": speedup_chart(records, state.detail, state.at, most) if records else message(why),
         "roofline": roofline_chart(details, most) if details else message(why),
-        "waterfall": waterfall_chart(details, most) if details else message(why),
+        "waterfall": waterfall_chart(details, found.versus, most) if details else message(why),
     }
 
 
@@ -166,10 +166,12 @@ def _told(r: Record) -> str:
 PROMISE = "#9aa5b1"
 
 
-def waterfall_chart(details: Sequence[Explanation], most: int) -> Chart:
+def waterfall_chart(details: Sequence[Explanation], versus: Sequence[Explanation], most: int) -> Chart:
     """From the promise 1 / (1 - s) down to the prediction; losses are full bars, gains hatched ones, so that they
-    differ without colour."""
-    panels = [steps_of(e, e.record.hardware) for e in details]
+    differ without colour. Those in another engine stand beside those of their GPU."""
+    gpus = once(e.record.hardware for e in details)
+    details = sorted((*details, *versus), key=lambda e: gpus.index(e.record.hardware)) if versus else details
+    panels = [steps_of(e, e.record.hardware + (f", {e.record.engine}" if versus else "")) for e in details]
     names = ["promised", *panels[0].names, "predicted"]
     frame = Frame([p.title for p in panels], most, 19 * len(names), left=160, bottom=40, right=14)
     lines: Dict = {"range": [len(names) - 0.4, -0.6], "showgrid": False, "showline": False}
@@ -301,7 +303,7 @@ def crossover_chart(cells: Sequence[Cell], state: State, most: int) -> Chart:
         [{"range": [-0.5, len(texts) - 0.5], "showgrid": False, **listed(range(len(texts)), texts)}] * len(gpus)
         for texts in ([str(b) for b in batches], [short(n) for n in lengths])
     )
-    return frame.chart(data, x, y, "batch", "sequence", shapes=shapes)
+    return frame.chart(data, x, y, batch_name(state.phase), "sequence", shapes=shapes)
 
 
 def _cells(
@@ -339,8 +341,8 @@ def _said(c: Cell) -> str:
     r, certain = c.best, "" if c.sure else "<br>intervals overlap: not certain"
     memory = "" if r.dense_fits else "<br>the dense model exceeds the memory"
     return (
-        f"<b>{label(c.winner) if c.winner else NONE}</b>, batch {r.batch}, sequence {r.seq}<br>{r.speedup:.3f} "
-        f"({r.speedup_lower:.3f} to {r.speedup_upper:.3f}){certain}{memory}"
+        f"<b>{label(c.winner) if c.winner else NONE}</b>, {batch_name(r.phase)} {r.batch}, sequence {r.seq}<br>"
+        f"{r.speedup:.3f} ({r.speedup_lower:.3f} to {r.speedup_upper:.3f}){certain}{memory}"
     )
 
 

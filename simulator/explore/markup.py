@@ -12,16 +12,19 @@ from dataclasses import asdict
 from html import escape
 from typing import TYPE_CHECKING
 
+from simulator.engines.engine import load_engine
 from simulator.explore.answer import Answer, answer
 from simulator.explore.commands import Command, commands
 from simulator.explore.state import State
 from simulator.figures.style import label
 from simulator.hardware.library import load_hardware
+from simulator.predict.caveats import PARTS
+from simulator.predict.settings import batch_name
 from simulator.predict.words import conclusion, csv_text, setting_title
 from simulator.units import percent, ratio, seconds, seconds_between, size
-from simulator.workload import PHASES
 
 if TYPE_CHECKING:
+    from simulator.hardware.profile import HardwareProfile
     from simulator.predict.rows import Record
 
 # fmt: off
@@ -33,16 +36,11 @@ UNITS = {
     **dict.fromkeys(("dense_memory_bytes", "pruned_memory_bytes", "capacity_bytes"), "B"),
     "batch": "sequences", "seq": "tokens", "new_tokens": "tokens",
     **dict.fromkeys(("dense_s", "dense_lower", "dense_upper", "pruned_s", "pruned_lower", "pruned_upper"), "s"),
+    **dict.fromkeys(("ttft_s", "tpot_s", "dense_ttft_s", "dense_tpot_s"), "s"),
+    **dict.fromkeys(("tokens_per_s", "dense_tokens_per_s"), "1/s"),
+    **dict.fromkeys(("dense_largest_batch", "pruned_largest_batch"), "sequences"),
 }
 """Units of a record's numbers; 1 is a ratio."""
-
-_PARTS = {
-    "gemm": ("GEMMs", PHASES),
-    "attention_prefill": ("prefill attention", ("prefill", "generate")),
-    "attention_decode": ("decode attention", ("decode", "generate")),
-    "elementwise": ("elementwise operators", PHASES),
-}
-"""Operators of a profile, what people call them, and the phases that have them."""
 
 _HEAD = {
     "family": "", "removed": "asked for", "realised": "after rounding", "GPU": "", "speedup": "", "interval": "",
@@ -56,19 +54,20 @@ _HEAD = {
 def texts(state: State) -> dict[str, str]:
     """What is text, as HTML by the element it goes into."""
     found, family, at = answer(state), label(state.detail), percent(state.at)
+    elsewhere = " The measured time is of one cell: not used here." if state.setting.dense_s is not None else ""
     records, notes = found.table.records, _items(map(escape, found.notes), "notes") if found.notes else ""
     return {
         "title": escape(setting_title(records[0])) if records else "",
-        "facts": facts_html(found),
+        "facts": facts_html(found, state),
         "notes": notes,
         "table": table_html(found, state.detail, state.at),
         "commands": commands_html(commands(state, found)),
         "about-speedup": f"Bands: {percent(state.setting.level)} interval. Black lines: bounds of {family}.",
         "about-roofline": f"GEMMs of the layers, dense (hollow) and with {family} at {at} (filled), "
         "on the datasheet roofline.",
-        "about-waterfall": paragraphs(map(conclusion, found.details)),
+        "about-waterfall": paragraphs(_conclusions(found)),
         "about-crossover": f"Fastest of the families chosen at {at}, {state.phase}. "
-        "Equal sparsity is not equal quality.",
+        f"Equal sparsity is not equal quality.{elsewhere}",
     }
 
 
@@ -86,42 +85,78 @@ def table_csv(records: Sequence[Record]) -> str:
 
     >>> from simulator.predict.table import table
     >>> table_csv(table(["llama-3.1-8b"], ["h100"], ["depth"], [0.25]).records).splitlines()[0][:74]
-    'model,hardware,family,sparsity [1],realised_sparsity [1],phase,batch [sequ'
+    'model,hardware,engine,family,sparsity [1],realised_sparsity [1],phase,batc'
     """
     names = {key: f"{key} [{unit}]" for key, unit in UNITS.items()}
     rows = [{names.get(key, key): value for key, value in asdict(r).items()} for r in records]
     return csv_text(rows) if rows else ""
 
 
-def uncalibrated_parts(hardware: str, phase: str, dtype: str) -> list[str]:
-    """What a prediction rests on that was not fitted on this GPU's own measurements.
+def uncalibrated_parts(hw: HardwareProfile, engine: str, phase: str, dtype: str) -> list[str]:
+    """What a prediction in an engine rests on that was not fitted on this GPU's own measurements.
 
-    >>> uncalibrated_parts("rtx_4090", "decode", "bf16"), uncalibrated_parts("rtx_4090", "decode", "fp32")[0]
+    >>> hw = load_hardware("rtx_4090")
+    >>> uncalibrated_parts(hw, "vllm", "decode", "bf16"), uncalibrated_parts(hw, "vllm", "decode", "fp32")[0]
     ([], 'GEMMs')
     """
-    hw = load_hardware(hardware)
-    needed = {part: name for part, (name, phases) in _PARTS.items() if phase in phases}
-    return [name for part, name in needed.items() if hw.section(part, dtype).status != "calibrated"]
+    served = hw.serving(load_engine(engine).stacks)
+    needed = {part: name for part, (name, phases) in PARTS.items() if phase in phases}
+    return [name for part, name in needed.items() if served.section(part, dtype).status != "calibrated"]
 
 
-def facts_html(answer: Answer) -> str:
-    """Of each GPU: the dense model's time, its memory, and whether the profile is calibrated for it."""
+def facts_html(answer: Answer, state: State) -> str:
+    """Of each GPU: the dense model's time, its memory, whether the profile is calibrated for it, and what is gained
+    beside time; and what the engine is."""
+    if not answer.table.records:
+        return ""
     dense: dict[str, Record] = {}
     for r in answer.table.records:
         dense.setdefault(r.hardware, r)
-    return _items((_fact(r) for r in dense.values()), "facts")
+    devices = {hw.label: hw for hw in map(load_hardware, answer.gpus)}
+    lacking = {name: uncalibrated_parts(hw, state.engine, state.phase, state.dtype) for name, hw in devices.items()}
+    pruned = {e.record.hardware: e.record for e in answer.details}
+    facts = (_fact(r, pruned.get(name), lacking[name]) for name, r in dense.items())
+    return _items(facts, "facts") + f'<p class="engine">{escape(load_engine(state.engine).title)}.</p>'
 
 
-def _fact(r: Record) -> str:
+def _fact(r: Record, pruned: Record | None, lacking: Sequence[str]) -> str:
     fits = f"{'fits' if r.dense_fits else 'does not fit'}, {size(r.dense_memory_bytes)} of {size(r.capacity_bytes)}"
-    lacking = uncalibrated_parts(r.hardware, r.phase, r.dtype)
     sure = f"calibrated but for {', '.join(lacking)}" if lacking else "calibrated"
     mood = "bad" if "GEMMs" in lacking else "soft" if lacking else "good"
     return (
         f"<b>{escape(r.hardware)}</b> dense {escape(seconds_between(r.dense_s, r.dense_lower, r.dense_upper))}"
         f'<span class="{"good" if r.dense_fits else "bad"}">{escape(fits)}</span>'
-        f'<span class="{mood}">{escape(sure)}</span>'
+        f'<span class="{mood}">{escape(sure)}</span><span class="gains">{escape(_gains(r, pruned))}</span>'
     )
+
+
+def _gains(r: Record, pruned: Record | None) -> str:
+    """Throughput, latencies and the largest batch of the dense model and of the pruned one."""
+    of_dense = _serving(r, r.dense_tokens_per_s, r.dense_ttft_s, r.dense_tpot_s, r.dense_largest_batch)
+    if pruned is None:
+        return f"dense: {', '.join(f'{name} {text}' for name, text in of_dense.items())}"
+    p = pruned
+    of_pruned = _serving(p, p.tokens_per_s, p.ttft_s, p.tpot_s, p.pruned_largest_batch)
+    parts = [f"{name} {text} → {of_pruned[name]}" for name, text in of_dense.items()]
+    return f"dense → {label(p.family)} at {percent(p.sparsity)}: {', '.join(parts)}"
+
+
+def _serving(r: Record, rate: float | None, ttft: float | None, tpot: float | None, batch: int) -> dict[str, str]:
+    """Numbers of a served model by name; latencies only where a request has both, else they are the time itself."""
+    out = {}
+    if rate is not None:
+        each = rate / r.devices
+        out["tokens/s per GPU"] = f"{each:,.0f}" if each >= 100 else f"{each:.1f}"
+    if ttft is not None and tpot is not None:
+        out |= {"TTFT": seconds(ttft), "TPOT": seconds(tpot)}
+    return out | {f"largest {batch_name(r.phase)}": f"{batch:,}"}
+
+
+def _conclusions(found: Answer) -> Iterable[str]:
+    """A sentence a waterfall, with the engine where there are two."""
+    if not found.versus:
+        return map(conclusion, found.details)
+    return (f"{e.record.engine}: {conclusion(e)}" for e in (*found.details, *found.versus))
 
 
 def table_html(answer: Answer, detail: str, at: float) -> str:

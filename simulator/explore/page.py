@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from types import MappingProxyType
 
 from simulator._version import __version__
+from simulator.engines.engine import list_engines, load_engine
 from simulator.explore.charts import CARDS
 from simulator.explore.dropped import PREFIX, read_token
 from simulator.explore.markup import paragraphs
@@ -20,15 +22,15 @@ from simulator.hardware.library import list_hardware
 from simulator.models.library import list_models
 from simulator.predict.settings import MAX_TOKENS
 from simulator.pruning import FAMILIES
-from simulator.workload import DTYPES, PHASES, RUNTIMES
+from simulator.workload import DTYPES, PHASES
 
 _SIGNS = dict(zip("osD^vPXdh", ("●○", "■□", "◆◇", "▲△", "▼▽", "✚✚", "✖✖", "◆◇", "⬢⬡")))
 """Markers of families as characters, filled and hollow."""
 
+_BATCH = '<span class="batch">Batch</span><span class="concurrency">Concurrency</span>'
+
 PLOTLY = "/_dash-component-suites/plotly/package_data/plotly.min.js"
 """Where Dash serves Plotly from."""
-
-RUNTIME_NAMES = {"cuda_graph": "CUDA graph", "eager": "eager"}
 
 
 def page_html(state: State, problems: Sequence[str], said: Mapping[str, str], parts: Mapping[str, str]) -> str:
@@ -59,7 +61,7 @@ def page_html(state: State, problems: Sequence[str], said: Mapping[str, str], pa
 <div class="summary">
 <p id="title" class="title">{said["title"]}</p>{facts}{notes}
 </div>
-<div class="grid" id="grid" data-wide="{"yes" if len(state.gpus) > 1 else "no"}">{cards}
+<div class="grid" id="grid" data-wide="{wide_cards(state)}">{cards}
 <section class="card whole"><div class="head"><h2 id="h-table">Table</h2>
 <button type="button" data-csv aria-label="Download the table as CSV">CSV</button></div>
 <div id="table" class="table" tabindex="0" role="region" aria-labelledby="h-table">{said["table"]}</div></section>
@@ -73,6 +75,11 @@ def page_html(state: State, problems: Sequence[str], said: Mapping[str, str], pa
 <footer>{parts["config"]}{parts["scripts"]}{parts["renderer"]}</footer>
 </body>
 </html>"""
+
+
+def wide_cards(state: State) -> str:
+    """Cards that take the whole width: all, those from the waterfall on, or none."""
+    return "all" if len(state.gpus) > 1 else "waterfall" if state.setting_versus else "no"
 
 
 def _card(name: str, title: str, about: str) -> str:
@@ -98,6 +105,11 @@ def _form(state: State) -> str:
     dropped = model_option(state)
     models = {name: name for name in list_models()} | (dict([dropped]) if dropped else {})
     choose = '<button type="button" id="choose">Open a config.json</button>'
+    engines = {name: load_engine(name).title for name in list_engines()}
+    dense = '<input type="number" id="dense" name="dense" min="0" step="any" placeholder="not measured" '
+    dense += (
+        f'title="Time of the whole pass on the one GPU; one number narrows every interval" value="{state.dense_text}">'
+    )
     sparsities = ", ".join(map(repr, state.sparsities))
     at = f'<input type="number" id="at" name="at" min="0" max="0.99" step="0.05" value="{state.at!r}">'
     return f"""<form id="controls" autocomplete="off">
@@ -111,14 +123,15 @@ def _form(state: State) -> str:
 <fieldset><legend>Workload</legend>
 {_radios("phase", "Phase", {name: name for name in PHASES}, state.phase)}
 <div class="pair">
-{_number("batch", "Batch", state.batch, MAX_TOKENS)}
+{_number("batch", _BATCH, state.batch, MAX_TOKENS)}
 {_number("seq", "Sequence", state.seq, MAX_TOKENS)}
 </div>
 <div class="pair">
 {_select("dtype", "Number format", {name: name for name in DTYPES}, state.dtype)}
 {_number("new", "New tokens", state.new_tokens, MOST_NEW_TOKENS)}
 </div>
-{_radios("runtime", "Runtime", {name: RUNTIME_NAMES[name] for name in RUNTIMES}, state.runtime)}
+{_select("engine", "Engine", dict(zip(engines, engines)), state.engine, engines)}
+<label class="field" for="dense">Measured dense time (ms){dense}</label>
 </fieldset>
 <fieldset><legend>Pruning</legend>
 <div class="checks families">{families}</div>
@@ -131,6 +144,7 @@ def _form(state: State) -> str:
 <label class="field" for="at">Sparsity{at}</label>
 </div>
 <p class="hint">For waterfall, roofline, bounds and map; always drawn.</p>
+{_select("versus", "Compare with engine", {"": "none", **dict(zip(engines, engines))}, state.versus, engines)}
 </fieldset>
 </form>"""
 
@@ -153,9 +167,16 @@ def _signed(name: str) -> str:
     return f'<span class="sign" aria-hidden="true" style="color:{style.color}">{sign}</span>{escape(label(name))}'
 
 
-def _select(name: str, title: str, choices: Mapping[str, str], chosen: str) -> str:
+def _select(
+    name: str, title: str, choices: Mapping[str, str], chosen: str, hints: Mapping[str, str] = MappingProxyType({})
+) -> str:
+    """A list; a hint is what a choice, or the list while that is chosen, says when it is pointed at."""
+
+    def hint(value: str) -> str:
+        return f' title="{escape(hints[value])}"' if value in hints else ""
+
     options = "".join(
-        f'<option value="{escape(value)}"{" selected" if value == chosen else ""}>{escape(text)}</option>'
+        f'<option value="{escape(value)}"{hint(value)}{" selected" if value == chosen else ""}>{escape(text)}</option>'
         for value, text in choices.items()
     )
     select = f'<select id="{name}" name="{name}">{options}</select>'

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 from urllib.parse import parse_qsl, quote
 
+from simulator.engines.engine import DEFAULT_ENGINE, list_engines
 from simulator.errors import InputError, one_line, unknown
 from simulator.explore.dropped import PREFIX, read_token
 from simulator.hardware.library import load_hardware, shipped_names
@@ -20,6 +21,7 @@ from simulator.models.config import ModelConfig
 from simulator.models.library import list_models, load_model
 from simulator.predict.settings import MAX_TOKENS, Setting, check_fraction, once, one_of, whole_number
 from simulator.pruning import FAMILIES
+from simulator.units import parse_quantity
 from simulator.workload import PHASES
 
 MOST_SPARSITIES = 25
@@ -42,16 +44,18 @@ class State:
 
     model: str = "llama-3.1-8b"  # a name, a path (report only), or the token of a dropped config.json
     gpus: tuple[str, ...] = ("h100_sxm",)  # names of profiles, or paths (report only)
-    families: tuple[str, ...] = ("depth", "width", "semi_structured", "low_rank", "dynamic_depth")  # with a curve
+    families: tuple[str, ...] = ("depth", "width", "low_rank", "dynamic_depth")  # with a curve
     sparsities: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)  # points of the curves, [0, 1)
     phase: str = "prefill"
     batch: int = 1  # sequences
     seq: int = 2048  # tokens of each
-    new_tokens: int = 128  # that a generate decodes
-    runtime: str = "cuda_graph"
+    new_tokens: int = 128  # that a generate or a serve decodes of each
+    engine: str = DEFAULT_ENGINE  # a name, or a path (report only)
     dtype: str = "bf16"
     detail: str = "width"  # family of waterfall, roofline and bounds; always drawn
     at: float = 0.5  # sparsity of waterfall, roofline and map, [0, 1); always a point of the curves
+    dense_ms: float | None = None  # measured time of the dense model on the one GPU, ms
+    versus: str = ""  # engine whose waterfall stands beside, if any
 
     def __post_init__(self) -> None:
         for name, values in (("gpu", self.gpus), ("family", self.families), ("sparsity", self.sparsities)):
@@ -69,12 +73,28 @@ class State:
         whole_number("new", self.new_tokens, MOST_NEW_TOKENS)
         if self.batch * self.seq > MAX_TOKENS and self.phase != "decode":
             raise InputError(f"batch {self.batch} x seq {self.seq}: expected at most {MAX_TOKENS} tokens in a pass")
-        _ = self.setting  # checks runtime and dtype
+        if self.dense_ms is not None and not 0.0 < self.dense_ms < 1e9:
+            raise InputError(f"dense {self.dense_ms!r}: expected a positive number of milliseconds")
+        _ = self.setting, self.setting_versus  # checks engines and dtype
 
     @property
     def setting(self) -> Setting:
         """How the model is run."""
-        return Setting(new_tokens=self.new_tokens, runtime=self.runtime, dtype=self.dtype)
+        known = self.dense_ms is not None and len(self.gpus) == 1
+        dense_s = parse_quantity(f"{self.dense_text}ms", "s") if known else None  # as a command reads it
+        return Setting(new_tokens=self.new_tokens, engine=self.engine, dtype=self.dtype, dense_s=dense_s)
+
+    @property
+    def dense_text(self) -> str:
+        """The measured time as a person types it, ms; empty where there is none."""
+        return "" if self.dense_ms is None else repr(self.dense_ms).removesuffix(".0")
+
+    @property
+    def setting_versus(self) -> Setting | None:
+        """The same in the engine beside; a measured time says nothing of it."""
+        if self.versus in ("", self.engine):
+            return None
+        return replace(self.setting, engine=self.versus, dense_s=None)
 
     @property
     def drawn(self) -> tuple[str, ...]:
@@ -113,11 +133,7 @@ def _gpu(text: str) -> str:
 
 
 def _fraction(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        raise InputError(f"sparsity {text!r}: expected a number") from None
-    return check_fraction(number)
+    return check_fraction(_number("sparsity", text))
 
 
 def _whole(key: str, text: str) -> int:
@@ -127,6 +143,23 @@ def _whole(key: str, text: str) -> int:
     except ValueError:
         pass
     raise InputError(f"{key} {text!r}: expected a whole number")
+
+
+def _engine(_: str, text: str) -> str:
+    """The name of a shipped engine, never a path."""
+    return one_of("engine", text.strip(), list_engines())
+
+
+def _maybe(check: Callable[[str, str], Any], absent: Any) -> Callable[[str, str], Any]:
+    """A value that may be left empty."""
+    return lambda key, text: check(key, text) if text.strip() else absent
+
+
+def _number(key: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"{key} {text!r}: expected a number") from None
 
 
 def _word(_: str, text: str) -> str:
@@ -154,10 +187,12 @@ KEYS: Mapping[str, tuple[str, Callable[[str, str], Any]]] = MappingProxyType({
     "batch": ("batch", _whole),
     "seq": ("seq", _whole),
     "new": ("new_tokens", _whole),
-    "runtime": ("runtime", _word),
+    "engine": ("engine", _engine),
     "dtype": ("dtype", _word),
     "detail": ("detail", _word),
     "at": ("at", lambda _, text: _fraction(text)),
+    "dense": ("dense_ms", _maybe(_number, None)),
+    "versus": ("versus", _maybe(_engine, "")),
 })
 # fmt: on
 """Keys of a query, the fields of a state they stand for, and what reads their values."""
@@ -176,7 +211,9 @@ def to_query(state: State) -> str:
 
 
 def _text(value: Any, comma: str = ",") -> str:
-    return comma.join(map(str, value)) if isinstance(value, tuple) else str(value)
+    if isinstance(value, tuple):
+        return comma.join(map(str, value))
+    return "" if value is None else str(value)
 
 
 def read_query(query: str) -> tuple[State, tuple[str, ...]]:
@@ -222,5 +259,5 @@ def _read(query: str) -> tuple[State, list[tuple[str, str]]]:
             replace(default, **{name: value})  # alone, so that a bad value is not blamed on another one
             state = replace(state, **{name: value})
         except InputError as error:
-            problems.append((one_line(str(error), 300), f"shown with {_text(shown, ', ')}"))
+            problems.append((one_line(str(error), 300), f"shown with {_text(shown, ', ') or 'none'}"))
     return state, problems

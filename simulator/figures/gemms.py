@@ -30,9 +30,10 @@ def staircase(p: Paper) -> Made:
     used = [hw.label for hw, panel in zip(p.devices, panels) if np.size(panel.measured)]
     named = "; ".join(f"{name}: {p.measured[name].source}" for name in used)
     caption = (
-        f"Staircases of tile and wave quantisation, {p.setting.dtype}. Top: time of the fused q, k, v projection of "
-        f"{p.model.name} over the tokens; middle: its rate; bottom: time of the gate projection as width pruning "
-        f"narrows it, cold weights. Line: prediction; band: {p.interval}; dashed: datasheet roofline"
+        f"Staircases of tile and wave quantisation, {p.setting.dtype}, single GEMMs outside any engine. Top: time of "
+        f"the fused q, k, v projection of {p.model.name} over the tokens; middle: its rate; bottom: time of the gate "
+        "projection as width pruning narrows it, cold weights. Line: prediction; band: "
+        f"{p.interval}; dashed: datasheet roofline"
     )
     caption += f"; circles: measured ({named})." if named else "."
     return staircase_figure(panels, interval=p.interval), caption, ()
@@ -100,7 +101,7 @@ def scatter(p: Paper) -> Made:
     held = all(c.held_out for c in clouds)
     fitted = "held-out predictions" if held else "some of these rows may have been used to fit the profiles"
     caption = (
-        f"Predicted against measured times of {p.setting.dtype} GEMMs, and their ratio (dashed: 10 %); colour is "
-        f"the density of rows; {fitted}. {'; '.join(words)}."
+        f"Predicted against measured times of single {p.setting.dtype} GEMMs, and their ratio (dashed: 10 %); colour "
+        f"is the density of rows; {fitted}. {'; '.join(words)}."
     )
     return scatter_figure(clouds), caption, ()

@@ -6,6 +6,7 @@ Use :func:`panel_grid` where rows and columns mean something, :func:`panel_list`
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -61,12 +62,16 @@ def log_ticks(low: float, high: float, most: int) -> list[float]:
     [0.8, 1.0, 1.25, 1.5, 2.0]
     >>> log_ticks(0.9, 350.0, 4)
     [1.0, 10.0, 100.0]
+    >>> log_ticks(165.0, 930.0, 6)
+    [200.0, 300.0, 500.0, 700.0]
     """
     ticks: list[float] = []
     for mantissas in _MANTISSAS:
         every = sorted({float(f"{m}e{power}") for power in range(-9, 19) for m in mantissas})
         ticks = [t for t in every if low <= t <= high]
-        if len(ticks) <= most:
+        # fine mantissas are for short ranges; they leave out most of a decade
+        widest = max(b / a for a, b in itertools.pairwise([low, *ticks, high]))
+        if len(ticks) <= most and (widest < 2.6 or len(mantissas) < 3):
             break
     return ticks
 

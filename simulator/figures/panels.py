@@ -1,7 +1,8 @@
 """From predictions to the figures that show them; the paper's figures, the command line and the page draw these.
 
 :func:`steps_of` and :func:`roof_of` are panels of an :class:`simulator.predict.table.Explanation`; :func:`speedups_of`
-is the figure of a table of records, :func:`fronts_of` that of frontiers.
+is the figure of a table of records, :func:`fronts_of` that of frontiers. :func:`placed` says where a record's engine
+stands.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 SPEEDUP = {"speedup": "speedup", "lower": "speedup_lower", "upper": "speedup_upper"}
 """Columns of figures that show speedups, and the attributes they come from."""
 
+MOST_ACROSS = 3
+"""Columns that are named by device and engine; names of more would run into each other."""
+
 
 def columns(rows: Iterable[Any], **names: str) -> dict[str, Any]:
     """Attributes of some rows, a list each, under the names that a figure has for them."""
@@ -35,27 +39,49 @@ def interval(level: float) -> str:
     return f"{100 * level:.4g} % interval"
 
 
-def across(devices: int) -> int | None:
-    """Panels in a row: the devices, where there are two or three of them."""
-    return devices if devices in (2, 3) else None
+def device(r: Any) -> str:
+    """Device and engine of a record or a frontier."""
+    return f"{r.hardware}, {r.engine}"
+
+
+def across(devices: int, engines: int = 1) -> int | None:
+    """Panels in a row: the devices, or the engines of one device, where there are two or three of them."""
+    panels = devices if devices > 1 else engines
+    return panels if panels in (2, 3) else None
+
+
+def placed(found: Sequence[Any], rows: Sequence[str]) -> dict[str, list[str]]:
+    """Labels of the row and the column of each record: devices with their engines side by side while these are few,
+    else devices or engines, of which there are more, and the others below one another.
+
+    >>> from simulator.predict.table import table
+    >>> few = table(["llama-3.1-8b"], ["h100"], ["depth"], [0.25], engine=["vllm", "hf"])
+    >>> placed(few.records, ["prefill"] * 2)
+    {'row': ['prefill', 'prefill'], 'column': ['h100_sxm, vllm', 'h100_sxm, hf']}
+    """
+    if len({device(r) for r in found}) <= MOST_ACROSS:
+        return {"row": list(rows), "column": [device(r) for r in found]}
+    devices, engines = [r.hardware for r in found], [r.engine for r in found]
+    column, other = (devices, engines) if len(set(devices)) >= len(set(engines)) else (engines, devices)
+    return {"row": [f"{row}, {more}" for row, more in zip(rows, other, strict=True)], "column": column}
 
 
 def speedups_of(records: Sequence[Record], rows: Sequence[str]) -> Figure:
     """Speedup against sparsity with the FLOP and the roofline bound; a label of its row for each record."""
     from simulator.figures.speedup import speedup_figure
 
-    found = columns(records, column="hardware", family="family", sparsity="sparsity", **SPEEDUP)
+    found = columns(records, family="family", sparsity="sparsity", **SPEEDUP) | placed(records, rows)
     bounds = {"FLOP bound": [r.flop_bound for r in records], "roofline bound": [r.roofline_bound for r in records]}
-    return speedup_figure(row=rows, bounds=bounds, interval=interval(records[0].level), **found)
+    return speedup_figure(bounds=bounds, interval=interval(records[0].level), **found)
 
 
 def fronts_of(fronts: Sequence[Front], rows: Sequence[str]) -> Figure:
     """Speedup against quality loss; a label of its row for each frontier."""
     from simulator.figures.pareto import pareto_figure
 
-    points = [(label, front.hardware, point) for front, label in zip(fronts, rows) for point in front.points]
-    found = columns((p for _, _, p in points), family="family", method="method", loss="loss", **SPEEDUP)
-    found |= {"row": [label for label, _, _ in points], "column": [device for _, device, _ in points]}
+    found = columns((p for f in fronts for p in f.points), family="family", method="method", loss="loss", **SPEEDUP)
+    for name, labels in placed(fronts, rows).items():
+        found[name] = [label for front, label in zip(fronts, labels, strict=True) for _ in front.points]
     axis, level = fronts[0].axis, fronts[0].level
     return pareto_figure(**found, axis=axis.metric, protocol=axis.protocol, interval=interval(level))
 
@@ -66,7 +92,7 @@ def steps_of(e: Explanation, title: str) -> Steps:
     >>> from simulator.predict.table import explanations
     >>> (e,) = explanations("llama-3.1-8b", ["h100"], "width", 0.25)
     >>> steps_of(e, "h100").names[-1], bool(steps_of(e, "h100").lower == e.record.speedup_lower)
-    ('launch or host time', True)
+    ('host time', True)
     """
     (nominal, *steps), r = e.steps, e.record
     names, factors = [s.name for s in steps], [s.factor for s in steps]
@@ -78,7 +104,7 @@ def roof_of(e: Explanation, title: str, *, layers_only: bool = False) -> Roof:
     out the head, which computes one position of a prompt and lies far off the others.
     """
     models = [w.take(w.layer >= 0) if layers_only else w for w in (e.dense, e.pruned)]
-    points = [gemm_points(w, e.hardware, e.record.runtime) for w in models]
+    points = [gemm_points(w, e.hardware) for w in models]
     names = [name for p in points for name in p.role]
     intensity, achieved = ([v for p in points for v in getattr(p, c)] for c in ("intensity", "achieved_flop_per_s"))
     pruned = [False] * len(points[0].role) + [True] * len(points[1].role)

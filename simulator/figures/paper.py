@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from simulator.engines.engine import load_engine, sparse24_engines
 from simulator.errors import InputError, unknown
 from simulator.figures.gemms import scatter, staircase
 from simulator.figures.kept import SKIPPED_PAIRS, kept_axes
-from simulator.figures.panels import SPEEDUP, across, columns, fronts_of, roof_of, speedups_of, steps_of
+from simulator.figures.panels import SPEEDUP, across, columns, device, fronts_of, placed, roof_of, speedups_of, steps_of
 from simulator.figures.style import label
 from simulator.figures.subject import Made, Paper
 from simulator.models.library import load_model
@@ -81,27 +82,39 @@ def _where(r: Record) -> str:
     return f"{r.phase}, batch {r.batch}"
 
 
+def _has_sparse24(p: Paper, engine: str) -> bool:
+    """Whether an engine has 2:4 kernels for the paper's number format; bare kernels ("") are all there are."""
+    return not engine or p.setting.dtype in load_engine(engine).sparse24
+
+
+def _without_sparse24(p: Paper) -> str:
+    """What a caption says where its figure leaves 2:4 out."""
+    has = _has_sparse24(p, p.setting.engine)
+    return "" if has else f" 2:4 is left out: {p.setting.engine_name} has no kernels for it."
+
+
 def _taxonomy(p: Paper) -> Made:
     from simulator.figures.taxonomy import taxonomy_figure
 
     kept = np.full((len(FAMILIES), len(OPERATORS), 3), np.nan)
-    adds = []
+    adds, unfused = [], replace(p.setting, engine="")
     for i, (name, family) in enumerate(FAMILIES.items()):
         phase = "prefill" if "prefill" in family.support else "decode"
-        dense = p.setting.lower(p.model, phase, 1, p.seq)
+        dense = unfused.lower(p.model, phase, 1, p.seq)
         pruned = prune(dense, name, MAP_SPARSITY)
         for j, roles in enumerate(OPERATORS.values()):
             kept[i, j] = kept_axes(dense, pruned, roles, SKIPPED_PAIRS.get(name, "N"))
-        whole = prune(p.setting.lower(p.model, "prefill", 1, p.seq), name, MAP_SPARSITY)
+        whole = prune(unfused.lower(p.model, "prefill", 1, p.seq), name, MAP_SPARSITY)
         extra = dict.fromkeys(ROLES[code] for code in whole.role[whole.overhead])
         adds.append(", ".join(extra) or ("one more GEMM each" if (pruned.stage == 2).any() else ""))
     axes = [family.axis.replace("->", "→") for family in FAMILIES.values()]
     figure = taxonomy_figure(list(FAMILIES), axes, list(OPERATORS), kept, adds)
     caption = (
         "What each pruning family leaves of the logical M (tokens over all layers), N (output features) and K (input "
-        f"features) of the GEMMs of {p.model.name} at {100 * MAP_SPARSITY:.0f} % sparsity, in per cent where less than "
-        f"all, and the operators it adds. Prefill of {p.seq} tokens; KV cache: decode. In q · kᵀ, M are queries, N "
-        "keys and K the features of all heads. Hollow markers: decided per token at inference."
+        f"features) of the GEMMs of {p.model.name} (projections as in the checkpoint, outside any engine) at "
+        f"{100 * MAP_SPARSITY:.0f} % sparsity, in per cent where less than all, and the operators it adds. Prefill of "
+        f"{p.seq} tokens; KV cache: decode. In q · kᵀ, M are queries, N keys and K the features of all heads. Hollow "
+        "markers: decided per token at inference."
     )
     return figure, caption, ()
 
@@ -110,7 +123,7 @@ def _roofline(p: Paper) -> Made:
     from simulator.figures.roofline import roofline_figure
 
     roofs = [
-        roof_of(e, f"{e.record.hardware}\n{_where(e.record)}", layers_only=True)
+        roof_of(e, f"{device(e.record)}\n{_where(e.record)}", layers_only=True)
         for phase, batch in ROOFLINE_CASES
         for e in explanations(
             p.model, p.devices, ROOFLINE_FAMILY, ROOFLINE_SPARSITY, [phase], [batch], [p.seq], setting=p.setting
@@ -132,7 +145,7 @@ def _speedup(p: Paper) -> Made:
         f"Predicted speedup of every family at {percents} sparsity with its {p.interval} and its bounds: "
         f"{p.setting_text}, prompt or cache of {p.seq} tokens. A dot left of 1 is slower than the dense model."
     )
-    return figure, caption, found.notes
+    return figure, caption + _without_sparse24(p), found.notes
 
 
 def _efficiency(p: Paper) -> Made:
@@ -143,7 +156,7 @@ def _efficiency(p: Paper) -> Made:
     )
     records = [r for r in found if r.family != "unstructured"]
     shares = [r.efficiency if r.roofline_bound >= LEAST_BOUND else float("nan") for r in records]
-    cells = columns(records, row="phase", column="hardware", family="family", batch="batch")
+    cells = columns(records, family="family", batch="batch") | placed(records, [r.phase for r in records])
     figure = efficiency_figure(efficiency=shares, **cells)
     caption = (
         "Efficiency to the bound, (speedup - 1) / (roofline bound - 1), by family and batch at "
@@ -151,27 +164,31 @@ def _efficiency(p: Paper) -> Made:
         "roofline grants; 0: no faster than dense; negative: slower; above 1: what remains runs at a better rate than "
         f"what was removed; a dash: the bound promises less than {100 * (LEAST_BOUND - 1):.0f} %."
     )
-    return figure, caption, ()
+    return figure, caption + _without_sparse24(p), ()
 
 
 def _waterfall(p: Paper) -> Made:
     from simulator.figures.waterfall import waterfall_figure
 
-    panels, notes = [], []
+    panels, notes, own = [], [], p.setting.engine
+    sparse24 = next((name for name in (own, *sparse24_engines()) if _has_sparse24(p, name)), own)
     for family, sparsity, phase, batch in WATERFALL_CASES:
+        setting = replace(p.setting, engine=sparse24) if family == "semi_structured" else p.setting
         try:
-            found = explanations(p.model, p.devices, family, sparsity, [phase], [batch], [p.seq], setting=p.setting)
+            found = explanations(p.model, p.devices, family, sparsity, [phase], [batch], [p.seq], setting=setting)
         except InputError as error:  # no sparse tensor cores
             notes.append(f"waterfall of {family}: {error}")
             continue
         panels += [
-            steps_of(e, f"{e.record.hardware}\n{label(family)}, {100 * sparsity:.0f} %\n{_where(e.record)}")
+            steps_of(e, f"{device(e.record)}\n{label(family)}, {100 * sparsity:.0f} %\n{_where(e.record)}")
             for e in found
         ]
     caption = (
         f"Where the promise of 1/(1 - s) goes: {p.setting_text}, {p.seq} tokens. Each step multiplies the speedup "
         f"before it, orange for a loss, hatched green for a gain; the last bar is the prediction with its {p.interval}."
     )
+    if sparse24 != own and not notes:
+        caption += f" 2:4 is shown in {sparse24}: {p.setting.engine_name} has no kernels for it."
     return waterfall_figure(panels, columns=across(len(p.devices))), caption, tuple(notes)
 
 
@@ -183,19 +200,20 @@ def _crossover(p: Paper) -> Made:
         [p.model], p.devices, ["all"], [MAP_SPARSITY], ["prefill", "decode"], BATCHES, LENGTHS, setting=p.setting
     )
     records = found.records
-    cells: dict[tuple[str, str, int, int], int] = {}
-    where = [cells.setdefault((r.phase, r.hardware, r.batch, r.seq), len(cells)) for r in records]
+    numbers: dict[tuple[str, str, int, int], int] = {}
+    where = [numbers.setdefault((r.phase, r.hardware, r.batch, r.seq), len(numbers)) for r in records]
     won = fastest(where, [r.family for r in records], **columns(records, **SPEEDUP))
     best = [records[i] for i in won.row]
     winner = [r.family if gains else "" for r, gains in zip(best, won.gains)]
-    names = {"row": "phase", "column": "hardware", "batch": "batch", "seq": "seq", "speedup": "speedup"}
-    figure = crossover_figure(winner=winner, sure=won.sure, **columns(best, fits="dense_fits", **names))
+    cells = columns(best, batch="batch", seq="seq", speedup="speedup", fits="dense_fits")
+    cells |= placed(best, [r.phase for r in best])
+    figure = crossover_figure(winner=winner, sure=won.sure, **cells)
     caption = (
         f"Which family is fastest at {100 * MAP_SPARSITY:.0f} % sparsity, by batch and sequence, and its speedup: "
         f"{p.setting_text}. Equal sparsity is not equal quality. Pale: another family's {p.interval} reaches the "
         "winner's. A dark corner: the dense model does not fit the device's memory."
     )
-    return figure, caption, ()
+    return figure, caption + _without_sparse24(p), ()
 
 
 def _pareto(p: Paper) -> Made:
@@ -221,6 +239,8 @@ def _pareto(p: Paper) -> Made:
         f"{p.seq} tokens. Quality: {axis.metric}, {axis.protocol} ({sources}). Faint points are beaten by another; the "
         "strip names the fastest family within each quality budget."
     )
+    if any(q.family == "semi_structured" for q in table.on_axis(axis).rows):
+        caption += _without_sparse24(p)
     return figure, caption, (*notes, *more)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from simulator.errors import InputError
-from simulator.figures.layout import fixed_ticks, in_a_row, panel_list, settled
+from simulator.figures.layout import fixed_ticks, in_a_row, log_ticks, panel_list, settled
 from simulator.figures.style import BLUE, PALE_INK, paper_style
 
 if TYPE_CHECKING:
@@ -28,12 +28,13 @@ RATIO = 1.6
 
 @dataclass(frozen=True)
 class Cloud:
-    """Measured and predicted times of one device, s; ``held_out``: the prediction never saw these measurements."""
+    """Measured and predicted times of one device or engine, s."""
 
     title: str
     measured_s: ArrayLike
     predicted_s: ArrayLike
-    held_out: bool = False
+    held_out: bool = False  # the prediction never saw these measurements
+    what: str = "GEMMs"  # the times are of
 
 
 @dataclass(frozen=True)
@@ -117,16 +118,19 @@ def _pair(first: Axes, second: Axes, cloud: Cloud) -> None:
     second.set_yticks([0.7, 0.9, 1.1, 1.4], ["0.7", "0.9", "1.1", "1.4"])
     second.minorticks_off()
     a = agreement(cloud.measured_s, cloud.predicted_s)
-    lines = [f"{a.count:,} GEMMs{', held out' if cloud.held_out else ''}", f"mean error {100 * a.mean:.1f} %"]
+    lines = [f"{a.count:,} {cloud.what}{', held out' if cloud.held_out else ''}", f"mean error {100 * a.mean:.1f} %"]
     lines += [f"median {100 * a.median:.1f} %, 95th {100 * a.p95:.0f} %"]
     where: dict[str, Any] = {"transform": first.transAxes, "ha": "left", "va": "top"}
     first.text(0.04, 0.97, "\n".join(lines), fontsize=6, linespacing=1.25, zorder=5, **where)
 
 
 def _time_axis(axis: Any, low: float, high: float) -> None:
-    """Powers of ten of a microsecond on a logarithmic axis, written with the unit that suits each; at most four."""
+    """Powers of ten of a microsecond on a logarithmic axis, other round numbers where it has fewer than two of them; at
+    most four, each written with the unit that suits it.
+    """
     powers = np.arange(np.ceil(np.log10(low)), np.floor(np.log10(high)) + 1)
-    fixed_ticks(axis, [float(10.0**e) for e in powers[:: -(-len(powers) // 4) or 1]], lambda value, _: time_text(value))
+    ticks = [float(10.0**e) for e in powers[:: -(-len(powers) // 4) or 1]]
+    fixed_ticks(axis, ticks if len(ticks) > 1 else log_ticks(low, high, 4), lambda value, _: time_text(value))
 
 
 def time_text(microseconds: float) -> str:

@@ -30,15 +30,14 @@ class Paper:
 
     model: ModelConfig
     devices: tuple[HardwareProfile, ...]
-    setting: Setting = field(default_factory=Setting)  # number formats, runtime
+    setting: Setting = field(default_factory=Setting)  # number formats, engine
     seq: int = 2048  # tokens of a prompt, or positions of a cache, where a figure does not vary them
     measured: Mapping[str, MeasuredGemms] = field(default_factory=dict)  # by device, to show beside predictions
 
     @property
     def setting_text(self) -> str:
-        """Model, number format and runtime in words."""
-        runtime = "CUDA graphs" if self.setting.runtime == "cuda_graph" else "eager mode"
-        return f"{self.model.name}, {self.setting.dtype}, {runtime}"
+        """Model, number format and engine in words."""
+        return f"{self.model.name}, {self.setting.dtype}, {self.setting.engine_name}"
 
     @property
     def interval(self) -> str:

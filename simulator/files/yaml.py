@@ -60,10 +60,10 @@ class Problems:
         found = sorted(self._found, key=lambda p: p[:2])
         return [one_line(f"{self.file}:{line}:{column}: {key}: {reason}") for line, column, key, reason in found]
 
-    def error(self) -> InputError:
-        """The first problem, and how many more there are."""
+    def error(self, command: str = "hardware") -> InputError:
+        """The first problem, and how many more there are, which ``prunesim COMMAND check`` tells."""
         first, *rest = self.lines
-        return InputError(first + (f" (and {len(rest)} more: prunesim hardware check {self.file})" if rest else ""))
+        return InputError(first + (f" (and {len(rest)} more: prunesim {command} check {self.file})" if rest else ""))
 
 
 def join(path: str, key: str) -> str:
@@ -84,7 +84,7 @@ def read_text(path: Path, problems: Problems) -> str | None:
             if len(raw) <= MAX_BYTES:
                 return raw.decode("utf-8-sig")
             large = f"is larger than {MAX_BYTES / 1e6:g} MB"
-            reason = f"{large}; a profile has a few kB, arrays belong in the .npz beside it"
+            reason = f"{large}; a profile or an engine has a few kB; a profile's arrays belong in the .npz beside it"
         else:
             reason = f"is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}; expected a YAML file"
     except UnicodeDecodeError as error:

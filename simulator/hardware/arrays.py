@@ -46,7 +46,7 @@ _ANCHOR: tuple[tuple[str, tuple[int, ...], str, float, float], ...] = (
     ("own", (), "(rows,)", 0.0, MOST_LOG**2),
     ("local", (), "(rows,)", 0.0, MOST_LOG),
     ("place", (3,), "(rows, 3)", -100.0, 100.0),
-    ("kind", (), "(rows,)", 0.0, len(Kind) - 1.0),
+    ("kind", (), "(rows,)", 0.0, float(len(Kind))),
 )
 # fmt: on
 

@@ -58,8 +58,10 @@ _STUDY = ("study of kernel tables (A100, H100): floors 1.6-3.8 us, 0.36-1.05 of 
 _RTX = f"fit on rtx4090_other_ops.csv (RTX 4090); elsewhere: {_STUDY}"
 _GRAPH = ("0: operator times are fitted on CUDA-graph replays and hold the gap; a profile fitted on bare kernel times "
     "sets it")
-_EAGER = ("uncalibrated default; PyTorch spends about 5-25 us of host time before each kernel "
-    "(public notes on its dispatcher)")
+_EAGER = ("geometric mean of two hosts, 10.1 us (H20) and 27.1 us (L4), of which published_dense.csv has eager "
+    "Transformers at batch 1 among the rows fitted on")
+_LOADED = ("ampere: published prefill times on an A100 among the rows fitted on (MInference, TriangleMix; "
+    "published_dense.csv); others: no sign of it (RTX PRO 6000, H100)")
 _NCCL = (f"NCCL and engine all-reduce tables of {_AIC} (a100_sxm, h100_sxm, b200_sxm, l40s, rtx_pro_6000_server; 2, 4 "
     "and 8 devices)")
 
@@ -189,7 +191,10 @@ RUNTIME_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
         "idle time between two kernels of a CUDA graph that the kernels' own times do not hold yet", other=0.0),
     "host_op_s": _row("s", 1e-7, 1e-3, _EAGER,
         "host time to launch one kernel from an eager framework (interpreter, dispatcher, driver)",
-        other=10e-6, cpu=5e-6),
+        other=16.5e-6, cpu=5e-6),
+    "sustained": _row("1", 1.0, 2.0, _LOADED,
+        "time of compute-bound GEMMs in a whole pass over that in a short benchmark: clocks fall under load",
+        other=1.0, ampere=1.12),
 })
 
 COLLECTIVE_CONSTANTS: Mapping[str, Constant] = MappingProxyType({

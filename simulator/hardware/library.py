@@ -13,8 +13,9 @@ from types import MappingProxyType
 from simulator.errors import InputError, unknown
 from simulator.files.yaml import Problems, read_text
 from simulator.hardware.arrays import Arrays, read_archive, read_arrays
-from simulator.hardware.profile import STACKS, HardwareProfile, lent, preferring
+from simulator.hardware.profile import HardwareProfile, lent, preferring
 from simulator.hardware.schema import plain_name, profile_from_text, stack_from_text
+from simulator.workload import STACKS
 
 _STACK_FILE = re.compile(rf"\.({'|'.join(STACKS)})\.ya?ml$")
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from simulator.errors import InputError, unknown
 from simulator.files.fields import Number
 from simulator.hardware.constants import CONSTANTS
+from simulator.workload import STACKS
 
 ARCHITECTURES: tuple[str, ...] = ("ampere", "ada", "hopper", "blackwell", "blackwell_sm100", "cpu")
 OPERATORS: tuple[str, ...] = tuple(CONSTANTS)
@@ -32,12 +33,10 @@ LABELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """Number formats of a section beside the arithmetic ones -> the arithmetic they need: 8- and 4-bit weights alone, and
 fp8 with a scale for every block of weights."""
 
-STACKS: tuple[str, ...] = ("sglang", "trtllm", "vllm", "torch")
-"""Software whose kernels a section may be fitted on, the one that is preferred where nobody asks first."""
-
-OTHER_STACK, SAME_STACK = 1.25, 0.5
+OTHER_STACK, ENGINE_STACK, SAME_STACK = 1.25, 1.0, 0.5
 """Factors on the prior of what stacks and labs differ by: for a section fitted on another stack than the user's, judged
-on stacks and labs left out; and for the user's own, whose kernels still run among others."""
+on stacks and labs left out; on the stack of the engine asked for, in another version; and on the user's own, whose
+kernels still run among others."""
 
 _TWINS = {"bf16": "fp16", "fp16": "bf16"}
 Rows = Annotated[int, Number(0, 1e12, "400", whole=True)]
@@ -149,6 +148,8 @@ class HardwareProfile:
         default_factory=dict
     )  # the preferred by default first
     stack: str = ""  # preferred: its sections come first; "" where there is none, or for a calibration of one's own
+    pinned: bool = False  # the preferred stack was asked for by name: it stays whatever the engine
+    engine_stack: str = ""  # whose kernels the engine runs, in :meth:`serving`
     stacks_of: str = ""  # profile of a sibling whose stacks this one borrows
     same_stack: bool = False  # whether the user's stack is the preferred one
     anchor: Anchor | None = None
@@ -156,20 +157,30 @@ class HardwareProfile:
 
     @property
     def label(self) -> str:
-        """The name, with "@stack" where that is not the one preferred by default (:func:`load_hardware` takes it), and
-        whether local rows move it."""
-        name = self.name if self.stack == next(iter(self.stacks), self.stack) else f"{self.name}@{self.stack}"
+        """The name, with "@stack" where one was asked for (:func:`load_hardware` takes it), and whether local rows move
+        it."""
+        name = f"{self.name}@{self.stack}" if self.pinned else self.name
         return f"{name} (anchored)" if self.anchor is not None else name
 
     def on(self, stack: str) -> HardwareProfile:
-        """The same device, its sections those of a stack before those of others; InputError, which names the stacks
-        that there are, for one that it does not have. The same stack gives the same object.
+        """The same device, its sections those of a stack before those of others, whatever engine runs on it. The same
+        stack gives the same object; InputError, which names those that there are, for one that it does not have.
 
         >>> from simulator.hardware.library import load_hardware
         >>> load_hardware("h100").on("trtllm").section("gemm", "bf16").status
         'calibrated'
         """
-        return self if stack == self.stack else _on(self, stack)
+        return self if self.pinned and stack == self.stack else _on(self, stack)
+
+    def serving(self, stacks: tuple[str, ...]) -> HardwareProfile:
+        """The same device as an engine runs it: sections of the first of some stacks that it has. A stack asked for by
+        name, or a calibration of one's own, stays.
+
+        >>> from simulator.hardware.library import load_hardware
+        >>> load_hardware("h100").serving(("torch", "trtllm")).stack
+        'trtllm'
+        """
+        return _serving(self, stacks) if stacks and not self.engine_stack else self
 
     def calibrated(self, sections: Mapping[tuple[str, str], Section]) -> HardwareProfile:
         """The same device with sections of a calibration of one's own."""
@@ -178,9 +189,11 @@ class HardwareProfile:
 
     def spread(self, section: Section) -> tuple[float, float]:
         """Factors on the prior of log errors of a section's times: on those that all share, and on each one's own."""
-        own = self.same_stack and self.anchor is None
-        own = own and section.status == "calibrated" and section.stack == self.stack
-        return (SAME_STACK, section.spread) if own else (OTHER_STACK, max(section.spread, 1.0))
+        fitted = section.status == "calibrated" and section.stack == self.stack
+        if fitted and self.same_stack and self.anchor is None:
+            return SAME_STACK, section.spread
+        engines = fitted and section.stack == self.engine_stack != ""
+        return ENGINE_STACK if engines else OTHER_STACK, max(section.spread, 1.0)
 
     @property
     def clock_headroom(self) -> float:
@@ -269,18 +282,18 @@ def formats_of(label: str, rates: Iterable[str]) -> tuple[str, str]:
 
 
 def preferring(
-    profile: HardwareProfile, stacks: Mapping[str, Mapping[tuple[str, str], Section]], stack: str = ""
+    profile: HardwareProfile, stacks: Mapping[str, Mapping[tuple[str, str], Section]], *first: str
 ) -> HardwareProfile:
-    """A profile with stacks: the sections of one (by default the first there is: a calibration of one's own, then in
-    the order of :data:`STACKS`), then what others have beside it, borrowed."""
+    """A profile with stacks: the sections of the first of some (none: a calibration of one's own, then in the order of
+    :data:`STACKS`), then what the others have beside it, borrowed in that order."""
     stacks = {name: stacks[name] for name in ("", *STACKS) if stacks.get(name)}
     if not stacks:
         return profile
-    stack = stack or next(iter(stacks))
+    stack, *others = dict.fromkeys((*(name for name in first if name in stacks), *stacks))
     sections = dict(stacks[stack])
-    for name, others in stacks.items():
+    for name in others:
         origin = f"{profile.name} {name or 'own calibration'}"
-        sections |= {key: _borrowed(section, origin) for key, section in others.items() if key not in sections}
+        sections |= {key: _borrowed(section, origin) for key, section in stacks[name].items() if key not in sections}
     return replace(profile, sections=MappingProxyType(sections), stacks=MappingProxyType(stacks), stack=stack)
 
 
@@ -303,4 +316,11 @@ def _on(profile: HardwareProfile, stack: str) -> HardwareProfile:
         if not any(profile.stacks):
             raise InputError(f"{profile.name} was fitted for no stack; ask for it without {stack!r}")
         raise unknown(f"{profile.name}: stack", stack, filter(None, profile.stacks))
-    return preferring(profile, profile.stacks, stack)
+    return replace(preferring(profile, profile.stacks, stack), pinned=True)
+
+
+@lru_cache(maxsize=64)
+def _serving(profile: HardwareProfile, stacks: tuple[str, ...]) -> HardwareProfile:
+    if not (profile.pinned or profile.anchor or "" in profile.stacks):
+        profile = preferring(profile, profile.stacks, *stacks)
+    return replace(profile, engine_stack=stacks[0])

@@ -19,9 +19,10 @@ from simulator.files.write import check_target, one_writer, write_whole
 from simulator.files.yaml import MAX_BYTES, Problems
 from simulator.hardware import library
 from simulator.hardware.arrays import FILE_NAME, Arrays, check_arrays, pack_arrays
-from simulator.hardware.profile import OPERATORS, STACKS, HardwareProfile, Provenance, Section
+from simulator.hardware.profile import OPERATORS, HardwareProfile, Provenance, Section
 from simulator.hardware.schema import QUANTITIES, SCHEMA_VERSION, Sections, profile_from_text, stack_from_text
 from simulator.units import format_quantity
+from simulator.workload import STACKS
 
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_]*(?:[.-][A-Za-z0-9_]+)*")
 _WORDS = ("true", "false", "yes", "no", "on", "off", "null", "y", "n")

@@ -17,8 +17,8 @@ from simulator.files.yaml import Node, Problems, parse_yaml
 from simulator.hardware import profile as parts
 from simulator.hardware.arrays import ARRAY_NAME, FILE_NAME
 from simulator.hardware.constants import CONSTANTS
-from simulator.hardware.profile import ANY_DTYPE, ARCHITECTURES, OPERATORS, STACKS, Anchor, HardwareProfile, Section
-from simulator.workload import DTYPES
+from simulator.hardware.profile import ANY_DTYPE, ARCHITECTURES, OPERATORS, Anchor, HardwareProfile, Section
+from simulator.workload import DTYPES, STACKS
 
 SCHEMA_VERSION = 1
 

@@ -18,7 +18,7 @@ from simulator.errors import InputError
 from simulator.hardware.constants import DECODE_CONSTANTS, PREFILL_CONSTANTS
 from simulator.hardware.profile import SAME_STACK
 from simulator.kernels import attention_core
-from simulator.kernels.gemm_core import ELEMENT_BYTES, Machine
+from simulator.kernels.gemm_core import ELEMENT_BYTES, WGMMA_ROWS, Machine
 from simulator.kernels.lattice import Lattice, decode_place, prefill_place
 from simulator.kernels.spread import BOUNDS, Doubt, OpTime, Posterior, Spread, posterior_of, settle
 from simulator.workload import Kind
@@ -108,6 +108,11 @@ def _ready(hw: HardwareProfile, operator: str, dtype: str, kv_dtype: str | None)
         raise InputError(f"dtype {cache!r} is unknown; expected one of {', '.join(ELEMENT_BYTES)}")
     machine = replace(machine, weight_bytes=ELEMENT_BYTES[cache])
     unknown = ("default",) if section.status == "default" else ()
+    if unknown and hw.architecture == "hopper" and operator == "attention_decode":
+        # the queries of a KV head fill the rows of an instruction: two FLOP a row for each element of the cache
+        most = hw.section("gemm", dtype)["e_tc"] * machine.peak_flop_per_s / (2.0 * WGMMA_ROWS)
+        share = most * ELEMENT_BYTES[cache] / machine.bandwidth_bytes_per_s
+        constants["e_d"] = min(constants["e_d"], share)
     shared, own = hw.spread(section)
     spread = (SAME_KERNELS if shared == SAME_STACK else shared, own)
     sure = operator.removeprefix("attention_"), spread, unknown, posterior_of(hw)

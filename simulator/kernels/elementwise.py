@@ -70,6 +70,7 @@ class _Ready:
     constants: Mapping[str, float]
     residual: Lattice | None
     spread: Spread  # factors on the prior of its errors
+    unknown: float  # 1 where nothing was fitted
     posterior: Posterior | None
 
 
@@ -77,7 +78,8 @@ class _Ready:
 def _ready(hw: HardwareProfile, dtype: str) -> _Ready:
     section = hw.section("elementwise", dtype)
     constants = {name: section[name] for name in ELEMENTWISE_CONSTANTS}
-    return _Ready(constants, class_lattice(section.arrays), hw.spread(section), posterior_of(hw))
+    unknown = float(section.status == "default")
+    return _Ready(constants, class_lattice(section.arrays), hw.spread(section), unknown, posterior_of(hw))
 
 
 def elementwise_core(
@@ -126,17 +128,24 @@ def elementwise_time(
     if r.residual is not None:
         seconds = seconds * np.exp(r.residual(class_place(total, code)))
     bound = np.where(memory < floor, _LAUNCH, np.where(hit > 0.5, _L2, _MEMORY)).astype(np.int8)
-    doubt = doubt_of(floor, memory, hit, total, code, r.spread)
+    doubt = doubt_of(floor, memory, hit, total, code, r.spread, r.unknown)
     ends = settle(seconds, 0.0, doubt, level, r.posterior)
     return OpTime(*ends, total / hw.bandwidth_bytes_per_s, bound, doubt=doubt)
 
 
 def doubt_of(
-    floor: F, memory: F, hit: F, bytes_: F, code: NDArray[np.intp], spread: Spread = (SAME_STACK, 1.0)
+    floor: F,
+    memory: F,
+    hit: F,
+    bytes_: F,
+    code: NDArray[np.intp],
+    spread: Spread = (SAME_STACK, 1.0),
+    unknown: float = 0.0,
 ) -> Doubt:
-    """What times of :func:`elementwise_core` are unsure of: their floor, memory, and the part of it that L2 serves."""
+    """What times of :func:`elementwise_core` are unsure of: their floor, memory, and the part of it that L2 serves;
+    all of it, where nothing was fitted (``unknown``)."""
     bound = memory * memory / (floor * floor + memory * memory)
-    shares = {"launch": 1.0 - bound, "memory": bound, "l2": bound * hit}
+    shares = {"launch": 1.0 - bound, "memory": bound, "l2": bound * hit, "default": unknown}
     octaves = np.stack([np.log2(np.maximum(bytes_, 1.0)).ravel(), APART * code.ravel(), np.zeros(bound.size)], axis=1)
     sure: Any = {"local": LOCAL, "own": OWN**2}
     return Doubt.of("elementwise", shares, spread=spread, **sure, place=octaves, kind=int(Kind.ELEMENTWISE))

@@ -21,7 +21,17 @@ from simulator.errors import InputError
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
 from simulator.hardware.profile import LABELS, label_of
 from simulator.kernels.exact import Exact, exact_of
-from simulator.kernels.gemm_core import ELEMENT_BYTES, Core, CoreTime, Machine, core_time, cube, machine_core, quantised
+from simulator.kernels.gemm_core import (
+    ELEMENT_BYTES,
+    WGMMA_ROWS,
+    Core,
+    CoreTime,
+    Machine,
+    core_time,
+    cube,
+    machine_core,
+    quantised,
+)
 from simulator.kernels.gemm_doubt import doubt_of
 from simulator.kernels.lattice import Residual, between_measured, residual_of
 from simulator.kernels.spread import (
@@ -132,7 +142,8 @@ def gemm_kernel(hw: HardwareProfile, dtype: str, weight_dtype: str | None, kerne
     if ELEMENT_BYTES[weight] < element and not own:
         c |= quantised(c, ELEMENT_BYTES[weight] / element)
         unknown.append("quantised")
-    machine = replace(Machine.of(hw, dtype), peak_flop_per_s=peak, weight_bytes=weight_bytes)
+    least_rows = WGMMA_ROWS if section.status == "default" and hw.architecture == "hopper" else 1.0
+    machine = replace(Machine.of(hw, dtype), peak_flop_per_s=peak, weight_bytes=weight_bytes, least_rows=least_rows)
     core = machine_core(machine, c, PRECISION)
     residual = residual_of(section.arrays, PRECISION)
     if residual is not None:

@@ -42,6 +42,11 @@ stay and take tile after tile (Hopper, the B200), and of products on a CPU, whic
 their time."""
 
 
+WGMMA_ROWS = 64.0
+"""Rows of a warpgroup's matrix instruction on Hopper (PTX ISA, wgmma: m64). Kernels may have n in their place; where
+nothing was fitted, no tile has fewer, which shows on a device that computes little for its bandwidth."""
+
+
 @dataclass(frozen=True)
 class Machine:
     """Datasheet facts of one arithmetic on one device, SI."""
@@ -55,6 +60,7 @@ class Machine:
     weight_bytes: float  # of a stored weight, indices included; of attention, of the KV cache
     persistent: bool  # blocks stay on their SM and take tile after tile
     packs: bool = False  # a CPU: no tiles and waves, weights rearranged from `pack_m` rows on, nothing overlaps
+    least_rows: float = 1.0  # rows of the smallest tile that is used
 
     @classmethod
     def of(cls, hw: HardwareProfile, label: str = "bf16") -> Machine:
@@ -100,7 +106,8 @@ def machine_core(machine: Machine, constants: Mapping[str, float], dtype: Any = 
     """Per-tile times, once for many shapes of a precision, from constants by their names in ``GEMM_CONSTANTS``."""
     c = {name: float(value) for name, value in constants.items()}
     menu = "packing" if machine.packs else "persistent" if machine.persistent else "stationary"
-    tile_m, tile_n = np.array(MENUS[menu], dtype=np.float64).T[:, :, None]
+    tiles = [tile for tile in MENUS[menu] if tile[0] >= machine.least_rows]
+    tile_m, tile_n = np.array(tiles, dtype=np.float64).T[:, :, None]
     step = LINE_BYTES / 2.0 ** math.floor(math.log2(machine.element_bytes))  # scales of nvfp4 lie elsewhere
     flop_us = 1e6 * 2.0 * step * tile_m * tile_n * machine.sm_count / (machine.peak_flop_per_s * c["e_tc"])
     columns = {

@@ -45,7 +45,7 @@ COLUMNS: Mapping[str, float] = MappingProxyType({
     "prefill occupancy": 0.5, "prefill sparse": 0.15, "prefill default": 0.20, "prefill kernel": 0.12,
     "decode launch": 0.21, "decode memory": 0.12, "decode latency": 0.3, "decode merge": 0.5, "decode sparse": 0.10,
     "decode default": 0.20, "decode kernel": 0.12,
-    "elementwise launch": 0.15, "elementwise memory": 0.10, "elementwise l2": 0.20,
+    "elementwise launch": 0.15, "elementwise memory": 0.10, "elementwise l2": 0.20, "elementwise default": 0.28,
     "collective launch": 0.24, "collective link": 0.08, "collective step": 0.33, "collective pcie": 0.4,
     "collective topology": 0.5,
     "host": 0.43,
@@ -71,6 +71,9 @@ up to a factor of 3."""
 
 BEYOND_PER_OCTAVE = 0.06
 """Log standard deviation that an octave outside the measured sizes adds."""
+
+HOST_KIND = len(Kind)
+"""In place of a kind of operator: rows that time the host. How they scatter says nothing of any kernel."""
 
 _CHUNK = 512
 
@@ -193,7 +196,7 @@ class Posterior:
     """The error model after some times were measured; what :meth:`of` finds, ready to be asked."""
 
     scale: F  # (c,) variance of the error of each of COLUMNS, the prior's being 1
-    noise: F  # factor on local and own variance, by kind of operator
+    noise: F  # factor on local and own variance, by kind of operator; HOST_KIND is the last
     multiplier: float  # half-width of a 90 % interval over the standard deviation
     shared: F  # (n, c) of the measured times
     local: F  # (n,)
@@ -213,7 +216,7 @@ class Posterior:
         multiplier, shrunk to the prior's by :data:`PRIOR_ROWS` rows.
         """
         y, n, columns = np.clip(log_ratio, -MOST_LOG, MOST_LOG), len(log_ratio), shared.shape[1]
-        s, w, factor = np.ones(columns), np.ones(n), np.ones(len(Kind))
+        s, w, factor = np.ones(columns), np.ones(n), np.ones(HOST_KIND + 1)
         alike = near(place, place) * np.outer(local, local) * (kind[:, None] == kind)
         e = np.maximum(own, 1e-6)
         for i in range(_ROUNDS + 1):
@@ -233,9 +236,11 @@ class Posterior:
                 factor = (PRIOR_NOISE + left) / (PRIOR_NOISE + np.bincount(kind, minlength=len(factor)))
         precision = np.diag(inverse)
         left_out = np.stack([a / precision, np.sqrt(np.maximum(1.0 / precision - noise + noise * w, 1e-12))])
-        z = np.sort(np.abs(left_out[0]) / left_out[1])
-        at = min(n - 1, int(np.ceil(0.9 * (n + 1))) - 1)
-        multiplier = float((n * z[at] + PRIOR_ROWS * MULTIPLIER) / (n + PRIOR_ROWS))
+        z = np.sort((np.abs(left_out[0]) / left_out[1])[kind != HOST_KIND])
+        n, multiplier = len(z), MULTIPLIER
+        if n:
+            at = min(n - 1, int(np.ceil(0.9 * (n + 1))) - 1)
+            multiplier = float((n * z[at] + PRIOR_ROWS * MULTIPLIER) / (n + PRIOR_ROWS))
         return cls(s, factor, multiplier, shared, local, place, kind, a, inverse, left_out)
 
     def covariance(self, shared: F, local: F, place: F, kind: int) -> F:

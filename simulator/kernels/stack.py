@@ -14,10 +14,9 @@ on a device. Counted for the device that holds most:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,17 +39,6 @@ MOST_DEVICES = 1024
 FEW_ROWS = 200
 """Rows below which looking for equal operators costs more than timing them twice."""
 
-# what an unfused PyTorch decoder launches where an inference engine runs one kernel, counted from the operations of a
-# Llama layer; norms: residual sum, cast, square, mean, reciprocal root, two products, cast; rotary: two rotations of
-# negate + concatenate, four products, two sums; attention: repeat of the KV heads, scaled dot product, transpose
-EAGER_KERNELS: Mapping[str, int] = MappingProxyType(
-    dict.fromkeys(("attention_norm", "mlp_norm", "post_norm"), 7)
-    | {"final_norm": 6, "qk_norm": 12, "rotary": 10, "attention": 3, "activation": 2, "cache_write": 2}
-    | {"sort": 3, "select": 4, "mask": 3}
-)
-"""Kernels an eager framework launches for one row of this role; 1 where it is not listed."""
-
-_KERNELS = np.array([EAGER_KERNELS.get(role, 1) for role in ROLES], dtype=np.float64)
 _SEGMENT = np.zeros(len(Part), dtype=np.int64)
 _SEGMENT[[Part.ATTENTION, Part.MLP]] = 1
 _SEGMENT[Part.HEAD] = 2
@@ -69,10 +57,9 @@ class Groups:
     """Rows of each workload that share phase, place in the pass, kind and role, hence an error and a launch."""
 
     cell: Rows  # of each row: workload x group
-    segment: Rows  # of each group, as the following: of :func:`segment_of`
-    kind: Rows  # of each group
-    kernels: F  # an eager framework launches for one execution
-    streams: F  # times these stream the data: an unfused elementwise operator's all do, of others one does the work
+    segment: Rows  # of each group, as the next two: of :func:`segment_of`
+    kind: Rows
+    role: Rows
     count: F  # workload x group: executions
 
     @property
@@ -165,9 +152,7 @@ class Stack:
         cell = self.owner * len(used) + (np.cumsum(occurs) - 1)[code]
         place, role = np.divmod(used, len(ROLES))
         segment, kind = np.divmod(place, len(Kind))
-        kernels, count = _KERNELS[role], sums(cell, w.count, (len(self), len(used)))
-        streams = np.where(kind == Kind.ELEMENTWISE, kernels, 1.0)
-        return Groups(cell, segment, kind, kernels, streams, count)
+        return Groups(cell, segment, kind, role, sums(cell, w.count, (len(self), len(used))))
 
     @cached_property
     def shapes(self) -> tuple[Workload, Rows]:
@@ -246,15 +231,15 @@ def weights_bytes(stack: Stack) -> F:
     w = stack.rows
     element = DTYPE_BYTES[w.weight_dtype]
     gemm = w.kind == Kind.GEMM
-    positions = np.where(gemm & (w.kernel == Kernel.UNSTRUCTURED), np.maximum(w.params, w.n * w.k * 1.0), w.params)
-    each = positions * element
-    compressed = gemm & (w.kernel == Kernel.SPARSE24)
-    if compressed.any():
-        # by the value kept: rows that run only sometimes may own more than one weight for it, and keep all
+    each = w.params * element
+    sparse = gemm & ((w.kernel == Kernel.SPARSE24) | (w.kernel == Kernel.UNSTRUCTURED))
+    if sparse.any():
+        # by the value kept: rows that run only sometimes, or often, may own more or less than one weight for it
         values = np.maximum(w.n * w.k * w.density, 1.0)
-        beyond = w.params - values
-        bias = np.where((beyond > 0) & (beyond <= w.n), beyond, 0.0)
-        each = np.where(compressed, (w.params - bias) * w.weight_bytes_each / values + bias * element, each)
+        beyond = w.params * w.repeats - values
+        bias = np.where((beyond > 0) & (beyond <= w.n), beyond, 0.0) / w.repeats
+        whole = np.where(w.kernel == Kernel.SPARSE24, w.weight_bytes_each, w.n * w.k * element)
+        each = np.where(sparse, (w.params - bias) * whole / values + bias * element, each)
     stored = np.where(w.params > 0, each * w.count, 0.0)
     if w.meta.parallel != "pipeline":
         return stack.total(stored)

@@ -1,9 +1,7 @@
-"""Kernels on a stream: from the time of each operator to the time of a forward pass.
+"""Kernels on a stream: from the time of each operator to the time of a forward pass in an engine.
 
-Use :func:`passes` for a stack of workloads, under several runtimes at once; :func:`cost` reads it for one workload.
-Under a CUDA graph the kernels follow one another with a small gap. In eager mode the host launches every kernel itself:
-while kernels are shorter than the time the host takes to launch them, the stream is host-bound, and only fewer
-launches, not smaller kernels, make a model faster.
+Use :func:`passes` for a stack of workloads; intervals are :mod:`simulator.kernels.settled`'s. The engine is that of the
+workloads (``Meta.engine``): whose kernels, how many launches, what its host takes (:mod:`simulator.kernels.host`).
 """
 
 from __future__ import annotations
@@ -12,19 +10,22 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.engines.engine import Engine, load_engine, sparse24_engines
 from simulator.errors import InputError
+from simulator.hardware.profile import label_of
 from simulator.kernels.attention import decode_attention_time, prefill_attention_time
 from simulator.kernels.collective import KINDS, collective_time
 from simulator.kernels.elementwise import elementwise_time
 from simulator.kernels.gemm import gemm_time
+from simulator.kernels.host import Host
 from simulator.kernels.spread import BOUNDS, COLUMNS, INDEX, Doubt, OpTime, PassDoubt, posterior_of
 from simulator.kernels.stack import F, Rows, Stack, sums
-from simulator.workload import DTYPES, RUNTIMES, Kind, Workload
+from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, Kernel, Kind, Workload, dtype_code
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
@@ -42,7 +43,8 @@ options."""
 
 TIMES = tuple(f.name for f in fields(OpTime) if f.name != "doubt")
 
-_HOST, _LAUNCH = BOUNDS.index("host"), BOUNDS.index("launch")
+_HOST, _LAUNCH, _COMPUTE = (BOUNDS.index(name) for name in ("host", "launch", "compute"))
+_CACHE_WRITE = ROLES.index("cache_write")
 
 
 def by_formats(w: Workload, kind: int) -> Iterator[tuple[Rows, str, str]]:
@@ -53,8 +55,9 @@ def by_formats(w: Workload, kind: int) -> Iterator[tuple[Rows, str, str]]:
         yield rows[codes == code], DTYPES[code // len(DTYPES)], DTYPES[code % len(DTYPES)]
 
 
-def operator_times(w: Workload, hw: HardwareProfile, level: float = 0.9) -> OpTime:
-    """Time of one execution of every row, whatever the mix of operators, with intervals at a level and their doubt."""
+def operator_times(w: Workload, hw: HardwareProfile, level: float = 0.9, engine: Engine | None = None) -> OpTime:
+    """Time of one execution of every row, whatever the mix of operators, with intervals at a level and their doubt; of
+    an engine whose GEMMs are not all those of the table, with what it does otherwise."""
     seconds, lower, upper, roofline = np.zeros((4, len(w)))
     doubt = {"shared": np.zeros((len(w), len(COLUMNS))), "local": np.zeros(len(w)), "own": np.zeros(len(w))}
     doubt["place"] = np.zeros((len(w), 3))
@@ -73,6 +76,8 @@ def operator_times(w: Workload, hw: HardwareProfile, level: float = 0.9) -> OpTi
     for rows, dtype, _ in by_formats(w, int(Kind.ELEMENTWISE)):
         size = w.read_bytes[rows], w.write_bytes[rows]
         put(rows, elementwise_time(*size, hw, role=w.role[rows], dtype=dtype, level=level))
+    if engine is not None and engine is not load_engine(""):
+        _own_gemms(out, w, hw, engine)
     collective = w.kind == int(Kind.COLLECTIVE)
     for role in KINDS if collective.any() else ():
         rows = np.flatnonzero(collective & w.is_role(role))
@@ -80,29 +85,81 @@ def operator_times(w: Workload, hw: HardwareProfile, level: float = 0.9) -> OpTi
     return replace(out, doubt=Doubt.from_columns(doubt, 0))
 
 
+def _own_gemms(out: OpTime, w: Workload, hw: HardwareProfile, engine: Engine) -> None:
+    """What an engine's GEMMs do otherwise than those of the table, in place: clocks fall under load; activations that
+    are quantised on the way save a share of what a GEMM of narrow ones starts later than one of 16 bits; one token may
+    have a kernel of its own."""
+    loaded = hw.section("runtime", "*")["sustained"]
+    for rows, dtype, weight in by_formats(w, int(Kind.GEMM)):
+        before, late = out.seconds[rows], 0.0
+        if DTYPE_BYTES[dtype_code(dtype)] < 2.0:
+            late = hw.section("gemm", label_of(dtype, weight))["t0"] - hw.section("gemm", "bf16")["t0"]
+        after = before * np.where(out.bound[rows] == _COMPUTE, loaded, 1.0)
+        after *= np.where(w.m[rows] == 1, engine.one_token.value, 1.0)
+        after = np.maximum(
+            after - max(engine.quantize_fused.value * late, 0.0), np.minimum(out.roofline_s[rows], before)
+        )
+        for times in (out.seconds, out.lower, out.upper):
+            times[rows] *= after / before
+
+
 @dataclass(frozen=True)
 class Pass:
-    """Forward passes of a stack of workloads on a device under one runtime; seconds.
+    """Forward passes of a stack of workloads on a device in an engine; seconds.
 
-    Rows and groups are counted with all their executions; in eager mode also with all kernels they stand for.
+    Rows and groups are counted with all their executions, and with all kernels of an operator that is not fused.
     """
 
     stack: Stack
-    hw: HardwareProfile
+    hw: HardwareProfile  # as the engine uses it
+    engine: Engine
     each: OpTime  # one execution of the main kernel of each of the stack's different shapes
     streams: F  # times each row's kernels stream its data
     row_s: F  # on the device
-    group_s: F  # workload x group, sums of the rows
-    total_s: F  # of each workload, as the following
-    device_s: F  # its rows
-    gap_s: F  # idle between the kernels of a graph
-    host_s: F  # to launch everything; 0 under a CUDA graph
+    group_s: F  # workload x group, sums of the rows and the gaps between their kernels
+    gap_s: F  # of each workload: idle between the kernels of a graph
+    host: Host
 
     @cached_property
     def time(self) -> OpTime:
         """One execution of each row; the roofline is that of a fused kernel."""
         of_row = {name: getattr(self.each, name)[self.stack.shapes[1]] for name in TIMES}
         return OpTime(**of_row | {name: of_row[name] * self.streams for name in ("seconds", "lower", "upper")})
+
+    @cached_property
+    def device_s(self) -> F:
+        """Of each workload: its kernels, gaps included."""
+        return np.asarray(self.group_s.sum(axis=1))
+
+    def at(self, z: float) -> tuple[F, F]:
+        """Time of each workload on a host ``z`` standard deviations slower than usual, and the part of it (0 to 1) that
+        follows the device."""
+        total, shown = (part.sum(axis=1) for part in self._phases(z))
+        return total, shown / np.maximum(total, 1e-300)
+
+    def _phases(self, z: float) -> tuple[F, F]:
+        return self.host.total(self.group_s, self.stack.groups.segment, z)
+
+    @cached_property
+    def phase_s(self) -> F:
+        """(W, 2) time of each workload by phase, prefill and decode."""
+        return self._phases(0.0)[0]
+
+    @cached_property
+    def total_s(self) -> F:
+        """Time of each workload."""
+        return np.asarray(self.phase_s.sum(axis=1))
+
+    @cached_property
+    def host_s(self) -> F:
+        """What the host takes of each workload: to launch and to schedule, hidden or not."""
+        h = self.host
+        return np.asarray(h.launch.sum(axis=1) + h.each_pass.sum(axis=1) + h.each_sequence.sum(axis=1))
+
+    @cached_property
+    def device_share(self) -> F:
+        """Part of each workload's time that follows the device."""
+        return self.at(0.0)[1]
 
     @cached_property
     def ideal_s(self) -> F:
@@ -116,20 +173,15 @@ class Pass:
 
     @cached_property
     def doubt(self) -> PassDoubt:
-        """What the total times are unsure of: the device or the host, whichever sets the pace, is in it with all its
-        time, the other with what shows of it."""
+        """What the device's times are unsure of."""
         stack, groups, which, d = self.stack, self.stack.groups, self.stack.shapes[1], self.each.doubt
         assert d is not None
-        host, total = self.host_bound, np.maximum(self.total_s, 1e-300)
-        shown = self.total_s - np.where(host, self.host_s, self.device_s)
-        device = np.where(host, shown, self.device_s) / total
-        share = (device / np.maximum(self.device_s, 1e-300))[stack.owner] * self.row_s
+        device = np.maximum(self.device_s, 1e-300)
+        share = self.row_s / device[stack.owner]
         shared = np.zeros((len(stack), len(COLUMNS)))
         for column in np.flatnonzero(d.shared.any(axis=1)):
             shared[:, column] = stack.total(share * d.shared[column][which])
-        other = np.where(host, self.host_s, shown) / total
-        launched = "host" if self.host_s.any() else "machine launch"
-        shared[:, INDEX[launched]] += COLUMNS[launched] * other
+        shared[:, INDEX["machine launch"]] += COLUMNS["machine launch"] * self.gap_s / device
         local, own, whole = (groups.sums(share * v[which]) for v in (d.local, np.sqrt(d.own), np.sqrt(d.variance)))
         posterior = posterior_of(self.hw)
         noise = 1.0 if posterior is None else np.sqrt(posterior.noise[groups.kind])
@@ -142,10 +194,10 @@ class Pass:
         """Of each row in the device's time of its workload."""
         return self.row_s / self.device_s[self.stack.owner]
 
-    @property
+    @cached_property
     def host_bound(self) -> NDArray[np.bool_]:
         """The host, not the device, sets the pace of each workload."""
-        return np.asarray(self.host_s > self.device_s)
+        return np.asarray(self.device_share < 0.5)
 
     @cached_property
     def limit(self) -> tuple[NDArray[np.int8], F]:
@@ -153,83 +205,44 @@ class Pass:
         bound = self.stack.owner * len(BOUNDS) + self.each.bound[self.stack.shapes[1]]
         held = sums(bound, self.row_s, (len(self.stack), len(BOUNDS)))
         held[:, _LAUNCH] += self.gap_s
-        limit = np.where(self.host_bound, _HOST, held.argmax(axis=1)).astype(np.int8)
-        return limit, np.where(self.host_bound, 1.0, held.max(axis=1) / held.sum(axis=1))
+        held *= (self.device_share / np.maximum(held.sum(axis=1), 1e-300))[:, None]
+        held[:, _HOST] += 1.0 - self.device_share
+        return held.argmax(axis=1).astype(np.int8), held.max(axis=1)
 
 
-def passes(
-    stack: Stack, hw: HardwareProfile, runtimes: tuple[str, ...] = ("cuda_graph",), level: float = 0.9
-) -> tuple[Pass, ...]:
-    """Passes of a stack under each runtime; every different operator is timed once. ``level`` is of the intervals.
-
-    Raises
-    ------
-    InputError
-        For an unknown runtime, or operators the device cannot run.
-    """
-    for runtime in runtimes:
-        if runtime not in RUNTIMES:
-            raise InputError(f"runtime {runtime!r} is unknown; expected {' or '.join(RUNTIMES)}")
-    (shapes, which), groups, constants = stack.shapes, stack.groups, hw.section("runtime", "*")
-    each = operator_times(shapes, hw, level)
-    row_s = each.seconds[which] * stack.rows.count
-    group_s, host_op_s = groups.sums(row_s), constants["host_op_s"]
-    if (posterior := posterior_of(hw)) is not None:
-        host_op_s *= float(np.exp(posterior.columns[0][INDEX["host"]]))
-    out = []
-    for runtime in runtimes:
-        streams = groups.streams if runtime == "eager" else np.ones(len(groups.streams))
-        spent, by_row = group_s * streams, streams[groups.of_row]
-        device = spent.sum(axis=1)
-        if runtime == "eager":
-            gap, launch = np.zeros(len(stack)), groups.count * groups.kernels * host_op_s
-            total, host = eager_total(spent, launch, groups.segment)
-        else:
-            gap, host = constants["graph_gap_s"] * groups.count.sum(axis=1), np.zeros(len(stack))
-            total = device + gap
-        tables = by_row, row_s * by_row, spent
-        out.append(Pass(stack, hw, each, *tables, total, device, gap, host))
-    return tuple(out)
+def passes(stack: Stack, hw: HardwareProfile, level: float = 0.9) -> Pass:
+    """Passes of a stack in the engine of its workloads; every different operator is timed once. ``level`` is of the
+    intervals. InputError for operators that the device or the engine cannot run."""
+    engine = load_engine(stack.rows.meta.engine)
+    if reason := refusal(stack):
+        raise InputError(reason)
+    hw = hw.serving(engine.stacks)
+    (shapes, which), groups = stack.shapes, stack.groups
+    each = operator_times(shapes, hw, level, engine)
+    kernels = engine.kernels[groups.role]
+    # keys and values are written by a kernel each, other unfused elementwise kernels stream all the data each
+    all_of_it = (groups.kind == Kind.ELEMENTWISE) & (groups.role != _CACHE_WRITE)
+    streams = np.where(all_of_it, kernels, np.minimum(kernels, 1.0))[groups.of_row]
+    row_s = each.seconds[which] * stack.rows.count * streams
+    graph = np.array([engine.in_graph(name) for name in ("prefill", "decode")])[groups.segment // 3]
+    idle = hw.section("runtime", "*")["graph_gap_s"] + (0.0 if hw.architecture == "cpu" else engine.gap.value)
+    gap = np.where(graph, groups.count * kernels * idle, 0.0)
+    host = Host.of(stack, engine, hw)
+    return Pass(stack, hw, engine, each, streams, row_s, groups.sums(row_s) + gap, gap.sum(axis=1), host)
 
 
-def eager_total(seconds: F, host: F, segment: NDArray[Any]) -> tuple[F, F]:
-    """Time of passes in eager mode, and the host's share: the longest way along the host to a kernel, then the device.
-
-    ``seconds`` and ``host`` (passes, groups) are of groups of operators, ``segment`` (groups,) of ``segment_of``.
-    Within a phase the stream is: what precedes the layers, the layers (a mix too even to matter), what follows them.
-    The device can start a segment only when the host has launched it, and ends no earlier than the last launch.
-    """
-    total, host_total = np.zeros(len(seconds)), np.zeros(len(seconds))
-    for phase in (0, 1):
-        launched, longest = np.zeros(len(seconds)), np.zeros(len(seconds))
-        device = [seconds[:, segment == 3 * phase + part].sum(axis=1) for part in range(3)]
-        after = device[0] + device[1] + device[2]
-        for part in range(3):
-            longest = np.maximum(longest, launched + after)
-            launched = launched + host[:, segment == 3 * phase + part].sum(axis=1)
-            after = after - device[part]
-        total += np.maximum(longest, launched)
-        host_total += launched
-    return total, host_total
-
-
-@dataclass(frozen=True)
-class Cost(OpTime):
-    """Times of a workload on a device, s: of each row's execution (eager: all kernels it stands for), and in all."""
-
-    total_s: float
-    total_lower_s: float  # interval of that time
-    total_upper_s: float
-    device_s: float  # the rows times their counts
-    gap_s: float  # idle between the kernels of a graph
-    host_s: float  # to launch everything; 0 under a CUDA graph
-    host_bound: bool  # the host, not the device, sets the pace
-
-
-def cost(w: Workload, hw: HardwareProfile, runtime: str = "cuda_graph", level: float = 0.9) -> Cost:
-    """Cost of one workload on one device (:func:`passes`); InputError for what the device cannot run."""
-    (p,) = passes(Stack.of([w]), hw, (runtime,), level)
-    in_all = {name: getattr(p, name)[0].item() for name in ("total_s", "device_s", "gap_s", "host_s", "host_bound")}
-    half = p.doubt.half(p.doubt.variance(), level)[0].item()
-    ends = {"total_lower_s": in_all["total_s"] * np.exp(-half), "total_upper_s": in_all["total_s"] * np.exp(half)}
-    return Cost(**{name: getattr(p.time, name) for name in TIMES}, **in_all, **ends)
+def refusal(stack: Stack) -> str:
+    """Why an engine has no kernels for some of its workloads, else ""."""
+    w, engine = stack.rows, load_engine(stack.rows.meta.engine)
+    gemm = (w.kind == Kind.GEMM) & bool(w.meta.engine)
+    for code in np.unique(w.dtype[gemm & (w.kernel == Kernel.SPARSE24)]).tolist():
+        if DTYPES[code] not in engine.sparse24:
+            have = ", ".join(name for name in sparse24_engines() if DTYPES[code] in load_engine(name).sparse24)
+            formats = f"{DTYPES[code]} " if engine.sparse24 else ""
+            return f"{engine.name} has no {formats}2:4 kernels; these engines have: {have or 'none'}"
+    narrow = gemm & (DTYPE_BYTES[w.dtype] >= 2.0) & (DTYPE_BYTES[w.weight_dtype] < 2.0)
+    for code in np.unique(w.weight_dtype[narrow]).tolist():
+        if DTYPES[code] not in engine.weight_only:
+            have = ", ".join(engine.weight_only) or "none"
+            return f"{engine.name} has no kernels for {DTYPES[code]} weights alone; it has: {have}"
+    return ""

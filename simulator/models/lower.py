@@ -1,6 +1,7 @@
-"""Lowering: a decoder's shapes and a request become the table of operators an inference engine would run.
+"""Lowering: a decoder's shapes and a request become the table of operators an inference engine runs.
 
-Use :func:`lower`. What the rows assume, and why:
+Use :func:`lower`. Which projections are one GEMM, and which positions go through the head, the engine says. What rows
+assume, and why:
 
 - Engine-like fusion: a residual addition is part of the norm that follows it, so ``attention_norm`` and ``mlp_norm``
   read the stream and the last sublayer's output and write the sum and its norm (2 + 2 tensors). The first layer's norm
@@ -12,7 +13,11 @@ Use :func:`lower`. What the rows assume, and why:
 - ``dtype`` is what the layers' GEMMs compute in. With an 8- or 4-bit one, the residual stream, attention, embedding and
   head stay in bf16. ``weight_dtype`` is that of the layers' projections alone: quantised checkpoints keep embedding and
   head in 16 bits.
+- A cache that is copied (Transformers): each decode step reads and writes all of it, and where query heads share keys,
+  again for every query head, which attention then reads; the row ``cache_write`` has these bytes.
 - Decode: each sequence adds one token to ``seq`` cached positions and attends to ``seq + 1``.
+- Serve: the steady state of continuous batching. In the time of one request every other one in flight is served too:
+  a prefill each, one at a time, and ``new_tokens`` decode steps of all, whose caches are half grown on average.
 """
 
 from __future__ import annotations
@@ -27,6 +32,8 @@ from typing import Any
 import numpy as np
 
 from simulator.columns import Array
+from simulator.engines import DEFAULT_ENGINE
+from simulator.engines.engine import load_engine
 from simulator.errors import InputError, unknown
 from simulator.models.config import ModelConfig
 from simulator.models.parallel import shard
@@ -51,9 +58,7 @@ def lower(
     dtype: str = "bf16",
     weight_dtype: str | None = None,
     kv_dtype: str | None = None,
-    fuse_qkv: bool = False,
-    fuse_gate_up: bool = False,
-    logits: str = "last",
+    engine: str = DEFAULT_ENGINE,
     devices: int = 1,
     parallel: str = "tensor",
 ) -> Workload:
@@ -61,30 +66,29 @@ def lower(
 
     Parameters
     ----------
-    phase : {"prefill", "decode", "generate"}
-        ``generate`` is a prefill of ``seq`` tokens and ``new_tokens`` decodes; parameters are on its prefill rows only.
+    phase : {"prefill", "decode", "generate", "serve"}
+        ``generate`` is a prefill of ``seq`` tokens and ``new_tokens`` decodes, ``serve`` what a request waits for where
+        ``batch`` are in flight; parameters are on their prefill rows only.
     batch, seq : int
         Sequences; prompt tokens of each (prefill, generate) or cached positions (decode), also more than the model was
         trained for. At least 1.
     dtype, weight_dtype, kv_dtype : str
         Of arithmetic, of the projections' weights (default ``dtype``), of the cache (default: the residual stream's).
-    fuse_qkv, fuse_gate_up : bool
-        One GEMM for q, k, v; one for gate and up.
-    logits : {"last", "all"}
-        Positions of a prefill that go through the head.
+    engine : str
+        Name or path of an engine (:func:`simulator.list_engines`); "" for bare kernels, nothing fused.
     devices, parallel : int, {"tensor", "pipeline"}
         See :mod:`simulator.models.parallel`.
 
     Examples
     --------
     >>> import simulator
-    >>> w = lower(simulator.load_model("llama-2-7b"), phase="decode", batch=4, seq=1024)
-    >>> int(w.parameters)
-    6738415616
+    >>> w = lower(simulator.load_model("llama-2-7b"), phase="decode", batch=4, seq=1024, engine="vllm")
+    >>> int(w.parameters), int(w.n[w.is_role("qkv")][0])
+    (6738415616, 12288)
     """
     if not isinstance(model, ModelConfig):
         raise InputError(f"model: expected a ModelConfig (see load_model), got {type(model).__name__}")
-    checked = {"phase": (phase, PHASES), "logits": (logits, ("last", "all")), "dtype": (dtype, DTYPES)}
+    checked = {"phase": (phase, PHASES), "dtype": (dtype, DTYPES)}
     for what, optional in (("weight_dtype", weight_dtype), ("kv_dtype", kv_dtype)):
         checked[what] = (dtype if optional is None else optional, DTYPES)
     for what, (value, choices) in checked.items():
@@ -93,12 +97,13 @@ def lower(
     batch, seq = _integer("batch", batch, 1, MAX_TOKENS), _integer("seq", seq, 1, MAX_TOKENS)
     if batch * seq > MAX_TOKENS:
         raise InputError(f"batch x seq: expected at most {MAX_TOKENS} tokens, got {batch * seq}")
-    devices, low = _integer("devices", devices, 1, 1_000_000), int(phase == "generate")
+    devices, low = _integer("devices", devices, 1, 1_000_000), int(phase in ("generate", "serve"))
     new_tokens = _integer("new_tokens", new_tokens, low, MAX_DECODES if low else 0, f" for phase {phase!r}")
     stream = dtype if DTYPE_BYTES[dtype_code(dtype)] >= 2 else "bf16"
     formats = [dtype_code(name) for name in (dtype, weight_dtype or dtype, kv_dtype or stream, stream)]
-    fusion = bool(fuse_qkv), bool(fuse_gate_up)
-    return _lower(_Request(model, phase, batch, seq, new_tokens, logits, devices, parallel, *fusion, *formats))
+    runs = load_engine(engine)
+    how = runs.logits, runs.cache == "copied", devices, parallel, "qkv" in runs.fuse, "gate_up" in runs.fuse
+    return _lower(_Request(model, phase, batch, seq, new_tokens, engine, *how, *formats))
 
 
 def _integer(what: str, value: Any, low: int, high: int, where: str = "") -> int:
@@ -121,7 +126,9 @@ class _Request:
     batch: int
     seq: int
     new_tokens: int
+    engine: str
     logits: str
+    copies: bool
     devices: int
     parallel: str
     fuse_qkv: bool
@@ -144,18 +151,28 @@ class _Pass:
     request: _Request
     part: ModelConfig  # what one device computes
     phase: Phase
+    batch: int  # sequences
     q_len: int
-    head_tokens: int  # positions that go through the head
     steps: int  # executions
 
     @property
     def tokens(self) -> int:
-        return self.request.batch * self.q_len
+        return self.batch * self.q_len
 
     @property
-    def owns(self) -> bool:
-        """Whether its rows carry the parameters."""
-        return self.phase == Phase.PREFILL or self.request.phase == "decode"
+    def mean_length(self) -> float:
+        """Positions that a decode step finds and adds, on average over the steps."""
+        return self.request.seq + (self.steps + 1) / 2
+
+    @property
+    def head_tokens(self) -> int:
+        """Positions that go through the head."""
+        return self.tokens if self.request.logits == "all" else self.batch
+
+    @property
+    def owns(self) -> float:
+        """Share of the parameters that each execution of its rows carries."""
+        return (self.phase == Phase.PREFILL or self.request.phase == "decode") / self.steps
 
     def rows(self) -> list[Row]:
         model, vocab, many, h = self.part, self.part.vocab, self.head_tokens, self.part.hidden
@@ -187,12 +204,19 @@ class _Pass:
         if model.rotary_dim:
             turned = (model.heads + model.kv_heads) * model.rotary_dim
             yield self.move("rotary", part, turned, turned, turned)
-        write = 2 * kv * float(DTYPE_BYTES[r.cache_dtype] / DTYPE_BYTES[r.stream_dtype])
-        yield self.move("cache_write", part, 2 * kv, 2 * kv, write) | {"weight_dtype": r.cache_dtype}
+        read, write = 2.0 * kv, 2.0 * kv * float(DTYPE_BYTES[r.cache_dtype] / DTYPE_BYTES[r.stream_dtype])
+        if (
+            r.copies and self.phase == Phase.DECODE
+        ):  # one tensor of old and new, then one of a head for every query head
+            repeats = model.heads // model.kv_heads if model.heads > model.kv_heads else 0
+            copied = self.mean_length * (1 + repeats)
+            read, write = read + write * (copied + (repeats and self.mean_length)), write * copied
+        kept = {"kv_len": int(self.mean_length)} if r.copies and self.phase == Phase.DECODE else {}
+        yield self.move("cache_write", part, 2 * kv, read, write) | {"weight_dtype": r.cache_dtype, **kept}
         kind = Kind.DECODE_ATTENTION if self.phase == Phase.DECODE else Kind.PREFILL_ATTENTION
         row = {"kind": kind, "role": "attention", "part": part, "dtype": r.stream_dtype, "weight_dtype": r.cache_dtype}
         heads = {"heads": model.heads, "kv_heads": model.kv_heads, "head_dim": d}
-        yield row | heads | {"batch": r.batch, "q_len": self.q_len}
+        yield row | heads | {"batch": self.batch, "q_len": self.q_len}
         yield self.gemm("o", part, h, q, model.o_bias)
         yield from self.collective("all_reduce", part, self.tokens, h)
         if model.post_norms:
@@ -250,23 +274,27 @@ class _Pass:
 @lru_cache(maxsize=256)
 def _lower(r: _Request) -> Workload:
     part, passes, lengths = shard(r.model, r.devices, r.parallel), [], []
+    serve = r.phase == "serve"
     if r.phase != "decode":
-        passes.append(_Pass(r, part, Phase.PREFILL, r.seq, r.batch if r.logits == "last" else r.batch * r.seq, 1))
+        together, prompts = (1, r.batch) if serve else (r.batch, 1)
+        passes.append(_Pass(r, part, Phase.PREFILL, together, r.seq, prompts))
         lengths.append(np.array([r.seq]))
     if r.phase != "prefill":
-        steps = r.new_tokens if r.phase == "generate" else 1
-        passes.append(_Pass(r, part, Phase.DECODE, 1, r.batch, steps))
-        lengths.append(r.seq + 1 + np.arange(steps))
+        steps = max(r.new_tokens, 1)
+        passes.append(_Pass(r, part, Phase.DECODE, r.batch, 1, steps))
+        lengths.append(np.array([r.seq + (steps + 1) // 2]) if serve else r.seq + 1 + np.arange(steps))
     parallel = r.parallel if r.devices > 1 else "none"
     request = r.model.name, r.phase, r.batch, r.seq, r.new_tokens, DTYPES[r.dtype]
-    meta = Meta(*request, r.model.layers, r.model.hidden, r.devices, parallel, config=r.model)
+    meta = Meta(*request, r.model.layers, r.model.hidden, r.devices, parallel, r.engine, config=r.model)
     w = Workload.from_rows([row for one in passes for row in one.rows()], meta)
     attention = [_attention_columns(r.model.windows, kv_len) for kv_len in lengths]
     times = np.ones(len(w), dtype=np.int64)
     times[w.is_role("attention")] = [columns.shape[1] for columns in attention]
     w = w.take(np.repeat(np.arange(len(w)), times))
     rows, (layer, layers, window, kv_len) = w.is_role("attention"), np.hstack(attention)
-    new = {"layer": layer, "layers": layers, "count": layers, "window": window, "kv_len": kv_len}
+    each = [one.steps // len(kv_len) for one, kv_len in zip(passes, lengths)]  # executions at each length
+    executed = layers * np.repeat(each, [columns.shape[1] for columns in attention])
+    new = {"layer": layer, "layers": layers, "count": executed, "window": window, "kv_len": kv_len}
     columns = {name: getattr(w, name).copy() for name in new}
     for name, values in new.items():
         columns[name][rows] = values

@@ -19,7 +19,7 @@ import numpy as np
 from simulator.errors import InputError
 from simulator.models.library import load_model
 from simulator.predict.rows import Columns, FamilyChoice, Piece, columns_of, plain, work_of
-from simulator.predict.settings import Setting, profiles, requests_of
+from simulator.predict.settings import Setting, one_measured, profiles, requests_of, settings_of
 from simulator.predict.speedup import speedups
 from simulator.predict.table import families
 from simulator.pruning import prune
@@ -76,7 +76,7 @@ class Advice:
     batch: int
     seq: int
     dtype: str
-    runtime: str
+    engine: str
     family: str
     target: float
     reached: bool  # by some sparsity up to LARGEST_SPARSITY
@@ -130,11 +130,12 @@ def advise(
     seq: Sequence[int] = (2048,),
     family: Sequence[str] = ("all",),
     *,
+    engine: Sequence[str] = (),
     setting: Setting | None = None,
     ideal: bool = False,
     quality: Quality = MappingProxyType({}),
 ) -> Advised:
-    """What reaches a target speedup (above 1); requests and setting are those of :func:`simulator.table`.
+    """What reaches a target speedup (above 1); requests, engines and setting are those of :func:`simulator.table`.
 
     >>> found = advise("llama-3.1-8b", ["h100"], 1.3, ["decode"], family=["depth", "unstructured"])
     >>> [(a.family, a.reached) for a in found.advice]
@@ -144,15 +145,16 @@ def advise(
     """
     if not (np.isfinite(target) and 1.0 < target <= 1000.0):
         raise InputError(f"target {target:g}: expected a speedup above 1, such as 1.5")
-    setting, chosen = setting or Setting(), families(family)
+    settings, chosen = settings_of(setting, engine), families(family)
     devices, requests = profiles(hardware), requests_of(phase, batch, seq)
+    one_measured(settings[0], {"hardware": devices, "engine": settings}, requests)
     for name, values in {"hardware": devices, "family": chosen, "request": requests}.items():
         if not values:
             raise InputError(f"{name}: expected at least one")
     advice: list[Advice] = []
     others: list[Alternative] = []
     notes: dict[str, None] = {}
-    for p, b, s in requests:
+    for (p, b, s), setting in itertools.product(requests, settings):
         search = _Search(Piece(load_model(model), setting, p, ((b, s),), (), ideal), chosen, target, notes)
         for hw in devices:
             found, more = search.on(hw, quality)
@@ -174,13 +176,17 @@ class _Search:
         (self.dense,) = self.coarse.requests.workloads
         supported = {choices[i][0].name for i in self.coarse.choice}
         self.families = [name for name in chosen if name in supported]
-        for name, error in {choices[choice][0].name: error for choice, error in refused}.items():
-            if name not in supported:
+        reasons: dict[str, list[str]] = {}
+        for choice, error in refused:
+            reasons.setdefault(choices[choice][0].name, []).append(error)
+        for name, errors in reasons.items():
+            if name not in supported:  # one sparsity may be right, and the engine have no kernels
+                error = min(errors, key=lambda text: "at sparsity" in text)
                 notes[error if name in error else f"{name}: {error}"] = None
 
     def on(self, hw: HardwareProfile, quality: Quality) -> tuple[list[Advice], list[Alternative]]:
         """Advice of every family on a device, best first, and the alternatives there."""
-        coarse = columns_of(self.coarse, [hw], (self.piece.setting.runtime,), _refuse)
+        coarse = columns_of(self.coarse, [hw], _refuse)
         least, sure = (self.least(coarse, hw, name) for name in ("speedup", "speedup_lower"))
         family, advice = plain(coarse["family"]), []
         for name in self.families:
@@ -212,7 +218,7 @@ class _Search:
         """Rows of some families at some sparsities; what is not supported has none."""
         choices = tuple((FamilyChoice(name), sparsity) for name, sparsity in asked)
         work = work_of(replace(self.piece, choices=choices), _refuse)
-        return columns_of(work, [hw], (self.piece.setting.runtime,), _refuse)
+        return columns_of(work, [hw], _refuse)
 
     def least(self, coarse: Columns, hw: HardwareProfile, name: str) -> dict[str, float]:
         """The least sparsity of each family whose speedup (or its lower end) reaches the target."""
@@ -301,7 +307,7 @@ class _Search:
     def alternatives(self, hw: HardwareProfile, named: Sequence[tuple[str, Workload]]) -> list[Alternative]:
         """Workloads in place of the dense one, timed."""
         meta, setting = self.dense.meta, self.piece.setting
-        found = speedups(self.dense, [w for _, w in named], hw, setting.runtime, setting.level)
+        found = speedups(self.dense, [w for _, w in named], hw, setting.level, dense_s=setting.dense_s)
         where = (meta.model, hw.label, meta.phase, meta.batch, meta.seq)
         ends = [(s.speedup, s.lower, s.upper, s.speedup >= self.target) for s in found]
         return [Alternative(*where, what, *end) for (what, _), end in zip(named, ends)]

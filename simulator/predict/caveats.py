@@ -1,25 +1,42 @@
-"""What a prediction stands on and a reader should know: :func:`beyond_measured`, :func:`better_than_bound`."""
+"""What a prediction stands on and a reader should know: :func:`beyond_measured`, :func:`better_than_bound`,
+:func:`fallback`."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.engines.engine import load_engine
 from simulator.hardware.profile import label_of
-from simulator.kernels.spread import beyond
+from simulator.kernels.spread import OpTime, beyond
 from simulator.kernels.stream import by_formats, operator_times
-from simulator.workload import DTYPES, ROLES, Kind, Workload
+from simulator.units import seconds
+from simulator.workload import DTYPES, PHASES, ROLES, Kind, Workload
 
 if TYPE_CHECKING:
+    from simulator.engines.engine import Engine
     from simulator.hardware.profile import HardwareProfile
+    from simulator.kernels.settled import Implied
 
 BETTER, SHARE, OCTAVES = 1.03, 0.1, 1.0
 """Speedup over its roofline bound, share of the time, and octaves outside the measured sizes that are worth a word."""
 
+# fmt: off
+PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType({
+    "gemm": ("GEMMs", PHASES),
+    "attention_prefill": ("prefill attention", ("prefill", "generate", "serve")),
+    "attention_decode": ("decode attention", ("decode", "generate", "serve")),
+    "elementwise": ("elementwise operators", PHASES),
+})
+# fmt: on
+"""Operators of a profile, what people call them, and the phases that have them."""
+
 _SECTIONS = {Kind.GEMM: "gemm", Kind.PREFILL_ATTENTION: "attention_prefill", Kind.DECODE_ATTENTION: "attention_decode"}
-_NAMES = {Kind.PREFILL_ATTENTION: "prefill attention", Kind.DECODE_ATTENTION: "decode attention"}
+_ATTENTION = (Kind.PREFILL_ATTENTION, Kind.DECODE_ATTENTION)
 
 
 def beyond_measured(w: Workload, hw: HardwareProfile) -> str:
@@ -29,25 +46,53 @@ def beyond_measured(w: Workload, hw: HardwareProfile) -> str:
     >>> beyond_measured(lower(load_model("llama-3.1-8b"), phase="prefill"), load_hardware("h100"))
     ''
     """
-    seconds = operator_times(w, hw).seconds * w.count
+    times, hw = _times(w, hw)
+    spent = times.seconds * w.count
     for rows, dtype, weight in by_formats(w, int(Kind.GEMM)):
         found = hw.section("gemm", label_of(dtype, weight)).arrays.get("measured")
         if found is None:
             continue
         sizes = np.log2([w.m[rows], w.n[rows], w.k[rows]]).T
         octaves = beyond(sizes, *np.asarray(found, dtype=np.float64))
-        if seconds[rows][octaves > OCTAVES].sum() >= SHARE * seconds.sum():
+        if spent[rows][octaves > OCTAVES].sum() >= SHARE * spent.sum():
             m, n, k = (f"{2.0**v:.0f}" for v in sizes[np.argmax(octaves)])
             far = f"{octaves.max():.1f} octaves outside the sizes that were measured ({m} x {n} x {k})"
             return f"{hw.label}: GEMMs up to {far}: extrapolated, with a wider interval"
     return ""
 
 
+def fallback(hw: HardwareProfile, engine: Engine, phase: str, dtype: str) -> str:
+    """Whose kernels stand in where a profile has none of the stack that an engine runs, else "".
+
+    What no stack was fitted for is not told here: it is not calibrated at all. Nor is a stack asked for by name.
+
+    >>> from simulator import load_hardware
+    >>> from simulator.engines.engine import load_engine
+    >>> fallback(load_hardware("h100"), load_engine("vllm"), "decode", "bf16")
+    ''
+    >>> fallback(load_hardware("rtx_4090"), load_engine("sglang"), "decode", "bf16")
+    "rtx_4090: sglang's kernels are not calibrated there (those of vllm stand in)"
+    """
+    if hw.pinned or not engine.stacks:
+        return ""
+    own, served = engine.stacks[0], hw.serving(engine.stacks)
+    stacks = {name: served.section(part, dtype).stack for part, (name, phases) in PARTS.items() if phase in phases}
+    fitted = [stack for stack in stacks.values() if stack]
+    out = []
+    for stack in dict.fromkeys(fitted):
+        parts = [name for name, found in stacks.items() if found == stack]
+        if stack != own:
+            some = "" if len(parts) == len(fitted) else f" for {' and '.join(parts)}"
+            out.append(f"{own}'s kernels are not calibrated there{some} (those of {stack} stand in)")
+    return f"{hw.label}: {'; '.join(out)}" if out else ""
+
+
 def better_than_bound(dense: Workload, pruned: Workload, hw: HardwareProfile, speedup: float, bound: float) -> str:
     """Why a speedup lies above its roofline bound, which operator runs nearer to its roofline pruned than dense; ""
     where it does not lie above it.
 
-    Such a gain is a step of one stack's kernels at the dense shape, not what pruning takes away.
+    Such a gain is a step of one stack's kernels at the dense shape, not what pruning takes away. Where no operator
+    gains, what is taken away ran farther from its roofline than what stays (the head, for one).
     """
     if speedup <= BETTER * bound:
         return ""
@@ -58,19 +103,43 @@ def better_than_bound(dense: Workload, pruned: Workload, hw: HardwareProfile, sp
         for time, roof in ((time_d, roof_d), (time_p, roof_p))
     ]
     lost = np.where(both, time_d * (1.0 - np.divide(share[0], share[1], out=np.ones(len(both)), where=both)), 0.0)
-    kind, role = divmod(int(np.argmax(lost)), len(ROLES))
+    most = int(np.argmax(lost))
+    better = f"better than its bound of {bound:.2f}x because"
+    if lost[most] < 0.1 * (1.0 - bound / speedup) * time_d.sum():  # no operator is to blame
+        return f"{better} what goes (launches, host time, small operators) is farther from a roofline than what stays"
+    kind, role = divmod(most, len(ROLES))
     row = np.flatnonzero((dense.kind == kind) & (dense.role == role))[0]
-    section = hw.section(_SECTIONS.get(Kind(kind), "elementwise"), DTYPES[dense.dtype[row]])
-    what = _NAMES.get(Kind(kind), ROLES[role])
-    at = " and ".join(
-        f"{100.0 * s[kind * len(ROLES) + role]:.0f} % {name}" for s, name in zip(share, ("dense", "pruned"))
-    )
+    section = _times(dense, hw)[1].section(_SECTIONS.get(Kind(kind), "elementwise"), DTYPES[dense.dtype[row]])
+    what = PARTS[_SECTIONS[Kind(kind)]][0] if Kind(kind) in _ATTENTION else ROLES[role]
+    at = " and ".join(f"{100.0 * s[most]:.0f} % {name}" for s, name in zip(share, ("dense", "pruned")))
     kernels = f"{section.stack}'s kernels" if section.stack else "its kernels"
-    return f"better than its bound of {bound:.2f}x because {kernels} run {what} at {at} of the roofline"
+    return f"{better} {kernels} run {what} at {at} of the roofline"
+
+
+def implied_line(implied: Implied, hardware: str, dense_s: float) -> str:
+    """What a measured time of the dense model says of a machine, in one line."""
+    predicted = f"{seconds(dense_s)} measured, {seconds(implied.predicted_s)} predicted"
+    if not implied.believed:
+        doubt = f"{implied.deviation:.1f} standard deviations apart, and nothing is moved by it"
+        return f"{hardware}: {predicted}: {doubt}; is it of this model, GPU, engine, phase, batch and length?"
+    host = f"x{implied.host:.2f} of the usual"
+    if implied.layer_s:
+        host = f"{seconds(implied.layer_s)} a layer, {host}"
+    if implied.host_bound:
+        return f"{hardware}: {predicted}: the host sets the pace ({host})"
+    beside = f", the host {host}" if implied.host_s else ""
+    return f"{hardware}: {predicted}: kernels take x{implied.device:.2f} of that{beside}"
+
+
+def _times(w: Workload, hw: HardwareProfile) -> tuple[OpTime, HardwareProfile]:
+    """Time of one execution of each row, and the device as the workload's engine runs it."""
+    engine = load_engine(w.meta.engine)
+    hw = hw.serving(engine.stacks)
+    return operator_times(w, hw, engine=engine), hw
 
 
 def _by_role(w: Workload, hw: HardwareProfile) -> tuple[NDArray[Any], NDArray[Any]]:
     """Time and roofline of each kind x role of a workload, s; what pruning adds is left out."""
-    t, code = operator_times(w, hw), w.kind.astype(np.int64) * len(ROLES) + w.role
+    t, code = _times(w, hw)[0], w.kind.astype(np.int64) * len(ROLES) + w.role
     size, kept = len(Kind) * len(ROLES), np.where(w.overhead, 0.0, w.count)
     return np.bincount(code, t.seconds * kept, size), np.bincount(code, t.roofline_s * kept, size)

@@ -92,6 +92,7 @@ def verdicts(
     batch: Sequence[int] = (1,),
     seq: Sequence[int] = (2048,),
     *,
+    engine: Sequence[str] = (),
     setting: Setting | None = None,
 ) -> tuple[Verdict, ...]:
     """Both claims for every device, batch and length: (a) in prefill and decode, (b) on every axis of quality on which
@@ -100,11 +101,11 @@ def verdicts(
     Requests and setting are those of :func:`simulator.table`, ``quality`` a table by name or path, else the shipped
     ones.
 
-    >>> [(v.claim, v.phase, v.verdict) for v in verdicts("llama-3.2-1b", ["h100"])]
-    [('bound', 'prefill', 'does not apply'), ('bound', 'decode', 'undecided'), ('order', 'prefill', 'no data')]
+    >>> [(v.claim, v.phase, v.verdict) for v in verdicts("llama-3.2-1b", ["h100"], engine=["reference"])]
+    [('bound', 'prefill', 'does not apply'), ('bound', 'decode', 'holds'), ('order', 'prefill', 'no data')]
     """
     config = load_model(model)
-    asked: dict[str, Any] = {"batch": batch, "seq": seq, "setting": setting}
+    asked: dict[str, Any] = {"batch": batch, "seq": seq, "engine": engine, "setting": setting}
     out = bound_verdicts(config, hardware, **asked)
     try:
         rows = load_quality(quality).of_model(config.name)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.kernels.spread import INDEX
+from simulator.kernels.settled import Implied, settled
 from simulator.kernels.stack import F, Rows, Stack
 from simulator.kernels.stream import Pass, passes
 from simulator.workload import DTYPES, Kind
@@ -24,10 +24,6 @@ if TYPE_CHECKING:
 
 SAME_SHAPE = 0.99
 """Correlation of the errors of operators of which only the number changed: what a kernel's surroundings do is left."""
-
-SAME_HOST = 0.97
-"""Correlation of the error of the host's time between the dense and the pruned model: the same host, not the same mix
-of operators."""
 
 SECTIONS = {
     int(Kind.GEMM): "gemm",
@@ -55,6 +51,12 @@ class Comparison:
     limit: NDArray[Any]
     limit_share: F
     calibrated: NDArray[np.bool_]
+    tokens_per_s: F  # of the pruned, new ones, on all devices; NaN in prefill
+    ttft_s: F  # NaN in decode
+    tpot_s: F  # NaN in prefill
+    dense_tokens_per_s: F
+    dense_ttft_s: F
+    dense_tpot_s: F
 
 
 @dataclass(frozen=True)
@@ -96,38 +98,55 @@ class Pairs:
 
 
 def compare(
-    pairs: Pairs, hw: HardwareProfile, runtimes: tuple[str, ...] = ("cuda_graph",), level: float = 0.9
-) -> tuple[Comparison, ...]:
-    """Every workload of a stack against its dense one on one device under each runtime; ``level`` is of the intervals.
-
-    Raises
-    ------
-    InputError
-        For an unknown runtime, or operators the device cannot run.
-    """
-    timed = passes(pairs.stack, hw, runtimes, level)
-    roofline, calibrated = pairs.bound(timed[0].ideal_s), np.ones(len(pairs.stack), dtype=bool)
+    pairs: Pairs, hw: HardwareProfile, level: float = 0.9, dense_s: float | None = None
+) -> tuple[Comparison, Implied | None]:
+    """Every workload of a stack against its dense one on one device; ``level`` is of the intervals. ``dense_s`` is a
+    measured time of the first, which moves all, and what it implies is told. InputError for what cannot run."""
+    p, dense = passes(pairs.stack, hw, level), pairs.dense
+    roofline, calibrated = pairs.bound(p.ideal_s), np.ones(len(pairs.stack), dtype=bool)
     for name, (dtype, has) in pairs.sections.items():
-        if hw.section(name, dtype).status != "calibrated":
+        if p.hw.section(name, dtype).status != "calibrated":
             calibrated &= ~has
-    out, dense = [], pairs.dense
-    for p in timed:
-        doubt, total, ratio = p.doubt, p.total_s, pairs.ratio(p.total_s)
-        width = np.exp(doubt.half(doubt.variance(), level))
-        sure = np.exp(doubt.half(_ratio_variance(pairs, p), level))
-        lower, upper = total / width, total * width
-        times = total[dense], lower[dense], upper[dense], total, lower, upper, ratio, ratio / sure, ratio * sure
-        out.append(Comparison(*times, roofline, *p.limit, calibrated))
-    return tuple(out)
+    found = settled(p, level, dense, *_alike(pairs, p), None if dense_s is None else (0, dense_s))
+    times = found.seconds, found.lower, found.upper
+    of_dense = (column[dense] for column in times)
+    ratio = found.ratio, found.ratio_lower, found.ratio_upper
+    tokens = _tokens(pairs, p, found.seconds)
+    of_tokens = (column[dense] for column in tokens)
+    columns: tuple[Any, ...] = (*of_dense, *times, *ratio, roofline, *p.limit, calibrated, *tokens, *of_tokens)
+    return Comparison(*columns), found.implied
 
 
-def _ratio_variance(pairs: Pairs, p: Pass) -> F:
-    """Variance of the log of the time of the dense workload over that of each."""
+def _alike(pairs: Pairs, p: Pass) -> tuple[F, NDArray[np.bool_]]:
+    """(W, G) how alike errors of groups are in the dense workload of each, and (W,) whether its host launches another
+    mix."""
     dense, groups, spent = pairs.dense, p.stack.groups, p.group_s
     each = spent / np.maximum(groups.count, 1e-300)
     alike = np.abs(each - each[dense]) <= 1e-9 * each[dense]
     untouched = np.abs(spent - spent[dense]) <= 1e-9 * spent[dense]
-    out = p.doubt.ratio_variance(dense, np.where(untouched, 1.0, np.where(alike, SAME_SHAPE, 0.0)))
-    host = p.doubt.shared[:, INDEX["host"]]
-    other = ~(groups.count == groups.count[dense]).all(axis=1)  # other kernels, or launched less often
-    return out + np.where(other, 2.0 * (1.0 - SAME_HOST) * host * host[dense], 0.0)
+    same = np.where(untouched, 1.0, np.where(alike, SAME_SHAPE, 0.0))
+    return same, ~(groups.count == groups.count[dense]).all(axis=1)  # other kernels, or launched less often
+
+
+def _tokens(pairs: Pairs, p: Pass, seconds: F) -> tuple[F, F, F]:
+    """Of each workload: new tokens a second of all devices, time to the first token and for each further one, s; NaN
+    where the phase has none. Of a serve, a request waits for a share of the other prompts before its first token, for
+    the rest between its own."""
+    meta, none = p.stack.rows.meta, np.full(len(seconds), np.nan)
+    sequences = none if p.stack.sequences is None else p.stack.sequences.astype(np.float64)
+    prefill, decode = p.phase_s.T * (seconds / p.total_s)  # a measured time moves both alike
+    if meta.phase == "prefill":
+        return none, seconds, none
+    if meta.phase == "decode":
+        return sequences / seconds, none, seconds
+    steps = float(meta.new_tokens)
+    first = prefill
+    if meta.phase == "serve":
+        first = prefill / sequences * (1.0 + p.engine.prefill_wait.value * (sequences - 1.0))
+    return sequences * steps / seconds, first, (prefill - first + decode) / steps
+
+
+def known(column: Any) -> list[Any]:
+    """Values of a column, None where it has none."""
+    values: list[Any] = column.tolist()
+    return [None if value != value else value for value in values] if column.dtype.kind == "f" else values

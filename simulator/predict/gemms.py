@@ -103,7 +103,7 @@ def gemm_table(
     return tuple(out)
 
 
-def gemm_points(workload: Workload, hw: HardwareProfile, runtime: str = "cuda_graph") -> GemmPoints:
+def gemm_points(workload: Workload, hw: HardwareProfile) -> GemmPoints:
     """GEMMs of a workload as points of a roofline; those that pruning adds (routers) are left out.
 
     >>> from simulator import load_hardware, load_model, lower
@@ -113,6 +113,6 @@ def gemm_points(workload: Workload, hw: HardwareProfile, runtime: str = "cuda_gr
     """
     rows = np.flatnonzero((workload.kind == Kind.GEMM) & (workload.count > 0) & ~workload.overhead)
     chosen = workload.take(rows)
-    (p,) = passes(Stack.of([chosen]), hw, (runtime,))
+    p = passes(Stack.of([chosen]), hw)
     flops, roles = p.stack.flops, tuple(ROLES[code] for code in chosen.role)
     return GemmPoints(roles, flops / p.stack.bytes, flops / p.row_s, p.share)

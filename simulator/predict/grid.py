@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+from simulator.engines import DEFAULT_ENGINE
+from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.files.fields import Checked, Keys, Kind, Many, Number, Text, record
 from simulator.files.yaml import Node, Problems, join, parse_yaml, read_text
@@ -22,7 +24,7 @@ from simulator.models.lower import lower
 from simulator.predict.rows import FamilyChoice
 from simulator.predict.settings import MAX_TOKENS, PARALLEL, Setting, check_fraction
 from simulator.pruning import FAMILIES, prune
-from simulator.workload import DTYPES, PHASES, RUNTIMES
+from simulator.workload import DTYPES, PHASES
 
 MOST_POINTS = 100_000
 """Longest axis; a longer one is a mistake in a step."""
@@ -31,7 +33,7 @@ _SMALL = "llama-3.2-1b"
 """A model on which options of families are tried."""
 
 REQUIRED: tuple[str, ...] = ("models", "hardware", "sparsities", "phases", "batches", "seqs")
-AXES: tuple[str, ...] = (*REQUIRED, "families", "dtypes", "runtimes", "devices")
+AXES: tuple[str, ...] = (*REQUIRED, "families", "dtypes", "engines", "devices")
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,11 @@ def _model(text: str) -> str:
     return text
 
 
+def _engine(text: str) -> str:
+    load_engine(text)
+    return text
+
+
 @dataclass(frozen=True)
 class Grid:
     """Axes of a sweep, every combination of which is predicted, and what holds for the whole of it; the annotations are
@@ -204,13 +211,11 @@ class Grid:
     seqs: Annotated[tuple[int, ...], _Numbers(Number(1, MAX_TOKENS, "64", whole=True))]
     families: Annotated[tuple[FamilyChoice, ...], _Families()] = tuple(map(FamilyChoice, FAMILIES))
     dtypes: Annotated[tuple[Formats, ...], _Axis(_Formats())] = (Formats(),)
-    runtimes: Annotated[tuple[str, ...], _Axis(Text(RUNTIMES))] = ("cuda_graph",)
+    engines: Annotated[tuple[str, ...], _Axis(Checked(Text(), _engine))] = (DEFAULT_ENGINE,)  # names or paths
     devices: Annotated[tuple[int, ...], _Numbers(Number(1, 100_000, "2", whole=True))] = (1,)
     # as in Setting, for the whole grid
     parallel: Annotated[str, Text(PARALLEL)] = "tensor"
     new_tokens: Annotated[int, Number(1, 1_000_000, "128", whole=True)] = 128
-    fuse_qkv: bool = False
-    fuse_gate_up: bool = False
     ideal: bool = False
     level: Annotated[float, Number(0.01, 0.999, "0.9")] = 0.9
 
@@ -224,10 +229,10 @@ class Grid:
         """Configurations in the product."""
         return math.prod(len(getattr(self, name)) for name in AXES)
 
-    def setting(self, formats: Formats, devices: int) -> Setting:
+    def setting(self, formats: Formats, engine: str, devices: int) -> Setting:
         """How a model is run at one point of the grid."""
-        names = ("parallel", "new_tokens", "fuse_qkv", "fuse_gate_up", "level")
-        return Setting(devices=devices, **vars(formats), **{name: getattr(self, name) for name in names})
+        names = ("parallel", "new_tokens", "level")
+        return Setting(engine=engine, devices=devices, **vars(formats), **{name: getattr(self, name) for name in names})
 
     def facts(self) -> dict[str, Any]:
         """Plain values, for a digest and for people."""

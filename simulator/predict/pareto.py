@@ -8,6 +8,7 @@ itself on arrays. Quality loss is the relative drop of one metric under one prot
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -22,7 +23,7 @@ from simulator.files.csv import read_csv
 from simulator.files.read import read_bounded
 from simulator.models.library import load_model
 from simulator.predict.rows import FamilyChoice, Piece, Record, columns_of, records, work_of
-from simulator.predict.settings import Setting, profiles, requests_of
+from simulator.predict.settings import Setting, profiles, requests_of, settings_of
 from simulator.pruning import FAMILIES
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Point:
     phase: str
     batch: int
     seq: int
-    runtime: str
+    engine: str
     method: str
     family: str
     sparsity: float
@@ -91,7 +92,7 @@ class Front:
     phase: str
     batch: int
     seq: int
-    runtime: str
+    engine: str
     axis: Axis
     points: tuple[Point, ...]
     bands: tuple[Band, ...]
@@ -145,6 +146,7 @@ def fronts(
     batch: Sequence[int] = (1,),
     seq: Sequence[int] = (2048,),
     *,
+    engine: Sequence[str] = (),
     setting: Setting | None = None,
     measured: Sequence[Measured] = (),
 ) -> tuple[tuple[Front, ...], tuple[str, ...]]:
@@ -155,7 +157,7 @@ def fronts(
     model of its kind (the caller says so). ``measured`` speedups stand in for predictions where their conditions fit.
     No row on the axis that the model and the devices support is an InputError.
     """
-    rows, setting = quality.on_axis(axis).rows, setting or Setting()
+    rows, settings = quality.on_axis(axis).rows, settings_of(setting, engine)
     if not rows:
         raise InputError(f"{quality.name}: no rows on the axis {axis}")
     config, devices = load_model(model), profiles(hardware)
@@ -169,17 +171,17 @@ def fronts(
         notes[f"{row.method} at {row.sparsity:g}{f' on {device}' if device else ''}: {reason}"] = None
 
     out = []
-    for p, b, s in requests_of(phase, batch, seq):
+    for (p, b, s), setting in itertools.product(requests_of(phase, batch, seq), settings):
         work = work_of(Piece(config, setting, p, ((b, s),), choices), refuse)
         for hw in devices:
-            columns = columns_of(work, [hw], (setting.runtime,), refuse)
+            columns = columns_of(work, [hw], refuse)
             found = zip(columns["choice"].tolist(), records(columns))
             judged = judge([_point(rows[choice], record, measured) for choice, record in found])
             if not judged:
                 none = f"empty frontier: none of the {len(rows)} rows on {axis} can run on {hw.label}"
                 raise InputError(f"{none}: {'; '.join(notes)}")
             calibrated = all(q.calibrated or q.measured for q in judged)
-            where = (config.name, hw.label, p, b, s, setting.runtime)
+            where = (config.name, hw.label, p, b, s, setting.engine_name)
             out.append(Front(*where, axis, judged, bands(judged), calibrated, setting.level))
     return tuple(out), tuple(notes)
 

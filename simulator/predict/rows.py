@@ -1,5 +1,5 @@
-"""The engine of every table: a model in a setting, requests, families at sparsities, devices and runtimes in; columns
-of predictions out.
+"""The one way to every table: a model in a setting, requests, families at sparsities and devices in; columns of
+predictions out.
 
 Use :func:`work_of` to prune a :class:`Piece`, :func:`columns_of` for its rows on some devices, :func:`records` for rows
 as objects.
@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from simulator.errors import InputError
 from simulator.kernels.spread import BOUNDS
-from simulator.kernels.stack import F, Rows, Stack, bytes_needed
+from simulator.kernels.stack import F, Rows, Stack, activation_bytes, bytes_needed, cache_bytes
+from simulator.kernels.stream import refusal
 from simulator.models.library import load_model
-from simulator.predict.compare import Comparison, Pairs, compare
+from simulator.predict.compare import Comparison, Pairs, compare, known
 from simulator.predict.requests import Requests, prune_all
 from simulator.predict.settings import Setting
 
@@ -35,6 +36,7 @@ class Record:
 
     model: str
     hardware: str
+    engine: str
     family: str
     sparsity: float
     realised_sparsity: float
@@ -42,7 +44,6 @@ class Record:
     batch: int
     seq: int
     dtype: str
-    runtime: str
     dense_s: float
     dense_lower: float
     dense_upper: float
@@ -56,7 +57,13 @@ class Record:
     byte_bound: float
     roofline_bound: float
     limit: str
+    tokens_per_s: float | None  # of the pruned model, new ones, on all devices; None where the phase has none
+    ttft_s: float | None
+    tpot_s: float | None
     # beyond the stable keys
+    dense_tokens_per_s: float | None
+    dense_ttft_s: float | None
+    dense_tpot_s: float | None
     measured_bound: float | None
     efficiency: float
     limit_share: float
@@ -73,6 +80,8 @@ class Record:
     capacity_bytes: float
     dense_fits: bool
     pruned_fits: bool
+    dense_largest_batch: int  # sequences that fit
+    pruned_largest_batch: int
 
 
 _TYPES = {"str": str, "float": float, "float | None": float, "int": int, "bool": bool}
@@ -131,7 +140,7 @@ class Piece:
     """What is pruned and timed in one pass: requests of one model, setting and phase, each by every choice."""
 
     model: str | ModelConfig
-    setting: Setting  # but for its runtime, since one pass times several
+    setting: Setting
     phase: str
     shapes: tuple[tuple[int, int], ...]  # (batch, seq)
     choices: tuple[Choice, ...]
@@ -156,6 +165,15 @@ class Work:
         """Of every workload, on the device that holds most."""
         return bytes_needed(self.pairs.stack)
 
+    @cached_property
+    def sequence_bytes(self) -> F:
+        """Of every workload: what one more sequence needs, its cache and, but in a serve, whose prompts go one at a
+        time, its activations."""
+        stack = self.pairs.stack
+        assert stack.sequences is not None
+        grows = cache_bytes(stack) + (0.0 if self.piece.phase == "serve" else activation_bytes(stack))
+        return np.asarray(grows / stack.sequences)
+
     def only(self, pruned: Rows) -> Pairs:
         """All the dense workloads and some of the pruned ones."""
         stack, dense = self.pairs.stack, len(self.requests.workloads)
@@ -167,16 +185,20 @@ class Work:
 
 
 def work_of(piece: Piece, refuse: Refuse) -> Work:
-    """The workloads of a piece; choices that a family does not support are refused."""
+    """The workloads of a piece; choices that a family or the engine does not support are refused."""
     requests = Requests.of(load_model(piece.model), piece.setting, piece.phase, piece.shapes)
-    found = []
+    dense, found = Stack.of(requests.workloads), []
+    unable = refusal(dense)
+    if unable:
+        refuse(None, unable, "")
     for i, (family, sparsity) in enumerate(piece.choices):
         parts, refused = prune_all(requests, family.name, sparsity, ideal=piece.ideal, options=dict(family.options))
-        for reason in refused:
+        lacking = [unable or refusal(stack) for _, stack in parts]
+        for reason in dict.fromkeys((*refused, *filter(None, lacking))):
             refuse(i, reason, "")
-        found += [(i, group, stack) for group, stack in parts]
+        found += [(i, group, stack) for (group, stack), reason in zip(parts, lacking) if not reason]
     request = np.array([r for _, group, _ in found for r in group], dtype=np.intp)
-    stack = Stack.join([Stack.of(requests.workloads), *(stack for _, _, stack in found)])
+    stack = Stack.join([dense, *(stack for _, _, stack in found)])
     applied = [stack.rows.meta.applied[-1] for _, _, stack in found]
     of_parts = [i for i, _, _ in found], [a.sparsity for a in applied], [a.realised for a in applied]
     choice, asked, realised = (np.repeat(values, [len(group) for _, group, _ in found]) for values in of_parts)
@@ -184,25 +206,23 @@ def work_of(piece: Piece, refuse: Refuse) -> Work:
     return Work(piece, requests, pairs, request, choice.astype(np.intp), asked, realised)
 
 
-def columns_of(work: Work, hardware: Sequence[HardwareProfile], runtimes: tuple[str, ...], refuse: Refuse) -> Columns:
-    """Rows of a piece by request, choice, device and runtime; choices that a device cannot run are refused."""
+def columns_of(work: Work, hardware: Sequence[HardwareProfile], refuse: Refuse) -> Columns:
+    """Rows of a piece by request, choice and device; choices that a device cannot run are refused."""
     blocks = [
-        (device, runtime, pruned, comparison)
+        (device, pruned, comparison)
         for device, hw in enumerate(hardware)
-        for pruned, comparisons in _compared(work, hw, runtimes, refuse)
-        for runtime, comparison in enumerate(comparisons)
+        for pruned, comparison in _compared(work, hw, refuse)
     ]
     if not blocks:
         return empty_columns()
     piece, setting, dense = work.piece, work.piece.setting, len(work.requests.workloads)
-    sizes = [len(pruned) for _, _, pruned, _ in blocks]
-    device, runtime = (np.repeat([block[i] for block in blocks], sizes) for i in (0, 1))
-    pruned = np.concatenate([block[2] for block in blocks])
-    order = np.lexsort((runtime, device, work.choice[pruned], work.request[pruned]))
-    device, runtime, pruned = device[order], runtime[order], pruned[order]
+    device = np.repeat([device for device, _, _ in blocks], [len(pruned) for _, pruned, _ in blocks])
+    pruned = np.concatenate([pruned for _, pruned, _ in blocks])
+    order = np.lexsort((device, work.choice[pruned], work.request[pruned]))
+    device, pruned = device[order], pruned[order]
     request, choice, at = work.request[pruned], work.choice[pruned], dense + pruned
     names = [f.name for f in fields(Comparison)]
-    timed = {name: np.concatenate([getattr(block[3], name)[dense:] for block in blocks])[order] for name in names}
+    timed = {name: np.concatenate([getattr(found, name)[dense:] for _, _, found in blocks])[order] for name in names}
     batch, seq = np.array(piece.shapes, dtype=np.int64)[request].T
     gain = timed["roofline_bound"] - 1.0
     need, need_pruned = work.bytes_needed[request], work.bytes_needed[at]
@@ -212,9 +232,9 @@ def columns_of(work: Work, hardware: Sequence[HardwareProfile], runtimes: tuple[
         "hardware": (device, (hw.label for hw in hardware)),
         "family": (choice, (f.name for f in families)),
         "options": (choice, (f.label for f in families)),
-        "runtime": (runtime, runtimes),
         "limit": (timed["limit"], BOUNDS),
         "model": (0, [load_model(piece.model).name]),
+        "engine": (0, [setting.engine_name]),
         "phase": (0, [piece.phase]),
         "dtype": (0, [setting.dtype]),
         "weight_dtype": (0, [setting.weight_dtype or setting.dtype]),
@@ -234,7 +254,7 @@ def columns_of(work: Work, hardware: Sequence[HardwareProfile], runtimes: tuple[
         "measured_bound": np.nan,
         "efficiency": np.divide(timed["speedup"] - 1.0, gain, out=np.full(len(at), np.nan), where=gain > 1e-9),
         "level": setting.level,
-        "new_tokens": setting.new_tokens if piece.phase == "generate" else 0,
+        "new_tokens": work.requests.workloads[0].meta.new_tokens,
         "devices": setting.devices,
         "ideal": piece.ideal,
         "dense_memory_bytes": need,
@@ -242,11 +262,13 @@ def columns_of(work: Work, hardware: Sequence[HardwareProfile], runtimes: tuple[
         "capacity_bytes": capacity,
         "dense_fits": need <= capacity,
         "pruned_fits": need_pruned <= capacity,
+        "dense_largest_batch": _largest(batch, capacity, need, work.sequence_bytes[request]),
+        "pruned_largest_batch": _largest(batch, capacity, need_pruned, work.sequence_bytes[at]),
         "choice": choice,
     }
     columns: Columns = {name: np.full(len(at), v) if np.ndim(v) == 0 else v for name, v in values.items()}
-    for name, (codes, known) in texts.items():
-        columns[name] = Text(np.broadcast_to(codes, len(at)).astype(np.int32), tuple(known))
+    for name, (codes, words) in texts.items():
+        columns[name] = Text(np.broadcast_to(codes, len(at)).astype(np.int32), tuple(words))
     return {name: columns[name] for name in (*COLUMNS, "choice")}
 
 
@@ -258,20 +280,29 @@ def empty_columns() -> Columns:
     return {**columns, "choice": np.zeros(0, dtype=np.intp)}
 
 
-def _compared(
-    work: Work, hw: HardwareProfile, runtimes: tuple[str, ...], refuse: Refuse
-) -> Iterator[tuple[Rows, tuple[Comparison, ...]]]:
-    """Some of the pruned workloads and their comparisons under each runtime, after those of the dense ones."""
-    every, level = np.arange(len(work.choice)), work.piece.setting.level
+def _largest(batch: NDArray[np.int64], capacity: F, need: F, each: F) -> NDArray[np.int64]:
+    """Sequences that fit, where ``batch`` of them of ``each`` bytes are in what is needed; 0 where not one does."""
+    left = np.maximum(capacity - (need - batch * each), 0.0)
+    return np.floor(left / np.maximum(each, 1.0) + 1e-9).astype(np.int64)
+
+
+def _compared(work: Work, hw: HardwareProfile, refuse: Refuse) -> Iterator[tuple[Rows, Comparison]]:
+    """Some of the pruned workloads and their comparison, after those of the dense ones."""
+    every, setting = np.arange(len(work.choice)), work.piece.setting
+
+    def compared(some: Rows) -> Comparison:
+        pairs = work.pairs if some is every else work.only(some)
+        return compare(pairs, hw, setting.level, setting.dense_s)[0]
+
     if not len(every):
         return
     try:
-        yield every, compare(work.pairs, hw, runtimes, level)
+        yield every, compared(every)
         return
     except InputError:
         choices = np.unique(work.choice).tolist()
     try:
-        compare(work.only(every[:0]), hw, runtimes, level)
+        compared(every[:0])
     except InputError as error:
         refuse(None, str(error), hw.label)
         for i in choices:
@@ -280,7 +311,7 @@ def _compared(
     for i in choices:
         some = np.flatnonzero(work.choice == i)
         try:
-            yield some, compare(work.only(some), hw, runtimes, level)
+            yield some, compared(some)
         except InputError as error:
             refuse(i, str(error), hw.label)
 
@@ -289,9 +320,9 @@ def records(columns: Columns) -> list[Record]:
     """Rows as records, not known values as None, the realised sparsity as :class:`simulator.Speedup` composes it, to
     the last digit."""
     realised = 1.0 - (1.0 - columns["realised_sparsity"])
-    unknown = [None] * len(realised)
     values = {**columns, "realised_sparsity": realised}
-    lists = [unknown if f.name == "measured_bound" else plain(values[f.name]).tolist() for f in fields(Record)]
+    maybe = {f.name: f.type == "float | None" for f in fields(Record)}
+    lists = [known(values[name]) if yes else plain(values[name]).tolist() for name, yes in maybe.items()]
     return [Record(*row) for row in zip(*lists)]
 
 

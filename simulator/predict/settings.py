@@ -4,16 +4,18 @@ devices."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from simulator.engines import DEFAULT_ENGINE
+from simulator.engines.engine import load_engine
 from simulator.errors import InputError, unknown
 from simulator.hardware.library import load_hardware
 from simulator.models.lower import lower
 from simulator.models.parallel import PARALLEL as PARALLEL
 from simulator.pruning import check_fraction as check_fraction
-from simulator.workload import DTYPES, PHASES, RUNTIMES
+from simulator.workload import DTYPES, PHASES
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
@@ -28,21 +30,20 @@ MAX_TOKENS = 2**31 - 1
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is run: what :func:`simulator.lower` and the runtime need, besides phase, batch and length."""
+    """How a model is run: what :func:`simulator.lower` needs, besides phase, batch and length, and what is known."""
 
     new_tokens: int = 128
-    runtime: str = "cuda_graph"
+    engine: str = DEFAULT_ENGINE
     dtype: str = "bf16"
     weight_dtype: str | None = None
     kv_dtype: str | None = None
     devices: int = 1
     parallel: str = "tensor"
-    fuse_qkv: bool = False
-    fuse_gate_up: bool = False
     level: float = 0.9
+    dense_s: float | None = None  # measured time of the dense model's pass
 
     def __post_init__(self) -> None:
-        one_of("runtime", self.runtime, RUNTIMES)
+        load_engine(self.engine)
         one_of("parallel", self.parallel, PARALLEL)
         for name, dtype in (("dtype", self.dtype), ("weight dtype", self.weight_dtype), ("kv dtype", self.kv_dtype)):
             if dtype is not None:
@@ -51,12 +52,35 @@ class Setting:
         whole_number("devices", self.devices, 100_000)
         if not 0.0 < self.level < 1.0:
             raise InputError(f"level {self.level!r}: expected a number between 0 and 1, such as 0.9")
+        if self.dense_s is not None and not 0.0 < self.dense_s < 1e9:
+            raise InputError(f"dense time {self.dense_s!r} s: expected a positive time")
+
+    @property
+    def engine_name(self) -> str:
+        """Name of the engine, also where it is a file."""
+        return load_engine(self.engine).name
 
     def lower(self, model: ModelConfig, phase: str, batch: int, seq: int) -> Workload:
         """The dense workload of a model in this setting."""
-        options = {**vars(self), "new_tokens": self.new_tokens if phase == "generate" else 0}
-        del options["runtime"], options["level"]
+        options = {**vars(self), "new_tokens": self.new_tokens if phase in ("generate", "serve") else 0}
+        del options["level"], options["dense_s"]
         return lower(model, phase=phase, batch=batch, seq=seq, **options)
+
+
+def dense_seconds(tokens_per_s: float | None, phase: str, batch: int, seq: int, new_tokens: int) -> float:
+    """Time of a pass whose throughput is known, s: new tokens of all sequences a second, in prefill prompt tokens.
+
+    >>> dense_seconds(50.0, "decode", 1, 2048, 128), dense_seconds(50.0, "generate", 2, 12, 100)
+    (0.02, 4.0)
+    """
+    if tokens_per_s is None or not 0.0 < tokens_per_s < 1e12:
+        raise InputError(f"tokens a second {tokens_per_s}: expected a positive number")
+    return batch * {"prefill": seq, "decode": 1}.get(phase, new_tokens) / tokens_per_s
+
+
+def batch_name(phase: str) -> str:
+    """What the number of sequences is called in a phase."""
+    return "concurrency" if phase == "serve" else "batch"
 
 
 def once(values: Iterable[T]) -> tuple[T, ...]:
@@ -81,6 +105,22 @@ def profiles(hardware: Iterable[str | HardwareProfile]) -> list[HardwareProfile]
     """Loaded devices, one named twice once."""
     found = [load_hardware(h) if isinstance(h, str) else h for h in hardware]
     return list({hw.label: hw for hw in found}.values())
+
+
+def settings_of(setting: Setting | None, engines: Iterable[str]) -> list[Setting]:
+    """A setting in each of some engines, one named twice once; in its own where there are none."""
+    setting = setting or Setting()
+    found = {load_engine(name).path: name for name in engines}
+    return [replace(setting, engine=name) for name in found.values() or (setting.engine,)]
+
+
+def one_measured(setting: Setting, axes: Mapping[str, Sequence[Any]], requests: Sequence[Any]) -> None:
+    """Refuse a measured time for more than one setting."""
+    if setting.dense_s is None:
+        return
+    for name, values in {**axes, "phase, batch and seq": requests}.items():
+        if len(values) > 1 and name not in ("family", "sparsity", "phase"):
+            raise InputError(f"dense time: is of one setting; expected one {name}, got {len(values)}")
 
 
 def requests_of(phase: Iterable[str], batch: Iterable[int], seq: Iterable[int]) -> list[tuple[str, int, int]]:

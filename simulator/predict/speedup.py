@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from simulator.errors import InputError
 from simulator.kernels.elementwise import elementwise_time
 from simulator.kernels.gemm import gemm_ladder
 from simulator.kernels.spread import BOUNDS
 from simulator.kernels.stack import F, Stack
 from simulator.kernels.stream import Pass, by_formats, passes
-from simulator.predict.compare import SECTIONS, Comparison, Pairs, compare
+from simulator.predict.compare import SECTIONS, Comparison, Pairs, compare, known
 from simulator.workload import Kind, Workload
 
 if TYPE_CHECKING:
@@ -59,6 +60,12 @@ class Speedup:
     realised_sparsity: float  # after rounding
     level: float
     calibrated: bool  # every cost section used was fitted on the device's own measurements
+    tokens_per_s: float | None  # of the pruned model, new ones, on all devices; None where the phase has none
+    ttft_s: float | None  # time to the first token
+    tpot_s: float | None  # time for each further one
+    dense_tokens_per_s: float | None
+    dense_ttft_s: float | None
+    dense_tpot_s: float | None
 
     @property
     def efficiency(self) -> float:
@@ -71,19 +78,19 @@ def speedups(
     dense: Workload,
     pruned: Sequence[Workload],
     hw: HardwareProfile,
-    runtime: str = "cuda_graph",
     level: float = 0.9,
     *,
+    dense_s: float | None = None,
     pairs: Pairs | None = None,
 ) -> list[Speedup]:
     """Speedups of many pruned versions of a dense workload (as :func:`simulator.prune` returns them) on one device.
 
-    ``runtime`` is "cuda_graph" or "eager", ``level`` that of the intervals; ``pairs`` are :func:`pairs_of` these
-    workloads, where they are compared on several devices.
+    ``level`` is that of the intervals, ``dense_s`` a measured time of the dense one, which moves and narrows all;
+    ``pairs`` are :func:`pairs_of` these workloads, where they are compared on several devices.
     """
     pairs = pairs or pairs_of(dense, pruned)
-    (c,) = compare(pairs, hw, (runtime,), level)
-    columns: dict[str, Any] = {f.name: getattr(c, f.name).tolist() for f in fields(Comparison)}
+    c, _ = compare(pairs, hw, level, dense_s)
+    columns: dict[str, Any] = {f.name: known(getattr(c, f.name)) for f in fields(Comparison)}
     columns |= {"flop_bound": pairs.flop_bound.tolist(), "byte_bound": pairs.byte_bound.tolist()}
     columns |= {"limit": [BOUNDS[code] for code in columns["limit"]]}
     out = []
@@ -96,12 +103,15 @@ def speedups(
 
 
 def pairs_of(dense: Workload, pruned: Sequence[Workload]) -> Pairs:
-    """Pruned workloads and their dense one, ready to be compared on many devices."""
+    """Pruned workloads and their dense one, ready to be compared on many devices; all of one engine."""
+    for w in pruned:
+        if w.meta.engine != dense.meta.engine:
+            raise InputError(f"engine: the pruned model runs in {w.meta.engine!r}, the dense in {dense.meta.engine!r}")
     return Pairs(Stack.of([dense, *pruned]), np.zeros(1 + len(pruned), dtype=np.intp))
 
 
 def speedup(
-    dense: Workload, pruned: Workload, hw: HardwareProfile, runtime: str = "cuda_graph", level: float = 0.9
+    dense: Workload, pruned: Workload, hw: HardwareProfile, level: float = 0.9, *, dense_s: float | None = None
 ) -> Speedup:
     """Speedup of one pruned workload over its dense workload; see :func:`speedups`.
 
@@ -110,10 +120,10 @@ def speedup(
     >>> import simulator
     >>> dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="decode", batch=1, seq=2048)
     >>> s = simulator.speedup(dense, simulator.prune(dense, "depth", sparsity=0.25), simulator.load_hardware("h100"))
-    >>> bool(1.2 < s.lower < s.speedup < s.upper < 1 / 0.75)
+    >>> bool(1.15 < s.lower < s.speedup < s.upper < 1 / 0.75)
     True
     """
-    return speedups(dense, [pruned], hw, runtime, level)[0]
+    return speedups(dense, [pruned], hw, level, dense_s=dense_s)[0]
 
 
 def _applied(dense: Workload, pruned: Workload) -> tuple[str, float, float]:
@@ -126,28 +136,31 @@ def _applied(dense: Workload, pruned: Workload) -> tuple[str, float, float]:
 
 NOTES = {
     "rounding": "rounded to whole layers, head groups and aligned widths",
-    "parts not pruned": "attention, lm_head, norms left alone: this gives the FLOP bound",
-    "memory-bound operators": "operators limited by bytes, not FLOPs: this gives the roofline bound",
-    "zeros the kernel computes": "the kernel that runs does not skip the zeros, or fetches them",
+    "parts not pruned": "attention, lm_head, norms left alone: gives the FLOP bound",
+    "memory-bound operators": "limited by bytes, not FLOPs: gives the roofline bound",
+    "zeros the kernel computes": "the kernel computes the zeros, or fetches them",
     "tile quantisation": "shapes padded to whole tiles",
     "wave quantisation": "the last wave of tiles leaves SMs idle",
-    "alignment": "widths that are no multiple of 8 (16-bit) leave the fast kernels",
+    "alignment": "widths off 8 (16-bit) leave the fast kernels",
     "kernel efficiency": "what kernels reach of the roofline at these shapes",
-    "overhead operators": "routers, gathers, scatters, selections, projections that pruning adds",
-    "launch or host time": "fixed time of each kernel, gaps, and the host's launch time",
+    "overhead operators": "routers, gathers, selections, projections pruning adds",
+    "launch": "fixed time of each kernel, and the gaps between kernels",
+    "host time": "launches and scheduling of the host, where they show",
 }
 """What each step of the waterfall means."""
 
 
-def waterfall(dense: Workload, pruned: Workload, hw: HardwareProfile, runtime: str = "cuda_graph") -> tuple[Step, ...]:
+def waterfall(
+    dense: Workload, pruned: Workload, hw: HardwareProfile, *, dense_s: float | None = None
+) -> tuple[Step, ...]:
     """Named steps from the nominal speedup 1/(1 - s) to the predicted one; the factors multiply exactly.
 
     Each step makes the cost model of both workloads one effect more real and takes the ratio again. The first is
     "nominal" with factor and speedup 1/(1 - s); the last has the predicted speedup.
     """
     _, asked, realised = _applied(dense, pruned)
-    stack = pairs_of(dense, [pruned]).stack
-    (p,) = passes(stack, hw, (runtime,))
+    pairs = pairs_of(dense, [pruned])
+    stack, p = pairs.stack, passes(pairs.stack, hw)
     rungs, added = _ladder(p), stack.rows.overhead & (stack.owner > 0)
 
     def ratio(column: F) -> float:
@@ -158,7 +171,8 @@ def waterfall(dense: Workload, pruned: Workload, hw: HardwareProfile, runtime: s
         1.0 / max(1.0 - realised, 1e-9),  # all layers may be gone
         *(ratio(np.where(added, 0.0, c)) for c in (stack.flops, *rungs.values())),
     ]
-    values += [ratio(rungs["kernel"]), float(p.total_s[0] / p.total_s[1])]
+    ends = p.total_s if dense_s is None else compare(pairs, hw, dense_s=dense_s)[0].pruned_s
+    values += [ratio(rungs["kernel"]), float(p.device_s[0] / p.device_s[1]), float(ends[0] / ends[1])]
     before = 1.0 / (1.0 - asked)
     steps = [Step("nominal", before, before, f"1 / (1 - {asked:.3g}): what a fraction of {asked:.3g} removed suggests")]
     for (name, note), value in zip(NOTES.items(), values, strict=True):

@@ -1,4 +1,4 @@
-"""Sweeps: the product of models, devices, families, sparsities, phases, batches, lengths, formats and runtimes as one
+"""Sweeps: the product of models, devices, families, sparsities, phases, batches, lengths, formats and engines as one
 table.
 
 Use :func:`sweep` for a Parquet file of any size and :func:`sweep_columns` for arrays in memory. A grid is cut into
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from simulator._version import __version__
+from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.files.parquet import load_pyarrow
 from simulator.hardware.library import files_of, load_hardware
@@ -91,7 +92,7 @@ def sweep(
     if grid.size > most:
         raise InputError(f"the grid has {grid.size:,} configurations, more than {most:,} (--max); take a smaller grid")
     _, parquet = load_pyarrow()
-    sizes = [len(p.shapes) * len(p.choices) * len(grid.hardware) * len(grid.runtimes) for p in pieces(grid)]
+    sizes = [len(p.shapes) * len(p.choices) * len(grid.hardware) for p in pieces(grid)]
     store = Store(Path(out), digest(grid, where), len(sizes))
     notes: Notes = {}
     if store.finished():
@@ -116,7 +117,7 @@ def sweep(
 def sweep_columns(grid: Grid, where: str | None = None) -> tuple[Columns, tuple[str, ...]]:
     """A grid's rows as arrays in memory, texts as object arrays; and what was left out.
 
-    >>> grid = Grid(("llama-3.1-8b",), ("h100",), (0.5,), ("decode",), (1, 8), (2048,))
+    >>> grid = Grid(("llama-3.1-8b",), ("h100",), (0.5,), ("decode",), (1, 8), (2048,), engines=("trtllm",))
     >>> columns, notes = sweep_columns(grid, "family == 'depth'")
     >>> columns["batch"].tolist(), columns["realised_sparsity"].tolist(), notes
     ([1, 8], [0.5, 0.5], ())
@@ -150,19 +151,20 @@ def compute_part(grid: Grid, where: str | None, index: int) -> bytes:
 
 
 def pieces(grid: Grid) -> Iterator[Piece]:
-    """The pieces of a grid in the order of the table: by model, format, devices, phase, then some requests by length
-    and batch, then some families and sparsities."""
+    """The pieces of a grid in the order of the table: by model, format, engine, devices, phase, then some requests by
+    length and batch, then some families and sparsities."""
     shapes = [(b, s) for s in grid.seqs for b in grid.batches]
     choices = list(itertools.product(grid.families, grid.sparsities))
-    for model, formats, devices, phase in itertools.product(grid.models, grid.dtypes, grid.devices, grid.phases):
-        operators = 30 if phase != "generate" else 60 + 2 * grid.new_tokens
-        workloads = max(1, min(PART_ROWS // (len(grid.hardware) * len(grid.runtimes)), OPERATOR_ROWS // operators))
+    runs = itertools.starmap(grid.setting, itertools.product(grid.dtypes, grid.engines, grid.devices))
+    for model, setting, phase in itertools.product(grid.models, runs, grid.phases):
+        operators = {"generate": 60 + 2 * grid.new_tokens, "serve": 60}.get(phase, 30)
+        workloads = max(1, min(PART_ROWS // len(grid.hardware), OPERATOR_ROWS // operators))
         many = min(len(shapes), REQUESTS, workloads)
         of_choices = max(1, workloads // many)
         if of_choices >= len(choices):  # room for more requests
             many = max(1, min(len(shapes), 4 * REQUESTS, workloads // len(choices)))
         for some, chosen in itertools.product(_even(shapes, many), _even(choices, of_choices)):
-            yield Piece(model, grid.setting(formats, devices), phase, tuple(some), tuple(chosen), grid.ideal)
+            yield Piece(model, setting, phase, tuple(some), tuple(chosen), grid.ideal)
 
 
 def _even(values: Sequence[Any], size: int) -> list[Sequence[Any]]:
@@ -178,7 +180,7 @@ def piece_columns(grid: Grid, piece: Piece, notes: Notes, where: str | None = No
         if choice is not None:
             note(notes, piece.choices[choice], reason, device)
 
-    columns = columns_of(work_of(piece, refuse), [load_hardware(h) for h in grid.hardware], grid.runtimes, refuse)
+    columns = columns_of(work_of(piece, refuse), [load_hardware(h) for h in grid.hardware], refuse)
     condition = _condition(where)
     if condition is not None:
         mask = condition(lambda name: plain(columns[name]), len(columns["speedup"]))
@@ -187,7 +189,7 @@ def piece_columns(grid: Grid, piece: Piece, notes: Notes, where: str | None = No
 
 
 def digest(grid: Grid, where: str | None = None) -> str:
-    """Digest of everything a table follows from: grid, filter, version, models and the files of the profiles."""
+    """Digest of all a table follows from: grid, filter, version, models and the files of profiles and engines."""
     facts = json.dumps([__version__, where, grid.facts()], sort_keys=True, default=str)
     sha = hashlib.sha256(facts.encode())
     for name in grid.models:
@@ -195,6 +197,9 @@ def digest(grid: Grid, where: str | None = None) -> str:
     for name in grid.hardware:
         for file in files_of(load_hardware(name)):
             sha.update(file.name.encode() + b"\0" + file.read_bytes())
+    for name in grid.engines:
+        if (path := load_engine(name).path) is not None:
+            sha.update(path.read_bytes())
     return sha.hexdigest()
 
 

@@ -13,13 +13,27 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from simulator.engines.engine import load_engine
 from simulator.errors import InputError, unknown
-from simulator.kernels.stack import memory
+from simulator.kernels.settled import Implied
+from simulator.kernels.stack import Stack, memory
+from simulator.kernels.stream import passes
 from simulator.models.library import load_model
-from simulator.predict.caveats import BETTER, better_than_bound, beyond_measured
+from simulator.predict.caveats import BETTER, better_than_bound, beyond_measured, fallback, implied_line
+from simulator.predict.compare import compare
 from simulator.predict.rows import FamilyChoice, Notes, Piece, Record, columns_of, note, note_lines, records, work_of
-from simulator.predict.settings import MAX_TOKENS, Setting, check_fraction, once, profiles, requests_of
-from simulator.predict.speedup import Step, waterfall
+from simulator.predict.settings import (
+    MAX_TOKENS,
+    Setting,
+    batch_name,
+    check_fraction,
+    once,
+    one_measured,
+    profiles,
+    requests_of,
+    settings_of,
+)
+from simulator.predict.speedup import Step, pairs_of, waterfall
 from simulator.pruning import FAMILIES, prune
 
 if TYPE_CHECKING:
@@ -59,6 +73,16 @@ class Explanation:
     dense: Workload = field(repr=False)
     pruned: Workload = field(repr=False)
     hardware: HardwareProfile = field(repr=False)
+    implied: Implied | None = None  # what a measured time of the dense model says
+    dense_s: float | None = None  # that time
+
+    @cached_property
+    def layer_s(self) -> float:
+        """What the host takes to launch a layer of the dense model where it sets the pace of either, s; else 0."""
+        if self.implied is not None and self.implied.believed:
+            return self.implied.layer_s if self.implied.host_bound else 0.0
+        p = passes(Stack.of([self.dense, self.pruned]), self.hardware)
+        return float(p.host.layer[0]) if p.host_bound.any() else 0.0
 
     @cached_property
     def reason(self) -> str:
@@ -88,6 +112,7 @@ def table(
     batch: Sequence[int] = (1,),
     seq: Sequence[int] = (2048,),
     *,
+    engine: Sequence[str] = (),
     setting: Setting | None = None,
     ideal: bool = False,
     options: Mapping[str, Any] | None = None,
@@ -102,7 +127,9 @@ def table(
     family, sparsity : sequences
         Keys of :data:`simulator.FAMILIES`, or ``all``; fractions removed, each in [0, 1).
     phase, batch, seq : sequences
-        Of "prefill", "decode" and "generate"; of sequences, and tokens (prefill) or cached positions (decode) of each.
+        Of :data:`simulator.workload.PHASES`; of sequences, and tokens (prefill) or cached positions (decode) of each.
+    engine : sequence
+        Names or paths (:func:`simulator.list_engines`); none: that of the setting.
     ideal : bool
         Leave out the work that pruning adds (routers, gathers).
     options : mapping
@@ -113,7 +140,7 @@ def table(
     Returns
     -------
     Table
-        Ordered by model, phase, batch, seq, family, sparsity, hardware.
+        Ordered by model, engine, phase, batch, seq, family, sparsity, hardware.
 
     Examples
     --------
@@ -124,15 +151,17 @@ def table(
     1
     """
     chosen, fractions = families(family), once(check_fraction(s) for s in sparsity)
-    requests, setting = requests_of(phase, batch, seq), setting or Setting()
+    requests, settings = requests_of(phase, batch, seq), settings_of(setting, engine)
     devices, loaded = profiles(hardware), [load_model(m) for m in models]
-    axes = {"model": loaded, "hardware": devices, "family": chosen, "sparsity": fractions, "phase": phase}
+    axes: dict[str, Sequence[Any]] = {"model": loaded, "hardware": devices, "engine": settings}
+    axes |= {"family": chosen, "sparsity": fractions, "phase": phase}
     for name, values in {**axes, "shape": batch and seq}.items():
         if not values:
             raise InputError(f"{name}: expected at least one")
     for _, b, s in requests:
         if b * s > MAX_TOKENS and set(phase) != {"decode"}:
             raise InputError(f"batch {b} x seq {s}: expected at most {MAX_TOKENS} tokens in a pass")
+    one_measured(settings[0], axes, requests)
     choices = tuple(itertools.product([FamilyChoice(f, tuple((options or {}).items())) for f in chosen], fractions))
     notes: Notes = {}
 
@@ -143,8 +172,8 @@ def table(
 
     found: list[Record] = []
     unfit: dict[str, None] = {}  # in order, once each
-    jobs = list(itertools.product(loaded, requests))
-    for done, (model, (p, b, s)) in enumerate(jobs, start=1):
+    jobs = list(itertools.product(loaded, settings, requests))
+    for done, (model, setting, (p, b, s)) in enumerate(jobs, start=1):
         work = work_of(Piece(model, setting, p, ((b, s),), choices, ideal), refuse)
         (dense,), need = work.requests.workloads, work.bytes_needed[0]
         if (reached := s + dense.meta.new_tokens) > model.max_positions:
@@ -152,11 +181,17 @@ def table(
             unfit[f"{made}, fewer than the {reached} asked for; timed as if it took them"] = None
         for hw in devices:
             if need > hw.memory_bytes:
-                where = f"{model.name} at {p}, batch {b}, seq {s} on {hw.label}"
+                where = f"{model.name} at {p}, {batch_name(p)} {b}, seq {s} on {hw.label}"
                 unfit[f"{where} {_too_large(dense, hw)}; its times are hypothetical"] = None
             if far := beyond_measured(dense, hw):
                 unfit[far] = None
-        rows = records(columns_of(work, devices, (setting.runtime,), refuse))
+        rows = records(columns_of(work, devices, refuse))
+        for hw in devices:
+            told = implied_by(dense, hw, setting)
+            if told and setting.dense_s:
+                unfit[implied_line(told, hw.label, setting.dense_s)] = None
+            if stands_in := fallback(hw, load_engine(setting.engine), p, setting.dtype):
+                unfit[stands_in] = None
         unfit |= dict.fromkeys(_gains(rows, dense, devices, options or {}))
         found += rows
         if progress is not None:
@@ -165,6 +200,13 @@ def table(
     if not found:
         raise InputError(lines[0] if lines else "nothing to predict")
     return Table(tuple(found), (*lines, *unfit))
+
+
+def implied_by(dense: Workload, hw: HardwareProfile, setting: Setting) -> Implied | None:
+    """What the measured time of a setting says of a device and its host; None where none was measured."""
+    if setting.dense_s is None:
+        return None
+    return compare(pairs_of(dense, [dense]), hw, setting.level, setting.dense_s)[1]
 
 
 def _gains(
@@ -182,8 +224,11 @@ def _gains(
 
 def _too_large(dense: Workload, hw: HardwareProfile) -> str:
     """Why a model does not fit, and what would."""
-    m = memory(dense, hw)
+    m, name = memory(dense, hw), batch_name(dense.meta.phase)
     way = f"fits on {m.devices_needed} devices" if m.devices_needed else "no number of devices tried is enough"
+    room = hw.memory_bytes - (m.total_bytes - m.cache_bytes)
+    largest = int(max(room, 0.0) / max(m.cache_bytes / dense.meta.batch, 1.0))
+    way += f"; the largest {name} that fits here is {largest}" if largest else ""
     return f"needs {m.total_bytes / 2**30:.1f} GiB of {m.capacity_bytes / 2**30:.1f} GiB ({way})"
 
 
@@ -196,12 +241,13 @@ def explanations(
     batch: Sequence[int] = (1,),
     seq: Sequence[int] = (2048,),
     *,
+    engine: Sequence[str] = (),
     setting: Setting | None = None,
     ideal: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> tuple[Explanation, ...]:
     """The loss waterfall of one family at one sparsity (or a mapping from projection kind to fraction), for every
-    device, phase, batch and length; see :func:`table`.
+    phase, batch, length, engine and device; see :func:`table`.
 
     >>> import math
     >>> (e,) = explanations("llama-3.1-8b", ["h100"], "width", 0.25)
@@ -216,19 +262,22 @@ def explanations(
         fraction = {kind: check_fraction(s) for kind, s in sparsity.items()}
     else:
         fraction = check_fraction(sparsity)
-    config, devices, setting, options = load_model(model), profiles(hardware), setting or Setting(), options or {}
+    config, devices, options = load_model(model), profiles(hardware), options or {}
+    settings, requests = settings_of(setting, engine), requests_of(phase, batch, seq)
+    one_measured(settings[0], {"hardware": devices, "engine": settings}, requests)
     choices = ((FamilyChoice(family, tuple(options.items())), fraction),)
 
     def refuse(_choice: int | None, reason: str, _device: str) -> None:
         raise InputError(reason)
 
     out = []
-    for p, b, s in requests_of(phase, batch, seq):
+    for (p, b, s), setting in itertools.product(requests, settings):
         work = work_of(Piece(config, setting, p, ((b, s),), choices, ideal), refuse)
         (dense,) = work.requests.workloads
         pruned = prune(dense, family, fraction, ideal=ideal, **options)
-        for hw, record in zip(devices, records(columns_of(work, devices, (setting.runtime,), refuse))):
+        for hw, record in zip(devices, records(columns_of(work, devices, refuse))):
             asked = 1.0 - (1.0 - record.sparsity)  # as simulator.Speedup composes it, to the last digit
-            steps = waterfall(dense, pruned, hw, setting.runtime)
-            out.append(Explanation(replace(record, sparsity=asked), steps, dense, pruned, hw))
+            steps = waterfall(dense, pruned, hw, dense_s=setting.dense_s)
+            told = implied_by(dense, hw, setting)
+            out.append(Explanation(replace(record, sparsity=asked), steps, dense, pruned, hw, told, setting.dense_s))
     return tuple(out)

@@ -8,7 +8,7 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from simulator.units import finite, percent
+from simulator.units import finite, percent, seconds
 
 if TYPE_CHECKING:
     from simulator.predict.rows import Record
@@ -20,12 +20,16 @@ LOSS = 0.985
 
 def setting_title(r: Record) -> str:
     """What a group of records is a prediction of."""
-    new = f" + {r.new_tokens} new" if r.phase == "generate" else ""
+    from simulator.predict.settings import batch_name  # late, as below: a program's help needs none of it
+
+    new = f" + {r.new_tokens} new" if r.new_tokens else ""
     spread = f", {r.devices} devices ({r.parallel})" if r.devices > 1 else ""
     plain = r.weight_dtype == r.kv_dtype == r.dtype
     formats = r.dtype if plain else f"{r.dtype}, weights {r.weight_dtype}, cache {r.kv_dtype}"
     ideal = ", pruning overheads left out" if r.ideal else ""
-    return f"{r.model}, {r.phase}, batch {r.batch}, seq {r.seq}{new}, {formats}, {r.runtime}{spread}{ideal}"
+    return (
+        f"{r.model}, {r.phase}, {batch_name(r.phase)} {r.batch}, seq {r.seq}{new}, {formats}, {r.engine}{spread}{ideal}"
+    )
 
 
 def uncalibrated(records: Sequence[Any]) -> tuple[str, ...]:
@@ -34,13 +38,30 @@ def uncalibrated(records: Sequence[Any]) -> tuple[str, ...]:
     return (f"{names}: not calibrated for everything this needs; the intervals are wide for it",) if names else ()
 
 
+def host_rules(e: Explanation) -> str:
+    """What to know first where the host sets the pace, else ""."""
+    if not e.layer_s:
+        return ""
+    from simulator.engines.engine import load_engine
+
+    engine = load_engine(e.dense.meta.engine)
+    text = (
+        f"{engine.title}: the host spends {seconds(e.layer_s)} a layer, and while that is more than the device needs, "
+    )
+    text += "narrower layers change nothing: fewer layers or a CUDA graph do"
+    narrower = {"width", "width_cross", "low_rank"} & set(e.record.family.split("+"))
+    if narrower and engine.own_code.source:
+        text += f" (and modelling code of a pruned model's own has lost up to x{engine.own_code.value:g} beside)"
+    return f"{text}. "
+
+
 def conclusion(e: Explanation) -> str:
     """One plain sentence: what is promised, what is predicted, and what took the most."""
     r, losses = e.record, sorted((s for s in e.steps[1:] if s.factor < LOSS), key=lambda s: s.factor)
     gains = [s for s in e.steps[1:] if s.factor > 1 / LOSS and s.name != "rounding"]
     verdict = f"predicted {r.speedup:.2f}x ({r.speedup_lower:.2f}-{r.speedup_upper:.2f})"
     promise = f"{r.family} at {percent(r.sparsity)} promises {e.steps[0].speedup:.2f}x"
-    text = f"{promise}, {verdict} on {r.hardware}, held by {r.limit}"
+    text = f"{host_rules(e)}{promise}, {verdict} on {r.hardware} in {r.engine}, held by {r.limit}"
     if losses:
         text += ": lost to " + _and([f"{s.name} (x{s.factor:.2f})" for s in losses[:3]])
     elif r.speedup > 1:

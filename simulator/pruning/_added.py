@@ -46,7 +46,7 @@ def overheads(w: Workload, at: Array, role: str, **columns: Any) -> Workload:
 def overhead_gemm(w: Workload, at: Array, role: str, n: Array | int, k: Array | int, **columns: Any) -> Workload:
     """GEMMs added over all tokens of the rows ``at``; their weights are counted where that phase carries parameters."""
     owns = (w.phase[at] == Phase.PREFILL) | ~(w.phase == Phase.PREFILL).any()  # all, but the decodes of a generate
-    params = np.where(owns, np.asarray(n, dtype=np.float64) * k, 0.0)
+    params = np.where(owns, np.asarray(n, dtype=np.float64) * k / w.repeats[at], 0.0)
     return overheads(w, at, role, kind=Kind.GEMM, m=w.m[at], n=n, k=k, params=params, **columns)
 
 

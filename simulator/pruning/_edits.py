@@ -38,7 +38,7 @@ def resized(w: Workload, n: Array, k: Array, **columns: Any) -> Workload:
     """GEMMs with other N and K; the parameters follow, with the bias (N of them) where a row has one."""
     bias = biases(w)
     before = np.maximum(w.n.astype(np.float64) * w.k, 1.0)
-    params = (w.params - bias) * (n.astype(np.float64) * k / before) + np.where(bias > 0, n, 0.0)
+    params = (w.params - bias) * (n.astype(np.float64) * k / before) + bias * (n / np.maximum(w.n, 1))
     return w.replace(n=n, k=k, params=np.where(w.kind == Kind.GEMM, params, w.params), **columns)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from simulator.columns import Array
 from simulator.errors import InputError
-from simulator.workload import Workload
+from simulator.workload import PHASES, Workload
 
 QKV: tuple[str, ...] = ("q", "k", "v", "qkv")
 GROUPS: Mapping[str, tuple[str, ...]] = {"attention": (*QKV, "o"), "mlp": ("gate", "up", "gate_up", "down"), "qkv": QKV}
@@ -54,7 +54,7 @@ class Family:
     order: int  # place in tables
     realised: str  # definition of its realised sparsity
     options: Mapping[str, Any] = field(init=False)  # with their defaults
-    support: tuple[str, ...] = ("prefill", "decode", "generate")  # phases in which it can save time; allowed in all
+    support: tuple[str, ...] = PHASES  # phases in which it can save time; allowed in all
     targets: tuple[str, ...] = ()  # names a per-projection sparsity may use
     per_layer: bool = True  # whether a per-layer sparsity means something
     # requests (batch, length) of one model that a call may prune together: "any", or those of "equal length" where the

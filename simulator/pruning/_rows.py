@@ -42,12 +42,25 @@ def covering(w: Workload, mask: Array, values: Array) -> Array:
     return np.where((place >= 0) & (w.layer >= 0), values[at[np.maximum(place, 0)]], 0)
 
 
+def shorter_copies(w: Workload, out: Workload) -> Workload:
+    """The same rows, those that copy a cache (``cache_write`` with positions) as long as decode attention now finds it
+    in ``out``; ``w`` is before."""
+    copies = w.is_role("cache_write") & (w.kv_len > 0)
+    if not copies.any():
+        return out
+    before, after = (covering(x, x.kind == Kind.DECODE_ATTENTION, x.kv_len.astype(np.float64)) for x in (w, out))
+    share = np.where(copies & (before > 0), after / np.maximum(before, 1.0), 1.0)
+    kept = np.where(copies, np.maximum(np.round(w.kv_len * share), 1), out.kv_len)
+    return out.replace(kv_len=kept, read_bytes=out.read_bytes * share, write_bytes=out.write_bytes * share)
+
+
 def biases(w: Workload) -> Array:
-    """N parameters of the GEMM rows that own a bias besides their weight."""
+    """Parameters of an execution of the GEMM rows that own a bias besides their weight: N, or its share of them."""
     weight: Array = w.n.astype(np.float64) * w.k
     if np.count_nonzero(w.kernel):
         weight = np.where((w.kernel == Kernel.SPARSE24) | (w.kernel == Kernel.UNSTRUCTURED), w.density, 1.0) * weight
-    return np.where((w.kind == Kind.GEMM) & (w.params > 0) & (np.abs(w.params - weight - w.n) < 0.5), w.n, 0.0)
+    owns = (w.kind == Kind.GEMM) & (w.params > 0) & (np.abs(w.params * w.repeats - weight - w.n) < 0.5)
+    return np.where(owns, w.n / w.repeats, 0.0)
 
 
 def weights(w: Workload) -> Array:

@@ -113,7 +113,7 @@ def split_fused_qkv(w: Workload, s: Array) -> tuple[Workload, Array]:
         return w, s
     if (w.stage[fused] == 2).any():
         alone = "the queries of a low-rank fused qkv projection cannot be computed alone"
-        raise InputError(f"{alone}; lower with fuse_qkv=False")
+        raise InputError(f"{alone}; choose an engine that does not fuse them, such as hf")
     out, index, first, rest = doubled(w, fused)
     n = np.where(first, queries[index], out.n - queries[index])
     out = changed(out, first | rest, n=n, params=out.params * (n / np.maximum(out.n, 1)))
@@ -133,7 +133,8 @@ def prompt_of(w: Workload) -> Array:
     out = np.full(layer_count(w) + 1, none)
     decode = w.kind == Kind.DECODE_ATTENTION
     rows = w.take(decode if decode.any() else w.kind == Kind.PREFILL_ATTENTION)
-    length = rows.kv_len - (1 if decode.any() else 0)  # a decode attends to its own position too
+    grown = (w.meta.new_tokens + 1) // 2 if w.meta.phase == "serve" else 1  # a decode attends to its own position too
+    length = rows.kv_len - (grown if decode.any() else 0)
     for first, many in sorted(set(zip(rows.layer.tolist(), rows.layers.tolist()))):
         run = slice(first, first + many)
         out[run] = np.minimum(out[run], length[(rows.layer == first) & (rows.layers == many)].min())

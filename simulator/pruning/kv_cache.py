@@ -7,7 +7,7 @@ import numpy as np
 from simulator.pruning._added import insert, overheads
 from simulator.pruning._edits import changed, whole_share
 from simulator.pruning._family import SCORE_BYTES, Choice, Family, Pruned, whole
-from simulator.pruning._rows import removed
+from simulator.pruning._rows import removed, shorter_copies
 from simulator.pruning._tokens import prompt_of
 from simulator.workload import DTYPE_BYTES, Kind, Workload
 
@@ -25,7 +25,7 @@ def kv_cache(w: Workload, choice: Choice, *, ideal: bool, observed: int = 32) ->
     kept = np.maximum(whole_share(1.0 - choice.rows, prompt), 1)
     evicted = np.where(choice.rows > 0, prompt - kept, 0)
     decode, prefill = w.kind == Kind.DECODE_ATTENTION, w.kind == Kind.PREFILL_ATTENTION
-    out = changed(w, decode, kv_len=w.kv_len - evicted)
+    out = shorter_copies(w, changed(w, decode, kv_len=w.kv_len - evicted))
     rows = prefill if prefill.any() else decode
     realised = removed(float(prompt[rows] @ w.count[rows]), float((prompt - evicted)[rows] @ w.count[rows]))
     at = np.flatnonzero(prefill & (choice.rows > 0))
@@ -52,5 +52,5 @@ FAMILY = Family(
     summary="a share of the prompt's cache kept",
     cost="scoring, selection and compaction at the end of the prefill",
     realised="prompt positions evicted from the cache / prompt positions",
-    support=("decode", "generate"),
+    support=("decode", "generate", "serve"),
 )  # fmt: skip

@@ -27,11 +27,11 @@ def low_rank(w: Workload, choice: Choice, *, ideal: bool, align: int = 16) -> Pr
     exact = np.floor((1.0 - choice.rows) * n * k / np.maximum(n + k, 1.0) + 1e-9)
     rank = np.minimum(np.maximum(np.ceil(exact / align), 1) * align, np.minimum(n, k)).astype(np.int64)
     bias = biases(w)
-    owned = np.where(bias > 0, 1.0, w.params / np.maximum(n * k, 1.0))  # 1, or more where only some executions own them
+    owned = (w.params - bias) / np.maximum(n * k, 1.0)  # not 1 where executions are fewer or more than the layers
     out, index, first, second = doubled(w, rows)
     r, owned = rank[index], owned[index]
     out = changed(out, first, n=r, stage=1, params=owned * r * out.k)
-    out = changed(out, second, k=r, stage=2, params=owned * r * out.n + (bias[index] > 0) * out.n)
+    out = changed(out, second, k=r, stage=2, params=owned * r * out.n + bias[index])
     return out, parameters_removed(w, out)
 
 

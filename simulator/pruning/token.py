@@ -14,7 +14,7 @@ from simulator.errors import InputError
 from simulator.pruning._added import before_sublayer, insert, overheads, sublayer_ends
 from simulator.pruning._edits import changed, merge_runs, moved, split_at, whole_share
 from simulator.pruning._family import SCORE_BYTES, Choice, Family, Pruned, one_of, whole
-from simulator.pruning._rows import layer_count, removed
+from simulator.pruning._rows import layer_count, removed, shorter_copies
 from simulator.pruning._tokens import prompt_of
 from simulator.workload import DTYPE_BYTES, Kind, Part, Phase, Workload
 
@@ -64,12 +64,13 @@ def _dropped(w: Workload, table: Array) -> tuple[Workload, Array, Array]:
     whole_prompt = int(prompt.max(initial=0)) or w.meta.seq
     prompt = np.where(prompt > 0, prompt, whole_prompt)  # outside the layers, or in layers without attention
     kept = np.where(s > 0, np.maximum(whole_share(1.0 - s, prompt), 1), prompt)
-    sampled = (w.layer < 0) & (w.m <= w.meta.batch)  # the head on last positions
+    together = 1 if w.meta.phase == "serve" else w.meta.batch  # sequences of a prefill
+    sampled = (w.layer < 0) & (w.m <= together)  # the head on last positions
     fewer = (w.phase == Phase.PREFILL) & (s > 0) & ~sampled & (w.m > 0)
     m = np.where(fewer, np.maximum(w.m * kept // np.maximum(prompt, 1), 1), w.m)
     q_len, kv_len = (np.maximum(length - (prompt - kept), 1) for length in (w.q_len, w.kv_len))
-    out = changed(w, w.is_attention, q_len=q_len, kv_len=kv_len)
-    return out.replace(m=m, **moved(w, np.where(fewer, m / np.maximum(w.m, 1), 1.0))), kept, prompt
+    out = shorter_copies(w, changed(w, w.is_attention, q_len=q_len, kv_len=kv_len))
+    return out.replace(m=m, **moved(out, np.where(fewer, m / np.maximum(w.m, 1), 1.0))), kept, prompt
 
 
 def _with_selection(w: Workload, out: Workload, table: Array, kept: Array, prompt: Array, mode: str) -> Workload:

@@ -14,7 +14,7 @@ BATCHES, SEQS = tuple(2**i for i in range(8)), tuple(2**i for i in range(7, 15))
 
 
 def grid(size: int) -> Grid:
-    """About so many configurations: 11 families on three devices under both runtimes, prefill and decode."""
+    """About so many configurations: 11 families on three devices in two engines, prefill and decode."""
     models = ("llama-3.1-8b",) if size < 10**6 else ("llama-3.1-8b", "qwen3-8b", "llama-2-13b", "mistral-7b-v0.3")
     sparsities, seqs = {
         10**4: ((0.25, 0.5), SEQS[:5]),
@@ -22,7 +22,7 @@ def grid(size: int) -> Grid:
         10**6: (tuple(round(0.03 * i, 2) for i in range(1, 31)), SEQS),
     }[size]
     hardware = ("a100_sxm_80gb", "h100_sxm", "rtx_4090")
-    return Grid(models, hardware, sparsities, ("prefill", "decode"), BATCHES, seqs, runtimes=("cuda_graph", "eager"))
+    return Grid(models, hardware, sparsities, ("prefill", "decode"), BATCHES, seqs, engines=("reference", "hf"))
 
 
 def megabytes() -> float:

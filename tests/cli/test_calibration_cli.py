@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from calibration.cli.rows import seconds
-from calibration.devices.protocol import Description
+from calibration.devices.protocol import LAYER_LAUNCHES, Description
 from calibration.devices.replay import Faults, ReplayDevice, roofline_timings
 from calibration.execute.asked import asked_operators, asked_workloads
-from calibration.execute.runs import keep_apart
+from calibration.execute.runs import DATASHEET, keep_apart
 from calibration.fit.base_profile import MEASURED, base_profile, raised, shipped_name
+from calibration.fit.profile import fit_profile
 from calibration.measure.interrupt import Interrupted
 from calibration.records.parquet import read_records, write_records
 from calibration.records.store import read_store
@@ -28,8 +29,8 @@ H100 = Description("cuda:0", "NVIDIA H100 80GB HBM3 (132 SM)", {"torch": "2.9", 
 CPU = Description("cpu", "Some CPU (4 threads)", {"torch": "2.9", "threads": "4"}, 8e9, 32e6)
 
 
-def device(description: Description = H100, **options: Any) -> ReplayDevice:
-    timings = roofline_timings(6e14, 2.6e12, 3e-6)
+def device(description: Description = H100, launch_s: float = 3e-6, **options: Any) -> ReplayDevice:
+    timings = roofline_timings(6e14, 2.6e12, launch_s)
     return ReplayDevice(timings, noise=0.004, description=description, setup_s=0.02, **options)
 
 
@@ -265,10 +266,63 @@ def test_quick_anchors_on_rows_of_all_operators(planted: list[Any], cli: Any) ->
     assert set(profile.anchor.arrays["kind"].tolist()) == {0, 1, 2, 3}
     assert profile.section("gemm", "bf16")["t0"] == shipped.section("gemm", "bf16")["t0"]
     asked = asked_workloads("qwen2.5-0.5b", seq=(128,), families=("width",), sparsities=(0.5,))
-    first = [op.key for op in asked_operators(asked, shipped)][:10]
+    first = [op.key for op in asked_operators(asked, load_hardware(Path("run", DATASHEET)))][:10]
     keys = [r["key"] for r in read_store(Path("run/records.jsonl")).rows if r["purpose"] != "anchor"]
     assert keys[:10] == first
     assert cli.json("calibrate cuda -o again --quick --budget 15s")[0]["anchored"]["rows"] >= 20
+
+
+def test_the_host_alone_is_measured_and_moves_a_profile(planted: list[Any], cli: Any) -> None:
+    one = device(launch_s=8e-6)
+    planted.append(one)
+    out, _ = cli("calibrate host -o run --hardware h100")
+    assert {op.kind for op in one.prepared} <= {"gemm", "copy", "launch_eager", "layer_eager"}  # GEMM, copy: the probe
+    assert {r["operator"]["kind"] for r in read_store(Path("run/records.jsonl")).rows} == {
+        "launch_eager",
+        "layer_eager",
+    }
+    assert one.clock() < 30.0
+    found = re.match(r"host: (\S+) us a launch \+-(\d+) % \(was 16.5 us a launch \+-(\d+) %\), (\S+) us an eager", out)
+    assert found is not None, out
+    launch, half, before, layer = (float(text) for text in found.groups())
+    assert launch == pytest.approx(8.0, rel=0.1)
+    assert half < 0.3 * before
+    assert layer == pytest.approx(LAYER_LAUNCHES * launch, rel=0.01)
+    profile = load_hardware("run/profile.yaml")
+    eager = "speedup qwen2.5-0.5b --phase decode --batch 1 --seq 128 --engine hf"
+    assert (profile.name, profile.anchor.provenance.rows) == ("h100_sxm", 6)
+    (moved,), (shipped,) = (
+        [r for r in cli.json(f"{eager} --family depth --sparsity 0.5 --hardware {name}") if r["family"] == "depth"]
+        for name in ("run/profile.yaml", "h100")
+    )
+    assert moved["dense_s"] < 0.6 * shipped["dense_s"]
+    assert moved["dense_upper"] / moved["dense_lower"] < 0.5 * shipped["dense_upper"] / shipped["dense_lower"]
+    (row,) = cli.json("calibrate host -o run --hardware h100")
+    assert row["launch_s"] == pytest.approx(1e-6 * launch, rel=0.01)
+    assert (row["launches"], row["measured"]["resumed"]) == (LAYER_LAUNCHES, 7)
+    assert row["measured_layer_s"] == pytest.approx(LAYER_LAUNCHES * row["measured_bare_launch_s"], rel=0.02)
+
+
+def test_a_cpus_host_may_be_a_gpus_and_another_gpus_may_not(planted: list[Any], cli: Any) -> None:
+    planted.append(device(CPU, launch_s=8e-6))
+    out, err = cli("calibrate host -o run --hardware h100")
+    assert "the host is Some CPU (4 threads), timed without a GPU" in err
+    assert "was 16.5 us" in out
+    assert "take --hardware h100_sxm" in cli.refused("calibrate host -o other --hardware a100")
+    assert "--dtype bf16: cpu has none; it has fp32" in cli.refused("calibrate host -o no --hardware cpu")
+    assert "--for: DEVICE host" in cli.refused("calibrate host -o no --for qwen2.5-0.5b")
+    assert not Path("no").exists()
+
+
+def test_host_time_is_fitted_to_layers_where_they_were_measured() -> None:
+    rows = {"operator": ["launch_eager", "layer_eager", "layer_eager"], "kv_len": [0, 32, 128], "cold": False}
+    r = Records.from_columns([Source("x")], **rows, seconds=[2e-6, 4.2e-4, 4.4e-4])
+    for base, gap_s in ((bare(), 0.0), (replace(load_hardware("cpu"), sections=MappingProxyType({})), 2e-6)):
+        both = fit_profile(base, r).profile.section("runtime", "*")
+        assert both["host_op_s"] == pytest.approx(4.3e-4 / LAYER_LAUNCHES)
+        assert both["graph_gap_s"] == gap_s
+    alone = fit_profile(bare(), r.select(np.array([0]))).profile
+    assert alone.section("runtime", "*")["host_op_s"] == 2e-6
 
 
 def test_a_device_without_a_datasheet_gets_a_measured_one_that_rises_with_its_records() -> None:
@@ -290,6 +344,12 @@ def test_gpus_find_their_datasheet_by_name() -> None:
         "NVIDIA H100 PCIe": "h100_pcie",
         "NVIDIA H200 (132 SM)": "h200_sxm",
         "NVIDIA L40S": "l40s",
+        "NVIDIA L4": "l4",
+        "NVIDIA H20": "h20",
+        "NVIDIA H20-3e": "",
+        "NVIDIA RTX A6000": "a6000",
+        "NVIDIA GeForce RTX 3090": "rtx_3090",
+        "NVIDIA GeForce RTX 3090 Ti": "",
         "NVIDIA GeForce RTX 4090": "rtx_4090",
         "NVIDIA GeForce RTX 4090 D": "",
     }

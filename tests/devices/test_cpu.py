@@ -11,16 +11,19 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 F = torch.nn.functional
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from calibration.devices import Operator, OutOfMemory, Unsupported, open_device  # noqa: E402
 from calibration.devices import attention as att  # noqa: E402
 from calibration.devices.cpu import CpuDevice, available_memory_bytes, last_level_cache_bytes  # noqa: E402
+from calibration.devices.eager_layer import HEAD_DIM, HIDDEN, EagerLayer  # noqa: E402
 from calibration.devices.operators import Arena, build, is_out_of_memory, random_tensor, rotary, rotary_tables  # noqa: E402
-from calibration.devices.protocol import ELEMENTWISE_ROLES, OPERATORS  # noqa: E402
+from calibration.devices.protocol import ELEMENTWISE_ROLES, LAYER_LAUNCHES, OPERATORS  # noqa: E402
 from calibration.devices.telemetry import UNKNOWN  # noqa: E402
 from calibration.measure.plan import Rates, for_model  # noqa: E402
 from calibration.measure.run import run  # noqa: E402
 from calibration.measure.timing import Protocol  # noqa: E402
+from simulator.errors import InputError  # noqa: E402
 
 
 @pytest.fixture
@@ -228,6 +231,63 @@ def test_every_capability_can_be_prepared_and_sampled(device: CpuDevice) -> None
             prepared = device.prepare(op)
             assert 0 < prepared.sample(3) < 1.0, op.key
             assert "perf_counter_ns" in prepared.method
+
+
+class MadeData(TorchDispatchMode):  # type: ignore[misc]
+    """Counts operations whose result is no view of what they were given: on a GPU each is a launch."""
+
+    made = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        given = [x for value in args for x in (value if isinstance(value, list | tuple) else [value])]
+        known = {x.untyped_storage().data_ptr() for x in given if isinstance(x, torch.Tensor)}
+        first = out[0] if isinstance(out, list | tuple) else out
+        self.made += first.untyped_storage().data_ptr() not in known
+        return out
+
+
+@pytest.mark.parametrize(("dtype", "launches"), [("bf16", LAYER_LAUNCHES), ("fp32", LAYER_LAUNCHES - 4)])
+@pytest.mark.parametrize("kv_len", [2, 64])
+def test_an_eager_layer_makes_as_many_launches_as_are_counted(dtype: str, launches: int, kv_len: int) -> None:
+    op = Operator("layer_eager", dtype, kv_len=kv_len, cold=False)
+    layer = build(op, "cpu", Arena("cpu", 1e5, 1e8))
+    with MadeData() as counted:
+        layer.launch(0)
+    assert counted.made == launches  # casts to and from fp32 launch nothing where all is fp32
+
+
+def test_an_eager_layer_computes_what_a_decoder_layer_does() -> None:
+    layer, kv_len = EagerLayer(9, dtype=torch.float32), 9
+    hidden, position = torch.randn(1, 1, HIDDEN), torch.tensor([kv_len - 1])
+    cos, sin = rotary_tables(position, HEAD_DIM, torch.float32)
+    a = layer.self_attn
+    x = F.rms_norm(hidden, (HIDDEN,), eps=1e-5)
+    q, k, v = ((x @ p.weight.t()).view(1, -1, HEAD_DIM).transpose(0, 1)[None] for p in (a.q_proj, a.k_proj, a.v_proj))
+    keys = torch.cat((a.cache.keys, rotary(k, cos, sin)), dim=2)
+    values = torch.cat((a.cache.values, v), dim=2)
+    out = F.scaled_dot_product_attention(rotary(q, cos, sin), keys, values, enable_gqa=True)
+    out = out.transpose(1, 2).reshape(1, 1, -1)
+    expected = hidden + out @ a.o_proj.weight.t()
+    x = F.rms_norm(expected, (HIDDEN,), eps=1e-5)
+    gate, up = x @ layer.mlp.gate_proj.weight.t(), x @ layer.mlp.up_proj.weight.t()
+    expected = expected + (F.silu(gate) * up) @ layer.mlp.down_proj.weight.t()
+    _close(layer(hidden, (cos[None], sin[None])), expected, 1e-4)
+
+
+def test_a_host_launches_from_one_thread_and_a_layer_takes_it_longer_than_a_launch(device: CpuDevice) -> None:
+    layer, bare = (device.prepare(Operator(kind, kv_len=16, cold=False)) for kind in ("layer_eager", "launch_eager"))
+    assert layer.method.endswith("one thread")
+    threads = torch.get_num_threads()
+    assert min(layer.sample(20) for _ in range(5)) > 10 * min(bare.sample(100) for _ in range(5))
+    assert torch.get_num_threads() == threads
+
+
+def test_the_host_is_the_cpu_where_there_is_no_gpu() -> None:
+    with open_device("host") as opened:  # type: ignore[attr-defined]
+        assert opened.name == ("cuda:0" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(InputError, match="host:1"):
+        open_device("host:1")
 
 
 def test_a_run_on_the_cpu(device: CpuDevice) -> None:

@@ -163,6 +163,17 @@ def test_without_graphs(fake: FakeCuda) -> None:
     assert "host clock" in eager.method
 
 
+def test_what_times_the_host_is_not_captured_and_is_timed_by_the_hosts_clock(fake: FakeCuda) -> None:
+    device = _device(fake)
+    for op in (Operator("launch_eager"), Operator("layer_eager", kv_len=16, cold=False)):
+        before = fake.captured
+        prepared = device.prepare(op)
+        assert prepared.method == "host clock round launches one by one"
+        assert (fake.captured, fake.replays) == (before, 0)
+        assert 0 < prepared.sample(10) < 0.1
+    assert "layer_eager in fp8" in device.refuses(Operator("layer_eager", "fp8", kv_len=16))
+
+
 def test_a_run_through_the_fake(fake: FakeCuda) -> None:
     kept: list[Any] = []
     device = _device(fake)

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calibration.devices import DeviceLost, Operator, OutOfMemory, Unsupported, open_device
+from calibration.devices.protocol import LAYER_LAUNCHES
 from calibration.devices.replay import Faults, ReplayDevice, roofline_timings
 from calibration.devices.telemetry import UNKNOWN
 from calibration.measure.plan import Rates, for_model
@@ -165,6 +166,11 @@ def test_what_is_refused_is_refused_by_name() -> None:
     device = ReplayDevice(refused={"gemm_2to4": "gemm_2to4 needs sparse tensor cores"})
     with pytest.raises(Unsupported, match="sparse tensor cores"):
         device.prepare(Operator("gemm_2to4", m=16, n=64, k=64))
+
+
+def test_a_planted_layer_takes_a_launch_for_each_of_its_kernels() -> None:
+    seconds = roofline_timings(floor_s=1e-5)
+    assert seconds(Operator("layer_eager", kv_len=16)) == LAYER_LAUNCHES * seconds(Operator("launch_eager"))
 
 
 def test_a_recording_is_played_back(tmp_path: Path) -> None:

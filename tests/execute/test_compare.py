@@ -33,6 +33,7 @@ from calibration.records.store import read_store  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.hardware.library import load_hardware  # noqa: E402
 from simulator.models.library import load_model  # noqa: E402
+from simulator.predict.settings import Setting  # noqa: E402
 from simulator.predict.speedup import speedup  # noqa: E402
 
 HW = load_hardware("a100")
@@ -43,7 +44,7 @@ def _device(**options: Any) -> ReplayDevice:
 
 
 def _cases(**settings: Any) -> list[Case]:
-    return settings_of(CONFIG, **{"seq": [64], "sparsities": [0.5], **settings})[0]
+    return settings_of(CONFIG, **{"seq": [64], "sparsities": [0.5], "setting": Setting(engine=""), **settings})[0]
 
 
 def _compare(folder: Path, cases: list[Case], device: ReplayDevice | None = None, **options: Any) -> Compared:
@@ -133,7 +134,8 @@ def test_rows_hold_what_was_measured_and_what_is_predicted(tmp_path: Path, plant
     known = [1.9 if name == ("depth", 0.5, "decode") else math.nan for name in by_name]
     rows = {(r.family, r.sparsity, r.phase): r for r in rows_of(cases, found.records, HW, measured_bounds=known)}
     half, case = (of["depth", 0.5, "decode"] for of in (rows, by_name))
-    eager = speedup(case.dense, case.pruned, HW, "eager")
+    launched = case.run_in("hf")
+    eager = speedup(launched.dense, launched.pruned, HW)
     assert (half.measured, half.dense_s, half.pruned_s) == (2.0, 4.0, 2.0)
     assert half.measured_lower < 2.0 < half.measured_upper
     assert (half.predicted, half.predicted_dense_s, half.flop_bound) == (eager.speedup, eager.dense_s, eager.flop_bound)
@@ -141,7 +143,7 @@ def test_rows_hold_what_was_measured_and_what_is_predicted(tmp_path: Path, plant
     assert half.measured_bound == 1.9
     assert math.isnan(rows["width", 0.5, "decode"].measured_bound)
     prefill = by_name["depth", 0.5, "prefill"]
-    assert rows["depth", 0.5, "prefill"].predicted == speedup(prefill.dense, prefill.pruned, HW, "cuda_graph").speedup
+    assert rows["depth", 0.5, "prefill"].predicted == speedup(prefill.dense, prefill.pruned, HW).speedup
     assert comparing.repeatability(found.records) == pytest.approx(0.0, abs=0.03)
 
 
@@ -332,7 +334,7 @@ BAD = {
     "--batch 0": "from 1 to",
     "--seq -1": "from 1 to",
     "--phase generate": "decode",
-    "--runtime fast": "cuda_graph",
+    "--engine fast": "engine 'fast' is unknown",
     "--dtype int4": "int4",
     "--layers 0": "1 to 4",
     "--hardware h1000": "h100",

@@ -320,7 +320,7 @@ def test_every_family_of_the_simulator_is_here_and_nothing_removed_is_the_dense_
 @pytest.mark.parametrize("family", ["depth", "width", "width_cross", "low_rank"])
 @pytest.mark.parametrize("sparsity", [0.1, 0.25, 0.5, 0.73])
 def test_what_runs_has_the_shapes_that_are_predicted(dense: Decoder, family: str, sparsity: float) -> None:
-    workload = simulator.prune(simulator.lower(CONFIG, phase="prefill", batch=1, seq=8), family, sparsity)
+    workload = simulator.prune(simulator.lower(CONFIG, phase="prefill", batch=1, seq=8, engine=""), family, sparsity)
     predicted, found = Counter[Any](), Counter[Any]()
     for i in ((workload.kind == Kind.GEMM) & (workload.layer >= 0)).nonzero()[0]:
         shape = ROLES[workload.role[i]], int(workload.stage[i]), int(workload.n[i]), int(workload.k[i])

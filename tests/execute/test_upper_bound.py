@@ -31,6 +31,7 @@ from calibration.records.table import Records, Source
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.save import save_hardware
+from simulator.predict.settings import Setting
 from simulator.workload import Kernel, Kind, Workload
 
 MODEL = "smollm2-135m"
@@ -38,7 +39,8 @@ HW = load_hardware("a100")
 
 
 def _cases(family: str = "all", sparsity: float = 0.5, **settings: Any) -> list[Case]:
-    return settings_of(MODEL, families=[family], sparsities=[sparsity], seq=[128], **settings)[0]
+    how = {"seq": [128], "setting": Setting(engine="reference"), **settings}
+    return settings_of(MODEL, families=[family], sparsities=[sparsity], **how)[0]
 
 
 def test_depth_needs_no_shape_of_its_own() -> None:

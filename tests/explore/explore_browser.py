@@ -24,6 +24,7 @@ from simulator.explore.frame import WIDE
 from simulator.explore.state import State, read_query
 from simulator.figures.style import label
 from simulator.predict.rows import Record
+from simulator.predict.settings import batch_name
 from simulator.units import percent, ratio, seconds
 
 PRUNESIM = (sys.executable, "-c", "import sys; sys.argv[0] = 'prunesim'; from calibration.cli import main; main()")
@@ -151,14 +152,17 @@ def check(tab: Tab, state: State) -> None:
     """Address, controls, table and figures show the state as the Python interface predicts it."""
     assert read_query(tab.query) == (state, ())
     controls = tab.page.evaluate("Object.fromEntries(new FormData(document.getElementById('controls')))")
-    for name in ("model", "phase", "runtime", "dtype", "detail", "batch", "seq"):
+    for name in ("model", "phase", "engine", "versus", "dtype", "detail", "batch", "seq"):
         assert controls[name] == str(getattr(state, name))
     assert controls["new"] == str(state.new_tokens)
+    assert controls["dense"] == state.dense_text
     checked = "(name) => [...document.querySelectorAll(`[name=${name}]:checked`)].map((e) => e.value)"
     assert set(tab.page.evaluate(checked, "gpu")) == set(state.gpus)
     assert set(tab.page.evaluate(checked, "family")) == set(state.families)
     records = predicted(state)
-    assert tab.text("#title").startswith(f"{records[0].model}, {state.phase}, batch {state.batch}, seq {state.seq}")
+    assert tab.text("#title").startswith(
+        f"{records[0].model}, {state.phase}, {batch_name(state.phase)} {state.batch}, seq {state.seq}"
+    )
     rows = {(row[0], row[1], row[3]): row[4:11] for row in tab.table()[1:]}
     assert len(rows) == len(records)
     for r in records:

@@ -51,7 +51,7 @@ def test_everything_can_be_reached_by_keyboard(tab: Tab) -> None:
     assert names[0] == "skip"
     assert {*KEYS, *CARDS, "choose", "csv", "table", "copy"} <= set(names)
     assert names.count("family") == len(FAMILIES)
-    assert names.count("phase") == names.count("runtime") == 1, "radios are one stop, arrow keys go on"
+    assert names.count("phase") == 1, "radios are one stop, arrow keys go on"
     assert all(at["seen"] for at in reached), [at["name"] for at in reached if not at["seen"]]
     assert all(at["inside"] for at in reached), "what has the focus is scrolled to"
 
@@ -80,7 +80,10 @@ def test_the_keyboard_alone_changes_the_page(tab: Tab) -> None:
 LAYOUTS = {
     "default": "",
     "every family on three GPUs": f"?gpu=a100_sxm_80gb,h100_sxm,rtx_4090&family={','.join(FAMILIES)}",
-    "generate": "?phase=generate&new=16&gpu=h100_sxm,rtx_4090&runtime=eager",
+    "generate": "?phase=generate&new=16&gpu=h100_sxm,rtx_4090&engine=hf&versus=trtllm",
+    "serve with a measured time": "?phase=serve&batch=64&dense=3800",
+    "two engines": "?phase=decode&engine=reference&versus=compile&detail=semi_structured",
+    "two engines on three GPUs": "?gpu=a100_sxm_80gb,h100_sxm,rtx_4090&engine=hf&versus=reference&dense=50",
     "decode at batch 64": "?phase=decode&batch=64&detail=depth",
     "long names": "?model=" + token(json.dumps({**TINY, "_name_or_path": "x" * 90}), "y" * 90 + ".json"),
     "refused": "?gpu=a100_sxm_80gb&dtype=fp8",

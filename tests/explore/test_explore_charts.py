@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import re
 from dataclasses import replace
@@ -24,17 +25,26 @@ from simulator.figures.paper import BATCHES, LENGTHS
 from simulator.figures.style import LOOKS, label
 from simulator.predict.gemms import gemm_points
 from simulator.pruning import FAMILIES
+from simulator.units import seconds
 
 pytest.importorskip("plotly", reason="the extra explore is not installed")
 
-TWO, THREE = ("a100_sxm_80gb", "h100_sxm"), ("depth", "width", "semi_structured")
+TWO, THREE = ("a100_sxm_80gb", "h100_sxm"), ("depth", "width", "low_rank")
 DECODE = State(gpus=TWO, families=THREE, phase="decode", batch=8, detail="depth")
 STATES = {
     "default": State(),
     "decode": DECODE,
-    "generate": replace(DECODE, phase="generate", new_tokens=16, runtime="eager", detail="dynamic_width", at=0.3),
+    "generate": replace(DECODE, phase="generate", new_tokens=16, engine="hf", detail="dynamic_width", at=0.3),
+    "serve": replace(DECODE, phase="serve", new_tokens=32, batch=16, engine="sglang", versus="hf"),
     "every family": State(
-        families=tuple(FAMILIES), gpus=("rtx_4090",), dtype="fp16", batch=3, seq=777, detail="token", at=0.45
+        families=tuple(FAMILIES),
+        gpus=("rtx_4090",),
+        engine="reference",
+        dtype="fp16",
+        batch=3,
+        seq=777,
+        detail="token",
+        at=0.45,
     ),
 }
 
@@ -51,8 +61,8 @@ def named(chart: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 def test_curves_bands_and_bounds_are_the_predictions(state: State) -> None:
     chart = charts(state, WIDE)["speedup"]
-    new = state.new_tokens if state.phase == "generate" else 0
-    case: dict[str, Any] = {name: getattr(state, name) for name in ("phase", "batch", "seq", "dtype")}
+    new = state.new_tokens if state.phase in ("generate", "serve") else 0
+    case: dict[str, Any] = {name: getattr(state, name) for name in ("phase", "batch", "seq", "dtype", "engine")}
     dense = simulator.lower(simulator.load_model(state.model), **case, new_tokens=new)
     for panel, gpu in enumerate(state.gpus):
         hw = simulator.load_hardware(gpu)
@@ -60,7 +70,7 @@ def test_curves_bands_and_bounds_are_the_predictions(state: State) -> None:
             curve = named(chart, label(family))[panel]
             for removed, drawn in zip(curve["x"], curve["y"], strict=True):
                 pruned = simulator.prune(dense, family, sparsity=removed / 100)
-                expected = simulator.speedup(dense, pruned, hw, runtime=state.runtime).speedup
+                expected = simulator.speedup(dense, pruned, hw).speedup
                 assert drawn == pytest.approx(expected, rel=1e-12)
     bands = [t["y"] for t in chart["data"] if t.get("fill") == "toself" and t["legendgroup"] == state.detail]
     for panel, gpu in enumerate(state.gpus):
@@ -76,12 +86,13 @@ def test_waterfalls_multiply_to_the_prediction(state: State) -> None:
     found = answer(state)
     assert len(found.details) == len(state.gpus)
     bars = [t for t in charts(state, WIDE)["waterfall"]["data"] if t["type"] == "bar"]
-    for e, bar in zip(found.details, bars, strict=True):
+    drawn = [e for gpu in state.gpus for e in (*found.details, *found.versus) if e.record.hardware == gpu]
+    for e, bar in zip(drawn, bars, strict=True):
         r, ends = e.record, [base + length for base, length in zip(bar["base"], bar["x"], strict=True)]
         assert (ends[0], ends[-1]) == pytest.approx((1 / (1 - r.sparsity), r.speedup), rel=1e-9)
         assert bar["base"][1:-1] == pytest.approx([step.speedup for step in e.steps[:-1]], rel=1e-9)
-        (same,) = [s for s in found.table if (s.hardware, s.family, s.sparsity) == (r.hardware, state.detail, state.at)]
-        assert same.speedup == pytest.approx(r.speedup, rel=1e-12)
+        same = [s for s in found.table if (s.hardware, s.family, s.sparsity) == (r.hardware, state.detail, state.at)]
+        assert r.engine == state.versus or [s.speedup for s in same] == [pytest.approx(r.speedup, rel=1e-12)]
 
 
 def test_points_of_the_roofline_are_the_gemms(state: State) -> None:
@@ -89,7 +100,7 @@ def test_points_of_the_roofline_are_the_gemms(state: State) -> None:
     chart = charts(state, WIDE)["roofline"]
     for panel, e in enumerate(answer(state).details):
         for name, workload in (("dense", e.dense), ("pruned", e.pruned)):
-            points = gemm_points(workload.take(workload.layer >= 0), e.hardware, state.runtime)
+            points = gemm_points(workload.take(workload.layer >= 0), e.hardware)
             gemms = list(zip(points.intensity.tolist(), (points.achieved_flop_per_s / 1e12).tolist(), strict=True))
             drawn = list(zip(named(chart, name)[panel]["x"], named(chart, name)[panel]["y"], strict=True))
             assert set(drawn) <= set(gemms)
@@ -164,7 +175,48 @@ def test_calibration_is_stated_as_the_records_have_it(gpu: str) -> None:
     for phase in ("prefill", "decode"):
         for dtype in {"bf16", "fp16", "fp32"} & set(simulator.load_hardware(gpu).rates):
             found = answer(State(gpus=(gpu,), families=("depth",), detail="depth", phase=phase, dtype=dtype))
-            assert all(r.calibrated == (not markup.uncalibrated_parts(gpu, phase, dtype)) for r in found.table)
+            lacking = markup.uncalibrated_parts(simulator.load_hardware(gpu), "vllm", phase, dtype)
+            assert all(r.calibrated == (not lacking) for r in found.table)
+
+
+def test_what_is_served_and_whose_kernels_run_is_told() -> None:
+    serve = State(gpus=("h100_sxm", "rtx_4090"), phase="serve", batch=16, engine="sglang")
+    said, found = markup.texts(serve), answer(serve)
+    r, pruned = found.table.records[0], found.details[0].record
+    assert "concurrency 16" in said["title"]
+    assert f"TTFT {seconds(r.dense_ttft_s)} → {seconds(pruned.ttft_s)}, TPOT" in said["facts"]
+    assert f"{r.dense_tokens_per_s:,.0f} → {pruned.tokens_per_s:,.0f}" in said["facts"]
+    assert f"largest concurrency {r.dense_largest_batch} → {pruned.pruned_largest_batch}" in said["facts"]
+    assert "SGLang 0.5, CUDA graphs." in said["facts"]
+    assert said["notes"].count("rtx_4090: sglang&#x27;s kernels are not calibrated there") == 1
+    assert "TTFT" not in markup.texts(State(phase="decode"))["facts"], "a decode step is the time itself"
+    assert "concurrency" in json.dumps(map_chart(serve, WIDE)["layout"])
+
+
+def test_a_measured_time_is_the_dense_time_of_one_gpu() -> None:
+    one = State(phase="decode", batch=8, engine="hf", dense_ms=20.0)
+    found, plain = answer(one), answer(replace(one, dense_ms=None))
+    assert found.table.records[0].dense_s == pytest.approx(0.02, rel=0.02)
+    assert "kernels take x1.00 of that, the host" in found.notes[0]
+    assert "not used here" in markup.texts(one)["about-crossover"]
+    assert winners(one) == winners(replace(one, dense_ms=None))
+    two = replace(one, gpus=TWO)
+    assert answer(two).notes[0] == "measured dense time: not used, for it is of one GPU and 2 are chosen"
+    assert answer(two).table.records[1].dense_s == plain.table.records[0].dense_s
+    far = answer(replace(one, dense_ms=2000.0))
+    assert "nothing is moved by it; is it of this model" in far.notes[0]
+
+
+def test_a_second_engine_stands_beside_without_the_measured_time() -> None:
+    both = State(phase="decode", engine="hf", versus="vllm", dense_ms=20.0)
+    found = answer(both)
+    assert found.versus[0].record == answer(State(phase="decode")).details[0].record
+    titles = [a["text"] for a in charts(both, WIDE)["waterfall"]["layout"]["annotations"]]
+    assert titles == ["<b>h100_sxm, hf</b>", "<b>h100_sxm, vllm</b>"]
+    refused = State(engine="reference", versus="vllm", detail="semi_structured")
+    assert answer(refused).versus == ()
+    assert any("vllm has no 2:4 kernels" in note for note in answer(refused).notes)
+    assert answer(State(versus="vllm")).versus == (), "the same engine"
 
 
 def luminance(color: str) -> float:

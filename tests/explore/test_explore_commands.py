@@ -13,6 +13,7 @@ import pytest
 from test_explore_state import TINY
 
 from simulator.cli import run
+from simulator.engines import engine
 from simulator.explore.answer import answer, winners
 from simulator.explore.charts import charts
 from simulator.explore.commands import commands
@@ -24,10 +25,13 @@ from simulator.explore.state import State
 TWO = ("depth", "width")
 CASES = {
     "default": State(),
-    "several GPUs, eager": State(
-        gpus=("a100_sxm_80gb", "rtx_4090"), phase="decode", batch=4, runtime="eager", families=TWO
+    "several GPUs": State(
+        gpus=("a100_sxm_80gb", "rtx_4090"), phase="decode", batch=4, engine="hf", families=TWO, versus="vllm"
     ),
     "generate": State(phase="generate", new_tokens=7, families=("depth", "low_rank"), dtype="fp16", at=0.35),
+    "a measured time": State(phase="decode", batch=8, families=TWO, dense_ms=11.7, versus="compile"),
+    "a measured time of nobody knows which GPU": State(gpus=("h100_sxm", "rtx_4090"), families=TWO, dense_ms=77.0),
+    "serve": State(phase="serve", batch=16, new_tokens=9, families=TWO, engine="sglang"),
     "one family": State(families=("width",), sparsities=(0.123456789, 0.3), at=0.3),
     "a GPU without the number format": State(gpus=("cpu", "rtx_4090"), families=TWO),
     "dropped": State(model=token(json.dumps(TINY), "my model.json"), families=TWO),
@@ -62,9 +66,10 @@ def test_the_commands_give_what_the_page_shows(state: State, capsys: pytest.Capt
         printed[command.gives] = json.loads(capsys.readouterr().out)
     for row, r in zip(printed["curves and table"], found.table, strict=True):
         assert {key: row[key] for key in SHOWN} == {key: getattr(r, key) for key in SHOWN}
-    for row, e in zip(printed["waterfall and roofline"], found.details, strict=True):
-        assert row["hardware"] == e.record.hardware
-        assert [(s["name"], s["factor"]) for s in row["waterfall"]] == [(s.name, s.factor) for s in e.steps]
+    for gives, drawn in (("waterfall and roofline", found.details), (f"waterfall in {state.versus}", found.versus)):
+        for row, e in zip(printed.get(gives, ()), drawn, strict=True):
+            assert (row["hardware"], row["engine"]) == (e.record.hardware, e.record.engine)
+            assert [(s["name"], s["factor"]) for s in row["waterfall"]] == [(s.name, s.factor) for s in e.steps]
     best: dict[tuple[Any, ...], float] = {}
     for r in printed["map"]:
         key = (r["hardware"], r["batch"], r["seq"])
@@ -81,6 +86,31 @@ def test_the_last_command_writes_the_page(state: State, tmp_path: Path, capsys: 
     same = replace(state, model="./my model.json") if state.model.startswith("dropped:") else state
     for name, most in (("page", PAGE), ("phone", PHONE)):
         assert json.loads(embedded)[name]["speedup"] == json.loads(json.dumps(charts(same, most)["speedup"]))
+
+
+@pytest.mark.skipif(find_spec("plotly") is None, reason="the extra explore is not installed")
+def test_a_report_takes_engines_by_alias_and_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = Path(engine.__file__).with_name("hf.yaml").read_text()
+    Path("mine.yaml").write_text(shipped.replace("name: hf", "name: mine"))
+    few = "prunesim report llama-3.2-1b --family depth --detail depth --phase serve --concurrency 16 -o r.html"
+    shell(f"{few} --engine transformers --versus ./mine.yaml --dense-time 900ms")
+    said = Path("r.html").read_text()
+    assert "serve, concurrency 16, seq 2048 + 128 new, bf16, hf" in said
+    assert "engine=hf&amp;dtype" in said
+    assert "h100_sxm, mine" in said
+    assert "<i>--dense-time</i> <i>900ms</i>" in said
+
+
+def test_what_a_report_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    for options, says in (
+        ("--engine vlm", "engine 'vlm' is unknown"),
+        ("--concurrency 4", "expected with --phase serve"),
+        ("--dense-time 18", "the unit is missing"),
+        ("--dense-time 0ms", "expected a positive number of milliseconds"),
+    ):
+        assert run(["report", "llama-3.2-1b", "-o", "r.html", *options.split()]) == 2
+        assert says in capsys.readouterr().err
 
 
 def test_commands_are_quoted_and_escaped() -> None:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import simulator.models.library
+from simulator.engines.engine import list_engines
 from simulator.errors import InputError
 from simulator.explore.dropped import MOST_TOKEN, PREFIX, read_token, token
 from simulator.explore.state import KEYS, MOST_QUERY, State, read_query, strict_query, to_query
@@ -45,10 +46,12 @@ states = st.builds(
     batch=st.integers(1, 4096),
     seq=st.integers(1, 100_000),
     new_tokens=st.integers(1, 1024),
-    runtime=st.sampled_from(["cuda_graph", "eager"]),
+    engine=st.sampled_from(list_engines()),
     dtype=st.sampled_from(DTYPES),
     detail=st.sampled_from(list(FAMILIES)),
     at=fractions,
+    dense_ms=st.none() | st.floats(1e-6, 1e8),
+    versus=st.sampled_from(["", *list_engines()]),
 )
 
 
@@ -91,7 +94,12 @@ def test_any_query_and_any_value_give_a_state(text: str, key: str, value: str) -
         ("batch=1&batch=2", "batch: given 2 times, expected once", "shown with 1"),
         ("seq=" + "9" * 400, "expected a whole number", "shown with 2048"),
         ("new=100000", "new 100000: expected a whole number from 1 to 1024", "shown with 128"),
-        ("runtime=graph", "runtime 'graph' is unknown", "shown with cuda_graph"),
+        ("engine=vlm", "engine 'vlm' is unknown; did you mean vllm?", "shown with vllm"),
+        ("engine=.%2Fmine.yaml", "is unknown", "shown with vllm"),
+        ("versus=.%2Fmine.yaml", "is unknown", "shown with none"),
+        ("dense=slow", "dense 'slow': expected a number", "shown with none"),
+        ("dense=-1", "dense -1.0: expected a positive number of milliseconds", "shown with none"),
+        ("dense=nan", "dense nan: expected a positive number of milliseconds", "shown with none"),
         ("dtype=bf17", "did you mean bf16", "shown with bf16"),
         ("batch=2147483647", "expected at most 2147483647 tokens in a pass", "shown with 1"),
         ("colour=red", "key 'colour' is unknown", "left out"),

@@ -32,7 +32,8 @@ NAMES = [
     "memory-bound operators",
     "tile quantisation",
     "alignment",
-    "launch or host time",
+    "launch",
+    "host time",
 ]
 
 
@@ -84,8 +85,10 @@ def figures() -> dict[str, Figure]:
         ),
         "curves": speedup_figure(**points(["depth", "width", "low_rank"], [0.1, 0.25, 0.5], settings[:2], gpus)),
         "curves, all": speedup_figure(**points(every, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], settings[:1], gpus)),
-        "waterfall": waterfall_figure([steps("h100_sxm", [0.99, 0.9, 1.03, 0.97, 1.0, 0.95])]),
-        "waterfalls": waterfall_figure([steps(g, [1.0, 0.9, 1.0, 0.97, 0.75, 0.8]) for g in gpus]),
+        "waterfall": waterfall_figure([steps("h100_sxm", [0.99, 0.9, 1.03, 0.97, 1.0, 0.95, 0.83])]),
+        "waterfalls": waterfall_figure(
+            [steps(f"{g}, reference", [1.0, 0.9, 1.0, 0.97, 0.75, 0.8, 1.06]) for g in gpus]
+        ),
         "roofline": roofline_figure([roof("h100_sxm", 2048.0)]),
         "rooflines": roofline_figure([roof(g, m) for g, m in zip(gpus, (2048.0, 64.0, 1.0), strict=True)]),
     }
@@ -204,7 +207,7 @@ def test_points_are_drawn_where_they_are() -> None:
 
 
 def test_a_waterfall_ends_at_the_product_of_its_factors() -> None:
-    factors = [0.99, 0.9, 1.03, 0.97, 1.0, 0.95]
+    factors = [0.99, 0.9, 1.03, 0.97, 1.0, 0.95, 0.83]
     (ax,) = waterfall_figure([steps("x", factors)]).axes
     last = ax.patches[-1]
     assert last.get_x() + last.get_width() == pytest.approx(1.333 * np.prod(factors))

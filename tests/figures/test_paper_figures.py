@@ -16,21 +16,26 @@ from test_figures import check_print
 
 import simulator
 from simulator.cli import app, run
+from simulator.cli.drawing import draw_rooflines, draw_waterfalls
 from simulator.cli.figures import figures, figures_command
 from simulator.errors import InputError
 from simulator.figures.crossover import crossover_figure
 from simulator.figures.efficiency import efficiency_figure, number
 from simulator.figures.kept import SKIPPED_PAIRS, kept_axes
 from simulator.figures.measured import MeasuredGemms, from_columns, read_measured_gemms
-from simulator.figures.paper import BATCHES, FIGURES, LENGTHS, MAP_SPARSITY, OPERATORS, draw
+from simulator.figures.panels import across, device, speedups_of, steps_of
+from simulator.figures.paper import BATCHES, FIGURES, LENGTHS, MAP_SPARSITY, MEASURED, OPERATORS, draw
 from simulator.figures.save import save_figure
 from simulator.figures.scatter import MOST_DOTS, Cloud, agreement, scatter_figure
 from simulator.figures.staircase import Stairs, staircase_figure
 from simulator.figures.style import look
 from simulator.figures.subject import NothingToDraw, Paper, paper
 from simulator.figures.taxonomy import taxonomy_figure
+from simulator.figures.waterfall import waterfall_figure
 from simulator.hardware.library import load_hardware
 from simulator.kernels.gemm import gemm_time
+from simulator.predict.settings import Setting
+from simulator.predict.table import explanations
 from simulator.pruning import FAMILIES, prune
 
 if TYPE_CHECKING:
@@ -62,7 +67,7 @@ def about() -> Paper:
 
 @pytest.fixture(scope="module")
 def drawn(about: Paper) -> dict[str, Drawn]:
-    one = paper("opt-13b", ["rtx_4090"], seq=512)
+    one = paper("opt-13b", ["rtx_4090"], setting=Setting(engine="reference"), seq=512)  # with 2:4
     one = replace(one, measured={hw.name: measured(hw, 300) for hw in one.devices})
     out = {name: draw(name, about) for name in FIGURES}
     return out | {f"{name}, one device": draw(name, one) for name in FIGURES}
@@ -104,6 +109,65 @@ def test_captions_say_what_was_drawn(name: str, drawn: dict[str, Drawn], about: 
         "llama-2-7b" if "pareto" in name and d.notes else about.model.name if "one device" not in name else "opt-13b"
     )
     assert "GEMMs" in d.caption or model in d.caption
+    engine = "reference" if "one device" in name else "vllm"
+    assert ("single" if name.split(",")[0] in MEASURED else "any" if "taxonomy" in name else engine) in d.caption
+
+
+def test_what_an_engine_refuses_is_left_out_or_shown_in_another_and_the_caption_says_so(
+    drawn: dict[str, Drawn],
+) -> None:
+    for name in ("speedup", "efficiency", "pareto", "crossover"):
+        assert drawn[name].caption.endswith("2:4 is left out: vllm has no kernels for it."), name
+    assert drawn["waterfall"].caption.endswith("2:4 is shown in compile: vllm has no kernels for it.")
+    titles = [ax.get_title() for ax in drawn["waterfall"].figure.axes]
+    assert [t.split("\n")[0] for t in titles] == [f"{g}, {e}" for e in ("vllm", "compile", "vllm") for g in GPUS]
+    assert not any("2:4 is" in drawn[f"{name}, one device"].caption for name in FIGURES)  # reference has it
+
+
+@pytest.mark.parametrize("engine", simulator.list_engines())
+def test_figures_print_in_every_engine(engine: str) -> None:
+    one = paper("llama-3.1-8b", ["h100_sxm"], setting=Setting(engine=engine))
+    for name in ("taxonomy", "roofline", "speedup", "waterfall"):
+        d = draw(name, one)
+        check_print(d.figure)
+        if name != "taxonomy":
+            assert f"h100_sxm, {engine}" in d.figure.axes[0].get_title()
+            assert f", {engine}," in d.caption
+
+
+@pytest.mark.parametrize(
+    ("hardware", "engines", "rows", "columns"),
+    [
+        (["h100_sxm"], ["vllm", "hf"], ["decode"], ["h100_sxm, vllm", "h100_sxm, hf"]),
+        (["h100_sxm"], ["vllm", "hf", "compile", "sglang"], ["decode, h100_sxm"], ["vllm", "hf", "compile", "sglang"]),
+        (["h100_sxm", "l40s"], ["vllm", "hf"], ["decode, vllm", "decode, hf"], ["h100_sxm", "l40s"]),
+    ],
+)
+def test_each_engine_has_a_panel_that_names_it(
+    hardware: list[str], engines: list[str], rows: list[str], columns: list[str]
+) -> None:
+    records = simulator.table(
+        ["llama-3.1-8b"], hardware, ["depth", "width"], [0.25, 0.5], ["decode"], engine=engines
+    ).records
+    figure = speedups_of(records, ["decode"] * len(records))
+    check_print(figure)
+    across = len(columns)
+    assert [ax.get_title() for ax in figure.axes[:across]] == columns
+    last = figure.axes[across - 1 :: across]
+    assert [ax.texts[0].get_text().replace("\n", " ") for ax in last] == rows
+    values = {round(float(y), 9) for ax in figure.axes for line in ax.lines for y in np.atleast_1d(line.get_ydata())}
+    assert {round(r.speedup, 9) for r in records} <= values
+
+
+def test_explanations_in_two_engines_stand_side_by_side(tmp_path: Path) -> None:
+    found = explanations("llama-3.1-8b", ["h100_sxm"], "width", 0.3, ["prefill", "decode"], engine=["hf", "vllm"])
+    figure = waterfall_figure([steps_of(e, device(e.record)) for e in found], columns=across(1, 2))
+    check_print(figure)
+    assert [ax.get_title() for ax in figure.axes] == ["h100_sxm, hf", "h100_sxm, vllm"] * 2
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()][-3:] == ["launch", "host time", "predicted"]
+    draw_waterfalls(found, str(tmp_path / "steps.png"))
+    draw_rooflines(found, str(tmp_path / "roof.png"))
+    assert {p.name for p in tmp_path.iterdir()} == {"steps.png", "roof.png"}
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------------
@@ -112,7 +176,7 @@ def test_captions_say_what_was_drawn(name: str, drawn: dict[str, Drawn], about: 
 @pytest.mark.parametrize("family", list(FAMILIES))
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_kept_axes_multiply_to_the_flops_that_are_left(family: str, phase: str) -> None:
-    dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase=phase, batch=4, seq=1024)
+    dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase=phase, batch=4, seq=1024, engine="")
     pruned = prune(dense, family, 0.5)
     for roles in OPERATORS.values():
         before, after = (float(w.flops[w.is_role(*roles) & ~w.overhead].sum()) for w in (dense, pruned))
@@ -123,7 +187,7 @@ def test_kept_axes_multiply_to_the_flops_that_are_left(family: str, phase: str) 
 
 
 def test_the_taxonomy_is_that_of_the_reference_paper(about: Paper) -> None:
-    dense = simulator.lower(about.model, phase="prefill", batch=1, seq=2048)
+    dense = simulator.lower(about.model, phase="prefill", batch=1, seq=2048, engine="")
 
     def changed(family: str, *roles: str) -> str:
         kept = kept_axes(dense, prune(dense, family, 0.5), roles, SKIPPED_PAIRS.get(family, "N"))
@@ -214,8 +278,14 @@ def test_many_points_become_a_density_and_none_is_lost() -> None:
         (mesh,) = ax.collections
         assert float(mesh.get_array().sum()) == 5000
     a = agreement(x, y)
-    assert f"mean error {100 * a.mean:.1f} %" in first.texts[0].get_text()
+    assert f"5,000 GEMMs\nmean error {100 * a.mean:.1f} %" in first.texts[0].get_text()
     assert a.p95 > a.mean > a.median > 0.1
+
+
+def test_a_scatter_says_what_its_points_are_and_has_two_ticks_or_more() -> None:
+    first, _ = scatter_figure([Cloud("hf", [3e-3, 8e-3, 20e-3], [3e-3, 9e-3, 18e-3], what="times")]).axes
+    assert first.texts[0].get_text().startswith("3 times\n")
+    assert len(first.get_xticks()) >= 2
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

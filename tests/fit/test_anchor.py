@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -9,18 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration.devices.protocol import Operator
+from calibration.devices.protocol import LAYER_LAUNCHES, Operator
 from calibration.execute.asked import asked_operators, asked_workloads, operator_of
 from calibration.fit.anchor import Anchored, anchor_profile
-from calibration.fit.predict import parts_of, predict
+from calibration.fit.predict import HostTime, parts_of, predict
 from calibration.measure.plan import next_rows
 from calibration.records.table import Records, Source
+from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.save import save_hardware
+from simulator.kernels.settled import cost
 from simulator.kernels.spread import Doubt, Posterior, near
 from simulator.kernels.stream import passes
+from simulator.models.library import load_model
+from simulator.models.lower import lower
 from simulator.predict.speedup import pairs_of
 
 HW = load_hardware("h100_sxm")
@@ -132,6 +137,52 @@ def test_intervals_after_anchoring_cover(size: int) -> None:
     assert 0.85 <= np.mean(np.concatenate(inside)) <= 0.96
 
 
+def host_rows(launch_s: float, rows: int = 6, source: Source = SOURCE) -> Records:
+    """Eager layers of a host that takes so long for a launch."""
+    kv_len, noise = 16 * np.arange(1, rows + 1), np.exp(0.02 * np.random.default_rng(0).normal(size=rows))
+    seconds = LAYER_LAUNCHES * launch_s * noise
+    return Records.from_columns([source], operator="layer_eager", kv_len=kv_len, cold=False, seconds=seconds)
+
+
+def test_eager_layers_move_the_host_and_leave_kernels_as_they_are() -> None:
+    done, before = anchor_profile(HW, host_rows(22e-6)), HostTime.of(HW)
+    now = HostTime.of(done.profile)
+    assert now.launch_s == pytest.approx(22e-6, rel=0.08)
+    assert now.half < 0.4 * before.half
+    assert math.log(22e-6 / now.launch_s) < now.half
+    (effect,) = done.effects
+    assert (effect.name, effect.meaning.split(" by ")[0]) == ("host", effect.meaning)
+    assert effect.meaning.startswith("the host launches ")
+    r = Records.concat([gemms(40), attention(20, "prefill"), attention(20, "decode")])
+    np.testing.assert_allclose(times(done.profile, r), times(HW, r), rtol=1e-6)
+    # a pass in eager mode has it
+    w = lower(load_model("qwen2.5-0.5b"), phase="decode", seq=128, engine="hf")
+    eager, was = cost(w, done.profile), cost(w, HW)
+    each_pass = load_engine("hf").each_pass.value  # the engine's, not the machine's launches
+    assert (eager.host_s - each_pass) / (was.host_s - each_pass) == pytest.approx(now.launch_s / before.launch_s)
+    assert eager.total_upper_s / eager.total_lower_s < 0.5 * was.total_upper_s / was.total_lower_s
+
+
+def test_beside_kernels_the_hosts_scatter_is_not_theirs() -> None:
+    alone, both = planted(gemms(40)), Records.concat([planted(gemms(40)), host_rows(22e-6, 40)])
+    r = gemms(50, 3)
+    kernels = anchor_profile(HW, alone).profile
+    np.testing.assert_allclose(times(anchor_profile(HW, both).profile, r), times(kernels, r), rtol=1e-6)
+
+
+def test_a_cpus_host_is_taken_for_a_gpu_with_less_weight_and_its_kernels_are_not() -> None:
+    cpu = Source("Some CPU (4 threads)", {"torch": "2.9", "threads": "4"})
+    here, there = (anchor_profile(HW, host_rows(4e-6, source=source)) for source in (SOURCE, cpu))
+    near, far = HostTime.of(here.profile), HostTime.of(there.profile)
+    assert 4e-6 < near.launch_s < far.launch_s < 10e-6
+    assert near.half < far.half < HostTime.of(HW).half
+    assert any("timed without a GPU" in note for note in there.notes)
+    assert not any("without a GPU" in note for note in here.notes)
+    mixed = Records.concat([host_rows(4e-6, source=cpu), gemms(3).replace(sources=(cpu,))])
+    with pytest.raises(InputError, match=r"measured on Some CPU .4 threads., the profile is of NVIDIA H100"):
+        anchor_profile(HW, mixed)
+
+
 def bad(change: str) -> Records:
     r = planted(gemms(40))
     if change == "nothing":
@@ -179,7 +230,7 @@ def test_what_is_odd_is_said() -> None:
 def test_rows_chosen_for_a_model_narrow_its_speedup_more_than_random_ones() -> None:
     dense, *pruned = asked_workloads("llama-3.1-8b", phases=("decode",))[0]
     pairs = pairs_of(dense, pruned)
-    (p,) = passes(pairs.stack, HW)
+    p = passes(pairs.stack, HW)
     shapes, _ = pairs.stack.shapes
     found: dict[Operator, int] = {}
     for i in range(len(shapes)):

@@ -189,15 +189,19 @@ families:
 dtypes:
   - bf16
   - {dtype: bf16, weight_dtype: int4, kv_dtype: fp8}
-runtimes: [cuda_graph, eager]
+engines: [vllm, hf]
 devices: [1]
 parallel: tensor
 new_tokens: 16
-fuse_qkv: false
+ideal: false
 level: 0.9
 """
 
+ENGINE = (ROOT / "simulator/engines/hf.yaml").read_text()
+
 LINES = """\
+speedup llama-3.2-1b --hardware h100 --family depth --engine hf,vllm --phase serve --concurrency 8 --new-tokens 16
+speedup llama-3.2-1b --hardware h100 --family depth --sparsity 0.25 --phase decode --dense-time 3ms --json
 speedup llama-3.2-1b --hardware h100 --family depth,width --sparsity 0.1,0.25 --phase decode --batch 1 --json
 speedup llama-3.2-1b --hardware a100 --family width --sparsity 0.3 --ideal --phase prefill --option align=64
 explain llama-3.2-1b --hardware h100 --family width --sparsity mlp=0.2 --option inner=8100 --phase prefill
@@ -209,6 +213,6 @@ hardware show h100
 pareto llama-2-7b --hardware h100 --metric zero-shot --phase decode"""
 ADDRESS = (
     "model=llama-3.1-8b&gpu=h100_sxm,a100&family=depth,width&sparsity=0.25,0.5&phase=decode&batch=8&seq=512&new=16"
-    "&runtime=cuda_graph&dtype=bf16&detail=width&at=0.5"
+    "&engine=vllm&dtype=bf16&detail=width&at=0.5"
 )
 WHERE = "speedup > 1.3 and batch == 1 or not (family in ['depth', 'width'] and 1 < sparsity / 0.5 <= 2)"

@@ -28,6 +28,7 @@ from calibration.records.importers import import_table
 from calibration.records.lines import content_records, untimed
 from calibration.records.parquet import read_records, write_records
 from calibration.records.store import merge, read_store
+from simulator.engines import engine as engines
 from simulator.errors import InputError
 from simulator.explore.answer import answer
 from simulator.explore.dropped import PREFIX, read_token, token
@@ -83,9 +84,9 @@ def times(hw: Any) -> None:
         finite(t.seconds, t.lower, t.upper)
         assert (t.lower <= t.upper).all()
     model = simulator.load_model("llama-3.2-1b")
-    for phase, runtime in (("prefill", "cuda_graph"), ("decode", "eager")):
-        dense = simulator.lower(model, phase=phase, batch=3, seq=130, dtype=next(iter(hw.rates)))
-        s = simulator.speedup(dense, simulator.prune(dense, "width", 0.3), hw, runtime=runtime)
+    for phase, engine in (("prefill", "vllm"), ("decode", "hf")):
+        dense = simulator.lower(model, phase=phase, batch=3, seq=130, dtype=next(iter(hw.rates)), engine=engine)
+        s = simulator.speedup(dense, simulator.prune(dense, "width", 0.3), hw)
         finite(s.dense_s, s.pruned_s, s.speedup, s.lower, s.upper)
 
 
@@ -106,6 +107,26 @@ def profile(path: Path) -> None:
     again = path.with_name("again.yaml")
     save_hardware(hw, again)  # what is read can be written and read again
     assert hardware.load_hardware(again).sm_count == hw.sm_count
+
+
+def _make_engine(rng: random.Random) -> bytes:
+    return edit_bytes(good.ENGINE.encode(), rng) if rng.random() < 0.3 else mutate.yaml_text(good.ENGINE, rng)
+
+
+@Target("engine.yaml", _make_engine, "speedup llama-3.2-1b --hardware h100 --family depth --engine {}", positions=True)
+def engine(path: Path) -> None:
+    engines._load.cache_clear()
+    for line in engines.check_engine(str(path)):
+        assert line.isprintable(), line
+        assert line.startswith(f"{path}:"), line
+    read = engines.load_engine(str(path))
+    finite(read.kernels, least=-1.0)  # 0: part of another
+    model = simulator.load_model("llama-3.2-1b")
+    for phase in ("decode", "serve"):
+        new = 4 if phase == "serve" else 0
+        w = simulator.lower(model, phase=phase, batch=3, seq=130, new_tokens=new, engine=str(path))
+        c = simulator.cost(w, simulator.load_hardware("h100"))
+        finite(c.total_s, c.total_lower_s, c.total_upper_s, c.device_s)
 
 
 def _make_stack(rng: random.Random) -> bytes:
@@ -267,7 +288,7 @@ _GOOD_WORDS = """
 """
 _ODD_WORDS = """
 1,64 1,,2 , = 0.999999 1.0 0.25,0.5 q=0.1 mlp=0.5,attention=nan mlp=1e999 inner=8810 inner=-1 inner=1e999 align=0
-align=nan align=1_0 rank=16,32 rank=9999999999999999999999 ~ /dev/zero generate prefill,decode cuda_graph 2147483648
+align=nan align=1_0 rank=16,32 rank=9999999999999999999999 ~ /dev/zero generate serve prefill,decode trtllm 2147483648
 -- --json
 """
 _WORDS = (*TEXTS, *_ODD_WORDS.split(), "9" * 5000, "\udcff")

@@ -90,12 +90,16 @@ FLOP_PER_CLOCK = {
     "a100_sxm_80gb": {"fp32": 128, "tf32": 1024, "fp16": 2048, "bf16": 2048, "int8": 4096},
     "h100_sxm": {"fp32": 256, "tf32": 2048, "fp16": 4096, "bf16": 4096, "fp8": 8192, "int8": 8192},
     "rtx_4090": {"fp32": 256, "tf32": 256, "fp16": 512, "bf16": 512, "fp8": 1024, "int8": 2048},
+    "rtx_3090": {"fp32": 256, "tf32": 256, "fp16": 512, "bf16": 512, "int8": 2048},
+    "a6000": {"fp32": 256, "tf32": 512, "fp16": 1024, "bf16": 1024, "int8": 2048},
+    "h20": {"fp32": 256, "tf32": 512, "fp16": 1024, "bf16": 1024, "fp8": 2048, "int8": 2048},
     "l40s": {"fp32": 256, "tf32": 512, "fp16": 1024, "bf16": 1024, "fp8": 2048, "int8": 2048},
     "rtx_pro_6000": {"fp32": 256, "tf32": 512, "fp16": 1024, "bf16": 1024, "fp8": 2048, "int8": 2048, "nvfp4": 4096},
     "b200_sxm": {"fp32": 256, "tf32": 4096, "fp16": 8192, "bf16": 8192, "fp8": 16384, "int8": 16384, "nvfp4": 32768},
 }
 FLOP_PER_CLOCK["a100_sxm_40gb"] = FLOP_PER_CLOCK["a100_pcie_80gb"] = FLOP_PER_CLOCK["a100_sxm_80gb"]
 FLOP_PER_CLOCK["h100_pcie"] = FLOP_PER_CLOCK["h200_sxm"] = FLOP_PER_CLOCK["h100_sxm"]
+FLOP_PER_CLOCK["l4"] = FLOP_PER_CLOCK["l40s"]
 
 
 @pytest.mark.parametrize("name", sorted(FLOP_PER_CLOCK))
@@ -105,7 +109,9 @@ def test_rates_follow_from_clock_and_sm_count(name: str) -> None:
     for dtype, each in FLOP_PER_CLOCK[name].items():
         # H and B datasheets state fp32 at a higher boost clock than the tensor core rates
         clock = hw.max_clock_hz if hw.name[0] in "bh" and dtype == "fp32" else hw.boost_clock_hz
-        tolerance = 0.0125 if name == "l40s" and dtype in ("fp16", "bf16") else 0.01  # printed as 362.05 for 366.4
+        # printed as 362.05 for 366.4; no clock of the H20 is published
+        loose = (name == "l40s" and dtype in ("fp16", "bf16")) or name == "h20"
+        tolerance = 0.013 if loose else 0.01
         assert hw.peak_flop_per_s(dtype) == pytest.approx(hw.sm_count * each * clock, rel=tolerance)
 
 
@@ -128,6 +134,8 @@ def test_names_aliases_and_changed_files(tmp_path: Path) -> None:
     assert load_hardware(path).sm_count == 1320
     assert load_hardware("H100-SXM") is load_hardware("h100_sxm") is load_hardware(" H100 sxm ")
     assert load_hardware("RTX 4090") is load_hardware("rtx_4090")
+    printed = ("NVIDIA GeForce RTX 3090", "NVIDIA RTX A6000", "NVIDIA L4", "NVIDIA H20")  # by nvidia-smi
+    assert [load_hardware(name).name for name in printed] == ["rtx_3090", "a6000", "l4", "h20"]
     assert load_hardware(str(profiles_folder() / "l40s.yaml")).name == "l40s"
     for name in list_hardware():  # the quick look-up of aliases reads what the loader reads
         for alias in (name, *load_hardware(name).aliases):
@@ -447,9 +455,14 @@ def test_the_preferred_stack_comes_first_and_others_lend(tmp_path: Path) -> None
     assert lent.provenance.borrowed_from == "my_gpu trtllm"
     assert other.section("gemm", "int4_wo").status == "calibrated"
     assert hw.on("trtllm") is other is load_hardware(path, stack="trtllm") is load_hardware(f"{path}@ TRTLLM")
-    assert hw.on("sglang") is hw
-    assert (hw.label, other.label) == ("my_gpu", "my_gpu@trtllm")
-    assert other.on("sglang").label == "my_gpu"
+    pinned = hw.on("sglang")
+    assert pinned is pinned.on("sglang") is hw.on("sglang")
+    assert pinned.sections == hw.sections
+    assert (hw.label, pinned.label, other.label) == ("my_gpu", "my_gpu@sglang", "my_gpu@trtllm")
+    assert other.on("sglang").label == "my_gpu@sglang"
+    # an engine chooses among the stacks, but not against a person
+    assert [h.serving(("torch", "trtllm")).stack for h in (hw, pinned, other)] == ["trtllm", "sglang", "trtllm"]
+    assert hw.serving(()) is hw
     assert reference(str(path)) == str(path)
     assert [reference(name) for name in ("a100", "A100@trtllm")] == ["a100_sxm_80gb", "a100_sxm_80gb@trtllm"]
     one = section(4e-6, "vllm")

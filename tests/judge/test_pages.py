@@ -18,7 +18,7 @@ from simulator.kernels.gemm import gemm_time
 from simulator.kernels.gemm_core import Machine
 
 
-@pytest.mark.parametrize("page", ["ablations", "published"])
+@pytest.mark.parametrize("page", ["ablations", "engines"])
 def test_a_page_is_filled_with_its_tables_and_keeps_its_prose(page: str) -> None:
     text = (pages.DOCS / f"{page}.md").read_text(encoding="utf-8")
     lines = text.splitlines()

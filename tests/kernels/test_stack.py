@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,10 +15,11 @@ from model_shapes import PUBLISHED
 
 from simulator.kernels import stack
 from simulator.kernels.stack import RESERVE_BYTES, Stack, memory
+from simulator.models import lower as lowering
 from simulator.models.library import load_model
-from simulator.models.lower import lower
 from simulator.workload import Kernel, Kind, Part, Workload
 
+lower = partial(lowering.lower, engine="")
 GPU: Any = SimpleNamespace(memory_bytes=80e9)
 
 
@@ -66,10 +68,10 @@ def test_activations_of_a_prefill() -> None:
     p = PUBLISHED["llama-3.1-8b"]
     model, m = load_model("llama-3.1-8b"), 2 * 500
     stream, mlp = 2 * m * p.hidden, 3 * m * p.inner
-    for fused in (False, True):
-        w = lower(model, batch=2, seq=500, fuse_qkv=fused, fuse_gate_up=fused)
+    for engine in ("", "vllm"):
+        w = lower(model, batch=2, seq=500, engine=engine)
         assert activation_bytes(w) == 2 * (stream + mlp)
-    assert activation_bytes(lower(model, batch=2, seq=500, logits="all")) == 2 * (stream + m * p.vocab)
+    assert activation_bytes(lower(model, batch=2, seq=500, engine="reference")) == 2 * (stream + m * p.vocab)
     assert activation_bytes(lower(model, batch=2, seq=500, dtype="fp32")) == 4 * (stream + mlp)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,14 +13,17 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from model_shapes import PUBLISHED, pass_flops
 
+from simulator.engines.engine import list_engines
 from simulator.errors import InputError
+from simulator.models import lower as lowering
 from simulator.models.config import ModelConfig
 from simulator.models.huggingface import from_hf_config
 from simulator.models.library import list_models, load_model
-from simulator.models.lower import lower
 from simulator.workload import DTYPES, ROLES, Kind, Meta, Part, Phase, Workload
 
-FUSED = {"fuse_qkv": True, "fuse_gate_up": True}
+lower = partial(lowering.lower, engine="")  # bare kernels: a GEMM a projection, logits of the last position
+FUSED = {"engine": "vllm"}
+ALL_LOGITS = {"engine": "reference"}
 
 
 def roles(w: Workload) -> list[str]:
@@ -35,8 +40,8 @@ def row(w: Workload, role: str) -> SimpleNamespace:
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_rows_own_exactly_the_models_parameters(name: str, phase: str) -> None:
     options = {"phase": phase, "batch": 2, "seq": 100, "new_tokens": 3 * (phase == "generate")}
-    for fusion in ({}, FUSED):
-        w = lower(load_model(name), **fusion, **options)
+    for engine in ("", *list_engines()):
+        w = lower(load_model(name), **options, engine=engine)
         assert w.parameters == PUBLISHED[name].parameters
 
 
@@ -47,14 +52,14 @@ def test_flops_equal_a_count_matrix_by_matrix(name: str) -> None:
     window = dict.fromkeys(range(0, p.layers, step), reach)
     for batch, seq, every in ((1, 5000, False), (3, 77, True)):
         expected = pass_flops(p, batch, seq, every_logit=every, window=window)
-        w = lower(load_model(name), batch=batch, seq=seq, logits="all" if every else "last")
+        w = lower(load_model(name), batch=batch, seq=seq, **(ALL_LOGITS if every else {}))
         assert w.flops.sum() == pytest.approx(expected, rel=1e-12)
 
 
 def test_flops_against_published_figures() -> None:
     # LLM-Pruner (arXiv 2305.11627, table 3): LLaMA-7B, one sequence of 64 tokens, 424.02 G multiply-adds. Its counter
     # takes all 64 x 64 scores, not the causal half, and adds elementwise work, so ours, causal, is a little lower.
-    ours = lower(load_model("llama-7b"), seq=64, logits="all").flops.sum() / 2
+    ours = lower(load_model("llama-7b"), seq=64, **ALL_LOGITS).flops.sum() / 2
     p = PUBLISHED["llama-7b"]
     full = pass_flops(p, 1, 64, causal=False, every_logit=True) / 2
     assert ours == pytest.approx(423.398e9, rel=1e-6)
@@ -166,6 +171,8 @@ def test_meta_and_identity_of_equal_calls() -> None:
     assert w.meta == Meta("llama-3.1-8b", "generate", 4, 100, 7, "bf16", 32, 4096, 1, "none")
     assert w.meta.config is model
     assert lower(model, phase="generate", batch=np.int64(4), seq=100, new_tokens=7) is w
+    fused = lowering.lower(model, phase="generate", batch=4, seq=100, new_tokens=7)  # by default in vLLM
+    assert fused.meta == replace(w.meta, engine="vllm")
 
 
 WIDE = ["llama-2-70b", "llama-3.1-70b", "qwen3-32b", "gemma-2-9b", "opt-66b", "pythia-6.9b"]
@@ -304,7 +311,7 @@ def test_any_windows_against_a_count_key_by_key(windows: list[int], seq: int, st
         ({"dtype": "bf17"}, "dtype 'bf17' is unknown; did you mean"),
         ({"weight_dtype": "int3"}, "weight_dtype 'int3' is unknown"),
         ({"kv_dtype": "fp7"}, "kv_dtype 'fp7' is unknown"),
-        ({"logits": "first"}, "logits 'first' is unknown"),
+        ({"engine": "vlm"}, "engine 'vlm' is unknown; did you mean vllm"),
         ({"new_tokens": 5}, "new_tokens: expected 0 for phase 'prefill', got 5"),
         ({"phase": "generate"}, "new_tokens: expected an integer from 1 to 1000000 for phase 'generate', got 0"),
         ({"devices": 0}, "devices: expected an integer from 1"),

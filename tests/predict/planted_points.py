@@ -7,7 +7,7 @@ from typing import Any
 from simulator.predict.pareto import Point
 from simulator.predict.quality import QualityRow
 
-WHERE = ("m", "h", "prefill", 1, 1, "cuda_graph")
+WHERE = ("m", "h", "prefill", 1, 1, "vllm")
 QUALITY = ("ppl", "p", 1.0)
 UNJUDGED = (False, False, False, "", "compute", True, "s")
 

@@ -21,16 +21,16 @@ from simulator.pruning import FAMILIES, prune
 MODEL, HARDWARE = "llama-3.1-8b", "a100_sxm_80gb"
 
 
-def predicted(family: str, sparsity: float, phase: str, runtime: str = "cuda_graph") -> tuple[float, float]:
+def predicted(family: str, sparsity: float, phase: str, engine: str = "reference") -> tuple[float, float]:
     """Speedup and its lower end, by the way of one prediction at a time."""
-    dense = lower(load_model(MODEL), phase=phase, batch=1, seq=2048)
-    s = speedup(dense, prune(dense, family, sparsity), load_hardware(HARDWARE), runtime)
+    dense = lower(load_model(MODEL), phase=phase, batch=1, seq=2048, engine=engine)
+    s = speedup(dense, prune(dense, family, sparsity), load_hardware(HARDWARE))
     return s.speedup, s.lower
 
 
 @pytest.fixture(scope="module", params=["prefill", "decode"])
 def found(request: pytest.FixtureRequest) -> Advised:
-    return advise(MODEL, [HARDWARE], 1.4, [request.param])
+    return advise(MODEL, [HARDWARE], 1.4, [request.param], engine=["reference"])
 
 
 def test_every_family_is_advised_once(found: Advised) -> None:
@@ -128,10 +128,10 @@ def test_quality_is_that_of_the_nearest_sparsity_measured_at_or_above() -> None:
     assert (by["width"].quality_loss, by["width"].quality_source) == (None, "")
 
 
-def test_setting_and_runtime_are_respected() -> None:
-    (a,) = advise(MODEL, [HARDWARE], 1.4, ["decode"], family=["depth"], setting=Setting(runtime="eager")).advice
-    assert a.runtime == "eager"
-    assert predicted("depth", a.sparsity, "decode", "eager")[0] == pytest.approx(a.speedup, rel=1e-9)
+def test_setting_and_engine_are_respected() -> None:
+    (a,) = advise(MODEL, [HARDWARE], 1.4, ["decode"], family=["depth"], setting=Setting(engine="hf")).advice
+    assert a.engine == "hf"
+    assert predicted("depth", a.sparsity, "decode", "hf")[0] == pytest.approx(a.speedup, rel=1e-9)
 
 
 @pytest.mark.parametrize("target", [1.0, 0.5, float("nan"), float("inf"), -2.0, 1e9])

@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 
 import simulator
-from simulator.predict.caveats import better_than_bound, beyond_measured
+from simulator.engines.engine import load_engine
+from simulator.predict.caveats import better_than_bound, beyond_measured, fallback
 from simulator.predict.table import explanations, table
 
 
@@ -28,6 +29,25 @@ def test_a_gain_above_the_bound_has_a_reason_and_others_have_none() -> None:
     assert better_than_bound(plain.dense, plain.pruned, plain.hardware, 1.2, 1.3) == ""
 
 
+def test_a_gain_of_no_kernel_is_not_put_down_to_one() -> None:
+    """The head stays, and its one GEMM is near its roofline; layers are not, nor are their launches."""
+    (e,) = explanations("llama-3.1-8b", ["a100"], "depth", 0.9, ["decode"], engine=["hf"])
+    assert e.record.speedup > 1.03 * e.record.roofline_bound
+    assert e.reason.endswith("is farther from a roofline than what stays")
+
+
+def test_whose_kernels_stand_in_is_said_and_what_nobody_measured_is_not() -> None:
+    def said(gpu: str, engine: str, phase: str = "decode") -> str:
+        return fallback(simulator.load_hardware(gpu), load_engine(engine), phase, "bf16")
+
+    assert said("h100", "vllm") == said("h100", "trtllm") == said("rtx_3090", "vllm") == said("h100", "") == ""
+    assert said("rtx_4090", "trtllm") == "rtx_4090: trtllm's kernels are not calibrated there (those of vllm stand in)"
+    assert said("h100@trtllm", "vllm") == "", "asked for by name"
+    part = "trtllm's kernels are not calibrated there for decode attention (those of vllm stand in)"
+    assert said("a100", "trtllm") == f"a100_sxm_80gb: {part}"
+    assert said("a100", "trtllm", "prefill") == ""
+
+
 def test_gemms_far_outside_the_measured_sizes_are_named_where_they_take_time() -> None:
     hw = simulator.load_hardware("h100")
     section = hw.section("gemm", "bf16")
@@ -35,6 +55,6 @@ def test_gemms_far_outside_the_measured_sizes_are_named_where_they_take_time() -
     narrow = hw.calibrated({**hw.sections, ("gemm", "bf16"): few})
     dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="prefill", batch=1, seq=2048)
     assert beyond_measured(dense, hw) == ""
-    assert "octaves outside the sizes that were measured (2048 x 14336 x 4096)" in beyond_measured(dense, narrow)
+    assert "octaves outside the sizes that were measured (2048 x 28672 x 4096)" in beyond_measured(dense, narrow)
     wide, usual = (simulator.gemm_time(2048, 14336, 4096, h, level=0.9) for h in (narrow, hw.calibrated(hw.sections)))
     assert wide.upper / wide.seconds > 1.1 * usual.upper / usual.seconds

@@ -19,11 +19,11 @@ import simulator
 from simulator.errors import InputError
 from simulator.predict.speedup import Speedup, speedup, speedups, waterfall
 from simulator.pruning import FAMILIES, prune
-from simulator.workload import DTYPES, Kernel, Kind, Workload
+from simulator.workload import DTYPES, PHASES, Kernel, Kind, Workload
 
 MODELS = ("llama-3.2-1b", "pythia-6.9b", "opt-13b", "phi-3-mini-4k", "gemma-2-9b", "qwen3-8b")
 DEVICES = ("h100_sxm", "a100_sxm_80gb", "rtx_4090", "l40s")
-PHASES = ("prefill", "decode", "generate")
+ENGINES = ("", "reference", "hf", "compile", "trtllm")  # all but two have 2:4 kernels
 STATIC = ("depth", "width", "width_cross", "semi_structured", "unstructured")
 """Families that remove work before inference and add none; low_rank may cost more where its rank is rounded up."""
 
@@ -31,7 +31,7 @@ STEP = 1.06
 """A sparser model is never slower than a less sparse one by more than this: a tile, a wave or another kernel at the
 edge of its range.
 
-The largest seen on a grid of 47 sparsities, 16 settings, 4 devices and 2 runtimes is 1.057 (low_rank in decode, where
+The largest seen on a grid of 47 sparsities, 16 settings and 4 devices is 1.057 (low_rank in decode, where
 the rank falls below a tile). At the first step away from dense a family may pay for what it needs (a router, a second
 product): that is not held to it.
 """
@@ -40,8 +40,9 @@ FORMATS: tuple[dict[str, str], ...] = ({}, {"weight_dtype": "int4"}, {"dtype": "
 
 
 @lru_cache
-def dense_of(model: str, phase: str, batch: int, seq: int, formats: int = 0) -> Workload:
-    options: dict[str, Any] = {"phase": phase, "batch": batch, "seq": seq, "new_tokens": 5 * (phase == "generate")}
+def dense_of(model: str, phase: str, batch: int, seq: int, formats: int = 0, engine: str = "") -> Workload:
+    options: dict[str, Any] = {"phase": phase, "batch": batch, "seq": seq, "engine": engine}
+    options["new_tokens"] = 5 if phase in ("generate", "serve") else 0
     return simulator.lower(simulator.load_model(model), **options, **FORMATS[formats])
 
 
@@ -61,11 +62,9 @@ def tried(w: Workload, families: Sequence[str], sparsities: Iterable[float], ide
         return None
 
 
-def against_dense(
-    gpu: str, family: str, sparsity: float = 0.25, runtime: str = "cuda_graph", **setting: Any
-) -> Speedup:
+def against_dense(gpu: str, family: str, sparsity: float = 0.25, **setting: Any) -> Speedup:
     dense = dense_of("llama-3.1-8b", **{"phase": "prefill", "batch": 1, "seq": 2048, **setting})
-    return speedup(dense, prune(dense, family, sparsity), simulator.load_hardware(gpu), runtime)
+    return speedup(dense, prune(dense, family, sparsity), simulator.load_hardware(gpu))
 
 
 def least_s(w: Workload, hw: simulator.HardwareProfile) -> float:
@@ -101,13 +100,13 @@ def test_every_family_and_every_two_of_them(model: str, phase: str, ideal: bool)
     rng = random.Random(f"{model} {phase} {ideal}")
     combinations = [(f,) for f in FAMILIES] + list(itertools.product(FAMILIES, repeat=2))
     for batch, seq in zip(rng.sample((1, 3, 8, 33), 3), rng.sample((17, 130, 512, 1000), 3), strict=True):
-        dense = dense_of(model, phase, batch, seq)
+        dense = dense_of(model, phase, batch, seq, engine=rng.choice(ENGINES))
         sparsities = [[rng.uniform(0.05, 0.9) for _ in families] for families in combinations]
         tries = zip(combinations, sparsities, strict=True)
         made = [(f, w) for f, at in tries if (w := tried(dense, f, at, ideal)) is not None]
         assert len(made) > 90
         hw = simulator.load_hardware(rng.choice(DEVICES))
-        found = speedups(dense, [w for _, w in made], hw, rng.choice(("cuda_graph", "eager")))
+        found = speedups(dense, [w for _, w in made], hw)
         for (families, pruned), s in zip(made, found, strict=True):
             check(dense, pruned, s, hw)
             assert s.family == "+".join(families)
@@ -117,21 +116,22 @@ def test_every_family_and_every_two_of_them(model: str, phase: str, ideal: bool)
 
 SETTING = {"model": st.sampled_from(MODELS), "phase": st.sampled_from(PHASES), "batch": st.integers(1, 80)}
 SETTING |= {"seq": st.integers(1, 700), "formats": st.integers(0, len(FORMATS) - 1)}
+SETTING |= {"engine": st.sampled_from(ENGINES)}
 STEPS = st.lists(st.tuples(st.sampled_from(list(FAMILIES)), st.floats(0.0, 0.95)), min_size=1, max_size=3)
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.fixed_dictionaries(SETTING), st.sampled_from(DEVICES), st.booleans(), st.booleans(), STEPS)
+@given(st.fixed_dictionaries(SETTING), st.sampled_from(DEVICES), st.booleans(), STEPS)
 def test_any_composition_is_timed_and_taken_apart_exactly(
-    setting: dict[str, Any], device: str, ideal: bool, eager: bool, steps: list[tuple[str, float]]
+    setting: dict[str, Any], device: str, ideal: bool, steps: list[tuple[str, float]]
 ) -> None:
-    dense, hw, runtime = dense_of(**setting), simulator.load_hardware(device), "eager" if eager else "cuda_graph"
+    dense, hw = dense_of(**setting), simulator.load_hardware(device)
     pruned = tried(dense, [f for f, _ in steps], [s for _, s in steps], ideal)
     if pruned is None:
         return
-    s = speedup(dense, pruned, hw, runtime)
+    s = speedup(dense, pruned, hw)
     check(dense, pruned, s, hw)
-    rungs = waterfall(dense, pruned, hw, runtime)
+    rungs = waterfall(dense, pruned, hw)
     assert rungs[0].speedup == pytest.approx(1 / (1 - s.sparsity))
     for rung, product in zip(rungs, itertools.accumulate((r.factor for r in rungs), lambda a, b: a * b), strict=True):
         assert rung.factor > 0.0
@@ -160,12 +160,12 @@ def test_a_sparser_model_is_never_slower_by_more_than_a_step(family: str, phase:
 
 
 @pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("runtime", ["cuda_graph", "eager"])
+@pytest.mark.parametrize("engine", ["", "hf", "vllm"])
 @pytest.mark.parametrize("gpu", ["a100", "h100", "4090"])
-def test_pruning_nothing_changes_nothing(gpu: str, phase: str, runtime: str) -> None:
-    dense, hw = dense_of("llama-3.2-1b", phase, 3, 130), simulator.load_hardware(gpu)
+def test_pruning_nothing_changes_nothing(gpu: str, phase: str, engine: str) -> None:
+    dense, hw = dense_of("llama-3.2-1b", phase, 3, 130, engine=engine), simulator.load_hardware(gpu)
     twice = [composed(dense, pair, (0.0, 0.0)) for pair in itertools.product(FAMILIES, repeat=2)]
-    for s in speedups(dense, twice, hw, runtime):
+    for s in speedups(dense, twice, hw):
         numbers = [s.speedup, s.lower, s.upper, s.flop_bound, s.byte_bound, s.roofline_bound]
         assert numbers == pytest.approx([1.0] * 6, rel=1e-12), s.family
 
@@ -217,7 +217,7 @@ def test_an_odd_width_is_slower_than_its_aligned_neighbour_and_the_waterfall_say
 
 
 def test_eager_decode_gains_by_depth_not_by_width() -> None:
-    small: dict[str, Any] = {"runtime": "eager", "phase": "decode", "seq": 256}
+    small: dict[str, Any] = {"engine": "hf", "phase": "decode", "seq": 256}
     depth, width = (against_dense("h100", family, **small) for family in ("depth", "width"))
     assert depth.limit == width.limit == "host"
     assert width.speedup == pytest.approx(1.0, abs=0.02)

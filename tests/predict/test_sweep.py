@@ -31,7 +31,7 @@ ONE = Grid(("llama-3.2-1b",), ("h100_sxm",), (0.5,), ("decode",), (1,), (64,))
 
 SMALL = replace(
     ONE, hardware=("h100_sxm", "a100_sxm_80gb"), sparsities=(0.1, 0.5), phases=("prefill", "decode"), batches=(1, 48),
-    seqs=(64, 2048), runtimes=("cuda_graph", "eager"),
+    seqs=(64, 2048), engines=("reference", "hf"),
 )  # fmt: skip
 
 MIXED = replace(
@@ -43,12 +43,12 @@ MIXED = replace(
 @pytest.mark.parametrize("grid", [SMALL, MIXED], ids=["small", "mixed"])
 def test_a_sweep_equals_tables_of_one_request_each(grid: Grid) -> None:
     columns, notes = sweep_columns(grid)
-    keys = ("model", "hardware", "family", "sparsity", "phase", "batch", "seq", "runtime", "devices")
+    keys = ("model", "hardware", "family", "sparsity", "phase", "batch", "seq", "engine", "devices")
     left = {key: i for i, key in enumerate(zip(*(columns[name].tolist() for name in keys)))}
     assert len(left) == len(columns["speedup"])
     axes = ([f.name for f in grid.families], grid.sparsities, grid.phases, grid.batches, grid.seqs)
-    for runtime, devices in itertools.product(grid.runtimes, grid.devices):
-        setting = replace(grid.setting(grid.dtypes[0], devices), runtime=runtime)
+    for engine, devices in itertools.product(grid.engines, grid.devices):
+        setting = grid.setting(grid.dtypes[0], engine, devices)
         table = simulator.table(grid.models, grid.hardware, *axes, setting=setting)
         assert notes == tuple(n for n in table.notes if "left out" in n)
         for record in table:
@@ -269,10 +269,10 @@ GOOD = {
     "batches": "{from: 1, to: 8, times: 2}",
     "seqs": "[128]",
     "dtypes": "[bf16, {dtype: bf16, weight_dtype: int4}]",
-    "runtimes": "[eager]",
+    "engines": "[hf]",
     "devices": "[1, 2]",
     "level": "0.8",
-    "fuse_qkv": "true",
+    "ideal": "true",
 }
 
 
@@ -288,7 +288,7 @@ def test_a_grid_file_is_read(tmp_path: Path) -> None:
     assert grid.sparsities == (0.1, 0.2, 0.3, 0.4, 0.5)
     assert grid.batches == (1, 2, 4, 8)
     assert grid.dtypes == (Formats(), Formats("bf16", "int4"))
-    assert (grid.level, grid.fuse_qkv, grid.devices, grid.runtimes) == (0.8, True, (1, 2), ("eager",))
+    assert (grid.level, grid.ideal, grid.devices, grid.engines) == (0.8, True, (1, 2), ("hf",))
     assert grid.size == 2 * 2 * 5 * 4 * 2 * 2
 
 
@@ -309,7 +309,8 @@ def test_a_grid_file_is_read(tmp_path: Path) -> None:
         ("batches", "{from: 1, to: 8, times: 2, step: 1}", r"batches: expected either step or times"),
         ("seqs", "{from: 1, to: 1000000, step: 1}", r"seqs\.step: makes more than 100000 values"),
         ("phases", "[prefil]", r"phases\.0: .*did you mean prefill"),
-        ("fuse_qkv", "yes", r"fuse_qkv: expected true or false"),
+        ("ideal", "yes", r"ideal: expected true or false"),
+        ("engines", "[vlm]", r":9:11: engines\.0: .*did you mean vllm"),
         ("seqs", "[2000000000]", r"seqs: batch 8 x seq 2000000000: expected at most"),
     ],
 )

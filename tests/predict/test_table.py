@@ -23,7 +23,7 @@ from simulator.predict.rows import COLUMNS, Record
 from simulator.predict.settings import Setting
 from simulator.predict.table import explanations, families
 from simulator.pruning import FAMILIES
-from simulator.workload import Workload
+from simulator.workload import PHASES, Workload
 
 MODEL = ["llama-3.1-8b"]
 
@@ -66,13 +66,14 @@ def test_names_that_mean_the_same_count_once() -> None:
 
 
 def test_an_unsupported_combination_is_a_note_among_several_families_and_an_error_alone() -> None:
-    found = table(family=["depth", "semi_structured"], sparsity=[0.25, 0.5])
+    reference = {"engine": ["reference"]}
+    found = table(family=["depth", "semi_structured"], sparsity=[0.25, 0.5], **reference)
     assert [(r.family, r.sparsity) for r in found] == [("depth", 0.25), ("depth", 0.5), ("semi_structured", 0.5)]
-    (note,) = found.notes
+    (note,) = [note for note in found.notes if "left out" in note]
     assert note.startswith("semi_structured")
     assert note.endswith("left out at sparsity 0.25")
     with pytest.raises(InputError, match="semi_structured"):
-        table(family=["semi_structured"], sparsity=[0.25, 0.5])
+        table(family=["semi_structured"], sparsity=[0.25, 0.5], **reference)
     with pytest.raises(InputError, match="sparsity: expected at least one"):
         table(sparsity=[])
     with pytest.raises(InputError, match="a100_sxm_80gb has no fp8"):  # not even the dense model runs
@@ -106,7 +107,7 @@ def test_settings_reach_the_prediction() -> None:
     assert times(Setting(weight_dtype="int4"))[0] < plain[0]
     assert times(Setting(weight_dtype="int4"))[1] < plain[1]
     assert times(Setting(kv_dtype="fp8"))[1] < plain[1]
-    assert times(Setting(runtime="eager"))[0] > plain[0]
+    assert times(Setting(engine="hf"))[0] > plain[0]
     assert times(Setting(devices=2))[1] < plain[1]
     (generate,) = table(phase=["generate"], setting=Setting(new_tokens=16))
     assert generate.new_tokens == 16
@@ -132,7 +133,9 @@ def test_a_table_as_a_data_frame(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_every_family_is_explained_exactly(family: str) -> None:
-    for e in explanations(MODEL[0], ["h100", "a100"], family, 0.5, ["prefill", "decode"], [2], [512]):
+    for e in explanations(
+        MODEL[0], ["h100", "a100"], family, 0.5, ["prefill", "decode"], [2], [512], engine=["trtllm"]
+    ):
         reached = 1.0
         for step in e.steps:
             reached *= step.factor
@@ -149,15 +152,15 @@ def test_a_sparsity_by_projection_is_explained() -> None:
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-@pytest.mark.parametrize("phase", ["prefill", "decode", "generate"])
+@pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize(
     ("model", "setting"),
     [
-        ("llama-3.2-1b", Setting(new_tokens=5)),
-        ("gemma-2-9b", Setting(new_tokens=5, devices=2)),
-        ("mistral-7b-v0.1", Setting(new_tokens=3, devices=4, parallel="pipeline", fuse_qkv=True)),
+        ("llama-3.2-1b", Setting(new_tokens=5, engine="")),
+        ("gemma-2-9b", Setting(new_tokens=5, devices=2, engine="reference")),
+        ("mistral-7b-v0.1", Setting(new_tokens=3, devices=4, parallel="pipeline", engine="compile")),
     ],
-    ids=["plain", "windows-tensor", "window-pipeline-fused"],
+    ids=["plain", "windows-tensor-logits", "window-pipeline-fused"],
 )
 def test_pruning_together_equals_one_by_one(family: str, phase: str, model: str, setting: Setting) -> None:
     """Whatever a family says of the requests that a call may prune together."""

@@ -8,7 +8,7 @@ from tiny_decoder import FUSED, GQA, MHA, workload
 
 from simulator.errors import InputError
 from simulator.pruning import FAMILIES, prune
-from simulator.workload import Applied, Workload
+from simulator.workload import PHASES, Applied, Workload
 
 STATIC = ["depth", "width", "width_cross", "semi_structured", "low_rank", "unstructured"]
 ELEVEN = [*STATIC, "dynamic_depth", "dynamic_width", "sparse_attention", "token", "kv_cache"]
@@ -31,7 +31,7 @@ def test_the_registry_is_that_of_the_design() -> None:
 
 
 @pytest.mark.parametrize("family", ELEVEN)
-@pytest.mark.parametrize("phase", ["prefill", "decode", "generate"])
+@pytest.mark.parametrize("phase", PHASES)
 def test_zero_is_the_identity(family: str, phase: str) -> None:
     w = workload(GQA, phase)
     zeros = [0, 0.0, np.float64(0)] + [[0.0] * 6] * FAMILIES[family].per_layer
@@ -53,7 +53,7 @@ def test_what_was_applied_is_recorded() -> None:
 
 
 @pytest.mark.parametrize("family", PER_LAYER)
-@pytest.mark.parametrize("phase", ["prefill", "decode", "generate"])
+@pytest.mark.parametrize("phase", PHASES)
 def test_equal_layers_are_a_scalar(family: str, phase: str) -> None:
     for d in (GQA, MHA, FUSED):
         w = workload(d, phase, 3)

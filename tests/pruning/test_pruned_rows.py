@@ -9,7 +9,7 @@ from tiny_decoder import DECODERS, FUSED, GQA, MHA, Decoder, expected, workload
 import simulator
 from simulator.pruning import FAMILIES, prune
 from simulator.pruning._tokens import token_points
-from simulator.workload import ROLES, Kernel, Kind, Workload
+from simulator.workload import PHASES, ROLES, Kernel, Kind, Workload
 
 SPARSITIES = (0.1, 0.25, 0.5, 0.7)
 SHAPES = {**DECODERS, "llama-3.1-8b": Decoder(4096, 32, 32, 8, 128, 14336, 128256)}
@@ -30,7 +30,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize(("family", "options"), OPTIONS)
-@pytest.mark.parametrize("phase", ["prefill", "decode", "generate"])
+@pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("name", SHAPES)
 def test_flops_and_parameters(family: str, options: dict[str, object], phase: str, name: str) -> None:
     d = SHAPES[name]
@@ -44,7 +44,7 @@ def test_flops_and_parameters(family: str, options: dict[str, object], phase: st
 
 def test_parameters_of_llama_2_7b_at_width() -> None:
     """LLaMA-2-7B at 20 %: 26 of 32 heads (25.6) and an inner width of 8816, from the published shapes."""
-    dense = simulator.lower(simulator.load_model("llama-2-7b"), phase="prefill", batch=1, seq=128)
+    dense = simulator.lower(simulator.load_model("llama-2-7b"), phase="prefill", batch=1, seq=128, engine="")
     pruned = prune(dense, "width", 0.2)
     realised = 1 - (4 * 26 * 128 + 3 * 8816) / (4 * 4096 + 3 * 11008)
     assert pruned.meta.applied[-1].realised == pytest.approx(realised, rel=1e-12)
@@ -72,7 +72,7 @@ def test_overhead_flops_are_those_of_router_and_projection() -> None:
 
 def test_devices_prune_their_own_share() -> None:
     model = simulator.load_model("llama-3.1-8b")
-    dense = simulator.lower(model, phase="decode", batch=4, seq=512, devices=2)
+    dense = simulator.lower(model, phase="decode", batch=4, seq=512, devices=2, engine="")
     pruned = prune(dense, "width", 0.4)
     # each device: 4 KV groups -> 2.4 -> 2, an inner width of 7168 -> 4300.8 -> 4304
     assert set(pruned.kv_heads[pruned.is_role("attention")]) == {2}
@@ -314,3 +314,19 @@ def test_token_points_keep_the_mean(tokens: int, keep: float) -> None:
     if 16 < tokens < 512 and 0.2 < keep < 0.95:  # the spread of five bins is most of the binomial's
         spread = many**2 @ chance - (tokens * keep) ** 2
         assert 0.8 < spread / (tokens * keep * (1 - keep)) < 1.2
+
+
+@pytest.mark.parametrize(("family", "phase"), [("kv_cache", "decode"), ("kv_cache", "serve"), ("token", "generate")])
+def test_a_copied_cache_shrinks_with_its_positions(family: str, phase: str) -> None:
+    more = {} if phase == "decode" else {"new_tokens": 16}
+    dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase=phase, batch=4, seq=4096, engine="hf", **more)
+    pruned = simulator.prune(dense, family, 0.5)
+
+    def copied(w: simulator.Workload) -> float:
+        rows = w.is_role("cache_write") & (w.kv_len > 0)
+        return float(((w.read_bytes + w.write_bytes) * w.count)[rows].sum())
+
+    kept = copied(pruned) / copied(dense)
+    assert 0.45 < kept < 0.56
+    paged = simulator.lower(simulator.load_model("llama-3.1-8b"), phase=phase, batch=4, seq=4096, **more)
+    assert copied(paged) == 0.0

@@ -10,9 +10,7 @@ from tiny_decoder import DECODERS, FUSED, GQA, MHA, Decoder, projections, worklo
 
 from simulator.errors import InputError
 from simulator.pruning import FAMILIES, prune
-from simulator.workload import Kernel, Workload
-
-PHASES = ("prefill", "decode", "generate")
+from simulator.workload import PHASES, Kernel, Workload
 
 
 @st.composite
@@ -160,7 +158,7 @@ def test_compositions_multiply() -> None:
         ("unstructured", "semi_structured", "sparse already \\(unstructured\\)"),
         ("dynamic_depth", "dynamic_depth", "tokens are routed already"),
         ("semi_structured", "dynamic_width", "choose one of the two"),
-        ("low_rank", "dynamic_depth", "fuse_qkv=False"),  # queries cannot be computed alone
+        ("low_rank", "dynamic_depth", "choose an engine that does not fuse them"),  # queries cannot be computed alone
     ],
 )
 def test_impossible_compositions_are_refused(first: str, second: str, message: str) -> None:

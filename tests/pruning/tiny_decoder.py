@@ -38,8 +38,9 @@ def workload(d: Decoder, phase: str = "prefill", batch: int = 2, seq: int = 48, 
     widths = d.hidden, d.layers, d.heads, d.kv_heads, d.head_dim, d.inner, d.vocab
     biases = {"qkv_bias": d.bias, "o_bias": d.bias, "mlp_bias": d.bias}
     model = ModelConfig("tiny", "llama", *widths, d.head_dim, 4096, (0,) * d.layers, gated=d.gated, **biases)
-    steps = new_tokens if phase == "generate" else 0
-    return lower(model, phase=phase, batch=batch, seq=seq, new_tokens=steps, fuse_qkv=d.fused, fuse_gate_up=d.fused)
+    steps = new_tokens if phase in ("generate", "serve") else 0
+    engine = "vllm" if d.fused else ""
+    return lower(model, phase=phase, batch=batch, seq=seq, new_tokens=steps, engine=engine)
 
 
 def projections(d: Decoder) -> dict[str, tuple[int, int]]:
@@ -71,11 +72,14 @@ def causal(queries: int) -> int:
     return queries * (queries + 1) // 2
 
 
-def passes(phase: str, batch: int, seq: int, new_tokens: int) -> list[tuple[int, int, int]]:
-    """(tokens, queries a sequence, keys a sequence) of every pass."""
-    out = [(batch * seq, seq, seq)] if phase != "decode" else []
+def passes(phase: str, batch: int, seq: int, new_tokens: int) -> list[tuple[int, int, int, int]]:
+    """(times, sequences, queries a sequence, keys a sequence) of every pass; of a serve prompts go one at a time, and
+    every decode is that of the middle of the answer."""
+    if phase == "serve":
+        return [(batch, 1, seq, seq), (new_tokens, batch, 1, seq + (new_tokens + 1) // 2)]
+    out = [(1, batch, seq, seq)] if phase != "decode" else []
     steps = {"prefill": 0, "decode": 1, "generate": new_tokens}[phase]
-    return out + [(batch, 1, seq + 1 + t) for t in range(steps)]
+    return out + [(1, batch, 1, seq + 1 + t) for t in range(steps)]
 
 
 def layer_flops(
@@ -104,29 +108,30 @@ def expected(
         thin = replace(d, hidden=up_to(keep * d.hidden, 16, d.hidden))
     share = {"semi_structured": 0.5, "unstructured": keep}.get(family, 1.0)
     total = 0.0
-    for tokens, queries, keys in passes(phase, batch, seq, new_tokens):
+    for times, several, queries, keys in passes(phase, batch, seq, new_tokens):
+        tokens = several * queries
         prefill = queries > 1 or keys == queries
         pairs = causal(queries) if prefill else keys
         left = max(nearest(keep * seq), 1)  # prompt tokens left by token or cache pruning
         cached = keys - (seq - left)
-        each = [layer_flops(thin, tokens, pairs, batch, share)] * layers
+        each = [layer_flops(thin, tokens, pairs, several, share)] * layers
         if family == "low_rank":
             pair_of = sum(2 * tokens * rank_of(s, n, k) * (n + k) for n, k in projections(d).values())
-            each = [pair_of + 4 * batch * d.heads * d.head_dim * pairs] * layers
+            each = [pair_of + 4 * several * d.heads * d.head_dim * pairs] * layers
         elif family == "dynamic_depth" and options.get("prune_kv"):
             seen = causal(max(nearest(keep * queries), 1)) if prefill else max(nearest(keep * keys), 1)
-            each = [layer_flops(d, tokens, seen, batch if prefill else batch * keep, keep)] * layers
+            each = [layer_flops(d, tokens, seen, several if prefill else several * keep, keep)] * layers
         elif family in ("dynamic_depth", "dynamic_width"):
-            each = [layer_flops(d, tokens, pairs, batch * keep, keep, dense_kv=True)] * layers
+            each = [layer_flops(d, tokens, pairs, several * keep, keep, dense_kv=True)] * layers
         elif family == "sparse_attention":
-            each = [layer_flops(d, tokens, pairs * keep, batch)] * layers
+            each = [layer_flops(d, tokens, pairs * keep, several)] * layers
         elif family == "token":
             start = options.get("start", 2)
-            few = layer_flops(d, batch * (left if prefill else 1), causal(left) if prefill else cached, batch)
+            few = layer_flops(d, several * (left if prefill else 1), causal(left) if prefill else cached, several)
             each = each[:start] + [few] * (layers - start)
         elif family == "kv_cache":
-            each = [layer_flops(d, tokens, pairs if prefill else cached, batch)] * layers
-        total += sum(each) + 2 * batch * thin.vocab * thin.hidden
+            each = [layer_flops(d, tokens, pairs if prefill else cached, several)] * layers
+        total += times * (sum(each) + 2 * several * thin.vocab * thin.hidden)
     weights = 0.0
     for n, k in projections(thin).values():
         weights += (rank_of(s, n, k) * (n + k) if family == "low_rank" else n * k * share) + d.bias * n

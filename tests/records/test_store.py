@@ -270,6 +270,11 @@ def test_every_operator_a_device_offers_becomes_a_record() -> None:
     assert shape_of({"kind": "launch_eager", "role": "gemm"})["n"] == 64
 
 
+def test_codes_of_operators_that_files_hold_stay_what_they_are() -> None:
+    assert OPERATORS[:3] == ("gemm", "gemm_2to4", "low_rank")
+    assert (OPERATORS.index("collective"), OPERATORS.index("layer_eager")) == (11, 12)
+
+
 def table() -> Records:
     sources = [Source("A", {"torch": "2"}, kernel="x"), Source("B", run="r")]
     names = {"operator": ["gemm", "gemm", "elementwise"], "dtype": ["bf16", "fp8", "bf16"]}

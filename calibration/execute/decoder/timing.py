@@ -24,7 +24,7 @@ from calibration.measure.timing import OK, median_interval
 from simulator.errors import InputError
 from simulator.models.config import ModelConfig
 from simulator.predict.settings import one_of
-from simulator.workload import PHASES, RUNTIMES
+from simulator.workload import PHASES
 
 LONGEST_S = 30.0
 """Time for the pairs of one case, whatever the budget."""
@@ -32,6 +32,9 @@ WINDOW_S = 4e-3
 PRECISION = 0.005
 LEAST, ENOUGH, MOST = 3, 8, 200
 """Pairs taken at least, pairs after which a precise ratio ends the measurement, and pairs at most."""
+
+RUNTIMES: tuple[str, ...] = ("cuda_graph", "eager")
+"""How a decode step is launched: as one graph, or kernel by kernel."""
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@
   function show(answer) {
     if (!current(answer.asked)) return;
     for (const [id, html] of Object.entries(answer.html)) if (element(id).innerHTML !== html) element(id).innerHTML = html;
-    element("grid").dataset.wide = new URLSearchParams(answer.query).get("gpu").includes(",") ? "yes" : "no";
+    element("grid").dataset.wide = answer.wide;
     if (answer.model) option(...answer.model);
     if (following) fill(answer.query);
     following = false;

@@ -1,0 +1,117 @@
+"""What serving runs measured: ``serving.csv``, made from ``systems/silicon_sample.csv`` of the wheel.
+
+Taken are runs of dense models on one H100, H200 or B200 node in one pool (mode agg), so that a request sees prefill and
+decode of its own engine. A row that no model of steady state explains stays, with the reason in ``left_out``. Whether
+the cache holds as many sequences as are asked for is for a judge to say.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+
+MEMBER = "aiconfigurator_core/systems/silicon_sample.csv"
+COLUMNS: tuple[str, ...] = (
+    *("engine", "version", "model", "hardware", "devices", "weight_dtype", "kv_dtype"),
+    *("concurrency", "seq", "new_tokens", "ttft_s", "tpot_s", "left_out", "assumed", "source"),
+)
+"""SI units; ``devices`` share every layer (tensor parallel), ``concurrency`` requests are kept running."""
+
+MODELS: Mapping[str, str] = {
+    "meta-llama/Llama-3.1-8B-Instruct": "llama-3.1-8b",
+    "nvidia/Llama-3.1-8B-Instruct-FP8": "llama-3.1-8b",
+    "meta-llama/Llama-3.1-70B": "llama-3.1-70b",
+    "Qwen/Qwen3-32B": "qwen3-32b",
+    "nvidia/Qwen3-32B-NVFP4": "qwen3-32b",
+}
+FP8_CACHE = ("meta-llama/Llama-3.1-70B",)
+CACHE_ASSUMED = "the cache's format is not stated: fp8, with which errors do not grow with the concurrency"
+HARDWARE = ("h100_sxm", "h200_sxm", "b200_sxm")
+ENGINES = ("trtllm", "sglang", "vllm")
+
+CACHED = "prompts were cached: rows of this group are over in under 0.75 of the time that their prefills take"
+QUEUED = "requests queued for seconds before their first token"
+SEVERAL = "its requests went to several replicas"
+
+
+def serving_table(archive: zipfile.ZipFile) -> list[dict[str, str]]:
+    """The rows of ``serving.csv`` in the order of their columns; runs listed twice with equal times count once."""
+    with archive.open(MEMBER) as file:
+        found = {tuple(row.values()): row for row in _rows(csv.DictReader(io.TextIOWrapper(file, "utf-8")))}
+    return sorted(found.values(), key=_order)
+
+
+def _rows(raw: Iterable[dict[str, str]]) -> Iterator[dict[str, str]]:
+    for r in raw:
+        taken = r["mode"] == "agg" and r["backend"] in ENGINES and r["system"] in HARDWARE
+        if taken and r["model_path"] in MODELS and float(r["pp_size"]) == 1:
+            row = {
+                "engine": r["backend"],
+                "version": r["backend_version"],
+                "model": MODELS[r["model_path"]],
+                "hardware": r["system"],
+                "devices": _whole(r["tp_size"]),
+                # where neither the products' format nor a precision is named, the checkpoint is a bf16 one
+                "weight_dtype": r["gemm_quant_mode"] or r["precision"] or "bf16",
+                "kv_dtype": "fp8" if r["model_path"] in FP8_CACHE else "",
+                "concurrency": _concurrency(r),
+                "seq": _whole(r["isl"]),
+                "new_tokens": _whole(r["osl"]),
+                "ttft_s": f"{float(r['silicon_ttft_ms']) / 1e3:.7g}",
+                "tpot_s": f"{float(r['silicon_tpot_ms']) / 1e3:.7g}",
+            }
+            assumed = CACHE_ASSUMED if row["kv_dtype"] else ""
+            yield {**row, "left_out": _left_out(r), "assumed": assumed, "source": f"silicon_sample.csv: {_origin(r)}"}
+
+
+def _whole(text: str) -> str:
+    return str(int(float(text)))
+
+
+def _concurrency(r: Mapping[str, str]) -> str:
+    """Requests kept running: as the source says it, else the batch, which the older lists give alone."""
+    said = re.search(r"silicon_concurrency=(\d+)", r["silicon_data_source"])
+    return said[1] if said else _whole(r["batch_size"])
+
+
+def _origin(r: Mapping[str, str]) -> str:
+    """The list a row is from, below the folder of lists, and when it was measured."""
+    source = r["silicon_data_source"]
+    file = source.split(";")[0].removeprefix("source_file=").rpartition("/data/")[2]  # not the folders before it
+    measured = re.search(r"measured=(\d{4}-\d{2}-\d{2})", source)
+    return file + (f", measured {measured[1]}" if measured else "")
+
+
+def _left_out(r: Mapping[str, str]) -> str:
+    """Why no model of steady state explains a row, found by group (28 and 6 rows), or nothing."""
+    engine, version, precise = r["backend"], r["backend_version"], r["gemm_quant_mode"]
+    if (engine, version, precise) == ("vllm", "0.12.0", "fp8") or version.startswith("1.2.0rc6"):
+        return CACHED
+    if (engine, version) == ("sglang", "0.5.8.post1"):
+        return QUEUED
+    return SEVERAL if int(_concurrency(r)) > float(r["batch_size"]) else ""
+
+
+def _order(row: Mapping[str, str]) -> tuple[object, ...]:
+    numbers = ("devices", "seq", "new_tokens", "concurrency")
+    texts = ("engine", "version", "model", "hardware", "weight_dtype")
+    rest = (row["source"], float(row["ttft_s"]), float(row["tpot_s"]))
+    return (*(row[name] for name in texts), *(int(row[name]) for name in numbers), *rest)
+
+
+def why_left_out(rows: list[dict[str, str]]) -> Counter[str]:
+    """Rows left out, by reason."""
+    return Counter(row["left_out"] for row in rows if row["left_out"])
+
+
+def serving_csv(rows: list[dict[str, str]]) -> bytes:
+    """The file's bytes."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()

@@ -1,0 +1,126 @@
+"""``prunesim engines``: how serving stacks run a decoder, what is known of one, whether a file is sound."""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from simulator.cli import options, render
+from simulator.cli.options import arg
+
+if TYPE_CHECKING:
+    from simulator.engines.engine import Engine
+
+app = typer.Typer(help="Engines: list them, show one, check a file.")
+
+
+@app.command("list")
+def list_(as_json: options.Json = False) -> None:
+    """List the engines that ship."""
+    from simulator.engines.engine import DEFAULT_ENGINE, list_engines, load_engine
+
+    engines = [load_engine(name) for name in list_engines()]
+    if as_json:
+        print(render.json_lines([_plain(e) for e in engines]))
+        return
+    columns = render.columns(
+        engines,
+        ("<name", lambda e: e.name + (" (default)" if e.name == DEFAULT_ENGINE else "")),
+        ("<what", lambda e: e.title),
+        ("<host", _host),
+        ("<2:4 kernels", lambda e: ", ".join(e.sparse24) or "none"),
+        ("<one GEMM for", lambda e: ", ".join(e.fuse) or "each projection"),
+    )
+    render.show(render.narrowed(columns, 2))
+
+
+@app.command()
+def show(name: Annotated[str, arg("NAME", "Name, alias or YAML file.")], as_json: options.Json = False) -> None:
+    """Show one engine: each value with its source."""
+    from simulator.engines.engine import load_engine
+
+    engine = load_engine(name)
+    if as_json:
+        print(render.json_lines([_plain(engine)]))
+        return
+    also = f" (also {', '.join(engine.aliases)})" if engine.aliases else ""
+    print(f"{engine.title}: {engine.name}{also}\n")
+    rows = list(_values(engine))
+    columns = render.columns(
+        rows, ("<", lambda r: r[0]), ("<value", lambda r: r[1]), ("<hosts differ by", lambda r: r[2])
+    )
+    room = max(render.width() - render.table_width(columns) - 2, 20)
+    sources = [textwrap.shorten(r[3], room, placeholder="...") for r in rows]
+    render.show([*columns, render.Column("source", sources, right=False)])
+    fill = partial(textwrap.fill, width=render.width(), break_long_words=False, break_on_hyphens=False)
+    print("\nsources")
+    for short, text in engine.sources.items():
+        print(fill(f"  {short}: {text}", subsequent_indent="    "))
+    for line in engine.notes:
+        print(f"\n{fill(line)}")
+
+
+@app.command()
+def check(file: Annotated[str, arg("FILE", "YAML file of an engine.")], as_json: options.Json = False) -> None:
+    """Check a YAML file of an engine.
+
+    Each problem is one line; the exit status is 2 when there is any.
+    """
+    from simulator.engines.engine import check_engine
+
+    problems = check_engine(file)
+    if as_json:
+        print(json.dumps({"file": file, "problems": problems}, indent=2))
+    else:
+        for problem in problems:
+            typer.echo(f"prunesim: {problem}", err=True)
+    if problems:
+        raise typer.Exit(2)
+    if not as_json:
+        print(f"{file}: no problem found")
+
+
+def _host(e: Engine) -> str:
+    """What an engine's host takes, in a few words."""
+    parts = [] if e.graph else ["every launch"]
+    parts += [f"{render.seconds(e.each_pass.value)} a pass"] if e.each_pass.value else []
+    parts += [f"{render.seconds(e.each_sequence.value)} a sequence"] if e.each_sequence.value else []
+    return " + ".join(parts) or "nothing shows"
+
+
+def _values(e: Engine) -> Iterator[tuple[str, str, str, str]]:
+    """Name, value, spread and source of what an engine says."""
+    yield "kernels of", ", ".join(e.stacks), "", "the first that a profile has"
+    yield "one GEMM for", ", ".join(e.fuse) or "each projection", "", ""
+    yield "under a CUDA graph", ", ".join(e.graph) or "nothing", "", ""
+    yield "logits of a prompt", e.logits, "", ""
+    yield "cache", e.cache, "", ""
+    for role, many in e.launches.items():
+        yield f"launches, {role}", str(many) if many else "none: part of another's", "", ""
+    for name, time in (("host, a pass", e.each_pass), ("host, a sequence", e.each_sequence), ("gap in a graph", e.gap)):
+        if time.value:
+            spread = f"x{math.exp(time.log_sd):.2f}"
+            yield name, render.seconds(time.value), spread, f"{time.source}{f': {time.note}' if time.note else ''}"
+    shares = {
+        "quantising fused": e.quantize_fused,
+        "a GEMM of one token": e.one_token,
+        "waits for others' prompts": e.prefill_wait,
+        "own code of a pruned model": e.own_code,
+        "not explained (log sd)": e.log_sd,
+    }
+    for name, share in shares.items():
+        if share.source:
+            yield name, f"{share.value:g}", "", f"{share.source}{f': {share.note}' if share.note else ''}"
+    yield "weights alone in", ", ".join(e.weight_only) or "no format", "", ""
+    yield "2:4 in", ", ".join(e.sparse24) or "no format", "", ""
+
+
+def _plain(e: Engine) -> dict[str, Any]:
+    return {**asdict(e), "launches": dict(e.launches), "sources": dict(e.sources), "path": str(e.path)}

@@ -1,0 +1,250 @@
+"""Engine files: what ships is clean, what is wrong is said with its place, and a file of one's own runs like a name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import simulator
+from simulator.cli import run
+from simulator.engines import DEFAULT_ENGINE
+from simulator.engines.engine import Engine, check_engine, list_engines, load_engine, sparse24_engines
+from simulator.errors import InputError
+from simulator.files.yaml import MAX_BYTES
+from simulator.predict.settings import Setting
+from simulator.workload import ROLES
+
+GOOD = """\
+schema_version: 1
+name: mine
+title: "An engine of one's own"
+stacks: [vllm, sglang]
+sources:
+  bench: "a benchmark, https://example.org/bench"
+fuse: [qkv]
+graph: [decode]
+logits: all
+launches:
+  mlp_norm: 7
+host:
+  pass: {value: 0.5 ms, log_sd: 0.3, source: bench}
+  sequence: {value: 20 us, log_sd: 0.2, source: bench, note: "of 8 to 64"}
+  gap: {value: 100 ns, log_sd: 0.1, source: bench}
+quantize_fused: {value: 0.5, source: bench}
+log_sd: {value: 0.05, source: bench}
+weight_only: [int4]
+sparse24: [bf16]
+"""
+SHIPPED = Path(simulator.__file__).parent / "engines"
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(GOOD)
+    return path
+
+
+@pytest.mark.parametrize("name", list_engines())
+def test_every_shipped_engine_is_clean_and_says_where_its_values_come_from(name: str) -> None:
+    path = SHIPPED / f"{name}.yaml"
+    assert check_engine(str(path)) == []
+    engine = load_engine(name)
+    assert engine == load_engine(str(path))
+    assert engine.name == name
+    assert engine.stacks
+    assert engine.sources
+    for value in (engine.gap, engine.each_pass, engine.each_sequence):
+        assert (value.source in engine.sources) == (value.value > 0.0)
+        assert (value.log_sd > 0.0) == (value.value > 0.0)  # no host is known exactly
+    for name, usual in (
+        ("quantize_fused", 0.0),
+        ("one_token", 1.0),
+        ("prefill_wait", 0.0),
+        ("own_code", 1.0),
+        ("log_sd", 0.0),
+    ):
+        share = getattr(engine, name)
+        assert share.source in engine.sources or share.value == usual, name
+    assert engine.quantize_fused.value <= 1.0
+    assert engine.prefill_wait.value <= 1.0
+    assert engine.log_sd.value < 0.1
+
+
+def test_names_aliases_and_paths_find_the_same_engine() -> None:
+    assert DEFAULT_ENGINE in list_engines()
+    for alias in ("hf", "HF", "transformers", "Hugging Face", "hugging-face", "eager", str(SHIPPED / "hf.yaml")):
+        assert load_engine(alias).name == "hf"
+    for alias in ("gpt-fast", "torch.compile", "TorchAO"):
+        assert load_engine(alias).name == "compile"
+    assert load_engine("TensorRT-LLM").name == "trtllm"
+    assert load_engine("vllm") is load_engine("VLLM")
+    assert set(sparse24_engines()) == {name for name in list_engines() if load_engine(name).sparse24}
+    aliases = [alias.lower() for name in list_engines() for alias in (name, *load_engine(name).aliases)]
+    assert len(set(aliases)) == len(aliases)
+
+
+def test_no_name_is_bare_kernels() -> None:
+    bare = load_engine("")
+    assert bare == Engine()
+    assert bare is load_engine("")
+    assert not bare.fuse
+    assert (bare.logits, bare.stacks, bare.each_pass.value) == ("last", (), 0.0)
+    assert bare.in_graph("prefill")
+    assert bare.in_graph("decode")
+    assert (bare.kernels == 1.0).all()
+
+
+def test_an_unknown_name_is_refused_with_the_closest() -> None:
+    with pytest.raises(InputError, match=r"engine 'vlm' is unknown; did you mean vllm\?"):
+        load_engine("vlm")
+    with pytest.raises(InputError, match="engine 'sglan' is unknown"):
+        Setting(engine="sglan")
+
+
+def test_a_file_of_one_s_own_is_read_to_the_letter(good: Path) -> None:
+    assert check_engine(str(good)) == []
+    engine = load_engine(str(good))
+    assert (engine.name, engine.stacks, engine.fuse, engine.logits) == ("mine", ("vllm", "sglang"), ("qkv",), "all")
+    assert [engine.in_graph(phase) for phase in ("prefill", "decode")] == [False, True]
+    assert (engine.each_pass.value, engine.each_sequence.value, engine.gap.value) == (5e-4, 2e-5, 1e-7)
+    assert (engine.each_pass.log_sd, engine.each_sequence.note) == (0.3, "of 8 to 64")
+    assert engine.kernels[ROLES.index("mlp_norm")] == 7.0
+    assert engine.kernels.sum() == len(ROLES) + 6.0
+    assert (engine.quantize_fused.value, engine.prefill_wait.value, engine.log_sd.value) == (0.5, 0.0, 0.05)
+    assert engine.path == good
+
+
+def test_a_changed_file_is_read_again(good: Path) -> None:
+    before = load_engine(str(good))
+    assert load_engine(str(good)) is before
+    good.write_text(GOOD.replace("0.5 ms", "0.25 ms"))
+    os.utime(good, ns=(1, 1))
+    assert load_engine(str(good)).each_pass.value == 2.5e-4
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "place", "reason"),
+    [
+        ("fuse: [qkv]", "fused: [qkv]", "7:1: fused", "unknown key; did you mean fuse?"),
+        ("  gap: {", "  gaps: {", "15:3: host.gaps", "unknown key; did you mean gap?"),
+        ("value: 0.5 ms,", "value: 0.5 GB,", "13:17: host.pass.value", "expected a time"),
+        ("value: 0.5 ms,", "value: 0.5,", "13:17: host.pass.value", "the unit is missing"),
+        ("value: 0.5 ms,", "value: 5 s,", "13:17: host.pass.value", "expected 0 s to 1 s, got '5 s'"),
+        ("log_sd: 0.3,", "log_sd: -0.3,", "13:33: host.pass.log_sd", "expected a number from 0 to 3"),
+        ("log_sd: 0.3, ", "", "13:9: host.pass.log_sd", "is missing"),
+        ("log_sd: 0.3, source: bench", "log_sd: 0.3", "13:9: host.pass.source", "is missing"),
+        ("0.3, source: bench", "0.3, source: guess", "13:46: host.pass.source", "'guess' is not listed under sources"),
+        ("0.05, source: bench", "0.05, source: x", "17:31: log_sd.source", "'x' is not listed under sources"),
+        ("[vllm, sglang]", "[vlm]", "4:10: stacks.0", "did you mean vllm?"),
+        ("  mlp_norm: 7", "  mlp_nrm: 7", "11:3: launches.mlp_nrm", "unknown operator; expected one of q, k, v"),
+        ("  mlp_norm: 7", "  mlp_norm: 101", "11:13: launches.mlp_norm", "expected a whole number from 0 to 100"),
+        ("  mlp_norm: 7", "  mlp_norm: 1.5", "11:13: launches.mlp_norm", "expected a whole number"),
+        ("schema_version: 1", "schema_version: 2", "1:17: schema_version", "expected a whole number from 1 to 1"),
+        ("schema_version: 1\n", "", "1:1: schema_version", "is missing"),
+        ("logits: all", "logits: some", "9:9: logits", "unknown value some"),
+        ("graph: [decode]", "graph: decode", "8:8: graph", "expected a list, got decode"),
+        ("fuse: [qkv]", "fuse: [gate]", "7:8: fuse.0", "did you mean gate_up?"),
+        ("weight_only: [int4]", "weight_only: [int5]", "18:15: weight_only.0", "did you mean int"),
+        ("name: mine", "name: My Engine", "2:7: name", "expected a name of lower-case letters"),
+        ("name: mine", "name: mine\nname: other", "3:1: name", "is given twice, first on line 2"),
+        ("title: ", "title: !!python/object/apply:os.system ", "3:8: title", "tags are not allowed"),
+        ("stacks: [vllm, sglang]", "stacks: &a [vllm, sglang]", "4:9: stacks", "anchors (&) and aliases (*)"),
+        ("fuse: [qkv]", "fuse: *a", "7:7: fuse", "anchors (&) and aliases (*)"),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_place(tmp_path: Path, old: str, new: str, place: str, reason: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(GOOD.replace(old, new))
+    lines = check_engine(str(path))
+    assert GOOD.count(old) == 1
+    assert lines, new
+    assert lines[0].startswith(f"{path}:{place}: "), lines
+    assert reason in lines[0]
+    with pytest.raises(InputError) as error:
+        load_engine(str(path))
+    assert str(error.value).startswith(lines[0])
+    assert "\n" not in str(error.value)
+
+
+def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(GOOD.replace("0.5 ms", "0.5").replace("[vllm,", "[vlm,").replace("mlp_norm: 7", "x: 7"))
+    assert [line.split(": ")[1] for line in check_engine(str(path))] == ["stacks.0", "launches.x", "host.pass.value"]
+    with pytest.raises(InputError, match=r"stacks\.0: .* \(and 2 more"):
+        load_engine(str(path))
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (BOMB, "anchors (&) and aliases (*) are not allowed"),
+        ("[" * 100, "nested deeper than 20 levels"),
+        ("[" * 10_000, "maximum nesting depth"),
+        ("{a: " * 100, "nested deeper than 20 levels"),
+        ("x" * (MAX_BYTES + 1), "is larger than 1 MB"),
+        ("", "is empty"),
+        ("- 1\n", "expected a mapping"),
+        ("just text", "expected a mapping"),
+        ("a: [\n", "check quotes, colons and indentation"),
+        ("--- 1\n--- 2\n", "more than one YAML document"),
+        ("a: \x00", "expected plain YAML text"),
+    ],
+    ids=["bomb", "deep list", "deeper list", "deep mapping", "large", "empty", "list", "text", "open", "two", "NUL"],
+)
+def test_what_is_no_engine_at_all_is_refused_in_one_line(tmp_path: Path, text: str, reason: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError) as error:
+        load_engine(str(path))
+    message = str(error.value)
+    assert message.startswith(f"{path}:")
+    assert reason in message
+    assert message.isprintable()
+    assert len(message) < 500
+
+
+@pytest.mark.parametrize("path", ["no/such.yaml", "/dev/zero", ".", "a\0b.yaml"])
+def test_a_path_that_is_no_file_is_refused(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as error:
+        load_engine(path if path.endswith("yaml") else f"{path}/")
+    assert str(error.value).isprintable()
+
+
+def test_a_path_runs_wherever_a_name_does(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(good)
+    w = simulator.lower(simulator.load_model("llama-3.2-1b"), phase="prefill", batch=2, seq=64, engine=path)
+    assert w.is_role("qkv").any()
+    assert w.is_role("gate").any()
+    assert w.m[w.is_role("lm_head")].tolist() == [2 * 64]
+    line = f"speedup llama-3.2-1b --hardware h100 --family depth --sparsity 0.25 --engine {path},vllm --csv -"
+    assert run(line.split()) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split(",")[2] for row in rows] == ["engine", "mine", "vllm"]
+    (record,) = simulator.table(["llama-3.2-1b"], ["h100"], ["depth"], [0.25], engine=[path])
+    assert (record.engine, record.speedup) == ("mine", pytest.approx(float(rows[1].split(",")[16]), rel=1e-12))
+    good.write_text(GOOD.replace("qkv", "qvk"))
+    assert run(line.split()) == 2
+    assert f"{path}:7:8: fuse.0: " in capsys.readouterr().err
+
+
+def test_two_engines_with_the_same_values_take_the_same_time(tmp_path: Path) -> None:
+    for name in list_engines():
+        copy = tmp_path / f"{name}.yaml"
+        copy.write_text((SHIPPED / f"{name}.yaml").read_text())
+        model, hw = simulator.load_model("llama-3.2-1b"), simulator.load_hardware("h100")
+        ours, theirs = (
+            simulator.cost(simulator.lower(model, phase="decode", batch=4, seq=300, engine=engine), hw)
+            for engine in (name, str(copy))
+        )
+        assert ours.total_s == theirs.total_s
+        np.testing.assert_array_equal(ours.seconds, theirs.seconds)

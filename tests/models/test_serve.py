@@ -1,0 +1,179 @@
+"""Lowering of a serve: the steady state of continuous batching is its prefills and its decodes, counted apart."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_shapes import PUBLISHED
+
+import simulator
+from simulator.engines.engine import list_engines
+from simulator.errors import InputError
+from simulator.kernels.stack import Stack, activation_bytes, cache_bytes, memory, weights_bytes
+from simulator.kernels.stream import passes
+from simulator.models import lower as lowering
+from simulator.models.library import list_models, load_model
+from simulator.pruning import FAMILIES, prune
+from simulator.workload import Kind, Phase, Workload
+
+lower = partial(lowering.lower, engine="")
+FULL = [name for name in list_models() if not any(load_model(name).windows)]
+
+
+def serve(name: str = "llama-3.1-8b", batch: int = 16, seq: int = 500, steps: int = 101, **options: Any) -> Workload:
+    return lower(load_model(name), phase="serve", batch=batch, seq=seq, new_tokens=steps, **options)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(FULL),
+    batch=st.integers(1, 300),
+    seq=st.integers(1, 5000),
+    steps=st.integers(0, 200).map(lambda half: 2 * half + 1),
+    engine=st.sampled_from(["", "vllm", "reference"]),
+)
+def test_a_serve_is_a_prefill_of_each_and_decodes_of_all_at_mean_length(
+    name: str, batch: int, seq: int, steps: int, engine: str
+) -> None:
+    whole = serve(name, batch, seq, steps, engine=engine)
+    model = load_model(name)
+    prefill = lower(model, phase="prefill", batch=1, seq=seq, engine=engine)
+    middle = lower(model, phase="decode", batch=batch, seq=seq + (steps - 1) // 2, engine=engine)
+    for phase, part, times in ((Phase.PREFILL, prefill, batch), (Phase.DECODE, middle, steps)):
+        rows = whole.phase == phase
+        for column in ("flops", "bytes", "count"):
+            wanted = times * float(getattr(part, column).sum())
+            assert getattr(whole, column)[rows].sum() == pytest.approx(wanted, rel=1e-12), column
+    # a decode's work grows evenly with its length: the middle stands for all
+    generate = lower(model, phase="generate", batch=batch, seq=seq, new_tokens=steps, engine=engine)
+    rows, those = whole.phase == Phase.DECODE, generate.phase == Phase.DECODE
+    for column in ("flops", "bytes"):
+        assert getattr(whole, column)[rows].sum() == pytest.approx(getattr(generate, column)[those].sum(), rel=1e-12)
+
+
+@pytest.mark.parametrize("engine", ["", *list_engines()])
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_parameters_are_counted_once(name: str, engine: str) -> None:
+    w = serve(name, batch=7, engine=engine)
+    assert w.parameters == pytest.approx(PUBLISHED[name].parameters, rel=1e-12)
+    assert weights_bytes(Stack.of([w]))[0] == pytest.approx(2 * PUBLISHED[name].parameters, rel=1e-12)
+    assert not (w.params * w.count)[w.phase == Phase.DECODE].any()
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "gemma-2-9b", "opt-13b", "mistral-7b-v0.1"])
+@pytest.mark.parametrize(("batch", "seq", "steps"), [(1, 64, 1), (32, 2000, 301), (64, 5000, 200)])
+def test_memory_is_a_generate_s_within_the_mean_length(name: str, batch: int, seq: int, steps: int) -> None:
+    options: dict[str, Any] = {"batch": batch, "seq": seq, "new_tokens": steps}
+    here, there = (Stack.of([lower(load_model(name), phase=phase, **options)]) for phase in ("serve", "generate"))
+    assert weights_bytes(here)[0] == pytest.approx(weights_bytes(there)[0], rel=1e-12)
+    # caches are half grown on average; one prompt is computed at a time
+    grown = (seq + (steps + 1) // 2) / (seq + steps)
+    assert grown * cache_bytes(there)[0] <= cache_bytes(here)[0] * (1 + 1e-12)
+    assert cache_bytes(here)[0] <= cache_bytes(there)[0]
+    alone = Stack.of([lower(load_model(name), phase="prefill", batch=1, seq=seq)])
+    assert activation_bytes(alone)[0] <= activation_bytes(here)[0] <= activation_bytes(there)[0]
+
+
+def test_rows_of_a_serve() -> None:
+    w = serve(batch=16, seq=500, steps=101)
+    prefill, decode = w.kind == Kind.PREFILL_ATTENTION, w.kind == Kind.DECODE_ATTENTION
+    assert (w.batch[prefill].tolist(), w.kv_len[prefill].tolist(), w.count[prefill].tolist()) == ([1], [500], [32 * 16])
+    assert (w.batch[decode].tolist(), w.kv_len[decode].tolist(), w.count[decode].tolist()) == ([16], [551], [32 * 101])
+    assert w.m[w.is_role("q")].tolist() == [500, 16]
+    assert w.m[w.is_role("lm_head")].tolist() == [1, 16]
+    assert (w.meta.phase, w.meta.batch, w.meta.seq, w.meta.new_tokens) == ("serve", 16, 500, 101)
+    split = serve("llama-2-70b", batch=8, devices=4)
+    assert split.is_role("all_reduce").sum() == 6
+    staged = serve("llama-2-70b", batch=8, steps=5, devices=4, parallel="pipeline")
+    assert staged.count[staged.is_role("send")].tolist() == [3 * 8, 3 * 5]
+
+
+def test_windows_bind_by_layer() -> None:
+    w = serve("gemma-2-9b", batch=2, seq=4000, steps=401)
+    decode = w.take(w.kind == Kind.DECODE_ATTENTION)
+    assert decode.window.tolist() == [4096, 0] * 21
+    assert set(decode.count.tolist()) == {401.0}
+    prefill = w.take(w.kind == Kind.PREFILL_ATTENTION)
+    assert (prefill.layers.tolist(), prefill.count.tolist()) == ([42], [84.0])
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1.5, 10**7])
+def test_bad_numbers_of_tokens_are_refused(steps: Any) -> None:
+    with pytest.raises(InputError, match="new_tokens: expected an integer from 1 to 1000000 for phase 'serve'"):
+        serve(steps=steps)
+
+
+@pytest.mark.parametrize("engine", ["", "vllm", "reference"])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_every_family_prunes_a_serve_as_it_prunes_its_parts(family: str, engine: str) -> None:
+    """Kernel by kernel: those of a pruned prefill, as often as there are prompts, and of a pruned decode."""
+    batch, seq, steps = 5, 400, 9
+    whole = prune(serve(batch=batch, seq=seq, steps=steps, engine=engine), family, 0.5)
+    model = load_model("llama-3.1-8b")
+    generate = lower(model, phase="generate", batch=1, seq=seq, new_tokens=1, engine=engine)
+    prefill = prune(generate, family, 0.5)
+    prefill = prefill.take(prefill.phase == Phase.PREFILL)
+    parts = lower(model, phase="generate", batch=batch, seq=seq, new_tokens=steps, engine=engine)
+    decode = prune(parts, family, 0.5)
+    decode = decode.take(decode.phase == Phase.DECODE)
+    longest = np.array([decode.kv_len[decode.layer == layer].max() for layer in decode.layer])
+    decode = decode.take((decode.kind != Kind.DECODE_ATTENTION) | (decode.kv_len == longest - steps // 2))
+
+    def kernels(w: Workload, times: float) -> dict[tuple[Any, ...], float]:
+        names = ("kind", "role", "m", "n", "k", "batch", "q_len", "kv_len", "heads", "kv_heads", "kernel", "stage")
+        out: dict[tuple[Any, ...], float] = {}
+        for i in range(len(w)):
+            key = *(int(getattr(w, name)[i]) for name in names), round(float(w.density[i]), 9), float(w.read_bytes[i])
+            out[key] = out.get(key, 0.0) + times * float(w.count[i])
+        return out
+
+    def counts(w: Workload, phase: Phase) -> dict[tuple[Any, ...], float]:
+        return kernels(w.take(w.phase == phase), 1.0)
+
+    assert counts(whole, Phase.PREFILL) == pytest.approx(kernels(prefill, batch), rel=1e-9)
+    found, wanted = counts(whole, Phase.DECODE), kernels(decode, 1.0)
+    attention = int(Kind.DECODE_ATTENTION)
+    others = {key: count for key, count in wanted.items() if key[0] != attention}
+    assert {key: count for key, count in found.items() if key[0] != attention} == pytest.approx(others, rel=1e-9)
+    of_attention = {key: steps * count for key, count in wanted.items() if key[0] == attention}
+    assert {key: count for key, count in found.items() if key[0] == attention} == pytest.approx(of_attention, rel=1e-9)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_pruning_nothing_is_the_identity_and_less_costs_less(family: str) -> None:
+    w = serve("opt-13b", batch=12)  # with biases
+    assert prune(w, family, 0.0).replace(meta=w.meta) == w
+    pruned = prune(w, family, 0.5, ideal=True)
+    assert pruned.flops.sum() <= w.flops.sum()
+    assert pruned.parameters <= w.parameters * (1 + 1e-12)
+    dense = lower(load_model("opt-13b"), phase="prefill", seq=500)
+    assert pruned.parameters == pytest.approx(prune(dense, family, 0.5, ideal=True).parameters, rel=1e-12)
+    with_what_it_adds = prune(dense, family, 0.5).parameters
+    if family != "dynamic_depth":  # rows that run only sometimes
+        assert prune(w, family, 0.5).parameters == pytest.approx(with_what_it_adds, rel=1e-12)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_weights_of_a_pruned_serve_are_those_of_a_pruned_decode(family: str) -> None:
+    for name in ("llama-3.1-8b", "opt-13b"):
+        here = prune(serve(name, batch=9), family, 0.5, ideal=True)
+        there = prune(lower(load_model(name), phase="decode", batch=9, seq=500), family, 0.5, ideal=True)
+        ours, theirs = (weights_bytes(Stack.of([w]))[0] for w in (here, there))
+        assert ours == pytest.approx(theirs, rel=2e-4 if family == "dynamic_depth" else 1e-9)
+
+
+def test_a_serve_takes_the_time_of_its_parts() -> None:
+    hw, batch, steps = simulator.load_hardware("h100"), 24, 65
+    for engine in ("", "reference", "trtllm"):
+        whole = passes(Stack.of([serve(batch=batch, seq=700, steps=steps, engine=engine)]), hw)
+        model = load_model("llama-3.1-8b")
+        prefill = simulator.cost(lower(model, phase="prefill", seq=700, engine=engine), hw).total_s
+        decode = simulator.cost(lower(model, phase="decode", batch=batch, seq=732, engine=engine), hw).total_s
+        assert whole.phase_s[0] == pytest.approx([batch * prefill, steps * decode], rel=1e-9)
+        assert whole.total_s[0] == pytest.approx(batch * prefill + steps * decode, rel=1e-9)
+    assert np.isfinite(memory(serve(), hw).total_bytes)
