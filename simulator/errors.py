@@ -34,8 +34,9 @@ def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: (most - 4) // 2]} ... {text[-((most - 5) // 2) :]}"
 
 
-def unknown(kind: str, name: str, choices: Iterable[str]) -> InputError:
-    """The error for a name that is not among the known ones, with the closest of them.
+def unknown(kind: str, name: str, choices: Iterable[str], listed: Iterable[str] = ()) -> InputError:
+    """The error for a name that is not among the known ones, with the closest of them; ``listed`` are those told as
+    known where others are but further names of theirs.
 
     >>> str(unknown("GPU", "h10", ["h100", "a100"]))
     "GPU 'h10' is unknown; did you mean h100 or a100? Known: a100, h100"
@@ -43,4 +44,14 @@ def unknown(kind: str, name: str, choices: Iterable[str]) -> InputError:
     known, said = sorted(choices), one_line(str(name), 80)
     close = difflib.get_close_matches(said.lower(), known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
-    return InputError(f"{kind} {said!r} is unknown; {hint}Known: {', '.join(known)}")
+    return InputError(f"{kind} {said!r} is unknown; {hint}Known: {', '.join(sorted(set(listed)) or known)}")
+
+
+def needs_extra(what: str, extra: str, more: str = "") -> InputError:
+    """The error where an optional extra is not installed; it comes from a checkout, as no package index has prunesim.
+
+    >>> print(needs_extra("the page", "explore"))
+    the page needs the extra "explore": in the checkout of prunesim, pip install -e ".[explore]"
+    """
+    install = f'pip install -e ".[{extra}]"{more}'
+    return InputError(f'{what} needs the extra "{extra}": in the checkout of prunesim, {install}')

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import textwrap
 from collections.abc import Iterator
@@ -75,16 +74,7 @@ def check(file: Annotated[str, arg("FILE", "YAML file of an engine.")], as_json:
     """
     from simulator.engines.engine import check_engine
 
-    problems = check_engine(file)
-    if as_json:
-        print(json.dumps({"file": file, "problems": problems}, indent=2))
-    else:
-        for problem in problems:
-            typer.echo(f"prunesim: {problem}", err=True)
-    if problems:
-        raise typer.Exit(2)
-    if not as_json:
-        print(f"{file}: no problem found")
+    render.checked(file, check_engine(file), as_json)
 
 
 def _host(e: Engine) -> str:

@@ -35,7 +35,10 @@ def list_(json: options.Json = False) -> None:
         ("memory", lambda hw: render.size(hw.memory_bytes)),
         ("bandwidth", lambda hw: render.rate(hw.bandwidth_bytes_per_s, "B/s")),
         ("<stacks", _stacks),
-        ("<also", lambda hw: min(hw.aliases, key=len, default="")),
+        (
+            "<also",
+            lambda hw: min((a for a in hw.aliases if "nvidia" not in a and hw.name not in a), key=len, default=""),
+        ),
     )
     render.show(render.narrowed(columns, 2))
 
@@ -50,6 +53,7 @@ def show(
     the factor on a shape's own error at which 90 % intervals hold unseen rows of its own table.
     """
     from simulator.hardware.library import load_hardware
+    from simulator.hardware.profile import unfitted
 
     hw = load_hardware(name)
     if json:
@@ -92,7 +96,9 @@ def show(
         print(f"anchored: {about.rows} rows measured on {about.device} with {about.software} move all of it\n")
     sections = _sections(hw)
     if not sections:
-        print("not calibrated: architecture defaults and wide intervals")
+        generic = "generic" in unfitted("gemm", hw.section("gemm", next(iter(hw.rates))), hw.architecture)
+        of = f"generic defaults, as no {hw.architecture} GPU was ever fitted," if generic else "architecture defaults"
+        print(f"not calibrated: {of} and wide intervals")
         return
     columns = render.columns(
         sections,
@@ -121,16 +127,23 @@ def check(file: Annotated[str, arg("FILE", "YAML profile or stack file.")], as_j
     """
     from simulator.hardware.library import check_hardware
 
-    problems = check_hardware(file)
+    render.checked(file, check_hardware(file), as_json)
+
+
+@app.command()
+def new(
+    name: Annotated[str, arg("NAME", "Of the GPU: lower-case letters, digits, _ - and .")],
+    out: Annotated[str, options.opt("--output -o", "FILE", "Where to; by default NAME.yaml.")] = "",
+    as_json: options.Json = False,
+) -> None:
+    """Write a commented profile of a GPU to fill in."""
+    from simulator.hardware.template import new_hardware
+
+    path = new_hardware(name, out)
     if as_json:
-        print(json.dumps({"file": file, "problems": problems}, indent=2))
+        print(json.dumps({"file": str(path)}))
     else:
-        for problem in problems:
-            typer.echo(f"prunesim: {problem}", err=True)
-    if problems:
-        raise typer.Exit(2)
-    if not as_json:
-        print(f"{file}: no problem found")
+        print(f"{path}: put a value in the place of each FILL_IN, then: prunesim hardware check {path}")
 
 
 def _rate(value: float | None) -> str:

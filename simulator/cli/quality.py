@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from simulator.cli import options, render
 from simulator.cli.options import arg, opt
-from simulator.errors import InputError
+from simulator.errors import needs_extra
 
 if TYPE_CHECKING:
     from simulator.predict.quality import QualityTable
@@ -72,9 +72,7 @@ def _calibration(module: str) -> ModuleType:
     try:
         return importlib.import_module(f"calibration.execute.{module}")
     except ModuleNotFoundError as error:
-        raise InputError(
-            f"this command needs {error.name}; pip install 'prunesim[calibrate]' transformers gguf accelerate"
-        ) from None
+        raise needs_extra(f"this command ({error.name})", "calibrate", " transformers gguf accelerate") from None
 
 
 def _print(table: QualityTable) -> None:

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import typer
+
 from simulator.errors import InputError, one_line
 from simulator.predict.words import csv_text as csv_text
 from simulator.units import finite as finite
@@ -174,6 +176,19 @@ def json_lines(rows: Sequence[Mapping[str, Any]]) -> str:
     """
     lines = [json.dumps(finite(dict(row)), allow_nan=False, ensure_ascii=False) for row in rows]
     return "[\n" + ",\n".join(lines) + "\n]" if rows else "[]"
+
+
+def checked(file: str, problems: Sequence[str], as_json: bool) -> None:
+    """Print what is wrong with a file, a line each; exits with 2 where anything is."""
+    if as_json:
+        print(json.dumps({"file": file, "problems": problems}, indent=2))
+    elif not problems:
+        print(f"{file}: no problem found")
+    else:
+        for problem in problems:
+            typer.echo(f"prunesim: {problem}", err=True)
+    if problems:
+        raise typer.Exit(2)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from simulator.errors import InputError
-from simulator.explore import needs_extra
+from simulator.errors import InputError, needs_extra
 from simulator.explore.answer import answer
 from simulator.explore.charts import charts, map_chart
 from simulator.explore.dropped import token
@@ -45,7 +44,7 @@ def make_app() -> Any:
     try:
         import dash
     except ImportError:
-        raise needs_extra("the page") from None
+        raise needs_extra("the page", "explore") from None
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     app = dash.Dash(
         __name__,

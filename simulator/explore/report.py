@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from simulator._version import __version__
-from simulator.errors import InputError
-from simulator.explore import needs_extra
+from simulator.errors import InputError, needs_extra
 from simulator.explore.answer import answer
 from simulator.explore.charts import CARDS, charts, map_chart
 from simulator.explore.commands import commands
@@ -70,7 +69,7 @@ def plotly_js() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
-        raise needs_extra("the report") from None
+        raise needs_extra("the report", "explore") from None
     return str(get_plotlyjs())
 
 

@@ -128,7 +128,7 @@ def _model(_: str, text: str) -> str:
 def _gpu(text: str) -> str:
     found = shipped_names().get(plain_name(text))
     if found is None:
-        raise unknown("GPU", text, sorted(set(shipped_names().values())))
+        raise unknown("GPU", text, shipped_names(), shipped_names().values())
     return load_hardware(found).name
 
 

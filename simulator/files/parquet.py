@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.errors import InputError
+from simulator.errors import InputError, needs_extra
 from simulator.files.read import MOST_TABLE_BYTES
 
 MOST_CELLS = 20_000_000  # values of a table that is read: 160 MB as float64, a thousand times what ships
@@ -22,8 +22,7 @@ def load_pyarrow() -> tuple[Any, Any]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        hint = 'pip install "prunesim[tables]"'
-        raise InputError(f"a Parquet table needs pyarrow, which is not installed: {hint}") from None
+        raise needs_extra("a Parquet table", "tables") from None
     return pyarrow, pyarrow.parquet
 
 

@@ -71,7 +71,7 @@ def load_hardware(name_or_path: str | os.PathLike[str], stack: str = "", same_st
         if shipped is not None:
             text = str(profiles_folder() / f"{shipped}.yaml")
         elif not re.search(r"[/\\]|\.ya?ml$", text):
-            raise unknown("GPU", text, shipped_names())
+            raise unknown("GPU", text, shipped_names(), list_hardware())
     profile = _load(_stamps(text))
     if profile.stacks_of:
         profile = _lent(profile, _load(_stamps(str(_lender(Path(text), profile.stacks_of)))))

@@ -20,7 +20,9 @@ from simulator.files.fields import Number
 from simulator.hardware.constants import CONSTANTS
 from simulator.workload import STACKS
 
-ARCHITECTURES: tuple[str, ...] = ("ampere", "ada", "hopper", "blackwell", "blackwell_sm100", "cpu")
+ARCHITECTURES: tuple[str, ...] = (
+    *("volta", "turing", "ampere", "ada", "hopper", "blackwell", "blackwell_sm100", "cdna3", "cpu"),
+)
 OPERATORS: tuple[str, ...] = tuple(CONSTANTS)
 """Parts of a profile that are fitted."""
 
@@ -233,6 +235,20 @@ class HardwareProfile:
         if found.constants.keys() >= default.constants.keys():
             return found
         return replace(found, constants=MappingProxyType({**default.constants, **found.constants}))
+
+
+def unfitted(operator: str, section: Section, architecture: str) -> tuple[str, ...]:
+    """Columns of the error model that a section has because nothing was fitted: "default", beside it "generic" where
+    nothing of its architecture ever was.
+
+    >>> from simulator.hardware.library import load_hardware
+    >>> [unfitted("gemm", load_hardware(n).section("gemm", "fp16"), n) for n in ("h100", "t4")]
+    [(), ('default', 'generic')]
+    """
+    if section.status != "default":
+        return ()
+    known = any(architecture in constant.defaults for constant in CONSTANTS[operator].values())
+    return ("default",) if known else ("default", "generic")
 
 
 @lru_cache(maxsize=64)

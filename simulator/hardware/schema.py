@@ -39,7 +39,7 @@ Fetch = Callable[[Path, str, str, tuple[str, ...]], Mapping[str, Any]]
 
 Sections = Mapping[tuple[str, str], Section]
 
-_NAME = Text((), "[a-z0-9][a-z0-9_.-]{0,63}", "a name of lower-case letters, digits, _ - and ., at most 64")
+NAME = Text((), "[a-z0-9][a-z0-9_.-]{0,63}", "a name of lower-case letters, digits, _ - and ., at most 64")
 _ALIAS = Text((), "[A-Za-z0-9][A-Za-z0-9 _.-]{0,63}", "letters, digits, blanks, _ - and .")
 _SHORT = re.compile("[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _SUMS = Text(("fp16", "bf16", "fp32", "fp64", "int32"))
@@ -153,7 +153,7 @@ def _kinds(root: Node, path: Path, fetch: Fetch) -> Keys:
     }
     top: dict[str, Kind] = {
         "schema_version": _VERSION,
-        "name": _NAME,
+        "name": NAME,
         "title": Text(),
         "vendor": Text(),
         "architecture": Text(ARCHITECTURES),
@@ -162,7 +162,7 @@ def _kinds(root: Node, path: Path, fetch: Fetch) -> Keys:
     }
     optional: dict[str, Kind] = {
         "aliases": Many(_ALIAS),
-        "stacks_of": _NAME,
+        "stacks_of": NAME,
         "calibrated": _calibrated(rates, path, fetch),
         "anchor": _anchor(path, fetch),
     }

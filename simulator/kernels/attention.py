@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from simulator.errors import InputError
 from simulator.hardware.constants import DECODE_CONSTANTS, PREFILL_CONSTANTS
-from simulator.hardware.profile import SAME_STACK
+from simulator.hardware.profile import SAME_STACK, unfitted
 from simulator.kernels import attention_core
 from simulator.kernels.gemm_core import ELEMENT_BYTES, WGMMA_ROWS, Machine
 from simulator.kernels.lattice import Lattice, decode_place, prefill_place
@@ -107,7 +107,7 @@ def _ready(hw: HardwareProfile, operator: str, dtype: str, kv_dtype: str | None)
     if cache not in ELEMENT_BYTES:
         raise InputError(f"dtype {cache!r} is unknown; expected one of {', '.join(ELEMENT_BYTES)}")
     machine = replace(machine, weight_bytes=ELEMENT_BYTES[cache])
-    unknown = ("default",) if section.status == "default" else ()
+    unknown = unfitted(operator, section, hw.architecture)
     if unknown and hw.architecture == "hopper" and operator == "attention_decode":
         # the queries of a KV head fill the rows of an instruction: two FLOP a row for each element of the cache
         most = hw.section("gemm", dtype)["e_tc"] * machine.peak_flop_per_s / (2.0 * WGMMA_ROWS)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from simulator.errors import InputError
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
-from simulator.hardware.profile import LABELS, label_of
+from simulator.hardware.profile import LABELS, label_of, unfitted
 from simulator.kernels.exact import Exact, exact_of
 from simulator.kernels.gemm_core import (
     ELEMENT_BYTES,
@@ -123,7 +123,7 @@ def gemm_kernel(hw: HardwareProfile, dtype: str, weight_dtype: str | None, kerne
     if section.status == "default" and element < 2.0:
         c["e_tc"], c["t0"] = c["e_tc_8bit"], c["t0_8bit"]
     load_scale, pad_m = 1.0, 1.0
-    unknown = ["default"] if section.status == "default" else []
+    unknown = [*unfitted("gemm", section, hw.architecture)]
     if kernel == SPARSE24:
         if rate.sparse_factor <= 1.0:
             raise InputError(f"{hw.name} has no 2:4 sparse tensor cores for {dtype}")

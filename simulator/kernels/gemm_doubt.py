@@ -64,6 +64,8 @@ def doubt_of(
     if np.ndim(step_scale):
         shares["alignment"] = np.sqrt(np.log(step_scale))  # known to a factor, the smaller it is the worse
     shares |= {name: np.float32(1.0) for name in unknown}
+    if "generic" in unknown:  # every GPU draws much the same share of its DRAM's bandwidth
+        shares["generic"] = 1.0 - (memory - hit)
     place = np.log2(np.stack([m, n, k], axis=1))
     own = NOISE**2 + (LAUNCH_NOISE * launch) ** 2 + (IDLE_NOISE * idle) ** 2
     if measured is not None:

@@ -18,7 +18,9 @@ from typing import Any
 
 from simulator.errors import InputError, one_line
 from simulator.files.read import read_bounded
+from simulator.models.checkpoint import check_tensors
 from simulator.models.config import ModelConfig
+from simulator.models.headers import read_headers
 
 MAX_FILE_BYTES = 1_000_000
 """Largest configuration file that is read; real ones have a few kilobytes."""
@@ -243,13 +245,18 @@ def parse_config(text: str, source: str) -> Any:
 
 
 def read_config(path: str | os.PathLike[str]) -> ModelConfig:
-    """Shapes from a ``config.json`` or from the folder that holds one."""
+    """Shapes from a ``config.json`` or from the folder that holds one; refused where the headers of the folder's
+    ``*.safetensors`` say that its layers are of other shapes."""
     file = Path(path)
     try:
         file = file.expanduser()
-        if file.is_dir():
+        whole = file.is_dir()
+        if whole:
             if not (file / "config.json").is_file():
-                raise InputError(f"{file}: the folder has no config.json; expected a Hugging Face model folder")
+                right = "expected a Hugging Face model folder"
+                if (file / "adapter_config.json").is_file():
+                    right = "it holds a PEFT adapter: merge it into its base model first"
+                raise InputError(f"{file}: the folder has no config.json; {right}")
             file = file / "config.json"
         if not file.exists():
             raise InputError(f"{file}: no such file; expected a config.json or a folder with one")
@@ -259,7 +266,10 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
         raise InputError(f"{file}: cannot be read ({said}); expected a config.json or a folder with one") from None
     except UnicodeDecodeError:
         raise InputError(f"{file}: is not UTF-8 text; expected a config.json") from None
-    return from_file(parse_config(text, str(file)), file)
+    model = from_file(parse_config(text, str(file)), file)
+    if whole:
+        check_tensors(model, read_headers(file.parent), file.parent)
+    return model
 
 
 def from_file(data: Any, file: PurePath) -> ModelConfig:

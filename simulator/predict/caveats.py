@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.engines.engine import load_engine
-from simulator.hardware.profile import label_of
+from simulator.hardware.profile import label_of, unfitted
 from simulator.kernels.spread import OpTime, beyond
 from simulator.kernels.stream import by_formats, operator_times
 from simulator.units import seconds
@@ -64,7 +64,8 @@ def beyond_measured(w: Workload, hw: HardwareProfile) -> str:
 def fallback(hw: HardwareProfile, engine: Engine, phase: str, dtype: str) -> str:
     """Whose kernels stand in where a profile has none of the stack that an engine runs, else "".
 
-    What no stack was fitted for is not told here: it is not calibrated at all. Nor is a stack asked for by name.
+    Nor had any GPU of its architecture any, where that is so; that a GPU alone is not calibrated is told elsewhere.
+    A stack asked for by name is none that stands in.
 
     >>> from simulator import load_hardware
     >>> from simulator.engines.engine import load_engine
@@ -72,7 +73,11 @@ def fallback(hw: HardwareProfile, engine: Engine, phase: str, dtype: str) -> str
     ''
     >>> fallback(load_hardware("rtx_4090"), load_engine("sglang"), "decode", "bf16")
     "rtx_4090: sglang's kernels are not calibrated there (those of vllm stand in)"
+    >>> fallback(load_hardware("t4"), load_engine("vllm"), "decode", "fp16")
+    't4: no GPU of its architecture (turing) was ever fitted: generic defaults'
     """
+    if "generic" in unfitted("gemm", hw.section("gemm", dtype), hw.architecture):
+        return f"{hw.label}: no GPU of its architecture ({hw.architecture}) was ever fitted: generic defaults"
     if hw.pinned or not engine.stacks:
         return ""
     own, served = engine.stacks[0], hw.serving(engine.stacks)

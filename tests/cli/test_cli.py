@@ -238,7 +238,7 @@ def test_gemm_prints_a_ladder_that_ends_at_its_time(cli: Any) -> None:
     assert cli.out(f"{line} --explain").count("effect") == 4
 
 
-def test_lists_and_shows(cli: Any) -> None:
+def test_lists_and_shows(cli: Any, tmp_path: Path) -> None:
     assert {"a100_sxm_80gb", "h100_sxm", "rtx_4090"} <= {r["name"] for r in cli.json("hardware list")}
     listed = cli.out("hardware list")
     assert re.search(r"h100_sxm +hopper .* sglang, trtllm, vllm +h100\n", listed)
@@ -251,6 +251,9 @@ def test_lists_and_shows(cli: Any) -> None:
     for name, stack in (("h100", "sglang +calibrated .* SGLang"), ("h100@trtllm", "trtllm +calibrated .* TRTLLM")):
         assert re.search(rf"gemm +bf16 +{stack}", cli.out(f"hardware show {name}"))
     assert re.search(r"gemm +int8_wo +sglang +borrowed .* as h100_sxm sglang\n", cli.out("hardware show h200@trtllm"))
+    own = tmp_path / "own.yaml"
+    assert cli.json(f"hardware new own -o {own}") == {"file": str(own)}
+    assert "prunesim hardware check mine.yaml" in cli.out("hardware new mine")
     stacks = "speedup llama-3.1-8b --hardware a100,a100@trtllm --family depth --sparsity 0.25"
     assert [r["hardware"] for r in cli.json(stacks)] == ["a100_sxm_80gb", "a100_sxm_80gb@trtllm"]
     assert len(cli.json("models list")) >= 12

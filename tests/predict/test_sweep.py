@@ -392,6 +392,6 @@ def test_filters_mean_what_python_would_say() -> None:
 
 def test_a_missing_pyarrow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(InputError, match=r'pip install "prunesim\[tables\]"'):
+    with pytest.raises(InputError, match=r'Parquet table needs the extra "tables": .* pip install -e "\.\[tables\]"'):
         sweep(ONE, tmp_path / "t.parquet")
     assert not list(tmp_path.iterdir())

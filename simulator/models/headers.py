@@ -1,0 +1,147 @@
+"""Tensors of a checkpoint by the headers of its ``*.safetensors`` alone: :func:`read_headers`. No weight is read.
+
+A file starts with the length of its header (8 bytes, little-endian), then that much JSON: for each tensor its dtype,
+its shape and where its bytes lie (https://huggingface.co/docs/safetensors/index). What is not so is refused, with
+bounds on everything that a file may claim.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeGuard
+
+from simulator.errors import InputError, one_line
+from simulator.files.read import read_bounded
+
+MAX_HEADER_BYTES = 8_000_000
+"""Longest header of one file; that of a shard of DeepSeek-V3, 560 tensors, has 60 kB."""
+
+MAX_INDEX_BYTES = 16_000_000
+"""Longest index; that of DeepSeek-V3, 91,000 tensors, has 9 MB."""
+
+MAX_MARKS = 600_000
+"""Most of , [ and { in one of them, each of which may start a value: what it takes in memory is bounded by it."""
+
+MAX_FILES, MAX_TENSORS, MAX_ELEMENTS = 4_096, 200_000, 2**44
+
+# fmt: off
+BITS = MappingProxyType({
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+})
+# fmt: on
+"""Bits of an element of each dtype of the format."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor of a checkpoint."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+def read_headers(folder: Path) -> dict[str, Tensor]:
+    """Tensors of a folder by name, from its index or else all its ``*.safetensors``; none where there are no such
+    files. Raises InputError, one line, for what is missing or no safetensors file."""
+    found: dict[str, Tensor] = {}
+    for file in _files(folder):
+        for name, tensor in _header(file):
+            if name in found:
+                raise InputError(f"{file}: tensor {_short(name)} is in another file too")
+            found[name] = tensor
+        if len(found) > MAX_TENSORS:
+            raise InputError(f"{folder}: more than {MAX_TENSORS:,} tensors")
+    return found
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        names = sorted(p.name for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_"))
+    else:
+        content = _parsed(read_bounded(index, MAX_INDEX_BYTES), index)
+        entries = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(entries, dict) or not entries:
+            raise InputError(f"{index}: weight_map: expected a file name for each tensor")
+        values = entries.values()
+        if any(not isinstance(v, str) or v in (".", "..") or os.path.basename(v) != v or "\0" in v for v in values):
+            raise InputError(f"{index}: weight_map: expected names of files in this folder")
+        names = sorted(set(values))
+    if len(names) > MAX_FILES:
+        raise InputError(f"{folder}: {len(names):,} safetensors files; at most {MAX_FILES:,} are read")
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise InputError(f"{folder}: {_short(missing[0])} is missing ({len(missing)} of {len(names)} files are)")
+    return [folder / name for name in names]
+
+
+def _header(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of one file, each checked, none of whose bytes overlap."""
+    try:
+        with open(path, "rb") as file:
+            size, first = os.fstat(file.fileno()).st_size, file.read(8)
+            length = int.from_bytes(first, "little")
+            if len(first) < 8 or length > size - 8:
+                pointer = " (a Git LFS pointer: fetch the file itself)" if first == b"version " else ""
+                raise InputError(f"{path}: is no safetensors file: its header would not fit into it{pointer}")
+            if length > MAX_HEADER_BYTES:
+                raise InputError(f"{path}: header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} are read")
+            content = _parsed(file.read(length), path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: is no safetensors file: its header is no JSON object")
+    content.pop("__metadata__", None)
+    end = 0
+    entries = [(name, *_entry(path, name, value, size - 8 - length)) for name, value in content.items()]
+    for name, tensor, start, stop in sorted(entries, key=lambda entry: entry[2:]):
+        if start < end:
+            raise InputError(f"{path}: tensor {_short(name)}: its bytes overlap those of another")
+        end = stop
+        yield name, tensor
+
+
+def _entry(path: Path, name: str, value: Any, room: int) -> tuple[Tensor, int, int]:
+    """A tensor and where its bytes start and end."""
+    where = f"{path}: tensor {_short(name)}"
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: expected dtype, shape and data_offsets")
+    dtype, shape, offsets = (value.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise InputError(f"{where}: dtype {one_line(repr(dtype), 40)} is unknown")
+    if not _counts(shape) or len(shape) > 8 or math.prod(shape) > MAX_ELEMENTS:
+        raise InputError(f"{where}: expected a shape of up to 8 sizes, got {one_line(repr(shape), 40)}")
+    tensor = Tensor(dtype, tuple(shape))
+    if not _counts(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= room:
+        raise InputError(f"{where}: its bytes would lie outside the file")
+    if (offsets[1] - offsets[0]) * 8 != tensor.elements * BITS[dtype]:
+        raise InputError(f"{where}: has other bytes than its shape and dtype say")
+    return tensor, offsets[0], offsets[1]
+
+
+def _counts(value: Any) -> TypeGuard[list[int]]:
+    """Whether a value is a list of whole numbers from 0 up, none beyond what a file holds."""
+    return isinstance(value, list) and all(type(v) is int and 0 <= v <= MAX_ELEMENTS for v in value)
+
+
+def _parsed(content: bytes, path: Path) -> Any:
+    if sum(map(content.count, (b",", b"[", b"{"))) > MAX_MARKS:
+        raise InputError(f"{path}: holds more than a checkpoint's header or index does")
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is not JSON ({one_line(str(error), 60)})") from None
+
+
+def _short(name: str) -> str:
+    return one_line(repr(name), 80)
