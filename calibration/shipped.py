@@ -1,5 +1,5 @@
 """What ships beside the profiles' datasheets, one file a device and stack, made from the measurements:
-``python -m calibration.shipped [NAME.STACK ...] [--wheel FILE]``.
+``python -m calibration.shipped [NAME.STACK ...] [--operator LIST] [--wheel FILE]``.
 
 Each fitted section is made from one collection and, in attention, one kernel path, and rounded, so that the same tables
 give the same file. Tables that do not ship are read from the wheel they were published in
@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -122,12 +123,18 @@ def at_hand(recipe: Recipe, wheel: Path | None, shared: Path | None) -> bool:
 
 
 @lru_cache(maxsize=4)
-def built(name: str, wheel: Path | None = None, shared: Path | None = None) -> ProfileFit:
+def built(
+    name: str, wheel: Path | None = None, shared: Path | None = None, operators: tuple[str, ...] = ()
+) -> ProfileFit:
     """A profile with the sections of one stack (a key of :data:`RECIPES`) made anew, not yet saved; ``shared``: folder
-    of the RTX 4090 tables. InputError where no table of the stack is at hand."""
+    of the RTX 4090 tables; ``operators``: those alone that lean on no other. InputError where no table is at hand."""
     if name not in RECIPES:
         raise unknown("stack file", name, RECIPES)
     recipe = RECIPES[name]
+    if operators:
+        recipe = replace(recipe, tables=tuple(t for t in recipe.tables if t.split("/")[1] in operators), lender="")
+        if not recipe.tables:
+            raise InputError(f"{name}: has no table of {', '.join(operators)}")
     if not at_hand(recipe, wheel, shared):
         where = "name the wheel they are in by --wheel" if recipe.tables else "name their folder by --shared-data"
         raise InputError(f"{name}: its tables do not ship; {where}")
@@ -190,17 +197,21 @@ def _round(value: float, digits: int) -> float:
     return float(f"{value:.{digits}g}")
 
 
-def make(name: str, folder: Path, wheel: Path | None = None, shared: Path | None = None) -> list[str]:
-    """Make a stack file anew; a line of text a section. What needs the wheel, if none is given, stays as it is."""
+def make(
+    name: str, folder: Path, wheel: Path | None = None, shared: Path | None = None, operators: tuple[str, ...] = ()
+) -> list[str]:
+    """Make a stack file anew; a line of text a section. What needs the wheel, if none is given, stays as it is, and so
+    does what is not of the ``operators``, if some are."""
     recipe = RECIPES[name]
-    fit = built(name, wheel, shared)
+    fit = built(name, wheel, shared, operators) if operators else built(name, wheel, shared)
     kept: Mapping[tuple[str, str], Section] = {}
     lines = list(_said(name, fit))
-    if wheel is None and recipe.tables:
+    if (wheel is None or operators) and recipe.tables:
         try:
             before = load_hardware(recipe.hardware).stacks.get(recipe.stack, {})
             kept = {key: section for key, section in before.items() if key not in fit.profile.sections}
-            lines += [f"{name} {' '.join(key)}: kept as it is, its rows are in the wheel" for key in kept]
+            why = "not asked for" if operators else "its rows are in the wheel"
+            lines += [f"{name} {' '.join(key)}: kept as it is, {why}" for key in kept]
         except InputError as error:  # it may hold constants that a model no longer has
             lines.append(f"{name}: nothing kept of the file before, which cannot be read: {error}")
     save_stack(with_sections(fit.profile, kept), recipe.stack, folder / f"{name}.yaml")
@@ -211,8 +222,8 @@ def _root(name: str) -> str:
     return RECIPES[name].lender or name
 
 
-def _make_all(names: Sequence[str], folder: Path, wheel: Path | None, shared: Path | None) -> list[str]:
-    return [line for name in names for line in make(name, folder, wheel, shared)]
+def _make_all(names: Sequence[str], *how: Any) -> list[str]:
+    return [line for name in names for line in make(name, *how)]
 
 
 def _said(name: str, fit: ProfileFit) -> Iterator[str]:
@@ -231,6 +242,8 @@ def main(arguments: Sequence[str] | None = None, report: Callable[[str], None] =
     parser.add_argument("--wheel", type=Path, help="wheel of the measurements, for the tables that do not ship")
     output = "folder for the files (default: the one they ship in)"
     parser.add_argument("-o", "--output", type=Path, default=profiles_folder(), help=output)
+    alone = "operators to make anew, comma-separated, what leans on others aside; the rest stays (default: all)"
+    parser.add_argument("--operator", metavar="LIST", default="", help=alone)
     parser.add_argument("--shared-data", help="folder of the RTX 4090 tables")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
     given = parser.parse_args(arguments)
@@ -242,12 +255,21 @@ def main(arguments: Sequence[str] | None = None, report: Callable[[str], None] =
     try:
         if left := [name for name in names if name not in RECIPES]:
             raise unknown("stack file", left[0], RECIPES)
+        operators = tuple(filter(None, given.operator.split(",")))
+        tables = {name: {table.split("/")[1] for table in RECIPES[name].tables} for name in names}
+        known = sorted({table.split("/")[1] for table in CHOICES})
+        for operator in operators:
+            if operator not in known:
+                raise unknown("operator", operator, known)
+        if operators and not given.names:
+            names = [name for name in names if tables[name] & set(operators)]
         if given.workers < 1:
             raise InputError(f"--workers: expected 1 or more, got {given.workers}")
+        how = given.output, given.wheel, shared, operators
         # who borrows follows its lender in the same process, which has that fit still
         groups = {root: [n for n in names if root in (n, RECIPES[n].lender)] for root in map(_root, names)}
         with ProcessPoolExecutor(given.workers) as pool:
-            for made in pool.map(_make_all, groups.values(), *map(repeat, (given.output, given.wheel, shared))):
+            for made in pool.map(_make_all, groups.values(), *map(repeat, how)):
                 for line in made:
                     report(line)
     except InputError as error:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from simulator.predict.speedup import Speedup, Step, speedup, speedups, waterfall
     from simulator.predict.table import table
     from simulator.pruning import FAMILIES, prune
+    from simulator.pruning._methods import METHODS
     from simulator.workload import Workload
 
 # name -> module; imported on first use, so that ``import simulator`` stays fast
@@ -46,6 +47,7 @@ _HOME = {
     "save_hardware": "hardware.save",
     "memory": "kernels.stack",
     "FAMILIES": "pruning",
+    "METHODS": "pruning._methods",
     "prune": "pruning",
     "Speedup": "predict.speedup",
     "Step": "predict.speedup",
@@ -64,6 +66,7 @@ __all__ = [
     "FAMILIES",
     "HardwareProfile",
     "InputError",
+    "METHODS",
     "ModelConfig",
     "Speedup",
     "Step",

@@ -28,10 +28,13 @@ class Kind(IntEnum):
     DECODE_ATTENTION = 2
     ELEMENTWISE = 3
     COLLECTIVE = 4
+    HOST = 5  # of no row: errors of the host among those of operators
+    EXPERTS = 6  # the routed experts of a layer
 
 
 # as plain numbers: looking up a member of an enumeration takes a microsecond in Python 3.11, too long here
 _GEMM, _PREFILL, _DECODE = int(Kind.GEMM), int(Kind.PREFILL_ATTENTION), int(Kind.DECODE_ATTENTION)
+_EXPERTS = int(Kind.EXPERTS)
 
 
 class Part(IntEnum):
@@ -65,12 +68,12 @@ PHASES: tuple[str, ...] = ("prefill", "decode", "generate", "serve")
 STACKS: tuple[str, ...] = ("sglang", "trtllm", "vllm", "torch")
 """Software whose kernels a section may be fitted on, the one that is preferred where nobody asks first."""
 
-DTYPES: tuple[str, ...] = ("fp32", "tf32", "fp16", "bf16", "fp8", "int8", "int4", "fp8_block", "nvfp4")
+DTYPES: tuple[str, ...] = ("fp32", "tf32", "fp16", "bf16", "fp8", "int8", "int4", "fp8_block", "nvfp4", "mxfp4")
 """Names of number formats; the index is the code in the ``dtype`` and ``weight_dtype`` columns. fp8_block is a format
-of weights that fp8 arithmetic reads: a scale for every 128 x 128 of them."""
+of weights that fp8 arithmetic reads: a scale for every 128 x 128 of them; mxfp4 one of weights alone."""
 
-DTYPE_BYTES: NDArray[np.float64] = np.array([4.0, 4.0, 2.0, 2.0, 1.0, 1.0, 0.5, 1.0, 0.5625])
-"""Stored bytes of one element, by dtype code; nvfp4 with its byte of scale for every 16 elements."""
+DTYPE_BYTES: NDArray[np.float64] = np.array([4.0, 4.0, 2.0, 2.0, 1.0, 1.0, 0.5, 1.0, 0.5625, 0.53125])
+"""Stored bytes of one element, by dtype code; nvfp4 with a byte of scale for 16 elements, mxfp4 for 32."""
 
 # fmt: off
 ROLES: tuple[str, ...] = (
@@ -85,9 +88,13 @@ ROLES: tuple[str, ...] = (
     "cache_write", "softcap", "sampling", "gather", "scatter", "mask", "select", "sort", "quantize",
     # collectives
     "all_reduce", "send", "all_gather", "reduce_scatter", "all_to_all",
+    # of latent attention: to the ranks, from the query's, from the latent, and the latter's halves on either side of it
+    "q_a", "kv_a", "qkv_a", "q_b", "kv_b", "absorb_k", "absorb_v", "latent_norm",
+    # a layer's hidden x hidden product in place of attention or MLP; routed experts, and what weighs the shared ones
+    "linear", "experts", "shared_gate",
 )
 # fmt: on
-"""Names of operator roles; the index is the code in the ``role`` column."""
+"""Names of operator roles; the index is the code in the ``role`` column, also in files: new ones go to the end."""
 
 _ROLE_CODE: Mapping[str, int] = MappingProxyType({name: code for code, name in enumerate(ROLES)})
 _DTYPE_CODE: Mapping[str, int] = MappingProxyType({name: code for code, name in enumerate(DTYPES)})
@@ -130,6 +137,45 @@ def attention_pairs(q_len: Array, kv_len: Array, window: Array) -> Array:
     capped = np.clip(last - np.maximum(w, first - 1), 0, q)
     seen = full - capped * (last - w) + capped * (capped - 1) / 2  # sum of (position + 1 - w) over the capped queries
     return np.where(w > 0, seen, full)
+
+
+EXPERT_RANGE = 200.0
+"""Load of the busiest expert over that of the idlest at a skew of 1: that of the power law of 1.01 of public tables."""
+EXPERT_SKEW = 0.8
+"""Skew of a model that serves mixed requests: of Qwen3-30B-A3B's 128 experts 51 % take 90 % of the tokens of prose,
+code and math, and the entropy of their load is 11 % short of equal ones' (both say 0.8); of code alone 45 % and 15 %
+(0.95 to 1). Source: gpu-container handbook, "Routing De-risk", counts of llama-imatrix
+(mcp-tool-shop-org.github.io/gpu-container/handbook/derisk)."""
+EXPERT_QUANTILES = 16
+"""Experts by load that stand for all of them."""
+
+
+def experts_chance(experts: Any, active: Any, skew: Any = 0.0) -> Array:
+    """Chance (quantiles, ...) that a token uses an expert, from the idlest to the busiest; ``active`` on average.
+
+    The load grows evenly in its log, by :data:`EXPERT_RANGE` to the ``skew``; nothing is used more than once a token.
+    """
+    share, skew = np.broadcast_arrays(np.minimum(np.divide(active, experts), 1.0), np.asarray(skew, dtype=np.float64))
+    if not skew.any():
+        return np.asarray(share[None])
+    rank = (np.arange(EXPERT_QUANTILES) + 0.5) / EXPERT_QUANTILES - 0.5
+    chance = EXPERT_RANGE ** (rank.reshape(-1, *[1] * share.ndim) * skew)
+    for _ in range(16):  # what is cut off at 1 goes to the others
+        chance = np.minimum(chance * (share / chance.mean(axis=0)), 1.0)
+    return np.asarray(chance)
+
+
+def experts_touched(m: Any, experts: Any, active: Any, skew: Any = 0.0) -> Array:
+    """Expected number of ``experts`` that at least one of m tokens uses, ``active`` of them a token on average.
+
+    Tokens choose apart from one another; ``skew`` is that of the experts' load (:func:`experts_chance`, 0: alike).
+
+    >>> experts_touched(np.array([1, 16, 256]), 128, 8).round(1).tolist()
+    [8.0, 82.4, 128.0]
+    """
+    m, experts, active, skew = np.broadcast_arrays(np.asarray(m, dtype=np.float64), experts, active, skew)
+    idle = (1.0 - experts_chance(experts, active, skew)) ** m
+    return np.asarray(experts * (1.0 - idle.mean(axis=0)))
 
 
 @dataclass(frozen=True)
@@ -178,8 +224,11 @@ class Workload(Table):
     layers: Array = column(np.int32, 0)  # consecutive layers the row stands for; 0 outside the layers
     count: Array = column(np.float64, 1.0)  # executions in the pass, all its layers together (expected, where dynamic)
     m: Array = column(np.int64, 0)  # GEMM: tokens
-    n: Array = column(np.int64, 0)  # GEMM: output features
-    k: Array = column(np.int64, 0)  # GEMM: input features
+    n: Array = column(np.int64, 0)  # GEMM: output features; experts: inner width of one
+    k: Array = column(np.int64, 0)  # GEMM: input features; experts: hidden size
+    experts: Array = column(np.int64, 0)  # routed experts that the device holds
+    active: Array = column(np.float64, 0.0)  # of them a token uses, on average
+    skew: Array = column(np.float64, 0.0)  # how unevenly tokens use them, see :func:`experts_chance`
     stage: Array = column(np.int8, 0)  # GEMM: 0 a whole weight, 1 / 2 the first / second factor of a low-rank pair
     batch: Array = column(np.int64, 0)  # attention: sequences; collective: devices taking part
     q_len: Array = column(np.int64, 0)  # attention: query positions a sequence (1 in decode)
@@ -187,7 +236,10 @@ class Workload(Table):
     kv_len: Array = column(np.int64, 0)
     heads: Array = column(np.int64, 0)  # attention: query heads
     kv_heads: Array = column(np.int64, 0)  # attention: key/value heads
-    head_dim: Array = column(np.int64, 0)  # attention: features a head
+    head_dim: Array = column(np.int64, 0)  # attention: features of a query or key head
+    value_dim: Array = column(np.int64, 0)  # attention: features of a value head; 0: as of a key head
+    # attention: elements of a position in the cache, where keys and values are made from one latent vector; 0 elsewhere
+    latent: Array = column(np.int64, 0)
     window: Array = column(np.int64, 0)  # attention: sliding window in positions, 0 for none
     block: Array = column(np.int64, 0)  # attention: edge of the blocks that are skipped, 0 where none are
     density: Array = column(np.float64, 1.0)  # share of the multiply-adds that are not zero / not skipped
@@ -225,8 +277,20 @@ class Workload(Table):
         return np.where(self.window > 0, np.minimum(self.kv_len, self.q_len + self.window - 1), self.kv_len)
 
     @property
+    def value_features(self) -> Array:
+        """Features of a value head of an attention row."""
+        return np.where(self.value_dim > 0, self.value_dim, self.head_dim)
+
+    @property
+    def key_elements(self) -> Array:
+        """Elements of keys and values that an attention row reads of each position: of all heads, or the latent."""
+        heads = self.kv_heads * (self.head_dim + self.value_features)
+        return np.where((self.kind == _DECODE) & (self.latent > 0), self.latent, heads)
+
+    @property
     def weight_bytes_each(self) -> Array:
-        """Bytes of weights one execution of a GEMM row must read (compressed where the kernel stores zeros away)."""
+        """Bytes of weights one execution of a GEMM row must read (compressed where the kernel stores zeros away); of
+        routed experts, of those that some token uses."""
         stored: Array = DTYPE_BYTES[self.weight_dtype]
         if np.count_nonzero(self.kernel):
             pairs, scattered = self.kernel == Kernel.SPARSE24, self.kernel == Kernel.UNSTRUCTURED
@@ -235,15 +299,20 @@ class Workload(Table):
             # few zeros are not worth an index
             stored = np.where(pairs | scattered, np.minimum(stored, self.density * stored + index), stored)
         out: Array = np.where(self.kind == _GEMM, self.n.astype(np.float64) * self.k * stored, 0.0)
+        if len(rows := np.flatnonzero(self.kind == _EXPERTS)):
+            w = self.take(rows)
+            out[rows] = 3.0 * w.n * w.k * stored[rows] * experts_touched(w.m, w.experts, w.active, w.skew)
         return out
 
     @property
     def flops(self) -> Array:
-        """FLOPs of each row, all its executions: GEMMs 2MNK, attention 4 d a query-key pair and head; others none."""
+        """FLOPs of each row, all its executions: GEMMs 2MNK, attention 4 d a query-key pair and head (2 for keys, 2 for
+        values), experts 6NK a token and expert it uses; others none."""
         m, n, k = (c.astype(np.float64) for c in (self.m, self.n, self.k))
         gemm = 2.0 * m * n * k
-        attention = 4.0 * self.batch * self.heads * self.head_dim * self.pairs
+        attention = 2.0 * self.batch * self.heads * (self.head_dim + self.value_features) * self.pairs
         each = np.where(self.kind == _GEMM, gemm, np.where(self.is_attention, attention, 0.0))
+        each = np.where(self.kind == _EXPERTS, 3.0 * gemm * self.active, each)
         out: Array = each * self.density * self.count
         return out
 
@@ -252,12 +321,13 @@ class Workload(Table):
         """Bytes each row must at least move, all its executions: operands read once, results written once."""
         act = DTYPE_BYTES[self.dtype]
         gemm = self.weight_bytes_each + act * self.m.astype(np.float64) * (self.k + self.n)
-        head = self.head_dim.astype(np.float64)
-        cache = 2.0 * self.batch * self.kv_heads * self.keys_seen * head * DTYPE_BYTES[self.weight_dtype]
+        cache = 1.0 * self.batch * self.keys_seen * self.key_elements * DTYPE_BYTES[self.weight_dtype]
         cache = np.where(self.kind == _DECODE, cache * self.density, cache)
-        query = 2.0 * self.batch * self.heads * self.q_len * head * act
+        query = 1.0 * self.batch * self.heads * self.q_len * (self.head_dim + self.value_features) * act
         moved = self.read_bytes + self.write_bytes
         each = np.where(self.kind == _GEMM, gemm, np.where(self.is_attention, cache + query, moved))
+        streams = self.weight_bytes_each + 2.0 * act * self.m * self.k  # of routed experts, what cannot be fused away
+        each = np.where(self.kind == _EXPERTS, streams, each)
         out: Array = each * self.count
         return out
 

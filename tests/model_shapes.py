@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -23,12 +24,22 @@ class Published:
     tied: bool
     parameters: int  # total of the published checkpoint
     source: str
+    experts: int = 0
+    active: int = 0  # of them a token uses
+    expert_inner: int = 0
+    dense: tuple[int, int] = (0, 0)  # first layers without experts, and the width of their MLP
+    latent: tuple[int, int, int, int, int] | None = None  # ranks of queries and latent; rotated, plain, value features
+    runs: tuple[tuple[int, int, int], ...] = ()  # layers, KV heads and MLP width of each run of equal layers
+    active_parameters: tuple[float, float] = (0.0, 0.0)  # published, 10^9, and a unit of their last digit
+    embedded: bool = True  # they count the embedding
 
 
 HUB = "safetensors total on the Hugging Face Hub"
 CARD = "table of the model card"
+REPORT = "sum over the tensors; Gemma 3 report (arXiv 2503.19786), table 1: 10,759 M beside the embedding"
 SUM = "sum over the tensors of the published configuration (the checkpoint has no safetensors total)"
 
+# fmt: off
 PUBLISHED = {
     "llama-7b": Published("llama", 4096, 32, 32, 32, 128, 11008, 32000, False, 6_738_415_616, HUB),
     "llama-2-7b": Published("llama", 4096, 32, 32, 32, 128, 11008, 32000, False, 6_738_415_616, HUB),
@@ -51,30 +62,130 @@ PUBLISHED = {
     "opt-13b": Published("opt", 5120, 40, 40, 40, 128, 20480, 50272, True, 12_853_473_280, SUM),
     "opt-66b": Published("opt", 9216, 64, 72, 72, 128, 36864, 50272, True, 65_719_701_504, SUM),
     "pythia-6.9b": Published("gpt_neox", 4096, 32, 32, 32, 128, 16384, 50432, False, 6_857_302_016, CARD),
+    "gemma-3-12b": Published("gemma3", 3840, 48, 16, 8, 256, 15360, 262208, True, 11_766_034_176, REPORT),
+    "olmo-2-7b": Published("olmo2", 4096, 32, 32, 32, 128, 11008, 100352, False, 7_298_617_344, HUB),
+    "granite-3.1-8b": Published("llama", 4096, 40, 32, 8, 128, 12800, 49155, True, 8_170_848_256, HUB),
+    "smollm3-3b": Published("llama", 2048, 36, 16, 4, 128, 11008, 128256, True, 3_075_098_624, HUB),
+    "minitron-4b": Published("nemotron", 3072, 32, 24, 8, 128, 9216, 256000, False, 4_190_509_056, SUM),
+    "nemotron-super-49b": Published(
+        "nas", 8192, 80, 64, 8, 128, 28672, 128256, False, 49_867_145_216, HUB,
+        runs=(
+            *((1, 8, 14336), (5, 8, 28672), (2, 0, 14336), (3, 8, 28672), (1, 0, 17920), (30, 8, 28672), (1, 0, 7168)),
+            *((2, 0, 14336), (1, 0, 7168), (1, 0, 28672), (1, 0, 7168), (1, 0, 14336), (3, 0, 7168), (1, 8, 28672)),
+            *((1, 0, 7168), (2, 0, 5632), (1, 0, 7168), (3, 0, 5632), (2, 0, 7168), (2, 0, 2816), (2, 0, 5632)),
+            *((2, 0, 2816), (1, 0, 5632), (2, 0, 2816), (9, 8, 28672)),
+        ),
+    ),
+    # active parameters: mistral.ai/news/mixtral-of-experts and /mixtral-8x22b
+    "mixtral-8x7b": Published(
+        "mixtral", 4096, 32, 32, 8, 128, 0, 32000, False, 46_702_792_704, HUB,
+        experts=8, active=2, expert_inner=14336, active_parameters=(12.9, 0.1)),
+    "mixtral-8x22b": Published(
+        "mixtral", 6144, 56, 48, 8, 128, 0, 32000, False, 140_620_634_112, HUB,
+        experts=8, active=2, expert_inner=16384, active_parameters=(39, 1)),
+    # the model cards
+    "qwen1.5-moe-a2.7b": Published(
+        "qwen2_moe", 2048, 24, 16, 16, 128, 5632, 151936, False, 14_315_784_192, HUB,
+        experts=60, active=4, expert_inner=1408, active_parameters=(2.7, 0.1)),
+    "qwen3-30b-a3b": Published(
+        "qwen3_moe", 2048, 48, 32, 4, 128, 0, 151936, False, 30_532_122_624, HUB,
+        experts=128, active=8, expert_inner=768, active_parameters=(3.3, 0.1)),
+    "qwen3-235b-a22b": Published(
+        "qwen3_moe", 4096, 94, 64, 4, 128, 0, 151936, False, 235_093_634_560, HUB,
+        experts=128, active=8, expert_inner=1536, active_parameters=(22, 1)),
+    # gpt-oss model card (arXiv 2508.10925), table 1: 20.91 and 116.83 B; active ones "including unembedding"
+    "gpt-oss-20b": Published(
+        "gpt_oss", 2880, 24, 64, 8, 64, 0, 201088, False, 20_914_757_184, SUM,
+        experts=32, active=4, expert_inner=2880, active_parameters=(3.61, 0.01), embedded=False),
+    "gpt-oss-120b": Published(
+        "gpt_oss", 2880, 36, 64, 8, 64, 0, 201088, False, 116_829_156_672, SUM,
+        experts=128, active=4, expert_inner=2880, active_parameters=(5.13, 0.01), embedded=False),
+    # arXiv 2405.04434, appendix B (15.7 B, 2.4 B), and arXiv 2412.19437 (671 B, 37 B); without multi-token prediction
+    "deepseek-v2-lite": Published(
+        "deepseek_v2", 2048, 27, 16, 16, 192, 2816, 102400, False, 15_706_484_224, HUB,
+        experts=64, active=6, expert_inner=1408, dense=(1, 10944), latent=(0, 512, 64, 128, 128),
+        active_parameters=(2.4, 0.1), embedded=False),
+    "deepseek-v3": Published(
+        "deepseek_v3", 7168, 61, 128, 128, 192, 2048, 129280, False, 671_026_419_200, SUM,
+        experts=256, active=8, expert_inner=2048, dense=(3, 18432), latent=(1536, 512, 64, 128, 128),
+        active_parameters=(37, 1), embedded=False),
 }
+# fmt: on
 
 
-def layer_tensors(p: Published) -> list[Shape]:
-    """Shapes of the tensors of one layer, as the checkpoint of that family names them."""
-    h, q, kv, i, d = p.hidden, p.heads * p.head_dim, p.kv_heads * p.head_dim, p.inner, p.head_dim
+def shape_of(p: Published, layer: int) -> tuple[int, int]:
+    """KV heads and MLP width of a layer."""
+    if layer < p.dense[0]:
+        return p.kv_heads, p.dense[1]
+    each = [widths for many, *widths in p.runs for _ in range(many)] or [[p.kv_heads, p.inner]] * p.layers
+    return each[layer][0], each[layer][1]
+
+
+def attention_features(p: Published, layer: int) -> int:
+    """Features of a query-key pair that a prefill multiplies with, of all heads: of keys and of values."""
+    each = sum(p.latent[2:]) if p.latent else 2 * p.head_dim
+    return p.heads * each if shape_of(p, layer)[0] else 0
+
+
+def layer_tensors(p: Published, layer: int = 0) -> list[Shape]:
+    """Shapes of the tensors of one layer, as the checkpoint of that family names them; routed experts left out."""
+    kv_heads, i = shape_of(p, layer)
+    h, q, kv, d = p.hidden, p.heads * p.head_dim, kv_heads * p.head_dim, p.head_dim
     gated: list[Shape] = [(i, h), (i, h), (h, i)]
     split: list[Shape] = [(q, h), (kv, h), (kv, h), (h, q)]
     norms: list[Shape] = [(h,), (h,)]
+    biases: list[Shape] = [(q,), (kv,), (kv,)]
     plain: list[Shape] = [(h,), (i, h), (i,), (h, i), (h,), *norms, *norms]  # bias of o, the MLP, two layer norms
+    routed: list[Shape] = [(p.experts, h)] if layer >= p.dense[0] else []
     return {
         "llama": [*split, *gated, *norms],
-        "qwen2": [*split, (q,), (kv,), (kv,), *gated, *norms],
+        "qwen2": [*split, *biases, *gated, *norms],
         "qwen3": [*split, (d,), (d,), *gated, *norms],
         "gemma2": [*split, *gated, *norms, *norms],
+        "gemma3": [*split, (d,), (d,), *gated, *norms, *norms],
+        "olmo2": [*split, (q,), (kv,), *gated, *norms],
         "phi3": [(q + 2 * kv, h), (h, q), (2 * i, h), (h, i), *norms],
-        "opt": [*split, (q,), (kv,), (kv,), *plain],
+        "opt": [*split, *biases, *plain],
         "gpt_neox": [(3 * h, h), (3 * h,), (h, h), *plain],
+        "nemotron": [*split, (i, h), (h, i), *norms, *norms],
+        "nas": [*([*split, (h,)] if kv else []), *gated, (h,)],
+        "mixtral": [*split, *routed, *norms],
+        "qwen2_moe": [*split, *biases, *gated, (1, h), *routed, *norms],
+        "qwen3_moe": [*split, (d,), (d,), *routed, *norms],
+        "gpt_oss": [*split, *biases, (h,), (p.heads,), *routed, (p.experts,), *norms],
+        "deepseek_v2": [*latent_tensors(p), *gated, *routed, *norms],
+        "deepseek_v3": [*latent_tensors(p), *gated, *routed, *((p.experts,) for _ in routed), *norms],
     }[p.family]
+
+
+def latent_tensors(p: Published) -> list[Shape]:
+    """Tensors of latent attention: to the ranks, their norms, from the ranks, and the output's."""
+    if not p.latent:
+        return []
+    queries, rank, rotary, plain, value = p.latent
+    h, wide = p.hidden, p.heads * (plain + rotary)
+    own: list[Shape] = [(queries, h), (queries,), (wide, queries)] if queries else [(wide, h)]
+    return [*own, (rank + rotary, h), (rank,), (p.heads * (plain + value), rank), (h, p.heads * value)]
+
+
+def expert_tensors(p: Published, layer: int) -> list[Shape]:
+    """Tensors of one routed expert of a layer."""
+    h, i = p.hidden, p.expert_inner
+    if not p.experts or layer < p.dense[0]:
+        return []
+    biases: list[Shape] = [(2 * i,), (h,)] if p.family == "gpt_oss" else []
+    return [(2 * i, h), (h, i), *biases]
+
+
+def parameters_of(p: Published, experts: int) -> int:
+    """Parameters of all layers with so many experts in those that have some."""
+    of = lambda shapes: sum(math.prod(s) for s in shapes)  # noqa: E731
+    return sum(of(layer_tensors(p, i)) + experts * of(expert_tensors(p, i)) for i in range(p.layers))
 
 
 def outer_tensors(p: Published) -> list[Shape]:
     """Shapes of the tensors outside the layers."""
-    norm: list[Shape] = [(p.hidden,)] * (2 if p.family in ("opt", "gpt_neox") else 1)
+    norm: list[Shape] = [(p.hidden,)] * (2 if p.family in ("opt", "gpt_neox", "nemotron") else 1)
     tables: list[Shape] = [(p.vocab, p.hidden)] * (1 if p.tied else 2)
     return norm + tables + ([(2050, p.hidden)] if p.family == "opt" else [])
 
@@ -91,8 +202,9 @@ def pass_flops(
     """FLOPs of a prefill, counted matrix by matrix and query by query; ``window`` by layer."""
     total = 0
     for layer in range(p.layers):
-        total += sum(2 * batch * seq * s[0] * s[1] for s in layer_tensors(p) if len(s) == 2)
+        used = layer_tensors(p, layer) + p.active * expert_tensors(p, layer)
+        total += sum(2 * batch * seq * s[0] * s[1] for s in used if len(s) == 2)
         reach = window.get(layer, 0) or seq
         pairs = sum(min(i + 1, reach) if causal else seq for i in range(seq))
-        total += 4 * batch * p.heads * p.head_dim * pairs
+        total += 2 * batch * attention_features(p, layer) * pairs
     return total + 2 * batch * (seq if every_logit else 1) * p.vocab * p.hidden

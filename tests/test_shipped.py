@@ -46,7 +46,8 @@ def test_without_the_wheel_vllm_is_left_and_without_its_folder_the_rtx_4090() ->
     with pytest.raises(InputError, match="stack file 'h100_sxm' is unknown"):
         built("h100_sxm")
     rows = tables_of(RECIPES[NAME])
-    assert set(rows.labels()) == {"bf16", "int8_wo", "int4_wo", "fp16", "int8"}  # the last two are NCCL's
+    formats = {"bf16", "int8_wo", "int4_wo", "fp16", "int8"}  # the last two are NCCL's
+    assert set(rows.labels()) == formats | {"fp8_wo"}  # caches of latent attention
 
 
 def test_bad_commands_say_so_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,6 +90,17 @@ def test_what_needs_the_wheel_is_kept_as_it_is(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(shipped, "load_hardware", lambda _: load_hardware(tmp_path / "gone.yaml"))
     assert any("nothing kept of the file before" in line for line in make("b200_sxm.sglang", tmp_path))
     assert set(load_hardware(copy).stacks["sglang"]) == {prefill}
+
+
+def test_operators_asked_for_leave_the_others_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines: list[str] = []
+    how = ["--operator", "mla_prefill", "-o", str(tmp_path), "--workers", "1"]
+    assert main([NAME, *how], report=lines.append) == 0
+    assert f"{NAME} mla_decode bf16: kept as it is, not asked for" in lines
+    for file in profiles_folder().glob(f"{NAME}.*"):  # the shipped one is what its table gives, to the byte
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
+    assert main([NAME, "--operator", "experts_", "-o", str(tmp_path)]) == 2
+    assert "operator 'experts_' is unknown" in capsys.readouterr().err
 
 
 def test_sections_are_round() -> None:

@@ -168,10 +168,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-o", "--output", required=True, help="Markdown file")
     kept = "accuracy, ablations: JSON file of the rows behind the page, read if it exists, else written"
     parser.add_argument("--results", type=Path, help=kept)
+    parser.add_argument("--wheel", type=Path, help="accuracy: the wheel, for tables of experts and latent attention")
     given = parser.parse_args(arguments)
 
     def judged() -> list[Row]:
-        return accuracy.run_protocol(jobs=2, progress=lambda done, total: _say(f"{done}/{total}"))
+        known: Any = {"jobs": 2, "progress": lambda done, total: _say(f"{done}/{total}")}
+        rows = accuracy.run_protocol(**known)
+        if given.wheel is None:
+            return rows
+        in_wheel = accuracy.run_protocol(("mla", "experts"), wheel=given.wheel, **known)
+        return [r for r in rows if not str(r["table"]).startswith(("mla", "experts "))] + in_wheel
 
     made: Mapping[str, Callable[[], str]] = {
         "accuracy": lambda: accuracy_page(_rows(given.results, judged)),

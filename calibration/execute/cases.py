@@ -20,9 +20,9 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.save import save_hardware
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
+from simulator.predict.choices import families as family_names
 from simulator.predict.settings import Setting, check_fraction, once, one_of, whole_number
 from simulator.predict.speedup import Speedup, pairs_of, speedups
-from simulator.predict.table import families as family_names
 from simulator.pruning import prune
 from simulator.workload import PHASES, Workload
 
@@ -123,7 +123,7 @@ def fewer_layers(config: ModelConfig, layers: int | None) -> ModelConfig:
         return config
     if not 1 <= layers <= config.layers:
         raise InputError(f"--layers {layers}: {config.name} has 1 to {config.layers}")
-    return replace(config, layers=layers, windows=config.windows[:layers])
+    return replace(config, layers=layers, windows=config.windows[:layers], blocks=config.blocks[:layers])
 
 
 def predicted_speedup(case: Case, hw: HardwareProfile) -> Speedup:

@@ -270,7 +270,12 @@ _WORDS: dict[str, tuple[str, str, str]] = {
     "idle": ("idle SMs of {cause} waves cost {}", "more", "less"),
     "default": ("{operator} is {} than the defaults", "slower", "faster"),
 }
-_OPERATORS = {"gemm": "GEMM", "prefill": "prefill attention", "decode": "decode attention"}
+_OPERATORS = {
+    "gemm": "GEMM",
+    "prefill": "prefill attention",
+    "decode": "decode attention",
+    "mla_decode": "latent decode",
+}
 
 
 def meaning(name: str, prior_sd: float, mean: float, sd: float) -> str:

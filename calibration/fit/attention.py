@@ -7,6 +7,7 @@ its own within it (head width, window, format of the cache) has factors on the c
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +19,8 @@ from calibration.fit import solver
 from calibration.fit.errors import accuracy_of, spread_of
 from calibration.fit.residual import Stiffness, fit_lattice
 from calibration.fit.solver import ConstantsFit, FittedPart, Minimum, Table
-from simulator.hardware.constants import DECODE_CONSTANTS, PREFILL_CONSTANTS, Constant
+from calibration.records.screening import LATENT
+from simulator.hardware.constants import CONSTANTS, Constant
 from simulator.hardware.profile import Provenance, Section
 from simulator.kernels.attention import doubt_of
 from simulator.kernels.attention_core import Calls, Parts, decode_core, decode_work, prefill_core, prefill_work
@@ -29,14 +31,30 @@ from simulator.workload import DTYPE_BYTES, DTYPES
 
 F = NDArray[np.float64]
 
-REGISTRY: Mapping[str, Mapping[str, Constant]] = {"prefill": PREFILL_CONSTANTS, "decode": DECODE_CONSTANTS}
+PHASES: Mapping[str, str] = {
+    "attention_prefill": "prefill",
+    "attention_decode": "decode",
+    "mla_prefill": "mla_prefill",
+    "mla_decode": "mla_decode",
+}
+"""Operators of records and sections, and what they are called here."""
+
+REGISTRY: Mapping[str, Mapping[str, Constant]] = {phase: CONSTANTS[name] for name, phase in PHASES.items()}
 """Constants of a phase."""
 
 STRUCTURE: Mapping[str, tuple[str, ...]] = {
     "prefill": ("packs", "pads", "sparse_block"),
     "decode": ("rows", "units_per_sm", "split_keys", "long_keys"),
 }
+STRUCTURE = {**STRUCTURE, "mla_prefill": STRUCTURE["prefill"], "mla_decode": STRUCTURE["decode"]}
 """Constants that choose the form of the model rather than scale it: never fitted, taken from the registry."""
+
+_FORMS = itertools.product((16.0, 64.0, 128.0), (0.5, 1.0, 2.0), (128.0, 1e6))
+FORMS: Mapping[str, Sequence[Mapping[str, float]]] = {
+    "mla_decode": [dict(zip(("rows", "units_per_sm", "split_keys"), form, strict=True)) for form in _FORMS]
+}
+"""Structures that are tried: kernels of latent attention differ in heads a unit, units an SM, and whether they split a
+cache at all (errors of the core alone on the A100: 27 % with the registry's, 4 % with the best)."""
 
 MINIMUM_ROWS = 20
 FEW_ROWS = 100  # below these the lattice stays only if rows left out are predicted better with it
@@ -48,6 +66,7 @@ LONE: Mapping[str, tuple[str, ...]] = {
     "prefill": ("exp_per_s", "sequence_s", "e_io", "l2_gain", "l2_share"),
     "decode": ("wide_s", "l2_gain", "l2_share", "merge_s"),
 }
+LONE = {**LONE, "mla_prefill": LONE["prefill"], "mla_decode": LONE["decode"]}
 """Constants that rows of a single head configuration cannot tell from the others; they keep their start, that of the
 architecture."""
 
@@ -63,7 +82,7 @@ SHAPE: tuple[str, ...] = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head
 
 @dataclass(frozen=True)
 class MeasuredCalls(Table):
-    """Measured attention calls of one phase ("prefill" or "decode") on one device."""
+    """Measured attention calls of one phase (of :data:`REGISTRY`) on one device."""
 
     phase: str
     device: Machine
@@ -78,11 +97,23 @@ class MeasuredCalls(Table):
     cache_bytes: F | float = 0.0  # of keys and values; 0: as of queries
     window: F | float = 0.0  # positions, 0 for none
     warm: F | float = 1.0  # 1: repeated on one cache, as in the published tables; 0: caches rotated past L2, as here
+    value_dim: F | float = 0.0  # features of a value, 0: as of a key
+    faster: float = 1.0  # fastest arithmetic over the device's: a narrow cache may be computed in its own format
+
+    @property
+    def decodes(self) -> bool:
+        """Whether each call has one query a sequence."""
+        return self.phase.endswith("decode")
+
+    @property
+    def latent(self) -> bool:
+        """Whether values are stored as part of the keys: in the one phase that takes weights into the queries."""
+        return self.phase == "mla_decode"
 
     @property
     def length(self) -> F:
         """Query positions of prefill, cached ones of decode."""
-        return self.q_len if self.phase == "prefill" else self.kv_len
+        return self.kv_len if self.decodes else self.q_len
 
     def groups(self, kind: str) -> NDArray[np.intp]:
         """Group number of each row, left out together: of "heads" (heads, KV heads, features) or "lengths"."""
@@ -98,14 +129,15 @@ class MeasuredCalls(Table):
 
     def work(self, values: Mapping[str, float]) -> Any:
         """Geometry of the calls; it depends on the structural constants alone."""
-        columns = {name: getattr(self, name) for name in (*SHAPE, "element_bytes", "window", "warm")}
+        others = "element_bytes", "window", "warm", "value_dim", "latent"
+        columns = {name: getattr(self, name) for name in (*SHAPE, *others)}
         cache = np.where(np.asarray(self.cache_bytes) > 0, self.cache_bytes, self.element_bytes)
         calls = Calls(**columns, cache_bytes=cache)
-        return decode_work(calls) if self.phase == "decode" else prefill_work(calls, {"pads": 1.0, **values})
+        return decode_work(calls) if self.decodes else prefill_work(calls, {"pads": 1.0, **values})
 
     def core(self, work: Any, values: Mapping[str, float]) -> Parts:
         """Core time as it was measured; operands of a prefill may be warm in L2, since a benchmark repeats its call."""
-        return (prefill_core if self.phase == "prefill" else decode_core)(work, self.device, values)
+        return (decode_core if self.decodes else prefill_core)(work, self.device, values)
 
     def misfit(self, start: Mapping[str, float]) -> Callable[[Mapping[str, float]], F]:
         """Log of core over measured time, as a function of constants that share the structure of ``start``."""
@@ -114,8 +146,9 @@ class MeasuredCalls(Table):
 
     def places(self) -> tuple[NDArray[np.floating[Any]], ...]:
         """Where each row lies in the residual lattice."""
-        if self.phase == "prefill":
-            return prefill_place(self.q_len, self.batch, self.heads, self.kv_heads)
+        if not self.decodes:
+            sharing = self.heads if self.phase == "mla_prefill" else self.kv_heads
+            return prefill_place(self.q_len, self.batch, self.heads, sharing)
         seen = np.where(np.asarray(self.window) > 0, np.minimum(self.kv_len, self.window), self.kv_len)
         return decode_place(seen, self.batch * self.kv_heads, self.heads / self.kv_heads)
 
@@ -126,17 +159,17 @@ class MeasuredCalls(Table):
         5 % (boost clocks).
         """
         work, device = self.work({"packs": 0.0}), self.device
-        size = work.moved_bytes if self.phase == "prefill" else work.cache_bytes
+        size = work.cache_bytes if self.decodes else work.moved_bytes
         names = *SHAPE, "seconds", "element_bytes", "cache_bytes", "window", "warm"
         columns = (getattr(self, name) for name in names)
         beyond_l2 = (size > 1.5 * device.l2_bytes) & (self.seconds < size / device.bandwidth_bytes_per_s)
         reasons = {
             "a value is not finite": ~np.all(np.isfinite(np.broadcast_arrays(*columns)), axis=0),
             "the time is not positive": ~(self.seconds > 0),
-            "a chunk of one query, which takes the path of decode": (self.q_len < 2) & (self.phase == "prefill"),
+            "a chunk of one query, which takes the path of decode": (self.q_len < 2) & (not self.decodes),
             "heads are no multiple of KV heads": (self.heads % np.maximum(self.kv_heads, 1.0)) != 0,
             "a length or count is below 1": np.any([getattr(self, n) < 1 for n in SHAPE], axis=0),
-            "faster than FLOP / peak": self.seconds * 1.05 < work.flops / device.peak_flop_per_s,
+            "faster than FLOP / peak": self.seconds * 1.05 * self.faster < work.flops / device.peak_flop_per_s,
             "faster than bytes / bandwidth with more bytes than the L2 holds": beyond_l2,
         }
         good = np.ones(len(self), dtype=bool)
@@ -186,6 +219,8 @@ def calls_of(records: Any, phase: str, device: Machine) -> MeasuredCalls:
     bytes_ = np.array([DTYPE_BYTES[code] for code in range(len(DTYPES))], dtype=np.float64)
     columns |= {"element_bytes": bytes_[records.dtype], "cache_bytes": bytes_[records.weight_dtype]}
     columns |= {"window": records.window.astype(np.float64), "warm": 1.0 - records.cold.astype(np.float64)}
+    if phase in LATENT:
+        columns |= {"value_dim": records.n.astype(np.float64), "faster": 2.0}
     return MeasuredCalls(phase, device, **columns)
 
 
@@ -215,14 +250,17 @@ def fit_attention(
     known = REGISTRY[c.phase]
     first = {n: k.default(architecture) for n, k in known.items()} | dict(start or {})
     keep = {}
-    if c.phase == "decode" and architecture != "cpu":
+    if c.decodes and architecture != "cpu":
         keep["regroup"] = "the work of a CPU alone"
+    if c.phase in FORMS:
+        keep["wide_s"] = "rows of 128 heads alone know it, and units say as much"
     # the first kernel, whose constants the section shows: no window, no narrow cache, most rows
     kinds = kinds[np.lexsort((np.abs(kinds[:, 0] - 7.0), -count, kinds[:, 2], kinds[:, 1]))]
     rng, fits = np.random.default_rng(seed), list[_Kernel]()
     for wanted in kinds:
         rows = c.take(kind == np.flatnonzero((seen == wanted).all(axis=1))[0])
-        fits.append(_fit_kernel(rows, [first, *(fit.constants.values for fit in fits[:1])], keep, fold_by, rng))
+        starts = [first, *(fit.constants.values for fit in fits[:1])]
+        fits.append(_fit_kernel(rows, starts, keep, fold_by, rng))
     common = fits[0].constants
     constants = np.array([[fit.constants.values[name] for name in known] for fit in fits])
     factors = np.log(np.maximum(constants, 1e-12) / np.maximum(constants[0], 1e-12)).round(6)
@@ -256,6 +294,8 @@ def fit_form(
     """
     if c.groups("heads").max() == 0:
         keep = {**keep, **dict.fromkeys(LONE[c.phase], "rows of a single head configuration cannot tell it")}
+    if c.phase in FORMS:
+        starts = [_best_form(c, starts, keep)]
     low, why = REGISTRY[c.phase]["sequence_s"].low, "time follows the work units alone"
     forms: list[tuple[float, ConstantsFit, Lattice]] = []
     for simple in (False, True) if len(c) >= FEW_ROWS else (False,):
@@ -266,6 +306,12 @@ def fit_form(
             error = np.abs(np.log(c.predict(constants.values, lattice) / c.seconds)).mean()
             forms.append((float(error) / (SIMPLER if simple else 1.0), constants, lattice))
     return min(forms, key=lambda form: form[0])[1:]
+
+
+def _best_form(c: MeasuredCalls, starts: Sequence[Mapping[str, float]], keep: Mapping[str, str]) -> Mapping[str, float]:
+    """The start, of some with each structure, whose constants, once fitted, err least without a lattice."""
+    found = [c.constants({**start, **form}, keep).values for start in starts for form in FORMS[c.phase]]
+    return min(found, key=lambda values: float(np.abs(c.misfit(values)(values)).mean()))
 
 
 def _fit_kernel(

@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 
 from calibration.devices.protocol import LAYER_LAUNCHES
 from calibration.fit.core import weight_copies
+from calibration.records.screening import LATENT
 from calibration.records.table import LAUNCHES, OPERATORS, Records
 from simulator.hardware.profile import HardwareProfile
 from simulator.kernels.attention import decode_attention_time, prefill_attention_time
 from simulator.kernels.collective import collective_time
 from simulator.kernels.elementwise import elementwise_time
+from simulator.kernels.experts import experts_time
 from simulator.kernels.gemm import gemm_time
 from simulator.kernels.spread import (
     BOUNDS,
@@ -101,10 +103,12 @@ def _gemm(r: Records, hw: HardwareProfile, options: Mapping[str, Any]) -> Predic
 
 def _attention(r: Records, hw: HardwareProfile, time: Callable[..., OpTime], options: Mapping[str, Any]) -> OpTime:
     common = {"dtype": options["dtype"], "kv_dtype": options["weight_dtype"], "level": options["level"]}
-    decode = r.is_operator("attention_decode")[0]
+    decode = r.is_operator("attention_decode", "mla_decode")[0]
     lengths = ["kv_len"] if decode else ["q_len", "kv_len"]
     shape = [getattr(r, name) for name in ("batch", *lengths, "heads", "kv_heads", "head_dim")]
     more: dict[str, Any] = {"cold": bool(r.cold[0])} if decode else {"block": r.block}
+    if r.is_operator(*LATENT)[0]:
+        more |= {"value_dim": r.n, "latent": decode}
     return time(*shape, hw, window=r.window, density=r.density, **common, **more)
 
 
@@ -149,6 +153,12 @@ def _elementwise(r: Records, hw: HardwareProfile, options: Mapping[str, Any]) ->
     known = {"dtype": options["dtype"], "level": options["level"]}
     t = elementwise_time(r.read_bytes, r.write_bytes, hw, role=role, **known)
     return Predicted(t, {"bytes": r.read_bytes + r.write_bytes, "role": role})
+
+
+def _experts(r: Records, hw: HardwareProfile, options: Mapping[str, Any]) -> Predicted:
+    # the tables deal tokens out and keep the weights warm
+    t = experts_time(r.m, r.n, r.k, r.experts, r.active, hw, skew=r.skew, dealt=True, **options)
+    return Predicted(t, {"m": r.m, "n": r.n, "k": r.k, "experts": r.experts, "active": r.active, "skew": r.skew})
 
 
 @dataclass(frozen=True)
@@ -199,9 +209,12 @@ SECTIONS: Mapping[str, str] = MappingProxyType(
         "attention_prefill": "attention_prefill",
         "attention_block_sparse": "attention_prefill",
         "attention_decode": "attention_decode",
+        "mla_prefill": "mla_prefill",
+        "mla_decode": "mla_decode",
         "elementwise": "elementwise",
         "copy": "elementwise",
         "collective": "collective",
+        "experts": "experts",
         "layer_eager": "runtime",
     }
 )
@@ -212,8 +225,11 @@ _PREDICT: Mapping[str, Callable[..., Predicted]] = MappingProxyType(
         "gemm": _gemm,
         "attention_prefill": _prefill,
         "attention_decode": _decode,
+        "mla_prefill": _prefill,
+        "mla_decode": _decode,
         "elementwise": _elementwise,
         "collective": _collective,
+        "experts": _experts,
         "runtime": _layer,
     }
 )

@@ -15,10 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.devices.protocol import HOST_KINDS, LAYER_LAUNCHES
-from calibration.fit.attention import MINIMUM_ROWS, calls_of, fit_attention
+from calibration.fit.attention import MINIMUM_ROWS, PHASES, calls_of, fit_attention
 from calibration.fit.collective import Messages, fit_collective
 from calibration.fit.core import shapes_of
 from calibration.fit.elementwise import Moves, fit_elementwise
+from calibration.fit.experts import FEWEST as FEWEST_EXPERTS
+from calibration.fit.experts import fit_experts, layers_of
 from calibration.fit.gemm import FIT_ROWS, fit_gemm
 from calibration.fit.kernels import fit_sparse
 from calibration.fit.solver import ConstantsFit, FittedPart
@@ -152,7 +154,6 @@ def _usable(records: Records, notes: list[str]) -> Records:
 def _tasks(base: HardwareProfile, records: Records, notes: list[str], **options: Any) -> list[_Task]:
     """The fits that the rows allow, dense GEMMs first because others lean on them."""
     same, is_, formats = records.dtype == records.weight_dtype, records.is_operator, _formats(records)
-    prefill, decode = "attention_prefill", "attention_decode"
     gemms = records.labels().astype(str) if len(records) else np.zeros(0, dtype=np.str_)
     every = np.full(len(records), "*")
     messages = is_("collective") & (records.launch != LAUNCHES.index("eager"))
@@ -160,11 +161,11 @@ def _tasks(base: HardwareProfile, records: Records, notes: list[str], **options:
     kinds: tuple[tuple[str, str, Mask, NDArray[np.str_], int, Any], ...] = (
         ("gemm", "gemm {}", is_("gemm"), gemms, FIT_ROWS, _fit_gemm),
         ("gemm", "2:4 gemm {}", is_("gemm_2to4") & same, formats, FEWEST_SPARSE, _fit_sparse),
-        (prefill, f"{prefill} {{}}", is_(prefill), formats, MINIMUM_ROWS, _fit_attention),
-        (decode, f"{decode} {{}}", is_(decode), formats, MINIMUM_ROWS, _fit_attention),
+        *((name, f"{name} {{}}", is_(name), formats, MINIMUM_ROWS, _fit_attention) for name in PHASES),
         ("elementwise", "elementwise {}", moved, formats, MINIMUM_ROWS, _fit_elementwise),
         ("runtime", "launches", is_("launch_graph", *HOST_KINDS), every, 1, _fit_runtime),
         ("collective", "collectives", messages, every, MINIMUM_ROWS, _fit_collective),
+        ("experts", "experts {}", is_("experts"), gemms, FEWEST_EXPERTS, _fit_experts),
     )
     out: list[_Task] = []
     for operator, what, mask, names, fewest, run in kinds:
@@ -176,7 +177,7 @@ def _tasks(base: HardwareProfile, records: Records, notes: list[str], **options:
                 notes.append(f"{what.format(dtype)}: {len(rows)} rows are too few, a fit needs {fewest}")
             else:
                 out.append(_Task(operator, dtype, rows, run, **options))
-    fitted = {"gemm", "gemm_2to4", prefill, decode, "elementwise", "copy", "launch_graph", *HOST_KINDS, "collective"}
+    fitted = {"gemm", "gemm_2to4", *PHASES, "elementwise", "copy", "launch_graph", *HOST_KINDS, "collective", "experts"}
     for name in OPERATORS:
         if name not in fitted and (count := int(is_(name).sum())):
             parts = "validation compares them with the sum of their parts"
@@ -218,7 +219,7 @@ def _fit_sparse(task: _Task, hw: HardwareProfile) -> FittedPart:
 
 
 def _fit_attention(task: _Task, hw: HardwareProfile) -> FittedPart:
-    phase, lent = task.operator.removeprefix("attention_"), task.lent
+    phase, lent = PHASES[task.operator], task.lent
     start = None if lent is None else {name: c.value for name, c in lent.constants.items()}
     known: dict[str, Any] = {"start": start, "seed": task.seed, "provenance": task.provenance}
     return fit_attention(calls_of(task.rows, phase, Machine.of(hw, task.dtype)), hw.architecture, **known)
@@ -246,6 +247,11 @@ def _fit_collective(task: _Task, hw: HardwareProfile) -> FittedPart:
     code = np.array([KINDS.index(ROLES[role]) for role in r.role])
     messages = Messages(code, r.n.astype(np.float64), r.batch.astype(np.float64), r.seconds, hw.link)
     return fit_collective(messages, seed=task.seed, provenance=provenance_of(r, task.date))
+
+
+def _fit_experts(task: _Task, hw: HardwareProfile) -> FittedPart:
+    layers = layers_of(task.rows, Machine.of(hw, task.dtype))
+    return fit_experts(layers, hw.architecture, seed=task.seed, provenance=task.provenance)
 
 
 def _fit_runtime(task: _Task, hw: HardwareProfile) -> FittedPart:

@@ -22,10 +22,12 @@ import numpy as np
 from calibration.fit.attention import calls_of
 from calibration.fit.core import shapes_of
 from calibration.fit.elementwise import Moves
+from calibration.fit.experts import layers_of
 from calibration.judge import protocol, stacks
 from calibration.judge.protocol import Measured, Row, row
 from calibration.measurements import list_measurements, load_measurements
 from calibration.measurements.wheel import CHOICES, datasheet, open_wheel, read_choice
+from calibration.records.screening import LATENT
 from calibration.records.table import Records
 from calibration.shipped import rtx_tables, shared_folder
 from simulator.errors import InputError, unknown
@@ -74,10 +76,14 @@ GEMMS: Mapping[str, Table] = MappingProxyType(
     }
 )
 LEAVABLE = ("gemm", "attention_prefill", "attention_decode")
-"""Operators of which a stack is left out."""
-TABLES: tuple[str, ...] = (*GEMMS, "stacks", "h200_from_h100", "rtx_4090", "attention", "elementwise")
+"""Operators of which a stack is left out in the table of stacks; of latent attention and experts, in their own."""
+EXPERT_FORMATS = ("bf16", "fp8", "fp8_block", "nvfp4")
+"""Formats of experts that are judged; those of weights alone hold a model or two."""
+TABLES: tuple[str, ...] = (
+    *(*GEMMS, "stacks", "h200_from_h100", "rtx_4090", "attention", "mla", "experts", "elementwise"),
+)
 """What can be judged; after the GEMM tables: every stack of a GPU with two or more left out, another device by its
-datasheet, one projection left out, and the other operators."""
+datasheet, one projection left out, and the other operators; of "mla" most tables are in the wheel."""
 
 Unit = tuple[Callable[..., list[Row]], tuple[Any, ...]]
 
@@ -132,6 +138,16 @@ def _units(
     elif name == "attention":
         tables = [t for o in LEAVABLE[1:] for device in _tables(o).values() for t in device.values()]
         yield from ((_attention, (t, question, tuple(seeds))) for t in tables for question in protocol.QUESTIONS)
+    elif name == "mla":
+        yield from ((_stack, (*pair, tuple(seeds))) for pair in stack_pairs(wheel, LATENT))
+        tables = [t for o in LATENT for device in _tables(o, wheel).values() for t in device.values()]
+        yield from ((_attention, (t, question, tuple(seeds))) for t in tables for question in protocol.QUESTIONS)
+    elif name == "experts":
+        # of a table that ships in part, too, all formats
+        known = [t for device in _tables("experts", wheel).values() for t in device.values()]
+        yield from ((_experts, (replace(t, wheel=wheel), tuple(seeds))) for t in known)
+        for pair in stack_pairs(wheel, ("experts",)):
+            yield _experts_stack, (*(replace(t, wheel=wheel) for t in pair), tuple(seeds))
     elif shared_folder() is not None:
         yield (_rtx_4090, ()) if name == "rtx_4090" else (_elementwise, (tuple(seeds), tuple(sizes)))
     elif required:
@@ -149,11 +165,11 @@ def _tables(operator: str, wheel: Path | None = None) -> dict[str, dict[str, Tab
     return out
 
 
-def stack_pairs(wheel: Path | None = None) -> list[tuple[Table, Table]]:
+def stack_pairs(wheel: Path | None = None, operators: Sequence[str] = LEAVABLE) -> list[tuple[Table, Table]]:
     """Table of a stack left out, and that of the stack that predicts it: of every device and operator with two or more,
     the one a user gets who names none. vLLM's tables, which hold no large GEMMs, predict nobody."""
     out = []
-    for operator in LEAVABLE:
+    for operator in operators:
         for own in _tables(operator, wheel).values():
             for stack, table in own.items():
                 others = [own[other] for other in STACKS if other in own and other not in (stack, "vllm")]
@@ -166,15 +182,23 @@ def gemm_rows(records: Records, hw: HardwareProfile, dtype: str) -> Measured:
     return Measured(shapes_of(records, Machine.of(hw, dtype)), hw, dtype)
 
 
+@lru_cache(maxsize=4)
+def _records(table: Table) -> Records:
+    """Its rows of all formats."""
+    if table.wheel is None:
+        return load_measurements(table.measurement)
+    with open_wheel(table.wheel) as archive:
+        return read_choice(archive, CHOICES[table.measurement])[0]
+
+
 @lru_cache(maxsize=8)
 def _loaded(table: Table) -> Measured:
-    choice = CHOICES[table.measurement]
-    if table.wheel is None:
-        records = load_measurements(table.measurement, table.dtype)
-    else:
-        with open_wheel(table.wheel) as archive:
-            records = read_choice(archive, choice)[0].of_dtype(table.dtype)
-    hw = datasheet(choice.hardware)
+    records, hw = (
+        _records(replace(table, dtype="")).of_dtype(table.dtype),
+        datasheet(CHOICES[table.measurement].hardware),
+    )
+    if table.phase == "experts":
+        return Measured(layers_of(records, Machine.of(hw, table.dtype)), hw, table.dtype)
     if not table.phase:
         return gemm_rows(records, hw, table.dtype)
     return Measured(calls_of(records, table.phase, Machine.of(hw)).usable()[0], hw, table.dtype)
@@ -232,8 +256,36 @@ def _rtx_4090() -> list[Row]:
 def _attention(table: Table, question: str, seeds: Sequence[int]) -> list[Row]:
     device, operator, stack = table.measurement.split("/")
     found = (protocol.evaluate_table(table.load(), None, seed, question, fold_by=(question,)) for seed in seeds)
-    known = {"table": f"attention {device}, {stack}", "method": f"{operator.removeprefix('attention_')}, {question}"}
+    kind, phase = operator.split("_")
+    known = {"table": f"{kind} {device}, {stack}", "method": f"{phase}, {question}"}
     return [{**result, **known} for result in found]
+
+
+def _experts(table: Table, seeds: Sequence[int]) -> list[Row]:
+    """Every format of a table, models left out; a line each."""
+    device, _, stack = table.measurement.split("/")
+    ships = set(CHOICES[table.measurement].ships) if table.wheel is None else set(EXPERT_FORMATS)
+    out: list[Row] = []
+    for dtype in (dtype for dtype in EXPERT_FORMATS if dtype in ships and dtype in _formats(table)):
+        data = replace(table, dtype=dtype).load()
+        found = (protocol.evaluate_table(data, None, seed) for seed in seeds)
+        out += [{**r, "table": f"experts {device}, models left out", "method": f"{stack} {dtype}"} for r in found]
+    return out
+
+
+def _experts_stack(table: Table, source: Table, seeds: Sequence[int]) -> list[Row]:
+    """A stack left out, in every format that both have."""
+    out: list[Row] = []
+    for dtype in (dtype for dtype in EXPERT_FORMATS if dtype in _formats(table) & _formats(source)):
+        found = _stack(replace(table, dtype=dtype), replace(source, dtype=dtype), seeds)
+        out += [{**r, "left_out": f"{r['left_out']} {dtype}"} for r in found]
+    return out
+
+
+@lru_cache(maxsize=32)
+def _formats(table: Table) -> frozenset[str]:
+    """Number formats of a table."""
+    return frozenset(_records(replace(table, dtype="")).labels().astype(str))
 
 
 def _elementwise(seeds: Sequence[int], sizes: Sequence[int | None]) -> list[Row]:
@@ -255,6 +307,7 @@ COLUMNS: tuple[tuple[str, str, int], ...] = (
     ("17-256", "mape m<=256", 1), (">256", "mape m>256", 1), ("over 10 us", "mape over 10us", 2),
     ("speedup median", "speedup median", 2), ("speedup p95", "speedup p95", 1), ("Spearman", "speedup spearman", 3),
     ("coverage", "coverage", 1), ("lowest", "lowest coverage", 1), ("width", "width", 1),
+    ("ratios in", "ratio coverage", 1), ("ratio +-", "ratio width", 1),
 )
 STACK_COLUMNS: tuple[tuple[str, str, int], ...] = (
     ("MAPE", "mape", 2), ("p95", "p95", 1), ("in", "coverage", 1), ("+-", "width", 0),

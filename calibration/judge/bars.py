@@ -58,7 +58,8 @@ def _covered(what: str, shares: Sequence[float], low: float = COVERED[0], high: 
 def against_bars(rows: Sequence[Row], published: bool = True) -> list[Line]:
     """Bars of the tables among the rows, and (``published``) of what papers measured, in the order of the design."""
     known = {title: means(rows, title) for title in titles(rows)}
-    return [*_in_table(known), *_stacks(known), *_attention(known), *(_published() if published else ())]
+    own = [*_in_table(known), *_stacks(known), *_attention(known), *_experts(known)]
+    return [*own, *(_published() if published else ())]
 
 
 Known = Mapping[str, Sequence[Row]]
@@ -94,17 +95,29 @@ def _stacks(known: Known) -> Iterator[Line]:
             mape = float(np.mean([r["mape"] for r in found]))
             yield _most(f"{what}: MAPE, mean of {len(found)}", mape, bar if title.startswith("gemm") else 0.0)
             yield _covered(f"{what}: times inside", [r["coverage"] for r in found])
-            yield _covered(f"{what}: ratios inside", [r["ratio coverage"] for r in found if "ratio coverage" in r])
+            if ratios := [r["ratio coverage"] for r in found if "ratio coverage" in r]:
+                yield _covered(f"{what}: ratios inside", ratios)
 
 
 def _attention(known: Known) -> Iterator[Line]:
     found: dict[str, list[float]] = {}
     for title, rows in known.items():
-        for r in rows if title.startswith("attention ") else ():
-            found.setdefault(r["method"], []).append(r["mape"])
-    for method, errors in found.items():
-        what = f"attention {method} unseen: MAPE, worst of {len(errors)} (mean {np.mean(errors):.2f})"
+        for r in rows if title.startswith(("attention ", "mla ")) else ():
+            found.setdefault(f"{title.split()[0]} {r['method']}", []).append(r["mape"])
+    for what, errors in found.items():
+        what = f"{what} unseen: MAPE, worst of {len(errors)} (mean {np.mean(errors):.2f})"
         yield _most(what, max(errors), 5.0)
+
+
+def _experts(known: Known) -> Iterator[Line]:
+    found = [r for title, rows in known.items() for r in rows if title.startswith("experts ") and not r["left_out"]]
+    if found:
+        errors = [r["mape"] for r in found]
+        what = f"experts, models unseen: MAPE, median of {len(found)} (worst {max(errors):.1f})"
+        yield _most(what, float(np.median(errors)), 8.0)
+        for score, name in (("coverage", "times"), ("ratio coverage", "ratios")):
+            mean = float(np.mean([r[score] for r in found if score in r]))
+            yield _covered(f"experts, models unseen: {name} inside, mean", [mean])
 
 
 def _published() -> Iterator[Line]:

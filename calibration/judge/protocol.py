@@ -15,21 +15,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.fit.attention import SHAPE, fit_attention
+from calibration.fit.attention import PHASES, SHAPE, fit_attention
 from calibration.fit.core import Shapes
 from calibration.fit.elementwise import Moves, fit_elementwise
 from calibration.fit.errors import neighbours, pairs_along
+from calibration.fit.experts import Layers, fit_experts
 from calibration.fit.gemm import fit_gemm
 from calibration.fit.predict import joined, predict
 from calibration.fit.solver import numbered
 from calibration.judge import scores
 from calibration.judge.baselines import BASELINES
+from calibration.records.screening import LATENT
 from calibration.records.table import Records, Source
 from simulator.hardware.constants import CLASSES
 from simulator.hardware.profile import HardwareProfile, Section, formats_of
 from simulator.kernels.elementwise import elementwise_time
 from simulator.kernels.gemm_core import Machine
-from simulator.kernels.spread import OpTime
+from simulator.kernels.spread import OpTime, posterior_of, ratio_half
 
 F = NDArray[np.float64]
 Rows = NDArray[np.intp]
@@ -54,28 +56,36 @@ LLM_WIDTHS: tuple[tuple[int, int], ...] = (
 class Measured:
     """Rows of one operator in one table, the profile whose datasheet belongs to them, and their number format."""
 
-    data: Any  # Shapes of GEMMs, MeasuredCalls of attention
+    data: Any  # Shapes of GEMMs, MeasuredCalls of attention, Layers of experts
     hw: HardwareProfile
     dtype: str = "bf16"
 
     @property
     def operator(self) -> str:
         """Section of a profile that predicts them."""
-        return "gemm" if isinstance(self.data, Shapes) else f"attention_{self.data.phase}"
+        names = {Shapes: "gemm", Layers: "experts"}
+        attention = (name for name, phase in PHASES.items() if phase == getattr(self.data, "phase", ""))
+        return names.get(type(self.data)) or next(attention)
 
     def groups(self, question: str = "") -> Rows:
-        """Number of what a split keeps whole: (n, k) of GEMMs; "heads" or "lengths" of attention."""
-        groups: Rows = self.data.groups if isinstance(self.data, Shapes) else self.data.groups(question or "heads")
+        """Number of what a split keeps whole: (n, k) of GEMMs; models of experts; "heads" or "lengths" of attention."""
+        whole = isinstance(self.data, Shapes | Layers)
+        groups: Rows = self.data.groups if whole else self.data.groups(question or "heads")
         return groups
 
     def pairs(self, question: str = "") -> Rows:
-        """Pairs (smaller, larger) that differ in one size, by a ratio in [0.25, 1): of GEMMs any, of attention KV
-        groups with their query heads ("heads") or the length."""
+        """Pairs (smaller, larger) that differ in one size, by a ratio in [0.25, 1): of GEMMs any, of experts their
+        width or number, of attention KV groups with their query heads ("heads") or the length."""
         d = self.data
         if isinstance(d, Shapes):
             return neighbours((d.m, d.n, d.k))
+        if isinstance(d, Layers):
+            same = [d.m, d.k, d.active, d.skew]
+            return np.concatenate([pairs_along(d.n, [*same, d.experts]), pairs_along(d.experts, [*same, d.n])])
         if question == "lengths":
             return pairs_along(d.length, [d.batch, d.heads, d.kv_heads, d.head_dim])
+        if self.operator in LATENT:
+            return pairs_along(d.heads, [d.batch, d.q_len, d.kv_len])
         return pairs_along(d.kv_heads, [d.batch, d.q_len, d.kv_len, d.heads / d.kv_heads, d.head_dim])
 
     def take(self, rows: Any) -> Measured:
@@ -95,8 +105,12 @@ class Measured:
             cold = np.isinf(d.copies)
             columns = {"m": d.m, "n": d.n, "k": d.k, "cold": cold, "copies": np.where(cold, 0.0, d.copies)}
             columns["weight_dtype"] = weight
+        elif isinstance(d, Layers):
+            columns = {name: getattr(d, name) for name in ("m", "n", "k", "experts", "active", "skew")}
+            columns |= {"weight_dtype": weight, "cold": False, "copies": 1}
         else:
             columns = {name: getattr(d, name) for name in SHAPE} | {"cold": np.broadcast_to(d.warm, len(d)) == 0.0}
+            columns["n"] = d.value_dim
         columns |= {"operator": self.operator, "dtype": dtype, "seconds": d.seconds}
         return Records.from_columns([Source("")], **columns)
 
@@ -104,6 +118,8 @@ class Measured:
         """The section fitted to all rows."""
         if isinstance(self.data, Shapes):
             return fit_gemm(self.data, self.hw, dtype=self.dtype, **known).section
+        if isinstance(self.data, Layers):
+            return fit_experts(self.data, self.hw.architecture, **known).section
         return fit_attention(self.data, self.hw.architecture, **known).section
 
     def profile(self, section: Section, same_stack: bool = True) -> HardwareProfile:
@@ -162,6 +178,17 @@ def coverage(time: OpTime, data: Any) -> dict[str, float]:
     return {name: float(v) for name, v in out.items()}
 
 
+def ratio_coverage(time: OpTime, hw: HardwareProfile, seconds: F, pairs: Rows, level: float = 0.9) -> dict[str, float]:
+    """Percentage of measured ratios of pairs within their interval, and its median half width in percent."""
+    if not len(pairs) or time.doubt is None:
+        return {}
+    half = ratio_half(time.doubt.take(pairs[:, 0]), time.doubt.take(pairs[:, 1]), level, posterior_of(hw))
+    miss = np.log(seconds / time.seconds)
+    held = np.abs(miss[pairs[:, 0]] - miss[pairs[:, 1]]) <= half
+    width = 100.0 * np.expm1(np.median(half))
+    return {"ratio coverage": 100.0 * float(held.mean()), "ratio width": float(width)}
+
+
 def llm_pairs(data: Shapes, near: float = 0.26) -> Rows:
     """Pairs shaped like pruning: (n, k) within ``near`` octaves of a projection of an LLM and half or a quarter of its
     n or k, or three quarters or half of m."""
@@ -176,8 +203,10 @@ def llm_pairs(data: Shapes, near: float = 0.26) -> Rows:
 
 def judge(section: Section, table: Measured, question: str = "") -> dict[str, float]:
     """All scores of a section on shapes of its own stack that it did not see."""
-    time, data = table.times(table.profile(section)), table.data
-    out = {**errors(time.seconds, data), **speedups(time.seconds, data, table.pairs(question)), **coverage(time, data)}
+    time, data, pairs = table.times(table.profile(section)), table.data, table.pairs(question)
+    out = {**errors(time.seconds, data), **speedups(time.seconds, data, pairs), **coverage(time, data)}
+    if isinstance(data, Layers):
+        return out | ratio_coverage(time, table.profile(section), data.seconds, pairs)
     if not isinstance(data, Shapes):
         return out
     pairs = llm_pairs(data)

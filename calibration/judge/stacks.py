@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 from calibration.fit import residual as ridge
 from calibration.fit.anchor import anchor_profile
 from calibration.fit.core import CLOSE, Shapes, fit_constants, free_constants, timed
-from calibration.judge.protocol import Measured, Row, Rows, coverage, errors, row, speedups
+from calibration.judge.protocol import Measured, Row, coverage, errors, ratio_coverage, row, speedups
 from simulator.hardware.profile import HardwareProfile, Section
 from simulator.kernels.gemm_core import Machine, machine_core
 from simulator.kernels.lattice import residual_arrays, residual_of
-from simulator.kernels.spread import OpTime, posterior_of, ratio_half
 
 F = NDArray[np.float64]
 
@@ -74,17 +73,6 @@ MOVES: Mapping[str, Callable[..., F]] = {
     "lattice": _moved((), lattice=True),
 }
 """What the posterior is judged against, of GEMMs: version 0.1's mechanism, one factor, three constants, a lattice."""
-
-
-def ratio_coverage(time: OpTime, hw: HardwareProfile, seconds: F, pairs: Rows, level: float = 0.9) -> dict[str, float]:
-    """Percentage of measured ratios of pairs within their interval, and its median half width in percent."""
-    if not len(pairs) or time.doubt is None:
-        return {}
-    half = ratio_half(time.doubt.take(pairs[:, 0]), time.doubt.take(pairs[:, 1]), level, posterior_of(hw))
-    miss = np.log(seconds / time.seconds)
-    held = np.abs(miss[pairs[:, 0]] - miss[pairs[:, 1]]) <= half
-    width = 100.0 * np.expm1(np.median(half))
-    return {"ratio coverage": 100.0 * float(held.mean()), "ratio width": float(width)}
 
 
 def left_out(section: Section, table: Measured, seed: int, sizes: Sequence[int] = SIZES) -> list[Row]:

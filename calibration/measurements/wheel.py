@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from calibration.records.importers import import_table
-from calibration.records.screening import Refusals
-from calibration.records.table import Records
+from calibration.records.screening import LATENT, Refusals
+from calibration.records.table import Flag, Records
 from simulator.columns import Array
 from simulator.errors import InputError
 from simulator.files.yaml import Problems
@@ -32,6 +32,7 @@ from simulator.hardware.schema import profile_from_text
 PACKAGE = "aiconfigurator-core 0.12.0"
 WHEEL_SHA256 = "aadc4aad0a00bf8a61c477c62bef43de479849c3aa0b1c3078068e08309eccc4"
 HEAD_DIMS = (64, 128, 256)
+STALL = 5.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Choice:
     stack: str  # nccl: every stack's
     path: str  # below the folder of data: system/operator/backend/version/file
     formats: tuple[str, ...] = ()  # as Records.labels names them; all if empty
-    kernel: str = ""  # the one kernel path taken; all if empty
+    kernel: str = ""  # the one kernel path taken (of experts, one a format); all if empty
     ships: tuple[str, ...] = ()  # formats of the shipped table; none: in the wheel only
 
     @property
@@ -79,6 +80,15 @@ _STACKS = (  # system, stack, version, kernels of prefill and decode attention, 
     ("b200_sxm", "vllm", "0.24.0", "vllm_flashinfer_trtllmprefill", "vllm_flashinfer_trtllmdecode", "0.24.0",
      "vLLM_custom_graph"),
 )
+# Latent attention. Left out: SGLang's prompts but on the B200, timed on the path of a decode, which it takes for none;
+# its fp8 caches on Hopper, where each step converts the whole pool, here of the size of the batch (1.3 to 5.5 times the
+# time of bf16). TensorRT-LLM 1.0.0 takes the same time for either format. vLLM has times of whole blocks alone.
+_LATENT = (
+    ("a100_sxm", "trtllm", "1.0.0"), ("l40s", "trtllm", "1.0.0"), ("h100_sxm", "trtllm", "1.3.0rc20"),
+    ("h200_sxm", "trtllm", "1.3.0rc20"), ("rtx_pro_6000_server", "trtllm", "1.3.0rc20"),
+    ("b200_sxm", "trtllm", "1.3.0rc20"), ("h100_sxm", "sglang", "0.5.14"), ("h200_sxm", "sglang", "0.5.14"),
+    ("l40s", "sglang", "0.5.14"), ("rtx_pro_6000_server", "sglang", "0.5.14"), ("b200_sxm", "sglang", "0.5.14"),
+)
 # A100, trtllm 1.0.0, decode: of the rows with 200 MB of cache or more, 345 of 907 are faster than the memory, by up to
 # 1.69, and what is left is of the same method (more cache costs 3.35 TB/s throughout; grouped heads are at 0.6 of the
 # other stacks' times): the table is left out as a whole
@@ -89,6 +99,44 @@ _SHIPPED_GEMMS = {
     "a100_sxm/gemm/trtllm": ("bf16", "int8_wo", "int4_wo"),
     "h100_sxm/gemm/trtllm": ("bf16", "fp8"), "h100_sxm/gemm/sglang": ("bf16", "fp8"),
 }
+# What each engine takes by default, with gates, on one device; of the B200's, which has several, that of most models.
+# 4-bit weights alone (int4_wo) only where ten models were timed, in an older version of SGLang: vLLM 0.19's rows bear
+# the name of Marlin and are of its Triton kernels. vLLM's fp8 on Hopper is left out too: untuned, it takes 2.6 times as
+# long as its bf16, at 0.6 TB/s on an H100 and an H200 alike
+_TRITON, _CUTLASS = "sglang_fused_moe_triton", "moe_torch_flow_cutlass"
+_VLLM, _LATER = "vllm_unquantizedfusedmoe_", ("vllm_modeloptfp8moe_", "vllm_fp8moe_", "vllm_gptossmxfp4moe_")
+_FLASHINFER = "flashinfer_cutlass_flashinferexperts"
+_ALL = ("bf16", "fp8", "fp8_block", "nvfp4", "mxfp4_wo")
+_NVFP4 = "vllm_compressedtensorsw4a4nvfp4moe_"
+_HOPPER = (  # of either device
+    ("trtllm", "1.3.0rc20", _ALL, (_CUTLASS, "moe_torch_flow")),
+    ("sglang", "0.5.14", _ALL, (_TRITON,)),
+    ("sglang", "0.5.10", ("int4_wo",), ("sglang_marlin_moe",)),
+    ("vllm", "0.24.0", _ALL, (f"{_VLLM}triton_tritonexperts", f"{_LATER[1]}triton_tritonexperts",
+     f"{_LATER[2]}triton_oaitritonmxfp4expertsmonolithic")),
+)
+_EXPERTS: tuple[tuple[str, str, str, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("a100_sxm", "trtllm", "1.0.0", ("bf16",), ("moe_torch_flow",)),
+    ("a100_sxm", "sglang", "0.5.10", ("bf16", "int4_wo"), (_TRITON, "sglang_marlin_moe")),
+    ("a100_sxm", "vllm", "0.14.0", ("bf16",), ("vllm_fused_moe",)),
+    *(("h100_sxm", *choice) for choice in _HOPPER),
+    *(("h200_sxm", *choice) for choice in _HOPPER),
+    ("l40s", "trtllm", "1.3.0rc20", _ALL, (_CUTLASS,)),
+    ("l40s", "sglang", "0.5.14", _ALL, (_TRITON,)),
+    ("l40s", "vllm", "0.24.0", _ALL, (f"{_VLLM}triton_tritonexperts", f"{_LATER[0]}triton_tritonexperts",
+     f"{_LATER[1]}triton_tritonexperts", f"{_LATER[2]}marlin_marlinexperts")),
+    ("rtx_pro_6000_server", "trtllm", "1.3.0rc20", _ALL, (_CUTLASS, "moe_torch_flow_triton_fp8_block")),
+    ("rtx_pro_6000_server", "sglang", "0.5.14", _ALL, (_TRITON, "sglang_flashinfer_cutlass_moe", "sglang_marlin_moe")),
+    ("rtx_pro_6000_server", "vllm", "0.24.0", _ALL, (f"{_VLLM}{_FLASHINFER}", f"{_LATER[0]}{_FLASHINFER}",
+     f"{_NVFP4}{_FLASHINFER}", f"{_LATER[2]}marlin_marlinexperts")),
+    ("b200_sxm", "trtllm", "1.3.0rc20", _ALL, (_CUTLASS, "deepgemm", "moe_torch_flow")),
+    ("b200_sxm", "sglang", "0.5.14", _ALL, ("sglang_flashinfer_trtllm_moe",)),
+    ("b200_sxm", "vllm", "0.24.0", _ALL, (f"{_VLLM}flashinfer_trtllm_trtllmbf16experts",
+     f"{_LATER[0]}flashinfer_trtllm_trtllmfp8expertsmonolithic",
+     f"{_LATER[1]}flashinfer_trtllm_trtllmfp8expertsmonolithic",
+     f"{_NVFP4}flashinfer_trtllm_trtllmnvfp4expertsmonolithic",
+     f"{_LATER[2]}flashinfer_trtllm_mxfp4_bf16_trtllmmxfp4expertsmonolithic")),
+)
 # fmt: on
 
 
@@ -109,6 +157,20 @@ def _choices() -> dict[str, Choice]:
         out[f"{device}/collective/{stack}"] = Choice(hardware, stack, inside, ("bf16",), kernel, ships)
         inside = f"{system}/comm/nccl/{_NCCL.get(system, '2.29.2')}/nccl"
         out[f"{device}/collective/nccl"] = Choice(hardware, "nccl", inside, ("fp16", "int8"), "", ("fp16", "int8"))
+    for system, stack, version, taken, kernels in _EXPERTS:
+        device, hardware = system.removesuffix("_server"), _SYSTEMS.get(system, system)
+        name = f"{device}/experts/{stack}"
+        name = f"{name}-{version}" if name in out else name
+        inside = f"{system}/moe/{stack}/{version}/moe"
+        ships = ("bf16",) if name == "h100_sxm/experts/trtllm" else ()
+        out[name] = Choice(hardware, stack, inside, taken, " ".join(kernels), ships)
+    for system, stack, version in _LATENT:
+        device, hardware = system.removesuffix("_server"), _SYSTEMS.get(system, system)
+        for operator, file in zip(LATENT, ("context", "generation"), strict=True):
+            inside = f"{system}/mla/{stack}/{version}/{file}_mla"
+            both, own = stack == "trtllm" or device == "b200_sxm", ("bf16", "fp8_wo")
+            choice = Choice(hardware, stack, inside, own if both else own[:1], ships=own if device[0] == "a" else ())
+            out |= {f"{device}/{operator}/{stack}": choice} if both or operator == "mla_decode" else {}
     inside = "h100_sxm/gemm/sglang/0.5.6.post2/gemm"
     # the one collection of weight-only products on Hopper
     out["h100_sxm/gemm/sglang-0.5.6"] = Choice("h100_sxm", "sglang", inside, ("int8_wo",), "", ("int8_wo",))
@@ -147,7 +209,8 @@ def read_choice(archive: zipfile.ZipFile, choice: Choice) -> tuple[Records, dict
     content = archive.read(choice.member)
     result = import_table(choice.member, content=content, format="aiconfigurator", hw=hw, dtype="all")
     records, left = choose(result.records, choice)
-    by = ("m", "kv_len", "q_len", "batch", "k", "n", "heads", "kv_heads", "head_dim", "window", "role")
+    attention = ("heads", "kv_heads", "head_dim", "window")
+    by = ("m", "kv_len", "q_len", "batch", "k", "n", *attention, "role", "experts", "active", "skew")
     records = records.select(np.lexsort([getattr(records, name) for name in by]))
     records = records.select(np.argsort(records.labels().astype(str), kind="stable")).tidy()
     return records.replace(seconds=records.seconds.astype(np.float32).astype(np.float64)), left, result.refusals
@@ -156,16 +219,35 @@ def read_choice(archive: zipfile.ZipFile, choice: Choice) -> tuple[Records, dict
 def choose(records: Records, choice: Choice) -> tuple[Records, dict[str, int]]:
     """The rows a choice takes, and how many it leaves out for which reason."""
     kernels = np.array([s.kernel for s in records.sources])[records.source]
-    labels, attention = records.labels().astype(str), records.head_dim > 0
+    labels, attention = records.labels().astype(str), records.is_operator("attention_prefill", "attention_decode")
     widths = ", ".join(map(str, HEAD_DIMS))
     return leave(
         records,
         {
-            f"kernel other than {choice.kernel}": (kernels != choice.kernel) & bool(choice.kernel),
+            f"kernel other than {choice.kernel}": ~np.isin(kernels, choice.kernel.split()) & bool(choice.kernel),
             f"number format not among {', '.join(choice.formats)}": ~np.isin(labels, choice.formats or labels),
             f"features a head not among {widths}": attention & ~np.isin(records.head_dim, HEAD_DIMS),
+            f"over {STALL:g} times the time of a call of more work": stalled(records),
+            "timed twice, over 10 % apart": records.is_operator(*LATENT) & (records.flags & Flag.CONFLICT > 0),
         },
     )
+
+
+def stalled(records: Records) -> Array:
+    """Mask of the rows of latent attention during which the machine was held up.
+
+    >>> columns = {"operator": "mla_decode", "heads": 16, "kv_len": 64, "batch": [1, 2], "seconds": [1e-3, 1e-5]}
+    >>> stalled(Records.from_columns([""], **columns)).tolist()
+    [True, False]
+    """
+    out = np.zeros(len(records), dtype=np.bool_)
+    rows = np.flatnonzero(records.is_operator(*LATENT))
+    sizes = [getattr(records, name)[rows] for name in ("batch", "heads", "kv_len")]
+    seconds, labels = records.seconds[rows], records.labels()[rows]
+    for row, time in zip(rows, seconds, strict=True):
+        more = np.logical_and.reduce([size >= size[rows == row] for size in sizes])
+        out[row] = (STALL * seconds[more & (labels == labels[rows == row])] < time).any()
+    return out
 
 
 def shipped_part(records: Records, choice: Choice) -> tuple[Records, dict[str, int]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from calibration.records.experts import EXPERTS_SHAPE, read_experts
 from calibration.records.screening import Screen
 from calibration.records.table import LAUNCHES, OPERATORS, Records, Source
 from simulator.columns import Array
@@ -51,7 +52,7 @@ AICONFIGURATOR_METHOD = "aiconfigurator collector: CUDA graph replay, weights ro
 _AIC_DTYPES: Mapping[str, tuple[str, str]] = {  # activations, weights; sq is SmoothQuant
     "bfloat16": ("bf16", "bf16"), "float16": ("fp16", "fp16"), "half": ("fp16", "fp16"), "fp8": ("fp8", "fp8"),
     "fp8_block": ("fp8", "fp8_block"), "nvfp4": ("nvfp4", "nvfp4"), "int8": ("int8", "int8"),
-    "sq": ("int8", "int8"), "int8_wo": ("bf16", "int8"), "int4_wo": ("bf16", "int4"),
+    "sq": ("int8", "int8"), "int8_wo": ("bf16", "int8"), "int4_wo": ("bf16", "int4"), "w4a16_mxfp4": ("bf16", "mxfp4"),
 }
 _AIC_SHARED = ("framework", "version", "device", "op_name", "kernel_source", "latency")
 _AIC_GEMM = ("gemm_dtype", "m", "n", "k")
@@ -65,8 +66,12 @@ _AIC_COLLECTIVES = {name: name.replace("alltoall", "all_to_all") for name in (
 )}
 _AIC_OPERATORS: Mapping[str, str] = {
     "gemm": "gemm", "context_attention": "attention_prefill", "generation_attention": "attention_decode",
-    **dict.fromkeys(_AIC_COLLECTIVES, "collective"),
+    **dict.fromkeys(_AIC_COLLECTIVES, "collective"), "moe": "experts",
+    "mla_context": "mla_prefill", "mla_generation": "mla_decode",
 }
+_AIC_MLA = ("batch_size", "isl", "num_heads", "mla_dtype", "kv_cache_dtype", "step")
+# features of a key and a value, DeepSeek-V2's and V3's: a prompt's own; of a decode the latent and what is rotated
+_AIC_LATENT = {"mla_prefill": (192.0, 128.0), "mla_decode": (576.0, 512.0)}
 # fmt: on
 # a collection with decode times that memory cannot have delivered, its bytes/s and bytes of L2 (NVIDIA A100 80GB
 # datasheet)
@@ -75,11 +80,13 @@ _AIC_PEAK_BYTES_PER_S, _AIC_L2_BYTES = 2.039e12, 40 * 2**20
 
 
 def read_aiconfigurator(table: Columns, path: Path, digest: str) -> Draft:
-    """A ``*_perf.parquet`` table of aiconfigurator-core: GEMM, attention (context or generation), or collectives.
+    """A ``*_perf.parquet`` table of aiconfigurator-core: GEMM, attention (context or generation), collectives, experts.
 
-    Times are milliseconds there. A context row has ``isl`` new positions over ``step`` cached ones; a generation row
-    one new position over ``step``. A collective's ``message_size`` counts elements of what each device holds: before
-    an all-reduce, reduce-scatter or all-to-all, after an all-gather.
+    Times are milliseconds there. MLA's tables give only the heads: a context row has 192 features a key and 128 a value
+    (SGLang's collector hands its kernels keys of one head; off the B200 it times the path of a decode, which no prompt
+    takes); a generation row reads the latent cache. A context row has ``isl`` new positions over ``step`` cached ones,
+    a generation row one new position over ``step``. A collective's ``message_size`` counts elements of what each device
+    holds: before an all-reduce, reduce-scatter or all-to-all, after an all-gather.
     """
     _need(table, _AIC_SHARED, path)
     operator = _texts(table["op_name"])
@@ -87,8 +94,12 @@ def read_aiconfigurator(table: Columns, path: Path, digest: str) -> Draft:
         if name not in _AIC_OPERATORS:
             raise unknown(f"{path}: op_name", str(name), _AIC_OPERATORS)
     kind = _AIC_OPERATORS[operator[0]] if len(operator) else "gemm"  # a file holds one kind
-    gemm, collective = kind == "gemm", kind == "collective"
-    _need(table, _AIC_GEMM if gemm else _AIC_COLLECTIVE if collective else _AIC_ATTENTION, path)
+    gemm, collective, experts, mla = (
+        *(kind == name for name in ("gemm", "collective", "experts")),
+        kind in _AIC_LATENT,
+    )
+    shapes = {"gemm": _AIC_GEMM, "collective": _AIC_COLLECTIVE, "experts": EXPERTS_SHAPE}
+    _need(table, shapes.get(kind, _AIC_MLA if mla else _AIC_ATTENTION), path)
     size = len(table["latency"])
     screen = Screen(size)
     kernel = _texts(table["kernel_source"])
@@ -108,18 +119,27 @@ def read_aiconfigurator(table: Columns, path: Path, digest: str) -> Draft:
         columns |= {"batch": _number(table["num_gpus"]), "role": np.array([roles[name] for name in operator])}
         columns |= {"copies": np.ones(size), "cold": np.zeros(size, np.bool_)}  # every replay sends the same buffer
         formats = (table[of],) * 2
+    elif experts:
+        columns |= read_experts(table, kernel, screen)
+        formats = (table["moe_dtype"],) * 2
     else:
         step, isl = _number(table["step"]), _number(table["isl"])
-        columns |= {ours: _number(table[theirs]) for theirs, ours in _AIC_SIZES.items()}
+        columns |= {ours: _number(table[theirs]) for theirs, ours in _AIC_SIZES.items() if theirs in table}
+        if mla:
+            one = (kind == "mla_decode") | (np.char.upper(_texts(table["framework"])) == "SGLANG")
+            columns["kv_heads"] = np.where(one, 1.0, columns["heads"])
+            columns["head_dim"], columns["n"] = (np.full(size, width) for width in _AIC_LATENT[kind])
+            absorbed = one & (kind == "mla_prefill") & (kernel != "trtllm_mla")
+            screen.refuse(absorbed, "a prompt on the path of a decode, which SGLang does not take")
         columns |= {"q_len": isl, "kv_len": isl + step, "window": _number(table.get("window_size", np.zeros(size)))}
         # every replay reads the same cache again
         columns |= {"copies": np.ones(size), "cold": np.zeros(size, np.bool_)}
-        formats = (table["attn_dtype"], table["kv_cache_dtype"])
+        formats = (table["mla_dtype" if mla else "attn_dtype"], table["kv_cache_dtype"])
     for place, (name, column) in enumerate(zip(("dtype", "weight_dtype"), formats)):
         text = _texts(column)
         for other in np.unique(text[~np.isin(text, [*_AIC_DTYPES])]):
             screen.refuse(text == other, f"number format {other} is not modelled")
-        weights = gemm and place
+        weights = (gemm or experts) and place
         columns[name] = _mapped(text, {aic: pair[weights] for aic, pair in _AIC_DTYPES.items()})
     if collective:
         element = np.array([DTYPE_BYTES[DTYPES.index(name)] for name in columns["dtype"]])

@@ -183,6 +183,10 @@ def _check_numbers(screen: Screen, columns: dict[str, Array]) -> None:
                 columns[name] = np.nan_to_num(np.clip(columns[name].astype(np.float64), 0, most), nan=0.0)
         if "spread" in columns:
             columns["spread"] = np.where(columns["spread"] >= 0, columns["spread"], np.nan)
+        if "active" in columns:
+            held = np.broadcast_to(columns.get("experts", np.array(0.0)), seconds.shape)
+            wrong = ~((columns["active"] > 0) & (columns["active"] <= held) & (columns["skew"] >= 0))
+            screen.refuse(wrong & (operator == "experts"), "active experts are not among those held")
         if "density" in columns:
             screen.refuse(~((columns["density"] > 0) & (columns["density"] <= 1)), "density is not in (0, 1]")
     if {"heads", "kv_heads", "q_len", "kv_len"} <= columns.keys():

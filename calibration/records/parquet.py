@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from calibration.records.table import SCHEMA_VERSION, Records, Source
+from calibration.records.table import LATER, SCHEMA_VERSION, Records, Source
 from simulator.columns import Array
 from simulator.errors import InputError
 from simulator.files.parquet import load_pyarrow, read_parquet
@@ -38,6 +38,8 @@ def write_records(
     arrays: dict[str, Any] = {}
     for name in records.SCHEMA:
         values = getattr(records, name)
+        if name in LATER and not values.any():
+            continue
         if len(values) and name != "seconds" and (np.all(values == values[0]) or np.all(values != values)):
             constant[name] = None if values[0] != values[0] else values[0].item()
         else:

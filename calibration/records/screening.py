@@ -16,6 +16,7 @@ from simulator.columns import Array
 from simulator.hardware.profile import HardwareProfile
 from simulator.workload import DTYPE_BYTES, DTYPES, attention_pairs
 
+LATENT = ("mla_prefill", "mla_decode")
 DISAGREE = 1.10  # largest over smallest time of one shape above which its rows are said to disagree
 ROUNDING = 1.02  # datasheet rates are printed to three digits and clocks to the megahertz
 # bytes an SM can at most take from L2 a clock (an A100 has 5120 for 108: NVIDIA, "A100 Tensor Core GPU Architecture")
@@ -99,27 +100,38 @@ def work(records: Records) -> tuple[Array, Array, Array]:
     kinds = [
         r.is_operator("gemm", "gemm_2to4", "gather_gemm"),
         r.is_operator("low_rank"),
-        r.is_operator("attention_prefill", "attention_decode", "attention_block_sparse"),
+        r.is_operator("attention_prefill", "attention_decode", "attention_block_sparse", *LATENT),
+        r.is_operator("experts"),
     ]
     pairs = attention_pairs(r.q_len, r.kv_len, r.window) * r.density
-    heads = r.batch * r.heads * r.head_dim.astype(np.float64)
-    flops = np.select(kinds, [2 * tokens * n * k * kept, 2 * m * rank * (n + k), 4 * heads * pairs], 0.0)
+    width = np.where(r.is_operator(*LATENT), n, r.head_dim) + r.head_dim  # of a key and its value
+    heads = r.batch * r.heads * width.astype(np.float64)
+    flops = [2 * tokens * n * k * kept, 2 * m * rank * (n + k), 2 * heads * pairs]
     seen = np.where(r.window > 0, np.minimum(r.kv_len, r.q_len + r.window - 1), r.kv_len) * r.density
-    cache = 2 * r.batch * r.kv_heads * r.head_dim * seen * weight
-    weights = np.select(kinds, [n * k * weight * kept, rank * (n + k) * weight, cache], 0.0)
+    cache = r.batch * r.kv_heads * np.where(r.is_operator("mla_decode"), r.head_dim, width) * seen * weight
+    expert = 3 * n * k  # gate, up, down
+    touched = np.where(r.skew > 0, r.active, np.minimum(m * r.active, r.experts))  # of a power law at least
+    weights = [n * k * weight * kept, rank * (n + k) * weight, cache, touched * expert * weight]
     activations = tokens * (n + k) * act
-    others = np.select(kinds, [activations, activations, 2 * heads * r.q_len * act], r.read_bytes + r.write_bytes)
-    return flops, weights, others
+    others = [activations, activations, heads * r.q_len * act, 2 * m * k * act]
+    return (
+        np.select(kinds, [*flops, 2 * m * r.active * expert], 0.0),
+        np.select(kinds, weights, 0.0),
+        np.select(kinds, others, r.read_bytes + r.write_bytes),
+    )
 
 
 def peaks(records: Records, hw: HardwareProfile) -> Array:
     """Datasheet FLOP/s of each row's number format, of 2:4 per FLOP computed; infinite where the device lists none."""
     dense, sparse = np.full(len(DTYPES), np.inf), np.full(len(DTYPES), np.inf)
-    for code in np.unique(records.dtype).tolist():
+    latent = records.is_operator(*LATENT)  # may be computed in the format of the cache
+    for code in np.unique(np.append(records.dtype, records.weight_dtype)).tolist():
         if rate := hw.rates.get(DTYPES[code]):
             dense[code] = rate.flop_per_s
             sparse[code] = dense[code] * max(rate.sparse_factor / 2, 0.5)
-    return np.where(records.is_operator("gemm_2to4"), sparse[records.dtype], dense[records.dtype])
+    own, cache = dense[records.dtype], dense[records.weight_dtype]
+    own = np.where(latent & np.isfinite(cache), np.maximum(own, cache), own)
+    return np.where(records.is_operator("gemm_2to4"), sparse[records.dtype], own)
 
 
 def compute_bound(records: Records, hw: HardwareProfile) -> Array:

@@ -27,9 +27,14 @@ T = TypeVar("T", bound="Records")
 
 SCHEMA_VERSION = 1
 
-NEEDED: Mapping[str, tuple[str, ...]] = {**KINDS, "collective": ("n", "batch")}
-"""Dimensions that each operator must have; no single device can be asked for a collective (its kind is its role)."""
-OPERATORS: tuple[str, ...] = (*(name for name in NEEDED if name != "layer_eager"), "layer_eager")
+_MLA = {name.replace("attention", "mla"): (*KINDS[name], "n") for name in ("attention_prefill", "attention_decode")}
+_NOT_ASKED = {"collective": ("n", "batch"), "experts": ("m", "n", "k", "experts"), **_MLA}
+NEEDED: Mapping[str, tuple[str, ...]] = {**KINDS, **_NOT_ASKED}
+"""Dimensions that each operator must have. No device is asked for a collective (its kind is its role), for the experts
+of a layer, or for latent attention (``mla_``: of a prompt with keys and values of their own, of a decode with the
+latent as both): such rows are read."""
+_LAST = ("layer_eager", "experts", *_MLA)
+OPERATORS: tuple[str, ...] = (*(name for name in NEEDED if name not in _LAST), *_LAST)
 """Names of what can be timed; the index is the code in the ``operator`` column, also in files: new ones come last."""
 # what a time says of the launch: kernel time of a profiler, gap inside a replayed graph, host time
 LAUNCHES: tuple[str, ...] = ("unknown", "excluded", "graph", "eager")
@@ -96,9 +101,10 @@ class Records(Table):
     role: Array = column(np.int16, -1)  # index into workload.ROLES; -1 where the operator has none
     dtype: Array = column(np.int8, DTYPES.index("bf16"))  # activations and arithmetic
     weight_dtype: Array = column(np.int8, DTYPES.index("bf16"))  # weights, or the K/V cache; as dtype if not given
-    m: Array = column(np.int64, 0)  # GEMM, elementwise: tokens
-    n: Array = column(np.int64, 0)  # GEMM: output features; elementwise: features; copy, collective: bytes
-    k: Array = column(np.int64, 0)  # GEMM: input features
+    m: Array = column(np.int64, 0)  # GEMM, elementwise, experts: tokens
+    # GEMM: output features; elementwise: features; copy, collective: bytes; experts: width of one; mla: of a value
+    n: Array = column(np.int64, 0)
+    k: Array = column(np.int64, 0)  # GEMM: input features; experts: hidden size
     rank: Array = column(np.int64, 0)  # low_rank: width between the factors
     rows: Array = column(np.int64, 0)  # gather_gemm: tokens computed
     batch: Array = column(np.int64, 0)  # attention: sequences; collective: devices
@@ -114,6 +120,9 @@ class Records(Table):
     write_bytes: Array = column(np.float64, 0.0)
     cold: Array = column(np.bool_, True)  # weights meant to come from memory, not from a cache
     copies: Array = column(np.int32, 0)  # distinct weights rotated; 0: none stays in the cache (not said, if not cold)
+    experts: Array = column(np.int64, 0)  # experts: those a device holds
+    active: Array = column(np.float64, 0.0)  # experts: of those, used by a token on average
+    skew: Array = column(np.float64, 0.0)  # experts: power of the law their tokens are dealt out by; 0: in turn
     seconds: Array = column(np.float64, np.nan)  # s, median of the samples (mean where the source gives only that)
     spread: Array = column(np.float64, np.nan)  # half width of the median's 95 % interval over it; NaN unknown
     sample_count: Array = column(np.int32, 0)  # raw samples behind the median; 0 unknown
@@ -220,9 +229,13 @@ class Records(Table):
         """SHA-256 over the columns and sources: equal tables, equal digests."""
         sha = hashlib.sha256(json.dumps([s.as_dict() for s in self.sources], sort_keys=True).encode())
         for name in self.SCHEMA:
-            sha.update(name.encode() + np.ascontiguousarray(getattr(self, name)).tobytes())
+            if name not in LATER or getattr(self, name).any():
+                sha.update(name.encode() + np.ascontiguousarray(getattr(self, name)).tobytes())
         return sha.hexdigest()
 
+
+LATER = ("experts", "active", "skew")
+"""Columns that a table without experts is written, and has its digest, without: as before there were any."""
 
 SHAPE: tuple[str, ...] = tuple(Records.SCHEMA)[: list(Records.SCHEMA).index("seconds")]
 """Columns that say what was timed and how: equal where two rows are timings of one thing."""

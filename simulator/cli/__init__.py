@@ -25,6 +25,7 @@ from simulator.cli import (
     figures,
     gemm,
     hardware,
+    methods,
     models,
     pareto,
     quality,
@@ -48,6 +49,7 @@ app.add_typer(engines.app, name="engines")
 app.command("gemm")(gemm.gemm)
 app.command("speedup")(speedup.speedup)
 app.command("explain")(explain.explain)
+app.command("methods")(methods.command)
 app.command("advise")(advise.command)
 app.command("sweep")(sweep.command)
 app.command("figures")(figures.figures)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from simulator.cli import options, render
 from simulator.cli.options import opt
@@ -18,13 +18,17 @@ if TYPE_CHECKING:
 
 Roofline = Annotated[str | None, opt("--roofline", "FILE", "Also draw the dense and the pruned GEMMs on the roofline.")]
 
+Sparsity = Annotated[str | None, opt("--sparsity", "FRACTION", "Fraction removed, or by part: attention=0.25,mlp=0.5.")]
+
 
 @options.expanded()
 def explain(
     model: options.Model,
     hardware: options.Hardware,
-    family: Annotated[str, opt("--family", "NAME", "One pruning family.")],
-    sparsity: Annotated[str, opt("--sparsity", "FRACTION", "Fraction removed, or by part: attention=0.25,mlp=0.5.")],
+    family: Annotated[str | None, opt("--family", "NAME", "One pruning family.")] = None,
+    method: Annotated[str | None, opt("--method", "NAME", "Or one published method: see prunesim methods.")] = None,
+    sparsity: Sparsity = None,
+    pruned: options.Pruned = None,
     run: options.Run = options.RUN,
     known: options.Known = options.KNOWN,
     ideal: options.Ideal = False,
@@ -40,13 +44,16 @@ def explain(
     engines stand side by side.
     """
     output = render.Output(json, figures=[figure, roofline])
-    if "," in family:
+    if family is not None and "," in family:
         raise InputError(f"--family {family!r}: expected one family to explain")
     from simulator.predict.table import explanations
 
-    devices, fraction = options.devices(hardware, same_stack), options.sparsity("--sparsity", sparsity)
-    asked, extra = known.added(run.asked()), options.settings("--option", option)
-    found = explanations(model, devices, family, fraction, **asked, ideal=ideal, options=extra)
+    devices = options.devices(hardware, same_stack)
+    fraction = None if sparsity is None else options.sparsity("--sparsity", sparsity)
+    models = [] if pruned is None else options.names("--pruned", pruned)
+    extra = options.settings("--option", option)
+    more: dict[str, Any] = {"method": method, "pruned": models, "ideal": ideal, "options": extra}
+    found = explanations(model, devices, family, fraction, **known.added(run.asked()), **more)
     rows = [
         {**asdict(e.record), "waterfall": [asdict(step) for step in e.steps], "conclusion": conclusion(e)}
         for e in found
@@ -72,16 +79,19 @@ def _by_engine(found: Sequence[Explanation]) -> list[list[Explanation]]:
     groups: dict[tuple[object, ...], list[Explanation]] = {}
     for e in found:
         r = e.record
-        groups.setdefault((r.hardware, r.phase, r.batch, r.seq), []).append(e)
+        groups.setdefault((r.hardware, r.phase, r.batch, r.seq, r.pruned), []).append(e)
     return list(groups.values())
 
 
 def _told(found: Sequence[Explanation]) -> list[str]:
-    """What a measured time says."""
+    """What a checkpoint is, what was pruned of it, and what a measured time says; each line once."""
     from simulator.predict.caveats import implied_line
+    from simulator.predict.choices import found_in
 
+    lines = [line for e in found for line in found_in(e.dense.meta.config, e.pruned.meta.config)]
     known = [(e.implied, e.hardware.label, e.dense_s) for e in found]
-    return [implied_line(told, label, dense_s) for told, label, dense_s in known if told is not None and dense_s]
+    lines += [implied_line(told, label, dense_s) for told, label, dense_s in known if told is not None and dense_s]
+    return list(dict.fromkeys(lines))
 
 
 def _print(together: Sequence[Explanation]) -> None:
@@ -98,7 +108,8 @@ def _print(together: Sequence[Explanation]) -> None:
         shown = [*columns, render.Column("what it is", [_cut(step.note, room) for step in first.steps], right=False)]
     r = first.record
     title = setting_title(replace(r, engine=", ".join(e.record.engine for e in together)))
-    render.show(shown, f"{r.family} {render.percent(r.sparsity)}, {r.hardware}: {title}")
+    name = f"{r.pruned or r.method} ({r.family})" if r.pruned or r.method else r.family
+    render.show(shown, f"{name} {render.percent(r.sparsity)}, {r.hardware}: {title}")
     print()
     for e in together:
         r = e.record

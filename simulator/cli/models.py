@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from simulator.cli import options, render
 from simulator.cli.options import arg, opt
 from simulator.errors import InputError
+
+if TYPE_CHECKING:
+    from simulator.models.config import ModelConfig
 
 app = typer.Typer(help="Models: list those known by name, show the shapes of one.")
 
@@ -21,20 +24,40 @@ def list_(json: options.Json = False) -> None:
 
     models = [load_model(name) for name in list_models()]
     if json:
-        print(render.json_lines([{**asdict(m), "parameters": m.parameters} for m in models]))
+        print(render.json_lines([_facts(m) for m in models]))
         return
     columns = render.columns(
         models,
         ("<name", lambda m: m.name),
         ("parameters", lambda m: f"{m.parameters:,}"),
+        ("active", lambda m: f"{m.active_parameters / 1e9:.3g}e9" if m.experts else ""),
         ("layers", lambda m: m.layers),
         ("hidden", lambda m: m.hidden),
         ("heads", lambda m: f"{m.heads}/{m.kv_heads}"),
-        ("inner", lambda m: m.inner),
+        ("inner", lambda m: m.inner or ""),
+        ("experts", lambda m: f"{m.experts}/{m.active:g}" if m.experts else ""),
         ("vocabulary", lambda m: f"{m.vocab:,}"),
         ("<architecture", lambda m: m.architecture),
     )
     render.show(render.narrowed(columns, 2))
+
+
+def _facts(model: ModelConfig) -> dict[str, Any]:
+    return {**asdict(model), "parameters": model.parameters, "active_parameters": model.active_parameters}
+
+
+def _shapes(model: ModelConfig) -> str:
+    """Shapes of the layers, of the usual one where they differ."""
+    kinds = len(set(model.layout))
+    layers = f"{model.layers} layers" + (f" of {kinds} kinds" if kinds > 1 else "")
+    heads = f"{model.heads} heads on {model.kv_heads} KV heads of {model.head_dim}"
+    if model.latent is not None:
+        heads = f"{model.heads} heads of {model.head_dim} on a latent of {model.latent.rank} + {model.latent.rotary}"
+    mlps = [f"{'gated' if model.gated else 'plain'} MLP of {model.inner}"] if model.inner else []
+    if model.experts:
+        mlps.append(f"{model.experts} experts of {model.expert_inner}, {model.active:g} a token")
+    usual = "mostly " if kinds > 1 else ""
+    return f"{layers}, hidden {model.hidden}, {usual}{heads}, {' beside '.join(mlps)}, vocabulary {model.vocab:,}"
 
 
 @app.command()
@@ -53,27 +76,22 @@ def show(
         raise InputError(f"batch {batch}, seq {seq}: expected whole numbers from 1 up")
     model = load_model(name)
     workload = lower(model, phase="prefill", batch=batch, seq=seq)
-    gemms = workload.take(workload.kind == Kind.GEMM)
+    gemms = workload.take((workload.kind == Kind.GEMM) | (workload.kind == Kind.EXPERTS))
     total = float(workload.flops.sum())
-    rows = [
-        {
-            "role": ROLES[gemms.role[i]],
-            **{key: int(getattr(gemms, key)[i]) for key in ("m", "n", "k")},
-            **{key: float(getattr(gemms, key)[i]) for key in ("count", "flops")},
-        }
-        for i in range(len(gemms))
-    ]
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}  # layers of other shapes may share some
+    for i in range(len(gemms)):
+        shape = {"role": ROLES[gemms.role[i]], **{key: int(getattr(gemms, key)[i]) for key in ("m", "n", "k")}}
+        row = rows.setdefault(tuple(shape.values()), {**shape, "count": 0.0, "flops": 0.0})
+        row |= {key: row[key] + float(getattr(gemms, key)[i]) for key in ("count", "flops")}
     if json:
-        print(render.json_lines([{**asdict(model), "parameters": model.parameters, "flops": total, "gemms": rows}]))
+        print(render.json_lines([{**_facts(model), "flops": total, "gemms": list(rows.values())}]))
         return
-    mlp = "gated MLP" if model.gated else "plain MLP"
+    active = f", {model.active_parameters:,} of them active" if model.experts else ""
     size = render.size(2.0 * model.parameters)
-    print(f"{model.name} ({model.architecture}): {model.parameters:,} parameters, {size} in 16 bits")
-    heads = f"{model.heads} heads on {model.kv_heads} KV heads of {model.head_dim}"
-    sizes = f"{mlp} of {model.inner}, vocabulary {model.vocab:,}"
-    print(f"{model.layers} layers, hidden {model.hidden}, {heads}, {sizes}\n")
+    print(f"{model.name} ({model.architecture}): {model.parameters:,} parameters{active}, {size} in 16 bits")
+    print(f"{_shapes(model)}\n")
     columns = render.columns(
-        rows,
+        list(rows.values()),
         ("<GEMM", lambda r: r["role"]),
         ("M", lambda r: r["m"]),
         ("N", lambda r: r["n"]),
@@ -82,3 +100,5 @@ def show(
         ("share of FLOPs", lambda r: render.percent(r["flops"] / total)),
     )
     render.show(columns, f"prefill, batch {batch}, seq {seq}: {total:.4g} FLOP")
+    if model.found:
+        render.note(model.found)

@@ -32,6 +32,7 @@ Model = Annotated[str, arg("MODEL", "Name of a model, or its Hugging Face config
 Hardware = Annotated[
     str, opt("--hardware", "LIST", "Devices: names, aliases or YAML files, NAME@STACK, separated by commas.")
 ]
+Method = Annotated[str | None, opt("--method", "LIST", "Published methods in place of families: see prunesim methods.")]
 SameStack = Annotated[
     bool, opt("--same-stack", None, "The software is the stack the profile was fitted on: narrower intervals.")
 ]
@@ -56,12 +57,19 @@ WeightDtype = Annotated[
 ]
 KvDtype = Annotated[str | None, opt("--kv-dtype", "NAME", "Format of the K/V cache; as --dtype if left out.")]
 Devices = Annotated[int, opt("--devices", "N", "Number of devices the model is spread over.")]
-Parallel = Annotated[str, opt("--parallel", "NAME", "How it is spread: tensor or pipeline.")]
+Parallel = Annotated[str, opt("--parallel", "NAME", "How it is spread: tensor, expert or pipeline.")]
+Skew = Annotated[
+    float | None,
+    opt("--skew", "X", "How unevenly tokens use routed experts: 0 alike, 1 the busiest 200 times the idlest."),
+]
 Ideal = Annotated[
     bool, opt("--ideal", None, "Leave out the work that pruning adds (routers, gathers): an upper bound.")
 ]
 Option = Annotated[
     list[str] | None, opt("--option", "NAME=VALUE", "Option of the family, such as inner=8810; may be repeated.")
+]
+Pruned = Annotated[
+    str | None, opt("--pruned", "LIST", "Pruned models that exist, in place of families: checkpoints, config.json.")
 ]
 Json = Annotated[bool, opt("--json", None, "Print JSON instead of a table.")]
 Figure = Annotated[str | None, opt("--figure", "FILE", "Also draw a figure: .pdf, .svg or .png.")]
@@ -82,12 +90,15 @@ class Run:
     kv_dtype: KvDtype = None
     devices: Devices = 1
     parallel: Parallel = "tensor"
+    skew: Skew = None
 
     def asked(self) -> dict[str, Any]:
         """Phases, batches, lengths, engines and setting, as :func:`simulator.table` takes them."""
         from simulator.predict.settings import Setting
 
-        formats = {name: getattr(self, name) for name in ("dtype", "weight_dtype", "kv_dtype")}
+        more: dict[str, Any] = {name: getattr(self, name) for name in ("dtype", "weight_dtype", "kv_dtype")}
+        if self.skew is not None:
+            more["skew"] = self.skew
         if self.concurrency is not None and (self.batch != "1" or self.phase != "serve"):
             raise InputError("--concurrency: expected with --phase serve, in place of --batch")
         return {
@@ -95,7 +106,7 @@ class Run:
             "batch": integers("--batch", self.batch) if self.concurrency is None else [self.concurrency],
             "seq": integers("--seq", self.seq),
             "engine": names("--engine", self.engine),
-            "setting": Setting(self.new_tokens, devices=self.devices, parallel=self.parallel, **formats),
+            "setting": Setting(self.new_tokens, devices=self.devices, parallel=self.parallel, **more),
         }
 
 
@@ -119,10 +130,7 @@ class Known:
 
         setting, (phase,), (batch,), (seq,) = (asked[name] for name in ("setting", "phase", "batch", "seq"))
         if self.dense_time is not None:
-            try:
-                seconds = parse_quantity(self.dense_time, "s")
-            except InputError as error:
-                raise InputError(f"--dense-time {self.dense_time!r}: {error}") from None
+            seconds = duration("--dense-time", self.dense_time)
         else:
             seconds = dense_seconds(self.dense_tokens_per_s, phase, batch, seq, setting.new_tokens)
         return asked | {"setting": replace(setting, dense_s=seconds)}
@@ -186,6 +194,18 @@ def devices(text: str, same_stack: bool = False) -> list[Any]:
     from simulator.hardware.library import load_hardware
 
     return [load_hardware(name, same_stack=True) for name in names("--hardware", text)]
+
+
+def duration(option: str, text: str) -> float:
+    """A time with its unit, s.
+
+    >>> duration("--latency", "12ms")
+    0.012
+    """
+    try:
+        return parse_quantity(text, "s")
+    except InputError as error:
+        raise InputError(f"{option} {text!r}: {error}") from None
 
 
 def integers(option: str, text: str) -> list[int]:

@@ -82,7 +82,7 @@ def command(
     if hardware is not None:
         given["gpus"] = once(reference(name) for name in options.names("--hardware", hardware))
     if family is not None:
-        from simulator.predict.table import families
+        from simulator.predict.choices import families
 
         given["families"] = families(options.names("--family", family))
     if sparsity is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from simulator.cli import options, render
@@ -16,12 +16,20 @@ if TYPE_CHECKING:
     from simulator.predict.rows import Record
 
 
+Sparsity = Annotated[
+    str | None,
+    opt("--sparsity", "LIST", "Fractions removed, each in [0, 1): 0.1,0.25,0.5, or those of a method's paper."),
+]
+
+
 @options.expanded()
 def speedup(
     model: options.Model,
     hardware: options.Hardware,
-    family: Annotated[str, opt("--family", "LIST", "Pruning families, or all.")] = "all",
-    sparsity: Annotated[str, opt("--sparsity", "LIST", "Fractions removed, each in [0, 1).")] = "0.1,0.25,0.5",
+    family: Annotated[str | None, opt("--family", "LIST", "Pruning families; all where none is named.")] = None,
+    method: options.Method = None,
+    pruned: options.Pruned = None,
+    sparsity: Sparsity = None,
     run: options.Run = options.RUN,
     known: options.Known = options.KNOWN,
     ideal: options.Ideal = False,
@@ -35,25 +43,30 @@ def speedup(
     """Predict how much faster a pruned model is.
 
     Every combination of the lists is predicted; one that a family does not support (2:4 at 0.25) is left out with a
-    note, or refused when the family is named alone.
+    note, or refused when the family is named alone. With --pruned, models that exist are compared with the dense one.
     """
     output = render.Output(json, csv, [figure])
-    chosen = options.names("--family", family)
+    chosen = None if family is None else options.names("--family", family)
+    methods = [] if method is None else options.names("--method", method)
+    models = [] if pruned is None else options.names("--pruned", pruned)
     extra = options.settings("--option", option)
-    if extra and (len(chosen) > 1 or chosen == ["all"]):
+    if extra and not methods and (chosen is None or len(chosen) > 1 or chosen == ["all"]):
         raise InputError("--option: expected one family, for options belong to a family")
     from simulator.predict.table import table
 
-    devices, fractions = options.devices(hardware, same_stack), options.fractions("--sparsity", sparsity)
+    devices = options.devices(hardware, same_stack)
+    fractions = None if sparsity is None else options.fractions("--sparsity", sparsity)
     asked = known.added(run.asked())
     with render.progress("predicting") as report:
-        found = table([model], devices, chosen, fractions, **asked, ideal=ideal, options=extra, progress=report)
+        more: dict[str, Any] = {"method": methods, "pruned": models, "ideal": ideal, "options": extra}
+        found = table([model], devices, chosen, fractions, **asked, **more, progress=report)
+    shown = [replace(r, family=r.pruned or r.method or r.family) for r in found]
     if output.write([asdict(r) for r in found]):
-        _print(found.records, memory)
+        _print(shown, memory)
     if figure:
         from simulator.cli.drawing import draw_speedups
 
-        draw_speedups(found.records, figure)
+        draw_speedups(shown, figure)
     for line in (*found.notes, *uncalibrated(found.records)):
         render.note(line)
 
@@ -114,7 +127,7 @@ def speedup_layouts(records: Sequence[Record]) -> Iterator[list[render.Column]]:
             del shared[1]
         if detail < 1:
             del shared[-1]
-        columns = [render.Column("family", labels, right=False)]
+        columns = [render.Column(_kind(records), labels, right=False)]
         columns += [render.Column(c.title, ["", *c.cells]) for c in shared]
         for h in hardware:
             found = [at.get((h, row)) for row in rows]
@@ -145,6 +158,11 @@ def speedup_layouts(records: Sequence[Record]) -> Iterator[list[render.Column]]:
     yield layout(detail=0, limit="", interval=False)
 
 
+def _kind(records: Sequence[Record]) -> str:
+    """What the names of rows are."""
+    return "model" if records[0].pruned else "method" if records[0].method else "family"
+
+
 def _crossed(records: Sequence[Record]) -> tuple[list[str], list[tuple[str, float]], dict[Any, Record]]:
     """Devices, rows (family, sparsity) in order, and the record where they meet."""
     hardware = list(dict.fromkeys(r.hardware for r in records))
@@ -168,7 +186,7 @@ def _print_serving(records: Sequence[Record]) -> None:
         rows = [(first.dense_tokens_per_s, first.dense_ttft_s, first.dense_tpot_s, first.dense_largest_batch), *rows]
         each = [(rate or 0.0) / first.devices for rate, *_ in rows]
         columns = [
-            render.Column("family", ["dense", *(r.family for r in mine)], right=False),
+            render.Column(_kind(mine), ["dense", *(r.family for r in mine)], right=False),
             render.Column("pruned", ["", *(render.percent(r.sparsity) for r in mine)]),
             render.Column("tokens/s\nper GPU", [f"{rate:,.0f}" for rate in each]),
             render.Column("time to\nfirst token", [render.seconds(ttft or 0.0) for _, ttft, _, _ in rows]),
@@ -187,7 +205,7 @@ def _print_memory(records: Sequence[Record]) -> None:
     first = records[0]
     needs = [render.size(first.dense_memory_bytes), *(render.size(r.pruned_memory_bytes) for r in any_of)]
     columns = [
-        render.Column("family", ["dense", *(name for name, _ in rows)], right=False),
+        render.Column(_kind(records), ["dense", *(name for name, _ in rows)], right=False),
         render.Column("pruned", ["", *(render.percent(s) for _, s in rows)]),
         render.Column("memory", needs),
     ]

@@ -73,6 +73,7 @@ class Engine:
     logits: str = "last"  # positions of a prefill that go through the head, or "all"
     graph: tuple[str, ...] = PASSES  # where no launch waits for the host
     cache: str = "paged"  # a decode step writes its own keys and values, or "copied": all of them, and heads repeated
+    experts: str = "grouped"  # routed experts run together, or "looped": one by one, launches are those of each
     launches: Mapping[str, int] = field(default_factory=dict)  # kernels of an operator by role; 0: part of another
     gap: HostTime = NOTHING  # idle between two kernels of a graph
     each_pass: HostTime = NOTHING  # the host's, before the next pass can start
@@ -185,7 +186,7 @@ def _read(path: Path) -> tuple[Engine | None, Problems]:
 
 _PLAIN = (
     "name", "title", "aliases", "stacks", "fuse", "logits", "graph", "cache", "launches", "quantize_fused", "one_token",
-    "prefill_wait", "own_code",
+    "prefill_wait", "own_code", "experts",
     "log_sd", "weight_only", "sparse24", "notes", "sources",
 )  # fmt: skip
 _NAME = Text((), "[a-z0-9][a-z0-9_.-]{0,63}", "a name of lower-case letters, digits, _ - and ., at most 64")
@@ -223,6 +224,7 @@ def _kinds(root: Node) -> Keys:
         "logits": Text(("last", "all")),
         "graph": Many(Text(PASSES)),
         "cache": Text(("paged", "copied")),
+        "experts": Text(("grouped", "looped")),
         "launches": role,
         "host": Keys({}, {"pass": time, "sequence": time, "gap": time}),
         "quantize_fused": share,

@@ -16,9 +16,10 @@ from simulator.errors import InputError
 from simulator.explore.state import State
 from simulator.figures.paper import BATCHES, LENGTHS
 from simulator.hardware.library import load_hardware
+from simulator.predict.choices import FamilyChoice
 from simulator.predict.crossover import fastest
 from simulator.predict.grid import Formats, Grid
-from simulator.predict.rows import FamilyChoice, Record, records
+from simulator.predict.rows import Record, records
 from simulator.predict.sweep import sweep_columns
 from simulator.predict.table import Explanation, Table, explanations, table
 from simulator.predict.words import uncalibrated

@@ -39,12 +39,12 @@ _LEGEND_PX = {WIDE: 840, PAGE: 560, PHONE: 270}
 # fmt: off
 MARKERS: Mapping[str, str] = MappingProxyType({
     "o": "circle", "s": "square", "D": "diamond", "^": "triangle-up", "v": "triangle-down", "P": "cross", "X": "x",
-    "d": "diamond-tall", "h": "hexagon", "<": "triangle-left", ">": "triangle-right",
+    "d": "diamond-tall", "h": "hexagon", "<": "triangle-left", ">": "triangle-right", "*": "star",
 })
 # fmt: on
 """Markers of matplotlib and what Plotly calls them."""
 
-LINES: Mapping[str, str] = MappingProxyType({"-": "solid", "--": "dash", ":": "dot"})
+LINES: Mapping[str, str] = MappingProxyType({"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"})
 
 QUIET: Mapping[str, Any] = MappingProxyType({"hoverinfo": "skip", "showlegend": False})
 """A trace that says nothing."""

@@ -18,7 +18,7 @@ from simulator.explore.commands import Command, commands
 from simulator.explore.state import State
 from simulator.figures.style import label
 from simulator.hardware.library import load_hardware
-from simulator.predict.caveats import PARTS
+from simulator.predict.caveats import PARTS, sections_of
 from simulator.predict.settings import batch_name
 from simulator.predict.words import conclusion, csv_text, setting_title
 from simulator.units import percent, ratio, seconds, seconds_between, size
@@ -26,6 +26,7 @@ from simulator.units import percent, ratio, seconds, seconds_between, size
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
     from simulator.predict.rows import Record
+    from simulator.workload import Workload
 
 # fmt: off
 UNITS = {
@@ -92,16 +93,17 @@ def table_csv(records: Sequence[Record]) -> str:
     return csv_text(rows) if rows else ""
 
 
-def uncalibrated_parts(hw: HardwareProfile, engine: str, phase: str, dtype: str) -> list[str]:
-    """What a prediction in an engine rests on that was not fitted on this GPU's own measurements.
+def uncalibrated_parts(hw: HardwareProfile, w: Workload) -> list[str]:
+    """What a prediction of a workload rests on that was not fitted on this GPU's own measurements.
 
-    >>> hw = load_hardware("rtx_4090")
-    >>> uncalibrated_parts(hw, "vllm", "decode", "bf16"), uncalibrated_parts(hw, "vllm", "decode", "fp32")[0]
-    ([], 'GEMMs')
+    >>> from simulator import load_model, lower
+    >>> hw, model = load_hardware("rtx_4090"), load_model("llama-3.2-1b")
+    >>> [uncalibrated_parts(hw, lower(model, phase="decode", dtype=dtype))[:1] for dtype in ("bf16", "fp32")]
+    [[], ['GEMMs']]
     """
-    served = hw.serving(load_engine(engine).stacks)
-    needed = {part: name for part, (name, phases) in PARTS.items() if phase in phases}
-    return [name for part, name in needed.items() if served.section(part, dtype).status != "calibrated"]
+    served, needed = hw.serving(load_engine(w.meta.engine).stacks), sections_of(w)
+    fitted = {part for part, label in needed.items() if served.section(part, label).status == "calibrated"}
+    return [name for part, name in PARTS.items() if part in needed and part not in fitted]
 
 
 def facts_html(answer: Answer, state: State) -> str:
@@ -113,9 +115,10 @@ def facts_html(answer: Answer, state: State) -> str:
     for r in answer.table.records:
         dense.setdefault(r.hardware, r)
     devices = {hw.label: hw for hw in map(load_hardware, answer.gpus)}
-    lacking = {name: uncalibrated_parts(hw, state.engine, state.phase, state.dtype) for name, hw in devices.items()}
+    dense_of = {e.record.hardware: e.dense for e in answer.details}
+    lacking = {name: uncalibrated_parts(hw, dense_of[name]) for name, hw in devices.items() if name in dense_of}
     pruned = {e.record.hardware: e.record for e in answer.details}
-    facts = (_fact(r, pruned.get(name), lacking[name]) for name, r in dense.items())
+    facts = (_fact(r, pruned.get(name), lacking.get(name, [])) for name, r in dense.items())
     return _items(facts, "facts") + f'<p class="engine">{escape(load_engine(state.engine).title)}.</p>'
 
 

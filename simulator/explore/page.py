@@ -24,7 +24,7 @@ from simulator.predict.settings import MAX_TOKENS
 from simulator.pruning import FAMILIES
 from simulator.workload import DTYPES, PHASES
 
-_SIGNS = dict(zip("osD^vPXdh", ("●○", "■□", "◆◇", "▲△", "▼▽", "✚✚", "✖✖", "◆◇", "⬢⬡")))
+_SIGNS = dict(zip("osD^vPXdh*", ("●○", "■□", "◆◇", "▲△", "▼▽", "✚✚", "✖✖", "◆◇", "⬢⬡", "★☆")))
 """Markers of families as characters, filled and hollow."""
 
 _BATCH = '<span class="batch">Batch</span><span class="concurrency">Concurrency</span>'

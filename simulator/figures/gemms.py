@@ -70,7 +70,7 @@ def _over_width(p: Paper, hw: HardwareProfile) -> Stairs:
     """The gate projection as its output narrows in steps of 16, down to half."""
     from simulator.figures.staircase import Stairs
 
-    inner, k = p.model.inner, p.model.hidden
+    inner, k = p.model.inner or p.model.expert_inner, p.model.hidden
     widths = np.arange(max(16, inner // 32 * 16), inner + 1, 16)
     t = gemm_time(p.seq, widths, k, hw, dtype=p.setting.dtype, level=p.setting.level)
     names = {"row": "pruned width", "column": hw.label, "x_label": "N (inner width kept)", "note": f"M {p.seq}, K {k}"}

@@ -19,10 +19,10 @@ from simulator.figures.gemms import scatter, staircase
 from simulator.figures.kept import SKIPPED_PAIRS, kept_axes
 from simulator.figures.panels import SPEEDUP, across, columns, device, fronts_of, placed, roof_of, speedups_of, steps_of
 from simulator.figures.style import label
-from simulator.figures.subject import Made, Paper
+from simulator.figures.subject import Made, NothingToDraw, Paper
 from simulator.models.library import load_model
 from simulator.predict.table import explanations, table
-from simulator.pruning import FAMILIES, prune
+from simulator.pruning import FAMILIES, GENERAL, prune
 from simulator.workload import ROLES
 
 if TYPE_CHECKING:
@@ -96,9 +96,12 @@ def _without_sparse24(p: Paper) -> str:
 def _taxonomy(p: Paper) -> Made:
     from simulator.figures.taxonomy import taxonomy_figure
 
-    kept = np.full((len(FAMILIES), len(OPERATORS), 3), np.nan)
+    if p.model.experts or p.model.latent:
+        raise NothingToDraw(f"taxonomy: is of plain projections; {p.model.name} has routed experts or latent attention")
+    general = {name: FAMILIES[name] for name in GENERAL}
+    kept = np.full((len(GENERAL), len(OPERATORS), 3), np.nan)
     adds, unfused = [], replace(p.setting, engine="")
-    for i, (name, family) in enumerate(FAMILIES.items()):
+    for i, (name, family) in enumerate(general.items()):
         phase = "prefill" if "prefill" in family.support else "decode"
         dense = unfused.lower(p.model, phase, 1, p.seq)
         pruned = prune(dense, name, MAP_SPARSITY)
@@ -107,8 +110,8 @@ def _taxonomy(p: Paper) -> Made:
         whole = prune(unfused.lower(p.model, "prefill", 1, p.seq), name, MAP_SPARSITY)
         extra = dict.fromkeys(ROLES[code] for code in whole.role[whole.overhead])
         adds.append(", ".join(extra) or ("one more GEMM each" if (pruned.stage == 2).any() else ""))
-    axes = [family.axis.replace("->", "→") for family in FAMILIES.values()]
-    figure = taxonomy_figure(list(FAMILIES), axes, list(OPERATORS), kept, adds)
+    axes = [family.axis.replace("->", "→") for family in general.values()]
+    figure = taxonomy_figure(list(general), axes, list(OPERATORS), kept, adds)
     caption = (
         "What each pruning family leaves of the logical M (tokens over all layers), N (output features) and K (input "
         f"features) of the GEMMs of {p.model.name} (projections as in the checkpoint, outside any engine) at "

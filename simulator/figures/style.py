@@ -60,6 +60,7 @@ LOOKS: MappingProxyType[str, Look] = MappingProxyType(
         "sparse_attention": Look(GREEN, "v", "--", True, label="sparse attention"),
         "token": Look(BLACK, "d", "--", True, label="token"),
         "kv_cache": Look(SKY, "h", "-", label="KV cache"),
+        "experts": Look(PURPLE, "*", "-.", label="experts"),
     }
 )
 """Look of each family, in the order of legends: static ones first."""

@@ -46,7 +46,7 @@ _ANCHOR: tuple[tuple[str, tuple[int, ...], str, float, float], ...] = (
     ("own", (), "(rows,)", 0.0, MOST_LOG**2),
     ("local", (), "(rows,)", 0.0, MOST_LOG),
     ("place", (3,), "(rows, 3)", -100.0, 100.0),
-    ("kind", (), "(rows,)", 0.0, float(len(Kind))),
+    ("kind", (), "(rows,)", 0.0, float(max(Kind))),
 )
 # fmt: on
 
@@ -171,7 +171,7 @@ def check_arrays(operator: str, arrays: Arrays) -> None:
             _check_lattices(arrays)
     elif operator == "anchor":
         _check_anchor(arrays)
-    elif operator in ("attention_prefill", "attention_decode", "elementwise") and "values" in arrays:
+    elif operator.startswith(("attention", "mla", "elementwise", "experts")) and "values" in arrays:
         _check_values(operator, arrays)
 
 
@@ -217,7 +217,8 @@ def _check_lattices(arrays: Arrays) -> None:
 
 
 def _check_values(operator: str, arrays: Arrays) -> None:
-    """The lattice of attention, over three coordinates, or that of each class of elementwise operators, over one."""
+    """The lattice of attention or experts, over three coordinates, or that of each class of elementwise operators, over
+    one."""
     values = arrays["values"]
     if operator == "elementwise":
         _need(arrays, "values", "start")

@@ -7,7 +7,7 @@ Use :data:`CONSTANTS` by operator of a profile. Beside them stand the vocabulari
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 
@@ -53,6 +53,8 @@ _CONTEXT = (f"fits on the context tables of {_AIC}: A100, L40S TRT-LLM, H100 sgl
     "head_dim 128")
 _GENERATION = (f"fits on the generation tables of {_AIC} (sglang: FlashAttention on A100 and H100, FlashInfer on L40S; "
     "bf16)")
+_MLA = (f"fits on the MLA tables of {_AIC} (TensorRT-LLM on A100, L40S, H100, RTX PRO 6000 and B200, decode on Hopper "
+    "SGLang's; bf16)")
 _STUDY = ("study of kernel tables (A100, H100): floors 1.6-3.8 us, 0.36-1.05 of the datasheet bandwidth; "
     "uncalibrated on this device")
 _RTX = f"fit on rtx4090_other_ops.csv (RTX 4090); elsewhere: {_STUDY}"
@@ -64,6 +66,8 @@ _LOADED = ("ampere: published prefill times on an A100 among the rows fitted on 
     "published_dense.csv); others: no sign of it (RTX PRO 6000, H100)")
 _NCCL = (f"NCCL and engine all-reduce tables of {_AIC} (a100_sxm, h100_sxm, b200_sxm, l40s, rtx_pro_6000_server; 2, 4 "
     "and 8 devices)")
+
+_MOE = (f"fits to the MoE tables of {_AIC}, bf16, tensor parallel alone; geometric mean over stacks")
 
 # unit, range, source, meaning, default by architecture
 
@@ -186,6 +190,40 @@ DECODE_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
         "time more of a cache whose KV heads serve several query heads: a CPU packs it", cpu=1.0, other=0.0),
 })
 
+
+
+_LATENT_ON = ("ampere", "ada", "hopper", "blackwell", "blackwell_sm100", "*")
+
+
+def _latent(registry: Mapping[str, Constant], **fitted: tuple[float, ...]) -> dict[str, Constant]:
+    """Constants of attention, some with defaults of their own for latent attention."""
+    own = {name: dict(zip(_LATENT_ON, values, strict=True)) for name, values in fitted.items()}
+    return {**registry, **{n: replace(registry[n], defaults=MappingProxyType(d), source=_MLA) for n, d in own.items()}}
+
+
+_PROMPT = _latent(PREFILL_CONSTANTS,
+    t0_s=(8.4e-6, 5.5e-6, 9.9e-6, 8.4e-6, 6.8e-6, 8e-6), e_tc=(0.54, 0.49, 0.75, 0.58, 0.78, 0.55),
+    exp_per_s=(5.1e10, 6.1e10, 5.8e10, 5.3e10, 8.3e10, 5.5e10), kappa=(1.36, 0.63, 1.73, 0.9, 2.9, 1.3),
+    tile_s=(2.3e-6, 2.1e-6, 2.4e-6, 2.6e-6, 2.2e-6, 2.3e-6), sequence_s=(7e-8, 2.7e-8, 5.7e-8, 3.6e-8, 6e-8, 5e-8),
+    e_io=(0.84, 0.64, 0.9, 0.89, 0.9, 0.8), l2_gain=(1.7, 7.4, 1.0, 2.6, 1.0, 1.5))
+_DECODE = _latent(DECODE_CONSTANTS,
+    t0_s=(7.2e-6, 3e-6, 8.3e-6, 5.6e-6, 1e-5, 7e-6), unit_s=(1e-9, 1.6e-6, 2.3e-6, 1e-9, 1e-9, 1e-9),
+    wide_s=(1e-10,) * 6, long_unit_s=(1e-9,) * 6, sequence_s=(5e-8, 3e-8, 2.4e-8, 1.9e-8, 3.4e-8, 3e-8),
+    unit_bytes_per_s=(9.6e9, 1.5e10, 5.2e10, 1.28e10, 1e12, 1.3e10), e_d=(0.55, 0.86, 0.95, 0.9, 0.72, 0.8),
+    split_s=(1.5e-6, 1.5e-6, 2.2e-6, 1.5e-6, 1e-9, 1.5e-6), merge_s=(2e-6, 2e-6, 4.1e-6, 2e-6, 5.5e-6, 2e-6),
+    l2_gain=(1.8, 2.8, 1.2, 2.2, 2.6, 1.8), rows=(64.0, 64.0, 64.0, 64.0, 128.0, 64.0),
+    units_per_sm=(1.0, 1.0, 1.0, 1.0, 2.0, 1.0), split_keys=(1e6, 1e6, 128.0, 1e6, 128.0, 1e6))
+MLA_PREFILL_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
+    **_PROMPT, "e_tc": replace(_PROMPT["e_tc"], high=2.2),
+})
+MLA_DECODE_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
+    **_DECODE, "split_keys": replace(_DECODE["split_keys"], high=1e6), "e_d": replace(_DECODE["e_d"], low=0.02),
+    "e_tc": _row("1", 0.05, 2.2, _MLA,
+        "share of the datasheet rate of the activations' format the two products reach; above 1 where they are in that "
+        "of a narrower cache, or where the work units hold what they take",
+        ampere=0.54, ada=0.53, hopper=2.2, blackwell=0.56, blackwell_sm100=2.2, other=0.55),
+})
+
 RUNTIME_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
     "graph_gap_s": _row("s", 0.0, 2e-5, _GRAPH,
         "idle time between two kernels of a CUDA graph that the kernels' own times do not hold yet", other=0.0),
@@ -217,6 +255,32 @@ COLLECTIVE_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
     "own_step_s": _row("s", 1e-8, 1e-4, _NCCL, "its second synchronising step, where it takes two", other=6e-6),
 })
 """By kind of link, "pcie" or any other, in place of the architecture."""
+
+EXPERTS_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
+    "t0_s": _row("s", 1e-6, 2e-4, _MOE, "fixed time of all kernels: sorting of tokens, products, activation, sum",
+        ampere=1.6e-5, ada=1.5e-5, hopper=2e-5, blackwell=1.2e-5, other=1.6e-5),
+    "expert_s": _row("s", 1e-11, 1e-6, _MOE, "what each expert held adds to that",
+        ampere=1.5e-8, ada=1.1e-8, hopper=8.6e-10, blackwell=2.2e-8, other=4.7e-9),
+    "depth_s": _row("s", 1e-12, 2e-8, _MOE, "what each feature of a token and of an expert adds: the main loops of "
+        "one tile",
+        ampere=3.7e-9, ada=3.8e-10, hopper=1.6e-9, blackwell=3.2e-9, blackwell_sm100=2.8e-10, other=1.2e-9),
+    "e_tc": _row("1", 0.05, 3.0, _MOE, "share of the datasheet rate that a tile without end would reach",
+        ampere=0.56, ada=0.69, hopper=0.8, blackwell=0.67, blackwell_sm100=0.94, other=0.74),
+    "tile_rows": _row("1", 0.5, 400.0, _MOE, "rows that starting a tile costs as much time as",
+        ampere=25, ada=46, hopper=48, blackwell=8.6, blackwell_sm100=45, other=32),
+    "e_d": _row("1", 0.1, 1.0, _MOE, "share of the datasheet bandwidth at which weights come from DRAM",
+        ampere=0.97, ada=0.78, hopper=0.98, blackwell=0.85, blackwell_sm100=0.98, other=0.93),
+    "e_io": _row("1", 0.03, 3.0, _MOE, "share of it at which activations are permuted, written, read and added up",
+        other=0.8),
+    "l2_gain": _row("1", 1.0, 10.0, _MOE, "rate of weights that lie in L2, in units of that of DRAM",
+        ampere=5, ada=6.7, hopper=1.7, blackwell=5.2, blackwell_sm100=1.5, other=3),
+    "l2_share": _row("1", 0.1, 4.0, _MOE, "weights touched, in units of the L2, at which half of them are found there",
+        ampere=0.4, ada=1.1, hopper=0.32, blackwell=1, other=0.54),
+    "narrow": _row("1", 0.1, 256.0, _MOE, "columns that every expert is as good as wider by",
+        ampere=7.5, ada=0.27, hopper=28, blackwell=0.17, blackwell_sm100=36, other=4.6),
+    "align": _row("1", 0.01, 10.0, _MOE, "time more of an expert whose width is no multiple of 16",
+        hopper=1.6, ada=0.4, blackwell=0.34, other=0.81),
+})
 # fmt: on
 
 CLASSES: tuple[str, ...] = ("norm", "final_norm", "rotary", "activation", "embedding", "copy", "select", "scatter")
@@ -250,9 +314,12 @@ CONSTANTS: Mapping[str, Mapping[str, Constant]] = MappingProxyType({
     "gemm": GEMM_CONSTANTS,
     "attention_prefill": PREFILL_CONSTANTS,
     "attention_decode": DECODE_CONSTANTS,
+    "mla_prefill": MLA_PREFILL_CONSTANTS,
+    "mla_decode": MLA_DECODE_CONSTANTS,
     "elementwise": ELEMENTWISE_CONSTANTS,
     "runtime": RUNTIME_CONSTANTS,
     "collective": COLLECTIVE_CONSTANTS,
+    "experts": EXPERTS_CONSTANTS,
 })
 """Constants by operator: those of each fitted section of a profile."""
 

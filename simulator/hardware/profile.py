@@ -30,7 +30,7 @@ ANY_DTYPE: tuple[str, ...] = ("runtime", "collective")
 """Those that hold for every number format: their sections have the dtype "*"."""
 
 LABELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"int8_wo": ("bf16", "fp16"), "int4_wo": ("bf16", "fp16"), "fp8_block": ("fp8",)}
+    {name: ("bf16", "fp16") for name in ("int8_wo", "int4_wo", "mxfp4_wo")} | {"fp8_block": ("fp8",)}
 )
 """Number formats of a section beside the arithmetic ones -> the arithmetic they need: 8- and 4-bit weights alone, and
 fp8 with a scale for every block of weights."""
@@ -271,7 +271,7 @@ def labels(rates: Iterable[str]) -> tuple[str, ...]:
     """Number formats that sections of a device with some rates may have.
 
     >>> labels(["fp16", "fp8"])
-    ('fp16', 'fp8', 'int8_wo', 'int4_wo', 'fp8_block')
+    ('fp16', 'fp8', 'int8_wo', 'int4_wo', 'mxfp4_wo', 'fp8_block')
     """
     known = tuple(rates)
     return *known, *(label for label, needed in LABELS.items() if any(dtype in known for dtype in needed))

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.errors import InputError
-from simulator.hardware.constants import DECODE_CONSTANTS, PREFILL_CONSTANTS
-from simulator.hardware.profile import SAME_STACK, unfitted
+from simulator.hardware.constants import CONSTANTS
+from simulator.hardware.profile import OTHER_STACK, SAME_STACK, unfitted
 from simulator.kernels import attention_core
 from simulator.kernels.gemm_core import ELEMENT_BYTES, WGMMA_ROWS, Machine
 from simulator.kernels.lattice import Lattice, decode_place, prefill_place
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile, Section
 
 F = NDArray[np.float64]
+
+_TRITON = ("sglang", "vllm")  # run Triton's kernels where no other was written for latent attention
 
 OTHER_KERNEL = 1.0
 """Octaves of head width that a window, or a cache of another format, counts for in how far a kernel is from a fitted
@@ -85,9 +87,11 @@ class _Ready:
     """What a profile says about one phase and two formats, as floats and arrays."""
 
     device: Machine
+    fastest: float  # FLOP/s of the arithmetic a kernel may use
     common: Mapping[str, float]
     variants: Variants
     narrow: bool  # a cache narrower than the arithmetic
+    makeshift: bool  # decode over a latent cache on a device that has no kernel of its own for it
     operator: str
     spread: Spread  # factors on the prior of its errors
     unknown: tuple[str, ...]  # columns of errors of what no fit has seen
@@ -102,21 +106,46 @@ class _Ready:
 @lru_cache(maxsize=128)
 def _ready(hw: HardwareProfile, operator: str, dtype: str, kv_dtype: str | None) -> _Ready:
     section, cache = hw.section(operator, dtype), kv_dtype or dtype
-    names = PREFILL_CONSTANTS if operator == "attention_prefill" else DECODE_CONSTANTS
-    machine, constants = Machine.of(hw, dtype), {name: section[name] for name in names}
+    machine, constants = Machine.of(hw, dtype), {name: section[name] for name in CONSTANTS[operator]}
     if cache not in ELEMENT_BYTES:
         raise InputError(f"dtype {cache!r} is unknown; expected one of {', '.join(ELEMENT_BYTES)}")
-    machine = replace(machine, weight_bytes=ELEMENT_BYTES[cache])
+    machine, fastest = replace(machine, weight_bytes=ELEMENT_BYTES[cache]), machine.peak_flop_per_s
+    if operator.startswith("mla") and cache in hw.rates:  # kernels of TensorRT-LLM compute in the format of the cache
+        fastest = max(fastest, hw.peak_flop_per_s(cache))
     unknown = unfitted(operator, section, hw.architecture)
     if unknown and hw.architecture == "hopper" and operator == "attention_decode":
         # the queries of a KV head fill the rows of an instruction: two FLOP a row for each element of the cache
         most = hw.section("gemm", dtype)["e_tc"] * machine.peak_flop_per_s / (2.0 * WGMMA_ROWS)
         share = most * ELEMENT_BYTES[cache] / machine.bandwidth_bytes_per_s
         constants["e_d"] = min(constants["e_d"], share)
-    shared, own = hw.spread(section)
-    spread = (SAME_KERNELS if shared == SAME_STACK else shared, own)
+    shared, local = hw.spread(section)
+    spread = (SAME_KERNELS if shared == SAME_STACK else shared, local)
+    narrow = ELEMENT_BYTES[cache] < machine.element_bytes
+    makeshift = operator == "mla_decode" and _makeshift(hw, section, narrow, shared)
     sure = operator.removeprefix("attention_"), spread, unknown, posterior_of(hw)
-    return _Ready(machine, constants, Variants.of(section), ELEMENT_BYTES[cache] < machine.element_bytes, *sure)
+    return _Ready(machine, fastest, constants, Variants.of(section), narrow, makeshift, *sure)
+
+
+def _makeshift(hw: HardwareProfile, section: Section, narrow: bool, shared: float) -> bool:
+    """Whether kernels of decode over a latent cache may be quite others than those fitted."""
+    if hw.architecture in ("hopper", "blackwell_sm100"):
+        # SGLang converts all the cache there is on Hopper, if it is of fp8: no time of the calls alone
+        own = section.stack == "sglang" == (hw.engine_stack or section.stack)
+        return own and narrow and hw.architecture == "hopper"
+    alike = not narrow and section.stack in _TRITON and hw.engine_stack in _TRITON
+    return shared >= OTHER_STACK and not alike
+
+
+def _operator(phase: str, value_dim: Any, latent: Any) -> tuple[str, dict[str, Any]]:
+    """Section of a profile for calls of a phase, and their options; those of one call are of one attention."""
+    if isinstance(value_dim, int) and not value_dim and latent is False:
+        return f"attention_{phase}", {}
+    mla = (np.asarray(value_dim) > 0) | np.asarray(latent, dtype=np.bool_)
+    if mla.any() and not mla.all():
+        raise InputError("value_dim, latent: expected all calls of plain attention, or none, got both")
+    if not mla.any():
+        return f"attention_{phase}", {}
+    return f"mla_{phase}", {"value_dim": np.asarray(value_dim), "latent": latent}
 
 
 def prefill_attention_time(
@@ -128,6 +157,8 @@ def prefill_attention_time(
     head_dim: Any,
     hw: HardwareProfile,
     *,
+    value_dim: Any = 0,
+    latent: Any = False,
     window: Any = 0,
     density: Any = 1.0,
     block: Any = 0,
@@ -142,14 +173,27 @@ def prefill_attention_time(
     All sizes are at least 1, ``q_len <= kv_len``; a ``window`` of 0 is none; ``density`` is the share of the query-key
     blocks computed and ``block`` their edge (0 where nothing is skipped): small blocks cost more than their share
     (uncalibrated: the interval is wider). ``kv_dtype`` is the format of the KV cache (default: the arithmetic's).
+
+    Multi-head latent attention: ``head_dim`` features of a query and a key, ``value_dim`` of a value (0: as many), and
+    ``latent`` where the values are the first features of the keys, which alone are stored. DeepSeek-V3's prompt has 192
+    and 128, its decode, whose queries took the weights in, 576 and 512 of one latent KV head. Such calls have sections
+    of their own.
+
+    >>> from simulator.hardware.library import load_hardware
+    >>> sizes = dict(batch=1, q_len=4096, kv_len=4096, heads=16, kv_heads=16, hw=load_hardware("h100"))
+    >>> split, wide = (prefill_attention_time(**sizes, head_dim=192, value_dim=v) for v in (128, 192))
+    >>> bool(split.seconds < wide.seconds)
+    True
     """
-    r = _ready(hw, "attention_prefill", dtype, kv_dtype)
-    a = r.calls(batch, q_len, kv_len, heads, kv_heads, head_dim, window=window, density=density, block=block)
+    operator, own = _operator("prefill", value_dim, latent)
+    r = _ready(hw, operator, dtype, kv_dtype)
+    a = r.calls(batch, q_len, kv_len, heads, kv_heads, head_dim, window=window, density=density, block=block, **own)
     which, far = r.variants.which(a, r.narrow)
     constants = r.variants.constants(r.common, which)
     work = attention_core.prefill_work(a, constants)
     parts = attention_core.prefill_core(work, r.device, constants)
-    residual = r.variants.residual(prefill_place(a.q_len, a.batch, a.heads, a.kv_heads), which)
+    sharing = a.heads if operator == "mla_prefill" else a.kv_heads  # keys of one head or of all
+    residual = r.variants.residual(prefill_place(a.q_len, a.batch, a.heads, sharing), which)
     return _finish(r, work, parts, residual, far, level)
 
 
@@ -161,6 +205,8 @@ def decode_attention_time(
     head_dim: Any,
     hw: HardwareProfile,
     *,
+    value_dim: Any = 0,
+    latent: Any = False,
     window: Any = 0,
     density: Any = 1.0,
     dtype: str = "bf16",
@@ -173,8 +219,9 @@ def decode_attention_time(
     As :func:`prefill_attention_time`, but ``density`` is the share of the cache read, and with ``cold`` it comes from
     DRAM, as in a model, whose other layers ran in between; else from L2 where it fits, as in a benchmark.
     """
-    r = _ready(hw, "attention_decode", dtype, kv_dtype)
-    a = r.calls(batch, 1, kv_len, heads, kv_heads, head_dim, window=window, density=density, warm=not cold)
+    operator, own = _operator("decode", value_dim, latent)
+    r = _ready(hw, operator, dtype, kv_dtype)
+    a = r.calls(batch, 1, kv_len, heads, kv_heads, head_dim, window=window, density=density, warm=not cold, **own)
     which, far = r.variants.which(a, r.narrow)
     work = attention_core.decode_work(a)
     parts = attention_core.decode_core(work, r.device, r.variants.constants(r.common, which))
@@ -188,9 +235,10 @@ def _finish(
     """Residual, floors of physics, interval, and the limit: the largest of the parts."""
     a = work.calls
     core = parts.total_s * np.exp(residual)
-    compute_s, bytes_s = work.flops / r.device.peak_flop_per_s, work.moved_bytes / r.device.bandwidth_bytes_per_s
+    compute_s, bytes_s = work.flops / r.fastest, work.moved_bytes / r.device.bandwidth_bytes_per_s
     floor = np.maximum(compute_s / r.device.headroom, 0.0 if a.warm else bytes_s)
-    unsure = doubt_of(r.operator, a, parts, spread=r.spread, far=far, unknown=r.unknown)
+    known = {"far": far, "unknown": r.unknown, "makeshift": r.makeshift}
+    unsure = doubt_of(r.operator, a, parts, spread=r.spread, **known)
     seconds, lower, upper = settle(core, floor, unsure, level, r.posterior)
     largest = np.argmax([np.broadcast_to(part, seconds.shape) for part in parts.by_limit.values()], axis=0)
     bound = np.array([BOUNDS.index(name) for name in parts.by_limit], dtype=np.int8)[largest]
@@ -200,10 +248,14 @@ def _finish(
 SAME_KERNELS = 0.1
 """Factor on what stacks differ by where a time is asked of the stack that was fitted: attention differs by 10 to 100 %
 between stacks, and by 2 to 6 % from what was fitted on its own."""
-LOCAL: Mapping[str, float] = {"prefill": 0.10, "decode": 0.16}
+LOCAL: Mapping[str, float] = {"prefill": 0.10, "decode": 0.16, "mla_decode": 0.05}
 """Log standard deviation of local errors by phase: between stacks they step apart by choice of kernel."""
 OWN: Mapping[str, tuple[float, float]] = {"prefill": (0.03, 0.014), "decode": (0.045, 0.017)}
-"""Log standard deviation of a shape's own error, and what a share of the launch of 1 adds to it, by phase."""
+OWN = {**OWN, "mla_decode": OWN["decode"]}
+MAKESHIFT = 1.5
+"""Log standard deviation, local, of decode over a latent cache where no kernel was written for it, in another stack
+than the one fitted: all but the GPUs of data centres from Hopper on. Kernels there split a cache or do not, and differ
+by up to 30 times."""
 
 
 def doubt_of(
@@ -214,10 +266,12 @@ def doubt_of(
     spread: Spread = (SAME_KERNELS, 1.0),
     far: Any = 0.0,
     unknown: tuple[str, ...] = (),
+    makeshift: bool = False,
 ) -> Doubt:
-    """What the times of calls of a phase ("prefill" or "decode") are unsure of, from the shares of their parts.
+    """What the times of calls of a phase (of :data:`LOCAL`) are unsure of, from the shares of their parts.
 
-    ``far`` is how far a call's kernel is from the nearest fitted one (:meth:`Variants.which`).
+    ``far`` is how far a call's kernel is from the nearest fitted one (:meth:`Variants.which`), ``makeshift`` whether
+    it may be quite another (:func:`_makeshift`).
     """
     shape = parts.total_s.shape
     shares: dict[str, Any] = {**parts.shares, **dict.fromkeys(unknown, 1.0)}
@@ -225,9 +279,14 @@ def doubt_of(
         shares["kernel"] = np.broadcast_to(far, shape)
     if np.any(np.asarray(a.density) < 1.0):
         shares["sparse"] = np.broadcast_to(np.asarray(a.density) < 1.0, shape)
+    phase = "prefill" if phase == "mla_prefill" else phase  # one pair of stacks tells no other prior
     base, launch = OWN[phase]
+    local: Any = LOCAL[phase]
+    if makeshift:
+        local = np.hypot(local, MAKESHIFT / spread[1] * (1.0 - parts.shares["launch"]))
     own = base**2 + (launch * parts.shares["launch"]) ** 2
-    length, kind = (a.q_len, Kind.PREFILL_ATTENTION) if phase == "prefill" else (a.kv_len, Kind.DECODE_ATTENTION)
+    decodes = phase.endswith("decode")
+    length, kind = (a.kv_len, Kind.DECODE_ATTENTION) if decodes else (a.q_len, Kind.PREFILL_ATTENTION)
     sizes = length, a.batch * a.kv_heads, a.heads / a.kv_heads
     place = np.log2([np.broadcast_to(size, shape).ravel() for size in sizes]).T
-    return Doubt.of(phase, shares, spread=spread, local=LOCAL[phase], own=own, place=place, kind=int(kind))
+    return Doubt.of(phase, shares, spread=spread, local=local, own=own, place=place, kind=int(kind))

@@ -47,6 +47,20 @@ class Calls:
     element_bytes: Any = 2.0  # of an activation
     cache_bytes: Any = 2.0
     warm: Any = False  # of decode: L2 may hold the cache, as in a benchmark that repeats one call
+    value_dim: Any = None  # features of a value, where they are others than of a key (0: they are not)
+    latent: Any = False  # values are the first features of the keys, and stored with them
+
+    @property
+    def sides(self) -> Any:
+        """Features of a key and a value of a head, over those of a key alone."""
+        if self.value_dim is None:
+            return 2.0
+        return np.where(np.asarray(self.value_dim) > 0, 1.0 + self.value_dim / self.head_dim, 2.0)
+
+    @property
+    def stored(self) -> Any:
+        """Features stored of a key and its value, over those of the key."""
+        return self.sides if self.latent is False else np.where(self.latent, 1.0, self.sides)
 
 
 @dataclass(frozen=True)
@@ -109,8 +123,9 @@ def prefill_work(a: Calls, c: Mapping[str, float]) -> PrefillWork:
         packed = np.minimum(all_tiles, a.batch * a.kv_heads * np.ceil(a.q_len * (a.heads / a.kv_heads) / TILE))
         all_tiles, all_blocks = packed, all_blocks * (packed / all_tiles)
     seen = np.where(window > 0, np.minimum(a.kv_len, a.q_len + window - 1.0), a.kv_len)
-    queries, keys = 2.0 * a.element_bytes * a.heads * a.q_len, 2.0 * a.cache_bytes * a.kv_heads * seen
-    flops = 4.0 * units * a.head_dim * attention_pairs(a.q_len, a.kv_len, window)
+    sides = a.sides
+    queries, keys = sides * a.element_bytes * a.heads * a.q_len, a.stored * a.cache_bytes * a.kv_heads * seen
+    flops = 2.0 * sides * units * a.head_dim * attention_pairs(a.q_len, a.kv_len, window)
     cost: F | float = 1.0
     if np.any(density < 1.0):
         # fewer blocks than a dense kernel, each of them dearer the smaller it is; a dense kernel is always to be had
@@ -123,7 +138,7 @@ def prefill_work(a: Calls, c: Mapping[str, float]) -> PrefillWork:
 
 def prefill_core(work: PrefillWork, device: Machine, c: Mapping[str, float]) -> Parts:
     """Time of prefill attention; throughput, longest chain and memory overlap in part: a 4/3-norm joins them."""
-    per_pair = 4.0 * device.sm_count / (c["e_tc"] * device.peak_flop_per_s)
+    per_pair = 2.0 * work.calls.sides * device.sm_count / (c["e_tc"] * device.peak_flop_per_s)
     block_s = (TILE * TILE * per_pair * work.calls.head_dim + TILE * TILE / c["exp_per_s"]) * work.cost
     starts = work.calls.batch * c["sequence_s"] + np.ceil(work.tiles / device.sm_count) * c["tile_s"]
     throughput = starts + work.blocks * block_s / device.sm_count
@@ -169,14 +184,16 @@ def decode_work(a: Calls) -> DecodeWork:
     """Keys, FLOPs and bytes of decode attention."""
     seen = np.where(np.asarray(a.window) > 0, np.minimum(a.kv_len, a.window), a.kv_len)
     kv = seen * np.asarray(a.density, dtype=np.float64)
-    pairs, key = a.batch * a.kv_heads, 2.0 * a.cache_bytes * a.head_dim
-    flops, io = 4.0 * a.batch * a.heads * a.head_dim * kv, 2.0 * a.element_bytes * a.batch * a.heads * a.head_dim
+    pairs, key, sides = a.batch * a.kv_heads, a.stored * a.cache_bytes * a.head_dim, a.sides
+    flops = 2.0 * sides * a.batch * a.heads * a.head_dim * kv
+    io = sides * a.element_bytes * a.batch * a.heads * a.head_dim
     return DecodeWork(a, kv, pairs, a.heads / a.kv_heads, key, flops, pairs * key * kv, io)
 
 
 def decode_core(work: DecodeWork, device: Machine, c: Mapping[str, float]) -> Parts:
     """Time of decode attention: memory and units, joined by a 2-norm, and what is fixed (merge, wide tile too)."""
-    slots, units = c["units_per_sm"] * device.sm_count, work.pairs * np.ceil(work.group / c["rows"])
+    slots = c["units_per_sm"] * device.sm_count
+    units = work.pairs * np.ceil(work.group / c["rows"] - 1e-4)  # of a kernel's factor on the rows the rounding
     splits = np.minimum(np.floor(slots / units), np.floor(work.kv / c["split_keys"]))
     long = work.kv >= c["long_keys"]
     splits = np.where(long, np.maximum(splits, 1.0), 1.0)
@@ -191,10 +208,13 @@ def decode_core(work: DecodeWork, device: Machine, c: Mapping[str, float]) -> Pa
     memory = (cache + work.io_bytes) / (c["e_d"] * device.bandwidth_bytes_per_s)
     merge = (splits > 1.0) * (c["split_s"] + 0.25 * c["merge_s"] * np.log2(splits)) + (work.group > TILE) * c["wide_s"]
     fixed = c["t0_s"] + merge
-    square = memory * memory + unit * unit
-    work_s = np.sqrt(square)
+    parts: dict[str, F | float] = {"memory": memory, "latency": unit}
+    if "e_tc" in c:  # many heads over one latent make products count, as they never do in plain attention
+        parts["compute"] = work.flops / (c["e_tc"] * device.peak_flop_per_s)
+    work_s = np.sqrt(sum(part * part for part in parts.values()))
     total = fixed + work_s
     rest = 1.0 / (total * work_s)
-    shares = {"launch": c["t0_s"] / total, "memory": memory * memory * rest, "latency": unit * unit * rest}
+    shares: dict[str, F] = {"launch": c["t0_s"] / total}
+    shares |= {name: part * part * rest for name, part in parts.items()}
     shares["merge"] = merge / total
-    return Parts(total, {"memory": memory, "latency": unit, "launch": fixed}, shares)
+    return Parts(total, {**parts, "launch": fixed}, shares)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from simulator.engines.engine import Engine
 from simulator.kernels.spread import COLUMNS, INDEX, posterior_of
 from simulator.kernels.stack import F, Stack
-from simulator.workload import ROLES, Phase
+from simulator.workload import ROLES, Kind, Phase, experts_touched
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
@@ -52,13 +52,13 @@ class Host:
         if hw.architecture == "cpu":
             return cls(np.zeros(groups.count.shape), 0.0, none[:, 0], none, 0.0, none, 0.0)
         waits = np.array([not engine.in_graph(name) for name in ("prefill", "decode")])
-        kernels = np.where(waits[groups.segment // 3], engine.kernels[groups.role], 0.0)
+        launched = np.where(waits[groups.segment // 3], launches(stack, engine), 0.0)
         begins = rows.is_role("embedding")
         steps = np.stack([stack.total(np.where(begins & (rows.phase == p), rows.count, 0.0)) for p in PHASES], axis=1)
         sequences = stack.total(np.where(begins & (rows.phase == Phase.DECODE), rows.count * rows.m, 0.0))
         if rows.meta.phase == "serve":  # prompts are computed in the steps of others
             steps[:, 0] = 0.0
-        launch = groups.count * kernels * launch_s
+        launch = launched * launch_s
         layers = groups.count[:, groups.role == _NORM].sum(axis=1)
         return cls(
             launch,
@@ -87,6 +87,18 @@ class Host:
             if launch[:, segment // 3 == p].any():  # no graph launches them
                 total[:, p], shown[:, p] = _beside(device, launch, segment, p, scheduled[:, p])
         return total + added, shown
+
+
+def launches(stack: Stack, engine: Engine) -> F:
+    """Kernels of each workload and group: those of an operator for each execution, of looped experts for each of them
+    that some token uses."""
+    groups, w = stack.groups, stack.rows
+    times, routed = groups.count, w.kind == Kind.EXPERTS
+    if engine.experts == "looped" and routed.any():
+        used = np.ones(len(w))
+        used[routed] = experts_touched(*(column[routed] for column in (w.m, w.experts, w.active, w.skew)))
+        times = groups.sums(w.count * used)
+    return np.asarray(times * engine.kernels[groups.role])
 
 
 def _beside(device: F, launch: F, segment: NDArray[Any], phase: int, after: F) -> tuple[F, F]:

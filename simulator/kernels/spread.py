@@ -47,9 +47,15 @@ COLUMNS: Mapping[str, float] = MappingProxyType({
     "prefill generic": 0.20, "prefill kernel": 0.12,
     "decode launch": 0.21, "decode memory": 0.12, "decode latency": 0.3, "decode merge": 0.5, "decode sparse": 0.10,
     "decode default": 0.20, "decode generic": 0.20, "decode kernel": 0.12,
+    "mla_decode launch": 0.08, "mla_decode memory": 0.03, "mla_decode latency": 0.12, "mla_decode compute": 0.08,
+    "mla_decode merge": 0.2, "mla_decode sparse": 0.10,
+    "mla_decode default": 0.20, "mla_decode generic": 0.20, "mla_decode kernel": 0.12,
     "elementwise launch": 0.15, "elementwise memory": 0.10, "elementwise l2": 0.20, "elementwise default": 0.28,
     "collective launch": 0.24, "collective link": 0.08, "collective step": 0.33, "collective pcie": 0.4,
     "collective topology": 0.5,
+    "experts launch": 0.35, "experts compute": 0.38, "experts memory": 0.07, "experts io": 0.5, "experts padding": 0.25,
+    "experts skew": 0.05, "experts alignment": 0.4, "experts quantised": 0.25, "experts scaled": 0.2,
+    "experts default": 0.2, "experts generic": 0.3,
     "host": 0.43,
 })
 # fmt: on
@@ -74,7 +80,7 @@ up to a factor of 3."""
 BEYOND_PER_OCTAVE = 0.06
 """Log standard deviation that an octave outside the measured sizes adds."""
 
-HOST_KIND = len(Kind)
+HOST_KIND = int(Kind.HOST)
 """In place of a kind of operator: rows that time the host. How they scatter says nothing of any kernel."""
 
 _CHUNK = 512
@@ -198,7 +204,7 @@ class Posterior:
     """The error model after some times were measured; what :meth:`of` finds, ready to be asked."""
 
     scale: F  # (c,) variance of the error of each of COLUMNS, the prior's being 1
-    noise: F  # factor on local and own variance, by kind of operator; HOST_KIND is the last
+    noise: F  # factor on local and own variance, by kind of operator
     multiplier: float  # half-width of a 90 % interval over the standard deviation
     shared: F  # (n, c) of the measured times
     local: F  # (n,)
@@ -218,7 +224,7 @@ class Posterior:
         multiplier, shrunk to the prior's by :data:`PRIOR_ROWS` rows.
         """
         y, n, columns = np.clip(log_ratio, -MOST_LOG, MOST_LOG), len(log_ratio), shared.shape[1]
-        s, w, factor = np.ones(columns), np.ones(n), np.ones(HOST_KIND + 1)
+        s, w, factor = np.ones(columns), np.ones(n), np.ones(max(Kind) + 1)
         alike = near(place, place) * np.outer(local, local) * (kind[:, None] == kind)
         e = np.maximum(own, 1e-6)
         for i in range(_ROUNDS + 1):

@@ -8,7 +8,8 @@ on a device. Counted for the device that holds most:
   ones).
 - cache: keys and values of the longest length a layer reaches, no more than its sliding window.
 - activations: two tensors of the residual stream, and the larger of q, k, v and the attention's output, of gate, up and
-  their product, and of the logits. One forward pass without chunks; an allocator's fragmentation is not in it.
+  their product, of what routed experts gather and compute, and of the logits. One forward pass without chunks; an
+  allocator's fragmentation is not in it.
 - a reserve for what no tensor shows: :data:`RESERVE_BYTES`.
 """
 
@@ -43,7 +44,7 @@ _SEGMENT = np.zeros(len(Part), dtype=np.int64)
 _SEGMENT[[Part.ATTENTION, Part.MLP]] = 1
 _SEGMENT[Part.HEAD] = 2
 
-_QKV, _WIDE = ([ROLES.index(name) for name in names.split()] for names in ("q k v qkv", "gate up gate_up"))
+_QKV, _WIDE = ([ROLES.index(name) for name in names.split()] for names in ("q k v qkv q_b kv_b", "gate up gate_up"))
 _O, _DOWN, _HEAD = (ROLES.index(name) for name in ("o", "down", "lm_head"))
 
 
@@ -165,7 +166,8 @@ class Stack:
         for column, many in ((role, len(ROLES)), (w.kernel, 8), (w.dtype, len(DTYPES)), (w.weight_dtype, len(DTYPES))):
             small = small * many + column
         columns = [small, w.m, w.n, w.k, w.batch, w.q_len, w.kv_len, w.heads, w.kv_heads, w.head_dim, w.window, w.block]
-        columns += [c.view(np.int64) for c in (w.density, w.read_bytes, w.write_bytes)]
+        columns += [w.experts, w.value_dim, w.latent]
+        columns += [c.view(np.int64) for c in (w.density, w.active, w.skew, w.read_bytes, w.write_bytes)]
         key = np.zeros(len(w), dtype=np.uint64)
         for column in columns:  # a mixing hash: what it makes equal is checked below
             key ^= np.ascontiguousarray(column).view(np.uint64)
@@ -259,7 +261,8 @@ def cache_bytes(stack: Stack) -> F:
     kv, window = w.kv_len[at], w.window[at]
     seen = np.where(window > 0, np.minimum(kv, window), kv)
     batch = w.batch[at] if stack.sequences is None else np.maximum(w.batch[at], stack.sequences[stack.owner[at]])
-    each = 2.0 * batch * w.kv_heads[at] * w.head_dim[at] * seen * DTYPE_BYTES[w.weight_dtype[at]]
+    latent, heads = w.latent[at], w.kv_heads[at] * (w.head_dim[at] + w.value_features[at])
+    each = batch * np.where(latent > 0, latent, heads) * seen * DTYPE_BYTES[w.weight_dtype[at]]
     start, size = np.maximum(w.layer[at], 0).astype(np.int64), np.maximum(w.layers[at], 1).astype(np.int64)
     span = int((start + size).max()) + 1
     # decodes of a generate have one row a length, of which the longest counts
@@ -296,7 +299,9 @@ def activation_bytes(stack: Stack) -> F:
     stream = np.maximum(largest("embedding", tokens * w.n), inner[:, _QKV + _WIDE].max(axis=1))
     attention = outer[:, _QKV].sum(axis=1) + inner[:, _O]
     mlp = outer[:, _WIDE].sum(axis=1) + inner[:, _DOWN]
-    widest_three = np.maximum(np.maximum(attention, mlp), outer[:, _HEAD])
+    # what routed experts gather, and their gate and up
+    routed = largest("experts", tokens * w.active * (w.k + 2.0 * w.n))
+    widest_three = np.maximum(np.maximum(attention, np.maximum(mlp, routed)), outer[:, _HEAD])
     return np.asarray((2.0 * stream + widest_three) * element + largest("all_gather", w.read_bytes))
 
 

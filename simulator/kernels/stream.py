@@ -21,8 +21,9 @@ from simulator.hardware.profile import label_of
 from simulator.kernels.attention import decode_attention_time, prefill_attention_time
 from simulator.kernels.collective import KINDS, collective_time
 from simulator.kernels.elementwise import elementwise_time
+from simulator.kernels.experts import experts_time
 from simulator.kernels.gemm import gemm_time
-from simulator.kernels.host import Host
+from simulator.kernels.host import Host, launches
 from simulator.kernels.spread import BOUNDS, COLUMNS, INDEX, Doubt, OpTime, PassDoubt, posterior_of
 from simulator.kernels.stack import F, Rows, Stack, sums
 from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, Kernel, Kind, Workload, dtype_code
@@ -30,16 +31,28 @@ from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, Kernel, Kind, Workloa
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
 
-_ATTENTION = "batch kv_len heads kv_heads head_dim window density"
+_ATTENTION = "batch kv_len heads kv_heads head_dim value_dim window density"
 _MODELS: Mapping[int, tuple[Callable[..., OpTime], str, str, Mapping[str, bool]]] = MappingProxyType(
     {
         int(Kind.GEMM): (gemm_time, "weight_dtype", "m n k kernel density", {"doubt": True}),
         int(Kind.PREFILL_ATTENTION): (prefill_attention_time, "kv_dtype", f"{_ATTENTION} q_len block", {}),
-        int(Kind.DECODE_ATTENTION): (decode_attention_time, "kv_dtype", _ATTENTION, {}),
+        int(Kind.DECODE_ATTENTION): (decode_attention_time, "kv_dtype", f"{_ATTENTION} latent", {}),
+        int(Kind.EXPERTS): (experts_time, "weight_dtype", "m n k experts active skew", {}),
     }
 )
 """Kinds whose rows have two number formats: the cost model, its name of the second format, the columns it takes, and
 options."""
+
+SECTIONS: Mapping[int, str] = MappingProxyType(
+    {
+        int(Kind.GEMM): "gemm",
+        int(Kind.PREFILL_ATTENTION): "attention_prefill",
+        int(Kind.DECODE_ATTENTION): "attention_decode",
+        int(Kind.ELEMENTWISE): "elementwise",
+        int(Kind.EXPERTS): "experts",
+    }
+)
+"""Parts of a profile by kind of operator; latent attention has its own, see :func:`section_of`."""
 
 TIMES = tuple(f.name for f in fields(OpTime) if f.name != "doubt")
 
@@ -48,11 +61,19 @@ _CACHE_WRITE = ROLES.index("cache_write")
 
 
 def by_formats(w: Workload, kind: int) -> Iterator[tuple[Rows, str, str]]:
-    """Rows of a kind by pair of number formats (one in nearly every workload)."""
+    """Rows of a kind by pair of number formats (one in nearly every workload), those of latent attention apart."""
     rows = np.flatnonzero(w.kind == kind)
-    codes = w.dtype[rows].astype(np.int64) * len(DTYPES) + w.weight_dtype[rows]
+    codes = (w.dtype[rows].astype(np.int64) * len(DTYPES) + w.weight_dtype[rows]) * 2 + (w.value_dim[rows] > 0)
     for code in sorted(set(codes.tolist())):
-        yield rows[codes == code], DTYPES[code // len(DTYPES)], DTYPES[code % len(DTYPES)]
+        yield rows[codes == code], DTYPES[code // 2 // len(DTYPES)], DTYPES[code // 2 % len(DTYPES)]
+
+
+def section_of(w: Workload, row: int) -> str:
+    """The part of a profile that times a row, "" for one that has none of its own."""
+    kind = int(w.kind[row])
+    if w.value_dim[row] > 0:
+        return "mla_prefill" if kind == Kind.PREFILL_ATTENTION else "mla_decode"
+    return SECTIONS.get(kind, "")
 
 
 def operator_times(w: Workload, hw: HardwareProfile, level: float = 0.9, engine: Engine | None = None) -> OpTime:
@@ -226,7 +247,7 @@ def passes(stack: Stack, hw: HardwareProfile, level: float = 0.9) -> Pass:
     row_s = each.seconds[which] * stack.rows.count * streams
     graph = np.array([engine.in_graph(name) for name in ("prefill", "decode")])[groups.segment // 3]
     idle = hw.section("runtime", "*")["graph_gap_s"] + (0.0 if hw.architecture == "cpu" else engine.gap.value)
-    gap = np.where(graph, groups.count * kernels * idle, 0.0)
+    gap = np.where(graph, launches(stack, engine) * idle, 0.0)
     host = Host.of(stack, engine, hw)
     return Pass(stack, hw, engine, each, streams, row_s, groups.sums(row_s) + gap, gap.sum(axis=1), host)
 
@@ -244,5 +265,6 @@ def refusal(stack: Stack) -> str:
     for code in np.unique(w.weight_dtype[narrow]).tolist():
         if DTYPES[code] not in engine.weight_only:
             have = ", ".join(engine.weight_only) or "none"
-            return f"{engine.name} has no kernels for {DTYPES[code]} weights alone; it has: {have}"
+            hint = "; dtype fp8 computes in them" if DTYPES[code] in ("fp8_block", "nvfp4") else ""
+            return f"{engine.name} has no kernels for {DTYPES[code]} weights alone; it has: {have}{hint}"
     return ""

@@ -1,79 +1,359 @@
-"""Whether the tensors of a checkpoint are what its ``config.json`` says: :func:`check_tensors`."""
+"""A model by what the tensors of its checkpoint are: :func:`from_tensors`.
+
+Each name stands for a tensor whose axes are widths of its layer; all that name one width must agree on it, and what is
+read from them must have the parameters that the headers say, to the last. What is stored packed
+:mod:`simulator.models.packed` reads.
+"""
 
 from __future__ import annotations
 
-import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from simulator.errors import InputError
-from simulator.models.config import ModelConfig
+from simulator.errors import InputError, one_line
+from simulator.models.config import Block, Latent, ModelConfig
+from simulator.models.difference import difference, runs
 from simulator.models.headers import Tensor
+from simulator.models.packed import FLOATS, PARTS, Weight, logical
 
-_PARAMETER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d{1,5})\.(.+\.(?:weight|bias))$")
-_MASK = "attention.bias"  # a buffer that GPT-NeoX saved
-_PACKED = (".qweight", ".weight_packed")  # GPTQ and AWQ, compressed-tensors
-_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+MAX_WIDTH = 10_000_000
+
+_NAME = re.compile(
+    r"(?:(?:_orig_mod|base_model|language_model|model|decoder|gpt_neox)\.)*(?:layers\.(\d{1,5})\.)?"
+    rf"(.+?)(?:(?:\.weight)?\.({'|'.join(PARTS)})|_(blocks|scales))?"
+)
+_BUFFER = re.compile(r"(?:.*[._])?(?:rotary_emb|inv_freq|masked_bias)(?:\..*)?")
+
+# Axes of a weight: h hidden, q and kv queries and keys, o what the output projection takes, i and e MLP and experts, E
+# experts, V vocabulary, P positions; 2i: two of i. A bias has the first of them.
+_ATTENTION, _MLP = r"(?:self_attn|attention|attn)\.", r"(?:mlp\.(?:shared_experts?\.)?)?"
+_EXPERT, _EXPERTS = r"(?:mlp|block_sparse_moe)\.experts\.\d{1,5}\.", r"(?:mlp|block_sparse_moe)\.experts\."
+# fmt: off
+_AXES = tuple((re.compile(pattern), tuple(axes.split())) for pattern, axes in {
+    _ATTENTION + "q_proj": "q h",
+    _ATTENTION + "[kv]_proj": "kv h",
+    _ATTENTION + "(?:qkv_proj|query_key_value)": "qkv h",
+    _ATTENTION + "(?:o_proj|out_proj|dense)": "h o",
+    _ATTENTION + "q_(?:norm|layernorm)": "q_norm",
+    _ATTENTION + "k_(?:norm|layernorm)": "k_norm",
+    _ATTENTION + "sinks": "heads",
+    _ATTENTION + "q_a_proj": "q_rank h",
+    _ATTENTION + "q_a_layernorm": "q_rank",
+    _ATTENTION + "q_b_proj": "q q_rank",
+    _ATTENTION + "kv_a_proj_with_mqa": "kv_a h",
+    _ATTENTION + "kv_a_layernorm": "rank",
+    _ATTENTION + "kv_b_proj": "kv_b rank",
+    _ATTENTION + "linear_attn": "h h",
+    _MLP + "(?:gate_proj|up_proj|fc1|dense_h_to_4h)": "i h",
+    _MLP + "gate_up_proj": "2i h",
+    _MLP + "(?:down_proj|fc2|dense_4h_to_h)": "h i",
+    "mlp.linear_mlp": "h h",
+    "(?:mlp|block_sparse_moe).(?:gate|router)": "E h",
+    "mlp.gate.e_score_correction_bias": "E",
+    "mlp.shared_expert_gate": "1 h",
+    _EXPERT + "(?:w1|w3|gate_proj|up_proj)": "e h",
+    _EXPERT + "(?:w2|down_proj)": "h e",
+    _EXPERTS + "gate_up_proj": "E h 2e",
+    _EXPERTS + "down_proj": "E e h",
+    _EXPERTS + "gate_up_proj_bias": "E 2e",
+    _EXPERTS + "down_proj_bias": "E h",
+    "(?:input|post_attention|pre_feedforward|post_feedforward|self_attn|final)_layer_?norm": "h",
+}.items())
+_OUTSIDE = tuple((re.compile(pattern), tuple(axes.split())) for pattern, axes in {
+    "embed_tokens|embed_in": "V h", "lm_head|embed_out": "V h", "embed_positions": "P h",
+    "norm|final_layer_?norm": "h",
+}.items())
+# fmt: on
+_MXFP4 = ("mxfp4", False)  # of routed experts alone
+_WIDE = re.compile(r".*(?:norm|router|\bgate|shared_expert_gate|sinks|bias)")
+"""Weights that stay in the format of the residual stream."""
 
 
-def check_tensors(model: ModelConfig, tensors: Mapping[str, Tensor], folder: str | Path) -> None:
-    """InputError, one line, where the decoder layers of a checkpoint hold other parameters than its configuration says:
-    it was pruned in a way that the configuration cannot tell, and would be timed as the dense model.
+@dataclass
+class _Part:
+    """The tensors of one layer, or of what is outside the layers (number -1)."""
 
-    Weights that are packed, several in one element, are not looked into.
+    where: str
+    number: int
+    modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    widths: dict[str, int] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)  # of a tensor that each width was read from
+    formats: dict[tuple[str, bool], str] = field(default_factory=dict)  # and of one stored in each
+    biases: set[str] = field(default_factory=set)  # modules that have one
+    parameters: int = 0
+
+    def name(self, module: str) -> str:
+        inside = f"layers.{self.number}.{module}" if self.number >= 0 else module
+        return f"{self.where}: tensor {one_line(inside, 80)}"
+
+    def put(self, width: str, size: int, name: str) -> None:
+        """Note one width; InputError where another tensor of the layer has another."""
+        if width.startswith("2"):
+            if size % 2:
+                raise InputError(f"{name}: expected two halves, got {size:,}")
+            width, size = width[1:], size // 2
+        if size > MAX_WIDTH:
+            raise InputError(f"{name}: expected widths up to {MAX_WIDTH:,}, got {size:,}")
+        if (known := self.widths.setdefault(width, size)) != size:
+            other = self.names.get(width, "the embedding or the number of experts")
+            raise InputError(
+                f"{name}: expected a width of {known:,} as {other.rsplit('tensor ')[-1]} has, got {size:,}"
+            )
+        self.names.setdefault(width, name)
+
+    def read(self, bits: int) -> None:
+        """All widths, formats and parameters of its modules."""
+        table = _AXES if self.number >= 0 else _OUTSIDE
+        found = {module: _axes(module, table) for module in self.modules}
+        fused = {axes[0]: 0 for axes in found.values() if len(axes) == 3}
+        count = len({m.split(".experts.")[1].split(".")[0] for m in found if re.match(_EXPERT, m)})
+        if count and not fused:
+            self.put("E", count, f"{self.where}: layer {self.number}")
+        # those that read the hidden size first: of the others' inputs some layouts tell but what is known by then
+        for module, axes in sorted(found.items(), key=lambda item: len(item[1]) == 2 and item[1][1] != "h"):
+            parts, name = self.modules[module], self.name(module)
+            if not axes:
+                if not (parts.keys() & {*PARTS[:5], "bias"}):
+                    continue  # scales of a cache
+                raise InputError(f"{name}: is none of a known layer; expected a merged model without further weights")
+            try:
+                weight = logical(parts, self.widths.get(axes[-1], 0), self.widths.get(axes[0], 0), bits)
+            except ValueError as error:
+                raise InputError(f"{name}: {error}") from None
+            if len(weight.shape) != len(axes):
+                raise InputError(f"{name}: expected {len(axes)} dimensions, got {len(weight.shape)}")
+            self.take(module, axes, weight, parts.get("bias"))
+
+    def take(self, module: str, axes: tuple[str, ...], weight: Weight, bias: Tensor | None) -> None:
+        name, size = self.name(module), 1
+        for width, length in zip(axes, weight.shape):
+            self.put(width, length, name)
+            size *= length
+        self.parameters += size
+        if not _WIDE.fullmatch(module) and module not in ("embed_tokens", "embed_in"):
+            self.formats.setdefault((weight.dtype, weight.sparse24), name)
+        if bias is not None:
+            if bias.shape != weight.shape[:1] or bias.dtype not in FLOATS:
+                raise InputError(f"{name}.bias: expected {weight.shape[0]:,} floats, one an output")
+            self.biases.add(module)
+            self.parameters += bias.elements
+
+    def divided(self, width: str, by: int, what: str, size: int | None = None) -> int:
+        size = self.widths[width] if size is None else size
+        if by <= 0 or size < 0 or size % by:
+            raise InputError(f"{self.names[width]}: expected a multiple of {what} {by:,}, got {size:,}")
+        return size // by
+
+    def has(self, pattern: str) -> bool:
+        return any(re.fullmatch(pattern, module) for module in self.modules)
+
+
+def _axes(module: str, table: Iterable[tuple[re.Pattern[str], tuple[str, ...]]]) -> tuple[str, ...]:
+    return next((axes for pattern, axes in table if pattern.fullmatch(module)), ())
+
+
+def from_tensors(model: ModelConfig, tensors: Mapping[str, Tensor], folder: str | Path) -> ModelConfig:
+    """The model that a checkpoint holds: widths, layers and formats of its tensors where its configuration says others,
+    which :attr:`ModelConfig.found` tells. What cannot be explained to the last parameter is refused in one line.
 
     >>> import simulator
-    >>> tensors = {f"layers.{i}.mlp.weight": Tensor("F16", (64, 64)) for i in range(16)}
-    >>> check_tensors(simulator.load_model("llama-3.2-1b"), tensors, "own")
+    >>> from_tensors(simulator.load_model("llama-2-7b"), {"model.layers.0.mlp.lora_A": Tensor("F16", (8, 8))}, "own")
     Traceback (most recent call last):
-    simulator.errors.InputError: own: layers 0-15 hold 4,096 parameters each, 60,821,504 by the config.json; ...
+    simulator.errors.InputError: own: holds no embed_tokens.weight of two dimensions; expected a whole model
     """
-    layers = _layers(tensors)
-    sizes = {i: sum(tensor.elements for tensor in layer.values()) for i, layer in sorted(layers.items())}
-    wrong = [i for i, size in sizes.items() if i >= model.layers or size != model.layer_parameters]
-    gone = [i for i in range(model.layers) if i not in sizes]
-    if not layers or not (wrong or gone):
-        return
-    said = [f"layers {_runs(gone)} are missing"] if gone else []
-    if wrong:
-        one, like = wrong[0], next((i for i in sizes if i not in wrong), None)
-        held = " to ".join(f"{size:,}" for size in sorted({f(sizes[i] for i in wrong) for f in (min, max)}))
-        shape = _other_shape(layers[one], layers[like]) if like is not None else ""
-        by_config = f"{model.layer_parameters:,} by the config.json"
-        said.insert(0, f"layers {_runs(wrong)} hold {held} parameters each, {by_config}{shape}")
-    advice = "its config.json alone is timed: correct it, or predict the pruning on the dense model (--family)"
-    raise InputError(f"{folder}: {' and '.join(said)}; {advice}")
+    outside, layers, beside = _sorted(model, tensors, str(folder))
+    tables = (outside.modules.get(name, {}).get("weight") for name in ("embed_tokens", "embed_in"))
+    table = next(filter(None, tables), None)
+    if table is None or len(table.shape) != 2:
+        raise InputError(f"{folder}: holds no embed_tokens.weight of two dimensions; expected a whole model")
+    if not layers:
+        raise InputError(f"{folder}: holds no decoder layers by a known name (model.layers.0.self_attn.q_proj.weight)")
+    hidden = table.shape[1]
+    for part in (outside, *layers):
+        part.widths |= {"h": hidden, "1": 1}
+        part.read(_bits(part, hidden))
+    heads = [name for name in ("lm_head", "embed_out") if name in outside.modules]
+    if not heads and not model.tied:
+        raise InputError(f"{folder}: holds no lm_head.weight, and its config.json does not tie it to the embedding")
+    formats = {key: name for part in reversed(layers) for key, name in part.formats.items()}
+    if len(formats) > 1 and formats.keys() != {_MXFP4, ("", False)}:
+        (one, first), (two, second) = sorted(formats.items())[:2]
+        second = second.rsplit("tensor ")[-1]
+        raise InputError(f"{first} is in {_format(*one)}, {second} in {_format(*two)}; expected one format for all")
+    if outside.formats.keys() - {("", False)}:
+        raise InputError(f"{next(iter(outside.formats.values()))}: expected a head of 16 bits")
+    stored, sparse24 = _MXFP4 if _MXFP4 in formats else next(iter(formats), ("", False))
+    latents = {_latent(part) for part in layers if "rank" in part.widths}
+    if len(latents) > 1:
+        raise InputError(f"{folder}: layers have latent attention of other ranks; expected one for all")
+    latent = next(iter(latents), None)
+    values: dict[str, Any] = {
+        **_flags(layers, model),
+        **{"hidden": hidden, "vocab": outside.widths["V"], "learned_positions": outside.widths.get("P", 0)},
+        **{"layers": len(layers), "numbers": tuple(part.number for part in layers), "latent": latent},
+        **{"windows": tuple(model.windows[part.number] for part in layers), "sparse24": sparse24},
+        **{"weight_dtype": stored},
+    }
+    if latent is not None:
+        values["head_dim"] = latent.plain + latent.rotary
+    real = replace(model, **values)
+    blocks = tuple(_block(part, real, model.layout[part.number]) for part in layers)
+    real = _of_blocks(real, blocks)
+    _check(real, layers)
+    stored_twice = real.tied * len(heads) * real.vocab * hidden
+    if (holds := outside.parameters + sum(part.parameters for part in layers) - stored_twice) != real.parameters:
+        raise InputError(
+            f"{folder}: holds {holds:,} parameters, its shapes make {real.parameters:,}: another final norm"
+        )
+    said = difference(model, real)
+    if real.parameters != model.parameters:
+        said += (f"{real.parameters:,} parameters, {model.parameters:,} by the config.json",)
+    if stored in ("fp8", "fp8_block", "nvfp4", "int8"):
+        said += (f"dtype {stored if stored == 'int8' else 'fp8'} computes in them",)
+    if beside:
+        said += (f"{beside:,} parameters beside the decoder are left out",)
+    return replace(real, found=f"{real.name} as its tensors are: {'; '.join(said)}" if said else "")
 
 
-def _layers(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-    """Parameters of each decoder layer by name; none where some are packed."""
-    found: dict[int, dict[str, Tensor]] = {}
+def _sorted(model: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> tuple[_Part, list[_Part], int]:
+    """Tensors outside the layers, of each layer, and the number of parameters that are no decoder's."""
+    outside, layers, beside = _Part(where, -1), dict[int, _Part](), 0
     for name, tensor in tensors.items():
-        inside = _PARAMETER.search(name)
-        if inside and inside[2] != _MASK:
-            if tensor.dtype not in _FLOATS:
-                return {}
-            found.setdefault(int(inside[1]), {})[inside[2]] = tensor
-        elif name.endswith(_PACKED):
-            return {}
-    return found
+        match = _NAME.fullmatch(name)
+        number, module, leaf, other = match.groups() if match else (None, name, None, None)
+        leaf = leaf or other or "weight"
+        if number is None and not _axes(module, _OUTSIDE):
+            beside += tensor.elements if tensor.dtype in FLOATS and not _BUFFER.fullmatch(name) else 0
+            continue
+        if _BUFFER.fullmatch(module) or (module in ("attention", "attn") and leaf == "bias"):
+            continue
+        part = outside if number is None else layers.setdefault(int(number), _Part(where, int(number)))
+        stored = part.modules.setdefault(module, {})
+        if leaf in stored:
+            raise InputError(f"{part.name(module)}: is there twice, under two names")
+        stored[leaf] = tensor
+    for number in [n for n, part in layers.items() if n >= model.layers]:
+        part = layers.pop(number)
+        if "eh_proj" not in part.modules:  # else it predicts a further token, and no decoder layer
+            raise InputError(
+                f"{where}: holds layer {number}; expected fewer than {model.layers}, as its config.json says"
+            )
+        beside += sum(t.elements for parts in part.modules.values() for t in parts.values())
+    return outside, [layers[number] for number in sorted(layers)], beside
 
 
-def _other_shape(layer: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> str:
-    """The largest tensor that has another shape in a layer than in one like the configuration."""
-    others = [name for name in like if name in layer and layer[name].shape != like[name].shape]
-    if not others:
-        return ""
-    name = max(others, key=lambda name: like[name].elements)
-    is_, was = (" x ".join(map(str, of[name].shape)) for of in (layer, like))
-    return f" ({name} is {is_}, not {was})"
+def _bits(part: _Part, hidden: int) -> int:
+    """Bits of compressed-tensors' packed integers, by what reads the hidden size; 0 where there are none."""
+    for module, parts in part.modules.items():
+        packed = parts.get("weight_packed")
+        if packed is not None and packed.dtype == "I32" and len(packed.shape) == 2 and packed.shape[1]:
+            axes = _axes(module, _AXES)
+            fits = [bits for bits in (4, 8) if -(-hidden * bits // 32) == packed.shape[1]]
+            if len(axes) == 2 and axes[1] == "h" and fits:
+                return fits[0]
+    return 0
 
 
-def _runs(numbers: Iterable[int]) -> str:
-    """Sorted numbers with runs drawn together: 0, 4-29."""
-    parts = []
-    for _, run in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
-        first, *_, last = [n for _, n in run] * 2
-        parts.append(str(first) if first == last else f"{first}-{last}")
-    return ", ".join(parts)
+def _latent(part: _Part) -> Latent | None:
+    """Latent attention by widths alone: q, kv_b and o are multiples of the heads; q + o - kv_b is the rotated part."""
+    width = part.widths
+    if missing := [name for name in ("q", "kv_a", "kv_b", "o") if name not in width]:
+        raise InputError(f"{part.where}: layer {part.number} has latent attention without {missing[0]}")
+    rotary = width["kv_a"] - width["rank"]
+    heads = part.divided("kv_a", rotary, "rotated features", width["q"] + width["o"] - width["kv_b"])
+    query, both, value = (part.divided(name, heads, "heads") for name in ("q", "kv_b", "o"))
+    return Latent(width.get("q_rank", 0), width["rank"], rotary, query - rotary, value) if both else None
+
+
+def _block(part: _Part, model: ModelConfig, old: Block) -> Block:
+    """Shapes of one layer."""
+    width, d, heads, kv_heads = part.widths, model.head_dim, 0, 0
+    has = {name: part.has(_ATTENTION + name) for name in ("linear_attn", "q_norm", "k_norm")}
+    if "rank" in width:
+        heads = kv_heads = part.divided("q", d, "the features of a head,")
+    elif "q" in width or "qkv" in width:
+        if "qkv" in width and "o" in width:
+            part.put("q", width["o"], part.names["o"])
+            part.put("2kv", width["qkv"] - width["q"], part.names["qkv"])
+        for name in ("q", "kv", "o"):
+            if name not in width:
+                raise InputError(f"{part.where}: layer {part.number} has attention without its {name} projection")
+            part.divided(name, d, "head_dim")
+        part.put("q", width["o"], part.names["o"])
+        heads, kv_heads = width["q"] // d, width["kv"] // d
+        if heads and (not kv_heads or heads % kv_heads):
+            raise InputError(f"{part.names['q']}: expected a multiple of {kv_heads} key/value heads, got {heads} heads")
+    own = {"heads": heads, "q_norm": d if model.qk_norm == "head" else heads * d}
+    own["k_norm"] = d if model.qk_norm == "head" else kv_heads * d
+    for name, size in own.items():
+        if width.get(name, size) != size:
+            raise InputError(f"{part.names[name]}: expected {size:,}, got {width[name]:,}")
+    experts = width.get("E", 0)
+    if experts and ("e" not in width or not old.active):
+        why = "but no expert" if "e" not in width else "of which its config.json names none"
+        raise InputError(f"{part.where}: layer {part.number} has {experts} experts {why}")
+    linear = tuple(n for n, m in (("attention", has["linear_attn"]), ("mlp", part.has("mlp.linear_mlp"))) if m)
+    active, wide = (min(old.active, experts), width["e"]) if experts else (0.0, 0)
+    return replace(
+        old, heads=heads, kv_heads=kv_heads, inner=width.get("i", 0), experts=experts, active=active,
+        expert_inner=wide, linear=linear,
+    )  # fmt: skip
+
+
+def _flags(layers: Iterable[_Part], model: ModelConfig) -> dict[str, bool | str]:
+    """Which biases and norms of a layer there are."""
+    biases = {module for part in layers for module in part.biases}
+    modules = {module for part in layers for module in part.modules}
+
+    def some(pattern: str, among: Iterable[str] = biases) -> bool:
+        return any(re.fullmatch(pattern, module) for module in among)
+
+    up = some(_MLP + "(?:gate_proj|up_proj|gate_up_proj|fc1|dense_h_to_4h)")
+    norms = {part.widths["q_norm"] for part in layers if "q_norm" in part.widths}
+    return {
+        "qkv_bias": some(_ATTENTION + "(?:[qkv]_proj|qkv_proj|query_key_value)"),
+        "o_bias": some(_ATTENTION + "(?:o_proj|out_proj|dense)"),
+        "mlp_bias": up,
+        "down_bias": not up and some(_MLP + "(?:down_proj|fc2|dense_4h_to_h)"),
+        "router_bias": some("(?:mlp|block_sparse_moe).(?:gate|router)") or some(".*e_score_correction_bias", modules),
+        "expert_bias": some(_EXPERTS + ".*_bias", modules),
+        "shared_gate": some("mlp.shared_expert_gate", modules),
+        "sinks": some(_ATTENTION + "sinks", modules),
+        "qk_norm": ("head" if norms == {model.head_dim} else "width") if norms else "",
+        "gated": model.gated and not some(_MLP + "(?:fc1|dense_h_to_4h)", modules),
+    }
+
+
+def _of_blocks(model: ModelConfig, blocks: tuple[Block, ...]) -> ModelConfig:
+    """The model with these layers; its usual one is the most frequent of them that is whole."""
+    most = Counter(blocks).most_common()
+    usual = next((block for block, _ in most if block.heads and (block.inner or block.experts)), most[0][0])
+    names = ("heads", "kv_heads", "inner", "experts", "active", "expert_inner")
+    real = replace(model, blocks=(), **{name: getattr(usual, name) for name in names})
+    return real if set(blocks) == set(real.layout) else replace(real, blocks=blocks)
+
+
+def _check(model: ModelConfig, layers: list[_Part]) -> None:
+    """InputError where layers hold other parameters than their shapes make, with a tensor that they have or lack unlike
+    the layer most like them that is right."""
+    made = [model.block_parameters(block) for block in model.layout]
+    names = [{*part.modules, *(f"{module}.bias" for module in part.biases)} for part in layers]
+    wrong = [i for i, part in enumerate(layers) if part.parameters != made[i]]
+    if not wrong:
+        return
+    one, why = wrong[0], "expected the biases and norms of its architecture"
+    if right := [i for i in range(len(layers)) if i not in wrong]:
+        like = min(right, key=lambda i: len(names[i] ^ names[one]))
+        odd = min(names[like] ^ names[one], default="")
+        has = "has" if odd in names[one] else "lacks"
+        why = f"unlike layer {layers[like].number}, it {has} {one_line(odd, 80)}" if odd else why
+    which = f"{layers[one].where}: layers {runs(layers[i].number for i in wrong)} hold"
+    raise InputError(f"{which} {layers[one].parameters:,} parameters, their shapes make {made[one]:,}: {why}")
+
+
+def _format(dtype: str, sparse24: bool) -> str:
+    return (dtype or "16 bits or more") + " as 2:4" * sparse24

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,10 @@ MAX_INDEX_BYTES = 16_000_000
 MAX_MARKS = 600_000
 """Most of , [ and { in one of them, each of which may start a value: what it takes in memory is bounded by it."""
 
-MAX_FILES, MAX_TENSORS, MAX_ELEMENTS = 4_096, 200_000, 2**44
+MAX_HEADERS_BYTES = 24_000_000
+"""Longest headers of one folder together; those of DeepSeek-V3 have 10 MB."""
+
+MAX_FILES, MAX_TENSORS, MAX_ELEMENTS, MAX_NAME = 4_096, 150_000, 2**44, 400
 
 # fmt: off
 BITS = MappingProxyType({
@@ -37,6 +41,9 @@ BITS = MappingProxyType({
 })
 # fmt: on
 """Bits of an element of each dtype of the format."""
+
+
+_PICKLE = re.compile(r"(?:pytorch_model|model|consolidated|checkpoint)\b.*\.(?:bin|pt|pth)|pytorch_model.*\.bin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +62,29 @@ def read_headers(folder: Path) -> dict[str, Tensor]:
     """Tensors of a folder by name, from its index or else all its ``*.safetensors``; none where there are no such
     files. Raises InputError, one line, for what is missing or no safetensors file."""
     found: dict[str, Tensor] = {}
+    room = MAX_HEADERS_BYTES
     for file in _files(folder):
-        for name, tensor in _header(file):
+        content, data = _content(file)
+        if (room := room - len(content)) < 0:
+            raise InputError(f"{folder}: headers of more than {MAX_HEADERS_BYTES / 1e6:g} MB")
+        for name, tensor in _tensors(content, data, file):
             if name in found:
                 raise InputError(f"{file}: tensor {_short(name)} is in another file too")
             found[name] = tensor
         if len(found) > MAX_TENSORS:
             raise InputError(f"{folder}: more than {MAX_TENSORS:,} tensors")
     return found
+
+
+def refuse_pickles(folder: Path) -> None:
+    """InputError where a folder without safetensors holds an adapter, or weights that only running them would read."""
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(f"{folder}: it holds a PEFT adapter: merge it into its base model first")
+    if names := sorted(p.name for p in folder.iterdir() if _PICKLE.fullmatch(p.name)):
+        right = (
+            "save the model as safetensors (save_pretrained, or safetensors.torch.save_model) or give config.json alone"
+        )
+        raise InputError(f"{folder}: {_short(names[0])} is a pickle, which is not opened: {right}")
 
 
 def _files(folder: Path) -> list[Path]:
@@ -85,8 +107,9 @@ def _files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _header(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of one file, each checked, none of whose bytes overlap."""
+def _content(path: Path) -> tuple[bytes, int]:
+    """Header of one file and the number of bytes behind it. A link is followed, as those of Hugging Face's cache must
+    be: of what it leads to, no byte is told."""
     try:
         with open(path, "rb") as file:
             size, first = os.fstat(file.fileno()).st_size, file.read(8)
@@ -96,14 +119,19 @@ def _header(path: Path) -> Iterator[tuple[str, Tensor]]:
                 raise InputError(f"{path}: is no safetensors file: its header would not fit into it{pointer}")
             if length > MAX_HEADER_BYTES:
                 raise InputError(f"{path}: header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} are read")
-            content = _parsed(file.read(length), path)
+            return file.read(length), size - 8 - length
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _tensors(header: bytes, room: int, path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of one file, each checked, none of whose bytes overlap."""
+    content = _parsed(header, path)
     if not isinstance(content, dict):
         raise InputError(f"{path}: is no safetensors file: its header is no JSON object")
     content.pop("__metadata__", None)
     end = 0
-    entries = [(name, *_entry(path, name, value, size - 8 - length)) for name, value in content.items()]
+    entries = [(name, *_entry(path, name, value, room)) for name, value in content.items()]
     for name, tensor, start, stop in sorted(entries, key=lambda entry: entry[2:]):
         if start < end:
             raise InputError(f"{path}: tensor {_short(name)}: its bytes overlap those of another")
@@ -114,6 +142,8 @@ def _header(path: Path) -> Iterator[tuple[str, Tensor]]:
 def _entry(path: Path, name: str, value: Any, room: int) -> tuple[Tensor, int, int]:
     """A tensor and where its bytes start and end."""
     where = f"{path}: tensor {_short(name)}"
+    if len(name) > MAX_NAME:
+        raise InputError(f"{where}: expected a name of at most {MAX_NAME} characters")
     if not isinstance(value, dict):
         raise InputError(f"{where}: expected dtype, shape and data_offsets")
     dtype, shape, offsets = (value.get(key) for key in ("dtype", "shape", "data_offsets"))

@@ -5,6 +5,10 @@ parts to the devices; the residual stream is whole on each. The row-parallel pro
 embedding end in an all-reduce, the logits in an all-gather (M. Shoeybi et al., "Megatron-LM", arXiv 1909.08053). Fewer
 key/value heads than devices are replicated. Rows then describe one device, and so do their parameters.
 
+*Expert* parallel is tensor parallel but for routed experts: each device holds whole ones, in equal parts, computes what
+its tokens ask of them, and the same all-reduce puts the outputs together. Every device sees all tokens, as attention is
+not split by sequences, so that nothing is sent from device to device before it.
+
 *Pipeline* parallel gives each device consecutive layers. One micro-batch passes all stages one after the other, so its
 latency is the sum over all layers, as on one device, and ``devices - 1`` sends; no throughput gain of several
 micro-batches in flight is claimed. Rows then describe the whole model; only memory is a matter of one device
@@ -16,9 +20,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from simulator.errors import InputError
-from simulator.models.config import ModelConfig
+from simulator.models.config import Block, ModelConfig
 
-PARALLEL: tuple[str, ...] = ("tensor", "pipeline")
+PARALLEL: tuple[str, ...] = ("tensor", "expert", "pipeline")
 """Names of the ways to use several devices."""
 
 
@@ -38,11 +42,22 @@ def shard(model: ModelConfig, devices: int, parallel: str) -> ModelConfig:
         raise InputError(f"{where} {model.layers} layers; a pipeline takes at most one device a layer")
     if parallel == "pipeline" or devices == 1:
         return model
-    for what, size in (("attention heads", model.heads), ("MLP width", model.inner), ("vocabulary", model.vocab)):
+
+    def part(what: str, size: int) -> int:
         if size % devices:
-            raise InputError(f"{where} {what} {size}; tensor parallel needs a number that divides it")
-    few, many = sorted((model.kv_heads, devices))
-    if many % few:
-        raise InputError(f"{where} {model.kv_heads} key/value heads; one number must divide the other")
-    shares = {name: getattr(model, name) // devices for name in ("heads", "inner", "vocab")}
-    return replace(model, kv_heads=max(1, model.kv_heads // devices), **shares)
+            raise InputError(f"{where} {what} {size}; {parallel} parallel needs a number that divides it")
+        return size // devices
+
+    def of_block(block: Block) -> Block:
+        heads, inner = part("attention heads", block.heads), part("MLP width", block.inner)
+        few, many = sorted((block.kv_heads, devices))
+        if few and many % few:
+            raise InputError(f"{where} {block.kv_heads} key/value heads; one number must divide the other")
+        share = replace(block, heads=heads, inner=inner, kv_heads=max(block.kv_heads // devices, int(block.heads > 0)))
+        if not block.experts:
+            return share
+        if parallel == "expert":
+            return replace(share, experts=part("experts", block.experts), active=block.active / devices)
+        return replace(share, expert_inner=part("experts of a width of", block.expert_inner))
+
+    return replace(model.each_block(of_block), vocab=-(-model.vocab // devices))  # engines pad its last part

@@ -1,14 +1,16 @@
-"""The inverse question: which pruning reaches a target speedup, and at which widths does it step?
+"""The inverse question: which pruning reaches a target?
 
-Use :func:`advise`. The least sparsity of every family is searched on a grid of sparsities, and then between the last
-that misses the target and the first that reaches it. Around it, for families that change widths, the aligned widths are
-timed one by one: time falls in steps, and a width just above a step wastes what the next one grants.
+Use :func:`advise`. Configurations (:mod:`simulator.predict.configurations`) reach it on all devices, engines and
+requests at once. Families are asked on one after the other: the least sparsity of each is searched on a grid of
+sparsities, and then between the last that misses the target and the first that reaches it. Around it, for families that
+change widths, the aligned widths are timed one by one: time falls in steps, and a width just above a step wastes what
+the next one grants.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
@@ -17,11 +19,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from simulator.errors import InputError
+from simulator.models.changes import content_of
 from simulator.models.library import load_model
-from simulator.predict.rows import Columns, FamilyChoice, Piece, columns_of, plain, work_of
+from simulator.predict.choices import FamilyChoice, families
+from simulator.predict.configurations import FAMILIES, KINDS, Configuration, Place, Target, configurations_of
+from simulator.predict.configurations import LARGEST_SPARSITY as LARGEST_SPARSITY
+from simulator.predict.rows import Columns, Piece, columns_of, plain, work_of
 from simulator.predict.settings import Setting, one_measured, profiles, requests_of, settings_of
 from simulator.predict.speedup import speedups
-from simulator.predict.table import families
 from simulator.pruning import prune
 
 if TYPE_CHECKING:
@@ -29,23 +34,21 @@ if TYPE_CHECKING:
     from simulator.models.config import ModelConfig
     from simulator.workload import Workload
 
-LARGEST_SPARSITY = 0.9
-"""Where the search ends: beyond it no published method keeps a model useful."""
-
 COARSE, FINE = 0.02, 0.001
 """Steps of the search, first and then between the two neighbours it found."""
 
 PAIRS: tuple[tuple[str, str], ...] = (
-    ("depth", "width"), ("depth", "semi_structured"), ("width", "semi_structured"),
+    ("depth", "semi_structured"), ("width", "semi_structured"),
     ("depth", "kv_cache"), ("width", "kv_cache"), ("depth", "token"),
 )  # fmt: skip
-"""Families that go together and are not the same lever twice."""
+"""Families that go together, are not the same lever twice, and not a configuration."""
 
 FORMATS: tuple[tuple[str | None, str | None], ...] = (("int8", None), ("int4", None), (None, "fp8"))
 """Formats of weights and cache to set beside pruning."""
 
 ALIGN = 16  # widths looked at are multiples of it, as the families round to
 REACH = 0.06  # how far around the width that was found, as a share of the dense one
+MOST_WIDTHS = 1000  # of a model that is wider than any, every so many
 STEPS = 3  # named at most
 STEEP = 3.0  # a step is a fall of the time so many times the average over its surroundings
 
@@ -105,6 +108,7 @@ class Alternative:
     phase: str
     batch: int
     seq: int
+    engine: str
     what: str
     speedup: float
     speedup_lower: float
@@ -114,17 +118,19 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Advised:
-    """Advice by family, best first for each device and request; what else there is; what was left out."""
+    """Advice by family, best first for each device and request; what else there is; what was left out; and
+    configurations, the one that keeps most parameters first."""
 
     advice: tuple[Advice, ...]
     alternatives: tuple[Alternative, ...]
     notes: tuple[str, ...]
+    configurations: tuple[Configuration, ...] = ()
 
 
 def advise(
     model: str | ModelConfig,
     hardware: Sequence[str | HardwareProfile],
-    target: float,
+    target: float | Target,
     phase: Sequence[str] = ("prefill",),
     batch: Sequence[int] = (1,),
     seq: Sequence[int] = (2048,),
@@ -134,8 +140,14 @@ def advise(
     setting: Setting | None = None,
     ideal: bool = False,
     quality: Quality = MappingProxyType({}),
+    odds: float = 0.5,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Advised:
-    """What reaches a target speedup (above 1); requests, engines and setting are those of :func:`simulator.table`.
+    """What reaches a target, a speedup above 1 unless told otherwise; requests, engines and setting are those of
+    :func:`simulator.table`.
+
+    ``odds`` are those with which a configuration must reach it, by its interval; ``progress`` is told steps done and
+    steps in all.
 
     >>> found = advise("llama-3.1-8b", ["h100"], 1.3, ["decode"], family=["depth", "unstructured"])
     >>> [(a.family, a.reached) for a in found.advice]
@@ -143,32 +155,51 @@ def advise(
     >>> 1.3 <= found.advice[0].speedup < 1.4
     True
     """
-    if not (np.isfinite(target) and 1.0 < target <= 1000.0):
-        raise InputError(f"target {target:g}: expected a speedup above 1, such as 1.5")
-    settings, chosen = settings_of(setting, engine), families(family)
+    target = target if isinstance(target, Target) else Target(target)
+    settings, chosen = settings_of(setting, engine), families(family, [load_model(model)])
     devices, requests = profiles(hardware), requests_of(phase, batch, seq)
     one_measured(settings[0], {"hardware": devices, "engine": settings}, requests)
     for name, values in {"hardware": devices, "family": chosen, "request": requests}.items():
         if not values:
             raise InputError(f"{name}: expected at least one")
+    shapes = load_model(model)
+    places = [Place.of(shapes, s, r, devices, target) for r, s in itertools.product(requests, settings)]
+    steps = itertools.count(1)
+
+    def step() -> None:
+        progress(next(steps), len(KINDS) + len(places) * len(devices))
+
     advice: list[Advice] = []
     others: list[Alternative] = []
+    configurations: list[Configuration] = []
     notes: dict[str, None] = {}
-    for (p, b, s), setting in itertools.product(requests, settings):
-        search = _Search(Piece(load_model(model), setting, p, ((b, s),), (), ideal), chosen, target, notes)
-        for hw in devices:
-            found, more = search.on(hw, quality)
-            advice, others = [*advice, *found], [*others, *more]
-    if not advice:
+    if set(chosen) & set(FAMILIES.values()) and max(t for place in places for t in place.targets) > 1.0:
+        configurations, said = configurations_of(shapes, places, chosen, odds, content_of(model, shapes), step)
+        notes |= dict.fromkeys(said)
+    for place in places:
+        meta = place.dense.meta
+        request = meta.phase, ((meta.batch, meta.seq),)
+        search = _Search(Piece(shapes, place.setting, *request, (), ideal), chosen, notes)
+        for hw, needed in zip(devices, place.targets):
+            if needed > 1.0:
+                found, more = search.on(hw, needed, quality)
+                advice, others = [*advice, *found], [*others, *more]
+            else:
+                where = f"{hw.label}, {place.setting.engine_name}, {meta.phase}, batch {meta.batch}, seq {meta.seq}"
+                notes[f"{where}: the dense model reaches it"] = None
+            step()
+    if not (advice or configurations) and min(t for place in places for t in place.targets) > 1.0:
         raise InputError("; ".join(notes) or "nothing to advise")
-    return Advised(tuple(advice), tuple(others), tuple(notes))
+    return Advised(tuple(advice), tuple(others), tuple(notes), tuple(configurations))
 
 
 class _Search:
     """One request: every family on the coarse grid, pruned once for all devices, and what is asked around it."""
 
-    def __init__(self, piece: Piece, chosen: Sequence[str], target: float, notes: dict[str, None]) -> None:
-        self.piece, self.target, self.notes = piece, target, notes
+    target: float
+
+    def __init__(self, piece: Piece, chosen: Sequence[str], notes: dict[str, None]) -> None:
+        self.piece, self.notes = piece, notes
         grid = [round(COARSE * i, 6) for i in range(1, round(LARGEST_SPARSITY / COARSE) + 1)]
         choices = tuple(itertools.product(map(FamilyChoice, chosen), grid))
         refused: list[tuple[Any, str]] = []
@@ -184,8 +215,9 @@ class _Search:
                 error = min(errors, key=lambda text: "at sparsity" in text)
                 notes[error if name in error else f"{name}: {error}"] = None
 
-    def on(self, hw: HardwareProfile, quality: Quality) -> tuple[list[Advice], list[Alternative]]:
+    def on(self, hw: HardwareProfile, target: float, quality: Quality) -> tuple[list[Advice], list[Alternative]]:
         """Advice of every family on a device, best first, and the alternatives there."""
+        self.target = target
         coarse = columns_of(self.coarse, [hw], _refuse)
         least, sure = (self.least(coarse, hw, name) for name in ("speedup", "speedup_lower"))
         family, advice = plain(coarse["family"]), []
@@ -252,7 +284,7 @@ class _Search:
         around = (1.0 - sparsity) * whole
         low = max(ALIGN, round((around - REACH * int(whole)) / ALIGN) * ALIGN)
         high = min(int(whole) // ALIGN * ALIGN, round((around + REACH * int(whole)) / ALIGN) * ALIGN)
-        widths = list(range(low, high + 1, ALIGN))
+        widths = list(range(low, high + 1, ALIGN * (1 + max(0, high - low) // (ALIGN * MOST_WIDTHS))))
         fractions = [1.0 - width / whole for width in widths]
         asked = [{"attention": sparsity, "mlp": f} if family == "width" else f for f in fractions]
         rows = self.rows([(family, choice) for choice in asked], hw)
@@ -308,7 +340,7 @@ class _Search:
         """Workloads in place of the dense one, timed."""
         meta, setting = self.dense.meta, self.piece.setting
         found = speedups(self.dense, [w for _, w in named], hw, setting.level, dense_s=setting.dense_s)
-        where = (meta.model, hw.label, meta.phase, meta.batch, meta.seq)
+        where = (meta.model, hw.label, meta.phase, meta.batch, meta.seq, setting.engine_name)
         ends = [(s.speedup, s.lower, s.upper, s.speedup >= self.target) for s in found]
         return [Alternative(*where, what, *end) for (what, _), end in zip(named, ends)]
 

@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 from simulator.engines.engine import load_engine
 from simulator.hardware.profile import label_of, unfitted
 from simulator.kernels.spread import OpTime, beyond
-from simulator.kernels.stream import by_formats, operator_times
+from simulator.kernels.stream import SECTIONS, by_formats, operator_times, section_of
 from simulator.units import seconds
-from simulator.workload import DTYPES, PHASES, ROLES, Kind, Workload
+from simulator.workload import DTYPES, ROLES, Kind, Workload
 
 if TYPE_CHECKING:
-    from simulator.engines.engine import Engine
     from simulator.hardware.profile import HardwareProfile
     from simulator.kernels.settled import Implied
 
@@ -26,16 +25,15 @@ BETTER, SHARE, OCTAVES = 1.03, 0.1, 1.0
 """Speedup over its roofline bound, share of the time, and octaves outside the measured sizes that are worth a word."""
 
 # fmt: off
-PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType({
-    "gemm": ("GEMMs", PHASES),
-    "attention_prefill": ("prefill attention", ("prefill", "generate", "serve")),
-    "attention_decode": ("decode attention", ("decode", "generate", "serve")),
-    "elementwise": ("elementwise operators", PHASES),
+PARTS: Mapping[str, str] = MappingProxyType({
+    "gemm": "GEMMs", "experts": "experts",
+    "attention_prefill": "prefill attention", "attention_decode": "decode attention",
+    "mla_prefill": "latent prefill attention", "mla_decode": "latent decode attention",
+    "elementwise": "elementwise operators",
 })
 # fmt: on
-"""Operators of a profile, what people call them, and the phases that have them."""
+"""Operators of a profile, and what people call them."""
 
-_SECTIONS = {Kind.GEMM: "gemm", Kind.PREFILL_ATTENTION: "attention_prefill", Kind.DECODE_ATTENTION: "attention_decode"}
 _ATTENTION = (Kind.PREFILL_ATTENTION, Kind.DECODE_ATTENTION)
 
 
@@ -61,27 +59,28 @@ def beyond_measured(w: Workload, hw: HardwareProfile) -> str:
     return ""
 
 
-def fallback(hw: HardwareProfile, engine: Engine, phase: str, dtype: str) -> str:
-    """Whose kernels stand in where a profile has none of the stack that an engine runs, else "".
+def fallback(hw: HardwareProfile, w: Workload) -> str:
+    """Whose kernels stand in where a profile has none of the stack that a workload's engine runs, else "".
 
     Nor had any GPU of its architecture any, where that is so; that a GPU alone is not calibrated is told elsewhere.
     A stack asked for by name is none that stands in.
 
-    >>> from simulator import load_hardware
-    >>> from simulator.engines.engine import load_engine
-    >>> fallback(load_hardware("h100"), load_engine("vllm"), "decode", "bf16")
+    >>> from simulator import load_hardware, load_model, lower
+    >>> w = lower(load_model("llama-3.1-8b"), phase="decode", dtype="fp16", engine="sglang")
+    >>> fallback(load_hardware("h100"), w)
     ''
-    >>> fallback(load_hardware("rtx_4090"), load_engine("sglang"), "decode", "bf16")
+    >>> fallback(load_hardware("rtx_4090"), w)
     "rtx_4090: sglang's kernels are not calibrated there (those of vllm stand in)"
-    >>> fallback(load_hardware("t4"), load_engine("vllm"), "decode", "fp16")
+    >>> fallback(load_hardware("t4"), w)
     't4: no GPU of its architecture (turing) was ever fitted: generic defaults'
     """
+    engine, dtype = load_engine(w.meta.engine), w.meta.dtype
     if "generic" in unfitted("gemm", hw.section("gemm", dtype), hw.architecture):
         return f"{hw.label}: no GPU of its architecture ({hw.architecture}) was ever fitted: generic defaults"
     if hw.pinned or not engine.stacks:
         return ""
     own, served = engine.stacks[0], hw.serving(engine.stacks)
-    stacks = {name: served.section(part, dtype).stack for part, (name, phases) in PARTS.items() if phase in phases}
+    stacks = {PARTS[part]: served.section(part, label).stack for part, label in sections_of(w).items() if part in PARTS}
     fitted = [stack for stack in stacks.values() if stack]
     out = []
     for stack in dict.fromkeys(fitted):
@@ -90,6 +89,15 @@ def fallback(hw: HardwareProfile, engine: Engine, phase: str, dtype: str) -> str
             some = "" if len(parts) == len(fitted) else f" for {' and '.join(parts)}"
             out.append(f"{own}'s kernels are not calibrated there{some} (those of {stack} stand in)")
     return f"{hw.label}: {'; '.join(out)}" if out else ""
+
+
+def sections_of(w: Workload) -> dict[str, str]:
+    """Parts of a profile that a workload needs, and the number format of the section of each."""
+    kinds = w.kind.astype(np.int64) * 2 + (w.value_dim > 0)
+    first = (int(row) for row in np.unique(kinds, return_index=True)[1])
+    found = {row: (DTYPES[w.dtype[row]], DTYPES[w.weight_dtype[row]]) for row in sorted(first)}
+    weights = (int(Kind.GEMM), int(Kind.EXPERTS))
+    return {section_of(w, r): label_of(*both) if w.kind[r] in weights else both[0] for r, both in found.items()}
 
 
 def better_than_bound(dense: Workload, pruned: Workload, hw: HardwareProfile, speedup: float, bound: float) -> str:
@@ -114,8 +122,9 @@ def better_than_bound(dense: Workload, pruned: Workload, hw: HardwareProfile, sp
         return f"{better} what goes (launches, host time, small operators) is farther from a roofline than what stays"
     kind, role = divmod(most, len(ROLES))
     row = np.flatnonzero((dense.kind == kind) & (dense.role == role))[0]
-    section = _times(dense, hw)[1].section(_SECTIONS.get(Kind(kind), "elementwise"), DTYPES[dense.dtype[row]])
-    what = PARTS[_SECTIONS[Kind(kind)]][0] if Kind(kind) in _ATTENTION else ROLES[role]
+    part = section_of(dense, row) or "elementwise"
+    section = _times(dense, hw)[1].section(part, DTYPES[dense.dtype[row]])
+    what = PARTS[SECTIONS[kind]] if kind in _ATTENTION else ROLES[role]
     at = " and ".join(f"{100.0 * s[most]:.0f} % {name}" for s, name in zip(share, ("dense", "pruned")))
     kernels = f"{section.stack}'s kernels" if section.stack else "its kernels"
     return f"{better} {kernels} run {what} at {at} of the roofline"

@@ -16,22 +16,14 @@ from numpy.typing import NDArray
 
 from simulator.kernels.settled import Implied, settled
 from simulator.kernels.stack import F, Rows, Stack
-from simulator.kernels.stream import Pass, passes
-from simulator.workload import DTYPES, Kind
+from simulator.kernels.stream import SECTIONS, Pass, passes, section_of
+from simulator.workload import DTYPES
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
 
 SAME_SHAPE = 0.99
 """Correlation of the errors of operators of which only the number changed: what a kernel's surroundings do is left."""
-
-SECTIONS = {
-    int(Kind.GEMM): "gemm",
-    int(Kind.PREFILL_ATTENTION): "attention_prefill",
-    int(Kind.DECODE_ATTENTION): "attention_decode",
-    int(Kind.ELEMENTWISE): "elementwise",
-}
-"""Sections of a profile, by the kind of operator."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +81,12 @@ class Pairs:
     def sections(self) -> dict[str, tuple[str, NDArray[np.bool_]]]:
         """Sections of a profile that are needed, the dtype of each, and the pairs that need it."""
         w, out = self.stack.rows, {}
-        for kind, name in SECTIONS.items():
-            rows = np.flatnonzero(w.kind == kind)
-            if len(rows):
-                has = np.bincount(self.stack.owner[rows], minlength=len(self.stack)) > 0
-                out[name] = DTYPES[w.dtype[rows[0]]], has | has[self.dense]
+        for kind in SECTIONS:
+            for latent in (False, True):
+                rows = np.flatnonzero((w.kind == kind) & ((w.value_dim > 0) == latent))
+                if len(rows):
+                    has = np.bincount(self.stack.owner[rows], minlength=len(self.stack)) > 0
+                    out[section_of(w, rows[0])] = DTYPES[w.dtype[rows[0]]], has | has[self.dense]
         return out
 
 

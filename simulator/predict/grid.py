@@ -21,9 +21,10 @@ from simulator.hardware.library import reference
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.models.lower import lower
-from simulator.predict.rows import FamilyChoice
-from simulator.predict.settings import MAX_TOKENS, PARALLEL, Setting, check_fraction
-from simulator.pruning import FAMILIES, prune
+from simulator.predict.choices import FamilyChoice
+from simulator.predict.settings import MAX_TOKENS, PARALLEL, Setting, check_fraction, once
+from simulator.pruning import FAMILIES, GENERAL, prune
+from simulator.pruning._methods import load_method
 from simulator.workload import DTYPES, PHASES
 
 MOST_POINTS = 100_000
@@ -117,7 +118,7 @@ class _Family:
     def read(self, node: Node, key: str, problems: Problems) -> tuple[FamilyChoice, ...]:
         if node.kind != "mapping":
             text = Text((*FAMILIES, "all")).read(node, key, problems)
-            return tuple(FamilyChoice(name) for name in (FAMILIES if text == "all" else [text]) if name)
+            return tuple(FamilyChoice(name) for name in (GENERAL if text == "all" else [text]) if name)
         found = []
         for name, (key_node, value) in node.entries.items():
             family = Text(tuple(FAMILIES)).read(key_node, join(key, name), problems)
@@ -186,6 +187,11 @@ def _model(text: str) -> str:
     return text
 
 
+def _method(text: str) -> str:
+    load_method(text)
+    return text
+
+
 def _engine(text: str) -> str:
     load_engine(text)
     return text
@@ -197,7 +203,7 @@ class Grid:
     the schema of its file.
 
     >>> grid = Grid(("llama-3.1-8b",), ("h100_sxm", "a100"), (0.25, 0.5), ("decode",), (1, 8), (2048,))
-    >>> grid.size == 2 * 2 * 2 * len(FAMILIES)
+    >>> grid.size == 2 * 2 * 2 * len(GENERAL)
     True
     """
 
@@ -209,10 +215,12 @@ class Grid:
     batches: Annotated[tuple[int, ...], _Numbers(Number(1, MAX_TOKENS, "64", whole=True))]
     # tokens (prefill) or cached positions (decode) of each sequence
     seqs: Annotated[tuple[int, ...], _Numbers(Number(1, MAX_TOKENS, "64", whole=True))]
-    families: Annotated[tuple[FamilyChoice, ...], _Families()] = tuple(map(FamilyChoice, FAMILIES))
+    # every family where neither they nor methods are named; the choices that methods are come to be among them
+    families: Annotated[tuple[FamilyChoice, ...], _Families()] = ()
     dtypes: Annotated[tuple[Formats, ...], _Axis(_Formats())] = (Formats(),)
     engines: Annotated[tuple[str, ...], _Axis(Checked(Text(), _engine))] = (DEFAULT_ENGINE,)  # names or paths
     devices: Annotated[tuple[int, ...], _Numbers(Number(1, 100_000, "2", whole=True))] = (1,)
+    methods: Annotated[tuple[str, ...], _Axis(Checked(Text(), _method))] = ()  # published ones
     # as in Setting, for the whole grid
     parallel: Annotated[str, Text(PARALLEL)] = "tensor"
     new_tokens: Annotated[int, Number(1, 1_000_000, "128", whole=True)] = 128
@@ -220,6 +228,8 @@ class Grid:
     level: Annotated[float, Number(0.01, 0.999, "0.9")] = 0.9
 
     def __post_init__(self) -> None:
+        families = self.families or (() if self.methods else map(FamilyChoice, GENERAL))
+        object.__setattr__(self, "families", once((*families, *map(FamilyChoice.of_method, self.methods))))
         for name in AXES:
             if not getattr(self, name):
                 raise InputError(f"{name}: expected at least one value")
@@ -244,8 +254,8 @@ def read_grid(path: str | Path) -> Grid:
     """The grid a YAML file describes; InputError, its first problem as ``file:line:column: key: reason``.
 
     An axis is a list, one value, or for numbers ``{from: 0.1, to: 0.9, step: 0.1}`` or ``{from: 1, to: 64, times: 2}``.
-    A family is a name, ``all``, or a mapping ``{width: {align: 64}}``; a dtype a name or ``{dtype: bf16, weight_dtype:
-    int4, kv_dtype: fp8}``.
+    A family is a name, ``all``, or a mapping ``{width: {align: 64}}``; ``methods`` are names of published ones, beside
+    the families named or in their place; a dtype is a name or ``{dtype: bf16, weight_dtype: int4, kv_dtype: fp8}``.
     """
     problems = Problems(str(path))
     text = read_text(Path(path), problems)

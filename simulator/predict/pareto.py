@@ -22,7 +22,8 @@ from simulator.errors import InputError, unknown
 from simulator.files.csv import read_csv
 from simulator.files.read import read_bounded
 from simulator.models.library import load_model
-from simulator.predict.rows import FamilyChoice, Piece, Record, columns_of, records, work_of
+from simulator.predict.choices import FamilyChoice
+from simulator.predict.rows import Piece, Record, columns_of, records, work_of
 from simulator.predict.settings import Setting, profiles, requests_of, settings_of
 from simulator.pruning import FAMILIES
 
@@ -206,6 +207,7 @@ def judge(points: Sequence[Point]) -> tuple[Point, ...]:
 def _point(row: QualityRow, record: Record, measured: Sequence[Measured]) -> Point:
     """A point, not yet judged."""
     shared = {f.name: getattr(of, f.name) for of in (row, record) for f in fields(Point) if hasattr(of, f.name)}
+    shared["method"] = row.method  # as the source names it; the record is of a family
     known = next((m for m in measured if m.fits(row.sparsity, shared)), None)
     if known:
         shared |= {"speedup": known.speedup, "speedup_lower": known.lower, "speedup_upper": known.upper, "limit": ""}

@@ -17,6 +17,7 @@ import numpy as np
 from simulator.errors import InputError
 from simulator.kernels.stack import Rows, Stack
 from simulator.pruning import FAMILIES, prune
+from simulator.pruning._methods import Method, load_method
 from simulator.workload import Phase, Workload, role_code
 
 if TYPE_CHECKING:
@@ -62,13 +63,23 @@ def _by_length(shapes: Sequence[tuple[int, int]]) -> list[Group]:
 
 
 def prune_all(
-    requests: Requests, family: str, sparsity: Any, *, ideal: bool = False, options: Mapping[str, Any] | None = None
+    requests: Requests,
+    family: str,
+    sparsity: Any,
+    *,
+    ideal: bool = False,
+    options: Mapping[str, Any] | None = None,
+    method: str = "",
 ) -> tuple[list[tuple[Group, Stack]], tuple[str, ...]]:
     """Requests pruned by a family, some at a time, and why others are refused; arguments as those of
-    :func:`simulator.prune`."""
+    :func:`simulator.prune`. A published method, where one is named, knows its families and options itself."""
     refused: dict[str, None] = {}
-    call = partial(prune, family=family, sparsity=sparsity, ideal=ideal, **(options or {}))
-    groups = requests.together[FAMILIES[family].together]
+    chosen = load_method(method) if method else FAMILIES[family]
+    if isinstance(chosen, Method):
+        call = partial(chosen.prune, sparsity=sparsity, ideal=ideal)
+    else:
+        call = partial(prune, family=family, sparsity=sparsity, ideal=ideal, **(options or {}))
+    groups = requests.together[chosen.together]
     return [part for group, joined in groups for part in _prune(requests, group, joined, call, refused)], tuple(refused)
 
 

@@ -7,6 +7,7 @@ as objects.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -20,9 +21,11 @@ from simulator.kernels.spread import BOUNDS
 from simulator.kernels.stack import F, Rows, Stack, activation_bytes, bytes_needed, cache_bytes
 from simulator.kernels.stream import refusal
 from simulator.models.library import load_model
+from simulator.predict.choices import Choice, Existing, FamilyChoice
 from simulator.predict.compare import Comparison, Pairs, compare, known
-from simulator.predict.requests import Requests, prune_all
+from simulator.predict.requests import Group, Requests, prune_all
 from simulator.predict.settings import Setting
+from simulator.pruning import FAMILIES
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
@@ -64,6 +67,7 @@ class Record:
     dense_tokens_per_s: float | None
     dense_ttft_s: float | None
     dense_tpot_s: float | None
+    pruned: str  # name of the pruned model, where one exists; "" for a family
     measured_bound: float | None
     efficiency: float
     limit_share: float
@@ -82,6 +86,7 @@ class Record:
     pruned_fits: bool
     dense_largest_batch: int  # sequences that fit
     pruned_largest_batch: int
+    method: str  # published one, "" where a family was asked for; its family may be two joined by "+"
 
 
 _TYPES = {"str": str, "float": float, "float | None": float, "int": int, "bool": bool}
@@ -113,22 +118,6 @@ def plain(column: Any) -> NDArray[Any]:
     """A column as an array; texts as objects."""
     return np.array(column.values, dtype=object)[column.codes] if isinstance(column, Text) else column
 
-
-@dataclass(frozen=True)
-class FamilyChoice:
-    """A family and the options it is run with."""
-
-    name: str
-    options: tuple[tuple[str, Any], ...] = ()  # sorted
-
-    @property
-    def label(self) -> str:
-        """The options as text: ``align=64``."""
-        return ",".join(f"{name}={value}" for name, value in self.options)
-
-
-Choice = tuple[FamilyChoice, Any]
-"""A family and its sparsity, of any form that :func:`simulator.prune` takes."""
 
 Refuse = Callable[[int | None, str, str], None]
 """Told what is left out: the place of a choice (None: the dense model), why, and the device ("": on all). May raise
@@ -191,19 +180,35 @@ def work_of(piece: Piece, refuse: Refuse) -> Work:
     unable = refusal(dense)
     if unable:
         refuse(None, unable, "")
-    for i, (family, sparsity) in enumerate(piece.choices):
-        parts, refused = prune_all(requests, family.name, sparsity, ideal=piece.ideal, options=dict(family.options))
+    for i, (chosen, sparsity) in enumerate(piece.choices):
+        parts, refused = _parts(piece, requests, chosen, sparsity)
         lacking = [unable or refusal(stack) for _, stack in parts]
         for reason in dict.fromkeys((*refused, *filter(None, lacking))):
             refuse(i, reason, "")
         found += [(i, group, stack) for (group, stack), reason in zip(parts, lacking) if not reason]
     request = np.array([r for _, group, _ in found for r in group], dtype=np.intp)
     stack = Stack.join([dense, *(stack for _, _, stack in found)])
-    applied = [stack.rows.meta.applied[-1] for _, _, stack in found]
-    of_parts = [i for i, _, _ in found], [a.sparsity for a in applied], [a.realised for a in applied]
+    steps, choices = [stack.rows.meta.applied for _, _, stack in found], [piece.choices[i] for i, _, _ in found]
+    realised_of = [1.0 - math.prod(1.0 - step.realised for step in each) for each in steps]  # as simulator.Speedup
+    asked_of = [share if chosen.method else each[-1].sparsity for (chosen, share), each in zip(choices, steps)]
+    of_parts = [i for i, _, _ in found], asked_of, realised_of
     choice, asked, realised = (np.repeat(values, [len(group) for _, group, _ in found]) for values in of_parts)
     pairs = Pairs(stack, np.r_[np.arange(len(requests.workloads)), request])
     return Work(piece, requests, pairs, request, choice.astype(np.intp), asked, realised)
+
+
+def _parts(
+    piece: Piece, requests: Requests, chosen: FamilyChoice | Existing, sparsity: Any
+) -> tuple[list[tuple[Group, Stack]], tuple[str, ...]]:
+    """Requests by one choice, some at a time, and why others are refused."""
+    if isinstance(chosen, Existing):
+        pruned = [chosen.pruned(dense, sparsity, piece.setting) for dense in requests.workloads]
+        return [((i,), Stack.of([w])) for i, w in enumerate(pruned)], ()
+    model = load_model(piece.model)
+    if not chosen.method and (lacks := FAMILIES[chosen.name].needs) and not getattr(model, lacks):
+        return [], (f"{model.name} has no routed {lacks}",)
+    how: dict[str, Any] = {"ideal": piece.ideal, "options": dict(chosen.options), "method": chosen.method}
+    return prune_all(requests, chosen.name, sparsity, **how)
 
 
 def columns_of(work: Work, hardware: Sequence[HardwareProfile], refuse: Refuse) -> Columns:
@@ -232,13 +237,15 @@ def columns_of(work: Work, hardware: Sequence[HardwareProfile], refuse: Refuse) 
         "hardware": (device, (hw.label for hw in hardware)),
         "family": (choice, (f.name for f in families)),
         "options": (choice, (f.label for f in families)),
+        "method": (choice, (f.method for f in families)),
+        "pruned": (choice, (f.title if isinstance(f, Existing) else "" for f in families)),
         "limit": (timed["limit"], BOUNDS),
         "model": (0, [load_model(piece.model).name]),
         "engine": (0, [setting.engine_name]),
         "phase": (0, [piece.phase]),
         "dtype": (0, [setting.dtype]),
-        "weight_dtype": (0, [setting.weight_dtype or setting.dtype]),
-        "kv_dtype": (0, [setting.kv_dtype or setting.dtype]),
+        "weight_dtype": (0, [setting.weight_dtype or load_model(piece.model).weight_dtype or setting.dtype]),
+        "kv_dtype": (0, [setting.cache_dtype]),
         "parallel": (0, [setting.parallel if setting.devices > 1 else "none"]),
     }
     values: dict[str, Any] = {
@@ -317,12 +324,9 @@ def _compared(work: Work, hw: HardwareProfile, refuse: Refuse) -> Iterator[tuple
 
 
 def records(columns: Columns) -> list[Record]:
-    """Rows as records, not known values as None, the realised sparsity as :class:`simulator.Speedup` composes it, to
-    the last digit."""
-    realised = 1.0 - (1.0 - columns["realised_sparsity"])
-    values = {**columns, "realised_sparsity": realised}
+    """Rows as records, not known values as None."""
     maybe = {f.name: f.type == "float | None" for f in fields(Record)}
-    lists = [known(values[name]) if yes else plain(values[name]).tolist() for name, yes in maybe.items()]
+    lists = [known(columns[name]) if yes else plain(columns[name]).tolist() for name, yes in maybe.items()]
     return [Record(*row) for row in zip(*lists)]
 
 
@@ -332,7 +336,7 @@ Notes = dict[str, list[float]]
 
 def note(notes: Notes, choice: Choice, reason: str, device: str) -> None:
     """Keep why a choice is left out."""
-    family, sparsity = choice[0].name, choice[1]
+    family, sparsity = choice[0].title, choice[1]
     if device:
         reason = f"{family} on {device}: {reason}"
     else:

@@ -12,10 +12,10 @@ from simulator.engines import DEFAULT_ENGINE
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError, unknown
 from simulator.hardware.library import load_hardware
-from simulator.models.lower import lower
+from simulator.models.lower import lower, stream_of
 from simulator.models.parallel import PARALLEL as PARALLEL
 from simulator.pruning import check_fraction as check_fraction
-from simulator.workload import DTYPES, PHASES
+from simulator.workload import DTYPES, EXPERT_SKEW, PHASES
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
@@ -39,6 +39,7 @@ class Setting:
     kv_dtype: str | None = None
     devices: int = 1
     parallel: str = "tensor"
+    skew: float = EXPERT_SKEW
     level: float = 0.9
     dense_s: float | None = None  # measured time of the dense model's pass
 
@@ -59,6 +60,11 @@ class Setting:
     def engine_name(self) -> str:
         """Name of the engine, also where it is a file."""
         return load_engine(self.engine).name
+
+    @property
+    def cache_dtype(self) -> str:
+        """Format of the cache: where none is asked for, the residual stream's."""
+        return self.kv_dtype or stream_of(self.dtype)
 
     def lower(self, model: ModelConfig, phase: str, batch: int, seq: int) -> Workload:
         """The dense workload of a model in this setting."""

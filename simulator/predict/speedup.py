@@ -6,20 +6,19 @@ vectorised pass), :func:`waterfall` for the named steps from the nominal 1/(1 - 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simulator.errors import InputError
 from simulator.kernels.elementwise import elementwise_time
 from simulator.kernels.gemm import gemm_ladder
 from simulator.kernels.spread import BOUNDS
 from simulator.kernels.stack import F, Stack
-from simulator.kernels.stream import Pass, by_formats, passes
-from simulator.predict.compare import SECTIONS, Comparison, Pairs, compare, known
+from simulator.kernels.stream import Pass, by_formats, passes, section_of
+from simulator.predict.applied import applied, as_pruned, one_setting
+from simulator.predict.compare import Comparison, Pairs, compare, known
 from simulator.workload import Kind, Workload
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ def speedups(
     columns |= {"limit": [BOUNDS[code] for code in columns["limit"]]}
     out = []
     for i, w in enumerate(pruned, start=1):
-        families, asked, realised = _applied(dense, w)
+        families, asked, realised = applied(dense.meta, as_pruned(dense, w).meta)
         steps: dict[str, Any] = {"family": families, "sparsity": asked, "realised_sparsity": realised}
         of_pair = {name: column[i] for name, column in columns.items()}
         out.append(Speedup(**of_pair, **steps, measured_bound=None, level=level))
@@ -103,17 +102,17 @@ def speedups(
 
 
 def pairs_of(dense: Workload, pruned: Sequence[Workload]) -> Pairs:
-    """Pruned workloads and their dense one, ready to be compared on many devices; all of one engine."""
+    """Pruned workloads and their dense one, ready to be compared on many devices; all of one setting."""
     for w in pruned:
-        if w.meta.engine != dense.meta.engine:
-            raise InputError(f"engine: the pruned model runs in {w.meta.engine!r}, the dense in {dense.meta.engine!r}")
+        one_setting(dense, w)
     return Pairs(Stack.of([dense, *pruned]), np.zeros(1 + len(pruned), dtype=np.intp))
 
 
 def speedup(
     dense: Workload, pruned: Workload, hw: HardwareProfile, level: float = 0.9, *, dense_s: float | None = None
 ) -> Speedup:
-    """Speedup of one pruned workload over its dense workload; see :func:`speedups`.
+    """Speedup of one pruned workload over its dense workload; see :func:`speedups`. The pruned one may be of a model of
+    its own, such as a checkpoint's, lowered in the same setting: what was pruned is then what tells the two apart.
 
     Examples
     --------
@@ -124,14 +123,6 @@ def speedup(
     True
     """
     return speedups(dense, [pruned], hw, level, dense_s=dense_s)[0]
-
-
-def _applied(dense: Workload, pruned: Workload) -> tuple[str, float, float]:
-    """Families that pruned a workload, and the fractions they removed together: asked for, and after rounding."""
-    steps = pruned.meta.applied[len(dense.meta.applied) :]
-    asked = float(1.0 - math.prod(1.0 - step.sparsity for step in steps))
-    realised = float(1.0 - math.prod(1.0 - step.realised for step in steps))
-    return "+".join(step.family for step in steps) or "none", asked, realised
 
 
 NOTES = {
@@ -158,7 +149,7 @@ def waterfall(
     Each step makes the cost model of both workloads one effect more real and takes the ratio again. The first is
     "nominal" with factor and speedup 1/(1 - s); the last has the predicted speedup.
     """
-    _, asked, realised = _applied(dense, pruned)
+    _, asked, realised = applied(dense.meta, as_pruned(dense, pruned).meta)
     pairs = pairs_of(dense, [pruned])
     stack, p = pairs.stack, passes(pairs.stack, hw)
     rungs, added = _ladder(p), stack.rows.overhead & (stack.owner > 0)
@@ -202,5 +193,5 @@ def _fixed(p: Pass) -> F:
             if kind == Kind.ELEMENTWISE:
                 out[rows] = elementwise_time(0.0, 0.0, p.hw, role=w.role[rows], dtype=dtype).seconds
             else:
-                out[rows] = p.hw.section(SECTIONS[kind], dtype)["t0_s"]
+                out[rows] = p.hw.section(section_of(w, rows[0]), dtype)["t0_s"]
     return out * w.count

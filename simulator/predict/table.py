@@ -13,28 +13,26 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from simulator.engines.engine import load_engine
-from simulator.errors import InputError, unknown
+from simulator.errors import InputError
 from simulator.kernels.settled import Implied
 from simulator.kernels.stack import Stack, memory
 from simulator.kernels.stream import passes
 from simulator.models.library import load_model
 from simulator.predict.caveats import BETTER, better_than_bound, beyond_measured, fallback, implied_line
+from simulator.predict.choices import Existing, choices_of, found_in
 from simulator.predict.compare import compare
-from simulator.predict.rows import FamilyChoice, Notes, Piece, Record, columns_of, note, note_lines, records, work_of
+from simulator.predict.rows import Notes, Piece, Record, columns_of, note, note_lines, records, work_of
 from simulator.predict.settings import (
     MAX_TOKENS,
     Setting,
     batch_name,
     check_fraction,
-    once,
     one_measured,
     profiles,
     requests_of,
     settings_of,
 )
 from simulator.predict.speedup import Step, pairs_of, waterfall
-from simulator.pruning import FAMILIES, prune
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
@@ -91,27 +89,17 @@ class Explanation:
         return better_than_bound(self.dense, self.pruned, self.hardware, r.speedup, r.roofline_bound)
 
 
-def families(names: Sequence[str]) -> tuple[str, ...]:
-    """Names of families, ``all`` standing for every one, in the order asked for and once each.
-
-    >>> families(["width", "depth", "width"])
-    ('width', 'depth')
-    """
-    for name in names:
-        if name != "all" and name not in FAMILIES:
-            raise unknown("family", name, [*FAMILIES, "all"])
-    return once(family for name in names for family in (FAMILIES if name == "all" else [name]))
-
-
 def table(
     models: Sequence[str | ModelConfig],
     hardware: Sequence[str | HardwareProfile],
-    family: Sequence[str] = ("all",),
-    sparsity: Sequence[float] = (0.1, 0.25, 0.5),
+    family: Sequence[str] | None = None,
+    sparsity: Sequence[float] | None = None,
     phase: Sequence[str] = ("prefill",),
     batch: Sequence[int] = (1,),
     seq: Sequence[int] = (2048,),
     *,
+    method: Sequence[str] = (),
+    pruned: Sequence[str | ModelConfig] = (),
     engine: Sequence[str] = (),
     setting: Setting | None = None,
     ideal: bool = False,
@@ -125,9 +113,15 @@ def table(
     models, hardware : sequences
         Names, paths or loaded ones; a device named twice counts once.
     family, sparsity : sequences
-        Keys of :data:`simulator.FAMILIES`, or ``all``; fractions removed, each in [0, 1).
+        Keys of :data:`simulator.FAMILIES`, or ``all``, as where none is named; fractions removed, each in [0, 1),
+        :data:`simulator.predict.choices.SPARSITIES` where none is given.
     phase, batch, seq : sequences
         Of :data:`simulator.workload.PHASES`; of sequences, and tokens (prefill) or cached positions (decode) of each.
+    method : sequence
+        Published methods in place of families, keys of :data:`simulator.METHODS`; where no sparsity is given, at those
+        that their papers report.
+    pruned : sequence
+        Pruned models that exist (paths of checkpoints), in place of families, beside one dense model.
     engine : sequence
         Names or paths (:func:`simulator.list_engines`); none: that of the setting.
     ideal : bool
@@ -150,11 +144,12 @@ def table(
     >>> len(found.notes)
     1
     """
-    chosen, fractions = families(family), once(check_fraction(s) for s in sparsity)
     requests, settings = requests_of(phase, batch, seq), settings_of(setting, engine)
     devices, loaded = profiles(hardware), [load_model(m) for m in models]
+    choices = choices_of(loaded, family, method, pruned, sparsity, options)
+    several = len({(choice.title, choice.label) for choice, _ in choices}) > 1
     axes: dict[str, Sequence[Any]] = {"model": loaded, "hardware": devices, "engine": settings}
-    axes |= {"family": chosen, "sparsity": fractions, "phase": phase}
+    axes |= {"phase": phase}
     for name, values in {**axes, "shape": batch and seq}.items():
         if not values:
             raise InputError(f"{name}: expected at least one")
@@ -162,19 +157,21 @@ def table(
         if b * s > MAX_TOKENS and set(phase) != {"decode"}:
             raise InputError(f"batch {b} x seq {s}: expected at most {MAX_TOKENS} tokens in a pass")
     one_measured(settings[0], axes, requests)
-    choices = tuple(itertools.product([FamilyChoice(f, tuple((options or {}).items())) for f in chosen], fractions))
     notes: Notes = {}
 
     def refuse(choice: int | None, reason: str, device: str) -> None:
-        if choice is None or len(chosen) == 1:
+        if choice is None or not several:
             raise InputError(reason)
         note(notes, choices[choice], reason, device)
 
     found: list[Record] = []
-    unfit: dict[str, None] = {}  # in order, once each
+    # in order, once each
+    models_of = [(m, one.model if isinstance(one, Existing) else m) for m in loaded for one, _ in choices]
+    unfit: dict[str, None] = {line: None for pair in models_of for line in found_in(*pair)}
     jobs = list(itertools.product(loaded, settings, requests))
     for done, (model, setting, (p, b, s)) in enumerate(jobs, start=1):
-        work = work_of(Piece(model, setting, p, ((b, s),), choices, ideal), refuse)
+        piece = Piece(model, setting, p, ((b, s),), choices, ideal)
+        work = work_of(piece, refuse)
         (dense,), need = work.requests.workloads, work.bytes_needed[0]
         if (reached := s + dense.meta.new_tokens) > model.max_positions:
             made = f"{model.name} is made for {model.max_positions} positions"
@@ -185,14 +182,15 @@ def table(
                 unfit[f"{where} {_too_large(dense, hw)}; its times are hypothetical"] = None
             if far := beyond_measured(dense, hw):
                 unfit[far] = None
-        rows = records(columns_of(work, devices, refuse))
+        columns = columns_of(work, devices, refuse)
+        rows = records(columns)
         for hw in devices:
             told = implied_by(dense, hw, setting)
             if told and setting.dense_s:
                 unfit[implied_line(told, hw.label, setting.dense_s)] = None
-            if stands_in := fallback(hw, load_engine(setting.engine), p, setting.dtype):
+            if stands_in := fallback(hw, dense):
                 unfit[stands_in] = None
-        unfit |= dict.fromkeys(_gains(rows, dense, devices, options or {}))
+        unfit |= dict.fromkeys(_gains(rows, columns["choice"], piece, dense, devices))
         found += rows
         if progress is not None:
             progress(done * len(devices), len(jobs) * len(devices))
@@ -210,16 +208,19 @@ def implied_by(dense: Workload, hw: HardwareProfile, setting: Setting) -> Implie
 
 
 def _gains(
-    rows: Sequence[Record], dense: Workload, devices: Sequence[HardwareProfile], options: Mapping[str, Any]
+    rows: Sequence[Record], choices: Any, piece: Piece, dense: Workload, devices: Sequence[HardwareProfile]
 ) -> Iterator[str]:
     """A note a device on the speedup that lies farthest above its roofline bound."""
     for hw in devices:
-        r = max((r for r in rows if r.hardware == hw.label), key=lambda r: r.speedup / r.roofline_bound, default=None)
-        if r is not None and r.speedup > BETTER * r.roofline_bound:
-            pruned = prune(dense, r.family, r.sparsity, ideal=r.ideal, **options)
+        mine = [(r, piece.choices[i]) for r, i in zip(rows, choices.tolist()) if r.hardware == hw.label]
+        if not mine:
+            continue
+        r, (chosen, sparsity) = max(mine, key=lambda row: row[0].speedup / row[0].roofline_bound)
+        if r.speedup > BETTER * r.roofline_bound:
+            pruned = chosen.pruned(dense, sparsity, piece.setting, piece.ideal)
             why = better_than_bound(dense, pruned, hw, r.speedup, r.roofline_bound)
             at = f"{r.phase}, batch {r.batch}, seq {r.seq}"
-            yield f"{hw.label}, {at}: {r.family} at {r.sparsity:g} ({r.speedup:.2f}x) is {why}"
+            yield f"{hw.label}, {at}: {chosen.title} at {r.sparsity:g} ({r.speedup:.2f}x) is {why}"
 
 
 def _too_large(dense: Workload, hw: HardwareProfile) -> str:
@@ -235,49 +236,54 @@ def _too_large(dense: Workload, hw: HardwareProfile) -> str:
 def explanations(
     model: str | ModelConfig,
     hardware: Sequence[str | HardwareProfile],
-    family: str,
-    sparsity: float | Mapping[str, float],
+    family: str | None = None,
+    sparsity: float | Mapping[str, float] | None = None,
     phase: Sequence[str] = ("prefill",),
     batch: Sequence[int] = (1,),
     seq: Sequence[int] = (2048,),
     *,
+    method: str | None = None,
+    pruned: Sequence[str | ModelConfig] = (),
     engine: Sequence[str] = (),
     setting: Setting | None = None,
     ideal: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> tuple[Explanation, ...]:
-    """The loss waterfall of one family at one sparsity (or a mapping from projection kind to fraction), for every
-    phase, batch, length, engine and device; see :func:`table`.
+    """The loss waterfall of one family at one sparsity (or a mapping from projection kind to fraction), of a
+    published method in its place, or of each of some pruned models, for every phase, batch, length, engine and device;
+    see :func:`table`.
 
     >>> import math
     >>> (e,) = explanations("llama-3.1-8b", ["h100"], "width", 0.25)
     >>> bool(abs(math.prod(step.factor for step in e.steps) - e.record.speedup) < 1e-9)
     True
     """
-    families([family])
+    config, devices = load_model(model), profiles(hardware)
+    if not pruned and family is None and method is None:
+        raise InputError("family: expected one family or method to explain, or a pruned model")
     if family == "all":
         raise InputError("family 'all': expected one family to explain")
-    fraction: Any = sparsity
+    given: Any = [0.0] if isinstance(sparsity, Mapping) else None if sparsity is None else [sparsity]
+    names = None if family is None else [family]
+    choices = choices_of([config], names, [method] if method else [], pruned, given, options)
+    if len(choices) > 1 and not pruned:
+        raise InputError(f"sparsity: expected one to explain {method or family}, such as {choices[0][1]:g}")
     if isinstance(sparsity, Mapping):
-        fraction = {kind: check_fraction(s) for kind, s in sparsity.items()}
-    else:
-        fraction = check_fraction(sparsity)
-    config, devices, options = load_model(model), profiles(hardware), options or {}
+        choices = ((choices[0][0], {kind: check_fraction(s) for kind, s in sparsity.items()}),)
     settings, requests = settings_of(setting, engine), requests_of(phase, batch, seq)
     one_measured(settings[0], {"hardware": devices, "engine": settings}, requests)
-    choices = ((FamilyChoice(family, tuple(options.items())), fraction),)
 
     def refuse(_choice: int | None, reason: str, _device: str) -> None:
         raise InputError(reason)
 
     out = []
-    for (p, b, s), setting in itertools.product(requests, settings):
-        work = work_of(Piece(config, setting, p, ((b, s),), choices, ideal), refuse)
+    for (p, b, s), setting, choice in itertools.product(requests, settings, choices):
+        work = work_of(Piece(config, setting, p, ((b, s),), (choice,), ideal), refuse)
         (dense,) = work.requests.workloads
-        pruned = prune(dense, family, fraction, ideal=ideal, **options)
+        w = choice[0].pruned(dense, choice[1], setting, ideal)
         for hw, record in zip(devices, records(columns_of(work, devices, refuse))):
             asked = 1.0 - (1.0 - record.sparsity)  # as simulator.Speedup composes it, to the last digit
-            steps = waterfall(dense, pruned, hw, dense_s=setting.dense_s)
+            steps = waterfall(dense, w, hw, dense_s=setting.dense_s)
             told = implied_by(dense, hw, setting)
-            out.append(Explanation(replace(record, sparsity=asked), steps, dense, pruned, hw, told, setting.dense_s))
+            out.append(Explanation(replace(record, sparsity=asked), steps, dense, w, hw, told, setting.dense_s))
     return tuple(out)

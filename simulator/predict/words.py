@@ -60,7 +60,8 @@ def conclusion(e: Explanation) -> str:
     r, losses = e.record, sorted((s for s in e.steps[1:] if s.factor < LOSS), key=lambda s: s.factor)
     gains = [s for s in e.steps[1:] if s.factor > 1 / LOSS and s.name != "rounding"]
     verdict = f"predicted {r.speedup:.2f}x ({r.speedup_lower:.2f}-{r.speedup_upper:.2f})"
-    promise = f"{r.family} at {percent(r.sparsity)} promises {e.steps[0].speedup:.2f}x"
+    what = f"{r.pruned} ({r.family})" if r.pruned else r.method or r.family
+    promise = f"{what} at {percent(r.sparsity)} promises {e.steps[0].speedup:.2f}x"
     text = f"{host_rules(e)}{promise}, {verdict} on {r.hardware} in {r.engine}, held by {r.limit}"
     if losses:
         text += ": lost to " + _and([f"{s.name} (x{s.factor:.2f})" for s in losses[:3]])

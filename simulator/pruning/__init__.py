@@ -18,17 +18,20 @@ import numpy as np
 
 from simulator.errors import InputError, unknown
 from simulator.pruning._edits import merge_runs
-from simulator.pruning._family import GROUPS, SUBLAYERS, Choice, Family, check_fraction
+from simulator.pruning._family import GROUPS, SUBLAYERS, WHOLE, Choice, Family, check_fraction
 from simulator.pruning._rows import layer_count, projections, weights
 from simulator.workload import ROLES, Applied, Part, Workload
 
-__all__ = ["FAMILIES", "Family", "check_fraction", "prune"]
+__all__ = ["FAMILIES", "GENERAL", "Family", "check_fraction", "prune"]
 
 
 _MODULES = [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
 _FOUND: list[Family] = [importlib.import_module(f"{__name__}.{name}").FAMILY for name in _MODULES]
 FAMILIES: Mapping[str, Family] = MappingProxyType({f.name: f for f in sorted(_FOUND, key=lambda f: (f.order, f.name))})
 """Pruning families by name, in the order of tables."""
+
+GENERAL: tuple[str, ...] = tuple(name for name, family in FAMILIES.items() if not family.needs)
+"""Those for every model."""
 
 
 def prune(
@@ -71,6 +74,9 @@ def prune(
     work, choice = _resolve(workload, chosen, sparsity)
     pruned, realised = workload, 0.0
     if choice.rows.any():
+        if not chosen.whole and (choice.rows > 0)[work.is_role(*WHOLE)].any():
+            stay = "routed experts and latent attention have no such kernels"
+            raise InputError(f"family {family}: {stay}; name the projections to prune, such as {{'o': 0.5}}")
         pruned, realised = chosen.function(work, choice, ideal=bool(ideal), **options)
         if choice.form == "layer":
             pruned = merge_runs(pruned)

@@ -7,13 +7,22 @@ from typing import Any
 import numpy as np
 
 from simulator.columns import Array
-from simulator.pruning._rows import writers
-from simulator.workload import DTYPE_BYTES, Kind, Phase, Workload, dtype_code, role_code
+from simulator.pruning._rows import covering, writers
+from simulator.workload import DTYPE_BYTES, Kind, Part, Phase, Workload, dtype_code, role_code
 
 
 def sublayer_ends(w: Workload) -> Array:
     """One row a sublayer, run of layers and phase: its last projection. Templates for rows that pruning adds."""
-    return writers(w, "o", "down")
+    routed = w.is_role("experts") & (w.layer >= 0)
+    shared = covering(w, routed, np.ones(len(w))) > 0  # experts come after the MLP that they share a sublayer with
+    ends: Array = routed | (writers(w, "o", "down", "linear") & ~(shared & (w.part == Part.MLP)))
+    return ends
+
+
+def hidden_at(w: Workload, at: Array) -> Array:
+    """Hidden size at some sublayer ends."""
+    hidden: Array = np.where(w.kind[at] == Kind.EXPERTS, w.k[at], w.n[at])
+    return hidden
 
 
 def before_sublayer(w: Workload, rows: Array) -> Array:

@@ -22,6 +22,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = {"attention": (*QKV, "o"), "mlp": ("gate
 """Names that stand for several projections in a per-projection sparsity."""
 SUBLAYERS: tuple[str, ...] = ("attention", "mlp")
 PROJECTIONS: tuple[str, ...] = (*GROUPS["attention"], *GROUPS["mlp"])
+WHOLE: tuple[str, ...] = ("q_a", "kv_a", "qkv_a", "q_b", "kv_b", "absorb_k", "absorb_v", "experts")
+"""Weights that only families which drop whole parts, heads or channels can prune: of latent attention, of experts."""
 WEIGHTS: tuple[str, ...] = (*PROJECTIONS, *SUBLAYERS)
 """What a per-projection sparsity may name where every weight has one of its own."""
 
@@ -56,6 +58,8 @@ class Family:
     options: Mapping[str, Any] = field(init=False)  # with their defaults
     support: tuple[str, ...] = PHASES  # phases in which it can save time; allowed in all
     targets: tuple[str, ...] = ()  # names a per-projection sparsity may use
+    whole: bool = True  # takes weights of WHOLE as well; else they must be left out
+    needs: str = ""  # what only some models have: a field of their configuration
     per_layer: bool = True  # whether a per-layer sparsity means something
     # requests (batch, length) of one model that a call may prune together: "any", or those of "equal length" where the
     # function takes the prompt's length from the workload

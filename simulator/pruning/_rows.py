@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from simulator.columns import Array
-from simulator.pruning._family import PROJECTIONS
+from simulator.pruning._family import PROJECTIONS, WHOLE
 from simulator.workload import Kernel, Kind, Workload
 
 
@@ -17,6 +17,12 @@ def layer_count(w: Workload) -> int:
 def projections(w: Workload, *names: str) -> Array:
     """Mask of projections inside the layers, all seven unless some are named."""
     mask: Array = w.is_role(*(names or PROJECTIONS)) & (w.layer >= 0)
+    return mask
+
+
+def weighted(w: Workload) -> Array:
+    """Mask of all weights inside the layers: the seven projections, those of latent attention, linear ones, experts."""
+    mask: Array = w.is_role(*PROJECTIONS, *WHOLE, "linear") & (w.layer >= 0)
     return mask
 
 
@@ -76,4 +82,4 @@ def removed(before: float, after: float) -> float:
 
 def parameters_removed(w: Workload, out: Workload) -> float:
     """Fraction of the projections' weights that pruning removed."""
-    return removed(*(float(weights(x)[projections(x)].sum()) for x in (w, out)))
+    return removed(*(float(weights(x)[weighted(x)].sum()) for x in (w, out)))

@@ -10,49 +10,53 @@ from simulator.columns import Array
 from simulator.errors import InputError
 from simulator.pruning._edits import changed, merge_runs, whole_share
 from simulator.pruning._family import SUBLAYERS, Choice, Family, Pruned, one_of
-from simulator.pruning._rows import projections, removed, weights
+from simulator.pruning._rows import removed, weighted, weights
 from simulator.workload import Part, Workload
 
 
 def depth(w: Workload, choice: Choice, *, ideal: bool, unit: str = "layer", drop: Any = None) -> Pruned:
-    """``round(s L)`` sublayers of each kind vanish with norm, residual, cache and parameters.
+    """``round(s L)`` layers, or sublayers of each kind, vanish with norm, residual, cache and parameters.
 
-    ``unit``: "layer" (the same as "both", as equally many of both kinds go), "attention" or "mlp". ``drop`` names the
-    layers instead of taking the last ones but one, which matters only where layers differ (alternating windows,
-    per-layer widths).
+    ``unit``: "layer", "both" (as many of either kind, which is the same unless some layers lack one), "attention" or
+    "mlp". ``drop`` names the layers instead of taking the last ones but one, which matters only where layers differ
+    (alternating windows, per-layer widths).
     """
     one_of("unit", unit, ("layer", "both", "attention", "mlp"))
     if unit in SUBLAYERS and choice.form == "projection":
         raise InputError(f"option unit: {unit!r} and a sparsity by projection exclude each other")
     out, parts = w, [Part[name.upper()] for name in SUBLAYERS if unit in ("layer", "both", name)]
-    for part in parts:
-        rows = _rows(w, part)
+    for together in [parts] if unit == "layer" and choice.form != "projection" else [[part] for part in parts]:
+        rows = _rows(w, together)
         if rows.any():
-            out = _without(out, part, float(choice.rows[rows].max()), drop)
-    before, after = (float(weights(x)[projections(x) & np.isin(x.part, parts)].sum()) for x in (w, out))
+            out = _without(out, together, float(choice.rows[rows].max()), drop)
+    before, after = (float(weights(x)[weighted(x) & np.isin(x.part, parts)].sum()) for x in (w, out))
     return out, removed(before, after)
 
 
-def _rows(w: Workload, part: Part) -> Array:
-    mask: Array = (w.part == part) & (w.layer >= 0)
+def _rows(w: Workload, parts: list[Part]) -> Array:
+    mask: Array = np.isin(w.part, parts) & (w.layer >= 0)
     return mask
 
 
-def _without(w: Workload, part: Part, sparsity: float, drop: Any) -> Workload:
-    rows = _rows(w, part)
+def _without(w: Workload, parts: list[Part], sparsity: float, drop: Any) -> Workload:
+    rows = _rows(w, parts)
     layers = int((w.layer + w.layers)[rows].max())
-    many = int(whole_share(sparsity, layers))
+    present = np.zeros(layers + 1, dtype=np.int64)  # a layer may have no such sublayer
+    np.add.at(present, w.layer[rows], 1)
+    np.add.at(present, (w.layer + w.layers)[rows], -1)
+    there = np.flatnonzero(np.cumsum(present)[:-1] > 0)
+    many = int(whole_share(sparsity, len(there)))
     if drop is None and ((w.layer == 0) & (w.layers == layers))[rows].all():  # all layers alike
         left = layers - many
         kept = changed(w, rows, count=w.count * (left / layers), layers=left)
         return kept if left else kept.take(~rows)
     keep = np.ones(layers, dtype=bool)
     # the deepest layers but the last are those that published methods find redundant
-    end = layers - 1 if many < layers else layers
-    keep[np.arange(end - many, end) if drop is None else _named(drop, layers, many)] = False
+    end = len(there) - 1 if many < len(there) else len(there)
+    keep[there[end - many : end] if drop is None else _named(drop, layers, many)] = False
     number = np.cumsum(keep) - 1  # new number of each layer that stays
     wide = w.expand()
-    rows = _rows(wide, part)
+    rows = _rows(wide, parts)
     layer = np.where(rows, wide.layer, 0)
     return merge_runs(changed(wide, rows, layer=number[layer]).take(~rows | keep[layer]))
 

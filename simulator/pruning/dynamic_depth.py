@@ -7,6 +7,7 @@ import numpy as np
 from simulator.errors import InputError
 from simulator.pruning._added import (
     before_sublayer,
+    hidden_at,
     insert,
     insertion,
     overhead_gemm,
@@ -18,6 +19,9 @@ from simulator.pruning._edits import changed, moved, whole_share
 from simulator.pruning._family import SCORE_BYTES, SUBLAYERS, Choice, Family, Pruned, flag, whole
 from simulator.pruning._tokens import query_share, split_fused_qkv, split_tokens
 from simulator.workload import Kernel, Kind, Workload
+
+KEYS = ("k", "v", "qkv", "kv_a", "qkv_a", "kv_b", "attention_norm", "rotary", "qk_norm", "latent_norm", "cache_write")
+"""What makes a token's key and value, on all tokens."""
 
 
 def dynamic_depth(w: Workload, choice: Choice, *, ideal: bool, prune_kv: bool = False, router: int = 2) -> Pruned:
@@ -41,7 +45,7 @@ def dynamic_depth(w: Workload, choice: Choice, *, ideal: bool, prune_kv: bool = 
     if dense_kv:
         w = changed(w, prefill & routed, density=w.density * keep, kernel=Kernel.BLOCK_SPARSE)
         w = w.replace(**moved(w, np.where(skips, query_share(w, keep), 1.0)))
-        skips &= ~w.is_role("k", "v", "qkv", "attention_norm", "rotary", "qk_norm", "cache_write")
+        skips &= ~w.is_role(*KEYS)
     else:
         q_len, kv_len = (np.maximum(whole_share(keep, length), 1) for length in (w.q_len, w.kv_len))
         w = changed(w, w.is_attention & routed, q_len=q_len, kv_len=kv_len)
@@ -52,11 +56,11 @@ def dynamic_depth(w: Workload, choice: Choice, *, ideal: bool, prune_kv: bool = 
     ends = np.flatnonzero(sublayer_ends(w) & routed)
     first, several = before_sublayer(w, ends), w.m[ends] > 1
     at = ends[several]
-    m, hidden = w.m[at], w.n[at]
+    m, hidden = w.m[at], hidden_at(w, at)
     size = m * hidden * stream_bytes(w, at)
     traffic = {"m": m, "n": hidden, "read_bytes": size + SCORE_BYTES * m, "write_bytes": size}
     gather, scatter = (overheads(w, at, role, **traffic) for role in ("gather", "scatter"))
-    route = overhead_gemm(w, ends, "router", router, w.n[ends])
+    route = overhead_gemm(w, ends, "router", router, hidden_at(w, ends))
     parts = [(first, route), (first[several], gather), (at + 0.5, scatter)]
     keep = np.concatenate([keep, np.ones(len(ends)), 1.0 - s[at], 1.0 - s[at]])
     return split_tokens(insert(w, parts), keep[insertion(w, parts)]), choice.asked

@@ -103,5 +103,5 @@ FAMILY = Family(
     cost="a router and a sort of its mask a sublayer; a batch uses the union of its tokens' groups; "
          "copies where no kernel skips tiles",
     realised="expected share of (token, group) tiles skipped",
-    targets=SUBLAYERS,
+    whole=False, targets=SUBLAYERS,
 )  # fmt: skip

@@ -31,14 +31,16 @@ def kv_cache(w: Workload, choice: Choice, *, ideal: bool, observed: int = 32) ->
     at = np.flatnonzero(prefill & (choice.rows > 0))
     if ideal:
         return out, realised
-    keys, left, heads = w.kv_len[at], kept[at], w.batch[at] * w.kv_heads[at]
-    position = heads * w.head_dim[at] * DTYPE_BYTES[w.weight_dtype[at]]  # bytes of one key, all sequences and heads
+    latent = w.latent[at]  # one vector for all heads, of which half a key's and half a value's
+    keys, left, heads = w.kv_len[at], kept[at], w.batch[at] * np.where(latent > 0, 1, w.kv_heads[at])
+    features = np.where(latent > 0, latent / 2, w.head_dim[at])
+    position = heads * features * DTYPE_BYTES[w.weight_dtype[at]]  # bytes of one key, all sequences and heads
     queries = w.batch[at] * w.heads[at] * np.minimum(observed, w.q_len[at])
     scores, chosen = queries * keys * SCORE_BYTES, SCORE_BYTES * heads
     traffic = {
         "mask": (queries, keys, position * keys + scores, scores),
         "select": (heads, keys, chosen * keys, chosen * left),
-        "gather": (heads * left, 2 * w.head_dim[at], position * 2.0 * left, position * 2.0 * left),
+        "gather": (heads * left, 2 * features, position * 2.0 * left, position * 2.0 * left),
     }
     added = [
         overheads(w, at, role, m=m, n=n, read_bytes=read, write_bytes=write)

@@ -40,5 +40,5 @@ FAMILY = Family(
     summary="each projection becomes two GEMMs of a small rank",
     cost="a second launch, thin GEMMs, traffic of the intermediate",
     realised="parameters of the projections removed / parameters of the projections, after rounding the ranks",
-    targets=WEIGHTS,
+    whole=False, targets=WEIGHTS,
 )  # fmt: skip

@@ -26,5 +26,5 @@ FAMILY = Family(
     summary="2:4 sparsity in all projections: half the weights and FLOPs, plus 2-bit indices",
     cost="kernels less efficient than dense ones; no gain, often a loss, when M is small",
     realised="zero parameters / parameters of the projections (0.5)",
-    targets=WEIGHTS,
+    whole=False, targets=WEIGHTS,
 )  # fmt: skip

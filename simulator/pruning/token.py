@@ -11,7 +11,7 @@ import numpy as np
 
 from simulator.columns import Array
 from simulator.errors import InputError
-from simulator.pruning._added import before_sublayer, insert, overheads, sublayer_ends
+from simulator.pruning._added import before_sublayer, hidden_at, insert, overheads, sublayer_ends
 from simulator.pruning._edits import changed, merge_runs, moved, split_at, whole_share
 from simulator.pruning._family import SCORE_BYTES, Choice, Family, Pruned, one_of, whole
 from simulator.pruning._rows import layer_count, removed, shorter_copies
@@ -81,7 +81,7 @@ def _with_selection(w: Workload, out: Workload, table: Array, kept: Array, promp
     x, place = w.take(rows), before_sublayer(w, rows)
     missing = np.r_[0.0, table][x.layer]  # share of the prompt gone in the layer before
     before = x.batch * np.maximum(whole_share(1.0 - missing, prompt[rows]), 1)
-    left, hidden = x.batch * kept[rows], int(w.n[sublayer_ends(w)].max())
+    left, hidden = x.batch * kept[rows], int(hidden_at(w, np.flatnonzero(sublayer_ends(w))).max())
     stream, scores, index = left * hidden * DTYPE_BYTES[x.dtype], before * x.heads * SCORE_BYTES, left * SCORE_BYTES
     once = {"layers": np.ones(len(rows)), "count": x.count / np.maximum(x.layers, 1)}  # in one layer only
     traffic: dict[str, Any] = {

@@ -17,5 +17,5 @@ FAMILY = Family(
     summary="zeros without structure in all projections",
     cost="no gain: dense kernels compute the zeros; the bounds count them",
     realised="zero parameters / parameters of the projections",
-    targets=WEIGHTS,
+    whole=False, targets=WEIGHTS,
 )  # fmt: skip

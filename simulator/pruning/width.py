@@ -11,7 +11,10 @@ from simulator.errors import InputError
 from simulator.pruning._edits import aligned, moved, resized, whole_share
 from simulator.pruning._family import QKV, SUBLAYERS, Choice, Family, Pruned, whole
 from simulator.pruning._rows import covering, parameters_removed, readers, writers
-from simulator.workload import Workload
+from simulator.workload import Kind, Workload
+
+HEADS: tuple[str, ...] = (*QKV, "q_b", "kv_b", "absorb_k", "absorb_v")
+"""Projections whose outputs are split by heads."""
 
 
 def width(w: Workload, choice: Choice, *, ideal: bool, align: int = 16, inner: Any = None) -> Pruned:
@@ -21,24 +24,27 @@ def width(w: Workload, choice: Choice, *, ideal: bool, align: int = 16, inner: A
     inner width (of the whole model) itself, for a pruned checkpoint at hand; ``align=1`` gives the odd widths of
     channel pruners.
     """
-    out = _mlp(_attention(w, choice.rows), choice.rows, whole("align", align), inner)
+    align = whole("align", align)
+    out = _experts(_mlp(_attention(w, choice.rows), choice.rows, align, inner), choice.rows, align)
     return out, parameters_removed(w, out)
 
 
 def _attention(w: Workload, s: Array) -> Workload:
     attention = w.is_attention
-    groups = covering(w, attention, w.kv_heads)
+    latent = w.latent > 0  # one for all heads, whatever there are
+    groups = covering(w, attention, np.where(latent, w.heads, w.kv_heads))
     shrink = (s > 0) & (groups > 0)
     groups = np.maximum(groups, 1)
     kept = np.where(shrink, np.maximum(whole_share(1.0 - s, groups), 1), groups)
     wide = w.is_role("rotary", "qk_norm", "cache_write")
+    wide &= ~(w.is_role("cache_write") & (covering(w, attention, w.latent) > 0))
     n, k, heads = (size * kept // groups for size in (w.n, w.k, w.heads))
     return resized(
         w,
-        np.where(writers(w, *QKV) | wide, n, w.n),
+        np.where(writers(w, *HEADS) | wide, n, w.n),
         np.where(readers(w, "o"), k, w.k),
         heads=np.where(attention, heads, w.heads),
-        kv_heads=np.where(attention, kept, w.kv_heads),
+        kv_heads=np.where(attention & ~(latent & (w.kv_heads == 1)), kept, w.kv_heads),
         **moved(w, np.where(wide, kept / groups, 1.0)),
     )
 
@@ -49,7 +55,7 @@ def _mlp(w: Workload, s: Array, align: int, inner: Any) -> Workload:
     shrink, divisor = (s > 0) & (width > 0), np.maximum(width, 1)
     kept = np.where(shrink, aligned(width, 1.0 - s, align), width)
     if inner is not None:
-        devices = w.meta.devices if w.meta.parallel == "tensor" else 1
+        devices = w.meta.devices if w.meta.parallel in ("tensor", "expert") else 1
         wanted = whole("inner", inner)
         if wanted % devices or (width[width > 0] * devices < wanted).any():
             expected = f"expected a multiple of {devices} up to the inner width {int(width.max(initial=0)) * devices}"
@@ -58,6 +64,13 @@ def _mlp(w: Workload, s: Array, align: int, inner: Any) -> Workload:
     wide = w.is_role("activation") & (width > 0)
     n = np.where(writers(w, "gate", "up", "gate_up") | wide, w.n * kept // divisor, w.n)
     return resized(w, n, np.where(down, kept, w.k), **moved(w, np.where(wide, kept / divisor, 1.0)))
+
+
+def _experts(w: Workload, s: Array, align: int) -> Workload:
+    """Each routed expert narrower; all are kept."""
+    narrower = (w.kind == Kind.EXPERTS) & (s > 0)
+    n = np.where(narrower, aligned(w.n, 1.0 - s, align), w.n)
+    return w.replace(n=n, params=np.where(narrower, w.params * (n / np.maximum(w.n, 1)), w.params))
 
 
 FAMILY = Family(

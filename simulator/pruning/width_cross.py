@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from simulator.errors import InputError
-from simulator.pruning._added import insert, overhead_gemm, sublayer_ends
+from simulator.pruning._added import hidden_at, insert, overhead_gemm, sublayer_ends
 from simulator.pruning._edits import aligned, moved, resized
 from simulator.pruning._family import QKV, Choice, Family, Pruned, flag, whole
-from simulator.pruning._rows import parameters_removed, readers
+from simulator.pruning._rows import parameters_removed, readers, writers
 from simulator.workload import Kind, Workload
 
-INPUTS = (*QKV, "gate", "up", "gate_up")
+INPUTS = (*QKV, "q_a", "kv_a", "qkv_a", "gate", "up", "gate_up", "linear", "shared_gate")
 """Projections that read the hidden state."""
 
 NORMS = ("attention_norm", "mlp_norm", "post_norm", "final_norm")
@@ -29,15 +29,18 @@ def width_cross(
     """
     align, turn = whole("align", align), flag("residual_projections", residual_projections)
     ends, stream, square = sublayer_ends(w), w.is_role(*STREAM), w.is_role("residual_projection")
-    sizes = np.unique(w.n[ends])
+    sizes = np.unique(hidden_at(w, np.flatnonzero(ends)))
     if len(sizes) != 1:
         raise InputError(f"width_cross needs one hidden size in all layers, found {sizes.tolist()}")
     hidden, new = int(sizes[0]), int(aligned(sizes, np.array([1.0 - choice.asked]), align)[0])
     reads = readers(w, *INPUTS) | w.is_role("lm_head", "router")
-    n = np.where(ends | square | (stream & (w.n == hidden)), new, w.n)
+    writes, routed = writers(w, "o", "down", "linear"), w.kind == Kind.EXPERTS
+    n = np.where(writes | square | (stream & (w.n == hidden)), new, w.n)
     share = np.where(stream, new / hidden, 1.0)
-    out = resized(w, n, np.where(reads | square, new, w.k), **moved(w, share))
-    out = out.replace(params=np.where(w.kind == Kind.ELEMENTWISE, w.params * share, out.params))
+    out = resized(w, n, np.where(reads | square | routed, new, w.k), **moved(w, share))
+    narrower = np.where(routed, new / hidden, share)
+    scaled = routed | (w.kind == Kind.ELEMENTWISE)
+    out = out.replace(params=np.where(scaled, w.params * narrower, out.params))
     realised = parameters_removed(w, out)
     if turn and not ideal:
         at = np.flatnonzero(ends)

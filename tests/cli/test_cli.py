@@ -40,6 +40,13 @@ gemm 1 1 1 --hardware h100@torch,a100                                | Known: sg
 gemm 1 1 1 --hardware cpu@vllm --dtype fp32                          | cpu was fitted for no stack
 speedup llama-3.1-8c --hardware h100                                 | did you mean llama-3.1-8b
 @ --family depht                                                     | did you mean depth
+@ --method shortgtp                                                  | did you mean shortgpt
+@ --method shortgpt --family depth                                   | no family and no option beside it
+@ --method shortgpt --option unit=mlp                                | no family and no option beside it
+@ --method llm-pruner --sparsity 0.9                                 | prunes 26 of 32 layers, expected less than 0.812
+methods shortgtp                                                     | did you mean shortgpt
+explain llama-3.1-8b --hardware h100                                 | expected one family or method to explain
+explain llama-3.1-8b --hardware h100 --method flap                   | expected one to explain flap, such as 0.2
 @ --sparsity 1.0                                                     | sparsity 1: expected a fraction in [0, 1)
 @ --sparsity -0.1                                                    | sparsity -0.1: expected a fraction in [0, 1)
 @ --sparsity 25                                                      | for 25 % write 0.25
@@ -261,6 +268,28 @@ def test_lists_and_shows(cli: Any, tmp_path: Path) -> None:
     assert "8,030,261,248" in cli.out("models show llama-3.1-8b")
     (model,) = cli.json("models show llama-3.1-8b")
     assert sum(g["flops"] for g in model["gemms"]) < model["flops"]
+    shown = cli.out("models show deepseek-v3")
+    assert "671,026,419,200 parameters, 37,552,297,472 of them active" in shown
+    assert "61 layers of 2 kinds, hidden 7168, mostly 128 heads of 192 on a latent of 512 + 64" in shown
+    assert "gated MLP of 2048 beside 256 experts of 2048, 8 a token" in shown
+    assert re.search(r"down +2048 +8192 +14336 +6 ", cli.out("models show nemotron-super-49b"))  # six of 80 layers
+
+
+@pytest.mark.parametrize("available", [80, 120])
+def test_methods_are_listed_and_predicted_under_their_names(
+    available: int, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(render, "width", lambda: available)
+    lines = [*cli.out("methods").splitlines(), *cli.out("methods sheared-llama").splitlines()]
+    assert max(map(len, lines)) <= available
+    listed = cli.json("methods")
+    assert {m["name"] for m in listed} == simulator.METHODS.keys()
+    assert cli.json("methods mod") == [m for m in listed if m["name"] == "mod"]
+    line = "llama-2-7b --hardware h100 --phase generate --method"
+    out = cli.out(f"speedup {line} shortened-llama,minitron-width --memory")
+    assert max(len(row) for row in out.splitlines() if not re.search(r"batch 1|interval;", row)) <= available
+    assert out.count("minitron-width") == 3  # speedups, serving, memory
+    assert "sheared-llama (width_cross+width) 60 %" in cli.out(f"explain {line} sheared-llama --sparsity 0.6")
 
 
 def test_version_and_help(cli: Any) -> None:

@@ -22,7 +22,8 @@ from calibration.execute.decoder.model import Decoder, from_weights, random_deco
 from calibration.execute.decoder.routed import CacheCut  # noqa: E402
 from calibration.execute.decoder.run import Cache, State, decode, prefill, token_losses  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
-from simulator.pruning import FAMILIES  # noqa: E402
+from simulator.models.config import Block, Latent  # noqa: E402
+from simulator.pruning import GENERAL  # noqa: E402
 from simulator.workload import ROLES, Kind  # noqa: E402
 
 
@@ -313,8 +314,8 @@ def test_families_compose(dense: Decoder) -> None:
 
 
 def test_every_family_of_the_simulator_is_here_and_nothing_removed_is_the_dense_decoder(dense: Decoder) -> None:
-    assert {*STATIC, *DYNAMIC} == set(FAMILIES)
-    assert all(prune_decoder(dense, family, 0.0) is dense for family in FAMILIES)
+    assert {*STATIC, *DYNAMIC} == set(GENERAL)
+    assert all(prune_decoder(dense, family, 0.0) is dense for family in GENERAL)
 
 
 @pytest.mark.parametrize("family", ["depth", "width", "width_cross", "low_rank"])
@@ -360,6 +361,9 @@ def test_bad_input_is_one_line(
         ({"parallel_residual": True}, "parallel"),
         ({"windows": (0, 128, 0, 128)}, "window"),
         ({"logit_softcap": True}, "soft-caps"),
+        ({"experts": 4, "active": 2.0, "expert_inner": 16}, "experts"),
+        ({"latent": Latent(0, 16, 8, 8, 8)}, "latent"),
+        ({"blocks": (*[Block(4, 2, 64)] * 3, Block(0, 0, 64))}, "layers differ"),
     ],
 )
 def test_other_architectures_are_refused_with_the_reason(changes: dict[str, Any], reason: str) -> None:

@@ -24,7 +24,7 @@ from calibration.execute.quality_load import check_same, extract, load_decoder  
 from calibration.execute.quality_methods import METHODS, Calibration, apply, calibrate, truncated  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.predict.quality import load_quality  # noqa: E402
-from simulator.pruning import FAMILIES  # noqa: E402
+from simulator.pruning import GENERAL  # noqa: E402
 
 CONFIG = replace(
     decoder_reference.CONFIG, hidden=64, inner=128, heads=4, kv_heads=2, head_dim=16, rotary_dim=16, vocab=97, layers=5
@@ -85,7 +85,7 @@ def test_losses_are_causal(decoder: Decoder, windows: list[torch.Tensor]) -> Non
 def test_methods_do_something_finite(
     method: str, decoder: Decoder, windows: list[torch.Tensor], seen: Calibration
 ) -> None:
-    assert {m.family for m in METHODS.values()} == set(FAMILIES)
+    assert {m.family for m in METHODS.values()} == set(GENERAL)
     dense = token_losses(decoder, windows[0], LENGTH // 2)
     changed, realised = apply(method, decoder, 0.5, seen)
     pruned = token_losses(changed, windows[0], LENGTH // 2)

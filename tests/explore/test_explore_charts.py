@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from simulator.explore.answer import answer, winners
 from simulator.explore.charts import BOUNDS, charts, map_chart
 from simulator.explore.commands import commands
 from simulator.explore.frame import INK, PAGE, PAPER, PHONE, SOFT, WIDE, Frame
+from simulator.explore.page import page_html
 from simulator.explore.state import State
 from simulator.figures.paper import BATCHES, LENGTHS
 from simulator.figures.style import LOOKS, label
 from simulator.predict.gemms import gemm_points
-from simulator.pruning import FAMILIES
+from simulator.pruning import GENERAL
 from simulator.units import seconds
 
 pytest.importorskip("plotly", reason="the extra explore is not installed")
@@ -37,7 +39,7 @@ STATES = {
     "generate": replace(DECODE, phase="generate", new_tokens=16, engine="hf", detail="dynamic_width", at=0.3),
     "serve": replace(DECODE, phase="serve", new_tokens=32, batch=16, engine="sglang", versus="hf"),
     "every family": State(
-        families=tuple(FAMILIES),
+        families=tuple(GENERAL),
         gpus=("rtx_4090",),
         engine="reference",
         dtype="fp16",
@@ -175,7 +177,7 @@ def test_calibration_is_stated_as_the_records_have_it(gpu: str) -> None:
     for phase in ("prefill", "decode"):
         for dtype in {"bf16", "fp16", "fp32"} & set(simulator.load_hardware(gpu).rates):
             found = answer(State(gpus=(gpu,), families=("depth",), detail="depth", phase=phase, dtype=dtype))
-            lacking = markup.uncalibrated_parts(simulator.load_hardware(gpu), "vllm", phase, dtype)
+            lacking = markup.uncalibrated_parts(simulator.load_hardware(gpu), found.details[0].dense)
             assert all(r.calibrated == (not lacking) for r in found.table)
 
 
@@ -239,9 +241,9 @@ def test_text_has_contrast_aa() -> None:
 
 def test_families_differ_without_colour() -> None:
     chart = charts(STATES["every family"], WIDE)["speedup"]
-    curves = [named(chart, label(family))[0] for family in LOOKS]
+    curves = [named(chart, label(family))[0] for family in GENERAL]
     shapes = {(t["marker"]["symbol"], t["marker"]["color"] == PAPER, t["line"]["dash"]) for t in curves}
-    assert len(shapes) == len(LOOKS)
+    assert len(shapes) == len(GENERAL)
 
 
 @pytest.mark.parametrize("most", [WIDE, PAGE, PHONE])
@@ -257,3 +259,17 @@ def test_panels_do_not_overlap(most: int, panels: int) -> None:
         for (u0, u1), (v0, v1) in boxes[:i]:
             assert x0 >= u1 or u0 >= x1 or y0 >= v1 or v0 >= y1
     assert len({x for (x, _), _ in boxes}) <= most
+
+
+def test_a_model_with_experts_is_drawn_with_them() -> None:
+    state = State(
+        model="qwen3-30b-a3b", gpus=("h100_sxm",), families=("depth", "experts"), detail="experts", phase="decode"
+    )
+    chart = charts(state, WIDE)["speedup"]
+    (curve,) = named(chart, label("experts"))[:1]
+    assert (curve["marker"]["symbol"], curve["line"]["dash"]) == ("star", "dashdot")
+
+
+def test_every_family_has_a_sign_on_the_page() -> None:
+    made = page_html(State(), [], markup.texts(State()), defaultdict(str))
+    assert [name for name in LOOKS if f"</span>{label(name)}" not in made] == []

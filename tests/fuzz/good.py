@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import pyarrow.csv
 import pyarrow.parquet
+from layouts import LAYOUTS, stored_as, tensors_of
 
 from calibration.records.parquet import write_records
 from calibration.records.store import Header
 from calibration.records.table import Records, Source
+from simulator.models.library import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -172,7 +174,10 @@ def profile_with(raw: bytes, file: str = "arrays.npz", operators: Iterable[str] 
 
 _SHIPPED = [json.loads(file.read_text()) for file in sorted((ROOT / "simulator/models").glob("*.json"))]
 _PUBLIC = [{key: value for key, value in config.items() if not key.startswith("_")} for config in _SHIPPED]
-CONFIGS = [*{config["model_type"]: {**config, "_name_or_path": "org/some-model"} for config in _PUBLIC}.values()]
+_NESTED = {"model_type": "gemma3", "text_config": _PUBLIC[[c["model_type"] for c in _PUBLIC].index("gemma3_text")]}
+CONFIGS = [
+    *{config["model_type"]: {**config, "_name_or_path": "org/some-model"} for config in (*_PUBLIC, _NESTED)}.values()
+]
 """One configuration of each architecture."""
 
 GRID = """\
@@ -208,6 +213,7 @@ explain llama-3.2-1b --hardware h100 --family width --sparsity mlp=0.2 --option 
 explain llama-3.2-1b --hardware h100 --family low_rank --sparsity 0.3 --option align=64 --phase decode
 gemm 16,32 4096 11008 --hardware h100 --dtype bf16 --json
 advise llama-3.2-1b --hardware h100 --phase decode --target 1.5 --json
+advise llama-3.2-1b --hardware h100 --phase decode --latency 2ms --odds 0.9 --family depth,width
 models show llama-3.2-1b
 hardware show h100
 pareto llama-2-7b --hardware h100 --metric zero-shot --phase decode"""
@@ -216,3 +222,21 @@ ADDRESS = (
     "&engine=vllm&dtype=bf16&detail=width&at=0.5"
 )
 WHERE = "speedup > 1.3 and batch == 1 or not (family in ['depth', 'width'] and 1 < sparsity / 0.5 <= 2)"
+
+
+_WIDTHS = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "vocab_size": 40}
+SMALL_CONFIGS = (
+    {"model_type": "llama", "intermediate_size": 64, "tie_word_embeddings": True, **_WIDTHS},
+    {"model_type": "opt", "ffn_dim": 64, "max_position_embeddings": 62, **_WIDTHS},
+)
+"""Configurations of :data:`CHECKPOINTS`."""
+
+
+def _checkpoint(content: dict[str, Any], layout: str = "") -> dict[str, Any]:
+    tensors = tensors_of(load_model(content))
+    tensors = stored_as(layout, tensors) if layout else tensors
+    return {name: (t.dtype, list(t.shape)) for name, t in tensors.items()}
+
+
+CHECKPOINTS = (*map(_checkpoint, SMALL_CONFIGS), *(_checkpoint(SMALL_CONFIGS[0], how) for how in LAYOUTS))
+"""Tensors by name, each a dtype and a shape."""

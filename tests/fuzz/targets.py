@@ -7,7 +7,9 @@ well. Whatever is neither a result nor an ``InputError`` is a bug.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
+import math
 import random
 import re
 import zlib
@@ -36,6 +38,7 @@ from simulator.explore.state import read_query, strict_query, to_query
 from simulator.figures.measured import read_measured_gemms
 from simulator.hardware import library as hardware
 from simulator.hardware.save import save_hardware
+from simulator.models.headers import BITS
 from simulator.predict.grid import read_grid
 from simulator.predict.pareto import fronts, read_measured
 from simulator.predict.quality import choose_axis, load_quality, read_quality, table_text
@@ -162,6 +165,59 @@ def grid(path: Path) -> None:
         finite(*(columns[name] for name in ("speedup", "dense_s", "pruned_s")))
     elif found.size < 1_000_000:
         assert next(pieces(found), None) is not None
+
+
+def headers(rng: random.Random) -> bytes:
+    """A small checkpoint with tensors gone, renamed, of other shapes and formats: some are models."""
+    tensors = dict(rng.choice(good.CHECKPOINTS))
+    for _ in range(rng.choice((0, 1, 1, 2, 5))):
+        name = rng.choice(sorted(tensors))
+        dtype, shape = tensors.pop(name)
+        other = rng.choice(sorted(tensors))
+        axis = rng.randrange(max(len(shape), 1))
+        sizes = (0, 1, 3, 8, 16, 24, 64, 2**20, 2**40)
+        match rng.randrange(7):
+            case 0:  # one of its widths, everywhere
+                old, new = (*shape, 8)[axis], rng.choice(sizes[2:7])
+                tensors = {n: (d, [new if v == old else v for v in s]) for n, (d, s) in tensors.items()}
+                tensors[name] = (dtype, [new if v == old else v for v in shape])
+            case 1:
+                tensors[name] = (dtype, [*shape[:axis], rng.choice(sizes), *shape[axis + 1 :]])
+            case 2:
+                tensors[other] = (dtype, shape)
+            case 3:
+                tensors[name] = (rng.choice(sorted(BITS)), shape)
+            case 4:
+                leaf = rng.choice(("qweight", "weight_packed", "compressed", "bitmask", "scales", "meta", "bias", "x"))
+                tensors |= {
+                    name: (dtype, shape),
+                    f"{name.rpartition('.')[0]}.{leaf}": (rng.choice(sorted(BITS)), shape),
+                }
+            case 5:
+                number = rng.choice(("0", "1", "2", "7", "99999"))
+                tensors[re.sub(r"layers.[0-9]", f"layers.{number}", name)] = (dtype, shape)
+    content, end = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * BITS[dtype] // 8
+        content[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    header = mutate.json_text(content, rng) if rng.random() < 0.3 else json.dumps(content).encode()
+    return len(header).to_bytes(8, "little") + header + b"\0" * min(end, 1 << 20)
+
+
+@Target("model.safetensors", headers, names_file=False)
+def _checkpoint(path: Path) -> None:
+    """Read beside the configurations of some architectures; what is read has the parameters of its lowered pass."""
+    for content in good.SMALL_CONFIGS:
+        (path.parent / "config.json").write_text(json.dumps(content), encoding="utf-8")
+        with contextlib.suppress(InputError):
+            model = simulator.load_model(path.parent)
+            for phase in ("prefill", "decode"):
+                w = simulator.lower(model, phase=phase, batch=1, seq=16, engine="hf")
+                finite(w.flops.sum(), w.parameters)
+            check_line(model.found or "none")
+            break
+    else:
+        simulator.load_model(path.parent)  # the refusal itself
 
 
 @Target("config.json", lambda rng: mutate.json_text(dict(rng.choice(good.CONFIGS)), rng), "models show {}")

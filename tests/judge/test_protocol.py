@@ -4,6 +4,7 @@ ship."""
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,12 @@ import pytest
 from calibration.fit.attention import MeasuredCalls
 from calibration.fit.core import Shapes, shapes
 from calibration.judge import protocol, stacks
-from calibration.judge.accuracy import GEMMS, columns_of_table, means, stack_pairs
+from calibration.judge.accuracy import GEMMS, Table, columns_of_table, means, run_protocol, stack_pairs
 from calibration.judge.bars import against_bars
 from calibration.judge.baselines import BASELINES, roofline_rbf, three_constants
 from calibration.judge.protocol import Measured
 from calibration.measurements.wheel import datasheet
+from calibration.records.screening import LATENT
 from simulator.kernels.gemm import gemm_time
 from simulator.kernels.gemm_core import Machine
 
@@ -151,6 +153,16 @@ def test_every_stack_with_another_is_left_out() -> None:
     assert pairs["a100_sxm/gemm/sglang"] == "a100_sxm/gemm/trtllm"
     assert not any("sglang-0.5.6" in name for pair in pairs.items() for name in pair)
     assert "a100_sxm/attention_decode/sglang" not in pairs  # the only one
+    assert not any("/mla" in name for name in pairs)
+    latent = {table.measurement for table, _ in stack_pairs(Path("the.whl"), LATENT)}  # its tables are in the wheel
+    assert {name for name in latent if "prefill" in name} == {f"b200_sxm/mla_prefill/{s}" for s in ("sglang", "trtllm")}
+    assert {name.split("/")[0] for name in latent} == {"h100_sxm", "h200_sxm", "l40s", "rtx_pro_6000", "b200_sxm"}
+    unseen = Table("a100_sxm/mla_decode/trtllm").load()
+    ratio = unseen.data.heads[unseen.pairs("heads")]
+    assert len(ratio) > 1000
+    assert set(np.unique(ratio[:, 0] / ratio[:, 1])) == {0.25, 0.5}
+    again = unseen.records()
+    assert (set(again.n), set(again.kv_heads), again.is_operator("mla_decode").all()) == ({512}, {1}, True)
 
 
 def test_means_over_seeds() -> None:
@@ -175,3 +187,18 @@ def test_bars_on_shipped_tables(name: str, size: int | None, mape: float) -> Non
     assert mean["coverage"] >= 85
     assert mean["coverage"] <= 95 or size  # few shapes may make it cautious: the upper bar is that of all rows
     assert mean["lowest coverage"] >= 82
+
+
+def test_experts_are_judged_on_models_left_out() -> None:
+    """The table that ships: a line a format, errors and coverage of times, and of ratios of narrower experts."""
+    rows = run_protocol(["experts"], seeds=(0, 1))
+    (found,) = means(rows, "experts h100_sxm, models left out")
+    assert (found["method"], found["seeds"]) == ("trtllm bf16", 2)
+    assert found["mape"] < 8.0
+    assert found["speedup median"] < 6.0
+    assert 80.0 < found["coverage"] < 99.0
+    assert 80.0 < found["ratio coverage"] < 99.5
+    columns = dict(columns_of_table(rows, "experts h100_sxm, models left out"))
+    assert {"MAPE", "coverage", "ratios in"} <= columns.keys()
+    (error, *_) = against_bars(rows, published=False)
+    assert error.met

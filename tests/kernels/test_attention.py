@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simulator.errors import InputError
+from simulator.hardware.constants import DECODE_CONSTANTS
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import Fitted, Section
-from simulator.kernels import attention
 from simulator.kernels.attention import decode_attention_time, prefill_attention_time
 from simulator.kernels.attention_core import Calls, causal_blocks, prefill_work
 from simulator.kernels.lattice import Lattice
@@ -149,7 +149,7 @@ def test_limits(name: str) -> None:
 
 def test_a_section_brings_constants_residual_and_intervals() -> None:
     base = load_hardware("h100_sxm")
-    constants = {n: Fitted(k.default("hopper")) for n, k in attention.DECODE_CONSTANTS.items()}
+    constants = {n: Fitted(k.default("hopper")) for n, k in DECODE_CONSTANTS.items()}
     lattice = Lattice((0.0, 0.0, 0.0), (8.0, 8.0, 8.0), np.full((3, 3, 2), np.log(1.5)))
     plain = replace(base, sections={("attention_decode", "bf16"): Section(constants)})
     wide = Section(constants, lattice.arrays(), 3.0)

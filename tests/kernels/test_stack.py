@@ -34,7 +34,7 @@ weights_bytes, cache_bytes, activation_bytes = (_of_one(count) for count in coun
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 @pytest.mark.parametrize("phase", ["prefill", "decode", "generate"])
 def test_weights_are_two_bytes_a_published_parameter(name: str, phase: str) -> None:
-    w = lower(load_model(name), phase=phase, seq=32, new_tokens=2 * (phase == "generate"))
+    w = lower(load_model(name), phase=phase, seq=32, new_tokens=2 * (phase == "generate"), weight_dtype="bf16")
     assert weights_bytes(w) == 2 * PUBLISHED[name].parameters
 
 

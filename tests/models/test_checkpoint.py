@@ -1,106 +1,347 @@
-"""A checkpoint's tensors against its config.json, by headers alone; what is no safetensors file is refused."""
+"""A checkpoint is what its tensors are, by headers alone; what cannot be one is refused in one line."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
-import os
 import struct
+import time
 import tracemalloc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from layouts import folder_of, save, save_shards, stored_as, tensors_of, write
 
 from simulator.errors import InputError
-from simulator.models.headers import BITS, MAX_HEADER_BYTES, read_headers
-from simulator.models.library import FOLDER, load_model
+from simulator.models.checkpoint import from_tensors
+from simulator.models.config import Block, Latent, ModelConfig
+from simulator.models.difference import difference
+from simulator.models.headers import BITS, MAX_HEADER_BYTES, Tensor, read_headers
+from simulator.models.library import list_models, load_model
+from simulator.models.lower import lower
+from simulator.predict.table import table
+from simulator.pruning import FAMILIES
+from simulator.workload import DTYPES, Kernel
 
-Shapes = Mapping[str, tuple[int, ...]]
-
-
-def save(path: Path, shapes: Shapes, dtype: str = "F16") -> None:
-    """A safetensors file whose weights are a hole."""
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        start, end = end, end + math.prod(shape) * BITS[dtype] // 8
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
-    write(path, json.dumps(header | {"__metadata__": {"format": "pt"}}).encode(), end)
-
-
-def write(path: Path, header: bytes, room: int = 0, length: int | None = None) -> None:
-    path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header)
-    os.truncate(path, 8 + len(header) + room)
+LLAMA = load_model("llama-2-7b")
+MOE = replace(load_model("mistral-7b-v0.1"), windows=(0,) * 32, inner=0, experts=8, active=2.0, expert_inner=14336)
+SMALL = replace(load_model("qwen3-8b"), architecture="x", qk_norm="", layers=4, windows=(0,) * 4)
 
 
-def folder_of(tmp_path: Path, name: str) -> Path:
-    (tmp_path / "config.json").write_bytes((FOLDER / f"{name}.json").read_bytes())
-    return tmp_path
+def shaped(model: ModelConfig, change: Callable[[int, Block], Block], **fields: Any) -> ModelConfig:
+    """A model with its layers changed by number."""
+    return replace(model, blocks=tuple(change(i, block) for i, block in enumerate(model.layout)), **fields)
 
 
-def llama(inner: Mapping[int, int] = {}, layers: int = 32) -> dict[str, tuple[int, ...]]:
-    """Tensors of Llama-2-7B, with an MLP of another width in some layers."""
-    found = {"model.embed_tokens.weight": (32000, 4096), "lm_head.weight": (32000, 4096), "model.norm.weight": (4096,)}
-    for i in range(layers):
-        width, at = inner.get(i, 11008), f"model.layers.{i}."
-        found |= {f"{at}self_attn.{x}_proj.weight": (4096, 4096) for x in "qkvo"}
-        found |= {f"{at}mlp.{x}_proj.weight": (width, 4096) for x in ("gate", "up")}
-        found |= {f"{at}mlp.down_proj.weight": (4096, width), f"{at}input_layernorm.weight": (4096,)}
-        found |= {f"{at}post_attention_layernorm.weight": (4096,), f"{at}self_attn.rotary_emb.inv_freq": (64,)}
-    return found
+def held(tensors: Mapping[str, Tensor]) -> int:
+    """Parameters by the headers of floats: all but buffers."""
+    buffers = ("inv_freq", "attention.bias", "masked_bias")
+    return sum(t.elements for name, t in tensors.items() if not name.endswith(buffers))
 
 
-def test_a_checkpoint_that_is_what_its_config_says_is_read(tmp_path: Path) -> None:
-    folder, shapes = folder_of(tmp_path, "llama-2-7b"), llama()
-    save(folder / "model.safetensors", shapes)
-    assert load_model(folder).parameters == 6_738_415_616
+def llm_pruner(i: int, block: Block) -> Block:
+    return replace(block, heads=26, kv_heads=26, inner=8810) if 4 <= i < 30 else block
+
+
+def test_the_checkpoint_of_llm_pruner_is_predicted_as_it_is(tmp_path: Path) -> None:
+    folder, tensors = folder_of(tmp_path, "llama-2-7b"), tensors_of(shaped(LLAMA, llm_pruner))
+    save(folder / "model.safetensors", tensors)
+    whole = load_model(folder)
     (folder / "model.safetensors").unlink()
-    names = list(shapes)
-    parts = {"a.safetensors": names[:100], "b.safetensors": names[100:]}
-    for file, inside in parts.items():
-        save(folder / file, {name: shapes[name] for name in inside})
-    index = {"weight_map": {name: file for file, inside in parts.items() for name in inside}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    save(folder / "left-over.safetensors", {"x.layers.0.weight": (1,)})  # not in the index
-    assert load_model(str(folder)).parameters == 6_738_415_616
-    assert read_headers(folder).keys() == shapes.keys()
+    save_shards(folder, tensors, 3)
+    save(folder / "left-over.safetensors", {"x.layers.0.weight": Tensor("F16", (1,))})  # not in the index
+    for model in (whole, load_model(str(folder))):
+        assert model.layout == shaped(LLAMA, llm_pruner).layout
+        assert model.parameters == 5_709_025_280 == int(lower(model, phase="decode", engine="hf").parameters)
+        assert (
+            "width in layers 4-29: 26 of 32 heads, 26 of 32 key/value heads, an MLP of 8,810 of 11,008" in model.found
+        )
+        assert "(15.3 % of the parameters); 5,709,025,280 parameters, 6,738,415,616 by the config.json" in model.found
+    assert load_model(folder / "config.json").parameters == 6_738_415_616  # asked for alone
+    found = table([str(folder)], ["h100"], ["depth"], [0.25])
+    assert found.notes[0] == whole.found
+    ratio = table([LLAMA], ["h100"], ["depth"], [0.25]).records[0].dense_s / found.records[0].dense_s
+    assert 1.0 < ratio < 6.738 / 5.709
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_a_checkpoint_that_is_what_its_config_says_is_that(name: str) -> None:
+    model = load_model(name)
+    tensors = tensors_of(model)
+    found = from_tensors(model, tensors, "x")
+    assert found == replace(model, weight_dtype="")  # gpt-oss's tensors are 16 bits here
+    assert (found.found, found.parameters) == ("", held(tensors))
+    if model.tied:  # a head that is stored all the same counts once
+        again = from_tensors(model, tensors | {"lm_head.weight": Tensor("F16", (model.vocab, model.hidden))}, "x")
+        assert again == model
+
+
+DEEPSEEK = shaped(
+    replace(
+        SMALL, architecture="deepseek_v3", router_bias=True, latent=Latent(96, 64, 16, 32, 24), head_dim=48, heads=8,
+        kv_heads=8, hidden=256, inner=64, experts=8, active=2.0, expert_inner=64,
+    ),
+    lambda i, b: b if i else replace(b, inner=512, experts=0, active=0.0, expert_inner=0),
+)  # fmt: skip
+QWEN = replace(
+    SMALL, architecture="qwen2_moe", experts=8, active=2.0, expert_inner=96, shared_gate=True, qk_norm="head"
+)
+OSS = replace(
+    SMALL, architecture="gpt_oss", inner=0, experts=8, active=2.0, expert_inner=96, sinks=True,
+    qkv_bias=True, o_bias=True, router_bias=True, expert_bias=True,
+)  # fmt: skip
+CUT = {
+    "flap": (LLAMA, shaped(
+        LLAMA, lambda i, b: replace(b, heads=32 - i // 2, kv_heads=32 - i // 2, inner=11008 - 97 * i))),
+    "flap with its biases": (LLAMA, replace(LLAMA, inner=9000, down_bias=True, o_bias=True)),
+    "shortgpt, numbered as before": (
+        LLAMA, replace(LLAMA, layers=23, windows=(0,) * 23, numbers=(*range(21), 30, 31))),
+    "shortgpt, numbered anew": (LLAMA, replace(LLAMA, layers=23, windows=(0,) * 23)),
+    "slicegpt": (LLAMA, replace(LLAMA, hidden=3072)),
+    "attention and MLPs dropped": (LLAMA, shaped(
+        LLAMA, lambda i, b: replace(b, heads=0, kv_heads=0) if i > 28 else replace(b, inner=0) if i == 3 else b)),
+    "one product in place of a sublayer": (LLAMA, shaped(
+        LLAMA, lambda i, b: replace(b, heads=0, kv_heads=0, linear=("attention",)) if i < 3 else replace(
+            b, inner=0, linear=("mlp",)) if i == 9 else b)),
+    "a smaller vocabulary": (LLAMA, replace(LLAMA, vocab=30000)),
+    "phi": (load_model("phi-3-mini-4k"), shaped(load_model("phi-3-mini-4k"), lambda i, b: replace(b, inner=4000 + i))),
+    "opt": (load_model("opt-13b"), shaped(
+        load_model("opt-13b"), lambda i, b: replace(b, heads=20 + i % 9, kv_heads=20 + i % 9))),
+    "neox": (load_model("pythia-6.9b"), shaped(load_model("pythia-6.9b"), lambda i, b: replace(b, inner=9000 + 2 * i))),
+    "mixtral": (replace(MOE, architecture="mixtral"), replace(MOE, architecture="mixtral", experts=6)),
+    "qwen moe": (QWEN, shaped(QWEN, lambda i, b: replace(b, experts=4 + i, inner=64))),
+    "deepseek": (DEEPSEEK, shaped(DEEPSEEK, lambda i, b: replace(b, heads=6, kv_heads=6, experts=b.experts and 6))),
+    "deepseek of a smaller rank": (DEEPSEEK, replace(DEEPSEEK, latent=Latent(80, 48, 16, 32, 24))),
+    "gpt-oss": (OSS, replace(OSS, experts=6)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CUT)
+def test_pruned_checkpoints_are_predicted_as_they_are(case: str) -> None:
+    dense, pruned = CUT[case]
+    tensors = tensors_of(pruned)
+    for config in (dense, pruned):  # as pruned weights come, and with a config.json that was corrected
+        if config.layers == dense.layers or not pruned.numbers:
+            found = from_tensors(config, tensors, "x")
+            assert found.layout == pruned.layout
+            assert found.parameters == pruned.parameters == held(tensors)
+            assert bool(found.found) is (config is dense)
+            for phase in ("prefill", "decode"):
+                assert int(lower(found, phase=phase, seq=64).parameters) == found.parameters
+    assert from_tensors(dense, tensors_of(dense), "x") == dense
+
+
+WORDS = {
+    "flap": ("width in layers 1-31: 17 to 31 of 32 heads, 17 to 31 of", "an MLP of 8,001 to 10,911 of 11,008"),
+    "shortgpt, numbered as before": ("depth: layers 21-29 gone (27.0 % of the parameters)",),
+    "shortgpt, numbered anew": ("depth: 9 of 32 layers gone (27.0 % of the parameters)",),
+    "slicegpt": ("width_cross: hidden 3,072 of 4,096 (25.0 % of the parameters)",),
+    "attention and MLPs dropped": ("depth: attention of layers 29-31 gone, MLP of layers 3 gone",),
+    "one product in place of a sublayer": ("depth: attention of layers 0-2 one product, MLP of layers 9 one product",),
+    "a smaller vocabulary": ("vocabulary: 30,000 of 32,000",),
+    "mixtral": ("experts: 6 of 8 in layers 0-31 (24.1 % of the parameters)",),
+    "qwen moe": ("experts: 4 to 7 of 8 in layers 0-3", "width in layers 0-3: an MLP of 64 of"),
+    "deepseek of a smaller rank": ("width: other latent widths",),
+}
+
+
+@pytest.mark.parametrize("case", WORDS)
+def test_what_was_pruned_is_named(case: str) -> None:
+    dense, pruned = CUT[case]
+    said = difference(dense, pruned)
+    assert all(any(words in line for line in said) for words in WORDS[case]), said
+    assert {line.split()[0].rstrip(":") for line in said} <= {*FAMILIES, "vocabulary"}
+    assert difference(pruned, pruned) == ()
+
+
+FORMATS = {
+    "gptq": ("int4", False), "gptq8": ("int8", False), "awq": ("int4", False), "packed": ("int4", False),
+    "int8": ("int8", False), "fp8": ("fp8", False), "fp8_block": ("fp8_block", False), "bnb": ("int4", False),
+    "nvfp4": ("nvfp4", False), "bitmask": ("", True), "bitmask8": ("fp8", True), "marlin24": ("int4", True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_packed_weights_are_read_by_their_tensors(layout: str, tmp_path: Path) -> None:
+    dtype, sparse24 = FORMATS[layout]
+    folder = folder_of(tmp_path, "llama-2-7b")
+    for inner in (11008, 8704):
+        save(folder / "model.safetensors", stored_as(layout, tensors_of(replace(LLAMA, inner=inner))))
+        model = load_model(folder)
+        assert model == replace(LLAMA, inner=inner, weight_dtype=dtype, sparse24=sparse24)
+        w = lower(model, engine="trtllm")
+        gemms = w.is_role("qkv", "o", "down")
+        assert {DTYPES[code] for code in w.weight_dtype[gemms]} == {dtype or "bf16"}
+        assert (w.kernel[gemms] == Kernel.SPARSE24).all() == sparse24
+    assert (f"weights in {dtype}" in model.found) is bool(dtype)
+    assert ("semi_structured: 2:4" in model.found) is sparse24
+
+
+def test_mxfp4_of_gpt_oss_has_the_shapes_of_its_experts() -> None:
+    stored = {}
+    for name, t in tensors_of(OSS).items():
+        if t.shape[:1] == (8,) and len(t.shape) == 3:
+            e, inputs, outputs = t.shape
+            stored[f"{name}_blocks"] = Tensor("U8", (e, outputs, inputs // 32, 16))
+            stored[f"{name}_scales"] = Tensor("U8", (e, outputs, inputs // 32))
+        else:
+            stored[name] = t
+    found = from_tensors(OSS, stored, "x")
+    assert found == replace(OSS, weight_dtype="mxfp4")
+    assert "weights in mxfp4" in found.found
+
+
+AT = "model.layers.3."
+F16 = lambda *shape: Tensor("F16", shape)  # noqa: E731
 
 
 @pytest.mark.parametrize(
-    ("inner", "layers", "says"),
+    ("change", "says"),
     [
-        (dict.fromkeys(range(4, 30), 3328), 32, "layers 4-29 hold 108,011,520 parameters each, 202,383,360 by"),
-        (dict.fromkeys(range(4, 30), 3328), 32, "mlp.gate_proj.weight is 3328 x 4096, not 11008 x 4096"),
-        ({0: 64, 7: 128}, 32, "layers 0, 7 hold 67,903,488 to 68,689,920 parameters each"),
-        (dict.fromkeys(range(32), 8810), 32, "layers 0-31 hold 175,374,336 parameters each, 202,383,360 by"),
-        ({}, 24, "layers 24-31 are missing"),
-        ({}, 33, "layers 32 hold 202,383,360 parameters each"),
-        ({3: 64}, 31, "layers 3 hold .* and layers 31 are missing"),
+        ({AT + "self_attn.q_proj.weight": F16(4000, 4096)}, r"3\.self_attn\.q_proj: expected a multiple of head_dim"),
+        ({AT + "self_attn.q_proj.weight": F16(3968, 4096)}, "expected a width of 3,968 .* got 4,096"),
+        ({AT + "mlp.up_proj.weight": F16(8810, 4096)}, "a width of 11,008 as layers.3.mlp.gate_proj has, got 8,810"),
+        ({AT + "mlp.up_proj.weight": F16(11008, 3072)}, "expected a width of 4,096 as"),
+        ({AT + "mlp.up_proj.weight": F16(11008)}, "expected 2 dimensions, got 1"),
+        ({AT + "mlp.up_proj.weight": F16(11008, 2**30)}, "expected widths up to 10,000,000"),
+        ({AT + "mlp.up_proj.weight": Tensor("I32", (11008, 512))}, "layers.3.mlp.up_proj: is stored as I32"),
+        ({AT + "mlp.up_proj.bias": F16(11008)}, "hold .* parameters, their shapes make"),
+        ({AT + "mlp.lora_A.weight": F16(8, 4096)}, "layers.3.mlp.lora_A: is none of a known layer"),
+        ({AT + "attn_shortcut_Q": F16(4096, 4096)}, "attn_shortcut_Q: is none of a known layer"),
+        ({"layers.3.mlp.up_proj.weight": F16(11008, 4096)}, "layers.3.mlp.up_proj: is there twice"),
+        ({"model.layers.32.mlp.up_proj.weight": F16(11008, 4096)}, "holds layer 32; expected fewer than 32"),
+        ({AT + "input_layernorm.weight": None}, "layers 3 hold .* it lacks input_layernorm"),
+        ({AT + "self_attn.v_proj.weight": None}, "layers 3 hold .* it lacks self_attn.v_proj"),
+        ({AT + "self_attn.o_proj.weight": None}, "layer 3 has attention without its o projection"),
+        ({"model.norm.weight": None}, "its shapes make 6,738,415,616"),
+        ({"lm_head.weight": None}, "holds no lm_head.weight"),
+        ({"model.embed_tokens.weight": None}, "holds no embed_tokens.weight"),
+        ({"lm_head.weight": Tensor("F8_E4M3", (32000, 4096))}, "lm_head: expected a head of 16 bits"),
+        ({AT + "mlp.up_proj.weight": Tensor("F8_E4M3", (11008, 4096))}, "is in 16 bits or more, .*up_proj in fp8"),
     ],
-)
-def test_a_pruned_checkpoint_is_not_taken_for_a_dense_one(
-    tmp_path: Path, inner: dict[int, int], layers: int, says: str
-) -> None:
-    folder = folder_of(tmp_path, "llama-2-7b")
-    save(folder / "model.safetensors", llama(inner, layers))
+)  # fmt: skip
+def test_what_cannot_be_explained_is_refused_by_its_tensor(change: dict[str, Tensor | None], says: str) -> None:
+    tensors = {name: t for name, t in {**tensors_of(LLAMA), **change}.items() if t is not None}
     with pytest.raises(InputError, match=says) as caught:
-        load_model(folder)
-    assert "\n" not in str(caught.value)
-    assert load_model(folder / "config.json").parameters == 6_738_415_616  # asked for alone
+        from_tensors(LLAMA, tensors, "folder")
+    assert str(caught.value).startswith("folder: ")
 
 
-def test_packed_weights_are_not_looked_into_and_an_adapter_is_named(tmp_path: Path) -> None:
+def test_what_is_no_decoder_is_left_out_and_told() -> None:
+    vision = {"vision_tower.layers.0.self_attn.q_proj.weight": F16(64, 64), "score.weight": F16(2, 4096)}
+    found = from_tensors(LLAMA, tensors_of(LLAMA) | vision, "x")
+    assert found == LLAMA
+    assert found.found.endswith("12,288 parameters beside the decoder are left out")
+
+
+def test_an_adapter_and_pickles_are_named_and_a_config_alone_is_read(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, "llama-2-7b")
-    gptq = {f"model.layers.{i}.mlp.down_proj.qweight": (1376, 4096) for i in range(32)}
-    save(folder / "model.safetensors", gptq | {"model.layers.0.input_layernorm.weight": (4096,)}, "I32")
-    assert load_model(folder).parameters == 6_738_415_616
+    assert load_model(folder) == LLAMA
+    (folder / "pytorch_model-00001-of-00002.bin").touch()
+    with pytest.raises(InputError, match=r"'pytorch_model-00001-of-00002.bin' is a pickle, .*save_model"):
+        load_model(folder)
     (folder / "config.json").rename(folder / "adapter_config.json")
     with pytest.raises(InputError, match=r"no config\.json; it holds a PEFT adapter: merge it"):
         load_model(folder)
+
+
+def test_links_of_a_cache_work_and_others_tell_nothing(tmp_path: Path) -> None:
+    blobs, folder = tmp_path / "blobs", tmp_path / "snapshots" / "0"
+    blobs.mkdir()
+    folder.mkdir(parents=True)
+    save(blobs / "a", tensors_of(LLAMA))
+    (folder_of(tmp_path, "llama-2-7b") / "config.json").rename(blobs / "b")
+    link = folder / "model.safetensors"
+    link.symlink_to("../../blobs/a")
+    (folder / "config.json").symlink_to("../../blobs/b")
+    assert load_model(folder) == LLAMA
+    for target in ("/etc/passwd", "/dev/zero", "/proc/self/environ", "model.safetensors", "/nowhere"):
+        link.unlink()
+        link.symlink_to(target)
+        with pytest.raises(InputError, match=r"no safetensors file: its header would not fit into it$|is missing"):
+            load_model(folder)
+
+
+def test_headers_of_a_large_model_take_less_than_a_second(tmp_path: Path) -> None:
+    folder, model = folder_of(tmp_path, "llama-2-70b"), load_model("llama-2-70b")
+    save_shards(folder, tensors_of(model), 30)
+    start = time.perf_counter()
+    assert load_model(folder) == model
+    assert time.perf_counter() - start < 1.0
+
+
+def test_many_headers_stay_within_memory(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "llama-2-7b")
+    for file in range(6):
+        empty = {f"layers.{i:05}.{file}" + "x" * 120: Tensor("F16", (0,)) for i in range(25_000)}
+        save(folder / f"{file}.safetensors", empty)
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match=r"headers of more than 24 MB"):
+            load_model(folder)
+        assert tracemalloc.get_traced_memory()[1] < 200e6
+    finally:
+        tracemalloc.stop()
+
+
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd", "lm_head": "output", "model.norm": "output_norm", "model.layers.": "blk.",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attn_output",
+    **{f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"},
+    **{f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")},
+}  # fmt: skip
+
+
+def gguf(model: ModelConfig, kind: int, **changes: Any) -> bytes:
+    """The header of a GGUF file of a Llama."""
+    text = lambda value: struct.pack("<Q", len(value)) + value.encode()  # noqa: E731
+    numbers = {"block_count": model.layers, "embedding_length": model.hidden, "context_length": 4096}
+    numbers |= {"attention.head_count": [b.heads for b in model.layout], "attention.key_length": model.head_dim}
+    numbers |= {"attention.head_count_kv": [b.kv_heads for b in model.layout]}
+    numbers |= {"feed_forward_length": [b.inner for b in model.layout], **changes}
+    out = text("general.architecture") + struct.pack("<I", 8) + text("llama")
+    out += text("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, 2) + text("a") + text("b")
+    for key, value in numbers.items():
+        array = isinstance(value, list)
+        values = value if array else [value]
+        head = struct.pack("<IIQ", 9, 4, len(values)) if array else struct.pack("<I", 4)
+        out += text(f"llama.{key}") + head + struct.pack(f"<{len(values)}I", *values)
+    tensors = {name: t for name, t in tensors_of(model).items() if "inv_freq" not in name}
+    for name, t in tensors.items():
+        for old, new in GGUF_NAMES.items():
+            name = name.replace(old, new)
+        shape = struct.pack(f"<{len(t.shape)}Q", *reversed(t.shape))
+        out += text(name) + struct.pack("<I", len(t.shape)) + shape + struct.pack("<IQ", kind, 0)
+    return b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(numbers) + 2) + out
+
+
+def test_a_gguf_file_is_read_by_its_header(tmp_path: Path) -> None:
+    file = tmp_path / "own.gguf"
+    for kind in (1, 12):  # F16, Q4_K
+        file.write_bytes(gguf(shaped(LLAMA, llm_pruner), kind))
+        model = load_model(str(file))
+        assert (model.name, model.parameters) == ("own", 5_709_025_280)
+        assert model.layout == shaped(LLAMA, llm_pruner).layout
+        assert ("packed formats of a GGUF file are not timed" in model.found) is (kind == 12)
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 255)), max_size=4), st.integers(0, 3000))
+@example([], 10)
+@example([(16, 255), (23, 255)], 0)
+def test_damaged_gguf_files_are_read_or_refused(tmp_path: Path, edits: list[tuple[int, int]], cut: int) -> None:
+    content = bytearray(gguf(replace(LLAMA, layers=1, windows=(0,)), 1))
+    for at, byte in edits:
+        content[at % len(content)] = byte
+    (tmp_path / "a.gguf").write_bytes(bytes(content[: cut or None]))
+    with contextlib.suppress(InputError):
+        assert lower(load_model(tmp_path / "a.gguf"), seq=16).parameters > 0
 
 
 def entry(**changes: Any) -> bytes:
@@ -180,7 +421,8 @@ def test_hostile_indices_are_refused_in_one_line(tmp_path: Path, index: bytes, s
 @example([(7, 255)], 400)
 def test_damaged_headers_are_read_or_refused(tmp_path: Path, edits: list[tuple[int, int]], cut: int) -> None:
     file = tmp_path / "model.safetensors"
-    save(file, {"model.layers.0.mlp.up_proj.weight": (4, 8), "model.layers.0.norm.weight": (4,), "head": ()})
+    shapes = {"model.layers.0.mlp.up_proj.weight": (4, 8), "model.layers.0.norm.weight": (4,), "head": ()}
+    save(file, {name: Tensor("F16", shape) for name, shape in shapes.items()})
     content = bytearray(file.read_bytes())
     for at, byte in edits:
         content[at % len(content)] = byte

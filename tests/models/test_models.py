@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_shapes import PUBLISHED, layer_tensors, outer_tensors
+from model_shapes import PUBLISHED, outer_tensors, parameters_of
 
 from simulator.errors import InputError
 from simulator.models.huggingface import ARCHITECTURES, MAX_FILE_BYTES, from_hf_config, read_config
@@ -31,12 +31,22 @@ def test_every_shipped_model_has_published_numbers_and_names_its_source() -> Non
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_parameters_equal_the_published_count_and_the_tensors(name: str) -> None:
     p, model = PUBLISHED[name], load_model(name)
-    in_layers = p.layers * sum(math.prod(s) for s in layer_tensors(p))
+    in_layers = parameters_of(p, p.experts)
     assert in_layers + sum(math.prod(s) for s in outer_tensors(p)) == p.parameters
     assert model.parameters == p.parameters
-    assert model.layers * model.layer_parameters == in_layers
+    assert model.layer_parameters == in_layers
     assert (model.hidden, model.layers, model.heads, model.kv_heads) == (p.hidden, p.layers, p.heads, p.kv_heads)
     assert (model.head_dim, model.inner, model.vocab, model.tied) == (p.head_dim, p.inner, p.vocab, p.tied)
+
+
+@pytest.mark.parametrize("name", sorted(name for name, p in PUBLISHED.items() if p.experts))
+def test_active_parameters_equal_the_tensors_and_the_published_digits(name: str) -> None:
+    p, model = PUBLISHED[name], load_model(name)
+    exact = p.parameters - parameters_of(p, p.experts) + parameters_of(p, p.active)
+    assert model.active_parameters == exact
+    published, digit = p.active_parameters
+    assert abs(exact - (not p.embedded) * p.vocab * p.hidden - published * 1e9) < digit * 1e9  # rounded, or cut
+    assert (model.experts, model.active, model.expert_inner) == (p.experts, p.active, p.expert_inner)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +99,7 @@ SLIDING = QWEN | {"use_sliding_window": True}
         (WIDE | {"model_type": "mistral"}, {"kv_heads": 8, "windows": (4096, 4096)}),
         (WIDE | {"model_type": "mistral", "sliding_window": None}, {"windows": (0, 0)}),
         (WIDE | {"model_type": "qwen2"}, {"qkv_bias": True, "kv_heads": 32, "windows": (0, 0)}),
-        (WIDE | {"model_type": "qwen3"}, {"head_dim": 128, "qk_norm": True}),
+        (WIDE | {"model_type": "qwen3"}, {"head_dim": 128, "qk_norm": "head"}),
         (WIDE | {"model_type": "gemma"}, {"tied": True, "kv_heads": 16, "head_dim": 256, "post_norms": False}),
         (WIDE | {"model_type": "gemma2"}, {"kv_heads": 4, "windows": (4096, 0), "post_norms": True}),
         (WIDE | {"model_type": "gemma2"}, {"logit_softcap": True, "attention_softcap": True}),
@@ -124,7 +134,7 @@ def test_bad_shape_is_named(key: str, value: Any) -> None:
         from_hf_config({k: v for k, v in LLAMA.items() if k != key})
 
 
-@pytest.mark.parametrize("kind", ["bert", "mixtral", "", 3, ["llama"], None, "LLAMA"])
+@pytest.mark.parametrize("kind", ["bert", "mamba2", "", 3, ["llama"], None, "LLAMA"])
 def test_unsupported_architecture_is_named(kind: Any) -> None:
     with pytest.raises(InputError) as error:
         from_hf_config(LLAMA | {"model_type": kind})

@@ -59,7 +59,7 @@ def test_a_serve_is_a_prefill_of_each_and_decodes_of_all_at_mean_length(
 @pytest.mark.parametrize("engine", ["", *list_engines()])
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_parameters_are_counted_once(name: str, engine: str) -> None:
-    w = serve(name, batch=7, engine=engine)
+    w = serve(name, batch=7, engine=engine, weight_dtype="bf16")
     assert w.parameters == pytest.approx(PUBLISHED[name].parameters, rel=1e-12)
     assert weights_bytes(Stack.of([w]))[0] == pytest.approx(2 * PUBLISHED[name].parameters, rel=1e-12)
     assert not (w.params * w.count)[w.phase == Phase.DECODE].any()

@@ -19,7 +19,7 @@ from simulator.models import lower as lowering
 from simulator.models.config import ModelConfig
 from simulator.models.huggingface import from_hf_config
 from simulator.models.library import list_models, load_model
-from simulator.workload import DTYPES, ROLES, Kind, Meta, Part, Phase, Workload
+from simulator.workload import DTYPES, PHASES, ROLES, Kind, Meta, Part, Phase, Workload
 
 lower = partial(lowering.lower, engine="")  # bare kernels: a GEMM a projection, logits of the last position
 FUSED = {"engine": "vllm"}
@@ -36,10 +36,10 @@ def row(w: Workload, role: str) -> SimpleNamespace:
     return SimpleNamespace(**{name: getattr(w, name)[at].item() for name in w.SCHEMA})
 
 
-@pytest.mark.parametrize("phase", ["prefill", "decode", "generate"])
+@pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_rows_own_exactly_the_models_parameters(name: str, phase: str) -> None:
-    options = {"phase": phase, "batch": 2, "seq": 100, "new_tokens": 3 * (phase == "generate")}
+    options = {"phase": phase, "batch": 2, "seq": 100, "new_tokens": 3 * (phase in ("generate", "serve"))}
     for engine in ("", *list_engines()):
         w = lower(load_model(name), **options, engine=engine)
         assert w.parameters == PUBLISHED[name].parameters
@@ -48,8 +48,12 @@ def test_rows_own_exactly_the_models_parameters(name: str, phase: str) -> None:
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_flops_equal_a_count_matrix_by_matrix(name: str) -> None:
     p = PUBLISHED[name]
-    reach, step = {"gemma-2-9b": (4096, 2), "phi-3-mini-4k": (2047, 1), "mistral-7b-v0.1": (4096, 1)}.get(name, (0, 1))
+    windows = {"gemma-2-9b": (4096, 2), "phi-3-mini-4k": (2047, 1), "mistral-7b-v0.1": (4096, 1)}
+    windows |= dict.fromkeys(("gpt-oss-20b", "gpt-oss-120b"), (128, 2))
+    reach, step = windows.get(name, (0, 1))
     window = dict.fromkeys(range(0, p.layers, step), reach)
+    if name == "gemma-3-12b":  # five of six layers
+        window = {layer: 1024 for layer in range(p.layers) if layer % 6 != 5}
     for batch, seq, every in ((1, 5000, False), (3, 77, True)):
         expected = pass_flops(p, batch, seq, every_logit=every, window=window)
         w = lower(load_model(name), batch=batch, seq=seq, **(ALL_LOGITS if every else {}))
@@ -254,9 +258,9 @@ def test_expand_changes_no_sum(name: str, phase: str, seq: int, steps: int) -> N
     assert wide.parameters == pytest.approx(w.parameters, rel=1e-12)
     for column in ("flops", "bytes", "count"):
         assert getattr(wide, column).sum() == pytest.approx(getattr(w, column).sum(), rel=1e-12)
-    layers = load_model(name).layers
-    attention = wide.take(wide.is_role("attention"))
-    assert np.bincount(attention.layer).tolist() == [len(attention) // layers] * layers
+    attention, attends = wide.take(wide.is_role("attention")), [block.heads > 0 for block in load_model(name).layout]
+    times = len(attention) // sum(attends)
+    assert np.bincount(attention.layer).tolist() == [times * there for there in attends]
 
 
 @settings(max_examples=40, deadline=None)
@@ -315,7 +319,7 @@ def test_any_windows_against_a_count_key_by_key(windows: list[int], seq: int, st
         ({"new_tokens": 5}, "new_tokens: expected 0 for phase 'prefill', got 5"),
         ({"phase": "generate"}, "new_tokens: expected an integer from 1 to 1000000 for phase 'generate', got 0"),
         ({"devices": 0}, "devices: expected an integer from 1"),
-        ({"parallel": "expert"}, "parallel 'expert' is unknown"),
+        ({"parallel": "experts"}, "parallel 'experts' is unknown"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], reason: str) -> None:

@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 
 import simulator
-from simulator.engines.engine import load_engine
 from simulator.predict.caveats import better_than_bound, beyond_measured, fallback
 from simulator.predict.table import explanations, table
 
@@ -38,7 +37,8 @@ def test_a_gain_of_no_kernel_is_not_put_down_to_one() -> None:
 
 def test_whose_kernels_stand_in_is_said_and_what_nobody_measured_is_not() -> None:
     def said(gpu: str, engine: str, phase: str = "decode") -> str:
-        return fallback(simulator.load_hardware(gpu), load_engine(engine), phase, "bf16")
+        w = simulator.lower(simulator.load_model("llama-3.2-1b"), phase=phase, engine=engine)
+        return fallback(simulator.load_hardware(gpu), w)
 
     assert said("h100", "vllm") == said("h100", "trtllm") == said("rtx_3090", "vllm") == said("h100", "") == ""
     assert said("rtx_4090", "trtllm") == "rtx_4090: trtllm's kernels are not calibrated there (those of vllm stand in)"

@@ -18,8 +18,9 @@ import simulator
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.save import save_hardware
+from simulator.predict.choices import FamilyChoice
 from simulator.predict.grid import Formats, Grid, read_grid
-from simulator.predict.rows import COLUMNS, FamilyChoice, Record
+from simulator.predict.rows import COLUMNS, Record
 from simulator.predict.sweep import digest, pieces, sweep, sweep_columns
 from simulator.predict.where import parse_filter
 from simulator.predict.workers import windowed
@@ -292,10 +293,22 @@ def test_a_grid_file_is_read(tmp_path: Path) -> None:
     assert grid.size == 2 * 2 * 5 * 4 * 2 * 2
 
 
+def test_published_methods_are_an_axis_beside_families_or_in_their_place(tmp_path: Path) -> None:
+    (tmp_path / "g.yaml").write_text(grid_text(GOOD | {"methods": "[shortgpt, mod]"}))
+    assert [f.method for f in read_grid(tmp_path / "g.yaml").families] == ["", "", "shortgpt", "mod"]
+    grid = replace(ONE, families=(), methods=("shortgpt", "llm-pruner", "sheared-llama"), sparsities=(0.25, 0.9))
+    columns, notes = sweep_columns(grid, "method != 'sheared-llama'")
+    assert list(zip(columns["method"], columns["family"], columns["sparsity"])) == [
+        ("shortgpt", "depth", 0.25), ("shortgpt", "depth", 0.9), ("llm-pruner", "width", 0.25),
+    ]  # fmt: skip
+    assert any(note.startswith("llm-pruner: prunes 10 of 16 layers") for note in notes)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("batches", "[]", r":6:10: batches: is an empty list"),
+        ("methods", "[shortgtp]", r"methods\.0: .*did you mean shortgpt"),
         ("batchs", "[1]", r":13:1: batchs: unknown key; did you mean batches\?"),
         ("models", "[llama-3.1-9b]", r"models\.0: .*llama-3\.1-8b"),
         ("hardware", "[h101]", r":2:12: hardware\.0: .*h100"),

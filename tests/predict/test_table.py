@@ -17,12 +17,13 @@ import simulator
 from simulator import load_hardware, load_model, lower, prune, speedup
 from simulator.errors import InputError
 from simulator.files.write import write_whole
+from simulator.predict.choices import families
 from simulator.predict.gemms import gemm_table
 from simulator.predict.requests import Requests, prune_all
 from simulator.predict.rows import COLUMNS, Record
 from simulator.predict.settings import Setting
-from simulator.predict.table import explanations, families
-from simulator.pruning import FAMILIES
+from simulator.predict.table import explanations
+from simulator.pruning import GENERAL
 from simulator.workload import PHASES, Workload
 
 MODEL = ["llama-3.1-8b"]
@@ -62,7 +63,7 @@ def test_names_that_mean_the_same_count_once() -> None:
         hardware=["h100", "h100_sxm"], family=["depth"] * 2, sparsity=[0.25] * 2, phase=["decode"] * 2, batch=[1, 1]
     )
     assert len(twice) == 1
-    assert families(["width", "all"]) == ("width", *(name for name in FAMILIES if name != "width"))
+    assert families(["width", "all"]) == ("width", *(name for name in GENERAL if name != "width"))
 
 
 def test_an_unsupported_combination_is_a_note_among_several_families_and_an_error_alone() -> None:
@@ -131,7 +132,7 @@ def test_a_table_as_a_data_frame(monkeypatch: pytest.MonkeyPatch) -> None:
         found.to_pandas()
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", list(GENERAL))
 def test_every_family_is_explained_exactly(family: str) -> None:
     for e in explanations(
         MODEL[0], ["h100", "a100"], family, 0.5, ["prefill", "decode"], [2], [512], engine=["trtllm"]
@@ -151,7 +152,7 @@ def test_a_sparsity_by_projection_is_explained() -> None:
     assert asdict(e.record).keys() == asdict(whole).keys()
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", list(GENERAL))
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize(
     ("model", "setting"),

@@ -10,8 +10,9 @@ from simulator.errors import InputError
 from simulator.pruning import FAMILIES, prune
 from simulator.workload import PHASES, Applied, Workload
 
-STATIC = ["depth", "width", "width_cross", "semi_structured", "low_rank", "unstructured"]
-ELEVEN = [*STATIC, "dynamic_depth", "dynamic_width", "sparse_attention", "token", "kv_cache"]
+STATIC = ["depth", "width", "width_cross", "semi_structured", "low_rank", "unstructured", "experts"]
+DYNAMIC = ["dynamic_depth", "dynamic_width", "sparse_attention", "token", "kv_cache"]
+TWELVE = [*STATIC[:-1], *DYNAMIC, "experts"]
 PER_LAYER = [name for name, family in FAMILIES.items() if family.per_layer and name not in ("semi_structured", "token")]
 
 
@@ -22,15 +23,15 @@ def same(a: Workload, b: Workload) -> None:
 
 
 def test_the_registry_is_that_of_the_design() -> None:
-    assert list(FAMILIES) == ELEVEN
+    assert list(FAMILIES) == TWELVE
     for name, family in FAMILIES.items():
         assert all((family.axis, family.summary, family.cost, family.realised))
-        assert family.dynamic == (name not in STATIC)
+        assert family.dynamic == (name not in (*STATIC, "experts"))
     assert FAMILIES["dynamic_depth"].options == {"prune_kv": False, "router": 2}
     assert FAMILIES["semi_structured"].options == {}
 
 
-@pytest.mark.parametrize("family", ELEVEN)
+@pytest.mark.parametrize("family", TWELVE)
 @pytest.mark.parametrize("phase", PHASES)
 def test_zero_is_the_identity(family: str, phase: str) -> None:
     w = workload(GQA, phase)

@@ -238,6 +238,39 @@ def test_products_of_no_random_numbers_are_taken_where_memory_bounds_them(tmp_pa
     refused("were not random numbers, .* name the hardware", import_table, path)
 
 
+def mla_columns(**more: Any) -> dict[str, Any]:
+    columns = {"batch_size": [2, 2], "isl": [1, 1], "num_heads": [16, 128], "step": [1023, 1023], "tp_size": [8, 1]}
+    columns |= {"mla_dtype": ["bfloat16"] * 2, "kv_cache_dtype": ["bfloat16", "fp8"], "latency": [0.5] * 2}
+    return columns | more
+
+
+def test_aiconfigurator_latent_attention(tmp_path: Path) -> None:
+    path = aic(tmp_path / "t.parquet", mla_columns(), "SGLang", "mla_generation")
+    decode = import_table(path, hw=A100, dtype="all").records
+    assert decode.is_operator("mla_decode").all()
+    assert (decode.heads.tolist(), decode.kv_heads.tolist()) == ([16, 128], [1, 1])  # heads of this device, one latent
+    assert (decode.head_dim.tolist(), decode.n.tolist()) == ([576] * 2, [512] * 2)
+    assert (decode.kv_len.tolist(), decode.labels().tolist()) == ([1024] * 2, ["bf16", "fp8_wo"])
+    prompt = mla_columns(isl=[512, 512], step=[0, 0])
+    path = aic(tmp_path / "u.parquet", prompt, "TRTLLM", "mla_context")
+    records = import_table(path, hw=A100, dtype="all").records
+    assert (records.kv_heads.tolist(), records.head_dim.tolist()) == ([16, 128], [192] * 2)
+    assert records.n.tolist() == [128] * 2
+    path = aic(tmp_path / "v.parquet", prompt, "SGLang", "mla_context")  # kernel "k": not that of prompts
+    refused("2 rows: a prompt on the path of a decode", import_table, path, hw=A100, dtype="all")
+
+
+def test_latent_attention_is_held_against_physics() -> None:
+    shape = {"operator": "mla_decode", "batch": 64, "q_len": 1, "kv_len": 8192, "heads": 128, "kv_heads": 1}
+    shape |= {"head_dim": 576, "n": 512, "copies": 1, "cold": False, "seconds": 1e-3}
+    r = Records.from_columns([Source("H100")], **shape, weight_dtype=["bf16", "fp8"])
+    compute, memory = least_seconds(r, H100)
+    flop, peaks = 2.0 * 1088 * 64 * 128 * 8192, [H100.peak_flop_per_s(dtype) for dtype in ("bf16", "fp8")]
+    assert compute == pytest.approx([flop / peak / H100.clock_headroom for peak in peaks])  # of the cache's format
+    moved = 64 * 8192 * 576 * 2 + 64 * 128 * 1088 * 2 - H100.l2_bytes  # the cache, queries and outputs, but for the L2
+    assert memory[0] == pytest.approx(moved / H100.bandwidth_bytes_per_s)
+
+
 def test_aiconfigurator_collectives(tmp_path: Path) -> None:
     columns = {"nccl_dtype": ["half", "int8", "half"], "num_gpus": [2, 8, 8], "message_size": [256, 512, 1 << 28]}
     path = aic(tmp_path / "t.parquet", {**columns, "latency": [0.01, 0.02, 0.9]}, op="alltoall")
@@ -259,7 +292,32 @@ def test_aiconfigurator_tables_that_lack_something_are_refused(tmp_path: Path) -
     columns = {"gemm_dtype": ["bfloat16"], "m": [1], "n": [64], "latency": [0.01]}
     path = tmp_path / "t.parquet"
     refused("column k missing; the file has", import_table, aic(path, columns))
-    refused("op_name 'moe' is unknown", import_table, aic(path, {"latency": [0.01]}, op="moe"))
+    refused("op_name 'mamba' is unknown", import_table, aic(path, {"latency": [0.01]}, op="mamba"))
+    refused("column moe_dtype, num_tokens, .* missing", import_table, aic(path, {"latency": [0.01]}, op="moe"))
+
+
+def test_aiconfigurator_experts(tmp_path: Path) -> None:
+    """Width divided by tensor parallelism, ``power_law_`` by its power; what is no one device's, or has no gate, is
+    refused and counted."""
+    columns: dict[str, list[Any]] = {
+        "moe_dtype": ["bfloat16", "bfloat16", "w4a16_mxfp4", "fp8", "bfloat16", "w4afp8", "bfloat16"],
+        "num_tokens": [1, 64, 64, 64, 64, 64, 64], "hidden_size": [2048] * 7, "topk": [8] * 6 + [6],
+        "inter_size": [768] * 6 + [1856], "num_experts": [128] * 7, "moe_tp_size": [1, 2, 1, 1, 1, 1, 1],
+        "moe_ep_size": [1, 1, 1, 8, 1, 1, 1], "latency": [0.08, 1.3, 0.7, 0.5, 0.4, 0.5, 2.0],
+        "distribution": ["balanced", "power_law_1.2", "balanced", "balanced", "uniform", "balanced", "balanced"],
+    }  # fmt: skip
+    result = import_table(aic(tmp_path / "t.parquet", columns, "VLLM", "moe"), hw=A100, dtype="all")
+    r = result.records
+    assert (r.m.tolist(), r.n.tolist(), r.skew.tolist()) == ([1, 64, 64], [768, 384, 768], [0.0, 1.2, 0.0])
+    assert (r.experts.tolist(), r.active.tolist(), r.cold.any()) == ([128] * 3, [8.0] * 3, False)
+    assert r.labels().tolist() == ["bf16", "bf16", "mxfp4_wo"]
+    assert [name.split(":")[0] for name in result.refusals] == [
+        "tokens dealt out by another rule", "experts shared among devices", "experts without a gate",
+        "number format w4afp8 is not modelled",
+    ]  # fmt: skip
+    columns["latency"][0] = 0.01  # 75 MB in 10 us
+    again = import_table(aic(tmp_path / "t.parquet", columns, "VLLM", "moe"), hw=A100, dtype="all")
+    assert again.refusals["faster than memory, L2 or link allow"] == 1
 
 
 def test_aiconfigurator_attention(tmp_path: Path) -> None:

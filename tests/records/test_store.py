@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from calibration.devices.protocol import OPERATORS as KINDS
 from calibration.devices.protocol import Operator
 from calibration.records import store as store_module
 from calibration.records.lines import content_records, records_of, shape_of, untimed
@@ -259,7 +260,7 @@ def test_flags_purposes_and_spread_of_measured_rows() -> None:
 def test_every_operator_a_device_offers_becomes_a_record() -> None:
     shape = {"m": 8, "n": 64, "k": 32, "rank": 16, "rows": 4, "batch": 2, "q_len": 1, "kv_len": 16}
     shape |= {"heads": 4, "kv_heads": 2, "head_dim": 64}
-    for kind in set(OPERATORS) - {"collective"}:
+    for kind in KINDS:
         role = {"elementwise": "activation"}.get(kind, "")
         operator = Operator(kind, **shape, block=8, role=role)
         records = records_of([{"operator": vars(operator), "median_s": 1e-6}], HEADER)
@@ -272,7 +273,8 @@ def test_every_operator_a_device_offers_becomes_a_record() -> None:
 
 def test_codes_of_operators_that_files_hold_stay_what_they_are() -> None:
     assert OPERATORS[:3] == ("gemm", "gemm_2to4", "low_rank")
-    assert (OPERATORS.index("collective"), OPERATORS.index("layer_eager")) == (11, 12)
+    names = ("collective", "layer_eager", "experts", "mla_prefill", "mla_decode")
+    assert [OPERATORS.index(name) for name in names] == [11, 12, 13, 14, 15]
 
 
 def table() -> Records:

@@ -158,6 +158,9 @@ def check_model(config: ModelConfig) -> None:
     """Refuse a model that this decoder cannot run (InputError), with every reason."""
     whole_heads = config.rotary_dim == config.head_dim and not config.learned_positions
     reasons = {
+        "it has routed experts": config.experts > 0,
+        "its attention is latent": config.latent is not None,
+        "its layers differ": len(set(config.layout)) > 1,
         "its MLP is not gated": not config.gated,
         f"its norms are {config.norm!r}, not RMS norms": config.norm != "rms",
         "it has no rotary positions over whole heads": not whole_heads,

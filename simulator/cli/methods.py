@@ -1,0 +1,57 @@
+"""``prunesim methods``: published pruning methods that ``--method`` knows."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING, Annotated, Any
+
+from simulator.cli import options, render
+from simulator.cli.options import arg
+
+if TYPE_CHECKING:
+    from simulator.pruning._methods import Method
+
+LEAST = 24
+"""Columns of the narrowest column of what a method does."""
+
+
+def command(
+    name: Annotated[str | None, arg("NAME", "One method, in full.")] = None, as_json: options.Json = False
+) -> None:
+    """List published pruning methods, each with its family, what it removes and its paper.
+
+    Their names are for --method of speedup and explain, and for methods: in the grid of a sweep.
+    """
+    from simulator.pruning._methods import METHODS, load_method
+
+    found = list(METHODS.values()) if name is None else [load_method(name)]
+    if as_json:
+        print(render.json_lines([_plain(m) for m in found]))
+    elif name is None:
+        columns = render.columns(
+            found, ("<method", lambda m: m.name), ("<family", lambda m: m.family), ("<arXiv", lambda m: m.arxiv)
+        )
+        room = render.width() - render.table_width(columns) - 2
+        if room >= LEAST:
+            what = [textwrap.shorten(m.what, room, placeholder="...") for m in found]
+            columns.insert(2, render.Column("what goes", what, right=False))
+        render.show(columns)
+        more = "prunesim methods NAME says more; widths and ranks are rounded as the family rounds them"
+        print(f"\n{textwrap.fill(more, render.width())}")
+    else:
+        for key, value in _plain(found[0]).items():
+            text = f"{key + ':':<12}{_text(value)}"
+            print(textwrap.fill(text, render.width(), subsequent_indent=" " * 12))
+
+
+def _plain(m: Method) -> dict[str, Any]:
+    names = ("name", "family", "what", "options", "sparsities", "phases", "title", "arxiv")
+    return {name: getattr(m, name) for name in names}
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={option}" for name, option in value.items()) or "those of the family"
+    return ", ".join(str(v) for v in value)

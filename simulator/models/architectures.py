@@ -1,0 +1,240 @@
+"""What a ``config.json`` of each ``model_type`` says about shapes: :data:`ARCHITECTURES`.
+
+An architecture is a line of the table; what no table says is a function of the reader and of the fields found so far.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from simulator.models.config import Block, Latent
+from simulator.models.keys import MAX_LAYERS, Reader
+
+Fields = dict[str, Any]
+"""Fields of :class:`simulator.ModelConfig`."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Keys of one architecture and their defaults, those of its configuration class in transformers 4.57."""
+
+    positions: int  # max_position_embeddings
+    flags: Mapping[str, tuple[str, bool]]  # field -> key and default
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # fields that are the same in all its models
+    kv_heads: int | None = None  # num_key_value_heads where absent; None: as many as query heads, as null means
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    grouped: bool = True  # has the keys of the two lines above
+    inner: str = "intermediate_size"  # "": no such key
+    window: int | None = None  # sliding_window; None: no such key
+    windowed: Callable[[int], bool] = lambda layer: True  # layers with a window
+    rotary: tuple[str, float] | None = None  # key and default of the share of each head that is rotated; None: all
+    absent: Mapping[str, int] = field(default_factory=dict)  # shape keys that published files leave out
+    more: Callable[[Reader, Fields], Fields] = lambda read, values: {}  # what no table says
+
+    def values(self, read: Reader) -> Fields:
+        """Fields from the keys of a configuration."""
+        hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads", self.absent.get("heads"))
+        kv_heads, head_dim = heads, self.head_dim
+        if self.grouped:
+            absent = self.kv_heads if "num_key_value_heads" not in read.data else None
+            kv_heads = read.integer("num_key_value_heads", absent or heads)
+        if head_dim is None and (not self.grouped or read.data.get("head_dim") is None):
+            if hidden % heads:
+                given = " (no head_dim is given)" if self.grouped else ""
+                wrong = f"expected a divisor of hidden_size {hidden}{given}, got {heads}"
+                raise read.fail("num_attention_heads", wrong)
+            head_dim = hidden // heads
+        else:
+            head_dim = read.integer("head_dim", head_dim)
+        layers = read.integer("num_hidden_layers", high=MAX_LAYERS)
+        values = {
+            "hidden": hidden,
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "head_dim": head_dim,
+            "inner": read.integer(self.inner) if self.inner else 0,
+            "layers": layers,
+            "vocab": read.integer("vocab_size", self.absent.get("vocab")),
+            "rotary_dim": int(head_dim * read.number(*self.rotary, high=1)) if self.rotary else head_dim,
+            "windows": (0,) * layers if self.window is None else read.windows(layers, self.window, self.windowed),
+            **{name: read.flag(key, default) for name, (key, default) in self.flags.items()},
+            "max_positions": read.integer("max_position_embeddings", self.positions),
+            **self.fixed,
+        }
+        values |= self.more(read, values)
+        if heads % kv_heads:
+            raise read.fail("num_key_value_heads", f"expected a divisor of num_attention_heads {heads}, got {kv_heads}")
+        return values
+
+
+def _layers(blocks: Sequence[Block]) -> Fields:
+    """Fields of layers: the usual one, and each where they differ."""
+    whole = [block for block in blocks if block.sublayers == 2 and not block.linear] or blocks
+    usual = Counter(whole).most_common(1)[0][0]
+    names = ("heads", "kv_heads", "inner", "experts", "active", "expert_inner")
+    fields: Fields = {name: getattr(usual, name) for name in names}
+    return fields | {"blocks": () if set(blocks) == {Block(**fields)} else tuple(blocks)}
+
+
+def _routed(read: Reader, values: Fields, count: str, width: int, shared: int, dense: Callable[[int], bool]) -> Fields:
+    """Layers with experts, ``count`` the key of how many, and a plain MLP in those that are ``dense``."""
+    experts = read.integer(count)
+    active, heads = float(read.integer("num_experts_per_tok", high=experts)), (values["heads"], values["kv_heads"])
+    plain, block = Block(*heads, values["inner"]), Block(*heads, shared, experts, active, width)
+    return _layers([plain if dense(layer) else block for layer in range(values["layers"])])
+
+
+def _local_experts(read: Reader, values: Fields) -> Fields:
+    return _routed(read, values, "num_local_experts", values["inner"], 0, lambda layer: False)
+
+
+def _gpt_oss(read: Reader, values: Fields) -> Fields:
+    stored = read.data.get("quantization_config")
+    mxfp4 = isinstance(stored, Mapping) and stored.get("quant_method") == "mxfp4"
+    return _local_experts(read, values) | {"weight_dtype": "mxfp4" if mxfp4 else ""}
+
+
+def _qwen_experts(read: Reader, values: Fields) -> Fields:
+    step, last = read.integer("decoder_sparse_step", 1), values["layers"] - 1
+    right = lambda x: isinstance(x, list) and all(isinstance(i, int) and 0 <= i <= last for i in x)  # noqa: E731
+    plain = set(read.value("mlp_only_layers", [], f"a list of layers from 0 to {last}", right))
+    shared = read.integer("shared_expert_intermediate_size", low=0) if values.get("shared_gate") else 0
+    used, first = read.flag("use_sliding_window"), read.integer("max_window_layers", 28, low=0)
+    every = not values.get("shared_gate")  # qwen2_moe: every other one, up to max_window_layers
+    windows = read.windows(values["layers"], 4096, lambda i: every or (i % 2 == 0 and i < first), used)
+    width, dense = read.integer("moe_intermediate_size"), lambda i: i in plain or (i + 1) % step > 0
+    return {"windows": windows} | _routed(read, values, "num_experts", width, shared, dense)
+
+
+def _deepseek(shared: int, first: int) -> Callable[[Reader, Fields], Fields]:
+    """Latent attention and experts; defaults of the number of shared ones, and of the dense layers before."""
+
+    def more(read: Reader, values: Fields) -> Fields:
+        if read.flag("attention_bias"):
+            raise read.fail("attention_bias", "expected false (biases of latent attention are not supported), got True")
+        rank, width = read.or_none("q_lora_rank", 1536), read.integer("moe_intermediate_size")
+        heads = (read.integer(f"{name}_head_dim") for name in ("qk_rope", "qk_nope", "v"))
+        latent = Latent(rank, read.integer("kv_lora_rank"), *heads)
+        start, step = read.integer("first_k_dense_replace", first, low=0), read.integer("moe_layer_freq", 1)
+        wide = read.or_none("n_shared_experts", shared) * width
+        layers = _routed(read, values, "n_routed_experts", width, wide, lambda i: i < start or i % step > 0)
+        return {"latent": latent, "head_dim": latent.plain + latent.rotary, "rotary_dim": latent.rotary} | layers
+
+    return more
+
+
+def _puzzle(read: Reader, values: Fields) -> Fields:
+    """Layers of an architecture search (Puzzle, arXiv 2411.19146): each sublayer as it is, gone, or one product."""
+    blocks, windows, heads, layers = [], [], values["heads"], values["layers"]
+    for of in read.parts("block_configs", layers):
+        attention, mlp = of.part("attention"), of.part("ffn")
+        gone = [part.flag("no_op") for part in (attention, mlp)]
+        linear = [part.flag("replace_with_linear") and not no for part, no in zip((attention, mlp), gone)]
+        groups = inner = 0
+        if not (gone[0] or linear[0]):
+            size = attention.integer("n_heads_in_group")
+            if heads % size:
+                wrong = f"expected a divisor of num_attention_heads {heads}, got {size}"
+                raise attention.fail("n_heads_in_group", wrong)
+            groups = heads // size
+        if not (gone[1] or linear[1]):
+            inner = -int(2 * mlp.number("ffn_mult", None, high=1000) * values["hidden"] / 3) // 256 * -256
+        one = tuple(name for name, is_one in zip(("attention", "mlp"), linear) if is_one)
+        blocks.append(Block(heads if groups else 0, groups, inner, linear=one))
+        windows.append(attention.integer("window_length", 0, low=0))
+    return {"windows": tuple(windows)} | _layers(blocks)
+
+
+def _smollm3(read: Reader, values: Fields) -> Fields:
+    layers, step = values["layers"], read.integer("no_rope_layer_interval", 4)
+    right = lambda x: isinstance(x, list) and len(x) >= layers and all(y in (0, 1) for y in x)  # noqa: E731
+    usual = [int((layer + 1) % step > 0) for layer in range(layers)]
+    rotary = read.value("no_rope_layers", usual, f"a list of {layers} of 0 or 1", right)
+    windows = read.windows(layers, 0, lambda layer: not rotary[layer], read.flag("use_sliding_window"))
+    widths = (values["heads"], values["kv_heads"], values["inner"])
+    return {"windows": windows} | _layers([Block(*widths, rotary=bool(is_one)) for is_one in rotary[:layers]])
+
+
+def _qwen(read: Reader, values: Fields) -> Fields:
+    used, first = read.flag("use_sliding_window"), read.integer("max_window_layers", 28, low=0)
+    return {"windows": read.windows(values["layers"], 4096, lambda layer: layer >= first, used)}
+
+
+def _gemma(read: Reader, values: Fields, absent: bool = True) -> Fields:
+    caps = {"attention_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"}
+    return {name: read.capped(key, absent) for name, key in caps.items()}
+
+
+def _gemma3(read: Reader, values: Fields) -> Fields:
+    step = read.integer("sliding_window_pattern", read.integer("_sliding_window_pattern", 6))
+    windows = read.windows(values["layers"], 4096, lambda layer: (layer + 1) % step > 0)
+    return {"windows": windows} | _gemma(read, values, absent=False)
+
+
+def _opt(read: Reader, values: Fields) -> Fields:
+    hidden = values["hidden"]
+    if read.integer("word_embed_proj_dim", hidden) != hidden:
+        projected = "projected embeddings, as in OPT-350M, are not supported"
+        raise read.fail("word_embed_proj_dim", f"expected hidden_size {hidden} ({projected})")
+    return {
+        "learned_positions": values["max_positions"] + 2,  # OPT's table starts with two rows of padding
+        "norm": "layer" if read.flag("layer_norm_elementwise_affine", True) else "none",
+        "final_norm": values["final_norm"] and not read.flag("_remove_final_layer_norm"),
+    }
+
+
+_TIED, _UNTIED = {"tied": ("tie_word_embeddings", True)}, {"tied": ("tie_word_embeddings", False)}
+_BIAS = {"qkv_bias": ("attention_bias", False), "o_bias": ("attention_bias", False)}
+_MLP_BIAS = {"mlp_bias": ("mlp_bias", False)}
+
+# fmt: off
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({
+    "llama": Architecture(2048, {**_BIAS, **_UNTIED, **_MLP_BIAS}),
+    "mistral": Architecture(131072, _UNTIED, kv_heads=8, window=4096),
+    "qwen2": Architecture(32768, _UNTIED, {"qkv_bias": True}, kv_heads=32, more=_qwen),
+    "qwen3": Architecture(32768, {**_BIAS, **_UNTIED}, {"qk_norm": "head"}, kv_heads=32, head_dim=128, more=_qwen),
+    "gemma": Architecture(8192, {**_BIAS, **_TIED}, kv_heads=16, head_dim=256),
+    "gemma2": Architecture(8192, {**_BIAS, **_TIED}, {"post_norms": True}, kv_heads=4, head_dim=256,
+                           window=4096, windowed=lambda layer: layer % 2 == 0, more=_gemma),
+    "gemma3_text": Architecture(
+        131072, {**_BIAS, **_TIED}, {"post_norms": True, "qk_norm": "head"}, kv_heads=4, head_dim=256,
+        absent={"heads": 8, "vocab": 262208}, more=_gemma3),
+    "phi3": Architecture(4096, _UNTIED, window=0, rotary=("partial_rotary_factor", 1.0)),
+    "opt": Architecture(
+        2048,
+        {**dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), ("enable_bias", True)), **_TIED,
+         "final_norm": ("do_layer_norm_before", True)},
+        {"gated": False, "rotary_dim": 0}, grouped=False, inner="ffn_dim", more=_opt),
+    "gpt_neox": Architecture(
+        2048,
+        {**dict.fromkeys(("qkv_bias", "o_bias"), ("attention_bias", True)), **_UNTIED,
+         "parallel_residual": ("use_parallel_residual", True)},
+        {"gated": False, "mlp_bias": True, "norm": "layer"}, grouped=False, rotary=("rotary_pct", 0.25)),
+    "olmo2": Architecture(2048, {**_BIAS, **_UNTIED}, {"qk_norm": "width", "pre_norms": False, "post_norms": True}),
+    "granite": Architecture(2048, {**_BIAS, **_UNTIED, **_MLP_BIAS}),
+    "smollm3": Architecture(32768, {**_BIAS, **_TIED, **_MLP_BIAS}, kv_heads=4, more=_smollm3),
+    "nemotron": Architecture(4096, {**_BIAS, **_UNTIED, **_MLP_BIAS}, {"gated": False, "norm": "layer"},
+                             rotary=("partial_rotary_factor", 0.5)),
+    "nemotron-nas": Architecture(2048, {**_BIAS, **_UNTIED, **_MLP_BIAS}, grouped=False, inner="", more=_puzzle),
+    "mixtral": Architecture(131072, _UNTIED, kv_heads=8, window=0, more=_local_experts),
+    "qwen2_moe": Architecture(32768, {**_UNTIED, "qkv_bias": ("qkv_bias", True)}, {"shared_gate": True}, kv_heads=16,
+                              more=_qwen_experts),
+    "qwen3_moe": Architecture(32768, {**_BIAS, **_UNTIED}, {"qk_norm": "head"}, kv_heads=4, more=_qwen_experts),
+    "gpt_oss": Architecture(
+        131072, {**dict.fromkeys(("qkv_bias", "o_bias"), ("attention_bias", True)), **_UNTIED},
+        {"sinks": True, "router_bias": True, "expert_bias": True}, kv_heads=8, head_dim=64,
+        window=128, windowed=lambda layer: layer % 2 == 0, more=_gpt_oss),
+    # the keys of grouped heads say nothing of latent attention
+    "deepseek_v2": Architecture(2048, _UNTIED, grouped=False, head_dim=64, more=_deepseek(shared=2, first=0)),
+    "deepseek_v3": Architecture(4096, _UNTIED, {"router_bias": True}, grouped=False, head_dim=64,
+                                more=_deepseek(shared=1, first=3)),
+})
+# fmt: on
+"""Supported values of ``model_type``."""
+
+NESTED: Mapping[str, tuple[str, str]] = MappingProxyType({"gemma3": ("text_config", "gemma3_text")})
+"""Those whose decoder is an object in the file: its key and architecture. What sees or hears is left out."""

@@ -1,0 +1,160 @@
+"""What was pruned of a model, by the shapes of both: :func:`difference`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from simulator.models.config import Block, ModelConfig
+
+_WIDTHS = {
+    "heads": "{} heads",
+    "kv_heads": "{} key/value heads",
+    "inner": "an MLP of {}",
+    "expert_inner": "experts of a width of {}",
+}
+
+
+def difference(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]:
+    """The pruning families found in a model, each with where, how much, and its share of the dense parameters.
+
+    Layers are compared by the numbers that a checkpoint gives them, else first to first.
+
+    >>> from simulator.models.library import load_model
+    >>> dense = load_model("llama-2-7b")
+    >>> difference(dense, replace(dense, inner=8810, weight_dtype="int4"))
+    ('width in layers 0-31: an MLP of 8,810 of 11,008 (12.8 % of the parameters)', 'weights in int4')
+    """
+    said, last = [], dense
+    numbers = pruned.numbers or tuple(range(pruned.layers))
+    at = {number: i for i, number in enumerate(dense.numbers or range(dense.layers))}
+    if at.keys() >= set(numbers):
+        olds = tuple(dense.layout[at[number]] for number in numbers)
+    else:
+        olds = (dense.layout * (1 + pruned.layers // dense.layers))[: pruned.layers]
+    shrinks: list[tuple[str, tuple[Block, ...], dict[str, Any]]] = [
+        (_depth(at, numbers, olds, pruned.layout), tuple(map(_without, olds, pruned.layout)), {}),
+        (_experts(numbers, olds, pruned.layout), tuple(map(_fewer, olds, pruned.layout)), {}),
+        (_width(dense, pruned, numbers, olds), pruned.layout, {"latent": pruned.latent, "head_dim": pruned.head_dim}),
+        (_cross(dense, pruned), pruned.layout, {"hidden": pruned.hidden}),
+        (_other(dense, pruned), pruned.layout, {"vocab": pruned.vocab, "learned_positions": pruned.learned_positions}),
+    ]
+    for words, blocks, fields in shrinks:
+        now = replace(last, layers=len(blocks), blocks=blocks, **fields)
+        share = (last.parameters - now.parameters) / dense.parameters
+        if words:
+            said.append(words + (f" ({share:.1%} of the parameters)".replace("%", " %") if share > 0 else ""))
+        last = now
+    if more := pruned.parameters - last.parameters:
+        said.append(f"{abs(more):,} parameters {'more' if more > 0 else 'fewer'} in biases, norms or the head")
+    if pruned.sparse24 and not dense.sparse24:
+        said.append("semi_structured: 2:4 in the projections")
+    if pruned.weight_dtype and pruned.weight_dtype != dense.weight_dtype:
+        said.append(f"weights in {pruned.weight_dtype}")
+    return tuple(said)
+
+
+def runs(numbers: Iterable[int]) -> str:
+    """Sorted numbers with runs drawn together.
+
+    >>> runs([0, 4, 5, 6])
+    '0, 4-6'
+    """
+    parts = []
+    for _, run in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+        first, *_, last = [n for _, n in run] * 2
+        parts.append(str(first) if first == last else f"{first}-{last}")
+    return ", ".join(parts[:8]) + (f" and {len(parts) - 8} more runs" if len(parts) > 8 else "")
+
+
+def _attends(block: Block) -> bool:
+    return bool(block.heads or "attention" in block.linear)
+
+
+def _maps(block: Block) -> bool:
+    return bool(block.inner or block.experts or "mlp" in block.linear)
+
+
+def _without(old: Block, new: Block) -> Block:
+    """A layer less the sublayers that are gone or one product now."""
+    if not _attends(new) or "attention" in new.linear:
+        old = replace(old, heads=0, kv_heads=0)
+    if not _maps(new) or "mlp" in new.linear:
+        old = replace(old, inner=0, experts=0, active=0.0, expert_inner=0)
+    return replace(old, linear=new.linear)
+
+
+def _fewer(old: Block, new: Block) -> Block:
+    return replace(_without(old, new), experts=new.experts, active=new.active)
+
+
+def _depth(were: Collection[int], numbers: Sequence[int], olds: Sequence[Block], news: Sequence[Block]) -> str:
+    said = []
+    gone = sorted(set(were) - set(numbers))
+    if len(numbers) > len(were):
+        said.append(f"{len(numbers)} layers, not {len(were)}")
+    elif gone:
+        known = gone[0] < numbers[-1]  # a checkpoint that is numbered anew does not tell which
+        said.append(f"layers {runs(gone)} gone" if known else f"{len(gone)} of {len(were)} layers gone")
+    for name, has in (("attention", _attends), ("MLP", _maps)):
+        pairs = list(zip(numbers, olds, news))
+        if off := [i for i, old, new in pairs if has(old) and not has(new)]:
+            said.append(f"{name} of layers {runs(off)} gone")
+        key = name.lower()
+        if one := [i for i, old, new in pairs if key in new.linear and key not in old.linear]:
+            said.append(f"{name} of layers {runs(one)} one product")
+    return f"depth: {', '.join(said)}" if said else ""
+
+
+def _experts(numbers: Sequence[int], olds: Sequence[Block], news: Sequence[Block]) -> str:
+    said = []
+    for name, words in (("experts", "{}"), ("active", "{} active")):
+        pairs = zip(numbers, olds, news)
+        cut = [
+            (i, getattr(old, name), getattr(new, name))
+            for i, old, new in pairs
+            if (old.experts or new.experts) and _maps(new) and getattr(old, name) != getattr(new, name)
+        ]
+        if cut:
+            said.append(f"{words.format(_of(cut))} in layers {runs(i for i, *_ in cut)}")
+    return f"experts: {', '.join(said)}" if said else ""
+
+
+def _width(dense: ModelConfig, pruned: ModelConfig, numbers: Sequence[int], olds: Sequence[Block]) -> str:
+    said, layers = [], set()
+    for name, words in _WIDTHS.items():
+        cut = [
+            (i, getattr(old, name), getattr(new, name))
+            for i, old, new in zip(numbers, map(_without, olds, pruned.layout), pruned.layout)
+            if getattr(old, name) != getattr(new, name)
+        ]
+        if cut:
+            layers |= {i for i, *_ in cut}
+            said.append(words.format(_of(cut)))
+    if dense.head_dim != pruned.head_dim:
+        said.append(f"{pruned.head_dim} of {dense.head_dim} features of a head")
+    if dense.latent != pruned.latent:
+        said.append("other latent widths")
+    where = f" in layers {runs(sorted(layers))}" if layers else ""
+    return f"width{where}: {', '.join(said)}" if said else ""
+
+
+def _of(cut: Sequence[tuple[int, float, float]]) -> str:
+    """New values of old ones: 26 of 32, 4 to 26 of 32."""
+    olds, news = (
+        [f"{v:,g}" if v < 1e6 else f"{v:,.0f}" for v in sorted(set(values))] for values in list(zip(*cut))[1:]
+    )
+    new, old = (" to ".join(dict.fromkeys((values[0], values[-1]))) for values in (news, olds))
+    return f"{new} of {old}"
+
+
+def _cross(dense: ModelConfig, pruned: ModelConfig) -> str:
+    return f"width_cross: hidden {pruned.hidden:,} of {dense.hidden:,}" if pruned.hidden != dense.hidden else ""
+
+
+def _other(dense: ModelConfig, pruned: ModelConfig) -> str:
+    named = {"vocab": "vocabulary", "learned_positions": "table of positions"}
+    pairs = {words: (getattr(dense, name), getattr(pruned, name)) for name, words in named.items()}
+    return ", ".join(f"{words}: {new:,} of {old:,}" for words, (old, new) in pairs.items() if old != new)

@@ -1,0 +1,275 @@
+"""One forward pass of a decoder as rows of a workload, in the order they run: :class:`Pass`.
+
+Used by :mod:`simulator.models.lower` alone, which says what the rows assume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from simulator.models.config import Block, ModelConfig
+from simulator.workload import DTYPE_BYTES, Kernel, Kind, Part, Phase, dtype_code
+
+SPARSE: tuple[str, ...] = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
+"""Projections that a 2:4 checkpoint stores compressed."""
+
+_MXFP4 = dtype_code("mxfp4")
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of :func:`lower`, checked; formats as codes."""
+
+    model: ModelConfig
+    phase: str
+    batch: int
+    seq: int
+    new_tokens: int
+    engine: str
+    logits: str
+    copies: bool
+    devices: int
+    parallel: str
+    skew: float
+    fuse_qkv: bool
+    fuse_gate_up: bool
+    dtype: int
+    weight_dtype: int
+    cache_dtype: int
+    stream_dtype: int
+
+    @property
+    def split(self) -> bool:
+        """Whether several devices share each layer."""
+        return self.devices > 1 and self.parallel != "pipeline"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One prefill, or the decodes of a request, as rows in the order they run; one attention row a run of layers."""
+
+    request: Request
+    part: ModelConfig  # what one device computes
+    phase: Phase
+    batch: int  # sequences
+    q_len: int
+    steps: int  # executions
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.q_len
+
+    @property
+    def mean_length(self) -> float:
+        """Positions that a decode step finds and adds, on average over the steps."""
+        return self.request.seq + (self.steps + 1) / 2
+
+    @property
+    def head_tokens(self) -> int:
+        """Positions that go through the head."""
+        return self.tokens if self.request.logits == "all" else self.batch
+
+    @property
+    def owns(self) -> float:
+        """Share of the parameters that each execution of its rows carries."""
+        return (self.phase == Phase.PREFILL or self.request.phase == "decode") / self.steps
+
+    def rows(self) -> list[Row]:
+        model, vocab, many, h = self.part, self.part.vocab, self.head_tokens, self.part.hidden
+        tables = 2 if model.learned_positions else 1
+        rows = [self.move("embedding", Part.EMBEDDING, h, tables * h, h, (vocab + model.learned_positions) * h)]
+        rows += self.collective("all_reduce", Part.EMBEDDING, self.tokens, h)
+        for first, many_layers, block in model.runs:
+            layers = {"layer": first, "layers": many_layers, "count": many_layers}
+            rows += [row | layers for row in (*self.attention(block), *self.mlp(block))]
+        if model.final_norm:
+            rows.append(self.move("final_norm", Part.HEAD, h, 2 * h, h, model.norm_parameters))
+        stream = {"dtype": self.request.stream_dtype, "weight_dtype": self.request.stream_dtype}
+        head = self.gemm("lm_head", Part.HEAD, vocab, h, False) | stream | {"m": many}
+        rows.append(head | {"params": 0 if model.tied else head["params"]})
+        rows += self.collective("all_gather", Part.HEAD, many, self.request.model.vocab)
+        if model.logit_softcap:
+            whole = self.request.model.vocab
+            rows.append(self.move("softcap", Part.HEAD, whole, whole, whole, tokens=many))
+        rows += self.sends()
+        return [row | {"phase": self.phase, "count": row.get("count", 1) * self.steps} for row in rows]
+
+    def attention(self, block: Block) -> Iterator[Row]:
+        r, model, part, h, d = self.request, self.part, Part.ATTENTION, self.part.hidden, self.part.head_dim
+        if "attention" not in block.linear and not block.heads:
+            return
+        yield from self.norm_before("attention_norm", part)
+        if "attention" in block.linear:
+            yield self.linear(part)
+        elif model.latent is not None:
+            yield from self.latent_attention(block)
+        else:
+            q, kv = block.heads * d, block.kv_heads * d
+            for role, n in (("qkv", q + 2 * kv),) if r.fuse_qkv else (("q", q), ("k", kv), ("v", kv)):
+                yield self.gemm(role, part, n, h, model.qkv_bias)
+            if model.qk_norm:
+                owned = 2 * d if model.qk_norm == "head" else q + kv
+                yield self.move("qk_norm", part, q + kv, q + kv, q + kv, owned)
+            yield from self.rotary(block, block.heads + block.kv_heads, model.rotary_dim)
+            yield self.cache_write(block, 2 * kv)
+            row = self.attend(block, {"kv_heads": block.kv_heads, "head_dim": d})
+            yield row | {"params": model.sinks * block.heads * self.owns}
+            yield self.gemm("o", part, h, q, model.o_bias)
+        yield from self.collective("all_reduce", part, self.tokens, h)
+        yield from self.norm_after(part)
+
+    def latent_attention(self, block: Block) -> Iterator[Row]:
+        """Queries and the latent; a prefill makes keys and values of it for every head, a decode turns queries and
+        outputs instead, by the two halves of the same weight, and attends to the latent itself. Where the cache is
+        copied (Transformers), it holds the keys and values of every head, and a decode makes those of its token."""
+        own, whole = self.part.latent, self.request.copies
+        part, h, heads = Part.ATTENTION, self.part.hidden, block.heads
+        assert own is not None
+        absorbs = self.decodes and not whole
+        queries = heads * (own.plain + own.rotary)
+        if not own.query_rank:
+            yield self.gemm("q", part, queries, h, False)
+        elif self.request.fuse_qkv:
+            yield self.gemm("qkv_a", part, own.query_rank + own.cached, h, False)
+        else:
+            yield self.gemm("q_a", part, own.query_rank, h, False)
+        if not (own.query_rank and self.request.fuse_qkv):
+            yield self.gemm("kv_a", part, own.cached, h, False)
+        normed = own.query_rank + own.rank
+        yield self.move("latent_norm", part, normed, normed, normed, normed)
+        if own.query_rank:
+            yield self.gemm("q_b", part, queries, own.query_rank, False)
+        if absorbs:
+            yield self.gemm("absorb_k", part, heads * own.rank, own.plain, False)
+        else:
+            yield self.gemm("kv_b", part, heads * (own.plain + own.value), own.rank, False)
+        yield from self.rotary(block, heads + 1, own.rotary)
+        yield self.cache_write(block, heads * (own.plain + own.rotary + own.value) if whole else own.cached)
+        sizes = {"kv_heads": heads, "head_dim": own.plain + own.rotary, "value_dim": own.value}
+        if absorbs:
+            sizes = {"kv_heads": 1, "head_dim": own.cached, "value_dim": own.rank}
+        yield self.attend(block, sizes | {"latent": 0 if whole else own.cached})
+        if absorbs:
+            yield self.gemm("absorb_v", part, heads * own.value, own.rank, False)
+        yield self.gemm("o", part, h, heads * own.value, False)
+
+    @property
+    def decodes(self) -> bool:
+        return self.phase == Phase.DECODE
+
+    def rotary(self, block: Block, heads: int, features: int) -> Iterator[Row]:
+        if turned := heads * features * block.rotary:
+            yield self.move("rotary", Part.ATTENTION, turned, turned, turned)
+
+    def cache_write(self, block: Block, elements: int) -> Row:
+        """Keys and values of a position to the cache; where it is copied, all of it to one tensor of old and new, then
+        to one of a head for every query head."""
+        r, part = self.request, Part.ATTENTION
+        read, write = float(elements), elements * float(DTYPE_BYTES[r.cache_dtype] / DTYPE_BYTES[r.stream_dtype])
+        kept = {}
+        if r.copies and self.decodes:
+            repeats = block.heads // block.kv_heads if block.heads > block.kv_heads else 0
+            copied = self.mean_length * (1 + repeats)
+            read, write = read + write * (copied + (repeats and self.mean_length)), write * copied
+            kept = {"kv_len": int(self.mean_length)}
+        return self.move("cache_write", part, elements, read, write) | {"weight_dtype": r.cache_dtype, **kept}
+
+    def attend(self, block: Block, sizes: Row) -> Row:
+        r = self.request
+        kind = Kind.DECODE_ATTENTION if self.decodes else Kind.PREFILL_ATTENTION
+        formats = {"dtype": r.stream_dtype, "weight_dtype": r.cache_dtype}
+        calls = {"heads": block.heads, "batch": self.batch, "q_len": self.q_len}
+        return {"kind": kind, "role": "attention", "part": Part.ATTENTION, **formats, **calls, **sizes}
+
+    def mlp(self, block: Block) -> Iterator[Row]:
+        model, part, h, inner = self.part, Part.MLP, self.part.hidden, block.inner
+        bias = model.mlp_bias
+        if not (inner or block.experts or "mlp" in block.linear):
+            return
+        yield from self.norm_before("mlp_norm", part)
+        if "mlp" in block.linear:
+            yield self.linear(part)
+        elif inner:
+            if model.gated and self.request.fuse_gate_up:
+                yield self.gemm("gate_up", part, 2 * inner, h, bias)
+            else:
+                if model.gated:
+                    yield self.gemm("gate", part, inner, h, bias)
+                yield self.gemm("up", part, inner, h, bias)
+            yield self.move("activation", part, inner, (2 if model.gated else 1) * inner, inner)
+            yield self.gemm("down", part, h, inner, bias or model.down_bias)
+        if block.experts:
+            yield from self.routed(block)
+        yield from self.collective("all_reduce", part, self.tokens, h)
+        yield from self.norm_after(part)
+        if model.parallel_residual:
+            yield self.move("residual", part, h, 2 * h, h)
+
+    def routed(self, block: Block) -> Iterator[Row]:
+        """The gate of the shared experts, the router over all experts, on every device, and those that it holds."""
+        model, part, h, stream = self.part, Part.MLP, self.part.hidden, self.request.stream_dtype
+        wide = {"dtype": stream, "weight_dtype": stream}
+        if model.shared_gate and block.inner:
+            yield self.gemm("shared_gate", part, 1, h, False) | wide
+        every = block.experts * (self.request.devices if self.request.parallel == "expert" else 1)
+        yield self.gemm("router", part, every, h, model.router_bias) | wide
+        row = self.gemm("experts", part, block.expert_inner, h, False) | {"kind": Kind.EXPERTS}
+        owned = block.experts * model.expert_parameters(block) * self.owns
+        yield row | {"experts": block.experts, "active": block.active, "skew": self.request.skew, "params": owned}
+
+    def linear(self, part: Part) -> Row:
+        """One product in place of a sublayer, its inputs shared out among devices that share layers."""
+        h, devices = self.part.hidden, self.request.devices if self.request.split else 1
+        return self.gemm("linear", part, h, -(-h // devices), False)
+
+    def norm_before(self, role: str, part: Part) -> Iterator[Row]:
+        """The norm that a sublayer starts with; it adds the residual, but where both sublayers read one input."""
+        model, h = self.part, self.part.hidden
+        moved = h if model.parallel_residual and part == Part.MLP else 2 * h
+        if model.pre_norms:
+            yield self.move(role, part, h, moved, moved, model.norm_parameters)
+
+    def norm_after(self, part: Part) -> Iterator[Row]:
+        """The norm of a sublayer's output; without one before the next sublayer, it adds the residual."""
+        model, h = self.part, self.part.hidden
+        if model.post_norms:
+            yield self.move("post_norm", part, h, h if model.pre_norms else 2 * h, h, model.norm_parameters)
+
+    def gemm(self, role: str, part: Part, n: int, k: int, bias: bool) -> Row:
+        weights = self.request.weight_dtype
+        if weights == _MXFP4 and role != "experts":  # a format of routed experts alone
+            weights = self.request.stream_dtype
+        formats = {"dtype": self.request.dtype, "weight_dtype": weights}
+        params = (n * k + bias * n) * self.owns
+        row = {"role": role, "part": part, "m": self.tokens, "n": n, "k": k, "params": params, **formats}
+        if self.part.sparse24 and role in SPARSE:
+            row |= {"kernel": Kernel.SPARSE24, "density": 0.5, "params": (0.5 * n * k + bias * n) * self.owns}
+        return row
+
+    def move(self, role: str, part: Part, n: int, read: float, write: float, params: int = 0, tokens: int = 0) -> Row:
+        """An elementwise row over ``tokens`` positions of ``n`` features; reads and writes in elements a position."""
+        stream, tokens = self.request.stream_dtype, tokens or self.tokens
+        size = float(tokens * DTYPE_BYTES[stream])
+        row = {"kind": Kind.ELEMENTWISE, "role": role, "part": part, "m": tokens, "n": n, "params": params * self.owns}
+        return row | {"read_bytes": size * read, "write_bytes": size * write, "dtype": stream, "weight_dtype": stream}
+
+    def collective(self, role: str, part: Part, tokens: int, width: int) -> list[Row]:
+        """What the devices put together: [tokens, width], the payload; nothing on one device."""
+        if not self.request.split:
+            return []
+        stream = self.request.stream_dtype
+        row = {"kind": Kind.COLLECTIVE, "role": role, "part": part, "m": tokens, "n": width, "dtype": stream}
+        return [row | {"batch": self.request.devices, "read_bytes": tokens * width * DTYPE_BYTES[stream]}]
+
+    def sends(self) -> list[Row]:
+        """A pipeline's sends of the residual stream, each between two devices; they remain when layers are pruned."""
+        r = self.request
+        if r.devices == 1 or r.split:
+            return []
+        payload = self.tokens * r.model.hidden * float(DTYPE_BYTES[r.stream_dtype])
+        row = {"kind": Kind.COLLECTIVE, "role": "send", "part": Part.HEAD, "m": self.tokens, "n": r.model.hidden}
+        return [row | {"batch": 2, "read_bytes": payload, "count": r.devices - 1}]

@@ -1,0 +1,381 @@
+"""Shapes that reach a target with the fewest parameters removed, on all devices, engines and requests at once.
+
+Use :func:`configurations`. Each of :data:`KINDS` changes other dimensions, to values that kernels like; of every kind
+the answer is the one that keeps most parameters. For each combination of the other dimensions, the widest value of the
+last that reaches is found by bisection; time is a staircase, so those that keep a little more are then tried too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulator.errors import InputError
+from simulator.models.changes import NONE, changed_keys, free_heads
+from simulator.predict.compare import compare
+from simulator.predict.settings import Setting, dense_seconds
+from simulator.predict.speedup import pairs_of, speedups
+
+if TYPE_CHECKING:
+    from simulator.hardware.profile import HardwareProfile
+    from simulator.models.config import ModelConfig
+    from simulator.workload import Workload
+
+KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "depth": ("layers",),
+        "heads": ("kv_heads",),
+        "inner": ("inner",),
+        "width": ("kv_heads", "inner"),
+        "hidden": ("hidden",),
+        "depth+width": ("layers", "kv_heads", "inner"),
+        "hidden+width": ("hidden", "kv_heads", "inner"),
+        "all": ("layers", "hidden", "kv_heads", "inner"),
+    }
+)
+"""Kinds of configurations and the dimensions they change; query heads go with their KV heads."""
+
+FAMILIES = MappingProxyType({"layers": "depth", "kv_heads": "width", "inner": "width", "hidden": "width_cross"})
+"""Families of pruning by the dimension they change."""
+
+LARGEST_SPARSITY = 0.9
+"""Of a dimension, or of what a family prunes, at most: beyond it no published method keeps a model useful."""
+
+ALIKE = 0.5
+"""Of several dimensions none loses a smaller share than so much of another's: else one would change in name only."""
+
+ALIGN = (128, 64)
+"""Widths are multiples of the first that the dense one is a multiple of, else of the last; on each device too."""
+
+MOST_COMBINATIONS = 1000
+"""Of the dimensions but the last that are looked at; of more, every other value first, then those around the best."""
+
+MOST_VALUES = 512
+"""Of one dimension; of a model that has more, as none does, every so many."""
+
+ROWS_AT_ONCE = 200_000
+"""Operators timed together, which bounds the memory."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is to be reached, one of three: a speedup, a time or a throughput of a pass (a request of a serve)."""
+
+    speedup: float | None = None
+    latency_s: float | None = None
+    tokens_per_s: float | None = None  # new ones of all sequences, in prefill those of the prompts
+
+    def __post_init__(self) -> None:
+        given = [value for value in vars(self).values() if value is not None]
+        if len(given) != 1:
+            raise InputError("target: expected a speedup, a latency or tokens a second, one of them")
+        if self.speedup is not None and not 1.0 < self.speedup <= 1000.0:
+            raise InputError(f"target {self.speedup:g}: expected a speedup above 1, such as 1.5")
+        if not 1e-9 < given[0] < 1e12:
+            raise InputError(f"target {given[0]:g}: expected a positive number of a usual size")
+
+    def over(self, dense_s: float, setting: Setting, phase: str, batch: int, seq: int) -> float:
+        """The speedup it takes where the dense model needs a time; at most 1 where that is enough."""
+        if self.speedup is not None:
+            return self.speedup
+        seconds = self.latency_s or dense_seconds(self.tokens_per_s, phase, batch, seq, setting.new_tokens)
+        return dense_s / seconds
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Shapes of a pruned model and what they reach on one device in one engine and request."""
+
+    model: str
+    hardware: str
+    phase: str
+    batch: int
+    seq: int
+    dtype: str
+    engine: str
+    configuration: str  # one of KINDS
+    target: float
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    inner: int
+    parameters: int
+    kept: float  # share of the dense model's parameters
+    odds: float  # that the target is reached, by the interval
+    dense_s: float
+    pruned_s: float
+    speedup: float
+    speedup_lower: float
+    speedup_upper: float
+    limit: str
+    calibrated: bool
+    config: Mapping[str, Any]  # keys of config.json that change, and their values
+
+
+def odds_of(target: float, speedup: float, lower: float, upper: float, level: float = 0.9) -> float:
+    """Probability that a speedup is at least a target, read off its interval: on either side of the prediction its log
+    is normal, with the deviation that the end of the interval at this level says.
+
+    >>> [round(odds_of(t, 1.5, 1.2, 1.8), 3) for t in (1.2, 1.5, 1.8, 2.5)]
+    [0.95, 0.5, 0.05, 0.0]
+    """
+    left = math.log(speedup / target)
+    deviation = math.log(speedup / lower if left > 0.0 else upper / speedup) / _quantile(0.5 + 0.5 * level)
+    return NormalDist().cdf(left / deviation) if deviation > 0.0 else float(left >= 0.0)
+
+
+def _quantile(probability: float) -> float:
+    return NormalDist().inv_cdf(probability)
+
+
+@dataclass(frozen=True)
+class Place:
+    """One setting and request on some devices, with the speedup that each has to reach."""
+
+    setting: Setting
+    dense: Workload
+    hardware: Sequence[HardwareProfile]
+    targets: Sequence[float]
+
+    @classmethod
+    def of(
+        cls,
+        model: ModelConfig,
+        setting: Setting,
+        request: tuple[str, int, int],
+        hardware: Sequence[HardwareProfile],
+        target: Target,
+    ) -> Place:
+        """A place and its targets; a time or throughput asks for another speedup of each device."""
+        dense = setting.lower(model, *request)
+        alone = pairs_of(dense, [])
+        times = [float(compare(alone, hw, setting.level, setting.dense_s)[0].dense_s[0]) for hw in hardware]
+        return cls(setting, dense, hardware, [target.over(t, setting, *request) for t in times])
+
+    def lower(self, model: ModelConfig) -> Workload:
+        """A model in the place's setting and request."""
+        meta = self.dense.meta
+        return self.setting.lower(model, meta.phase, meta.batch, meta.seq)
+
+    def reached(self, models: Sequence[ModelConfig], odds: float) -> NDArray[np.bool_]:
+        """Which of some models reach every target with some odds; one that cannot be run does not."""
+        out, lowered = np.zeros(len(models), dtype=bool), []
+        for i, model in enumerate(models):
+            with suppress(InputError):  # a number of heads that the devices cannot share
+                lowered.append((i, self.lower(model)))
+        many = max(1, ROWS_AT_ONCE // len(self.dense))
+        for part in (lowered[i : i + many] for i in range(0, len(lowered), many)):
+            out[[i for i, _ in part]] = self._enough([w for _, w in part], odds)
+        return out
+
+    def _enough(self, workloads: Sequence[Workload], odds: float) -> NDArray[np.bool_]:
+        pairs, out = pairs_of(self.dense, workloads), np.ones(len(workloads), dtype=bool)
+        level, aside = _quantile(0.5 + 0.5 * self.setting.level), _quantile(odds)
+        for hw, target in zip(self.hardware, self.targets):
+            c, _ = compare(pairs, hw, self.setting.level, self.setting.dense_s)
+            half = c.speedup / c.lower if odds > 0.5 else c.upper / c.speedup
+            out &= (np.log(c.speedup / target) >= aside / level * np.log(half))[1:]
+        return out
+
+    def rows(self, found: Mapping[str, ModelConfig], configs: Sequence[Mapping[str, Any]]) -> Iterator[Configuration]:
+        """A row for each device and configuration."""
+        meta, dense, models = self.dense.meta, self.dense.meta.config, list(found.values())
+        lowered = [self.lower(m) for m in models]
+        for hw, target in zip(self.hardware, self.targets):
+            times = speedups(self.dense, lowered, hw, self.setting.level, dense_s=self.setting.dense_s)
+            for name, new, config, s in zip(found, models, configs, times):
+                yield Configuration(
+                    model=meta.model,
+                    hardware=hw.label,
+                    phase=meta.phase,
+                    batch=meta.batch,
+                    seq=meta.seq,
+                    dtype=self.setting.dtype,
+                    engine=self.setting.engine_name,
+                    configuration=name,
+                    target=target,
+                    **{of: getattr(new, of) for of in ("layers", "hidden", "heads", "kv_heads", "inner", "parameters")},
+                    kept=new.parameters / dense.parameters,
+                    odds=odds_of(target, s.speedup, s.lower, s.upper, s.level),
+                    **{of: getattr(s, of) for of in ("dense_s", "pruned_s", "speedup", "limit", "calibrated")},
+                    speedup_lower=s.lower,
+                    speedup_upper=s.upper,
+                    config=config,
+                )
+
+
+def configurations_of(
+    model: ModelConfig,
+    places: Sequence[Place],
+    families: Sequence[str],
+    odds: float = 0.5,
+    content: Mapping[str, Any] = NONE,
+    progress: Callable[[], None] = lambda: None,
+) -> tuple[list[Configuration], list[str]]:
+    """Configurations of a model that reach the targets of all places, the one that keeps most parameters first, with a
+    row for each place and device; and what else to know.
+
+    ``families`` are those that may be used, ``odds`` those with which each target must be reached (one half: the
+    prediction reaches it), ``content`` is the model's ``config.json``, if it has one: what that cannot say is left out.
+
+    >>> from simulator.hardware.library import load_hardware
+    >>> from simulator.models.library import load_model
+    >>> model, hw = load_model("llama-3.1-8b"), load_hardware("h100")
+    >>> place = Place.of(model, Setting(), ("decode", 8, 2048), [hw], Target(1.5))
+    >>> [c.layers for c in configurations_of(model, [place], ["depth"])[0]]
+    [19]
+    """
+    if not 0.0 < odds < 1.0:
+        raise InputError(f"odds {odds:g}: expected a number between 0 and 1, such as 0.9")
+    if model.blocks or model.experts or model.latent:
+        alike = "configurations are offered for layers that are all alike, without routed experts or latent attention"
+        return [], [f"{model.name}: {alike}"]
+    space = _space(model, max(p.setting.devices if p.setting.parallel != "pipeline" else 1 for p in places))
+    allowed = [name for name, family in FAMILIES.items() if family in families and name in space]
+    found: dict[str, ModelConfig] = {}
+    notes: list[str] = []
+
+    def reached(models: Sequence[ModelConfig]) -> NDArray[np.bool_]:
+        out = np.ones(len(models), dtype=bool)
+        for place in places:
+            left = np.flatnonzero(out).tolist()
+            out[left] = place.reached([models[i] for i in left], odds)
+        return out
+
+    asked: dict[str, Space] = {}
+    for name, dimensions in KINDS.items():
+        free = {d: space[d] for d in dimensions if d in allowed}
+        if free and free.keys() not in [other.keys() for other in asked.values()]:
+            asked[name] = free
+    for name, one in asked.items():
+        if best := _best(model, one, reached):
+            found[name] = best
+        progress()
+    if missed := [name for name in asked if name not in found]:
+        notes.append(f"no configuration of {', '.join(missed)} alone reaches the target everywhere")
+    keys = {}
+    for name, new in found.items():
+        try:
+            keys[name] = changed_keys(model, new, content)
+        except InputError as error:
+            notes.append(f"configuration {name}: left out: {error}")
+    order = sorted(keys, key=lambda name: -found[name].parameters)
+    rows = [row for place in places for row in place.rows({n: found[n] for n in order}, [keys[n] for n in order])]
+    return sorted(rows, key=lambda row: order.index(row.configuration)), notes
+
+
+# -- search ------------------------------------------------------------------------------------------------------------
+
+Space = Mapping[str, NDArray[np.int64]]
+"""Dimension -> its values, falling, all below the dense one."""
+
+Reached = Callable[[Sequence["ModelConfig"]], NDArray[np.bool_]]
+
+Rows = NDArray[np.intp]
+
+AGAIN = 300
+"""Of those that keep more than the best found, the nearest so many are tried: time falls in steps."""
+
+
+def _space(model: ModelConfig, devices: int) -> dict[str, NDArray[np.int64]]:
+    """Aligned values of each dimension that the model's configuration can say."""
+    steps = {"layers": 1, "kv_heads": ALIGN[-1] // math.gcd(ALIGN[-1], model.head_dim)}
+    for name, shared in (("hidden", 1), ("inner", devices)):
+        step = next((a for a in ALIGN if getattr(model, name) % a == 0), ALIGN[-1])
+        steps[name] = math.lcm(step, ALIGN[-1] * shared)
+    if not free_heads(model):  # heads follow from the hidden size and the width of a head
+        steps["hidden"] = math.lcm(steps["hidden"], model.head_dim)
+        del steps["kv_heads"]
+    out = {}
+    for name, step in steps.items():
+        dense = getattr(model, name)
+        values = np.arange((dense - 1) // step, 0, -1) * step
+        values = values[values >= (1.0 - LARGEST_SPARSITY) * dense]
+        out[name] = values[:: 1 + len(values) // MOST_VALUES]
+    return {name: values for name, values in out.items() if len(values)}
+
+
+def _pruned(model: ModelConfig, values: Mapping[str, int]) -> ModelConfig:
+    """A model with some of its dimensions changed."""
+    new = dict(values)
+    if "hidden" in new and not free_heads(model):
+        new["kv_heads"] = new["hidden"] // model.head_dim
+    if "kv_heads" in new:
+        new["heads"] = new["kv_heads"] * (model.heads // model.kv_heads)
+    layers = new.get("layers", model.layers)
+    return replace(model, windows=model.windows[:layers], **new)  # type: ignore[arg-type]
+
+
+def _best(model: ModelConfig, space: Space, reached: Reached) -> ModelConfig | None:
+    """The model of a space that reaches and keeps most parameters."""
+    *others, last = space
+    looked = dict(space)
+    while math.prod(len(looked[name]) for name in others) > MOST_COMBINATIONS:
+        longest = max(others, key=lambda name: len(looked[name]))
+        looked[longest] = looked[longest][::2]
+    found = _widest(model, looked, reached)
+    thinned = {name: len(space[name]) // len(looked[name]) for name in others if len(looked[name]) < len(space[name])}
+    if found is None or not thinned:
+        return found
+    near = {}
+    for name, values in space.items():
+        at = int(np.flatnonzero(values == getattr(found, name))[0])
+        reach = thinned.get(name, 1) if name != last else len(values)
+        near[name] = values[max(0, at - reach) : at + reach + 1]
+    fewer = 2 * math.prod(map(len, near.values())) <= math.prod(map(len, space.values()))
+    return _best(model, near, reached) if fewer else found
+
+
+def _widest(model: ModelConfig, space: Space, reached: Reached) -> ModelConfig | None:
+    """The same, with every combination of the dimensions but the last looked at."""
+    *others, last = space
+    values, dense = space[last], [getattr(model, name) for name in others]
+    combinations = list(itertools.product(*(space[name] for name in others)))
+    grid = np.array(combinations, dtype=np.int64).reshape(len(combinations), len(others))
+    low, high = np.zeros(len(grid), dtype=np.intp), np.full(len(grid), len(values) - 1)  # wider ones come first
+    if others:  # what the last may lose beside what the others do
+        lost, of_last = 1.0 - grid / dense, 1.0 - values / getattr(model, last)
+        least, most = lost.max(axis=1) * ALIKE, lost.min(axis=1) / ALIKE
+        low = np.searchsorted(of_last, least - 1e-9)
+        high = np.searchsorted(of_last, most + 1e-9, side="right") - 1
+        some = (least <= lost.min(axis=1)) & (low <= high)
+        grid, low, high = grid[some], low[some], high[some]
+
+    def model_at(row: int, at: int) -> ModelConfig:
+        return _pruned(model, {**dict(zip(others, grid[row].tolist())), last: int(values[at])})
+
+    def good(rows: Rows, at: Rows) -> NDArray[np.bool_]:
+        return reached([model_at(*place) for place in zip(rows.tolist(), at.tolist())])
+
+    rows, every = np.arange(len(grid)), np.arange(len(values))
+    widest, narrowest = (np.array([model_at(r, at).parameters for r in rows.tolist()], float) for at in (0, -1))
+    along = (values - values[-1]) / max(1, values[0] - values[-1])  # parameters are linear in the last
+    kept = narrowest[:, None] + along * (widest - narrowest)[:, None]
+    inside = (low[:, None] <= every) & (every <= high[:, None])
+    rows = rows[good(rows, high)]
+    if not len(rows):
+        return None
+    low, high = low[rows] - 1, high[rows]  # between the narrowest that is not known to reach and the widest that is
+    while (may := (high - low > 1) & (kept[rows, low + 1] > kept[rows, high].max())).any():
+        middle = (low + high) // 2
+        yes = may.copy()
+        yes[may] = good(rows[may], middle[may])
+        low, high = np.where(may & ~yes, middle, low), np.where(yes, middle, high)
+    at = int(kept[rows, high].argmax())
+    best = int(rows[at]), int(high[at])
+    while True:
+        more = np.argwhere(inside & (kept > kept[best]))
+        more = more[np.argsort(kept[tuple(more.T)], kind="stable")][:AGAIN]
+        if not (yes := good(*more.T)).any():
+            return model_at(*best)
+        best = tuple(more[np.flatnonzero(yes)[-1]].tolist())

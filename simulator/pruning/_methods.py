@@ -1,0 +1,282 @@
+"""Published pruning methods as what :func:`simulator.prune` takes: families, their options, which layers.
+
+:data:`METHODS` has them by name; to add one, add its entry to ``_TABLE``. An entry says what a paper's method does to
+the shapes, not how it chooses what goes. Widths and ranks are rounded as the family rounds them, unless the entry says
+otherwise: what a method's own code leaves may be odd, and slower for it (``align=1`` of the family).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from simulator.errors import InputError, unknown
+from simulator.pruning import FAMILIES, prune
+from simulator.pruning._family import check_fraction
+from simulator.pruning._rows import layer_count, projections, weights
+from simulator.workload import PHASES, Part, Workload
+
+Form = Callable[[float, Workload], tuple[Any, ...]]
+"""A sparsity asked for and the dense workload to a sparsity for each family, of any form that it takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A published method."""
+
+    name: str
+    family: str  # key of FAMILIES; of two joined by "+" the second prunes what the first leaves
+    what: str  # goes, and from which layers
+    sparsities: tuple[float, ...]  # that the paper reports, as the family counts them
+    title: str  # of the paper
+    arxiv: str
+    options: Mapping[str, Any] = field(default_factory=dict)  # of its families
+    layers: Callable[[int], range] | None = None  # that are pruned, of so many; None: all
+    form: Form | None = None  # None: the same fraction everywhere, each family to the same share of what it finds
+    phases: tuple[str, ...] = PHASES  # in which it prunes
+
+    @property
+    def together(self) -> str:
+        """Requests that a call may prune together, as :class:`simulator.pruning.Family` says it."""
+        return max((FAMILIES[name].together for name in self.family.split("+")), key=["any", "equal length"].index)
+
+    def prune(self, workload: Workload, sparsity: float, *, ideal: bool = False) -> Workload:
+        """The pruned workload; ``sparsity`` is that of the whole model, as the family counts it.
+
+        >>> import simulator
+        >>> dense = simulator.lower(simulator.load_model("llama-7b"), phase="decode", batch=1, seq=128)
+        >>> round(METHODS["llm-pruner"].prune(dense, 0.2).parameters / 1e9, 1)  # the paper: 5.4 B
+        5.4
+        """
+        fraction, phase = check_fraction(sparsity), workload.meta.phase
+        if phase not in self.phases:
+            raise InputError(f"{self.name}: prunes in {' and '.join(self.phases)}; {phase} stays dense")
+        for family, part in zip(self.family.split("+"), self._forms(fraction, workload)):
+            options = {name: value for name, value in self.options.items() if name in FAMILIES[family].options}
+            workload = prune(workload, family, part, ideal=ideal, **options)
+        return workload
+
+    def _forms(self, sparsity: float, w: Workload) -> tuple[Any, ...]:
+        if self.form is not None:
+            return self.form(sparsity, w)
+        if self.layers is None:
+            many = self.family.count("+") + 1
+            return (1.0 - (1.0 - sparsity) ** (1.0 / many) if many > 1 else sparsity,) * many
+        of, table = layer_count(w), np.zeros(layer_count(w))
+        some = list(self.layers(of))
+        if sparsity * of >= len(some):
+            room = f"prunes {len(some)} of {of} layers, expected less than {len(some) / of:.3g}"
+            raise InputError(f"{self.name} at sparsity {sparsity:g}: {room}")
+        table[some] = sparsity * of / len(some)
+        return (table,)
+
+
+def load_method(name: str) -> Method:
+    """A method by its name."""
+    if name not in METHODS:
+        raise unknown("pruning method", name, METHODS)
+    return METHODS[name]
+
+
+def _hidden_and_inner(sparsity: float, w: Workload) -> tuple[Any, ...]:
+    """Hidden size and inner width times the same r, heads stay: attention keeps r of its weights, the MLP r r."""
+    inside = projections(w)
+    attention = float(weights(w)[inside & (w.part == Part.ATTENTION)].sum() / weights(w)[inside].sum())
+    mlp = 1.0 - attention
+    r = (math.sqrt(attention**2 + 4.0 * mlp * (1.0 - sparsity)) - attention) / (2.0 * mlp)
+    return 1.0 - r, {"mlp": 1.0 - r}
+
+
+def _pyramid(sparsity: float, w: Workload) -> tuple[Any, ...]:
+    """Four equal stages of 1, r, r^2 and r^3 of the tokens, 1 - sparsity in the mean."""
+    layers = layer_count(w)
+    if sparsity >= 0.75:
+        raise InputError(f"pyramiddrop at sparsity {sparsity:g}: its first stage is dense, expected less than 0.75")
+    stage = 4 * np.arange(layers) // layers
+    low, high = 0.0, 1.0
+    for _ in range(60):  # the mean grows with r
+        r = (low + high) / 2.0
+        low, high = (r, high) if float(np.mean(r**stage)) < 1.0 - sparsity else (low, r)
+    return (1.0 - r**stage,)
+
+
+def _first_dense(many: int, last: int = 0) -> Callable[[int], range]:
+    return lambda layers: range(many, layers - last)
+
+
+_2_TO_4: Mapping[str, Any] = {"family": "semi_structured", "sparsities": (0.5,)}
+
+# fmt: off
+_TABLE = (
+    # depth
+    Method(
+        name="shortgpt", family="depth", sparsities=(0.25, 0.27), arxiv="2403.03853",
+        what="whole layers that change the hidden state least, most of them deep",
+        title="ShortGPT: Layers in Large Language Models are More Redundant Than You Expect",
+    ),
+    Method(
+        name="laco", family="depth", sparsities=(0.25, 0.27), arxiv="2402.11187",
+        what="whole layers, merged into the one before them",
+        title="LaCo: Large Language Model Pruning via Layer Collapse",
+    ),
+    Method(
+        name="sleb", family="depth", sparsities=(0.1, 0.2), arxiv="2402.09025",
+        what="whole layers, one after the other, by the perplexity without each",
+        title="SLEB: Streamlining LLMs through Redundancy Verification and Elimination of Transformer Blocks",
+    ),
+    Method(
+        name="shortened-llama", family="depth", sparsities=(0.2, 0.35), arxiv="2402.02834",
+        what="whole layers, all at once, then retraining",
+        title="Shortened LLaMA: Depth Pruning for Large Language Models with Comparison of Retraining Methods",
+    ),
+    Method(
+        name="minitron-depth", family="depth", sparsities=(0.5,), arxiv="2408.11796",
+        what="a run of whole layers before the last, then distillation",
+        title="LLM Pruning and Distillation in Practice: The Minitron Approach",
+    ),
+    Method(
+        name="attention-drop", family="depth", options={"unit": "attention"}, sparsities=(0.25, 0.5),
+        arxiv="2406.15786", what="attention sublayers, with their cache; every MLP stays",
+        title="What Matters in Transformers? Not All Attention is Needed",
+    ),
+    # width
+    Method(
+        name="llm-pruner", family="width", layers=_first_dense(4, 2), sparsities=(0.2, 0.5), arxiv="2305.11627",
+        what="heads and MLP channels; the first four and the last two layers stay",
+        title="LLM-Pruner: On the Structural Pruning of Large Language Models",
+    ),
+    Method(
+        name="flap", family="width", sparsities=(0.2, 0.3, 0.5), arxiv="2312.11983",
+        what="heads and MLP channels; here the same share of every layer",
+        title="Fluctuation-based Adaptive Structured Pruning for Large Language Models",
+    ),
+    Method(
+        name="slicegpt", family="width_cross", options={"residual_projections": True, "align": 8},
+        sparsities=(0.2, 0.25, 0.3), arxiv="2401.15024",
+        what="hidden size; two residual projections a layer are added",
+        title="SliceGPT: Compress Large Language Models by Deleting Rows and Columns",
+    ),
+    Method(
+        name="minitron-width", family="width_cross+width", form=_hidden_and_inner, sparsities=(0.5,),
+        arxiv="2408.11796", what="hidden size and inner width by one share; heads and layers stay",
+        title="LLM Pruning and Distillation in Practice: The Minitron Approach",
+    ),
+    Method(
+        name="sheared-llama", family="width_cross+width", sparsities=(0.6, 0.8), arxiv="2310.06694",
+        what="hidden size, heads and inner width by one share (not its 1.3B's layers)",
+        title="Sheared LLaMA: Accelerating Language Model Pre-training via Structured Pruning",
+    ),
+    # zeros and factors
+    Method(
+        name="wanda", family="unstructured", sparsities=(0.5,), arxiv="2306.11695",
+        what="single weights of every projection, by magnitude times activation",
+        title="A Simple and Effective Pruning Approach for Large Language Models",
+    ),
+    Method(
+        name="sparsegpt", family="unstructured", sparsities=(0.5,), arxiv="2301.00774",
+        what="single weights of every projection, by a layer-wise reconstruction",
+        title="SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
+    ),
+    Method(
+        name="wanda-2:4", **_2_TO_4, arxiv="2306.11695",
+        what="two of four neighbouring weights of every projection",
+        title="A Simple and Effective Pruning Approach for Large Language Models",
+    ),
+    Method(
+        name="sparsegpt-2:4", **_2_TO_4, arxiv="2301.00774",
+        what="two of four neighbouring weights of every projection",
+        title="SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
+    ),
+    Method(
+        name="mask-llm", **_2_TO_4, arxiv="2409.17481",
+        what="two of four neighbouring weights of every projection, by a learned mask",
+        title="MaskLLM: Learnable Semi-Structured Sparsity for Large Language Models",
+    ),
+    Method(
+        name="svd-llm", family="low_rank", sparsities=(0.2, 0.4, 0.6, 0.8), arxiv="2403.07378",
+        what="every projection becomes two thin ones, of whitened weights",
+        title="SVD-LLM: Truncation-aware Singular Value Decomposition for Large Language Model Compression",
+    ),
+    Method(
+        name="asvd", family="low_rank", sparsities=(0.1, 0.2, 0.3), arxiv="2312.05821",
+        what="every projection becomes two thin ones; here the same share of each",
+        title="ASVD: Activation-aware Singular Value Decomposition for Compressing Large Language Models",
+    ),
+    # dynamic depth and width
+    Method(
+        name="skipgpt", family="dynamic_depth", sparsities=(0.25, 0.4), arxiv="2506.04179",
+        what="tokens skip attention and MLP, each by its own router; k and v stay",
+        title="SkipGPT: Dynamic Layer Pruning Reinvented with Token Awareness and Module Decoupling",
+    ),
+    Method(
+        name="mod", family="dynamic_depth", options={"prune_kv": True, "router": 1},
+        layers=lambda layers: range(1, layers, 2), sparsities=(0.4375,), arxiv="2404.02258",
+        what="tokens skip every other layer, keys and values too; 0.4375: 12.5 % stay",
+        title="Mixture-of-Depths: Dynamically allocating compute in transformer-based language models",
+    ),
+    Method(
+        name="deja-vu", family="dynamic_width", sparsities=(0.75,), arxiv="2310.17157",
+        what="heads and MLP channels of every layer, chosen for each token",
+        title="Deja Vu: Contextual Sparsity for Efficient LLMs at Inference Time",
+    ),
+    # attention, tokens, cache
+    Method(
+        name="seer-attention", family="sparse_attention", options={"block": 64}, phases=("prefill",),
+        sparsities=(0.9,), arxiv="2410.13276",
+        what="blocks of 64 x 64 query-key pairs, by a learned gate",
+        title="SeerAttention: Learning Intrinsic Sparse Attention in Your LLMs",
+    ),
+    Method(
+        name="seer-attention-r", family="sparse_attention", options={"block": 64}, phases=("decode",),
+        sparsities=(0.9,), arxiv="2506.08889",
+        what="blocks of 64 cached positions, by a learned gate",
+        title="SeerAttention-R: Sparse Attention Adaptation for Long Reasoning",
+    ),
+    Method(
+        name="minference", family="sparse_attention", options={"block": 64}, phases=("prefill",),
+        sparsities=(0.95,), arxiv="2407.02490",
+        what="blocks of 64 x 64 query-key pairs, by a pattern of each head",
+        title="MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention",
+    ),
+    Method(
+        name="quest", family="sparse_attention", options={"block": 16}, phases=("decode",),
+        layers=_first_dense(2), sparsities=(0.82, 0.88), arxiv="2406.10774",
+        what="pages of 16 cached positions, not in two layers; 0.82: 4k of 32k stay",
+        title="Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference",
+    ),
+    Method(
+        name="fastv", family="token", options={"start": 2}, sparsities=(0.5, 0.75), arxiv="2403.06764",
+        what="tokens (of images) from the third layer on, by their attention",
+        title="An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration for Large "
+              "Vision-Language Models",
+    ),
+    Method(
+        name="pyramiddrop", family="token", form=_pyramid, sparsities=(0.53125,), arxiv="2410.17247",
+        what="tokens (of images) after each quarter of the layers; at 0.53125 half",
+        title="PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction",
+    ),
+    Method(
+        name="llmlingua", family="token", options={"start": 0, "mode": "static"}, sparsities=(0.5, 0.8, 0.95),
+        arxiv="2310.05736", what="tokens of the prompt, by a small model before it (not timed here)",
+        title="LLMLingua: Compressing Prompts for Accelerated Inference of Large Language Models",
+    ),
+    Method(
+        name="snapkv", family="kv_cache", options={"observed": 32}, sparsities=(0.68, 0.92), arxiv="2404.14469",
+        what="cached positions of the prompt, by the attention of its last 32",
+        title="SnapKV: LLM Knows What You are Looking for Before Generation",
+    ),
+    Method(
+        name="h2o", family="kv_cache", options={"observed": 10**6}, sparsities=(0.8,), arxiv="2306.14048",
+        what="cached positions of the prompt, by the attention of all, written out",
+        title="H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models",
+    ),
+)
+# fmt: on
+
+METHODS: Mapping[str, Method] = MappingProxyType({entry.name: entry for entry in _TABLE})
+"""Published methods by name, by family in the order of tables."""

@@ -1,0 +1,201 @@
+"""Names and shapes of a model's tensors as its architecture saves them, and what quantisers make of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from simulator.models.config import Block, ModelConfig
+from simulator.models.headers import BITS, Tensor
+from simulator.models.library import FOLDER
+
+Shape = tuple[int, ...]
+Tensors = dict[str, Tensor]
+LAYOUTS = tuple(
+    ["gptq", "gptq8", "awq", "packed", "int8", "fp8", "fp8_block", "bnb", "nvfp4", "bitmask", "bitmask8", "marlin24"]
+)
+PROJECTION = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+
+
+def tensors_of(model: ModelConfig) -> Tensors:
+    """All tensors of a model in F16."""
+    return {name: Tensor("F16", shape) for name, shape in _shapes(model)}
+
+
+def _shapes(m: ModelConfig) -> Iterator[tuple[str, Shape]]:
+    opt, neox = m.architecture == "opt", m.architecture == "gpt_neox"
+    top = "model.decoder." if opt else "gpt_neox." if neox else "model."
+    yield top + ("embed_in" if neox else "embed_tokens") + ".weight", (m.vocab, m.hidden)
+    if not m.tied:
+        yield ("embed_out" if neox else "lm_head") + ".weight", (m.vocab, m.hidden)
+    if m.learned_positions:
+        yield top + "embed_positions.weight", (m.learned_positions, m.hidden)
+    yield from _norm(top + ("final_layer_norm" if opt or neox else "norm"), m)
+    for number, block in zip(m.numbers or range(m.layers), m.layout):
+        at = f"{top}layers.{number}."
+        if block.heads or "attention" in block.linear:
+            yield from _attention(m, block, at + ("attention." if neox else "self_attn."))
+            if m.pre_norms:
+                yield from _norm(at + ("self_attn_layer_norm" if opt else "input_layernorm"), m)
+            if m.post_norms:
+                yield from _norm(at + "post_attention_layernorm", m)
+        if block.inner or block.experts or "mlp" in block.linear:
+            yield from _mlp(m, block, at)
+            before = "pre_feedforward_layernorm" if m.post_norms else "post_attention_layernorm"
+            if m.pre_norms:
+                yield from _norm(at + ("final_layer_norm" if opt else before), m)
+            if m.post_norms:
+                yield from _norm(at + "post_feedforward_layernorm", m)
+
+
+def _norm(name: str, m: ModelConfig) -> Iterator[tuple[str, Shape]]:
+    yield from _linear(name, (m.hidden,), m.norm == "layer")
+
+
+def _linear(name: str, shape: Shape, bias: bool = False) -> Iterator[tuple[str, Shape]]:
+    yield name + ".weight", shape
+    if bias:
+        yield name + ".bias", shape[:1]
+
+
+def _attention(m: ModelConfig, b: Block, at: str) -> Iterator[tuple[str, Shape]]:
+    h, q, kv, own = m.hidden, b.heads * m.head_dim, b.kv_heads * m.head_dim, m.latent
+    if "attention" in b.linear:
+        yield at + "linear_attn.weight", (h, h)
+        return
+    out = {"opt": "out_proj", "gpt_neox": "dense"}.get(m.architecture, "o_proj")
+    if own is not None:
+        if own.query_rank:
+            yield from _linear(at + "q_a_proj", (own.query_rank, h))
+            yield from _linear(at + "q_a_layernorm", (own.query_rank,))
+        yield from _linear(at + ("q_b_proj" if own.query_rank else "q_proj"), (q, own.query_rank or h))
+        yield from _linear(at + "kv_a_proj_with_mqa", (own.cached, h))
+        yield from _linear(at + "kv_a_layernorm", (own.rank,))
+        yield from _linear(at + "kv_b_proj", (b.heads * (own.plain + own.value), own.rank))
+        yield from _linear(at + out, (h, b.heads * own.value))
+        return
+    if m.architecture in ("phi3", "gpt_neox"):
+        fused = "qkv_proj" if m.architecture == "phi3" else "query_key_value"
+        yield from _linear(at + fused, (q + 2 * kv, h), m.qkv_bias)
+    else:
+        for name, wide in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
+            yield from _linear(at + name, (wide, h), m.qkv_bias)
+    yield from _linear(at + out, (h, q), m.o_bias)
+    if m.qk_norm:
+        wides = (m.head_dim, m.head_dim) if m.qk_norm == "head" else (q, kv)
+        yield from zip((at + "q_norm.weight", at + "k_norm.weight"), ((wide,) for wide in wides))
+    if m.sinks:
+        yield at + "sinks", (b.heads,)
+    yield (at + "rotary_emb.inv_freq", (m.head_dim // 2,))
+    if m.architecture == "gpt_neox":
+        yield at + "bias", (1, 1, 64, 64)
+        yield at + "masked_bias", ()
+
+
+def _mlp(m: ModelConfig, b: Block, at: str) -> Iterator[tuple[str, Shape]]:
+    h, i, e = m.hidden, b.inner, b.expert_inner
+    shared = {"qwen2_moe": "shared_expert.", "deepseek_v2": "shared_experts.", "deepseek_v3": "shared_experts."}.get(
+        m.architecture, ""
+    )
+    if "mlp" in b.linear:
+        yield at + "mlp.linear_mlp.weight", (h, h)
+    elif i and m.architecture == "phi3":
+        yield from _linear(at + "mlp.gate_up_proj", (2 * i, h))
+        yield from _linear(at + "mlp.down_proj", (h, i))
+    elif i and not m.gated:
+        names = ("fc1", "fc2") if m.architecture == "opt" else ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+        for name, shape in zip(names, ((i, h), (h, i))):
+            yield from _linear(at + name, shape, m.mlp_bias)
+    elif i:
+        inside = at + "mlp." + (shared if b.experts else "")
+        yield from _linear(inside + "gate_proj", (i, h), m.mlp_bias)
+        yield from _linear(inside + "up_proj", (i, h), m.mlp_bias)
+        yield from _linear(inside + "down_proj", (h, i), m.mlp_bias or m.down_bias)
+    if not b.experts:
+        return
+    if m.architecture == "gpt_oss":
+        yield from _linear(at + "mlp.router", (b.experts, h), True)
+        fused = {"gate_up_proj": (h, 2 * e), "down_proj": (e, h)}
+        for name, shape in fused.items():
+            yield f"{at}mlp.experts.{name}", (b.experts, *shape)
+            yield f"{at}mlp.experts.{name}_bias", (b.experts, shape[1])
+        return
+    mixtral = m.architecture == "mixtral"
+    inside = at + ("block_sparse_moe." if mixtral else "mlp.")
+    yield from _linear(inside + "gate", (b.experts, h))
+    if m.architecture == "deepseek_v3":
+        yield inside + "gate.e_score_correction_bias", (b.experts,)
+    if m.shared_gate:
+        yield from _linear(inside + "shared_expert_gate", (1, h))
+    for number in range(b.experts):
+        for name, shape in zip(("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj"),
+                               ((e, h), (e, h), (h, e))):  # fmt: skip
+            yield f"{inside}experts.{number}.{name}.weight", shape
+
+
+def stored_as(layout: str, tensors: Mapping[str, Tensor]) -> Tensors:
+    """The same weights in a quantiser's layout."""
+    out: Tensors = {}
+    for name, tensor in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf != "weight" or module.rpartition(".")[2] not in PROJECTION:
+            out[name] = tensor
+            continue
+        n, k = tensor.shape
+        groups = -(-k // 128)
+        parts = {
+            "gptq": {"qweight": ("I32", (k // 8, n)), "qzeros": ("I32", (groups, n // 8)),
+                     "scales": ("F16", (groups, n)), "g_idx": ("I32", (k,))},
+            "gptq8": {"qweight": ("I32", (k // 4, n)), "qzeros": ("I32", (groups, n // 4)),
+                      "scales": ("F16", (groups, n))},
+            "awq": {"qweight": ("I32", (k, n // 8)), "qzeros": ("I32", (groups, n // 8)),
+                    "scales": ("F16", (groups, n))},
+            "packed": {"weight_packed": ("I32", (n, -(-k // 8))), "weight_scale": ("BF16", (n, groups)),
+                       "weight_shape": ("I64", (2,))},
+            "int8": {"weight": ("I8", (n, k)), "weight_scale": ("BF16", (n, 1))},
+            "fp8": {"weight": ("F8_E4M3", (n, k)), "weight_scale": ("F32", ()), "input_scale": ("F32", ())},
+            "fp8_block": {"weight": ("F8_E4M3", (n, k)), "weight_scale_inv": ("F32", (-(-n // 128), groups))},
+            "bnb": {"weight": ("U8", (n * k // 2, 1)), "weight.absmax": ("U8", (n * k // 64,)),
+                    "weight.quant_map": ("F32", (16,)), "weight.quant_state.bitsandbytes__nf4": ("U8", (96,))},
+            "nvfp4": {"weight_packed": ("U8", (n, k // 2)), "weight_scale": ("F8_E4M3", (n, k // 16)),
+                      "weight_global_scale": ("F32", (1,)), "input_global_scale": ("F32", (1,))},
+            "bitmask": {"compressed": ("BF16", (n, k // 2)), "bitmask": ("U8", (n, k // 8)), "shape": ("I64", (2,))},
+            "bitmask8": {"compressed": ("F8_E4M3", (n, k // 2)), "bitmask": ("U8", (n, k // 8)),
+                         "weight_scale": ("BF16", (n, 1))},
+            "marlin24": {"weight_packed": ("I32", (k // 32, n * 2)), "meta": ("I16", (k // 32, n * 2)),
+                         "scale_packed": ("F16", (groups, n))},
+        }[layout]  # fmt: skip
+        out |= {f"{module}.{part}": Tensor(dtype, shape) for part, (dtype, shape) in parts.items()}
+    return out
+
+
+def save(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file whose weights are a hole."""
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.elements * BITS[tensor.dtype] // 8
+        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    write(path, json.dumps(header | {"__metadata__": {"format": "pt"}}).encode(), end)
+
+
+def save_shards(folder: Path, tensors: Mapping[str, Tensor], many: int) -> None:
+    names = list(tensors)
+    parts = {f"model-{i:05}.safetensors": names[i::many] for i in range(many)}
+    for file, inside in parts.items():
+        save(folder / file, {name: tensors[name] for name in inside})
+    index = {"weight_map": {name: file for file, inside in parts.items() for name in inside}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def write(path: Path, header: bytes, room: int = 0, length: int | None = None) -> None:
+    path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header)
+    os.truncate(path, 8 + len(header) + room)
+
+
+def folder_of(tmp_path: Path, name: str) -> Path:
+    content = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(content | {"_name_or_path": name}))
+    return tmp_path

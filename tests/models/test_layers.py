@@ -1,0 +1,244 @@
+"""Models whose layers differ, share out tokens among experts or keep a latent: rows against numbers made by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from model_shapes import PUBLISHED, layer_tensors
+
+from simulator.errors import InputError
+from simulator.kernels.stack import Stack, cache_bytes
+from simulator.models.config import Block, Latent
+from simulator.models.huggingface import from_hf_config
+from simulator.models.library import load_model
+from simulator.models.lower import lower
+from simulator.workload import ROLES, Kind, Workload
+
+SHAPE = {"hidden_size": 768, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 100}
+LLAMA = {"intermediate_size": 1024, "num_key_value_heads": 2, **SHAPE}
+BLOCKS = [
+    {"attention": {"n_heads_in_group": 4}, "ffn": {"ffn_mult": 1.0}},
+    {"attention": {"no_op": True}, "ffn": {"ffn_mult": 1.1}},
+    {"attention": {"replace_with_linear": True}, "ffn": {"no_op": True, "ffn_mult": None}},
+    {"attention": {"n_heads_in_group": 8, "window_length": 64}, "ffn": {"replace_with_linear": True}},
+]
+PUZZLE: dict[str, Any] = {"model_type": "nemotron-nas", "block_configs": BLOCKS, **SHAPE}
+MOE = {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 64, **LLAMA}
+QWEN3: dict[str, Any] = {"model_type": "qwen3_moe", **MOE}
+DEEPSEEK: dict[str, Any] = {
+    **{"model_type": "deepseek_v2", "intermediate_size": 1024, "n_routed_experts": 16, "num_experts_per_tok": 2},
+    **{"moe_intermediate_size": 64, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16},
+    **{"v_head_dim": 24, **SHAPE},
+}
+
+
+def one(w: Workload, role: str) -> dict[str, Any]:
+    (at,) = np.flatnonzero(w.is_role(role))
+    return {name: getattr(w, name)[at].item() for name in ("m", "n", "k", "count", "params")}
+
+
+def test_experts_of_mixtral() -> None:
+    model, tokens = load_model("mixtral-8x7b"), 512
+    w = lower(model, batch=1, seq=tokens, skew=0)
+    row = w.take(w.kind == Kind.EXPERTS)
+    weights = 3 * 4096 * 14336  # of one expert: gate, up and down
+    assert row.flops.tolist() == [32 * 2 * (2 * tokens) * weights]  # a token uses two
+    assert row.params.tolist() == [8 * weights]
+    assert one(w, "router") == {"m": tokens, "n": 8, "k": 4096, "count": 32, "params": 8 * 4096}
+    # three tokens of a decode, each at two of eight: a fourth of 8 idle with probability (3/4)^3
+    few = lower(model, phase="decode", batch=3, seq=100, skew=0)
+    few = few.take(few.kind == Kind.EXPERTS)
+    touched = 8 * (1 - 0.75**3)
+    assert few.weight_bytes_each.tolist() == pytest.approx([2 * weights * touched])
+    assert row.weight_bytes_each.tolist() == pytest.approx([2 * weights * 8])
+
+
+@pytest.mark.parametrize("parallel", ["tensor", "expert"])
+def test_mixtral_on_eight(parallel: str) -> None:
+    """A device has an eighth of every expert, or one of them whole; the router and the norms are on each."""
+    model = load_model("mixtral-8x7b")
+    one, part = (lower(model, batch=2, seq=64, devices=n, parallel=parallel) for n in (1, 8))
+    for kind in (Kind.EXPERTS, Kind.PREFILL_ATTENTION):
+        assert part.flops[part.kind == kind].sum() * 8 == one.flops[one.kind == kind].sum()
+    held = part.take(part.kind == Kind.EXPERTS)
+    shapes = (held.experts[0], held.active[0], held.n[0])
+    assert shapes == ((8, 2, 1792) if parallel == "tensor" else (1, 0.25, 14336))
+    whole = 32 * (8 * 4096 + 2 * 4096) + 4096
+    assert part.parameters == (46_702_792_704 - whole) / 8 + whole
+    assert part.is_role("all_reduce").sum() == 3
+
+
+def test_latent_attention_of_deepseek() -> None:
+    model, batch, seq = load_model("deepseek-v3"), 2, 999
+    assert model.latent == Latent(query_rank=1536, rank=512, rotary=64, plain=128, value=128)
+    w = lower(model, phase="decode", batch=batch, seq=seq)
+    attention = w.take(w.is_attention)
+    queries = 61 * batch * 128 * (576 + 512) * 2  # in and out, of every head
+    assert attention.bytes.sum() == 61 * 576 * 2 * (seq + 1) * batch + queries
+    assert attention.flops.sum() == 61 * 2 * batch * 128 * (576 + 512) * (seq + 1)
+    assert cache_bytes(Stack.of([w])).tolist() == [61 * 576 * 2 * (seq + 1) * batch]
+    first = w.take(w.layer == 0)
+    shapes = {ROLES[r]: (int(n), int(k)) for r, n, k in zip(first.role, first.n, first.k) if k}
+    latent = {"qkv_a": (1536 + 576, 7168), "q_b": (128 * 192, 1536), "absorb_k": (128 * 512, 128)}
+    rest = {"absorb_v": (128 * 128, 512), "o": (7168, 128 * 128), "gate_up": (2 * 18432, 7168), "down": (7168, 18432)}
+    assert shapes == latent | rest
+    prompt = lower(model, batch=batch, seq=seq)
+    attention = prompt.take(prompt.is_attention)
+    assert attention.flops.sum() == 61 * 2 * batch * 128 * (192 + 128) * seq * (seq + 1) / 2
+    # Transformers caches the keys and values of every head
+    eager = lower(model, phase="decode", batch=batch, seq=seq, engine="hf")
+    assert cache_bytes(Stack.of([eager])).tolist() == [61 * 128 * (192 + 128) * 2 * (seq + 1) * batch]
+    assert eager.is_role("kv_b").any()
+    # every device keeps the latent whole
+    part = lower(model, phase="decode", batch=batch, seq=seq, devices=8, parallel="expert")
+    assert cache_bytes(Stack.of([part])).tolist() == [61 * 576 * 2 * (seq + 1) * batch]
+    assert (part.n[part.is_role("q_b")] == 16 * 192).all()
+
+
+def test_layers_of_a_search() -> None:
+    """Groups of 4 and 8 heads; MLPs of 512 and, rounded up to 256, of 768 for 563; one product in place of either."""
+    model = from_hf_config(PUZZLE)
+    layers = (Block(8, 2, 512), Block(0, 0, 768), Block(0, 0, 0, linear=("attention",)))
+    assert model.blocks == (*layers, Block(8, 1, 0, linear=("mlp",)))
+    assert model.windows == (0, 0, 0, 64)
+    h = 768
+    attention = 2 * h * h + 2 * h * 2 * 96 + h, 0, h * h + h, 2 * h * h + 2 * h * 96 + h
+    mlp = 3 * h * 512 + h, 3 * h * 768 + h, 0, h * h + h
+    assert [model.block_parameters(b) for b in model.layout] == [a + b for a, b in zip(attention, mlp)]
+    for phase in ("prefill", "decode"):
+        for engine in ("", "vllm", "hf"):
+            w = lower(model, phase=phase, batch=2, seq=100, engine=engine)
+            assert w.parameters == model.parameters == sum(attention) + sum(mlp) + 2 * 100 * h + h
+    assert sorted(w.layer[w.is_role("attention")].tolist()) == [0, 3]
+    assert w.window[w.is_role("attention")].tolist() == [0, 64]
+    part = lower(model, devices=2)
+    assert part.k[part.is_role("linear")].tolist() == [h // 2] * 2  # inputs shared out
+    assert part.kv_heads[part.is_role("attention")].tolist() == [1, 1]
+
+
+def test_nemotron_super_keeps_no_cache_where_it_has_no_attention() -> None:
+    model = load_model("nemotron-super-49b")
+    w = lower(model, phase="decode", batch=1, seq=99)
+    assert w.count[w.is_role("attention")].sum() == 49
+    assert cache_bytes(Stack.of([w])).tolist() == [49 * 2 * 8 * 128 * 2 * 100]
+    assert w.parameters == 49_867_145_216
+
+
+def test_norms_after_sublayers_alone_add_the_residual() -> None:
+    w = lower(load_model("olmo-2-7b"), batch=1, seq=10, engine="")
+    names = [ROLES[code] for code in w.role]
+    attention = ["q", "k", "v", "qk_norm", "rotary", "cache_write", "attention", "o", "post_norm"]
+    assert names == ["embedding", *attention, "gate", "up", "activation", "down", "post_norm", "final_norm", "lm_head"]
+    after = w.take(w.is_role("post_norm"))
+    assert after.read_bytes.tolist() == [2 * 10 * 2 * 4096] * 2  # the sublayer's output and the stream
+    assert after.write_bytes.tolist() == [2 * 10 * 4096] * 2
+
+
+def test_a_vocabulary_that_does_not_divide_is_padded() -> None:
+    w = lower(load_model("granite-3.1-8b"), batch=1, seq=8, devices=8)
+    assert w.n[w.is_role("lm_head")].tolist() == [6145]  # 49,155 of 49,160
+
+
+def test_layers_without_rotary() -> None:
+    w = lower(load_model("smollm3-3b"), batch=1, seq=10)
+    assert w.count[w.is_role("rotary")].sum() == 27
+    assert w.count[w.is_role("o")].sum() == 36
+
+
+@pytest.mark.parametrize(
+    ("data", "fields"),
+    [
+        ({"model_type": "olmo2", **LLAMA}, {"qk_norm": "width", "pre_norms": False, "post_norms": True, "tied": False}),
+        ({"model_type": "granite", **LLAMA}, {"tied": False, "kv_heads": 2}),
+        ({"model_type": "nemotron", **LLAMA}, {"gated": False, "norm": "layer", "rotary_dim": 48, "head_dim": 96}),
+        ({"model_type": "nemotron", "head_dim": 128, **LLAMA}, {"rotary_dim": 64}),
+        ({"model_type": "gemma3_text", **LLAMA}, {"windows": (4096,) * 4, "qk_norm": "head", "logit_softcap": False}),
+        ({"model_type": "gemma3_text", "sliding_window_pattern": 2, **LLAMA}, {"windows": (4096, 0) * 2, "tied": True}),
+        (
+            {
+                "model_type": "gemma3",
+                "text_config": {"hidden_size": 2560, "intermediate_size": 1, "num_hidden_layers": 1},
+            },
+            {"heads": 8, "kv_heads": 4, "head_dim": 256, "vocab": 262208, "architecture": "gemma3"},
+        ),
+        ({"model_type": "smollm3", **LLAMA}, {"blocks": (Block(8, 2, 1024),) * 3 + (Block(8, 2, 1024, rotary=False),)}),
+        ({"model_type": "smollm3", "no_rope_layers": [1] * 4, **LLAMA}, {"blocks": (), "tied": True}),
+        (QWEN3, {"blocks": (), "experts": 16, "active": 2, "expert_inner": 64, "inner": 0, "qk_norm": "head"}),
+        (QWEN3 | {"mlp_only_layers": [0]}, {"blocks": (Block(8, 2, 1024), *[Block(8, 2, 0, 16, 2, 64)] * 3)}),
+        (QWEN3 | {"decoder_sparse_step": 2}, {"blocks": (Block(8, 2, 1024), Block(8, 2, 0, 16, 2, 64)) * 2}),
+        (QWEN3 | {"decoder_sparse_step": 9}, {"blocks": (), "experts": 0, "inner": 1024}),
+        (QWEN3 | {"use_sliding_window": True, "sliding_window": 9}, {"windows": (9,) * 4}),
+        (
+            QWEN3 | {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 96},
+            {"inner": 96, "shared_gate": True, "qkv_bias": True, "qk_norm": "", "blocks": ()},
+        ),
+        (
+            {"model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, **LLAMA},
+            {"windows": (128, 0) * 2, "head_dim": 64, "sinks": True, "o_bias": True, "expert_inner": 1024, "inner": 0},
+        ),
+        (
+            DEEPSEEK,
+            {"latent": Latent(1536, 32, 8, 16, 24), "inner": 128, "head_dim": 24, "rotary_dim": 8, "kv_heads": 8},
+        ),
+        (DEEPSEEK | {"q_lora_rank": None, "n_shared_experts": None}, {"latent": Latent(0, 32, 8, 16, 24), "inner": 0}),
+        (DEEPSEEK | {"moe_layer_freq": 2}, {"blocks": (Block(8, 8, 128, 16, 2, 64), Block(8, 8, 1024)) * 2}),
+        (
+            DEEPSEEK | {"model_type": "deepseek_v3"},
+            {"blocks": (*[Block(8, 8, 1024)] * 3, Block(8, 8, 64, 16, 2, 64)), "router_bias": True},
+        ),
+    ],
+)
+def test_keys_and_their_defaults(data: dict[str, Any], fields: dict[str, Any]) -> None:
+    model = from_hf_config(data)
+    assert {name: getattr(model, name) for name in fields} == fields
+    assert lower(model, batch=1, seq=8).parameters == model.parameters
+
+
+def without(data: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in data.items() if name != key}
+
+
+def search(change: dict[str, Any], sublayer: str = "attention") -> dict[str, Any]:
+    return PUZZLE | {"block_configs": [*BLOCKS[:3], BLOCKS[0] | {sublayer: change}]}
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (without(PUZZLE, "block_configs"), "block_configs: missing; expected a list of 4 objects, one a layer"),
+        (PUZZLE | {"block_configs": BLOCKS[:3]}, "block_configs: expected a list of 4 objects, one a layer, got"),
+        (PUZZLE | {"block_configs": [*BLOCKS[:3], 7]}, "block_configs: expected a list of 4 objects"),
+        (search({}), r"block_configs\[3\].attention.n_heads_in_group: missing; expected an integer"),
+        (search({"n_heads_in_group": 3}), r"\[3\].attention.n_heads_in_group: expected a divisor of .* 8, got 3"),
+        (search({"no_op": "no"}), r"block_configs\[3\].attention.no_op: expected true or false, got 'no'"),
+        (search({"ffn_mult": -1}, "ffn"), r"block_configs\[3\].ffn.ffn_mult: expected a number from 0 to 1000, got -1"),
+        ({"model_type": "gemma3"}, "text_config: missing; expected an object"),
+        ({"model_type": "gemma3", "text_config": {}}, "text_config.hidden_size: missing"),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 0], **LLAMA}, "no_rope_layers: expected a list of 4 of 0"),
+        (without(QWEN3, "num_experts"), "num_experts: missing"),
+        (QWEN3 | {"num_experts_per_tok": 17}, "num_experts_per_tok: expected an integer from 1 to 16, got 17"),
+        (QWEN3 | {"mlp_only_layers": [4]}, "mlp_only_layers: expected a list of layers from 0 to 3, got"),
+        (without(DEEPSEEK, "kv_lora_rank"), "kv_lora_rank: missing"),
+        (DEEPSEEK | {"attention_bias": True}, "attention_bias: expected false"),
+    ],
+)
+def test_what_is_wrong_is_named(data: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InputError, match=f"^config.json: .*{reason}") as error:
+        from_hf_config(data, "config.json")
+    assert "\n" not in str(error.value)
+
+
+def test_biases_gates_and_sinks_are_owned_by_their_rows() -> None:
+    w = lower(load_model("gpt-oss-20b"), batch=1, seq=8, engine="")
+    p = PUBLISHED["gpt-oss-20b"]
+    assert one(w, "router")["params"] == 32 * 2880 + 32
+    assert w.params[w.is_role("attention")].tolist() == [64]
+    assert w.params[w.kind == Kind.EXPERTS].tolist() == [32 * (3 * 2880 * 2880 + 2 * 2880 + 2880)]
+    inside = w.layers > 0
+    owned = (w.params * w.count)[inside & (w.kind != Kind.EXPERTS)].sum()
+    assert owned == 24 * sum(math.prod(s) for s in layer_tensors(p))
+    gate = lower(load_model("qwen1.5-moe-a2.7b"), batch=1, seq=8)
+    assert one(gate, "shared_gate") == {"m": 8, "n": 1, "k": 2048, "count": 24, "params": 2048}

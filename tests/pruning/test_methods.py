@@ -1,0 +1,165 @@
+"""Presets of published methods: each does to the shapes what its paper says, and refuses what it cannot do."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+import simulator
+from simulator.errors import InputError
+from simulator.predict.requests import Requests, prune_all
+from simulator.predict.settings import Setting
+from simulator.predict.table import explanations, table
+from simulator.pruning import FAMILIES
+from simulator.pruning._methods import METHODS
+from simulator.workload import Kind, Workload
+
+
+def dense(model: str = "llama-2-7b", phase: str = "decode", seq: int = 2048) -> Workload:
+    return simulator.lower(simulator.load_model(model), phase=phase, batch=1, seq=seq)
+
+
+def of_layer(w: Workload, layer: int, *roles: str) -> Workload:
+    return w.take(np.flatnonzero((w.layer <= layer) & (w.layer + w.layers > layer) & w.is_role(*roles)))
+
+
+def layers_with(w: Workload, role: str) -> int:
+    return int(w.layers[w.is_role(role) & (w.layer >= 0)].sum())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_sound_and_removes_what_is_asked_of_the_whole_model(name: str) -> None:
+    m = METHODS[name]
+    families = m.family.split("+")
+    assert set(families) <= FAMILIES.keys()
+    assert m.options.keys() <= {option for family in families for option in FAMILIES[family].options}
+    assert re.fullmatch(r"\d{4}\.\d{5}", m.arxiv)
+    assert m.title
+    phase = "prefill" if "prefill" in m.phases else "decode"
+    whole = dense(phase=phase)
+    assert m.prune(whole, 0.0).flops.sum() == whole.flops.sum()
+    for sparsity in m.sparsities:
+        steps = m.prune(whole, sparsity).meta.applied
+        assert [step.family for step in steps] == families
+        asked, realised = (1.0 - np.prod([1.0 - getattr(s, key) for s in steps]) for key in ("sparsity", "realised"))
+        assert asked == pytest.approx(sparsity, abs=1e-9)
+        assert realised == pytest.approx(sparsity, abs=0.02)
+
+
+def test_llm_pruner_leaves_the_outer_layers_and_has_the_papers_parameters() -> None:
+    """Its recipe for 20 %: a quarter of the heads and channels of layers 4 to 29, LLaMA-7B to 5.4 B."""
+    whole = dense("llama-7b")
+    pruned = METHODS["llm-pruner"].prune(whole, 0.2)
+    for layer in range(32):
+        (before,), (after,) = (of_layer(w, layer, "down").k for w in (whole, pruned))
+        (heads,) = of_layer(pruned, layer, "attention").heads
+        outer = layer < 4 or layer >= 30
+        assert (after == before) == outer
+        assert heads == (32 if outer else 24)
+    assert pruned.parameters == pytest.approx(5.42e9, rel=0.006)
+
+
+def test_depth_methods_remove_whole_layers_or_attention_alone() -> None:
+    short = METHODS["shortgpt"].prune(dense(), 0.27)
+    assert [layers_with(short, role) for role in ("attention", "o", "down")] == [23] * 3  # of Llama-2-7B: 9 of 32
+    attention = METHODS["attention-drop"].prune(dense(), 0.5)
+    assert [layers_with(attention, role) for role in ("attention", "o", "down")] == [16, 16, 32]
+
+
+def test_slicegpt_adds_its_residual_projections_unless_ideal() -> None:
+    w = METHODS["slicegpt"].prune(dense(), 0.25)
+    extra = w.take(np.flatnonzero(w.is_role("residual_projection")))
+    assert set(extra.n) == set(extra.k) == {3072}
+    assert extra.count.sum() == 64
+    assert not METHODS["slicegpt"].prune(dense(), 0.25, ideal=True).is_role("residual_projection").any()
+
+
+def test_widths_across_layers_come_near_published_models() -> None:
+    """Sheared-LLaMA-2.7B: hidden 2560, 20 heads, inner 6912. Llama-3.1-Minitron-4B-Width: all heads, 4.5 B."""
+    sheared = METHODS["sheared-llama"].prune(dense(), 0.61)
+    down, attention = (of_layer(sheared, 7, role) for role in ("down", "attention"))
+    assert (down.n[0], attention.heads[0]) == (2560, 20)
+    assert down.k[0] == pytest.approx(6912, rel=0.01)
+    assert sheared.parameters == pytest.approx(2.7e9, rel=0.02)
+    whole = dense("llama-3.1-8b")
+    minitron = METHODS["minitron-width"].prune(whole, 0.47)
+    before, after = (of_layer(w, 3, "down") for w in (whole, minitron))
+    assert after.n[0] / before.n[0] == pytest.approx(after.k[0] / before.k[0], abs=0.005)
+    assert set(of_layer(minitron, 3, "attention").heads) == {32}
+    assert set(of_layer(minitron, 3, "attention").kv_heads) == {8}
+    assert minitron.parameters == pytest.approx(4.5e9, rel=0.03)
+
+
+def test_mod_computes_an_eighth_of_the_tokens_in_every_other_layer() -> None:
+    w = METHODS["mod"].prune(dense(phase="prefill"), 0.4375)
+    tokens = [float(of_layer(w, i, "down").m @ of_layer(w, i, "down").count / of_layer(w, i, "down").layers.sum())
+              for i in range(4)]  # fmt: skip
+    assert tokens[0] == tokens[2] == 2048
+    assert tokens[1] == tokens[3] == pytest.approx(256, rel=0.02)
+    keys = w.kv_len[w.kind == Kind.PREFILL_ATTENTION]
+    assert set(keys) == {2048, 256}
+
+
+def test_pyramiddrop_halves_the_tokens_after_each_quarter() -> None:
+    w = METHODS["pyramiddrop"].prune(dense(phase="prefill"), 0.53125)
+    assert [set(of_layer(w, i, "down").m) for i in (0, 8, 16, 31)] == [{2048}, {1024}, {512}, {256}]
+
+
+@pytest.mark.parametrize(
+    ("method", "sparsity", "phase", "reason"),
+    [
+        (
+            "llm-pruner",
+            0.82,
+            "decode",
+            r"llm-pruner at sparsity 0.82: prunes 26 of 32 layers, expected less than 0.812",
+        ),
+        ("pyramiddrop", 0.8, "prefill", "first stage is dense, expected less than 0.75"),
+        ("minference", 0.9, "decode", "minference: prunes in prefill; decode stays dense"),
+        ("wanda-2:4", 0.25, "decode", "2:4 removes exactly 0.5"),
+        ("flap", {"mlp": 0.2}, "decode", "expected a fraction"),
+    ],
+)
+def test_refusals(method: str, sparsity: Any, phase: str, reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        METHODS[method].prune(dense(phase=phase), sparsity)
+
+
+@pytest.mark.parametrize("name", ["llm-pruner", "minitron-width", "mod", "pyramiddrop", "h2o"])
+def test_many_requests_together_equal_one_by_one(name: str) -> None:
+    requests = Requests.of(simulator.load_model("llama-2-7b"), Setting(new_tokens=3), "generate", ((1, 64), (8, 512)))
+    m, done = METHODS[name], 0
+    for group, stack in prune_all(requests, m.family, 0.3, method=name)[0]:
+        for i, start, length in zip(group, stack.starts, stack.lengths):
+            one = m.prune(requests.workloads[i], 0.3)
+            rows = stack.rows.take(np.arange(start, start + length))
+            np.testing.assert_allclose(rows.flops, one.flops, rtol=1e-12)
+            np.testing.assert_allclose(rows.bytes, one.bytes, rtol=1e-12)
+            done += 1
+    assert done == 2
+
+
+def test_tables_and_explanations_name_the_method() -> None:
+    found = table(["llama-2-7b"], ["h100"], method=["shortgpt", "sheared-llama", "mod"], phase=["decode"])
+    rows = [(r.method, r.family, r.sparsity) for r in found]
+    assert rows == [
+        ("shortgpt", "depth", 0.25), ("shortgpt", "depth", 0.27), ("sheared-llama", "width_cross+width", 0.6),
+        ("sheared-llama", "width_cross+width", 0.8), ("mod", "dynamic_depth", 0.4375),
+    ]  # fmt: skip
+    assert {r.method for r in table(["llama-2-7b"], ["h100"], ["depth"], [0.25])} == {""}
+    (e,) = explanations("llama-2-7b", ["h100"], None, None, ["decode"], method="mod")
+    assert e.record.method == "mod"
+    assert e.record.speedup == found.records[-1].speedup
+    assert np.prod([step.factor for step in e.steps]) == pytest.approx(e.record.speedup)
+    one = simulator.speedup(e.dense, e.pruned, e.hardware)
+    assert one.speedup == pytest.approx(e.record.speedup)
+    for given in ({"family": ["width"]}, {"options": {"align": 8}}):
+        with pytest.raises(InputError, match="expected no family and no option"):
+            table(["llama-2-7b"], ["h100"], method=["shortgpt"], **given)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="did you mean shortgpt"):
+        table(["llama-2-7b"], ["h100"], method=["short-gpt"])
+    with pytest.raises(InputError, match=r"expected one to explain llm-pruner, such as 0\.2"):
+        explanations("llama-2-7b", ["h100"], None, None, method="llm-pruner")

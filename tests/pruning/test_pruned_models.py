@@ -1,0 +1,121 @@
+"""Families on models with experts, a latent, or layers that differ: what is left against counts of the tensors."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from model_shapes import PUBLISHED, expert_tensors, layer_tensors
+
+from simulator.errors import InputError
+from simulator.models.library import load_model
+from simulator.models.lower import lower
+from simulator.pruning import FAMILIES, prune
+from simulator.workload import ROLES, Kind, Workload
+
+MODELS = ["mixtral-8x7b", "deepseek-v3", "nemotron-super-49b", "qwen1.5-moe-a2.7b"]
+DENSE = ["semi_structured", "low_rank", "unstructured", "dynamic_width"]  # of weights with kernels of their own
+
+
+def layer_parameters(name: str, layer: int) -> int:
+    p = PUBLISHED[name]
+    dense, expert = (sum(math.prod(s) for s in f(p, layer)) for f in (layer_tensors, expert_tensors))
+    return dense + p.experts * expert
+
+
+def shapes(w: Workload, *names: str) -> set[tuple[str, int, int]]:
+    return {(ROLES[r], int(n), int(k)) for r, n, k in zip(w.role, w.n, w.k) if ROLES[r] in names}
+
+
+@pytest.mark.parametrize("engine", ["vllm", "hf"])
+@pytest.mark.parametrize("name", MODELS)
+def test_work_never_grows(name: str, engine: str) -> None:
+    """Beside what a method adds; families without a kernel for experts or latents refuse them."""
+    routed = PUBLISHED[name].experts > 0
+    for phase in ("prefill", "decode", "serve"):
+        for devices in (1, 2):
+            parallel, steps = "expert" if routed else "tensor", 9 * (phase == "serve")
+            request = {"phase": phase, "batch": 3, "seq": 70, "new_tokens": steps, "engine": engine}
+            w = lower(load_model(name), **request, devices=devices, parallel=parallel)
+            for family in FAMILIES:
+                if routed and family in DENSE:
+                    with pytest.raises(InputError, match="routed experts and latent attention have no such kernels"):
+                        prune(w, family, 0.5)
+                    continue
+                pruned = prune(w, family, 0.5)
+                own = pruned.take(~pruned.overhead)
+                assert own == prune(w, family, 0.5, ideal=True)
+                for column in ("flops", "bytes"):
+                    assert getattr(own, column).sum() <= getattr(w, column).sum() * (1 + 1e-12), family
+                assert own.parameters <= w.parameters * (1 + 1e-12)
+                kept = family in ("dynamic_depth", "sparse_attention", "token", "kv_cache")
+                assert not kept or own.parameters == pytest.approx(w.parameters, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_whole_layers_vanish(name: str, phase: str) -> None:
+    p, w = PUBLISHED[name], lower(load_model(name), phase=phase, batch=2, seq=50)
+    many = (p.layers + 1) // 2
+    gone = range(p.layers - 1 - many, p.layers - 1)  # the deepest but the last
+    left = p.parameters - sum(layer_parameters(name, layer) for layer in gone)
+    pruned = prune(w, "depth", 0.5)
+    assert pruned.parameters == pytest.approx(left, rel=1e-12)
+    assert (pruned.layer + pruned.layers).max() == p.layers - many
+    some = prune(w, "depth", 2 / p.layers, drop=[0, 5])
+    left = p.parameters - sum(layer_parameters(name, layer) for layer in (0, 5))
+    assert some.parameters == pytest.approx(left, rel=1e-12)
+
+
+def test_sublayers_of_either_kind_where_some_layers_lack_one() -> None:
+    w = lower(load_model("nemotron-super-49b"), batch=2, seq=50)
+    both, layers = (prune(w, "depth", 0.5, unit=unit) for unit in ("both", "layer"))
+    assert [x.count[x.is_role("o")].sum() for x in (w, both, layers)] == [49, 24, 36 + 1]
+    assert [x.count[x.is_role("down")].sum() for x in (w, both, layers)] == [80, 40, 40]
+
+
+def test_narrower_experts_and_heads() -> None:
+    pruned = prune(lower(load_model("mixtral-8x7b"), batch=1, seq=64), "width", 0.5)
+    h, attention = 4096, 4096 * (2048 + 2 * 512) + 2048 * 4096
+    layer = attention + 8 * 3 * h * 7168 + 8 * h + 2 * h
+    assert pruned.parameters == 32 * layer + 2 * 32000 * h + h
+    assert pruned.meta.applied[-1].realised == 0.5
+    for phase, inside in (("prefill", {("kv_b", 64 * 256, 512)}), ("decode", {("absorb_k", 64 * 512, 128)})):
+        w = prune(lower(load_model("deepseek-v3"), phase=phase, batch=1, seq=64), "width", 0.5)
+        own = shapes(w, "qkv_a", "q_b", "kv_b", "absorb_k", "o")
+        assert own == {("qkv_a", 2112, 7168), ("q_b", 64 * 192, 1536), ("o", 7168, 64 * 128), *inside}
+        attention = w.take(w.is_attention)
+        assert set(attention.heads) == {64}
+        assert set(attention.latent) == {576}
+        assert shapes(w, "experts") == {("experts", 1024, 7168)}
+
+
+def test_a_smaller_hidden_size_reaches_experts_and_latents() -> None:
+    mixtral = lower(load_model("mixtral-8x7b"), batch=1, seq=64)
+    assert prune(mixtral, "width_cross", 0.5).parameters == pytest.approx(mixtral.parameters / 2, rel=1e-3)
+    w = prune(lower(load_model("deepseek-v3"), batch=1, seq=64), "width_cross", 0.5)
+    inputs = {("qkv_a", 2112, 3584), ("gate_up", 36864, 3584), ("gate_up", 4096, 3584), ("router", 256, 3584)}
+    outputs = {("o", 3584, 16384), ("down", 3584, 18432), ("down", 3584, 2048), ("experts", 2048, 3584)}
+    ranks = {("q_b", 24576, 1536), ("kv_b", 32768, 512)}
+    roles = ("qkv_a", "gate_up", "router", "o", "down", "experts", "q_b", "kv_b")
+    assert shapes(w, *roles) == inputs | outputs | ranks
+
+
+def test_fewer_experts() -> None:
+    w = lower(load_model("qwen3-30b-a3b"), batch=1, seq=4096, devices=8, parallel="expert")
+    pruned = prune(w, "experts", 0.25)
+    rows = pruned.take(pruned.kind == Kind.EXPERTS)
+    assert (rows.experts.tolist(), rows.active.tolist()) == ([12], [1.0])  # 96 of 128, eight of them active, on eight
+    assert pruned.n[pruned.is_role("router")].tolist() == [96]
+    gone = 48 * (32 * 3 * 2048 * 768 / 8 + 32 * 2048)
+    assert w.parameters - pruned.parameters == pytest.approx(gone, rel=1e-12)
+    tokens = rows.flops.sum() / (2 * 48 * 3 * 2048 * 768)
+    assert tokens == 4096  # as many as before, on fewer experts
+    less = prune(w, "experts", 0.5, fewer="active")
+    assert less.flops[less.kind == Kind.EXPERTS].sum() * 2 == w.flops[w.kind == Kind.EXPERTS].sum()
+    assert less.parameters == w.parameters
+    with pytest.raises(InputError, match="90 experts do not divide among 8 devices"):
+        prune(w, "experts", 0.3)
+    dense = lower(load_model("llama-2-7b"), batch=1, seq=8)
+    assert np.array_equal(prune(dense, "experts", 0.5).flops, dense.flops)
