@@ -36,7 +36,7 @@ class Published:
 
 HUB = "safetensors total on the Hugging Face Hub"
 CARD = "table of the model card"
-REPORT = "sum over the tensors; Gemma 3 report (arXiv 2503.19786), table 1: 10,759 M beside the embedding"
+COUNTED = "sum over the tensors of the published configuration; no published total was looked up"
 SUM = "sum over the tensors of the published configuration (the checkpoint has no safetensors total)"
 
 # fmt: off
@@ -62,13 +62,13 @@ PUBLISHED = {
     "opt-13b": Published("opt", 5120, 40, 40, 40, 128, 20480, 50272, True, 12_853_473_280, SUM),
     "opt-66b": Published("opt", 9216, 64, 72, 72, 128, 36864, 50272, True, 65_719_701_504, SUM),
     "pythia-6.9b": Published("gpt_neox", 4096, 32, 32, 32, 128, 16384, 50432, False, 6_857_302_016, CARD),
-    "gemma-3-12b": Published("gemma3", 3840, 48, 16, 8, 256, 15360, 262208, True, 11_766_034_176, REPORT),
-    "olmo-2-7b": Published("olmo2", 4096, 32, 32, 32, 128, 11008, 100352, False, 7_298_617_344, HUB),
-    "granite-3.1-8b": Published("llama", 4096, 40, 32, 8, 128, 12800, 49155, True, 8_170_848_256, HUB),
-    "smollm3-3b": Published("llama", 2048, 36, 16, 4, 128, 11008, 128256, True, 3_075_098_624, HUB),
+    "gemma-3-12b": Published("gemma3", 3840, 48, 16, 8, 256, 15360, 262208, True, 11_766_034_176, COUNTED),
+    "olmo-2-7b": Published("olmo2", 4096, 32, 32, 32, 128, 11008, 100352, False, 7_298_617_344, COUNTED),
+    "granite-3.1-8b": Published("llama", 4096, 40, 32, 8, 128, 12800, 49155, True, 8_170_848_256, COUNTED),
+    "smollm3-3b": Published("llama", 2048, 36, 16, 4, 128, 11008, 128256, True, 3_075_098_624, COUNTED),
     "minitron-4b": Published("nemotron", 3072, 32, 24, 8, 128, 9216, 256000, False, 4_190_509_056, SUM),
     "nemotron-super-49b": Published(
-        "nas", 8192, 80, 64, 8, 128, 28672, 128256, False, 49_867_145_216, HUB,
+        "nas", 8192, 80, 64, 8, 128, 28672, 128256, False, 49_867_145_216, COUNTED,
         runs=(
             *((1, 8, 14336), (5, 8, 28672), (2, 0, 14336), (3, 8, 28672), (1, 0, 17920), (30, 8, 28672), (1, 0, 7168)),
             *((2, 0, 14336), (1, 0, 7168), (1, 0, 28672), (1, 0, 7168), (1, 0, 14336), (3, 0, 7168), (1, 8, 28672)),
@@ -78,20 +78,20 @@ PUBLISHED = {
     ),
     # active parameters: mistral.ai/news/mixtral-of-experts and /mixtral-8x22b
     "mixtral-8x7b": Published(
-        "mixtral", 4096, 32, 32, 8, 128, 0, 32000, False, 46_702_792_704, HUB,
+        "mixtral", 4096, 32, 32, 8, 128, 0, 32000, False, 46_702_792_704, COUNTED,
         experts=8, active=2, expert_inner=14336, active_parameters=(12.9, 0.1)),
     "mixtral-8x22b": Published(
-        "mixtral", 6144, 56, 48, 8, 128, 0, 32000, False, 140_620_634_112, HUB,
+        "mixtral", 6144, 56, 48, 8, 128, 0, 32000, False, 140_620_634_112, COUNTED,
         experts=8, active=2, expert_inner=16384, active_parameters=(39, 1)),
     # the model cards
     "qwen1.5-moe-a2.7b": Published(
-        "qwen2_moe", 2048, 24, 16, 16, 128, 5632, 151936, False, 14_315_784_192, HUB,
+        "qwen2_moe", 2048, 24, 16, 16, 128, 5632, 151936, False, 14_315_784_192, COUNTED,
         experts=60, active=4, expert_inner=1408, active_parameters=(2.7, 0.1)),
     "qwen3-30b-a3b": Published(
-        "qwen3_moe", 2048, 48, 32, 4, 128, 0, 151936, False, 30_532_122_624, HUB,
+        "qwen3_moe", 2048, 48, 32, 4, 128, 0, 151936, False, 30_532_122_624, COUNTED,
         experts=128, active=8, expert_inner=768, active_parameters=(3.3, 0.1)),
     "qwen3-235b-a22b": Published(
-        "qwen3_moe", 4096, 94, 64, 4, 128, 0, 151936, False, 235_093_634_560, HUB,
+        "qwen3_moe", 4096, 94, 64, 4, 128, 0, 151936, False, 235_093_634_560, COUNTED,
         experts=128, active=8, expert_inner=1536, active_parameters=(22, 1)),
     # gpt-oss model card (arXiv 2508.10925), table 1: 20.91 and 116.83 B; active ones "including unembedding"
     "gpt-oss-20b": Published(
@@ -102,7 +102,7 @@ PUBLISHED = {
         experts=128, active=4, expert_inner=2880, active_parameters=(5.13, 0.01), embedded=False),
     # arXiv 2405.04434, appendix B (15.7 B, 2.4 B), and arXiv 2412.19437 (671 B, 37 B); without multi-token prediction
     "deepseek-v2-lite": Published(
-        "deepseek_v2", 2048, 27, 16, 16, 192, 2816, 102400, False, 15_706_484_224, HUB,
+        "deepseek_v2", 2048, 27, 16, 16, 192, 2816, 102400, False, 15_706_484_224, COUNTED,
         experts=64, active=6, expert_inner=1408, dense=(1, 10944), latent=(0, 512, 64, 128, 128),
         active_parameters=(2.4, 0.1), embedded=False),
     "deepseek-v3": Published(

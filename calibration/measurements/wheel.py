@@ -101,8 +101,8 @@ _SHIPPED_GEMMS = {
 }
 # What each engine takes by default, with gates, on one device; of the B200's, which has several, that of most models.
 # 4-bit weights alone (int4_wo) only where ten models were timed, in an older version of SGLang: vLLM 0.19's rows bear
-# the name of Marlin and are of its Triton kernels. vLLM's fp8 on Hopper is left out too: untuned, it takes 2.6 times as
-# long as its bf16, at 0.6 TB/s on an H100 and an H200 alike
+# the name of Marlin and seem, by their times, those of its Triton kernels. vLLM's fp8 on Hopper is left out too:
+# untuned, it takes 2.6 times as long as its bf16, at 0.6 TB/s on an H100 and an H200 alike
 _TRITON, _CUTLASS = "sglang_fused_moe_triton", "moe_torch_flow_cutlass"
 _VLLM, _LATER = "vllm_unquantizedfusedmoe_", ("vllm_modeloptfp8moe_", "vllm_fp8moe_", "vllm_gptossmxfp4moe_")
 _FLASHINFER = "flashinfer_cutlass_flashinferexperts"
