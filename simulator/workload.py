@@ -52,7 +52,10 @@ class Kernel(IntEnum):
     DENSE = 0  # zeros, if any, are computed
     SPARSE24 = 1  # 2:4 sparse tensor cores, compressed weights
     UNSTRUCTURED = 2  # scattered zeros: counted in the bounds, timed as dense
-    BLOCK_SPARSE = 3  # whole tiles skipped (attention blocks, or rows of a GEMM sorted by a mask)
+    BLOCK_SPARSE = 3  # whole tiles skipped: attention blocks; tokens of a GEMM, sorted by a mask
+    GROUPS_N = 4  # groups of a GEMM's output features skipped token by token
+    GROUPS_K = 5  # groups of its input features, in the main loop
+    SPMV = 6  # scattered zeros times one token, the rest stored with the distances between them
 
 
 class Phase(IntEnum):
@@ -92,6 +95,8 @@ ROLES: tuple[str, ...] = (
     "q_a", "kv_a", "qkv_a", "q_b", "kv_b", "absorb_k", "absorb_v", "latent_norm",
     # a layer's hidden x hidden product in place of attention or MLP; routed experts, and what weighs the shared ones
     "linear", "experts", "shared_gate",
+    # zeros where tokens are skipped; gate times up where the activation is part of a GEMM
+    "fill", "product",
 )
 # fmt: on
 """Names of operator roles; the index is the code in the ``role`` column, also in files: new ones go to the end."""
@@ -137,6 +142,19 @@ def attention_pairs(q_len: Array, kv_len: Array, window: Array) -> Array:
     capped = np.clip(last - np.maximum(w, first - 1), 0, q)
     seen = full - capped * (last - w) + capped * (capped - 1) / 2  # sum of (position + 1 - w) over the capped queries
     return np.where(w > 0, seen, full)
+
+
+def spmv_bytes(density: Any, value_bytes: Any) -> Array:
+    """Bytes that a kernel for scattered zeros stores for each weight, zeros included.
+
+    Beside each value four bits tell how far it is from the one before; where 16 places are empty a zero is stored in
+    between: 1 / (1 - zeros^16) values for each one that is left (MACKO, github.com/vlejd/macko_spmv).
+
+    >>> spmv_bytes(np.array([1.0, 0.5]), 2.0).round(3).tolist()
+    [2.5, 1.25]
+    """
+    kept = np.clip(np.asarray(density, dtype=np.float64), 1e-6, 1.0)
+    return np.asarray(kept / (1.0 - (1.0 - kept) ** 16) * (value_bytes + 0.5))
 
 
 EXPERT_RANGE = 200.0
@@ -241,7 +259,7 @@ class Workload(Table):
     # attention: elements of a position in the cache, where keys and values are made from one latent vector; 0 elsewhere
     latent: Array = column(np.int64, 0)
     window: Array = column(np.int64, 0)  # attention: sliding window in positions, 0 for none
-    block: Array = column(np.int64, 0)  # attention: edge of the blocks that are skipped, 0 where none are
+    block: Array = column(np.int64, 0)  # edge of the blocks, or features of the groups, that are skipped; 0: no blocks
     density: Array = column(np.float64, 1.0)  # share of the multiply-adds that are not zero / not skipped
     kernel: Array = column(np.int8, Kernel.DENSE)
     dtype: Array = column(np.int8, _DTYPE_CODE["bf16"])  # activations and arithmetic
@@ -297,7 +315,8 @@ class Workload(Table):
             # 2:4 keeps a 2-bit index a kept value; scattered zeros need at least one bit a position
             index = np.where(pairs, 0.25 * self.density, 0.125)
             # few zeros are not worth an index
-            stored = np.where(pairs | scattered, np.minimum(stored, self.density * stored + index), stored)
+            kept = np.where(pairs | scattered, np.minimum(stored, self.density * stored + index), stored)
+            stored = np.where(self.kernel == Kernel.SPMV, spmv_bytes(self.density, stored), kept)
         out: Array = np.where(self.kind == _GEMM, self.n.astype(np.float64) * self.k * stored, 0.0)
         if len(rows := np.flatnonzero(self.kind == _EXPERTS)):
             w = self.take(rows)

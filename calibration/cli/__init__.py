@@ -7,7 +7,7 @@ imported before a command needs it.
 
 from __future__ import annotations
 
-from calibration.cli import calibrate, compare, figures, fit, import_, measure, upper_bound, validate
+from calibration.cli import calibrate, compare, figures, fit, import_, measure, paper, upper_bound, validate
 from simulator.cli import app, main, run
 
 __all__ = ["app", "main", "run"]
@@ -20,3 +20,4 @@ app.command("calibrate")(calibrate.command)
 app.command("upper-bound")(upper_bound.command)
 app.command("compare")(compare.command)
 app.command("figures")(figures.command)
+app.command("paper")(paper.command)

@@ -11,6 +11,7 @@ from calibration.cli.measure import Budget, Dtype, Folder, Hardware, Seed, descr
 from calibration.cli.rows import seconds
 from simulator.cli import options, render
 from simulator.cli.options import arg, opt
+from simulator.engines import DEFAULT_ENGINE
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def command(
             dtype=dtype,
             families=options.names("--family", family),
             sparsities=options.fractions("--sparsity", sparsity),
+            engine="" if device == "cpu" else DEFAULT_ENGINE,  # a CPU runs no engine that fuses projections
         )
     found = measure(device, output, budget_s, dtype, hardware=hardware, asked=asked, quick=quick, seed=seed)
     finish(found.outcome)

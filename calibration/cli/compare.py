@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from calibration.execute.compare import Row
 
 LaunchedAs = Annotated[
-    str, opt("--engine", "NAME", "How decode steps are launched: as reference or as hf; what can be if left out.")
+    str, opt("--engine", "NAME", "How passes are launched: as reference (one graph) or as hf; what can be if left out.")
 ]
 
 

@@ -91,8 +91,9 @@ def command(
 ) -> None:
     """Measure the upper bound of pruning a model.
 
-    Times dense GEMMs at the dense and at the pruned shapes: what the device grants at best. Writes RUN/records.jsonl
-    and RUN/upper_bound.csv; the same command goes on where it was stopped.
+    Times plain GEMMs and attention at the dense and at the pruned shapes: what the device grants at best, printed
+    beside the roofline bound and the predicted speedup. Writes RUN/records.jsonl and RUN/upper_bound.csv; the same
+    command goes on where it was stopped.
     """
     from calibration.execute.runs import check_folder
     from calibration.execute.upper_bound import bound_errors, bounds, measure_bounds
@@ -129,13 +130,13 @@ def show_bounds(rows: list[Bound]) -> None:
     columns = render.columns(
         rows,
         *case_columns(rows),
-        ("measured\nbound", ratio_of("measured_bound")),
-        ("the same\npredicted", ratio_of("predicted_bound")),
-        ("roofline\nbound", ratio_of("roofline_bound")),
         ("FLOP\nbound", ratio_of("flop_bound")),
         ("byte\nbound", ratio_of("byte_bound")),
+        ("roofline\nbound", ratio_of("roofline_bound")),
+        ("measured\nbound", ratio_of("measured_bound")),
         ("predicted\nspeedup", ratio_of("predicted")),
-        ("dense\nGEMMs", lambda r: "-" if math.isnan(r.dense_gemm_s) else render.seconds(r.dense_gemm_s)),
+        ("bound as\npredicted", ratio_of("predicted_bound")),
+        ("dense\nkernels", lambda r: "-" if math.isnan(r.dense_kernels_s) else render.seconds(r.dense_kernels_s)),
     )
     where = "" if several_shapes(rows) else f", batch {first.batch}, seq {first.seq}"
     render.show(columns, f"{first.model} on {first.device}, {first.dtype}{where}; predicted by {first.hardware}")

@@ -14,7 +14,7 @@ __all__ = ["Device", "DeviceLost", "Operator", "OutOfMemory", "Unsupported", "op
 
 def open_device(name: str, **options: Any) -> Device:
     """Open a device by name: ``cpu``, ``cuda`` or ``cuda:INDEX``, ``host`` (the first GPU, else the CPU), or
-    ``replay:FILE`` with records to be played back.
+    ``replay:FILE`` with records to be played back, or ``replay:planted`` with times by a formula.
 
     ``NAME:REST`` is what ``open_named(REST, **options)`` of this package's module NAME returns; options are the
     device's own (``threads`` for the CPU). InputError: no such device, or torch is missing.
@@ -25,6 +25,8 @@ def open_device(name: str, **options: Any) -> Device:
     try:
         module = import_module(f"{__name__}.{kind}")
     except ModuleNotFoundError as error:
+        if error.name == "triton":  # its kernels are a module here, and no device
+            raise unknown_device(name) from None
         if error.name != "torch":
             raise
         raise InputError(f"device {name!r} needs torch, which is not installed; try: pip install torch") from None

@@ -8,7 +8,7 @@ nothing else (copying an index from the host would also break a CUDA graph captu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +22,22 @@ def prefill_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
     shared = q.shape[1] != k.shape[1]
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
+    if type(mask) is torch.Tensor:
+        return masked_attention(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=shared)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention under a mask (..., queries, keys) of booleans, the same for all heads.
+
+    The query heads that share a key/value head become its query rows. A mask and shared heads together are what the
+    flash kernel never takes, and the memory-efficient one in new versions of torch only (``can_use_flash_attention``,
+    ``can_use_mem_efficient_attention`` in ATen's ``sdp_utils.cpp``): without either, nothing is fused.
+    """
+    share = q.shape[1] // k.shape[1]
+    grouped = q.unflatten(1, (k.shape[1], share)).flatten(2, 3)
+    rows = torch.cat([mask] * share, dim=-2)
+    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=rows).view_as(q)
 
 
 def causal_mask(q_len: int, kv_len: int, place: str) -> Tensor | None:
@@ -50,94 +65,61 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(grouped, k, v).reshape(batch, heads, 1, head_dim)
 
 
-def block_layout(q_len: int, kv_len: int, block: int, density: float) -> list[list[int]]:
-    """Key blocks computed for each block of queries: its diagonal one, and evenly spread earlier ones, together a
-    ``density`` share of the causal ones, rounded up.
+def block_layout(q_len: int, kv_len: int, block: int, density: float) -> Tensor:
+    """Key blocks computed for each block of queries, (query blocks, key blocks) of booleans: its diagonal one, and
+    evenly spread earlier ones, together a ``density`` share of the causal ones, rounded up.
 
-    >>> block_layout(8, 8, 2, 0.5)
-    [[0], [1], [0, 2], [0, 3]]
+    >>> block_layout(8, 8, 2, 0.5).int().tolist()
+    [[1, 0, 0, 0], [0, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1]]
     """
     offset = kv_len - q_len
-    rows = []
-    for start in range(0, q_len, block):
+    table = torch.zeros(-(-q_len // block), -(-kv_len // block), dtype=torch.bool)
+    for row, start in enumerate(range(0, q_len, block)):
         last = (offset + min(start + block, q_len) - 1) // block
         keep = min(last + 1, max(1, math.ceil(density * (last + 1) - 1e-9)))
-        rows.append([*(i * last // (keep - 1) for i in range(keep - 1)), last])
-    return rows
+        table[row, [*(i * last // (keep - 1) for i in range(keep - 1)), last]] = True
+    return table
 
 
-def layout_mask(layout: Sequence[Sequence[int]], q_len: int, kv_len: int, block: int) -> Tensor:
+def layout_mask(table: Tensor, q_len: int, kv_len: int, block: int) -> Tensor:
     """The boolean mask (q_len, kv_len) a layout stands for: what a dense reference must apply for the same result."""
-    mask = torch.zeros(q_len, kv_len, dtype=torch.bool)
-    for row, blocks in enumerate(layout):
-        for column in blocks:
-            mask[row * block : (row + 1) * block, column * block : (column + 1) * block] = True
-    return mask & torch.ones(q_len, kv_len, dtype=torch.bool).tril(kv_len - q_len)
+    mask = table.repeat_interleave(block, 0).repeat_interleave(block, 1)[:q_len, :kv_len]
+    return mask & torch.ones(q_len, kv_len, dtype=torch.bool, device=table.device).tril(kv_len - q_len)
 
 
 def block_sparse_attention(
-    layout: Sequence[Sequence[int]], q_len: int, kv_len: int, block: int, place: str
+    table: Tensor, q_len: int, kv_len: int, block: int
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """A function of (q, k, v) that computes causal attention over the blocks of ``layout`` only.
+    """A function of (q, k, v) that computes causal attention over the blocks of a layout only, in plain torch.
 
     For each block of queries its key and value blocks are gathered and attended densely; gathering is part of the work.
-    ``kv_len - q_len`` must be a multiple of ``block``, so that the diagonal falls on a block.
+    ``kv_len - q_len`` must be a multiple of ``block``, so that the diagonal falls on a block. The table is read on the
+    host; :func:`calibration.devices.flex.block_sparse` leaves it where it is.
     """
     if (kv_len - q_len) % block:
         off = f"kv_len - q_len = {kv_len - q_len} is no multiple of the block {block}"
         raise ValueError(f"block-sparse attention: {off}")
     rows = []  # of each block of queries: its span, its earlier key blocks, its diagonal's span, and the mask over both
-    for number, blocks in enumerate(layout):
-        earlier, last = list(blocks[:-1]), blocks[-1]
+    for number, kept in enumerate(table):
+        last = (kv_len - q_len) // block + number
+        index = kept[:last].nonzero().squeeze(1)
         queries = slice(number * block, min((number + 1) * block, q_len))
         diagonal = slice(last * block, min((last + 1) * block, kv_len))
-        width = len(earlier) * block
-        mask = torch.ones(queries.stop - queries.start, width + diagonal.stop - diagonal.start, dtype=torch.bool)
+        width, own = len(index) * block, queries.stop - queries.start
+        mask = torch.ones(own, width + own, dtype=torch.bool, device=table.device)
         mask[:, width:] = mask[:, width:].tril()
-        index = torch.tensor(earlier, device=place) if earlier else None
-        rows.append((queries, index, diagonal, mask.to(place)))
+        rows.append((queries, index, diagonal, mask))
     whole = kv_len // block
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        shared = q.shape[1] != k.shape[1]
         blocked = [t[:, :, : whole * block].unflatten(2, (whole, block)) for t in (k, v)]
         out = torch.empty_like(q)
         for queries, index, diagonal, mask in rows:
             keys, values = (t[:, :, diagonal] for t in (k, v))
-            if index is not None:
+            if len(index):
                 first, second = (t.index_select(2, index).flatten(2, 3) for t in blocked)
                 keys, values = torch.cat((first, keys), dim=2), torch.cat((second, values), dim=2)
-            tensors = q[:, :, queries], keys, values
-            out[:, :, queries] = F.scaled_dot_product_attention(*tensors, attn_mask=mask, enable_gqa=shared)
+            out[:, :, queries] = masked_attention(q[:, :, queries], keys, values, mask)
         return out
 
     return attend
-
-
-def flex_block_sparse_attention(
-    layout: Sequence[Sequence[int]], q_len: int, kv_len: int, block: int, place: str, compiled: bool = True
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The same as one fused kernel, through torch's flex attention: blocks outside the layout are never loaded.
-
-    Compiling takes seconds a shape. Uncompiled it computes densely under the mask, which serves to check the layout,
-    not to time it.
-    """
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
-
-    counts = torch.tensor([len(blocks) for blocks in layout], dtype=torch.int32, device=place)
-    padded = [[*blocks, *(b for b in range(-(-kv_len // block)) if b not in blocks)] for blocks in layout]
-    index = torch.tensor(padded, dtype=torch.int32, device=place)
-    offset = kv_len - q_len
-    kept: Tensor = None if compiled else layout_mask(layout, q_len, kv_len, block).to(place)
-
-    def causal(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        return row + offset >= column
-
-    def masked(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        return kept[row, column]
-
-    sizes: dict[str, Any] = {"BLOCK_SIZE": block, "seq_lengths": (q_len, kv_len)}
-    mask_mod = causal if compiled else masked
-    mask = BlockMask.from_kv_blocks(counts[None, None], index[None, None], mask_mod=mask_mod, **sizes)
-    function = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
-    return lambda q, k, v: function(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])

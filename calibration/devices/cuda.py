@@ -2,13 +2,14 @@
 
 A graph keeps the host out of the time, and going round weights that together exceed twice the L2 makes each of them
 come from memory. Where an operator cannot be captured, every launch stands alone between two events, after a buffer of
-twice the L2 has been overwritten; the overwriting also gives the host time to have the launch ready. The record says
-which of the two it was.
+twice the L2 has been overwritten and the device has been held until the host has the launch ready, for which 2:4
+takes it longer than the device takes to run. The record says which of the two it was.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
@@ -25,6 +26,8 @@ _FEWEST_LAUNCHES = 20  # in a graph, so that the gap between replays is shared b
 _MOST_LAUNCHES = 1 << 13
 _GRAPH_SPAN_S = 2e-3
 _EVENTS = 128  # event pairs in flight on the path without graphs
+_CYCLES_PER_S = 3e9  # no less than the clock of any GPU, so that it is held long enough
+_LONGEST_HOLD_S = 0.01
 # fmt: off
 _LOST = (
     "CUDA error", "uncorrectable ECC", "fallen off the bus", "device-side assert", "unspecified launch failure",
@@ -152,7 +155,8 @@ class CudaDevice(TorchDevice):
             raise Unsupported("launch_graph needs CUDA graphs, which are switched off")
         flush = operator.cold
         method = f"events round single launches{' after an L2 flush' if flush else ''}{launches.how}{lost}"
-        return method, lambda loops: self._single(launches, loops, flush)
+        hold = self._hold(launches)
+        return method, lambda loops: self._single(launches, loops, flush, hold)
 
     def _translate(self, error: BaseException, operator: Operator) -> Exception | None:
         known = translate(error, operator.key)
@@ -191,7 +195,17 @@ class CudaDevice(TorchDevice):
         stop.synchronize()
         return float(start.elapsed_time(stop)) * 1e-3 / (replays * length)
 
-    def _single(self, launches: Launches, loops: int, flush: bool) -> float:
+    def _hold(self, launches: Launches) -> int:
+        """Cycles that the device waits before a launch: twice the time that the host takes for one."""
+        took = []
+        for i in range(3):
+            self._cuda.synchronize()
+            start = time.perf_counter()
+            launches.launch(i)
+            took.append(time.perf_counter() - start)
+        return int(min(2.0 * min(took), _LONGEST_HOLD_S) * _CYCLES_PER_S)
+
+    def _single(self, launches: Launches, loops: int, flush: bool, hold: int = 0) -> float:
         if flush and self._flush is None:
             self._flush = torch.empty(int(2 * self.cache_bytes), dtype=torch.int8, device=self._place)
         total_ms, done = 0.0, 0
@@ -200,6 +214,8 @@ class CudaDevice(TorchDevice):
             for i in range(done, min(loops, done + _EVENTS)):
                 if flush:
                     self._flush.zero_()
+                if hold:
+                    self._cuda._sleep(hold)
                 start, stop = (self._cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
                 launches.launch(i)

@@ -19,9 +19,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from calibration.devices import attention
+from calibration.devices import attention, flex
 from calibration.devices.eager_layer import HEAD_DIM, HIDDEN, LAYERS, EagerLayer
 from calibration.devices.protocol import NORMS, Operator, OutOfMemory, Unsupported, selected
+from calibration.devices.skipping import grouped_by_loops, in_triton, kernels
+from calibration.devices.sparse import sparse_weight
 from simulator.workload import DTYPE_BYTES, dtype_code
 
 Tensor = Any  # torch.Tensor; torch is optional, so its types are not relied upon
@@ -33,6 +35,8 @@ TORCH_DTYPE: dict[str, Any] = {
 }
 # fmt: on
 MAX_COPIES = 1 << 14
+PATTERNS = 8
+"""Distinct masks of the tokens of a grouped GEMM."""
 _ALIGN = 256  # bytes; what the CUDA allocator and cuBLAS's fast kernels expect of a matrix
 
 
@@ -173,8 +177,10 @@ def _gemm_2to4(op: Operator, place: str, arena: Arena) -> Launches:
     copies = min(64, math.ceil(arena.round_bytes / packed_bytes)) if op.cold else 1
     pruned = random_tensor((op.n, op.k), op.dtype, place, 2)
     pruned.view(op.n, op.k // 4, 4)[..., 2:] = 0  # which two of four makes no difference to the kernel
-    packed = [torch.sparse.to_sparse_semi_structured(pruned) for _ in range(copies)]
-    return Launches(lambda i: F.linear(x, packed[i % copies]), copies)
+    algorithms: dict[int, Any] = {}
+    packed = [sparse_weight(pruned, algorithms) for _ in range(copies)]
+    packed[0].linear(x)  # searches, which nothing that is timed or captured may do
+    return Launches(lambda i: packed[i % copies].linear(x), copies, f", cuSPARSELt by search {[*algorithms.values()]}")
 
 
 def _low_rank(op: Operator, place: str, arena: Arena) -> Launches:
@@ -192,11 +198,45 @@ def _low_rank(op: Operator, place: str, arena: Arena) -> Launches:
 
 def _gather_gemm(op: Operator, place: str, arena: Arena) -> Launches:
     x = random_tensor((op.m, op.k), op.dtype, place, 1)
-    y = random_tensor((op.m, op.n), op.dtype, place, 2)
+    y = torch.zeros((op.m, op.n), dtype=x.dtype, device=place)
     index = torch.randperm(op.m, generator=torch.Generator().manual_seed(op.rows))[: op.rows].sort().values.to(place)
     weights, copies = _rotated(arena, op, op.n, op.k)
-    y.mul_(0)  # added to at every launch: starting from zero keeps it finite
-    return Launches(lambda i: y.index_copy_(0, index, F.linear(x.index_select(0, index), weights[i % copies])), copies)
+    if in_triton(place):
+        # as a router leaves them: room for all tokens, and on the device how many there are
+        room, count = F.pad(index, (0, op.m - op.rows)), torch.tensor([op.rows], dtype=torch.int32, device=place)
+        one = kernels().gather_gemm
+        return Launches(lambda i: one(x, weights[i % copies], room, count, out=y), copies, ", one kernel (Triton)")
+    how = ", a gather, a GEMM and a scatter"
+    return Launches(
+        lambda i: y.index_copy_(0, index, F.linear(x.index_select(0, index), weights[i % copies])), copies, how
+    )
+
+
+def group_masks(op: Operator) -> Tensor:
+    """Groups that each token of a grouped GEMM uses, (m, groups) of booleans: each token has one of
+    :data:`PATTERNS` masks, because what a router of a trained model chooses for like tokens is alike.
+    """
+    generator, groups = torch.Generator().manual_seed(op.m), op.grouped // op.block
+    used = max(1, round(op.density * groups))
+    choices = torch.rand(PATTERNS, groups, generator=generator).topk(used, dim=1).indices
+    patterns = torch.zeros(PATTERNS, groups, dtype=torch.bool).scatter_(1, choices, True)
+    return patterns[torch.randint(PATTERNS, (op.m,), generator=generator)]
+
+
+def _grouped_gemm(op: Operator, place: str, arena: Arena) -> Launches:
+    x = random_tensor((op.m, op.k), op.dtype, place, 1)
+    mask = group_masks(op).to(place)
+    outer = op.role == "up"
+    weights, copies = _rotated(arena, op, *((op.n, op.k) if outer else (op.k, op.n)))
+    if not outer:
+        x = x * mask.repeat_interleave(op.block, 1)
+    if in_triton(place):
+        tiles, one = kernels().tiles_of(mask), kernels().grouped_columns if outer else kernels().grouped_features
+        over = "the tokens of each group" if outer else f"tiles of {tiles.edge} tokens sorted by {PATTERNS} masks"
+        how = f", one kernel (Triton) over {over}"
+        return Launches(lambda i: one(x, weights[i % copies], tiles), copies, how)
+    launch, how = grouped_by_loops(x, mask, op.n, outer), ", a gather, a GEMM and a scatter for each group"
+    return Launches(lambda i: launch(weights[i % copies]), copies, how)
 
 
 def _attention(op: Operator, place: str, arena: Arena) -> Launches:
@@ -208,18 +248,20 @@ def _attention(op: Operator, place: str, arena: Arena) -> Launches:
     if op.kind == "attention_prefill":
         mask = attention.causal_mask(op.q_len, op.kv_len, place)
         return Launches(lambda i: attention.prefill_attention(q, *caches[i % copies], mask), copies)
-    layout = attention.block_layout(op.q_len, op.kv_len, op.block, op.density)
-    if place.startswith("cuda"):
-        try:
-            fused = attention.flex_block_sparse_attention(layout, op.q_len, op.kv_len, op.block, place)
-            fused(q, *caches[0])  # compiles now or not at all
-            return Launches(lambda i: fused(q, *caches[i % copies]), copies, ", one fused kernel (flex attention)")
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-    by_rows = attention.block_sparse_attention(layout, op.q_len, op.kv_len, op.block, place)
-    how = ", a gather and a dense attention for each block of queries"
-    return Launches(lambda i: by_rows(q, *caches[i % copies]), copies, how)
+    table = attention.block_layout(op.q_len, op.kv_len, op.block, op.density).to(place)
+    if not place.startswith("cuda"):
+        by_rows = attention.block_sparse_attention(table, op.q_len, op.kv_len, op.block)
+        how = ", a gather and a dense attention for each block of queries"
+        return Launches(lambda i: by_rows(q, *caches[i % copies]), copies, how)
+    fused = flex.block_sparse(table, op.q_len, op.kv_len, op.block)
+    try:
+        fused(q, *caches[0])  # compiles now or not at all
+    except Exception as error:
+        if is_out_of_memory(error) or "CUDA error" in str(error):
+            raise
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise Unsupported(f"attention_block_sparse: flex attention did not compile: {why}") from error
+    return Launches(lambda i: fused(q, *caches[i % copies]), copies, ", one fused kernel (flex attention)")
 
 
 def _elementwise(op: Operator, place: str, arena: Arena) -> Launches:
@@ -277,6 +319,7 @@ def _layer(op: Operator, place: str, arena: Arena) -> Launches:
 # fmt: off
 _BUILDERS: dict[str, Callable[[Operator, str, Arena], Launches]] = {
     "gemm": _gemm, "gemm_2to4": _gemm_2to4, "low_rank": _low_rank, "gather_gemm": _gather_gemm,
+    "grouped_gemm": _grouped_gemm,
     "attention_prefill": _attention, "attention_decode": _attention, "attention_block_sparse": _attention,
     "elementwise": _elementwise, "copy": _copy, "launch_eager": _launch, "launch_graph": _launch,
     "layer_eager": _layer,

@@ -22,7 +22,9 @@ OPERATORS: Mapping[str, tuple[str, ...]] = {
     "gemm": _GEMM,  # y[m,n] = x[m,k] w[n,k]^T
     "gemm_2to4": _GEMM,  # the same with 2:4 sparse weights on sparse tensor cores
     "low_rank": (*_GEMM, "rank"),  # two GEMMs through rank `rank`: k -> rank -> n
-    "gather_gemm": (*_GEMM, "rows"),  # `rows` of m tokens gathered, multiplied, added back in their places
+    "gather_gemm": (*_GEMM, "rows"),  # `rows` of m tokens gathered, multiplied, put back in their places
+    # each of m tokens by a `density` share of the groups of `block` output (role `up`) or input features (role `down`)
+    "grouped_gemm": (*_GEMM, "block"),
     "attention_prefill": _ATTENTION,  # causal attention of q_len new queries over kv_len positions
     "attention_decode": _ATTENTION,  # attention of one query a sequence over a cache of kv_len positions
     "attention_block_sparse": (*_ATTENTION, "block"),  # causal, with a `density` share of its blocks of edge `block`
@@ -104,9 +106,9 @@ class Operator:
     heads: int = 0
     kv_heads: int = 0
     head_dim: int = 0
-    block: int = 0  # block-sparse attention: edge of a block
-    density: float = 1.0  # block-sparse attention: share of the causal blocks computed
-    role: str = ""  # elementwise: one of ELEMENTWISE_ROLES
+    block: int = 0  # block-sparse attention: edge of a block; grouped GEMMs: width of a group
+    density: float = 1.0  # block-sparse attention: share of the causal blocks computed; grouped GEMMs: of the groups
+    role: str = ""  # elementwise: one of ELEMENTWISE_ROLES; grouped GEMMs: up or down
     cold: bool = True  # weights (attention: cache; elementwise: input) come from memory rather than from a cache
 
     def __post_init__(self) -> None:
@@ -130,11 +132,21 @@ class Operator:
             raise ValueError(f"operator {self.kind}: q_len {self.q_len} exceeds kv_len {self.kv_len}")
         if self.kind == "gather_gemm" and self.rows > self.m:
             raise ValueError(f"operator gather_gemm: {self.rows} rows of {self.m} tokens")
+        if self.kind == "grouped_gemm":
+            if self.role not in ("up", "down"):
+                raise ValueError(f"operator grouped_gemm: role must be up or down, got {self.role!r}")
+            if self.grouped % self.block:
+                raise ValueError(f"operator grouped_gemm: {self.grouped} features in groups of {self.block}")
 
     @property
     def attention(self) -> bool:
         """Whether it is one of the kinds of attention."""
         return self.kind.startswith("attention")
+
+    @property
+    def grouped(self) -> int:
+        """Features of a grouped GEMM that lie in groups: output features of role up, input features of role down."""
+        return self.n if self.role == "up" else self.k
 
     @property
     def key(self) -> str:
@@ -165,6 +177,8 @@ class Operator:
             return 2.0 * self.m * self.rank * (self.n + self.k)
         if self.kind == "gather_gemm":
             return 2.0 * self.rows * self.n * self.k
+        if self.kind == "grouped_gemm":
+            return 2.0 * self.m * self.n * self.k * self.density
         if self.kind.startswith("gemm"):
             return 2.0 * self.m * self.n * self.k
         if self.attention:
@@ -177,7 +191,7 @@ class Operator:
         """Elements of the operand that is rotated when the operator runs cold."""
         if self.kind == "low_rank":
             return self.rank * (self.n + self.k)
-        if self.kind in ("gemm", "gemm_2to4", "gather_gemm"):
+        if self.kind in ("gemm", "gemm_2to4", "gather_gemm", "grouped_gemm"):
             return self.n * self.k
         if self.attention:
             return 2 * self.batch * self.kv_heads * self.kv_len * self.head_dim
@@ -196,6 +210,8 @@ class Operator:
             return weight + size * self.m * (self.k + 2 * self.rank + self.n)
         if self.kind == "gather_gemm":
             return weight + size * self.rows * (3 * self.k + 3 * self.n)
+        if self.kind == "grouped_gemm":  # at least one token's groups
+            return self.density * weight + size * self.m * (self.n + self.k - (1.0 - self.density) * self.grouped)
         if self.kind == "gemm_2to4":
             return weight * 0.5 + self.n * self.k / 8.0 + size * self.m * (self.k + self.n)
         if self.kind == "gemm":

@@ -156,12 +156,15 @@ class ReplayDevice:
 
 
 def open_named(path: str, **options: Any) -> ReplayDevice:
-    """A device that answers with the medians of a file of one JSON record a line, and refuses what they lack.
+    """A device that answers with the medians of a file of one JSON record a line, and refuses what they lack; or, named
+    ``planted``, with those of :func:`roofline_timings`.
 
     Records need ``operator`` and ``median_s``; lines that are no measurement of an operator are passed over.
     """
     if not path:
-        raise InputError("device 'replay' needs a file of records; write replay:FILE")
+        raise InputError("device 'replay' needs a file of records; write replay:FILE, or replay:planted")
+    if path == "planted":
+        return ReplayDevice(refused={"gemm_2to4": "a planted device has no sparse tensor cores"}, **options)
     try:
         lines = read_bounded(path).decode("utf-8").splitlines()
     except UnicodeDecodeError as error:

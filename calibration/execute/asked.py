@@ -13,6 +13,7 @@ import numpy as np
 
 from calibration.devices.protocol import ELEMENTWISE_ROLES, OPERATORS, Operator
 from calibration.measure.plan import next_rows
+from simulator.engines import DEFAULT_ENGINE
 from simulator.hardware.profile import HardwareProfile
 from simulator.kernels.stack import Stack
 from simulator.kernels.stream import passes
@@ -37,9 +38,10 @@ def asked_workloads(
     dtype: str = "bf16",
     families: Sequence[str] = ("depth", "width", "width_cross", "low_rank"),
     sparsities: Sequence[float] = (0.25, 0.5),
+    engine: str = DEFAULT_ENGINE,
 ) -> Asked:
-    """A model (a name, or a config.json) in all combinations of settings, dense and pruned."""
-    config, setting = load_model(model), Setting(dtype=dtype)
+    """A model (a name, or a config.json) in all combinations of settings, dense and pruned, fused as in an engine."""
+    config, setting = load_model(model), Setting(dtype=dtype, engine=engine)
     out = []
     for phase, b, s in product(phases, batch, seq):
         dense = setting.lower(config, phase, b, s)

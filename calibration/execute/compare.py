@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +31,23 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import ModelConfig
 
 STORE = "decoder.jsonl"
+EXECUTED = str(resources.files(__package__) / "executed.yaml")
+"""The engine of what is run here: plain PyTorch, with the error of a whole pass (:mod:`simulator.engines.engine`)."""
+
 _FAILURES_IN_A_ROW = 3
 DTYPES: tuple[str, ...] = ("fp32", "bf16", "fp16")
 """Number formats a decoder runs in."""
 
 
 def as_executed(device: str) -> dict[str, dict[str, Any]]:
-    """Options of families for what torch runs: it has no kernel that skips tiles, and a grouped one on GPUs only.
+    """Options of families for what the decoder runs: kernels that skip tiles on a GPU with Triton, gathers in torch.
 
     >>> as_executed("cpu")
-    {'dynamic_width': {'kernel': 'looped'}}
+    {'dynamic_depth': {'kernel': 'gathered'}, 'dynamic_width': {'kernel': 'looped'}}
     """
-    return {"dynamic_width": {"kernel": "grouped" if device.startswith("cuda") else "looped"}}
+    skips = device.startswith("cuda") and find_spec("triton") is not None
+    kernels = ("reference", "reference") if skips else ("gathered", "looped")
+    return {family: {"kernel": kernel} for family, kernel in zip(("dynamic_depth", "dynamic_width"), kernels)}
 
 
 @dataclass(frozen=True)
@@ -178,7 +185,7 @@ def rows_of(
         if record is None:
             continue
         host_bound = record["runtime"] == "eager" and case.phase == "decode" and hw.architecture != "cpu"
-        s = predicted_speedup(case.run_in("hf") if host_bound else case, hw)
+        s = predicted_speedup(case.run_in("hf" if host_bound else EXECUTED), hw)
         if not math.isfinite(s.speedup):
             continue
         dense_s, pruned_s = (np.asarray(record[name], dtype=np.float64) for name in ("dense_s", "pruned_s"))

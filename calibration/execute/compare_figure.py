@@ -69,6 +69,6 @@ def _panel(ax: Axes, rows: Sequence[Row], families: Sequence[str]) -> None:
     for axis in (ax.xaxis, ax.yaxis):
         log_axis(axis, low, high, 7)
     a = summary(rows)
-    lines = [f"{a['count']} cases", f"median error {100 * a['median']:.1f} %"]
+    lines = [f"{a['count']} cases", f"median error {100 * a['median']:.1f} %", f"{100 * a['inside']:.0f} % in interval"]
     lines += [f"Spearman {a['spearman']:.2f}"] if np.isfinite(a["spearman"]) else []
     ax.text(0.04, 0.97, "\n".join(lines), transform=ax.transAxes, va="top", fontsize=6, linespacing=1.25, zorder=6)

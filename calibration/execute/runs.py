@@ -167,7 +167,7 @@ def measure_into(
             plan = in_order(wanted, rates, protocol=protocol, seed=seed)
             left -= plan.estimated_s
         if plan is None or left > 0.1 * budget_s / visits:
-            options: dict[str, Any] = {"shares": QUICK_SHARES} if quick else {}
+            options: dict[str, Any] = {"shares": QUICK_SHARES, "kernels_apart": False} if quick else {}
             options |= {"protocol": protocol, "refuses": device.refuses, "seed": seed}
             base = base_plan(rates, budget_s=left, dtype=dtype, **options)
             first = plan.items if plan else ()

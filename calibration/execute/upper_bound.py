@@ -1,53 +1,68 @@
-"""The measured upper bound of pruning: dense GEMMs timed at a model's dense and pruned shapes, nothing else.
+"""The measured upper bound of pruning: GEMMs and attention timed at a model's dense and pruned shapes, nothing else.
 
-``measured_bound`` is the time of a model's dense GEMMs over the time of plain dense GEMMs at the pruned model's shapes,
-on the device: what silicon grants at best, with no sparse kernel, no router, no gather. Use :func:`measure_bounds` to
-time those of some cases (:func:`calibration.execute.cases.settings_of`) into a run folder, :func:`bounds` to read them
-from records.
+``measured_bound`` is the time of a model's dense GEMMs and attention over the time of plain dense kernels at the pruned
+model's shapes, on the device: what silicon grants at best, with no sparse kernel, no router, no gather. Use
+:func:`measure_bounds` to time those of some cases (:func:`calibration.execute.cases.settings_of`) into a run folder,
+:func:`bounds` to read them from records.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from calibration.devices.protocol import Device
+from calibration.devices.protocol import Device, Operator
 from calibration.execute.cases import Case, CaseRow, predicted_speedup
 from calibration.execute.runs import Measured, begin, measure_plan
 from calibration.judge.scores import errors
-from calibration.measure.plan import Plan, Rates, for_model
+from calibration.measure.plan import Plan, Rates, in_order
 from calibration.measure.probe import default_visits
 from calibration.measure.run import Progress
 from calibration.measure.timing import Protocol
 from calibration.records.exact import without_exact
 from calibration.records.lines import content_records
 from calibration.records.store import read_store
-from calibration.records.table import Records
+from calibration.records.table import OPERATORS, Records
 from simulator.hardware.profile import HardwareProfile
+from simulator.kernels.attention import decode_attention_time, prefill_attention_time
 from simulator.kernels.gemm import gemm_time
+from simulator.kernels.spread import OpTime
 from simulator.workload import Kind, Workload
 
-Shape = tuple[int, int, int]  # m, n, k
+F = NDArray[np.float64]
 
 ALIGN = 16
 """Features that zeros without structure leave are rounded to a multiple of this, as the families with structure do."""
+DIMENSIONS: Mapping[str, tuple[str, ...]] = {
+    "gemm": ("m", "n", "k"),
+    "attention_prefill": ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim"),
+    "attention_decode": ("batch", "kv_len", "heads", "kv_heads", "head_dim"),
+}
+"""Plain kernels, and what makes a shape of each."""
+HOT = ("attention_prefill",)
+"""Kernels whose operands are still in the cache, since the one before wrote them; weights and caches come from
+memory."""
+
+Shape = tuple[str, tuple[int, ...]]
+"""A plain kernel, one of :data:`DIMENSIONS`, and its sizes."""
 
 
 @dataclass(frozen=True)
 class Bound(CaseRow):
     """The measured upper bound of a case beside the others and the prediction; fields are in the order of columns."""
 
-    dense_gemm_s: float
-    pruned_gemm_s: float
+    dense_kernels_s: float  # GEMMs and attention
+    pruned_kernels_s: float
     measured_bound: float  # NaN where shapes have no time
     lower: float  # encloses it with `upper` as far as the spread of its samples goes (95 %)
     upper: float
-    predicted_bound: float  # the profile's ratio for the same plain GEMMs, from its exact shapes where it has them
+    predicted_bound: float  # the profile's ratio for the same plain kernels, from its exact shapes where it has them
     model_bound: float  # that of its model alone
     flop_bound: float
     byte_bound: float
@@ -56,34 +71,72 @@ class Bound(CaseRow):
     predicted_lower: float
     predicted_upper: float
     efficiency: float
-    gemm_share: float
+    kernel_share: float  # of the predicted dense pass
     missing: int  # shapes without a time
 
 
-def plain_gemms(w: Workload) -> dict[Shape, float]:
-    """A workload's GEMMs as plain dense ones: how often each (m, n, k) runs.
+def plain_kernels(w: Workload) -> dict[Shape, float]:
+    """A workload's GEMMs and attention as plain dense kernels: how often each shape runs.
 
     What pruning adds is left out. Where a kernel computes with zeros in its weights (2:4, or without structure) the
-    bound is a dense GEMM over as many input features as there are weights left, in multiples of :data:`ALIGN`.
+    bound is a dense GEMM over as many input features as there are weights left, in multiples of :data:`ALIGN`. Where
+    attention skips blocks, a decode is that over as many keys as are left; a prompt's queries need their keys, so it
+    counts as so much less of a dense one. A sliding window is a share of what is computed too. Routed experts and
+    latent attention have no plain kernel and count in neither model.
 
     >>> q = {"role": "q", "m": 2, "n": 64, "k": 64}
-    >>> plain_gemms(Workload.from_rows([{**q, "count": 3}, {**q, "role": "k"}]))
-    {(2, 64, 64): 4.0}
+    >>> plain_kernels(Workload.from_rows([{**q, "count": 3}, {**q, "role": "k"}]))
+    {('gemm', (2, 64, 64)): 4.0}
     """
-    rows = np.flatnonzero((w.kind == Kind.GEMM) & ~w.overhead & (w.count > 0))
-    k = w.k[rows].astype(np.float64)
-    left = np.maximum(np.round(k * w.density[rows] / ALIGN), 1.0) * ALIGN
-    k = np.where(w.density[rows] < 1.0, np.minimum(left, k), k)
-    m = np.maximum(np.round(w.m[rows].astype(np.float64)), 1.0)
-    table = np.stack([m, w.n[rows].astype(np.float64), k], axis=1).astype(np.int64)
-    shapes, which = np.unique(table, axis=0, return_inverse=True)
-    counts = np.bincount(which.reshape(-1), weights=w.count[rows])
-    return {(m, n, k): count for (m, n, k), count in zip(shapes.tolist(), counts.tolist(), strict=True)}
+    runs = ~w.overhead & (w.count > 0)
+    plain = runs & (w.latent == 0) & ((w.value_dim == 0) | (w.value_dim == w.head_dim))
+    gemm, prefill, decode = (
+        w.take(rows & (w.kind == kind))
+        for rows, kind in ((runs, Kind.GEMM), (plain, Kind.PREFILL_ATTENTION), (plain, Kind.DECODE_ATTENTION))
+    )
+    k = gemm.k.astype(np.float64)
+    left = np.maximum(np.round(k * gemm.density / ALIGN), 1.0) * ALIGN
+    k = np.where(gemm.density < 1.0, np.minimum(left, k), k)
+    share = prefill.density * prefill.pairs / prefill.replace(window=np.zeros_like(prefill.window)).pairs
+    found = (
+        _counted("gemm", gemm, gemm.count, k=k),
+        _counted("attention_prefill", prefill, prefill.count * share),
+        _counted("attention_decode", decode, decode.count, kv_len=decode.keys_seen * decode.density),
+    )
+    return {shape: count for counts in found for shape, count in counts}
 
 
-def shapes_of(cases: Sequence[Case]) -> list[Shape]:
-    """Every (m, n, k) the bounds of some cases need, once."""
-    return sorted({shape for case in cases for w in (case.dense, case.pruned) for shape in plain_gemms(w)})
+def _counted(kind: str, w: Workload, counts: F, **changed: F) -> Iterator[tuple[Shape, float]]:
+    """Shapes of a kernel, each once, from the columns of a workload, some changed, and how often each runs."""
+    sizes = np.stack([changed.get(name, getattr(w, name)) for name in DIMENSIONS[kind]], axis=1)
+    shapes, which = np.unique(np.maximum(np.round(sizes), 1.0).astype(np.int64), axis=0, return_inverse=True)
+    found = np.bincount(which.reshape(-1), weights=counts, minlength=len(shapes))
+    for shape, count in zip(shapes.tolist(), found.tolist(), strict=True):
+        yield (kind, tuple(shape)), count
+
+
+def operator_of(shape: Shape, dtype: str) -> Operator:
+    """What is timed for a shape.
+
+    >>> operator_of(("attention_decode", (2, 128, 8, 2, 64)), "bf16").key
+    'attention_decode bf16 cold batch=2 q_len=1 kv_len=128 heads=8 kv_heads=2 head_dim=64'
+    """
+    kind, sizes = shape
+    named: dict[str, Any] = dict(zip(DIMENSIONS[kind], sizes, strict=True))
+    if kind == "attention_decode":
+        named["q_len"] = 1
+    return Operator(kind, dtype, **named, cold=kind not in HOT)
+
+
+def shapes_of(cases: Sequence[Case], seed: int = 0) -> list[Shape]:
+    """Every shape the bounds of some cases need, once, case after case in random order: where time runs out some cases
+    are whole, rather than all in part."""
+    rng = np.random.default_rng(seed)
+    found: dict[Shape, None] = {}
+    for i in rng.permutation(len(cases)):
+        shapes = [*plain_kernels(cases[i].dense), *plain_kernels(cases[i].pruned)]
+        found.update(dict.fromkeys(shapes[j] for j in rng.permutation(len(shapes))))
+    return list(found)
 
 
 def measure_bounds(
@@ -97,35 +150,24 @@ def measure_bounds(
     progress: Callable[[Progress], None] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Measured:
-    """Time the GEMMs of some cases into a run folder, new or begun by an earlier run of the same device.
+    """Time the plain kernels of some cases into a run folder, new or begun by an earlier run of the same device.
 
     The budget is shared among the shapes: the more there are the less time each gets; what does not fit is left for the
     next run. The other arguments, and what is refused, are as for :func:`calibration.execute.runs.measure_into`.
     """
-    start, description, shapes = device.clock(), device.describe(), shapes_of(cases)
+    start, description, shapes = device.clock(), device.describe(), shapes_of(cases, seed)
     file, header = begin(folder, device, dtype, budget_s, memory_bytes=description.memory_bytes)
 
     def planned(rates: Rates, protocol: Protocol, _: int) -> tuple[Plan, Protocol]:
         left, visits = max(budget_s - (device.clock() - start), 1e-3), default_visits(description)
         limit = _share(left / visits, len(shapes), rates, protocol.time_limit_s)
         protocol = replace(protocol, time_limit_s=limit)
-        plan = for_model(shapes, rates, dtype=dtype, protocol=protocol, budget_s=left, seed=seed)
-        turn = {shape: i for i, shape in enumerate(_by_case(cases, seed))}
-        items = sorted(plan.items, key=lambda i: turn[i.operator.m, i.operator.n, i.operator.k])
+        operators = [operator_of(shape, dtype) for shape in shapes]
+        plan = in_order(operators, rates, protocol=protocol, budget_s=left, seed=seed)
         say(f"{description.device}; {description.software}; {dtype}; {len(shapes)} shapes")
-        return replace(plan, items=tuple(items), visits=visits), protocol
+        return replace(plan, visits=visits), protocol
 
     return measure_plan(file, header, device, planned, budget_s=budget_s, seed=seed, progress=progress)
-
-
-def _by_case(cases: Sequence[Case], seed: int) -> list[Shape]:
-    """Shapes, case after case in random order: where time runs out some cases are whole, rather than all in part."""
-    rng = np.random.default_rng(seed)
-    found: dict[Shape, None] = {}
-    for i in rng.permutation(len(cases)):
-        shapes = [*plain_gemms(cases[i].dense), *plain_gemms(cases[i].pruned)]
-        found.update(dict.fromkeys(shapes[j] for j in rng.permutation(len(shapes))))
-    return list(found)
 
 
 def _share(budget_s: float, shapes: int, rates: Rates, longest_s: float) -> float:
@@ -137,26 +179,31 @@ def _share(budget_s: float, shapes: int, rates: Rates, longest_s: float) -> floa
     return min(max(each, 0.05), 2.0 * longest_s)
 
 
-def gemm_seconds(records: Records, dtype: str) -> Mapping[Shape, tuple[float, float]]:
-    """Time and relative half width (95 %) of a table's cold dense GEMMs, by (m, n, k); the median of repeats."""
-    names = records.labels() == dtype
-    rows = records.select(
-        records.is_operator("gemm") & names & records.cold & np.isfinite(records.seconds) & (records.seconds > 0)
-    )
-    found: dict[Shape, list[tuple[float, float]]] = {}
-    for m, n, k, seconds, spread in zip(rows.m, rows.n, rows.k, rows.seconds, rows.spread, strict=True):
-        half = float(spread) if math.isfinite(spread) else 0.0
-        found.setdefault((int(m), int(n), int(k)), []).append((float(seconds), half))
-    return {key: (float(np.median([s for s, _ in v])), float(np.median([h for _, h in v]))) for key, v in found.items()}
+def kernel_seconds(records: Records, dtype: str) -> Mapping[Shape, tuple[float, float]]:
+    """Time and relative half width (95 %) of the plain kernels of a table, by shape; the median of repeats."""
+    usable = records.timed & (records.labels() == dtype) & (records.window == 0) & (records.density == 1.0)
+    out: dict[Shape, tuple[float, float]] = {}
+    for kind, names in DIMENSIONS.items():
+        of_kind = records.operator == OPERATORS.index(kind)
+        rows = records.select(usable & of_kind & (records.cold == (kind not in HOT)))
+        if not len(rows):
+            continue
+        sizes = np.stack([getattr(rows, name) for name in names], axis=1)
+        shapes, which = np.unique(sizes, axis=0, return_inverse=True)
+        half, which = np.nan_to_num(rows.spread, posinf=0.0), which.reshape(-1)
+        for i, shape in enumerate(shapes.tolist()):
+            seconds, spread = (float(np.median(column[which == i])) for column in (rows.seconds, half))
+            out[kind, tuple(shape)] = seconds, spread
+    return out
 
 
 def bounds(cases: Sequence[Case], records: Records, hw: HardwareProfile, *, dtype: str = "bf16") -> list[Bound]:
     """Measured bounds of cases, in their order, beside the datasheet's and a profile's prediction of the whole pass.
 
-    A case of which ``records`` lacks some cold dense GEMMs has no measured bound; one that the profile cannot predict
+    A case of which ``records`` lacks some kernels has no measured bound; one that the profile cannot predict
     (2:4 without sparse tensor cores) has NaN predictions.
     """
-    times, alone = gemm_seconds(records, dtype), without_exact(hw)
+    times, alone = kernel_seconds(records, dtype), without_exact(hw)
     device = records.sources[0].device if records.sources else ""
     out = []
     for case in cases:
@@ -166,7 +213,7 @@ def bounds(cases: Sequence[Case], records: Records, hw: HardwareProfile, *, dtyp
         ratio, half = dense_s / pruned_s, math.hypot(dense_half, pruned_half)
         plain, model = ([_predicted(w, profile, dtype) for w in pair] for profile in (hw, alone))
         columns: dict[str, Any] = {"device": device, "dtype": dtype, "missing": lacking + lacking_too}
-        columns |= {"dense_gemm_s": dense_s, "pruned_gemm_s": pruned_s, "gemm_share": plain[0] / s.dense_s}
+        columns |= {"dense_kernels_s": dense_s, "pruned_kernels_s": pruned_s, "kernel_share": plain[0] / s.dense_s}
         columns |= {"measured_bound": ratio, "lower": ratio * math.exp(-half), "upper": ratio * math.exp(half)}
         columns |= {"predicted_bound": plain[0] / plain[1], "model_bound": model[0] / model[1]}
         efficiency = (s.speedup - 1.0) / (ratio - 1.0) if ratio - 1.0 > 1e-9 else math.nan
@@ -175,8 +222,8 @@ def bounds(cases: Sequence[Case], records: Records, hw: HardwareProfile, *, dtyp
 
 
 def measured_bounds(file: str | Path, cases: Sequence[Case], dtype: str = "bf16") -> list[float]:
-    """Measured bounds of cases from a store of records; NaN where it lacks some GEMMs, or there is no file."""
-    times = gemm_seconds(content_records(read_store(file)), dtype) if Path(file).is_file() else {}
+    """Measured bounds of cases from a store of records; NaN where it lacks some kernels, or there is no file."""
+    times = kernel_seconds(content_records(read_store(file)), dtype) if Path(file).is_file() else {}
     return [_total(case.dense, times)[0] / _total(case.pruned, times)[0] for case in cases]
 
 
@@ -193,20 +240,30 @@ def bound_errors(rows: Sequence[Bound]) -> dict[str, float]:
 
 
 def _total(w: Workload, times: Mapping[Shape, tuple[float, float]]) -> tuple[float, float, int]:
-    """Time of a workload's plain GEMMs (NaN where some have none), its relative half width, and how many have none."""
-    gemms = plain_gemms(w)
-    if missing := sum(shape not in times for shape in gemms):
+    """Time of a workload's plain kernels (NaN where some have none), its relative half width, and how many have
+    none."""
+    kernels = plain_kernels(w)
+    if missing := sum(shape not in times for shape in kernels):
         return math.nan, math.nan, missing
-    total, variance = 0.0, 0.0
-    for shape, count in gemms.items():
-        seconds, half = times[shape]
-        total += count * seconds
-        variance += (count * seconds * half) ** 2
-    return total, math.sqrt(variance) / total, 0
+    each, half = np.array([times[shape] for shape in kernels]).T
+    seconds = each * np.array([*kernels.values()])
+    total = float(seconds.sum())
+    return total, float(np.sqrt(((seconds * half) ** 2).sum())) / total, 0
+
+
+_PREDICT: Mapping[str, Callable[..., OpTime]] = {
+    "gemm": gemm_time,
+    "attention_prefill": prefill_attention_time,
+    "attention_decode": decode_attention_time,
+}
 
 
 def _predicted(w: Workload, hw: HardwareProfile, dtype: str) -> float:
-    """Time of a workload's plain GEMMs on a device, s."""
-    gemms = plain_gemms(w)
-    m, n, k = np.array([*gemms]).T
-    return float(gemm_time(m, n, k, hw, dtype=dtype).seconds @ np.array([*gemms.values()]))
+    """Time of a workload's plain kernels on a device, s."""
+    kernels, total = plain_kernels(w), 0.0
+    for kind, time in _PREDICT.items():
+        counts = np.array([count for (own, _), count in kernels.items() if own == kind])
+        if len(counts):
+            sizes = np.array([sizes for own, sizes in kernels if own == kind]).T
+            total += float(time(*sizes, hw, dtype=dtype).seconds @ counts)
+    return total

@@ -179,7 +179,9 @@ def _compared(
     for operator, label, at in parts_of(rows, base, skipped):
         own = rows.select(at)
         time = predict(own, base).time
-        assert time.doubt is not None
+        if time.doubt is None:
+            notes.append(f"{len(at)} rows left out: {operator} is no single operator of the model")
+            continue
         ratio = np.log(own.seconds / time.seconds)
         most = MOST_LOG if SECTIONS[operator] == "runtime" else math.log(MOST_FACTOR)
         _refuse_factor(f"{operator} {label}", float(np.median(ratio)), most)

@@ -1,6 +1,6 @@
-"""Constants of 2:4 kernels, fitted with the dense section as it is.
+"""Constants of kernels that skip (2:4, gathered tokens, blocks of keys), fitted with the dense section as it is.
 
-Use :func:`fit_sparse` on measured rows, :func:`fit_sparse_step` on published ratios of 2:4 to dense times: absolute
+Use :func:`fit_skipping` on measured rows, :func:`fit_sparse_step` on published ratios of 2:4 to dense times: absolute
 times of different benchmarks do not compare, ratios within one do.
 """
 
@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.fit.core import weight_copies
+from calibration.fit.predict import SECTIONS, predict
 from calibration.fit.solver import FittedPart, Minimum, fit_logs, gauss_newton
 from calibration.measurements import published
-from calibration.records.table import Records
-from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
+from calibration.records.table import OPERATORS, Records
+from simulator.hardware.constants import CONSTANTS
 from simulator.hardware.profile import Fitted, HardwareProfile, Section
 from simulator.kernels.gemm import DENSE, SPARSE24, gemm_time, with_section
 
@@ -26,30 +27,69 @@ ENOUGH_RATIOS = 5
 """Published ratios one constant needs."""
 
 
+KINDS: Mapping[str, tuple[str, tuple[str, ...], int]] = {
+    "gemm_2to4": ("2to4", ("sparse_step", "sparse_load", "sparse_time"), 12),
+    "gather_gemm": ("gathered", ("block_step",), 6),
+    "attention_block_sparse": ("blocks", ("sparse_block",), 6),
+}
+"""Kind of rows -> its name in an accuracy, the constants of its kernel, and how many rows these need, which lean on the
+dense fit. Of gathered GEMMs those that are one kernel count: a gather, a GEMM and a scatter have no constant of their
+own."""
+EDGE = 64.0
+"""Edge of the blocks of keys whose cost is searched for ``sparse_block``: that may be nothing, where logs never end."""
+
+
 def _with_constants(section: Section, constants: Mapping[str, Fitted], **accuracy: float) -> Section:
     return replace(section, constants={**section.constants, **constants}, accuracy={**section.accuracy, **accuracy})
 
 
-def fit_sparse(r: Records, hw: HardwareProfile, dtype: str) -> FittedPart:
-    """Constants of 2:4 kernels from their rows, all of one number format: the section of ``dtype`` with them, and
-    "mape_2to4" and "median_2to4" of these rows in its accuracy."""
-    section = hw.section("gemm", dtype)
-    start = {name: section[name] for name in ("sparse_step", "sparse_load", "sparse_time")}
+def fit_skipping(r: Records, hw: HardwareProfile, dtype: str) -> FittedPart:
+    """Constants of the kernel that rows of one kind (of :data:`KINDS`) and number format timed: the section of the
+    dense kernel with them, all else as it is, and "mape" and "median" of these rows in its accuracy, each with the
+    name of the kind.
 
-    def misfit(values: Mapping[str, float]) -> F:
-        trial = with_section(hw, dtype, _with_constants(section, {n: Fitted(v) for n, v in values.items()}))
-        times = gemm_time(r.m, r.n, r.k, trial, dtype=dtype, kernel=SPARSE24, copies=weight_copies(r))
-        return np.asarray(np.log(times.seconds / r.seconds))
+    A constant on its bound stays there, one that the rows do not tell goes back to its start. ValueError where no dense
+    kernel was fitted.
+    """
+    kind = OPERATORS[int(r.operator[0])]
+    operator, (name, constants, _) = SECTIONS[kind], KINDS[kind]
+    section = hw.section(operator, dtype)
+    if section.status == "default":
+        raise ValueError(f"{name}: {len(r)} rows lean on a fit of dense {operator}, of which there is none")
+
+    def misfit(searched: Mapping[str, float]) -> F:
+        trial = _with_constants(section, {n: Fitted(v) for n, v in _known(searched).items()})
+        profile = replace(hw, sections={**hw.sections, (operator, dtype): trial})
+        return np.asarray(np.log(predict(r, profile).time.seconds / r.seconds))
 
     def covariance(found: Minimum, _: Mapping[str, float]) -> tuple[F, float]:
-        spread = float(np.sqrt(np.mean(np.minimum(found.rows**2, 0.15**2))))
+        telling = np.abs(found.slopes).max(axis=1) > 0.02  # others are as long whatever the constants
+        freedom = np.count_nonzero(telling) - len(found.names)
+        if freedom < 1:
+            return np.full((len(found.names),) * 2, np.inf), np.inf
+        spread = float(np.sqrt(np.sum(np.minimum(found.rows**2, 0.15**2)[telling]) / freedom))
         return gauss_newton(found.slopes, spread), spread
 
-    ranges = {name: CONSTANTS[name] for name in start}
-    found = fit_logs(misfit, start, ranges, covariance, weak=0.5, diff_step=[1e-3], max_nfev=40)
+    start = _searched({n: section[n] for n in constants})
+    ends = ({n: getattr(CONSTANTS[operator][n], end) for n in constants} for end in ("low", "high"))
+    low, high = map(_searched, ends)
+    ranges = {n: SimpleNamespace(low=low[n], high=high[n]) for n in constants}
+    found = fit_logs(misfit, start, ranges, covariance, weak=0.5, step=1e-3, max_nfev=40)
     size = np.abs(np.expm1(misfit(found.values)))
-    scores = {"mape_2to4": float(size.mean()), "median_2to4": float(np.median(size))}
+    errors = {n: EDGE * error if n == "sparse_block" else error for n, error in found.std_errors.items()}
+    found = replace(found, values=_known(found.values), std_errors=errors)
+    scores = {f"mape_{name}": float(size.mean()), f"median_{name}": float(np.median(size))}
     return FittedPart(_with_constants(section, found.fitted(), **scores), found, len(r))
+
+
+def _searched(constants: Mapping[str, float]) -> dict[str, float]:
+    """Constants as they are searched: what blocks of :data:`EDGE` keys cost over their share for ``sparse_block``."""
+    return {n: 1.0 + value / EDGE if n == "sparse_block" else value for n, value in constants.items()}
+
+
+def _known(searched: Mapping[str, float]) -> dict[str, float]:
+    """The constants of what :func:`_searched` gave."""
+    return {n: EDGE * (value - 1.0) if n == "sparse_block" else value for n, value in searched.items()}
 
 
 def fit_sparse_step(hw: HardwareProfile, dtype: str) -> Section:
@@ -68,7 +108,7 @@ def fit_sparse_step(hw: HardwareProfile, dtype: str) -> Section:
         return section
     m, n, k, before, after = (np.array([float(r[c]) for r in rows]) for c in ("m", "n", "k", "dense_us", "pruned_us"))
     ratio = before / after
-    constant = CONSTANTS["sparse_step"]
+    constant = CONSTANTS["gemm"]["sparse_step"]
     steps = np.round(np.arange(max(constant.low, 0.3), constant.high + 1e-9, 0.01), 2)
     dense = gemm_time(m, n, k, hw, dtype=dtype, kernel=DENSE, cold=False).seconds
     error = np.empty((len(steps), len(ratio)))

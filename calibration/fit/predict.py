@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.devices.protocol import LAYER_LAUNCHES
+from calibration.devices.protocol import INDEX_BYTES, LAYER_LAUNCHES
 from calibration.fit.core import weight_copies
 from calibration.records.screening import LATENT
 from calibration.records.table import LAUNCHES, OPERATORS, Records
@@ -36,7 +36,7 @@ from simulator.kernels.spread import (
     posterior_of,
 )
 from simulator.kernels.stream import TIMES
-from simulator.workload import DTYPES, ROLES
+from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, Kernel
 
 Rows = NDArray[np.intp]
 
@@ -50,7 +50,7 @@ GPU, whose driver may take as long as the framework does. The last two are assum
 
 @dataclass(frozen=True)
 class Predicted:
-    """Times of the rows of an operator, with their doubt; sizes that errors are shown against."""
+    """Times of the rows of an operator, with their doubt unless they are a sum; sizes that errors are shown against."""
 
     time: OpTime
     sizes: Mapping[str, Any]
@@ -95,10 +95,68 @@ def joined(times: Sequence[OpTime]) -> OpTime:
     return OpTime(**columns)
 
 
+def _summed(times: Sequence[OpTime]) -> OpTime:
+    """Operators that run one after the other, a row each; their errors taken for one, and the limit that of the
+    longest."""
+    columns: dict[str, Any] = {name: sum(getattr(t, name) for t in times) for name in TIMES if name != "bound"}
+    longest = np.argmax([t.seconds for t in times], axis=0)
+    return OpTime(**columns, bound=np.choose(longest, [t.bound for t in times]))
+
+
 def _gemm(r: Records, hw: HardwareProfile, options: Mapping[str, Any]) -> Predicted:
+    if r.is_operator("low_rank")[0]:
+        return _pair(r, hw, options)
+    if r.is_operator("gather_gemm")[0]:
+        return _gathered(r, hw, options)
+    if r.is_operator("grouped_gemm")[0]:
+        return _grouped(r, hw, options)
     kernel = 1 if r.is_operator("gemm_2to4")[0] else 0
     t = gemm_time(r.m, r.n, r.k, hw, kernel=kernel, copies=weight_copies(r), doubt=True, **options)
     return Predicted(t, {"m": r.m, "n": r.n, "k": r.k})
+
+
+def _pair(r: Records, hw: HardwareProfile, options: Mapping[str, Any]) -> Predicted:
+    """The two products of a low-rank pair, k -> rank -> n."""
+    copies = weight_copies(r)
+    shapes = ((r.m, r.rank, r.k), (r.m, r.n, r.rank))
+    t = _summed([gemm_time(*shape, hw, copies=copies, **options) for shape in shapes])
+    return Predicted(t, {"m": r.m, "n": r.n, "k": r.k, "rank": r.rank})
+
+
+def _gathered(r: Records, hw: HardwareProfile, options: Mapping[str, Any]) -> Predicted:
+    """A product of some tokens: one kernel that skips the others, or a dense one between a gather and a scatter."""
+    kernel = np.where(r.fused, Kernel.BLOCK_SPARSE, Kernel.DENSE)
+    product = gemm_time(r.rows, r.n, r.k, hw, kernel=kernel, copies=weight_copies(r), **options)
+    return Predicted(_copied(product, r, r.rows, r.n, r.k, hw, options), {"m": r.m, "n": r.n, "k": r.k, "rows": r.rows})
+
+
+def _grouped(r: Records, hw: HardwareProfile, options: Mapping[str, Any]) -> Predicted:
+    """A product of each token by some groups of features: one kernel that skips the others, or for each group a dense
+    one, of the tokens that use it, between a gather and a scatter."""
+    outer = r.role == ROLES.index("up")
+    kernel = np.where(r.fused, np.where(outer, Kernel.GROUPS_N, Kernel.GROUPS_K), Kernel.DENSE)
+    tokens = np.maximum(np.round(r.m * r.density), 1.0)
+    n, k = np.where(outer & ~r.fused, r.block, r.n), np.where(~outer & ~r.fused, r.block, r.k)
+    product = gemm_time(tokens, n, k, hw, kernel=kernel, block=r.block, copies=weight_copies(r), **options)
+    each = _copied(product, r, tokens, n, k, hw, options)
+    groups = np.where(r.fused, 1.0, np.where(outer, r.n, r.k) / np.maximum(r.block, 1))
+    whole = {name: groups * getattr(each, name) for name in TIMES if name != "bound"}
+    sizes = {"m": r.m, "n": r.n, "k": r.k, "block": r.block, "density": r.density}
+    return Predicted(replace(each, **whole), sizes)
+
+
+def _copied(
+    product: OpTime, r: Records, tokens: Any, n: Any, k: Any, hw: HardwareProfile, options: Mapping[str, Any]
+) -> OpTime:
+    """A product of m tokens and, where the rows are no one kernel, the gather before and the scatter after it."""
+    times: list[OpTime] = [product]
+    known: dict[str, Any] = {"dtype": options["dtype"], "level": options["level"], "added": True}
+    for role, width in (("gather", k), ("scatter", n)):
+        moved = DTYPE_BYTES[r.dtype] * tokens * width
+        copy = elementwise_time(moved + INDEX_BYTES * tokens, moved, hw, role=role, **known)
+        none = {name: np.where(r.fused, 0.0, getattr(copy, name)) for name in TIMES if name != "bound"}
+        times.append(replace(copy, **none, doubt=None))
+    return _summed(times)
 
 
 def _attention(r: Records, hw: HardwareProfile, time: Callable[..., OpTime], options: Mapping[str, Any]) -> OpTime:
@@ -206,6 +264,9 @@ SECTIONS: Mapping[str, str] = MappingProxyType(
     {
         "gemm": "gemm",
         "gemm_2to4": "gemm",
+        "low_rank": "gemm",
+        "gather_gemm": "gemm",
+        "grouped_gemm": "gemm",
         "attention_prefill": "attention_prefill",
         "attention_block_sparse": "attention_prefill",
         "attention_decode": "attention_decode",

@@ -22,10 +22,11 @@ from calibration.fit.elementwise import Moves, fit_elementwise
 from calibration.fit.experts import FEWEST as FEWEST_EXPERTS
 from calibration.fit.experts import fit_experts, layers_of
 from calibration.fit.gemm import FIT_ROWS, fit_gemm
-from calibration.fit.kernels import fit_sparse
+from calibration.fit.kernels import KINDS as SKIPPING
+from calibration.fit.kernels import fit_skipping
 from calibration.fit.solver import ConstantsFit, FittedPart
 from calibration.records.exact import with_exact
-from calibration.records.table import LAUNCHES, OPERATORS, PURPOSES, Flag, Records
+from calibration.records.table import LAUNCHES, PURPOSES, Flag, Records
 from simulator.errors import InputError
 from simulator.hardware.constants import CLASSES
 from simulator.hardware.profile import Fitted, HardwareProfile, Provenance, Section, labels
@@ -36,8 +37,7 @@ from simulator.workload import DTYPES, ROLES, role_code
 
 Mask = NDArray[np.bool_]
 
-FEWEST_SPARSE = 12
-"""Rows that the constants of 2:4 kernels need, which lean on the dense fit."""
+_BLOCKS = "attention_block_sparse"
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,8 @@ def fit_profile(
             sections[key] = part.section
             # what other kernels added to a section belongs to the fit it leans on
             first = parts.setdefault(key, replace(part, operator=task.operator, dtype=task.dtype))
-            known = replace(first.constants, fixed={**first.fixed, **part.fixed})
+            fixed = {n: why for n, why in first.fixed.items() if n not in part.constants.std_errors}
+            known = replace(first.constants, fixed={**fixed, **part.fixed})
             parts[key] = replace(first, constants=known)
         if progress is not None:
             progress(done + 1, len(tasks))
@@ -158,10 +159,13 @@ def _tasks(base: HardwareProfile, records: Records, notes: list[str], **options:
     every = np.full(len(records), "*")
     messages = is_("collective") & (records.launch != LAUNCHES.index("eager"))
     moved = is_("elementwise", "copy") & np.isin(formats, formats[is_("elementwise")])
+    gathered, blocks = is_("gather_gemm") & records.fused & same, is_(_BLOCKS) & same
     kinds: tuple[tuple[str, str, Mask, NDArray[np.str_], int, Any], ...] = (
         ("gemm", "gemm {}", is_("gemm"), gemms, FIT_ROWS, _fit_gemm),
-        ("gemm", "2:4 gemm {}", is_("gemm_2to4") & same, formats, FEWEST_SPARSE, _fit_sparse),
+        ("gemm", "2:4 gemm {}", is_("gemm_2to4") & same, formats, SKIPPING["gemm_2to4"][-1], _fit_skipping),
+        ("gemm", "gathered gemm {}", gathered, formats, SKIPPING["gather_gemm"][-1], _fit_skipping),
         *((name, f"{name} {{}}", is_(name), formats, MINIMUM_ROWS, _fit_attention) for name in PHASES),
+        ("attention_prefill", "block-sparse attention {}", blocks, formats, SKIPPING[_BLOCKS][-1], _fit_skipping),
         ("elementwise", "elementwise {}", moved, formats, MINIMUM_ROWS, _fit_elementwise),
         ("runtime", "launches", is_("launch_graph", *HOST_KINDS), every, 1, _fit_runtime),
         ("collective", "collectives", messages, every, MINIMUM_ROWS, _fit_collective),
@@ -177,9 +181,8 @@ def _tasks(base: HardwareProfile, records: Records, notes: list[str], **options:
                 notes.append(f"{what.format(dtype)}: {len(rows)} rows are too few, a fit needs {fewest}")
             else:
                 out.append(_Task(operator, dtype, rows, run, **options))
-    fitted = {"gemm", "gemm_2to4", *PHASES, "elementwise", "copy", "launch_graph", *HOST_KINDS, "collective", "experts"}
-    for name in OPERATORS:
-        if name not in fitted and (count := int(is_(name).sum())):
+    for name in ("low_rank", "gather_gemm", "grouped_gemm"):
+        if count := int((is_(name) & ~gathered).sum()):
             parts = "validation compares them with the sum of their parts"
             notes.append(f"{name}: {count} rows have no fit of their own; {parts}")
     return out
@@ -214,8 +217,8 @@ def _fit_gemm(task: _Task, hw: HardwareProfile) -> FittedPart:
     return fit_gemm(data, hw, prior=task.lent, **known)
 
 
-def _fit_sparse(task: _Task, hw: HardwareProfile) -> FittedPart:
-    return fit_sparse(task.rows, hw, task.dtype)
+def _fit_skipping(task: _Task, hw: HardwareProfile) -> FittedPart:
+    return fit_skipping(task.rows, hw, task.dtype)
 
 
 def _fit_attention(task: _Task, hw: HardwareProfile) -> FittedPart:

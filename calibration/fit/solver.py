@@ -131,12 +131,14 @@ def minimise(
     prior: float | None = None,
     center: Mapping[str, float] | None = None,
     data_only: bool = False,
+    step: float | None = None,
     **search: Any,
 ) -> Minimum:
     """One search over the constants ``names``, the others as in ``start``, with the soft-L1 loss.
 
     ``ranges`` has their ``low`` and ``high``. ``prior`` is the log spread of a prior round ``center`` (the start by
-    default), one row of ordinary misfit a constant; with ``data_only`` it stays outside the loss. ``search`` goes to
+    default), one row of ordinary misfit a constant; with ``data_only`` it stays outside the loss. ``step`` is that of
+    derivatives, in logs, where the misfit is of single precision. ``search`` goes to
     :func:`scipy.optimize.least_squares`.
     """
     names = tuple(names)
@@ -151,6 +153,9 @@ def minimise(
             out = soft_l1(out)
         return out if prior is None else np.concatenate([out, HUBER / prior * (x - middle)])
 
+    if step is not None:
+        ways = step * np.eye(len(names))
+        search["jac"] = lambda x: np.stack([(rows(x + way) - rows(x - way)) / (2.0 * step) for way in ways], axis=1)
     loss: dict[str, Any] = {} if data_only else {"loss": "soft_l1", "f_scale": HUBER}
     found = least_squares(rows, first, bounds=(low, high), **loss, **search)
     return Minimum(names, found.x, low, high, found.fun, np.asarray(found.jac))

@@ -1,10 +1,10 @@
 """Which operators to measure in the time there is.
 
 :func:`base_plan` spreads shapes over (m, n, k) in logarithmic space, with sizes that language models have and odd ones
-between them, and adds attention, elementwise, copy and launch items; :func:`for_model` takes exactly the shapes it is
-given; both in random order by seed. :func:`in_order` keeps an order, as :func:`next_rows` finds the best one. All
-return a :class:`Plan`: items, each with an estimated cost, that together fit the budget. Groups (n, k) are held out
-here, before anything is measured, so that no fit can have seen them.
+between them, and adds attention, elementwise, copy and launch items, in random order by seed. :func:`in_order` takes
+exactly the operators it is given, in an order as :func:`next_rows` finds the best one. Both return a :class:`Plan`:
+items, each with an estimated cost, that together fit the budget. Groups (n, k) are held out here, before anything is
+measured, so that no fit can have seen them.
 """
 
 from __future__ import annotations
@@ -106,12 +106,6 @@ class Plan:
         """Items by kind of operator and purpose: ``{"gemm fit": 40, ...}``."""
         return dict(sorted(Counter(f"{item.operator.kind} {item.purpose}" for item in self.items).items()))
 
-    def joined(self, other: Plan) -> Plan:
-        """The items of both in random order, exact ones first; an operator in both keeps the purpose it has here."""
-        known = {item.operator.key for item in self.items}
-        items = [*self.items, *(item for item in other.items if item.operator.key not in known)]
-        return replace(self, items=_shuffled(items, self.seed), budget_s=self.budget_s + other.budget_s)
-
 
 @dataclass(frozen=True)
 class _Budget:
@@ -148,8 +142,10 @@ def base_plan(
     refuses: Callable[[Operator], str] = lambda op: "",
     seed: int = 0,
     shares: Mapping[str, float] = SHARES,
+    kernels_apart: bool = True,
 ) -> Plan:
     """A plan for a device of which nothing is known yet; ``refuses`` is the device's, ``shares`` are of the budget.
+    ``kernels_apart``: so much attention of one head width before the next that each can be fitted.
 
     InputError: the budget is no positive number or too short for a single GEMM.
 
@@ -162,7 +158,7 @@ def base_plan(
     rng = np.random.default_rng(seed)
     budget = _Budget(rates, protocol, refuses)
     left = 0.0
-    for name, stream in other_streams(dtype, rng).items():
+    for name, stream in other_streams(dtype, rng, kernels_apart).items():
         left += budget.fill(stream, shares.get(name, 0.0) * budget_s)
     budget.fill(gemm_stream(dtype, rng, budget.fits), shares["gemm"] * budget_s + left)
     if not any(item.operator.kind == "gemm" for item in budget.taken.values()):
@@ -202,28 +198,6 @@ def split_holdout(items: Sequence[Item], rng: np.random.Generator) -> list[Item]
     return out
 
 
-def for_model(
-    shapes: Iterable[tuple[int, int, int]],
-    rates: Rates,
-    *,
-    dtype: str = "bf16",
-    protocol: Protocol | None = None,
-    budget_s: float = math.inf,
-    seed: int = 0,
-) -> Plan:
-    """A plan of exactly these GEMMs (m, n, k); what a device refuses is counted and named when it is measured.
-
-    >>> plan = for_model([(1, 64, 64), (1, 64, 64), (8, 64, 64)], Rates(1e12, 3e10))
-    >>> sorted(item.operator.m for item in plan.items), plan.items[0].purpose
-    ([1, 8], 'exact')
-    """
-    operators = [Operator("gemm", dtype, m=int(m), n=int(n), k=int(k)) for m, n, k in shapes]
-    if not operators:
-        raise InputError("for_model: there are no shapes to measure")
-    plan = in_order(operators, rates, protocol=protocol, budget_s=budget_s, seed=seed)
-    return replace(plan, items=_shuffled(plan.items, seed))
-
-
 def in_order(
     operators: Sequence[Operator],
     rates: Rates,
@@ -232,7 +206,15 @@ def in_order(
     budget_s: float = math.inf,
     seed: int = 0,
 ) -> Plan:
-    """A plan of exactly these operators, at least one, in their order; cold GEMMs are kept with the profile."""
+    """A plan of exactly these operators in their order; GEMMs are kept with the profile. What a device refuses is
+    counted and named when it is measured.
+
+    >>> plan = in_order([Operator("gemm", m=m, n=64, k=64) for m in (1, 8, 1)], Rates(1e12, 3e10))
+    >>> [item.operator.m for item in plan.items], plan.items[0].purpose
+    ([1, 8], 'exact')
+    """
+    if not operators:
+        raise InputError("in_order: there are no operators to measure")
     protocol = protocol or Protocol()
     unique = {op.key: op for op in operators}.values()
     items = [Item(op, EXACT if op.kind == "gemm" else FIT, rates.cost_s(op, protocol)) for op in unique]

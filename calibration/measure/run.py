@@ -242,9 +242,9 @@ def run(
     a run from another thread.
 
     >>> from calibration.devices.replay import ReplayDevice
-    >>> from calibration.measure.plan import Rates, for_model
-    >>> device, kept = ReplayDevice(), []
-    >>> outcome = run(for_model([(1, 64, 64), (8, 64, 64)], Rates(1e14, 1e12)), device, kept.append)
+    >>> from calibration.measure.plan import Rates, in_order
+    >>> device, kept, gemms = ReplayDevice(), [], [Operator("gemm", m=m, n=64, k=64) for m in (1, 8)]
+    >>> outcome = run(in_order(gemms, Rates(1e14, 1e12)), device, kept.append)
     >>> outcome.counts.ok, outcome.stopped, [r["purpose"] for r in kept]
     (2, '', ['anchor', 'exact', 'exact', 'anchor'])
     """

@@ -40,6 +40,7 @@ SELECTED = (8, 32, 64, 256, 1024, 2048)  # scores that a selection chooses from:
 
 _SPREAD = 600  # points ordered at a time: beyond some hundreds a spread is a lattice, and ordering costs their product
 _GROUP_TOKENS = 3  # values of m measured for each (n, k)
+_WIDTH_ROWS = 96  # calls of one head width before those of the next: a fit needs 20, and a short plan ends early
 _ODD_EVERY = 8  # one group in eight is misaligned in n, in k, or in both
 
 
@@ -95,15 +96,16 @@ def _spread(pool: Sequence[tuple[int, ...]], rng: np.random.Generator) -> list[t
     return [pool[i] for i in order]
 
 
-def other_streams(dtype: str, rng: np.random.Generator) -> dict[str, Iterable[Operator]]:
-    """Every stream but the plain GEMMs', by the name of its share."""
+def other_streams(dtype: str, rng: np.random.Generator, kernels_apart: bool = True) -> dict[str, Iterable[Operator]]:
+    """Every stream but the plain GEMMs', by the name of its share; ``kernels_apart``: attention of one head width after
+    the other."""
     aligned = [(m, n, k) for m in TOKENS for n in SIZES[3::2] for k in SIZES[3::2] if n % 32 == 0 and k % 64 == 0]
     sparse = (Operator("gemm_2to4", dtype, m=m, n=n, k=k) for m, n, k in _spread(aligned, rng))
-    head_dim = {(h, g): d for h, g, d in HEADS}
-    prompts = _spread([(b, s, h, g) for b in BATCHES[:4] for s in LENGTHS for h, g in head_dim], rng)
-    prefill = (_attention("prefill", dtype, b, s, s, h, g, head_dim[h, g], cold=False) for b, s, h, g in prompts)
-    caches = _spread([(b, s, h, g) for b in BATCHES for s in LENGTHS for h, g in head_dim], rng)
-    decode = (_attention("decode", dtype, b, 1, s, h, g, head_dim[h, g]) for b, s, h, g in caches)
+    prefill = (
+        _attention("prefill", dtype, b, s, s, *heads, cold=False)
+        for b, s, *heads in _calls(BATCHES[:4], rng, kernels_apart)
+    )
+    decode = (_attention("decode", dtype, b, 1, s, *heads) for b, s, *heads in _calls(BATCHES, rng, kernels_apart))
     spots = [
         _spread([(m, n) for m in TOKENS[::3] for n in (SELECTED if role == "select" else SIZES[4::4])], rng)
         for role in ELEMENTWISE
@@ -116,6 +118,16 @@ def other_streams(dtype: str, rng: np.random.Generator) -> dict[str, Iterable[Op
     )
     streams = {"runtime": _runtime(dtype), "gemm_2to4": sparse, "attention_prefill": prefill}
     return streams | {"attention_decode": decode, "elementwise": elementwise, "pruned": _pruned(dtype, rng)}
+
+
+def _calls(batches: Sequence[int], rng: np.random.Generator, apart: bool) -> list[tuple[int, ...]]:
+    """Batch, length, heads, kv_heads and head_dim of attention. ``apart``: of each head width in turn as many as a fit
+    of its kernel takes, the narrowest first, since a short plan ends before it has enough of all."""
+    every = [(b, s, *heads) for b in batches for s in LENGTHS for heads in HEADS]
+    pools = [[call for call in every if call[-1] == width] for width in sorted({heads[-1] for heads in HEADS})]
+    orders = [_spread(pool, rng) for pool in (pools if apart else [every])]
+    turns = range(0, max(map(len, orders)), _WIDTH_ROWS)
+    return [call for start in turns for order in orders for call in order[start : start + _WIDTH_ROWS]]
 
 
 def _attention(kind: str, dtype: str, *shape: int, **more: Any) -> Operator:
@@ -144,7 +156,8 @@ def host_operators(dtype: str) -> list[Operator]:
 
 
 def _pruned(dtype: str, rng: np.random.Generator) -> Iterable[Operator]:
-    """Low-rank pairs, gathered GEMMs, block-sparse attention in turn: to check sums of plain kernels against."""
+    """Low-rank pairs, gathered and grouped GEMMs, block-sparse attention in turn: to check sums of plain kernels
+    against."""
     pairs = _spread([(m, n, k) for m in TOKENS[::4] for n in SIZES[5:28:3] for k in SIZES[5:28:3]], rng)
     lengths = _spread([(s, h) for s in LENGTHS[3:13] for h in (8, 16, 32)], rng)
     for turn, (m, n, k) in enumerate(pairs):
@@ -154,7 +167,9 @@ def _pruned(dtype: str, rng: np.random.Generator) -> Iterable[Operator]:
             yield Operator("low_rank", dtype, m=m, n=n, k=k, rank=rank)
         elif turn % 3 == 1:
             yield Operator("gather_gemm", dtype, m=m, n=n, k=k, rows=max(1, round(density * m)))
+            role, size = ("up", n) if turn // 3 % 4 < 2 else ("down", k)
+            yield Operator("grouped_gemm", dtype, m=m, n=n, k=k, block=size // 32, density=density, role=role)
         elif turn // 3 < len(lengths):
             s, h = lengths[turn // 3]
-            more = {"block": 64, "density": density, "cold": False}
+            more = {"block": (64, 16, 128)[turn // 3 % 3], "density": density, "cold": False}
             yield _attention("block_sparse", dtype, 1, s, s, h, h // 4, 64, **more)

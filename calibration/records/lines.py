@@ -102,6 +102,7 @@ def _timing(row: Mapping[str, Any], drifted: Collection[tuple[str, int]]) -> dic
         "seconds": seconds,
         "spread": spread,
         "sample_count": len(row.get("samples_s", ())),
+        "fused": row["operator"]["kind"] in ("gather_gemm", "grouped_gemm") and "one kernel" in method,
         "launch": "graph" if "graph" in method else "eager" if method not in ("", "replayed") else LAUNCHES[0],
         "flags": flags,
         "purpose": purpose if purpose in PURPOSES else "",

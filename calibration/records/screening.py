@@ -90,15 +90,16 @@ def rotated_copies(weight_bytes: Array, l2_bytes: float) -> Array:
 def work(records: Records) -> tuple[Array, Array, Array]:
     """FLOPs, weight (or cache) bytes and activation bytes of one execution of each row, float64.
 
-    Causal attention counts what lies under its mask and window; 2:4 counts the half that is computed.
+    Causal attention counts what lies under its mask and window; 2:4 counts the half that is computed, a grouped product
+    the groups of one token.
     """
     r = records
     act, weight = DTYPE_BYTES[r.dtype], DTYPE_BYTES[r.weight_dtype]
     m, n, k, rank = (getattr(r, name).astype(np.float64) for name in ("m", "n", "k", "rank"))
     tokens = np.where(r.is_operator("gather_gemm"), r.rows, m)
-    kept = np.where(r.is_operator("gemm_2to4"), 0.5, 1.0)
+    kept = np.where(r.is_operator("gemm_2to4"), 0.5, np.where(r.is_operator("grouped_gemm"), r.density, 1.0))
     kinds = [
-        r.is_operator("gemm", "gemm_2to4", "gather_gemm"),
+        r.is_operator("gemm", "gemm_2to4", "gather_gemm", "grouped_gemm"),
         r.is_operator("low_rank"),
         r.is_operator("attention_prefill", "attention_decode", "attention_block_sparse", *LATENT),
         r.is_operator("experts"),

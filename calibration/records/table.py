@@ -33,7 +33,7 @@ NEEDED: Mapping[str, tuple[str, ...]] = {**KINDS, **_NOT_ASKED}
 """Dimensions that each operator must have. No device is asked for a collective (its kind is its role), for the experts
 of a layer, or for latent attention (``mla_``: of a prompt with keys and values of their own, of a decode with the
 latent as both): such rows are read."""
-_LAST = ("layer_eager", "experts", *_MLA)
+_LAST = ("layer_eager", "experts", *_MLA, "grouped_gemm")
 OPERATORS: tuple[str, ...] = (*(name for name in NEEDED if name not in _LAST), *_LAST)
 """Names of what can be timed; the index is the code in the ``operator`` column, also in files: new ones come last."""
 # what a time says of the launch: kernel time of a profiler, gap inside a replayed graph, host time
@@ -123,6 +123,7 @@ class Records(Table):
     experts: Array = column(np.int64, 0)  # experts: those a device holds
     active: Array = column(np.float64, 0.0)  # experts: of those, used by a token on average
     skew: Array = column(np.float64, 0.0)  # experts: power of the law their tokens are dealt out by; 0: in turn
+    fused: Array = column(np.bool_, False)  # gather_gemm, grouped_gemm: one kernel, not a gather, a GEMM and a scatter
     seconds: Array = column(np.float64, np.nan)  # s, median of the samples (mean where the source gives only that)
     spread: Array = column(np.float64, np.nan)  # half width of the median's 95 % interval over it; NaN unknown
     sample_count: Array = column(np.int32, 0)  # raw samples behind the median; 0 unknown
@@ -234,8 +235,8 @@ class Records(Table):
         return sha.hexdigest()
 
 
-LATER = ("experts", "active", "skew")
-"""Columns that a table without experts is written, and has its digest, without: as before there were any."""
+LATER = ("experts", "active", "skew", "fused")
+"""Columns that a table where they say nothing is written, and has its digest, without: as before there were any."""
 
 SHAPE: tuple[str, ...] = tuple(Records.SCHEMA)[: list(Records.SCHEMA).index("seconds")]
 """Columns that say what was timed and how: equal where two rows are timings of one thing."""

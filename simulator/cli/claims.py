@@ -1,10 +1,10 @@
-"""``prunesim claims``: do the reference paper's claims hold on these devices and models?"""
+"""``prunesim claims``: do the reference paper's claims hold on these models, devices and engines?"""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
 from simulator.cli import options, render
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 STYLES = {"holds": "green", "does not hold": "red", "undecided": "yellow"}
 
+LEGEND = (
+    "margin: what a comparison is ahead by, in units of how far the interval of that difference reaches towards 0. "
+    "A claim has that of the comparison it hangs on: from +1 up it holds (if no family lacks data), from -1 down not."
+)
+
 
 @options.expanded("phase", "concurrency", "new_tokens", "weight_dtype", "kv_dtype", "devices", "parallel")
 def claims(
@@ -25,11 +30,11 @@ def claims(
     run: options.Run = options.RUN,
     json: options.Json = False,
 ) -> None:
-    """Test two claims of the reference paper, with numbers.
+    """Test two claims of the reference paper, with margins.
 
     (a) bound: in memory-bound inference static depth is the strongest baseline and stays closest to its theoretical
-    bound. (b) order: along the prefill frontier come static depth, dynamic depth, static width. Where a family has no
-    quality data, it is said.
+    bound. (b) order: along the prefill frontier come static depth, dynamic depth, static width. Where one is undecided,
+    what would decide it is said.
     """
     asked = run.asked()
     del asked["phase"]  # each claim has its own
@@ -42,53 +47,71 @@ def claims(
             found += verdicts(model, devices, quality, **asked)
             report(done + 1, len(names))
     if render.Output(json).write([asdict(v) for v in found]):
-        _print(found)
+        for block in _blocks(found):
+            print(block, end="\n\n")
+        print(textwrap.fill(LEGEND, render.width()))
     for line in uncalibrated(found):
         render.note(line)
 
 
-def _cell(v: Verdict | None) -> str:
-    """A verdict; where the intervals leave it open, also what the predicted values say."""
-    if v is None:
-        return ""
-    lean = {"holds": " (+)", "does not hold": " (-)"}.get(v.predicted, "")
-    return v.verdict + (lean if v.verdict == "undecided" else "")
+def _blocks(found: Sequence[Verdict]) -> Iterator[str]:
+    """The verdicts on each claim, model, request and axis as a table, then what each hangs on."""
+    from simulator.predict.claims import CLAIMS, NOT_APPLICABLE
+
+    for letter, (claim, text) in zip("ab", CLAIMS.items()):
+        yield textwrap.fill(f"({letter}) {text}", render.width())
+        groups: dict[tuple[object, ...], list[Verdict]] = {}
+        for v in (v for v in found if v.claim == claim):
+            groups.setdefault((v.model, v.batch, v.seq, v.axis), []).append(v)
+        for (model, batch, seq, axis), some in groups.items():
+            title = f"{model}, batch {batch}, seq {seq}" + (f"; {axis}" if axis else "")
+            yield render.table_text(_columns(some), title, color=render.colored())
+            told = [_sentence(v) for v in some if v.verdict != NOT_APPLICABLE]
+            sources = dict.fromkeys(source for v in some for source in v.source.split("; ") if source)
+            told += [f"source: {'; '.join(sources)}"] if sources else []
+            if told:
+                yield "\n".join(
+                    textwrap.fill(line, render.width(), subsequent_indent="    ", break_on_hyphens=False)
+                    for line in told
+                )
 
 
-def _print(found: Sequence[Verdict]) -> None:
-    """A table of verdicts for each claim, then the numbers of each."""
-    from simulator.predict.claims import CLAIMS
+def _columns(some: Sequence[Verdict]) -> list[render.Column]:
+    from simulator.predict.claims import NOT_APPLICABLE
 
-    for claim, text in CLAIMS.items():
-        chosen = [v for v in found if v.claim == claim]
-        if not chosen:
-            continue
-        sharing = list(dict.fromkeys((v.model, v.phase, v.batch, v.seq, v.axis) for v in chosen))
-        devices = list(dict.fromkeys(v.hardware for v in chosen))
-        at = {(v.model, v.phase, v.batch, v.seq, v.axis, v.hardware): v for v in chosen}
-        columns = render.columns(
-            sharing,
-            ("<model", lambda s: s[0]),
-            ("<phase", lambda s: f"{s[1]}, batch {s[2]}, seq {s[3]}"),
-            ("<quality", lambda s: s[4].partition(" [")[0] or "-"),
-        )
-        if not any(s[4] for s in sharing):
-            columns.pop()
-        for h in devices:
-            verdicts = [_cell(at.get((*s, h))) for s in sharing]
-            styles = [STYLES.get(v.partition(" (")[0], "") for v in verdicts]
-            columns.append(render.Column(h, verdicts, right=False, styles=styles))
-        render.show(columns, "\n".join(textwrap.wrap(f"({'a' if claim == 'bound' else 'b'}) {text}", render.width())))
-        print()
-        for v in chosen:
-            where = f"{v.model}, {v.hardware}, {v.phase}, batch {v.batch}, seq {v.seq}"
-            missing = f"; no data for {' and '.join(v.missing)}" if v.missing else ""
-            cited = f" [{v.axis}; {v.source}]" if v.axis else ""
-            line = f"{where}: {v.verdict}: {v.numbers}{missing}{cited}"
-            print(textwrap.fill(line, render.width(), subsequent_indent="    ", break_on_hyphens=False))
-        print()
-    if any(v.verdict == "undecided" for v in found):
-        print(
-            "undecided: the ends of the intervals disagree, or a family has no data; "
-            "(+) the predictions alone speak for it, (-) against"
-        )
+    sparsities = dict.fromkeys(s for v in some for s, _ in v.margins)
+
+    def margin(v: Verdict, value: float | None) -> str:
+        return "-" if value is None or v.verdict == NOT_APPLICABLE else f"{value:+.2f}"
+
+    columns = render.columns(
+        some,
+        ("<hardware", lambda v: v.hardware),
+        ("<engine", lambda v: v.engine),
+        ("<phase", lambda v: v.phase),
+        ("<verdict", lambda v: v.verdict),
+        ("margin", lambda v: margin(v, v.margin)),
+        *((f"at {render.percent(s)}", lambda v, s=s: margin(v, dict(v.margins).get(s))) for s in sparsities),
+        ("<held by", lambda v: v.limit),
+    )
+    columns[3] = replace(columns[3], styles=[STYLES.get(v.verdict, "") for v in some])
+    return render.narrowed(columns if sparsities else columns[:-1], 5)
+
+
+def _sentence(v: Verdict) -> str:
+    from simulator.predict.claims import decided
+
+    at: dict[str, list[str]] = {}
+    for sparsity, margin in v.margins:
+        at.setdefault(decided(margin), []).append(f"{100 * sparsity:g}")
+    by_sparsity = "; ".join(f"{verdict} at {', '.join(some)} %" for verdict, some in at.items())
+    parts = {
+        "hangs on": v.hangs_on,
+        "would decide it": v.needed,
+        "no data": " and ".join(v.missing),
+        "on the frontier, where another family is claimed": ", ".join(v.between),
+        "fastest by loss" if v.axis else "numbers": v.numbers,
+    }
+    told = [by_sparsity] if len(at) > 1 else []
+    told += [f"{name}: {text}" for name, text in parts.items() if text]
+    return f"{v.hardware}, {v.engine}, {v.phase}: {'; '.join(told)}"

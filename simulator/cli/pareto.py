@@ -62,7 +62,7 @@ def pareto(
     if output.write(records, [asdict(p) for f in found for p in f.points]):
         for front in found:
             print(front_text(front), end="\n\n")
-        print("optimal: no other point is as fast at no more loss (*: also at the unfavourable ends of the intervals)")
+        print("optimal: no other point is as fast at no more loss (*: and faster for sure than other families there)")
     if figure:
         from simulator.cli.drawing import draw_fronts
 

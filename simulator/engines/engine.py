@@ -82,7 +82,9 @@ class Engine:
     one_token: Share = Share(1.0, "")  # time of a GEMM of one token, in units of that of the kernels it borrows
     prefill_wait: Share = Share(0.0, "")  # other prompts' prefills a request waits for before its first token, a share
     own_code: Share = Share(1.0, "")  # what modelling code of a pruned model's own has lost beside
-    log_sd: Share = Share(0.0, "")  # of what no operator explains, by pass
+    log_sd: Share = Share(0.0, "")  # of what no operator explains, by pass: alike in all models
+    apart_log_sd: Share = Share(0.0, "")  # the same, of each model by itself
+    composed_log_sd: Share = Share(0.0, "")  # of an operator that several kernels put together: none was timed
     weight_only: tuple[str, ...] = ()  # formats of weights that its kernels read beside 16-bit activations
     sparse24: tuple[str, ...] = ()  # formats it has 2:4 kernels for
     notes: tuple[str, ...] = ()
@@ -187,7 +189,7 @@ def _read(path: Path) -> tuple[Engine | None, Problems]:
 _PLAIN = (
     "name", "title", "aliases", "stacks", "fuse", "logits", "graph", "cache", "launches", "quantize_fused", "one_token",
     "prefill_wait", "own_code", "experts",
-    "log_sd", "weight_only", "sparse24", "notes", "sources",
+    "log_sd", "apart_log_sd", "composed_log_sd", "weight_only", "sparse24", "notes", "sources",
 )  # fmt: skip
 _NAME = Text((), "[a-z0-9][a-z0-9_.-]{0,63}", "a name of lower-case letters, digits, _ - and ., at most 64")
 
@@ -232,6 +234,8 @@ def _kinds(root: Node) -> Keys:
         "prefill_wait": share,
         "own_code": share,
         "log_sd": share,
+        "apart_log_sd": share,
+        "composed_log_sd": share,
         "weight_only": Many(Text(DTYPES)),
         "sparse24": Many(Text(DTYPES)),
         "notes": Many(Text()),

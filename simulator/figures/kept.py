@@ -35,7 +35,7 @@ def kept_axes(
         m, k = m1 / m0, k1 / k0 if k1 else 1.0
         n = share / (m * k)
         return {"N": (m, n, k), "M": (m * n, 1.0, k), "K": (m, 1.0, k * n)}[attention]
-    if (after.kernel == Kernel.BLOCK_SPARSE).any():
+    if ((after.kernel == Kernel.GROUPS_N) | (after.kernel == Kernel.GROUPS_K)).any():
         return (1.0, 1.0, share) if set(roles) & {"o", "down"} else (1.0, share, 1.0)
     (m0, n0), (m1, n1) = _tokens_outputs(before), _tokens_outputs(after)
     m, n = m1 / m0, n1 / n0 if n1 else 1.0

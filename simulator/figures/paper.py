@@ -240,7 +240,7 @@ def _pareto(p: Paper) -> Made:
     caption = (
         f"Predicted speedup against measured quality loss with its frontier: {replace(p, model=model).setting_text}, "
         f"{p.seq} tokens. Quality: {axis.metric}, {axis.protocol} ({sources}). Faint points are beaten by another; the "
-        "strip names the fastest family within each quality budget."
+        "strip names the fastest family within each quality budget, dynamic ones hatched."
     )
     if any(q.family == "semi_structured" for q in table.on_axis(axis).rows):
         caption += _without_sparse24(p)

@@ -1,7 +1,7 @@
 """Acceleration against quality: small multiples with the frontier as a staircase.
 
 Every point is drawn; those on the frontier are full, those that another point beats are faint. A strip below each panel
-shows which family is the fastest within each quality budget.
+shows which family is the fastest within each quality budget, hatched where it is dynamic.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def _panel(ax: Axes, data: layout.Columns) -> None:
             ax.plot(x[own], y[own], **style.marks(linestyle="none", alpha=alpha, markersize=size, zorder=4))
     for position, (i, stop) in enumerate(zip(order, [*(x[k] for k in order[1:]), end])):
         style = look(data["family"][i], position)
-        strip: dict[str, Any] = {"alpha": 0.7 if style.hollow else 0.9, "linewidth": 0, "clip_on": False}
-        ax.axvspan(max(x[i], 0.0), stop, -STRIP, 0, color=style.color, **strip)
+        strip: dict[str, Any] = {"hatch": "/////" if style.hollow else None, "linewidth": 0, "clip_on": False}
+        ax.axvspan(max(x[i], 0.0), stop, -STRIP, 0, facecolor=style.color, edgecolor="white", alpha=0.9, **strip)
         _name(ax, x[i], y[i], str(data["method"][i]), stop)
 
 

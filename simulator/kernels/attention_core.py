@@ -130,8 +130,11 @@ def prefill_work(a: Calls, c: Mapping[str, float]) -> PrefillWork:
     if np.any(density < 1.0):
         # fewer blocks than a dense kernel, each of them dearer the smaller it is; a dense kernel is always to be had
         edge = np.asarray(a.block, dtype=np.float64)
-        dearer = np.where(edge > 0, 1.0 + c["sparse_block"] / np.maximum(edge, 1.0), 1.0)
-        cost = np.where(density < 1.0, np.minimum(density * dearer, 1.0), 1.0)
+        dearer = 1.0 + c["sparse_block"] / np.maximum(edge, 1.0)
+        cost = np.where((density < 1.0) & (edge > 0), np.minimum(density * dearer, 1.0), 1.0)
+        # whole queries gone: fewer tiles, the last of which sees as many keys as before
+        left = np.where(edge > 0, 1.0, density)
+        all_tiles, all_blocks = all_tiles * left, all_blocks * left
         flops = flops * density
     return PrefillWork(a, all_tiles, all_blocks, chain, flops, a.batch * a.head_dim * (queries + keys), cost)
 

@@ -31,7 +31,7 @@ _ROLES = {
     "norm": "attention_norm mlp_norm qk_norm post_norm",
     "final_norm": "final_norm",
     "rotary": "rotary",
-    "activation": "activation softcap quantize",
+    "activation": "activation product softcap quantize",
     "select": "sampling select sort",
     "scatter": "scatter",
 }
@@ -83,15 +83,15 @@ def _ready(hw: HardwareProfile, dtype: str) -> _Ready:
 
 
 def elementwise_core(
-    bytes_: F, code: NDArray[np.intp], l2_bytes: float, bandwidth: float, c: Mapping[str, float]
+    bytes_: F, code: NDArray[np.intp], l2_bytes: float, bandwidth: float, c: Mapping[str, float], streams: Any = False
 ) -> tuple[F, F, F, F]:
     """Time of elementwise operators without residual, s, from constants by name; its floor and memory part; and the
-    share that L2 holds (by a fixed power: the data do not tell 3 from 6)."""
+    share that L2 holds (by a fixed power: the data do not tell 3 from 6), none of those that ``streams`` marks."""
     patterns = ("t0_{}_s", "e_{}", "l2_{}")
     floor, share, gain = (np.array([c[p.format(name)] for name in CLASSES])[code] for p in patterns)
     ratio = bytes_ / (c["l2_share"] * l2_bytes)
     ratio = ratio * ratio
-    hit = 1.0 / (1.0 + ratio * ratio)
+    hit = (1.0 - np.asarray(streams, dtype=np.float64)) / (1.0 + ratio * ratio)
     memory = bytes_ / (share * bandwidth) * (1.0 - hit + hit / gain)
     return np.sqrt(floor * floor + memory * memory), floor, memory, hit
 
@@ -114,21 +114,26 @@ def elementwise_time(
     hw: HardwareProfile,
     *,
     role: Any = "copy",
+    added: Any = False,
     dtype: str = "bf16",
     level: float = 0.9,
 ) -> OpTime:
     """Time of elementwise operators from the bytes one execution reads and writes.
 
     ``role`` is of :func:`class_code`, ``dtype`` that of the profile's section. The roofline is bytes over datasheet
-    bandwidth; a time may lie below it where the data are still in L2.
+    bandwidth; a time may lie below it where the data are still in L2. What pruning ``added`` runs at DRAM speed
+    whatever L2 holds, as gathers and scatters by index were measured on an RTX 5090 (1.2 to 1.7 TB/s of 33 to 50 MB;
+    EIT-NLP/LLM-Pruning, DynamicPruningKernels), and depends on whose code it is: its interval is wider.
     """
     r = _ready(hw, dtype)
     total, code = np.broadcast_arrays(np.add(read_bytes, write_bytes, dtype=np.float64), class_code(role))
-    seconds, floor, memory, hit = elementwise_core(total, code, hw.l2_bytes, hw.bandwidth_bytes_per_s, r.constants)
+    seconds, floor, memory, hit = elementwise_core(
+        total, code, hw.l2_bytes, hw.bandwidth_bytes_per_s, r.constants, added
+    )
     if r.residual is not None:
         seconds = seconds * np.exp(r.residual(class_place(total, code)))
     bound = np.where(memory < floor, _LAUNCH, np.where(hit > 0.5, _L2, _MEMORY)).astype(np.int8)
-    doubt = doubt_of(floor, memory, hit, total, code, r.spread, r.unknown)
+    doubt = doubt_of(floor, memory, hit, total, code, r.spread, r.unknown, added)
     ends = settle(seconds, 0.0, doubt, level, r.posterior)
     return OpTime(*ends, total / hw.bandwidth_bytes_per_s, bound, doubt=doubt)
 
@@ -141,11 +146,14 @@ def doubt_of(
     code: NDArray[np.intp],
     spread: Spread = (SAME_STACK, 1.0),
     unknown: float = 0.0,
+    added: Any = False,
 ) -> Doubt:
     """What times of :func:`elementwise_core` are unsure of: their floor, memory, and the part of it that L2 serves;
     all of it, where nothing was fitted (``unknown``)."""
     bound = memory * memory / (floor * floor + memory * memory)
     shares = {"launch": 1.0 - bound, "memory": bound, "l2": bound * hit, "default": unknown}
+    if np.any(added):
+        shares["added"] = np.broadcast_to(added, bound.shape) * 1.0
     octaves = np.stack([np.log2(np.maximum(bytes_, 1.0)).ravel(), APART * code.ravel(), np.zeros(bound.size)], axis=1)
     sure: Any = {"local": LOCAL, "own": OWN**2}
     return Doubt.of("elementwise", shares, spread=spread, **sure, place=octaves, kind=int(Kind.ELEMENTWISE))

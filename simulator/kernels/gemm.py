@@ -45,7 +45,7 @@ from simulator.kernels.spread import (
     posterior_of,
     settle,
 )
-from simulator.workload import Kernel, Kind
+from simulator.workload import Kernel, Kind, spmv_bytes
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
@@ -53,7 +53,14 @@ if TYPE_CHECKING:
 F = NDArray[np.floating[Any]]
 Columns = dict[str, NDArray[Any]]
 
-DENSE, SPARSE24, UNSTRUCTURED, BLOCK_SPARSE = (int(kernel) for kernel in Kernel)
+DENSE, SPARSE24, UNSTRUCTURED, BLOCK_SPARSE, GROUPS_N, GROUPS_K, SPMV = (int(kernel) for kernel in Kernel)
+
+GROUPS = {GROUPS_N: 20.0, GROUPS_K: 52.0}
+"""Features of a group at which skipping groups costs as much as it computes: a main loop takes 1 + (features /
+group)^1.5 of its time. From kernels of the taxonomy's authors at 4096^3 on an RTX 5090, where groups of 128 outputs are
+7 % slower than whole tokens, groups of 32 inputs three times as slow (EIT-NLP/LLM-Pruning, DynamicPruningKernels)."""
+GROUPS_STEP = 0.9
+"""e_tc of those kernels over that of dense ones (the same)."""
 
 PRECISION = np.float32
 """Arithmetic of predictions; the fit's is float64. Results are float64 either way, 1e-6 apart at most."""
@@ -90,6 +97,8 @@ class _Path:
     copies: Any = None
     level: float = 0.9
     doubt: bool = False
+    density: Any = 1.0
+    block: Any = 0
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,7 @@ class GemmKernel:
     align_load: float
     load_scale: float
     pad_m: float
+    group: float  # features, of GROUPS; 0 where no groups are skipped
     spread: Spread  # factors on the prior of its errors
     unknown: tuple[str, ...]  # columns of errors of what no fit has seen
     measured: tuple[F, F] | None  # smallest and largest log2 of m, n, k the fit has seen
@@ -136,14 +146,17 @@ def gemm_kernel(hw: HardwareProfile, dtype: str, weight_dtype: str | None, kerne
         c["b_l2"] *= 2.0 * ELEMENT_BYTES[weight] / (ELEMENT_BYTES[weight] + weight_bytes)
         pad_m = 8.0
         unknown.append("sparse24")
-    elif kernel == BLOCK_SPARSE:
-        c["e_tc"] *= c["block_step"]
+    elif kernel == BLOCK_SPARSE or kernel in GROUPS:
+        c["e_tc"] *= GROUPS_STEP if kernel in GROUPS else c["block_step"]
         unknown.append("blocks")
+    elif kernel == SPMV:
+        unknown.append("spmv")
     if ELEMENT_BYTES[weight] < element and not own:
         c |= quantised(c, ELEMENT_BYTES[weight] / element)
         unknown.append("quantised")
     least_rows = WGMMA_ROWS if section.status == "default" and hw.architecture == "hopper" else 1.0
     machine = replace(Machine.of(hw, dtype), peak_flop_per_s=peak, weight_bytes=weight_bytes, least_rows=least_rows)
+    machine = replace(machine, ragged=kernel in GROUPS)
     core = machine_core(machine, c, PRECISION)
     residual = residual_of(section.arrays, PRECISION)
     if residual is not None:
@@ -159,7 +172,8 @@ def gemm_kernel(hw: HardwareProfile, dtype: str, weight_dtype: str | None, kerne
         low, high = np.asarray(section.arrays["measured"], dtype=PRECISION)
         measured = low, high
     spread, posterior = hw.spread(section), posterior_of(hw)
-    return GemmKernel(core, residual, exact, *align, load_scale, pad_m, spread, tuple(unknown), measured, posterior)
+    scales = *align, load_scale, pad_m, GROUPS.get(kernel, 0.0)
+    return GemmKernel(core, residual, exact, *scales, spread, tuple(unknown), measured, posterior)
 
 
 def with_section(hw: HardwareProfile, dtype: str, section: Any) -> HardwareProfile:
@@ -177,6 +191,7 @@ def gemm_time(
     weight_dtype: str | None = None,
     kernel: Any = DENSE,
     density: Any = 1.0,
+    block: Any = 0,
     cold: bool = True,
     copies: Any = None,
     level: float = 0.9,
@@ -192,10 +207,12 @@ def gemm_time(
     dtype, weight_dtype : str
         Of activations and arithmetic; of stored weights (default: the same), narrower: a weight-only quantised kernel.
     kernel : int or array
-        0 dense, 1 2:4 sparse, 2 zeros without structure (timed as dense), 3 rows skipped in blocks (m counts those
-        computed).
+        0 dense, 1 2:4 sparse, 2 zeros without structure (timed as dense); 3 tiles of tokens, 4 groups of outputs, 5 of
+        inputs skipped (m, n, k count those computed); 6 zeros without structure stored away (m of 1 only).
     density : float or array
-        Share of weights that are not zero; no kernel here gains by it beyond its format: it only documents the operand.
+        Share of weights that are not zero; only the last kernel gains by it beyond its format.
+    block : int or array
+        Features of the groups that are skipped, 0: wide ones (:data:`GROUPS`).
     cold : bool
         Weights come from DRAM, as in a decoder; False: they are as warm as L2 allows.
     copies : int or array, optional
@@ -215,7 +232,8 @@ def gemm_time(
     >>> t.limits.tolist(), bool((t.lower < t.seconds).all())
     (['memory', 'compute'], True)
     """
-    found = _columns(m, n, k, hw, _Path(dtype, weight_dtype, kernel, cold, copies, level, doubt), detail)
+    path = _Path(dtype, weight_dtype, kernel, cold, copies, level, doubt, density, block)
+    found = _columns(m, n, k, hw, path, detail)
     unsure = Doubt.from_columns(found, int(Kind.GEMM)) if doubt else None
     columns = {f.name: found.get(f.name, np.zeros(0)) for f in fields(GemmTime) if f.name != "doubt"}
     return GemmTime(**columns, doubt=unsure)
@@ -236,13 +254,16 @@ def _columns(m: Any, n: Any, k: Any, hw: HardwareProfile, path: _Path, detail: b
     """Columns of shapes, kernel by kernel, in chunks so that their intermediate arrays stay in the cache."""
     if not 0.0 < path.level < 1.0:
         raise InputError(f"level {path.level:g} is outside (0, 1)")
-    given = [np.asarray(v, dtype=np.float64) for v in (m, n, k)]
     codes = np.asarray(path.kernel)
+    sizes = {"m": m, "n": _stored(n, codes, path), "k": k}
     if path.copies is not None or not path.cold:
-        given.append(np.asarray(1.0 if path.copies is None else path.copies, dtype=np.float64))
-    shape = np.broadcast_shapes(codes.shape, *(a.shape for a in given))
-    given = [np.ascontiguousarray(np.broadcast_to(a, shape)).reshape(-1) for a in given]
-    m, n, k = given[:3]
+        sizes["copies"] = 1.0 if path.copies is None else path.copies
+    if np.any(path.block):
+        sizes["block"] = path.block
+    given = {name: np.asarray(v, dtype=np.float64) for name, v in sizes.items()}
+    shape = np.broadcast_shapes(codes.shape, *(a.shape for a in given.values()))
+    given = {name: np.ascontiguousarray(np.broadcast_to(a, shape)).reshape(-1) for name, a in given.items()}
+    m, n, k = (given[name] for name in "mnk")
     if len(m) and not (m.min() >= 1.0 and n.min() >= 1.0 and k.min() >= 1.0):  # also refuses NaN
         raise InputError("m, n and k must be at least 1")
     if len(m) and max(n.max(), k.max()) >= 2.0**31:  # their alignment is looked at in 32 bits
@@ -250,14 +271,24 @@ def _columns(m: Any, n: Any, k: Any, hw: HardwareProfile, path: _Path, detail: b
     out: Columns = {}
     for code, rows in _chunks(codes, shape):
         if code not in tuple(Kernel):
-            known = "0 dense, 1 2:4 sparse, 2 unstructured, 3 block-sparse rows"
+            known = "0 dense, 1 2:4 sparse, 2 unstructured, 3 block-sparse, 4 or 5 groups, 6 SpMV"
             raise InputError(f"kernel code {code} is unknown; expected {known}")
+        if code == SPMV and m[rows].max(initial=1.0) > 1.0:
+            raise InputError(f"an SpMV kernel multiplies one token, got m = {m[rows].max():g}")
         kernel = gemm_kernel(hw, path.dtype, path.weight_dtype, DENSE if code == UNSTRUCTURED else code)
-        for name, values in _timed(kernel, path, detail, *(a[rows] for a in given)).items():
+        for name, values in _timed(kernel, path, detail, **{name: a[rows] for name, a in given.items()}).items():
             if name not in out:
                 out[name] = np.zeros((len(m), *values.shape[1:]), dtype=values.dtype)
             out[name][rows] = values
     return {name: values.reshape((*shape, *values.shape[1:])) for name, values in out.items()}
+
+
+def _stored(n: Any, codes: NDArray[Any], path: _Path) -> Any:
+    """Outputs of dense products of as many bytes as SpMV kernels store, in whole rows of eight; others' own."""
+    if not np.any(codes == SPMV):
+        return n
+    value, rows = ELEMENT_BYTES[path.weight_dtype or path.dtype], np.asarray(n, dtype=np.float64)
+    return np.where(codes == SPMV, np.ceil(rows * spmv_bytes(path.density, value) / (8.0 * value)) * 8.0, rows)
 
 
 def _chunks(codes: NDArray[Any], shape: tuple[int, ...]) -> list[tuple[int, Any]]:
@@ -270,11 +301,12 @@ def _chunks(codes: NDArray[Any], shape: tuple[int, ...]) -> list[tuple[int, Any]
     return [(code, at[start : start + CHUNK]) for code, at in rows.items() for start in range(0, len(at), CHUNK)]
 
 
-def _timed(kernel: GemmKernel, path: _Path, detail: bool, m: F, n: F, k: F, copies: F | None = None) -> Columns:
-    """Columns of :class:`GemmTime` for shapes of one kernel; with ``detail`` also the rungs of the ladder."""
+def _timed(kernel: GemmKernel, path: _Path, detail: bool, m: F, n: F, k: F, **more: F) -> Columns:
+    """Columns of :class:`GemmTime` for shapes of one kernel, ``more`` their copies and blocks where they have any; with
+    ``detail`` also the rungs of the ladder."""
     core, machine, shapes = kernel.core, kernel.core.machine, (m, n, k)
     m, n, k = (a.astype(PRECISION) for a in shapes)
-    used = None if copies is None else copies.astype(PRECISION)
+    used = more["copies"].astype(PRECISION) if "copies" in more else None
     byte_us, flop_us = 1e6 / machine.bandwidth_bytes_per_s, 1e6 / machine.peak_flop_per_s
     compute = n * k * m * (2.0 * flop_us)
     moved = n * k * (machine.weight_bytes * byte_us) + (n + k) * m * (machine.element_bytes * byte_us)
@@ -283,6 +315,9 @@ def _timed(kernel: GemmKernel, path: _Path, detail: bool, m: F, n: F, k: F, copi
     if not np.any(halvings):
         halvings = 0.0  # a number multiplies the tables of tiles, an array every shape by every tile
     step_scale = 1.0 + kernel.align_step * halvings
+    if kernel.group and "block" in more:
+        features = np.where(more["block"] > 0, more["block"], np.inf)
+        step_scale = step_scale * (1.0 + (kernel.group / features) ** 1.5).astype(PRECISION)
     load_scale = kernel.load_scale * (1.0 + kernel.align_load * halvings)
     parts = core_time(rows, n, k, core, used, step_scale, load_scale)
     factor: F | float = 1.0
@@ -297,7 +332,7 @@ def _timed(kernel: GemmKernel, path: _Path, detail: bool, m: F, n: F, k: F, copi
     out |= {"bound": _bound(parts, core, k), "measured": np.zeros(len(m), dtype=np.bool_)}
     if path.doubt:
         out |= unsure.columns()
-    if kernel.exact is not None and copies is None:
+    if kernel.exact is not None and used is None:
         hit, seconds, log_half = kernel.exact.at(*shapes)
         width = np.exp(log_half[hit] * level_scale(path.level))
         out["measured"], seconds = hit, seconds[hit]

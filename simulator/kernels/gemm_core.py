@@ -61,6 +61,7 @@ class Machine:
     persistent: bool  # blocks stay on their SM and take tile after tile
     packs: bool = False  # a CPU: no tiles and waves, weights rearranged from `pack_m` rows on, nothing overlaps
     least_rows: float = 1.0  # rows of the smallest tile that is used
+    ragged: bool = False  # tiles that are skipped end at once: SMs go on one by one, not in waves
 
     @classmethod
     def of(cls, hw: HardwareProfile, label: str = "bf16") -> Machine:
@@ -174,7 +175,8 @@ def core_time(
     sm, step = float(machine.sm_count), core.step_us * step_scale
     tiles, steps = np.ceil(m / core.tile_m) * np.ceil(n / core.tile_n), np.ceil(k / core.step_elements)
     # a division: the reciprocal's rounding would make 132 tiles on 132 SMs two waves
-    waves = np.maximum(tiles / sm, 1.0) if machine.persistent else np.ceil(tiles / sm)
+    even = machine.persistent or machine.ragged
+    waves = np.maximum(tiles / sm, 1.0) if even else np.ceil(tiles / sm)
     whole = cube(waves * (steps * step + core.epilogue_us))
     # split-K: SMs that would idle share one tile's k-steps, and their partial sums are added up in a second pass
     split = np.minimum(np.maximum(np.floor(sm / tiles), 1.0), np.clip(np.floor(k / 128.0), 1.0, 64.0))

@@ -92,7 +92,7 @@ def settled(
     ``same`` (W, G) is of ``PassDoubt.ratio_variance``; ``mixed`` (W,) says where the host launches another mix than in
     the other pass; ``measured`` is the index of a pass and its measured time, s.
     """
-    doubt, engine = p.doubt, p.engine.log_sd.value**2
+    doubt, (alike, apart) = p.doubt, _of_engine(p)
     multiplier = MULTIPLIER if doubt.posterior is None else doubt.posterior.multiplier
     scale = multiplier * level_scale(level)
     z, implied = (np.array([-scale, 0.0, scale]) if p.host else np.zeros(3)), None
@@ -104,8 +104,9 @@ def settled(
     hosts = _Hosts.at(p, z)
     a, b = hosts.share, hosts.share[:, other]
     together = 0.5 * (variance + variance[other] - doubt.ratio_variance(other, same))  # covariance with the other pass
-    own = a * a * variance + engine
+    own = a * a * variance + alike + apart
     between = a * a * variance + b * b * variance[other] - 2.0 * a * b * together
+    between = between + np.where(other == np.arange(len(other)), 0.0, 2.0 * apart)
     mix = 2.0 * MEASURED_LOG_SD**2 + np.where(mixed, MIXED_LOG_SD**2, 0.0)
     mix = np.where((same == 1.0).all(axis=1), 0.0, mix)
     if measured is not None and implied is not None and implied.believed:
@@ -120,14 +121,19 @@ def settled(
     return Settled(times, np.exp(lower), np.exp(upper), *ratios, implied)
 
 
+def _of_engine(p: Pass) -> tuple[float, float]:
+    """Variances of the log of a pass that no operator explains: alike in all models, and of each by itself."""
+    return p.engine.log_sd.value**2, p.engine.apart_log_sd.value**2
+
+
 def _conditioned(p: Pass, hosts: _Hosts, variance: F, same: F, at: int, seconds: float) -> tuple[_Hosts, F]:
     """Passes at each host once pass ``at`` took so long; and of each (h, W) its covariance with that time's log, in
     units of that log's standard deviation."""
-    every, engine = np.arange(len(variance)), p.engine.log_sd.value**2
-    apart = p.doubt.ratio_variance(np.full_like(every, at), np.where(every[:, None] == at, 1.0, same))
+    every, (alike, apart) = np.arange(len(variance)), _of_engine(p)
+    ratio = p.doubt.ratio_variance(np.full_like(every, at), np.where(every[:, None] == at, 1.0, same))
     share = hosts.share[:, [at]]
-    covariance = 0.5 * hosts.share * share * (variance + variance[at] - apart) + engine
-    whole = share**2 * variance[at] + engine + MEASURED_LOG_SD**2
+    covariance = 0.5 * hosts.share * share * (variance + variance[at] - ratio) + alike + apart * (every == at)
+    whole = share**2 * variance[at] + alike + apart + MEASURED_LOG_SD**2
     left = np.log(seconds / hosts.seconds[:, [at]])
     moved = replace(hosts, seconds=hosts.seconds * np.exp(covariance / whole * left))
     return moved, covariance / np.sqrt(whole)
@@ -151,7 +157,7 @@ def _hosts_given(p: Pass, variance: float, at: int, seconds: float) -> tuple[F, 
     """Weights of the speeds of :data:`_GRID` after a pass took so long, and what it says."""
     hosts = _Hosts.at(p, _GRID)
     log, share = np.log(seconds / hosts.seconds[:, at]), hosts.share[:, at]
-    whole = share**2 * variance + p.engine.log_sd.value**2 + MEASURED_LOG_SD**2
+    whole = share**2 * variance + sum(_of_engine(p)) + MEASURED_LOG_SD**2
     likely = np.exp(-0.5 * (_GRID**2 + log * log / whole)) / np.sqrt(whole)
     best = int(np.argmax(likely))
     deviation = float(np.sqrt(_GRID[best] ** 2 + log[best] ** 2 / whole[best]))

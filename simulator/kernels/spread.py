@@ -40,7 +40,7 @@ COLUMNS: Mapping[str, float] = MappingProxyType({
     # of one operator's kernels; with those of the machine: launch .20, compute .06, memory .034
     "gemm launch": 0.17, "gemm compute": 0.045, "gemm memory": 0.03, "gemm l2": 0.60, "gemm latency": 0.10,
     "gemm feed": 0.09, "gemm idle 128x256": 0.10, "gemm idle 128x128": 0.10, "gemm idle 64x128": 0.10,
-    "gemm alignment": 0.25, "gemm sparse24": 0.10, "gemm blocks": 0.10, "gemm quantised": 0.25,
+    "gemm alignment": 0.25, "gemm sparse24": 0.10, "gemm blocks": 0.10, "gemm quantised": 0.25, "gemm spmv": 0.04,
     "gemm default": 0.20, "gemm generic": 0.30,
     "prefill launch": 0.42, "prefill compute": 0.19, "prefill memory": 0.44, "prefill latency": 0.48,
     "prefill occupancy": 0.5, "prefill sparse": 0.15, "prefill default": 0.20,
@@ -51,6 +51,7 @@ COLUMNS: Mapping[str, float] = MappingProxyType({
     "mla_decode merge": 0.2, "mla_decode sparse": 0.10,
     "mla_decode default": 0.20, "mla_decode generic": 0.20, "mla_decode kernel": 0.12,
     "elementwise launch": 0.15, "elementwise memory": 0.10, "elementwise l2": 0.20, "elementwise default": 0.28,
+    "elementwise added": 0.30,
     "collective launch": 0.24, "collective link": 0.08, "collective step": 0.33, "collective pcie": 0.4,
     "collective topology": 0.5,
     "experts launch": 0.35, "experts compute": 0.38, "experts memory": 0.07, "experts io": 0.5, "experts padding": 0.25,

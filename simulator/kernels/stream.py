@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _ATTENTION = "batch kv_len heads kv_heads head_dim value_dim window density"
 _MODELS: Mapping[int, tuple[Callable[..., OpTime], str, str, Mapping[str, bool]]] = MappingProxyType(
     {
-        int(Kind.GEMM): (gemm_time, "weight_dtype", "m n k kernel density", {"doubt": True}),
+        int(Kind.GEMM): (gemm_time, "weight_dtype", "m n k kernel density block", {"doubt": True}),
         int(Kind.PREFILL_ATTENTION): (prefill_attention_time, "kv_dtype", f"{_ATTENTION} q_len block", {}),
         int(Kind.DECODE_ATTENTION): (decode_attention_time, "kv_dtype", f"{_ATTENTION} latent", {}),
         int(Kind.EXPERTS): (experts_time, "weight_dtype", "m n k experts active skew", {}),
@@ -96,7 +96,7 @@ def operator_times(w: Workload, hw: HardwareProfile, level: float = 0.9, engine:
             put(rows, model(**columns, hw=hw, dtype=dtype, level=level, **{second: other}, **more))
     for rows, dtype, _ in by_formats(w, int(Kind.ELEMENTWISE)):
         size = w.read_bytes[rows], w.write_bytes[rows]
-        put(rows, elementwise_time(*size, hw, role=w.role[rows], dtype=dtype, level=level))
+        put(rows, elementwise_time(*size, hw, role=w.role[rows], added=w.overhead[rows], dtype=dtype, level=level))
     if engine is not None and engine is not load_engine(""):
         _own_gemms(out, w, hw, engine)
     collective = w.kind == int(Kind.COLLECTIVE)
@@ -137,9 +137,14 @@ class Pass:
     each: OpTime  # one execution of the main kernel of each of the stack's different shapes
     streams: F  # times each row's kernels stream its data
     row_s: F  # on the device
-    group_s: F  # workload x group, sums of the rows and the gaps between their kernels
-    gap_s: F  # of each workload: idle between the kernels of a graph
+    group_s: F  # workload x group: sums of the rows and of the gaps
+    group_gap_s: F  # workload x group: between the kernels, idle or the host's
     host: Host
+
+    @property
+    def gap_s(self) -> F:
+        """Of each workload: between its kernels."""
+        return np.asarray(self.group_gap_s.sum(axis=1))
 
     @cached_property
     def time(self) -> OpTime:
@@ -203,12 +208,23 @@ class Pass:
         for column in np.flatnonzero(d.shared.any(axis=1)):
             shared[:, column] = stack.total(share * d.shared[column][which])
         shared[:, INDEX["machine launch"]] += COLUMNS["machine launch"] * self.gap_s / device
-        local, own, whole = (groups.sums(share * v[which]) for v in (d.local, np.sqrt(d.own), np.sqrt(d.variance)))
+        local = groups.sums(share * d.local[which])
+        composed, gaps = self._composed
+        own, whole = (groups.sums(share * np.sqrt(v[which] + composed)) + gaps for v in (d.own, d.variance))
         posterior = posterior_of(self.hw)
         noise = 1.0 if posterior is None else np.sqrt(posterior.noise[groups.kind])
         time = np.maximum(groups.sums(share), 1e-300)
         place = np.stack([groups.sums(share * axis[which]) / time for axis in d.place.T], axis=-1)
         return PassDoubt(shared, local * noise, own * noise, whole, place, groups.kind, posterior)
+
+    @property
+    def _composed(self) -> tuple[F, F]:
+        """Variance of the log of each row's time, where several kernels put an operator together and none was timed;
+        and (W, G) what the gaps between those add to a group's deviation, in shares of a pass."""
+        w, groups, sd = self.stack.rows, self.stack.groups, self.engine.composed_log_sd.value
+        composed = w.overhead | (w.is_attention & (w.kernel == Kernel.BLOCK_SPARSE))
+        part = groups.sums(self.row_s * composed) / np.maximum(groups.sums(self.row_s), 1e-300)
+        return composed * sd**2, sd * part * self.group_gap_s / np.maximum(self.device_s, 1e-300)[:, None]
 
     @property
     def share(self) -> F:
@@ -245,11 +261,20 @@ def passes(stack: Stack, hw: HardwareProfile, level: float = 0.9) -> Pass:
     all_of_it = (groups.kind == Kind.ELEMENTWISE) & (groups.role != _CACHE_WRITE)
     streams = np.where(all_of_it, kernels, np.minimum(kernels, 1.0))[groups.of_row]
     row_s = each.seconds[which] * stack.rows.count * streams
-    graph = np.array([engine.in_graph(name) for name in ("prefill", "decode")])[groups.segment // 3]
-    idle = hw.section("runtime", "*")["graph_gap_s"] + (0.0 if hw.architecture == "cpu" else engine.gap.value)
-    gap = np.where(graph, launches(stack, engine) * idle, 0.0)
+    gap = _gaps(stack, engine, hw)
     host = Host.of(stack, engine, hw)
-    return Pass(stack, hw, engine, each, streams, row_s, groups.sums(row_s) + gap, gap.sum(axis=1), host)
+    return Pass(stack, hw, engine, each, streams, row_s, groups.sums(row_s) + gap, gap, host)
+
+
+def _gaps(stack: Stack, engine: Engine, hw: HardwareProfile) -> F:
+    """(W, G) time between the kernels of each group, s: idle inside a graph. A CPU is its own host: it waits after
+    every kernel, and launches those that an operator has beside its main one."""
+    groups, runtime, launched = stack.groups, hw.section("runtime", "*"), launches(stack, engine)
+    if hw.architecture != "cpu":
+        graph = np.array([engine.in_graph(name) for name in ("prefill", "decode")])[groups.segment // 3]
+        return np.where(graph, launched * (runtime["graph_gap_s"] + engine.gap.value), 0.0)
+    beside = np.where(groups.kind == Kind.ELEMENTWISE, 0.0, np.maximum(launched - groups.count, 0.0))
+    return np.asarray(launched * runtime["graph_gap_s"] + beside * runtime["host_op_s"])
 
 
 def refusal(stack: Stack) -> str:

@@ -1,12 +1,14 @@
 """Speedups of many workloads at once: everything a comparison needs, as arrays with one entry a workload.
 
 Use :func:`compare` for a stack on one device; :func:`simulator.speedups` is the same for one dense workload, as
-objects. What does not depend on the device is counted once for all of them, and a shape that occurs several times is
-timed once.
+objects. :func:`against` sets pruned workloads against each other: what two of them have in common cancels in their
+ratio, which is surer than either speedup. What does not depend on the device is counted once for all of them, and a
+shape that occurs several times is timed once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -100,7 +102,7 @@ def compare(
     for name, (dtype, has) in pairs.sections.items():
         if p.hw.section(name, dtype).status != "calibrated":
             calibrated &= ~has
-    found = settled(p, level, dense, *_alike(pairs, p), None if dense_s is None else (0, dense_s))
+    found = settled(p, level, dense, *_alike(dense, p), None if dense_s is None else (0, dense_s))
     times = found.seconds, found.lower, found.upper
     of_dense = (column[dense] for column in times)
     ratio = found.ratio, found.ratio_lower, found.ratio_upper
@@ -110,15 +112,27 @@ def compare(
     return Comparison(*columns), found.implied
 
 
-def _alike(pairs: Pairs, p: Pass) -> tuple[F, NDArray[np.bool_]]:
-    """(W, G) how alike errors of groups are in the dense workload of each, and (W,) whether its host launches another
+def against(stack: Stack, hw: HardwareProfile, others: Sequence[Rows], level: float = 0.9) -> tuple[F, F, F]:
+    """Log speedup (R, W) of every workload of a stack over R others of it, indices (W,) each, and how far below and
+    above it its interval reaches."""
+    p, every = passes(stack, hw, level), []
+    for other in others:
+        found = settled(p, level, other, *_alike(other, p))
+        middle = np.log(found.ratio)
+        every.append((middle, middle - np.log(found.ratio_lower), np.log(found.ratio_upper) - middle))
+    middle, below, above = (np.stack(part) for part in zip(*every))
+    return middle, below, above
+
+
+def _alike(other: Rows, p: Pass) -> tuple[F, NDArray[np.bool_]]:
+    """(W, G) how alike errors of groups are in another workload than each, and (W,) whether its host launches another
     mix."""
-    dense, groups, spent = pairs.dense, p.stack.groups, p.group_s
+    groups, spent = p.stack.groups, p.group_s
     each = spent / np.maximum(groups.count, 1e-300)
-    alike = np.abs(each - each[dense]) <= 1e-9 * each[dense]
-    untouched = np.abs(spent - spent[dense]) <= 1e-9 * spent[dense]
+    alike = np.abs(each - each[other]) <= 1e-9 * each[other]
+    untouched = np.abs(spent - spent[other]) <= 1e-9 * spent[other]
     same = np.where(untouched, 1.0, np.where(alike, SAME_SHAPE, 0.0))
-    return same, ~(groups.count == groups.count[dense]).all(axis=1)  # other kernels, or launched less often
+    return same, ~(groups.count == groups.count[other]).all(axis=1)  # other kernels, or launched less often
 
 
 def _tokens(pairs: Pairs, p: Pass, seconds: F) -> tuple[F, F, F]:

@@ -1,9 +1,12 @@
 """Acceleration against quality: speedups joined with quality rows, and the frontier of what no other point beats.
 
-Use :func:`fronts` for the frontiers of a model (a device, phase, batch and length each), :func:`frontier` for the rule
-itself on arrays. Quality loss is the relative drop of one metric under one protocol, see
+Use :func:`fronts` for the frontiers of a model (a device, engine, phase, batch and length each), :func:`frontier` for
+the rule itself on arrays. Quality loss is the relative drop of one metric under one protocol, see
 :mod:`simulator.predict.quality`; speedups are predicted with their interval, or measured where the caller has them. A
 *band* is the range of quality budgets in which one family is the fastest.
+
+Which of two points is faster is sure where the 90 % interval of the ratio of their speedups says so: what both have in
+common, the dense model among it, cancels there (:func:`margins`).
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from simulator.files.csv import read_csv
 from simulator.files.read import read_bounded
 from simulator.models.library import load_model
 from simulator.predict.choices import FamilyChoice
-from simulator.predict.rows import Piece, Record, columns_of, records, work_of
+from simulator.predict.compare import against
+from simulator.predict.rows import Columns, Piece, Record, Work, columns_of, records, work_of
 from simulator.predict.settings import Setting, profiles, requests_of, settings_of
 from simulator.pruning import FAMILIES
 
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
     from simulator.models.config import ModelConfig
     from simulator.predict.quality import Axis, QualityRow, QualityTable
+
+Halves = tuple[tuple[float, ...], ...]
 
 DENSE = "dense"
 """Family of the dense model's own point: no loss, speedup 1."""
@@ -60,7 +66,7 @@ class Point:
     speedup_upper: float
     measured: bool
     optimal: bool  # no other point is as fast at no more loss
-    sure: bool  # still so with its speedup at the low end of its interval and those of other families at the high end
+    sure: bool  # and the interval of its speedup over each point of another family at no more loss lies above 1
     beaten_by: str  # where not optimal: the fastest point at no more loss
     limit: str
     calibrated: bool
@@ -99,6 +105,7 @@ class Front:
     bands: tuple[Band, ...]
     calibrated: bool
     level: float
+    below: Halves = ()  # [i][j]: how far the interval of log(speedup of point i / of point j) reaches below it
 
 
 def frontier(loss: ArrayLike, speedup: ArrayLike) -> NDArray[np.bool_]:
@@ -116,21 +123,44 @@ def frontier(loss: ArrayLike, speedup: ArrayLike) -> NDArray[np.bool_]:
     return ~beaten
 
 
-def bands(points: Sequence[Point]) -> tuple[Band, ...]:
+def margins(speedup: ArrayLike, below: ArrayLike) -> NDArray[np.float64]:
+    """How sure it is that point i is faster than point j, (n, n): the log of the ratio of their speedups, in units of
+    how far its interval reaches towards 0. From 1 up it is faster for sure, from -1 down slower.
+
+    ``speedup`` (n,); ``below`` (n, n) how far the interval of log(speedup i / speedup j) reaches below it.
+
+    >>> margins([1.0, 1.21], [[0.0, 0.1], [0.1, 0.0]]).round(1).tolist()
+    [[0.0, -1.9], [1.9, 0.0]]
+    """
+    log, reach = np.log(np.asarray(speedup, dtype=float)), np.asarray(below, dtype=float)
+    gap = log[:, None] - log
+    return np.asarray(gap / np.maximum(np.where(gap >= 0.0, reach, reach.T), 1e-12))
+
+
+def independent(points: Sequence[Point]) -> Halves:
+    """``Front.below`` of points that have nothing in common, from their own intervals."""
+    low, mid, high = np.log([(p.speedup_lower, p.speedup, p.speedup_upper) for p in points]).reshape(-1, 3).T
+    return _nested(np.hypot((mid - low)[:, None], high - mid))
+
+
+def bands(points: Sequence[Point], below: Halves | None = None) -> tuple[Band, ...]:
     """The family that is fastest at each quality budget among judged points; the dense model until one beats it.
 
-    Bands come by rising loss, without gaps, neighbours of one family joined, the last one open.
+    Bands come by rising loss, without gaps, neighbours of one family joined, the last one open. ``below`` as of
+    :func:`judge`.
     """
-    best = sorted((p for p in points if p.optimal and p.speedup > 1.0), key=lambda p: (p.loss, -p.speedup))
-    edges = [*(max(p.loss, 0.0) for p in best), math.inf]
+    best = sorted((i for i, p in enumerate(points) if p.optimal and p.speedup > 1.0), key=lambda i: _place(points[i]))
+    edges = [*(max(points[i].loss, 0.0) for i in best), math.inf]
+    ahead = margins([p.speedup for p in points], independent(points) if below is None else below) >= 1.0
     out: list[Band] = []
     if not best or edges[0] > 0.0:
         out.append(Band(DENSE, 0.0, edges[0], 1.0, 1.0, all(p.speedup_upper <= 1.0 for p in points if p.loss <= 0.0)))
-    for p, low, high in zip(best, edges[:-1], edges[1:]):
+    for i, low, high in zip(best, edges[:-1], edges[1:]):
         if high <= low:
             continue
-        rivals = (q.speedup_upper for q in points if q.family != p.family and q.loss < high)
-        sure = p.speedup_lower > max(rivals, default=1.0)
+        p = points[i]
+        rivals = (ahead[i, j] for j, q in enumerate(points) if q.family != p.family and q.loss < high)
+        sure = p.speedup_lower > 1.0 and all(rivals)
         if out and out[-1].family == p.family:
             out[-1] = replace(out[-1], high=high, speedup_high=p.speedup, sure=out[-1].sure and sure)
         else:
@@ -177,26 +207,56 @@ def fronts(
         for hw in devices:
             columns = columns_of(work, [hw], refuse)
             found = zip(columns["choice"].tolist(), records(columns))
-            judged = judge([_point(rows[choice], record, measured) for choice, record in found])
-            if not judged:
+            points = [_point(rows[choice], record, measured) for choice, record in found]
+            if not points:
                 none = f"empty frontier: none of the {len(rows)} rows on {axis} can run on {hw.label}"
                 raise InputError(f"{none}: {'; '.join(notes)}")
+            order = sorted(range(len(points)), key=lambda i: _place(points[i]))
+            below = _below(work, columns, hw, points, order)
+            judged = judge([points[i] for i in order], below)
             calibrated = all(q.calibrated or q.measured for q in judged)
             where = (config.name, hw.label, p, b, s, setting.engine_name)
-            out.append(Front(*where, axis, judged, bands(judged), calibrated, setting.level))
+            out.append(Front(*where, axis, judged, bands(judged, below), calibrated, setting.level, below))
     return tuple(out), tuple(notes)
 
 
-def judge(points: Sequence[Point]) -> tuple[Point, ...]:
+def _below(work: Work, columns: Columns, hw: HardwareProfile, points: Sequence[Point], order: Sequence[int]) -> Halves:
+    """``Front.below`` of points in an order: predicted ones from what their passes have in common, measured ones of
+    their own intervals."""
+    alone = np.array(independent(points))
+    measured = np.array([p.measured for p in points])
+    pruned = np.flatnonzero(np.isin(work.choice, columns["choice"]))  # of one request: by choice, as the points
+    stack, dense = work.only(pruned).stack, len(work.requests.workloads)
+    _, together, _ = against(
+        stack, hw, [np.full(len(stack), dense + i) for i in range(len(pruned))], work.piece.setting.level
+    )
+    below = np.where(measured[:, None] | measured, alone, together.T[dense:])
+    return _nested(below[np.ix_(order, order)])
+
+
+def _nested(values: NDArray[Any]) -> Halves:
+    return tuple(map(tuple, values.tolist()))
+
+
+def _place(p: Point) -> tuple[float, float]:
+    """Points by rising loss, of equal loss the fastest first."""
+    return p.loss, -p.speedup
+
+
+def judge(points: Sequence[Point], below: Halves | None = None) -> tuple[Point, ...]:
     """Points by rising loss with ``optimal``, ``sure`` and ``beaten_by`` filled in; the dense model (loss 0, speedup 1)
-    takes part."""
-    points = sorted(points, key=lambda p: (p.loss, -p.speedup))
+    takes part. ``below`` is that of :class:`Front`, in the order of the points; None where they have nothing in
+    common."""
+    halves = np.array(independent(points) if below is None else below)
+    order = sorted(range(len(points)), key=lambda i: _place(points[i]))
+    points = [points[i] for i in order]
+    ahead = margins([p.speedup for p in points], halves[np.ix_(order, order)]) >= 1.0
     mask = frontier([0.0, *(p.loss for p in points)], [1.0, *(p.speedup for p in points)])[1:]
     out = []
-    for p, optimal in zip(points, mask.tolist()):
+    for i, (p, optimal) in enumerate(zip(points, mask.tolist())):
         rivals = [q for q in points if q is not p and q.loss <= p.loss]
-        others = [q.speedup_upper for q in rivals if q.family != p.family]
-        sure = optimal and p.speedup_lower > max([1.0 if p.loss >= 0 else 0.0, *others])
+        others = [ahead[i, j] for j, q in enumerate(points) if q.loss <= p.loss and q.family != p.family]
+        sure = optimal and (p.speedup_lower > 1.0 or p.loss < 0.0) and all(others)
         fastest = max(rivals, key=lambda q: q.speedup, default=None)
         beaten = fastest and fastest.speedup >= max(p.speedup, 1.0)
         winner = fastest.name if fastest and beaten else "the dense model"

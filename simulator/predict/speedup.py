@@ -178,7 +178,7 @@ def _ladder(p: Pass) -> dict[str, F]:
     rungs = {name: ideal.copy() for name in ("ideal", "roofline", "tile", "wave", "alignment")}
     rungs["kernel"] = np.maximum(p.row_s - np.minimum(_fixed(p), p.row_s), np.minimum(ideal, p.row_s))
     for rows, dtype, weight in by_formats(w, Kind.GEMM):
-        shape = {name: getattr(w, name)[rows] for name in ("m", "n", "k", "kernel")}
+        shape = {name: getattr(w, name)[rows] for name in ("m", "n", "k", "kernel", "density", "block")}
         for name, seconds in gemm_ladder(**shape, hw=p.hw, dtype=dtype, weight_dtype=weight).items():
             if name in rungs:
                 rungs[name][rows] = seconds * w.count[rows]

@@ -52,7 +52,8 @@ def prune(
         ``"qkv"``; what is not named stays dense, and a projection's own entry goes before its group's); or of each
         layer, first to last. 0 changes no row.
     ideal : bool
-        Leave out the work that the method itself adds (routers, gathers, selections): the bound of the family.
+        Leave out the work that the method itself adds (routers, gathers, selections), and let its kernels reach those
+        of dense products: the bound of the family. The option ``kernel="ideal"`` of dynamic families says the same.
     **options
         See ``FAMILIES[family].options``.
 

@@ -9,7 +9,7 @@ import numpy as np
 from simulator.columns import Array
 from simulator.errors import InputError
 from simulator.pruning._family import Choice, Pruned
-from simulator.pruning._rows import biases, parameters_removed, projections
+from simulator.pruning._rows import biases, parameters_removed, projections, zeros
 from simulator.workload import Kernel, Kind, Workload
 
 
@@ -50,8 +50,8 @@ def moved(w: Workload, share: Array) -> dict[str, Array]:
 def zeroed(w: Workload, choice: Choice, kernel: Kernel, name: str) -> Pruned:
     """Weights of the projections set to zero once; ``params`` counts those that are not (and the biases)."""
     rows, keep = projections(w) & (choice.rows > 0), 1.0 - choice.rows
-    if (w.kernel[rows] != Kernel.DENSE).any():
-        which = Kernel(int(w.kernel[rows].max())).name.lower()
+    if (already := rows & zeros(w)).any():
+        which = Kernel(int(w.kernel[already].max())).name.lower()
         raise InputError(f"{name}: the projections are sparse already ({which}); a weight is zeroed once")
     bias = biases(w)
     out = changed(w, rows, density=w.density * keep, kernel=kernel, params=keep * (w.params - bias) + bias)

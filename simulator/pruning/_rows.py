@@ -26,6 +26,13 @@ def weighted(w: Workload) -> Array:
     return mask
 
 
+def zeros(w: Workload) -> Array:
+    """Mask of rows whose weights hold zeros, or are computed in blocks: all but dense ones and those that only skip
+    tokens."""
+    mask: Array = (w.kernel != Kernel.DENSE) & ~((w.kernel == Kernel.BLOCK_SPARSE) & (w.block == 0))
+    return mask
+
+
 def writers(w: Workload, *names: str) -> Array:
     """Mask of projections whose N is that of the model: all but the first factors of low-rank pairs."""
     mask: Array = projections(w, *names) & (w.stage != 1)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from simulator.columns import Array
 from simulator.errors import InputError
 from simulator.pruning._added import (
+    Inserted,
     before_sublayer,
     hidden_at,
     insert,
@@ -16,15 +18,26 @@ from simulator.pruning._added import (
     sublayer_ends,
 )
 from simulator.pruning._edits import changed, moved, whole_share
-from simulator.pruning._family import SCORE_BYTES, SUBLAYERS, Choice, Family, Pruned, flag, whole
+from simulator.pruning._family import SCORE_BYTES, SUBLAYERS, Choice, Family, Pruned, flag, one_of, whole
 from simulator.pruning._tokens import query_share, split_fused_qkv, split_tokens
-from simulator.workload import Kernel, Kind, Workload
+from simulator.workload import Kernel, Kind, Workload, role_code
 
 KEYS = ("k", "v", "qkv", "kv_a", "qkv_a", "kv_b", "attention_norm", "rotary", "qk_norm", "latent_norm", "cache_write")
 """What makes a token's key and value, on all tokens."""
 
+KERNELS = ("reference", "gathered", "ideal")
+"""GEMMs that skip tiles of tokens sorted by a mask, as the taxonomy's bench has them in Triton; dense ones of tokens
+gathered before a sublayer and scattered after it; the same for free."""
 
-def dynamic_depth(w: Workload, choice: Choice, *, ideal: bool, prune_kv: bool = False, router: int = 2) -> Pruned:
+SELECT, SORT = 2, 2
+"""Kernels between a router's scores and its mask (the larger score, its inverse), and between the mask and the tiles
+that are skipped (order, marks of tiles). The bench's code has some five and nine, of a microsecond or two each; so many
+are what section 5.4 of its paper leaves room for in decode (+62 % outside GEMMs, predicted +25 to +74 %)."""
+
+
+def dynamic_depth(
+    w: Workload, choice: Choice, *, ideal: bool, kernel: str = "reference", prune_kv: bool = False, router: int = 2
+) -> Pruned:
     """Each attention and MLP sublayer computes an expected share ``1-s`` of the tokens.
 
     k, v, their rotary and cache writes (and the norm before them) stay dense, so that later tokens find every key; with
@@ -32,16 +45,24 @@ def dynamic_depth(w: Workload, choice: Choice, *, ideal: bool, prune_kv: bool = 
 
     Tokens of a GEMM: binomial, see ``token_points``; at batch 1 in decode a sublayer runs with probability ``1-s``.
     Prefill attention with dense keys keeps its rows and computes a share ``1-s`` of the query-key pairs (density,
-    block-sparse); decode attention has fewer sequences. Cost: a router GEMM (``router`` outputs) over all tokens a
-    sublayer, and where there is more than one token a gather before and a scatter after it. Parameters are conserved.
+    block-sparse); decode attention has fewer sequences. Parameters are conserved.
+
+    Cost: a router GEMM (``router`` outputs) over all tokens a sublayer. ``kernel`` "reference" (the taxonomy's bench,
+    github.com/EIT-NLP/LLM-Pruning, PruningInferSim): the mask is selected and, of several tokens, sorted; GEMMs skip
+    tiles and are no cuBLAS; each writes zeros where tokens skip (``fill``); norms, rotary and the product of gate and
+    up see all tokens. "gathered": a gather before a sublayer and a scatter after it, all between on fewer tokens; a
+    single token needs neither.
     """
     dense_kv, router = not flag("prune_kv", prune_kv), whole("router", router)
+    ideal |= one_of("kernel", kernel, KERNELS) == "ideal"
     if any(a.family == "dynamic_depth" and a.realised > 0 for a in w.meta.applied):
         raise InputError("dynamic_depth: tokens are routed already; route once, at the final sparsity")
     w, s = split_fused_qkv(w, choice.rows) if dense_kv else (w, choice.rows)
-    keep, routed = 1.0 - s, s > 0
+    keep, routed, reference = 1.0 - s, s > 0, kernel == "reference" and not ideal
     prefill = w.kind == Kind.PREFILL_ATTENTION
     skips = routed & ~w.overhead & ~prefill
+    if reference:
+        skips &= w.kind != Kind.ELEMENTWISE
     if dense_kv:
         w = changed(w, prefill & routed, density=w.density * keep, kernel=Kernel.BLOCK_SPARSE)
         w = w.replace(**moved(w, np.where(skips, query_share(w, keep), 1.0)))
@@ -52,24 +73,59 @@ def dynamic_depth(w: Workload, choice: Choice, *, ideal: bool, prune_kv: bool = 
     keep = np.where(skips, keep, 1.0)
     if ideal:
         return split_tokens(w, keep), choice.asked
-    # overheads stand where they run: router and gather before the sublayer, scatter after it
+    # overheads stand where they run: router, mask and gather before the sublayer, scatter after it
     ends = np.flatnonzero(sublayer_ends(w) & routed)
-    first, several = before_sublayer(w, ends), w.m[ends] > 1
+    first = before_sublayer(w, ends)
+    parts = [(first, overhead_gemm(w, ends, "router", router, hidden_at(w, ends)))]
+    if reference:
+        parts += [(first, _select(w, ends, router)), *_masked(w, ends, first, skips | (prefill & routed))]
+        w = changed(w, skips & (w.kind == Kind.GEMM) & (w.kernel == Kernel.DENSE), kernel=Kernel.BLOCK_SPARSE)
+        w = changed(w, routed & w.is_role("activation"), role=role_code("product")[0])
+        keep = np.concatenate([keep, np.ones(sum(len(rows) for _, rows in parts))])
+    else:
+        parts += _copies(w, ends, first)
+        copies = 1.0 - s[ends[w.m[ends] > 1]]
+        keep = np.concatenate([keep, np.ones(len(ends)), copies, copies])
+    return split_tokens(insert(w, parts), keep[insertion(w, parts)]), choice.asked
+
+
+def _select(w: Workload, ends: Array, router: int) -> Workload:
+    """The mask of a sublayer from its router's scores."""
+    m = w.m[ends]
+    traffic = {"read_bytes": m * router * stream_bytes(w, ends), "write_bytes": m * 1.0}
+    return overheads(w, ends, "select", m=m, n=np.full(len(ends), router), **traffic, count=SELECT * w.count[ends])
+
+
+def _masked(w: Workload, ends: Array, first: Array, skips: Array) -> Inserted:
+    """The sorting of the masks of several tokens, and the zeros under each result that not all tokens write."""
+    several = w.m[ends] > 1
+    at, m = ends[several], w.m[ends[several]]
+    sort = overheads(w, at, "sort", m=m, n=1, read_bytes=m * SCORE_BYTES, write_bytes=m * SCORE_BYTES)
+    rows = np.flatnonzero(skips & (w.kind != Kind.COLLECTIVE))
+    tokens = np.where(w.is_attention[rows], w.batch[rows] * w.q_len[rows], w.m[rows])
+    width = np.where(w.is_attention[rows], w.heads[rows] * w.value_features[rows], w.n[rows])
+    width = np.where(w.kind[rows] == Kind.EXPERTS, w.k[rows], width)
+    zeros = 1.0 * tokens * width * stream_bytes(w, rows)
+    fill = overheads(w, rows, "fill", m=tokens, n=width, write_bytes=zeros)
+    return [(first[several], sort.replace(count=SORT * sort.count)), (rows - 0.5, fill)]
+
+
+def _copies(w: Workload, ends: Array, first: Array) -> Inserted:
+    """Gather before and scatter after sublayers of several tokens."""
+    several = w.m[ends] > 1
     at = ends[several]
     m, hidden = w.m[at], hidden_at(w, at)
     size = m * hidden * stream_bytes(w, at)
     traffic = {"m": m, "n": hidden, "read_bytes": size + SCORE_BYTES * m, "write_bytes": size}
     gather, scatter = (overheads(w, at, role, **traffic) for role in ("gather", "scatter"))
-    route = overhead_gemm(w, ends, "router", router, hidden_at(w, ends))
-    parts = [(first, route), (first[several], gather), (at + 0.5, scatter)]
-    keep = np.concatenate([keep, np.ones(len(ends)), 1.0 - s[at], 1.0 - s[at]])
-    return split_tokens(insert(w, parts), keep[insertion(w, parts)]), choice.asked
+    return [(first[several], gather), (at + 0.5, scatter)]
 
 
 FAMILY = Family(
     function=dynamic_depth, axis="dynamic M", dynamic=True, order=7,
     summary="each sublayer computes a share of the tokens; k and v stay dense (prune_kv=True prunes them)",
-    cost="a router GEMM, a gather and a scatter a sublayer; at batch 1 in decode all or nothing",
+    cost="a router, its mask, zeros under every result, kernels below cuBLAS (or a gather and a scatter); at batch 1 "
+         "in decode all or nothing",
     realised="expected share of token-sublayer pairs skipped",
     targets=SUBLAYERS,
 )  # fmt: skip

@@ -13,15 +13,20 @@ from simulator.pruning._rows import covering, readers, writers
 from simulator.pruning._tokens import query_share, split_fused_qkv, tokens_of
 from simulator.workload import Kernel, Part, Workload
 
-KERNELS = ("tiles", "grouped", "looped")
-"""A kernel that skips tiles; rows gathered for one grouped GEMM; rows gathered for a GEMM a group."""
+KERNELS = ("reference", "gathered", "looped", "ideal")
+"""GEMMs that skip tiles of tokens sorted by their masks; rows gathered for one grouped GEMM; a gather, a GEMM and a
+scatter a group; GEMMs of the same shapes for free."""
+
+SORT = 3
+"""Kernels from a mask to the tiles that are skipped: order, gather, marks of tiles; 11 of the 22 us that a kernel of
+the bench takes at 1024^3 on an RTX 5090 (gemm.GROUPS has the source)."""
 
 ALIGN = 16
 """Width of a tensor instruction: the expected width of the groups in use is rounded up to it."""
 
 
 def dynamic_width(
-    w: Workload, choice: Choice, *, ideal: bool, channel_groups: int = 32, kernel: str = "tiles"
+    w: Workload, choice: Choice, *, ideal: bool, channel_groups: int = 32, kernel: str = "reference"
 ) -> Pruned:
     """Each (token, group) tile of q, attention, o, gate, up, down is computed with probability ``1-s``; k and v stay.
 
@@ -31,14 +36,15 @@ def dynamic_width(
     prefill loses rows and reads all weights, a decode at batch 1 keeps its row and reads ``1-s`` of them. Attention
     computes (decode: reads) a share ``1-s`` of its head groups.
 
-    Cost: a router a sublayer (KV groups, or ``channel_groups``, outputs) and the sorting of its mask. Without a kernel
-    that skips tiles (``kernel``: "grouped" or "looped") a token's hidden state is copied for each of its groups
-    (``gather``), and its groups' partial outputs are written and summed (``scatter``); without a grouped GEMM either
-    ("looped") every group in use is a thin GEMM of its own. A single token needs none of this. Parameters are
-    conserved.
+    Cost: a router a sublayer (KV groups, or ``channel_groups``, outputs) and the sorting of its mask; of the kernels
+    that skip tiles ("reference"), less than a dense GEMM's efficiency, the less the narrower the groups. Without them
+    (``kernel``: "gathered" or "looped") a token's hidden state is copied for each of its groups (``gather``), and its
+    groups' partial outputs are read, added to what is there and written (``scatter``); without a grouped GEMM either
+    ("looped") every group in use is found, gathered, multiplied and scattered on its own. A single token needs none of
+    this. Parameters are conserved.
     """
     channel_groups = whole("channel_groups", channel_groups)
-    one_of("kernel", kernel, KERNELS)
+    ideal |= one_of("kernel", kernel, KERNELS) == "ideal"
     w, s = split_fused_qkv(w, choice.rows)
     outer = writers(w, "q", "gate", "up", "gate_up") & (s > 0)
     tiles = outer | (readers(w, "o", "down") & (s > 0))
@@ -52,14 +58,18 @@ def dynamic_width(
     chance = -np.expm1(np.maximum(tokens_of(w), 1) * np.log(np.where(tiles, s, 0.5)))  # 1 - s^M
     used = np.where(tiles, chance, 1.0)
     pruned = _tiled(w, outer, tiles, s, used)
-    pruned = changed(pruned, tiles | attention, kernel=Kernel.BLOCK_SPARSE)
-    pruned = changed(pruned, attention, density=w.density * (1.0 - s))
+    pruned = changed(pruned, attention, kernel=Kernel.BLOCK_SPARSE, density=w.density * (1.0 - s))
+    if kernel == "reference" and not ideal:
+        edge = np.maximum(np.where(outer, w.n, w.k) // groups, 1)
+        pruned = changed(pruned, outer, kernel=Kernel.GROUPS_N, block=edge)
+        pruned = changed(pruned, tiles & ~outer, kernel=Kernel.GROUPS_K, block=edge)
     pruned = pruned.replace(**moved(w, np.where(channels, 1.0 - s, query_share(w, 1.0 - s))))
     if ideal:
         return pruned, choice.asked
     if kernel == "looped":
         pruned = _looped(w, pruned, outer, tiles & (tokens_of(w) > 1), s, used, groups)
-    return _with_overheads(w, pruned, s, groups, kernel != "tiles"), choice.asked
+    loops = np.where(kernel == "looped", groups * (1.0 - s ** np.maximum(w.m, 1)), 1.0)
+    return _with_overheads(w, pruned, s, groups, loops, kernel != "reference"), choice.asked
 
 
 def _tiled(w: Workload, outer: Array, tiles: Array, s: Array, used: Array) -> Workload:
@@ -82,26 +92,34 @@ def _looped(w: Workload, tiled: Workload, outer: Array, tiles: Array, s: Array, 
     return changed(changed(tiled, tiles & outer, n=each), tiles & ~outer, k=each)
 
 
-def _with_overheads(w: Workload, pruned: Workload, s: Array, groups: Array, gathered: bool) -> Workload:
+def _with_overheads(w: Workload, pruned: Workload, s: Array, groups: Array, loops: Array, copies: bool) -> Workload:
+    """Router and sorting before each sublayer; where there are ``copies``, gathers and scatters, a pair a loop."""
     at = np.flatnonzero(sublayer_ends(w) & (s > 0))
     m, hidden, size, outputs = w.m[at], w.n[at], stream_bytes(w, at), groups[at]
     scores, chosen, place = m * outputs, m * outputs * (1.0 - s[at]), before_sublayer(w, at)
     sort = overheads(w, at, "sort", m=m, n=outputs, read_bytes=scores * size, write_bytes=chosen * SCORE_BYTES)
+    sort = sort.replace(count=sort.count * (1 if copies else SORT))
     parts = [(place, overhead_gemm(w, at, "router", outputs, hidden)), (place, sort)]
-    if gathered and (several := m > 1).any():
-        rows, pairs, n = at[several], chosen[several], hidden[several]
-        traffic = dict.fromkeys(("read_bytes", "write_bytes"), pairs * n * size[several])
-        columns = {"m": np.ceil(pairs), "n": n, **traffic}
-        copied, summed = (overheads(w, rows, role, **columns) for role in ("gather", "scatter"))
+    if copies and (several := m > 1).any():
+        rows, n, many = at[several], hidden[several], loops[at][several]
+        pairs = chosen[several] / many  # of a loop
+        moved_bytes, columns = pairs * n * size[several], {"m": np.ceil(pairs), "n": n, "count": many * w.count[rows]}
+        copied = overheads(w, rows, "gather", read_bytes=moved_bytes, write_bytes=moved_bytes, **columns)
+        # adds by atomics: what is read and what is there, at three quarters of the bandwidth (source: gemm.GROUPS)
+        summed = overheads(w, rows, "scatter", read_bytes=3.0 * moved_bytes, write_bytes=moved_bytes, **columns)
         parts += [(place[several], copied), (rows + 0.5, summed)]
+        if (many > 1.0).any():
+            index = pairs * SCORE_BYTES
+            found = overheads(w, rows, "select", read_bytes=m[several] * 1.0, write_bytes=index, **columns)
+            parts.append((place[several], found))
     return insert(pruned, parts)
 
 
 FAMILY = Family(
     function=dynamic_width, axis="dynamic N, K", dynamic=True, order=8,
     summary="head groups and channel groups chosen per token; k and v stay dense",
-    cost="a router and a sort of its mask a sublayer; a batch uses the union of its tokens' groups; "
-         "copies where no kernel skips tiles",
+    cost="a router and a sort of its mask a sublayer; kernels below cuBLAS, the more the narrower the groups (or "
+         "copies for each group); a batch uses the union of its tokens' groups",
     realised="expected share of (token, group) tiles skipped",
     whole=False, targets=SUBLAYERS,
 )  # fmt: skip

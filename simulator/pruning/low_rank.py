@@ -7,8 +7,8 @@ import numpy as np
 from simulator.errors import InputError
 from simulator.pruning._edits import changed, doubled
 from simulator.pruning._family import WEIGHTS, Choice, Family, Pruned, whole
-from simulator.pruning._rows import biases, parameters_removed, projections
-from simulator.workload import Kernel, Workload
+from simulator.pruning._rows import biases, parameters_removed, projections, zeros
+from simulator.workload import Workload
 
 
 def low_rank(w: Workload, choice: Choice, *, ideal: bool, align: int = 16) -> Pruned:
@@ -21,7 +21,7 @@ def low_rank(w: Workload, choice: Choice, *, ideal: bool, align: int = 16) -> Pr
     rows = projections(w) & (choice.rows > 0)
     if (w.stage[rows] > 0).any():
         raise InputError("low_rank: the projections are low-rank already; factorise once, at the final sparsity")
-    if (w.kernel[rows] != Kernel.DENSE).any():
+    if (rows & zeros(w)).any():
         raise InputError("low_rank: a factorisation fills the zeros of sparse projections; apply low_rank first")
     n, k = w.n.astype(np.float64), w.k.astype(np.float64)
     exact = np.floor((1.0 - choice.rows) * n * k / np.maximum(n + k, 1.0) + 1e-9)

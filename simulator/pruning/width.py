@@ -61,7 +61,7 @@ def _mlp(w: Workload, s: Array, align: int, inner: Any) -> Workload:
             expected = f"expected a multiple of {devices} up to the inner width {int(width.max(initial=0)) * devices}"
             raise InputError(f"option inner: {expected}, got {wanted}")
         kept = np.where(shrink, wanted // devices, width)
-    wide = w.is_role("activation") & (width > 0)
+    wide = w.is_role("activation", "product") & (width > 0)
     n = np.where(writers(w, "gate", "up", "gate_up") | wide, w.n * kept // divisor, w.n)
     return resized(w, n, np.where(down, kept, w.k), **moved(w, np.where(wide, kept / divisor, 1.0)))
 

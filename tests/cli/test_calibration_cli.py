@@ -22,8 +22,10 @@ from calibration.measure.interrupt import Interrupted
 from calibration.records.parquet import read_records, write_records
 from calibration.records.store import read_store
 from calibration.records.table import Records, Source
+from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.kernels.gemm import gemm_time
+from simulator.workload import ROLES
 
 H100 = Description("cuda:0", "NVIDIA H100 80GB HBM3 (132 SM)", {"torch": "2.9", "driver": "580"}, 80e9, 50e6)
 CPU = Description("cpu", "Some CPU (4 threads)", {"torch": "2.9", "threads": "4"}, 8e9, 32e6)
@@ -256,6 +258,20 @@ def test_exact_shapes_of_a_model_are_measured_first(planted: list[Any], cli: Any
     asked = asked_workloads("qwen2.5-0.5b", seq=(128,), families=("width",), sparsities=(0.5,))
     wanted = {(op.m, op.n, op.k) for op in asked_operators(asked, load_hardware("h100"), every=False)}
     assert set(zip(*(arrays[f"exact_{x}"].tolist() for x in "mnk"), strict=True)) == wanted
+
+
+def test_a_cpu_measures_the_projections_of_its_own_decoder(monkeypatch: pytest.MonkeyPatch, cli: Any) -> None:
+    asked: list[set[str]] = []
+
+    def wanted(*args: Any, **options: Any) -> Any:
+        asked.append({ROLES[role] for role in asked_workloads(*args, **options)[0][0].role})
+        raise InputError("enough")
+
+    monkeypatch.setattr("calibration.execute.asked.asked_workloads", wanted)
+    for name in ("cpu", "cuda"):
+        cli(f"calibrate {name} -o run --for qwen2.5-0.5b --seq 128", 2)
+    assert {"q", "gate"} < asked[0]
+    assert {"qkv", "gate_up"} < asked[1]  # of a serving engine
 
 
 def test_quick_anchors_on_rows_of_all_operators(planted: list[Any], cli: Any) -> None:

@@ -90,6 +90,19 @@ def test_a_step_that_fails_is_named_and_the_others_still_run(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+def test_the_script_runs_end_to_end_in_simulated_time(tmp_path: Path) -> None:
+    model, out = tmp_path / "config.json", tmp_path / "run"
+    model.write_text(TINY)
+    done = run(tmp_path, "-m calibration.cli", DEVICE="replay:planted", MODEL=str(model), SEQ="64", BUDGET="60")
+    assert done.returncode == 0, f"{done.stdout}\n{(out / 'log.txt').read_text()[-3000:]}"
+    assert "decoder: left out" in done.stdout
+    bounds = list(csv.DictReader((out / "bf16" / "upper_bound.csv").read_text().splitlines()))
+    assert all(float(row["measured_bound"]) > 0 for row in bounds)
+    for dtype in ("bf16", "fp16"):
+        assert load_hardware(out / dtype / "profile.yaml").section("gemm", dtype).status == "calibrated"
+
+
+@pytest.mark.slow
 def test_the_script_runs_end_to_end_on_the_cpu(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     model, out = tmp_path / "config.json", tmp_path / "run"

@@ -20,7 +20,8 @@ from calibration.devices.eager_layer import HEAD_DIM, HIDDEN, EagerLayer  # noqa
 from calibration.devices.operators import Arena, build, is_out_of_memory, random_tensor, rotary, rotary_tables  # noqa: E402
 from calibration.devices.protocol import ELEMENTWISE_ROLES, LAYER_LAUNCHES, OPERATORS  # noqa: E402
 from calibration.devices.telemetry import UNKNOWN  # noqa: E402
-from calibration.measure.plan import Rates, for_model  # noqa: E402
+from calibration.execute.decoder.routed import routed_attention  # noqa: E402
+from calibration.measure.plan import Rates, in_order  # noqa: E402
 from calibration.measure.run import run  # noqa: E402
 from calibration.measure.timing import Protocol  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
@@ -136,28 +137,40 @@ def test_block_sparse_attention(q_len: int, kv_len: int, block: int, density: fl
     q, k, v = _attention_inputs(q_len, kv_len)
     layout = att.block_layout(q_len, kv_len, block, density)
     reference = _reference(q, k, v, att.layout_mask(layout, q_len, kv_len, block))
-    _close(att.block_sparse_attention(layout, q_len, kv_len, block, "cpu")(q, k, v), reference)
+    _close(att.block_sparse_attention(layout, q_len, kv_len, block)(q, k, v), reference)
 
 
-@pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
-def test_flex_attention_has_the_same_layout() -> None:
-    q, k, v = _attention_inputs(64, 64)
-    layout = att.block_layout(64, 64, 16, 0.5)
-    reference = _reference(q, k, v, att.layout_mask(layout, 64, 64, 16))
-    _close(att.flex_block_sparse_attention(layout, 64, 64, 16, "cpu", compiled=False)(q, k, v), reference)
+def test_a_mask_never_goes_with_shared_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Together they leave a GPU the unfused kernel alone."""
+    given, seen = F.scaled_dot_product_attention, []
+
+    def noted(*tensors: Any, attn_mask: Any = None, enable_gqa: bool = False, **options: Any) -> Any:
+        seen.append(attn_mask is not None)
+        assert not (enable_gqa and attn_mask is not None)
+        assert tensors[0].shape[1] == tensors[1].shape[1] or enable_gqa
+        return given(*tensors, attn_mask=attn_mask, enable_gqa=enable_gqa, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    q, k, v = _attention_inputs(32, 96)
+    att.prefill_attention(q, k, v, att.causal_mask(32, 96, "cpu"))
+    att.block_sparse_attention(att.block_layout(32, 96, 16, 0.5), 32, 96, 16)(q, k, v)
+    places = torch.arange(0, 96, 3).expand(2, 32)
+    out = routed_attention(q, k, v, places)
+    assert all(seen)
+    monkeypatch.undo()
+    mask = torch.arange(96)[None] <= places[0][:, None]
+    _close(out, _reference(q, k, v, mask))
 
 
 @pytest.mark.parametrize("density", [0.1, 0.5, 0.9, 1.0])
 def test_a_layout_keeps_the_share_it_was_asked_for(density: float) -> None:
     layout = att.block_layout(4096, 4096, 64, density)
     causal = 64 * 65 / 2
-    kept = sum(len(blocks) for blocks in layout)
-    assert density * causal <= kept <= density * causal + 64
-    for row, blocks in enumerate(layout):
-        assert blocks[-1] == row
-        assert len(set(blocks)) == len(blocks)
+    assert density * causal <= int(layout.sum()) <= density * causal + 64
+    assert bool(layout.diagonal().all())
+    assert not layout.triu(1).any()
     with pytest.raises(ValueError, match="no multiple of the block"):  # off the diagonal
-        att.block_sparse_attention([[0]], 8, 12, 8, "cpu")
+        att.block_sparse_attention(torch.ones(1, 2, dtype=torch.bool), 8, 12, 8)
 
 
 def test_rotary_turns_pairs_and_keeps_their_length() -> None:
@@ -221,6 +234,7 @@ def test_every_capability_can_be_prepared_and_sampled(device: CpuDevice) -> None
     shape = {**attention, "m": 4, "n": 32, "k": 32, "rank": 8, "rows": 2, "block": 16}
     more: dict[str, dict[str, Any]] = {"attention_decode": {"q_len": 1}, "elementwise": {"role": "residual"}}
     more["attention_block_sparse"] = {"density": 0.5}
+    more["grouped_gemm"] = {"density": 0.5, "role": "down"}
     for kind in set(OPERATORS) - {"gemm_2to4", "launch_graph"}:
         for dtype in device.dtypes():
             sizes = {name: shape[name] for name in OPERATORS[kind]}
@@ -293,7 +307,7 @@ def test_the_host_is_the_cpu_where_there_is_no_gpu() -> None:
 def test_a_run_on_the_cpu(device: CpuDevice) -> None:
     kept: list[Any] = []
     shapes = [(1, 256, 256), (64, 256, 256), (64, 250, 255)]
-    plan = for_model(shapes, Rates(1e11, 1e10), dtype="fp32")
+    plan = in_order([Operator("gemm", "fp32", m=m, n=n, k=k) for m, n, k in shapes], Rates(1e11, 1e10))
     outcome = run(plan, device, kept.append, protocol=Protocol(time_limit_s=0.2))
     assert outcome.counts.timed == 3
     assert all(r["median_s"] > 0 for r in kept)

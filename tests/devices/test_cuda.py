@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -18,7 +19,7 @@ from calibration.devices.cuda import CudaDevice, translate  # noqa: E402
 from calibration.devices.operators import Launches  # noqa: E402
 from calibration.devices.protocol import OPERATORS  # noqa: E402
 from calibration.devices.telemetry import UNKNOWN  # noqa: E402
-from calibration.measure.plan import Rates, for_model  # noqa: E402
+from calibration.measure.plan import Rates, in_order  # noqa: E402
 from calibration.measure.run import run  # noqa: E402
 from calibration.measure.timing import Protocol  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
@@ -59,6 +60,7 @@ class FakeCuda:
     def __init__(self, capability: tuple[int, int] = (9, 0)) -> None:
         self.capability, self.kernel_s, self.gap_s = capability, 1e-5, 0.0
         self.now, self.capturing, self.captured, self.replays = 0.0, False, 0, 0
+        self.host_s, self.held = 0.0, []
         self.capture_error: Exception | None = None
         self.launch_error: Exception | None = None
         self.Event = lambda enable_timing: Event(self, enable_timing)
@@ -69,10 +71,12 @@ class FakeCuda:
         self.device_count = lambda: 1
         self.set_device = self.synchronize = self.empty_cache = lambda *_: None
         self.mem_get_info = lambda index: (1e9, 1e9)
+        self._sleep = self.held.append
 
     def launch(self) -> None:
         if self.launch_error is not None:
             raise self.launch_error
+        time.sleep(self.host_s)
         self.captured += self.capturing
         self.now += 0.0 if self.capturing else self.kernel_s
 
@@ -149,6 +153,17 @@ def test_what_cannot_be_captured_is_timed_launch_by_launch_after_a_flush(fake: F
     assert device._flush.numel() == 2_000_000  # twice the cache
 
 
+def test_a_launch_that_takes_the_host_longer_than_the_device_is_held_until_it_is_ready(fake: FakeCuda) -> None:
+    fake.host_s = 2e-3
+    prepared = _device(fake, graphs=False).prepare(GEMM)
+    fake.held.clear()
+    prepared.sample(4)
+    assert len(fake.held) == 4
+    assert all(cycles >= 2e-3 * 2.6e9 for cycles in fake.held)  # no GPU's clock is higher
+    _device(fake).prepare(GEMM).sample(4)  # a graph needs no host
+    assert len(fake.held) == 4
+
+
 def test_without_graphs(fake: FakeCuda) -> None:
     device = _device(fake, graphs=False)
     hot = device.prepare(replace(GEMM, cold=False))
@@ -177,7 +192,8 @@ def test_what_times_the_host_is_not_captured_and_is_timed_by_the_hosts_clock(fak
 def test_a_run_through_the_fake(fake: FakeCuda) -> None:
     kept: list[Any] = []
     device = _device(fake)
-    plan = replace(for_model([(1, 64, 64), (4, 128, 64)], Rates(1e14, 1e12)), anchor=GEMM)
+    gemms = [Operator("gemm", m=m, n=n, k=64) for m, n in ((1, 64), (4, 128))]
+    plan = replace(in_order(gemms, Rates(1e14, 1e12)), anchor=GEMM)
     outcome = run(plan, device, kept.append, protocol=Protocol(time_limit_s=1.0, min_window_s=1e-3))
     assert outcome.counts.ok == 2
     assert {round(r["median_s"] * 1e6) for r in kept} == {10}
@@ -284,6 +300,7 @@ def test_every_operator_on_a_real_gpu() -> None:
     shape = {**attention, "m": 64, "n": 1024, "k": 1024, "rank": 128, "rows": 32, "block": 128}
     more: dict[str, dict[str, Any]] = {"attention_decode": {"q_len": 1}, "elementwise": {"role": "attention_norm"}}
     more |= {"attention_block_sparse": {"density": 0.5}, "copy": {"n": 1 << 24}}
+    more |= {"grouped_gemm": {"density": 0.5, "role": "up"}}
     sizes = {kind: {name: shape[name] for name in names} for kind, names in OPERATORS.items()}
     ops = [Operator(kind, **{**sizes[kind], **more.get(kind, {})}) for kind in OPERATORS]
     ops += [Operator("gemm", dtype, m=64, n=1024, k=1024) for dtype in device.dtypes()]

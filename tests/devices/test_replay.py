@@ -20,7 +20,7 @@ from calibration.devices import DeviceLost, Operator, OutOfMemory, Unsupported, 
 from calibration.devices.protocol import LAYER_LAUNCHES
 from calibration.devices.replay import Faults, ReplayDevice, roofline_timings
 from calibration.devices.telemetry import UNKNOWN
-from calibration.measure.plan import Rates, for_model
+from calibration.measure.plan import Rates, in_order
 from calibration.measure.run import run
 from simulator.errors import InputError
 
@@ -55,6 +55,8 @@ _ATTENTION = {"batch": 1, "q_len": 1, "kv_len": 8, "heads": 4, "kv_heads": 2, "h
         ("gemm", {"m": 1, "n": 1, "k": 1, "density": 0.0}, "density"),
         ("low_rank", {"m": 1, "n": 1, "k": 1}, "rank"),
         ("gather_gemm", {"m": 4, "n": 1, "k": 1, "rows": 5}, "5 rows of 4"),
+        ("grouped_gemm", {"m": 4, "n": 8, "k": 8, "block": 4}, "role must be up or down"),
+        ("grouped_gemm", {"m": 4, "n": 8, "k": 9, "block": 4, "role": "down"}, "9 features in groups of 4"),
         ("elementwise", {"m": 1, "n": 1, "role": "gemm"}, "role"),
         ("attention_decode", {**_ATTENTION, "heads": 3}, "no multiple"),
         ("attention_prefill", {**_ATTENTION, "q_len": 9}, "exceeds kv_len"),
@@ -69,6 +71,8 @@ def test_work_of_operators_by_hand() -> None:
     assert GEMM.flops == 2 * 128 * 1024 * 1024
     assert GEMM.bytes == 2 * (1024 * 1024 + 128 * 2048)
     assert Operator("low_rank", m=2, n=8, k=4, rank=3).flops == 2 * 2 * 3 * 12
+    grouped = Operator("grouped_gemm", m=2, n=8, k=4, block=2, density=0.5, role="up")
+    assert (grouped.grouped, grouped.flops, grouped.bytes) == (8, 2 * 2 * 4 * 4, 2 * (4 * 4 + 2 * (4 + 4)))
     causal = Operator("attention_prefill", batch=2, q_len=4, kv_len=4, heads=6, kv_heads=3, head_dim=8)
     assert causal.flops == 4 * 2 * 6 * 8 * (1 + 2 + 3 + 4)
     decode = Operator("attention_decode", batch=2, q_len=1, kv_len=100, heads=6, kv_heads=3, head_dim=8)
@@ -86,6 +90,7 @@ def test_work_of_operators_by_hand() -> None:
         ("replay", "replay:FILE"),
         ("replay:/no/such/file", "No such file"),
         ("telemetry", "unknown"),  # a module that is no device
+        pytest.param("triton_kernels", "unknown", marks=needs_torch),  # nor where Triton is missing
         ("../x", "unknown"),
         ("", "unknown"),
     ],
@@ -94,6 +99,12 @@ def test_a_device_that_does_not_exist_is_one_line(name: str, message: str) -> No
     with pytest.raises(InputError, match=message) as caught:
         open_device(name)
     assert "\n" not in str(caught.value)
+
+
+def test_planted_times_need_no_file() -> None:
+    device = open_device("replay:planted")
+    assert device.prepare(GEMM).sample(1) == roofline_timings()(GEMM)
+    assert "sparse tensor cores" in device.refuses(Operator("gemm_2to4", m=16, n=64, k=64))
 
 
 def test_opening_by_name_needs_torch_only_for_real_devices() -> None:
@@ -175,10 +186,10 @@ def test_a_planted_layer_takes_a_launch_for_each_of_its_kernels() -> None:
 
 def test_a_recording_is_played_back(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
-    shapes = [(8, 64, 64), (16, 64, 64)]
+    plan = in_order([Operator("gemm", m=m, n=64, k=64) for m in (8, 16)], Rates(1e14, 1e12))
     with path.open("w") as file:
         file.write('{"device": "a header of some kind"}\n')
-        run(for_model(shapes, Rates(1e14, 1e12)), ReplayDevice(noise=0.01), lambda r: file.write(json.dumps(r) + "\n"))
+        run(plan, ReplayDevice(noise=0.01), lambda r: file.write(json.dumps(r) + "\n"))
     device = open_device(f"replay:{path}")
     recorded = {r["key"]: r["median_s"] for line in path.read_text().splitlines() if "key" in (r := json.loads(line))}
     op = Operator("gemm", m=8, n=64, k=64)

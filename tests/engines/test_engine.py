@@ -66,6 +66,8 @@ def test_every_shipped_engine_is_clean_and_says_where_its_values_come_from(name:
         ("prefill_wait", 0.0),
         ("own_code", 1.0),
         ("log_sd", 0.0),
+        ("apart_log_sd", 0.0),
+        ("composed_log_sd", 0.0),
     ):
         share = getattr(engine, name)
         assert share.source in engine.sources or share.value == usual, name

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -16,9 +15,10 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from decoder_reference import CONFIG  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from calibration.cli import run  # noqa: E402
-from calibration.devices.protocol import Description, Unsupported  # noqa: E402
+from calibration.devices.protocol import Description  # noqa: E402
 from calibration.devices.replay import ReplayDevice  # noqa: E402
 from calibration.execute import compare as comparing  # noqa: E402
 from calibration.execute.cases import Case, fewer_layers, settings_of  # noqa: E402
@@ -27,9 +27,11 @@ from calibration.execute.compare_figure import compare_figure  # noqa: E402
 from calibration.execute.decoder import timing  # noqa: E402
 from calibration.execute.decoder.families import prune_decoder  # noqa: E402
 from calibration.execute.decoder.model import random_decoder  # noqa: E402
+from calibration.execute.decoder.run import decode, prefill  # noqa: E402
 from calibration.execute.decoder.timing import PairTimes, time_pair  # noqa: E402
 from calibration.judge.scores import spearman  # noqa: E402
 from calibration.records.store import read_store  # noqa: E402
+from simulator.engines.engine import check_engine, load_engine  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.hardware.library import load_hardware  # noqa: E402
 from simulator.models.library import load_model  # noqa: E402
@@ -101,12 +103,8 @@ def test_more_layers_take_longer() -> None:
         assert float(np.median(np.array(times.first_s) / times.second_s)) > 2.0
 
 
-def test_graphs_are_refused_without_a_gpu_and_for_what_the_host_decides() -> None:
+def test_unknown_phases_and_runtimes_are_refused() -> None:
     decoder = random_decoder(CONFIG, dtype="fp32")
-    routed = replace(prune_decoder(decoder, "dynamic_depth", 0.5), place="cuda:0")
-    for first, reason in ((decoder, "CUDA graphs"), (routed, "dynamic_depth decides on the host")):
-        with pytest.raises(Unsupported, match=reason):
-            timing._ready(first, 1, 8, "decode", "cuda_graph", lambda: 0.0)
     for wrong in ({"phase": "train"}, {"phase": "decode", "runtime": "fast"}):
         with pytest.raises(InputError, match="unknown"):
             time_pair(decoder, decoder, batch=1, seq=8, **wrong)  # type: ignore[arg-type]
@@ -213,6 +211,7 @@ def test_what_a_graph_cannot_hold_is_launched_one_by_one(tmp_path: Path, monkeyp
     (record,) = _compare(tmp_path, _cases(families=["depth"], phases=["decode"])).records
     assert asked == ["cuda_graph", "eager"]
     assert (record["status"], record["runtime"]) == ("ok", "eager")
+    assert record["reason"].startswith("not captured: RuntimeError: operation not permitted")
     forced = _compare(tmp_path, _cases(families=["width"], phases=["decode"]), runtime="cuda_graph").records
     assert forced[0]["status"] == "failed"
 
@@ -353,3 +352,34 @@ def test_bad_input_is_one_line_and_status_2(
     assert BAD[change] in err.splitlines()[-1]
     assert all(line.startswith(("note:", "prunesim:")) for line in err.splitlines())
     assert not (tmp_path / "run").exists()
+
+
+class _Kernels(TorchDispatchMode):  # type: ignore[misc]
+    """Counts what torch dispatches, views and empty tensors left out."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not (func.is_view or "view" in func.name() or "empty" in func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["dynamic_depth", "sparse_attention", "dynamic_width"])
+def test_the_engine_launches_what_a_family_adds(family: str) -> None:
+    decoder, engine = random_decoder(CONFIG, dtype="fp32"), load_engine(comparing.EXECUTED)
+    assert check_engine(comparing.EXECUTED) == []
+    tokens = torch.randint(100, (1, 128))
+
+    def kernels(d: Any) -> int:
+        _, state = prefill(d, tokens, room=2)
+        with _Kernels() as seen:
+            decode(d, tokens[:, :1], state)
+        return int(seen.count)
+
+    ran = comparing.as_executed("cpu")
+    w = _cases(families=[family], sparsities=[1e-6], phases=["decode"], seq=[128], options=ran)[
+        0
+    ].pruned  # all of it runs
+    added = float(w.count[w.overhead] @ engine.kernels[w.role[w.overhead]])
+    more = kernels(prune_decoder(decoder, family, 1e-6)) - kernels(decoder)
+    assert added / CONFIG.layers == pytest.approx(more / CONFIG.layers, abs=3.5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import pytest
@@ -13,14 +13,17 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from decoder_reference import ALL, BATCH, CONFIG, LAYERS, PROMPT, TOKENS, Masks, check, reference, run  # noqa: E402
+from pretended_cuda import CPU, META, PLACE, kernels  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
 
 import simulator  # noqa: E402
 from calibration.devices.attention import layout_mask  # noqa: E402
 from calibration.devices.protocol import Unsupported  # noqa: E402
 from calibration.execute.decoder.families import DYNAMIC, STATIC, each_projection, prune_decoder, two_of_four  # noqa: E402
 from calibration.execute.decoder.model import Decoder, from_weights, random_decoder  # noqa: E402
-from calibration.execute.decoder.routed import CacheCut  # noqa: E402
-from calibration.execute.decoder.run import Cache, State, decode, prefill, token_losses  # noqa: E402
+from calibration.execute.decoder.routed import CacheCut, TokenRouting  # noqa: E402
+from calibration.execute.decoder.run import Cache, Rule, State, decode, prefill, token_losses  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.models.config import Block, Latent  # noqa: E402
 from simulator.pruning import GENERAL  # noqa: E402
@@ -36,9 +39,27 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
+
+
 @pytest.fixture(scope="module")
 def dense() -> Decoder:
     return random_decoder(CONFIG, dtype="fp32", seed=1)
+
+
+@pytest.fixture(params=["cpu", CPU if PLACE == "cpu" else PLACE], ids=["host", "device"])
+def routed(request: pytest.FixtureRequest) -> Decoder:
+    """A dense decoder whose routers are read by the host, or by kernels, which a GPU runs or else a CPU interprets."""
+    if request.param != "cpu" or request.param is CPU:
+        kernels()
+    few = 2 if request.param is CPU else LAYERS  # an interpreter is slow
+    made = random_decoder(replace(CONFIG, qkv_bias=True, qk_norm=True), dtype="fp32", layers=few, seed=1)
+    return replace(_moved(made, request.param), place=request.param)
+
+
+def _ran(pruned: Decoder) -> tuple[Any, Any]:
+    """Logits and traces of :func:`run` where a decoder is, on the CPU."""
+    return _moved(run(pruned, TOKENS.to(pruned.embedding.device)), "cpu")  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("changes", [{}, {"tied": True, "qkv_bias": True, "qk_norm": True}])
@@ -194,17 +215,31 @@ def _rows(places: Any, length: int) -> Any:
 
 
 @pytest.mark.parametrize("sparsity", [0.25, 0.6])
-def test_dynamic_depth(dense: Decoder, sparsity: float) -> None:
-    pruned = prune_decoder(dense, "dynamic_depth", sparsity, seed=3)
-    logits, traces = run(pruned)
+def test_dynamic_depth(routed: Decoder, sparsity: float) -> None:
+    pruned = prune_decoder(routed, "dynamic_depth", sparsity, seed=3)
+    logits, traces = _ran(pruned)
     masks, length = Masks(), TOKENS.shape[1]
-    for number, what in itertools.product(range(LAYERS), ("attention", "mlp")):
+    for number, what in itertools.product(range(len(routed.layers)), ("attention", "mlp")):
         assert traces[0][number, what].shape == (BATCH, round((1 - sparsity) * PROMPT + 1e-9))
         ran = _rows(traces[0][number, what], length)
         for step, trace in enumerate(traces[1:]):
             ran[trace[number, what], PROMPT + step] = True
         masks[what, number] = ran
-    check(logits, reference(dense, TOKENS, masks))
+    check(logits, reference(_moved(routed, "cpu"), TOKENS, masks))
+
+
+@pytest.mark.parametrize("changes", [("low_rank", {}), ("width_cross", {"residual_projections": True})])
+def test_dynamic_depth_after_another_family(routed: Decoder, changes: tuple[str, dict[str, Any]]) -> None:
+    before = prune_decoder(routed, changes[0], 0.3, **changes[1])
+    logits, traces = _ran(prune_decoder(before, "dynamic_depth", 0.5, seed=3))
+    masks, length = Masks(), TOKENS.shape[1]
+    for number, what in itertools.product(range(len(routed.layers)), ("attention", "mlp")):
+        masks[what, number] = _rows(traces[0][number, what], length)
+        for step, trace in enumerate(traces[1:]):
+            masks[what, number][trace[number, what], PROMPT + step] = True
+    if changes[0] == "low_rank":  # the reference knows no residual projections
+        check(logits, reference(_moved(before, "cpu"), TOKENS, masks))
+    assert torch.isfinite(logits).all()
 
 
 def test_dynamic_depth_runs_a_binomial_number_of_sequences(dense: Decoder) -> None:
@@ -222,27 +257,43 @@ def test_dynamic_depth_runs_a_binomial_number_of_sequences(dense: Decoder) -> No
     assert float(counts.var()) == pytest.approx(8 * 0.3 * 0.7, rel=0.3)
 
 
-@pytest.mark.parametrize("sparsity", [0.25, 0.5])
-def test_dynamic_width(dense: Decoder, sparsity: float) -> None:
-    pruned = prune_decoder(dense, "dynamic_width", sparsity, channel_groups=7)
-    logits, traces = run(pruned)
+def test_a_device_draws_the_same_number_and_runs_the_sequences_the_router_wants_most(dense: Decoder) -> None:
+    torch.manual_seed(0)
+    rule, state = TokenRouting(0.7), State(dense, 4)
+    router, x = torch.randn(2, CONFIG.hidden), torch.randn(8, 1, CONFIG.hidden)
+    wanted = (x[:, 0] @ (router[1] - router[0])).argsort(descending=True).tolist()
+    counts = []
+    for _ in range(400):
+        index, count, runs = rule._drawn(state, "mlp", router, x)
+        assert index.tolist() == wanted
+        assert set(runs.nonzero().flatten().tolist()) == set(wanted[: int(count)])
+        counts.append(float(count))
+    drawn = torch.tensor(counts)
+    assert float(drawn.mean()) == pytest.approx(5.6, abs=0.2)
+    assert float(drawn.var()) == pytest.approx(8 * 0.3 * 0.7, rel=0.3)
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.5])
+def test_dynamic_width(routed: Decoder, sparsity: float) -> None:
+    pruned = prune_decoder(routed, "dynamic_width", sparsity, channel_groups=7)
+    logits, traces = _ran(pruned)
     masks = Masks()
-    edges = [g * CONFIG.inner // 7 for g in range(8)]
-    of_group = torch.bucketize(torch.arange(CONFIG.inner), torch.tensor(edges[1:]), right=True)
-    for number in range(LAYERS):
+    of_group = torch.arange(CONFIG.inner) // -(-CONFIG.inner // 7)
+    for number in range(len(routed.layers)):
         masks["groups", number] = torch.cat([t[number, "attention"] for t in traces], 1)
         masks["channels", number] = torch.cat([t[number, "mlp"] for t in traces], 1)[..., of_group]
-        assert set(masks["groups", number].sum(-1).flatten().tolist()) == {round((1 - sparsity) * 4)}
-    check(logits, reference(dense, TOKENS, masks))
+        counts = set(masks["groups", number].sum(-1).flatten().tolist())
+        assert counts == {0.3: {2, 3}, 0.5: {2}}[sparsity]  # in turn, so that their mean is exact
+    check(logits, reference(_moved(routed, "cpu"), TOKENS, masks))
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.6])
-def test_sparse_attention(dense: Decoder, sparsity: float) -> None:
+def test_sparse_attention(routed: Decoder, sparsity: float) -> None:
     block = 16
-    pruned = prune_decoder(dense, "sparse_attention", sparsity, block=block)
-    logits, traces = run(pruned)
+    pruned = prune_decoder(routed, "sparse_attention", sparsity, block=block)
+    logits, traces = _ran(pruned)
     masks, length, whole = Masks(), TOKENS.shape[1], PROMPT // block
-    for number in range(LAYERS):
+    for number in range(len(routed.layers)):
         seen = torch.zeros(BATCH, CONFIG.kv_heads, length, length, dtype=torch.bool)
         seen[:, :, :PROMPT, :PROMPT] = layout_mask(traces[0][number, "attention"], PROMPT, PROMPT, block)
         for step, trace in enumerate(traces[1:]):
@@ -252,7 +303,71 @@ def test_sparse_attention(dense: Decoder, sparsity: float) -> None:
             seen[:, :, PROMPT + step, : whole * block] = blocks.repeat_interleave(block, -1)
             seen[:, :, PROMPT + step, whole * block :] = True
         masks["seen", number] = seen
-    check(logits, reference(dense, TOKENS, masks))
+        kept = traces[0][number, "attention"].sum(1).tolist()
+        assert kept == [max(1, -int(-(1 - sparsity) * (row + 1) // 1)) for row in range(-(-PROMPT // block))]
+    check(logits, reference(_moved(routed, "cpu"), TOKENS, masks))
+
+
+class Launched:
+    """In place of Triton's kernels: results of the right shape, of which nothing is computed."""
+
+    @staticmethod
+    def tiles_of(mask: Any) -> Any:
+        return mask
+
+    @staticmethod
+    def gather_gemm(x: Any, weight: Any, *_: Any, out: Any = None, add: bool = False) -> Any:
+        return x.new_empty(len(x), len(weight)) if out is None else out
+
+    @staticmethod
+    def grouped_columns(x: Any, weight: Any, tiles: Any, bias: Any = None, gated: bool = False) -> Any:
+        return x.new_empty(len(x), len(weight) // (1 + gated))
+
+    @staticmethod
+    def grouped_features(x: Any, weight: Any, tiles: Any) -> Any:
+        return x.new_empty(len(x), weight.shape[1])
+
+
+class OnDevice(TorchDispatchMode):  # type: ignore[misc]
+    """Refuses operators on tensors of the host: a copy from there cannot be captured either."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = tree_leaves((args, kwargs))
+        assert all(x.is_meta for x in given if isinstance(x, torch.Tensor)), f"{function} of a tensor of the host"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["", *DYNAMIC])
+def test_passes_on_a_gpu_read_no_data(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CUDA graph holds may not depend on data: here there is none."""
+    monkeypatch.setattr("calibration.devices.skipping.kernels", lambda: Launched)
+    monkeypatch.setattr("calibration.execute.decoder.model.kernels", lambda: Launched)
+    monkeypatch.setattr("calibration.devices.skipping.find_spec", lambda name: True)
+    monkeypatch.setattr("calibration.devices.flex._attend", lambda q, *_, **__: torch.empty_like(q))
+    made = random_decoder(CONFIG, dtype="fp32")
+    pruned = prune_decoder(made, family, 0.5) if family else made
+    assert pruned.rule is None or not pruned.rule.on_host(META)
+    weightless, tokens = replace(_moved(pruned, "meta"), place=META), TOKENS.to("meta")
+    with OnDevice():
+        logits, state = prefill(weightless, tokens[:, :PROMPT])
+        assert logits.shape == decode(weightless, tokens[:, :1], state).shape
+    with pytest.raises(AssertionError, match="host"), OnDevice():
+        torch.tensor([1]).to("meta")
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        logits.argmax(-1).tolist()  # such a read would have been found
+
+
+def _moved(value: Any, place: str) -> Any:
+    """A decoder, or a part of one, with its tensors elsewhere."""
+    if isinstance(value, torch.Tensor):
+        return value.to(place)
+    if isinstance(value, tuple | list):
+        return type(value)(_moved(part, place) for part in value)
+    if isinstance(value, dict):
+        return {name: _moved(part, place) for name, part in value.items()}
+    if is_dataclass(value) and not isinstance(value, Rule):
+        return replace(value, **{f.name: _moved(getattr(value, f.name), place) for f in fields(value) if f.init})
+    return value
 
 
 @pytest.mark.parametrize("start", [0, 2, 3])

@@ -1,4 +1,4 @@
-"""The measured upper bound: which GEMMs it needs, what it is on a planted device, and shapes without a time."""
+"""The measured upper bound: which kernels it needs, what it is on a planted device, and shapes without a time."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from calibration.execute.upper_bound import (
     Bound,
     bound_errors,
     bounds,
-    gemm_seconds,
+    kernel_seconds,
     measure_bounds,
     measured_bounds,
-    plain_gemms,
+    operator_of,
+    plain_kernels,
     shapes_of,
 )
 from calibration.records.store import read_store
@@ -45,18 +46,67 @@ def _cases(family: str = "all", sparsity: float = 0.5, **settings: Any) -> list[
 
 def test_depth_needs_no_shape_of_its_own() -> None:
     (case,) = _cases("depth", phases=["decode"])
-    dense = plain_gemms(case.dense)
+    dense = plain_kernels(case.dense)
     # lm_head is not in the layers
-    assert plain_gemms(case.pruned) == {s: count if s[1] == 49152 else count / 2 for s, count in dense.items()}
+    assert plain_kernels(case.pruned) == {s: count if s[1][1] == 49152 else count / 2 for s, count in dense.items()}
+
+
+def _flops(w: Workload, kind: str) -> float:
+    found = plain_kernels(w).items()
+    return sum(count * operator_of(shape, "bf16").flops for shape, count in found if shape[0] == kind)
 
 
 def test_counts_are_those_of_the_workload() -> None:
+    kinds = {"gemm": Kind.GEMM, "attention_prefill": Kind.PREFILL_ATTENTION, "attention_decode": Kind.DECODE_ATTENTION}
     for case in _cases():  # what pruning adds is left out
-        if case.family not in ("semi_structured", "unstructured"):
-            for w in (case.dense, case.pruned):
-                rows = (w.kind == Kind.GEMM) & ~w.overhead
-                flops = sum(2.0 * math.prod(shape) * count for shape, count in plain_gemms(w).items())
-                assert flops == pytest.approx(float(w.flops[rows].sum()), rel=1e-9)
+        for w in (case.dense, case.pruned):
+            for kind, code in kinds.items():
+                if kind == "gemm" and case.family in ("semi_structured", "unstructured", "dynamic_width"):
+                    continue  # of rounded widths
+                flops = float(w.flops[(w.kind == code) & ~w.overhead].sum())
+                assert _flops(w, kind) == pytest.approx(flops, rel=1e-2 if "decode" in kind else 1e-9), case.family
+
+
+@pytest.mark.parametrize(
+    ("family", "phase", "change"),
+    [
+        ("width", "prefill", {3: 16, 4: 4}),  # heads and KV heads
+        ("width", "decode", {2: 16, 3: 4}),
+        ("token", "prefill", {1: 64, 2: 64}),  # lengths, in the layers after the second
+        ("token", "decode", {1: 65}),
+        ("kv_cache", "decode", {1: 65}),
+        ("sparse_attention", "decode", {1: 64}),  # as many keys as are left
+        ("depth", "decode", {}),
+    ],
+)
+def test_attention_is_plain_and_dense_at_the_pruned_shape(family: str, phase: str, change: dict[int, int]) -> None:
+    how: Any = {"seq": [128], "setting": Setting(engine="reference"), "phases": [phase], "sparsities": [0.5]}
+    (case,) = settings_of("llama-3.2-1b", families=[family], **how)[0]
+    dense, pruned = (
+        {sizes: n for (kind, sizes), n in plain_kernels(w).items() if kind.startswith("attention")}
+        for w in (case.dense, case.pruned)
+    )
+    ((sizes, count),) = dense.items()
+    wanted = tuple(change.get(i, size) for i, size in enumerate(sizes))
+    assert pruned[wanted] == {"token": 14, "depth": 8}.get(family, count)
+    assert set(pruned) <= {sizes, wanted}
+
+
+def test_blocks_and_windows_of_a_prompt_are_a_share_of_dense_attention() -> None:
+    (case,) = _cases("sparse_attention", 0.75, phases=["prefill"])
+    (dense, pruned) = (plain_kernels(w) for w in (case.dense, case.pruned))
+    shares = {shape: pruned[shape] / count for shape, count in dense.items()}
+    assert set(dense) == set(pruned)
+    assert {shape[0]: share for shape, share in shares.items()} == {"gemm": 1.0, "attention_prefill": 0.25}
+    row = {"kind": int(Kind.PREFILL_ATTENTION), "role": "attention", "batch": 1, "q_len": 4, "kv_len": 4}
+    heads = {"heads": 2, "kv_heads": 1, "head_dim": 8, "window": 2}
+    # of ten pairs under the mask a window of two leaves seven
+    assert plain_kernels(Workload.from_rows([{**row, **heads}])) == {("attention_prefill", (1, 4, 4, 2, 1, 8)): 0.7}
+
+
+def test_latent_attention_counts_in_neither_model() -> None:
+    (case,) = settings_of("deepseek-v2-lite", phases=["decode"], families=["depth"], sparsities=[0.5], seq=[128])[0]
+    assert {kind for w in (case.dense, case.pruned) for kind, _ in plain_kernels(w)} == {"gemm"}
 
 
 @pytest.mark.parametrize(
@@ -65,11 +115,12 @@ def test_counts_are_those_of_the_workload() -> None:
 def test_zeros_become_a_shorter_dense_gemm(family: str, sparsity: float) -> None:
     (case,) = _cases(family, sparsity, phases=["decode"])
     rows = np.flatnonzero(case.pruned.kernel != Kernel.DENSE)
-    wanted = {(1, int(case.pruned.n[i]), round((1 - sparsity) * int(case.pruned.k[i]) / 16) * 16) for i in rows}
-    assert wanted <= set(plain_gemms(case.pruned))
+    n, k = case.pruned.n[rows].tolist(), case.pruned.k[rows].tolist()
+    wanted = {("gemm", (1, n, round((1 - sparsity) * k / 16) * 16)) for n, k in zip(n, k, strict=True)}
+    assert wanted <= set(plain_kernels(case.pruned))
     # fewer features than a tile stay what they are
     row = {"role": "q", "m": 2, "n": 64, "k": 10, "density": 0.9, "kernel": int(Kernel.UNSTRUCTURED)}
-    assert set(plain_gemms(Workload.from_rows([row]))) == {(2, 64, 10)}
+    assert set(plain_kernels(Workload.from_rows([row]))) == {("gemm", (2, 64, 10))}
 
 
 def _measure(folder: Path, cases: list[Case], device: ReplayDevice | None = None, **options: Any) -> Any:
@@ -83,17 +134,18 @@ def test_the_bound_is_the_ratio_of_planted_times(tmp_path: Path) -> None:
     planted = roofline_timings()
 
     def total(w: Workload) -> float:
-        return sum(n * planted(Operator("gemm", m=s[0], n=s[1], k=s[2])) for s, n in plain_gemms(w).items())
+        return sum(n * planted(operator_of(s, "bf16")) for s, n in plain_kernels(w).items())
 
     for case, b in zip(cases, bounds(cases, found.records, HW), strict=True):
         assert (b.family, b.phase, b.missing) == (case.family, case.phase, 0)
         assert b.measured_bound == pytest.approx(total(case.dense) / total(case.pruned), rel=2e-3)
         assert b.lower < b.measured_bound < b.upper < 1.01 * b.measured_bound
-        assert b.dense_gemm_s == pytest.approx(total(case.dense), rel=2e-3)
-        assert 0 < b.gemm_share <= 1
+        assert b.dense_kernels_s == pytest.approx(total(case.dense), rel=2e-3)
+        assert 0 < b.kernel_share <= 1
     by_name = {(b.family, b.phase): b for b in bounds(cases, found.records, HW)}
     assert by_name["depth", "decode"].measured_bound > 1.5
-    assert by_name["kv_cache", "decode"].measured_bound == 1.0  # changes no GEMM
+    for family in ("kv_cache", "sparse_attention"):  # they change no GEMM
+        assert by_name[family, "decode"].measured_bound > 1.0
     saved = measured_bounds(tmp_path / "run" / "records.jsonl", cases)
     assert saved == [by_name[c.family, c.phase].measured_bound for c in cases]
     assert np.isnan(measured_bounds(tmp_path / "nothing.jsonl", cases)).all()
@@ -145,7 +197,16 @@ def test_errors_of_predicted_bounds_by_hand(tmp_path: Path) -> None:
 
 def test_repeated_shapes_have_their_median() -> None:
     records = Records.from_columns([Source("some device")], m=8, n=64, k=32, seconds=[1e-6, 9e-6, 2e-6])
-    assert gemm_seconds(records, "bf16") == {(8, 64, 32): (2e-6, 0.0)}
+    assert kernel_seconds(records, "bf16") == {("gemm", (8, 64, 32)): (2e-6, 0.0)}
+
+
+def test_times_of_other_temperatures_formats_and_windows_are_left_out() -> None:
+    sizes = {"batch": 1, "q_len": [8, 8, 8, 8], "kv_len": 8, "heads": 2, "kv_heads": 1, "head_dim": 16}
+    kinds = {"cold": [False, True, False, False], "window": [0, 0, 4, 0], "dtype": ["bf16", "bf16", "bf16", "fp16"]}
+    one = Records.from_columns(
+        [Source("device")], operator="attention_prefill", seconds=[1.0, 2, 3, 4], **sizes, **kinds
+    )
+    assert kernel_seconds(one, "bf16") == {("attention_prefill", (1, 8, 8, 2, 1, 16)): (1.0, 0.0)}
 
 
 def test_without_sparse_tensor_cores_2to4_has_bounds_but_no_prediction(tmp_path: Path) -> None:
@@ -195,7 +256,8 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
     planted = roofline_timings()
     squares = [(s, s, s) for s in (256, 512, 1024, 2048, 4096)]
     anchors = [(s // 2, s, s) for s in (4096, 2048, 1024, 512)]
-    ops = [Operator("gemm", m=m, n=n, k=k) for m, n, k in dict.fromkeys([*shapes_of(_cases()), *squares, *anchors])]
+    ops = [Operator("gemm", m=m, n=n, k=k) for m, n, k in dict.fromkeys([*squares, *anchors])]
+    ops += [operator_of(shape, "bf16") for shape in shapes_of(_cases())]
     file = tmp_path_factory.mktemp("recording") / "device.jsonl"
     file.write_text("".join(json.dumps({"operator": vars(op), "median_s": planted(op)}) + "\n" for op in ops))
     return file
@@ -215,6 +277,10 @@ def test_the_command_prints_a_table_or_json_and_writes_a_file(
         [family, "0.5", phase] for phase in ("prefill", "decode") for family in ("depth", "width")
     ]
     assert all(len(line) <= 120 for line in out.splitlines() if str(tmp_path) not in line)
+    header = next(line for line in out.splitlines() if line.startswith("family")).split()
+    assert header[3:9] == ["bound", "bound", "bound", "bound", "speedup", "predicted"]
+    above = next(line for line in out.splitlines() if "roofline" in line).split()
+    assert above[:5] == ["FLOP", "byte", "roofline", "measured", "predicted"]
     assert "median error of the bounds predicted by a100_sxm_80gb" in out
     assert "Traceback" not in err
     with open(tmp_path / "run" / "upper_bound.csv", newline="") as file:
@@ -224,7 +290,7 @@ def test_the_command_prints_a_table_or_json_and_writes_a_file(
     assert len(read_store(tmp_path / "run" / "records.jsonl").rows) > 10
     assert run(_command(recording, tmp_path / "run", "--family", "width", "--phase", "decode", "--json")) == 0
     (row,) = json.loads(capsys.readouterr().out)
-    assert row["measured_bound"] == pytest.approx(row["dense_gemm_s"] / row["pruned_gemm_s"])
+    assert row["measured_bound"] == pytest.approx(row["dense_kernels_s"] / row["pruned_kernels_s"])
     assert row["missing"] == 0
 
 

@@ -162,6 +162,7 @@ def test_neither_chunks_nor_other_kernels_show(size: int, kernels: int) -> None:
     hw, rng = load_hardware("h100"), np.random.default_rng(size)
     m, n, k = (np.ceil(2.0 ** rng.uniform(0, 13, size)) for _ in range(3))
     kernel = np.arange(size) % kernels
+    m = np.where(kernel == Kernel.SPMV, 1.0, m)
     whole = gemm_time(m, n, k, hw, kernel=kernel, detail=True)
     for i in {0, size // 2, size - 1}:
         alone = gemm_time(m[i], n[i], k[i], hw, kernel=kernel[i], detail=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 import simulator
 from simulator.engines.engine import list_engines
 from simulator.kernels.settled import BELIEVED, MEASURED_LOG_SD, MIXED_LOG_SD, cost, intervals
-from simulator.kernels.spread import level_scale, near
+from simulator.kernels.spread import MULTIPLIER, level_scale, near
 from simulator.kernels.stack import Stack
 from simulator.kernels.stream import passes
 from simulator.predict.compare import SAME_SHAPE, Comparison, Pairs, compare
@@ -78,6 +79,27 @@ def test_the_ratio_of_a_workload_to_itself_is_one_for_sure(engine: str, phase: s
         assert np.concatenate([c.lower, c.upper]) == pytest.approx(np.ones(4), abs=1e-9)
 
 
+def test_what_an_engine_says_of_whole_passes_widens_ratios(tmp_path: Path) -> None:
+    text = resources.files("simulator.engines").joinpath("reference.yaml").read_text(encoding="utf-8")
+
+    def square(family: str, **values: float) -> float:
+        """Of the half-width of a speedup, in standard deviations."""
+        path = tmp_path / f"{'-'.join(values) or 'as_it_is'}.yaml"
+        path.write_text(text + "".join(f"{name}: {{value: {x}, source: paper}}\n" for name, x in values.items()))
+        dense = lowered(str(path), "prefill", dtype="fp16")
+        c, _ = compared(dense, prune(dense, family, 0.5))
+        assert (c.lower[0], c.upper[0]) == (1.0, 1.0)  # a pass beside itself
+        return float(np.log(c.upper[1] / c.lower[1]) / 2.0 / MULTIPLIER) ** 2
+
+    families = ("unstructured", "depth", "width", "dynamic_depth")
+    usual = {family: square(family) for family in families}
+    assert usual["unstructured"] == 0.0  # the same kernels
+    for family, before in usual.items():
+        assert square(family, apart_log_sd=0.02) == pytest.approx(before + 2 * 0.02**2, rel=1e-9)
+    put_together = {family: square(family, composed_log_sd=0.1) - usual[family] for family in families}
+    assert [family for family, more in put_together.items() if more > 1e-9] == ["dynamic_depth"]
+
+
 @pytest.mark.parametrize(("engine", "phase", "batch"), CASES)
 @pytest.mark.parametrize("factor", [0.9, 0.97, 1.0, 1.1, 1.2])
 def test_a_measured_time_is_believed_and_narrows(engine: str, phase: str, batch: int, factor: float) -> None:
@@ -96,9 +118,14 @@ def test_a_measured_time_is_believed_and_narrows(engine: str, phase: str, batch:
     for i in range(1, 1 + len(pruned)):
         assert width(after, i)[0] < 0.5 * width(before, i)[0]
         assert width(after, i)[1] < width(before, i)[1]
-        # as the dense one turned out, so did the pruned one, and by no more: it has no more of what was slow
+        # as the dense one turned out, so did the pruned one, and by no more: it has no more of what was slow, unless
+        # pruning adds kernels, which wait for launch and host more than those of the dense model do
         moved = after.pruned_s[i] - before.pruned_s[i]
-        most = 1.05 * max(1.0, before.pruned_s[i] / before.dense_s[0]) * (dense_s - before.dense_s[0])
+        most = (
+            (1.15 if pruned[i - 1].overhead.any() else 1.05)
+            * max(1.0, before.pruned_s[i] / before.dense_s[0])
+            * (dense_s - before.dense_s[0])
+        )
         slack = 0.005 * before.dense_s[0]
         assert min(most, 0.0) - slack <= moved <= max(most, 0.0) + slack
     assert implied.predicted_s == pytest.approx(before.dense_s[0], rel=1e-9)
@@ -133,8 +160,9 @@ def test_a_time_as_predicted_widens_no_speedup(engine: str, phase: str, batch: i
     after, _ = compared(dense, *pruned, dense_s=float(before.dense_s[0]))
     np.testing.assert_allclose(after.speedup, before.speedup, rtol=0.01)
     for i in range(1, 1 + len(pruned)):
-        # but for what a host does to a pass, which is not linear
-        assert width(after, i)[2] <= 1.03 * width(before, i)[2] + 1e-9, pruned[i - 1].meta.applied
+        # but for what a host does to a pass, which is not linear; more so where pruning adds launches
+        slack = 1.05 if pruned[i - 1].overhead.any() else 1.03
+        assert width(after, i)[2] <= slack * width(before, i)[2] + 1e-9, pruned[i - 1].meta.applied
 
 
 def test_a_measured_time_pins_the_host_where_the_host_sets_the_pace() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -11,7 +15,7 @@ from simulator.errors import InputError
 from simulator.kernels.settled import cost
 from simulator.kernels.stack import Stack
 from simulator.kernels.stream import operator_times, passes
-from simulator.workload import ROLES, Kind, Workload
+from simulator.workload import ROLES, Kind, Workload, dtype_code
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +74,21 @@ def test_eager_streams_the_data_of_every_kernel_of_an_unfused_operator(hw: simul
     # each launched, whether it streams or not
     kernels = sum(launches.get(ROLES[role], 1) * count for role, count in zip(w.role, w.count, strict=True))
     assert p.host.launch.sum() == pytest.approx(kernels * hw.section("runtime", "*")["host_op_s"], rel=1e-12)
+
+
+def test_a_cpu_waits_after_every_kernel_and_launches_those_beside_itself(tmp_path: Path) -> None:
+    hf = resources.files("simulator.engines").joinpath("hf.yaml").read_text(encoding="utf-8")
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(hf.replace("launches:\n", "launches:\n  router: 4\n"))
+    cpu, fp32 = simulator.load_hardware("cpu"), dtype_code("fp32")
+    rows = [{"role": "router", "m": 1, "n": 64, "k": 64, "count": 3}]
+    rows.append({"kind": Kind.ELEMENTWISE, "role": "activation", "read_bytes": 4096, "count": 5})
+    w = Workload.from_rows([row | {"dtype": fp32, "weight_dtype": fp32} for row in rows])
+    p = passes(Stack.of([w.replace(meta=replace(w.meta, engine=str(mine)))]), cpu)
+    runtime, (router, activation) = cpu.section("runtime", "*"), operator_times(w, cpu).seconds
+    waits, beside = 3 * 4 + 5 * 2, 3 * 3  # an activation is two kernels, and streams its data in both
+    assert p.row_s == pytest.approx([3 * router, 5 * 2 * activation], rel=1e-12)
+    assert p.gap_s[0] == pytest.approx(waits * runtime["graph_gap_s"] + beside * runtime["host_op_s"], rel=1e-12)
 
 
 def test_ideal_roofline_is_the_larger_of_flops_and_bytes(hw: simulator.HardwareProfile) -> None:

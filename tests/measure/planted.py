@@ -6,8 +6,11 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
+from calibration.devices.protocol import Operator
 from calibration.devices.replay import ReplayDevice
-from calibration.measure.plan import ANCHOR, Plan, Rates, for_model
+from calibration.measure.plan import ANCHOR, Plan, Rates, in_order
 from calibration.measure.run import Outcome, run
 from calibration.measure.timing import Protocol
 
@@ -18,7 +21,8 @@ PROTOCOL = Protocol(time_limit_s=0.5)
 
 def plan_of(shapes: list[tuple[int, int, int]] = SHAPES, **changes: Any) -> Plan:
     """A plan of these shapes, some of its fields changed."""
-    return replace(for_model(shapes, RATES, protocol=PROTOCOL), **changes)
+    gemms = [Operator("gemm", m=m, n=n, k=k) for m, n, k in np.random.default_rng(0).permutation(shapes).tolist()]
+    return replace(in_order(gemms, RATES, protocol=PROTOCOL), **changes)
 
 
 def go(device: ReplayDevice, plan: Plan | None = None, **options: Any) -> tuple[Outcome, list[dict[str, Any]]]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from calibration.devices.protocol import OPERATORS, Operator
-from calibration.measure.plan import EXACT, FIT, HOLDOUT, SHARES, Plan, Rates, anchor_operator, base_plan, for_model
+from calibration.measure.plan import EXACT, FIT, HOLDOUT, SHARES, Plan, Rates, anchor_operator, base_plan, in_order
 from calibration.measure.shapes import ODD_SIZES, spread_order
 from calibration.measure.timing import Protocol
 from simulator.errors import InputError
@@ -81,6 +81,21 @@ def test_groups_are_held_out_whole_and_a_fifth_of_them_and_have_several_m(plan: 
     assert np.median([*Counter(group for group, _ in shapes).values()]) >= 3  # values of m in a group
 
 
+def test_a_short_plan_has_enough_attention_of_one_head_width_for_a_fit() -> None:
+    def most(**options: bool) -> float:
+        """Of each kind: the largest share of its rows that are of one head width."""
+        items = base_plan(CPU, budget_s=200.0, dtype="fp32", seed=2, **options).items
+        found = []
+        for kind in ("attention_prefill", "attention_decode"):
+            widths = [item.operator.head_dim for item in items if item.operator.kind == kind]
+            assert len(widths) >= 20
+            found.append(max(Counter(widths).values()) / len(widths))
+        return min(found)
+
+    assert most() > 0.9
+    assert most(kernels_apart=False) < 0.75  # an anchor wants some of all
+
+
 def test_the_same_seed_gives_the_same_plan() -> None:
     first, again, other = (base_plan(CPU, budget_s=60.0, seed=seed) for seed in (3, 3, 4))
     assert first == again
@@ -117,32 +132,24 @@ def test_a_budget_of_nothing_or_for_not_one_gemm_is_refused() -> None:
         base_plan(CPU, budget_s=0.01)
 
 
-def test_for_model_takes_exactly_the_shapes_given() -> None:
-    shapes = [(1, 4096, 4096), (2048, 14336, 4096), (1, 4096, 4096)]
-    made = for_model(shapes, GPU, dtype="fp16", seed=1)
-    assert {(op.m, op.n, op.k) for op in _gemms(made)} == set(shapes)
-    assert {item.purpose for item in made.items} == {EXACT}
-    assert {op.dtype for op in _gemms(made)} == {"fp16"}
-    with pytest.raises(InputError, match="no shapes"):
-        for_model([], GPU)
+def test_in_order_takes_exactly_the_operators_given() -> None:
+    shapes = [(2048, 14336, 4096), (1, 4096, 4096), (2048, 14336, 4096)]
+    gemms = [Operator("gemm", "fp16", m=m, n=n, k=k) for m, n, k in shapes]
+    attention = Operator("attention_decode", "fp16", batch=1, q_len=1, kv_len=64, heads=2, kv_heads=1, head_dim=8)
+    made = in_order([*gemms, attention], GPU)
+    assert [item.operator for item in made.items] == [*gemms[:2], attention]
+    assert [item.purpose for item in made.items] == [EXACT, EXACT, FIT]
+    with pytest.raises(InputError, match="no operators"):
+        in_order([], GPU)
 
 
 def test_exact_shapes_come_first_at_every_visit() -> None:
-    base = base_plan(CPU, budget_s=60.0, seed=3)
-    both = replace(base.joined(for_model([(m, 48, 48) for m in range(1, 9)], CPU)), visits=3)
+    base, exact = base_plan(CPU, budget_s=60.0, seed=3), [Operator("gemm", m=m, n=48, k=48) for m in range(1, 9)]
+    both = replace(base, items=(*in_order(exact, CPU).items, *base.items), visits=3)
     orders = [both.order(visit) for visit in range(3)]
     assert all({item.purpose for item in order[:8]} == {EXACT} for order in orders)
     assert all({item.operator.key for item in order} == {item.operator.key for item in both.items} for order in orders)
     assert len({tuple(item.operator.key for item in part) for order in orders for part in (order[:8], order[8:])}) == 6
-
-
-def test_joined_plans_have_each_operator_once() -> None:
-    base = base_plan(CPU, budget_s=60.0)
-    op = next(item.operator for item in base.items if item.operator.kind == "gemm")
-    both = base.joined(for_model([(op.m, op.n, op.k), (1, 48, 48)], CPU))
-    keys = [item.operator.key for item in both.items]
-    assert len(keys) == len(set(keys)) == len(base.items) + 1
-    assert next(item for item in both.items if item.operator == op).purpose in (FIT, HOLDOUT)
 
 
 @pytest.mark.parametrize("rates", [GPU, CPU, Rates(5e10, 5e9)])

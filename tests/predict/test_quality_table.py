@@ -10,6 +10,7 @@ import pytest
 
 from simulator.cli import run
 from simulator.errors import InputError
+from simulator.files.csv import read_csv
 from simulator.models.library import list_models
 from simulator.predict.quality import (
     COLUMNS,
@@ -93,6 +94,26 @@ def test_provenance_counts_every_row(shared_data: Path) -> None:
     assert len(table) + sum(refused.values()) == len(source.read_text(encoding="utf-8").splitlines()) - 1
     note = (FOLDER / "PROVENANCE.md").read_text(encoding="utf-8")
     assert all(f"- {count}: {why}" in note for why, count in refused.items())
+
+
+def test_losses_of_the_taxonomy_paper(shared_data: Path) -> None:
+    """Every accuracy gap quoted with a sparsity is a loss of the table; perplexities without a dense value are not."""
+    source = read_csv((shared_data / "paper_tables.csv").read_bytes().split(b"\n", 1)[1], "paper", ("what", "family"))
+    quoted = [cells for cells in source.each(dict) if cells["accuracy_gap_percent"] and cells["sparsity"]]
+    table, seven = load_quality("taxonomy-paper").of_model("llama-3.1-8b"), []
+    first = table.on_axis(choose_axis(table, "mean accuracy"))
+    for cells in quoted:
+        what, gap = (cells["method"], float(cells["sparsity"])), float(cells["accuracy_gap_percent"])
+        if cells["quality_metric"] == "accuracy_7_tasks":
+            seven.append((*what, float(cells["quality"])))
+            continue
+        (own,) = (r for r in first.rows if (r.method, r.sparsity) == what)
+        assert own.family == cells["family"]
+        assert own.relative_loss == pytest.approx(gap / 100.0, abs=1e-9)
+    (other,) = (r for r in table.rows if r.axis != first.rows[0].axis)
+    assert [(other.method, other.sparsity, other.pruned)] == seven
+    assert len(table) == len(quoted)
+    assert all("as quoted in a public reading note" in r.source for r in table.rows)
 
 
 def test_round_trip() -> None:

@@ -27,7 +27,7 @@ def test_the_registry_is_that_of_the_design() -> None:
     for name, family in FAMILIES.items():
         assert all((family.axis, family.summary, family.cost, family.realised))
         assert family.dynamic == (name not in (*STATIC, "experts"))
-    assert FAMILIES["dynamic_depth"].options == {"prune_kv": False, "router": 2}
+    assert FAMILIES["dynamic_depth"].options == {"kernel": "reference", "prune_kv": False, "router": 2}
     assert FAMILIES["semi_structured"].options == {}
 
 

@@ -22,7 +22,13 @@ def counts(w: Workload) -> tuple[float, float]:
 
 OPTIONS = [
     *((family, {}) for family in FAMILIES),
-    ("dynamic_depth", {"prune_kv": True}),
+    *(
+        ("dynamic_depth", {"prune_kv": prune_kv, "kernel": kernel})
+        for prune_kv in (True, False)
+        for kernel in ("reference", "gathered")
+    ),
+    *(("dynamic_width", {"kernel": kernel}) for kernel in ("gathered", "looped")),
+    ("unstructured", {"kernel": "spmv"}),
     *(("width", {"align": align}) for align in (1, 8)),
     ("token", {"start": 0}),
     ("token", {"start": 4, "mode": "static"}),
@@ -88,7 +94,7 @@ def test_devices_prune_their_own_share() -> None:
 
 def test_overheads_of_an_8_bit_model_move_its_16_bit_stream() -> None:
     dense = simulator.lower(simulator.load_model("llama-3.1-8b"), seq=1024, dtype="fp8")
-    pruned = prune(dense, "dynamic_depth", 0.5)
+    pruned = prune(dense, "dynamic_depth", 0.5, kernel="gathered")
     gather = pruned.is_role("gather")
     assert pruned.write_bytes[gather].tolist() == [512 * 4096 * 2] * 2
     assert set(pruned.dtype[pruned.overhead]) == set(dense.dtype[dense.is_role("attention_norm")])
@@ -195,7 +201,7 @@ def test_low_rank_pairs_stand_next_to_each_other() -> None:
 
 def test_dynamic_depth_at_batch_one_is_all_or_nothing() -> None:
     w = workload(GQA, "decode", 1)
-    pruned = prune(w, "dynamic_depth", 0.25)
+    pruned = prune(w, "dynamic_depth", 0.25, kernel="gathered")
     for role in ("q", "o", "attention", "gate", "up", "activation", "down", "mlp_norm"):
         assert only(pruned, role, "count") == pytest.approx(4.5)
     for role in ("k", "v", "attention_norm", "cache_write", "rotary"):
@@ -203,13 +209,13 @@ def test_dynamic_depth_at_batch_one_is_all_or_nothing() -> None:
     assert not pruned.is_role("gather", "scatter").any()
     assert pruned.is_role("router").sum() == 2
     assert moved(pruned, "rotary") / moved(w, "rotary") == pytest.approx((8 * 0.75 + 4) / 12)
-    skipped = prune(w, "dynamic_depth", 0.25, prune_kv=True)
+    skipped = prune(w, "dynamic_depth", 0.25, prune_kv=True, kernel="gathered")
     assert only(skipped, "k", "count") == only(skipped, "attention_norm", "count") == pytest.approx(4.5)
     assert only(skipped, "attention", "kv_len") == 37  # 0.75 * 49 = 36.75
 
 
 def test_dynamic_depth_in_a_batch_is_binomial() -> None:
-    pruned = prune(workload(GQA, "decode", 2), "dynamic_depth", 0.25)
+    pruned = prune(workload(GQA, "decode", 2), "dynamic_depth", 0.25, kernel="gathered")
     at = pruned.is_role("down")
     assert pruned.m[at].tolist() == [1, 2]
     assert pruned.count[at] == pytest.approx([6 * 2 * 0.75 * 0.25, 6 * 0.75**2])
@@ -221,6 +227,50 @@ def test_dynamic_depth_in_a_batch_is_binomial() -> None:
         # 1.5 of 2 tokens expected, in 2 sublayers of 6 layers, 64 features of 2 bytes read and written, an index of 4
         assert moved(pruned, role) == pytest.approx(1.5 * 12 * (2 * 64 * 2 + 4))
     assert pruned.overhead.sum() == 2 + 2 * 2 * 2
+
+
+def test_kernels_of_the_reference_bench_skip_tiles_and_see_all_tokens_elsewhere() -> None:
+    """Counted by hand from the bench's code: one layer of 64 features, inner width 176, 8 + 4 heads of 16 features."""
+    w = workload(GQA, "decode", 4)
+    pruned = prune(w, "dynamic_depth", 0.25)
+    routed = pruned.is_role("q", "o", "gate", "up", "down")
+    assert set(pruned.kernel[routed]) == {Kernel.BLOCK_SPARSE}
+    assert moved(pruned, "product") == moved(w, "activation")
+    assert not pruned.is_role("activation", "gather", "scatter").any()
+    for role in ("mlp_norm", "rotary"):
+        assert moved(pruned, role) == moved(w, role)
+    # zeros under q, o, gate, up, down and the attention's result: 4 tokens, 2 bytes, 6 layers
+    assert moved(pruned, "fill") == 6 * 4 * 2 * (2 * 128 + 64 + 2 * 176 + 64)
+    counted = {role: float(pruned.count[pruned.is_role(role)].sum()) for role in ("router", "select", "sort", "fill")}
+    assert counted == {"router": 12, "select": 24, "sort": 24, "fill": 36}
+    assert not prune(workload(GQA, "decode", 1), "dynamic_depth", 0.25).is_role("sort").any()
+    both = prune(prune(w, "dynamic_depth", 0.25), "semi_structured", 0.5)
+    assert set(both.kernel[both.is_role("up")]) == {Kernel.SPARSE24}
+    assert prune(w, "dynamic_depth", 0.25, kernel="ideal") == prune(w, "dynamic_depth", 0.25, ideal=True)
+
+
+def test_kernels_of_dynamic_width_copy_once_or_once_a_group() -> None:
+    w = workload(MHA, "prefill", 2)
+    tiles, gathered, looped = (prune(w, "dynamic_width", 0.5, kernel=k) for k in ("reference", "gathered", "looped"))
+    assert set(tiles.kernel[tiles.is_role("up")]) == {Kernel.GROUPS_N}
+    assert set(tiles.kernel[tiles.is_role("down")]) == {Kernel.GROUPS_K}
+    assert set(tiles.block[tiles.is_role("up")]) == {384 // 32}
+    assert not tiles.is_role("gather", "scatter").any()
+    for role in ("gather", "scatter"):
+        assert moved(looped, role) == pytest.approx(moved(gathered, role))
+    count = {
+        name: float(p.count[p.is_role("scatter") & (p.part == 2)].sum()) for name, p in (("g", gathered), ("l", looped))
+    }
+    assert count["l"] == pytest.approx(32 * count["g"])
+    sorts = [float(p.count[p.is_role("sort")].sum()) for p in (tiles, gathered, looped)]
+    assert sorts == [3 * 2 * 5, 2 * 5, 2 * 5]
+
+
+def test_vectors_alone_gain_from_scattered_zeros() -> None:
+    alone = prune(workload(GQA, "decode", 1), "unstructured", 0.5, kernel="spmv")
+    assert set(alone.kernel[alone.is_role("q", "down")]) == {Kernel.SPMV}
+    several = prune(workload(GQA, "decode", 2), "unstructured", 0.5, kernel="spmv")
+    assert set(several.kernel[several.is_role("q", "down")]) == {Kernel.UNSTRUCTURED}
 
 
 def test_dynamic_depth_splits_fused_queries_from_keys() -> None:

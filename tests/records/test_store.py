@@ -261,7 +261,7 @@ def test_every_operator_a_device_offers_becomes_a_record() -> None:
     shape = {"m": 8, "n": 64, "k": 32, "rank": 16, "rows": 4, "batch": 2, "q_len": 1, "kv_len": 16}
     shape |= {"heads": 4, "kv_heads": 2, "head_dim": 64}
     for kind in KINDS:
-        role = {"elementwise": "activation"}.get(kind, "")
+        role = {"elementwise": "activation", "grouped_gemm": "up"}.get(kind, "")
         operator = Operator(kind, **shape, block=8, role=role)
         records = records_of([{"operator": vars(operator), "median_s": 1e-6}], HEADER)
         assert OPERATORS[int(records.operator[0])] == kind
@@ -271,10 +271,23 @@ def test_every_operator_a_device_offers_becomes_a_record() -> None:
     assert shape_of({"kind": "launch_eager", "role": "gemm"})["n"] == 64
 
 
+def test_a_gathered_gemm_says_whether_it_was_one_kernel() -> None:
+    gathered, plain = (vars(Operator(kind, m=8, n=64, k=32, rows=4)) for kind in ("gather_gemm", "gemm"))
+    methods = (gathered, "graph, one kernel (Triton)"), (gathered, "graph, a gather, a GEMM and a scatter"), (plain, "")
+    rows = [{"operator": operator, "median_s": 1e-6, "method": method} for operator, method in methods]
+    records = records_of(rows, HEADER)
+    assert records.fused.tolist() == [True, False, False]
+    assert read_records(write_records(records)).fused.tolist() == [True, False, False]
+    # a table without such rows is written as before there were any
+    three = records.select(~records.fused)
+    assert b"fused" in write_records(records)
+    assert b"fused" not in write_records(three)
+
+
 def test_codes_of_operators_that_files_hold_stay_what_they_are() -> None:
     assert OPERATORS[:3] == ("gemm", "gemm_2to4", "low_rank")
-    names = ("collective", "layer_eager", "experts", "mla_prefill", "mla_decode")
-    assert [OPERATORS.index(name) for name in names] == [11, 12, 13, 14, 15]
+    names = ("collective", "layer_eager", "experts", "mla_prefill", "mla_decode", "grouped_gemm")
+    assert [OPERATORS.index(name) for name in names] == [11, 12, 13, 14, 15, 16]
 
 
 def table() -> Records:

@@ -11,13 +11,14 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from inspect import signature
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from calibration.devices.protocol import Unsupported
+from calibration.devices.sparse import sparse_weight
 from calibration.execute.decoder.model import Attention, Blocks, Decoder, Layer, Mlp, Projection, Tensor
 from calibration.execute.decoder.routed import BlockAttention, CacheCut, TokenDropping, TokenRouting, best
 from calibration.execute.decoder.run import Rule
@@ -169,8 +170,13 @@ def semi_structured(decoder: Decoder, sparsity: float) -> Decoder:
         raise InputError(f"semi_structured at sparsity {sparsity:g}: 2:4 removes exactly 0.5")
     if not decoder.place.startswith("cuda"):
         raise Unsupported(f"semi_structured (2:4) needs sparse tensor cores; device {decoder.place!r} has none")
-    pack = torch.sparse.to_sparse_semi_structured
-    return each_projection(decoder, lambda i, role, p: Projection((pack(two_of_four(p.weight)),), p.bias))
+    algorithms: dict[tuple[int, int], Any] = {}  # searched once for each shape of weights
+
+    def pack(number: int, role: str, p: Projection) -> Projection:
+        found = algorithms.setdefault(tuple(p.weight.shape), {})
+        return Projection((sparse_weight(two_of_four(p.weight), found),), p.bias)
+
+    return each_projection(decoder, pack)
 
 
 def unstructured(decoder: Decoder, sparsity: float) -> Decoder:
@@ -233,14 +239,16 @@ def _routed(decoder: Decoder, rule: Any) -> Decoder:
 
 def _head_blocks(a: Attention) -> Blocks:
     """Query and output weights by KV group: the rows of q lie in this order already."""
-    edges = tuple(a.q.weight.shape[0] * g // a.kv_heads for g in range(a.kv_heads + 1))
-    return Blocks(a.q.weight, a.o.weight.t().contiguous(), edges)
+    return Blocks(a.q.weight, a.o.weight.t().contiguous(), a.kv_heads)
 
 
 def _channel_blocks(m: Mlp, groups: int) -> Blocks:
-    """Gate, up and down weights by groups of channels, as equal and as many as whole channels allow."""
+    """Gate, up and down weights by groups of channels: no more than asked for, and the last filled up with zeros."""
     channels = m.down.weight.shape[1]
-    groups = min(groups, channels)
-    edges = tuple(channels * g // groups for g in range(groups + 1))
-    pieces = [weight[start:stop] for start, stop in pairwise(edges) for weight in (m.gate.weight, m.up.weight)]
-    return Blocks(torch.cat(pieces), m.down.weight.t().contiguous(), edges)
+    width = -(-channels // groups)
+    groups = -(-channels // width)
+    gate, up, outer = (
+        F.pad(weight, (0, 0, 0, groups * width - channels)).view(groups, width, -1)
+        for weight in (m.gate.weight, m.up.weight, m.down.weight.t())
+    )
+    return Blocks(torch.cat((gate, up), 1).flatten(0, 1).contiguous(), outer.flatten(0, 1).contiguous(), groups)

@@ -13,31 +13,45 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 
 from calibration.devices.operators import TORCH_DTYPE
+from calibration.devices.skipping import kernels
+from calibration.devices.sparse import linear
 from simulator.errors import InputError
 from simulator.models.config import ModelConfig
 
 Tensor = Any
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 @dataclass(frozen=True)
 class Projection:
-    """One weight (n, k), or several that are applied one after the other, and a bias."""
+    """One weight (n, k), plain or sparse, or several that are applied one after the other, and a bias."""
 
     factors: tuple[Tensor, ...]
     bias: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         for weight in self.factors[:-1]:
-            x = F.linear(x, weight)
-        return F.linear(x, self.factors[-1], self.bias)
+            x = linear(x, weight)
+        return linear(x, self.factors[-1], self.bias)
+
+    def of_rows(self, x: Tensor, index: Tensor, count: Tensor, add_to: Tensor = None) -> Tensor:
+        """Of the first ``count`` rows of x (tokens, k) that ``index`` names, a number on the device, by the kernel that
+        computes no others; in other rows the result is undefined, or what was there."""
+        if type(self.factors[-1]) not in _PLAIN:  # a sparse weight has no such kernel
+            y = self(x)
+            rest = torch.arange(len(index), device=x.device) >= count
+            return y if add_to is None else add_to.index_add_(0, index, y[index].masked_fill(rest[:, None], 0.0))
+        for weight in self.factors[:-1]:
+            x = kernels().gather_gemm(x, weight, index, count)
+        more = {"out": add_to, "add": add_to is not None}
+        return kernels().gather_gemm(x, self.factors[-1], index, count, self.bias, **more)
 
     @property
     def weight(self) -> Tensor:
         """The one weight of a dense projection; families that slice or mask weights need it."""
-        if len(self.factors) != 1 or type(self.factors[0]) not in (torch.Tensor, torch.nn.Parameter):
+        if len(self.factors) != 1 or type(self.factors[0]) not in _PLAIN:
             raise InputError("decoder: this projection is factorised or sparse already; prune in another order")
         return self.factors[0]
 
@@ -57,23 +71,12 @@ class Blocks:
 
     inner: Tensor  # (rows, hidden): what makes a group's features (of an MLP: its gate's, then its up's), by group
     outer: Tensor  # (features, hidden): the weight that takes the features back to the hidden state, transposed
-    edges: tuple[int, ...]  # where the features of each group begin, and the end of the last
-
-    @property
-    def groups(self) -> int:
-        return len(self.edges) - 1
+    groups: int  # of equal width
 
     @property
     def width(self) -> int:
-        """Features of a group; 0 where they differ."""
-        features, left = divmod(self.edges[-1], self.groups)
-        return 0 if left else features
-
-    def of(self, group: int) -> tuple[Tensor, Tensor]:
-        """Both weights of one group: views."""
-        rows = len(self.inner) // self.edges[-1]  # a feature: one for a query, two where a gate has its own
-        start, stop = self.edges[group : group + 2]
-        return self.inner[rows * start : rows * stop], self.outer[start:stop]
+        """Features of a group."""
+        return len(self.outer) // self.groups
 
 
 @dataclass(frozen=True)

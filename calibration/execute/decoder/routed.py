@@ -4,6 +4,9 @@ tokens dropped, the cache cut. (Groups of heads and channels for each token: ``w
 Every choice is made from the data; nothing is computed and then masked, except inside the blocks of queries of
 :func:`routed_attention`. In a decode step of dynamic depth the number of tokens that run is drawn (binomial) and the
 router says which, because random weights have no threshold that means a given share.
+
+On a GPU with Triton all of it stays on the device: kernels skip by what they read there, and shapes do not depend on
+data, so that CUDA graphs can hold prefill and decode. Elsewhere the host reads the choices and launches what is left.
 """
 
 from __future__ import annotations
@@ -16,10 +19,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from calibration.devices.attention import block_sparse_attention, decode_attention
+from calibration.devices import flex, skipping
+from calibration.devices.attention import block_sparse_attention, decode_attention, masked_attention
 from calibration.devices.operators import gated
 from calibration.execute.decoder.model import Attention, Mlp, Tensor
-from calibration.execute.decoder.run import Cache, Rule, State, joined
+from calibration.execute.decoder.run import Cache, Rule, State, joined, split_heads
 from simulator.errors import InputError
 
 _ROWS = 128  # queries attended together: what lies after the last of them is not computed
@@ -50,10 +54,7 @@ def routed_attention(q: Tensor, k: Tensor, v: Tensor, places: Tensor) -> Tensor:
         some = places[:, block]
         seen = int(some[:, -1].max()) + 1
         mask = torch.arange(seen, device=q.device)[None, None, :] <= some[:, :, None]
-        keys, values, shared = k[:, :, :seen], v[:, :, :seen], q.shape[1] != k.shape[1]
-        out[:, :, block] = F.scaled_dot_product_attention(
-            q[:, :, block], keys, values, attn_mask=mask[:, None], enable_gqa=shared
-        )
+        out[:, :, block] = masked_attention(q[:, :, block], k[:, :, :seen], v[:, :, :seen], mask[:, None])
     return out
 
 
@@ -69,20 +70,26 @@ class TokenRouting(Rule):
     """Dynamic depth: a share of the tokens, chosen by a router of two outputs, computes each sublayer but k and v."""
 
     family: ClassVar[str] = "dynamic_depth"
-    on_host: ClassVar[bool] = True
+    skips: ClassVar[bool] = True
     keep: float
     seed: int = 0
 
     def attention(self, s: State, a: Attention, x: Tensor) -> Tensor:
         h = s.norm(x, a.norm)
         k, v = s.keys_values(a, h)
+        if self._in_place(s):
+            index, count, runs = self._drawn(s, "attention", a.router, x)
+            q = s.turned(split_heads(a.q.of_rows(h[:, 0], index, count)[:, None], a.heads), a.q_norm)
+            out = flex.running(q, k, v, runs[:, None].expand(-1, a.kv_heads))
+            x = x if a.turn is None else F.linear(x, a.turn)
+            return a.o.of_rows(joined(out)[:, 0], index, count, x[:, 0])[:, None]
         rows, places = self._chosen(s, "attention", a.router, x)
         if not len(rows):
             return _scattered(x, rows, None, a.turn)
         if not s.decoding:
             some = h.flatten(0, 1).index_select(0, rows).view(len(x), -1, x.shape[2])
             q = s.queries(a, some, s.cos[places].unsqueeze(1), s.sin[places].unsqueeze(1))
-            out = routed_attention(q, k, v, places)
+            out = (flex.placed if skipping.in_triton(s.decoder.place) else routed_attention)(q, k, v, places)
         elif len(rows) == len(x):
             out = decode_attention(s.queries(a, h), k, v)
         else:  # each sequence over its own cache, which is not copied for it
@@ -92,16 +99,34 @@ class TokenRouting(Rule):
         return _scattered(x, rows, a.o(joined(out)).flatten(0, 1), a.turn)
 
     def mlp(self, s: State, m: Mlp, x: Tensor) -> Tensor:
+        if self._in_place(s):
+            index, count, _ = self._drawn(s, "mlp", m.router, x)
+            h = s.norm(x[:, 0], m.norm)
+            inner = gated(m.gate.of_rows(h, index, count), m.up.of_rows(h, index, count))
+            x = x if m.turn is None else F.linear(x, m.turn)
+            return m.down.of_rows(inner, index, count, x[:, 0])[:, None]
         rows, _ = self._chosen(s, "mlp", m.router, x)
         if not len(rows):
             return _scattered(x, rows, None, m.turn)
         h = s.norm(x.flatten(0, 1).index_select(0, rows), m.norm)
         return _scattered(x, rows, m.down(gated(m.gate(h), m.up(h))), m.turn)
 
+    def _in_place(self, s: State) -> bool:
+        """Whether kernels leave rows out where they lie: only then is their number no shape."""
+        return s.decoding and skipping.in_triton(s.decoder.place)
+
+    def _drawn(self, s: State, what: str, router: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a decode step: sequences, those that run first; how many run, drawn on the device; and which."""
+        index = _votes(x[:, 0], router).argsort(descending=True)
+        count = (torch.rand(len(x), device=x.device) < self.keep).sum(dtype=torch.int32)
+        first = torch.arange(len(x), device=x.device) < count
+        runs = torch.zeros_like(first).scatter_(0, index, first)
+        s.note(what, runs)
+        return index, count, runs
+
     def _chosen(self, s: State, what: str, router: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of the flattened batch that run (a fixed share of a prompt), and their places in it (batch, chosen)."""
-        votes = F.linear(x, router).float()
-        scores = votes[..., 1] - votes[..., 0]
+        scores = _votes(x, router)
         if s.decoding:
             if "generator" not in s.kept:
                 s.kept["generator"] = np.random.default_rng(self.seed)
@@ -111,6 +136,12 @@ class TokenRouting(Rule):
             rows = (places + torch.arange(len(x), device=x.device)[:, None] * x.shape[1]).flatten()
         s.note(what, places)
         return rows, places
+
+
+def _votes(x: Tensor, router: Tensor) -> Tensor:
+    """How much a router of two outputs wants each token to run."""
+    votes = F.linear(x, router).float()
+    return votes[..., 1] - votes[..., 0]
 
 
 def _scattered(x: Tensor, rows: Tensor, y: Tensor | None, turn: Tensor) -> Tensor:
@@ -126,30 +157,35 @@ class BlockAttention(Rule):
     """Sparse attention: of the blocks of keys those whose mean key fits a block of queries, or a decoded one, best."""
 
     family: ClassVar[str] = "sparse_attention"
+    skips: ClassVar[bool] = True
     keep: float
     block: int = 64
 
     def attend(self, s: State, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if s.decoding:
             return decode_attention(q, *self._chosen(s, q, k, v))
-        layout = self._layout(q, k)
+        table, q_len = self._table(q, k), q.shape[2]
         s.kept["means", s.layer] = block_means(k, self.block)
-        s.note("attention", layout)
-        return block_sparse_attention(layout, q.shape[2], k.shape[2], self.block, s.decoder.place)(q, k, v)
+        s.note("attention", table)
+        by_blocks = flex.block_sparse if skipping.in_triton(s.decoder.place) else block_sparse_attention
+        return by_blocks(table, q_len, k.shape[2], self.block)(q, k, v)
 
-    def _layout(self, q: Tensor, k: Tensor) -> list[list[int]]:
-        """Key blocks for each block of queries, its own among them: one layout for all heads and sequences.
+    def _table(self, q: Tensor, k: Tensor) -> Tensor:
+        """Whether each block of queries sees each block of keys, its own among them: one table for all heads and
+        sequences.
 
         As many blocks as :func:`calibration.devices.attention.block_layout` keeps.
         """
         mean_q, mean_k = (block_means(x, self.block).float().mean((0, 1)) for x in (q, k))
-        scores = mean_q @ mean_k.t()
-        layout = []
-        for row in range(-(-q.shape[2] // self.block)):
-            count = min(row + 1, max(1, math.ceil(self.keep * (row + 1) - 1e-9)))
-            earlier = scores[min(row, len(scores) - 1), :row] if len(scores) else scores.new_zeros(0)
-            layout.append([*best(earlier, count - 1).tolist(), row])
-        return layout
+        scores, rows = mean_q @ mean_k.t(), -(-q.shape[2] // self.block)
+        whole = len(scores)
+        number = torch.arange(rows, device=q.device)
+        if rows > whole:  # the queries of a block that is not whole see what those before them see
+            scores = F.pad(scores[number.clamp(max=whole - 1)], (0, 1)) if whole else scores.new_zeros(1, 1)
+        earlier = number < number[:, None]
+        many = torch.ceil(self.keep * (number + 1.0).double() - 1e-9).clamp(min=1) - 1
+        rank = scores.masked_fill(~earlier, -torch.inf).argsort(dim=1, descending=True).argsort(dim=1)
+        return (earlier & (rank < many[:, None])) | (number == number[:, None])
 
     def _chosen(self, s: State, q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a share of the prompt's blocks, for each KV head, and of all newer positions."""

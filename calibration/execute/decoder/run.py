@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
+from calibration.devices import skipping
 from calibration.devices.attention import decode_attention, prefill_attention
 from calibration.devices.operators import gated, rms_norm, rotary, rotary_tables
 from calibration.execute.decoder.model import Attention, Decoder, Mlp, Tensor
@@ -89,8 +90,12 @@ class Rule:
     """What a pass leaves out: nothing, unless a method is overridden. What a rule remembers is in ``State.kept``."""
 
     family: ClassVar[str] = ""
-    on_host: ClassVar[bool] = False
-    """Decides on the host which kernels run, so that no CUDA graph can hold it."""
+    skips: ClassVar[bool] = False
+    """Leaves out work that its data names."""
+
+    def on_host(self, place: str) -> bool:
+        """Whether the host reads on a torch device which kernels run, so that no CUDA graph can hold them."""
+        return self.skips and not skipping.in_triton(place)
 
     def enter(self, s: State, x: Tensor) -> Tensor:
         """The residual stream on its way into a layer."""

@@ -34,7 +34,7 @@ LEAST, ENOUGH, MOST = 3, 8, 200
 """Pairs taken at least, pairs after which a precise ratio ends the measurement, and pairs at most."""
 
 RUNTIMES: tuple[str, ...] = ("cuda_graph", "eager")
-"""How a decode step is launched: as one graph, or kernel by kernel."""
+"""How a pass is launched: as one graph, or kernel by kernel."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ def time_pair(
 ) -> PairTimes:
     """Time a phase of two decoders on one device in turns.
 
-    Prefill leaves out drawing the next token; decode repeats one step at the same position, after ``seq`` cached ones,
-    launched eagerly or from a CUDA graph. The time limit is for the pairs after a first pass of each; at least
+    Prefill leaves out drawing the next token; decode repeats one step at the same position, after ``seq`` cached ones.
+    Both are launched eagerly or from a CUDA graph. The time limit is for the pairs after a first pass of each; at least
     :data:`LEAST` are taken unless they take three times as long. Ends early when the interval (95 %) of the median
     ratio is within :data:`PRECISION` of it. Unsupported without CUDA graphs, or for a family whose kernels depend on
     its data.
@@ -92,14 +92,14 @@ def _ready(
 ) -> Callable[[int], float]:
     """A function that runs a number of passes and returns the time of one."""
     cuda = decoder.place.startswith("cuda")
-    graph = phase == "decode" and runtime == "cuda_graph"
+    graph = runtime == "cuda_graph"
     if graph and not cuda:
         raise Unsupported(f"cuda_graph: device {decoder.place!r} has no CUDA graphs")
-    if graph and decoder.rule is not None and decoder.rule.on_host:
+    if graph and decoder.rule is not None and decoder.rule.on_host(decoder.place):
         why = "decides on the host which kernels run, so no graph can hold it"
         raise Unsupported(f"cuda_graph: {decoder.rule.family} {why}")
     tokens = torch.randint(len(decoder.embedding), (batch, seq), generator=torch.Generator().manual_seed(0))
-    tokens = tokens.to(decoder.place)
+    tokens = tokens.to(decoder.embedding.device)
     step = _decode_step(decoder, tokens) if phase == "decode" else lambda: prefill(decoder, tokens)
     step = _recorded(step) if graph else step
 
@@ -128,7 +128,7 @@ def _decode_step(decoder: Decoder, tokens: Any) -> Callable[[], Any]:
 
 
 def _recorded(step: Callable[[], Any]) -> Callable[[], Any]:
-    """The step as a CUDA graph; positions and lengths are those of the recording, which is the step that is timed."""
+    """A pass as a CUDA graph; positions and lengths are those of the recording, which is the pass that is timed."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -158,7 +158,7 @@ class Executor:
     def record(self, case: Case, seconds: float) -> dict[str, Any]:
         """Status, reason and, where it ran, times of a case, building its decoder included in the seconds it has."""
         try:
-            return {"status": OK, "reason": "", **self._timed(case, self.device.clock() + seconds)}
+            return {"status": OK, **self._timed(case, self.device.clock() + seconds)}
         except (Unsupported, InputError) as error:
             return {"status": UNSUPPORTED, "reason": str(error)}
         except Exception as error:  # a kernel may raise anything; one family must not end the comparison
@@ -174,18 +174,18 @@ class Executor:
         # the first passes and the cache take their part too
         limit = min(max(0.6 * (end - self.device.clock()), 0.0), LONGEST_S)
         where: dict[str, Any] = {"batch": case.batch, "seq": case.seq, "phase": case.phase, "time_limit_s": limit}
-        runtime = self._runtime(case, pruned)
+        runtime, why = self.runtime or self._runtime(pruned), ""
         try:
             times = time_pair(self.dense, pruned, **where, runtime=runtime)
         except RuntimeError as error:
             if runtime != "cuda_graph" or self.runtime or is_out_of_memory(error):
                 raise
             runtime = "eager"  # what a graph cannot hold is launched one by one
+            why = f"not captured: {type(error).__name__}: {error}".splitlines()[0]
             times = time_pair(self.dense, pruned, **where, runtime=runtime)
-        return {"runtime": runtime, "loops": times.loops, "dense_s": times.first_s, "pruned_s": times.second_s}
+        found = {"loops": times.loops, "dense_s": times.first_s, "pruned_s": times.second_s}
+        return {"reason": why, "runtime": runtime, **found}
 
-    def _runtime(self, case: Case, pruned: Decoder) -> str:
-        if case.phase != "decode":
-            return "eager"
-        graph = pruned.place.startswith("cuda") and not (pruned.rule and pruned.rule.on_host)
-        return self.runtime or ("cuda_graph" if graph else "eager")
+    def _runtime(self, pruned: Decoder) -> str:
+        graph = pruned.place.startswith("cuda") and not (pruned.rule and pruned.rule.on_host(pruned.place))
+        return "cuda_graph" if graph else "eager"

@@ -1,9 +1,11 @@
 """Dynamic width: groups of heads and of MLP channels chosen for each token, and nothing but them computed.
 
-Plain torch has no kernel that skips tiles, so this is what frameworks without one do. The (token, group) pairs of a
-sublayer are sorted by group once; their rows are gathered, multiplied group by group (one grouped GEMM where torch has
-it, else a loop into one output), and the partial outputs of each token summed by one operator. A single token on a CPU
-needs no pairs: neighbouring groups are one slice of the stacked weights, read in place.
+On a GPU with Triton kernels skip tiles of tokens sorted by the groups they use, and attention goes over the queries of
+each group of heads; which those are stays on the device. Plain torch has no kernel that skips tiles, so elsewhere this
+is what frameworks without one do. The (token, group) pairs of a sublayer are sorted by group once; their rows are
+gathered, multiplied group by group (one grouped GEMM where torch has it, else a loop into one output), and the partial
+outputs of each token summed by one operator. A single token needs no pairs: neighbouring groups are one slice of the
+stacked weights, read in place.
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from calibration.devices import flex, skipping
 from calibration.devices.attention import decode_attention
 from calibration.devices.operators import gated
 from calibration.execute.decoder.model import Attention, Blocks, Mlp, Sublayer, Tensor
 from calibration.execute.decoder.routed import routed_attention
-from calibration.execute.decoder.run import Rule, State, added
+from calibration.execute.decoder.run import Rule, State, added, joined, split_heads
 
 
 def group_counts(keep: float, groups: int, first: int, tokens: int) -> NDArray[np.int64]:
@@ -148,7 +151,7 @@ class GroupRouting(Rule):
     """Dynamic width: a router says which groups of heads and of MLP channels each token uses; k and v are dense."""
 
     family: ClassVar[str] = "dynamic_width"
-    on_host: ClassVar[bool] = True
+    skips: ClassVar[bool] = True
     keep: float
     channel_groups: int = 32
     seed: int = 0
@@ -159,7 +162,9 @@ class GroupRouting(Rule):
         index, counts = self._choice(s, "attention", a, x)
         if not counts.any():
             y = torch.zeros_like(x)
-        elif _alone(x, a.blocks):
+        elif skipping.in_triton(s.decoder.place):
+            y = _heads_in_tiles(s, a, h, keys, values, self._mask(s, index, counts, a.kv_heads))
+        elif len(index) == 1:
             y = _heads_of_one(s, a, h, keys, values, index[0, : counts[0]].sort().values)
         else:
             y = _heads(s, a, h, keys, values, pairs_of(index, counts, a.kv_heads))
@@ -171,7 +176,12 @@ class GroupRouting(Rule):
         index, counts = self._choice(s, "mlp", m, x)
         if not counts.any():
             y = torch.zeros_like(x)
-        elif _alone(x, blocks):
+        elif skipping.in_triton(s.decoder.place):
+            kernels = skipping.kernels()
+            tiles = kernels.tiles_of(self._mask(s, index, counts, blocks.groups))
+            inner = kernels.grouped_columns(h.flatten(0, 1), blocks.inner, tiles, gated=True)
+            y = kernels.grouped_features(inner, blocks.outer, tiles)
+        elif len(index) == 1:
             chosen = index[0, : counts[0]].sort().values
             both = _sliced(h.flatten(), blocks.inner, _spans(chosen.tolist()), 2 * blocks.width)
             gate, up = both.view(len(chosen), 2, -1).unbind(1)
@@ -183,19 +193,52 @@ class GroupRouting(Rule):
     def _choice(self, s: State, what: str, sublayer: Sublayer, x: Tensor) -> tuple[Tensor, NDArray[np.int64]]:
         """Groups that each token wants most, best first, as many as any token uses; and how many each uses."""
         groups, (batch, tokens) = len(sublayer.router), x.shape[:2]
-        counts = group_counts(self.keep, groups, s.layer + max(s.position, s.prompt), batch * tokens)
+        counts = group_counts(self.keep, groups, self._turn(s), batch * tokens)
         index = F.linear(x.flatten(0, 1), sublayer.router).topk(int(counts.max()), dim=-1).indices
         if s.trace is not None:
-            used = torch.from_numpy(np.arange(index.shape[1]) < counts[:, None]).to(index.device)
-            table = torch.zeros(len(index), groups, dtype=torch.bool, device=index.device).scatter_(1, index, used)
-            s.note(what, table.view(batch, tokens, groups))
+            s.note(what, self._mask(s, index, counts, groups).view(batch, tokens, groups))
         return index, counts
 
+    def _turn(self, s: State) -> int:
+        """Where in the turn of :func:`group_counts` the tokens of a pass begin."""
+        return s.layer + max(s.position, s.prompt)
 
-def _alone(x: Tensor, blocks: Blocks | None) -> bool:
-    """Whether it is a single token on a CPU, whose groups are slices; a GPU would have to be asked which."""
+    def _mask(self, s: State, index: Tensor, counts: NDArray[np.int64], groups: int) -> Tensor:
+        """Groups that each token uses, (tokens, groups) of booleans."""
+        first, (tokens, most), place = self._turn(s), index.shape, index.device
+        mask = torch.zeros(tokens, groups, dtype=torch.bool, device=place)
+        if (counts == most).all():
+            return mask.scatter_(1, index, True)
+        # the counts again, made on the device: a copy from the host could not be captured
+        turn = torch.arange(first, first + tokens + 1, dtype=torch.float64, device=place)
+        used = torch.arange(most, device=place) < torch.floor(self.keep * groups * turn + 1e-6).diff()[:, None]
+        return mask.scatter_(1, index, used)
+
+
+def _heads_in_tiles(s: State, a: Attention, h: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Query, attention and output of the KV groups that a mask (tokens, groups) says of each token."""
+    kernels, blocks, (batch, tokens) = skipping.kernels(), a.blocks, h.shape[:2]
     assert blocks is not None
-    return x.shape[0] * x.shape[1] == 1 and x.device.type == "cpu" and blocks.width > 0
+    tiles = kernels.tiles_of(mask)
+    q = kernels.grouped_columns(h.flatten(0, 1), blocks.inner, tiles, a.q.bias)
+    q = s.turned(split_heads(q.view(batch, tokens, -1), a.heads), a.q_norm)
+    out = flex.running(q, keys, values, mask) if s.decoding else _chosen_attention(q, keys, values, mask)
+    return kernels.grouped_features(joined(out).flatten(0, 1), blocks.outer, tiles)
+
+
+def _chosen_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Causal attention of the queries (batch, heads, tokens, d) whose KV group a mask (batch * tokens, kv_heads) names,
+    brought together by group; 0 of others."""
+    batch, heads, tokens, _ = q.shape
+    groups = mask.shape[1]
+    chosen = mask.view(batch, tokens, groups).transpose(1, 2).flatten(0, 1)  # (batch * groups, tokens)
+    order = chosen.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
+    there = torch.arange(tokens, device=q.device) < chosen.sum(1, keepdim=True)
+    grouped = q.reshape(batch * groups, heads // groups, tokens, -1)
+    wide = order[:, None, :, None].expand_as(grouped)
+    k, v = (t.flatten(0, 1).unsqueeze(1) for t in (keys, values))
+    out = flex.placed(grouped.gather(2, wide), k, v, order.where(there, -1))
+    return torch.zeros_like(grouped).scatter_(2, wide, out.masked_fill(~there[:, None, :, None], 0.0)).view_as(q)
 
 
 def _heads_of_one(s: State, a: Attention, h: Tensor, keys: Tensor, values: Tensor, chosen: Tensor) -> Tensor:
@@ -234,14 +277,8 @@ def _heads(s: State, a: Attention, h: Tensor, keys: Tensor, values: Tensor, pair
 
 
 def _pair_attention(q: Tensor, keys: Tensor, values: Tensor, pairs: Pairs) -> Tensor:
-    """Attention of each pair's query heads, (pairs, heads of a group, d), over its sequence's cache of its group.
-
-    On a GPU, where launches cost more than copies, one kernel over a copy of the caches used; else one launch a pair.
-    """
-    if q.is_cuda:
-        cell = pairs.rows * keys.shape[1] + pairs.groups
-        some = (t.flatten(0, 1).index_select(0, cell).unsqueeze(1) for t in (keys, values))
-        return F.scaled_dot_product_attention(q.unsqueeze(1), *some).squeeze(1)
+    """Attention of each pair's query heads, (pairs, heads of a group, d), over its sequence's cache of its group: a
+    launch a pair, since a cache would have to be copied for one."""
     out = torch.empty_like(q)
     for i, (g, b) in enumerate(zip(pairs.groups.tolist(), pairs.rows.tolist(), strict=True)):
         k, v = keys[b, g][None, None], values[b, g][None, None]
@@ -251,13 +288,6 @@ def _pair_attention(q: Tensor, keys: Tensor, values: Tensor, pairs: Pairs) -> Te
 
 def _channels(h: Tensor, blocks: Blocks, pairs: Pairs) -> Tensor:
     """Each group of channels for the tokens (tokens, hidden) that chose it."""
-    some = h.index_select(0, pairs.rows)
-    if blocks.width:
-        inner = blocks.inner.view(blocks.groups, 2 * blocks.width, -1).transpose(1, 2)
-        features = gated(*products(some, inner, pairs).chunk(2, 1))
-        return pairs.summed(products(features, blocks.outer.view(blocks.groups, blocks.width, -1), pairs))
-    parts = torch.empty_like(some)
-    for group, start, stop in pairs.spans():
-        both, outer = blocks.of(group)
-        torch.mm(gated(*F.linear(some[start:stop], both).chunk(2, 1)), outer, out=parts[start:stop])
-    return pairs.summed(parts)
+    inner = blocks.inner.view(blocks.groups, 2 * blocks.width, -1).transpose(1, 2)
+    features = gated(*products(h.index_select(0, pairs.rows), inner, pairs).chunk(2, 1))
+    return pairs.summed(products(features, blocks.outer.view(blocks.groups, blocks.width, -1), pairs))

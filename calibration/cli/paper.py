@@ -1,0 +1,178 @@
+"""``prunesim paper``: the taxonomy paper's bench, predicted beside what it published."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from statistics import median
+from typing import TYPE_CHECKING, Annotated, Any
+
+from simulator.cli import options, render
+from simulator.cli.options import opt
+
+if TYPE_CHECKING:
+    from calibration.judge.paper import Cell
+
+Row = tuple[str, float]
+Cells = Mapping[tuple[str, float, str], "Cell"]
+_LABELS: tuple[tuple[str, Callable[[Row], object]], ...] = (
+    ("<family", lambda r: r[0]),
+    ("removed", lambda r: f"{100 * r[1]:.0f} %"),
+)
+
+
+def command(
+    hardware: Annotated[
+        str, opt("--hardware", "NAMES", "Other GPUs to predict the same table on, separated by commas.")
+    ] = "a100,h100,rtx_4090",
+    engine: Annotated[str, opt("--engine", "NAMES", "Engines to predict it in there.")] = "reference,vllm",
+    figure: options.Figure = None,
+    json: options.Json = False,
+) -> None:
+    """Predict the taxonomy paper's table beside its published values, and the same on other GPUs and engines.
+
+    Llama-3.1-8B, mean over batch 1, 8, 16, 32 at 1024 tokens (arXiv 2606.09080, Table 2, as quoted in a public reading
+    note). Then its equivalences, Figure 2, what lies outside GEMMs, and the authors' kernel charts.
+    """
+    from calibration.judge import paper
+
+    devices, engines = options.names("--hardware", hardware), options.names("--engine", engine)
+    with render.progress("predicting") as report:
+        own = paper.table_2()
+        report(1, 2)
+        others = paper.table_2(devices, engines)
+        report(2, 2)
+    if figure:
+        _draw(own, figure)
+    depths, split = paper.equal_depths(), paper.figure_2()
+    growth, charts = paper.outside_gemms(), paper.kernel_charts()
+    records = [{"what": "table 2", **_record(c)} for c in own] + [{"what": "elsewhere", **_record(c)} for c in others]
+    for what, part in (("equal depth", depths), ("figure 2", split), ("outside GEMMs", growth), ("kernels", charts)):
+        records += [{"what": what, **asdict(x)} for x in part]
+    if not render.Output(json).write(records):
+        return
+    _print_own(own)
+    _print_elsewhere(others)
+    print()
+    render.show(
+        render.columns(
+            depths,
+            ("<family at 50 %", lambda e: e.family),
+            ("published", lambda e: render.percent(e.published)),
+            ("by the paper's\nown table", lambda e: _percent(e.by_table)),
+            ("predicted,\nbatch 1", lambda e: render.percent(e.batch_1)),
+            ("predicted, mean\nof the batches", lambda e: render.percent(e.mean)),
+        ),
+        "Layers to drop for the same prefill speedup (section 5.3)",
+    )
+    print()
+    render.show(
+        render.columns(
+            split,
+            ("<phase", lambda p: p.phase),
+            ("<part", lambda p: p.part),
+            ("published", lambda p: render.seconds(p.measured_s)),
+            ("predicted", lambda p: render.seconds(p.predicted_s)),
+            ("error", lambda p: f"{100 * p.error:+.0f} %"),
+        ),
+        "Where the time of the dense model goes, batch 1 at 32768 tokens (Figure 2)",
+    )
+    print()
+    render.show(
+        render.columns(
+            growth,
+            ("<family at 50 %", lambda g: g.family),
+            ("<phase", lambda g: g.phase),
+            ("published", lambda g: f"{100 * (g.published - 1):+.0f} %"),
+            ("predicted, batch 1, 8, 16, 32", lambda g: ", ".join(f"{100 * (r - 1):+.0f} %" for r in g.by_batch)),
+        ),
+        "Time outside GEMMs (section 5.4)",
+    )
+    print()
+    render.show(
+        render.columns(
+            charts,
+            ("<kernel (RTX 5090, 50 %)", lambda c: c.part),
+            ("tokens", lambda c: c.size),
+            ("published", lambda c: f"{c.published:.2f}x"),
+            ("predicted", lambda c: f"{c.predicted:.2f}x"),
+            ("error", lambda c: f"{100 * c.error:+.0f} %"),
+        ),
+        "The authors' kernel charts",
+    )
+
+
+def _record(c: Cell) -> dict[str, Any]:
+    known = not math.isnan(c.published)
+    return {**asdict(c), "error": c.error if known else math.nan, "inside": c.inside if known else None}
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else render.percent(value)
+
+
+def _print_own(cells: Sequence[Cell]) -> None:
+    """Published and predicted, a row a family and sparsity."""
+    at = {(c.family, c.sparsity, c.phase): c for c in cells}
+    rows = list(dict.fromkeys((c.family, c.sparsity) for c in cells))
+    columns: list[tuple[str, Callable[[Row], object]]] = [*_LABELS]
+    for phase in ("prefill", "decode"):
+        columns += [
+            (f"{phase}:\npaper", partial(_published, at, phase)),
+            ("<predicted", partial(_predicted, at, phase)),
+            ("error", partial(_error, at, phase)),
+        ]
+    render.show(render.columns(rows, *columns), f"{cells[0].hardware}, {cells[0].engine}: Table 2")
+    inside, errors = sum(c.inside for c in cells), [abs(c.error) for c in cells]
+    worst = f"largest error {100 * max(errors):.1f} %, median {100 * median(errors):.1f} %"
+    print(f"\n{inside} of {len(cells)} published values lie in their 90 % interval (* does not); {worst}")
+
+
+def _at(at: Cells, row: Row, phase: str) -> Cell:
+    family, s = row
+    return at[family, s, phase]
+
+
+def _published(at: Cells, phase: str, row: Row) -> str:
+    return f"{_at(at, row, phase).published:.2f}"
+
+
+def _predicted(at: Cells, phase: str, row: Row) -> str:
+    c = _at(at, row, phase)
+    return f"{c.predicted:.2f} ({c.lower:.2f}-{c.upper:.2f})" + ("" if c.inside else " *")
+
+
+def _error(at: Cells, phase: str, row: Row) -> str:
+    return f"{100 * _at(at, row, phase).error:+.1f} %"
+
+
+def _print_elsewhere(cells: Sequence[Cell]) -> None:
+    """Prefill / decode predicted on other devices, in other engines; a table an engine."""
+    for engine in dict.fromkeys(c.engine for c in cells):
+        mine = [c for c in cells if c.engine == engine]
+        rows = list(dict.fromkeys((c.family, c.sparsity) for c in mine))
+        columns: list[tuple[str, Callable[[Row], object]]] = [*_LABELS]
+        for hw in dict.fromkeys(c.hardware for c in mine):
+            at = {(c.family, c.sparsity, c.phase): c for c in mine if c.hardware == hw}
+            columns.append((hw, partial(_both, at)))
+        print()
+        render.show(render.columns(rows, *columns), f"The same predicted in {engine}, prefill / decode")
+
+
+def _both(at: Cells, row: Row) -> str:
+    return f"{_at(at, row, 'prefill').predicted:.2f} / {_at(at, row, 'decode').predicted:.2f}"
+
+
+def _draw(cells: Sequence[Cell], path: str) -> None:
+    from simulator.figures.published import Beside, published_figure
+    from simulator.figures.save import save_figure
+
+    panels = []
+    for phase in ("prefill", "decode"):
+        for s in sorted({c.sparsity for c in cells}):
+            mine = [c for c in cells if c.phase == phase and c.sparsity == s]
+            values = [[getattr(c, name) for c in mine] for name in ("published", "predicted", "lower", "upper")]
+            panels.append(Beside(f"{phase}, {100 * s:.0f} % removed", [c.family for c in mine], *values))
+    save_figure(published_figure(panels), path)

@@ -1,0 +1,221 @@
+"""GEMMs that skip, in Triton: rows that a router chose, and groups of channels that the tokens of a tile chose.
+
+What is skipped is read by the kernels from tensors on the device (an index and a count, or :class:`Tiles`), and grids
+depend on shapes alone: no launch waits for the host, and a CUDA graph can hold all of them. Products are summed in
+fp32. Tile sizes follow the shape; they are not tuned on the device. Import this module only where Triton is installed
+(extra ``kernels``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+Tensor = Any
+
+MOST_TOKENS = 64
+"""Tokens of the largest tile of a grouped GEMM."""
+
+
+def _precision() -> str:
+    """Of products of fp32, as torch's own are now: exact, or on tensor cores in tf32."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _edge(size: int, most: int) -> int:
+    """The smallest power of two from 16, the least a tensor core takes, that covers a size, or ``most``."""
+    return min(max(16, 1 << (size - 1).bit_length()), most)
+
+
+def _blocks(x: Tensor, many: int, n: int, k: int) -> tuple[int, int]:
+    """Columns of a tile and features multiplied at a time: 128 and 128 bytes of a row; for few rows, where reading the
+    weight is all there is to do, 32 and 256 bytes, so that the columns are spread over more processors."""
+    columns, row_bytes = (32, 256) if many <= 16 else (128, 128)
+    return _edge(n, columns), _edge(k, row_bytes // x.element_size())
+
+
+@triton.jit
+def _gathered(x, weight, bias, index, count, y, n, k, BIASED: tl.constexpr, ADD: tl.constexpr,
+              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+              PRECISION: tl.constexpr):  # fmt: skip
+    many = tl.load(count)
+    start = tl.program_id(1) * BLOCK_M
+    if start < many:
+        places, columns = start + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        chosen, inside = places < many, columns < n
+        rows = tl.load(index + places, mask=chosen, other=0).to(tl.int64)
+        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for begin in range(0, k, BLOCK_K):
+            features = begin + tl.arange(0, BLOCK_K)
+            within = features < k
+            some = tl.load(x + rows[:, None] * k + features[None], mask=chosen[:, None] & within[None], other=0.0)
+            at = columns[None].to(tl.int64) * k + features[:, None]
+            part = tl.load(weight + at, mask=within[:, None] & inside[None], other=0.0)
+            total = tl.dot(some, part, total, input_precision=PRECISION)
+        if BIASED:
+            total += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None]
+        out, written = y + rows[:, None] * n + columns[None], chosen[:, None] & inside[None]
+        if ADD:
+            total += tl.load(out, mask=written, other=0.0).to(tl.float32)
+        tl.store(out, total.to(y.dtype.element_ty), mask=written)
+
+
+def gather_gemm(
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    count: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    add: bool = False,
+) -> Tensor:
+    """y[r] = x[r] weight^T + bias for the first ``count`` rows r of ``index``; other rows of y are left as they are.
+
+    Parameters
+    ----------
+    x, weight : (m, k) and (n, k), contiguous.
+    index : (at most m,), distinct rows; what lies beyond the count is not read.
+    count : a whole number on the device, (1,) or a scalar.
+    out : (m, n), contiguous, into which products are written, or to which they are added; otherwise a new y, of which
+        the other rows are undefined.
+    """
+    (m, k), n = x.shape, weight.shape[0]
+    y = x.new_empty(m, n) if out is None else out
+    many = len(index)
+    tile, (wide, deep) = _edge(many, 128), _blocks(x, many, n, k)
+    grid = (triton.cdiv(n, wide), triton.cdiv(many, tile))
+    warps = 8 if tile * wide >= 128 * 128 else 4
+    _gathered[grid](
+        x, weight, weight if bias is None else bias, index, count, y, n, k, bias is not None, add,
+        tile, wide, deep, _precision(), num_warps=warps,
+    )  # fmt: skip
+    return y
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tokens by group, those that use it first; and sorted by their masks and cut into tiles, with the groups that some
+    token of each tile uses."""
+
+    users: Tensor  # (groups, tokens)
+    many: Tensor  # (groups,): how many use a group
+    order: Tensor  # (tokens,): tokens with equal masks next to each other
+    groups: Tensor  # (tiles, groups), int32: those used first
+    used: Tensor  # (tiles,), int32: how many those are
+    edge: int  # tokens of a tile
+
+
+def tiles_of(mask: Tensor) -> Tiles:
+    """Tiles of a mask (tokens, groups) of booleans.
+
+    >>> tiles = tiles_of(torch.tensor([[True, False, True], [False, True, False], [True, False, True]]))
+    >>> tiles.users.tolist(), tiles.many.tolist()
+    ([[0, 2, 1], [1, 0, 2], [0, 2, 1]], [2, 1, 2])
+    >>> tiles.order.tolist(), tiles.groups.tolist(), tiles.used.tolist()
+    ([0, 1, 2], [[0, 1, 2]], [3])
+    """
+    tokens, groups = mask.shape
+    edge = _edge(tokens, MOST_TOKENS)
+    # masks as numbers of 62 bits, sorted from the last digit to the first: each sort keeps the order of those before
+    order = torch.arange(tokens, device=mask.device)
+    for start in reversed(range(0, groups, 62)) if tokens > edge else ():  # one tile needs no order
+        digits = mask[:, start : start + 62].long()
+        number = (digits << torch.arange(digits.shape[1] - 1, -1, -1, device=mask.device)).sum(1)
+        order = order.gather(0, number.gather(0, order).sort(stable=True).indices)
+    padded = torch.nn.functional.pad(mask[order], (0, 0, 0, -tokens % edge)) if tokens > edge else mask
+    used = padded.view(-1, min(edge, tokens), groups).any(1)
+    ranked = used.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
+    users = mask.t().to(torch.int8).contiguous().sort(dim=1, descending=True, stable=True).indices
+    many = mask.sum(0, dtype=torch.int32)
+    return Tiles(users, many, order, ranked.int(), used.sum(1, dtype=torch.int32), edge)
+
+
+@triton.jit
+def _columns(x, weight, bias, users, count, y, tokens, groups, width, k, BIASED: tl.constexpr, GATED: tl.constexpr,
+             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+             PRECISION: tl.constexpr):  # fmt: skip
+    group = tl.program_id(1).to(tl.int64)
+    start, many = tl.program_id(2) * BLOCK_M, tl.load(count + group)
+    if start < many:
+        places, columns = start + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        there, inside = places < many, columns < width
+        rows = tl.load(users + group * tokens + places, mask=there, other=0).to(tl.int64)
+        first = group * (2 if GATED else 1) * width
+        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        second = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for begin in range(0, k, BLOCK_K):
+            features = begin + tl.arange(0, BLOCK_K)
+            within = features < k
+            some = tl.load(x + rows[:, None] * k + features[None], mask=there[:, None] & within[None], other=0.0)
+            both = within[:, None] & inside[None]
+            part = tl.load(weight + (first + columns[None]) * k + features[:, None], mask=both, other=0.0)
+            total = tl.dot(some, part, total, input_precision=PRECISION)
+            if GATED:
+                up = tl.load(weight + (first + width + columns[None]) * k + features[:, None], mask=both, other=0.0)
+                second = tl.dot(some, up, second, input_precision=PRECISION)
+        if BIASED:
+            total += tl.load(bias + group * width + columns, mask=inside, other=0.0).to(tl.float32)[None]
+        if GATED:
+            total = total / (1.0 + tl.exp(-total)) * second
+        out = y + rows[:, None] * groups * width + group * width + columns[None]
+        tl.store(out, total.to(y.dtype.element_ty), mask=there[:, None] & inside[None])
+
+
+def grouped_columns(x: Tensor, weight: Tensor, tiles: Tiles, bias: Tensor | None = None, gated: bool = False) -> Tensor:
+    """N pruned: y = x weight^T + bias where a token uses a column's group, and 0 elsewhere.
+
+    ``x`` is (tokens, k); ``weight`` (n, k), its rows in groups of equal width; both contiguous. ``gated``: a group's
+    rows are those of its gate and then of its up projection, and y is silu(gate) up, half as wide.
+    """
+    (tokens, k), groups = x.shape, len(tiles.many)
+    n = weight.shape[0] // 2 if gated else weight.shape[0]
+    width = n // groups
+    y, (wide, deep) = x.new_zeros(tokens, n), _blocks(x, tokens, width, k)
+    wide = min(wide, 64) if gated else wide  # of both halves
+    grid = (triton.cdiv(width, wide), groups, triton.cdiv(tokens, tiles.edge))
+    _columns[grid](
+        x, weight, weight if bias is None else bias, tiles.users, tiles.many, y,
+        tokens, groups, width, k, bias is not None, gated, tiles.edge, wide, deep, _precision(), num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+@triton.jit
+def _features(x, weight, order, chosen, used, y, tokens, groups, width, n,
+              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+              PRECISION: tl.constexpr):  # fmt: skip
+    tile = tl.program_id(1)
+    places, columns = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    there, inside = places < tokens, columns < n
+    rows = tl.load(order + places, mask=there, other=0).to(tl.int64)
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    steps = tl.cdiv(width, BLOCK_K)
+    for step in range(0, tl.load(used + tile) * steps):
+        group = tl.load(chosen + tile * groups + step // steps).to(tl.int64)
+        features = step % steps * BLOCK_K + tl.arange(0, BLOCK_K)
+        within, at = features < width, group * width + features
+        some = tl.load(x + rows[:, None] * groups * width + at[None], mask=there[:, None] & within[None], other=0.0)
+        part = tl.load(weight + at[:, None] * n + columns[None], mask=within[:, None] & inside[None], other=0.0)
+        total = tl.dot(some, part, total, input_precision=PRECISION)
+    tl.store(y + rows[:, None] * n + columns[None], total.to(y.dtype.element_ty), mask=there[:, None] & inside[None])
+
+
+def grouped_features(x: Tensor, weight: Tensor, tiles: Tiles) -> Tensor:
+    """K pruned: y = x weight over the features of the groups that a tile uses.
+
+    ``x`` (tokens, k) is 0 where a token does not use a feature's group, as :func:`grouped_columns` leaves it;
+    ``weight`` is (k, n), its rows in groups of equal width; both contiguous.
+    """
+    (tokens, k), n, groups = x.shape, weight.shape[1], len(tiles.many)
+    width = k // groups
+    y, (wide, deep) = x.new_empty(tokens, n), _blocks(x, tokens, n, width)
+    _features[triton.cdiv(n, wide), len(tiles.groups)](
+        x, weight, tiles.order, tiles.groups, tiles.used, y, tokens, groups, width, n,
+        tiles.edge, wide, deep, _precision(), num_warps=4,
+    )  # fmt: skip
+    return y

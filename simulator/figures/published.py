@@ -1,0 +1,60 @@
+"""Published values beside predicted ones with their intervals, a panel for each setting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from simulator.errors import InputError
+from simulator.figures.layout import in_a_row, panel_list, settled
+from simulator.figures.style import BLACK, PALE_INK, label, look, paper_style
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Speedups of one setting, a row a family."""
+
+    title: str
+    family: Sequence[str]
+    published: ArrayLike
+    predicted: ArrayLike
+    lower: ArrayLike
+    upper: ArrayLike
+
+
+def published_figure(panels: Sequence[Beside], *, width_in: float | None = None) -> Figure:
+    """Draw predicted speedups with their intervals as marks and lines, published ones as bars across; InputError where
+    there are none, or they differ in number.
+
+    >>> figure = published_figure([Beside("prefill", ["depth"], [1.3], [1.31], [1.29], [1.33])])
+    >>> [t.get_text() for t in figure.axes[0].get_yticklabels()]
+    ['depth']
+    """
+    if not panels:
+        raise InputError("published beside predicted: expected one panel or more")
+    with paper_style():
+        columns = in_a_row(len(panels))
+        figure, axes, _ = panel_list(len(panels), 1.25, 0.1, columns, width_in)
+        for i, (ax, p) in enumerate(zip(axes, panels)):
+            values = [np.asarray(v, dtype=float) for v in (p.published, p.predicted, p.lower, p.upper)]
+            if not len(p.family) or any(v.shape != (len(p.family),) for v in values):
+                raise InputError(f"published beside predicted, {p.title}: expected as many values as families")
+            published, predicted, lower, upper = values
+            rows = np.arange(len(p.family))[::-1]
+            ax.axvline(1.0, color=PALE_INK, linewidth=0.6, zorder=0)
+            for y, name, value, low, high in zip(rows, p.family, predicted, lower, upper):
+                style = look(name)
+                ax.plot([low, high], [y, y], color=style.color, linewidth=1.6, solid_capstyle="butt", alpha=0.6)
+                ax.plot([value], [y], **style.marks(linestyle="none", markersize=4.5))
+            ax.vlines(published, rows - 0.34, rows + 0.34, color=BLACK, linewidth=1.0, zorder=5)
+            ax.set_yticks(rows, [label(name) for name in p.family] if i % columns == 0 else [""] * len(rows))
+            ax.set(ylim=(-0.7, len(rows) - 0.3), title=p.title)
+            ax.set_xlabel("speedup: mark predicted, bar published")
+        return settled(figure)

@@ -1,0 +1,154 @@
+"""By how much one pruned model is ahead of others, and how sure that is: the arithmetic of
+:mod:`simulator.predict.claims`.
+
+Use :func:`contests_of` to set one family against all others at equal sparsity, :func:`in_order` to ask whether groups
+of points come one after the other along a frontier.
+
+A *margin* is a difference in units of how far its interval reaches towards 0: from 1 up it is positive for sure, from
+-1 down negative. The interval is of the difference itself, so what two models have in common cancels. Where all of
+several differences must be positive the least margin counts, where one is enough the largest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from simulator.predict.compare import against
+from simulator.predict.pareto import margins
+from simulator.predict.rows import Record, columns_of, records
+
+if TYPE_CHECKING:
+    from simulator.hardware.profile import HardwareProfile
+    from simulator.predict.rows import Refuse, Work
+
+F = NDArray[np.float64]
+
+LEAST_GAIN = 0.05
+"""A family whose bound promises less than this has nothing to come close to, and takes no part."""
+
+CLOSE = 0.005
+"""Speedups and shares of bounds that differ by less than this count as equal: papers print two digits."""
+
+MEASURES: tuple[str, ...] = ("speedup", "share of its bound")
+"""What is compared; the index is the row in :class:`Contests`. The share is (speedup - 1) / (roofline bound - 1), and
+counts up to 1."""
+
+
+@dataclass(frozen=True)
+class Contests:
+    """Rows of one request on one device, and by how much the row of one family at the same sparsity is ahead of each,
+    (2, n) of :data:`MEASURES`: the log of its speedup over it, the difference of shares."""
+
+    records: tuple[Record, ...]
+    own: NDArray[np.intp]  # (n,) that row of each
+    rival: NDArray[np.bool_]  # (n,) whether a row takes part
+    ahead: F
+    reach: F  # how far the interval of that reaches towards 0, :data:`CLOSE` added
+
+    @property
+    def margin(self) -> F:
+        """(2, n); infinite for what takes no part."""
+        return np.asarray(np.where(self.rival, _in_reach(self.ahead, self.reach), np.inf))
+
+
+def contests_of(work: Work, hw: HardwareProfile, family: str, refuse: Refuse) -> list[Contests]:
+    """A family against every other at the same sparsity, by request.
+
+    >>> from simulator import load_hardware, load_model
+    >>> from simulator.predict.choices import choices_of
+    >>> from simulator.predict.rows import Piece, work_of
+    >>> from simulator.predict.settings import Setting
+    >>> choices = choices_of([load_model("llama-3.1-8b")], ["depth", "width"], sparsity=[0.25])
+    >>> work = work_of(Piece("llama-3.1-8b", Setting(), "decode", ((1, 2048),), choices), print)
+    >>> (found,) = contests_of(work, load_hardware("h100"), "depth", print)
+    >>> found.rival.tolist(), bool(found.ahead[0, 1] > 0)
+    ([False, True], True)
+    """
+    columns = columns_of(work, [hw], refuse)
+    choices, requests = work.piece.choices, len(work.requests.workloads)
+    ran = np.flatnonzero(np.isin(work.choice, columns["choice"]))
+    ran = ran[np.lexsort((work.choice[ran], work.request[ran]))]  # in the order of the columns
+    request, choice, every = work.request[ran], work.choice[ran], np.arange(len(ran))
+    at = np.full((requests, len(choices)), -1)
+    at[request, choice] = every
+    of_sparsity = {sparsity: i for i, (chosen, sparsity) in enumerate(choices) if chosen.name == family}
+    own = at[request, np.array([of_sparsity[sparsity] for _, sparsity in choices])[choice]]
+    known, own = own >= 0, np.where(own < 0, every, own)
+
+    over = np.r_[np.arange(requests), requests + own]  # what each workload is set against
+    found = against(work.only(ran).stack, hw, [over], work.piece.setting.level)
+    behind, high, low = (values[0, requests:] for values in found)  # turned round: its low end is our high one
+    s, gain = columns["speedup"], np.maximum(columns["roofline_bound"] - 1.0, 1e-9)
+    down, up = np.log(s / columns["speedup_lower"]), np.log(columns["speedup_upper"] / s)
+    share, slope = (s - 1.0) / gain, s / gain  # and by how much it changes with the log of the speedup
+
+    def of_shares(of_own: F, of_rival: F, of_ratio: F) -> F:
+        """Reach of the difference of two shares; the covariance of two logs follows from the reach of their ratio."""
+        covariance = 0.5 * (of_own**2 + of_rival**2 - of_ratio**2)
+        a, b = slope[own], slope
+        square = (a * of_own) ** 2 + (b * of_rival) ** 2 - 2.0 * a * b * covariance
+        return np.asarray(np.sqrt(np.maximum(square, 0.0)))
+
+    difference, left = share[own] - share, share[own] - 1.0
+    reach = _towards(difference, of_shares(down[own], up, low), of_shares(up[own], down, high))
+    to_bound = _towards(left, slope[own] * down[own], slope[own] * up[own])
+    reached = _in_reach(left, to_bound) > _in_reach(difference, reach)
+    ahead = np.stack([-behind, np.where(reached, left, difference)])  # at its bound it is as close as any
+    reaches = np.stack([_towards(-behind, low, high), np.where(reached, to_bound, reach)])
+    rival = known & (own != every) & (np.minimum(gain, gain[own]) >= LEAST_GAIN)
+    rows = records(columns)
+    return [
+        Contests(tuple(rows[i] for i in some), own[some] - some[0], rival[some], ahead[:, some], reaches[:, some])
+        for some in (np.flatnonzero(request == r) for r in range(requests))
+    ]
+
+
+def _in_reach(ahead: F, reach: F) -> F:
+    return np.asarray((ahead + CLOSE) / np.maximum(reach, 1e-12))
+
+
+def _towards(ahead: F, low: F, high: F) -> F:
+    """The reach on the side of 0."""
+    return np.asarray(np.where(ahead + CLOSE >= 0.0, low, high))
+
+
+@dataclass(frozen=True)
+class Step:
+    """A margin and the two points of a frontier that it is of."""
+
+    margin: float
+    point: int
+    rival: int
+    ahead: float  # log speedup of the point over its rival
+    reach: float  # how far the interval of that reaches towards 0
+
+
+def in_order(loss: ArrayLike, group: Sequence[int], speedup: ArrayLike, below: ArrayLike) -> Step:
+    """Margin of: on the frontier among some points every group has a point, and by rising loss groups never fall.
+
+    ``loss`` (n,) of quality; ``group`` (n,) place in the order claimed, -1 for a point that only stands in the way of
+    others; ``speedup`` (n,) and ``below`` (n, n) as of :func:`simulator.predict.pareto.margins`. A point is on the
+    frontier where it is faster than all others at no more loss; of two whose groups come the wrong way round, one must
+    not be.
+
+    >>> loss, speedup, below = [0.02, 0.1, 0.2], [1.1, 1.3, 1.6], np.full((3, 3), 0.05)
+    >>> in_order(loss, [0, 1, 2], speedup, below).margin > 1, in_order(loss, [2, 1, 0], speedup, below).margin < -1
+    (True, True)
+    """
+    x, g, log = np.asarray(loss, dtype=float), np.asarray(group), np.log(np.asarray(speedup, dtype=float))
+    no_more = (x <= x[:, None]) & ~np.eye(len(x), dtype=bool)
+    over_each = np.where(no_more, margins(speedup, below), np.inf)
+    rival = over_each.argmin(axis=1)
+    on = over_each.min(axis=1)
+    best = [max(np.flatnonzero(g == one), key=lambda i: on[i]) for one in np.unique(g[g >= 0])]
+    wrong = np.argwhere((g[:, None] > g) & (g >= 0) & (x[:, None] < x))
+    found = [(on[i], i) for i in best] + [(-min(on[i], on[j]), i if on[i] <= on[j] else j) for i, j in wrong]
+    margin, i = min(found)
+    j, reach = rival[i], np.asarray(below, dtype=float)
+    ahead = float(log[i] - log[j])
+    return Step(float(margin), int(i), int(j), ahead, float(reach[i, j] if ahead >= 0.0 else reach[j, i]))

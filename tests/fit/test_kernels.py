@@ -1,0 +1,188 @@
+"""Constants of kernels that skip: planted ones are found, bounds and what rows cannot tell are said, defaults stay."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from calibration.devices.protocol import Operator
+from calibration.devices.replay import ReplayDevice
+from calibration.fit.predict import predict
+from calibration.fit.profile import ProfileFit, fit_profile
+from calibration.judge.report import markdown
+from calibration.judge.validate import validate
+from calibration.measure.plan import Rates, in_order
+from calibration.measure.run import run
+from calibration.records.lines import records_of, shape_of
+from calibration.records.store import Header
+from calibration.records.table import Records, Source
+from simulator.errors import InputError
+from simulator.hardware.library import load_hardware
+from simulator.hardware.profile import Fitted, HardwareProfile
+from simulator.kernels.elementwise import elementwise_time
+from simulator.kernels.gemm import BLOCK_SPARSE, GROUPS_K, GROUPS_N, gemm_time
+
+HW = load_hardware("h100_sxm")
+SOURCE = Source("planted GPU", {"planted": "1"}, method="planted", origin="test", date="2026-01-01")
+OF = {"gather_gemm": ("gemm", "block_step"), "attention_block_sparse": ("attention_prefill", "sparse_block")}
+
+
+def planted(kind: str, value: float, hw: HardwareProfile = HW) -> HardwareProfile:
+    """A profile with another constant of the kernel that one kind of rows times."""
+    operator, name = OF[kind]
+    section = hw.section(operator, "bf16")
+    moved = replace(section, constants={**section.constants, name: Fitted(value)})
+    return replace(hw, sections={**hw.sections, (operator, "bf16"): moved})
+
+
+def rows(kind: str, size: int, seed: int = 0, **changes: Any) -> Records:
+    rng = np.random.default_rng(seed)
+    tokens, widths = [256, 512, 1024, 4096], [1024, 4096, 8192]
+    length = rng.choice([1024, 2048, 4096, 8192], size)
+    heads = {"batch": 1, "q_len": length, "kv_len": length, "heads": 32, "kv_heads": 8, "head_dim": 128, "cold": False}
+    sizes: dict[str, Any] = {
+        "gather_gemm": {"m": 8192, "rows": rng.choice(tokens, size), "fused": True}
+        | {name: rng.choice(widths, size) for name in "nk"},
+        "attention_block_sparse": {
+            **heads,
+            "block": rng.choice([16, 64, 128], size),
+            "density": rng.choice([0.25, 0.5], size),
+        },
+    }[kind]
+    return Records.from_columns([SOURCE], operator=kind, seconds=np.ones(size), **{**sizes, **changes})
+
+
+def timed(r: Records, hw: HardwareProfile, noise: float = 0.0, seed: int = 0) -> Records:
+    """Rows with the times of a profile and log-normal noise."""
+    found = predict(r, hw).time.seconds
+    return r.replace(seconds=found * np.exp(noise * np.random.default_rng(seed).standard_normal(len(r))))
+
+
+def constant(fit: ProfileFit, kind: str) -> Fitted:
+    operator, name = OF[kind]
+    return fit.profile.section(operator, "bf16").constants[name]
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [("gather_gemm", 0.6), ("gather_gemm", 1.0), ("attention_block_sparse", 4.0), ("attention_block_sparse", 24.0)],
+)
+@pytest.mark.parametrize("seed", range(5))
+def test_planted_constants_are_recovered(kind: str, value: float, seed: int) -> None:
+    measured = timed(rows(kind, 40, seed), planted(kind, value), 0.02, seed)
+    fit = fit_profile(HW, measured)
+    found = constant(fit, kind)
+    assert found.status == "fitted"
+    assert found.std_error is not None
+    assert abs(found.value - value) < 3.0 * found.std_error < 0.2 * value
+    # nothing else of the dense kernel's moves
+    operator, name = OF[kind]
+    before, after = (hw.section(operator, "bf16").constants for hw in (HW, fit.profile))
+    assert {n: c for n, c in after.items() if n != name} == {n: c for n, c in before.items() if n != name}
+    assert not fit.parts[0].fixed.keys() & {name}
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "end", "side"),
+    [("attention_block_sparse", 0.0, 0.0, "lower"), ("gather_gemm", 1.3, 1.2, "upper")],
+)
+def test_a_constant_on_its_bound_stays_there_and_is_said(kind: str, value: float, end: float, side: str) -> None:
+    fit = fit_profile(HW, timed(rows(kind, 30), planted(kind, value)))
+    assert constant(fit, kind) == Fitted(end, None, "fixed")
+    assert fit.parts[0].fixed[OF[kind][1]] == f"at its {side} bound"
+
+
+def test_rows_that_do_not_tell_a_constant_leave_its_default() -> None:
+    r = rows("gather_gemm", 20, rows=1)  # one token: memory alone
+    fit = fit_profile(HW, timed(r, HW, 0.05))
+    assert constant(fit, "gather_gemm") == Fitted(0.85, None, "fixed")
+    assert fit.parts[0].fixed["block_step"] == "not identified by these rows"
+
+
+def test_few_rows_leave_the_default_and_say_so() -> None:
+    few = Records.concat([timed(rows(kind, 5), planted(kind, 0.5)) for kind in OF])
+    enough = timed(rows("gather_gemm", 20), planted("gather_gemm", 0.7))
+    with pytest.raises(InputError, match=r"gathered gemm bf16: 5 rows are too few, a fit needs 6"):
+        fit_profile(HW, few)
+    fit = fit_profile(HW, Records.concat([enough, few.select(~few.fused)]))
+    assert "block-sparse attention bf16: 5 rows are too few, a fit needs 6" in fit.notes
+    assert constant(fit, "attention_block_sparse") == HW.section("attention_prefill", "bf16").constants["sparse_block"]
+
+
+def test_without_a_fit_of_dense_rows_nothing_is_leant_on() -> None:
+    bare = replace(HW, sections={}, stacks={}, stack="")
+    with pytest.raises(InputError, match="20 rows lean on a fit of dense gemm, of which there is none"):
+        fit_profile(bare, timed(rows("gather_gemm", 20), bare))
+
+
+def test_a_gathered_product_is_one_kernel_or_the_sum_of_three() -> None:
+    one = rows("gather_gemm", 10)
+    three = one.replace(fused=np.zeros(10, dtype=bool))
+    product, dense = (gemm_time(one.rows, one.n, one.k, HW, kernel=k).seconds for k in (BLOCK_SPARSE, 0))
+    moved = [2.0 * one.rows * width for width in (one.k, one.n)]
+    copies = [
+        elementwise_time(size + 4.0 * one.rows, size, HW, role=role, added=True).seconds
+        for role, size in zip(("gather", "scatter"), moved, strict=True)
+    ]
+    assert predict(one, HW).time.seconds == pytest.approx(product)
+    assert predict(three, HW).time.seconds == pytest.approx(dense + copies[0] + copies[1])
+    # such rows say nothing of a kernel of its own
+    plain = timed(three, HW, 0.02)
+    fit = fit_profile(HW, Records.concat([plain, timed(one, planted("gather_gemm", 0.7))]))
+    assert constant(fit, "gather_gemm").value == pytest.approx(0.7, rel=1e-3)
+    known = "10 rows have no fit of their own; validation compares them with the sum of their parts"
+    assert f"gather_gemm: {known}" in fit.notes
+
+
+@pytest.mark.parametrize(("role", "kernel"), [("up", GROUPS_N), ("down", GROUPS_K)])
+def test_a_grouped_product_is_one_kernel_or_three_for_each_group(role: str, kernel: int) -> None:
+    sizes = {"m": [64, 4096], "n": 4096, "k": 2048, "block": 128, "density": 0.5, "role": role, "fused": [True, False]}
+    r = Records.from_columns([SOURCE], operator="grouped_gemm", seconds=1.0, **sizes)  # type: ignore[arg-type]
+    one, three = predict(r, HW).time.seconds
+    assert one == pytest.approx(gemm_time(32, 4096, 2048, HW, kernel=kernel, block=128).seconds)
+    n, k, groups = (128, 2048, 32) if role == "up" else (4096, 128, 16)
+    moved = {"gather": 2.0 * 2048 * k, "scatter": 2.0 * 2048 * n}
+    copies = [elementwise_time(b + 8192.0, b, HW, role=name, added=True).seconds for name, b in moved.items()]
+    assert three == pytest.approx(groups * (gemm_time(2048, n, k, HW).seconds + sum(copies)), rel=1e-6)
+    assert "grouped_gemm bf16" in [part.name for part in validate(HW, r).parts]
+
+
+def test_held_out_rows_of_every_kind_are_in_the_report() -> None:
+    """What was measured of pruned kernels is judged, also where there is nothing to fit."""
+    pairs = Records.from_columns([SOURCE], operator="low_rank", m=[16, 512], n=4096, k=4096, rank=512, seconds=1.0)
+    parts = [gemm_time(pairs.m, n, k, HW).seconds for n, k in ((512, 4096), (4096, 512))]
+    pairs = pairs.replace(seconds=(parts[0] + parts[1]) * 1.1)
+    gathered = rows("gather_gemm", 4, fused=[True, True, False, False])
+    found = validate(HW, Records.concat([pairs, timed(gathered, HW), timed(rows("attention_block_sparse", 4), HW)]))
+    errors = {part.operator: part.error for part in found.parts}
+    assert [*errors] == ["low_rank", "gather_gemm", "attention_block_sparse"]
+    assert errors["low_rank"] == pytest.approx(1.0 / 1.1 - 1.0)
+    assert not np.abs(errors["gather_gemm"]).max() > 1e-6
+    for part in found.parts:
+        assert (part.lower_s < part.predicted_s).all()
+        assert (part.predicted_s < part.upper_s).all()
+        assert f"## {part.name}" in markdown(found)
+
+
+def test_a_replayed_device_gives_back_what_was_planted() -> None:
+    """Measured by the very code that measures a GPU: planned, timed with noise, written down, read and fitted."""
+    hw = planted("attention_block_sparse", 30.0)
+
+    def seconds(op: Operator) -> float:
+        return float(predict(Records.from_rows([{**shape_of(vars(op)), "seconds": 1.0}], [SOURCE]), hw).time.seconds[0])
+
+    heads = {"heads": 16, "kv_heads": 4, "head_dim": 64, "cold": False}
+    operators = [
+        Operator("attention_block_sparse", batch=1, q_len=n, kv_len=n, block=block, density=density, **heads)  # type: ignore[arg-type]
+        for n in (512, 1024, 2048, 4096)
+        for block, density in ((16, 0.25), (64, 0.5), (128, 0.5))
+    ]
+    kept: list[dict[str, Any]] = []
+    run(in_order(operators, Rates(1e14, 1e12)), ReplayDevice(seconds, noise=0.02), kept.append)
+    records = records_of(kept, Header("planted device", {}, "bf16"))
+    value = constant(fit_profile(HW, records), "attention_block_sparse")
+    assert value.std_error is not None
+    assert abs(value.value - 30.0) < 3.0 * value.std_error < 6.0
