@@ -14,6 +14,8 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.arguments import plain
+from simulator.display import Shown, as_plain
 from simulator.errors import InputError, unknown
 
 Array = NDArray[Any]
@@ -25,7 +27,7 @@ def column(dtype: type, default: Any) -> Any:
     return field(metadata={"column": (dtype, default)})
 
 
-class Table:
+class Table(Shown):
     """Columns of equal length, read-only, of the types declared.
 
     >>> from dataclasses import dataclass
@@ -51,15 +53,31 @@ class Table:
     def __post_init__(self) -> None:
         size = len(self)
         for name, (dtype, _) in self.SCHEMA.items():
-            values: Array = np.asarray(getattr(self, name), dtype=dtype)
+            given = getattr(self, name)
+            if not isinstance(given, np.ndarray) or given.dtype != dtype:
+                given = self.coerced(name, given)
+            values: Array = np.asarray(given, dtype=dtype)
             if values.shape != (size,):
-                raise ValueError(f"{self.TITLE}column {name}: expected shape ({size},), got {values.shape}")
+                raise InputError(f"{self.TITLE}column {name}: expected shape ({size},), got {values.shape}")
             values = values.view()  # so that the caller's own array stays writable
             values.flags.writeable = False
             object.__setattr__(self, name, values)
 
     def __len__(self) -> int:
         return len(getattr(self, next(iter(self.SCHEMA))))
+
+    def _title(self) -> str:
+        return f"{len(self):,} rows"
+
+    def _columns(self) -> Mapping[str, Any]:
+        """Codes as the names they stand for, -1 as none."""
+        held = {name: getattr(self, name) for name in self.SCHEMA}
+        return held | {name: np.array([*names, ""], dtype=object)[held[name]] for name, names in self.CODES.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Columns as lists, codes as the names they stand for, and what holds for all rows."""
+        shared = {f.name: getattr(self, f.name) for f in fields(self) if f.repr}  # type: ignore[arg-type]
+        return dict(as_plain({**shared, **self._columns()}))
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
@@ -83,31 +101,43 @@ class Table:
 
     @classmethod
     def coerced(cls, name: str, values: Any) -> Array:
-        """Values of one column as numbers, names as codes; a subclass may check their range too."""
-        given = np.asarray(values)
+        """``values`` of the column ``name`` as numbers, names as codes; a subclass may check their range too."""
+        given = plain(values)
         return encode(name, given, cls.CODES) if given.dtype.kind in "UOT" else given
 
     @classmethod
     def _known(cls, names: Iterable[str]) -> None:
         if extra := sorted(set(names) - cls.SCHEMA.keys()):
-            raise ValueError(f"unknown columns {extra}; expected some of {sorted(cls.SCHEMA)}")
+            raise InputError(f"unknown columns {extra}; expected some of {sorted(cls.SCHEMA)}")
 
     @classmethod
     def from_columns(cls: type[T], *others: Any, size: int | None = None, **columns: Any) -> T:
-        """A table of columns: scalars broadcast, what is not given takes its default; ``others`` hold for all rows."""
+        """A table of columns: scalars broadcast, what is not given takes its default; ``others`` hold for all rows.
+        ``size`` is the number of rows, if left out that of the longest column."""
         cls._known(columns)
         if size is None:
-            size = max((np.size(values) for values in columns.values()), default=0)
+            size = max((plain(values).size for values in columns.values()), default=0)
+        columns = {name: cls.coerced(name, values) for name, values in columns.items()}
+        for name, values in columns.items():
+            if values.shape not in ((), (1,), (size,)):
+                raise InputError(f"{cls.TITLE}column {name}: expected {size} values, got shape {values.shape}")
+        return cls.filled(*others, size=size, **columns)
+
+    @classmethod
+    def filled(cls: type[T], *others: Any, size: int, **columns: Any) -> T:
+        """A table of ``size`` rows of ``columns`` that were computed, not given by a person: numbers and codes,
+        unchecked; ``others`` hold for all rows."""
         full = []
         for name, (dtype, default) in cls.SCHEMA.items():
             whole: Array = np.empty(size, dtype)
-            whole[:] = cls.coerced(name, columns[name]) if name in columns else default
+            whole[:] = columns.get(name, default)
             full.append(whole)
         return cls(*full, *others)
 
     @classmethod
     def from_rows(cls: type[T], rows: Iterable[Mapping[str, Any]], *others: Any) -> T:
-        """A table of mappings from column to value, one a row; names are allowed where the column has codes."""
+        """A table of ``rows``, mappings from column to value; names are allowed where the column has codes. ``others``
+        hold for all rows."""
         rows = list(rows)
         names = {name: None for row in rows for name in row}
         cls._known(names)
@@ -119,7 +149,8 @@ class Table:
 
     @classmethod
     def concat(cls: type[T], parts: Iterable[T], **others: Any) -> T:
-        """Rows of several tables one after the other; what holds for all rows is the first's unless given."""
+        """Rows of several tables, ``parts``, one after the other; what holds for all rows is the first's unless one of
+        ``others``."""
         tables = [vars(part) for part in parts]
         columns = {name: np.concatenate([table[name] for table in tables]) for name in cls.SCHEMA}
         return cls._of({**tables[0], **columns, **others})
@@ -130,14 +161,19 @@ class Table:
         return self._of({**values, **{name: values[name][index] for name in self.SCHEMA}})
 
     def replace(self: T, **changes: Any) -> T:
-        """A copy with some columns (scalars broadcast), or what holds for all rows, replaced."""
+        """A copy with ``changes``: of some columns (scalars broadcast), or of what holds for all rows."""
         shape = (len(self),)
         for name in changes.keys() & self.SCHEMA.keys():
-            values: Array = np.asarray(changes[name], dtype=self.SCHEMA[name][0])
+            given = changes[name]
+            if not isinstance(given, np.ndarray):  # as a person gives it; arrays are computed from columns
+                given = self.coerced(name, given)
+            values: Array = np.asarray(given, dtype=self.SCHEMA[name][0])
+            if values.shape not in ((), (1,), shape):
+                raise InputError(f"{self.TITLE}column {name}: expected {shape[0]} values, got shape {values.shape}")
             # a view, so that the caller's own array stays writable
             changes[name] = values.view() if values.shape == shape else np.broadcast_to(values, shape)
         if extra := changes.keys() - vars(self).keys():
-            raise ValueError(f"unknown columns {sorted(extra)}; expected some of {sorted(self.SCHEMA)}")
+            raise InputError(f"unknown columns {sorted(extra)}; expected some of {sorted(self.SCHEMA)}")
         return self._of({**vars(self), **changes})
 
 

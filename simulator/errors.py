@@ -10,6 +10,13 @@ class InputError(ValueError):
     """Bad input from a person. The command line prints its one line and exits with 2.
 
     Messages quote what came in, whatever it is: each is made one line of printable characters.
+
+    >>> import simulator
+    >>> try:
+    ...     simulator.load_hardware("h10_sxm")
+    ... except InputError as error:
+    ...     print(str(error)[:47])
+    GPU 'h10_sxm' is unknown; did you mean h100_sxm
     """
 
     def __init__(self, message: str = "") -> None:
@@ -47,11 +54,14 @@ def unknown(kind: str, name: str, choices: Iterable[str], listed: Iterable[str] 
     return InputError(f"{kind} {said!r} is unknown; {hint}Known: {', '.join(sorted(set(listed)) or known)}")
 
 
-def needs_extra(what: str, extra: str, more: str = "") -> InputError:
-    """The error where an optional extra is not installed; it comes from a checkout, as no package index has prunesim.
+def needs_extra(what: str, extra: str, package: str, more: str = "") -> InputError:
+    """The error where a package of an optional extra is not installed; the extra comes from a checkout, as no package
+    index has prunesim.
 
-    >>> print(needs_extra("the page", "explore"))
-    the page needs the extra "explore": in the checkout of prunesim, pip install -e ".[explore]"
+    >>> print(needs_extra("the page", "explore", "dash"))
+    the page needs the extra "explore" (dash is not installed): in the checkout of prunesim, pip install -e ".[explore]"
     """
     install = f'pip install -e ".[{extra}]"{more}'
-    return InputError(f'{what} needs the extra "{extra}": in the checkout of prunesim, {install}')
+    return InputError(
+        f'{what} needs the extra "{extra}" ({package} is not installed): in the checkout of prunesim, {install}'
+    )

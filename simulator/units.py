@@ -193,12 +193,15 @@ def _prefixed(value: float, units: Sequence[tuple[str, float]]) -> str:
 
 
 def finite(value: Any) -> Any:
-    """A value for JSON: numbers that are not finite become null, however deep.
+    """A value for JSON: numbers that are not finite become null, however deep; mappings, tuples and NumPy's numbers and
+    arrays become what JSON has.
 
-    >>> finite(float("nan")) is None, finite(1.5), finite({"x": [float("inf")]})
+    >>> finite(float("nan")) is None, finite(1.5), finite({"x": (float("inf"),)})
     (True, 1.5, {'x': [None]})
     """
-    if isinstance(value, dict):
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
         return {name: finite(v) for name, v in value.items()}
     if isinstance(value, list | tuple):
         return [finite(v) for v in value]

@@ -17,7 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.arguments import AMOUNT, SHARE, SIZE, Range, array, truths
 from simulator.columns import Array, Table, column
+from simulator.display import table_html
+from simulator.errors import InputError
+from simulator.units import percent, size
 
 
 class Kind(IntEnum):
@@ -121,7 +125,7 @@ def _role_table(names: tuple[str, ...]) -> Array:
 def dtype_code(name: str) -> int:
     """Code of a number format."""
     if name not in _DTYPE_CODE:
-        raise ValueError(f"dtype {name!r} is unknown; expected one of {', '.join(DTYPES)}")
+        raise InputError(f"dtype {name!r} is unknown; expected one of {', '.join(DTYPES)}")
     return _DTYPE_CODE[name]
 
 
@@ -224,7 +228,11 @@ class Meta:
     config: Any = field(default=None, compare=False, repr=False)  # the ModelConfig it was lowered from
 
 
-@dataclass(frozen=True, eq=False)
+_ENUMS: Mapping[str, type[IntEnum]] = MappingProxyType({"kind": Kind, "part": Part, "phase": Phase, "kernel": Kernel})
+_RANGES = {"layer": Range(-1.0, 2.0**31 - 1.0, "whole numbers from -1 up", whole=True), "density": SHARE}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Workload(Table):
     """Operators as equal-length columns; names of roles and number formats are taken as their codes.
 
@@ -273,8 +281,36 @@ class Workload(Table):
 
     CODES = MappingProxyType({"role": ROLES, "dtype": DTYPES, "weight_dtype": DTYPES})
 
+    @classmethod
+    def coerced(cls, name: str, values: Any) -> Array:
+        """``values`` of the column ``name``; InputError for what is none of its kind: fractions, negative, infinite."""
+        given, kind = super().coerced(name, values), cls.SCHEMA[name][0]
+        if kind is np.bool_:
+            return truths(f"column {name}", given)
+        if name in _ENUMS or name in cls.CODES:
+            most = len(_ENUMS.get(name, cls.CODES.get(name, ()))) - 1
+            return array(f"column {name}", given, Range(0.0, most, f"whole numbers from 0 to {most}", whole=True))
+        right = _RANGES.get(name, SIZE if issubclass(kind, np.integer) else AMOUNT)
+        return array(f"column {name}", given, right)
+
+    def _title(self) -> str:
+        about, applied = self.meta, "".join(f", {a.family} {percent(a.sparsity)}" for a in self.meta.applied)
+        asked = f"{about.model} {about.phase}, batch {about.batch}, seq {about.seq}, {about.dtype}{applied}"
+        return f"{asked}: {len(self)} rows, {self.flops.sum():.3g} FLOP, {size(float(self.bytes.sum()))}"
+
+    def _columns(self) -> Mapping[str, Any]:
+        """Names in place of codes, and what follows: FLOPs and bytes."""
+        named = {"kind": Kind, "part": Part, "phase": Phase, "kernel": Kernel}
+        held = {name: np.array([one.name.lower() for one in of])[getattr(self, name)] for name, of in named.items()}
+        return {**super()._columns(), **held, "flops": self.flops, "bytes": self.bytes}
+
+    def _html(self) -> str:
+        columns = self._columns()
+        names = "role layers count m n k kv_len heads kernel density flops bytes"
+        return table_html({name: columns[name] for name in names.split()})
+
     def is_role(self, *names: str) -> Array:
-        """Mask of the rows with one of these roles."""
+        """Mask of the rows with one of the roles ``names``, of :data:`ROLES`."""
         mask: Array = _role_table(names)[self.role]
         return mask
 

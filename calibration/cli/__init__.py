@@ -1,23 +1,18 @@
-"""The whole command line: ``prunesim`` with the commands of the simulator and those that import, measure, fit and
-validate.
+"""The whole command line, ``prunesim``: :mod:`calibration.cli.program`, which is imported late so that the program
+answers a signal from its start on."""
 
-Same rules as :mod:`simulator.cli`: thin commands, exit status 0, 2 for bad input, 1 for a failure, and nothing heavy
-imported before a command needs it.
-"""
 
-from __future__ import annotations
+def main() -> None:
+    """Entry point of the ``prunesim`` command."""
+    from simulator.start import start
 
-from calibration.cli import calibrate, compare, figures, fit, import_, measure, paper, upper_bound, validate
-from simulator.cli import app, main, run
+    start("calibration.cli.program")
 
-__all__ = ["app", "main", "run"]
 
-app.command("import")(import_.command)
-app.command("measure")(measure.command)
-app.command("fit")(fit.command)
-app.command("validate")(validate.command)
-app.command("calibrate")(calibrate.command)
-app.command("upper-bound")(upper_bound.command)
-app.command("compare")(compare.command)
-app.command("figures")(figures.command)
-app.command("paper")(paper.command)
+def __getattr__(name: str) -> object:
+    if name not in ("app", "run"):
+        raise AttributeError(f"module 'calibration.cli' has no attribute {name!r}")
+    from calibration.cli import program
+
+    value: object = getattr(program, name)
+    return value

@@ -118,14 +118,16 @@ def _agreement(rows: list[Row], records: list[dict[str, object]]) -> list[str]:
 def _write(folder: Path, rows: list[Row], records: list[dict[str, object]]) -> None:
     """The table as Markdown, and the figure."""
     from calibration.execute.compare_figure import compare_figure
+    from calibration.judge.report import table
     from simulator.figures.save import save_figure
     from simulator.files.write import write_whole
+    from simulator.predict.words import markdown_text
 
     columns = _columns(rows)
     agreement = [f"- {line}" for line in _agreement(rows, records)]
-    lines = [f"# {_title(rows[0])}", "", *agreement, "", "![](comparison.png)", ""]
-    lines.append("| " + " | ".join(c.title.replace("\n", " ") for c in columns) + " |")
-    lines.append("| " + " | ".join("---:" if c.right else "---" for c in columns) + " |")
-    lines += ["| " + " | ".join(c.cells[i] for c in columns) + " |" for i in range(len(rows))]
+    lines = [f"# {markdown_text(_title(rows[0]))}", "", *agreement, "", "![](comparison.png)", ""]
+    cells = [[markdown_text(c.cells[i]) for c in columns] for i in range(len(rows))]
+    left = [at for at, c in enumerate(columns) if not c.right]
+    lines.append(table([c.title.replace("\n", " ") for c in columns], cells, left))
     write_whole(folder / "comparison.md", ("\n".join(lines) + "\n").encode())
     save_figure(compare_figure(rows), folder / "comparison.png")

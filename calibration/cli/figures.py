@@ -15,16 +15,15 @@ def shipped_gemms(hw: HardwareProfile, dtype: str) -> MeasuredGemms | None:
     """The table that the profile of a device was fitted on, where it ships and has rows of the format."""
     from calibration.measurements import list_measurements, load_measurements, provenance
     from calibration.shipped import RECIPES
-    from simulator.errors import InputError
     from simulator.figures.measured import from_columns
 
     recipe = RECIPES.get(f"{hw.name}.{hw.stack}")
     name = next((n for n in recipe.tables if "/gemm/" in n and n in list_measurements()), None) if recipe else None
     if name is None:
         return None
-    try:
-        rows = load_measurements(name, dtype=dtype)
-    except InputError:  # no rows of this format
+    rows = load_measurements(name)
+    rows = rows.select(rows.labels() == dtype)
+    if not len(rows):
         return None
     about = provenance(name)
     source = f"{about['framework']} {about['version']}, aiconfigurator-core 0.12.0"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +15,7 @@ from simulator.errors import InputError
 
 if TYPE_CHECKING:
     from calibration.execute.runs import Measured
-    from calibration.measure.run import Outcome, Progress
+    from calibration.measure.run import Outcome
 
 # fmt: off
 Devices = Annotated[list[str], arg("DEVICE", "cpu, cuda, cuda:1, replay:FILE; with --merge, the runs to join.")]
@@ -69,14 +68,9 @@ def measure(device: str, output: str, budget_s: float, dtype: str, host: bool = 
     opened = open_device(device)
     try:
         with render.progress("measuring") as report:
-            return (measure_host if host else measure_into)(output, opened, progress=in_seconds(report), **settings)
+            return (measure_host if host else measure_into)(output, opened, progress=report, **settings)
     finally:
         opened.close()
-
-
-def in_seconds(report: Callable[[int, int], None]) -> Callable[[Progress], None]:
-    """Progress in seconds: operators differ too much in cost to be counted."""
-    return lambda p: report(round(p.elapsed_s), max(round(p.elapsed_s + p.remaining_s), 1))
 
 
 def describe(outcome: Outcome) -> str:

@@ -111,7 +111,7 @@ def commands() -> Iterator[tuple[str, Any]]:
     """Path of every command ("speedup", "hardware list", ...) and its parser, in the order of ``--help``."""
     import typer
 
-    from calibration.cli import app
+    from calibration.cli.program import app
 
     def walk(command: Any, path: list[str]) -> Iterator[tuple[str, Any]]:
         if hasattr(command, "commands"):

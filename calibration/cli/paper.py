@@ -40,10 +40,7 @@ def command(
 
     devices, engines = options.names("--hardware", hardware), options.names("--engine", engine)
     with render.progress("predicting") as report:
-        own = paper.table_2()
-        report(1, 2)
-        others = paper.table_2(devices, engines)
-        report(2, 2)
+        own, others = paper.table_2(), paper.table_2(devices, engines, report)
     if figure:
         _draw(own, figure)
     depths, split = paper.equal_depths(), paper.figure_2()

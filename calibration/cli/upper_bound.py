@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from calibration.cli.measure import Budget, Dtype, Folder, Hardware, Seed, describe, finish, in_seconds
+from calibration.cli.measure import Budget, Dtype, Folder, Hardware, Seed, describe, finish
 from calibration.cli.rows import seconds
 from simulator.cli import options, render
 from simulator.cli.options import arg, opt
@@ -104,7 +104,7 @@ def command(
     folder = check_folder(output)
     with asked.on(device, folder, budget_s) as (opened, hw, left), render.progress("measuring") as report:
         known: dict[str, Any] = {"budget_s": left, "dtype": dtype, "seed": seed, "say": render.note}
-        found = measure_bounds(folder, opened, cases, progress=in_seconds(report), **known)
+        found = measure_bounds(folder, opened, cases, progress=report, **known)
     rows = bounds(cases, found.records, hw, dtype=dtype)
     file = folder / "upper_bound.csv"
     records = [asdict(row) for row in rows]

@@ -176,7 +176,13 @@ def open_named(path: str, **options: Any) -> ReplayDevice:
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}:{number}: not a JSON record: {error}") from None
         if isinstance(record, dict) and record.get("operator") and record.get("median_s"):
-            medians[Operator.from_record(record["operator"]).key] = float(record["median_s"])
+            try:
+                key, median = Operator.from_record(record["operator"]).key, float(record["median_s"])
+            except (TypeError, ValueError, OverflowError, RecursionError) as error:
+                raise InputError(f"{path}:{number}: no measurement of an operator: {error}") from None
+            if not 0.0 < median < math.inf:
+                raise InputError(f"{path}:{number}: median_s: expected a time above zero, got {median}")
+            medians[key] = median
     if not medians:
         raise InputError(f"device replay:{path}: the file has no measurement of an operator in it")
     return ReplayDevice(medians, **options)

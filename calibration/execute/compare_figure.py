@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from calibration.execute.compare import Row, summary
 from simulator.errors import InputError
 from simulator.figures.layout import in_a_row, log_axis
-from simulator.figures.style import COLUMN_IN, PAGE_IN, in_order, label, look, paper_style
+from simulator.figures.style import COLUMN_IN, PAGE_IN, PALE_INK, in_order, label, look, paper_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 BAND = 0.08
 """Relative error that the dashed lines mark."""
+
+_EDGE: dict[str, Any] = {"color": PALE_INK, "linewidth": 0.5, "linestyle": (0, (3, 2))}
 
 
 def compare_figure(rows: Sequence[Row]) -> Figure:
@@ -35,7 +37,7 @@ def compare_figure(rows: Sequence[Row]) -> Figure:
     families = in_order(r.family for r in rows)
     columns = in_a_row(len(phases))
     lines, per_row = -(-len(phases) // columns), 3 if columns == 1 else 6
-    legend_rows = -(-len(families) // per_row)
+    legend_rows = -(-(len(families) + 1) // per_row)
     width = COLUMN_IN if columns == 1 else PAGE_IN
     height = lines * (min(width / columns - 0.45, 2.7) + 0.6) + 0.16 * legend_rows + 0.08
     with paper_style():
@@ -46,6 +48,7 @@ def compare_figure(rows: Sequence[Row]) -> Figure:
             ax.set_ylabel("predicted speedup" if i % columns == 0 else "")
         dots = [{**look(f).marks(), "linestyle": "none", "label": label(f)} for f in families]
         marks = [Line2D([], [], **dot, markersize=3.5) for dot in dots]
+        marks.append(Line2D([], [], **_EDGE, label=f"within {100 * BAND:.0f} %"))
         figure.legend(handles=marks, loc="outside lower center", ncol=min(per_row, len(marks)))
     return figure
 
@@ -58,7 +61,7 @@ def _panel(ax: Axes, rows: Sequence[Row], families: Sequence[str]) -> None:
     ends = np.array([low, high])
     ax.plot(ends, ends, color="black", linewidth=0.6, zorder=1)
     for edge in (1.0 - BAND, 1.0 + BAND):
-        ax.plot(ends, ends * edge, color="#5A5A5A", linewidth=0.5, linestyle=(0, (3, 2)), zorder=1)
+        ax.plot(ends, ends * edge, **_EDGE, zorder=1)
     most = max(r.sparsity for r in rows)
     for r in rows:
         marks = {**look(r.family, families.index(r.family)).marks(), "linestyle": "none"}

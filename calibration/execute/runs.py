@@ -23,7 +23,7 @@ from calibration.fit.profile import ProfileFit, fit_profile
 from calibration.judge.validate import Report, validate
 from calibration.measure.plan import Plan, Rates, base_plan, check_budget, in_order
 from calibration.measure.probe import default_protocol, default_visits, probe
-from calibration.measure.run import Outcome, Progress, run
+from calibration.measure.run import Outcome, run
 from calibration.measure.shapes import host_operators
 from calibration.measure.timing import Protocol
 from calibration.records.exact import without_exact
@@ -101,7 +101,7 @@ def measure_plan(
     *,
     budget_s: float,
     seed: int,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Measured:
     """Run a plan into a file, made from the device's rates (probed where the file is new), its protocol and the seed
     that the run began with."""
@@ -128,7 +128,7 @@ def measure_into(
     asked: Asked = (),
     quick: bool = False,
     seed: int = 0,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Measured:
     """Plan and measure, into a new folder or one that an earlier run of the same device began; see :func:`begin`.
@@ -145,7 +145,7 @@ def measure_into(
     quick : bool
         Measure for an anchor rather than for a fit.
     progress : callable, optional
-        See :func:`calibration.measure.run.run`.
+        Called with the seconds that have passed and those expected in all.
     say : callable
         Told what the machine is and what is planned.
     """
@@ -189,7 +189,7 @@ def measure_host(
     dtype: str = "bf16",
     hardware: str = "",
     seed: int = 0,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Measured:
     """Measure what tells the host time of this machine, in seconds; otherwise as :func:`measure_into`.

@@ -23,7 +23,6 @@ from calibration.execute.runs import Measured, begin, measure_plan
 from calibration.judge.scores import errors
 from calibration.measure.plan import Plan, Rates, in_order
 from calibration.measure.probe import default_visits
-from calibration.measure.run import Progress
 from calibration.measure.timing import Protocol
 from calibration.records.exact import without_exact
 from calibration.records.lines import content_records
@@ -147,7 +146,7 @@ def measure_bounds(
     budget_s: float,
     dtype: str = "bf16",
     seed: int = 0,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Measured:
     """Time the plain kernels of some cases into a run folder, new or begun by an earlier run of the same device.

@@ -9,7 +9,7 @@ logits of all positions, a CUDA graph). Nothing is fitted to a cell of the table
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -70,8 +70,13 @@ class Cell:
         return self.lower - PRINTED <= self.published <= self.upper + PRINTED
 
 
-def table_2(hardware: Sequence[str] = (HARDWARE,), engine: Sequence[str] = (ENGINE,)) -> list[Cell]:
-    """The paper's Table 2 on some devices in some engines; published values beside those of its own bench alone.
+def table_2(
+    hardware: Sequence[str] = (HARDWARE,),
+    engine: Sequence[str] = (ENGINE,),
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Cell]:
+    """The paper's Table 2 on some devices in some engines; published values beside those of its own bench alone;
+    ``progress`` as in :func:`simulator.table`.
 
     >>> cells = table_2()
     >>> len(cells), max(abs(c.error) for c in cells if c.family != "dynamic_depth") < 0.08
@@ -81,7 +86,7 @@ def table_2(hardware: Sequence[str] = (HARDWARE,), engine: Sequence[str] = (ENGI
     known = {(r["family"], float(r["sparsity"]), r["phase"]): float(r["value"]) for r in rows}
     families = list(dict.fromkeys(family for family, _, _ in known))
     found: dict[tuple[str, str, str, float, str], list[Record]] = {}
-    asked: dict[str, Any] = {"phase": PHASES, "batch": BATCHES, "seq": [SEQ], "engine": engine}
+    asked: dict[str, Any] = {"phase": PHASES, "batch": BATCHES, "seq": [SEQ], "engine": engine, "progress": progress}
     for r in table([MODEL], hardware, families, sorted({s for _, s, _ in known}), **asked):
         found.setdefault((r.hardware, r.engine, r.family, r.sparsity, r.phase), []).append(r)
     own = load_hardware(HARDWARE).label

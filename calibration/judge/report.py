@@ -17,6 +17,7 @@ from typing import Any
 from calibration.judge.scores import summary
 from calibration.judge.validate import Report
 from simulator.files.write import check_target, write_whole
+from simulator.predict.words import markdown_text
 
 ENOUGH_TO_DRAW = 10
 """Rows an operator needs for figures of its own."""
@@ -78,14 +79,17 @@ def _accuracy_table(parts: Sequence[Mapping[str, Any]]) -> str:
 def markdown(report: Report, figures: Mapping[str, Mapping[str, str]] | None = None, title: str = "") -> str:
     """The report as Markdown; ``figures``: part ("gemm bf16") -> name of a figure -> address of its image."""
     data = summary(report)
-    about = f"Measured on {report.device}; software: {report.software}."
-    lines = [f"# {title or f'Accuracy of {report.hardware}'}", ""]
+    about = markdown_text(f"Measured on {report.device}; software: {report.software}.")
+    lines = [f"# {markdown_text(title or f'Accuracy of {report.hardware}')}", ""]
     lines += [f"{about} Errors are predicted over measured time less one, in percent.", ""]
     lines += [_accuracy_table(data["parts"]), ""]
     if any(p["fitted_on_these_rows"] for p in data["parts"]):
         lines += ["\\* fitted on these very rows; below, what its folds say of shapes left out.", ""]
     if data["skipped"]:
-        lines += [*(f"- {count} rows left out: {reason}" for reason, count in data["skipped"].items()), ""]
+        lines += [
+            *(f"- {count} rows left out: {markdown_text(reason)}" for reason, count in data["skipped"].items()),
+            "",
+        ]
     if held_out := data["held_out_when_fitted"]:
         rows = [[name, *_errors(values)] for name, values in held_out.items()]
         lines += ["## Unseen shapes, when it was fitted", "", table(["section", *ERROR_TITLES], rows), ""]
@@ -155,29 +159,33 @@ _STYLE = (
 def html(text: str) -> str:
     """The Markdown this module writes (headings, tables, lists, images, paragraphs) as one HTML page.
 
-    >>> "<h1>A &lt;b&gt;</h1>" in html("# A <b>")
+    >>> "<h1>A &lt;b&gt; &amp; c</h1>" in html("# A <b> &#38; c")
     True
     """
+
+    def shown(part: str) -> str:
+        return escape.escape(escape.unescape(part))
+
     out: list[str] = []
     rows: list[str] = []
     for line in [*text.splitlines(), ""]:
         if line.startswith("|"):
             if not set(line) <= set("|-: "):
                 tag = "td" if rows else "th"
-                cells = [escape.escape(cell.strip()) for cell in line.strip("|").split("|")]
+                cells = [shown(cell.strip()) for cell in line.strip("|").split("|")]
                 rows.append("<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>")
             continue
         if rows:
             out.append("<table>" + "".join(rows) + "</table>")
             rows = []
         if match := re.fullmatch(r"!\[(.*)\]\((.*)\)", line):
-            out.append(f'<img alt="{escape.escape(match[1])}" src="{escape.escape(match[2])}">')
+            out.append(f'<img alt="{shown(match[1])}" src="{shown(match[2])}">')
         elif match := re.fullmatch(r"(#+) (.*)", line):
-            out.append(f"<h{len(match[1])}>{escape.escape(match[2])}</h{len(match[1])}>")
+            out.append(f"<h{len(match[1])}>{shown(match[2])}</h{len(match[1])}>")
         elif line.startswith("- "):
-            out.append(f"<ul><li>{escape.escape(line[2:])}</li></ul>")
+            out.append(f"<ul><li>{shown(line[2:])}</li></ul>")
         elif line:
-            out.append(f"<p>{escape.escape(line.removeprefix(chr(92)))}</p>")
+            out.append(f"<p>{shown(line.removeprefix(chr(92)))}</p>")
     first = text.splitlines()[0].lstrip("# ")
-    head = f'<meta charset="utf-8"><title>{escape.escape(first)}</title><style>{_STYLE}</style>'
+    head = f'<meta charset="utf-8"><title>{shown(first)}</title><style>{_STYLE}</style>'
     return f'<!doctype html><html lang="en">{head}{"".join(out)}</html>\n'

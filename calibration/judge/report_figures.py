@@ -52,7 +52,7 @@ def predicted_measured(part: Part) -> Figure:
     x, y, roof = (1e6 * a[rows] for a in (part.measured_s, part.predicted_s, part.roofline_s))
     low, high = 0.7 * min(x.min(), y.min()), 1.4 * max(x.max(), y.max())
     figure = _figure(COLUMN_IN, COLUMN_IN * 0.82)
-    ax = figure.add_subplot(title=f"{part.operator}, {part.dtype}", xlabel="measured (us)", ylabel="predicted (us)")
+    ax = figure.add_subplot(title=f"{part.operator}, {part.dtype}", xlabel="measured (µs)", ylabel="predicted (µs)")
     ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
     ax.plot(x, roof, ".", color=GREY, markersize=1.2, alpha=0.25, label="datasheet roofline", rasterized=True)
     ax.plot(x, y, ".", color=BLUE, markersize=1.6, alpha=0.4, label="model", rasterized=True)
@@ -78,7 +78,7 @@ def error_by_size(part: Part) -> Figure:
         for key, label, color, look in _LOOKS:
             ax.plot(x, [100.0 * r[key] for r in ranges], look, color=color, label=label)
         if len(x) > 1:
-            log_axis(ax.xaxis, float(x.min()), float(x.max()), 5)
+            log_axis(ax.xaxis, float(x.min()), float(x.max()), 5 if len(names) < 4 else 4)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
 
@@ -87,10 +87,10 @@ def residual_map(part: Part) -> Figure:
     """Mean signed error over two sizes in octaves: where the model is too slow (positive) or too fast."""
     s = part.sizes
     if "m" in s:
-        panels = [("m", s["m"], "n k", s["n"] * s["k"]), ("n", s["n"], "k", s["k"])]
+        panels = [("m", s["m"], "n × k", s["n"] * s["k"]), ("n", s["n"], "k", s["k"])]
     elif "kv_heads" in s:
         length = "q_len" if "q_len" in s else "kv_len"
-        panels = [(length, s[length], "batch x KV heads", s["batch"] * s["kv_heads"])]
+        panels = [(length, s[length], "batch × KV heads", s["batch"] * s["kv_heads"])]
     else:
         panels = [("bytes", s["bytes"], "", np.exp2(s["role"]))]
     figure = _figure(PAGE_IN if len(panels) > 1 else COLUMN_IN, 2.2)
@@ -101,7 +101,7 @@ def residual_map(part: Part) -> Figure:
     if "role" in s:
         codes = np.unique(s["role"]).astype(int)
         axes[0].set_yticks(codes + 0.5, [ROLES[code].replace("_", " ") for code in codes])
-    figure.colorbar(image, ax=axes, label="predicted / measured - 1 (%)")
+    figure.colorbar(image, ax=axes, label="predicted / measured - 1 (%)", extend="both")
     return figure
 
 
@@ -127,12 +127,14 @@ def coverage_figure(part: Part, level: float) -> Figure:
     figure = _figure(COLUMN_IN, 0.75 + 0.17 * len(found))
     inside = f"inside the {100 * level:.3g} % interval (%)"
     ax = figure.add_subplot(title=f"{part.operator}, {part.dtype}", xlabel=inside)
-    ax.barh(names, values, color=[BLUE if name == "all" else "#9CC5E3" for name in names], height=0.62)
+    # marks, for the axis does not begin at 0
+    ax.hlines(names, 100.0 * level, values, color=BLUE, linewidth=1.2)
+    ax.plot(values, names, "o", color=BLUE, clip_on=False, zorder=3)
     ax.axvline(100.0 * level, color=VERMILLION, linewidth=0.9)
     ax.set(xlim=(max(min(75.0, min(values) - 5.0), 0.0), 100.0), ylim=(len(found) - 0.4, -0.6))
     ax.grid(axis="y", visible=False)
     for f in found:
-        width, place = f"±{100 * f['width']:.3g} %", (1.02, f["limit"])
+        width, place = f"±{100 * f['width']:.3g} %", (1.04, f["limit"])
         ax.annotate(width, place, xycoords=("axes fraction", "data"), va="center", fontsize=6)
     return figure
 

@@ -83,16 +83,6 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Where a run stands, in visits of items; handed to the progress callback after every one."""
-
-    done: int
-    total: int
-    elapsed_s: float
-    remaining_s: float
-
-
-@dataclass(frozen=True)
 class Outcome:
     """How a run ended."""
 
@@ -230,7 +220,7 @@ def run(
     previous: Iterable[Mapping[str, Any]] = (),
     protocol: Protocol | None = None,
     budget_s: float | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
     interrupt: Interrupt | None = None,
 ) -> Outcome:
     """Measure the items of a plan, by default under :func:`default_protocol` within the plan's budget.
@@ -238,8 +228,9 @@ def run(
     ``append`` keeps one record for good before it returns (``Store.append``); what it raises ends the run. ``previous``
     are the records of earlier runs into the same store: their operators are not measured again, their first anchor
     stays the reference. Items that are not expected to end within ``budget_s`` are left; the cost estimates learn from
-    what items really took. ``progress`` is called after every visit of an item; ``interrupt`` is for callers that stop
-    a run from another thread.
+    what items really took. ``progress`` is called after every visit of an item with the seconds that have passed and
+    those expected in all, as items differ too much in cost to be counted; ``interrupt`` is for callers that stop a run
+    from another thread.
 
     >>> from calibration.devices.replay import ReplayDevice
     >>> from calibration.measure.plan import Rates, in_order
@@ -300,7 +291,7 @@ def run(
                 if progress is not None:
                     now = device.clock() - start
                     left_s = min(max(waiting_s, 0.0) * (spent_s / expected_s), max(budget - now, 0.0))
-                    progress(Progress(counts.timed + counts.revisited, sum(map(len, todo)), now, left_s))
+                    progress(round(now), max(round(now + left_s), 1))
             if since_anchor:
                 state.anchor(plan.anchor)
         except Interrupted:

@@ -5,11 +5,12 @@ joins the files of several machines. The first line is the :class:`Header`; ever
 before it:
 
     {"prunesim":"records","schema":1,"device":"...","stack":{...},"dtype":"bf16","run":"...",...,"crc":"89abcdef"}
-    {"type":"measurement","key":"gemm bf16 ...",...,"run":"...","time":"...","crc":"01234567"}
+    {"line":2,"run":"...","time":"...","key":"gemm bf16 ...",...,"crc":"01234567"}
 
 A line is on the disk (``fsync``) before :meth:`Store.append` returns. A last line that was cut short is dropped and
-counted; a damaged line anywhere else is refused, because then more than a kill has happened to the file. What the lines
-mean for a fit is in ``lines``.
+counted; any other line that is damaged, doubled, not at its number, or a second header is refused, because then more
+than a kill has happened to the file. Version 0.1 wrote no numbers: of its lines only the order cannot be checked. What
+the lines mean for a fit is in ``lines``.
 """
 
 from __future__ import annotations
@@ -49,6 +50,11 @@ def encode_line(line: Mapping[str, Any]) -> bytes:
         raise ValueError("a record needs at least one field, and none of the name 'crc'")
     body = json.dumps(dict(line), separators=(",", ":"), allow_nan=False).encode()
     return body[:-1] + b',"crc":"%08x"}\n' % zlib.crc32(body)
+
+
+def _numbered(row: Mapping[str, Any], before: int) -> bytes:
+    """The line of a record that follows the header and some others."""
+    return encode_line({"line": before + 2, **row})
 
 
 def decode_line(line: bytes) -> dict[str, Any] | None:
@@ -144,13 +150,15 @@ class Content:
 def parse(content: bytes, label: str) -> Content | None:
     """Read a store's bytes; None when nothing was ever acknowledged: the file is empty or its header was cut short.
 
-    InputError when the file is something else, of another schema, or damaged before its last line.
+    InputError when the file is something else, of another schema, damaged before its last line, or when its lines are
+    not those that were written, in their order.
     """
     if not content.startswith(MARK) and not MARK.startswith(content[: len(MARK)]):
         raise InputError(f"{label}: is no store of records (its first line does not say so)")
     lines = content.split(b"\n")
     last = max((i for i, line in enumerate(lines) if line), default=-1)
     rows: list[dict[str, Any]] = []
+    places: dict[bytes, int] = {}
     end = dropped = 0
     for number, line in enumerate(lines[: last + 1]):
         if not line:
@@ -162,11 +170,25 @@ def parse(content: bytes, label: str) -> Content | None:
                 raise InputError(f"{label}:{number + 1}: {damage}")
             dropped = 1
             break
+        if fault := _misplaced(row, number + 1, places.setdefault(line, number + 1)):
+            raise InputError(f"{label}:{number + 1}: {fault}")
         rows.append(row)
         end += len(line) + 1
     if not rows:
         return None
     return Content(Header.from_dict(rows[0], label), tuple(rows[1:]), dropped, min(end, len(content)), label)
+
+
+def _misplaced(row: dict[str, Any], line: int, first: int) -> str:
+    """What is wrong with the place of a line, or ""; takes its number out. ``first`` is where it was met first."""
+    own = row.pop("line", line)
+    if line > 1 and "prunesim" in row:
+        return "a second header: the files of several runs are joined by prunesim measure --merge"
+    if line != first:
+        return f"line {first} once more; remove it, or restore the file from a copy"
+    if own != line:
+        return f"was written as line {own!r:.40}: lines are missing or in another order; restore the file from a copy"
+    return ""
 
 
 def read_store(path: str | Path) -> Content:
@@ -228,7 +250,7 @@ class Store:
             if theirs != mine:
                 raise InputError(f"{self.path}: holds records of dtype {mine!r}, not of {theirs!r}; use another file")
         row = {"run": self.header.run, "time": _now(), **record}
-        self._put(encode_line(row))
+        self._put(_numbered(row, len(self._rows)))
         self._rows.append(row)
 
     def close(self) -> None:
@@ -331,7 +353,8 @@ def merge(stores: Sequence[str | Path], out: str | Path) -> Content:
     extra = {**first.extra, "runs": [*runs] or [first.run]}
     header = Header(first.device, first.stack, first.dtype, name, min(c.header.started for c in contents), extra)
     try:
-        written = b"".join(encode_line(line) for line in (header.as_dict(), *rows.values()))
+        lines = (_numbered(row, before) for before, row in enumerate(rows.values()))
+        written = b"".join([encode_line(header.as_dict()), *lines])
     except ValueError as error:  # a number that is none, which this program never writes
         raise InputError(f"{' '.join(map(str, stores))}: cannot be merged: {error}") from None
     if target.exists():

@@ -87,7 +87,7 @@ class Source:
         return cls(**{"device": "", **data})
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Records(Table):
     """Timings as equal-length columns. Up to ``copies`` they say what was timed, then what came of it.
 

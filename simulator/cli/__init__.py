@@ -34,11 +34,11 @@ from simulator.cli import (
     sweep,
 )
 from simulator.errors import InputError, one_line
+from simulator.start import INTERRUPTED, start
 
 app = typer.Typer(
     name="prunesim",
     help="How much faster will a pruned LLM really be? Predict it before implementing the pruning.",
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -93,6 +93,8 @@ def run(arguments: Sequence[str]) -> int:
             list(arguments) or ["--help"], prog_name="prunesim", standalone_mode=False
         )
         sys.stdout.flush()
+        if code == INTERRUPTED:  # typer makes a status of Ctrl-C, and says nothing
+            return _fail("interrupted", INTERRUPTED)
         return code if isinstance(code, int) else 0
     except InputError as error:
         return _fail(str(error), 2)
@@ -105,8 +107,10 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(f"{where}{error.strerror or error}", 1)
     except typer.Exit as stop:
         return int(stop.exit_code)
+    except SystemExit as stop:  # once a shell's question is answered
+        return int(stop.code or 0)
     except (typer.Abort, KeyboardInterrupt):
-        return _fail("interrupted", 130)
+        return _fail("interrupted", INTERRUPTED)
     except MemoryError:
         return _fail("there is not enough memory for this; ask for fewer settings at a time", 1)
     except Exception as error:
@@ -137,11 +141,5 @@ def _drop_output() -> None:
 
 
 def main() -> None:
-    """Entry point of the ``prunesim`` command."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # started with that stream closed
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the program
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to fail
-    sys.exit(run(sys.argv[1:]))
+    """Entry point of ``python -m simulator.cli``."""
+    start("simulator.cli")

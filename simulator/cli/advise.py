@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -61,8 +60,7 @@ def command(
             **asked,
         )
     written = _written(write, model, found.configurations) if write else ()
-    configurations = [{"family": None, **asdict(c)} for c in found.configurations]
-    if not render.Output(json).write([*(asdict(a) for a in found.advice), *configurations]):
+    if not render.Output(json).write(found.rows()):
         return
     if found.configurations:
         _configurations(found.configurations)

@@ -43,9 +43,12 @@ def claims(
 
     found: list[Verdict] = []
     with render.progress("testing") as report:
-        for done, model in enumerate(names):
-            found += verdicts(model, devices, quality, **asked)
-            report(done + 1, len(names))
+        for i, model in enumerate(names):
+
+            def of_model(done: int, total: int, before: int = i) -> None:
+                report(before * total + done, len(names) * total)
+
+            found += verdicts(model, devices, quality, **asked, progress=of_model)
     if render.Output(json).write([asdict(v) for v in found]):
         for block in _blocks(found):
             print(block, end="\n\n")

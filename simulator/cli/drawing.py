@@ -40,9 +40,9 @@ def draw_speedups(records: Sequence[Record], path: str) -> None:
 
 def draw_fronts(found: Sequence[Front], path: str) -> None:
     """Frontiers, a panel each."""
-    settings, lengths = _several([(f.phase, f.batch, f.seq) for f in found]), _several([f.seq for f in found])
+    lengths = _several([f.seq for f in found])
     names = [f"{f.phase}, {batch_name(f.phase)} {f.batch}" + (f", seq {f.seq}" if lengths else "") for f in found]
-    save_figure(fronts_of(found, names if settings else [f.phase for f in found]), path)
+    save_figure(fronts_of(found, names), path)
 
 
 def draw_waterfalls(found: Sequence[Explanation], path: str) -> None:
@@ -52,7 +52,7 @@ def draw_waterfalls(found: Sequence[Explanation], path: str) -> None:
 
 
 def draw_rooflines(found: Sequence[Explanation], path: str) -> None:
-    """Dense and pruned GEMMs of explanations on the roofline, a panel each."""
+    """Dense and pruned GEMMs of the layers of explanations on the roofline, a panel each."""
     _draw_panels(roofline_figure, roof_of, found, path, lambda _: "")
 
 
@@ -71,7 +71,10 @@ def draw_gemms(rows: Sequence[GemmRecord], path: str) -> None:
     roofs = []
     for name in dict.fromkeys(r.hardware for r in rows):
         own = [r for r in rows if r.hardware == name]
-        names = [f"{r.m} x {r.n} x {r.k}" for r in own]
+        names = [f"{r.m} × {r.n} × {r.k}" for r in own]
         points = [r.intensity for r in own], [r.flop_per_s for r in own], [False] * len(own)
-        roofs.append(Roof(name, own[0].peak_flop_per_s, own[0].bandwidth_bytes_per_s, names, *points))
-    save_figure(roofline_figure(roofs), path)
+        first = own[0]
+        peaks = first.peak_flop_per_s, first.bandwidth_bytes_per_s
+        roofs.append(Roof(name, *peaks, names, *points, headroom=first.clock_headroom))
+    warm = "" if rows[0].cold else " (weights from the L2 cache: the slope, that of memory, does not bound them)"
+    save_figure(roofline_figure(roofs, names=f"M × N × K{warm}"), path)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,7 +26,7 @@ def list_(as_json: options.Json = False) -> None:
 
     engines = [load_engine(name) for name in list_engines()]
     if as_json:
-        print(render.json_lines([_plain(e) for e in engines]))
+        render.show_json([e.to_dict() for e in engines])
         return
     columns = render.columns(
         engines,
@@ -41,13 +40,15 @@ def list_(as_json: options.Json = False) -> None:
 
 
 @app.command()
-def show(name: Annotated[str, arg("NAME", "Name, alias or YAML file.")], as_json: options.Json = False) -> None:
+def show(
+    name: Annotated[str, arg("NAME", "Name, alias or YAML file.", "--engine")], as_json: options.Json = False
+) -> None:
     """Show one engine: each value with its source."""
     from simulator.engines.engine import load_engine
 
     engine = load_engine(name)
     if as_json:
-        print(render.json_lines([_plain(engine)]))
+        render.show_json([engine.to_dict()])
         return
     also = f" (also {', '.join(engine.aliases)})" if engine.aliases else ""
     print(f"{engine.title}: {engine.name}{also}\n")
@@ -110,7 +111,3 @@ def _values(e: Engine) -> Iterator[tuple[str, str, str, str]]:
             yield name, f"{share.value:g}", "", f"{share.source}{f': {share.note}' if share.note else ''}"
     yield "weights alone in", ", ".join(e.weight_only) or "no format", "", ""
     yield "2:4 in", ", ".join(e.sparse24) or "no format", "", ""
-
-
-def _plain(e: Engine) -> dict[str, Any]:
-    return {**asdict(e), "launches": dict(e.launches), "sources": dict(e.sources), "path": str(e.path)}

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from simulator.predict.speedup import Step
     from simulator.predict.table import Explanation
 
-Roofline = Annotated[str | None, opt("--roofline", "FILE", "Also draw the dense and the pruned GEMMs on the roofline.")]
+Roofline = Annotated[
+    str | None, opt("--roofline", "FILE", "Also draw the layers' GEMMs, dense and pruned, on the roofline.")
+]
 
 Sparsity = Annotated[str | None, opt("--sparsity", "FRACTION", "Fraction removed, or by part: attention=0.25,mlp=0.5.")]
 
@@ -53,7 +55,8 @@ def explain(
     models = [] if pruned is None else options.names("--pruned", pruned)
     extra = options.settings("--option", option)
     more: dict[str, Any] = {"method": method, "pruned": models, "ideal": ideal, "options": extra}
-    found = explanations(model, devices, family, fraction, **known.added(run.asked()), **more)
+    with render.progress("explaining") as report:
+        found = explanations(model, devices, family, fraction, **known.added(run.asked()), **more, progress=report)
     rows = [
         {**asdict(e.record), "waterfall": [asdict(step) for step in e.steps], "conclusion": conclusion(e)}
         for e in found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -63,7 +62,7 @@ def figures_command(known: Known | None = None) -> Callable[..., None]:
         Each figure is written in every format, and captions.md lists them with their captions. What lacks its data
         (measured GEMMs, quality of the model) is left out with a note, or refused when --only names it.
         """
-        from simulator.figures.paper import FIGURES, draw
+        from simulator.figures.paper import FIGURES, MEASURED, draw
         from simulator.figures.save import SUFFIXES, save_figure
         from simulator.figures.subject import NothingToDraw, paper
         from simulator.predict.settings import Setting, one_of, whole_number
@@ -75,7 +74,8 @@ def figures_command(known: Known | None = None) -> Callable[..., None]:
         suffixes = [f".{one_of('format', name, known_formats)}" for name in options.names("--format", formats)]
         setting = Setting(engine=engine, dtype=dtype)
         about = paper(model, options.names("--hardware", hardware), setting=setting, seq=whole_number("seq", seq))
-        about = _with_measured(about, measured or [], known, dtype)
+        known_here = known if set(chosen) & set(MEASURED) else None
+        about = _with_measured(about, measured or [], known_here, dtype, needed=bool(only) and "scatter" in chosen)
         folder = _folder(output)
         drawn: list[Drawn] = []
         with render.progress("drawing") as report:
@@ -97,7 +97,7 @@ def figures_command(known: Known | None = None) -> Callable[..., None]:
         if as_json:
             files = {d.name: [str(folder / f"{d.name}{suffix}") for suffix in suffixes] for d in drawn}
             rows = [{"name": d.name, "caption": d.caption, "files": files[d.name]} for d in drawn]
-            print(json.dumps(rows, indent=2))
+            render.show_json(rows)
         else:
             for d in drawn:
                 print(f"{folder / d.name}{'|'.join(suffixes)}")
@@ -111,8 +111,9 @@ def figures_command(known: Known | None = None) -> Callable[..., None]:
 figures = figures_command()
 
 
-def _with_measured(about: Paper, files: list[str], known: Known | None, dtype: str) -> Paper:
-    """The paper with the measured GEMMs of its devices."""
+def _with_measured(about: Paper, files: list[str], known: Known | None, dtype: str, needed: bool) -> Paper:
+    """The paper with the measured GEMMs of its devices; without those that are known where they cannot be read and are
+    not needed."""
     from dataclasses import replace
 
     from simulator.figures.measured import read_measured_gemms
@@ -120,8 +121,13 @@ def _with_measured(about: Paper, files: list[str], known: Known | None, dtype: s
 
     found: dict[str, MeasuredGemms] = {}
     if known is not None:
-        tables = {hw.label: known(hw, dtype) for hw in about.devices}
-        found = {name: table for name, table in tables.items() if table is not None}
+        try:
+            tables = {hw.label: known(hw, dtype) for hw in about.devices}
+            found = {name: table for name, table in tables.items() if table is not None}
+        except InputError as error:
+            if needed:
+                raise
+            render.note(str(error))
     given: set[str] = set()
     for text in files:
         name, path = options.pair("--measured", text, "DEVICE=FILE, such as rtx_4090=gemms.csv")
@@ -147,11 +153,12 @@ def _write_captions(drawn: list[Drawn], folder: Path, shown: str, changed: list[
     """A list of the figures with their captions and the command of each."""
     from simulator.figures.paper import MEASURED
     from simulator.files.write import write_whole
+    from simulator.predict.words import markdown_text
 
     files = [part for text in measured for part in ("--measured", text)]
     lines = ["# Figures", ""]
     for d in drawn:
         words = ["prunesim", "figures", "-o", "DIR", "--only", d.name, *changed, *(files if d.name in MEASURED else ())]
         picture = f"![{d.name}]({d.name}{shown})"
-        lines += [f"## {d.name}", "", picture, "", d.caption, "", f"`{shlex.join(words)}`", ""]
+        lines += [f"## {d.name}", "", picture, "", markdown_text(d.caption), "", f"`{shlex.join(words)}`", ""]
     write_whole(folder / "captions.md", "\n".join(lines).encode())

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
-from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -25,7 +23,7 @@ def list_(json: options.Json = False) -> None:
 
     profiles = [load_hardware(name) for name in list_hardware()]
     if json:
-        print(render.json_lines([_summary(hw) for hw in profiles]))
+        render.show_json([_facts(hw) for hw in profiles])
         return
     columns = render.columns(
         profiles,
@@ -45,7 +43,7 @@ def list_(json: options.Json = False) -> None:
 
 @app.command()
 def show(
-    name: Annotated[str, arg("NAME", "Name, alias or YAML file, NAME@STACK.")], json: options.Json = False
+    name: Annotated[str, arg("NAME", "Name, alias or YAML file, NAME@STACK.", "--hardware")], json: options.Json = False
 ) -> None:
     """Show one device: datasheet, sources, fits.
 
@@ -57,7 +55,7 @@ def show(
 
     hw = load_hardware(name)
     if json:
-        print(render.json_lines([{**_summary(hw), "sources": dict(hw.sources), "sections": _sections(hw)}]))
+        render.show_json([hw.to_dict()])
         return
     facts = [
         ("architecture", hw.architecture),
@@ -94,7 +92,7 @@ def show(
     if hw.anchor is not None:
         about = hw.anchor.provenance
         print(f"anchored: {about.rows} rows measured on {about.device} with {about.software} move all of it\n")
-    sections = _sections(hw)
+    sections = hw.to_dict()["sections"]
     if not sections:
         generic = "generic" in unfitted("gemm", hw.section("gemm", next(iter(hw.rates))), hw.architecture)
         of = f"generic defaults, as no {hw.architecture} GPU was ever fitted," if generic else "architecture defaults"
@@ -141,7 +139,7 @@ def new(
 
     path = new_hardware(name, out)
     if as_json:
-        print(json.dumps({"file": str(path)}))
+        render.show_json({"file": str(path)})
     else:
         print(f"{path}: put a value in the place of each FILL_IN, then: prunesim hardware check {path}")
 
@@ -163,45 +161,6 @@ def _accuracy(values: dict[str, float]) -> str:
     return ", ".join(f"{100.0 * values[name]:.2g} %" for name in ("mape", "p95") if name in values)
 
 
-def _summary(hw: HardwareProfile) -> dict[str, Any]:
-    """Facts of a profile as plain values."""
-    fitted = {key: None for stack in hw.stacks.values() for key, s in stack.items() if s.status == "calibrated"}
-    facts = (
-        "sm_count boost_clock_hz max_clock_hz memory_bytes bandwidth_bytes_per_s l2_bytes power_w"  # in the order shown
-    )
-    return {
-        **{name: getattr(hw, name) for name in ("name", "title", "vendor", "architecture")},
-        "aliases": list(hw.aliases),
-        "peak_flop_per_s": {dtype: rate.flop_per_s for dtype, rate in hw.rates.items()},
-        **{name: getattr(hw, name) for name in facts.split()},
-        "link": asdict(hw.link) if is_dataclass(hw.link) else None,
-        "calibrated": [f"{operator} {dtype}".replace(" *", "") for operator, dtype in fitted],
-        "stack": hw.stack,
-        "stacks": [stack for stack in hw.stacks if stack],
-        "stacks_of": hw.stacks_of,
-        "anchor": None if hw.anchor is None else asdict(hw.anchor.provenance),
-    }
-
-
-def _sections(hw: HardwareProfile) -> list[dict[str, Any]]:
-    """Fitted parts of a profile as plain values."""
-    out = []
-    for (operator, dtype), section in hw.sections.items():
-        about, origin = section.provenance, ""
-        if about:
-            lender = about.borrowed_from.removeprefix(f"{hw.name} {section.stack}")
-            origin = f"as {lender}" if lender else about.software
-        out.append(
-            {
-                "operator": operator,
-                "dtype": dtype,
-                "stack": section.stack,
-                "status": section.status,
-                "constants": {name: asdict(fitted) for name, fitted in section.constants.items()},
-                "accuracy": {name: float(value) for name, value in section.accuracy.items()},
-                "spread": section.spread,
-                "rows": about.rows if about else 0,
-                "origin": origin,
-            }
-        )
-    return out
+def _facts(hw: HardwareProfile) -> dict[str, Any]:
+    """What a list says of each device."""
+    return {name: value for name, value in hw.to_dict().items() if name not in ("sources", "sections")}

@@ -16,7 +16,7 @@ LEAST = 24
 
 
 def command(
-    name: Annotated[str | None, arg("NAME", "One method, in full.")] = None, as_json: options.Json = False
+    name: Annotated[str | None, arg("NAME", "One method, in full.", "--method")] = None, as_json: options.Json = False
 ) -> None:
     """List published pruning methods, each with its family, what it removes and its paper.
 
@@ -26,7 +26,7 @@ def command(
 
     found = list(METHODS.values()) if name is None else [load_method(name)]
     if as_json:
-        print(render.json_lines([_plain(m) for m in found]))
+        render.show_json([_plain(m) for m in found])
     elif name is None:
         columns = render.columns(
             found, ("<method", lambda m: m.name), ("<family", lambda m: m.family), ("<arXiv", lambda m: m.arxiv)

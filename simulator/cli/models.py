@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,7 +23,7 @@ def list_(json: options.Json = False) -> None:
 
     models = [load_model(name) for name in list_models()]
     if json:
-        print(render.json_lines([_facts(m) for m in models]))
+        render.show_json([m.to_dict() for m in models])
         return
     columns = render.columns(
         models,
@@ -40,10 +39,6 @@ def list_(json: options.Json = False) -> None:
         ("<architecture", lambda m: m.architecture),
     )
     render.show(render.narrowed(columns, 2))
-
-
-def _facts(model: ModelConfig) -> dict[str, Any]:
-    return {**asdict(model), "parameters": model.parameters, "active_parameters": model.active_parameters}
 
 
 def _shapes(model: ModelConfig) -> str:
@@ -62,7 +57,7 @@ def _shapes(model: ModelConfig) -> str:
 
 @app.command()
 def show(
-    name: Annotated[str, arg("NAME", "Name of a model, or its config.json (file or folder).")],
+    name: Annotated[str, arg("NAME", "Name of a model, or its config.json (file or folder).", "MODEL")],
     batch: Annotated[int, opt("--batch", "N", "Sequences in a batch.")] = 1,
     seq: Annotated[int, opt("--seq", "N", "Prompt tokens of a sequence.")] = 2048,
     json: options.Json = False,
@@ -84,7 +79,7 @@ def show(
         row = rows.setdefault(tuple(shape.values()), {**shape, "count": 0.0, "flops": 0.0})
         row |= {key: row[key] + float(getattr(gemms, key)[i]) for key in ("count", "flops")}
     if json:
-        print(render.json_lines([{**_facts(model), "flops": total, "gemms": list(rows.values())}]))
+        render.show_json([{**model.to_dict(), "flops": total, "gemms": list(rows.values())}])
         return
     active = f", {model.active_parameters:,} of them active" if model.experts else ""
     size = render.size(2.0 * model.parameters)

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import wraps
+from importlib import import_module
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -17,15 +18,44 @@ from simulator.engines import DEFAULT_ENGINE
 from simulator.errors import InputError
 from simulator.units import parse_quantity
 
+NAMES: Mapping[str, str] = {
+    **dict.fromkeys(("MODEL", "MODELS", "--model"), "models.library.list_models"),
+    **dict.fromkeys(("PROFILE", "--hardware"), "hardware.library.list_hardware"),
+    **dict.fromkeys(("--engine", "--versus"), "engines.engine.list_engines"),
+    **dict.fromkeys(("--family", "--detail"), "pruning.FAMILIES"),
+    "--method": "pruning._methods.METHODS",
+    "--phase": "workload.PHASES",
+    **dict.fromkeys(("--dtype", "--weight-dtype", "--kv-dtype"), "workload.DTYPES"),
+}
+"""Options and arguments -> where the names are that a shell completes."""
+
+
+def completing(where: str) -> Callable[[str], list[str]] | None:
+    """A shell's question for the names of something public, the last of a comma list; imported when it is asked.
+
+    >>> complete = completing("workload.PHASES")
+    >>> complete and complete("decode,pre")
+    ['decode,prefill']
+    """
+
+    def complete(incomplete: str) -> list[str]:
+        module, _, name = where.rpartition(".")
+        found = getattr(import_module(f"simulator.{module}"), name)
+        before, comma, last = incomplete.rpartition(",")
+        return [f"{before}{comma}{one}" for one in (found() if callable(found) else found) if one.startswith(last)]
+
+    return complete if where else None
+
 
 def opt(flags: str, metavar: str | None, text: str) -> Any:
     """An option; ``flags`` are its names, separated by blanks."""
-    return typer.Option(*flags.split(), metavar=metavar, help=text)
+    names = completing(NAMES.get(flags, ""))
+    return typer.Option(*flags.split(), metavar=metavar, help=text, autocompletion=names)
 
 
-def arg(metavar: str, text: str) -> Any:
-    """An argument."""
-    return typer.Argument(metavar=metavar, help=text)
+def arg(metavar: str, text: str, like: str = "") -> Any:
+    """An argument; a shell completes it as the one of :data:`NAMES` that it is like, if not by its own name."""
+    return typer.Argument(metavar=metavar, help=text, autocompletion=completing(NAMES.get(like or metavar, "")))
 
 
 Model = Annotated[str, arg("MODEL", "Name of a model, or its Hugging Face config.json (file or folder).")]

@@ -5,7 +5,7 @@ budget.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +14,7 @@ from simulator.cli.options import opt
 from simulator.predict.words import uncalibrated
 
 if TYPE_CHECKING:
-    from simulator.predict.pareto import Band, Front, Point
+    from simulator.predict.pareto import Band, Front
 
 # fmt: off
 Quality = Annotated[str | None, opt("--quality", "FILE", "Quality table (CSV), or the name of a shipped one.")]
@@ -55,10 +55,9 @@ def pareto(
     axis = choose_axis(table, metric, protocol, strict=quality is not None)
     devices, asked = options.names("--hardware", hardware), run.asked()
     known = read_measured(measured) if measured else ()
-    found, notes = fronts(config, devices, table, axis, **asked, measured=known)
-    records = [
-        {**asdict(f), "axis": str(f.axis), "points": _finite(f.points), "bands": _finite(f.bands)} for f in found
-    ]
+    with render.progress("predicting") as report:
+        found, notes = fronts(config, devices, table, axis, **asked, measured=known, progress=report)
+    records = [{**asdict(f), "axis": str(f.axis)} for f in found]
     if output.write(records, [asdict(p) for f in found for p in f.points]):
         for front in found:
             print(front_text(front), end="\n\n")
@@ -77,11 +76,6 @@ def pareto(
         render.note(f"quality is that of {table.models[0]}, speed that of {config.name}")
     for line in uncalibrated(found):
         render.note(line)
-
-
-def _finite(rows: Sequence[Point] | Sequence[Band]) -> list[dict[str, object]]:
-    """Records inside a JSON record; infinite ends of bands become null."""
-    return [{k: render.finite(v) for k, v in asdict(row).items()} for row in rows]
 
 
 def front_title(front: Front) -> str:

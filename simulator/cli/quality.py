@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 # fmt: off
-Model = Annotated[str, arg("MODEL", "Hugging Face folder, GGUF file, or smollm2-135m.")]
+Model = Annotated[str, arg("MODEL", "Hugging Face folder, GGUF file, or smollm2-135m.", "FILE")]
 Output = Annotated[str, opt("-o --output", "FILE", "Quality table to write (CSV).")]
 Text = Annotated[str | None, opt("--text", "FILE", "Text (UTF-8); that of pydoc topics if left out.")]
 Windows = Annotated[int, opt("--windows", "N", "Windows of text that are scored.")]
@@ -72,7 +72,7 @@ def _calibration(module: str) -> ModuleType:
     try:
         return importlib.import_module(f"calibration.execute.{module}")
     except ModuleNotFoundError as error:
-        raise needs_extra(f"this command ({error.name})", "calibrate", " transformers gguf accelerate") from None
+        raise needs_extra("this command", "calibrate", str(error.name), " transformers gguf accelerate") from None
 
 
 def _print(table: QualityTable) -> None:

@@ -151,8 +151,10 @@ def show(columns: Sequence[Column], title: str = "") -> None:
 
 
 def colored() -> bool:
-    """Whether to colour: a terminal, and neither NO_COLOR set nor TERM dumb."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    """Whether to colour: never with NO_COLOR set, else with FORCE_COLOR, else on a terminal whose TERM is not dumb."""
+    asked = os.environ.get
+    terminal = sys.stdout.isatty() and asked("TERM") != "dumb"
+    return not asked("NO_COLOR") and bool(asked("FORCE_COLOR") or terminal)
 
 
 def note(text: str) -> None:
@@ -165,23 +167,24 @@ def interval(found: Any) -> str:
     return f"{ratio(found.speedup)} ({ratio(found.speedup_lower)}-{ratio(found.speedup_upper)})"
 
 
-def json_lines(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A JSON list, one record a line, numbers in full.
+def show_json(value: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+    """Print a record, or a list with one record a line, as JSON: numbers in full, null for what is no number.
 
-    >>> print(json_lines([{"a": 0.1, "b": None}, {"a": 2}]))
+    >>> show_json([{"a": 0.1, "b": {"c": float("nan")}}, {"a": 2}])
     [
-    {"a": 0.1, "b": null},
+    {"a": 0.1, "b": {"c": null}},
     {"a": 2}
     ]
     """
-    lines = [json.dumps(finite(dict(row)), allow_nan=False, ensure_ascii=False) for row in rows]
-    return "[\n" + ",\n".join(lines) + "\n]" if rows else "[]"
+    rows = [value] if isinstance(value, Mapping) else value
+    text = ",\n".join(json.dumps(finite(row), allow_nan=False, ensure_ascii=False) for row in rows)
+    print(text if isinstance(value, Mapping) else f"[\n{text}\n]" if rows else "[]", flush=True)
 
 
 def checked(file: str, problems: Sequence[str], as_json: bool) -> None:
     """Print what is wrong with a file, a line each; exits with 2 where anything is."""
     if as_json:
-        print(json.dumps({"file": file, "problems": problems}, indent=2))
+        show_json({"file": file, "problems": problems})
     elif not problems:
         print(f"{file}: no problem found")
     else:
@@ -214,7 +217,7 @@ class Output:
     def write(self, rows: Sequence[Mapping[str, Any]], for_csv: Sequence[Mapping[str, Any]] | None = None) -> bool:
         """Write rows (others as CSV, where given); whether a table is wanted instead."""
         if self.json:
-            print(json_lines(rows))
+            show_json(rows)
         elif self.csv:
             text = csv_text(rows if for_csv is None else for_csv)
             if self.csv == "-":

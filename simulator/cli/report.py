@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from simulator.cli import options
+from simulator.cli import options, render
 from simulator.cli.options import arg, opt
 from simulator.errors import InputError
 from simulator.units import parse_quantity
@@ -32,7 +31,10 @@ Engine = Annotated[str | None, opt("--engine", "NAME", "How the model is run; se
 Versus = Annotated[str | None, opt("--versus", "NAME", "Engine whose waterfall is drawn beside.")]
 Dense = Annotated[str | None, opt("--dense-time", "TIME", "Measured time of the dense model on the one GPU: 18.6ms.")]
 Dtype = Annotated[str | None, opt("--dtype", "NAME", "Number format.")]
-Detail = Annotated[str | None, opt("--detail", "NAME", "Family of waterfall, roofline and bounds.")]
+WeightDtype = Annotated[str | None, opt("--weight-dtype", "NAME", "Format of stored weights.")]
+Devices = Annotated[int | None, opt("--devices", "N", "Devices the model is spread over.")]
+Pruned = Annotated[str | None, opt("--pruned", "PATH", "A pruned model that exists: a checkpoint, config.json.")]
+Detail = Annotated[str | None, opt("--detail", "NAME", "Family of waterfall, roofline and bounds, or pruned.")]
 At = Annotated[float | None, opt("--at", "FRACTION", "Sparsity of waterfall, roofline and map.")]
 # fmt: on
 
@@ -52,6 +54,9 @@ def command(
     versus: Versus = None,
     dense_time: Dense = None,
     dtype: Dtype = None,
+    weight_dtype: WeightDtype = None,
+    devices: Devices = None,
+    pruned: Pruned = None,
     detail: Detail = None,
     at: At = None,
     as_json: options.Json = False,
@@ -71,7 +76,7 @@ def command(
     from simulator.predict.settings import once
 
     given: dict[str, Any] = {"phase": phase, "batch": batch, "seq": seq, "new_tokens": new_tokens}
-    given |= {"dtype": dtype, "detail": detail, "at": at}
+    given |= {"dtype": dtype, "weights": weight_dtype, "devices": devices, "pruned": pruned, "detail": detail, "at": at}
     if concurrency is not None:
         if batch is not None or phase != "serve":
             raise InputError("--concurrency: expected with --phase serve, in place of --batch")
@@ -89,7 +94,10 @@ def command(
         given["sparsities"] = once(options.fractions("--sparsity", sparsity))
     state = replace(_start(model), **{name: value for name, value in given.items() if value is not None})
     size = write_report(state, output)
-    print(json.dumps({"file": output, "bytes": size}) if as_json else output)
+    if as_json:
+        render.show_json({"file": output, "bytes": size})
+    else:
+        print(output)
 
 
 def _engine(name: str) -> str:

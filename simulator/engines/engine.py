@@ -20,8 +20,10 @@ from typing import Annotated
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.arguments import shown
+from simulator.display import Shown
 from simulator.engines import DEFAULT_ENGINE as DEFAULT_ENGINE
-from simulator.errors import unknown
+from simulator.errors import InputError, unknown
 from simulator.files.fields import Checked, Keys, Kind, Many, Number, Quantity, Table, Text, record
 from simulator.files.yaml import Node, Problems, parse_yaml, read_text
 from simulator.workload import DTYPES, ROLES, STACKS
@@ -57,8 +59,8 @@ class Share:
 NOTHING = HostTime(0.0, 0.0, "")
 
 
-@dataclass(frozen=True)
-class Engine:
+@dataclass(frozen=True, repr=False)
+class Engine(Shown):
     """How a decoder is run. The default is kernels under a CUDA graph and nothing else.
 
     >>> load_engine("transformers").name, load_engine("hf").graph, load_engine("vllm").fuse
@@ -91,6 +93,9 @@ class Engine:
     sources: Mapping[str, str] = field(default_factory=dict)
     path: Path | None = None
 
+    def _title(self) -> str:
+        return f"{self.name}: {self.title}"
+
     @property
     def kernels(self) -> NDArray[np.float64]:
         """Kernels launched for one operator, by role code."""
@@ -111,12 +116,18 @@ def list_engines() -> tuple[str, ...]:
 
 
 def load_engine(name_or_path: str) -> Engine:
-    """An engine by name, alias (case, blanks, dashes and underscores do not matter) or path of its YAML; "" for bare
-    kernels.
+    """An engine by name, alias (case, blanks, dashes and underscores do not matter) or path of its YAML, whichever
+    ``name_or_path`` is; "" for bare kernels.
 
     InputError for an unknown name, with the closest, or a bad file: its first problem as ``file:line:column: key:
     reason``.
+
+    >>> load_engine("transformers")
+    <Engine: hf: Hugging Face Transformers, eager>
     """
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise InputError(f"engine: expected a name or a path, got {shown(name_or_path)}")
+    name_or_path = os.fspath(name_or_path)
     if not name_or_path:
         return _KERNELS
     if _PATH.search(name_or_path):

@@ -10,24 +10,25 @@ from __future__ import annotations
 import errno
 import logging
 import socket
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from simulator.errors import InputError, needs_extra
 from simulator.explore.answer import answer
 from simulator.explore.charts import charts, map_chart
-from simulator.explore.dropped import token
+from simulator.explore.dropped import Sent, read_profile, take
 from simulator.explore.frame import PHONE, WIDE
 from simulator.explore.markup import paragraphs, table_csv, texts
-from simulator.explore.page import dropped_label, model_option, page_html, wide_cards
-from simulator.explore.state import read_query, to_query
+from simulator.explore.page import own_label, own_options, page_html, wide_cards
+from simulator.explore.questions import Dropped, Selection, refuse_others
+from simulator.explore.state import State, read_query, to_query
 
 HOST = "127.0.0.1"
 """The only address that is listened on."""
 
-MOST_REQUEST_BYTES = 7_000_000
-"""Largest request body: a dropped file has at most a megabyte, of which JSON may make six."""
+MOST_REQUEST_BYTES = 40_000_000
+"""Largest request body: headers of a checkpoint and its index, as the page bounds them, in JSON."""
 
 POLICY = (
     "default-src 'none'; script-src 'self' {hashes}; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
@@ -39,12 +40,12 @@ POLICY = (
 # -- the application ---------------------------------------------------------------------------------------------------
 
 
-def make_app() -> Any:
-    """The Dash application; refused where Dash is not installed."""
+def make_app(own: Sequence[str] = ()) -> Any:
+    """The Dash application, with paths of profiles that it may read; refused where Dash is not installed."""
     try:
         import dash
     except ImportError:
-        raise needs_extra("the page", "explore") from None
+        raise needs_extra("the page", "explore", "dash") from None
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     app = dash.Dash(
         __name__,
@@ -58,6 +59,7 @@ def make_app() -> Any:
     app.enable_dev_tools(debug=False, dev_tools_disable_version_check=True)
     app.interpolate_index = _index
     _connect(app, dash)
+    app.server.config["OWN"] = tuple(own)
     app.server.config["MAX_CONTENT_LENGTH"] = MOST_REQUEST_BYTES
     policy = POLICY.format(hashes=" ".join(app.csp_hashes()))
     app.server.after_request(lambda response: _guarded(response, policy))
@@ -65,10 +67,16 @@ def make_app() -> Any:
 
 
 def _index(**parts: str) -> str:
-    from flask import request
+    from flask import current_app, request
 
-    state, problems = read_query(request.query_string.decode("latin-1"))
-    return page_html(state, problems, texts(state), parts)
+    state, problems = _read(request.query_string.decode("latin-1"))
+    return page_html(state, problems, texts(state), parts, current_app.config["OWN"])
+
+
+def _read(search: str) -> tuple[State, tuple[str, ...]]:
+    from flask import current_app
+
+    return read_query(search, current_app.config["OWN"])
 
 
 def _guarded(response: Any, policy: str) -> Any:
@@ -97,48 +105,55 @@ def _connect(app: Any, dash: Any) -> None:
         app.clientside_callback(function, *data(*pair), prevent_initial_call=name != "begin")
     for answers, pair in server.items():
         app.callback(*data(*pair), prevent_initial_call=True)(answers)
+    kinds = {answers: next(iter(get_type_hints(answers).values())) for answers in server}
+    refuse_others(app.server, {target: (source, kinds[answers]) for answers, (source, target) in server.items()})
 
 
-def _answered(asked: Mapping[str, Any]) -> dict[str, Any]:
-    state, problems = read_query(str(asked["search"]))
+def _answered(asked: Selection) -> dict[str, Any]:
+    state, problems = _read(asked["search"])
     return {
         "html": texts(state) | {"problems": paragraphs(problems)},
         "figures": charts(state, PHONE if asked["narrow"] else WIDE),
         "query": to_query(state),
-        "model": model_option(state),
+        "own": own_options(state),
         "wide": wide_cards(state),
         "asked": asked,
     }
 
 
-def _mapped(asked: Mapping[str, Any]) -> dict[str, Any]:
-    state, _ = read_query(str(asked["search"]))
+def _mapped(asked: Selection) -> dict[str, Any]:
+    state, _ = _read(asked["search"])
     return {"figure": map_chart(state, PHONE if asked["narrow"] else WIDE), "asked": asked}
 
 
-def _accepted(dropped: Mapping[str, Any]) -> dict[str, str]:
+def _accepted(dropped: Dropped) -> dict[str, str]:
+    """What was dropped as a choice of the control that it was dropped on; a profile is always a GPU."""
+    into = "pruned" if dropped["into"] == "pruned" else "model"
     try:
-        made = token(str(dropped["text"]), str(dropped["name"]))
+        kind, made = take([Sent(f["name"], f["text"], f["room"]) for f in dropped["files"]])
     except InputError as error:
-        return {"error": str(error)}
-    return {"token": made, "label": dropped_label(made)}
+        return {"into": dropped["into"], "error": str(error)}
+    control = "gpu" if kind == "gpu" else into
+    name = read_profile(made)[1].name if kind == "gpu" else ""
+    return {"into": control, "token": made, "label": own_label(control, made), "replaces": name}
 
 
-def _csv(asked: Mapping[str, Any]) -> dict[str, Any]:
-    state, _ = read_query(str(asked["search"]))
-    content = table_csv(answer(state).table.records)
+def _csv(asked: Selection) -> dict[str, Any]:
+    state, _ = _read(asked["search"])
+    content = table_csv(answer(state).records)
     return {"content": content, "filename": "prunesim.csv", "type": "text/csv", "base64": False}
 
 
-def server(port: int) -> Any:
-    """A server of the page on 127.0.0.1, not started yet; port 0 takes a free one (``server.port``).
+def server(port: int, own: Sequence[str] = ()) -> Any:
+    """A server of the page on 127.0.0.1, not started yet; port 0 takes a free one (``server.port``). ``own`` are paths
+    of profiles that it may read.
 
     Refused where Dash is not installed, the port is no port, or it is taken.
     """
     if not 0 <= port <= 65535:
         raise InputError(f"port {port}: expected a whole number from 0 to 65535")
     with _listening(port) as listening:
-        app = make_app()
+        app = make_app(own)
         from werkzeug.serving import make_server
 
         made = make_server(HOST, port, app.server, threaded=True, fd=listening.fileno())

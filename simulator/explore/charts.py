@@ -6,8 +6,10 @@ Use :func:`charts` for the first three, :func:`map_chart` for the map, which may
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 from typing import TYPE_CHECKING, Any
 
+from simulator.errors import one_line
 from simulator.explore.answer import Cell, answer, winners
 from simulator.explore.frame import (
     INK,
@@ -31,11 +33,11 @@ from simulator.explore.frame import (
     rule,
     scatter,
 )
-from simulator.explore.state import State
+from simulator.explore.state import EXISTING, State
 from simulator.figures.crossover import opacity, short
 from simulator.figures.panels import roof_of, steps_of
 from simulator.figures.roofline import CYCLE, Roof, drawn, merged
-from simulator.figures.style import BLACK, BLUE, GREEN, VERMILLION, in_order, label, look
+from simulator.figures.style import BLACK, BLUE, GREEN, VERMILLION, Look, in_order, label, look
 from simulator.figures.waterfall import NEGLIGIBLE, Steps, common_range
 from simulator.predict.settings import batch_name, once
 from simulator.units import percent, rate, ratio
@@ -56,10 +58,12 @@ CARDS = {
 def charts(state: State, most: int) -> dict[str, Chart]:
     """The figures of a state but the map, at most ``most`` panels in a row."""
     found = answer(state)
-    why = found.refused or next((n for n in found.notes if n.startswith(state.detail)), "nothing to draw")
+    about = state.explained if (pruned := state.load_pruned()) is None else pruned.name
+    why = found.refused or next((n for n in found.notes if n.startswith((state.explained, about))), "nothing to draw")
     records, details = found.table.records, found.details
+    speedups = (records, found.existing, state.explained, state.at, most)
     return {
-        "speedup": speedup_chart(records, state.detail, state.at, most) if records else message(why),
+        "speedup": speedup_chart(*speedups) if records else message(why),
         "roofline": roofline_chart(details, most) if details else message(why),
         "waterfall": waterfall_chart(details, found.versus, most) if details else message(why),
     }
@@ -73,6 +77,9 @@ def map_chart(state: State, most: int) -> Chart:
 
 # -- speedup over sparsity ---------------------------------------------------------------------------------------------
 
+OF_EXISTING = Look(BLACK, "*")
+"""How the pruned model that exists is drawn."""
+
 MOST_BANDS = 6
 """Families that are drawn with their interval each; of more, the one in detail alone."""
 
@@ -84,14 +91,31 @@ BOUNDS = (
 # fmt: on
 
 
-def speedup_chart(records: Sequence[Record], detail: str, at: float, most: int) -> Chart:
-    """A curve a family with its interval, the bounds of the family in detail, and a line at its sparsity."""
+ASKED = "sparsity asked for (%)"
+"""What points are plotted at; a pruned model that exists has the share of parameters that is gone."""
+
+
+def _name(r: Record) -> str:
+    """What a curve or a point is called, short enough for a legend on a phone."""
+    return escape(one_line(r.pruned, 24), quote=False) if r.pruned else label(r.family)
+
+
+_ALONE = {"dot": "line-ew-open", "dashdot": "line-ne-open", "dash": "line-nw-open"}
+"""Markers where a line would have one point."""
+
+
+def speedup_chart(records: Sequence[Record], existing: Sequence[Record], detail: str, at: float, most: int) -> Chart:
+    """A curve a family with its interval over the sparsity asked for, the pruned model that exists where it is, the
+    bounds of what is in detail, and a line at its sparsity."""
     gpus, families = once(r.hardware for r in records), in_order(r.family for r in records)
-    names = [*map(label, families), *(f"{title} ({label(detail)})" for _, title, _ in BOUNDS)]
+    of_detail = existing if detail == EXISTING else [r for r in records if r.family == detail]
+    of_whom = "pruned model" if detail == EXISTING else label(detail)
+    names = [*map(label, families), *once(map(_name, existing))]
+    names += [f"{title} ({of_whom})" for _, title, _ in BOUNDS if of_detail]
     frame = Frame(gpus, most, 200, bottom=legend_px(names, len(gpus), most))
-    values = [1.0, *(v for r in records for v in (r.speedup, r.speedup_lower, r.speedup_upper))]
-    values += [getattr(r, bound) for r in records if r.family == detail for bound, _, _ in BOUNDS]
-    fractions = sorted({r.sparsity for r in records})
+    values = [1.0, *(v for r in (*records, *existing) for v in (r.speedup, r.speedup_lower, r.speedup_upper))]
+    values += [getattr(r, bound) for r in of_detail for bound, _, _ in BOUNDS]
+    fractions = sorted({r.sparsity for r in (*records, *existing)})
     margin = max(0.04 * (fractions[-1] - fractions[0]), 0.02)
     x = {"range": [100 * (fractions[0] - margin), 100 * (fractions[-1] + margin)], "nticks": 9}
     y = log_axis(min(values) / 1.03, max(values) * 1.03, 6)
@@ -105,8 +129,12 @@ def speedup_chart(records: Sequence[Record], detail: str, at: float, most: int) 
             if len(families) <= MOST_BANDS or family == detail:
                 data += _band(own, panel, 0.22 if family == detail else 0.13)
             if family == detail:
-                data += _bounds(own, panel)
+                data += _bounds(own, of_whom, panel)
             data.append(_curve(own, panel, family == detail, 1000 + families.index(family)))
+        for r in existing:
+            if r.hardware == gpu:
+                data += _bounds([r], of_whom, panel) if detail == EXISTING else []
+                data.append(_curve([r], panel, True, 1500))
         shapes.append(rule(panel, "y", 1, SOFT, 1, layer="below"))
         shapes.append(rule(panel, "x", 100 * at, "#c3cad4", 1.5, layer="below"))
     named: set[str] = set()
@@ -114,7 +142,7 @@ def speedup_chart(records: Sequence[Record], detail: str, at: float, most: int) 
         if "name" in trace:
             trace["showlegend"] = trace["name"] not in named
             named.add(trace["name"])
-    return frame.chart(data, [x] * len(gpus), [y] * len(gpus), "removed (%)", "speedup", shapes=shapes)
+    return frame.chart(data, [x] * len(gpus), [y] * len(gpus), ASKED, "speedup", shapes=shapes)
 
 
 def _band(own: Sequence[Record], panel: int, opacity: float) -> list[Dict]:
@@ -125,13 +153,14 @@ def _band(own: Sequence[Record], panel: int, opacity: float) -> list[Dict]:
     return [scatter(panel, "lines", at + at[::-1], edge, legendgroup=name, **style, **QUIET)] if len(own) > 1 else []
 
 
-def _bounds(own: Sequence[Record], panel: int) -> list[Dict]:
-    name, mode = label(own[0].family), "lines" if len(own) > 1 else "markers"
-    at, marker = [100 * r.sparsity for r in own], {"symbol": "line-ew-open", "color": BLACK, "size": 10}
+def _bounds(own: Sequence[Record], name: str, panel: int) -> list[Dict]:
+    mode = "lines" if len(own) > 1 else "markers"
+    at = [100 * r.sparsity for r in own]
     out = []
     for bound, title, dash in BOUNDS:
         said = f"{title} of {name} at %{{x:g}} %: %{{y:.3f}}<extra></extra>"
-        style: Dict = {"line": {"color": BLACK, "dash": dash, "width": 1.2}, "marker": marker, "hovertemplate": said}
+        style: Dict = {"line": {"color": BLACK, "dash": dash, "width": 1.2}, "hovertemplate": said}
+        style["marker"] = {"symbol": _ALONE[dash], "color": BLACK, "size": 10}
         style |= {"name": f"{title} ({name})", "legendgroup": bound, "legendrank": 2000}
         out.append(scatter(panel, mode, at, [getattr(r, bound) for r in own], **style))
     return out
@@ -139,13 +168,13 @@ def _bounds(own: Sequence[Record], panel: int) -> list[Dict]:
 
 def _curve(own: Sequence[Record], panel: int, detail: bool, rank: int) -> Dict:
     """Points of one family on one GPU, joined; a single one with its interval."""
-    name = own[0].family
-    style = look(name)
+    name = _name(own[0])
+    style = OF_EXISTING if own[0].pruned else look(own[0].family)
     ends: Dict = {"type": "data", "symmetric": False, "color": style.color, "thickness": 1.2, "width": 4}
     ends |= {"array": [r.speedup_upper - r.speedup for r in own], "visible": len(own) == 1}
     ends["arrayminus"] = [r.speedup - r.speedup_lower for r in own]
-    more: Dict = {"name": label(name), "legendgroup": name, "legendrank": rank}
-    more["marker"] = marker_of(name, 9 if detail else 7)
+    more: Dict = {"name": name, "legendgroup": own[0].pruned or own[0].family, "legendrank": rank}
+    more["marker"] = marker_of(style, 9 if detail else 7)
     more["line"] = {"color": style.color, "dash": LINES[style.line], "width": 2.6 if detail else 1.8}
     more |= {"error_y": ends, "text": [_told(r) for r in own], "hovertemplate": "%{text}<extra></extra>"}
     mode = "lines+markers" if len(own) > 1 else "markers"
@@ -154,8 +183,10 @@ def _curve(own: Sequence[Record], panel: int, detail: bool, rank: int) -> Dict:
 
 def _told(r: Record) -> str:
     """What a point says when it is pointed at."""
+    asked = f"{percent(r.sparsity)} asked for, {percent(r.realised_sparsity)} realised"
+    removed = f"{percent(r.sparsity)} of the parameters gone ({r.family})" if r.pruned else asked
     return (
-        f"<b>{label(r.family)}</b> at {percent(r.sparsity)}, {r.hardware}<br>{ratio(r.speedup)} "
+        f"<b>{_name(r)}</b>, {r.hardware}: {removed}<br>{ratio(r.speedup)} "
         f"({percent(r.level)} interval {ratio(r.speedup_lower)} to {ratio(r.speedup_upper)}), held by {r.limit}<br>"
         f"bounds: FLOP {ratio(r.flop_bound)}, byte {ratio(r.byte_bound)}, roofline {ratio(r.roofline_bound)}"
     )
@@ -216,16 +247,17 @@ def _bars(steps: Steps, e: Explanation, panel: int) -> list[Dict]:
 
 # -- the roofline ------------------------------------------------------------------------------------------------------
 
-DENSE, PRUNED, ROOF = "dense (hollow)", "pruned (filled)", "datasheet roofline"
+DENSE, PRUNED, ROOF, HIGHEST = "dense (hollow)", "pruned (filled)", "datasheet roofline", "at the highest clock"
 
 
 def roofline_chart(details: Sequence[Explanation], most: int) -> Chart:
     """The dense model's GEMMs hollow, the pruned one's filled, a line from where each was to where it went; those that
     coincide in every panel share a marker and a name."""
-    roofs = [roof_of(e, e.record.hardware, layers_only=True) for e in details]
+    roofs = [roof_of(e, e.record.hardware) for e in details]
     groups = merged(roofs)
     looks = {title: (color, MARKERS[mark]) for title, (color, mark) in zip(groups, CYCLE * len(groups))}
-    room = legend_px([*groups, DENSE, PRUNED, ROOF], len(roofs), most)
+    faster = [i for i, roof in enumerate(roofs) if roof.headroom > 1.0]
+    room = legend_px([*groups, DENSE, PRUNED, ROOF, *([HIGHEST] if faster else [])], len(roofs), most)
     frame = Frame([r.title for r in roofs], most, 200, bottom=room, across=0.06, left=58)
     data, x, y = [], [], []
     for panel, roof in enumerate(roofs):
@@ -233,6 +265,8 @@ def roofline_chart(details: Sequence[Explanation], most: int) -> Chart:
         x.append(log_axis(low, high, 5))
         y.append({**log_axis(bottom, top, 6), "showticklabels": True})
         data += _roof(roof, panel, low, high, top / (top / bottom) ** 0.03) + _points(roof, panel, groups, looks)
+        if panel in faster:
+            data.append(_highest(roof, panel, low, high, panel == faster[0]))
     for i, (title, (color, symbol)) in enumerate(looks.items()):
         data.append(key(title, {"symbol": symbol, "color": color, "size": 8}, 1000 + i))
     hollow = {"symbol": "circle", "color": PAPER, "size": 8, "line": {"color": SOFT, "width": 1.6}}
@@ -251,6 +285,15 @@ def _roof(roof: Roof, panel: int, low: float, high: float, top: float) -> list[D
         scatter(panel, "lines", x.tolist(), y.tolist(), **line, **said),
         scatter(panel, "text", [low], [top], text=[f" {words}"], **corner, **QUIET),
     ]
+
+
+def _highest(roof: Roof, panel: int, low: float, high: float, named: bool) -> Dict:
+    """The roof at the highest clock, which no GEMM passes."""
+    x, y = roof.bend(low, high, roof.headroom)
+    line: Dict = {"line": {"color": INK, "width": 1, "dash": "dash"}, "name": HIGHEST, "showlegend": named}
+    return scatter(
+        panel, "lines", x.tolist(), y.tolist(), **line, legendgroup="highest", legendrank=3001, hoverinfo="skip"
+    )
 
 
 def _points(
@@ -324,7 +367,7 @@ def _cells(
     for name in names:
         won = [(i - 0.36, j, f"{c.best.speedup:.2f}") for i, j, c in own if c.winner == name]
         x, y, text = zip(*won) if won else [()] * 3
-        marker = marker_of(name, font - 4) if name else {**_DASH, "size": 6}
+        marker = marker_of(look(name), font - 4) if name else {**_DASH, "size": 6}
         out.append(scatter(panel, "markers+text", x, y, text=list(text), marker=marker, **words))
     corners = [(i + 0.40, j + 0.34) for i, j, c in own if not c.best.dense_fits]
     if corners:
@@ -348,7 +391,7 @@ def _said(c: Cell) -> str:
 
 def _keys(cells: Sequence[Cell], names: list[str]) -> list[tuple[str, Dict]]:
     """Names and markers of the legend."""
-    entries = [(label(name), marker_of(name)) for name in names if name]
+    entries = [(label(name), marker_of(look(name))) for name in names if name]
     if "" in names:
         entries.append((NONE, {**_DASH, "size": 9}))
     if not all(c.sure for c in cells):

@@ -6,19 +6,15 @@ Use :func:`commands`; each is a list of arguments, so that a test can run it and
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from simulator.engines.engine import DEFAULT_ENGINE
 from simulator.explore.answer import Answer
-from simulator.explore.dropped import PREFIX, read_token
-from simulator.explore.state import State
+from simulator.explore.dropped import PREFIX, path_of
+from simulator.explore.state import EXISTING, State
 from simulator.figures.paper import BATCHES, LENGTHS
-from simulator.hardware.library import load_hardware
-
-if TYPE_CHECKING:
-    from simulator.predict.table import Explanation
 
 
 @dataclass(frozen=True)
@@ -44,43 +40,57 @@ def commands(state: State, answer: Answer) -> tuple[Command, ...]:
     """
     if answer.refused:
         return ()
-    every = _line("speedup", state, answer.gpus, state.drawn, state.fractions)
+    able = _gpus(state, {gpu.label for gpu in answer.gpus})
+    every = _line("speedup", state, able, state.drawn, state.fractions)
     known = ("--dense-time", f"{state.dense_text}ms") if state.dense_ms is not None else ()
     used = known if state.setting.dense_s is not None else ()
     out = {"curves and table": every + used}
+    pruned = ("--pruned", _typed(state.pruned)) if state.pruned else ()
+    if answer.existing:
+        out["pruned model"] = _line("speedup", state, able) + pruned + used
+    what, more = ((), pruned) if state.explained == EXISTING else ((state.explained, state.at), ())
     if answer.details:
-        detail = _line("explain", state, _gpus(answer, answer.details), state.detail, state.at)
-        out["waterfall and roofline"] = detail + used
+        gpus = _gpus(state, {e.record.hardware for e in answer.details})
+        out["waterfall and roofline"] = _line("explain", state, gpus, *what) + more + used
     if answer.versus:
         beside = replace(state, engine=state.versus)
-        gpus = _gpus(answer, answer.versus)
-        out[f"waterfall in {answer.versus[0].record.engine}"] = _line("explain", beside, gpus, state.detail, state.at)
-    out["map"] = _line("speedup", state, answer.gpus, state.drawn, state.at, BATCHES, LENGTHS)
-    report = _line("report", state, state.gpus, state.families, state.sparsities) + known
+        gpus = _gpus(state, {e.record.hardware for e in answer.versus})
+        out[f"waterfall in {answer.versus[0].record.engine}"] = _line("explain", beside, gpus, *what) + more
+    out["map"] = _line("speedup", state, able, state.drawn, state.at, BATCHES, LENGTHS)
+    every_gpu = [_typed(gpu) for gpu in state.gpus]
+    report = _line("report", state, every_gpu, state.families, state.sparsities) + pruned + known
     report += ("--versus", state.versus) if state.versus else ()
     out["this page as a file"] = (*report, "--detail", state.detail, "--at", repr(state.at), "-o", "report.html")
     return tuple(Command(gives, line) for gives, line in out.items())
 
 
-def _gpus(answer: Answer, explained: Sequence[Explanation]) -> list[str]:
-    """GPUs of some explanations as the state names them."""
-    labels = {e.record.hardware for e in explained}
-    return [gpu for gpu in answer.gpus if load_hardware(gpu).label in labels]
+def _gpus(state: State, labels: Collection[str]) -> list[str]:
+    """GPUs of a state with some labels as a person types them."""
+    return [_typed(gpu) for gpu, profile in zip(state.gpus, state.profiles) if profile.label in labels]
+
+
+def _typed(value: str) -> str:
+    """A model or device as a person types it; a dropped file is where the command is run."""
+    return path_of(value) if value.startswith(PREFIX) else value
 
 
 def _line(
-    command: str, state: State, gpus: Any, family: Any, sparsity: Any, batch: Any = None, seq: Any = None
+    command: str, state: State, gpus: Any, family: Any = None, sparsity: Any = None, batch: Any = None, seq: Any = None
 ) -> tuple[str, ...]:
     """Arguments of a command; what is the command's own default is left out."""
-    values = {"--hardware": gpus, "--family": family, "--sparsity": sparsity, "--phase": state.phase}
+    values: dict[str, Any] = {"--hardware": gpus}
+    values |= {"--family": family, "--sparsity": sparsity} if family is not None else {}
+    values["--phase"] = state.phase
     values |= {"--batch": batch or state.batch, "--seq": seq or state.seq}
     if state.phase in ("generate", "serve"):
         values["--new-tokens"] = state.new_tokens
     if state.engine != DEFAULT_ENGINE:
         values["--engine"] = state.engine
-    if state.dtype != "bf16":
-        values["--dtype"] = state.dtype
+    if state.arithmetic != "bf16":
+        values["--dtype"] = state.arithmetic
+    if state.weights:
+        values["--weight-dtype"] = state.weights
+    if state.devices > 1:
+        values["--devices"] = state.devices
     texts = {option: ",".join(map(str, v)) if isinstance(v, tuple | list) else str(v) for option, v in values.items()}
-    dropped = state.model.startswith(PREFIX)  # a dropped file is where the command is run
-    model = f"./{read_token(state.model)[0]}" if dropped else state.model
-    return (command, model, *(part for pair in texts.items() for part in pair))
+    return (command, _typed(state.model), *(part for pair in texts.items() for part in pair))

@@ -1,30 +1,54 @@
-"""A dropped config.json as a token that fits in a URL: its shape keys, compressed, and the name of its file.
+"""What is dropped on the page, as tokens that fit in a URL: a config.json, a checkpoint by its headers, a hardware
+profile.
 
-Use :func:`token` for a file's content and :func:`read_token` for a token. A token holds only the keys that the shapes
-follow from, so that it stays short; what comes out of it is checked like any other configuration.
+Use :func:`take` for the files of a drop, :func:`read_token` and :func:`read_profile` for a token. Of a configuration a
+token holds the keys that the shapes follow from, of a checkpoint names and shapes of its tensors beside, of a profile
+its text; what comes out of it is checked like any other file.
 """
 
 from __future__ import annotations
 
 import base64
+import itertools
 import json
+import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from simulator.errors import InputError, one_line
+from simulator.hardware.library import hardware_from_text
+from simulator.hardware.profile import HardwareProfile
+from simulator.models.checkpoint import from_tensors
 from simulator.models.config import ModelConfig
+from simulator.models.headers import MAX_TENSORS, Tensor, check_there, checked, indexed, join_headers
 from simulator.models.huggingface import MAX_FILE_BYTES, from_file, parse_config
 
 PREFIX = "dropped:"
-"""What a token begins with; no model's name does."""
+"""What a token begins with; no model's or device's name does."""
 
 MOST_TOKEN = 6000
 """Longest token, characters: browsers and proxies cut addresses of more than about 8000."""
 
 _MOST_JSON = 200_000
+
+_NUMBER = re.compile(r"(?<=\.)(?:0|[1-9]\d{0,2})(?=\.)")
+_INDEX = ".safetensors.index.json"
+
+Rows = Sequence[Sequence[Any]]
+"""Tensors of a checkpoint in short: pattern of their names, dtype, shape, and runs of the numbers in the pattern."""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A file as the page sends it: its text, or of a ``*.safetensors`` its header and how many bytes follow."""
+
+    name: str  # with the folder that was dropped, if one was
+    text: str
+    room: int = 0
 
 
 class _Noted(Mapping[str, Any]):
@@ -45,8 +69,43 @@ class _Noted(Mapping[str, Any]):
         return len(self.data)
 
 
-def token(text: str, file: str) -> str:
-    """The token of a config.json: ``text`` is what the file holds, ``file`` its name; folders before it are dropped.
+# -- files to tokens ---------------------------------------------------------------------------------------------------
+
+
+def take(files: Sequence[Sent]) -> tuple[str, str]:
+    """What the files of one drop are, "gpu" or "model", and their token; InputError, one line, for what is neither.
+
+    >>> take([Sent("model.safetensors", "{}")])
+    Traceback (most recent call last):
+    simulator.errors.InputError: model.safetensors: expected the config.json of its folder beside it
+    """
+    first = _file_name(files[0].name) if files else "nothing"
+    if len(files) == 1 and first.lower().endswith((".yaml", ".yml")):
+        return "gpu", profile_token(files[0].text, first)
+    tensors = [f for f in files if f.name.endswith(".safetensors")]
+    index = [f for f in files if f.name.endswith(_INDEX)]
+    others = [f for f in files if f not in tensors and f not in index]
+    if len(others) > 1:
+        others = [f for f in others if _file_name(f.name) == "config.json"]
+    if len(others) != 1:
+        alone = f"{first}: expected the config.json of its folder beside it"
+        right = "expected one config.json, with the *.safetensors of its folder or without"
+        raise InputError(alone if len(files) == 1 else f"{len(files)} files: {right}")
+    (config,) = others
+    if not tensors and not index:
+        return "model", token(config.text, config.name)
+    folder = PurePosixPath(config.name).parent.name or "."
+    for f in index:
+        names = indexed(f.text.encode("utf-8", "replace"), Path(_file_name(f.name)))
+        check_there(Path(folder), names, [_file_name(t.name) for t in tensors])
+        tensors = [t for t in tensors if _file_name(t.name) in names]
+    headers = ((Path(_file_name(t.name)), t.text.encode("utf-8", "replace"), t.room) for t in tensors)
+    return "model", token(config.text, config.name, join_headers(Path(folder), headers))
+
+
+def token(text: str, file: str, tensors: Mapping[str, Tensor] | None = None) -> str:
+    """The token of a config.json: ``text`` is what the file holds, ``file`` its name; of folders before it the last is
+    kept where ``tensors``, those of its checkpoint, are given.
 
     InputError, one line that starts with the file's name: too large, no JSON, bad fields, or too much for an address.
 
@@ -55,44 +114,154 @@ def token(text: str, file: str) -> str:
     >>> read_token(token(json.dumps(tiny), "tiny.json"))[1].parameters
     824
     """
-    name = _file_name(file.replace("\\", "/"))
+    path = PurePosixPath(file.replace("\\", "/"))
+    name = _file_name(file) if tensors is None else one_line(path.parent.name, 100) or "."
+    said = _file_name(file)
     if len(text.encode("utf-8", "replace")) > MAX_FILE_BYTES:
-        raise InputError(f"{name}: larger than {MAX_FILE_BYTES} bytes; expected a config.json")
-    data = parse_config(text.removeprefix("\ufeff"), name)
+        raise InputError(f"{said}: larger than {MAX_FILE_BYTES} bytes; expected a config.json")
+    data = parse_config(text.removeprefix("\ufeff"), said)
     noted = _Noted(data if isinstance(data, Mapping) else {})
-    from_file(noted if isinstance(data, Mapping) else data, PurePosixPath(name))
-    packed = zlib.compress(json.dumps({"file": name, "config": noted.seen}, separators=(",", ":")).encode(), 9)
-    out = PREFIX + base64.urlsafe_b64encode(packed).decode().rstrip("=")
-    if len(out) > MOST_TOKEN:
-        most = f"more than the {MOST_TOKEN} that an address can carry"
-        raise InputError(f"{name}: its shape keys take {len(out)} characters, {most}")
-    return out
+    from_file(noted if isinstance(data, Mapping) else data, PurePosixPath(said))
+    content: dict[str, Any] = {"file": name, "config": noted.seen}
+    if tensors is not None:
+        content["tensors"] = _short(tensors)
+        _model(content)
+    return _packed(content, said, "shapes")
+
+
+def profile_token(text: str, file: str) -> str:
+    """The token of a hardware profile without arrays."""
+    if len(text.encode("utf-8", "replace")) > MAX_FILE_BYTES:
+        raise InputError(f"{file}: larger than {MAX_FILE_BYTES} bytes; expected a hardware profile")
+    text = text.removeprefix("\ufeff")
+    hardware_from_text(text, file)
+    return _packed({"file": file, "profile": text}, file, "facts")
 
 
 def _file_name(path: str) -> str:
-    return one_line(PurePosixPath(path).name, 100) or "config.json"
+    return one_line(PurePosixPath(path.replace("\\", "/")).name, 100) or "config.json"
+
+
+def _packed(content: Mapping[str, Any], file: str, what: str) -> str:
+    packed = zlib.compress(json.dumps(content, separators=(",", ":")).encode(), 9)
+    out = PREFIX + base64.urlsafe_b64encode(packed).decode().rstrip("=")
+    if len(out) > MOST_TOKEN:
+        raise InputError(
+            f"{file}: its {what} take {len(out)} characters, more than the {MOST_TOKEN} that an address can carry"
+        )
+    return out
+
+
+def _short(tensors: Mapping[str, Tensor]) -> Rows:
+    """Tensors in short: those alike but for up to two numbers in their names are one row."""
+    groups: dict[Any, dict[int, list[int]]] = {}
+    for name, tensor in tensors.items():
+        numbers = [int(n) for n in _NUMBER.findall(name)[:2]]
+        if "#" in name:
+            raise InputError(f"tensor {one_line(repr(name), 80)}: expected a name without #")
+        pattern = _NUMBER.sub("#", name, count=2)
+        first, *rest = *numbers, *[-1] * (2 - len(numbers))
+        groups.setdefault((pattern, tensor.dtype, tensor.shape), {}).setdefault(first, []).extend(rest)
+    rows: dict[Any, list[int]] = {}
+    for key, numbered in groups.items():
+        for first, seconds in numbered.items():
+            rows.setdefault((key, tuple(_runs(sorted(seconds)))), []).append(first)
+    return [
+        [pattern, dtype, [*shape], _runs(sorted(firsts)), [*seconds]]
+        for ((pattern, dtype, shape), seconds), firsts in rows.items()
+    ]
+
+
+def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """First and last of the runs of sorted numbers.
+
+    >>> _runs([0, 4, 5, 6])
+    [(0, 0), (4, 6)]
+    """
+    groups = (list(run) for _, run in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]))
+    return [(run[0][1], run[-1][1]) for run in groups]
+
+
+# -- tokens to what they hold ------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=32)
 def read_token(text: str) -> tuple[str, ModelConfig]:
-    """The file name and the model of a token; refuses what :func:`token` did not make.
+    """The file name (of a checkpoint the folder's, "." where it is not known) and the model of a token; refuses what
+    :func:`token` did not make.
 
     >>> read_token("dropped:x")
     Traceback (most recent call last):
     simulator.errors.InputError: model 'dropped:x': not a dropped config.json that can be read
     """
     broken = InputError(f"model {one_line(text, 40)!r}: not a dropped config.json that can be read")
+    content = _content(text, broken)
+    try:
+        return _model(content)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise error if isinstance(error, InputError) else broken from None
+
+
+@lru_cache(maxsize=32)
+def read_profile(text: str) -> tuple[str, HardwareProfile]:
+    """The file name and the profile of a token."""
+    broken = InputError(f"GPU {one_line(text, 40)!r}: not a dropped profile that can be read")
+    content = _content(text, broken)
+    name, profile = content.get("file"), content.get("profile")
+    if not isinstance(name, str) or not isinstance(profile, str):
+        raise broken
+    return _file_name(name), hardware_from_text(profile, _file_name(name))
+
+
+def path_of(text: str) -> str:
+    """Where the file or folder of a token is where a command is run."""
+    name = _content(text, InputError("not a token"))["file"]
+    return "." if name == "." else f"./{_file_name(name)}"
+
+
+def _content(text: str, broken: InputError) -> dict[str, Any]:
     packed = text.removeprefix(PREFIX)
     if len(text) > MOST_TOKEN:
         raise broken
     try:
         unpack = zlib.decompressobj()
         raw = unpack.decompress(base64.urlsafe_b64decode(packed + "=" * (-len(packed) % 4)), _MOST_JSON)
-        whole = json.loads(raw)
-        name, data = whole["file"], whole["config"]
-    except (ValueError, KeyError, TypeError, zlib.error, RecursionError):
+        content = json.loads(raw)
+    except (ValueError, zlib.error, RecursionError):
         raise broken from None
-    if not unpack.eof or not isinstance(name, str):
+    if not unpack.eof or not isinstance(content, dict):
         raise broken
-    name = _file_name(name)
-    return name, from_file(data, PurePosixPath(name))
+    return content
+
+
+def _model(content: Mapping[str, Any]) -> tuple[str, ModelConfig]:
+    name, rows = content["file"], content.get("tensors")
+    if not isinstance(name, str):
+        raise TypeError
+    if rows is None:
+        name = _file_name(name)
+        return name, from_file(content["config"], PurePosixPath(name))
+    name = "." if name == "." else _file_name(name)
+    model = from_file(content["config"], PurePosixPath(name) / "config.json")
+    return name, from_tensors(model, _tensors(rows), "checkpoint" if name == "." else name)
+
+
+def _tensors(rows: Rows) -> dict[str, Tensor]:
+    """Tensors from what :func:`_short` made of them."""
+    found: dict[str, Tensor] = {}
+    left = MAX_TENSORS
+    for pattern, dtype, shape, firsts, seconds in rows:
+        tensor = checked(dtype, shape, f"tensor {one_line(str(pattern), 80)}")
+        parts, numbers = pattern.split("#"), (_numbers(firsts), _numbers(seconds))
+        left -= len(numbers[0]) * len(numbers[1])
+        if left < 0 or len(parts) > 3:
+            raise ValueError
+        for pair in itertools.product(*numbers):
+            given = [*map(str, pair[: len(parts) - 1]), "", ""]
+            found["".join(part + number for part, number in zip(parts, given))] = tensor
+    return found
+
+
+def _numbers(runs: Iterable[Sequence[int]]) -> list[int]:
+    every = itertools.chain.from_iterable(range(first, last + 1) for first, last in runs)
+    return list(itertools.islice(every, 1000))

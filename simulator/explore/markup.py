@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING
 from simulator.engines.engine import load_engine
 from simulator.explore.answer import Answer, answer
 from simulator.explore.commands import Command, commands
-from simulator.explore.state import State
+from simulator.explore.state import EXISTING, State
 from simulator.figures.style import label
-from simulator.hardware.library import load_hardware
 from simulator.predict.caveats import PARTS, sections_of
 from simulator.predict.settings import batch_name
 from simulator.predict.words import conclusion, csv_text, setting_title
@@ -54,18 +53,21 @@ _HEAD = {
 
 def texts(state: State) -> dict[str, str]:
     """What is text, as HTML by the element it goes into."""
-    found, family, at = answer(state), label(state.detail), percent(state.at)
+    found, at = answer(state), percent(state.at)
+    pruned = state.load_pruned() if state.explained == EXISTING else None
+    detail = label(state.explained) if pruned is None else escape(pruned.name)
+    both = f"{detail} at {at}" if pruned is None else detail
     elsewhere = " The measured time is of one cell: not used here." if state.setting.dense_s is not None else ""
     records, notes = found.table.records, _items(map(escape, found.notes), "notes") if found.notes else ""
     return {
         "title": escape(setting_title(records[0])) if records else "",
         "facts": facts_html(found, state),
         "notes": notes,
-        "table": table_html(found, state.detail, state.at),
+        "table": table_html(found, state.explained, state.at),
         "commands": commands_html(commands(state, found)),
-        "about-speedup": f"Bands: {percent(state.setting.level)} interval. Black lines: bounds of {family}.",
-        "about-roofline": f"GEMMs of the layers, dense (hollow) and with {family} at {at} (filled), "
-        "on the datasheet roofline.",
+        "about-speedup": "Points stand at the sparsity asked for; pointed at, each tells what rounding made of it. "
+        f"Bands: {percent(state.setting.level)} interval. Black lines: bounds of {detail}.",
+        "about-roofline": f"GEMMs of the layers, dense (hollow) and with {both} (filled), on the datasheet roofline.",
         "about-waterfall": paragraphs(_conclusions(found)),
         "about-crossover": f"Fastest of the families chosen at {at}, {state.phase}. "
         f"Equal sparsity is not equal quality.{elsewhere}",
@@ -96,12 +98,13 @@ def table_csv(records: Sequence[Record]) -> str:
 def uncalibrated_parts(hw: HardwareProfile, w: Workload) -> list[str]:
     """What a prediction of a workload rests on that was not fitted on this GPU's own measurements.
 
-    >>> from simulator import load_model, lower
+    >>> from simulator import load_hardware, load_model, lower
     >>> hw, model = load_hardware("rtx_4090"), load_model("llama-3.2-1b")
     >>> [uncalibrated_parts(hw, lower(model, phase="decode", dtype=dtype))[:1] for dtype in ("bf16", "fp32")]
     [[], ['GEMMs']]
     """
-    served, needed = hw.serving(load_engine(w.meta.engine).stacks), sections_of(w)
+    served = hw.serving(load_engine(w.meta.engine).stacks)
+    needed = {part: label for part, label in sections_of(w).items() if part in PARTS}  # collectives have no such part
     fitted = {part for part, label in needed.items() if served.section(part, label).status == "calibrated"}
     return [name for part, name in PARTS.items() if part in needed and part not in fitted]
 
@@ -114,7 +117,7 @@ def facts_html(answer: Answer, state: State) -> str:
     dense: dict[str, Record] = {}
     for r in answer.table.records:
         dense.setdefault(r.hardware, r)
-    devices = {hw.label: hw for hw in map(load_hardware, answer.gpus)}
+    devices = {hw.label: hw for hw in answer.gpus}
     dense_of = {e.record.hardware: e.dense for e in answer.details}
     lacking = {name: uncalibrated_parts(hw, dense_of[name]) for name, hw in devices.items() if name in dense_of}
     pruned = {e.record.hardware: e.record for e in answer.details}
@@ -141,7 +144,7 @@ def _gains(r: Record, pruned: Record | None) -> str:
     p = pruned
     of_pruned = _serving(p, p.tokens_per_s, p.ttft_s, p.tpot_s, p.pruned_largest_batch)
     parts = [f"{name} {text} → {of_pruned[name]}" for name, text in of_dense.items()]
-    return f"dense → {label(p.family)} at {percent(p.sparsity)}: {', '.join(parts)}"
+    return f"dense → {p.pruned or label(p.family)} at {percent(p.sparsity)}: {', '.join(parts)}"
 
 
 def _serving(r: Record, rate: float | None, ttft: float | None, tpot: float | None, batch: int) -> dict[str, str]:
@@ -164,7 +167,7 @@ def _conclusions(found: Answer) -> Iterable[str]:
 
 def table_html(answer: Answer, detail: str, at: float) -> str:
     """The table; rows of the family and sparsity in detail are marked."""
-    records = answer.table.records
+    records = answer.records
     if not records:
         return f"<p>{escape(answer.refused)}</p>"
     level = f"{percent(records[0].level)} interval"
@@ -172,8 +175,8 @@ def table_html(answer: Answer, detail: str, at: float) -> str:
     for name, hint in _HEAD.items():
         title = f' title="{hint}"' if hint else ""
         head += f'<th scope="col"{title}>{level if name == "interval" else name}</th>'
-    families = list(dict.fromkeys(r.family for r in records))
-    body = "".join(_row(r, detail, at) for r in sorted(records, key=lambda r: families.index(r.family)))
+    names = list(dict.fromkeys((r.pruned, r.family) for r in records))
+    body = "".join(_row(r, detail, at) for r in sorted(records, key=lambda r: names.index((r.pruned, r.family))))
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
@@ -186,8 +189,9 @@ def _row(r: Record, detail: str, at: float) -> str:
     after += [r.limit, memory]
     cells = ["".join(f"<td>{escape(text)}</td>" for text in part) for part in (before, after)]
     speedup = f"<td{verdict}>{ratio(r.speedup)}</td>"
-    marked = ' class="detail"' if r.family == detail and r.sparsity == at else ""
-    return f'<tr{marked}><th scope="row">{escape(label(r.family))}</th>{speedup.join(cells)}</tr>'
+    is_detail = detail == EXISTING if r.pruned else r.family == detail and r.sparsity == at
+    marked = ' class="detail"' if is_detail else ""
+    return f'<tr{marked}><th scope="row">{escape(r.pruned or label(r.family))}</th>{speedup.join(cells)}</tr>'
 
 
 def commands_html(lines: Sequence[Command], *, copy: bool = True) -> str:

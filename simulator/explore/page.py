@@ -14,11 +14,11 @@ from types import MappingProxyType
 from simulator._version import __version__
 from simulator.engines.engine import list_engines, load_engine
 from simulator.explore.charts import CARDS
-from simulator.explore.dropped import PREFIX, read_token
+from simulator.explore.dropped import PREFIX, read_profile, read_token
 from simulator.explore.markup import paragraphs
-from simulator.explore.state import MOST_NEW_TOKENS, State
+from simulator.explore.state import ARITHMETIC, EXISTING, MOST_DEVICES, MOST_NEW_TOKENS, State
 from simulator.figures.style import label, look
-from simulator.hardware.library import list_hardware
+from simulator.hardware.library import list_hardware, load_hardware
 from simulator.models.library import list_models
 from simulator.predict.settings import MAX_TOKENS
 from simulator.pruning import FAMILIES
@@ -33,8 +33,10 @@ PLOTLY = "/_dash-component-suites/plotly/package_data/plotly.min.js"
 """Where Dash serves Plotly from."""
 
 
-def page_html(state: State, problems: Sequence[str], said: Mapping[str, str], parts: Mapping[str, str]) -> str:
-    """The whole page.
+def page_html(
+    state: State, problems: Sequence[str], said: Mapping[str, str], parts: Mapping[str, str], own: Sequence[str] = ()
+) -> str:
+    """The whole page; ``own`` are paths of profiles that can be chosen.
 
     The controls show ``state``, ``problems`` say what was wrong with the address, ``said`` is what is text, as HTML by
     the element it stands in (:func:`simulator.explore.markup.texts`), and ``parts`` what Dash puts into a page: metas,
@@ -55,7 +57,7 @@ def page_html(state: State, problems: Sequence[str], said: Mapping[str, str], pa
 <a class="skip" href="#results">Skip to the results</a>
 <header class="bar"><h1>prunesim</h1><p>How much faster will a pruned LLM really be?</p></header>
 <div class="shell">
-<details class="settings" open><summary>Settings</summary>{_form(state)}</details>
+<details class="settings" open><summary>Settings</summary>{_form(state, own)}</details>
 <main id="results" tabindex="-1">
 <div id="problems" class="problems" role="alert">{paragraphs(problems)}</div>
 <div class="summary">
@@ -99,12 +101,16 @@ def _card(name: str, title: str, about: str) -> str:
 # -- controls ----------------------------------------------------------------------------------------------------------
 
 
-def _form(state: State) -> str:
-    gpus = _inputs("checkbox", "gpu", {name: escape(name) for name in list_hardware()}, state.gpus)
+def _form(state: State, own: Sequence[str]) -> str:
+    given = {"model": {}, "gpu": {path: own_label("gpu", path) for path in own}, "pruned": {}}
+    for control, value, text in own_options(state):
+        given[control][value] = text
+    names = {name: name for name in list_hardware()} | given["gpu"]
+    gpus = _inputs("checkbox", "gpu", {name: escape(text) for name, text in names.items()}, state.gpus)
     families = _inputs("checkbox", "family", {name: _signed(name) for name in FAMILIES}, state.families)
-    dropped = model_option(state)
-    models = {name: name for name in list_models()} | (dict([dropped]) if dropped else {})
-    choose = '<button type="button" id="choose">Open a config.json</button>'
+    models = {name: name for name in list_models()} | given["model"]
+    weights = {"": "as stored", **{name: name for name in DTYPES}}
+    details = {name: label(name) for name in FAMILIES} | {EXISTING: "pruned model"}
     engines = {name: load_engine(name).title for name in list_engines()}
     dense = '<input type="number" id="dense" name="dense" min="0" step="any" placeholder="not measured" '
     dense += (
@@ -115,11 +121,12 @@ def _form(state: State) -> str:
     return f"""<form id="controls" autocomplete="off">
 <fieldset><legend>Model</legend>
 {_select("model", "Name", models, state.model)}
-<div class="drop" id="drop">{choose}<span>or drop one here</span></div>
-<p id="dropped-note" class="error" role="alert"></p>
+{_drop("model", "Open a model", "or drop it here: config.json, or the whole checkpoint, whose headers alone are read")}
 </fieldset>
 <fieldset><legend>GPUs</legend>
-<div class="checks">{gpus}</div></fieldset>
+<div class="checks" id="gpus">{gpus}</div>
+{_drop("gpu", "Open a profile", "or drop your own here (YAML)")}
+</fieldset>
 <fieldset><legend>Workload</legend>
 {_radios("phase", "Phase", {name: name for name in PHASES}, state.phase)}
 <div class="pair">
@@ -127,7 +134,11 @@ def _form(state: State) -> str:
 {_number("seq", "Sequence", state.seq, MAX_TOKENS)}
 </div>
 <div class="pair">
-{_select("dtype", "Number format", {name: name for name in DTYPES}, state.dtype)}
+{_select("dtype", "Arithmetic", {name: name for name in ARITHMETIC}, state.dtype)}
+{_select("weights", "Weights", weights, state.weights)}
+</div>
+<div class="pair">
+{_number("devices", "Tensor parallel", state.devices, MOST_DEVICES)}
 {_number("new", "New tokens", state.new_tokens, MOST_NEW_TOKENS)}
 </div>
 {_select("engine", "Engine", dict(zip(engines, engines)), state.engine, engines)}
@@ -137,10 +148,12 @@ def _form(state: State) -> str:
 <div class="checks families">{families}</div>
 <label class="field" for="sparsity">Sparsities of the curves
 <input type="text" id="sparsity" name="sparsity" spellcheck="false" value="{sparsities}"></label>
+{_select("pruned", "Pruned model", {"": "none", **given["pruned"]}, state.pruned)}
+{_drop("pruned", "Open one", "or drop a checkpoint here")}
 </fieldset>
 <fieldset><legend>In detail</legend>
 <div class="pair">
-{_select("detail", "Family", {name: label(name) for name in FAMILIES}, state.detail)}
+{_select("detail", "Family", details, state.detail)}
 <label class="field" for="at">Sparsity{at}</label>
 </div>
 <p class="hint">For waterfall, roofline, bounds and map; always drawn.</p>
@@ -149,15 +162,29 @@ def _form(state: State) -> str:
 </form>"""
 
 
-def model_option(state: State) -> tuple[str, str] | None:
-    """Value and text of a dropped model in the list; None for one that is always there."""
-    return (state.model, dropped_label(state.model)) if state.model.startswith(PREFIX) else None
+def own_options(state: State) -> list[tuple[str, str, str]]:
+    """Control, value and text of what was dropped, which not every page has."""
+    values = [("model", state.model), *(("gpu", gpu) for gpu in state.gpus), ("pruned", state.pruned)]
+    return [(control, v, own_label(control, v)) for control, v in values if v.startswith(PREFIX)]
 
 
-def dropped_label(token: str) -> str:
-    """What a dropped model is called in the list."""
-    file, model = read_token(token)
-    return f"{model.name} ({file})"
+def own_label(control: str, value: str) -> str:
+    """What a model or a profile that does not ship is called."""
+    if not value.startswith(PREFIX):
+        return f"{load_hardware(value).label} ({value})" if control == "gpu" else value
+    if control == "gpu":
+        file, profile = read_profile(value)
+        return f"{profile.label} ({file})"
+    file, model = read_token(value)
+    return f"{model.name} ({'checkpoint' if file in ('.', model.name) else file})"
+
+
+def _drop(control: str, button: str, hint: str) -> str:
+    """Where a file can be dropped, and a button that asks for one."""
+    return (
+        f'<div class="drop" data-into="{control}"><button type="button" data-open="{control}">{button}</button>'
+        f'<span>{hint}</span></div><p id="note-{control}" class="error" role="alert"></p>'
+    )
 
 
 def _signed(name: str) -> str:

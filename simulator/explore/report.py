@@ -20,11 +20,10 @@ from simulator.errors import InputError, needs_extra
 from simulator.explore.answer import answer
 from simulator.explore.charts import CARDS, charts, map_chart
 from simulator.explore.commands import commands
-from simulator.explore.dropped import PREFIX
 from simulator.explore.frame import PAGE, PHONE
 from simulator.explore.markup import commands_html, texts
-from simulator.explore.page import dropped_label
-from simulator.explore.state import State, to_query
+from simulator.explore.page import own_label
+from simulator.explore.state import EXISTING, State, read_query, to_query
 from simulator.files.write import write_whole
 from simulator.units import percent
 
@@ -69,7 +68,7 @@ def plotly_js() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
-        raise needs_extra("the report", "explore") from None
+        raise needs_extra("the report", "explore", "plotly") from None
     return str(get_plotlyjs())
 
 
@@ -135,13 +134,22 @@ def _settings(state: State) -> str:
     """What was asked for, when, and with which versions."""
     python, plotly = platform.python_version(), version("plotly")
     rows = {
-        "Model": dropped_label(state.model) if state.model.startswith(PREFIX) else state.model,
-        "GPUs": ", ".join(state.gpus),
+        "Model": own_label("model", state.model),
+        **({"Pruned model": own_label("pruned", state.pruned)} if state.pruned else {}),
+        "GPUs": ", ".join(profile.label for profile in state.profiles),
         "Families": ", ".join(state.drawn),
         "Sparsities": ", ".join(percent(s) for s in state.fractions),
-        "In detail": f"{state.detail} at {percent(state.at)}",
+        "In detail": "the pruned model" if state.explained == EXISTING else f"{state.explained} at {percent(state.at)}",
         "Made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "Versions": f"prunesim {__version__}, Python {python}, NumPy {np.__version__}, Plotly {plotly}",
-        "Page": f"prunesim explore, address ?{to_query(state)}",
+        "Page": _address(state),
     }
     return f"<dl>{''.join(f'<dt>{escape(name)}</dt><dd>{escape(value)}</dd>' for name, value in rows.items())}</dl>"
+
+
+def _address(state: State) -> str:
+    """Where the page shows the same; it opens no files, so a selection that names one is nowhere there."""
+    query = to_query(state)
+    if read_query(query) == (state, ()):
+        return f"prunesim explore, address ?{query}"
+    return "none: the page knows shipped names alone; the commands take the files"

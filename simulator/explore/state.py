@@ -6,23 +6,25 @@ person typed, :func:`to_query` for the other way. The same state gives the same 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import parse_qsl, quote
 
 from simulator.engines.engine import DEFAULT_ENGINE, list_engines
 from simulator.errors import InputError, one_line, unknown
-from simulator.explore.dropped import PREFIX, read_token
+from simulator.explore.dropped import PREFIX, read_profile, read_token
 from simulator.hardware.library import load_hardware, shipped_names
+from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.schema import plain_name
 from simulator.models.config import ModelConfig
 from simulator.models.library import list_models, load_model
 from simulator.predict.settings import MAX_TOKENS, Setting, check_fraction, once, one_of, whole_number
 from simulator.pruning import FAMILIES
 from simulator.units import parse_quantity
-from simulator.workload import PHASES
+from simulator.workload import DTYPES, PHASES
 
 MOST_SPARSITIES = 25
 """Sparsities of a curve; more say nothing that a picture could show."""
@@ -30,8 +32,20 @@ MOST_SPARSITIES = 25
 MOST_NEW_TOKENS = 1024
 """Tokens that a generate may decode on the page: its time to compute grows with them. The commands take more."""
 
-MOST_QUERY = 16_000
+MOST_QUERY = 32_000
 """Longest query that is read, characters."""
+
+MOST_DEVICES = 1024
+"""Devices that a model may be spread over."""
+
+EXISTING = "pruned"
+"""The pruned model that exists, where a family is named."""
+
+ARITHMETIC = tuple(dtype for dtype in DTYPES if dtype not in ("int4", "fp8_block", "mxfp4"))
+"""Number formats that devices compute in; the others are of weights alone."""
+
+_IN_FP8 = ("fp8_block", "nvfp4")
+"""Formats of weights that no engine's kernels compute 16-bit activations with: fp8 computes in them."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +56,8 @@ class State:
     ('depth', 'width')
     """
 
-    model: str = "llama-3.1-8b"  # a name, a path (report only), or the token of a dropped config.json
-    gpus: tuple[str, ...] = ("h100_sxm",)  # names of profiles, or paths (report only)
+    model: str = "llama-3.1-8b"  # a name, a path (report only), or the token of what was dropped
+    gpus: tuple[str, ...] = ("h100_sxm",)  # names of profiles, paths that the command was given, or tokens
     families: tuple[str, ...] = ("depth", "width", "low_rank", "dynamic_depth")  # with a curve
     sparsities: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)  # points of the curves, [0, 1)
     phase: str = "prefill"
@@ -52,7 +66,10 @@ class State:
     new_tokens: int = 128  # that a generate or a serve decodes of each
     engine: str = DEFAULT_ENGINE  # a name, or a path (report only)
     dtype: str = "bf16"
-    detail: str = "width"  # family of waterfall, roofline and bounds; always drawn
+    weights: str = ""  # format of stored weights; "": as the checkpoint has them, else that of arithmetic
+    devices: int = 1  # that the model is spread over, tensor parallel
+    pruned: str = ""  # a pruned model that exists: a path (report only), or a token
+    detail: str = "width"  # family of waterfall, roofline and bounds, always drawn; or EXISTING
     at: float = 0.5  # sparsity of waterfall, roofline and map, [0, 1); always a point of the curves
     dense_ms: float | None = None  # measured time of the dense model on the one GPU, ms
     versus: str = ""  # engine whose waterfall stands beside, if any
@@ -61,8 +78,12 @@ class State:
         for name, values in (("gpu", self.gpus), ("family", self.families), ("sparsity", self.sparsities)):
             if not values:
                 raise InputError(f"{name}: expected at least one")
-        for family in (*self.families, self.detail):
+        for family in self.families:
             one_of("family", family, tuple(FAMILIES))
+        one_of("family", self.detail, (*FAMILIES, EXISTING))
+        labels = [profile.label for profile in self.profiles]
+        if twice := [label for label in labels if labels.count(label) > 1]:
+            raise InputError(f"gpu: two profiles are called {twice[0]}; expected one of them")
         for fraction in (*self.sparsities, self.at):
             check_fraction(fraction)
         if len(self.sparsities) > MOST_SPARSITIES:
@@ -71,6 +92,9 @@ class State:
         whole_number("batch", self.batch)
         whole_number("seq", self.seq)
         whole_number("new", self.new_tokens, MOST_NEW_TOKENS)
+        whole_number("devices", self.devices, MOST_DEVICES)
+        if self.weights:
+            one_of("weights", self.weights, DTYPES)
         if self.batch * self.seq > MAX_TOKENS and self.phase != "decode":
             raise InputError(f"batch {self.batch} x seq {self.seq}: expected at most {MAX_TOKENS} tokens in a pass")
         if self.dense_ms is not None and not 0.0 < self.dense_ms < 1e9:
@@ -82,7 +106,14 @@ class State:
         """How the model is run."""
         known = self.dense_ms is not None and len(self.gpus) == 1
         dense_s = parse_quantity(f"{self.dense_text}ms", "s") if known else None  # as a command reads it
-        return Setting(new_tokens=self.new_tokens, engine=self.engine, dtype=self.dtype, dense_s=dense_s)
+        formats = self.arithmetic, self.weights or None
+        return Setting(self.new_tokens, self.engine, *formats, devices=self.devices, dense_s=dense_s)
+
+    @property
+    def arithmetic(self) -> str:
+        """Number format of arithmetic: the one asked for, or fp8 where the weights' format needs it."""
+        stored = self.weights or self.load().weight_dtype
+        return "fp8" if stored in _IN_FP8 and self.dtype in ("bf16", "fp16") else self.dtype
 
     @property
     def dense_text(self) -> str:
@@ -102,13 +133,32 @@ class State:
         return tuple(name for name in FAMILIES if name in self.families or name == self.detail)
 
     @property
+    def explained(self) -> str:
+        """Family of waterfall, roofline and bounds, or EXISTING where there is such a model."""
+        return self.detail if self.detail != EXISTING or self.pruned else self.families[0]
+
+    @property
+    def profiles(self) -> tuple[HardwareProfile, ...]:
+        """The GPUs."""
+        return tuple(read_profile(gpu)[1] if gpu.startswith(PREFIX) else load_hardware(gpu) for gpu in self.gpus)
+
+    @property
     def fractions(self) -> tuple[float, ...]:
         """Points of the curves by rising sparsity."""
         return tuple(sorted({*self.sparsities, self.at}))
 
     def load(self) -> ModelConfig:
         """The model."""
-        return read_token(self.model)[1] if self.model.startswith(PREFIX) else load_model(self.model)
+        return _loaded(self.model)
+
+    def load_pruned(self) -> ModelConfig | None:
+        """The pruned model that exists, if there is one."""
+        return _loaded(self.pruned) if self.pruned else None
+
+
+@lru_cache(maxsize=64)
+def _loaded(model: str) -> ModelConfig:
+    return read_token(model)[1] if model.startswith(PREFIX) else load_model(model)
 
 
 # -- values of a query -------------------------------------------------------------------------------------------------
@@ -125,11 +175,27 @@ def _model(_: str, text: str) -> str:
     raise unknown("model", text, list_models())
 
 
-def _gpu(text: str) -> str:
+def _gpu(text: str, own: Sequence[str] = ()) -> str:
+    """The name of a shipped profile, a token, or one of the paths that the command was given."""
+    if text in own:
+        return text
+    if text.startswith(PREFIX):
+        read_profile(text)
+        return text
     found = shipped_names().get(plain_name(text))
     if found is None:
         raise unknown("GPU", text, shipped_names(), shipped_names().values())
     return load_hardware(found).name
+
+
+def _token(key: str, text: str) -> str:
+    if not text.startswith(PREFIX):
+        raise InputError(f"{key} {one_line(text, 40)!r}: expected what was dropped")
+    return _model(key, text)
+
+
+def _format(key: str, text: str) -> str:
+    return one_of(key, text.strip(), DTYPES)
 
 
 def _fraction(text: str) -> float:
@@ -189,6 +255,9 @@ KEYS: Mapping[str, tuple[str, Callable[[str, str], Any]]] = MappingProxyType({
     "new": ("new_tokens", _whole),
     "engine": ("engine", _engine),
     "dtype": ("dtype", _word),
+    "weights": ("weights", _maybe(_format, "")),
+    "devices": ("devices", _whole),
+    "pruned": ("pruned", _maybe(_token, "")),
     "detail": ("detail", _word),
     "at": ("at", lambda _, text: _fraction(text)),
     "dense": ("dense_ms", _maybe(_number, None)),
@@ -216,16 +285,17 @@ def _text(value: Any, comma: str = ",") -> str:
     return "" if value is None else str(value)
 
 
-def read_query(query: str) -> tuple[State, tuple[str, ...]]:
+def read_query(query: str, own: Sequence[str] = ()) -> tuple[State, tuple[str, ...]]:
     """The state of a query, and one line for each value that was bad and is replaced by its default.
 
-    The query may have its question mark. A list is separated by commas, or its key is repeated.
+    The query may have its question mark. A list is separated by commas, or its key is repeated. ``own`` are paths of
+    profiles that may be asked for.
 
     >>> state, problems = read_query("?gpu=a100&batch=0")
     >>> state.gpus, problems
     (('a100_sxm_80gb',), ('batch 0: expected a whole number from 1 to 2147483647; shown with 1',))
     """
-    state, problems = _read(query)
+    state, problems = _read(query, own)
     return state, tuple(f"{reason}; {instead}" for reason, instead in problems)
 
 
@@ -237,7 +307,7 @@ def strict_query(query: str) -> State:
     return state
 
 
-def _read(query: str) -> tuple[State, list[tuple[str, str]]]:
+def _read(query: str, own: Sequence[str] = ()) -> tuple[State, list[tuple[str, str]]]:
     """The state, and each fault with what is done instead."""
     default, state = State(), State()
     problems: list[tuple[str, str]] = []
@@ -250,7 +320,12 @@ def _read(query: str) -> tuple[State, list[tuple[str, str]]]:
         if key not in KEYS:
             problems.append((str(unknown("key", key, KEYS)), "left out"))
             continue
-        name, read = KEYS[key]
+        if key == "dtype" and texts[-1] in DTYPES and texts[-1] not in ARITHMETIC:
+            problems.append(
+                (f"dtype {texts[-1]}: is a format of weights, no device computes in it", "shown as that of the weights")
+            )
+            key = "weights"
+        name, read = KEYS[key] if key != "gpu" else ("gpus", _each(partial(_gpu, own=own)))
         shown = getattr(state, name)
         try:
             if len(texts) > 1 and not isinstance(shown, tuple):

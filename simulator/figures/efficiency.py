@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -66,9 +66,10 @@ def _panel(ax: Axes, table: NDArray[np.float64]) -> None:
     shades = [[_color(float(value)) for value in line] for line in table]
     mesh = np.array([[color for color, _ in line] for line in shades])
     ax.pcolormesh(np.arange(across + 1) - 0.5, np.arange(count + 1) - 0.5, mesh, edgecolors="white", linewidth=0.5)
+    # numbers stay inside their cells, and to measure hundreds of them for the layout takes long
+    place: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontsize": 6, "in_layout": False}
     for (i, j), value in np.ndenumerate(table):
-        place = {"ha": "center", "va": "center_baseline", "fontsize": 5, "color": shades[i][j][1]}
-        ax.text(j, i, number(float(value)), **place)
+        ax.text(j, i, number(float(value)), color=shades[i][j][1], **place)
 
 
 def number(value: float) -> str:

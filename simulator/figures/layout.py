@@ -56,7 +56,8 @@ def columns_of(what: str, texts: Mapping[str, Sequence[str]], numbers: Mapping[s
 
 
 def log_ticks(low: float, high: float, most: int) -> list[float]:
-    """Round numbers between two values on a logarithmic axis, as many as there is room for.
+    """Round numbers between two values on a logarithmic axis: at most as many as there is room for, none so close to
+    the next that their texts would meet.
 
     >>> log_ticks(0.8, 2.1, 5)
     [0.8, 1.0, 1.25, 1.5, 2.0]
@@ -64,16 +65,20 @@ def log_ticks(low: float, high: float, most: int) -> list[float]:
     [1.0, 10.0, 100.0]
     >>> log_ticks(165.0, 930.0, 6)
     [200.0, 300.0, 500.0, 700.0]
+    >>> log_ticks(2.0, 150_000.0, 3)
+    [10.0, 1000.0, 100000.0]
     """
     ticks: list[float] = []
+    closest = (high / low) ** (0.7 / most)
     for mantissas in _MANTISSAS:
         every = sorted({float(f"{m}e{power}") for power in range(-9, 19) for m in mantissas})
         ticks = [t for t in every if low <= t <= high]
         # fine mantissas are for short ranges; they leave out most of a decade
         widest = max(b / a for a, b in itertools.pairwise([low, *ticks, high]))
-        if len(ticks) <= most and (widest < 2.6 or len(mantissas) < 3):
+        apart = all(b / a >= closest for a, b in itertools.pairwise(ticks))
+        if len(ticks) <= most and apart and (widest < 2.6 or len(mantissas) < 3):
             break
-    return ticks
+    return ticks[:: -(-len(ticks) // most) or 1]
 
 
 def log_axis(axis: Any, low: float, high: float, most: int) -> None:
@@ -179,10 +184,17 @@ def legend_below(figure: Figure, handles: Sequence[Any], lines: int, x_label: st
     across = -(-len(handles) // lines)
     legend: Any = figure.legend(handles=list(handles), loc="outside lower center", ncols=across, borderaxespad=0.2)
     legend.set_title(x_label or None, {"size": 7})
+    legend.get_title().set_multialignment("center")
 
 
-def settled(figure: Figure) -> Figure:
-    """The figure laid out for good: each further pass of the layout would move it by a fraction of a pixel."""
+def settled(figure: Figure, y_label: str = "") -> Figure:
+    """The figure laid out for good: each further pass of the layout would move it by a fraction of a pixel. The label
+    that the y axes share stands at the middle of the panels, not of the figure with its legend.
+    """
+    text = figure.supylabel(y_label, fontsize=7) if y_label else None
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
+    if text:
+        places = [ax.get_position() for ax in figure.axes]
+        text.set_y(0.5 * (min(p.y0 for p in places) + max(p.y1 for p in places)))
     return figure

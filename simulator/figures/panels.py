@@ -99,14 +99,14 @@ def steps_of(e: Explanation, title: str) -> Steps:
     return Steps(title, names, factors, nominal.speedup, r.speedup_lower, r.speedup_upper)
 
 
-def roof_of(e: Explanation, title: str, *, layers_only: bool = False) -> Roof:
-    """Dense and pruned GEMMs of an explanation on its device's datasheet roofline, as a panel; ``layers_only`` leaves
-    out the head, which computes one position of a prompt and lies far off the others.
+def roof_of(e: Explanation, title: str) -> Roof:
+    """Dense and pruned GEMMs of the layers of an explanation on its device's roofline, as a panel. The head is left
+    out: it computes one position of a prompt and lies far off the others.
     """
-    models = [w.take(w.layer >= 0) if layers_only else w for w in (e.dense, e.pruned)]
+    models = [w.take(w.layer >= 0) for w in (e.dense, e.pruned)]
     points = [gemm_points(w, e.hardware) for w in models]
     names = [name for p in points for name in p.role]
     intensity, achieved = ([v for p in points for v in getattr(p, c)] for c in ("intensity", "achieved_flop_per_s"))
     pruned = [False] * len(points[0].role) + [True] * len(points[1].role)
     peaks = e.hardware.peak_flop_per_s(e.record.dtype), e.hardware.bandwidth_bytes_per_s
-    return Roof(title, *peaks, names, intensity, achieved, pruned)
+    return Roof(title, *peaks, names, intensity, achieved, pruned, e.hardware.clock_headroom)

@@ -126,16 +126,16 @@ def _roofline(p: Paper) -> Made:
     from simulator.figures.roofline import roofline_figure
 
     roofs = [
-        roof_of(e, f"{device(e.record)}\n{_where(e.record)}", layers_only=True)
+        roof_of(e, f"{device(e.record)}\n{_where(e.record)}")
         for phase, batch in ROOFLINE_CASES
         for e in explanations(
             p.model, p.devices, ROOFLINE_FAMILY, ROOFLINE_SPARSITY, [phase], [batch], [p.seq], setting=p.setting
         )
     ]
     caption = (
-        f"GEMMs of the layers on the datasheet roofline, dense (hollow) and with {100 * ROOFLINE_SPARSITY:.0f} % of "
-        f"the width pruned (filled), at their predicted rates: {p.setting_text}, {p.seq} tokens. Pruning the width "
-        "moves every point to less work per byte."
+        f"GEMMs of the layers on the roofline, dense (hollow) and with {100 * ROOFLINE_SPARSITY:.0f} % of the width "
+        f"pruned (filled), at their predicted rates: {p.setting_text}, {p.seq} tokens. Solid: the datasheet's rate; "
+        "dashed: at the device's highest clock. Pruning the width moves every point to less work per byte."
     )
     return roofline_figure(roofs, columns=across(len(p.devices))), caption, ()
 

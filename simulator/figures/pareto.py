@@ -6,7 +6,8 @@ shows which family is the fastest within each quality budget, hatched where it i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,9 +59,12 @@ def pareto_figure(
     texts = {"row": row, "column": column, "family": family, "method": method}
     numbers = {"loss": loss, "speedup": speedup, "lower": lower, "upper": upper}
     data = layout.columns_of("points of the figure", texts, numbers)
-    rows = list(dict.fromkeys(data["row"]))
+    # a family's only method is named in the legend, one of several beside its points
+    methods = {f: set(data["method"][data["family"] == f]) for f in in_order(data["family"])}
+    only = {f: next(iter(m)) if len(m) == 1 else "" for f, m in methods.items()}
+    data = {**data, "method": np.where([bool(only[f]) for f in data["family"]], "", data["method"])}
     with paper_style():
-        handles = _handles(in_order(data["family"]), interval)
+        handles = _handles(only, interval)
         lines = layout.legend_lines(handles, width_in)
         figure, panels = layout.panel_grid(
             data["row"], data["column"], 1.9, 0.66 + 0.14 * lines, width_in, sharex=True, sharey=True
@@ -71,11 +75,11 @@ def pareto_figure(
             ax.set(yscale="log", ylim=(low / pad, high * pad))
             layout.log_axis(ax.yaxis, low / pad, high * pad, 7)
             _loss_axis(ax, 100 * data["loss"])
-        layout.name_panels(panels, {r: r for r in rows} if len(rows) > 1 else {})
-        figure.supylabel("speedup (log scale)", fontsize=7)
-        title = f"quality loss (%): {axis}" + (f"\n{protocol}" if protocol else "")
+        layout.name_panels(panels, {r: r for r in data["row"]})
+        title = f"quality loss (%): {axis}\n{textwrap.fill(protocol, int(width_in / 0.058))}".rstrip()
         layout.legend_below(figure, handles, lines, title)
-        layout.settled(figure)  # names of points need to know how much room there is
+        # names of points need to know how much room there is
+        layout.settled(figure, "speedup (log scale)")
         for (r, c), ax in panels.items():
             chosen = (data["row"] == r) & (data["column"] == c)
             _panel(ax, {name: values[chosen] for name, values in data.items()})
@@ -121,19 +125,24 @@ def _panel(ax: Axes, data: layout.Columns) -> None:
 
 def _name(ax: Axes, x: float, y: float, text: str, stop: float) -> None:
     """The method beside its point, on the step that it opens, where that step is long enough for it."""
+    if not text:
+        return
     start, end = ax.transData.transform([(x, y), (stop, y)])[:, 0]
     room = abs(end - start) * 72.0 / ax.get_figure().dpi  # type: ignore[union-attr]
     if room > 3.1 * len(text) + 11:  # what stands before the name, and half the marker of the next point
         box = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.3}
         where: dict[str, Any] = {"xytext": (4, 2.2), "textcoords": "offset points", "va": "bottom", "in_layout": False}
-        ax.annotate(text, (x, y), fontsize=5.5, color=BLACK, zorder=5, bbox=box, **where)
+        ax.annotate(text, (x, y), fontsize=6, color=BLACK, zorder=5, bbox=box, **where)
 
 
-def _handles(families: list[str], interval: str) -> list[Any]:
+def _handles(only: Mapping[str, str], interval: str) -> list[Any]:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    marks = [Line2D([], [], **look(n, i).marks(linestyle="none"), label=label(n)) for i, n in enumerate(families)]
+    names = [f"{label(f)} ({method})" if method else label(f) for f, method in only.items()]
+    marks = [
+        Line2D([], [], **look(f, i).marks(linestyle="none"), label=name) for i, (f, name) in enumerate(zip(only, names))
+    ]
     bar: dict[str, Any] = {"marker": "|", "markersize": 6, "markeredgewidth": 0.9, "linestyle": "none"}
     return [
         *marks,

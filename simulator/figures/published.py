@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from simulator.errors import InputError
-from simulator.figures.layout import in_a_row, panel_list, settled
-from simulator.figures.style import BLACK, PALE_INK, label, look, paper_style
+from simulator.figures.layout import in_a_row, legend_below, panel_list, settled
+from simulator.figures.style import BLACK, INK, PALE_INK, label, look, paper_style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,18 +30,24 @@ class Beside:
 
 
 def published_figure(panels: Sequence[Beside], *, width_in: float | None = None) -> Figure:
-    """Draw predicted speedups with their intervals as marks and lines, published ones as bars across; InputError where
-    there are none, or they differ in number.
+    """Draw predicted speedups as marks on their intervals, published ones as bars across; InputError where there are
+    none, or they differ in number.
 
     >>> figure = published_figure([Beside("prefill", ["depth"], [1.3], [1.31], [1.29], [1.33])])
     >>> [t.get_text() for t in figure.axes[0].get_yticklabels()]
     ['depth']
     """
+    from matplotlib.lines import Line2D
+
     if not panels:
         raise InputError("published beside predicted: expected one panel or more")
     with paper_style():
         columns = in_a_row(len(panels))
-        figure, axes, _ = panel_list(len(panels), 1.25, 0.1, columns, width_in)
+        figure, axes, _ = panel_list(len(panels), 1.15, 0.45, columns, width_in)
+        handles = [
+            Line2D([], [], color=INK, marker="o", markersize=4.5, linewidth=1.6, label="predicted, with its interval"),
+            Line2D([], [], color=BLACK, marker="|", linestyle="none", markersize=6, label="published"),
+        ]
         for i, (ax, p) in enumerate(zip(axes, panels)):
             values = [np.asarray(v, dtype=float) for v in (p.published, p.predicted, p.lower, p.upper)]
             if not len(p.family) or any(v.shape != (len(p.family),) for v in values):
@@ -56,5 +62,5 @@ def published_figure(panels: Sequence[Beside], *, width_in: float | None = None)
             ax.vlines(published, rows - 0.34, rows + 0.34, color=BLACK, linewidth=1.0, zorder=5)
             ax.set_yticks(rows, [label(name) for name in p.family] if i % columns == 0 else [""] * len(rows))
             ax.set(ylim=(-0.7, len(rows) - 0.3), title=p.title)
-            ax.set_xlabel("speedup: mark predicted, bar published")
+        legend_below(figure, handles, 1, "speedup")
         return settled(figure)

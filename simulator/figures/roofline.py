@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 F = NDArray[np.float64]
 
+DATASHEET: dict[str, Any] = {"color": BLACK, "linewidth": 1.1}
+HIGHEST: dict[str, Any] = {"color": BLACK, "linewidth": 0.8, "linestyle": (0, (4, 1.5))}
+"""The roof at the datasheet's rate, and at the highest clock, which devices with a boost reach."""
+
 SAME = 1.01
 """Points closer than this factor in both directions are one point with a joint label."""
 
@@ -37,6 +41,7 @@ class Roof:
     intensity: ArrayLike  # FLOP/byte
     achieved_flop_per_s: ArrayLike
     pruned: ArrayLike  # whether a point belongs to the pruned model
+    headroom: float = 1.0  # highest clock over the datasheet's: how far a rate may exceed the peak
 
     def columns(self) -> tuple[F, F, NDArray[np.bool_]]:
         """Intensity (FLOP/byte), achieved FLOP/s, and whether a point is pruned; refuses columns that differ in
@@ -47,9 +52,9 @@ class Roof:
             raise InputError(f"roofline of {self.title}: expected columns of one length from 1 up")
         return x, y, pruned
 
-    def limits(self, headroom: float) -> tuple[float, float, float, float]:
+    def limits(self, above: float) -> tuple[float, float, float, float]:
         """Ranges of intensity (FLOP/byte) and rate (TFLOP/s) that hold all points, and show where the roof bends unless
-        that is far off and would squeeze the points; ``headroom`` is the factor above the roof."""
+        that is far off and would squeeze the points; ``above`` is the factor above the highest roof."""
         x, y, _ = self.columns()
         peak, bandwidth = self.peak_flop_per_s / 1e12, self.bandwidth_bytes_per_s / 1e12
         ridge = peak / bandwidth
@@ -57,17 +62,21 @@ class Roof:
         if ridge / 15 < high:
             low, high = min(low, ridge / 2.2), max(high, ridge * 2.2)
         bottom = min(float((y / 1e12).min()) / 2, peak, low * bandwidth)
-        return low, high, bottom, min(peak, high * bandwidth) * headroom
+        return low, high, bottom, min(peak * self.headroom, high * bandwidth) * above
 
-    def bend(self, low: float, high: float) -> tuple[F, F]:
-        """Corners of the roof between two intensities: intensity and TFLOP/s."""
-        peak, bandwidth = self.peak_flop_per_s / 1e12, self.bandwidth_bytes_per_s / 1e12
+    def bend(self, low: float, high: float, headroom: float = 1.0) -> tuple[F, F]:
+        """Corners of the roof between two intensities: intensity and TFLOP/s; with the headroom, of the highest clock's
+        roof, which no time that streams its operands from memory can pass."""
+        peak, bandwidth = headroom * self.peak_flop_per_s / 1e12, self.bandwidth_bytes_per_s / 1e12
         at = np.array(sorted({low, min(max(peak / bandwidth, low), high), high}))
         return at, np.minimum(peak, at * bandwidth)
 
 
-def roofline_figure(roofs: Sequence[Roof], *, columns: int | None = None, width_in: float | None = None) -> Figure:
-    """Draw devices side by side, hollow points for the dense model and filled ones for the pruned.
+def roofline_figure(
+    roofs: Sequence[Roof], *, columns: int | None = None, width_in: float | None = None, names: str = ""
+) -> Figure:
+    """Draw devices side by side, hollow points for the dense model and filled ones for the pruned; ``names`` is the
+    legend's title.
 
     ``columns`` panels stand in a row, at most three if left out; the figure is one column wide for one device, else a
     page. InputError when there is nothing to draw or the columns of a panel differ in length.
@@ -82,7 +91,7 @@ def roofline_figure(roofs: Sequence[Roof], *, columns: int | None = None, width_
     looks = {name: CYCLE[i % len(CYCLE)] for i, name in enumerate(groups)}
     with paper_style():
         columns = columns or in_a_row(len(roofs))
-        handles = _handles(looks, any(np.any(r.pruned) for r in roofs), any(not np.all(r.pruned) for r in roofs))
+        handles = _handles(looks, roofs)
         width = width_in or (COLUMN_IN if columns == 1 else PAGE_IN)
         lines = legend_lines(handles, width)
         titles = max(roof.title.count("\n") + 1 for roof in roofs)
@@ -92,7 +101,7 @@ def roofline_figure(roofs: Sequence[Roof], *, columns: int | None = None, width_
             ax.set_ylabel("TFLOP/s" if i % columns == 0 else "")
             if i + columns >= len(roofs):
                 ax.set_xlabel("arithmetic intensity (FLOP/byte)")
-        legend_below(figure, handles, lines)
+        legend_below(figure, handles, lines, names)
         settled(figure)  # the slope of a roof on the page is known only now
         for ax, roof in zip(axes, roofs):
             _name_slope(ax, roof)
@@ -147,15 +156,15 @@ def _draw(ax: Axes, roof: Roof, groups: dict[str, tuple[str, ...]], looks: dict[
     low, high, bottom, top = roof.limits(2.0)
     ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(bottom, top))
     ax.set_title(roof.title, pad=5)
-    bend = roof.bend(low, high)
-    ax.plot(*bend, color=BLACK, linewidth=1.1, zorder=2)
-    ax.fill_between(*bend, top, color="#F0F0F0", linewidth=0, zorder=0)
-    if high > (ridge := peak / (roof.bandwidth_bytes_per_s / 1e12)):
-        # at the end of the roof, but where points reach it (clocks above the datasheet's): where it begins
-        at: dict[str, Any] = {"ha": "right", "xy": (high, peak), "xytext": (-2, 2.5)}
-        if np.any((x > ridge) & (y > 0.95 * peak)):
-            at = {"ha": "left", "xy": (max(ridge, low), peak), "xytext": (2, 2.5)}
-        ax.annotate(f"{peak:,.4g} TFLOP/s", **at, **_BESIDE)
+    highest = roof.bend(low, high, roof.headroom)
+    ax.plot(*roof.bend(low, high), **DATASHEET, zorder=2)
+    ax.fill_between(*highest, top, color="#F0F0F0", linewidth=0, zorder=0)
+    rates = f"{peak:,.4g}"
+    if roof.headroom > 1.0:
+        ax.plot(*highest, **HIGHEST, zorder=1.9)
+        rates += f" to {peak * roof.headroom:,.4g}"
+    if high > peak / (roof.bandwidth_bytes_per_s / 1e12):
+        ax.annotate(f"{rates} TFLOP/s", (high, highest[1][-1]), xytext=(-2, 2.5), ha="right", **_BESIDE)
     for name, i, origin in drawn(roof, groups):
         color, marker = looks[name]
         if origin is not None:
@@ -182,11 +191,17 @@ def _name_slope(ax: Axes, roof: Roof) -> None:
         ax.annotate(f"{bandwidth:.3g} TB/s", (middle, middle * bandwidth), **where)
 
 
-def _handles(looks: dict[str, tuple[str, str]], pruned: bool, dense: bool) -> list[Any]:
+def _handles(looks: dict[str, tuple[str, str]], roofs: Sequence[Roof]) -> list[Any]:
     from matplotlib.lines import Line2D
 
+    pruned = any(np.any(r.pruned) for r in roofs)
     out = [Line2D([], [], color=c, marker=m, linestyle="none", label=name) for name, (c, m) in looks.items()]
-    if pruned and dense:
+    if not pruned:
+        for handle in out:
+            handle.set_markerfacecolor("none")
+    elif any(not np.all(r.pruned) for r in roofs):
         mark: dict[str, Any] = {"color": INK, "marker": "o", "linestyle": "none"}
         out += [Line2D([], [], **mark, markerfacecolor="white", label="dense"), Line2D([], [], **mark, label="pruned")]
+    if any(r.headroom > 1.0 for r in roofs):
+        out += [Line2D([], [], **DATASHEET, label="datasheet"), Line2D([], [], **HIGHEST, label="highest clock")]
     return out

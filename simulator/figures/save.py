@@ -41,4 +41,15 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     out = io.BytesIO()
     with paper_style():
         figure.savefig(out, format=suffix[1:], metadata=_METADATA[suffix])
-    write_whole(target, out.getvalue())
+    write_whole(target, _of_few_colors(out.getvalue()) if suffix == ".png" else out.getvalue())
+
+
+def _of_few_colors(png: bytes) -> bytes:
+    """The same picture with a palette: a third of the bytes."""
+    from PIL import Image
+
+    out = io.BytesIO()
+    with Image.open(io.BytesIO(png)) as picture:
+        few = picture.convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+        few.save(out, "png", dpi=picture.info["dpi"])
+    return out.getvalue()

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from simulator.errors import InputError
 from simulator.figures.layout import fixed_ticks, in_a_row, log_ticks, panel_list, settled
-from simulator.figures.style import BLUE, PALE_INK, paper_style
+from simulator.figures.style import BLUE, PALE_INK, VERMILLION, paper_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +23,7 @@ MOST_DOTS = 1500
 """More points than this become a density."""
 
 RATIO = 1.6
-"""Ratios drawn lie between this and its inverse; those beyond sit on the edge."""
+"""Ratios drawn lie between this and its inverse; arrows on the edge, counted beside it, stand for those beyond."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def scatter_figure(clouds: Sequence[Cloud], *, width_in: float | None = None) ->
             first.set_title(clouds[i].title, pad=5)
             second.set_xlabel("measured time", labelpad=2)
             first.set_ylabel("predicted time" if i % columns == 0 else "")
-            second.set_ylabel("ratio" if i % columns == 0 else "")
+            second.set_ylabel("predicted /\nmeasured" if i % columns == 0 else "")
         figure.align_ylabels()
         return settled(figure)
 
@@ -101,13 +101,12 @@ def scatter_figure(clouds: Sequence[Cloud], *, width_in: float | None = None) ->
 def _pair(first: Axes, second: Axes, cloud: Cloud) -> None:
     x, y = (1e6 * np.asarray(v, dtype=float) for v in (cloud.measured_s, cloud.predicted_s))
     low, high = float(min(x.min(), y.min())) / 1.25, float(max(x.max(), y.max())) * 1.25
-    ratio = np.clip(y / x, 1.001 / RATIO, RATIO / 1.001)
     for ax in (first, second):
         ax.set(xscale="log", yscale="log", xlim=(low, high))
     first.set_ylim(low, high)
     second.set_ylim(1 / RATIO, RATIO)
     _points(first, x, y, (low, high), (low, high))
-    _points(second, x, ratio, (low, high), (1 / RATIO, RATIO))
+    _ratios(second, x, y / x, (low, high))
     first.plot([low, high], [low, high], color="black", linewidth=0.6, zorder=4)
     second.axhline(1.0, color="black", linewidth=0.6, zorder=4)
     for edge in (0.9, 1.1):
@@ -119,9 +118,25 @@ def _pair(first: Axes, second: Axes, cloud: Cloud) -> None:
     second.minorticks_off()
     a = agreement(cloud.measured_s, cloud.predicted_s)
     lines = [f"{a.count:,} {cloud.what}{', held out' if cloud.held_out else ''}", f"mean error {100 * a.mean:.1f} %"]
-    lines += [f"median {100 * a.median:.1f} %, 95th {100 * a.p95:.0f} %"]
+    lines += [f"median {100 * a.median:.1f} %", f"95th percentile {100 * a.p95:.0f} %"]
     where: dict[str, Any] = {"transform": first.transAxes, "ha": "left", "va": "top"}
     first.text(0.04, 0.97, "\n".join(lines), fontsize=6, linespacing=1.25, zorder=5, **where)
+
+
+def _ratios(ax: Axes, x: F, ratio: F, across: tuple[float, float]) -> None:
+    """Ratios within :data:`RATIO`; of those above or below, an arrow each and how many they are, to which value."""
+    above, below = ratio > RATIO, ratio < 1 / RATIO
+    inside = ~(above | below)
+    _points(ax, x[inside], ratio[inside], across, (1 / RATIO, RATIO))
+    style: dict[str, Any] = {"color": VERMILLION, "linestyle": "none", "markersize": 3.2, "markeredgewidth": 0}
+    paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
+    where: dict[str, Any] = {"transform": ax.transAxes, "ha": "right", "fontsize": 6, "zorder": 6, "bbox": paper}
+    for beyond, edge, marker, most in ((above, RATIO, "^", np.max), (below, 1 / RATIO, "v", np.min)):
+        if beyond.any():
+            ax.plot(x[beyond], np.full(beyond.sum(), edge), marker=marker, clip_on=False, zorder=5, **style)
+            (y, va, word) = (0.96, "top", "above") if edge > 1.0 else (0.05, "bottom", "below")
+            text = f"{beyond.sum()} {word}, to {most(ratio[beyond]):.3g}"
+            ax.text(0.98, y, text, color=VERMILLION, va=va, **where)
 
 
 def _time_axis(axis: Any, low: float, high: float) -> None:
@@ -148,7 +163,8 @@ def time_text(microseconds: float) -> str:
 def _points(ax: Axes, x: F, y: F, across: tuple[float, float], up: tuple[float, float]) -> None:
     """Dots, or a density where they are too many for a page (as pixels, for a file of 40,000 dots opens slowly)."""
     if len(x) <= MOST_DOTS:
-        ax.plot(x, y, linestyle="none", color=BLUE, marker="o", markersize=1.8, markeredgewidth=0, alpha=0.6, zorder=3)
+        size = 1.8 if len(x) > 100 else 2.8
+        ax.plot(x, y, linestyle="none", color=BLUE, marker="o", markersize=size, markeredgewidth=0, alpha=0.6, zorder=3)
         return
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
 

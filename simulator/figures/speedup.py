@@ -1,8 +1,10 @@
-"""Speedup against sparsity: small multiples, a row for each setting, a column for each device.
+"""Speedup against sparsity in small multiples that print on one page.
 
-A few families are drawn as curves with interval bands and bounds. Eleven curves with their bands would hide each other,
-so many families become a dot plot: a line of text for each family (no legend to look up), within it one dot for each
-sparsity from top to bottom, with its interval and bounds. A single sparsity makes no curve and becomes dots too.
+One or two families are drawn as curves with interval bands and bounds, a row of panels for each setting, a column for
+each device. More would hide each other, so they become a dot plot: a panel for each setting, in it a line of text for
+each family and sparsity (no legend to look up) and on it one dot for each device, with its interval and bounds, so that
+devices, sparsities, families and settings stand side by side on one axis. A single sparsity makes no curve and becomes
+dots too.
 """
 
 from __future__ import annotations
@@ -15,21 +17,37 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from simulator.figures import layout
-from simulator.figures.style import BLACK, GREY, INK, PAGE_IN, PALE_INK, in_order, label, look, paper_style
+from simulator.figures.style import (
+    BLACK,
+    COLORS,
+    COLUMN_IN,
+    GREY,
+    INK,
+    PAGE_IN,
+    PALE_INK,
+    Look,
+    in_order,
+    label,
+    look,
+    paper_style,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 F = NDArray[np.float64]
 
-MOST_CURVES = 4
+MOST_CURVES = 2
 """Families drawn as curves with bands; more become dots."""
 
 PAGE_HEIGHT_IN = 9.0
 """Height of a page's text, inches."""
 
-MOST_DOTS = 5
-"""Sparsities a family has dots for; more become curves without bands."""
+MOST_ACROSS = 4
+"""Panels of dots side by side."""
+
+LEAST_LINE_IN, LEAST_DOT_IN = 0.1, 0.04
+"""Room a line of text and a dot need, inches; where a page has less of it, dots become curves without bands."""
 
 _BOUND_LINES = ((0, (1, 1)), (0, (5, 1.5)), (0, (3, 1, 1, 1)))
 _BOUND_COLORS = (GREY, BLACK, PALE_INK)
@@ -45,15 +63,15 @@ def speedup_figure(
     upper: ArrayLike,
     bounds: Mapping[str, ArrayLike] | None = None,
     *,
-    width_in: float = PAGE_IN,
+    width_in: float | None = None,
     interval: str = "90 % interval",
 ) -> Figure:
     """Speedup against sparsity.
 
     One entry a point: labels of the setting, the device and the family (panels come in the order in which labels first
     occur), the fraction removed in [0, 1), the prediction and its interval. ``bounds`` are up to three upper bounds of
-    each point by name, ``interval`` says what bars and bands are. InputError when there are no points or the arrays
-    differ in length.
+    each point by name, ``interval`` says what bars and bands are. The figure is one column wide for one panel, else a
+    page. InputError when there are no points or the arrays differ in length.
 
     >>> where = ["decode"] * 2, ["h100"] * 2, ["depth"] * 2
     >>> figure = speedup_figure(*where, [0.1, 0.2], [1.1, 1.2], [1.0, 1.1], [1.2, 1.3])
@@ -65,10 +83,18 @@ def speedup_figure(
     data = layout.columns_of(
         "points of the figure", {"row": row, "column": column, "family": family}, {**numbers, **limits}
     )
-    families, fractions = in_order(data["family"]), np.unique(data["sparsity"])
-    dots = len(fractions) == 1 or (len(families) > MOST_CURVES and len(fractions) <= MOST_DOTS)
+    families, (settings, devices) = in_order(data["family"]), (list(dict.fromkeys(data[n])) for n in ("row", "column"))
+    pairs = [(f, s) for f in families for s in np.unique(data["sparsity"][data["family"] == f]).tolist()]
+    down = -(-len(settings) // MOST_ACROSS)  # rows of panels
+    line = (PAGE_HEIGHT_IN - 0.8 - 0.4 * down) / (down * len(pairs))
+    dots = len(families) > MOST_CURVES and line >= max(LEAST_LINE_IN, LEAST_DOT_IN * len(devices))
     with paper_style():
-        return (_dots if dots else _curves)(data, list(limits), families, width_in, interval)
+        if dots or len(pairs) == len(families):
+            width = width_in or (COLUMN_IN if len(settings) == 1 else PAGE_IN)
+            line = float(np.clip(line, LEAST_LINE_IN, 0.068 * len(devices) + 0.04))
+            return _dots(data, list(limits), pairs, devices, settings, line, width, interval)
+        width = width_in or (COLUMN_IN if len(settings) * len(devices) == 1 else PAGE_IN)
+        return _curves(data, list(limits), families, width, interval)
 
 
 def _panels(data: layout.Columns, panel_in: float, around_in: float, width_in: float) -> tuple[Figure, layout.Panels]:
@@ -96,56 +122,73 @@ def _range(data: layout.Columns, names: Sequence[str]) -> tuple[float, float]:
     return low / pad, high * pad
 
 
-def _dots(data: layout.Columns, bounds: list[str], families: list[str], width: float, interval: str) -> Figure:
-    """Many families: a line of text for each, a dot for each sparsity."""
-    fractions = np.unique(data["sparsity"])
-    several = len(fractions) > 1
-    spread = np.linspace(-0.29, 0.29, len(fractions)) if several else np.zeros(1)
-    half = 0.42 * (spread[1] - spread[0]) if several else 0.25
-    settings, devices = (len(set(data[name])) for name in ("row", "column"))
-    # a line of text and a row of dots for each sparsity; tighter where the figure would outgrow a page
-    room = (PAGE_HEIGHT_IN - 1.1 - 0.16 * settings) / (settings * len(families))
-    line = float(np.clip(room, 0.15, 0.075 * max(len(fractions), 2) + 0.02))
-    sizes = np.linspace(2.2, 4.2, len(fractions)) if several else np.array([3.4])
-    sizes = np.minimum(sizes, 72 * line * 0.8 / max(len(fractions), 2))
-    low, high = _range(data, ["speedup", "lower", "upper", *bounds])
-    handles = _dot_handles(fractions, sizes, bounds, interval)
+def _dots(
+    data: layout.Columns,
+    bounds: list[str],
+    pairs: Sequence[tuple[str, float]],
+    devices: Sequence[str],
+    settings: Sequence[str],
+    line: float,
+    width: float,
+    interval: str,
+) -> Figure:
+    """Many families: a line of text for each of them and each sparsity, a dot for each device."""
+    looks = [Look(*mark, hollow=i % 2 == 1) for i, mark in enumerate(zip(COLORS * 2, "osD^vPXh*<>pd"))]
+    handles = _dot_handles(devices, looks, bounds, interval)
     lines = layout.legend_lines(handles, width)
-    figure, panels = _panels(data, max(len(families) * line, 0.75) + 0.08, 0.62 + 0.14 * lines, width)
-    for (r, c), ax in panels.items():
-        ax.set(xscale="log", xlim=(low, high), ylim=(len(families) - 0.5, -0.5))
+    down = -(-len(settings) // MOST_ACROSS)
+    across = -(-len(settings) // down)
+    names = [_line(pairs, i) for i in range(len(pairs))]
+    room = (width - 0.058 * max(map(len, names))) / across  # of a panel, inches
+    titles = [textwrap.fill(s, max(8, int(room / 0.075))) for s in settings]
+    above = 0.13 * max(t.count("\n") + 1 for t in titles)
+    height = max(len(pairs) * line, 0.3) + 0.2 + above
+    figure, panels, _ = layout.panel_list(
+        len(settings), height, 0.42 + 0.14 * lines, across, width, sharex=True, sharey=True
+    )
+    low, high = _range(data, ["speedup", "lower", "upper", *bounds])
+    slot = 0.8 / len(devices)
+    size = float(np.clip(72 * line * slot * 0.75, 2.2, 3.4))
+    shaded = list(dict.fromkeys(f for f, _ in pairs))[::2]
+    for i, (ax, setting, title) in enumerate(zip(panels, settings, titles)):
+        ax.set(xscale="log", xlim=(low, high), ylim=(len(pairs) - 0.5, -0.5))
+        ax.set_title(title, pad=4)
         ax.grid(axis="y", visible=False)
         ax.tick_params(axis="y", length=0)
+        ax.tick_params(axis="x", labelbottom=i + across >= len(settings))
         ax.spines["left"].set_visible(False)
-        for i in range(0, len(families), 2):
-            ax.axhspan(i - 0.5, i + 0.5, color="#F5F5F5", linewidth=0, zorder=0)
         ax.axvline(1.0, color=INK, linewidth=0.7, zorder=1.5)
-        for i, name in enumerate(families):
-            style, own = look(name, i), _own(data, r, c, name)
-            place = np.searchsorted(fractions, data["sparsity"][own])
-            y = i + spread[place]
+        for place, (family, _) in enumerate(pairs):
+            if family in shaded:
+                ax.axhspan(place - 0.5, place + 0.5, color="#F0F0F0", linewidth=0, zorder=0)
+        for k, (name, style) in enumerate(zip(devices, looks)):
+            own = np.flatnonzero((data["row"] == setting) & (data["column"] == name))
+            y = np.array([pairs.index(p) for p in zip(data["family"][own], data["sparsity"][own])], dtype=float)
+            y += (k - 0.5 * (len(devices) - 1)) * slot
             for bound, color in zip(bounds, _BOUND_COLORS):
-                ax.vlines(data[bound][own], y - half, y + half, color=color, linewidth=0.9, zorder=5)
-            ax.hlines(y, data["lower"][own], data["upper"][own], color=style.color, linewidth=1.0, zorder=3)
-            marks: dict[str, Any] = {"marker": style.marker, "edgecolor": style.color, "linewidth": 0.7, "zorder": 4}
-            face = "white" if style.hollow else style.color
-            ax.scatter(data["speedup"][own], y, s=sizes[place] ** 2, facecolor=face, **marks)
-        ax.set_yticks(range(len(families)), [label(name) for name in families])
-        layout.log_axis(ax.xaxis, low, high, int(np.clip((width - 1.5) / devices / 0.29, 2, 12)))
+                ax.vlines(data[bound][own], y - 0.5 * slot, y + 0.5 * slot, color=color, linewidth=0.9, zorder=2)
+            ax.hlines(y, data["lower"][own], data["upper"][own], color=style.color, linewidth=0.8, zorder=3)
+            ax.plot(data["speedup"][own], y, **style.marks(linestyle="none", markersize=size, zorder=4))
+        ax.set_yticks(range(len(pairs)), names)
+        layout.log_axis(ax.xaxis, low, high, int(np.clip(room / 0.25, 2, 12)))
     layout.legend_below(figure, handles, lines, "speedup (log scale)")
     return layout.settled(figure)
 
 
-def _dot_handles(fractions: F, sizes: F, bounds: list[str], interval: str) -> list[Any]:
+def _line(pairs: Sequence[tuple[str, float]], i: int) -> str:
+    """The text of a line: the fraction removed, on the first line of a family after its name."""
+    family, sparsity = pairs[i]
+    named = "" if i and pairs[i - 1][0] == family else f"{label(family)}  "
+    return f"{named}{100 * sparsity:.3g} %"
+
+
+def _dot_handles(devices: Sequence[str], looks: Sequence[Look], bounds: list[str], interval: str) -> list[Any]:
     from matplotlib.lines import Line2D
 
-    names = [f"{100 * f:.4g} %" for f in fractions]
-    dot: dict[str, Any] = {"color": INK, "marker": "o", "linestyle": "none"}
     tick: dict[str, Any] = {"marker": "|", "linestyle": "none", "markersize": 6, "markeredgewidth": 1.1}
-    dots = [Line2D([], [], **dot, markersize=s, label=name) for s, name in zip(sizes, names)]
-    dots[0].set_label(f"{names[0]} removed")
+    dots = [Line2D([], [], **style.marks(linestyle="none"), label=name) for name, style in zip(devices, looks)]
     ticks = [Line2D([], [], color=color, **tick, label=name) for name, color in zip(bounds, _BOUND_COLORS)]
-    return [*dots, Line2D([], [], color=INK, linewidth=1.0, label=interval), *ticks]
+    return [*dots, Line2D([], [], color=INK, linewidth=0.8, label=interval), *ticks]
 
 
 def _curves(data: layout.Columns, bounds: list[str], families: list[str], width: float, interval: str) -> Figure:
@@ -155,7 +198,9 @@ def _curves(data: layout.Columns, bounds: list[str], families: list[str], width:
     handles = _curve_handles(families, bounds, interval if few else "")
     lines = layout.legend_lines(handles, width)
     low, high = _range(data, ["speedup", "lower", "upper", *bounds] if few else ["speedup"])
-    figure, panels = _panels(data, 1.6, 0.5 + 0.14 * lines, width)
+    around_in = 0.5 + 0.14 * lines
+    room = (PAGE_HEIGHT_IN - around_in) / len(set(data["row"]))
+    figure, panels = _panels(data, float(np.clip(room, 0.7, 1.6)), around_in, width)
     fractions = np.unique(data["sparsity"])
     start, end = float(fractions[0]), float(fractions[-1])
     margin = 0.06 * (end - start)
@@ -178,9 +223,8 @@ def _curves(data: layout.Columns, bounds: list[str], families: list[str], width:
         layout.log_axis(ax.yaxis, low, high, 7)
         if len(fractions) <= 5:
             ax.set_xticks(100 * fractions, [f"{100 * f:.4g}" for f in fractions])
-    figure.supylabel("speedup (log scale)", fontsize=7)
     layout.legend_below(figure, handles, lines, "removed (%)")
-    return layout.settled(figure)
+    return layout.settled(figure, "speedup (log scale)")
 
 
 def _curve_handles(families: list[str], bounds: list[str], interval: str) -> list[Any]:

@@ -30,9 +30,10 @@ class Stairs:
     predicted: ArrayLike
     lower: ArrayLike
     upper: ArrayLike
-    ideal: ArrayLike  # the roofline
+    ideal: ArrayLike  # the datasheet roofline
     measured_x: ArrayLike = ()
     measured: ArrayLike = ()
+    highest: ArrayLike = ()  # the roofline at the highest clock, where that exceeds the datasheet's
     note: str = ""  # what stays fixed, written into the panel
 
 
@@ -63,6 +64,8 @@ def staircase_figure(
             Patch(color=BLUE, alpha=0.18, linewidth=0, label=interval),
             Line2D([], [], color=PALE_INK, linestyle=_DASHES, linewidth=0.8, label="datasheet roofline"),
         ]
+        if any(np.size(p.highest) for p in panels):
+            handles.append(Line2D([], [], color=PALE_INK, linestyle=_DOTS, linewidth=0.8, label="at the highest clock"))
         if any(np.size(p.measured) for p in panels):
             handles.append(Line2D([], [], linestyle="none", **_POINT, label="measured"))
         lines = legend_lines(handles, width)
@@ -78,7 +81,7 @@ def staircase_figure(
         return settled(figure)
 
 
-_DASHES = (0, (4, 1.5))
+_DASHES, _DOTS = (0, (4, 1.5)), (0, (1, 1))
 _POINT: dict[str, Any] = {"color": VERMILLION, "marker": "o", "markersize": 2.4}
 _POINT |= {"markerfacecolor": "none", "markeredgewidth": 0.6}
 
@@ -89,9 +92,11 @@ def _draw(ax: Axes, p: Stairs) -> None:
     x = np.asarray(p.x, dtype=float)
     predicted, lower, upper, ideal = (np.asarray(v, dtype=float) for v in (p.predicted, p.lower, p.upper, p.ideal))
     seen_x, seen = np.asarray(p.measured_x, dtype=float), np.asarray(p.measured, dtype=float)
-    top = max(float(v.max()) for v in (predicted, ideal, seen) if len(v)) * 1.12
+    top = max(float(np.max(v)) for v in (upper, ideal, p.highest, seen) if np.size(v)) * 1.05
     ax.fill_between(x, lower, upper, color=BLUE, alpha=0.18, linewidth=0, zorder=2)
     ax.plot(x, ideal, color=PALE_INK, linestyle=_DASHES, linewidth=0.8, zorder=2.5)
+    if np.size(p.highest):
+        ax.plot(x, np.asarray(p.highest, dtype=float), color=PALE_INK, linestyle=_DOTS, linewidth=0.8, zorder=2.5)
     ax.plot(x, predicted, color=BLUE, linewidth=0.9, zorder=3)
     if len(seen):
         ax.plot(seen_x, seen, linestyle="none", **_POINT, zorder=4)
@@ -100,4 +105,4 @@ def _draw(ax: Axes, p: Stairs) -> None:
     ax.yaxis.set_major_locator(MaxNLocator(4))
     if p.note:
         where: dict[str, Any] = {"transform": ax.transAxes, "ha": "right", "va": "bottom", "zorder": 5}
-        ax.text(0.97, 0.05, p.note, fontsize=5.5, color=PALE_INK, **where)
+        ax.text(0.97, 0.05, p.note, fontsize=6, color=PALE_INK, **where)

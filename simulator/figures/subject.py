@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from simulator.errors import InputError
-from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
-from simulator.predict.settings import Setting
+from simulator.predict.settings import Setting, profiles
 
 if TYPE_CHECKING:
     from simulator.figures.measured import MeasuredGemms
@@ -58,8 +57,8 @@ def paper(
     >>> paper("llama-3.1-8b", ["h100", "h100_sxm"]).devices[0].name
     'h100_sxm'
     """
-    profiles = {hw.label: hw for hw in (load_hardware(h) if isinstance(h, str) else h for h in hardware)}
-    if not profiles:
+    devices = tuple(profiles(hardware))
+    if not devices:
         raise InputError("hardware: expected at least one")
     config = load_model(model) if isinstance(model, str) else model
-    return Paper(config, tuple(profiles.values()), setting or Setting(), seq, measured or {})
+    return Paper(config, devices, setting or Setting(), seq, measured or {})

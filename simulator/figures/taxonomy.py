@@ -24,7 +24,7 @@ AXES = ("M", "N", "K")
 WHOLE = 0.995
 """What is kept from this share up counts as whole."""
 
-_ROW_IN, _BAR_IN, _STEP_IN = 0.335, 0.05, 0.088
+_ROW_IN, _BAR_IN, _STEP_IN = 0.345, 0.05, 0.094
 
 
 def taxonomy_figure(
@@ -52,7 +52,7 @@ def taxonomy_figure(
     if not family or values.shape != (len(family), len(operators), 3) or not len(family) == len(axis) == len(adds):
         shares = f"{len(family)} families, {len(operators)} operators, M, N, K"
         raise InputError(f"taxonomy: expected a kept share for each of {shares}")
-    left, right, top, bottom = 1.30, 1.02, 0.30, 0.05
+    left, right, top, bottom = 1.38, 1.04, 0.30, 0.05
     with paper_style():
         height = top + bottom + _ROW_IN * len(family)
         figure = Figure(figsize=(width_in, height))
@@ -71,8 +71,8 @@ def taxonomy_figure(
             style = look(name, i)
             ax.plot([0.12], [y], **style.marks(linestyle="none", markersize=4.5))
             ax.text(0.24, y - 0.012, label(name), ha="left", va="bottom", fontsize=7)
-            ax.text(0.24, y + 0.012, axis[i], ha="left", va="top", fontsize=5.5, color=PALE_INK)
-            extra: dict[str, Any] = {"fontsize": 5.5, "color": BLACK if adds[i] else GREY, "linespacing": 1.05}
+            ax.text(0.24, y + 0.012, axis[i], ha="left", va="top", fontsize=6, color=PALE_INK)
+            extra: dict[str, Any] = {"fontsize": 6, "color": BLACK if adds[i] else GREY, "linespacing": 1.05}
             ax.text(width_in - right + 0.06, y, textwrap.fill(adds[i] or "nothing", 20), va="center", **extra)
             for j in range(len(operators)):
                 _cell(ax, left + j * cell, y, cell, values[i, j], style.color)
@@ -87,12 +87,12 @@ def _cell(ax: Axes, x: float, y: float, width: float, kept: NDArray[Any], color:
         if not np.isfinite(share):
             continue
         gone = share < WHOLE
-        letter: dict[str, Any] = {"fontsize": 5, "va": "center_baseline", "color": BLACK if gone else "#9A9A9A"}
+        letter: dict[str, Any] = {"fontsize": 6, "va": "center_baseline", "color": BLACK if gone else "#9A9A9A"}
         ax.text(x + 0.11, middle, AXES[b], ha="right", **letter)
         if gone:
             style: dict[str, Any] = {"height": _BAR_IN, "linewidth": 0.4, "align": "center"}
             ax.barh(middle, full, left=start, facecolor="white", edgecolor=color, **style)
             ax.barh(middle, full * share, left=start, facecolor=color, edgecolor=color, **style)
-            ax.text(start + full + 0.03, middle, f"{100 * share:.0f}", ha="left", va="center_baseline", fontsize=5)
+            ax.text(start + full + 0.03, middle, f"{100 * share:.0f}", ha="left", va="center_baseline", fontsize=6)
         else:
             ax.plot([start, start + full], [middle] * 2, color="#C4C4C4", linewidth=0.8, solid_capstyle="butt")

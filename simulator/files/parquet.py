@@ -22,7 +22,7 @@ def load_pyarrow() -> tuple[Any, Any]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise needs_extra("a Parquet table", "tables") from None
+        raise needs_extra("a Parquet table", "tables", "pyarrow") from None
     return pyarrow, pyarrow.parquet
 
 

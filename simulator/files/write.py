@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from simulator.errors import InputError
+
+_SUFFIX = ".tmp"
 
 
 def check_target(path: str | Path) -> Path:
@@ -43,15 +46,16 @@ def write_whole(path: str | Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[str]:
-    """Name of an empty file beside another: synced and renamed over it in the end, removed where something fails."""
+    """Name of an empty file beside another: synced and renamed over it in the end, removed where something fails. What
+    writers of the same file left there when they were killed is removed too."""
     target = target.resolve()
     if target.exists():
         mode = target.stat().st_mode & 0o777
     else:
         os.umask(umask := os.umask(0o022))  # it can only be read by setting it
         mode = 0o666 & ~umask
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    os.close(handle)
+    remove_left(target.parent, glob.escape(target.name))
+    handle, name = _temporary(target)
     try:
         yield name
         with open(name, "rb+") as file:
@@ -61,6 +65,41 @@ def replacing(target: Path) -> Iterator[str]:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+    finally:
+        os.close(handle)
+
+
+def _temporary(target: Path) -> tuple[int, str]:
+    """An empty file beside another, locked while it is written: whose lock is free is no longer written by anyone."""
+    while True:
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=_SUFFIX, dir=target.parent)
+        if not _lock(handle, wait=True) or os.fstat(handle).st_nlink:
+            return handle, name
+        os.close(handle)  # taken for one that was left, and removed, before it was locked
+
+
+def remove_left(folder: Path, names: str) -> None:
+    """Remove the temporary files beside some files (a pattern) that no process writes any more."""
+    for path in folder.glob(f".{names}.*{_SUFFIX}"):
+        with contextlib.suppress(OSError):
+            handle = os.open(path, os.O_RDWR)
+            try:
+                if _lock(handle):
+                    path.unlink(missing_ok=True)
+            finally:
+                os.close(handle)
+
+
+def _lock(handle: int, wait: bool = False) -> bool:
+    """Lock an open file or folder until it is closed, however its process ends; False where another has it, or where
+    there are no locks (Windows, some network disks)."""
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -68,15 +107,12 @@ def one_writer(folder: Path) -> Iterator[None]:
     """Let one process at a time write several files that belong together into a folder; the others wait, but where
     folders cannot be locked (Windows, some network disks)."""
     try:
-        import fcntl
-
         handle = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):
+    except OSError:
         yield
         return
     try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        _lock(handle, wait=True)
         yield
     finally:
         os.close(handle)

@@ -169,9 +169,12 @@ def check_arrays(operator: str, arrays: Arrays) -> None:
             _bound(arrays, "exact_s", 1e-12, 1e9)
         if "terms" in arrays:
             _check_lattices(arrays)
+        if "measured" in arrays:
+            _shape("measured", arrays["measured"], arrays["measured"].shape == (2, 3), "(2, 3)")
+            _bound(arrays, "measured", 0.0, 64.0)
     elif operator == "anchor":
         _check_anchor(arrays)
-    elif operator.startswith(("attention", "mla", "elementwise", "experts")) and "values" in arrays:
+    elif "values" in arrays:
         _check_values(operator, arrays)
 
 
@@ -217,8 +220,8 @@ def _check_lattices(arrays: Arrays) -> None:
 
 
 def _check_values(operator: str, arrays: Arrays) -> None:
-    """The lattice of attention or experts, over three coordinates, or that of each class of elementwise operators, over
-    one."""
+    """The lattice of attention, experts or collectives, over three coordinates, or that of each class of elementwise
+    operators, over one."""
     values = arrays["values"]
     if operator == "elementwise":
         _need(arrays, "values", "start")

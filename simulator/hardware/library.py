@@ -28,7 +28,11 @@ def profiles_folder() -> Path:
 
 
 def list_hardware() -> tuple[str, ...]:
-    """Names of the shipped profiles, sorted."""
+    """Names of the shipped profiles, sorted.
+
+    >>> "h100_sxm" in list_hardware()
+    True
+    """
     return tuple(sorted(path.stem for path in profiles_folder().glob("*.yaml") if not _STACK_FILE.search(path.name)))
 
 
@@ -47,8 +51,11 @@ def shipped_names() -> Mapping[str, str]:
     return MappingProxyType(found)
 
 
-def load_hardware(name_or_path: str | os.PathLike[str], stack: str = "", same_stack: bool = False) -> HardwareProfile:
-    """A profile by shipped name or alias (case, blanks, dashes and underscores do not matter) or the path of its YAML.
+def load_hardware(
+    name_or_path: str | os.PathLike[str] | HardwareProfile, stack: str = "", same_stack: bool = False
+) -> HardwareProfile:
+    """A profile by shipped name or alias (case, blanks, dashes and underscores do not matter) or the path of its YAML,
+    whichever ``name_or_path`` is; a loaded one as it is.
 
     ``stack``, or "@stack" behind the name, is whose kernels are preferred: one of those that files beside the profile
     were fitted for. ``same_stack`` says that it is the user's own, so that intervals are those of its own table. The
@@ -58,6 +65,8 @@ def load_hardware(name_or_path: str | os.PathLike[str], stack: str = "", same_st
     >>> load_hardware("RTX 4090").name, load_hardware("a100@trtllm").stack
     ('rtx_4090', 'trtllm')
     """
+    if isinstance(name_or_path, HardwareProfile) and not (stack or same_stack):
+        return name_or_path
     if not isinstance(name_or_path, (str, os.PathLike)):
         raise InputError(f"hardware: expected a name or a path, got {type(name_or_path).__name__}")
     text = os.fspath(name_or_path)
@@ -77,6 +86,23 @@ def load_hardware(name_or_path: str | os.PathLike[str], stack: str = "", same_st
         profile = _lent(profile, _load(_stamps(str(_lender(Path(text), profile.stacks_of)))))
     profile = profile.on(stack) if stack else profile
     return _known(profile) if same_stack else profile
+
+
+def hardware_from_text(text: str, file: str) -> HardwareProfile:
+    """A profile from the text of its YAML alone, which ``file`` is the name of; arrays beside it there are none."""
+    problems = Problems(file)
+    text = text.encode("utf-8", "replace").decode()  # what came as JSON may hold half a character
+    profile = profile_from_text(text, Path(file), problems, _no_arrays, shipped_names())
+    if profile is None:
+        raise problems.error()
+    if profile.stacks_of and profile.stacks_of not in list_hardware():
+        raise unknown(f"{file}: stacks_of: profile", profile.stacks_of, list_hardware())
+    profile = replace(preferring(profile, dict(profile.stacks)), path=None)
+    return lent(profile, load_hardware(profile.stacks_of)) if profile.stacks_of else profile
+
+
+def _no_arrays(file: Path, sha256: str, prefix: str, names: tuple[str, ...]) -> Arrays:
+    raise ValueError(f"{file.name} is a file beside it; expected a profile without arrays")
 
 
 def reference(name: str) -> str:

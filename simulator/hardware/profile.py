@@ -15,9 +15,12 @@ from typing import Annotated, Any
 
 from numpy.typing import NDArray
 
+from simulator.arguments import COUNT, Range, number
+from simulator.display import Shown, as_plain, by_column
 from simulator.errors import InputError, unknown
 from simulator.files.fields import Number
 from simulator.hardware.constants import CONSTANTS
+from simulator.units import rate, size
 from simulator.workload import STACKS
 
 ARCHITECTURES: tuple[str, ...] = (
@@ -91,12 +94,13 @@ class Provenance:
     borrowed_from: str = ""
 
 
-@dataclass(frozen=True, eq=False)
-class Section:
+@dataclass(frozen=True, eq=False, repr=False)
+class Section(Shown):
     """One fitted part of a profile; ``section["name"]`` is the value of a constant."""
 
     constants: Mapping[str, Fitted]
-    arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # read-only; for instance the residual lattice
+    # read-only; for instance the residual lattice
+    arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict, repr=False)
     spread: float = 1.0  # factor on a shape's own and local errors that holds 90 % of unseen rows of its own table
     accuracy: Mapping[str, float] = field(default_factory=dict)  # errors on shapes the fit did not see
     provenance: Provenance | None = None
@@ -106,6 +110,13 @@ class Section:
     def __getitem__(self, name: str) -> float:
         return self.constants[name].value
 
+    def _title(self) -> str:
+        return f"{len(self.constants)} constants, {self.status}{f' for {self.stack}' if self.stack else ''}"
+
+    def _columns(self) -> Mapping[str, Any]:
+        """A row a constant."""
+        return by_column([{"name": name, **as_plain(constant)} for name, constant in self.constants.items()])
+
 
 @dataclass(frozen=True, eq=False)
 class Anchor:
@@ -113,11 +124,21 @@ class Anchor:
 
     provenance: Provenance
     columns: tuple[str, ...]  # of ``shared``, by name: a later version may know more
-    arrays: Mapping[str, NDArray[Any]]  # shared (n, columns), own, local, log_ratio and kind (n,), place (n, 3)
+    # shared (n, columns), own, local, log_ratio and kind (n,), place (n, 3)
+    arrays: Mapping[str, NDArray[Any]] = field(repr=False)
 
 
-@dataclass(frozen=True, eq=False)
-class HardwareProfile:
+_POSITIVE = Range(1e-30, 1e30, "a finite number above 0")
+_FACTS: Mapping[str, Range] = MappingProxyType(
+    dict.fromkeys(
+        ("boost_clock_hz", "max_clock_hz", "memory_bytes", "bandwidth_bytes_per_s", "l2_bytes", "power_w"), _POSITIVE
+    )
+    | {"sm_count": COUNT}
+)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class HardwareProfile(Shown):
     """A device; quantities in SI.
 
     >>> from simulator.hardware.library import load_hardware
@@ -157,12 +178,51 @@ class HardwareProfile:
     anchor: Anchor | None = None
     path: Path | None = None
 
+    def __post_init__(self) -> None:
+        for name, right in _FACTS.items():
+            number(name, getattr(self, name), right)
+        for dtype, facts in self.rates.items():
+            number(f"rates[{dtype!r}]", facts.flop_per_s, _POSITIVE)
+
     @property
     def label(self) -> str:
         """The name, with "@stack" where one was asked for (:func:`load_hardware` takes it), and whether local rows move
         it."""
         name = f"{self.name}@{self.stack}" if self.pinned else self.name
         return f"{name} (anchored)" if self.anchor is not None else name
+
+    def _title(self) -> str:
+        rates = (f"{name} {rate(r.flop_per_s, 'FLOP/s')}" for name, r in self.rates.items() if name in ("fp16", "bf16"))
+        memory = f"{size(self.memory_bytes)} at {rate(self.bandwidth_bytes_per_s, 'B/s')}"
+        stacks = ", ".join(stack or "itself" for stack in self.stacks) or "no stack"
+        return f"{self.label}: {self.title}, {self.architecture}, {memory}, {', '.join(rates)}; fitted for {stacks}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Facts, SI, their sources, and each fitted section without its arrays."""
+        fitted = {key: None for stack in self.stacks.values() for key, s in stack.items() if s.status == "calibrated"}
+        facts = (
+            *("name", "title", "vendor", "architecture", "aliases", "peak_flop_per_s", "sm_count", "boost_clock_hz"),
+            *("max_clock_hz", "memory_bytes", "bandwidth_bytes_per_s", "l2_bytes", "power_w", "link", "calibrated"),
+            *("stack", "stacks", "stacks_of", "anchor", "sources", "sections"),  # in the order shown
+        )
+        derived = {
+            "peak_flop_per_s": {dtype: r.flop_per_s for dtype, r in self.rates.items()},
+            "calibrated": [f"{operator} {dtype}".replace(" *", "") for operator, dtype in fitted],
+            "stacks": [stack for stack in self.stacks if stack],
+            "anchor": None if self.anchor is None else self.anchor.provenance,
+            "sections": [_section_row(self.name, *key, section) for key, section in self.sections.items()],
+        }
+        return {name: as_plain(derived[name] if name in derived else getattr(self, name)) for name in facts}
+
+    def _columns(self) -> Mapping[str, Any]:
+        """Facts, one column each; of mappings one a key."""
+        out: dict[str, Any] = {}
+        for name, value in self.to_dict().items():
+            if isinstance(value, dict):
+                out |= {f"{name}.{key}": [v] for key, v in value.items()}
+            else:
+                out[name] = [value]
+        return {name: column for name, column in out.items() if name.partition(".")[0] not in ("sources", "sections")}
 
     def on(self, stack: str) -> HardwareProfile:
         """The same device, its sections those of a stack before those of others, whatever engine runs on it. The same
@@ -209,18 +269,18 @@ class HardwareProfile:
         return self.rates[dtype]
 
     def peak_flop_per_s(self, dtype: str, sparse: bool = False) -> float:
-        """Datasheet rate at boost clock, FLOP/s, with ``sparse`` that of 2:4 operands; times ``clock_headroom`` it is a
-        hard ceiling."""
+        """Datasheet rate of a ``dtype`` at boost clock, FLOP/s, with ``sparse`` that of 2:4 operands; times
+        ``clock_headroom`` it is a hard ceiling. InputError as for :meth:`rate`."""
         rate = self.rate(dtype)
         return rate.flop_per_s * (rate.sparse_factor if sparse else 1.0)
 
     def ridge_point(self, dtype: str) -> float:
-        """Arithmetic intensity, FLOP/byte, above which a datasheet roofline is compute-bound."""
+        """Arithmetic intensity, FLOP/byte, above which a datasheet roofline of a ``dtype`` is compute-bound."""
         return self.peak_flop_per_s(dtype) / self.bandwidth_bytes_per_s
 
     def section(self, operator: str, dtype: str) -> Section:
-        """Fitted values of one of :data:`OPERATORS`: the calibrated ones, else those of bf16 / fp16 for one another,
-        else the architecture's defaults.
+        """Fitted values of one ``operator`` of :data:`OPERATORS` in a ``dtype``: the calibrated ones, else those of
+        bf16 / fp16 for one another, else the architecture's defaults.
 
         The section has every constant of the operator; one that was not fitted has its default and status "default".
         """
@@ -235,6 +295,17 @@ class HardwareProfile:
         if found.constants.keys() >= default.constants.keys():
             return found
         return replace(found, constants=MappingProxyType({**default.constants, **found.constants}))
+
+
+def _section_row(name: str, operator: str, dtype: str, section: Section) -> dict[str, Any]:
+    """A section as plain values, with where it came from in a few words."""
+    about, origin = section.provenance, ""
+    if about:
+        lender = about.borrowed_from.removeprefix(f"{name} {section.stack}")
+        origin = f"as {lender}" if lender else about.software
+    held = {key: getattr(section, key) for key in ("stack", "status", "constants", "accuracy", "spread")}
+    rows = about.rows if about else 0
+    return {"operator": operator, "dtype": dtype, **held, "rows": rows, "origin": origin}
 
 
 def unfitted(operator: str, section: Section, architecture: str) -> tuple[str, ...]:

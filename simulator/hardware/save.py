@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from simulator.errors import InputError, unknown
-from simulator.files.write import check_target, one_writer, write_whole
+from simulator.files.write import check_target, one_writer, remove_left, write_whole
 from simulator.files.yaml import MAX_BYTES, Problems
 from simulator.hardware import library
 from simulator.hardware.arrays import FILE_NAME, Arrays, check_arrays, pack_arrays
@@ -34,6 +34,15 @@ def save_hardware(profile: HardwareProfile, path: str | os.PathLike[str]) -> Non
 
     The same profile gives the same bytes. Comments of an older file are not kept; facts, sources and notes are. Raises
     InputError when the path is no YAML file's name, or the loader would refuse what was to be written.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from dataclasses import replace
+    >>> import simulator
+    >>> half = replace(simulator.load_hardware("cpu"), name="half", aliases=(), power_w=50.0)
+    >>> with TemporaryDirectory() as folder:
+    ...     save_hardware(half, f"{folder}/half.yaml")
+    ...     print(simulator.load_hardware(f"{folder}/half.yaml").power_w)
+    50.0
     """
     path = _target(path)
     held = {f"{operator}.{dtype}": section.arrays for (operator, dtype), section in profile.sections.items()}
@@ -118,6 +127,7 @@ def _write(path: Path, text: str, problems: Problems, file: str, packed: bytes) 
             write_whole(path.parent / file, packed)
         write_whole(path, text.encode())
         stem = _stem(path)
+        remove_left(path.parent, f"{stem}.*.npz")
         for old in path.parent.glob(f"{stem}.*.npz"):
             mine = re.fullmatch(r"[0-9a-f]{12}", old.name[len(stem) + 1 : -4])  # another stack's have its name there
             if mine and not (packed and old.name == file):

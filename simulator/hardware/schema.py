@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -50,6 +50,11 @@ _NAMES = Many(Text((), ARRAY_NAME.pattern, "an array name of letters, digits and
 _ARRAYS = Keys({"file": _FILE, "sha256": _SHA256, "names": _NAMES})
 _COLUMN = Text((), "[a-z0-9_]+( [a-z0-9_]+){0,5}", "words of lower-case letters, digits and _")
 _VERSION = Number(SCHEMA_VERSION, SCHEMA_VERSION, str(SCHEMA_VERSION))
+_OF_0_1: Mapping[str, Mapping[str, float]] = MappingProxyType(
+    {"gemm": {"quant_load": 1.0, "c_l2": 4.0}, "elementwise": {"spread": 100.0}}
+)
+"""Highest value of constants that version 0.1 wrote by other rules: they are read, and what nothing uses is dropped.
+Its ``intervals`` of a section are too: the error model is in their place."""
 _FITTED = {"std_error": Number(0, 1e30, "0.01"), "status": Text(("fitted", "fixed", "borrowed", "default"))}
 
 
@@ -178,16 +183,21 @@ def _calibrated(rates: tuple[str, ...], path: Path, fetch: Fetch) -> Keys:
         "arrays": _Arrays(path, fetch),
         "spread": Number(0.01, 10.0, "1.2"),
         "accuracy": Table(Number(-1e9, 1e9, "0.042")),
+        "intervals": _Dropped(),
     }
 
     def fitted(operator: str) -> Table:
         known = ("*",) if operator in ANY_DTYPE else labels
         reason = f"unknown dtype; expected one this device has a rate for: {', '.join(known)}"
         required = {"provenance": record(parts.Provenance), "constants": _constants(operator)}
-        section = Keys(required, optional, partial(Section, status="calibrated"))
+        section = Keys(required, optional, _section)
         return Table(section, lambda dtype: "" if dtype in known else reason)
 
     return Keys({}, {operator: fitted(operator) for operator in OPERATORS})
+
+
+def _section(*, intervals: None = None, status: str = "calibrated", **read: Any) -> Section:
+    return Section(status=status, **read)
 
 
 def _anchor(path: Path, fetch: Fetch) -> Keys:
@@ -214,8 +224,17 @@ def _wrong_dtype(dtype: str) -> str:
 
 @lru_cache
 def _constants(operator: str) -> Keys:
-    values = {name: Number(c.low, c.high, "0.81") for name, c in CONSTANTS[operator].items()}
-    return Keys({}, {name: Keys({"value": value}, _FITTED, parts.Fitted) for name, value in values.items()})
+    ranges = {name: (c.low, c.high) for name, c in CONSTANTS[operator].items()}
+    ranges |= {name: (ranges.get(name, (0.0,))[0], high) for name, high in _OF_0_1.get(operator, {}).items()}
+    kinds = {n: Keys({"value": Number(low, high, "0.81")}, _FITTED, parts.Fitted) for n, (low, high) in ranges.items()}
+    return Keys({}, kinds, lambda **read: MappingProxyType({n: v for n, v in read.items() if n in CONSTANTS[operator]}))
+
+
+class _Dropped:
+    """Whatever stands at a key that an older version wrote."""
+
+    def read(self, node: Node, key: str, problems: Problems) -> None:
+        return None
 
 
 @dataclass(frozen=True)

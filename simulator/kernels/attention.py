@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.arguments import COUNT, SIZE, Range, array, flag, instance, plain, text, together
 from simulator.errors import InputError
 from simulator.hardware.constants import CONSTANTS
-from simulator.hardware.profile import OTHER_STACK, SAME_STACK, unfitted
+from simulator.hardware.profile import OTHER_STACK, SAME_STACK, HardwareProfile, unfitted
 from simulator.kernels import attention_core
 from simulator.kernels.gemm_core import ELEMENT_BYTES, WGMMA_ROWS, Machine
 from simulator.kernels.lattice import Lattice, decode_place, prefill_place
@@ -24,9 +25,12 @@ from simulator.kernels.spread import BOUNDS, Doubt, OpTime, Posterior, Spread, p
 from simulator.workload import Kind
 
 if TYPE_CHECKING:
-    from simulator.hardware.profile import HardwareProfile, Section
+    from simulator.hardware.profile import Section
 
 F = NDArray[np.float64]
+
+_PART = Range(1e-9, 1.0, "numbers above 0, up to 1")
+_RULES = {"window": SIZE, "block": SIZE, "value_dim": SIZE, "density": _PART}  # of the rest, whole numbers from 1 up
 
 _TRITON = ("sglang", "vllm")  # run Triton's kernels where no other was written for latent attention
 
@@ -136,6 +140,18 @@ def _makeshift(hw: HardwareProfile, section: Section, narrow: bool, shared: floa
     return shared >= OTHER_STACK and not alike
 
 
+def _checked(hw: Any, dtype: Any, kv_dtype: Any, latent: Any, **sizes: Any) -> dict[str, F]:
+    """Arguments of attention calls, of shapes that broadcast."""
+    instance("hw", hw, HardwareProfile, "load_hardware")
+    text("dtype", dtype)
+    if kv_dtype is not None:
+        text("kv_dtype", kv_dtype)
+    found = {name: array(name, value, _RULES.get(name, COUNT)) for name, value in sizes.items()}
+    known = plain(latent)  # truth values, or elements of the cache
+    together(**found, latent=known if known.dtype == np.bool_ else array("latent", latent, SIZE))
+    return found
+
+
 def _operator(phase: str, value_dim: Any, latent: Any) -> tuple[str, dict[str, Any]]:
     """Section of a profile for calls of a phase, and their options; those of one call are of one attention."""
     if isinstance(value_dim, int) and not value_dim and latent is False:
@@ -185,6 +201,11 @@ def prefill_attention_time(
     >>> bool(split.seconds < wide.seconds)
     True
     """
+    sizes = {"batch": batch, "q_len": q_len, "kv_len": kv_len, "heads": heads, "kv_heads": kv_heads}
+    sizes |= {"head_dim": head_dim, "window": window, "density": density, "block": block}
+    given = _checked(hw, dtype, kv_dtype, latent, **sizes, value_dim=value_dim)
+    if np.any(beyond := given["q_len"] > given["kv_len"]):
+        raise InputError(f"q_len: expected at most kv_len, got more in {int(beyond.sum())} calls")
     operator, own = _operator("prefill", value_dim, latent)
     r = _ready(hw, operator, dtype, kv_dtype)
     a = r.calls(batch, q_len, kv_len, heads, kv_heads, head_dim, window=window, density=density, block=block, **own)
@@ -219,6 +240,9 @@ def decode_attention_time(
     As :func:`prefill_attention_time`, but ``density`` is the share of the cache read, and with ``cold`` it comes from
     DRAM, as in a model, whose other layers ran in between; else from L2 where it fits, as in a benchmark.
     """
+    sizes = {"batch": batch, "kv_len": kv_len, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+    _checked(hw, dtype, kv_dtype, latent, **sizes, window=window, density=density, value_dim=value_dim)
+    flag("cold", cold)
     operator, own = _operator("decode", value_dim, latent)
     r = _ready(hw, operator, dtype, kv_dtype)
     a = r.calls(batch, 1, kv_len, heads, kv_heads, head_dim, window=window, density=density, warm=not cold, **own)

@@ -11,20 +11,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.arguments import AMOUNT, COUNT, array, instance, together
 from simulator.errors import InputError, unknown
 from simulator.hardware.constants import COLLECTIVE_CONSTANTS
-from simulator.hardware.profile import SAME_STACK
+from simulator.hardware.profile import SAME_STACK, HardwareProfile
 from simulator.kernels.lattice import Lattice
-from simulator.kernels.spread import BOUNDS, Doubt, OpTime, Posterior, Spread, posterior_of, settle
+from simulator.kernels.spread import BOUNDS, Doubt, OpTime, Posterior, Spread, level_scale, posterior_of, settle
 from simulator.workload import Kind
-
-if TYPE_CHECKING:
-    from simulator.hardware.profile import HardwareProfile
 
 F = NDArray[np.float64]
 
@@ -127,7 +125,13 @@ def collective_time(
     if kind not in KINDS:
         raise unknown("collective", kind, KINDS)
     code = KINDS.index(kind)
-    payload, count = (a.astype(np.float64) for a in np.broadcast_arrays(payload_bytes, devices))
+    instance("hw", hw, HardwareProfile, "load_hardware")
+    level_scale(level)
+    given = {
+        "payload_bytes": array("payload_bytes", payload_bytes, AMOUNT),
+        "devices": array("devices", devices, COUNT),
+    }
+    payload, count = together(**given)
     link, busy, kinds = hw.link, count > 1, np.full(payload.shape, code)
     if link is None:
         if np.any(busy):

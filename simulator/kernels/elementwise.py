@@ -9,20 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.arguments import AMOUNT, Range, array, instance, plain, text, together, truths
 from simulator.errors import unknown
 from simulator.hardware.constants import CLASSES, ELEMENTWISE_CONSTANTS
-from simulator.hardware.profile import SAME_STACK
+from simulator.hardware.profile import SAME_STACK, HardwareProfile
 from simulator.kernels.lattice import Lattice
 from simulator.kernels.spread import BOUNDS, Doubt, OpTime, Posterior, Spread, posterior_of, settle
-from simulator.workload import ROLES, Kind
-
-if TYPE_CHECKING:
-    from simulator.hardware.profile import HardwareProfile
+from simulator.workload import DTYPES, ROLES, Kind
 
 F = NDArray[np.float64]
 
@@ -39,6 +37,7 @@ _ROLES = {
 _CODE = {role: CLASSES.index("copy") for role in ROLES} | {name: i for i, name in enumerate(CLASSES)}
 _CODE |= {role: CLASSES.index(name) for name, roles in _ROLES.items() for role in roles.split()}
 _CODE_OF_ROLE = np.array([_CODE[role] for role in ROLES])
+_ROLE = Range(0.0, len(ROLES) - 1.0, "names of operators, or their codes", whole=True)
 
 LOCAL, OWN = 0.08, 0.08
 """Log standard deviations of errors that neighbouring sizes of a class share, and of one size's own."""
@@ -98,9 +97,9 @@ def elementwise_core(
 
 def class_code(role: Any) -> NDArray[np.intp]:
     """Index into :data:`CLASSES` from role codes (indices into ``workload.ROLES``), role names or class names."""
-    given = np.asarray(role)
+    given = plain(role)
     if given.dtype.kind not in "US":
-        return np.asarray(_CODE_OF_ROLE[given])
+        return np.asarray(_CODE_OF_ROLE[array("role", role, _ROLE).astype(np.intp)])
     names = given.ravel().tolist()
     for name in names:
         if name not in _CODE:
@@ -125,8 +124,14 @@ def elementwise_time(
     whatever L2 holds, as gathers and scatters by index were measured on an RTX 5090 (1.2 to 1.7 TB/s of 33 to 50 MB;
     EIT-NLP/LLM-Pruning, DynamicPruningKernels), and depends on whose code it is: its interval is wider.
     """
-    r = _ready(hw, dtype)
-    total, code = np.broadcast_arrays(np.add(read_bytes, write_bytes, dtype=np.float64), class_code(role))
+    if text("dtype", dtype) not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    r = _ready(instance("hw", hw, HardwareProfile, "load_hardware"), dtype)
+    read, written = array("read_bytes", read_bytes, AMOUNT), array("write_bytes", write_bytes, AMOUNT)
+    read, written, code, added = together(
+        read_bytes=read, write_bytes=written, role=class_code(role), added=truths("added", added)
+    )
+    total = read + written
     seconds, floor, memory, hit = elementwise_core(
         total, code, hw.l2_bytes, hw.bandwidth_bytes_per_s, r.constants, added
     )

@@ -11,22 +11,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.arguments import AMOUNT, COUNT, array, instance, text, together
 from simulator.errors import InputError
 from simulator.hardware.constants import EXPERTS_CONSTANTS
-from simulator.hardware.profile import ENGINE_STACK, SAME_STACK, label_of, unfitted
+from simulator.hardware.profile import ENGINE_STACK, SAME_STACK, HardwareProfile, label_of, unfitted
 from simulator.kernels.attention_core import from_l2
 from simulator.kernels.gemm_core import ELEMENT_BYTES, Machine
 from simulator.kernels.lattice import Lattice
 from simulator.kernels.spread import BOUNDS, Doubt, OpTime, Posterior, Spread, posterior_of, settle
 from simulator.workload import Kind, experts_chance
-
-if TYPE_CHECKING:
-    from simulator.hardware.profile import HardwareProfile
 
 F = NDArray[np.float64]
 
@@ -199,9 +197,13 @@ def experts_time(
     >>> t.limits.tolist()
     ['memory', 'compute']
     """
-    sizes = [a.astype(np.float64) for a in np.broadcast_arrays(m, n, k, experts, active, skew)]
-    m, n, k, experts, active, skew = sizes
-    r = _ready(hw, dtype, weight_dtype or dtype)
+    instance("hw", hw, HardwareProfile, "load_hardware")
+    counts = {"m": m, "n": n, "k": k, "experts": experts}
+    given = {name: array(name, value, COUNT) for name, value in counts.items()}
+    m, n, k, experts, active, skew = together(
+        **given, active=array("active", active, AMOUNT), skew=array("skew", skew, AMOUNT)
+    )
+    r = _ready(hw, text("dtype", dtype), text("weight_dtype", weight_dtype or dtype))
     load = (dealt_load if dealt else drawn_load)(m, experts, active, skew)
     parts = experts_core(load, m, n, k, experts, active, r.machine, r.constants, warm=dealt)
     place = experts_place(m, n, experts, active)

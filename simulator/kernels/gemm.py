@@ -12,14 +12,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.arguments import flag, instance
 from simulator.errors import InputError
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
-from simulator.hardware.profile import LABELS, label_of, unfitted
+from simulator.hardware.profile import LABELS, HardwareProfile, label_of, unfitted
 from simulator.kernels.exact import Exact, exact_of
 from simulator.kernels.gemm_core import (
     ELEMENT_BYTES,
@@ -33,6 +34,7 @@ from simulator.kernels.gemm_core import (
     quantised,
 )
 from simulator.kernels.gemm_doubt import doubt_of
+from simulator.kernels.gemm_shapes import PRECISION, Options, chunks, read_shapes
 from simulator.kernels.lattice import Residual, between_measured, residual_of
 from simulator.kernels.spread import (
     BOUNDS,
@@ -45,10 +47,7 @@ from simulator.kernels.spread import (
     posterior_of,
     settle,
 )
-from simulator.workload import Kernel, Kind, spmv_bytes
-
-if TYPE_CHECKING:
-    from simulator.hardware.profile import HardwareProfile
+from simulator.workload import Kernel, Kind
 
 F = NDArray[np.floating[Any]]
 Columns = dict[str, NDArray[Any]]
@@ -62,16 +61,10 @@ group)^1.5 of its time. From kernels of the taxonomy's authors at 4096^3 on an R
 GROUPS_STEP = 0.9
 """e_tc of those kernels over that of dense ones (the same)."""
 
-PRECISION = np.float32
-"""Arithmetic of predictions; the fit's is float64. Results are float64 either way, 1e-6 apart at most."""
-
-CHUNK = 4096
-"""Shapes timed at once: few enough for the second-level cache, many enough to hide the cost of calls."""
-
 _COMPUTE, _MEMORY, _L2, _LATENCY, _LAUNCH = map(BOUNDS.index, ("compute", "memory", "l2", "latency", "launch"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GemmTime(OpTime):
     """Times of GEMMs; the fields of :class:`OpTime`, and with ``detail`` what the model chose (else empty arrays)."""
 
@@ -84,21 +77,6 @@ class GemmTime(OpTime):
     memory_s: F  # memory system, likewise
     fixed_s: F  # fixed time, likewise
     residual: F  # factor of the fitted residual
-
-
-@dataclass(frozen=True)
-class _Path:
-    """The options of :func:`gemm_time`."""
-
-    dtype: str = "bf16"
-    weight_dtype: str | None = None
-    kernel: Any = DENSE
-    cold: bool = True
-    copies: Any = None
-    level: float = 0.9
-    doubt: bool = False
-    density: Any = 1.0
-    block: Any = 0
 
 
 @dataclass(frozen=True)
@@ -204,6 +182,8 @@ def gemm_time(
     ----------
     m, n, k : int or array
         Tokens, output features, input features; at least 1.
+    hw : HardwareProfile
+        The device.
     dtype, weight_dtype : str
         Of activations and arithmetic; of stored weights (default: the same), narrower: a weight-only quantised kernel.
     kernel : int or array
@@ -216,14 +196,15 @@ def gemm_time(
     cold : bool
         Weights come from DRAM, as in a decoder; False: they are as warm as L2 allows.
     copies : int or array, optional
-        Weights used in turn, as benchmarks rotate them: their footprint says how warm they are. Overrides ``cold``.
+        Weights used in turn, as benchmarks rotate them: their footprint says how warm they are. Overrides ``cold``;
+        ``inf``: cold ones.
     level, detail, doubt : float, bool, bool
         Of the interval, in (0, 1); whether to fill the detail fields, and ``doubt``, too.
 
     Raises
     ------
     InputError
-        For a dtype the device lacks, a dimension below 1, or a level outside (0, 1).
+        For a dtype the device lacks, what is no whole number from 1 up, or a level outside (0, 1).
 
     Examples
     --------
@@ -232,8 +213,8 @@ def gemm_time(
     >>> t.limits.tolist(), bool((t.lower < t.seconds).all())
     (['memory', 'compute'], True)
     """
-    path = _Path(dtype, weight_dtype, kernel, cold, copies, level, doubt, density, block)
-    found = _columns(m, n, k, hw, path, detail)
+    path = Options(dtype, weight_dtype, kernel, cold, copies, level, flag("doubt", doubt), density, block)
+    found = _columns(m, n, k, hw, path, flag("detail", detail))
     unsure = Doubt.from_columns(found, int(Kind.GEMM)) if doubt else None
     columns = {f.name: found.get(f.name, np.zeros(0)) for f in fields(GemmTime) if f.name != "doubt"}
     return GemmTime(**columns, doubt=unsure)
@@ -245,68 +226,36 @@ def gemm_ladder(m: Any, n: Any, k: Any, hw: HardwareProfile, **options: Any) -> 
     "roofline" is max(FLOP / peak, bytes / bandwidth); "tile": with the chosen tile's padding; "wave": and idle SMs of
     the last wave; "alignment": and n or k off 16 bytes; "kernel": all but the fixed time; "launch": all of it.
     """
-    found = _columns(m, n, k, hw, _Path(**options), detail=True)
+    found = _columns(m, n, k, hw, Options(**options), detail=True)
     between = {name: found[name] for name in ("tile", "wave", "alignment", "kernel")}
     return {"roofline": found["roofline_s"], **between, "launch": found["seconds"]}
 
 
-def _columns(m: Any, n: Any, k: Any, hw: HardwareProfile, path: _Path, detail: bool) -> Columns:
+def _columns(m: Any, n: Any, k: Any, hw: HardwareProfile, path: Options, detail: bool) -> Columns:
     """Columns of shapes, kernel by kernel, in chunks so that their intermediate arrays stay in the cache."""
-    if not 0.0 < path.level < 1.0:
-        raise InputError(f"level {path.level:g} is outside (0, 1)")
-    codes = np.asarray(path.kernel)
-    sizes = {"m": m, "n": _stored(n, codes, path), "k": k}
-    if path.copies is not None or not path.cold:
-        sizes["copies"] = 1.0 if path.copies is None else path.copies
-    if np.any(path.block):
-        sizes["block"] = path.block
-    given = {name: np.asarray(v, dtype=np.float64) for name, v in sizes.items()}
-    shape = np.broadcast_shapes(codes.shape, *(a.shape for a in given.values()))
-    given = {name: np.ascontiguousarray(np.broadcast_to(a, shape)).reshape(-1) for name, a in given.items()}
+    instance("hw", hw, HardwareProfile, "load_hardware")
+    codes, given = read_shapes(m, n, k, path)
+    shape, given = codes.shape, {name: np.ascontiguousarray(a).reshape(-1) for name, a in given.items()}
     m, n, k = (given[name] for name in "mnk")
-    if len(m) and not (m.min() >= 1.0 and n.min() >= 1.0 and k.min() >= 1.0):  # also refuses NaN
-        raise InputError("m, n and k must be at least 1")
-    if len(m) and max(n.max(), k.max()) >= 2.0**31:  # their alignment is looked at in 32 bits
-        raise InputError(f"n and k must be below 2**31, got {max(n.max(), k.max()):g}")
     out: Columns = {}
-    for code, rows in _chunks(codes, shape):
-        if code not in tuple(Kernel):
-            known = "0 dense, 1 2:4 sparse, 2 unstructured, 3 block-sparse, 4 or 5 groups, 6 SpMV"
-            raise InputError(f"kernel code {code} is unknown; expected {known}")
+    for code, rows, precision in chunks(codes, m, n, k):
         if code == SPMV and m[rows].max(initial=1.0) > 1.0:
             raise InputError(f"an SpMV kernel multiplies one token, got m = {m[rows].max():g}")
         kernel = gemm_kernel(hw, path.dtype, path.weight_dtype, DENSE if code == UNSTRUCTURED else code)
-        for name, values in _timed(kernel, path, detail, **{name: a[rows] for name, a in given.items()}).items():
+        some = {name: a[rows] for name, a in given.items()}
+        for name, values in _timed(kernel, path, detail, precision, **some).items():
             if name not in out:
                 out[name] = np.zeros((len(m), *values.shape[1:]), dtype=values.dtype)
             out[name][rows] = values
     return {name: values.reshape((*shape, *values.shape[1:])) for name, values in out.items()}
 
 
-def _stored(n: Any, codes: NDArray[Any], path: _Path) -> Any:
-    """Outputs of dense products of as many bytes as SpMV kernels store, in whole rows of eight; others' own."""
-    if not np.any(codes == SPMV):
-        return n
-    value, rows = ELEMENT_BYTES[path.weight_dtype or path.dtype], np.asarray(n, dtype=np.float64)
-    return np.where(codes == SPMV, np.ceil(rows * spmv_bytes(path.density, value) / (8.0 * value)) * 8.0, rows)
-
-
-def _chunks(codes: NDArray[Any], shape: tuple[int, ...]) -> list[tuple[int, Any]]:
-    """Kernel codes and some of the flat rows that run it."""
-    size, found = math.prod(shape), np.unique(codes).tolist() or [DENSE]
-    if len(found) == 1:
-        return [(found[0], slice(start, start + CHUNK)) for start in range(0, max(size, 1), CHUNK)]
-    flat = np.broadcast_to(codes, shape).reshape(-1)
-    rows = {code: np.flatnonzero(flat == code) for code in found}
-    return [(code, at[start : start + CHUNK]) for code, at in rows.items() for start in range(0, len(at), CHUNK)]
-
-
-def _timed(kernel: GemmKernel, path: _Path, detail: bool, m: F, n: F, k: F, **more: F) -> Columns:
+def _timed(kernel: GemmKernel, path: Options, detail: bool, precision: Any, m: F, n: F, k: F, **more: F) -> Columns:
     """Columns of :class:`GemmTime` for shapes of one kernel, ``more`` their copies and blocks where they have any; with
     ``detail`` also the rungs of the ladder."""
     core, machine, shapes = kernel.core, kernel.core.machine, (m, n, k)
-    m, n, k = (a.astype(PRECISION) for a in shapes)
-    used = more["copies"].astype(PRECISION) if "copies" in more else None
+    m, n, k = (a.astype(precision) for a in shapes)
+    used = np.minimum(more["copies"], 1e15).astype(precision) if "copies" in more else None
     byte_us, flop_us = 1e6 / machine.bandwidth_bytes_per_s, 1e6 / machine.peak_flop_per_s
     compute = n * k * m * (2.0 * flop_us)
     moved = n * k * (machine.weight_bytes * byte_us) + (n + k) * m * (machine.element_bytes * byte_us)
@@ -317,7 +266,7 @@ def _timed(kernel: GemmKernel, path: _Path, detail: bool, m: F, n: F, k: F, **mo
     step_scale = 1.0 + kernel.align_step * halvings
     if kernel.group and "block" in more:
         features = np.where(more["block"] > 0, more["block"], np.inf)
-        step_scale = step_scale * (1.0 + (kernel.group / features) ** 1.5).astype(PRECISION)
+        step_scale = step_scale * (1.0 + (kernel.group / features) ** 1.5).astype(precision)
     load_scale = kernel.load_scale * (1.0 + kernel.align_load * halvings)
     parts = core_time(rows, n, k, core, used, step_scale, load_scale)
     factor: F | float = 1.0
@@ -384,7 +333,8 @@ def _bound(parts: CoreTime, core: Core, k: F) -> NDArray[np.int8]:
 def alignment_halvings(n: F, k: F, element_bytes: float) -> F:
     """Times the alignment of a row of n or k elements falls short of 16 bytes by a factor of two; else 0. Formats of 8
     bits and fewer have no kernels for less: 1 wherever they are off."""
-    low = n.astype(np.int32) | k.astype(np.int32)
+    kind = np.int32 if n.dtype == np.float32 else np.int64
+    low = n.astype(kind) | k.astype(kind)
     whole = round(math.log2(16 / element_bytes))
     sizes = 2 ** np.arange(1 if element_bytes >= 2.0 else whole, whole + 1)
     return sum(((low & (size - 1)) != 0 for size in sizes.tolist()), np.zeros(n.shape, dtype=n.dtype))

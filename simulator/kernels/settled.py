@@ -18,13 +18,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.arguments import instance
 from simulator.kernels.spread import MULTIPLIER, OpTime, level_scale
 from simulator.kernels.stack import F, Stack
 from simulator.kernels.stream import TIMES, Pass, passes
+from simulator.units import seconds, seconds_between
+from simulator.workload import ROLES, Workload
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
-    from simulator.workload import Workload
 
 MIXED_LOG_SD = 0.05
 """Of the ratio of host times where another mix of kernels is launched: the same host, not the same work."""
@@ -192,10 +194,12 @@ def intervals(p: Pass, level: float) -> tuple[F, F]:
     return found.lower, found.upper
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Cost(OpTime):
     """Times of a workload on a device, s: of each row's execution (eager: all kernels it stands for), and in all."""
 
+    role: NDArray[np.str_]  # of each row
+    count: F  # its executions
     total_s: float
     total_lower_s: float  # interval of that time
     total_upper_s: float
@@ -204,11 +208,26 @@ class Cost(OpTime):
     host_s: float  # to launch and to schedule, hidden or not
     host_bound: bool  # the host, not the device, sets the pace
 
+    def _title(self) -> str:
+        total = seconds_between(self.total_s, self.total_lower_s, self.total_upper_s)
+        host = f"host {seconds(self.host_s)}{' sets the pace' if self.host_bound else ''}"
+        device = f"device {seconds(self.device_s)}{f', {seconds(self.gap_s)} of it gaps' if self.gap_s else ''}"
+        return f"{total}: {device}, {host}; {len(self.seconds)} rows"
+
 
 def cost(w: Workload, hw: HardwareProfile, level: float = 0.9) -> Cost:
-    """Cost of one workload on one device in its engine (:func:`passes`); InputError for what cannot run."""
-    p = passes(Stack.of([w]), hw, level)
+    """Cost of one workload ``w`` on one device ``hw`` in its engine (:func:`passes`), s; arrays have an element a row.
+
+    ``level``, in (0, 1), is that of the intervals. InputError for what cannot run there.
+
+    >>> import simulator
+    >>> w = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="decode")
+    >>> c = cost(w, simulator.load_hardware("h100"))
+    >>> c.host_bound, c.total_lower_s < c.total_s < c.total_upper_s, c.to_pandas()["role"][2]
+    (False, True, 'qkv')
+    """
+    p = passes(Stack.of([instance("w", w, Workload, "simulator.lower")]), hw, level)
     in_all = {name: getattr(p, name)[0].item() for name in ("total_s", "device_s", "gap_s", "host_s", "host_bound")}
     lower, upper = (end[0].item() for end in intervals(p, level))
-    ends = {"total_lower_s": lower, "total_upper_s": upper}
+    ends = {"role": np.array(ROLES)[w.role], "count": w.count, "total_lower_s": lower, "total_upper_s": upper}
     return Cost(**{name: getattr(p.time, name) for name in TIMES}, **in_all, **ends)

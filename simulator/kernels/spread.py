@@ -13,7 +13,7 @@ for sums of operators.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from statistics import NormalDist
 from types import MappingProxyType
@@ -22,6 +22,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.arguments import LEVEL, number
+from simulator.display import Shown, table_html
+from simulator.units import seconds, seconds_between
 from simulator.workload import Kind
 
 if TYPE_CHECKING:
@@ -87,8 +90,8 @@ HOST_KIND = int(Kind.HOST)
 _CHUNK = 512
 
 
-@dataclass(frozen=True)
-class OpTime:
+@dataclass(frozen=True, repr=False)
+class OpTime(Shown):
     """Times of operators, arrays of one shape, s."""
 
     seconds: NDArray[np.float64]  # predicted kernel time, launch overhead inside a CUDA graph included
@@ -96,13 +99,35 @@ class OpTime:
     upper: NDArray[np.float64]
     roofline_s: NDArray[np.float64]  # max(FLOP / datasheet peak, bytes / datasheet bandwidth)
     bound: NDArray[Any]  # int8: index into BOUNDS
-    doubt: Doubt | None = field(default=None, kw_only=True)  # where it was asked for
+    doubt: Doubt | None = field(default=None, kw_only=True, repr=False)  # where it was asked for
 
     @property
     def limits(self) -> NDArray[np.str_]:
         """Names of the limits."""
         out: NDArray[np.str_] = np.array(BOUNDS)[self.bound]
         return out
+
+    def _title(self) -> str:
+        times, many = self.seconds, np.size(self.seconds)
+        if many != 1:
+            ends = f", {seconds(float(times.min()))} to {seconds(float(times.max()))}" if many else ""
+            return f"{' x '.join(map(str, times.shape))} times{ends}"
+        one = seconds_between(times.item(), self.lower.item(), self.upper.item())
+        return f"{one}, held by {self.limits.item()}"
+
+    def _columns(self) -> Mapping[str, Any]:
+        """The arrays that were filled in, flat, limits by their names."""
+        held = {f.name: getattr(self, f.name) for f in fields(self) if f.repr} | {"bound": self.limits}
+        return {name: np.ravel(values) for name, values in held.items() if np.shape(values) == self.seconds.shape}
+
+    def _html(self) -> str:
+        ends = {"lower": "lower_s", "upper": "upper_s"}
+        return table_html({ends.get(name, name): values for name, values in self._columns().items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The arrays that were filled in as lists, s, limits by their names, and what holds for all."""
+        held = super().to_dict() | {"bound": self.limits.tolist()}
+        return {name: values for name, values in held.items() if values != []}
 
 
 @dataclass(frozen=True)
@@ -167,13 +192,18 @@ class Doubt:
         return cls(tuple(COLUMNS), shared.T, local, own, place, kind)
 
 
-@lru_cache(maxsize=64)
 def level_scale(level: float, known: float = 0.9) -> float:
-    """Half-width of an interval at a level over that at a known level, as of a normal distribution.
+    """Half-width of an interval at a level over that at a known level, as of a normal distribution; InputError for a
+    level outside (0, 1).
 
     >>> level_scale(0.9), round(level_scale(0.99), 3)
     (1.0, 1.566)
     """
+    return _level_scale(number("level", level, LEVEL), known)
+
+
+@lru_cache(maxsize=64)
+def _level_scale(level: float, known: float) -> float:
     normal = NormalDist()
     return normal.inv_cdf(0.5 + 0.5 * level) / normal.inv_cdf(0.5 + 0.5 * known)
 

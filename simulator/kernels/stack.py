@@ -23,6 +23,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.arguments import AMOUNT, instance, number
+from simulator.display import Shown
+from simulator.errors import InputError
 from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, Kernel, Kind, Part, Workload
 
 if TYPE_CHECKING:
@@ -180,8 +183,8 @@ class Stack:
         return w.take(first), which
 
 
-@dataclass(frozen=True)
-class Memory:
+@dataclass(frozen=True, repr=False)
+class Memory(Shown):
     """Bytes on the device that holds most, and the verdict."""
 
     weights_bytes: float
@@ -194,18 +197,25 @@ class Memory:
     devices_needed: int  # smallest power of two that share weights and cache evenly and fit; 0: none up to MOST_DEVICES
     verdict: str  # one sentence for people
 
+    def _title(self) -> str:
+        return self.verdict
+
 
 def memory(workload: Workload, hw: HardwareProfile, *, reserve_bytes: float = RESERVE_BYTES) -> Memory:
-    """Memory of a workload, pruned or not, on a device of ``memory_bytes``, ``reserve_bytes`` of which are set aside.
+    """Memory of a workload, pruned or not, on a device ``hw`` of ``memory_bytes``, ``reserve_bytes`` of which are set
+    aside; a model that is too large is a verdict, no InputError.
 
     Examples
     --------
     >>> import simulator
     >>> w = simulator.lower(simulator.load_model("llama-2-70b"), phase="decode", seq=2048)
-    >>> from types import SimpleNamespace
-    >>> print(memory(w, SimpleNamespace(memory_bytes=80e9)).verdict)
-    does not fit: needs 130.0 GiB of 74.5 GiB (1.7x); fits on 2 devices
+    >>> print(memory(w, simulator.load_hardware("h100")).verdict)
+    does not fit: needs 130.0 GiB of 79.6 GiB (1.6x); fits on 2 devices
     """
+    instance("workload", workload, Workload, "simulator.lower")
+    number("reserve_bytes", reserve_bytes, AMOUNT)
+    if not hasattr(hw, "memory_bytes"):
+        raise InputError(f"hw: expected a HardwareProfile (see load_hardware), got {type(hw).__name__}")
     stack, devices, capacity = Stack.of([workload]), workload.meta.devices, float(hw.memory_bytes)
     weights, cache, activation = (float(f(stack)[0]) for f in (weights_bytes, cache_bytes, activation_bytes))
     total = weights + cache + activation + reserve_bytes

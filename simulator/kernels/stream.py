@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.arguments import instance
 from simulator.engines.engine import Engine, load_engine, sparse24_engines
 from simulator.errors import InputError
-from simulator.hardware.profile import label_of
+from simulator.hardware.profile import HardwareProfile, label_of
 from simulator.kernels.attention import decode_attention_time, prefill_attention_time
 from simulator.kernels.collective import KINDS, collective_time
 from simulator.kernels.elementwise import elementwise_time
@@ -27,9 +27,6 @@ from simulator.kernels.host import Host, launches
 from simulator.kernels.spread import BOUNDS, COLUMNS, INDEX, Doubt, OpTime, PassDoubt, posterior_of
 from simulator.kernels.stack import F, Rows, Stack, sums
 from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, Kernel, Kind, Workload, dtype_code
-
-if TYPE_CHECKING:
-    from simulator.hardware.profile import HardwareProfile
 
 _ATTENTION = "batch kv_len heads kv_heads head_dim value_dim window density"
 _MODELS: Mapping[int, tuple[Callable[..., OpTime], str, str, Mapping[str, bool]]] = MappingProxyType(
@@ -250,6 +247,7 @@ class Pass:
 def passes(stack: Stack, hw: HardwareProfile, level: float = 0.9) -> Pass:
     """Passes of a stack in the engine of its workloads; every different operator is timed once. ``level`` is of the
     intervals. InputError for operators that the device or the engine cannot run."""
+    instance("hw", hw, HardwareProfile, "load_hardware")
     engine = load_engine(stack.rows.meta.engine)
     if reason := refusal(stack):
         raise InputError(reason)

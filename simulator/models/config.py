@@ -7,9 +7,16 @@ checkpoint. Layers that differ are :attr:`ModelConfig.blocks`; where all are ali
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+from simulator.arguments import AMOUNT, number, shown, whole
+from simulator.display import Shown, facts_html
+from simulator.errors import InputError, unknown
+from simulator.workload import DTYPES
 
 
 @dataclass(frozen=True)
@@ -47,8 +54,22 @@ class Latent:
         return self.rank + self.rotary
 
 
-@dataclass(frozen=True)
-class ModelConfig:
+MOST_WIDTH = 2**31 - 1
+
+_COUNTS: Mapping[str, int] = MappingProxyType(
+    dict.fromkeys(("hidden", "head_dim", "vocab", "max_positions"), 1)
+    | dict.fromkeys(("layers", "heads", "kv_heads", "inner", "rotary_dim", "learned_positions"), 0)
+    | dict.fromkeys(("experts", "expert_inner"), 0)
+)
+"""Fields that are whole numbers, and the least of each."""
+
+_CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"norm": ("rms", "layer", "none"), "qk_norm": ("", "head", "width"), "weight_dtype": ("", *DTYPES)}
+)
+
+
+@dataclass(frozen=True, repr=False)
+class ModelConfig(Shown):
     """The shapes of a decoder-only transformer.
 
     >>> import simulator
@@ -97,6 +118,33 @@ class ModelConfig:
     numbers: tuple[int, ...] = field(default=(), compare=False)  # of the layers that a checkpoint holds
     found: str = field(default="", compare=False)  # how a checkpoint differs from its configuration, in one line
 
+    def __post_init__(self) -> None:
+        for name, least in _COUNTS.items():
+            found = whole(getattr(self, name))
+            if found is None or not least <= found <= MOST_WIDTH:
+                expected = f"a whole number from {least} to {MOST_WIDTH}"
+                raise InputError(f"{name}: expected {expected}, got {shown(getattr(self, name))}")
+        number("active", self.active, AMOUNT)
+        windows = self.windows
+        if not isinstance(windows, tuple) or len(windows) != self.layers or any((whole(w) or 0) < 0 for w in windows):
+            raise InputError(f"windows: expected a tuple of {self.layers} positions, one a layer, got {shown(windows)}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise unknown(name, getattr(self, name), choices)
+
+    def _title(self) -> str:
+        shapes = f"{self.layers} layers, hidden {self.hidden}, {self.heads} heads on {self.kv_heads}, MLP {self.inner}"
+        experts = f", {self.experts} experts" if self.experts else ""
+        return f"{self.name} ({self.architecture}): {self.parameters:,} parameters, {shapes}{experts}"
+
+    def _html(self) -> str:
+        """What it has; of lists by layer none."""
+        return facts_html({name: v for name, v in self.to_dict().items() if v and not isinstance(v, list)})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields as plain Python values, and the parameters that follow from them."""
+        return super().to_dict() | {"parameters": self.parameters, "active_parameters": self.active_parameters}
+
     @cached_property
     def layout(self) -> tuple[Block, ...]:
         """Each layer."""
@@ -114,7 +162,7 @@ class ModelConfig:
         return tuple(out)
 
     def each_block(self, change: Callable[[Block], Block]) -> ModelConfig:
-        """The model with every layer, and the usual one, changed."""
+        """The model with every layer, and the usual one, as ``change`` makes it of what it is."""
         own = change(Block(self.heads, self.kv_heads, self.inner, self.experts, self.active, self.expert_inner))
         names = ("heads", "kv_heads", "inner", "experts", "active", "expert_inner")
         widths = {name: getattr(own, name) for name in names}
@@ -136,7 +184,7 @@ class ModelConfig:
         return self.hidden * {"rms": 1, "layer": 2, "none": 0}[self.norm]
 
     def attention_parameters(self, block: Block) -> int:
-        """Parameters of the attention of a layer, its norms left out."""
+        """Parameters of the attention of a layer ``block``, its norms left out."""
         h, d, own = self.hidden, self.head_dim, self.latent
         if "attention" in block.linear:
             return h * h
@@ -153,7 +201,7 @@ class ModelConfig:
         return (h + self.qkv_bias) * (q + 2 * kv) + (q + self.o_bias) * h + norms + self.sinks * block.heads
 
     def mlp_parameters(self, block: Block) -> int:
-        """Parameters of the MLP of a layer, routed experts included, its norms left out."""
+        """Parameters of the MLP of a layer ``block``, routed experts included, its norms left out."""
         h, wide = self.hidden, 2 if self.gated else 1
         if "mlp" in block.linear:
             return h * h
@@ -165,11 +213,11 @@ class ModelConfig:
         return dense + router + block.experts * self.expert_parameters(block)
 
     def expert_parameters(self, block: Block) -> int:
-        """Parameters of one routed expert of a layer."""
+        """Parameters of one routed expert of a layer ``block``."""
         return 3 * self.hidden * block.expert_inner + self.expert_bias * (2 * block.expert_inner + self.hidden)
 
     def block_parameters(self, block: Block) -> int:
-        """Parameters of one decoder layer."""
+        """Parameters of one decoder layer ``block``."""
         norms = block.sublayers * (self.pre_norms + self.post_norms) * self.norm_parameters
         return self.attention_parameters(block) + self.mlp_parameters(block) + norms
 

@@ -42,7 +42,7 @@ def difference(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]:
         (_other(dense, pruned), pruned.layout, {"vocab": pruned.vocab, "learned_positions": pruned.learned_positions}),
     ]
     for words, blocks, fields in shrinks:
-        now = replace(last, layers=len(blocks), blocks=blocks, **fields)
+        now = replace(last, layers=len(blocks), windows=(0,) * len(blocks), blocks=blocks, **fields)
         share = (last.parameters - now.parameters) / dense.parameters
         if words:
             said.append(words + (f" ({share:.1%} of the parameters)".replace("%", " %") if share > 0 else ""))

@@ -1,4 +1,5 @@
-"""Tensors of a checkpoint by the headers of its ``*.safetensors`` alone: :func:`read_headers`. No weight is read.
+"""Tensors of a checkpoint by the headers of its ``*.safetensors`` alone: :func:`read_headers` of a folder,
+:func:`join_headers` of what was read of its files. No weight is read.
 
 A file starts with the length of its header (8 bytes, little-endian), then that much JSON: for each tensor its dtype,
 its shape and where its bytes lie (https://huggingface.co/docs/safetensors/index). What is not so is refused, with
@@ -11,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -61,10 +62,14 @@ class Tensor:
 def read_headers(folder: Path) -> dict[str, Tensor]:
     """Tensors of a folder by name, from its index or else all its ``*.safetensors``; none where there are no such
     files. Raises InputError, one line, for what is missing or no safetensors file."""
+    return join_headers(folder, ((file, *_content(file)) for file in _files(folder)))
+
+
+def join_headers(folder: Path, files: Iterable[tuple[Path, bytes, int]]) -> dict[str, Tensor]:
+    """Tensors of some files by name, each given as its path, its header, and the number of bytes behind it."""
     found: dict[str, Tensor] = {}
     room = MAX_HEADERS_BYTES
-    for file in _files(folder):
-        content, data = _content(file)
+    for file, content, data in files:
         if (room := room - len(content)) < 0:
             raise InputError(f"{folder}: headers of more than {MAX_HEADERS_BYTES / 1e6:g} MB")
         for name, tensor in _tensors(content, data, file):
@@ -92,19 +97,29 @@ def _files(folder: Path) -> list[Path]:
     if not index.is_file():
         names = sorted(p.name for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_"))
     else:
-        content = _parsed(read_bounded(index, MAX_INDEX_BYTES), index)
-        entries = content.get("weight_map") if isinstance(content, dict) else None
-        if not isinstance(entries, dict) or not entries:
-            raise InputError(f"{index}: weight_map: expected a file name for each tensor")
-        values = entries.values()
-        if any(not isinstance(v, str) or v in (".", "..") or os.path.basename(v) != v or "\0" in v for v in values):
-            raise InputError(f"{index}: weight_map: expected names of files in this folder")
-        names = sorted(set(values))
+        names = indexed(read_bounded(index, MAX_INDEX_BYTES), index)
     if len(names) > MAX_FILES:
         raise InputError(f"{folder}: {len(names):,} safetensors files; at most {MAX_FILES:,} are read")
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise InputError(f"{folder}: {_short(missing[0])} is missing ({len(missing)} of {len(names)} files are)")
+    check_there(folder, names, (name for name in names if os.path.isfile(folder / name)))
     return [folder / name for name in names]
+
+
+def indexed(content: bytes, index: Path) -> list[str]:
+    """Names of the files that an index lists."""
+    parsed = _parsed(content, index)
+    entries = parsed.get("weight_map") if isinstance(parsed, dict) else None
+    if not isinstance(entries, dict) or not entries:
+        raise InputError(f"{index}: weight_map: expected a file name for each tensor")
+    values = entries.values()
+    if any(not isinstance(v, str) or v in (".", "..") or os.path.basename(v) != v or "\0" in v for v in values):
+        raise InputError(f"{index}: weight_map: expected names of files in this folder")
+    return sorted(set(values))
+
+
+def check_there(folder: Path, names: Sequence[str], there: Iterable[str]) -> None:
+    """InputError where a file that an index lists is not there."""
+    if missing := sorted({*names} - {*there}):
+        raise InputError(f"{folder}: {_short(missing[0])} is missing ({len(missing)} of {len(names)} files are)")
 
 
 def _content(path: Path) -> tuple[bytes, int]:
@@ -146,17 +161,21 @@ def _entry(path: Path, name: str, value: Any, room: int) -> tuple[Tensor, int, i
         raise InputError(f"{where}: expected a name of at most {MAX_NAME} characters")
     if not isinstance(value, dict):
         raise InputError(f"{where}: expected dtype, shape and data_offsets")
-    dtype, shape, offsets = (value.get(key) for key in ("dtype", "shape", "data_offsets"))
+    tensor, offsets = checked(value.get("dtype"), value.get("shape"), where), value.get("data_offsets")
+    if not _counts(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= room:
+        raise InputError(f"{where}: its bytes would lie outside the file")
+    if (offsets[1] - offsets[0]) * 8 != tensor.elements * BITS[tensor.dtype]:
+        raise InputError(f"{where}: has other bytes than its shape and dtype say")
+    return tensor, offsets[0], offsets[1]
+
+
+def checked(dtype: Any, shape: Any, where: str) -> Tensor:
+    """A tensor of what a file says of its dtype and shape."""
     if not isinstance(dtype, str) or dtype not in BITS:
         raise InputError(f"{where}: dtype {one_line(repr(dtype), 40)} is unknown")
     if not _counts(shape) or len(shape) > 8 or math.prod(shape) > MAX_ELEMENTS:
         raise InputError(f"{where}: expected a shape of up to 8 sizes, got {one_line(repr(shape), 40)}")
-    tensor = Tensor(dtype, tuple(shape))
-    if not _counts(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= room:
-        raise InputError(f"{where}: its bytes would lie outside the file")
-    if (offsets[1] - offsets[0]) * 8 != tensor.elements * BITS[dtype]:
-        raise InputError(f"{where}: has other bytes than its shape and dtype say")
-    return tensor, offsets[0], offsets[1]
+    return Tensor(dtype, tuple(shape))
 
 
 def _counts(value: Any) -> TypeGuard[list[int]]:

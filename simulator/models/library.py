@@ -53,9 +53,11 @@ def list_models() -> tuple[str, ...]:
 
 
 def load_model(source: str | os.PathLike[str] | Mapping[str, Any] | ModelConfig) -> ModelConfig:
-    """A model by name, or from a Hugging Face ``config.json``, a folder with one, or its parsed content.
+    """A model by name, or from a Hugging Face ``config.json``, a folder with one, or its parsed content, whichever
+    ``source`` is.
 
     Names are those of :func:`list_models` (case, ``-``, ``_``, ``.`` and spaces do not matter), and Hugging Face ids.
+    InputError for an unknown name, with the closest, or a configuration that no decoder can have.
 
     >>> load_model("meta-llama/Llama-3.1-8B").parameters
     8030261248

@@ -19,19 +19,20 @@ assume, and why:
 - Latent attention: a prefill makes keys and values of the latent for every head; a decode attends to the latent itself,
   one weight's halves turning queries and outputs (``absorb_k``, ``absorb_v``), but where the cache is copied.
 - Decode: each sequence adds one token to ``seq`` cached positions and attends to ``seq + 1``.
+- Generate: an attention row a decode step; of thousands of steps, some neighbours are one row of their middle length.
 - Serve: the steady state of continuous batching. In the time of one request every other one in flight is served too:
   a prefill each, one at a time, and ``new_tokens`` decode steps of all, whose caches are half grown on average.
 """
 
 from __future__ import annotations
 
-import operator
 from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 
+from simulator.arguments import Range, instance, number, shown, text, whole
 from simulator.columns import Array
 from simulator.engines import DEFAULT_ENGINE
 from simulator.engines.engine import load_engine
@@ -44,11 +45,15 @@ from simulator.workload import DTYPE_BYTES, DTYPES, EXPERT_SKEW, PHASES, Meta, P
 MAX_TOKENS = 2**40
 """Largest batch x seq; beyond it counts would leave the exact range of float64."""
 
-MAX_SKEW = 2.0
-"""The busiest expert is used 40,000 times as often as the idlest."""
+SKEW = Range(0.0, 2.0, "a number from 0 (experts used alike) to 2")
+"""At 2 the busiest expert is used 40,000 times as often as the idlest."""
 
 MAX_DECODES = 1_000_000
-"""Largest number of decode steps: each has a row of its own in the attention."""
+"""Largest number of decode steps."""
+
+DECODE_LENGTHS = 1024
+"""Below twice as many decode steps each has an attention row of its own; from there on neighbours share one. FLOPs and
+bytes stay exact but where a window fills up; times move by less than 1e-4."""
 
 
 def lower(
@@ -67,6 +72,7 @@ def lower(
     skew: float = EXPERT_SKEW,
 ) -> Workload:
     """Operators of one pass of a decoder, one row a shape; the same (immutable) object for the same arguments.
+    InputError for what is unknown, out of range or cannot be split among the devices.
 
     Parameters
     ----------
@@ -93,8 +99,7 @@ def lower(
     >>> int(w.parameters), int(w.n[w.is_role("qkv")][0])
     (6738415616, 12288)
     """
-    if not isinstance(model, ModelConfig):
-        raise InputError(f"model: expected a ModelConfig (see load_model), got {type(model).__name__}")
+    instance("model", model, ModelConfig, "load_model")
     checked = {"phase": (phase, PHASES), "dtype": (dtype, DTYPES)}
     for what, optional in (("weight_dtype", weight_dtype), ("kv_dtype", kv_dtype)):
         checked[what] = (dtype if optional is None else optional, DTYPES)
@@ -104,23 +109,15 @@ def lower(
     batch, seq = _integer("batch", batch, 1, MAX_TOKENS), _integer("seq", seq, 1, MAX_TOKENS)
     if batch * seq > MAX_TOKENS:
         raise InputError(f"batch x seq: expected at most {MAX_TOKENS} tokens, got {batch * seq}")
+    text("parallel", parallel)
     devices, low = _integer("devices", devices, 1, 1_000_000), int(phase in ("generate", "serve"))
     new_tokens = _integer("new_tokens", new_tokens, low, MAX_DECODES if low else 0, f" for phase {phase!r}")
     stream = stream_of(dtype)
     weights = weight_dtype or model.weight_dtype or dtype
     formats = [dtype_code(name) for name in (dtype, weights, kv_dtype or stream, stream)]
     runs = load_engine(engine)
-    if not isinstance(skew, int | float) or not 0.0 <= skew <= MAX_SKEW:
-        raise InputError(f"skew {skew!r}: expected a number from 0 (experts used alike) to {MAX_SKEW:g}")
-    how = (
-        runs.logits,
-        runs.cache == "copied",
-        devices,
-        parallel,
-        float(skew),
-        "qkv" in runs.fuse,
-        "gate_up" in runs.fuse,
-    )
+    skew = number("skew", skew, SKEW)
+    how = (runs.logits, runs.cache == "copied", devices, parallel, skew, "qkv" in runs.fuse, "gate_up" in runs.fuse)
     return _lower(Request(model, phase, batch, seq, new_tokens, engine, *how, *formats))
 
 
@@ -135,13 +132,10 @@ def stream_of(dtype: str) -> str:
 
 def _integer(what: str, value: Any, low: int, high: int, where: str = "") -> int:
     expected = f"{low}" if low == high else f"an integer from {low} to {high}"
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = low - 1
-    if isinstance(value, bool) or not low <= number <= high:
-        raise InputError(f"{what}: expected {expected}{where}, got {value!r}")
-    return number
+    found = whole(value)
+    if found is None or not low <= found <= high:
+        raise InputError(f"{what}: expected {expected}{where}, got {shown(value)}")
+    return found
 
 
 @lru_cache(maxsize=256)
@@ -151,11 +145,12 @@ def _lower(r: Request) -> Workload:
     if r.phase != "decode":
         together, prompts = (1, r.batch) if serve else (r.batch, 1)
         passes.append(Pass(r, part, Phase.PREFILL, together, r.seq, prompts))
-        lengths.append(np.array([r.seq]))
+        lengths.append((np.array([r.seq]), np.array([prompts])))
     if r.phase != "prefill":
         steps = max(r.new_tokens, 1)
         passes.append(Pass(r, part, Phase.DECODE, r.batch, 1, steps))
-        lengths.append(np.array([r.seq + (steps + 1) // 2]) if serve else r.seq + 1 + np.arange(steps))
+        grown = (np.array([(steps + 1) // 2]), np.array([steps])) if serve else _decodes(steps)
+        lengths.append((r.seq + grown[0], grown[1]))
     parallel = r.parallel if r.devices > 1 else "none"
     request = r.model.name, r.phase, r.batch, r.seq, r.new_tokens, DTYPES[r.dtype]
     meta = Meta(*request, r.model.layers, r.model.hidden, r.devices, parallel, r.engine, config=r.model)
@@ -165,8 +160,8 @@ def _lower(r: Request) -> Workload:
         return w
     attending = [(first, many) for first, many, block in part.runs if block.heads]
     attention = [
-        _attention_columns(r.model.windows[first : first + many], kv_len, one.steps // len(kv_len), first)
-        for one, kv_len in zip(passes, lengths)
+        _attention_columns(r.model.windows[first : first + many], kv_len, executions, first)
+        for kv_len, executions in lengths
         for first, many in attending
     ]
     times = np.ones(len(w), dtype=np.int64)
@@ -179,7 +174,24 @@ def _lower(r: Request) -> Workload:
     return w.replace(**columns)
 
 
-def _attention_columns(windows: tuple[int, ...], kv_len: Array, times: int, first: int) -> Array:
+def _decodes(steps: int) -> tuple[Array, Array]:
+    """Positions that the decodes of a request have added, and how many decodes each number stands for.
+
+    The first steps and the last are alone: what is pruned follows from the one, the memory of the cache from the other.
+
+    >>> lengths, executions = _decodes(1_000_000)
+    >>> len(lengths), lengths[[0, -1]].tolist(), int(executions.sum()), int(lengths @ executions) * 2
+    (1552, [1, 1000000], 1000000, 1000001000000)
+    """
+    size = steps // (2 * DECODE_LENGTHS) * 2 + 1  # odd, so that the middle one stands for all
+    shared = max(steps - 2, 0) // size
+    alone = steps - 1 - size * shared
+    middle = alone + size * np.arange(shared) + (size + 1) // 2
+    executions = np.repeat([1, size, 1], [alone, shared, 1])
+    return np.concatenate([1 + np.arange(alone), middle, [steps]]), executions
+
+
+def _attention_columns(windows: tuple[int, ...], kv_len: Array, times: Array, first: int) -> Array:
     """Attention of consecutive layers from ``first`` on at each of the (rising) cache lengths, ``times`` at each: a
     column a length and run of equal layers.
 
@@ -188,7 +200,7 @@ def _attention_columns(windows: tuple[int, ...], kv_len: Array, times: int, firs
     """
     cuts = np.searchsorted(kv_len, sorted(set(windows) - {0}), side="right")
     pieces = []
-    for lengths in np.split(kv_len, cuts):
+    for lengths, many in zip(np.split(kv_len, cuts), np.split(times, cuts)):
         if not len(lengths):
             continue
         runs, start = [], first
@@ -196,6 +208,7 @@ def _attention_columns(windows: tuple[int, ...], kv_len: Array, times: int, firs
             size = len(list(same))
             runs.append((start, size, window))
             start += size
-        pieces.append(np.vstack([np.tile(np.array(runs).T, len(lengths)), np.repeat(lengths, len(runs))]))
+        each = np.repeat(np.stack([lengths, many]), len(runs), axis=1)
+        pieces.append(np.vstack([np.tile(np.array(runs).T, len(lengths)), each]))
     out = np.hstack(pieces)
-    return np.vstack([out, out[1] * times])
+    return np.vstack([out[:-1], out[1] * out[-1]])

@@ -18,16 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from simulator.display import Shown, by_column, few, items_html, table_html
 from simulator.errors import InputError
 from simulator.models.changes import content_of
 from simulator.models.library import load_model
 from simulator.predict.choices import FamilyChoice, families
-from simulator.predict.configurations import FAMILIES, KINDS, Configuration, Place, Target, configurations_of
+from simulator.predict.configurations import FAMILIES, Configuration, Place, Target, configurations_of
 from simulator.predict.configurations import LARGEST_SPARSITY as LARGEST_SPARSITY
 from simulator.predict.rows import Columns, Piece, columns_of, plain, work_of
 from simulator.predict.settings import Setting, one_measured, profiles, requests_of, settings_of
 from simulator.predict.speedup import speedups
 from simulator.pruning import prune
+from simulator.units import percent, ratio
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
@@ -69,8 +71,8 @@ class WidthStep:
     reached: bool  # whether the target is
 
 
-@dataclass(frozen=True)
-class Advice:
+@dataclass(frozen=True, repr=False)
+class Advice(Shown):
     """A family for one device and request, at the least sparsity that reaches the target, or else at the fastest."""
 
     model: str
@@ -98,6 +100,12 @@ class Advice:
     quality_source: str
     steps: tuple[WidthStep, ...]  # aligned widths around it where time steps down; none for families that change none
 
+    def _title(self) -> str:
+        where = f"{self.model} on {self.hardware}, {self.phase}, batch {self.batch}, seq {self.seq}, {self.engine}"
+        least = f"{self.family} reaches {ratio(self.target)}x from {percent(self.sparsity)}"
+        most = f"{self.family} misses {ratio(self.target)}x, {ratio(self.speedup)}x at {percent(self.sparsity)}"
+        return f"{where}: {least if self.reached else most}"
+
 
 @dataclass(frozen=True)
 class Alternative:
@@ -116,8 +124,18 @@ class Alternative:
     reached: bool
 
 
-@dataclass(frozen=True)
-class Advised:
+# fmt: off
+_COLUMNS = {
+    "configurations": "hardware engine configuration layers hidden kv_heads inner kept pruned_s speedup odds limit",
+    "advice": "hardware engine family reached sparsity sure_sparsity pruned_s speedup speedup_lower speedup_upper",
+    "alternatives": "hardware engine what reached speedup speedup_lower speedup_upper",
+}
+# fmt: on
+"""Columns that a notebook shows of each table of :class:`Advised`."""
+
+
+@dataclass(frozen=True, repr=False)
+class Advised(Shown):
     """Advice by family, best first for each device and request; what else there is; what was left out; and
     configurations, the one that keeps most parameters first."""
 
@@ -125,6 +143,26 @@ class Advised:
     alternatives: tuple[Alternative, ...]
     notes: tuple[str, ...]
     configurations: tuple[Configuration, ...] = ()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Advice, then configurations, which are of no family, as dictionaries."""
+        return [*(a.to_dict() for a in self.advice), *({"family": None, **c.to_dict()} for c in self.configurations)]
+
+    def _title(self) -> str:
+        reached = few((a.family for a in self.advice if a.reached), 8) or "no family"
+        families, shapes = ({a.family for a in self.advice}, {c.configuration for c in self.configurations})
+        return f"reached by {reached} of {len(families)} families, and by {len(shapes)} configurations"
+
+    def _columns(self) -> Mapping[str, Any]:
+        """A row for each of :meth:`rows`."""
+        return by_column(self.rows())
+
+    def _html(self) -> str:
+        parts = []
+        for name, columns in _COLUMNS.items():
+            if rows := getattr(self, name):
+                parts += [f"<p>{name}", table_html({c: [getattr(row, c) for row in rows] for c in columns.split()})]
+        return "".join((*parts, items_html(self.notes)))
 
 
 def advise(
@@ -164,18 +202,21 @@ def advise(
             raise InputError(f"{name}: expected at least one")
     shapes = load_model(model)
     places = [Place.of(shapes, s, r, devices, target) for r, s in itertools.product(requests, settings)]
-    steps = itertools.count(1)
+    kinds, rest = 0, len(places) * len(devices)
 
-    def step() -> None:
-        progress(next(steps), len(KINDS) + len(places) * len(devices))
+    def of_kinds(done: int, total: int) -> None:
+        nonlocal kinds
+        kinds = total
+        progress(done, total + rest)
 
     advice: list[Advice] = []
     others: list[Alternative] = []
     configurations: list[Configuration] = []
     notes: dict[str, None] = {}
     if set(chosen) & set(FAMILIES.values()) and max(t for place in places for t in place.targets) > 1.0:
-        configurations, said = configurations_of(shapes, places, chosen, odds, content_of(model, shapes), step)
+        configurations, said = configurations_of(shapes, places, chosen, odds, content_of(model, shapes), of_kinds)
         notes |= dict.fromkeys(said)
+    steps = itertools.count(kinds + 1)
     for place in places:
         meta = place.dense.meta
         request = meta.phase, ((meta.batch, meta.seq),)
@@ -187,7 +228,7 @@ def advise(
             else:
                 where = f"{hw.label}, {place.setting.engine_name}, {meta.phase}, batch {meta.batch}, seq {meta.seq}"
                 notes[f"{where}: the dense model reaches it"] = None
-            step()
+            progress(next(steps), kinds + rest)
     if not (advice or configurations) and min(t for place in places for t in place.targets) > 1.0:
         raise InputError("; ".join(notes) or "nothing to advise")
     return Advised(tuple(advice), tuple(others), tuple(notes), tuple(configurations))

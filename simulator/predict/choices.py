@@ -86,7 +86,7 @@ def families(names: Sequence[str], models: Sequence[ModelConfig] = ()) -> tuple[
     ('width', 'depth')
     """
     for name in names:
-        if name != "all" and name not in FAMILIES:
+        if not isinstance(name, str) or name not in ("all", *FAMILIES):
             raise unknown("family", name, [*FAMILIES, "all"])
     every = [name for name, f in FAMILIES.items() if not f.needs or any(getattr(m, f.needs) for m in models)]
     return once(family for name in names for family in (every if name == "all" else [name]))

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,12 +116,14 @@ def verdicts(
     *,
     engine: Sequence[str] = (),
     setting: Setting | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Verdict, ...]:
     """Both claims for every device, engine, batch and length: (a) in prefill and decode, (b) on every axis of quality
     on which two of its families have data.
 
     Requests and setting are those of :func:`simulator.table`, ``quality`` a table by name or path, else the shipped
     ones. A measured time of the dense model in the setting moves the speedups; the ratios of two do not use it.
+    ``progress`` is called with steps done and in all: the first claim, then the second on each axis.
 
     >>> [(v.claim, v.phase, v.verdict) for v in verdicts("llama-3.2-1b", ["h100"], engine=["reference"])]
     [('bound', 'prefill', 'does not apply'), ('bound', 'decode', 'holds'), ('order', 'prefill', 'no data')]
@@ -137,9 +139,11 @@ def verdicts(
         rows = QualityTable(())  # none has been measured
     reached = tuple(r for r in rows.rows if _reached(r.relative_loss, r.higher_is_better))
     axes = [axis for axis in rows.axes() if len(_present(r.family for r in reached if r.axis == axis)) >= 2]
-    for axis in axes:
+    progress(1, 1 + len(axes))
+    for done, axis in enumerate(axes, start=2):
         accuracy = rows.on_axis(axis).rows[0].higher_is_better
         out += [order_verdict(front, accuracy=accuracy) for front in fronts(config, devices, rows, axis, **asked)[0]]
+        progress(done, 1 + len(axes))
     if not axes:
         has = _present(r.family for r in reached)
         there = f"there is quality of: {', '.join(has) or 'none of them'}"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.arguments import SECONDS, number
 from simulator.kernels.settled import Implied, settled
 from simulator.kernels.stack import F, Rows, Stack
 from simulator.kernels.stream import SECTIONS, Pass, passes, section_of
@@ -102,6 +103,8 @@ def compare(
     for name, (dtype, has) in pairs.sections.items():
         if p.hw.section(name, dtype).status != "calibrated":
             calibrated &= ~has
+    if dense_s is not None:
+        number("dense_s", dense_s, SECONDS)
     found = settled(p, level, dense, *_alike(dense, p), None if dense_s is None else (0, dense_s))
     times = found.seconds, found.lower, found.upper
     of_dense = (column[dense] for column in times)

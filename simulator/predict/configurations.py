@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.display import Shown
 from simulator.errors import InputError
 from simulator.models.changes import NONE, changed_keys, free_heads
 from simulator.predict.compare import compare
 from simulator.predict.settings import Setting, dense_seconds
 from simulator.predict.speedup import pairs_of, speedups
+from simulator.units import percent, ratio
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
@@ -91,8 +93,8 @@ class Target:
         return dense_s / seconds
 
 
-@dataclass(frozen=True)
-class Configuration:
+@dataclass(frozen=True, repr=False)
+class Configuration(Shown):
     """Shapes of a pruned model and what they reach on one device in one engine and request."""
 
     model: str
@@ -120,6 +122,11 @@ class Configuration:
     limit: str
     calibrated: bool
     config: Mapping[str, Any]  # keys of config.json that change, and their values
+
+    def _title(self) -> str:
+        where = f"{self.model} on {self.hardware}, {self.phase}, batch {self.batch}, seq {self.seq}, {self.engine}"
+        shapes = f"{self.layers} layers, hidden {self.hidden}, {self.heads} heads on {self.kv_heads}, MLP {self.inner}"
+        return f"{where}: {self.configuration}, {shapes}: {ratio(self.speedup)}x, {percent(self.kept)} kept"
 
 
 def odds_of(target: float, speedup: float, lower: float, upper: float, level: float = 0.9) -> float:
@@ -220,13 +227,14 @@ def configurations_of(
     families: Sequence[str],
     odds: float = 0.5,
     content: Mapping[str, Any] = NONE,
-    progress: Callable[[], None] = lambda: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[Configuration], list[str]]:
     """Configurations of a model that reach the targets of all places, the one that keeps most parameters first, with a
     row for each place and device; and what else to know.
 
     ``families`` are those that may be used, ``odds`` those with which each target must be reached (one half: the
     prediction reaches it), ``content`` is the model's ``config.json``, if it has one: what that cannot say is left out.
+    ``progress`` is called with kinds done and in all.
 
     >>> from simulator.hardware.library import load_hardware
     >>> from simulator.models.library import load_model
@@ -257,10 +265,10 @@ def configurations_of(
         free = {d: space[d] for d in dimensions if d in allowed}
         if free and free.keys() not in [other.keys() for other in asked.values()]:
             asked[name] = free
-    for name, one in asked.items():
+    for done, (name, one) in enumerate(asked.items(), start=1):
         if best := _best(model, one, reached):
             found[name] = best
-        progress()
+        progress(done, len(asked))
     if missed := [name for name in asked if name not in found]:
         notes.append(f"no configuration of {', '.join(missed)} alone reaches the target everywhere")
     keys = {}

@@ -53,6 +53,7 @@ class GemmRecord:
     limit: str
     flop_per_s: float  # FLOPs that are not multiplications by zero, over the time
     peak_flop_per_s: float  # dense datasheet rate
+    clock_headroom: float  # highest clock over that of the datasheet's rate
     bandwidth_bytes_per_s: float
     intensity: float  # FLOP/byte
     ladder_s: Mapping[str, float]  # time with each effect and all before it
@@ -93,7 +94,7 @@ def gemm_table(
         ladder = gemm_ladder(rows.m, rows.n, rows.k, hw, **path)
         about: dict[str, Any] = {"hardware": hw.label, "dtype": dtype, "weight_dtype": weight, "cold": cold}
         about |= {"semi_structured": semi_structured, "peak_flop_per_s": hw.peak_flop_per_s(dtype)}
-        about |= {"bandwidth_bytes_per_s": hw.bandwidth_bytes_per_s}
+        about |= {"bandwidth_bytes_per_s": hw.bandwidth_bytes_per_s, "clock_headroom": hw.clock_headroom}
         columns = {"seconds": time.seconds, "lower_s": time.lower, "upper_s": time.upper, "roofline_s": time.roofline_s}
         columns |= {"flop_per_s": rows.flops / time.seconds, "intensity": rows.flops / rows.bytes}
         for i, size in enumerate(shapes.tolist()):

@@ -18,11 +18,12 @@ from simulator.errors import InputError
 from simulator.files.fields import Checked, Keys, Kind, Many, Number, Text, record
 from simulator.files.yaml import Node, Problems, join, parse_yaml, read_text
 from simulator.hardware.library import reference
+from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.predict.choices import FamilyChoice
-from simulator.predict.settings import MAX_TOKENS, PARALLEL, Setting, check_fraction, once
+from simulator.predict.settings import MAX_TOKENS, PARALLEL, Setting, check_fraction, once, profiles
 from simulator.pruning import FAMILIES, GENERAL, prune
 from simulator.pruning._methods import load_method
 from simulator.workload import DTYPES, PHASES
@@ -209,7 +210,8 @@ class Grid:
 
     # names, paths or loaded models
     models: Annotated[tuple[str | ModelConfig, ...], _Axis(Checked(Text(), _model))]
-    hardware: Annotated[tuple[str, ...], _Axis(Checked(Text(), reference))]  # names, aliases or paths
+    # names, aliases, paths or loaded profiles
+    hardware: Annotated[tuple[str | HardwareProfile, ...], _Axis(Checked(Text(), reference))]
     sparsities: Annotated[tuple[float, ...], _Numbers(Number(-1e9, 1e9, "0.25"), check_fraction)]
     phases: Annotated[tuple[str, ...], _Axis(Text(PHASES))]
     batches: Annotated[tuple[int, ...], _Numbers(Number(1, MAX_TOKENS, "64", whole=True))]
@@ -233,6 +235,7 @@ class Grid:
         for name in AXES:
             if not getattr(self, name):
                 raise InputError(f"{name}: expected at least one value")
+        profiles(self.hardware)  # refuses two that bear one name
 
     @property
     def size(self) -> int:

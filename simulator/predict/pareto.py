@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -180,13 +180,15 @@ def fronts(
     engine: Sequence[str] = (),
     setting: Setting | None = None,
     measured: Sequence[Measured] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[tuple[Front, ...], tuple[str, ...]]:
     """Frontiers of a model from the quality rows on one axis, by phase, batch, seq and device; and the rows that could
     not be used.
 
     Model, hardware, requests and setting are those of :func:`simulator.table`; the quality rows may be those of another
     model of its kind (the caller says so). ``measured`` speedups stand in for predictions where their conditions fit.
-    No row on the axis that the model and the devices support is an InputError.
+    No row on the axis that the model and the devices support is an InputError. ``progress`` is called with frontiers
+    done and in all.
     """
     rows, settings = quality.on_axis(axis).rows, settings_of(setting, engine)
     if not rows:
@@ -201,8 +203,9 @@ def fronts(
         row = rows[choice]
         notes[f"{row.method} at {row.sparsity:g}{f' on {device}' if device else ''}: {reason}"] = None
 
-    out = []
-    for (p, b, s), setting in itertools.product(requests_of(phase, batch, seq), settings):
+    out: list[Front] = []
+    runs = list(itertools.product(requests_of(phase, batch, seq), settings))
+    for (p, b, s), setting in runs:
         work = work_of(Piece(config, setting, p, ((b, s),), choices), refuse)
         for hw in devices:
             columns = columns_of(work, [hw], refuse)
@@ -217,6 +220,7 @@ def fronts(
             calibrated = all(q.calibrated or q.measured for q in judged)
             where = (config.name, hw.label, p, b, s, setting.engine_name)
             out.append(Front(*where, axis, judged, bands(judged, below), calibrated, setting.level, below))
+            progress(len(out), len(runs) * len(devices))
     return tuple(out), tuple(notes)
 
 

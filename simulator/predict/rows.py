@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.display import Shown
 from simulator.errors import InputError
 from simulator.kernels.spread import BOUNDS
 from simulator.kernels.stack import F, Rows, Stack, activation_bytes, bytes_needed, cache_bytes
@@ -23,6 +24,7 @@ from simulator.kernels.stream import refusal
 from simulator.models.library import load_model
 from simulator.predict.choices import Choice, Existing, FamilyChoice
 from simulator.predict.compare import Comparison, Pairs, compare, known
+from simulator.predict.gain import gain, gain_html
 from simulator.predict.requests import Group, Requests, prune_all
 from simulator.predict.settings import Setting
 from simulator.pruning import FAMILIES
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
     from simulator.models.config import ModelConfig
 
 
-@dataclass(frozen=True)
-class Record:
+@dataclass(frozen=True, repr=False)
+class Record(Shown):
     """One prediction with everything that identifies it; the order of the fields is the order of keys in JSON and of
     columns in CSV."""
 
@@ -87,6 +89,13 @@ class Record:
     dense_largest_batch: int  # sequences that fit
     pruned_largest_batch: int
     method: str  # published one, "" where a family was asked for; its family may be two joined by "+"
+
+    def _title(self) -> str:
+        where = f"{self.model} on {self.hardware}, {self.engine}, {self.phase}, batch {self.batch}, seq {self.seq}"
+        return f"{where}, {self.dtype}: {gain(self, self.speedup_lower, self.speedup_upper)}"
+
+    def _html(self) -> str:
+        return gain_html(self, self.speedup_lower, self.speedup_upper)
 
 
 _TYPES = {"str": str, "float": float, "float | None": float, "int": int, "bool": bool}

@@ -8,17 +8,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from simulator.arguments import LEVEL, SECONDS, instance, number, shown, whole
 from simulator.engines import DEFAULT_ENGINE
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError, unknown
 from simulator.hardware.library import load_hardware
-from simulator.models.lower import lower, stream_of
+from simulator.hardware.profile import HardwareProfile
+from simulator.models.lower import SKEW, lower, stream_of
 from simulator.models.parallel import PARALLEL as PARALLEL
 from simulator.pruning import check_fraction as check_fraction
 from simulator.workload import DTYPES, EXPERT_SKEW, PHASES
 
 if TYPE_CHECKING:
-    from simulator.hardware.profile import HardwareProfile
     from simulator.models.config import ModelConfig
     from simulator.workload import Workload
 
@@ -51,10 +52,10 @@ class Setting:
                 one_of(name, dtype, DTYPES)
         whole_number("new tokens", self.new_tokens, 1_000_000)
         whole_number("devices", self.devices, 100_000)
-        if not 0.0 < self.level < 1.0:
-            raise InputError(f"level {self.level!r}: expected a number between 0 and 1, such as 0.9")
-        if self.dense_s is not None and not 0.0 < self.dense_s < 1e9:
-            raise InputError(f"dense time {self.dense_s!r} s: expected a positive time")
+        number("level", self.level, LEVEL)
+        number("skew", self.skew, SKEW)
+        if self.dense_s is not None:
+            number("dense time", self.dense_s, SECONDS)
 
     @property
     def engine_name(self) -> str:
@@ -95,27 +96,33 @@ def once(values: Iterable[T]) -> tuple[T, ...]:
 
 
 def one_of(kind: str, name: str, choices: Sequence[str]) -> str:
-    if name not in choices:
+    if not isinstance(name, str) or name not in choices:
         raise unknown(kind, name, choices)
     return name
 
 
 def whole_number(name: str, value: int, largest: int = MAX_TOKENS) -> int:
     """A whole number from 1 up."""
-    if not 1 <= value <= largest:
-        raise InputError(f"{name} {value}: expected a whole number from 1 to {largest}")
-    return int(value)
+    found = whole(value)
+    if found is None or not 1 <= found <= largest:
+        raise InputError(f"{name} {shown(value)}: expected a whole number from 1 to {largest}")
+    return found
 
 
 def profiles(hardware: Iterable[str | HardwareProfile]) -> list[HardwareProfile]:
-    """Loaded devices, one named twice once."""
-    found = [load_hardware(h) if isinstance(h, str) else h for h in hardware]
-    return list({hw.label: hw for hw in found}.values())
+    """Loaded devices, one named twice once. Two that bear one name are refused: a row says its device by name alone."""
+    found: dict[str, HardwareProfile] = {}
+    for hw in (load_hardware(h) if isinstance(h, str) else h for h in hardware):
+        instance("hardware", hw, HardwareProfile, "load_hardware")
+        if (other := found.setdefault(hw.label, hw)) is not hw:
+            both = " and ".join(str(h.path or "a profile that no file holds") for h in (other, hw))
+            raise InputError(f"hardware: {both}: two profiles are called {hw.label}; give one of them another name")
+    return list(found.values())
 
 
 def settings_of(setting: Setting | None, engines: Iterable[str]) -> list[Setting]:
     """A setting in each of some engines, one named twice once; in its own where there are none."""
-    setting = setting or Setting()
+    setting = Setting() if setting is None else instance("setting", setting, Setting, "simulator.predict.settings")
     found = {load_engine(name).path: name for name in engines}
     return [replace(setting, engine=name) for name in found.values() or (setting.engine,)]
 
@@ -131,7 +138,6 @@ def one_measured(setting: Setting, axes: Mapping[str, Sequence[Any]], requests: 
 
 def requests_of(phase: Iterable[str], batch: Iterable[int], seq: Iterable[int]) -> list[tuple[str, int, int]]:
     """Every phase, batch and length together, each checked and none twice."""
-    return [
-        (one_of("phase", p, PHASES), whole_number("batch", b), whole_number("seq", s))
-        for p, b, s in itertools.product(once(phase), once(batch), once(seq))
-    ]
+    phases = once(one_of("phase", p, PHASES) for p in phase)
+    batches, seqs = (once(whole_number(name, n) for n in axis) for name, axis in (("batch", batch), ("seq", seq)))
+    return list(itertools.product(phases, batches, seqs))

@@ -6,12 +6,14 @@ vectorised pass), :func:`waterfall` for the named steps from the nominal 1/(1 - 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from simulator.arguments import instance, listed
+from simulator.display import Shown, as_plain, bars_html, by_column
 from simulator.kernels.elementwise import elementwise_time
 from simulator.kernels.gemm import gemm_ladder
 from simulator.kernels.spread import BOUNDS
@@ -19,6 +21,7 @@ from simulator.kernels.stack import F, Stack
 from simulator.kernels.stream import Pass, by_formats, passes, section_of
 from simulator.predict.applied import applied, as_pruned, one_setting
 from simulator.predict.compare import Comparison, Pairs, compare, known
+from simulator.predict.gain import gain, gain_html
 from simulator.workload import Kind, Workload
 
 if TYPE_CHECKING:
@@ -27,7 +30,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the loss waterfall: ``factor`` multiplies the speedup before it to ``speedup``."""
+    """One step of the loss waterfall: ``factor`` multiplies the speedup before it to ``speedup``; both are ratios.
+
+    >>> Step("launch", 0.98, 1.27, "fixed time of each kernel").factor
+    0.98
+    """
 
     name: str
     factor: float
@@ -35,9 +42,34 @@ class Step:
     note: str
 
 
-@dataclass(frozen=True)
-class Speedup:
-    """The predicted speedup of a pruned workload over its dense one."""
+class Waterfall(Shown, tuple[Step, ...]):
+    """The steps from the nominal speedup to the predicted one, in order: a tuple of :class:`Step`."""
+
+    def _title(self) -> str:
+        return f"{self[0].speedup:.2f}x promised, {self[-1].speedup:.2f}x predicted, {len(self) - 1} steps between"
+
+    def _columns(self) -> Mapping[str, Any]:
+        """A row a step."""
+        return by_column(self.to_dict()["steps"])
+
+    def _html(self) -> str:
+        return bars_html([("promised", self[0].speedup), *((step.name, step.speedup) for step in self[1:])])
+
+    def to_dict(self) -> dict[str, Any]:
+        """``steps``, a dictionary each."""
+        return {"steps": as_plain(tuple(self))}
+
+
+@dataclass(frozen=True, repr=False)
+class Speedup(Shown):
+    """The predicted speedup of a pruned workload over its dense one; times in s, the rest are ratios.
+
+    >>> import simulator
+    >>> dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="prefill")
+    >>> s = simulator.speedup(dense, simulator.prune(dense, "depth", 0.25), simulator.load_hardware("h100"))
+    >>> print(repr(s)[:15], s.to_dict()["limit"])
+    <Speedup: 1.32x compute
+    """
 
     dense_s: float  # of a pass
     dense_lower: float  # intervals at `level`
@@ -69,8 +101,18 @@ class Speedup:
     @property
     def efficiency(self) -> float:
         """Share of the possible gain that is granted, (speedup - 1) / (roofline_bound - 1); NaN where there is none."""
-        gain = self.roofline_bound - 1.0
-        return (self.speedup - 1.0) / gain if gain > 1e-9 else float("nan")
+        possible = self.roofline_bound - 1.0
+        return (self.speedup - 1.0) / possible if possible > 1e-9 else float("nan")
+
+    def _title(self) -> str:
+        return gain(self, self.lower, self.upper)
+
+    def _html(self) -> str:
+        return gain_html(self, self.lower, self.upper)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields, times in s, and ``efficiency``."""
+        return super().to_dict() | {"efficiency": self.efficiency}
 
 
 def speedups(
@@ -84,8 +126,27 @@ def speedups(
 ) -> list[Speedup]:
     """Speedups of many pruned versions of a dense workload (as :func:`simulator.prune` returns them) on one device.
 
-    ``level`` is that of the intervals, ``dense_s`` a measured time of the dense one, which moves and narrows all;
-    ``pairs`` are :func:`pairs_of` these workloads, where they are compared on several devices.
+    Parameters
+    ----------
+    dense, pruned : Workload, sequence of Workload
+        Of one setting: phase, batch, lengths, engine and devices.
+    hw : HardwareProfile
+        The device; what it lacks (a number format, 2:4 tensor cores) is an InputError, as are workloads that are not
+        of one setting.
+    level : float
+        Of the intervals, in (0, 1).
+    dense_s : float, optional
+        Measured time of the dense one, s: it moves and narrows all.
+    pairs : Pairs, optional
+        :func:`pairs_of` these workloads, where they are compared on several devices.
+
+    Examples
+    --------
+    >>> import simulator
+    >>> dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="decode")
+    >>> pruned = [simulator.prune(dense, "depth", s) for s in (0.0, 0.25)]
+    >>> [round(s.speedup, 2) for s in speedups(dense, pruned, simulator.load_hardware("h100"))]
+    [1.0, 1.26]
     """
     pairs = pairs or pairs_of(dense, pruned)
     c, _ = compare(pairs, hw, level, dense_s)
@@ -103,6 +164,8 @@ def speedups(
 
 def pairs_of(dense: Workload, pruned: Sequence[Workload]) -> Pairs:
     """Pruned workloads and their dense one, ready to be compared on many devices; all of one setting."""
+    for w in (dense, *listed("pruned", pruned)):
+        instance("dense" if w is dense else "pruned", w, Workload, "simulator.lower")
     for w in pruned:
         one_setting(dense, w)
     return Pairs(Stack.of([dense, *pruned]), np.zeros(1 + len(pruned), dtype=np.intp))
@@ -111,8 +174,9 @@ def pairs_of(dense: Workload, pruned: Sequence[Workload]) -> Pairs:
 def speedup(
     dense: Workload, pruned: Workload, hw: HardwareProfile, level: float = 0.9, *, dense_s: float | None = None
 ) -> Speedup:
-    """Speedup of one pruned workload over its dense workload; see :func:`speedups`. The pruned one may be of a model of
-    its own, such as a checkpoint's, lowered in the same setting: what was pruned is then what tells the two apart.
+    """Speedup of one pruned workload over its dense workload on a device ``hw``; ``level``, ``dense_s`` and what is an
+    InputError are as for :func:`speedups`. The pruned one may be of a model of its own, such as a checkpoint's, lowered
+    in the same setting: what was pruned is then what tells the two apart.
 
     Examples
     --------
@@ -141,16 +205,22 @@ NOTES = {
 """What each step of the waterfall means."""
 
 
-def waterfall(
-    dense: Workload, pruned: Workload, hw: HardwareProfile, *, dense_s: float | None = None
-) -> tuple[Step, ...]:
+def waterfall(dense: Workload, pruned: Workload, hw: HardwareProfile, *, dense_s: float | None = None) -> Waterfall:
     """Named steps from the nominal speedup 1/(1 - s) to the predicted one; the factors multiply exactly.
 
-    Each step makes the cost model of both workloads one effect more real and takes the ratio again. The first is
-    "nominal" with factor and speedup 1/(1 - s); the last has the predicted speedup.
+    ``dense``, ``pruned``, ``hw``, ``dense_s`` and what is an InputError are as for :func:`speedup`. Each step makes the
+    cost model of both workloads one effect more real and takes the ratio again. The first is "nominal" with factor and
+    speedup 1/(1 - s); the last has the predicted speedup.
+
+    >>> import simulator
+    >>> dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="decode", engine="hf")
+    >>> pruned = simulator.prune(dense, "width", 0.25)
+    >>> steps = waterfall(dense, pruned, simulator.load_hardware("h100"))
+    >>> min(steps, key=lambda step: step.factor).name
+    'host time'
     """
-    _, asked, realised = applied(dense.meta, as_pruned(dense, pruned).meta)
     pairs = pairs_of(dense, [pruned])
+    _, asked, realised = applied(dense.meta, as_pruned(dense, pruned).meta)
     stack, p = pairs.stack, passes(pairs.stack, hw)
     rungs, added = _ladder(p), stack.rows.overhead & (stack.owner > 0)
 
@@ -169,7 +239,7 @@ def waterfall(
     for (name, note), value in zip(NOTES.items(), values, strict=True):
         steps.append(Step(name, value / before, value, note))
         before = value
-    return tuple(steps)
+    return Waterfall(steps)
 
 
 def _ladder(p: Pass) -> dict[str, F]:

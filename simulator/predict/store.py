@@ -16,7 +16,7 @@ from typing import Any
 
 from simulator.errors import InputError, one_line
 from simulator.files.parquet import load_pyarrow
-from simulator.files.write import check_target, replacing, write_whole
+from simulator.files.write import check_target, remove_left, replacing, write_whole
 
 GROUP_ROWS = 131_072  # of the finished file
 DIGEST_KEY, NOTES_KEY = b"prunesim.grid", b"prunesim.notes"
@@ -133,6 +133,7 @@ class Store:
         """Remove the parts, but nothing else that may lie there."""
         for path in [*(self.part(i) for i in range(self.parts)), self.folder / "manifest.json", self.folder / "lock"]:
             path.unlink(missing_ok=True)
+        remove_left(self.folder, "*")
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 

@@ -27,6 +27,7 @@ from simulator.errors import InputError
 from simulator.files.parquet import load_pyarrow
 from simulator.hardware.library import files_of, load_hardware
 from simulator.models.library import load_model
+from simulator.models.lower import DECODE_LENGTHS
 from simulator.predict.grid import Grid, read_grid
 from simulator.predict.rows import COLUMNS, Columns, Notes, Piece, Text, columns_of, note, note_lines, plain, work_of
 from simulator.predict.store import NOTES_KEY, Store, check_room
@@ -114,8 +115,11 @@ def sweep(
     return Summary(store.target, grid.size, rows, resumed, len(sizes), seconds, note_lines(notes, NOTED))
 
 
-def sweep_columns(grid: Grid, where: str | None = None) -> tuple[Columns, tuple[str, ...]]:
-    """A grid's rows as arrays in memory, texts as object arrays; and what was left out.
+def sweep_columns(
+    grid: Grid, where: str | None = None, *, progress: Callable[[int, int], None] = lambda done, total: None
+) -> tuple[Columns, tuple[str, ...]]:
+    """A grid's rows as arrays in memory, texts as object arrays; and what was left out. ``progress`` is called with
+    pieces done and in all.
 
     >>> grid = Grid(("llama-3.1-8b",), ("h100",), (0.5,), ("decode",), (1, 8), (2048,), engines=("trtllm",))
     >>> columns, notes = sweep_columns(grid, "family == 'depth'")
@@ -123,7 +127,10 @@ def sweep_columns(grid: Grid, where: str | None = None) -> tuple[Columns, tuple[
     ([1, 8], [0.5, 0.5], ())
     """
     notes: Notes = {}
-    found = [piece_columns(grid, piece, notes, where) for piece in pieces(grid)]
+    found, todo = [], list(pieces(grid))
+    for done, piece in enumerate(todo, start=1):
+        found.append(piece_columns(grid, piece, notes, where))
+        progress(done, len(todo))
     joined = {name: np.concatenate([plain(columns[name]) for columns in found]) for name in COLUMNS}
     return joined, note_lines(notes, NOTED)
 
@@ -157,7 +164,7 @@ def pieces(grid: Grid) -> Iterator[Piece]:
     choices = list(itertools.product(grid.families, grid.sparsities))
     runs = itertools.starmap(grid.setting, itertools.product(grid.dtypes, grid.engines, grid.devices))
     for model, setting, phase in itertools.product(grid.models, runs, grid.phases):
-        operators = {"generate": 60 + 2 * grid.new_tokens, "serve": 60}.get(phase, 30)
+        operators = {"generate": 60 + 2 * min(grid.new_tokens, 2 * DECODE_LENGTHS), "serve": 60}.get(phase, 30)
         workloads = max(1, min(PART_ROWS // len(grid.hardware), OPERATOR_ROWS // operators))
         many = min(len(shapes), REQUESTS, workloads)
         of_choices = max(1, workloads // many)
@@ -193,9 +200,9 @@ def digest(grid: Grid, where: str | None = None) -> str:
     facts = json.dumps([__version__, where, grid.facts()], sort_keys=True, default=str)
     sha = hashlib.sha256(facts.encode())
     for name in grid.models:
-        sha.update(repr(load_model(name)).encode())
-    for name in grid.hardware:
-        for file in files_of(load_hardware(name)):
+        sha.update(json.dumps(load_model(name).to_dict()).encode())
+    for device in grid.hardware:
+        for file in files_of(load_hardware(device)):
             sha.update(file.name.encode() + b"\0" + file.read_bytes())
     for name in grid.engines:
         if (path := load_engine(name).path) is not None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from simulator.arguments import instance, listed
+from simulator.display import Shown, few, items_html, table_html
 from simulator.errors import InputError
 from simulator.kernels.settled import Implied
 from simulator.kernels.stack import Stack, memory
@@ -32,7 +34,7 @@ from simulator.predict.settings import (
     requests_of,
     settings_of,
 )
-from simulator.predict.speedup import Step, pairs_of, waterfall
+from simulator.predict.speedup import Waterfall, pairs_of, waterfall
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
@@ -40,8 +42,15 @@ if TYPE_CHECKING:
     from simulator.workload import Workload
 
 
-@dataclass(frozen=True)
-class Table:
+# fmt: off
+SETTING = ("model", "hardware", "engine", "method", "pruned", "family", "phase", "batch", "seq", "dtype")
+PREDICTED = ("sparsity", "dense_s", "pruned_s", "speedup", "speedup_lower", "speedup_upper", "roofline_bound", "limit")
+# fmt: on
+"""Columns that a notebook shows: those that differ, and always."""
+
+
+@dataclass(frozen=True, repr=False)
+class Table(Shown):
     """Predictions; iterates over its records."""
 
     records: tuple[Record, ...]
@@ -53,26 +62,38 @@ class Table:
     def __len__(self) -> int:
         return len(self.records)
 
-    def to_pandas(self) -> Any:
-        """The records as a ``pandas.DataFrame``, a column a field."""
-        try:
-            import pandas
-        except ImportError:
-            raise InputError("a data frame needs pandas, which is not installed: pip install pandas") from None
-        return pandas.DataFrame([asdict(r) for r in self.records], columns=list(Record.__dataclass_fields__))
+    def _title(self) -> str:
+        models, devices = (few(getattr(r, name) for r in self) for name in ("model", "hardware"))
+        return f"{len(self):,} predictions of {models} on {devices}{f'; {len(self.notes)} notes' if self.notes else ''}"
+
+    def _columns(self) -> Mapping[str, Any]:
+        """A row a record."""
+        return {f.name: [getattr(r, f.name) for r in self] for f in fields(Record)}
+
+    def _html(self) -> str:
+        """What tells the rows apart, and what is predicted; then the notes."""
+        columns = self._columns()
+        apart = [name for name in SETTING if len(set(columns[name])) > 1]
+        return table_html({name: columns[name] for name in (*apart, *PREDICTED)}) + items_html(self.notes)
 
 
-@dataclass(frozen=True)
-class Explanation:
+@dataclass(frozen=True, repr=False)
+class Explanation(Shown):
     """A prediction, its waterfall, and what it is of."""
 
     record: Record
-    steps: tuple[Step, ...]
+    steps: Waterfall
     dense: Workload = field(repr=False)
     pruned: Workload = field(repr=False)
     hardware: HardwareProfile = field(repr=False)
     implied: Implied | None = None  # what a measured time of the dense model says
     dense_s: float | None = None  # that time
+
+    def _title(self) -> str:
+        return self.record._title()
+
+    def _html(self) -> str:
+        return self.steps._html()
 
     @cached_property
     def layer_s(self) -> float:
@@ -126,6 +147,8 @@ def table(
         Names or paths (:func:`simulator.list_engines`); none: that of the setting.
     ideal : bool
         Leave out the work that pruning adds (routers, gathers).
+    setting : Setting
+        Number formats, devices, new tokens and level of all (:class:`simulator.predict.settings.Setting`).
     options : mapping
         Further options of the one family asked for.
     progress : callable
@@ -136,6 +159,11 @@ def table(
     Table
         Ordered by model, engine, phase, batch, seq, family, sparsity, hardware.
 
+    Raises
+    ------
+    InputError
+        For what is unknown or out of range, and where nothing is left to predict.
+
     Examples
     --------
     >>> found = table(["llama-3.1-8b"], ["h100_sxm"], ["depth", "semi_structured"], [0.25])
@@ -144,6 +172,12 @@ def table(
     >>> len(found.notes)
     1
     """
+    models, hardware, engine = listed("models", models), listed("hardware", hardware), listed("engine", engine)
+    phase, batch, seq = listed("phase", phase), listed("batch", batch), listed("seq", seq)
+    family, sparsity = (None if v is None else listed(n, v) for n, v in (("family", family), ("sparsity", sparsity)))
+    method, pruned = listed("method", method), listed("pruned", pruned)
+    if options is not None:
+        instance("options", options, dict, "simulator.FAMILIES")
     requests, settings = requests_of(phase, batch, seq), settings_of(setting, engine)
     devices, loaded = profiles(hardware), [load_model(m) for m in models]
     choices = choices_of(loaded, family, method, pruned, sparsity, options)
@@ -248,10 +282,11 @@ def explanations(
     setting: Setting | None = None,
     ideal: bool = False,
     options: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Explanation, ...]:
     """The loss waterfall of one family at one sparsity (or a mapping from projection kind to fraction), of a
     published method in its place, or of each of some pruned models, for every phase, batch, length, engine and device;
-    see :func:`table`.
+    see :func:`table`. ``progress`` is called with explanations done and their number.
 
     >>> import math
     >>> (e,) = explanations("llama-3.1-8b", ["h100"], "width", 0.25)
@@ -276,8 +311,9 @@ def explanations(
     def refuse(_choice: int | None, reason: str, _device: str) -> None:
         raise InputError(reason)
 
-    out = []
-    for (p, b, s), setting, choice in itertools.product(requests, settings, choices):
+    out: list[Explanation] = []
+    jobs = list(itertools.product(requests, settings, choices))
+    for (p, b, s), setting, choice in jobs:
         work = work_of(Piece(config, setting, p, ((b, s),), (choice,), ideal), refuse)
         (dense,) = work.requests.workloads
         w = choice[0].pruned(dense, choice[1], setting, ideal)
@@ -286,4 +322,5 @@ def explanations(
             steps = waterfall(dense, w, hw, dense_s=setting.dense_s)
             told = implied_by(dense, hw, setting)
             out.append(Explanation(replace(record, sparsity=asked), steps, dense, w, hw, told, setting.dense_s))
+            progress(len(out), len(jobs) * len(devices))
     return tuple(out)

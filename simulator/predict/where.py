@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -51,7 +52,10 @@ def parse_filter(text: str, columns: Mapping[str, type]) -> Filter:
     if len(text) > MOST_CHARACTERS:
         raise InputError(f"--where: expected at most {MOST_CHARACTERS} characters, got {len(text)}")
     try:
-        kind, value = _Reader(text, columns).read(ast.parse(text.strip(), mode="eval").body)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", SyntaxWarning)  # as of "1and": refused, not said and read
+            parsed = ast.parse(text.strip(), mode="eval")
+        kind, value = _Reader(text, columns).read(parsed.body)
     except InputError:
         raise
     except (SyntaxError, ValueError, OverflowError, MemoryError, RecursionError) as error:

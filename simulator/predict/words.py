@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,15 @@ if TYPE_CHECKING:
 
 LOSS = 0.985
 """A step that takes more than this factor off is worth a word."""
+
+
+def markdown_text(text: str) -> str:
+    """Text as Markdown and HTML show it, on one line: what either would take for markup becomes an entity.
+
+    >>> markdown_text("<b> a|b *c*")
+    '&#60;b&#62; a&#124;b &#42;c&#42;'
+    """
+    return re.sub(r"[\\`*\[\]<>&|]", lambda found: f"&#{ord(found[0])};", " ".join(text.split()))
 
 
 def setting_title(r: Record) -> str:

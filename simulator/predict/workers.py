@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import Any
 
 from simulator.errors import InputError
@@ -36,15 +36,22 @@ def compute_parts(
             yield index, compute(index)
     else:
         # spawned: a forked child would inherit the locks of threads it does not have
-        context = get_context("spawn")
+        context, others = get_context("spawn"), set(active_children())
+
+        def submit(index: int) -> Future[bytes]:
+            with _undisturbed():
+                return pool.submit(compute, index)
+
         with ProcessPoolExecutor(jobs, mp_context=context, initializer=_follow, initargs=(os.getpid(),)) as pool:
             try:
-                yield from windowed(lambda index: pool.submit(compute, index), todo, 2 * jobs)
+                yield from windowed(submit, todo, 2 * jobs)
             except BrokenExecutor as error:
                 why = "a worker process ended before its time, perhaps for want of memory; the same command goes on"
                 raise OSError(why) from error
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                for worker in set(active_children()) - others:
+                    worker.terminate()
+                pool.shutdown(cancel_futures=True)
                 raise
 
 
@@ -63,6 +70,20 @@ def windowed(submit: Callable[[int], Future[bytes]], todo: Iterable[int], many: 
             yield under_way.pop(future), future.result()
 
 
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Hold Ctrl-C back while a worker may be started: it starts without it, and never has to answer what reaches the
+    whole group, the parent alone."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _follow(parent: int) -> None:
     """End this worker when the process that started it is gone, whatever killed that."""
 
@@ -71,8 +92,7 @@ def _follow(parent: int) -> None:
             time.sleep(0.5)
         os._exit(1)
 
-    # Ctrl-C reaches the whole group; the parent answers it and ends this process
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it could not be held back
     threading.Thread(target=watch, daemon=True).start()
 
 

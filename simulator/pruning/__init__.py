@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from simulator.arguments import flag, instance, plain
 from simulator.errors import InputError, unknown
 from simulator.pruning._edits import merge_runs
 from simulator.pruning._family import GROUPS, SUBLAYERS, WHOLE, Choice, Family, check_fraction
@@ -65,6 +66,8 @@ def prune(
     >>> pruned.meta.applied[0].realised, round(float(dense.flops.sum() / pruned.flops.sum()), 3)
     (0.25, 1.333)
     """
+    instance("workload", workload, Workload, "simulator.lower")
+    flag("ideal", ideal)
     if not isinstance(family, str) or family not in FAMILIES:
         raise unknown("pruning family", family, FAMILIES)
     chosen = FAMILIES[family]
@@ -78,7 +81,7 @@ def prune(
         if not chosen.whole and (choice.rows > 0)[work.is_role(*WHOLE)].any():
             stay = "routed experts and latent attention have no such kernels"
             raise InputError(f"family {family}: {stay}; name the projections to prune, such as {{'o': 0.5}}")
-        pruned, realised = chosen.function(work, choice, ideal=bool(ideal), **options)
+        pruned, realised = chosen.function(work, choice, ideal=ideal, **options)
         if choice.form == "layer":
             pruned = merge_runs(pruned)
     applied = (*workload.meta.applied, Applied(family, choice.asked, realised))
@@ -89,7 +92,7 @@ def _resolve(w: Workload, family: Family, sparsity: Any) -> tuple[Workload, Choi
     """The workload (one row a layer where the sparsity is per layer) and the sparsity of its rows."""
     if isinstance(sparsity, Mapping):
         return w, _by_projection(w, family, sparsity)
-    if isinstance(sparsity, Sequence | np.ndarray) and not isinstance(sparsity, str | bytes) and np.ndim(sparsity) != 0:
+    if np.ndim(plain(sparsity)):
         return _by_layer(w, family, sparsity)
     fraction = check_fraction(sparsity)
     return w, Choice(np.where(w.layer >= 0, fraction, 0.0), fraction)
@@ -99,7 +102,7 @@ def _by_layer(w: Workload, family: Family, sparsity: Any) -> tuple[Workload, Cho
     layers = layer_count(w)
     if not family.per_layer:
         raise InputError(f"family {family.name} takes no sparsity by layer; give one fraction")
-    if np.shape(sparsity) != (layers,):
+    if np.shape(plain(sparsity)) != (layers,):
         expected = f"expected {layers} fractions, one a layer of this model"
         raise InputError(f"sparsity by layer: {expected}, got {len(sparsity)}")
     table = np.array([check_fraction(s, f"sparsity of layer {i}:") for i, s in enumerate(sparsity)])

@@ -49,7 +49,7 @@ def overheads(w: Workload, at: Array, role: str, **columns: Any) -> Workload:
     base = {name: getattr(w, name)[at] for name in ("part", "phase", "layer", "layers", "count")}
     stream, code = _stream(w, at), role_code(role)[0]
     columns = {"kind": Kind.ELEMENTWISE, **base, "dtype": stream, "weight_dtype": stream, **columns}
-    return Workload.from_columns(w.meta, size=len(at), role=code, overhead=True, **columns)
+    return Workload.filled(w.meta, size=len(at), role=code, overhead=True, **columns)
 
 
 def overhead_gemm(w: Workload, at: Array, role: str, n: Array | int, k: Array | int, **columns: Any) -> Workload:

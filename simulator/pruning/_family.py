@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from simulator.columns import Array
+from simulator.display import Shown
 from simulator.errors import InputError
 from simulator.workload import PHASES, Workload
 
@@ -43,8 +44,8 @@ class Choice:
     form: str = "scalar"  # how it was given: scalar, projection or layer
 
 
-@dataclass(frozen=True, kw_only=True)
-class Family:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Family(Shown):
     """A way to prune a decoder. ``function(workload, choice, *, ideal, **options)`` gives it its name and options."""
 
     name: str = field(init=False)
@@ -69,6 +70,9 @@ class Family:
         object.__setattr__(self, "name", self.function.__name__)
         object.__setattr__(self, "options", dict(self.function.__kwdefaults__ or {}))
 
+    def _title(self) -> str:
+        return f"{self.name}: {self.summary}"
+
 
 def check_fraction(value: Any, where: str = "sparsity") -> float:
     """A fraction in [0, 1).
@@ -79,7 +83,7 @@ def check_fraction(value: Any, where: str = "sparsity") -> float:
     """
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
         raise InputError(f"{where}: expected a fraction in [0, 1), such as 0.25, got {value!r}")
-    number = float(value)
+    number = math.inf if abs(value) >= 1e300 else float(value)
     if not (math.isfinite(number) and 0.0 <= number < 1.0):
         hint = f"; for {number:g} % write {number / 100:g}" if 1.0 < number < 100.0 else ""
         raise InputError(f"{where} {number:g}: expected a fraction in [0, 1), such as 0.25{hint}")
@@ -88,7 +92,7 @@ def check_fraction(value: Any, where: str = "sparsity") -> float:
 
 def whole(name: str, value: Any, low: int = 1) -> int:
     """An option that is a whole number from ``low`` up."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value < 2**31:
         raise InputError(f"option {name}: expected a whole number from {low} up, got {value!r}")
     return int(value)
 
@@ -102,6 +106,6 @@ def flag(name: str, value: Any) -> bool:
 
 def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
     """An option that is one of a few values."""
-    if isinstance(value, bool) or value not in choices:
+    if not isinstance(value, str | int) or isinstance(value, bool) or value not in choices:
         raise InputError(f"option {name}: expected {' or '.join(map(str, choices))}, got {value!r}")
     return value

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from simulator.display import Shown
 from simulator.errors import InputError, unknown
 from simulator.pruning import FAMILIES, prune
 from simulator.pruning._family import check_fraction
@@ -25,8 +26,8 @@ Form = Callable[[float, Workload], tuple[Any, ...]]
 """A sparsity asked for and the dense workload to a sparsity for each family, of any form that it takes."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Method:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Method(Shown):
     """A published method."""
 
     name: str
@@ -36,9 +37,14 @@ class Method:
     title: str  # of the paper
     arxiv: str
     options: Mapping[str, Any] = field(default_factory=dict)  # of its families
-    layers: Callable[[int], range] | None = None  # that are pruned, of so many; None: all
-    form: Form | None = None  # None: the same fraction everywhere, each family to the same share of what it finds
+    # layers that are pruned, of so many; None: all
+    layers: Callable[[int], range] | None = field(default=None, repr=False)
+    # None: the same fraction everywhere, each family to the same share of what it finds
+    form: Form | None = field(default=None, repr=False)
     phases: tuple[str, ...] = PHASES  # in which it prunes
+
+    def _title(self) -> str:
+        return f"{self.name} ({self.family}): {self.what}"
 
     @property
     def together(self) -> str:

@@ -37,8 +37,8 @@ def token_points(tokens: int, keep: float) -> tuple[tuple[int, ...], tuple[float
     """
     if tokens <= 0 or keep >= 1.0:
         return (tokens,), (1.0,)
-    many = np.arange(tokens + 1)
     if tokens <= EXACT_TOKENS:
+        many = np.arange(tokens + 1)
         chance = np.array([math.comb(tokens, j) * keep**j * (1.0 - keep) ** (tokens - j) for j in range(tokens + 1)])
     else:
         if tokens >= CAPACITY_TOKENS:

@@ -76,7 +76,7 @@ def _tiled(w: Workload, outer: Array, tiles: Array, s: Array, used: Array) -> Wo
     """Tiled GEMMs over the tokens of a group in use and the width of all groups in use."""
     width, tokens = np.where(outer, w.n, w.k), np.maximum(tokens_of(w), 1).astype(np.float64)
     kept, m = aligned(width, used, ALIGN), np.ceil(tokens * (1.0 - s) / used - 1e-9)
-    exact = tokens * (1.0 - s) * width / np.maximum(m * kept, 1.0)
+    exact = np.minimum(tokens * (1.0 - s) * width / np.maximum(m * kept, 1.0), 1.0)  # rounded, a hair above
     w = changed(w, tiles, m=m, density=w.density * exact)
     return changed(changed(w, outer, n=kept), tiles & ~outer, k=kept)
 
@@ -86,7 +86,8 @@ def _looped(w: Workload, tiled: Workload, outer: Array, tiles: Array, s: Array, 
     width = np.where(outer, w.n, w.k)
     groups = np.minimum(groups, np.maximum(width, 1))
     many, each = np.where(tiles, groups * used, 1.0), -(-width // groups)
-    exact = tokens_of(w).astype(np.float64) * (1.0 - s) * width / np.maximum(tiled.m * each * many, 1.0)
+    computed = np.maximum(tiled.m * each * many, 1.0)
+    exact = np.minimum(tokens_of(w).astype(np.float64) * (1.0 - s) * width / computed, 1.0)
     tiled = tiled.replace(count=tiled.count * many, params=tiled.params / many)
     tiled = changed(tiled, tiles, density=w.density * exact)
     return changed(changed(tiled, tiles & outer, n=each), tiles & ~outer, k=each)

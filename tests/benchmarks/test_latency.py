@@ -6,12 +6,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 import simulator
+from simulator.cli import run
+from simulator.figures.paper import FIGURES
 from simulator.predict.advise import advise
 
 Floor = Callable[..., None]
@@ -54,6 +57,13 @@ def test_advice(benchmark: Any, floor: Floor) -> None:
     found = benchmark.pedantic(advise, case, rounds=3, warmup_rounds=1)
     assert found.advice
     floor("seconds for advice on one device and request", benchmark.stats["min"], 2.0, False)
+
+
+def test_all_figures_of_a_paper(benchmark: Any, floor: Floor, tmp_path: Path) -> None:
+    status = benchmark.pedantic(run, (["figures", "-o", str(tmp_path)],), rounds=1)
+    assert status == 0
+    assert {p.stem for p in tmp_path.glob("*.pdf")} == set(FIGURES) - {"scatter"}  # which needs a measured table
+    floor("seconds for all figures of a paper", benchmark.stats["min"], 60.0, False)
 
 
 @pytest.mark.parametrize(

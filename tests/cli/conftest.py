@@ -27,6 +27,7 @@ class Program:
         code = self.run(shlex.split(line) if isinstance(line, str) else list(line))
         out, err = self.capsys.readouterr()
         assert "Traceback" not in err
+        assert "\x1b" not in out + err or os.environ.get("FORCE_COLOR")  # no terminal, no codes
         assert code == status, (line, out, err)
         return out, err
 
@@ -35,8 +36,8 @@ class Program:
         return self(line)[0]
 
     def json(self, line: str) -> Any:
-        """What a line prints as JSON."""
-        return json.loads(self.out(f"{line} --json"))
+        """What a line prints as JSON, which has no NaN and no infinity."""
+        return json.loads(self.out(f"{line} --json"), parse_constant=_refuse)
 
     def refused(self, line: str | Sequence[str], lists: bool = False) -> str:
         """The one line of bad input, with status 2; on standard output where a command lists what it found."""
@@ -45,6 +46,16 @@ class Program:
         assert len(said) == 1, (line, out, err)
         assert lists or (out == "" and said[0].startswith("prunesim: "))
         return said[0]
+
+
+@pytest.fixture(autouse=True)
+def no_wish_for_colour(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FORCE_COLOR", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def _refuse(constant: str) -> None:
+    raise AssertionError(f"{constant} is not JSON")
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -117,6 +118,26 @@ def test_fit_then_validate(cli: Any) -> None:
     assert part["roofline"]["mape"] > 0.2
     assert "* the profile was fitted on these rows" in cli.out("validate p.yaml r.parquet --html v.html")
     assert Path("v.html").stat().st_size > 50_000
+
+
+def test_json_has_null_for_what_is_no_number_at_any_depth(monkeypatch: pytest.MonkeyPatch, cli: Any) -> None:
+    odd = MappingProxyType({"median": np.float32("nan"), "p95": (float("inf"), np.array([1.0, np.nan]))})
+    monkeypatch.setattr("calibration.judge.scores.part_speedups", lambda part: odd)
+    table("r.parquet", 30)
+    (report,) = cli.json("validate h100 r.parquet")
+    assert report["parts"][0]["speedup"] == {"median": None, "p95": [None, [1.0, None]]}
+
+
+def test_where_pyarrow_is_missing_that_is_what_is_said(monkeypatch: pytest.MonkeyPatch, cli: Any) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    says = '"tables" (pyarrow is not installed): in the checkout of prunesim, pip install -e ".[tables]"'
+    Path("t.csv").write_text(CSV.format(15))
+    figures = "figures -o drawn --format png --hardware a100 --only"
+    for line in (f"{figures} scatter,roofline", "validate a100 a100_sxm/gemm/trtllm", "import t.csv -o o.parquet"):
+        assert says in cli.refused(line)
+    out, err = cli(f"{figures} staircase")
+    assert says in err
+    assert "drawn/staircase.png" in out
 
 
 def test_anchor_moves_a_shipped_profile_and_says_what_the_rows_mean(cli: Any) -> None:

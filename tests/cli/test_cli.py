@@ -15,9 +15,10 @@ import pytest
 import typer
 
 import simulator
-from calibration.cli import app
+from calibration.cli.program import app
 from simulator.cli import render
 from simulator.cli import speedup as speedup_command
+from simulator.engines.engine import list_engines
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = "simulator.cli"
@@ -65,7 +66,7 @@ explain llama-3.1-8b --hardware h100 --method flap                   | expected 
 @ --engine no/such.yaml                                              | no/such.yaml:1:1: file: cannot be read
 @ --family semi_structured --sparsity 0.5                            | vllm has no 2:4 kernels; these engines have
 @ --dense-time 18.6                                                  | --dense-time '18.6': expected a time such as
-@ --dense-time -1ms                                                  | dense time -0.001 s: expected a positive time
+@ --dense-time -1ms                                                  | dense time: expected a positive time
 @ --dense-time 18ms --batch 1,2                                      | expected one batch, got 2
 @ --dense-time 18ms --engine vllm,hf                                 | expected one engine, got 2
 @ --dense-tokens-per-s 0                                             | tokens a second 0
@@ -142,6 +143,19 @@ def test_a_program_error_is_one_line_and_status_1(cli: Any, monkeypatch: pytest.
     _, err = cli(SPEEDUP, 1)
     assert err.count("\n") == 1
     assert "ZeroDivisionError: planted" in err
+
+
+def test_json_is_written_in_one_place() -> None:
+    files = [path for folder in ("simulator", "calibration") for path in (ROOT / folder / "cli").glob("*.py")]
+    writers = {path.name for path in files if "json.dump" in path.read_text(encoding="utf-8")}
+    assert writers == {"render.py", "pages.py"}  # the latter keeps what it measured in a file, and prints none
+
+
+def test_nothing_is_to_be_installed_from_an_index_that_has_no_such_package() -> None:
+    files = [ROOT / "README.md", *(path for folder in ("docs", "notebooks", "simulator", "calibration", "tests")
+             for path in (ROOT / folder).rglob("*") if path.suffix in (".md", ".ipynb", ".py", ".sh"))]  # fmt: skip
+    advice = re.compile(r"pip install (?:-\S+ )*[\"'\\]*prunesim\b")
+    assert not [str(path) for path in files if advice.search(path.read_text(encoding="utf-8"))]
 
 
 def test_json_records_have_the_stable_keys_first_and_agree_with_the_library(cli: Any) -> None:
@@ -263,6 +277,7 @@ def test_lists_and_shows(cli: Any, tmp_path: Path) -> None:
     assert "prunesim hardware check mine.yaml" in cli.out("hardware new mine")
     stacks = "speedup llama-3.1-8b --hardware a100,a100@trtllm --family depth --sparsity 0.25"
     assert [r["hardware"] for r in cli.json(stacks)] == ["a100_sxm_80gb", "a100_sxm_80gb@trtllm"]
+    assert [e["name"] for e in cli.json("engines list") + cli.json("engines show vllm")] == [*list_engines(), "vllm"]
     assert len(cli.json("models list")) >= 12
     assert "llama-3.1-8b" in cli.out("models list")
     assert "8,030,261,248" in cli.out("models show llama-3.1-8b")
@@ -309,9 +324,51 @@ def test_no_colour_where_it_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> No
     red = [render.Column("a", ["1"], styles=["red"])]
     assert render.colored()
     assert "\x1b[" in render.table_text(red, color=True)
+    monkeypatch.setenv("TERM", "dumb")
+    assert not render.colored()
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert render.colored()
     monkeypatch.setenv("NO_COLOR", "1")
     assert not render.colored()
     assert "\x1b[" not in render.table_text(red, "title")
+
+
+def test_a_pipe_gets_colours_only_when_it_asks(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = cli.out(f"{SPEEDUP} --family depth")  # the fixture refuses codes, in errors and help as well
+    cli.refused("speedup llama-3.1-8b")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    coloured = cli.out(f"{SPEEDUP} --family depth")
+    assert "\x1b" in coloured
+    assert re.sub(r"\x1b\[[\d;]*m", "", coloured).split() == plain.split()
+    assert "\x1b" not in cli.out("speedup --help") + cli.refused("speedup llama-3.1-8b")
+
+
+@pytest.mark.parametrize(
+    ("line", "offers"),
+    [
+        ("prunesim sp", ["speedup"]),
+        ("prunesim speedup llama-3.1", ["llama-3.1-70b", "llama-3.1-8b"]),
+        ("prunesim speedup x --hardware rtx_4090,h100_s", ["rtx_4090,h100_sxm"]),
+        ("prunesim explain x --engine hf,vl", ["hf,vllm"]),
+        ("prunesim sweep x --sch", ["--scheduler"]),
+        ("prunesim advise x --family dep", ["depth"]),
+        ("prunesim methods shortg", ["shortgpt"]),
+        ("prunesim hardware show mi", ["mi300x"]),
+        ("prunesim gemm 1 1 1 --dtype bf", ["bf16"]),
+        ("prunesim quality llama", []),
+    ],
+)
+def test_a_shell_completes_names(line: str, offers: list[str], cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"_PRUNESIM_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    assert cli.out("").split() == offers
+
+
+def test_completion_is_offered(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {"--install-completion", "--show-completion"} <= set(cli.out("--help").split())
+    monkeypatch.setenv("_PRUNESIM_COMPLETE", "source_bash")
+    assert "complete -o default -F _prunesim_completion prunesim" in cli.out("")
 
 
 @pytest.mark.parametrize(("stream", "shows"), [(Terminal(), True), (io.StringIO(), False)])

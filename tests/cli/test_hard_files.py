@@ -214,5 +214,5 @@ def test_a_file_that_grows_is_read_up_to_the_bound(tmp_path: Path) -> None:
 
 
 def test_a_small_weight_of_too_many_features_is_refused() -> None:
-    with pytest.raises(InputError, match="below 2"):
+    with pytest.raises(InputError, match="n: expected whole numbers from 1 to 2147483647"):
         simulator.gemm_time(1, 2**31, 8, simulator.load_hardware("h100"))

@@ -53,7 +53,7 @@ def routed(request: pytest.FixtureRequest) -> Decoder:
     if request.param != "cpu" or request.param is CPU:
         kernels()
     few = 2 if request.param is CPU else LAYERS  # an interpreter is slow
-    made = random_decoder(replace(CONFIG, qkv_bias=True, qk_norm=True), dtype="fp32", layers=few, seed=1)
+    made = random_decoder(replace(CONFIG, qkv_bias=True, qk_norm="head"), dtype="fp32", layers=few, seed=1)
     return replace(_moved(made, request.param), place=request.param)
 
 
@@ -62,8 +62,8 @@ def _ran(pruned: Decoder) -> tuple[Any, Any]:
     return _moved(run(pruned, TOKENS.to(pruned.embedding.device)), "cpu")  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("changes", [{}, {"tied": True, "qkv_bias": True, "qk_norm": True}])
-def test_dense_prefill_and_decode_equal_the_reference(changes: dict[str, bool]) -> None:
+@pytest.mark.parametrize("changes", [{}, {"tied": True, "qkv_bias": True, "qk_norm": "head"}])
+def test_dense_prefill_and_decode_equal_the_reference(changes: dict[str, Any]) -> None:
     made = random_decoder(replace(CONFIG, **changes), dtype="fp32", seed=2)
     assert (made.head is made.embedding) == changes.get("tied", False)
     check(run(made)[0], reference(made, TOKENS))

@@ -27,7 +27,16 @@ from simulator.predict.quality import load_quality  # noqa: E402
 from simulator.pruning import GENERAL  # noqa: E402
 
 CONFIG = replace(
-    decoder_reference.CONFIG, hidden=64, inner=128, heads=4, kv_heads=2, head_dim=16, rotary_dim=16, vocab=97, layers=5
+    decoder_reference.CONFIG,
+    hidden=64,
+    inner=128,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    rotary_dim=16,
+    vocab=97,
+    layers=5,
+    windows=(0,) * 5,
 )
 LENGTH = 160
 

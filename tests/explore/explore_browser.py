@@ -1,4 +1,5 @@
-"""A real browser on the real page, the command as a process, and a comparison of what is shown and predicted."""
+"""A real browser on the real page, served by this process or by the command, and a comparison of what is shown and
+predicted."""
 
 from __future__ import annotations
 
@@ -10,9 +11,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,7 +22,7 @@ import pytest
 import simulator
 from simulator.explore.charts import CARDS, charts, map_chart
 from simulator.explore.frame import WIDE
-from simulator.explore.state import State, read_query
+from simulator.explore.state import KEYS, State, read_query
 from simulator.figures.style import label
 from simulator.predict.rows import Record
 from simulator.predict.settings import batch_name
@@ -51,25 +52,30 @@ def absent() -> str:
 needs_browser = pytest.mark.skipif(bool(absent()), reason=absent() or "all there")
 
 
-def start(*options: str) -> subprocess.Popen[str]:
+def start(*options: str, interrupt: signal.Handlers = signal.SIG_DFL) -> subprocess.Popen[str]:
+    """The command as a process, and how it finds SIGINT: what a shell starts in the background finds it ignored."""
     command = (*PRUNESIM, "explore", "--no-browser", "--json", *options)
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    before = signal.signal(signal.SIGINT, interrupt)  # what is ignored here, or by default, a child inherits
+    try:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
 def serving() -> Iterator[str]:
-    """The address of a served page; the process ends with the block."""
-    with start("--port", "0") as process:
-        assert process.stdout is not None
-        try:
-            yield json.loads(process.stdout.readline())["url"]
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.communicate(timeout=20)
+    """The address of a served page."""
+    from simulator.explore.app import server
 
-
-def prunesim(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run((*PRUNESIM, *arguments), capture_output=True, text=True, check=False, timeout=120, cwd=cwd)
+    served = server(0)
+    thread = threading.Thread(target=served.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{served.port}/"
+    finally:
+        served.shutdown()
+        thread.join()
+        served.server_close()
 
 
 @contextmanager
@@ -114,6 +120,15 @@ class Tab:
         self.settle()
         return self
 
+    def go(self, query: str = "") -> Tab:
+        """Another state of the page, as a step back leads to it: quicker than loading it anew, which is done only where
+        another page is open."""
+        if self.page.url.startswith(self.url):
+            self.page.evaluate(GO, query or "?")
+            self.settle()
+            return self
+        return self.open(query)
+
     def settle(self) -> None:
         """Wait until page, figures and map show what the address says."""
         self.page.evaluate(SETTLE)
@@ -144,27 +159,28 @@ class Tab:
 
 def predicted(state: State) -> tuple[Record, ...]:
     case: Any = ([state.phase], [state.batch], [state.seq])
-    table = simulator.table([state.load()], state.gpus, state.drawn, state.fractions, *case, setting=state.setting)
+    table = simulator.table([state.load()], state.profiles, state.drawn, state.fractions, *case, setting=state.setting)
     return table.records
 
 
 def check(tab: Tab, state: State) -> None:
     """Address, controls, table and figures show the state as the Python interface predicts it."""
-    assert read_query(tab.query) == (state, ())
+    assert read_query(tab.query, [gpu for gpu in state.gpus if "/" in gpu]) == (state, ())
     controls = tab.page.evaluate("Object.fromEntries(new FormData(document.getElementById('controls')))")
-    for name in ("model", "phase", "engine", "versus", "dtype", "detail", "batch", "seq"):
+    for name in {*KEYS} - {"gpu", "family", "sparsity", "at", "new", "dense"}:
         assert controls[name] == str(getattr(state, name))
     assert controls["new"] == str(state.new_tokens)
     assert controls["dense"] == state.dense_text
     checked = "(name) => [...document.querySelectorAll(`[name=${name}]:checked`)].map((e) => e.value)"
     assert set(tab.page.evaluate(checked, "gpu")) == set(state.gpus)
     assert set(tab.page.evaluate(checked, "family")) == set(state.families)
-    records = predicted(state)
+    records, gpus = predicted(state), [profile.label for profile in state.profiles]
+    assert {r.hardware for r in records} == {*gpus}
     assert tab.text("#title").startswith(
         f"{records[0].model}, {state.phase}, {batch_name(state.phase)} {state.batch}, seq {state.seq}"
     )
     rows = {(row[0], row[1], row[3]): row[4:11] for row in tab.table()[1:]}
-    assert len(rows) == len(records)
+    assert len(rows) == len(records) + (len(gpus) if state.pruned else 0)
     for r in records:
         interval = f"{ratio(r.speedup_lower)} to {ratio(r.speedup_upper)}"
         bounds = map(ratio, (r.flop_bound, r.byte_bound, r.roofline_bound))
@@ -209,6 +225,11 @@ OUTSIDE = """() => {
     if (text && e.clientWidth && e.scrollWidth > e.clientWidth + 1) found.push(`${name} is cut: ${e.textContent}`);
   }
   return found;
+}"""
+
+GO = """(query) => {
+  history.pushState(null, "", query);
+  dispatchEvent(new PopStateEvent("popstate"));
 }"""
 
 FIGURE = """(name) => {

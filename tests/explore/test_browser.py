@@ -13,14 +13,19 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 import pytest
-from explore_browser import Tab, check, needs_browser, predicted, prunesim
-from test_explore_state import TINY
+from explore_browser import Tab, check, needs_browser, predicted
+from layouts import folder_of, save, save_shards, tensors_of
+from test_explore_state import OWN, TINY
 
+from simulator.cli import run
+from simulator.explore.answer import answer
 from simulator.explore.charts import CARDS
-from simulator.explore.dropped import token
+from simulator.explore.dropped import read_profile, read_token, token
 from simulator.explore.markup import table_csv
-from simulator.explore.state import State, read_query, to_query
+from simulator.explore.state import EXISTING, State, read_query, to_query
 from simulator.figures.style import label
+from simulator.hardware.library import load_hardware
+from simulator.models.huggingface import from_hf_config
 from simulator.models.library import load_model
 from simulator.units import ratio, seconds
 
@@ -64,6 +69,8 @@ CHANGES: tuple[tuple[Callable[[Any], object], dict[str, Any]], ...] = (
     (_type("dense", "1234.5"), {"dense_ms": 1234.5}),
     (_choose("versus", "sglang"), {"versus": "sglang"}),
     (_choose("dtype", "fp16"), {"dtype": "fp16"}),
+    (_choose("weights", "int4"), {"weights": "int4"}),
+    (_type("devices", "2"), {"devices": 2}),
     (_choose("detail", "unstructured"), {"detail": "unstructured"}),
     (_type("at", "0.35"), {"at": 0.35}),
 )
@@ -85,7 +92,7 @@ def test_every_control_changes_what_is_shown(tab: Tab) -> None:
 
 
 def test_a_gpu_without_the_number_format_leaves_the_others(tab: Tab) -> None:
-    tab.open("?gpu=h100_sxm,cpu")
+    tab.go("?gpu=h100_sxm,cpu")
     assert "cpu has no bf16 arithmetic" in tab.text("#notes")
     assert {row[3] for row in tab.table()[1:]} == {"h100_sxm"}
     tab.page.uncheck("[name=gpu][value=h100_sxm]")
@@ -102,19 +109,18 @@ def seen(tab: Tab) -> list[Any]:
     return [tab.table(), *(tab.text(f"#{name}") for name in ("title", "facts", "notes", "commands")), *tab.figures()]
 
 
-def test_the_address_is_the_state(tab: Tab, new_tab: Callable[..., Tab]) -> None:
-    tab.open("?phase=decode")
+def test_the_address_is_the_state(tab: Tab) -> None:
+    tab.go("?phase=decode")
     tab.page.check("[name=gpu][value=rtx_4090]")
     tab.fill(seq=4096)
     before = seen(tab)
     tab.page.reload()
     tab.settle()
     assert seen(tab) == before
-    assert seen(new_tab().open("?" + tab.query)) == before
 
 
 def test_back_and_forward(tab: Tab) -> None:
-    tab.open().fill(batch=4)
+    tab.go().fill(batch=4)
     tab.page.locator("#seq").click()
     tab.page.keyboard.press("Control+A")
     tab.page.keyboard.type("512")  # typing is one step
@@ -156,12 +162,18 @@ def test_bad_values_are_named(tab: Tab) -> None:
 
 
 STRANGE = json.dumps({**TINY, "model_type": HOSTILE}).encode()
+OPTIONS = {"model": "#model option", "pruned": "#pruned option", "gpu": "#gpus input"}
+
 BAD_FILES: dict[str, tuple[bytes, str]] = {
     "notes.txt": (b"this is no JSON", "notes.txt:1:1: is not JSON"),
     "huge.json": (b" " * 1_000_001, "huge.json: 1000001 bytes; expected a config.json of at most 1000000 bytes"),
     "escapes.json": (b"\x01" * 1_000_000, "escapes.json:1:1: is not JSON"),
     "weights.bin": (bytes(range(256)), "weights.bin: is not UTF-8 text; expected a config.json"),
     f"{HOSTILE}.json": (STRANGE, f"architecture '{HOSTILE}' is not supported"),
+    "short.safetensors": (b"\x01", "short.safetensors: is no safetensors file: its header would not fit into it"),
+    "long.safetensors": (b"\xff" * 99, "long.safetensors: is no safetensors file: its header would not fit into it"),
+    "alone.safetensors": (struct.pack("<Q", 2) + b"{}", "alone.safetensors: expected the config.json of its folder"),
+    "mine.yaml": (b"name: mine", "mine.yaml:1:1: schema_version: is missing"),
 }
 
 TRANSFER = """(files) => {
@@ -171,24 +183,32 @@ TRANSFER = """(files) => {
 }"""
 
 
-def drop(tab: Tab, files: dict[str, bytes]) -> None:
+def drop(tab: Tab, files: dict[str, bytes], into: str = "model") -> None:
     packed = [[name, base64.b64encode(content).decode()] for name, content in files.items()]
     made = tab.page.evaluate_handle(TRANSFER, packed)
     for event in ("dragover", "drop"):
-        tab.page.dispatch_event("#drop", event, {"dataTransfer": made})
+        tab.page.dispatch_event(f"[data-into={into}]", event, {"dataTransfer": made})
 
 
-def choose(tab: Tab, files: dict[str, bytes]) -> None:
-    ((name, content),) = files.items()
+def choose(tab: Tab, files: dict[str, bytes] | list[Path], into: str = "model") -> None:
+    named = isinstance(files, dict)
+    held: Any = [{"name": n, "mimeType": "", "buffer": c} for n, c in files.items()] if named else files
     with tab.page.expect_file_chooser() as chooser:
-        tab.page.click("#choose")
-    chooser.value.set_files({"name": name, "mimeType": "application/json", "buffer": content})
+        tab.page.click(f"[data-open={into}]")
+    chooser.value.set_files(held)
+
+
+def taken(tab: Tab, into: str) -> str:
+    """The token of what was dropped, once the page has it."""
+    tab.page.wait_for_selector(f"{OPTIONS[into]}[value^=dropped]:checked", state="attached")
+    tab.settle()
+    return str(tab.page.locator(f"{OPTIONS[into]}[value^=dropped]:checked").get_attribute("value"))
 
 
 @pytest.mark.parametrize("give", [drop, choose])
 def test_a_good_config_is_predicted(give: Callable[..., None], tab: Tab, tmp_path: Path) -> None:
     content = json.dumps({**TINY, "_name_or_path": "someone/tiny"}).encode()
-    give(tab.open(), {"config.json": content})
+    give(tab.go(), {"config.json": content})
     tab.page.wait_for_selector("#title:has-text('tiny')")
     tab.settle()
     file = tmp_path / "config.json"
@@ -198,9 +218,8 @@ def test_a_good_config_is_predicted(give: Callable[..., None], tab: Tab, tmp_pat
     check(tab, state)
     assert tab.page.locator("#model option:checked").inner_text() == "tiny (config.json)"
     assert tab.text("#commands").splitlines()[1].startswith("prunesim speedup ./config.json --hardware")
-    tab.page.reload()
-    tab.settle()
-    check(tab, state)
+    if give is choose:
+        return
     tab.page.select_option("#model", "llama-2-7b")
     for go in (tab.page.reload, tab.page.go_back):
         tab.settle()
@@ -209,25 +228,89 @@ def test_a_good_config_is_predicted(give: Callable[..., None], tab: Tab, tmp_pat
     check(tab, state)
 
 
+def test_of_a_checkpoint_the_headers_alone_are_read(tab: Tab, tmp_path: Path) -> None:
+    dense = load_model("llama-3.1-8b")
+    real = replace(dense, layers=28, windows=dense.windows[:28], inner=11264)
+    folder = folder_of(tmp_path, "llama-3.1-8b")
+    content = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 28, "_name_or_path": HOSTILE}
+    (folder / "config.json").write_text(json.dumps(content))
+    save_shards(folder, tensors_of(real), 2)
+    (folder / "tokenizer.json").write_text("{}")
+    assert sum(file.stat().st_size for file in folder.iterdir()) > 10e9
+    sent: list[int] = []
+    tab.page.on("request", lambda r: sent.append(len(r.post_data or "")))
+    choose(tab.go("?phase=decode"), sorted(folder.iterdir()), "pruned")
+    made = taken(tab, "pruned")
+    assert max(sent) < 200_000
+    assert read_token(made)[1] == load_model(folder)
+    state = State(phase="decode", pruned=made, detail=EXISTING)
+    check(tab, state)
+    assert "an MLP of 11,264 of 14,336" in tab.text("#notes")
+    (row,) = [row for row in tab.table()[1:] if row[0] not in map(label, state.drawn)]
+    assert row[4] == ratio(answer(state).existing[0].speedup)
+    unharmed(tab)
+    tab.page.select_option("#pruned", "")
+    tab.settle()
+    check(tab, State(phase="decode"))
+
+
+FOLDER = """([name, files]) => {
+  const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+  const file = ([n, text]) => ({isFile: true, name: n, file: (done) => done(new File([bytes(text)], n))});
+  const parts = [files.map(file), []];  // a reader gives a part of the entries at a time, at last none
+  const folder = {isFile: false, name, createReader: () => ({readEntries: (done) => done(parts.shift())})};
+  const event = new Event("drop", {bubbles: true});
+  Object.defineProperty(event, "dataTransfer", {value: {items: [{webkitGetAsEntry: () => folder}]}});
+  document.querySelector("[data-into=pruned]").dispatchEvent(event);
+}"""
+
+
+def test_a_folder_is_dropped_whole(tab: Tab, tmp_path: Path) -> None:
+    small = TINY | {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 64, "num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(small))
+    save(tmp_path / "model.safetensors", tensors_of(replace(from_hf_config(small), inner=64)))
+    (tmp_path / "tokenizer.json").write_text(" " * 2_000_000)
+    files = [[f.name, base64.b64encode(f.read_bytes()).decode()] for f in sorted(tmp_path.iterdir())]
+    tab.go().page.evaluate(FOLDER, ["cut", files])
+    name, model = read_token(taken(tab, "pruned"))
+    assert (name, model.inner) == ("cut", 64)
+    assert tab.page.locator("#pruned option:checked").inner_text() == "cut (checkpoint)"
+    assert "--pruned ./cut" in tab.text("#commands")
+
+
+def test_a_dropped_profile_takes_the_place_of_its_name(tab: Tab) -> None:
+    drop(tab.go(), {"own.yaml": OWN.encode()}, "gpu")
+    state = State(gpus=(taken(tab, "gpu"),))
+    assert read_profile(state.gpus[0])[1].bandwidth_bytes_per_s == load_hardware("rtx_3090").bandwidth_bytes_per_s
+    check(tab, state)
+    tab.page.reload()
+    tab.settle()
+    check(tab, state)
+    tab.page.check("[name=gpu][value=h100_sxm]")
+    tab.settle()
+    assert "two profiles are called h100_sxm" in tab.text("#problems")
+    unharmed(tab)
+
+
 @pytest.mark.parametrize("give", [drop, choose])
 def test_a_bad_file_is_one_line(give: Callable[..., None], tab: Tab) -> None:
-    tab.open()
-    for batch, (name, (content, says)) in enumerate(BAD_FILES.items(), 2):
-        before = tab.query
-        give(tab, {name: content})
-        tab.page.locator("#dropped-note", has_text=says).wait_for()
-        assert "\n" not in tab.text("#dropped-note")
-        assert tab.query == before
-        tab.fill(batch=batch)
-        check(tab, State(batch=batch))
+    tab.go()
+    for into, (name, (content, says)) in zip(["model", "pruned", "gpu"] * 3, BAD_FILES.items(), strict=True):
+        give(tab, {name: content}, into)
+        tab.page.locator(f"#note-{into}", has_text=says).wait_for()
+        assert "\n" not in tab.text(f"#note-{into}")
+        assert tab.query == ""
     unharmed(tab)
-    drop(tab, {"a.json": b"{}", "b.json": b"{}"})
-    tab.page.locator("#dropped-note", has_text="2 files: expected one config.json").wait_for()
+    tab.fill(batch=2)
+    check(tab, State(batch=2))
+    for names, says in ((("a.json", "b.json"), "2 files: expected one"), (("a.txt", "a/config.json"), "is not JSON")):
+        drop(tab, dict.fromkeys(names, b"no"))
+        tab.page.locator("#note-model", has_text=says).wait_for()
 
 
 def test_hostile_names_are_text(tab: Tab) -> None:
     content = json.dumps({**TINY, "_name_or_path": HOSTILE}).encode()
-    drop(tab.open(), {f"{HOSTILE}.json": content})
+    drop(tab.go(), {f"{HOSTILE}.json": content})
     tab.page.wait_for_selector("#title:has-text('onerror')")
     tab.settle()
     check(tab, State(model=token(content.decode(), f"{HOSTILE}.json")))
@@ -242,7 +325,7 @@ def saved(tab: Tab, selector: str) -> tuple[str, bytes]:
 
 def test_figures_and_table_can_be_saved(tab: Tab) -> None:
     state = State(gpus=("h100_sxm", "rtx_4090"), phase="decode", batch=5)
-    tab.open("?" + to_query(state))
+    tab.go("?" + to_query(state))
     for figure in CARDS:
         name, svg = saved(tab, f"[data-save={figure}][data-kind=svg]")
         assert (name, svg[:4]) == (f"prunesim-{figure}.svg", b"<svg")
@@ -255,18 +338,16 @@ def test_figures_and_table_can_be_saved(tab: Tab) -> None:
     assert saved(tab, "[data-csv]") == ("prunesim.csv", table_csv(predicted(state)).encode())
 
 
-def test_the_commands_give_the_numbers_shown(new_tab: Callable[..., Tab], tmp_path: Path) -> None:
-    tab = new_tab(permissions=["clipboard-read", "clipboard-write"])
-    tab.open("?phase=decode&batch=8&gpu=rtx_4090&family=depth,low_rank")
+def test_the_commands_give_the_numbers_shown(tab: Tab, capsys: pytest.CaptureFixture[str]) -> None:
+    tab.go("?phase=decode&batch=8&gpu=rtx_4090&family=depth,low_rank")
     tab.page.locator("[data-copy]").first.click()
     tab.page.locator("[data-copy]", has_text="Copied").wait_for()
     line = tab.page.evaluate("navigator.clipboard.readText()")
     assert line == tab.page.locator("#commands code").first.inner_text()
     program, *arguments = shlex.split(line)
     assert program == "prunesim"
-    done = prunesim(*arguments, "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    printed = json.loads(done.stdout)
+    assert run([*arguments, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
     shown = [(row[0], row[3], row[4], row[9]) for row in tab.table()[1:]]
     assert shown == [(label(r["family"]), r["hardware"], ratio(r["speedup"]), seconds(r["pruned_s"])) for r in printed]
     assert [r["speedup"] for r in printed] == [r.speedup for r in predicted(read_query(tab.query)[0])]

@@ -13,11 +13,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from explore_browser import CLASHES, LAPTOP, OUTSIDE, PHONE, Tab, check, needs_browser, predicted, prunesim, start
-from test_explore_state import TINY
+from explore_browser import CLASHES, LAPTOP, OUTSIDE, PHONE, Tab, check, needs_browser, predicted, start
+from test_explore_state import OWN, TINY
 
+from simulator.cli import run
 from simulator.explore.charts import CARDS
-from simulator.explore.dropped import token
+from simulator.explore.dropped import profile_token, token
 from simulator.explore.state import KEYS, State
 from simulator.pruning import FAMILIES
 
@@ -29,7 +30,7 @@ FOCUS = """() => {
   const style = getComputedStyle(e.type === "radio" ? e.nextElementSibling : e);
   const box = (e.type === "radio" ? e.nextElementSibling : e).getBoundingClientRect();
   const all = [...document.querySelectorAll("a[href], button, input, select, summary, [tabindex='0']")];
-  const button = data.save || (("csv" in data) ? "csv" : ("copy" in data) ? "copy" : e.className || e.tagName);
+  const button = data.save || ["csv", "open", "copy"].find((name) => name in data) || e.className || e.tagName;
   const ring = style.outlineStyle !== "none" && parseFloat(style.outlineWidth) >= 2;
   return {
     name: e.name || e.id || button, place: all.indexOf(e), seen: ring && box.right > 0 && box.width > 0,
@@ -41,7 +42,7 @@ FOCUS = """() => {
 def test_everything_can_be_reached_by_keyboard(tab: Tab) -> None:
     tab.open("?phase=generate")
     reached: list[dict[str, Any]] = []
-    for _ in range(120):
+    for _ in range(140):
         tab.page.keyboard.press("Tab")
         at = tab.page.evaluate(FOCUS)
         if at["name"] == "BODY" or (reached and at["place"] <= reached[-1]["place"]):
@@ -49,7 +50,7 @@ def test_everything_can_be_reached_by_keyboard(tab: Tab) -> None:
         reached.append(at)
     names = [at["name"] for at in reached]
     assert names[0] == "skip"
-    assert {*KEYS, *CARDS, "choose", "csv", "table", "copy"} <= set(names)
+    assert {*KEYS, *CARDS, "open", "csv", "table", "copy"} <= set(names)
     assert names.count("family") == len(FAMILIES)
     assert names.count("phase") == 1, "radios are one stop, arrow keys go on"
     assert all(at["seen"] for at in reached), [at["name"] for at in reached if not at["seen"]]
@@ -77,6 +78,7 @@ def test_the_keyboard_alone_changes_the_page(tab: Tab) -> None:
     check(tab, State(model="qwen3-8b", phase="decode", batch=2, seq=100, families=(*State().families, "kv_cache")))
 
 
+SMALL = token(json.dumps({**TINY, "_name_or_path": "x" * 90, "num_hidden_layers": 3}), "small.json")
 LAYOUTS = {
     "default": "",
     "every family on three GPUs": f"?gpu=a100_sxm_80gb,h100_sxm,rtx_4090&family={','.join(FAMILIES)}",
@@ -86,9 +88,16 @@ LAYOUTS = {
     "two engines on three GPUs": "?gpu=a100_sxm_80gb,h100_sxm,rtx_4090&engine=hf&versus=reference&dense=50",
     "decode at batch 64": "?phase=decode&batch=64&detail=depth",
     "long names": "?model=" + token(json.dumps({**TINY, "_name_or_path": "x" * 90}), "y" * 90 + ".json"),
+    "a pruned model and a profile": f"?pruned={SMALL}&detail=pruned&gpu={profile_token(OWN, 'y' * 90 + '.yaml')},l4",
+    "weights in int4 on two devices": "?weights=int4&devices=2&phase=decode&gpu=a100,b200",
     "refused": "?gpu=a100_sxm_80gb&dtype=fp8",
     "problems": "?batch=x&gpu=h10&model=" + "z" * 200,
 }
+BELOW = """() => {
+  // pixels of the notes that are out of sight
+  const notes = document.querySelector(".notes");
+  return notes ? notes.scrollHeight - notes.clientHeight : 0;
+}"""
 SIZES: dict[str, Any] = {
     "laptop": {"viewport": LAPTOP},
     "phone": {"viewport": PHONE, "is_mobile": True, "has_touch": True},
@@ -96,12 +105,13 @@ SIZES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_nothing_is_cut_and_no_label_lies_on_another(size: str, new_tab: Callable[..., Tab]) -> None:
-    tab = new_tab(**SIZES[size])
+def test_nothing_is_cut_and_no_label_lies_on_another(size: str, tab: Tab, new_tab: Callable[..., Tab]) -> None:
+    tab = tab if size == "laptop" else new_tab(**SIZES[size])
     for name, query in LAYOUTS.items():
-        tab.open(query)
+        tab.go(query)
         assert tab.page.evaluate(OUTSIDE) == [], name
         assert tab.page.evaluate(CLASHES) == [], name
+        assert size == "laptop" or not tab.page.evaluate(BELOW), f"{name}: a note is cut"
     if size == "phone":
         tab.page.click("summary")
         assert tab.page.evaluate(OUTSIDE) == []
@@ -109,22 +119,25 @@ def test_nothing_is_cut_and_no_label_lies_on_another(size: str, new_tab: Callabl
         heights = tab.page.evaluate(touched + ".map((e) => e.getBoundingClientRect().height)")
         assert min(height for height in heights if height) >= 24
         return
-    tab.open(LAYOUTS["generate"])
+    tab.go(LAYOUTS["generate"])
     wide = tab.page.locator("#speedup").bounding_box()["height"]
     tab.page.set_viewport_size(PHONE)
     tab.page.wait_for_timeout(300)
     tab.settle()
     assert tab.page.locator("#speedup").bounding_box()["height"] > 1.4 * wide, "a narrow window is drawn again"
     assert tab.page.evaluate(OUTSIDE) == []
+    tab.page.set_viewport_size(LAPTOP)
 
 
-@pytest.mark.parametrize("size", [LAPTOP, PHONE], ids=["laptop", "phone"])
-def test_a_report_needs_no_network(size: dict[str, int], new_tab: Callable[..., Tab], tmp_path: Path) -> None:
-    options = ("--hardware", "h100,rtx_4090", "--phase", "decode", "-o", "r.html")
-    done = prunesim("report", "llama-3.1-8b", *options, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (0, "r.html\n"), done.stderr
-    tab = new_tab(offline=True, viewport=size)
-    tab.page.goto((tmp_path / "r.html").as_uri())
+def test_a_report_needs_no_network(new_tab: Callable[..., Tab], tmp_path: Path) -> None:
+    options = ("--hardware", "h100,rtx_4090", "--phase", "decode", "-o", str(tmp_path / "r.html"))
+    assert run(["report", "llama-3.1-8b", *options]) == 0
+    for size in (LAPTOP, PHONE):
+        check_report(new_tab(offline=True, viewport=size), tmp_path / "r.html")
+
+
+def check_report(tab: Tab, file: Path) -> None:
+    tab.page.goto(file.as_uri())
     records = predicted(State(gpus=("h100_sxm", "rtx_4090"), phase="decode"))
     curves = [t for t in tab.figure("speedup")["data"] if "markers" in t["mode"] and t["name"] == "depth"]
     for curve, gpu in zip(curves, ("h100_sxm", "rtx_4090"), strict=True):
@@ -133,16 +146,16 @@ def test_a_report_needs_no_network(size: dict[str, int], new_tab: Callable[..., 
     assert len(tab.table()) == 1 + len(records)
     assert tab.page.evaluate(OUTSIDE) == []
     assert tab.page.evaluate(CLASHES) == []
-    assert tab.requests == [(tmp_path / "r.html").as_uri()]
+    assert tab.requests == [file.as_uri()]
 
 
-def test_the_last_of_many_quick_changes_in_two_tabs_is_shown(new_tab: Callable[..., Tab]) -> None:
-    one = new_tab().open("?phase=generate&gpu=h100_sxm,a100_sxm_80gb&new=64")
+def test_the_last_of_many_quick_changes_in_two_tabs_is_shown(tab: Tab, new_tab: Callable[..., Tab]) -> None:
+    one = tab.go("?phase=generate&gpu=h100_sxm,a100_sxm_80gb&new=16")
     two = new_tab().open("?phase=decode")
-    for i in range(2, 12):
+    for i in range(5, 12):
         one.page.fill("#batch", str(i))
         two.page.fill("#batch", str(10 * i))
-    generate = State(phase="generate", gpus=("a100_sxm_80gb", "h100_sxm"), new_tokens=64, batch=11)
+    generate = State(phase="generate", gpus=("a100_sxm_80gb", "h100_sxm"), new_tokens=16, batch=11)
     for tab, state in ((one, generate), (two, State(phase="decode", batch=110))):
         tab.settle()
         check(tab, state)
@@ -150,22 +163,46 @@ def test_the_last_of_many_quick_changes_in_two_tabs_is_shown(new_tab: Callable[.
     assert not [s for s in shapes if s["type"] == "rect"], "11 is no batch of the map"
 
 
-def test_a_port_that_is_taken_is_one_line(url: str) -> None:
-    done = prunesim("explore", "--no-browser", "--port", str(urlsplit(url).port))
-    assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"prunesim: port \d+ is taken; choose another one with --port.*\n", done.stderr)
+def test_a_port_that_is_taken_is_one_line(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["explore", "--no-browser", "--port", str(urlsplit(url).port)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"prunesim: port \d+ is taken; choose another one with --port.*\n", err)
 
 
-def test_ctrl_c_ends_it_and_the_page_says_so(browser: Any) -> None:
-    with start("--port", "0") as process:
+def test_two_profiles_of_one_name_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "own.yaml").write_text(OWN)
+    assert run(["explore", "--no-browser", "--port", "0", "--hardware", f"h100,{tmp_path / 'own.yaml'}"]) == 2
+    assert "two profiles are called h100_sxm; expected one of them" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_it_and_the_page_says_so(browser: Any, tmp_path: Path) -> None:
+    own = tmp_path / "h100_sxm.yaml"
+    own.write_text(OWN)
+    with start("--port", "0", "--hardware", str(own)) as process:
         assert process.stdout is not None
         tab = Tab(browser.new_page(), json.loads(process.stdout.readline())["url"]).open()
+        check(tab, State(gpus=(str(own),)))
+        tab.page.check("[name=gpu][value=l4]")
+        tab.settle()
+        check(tab, State(gpus=("l4", str(own))))
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=20)
         assert (process.returncode, said) == (0, "Ctrl-C stops it\n")
     tab.page.fill("#batch", "3")
     tab.page.locator("#problems", has_text="is prunesim explore still running?").wait_for()
     tab.page.context.close()
+
+
+def test_a_background_job_is_ended_too() -> None:
+    with start("--port", "0", interrupt=signal.SIG_IGN) as process:
+        assert process.stdout is not None
+        url = json.loads(process.stdout.readline())["url"]
+        process.send_signal(signal.SIGINT)
+        assert ask(url, "GET", "/_dash-layout", {})[0].status == 200, "such a job has no Ctrl-C"
+        process.terminate()
+        _, said = process.communicate(timeout=20)
+        assert (process.returncode, said) == (0, "Ctrl-C stops it\n")
 
 
 def ask(url: str, method: str, path: str, headers: dict[str, str]) -> tuple[http.client.HTTPResponse, bytes]:

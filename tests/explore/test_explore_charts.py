@@ -14,20 +14,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+from layouts import stored_as, tensors_of
+from test_explore_state import OWN
 
 import simulator
 from simulator.explore import frame, markup
 from simulator.explore.answer import answer, winners
-from simulator.explore.charts import BOUNDS, charts, map_chart
+from simulator.explore.charts import ASKED, BOUNDS, charts, map_chart, roofline_chart
 from simulator.explore.commands import commands
+from simulator.explore.dropped import profile_token, token
 from simulator.explore.frame import INK, PAGE, PAPER, PHONE, SOFT, WIDE, Frame
 from simulator.explore.page import page_html
-from simulator.explore.state import State
+from simulator.explore.state import EXISTING, State
 from simulator.figures.paper import BATCHES, LENGTHS
 from simulator.figures.style import LOOKS, label
 from simulator.predict.gemms import gemm_points
+from simulator.predict.table import explanations
 from simulator.pruning import GENERAL
-from simulator.units import seconds
+from simulator.units import percent, ratio, seconds
 
 pytest.importorskip("plotly", reason="the extra explore is not installed")
 
@@ -84,6 +88,91 @@ def test_curves_bands_and_bounds_are_the_predictions(state: State) -> None:
         assert bands[panel] == [r.speedup_upper for r in own] + [r.speedup_lower for r in reversed(own)]
 
 
+def test_points_stand_at_the_sparsity_asked_for_and_tell_the_realised_one() -> None:
+    state = State(families=("depth",), detail="depth", sparsities=(0.3,), at=0.1)
+    chart = charts(state, WIDE)["speedup"]
+    assert chart["layout"]["xaxis"]["title"]["text"] == ASKED == "sparsity asked for (%)"
+    (curve,) = named(chart, "depth")
+    for x, text, r in zip(curve["x"], curve["text"], answer(state).table, strict=True):
+        assert x == 100 * r.sparsity
+        assert r.sparsity != r.realised_sparsity
+        assert f"{percent(r.sparsity)} asked for, {percent(r.realised_sparsity)} realised" in text
+
+
+@pytest.mark.parametrize("weights", ["fp8", "int8", "int4", "fp8_block", "nvfp4", "mxfp4"])
+def test_formats_of_weights_are_drawn_not_a_blank(weights: str) -> None:
+    state = State(families=("depth",), detail="depth", phase="decode", weights=weights)
+    found = answer(state)
+    assert {r.weight_dtype for r in found.table} == {weights}
+    assert named(charts(state, WIDE)["speedup"], "depth")[0]["y"] == [r.speedup for r in found.table]
+    assert map_chart(state, WIDE)["data"]
+    assert f"weights {weights}" in markup.texts(state)["title"]
+    assert any("computed in fp8" in note for note in found.notes) == (weights in ("fp8_block", "nvfp4"))
+
+
+def test_a_gpu_without_a_format_says_that_weights_alone_may_have_it() -> None:
+    assert answer(State(gpus=("a100_sxm_80gb",), dtype="fp8")).refused.endswith("; weights alone may be in fp8")
+
+
+def test_a_model_is_spread_over_devices() -> None:
+    state = State(model="llama-3.1-70b", families=("depth",), detail="depth", phase="decode", devices=4)
+    found, said = answer(state), markup.texts(state)
+    assert {r.devices for r in found.table} == {4}
+    assert "4 devices (tensor)" in said["title"]
+    assert "calibrated" in said["facts"]
+    assert {c.best.devices for c in winners(state)[0]} == {4}
+    assert "--devices 4" in commands(state, found)[0].line
+
+
+def test_a_pruned_model_that_exists_stands_beside_the_families() -> None:
+    dense = simulator.load_model("llama-3.1-8b")
+    real = replace(dense, layers=28, windows=dense.windows[:28], inner=11264)
+    config = Path(simulator.models.library.__file__).with_name("llama-3.1-8b.json").read_text()
+    config = json.dumps(json.loads(config) | {"num_hidden_layers": 28, "_name_or_path": "me/<i>"})
+    state = replace(DECODE, pruned=token(config, "cut/config.json", tensors_of(real)), detail=EXISTING)
+    found, chart = answer(state), charts(state, WIDE)
+    case: dict[str, Any] = {name: getattr(state, name) for name in ("phase", "batch", "seq", "dtype", "engine")}
+    for panel, gpu in enumerate(state.gpus):
+        hw = simulator.load_hardware(gpu)
+        s = simulator.speedup(simulator.lower(dense, **case), simulator.lower(real, **case), hw).speedup
+        star, bound = (named(chart["speedup"], name)[panel] for name in ("&lt;i&gt;", "FLOP bound (pruned model)"))
+        assert (star["x"], star["y"]) == ([pytest.approx(24.03, abs=0.01)], [pytest.approx(s, rel=1e-12)])
+        assert bound["y"] == [found.existing[panel].flop_bound]
+        assert found.details[panel].record.speedup == pytest.approx(s, rel=1e-12)
+    assert any("an MLP of 11,264 of 14,336" in note for note in found.notes)
+    rows = markup.table_html(found, state.explained, state.at)
+    assert rows.count('class="detail"') == len(state.gpus)
+    assert f'<th scope="row">&lt;i&gt;</th><td>{percent(found.existing[0].sparsity)}' in rows
+    assert len(markup.table_csv(found.records).splitlines()) == 1 + len(found.table) + len(state.gpus)
+    assert "<i>" not in "".join(markup.texts(state)[name] for name in ("title", "facts", "notes", "about-roofline"))
+    packed = token(config, "cut/config.json", stored_as("fp8_block", tensors_of(real)))
+    refused = answer(replace(state, pruned=packed))
+    assert (refused.existing, refused.details) == ((), ())
+    assert any(note.startswith("<i>: ") and "fp8 computes in them" in note for note in refused.notes)
+    assert "fp8" in charts(replace(state, pruned=packed), WIDE)["waterfall"]["layout"]["annotations"][0]["text"]
+    assert State(detail=EXISTING).explained == "depth", "none was dropped"
+
+
+def test_a_profile_of_ones_own_is_predicted_with() -> None:
+    state = State(gpus=(profile_token(OWN, "own.yaml"),), families=("depth",), detail="depth", phase="decode")
+    found, same = answer(state), answer(replace(state, gpus=("rtx_3090",)))
+    assert {r.hardware for r in found.table} == {"h100_sxm"}
+    assert [r.speedup for r in found.table] == [r.speedup for r in same.table]
+    assert [ratio(c.best.speedup) for c in winners(state)[0]] == [
+        ratio(c.best.speedup) for c in winners(replace(state, gpus=("rtx_3090",)))[0]
+    ]
+    assert "--hardware ./own.yaml" in commands(state, found)[0].line
+
+
+def test_a_profile_that_changes_is_read_anew(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(OWN)
+    state = State(gpus=(str(path),), families=("depth",), detail="depth", phase="decode")
+    slow = answer(state).table.records[0].dense_s
+    path.write_text(OWN.replace("936 GB/s", "1936 GB/s"))
+    assert answer(state).table.records[0].dense_s < 0.7 * slow
+
+
 def test_waterfalls_multiply_to_the_prediction(state: State) -> None:
     found = answer(state)
     assert len(found.details) == len(state.gpus)
@@ -110,6 +199,18 @@ def test_points_of_the_roofline_are_the_gemms(state: State) -> None:
                 assert min(np.abs(np.log(gemm) - np.log(point)).max() for point in drawn) < math.log(1.011)
         roof = named(chart, "datasheet roofline")[panel]
         assert max(roof["y"]) * 1e12 <= e.hardware.peak_flop_per_s(state.dtype) * (1 + 1e-12)
+
+
+def test_no_gemm_lies_above_the_roof_of_the_highest_clock() -> None:
+    details = explanations("llama-3.1-8b", ["a100", "rtx_4090", "h100"], "width", 0.25, ["prefill"])
+    chart = roofline_chart(details, WIDE)
+    lines = named(chart, "at the highest clock")
+    for line, e in zip(lines, details[1:], strict=True):  # the A100's datasheet is at its highest clock
+        highest = e.hardware.peak_flop_per_s("bf16") * e.hardware.clock_headroom / 1e12
+        assert max(line["y"]) == pytest.approx(highest)
+    peak = details[1].hardware.peak_flop_per_s("bf16") / 1e12
+    assert peak < max(named(chart, "dense")[1]["y"]) < max(lines[0]["y"])
+    assert [line["showlegend"] for line in lines] == [True, False]
 
 
 def test_the_map_is_what_tables_say(state: State) -> None:

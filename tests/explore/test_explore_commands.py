@@ -10,19 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_explore_state import TINY
+from layouts import save, tensors_of
+from test_explore_state import OWN, TINY
 
 from simulator.cli import run
 from simulator.engines import engine
 from simulator.explore.answer import answer, winners
 from simulator.explore.charts import charts
 from simulator.explore.commands import commands
-from simulator.explore.dropped import token
+from simulator.explore.dropped import profile_token, token
 from simulator.explore.frame import PAGE, PHONE
 from simulator.explore.markup import commands_html
-from simulator.explore.state import State
+from simulator.explore.state import EXISTING, State
+from simulator.hardware.library import profiles_folder
+from simulator.models.huggingface import from_hf_config
 
 TWO = ("depth", "width")
+SMALL = replace(from_hf_config(TINY), inner=704)
+PRUNED = token(json.dumps(TINY | {"_name_or_path": "me/small"}), "cut/config.json", tensors_of(SMALL))
 CASES = {
     "default": State(),
     "several GPUs": State(
@@ -35,6 +40,12 @@ CASES = {
     "one family": State(families=("width",), sparsities=(0.123456789, 0.3), at=0.3),
     "a GPU without the number format": State(gpus=("cpu", "rtx_4090"), families=TWO),
     "dropped": State(model=token(json.dumps(TINY), "my model.json"), families=TWO),
+    "weights and devices": State(families=TWO, phase="decode", weights="int4", devices=2),
+    "weights that fp8 computes in": State(families=TWO, phase="decode", weights="fp8_block"),
+    "a pruned model": State(
+        model=token(json.dumps(TINY), "my model.json"), pruned=PRUNED, families=TWO, detail=EXISTING, versus="hf"
+    ),
+    "a profile of one's own": State(gpus=(profile_token(OWN, "my own.yaml"), "rtx_4090"), families=TWO),
 }
 # fmt: off
 SHOWN = (
@@ -54,6 +65,10 @@ def shell(line: str, *more: str) -> None:
 def state(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> State:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my model.json").write_text(json.dumps(TINY))
+    (tmp_path / "my own.yaml").write_text(OWN)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "config.json").write_text(json.dumps(TINY | {"_name_or_path": "me/small"}))
+    save(tmp_path / "cut" / "model.safetensors", tensors_of(SMALL))
     found: State = request.param
     return found
 
@@ -65,6 +80,8 @@ def test_the_commands_give_what_the_page_shows(state: State, capsys: pytest.Capt
         shell(command.line, "--json")
         printed[command.gives] = json.loads(capsys.readouterr().out)
     for row, r in zip(printed["curves and table"], found.table, strict=True):
+        assert {key: row[key] for key in SHOWN} == {key: getattr(r, key) for key in SHOWN}
+    for row, r in zip(printed.get("pruned model", ()), found.existing, strict=True):
         assert {key: row[key] for key in SHOWN} == {key: getattr(r, key) for key in SHOWN}
     for gives, drawn in (("waterfall and roofline", found.details), (f"waterfall in {state.versus}", found.versus)):
         for row, e in zip(printed.get(gives, ()), drawn, strict=True):
@@ -83,7 +100,11 @@ def test_the_last_command_writes_the_page(state: State, tmp_path: Path, capsys: 
     shell(commands(state, answer(state))[-1].line)
     assert capsys.readouterr().out.strip() == "report.html"
     embedded = (tmp_path / "report.html").read_text().partition('id="figures">')[2].partition("</script>")[0]
-    same = replace(state, model="./my model.json") if state.model.startswith("dropped:") else state
+    typed = {"dropped:": "./my model.json"}
+    same = replace(state, model=typed.get(state.model[:8], state.model))
+    if state.pruned:
+        same = replace(same, pruned="./cut")
+    same = replace(same, gpus=tuple("./my own.yaml" if gpu.startswith("dropped:") else gpu for gpu in state.gpus))
     for name, most in (("page", PAGE), ("phone", PHONE)):
         assert json.loads(embedded)[name]["speedup"] == json.loads(json.dumps(charts(same, most)["speedup"]))
 
@@ -97,9 +118,32 @@ def test_a_report_takes_engines_by_alias_and_by_file(tmp_path: Path, monkeypatch
     shell(f"{few} --engine transformers --versus ./mine.yaml --dense-time 900ms")
     said = Path("r.html").read_text()
     assert "serve, concurrency 16, seq 2048 + 128 new, bf16, hf" in said
-    assert "engine=hf&amp;dtype" in said
+    assert "<i>--engine</i> <i>hf</i>" in said
+    assert "address ?" not in said  # the page opens no files
     assert "h100_sxm, mine" in said
     assert "<i>--dense-time</i> <i>900ms</i>" in said
+
+
+@pytest.mark.skipif(find_spec("plotly") is None, reason="the extra explore is not installed")
+def test_a_report_is_of_the_profile_in_the_file_whatever_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = (profiles_folder() / "h100_sxm.yaml").read_text()
+    Path("h100_sxm.yaml").write_text(shipped.replace("3.35 TB/s", "335 GB/s"))
+    state = State(model="llama-3.2-1b", phase="decode", families=("depth",), detail="depth")
+    times = [answer(replace(state, gpus=gpu)).table.records[0].dense_s for gpu in (("h100_sxm",), ("h100_sxm.yaml",))]
+    assert times[1] > 4 * times[0]
+    shell(
+        "prunesim report llama-3.2-1b --phase decode --family depth --detail depth --hardware h100_sxm.yaml -o r.html"
+    )
+    said = Path("r.html").read_text()
+    assert f"<b>h100_sxm</b> dense {1e3 * times[1]:.1f} ms" in said
+    assert "<i>--hardware</i> <i>h100_sxm.yaml</i>" in said
+    assert "<dt>Page</dt><dd>none" in said  # the page would show the shipped one
+    for command in ("speedup llama-3.2-1b", "gemm 1 64 64", "report llama-3.2-1b -o two.html"):
+        assert run([*command.split(), "--hardware", "h100,h100_sxm.yaml"]) == 2
+        assert "two profiles are called h100_sxm" in capsys.readouterr().err
 
 
 def test_what_a_report_refuses(capsys: pytest.CaptureFixture[str]) -> None:

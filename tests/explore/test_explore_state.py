@@ -6,6 +6,7 @@ import base64
 import json
 import string
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -13,14 +14,15 @@ from urllib.parse import quote
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts import save_shards, tensors_of
 
 import simulator.models.library
 from simulator.engines.engine import list_engines
 from simulator.errors import InputError
-from simulator.explore.dropped import MOST_TOKEN, PREFIX, read_token, token
-from simulator.explore.state import KEYS, MOST_QUERY, State, read_query, strict_query, to_query
-from simulator.hardware.library import list_hardware
-from simulator.models.huggingface import MAX_FILE_BYTES
+from simulator.explore.dropped import MOST_TOKEN, PREFIX, Sent, profile_token, read_profile, read_token, take, token
+from simulator.explore.state import ARITHMETIC, EXISTING, KEYS, MOST_QUERY, State, read_query, strict_query, to_query
+from simulator.hardware.library import list_hardware, load_hardware, profiles_folder
+from simulator.models.huggingface import MAX_FILE_BYTES, from_hf_config
 from simulator.models.library import list_models, load_model
 from simulator.pruning import FAMILIES
 from simulator.workload import DTYPES, PHASES
@@ -33,13 +35,19 @@ TINY: dict[str, Any] = {
 }
 # fmt: on
 
+OWN = (profiles_folder() / "rtx_3090.yaml").read_text().replace("name: rtx_3090", "name: h100_sxm")
+OWN = "".join(line for line in OWN.splitlines(keepends=True) if not line.startswith("aliases:"))
+"""A profile by the name of another one."""
+
 SHIPPED = sorted(Path(simulator.models.library.__file__).parent.glob("*.json"))
+
+OTHER = profile_token(OWN.replace("name: h100_sxm", "name: mine"), "mine.yaml")
 
 fractions = st.floats(0.0, 0.999, allow_nan=False)
 states = st.builds(
     State,
     model=st.sampled_from([*list_models(), token(json.dumps(TINY), "tiny.json")]),
-    gpus=st.lists(st.sampled_from(list_hardware()), min_size=1, max_size=4, unique=True).map(tuple),
+    gpus=st.lists(st.sampled_from([*list_hardware(), OTHER]), min_size=1, max_size=4, unique=True).map(tuple),
     families=st.lists(st.sampled_from(list(FAMILIES)), min_size=1, unique=True).map(tuple),
     sparsities=st.lists(fractions, min_size=1, max_size=9, unique=True).map(tuple),
     phase=st.sampled_from(PHASES),
@@ -47,8 +55,11 @@ states = st.builds(
     seq=st.integers(1, 100_000),
     new_tokens=st.integers(1, 1024),
     engine=st.sampled_from(list_engines()),
-    dtype=st.sampled_from(DTYPES),
-    detail=st.sampled_from(list(FAMILIES)),
+    dtype=st.sampled_from(ARITHMETIC),
+    weights=st.sampled_from(["", *DTYPES]),
+    devices=st.integers(1, 64),
+    pruned=st.sampled_from(["", token(json.dumps(TINY | {"num_hidden_layers": 3}), "small.json")]),
+    detail=st.sampled_from([*FAMILIES, EXISTING]),
     at=fractions,
     dense_ms=st.none() | st.floats(1e-6, 1e8),
     versus=st.sampled_from(["", *list_engines()]),
@@ -56,7 +67,7 @@ states = st.builds(
 
 
 @given(states)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_a_query_says_all_of_a_state(state: State) -> None:
     assert read_query("?" + to_query(state)) == (state, ())
     assert strict_query(to_query(state)) == state
@@ -101,6 +112,11 @@ def test_any_query_and_any_value_give_a_state(text: str, key: str, value: str) -
         ("dense=-1", "dense -1.0: expected a positive number of milliseconds", "shown with none"),
         ("dense=nan", "dense nan: expected a positive number of milliseconds", "shown with none"),
         ("dtype=bf17", "did you mean bf16", "shown with bf16"),
+        ("weights=int5", "weights 'int5' is unknown", "shown with none"),
+        ("devices=0", "devices 0: expected a whole number from 1 to 1024", "shown with 1"),
+        ("pruned=.%2Fpruned", "pruned './pruned': expected what was dropped", "shown with none"),
+        ("gpu=dropped:zzz", "not a dropped profile that can be read", "shown with h100_sxm"),
+        ("gpu=h100," + profile_token(OWN, "own.yaml"), "two profiles are called h100_sxm", "shown with h100_sxm"),
         ("batch=2147483647", "expected at most 2147483647 tokens in a pass", "shown with 1"),
         ("colour=red", "key 'colour' is unknown", "left out"),
         ("x" * (MOST_QUERY + 1), "longer than", "shown with the defaults"),
@@ -128,6 +144,133 @@ def test_one_bad_value_leaves_the_others_and_keys_of_lists_may_repeat() -> None:
 def test_a_state_is_checked(bad: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         State(**bad)
+
+
+def test_a_format_of_weights_is_that_of_the_weights() -> None:
+    state, (line,) = read_query("dtype=int4&phase=decode")
+    assert (state.dtype, state.weights) == ("bf16", "int4")
+    assert "no device computes in it" in line
+    assert State(weights="fp8_block").setting.dtype == "fp8", "no kernels compute 16 bits with such weights"
+
+
+def test_a_profile_is_the_one_that_was_given_whatever_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "h100.yaml"
+    path.write_text(OWN)
+    dropped = profile_token(OWN, "h100.yaml")
+    assert read_query(f"gpu={path}")[0] == State(), "no address makes the server read a file"
+    given, problems = read_query(f"gpu={path}", [str(path)])
+    assert problems == ()
+    shipped = load_hardware("rtx_3090")
+    for state in (given, State(gpus=(dropped,))):
+        (profile,) = state.profiles
+        assert profile.name == "h100_sxm"
+        assert (profile.rates, profile.bandwidth_bytes_per_s) == (shipped.rates, shipped.bandwidth_bytes_per_s)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (OWN.replace("82,", "many,"), "p.yaml:12:21: datasheet.sm_count.value: expected"),
+        (OWN + "stacks_of: h10\n", "p.yaml: stacks_of: profile 'h10' is unknown"),
+        ("", "p.yaml:1:1: file: is empty"),
+        (OWN + "\ud800: 1\n", "p.yaml:30:1: ?: unknown key"),
+        ("&a [*a]", "anchors (&) and aliases (*) are not allowed"),
+        ((profiles_folder() / "cpu.yaml").read_text(), "is a file beside it; expected a profile without arrays"),
+        ((profiles_folder() / "h100_sxm.vllm.yaml").read_text(), "this is what was fitted for one stack"),
+        ("#" * 1_000_001, "p.yaml: larger than 1000000 bytes; expected a hardware profile"),
+    ],
+)
+def test_a_bad_profile_is_one_line(text: str, says: str) -> None:
+    with pytest.raises(InputError) as caught:
+        take([Sent("p.yaml", text)])
+    assert says in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def test_a_profile_with_numbers_of_its_own_borrows_those_of_a_sibling() -> None:
+    token = profile_token(OWN + "stacks_of: a100_sxm_80gb\n", "mine.yaml")
+    assert read_profile(token)[1].stacks.keys() == load_hardware("a100_sxm_80gb").stacks.keys()
+
+
+def files_of(folder: Path) -> list[Sent]:
+    """Files of a checkpoint as the page sends them."""
+    out = []
+    for path in sorted(folder.iterdir()):
+        raw = path.read_bytes()
+        size = 8 + int.from_bytes(raw[:8], "little") if path.suffix == ".safetensors" else 0
+        out.append(Sent(f"{folder.name}/{path.name}", raw[8 if size else 0 : size or None].decode(), len(raw) - size))
+    return out
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A pruned tiny model in two shards: its config.json says the widths of the dense one."""
+    folder = tmp_path / "pruned"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(TINY))
+    model = replace(from_hf_config(TINY), inner=704)
+    save_shards(folder, tensors_of(model), 2)
+    return folder
+
+
+def test_a_dropped_checkpoint_is_the_one_its_headers_describe(checkpoint: Path) -> None:
+    kind, made = take(files_of(checkpoint))
+    assert kind == "model"
+    assert read_token(made) == ("pruned", load_model(checkpoint))
+    assert len(made) < 1000
+    anonymous = [Sent(Path(f.name).name, f.text, f.room) for f in files_of(checkpoint)]
+    assert read_token(take(anonymous)[1])[0] == ".", "its folder is not known"
+    lone = [f for f in anonymous if f.name != "model.safetensors.index.json"]
+    assert read_token(take(lone)[1])[1].inner == 704, "an index is not needed"
+
+
+def test_layers_that_all_differ_still_fit_in_an_address() -> None:
+    dense = load_model("llama-3.1-70b")
+    blocks = tuple(replace(b, inner=128 * (100 + (i * 37) % 101)) for i, b in enumerate(dense.layout))
+    model = replace(dense, blocks=blocks)
+    config = (Path(simulator.models.library.__file__).parent / "llama-3.1-70b.json").read_text()
+    assert read_token(token(config, "x/config.json", tensors_of(model)))[1].blocks == blocks
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda files: files[1:], "3 files: expected one config.json, with the *.safetensors of its folder or without"),
+        (lambda files: files[-1:], "model.safetensors.index.json: expected the config.json of its folder beside it"),
+        (lambda files: files[:2] + files[3:], "pruned: 'model-00001.safetensors' is missing (1 of 2 files are)"),
+        (lambda files: [files[0], Sent("a.safetensors", "{")], "a.safetensors: is not JSON"),
+        (lambda files: [files[0], Sent("a.safetensors", '{"\ud800": 1}')], "tensor '?': expected dtype, shape"),
+        (lambda files: [files[0], Sent("a.safetensors", '{"x": 1}')], "expected dtype, shape and data_offsets"),
+        (lambda files: [files[0], files[1]], "pruned: holds no lm_head.weight"),
+    ],
+)
+def test_a_bad_checkpoint_is_one_line(change: Any, says: str, checkpoint: Path) -> None:
+    files = files_of(checkpoint)
+    assert [Path(f.name).name for f in files] == [
+        "config.json", "model-00000.safetensors", "model-00001.safetensors", "model.safetensors.index.json"
+    ]  # fmt: skip
+    with pytest.raises(InputError) as caught:
+        take(change(files))
+    assert says in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [["a.#.#", "BF16", [1], [[0, 999]], [[0, 999]]]] * 2,
+        [["a.#", "BF16", [1], [[0, 10**15]], [[-1, -1]]]],
+        [["a#b#c#d", "BF16", [1], [[0, 0]], [[0, 0]]]],
+        [["a", "BF17", [1], [[-1, -1]], [[-1, -1]]]],
+        [["a", "BF16", [-1], [[-1, -1]], [[-1, -1]]]],
+        [[1, "BF16", [1], [[0, 0]], [[0, 0]]]],
+        [["a"]], [3], 3, {"a": 1},
+    ],
+)  # fmt: skip
+def test_a_token_of_tensors_is_checked(rows: Any) -> None:
+    packed = zlib.compress(json.dumps({"file": ".", "config": TINY, "tensors": rows}).encode())
+    with pytest.raises(InputError):
+        read_token(PREFIX + base64.urlsafe_b64encode(packed).decode().rstrip("="))
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)

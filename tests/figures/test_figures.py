@@ -9,21 +9,30 @@ import re
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from calibration.cli.figures import shipped_gemms
 from simulator.errors import InputError
+from simulator.figures.measured import read_measured_gemms
+from simulator.figures.panels import roof_of
 from simulator.figures.roofline import Roof, roofline_figure
 from simulator.figures.save import check_figure, save_figure
 from simulator.figures.speedup import speedup_figure
 from simulator.figures.style import COLUMN_IN, LOOKS, PAGE_IN, in_order, look
 from simulator.figures.waterfall import Steps, waterfall_figure
+from simulator.hardware.library import load_hardware
+from simulator.predict.table import explanations
 from simulator.pruning import FAMILIES
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from matplotlib.figure import Figure
 
 NAMES = [
@@ -61,51 +70,52 @@ def steps(title: str, factors: list[float]) -> Steps:
     return Steps(title, NAMES, factors, 1.333, 0.95 * reached, 1.06 * reached)
 
 
-def roof(title: str, tokens: float, peak: float = 989.4e12, bandwidth: float = 3.35e12) -> Roof:
+def roof(title: str, tokens: float, peak: float = 989.4e12, bandwidth: float = 3.35e12, headroom: float = 1.08) -> Roof:
     n = np.array([4096.0, 1024, 1024, 4096, 14336, 14336, 4096])
     k = np.array([4096.0, 4096, 4096, 4096, 4096, 4096, 14336])
     intensity = np.concatenate([tokens * w * k / (tokens * (w + k) + w * k) for w in (n, 0.75 * n)])
     achieved = np.minimum(0.75 * peak, intensity * 0.8 * bandwidth) * np.tile([1.0, 0.8, 0.8, 1.0, 1.05, 1.05, 0.97], 2)
     names = ["q", "k", "v", "o", "gate", "up", "down"]
-    return Roof(title, peak, bandwidth, names * 2, intensity, achieved, [False] * 7 + [True] * 7)
+    return Roof(title, peak, bandwidth, names * 2, intensity, achieved, [False] * 7 + [True] * 7, headroom)
 
 
-def figures() -> dict[str, Figure]:
-    """One of each kind, at the sizes that are printed."""
-    every = list(LOOKS)
-    gpus = ["a100_sxm_80gb", "h100_sxm", "rtx_4090"]
-    settings = ["prefill, batch 1", "prefill, batch 64", "decode, batch 1", "decode, batch 64"]
-    return {
-        "dots": speedup_figure(**points(every, [0.1, 0.25, 0.5], settings, gpus)),
-        "dots, one device": speedup_figure(**points(every, [0.1, 0.5], settings[:1], gpus[:1])),
-        "dots, five devices": speedup_figure(**points(every, [0.1, 0.5], settings[:1], [*gpus, "l40s", "h200_sxm"])),
-        "dots, one point": speedup_figure(**points(["depth"], [0.3], settings[:1], gpus[:1])),
-        "dots, long label": speedup_figure(
-            **points(every[:3], [0.3], ["llama-3.1-8b, generate, batch 64, 128 new, seq 2048"], gpus)
-        ),
-        "curves": speedup_figure(**points(["depth", "width", "low_rank"], [0.1, 0.25, 0.5], settings[:2], gpus)),
-        "curves, all": speedup_figure(**points(every, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], settings[:1], gpus)),
-        "waterfall": waterfall_figure([steps("h100_sxm", [0.99, 0.9, 1.03, 0.97, 1.0, 0.95, 0.83])]),
-        "waterfalls": waterfall_figure(
-            [steps(f"{g}, reference", [1.0, 0.9, 1.0, 0.97, 0.75, 0.8, 1.06]) for g in gpus]
-        ),
-        "roofline": roofline_figure([roof("h100_sxm", 2048.0)]),
-        "rooflines": roofline_figure([roof(g, m) for g, m in zip(gpus, (2048.0, 64.0, 1.0), strict=True)]),
-    }
+EVERY, GPUS = list(LOOKS), ["a100_sxm_80gb", "h100_sxm", "rtx_4090"]
+SETTINGS = ["prefill, batch 1", "prefill, batch 64", "decode, batch 1", "decode, batch 64"]
+LONG = ["llama-3.1-8b, generate, batch 64, 128 new, seq 2048"]
+SIX = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+# fmt: off
+FIGURES: dict[str, Callable[[], Figure]] = {
+    "dots": lambda: speedup_figure(**points(EVERY, [0.1, 0.25, 0.5], SETTINGS, GPUS)),
+    "dots, one device": lambda: speedup_figure(**points(EVERY, [0.1, 0.5], SETTINGS[:1], GPUS[:1])),
+    "dots, five devices": lambda: speedup_figure(**points(EVERY, SIX[::4], SETTINGS[:1], [*GPUS, "l40s", "h200_sxm"])),
+    "dots, one point": lambda: speedup_figure(**points(["depth"], [0.3], SETTINGS[:1], GPUS[:1])),
+    "dots, long label": lambda: speedup_figure(**points(EVERY[:3], [0.3], LONG, GPUS)),
+    "dots, two rows": lambda: speedup_figure(**points(EVERY[:4], [0.3], [*SETTINGS, "generate, batch 1"], GPUS)),
+    "curves": lambda: speedup_figure(**points(["depth", "width"], [0.1, 0.25, 0.5], SETTINGS[:2], GPUS)),
+    "curves, one device": lambda: speedup_figure(**points(["depth", "width"], SIX, SETTINGS[:1], GPUS[:1])),
+    "curves, all": lambda: speedup_figure(**points(EVERY, SIX, [f"batch {b}" for b in range(9)], GPUS[:2])),
+    "waterfall": lambda: waterfall_figure([steps("h100_sxm", [0.99, 0.9, 1.03, 0.97, 1.0, 0.95, 0.83])]),
+    "waterfalls": lambda: waterfall_figure(
+        [steps(f"{g}, reference", [1.0, 0.9, 1.0, 0.97, 0.75, 0.8, 1.06]) for g in GPUS]
+    ),
+    "roofline": lambda: roofline_figure([roof("h100_sxm", 2048.0)]),
+    "rooflines": lambda: roofline_figure([roof(g, m) for g, m in zip(GPUS, (2048.0, 64.0, 1.0), strict=True)]),
+}
+# fmt: on
+"""One of each kind, at the sizes that are printed."""
 
 
 @pytest.fixture(scope="module")
 def drawn() -> dict[str, Figure]:
-    return figures()
+    return {name: make() for name, make in FIGURES.items()}
 
 
 @pytest.mark.parametrize("suffix", [".pdf", ".svg", ".png"])
-def test_the_same_arrays_give_the_same_bytes(suffix: str, tmp_path: Path) -> None:
-    for name, first in figures().items():
-        if name in ("dots", "waterfall", "rooflines"):
-            save_figure(first, tmp_path / f"1{suffix}")
-            save_figure(figures()[name], tmp_path / f"2{suffix}")
-            assert (tmp_path / f"1{suffix}").read_bytes() == (tmp_path / f"2{suffix}").read_bytes(), name
+def test_the_same_arrays_give_the_same_bytes(suffix: str, tmp_path: Path, drawn: dict[str, Figure]) -> None:
+    for name in ("dots, one point", "waterfall", "roofline"):
+        save_figure(drawn[name], tmp_path / f"1{suffix}")
+        save_figure(FIGURES[name](), tmp_path / f"2{suffix}")
+        assert (tmp_path / f"1{suffix}").read_bytes() == (tmp_path / f"2{suffix}").read_bytes(), name
 
 
 def test_the_bytes_do_not_depend_on_the_users_settings_or_the_process(tmp_path: Path) -> None:
@@ -113,15 +123,17 @@ def test_the_bytes_do_not_depend_on_the_users_settings_or_the_process(tmp_path: 
         "import sys; import matplotlib; from simulator.figures.save import *;"
         "from simulator.figures.waterfall import *;"
         "matplotlib.rcParams.update({'font.size': 30, 'axes.grid': False, 'svg.hashsalt': 'other'});"
-        "panel = Steps('x', ['a', 'b'], [0.9, 1.1], 1.3, 1.2, 1.4); save_figure(waterfall_figure([panel]), sys.argv[1])"
+        "panel = Steps('x', ['a', 'b'], [0.9, 1.1], 1.3, 1.2, 1.4); figure = waterfall_figure([panel]);"
+        "[save_figure(figure, path) for path in sys.argv[1:]]"
     )
+    here = [tmp_path / f"here{suffix}" for suffix in (".svg", ".pdf")]
+    there = [tmp_path / f"there{suffix}" for suffix in (".svg", ".pdf")]
+    figure = waterfall_figure([Steps("x", ["a", "b"], [0.9, 1.1], 1.3, 1.2, 1.4)])
+    for path in here:
+        save_figure(figure, path)
     root = Path(__file__).resolve().parents[2]
-    for suffix in (".svg", ".pdf"):
-        here = tmp_path / f"here{suffix}"
-        save_figure(waterfall_figure([Steps("x", ["a", "b"], [0.9, 1.1], 1.3, 1.2, 1.4)]), here)
-        there = tmp_path / f"there{suffix}"
-        subprocess.run([sys.executable, "-c", code, str(there)], check=True, cwd=root)
-        assert here.read_bytes() == there.read_bytes()
+    subprocess.run([sys.executable, "-c", code, *map(str, there)], check=True, cwd=root)
+    assert [path.read_bytes() for path in here] == [path.read_bytes() for path in there]
 
 
 def test_pdf_fonts_are_embedded_truetype(tmp_path: Path, drawn: dict[str, Figure]) -> None:
@@ -181,7 +193,7 @@ def check_print(figure: Figure) -> None:
         assert min(overlap) <= 1.5, (one, other, overlap)
 
 
-@pytest.mark.parametrize("name", list(figures()))
+@pytest.mark.parametrize("name", list(FIGURES))
 def test_figures_print_without_clashes(name: str, drawn: dict[str, Figure]) -> None:
     check_print(drawn[name])
 
@@ -204,6 +216,73 @@ def test_points_are_drawn_where_they_are() -> None:
         own = [i for i, f in enumerate(data["family"]) if f == name]
         np.testing.assert_allclose(lines[look(name).color].get_xdata(), 100 * data["sparsity"][own])
         np.testing.assert_allclose(lines[look(name).color].get_ydata(), data["speedup"][own])
+
+
+def test_dots_are_drawn_on_the_line_of_their_family_and_sparsity_in_the_panel_of_their_setting() -> None:
+    data = points(["depth", "width", "low_rank"], [0.1, 0.5], ["prefill", "decode"], ["a100", "h100"])
+    figure = speedup_figure(**data)
+    assert [ax.get_title() for ax in figure.axes] == ["prefill", "decode"]
+    lines = [t.get_text() for t in figure.axes[0].get_yticklabels()]
+    assert lines == ["depth  10 %", "50 %", "width  10 %", "50 %", "low rank  10 %", "50 %"]
+    for ax in figure.axes:
+        first, second = (line for line in ax.lines if line.get_marker() in ("o", "s"))
+        assert first.get_markerfacecolor() != "white" == second.get_markerfacecolor()  # apart in grey print too
+        for device, line in (("a100", first), ("h100", second)):
+            own = [(r, c) == (ax.get_title(), device) for r, c in zip(data["row"], data["column"], strict=True)]
+            order = np.argsort(line.get_ydata())
+            np.testing.assert_allclose(line.get_xdata()[order], data["speedup"][own])
+            np.testing.assert_array_equal(np.round(line.get_ydata()[order]), range(6))
+
+
+def test_models_with_a_sparsity_each_have_a_line_each() -> None:
+    same = ["decode"] * 2, ["h100"] * 2
+    figure = speedup_figure(*same, ["a-small", "b-small"], [0.31, 0.52], [1.2, 1.6], [1.1, 1.4], [1.3, 1.8])
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["a-small  31 %", "b-small  52 %"]
+    assert figure.get_size_inches()[0] == COLUMN_IN
+
+
+def roofs(ax: Any) -> tuple[Any, Any]:
+    """The lines of a roof: at the datasheet's rate, and at the highest clock (None where there is none)."""
+    lines = [line for line in ax.lines if line.get_marker() == "None" and len(line.get_xdata()) == 3]
+    return lines[0], lines[1] if len(lines) > 1 else None
+
+
+def test_no_point_lies_above_the_roof_of_the_highest_clock() -> None:
+    fast, slow = (roof("x", 2048.0, headroom=h) for h in (1.25, 1.0))
+    points = np.asarray(fast.achieved_flop_per_s) * 1.5  # above the datasheet's rate, below that of the highest clock
+    figure = roofline_figure([replace(fast, achieved_flop_per_s=points), slow])
+    datasheet, highest = roofs(figure.axes[0])
+    assert datasheet.get_ydata().max() == 989.4 < points.max() / 1e12 < highest.get_ydata().max() == 1.25 * 989.4
+    assert highest.get_linestyle() == "--" != datasheet.get_linestyle()
+    assert "989.4 to 1,237 TFLOP/s" in {t.get_text() for t in figure.axes[0].texts}
+    assert roofs(figure.axes[1])[1] is None  # a device whose datasheet is at its highest clock
+    assert [t.get_text() for t in figure.legends[0].texts][-2:] == ["datasheet", "highest clock"]
+
+
+@pytest.mark.parametrize("name", ["a100_sxm_80gb", "h100_sxm", "rtx_4090"])
+def test_no_measured_gemm_lies_above_the_highest_line(name: str, request: pytest.FixtureRequest) -> None:
+    hw = load_hardware(name)
+    if name == "rtx_4090":
+        table = read_measured_gemms(request.getfixturevalue("shared_data") / "rtx4090_gemm.csv")
+    else:
+        table = shipped_gemms(hw, "bf16")
+    work = 2 * table.m * table.n * table.k
+    x, y = work / (2 * (table.m * table.n + table.n * table.k + table.m * table.k)), work / table.seconds
+    ends = [int(x.argmin()), int(x.argmax())]  # the lines span the intensities of the points that are drawn
+    peaks = hw.peak_flop_per_s("bf16"), hw.bandwidth_bytes_per_s
+    one = Roof(name, *peaks, ["gemm"] * 2, x[ends], y[ends], [False] * 2, hw.clock_headroom)
+    datasheet, highest = roofs(roofline_figure([one]).axes[0])
+    top = highest or datasheet
+    roof_at = np.exp(np.interp(np.log(x), np.log(top.get_xdata()), np.log(top.get_ydata())))
+    assert (y / 1e12 <= roof_at).all()
+
+
+def test_predicted_rates_above_the_datasheet_lie_below_the_highest_line() -> None:
+    (e,) = explanations("llama-3.1-8b", ["rtx_4090"], "width", 0.3, ["prefill"])
+    drawn = roof_of(e, "rtx_4090")
+    datasheet, highest = roofs(roofline_figure([drawn]).axes[0])
+    rate = max(drawn.achieved_flop_per_s) / 1e12
+    assert datasheet.get_ydata().max() < rate < highest.get_ydata().max()
 
 
 def test_a_waterfall_ends_at_the_product_of_its_factors() -> None:
@@ -255,4 +334,6 @@ def test_a_figure_is_written_whole_or_not_at_all(
     assert list(tmp_path.iterdir()) == [target]
     monkeypatch.undo()
     save_figure(drawn["waterfall"], target)
-    assert target.read_bytes().startswith(b"\x89PNG")
+    with Image.open(target) as picture:
+        assert picture.mode == "P"  # a palette: a third of the bytes
+        assert picture.info["dpi"] == pytest.approx((300, 300), rel=1e-3)

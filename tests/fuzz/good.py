@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from typing import Any
 import numpy as np
 import pyarrow.csv
 import pyarrow.parquet
-from layouts import LAYOUTS, stored_as, tensors_of
+from layouts import LAYOUTS, gguf, stored_as, tensors_of
 
 from calibration.records.parquet import write_records
 from calibration.records.store import Header
 from calibration.records.table import Records, Source
+from simulator.models.headers import BITS
 from simulator.models.library import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,7 +104,7 @@ _HEADER = Header(
     {"opened": "cuda", "rates": {"a": 1.0}},
 )
 _TIMINGS = [json.loads(_MEASUREMENT % (m, i, m)) for i, m in enumerate((1, 64, 300, 4096))]
-RUN = (_HEADER.as_dict(), *_TIMINGS, *json.loads(_OTHERS))
+RUN = (_HEADER.as_dict(), *({"line": i, **row} for i, row in enumerate((*_TIMINGS, *json.loads(_OTHERS)), 2)))
 """Rows of a run: a header, timings, what is none."""
 
 
@@ -123,6 +125,10 @@ STACK = re.sub(r"\n      arrays:\n(?: {8}.*\n)+", "\n", _FITTED)
 """A shipped stack file without its arrays, so that the file stands alone, under another name; :data:`FACTS` its
 datasheet."""
 FACTS = re.sub("aliases: .*", "aliases: []", _FACTS)
+WITH_ARRAYS, _DIGEST = _FITTED, re.findall('sha256: "(.*)"', _FITTED)[0]
+with np.load(ROOT / f"hardware_profiles/rtx_4090.vllm.{_DIGEST[:12]}.npz") as _file:
+    STACK_ARRAYS = {name: _file[name] for name in _file.files}
+"""The stack file as it ships, and the arrays that it names."""
 SHIPPED = FACTS + STACK[STACK.index("calibrated:") :]
 
 ARRAYS: dict[str, Any] = {
@@ -130,6 +136,7 @@ ARRAYS: dict[str, Any] = {
     "gemm.bf16.grids": np.array([[[1.0, 1, 2], [1, 1, 2], [1, 1, 2]], [[0, 1, 4], [1, 1, 2], [1, 1, 2]]]),
     "gemm.bf16.values": np.linspace(-0.1, 0.1, 8).astype("f4"),
     "gemm.bf16.measured_m": np.array([1.0, 16.0, 17.0, 256.0, 4096.0]),
+    "gemm.bf16.measured": np.array([[0.0, 6.0, 6.0], [12.0, 14.0, 14.0]]),
     "gemm.bf16.exact_m": np.array([1, 17]),
     "gemm.bf16.exact_n": np.array([4096, 8810]),
     "gemm.bf16.exact_k": np.array([4096, 64]),
@@ -240,3 +247,51 @@ def _checkpoint(content: dict[str, Any], layout: str = "") -> dict[str, Any]:
 
 CHECKPOINTS = (*map(_checkpoint, SMALL_CONFIGS), *(_checkpoint(SMALL_CONFIGS[0], how) for how in LAYOUTS))
 """Tensors by name, each a dtype and a shape."""
+
+INDEX = {"weight_map": {name: f"{'ab'[i % 2]}.safetensors" for i, name in enumerate(CHECKPOINTS[0])}}
+"""The index of the first of them, in two files."""
+
+GGUF = gguf(load_model({**SMALL_CONFIGS[0], "num_hidden_layers": 1}), 1)
+
+
+def with_digest(raw: bytes, file: str) -> str:
+    """Text of the stack file that names these bytes as its arrays."""
+    named = re.sub("file: .*.npz", f"file: {file}", WITH_ARRAYS)
+    return named.replace(_DIGEST, hashlib.sha256(raw).hexdigest())
+
+
+def shard(tensors: Mapping[str, Any]) -> bytes:
+    """A safetensors file of some tensors, each a dtype and a shape, filled with zeros."""
+    content, end = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * BITS[dtype] // 8
+        content[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    header = json.dumps(content).encode()
+    return len(header).to_bytes(8, "little") + header + b"\0" * end
+
+
+SHARDED = {f"{file}.safetensors": shard(dict([*CHECKPOINTS[0].items()][i::2])) for i, file in enumerate("ab")} | {
+    "config.json": json.dumps(SMALL_CONFIGS[0]).encode()
+}
+"""The folder of that index, but for itself."""
+
+_FILES = [{"name": "a/config.json", "text": json.dumps(SMALL_CONFIGS[0]), "room": 0}]
+_FILES += [
+    {"name": f"a/{file}", "text": content[8 : 8 + int.from_bytes(content[:8], "little")].decode(), "room": 1 << 20}
+    for file, content in SHARDED.items()
+    if file != "config.json"
+]
+_ASKED = {"search": f"?{ADDRESS}", "narrow": False}
+QUESTIONS = tuple(
+    {
+        "output": f"{target}.data",
+        "outputs": {"id": target, "property": "data"},
+        "inputs": [{"id": source, "property": "data", "value": value}],
+        "changedPropIds": [f"{source}.data"],
+    }
+    for source, target, value in (
+        *[("dropped", "accepted", {"into": "model", "files": _FILES, "at": 1})] * 9,
+        ("csv-asked", "csv", _ASKED),
+    )
+)
+"""What the page asks its server: mostly to take a file."""

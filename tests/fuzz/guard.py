@@ -11,14 +11,17 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from simulator.errors import InputError
 
-LIMIT_S = 5.0
+LIMIT_S, WAIT_S = 5.0, 60.0
+"""Most that an input may take: processor time, which a busy machine does not stretch, and time on the wall."""
+
 MOST_CHARACTERS = 4000
 """Longest message: lists of known names and of columns are long, what came in is cut."""
 
@@ -36,18 +39,28 @@ _NEVER = (
 
 
 class Hang(BaseException):
-    """An input took longer than :data:`LIMIT_S`; no reader may catch it."""
+    """An input took longer than it may; no reader may catch it."""
+
+
+@contextmanager
+def in_time() -> Iterator[None]:
+    """A :class:`Hang` where what is done takes longer than it may, within a :class:`Guard`."""
+    signal.setitimer(signal.ITIMER_PROF, LIMIT_S)
+    signal.setitimer(signal.ITIMER_REAL, WAIT_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
 
 
 def refusal(read: Callable[[], Any], file: str = "") -> tuple[str, Any]:
     """("" and what was read) or (the refusal, which names ``file``, and None); any other exception goes on up."""
-    signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
     try:
-        return "", read()
+        with in_time():
+            return "", read()
     except InputError as error:
         message = str(error)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
     check_line(message, file)
     return message, None
 
@@ -71,15 +84,15 @@ class Guard:
         self._old: Any = None
 
     def __enter__(self) -> Guard:
-        self._old = signal.signal(signal.SIGALRM, _hang)
+        self._old = {number: signal.signal(number, _hang) for number in (signal.SIGALRM, signal.SIGPROF)}
         _install()
         _LISTENING.append(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
         _LISTENING.remove(self)
-        signal.signal(signal.SIGALRM, self._old)
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
         if kind is None:
             self.check()
 
@@ -124,4 +137,4 @@ def _audit(event: str, args: tuple[Any, ...]) -> None:
 
 
 def _hang(number: int, frame: FrameType | None) -> None:
-    raise Hang(f"an input took longer than {LIMIT_S} s")
+    raise Hang(f"an input took longer than {LIMIT_S:g} s of processor time, or {WAIT_S:g} s")

@@ -14,6 +14,7 @@ import random
 import re
 import zlib
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -25,6 +26,7 @@ from guard import check_line
 from mutate import PART_EDITS, TEXTS, Edit, edit_bytes, edit_parts, pq, seldom
 
 import simulator
+from calibration.devices.replay import open_named
 from calibration.execute.quality_results import Results
 from calibration.records.importers import import_table
 from calibration.records.lines import content_records, untimed
@@ -33,7 +35,9 @@ from calibration.records.store import merge, read_store
 from simulator.engines import engine as engines
 from simulator.errors import InputError
 from simulator.explore.answer import answer
-from simulator.explore.dropped import PREFIX, read_token, token
+from simulator.explore.app import make_app
+from simulator.explore.dropped import PREFIX, profile_token, read_profile, read_token, token
+from simulator.explore.questions import CALLBACKS
 from simulator.explore.state import read_query, strict_query, to_query
 from simulator.figures.measured import read_measured_gemms
 from simulator.hardware import library as hardware
@@ -156,6 +160,12 @@ def arrays(path: Path) -> None:
     profile(beside)
 
 
+@Target("mine.vllm.npz", lambda rng: mutate.npz_bytes(good.STACK_ARRAYS, rng), positions=True, names_file=False)
+def stack_arrays(path: Path) -> None:
+    path.with_name("mine.vllm.yaml").write_text(good.with_digest(path.read_bytes(), path.name), encoding="utf-8")
+    stack(path)
+
+
 @Target("grid.yaml", lambda rng: mutate.yaml_text(good.GRID, rng), "sweep {} --max 0 -o out.parquet", positions=True)
 def grid(path: Path) -> None:
     found = read_grid(path)
@@ -220,6 +230,20 @@ def _checkpoint(path: Path) -> None:
         simulator.load_model(path.parent)  # the refusal itself
 
 
+@Target("model.safetensors.index.json", lambda rng: mutate.json_text(good.INDEX, rng), names_file=False)
+def index(path: Path) -> None:
+    for file, content in good.SHARDED.items():
+        if not (beside := path.with_name(file)).exists():
+            beside.write_bytes(content)
+    model = simulator.load_model(path.parent)
+    finite(simulator.lower(model, phase="decode", batch=1, seq=16).flops.sum())
+
+
+@Target("model.gguf", lambda rng: edit_bytes(good.GGUF, rng), "models show {}")
+def gguf_header(path: Path) -> None:
+    finite(simulator.lower(simulator.load_model(path), phase="decode", batch=1, seq=16).flops.sum())
+
+
 @Target("config.json", lambda rng: mutate.json_text(dict(rng.choice(good.CONFIGS)), rng), "models show {}")
 def config(path: Path) -> None:
     model = simulator.load_model(path)
@@ -262,10 +286,12 @@ def gemms(path: Path) -> None:
     assert len(table.seconds) == len(predicted) == len(table)
 
 
+_LINE_EDITS: dict[Edit, int] = {lambda row, rng, rows: [mutate.json_tree(row, rng, 2)]: 12, **PART_EDITS}
+
+
 def _run_lines(rows: Sequence[Any], rng: random.Random) -> bytes:
-    """Lines with right checksums, one or two changed."""
-    edits: dict[Edit, int] = {lambda row, rng, rows: [mutate.json_tree(row, rng, 2)]: 1}
-    return seldom(b"".join(map(good.crc_line, edit_parts(rows, rng, edits, 2))), rng)
+    """Lines with right checksums, one or two changed, seldom doubled, gone or in another's place."""
+    return seldom(b"".join(map(good.crc_line, edit_parts(rows, rng, _LINE_EDITS, 2))), rng)
 
 
 _MERGE = "measure --merge {} -o out.jsonl"
@@ -289,6 +315,17 @@ def results(path: Path) -> None:
             assert 0.0 <= found.points[method, fraction]["realised"] <= 1.0
 
 
+def _make_replay(rng: random.Random) -> bytes:
+    rows = edit_parts(good.RUN, rng, _LINE_EDITS, 2)
+    return seldom(b"".join(json.dumps(row).encode() + b"\n" for row in rows), rng)
+
+
+@Target("replay.jsonl", _make_replay)
+def replayed(path: Path) -> None:
+    device = open_named(str(path))
+    assert all(0.0 < seconds < math.inf for seconds in device.timings.values())
+
+
 _PARETO = "pareto llama-2-7b --hardware h100 --phase decode"
 
 
@@ -298,7 +335,8 @@ def quality(path: Path) -> None:
     assert read_quality(table_text(table.rows)).models == table.models
     assert all(np.isfinite(row.relative_loss) for row in table.rows)
     rows, model = table.of_model("llama-2-7b"), simulator.load_model("llama-3.2-1b")
-    found, _ = fronts(model, ["h100_sxm"], rows, choose_axis(rows), ["decode"], [1], [64])
+    # an engine that has kernels for every family, so that what is refused is the file
+    found, _ = fronts(model, ["h100_sxm"], rows, choose_axis(rows), ["decode"], [1], [64], engine=["reference"])
     assert all(np.isfinite((p.loss, p.speedup)).all() for f in found for p in f.points)
 
 
@@ -403,6 +441,31 @@ def dropped(path: Path) -> None:
     assert file.isprintable()
     assert "/" not in file
     assert model.parameters > 0
+
+
+def _client() -> Any:
+    server = make_app().server
+    server.testing = True  # an exception of the server is one here
+    return server.test_client()
+
+
+def question(path: Path) -> None:
+    """Answered, or refused with a status from 400 to 499."""
+    status = CLIENT.post(CALLBACKS, data=path.read_bytes(), content_type="application/json").status_code
+    assert status == 200 or 400 <= status < 500, status
+    if status != 200:
+        raise InputError(f"status {status}")
+
+
+if find_spec("dash"):
+    CLIENT = _client()  # here, for it reads and asks what no input may
+    Target("question.json", lambda rng: mutate.json_text(rng.choice(good.QUESTIONS), rng), names_file=False)(question)
+
+
+@Target("dropped.yaml", lambda rng: mutate.yaml_text(good.FACTS, rng))
+def dropped_profile(path: Path) -> None:
+    _, hw = read_profile(profile_token(path.read_bytes().decode("utf-8", "replace"), path.name))
+    times(hw)
 
 
 _WHERE_WORDS = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from good import ARRAYS, SMALL, arrays_of, crc_line, profile_with
+from good import ARRAYS, SMALL, SMALL_CONFIGS, arrays_of, crc_line, profile_with
 from guard import refusal
 from targets import times
 
 import simulator
 from calibration.cli import run
+from calibration.devices.replay import open_named
 from calibration.execute.quality_results import Results
 from calibration.records.importers import import_table
 from calibration.records.lines import content_records
@@ -30,6 +32,7 @@ from simulator.hardware.save import save_hardware
 from simulator.predict.pareto import read_measured
 from simulator.predict.quality import load_quality
 from simulator.predict.store import NOTES_KEY, Store
+from simulator.predict.where import parse_filter
 
 DEEP = b"[" * 100_000
 HEADER = Header("A100", {"torch": "2.9"}, "bf16", "r", "2026-01-01", {}).as_dict()
@@ -88,6 +91,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     **{"p.yaml": load_hardware, "store.jsonl": read_store},
     "timings.jsonl": lambda path: content_records(read_store(path)),
     "points.jsonl": lambda path: Results(path, {"plan": 1}),
+    "replay.jsonl": lambda path: open_named(str(path)),
 }
 
 
@@ -109,6 +113,13 @@ READERS: dict[str, Callable[[Path], Any]] = {
             for change in (
                 *({"stack": []}, {"stack": {"a": 1}}, {"extra": 1}, {"device": None}, {"dtype": ["bf16"]}),
                 *({"dtype": "fp7"}, {"run": 3}, {"schema": [1] * 99}),
+            )
+        ),
+        *(
+            ("replay.jsonl", "{}\n" + json.dumps({**TIMING, **change}), "replay.jsonl:2: ")
+            for change in (
+                *({"operator": operator} for operator in ("gemm", [1], {"kind": []}, {"shape": 1})),
+                *({"median_s": median} for median in ("soon", [1], {"a": 1}, -1.0, float("inf"), 10**400)),
             )
         ),
         *(  # a right checksum, and no JSON
@@ -211,6 +222,21 @@ def test_records_refuse_what_a_cast_would_change(column: dict[str, Any]) -> None
         Records.from_columns([Source("x")], **{"m": [1], "n": 1, "k": 1, "seconds": 1.0, **column})
 
 
+def test_an_index_that_names_a_file_no_system_would_take(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SMALL_CONFIGS[0]))
+    index = tmp_path / "model.safetensors.index.json"
+    for name in ("x" * 3000, "\ud800"):
+        index.write_text(json.dumps({"weight_map": {"a": name}}))
+        refused("is missing (1 of 1 files are)", simulator.load_model, tmp_path)
+
+
+def test_a_condition_that_python_only_warns_of_is_refused_and_nothing_printed() -> None:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        refused("invalid decimal literal", parse_filter, "batch == 1and batch == 1", {"batch": int})
+    assert not said
+
+
 def test_a_block_that_is_no_number_is_none(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "r.jsonl", HEADER, {**TIMING, "block": "x", "drifted": True})
     assert len(content_records(read_store(path))) == 1
@@ -244,6 +270,8 @@ def test_the_good_arrays_are_good_and_a_broken_zip_says_so(tmp_path: Path) -> No
 ODD_ARRAYS = [
     ("gemm", "grids", None, "array grids is missing"),
     ("gemm", "grids", np.zeros((2, 3, 3)), "array grids"),
+    ("gemm", "measured", np.zeros(6), "array measured: expected the shape"),
+    ("gemm", "measured", np.full((2, 3), 1e300), "array measured: expected values"),
     ("gemm", "measured_m", None, "measured_m is missing"),
     ("gemm", "measured_m", np.zeros(0), "array measured_m"),
     ("gemm", "measured_m", np.array([0.0, 5.0]), "array measured_m"),
@@ -283,3 +311,13 @@ def test_arrays_that_a_cost_model_could_not_use(
     odd = replace(hw, sections={(operator, "bf16"): section})
     refused(says.split()[-1], save_hardware, odd, tmp_path / "out.yaml")
     assert not (tmp_path / "out.yaml").exists()
+
+
+@pytest.mark.parametrize("operator", ["attention_decode", "mla_prefill", "experts", "collective"])
+@pytest.mark.parametrize(("name", "value"), [("values", np.zeros((60, 1))), ("start", np.zeros(1)), ("step", None)])
+def test_lattices_of_three_coordinates_of_whatever_operator(operator: str, name: str, value: Any) -> None:
+    good = {"values": np.zeros((3, 4, 5)), "start": np.zeros(3), "step": np.ones(3)}
+    check_arrays(operator, good)
+    own = {key: array for key, array in {**good, name: value}.items() if array is not None}
+    with pytest.raises(ValueError, match=f"array {name}"):
+        check_arrays(operator, own)

@@ -228,7 +228,7 @@ def test_golden_fit_report() -> None:
 def test_markdown_and_html_hold_their_plots(tmp_path: Path) -> None:
     report = validate(HW, gemms(noise=0.03))
     *images, text = write_markdown(report, tmp_path / "report.md", title="A <title>")
-    assert text.read_text().startswith("# A <title>\n")
+    assert text.read_text().startswith("# A &#60;title&#62;\n")
     assert len(images) == 4
     assert all(f"]({file.name})" in text.read_text() for file in images)
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in images)
@@ -238,6 +238,18 @@ def test_markdown_and_html_hold_their_plots(tmp_path: Path) -> None:
     assert "http" not in page
     # the same report gives the same bytes
     assert write_html(report, tmp_path / "again.html", title="A <title>").read_text() == page
+
+
+def test_a_device_with_markup_in_its_name_is_text_in_markdown_and_in_html() -> None:
+    device = "<img src=x> | A&B [c](d) `e`"
+    records = Records.from_columns([Source(device, {"torch": "<b>"})], m=[8, 16], n=4096, k=4096, seconds=2e-5)
+    text = markdown(validate(HW, records), title=f"Calibration of {device}")
+    assert not set("<>[]`") & set(text.replace("m <= 16", ""))
+    assert all(line.startswith("|") for line in text.splitlines() if "|" in line)
+    page = html(text)
+    for tag in ("h1", "title"):
+        assert f"<{tag}>Calibration of &lt;img src=x&gt; | A&amp;B [c](d) `e`</{tag}>" in page
+    assert "software: torch &lt;b&gt;." in page
 
 
 def test_html_escapes_what_it_is_given() -> None:

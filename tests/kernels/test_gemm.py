@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from simulator.errors import InputError
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
 from simulator.hardware.library import load_hardware
-from simulator.kernels.gemm import CHUNK, PRECISION, GemmTime, alignment_halvings, gemm_ladder, gemm_time
+from simulator.kernels.gemm import GemmTime, alignment_halvings, gemm_ladder, gemm_time
 from simulator.kernels.gemm_core import Core, Machine, core_time, machine_core
+from simulator.kernels.gemm_shapes import CHUNK, PRECISION
 from simulator.workload import Kernel
 
 GPUS = ("a100_sxm_80gb", "h100_sxm", "rtx_4090")
@@ -193,12 +194,12 @@ def test_times_have_the_shape_of_what_was_asked(m: Any, n: Any, shape: tuple[int
 @pytest.mark.parametrize(
     ("shape", "options", "message"),
     [
-        ((0, 64, 64), {}, "at least 1"),
-        ((np.nan, 64, 64), {}, "at least 1"),
-        ((1, 64, 64), {"level": 1.0}, "outside"),
+        ((0, 64, 64), {}, "m: expected whole numbers from 1 up, got 0"),
+        ((np.nan, 64, 64), {}, "m: .* got nan"),
+        ((1, 64, 64), {"level": 1.0}, "level: expected a number between 0 and 1, such as 0.9, got 1.0"),
         ((1, 64, 64), {"dtype": "fp12"}, "fp12"),
         ((1, 64, 64), {"weight_dtype": "int3"}, "int3"),
-        ((1, 64, 64), {"kernel": 9}, "kernel code 9"),
+        ((1, 64, 64), {"kernel": 9}, "kernel: expected 0 dense, .*, got 9"),
     ],
 )
 def test_bad_input_is_one_line(shape: tuple[float, ...], options: dict[str, object], message: str) -> None:

@@ -15,10 +15,15 @@ from model_shapes import PUBLISHED, pass_flops
 
 from simulator.engines.engine import list_engines
 from simulator.errors import InputError
+from simulator.hardware.library import load_hardware
+from simulator.kernels.settled import cost
+from simulator.kernels.stack import memory
 from simulator.models import lower as lowering
 from simulator.models.config import ModelConfig
 from simulator.models.huggingface import from_hf_config
 from simulator.models.library import list_models, load_model
+from simulator.predict.speedup import speedup
+from simulator.pruning import prune
 from simulator.workload import DTYPES, PHASES, ROLES, Kind, Meta, Part, Phase, Workload
 
 lower = partial(lowering.lower, engine="")  # bare kernels: a GEMM a projection, logits of the last position
@@ -153,6 +158,35 @@ def test_alternating_windows_of_gemma() -> None:
     decodes = steps.take(steps.kind == Kind.DECODE_ATTENTION)
     assert len(decodes) == 6 + 4 * 42  # kv_len 4091 .. 4096 alike, then a row a layer
     assert decodes.count.sum() == 10 * 42
+
+
+@pytest.mark.parametrize(("name", "flops"), [("llama-3.1-8b", 0.0), ("gemma-2-9b", 1e-6)])
+def test_many_decodes_share_rows_and_change_nothing(name: str, flops: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But FLOPs and bytes where a window fills up, and times a little."""
+    request: dict[str, Any] = {"phase": "generate", "seq": 3000, "new_tokens": 4000, "engine": "vllm"}
+    hw, few = load_hardware("h100"), lower(load_model(name), **request)
+    lowering._lower.cache_clear()
+    monkeypatch.setattr(lowering, "DECODE_LENGTHS", lowering.MAX_DECODES)
+    each = lower(load_model(name), **request)
+    assert len(few) < 0.4 * len(each)
+    assert few.count.sum() == each.count.sum()
+    for column in ("flops", "bytes"):
+        assert getattr(few, column).sum() == pytest.approx(getattr(each, column).sum(), rel=flops or 1e-12)
+    assert memory(few, hw) == memory(each, hw)
+    assert cost(few, hw).total_s == pytest.approx(cost(each, hw).total_s, rel=1e-4)
+    for family in ("depth", "kv_cache", "token"):
+        ratios = [speedup(w, prune(w, family, 0.5), hw) for w in (few, each)]
+        assert ratios[0].speedup == pytest.approx(ratios[1].speedup, rel=1e-4), family
+    lowering._lower.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "gpt-oss-20b"])
+def test_a_million_decodes_are_few_rows(name: str) -> None:
+    w = lower(load_model(name), phase="generate", seq=1, new_tokens=1_000_000)
+    decodes = w.take(w.kind == Kind.DECODE_ATTENTION)
+    assert len(w) < 50_000
+    assert (decodes.kv_len.min(), decodes.kv_len.max()) == (2, 1_000_001)
+    assert decodes.count.sum() == 1_000_000 * load_model(name).layers
 
 
 def test_formats_apart() -> None:

@@ -64,7 +64,7 @@ def test_uneven_loads_read_fewer_weights_and_wait_for_the_busiest() -> None:
     assert flat.flops.sum() == steep.flops.sum()
     assert steep.bytes.sum() <= flat.bytes.sum()
     for wrong in (-0.1, 2.5, "much", None):
-        with pytest.raises(InputError, match=r"^skew .*: expected a number from 0 .* to 2$"):
+        with pytest.raises(InputError, match=r"^skew: expected a number from 0 .* to 2, got "):
             lowered("qwen3-30b-a3b", skew=wrong)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from grids import GRID
 
 import simulator
 from simulator.errors import InputError
@@ -143,16 +144,6 @@ if __name__ == "__main__":
     sweep(sys.argv[1], sys.argv[2], jobs=int(sys.argv[4]), progress=stop)
 """
 
-GRID = """
-models: [llama-3.2-1b]
-hardware: [h100_sxm]
-sparsities: {from: 0.02, to: 0.9, step: 0.02}
-phases: [prefill, decode, generate]
-batches: {from: 1, to: 32, times: 2}
-seqs: [128, 512, 2048]
-new_tokens: 16
-"""
-
 
 def command(folder: Path, script: str, *arguments: object, grid: str = GRID) -> list[str]:
     """That runs a script with a grid's file and a table's."""
@@ -163,9 +154,9 @@ def command(folder: Path, script: str, *arguments: object, grid: str = GRID) -> 
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kill -9 is POSIX")
-@pytest.mark.parametrize(("after", "jobs"), [(1, 1), (9000, 1), (1, 2)])
-def test_kill_9_loses_no_part_and_the_rerun_finishes(tmp_path: Path, after: int, jobs: int) -> None:
-    killed = subprocess.run(command(tmp_path, KILLED, after, jobs), timeout=120, check=False)
+def test_kill_9_loses_no_part_and_the_rerun_finishes(tmp_path: Path) -> None:
+    """Between two parts; at any moment and with workers: tests/cli/test_kills.py."""
+    killed = subprocess.run(command(tmp_path, KILLED, 1, 1), timeout=120, check=False)
     assert killed.returncode == -signal.SIGKILL
     there = list((tmp_path / "t.parquet.parts").glob("part-*.parquet"))
     out, seen = tmp_path / "t.parquet", []
@@ -405,6 +396,6 @@ def test_filters_mean_what_python_would_say() -> None:
 
 def test_a_missing_pyarrow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(InputError, match=r'Parquet table needs the extra "tables": .* pip install -e "\.\[tables\]"'):
+    with pytest.raises(InputError, match=r'"tables" \(pyarrow is not installed\): .* pip install -e "\.\[tables\]"'):
         sweep(ONE, tmp_path / "t.parquet")
     assert not list(tmp_path.iterdir())

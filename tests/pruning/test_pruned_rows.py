@@ -353,7 +353,7 @@ def test_kv_cache_keeps_what_is_generated_and_pays_at_prefill() -> None:
     assert only_prefill.overhead.sum() == 3
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 7, 16, 17, 64, 300, 511, 512, 2048])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 16, 17, 64, 300, 511, 512, 2048, 2**40])
 @pytest.mark.parametrize("keep", [0.05, 0.5, 0.77, 0.9, 0.999])
 def test_token_points_keep_the_mean(tokens: int, keep: float) -> None:
     many, chance = (np.array(x) for x in token_points(tokens, keep))

@@ -137,6 +137,37 @@ def test_no_flipped_byte_makes_a_wrong_record(path: Path) -> None:
     assert outcomes == {"refused": len(whole) - last + 1, "dropped": last - 1}
 
 
+@pytest.mark.parametrize(
+    ("order", "says"),
+    [
+        ((0, 1, 0, 2, 3), ":3: a second header"),
+        ((0, 1, 2, 3, 0, 1), ":5: a second header"),  # one file behind another
+        ((0, 1, 2, 2, 3), ":4: line 3 once more"),
+        ((0, 1, 2, 3, 1), ":5: line 2 once more"),
+        ((0, 2, 3), ":2: was written as line 3: lines are missing or in another order"),
+        ((0, 1, 3, 2), ":3: was written as line 4"),
+    ],
+)
+def test_lines_that_are_not_those_that_were_written_are_refused_with_their_place(
+    order: tuple[int, ...], says: str, path: Path, tmp_path: Path
+) -> None:
+    written(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[at] for at in order))
+    for opened in (read_store, lambda file: Store(file, HEADER), lambda file: merge([file], tmp_path / "out.jsonl")):
+        refused(f"^{path}{says}", opened, path)
+
+
+def test_a_file_of_version_0_1_has_no_numbers_and_is_read_and_resumed(path: Path) -> None:
+    lines = [encode_line({"run": "r1", "time": "2026", **row(number)}) for number in range(2)]
+    path.write_bytes(b"".join([encode_line(HEADER.as_dict()), *lines]))
+    with Store(path, HEADER) as store:
+        store.append(row(2))
+    assert keys(path) == [f"gemm m={number}" for number in range(3)]
+    path.write_bytes(path.read_bytes() + lines[1])
+    refused(":5: line 3 once more", read_store, path)
+
+
 def test_other_files_and_folders_are_refused_and_left_alone(path: Path) -> None:
     for content, reason in (
         (b"m,n,k\n1,2,3\n", "is no store"),

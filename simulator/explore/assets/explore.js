@@ -50,6 +50,9 @@
   function phase() {
     const chosen = form().querySelector("[name=phase]:checked");
     document.body.dataset.phase = chosen ? chosen.value : "";
+    const detail = element("detail"); // the pruned model is among the choices once there is one
+    detail.querySelector("[value=pruned]").disabled = !element("pruned").value;
+    if (detail.selectedOptions[0].disabled) detail.value = "width";
   }
 
   let edited = null; // the field that is being typed in: its changes are one step back
@@ -69,9 +72,15 @@
     ask();
   }
 
-  function option(value, text) {
-    const list = element("model");
-    if (![...list.options].some((o) => o.value === value)) list.add(new Option(text, value));
+  // what was dropped, as a further choice of its control
+  function option(control, value, text) {
+    const known = control === "gpu" ? [...element("gpus").querySelectorAll("input")] : [...element(control).options];
+    if (known.some((o) => o.value === value)) return;
+    if (control !== "gpu") return element(control).add(new Option(text, value));
+    const label = document.createElement("label");
+    const box = Object.assign(document.createElement("input"), { type: "checkbox", name: "gpu", value: value });
+    label.append(box, text);
+    element("gpus").append(label);
   }
 
   // -- answers --------------------------------------------------------------------------------------------------------------------
@@ -91,7 +100,7 @@
     if (!current(answer.asked)) return;
     for (const [id, html] of Object.entries(answer.html)) if (element(id).innerHTML !== html) element(id).innerHTML = html;
     element("grid").dataset.wide = answer.wide;
-    if (answer.model) option(...answer.model);
+    for (const own of answer.own) option(...own);
     if (following) fill(answer.query);
     following = false;
     wantMap();
@@ -144,32 +153,85 @@
   // -- files ----------------------------------------------------------------------------------------------------------------------
 
   const MOST_BYTES = 1000000;
+  const MOST_HEADER = 8000000; // of one file, and three times as much of all: what the server reads
+  const MOST_INDEX = 16000000;
 
-  function complain(text) {
-    element("dropped-note").textContent = text;
+  function complain(into, text) {
+    for (const name of ["model", "gpu", "pruned"]) element(`note-${name}`).textContent = name === into ? text : "";
   }
 
-  async function read(files) {
-    if (!files || !files.length) return;
-    const file = files[0];
-    complain("");
-    if (files.length > 1) return complain(`${files.length} files: expected one config.json`);
-    if (file.size > MOST_BYTES) return complain(`${file.name}: ${file.size} bytes; expected a config.json of at most ${MOST_BYTES} bytes`);
-    let text;
+  function decoded(bytes, name) {
     try {
-      text = new TextDecoder("utf-8", { fatal: true }).decode(await file.arrayBuffer());
+      return new TextDecoder("utf-8", { fatal: true }).decode(bytes);
     } catch (error) {
-      return complain(`${file.name}: is not UTF-8 text; expected a config.json`);
+      throw `${name}: is not UTF-8 text; expected a config.json`;
     }
-    setProps("dropped", { name: file.name, text: text, at: Date.now() });
   }
 
-  function choose() {
-    const input = document.createElement("input");
-    input.type = "file";
-    input.accept = ".json,application/json";
-    input.addEventListener("change", () => read(input.files));
+  // Of a *.safetensors the header alone, 8 bytes and as many more as they say: no weight is read, nothing large is sent.
+  async function header(file) {
+    const first = await file.slice(0, 8).arrayBuffer();
+    const length = first.byteLength === 8 ? Number(new DataView(first).getBigUint64(0, true)) : Infinity;
+    if (length > file.size - 8) throw `${file.name}: is no safetensors file: its header would not fit into it`;
+    if (length > MOST_HEADER) throw `${file.name}: header of ${length} bytes; at most ${MOST_HEADER} are read`;
+    return [decoded(await file.slice(8, 8 + length).arrayBuffer(), file.name), file.size - 8 - length];
+  }
+
+  async function contents(file, path) {
+    if (file.name.endsWith(".safetensors")) {
+      const [text, room] = await header(file);
+      return { name: path, text: text, room: room };
+    }
+    const index = file.name.endsWith(".safetensors.index.json");
+    const most = index ? MOST_INDEX : MOST_BYTES;
+    if (file.size > most) throw `${file.name}: ${file.size} bytes; expected a config.json of at most ${most} bytes`;
+    return { name: path, text: decoded(await file.arrayBuffer(), file.name), room: 0 };
+  }
+
+  // pairs of a file and its path; of several what a model is not read from is left alone
+  async function read(files, into) {
+    const wanted = /(^|\/)config\.json$|\.safetensors(\.index\.json)?$/;
+    const some = files.length > 1 ? files.filter(([file, path]) => wanted.test(path)) : files;
+    complain(into, "");
+    if (!files.length) return;
+    try {
+      if (!some.length) throw `${files.length} files: expected one config.json, with the *.safetensors of its folder or without`;
+      const sent = [];
+      for (const [file, path] of some) sent.push(await contents(file, path));
+      if (sent.reduce((sum, one) => sum + one.text.length, 0) > 3 * MOST_HEADER) throw `headers of more than ${3 * MOST_HEADER} bytes`;
+      setProps("dropped", { files: sent, into: into, at: Date.now() });
+    } catch (error) {
+      complain(into, typeof error === "string" ? error : `${some[0][0].name}: cannot be read`);
+    }
+  }
+
+  function choose(into) {
+    const input = Object.assign(document.createElement("input"), { type: "file", multiple: into !== "gpu" });
+    input.accept = into === "gpu" ? ".yaml,.yml" : ".json,.safetensors";
+    input.addEventListener("change", () => read([...input.files].map((file) => [file, file.name]), into));
     input.click();
+  }
+
+  // files that were dropped, those of a folder with its name
+  async function dropped(transfer) {
+    const found = [];
+    for (const item of [...transfer.items].map((i) => i.webkitGetAsEntry() || i.getAsFile())) {
+      if (item instanceof File) found.push([item, item.name]);
+      else if (item.isFile) found.push([await new Promise((done, fail) => item.file(done, fail)), item.name]);
+      else found.push(...(await inside(item)));
+    }
+    return found;
+  }
+
+  async function inside(folder) {
+    const reader = folder.createReader(), found = [];
+    for (let some = [null]; some.length; ) {
+      some = await new Promise((done, fail) => reader.readEntries(done, fail));
+      for (const entry of some.filter((e) => e.isFile)) {
+        found.push([await new Promise((done, fail) => entry.file(done, fail)), `${folder.name}/${entry.name}`]);
+      }
+    }
+    return found;
   }
 
   // -- copies and downloads -------------------------------------------------------------------------------------------------------
@@ -200,10 +262,18 @@
   // -- called by Dash -------------------------------------------------------------------------------------------------------------
 
   function place(answer) {
-    complain(answer.error || "");
+    complain(answer.into, answer.error || "");
     if (!answer.token) return;
-    option(answer.token, answer.label);
-    element("model").value = answer.token;
+    option(answer.into, answer.token, answer.label);
+    if (answer.into === "gpu") {
+      // of two profiles of one name the one that was dropped is used
+      for (const box of element("gpus").querySelectorAll("input")) {
+        if (box.value === answer.token) box.checked = true;
+        else if (box.value === answer.replaces || box.parentElement.textContent.startsWith(`${answer.replaces} (`)) box.checked = false;
+      }
+    } else element(answer.into).value = answer.token;
+    phase();
+    if (answer.into === "pruned") element("detail").value = "pruned";
     go(query(), false);
   }
 
@@ -233,10 +303,10 @@
       following = true;
       ask();
     });
-    element("choose").addEventListener("click", choose);
     document.addEventListener("click", (event) => {
       const button = event.target.closest("button");
       if (!button) return;
+      if ("open" in button.dataset) choose(button.dataset.open);
       if ("copy" in button.dataset) copy(button);
       if ("save" in button.dataset) save(button);
       if ("csv" in button.dataset) setProps("csv-asked", { ...asked(), at: Date.now() });
@@ -244,8 +314,11 @@
     for (const type of ["dragover", "drop", "dragleave"]) {
       document.addEventListener(type, (event) => {
         event.preventDefault();
-        element("drop").classList.toggle("over", type === "dragover");
-        if (type === "drop") read(event.dataTransfer.files);
+        const over = event.target.closest && event.target.closest(".drop");
+        for (const zone of document.querySelectorAll(".drop")) zone.classList.toggle("over", type === "dragover" && zone === over);
+        if (type !== "drop") return;
+        const into = over ? over.dataset.into : "model"; // beside them all it is a model
+        dropped(event.dataTransfer).then((files) => read(files, into), () => complain(into, "what was dropped cannot be read"));
       });
     }
   }

@@ -1,0 +1,168 @@
+"""Arguments of the Python interface as they come: checked, and refused in one line that says which, what was expected
+and what came.
+
+Use :func:`array` for numbers that broadcast, :func:`together` to bring them to one shape, :func:`number` and
+:func:`whole` for one number, :func:`flag`, :func:`text` and :func:`instance` for the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulator.errors import InputError, one_line
+
+F = NDArray[np.float64]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from ``low`` to ``high``, and what a message calls them."""
+
+    low: float
+    high: float
+    says: str
+    whole: bool = False
+
+    def holds(self, values: Any) -> Any:
+        """Which of some numbers are right; NaN never is."""
+        inside = (values >= self.low) & (values <= self.high)
+        return inside & (np.rint(values) == values) if self.whole else inside
+
+
+MOST = 2.0**53
+"""Above, float64 does not tell whole numbers apart."""
+
+COUNT = Range(1.0, MOST, "whole numbers from 1 up", whole=True)
+SIZE = Range(0.0, MOST, "whole numbers from 0 up", whole=True)
+SHARE = Range(0.0, 1.0, "numbers from 0 to 1")
+AMOUNT = Range(0.0, 1e30, "finite numbers from 0 up")
+SECONDS = Range(1e-12, 1e9, "a positive time in seconds, at most 1e9")
+LEVEL = Range(1e-12, 1.0 - 1e-12, "a number between 0 and 1, such as 0.9")
+
+
+def array(name: str, value: Any, right: Range) -> F:
+    """Numbers as float64, of the shape they have; truth values, text and what is not real are none.
+
+    >>> array("m", [1, 2048], COUNT)
+    array([1.000e+00, 2.048e+03])
+    >>> array("m", 2.5, COUNT)
+    Traceback (most recent call last):
+    simulator.errors.InputError: m: expected whole numbers from 1 up, got 2.5
+    """
+    given = plain(value)
+    if given.dtype.kind not in "iuf":
+        raise _wrong(name, right, value)
+    found = given.astype(np.float64, copy=False)
+    if found.size:
+        low, high = found.min(), found.max()
+        fractions = right.whole and given.dtype.kind == "f" and not (np.rint(found) == found).all()
+        if fractions or not (right.low <= low and high <= right.high):  # NaN is in no range
+            raise _wrong(name, right, given[~right.holds(found)].flat[0].item())
+    return found
+
+
+def truths(name: str, value: Any) -> NDArray[np.bool_]:
+    """Truth values, of the shape they have."""
+    if (given := plain(value)).dtype != np.bool_:
+        raise InputError(f"{name}: expected true or false, got {shown(value)}")
+    return given
+
+
+def plain(value: Any) -> NDArray[Any]:
+    """A value as an array; of objects where it is none, such as lists of several lengths."""
+    try:
+        return np.asarray(value)
+    except ValueError:
+        return np.asarray(None)
+
+
+def together(**arrays: NDArray[Any]) -> list[NDArray[Any]]:
+    """Arrays brought to one shape.
+
+    >>> together(m=np.zeros(2), n=np.zeros(3))
+    Traceback (most recent call last):
+    simulator.errors.InputError: m, n: expected shapes that broadcast, got (2,), (3,)
+    """
+    try:
+        return list(np.broadcast_arrays(*arrays.values()))
+    except ValueError:
+        shapes = {name: str(a.shape) for name, a in arrays.items() if a.ndim}
+        expected = f"{', '.join(shapes)}: expected shapes that broadcast"
+        raise InputError(f"{expected}, got {', '.join(shapes.values())}") from None
+
+
+def number(name: str, value: Any, right: Range) -> float:
+    """One number.
+
+    >>> number("level", float("nan"), LEVEL)
+    Traceback (most recent call last):
+    simulator.errors.InputError: level: expected a number between 0 and 1, such as 0.9, got nan
+    """
+    if isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):
+            if right.holds(found := float(value)):
+                return found
+    raise _wrong(name, right, value)
+
+
+def whole(value: Any) -> int | None:
+    """A whole number as an int; None for all else, truth values too.
+
+    >>> whole(np.int64(3)), whole(2.5), whole("8"), whole(True)
+    (3, None, None, None)
+    """
+    try:
+        return None if isinstance(value, bool | np.bool_) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or false."""
+    if not isinstance(value, bool | np.bool_):
+        raise InputError(f"{name}: expected true or false, got {shown(value)}")
+    return bool(value)
+
+
+def text(name: str, value: Any) -> str:
+    """A name."""
+    if not isinstance(value, str):
+        raise InputError(f"{name}: expected a name, got {shown(value)}")
+    return value
+
+
+def instance(name: str, value: Any, kind: type[T], made_by: str) -> T:
+    """A value of a class of this project, made by some function."""
+    if not isinstance(value, kind):
+        raise InputError(f"{name}: expected a {kind.__name__} (see {made_by}), got {type(value).__name__}")
+    return value
+
+
+def listed(name: str, values: Any) -> list[Any]:
+    """An argument that takes several values; one text is no list of its letters.
+
+    >>> listed("batch", "12")
+    Traceback (most recent call last):
+    simulator.errors.InputError: batch: expected a list, such as ['12'], got '12'
+    """
+    if not isinstance(values, str | bytes | Mapping):
+        with contextlib.suppress(TypeError):
+            return list(values)
+    raise InputError(f"{name}: expected a list, such as [{shown(values)}], got {shown(values)}")
+
+
+def shown(value: Any) -> str:
+    """A value as a message quotes it."""
+    return one_line(repr(value), 60)
+
+
+def _wrong(name: str, right: Range, value: Any) -> InputError:
+    return InputError(f"{name}: expected {right.says}, got {shown(value)}")

@@ -1,0 +1,225 @@
+"""How what people hold shows itself: as plain values, as a data frame, in a notebook, and in three lines at a prompt.
+
+A class derives from :class:`Shown` and says in ``_title`` what it is; what else is shown follows from its fields. A
+dataclass is declared with ``repr=False``, or it would write a ``repr`` of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from functools import partial
+from html import escape
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from simulator.errors import needs_extra
+from simulator.units import rate, seconds, size
+
+if TYPE_CHECKING:
+    import pandas
+
+MOST_ROWS = 20
+"""Rows of a long table that a notebook shows; a data frame has all."""
+
+MOST_LETTERS = 320
+"""Of a ``repr``: three lines of a terminal."""
+
+GAIN, LOSS, WHOLE, PROMISE = "#009E73", "#D55E00", "#3B8FD0", "#8C8C8C"
+"""Colours of bars, to be told apart by the colour-blind and on white as on black."""
+
+_WIDTH, _HEIGHT = 220, 14  # of a bar, pixels
+
+_UNITS: Mapping[str, Callable[[float], str]] = {
+    "flop_per_s": partial(rate, unit="FLOP/s"),
+    "bytes_per_s": partial(rate, unit="B/s"),
+    "_per_s": "{:,.4g}".format,
+    "_hz": partial(rate, unit="Hz"),
+    "bytes": size,
+    "_s|seconds": seconds,
+}
+"""What ends a name, or its part before a dot -> how people read such a value; the first that fits."""
+
+
+class Shown:
+    """Base of what people hold.
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass(frozen=True, repr=False)
+    ... class Pass(Shown):
+    ...     name: str
+    ...     total_s: float
+    ...     def _title(self) -> str:
+    ...         return f"{self.name} takes {seconds(self.total_s)}"
+    >>> Pass("prefill", 0.0123)
+    <Pass: prefill takes 12.3 ms>
+    >>> Pass("prefill", 0.0123).to_dict()
+    {'name': 'prefill', 'total_s': 0.0123}
+    >>> Pass("<b>", 0.0123)._repr_html_()
+    '<div><b>&lt;b&gt; takes 12.3 ms</b><table><tr><th>name<td>&lt;b&gt;<tr><th>total_s<td>12.3 ms</table></div>'
+    """
+
+    def _title(self) -> str:
+        """What it is, in one line."""
+        raise NotImplementedError
+
+    def _columns(self) -> Mapping[str, Any]:
+        """Columns of equal length, of its data frame: here its fields, one row."""
+        return {name: [value] for name, value in self.to_dict().items()}
+
+    def _html(self) -> str:
+        """What a notebook shows below the title: a row of columns as names and values, more rows as a table."""
+        columns = self._columns()
+        if all(len(column) == 1 for column in columns.values()):
+            return facts_html({name: column[0] for name, column in columns.items()})
+        return table_html(columns)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields as plain Python values: numbers in SI, arrays as lists."""
+        return dict(as_plain(self))
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A ``pandas.DataFrame``, numbers in SI: a row for each of what it is a table of, one row for a single thing.
+        InputError where pandas is not installed."""
+        try:
+            import pandas
+        except ImportError:
+            raise needs_extra("a data frame", "tables", "pandas") from None
+        return pandas.DataFrame(dict(self._columns()))
+
+    def _repr_html_(self) -> str:
+        return f"<div><b>{escape(self._title())}</b>{self._html()}</div>"
+
+    def __repr__(self) -> str:
+        text = f"<{type(self).__name__}: {self._title()}>"
+        return text if len(text) <= MOST_LETTERS else f"{text[: MOST_LETTERS - 4]}...>"
+
+
+def as_plain(value: Any) -> Any:
+    """Dictionaries, lists, numbers and texts, however deep; of a dataclass, the fields that its ``repr`` may show.
+
+    >>> from pathlib import PurePosixPath
+    >>> as_plain({"sizes": (1, 2), "file": PurePosixPath("a")})
+    {'sizes': [1, 2], 'file': 'a'}
+    """
+    if hasattr(value, "tolist"):  # of NumPy, which this module does not import: a list of commands needs none
+        return value.tolist()
+    if isinstance(value, str | int | float | None):
+        return value
+    if is_dataclass(value):
+        return {f.name: as_plain(getattr(value, f.name)) for f in fields(value) if f.repr}
+    if isinstance(value, Mapping):
+        return {str(name): as_plain(v) for name, v in value.items()}
+    return [as_plain(v) for v in value] if isinstance(value, Iterable) else str(value)
+
+
+def by_column(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Rows as columns, by the names of all of them; None where a row has no such value.
+
+    >>> by_column([{"a": 1}, {"a": 2, "b": 3}])
+    {'a': [1, 2], 'b': [None, 3]}
+    """
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def cell(name: str, value: Any) -> str:
+    """A value for people, by the unit that ends its name.
+
+    >>> cell("dense_s", 0.0123), cell("total_bytes", 2**30), cell("peak_flop_per_s.bf16", 9.9e14), cell("limit", None)
+    ('12.3 ms', '1.00 GiB', '990 TFLOP/s', '')
+    """
+    if value is None:
+        return ""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        plain = str if isinstance(value, int) else "{:.4g}".format
+        return next((text for unit, text in _UNITS.items() if re.search(rf"({unit})(\.|$)", name)), plain)(value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {cell(str(key), v)}".strip() for key, v in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(cell(name, v) for v in value)
+    return str(value)
+
+
+def facts_html(facts: Mapping[str, Any]) -> str:
+    """Names and values below one another; what is empty is left out."""
+    shown = {name: cell(name, as_plain(value)) for name, value in facts.items()}
+    rows = (f"<tr><th>{escape(name)}<td>{escape(text)}" for name, text in shown.items() if text)
+    return f"<table>{''.join(rows)}</table>"
+
+
+def table_html(columns: Mapping[str, Any], most: int = MOST_ROWS) -> str:
+    """Columns of equal length as a table, the rows after the first few counted.
+
+    >>> table_html({"m": [1, 8], "time_s": [1e-6, 2e-6]}, most=1)
+    '<table><tr><th>m<th>time_s<tr><td>1<td>1.00&nbsp;us</table><i>and 1 more row</i>'
+    """
+    many = max(map(len, columns.values()), default=0)
+    head = "".join(f"<th>{escape(name)}" for name in columns)
+    first = {name: as_plain(column[:most]) for name, column in columns.items()}
+    rows = ("".join(f"<td>{_unbroken(cell(name, v))}" for name, v in zip(first, row)) for row in zip(*first.values()))
+    left = f"<i>and {many - most:,} more row{'s' * (many - most > 1)}</i>" if many > most else ""
+    return f"<table><tr>{head}{''.join(f'<tr>{row}' for row in rows)}</table>{left}"
+
+
+def _unbroken(text: str) -> str:
+    """A cell of a table that may be wide, on one line."""
+    return escape(text).replace(" ", "&nbsp;")
+
+
+def items_html(lines: Iterable[str]) -> str:
+    """Lines as a list, nothing where there are none."""
+    items = "".join(f"<li>{escape(line)}" for line in lines)
+    return f"<ul>{items}</ul>" if items else ""
+
+
+def bars_html(steps: Sequence[tuple[str, float]], interval: tuple[float, float] | None = None) -> str:
+    """A waterfall of speedups: the first and the last value reached stand on 1, bars between lead from one to the next.
+
+    Parameters
+    ----------
+    steps : sequence of (name, speedup)
+        The speedup promised, and after each step.
+    interval : (lower, upper), optional
+        Of the last.
+
+    >>> page = bars_html([("promised", 1.33), ("bytes", 1.2)], (1.1, 1.3))
+    >>> page.count("<svg"), "<td>x0.902" in page, "predicted<td><td>1.20 (1.10-1.30)" in page
+    (3, True, True)
+    """
+    names, values = [name for name, _ in steps], [value for _, value in steps]
+    ends = [1.0, *values, *(interval or ())]
+    low, wide = min(ends), max(max(ends) - min(ends), 1e-9)
+
+    def x(value: float) -> float:
+        return float(1.0 + (_WIDTH - 2.0) * (value - low) / wide)
+
+    def bar(before: float, after: float, color: str, whisker: tuple[float, float] | None = None) -> str:
+        left, right = sorted((x(before), x(after)))
+        drawn = f'<rect x="{left:.1f}" y="2" width="{max(right - left, 1.0):.1f}" height="10" fill="{color}"/>'
+        drawn += f'<path d="M{x(1.0):.1f} 0V14" stroke="{PROMISE}"/>'  # no gain, no loss
+        if whisker:
+            a, b = map(x, whisker)
+            drawn += f'<path d="M{a:.1f} 7H{b:.1f}M{a:.1f} 4V10M{b:.1f} 4V10" stroke="currentColor"/>'
+        return f'<svg width="{_WIDTH}" height="{_HEIGHT}" aria-hidden="true">{drawn}</svg>'
+
+    rows = [(names[0], "", f"{values[0]:.2f}", bar(1.0, values[0], PROMISE))]
+    for name, before, after in zip(names[1:], values, values[1:]):
+        color = PROMISE if abs(after / before - 1.0) < 5e-4 else GAIN if after > before else LOSS
+        rows.append((name, f"x{after / before:.3f}", f"{after:.2f}", bar(before, after, color)))
+    sure = f" ({interval[0]:.2f}-{interval[1]:.2f})" if interval else ""
+    rows.append(("predicted", "", f"{values[-1]:.2f}{sure}", bar(1.0, values[-1], WHOLE, interval)))
+    cells = (f"<tr><th>{escape(name)}<td>{factor}<td>{value}<td>{drawn}" for name, factor, value, drawn in rows)
+    return f"<table><tr><th>step<th>factor<th>speedup<th>{''.join(cells)}</table>"
+
+
+def few(names: Iterable[str], most: int = 4) -> str:
+    """Names, the first few of many, each once.
+
+    >>> few("abcabc", 2), few("ab")
+    ('a, b and 1 more', 'a, b')
+    """
+    known = list(dict.fromkeys(names))
+    more = f" and {len(known) - most} more" if len(known) > most else ""
+    return ", ".join(islice(known, most)) + more

@@ -1,0 +1,125 @@
+"""``kill -9`` at random moments, again and again: nothing acknowledged is lost or doubled, what goes on ends as a run
+that nobody killed, and no temporary file stays.
+
+``PRUNESIM_KILLS=30 pytest -m slow tests/cli/test_kills.py -s`` for thirty kills of each command.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from grids import GRID
+
+from calibration.records.store import decode_line, read_store
+from simulator.hardware.library import load_hardware
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="kill -9 is POSIX")]
+
+KILLS = int(os.environ.get("PRUNESIM_KILLS", "2"))
+IN_A_ROW = 5
+"""Kills before a run may end."""
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def started(folder: Path, line: str) -> subprocess.Popen[str]:
+    words = [sys.executable, "-m", "calibration.cli", *line.split()]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(words, cwd=folder, env=environment, stdout=quiet, stderr=subprocess.PIPE, text=True)
+
+
+def finished(folder: Path, line: str) -> float:
+    """How long the whole run takes, s."""
+    began = time.monotonic()
+    with started(folder, line) as process:
+        _, said = process.communicate(timeout=170)
+    assert process.returncode == 0, said
+    return time.monotonic() - began
+
+
+def killed(folder: Path, line: str, after_s: float) -> bool:
+    """Whether a run was still under way when it was killed."""
+    with started(folder, line) as process:
+        time.sleep(after_s)
+        process.kill()
+        process.communicate()
+    return process.returncode == -9
+
+
+def temporary(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_kills_of_a_sweep(jobs: int, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    (tmp_path / "grid.yaml").write_text(GRID)
+    line = f"sweep grid.yaml -o out/t.parquet --jobs {jobs}"
+    (tmp_path / "out").mkdir()
+    took_s = finished(tmp_path, line)
+    clean = (tmp_path / "out" / "t.parquet").read_bytes()
+    rng, many, left_behind = random.Random(jobs), 0, 0
+    while many < -(-KILLS // 2):
+        (tmp_path / "out" / "t.parquet").unlink()
+        for _ in range(min(IN_A_ROW, KILLS)):
+            many += killed(tmp_path, line, rng.uniform(0.3, took_s))
+            left_behind += len(temporary(tmp_path))
+        there = {p.name: p.read_bytes() for p in tmp_path.glob("out/t.parquet.parts/part-*.parquet")}
+        assert all(part.endswith(b"PAR1") for part in there.values())
+        finished(tmp_path, line)
+        assert (tmp_path / "out" / "t.parquet").read_bytes() == clean
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["t.parquet"]
+    print(f"sweep, {jobs} processes: {many} killed, {left_behind} temporary files left by kills, none at the end")
+
+
+def test_kills_of_a_calibration(tmp_path: Path) -> None:
+    line = "calibrate replay:planted --budget 20s -o {}"
+    took_s = finished(tmp_path, line.format("clean"))
+    clean = keys(tmp_path / "clean")
+    rng, many, left_behind, records = random.Random(3), 0, 0, 0
+    for round_ in range(KILLS):
+        if many >= KILLS:
+            break
+        folder, acknowledged = tmp_path / f"run{round_}", b""
+        for _ in range(min(IN_A_ROW, KILLS)):
+            many += killed(tmp_path, line.format(folder.name), rng.uniform(0.3, took_s))
+            left_behind += len(temporary(tmp_path))
+            acknowledged = still_there(folder, acknowledged)
+        finished(tmp_path, line.format(folder.name))
+        still_there(folder, acknowledged)
+        assert keys(folder) == clean
+        assert not temporary(tmp_path)
+        assert load_hardware(folder / "profile.yaml").section("gemm", "bf16").status == "calibrated"
+        assert names(folder) == names(tmp_path / "clean")
+        records += acknowledged.count(b"\n")
+    print(f"calibrate: {many} killed, {left_behind} temporary files left by kills, none at the end")
+    print(f"{records} records acknowledged before the last kill of each folder: all kept, none doubled")
+
+
+def still_there(folder: Path, before: bytes) -> bytes:
+    """The whole lines of the records, which begin with those that were there before."""
+    path = folder / "records.jsonl"
+    now = path.read_bytes() if path.exists() else b""
+    now = now[: now.rfind(b"\n") + 1]
+    assert now.startswith(before)
+    assert all(decode_line(text) for text in now.splitlines())
+    return now
+
+
+def keys(folder: Path) -> Counter[tuple[str, str]]:
+    """Operators that were measured, by purpose, and how often; anchors, which every run repeats, apart."""
+    rows = read_store(folder / "records.jsonl").rows
+    return Counter((row["key"], row["purpose"]) for row in rows if row.get("purpose") != "anchor")
+
+
+def names(folder: Path) -> set[str]:
+    """Files, without the digest in the name of the arrays."""
+    return {".".join(part for part in path.name.split(".") if len(part) != 12) for path in folder.iterdir()}

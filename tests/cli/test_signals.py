@@ -1,0 +1,95 @@
+"""Signals: one line and a status of its own at any moment, and workers that end with the program."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from grids import GRID
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
+
+ROOT = Path(__file__).resolve().parents[2]
+ENDS = {signal.SIGINT: (130, "prunesim: interrupted\n"), signal.SIGTERM: (143, "prunesim: terminated\n")}
+
+AT_IMPORT = """
+import os, signal, sys
+
+where = sys.argv[1]
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == where:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+sys.argv = ["prunesim", "speedup", "llama-3.2-1b", "--hardware", "h100", "--family", "depth", "--sparsity", "0.25"]
+from calibration.cli import main
+main()
+"""
+
+SWEEP = """
+import sys
+from simulator.predict import sweep, workers
+from calibration.cli import main
+
+def waits(index):
+    import time
+    print("ready", flush=True)
+    time.sleep(60)
+
+def of_grid(compute, *arguments):
+    return workers.compute_parts(waits, *arguments)
+
+if __name__ == "__main__":
+    sweep.compute_parts = of_grid
+    sys.argv = ["prunesim", "sweep", "grid.yaml", "-o", "t.parquet", "--jobs", "2"]
+    main()
+"""
+
+
+@pytest.mark.parametrize("name", ["simulator.cli", "numpy", "simulator.predict.rows"])
+def test_an_interrupt_during_imports_is_one_line(name: str, python: Any) -> None:
+    """Of the program, and of a command, where the callbacks of imports swallow exceptions."""
+    status, out, lines = python(["-c", AT_IMPORT, name])
+    assert (status, lines, out) == (130, ["prunesim: interrupted"], b"")
+
+
+@pytest.mark.parametrize(
+    ("number", "to_group"), [(signal.SIGINT, True), (signal.SIGTERM, False)], ids=["Ctrl-C", "kill"]
+)
+def test_workers_end_with_the_program_and_without_a_word(
+    number: signal.Signals, to_group: bool, tmp_path: Path
+) -> None:
+    psutil, _ = pytest.importorskip("psutil"), pytest.importorskip("pyarrow")
+    (tmp_path / "grid.yaml").write_text(GRID)
+    (tmp_path / "run.py").write_text(SWEEP)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(
+        [sys.executable, "run.py"], cwd=tmp_path, env=environment, start_new_session=True, **pipes
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len(children) >= 2
+        began = time.monotonic()
+        (os.killpg if to_group else os.kill)(process.pid, number)
+        _, said = process.communicate(timeout=30)
+    assert (process.returncode, said) == ENDS[number]
+    assert time.monotonic() - began < 20.0
+    _, alive = psutil.wait_procs(children, timeout=5)
+    assert all(child.status() == psutil.STATUS_ZOMBIE for child in alive)
+    assert not (tmp_path / "t.parquet.parts").exists()  # nothing to go on with
+
+
+def test_terminated_in_a_command_without_workers(python: Any) -> None:
+    code = "import os, signal, simulator.cli as c; from simulator.start import start\n"
+    code += "c.run = lambda words: os.kill(os.getpid(), signal.SIGTERM)\nstart('simulator.cli')"
+    assert python(["-c", code]) == (143, b"", ["prunesim: terminated"])

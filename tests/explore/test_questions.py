@@ -1,0 +1,75 @@
+"""The server answers what the page asks; anything else is refused with a status from 400 to 499 and no traceback."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from simulator.explore.questions import CALLBACKS
+
+pytest.importorskip("dash")
+
+
+@pytest.fixture(scope="module")
+def client() -> Any:
+    from simulator.explore.app import make_app
+
+    server = make_app().server
+    server.testing = True  # an exception of the server is one here
+    return server.test_client()
+
+
+def post(client: Any, body: Any, kind: str = "application/json") -> Any:
+    content = body if isinstance(body, bytes) else json.dumps(body)
+    return client.post(CALLBACKS, data=content, content_type=kind)
+
+
+FILE = {"name": "a.json", "text": "{}", "room": 0}
+
+
+def question(source: str = "csv-asked", target: str = "csv", value: Any = None, **changes: Any) -> dict[str, Any]:
+    value = {"search": "?family=depth&sparsity=0.25&detail=depth", "narrow": False} if value is None else value
+    place = {"id": target, "property": "data"}
+    asked = {"id": source, "property": "data", "value": value}
+    return {"output": f"{target}.data", "outputs": place, "inputs": [asked], "changedPropIds": [], **changes}
+
+
+def dropped(files: Any, into: Any = "model") -> dict[str, Any]:
+    return question("dropped", "accepted", {"into": into, "files": files, "at": 1})
+
+
+def test_what_the_page_asks_is_answered(client: Any) -> None:
+    answer = post(client, question())
+    assert "model,hardware,engine" in answer.get_json()["response"]["csv"]["data"]["content"]
+    assert (
+        "a.json" in post(client, dropped([{**FILE, "text": "{"}])).get_json()["response"]["accepted"]["data"]["error"]
+    )
+
+
+BODIES = (
+    *(b"", b"{", b"[]", b"1", b"null", b"\xff\xfe", b'"\\ud800"', b"[" * 100_000, b'{"a":' * 100_000),
+    *({}, {"output": "csv.data"}, question(output="none.data"), question(output=["csv.data"]), question(outputs=[])),
+    *(question(inputs=inputs) for inputs in (None, [], {}, [1], [{"id": "csv-asked"}], question()["inputs"] * 2)),
+    *(question(changedPropIds=ids) for ids in (None, [1])),
+    *(question(value=value) for value in (1, "x", [], {"search": "?"}, {"search": 1, "narrow": False})),
+    question(value={"search": "", "narrow": float("nan")}),
+    question(source="asked"),
+    *(dropped(files) for files in (1, {}, None, [1], [{}])),
+    *(dropped([{**FILE, **change}]) for change in ({"name": 1}, {"name": {}}, {"text": None}, {"room": 0.5})),
+    dropped([FILE], into=1),
+    question(state=[1]),
+)
+
+
+@pytest.mark.parametrize("body", BODIES, ids=range(len(BODIES)))
+def test_a_malformed_question_is_refused(body: Any, client: Any) -> None:
+    assert post(client, body).status_code == 400
+
+
+def test_other_kinds_sizes_and_files_are_refused(client: Any) -> None:
+    assert post(client, question(), "text/plain").status_code == 400
+    assert post(client, b" " * 50_000_000).status_code == 413
+    for path in ("nobody/x.js", "dash/../x", "plotly/package_data/none.js"):
+        assert client.get(f"/_dash-component-suites/{path}").status_code == 404

@@ -1,0 +1,33 @@
+"""Files written whole: what a killed writer leaves beside them goes with the next, what another still writes stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from simulator.files.write import remove_left, replacing, write_whole
+
+pytest.importorskip("fcntl")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_temporary_files_of_killed_writers_are_removed_by_the_next(tmp_path: Path) -> None:
+    for name in (".t.csv.k1lled.tmp", ".other.csv.k1lled.tmp", ".t.csv"):
+        (tmp_path / name).write_text("half of it")
+    write_whole(tmp_path / "t.csv", b"whole")
+    assert names(tmp_path) == [".other.csv.k1lled.tmp", ".t.csv", "t.csv"]
+
+
+def test_what_another_process_writes_is_left_alone(tmp_path: Path) -> None:
+    target = tmp_path / "t.csv"
+    with replacing(target) as theirs:
+        Path(theirs).write_text("theirs")
+        write_whole(target, b"mine")
+        remove_left(tmp_path, "*")
+        assert target.read_text() == "mine"
+    assert target.read_text() == "theirs"
+    assert names(tmp_path) == ["t.csv"]

@@ -1,0 +1,187 @@
+"""The public names: documented, their examples type-checked; and what they return shows itself in the same ways."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+import json
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import simulator
+from simulator import InputError
+from simulator.display import Shown
+from simulator.kernels.attention import decode_attention_time
+from simulator.predict.advise import advise
+from simulator.predict.table import explanations
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def documented() -> Iterator[tuple[str, Any]]:
+    """Public functions and classes, and the public methods and properties of the classes, by name."""
+    for name in simulator.__all__:
+        public = getattr(simulator, name)
+        if callable(public):
+            yield name, public
+        if inspect.isclass(public):
+            for member in dir(public):
+                value = inspect.getattr_static(public, member)
+                function = getattr(value, "fget", getattr(value, "func", getattr(value, "__func__", value)))
+                if not member.startswith("_") and inspect.isfunction(function):
+                    yield f"{name}.{member}", function
+
+
+def test_every_public_name_says_what_it_takes_what_it_refuses_and_gives_an_example() -> None:
+    lacking = []
+    for name, public in documented():
+        text = inspect.getdoc(public) or ""
+        asked = [] if inspect.isclass(public) else [*inspect.signature(public).parameters]
+        needed = [rf"\b{parameter}\b" for parameter in asked if parameter not in ("self", "cls")]
+        if "." not in name:
+            needed += [">>>", *(["InputError"] if asked else [])]
+        lacking += [(name, what) for what in needed or ["."] if not re.search(what, text)]
+    assert not lacking
+
+
+@pytest.mark.slow
+def test_the_examples_have_the_types_that_are_declared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    api = pytest.importorskip("mypy.api")
+    parse, file = doctest.DocTestParser(), tmp_path / "examples.py"
+    texts = ["".join(e.source for e in parse.get_examples(p.__doc__ or "")) for n, p in documented() if "." not in n]
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    shown = (
+        re.findall(r"^```python\n(.*?)^```$", p.read_text("utf-8"), re.M | re.S) for p in pages if p.stem != "model"
+    )
+    texts += [text for found in shown for text in found]
+    assert len(texts) > 20
+    bodies = (
+        f"def example_{i}() -> None:\n{textwrap.indent(text or 'pass', '    ')}\n" for i, text in enumerate(texts)
+    )
+    file.write_text("from simulator import *\n" + "".join(bodies), encoding="utf-8")
+    monkeypatch.chdir(ROOT)
+    said, errors, status = api.run([str(file), "--config-file=setup.cfg", "--disable-error-code=var-annotated"])
+    assert status == 0, said + errors
+
+
+@pytest.fixture(scope="module")
+def held() -> dict[str, Any]:
+    """What people hold, by what gave it; names are hostile where they may come from a file."""
+    hw, model = simulator.load_hardware("h100"), simulator.load_model("llama-3.2-1b")
+    dense = simulator.lower(model, phase="decode", engine="hf")
+    pruned = simulator.prune(dense, "width", sparsity=0.3)
+    table = simulator.table(["llama-3.2-1b"], ["h100", "a100"], ["depth", "semi_structured"], [0.25, 0.5])
+    advised = advise("llama-3.2-1b", ["h100"], 1.2, ["decode"], family=["depth", "width"])
+    return {
+        "speedup": simulator.speedup(dense, pruned, hw),
+        "waterfall": simulator.waterfall(dense, pruned, hw),
+        "table": table,
+        "record": table.records[0],
+        "explanation": explanations("llama-3.2-1b", ["h100"], "depth", 0.25)[0],
+        "lower": dense,
+        "gemm_time": simulator.gemm_time([[1, 8, 64]], 4096, [[4096], [8192]], hw, detail=True, doubt=True),
+        "attention_time": decode_attention_time(1, 2048, 32, 8, 64, hw),
+        "cost": simulator.cost(dense, hw),
+        "memory": simulator.memory(dense, hw),
+        "load_hardware": hw,
+        "section": hw.section("gemm", "bf16"),
+        "load_model": model,
+        "load_engine": simulator.load_engine("hf"),
+        "family": simulator.FAMILIES["width"],
+        "method": simulator.METHODS["flap"],
+        "advise": advised,
+        "advice": advised.advice[0],
+        "configuration": advised.configurations[0],
+    }
+
+
+ROWS = {"waterfall": 12, "table": 4, "gemm_time": 6, "section": 25, "lower": 16, "cost": 16}
+
+
+def test_what_people_hold_becomes_plain_values_a_data_frame_and_three_lines(held: dict[str, Any]) -> None:
+    pytest.importorskip("pandas")
+    rows = {**ROWS, "advise": len(held["advise"].advice) + len(held["advise"].configurations)}
+    for name, one in held.items():
+        assert isinstance(one, Shown), name
+        assert json.loads(json.dumps(one.to_dict())), name
+        frame = one.to_pandas()
+        assert len(frame) == rows.get(name, 1), name
+        assert len(repr(one)) <= 3 * 120, name
+        assert "\n" not in repr(one), name
+    s, w, t = held["speedup"], held["lower"], held["gemm_time"]
+    assert s.to_dict()["efficiency"] == s.efficiency
+    assert held["speedup"].to_pandas()["dense_s"][0] == s.dense_s
+    assert w.to_dict()["role"] == w.to_pandas()["role"].tolist()
+    assert w.to_pandas()["flops"].sum() == w.flops.sum()
+    assert np.array_equal(t.to_dict()["seconds"], t.seconds)
+    assert t.to_pandas()["bound"].tolist() == t.limits.ravel().tolist()
+    assert "tile_m" not in held["attention_time"].to_dict()
+    assert held["table"].to_dict()["records"][0] == held["record"].to_dict()
+
+
+class Page(HTMLParser):
+    """Tags, their attributes and the text of a piece of HTML."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text += f" {data}"
+
+
+TAGS = {"div", "p", "b", "i", "table", "tr", "th", "td", "ul", "li", "svg", "rect", "path"}
+
+
+def test_a_notebook_shows_tables_and_speedups_as_bars(held: dict[str, Any]) -> None:
+    for name, one in held.items():
+        page = Page(one._repr_html_())
+        assert "table" in page.tags, name
+        assert ("svg" in page.tags) is (name in ("speedup", "waterfall", "record", "explanation")), name
+        assert "array(" not in page.text, name
+        assert set(page.tags) <= TAGS, name
+    assert " promised" in Page(held["speedup"]._repr_html_()).text
+    long = simulator.gemm_time(np.arange(1, 1001), 64, 64, held["load_hardware"])
+    assert "and 980 more rows" in long._repr_html_()
+
+
+def test_the_bars_of_a_speedup_are_the_first_steps_of_its_waterfall(held: dict[str, Any]) -> None:
+    shown = re.findall(r"<tr><th>([^<]+)<td>[^<]*<td>([\d.]+)", held["speedup"]._repr_html_())
+    steps = [(step.name, f"{step.speedup:.2f}") for step in held["waterfall"][1:4]]
+    assert shown[1:4] == steps
+    assert shown[-1] == ("predicted", f"{held['speedup'].speedup:.2f}")
+
+
+def test_names_from_files_are_escaped(held: dict[str, Any]) -> None:
+    evil = "<script>alert(1)</script>"
+    for name in ("load_model", "memory", "load_hardware", "load_engine", "record"):
+        field = {"memory": "verdict", "record": "limit"}.get(name, "name")
+        object.__setattr__(one := _copy(held[name]), field, evil)
+        html = one._repr_html_()
+        assert "script" not in Page(html).tags, name
+        assert evil in Page(html).text, name
+
+
+def _copy(one: Any) -> Any:
+    other = object.__new__(type(one))
+    other.__dict__.update(vars(one))
+    return other
+
+
+def test_without_pandas_one_line_says_what_to_install(held: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(InputError, match=r"a data frame needs .*pip install"):
+        held["speedup"].to_pandas()
