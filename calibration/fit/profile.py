@@ -29,7 +29,8 @@ from calibration.records.exact import with_exact
 from calibration.records.table import LAUNCHES, PURPOSES, Flag, Records
 from simulator.errors import InputError
 from simulator.hardware.constants import CLASSES
-from simulator.hardware.profile import Fitted, HardwareProfile, Provenance, Section, labels
+from simulator.hardware.formats import labels
+from simulator.hardware.profile import Fitted, HardwareProfile, Provenance, Section
 from simulator.kernels.collective import KINDS
 from simulator.kernels.elementwise import class_code
 from simulator.kernels.gemm_core import Machine

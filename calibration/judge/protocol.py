@@ -28,10 +28,12 @@ from calibration.judge.baselines import BASELINES
 from calibration.records.screening import LATENT
 from calibration.records.table import Records, Source
 from simulator.hardware.constants import CLASSES
-from simulator.hardware.profile import HardwareProfile, Section, formats_of
+from simulator.hardware.formats import formats_of
+from simulator.hardware.profile import HardwareProfile, Section
 from simulator.kernels.elementwise import elementwise_time
 from simulator.kernels.gemm_core import Machine
-from simulator.kernels.spread import OpTime, posterior_of, ratio_half
+from simulator.kernels.pass_doubt import ratio_half
+from simulator.kernels.spread import OpTime, posterior_of
 
 F = NDArray[np.float64]
 Rows = NDArray[np.intp]

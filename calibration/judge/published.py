@@ -20,8 +20,8 @@ from simulator.cli.options import sparsity
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.kernels.gemm import gemm_time
+from simulator.kernels.pass_doubt import ratio_half
 from simulator.kernels.settled import cost
-from simulator.kernels.spread import ratio_half
 from simulator.kernels.stack import memory
 from simulator.models.library import load_model
 from simulator.models.lower import lower

@@ -16,9 +16,10 @@ from typing import Any, get_type_hints
 
 from simulator.errors import InputError, needs_extra
 from simulator.explore.answer import answer
-from simulator.explore.charts import charts, map_chart
+from simulator.explore.charts import charts
 from simulator.explore.dropped import Sent, read_profile, take
 from simulator.explore.frame import PHONE, WIDE
+from simulator.explore.map_chart import map_chart
 from simulator.explore.markup import paragraphs, table_csv, texts
 from simulator.explore.page import own_label, own_options, page_html, wide_cards
 from simulator.explore.questions import Dropped, Selection, refuse_others

@@ -18,9 +18,10 @@ import numpy as np
 from simulator._version import __version__
 from simulator.errors import InputError, needs_extra
 from simulator.explore.answer import answer
-from simulator.explore.charts import CARDS, charts, map_chart
+from simulator.explore.charts import CARDS, charts
 from simulator.explore.commands import commands
 from simulator.explore.frame import PAGE, PHONE
+from simulator.explore.map_chart import map_chart
 from simulator.explore.markup import commands_html, texts
 from simulator.explore.page import own_label
 from simulator.explore.state import EXISTING, State, read_query, to_query

@@ -14,6 +14,7 @@ from typing import Any
 from simulator.errors import InputError
 from simulator.files.fields import Checked, Keys, Kind, Many, Number, Quantity, Table, Text, did_you_mean, record, shown
 from simulator.files.yaml import Node, Problems, parse_yaml
+from simulator.hardware import formats
 from simulator.hardware import profile as parts
 from simulator.hardware.arrays import ARRAY_NAME, FILE_NAME
 from simulator.hardware.constants import CONSTANTS
@@ -176,7 +177,7 @@ def _kinds(root: Node, path: Path, fetch: Fetch) -> Keys:
 
 def _calibrated(rates: tuple[str, ...], path: Path, fetch: Fetch) -> Keys:
     """Sections by operator and number format, for a device with some rates."""
-    labels = parts.labels(rates)
+    labels = formats.labels(rates)
     optional: dict[str, Kind] = {
         "status": Text(("calibrated", "borrowed")),
         "stack": Text(STACKS),
@@ -322,6 +323,6 @@ def _profile(top: Mapping[str, Any], path: Path) -> HardwareProfile:
 def _sections(top: Mapping[str, Any], stack: str = "") -> Sections:
     """Sections by operator and number format, marked with the stack of their file, if it is one's."""
     found = {}
-    for operator, formats in top.get("calibrated", {}).items():
-        found.update({(operator, dtype): replace(s, stack=stack or s.stack) for dtype, s in formats.items()})
+    for operator, by_dtype in top.get("calibrated", {}).items():
+        found.update({(operator, dtype): replace(s, stack=stack or s.stack) for dtype, s in by_dtype.items()})
     return MappingProxyType(found)

@@ -19,12 +19,14 @@ from numpy.typing import NDArray
 from simulator.arguments import AMOUNT, COUNT, array, instance, text, together
 from simulator.errors import InputError
 from simulator.hardware.constants import EXPERTS_CONSTANTS
-from simulator.hardware.profile import ENGINE_STACK, SAME_STACK, HardwareProfile, label_of, unfitted
+from simulator.hardware.formats import label_of
+from simulator.hardware.profile import ENGINE_STACK, SAME_STACK, HardwareProfile, unfitted
 from simulator.kernels.attention_core import from_l2
 from simulator.kernels.gemm_core import ELEMENT_BYTES, Machine
 from simulator.kernels.lattice import Lattice
 from simulator.kernels.spread import BOUNDS, Doubt, OpTime, Posterior, Spread, posterior_of, settle
-from simulator.workload import Kind, experts_chance
+from simulator.routing import experts_chance
+from simulator.workload import Kind
 
 F = NDArray[np.float64]
 

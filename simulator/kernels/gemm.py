@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from simulator.arguments import flag, instance
 from simulator.errors import InputError
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
-from simulator.hardware.profile import LABELS, HardwareProfile, label_of, unfitted
+from simulator.hardware.formats import LABELS, label_of
+from simulator.hardware.profile import HardwareProfile, unfitted
 from simulator.kernels.exact import Exact, exact_of
 from simulator.kernels.gemm_core import (
     ELEMENT_BYTES,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.hardware.profile import formats_of
+from simulator.hardware.formats import formats_of
 from simulator.workload import DTYPE_BYTES, DTYPES
 
 if TYPE_CHECKING:

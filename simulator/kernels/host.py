@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from simulator.engines.engine import Engine
 from simulator.kernels.spread import COLUMNS, INDEX, posterior_of
 from simulator.kernels.stack import F, Stack
-from simulator.workload import ROLES, Kind, Phase, experts_touched
+from simulator.routing import experts_touched
+from simulator.workload import ROLES, Kind, Phase
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile

@@ -17,14 +17,16 @@ from numpy.typing import NDArray
 from simulator.arguments import instance
 from simulator.engines.engine import Engine, load_engine, sparse24_engines
 from simulator.errors import InputError
-from simulator.hardware.profile import HardwareProfile, label_of
+from simulator.hardware.formats import label_of
+from simulator.hardware.profile import HardwareProfile
 from simulator.kernels.attention import decode_attention_time, prefill_attention_time
 from simulator.kernels.collective import KINDS, collective_time
 from simulator.kernels.elementwise import elementwise_time
 from simulator.kernels.experts import experts_time
 from simulator.kernels.gemm import gemm_time
 from simulator.kernels.host import Host, launches
-from simulator.kernels.spread import BOUNDS, COLUMNS, INDEX, Doubt, OpTime, PassDoubt, posterior_of
+from simulator.kernels.pass_doubt import PassDoubt
+from simulator.kernels.spread import BOUNDS, COLUMNS, INDEX, Doubt, OpTime, posterior_of
 from simulator.kernels.stack import F, Rows, Stack, sums
 from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, Kernel, Kind, Workload, dtype_code
 

@@ -40,7 +40,8 @@ from simulator.errors import InputError, unknown
 from simulator.models.config import ModelConfig
 from simulator.models.forward import Pass, Request
 from simulator.models.parallel import shard
-from simulator.workload import DTYPE_BYTES, DTYPES, EXPERT_SKEW, PHASES, Meta, Phase, Workload, dtype_code
+from simulator.routing import EXPERT_SKEW
+from simulator.workload import DTYPE_BYTES, DTYPES, PHASES, Meta, Phase, Workload, dtype_code
 
 MAX_TOKENS = 2**40
 """Largest batch x seq; beyond it counts would leave the exact range of float64."""

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.engines.engine import load_engine
-from simulator.hardware.profile import label_of, unfitted
+from simulator.hardware.formats import label_of
+from simulator.hardware.profile import unfitted
 from simulator.kernels.spread import OpTime, beyond
 from simulator.kernels.stream import SECTIONS, by_formats, operator_times, section_of
 from simulator.units import seconds

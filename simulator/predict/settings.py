@@ -17,7 +17,8 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.models.lower import SKEW, lower, stream_of
 from simulator.models.parallel import PARALLEL as PARALLEL
 from simulator.pruning import check_fraction as check_fraction
-from simulator.workload import DTYPES, EXPERT_SKEW, PHASES
+from simulator.routing import EXPERT_SKEW
+from simulator.workload import DTYPES, PHASES
 
 if TYPE_CHECKING:
     from simulator.models.config import ModelConfig

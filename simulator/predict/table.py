@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from simulator.arguments import instance, listed
+from simulator.arguments import listed, shown
 from simulator.display import Shown, few, items_html, table_html
 from simulator.errors import InputError
 from simulator.kernels.settled import Implied
@@ -176,8 +176,8 @@ def table(
     phase, batch, seq = listed("phase", phase), listed("batch", batch), listed("seq", seq)
     family, sparsity = (None if v is None else listed(n, v) for n, v in (("family", family), ("sparsity", sparsity)))
     method, pruned = listed("method", method), listed("pruned", pruned)
-    if options is not None:
-        instance("options", options, dict, "simulator.FAMILIES")
+    if not isinstance(options, Mapping | None):
+        raise InputError(f"options: expected a mapping from option to value, got {shown(options)}")
     requests, settings = requests_of(phase, batch, seq), settings_of(setting, engine)
     devices, loaded = profiles(hardware), [load_model(m) for m in models]
     choices = choices_of(loaded, family, method, pruned, sparsity, options)

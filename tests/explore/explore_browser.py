@@ -20,8 +20,9 @@ from urllib.parse import urlsplit
 import pytest
 
 import simulator
-from simulator.explore.charts import CARDS, charts, map_chart
+from simulator.explore.charts import CARDS, charts
 from simulator.explore.frame import WIDE
+from simulator.explore.map_chart import map_chart
 from simulator.explore.state import KEYS, State, read_query
 from simulator.figures.style import label
 from simulator.predict.rows import Record

@@ -20,10 +20,11 @@ from test_explore_state import OWN
 import simulator
 from simulator.explore import frame, markup
 from simulator.explore.answer import answer, winners
-from simulator.explore.charts import ASKED, BOUNDS, charts, map_chart, roofline_chart
+from simulator.explore.charts import ASKED, BOUNDS, charts, roofline_chart
 from simulator.explore.commands import commands
 from simulator.explore.dropped import profile_token, token
 from simulator.explore.frame import INK, PAGE, PAPER, PHONE, SOFT, WIDE, Frame
+from simulator.explore.map_chart import map_chart
 from simulator.explore.page import page_html
 from simulator.explore.state import EXISTING, State
 from simulator.figures.paper import BATCHES, LENGTHS

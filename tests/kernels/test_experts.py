@@ -16,8 +16,8 @@ from simulator.hardware.constants import EXPERTS_CONSTANTS as CONSTANTS
 from simulator.hardware.library import list_hardware, load_hardware
 from simulator.kernels.experts import TILES, dealt_load, drawn_load, experts_core, experts_time
 from simulator.kernels.gemm_core import Machine
-from simulator.kernels.spread import ratio_half
-from simulator.workload import EXPERT_RANGE, EXPERT_SKEW, experts_chance, experts_touched
+from simulator.kernels.pass_doubt import ratio_half
+from simulator.routing import EXPERT_RANGE, EXPERT_SKEW, experts_chance, experts_touched
 
 F8 = np.float64
 QWEN = (768, 2048, 128, 8)  # Qwen3-30B-A3B: width, hidden size, experts, experts a token

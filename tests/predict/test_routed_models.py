@@ -13,7 +13,8 @@ from simulator.errors import InputError
 from simulator.kernels.host import launches
 from simulator.kernels.stack import Stack
 from simulator.predict.table import table
-from simulator.workload import Kind, Workload, experts_touched
+from simulator.routing import experts_touched
+from simulator.workload import Kind, Workload
 
 H200 = simulator.load_hardware("h200_sxm")
 FP8 = {"dtype": "fp8", "weight_dtype": "fp8_block", "engine": "sglang"}

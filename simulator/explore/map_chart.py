@@ -1,0 +1,115 @@
+"""The crossover map of a state: which family is fastest at each batch and sequence, a panel a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from simulator.explore.answer import Cell, answer, winners
+from simulator.explore.frame import (
+    INK,
+    QUIET,
+    SOFT,
+    Chart,
+    Dict,
+    Frame,
+    faded,
+    key,
+    legend_px,
+    listed,
+    marker_of,
+    message,
+    on_axes,
+    scatter,
+)
+from simulator.explore.state import State
+from simulator.figures.crossover import opacity, short
+from simulator.figures.style import in_order, label, look
+from simulator.predict.settings import batch_name, once
+
+NONE = "none gains"
+_DASH: Dict = {"symbol": "line-ew-open", "color": SOFT}
+_CORNER: Dict = {"symbol": "triangle-ne", "size": 5, "color": SOFT}
+
+
+def map_chart(state: State, most: int) -> Chart:
+    """The map of a state."""
+    cells, refused = winners(state)
+    return crossover_chart(cells, state, most) if cells else message(answer(state).refused or refused)
+
+
+def crossover_chart(cells: Sequence[Cell], state: State, most: int) -> Chart:
+    """The fastest family of each batch and sequence, with its speedup; the cell of the state's own batch and sequence
+    is framed where the map has it."""
+    gpus, names = once(c.best.hardware for c in cells), in_order(c.winner for c in cells)
+    batches, lengths = sorted({c.best.batch for c in cells}), sorted({c.best.seq for c in cells})
+    keys = _keys(cells, names)
+    frame = Frame(gpus, most, 23 * len(lengths), bottom=legend_px([name for name, _ in keys], len(gpus), most))
+    data, shapes = [], []
+    for panel, gpu in enumerate(gpus):
+        own = [(batches.index(c.best.batch), lengths.index(c.best.seq), c) for c in cells if c.best.hardware == gpu]
+        size = (len(batches), len(lengths))
+        data += _cells(own, size, names, panel, 9 if most == 1 or len(gpus) > 1 else 10)
+        if state.batch in batches and state.seq in lengths:
+            i, j = batches.index(state.batch), lengths.index(state.seq)
+            box = {"x0": i - 0.48, "x1": i + 0.48, "y0": j - 0.47, "y1": j + 0.47}
+            refs = {f"{axis[0]}ref": name for axis, name in on_axes(panel).items()}
+            shapes.append({"type": "rect", **refs, **box, "line": {"color": INK, "width": 2}})
+    data += [key(name, marker, 1000 + i) for i, (name, marker) in enumerate(keys)]
+    x, y = (
+        [{"range": [-0.5, len(texts) - 0.5], "showgrid": False, **listed(range(len(texts)), texts)}] * len(gpus)
+        for texts in ([str(b) for b in batches], [short(n) for n in lengths])
+    )
+    return frame.chart(data, x, y, batch_name(state.phase), "sequence", shapes=shapes)
+
+
+def _cells(
+    own: Sequence[tuple[int, int, Cell]], size: tuple[int, int], names: list[str], panel: int, font: int
+) -> list[Dict]:
+    """Cells coloured by their winner, pale where it is not certain; on them its marker and speedup, and a corner where
+    memory is short."""
+    code: list[list[Any]] = [[None] * size[0] for _ in range(size[1])]
+    told: list[list[str]] = [[""] * size[0] for _ in range(size[1])]
+    for i, j, c in own:
+        code[j][i], told[j][i] = 2.0 * names.index(c.winner) + c.sure, _said(c)
+    colors = [_shade(name, sure) for name in names for sure in (False, True)]
+    steps = [[(k + end) / len(colors), color] for k, color in enumerate(colors) for end in (0, 1)]
+    cells: Dict = {"type": "heatmap", "z": code, "colorscale": steps, "zmin": -0.5, "zmax": len(colors) - 0.5}
+    cells |= {"showscale": False, "xgap": 1, "ygap": 1, "text": told, "hovertemplate": "%{text}<extra></extra>"}
+    out = [{**cells, **on_axes(panel)}]
+    words: Dict = {"textposition": "middle right", "textfont": {"size": font, "color": INK}, **QUIET}
+    for name in names:
+        won = [(i - 0.36, j, f"{c.best.speedup:.2f}") for i, j, c in own if c.winner == name]
+        x, y, text = zip(*won) if won else [()] * 3
+        marker = marker_of(look(name), font - 4) if name else {**_DASH, "size": 6}
+        out.append(scatter(panel, "markers+text", x, y, text=list(text), marker=marker, **words))
+    corners = [(i + 0.40, j + 0.34) for i, j, c in own if not c.best.dense_fits]
+    if corners:
+        out.append(scatter(panel, "markers", *zip(*corners), marker=_CORNER, **QUIET))
+    return out
+
+
+def _shade(name: str, sure: bool) -> str:
+    """Colour of a cell, thin enough for its number to be read."""
+    return faded(look(name).color, opacity(name, sure)) if name else "rgba(231,234,238,1)"
+
+
+def _said(c: Cell) -> str:
+    r, certain = c.best, "" if c.sure else "<br>intervals overlap: not certain"
+    memory = "" if r.dense_fits else "<br>the dense model exceeds the memory"
+    return (
+        f"<b>{label(c.winner) if c.winner else NONE}</b>, {batch_name(r.phase)} {r.batch}, sequence {r.seq}<br>"
+        f"{r.speedup:.3f} ({r.speedup_lower:.3f} to {r.speedup_upper:.3f}){certain}{memory}"
+    )
+
+
+def _keys(cells: Sequence[Cell], names: list[str]) -> list[tuple[str, Dict]]:
+    """Names and markers of the legend."""
+    entries = [(label(name), marker_of(look(name))) for name in names if name]
+    if "" in names:
+        entries.append((NONE, {**_DASH, "size": 9}))
+    if not all(c.sure for c in cells):
+        entries.append(("pale: intervals overlap", {"symbol": "square", "size": 11, "color": "#d9dee5"}))
+    if not all(c.best.dense_fits for c in cells):
+        entries.append(("dense exceeds memory", {**_CORNER, "size": 8}))
+    return entries
