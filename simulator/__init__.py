@@ -17,14 +17,12 @@ from typing import TYPE_CHECKING, Any
 from simulator._version import __version__
 
 if TYPE_CHECKING:
+    from simulator.cost.gemm import gemm_time
     from simulator.engines.engine import list_engines, load_engine
     from simulator.errors import InputError
     from simulator.hardware.library import list_hardware, load_hardware
     from simulator.hardware.profile import HardwareProfile
     from simulator.hardware.save import save_hardware
-    from simulator.kernels.gemm import gemm_time
-    from simulator.kernels.settled import cost
-    from simulator.kernels.stack import memory
     from simulator.models.config import ModelConfig
     from simulator.models.library import list_models, load_model
     from simulator.models.lower import lower
@@ -32,20 +30,22 @@ if TYPE_CHECKING:
     from simulator.predict.table import table
     from simulator.pruning import FAMILIES, prune
     from simulator.pruning._methods import METHODS
+    from simulator.uncertainty.intervals import cost
     from simulator.workload import Workload
+    from simulator.workload_batch import memory
 
 # name -> module; imported on first use, so that ``import simulator`` stays fast
 _HOME = {
     "InputError": "errors",
     "list_engines": "engines.engine",
     "load_engine": "engines.engine",
-    "cost": "kernels.settled",
-    "gemm_time": "kernels.gemm",
+    "cost": "uncertainty.intervals",
+    "gemm_time": "cost.gemm",
     "HardwareProfile": "hardware.profile",
     "list_hardware": "hardware.library",
     "load_hardware": "hardware.library",
     "save_hardware": "hardware.save",
-    "memory": "kernels.stack",
+    "memory": "workload_batch",
     "FAMILIES": "pruning",
     "METHODS": "pruning._methods",
     "prune": "pruning",

@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.arrays import FloatArray
 from simulator.errors import InputError, one_line
 
-F = NDArray[np.float64]
 T = TypeVar("T")
 
 
@@ -48,7 +48,7 @@ SECONDS = Range(1e-12, 1e9, "a positive time in seconds, at most 1e9")
 LEVEL = Range(1e-12, 1.0 - 1e-12, "a number between 0 and 1, such as 0.9")
 
 
-def array(name: str, value: Any, right: Range) -> F:
+def array(name: str, value: Any, right: Range) -> FloatArray:
     """Numbers as float64, of the shape they have; truth values, text and what is not real are none.
 
     >>> array("m", [1, 2048], COUNT)

@@ -12,13 +12,12 @@ from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from simulator.arguments import plain
-from simulator.display import Shown, as_plain
+from simulator.arrays import Array
+from simulator.display import Displayed, as_plain
 from simulator.errors import InputError, unknown
 
-Array = NDArray[Any]
 T = TypeVar("T", bound="Table")
 
 
@@ -27,7 +26,7 @@ def column(dtype: type, default: Any) -> Any:
     return field(metadata={"column": (dtype, default)})
 
 
-class Table(Shown):
+class Table(Displayed):
     """Columns of equal length, read-only, of the types declared.
 
     >>> from dataclasses import dataclass

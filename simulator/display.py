@@ -1,6 +1,6 @@
 """How what people hold shows itself: as plain values, as a data frame, in a notebook, and in three lines at a prompt.
 
-A class derives from :class:`Shown` and says in ``_title`` what it is; what else is shown follows from its fields. A
+A class derives from :class:`Displayed` and says in ``_title`` what it is; what else is shown follows from its fields. A
 dataclass is declared with ``repr=False``, or it would write a ``repr`` of its own.
 """
 
@@ -42,12 +42,12 @@ _UNITS: Mapping[str, Callable[[float], str]] = {
 """What ends a name, or its part before a dot -> how people read such a value; the first that fits."""
 
 
-class Shown:
+class Displayed:
     """Base of what people hold.
 
     >>> from dataclasses import dataclass
     >>> @dataclass(frozen=True, repr=False)
-    ... class Pass(Shown):
+    ... class Pass(Displayed):
     ...     name: str
     ...     total_s: float
     ...     def _title(self) -> str:
@@ -127,7 +127,7 @@ def by_column(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 def cell(name: str, value: Any) -> str:
     """A value for people, by the unit that ends its name.
 
-    >>> cell("dense_s", 0.0123), cell("total_bytes", 2**30), cell("peak_flop_per_s.bf16", 9.9e14), cell("limit", None)
+    >>> cell("dense_s", 0.0123), cell("total_bytes", 2**30), cell("peak_flop_per_s.bf16", 9.9e14), cell("ttft_s", None)
     ('12.3 ms', '1.00 GiB', '990 TFLOP/s', '')
     """
     if value is None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from simulator.columns import Array
+from simulator.arrays import Array
 
 EXPERT_RANGE = 200.0
 """Load of the busiest expert over that of the idlest at a skew of 1: that of the power law of 1.01 of public tables."""

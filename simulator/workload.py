@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.arguments import AMOUNT, SHARE, SIZE, Range, array, truths
-from simulator.columns import Array, Table, column
+from simulator.arrays import Array
+from simulator.columns import Table, column
 from simulator.display import table_html
 from simulator.errors import InputError
 from simulator.routing import experts_touched

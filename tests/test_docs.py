@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import pytest
 
+from calibration.build_profiles import RECIPES
 from calibration.cli import pages
-from calibration.shipped import RECIPES
 from simulator.engines.engine import Engine
 from simulator.hardware.constants import CLASSES, CONSTANTS
 from simulator.hardware.constants import COLLECTIVE_CONSTANTS as LINK

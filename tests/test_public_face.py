@@ -18,8 +18,8 @@ import pytest
 
 import simulator
 from simulator import InputError
-from simulator.display import Shown
-from simulator.kernels.attention import decode_attention_time
+from simulator.cost.attention import decode_attention_time
+from simulator.display import Displayed
 from simulator.predict.advise import advise
 from simulator.predict.table import explanations
 
@@ -87,7 +87,7 @@ def held() -> dict[str, Any]:
         "record": table.records[0],
         "explanation": explanations("llama-3.2-1b", ["h100"], "depth", 0.25)[0],
         "lower": dense,
-        "gemm_time": simulator.gemm_time([[1, 8, 64]], 4096, [[4096], [8192]], hw, detail=True, doubt=True),
+        "gemm_time": simulator.gemm_time([[1, 8, 64]], 4096, [[4096], [8192]], hw, detail=True, uncertainty=True),
         "attention_time": decode_attention_time(1, 2048, 32, 8, 64, hw),
         "cost": simulator.cost(dense, hw),
         "memory": simulator.memory(dense, hw),
@@ -110,7 +110,7 @@ def test_what_people_hold_becomes_plain_values_a_data_frame_and_three_lines(held
     pytest.importorskip("pandas")
     rows = {**ROWS, "advise": len(held["advise"].advice) + len(held["advise"].configurations)}
     for name, one in held.items():
-        assert isinstance(one, Shown), name
+        assert isinstance(one, Displayed), name
         assert json.loads(json.dumps(one.to_dict())), name
         frame = one.to_pandas()
         assert len(frame) == rows.get(name, 1), name
@@ -122,7 +122,7 @@ def test_what_people_hold_becomes_plain_values_a_data_frame_and_three_lines(held
     assert w.to_dict()["role"] == w.to_pandas()["role"].tolist()
     assert w.to_pandas()["flops"].sum() == w.flops.sum()
     assert np.array_equal(t.to_dict()["seconds"], t.seconds)
-    assert t.to_pandas()["bound"].tolist() == t.limits.ravel().tolist()
+    assert t.to_pandas()["bound"].tolist() == t.bottlenecks.ravel().tolist()
     assert "tile_m" not in held["attention_time"].to_dict()
     assert held["table"].to_dict()["records"][0] == held["record"].to_dict()
 
@@ -168,7 +168,7 @@ def test_the_bars_of_a_speedup_are_the_first_steps_of_its_waterfall(held: dict[s
 def test_names_from_files_are_escaped(held: dict[str, Any]) -> None:
     evil = "<script>alert(1)</script>"
     for name in ("load_model", "memory", "load_hardware", "load_engine", "record"):
-        field = {"memory": "verdict", "record": "limit"}.get(name, "name")
+        field = {"memory": "verdict", "record": "bottleneck"}.get(name, "name")
         object.__setattr__(one := _copy(held[name]), field, evil)
         html = one._repr_html_()
         assert "script" not in Page(html).tags, name

@@ -15,7 +15,7 @@ from simulator.engines import DEFAULT_ENGINE
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from calibration.execute.runs import Calibrated
+    from calibration.runners.runs import Calibrated
 
 # fmt: off
 DeviceName = Annotated[str, arg("DEVICE", "cpu, cuda, cuda:1 or replay:FILE; host for the host time alone.")]
@@ -51,8 +51,8 @@ def command(
     seconds, that this machine's host takes to launch a kernel and an eager layer, on its first GPU or else its CPU, and
     --hardware is moved by it.
     """
-    from calibration.execute.asked import Asked, asked_workloads
-    from calibration.execute.runs import fit_run
+    from calibration.runners.runs import fit_run
+    from calibration.runners.targets import Asked, asked_workloads
 
     budget_s = seconds("--budget", budget)
     if device == "host":
@@ -87,8 +87,8 @@ def _host(output: str, budget_s: float, dtype: str, hardware: str, seed: int, js
     import numpy as np
 
     from calibration.devices.protocol import LAYER_LAUNCHES
-    from calibration.execute.runs import DATASHEET, fit_run
     from calibration.fit.predict import HostTime
+    from calibration.runners.runs import DATASHEET, fit_run
     from simulator.hardware.library import load_hardware
 
     found = measure("host", output, budget_s, dtype, host=True, hardware=hardware, seed=seed)
@@ -112,7 +112,7 @@ def _host(output: str, budget_s: float, dtype: str, hardware: str, seed: int, js
 
 def _row(measured: dict[str, Any], done: Calibrated) -> dict[str, Any]:
     from calibration.fit.anchor import Anchored, as_row
-    from calibration.judge.scores import summary
+    from calibration.validation.scores import summary
 
     fit = done.fit
     return {

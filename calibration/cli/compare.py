@@ -15,7 +15,7 @@ from simulator.cli import options, render
 from simulator.cli.options import opt
 
 if TYPE_CHECKING:
-    from calibration.execute.compare import Row
+    from calibration.runners.compare import Row
 
 LaunchedAs = Annotated[
     str, opt("--engine", "NAME", "How passes are launched: as reference (one graph) or as hf; what can be if left out.")
@@ -41,9 +41,9 @@ def command(
     calibration left one, unless --hardware names another. Writes RUN/decoder.jsonl, comparison.csv, comparison.md and
     comparison.png; the same command goes on where it was stopped.
     """
-    from calibration.execute.compare import as_executed, compare, rows_of
-    from calibration.execute.runs import RECORDS, check_folder
-    from calibration.execute.upper_bound import measured_bounds
+    from calibration.runners.compare import as_executed, compare, rows_of
+    from calibration.runners.runs import RECORDS, check_folder
+    from calibration.runners.upper_bound import measured_bounds
     from simulator.files.write import write_whole
     from simulator.predict.settings import one_of
 
@@ -98,7 +98,7 @@ def _columns(rows: list[Row]) -> list[render.Column]:
 
 def _agreement(rows: list[Row], records: list[dict[str, object]]) -> list[str]:
     """How well they agree, a line a phase."""
-    from calibration.execute.compare import by_phase, repeatability
+    from calibration.runners.compare import by_phase, repeatability
 
     lines = []
     for phase, a in by_phase(rows).items():
@@ -117,8 +117,8 @@ def _agreement(rows: list[Row], records: list[dict[str, object]]) -> list[str]:
 
 def _write(folder: Path, rows: list[Row], records: list[dict[str, object]]) -> None:
     """The table as Markdown, and the figure."""
-    from calibration.execute.compare_figure import compare_figure
-    from calibration.judge.report import table
+    from calibration.runners.compare_figure import compare_figure
+    from calibration.validation.report import table
     from simulator.figures.save import save_figure
     from simulator.files.write import write_whole
     from simulator.predict.words import markdown_text

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 def shipped_gemms(hw: HardwareProfile, dtype: str) -> MeasuredGemms | None:
     """The table that the profile of a device was fitted on, where it ships and has rows of the format."""
+    from calibration.build_profiles import RECIPES
     from calibration.measurements import list_measurements, load_measurements, provenance
-    from calibration.shipped import RECIPES
     from simulator.figures.measured import from_columns
 
     recipe = RECIPES.get(f"{hw.name}.{hw.stack}")

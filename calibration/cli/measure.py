@@ -14,8 +14,8 @@ from simulator.cli.options import arg, opt
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from calibration.execute.runs import Measured
     from calibration.measure.run import Outcome
+    from calibration.runners.runs import Measured
 
 # fmt: off
 Devices = Annotated[list[str], arg("DEVICE", "cpu, cuda, cuda:1, replay:FILE; with --merge, the runs to join.")]
@@ -61,7 +61,7 @@ def command(
 def measure(device: str, output: str, budget_s: float, dtype: str, host: bool = False, **settings: Any) -> Measured:
     """Open a device, measure it, or its host, into a folder with a progress bar, and close it whatever happens."""
     from calibration.devices import open_device
-    from calibration.execute.runs import check_folder, measure_host, measure_into
+    from calibration.runners.runs import check_folder, measure_host, measure_into
 
     check_folder(output)
     settings |= {"budget_s": budget_s, "dtype": dtype, "say": render.note}

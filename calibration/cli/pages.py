@@ -1,9 +1,9 @@
 """The generated pages of the documentation: ``python -m calibration.cli.pages PAGE -o FILE``.
 
-*accuracy* is made of the rows of :mod:`calibration.judge.accuracy` (ten minutes on two cores), *ablations* filled with
-those of :mod:`calibration.judge.ablations` (twenty minutes); ``--results`` keeps the rows. *constants* are those of
-the profiles that ship; *engines* has the comparisons of :mod:`calibration.judge.engines`; *commands* is read off
-the program itself. The prose of a page is that of ``docs``.
+*accuracy* is made of the rows of :mod:`calibration.validation.accuracy` (ten minutes on two cores), *ablations* filled
+with those of :mod:`calibration.validation.ablations` (twenty minutes); ``--results`` keeps the rows. *constants* are
+those of the profiles that ship; *engines* has the comparisons of :mod:`calibration.validation.engines`; *commands* is
+read off the program itself. The prose of a page is that of ``docs``.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from calibration.judge import ablations, accuracy, engines
-from calibration.judge.bars import against_bars
-from calibration.judge.protocol import Row
-from calibration.judge.report import table
+from calibration.validation import ablations, accuracy, engines
+from calibration.validation.acceptance import against_bars
+from calibration.validation.protocol import Row
+from calibration.validation.report import table
 from simulator.errors import InputError
 from simulator.files.write import check_target, write_whole
 from simulator.hardware.constants import CONSTANTS
 from simulator.hardware.library import list_hardware, load_hardware
 from simulator.hardware.profile import Fitted, Section
-from simulator.kernels.spread import COLUMNS
+from simulator.uncertainty.error_model import ERROR_FACTORS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -67,7 +67,7 @@ def accuracy_page(rows: Sequence[Row]) -> str:
 def constants_page() -> str:
     """``docs/constants.md``: the error model's columns, then by device and operator the constants of every stack and
     number format, as the profiles ship."""
-    rows = [[name, f"{sd:g}"] for name, sd in COLUMNS.items()]
+    rows = [[name, f"{sd:g}"] for name, sd in ERROR_FACTORS.items()]
     lines = ["## The error model", "", table(["column", "prior standard deviation of the log"], rows), ""]
     for name in list_hardware():
         hw = load_hardware(name)

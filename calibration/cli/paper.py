@@ -13,7 +13,7 @@ from simulator.cli import options, render
 from simulator.cli.options import opt
 
 if TYPE_CHECKING:
-    from calibration.judge.paper import Cell
+    from calibration.validation.paper import Cell
 
 Row = tuple[str, float]
 Cells = Mapping[tuple[str, float, str], "Cell"]
@@ -36,7 +36,7 @@ def command(
     Llama-3.1-8B, mean over batch 1, 8, 16, 32 at 1024 tokens (arXiv 2606.09080, Table 2, as quoted in a public reading
     note). Then its equivalences, Figure 2, what lies outside GEMMs, and the authors' kernel charts.
     """
-    from calibration.judge import paper
+    from calibration.validation import paper
 
     devices, engines = options.names("--hardware", hardware), options.names("--engine", engine)
     with render.progress("predicting") as report:

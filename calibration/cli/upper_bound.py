@@ -16,8 +16,8 @@ from simulator.cli.options import arg, opt
 
 if TYPE_CHECKING:
     from calibration.devices import Device
-    from calibration.execute.cases import Case
-    from calibration.execute.upper_bound import Bound
+    from calibration.runners.cases import Case
+    from calibration.runners.upper_bound import Bound
     from simulator.hardware.profile import HardwareProfile
     from simulator.models.config import ModelConfig
 
@@ -47,7 +47,7 @@ class Cases:
     def of(self, model: str, engine: str = "", **more: Any) -> tuple[ModelConfig, list[Case], list[str]]:
         """The model, its cases in an engine (by default the decoder that is run here: bare kernels), and what was left
         out."""
-        from calibration.execute.cases import fewer_layers, settings_of
+        from calibration.runners.cases import fewer_layers, settings_of
         from simulator.models.library import load_model
         from simulator.predict.settings import Setting
 
@@ -68,7 +68,7 @@ class Cases:
     def on(self, device: str, folder: Path, budget_s: float) -> Iterator[tuple[Device, HardwareProfile, float]]:
         """The open device, its profile, and the seconds that are left of the budget."""
         from calibration.devices import open_device
-        from calibration.execute.cases import profile_of
+        from calibration.runners.cases import profile_of
 
         opened = open_device(device)
         try:
@@ -95,8 +95,8 @@ def command(
     beside the roofline bound and the predicted speedup. Writes RUN/records.jsonl and RUN/upper_bound.csv; the same
     command goes on where it was stopped.
     """
-    from calibration.execute.runs import check_folder
-    from calibration.execute.upper_bound import bound_errors, bounds, measure_bounds
+    from calibration.runners.runs import check_folder
+    from calibration.runners.upper_bound import bound_errors, bounds, measure_bounds
     from simulator.files.write import write_whole
 
     budget_s, dtype = seconds("--budget", asked.budget), asked.dtype

@@ -11,7 +11,7 @@ from simulator.cli.options import arg, opt
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from calibration.judge.validate import Report
+    from calibration.validation.validate import Report
 
 # fmt: off
 Profile = Annotated[str | None, arg("PROFILE", "Name, alias or YAML file of the profile to judge.")]
@@ -77,8 +77,8 @@ def command(
     if not profile or not records:
         example = "prunesim validate a100 a100_sxm/gemm/trtllm"
         raise InputError(f"expected a PROFILE and RECORDS, or --protocol; for instance: {example}")
-    from calibration.judge.scores import summary
-    from calibration.judge.validate import validate
+    from calibration.validation.scores import summary
+    from calibration.validation.validate import validate
     from simulator.files.write import check_target
     from simulator.hardware.library import load_hardware
 
@@ -89,11 +89,11 @@ def command(
     report = validate(hw, found, dtype=dtype)
     written = []
     if markdown:
-        from calibration.judge.report import write_markdown
+        from calibration.validation.report import write_markdown
 
         written += [str(path) for path in write_markdown(report, markdown)[-1:]]
     if html:
-        from calibration.judge.report import write_html
+        from calibration.validation.report import write_html
 
         written.append(str(write_html(report, html)))
     if render.Output(json).write([summary(report)]):
@@ -106,7 +106,7 @@ def command(
 
 def show_report(report: Report, title: str = "") -> None:
     """Print the accuracy of every part; a star marks rows the profile was fitted on."""
-    from calibration.judge.scores import part_summary
+    from calibration.validation.scores import part_summary
 
     parts = [part_summary(part) for part in report.parts]
 
@@ -143,7 +143,7 @@ def show_report(report: Report, title: str = "") -> None:
 def _end_to_end(output: render.Output, figure: str | None) -> None:
     from dataclasses import asdict
 
-    from calibration.judge.engines import KINDS, end_to_end, scatter, summaries
+    from calibration.validation.engines import KINDS, end_to_end, scatter, summaries
 
     found = end_to_end()
     lines = summaries(found)
@@ -171,8 +171,8 @@ def _end_to_end(output: render.Output, figure: str | None) -> None:
 
 
 def _protocol(table: str, seeds: str, rows: str, wheel: Path | None, jobs: int, json: bool) -> None:
-    from calibration.judge.accuracy import columns_of_table, run_protocol, titles
-    from calibration.judge.bars import against_bars
+    from calibration.validation.acceptance import against_bars
+    from calibration.validation.accuracy import columns_of_table, run_protocol, titles
 
     sizes = [None if text == "all" else text for text in options.names("--rows", rows)]
     counts = [None if size is None else options.integers("--rows", size)[0] for size in sizes]

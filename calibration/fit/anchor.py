@@ -1,8 +1,8 @@
 """Local times of any operators to a profile that they move as a whole, and what they say of this machine.
 
-Use :func:`anchor_profile`. The mechanism is the posterior of the error model (``simulator.kernels.spread.Posterior``):
-the profile keeps its constants, and beside them the log errors of the rows and what those errors depend on. An anchor
-replaces the one a profile had, whose rows may be of another driver.
+Use :func:`anchor_profile`. The mechanism is the posterior of the error model
+(``simulator.uncertainty.error_model.Posterior``): the profile keeps its constants, and beside them the log errors of
+the rows and what those errors depend on. An anchor replaces the one a profile had, whose rows may be of another driver.
 """
 
 from __future__ import annotations
@@ -23,12 +23,19 @@ from calibration.measure.shapes import spread_order
 from calibration.records.exact import with_exact, without_exact
 from calibration.records.screening import too_fast
 from calibration.records.table import PURPOSES, Flag, Records
+from simulator.arrays import FloatArray
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import OTHER_STACK, Anchor, HardwareProfile
-from simulator.kernels.spread import COLUMNS, INDEX, MOST_LOG, MULTIPLIER, Doubt, Posterior, posterior_of
-
-F = NDArray[np.float64]
+from simulator.uncertainty.error_model import (
+    COVERAGE_FACTOR,
+    ERROR_FACTORS,
+    FACTOR_INDEX,
+    MOST_LOG,
+    Posterior,
+    Uncertainty,
+    posterior_of,
+)
 
 LEAST_ROWS, FEW_ROWS, MOST_ROWS = 3, 20, 400
 """Rows an anchor needs, rows below which it says little, rows it keeps at most."""
@@ -92,8 +99,10 @@ def anchor_profile(hw: HardwareProfile, records: Records, *, dtype: str | None =
     notes = ["the profile's earlier anchor is replaced"] if hw.anchor is not None else []
     rows = _usable(records if dtype is None else records.select(records.labels().astype(str) == dtype), notes)
     _refuse_other_device(hw, rows, notes)
-    rows, of_part, names, log_ratio, doubts = _compared(base, rows, notes)
-    unique = len(np.unique(np.column_stack([doubts["place"], doubts["kind"], doubts["shared"]]), axis=0))
+    rows, of_part, names, log_ratio, uncertainties = _compared(base, rows, notes)
+    unique = len(
+        np.unique(np.column_stack([uncertainties["place"], uncertainties["kind"], uncertainties["shared"]]), axis=0)
+    )
     kernels = [name for name in names if _section(name)[0] != "runtime"]
     uncalibrated = [name for name in kernels if base.section(*_section(name)).status == "default"]
     if uncalibrated:
@@ -104,16 +113,16 @@ def anchor_profile(hw: HardwareProfile, records: Records, *, dtype: str | None =
         notes.append("one shape: only what its time stands on moves; measure others for the rest")
     elif len(rows) < FEW_ROWS:
         notes.append(f"{len(rows)} rows are few: {FEW_ROWS} to {MOST_ROWS} of several operators say more")
-    arrays = {name: np.asarray(values) for name, values in doubts.items()} | {"log_ratio": log_ratio}
+    arrays = {name: np.asarray(values) for name, values in uncertainties.items()} | {"log_ratio": log_ratio}
     used = np.flatnonzero(arrays["shared"].any(axis=0))
-    columns = tuple(name for name, i in INDEX.items() if i in used)
+    columns = tuple(name for name, i in FACTOR_INDEX.items() if i in used)
     arrays["shared"] = arrays["shared"][:, used]
     anchor = Anchor(provenance_of(rows, date), columns, MappingProxyType(arrays))
     # exact shapes it had would stand beside what moves: they are of before
     profile = with_exact(without_exact(replace(hw, anchor=anchor, path=None)), records)
     posterior = posterior_of(profile)
     assert posterior is not None
-    before = np.sqrt((doubts["shared"] ** 2).sum(axis=1) + doubts["local"] ** 2 + doubts["own"])
+    before = np.sqrt((uncertainties["shared"] ** 2).sum(axis=1) + uncertainties["local"] ** 2 + uncertainties["own"])
     fits = [_fit(name, of_part == i, log_ratio, before, posterior) for i, name in enumerate(names)]
     fits += [_fit("all", of_part >= 0, log_ratio, before, posterior)] if len(names) > 1 else []
     told = effects(posterior)
@@ -170,7 +179,7 @@ def _refuse_other_device(hw: HardwareProfile, records: Records, notes: list[str]
 
 def _compared(
     base: HardwareProfile, rows: Records, notes: list[str]
-) -> tuple[Records, NDArray[np.intp], list[str], F, dict[str, F]]:
+) -> tuple[Records, NDArray[np.intp], list[str], FloatArray, dict[str, FloatArray]]:
     """Rows to keep, the part of each and the names of the parts, log(measured / predicted), and arrays of the doubt."""
     skipped: dict[str, int] = {}
     names: list[str] = []
@@ -179,14 +188,16 @@ def _compared(
     for operator, label, at in parts_of(rows, base, skipped):
         own = rows.select(at)
         time = predict(own, base).time
-        if time.doubt is None:
+        if time.uncertainty is None:
             notes.append(f"{len(at)} rows left out: {operator} is no single operator of the model")
             continue
         ratio = np.log(own.seconds / time.seconds)
         most = MOST_LOG if SECTIONS[operator] == "runtime" else math.log(MOST_FACTOR)
         _refuse_factor(f"{operator} {label}", float(np.median(ratio)), most)
-        codes = {"kind": time.doubt.kind, "part": len(names)}
-        found.append(time.doubt.columns() | {"log_ratio": ratio} | {n: np.full(len(at), c) for n, c in codes.items()})
+        codes = {"kind": time.uncertainty.kind, "part": len(names)}
+        found.append(
+            time.uncertainty.columns() | {"log_ratio": ratio} | {n: np.full(len(at), c) for n, c in codes.items()}
+        )
         index.append(at)
         names.append(f"{operator} {label}")
     notes += [f"{count} rows left out: {reason}" for reason, count in skipped.items()]
@@ -220,11 +231,11 @@ def _refuse_factor(what: str, median: float, most: float) -> None:
     raise InputError(f"anchor: {said}; {hint}")
 
 
-def _fit(name: str, at: NDArray[np.bool_], log_ratio: F, before: F, posterior: Posterior) -> Fit:
+def _fit(name: str, at: NDArray[np.bool_], log_ratio: FloatArray, before: FloatArray, posterior: Posterior) -> Fit:
     y, sd = log_ratio[at], before[at]
     rest, after = posterior.left_out[:, at]
-    half = float(np.median(sd)) * MULTIPLIER, float(np.median(after)) * posterior.multiplier
-    inside = np.abs(y) <= MULTIPLIER * sd, np.abs(rest) <= posterior.multiplier * after
+    half = float(np.median(sd)) * COVERAGE_FACTOR, float(np.median(after)) * posterior.coverage_factor
+    inside = np.abs(y) <= COVERAGE_FACTOR * sd, np.abs(rest) <= posterior.coverage_factor * after
     return Fit(
         name,
         int(at.sum()),
@@ -241,14 +252,14 @@ def _fit(name: str, at: NDArray[np.bool_], log_ratio: F, before: F, posterior: P
 def effects(posterior: Posterior) -> tuple[Effect, ...]:
     """What a posterior says of each column that it moved or narrowed. Of an operator's own column and the machine's the
     rows of one operator tell the sum alone: that is what is said of the operator."""
-    names = [name for name in COLUMNS if name != "machine"]
-    weight = np.zeros((len(names), len(COLUMNS)))
+    names = [name for name in ERROR_FACTORS if name != "machine"]
+    weight = np.zeros((len(names), len(ERROR_FACTORS)))
     for row, name in zip(weight, names, strict=True):
         for part in (name, f"machine {name.split()[-1]}"):
-            if part in COLUMNS:
-                row[INDEX[part]] = COLUMNS[part] * (1.0 if part == "host" else OTHER_STACK)
+            if part in ERROR_FACTORS:
+                row[FACTOR_INDEX[part]] = ERROR_FACTORS[part] * (1.0 if part == "host" else OTHER_STACK)
     nothing = np.zeros(len(names))
-    asked = Doubt(tuple(COLUMNS), weight.T, nothing, nothing, np.zeros((len(names), 3)), kind=-1)
+    asked = Uncertainty(tuple(ERROR_FACTORS), weight.T, nothing, nothing, np.zeros((len(names), 3)), kind=-1)
     mean, variance = posterior.at(asked)
     prior, sd = np.sqrt(asked.variance), np.sqrt(variance)
     told = (np.abs(mean) > TOLD * prior) | (sd < (1.0 - TOLD) * prior)

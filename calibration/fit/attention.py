@@ -20,16 +20,15 @@ from calibration.fit.errors import accuracy_of, spread_of
 from calibration.fit.residual import Stiffness, fit_lattice
 from calibration.fit.solver import ConstantsFit, FittedPart, Minimum, Table
 from calibration.records.screening import LATENT
+from simulator.arrays import FloatArray
+from simulator.cost.attention import uncertainty_of
+from simulator.cost.attention_model import Calls, Parts, decode_core, decode_work, prefill_core, prefill_work
+from simulator.cost.gemm_model import Machine
+from simulator.cost.residual_grid import ResidualGrid, decode_place, prefill_place
 from simulator.hardware.constants import CONSTANTS, Constant
 from simulator.hardware.profile import Provenance, Section
-from simulator.kernels.attention import doubt_of
-from simulator.kernels.attention_core import Calls, Parts, decode_core, decode_work, prefill_core, prefill_work
-from simulator.kernels.gemm_core import Machine
-from simulator.kernels.lattice import Lattice, decode_place, prefill_place
-from simulator.kernels.spread import Doubt
+from simulator.uncertainty.error_model import Uncertainty
 from simulator.workload import DTYPE_BYTES, DTYPES
-
-F = NDArray[np.float64]
 
 PHASES: Mapping[str, str] = {
     "attention_prefill": "prefill",
@@ -86,18 +85,20 @@ class MeasuredCalls(Table):
 
     phase: str
     device: Machine
-    batch: F
-    q_len: F
-    kv_len: F
-    heads: F
-    kv_heads: F
-    head_dim: F
-    seconds: F
-    element_bytes: F | float = 2.0  # of queries and outputs
-    cache_bytes: F | float = 0.0  # of keys and values; 0: as of queries
-    window: F | float = 0.0  # positions, 0 for none
-    warm: F | float = 1.0  # 1: repeated on one cache, as in the published tables; 0: caches rotated past L2, as here
-    value_dim: F | float = 0.0  # features of a value, 0: as of a key
+    batch: FloatArray
+    q_len: FloatArray
+    kv_len: FloatArray
+    heads: FloatArray
+    kv_heads: FloatArray
+    head_dim: FloatArray
+    seconds: FloatArray
+    element_bytes: FloatArray | float = 2.0  # of queries and outputs
+    cache_bytes: FloatArray | float = 0.0  # of keys and values; 0: as of queries
+    window: FloatArray | float = 0.0  # positions, 0 for none
+    warm: FloatArray | float = (
+        1.0  # 1: repeated on one cache, as in the published tables; 0: caches rotated past L2, as here
+    )
+    value_dim: FloatArray | float = 0.0  # features of a value, 0: as of a key
     faster: float = 1.0  # fastest arithmetic over the device's: a narrow cache may be computed in its own format
 
     @property
@@ -111,7 +112,7 @@ class MeasuredCalls(Table):
         return self.phase == "mla_decode"
 
     @property
-    def length(self) -> F:
+    def length(self) -> FloatArray:
         """Query positions of prefill, cached ones of decode."""
         return self.kv_len if self.decodes else self.q_len
 
@@ -121,8 +122,8 @@ class MeasuredCalls(Table):
         return solver.numbered(*columns)
 
     @property
-    def kinds(self) -> F:
-        """(n, 3) what makes a kernel of its own, as :class:`simulator.kernels.attention.Variants` has it."""
+    def kinds(self) -> FloatArray:
+        """(n, 3) what makes a kernel of its own, as :class:`simulator.cost.attention.Variants` has it."""
         narrow = (np.asarray(self.cache_bytes) > 0) & (self.cache_bytes < np.asarray(self.element_bytes))
         columns = np.log2(self.head_dim), np.asarray(self.window) > 0, narrow
         return np.stack(np.broadcast_arrays(*columns), axis=1).astype(np.float64)
@@ -139,7 +140,7 @@ class MeasuredCalls(Table):
         """Core time as it was measured; operands of a prefill may be warm in L2, since a benchmark repeats its call."""
         return (decode_core if self.decodes else prefill_core)(work, self.device, values)
 
-    def misfit(self, start: Mapping[str, float]) -> Callable[[Mapping[str, float]], F]:
+    def log_residual(self, start: Mapping[str, float]) -> Callable[[Mapping[str, float]], FloatArray]:
         """Log of core over measured time, as a function of constants that share the structure of ``start``."""
         work, log_time = self.work(start), np.log(self.seconds)
         return lambda values: np.asarray(np.log(self.core(work, values).total_s) - log_time)
@@ -185,32 +186,32 @@ class MeasuredCalls(Table):
 
         One that ends on its bound, or whose log standard error exceeds 1, is fixed (there; at its start) and named.
         """
-        known, misfit = REGISTRY[self.phase], self.misfit(start)
+        known, log_residual = REGISTRY[self.phase], self.log_residual(start)
         fixed = {**dict.fromkeys(STRUCTURE[self.phase], "structure"), **fixed}
         for name in known.keys() - fixed.keys():
             # a constant few rows know of would wander: what would its whole range change?
-            low, high = (misfit({**start, name: end}) for end in (known[name].low, known[name].high))
+            low, high = (log_residual({**start, name: end}) for end in (known[name].low, known[name].high))
             if np.count_nonzero(np.abs(high - low) > 0.02) < INFORMING_ROWS:
                 fixed[name] = "not identified by these rows"
 
-        def covariance(found: Minimum, values: Mapping[str, float]) -> tuple[F, float]:
-            return solver.sandwich(found.rows, solver.slopes(misfit, values, found.names, 1e-3)), 0.0
+        def covariance(found: Minimum, values: Mapping[str, float]) -> tuple[FloatArray, float]:
+            return solver.sandwich(found.rows, solver.slopes(log_residual, values, found.names, 1e-3)), 0.0
 
         search: Any = {"moot": {"l2_gain": ("l2_share", "without meaning where L2 gains nothing")}, **_SEARCH}
-        return solver.fit_logs(misfit, start, known, covariance, fixed=fixed, weak=1.0, max_nfev=60, **search)
+        return solver.fit_logs(log_residual, start, known, covariance, fixed=fixed, weak=1.0, max_nfev=60, **search)
 
-    def residual(self, values: Mapping[str, float]) -> Lattice:
+    def residual(self, values: Mapping[str, float]) -> ResidualGrid:
         """The lattice on what constants leave, on the smallest box of octaves that holds the rows."""
         places = self.places()
         start = tuple(float(np.floor(np.min(x))) for x in places)
         shape = [int(np.ceil(np.max(x) - first - 1e-9)) + 1 for x, first in zip(places, start, strict=True)]
-        blank = Lattice(start, (1.0, 1.0, 1.0), np.zeros(shape))
-        return fit_lattice(blank, places, -self.misfit(values)(values), STIFFNESS, rounds=4)
+        blank = ResidualGrid(start, (1.0, 1.0, 1.0), np.zeros(shape))
+        return fit_lattice(blank, places, -self.log_residual(values)(values), STIFFNESS, rounds=4)
 
-    def predict(self, values: Mapping[str, float], lattice: Lattice | None) -> F:
+    def predict(self, values: Mapping[str, float], residual_grid: ResidualGrid | None) -> FloatArray:
         """Predicted time, as it was measured (warm or cold), of each row."""
         core = self.core(self.work(values), values).total_s
-        return core if lattice is None else np.asarray(core * np.exp(lattice(self.places())))
+        return core if residual_grid is None else np.asarray(core * np.exp(residual_grid(self.places())))
 
 
 def calls_of(records: Any, phase: str, device: Machine) -> MeasuredCalls:
@@ -264,11 +265,11 @@ def fit_attention(
     common = fits[0].constants
     constants = np.array([[fit.constants.values[name] for name in known] for fit in fits])
     factors = np.log(np.maximum(constants, 1e-12) / np.maximum(constants[0], 1e-12)).round(6)
-    arrays = _joined([fit.lattice for fit in fits])
+    arrays = _joined([fit.residual_grid for fit in fits])
     if kinds.tolist() != [[7.0, 0.0, 0.0]]:  # else as in a section without kernels
         arrays |= {"kinds": kinds, "factors": factors}
     errors, inside = (np.concatenate([getattr(fit, name) for fit in fits]) for name in ("unseen", "misfit"))
-    spread = spread_of(errors, _together([fit.doubt for fit in fits]))
+    spread = spread_of(errors, _together([fit.uncertainty for fit in fits]))
     accuracy = {**accuracy_of(np.expm1(errors)), "core_mape": float(np.abs(np.expm1(inside)).mean())}
     parts = common.fitted(), arrays, spread, accuracy, provenance
     return FittedPart(Section(*parts, status="calibrated"), common, int(count.sum()), errors, dropped)
@@ -279,15 +280,15 @@ class _Kernel:
     """The fit of one kernel."""
 
     constants: ConstantsFit
-    lattice: Lattice | None
-    unseen: F  # log predicted over measured of each row by a fit without it, by kind of folds in turn
-    misfit: F  # log core over measured of each row
-    doubt: Doubt  # of the rows, in the order of ``unseen``
+    residual_grid: ResidualGrid | None
+    unseen: FloatArray  # log predicted over measured of each row by a fit without it, by kind of folds in turn
+    log_residual: FloatArray  # log core over measured of each row
+    uncertainty: Uncertainty  # of the rows, in the order of ``unseen``
 
 
 def fit_form(
     c: MeasuredCalls, starts: Sequence[Mapping[str, float]], keep: Mapping[str, str]
-) -> tuple[ConstantsFit, Lattice]:
+) -> tuple[ConstantsFit, ResidualGrid]:
     """Constants, but for those ``keep`` fixes, and lattice of the calls of one kernel: the best search of the starts.
 
     Where time follows the work units alone, a term of the sequences would only be led astray: it goes if that pays.
@@ -297,28 +298,28 @@ def fit_form(
     if c.phase in FORMS:
         starts = [_best_form(c, starts, keep)]
     low, why = REGISTRY[c.phase]["sequence_s"].low, "time follows the work units alone"
-    forms: list[tuple[float, ConstantsFit, Lattice]] = []
+    forms: list[tuple[float, ConstantsFit, ResidualGrid]] = []
     for simple in (False, True) if len(c) >= FEW_ROWS else (False,):
         for start in starts:
             first = {**start, "sequence_s": low} if simple else start
             constants = c.constants(first, {**keep, "sequence_s": why} if simple else keep)
-            lattice = c.residual(constants.values)
-            error = np.abs(np.log(c.predict(constants.values, lattice) / c.seconds)).mean()
-            forms.append((float(error) / (SIMPLER if simple else 1.0), constants, lattice))
+            residual_grid = c.residual(constants.values)
+            error = np.abs(np.log(c.predict(constants.values, residual_grid) / c.seconds)).mean()
+            forms.append((float(error) / (SIMPLER if simple else 1.0), constants, residual_grid))
     return min(forms, key=lambda form: form[0])[1:]
 
 
 def _best_form(c: MeasuredCalls, starts: Sequence[Mapping[str, float]], keep: Mapping[str, str]) -> Mapping[str, float]:
     """The start, of some with each structure, whose constants, once fitted, err least without a lattice."""
     found = [c.constants({**start, **form}, keep).values for start in starts for form in FORMS[c.phase]]
-    return min(found, key=lambda values: float(np.abs(c.misfit(values)(values)).mean()))
+    return min(found, key=lambda values: float(np.abs(c.log_residual(values)(values)).mean()))
 
 
 def _fit_kernel(
     c: MeasuredCalls, starts: Sequence[Mapping[str, float]], keep: Mapping[str, str], fold_by: Sequence[str], rng: Any
 ) -> _Kernel:
     """The fit of one kernel and its errors on unseen rows."""
-    constants, lattice = fit_form(c, starts, keep)
+    constants, residual_grid = fit_form(c, starts, keep)
     unseen, plain, order = [], [], []
     for kind in fold_by:
         group = c.groups(kind)
@@ -329,40 +330,44 @@ def _fit_kernel(
             rest, left, values = c.take(train), c.take(test), dict(constants.values)
             if constants.std_errors:
                 search = REGISTRY[c.phase], constants.std_errors
-                values |= solver.minimise(rest.misfit(values), values, *search, max_nfev=6, **_SEARCH).values
+                values |= solver.minimise(rest.log_residual(values), values, *search, max_nfev=6, **_SEARCH).values
             unseen.append(np.log(left.predict(values, rest.residual(values)) / left.seconds))
-            plain.append(left.misfit(values)(values))
+            plain.append(left.log_residual(values)(values))
             order.append(test)
     errors, core_errors, rows = (np.concatenate(parts) for parts in (unseen, plain, order))
-    misfit = c.misfit(constants.values)(constants.values)
+    log_residual = c.log_residual(constants.values)(constants.values)
     work = c.take(rows).work(constants.values)
-    doubt = doubt_of(c.phase, work.calls, c.core(work, constants.values))
+    uncertainty = uncertainty_of(c.phase, work.calls, c.core(work, constants.values))
     if len(c) < FEW_ROWS and np.abs(core_errors).mean() < np.abs(errors).mean():
-        return _Kernel(constants, None, core_errors, misfit, doubt)
-    return _Kernel(constants, lattice, errors, misfit, doubt)
+        return _Kernel(constants, None, core_errors, log_residual, uncertainty)
+    return _Kernel(constants, residual_grid, errors, log_residual, uncertainty)
 
 
-def _joined(lattices: Sequence[Lattice | None]) -> dict[str, NDArray[Any]]:
+def _joined(lattices: Sequence[ResidualGrid | None]) -> dict[str, NDArray[Any]]:
     """Arrays of the lattices of several kernels, on one box of octaves, one after the other along the first axis; a
     thousandth is ample."""
-    given = [lattice for lattice in lattices if lattice is not None]
+    given = [residual_grid for residual_grid in lattices if residual_grid is not None]
     if not given:
         return {}
-    low = np.min([lattice.start for lattice in given], axis=0)
-    high = np.max([np.add(lattice.start, lattice.values.shape) for lattice in given], axis=0)
+    low = np.min([residual_grid.start for residual_grid in given], axis=0)
+    high = np.max([np.add(residual_grid.start, residual_grid.values.shape) for residual_grid in given], axis=0)
     size = tuple((high - low).astype(int))
     out = []
-    for lattice in lattices:
-        values, start = (np.zeros((1, 1, 1)), low) if lattice is None else (lattice.values, lattice.start)
+    for residual_grid in lattices:
+        values, start = (
+            (np.zeros((1, 1, 1)), low) if residual_grid is None else (residual_grid.values, residual_grid.start)
+        )
         before = np.subtract(start, low).astype(int)
         after = np.subtract(size, before + values.shape)
         out.append(np.pad(values, list(zip(before, after, strict=True)), mode="edge"))
     whole = np.concatenate(out).round(3)
-    return Lattice(tuple(low.tolist()), (1.0,) * 3, whole).arrays()
+    return ResidualGrid(tuple(low.tolist()), (1.0,) * 3, whole).arrays()
 
 
-def _together(doubts: Sequence[Doubt]) -> Doubt:
+def _together(uncertainties: Sequence[Uncertainty]) -> Uncertainty:
     """The doubts of several sets of rows as one."""
-    shared = np.concatenate([d.shared for d in doubts], axis=1)
-    local, own, place = (np.concatenate([getattr(d, name) for d in doubts]) for name in ("local", "own", "place"))
-    return replace(doubts[0], shared=shared, local=local, own=own, place=place)
+    shared = np.concatenate([d.shared for d in uncertainties], axis=1)
+    local, own, place = (
+        np.concatenate([getattr(d, name) for d in uncertainties]) for name in ("local", "own", "place")
+    )
+    return replace(uncertainties[0], shared=shared, local=local, own=own, place=place)

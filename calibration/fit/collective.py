@@ -17,12 +17,11 @@ from calibration.fit import solver
 from calibration.fit.errors import accuracy_of, spread_of
 from calibration.fit.residual import Stiffness, fit_lattice
 from calibration.fit.solver import ConstantsFit, FittedPart, Minimum, Table
+from simulator.arrays import FloatArray
+from simulator.cost.collective import KINDS, CollectiveTime, collective_core, collective_place, uncertainty_of
+from simulator.cost.residual_grid import ResidualGrid
 from simulator.hardware.constants import COLLECTIVE_CONSTANTS as CONSTANTS
 from simulator.hardware.profile import Link, Provenance, Section
-from simulator.kernels.collective import KINDS, CollectiveTime, collective_core, collective_place, doubt_of
-from simulator.kernels.lattice import Lattice
-
-F = NDArray[np.float64]
 
 PRIOR = 1.5
 """Log spread of the constants round their defaults."""
@@ -45,21 +44,21 @@ class Messages(Table):
     """Measured collectives over one link: index into :data:`KINDS`, payload (bytes), devices, time."""
 
     code: NDArray[np.intp]
-    payload: F
-    devices: F
-    seconds: F
+    payload: FloatArray
+    devices: FloatArray
+    seconds: FloatArray
     link: Link
 
     def parts(self, values: Mapping[str, float]) -> CollectiveTime:
         """Core times, s."""
         return collective_core(self.code, self.payload, self.devices, self.link.bandwidth_bytes_per_s, values)
 
-    def misfit(self, values: Mapping[str, float]) -> F:
+    def log_residual(self, values: Mapping[str, float]) -> FloatArray:
         """Log of core over measured time."""
         return np.asarray(np.log(self.parts(values).total) - np.log(self.seconds))
 
     @property
-    def place(self) -> tuple[F, F, F]:
+    def place(self) -> tuple[FloatArray, FloatArray, FloatArray]:
         return collective_place(self.code, self.payload, self.devices)
 
     def _variants(self) -> Iterator[dict[str, float]]:
@@ -87,8 +86,8 @@ class Messages(Table):
                 out["hop_s"] = "one number of hops"
             return out
 
-        def covariance(found: Minimum, values: Mapping[str, float]) -> tuple[F, float]:
-            raw = solver.slopes(self.misfit, values, found.names, 1e-4)
+        def covariance(found: Minimum, values: Mapping[str, float]) -> tuple[FloatArray, float]:
+            raw = solver.slopes(self.log_residual, values, found.names, 1e-4)
             every = np.concatenate([raw, solver.HUBER / PRIOR * np.eye(len(found.names))])
             freedom = max(len(self) - len(found.names), 1)
             spread = float(np.sqrt(np.sum(np.minimum(found.rows**2, (3 * solver.HUBER) ** 2)) / freedom))
@@ -98,38 +97,40 @@ class Messages(Table):
         for variant in self._variants():
             free = [name for name in CONSTANTS if name not in fixed(variant)]
             start = {**default, **variant}
-            found = solver.minimise(self.misfit, start, CONSTANTS, free, prior=PRIOR, max_nfev=60)
+            found = solver.minimise(self.log_residual, start, CONSTANTS, free, prior=PRIOR, max_nfev=60)
             loss = float(np.sum(np.sqrt(1.0 + (found.rows / solver.HUBER) ** 2) - 1.0))
             if loss < least - ADDED:
                 best, least = variant, loss
         search: dict[str, Any] = {"prior": PRIOR, "center": default, "max_nfev": 100}
-        return solver.fit_logs(self.misfit, {**default, **best}, CONSTANTS, covariance, fixed=fixed(best), **search)
+        return solver.fit_logs(
+            self.log_residual, {**default, **best}, CONSTANTS, covariance, fixed=fixed(best), **search
+        )
 
-    def residual(self, values: Mapping[str, float]) -> Lattice:
+    def residual(self, values: Mapping[str, float]) -> ResidualGrid:
         """Residual over log2 bytes and log2 devices, of each kind."""
         _, devices, size = self.place
         first = OCTAVES * float(np.floor(size.min() / OCTAVES))
         shape = len(KINDS), int(np.ceil(devices.max())) + 1, int(np.ceil((size.max() - first) / OCTAVES)) + 1
-        blank = Lattice((0.0, 0.0, first), (1.0, 1.0, OCTAVES), np.zeros(shape))
-        return self._rising(fit_lattice(blank, self.place, -self.misfit(values), STIFFNESS, rounds=3), values)
+        blank = ResidualGrid((0.0, 0.0, first), (1.0, 1.0, OCTAVES), np.zeros(shape))
+        return self._rising(fit_lattice(blank, self.place, -self.log_residual(values), STIFFNESS, rounds=3), values)
 
-    def _rising(self, lattice: Lattice, values: Mapping[str, float]) -> Lattice:
+    def _rising(self, residual_grid: ResidualGrid, values: Mapping[str, float]) -> ResidualGrid:
         """The lattice nearest to another with which more bytes never take less time: a node may lie below the last one
         by no more than the core rises in between at its slowest."""
-        kinds, devices, nodes = lattice.values.shape
-        fine = lattice.start[2] + OCTAVES * np.linspace(0.0, nodes - 1.0, (nodes - 1) * WITHIN + 1)
+        kinds, devices, nodes = residual_grid.values.shape
+        fine = residual_grid.start[2] + OCTAVES * np.linspace(0.0, nodes - 1.0, (nodes - 1) * WITHIN + 1)
         code, several, size = np.meshgrid(np.arange(kinds), np.arange(devices), fine, indexing="ij")
         facts = 2.0**size, 2.0 ** np.maximum(several, 1.0), self.link.bandwidth_bytes_per_s
         rise = np.diff(np.log(collective_core(code, *facts, values).total), axis=2)
         least = WITHIN * rise.reshape(kinds, devices, nodes - 1, WITHIN).min(axis=3)
         base = np.concatenate([np.zeros((kinds, devices, 1)), np.cumsum(least, axis=2)], axis=2)
-        total = lattice.values + base
+        total = residual_grid.values + base
         up, down = np.maximum.accumulate(total, axis=2), np.minimum.accumulate(total[..., ::-1], axis=2)[..., ::-1]
-        return replace(lattice, values=0.5 * (up + down) - base)
+        return replace(residual_grid, values=0.5 * (up + down) - base)
 
-    def predict(self, section: Section) -> F:
+    def predict(self, section: Section) -> FloatArray:
         """Times a fitted section gives, s."""
-        residual = Lattice.from_arrays(section.arrays)
+        residual = ResidualGrid.from_arrays(section.arrays)
         assert residual is not None
         values = {name: constant.value for name, constant in section.constants.items()}
         return np.asarray(self.parts(values).total * np.exp(residual(self.place)))
@@ -150,9 +151,9 @@ def fit_collective(messages: Messages, *, seed: int = 0, provenance: Provenance 
     for train, test in solver.folds(solver.numbered(r.payload), FOLDS, np.random.default_rng(seed)):
         rest, left = r.take(train), r.take(test)
         values = rest.constants().values
-        errors[test] = left.misfit(values) + rest.residual(values)(left.place)
+        errors[test] = left.log_residual(values) + rest.residual(values)(left.place)
     arrays = r.residual(constants.values).arrays()
     accuracy = accuracy_of(np.expm1(errors))
-    spread = spread_of(errors, doubt_of(r.parts(constants.values), r.place, r.link.family))
+    spread = spread_of(errors, uncertainty_of(r.parts(constants.values), r.place, r.link.family))
     section = Section(constants.fitted(), arrays, spread, accuracy, provenance, "calibrated")
     return FittedPart(section, constants, len(r), errors)

@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 from calibration.fit.solver import ConstantsFit, Minimum, Table, fit_logs, gauss_newton, numbered, soft_l1
 from calibration.records.screening import rotated_copies
 from calibration.records.table import Records
+from simulator.arrays import FloatArray
+from simulator.cost.gemm_model import CoreTime, Machine, core_time, machine_core
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
-from simulator.kernels.gemm_core import CoreTime, Machine, core_time, machine_core
-
-F = NDArray[np.float64]
 
 ROWS = 6000
 """Rows the constants are fitted on; more do not move them."""
@@ -35,11 +34,11 @@ stack."""
 class Shapes(Table):
     """Measured GEMMs; ``copies`` are the weights each benchmark used in turn (see ``gemm_time``)."""
 
-    m: F
-    n: F
-    k: F
-    seconds: F
-    copies: F
+    m: FloatArray
+    n: FloatArray
+    k: FloatArray
+    seconds: FloatArray
+    copies: FloatArray
 
     @property
     def groups(self) -> NDArray[np.intp]:
@@ -80,7 +79,7 @@ def shapes_of(records: Records, machine: Machine) -> Shapes:
     return shapes(r.m, r.n, r.k, r.seconds, machine, weight_copies(r))
 
 
-def weight_copies(records: Records) -> F:
+def weight_copies(records: Records) -> FloatArray:
     """Weights used in turn, as the GEMM model counts them: infinitely many where the benchmark kept them cold."""
     return np.where(records.copies > 0, records.copies, np.where(records.cold, np.inf, 1.0)).astype(np.float64)
 
@@ -127,19 +126,19 @@ def fit_constants(
     weak = min(0.5, 0.45 * prior) if prior >= WEAK else 0.5
     search: dict[str, Any] = {"prior": prior, "center": start, "data_only": True, "x_scale": 0.1, "max_nfev": 80}
 
-    def misfit(values: Mapping[str, float]) -> F:
+    def log_residual(values: Mapping[str, float]) -> FloatArray:
         return np.asarray(np.log(timed(data, machine, values).total_us) - target)
 
-    def covariance(found: Minimum, _: Mapping[str, float]) -> tuple[F, float]:
+    def covariance(found: Minimum, _: Mapping[str, float]) -> tuple[FloatArray, float]:
         rows = found.rows[: len(data)]
         spread = float(np.sqrt(np.sum(rows**2) / max(len(data) - len(found.names), 1)))
         return gauss_newton(found.slopes, max(spread, 1e-9)), spread
 
     def fit(origin: Mapping[str, float]) -> ConstantsFit:
-        return fit_logs(misfit, origin, ranges, covariance, weak=weak, **search)
+        return fit_logs(log_residual, origin, ranges, covariance, weak=weak, **search)
 
     def spread(found: ConstantsFit) -> float:
-        return float(np.mean(soft_l1(misfit(found.values)) ** 2))
+        return float(np.mean(soft_l1(log_residual(found.values)) ** 2))
 
     if not machine.packs:
         rng = np.random.default_rng(0)

@@ -18,13 +18,12 @@ from calibration.fit import solver
 from calibration.fit.errors import accuracy_of, spread_of
 from calibration.fit.residual import Stiffness, fit_lattice
 from calibration.fit.solver import ConstantsFit, FittedPart, Minimum, Table
+from simulator.arrays import FloatArray
+from simulator.cost.elementwise import class_place, class_residual, elementwise_core, uncertainty_of
+from simulator.cost.residual_grid import ResidualGrid
 from simulator.hardware.constants import CLASSES
 from simulator.hardware.constants import ELEMENTWISE_CONSTANTS as CONSTANTS
 from simulator.hardware.profile import Provenance, Section
-from simulator.kernels.elementwise import class_lattice, class_place, doubt_of, elementwise_core
-from simulator.kernels.lattice import Lattice
-
-F = NDArray[np.float64]
 
 SPREAD = 0.7
 """Log spread of a class's constants round those of all classes."""
@@ -39,18 +38,18 @@ FACTORS = ("t0", "e", "l2", "l2_share")
 class Moves(Table):
     """Measured operators of one device: bytes read and written, index into :data:`CLASSES`, time, and its datasheet."""
 
-    bytes_: F
+    bytes_: FloatArray
     code: NDArray[np.intp]
-    seconds: F
+    seconds: FloatArray
     l2_bytes: float
     bandwidth: float  # bytes/s
     architecture: str
 
-    def core(self, values: Mapping[str, float]) -> F:
+    def core(self, values: Mapping[str, float]) -> FloatArray:
         """Core time, s."""
         return elementwise_core(self.bytes_, self.code, self.l2_bytes, self.bandwidth, values)[0]
 
-    def misfit(self, values: Mapping[str, float]) -> F:
+    def log_residual(self, values: Mapping[str, float]) -> FloatArray:
         """Log of core over measured time."""
         return np.asarray(np.log(self.core(values)) - np.log(self.seconds))
 
@@ -68,11 +67,13 @@ class Moves(Table):
 
         one = dict.fromkeys(FACTORS, 1.0)
         wide = dict.fromkeys(FACTORS, SimpleNamespace(low=np.exp(-4.0), high=np.exp(4.0)))
-        common = solver.minimise(lambda x: self.misfit({**default, **scaled(x)}), one, wide, FACTORS, prior=1.0).values
+        common = solver.minimise(
+            lambda x: self.log_residual({**default, **scaled(x)}), one, wide, FACTORS, prior=1.0
+        ).values
         start = {**default, **scaled(common)}
 
-        def covariance(found: Minimum, values: Mapping[str, float]) -> tuple[F, float]:
-            raw = solver.slopes(self.misfit, values, found.names, 1e-4)
+        def covariance(found: Minimum, values: Mapping[str, float]) -> tuple[FloatArray, float]:
+            raw = solver.slopes(self.log_residual, values, found.names, 1e-4)
             every = np.concatenate([raw, solver.HUBER / SPREAD * np.eye(len(found.names))])
             freedom = max(len(self) - len(found.names), 1)
             spread = float(np.sqrt(np.sum(np.minimum(found.rows**2, (3 * solver.HUBER) ** 2)) / freedom))
@@ -83,18 +84,20 @@ class Moves(Table):
         fixed = {n: solver.ABSENT for n in CONSTANTS if n.removesuffix("_s") not in {*own, "l2_share"}}
         # what the classes have in common is a prior worth one row: a class of three rows must not run away
         search: dict[str, Any] = {"prior": SPREAD, "center": start, "max_nfev": 100}
-        return solver.fit_logs(self.misfit, start, CONSTANTS, covariance, fixed=fixed, **search)
+        return solver.fit_logs(self.log_residual, start, CONSTANTS, covariance, fixed=fixed, **search)
 
-    def residual(self, values: Mapping[str, float]) -> Lattice:
+    def residual(self, values: Mapping[str, float]) -> ResidualGrid:
         """Residual over log2 bytes by class, nodes an octave apart."""
         place = class_place(self.bytes_, self.code)
         first, last = float(np.floor(place[1].min())), float(np.ceil(place[1].max()))
         blank = np.zeros((len(CLASSES) + 1, int(last - first) + 1))  # one class more: see class_lattice
-        return fit_lattice(Lattice((0.0, first), (1.0, 1.0), blank), place, -self.misfit(values), STIFFNESS, rounds=3)
+        return fit_lattice(
+            ResidualGrid((0.0, first), (1.0, 1.0), blank), place, -self.log_residual(values), STIFFNESS, rounds=3
+        )
 
-    def predict(self, section: Section) -> F:
+    def predict(self, section: Section) -> FloatArray:
         """Times a fitted section gives, s."""
-        residual = class_lattice(section.arrays)
+        residual = class_residual(section.arrays)
         assert residual is not None
         values = {name: constant.value for name, constant in section.constants.items()}
         return np.asarray(self.core(values) * np.exp(residual(class_place(self.bytes_, self.code))))
@@ -113,7 +116,7 @@ def fit_elementwise(moves: Moves, *, seed: int = 0, provenance: Provenance | Non
     for train, test in solver.folds(solver.numbered(r.bytes_), FOLDS, np.random.default_rng(seed)):
         rest, left = r.take(train), r.take(test)
         values = rest.constants().values
-        errors[test] = left.misfit(values) + rest.residual(values)(class_place(left.bytes_, left.code))
+        errors[test] = left.log_residual(values) + rest.residual(values)(class_place(left.bytes_, left.code))
     relative = np.expm1(errors)
     accuracy = accuracy_of(relative)
     del accuracy["bias"]
@@ -122,6 +125,6 @@ def fit_elementwise(moves: Moves, *, seed: int = 0, provenance: Provenance | Non
     residual = r.residual(constants.values)
     arrays = {"start": np.array(residual.start[1]), "values": residual.values[:-1]}
     _, floor, memory, hit = elementwise_core(r.bytes_, r.code, r.l2_bytes, r.bandwidth, constants.values)
-    spread = spread_of(errors, doubt_of(floor, memory, hit, r.bytes_, r.code))
+    spread = spread_of(errors, uncertainty_of(floor, memory, hit, r.bytes_, r.code))
     section = Section(constants.fitted(), arrays, spread, accuracy, provenance, "calibrated")
     return FittedPart(section, constants, len(r), errors)

@@ -10,14 +10,13 @@ from numpy.typing import NDArray
 from scipy.stats import t as student
 
 from calibration.fit.solver import numbered
-from simulator.kernels.spread import MULTIPLIER, Doubt
-
-F = NDArray[np.float64]
+from simulator.arrays import FloatArray
+from simulator.uncertainty.error_model import COVERAGE_FACTOR, Uncertainty
 
 LEVEL = 0.9
 
 
-def accuracy_of(error: F) -> dict[str, float]:
+def accuracy_of(error: FloatArray) -> dict[str, float]:
     """Mean ("mape"), "median" and "p95" of the size of relative errors, and their signed mean "bias".
 
     >>> accuracy_of(np.array([0.125, -0.25]))["mape"]
@@ -39,18 +38,18 @@ def few_groups(count: int) -> float:
     return float(student.ppf(tail, max(count, 1)) / student.ppf(tail, np.inf))
 
 
-def spread_of(log_ratio: F, doubt: Doubt) -> float:
+def spread_of(log_ratio: FloatArray, uncertainty: Uncertainty) -> float:
     """Factor on local and own errors at which 90 % intervals hold nine in ten of some errors of unseen rows.
 
-    ``log_ratio`` (n,) is log predicted over measured, ``doubt`` that of the rows on their own stack, the factor 1. In
-    [0.2, 5].
+    ``log_ratio`` (n,) is log predicted over measured, ``uncertainty`` that of the rows on their own stack, the factor
+    1. In [0.2, 5].
     """
-    shared = np.einsum("cn,cn->n", doubt.shared, doubt.shared)
-    needed = ((log_ratio / MULTIPLIER) ** 2 - shared) / np.maximum(doubt.variance - shared, 1e-12)
+    shared = np.einsum("cn,cn->n", uncertainty.shared, uncertainty.shared)
+    needed = ((log_ratio / COVERAGE_FACTOR) ** 2 - shared) / np.maximum(uncertainty.variance - shared, 1e-12)
     return float(np.sqrt(np.clip(np.quantile(needed, LEVEL), 0.2**2, 5.0**2)))
 
 
-def neighbours(sizes: Sequence[F], nested: bool = False) -> NDArray[np.intp]:
+def neighbours(sizes: Sequence[FloatArray], nested: bool = False) -> NDArray[np.intp]:
     """Pairs (smaller, larger) of rows that differ in exactly one of several sizes, by a ratio in [0.25, 1).
 
     >>> neighbours([np.array([1.0, 2.0, 8.0]), np.array([4.0, 4.0, 4.0])]).tolist()
@@ -59,7 +58,7 @@ def neighbours(sizes: Sequence[F], nested: bool = False) -> NDArray[np.intp]:
     return np.concatenate([pairs_along(s, [*sizes[:i], *sizes[i + 1 :]], nested) for i, s in enumerate(sizes)])
 
 
-def pairs_along(size: F, others: Sequence[F], nested: bool = False) -> NDArray[np.intp]:
+def pairs_along(size: FloatArray, others: Sequence[FloatArray], nested: bool = False) -> NDArray[np.intp]:
     """Pairs (smaller, larger) of rows equal in all ``others`` and whose ``size`` differs by a ratio in [0.25, 1): in
     the order of how many sizes lie between the two, or (``nested``) all pairs of a smaller one together.
 

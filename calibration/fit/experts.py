@@ -17,13 +17,12 @@ from calibration.fit import solver
 from calibration.fit.errors import accuracy_of, spread_of
 from calibration.fit.residual import Stiffness, fit_lattice
 from calibration.fit.solver import ConstantsFit, FittedPart, Minimum, Table
+from simulator.arrays import FloatArray
+from simulator.cost.experts import ALIGNED, Parts, dealt_load, experts_core, experts_place, uncertainty_of
+from simulator.cost.gemm_model import Machine
+from simulator.cost.residual_grid import ResidualGrid
 from simulator.hardware.constants import EXPERTS_CONSTANTS as CONSTANTS
 from simulator.hardware.profile import Provenance, Section
-from simulator.kernels.experts import ALIGNED, Parts, dealt_load, doubt_of, experts_core, experts_place
-from simulator.kernels.gemm_core import Machine
-from simulator.kernels.lattice import Lattice
-
-F = NDArray[np.float64]
 
 FEWEST = 300
 """Rows that a fit needs: some two models."""
@@ -44,13 +43,13 @@ class Layers(Table):
     """Measured expert layers of one device; tokens dealt out by rule, weights warm."""
 
     machine: Machine
-    m: F
-    n: F
-    k: F
-    experts: F
-    active: F
-    skew: F
-    seconds: F
+    m: FloatArray
+    n: FloatArray
+    k: FloatArray
+    experts: FloatArray
+    active: FloatArray
+    skew: FloatArray
+    seconds: FloatArray
 
     @property
     def groups(self) -> NDArray[np.intp]:
@@ -58,7 +57,7 @@ class Layers(Table):
         return solver.numbered(self.k, self.experts, self.active)
 
     @property
-    def place(self) -> tuple[F, F, F]:
+    def place(self) -> tuple[FloatArray, FloatArray, FloatArray]:
         return experts_place(self.m, self.n, self.experts, self.active)
 
     def parts(self, values: Mapping[str, float]) -> Parts:
@@ -67,7 +66,7 @@ class Layers(Table):
         load = dealt_load(self.m, self.experts, self.active, self.skew)
         return experts_core(load, *sizes, self.machine, values, warm=True)
 
-    def misfit(self, values: Mapping[str, float]) -> F:
+    def log_residual(self, values: Mapping[str, float]) -> FloatArray:
         """Log of core over measured time."""
         return np.asarray(np.log(self.parts(values).total / self.seconds))
 
@@ -79,11 +78,11 @@ class Layers(Table):
         sizes = few.m, few.n, few.k, few.experts, few.active
         load = dealt_load(few.m, few.experts, few.active, few.skew)
 
-        def misfit(values: Mapping[str, float]) -> F:
+        def log_residual(values: Mapping[str, float]) -> FloatArray:
             return np.asarray(np.log(experts_core(load, *sizes, few.machine, values, warm=True).total / few.seconds))
 
-        def covariance(found: Minimum, values: Mapping[str, float]) -> tuple[F, float]:
-            raw = solver.slopes(misfit, values, found.names, 1e-4)
+        def covariance(found: Minimum, values: Mapping[str, float]) -> tuple[FloatArray, float]:
+            raw = solver.slopes(log_residual, values, found.names, 1e-4)
             every = np.concatenate([raw, solver.HUBER / PRIOR * np.eye(len(found.names))])
             spread = float(np.sqrt(np.mean(np.minimum(found.rows**2, (3 * solver.HUBER) ** 2))))
             return solver.gauss_newton(every, spread), spread
@@ -91,16 +90,16 @@ class Layers(Table):
         fixed = {} if (few.n % ALIGNED).any() else {"align": solver.ABSENT}
         moot = {"l2_gain": ("l2_share", "without meaning where L2 gains nothing")}
         search: dict[str, Any] = {"prior": PRIOR, "center": start, "max_nfev": 60, "x_scale": 0.1}
-        return solver.fit_logs(misfit, start, CONSTANTS, covariance, fixed=fixed, moot=moot, **search)
+        return solver.fit_logs(log_residual, start, CONSTANTS, covariance, fixed=fixed, moot=moot, **search)
 
-    def residual(self, values: Mapping[str, float]) -> Lattice:
+    def residual(self, values: Mapping[str, float]) -> ResidualGrid:
         """What constants leave."""
         place, step = self.place, np.array(OCTAVES)
         ends = np.array([(np.min(x), np.max(x)) for x in place])
         start = np.floor(ends[:, 0] / step) * step
         shape = np.ceil((ends[:, 1] - start) / step - 1e-9).astype(int) + 1
-        blank = Lattice(tuple(start.tolist()), tuple(step.tolist()), np.zeros(shape))
-        return fit_lattice(blank, place, -self.misfit(values), STIFFNESS, rounds=4)
+        blank = ResidualGrid(tuple(start.tolist()), tuple(step.tolist()), np.zeros(shape))
+        return fit_lattice(blank, place, -self.log_residual(values), STIFFNESS, rounds=4)
 
 
 def layers_of(records: Any, machine: Machine) -> Layers:
@@ -123,10 +122,10 @@ def fit_experts(
     for train, test in solver.folds(layers.groups, FOLDS, np.random.default_rng(seed)):
         rest, left = layers.take(train), layers.take(test)
         values = rest.constants(constants.values).values
-        errors[test] = left.misfit(values) + rest.residual(values)(left.place)
+        errors[test] = left.log_residual(values) + rest.residual(values)(left.place)
     arrays = layers.residual(constants.values).arrays()
     accuracy = accuracy_of(np.expm1(errors))
-    accuracy["core_mape"] = float(np.abs(np.expm1(layers.misfit(constants.values))).mean())
-    doubt = doubt_of(layers.parts(constants.values), layers.place, layers.n, layers.skew)
-    parts = constants.fitted(), arrays, spread_of(errors, doubt), accuracy, provenance
+    accuracy["core_mape"] = float(np.abs(np.expm1(layers.log_residual(constants.values))).mean())
+    uncertainty = uncertainty_of(layers.parts(constants.values), layers.place, layers.n, layers.skew)
+    parts = constants.fitted(), arrays, spread_of(errors, uncertainty), accuracy, provenance
     return FittedPart(Section(*parts, status="calibrated"), constants, len(layers), errors)

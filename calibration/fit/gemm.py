@@ -13,20 +13,18 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
 from calibration.fit import residual as ridge
 from calibration.fit.core import CLOSE, WEAK, Shapes, fit_constants, timed
 from calibration.fit.errors import accuracy_of, few_groups, spread_of
 from calibration.fit.residual import Axes, Block
 from calibration.fit.solver import ConstantsFit, FittedPart, folds
+from simulator.arrays import FloatArray
+from simulator.cost.gemm_model import CoreTime, Machine, machine_core, quantised
+from simulator.cost.residual_grid import Residual, residual_arrays, residual_of
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
 from simulator.hardware.profile import HardwareProfile, Provenance, Section
-from simulator.kernels.gemm_core import CoreTime, Machine, machine_core, quantised
-from simulator.kernels.gemm_doubt import doubt_of
-from simulator.kernels.lattice import Residual, residual_arrays, residual_of
-
-F = NDArray[np.float64]
+from simulator.uncertainty.gemm import uncertainty_of
 
 FINE_ROWS, FINE_GROUPS = 1500, 30
 """Rows and (n, k) pairs from which the stack's own lattices are fitted; below, they learn noise (DESIGN section 10)."""
@@ -73,7 +71,7 @@ class Problem:
         spread = WEAK if self.prior is None else CLOSE
         return fit_constants(data, self.machine, self.start, self.free, spread, self.seed)
 
-    def lattices(self, data: Shapes, values: Mapping[str, float]) -> tuple[list[Block], F, CoreTime]:
+    def lattices(self, data: Shapes, values: Mapping[str, float]) -> tuple[list[Block], FloatArray, CoreTime]:
         """Lattices to fit, the log residual they are fitted to (after the prior's), and the analytic parts."""
         core, parts = machine_core(self.machine, values), timed(data, self.machine, values)
         target = np.log(data.seconds * 1e6 / parts.total_us)
@@ -86,7 +84,7 @@ class Problem:
             own = ridge.FEW_OWN if few else ridge.OWN
         return ridge.blocks(data, parts, core, self.axes, smooth, own)[0 if self.smooth else 1 :], target, parts
 
-    def unseen(self, data: Shapes, lattices: list[Block], target: F) -> F:
+    def unseen(self, data: Shapes, lattices: list[Block], target: FloatArray) -> FloatArray:
         """Log predicted over measured of each row, from a fit to the other folds; on few rows the constants are fitted
         anew too."""
         out = np.full(len(data), np.nan)
@@ -120,7 +118,7 @@ class Problem:
         if known.any():
             chosen = CoreTime(**{f.name: getattr(parts, f.name)[known] for f in fields(parts)})
             core, pairs = machine_core(self.machine, constants.values), int(data.groups.max()) + 1
-            spread = spread_of(errors, doubt_of(core, seen.m, seen.n, seen.k, chosen)) * few_groups(pairs)
+            spread = spread_of(errors, uncertainty_of(core, seen.m, seen.n, seen.k, chosen)) * few_groups(pairs)
         arrays = residual_arrays(residual, measured) if lattices else {}
         sizes = np.log2(np.stack([data.m, data.n, data.k], axis=1))
         arrays["measured"] = np.stack([sizes.min(axis=0), sizes.max(axis=0)])
@@ -157,7 +155,7 @@ def fit_gemm(
     return Problem(machine, starting_constants(hw, dtype, prior), axes, prior, seed).fit(data, provenance)
 
 
-def accuracy(log_ratio: F, m: F) -> dict[str, float]:
+def accuracy(log_ratio: FloatArray, m: FloatArray) -> dict[str, float]:
     """Errors from log predicted over measured times (see :func:`accuracy_of`), and "mape_..." by range of m."""
     if not len(log_ratio):
         return {}

@@ -11,17 +11,15 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from calibration.fit.predict import SECTIONS, predict
 from calibration.fit.solver import FittedPart, Minimum, fit_logs, gauss_newton
 from calibration.measurements import published
 from calibration.records.table import OPERATORS, Records
+from simulator.arrays import FloatArray
+from simulator.cost.gemm import DENSE, SPARSE24, gemm_time, with_section
 from simulator.hardware.constants import CONSTANTS
 from simulator.hardware.profile import Fitted, HardwareProfile, Section
-from simulator.kernels.gemm import DENSE, SPARSE24, gemm_time, with_section
-
-F = NDArray[np.float64]
 
 ENOUGH_RATIOS = 5
 """Published ratios one constant needs."""
@@ -57,12 +55,12 @@ def fit_skipping(r: Records, hw: HardwareProfile, dtype: str) -> FittedPart:
     if section.status == "default":
         raise ValueError(f"{name}: {len(r)} rows lean on a fit of dense {operator}, of which there is none")
 
-    def misfit(searched: Mapping[str, float]) -> F:
+    def log_residual(searched: Mapping[str, float]) -> FloatArray:
         trial = _with_constants(section, {n: Fitted(v) for n, v in _known(searched).items()})
         profile = replace(hw, sections={**hw.sections, (operator, dtype): trial})
         return np.asarray(np.log(predict(r, profile).time.seconds / r.seconds))
 
-    def covariance(found: Minimum, _: Mapping[str, float]) -> tuple[F, float]:
+    def covariance(found: Minimum, _: Mapping[str, float]) -> tuple[FloatArray, float]:
         telling = np.abs(found.slopes).max(axis=1) > 0.02  # others are as long whatever the constants
         freedom = np.count_nonzero(telling) - len(found.names)
         if freedom < 1:
@@ -74,8 +72,8 @@ def fit_skipping(r: Records, hw: HardwareProfile, dtype: str) -> FittedPart:
     ends = ({n: getattr(CONSTANTS[operator][n], end) for n in constants} for end in ("low", "high"))
     low, high = map(_searched, ends)
     ranges = {n: SimpleNamespace(low=low[n], high=high[n]) for n in constants}
-    found = fit_logs(misfit, start, ranges, covariance, weak=0.5, step=1e-3, max_nfev=40)
-    size = np.abs(np.expm1(misfit(found.values)))
+    found = fit_logs(log_residual, start, ranges, covariance, weak=0.5, step=1e-3, max_nfev=40)
+    size = np.abs(np.expm1(log_residual(found.values)))
     errors = {n: EDGE * error if n == "sparse_block" else error for n, error in found.std_errors.items()}
     found = replace(found, values=_known(found.values), std_errors=errors)
     scores = {f"mape_{name}": float(size.mean()), f"median_{name}": float(np.median(size))}

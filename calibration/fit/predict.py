@@ -18,27 +18,26 @@ from calibration.devices.protocol import INDEX_BYTES, LAYER_LAUNCHES
 from calibration.fit.core import weight_copies
 from calibration.records.screening import LATENT
 from calibration.records.table import LAUNCHES, OPERATORS, Records
+from simulator.arrays import IndexArray
+from simulator.cost.attention import decode_attention_time, prefill_attention_time
+from simulator.cost.collective import collective_time
+from simulator.cost.elementwise import elementwise_time
+from simulator.cost.experts import experts_time
+from simulator.cost.forward import TIMES
+from simulator.cost.gemm import gemm_time
 from simulator.hardware.profile import HardwareProfile
-from simulator.kernels.attention import decode_attention_time, prefill_attention_time
-from simulator.kernels.collective import collective_time
-from simulator.kernels.elementwise import elementwise_time
-from simulator.kernels.experts import experts_time
-from simulator.kernels.gemm import gemm_time
-from simulator.kernels.spread import (
-    BOUNDS,
-    COLUMNS,
+from simulator.uncertainty.error_model import (
+    BOTTLENECKS,
+    COVERAGE_FACTOR,
+    ERROR_FACTORS,
+    FACTOR_INDEX,
     HOST_KIND,
-    INDEX,
-    MULTIPLIER,
-    Doubt,
-    OpTime,
+    OperatorTimes,
+    Uncertainty,
     level_scale,
     posterior_of,
 )
-from simulator.kernels.stream import TIMES
 from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, Kernel
-
-Rows = NDArray[np.intp]
 
 UNTIMED = "the time is no positive number"
 
@@ -52,11 +51,11 @@ GPU, whose driver may take as long as the framework does. The last two are assum
 class Predicted:
     """Times of the rows of an operator, with their doubt unless they are a sum; sizes that errors are shown against."""
 
-    time: OpTime
+    time: OperatorTimes
     sizes: Mapping[str, Any]
 
 
-def parts_of(records: Records, hw: HardwareProfile, skipped: dict[str, int]) -> Iterator[tuple[str, str, Rows]]:
+def parts_of(records: Records, hw: HardwareProfile, skipped: dict[str, int]) -> Iterator[tuple[str, str, IndexArray]]:
     """Operator, number format (as :meth:`Records.labels` names it) and rows of what the device's cost models can
     predict; the others are counted in ``skipped`` by reason."""
     timed = records.timed
@@ -89,18 +88,18 @@ def predict(r: Records, hw: HardwareProfile, level: float = 0.9) -> Predicted:
     return _PREDICT[SECTIONS[operator]](r, hw, options)
 
 
-def joined(times: Sequence[OpTime]) -> OpTime:
+def joined(times: Sequence[OperatorTimes]) -> OperatorTimes:
     """Times of several calls, one after the other, without their doubt."""
     columns: dict[str, Any] = {name: np.concatenate([getattr(t, name) for t in times]) for name in TIMES}
-    return OpTime(**columns)
+    return OperatorTimes(**columns)
 
 
-def _summed(times: Sequence[OpTime]) -> OpTime:
+def _summed(times: Sequence[OperatorTimes]) -> OperatorTimes:
     """Operators that run one after the other, a row each; their errors taken for one, and the limit that of the
     longest."""
     columns: dict[str, Any] = {name: sum(getattr(t, name) for t in times) for name in TIMES if name != "bound"}
     longest = np.argmax([t.seconds for t in times], axis=0)
-    return OpTime(**columns, bound=np.choose(longest, [t.bound for t in times]))
+    return OperatorTimes(**columns, bound=np.choose(longest, [t.bound for t in times]))
 
 
 def _gemm(r: Records, hw: HardwareProfile, options: Mapping[str, Any]) -> Predicted:
@@ -111,7 +110,7 @@ def _gemm(r: Records, hw: HardwareProfile, options: Mapping[str, Any]) -> Predic
     if r.is_operator("grouped_gemm")[0]:
         return _grouped(r, hw, options)
     kernel = 1 if r.is_operator("gemm_2to4")[0] else 0
-    t = gemm_time(r.m, r.n, r.k, hw, kernel=kernel, copies=weight_copies(r), doubt=True, **options)
+    t = gemm_time(r.m, r.n, r.k, hw, kernel=kernel, copies=weight_copies(r), uncertainty=True, **options)
     return Predicted(t, {"m": r.m, "n": r.n, "k": r.k})
 
 
@@ -146,20 +145,22 @@ def _grouped(r: Records, hw: HardwareProfile, options: Mapping[str, Any]) -> Pre
 
 
 def _copied(
-    product: OpTime, r: Records, tokens: Any, n: Any, k: Any, hw: HardwareProfile, options: Mapping[str, Any]
-) -> OpTime:
+    product: OperatorTimes, r: Records, tokens: Any, n: Any, k: Any, hw: HardwareProfile, options: Mapping[str, Any]
+) -> OperatorTimes:
     """A product of m tokens and, where the rows are no one kernel, the gather before and the scatter after it."""
-    times: list[OpTime] = [product]
+    times: list[OperatorTimes] = [product]
     known: dict[str, Any] = {"dtype": options["dtype"], "level": options["level"], "added": True}
     for role, width in (("gather", k), ("scatter", n)):
         moved = DTYPE_BYTES[r.dtype] * tokens * width
         copy = elementwise_time(moved + INDEX_BYTES * tokens, moved, hw, role=role, **known)
         none = {name: np.where(r.fused, 0.0, getattr(copy, name)) for name in TIMES if name != "bound"}
-        times.append(replace(copy, **none, doubt=None))
+        times.append(replace(copy, **none, uncertainty=None))
     return _summed(times)
 
 
-def _attention(r: Records, hw: HardwareProfile, time: Callable[..., OpTime], options: Mapping[str, Any]) -> OpTime:
+def _attention(
+    r: Records, hw: HardwareProfile, time: Callable[..., OperatorTimes], options: Mapping[str, Any]
+) -> OperatorTimes:
     common = {"dtype": options["dtype"], "kv_dtype": options["weight_dtype"], "level": options["level"]}
     decode = r.is_operator("attention_decode", "mla_decode")[0]
     lengths = ["kv_len"] if decode else ["q_len", "kv_len"]
@@ -185,20 +186,20 @@ def _decode(r: Records, hw: HardwareProfile, options: Mapping[str, Any]) -> Pred
     return Predicted(t, {"kv_len": r.kv_len, **_heads(r)})
 
 
-def _by(r: Records, key: Any, call: Callable[[Records], OpTime]) -> OpTime:
+def _by(r: Records, key: Any, call: Callable[[Records], OperatorTimes]) -> OperatorTimes:
     """Times of one kind of operator, of which one call takes those of one value of a key."""
     groups = [np.flatnonzero(key == value) for value in np.unique(key)]
     times, back = [call(r.select(rows)) for rows in groups], np.argsort(np.concatenate(groups))
     whole = joined(times)
     columns: dict[str, Any] = {name: getattr(whole, name)[back] for name in TIMES}
-    found = [t.doubt.columns() for t in times if t.doubt is not None]
-    doubt = {name: np.concatenate([c[name] for c in found])[back] for name in found[0]}
-    kinds = [t.doubt.kind for t in times if t.doubt is not None]
-    return OpTime(**columns, doubt=Doubt.from_columns(doubt, kinds[0]))
+    found = [t.uncertainty.columns() for t in times if t.uncertainty is not None]
+    uncertainty = {name: np.concatenate([c[name] for c in found])[back] for name in found[0]}
+    kinds = [t.uncertainty.kind for t in times if t.uncertainty is not None]
+    return OperatorTimes(**columns, uncertainty=Uncertainty.from_columns(uncertainty, kinds[0]))
 
 
 def _collective(r: Records, hw: HardwareProfile, options: Mapping[str, Any]) -> Predicted:
-    def call(rows: Records) -> OpTime:
+    def call(rows: Records) -> OperatorTimes:
         return collective_time(rows.n, rows.batch, hw, kind=ROLES[int(rows.role[0])], level=options["level"])
 
     t = _by(r, r.role, call)
@@ -231,9 +232,9 @@ class HostTime:
         """By a profile and its anchor."""
         launch_s, posterior = hw.section("runtime", "*")["host_op_s"], posterior_of(hw)
         if posterior is None:
-            return cls(launch_s, MULTIPLIER * COLUMNS["host"])
-        mean, sd = (float(column[INDEX["host"]]) for column in posterior.columns)
-        return cls(launch_s * math.exp(mean), posterior.multiplier * sd)
+            return cls(launch_s, COVERAGE_FACTOR * ERROR_FACTORS["host"])
+        mean, sd = (float(column[FACTOR_INDEX["host"]]) for column in posterior.columns)
+        return cls(launch_s * math.exp(mean), posterior.coverage_factor * sd)
 
     @property
     def layer_s(self) -> float:
@@ -252,11 +253,11 @@ def _layer(r: Records, hw: HardwareProfile, options: Mapping[str, Any]) -> Predi
     rows, host = len(r), HostTime.of(hw)
     nothing, seconds = np.zeros(rows), np.full(rows, host.layer_s)
     common = np.where(without_gpu(r, hw), LAYER_WITHOUT_GPU, LAYER_COMMON)
-    shared, own = np.full((1, rows), COLUMNS["host"]), np.full(rows, LAYER_OWN**2)
-    doubt = Doubt(("host",), shared, common, own, np.zeros((rows, 3)), HOST_KIND)
+    shared, own = np.full((1, rows), ERROR_FACTORS["host"]), np.full(rows, LAYER_OWN**2)
+    uncertainty = Uncertainty(("host",), shared, common, own, np.zeros((rows, 3)), HOST_KIND)
     width = math.exp(host.half * level_scale(options["level"]))
-    bound = np.full(rows, BOUNDS.index("host"), dtype=np.int8)
-    time = OpTime(seconds, seconds / width, seconds * width, nothing, bound, doubt=doubt)
+    bound = np.full(rows, BOTTLENECKS.index("host"), dtype=np.int8)
+    time = OperatorTimes(seconds, seconds / width, seconds * width, nothing, bound, uncertainty=uncertainty)
     return Predicted(time, {"kv_len": r.kv_len})
 
 

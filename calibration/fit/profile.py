@@ -27,13 +27,13 @@ from calibration.fit.kernels import fit_skipping
 from calibration.fit.solver import ConstantsFit, FittedPart
 from calibration.records.exact import with_exact
 from calibration.records.table import LAUNCHES, PURPOSES, Flag, Records
+from simulator.cost.collective import KINDS
+from simulator.cost.elementwise import class_code
+from simulator.cost.gemm_model import Machine
 from simulator.errors import InputError
 from simulator.hardware.constants import CLASSES
 from simulator.hardware.formats import labels
 from simulator.hardware.profile import Fitted, HardwareProfile, Provenance, Section
-from simulator.kernels.collective import KINDS
-from simulator.kernels.elementwise import class_code
-from simulator.kernels.gemm_core import Machine
 from simulator.workload import DTYPES, ROLES, role_code
 
 Mask = NDArray[np.bool_]

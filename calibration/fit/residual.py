@@ -19,10 +19,10 @@ from scipy import linalg, sparse
 
 from calibration.fit.core import Shapes
 from calibration.fit.solver import HUBER
-from simulator.kernels.gemm_core import Core, CoreTime, Machine
-from simulator.kernels.lattice import EDGE, Coordinates, Lattice, Residual, m_places
+from simulator.arrays import FloatArray
+from simulator.cost.gemm_model import Core, CoreTime, Machine
+from simulator.cost.residual_grid import EDGE, Coordinates, Residual, ResidualGrid, m_places
 
-F = NDArray[np.float64]
 Axes = tuple[str, ...]
 
 # fmt: off
@@ -99,14 +99,14 @@ STIFF = Stiffness(0.3, 1.0, 0.1)
 
 
 @lru_cache(maxsize=256)
-def _penalty(size: int, first: float, second: float) -> F:
+def _penalty(size: int, first: float, second: float) -> FloatArray:
     """Quadratic form of the penalties on differences along one coordinate, (nodes, nodes)."""
     differences = ((w, np.diff(np.eye(size), n=order, axis=0)) for order, w in ((1, first), (2, second)))
     return np.asarray(sum(w * (d.T @ d) for w, d in differences))
 
 
 @lru_cache(maxsize=256)
-def _spectrum(size: int, first: float, second: float) -> tuple[F, F]:
+def _spectrum(size: int, first: float, second: float) -> tuple[FloatArray, FloatArray]:
     """Its eigenvalues and eigenvectors."""
     values, vectors = np.linalg.eigh(_penalty(size, first, second))
     return np.maximum(values, 0.0), vectors
@@ -114,23 +114,25 @@ def _spectrum(size: int, first: float, second: float) -> tuple[F, F]:
 
 @dataclass(frozen=True)
 class Block:
-    """A lattice ready to fit: where rows lie in it (see :meth:`Lattice.places`), and how stiff it is."""
+    """A lattice ready to fit: where rows lie in it (see :meth:`ResidualGrid.places`), and how stiff it is."""
 
-    lattice: Lattice
-    stiffness: Stiffness
+    residual_grid: ResidualGrid
+    regularisation: Stiffness
     cells: NDArray[np.int32]
     inside: NDArray[np.floating[Any]]
 
     @staticmethod
-    def of(lattice: Lattice, coordinates: Any, stiffness: Stiffness) -> Block:
+    def of(residual_grid: ResidualGrid, coordinates: Any, regularisation: Stiffness) -> Block:
         """Rows at coordinates."""
-        return Block(lattice, stiffness, *lattice.places(coordinates))
+        return Block(residual_grid, regularisation, *residual_grid.places(coordinates))
 
     @property
     def along(self) -> list[tuple[int, float, float]]:
         """Nodes and weights of first and second differences of each coordinate."""
-        shape = self.lattice.values.shape
-        weights = (np.broadcast_to(w, len(shape)).tolist() for w in (self.stiffness.first, self.stiffness.second))
+        shape = self.residual_grid.values.shape
+        weights = (
+            np.broadcast_to(w, len(shape)).tolist() for w in (self.regularisation.first, self.regularisation.second)
+        )
         return list(zip(shape, *weights, strict=True))
 
     def take(self, rows: Any) -> Block:
@@ -142,25 +144,25 @@ class Block:
         """Weights of the nodes at each row, (rows, nodes): the interpolation as a matrix."""
         rows = self.cells.shape[1]
         index: NDArray[np.int64] = np.zeros((rows, 1), dtype=np.int64)
-        weight: F = np.ones((rows, 1))
-        for cell, inside, size in zip(self.cells, self.inside, self.lattice.values.shape, strict=True):
+        weight: FloatArray = np.ones((rows, 1))
+        for cell, inside, size in zip(self.cells, self.inside, self.residual_grid.values.shape, strict=True):
             sides = np.stack([cell, np.minimum(cell + 1, size - 1)], axis=1)
             index = (index[:, :, None] * size + sides[:, None, :]).reshape(rows, -1)
             weight = (weight[:, :, None] * np.stack([1.0 - inside, inside], axis=1)[:, None, :]).reshape(rows, -1)
         pointer = np.arange(rows + 1) * index.shape[1]
-        return sparse.csr_matrix((weight.ravel(), index.ravel(), pointer), shape=(rows, self.lattice.values.size))
+        return sparse.csr_matrix((weight.ravel(), index.ravel(), pointer), shape=(rows, self.residual_grid.values.size))
 
     @cached_property
     def penalty(self) -> sparse.csr_matrix:
         """Quadratic form of all penalties, (nodes, nodes)."""
-        shape = self.lattice.values.shape
-        total = sparse.identity(self.lattice.values.size, format="csr") * self.stiffness.size
+        shape = self.residual_grid.values.shape
+        total = sparse.identity(self.residual_grid.values.size, format="csr") * self.regularisation.size
         for axis, along in enumerate(self.along):
             before, after = (sparse.identity(int(np.prod(part))) for part in (shape[:axis], shape[axis + 1 :]))
             total = total + sparse.kron(sparse.kron(before, sparse.csr_matrix(_penalty(*along))), after, format="csr")
         return total.tocsr()
 
-    def whitened(self) -> tuple[F, F]:
+    def whitened(self) -> tuple[FloatArray, FloatArray]:
         """The matrix in the eigenvectors of the penalty, scaled so that the penalty is the identity, (rows, nodes); and
         that scale.
 
@@ -168,7 +170,7 @@ class Block:
         of rows.
         """
         rows = self.cells.shape[1]
-        total, out = np.full(1, self.stiffness.size), np.ones((rows, 1))
+        total, out = np.full(1, self.regularisation.size), np.ones((rows, 1))
         for cell, inside, along in zip(self.cells, self.inside, self.along, strict=True):
             values, vectors = _spectrum(*along)
             next_ = np.minimum(cell + 1, along[0] - 1)
@@ -178,16 +180,16 @@ class Block:
         scale = 1.0 / np.sqrt(total)
         return out * scale, scale
 
-    def nodes(self, coefficients: F) -> F:
+    def nodes(self, coefficients: FloatArray) -> FloatArray:
         """Node values from coefficients of the eigenvectors."""
-        grid = coefficients.reshape(self.lattice.values.shape)
+        grid = coefficients.reshape(self.residual_grid.values.shape)
         for axis, along in enumerate(self.along):
             grid = np.moveaxis(np.tensordot(_spectrum(*along)[1], grid, axes=(1, axis)), 0, axis)
         return grid.reshape(-1)
 
 
 def blocks(
-    data: Shapes, parts: CoreTime, core: Core, axes: Sequence[Axes], stiffness: Stiffness, own: Stiffness
+    data: Shapes, parts: CoreTime, core: Core, axes: Sequence[Axes], regularisation: Stiffness, own: Stiffness
 ) -> list[Block]:
     """The smooth lattice and those of other axes on their standard nodes, once for any number of fits to subsets of the
     rows."""
@@ -199,14 +201,14 @@ def blocks(
         smooth = term == ("m", "n", "k")
         table = {**(SMOOTH if smooth else _FINE if len(term) < 3 else _COARSE), "m_exact": exact}
         start, step, shape = zip(*(table[axis] for axis in term), strict=True)
-        lattice = Lattice(tuple(map(float, start)), tuple(map(float, step)), np.zeros(shape), term, EDGE)
-        out.append(Block.of(lattice, known, stiffness if smooth else own))
+        residual_grid = ResidualGrid(tuple(map(float, start)), tuple(map(float, step)), np.zeros(shape), term, EDGE)
+        out.append(Block.of(residual_grid, known, regularisation if smooth else own))
     return out
 
 
 def solve(
-    parts: Sequence[Block], target: F, rows: NDArray[np.intp] | None = None, rounds: int | None = None
-) -> list[F]:
+    parts: Sequence[Block], target: FloatArray, rows: NDArray[np.intp] | None = None, rounds: int | None = None
+) -> list[FloatArray]:
     """Node values of every lattice for a log target, of ``rows`` or all.
 
     ``rounds`` are solutions of a single lattice, the robust weights renewed between them from one on; by default 8
@@ -215,10 +217,10 @@ def solve(
     if rows is not None:
         parts, target = [b.take(rows) for b in parts], target[rows]
     rest = np.array(target)
-    if len(rest) <= min(FEW_ROWS, sum(b.lattice.values.size for b in parts)):
+    if len(rest) <= min(FEW_ROWS, sum(b.residual_grid.values.size for b in parts)):
         few, every = FewRows.of(parts), np.arange(len(rest))
         return few.values(few.dual(rest, every, rounds or 4), every)
-    values = [np.zeros(b.lattice.values.size) for b in parts]
+    values = [np.zeros(b.residual_grid.values.size) for b in parts]
     factors: list[Any] = []
     weights = np.ones(len(rest))
     renewed: Sequence[int] = (0, 1, 3) if rounds is None else range(1, rounds)
@@ -242,8 +244,8 @@ class FewRows:
     than nodes."""
 
     parts: tuple[Block, ...]
-    common: F  # (rows, rows): what the penalties say rows have in common before any data
-    whitened: tuple[tuple[F, F], ...]
+    common: FloatArray  # (rows, rows): what the penalties say rows have in common before any data
+    whitened: tuple[tuple[FloatArray, FloatArray], ...]
 
     @staticmethod
     def of(parts: Sequence[Block]) -> FewRows:
@@ -251,7 +253,7 @@ class FewRows:
         whitened = tuple(b.whitened() for b in parts)
         return FewRows(tuple(parts), np.asarray(sum(w @ w.T for w, _ in whitened)), whitened)
 
-    def dual(self, target: F, rows: NDArray[np.intp], rounds: int = 4) -> F:
+    def dual(self, target: FloatArray, rows: NDArray[np.intp], rounds: int = 4) -> FloatArray:
         """The number of each of these rows; the robust weights are renewed between ``rounds`` solutions."""
         common = self.common[np.ix_(rows, rows)]
         dual = wanted = target[rows]
@@ -262,31 +264,34 @@ class FewRows:
             weights = 1.0 / np.sqrt(1.0 + ((wanted - common @ dual) / HUBER) ** 2)
         return np.asarray(dual)
 
-    def values(self, dual: F, rows: NDArray[np.intp]) -> list[F]:
+    def values(self, dual: FloatArray, rows: NDArray[np.intp]) -> list[FloatArray]:
         """Node values of every lattice."""
         return [b.nodes(scale * (w[rows].T @ dual)) for b, (w, scale) in zip(self.parts, self.whitened, strict=True)]
 
-    def at(self, dual: F, rows: NDArray[np.intp], others: NDArray[np.intp]) -> F:
+    def at(self, dual: FloatArray, rows: NDArray[np.intp], others: NDArray[np.intp]) -> FloatArray:
         """Log factors the fit to ``rows`` gives ``others``."""
         return np.asarray(self.common[np.ix_(others, rows)] @ dual)
 
 
-def evaluate(parts: Sequence[Block], values: Sequence[F], rows: NDArray[np.intp] | None = None) -> F:
+def evaluate(parts: Sequence[Block], values: Sequence[FloatArray], rows: NDArray[np.intp] | None = None) -> FloatArray:
     """Log factors of rows."""
     taken = parts if rows is None else [b.take(rows) for b in parts]
     return np.asarray(sum(b.matrix @ v for b, v in zip(taken, values, strict=True)))
 
 
-def residual_from(parts: Sequence[Block], values: Sequence[F], measured_m: F) -> Residual:
+def residual_from(parts: Sequence[Block], values: Sequence[FloatArray], measured_m: FloatArray) -> Residual:
     """The residual that node values describe."""
     lattices = (
-        replace(b.lattice, values=v.reshape(b.lattice.values.shape)) for b, v in zip(parts, values, strict=True)
+        replace(b.residual_grid, values=v.reshape(b.residual_grid.values.shape))
+        for b, v in zip(parts, values, strict=True)
     )
     return Residual(tuple(lattices), m_places(measured_m))
 
 
-def fit_lattice(blank: Lattice, coordinates: Any, target: F, stiffness: Stiffness, rounds: int) -> Lattice:
+def fit_lattice(
+    blank: ResidualGrid, coordinates: Any, target: FloatArray, regularisation: Stiffness, rounds: int
+) -> ResidualGrid:
     """A lattice of its own fitted to log residuals at coordinates, on the nodes of ``blank``; ``rounds`` as in
     :func:`solve`."""
-    values = solve([Block.of(blank, coordinates, stiffness)], target, rounds=rounds)[0]
+    values = solve([Block.of(blank, coordinates, regularisation)], target, rounds=rounds)[0]
     return replace(blank, values=values.reshape(blank.values.shape))

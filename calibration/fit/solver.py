@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
+from simulator.arrays import FloatArray
 from simulator.hardware.profile import Fitted, Section
 
-F = NDArray[np.float64]
-Misfit = Callable[[Mapping[str, float]], F]
+Misfit = Callable[[Mapping[str, float]], FloatArray]
 """Log of predicted over measured time of each row, from all constants by name."""
 
 HUBER = 0.05
@@ -32,7 +32,7 @@ T = TypeVar("T", bound="Table")
 class Table:
     """Measured rows: a dataclass of equal-length float64 columns; numbers among its fields are facts of all rows."""
 
-    seconds: F
+    seconds: FloatArray
 
     def __len__(self) -> int:
         return len(self.seconds)
@@ -44,7 +44,7 @@ class Table:
         return replace(self, **chosen)  # type: ignore[type-var]
 
 
-def numbered(*columns: F) -> NDArray[np.intp]:
+def numbered(*columns: FloatArray) -> NDArray[np.intp]:
     """Number of each row's combination of values, from 0."""
     return np.unique(np.stack(columns, axis=1), axis=0, return_inverse=True)[1].reshape(-1)
 
@@ -64,7 +64,9 @@ class ConstantsFit:
     values: Mapping[str, float]  # all
     std_errors: Mapping[str, float]  # of the fitted ones
     fixed: Mapping[str, str]  # those that were not fitted -> why
-    correlation: F = field(default_factory=lambda: np.zeros((0, 0)))  # of the fitted ones' logs, in their order
+    correlation: FloatArray = field(
+        default_factory=lambda: np.zeros((0, 0))
+    )  # of the fitted ones' logs, in their order
     spread: float = 0.0  # standard deviation of the log residuals that the errors assume
 
     def fitted(self) -> dict[str, Fitted]:
@@ -81,7 +83,9 @@ class FittedPart:
     section: Section
     constants: ConstantsFit
     rows: int  # that it was fitted on
-    unseen: F = field(default_factory=lambda: np.zeros(0))  # log predicted over measured, each row by a fit without it
+    unseen: FloatArray = field(
+        default_factory=lambda: np.zeros(0)
+    )  # log predicted over measured, each row by a fit without it
     dropped: Mapping[str, int] = field(default_factory=dict)  # rows refused, by reason
     operator: str = ""
     dtype: str = ""
@@ -104,11 +108,11 @@ class Minimum:
     derivatives."""
 
     names: tuple[str, ...]
-    x: F
-    low: F
-    high: F
-    rows: F
-    slopes: F
+    x: FloatArray
+    low: FloatArray
+    high: FloatArray
+    rows: FloatArray
+    slopes: FloatArray
 
     @property
     def values(self) -> dict[str, float]:
@@ -123,7 +127,7 @@ class Minimum:
 
 
 def minimise(
-    misfit: Misfit,
+    log_residual: Misfit,
     start: Mapping[str, float],
     ranges: Mapping[str, Any],
     names: Iterable[str],
@@ -147,8 +151,8 @@ def minimise(
     middle = np.log([max((center or start)[n], 1e-12) for n in names])
     first = np.clip(np.log([max(start[n], 1e-12) for n in names]), low + 1e-3, high - 1e-3)
 
-    def rows(x: F) -> F:
-        out = misfit({**start, **dict(zip(names, np.exp(x).tolist(), strict=True))})
+    def rows(x: FloatArray) -> FloatArray:
+        out = log_residual({**start, **dict(zip(names, np.exp(x).tolist(), strict=True))})
         if data_only:
             out = soft_l1(out)
         return out if prior is None else np.concatenate([out, HUBER / prior * (x - middle)])
@@ -162,10 +166,10 @@ def minimise(
 
 
 def fit_logs(
-    misfit: Misfit,
+    log_residual: Misfit,
     start: Mapping[str, float],
     ranges: Mapping[str, Any],
-    covariance: Callable[[Minimum, Mapping[str, float]], tuple[F, float]],
+    covariance: Callable[[Minimum, Mapping[str, float]], tuple[FloatArray, float]],
     *,
     fixed: Mapping[str, str] | None = None,
     weak: float = np.inf,
@@ -174,16 +178,17 @@ def fit_logs(
 ) -> ConstantsFit:
     """Constants by repeated searches, until none is on its bound and the data know every free one.
 
-    ``misfit``, ``start`` and ``search`` are as in :func:`minimise`; ``ranges`` names all constants, ``fixed`` those
-    that are not free, and why. ``covariance`` is that of the logs of the free constants at a minimum, given the values
-    of all, with the spread of residuals it assumes. A constant of a log standard error above ``weak`` goes back to
+    ``log_residual``, ``start`` and ``search`` are as in :func:`minimise`; ``ranges`` names all constants, ``fixed``
+    those that are not free, and why. ``covariance`` is that of the logs of the free constants at a minimum, given the
+    values of all, with the spread of residuals it assumes. A constant of a log standard error above ``weak`` goes back
+    to
     ``center`` (the start by default); one on its bound stays there. ``moot`` are constants without meaning once another
     is on its lower bound, and why.
     """
     search = {"center": start, **search}
     values, kept = dict(start), dict(fixed or {})
     while free := [name for name in ranges if name not in kept]:
-        found = minimise(misfit, values, ranges, free, **search)
+        found = minimise(log_residual, values, ranges, free, **search)
         values = {**values, **found.values}
         gone: dict[str, str] = {}
         for name, side in found.on_bound.items():
@@ -207,30 +212,33 @@ def fit_logs(
     return ConstantsFit(values, {}, kept)
 
 
-def soft_l1(misfit: F) -> F:
+def soft_l1(log_residual: FloatArray) -> FloatArray:
     """Residuals whose square is the soft-L1 loss."""
-    z = (misfit / HUBER) ** 2
-    return np.sign(misfit) * HUBER * np.sqrt(2.0 * (np.sqrt(1.0 + z) - 1.0))
+    z = (log_residual / HUBER) ** 2
+    return np.sign(log_residual) * HUBER * np.sqrt(2.0 * (np.sqrt(1.0 + z) - 1.0))
 
 
-def slopes(misfit: Misfit, values: Mapping[str, float], names: Sequence[str], step: float) -> F:
+def slopes(log_residual: Misfit, values: Mapping[str, float], names: Sequence[str], step: float) -> FloatArray:
     """Derivatives of the misfit by the logarithms of constants, (rows, names), by central differences."""
     sides = [
-        (misfit({**values, name: values[name] * np.exp(step)}), misfit({**values, name: values[name] * np.exp(-step)}))
+        (
+            log_residual({**values, name: values[name] * np.exp(step)}),
+            log_residual({**values, name: values[name] * np.exp(-step)}),
+        )
         for name in names
     ]
     return np.stack([(up - down) / (2.0 * step) for up, down in sides], axis=1)
 
 
-def gauss_newton(slopes: F, spread: float) -> F:
+def gauss_newton(slopes: FloatArray, spread: float) -> FloatArray:
     """Covariance of logs from the derivatives of residuals of one spread."""
     return np.asarray(np.linalg.pinv(slopes.T @ slopes) * spread**2)
 
 
-def sandwich(misfit: F, slopes: F) -> F:
+def sandwich(log_residual: FloatArray, slopes: FloatArray) -> FloatArray:
     """Covariance of logs by the sandwich formula of a robust fit, from raw residuals and their derivatives."""
-    z = (misfit / HUBER) ** 2
-    psi = misfit / np.sqrt(1.0 + z)
+    z = (log_residual / HUBER) ** 2
+    psi = log_residual / np.sqrt(1.0 + z)
     bread = np.linalg.pinv((slopes * ((1.0 + z) ** -1.5)[:, None]).T @ slopes)
     freedom = len(psi) / max(len(psi) - slopes.shape[1], 1)
     return np.asarray(bread @ ((slopes * (psi**2)[:, None]).T @ slopes * freedom) @ bread)

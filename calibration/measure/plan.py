@@ -16,15 +16,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from calibration.devices.protocol import HOST_KINDS, Operator
 from calibration.measure.shapes import gemm_stream, other_streams
 from calibration.measure.timing import Protocol
+from simulator.arrays import FloatArray
 from simulator.errors import InputError
-from simulator.kernels.spread import near
-
-F = NDArray[np.float64]
+from simulator.uncertainty.error_model import correlation
 
 FIT, HOLDOUT, EXACT, ANCHOR = "fit", "holdout", "exact", "anchor"
 HOLDOUT_SHARE = 0.2  # of the (n, k) groups of a base plan, and of the items that have none, to keep from the fit
@@ -221,16 +219,17 @@ def in_order(
     return Plan(tuple(items), anchor_operator(rates, operators[0].dtype, protocol), seed, budget_s)
 
 
-def next_rows(rows: Mapping[str, F], targets: F, count: int) -> list[int]:
+def next_rows(rows: Mapping[str, FloatArray], targets: FloatArray, count: int) -> list[int]:
     """Which of n rows to measure: first the one that takes most of the variance of some targets, then the one that does
     after it, and so on, ``count`` of them.
 
-    ``rows`` are arrays of the error model (:meth:`simulator.kernels.spread.Doubt.columns`) and their ``kind`` (n,);
-    ``targets`` (t, n) is the covariance of each target with each row, as by :meth:`PassDoubt.covariance`.
+    ``rows`` are arrays of the error model (:meth:`simulator.uncertainty.error_model.Uncertainty.columns`) and their
+    ``kind`` (n,);
+    ``targets`` (t, n) is the covariance of each target with each row, as by :meth:`PassUncertainty.covariance`.
     """
     local, place, kind = rows["local"], rows["place"], rows["kind"]
     common = rows["shared"] @ rows["shared"].T
-    common += near(place, place) * np.outer(local, local) * (kind[:, None] == kind)
+    common += correlation(place, place) * np.outer(local, local) * (kind[:, None] == kind)
     left, targets, order = np.ones(len(local), dtype=bool), np.array(targets), []
     for _ in range(min(count, len(local))):
         variance = np.diag(common) + np.maximum(rows["own"], 1e-6)

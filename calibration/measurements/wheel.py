@@ -22,7 +22,7 @@ import numpy as np
 from calibration.records.importers import import_table
 from calibration.records.screening import LATENT, Refusals
 from calibration.records.table import Flag, Records
-from simulator.columns import Array
+from simulator.arrays import Array
 from simulator.errors import InputError
 from simulator.files.yaml import Problems
 from simulator.hardware.library import profiles_folder

@@ -1,7 +1,7 @@
 """Records of exact shapes to the arrays that a profile keeps of them, and how certain each is.
 
 Use :func:`with_exact` to give a profile what was measured with purpose ``exact``; :func:`exact_arrays` makes the arrays
-alone. The form is that of :mod:`simulator.kernels.exact`.
+alone. The form is that of :mod:`simulator.cost.measured_shapes`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from types import MappingProxyType
 import numpy as np
 
 from calibration.records.table import PURPOSES, Flag, Records
-from simulator.columns import Array
+from simulator.arrays import Array
 from simulator.hardware.constants import EXACT_NAMES as NAMES
 from simulator.hardware.profile import HardwareProfile
 from simulator.workload import DTYPES

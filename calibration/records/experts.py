@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from calibration.records.screening import Screen
-from simulator.columns import Array
+from simulator.arrays import Array
 
 EXPERTS_SHAPE = (
     *("moe_dtype", "num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size"),

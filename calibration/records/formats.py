@@ -16,7 +16,7 @@ import numpy as np
 from calibration.records.experts import EXPERTS_SHAPE, read_experts
 from calibration.records.screening import Screen
 from calibration.records.table import LAUNCHES, OPERATORS, Records, Source
-from simulator.columns import Array
+from simulator.arrays import Array
 from simulator.errors import InputError, one_line, unknown
 from simulator.workload import DTYPE_BYTES, DTYPES, ROLES
 

@@ -21,7 +21,7 @@ from calibration.records.parquet import is_records, read_records
 from calibration.records.screening import Refusals, Screen, compute_bound, join_repeats, rotated_copies, too_fast, work
 from calibration.records.store import MARK, parse
 from calibration.records.table import COUNTS, NEEDED, Records
-from simulator.columns import Array
+from simulator.arrays import Array
 from simulator.errors import InputError, unknown
 from simulator.files import csv
 from simulator.files.parquet import parquet_columns, read_parquet

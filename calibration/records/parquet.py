@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from calibration.records.table import LATER, SCHEMA_VERSION, Records, Source
-from simulator.columns import Array
+from simulator.arrays import Array
 from simulator.errors import InputError
 from simulator.files.parquet import load_pyarrow, read_parquet
 from simulator.files.read import read_bounded

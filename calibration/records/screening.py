@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from calibration.records.table import Flag, Records
-from simulator.columns import Array
+from simulator.arrays import Array
 from simulator.hardware.profile import HardwareProfile
 from simulator.workload import DTYPE_BYTES, DTYPES, attention_pairs
 

@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from calibration.devices.protocol import OPERATORS as KINDS
-from simulator.columns import Array, Table, column
+from simulator.arrays import Array
+from simulator.columns import Table, column
 from simulator.errors import InputError, unknown
 from simulator.workload import DTYPES, ROLES
 

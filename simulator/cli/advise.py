@@ -26,7 +26,7 @@ def command(
         float | None, opt("--tokens-per-s", "X", "Or new tokens a second of all sequences.")
     ] = None,
     family: Annotated[str, opt("--family", "LIST", "Pruning families to consider, or all.")] = "all",
-    odds: Annotated[float, opt("--odds", "P", "Odds with which a configuration must reach it.")] = 0.5,
+    probability: Annotated[float, opt("--odds", "P", "Odds with which a configuration must reach it.")] = 0.5,
     write: Annotated[
         str | None, opt("--write", "FOLDER", "Write FOLDER/CONFIGURATION/config.json for each configuration.")
     ] = None,
@@ -55,7 +55,7 @@ def command(
             aim,
             family=options.names("--family", family),
             ideal=ideal,
-            odds=odds,
+            probability=probability,
             progress=report,
             **asked,
         )
@@ -97,9 +97,9 @@ def _configurations(found: Sequence[Configuration]) -> None:
     shapes = list({c.configuration: c for c in found}.values())
     reached = [
         ("speedup", render.interval),
-        ("odds", lambda c: "> 99 %" if c.odds > 0.99 else f"{100.0 * c.odds:.0f} %"),
+        ("probability", lambda c: "> 99 %" if c.probability > 0.99 else f"{100.0 * c.probability:.0f} %"),
         ("time", lambda c: render.seconds(c.pruned_s)),
-        ("<limit", lambda c: c.limit),
+        ("<limit", lambda c: c.bottleneck),
     ]
     columns = render.columns(
         shapes,
@@ -145,7 +145,7 @@ def _print(group: Sequence[Advice], others: Sequence[Alternative], aligned: bool
         ("<quality lost", _quality),
         ("speedup", render.interval),
         ("time", lambda a: render.seconds(a.pruned_s)),
-        ("<limit", lambda a: a.limit),
+        ("<limit", lambda a: a.bottleneck),
     )
     columns = [c for c in columns if c.title != "quality lost" or any(c.cells)]
     title = f"{first.model} on {first.hardware}, {first.phase}, batch {first.batch}, seq {first.seq}, {first.dtype}"

@@ -95,7 +95,7 @@ def _columns(some: Sequence[Verdict]) -> list[render.Column]:
         ("<verdict", lambda v: v.verdict),
         ("margin", lambda v: margin(v, v.margin)),
         *((f"at {render.percent(s)}", lambda v, s=s: margin(v, dict(v.margins).get(s))) for s in sparsities),
-        ("<held by", lambda v: v.limit),
+        ("<bottleneck", lambda v: v.bottleneck),
     )
     columns[3] = replace(columns[3], styles=[STYLES.get(v.verdict, "") for v in some])
     return render.narrowed(columns if sparsities else columns[:-1], 5)

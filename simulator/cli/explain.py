@@ -88,12 +88,12 @@ def _by_engine(found: Sequence[Explanation]) -> list[list[Explanation]]:
 
 def _told(found: Sequence[Explanation]) -> list[str]:
     """What a checkpoint is, what was pruned of it, and what a measured time says; each line once."""
-    from simulator.predict.caveats import implied_line
+    from simulator.predict.caveats import inferred_line
     from simulator.predict.choices import found_in
 
     lines = [line for e in found for line in found_in(e.dense.meta.config, e.pruned.meta.config)]
-    known = [(e.implied, e.hardware.label, e.dense_s) for e in found]
-    lines += [implied_line(told, label, dense_s) for told, label, dense_s in known if told is not None and dense_s]
+    known = [(e.inferred, e.hardware.label, e.dense_s) for e in found]
+    lines += [inferred_line(told, label, dense_s) for told, label, dense_s in known if told is not None and dense_s]
     return list(dict.fromkeys(lines))
 
 

@@ -78,7 +78,7 @@ def _print(rows: Sequence[GemmRecord]) -> None:
         ("<hardware", lambda r: r.hardware),
         ("time", lambda r: render.seconds(r.seconds)),
         ("90 % interval", lambda r: f"{render.seconds(r.lower_s)} - {render.seconds(r.upper_s)}"),
-        ("<limit", lambda r: r.limit),
+        ("<limit", lambda r: r.bottleneck),
         ("roofline", lambda r: render.seconds(r.roofline_s)),
         ("TFLOP/s", lambda r: f"{r.flop_per_s / 1e12:.3g}"),
         ("of peak", lambda r: render.percent(round(r.flop_per_s / r.peak_flop_per_s, 3))),
@@ -96,4 +96,4 @@ def _print_ladder(row: GemmRecord) -> None:
         render.Column("time", [render.seconds(value) for value in values]),
         render.Column("what it is", [_MEANING.get(name, "") for name in names], right=False),
     ]
-    render.show(columns, f"{row.m} x {row.n} x {row.k}, {row.dtype}, {row.hardware}: held by {row.limit}")
+    render.show(columns, f"{row.m} x {row.n} x {row.k}, {row.dtype}, {row.hardware}: {row.bottleneck}-bound")

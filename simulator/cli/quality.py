@@ -70,7 +70,7 @@ def quality(
 def _calibration(module: str) -> ModuleType:
     """A module of the calibration package, which needs PyTorch; the simulator itself never does."""
     try:
-        return importlib.import_module(f"calibration.execute.{module}")
+        return importlib.import_module(f"calibration.runners.{module}")
     except ModuleNotFoundError as error:
         raise needs_extra("this command", "calibrate", str(error.name), " transformers gguf accelerate") from None
 

@@ -92,7 +92,7 @@ def _print(records: Sequence[Record], memory: bool) -> None:
             _print_memory(group)
     print(
         f"\ntimes and speedups with their {render.percent(records[0].level)} interval; "
-        "bounds leave out what pruning adds;\nlimit: what holds most of the pruned model's time"
+        "bounds leave out what pruning adds;\nbottleneck: what holds most of the pruned model's time"
     )
 
 
@@ -115,7 +115,7 @@ def speedup_layouts(records: Sequence[Record]) -> Iterator[list[render.Column]]:
     first = {name: rows.index((name, s)) for name, s in reversed(rows)}
     labels = ["dense", *(name if first[name] == i else "" for i, (name, _) in enumerate(rows))]
 
-    def layout(*, detail: int, limit: str, interval: bool = True) -> list[render.Column]:
+    def layout(*, detail: int, bottleneck: str, interval: bool = True) -> list[render.Column]:
         shared = render.columns(
             any_of,
             ("pruned", lambda r: render.percent(r.sparsity)),
@@ -144,18 +144,18 @@ def speedup_layouts(records: Sequence[Record]) -> Iterator[list[render.Column]]:
             sure = f" +-{100.0 * half:.0f} %" if interval else ""
             cells = [render.seconds(whole.dense_s) + sure, *(shown(r) if r else "-" for r in found)]
             columns.append(render.Column(f"{h}\nspeedup", cells, styles=["", *(_style(r) for r in found)]))
-            if limit:
-                names = render.LIMITS_SHORT if limit == "short" else {}
-                limits = [names.get(r.limit, r.limit) if r else "" for r in found]
-                columns.append(render.Column("limit", ["", *limits], right=False))
+            if bottleneck:
+                names = render.LIMITS_SHORT if bottleneck == "short" else {}
+                bottlenecks = [names.get(r.bottleneck, r.bottleneck) if r else "" for r in found]
+                columns.append(render.Column("bottleneck", ["", *bottlenecks], right=False))
         return columns
 
     for detail in (4, 3, 2, 1):
-        yield layout(detail=detail, limit="full")
-    yield layout(detail=1, limit="short")
-    yield layout(detail=0, limit="short")
-    yield layout(detail=0, limit="")
-    yield layout(detail=0, limit="", interval=False)
+        yield layout(detail=detail, bottleneck="full")
+    yield layout(detail=1, bottleneck="short")
+    yield layout(detail=0, bottleneck="short")
+    yield layout(detail=0, bottleneck="")
+    yield layout(detail=0, bottleneck="", interval=False)
 
 
 def _kind(records: Sequence[Record]) -> str:

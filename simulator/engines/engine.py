@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.arguments import shown
-from simulator.display import Shown
+from simulator.display import Displayed
 from simulator.engines import DEFAULT_ENGINE as DEFAULT_ENGINE
 from simulator.errors import InputError, unknown
 from simulator.files.fields import Checked, Keys, Kind, Many, Number, Quantity, Table, Text, record
@@ -60,7 +60,7 @@ NOTHING = HostTime(0.0, 0.0, "")
 
 
 @dataclass(frozen=True, repr=False)
-class Engine(Shown):
+class Engine(Displayed):
     """How a decoder is run. The default is kernels under a CUDA graph and nothing else.
 
     >>> load_engine("transformers").name, load_engine("hf").graph, load_engine("vllm").fuse

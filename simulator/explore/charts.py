@@ -180,7 +180,7 @@ def _told(r: Record) -> str:
     removed = f"{percent(r.sparsity)} of the parameters gone ({r.family})" if r.pruned else asked
     return (
         f"<b>{_name(r)}</b>, {r.hardware}: {removed}<br>{ratio(r.speedup)} "
-        f"({percent(r.level)} interval {ratio(r.speedup_lower)} to {ratio(r.speedup_upper)}), held by {r.limit}<br>"
+        f"({percent(r.level)} interval {ratio(r.speedup_lower)} to {ratio(r.speedup_upper)}), {r.bottleneck}-bound<br>"
         f"bounds: FLOP {ratio(r.flop_bound)}, byte {ratio(r.byte_bound)}, roofline {ratio(r.roofline_bound)}"
     )
 
@@ -254,7 +254,7 @@ def roofline_chart(details: Sequence[Explanation], most: int) -> Chart:
     frame = Frame([r.title for r in roofs], most, 200, bottom=room, across=0.06, left=58)
     data, x, y = [], [], []
     for panel, roof in enumerate(roofs):
-        low, high, bottom, top = roof.limits(2.2)
+        low, high, bottom, top = roof.bottlenecks(2.2)
         x.append(log_axis(low, high, 5))
         y.append({**log_axis(bottom, top, 6), "showticklabels": True})
         data += _roof(roof, panel, low, high, top / (top / bottom) ** 0.03) + _points(roof, panel, groups, looks)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 UNITS = {
     **dict.fromkeys((
         "sparsity", "realised_sparsity", "speedup", "speedup_lower", "speedup_upper", "flop_bound", "byte_bound",
-        "roofline_bound", "measured_bound", "efficiency", "limit_share", "level", "devices",
+        "roofline_bound", "measured_bound", "efficiency", "bottleneck_share", "level", "devices",
     ), "1"),
     **dict.fromkeys(("dense_memory_bytes", "pruned_memory_bytes", "capacity_bytes"), "B"),
     "batch": "sequences", "seq": "tokens", "new_tokens": "tokens",
@@ -45,7 +45,7 @@ UNITS = {
 _HEAD = {
     "family": "", "removed": "asked for", "realised": "after rounding", "GPU": "", "speedup": "", "interval": "",
     "FLOP bound": "", "byte bound": "", "roofline bound": "", "time": "pruned",
-    "limit": "what holds most of the time", "memory": "pruned, and whether it fits",
+    "bottleneck": "what holds most of the time", "memory": "pruned, and whether it fits",
 }
 """Columns of the table and what they say when they are pointed at."""
 # fmt: on
@@ -186,7 +186,7 @@ def _row(r: Record, detail: str, at: float) -> str:
     interval = f"{ratio(r.speedup_lower)} to {ratio(r.speedup_upper)}"
     before = [percent(r.sparsity), percent(r.realised_sparsity), r.hardware]
     after = [interval, *map(ratio, (r.flop_bound, r.byte_bound, r.roofline_bound)), seconds(r.pruned_s)]
-    after += [r.limit, memory]
+    after += [r.bottleneck, memory]
     cells = ["".join(f"<td>{escape(text)}</td>" for text in part) for part in (before, after)]
     speedup = f"<td{verdict}>{ratio(r.speedup)}</td>"
     is_detail = detail == EXISTING if r.pruned else r.family == detail and r.sparsity == at

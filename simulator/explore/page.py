@@ -226,6 +226,6 @@ def _radios(name: str, title: str, choices: Mapping[str, str], chosen: str) -> s
 
 
 def _number(name: str, title: str, value: int, most: int) -> str:
-    limits = f'min="1" max="{most}" step="1" inputmode="numeric"'
-    number = f'<input type="number" id="{name}" name="{name}" {limits} value="{value}">'
+    bottlenecks = f'min="1" max="{most}" step="1" inputmode="numeric"'
+    number = f'<input type="number" id="{name}" name="{name}" {bottlenecks} value="{value}">'
     return f'<label class="field" for="{name}">{title}{number}</label>'

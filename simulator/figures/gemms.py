@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.cost.gemm import gemm_time
+from simulator.cost.gemm_model import ELEMENT_BYTES
 from simulator.figures.subject import Made, NothingToDraw, Paper
-from simulator.kernels.gemm import gemm_time
-from simulator.kernels.gemm_core import ELEMENT_BYTES
 
 if TYPE_CHECKING:
+    from simulator.cost.gemm import GemmTime
     from simulator.figures.staircase import Stairs
     from simulator.hardware.profile import HardwareProfile
-    from simulator.kernels.gemm import GemmTime
 
 TOKENS = np.arange(1, 513)
 """Rows of the staircase of tiles: every one, for a step may lie at any."""

@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.arrays import FloatArray
+from simulator.cost.gemm import gemm_time
 from simulator.errors import InputError
 from simulator.files.csv import read_csv
 from simulator.files.parquet import parquet_columns, read_parquet
 from simulator.files.read import read_bounded
-from simulator.kernels.gemm import gemm_time
 from simulator.workload import DTYPES
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
 
-F = NDArray[np.float64]
 
 TIMES: Mapping[str, float] = {"seconds": 1.0, "latency_s": 1.0, "latency_ms": 1e-3, "latency_us": 1e-6}
 """Columns that may hold the time, and their unit in seconds."""
@@ -45,12 +45,12 @@ class MeasuredGemms:
     """
 
     source: str  # where they are from, for captions
-    m: F
-    n: F
-    k: F
-    seconds: F
-    copies: F | None = None  # weights used in turn; None: cold
-    predicted_s: F | None = None  # by what never saw the row
+    m: FloatArray
+    n: FloatArray
+    k: FloatArray
+    seconds: FloatArray
+    copies: FloatArray | None = None  # weights used in turn; None: cold
+    predicted_s: FloatArray | None = None  # by what never saw the row
 
     def __len__(self) -> int:
         return len(self.seconds)
@@ -60,7 +60,7 @@ class MeasuredGemms:
         mask: NDArray[np.bool_] = (self.n == n) & (self.k == k)
         return mask
 
-    def predict(self, hw: HardwareProfile, dtype: str = "bf16") -> F:
+    def predict(self, hw: HardwareProfile, dtype: str = "bf16") -> FloatArray:
         """Predictions of all rows, s: the ones given, else the profile's under the same rotation of weights."""
         if self.predicted_s is not None:
             return self.predicted_s
@@ -119,7 +119,7 @@ def _formats(column: Sequence[Any]) -> NDArray[Any]:
     return np.array([str(value) for value in table.tolist()], dtype=object)
 
 
-def _numbers(column: Sequence[Any], name: str, source: str) -> F:
+def _numbers(column: Sequence[Any], name: str, source: str) -> FloatArray:
     try:
         out = np.asarray(column, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):

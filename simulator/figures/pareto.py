@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from simulator.arrays import FloatArray
 from simulator.figures import layout
 from simulator.figures.style import BLACK, INK, PAGE_IN, in_order, label, look, paper_style
 from simulator.predict.pareto import frontier
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-F = NDArray[np.float64]
 
 LINEAR_UP_TO = 0.6
 """Losses up to this are drawn on a linear axis; a perplexity can rise by several times."""
@@ -79,14 +79,14 @@ def pareto_figure(
         title = f"quality loss (%): {axis}\n{textwrap.fill(protocol, int(width_in / 0.058))}".rstrip()
         layout.legend_below(figure, handles, lines, title)
         # names of points need to know how much room there is
-        layout.settled(figure, "speedup (log scale)")
+        layout.prediction_intervals(figure, "speedup (log scale)")
         for (r, c), ax in panels.items():
             chosen = (data["row"] == r) & (data["column"] == c)
             _panel(ax, {name: values[chosen] for name, values in data.items()})
     return figure
 
 
-def _loss_axis(ax: Axes, loss: F) -> None:
+def _loss_axis(ax: Axes, loss: FloatArray) -> None:
     """A linear axis in percent, or a logarithmic one beyond 10 % where losses are large; its ticks below the strip."""
     first, last = min(0.0, float(loss.min())), max(5.0, float(loss.max()))
     if last > 100 * LINEAR_UP_TO:

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from simulator.arrays import FloatArray
 from simulator.errors import InputError
-from simulator.figures.layout import in_a_row, legend_below, legend_lines, log_axis, panel_list, settled
+from simulator.figures.layout import in_a_row, legend_below, legend_lines, log_axis, panel_list, prediction_intervals
 from simulator.figures.style import BLACK, COLORS, COLUMN_IN, GREY, INK, PAGE_IN, paper_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-F = NDArray[np.float64]
 
 DATASHEET: dict[str, Any] = {"color": BLACK, "linewidth": 1.1}
 HIGHEST: dict[str, Any] = {"color": BLACK, "linewidth": 0.8, "linestyle": (0, (4, 1.5))}
@@ -43,7 +43,7 @@ class Roof:
     pruned: ArrayLike  # whether a point belongs to the pruned model
     headroom: float = 1.0  # highest clock over the datasheet's: how far a rate may exceed the peak
 
-    def columns(self) -> tuple[F, F, NDArray[np.bool_]]:
+    def columns(self) -> tuple[FloatArray, FloatArray, NDArray[np.bool_]]:
         """Intensity (FLOP/byte), achieved FLOP/s, and whether a point is pruned; refuses columns that differ in
         length."""
         x, y = (np.asarray(values, dtype=float) for values in (self.intensity, self.achieved_flop_per_s))
@@ -52,7 +52,7 @@ class Roof:
             raise InputError(f"roofline of {self.title}: expected columns of one length from 1 up")
         return x, y, pruned
 
-    def limits(self, above: float) -> tuple[float, float, float, float]:
+    def bottlenecks(self, above: float) -> tuple[float, float, float, float]:
         """Ranges of intensity (FLOP/byte) and rate (TFLOP/s) that hold all points, and show where the roof bends unless
         that is far off and would squeeze the points; ``above`` is the factor above the highest roof."""
         x, y, _ = self.columns()
@@ -64,7 +64,7 @@ class Roof:
         bottom = min(float((y / 1e12).min()) / 2, peak, low * bandwidth)
         return low, high, bottom, min(peak * self.headroom, high * bandwidth) * above
 
-    def bend(self, low: float, high: float, headroom: float = 1.0) -> tuple[F, F]:
+    def bend(self, low: float, high: float, headroom: float = 1.0) -> tuple[FloatArray, FloatArray]:
         """Corners of the roof between two intensities: intensity and TFLOP/s; with the headroom, of the highest clock's
         roof, which no time that streams its operands from memory can pass."""
         peak, bandwidth = headroom * self.peak_flop_per_s / 1e12, self.bandwidth_bytes_per_s / 1e12
@@ -102,7 +102,7 @@ def roofline_figure(
             if i + columns >= len(roofs):
                 ax.set_xlabel("arithmetic intensity (FLOP/byte)")
         legend_below(figure, handles, lines, names)
-        settled(figure)  # the slope of a roof on the page is known only now
+        prediction_intervals(figure)  # the slope of a roof on the page is known only now
         for ax, roof in zip(axes, roofs):
             _name_slope(ax, roof)
     return figure
@@ -129,7 +129,7 @@ def merged(roofs: Sequence[Roof]) -> dict[str, tuple[str, ...]]:
     return {", ".join(group): tuple(group) for group in groups}
 
 
-def origin_of(intensity: F, dense: Sequence[int], point: int) -> int:
+def origin_of(intensity: FloatArray, dense: Sequence[int], point: int) -> int:
     """Which of a GEMM's dense points a pruned point came from: the nearest in intensity (a generate has one of the
     prefill, one of decode).
 
@@ -153,7 +153,7 @@ def drawn(roof: Roof, groups: dict[str, tuple[str, ...]]) -> Iterator[tuple[str,
 def _draw(ax: Axes, roof: Roof, groups: dict[str, tuple[str, ...]], looks: dict[str, tuple[str, str]]) -> None:
     x, y, pruned = roof.columns()
     y, peak = y / 1e12, roof.peak_flop_per_s / 1e12
-    low, high, bottom, top = roof.limits(2.0)
+    low, high, bottom, top = roof.bottlenecks(2.0)
     ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(bottom, top))
     ax.set_title(roof.title, pad=5)
     highest = roof.bend(low, high, roof.headroom)

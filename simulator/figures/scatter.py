@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from simulator.arrays import FloatArray
 from simulator.errors import InputError
-from simulator.figures.layout import fixed_ticks, in_a_row, log_ticks, panel_list, settled
+from simulator.figures.layout import fixed_ticks, in_a_row, log_ticks, panel_list, prediction_intervals
 from simulator.figures.style import BLUE, PALE_INK, VERMILLION, paper_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-F = NDArray[np.float64]
 
 MOST_DOTS = 1500
 """More points than this become a density."""
@@ -95,7 +95,7 @@ def scatter_figure(clouds: Sequence[Cloud], *, width_in: float | None = None) ->
             first.set_ylabel("predicted time" if i % columns == 0 else "")
             second.set_ylabel("predicted /\nmeasured" if i % columns == 0 else "")
         figure.align_ylabels()
-        return settled(figure)
+        return prediction_intervals(figure)
 
 
 def _pair(first: Axes, second: Axes, cloud: Cloud) -> None:
@@ -123,7 +123,7 @@ def _pair(first: Axes, second: Axes, cloud: Cloud) -> None:
     first.text(0.04, 0.97, "\n".join(lines), fontsize=6, linespacing=1.25, zorder=5, **where)
 
 
-def _ratios(ax: Axes, x: F, ratio: F, across: tuple[float, float]) -> None:
+def _ratios(ax: Axes, x: FloatArray, ratio: FloatArray, across: tuple[float, float]) -> None:
     """Ratios within :data:`RATIO`; of those above or below, an arrow each and how many they are, to which value."""
     above, below = ratio > RATIO, ratio < 1 / RATIO
     inside = ~(above | below)
@@ -160,7 +160,7 @@ def time_text(microseconds: float) -> str:
     return f"{microseconds:.3g} µs"
 
 
-def _points(ax: Axes, x: F, y: F, across: tuple[float, float], up: tuple[float, float]) -> None:
+def _points(ax: Axes, x: FloatArray, y: FloatArray, across: tuple[float, float], up: tuple[float, float]) -> None:
     """Dots, or a density where they are too many for a page (as pixels, for a file of 40,000 dots opens slowly)."""
     if len(x) <= MOST_DOTS:
         size = 1.8 if len(x) > 100 else 2.8

@@ -35,7 +35,6 @@ from simulator.figures.style import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-F = NDArray[np.float64]
 
 MOST_CURVES = 2
 """Families drawn as curves with bands; more become dots."""
@@ -79,9 +78,9 @@ def speedup_figure(
     1
     """
     numbers = {"sparsity": sparsity, "speedup": speedup, "lower": lower, "upper": upper}
-    limits = {name: np.asarray(values, dtype=float) for name, values in (bounds or {}).items()}
+    bottlenecks = {name: np.asarray(values, dtype=float) for name, values in (bounds or {}).items()}
     data = layout.columns_of(
-        "points of the figure", {"row": row, "column": column, "family": family}, {**numbers, **limits}
+        "points of the figure", {"row": row, "column": column, "family": family}, {**numbers, **bottlenecks}
     )
     families, (settings, devices) = in_order(data["family"]), (list(dict.fromkeys(data[n])) for n in ("row", "column"))
     pairs = [(f, s) for f in families for s in np.unique(data["sparsity"][data["family"] == f]).tolist()]
@@ -92,9 +91,9 @@ def speedup_figure(
         if dots or len(pairs) == len(families):
             width = width_in or (COLUMN_IN if len(settings) == 1 else PAGE_IN)
             line = float(np.clip(line, LEAST_LINE_IN, 0.068 * len(devices) + 0.04))
-            return _dots(data, list(limits), pairs, devices, settings, line, width, interval)
+            return _dots(data, list(bottlenecks), pairs, devices, settings, line, width, interval)
         width = width_in or (COLUMN_IN if len(settings) * len(devices) == 1 else PAGE_IN)
-        return _curves(data, list(limits), families, width, interval)
+        return _curves(data, list(bottlenecks), families, width, interval)
 
 
 def _panels(data: layout.Columns, panel_in: float, around_in: float, width_in: float) -> tuple[Figure, layout.Panels]:
@@ -172,7 +171,7 @@ def _dots(
         ax.set_yticks(range(len(pairs)), names)
         layout.log_axis(ax.xaxis, low, high, int(np.clip(room / 0.25, 2, 12)))
     layout.legend_below(figure, handles, lines, "speedup (log scale)")
-    return layout.settled(figure)
+    return layout.prediction_intervals(figure)
 
 
 def _line(pairs: Sequence[tuple[str, float]], i: int) -> str:
@@ -224,7 +223,7 @@ def _curves(data: layout.Columns, bounds: list[str], families: list[str], width:
         if len(fractions) <= 5:
             ax.set_xticks(100 * fractions, [f"{100 * f:.4g}" for f in fractions])
     layout.legend_below(figure, handles, lines, "removed (%)")
-    return layout.settled(figure, "speedup (log scale)")
+    return layout.prediction_intervals(figure, "speedup (log scale)")
 
 
 def _curve_handles(families: list[str], bounds: list[str], interval: str) -> list[Any]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.errors import InputError
-from simulator.figures.layout import log_axis, panel_list, settled
+from simulator.figures.layout import log_axis, panel_list, prediction_intervals
 from simulator.figures.style import BLUE, GREEN, INK, VERMILLION, paper_style
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def waterfall_figure(panels: Sequence[Steps], *, columns: int | None = None, wid
             ax.tick_params(labelleft=i % columns == 0)
             if i + columns >= len(panels):
                 ax.set_xlabel("speedup (log scale)")
-        return settled(figure)
+        return prediction_intervals(figure)
 
 
 def common_range(panels: Sequence[Steps], room: float) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from numpy.typing import NDArray
 
 from simulator.arguments import COUNT, Range, number
-from simulator.display import Shown, as_plain, by_column
+from simulator.display import Displayed, as_plain, by_column
 from simulator.errors import InputError, unknown
 from simulator.files.fields import Number
 from simulator.hardware.constants import CONSTANTS
@@ -90,7 +90,7 @@ class Provenance:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Section(Shown):
+class Section(Displayed):
     """One fitted part of a profile; ``section["name"]`` is the value of a constant."""
 
     constants: Mapping[str, Fitted]
@@ -133,7 +133,7 @@ _FACTS: Mapping[str, Range] = MappingProxyType(
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class HardwareProfile(Shown):
+class HardwareProfile(Displayed):
     """A device; quantities in SI.
 
     >>> from simulator.hardware.library import load_hardware

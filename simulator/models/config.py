@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from simulator.arguments import AMOUNT, number, shown, whole
-from simulator.display import Shown, facts_html
+from simulator.display import Displayed, facts_html
 from simulator.errors import InputError, unknown
 from simulator.workload import DTYPES
 
@@ -69,7 +69,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 
 @dataclass(frozen=True, repr=False)
-class ModelConfig(Shown):
+class ModelConfig(Displayed):
     """The shapes of a decoder-only transformer.
 
     >>> import simulator

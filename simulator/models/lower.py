@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from simulator.arguments import Range, instance, number, shown, text, whole
-from simulator.columns import Array
+from simulator.arrays import Array
 from simulator.engines import DEFAULT_ENGINE
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError, unknown

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simulator.display import Shown, by_column, few, items_html, table_html
+from simulator.display import Displayed, by_column, few, items_html, table_html
 from simulator.errors import InputError
 from simulator.models.changes import content_of
 from simulator.models.library import load_model
@@ -72,7 +72,7 @@ class WidthStep:
 
 
 @dataclass(frozen=True, repr=False)
-class Advice(Shown):
+class Advice(Displayed):
     """A family for one device and request, at the least sparsity that reaches the target, or else at the fastest."""
 
     model: str
@@ -93,7 +93,7 @@ class Advice(Shown):
     speedup: float
     speedup_lower: float
     speedup_upper: float
-    limit: str
+    bottleneck: str
     calibrated: bool
     quality_loss: float | None  # at the nearest sparsity measured at or above, where given
     quality_at: float | None
@@ -135,7 +135,7 @@ _COLUMNS = {
 
 
 @dataclass(frozen=True, repr=False)
-class Advised(Shown):
+class Advised(Displayed):
     """Advice by family, best first for each device and request; what else there is; what was left out; and
     configurations, the one that keeps most parameters first."""
 
@@ -178,14 +178,14 @@ def advise(
     setting: Setting | None = None,
     ideal: bool = False,
     quality: Quality = MappingProxyType({}),
-    odds: float = 0.5,
+    probability: float = 0.5,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Advised:
     """What reaches a target, a speedup above 1 unless told otherwise; requests, engines and setting are those of
     :func:`simulator.table`.
 
-    ``odds`` are those with which a configuration must reach it, by its interval; ``progress`` is told steps done and
-    steps in all.
+    ``probability`` are those with which a configuration must reach it, by its interval; ``progress`` is told steps done
+    and steps in all.
 
     >>> found = advise("llama-3.1-8b", ["h100"], 1.3, ["decode"], family=["depth", "unstructured"])
     >>> [(a.family, a.reached) for a in found.advice]
@@ -214,7 +214,9 @@ def advise(
     configurations: list[Configuration] = []
     notes: dict[str, None] = {}
     if set(chosen) & set(FAMILIES.values()) and max(t for place in places for t in place.targets) > 1.0:
-        configurations, said = configurations_of(shapes, places, chosen, odds, content_of(model, shapes), of_kinds)
+        configurations, said = configurations_of(
+            shapes, places, chosen, probability, content_of(model, shapes), of_kinds
+        )
         notes |= dict.fromkeys(said)
     steps = itertools.count(kinds + 1)
     for place in places:

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.cost.forward import SECTIONS, by_formats, operator_times, section_of
 from simulator.engines.engine import load_engine
 from simulator.hardware.formats import label_of
 from simulator.hardware.profile import unfitted
-from simulator.kernels.spread import OpTime, beyond
-from simulator.kernels.stream import SECTIONS, by_formats, operator_times, section_of
+from simulator.uncertainty.error_model import OperatorTimes, octaves_outside
 from simulator.units import seconds
 from simulator.workload import DTYPES, ROLES, Kind, Workload
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
-    from simulator.kernels.settled import Implied
+    from simulator.uncertainty.intervals import Inferred
 
 BETTER, SHARE, OCTAVES = 1.03, 0.1, 1.0
 """Speedup over its roofline bound, share of the time, and octaves outside the measured sizes that are worth a word."""
@@ -52,7 +52,7 @@ def beyond_measured(w: Workload, hw: HardwareProfile) -> str:
         if found is None:
             continue
         sizes = np.log2([w.m[rows], w.n[rows], w.k[rows]]).T
-        octaves = beyond(sizes, *np.asarray(found, dtype=np.float64))
+        octaves = octaves_outside(sizes, *np.asarray(found, dtype=np.float64))
         if spent[rows][octaves > OCTAVES].sum() >= SHARE * spent.sum():
             m, n, k = (f"{2.0**v:.0f}" for v in sizes[np.argmax(octaves)])
             far = f"{octaves.max():.1f} octaves outside the sizes that were measured ({m} x {n} x {k})"
@@ -131,22 +131,22 @@ def better_than_bound(dense: Workload, pruned: Workload, hw: HardwareProfile, sp
     return f"{better} {kernels} run {what} at {at} of the roofline"
 
 
-def implied_line(implied: Implied, hardware: str, dense_s: float) -> str:
+def inferred_line(inferred: Inferred, hardware: str, dense_s: float) -> str:
     """What a measured time of the dense model says of a machine, in one line."""
-    predicted = f"{seconds(dense_s)} measured, {seconds(implied.predicted_s)} predicted"
-    if not implied.believed:
-        doubt = f"{implied.deviation:.1f} standard deviations apart, and nothing is moved by it"
-        return f"{hardware}: {predicted}: {doubt}; is it of this model, GPU, engine, phase, batch and length?"
-    host = f"x{implied.host:.2f} of the usual"
-    if implied.layer_s:
-        host = f"{seconds(implied.layer_s)} a layer, {host}"
-    if implied.host_bound:
+    predicted = f"{seconds(dense_s)} measured, {seconds(inferred.predicted_s)} predicted"
+    if not inferred.consistent:
+        uncertainty = f"{inferred.deviation:.1f} standard deviations apart, and nothing is moved by it"
+        return f"{hardware}: {predicted}: {uncertainty}; is it of this model, GPU, engine, phase, batch and length?"
+    host = f"x{inferred.host:.2f} of the usual"
+    if inferred.layer_s:
+        host = f"{seconds(inferred.layer_s)} a layer, {host}"
+    if inferred.host_bound:
         return f"{hardware}: {predicted}: the host sets the pace ({host})"
-    beside = f", the host {host}" if implied.host_s else ""
-    return f"{hardware}: {predicted}: kernels take x{implied.device:.2f} of that{beside}"
+    beside = f", the host {host}" if inferred.host_s else ""
+    return f"{hardware}: {predicted}: kernels take x{inferred.device:.2f} of that{beside}"
 
 
-def _times(w: Workload, hw: HardwareProfile) -> tuple[OpTime, HardwareProfile]:
+def _times(w: Workload, hw: HardwareProfile) -> tuple[OperatorTimes, HardwareProfile]:
     """Time of one execution of each row, and the device as the workload's engine runs it."""
     engine = load_engine(w.meta.engine)
     hw = hw.serving(engine.stacks)

@@ -80,7 +80,7 @@ class Verdict:
     predicted: str = ""  # holds or does not hold, by the predicted values alone, among the families that have data
     margin: float | None = None  # of the comparison that it hangs on: from 1 up it holds, from -1 down it does not
     margins: tuple[tuple[float, float], ...] = ()  # (a): (sparsity, margin), the claim at that sparsity alone
-    limit: str = ""  # (a): what holds most of the time of depth at those sparsities
+    bottleneck: str = ""  # (a): what holds most of the time of depth at those sparsities
     hangs_on: str = ""  # that comparison
     needed: str = ""  # what would decide it, where it is undecided or has no data
     numbers: str = ""  # beside it
@@ -196,9 +196,9 @@ def _bound_verdict(c: Contests) -> Verdict:
     hangs_on = ratio.format(*map(_share if measure else _speed, (own, rival)))
     hangs_on = f"depth against {rival.family} at {percent(rival.sparsity)}: {hangs_on}"
     told: dict[str, Any] = {"margins": tuple(parts), "hangs_on": hangs_on, "numbers": _numbers(c)}
-    told["limit"] = "/".join(dict.fromkeys(r.limit for r in depth))
+    told["bottleneck"] = "/".join(dict.fromkeys(r.bottleneck for r in depth))
     verdict = decided(least)
-    if told["limit"] != "memory":
+    if told["bottleneck"] != "memory":
         verdict = NOT_APPLICABLE
     elif verdict == UNDECIDED:
         ahead, reach = float(c.ahead[measure, at]) + CLOSE, float(c.reach[measure, at])

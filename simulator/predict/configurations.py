@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.display import Shown
+from simulator.arrays import IndexArray
+from simulator.display import Displayed
 from simulator.errors import InputError
 from simulator.models.changes import NONE, changed_keys, free_heads
 from simulator.predict.compare import compare
@@ -94,7 +95,7 @@ class Target:
 
 
 @dataclass(frozen=True, repr=False)
-class Configuration(Shown):
+class Configuration(Displayed):
     """Shapes of a pruned model and what they reach on one device in one engine and request."""
 
     model: str
@@ -113,13 +114,13 @@ class Configuration(Shown):
     inner: int
     parameters: int
     kept: float  # share of the dense model's parameters
-    odds: float  # that the target is reached, by the interval
+    probability: float  # that the target is reached, by the interval
     dense_s: float
     pruned_s: float
     speedup: float
     speedup_lower: float
     speedup_upper: float
-    limit: str
+    bottleneck: str
     calibrated: bool
     config: Mapping[str, Any]  # keys of config.json that change, and their values
 
@@ -174,7 +175,7 @@ class Place:
         meta = self.dense.meta
         return self.setting.lower(model, meta.phase, meta.batch, meta.seq)
 
-    def reached(self, models: Sequence[ModelConfig], odds: float) -> NDArray[np.bool_]:
+    def reached(self, models: Sequence[ModelConfig], probability: float) -> NDArray[np.bool_]:
         """Which of some models reach every target with some odds; one that cannot be run does not."""
         out, lowered = np.zeros(len(models), dtype=bool), []
         for i, model in enumerate(models):
@@ -182,15 +183,15 @@ class Place:
                 lowered.append((i, self.lower(model)))
         many = max(1, ROWS_AT_ONCE // len(self.dense))
         for part in (lowered[i : i + many] for i in range(0, len(lowered), many)):
-            out[[i for i, _ in part]] = self._enough([w for _, w in part], odds)
+            out[[i for i, _ in part]] = self._enough([w for _, w in part], probability)
         return out
 
-    def _enough(self, workloads: Sequence[Workload], odds: float) -> NDArray[np.bool_]:
+    def _enough(self, workloads: Sequence[Workload], probability: float) -> NDArray[np.bool_]:
         pairs, out = pairs_of(self.dense, workloads), np.ones(len(workloads), dtype=bool)
-        level, aside = _quantile(0.5 + 0.5 * self.setting.level), _quantile(odds)
+        level, aside = _quantile(0.5 + 0.5 * self.setting.level), _quantile(probability)
         for hw, target in zip(self.hardware, self.targets):
             c, _ = compare(pairs, hw, self.setting.level, self.setting.dense_s)
-            half = c.speedup / c.lower if odds > 0.5 else c.upper / c.speedup
+            half = c.speedup / c.lower if probability > 0.5 else c.upper / c.speedup
             out &= (np.log(c.speedup / target) >= aside / level * np.log(half))[1:]
         return out
 
@@ -213,8 +214,8 @@ class Place:
                     target=target,
                     **{of: getattr(new, of) for of in ("layers", "hidden", "heads", "kv_heads", "inner", "parameters")},
                     kept=new.parameters / dense.parameters,
-                    odds=odds_of(target, s.speedup, s.lower, s.upper, s.level),
-                    **{of: getattr(s, of) for of in ("dense_s", "pruned_s", "speedup", "limit", "calibrated")},
+                    probability=odds_of(target, s.speedup, s.lower, s.upper, s.level),
+                    **{of: getattr(s, of) for of in ("dense_s", "pruned_s", "speedup", "bottleneck", "calibrated")},
                     speedup_lower=s.lower,
                     speedup_upper=s.upper,
                     config=config,
@@ -225,14 +226,14 @@ def configurations_of(
     model: ModelConfig,
     places: Sequence[Place],
     families: Sequence[str],
-    odds: float = 0.5,
+    probability: float = 0.5,
     content: Mapping[str, Any] = NONE,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[Configuration], list[str]]:
     """Configurations of a model that reach the targets of all places, the one that keeps most parameters first, with a
     row for each place and device; and what else to know.
 
-    ``families`` are those that may be used, ``odds`` those with which each target must be reached (one half: the
+    ``families`` are those that may be used, ``probability`` those with which each target must be reached (one half: the
     prediction reaches it), ``content`` is the model's ``config.json``, if it has one: what that cannot say is left out.
     ``progress`` is called with kinds done and in all.
 
@@ -243,8 +244,8 @@ def configurations_of(
     >>> [c.layers for c in configurations_of(model, [place], ["depth"])[0]]
     [19]
     """
-    if not 0.0 < odds < 1.0:
-        raise InputError(f"odds {odds:g}: expected a number between 0 and 1, such as 0.9")
+    if not 0.0 < probability < 1.0:
+        raise InputError(f"odds {probability:g}: expected a number between 0 and 1, such as 0.9")
     if model.blocks or model.experts or model.latent:
         alike = "configurations are offered for layers that are all alike, without routed experts or latent attention"
         return [], [f"{model.name}: {alike}"]
@@ -257,7 +258,7 @@ def configurations_of(
         out = np.ones(len(models), dtype=bool)
         for place in places:
             left = np.flatnonzero(out).tolist()
-            out[left] = place.reached([models[i] for i in left], odds)
+            out[left] = place.reached([models[i] for i in left], probability)
         return out
 
     asked: dict[str, Space] = {}
@@ -289,7 +290,6 @@ Space = Mapping[str, NDArray[np.int64]]
 
 Reached = Callable[[Sequence["ModelConfig"]], NDArray[np.bool_]]
 
-Rows = NDArray[np.intp]
 
 AGAIN = 300
 """Of those that keep more than the best found, the nearest so many are tried: time falls in steps."""
@@ -362,7 +362,7 @@ def _widest(model: ModelConfig, space: Space, reached: Reached) -> ModelConfig |
     def model_at(row: int, at: int) -> ModelConfig:
         return _pruned(model, {**dict(zip(others, grid[row].tolist())), last: int(values[at])})
 
-    def good(rows: Rows, at: Rows) -> NDArray[np.bool_]:
+    def good(rows: IndexArray, at: IndexArray) -> NDArray[np.bool_]:
         return reached([model_at(*place) for place in zip(rows.tolist(), at.tolist())])
 
     rows, every = np.arange(len(grid)), np.arange(len(values))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from simulator.arrays import FloatArray
 from simulator.predict.compare import against
 from simulator.predict.pareto import margins
 from simulator.predict.rows import Record, columns_of, records
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
     from simulator.predict.rows import Refuse, Work
 
-F = NDArray[np.float64]
 
 LEAST_GAIN = 0.05
 """A family whose bound promises less than this has nothing to come close to, and takes no part."""
@@ -47,11 +47,11 @@ class Contests:
     records: tuple[Record, ...]
     own: NDArray[np.intp]  # (n,) that row of each
     rival: NDArray[np.bool_]  # (n,) whether a row takes part
-    ahead: F
-    reach: F  # how far the interval of that reaches towards 0, :data:`CLOSE` added
+    ahead: FloatArray
+    reach: FloatArray  # how far the interval of that reaches towards 0, :data:`CLOSE` added
 
     @property
-    def margin(self) -> F:
+    def margin(self) -> FloatArray:
         """(2, n); infinite for what takes no part."""
         return np.asarray(np.where(self.rival, _in_reach(self.ahead, self.reach), np.inf))
 
@@ -81,13 +81,13 @@ def contests_of(work: Work, hw: HardwareProfile, family: str, refuse: Refuse) ->
     known, own = own >= 0, np.where(own < 0, every, own)
 
     over = np.r_[np.arange(requests), requests + own]  # what each workload is set against
-    found = against(work.only(ran).stack, hw, [over], work.piece.setting.level)
+    found = against(work.only(ran).workloads, hw, [over], work.piece.setting.level)
     behind, high, low = (values[0, requests:] for values in found)  # turned round: its low end is our high one
     s, gain = columns["speedup"], np.maximum(columns["roofline_bound"] - 1.0, 1e-9)
     down, up = np.log(s / columns["speedup_lower"]), np.log(columns["speedup_upper"] / s)
     share, slope = (s - 1.0) / gain, s / gain  # and by how much it changes with the log of the speedup
 
-    def of_shares(of_own: F, of_rival: F, of_ratio: F) -> F:
+    def of_shares(of_own: FloatArray, of_rival: FloatArray, of_ratio: FloatArray) -> FloatArray:
         """Reach of the difference of two shares; the covariance of two logs follows from the reach of their ratio."""
         covariance = 0.5 * (of_own**2 + of_rival**2 - of_ratio**2)
         a, b = slope[own], slope
@@ -108,11 +108,11 @@ def contests_of(work: Work, hw: HardwareProfile, family: str, refuse: Refuse) ->
     ]
 
 
-def _in_reach(ahead: F, reach: F) -> F:
+def _in_reach(ahead: FloatArray, reach: FloatArray) -> FloatArray:
     return np.asarray((ahead + CLOSE) / np.maximum(reach, 1e-12))
 
 
-def _towards(ahead: F, low: F, high: F) -> F:
+def _towards(ahead: FloatArray, low: FloatArray, high: FloatArray) -> FloatArray:
     """The reach on the side of 0."""
     return np.asarray(np.where(ahead + CLOSE >= 0.0, low, high))
 

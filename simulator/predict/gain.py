@@ -11,7 +11,8 @@ from simulator.units import percent, ratio, seconds, seconds_between
 def gain(s: Any, lower: float, upper: float) -> str:
     """A speedup and its interval, the times, what was pruned and what limits, in one line."""
     sure = f"{ratio(s.speedup)}x ({ratio(lower)}-{ratio(upper)})"
-    return f"{sure}, {seconds(s.dense_s)} to {seconds(s.pruned_s)}: {s.family} {percent(s.sparsity)}, held by {s.limit}"
+    times = f"{seconds(s.dense_s)} to {seconds(s.pruned_s)}"
+    return f"{sure}, {times}: {s.family} {percent(s.sparsity)}, {s.bottleneck}-bound"
 
 
 def gain_html(s: Any, lower: float, upper: float) -> str:
@@ -21,7 +22,7 @@ def gain_html(s: Any, lower: float, upper: float) -> str:
         "pruned": seconds_between(s.pruned_s, s.pruned_lower, s.pruned_upper),
         "tokens/s": f"{s.dense_tokens_per_s:,.4g} to {s.tokens_per_s:,.4g}" if s.tokens_per_s else None,
         "sparsity": f"{percent(s.sparsity)} asked for, {percent(s.realised_sparsity)} realised",
-        "limit": f"{s.limit}, {percent(s.limit_share)} of the pruned time",
+        "bottleneck": f"{s.bottleneck}, {percent(s.bottleneck_share)} of the pruned time",
         "interval": percent(s.level) + ("" if s.calibrated else ", not calibrated for everything this needs"),
     }
     steps = {

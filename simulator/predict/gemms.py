@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.kernels.gemm import gemm_ladder, gemm_time
-from simulator.kernels.stack import Stack
-from simulator.kernels.stream import passes
+from simulator.cost.forward import forward_passes
+from simulator.cost.gemm import gemm_steps, gemm_time
 from simulator.predict.settings import once, one_of, profiles, whole_number
 from simulator.workload import DTYPES, ROLES, Kernel, Kind, Workload, dtype_code
+from simulator.workload_batch import WorkloadBatch
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
@@ -50,7 +50,7 @@ class GemmRecord:
     lower_s: float
     upper_s: float
     roofline_s: float
-    limit: str
+    bottleneck: str
     flop_per_s: float  # FLOPs that are not multiplications by zero, over the time
     peak_flop_per_s: float  # dense datasheet rate
     clock_headroom: float  # highest clock over that of the datasheet's rate
@@ -91,7 +91,7 @@ def gemm_table(
     for hw in profiles(hardware):
         path = {"dtype": dtype, "weight_dtype": weight, "kernel": rows.kernel, "cold": cold}
         time = gemm_time(rows.m, rows.n, rows.k, hw, **path, level=level)  # type: ignore[arg-type]
-        ladder = gemm_ladder(rows.m, rows.n, rows.k, hw, **path)
+        ladder = gemm_steps(rows.m, rows.n, rows.k, hw, **path)
         about: dict[str, Any] = {"hardware": hw.label, "dtype": dtype, "weight_dtype": weight, "cold": cold}
         about |= {"semi_structured": semi_structured, "peak_flop_per_s": hw.peak_flop_per_s(dtype)}
         about |= {"bandwidth_bytes_per_s": hw.bandwidth_bytes_per_s, "clock_headroom": hw.clock_headroom}
@@ -99,7 +99,7 @@ def gemm_table(
         columns |= {"flop_per_s": rows.flops / time.seconds, "intensity": rows.flops / rows.bytes}
         for i, size in enumerate(shapes.tolist()):
             row: dict[str, Any] = {name: float(column[i]) for name, column in columns.items()}
-            row.update(zip("mnk", size), **about, limit=str(time.limits[i]))
+            row.update(zip("mnk", size), **about, bottleneck=str(time.bottlenecks[i]))
             out.append(GemmRecord(**row, ladder_s={step: float(column[i]) for step, column in ladder.items()}))
     return tuple(out)
 
@@ -114,6 +114,6 @@ def gemm_points(workload: Workload, hw: HardwareProfile) -> GemmPoints:
     """
     rows = np.flatnonzero((workload.kind == Kind.GEMM) & (workload.count > 0) & ~workload.overhead)
     chosen = workload.take(rows)
-    p = passes(Stack.of([chosen]), hw)
-    flops, roles = p.stack.flops, tuple(ROLES[code] for code in chosen.role)
-    return GemmPoints(roles, flops / p.stack.bytes, flops / p.row_s, p.share)
+    p = forward_passes(WorkloadBatch.of([chosen]), hw)
+    flops, roles = p.workloads.flops, tuple(ROLES[code] for code in chosen.role)
+    return GemmPoints(roles, flops / p.workloads.bytes, flops / p.row_s, p.share)

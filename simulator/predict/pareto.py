@@ -68,7 +68,7 @@ class Point:
     optimal: bool  # no other point is as fast at no more loss
     sure: bool  # and the interval of its speedup over each point of another family at no more loss lies above 1
     beaten_by: str  # where not optimal: the fastest point at no more loss
-    limit: str
+    bottleneck: str
     calibrated: bool
     source: str
 
@@ -230,9 +230,9 @@ def _below(work: Work, columns: Columns, hw: HardwareProfile, points: Sequence[P
     alone = np.array(independent(points))
     measured = np.array([p.measured for p in points])
     pruned = np.flatnonzero(np.isin(work.choice, columns["choice"]))  # of one request: by choice, as the points
-    stack, dense = work.only(pruned).stack, len(work.requests.workloads)
+    workloads, dense = work.only(pruned).workloads, len(work.requests.workloads)
     _, together, _ = against(
-        stack, hw, [np.full(len(stack), dense + i) for i in range(len(pruned))], work.piece.setting.level
+        workloads, hw, [np.full(len(workloads), dense + i) for i in range(len(pruned))], work.piece.setting.level
     )
     below = np.where(measured[:, None] | measured, alone, together.T[dense:])
     return _nested(below[np.ix_(order, order)])
@@ -274,7 +274,12 @@ def _point(row: QualityRow, record: Record, measured: Sequence[Measured]) -> Poi
     shared["method"] = row.method  # as the source names it; the record is of a family
     known = next((m for m in measured if m.fits(row.sparsity, shared)), None)
     if known:
-        shared |= {"speedup": known.speedup, "speedup_lower": known.lower, "speedup_upper": known.upper, "limit": ""}
+        shared |= {
+            "speedup": known.speedup,
+            "speedup_lower": known.lower,
+            "speedup_upper": known.upper,
+            "bottleneck": "",
+        }
     shared |= {"dense_quality": row.dense, "pruned_quality": row.pruned, "loss": row.relative_loss}
     return Point(**shared, measured=known is not None, optimal=False, sure=False, beaten_by="")
 

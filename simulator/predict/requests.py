@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from simulator.arrays import IndexArray
 from simulator.errors import InputError
-from simulator.kernels.stack import Rows, Stack
 from simulator.pruning import FAMILIES, prune
 from simulator.pruning._methods import Method, load_method
 from simulator.workload import Phase, Workload, role_code
+from simulator.workload_batch import WorkloadBatch
 
 if TYPE_CHECKING:
     from simulator.models.config import ModelConfig
@@ -70,7 +71,7 @@ def prune_all(
     ideal: bool = False,
     options: Mapping[str, Any] | None = None,
     method: str = "",
-) -> tuple[list[tuple[Group, Stack]], tuple[str, ...]]:
+) -> tuple[list[tuple[Group, WorkloadBatch]], tuple[str, ...]]:
     """Requests pruned by a family, some at a time, and why others are refused; arguments as those of
     :func:`simulator.prune`. A published method, where one is named, knows its families and options itself."""
     refused: dict[str, None] = {}
@@ -85,7 +86,7 @@ def prune_all(
 
 def _prune(
     requests: Requests, group: Group, joined: Workload, call: Callable[[Workload], Workload], refused: dict[str, None]
-) -> list[tuple[Group, Stack]]:
+) -> list[tuple[Group, WorkloadBatch]]:
     """A group in one call where that works, else one call a request."""
     try:
         pruned = call(joined)
@@ -97,7 +98,7 @@ def _prune(
         lengths = _lengths(pruned, requests.workloads[0], len(group))
         if lengths is not None:
             sequences = np.array([requests.shapes[i][0] for i in group], dtype=np.intp)
-            return [(group, Stack(pruned, lengths, sequences))]
+            return [(group, WorkloadBatch(pruned, lengths, sequences))]
     return [part for i in group for part in _prune(requests, (i,), requests.workloads[i], call, refused)]
 
 
@@ -109,7 +110,7 @@ def _refusal(call: Callable[[Workload], Workload], dense: Workload) -> str:
     return ""
 
 
-def _lengths(pruned: Workload, dense: Workload, many: int) -> Rows | None:
+def _lengths(pruned: Workload, dense: Workload, many: int) -> IndexArray | None:
     """Rows of each of ``many`` requests: a pass begins with its embedding. None where that does not tell them apart."""
     if many == 1:
         return np.array([len(pruned)])

@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.display import Shown
+from simulator.arrays import FloatArray, IndexArray
+from simulator.cost.forward import refusal
+from simulator.display import Displayed
 from simulator.errors import InputError
-from simulator.kernels.spread import BOUNDS
-from simulator.kernels.stack import F, Rows, Stack, activation_bytes, bytes_needed, cache_bytes
-from simulator.kernels.stream import refusal
 from simulator.models.library import load_model
 from simulator.predict.choices import Choice, Existing, FamilyChoice
 from simulator.predict.compare import Comparison, Pairs, compare, known
@@ -28,6 +27,8 @@ from simulator.predict.gain import gain, gain_html
 from simulator.predict.requests import Group, Requests, prune_all
 from simulator.predict.settings import Setting
 from simulator.pruning import FAMILIES
+from simulator.uncertainty.error_model import BOTTLENECKS
+from simulator.workload_batch import WorkloadBatch, activation_bytes, bytes_needed, cache_bytes
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, repr=False)
-class Record(Shown):
+class Record(Displayed):
     """One prediction with everything that identifies it; the order of the fields is the order of keys in JSON and of
     columns in CSV."""
 
@@ -61,7 +62,7 @@ class Record(Shown):
     flop_bound: float
     byte_bound: float
     roofline_bound: float
-    limit: str
+    bottleneck: str
     tokens_per_s: float | None  # of the pruned model, new ones, on all devices; None where the phase has none
     ttft_s: float | None
     tpot_s: float | None
@@ -72,7 +73,7 @@ class Record(Shown):
     pruned: str  # name of the pruned model, where one exists; "" for a family
     measured_bound: float | None
     efficiency: float
-    limit_share: float
+    bottleneck_share: float
     level: float
     calibrated: bool
     new_tokens: int
@@ -153,66 +154,66 @@ class Work:
     piece: Piece
     requests: Requests
     pairs: Pairs
-    request: Rows
-    choice: Rows
-    asked: F
-    realised: F
+    request: IndexArray
+    choice: IndexArray
+    asked: FloatArray
+    realised: FloatArray
 
     @cached_property
-    def bytes_needed(self) -> F:
+    def bytes_needed(self) -> FloatArray:
         """Of every workload, on the device that holds most."""
-        return bytes_needed(self.pairs.stack)
+        return bytes_needed(self.pairs.workloads)
 
     @cached_property
-    def sequence_bytes(self) -> F:
+    def sequence_bytes(self) -> FloatArray:
         """Of every workload: what one more sequence needs, its cache and, but in a serve, whose prompts go one at a
         time, its activations."""
-        stack = self.pairs.stack
-        assert stack.sequences is not None
-        grows = cache_bytes(stack) + (0.0 if self.piece.phase == "serve" else activation_bytes(stack))
-        return np.asarray(grows / stack.sequences)
+        workloads = self.pairs.workloads
+        assert workloads.sequences is not None
+        grows = cache_bytes(workloads) + (0.0 if self.piece.phase == "serve" else activation_bytes(workloads))
+        return np.asarray(grows / workloads.sequences)
 
-    def only(self, pruned: Rows) -> Pairs:
+    def only(self, pruned: IndexArray) -> Pairs:
         """All the dense workloads and some of the pruned ones."""
-        stack, dense = self.pairs.stack, len(self.requests.workloads)
+        workloads, dense = self.pairs.workloads, len(self.requests.workloads)
         at = np.r_[np.arange(dense), dense + pruned]
-        lengths = stack.lengths[at]
-        rows = np.repeat(stack.starts[at] - (np.cumsum(lengths) - lengths), lengths) + np.arange(int(lengths.sum()))
-        sequences = None if stack.sequences is None else stack.sequences[at]
-        return Pairs(Stack(stack.rows.take(rows), lengths, sequences), self.pairs.dense[at])
+        lengths = workloads.lengths[at]
+        rows = np.repeat(workloads.starts[at] - (np.cumsum(lengths) - lengths), lengths) + np.arange(int(lengths.sum()))
+        sequences = None if workloads.sequences is None else workloads.sequences[at]
+        return Pairs(WorkloadBatch(workloads.rows.take(rows), lengths, sequences), self.pairs.dense[at])
 
 
 def work_of(piece: Piece, refuse: Refuse) -> Work:
     """The workloads of a piece; choices that a family or the engine does not support are refused."""
     requests = Requests.of(load_model(piece.model), piece.setting, piece.phase, piece.shapes)
-    dense, found = Stack.of(requests.workloads), []
+    dense, found = WorkloadBatch.of(requests.workloads), []
     unable = refusal(dense)
     if unable:
         refuse(None, unable, "")
     for i, (chosen, sparsity) in enumerate(piece.choices):
         parts, refused = _parts(piece, requests, chosen, sparsity)
-        lacking = [unable or refusal(stack) for _, stack in parts]
+        lacking = [unable or refusal(workloads) for _, workloads in parts]
         for reason in dict.fromkeys((*refused, *filter(None, lacking))):
             refuse(i, reason, "")
-        found += [(i, group, stack) for (group, stack), reason in zip(parts, lacking) if not reason]
+        found += [(i, group, workloads) for (group, workloads), reason in zip(parts, lacking) if not reason]
     request = np.array([r for _, group, _ in found for r in group], dtype=np.intp)
-    stack = Stack.join([dense, *(stack for _, _, stack in found)])
-    steps, choices = [stack.rows.meta.applied for _, _, stack in found], [piece.choices[i] for i, _, _ in found]
+    workloads = WorkloadBatch.join([dense, *(workloads for _, _, workloads in found)])
+    steps, choices = [workloads.rows.meta.applied for _, _, workloads in found], [piece.choices[i] for i, _, _ in found]
     realised_of = [1.0 - math.prod(1.0 - step.realised for step in each) for each in steps]  # as simulator.Speedup
     asked_of = [share if chosen.method else each[-1].sparsity for (chosen, share), each in zip(choices, steps)]
     of_parts = [i for i, _, _ in found], asked_of, realised_of
     choice, asked, realised = (np.repeat(values, [len(group) for _, group, _ in found]) for values in of_parts)
-    pairs = Pairs(stack, np.r_[np.arange(len(requests.workloads)), request])
+    pairs = Pairs(workloads, np.r_[np.arange(len(requests.workloads)), request])
     return Work(piece, requests, pairs, request, choice.astype(np.intp), asked, realised)
 
 
 def _parts(
     piece: Piece, requests: Requests, chosen: FamilyChoice | Existing, sparsity: Any
-) -> tuple[list[tuple[Group, Stack]], tuple[str, ...]]:
+) -> tuple[list[tuple[Group, WorkloadBatch]], tuple[str, ...]]:
     """Requests by one choice, some at a time, and why others are refused."""
     if isinstance(chosen, Existing):
         pruned = [chosen.pruned(dense, sparsity, piece.setting) for dense in requests.workloads]
-        return [((i,), Stack.of([w])) for i, w in enumerate(pruned)], ()
+        return [((i,), WorkloadBatch.of([w])) for i, w in enumerate(pruned)], ()
     model = load_model(piece.model)
     if not chosen.method and (lacks := FAMILIES[chosen.name].needs) and not getattr(model, lacks):
         return [], (f"{model.name} has no routed {lacks}",)
@@ -248,7 +249,7 @@ def columns_of(work: Work, hardware: Sequence[HardwareProfile], refuse: Refuse) 
         "options": (choice, (f.label for f in families)),
         "method": (choice, (f.method for f in families)),
         "pruned": (choice, (f.title if isinstance(f, Existing) else "" for f in families)),
-        "limit": (timed["limit"], BOUNDS),
+        "bottleneck": (timed["bottleneck"], BOTTLENECKS),
         "model": (0, [load_model(piece.model).name]),
         "engine": (0, [setting.engine_name]),
         "phase": (0, [piece.phase]),
@@ -296,17 +297,17 @@ def empty_columns() -> Columns:
     return {**columns, "choice": np.zeros(0, dtype=np.intp)}
 
 
-def _largest(batch: NDArray[np.int64], capacity: F, need: F, each: F) -> NDArray[np.int64]:
+def _largest(batch: NDArray[np.int64], capacity: FloatArray, need: FloatArray, each: FloatArray) -> NDArray[np.int64]:
     """Sequences that fit, where ``batch`` of them of ``each`` bytes are in what is needed; 0 where not one does."""
     left = np.maximum(capacity - (need - batch * each), 0.0)
     return np.floor(left / np.maximum(each, 1.0) + 1e-9).astype(np.int64)
 
 
-def _compared(work: Work, hw: HardwareProfile, refuse: Refuse) -> Iterator[tuple[Rows, Comparison]]:
+def _compared(work: Work, hw: HardwareProfile, refuse: Refuse) -> Iterator[tuple[IndexArray, Comparison]]:
     """Some of the pruned workloads and their comparison, after those of the dense ones."""
     every, setting = np.arange(len(work.choice)), work.piece.setting
 
-    def compared(some: Rows) -> Comparison:
+    def compared(some: IndexArray) -> Comparison:
         pairs = work.pairs if some is every else work.only(some)
         return compare(pairs, hw, setting.level, setting.dense_s)[0]
 

@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from simulator.arguments import instance, listed
-from simulator.display import Shown, as_plain, bars_html, by_column
-from simulator.kernels.elementwise import elementwise_time
-from simulator.kernels.gemm import gemm_ladder
-from simulator.kernels.spread import BOUNDS
-from simulator.kernels.stack import F, Stack
-from simulator.kernels.stream import Pass, by_formats, passes, section_of
+from simulator.arrays import FloatArray
+from simulator.cost.elementwise import elementwise_time
+from simulator.cost.forward import ForwardPass, by_formats, forward_passes, section_of
+from simulator.cost.gemm import gemm_steps
+from simulator.display import Displayed, as_plain, bars_html, by_column
 from simulator.predict.applied import applied, as_pruned, one_setting
 from simulator.predict.compare import Comparison, Pairs, compare, known
 from simulator.predict.gain import gain, gain_html
+from simulator.uncertainty.error_model import BOTTLENECKS
 from simulator.workload import Kind, Workload
+from simulator.workload_batch import WorkloadBatch
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
@@ -42,7 +43,7 @@ class Step:
     note: str
 
 
-class Waterfall(Shown, tuple[Step, ...]):
+class Waterfall(Displayed, tuple[Step, ...]):
     """The steps from the nominal speedup to the predicted one, in order: a tuple of :class:`Step`."""
 
     def _title(self) -> str:
@@ -61,13 +62,13 @@ class Waterfall(Shown, tuple[Step, ...]):
 
 
 @dataclass(frozen=True, repr=False)
-class Speedup(Shown):
+class Speedup(Displayed):
     """The predicted speedup of a pruned workload over its dense one; times in s, the rest are ratios.
 
     >>> import simulator
     >>> dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="prefill")
     >>> s = simulator.speedup(dense, simulator.prune(dense, "depth", 0.25), simulator.load_hardware("h100"))
-    >>> print(repr(s)[:15], s.to_dict()["limit"])
+    >>> print(repr(s)[:15], s.to_dict()["bottleneck"])
     <Speedup: 1.32x compute
     """
 
@@ -84,8 +85,8 @@ class Speedup(Shown):
     byte_bound: float  # of bytes
     roofline_bound: float  # of summed datasheet rooflines of the operators
     measured_bound: float | None  # of measured dense GEMM times at the two models' shapes, where they were measured
-    limit: str  # what holds most of the pruned time, one of BOUNDS
-    limit_share: float  # and the share it holds
+    bottleneck: str  # what holds most of the pruned time, one of BOUNDS
+    bottleneck_share: float  # and the share it holds
     family: str  # families applied, joined by "+"
     sparsity: float  # asked for
     realised_sparsity: float  # after rounding
@@ -152,7 +153,7 @@ def speedups(
     c, _ = compare(pairs, hw, level, dense_s)
     columns: dict[str, Any] = {f.name: known(getattr(c, f.name)) for f in fields(Comparison)}
     columns |= {"flop_bound": pairs.flop_bound.tolist(), "byte_bound": pairs.byte_bound.tolist()}
-    columns |= {"limit": [BOUNDS[code] for code in columns["limit"]]}
+    columns |= {"bottleneck": [BOTTLENECKS[code] for code in columns["bottleneck"]]}
     out = []
     for i, w in enumerate(pruned, start=1):
         families, asked, realised = applied(dense.meta, as_pruned(dense, w).meta)
@@ -168,7 +169,7 @@ def pairs_of(dense: Workload, pruned: Sequence[Workload]) -> Pairs:
         instance("dense" if w is dense else "pruned", w, Workload, "simulator.lower")
     for w in pruned:
         one_setting(dense, w)
-    return Pairs(Stack.of([dense, *pruned]), np.zeros(1 + len(pruned), dtype=np.intp))
+    return Pairs(WorkloadBatch.of([dense, *pruned]), np.zeros(1 + len(pruned), dtype=np.intp))
 
 
 def speedup(
@@ -221,16 +222,16 @@ def waterfall(dense: Workload, pruned: Workload, hw: HardwareProfile, *, dense_s
     """
     pairs = pairs_of(dense, [pruned])
     _, asked, realised = applied(dense.meta, as_pruned(dense, pruned).meta)
-    stack, p = pairs.stack, passes(pairs.stack, hw)
-    rungs, added = _ladder(p), stack.rows.overhead & (stack.owner > 0)
+    workloads, p = pairs.workloads, forward_passes(pairs.workloads, hw)
+    rungs, added = _ladder(p), workloads.rows.overhead & (workloads.owner > 0)
 
-    def ratio(column: F) -> float:
-        of_dense, of_pruned = stack.total(column)
+    def ratio(column: FloatArray) -> float:
+        of_dense, of_pruned = workloads.total(column)
         return float(of_dense / of_pruned)
 
     values = [
         1.0 / max(1.0 - realised, 1e-9),  # all layers may be gone
-        *(ratio(np.where(added, 0.0, c)) for c in (stack.flops, *rungs.values())),
+        *(ratio(np.where(added, 0.0, c)) for c in (workloads.flops, *rungs.values())),
     ]
     ends = p.total_s if dense_s is None else compare(pairs, hw, dense_s=dense_s)[0].pruned_s
     values += [ratio(rungs["kernel"]), float(p.device_s[0] / p.device_s[1]), float(ends[0] / ends[1])]
@@ -242,22 +243,22 @@ def waterfall(dense: Workload, pruned: Workload, hw: HardwareProfile, *, dense_s
     return Waterfall(steps)
 
 
-def _ladder(p: Pass) -> dict[str, F]:
+def _ladder(p: ForwardPass) -> dict[str, FloatArray]:
     """Seconds of rows as more and more effects are counted; what is no GEMM steps from roofline to kernel at once."""
-    w, ideal = p.stack.rows, p.ideal_s
+    w, ideal = p.workloads.rows, p.ideal_s
     rungs = {name: ideal.copy() for name in ("ideal", "roofline", "tile", "wave", "alignment")}
     rungs["kernel"] = np.maximum(p.row_s - np.minimum(_fixed(p), p.row_s), np.minimum(ideal, p.row_s))
     for rows, dtype, weight in by_formats(w, Kind.GEMM):
         shape = {name: getattr(w, name)[rows] for name in ("m", "n", "k", "kernel", "density", "block")}
-        for name, seconds in gemm_ladder(**shape, hw=p.hw, dtype=dtype, weight_dtype=weight).items():
+        for name, seconds in gemm_steps(**shape, hw=p.hw, dtype=dtype, weight_dtype=weight).items():
             if name in rungs:
                 rungs[name][rows] = seconds * w.count[rows]
     return rungs
 
 
-def _fixed(p: Pass) -> F:
+def _fixed(p: ForwardPass) -> FloatArray:
     """Time of rows that are no GEMM without their work, s: elementwise without bytes, a constant of attention."""
-    w, out = p.stack.rows, np.zeros(len(p.stack.rows))
+    w, out = p.workloads.rows, np.zeros(len(p.workloads.rows))
     for kind in (Kind.ELEMENTWISE, Kind.PREFILL_ATTENTION, Kind.DECODE_ATTENTION):
         for rows, dtype, _ in by_formats(w, kind):
             if kind == Kind.ELEMENTWISE:

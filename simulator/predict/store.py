@@ -93,7 +93,7 @@ class Store:
         waiting: list[Any] = []
         writer: Any = None
         rows = 0
-        with replacing(self.target) as name, contextlib.ExitStack() as stack:
+        with replacing(self.target) as name, contextlib.ExitStack() as workloads:
             for index in range(self.parts):
                 table, own = self._read(index)
                 for reason, at in own.items():
@@ -101,7 +101,7 @@ class Store:
                 table = table.replace_schema_metadata({DIGEST_KEY: self.digest.encode()})
                 if writer is None:
                     writer = parquet.ParquetWriter(name, table.schema, compression="zstd", compression_level=1)
-                    stack.enter_context(writer)
+                    workloads.enter_context(writer)
                 elif table.schema != writer.schema:
                     raise self._damaged(index, "its columns are not those of the parts before it")
                 rows += table.num_rows

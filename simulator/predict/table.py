@@ -14,13 +14,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from simulator.arguments import listed, shown
-from simulator.display import Shown, few, items_html, table_html
+from simulator.cost.forward import forward_passes
+from simulator.display import Displayed, few, items_html, table_html
 from simulator.errors import InputError
-from simulator.kernels.settled import Implied
-from simulator.kernels.stack import Stack, memory
-from simulator.kernels.stream import passes
 from simulator.models.library import load_model
-from simulator.predict.caveats import BETTER, better_than_bound, beyond_measured, fallback, implied_line
+from simulator.predict.caveats import BETTER, better_than_bound, beyond_measured, fallback, inferred_line
 from simulator.predict.choices import Existing, choices_of, found_in
 from simulator.predict.compare import compare
 from simulator.predict.rows import Notes, Piece, Record, columns_of, note, note_lines, records, work_of
@@ -35,6 +33,8 @@ from simulator.predict.settings import (
     settings_of,
 )
 from simulator.predict.speedup import Waterfall, pairs_of, waterfall
+from simulator.uncertainty.intervals import Inferred
+from simulator.workload_batch import WorkloadBatch, memory
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
@@ -44,13 +44,14 @@ if TYPE_CHECKING:
 
 # fmt: off
 SETTING = ("model", "hardware", "engine", "method", "pruned", "family", "phase", "batch", "seq", "dtype")
-PREDICTED = ("sparsity", "dense_s", "pruned_s", "speedup", "speedup_lower", "speedup_upper", "roofline_bound", "limit")
+PREDICTED = ("sparsity", "dense_s", "pruned_s", "speedup", "speedup_lower", "speedup_upper", "roofline_bound",
+             "bottleneck")
 # fmt: on
 """Columns that a notebook shows: those that differ, and always."""
 
 
 @dataclass(frozen=True, repr=False)
-class Table(Shown):
+class Table(Displayed):
     """Predictions; iterates over its records."""
 
     records: tuple[Record, ...]
@@ -78,7 +79,7 @@ class Table(Shown):
 
 
 @dataclass(frozen=True, repr=False)
-class Explanation(Shown):
+class Explanation(Displayed):
     """A prediction, its waterfall, and what it is of."""
 
     record: Record
@@ -86,7 +87,7 @@ class Explanation(Shown):
     dense: Workload = field(repr=False)
     pruned: Workload = field(repr=False)
     hardware: HardwareProfile = field(repr=False)
-    implied: Implied | None = None  # what a measured time of the dense model says
+    inferred: Inferred | None = None  # what a measured time of the dense model says
     dense_s: float | None = None  # that time
 
     def _title(self) -> str:
@@ -98,9 +99,9 @@ class Explanation(Shown):
     @cached_property
     def layer_s(self) -> float:
         """What the host takes to launch a layer of the dense model where it sets the pace of either, s; else 0."""
-        if self.implied is not None and self.implied.believed:
-            return self.implied.layer_s if self.implied.host_bound else 0.0
-        p = passes(Stack.of([self.dense, self.pruned]), self.hardware)
+        if self.inferred is not None and self.inferred.consistent:
+            return self.inferred.layer_s if self.inferred.host_bound else 0.0
+        p = forward_passes(WorkloadBatch.of([self.dense, self.pruned]), self.hardware)
         return float(p.host.layer[0]) if p.host_bound.any() else 0.0
 
     @cached_property
@@ -219,9 +220,9 @@ def table(
         columns = columns_of(work, devices, refuse)
         rows = records(columns)
         for hw in devices:
-            told = implied_by(dense, hw, setting)
+            told = inferred_by(dense, hw, setting)
             if told and setting.dense_s:
-                unfit[implied_line(told, hw.label, setting.dense_s)] = None
+                unfit[inferred_line(told, hw.label, setting.dense_s)] = None
             if stands_in := fallback(hw, dense):
                 unfit[stands_in] = None
         unfit |= dict.fromkeys(_gains(rows, columns["choice"], piece, dense, devices))
@@ -234,7 +235,7 @@ def table(
     return Table(tuple(found), (*lines, *unfit))
 
 
-def implied_by(dense: Workload, hw: HardwareProfile, setting: Setting) -> Implied | None:
+def inferred_by(dense: Workload, hw: HardwareProfile, setting: Setting) -> Inferred | None:
     """What the measured time of a setting says of a device and its host; None where none was measured."""
     if setting.dense_s is None:
         return None
@@ -320,7 +321,7 @@ def explanations(
         for hw, record in zip(devices, records(columns_of(work, devices, refuse))):
             asked = 1.0 - (1.0 - record.sparsity)  # as simulator.Speedup composes it, to the last digit
             steps = waterfall(dense, w, hw, dense_s=setting.dense_s)
-            told = implied_by(dense, hw, setting)
+            told = inferred_by(dense, hw, setting)
             out.append(Explanation(replace(record, sparsity=asked), steps, dense, w, hw, told, setting.dense_s))
             progress(len(out), len(jobs) * len(devices))
     return tuple(out)

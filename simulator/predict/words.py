@@ -72,7 +72,7 @@ def conclusion(e: Explanation) -> str:
     verdict = f"predicted {r.speedup:.2f}x ({r.speedup_lower:.2f}-{r.speedup_upper:.2f})"
     what = f"{r.pruned} ({r.family})" if r.pruned else r.method or r.family
     promise = f"{what} at {percent(r.sparsity)} promises {e.steps[0].speedup:.2f}x"
-    text = f"{host_rules(e)}{promise}, {verdict} on {r.hardware} in {r.engine}, held by {r.limit}"
+    text = f"{host_rules(e)}{promise}, {verdict} on {r.hardware} in {r.engine}, {r.bottleneck}-bound"
     if losses:
         text += ": lost to " + _and([f"{s.name} (x{s.factor:.2f})" for s in losses[:3]])
     elif r.speedup > 1:

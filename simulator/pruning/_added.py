@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from simulator.columns import Array
+from simulator.arrays import Array
 from simulator.pruning._rows import covering, writers
 from simulator.workload import DTYPE_BYTES, Kind, Part, Phase, Workload, dtype_code, role_code
 

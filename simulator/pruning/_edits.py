@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from simulator.columns import Array
+from simulator.arrays import Array
 from simulator.errors import InputError
 from simulator.pruning._family import Choice, Pruned
 from simulator.pruning._rows import biases, parameters_removed, projections, zeros

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from simulator.columns import Array
-from simulator.display import Shown
+from simulator.arrays import Array
+from simulator.display import Displayed
 from simulator.errors import InputError
 from simulator.workload import PHASES, Workload
 
@@ -45,7 +45,7 @@ class Choice:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Family(Shown):
+class Family(Displayed):
     """A way to prune a decoder. ``function(workload, choice, *, ideal, **options)`` gives it its name and options."""
 
     name: str = field(init=False)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from simulator.display import Shown
+from simulator.display import Displayed
 from simulator.errors import InputError, unknown
 from simulator.pruning import FAMILIES, prune
 from simulator.pruning._family import check_fraction
@@ -27,7 +27,7 @@ Form = Callable[[float, Workload], tuple[Any, ...]]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Method(Shown):
+class Method(Displayed):
     """A published method."""
 
     name: str

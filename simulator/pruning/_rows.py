@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from simulator.columns import Array
+from simulator.arrays import Array
 from simulator.pruning._family import PROJECTIONS, WHOLE
 from simulator.workload import Kernel, Kind, Workload
 

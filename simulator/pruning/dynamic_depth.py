@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from simulator.columns import Array
+from simulator.arrays import Array
 from simulator.errors import InputError
 from simulator.pruning._added import (
     Inserted,

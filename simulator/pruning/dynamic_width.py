@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from simulator.columns import Array
+from simulator.arrays import Array
 from simulator.errors import InputError
 from simulator.pruning._added import before_sublayer, insert, overhead_gemm, overheads, stream_bytes, sublayer_ends
 from simulator.pruning._edits import aligned, changed, moved

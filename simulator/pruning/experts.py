@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from simulator.columns import Array
+from simulator.arrays import Array
 from simulator.errors import InputError
 from simulator.pruning._edits import resized, whole_share
 from simulator.pruning._family import Choice, Family, Pruned, one_of

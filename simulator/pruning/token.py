@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from simulator.columns import Array
+from simulator.arrays import Array
 from simulator.errors import InputError
 from simulator.pruning._added import before_sublayer, hidden_at, insert, overheads, sublayer_ends
 from simulator.pruning._edits import changed, merge_runs, moved, split_at, whole_share

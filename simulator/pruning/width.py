@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from simulator.columns import Array
+from simulator.arrays import Array
 from simulator.errors import InputError
 from simulator.pruning._edits import aligned, moved, resized, whole_share
 from simulator.pruning._family import QKV, SUBLAYERS, Choice, Family, Pruned, whole

@@ -12,8 +12,8 @@ from scale import grid
 
 from calibration.fit.gemm import fit_gemm
 from calibration.measurements import load_measurements
+from simulator.cost.gemm import gemm_time
 from simulator.hardware.library import load_hardware
-from simulator.kernels.gemm import gemm_time
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.predict.compare import compare

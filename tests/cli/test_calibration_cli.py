@@ -15,17 +15,17 @@ import pytest
 from calibration.cli.rows import seconds
 from calibration.devices.protocol import LAYER_LAUNCHES, Description
 from calibration.devices.replay import Faults, ReplayDevice, roofline_timings
-from calibration.execute.asked import asked_operators, asked_workloads
-from calibration.execute.runs import DATASHEET, keep_apart
 from calibration.fit.base_profile import MEASURED, base_profile, raised, shipped_name
 from calibration.fit.profile import fit_profile
 from calibration.measure.interrupt import Interrupted
 from calibration.records.parquet import read_records, write_records
 from calibration.records.store import read_store
 from calibration.records.table import Records, Source
+from calibration.runners.runs import DATASHEET, keep_apart
+from calibration.runners.targets import asked_operators, asked_workloads
+from simulator.cost.gemm import gemm_time
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
-from simulator.kernels.gemm import gemm_time
 from simulator.workload import ROLES
 
 H100 = Description("cuda:0", "NVIDIA H100 80GB HBM3 (132 SM)", {"torch": "2.9", "driver": "580"}, 80e9, 50e6)
@@ -122,7 +122,7 @@ def test_fit_then_validate(cli: Any) -> None:
 
 def test_json_has_null_for_what_is_no_number_at_any_depth(monkeypatch: pytest.MonkeyPatch, cli: Any) -> None:
     odd = MappingProxyType({"median": np.float32("nan"), "p95": (float("inf"), np.array([1.0, np.nan]))})
-    monkeypatch.setattr("calibration.judge.scores.part_speedups", lambda part: odd)
+    monkeypatch.setattr("calibration.validation.scores.part_speedups", lambda part: odd)
     table("r.parquet", 30)
     (report,) = cli.json("validate h100 r.parquet")
     assert report["parts"][0]["speedup"] == {"median": None, "p95": [None, [1.0, None]]}
@@ -288,7 +288,7 @@ def test_a_cpu_measures_the_projections_of_its_own_decoder(monkeypatch: pytest.M
         asked.append({ROLES[role] for role in asked_workloads(*args, **options)[0][0].role})
         raise InputError("enough")
 
-    monkeypatch.setattr("calibration.execute.asked.asked_workloads", wanted)
+    monkeypatch.setattr("calibration.runners.targets.asked_workloads", wanted)
     for name in ("cpu", "cuda"):
         cli(f"calibrate {name} -o run --for qwen2.5-0.5b --seq 128", 2)
     assert {"q", "gate"} < asked[0]

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from calibration.execute.quality_results import Results
 from calibration.records.importers import import_table
+from calibration.runners.quality_results import Results
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 

@@ -20,10 +20,10 @@ from calibration.devices.eager_layer import HEAD_DIM, HIDDEN, EagerLayer  # noqa
 from calibration.devices.operators import Arena, build, is_out_of_memory, random_tensor, rotary, rotary_tables  # noqa: E402
 from calibration.devices.protocol import ELEMENTWISE_ROLES, LAYER_LAUNCHES, OPERATORS  # noqa: E402
 from calibration.devices.telemetry import UNKNOWN  # noqa: E402
-from calibration.execute.decoder.routed import routed_attention  # noqa: E402
 from calibration.measure.plan import Rates, in_order  # noqa: E402
 from calibration.measure.run import run  # noqa: E402
 from calibration.measure.timing import Protocol  # noqa: E402
+from calibration.runners.decoder.routed import routed_attention  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 
 

@@ -118,7 +118,7 @@ class Tab:
 
     def open(self, query: str = "") -> Tab:
         self.page.goto(self.url + query)
-        self.settle()
+        self.with_intervals()
         return self
 
     def go(self, query: str = "") -> Tab:
@@ -126,18 +126,18 @@ class Tab:
         another page is open."""
         if self.page.url.startswith(self.url):
             self.page.evaluate(GO, query or "?")
-            self.settle()
+            self.with_intervals()
             return self
         return self.open(query)
 
-    def settle(self) -> None:
+    def with_intervals(self) -> None:
         """Wait until page, figures and map show what the address says."""
         self.page.evaluate(SETTLE)
 
     def fill(self, **values: object) -> None:
         for name, value in values.items():
             self.page.fill(f"#{name}", str(value))
-        self.settle()
+        self.with_intervals()
 
     @property
     def query(self) -> str:
@@ -185,7 +185,7 @@ def check(tab: Tab, state: State) -> None:
     for r in records:
         interval = f"{ratio(r.speedup_lower)} to {ratio(r.speedup_upper)}"
         bounds = map(ratio, (r.flop_bound, r.byte_bound, r.roofline_bound))
-        shown = [ratio(r.speedup), interval, *bounds, seconds(r.pruned_s), r.limit]
+        shown = [ratio(r.speedup), interval, *bounds, seconds(r.pruned_s), r.bottleneck]
         assert rows[label(r.family), percent(r.sparsity), r.hardware] == shown
     for name, chart in {**charts(state, WIDE), "crossover": map_chart(state, WIDE)}.items():
         assert tab.figure(name)["data"] == json.loads(json.dumps(chart["data"])), name

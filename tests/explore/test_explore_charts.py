@@ -241,7 +241,7 @@ def test_the_table_and_its_csv_are_the_records(state: State) -> None:
     for row, r in zip(rows, found.table, strict=True):
         for name in ("speedup [1]", "pruned_s [s]", "dense_memory_bytes [B]"):
             assert float(row[name]) == getattr(r, name.partition(" ")[0])
-        assert row["limit"] == r.limit
+        assert row["bottleneck"] == r.bottleneck
     numbers = {name for name, value in rows[0].items() if re.fullmatch(r"[-+0-9.e]+", value)}
     assert all("[" in name for name in numbers), "a number without a unit"
 

@@ -19,6 +19,7 @@ import simulator
 from simulator.cli import app, run
 from simulator.cli.drawing import draw_rooflines, draw_waterfalls
 from simulator.cli.figures import figures, figures_command
+from simulator.cost.gemm import gemm_time
 from simulator.errors import InputError
 from simulator.figures.crossover import crossover_figure
 from simulator.figures.efficiency import efficiency_figure, number
@@ -35,7 +36,6 @@ from simulator.figures.subject import NothingToDraw, Paper, paper
 from simulator.figures.taxonomy import taxonomy_figure
 from simulator.figures.waterfall import waterfall_figure
 from simulator.hardware.library import load_hardware
-from simulator.kernels.gemm import gemm_time
 from simulator.predict.settings import Setting
 from simulator.predict.table import explanations
 from simulator.pruning import FAMILIES, prune

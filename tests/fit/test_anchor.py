@@ -11,22 +11,22 @@ import numpy as np
 import pytest
 
 from calibration.devices.protocol import LAYER_LAUNCHES, Operator
-from calibration.execute.asked import asked_operators, asked_workloads, operator_of
 from calibration.fit.anchor import Anchored, anchor_profile
 from calibration.fit.predict import HostTime, parts_of, predict
 from calibration.measure.plan import next_rows
 from calibration.records.table import Records, Source
+from calibration.runners.targets import asked_operators, asked_workloads, operator_of
+from simulator.cost.forward import forward_passes
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.save import save_hardware
-from simulator.kernels.settled import cost
-from simulator.kernels.spread import Doubt, Posterior, near
-from simulator.kernels.stream import passes
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.predict.speedup import pairs_of
+from simulator.uncertainty.error_model import Posterior, Uncertainty, correlation
+from simulator.uncertainty.intervals import cost
 
 HW = load_hardware("h100_sxm")
 SOURCE = Source("planted GPU", {"planted": "1"})
@@ -115,12 +115,12 @@ def test_intervals_after_anchoring_cover(size: int) -> None:
     r = Records.concat([gemms(300), attention(150, "prefill"), attention(150, "decode")])
     index, columns = [], []
     for _, _, rows in parts_of(r, HW, {}):
-        doubt = predict(r.select(rows), HW).time.doubt
-        assert doubt is not None
+        uncertainty = predict(r.select(rows), HW).time.uncertainty
+        assert uncertainty is not None
         index.append(rows)
-        columns.append(doubt.columns() | {"kind": np.full(len(rows), doubt.kind)})
+        columns.append(uncertainty.columns() | {"kind": np.full(len(rows), uncertainty.kind)})
     d = {name: np.concatenate([c[name] for c in columns]) for name in columns[0]}
-    alike = near(d["place"], d["place"]) * (d["kind"][:, None] == d["kind"])
+    alike = correlation(d["place"], d["place"]) * (d["kind"][:, None] == d["kind"])
     root = np.linalg.cholesky(alike * np.outer(d["local"], d["local"]) + 1e-9 * np.eye(len(r)))
     inside = []
     for seed in range(12):
@@ -132,8 +132,8 @@ def test_intervals_after_anchoring_cover(size: int) -> None:
         p = Posterior.of(**{name: d[name][seen] for name in d}, log_ratio=y[seen])
         for kind in np.unique(d["kind"]):
             rows = unseen[d["kind"][unseen] == kind]
-            mean, variance = p.at(Doubt.from_columns({n: d[n][rows] for n in d}, int(kind)))
-            inside.append(np.abs(y[rows] - mean) <= p.multiplier * np.sqrt(variance))
+            mean, variance = p.at(Uncertainty.from_columns({n: d[n][rows] for n in d}, int(kind)))
+            inside.append(np.abs(y[rows] - mean) <= p.coverage_factor * np.sqrt(variance))
     assert 0.85 <= np.mean(np.concatenate(inside)) <= 0.96
 
 
@@ -173,9 +173,9 @@ def test_beside_kernels_the_hosts_scatter_is_not_theirs() -> None:
 def test_a_cpus_host_is_taken_for_a_gpu_with_less_weight_and_its_kernels_are_not() -> None:
     cpu = Source("Some CPU (4 threads)", {"torch": "2.9", "threads": "4"})
     here, there = (anchor_profile(HW, host_rows(4e-6, source=source)) for source in (SOURCE, cpu))
-    near, far = HostTime.of(here.profile), HostTime.of(there.profile)
-    assert 4e-6 < near.launch_s < far.launch_s < 10e-6
-    assert near.half < far.half < HostTime.of(HW).half
+    close, far = HostTime.of(here.profile), HostTime.of(there.profile)
+    assert 4e-6 < close.launch_s < far.launch_s < 10e-6
+    assert close.half < far.half < HostTime.of(HW).half
     assert any("timed without a GPU" in note for note in there.notes)
     assert not any("without a GPU" in note for note in here.notes)
     mixed = Records.concat([host_rows(4e-6, source=cpu), gemms(3).replace(sources=(cpu,))])
@@ -230,18 +230,18 @@ def test_what_is_odd_is_said() -> None:
 def test_rows_chosen_for_a_model_narrow_its_speedup_more_than_random_ones() -> None:
     dense, *pruned = asked_workloads("llama-3.1-8b", phases=("decode",))[0]
     pairs = pairs_of(dense, pruned)
-    p = passes(pairs.stack, HW)
+    p = forward_passes(pairs.stack, HW)
     shapes, _ = pairs.stack.shapes
     found: dict[Operator, int] = {}
     for i in range(len(shapes)):
         if (op := operator_of(shapes, i)) is not None:
             found.setdefault(op, i)
     at = np.array(list(found.values()))
-    assert p.each.doubt is not None
-    rows = {name: c[at] for name, c in p.each.doubt.columns().items()} | {"kind": shapes.kind[at]}
-    covariance = p.doubt.covariance(rows["shared"], rows["local"], rows["place"], rows["kind"])
+    assert p.each.uncertainty is not None
+    rows = {name: c[at] for name, c in p.each.uncertainty.columns().items()} | {"kind": shapes.kind[at]}
+    covariance = p.uncertainty.covariance(rows["shared"], rows["local"], rows["place"], rows["kind"])
     targets = (covariance[pairs.dense] - covariance)[1:]
-    alike = near(rows["place"], rows["place"]) * np.outer(rows["local"], rows["local"])
+    alike = correlation(rows["place"], rows["place"]) * np.outer(rows["local"], rows["local"])
     common = rows["shared"] @ rows["shared"].T + alike * (rows["kind"][:, None] == rows["kind"]) + np.diag(rows["own"])
 
     def told(chosen: Any) -> float:

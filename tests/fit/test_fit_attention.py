@@ -12,15 +12,15 @@ import pytest
 
 from calibration.fit.attention import REGISTRY, MeasuredCalls, fit_attention
 from calibration.fit.residual import Stiffness, fit_lattice
-from calibration.judge.accuracy import Table
-from calibration.judge.protocol import evaluate_table
 from calibration.measurements.wheel import datasheet
+from calibration.validation.accuracy import Table
+from calibration.validation.protocol import evaluate_table
+from simulator.cost.attention import decode_attention_time, prefill_attention_time
+from simulator.cost.gemm_model import Machine
+from simulator.cost.residual_grid import ResidualGrid
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
-from simulator.kernels.attention import decode_attention_time, prefill_attention_time
-from simulator.kernels.gemm_core import Machine
-from simulator.kernels.lattice import Lattice
-from simulator.kernels.spread import OpTime
+from simulator.uncertainty.error_model import OperatorTimes
 
 HW, A100 = load_hardware("h100_sxm"), datasheet("a100_sxm_80gb")
 DEVICE = Machine.of(HW)
@@ -75,7 +75,7 @@ def test_planted_constants_are_recovered_and_a_profile_predicts_what_the_fit_doe
     assert fit.section.accuracy["mape"] < 0.03
     assert fit.section.accuracy["core_mape"] < 0.03
     assert {pair for pair in fit.correlations if "t0_s" in pair}
-    expected = c.predict(fit.constants.values, Lattice.from_arrays(fit.section.arrays))
+    expected = c.predict(fit.constants.values, ResidualGrid.from_arrays(fit.section.arrays))
     time = shown(c, fit, cold=False)
     assert np.median(np.abs(time / expected - 1.0)) < 1e-12
     assert np.all(time >= expected * (1 - 1e-12))  # the floors of physics may only raise it
@@ -146,11 +146,11 @@ def test_lattice_fit_follows_a_smooth_residual_between_its_points(rows: int) -> 
 
     rng = np.random.default_rng(2)
     place, other = rng.uniform(0, 6, (3, rows)), rng.uniform(0.5, 5.5, (3, 500))
-    blank = Lattice((0.0,) * 3, (1.0,) * 3, np.zeros((7, 7, 28)))
+    blank = ResidualGrid((0.0,) * 3, (1.0,) * 3, np.zeros((7, 7, 28)))
     noisy = truth(*place) + 0.01 * rng.normal(size=rows)
     noisy[::50] += 3.0  # outliers weigh little
-    lattice = fit_lattice(blank, place, noisy, Stiffness(0.02, (0.05, 0.05, 0.03), 0.02), rounds=4)
-    assert np.sqrt(np.mean((lattice(other) - truth(*other)) ** 2)) < (0.012 if rows == 3000 else 0.02)
+    residual_grid = fit_lattice(blank, place, noisy, Stiffness(0.02, (0.05, 0.05, 0.03), 0.02), rounds=4)
+    assert np.sqrt(np.mean((residual_grid(other) - truth(*other)) ** 2)) < (0.012 if rows == 3000 else 0.02)
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
@@ -180,7 +180,7 @@ def kernels(rows: int) -> MeasuredCalls:
     return replace(c, seconds=seconds)
 
 
-def timed_by(hw: HardwareProfile, c: MeasuredCalls, **options: Any) -> OpTime:
+def timed_by(hw: HardwareProfile, c: MeasuredCalls, **options: Any) -> OperatorTimes:
     if c.phase == "prefill":
         return prefill_attention_time(c.batch, c.q_len, c.kv_len, c.heads, c.kv_heads, c.head_dim, hw, **options)
     sizes = c.batch, c.kv_len, c.heads, c.kv_heads, c.head_dim

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from calibration.fit.attention import REGISTRY, MeasuredCalls, fit_attention
-from calibration.judge.accuracy import Table
-from calibration.judge.protocol import evaluate_table
+from calibration.validation.accuracy import Table
+from calibration.validation.protocol import evaluate_table
+from simulator.cost.attention import decode_attention_time
+from simulator.cost.gemm_model import Machine
 from simulator.hardware.library import load_hardware
-from simulator.kernels.attention import decode_attention_time
-from simulator.kernels.gemm_core import Machine
 
 HW = load_hardware("a100_sxm_80gb")
 

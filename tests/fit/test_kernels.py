@@ -12,18 +12,18 @@ from calibration.devices.protocol import Operator
 from calibration.devices.replay import ReplayDevice
 from calibration.fit.predict import predict
 from calibration.fit.profile import ProfileFit, fit_profile
-from calibration.judge.report import markdown
-from calibration.judge.validate import validate
 from calibration.measure.plan import Rates, in_order
 from calibration.measure.run import run
 from calibration.records.lines import records_of, shape_of
 from calibration.records.store import Header
 from calibration.records.table import Records, Source
+from calibration.validation.report import markdown
+from calibration.validation.validate import validate
+from simulator.cost.elementwise import elementwise_time
+from simulator.cost.gemm import BLOCK_SPARSE, GROUPS_K, GROUPS_N, gemm_time
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import Fitted, HardwareProfile
-from simulator.kernels.elementwise import elementwise_time
-from simulator.kernels.gemm import BLOCK_SPARSE, GROUPS_K, GROUPS_N, gemm_time
 
 HW = load_hardware("h100_sxm")
 SOURCE = Source("planted GPU", {"planted": "1"}, method="planted", origin="test", date="2026-01-01")

@@ -27,11 +27,11 @@ from mutate import PART_EDITS, TEXTS, Edit, edit_bytes, edit_parts, pq, seldom
 
 import simulator
 from calibration.devices.replay import open_named
-from calibration.execute.quality_results import Results
 from calibration.records.importers import import_table
 from calibration.records.lines import content_records, untimed
 from calibration.records.parquet import read_records, write_records
 from calibration.records.store import merge, read_store
+from calibration.runners.quality_results import Results
 from simulator.engines import engine as engines
 from simulator.errors import InputError
 from simulator.explore.answer import answer

@@ -10,12 +10,12 @@ import pytest
 from model_shapes import PUBLISHED, layer_tensors
 
 from simulator.errors import InputError
-from simulator.kernels.stack import Stack, cache_bytes
 from simulator.models.config import Block, Latent
 from simulator.models.huggingface import from_hf_config
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.workload import ROLES, Kind, Workload
+from simulator.workload_batch import WorkloadBatch, cache_bytes
 
 SHAPE = {"hidden_size": 768, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 100}
 LLAMA = {"intermediate_size": 1024, "num_key_value_heads": 2, **SHAPE}
@@ -79,7 +79,7 @@ def test_latent_attention_of_deepseek() -> None:
     queries = 61 * batch * 128 * (576 + 512) * 2  # in and out, of every head
     assert attention.bytes.sum() == 61 * 576 * 2 * (seq + 1) * batch + queries
     assert attention.flops.sum() == 61 * 2 * batch * 128 * (576 + 512) * (seq + 1)
-    assert cache_bytes(Stack.of([w])).tolist() == [61 * 576 * 2 * (seq + 1) * batch]
+    assert cache_bytes(WorkloadBatch.of([w])).tolist() == [61 * 576 * 2 * (seq + 1) * batch]
     first = w.take(w.layer == 0)
     shapes = {ROLES[r]: (int(n), int(k)) for r, n, k in zip(first.role, first.n, first.k) if k}
     latent = {"qkv_a": (1536 + 576, 7168), "q_b": (128 * 192, 1536), "absorb_k": (128 * 512, 128)}
@@ -90,11 +90,11 @@ def test_latent_attention_of_deepseek() -> None:
     assert attention.flops.sum() == 61 * 2 * batch * 128 * (192 + 128) * seq * (seq + 1) / 2
     # Transformers caches the keys and values of every head
     eager = lower(model, phase="decode", batch=batch, seq=seq, engine="hf")
-    assert cache_bytes(Stack.of([eager])).tolist() == [61 * 128 * (192 + 128) * 2 * (seq + 1) * batch]
+    assert cache_bytes(WorkloadBatch.of([eager])).tolist() == [61 * 128 * (192 + 128) * 2 * (seq + 1) * batch]
     assert eager.is_role("kv_b").any()
     # every device keeps the latent whole
     part = lower(model, phase="decode", batch=batch, seq=seq, devices=8, parallel="expert")
-    assert cache_bytes(Stack.of([part])).tolist() == [61 * 576 * 2 * (seq + 1) * batch]
+    assert cache_bytes(WorkloadBatch.of([part])).tolist() == [61 * 576 * 2 * (seq + 1) * batch]
     assert (part.n[part.is_role("q_b")] == 16 * 192).all()
 
 
@@ -123,7 +123,7 @@ def test_nemotron_super_keeps_no_cache_where_it_has_no_attention() -> None:
     model = load_model("nemotron-super-49b")
     w = lower(model, phase="decode", batch=1, seq=99)
     assert w.count[w.is_role("attention")].sum() == 49
-    assert cache_bytes(Stack.of([w])).tolist() == [49 * 2 * 8 * 128 * 2 * 100]
+    assert cache_bytes(WorkloadBatch.of([w])).tolist() == [49 * 2 * 8 * 128 * 2 * 100]
     assert w.parameters == 49_867_145_216
 
 

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from model_shapes import PUBLISHED
 
 import simulator
+from simulator.cost.forward import forward_passes
 from simulator.engines.engine import list_engines
 from simulator.errors import InputError
-from simulator.kernels.stack import Stack, activation_bytes, cache_bytes, memory, weights_bytes
-from simulator.kernels.stream import passes
 from simulator.models import lower as lowering
 from simulator.models.library import list_models, load_model
 from simulator.pruning import FAMILIES, prune
 from simulator.workload import Kind, Phase, Workload
+from simulator.workload_batch import WorkloadBatch, activation_bytes, cache_bytes, memory, weights_bytes
 
 lower = partial(lowering.lower, engine="")
 FULL = [name for name in list_models() if not any(load_model(name).windows)]
@@ -61,7 +61,7 @@ def test_a_serve_is_a_prefill_of_each_and_decodes_of_all_at_mean_length(
 def test_parameters_are_counted_once(name: str, engine: str) -> None:
     w = serve(name, batch=7, engine=engine, weight_dtype="bf16")
     assert w.parameters == pytest.approx(PUBLISHED[name].parameters, rel=1e-12)
-    assert weights_bytes(Stack.of([w]))[0] == pytest.approx(2 * PUBLISHED[name].parameters, rel=1e-12)
+    assert weights_bytes(WorkloadBatch.of([w]))[0] == pytest.approx(2 * PUBLISHED[name].parameters, rel=1e-12)
     assert not (w.params * w.count)[w.phase == Phase.DECODE].any()
 
 
@@ -69,13 +69,15 @@ def test_parameters_are_counted_once(name: str, engine: str) -> None:
 @pytest.mark.parametrize(("batch", "seq", "steps"), [(1, 64, 1), (32, 2000, 301), (64, 5000, 200)])
 def test_memory_is_a_generate_s_within_the_mean_length(name: str, batch: int, seq: int, steps: int) -> None:
     options: dict[str, Any] = {"batch": batch, "seq": seq, "new_tokens": steps}
-    here, there = (Stack.of([lower(load_model(name), phase=phase, **options)]) for phase in ("serve", "generate"))
+    here, there = (
+        WorkloadBatch.of([lower(load_model(name), phase=phase, **options)]) for phase in ("serve", "generate")
+    )
     assert weights_bytes(here)[0] == pytest.approx(weights_bytes(there)[0], rel=1e-12)
     # caches are half grown on average; one prompt is computed at a time
     grown = (seq + (steps + 1) // 2) / (seq + steps)
     assert grown * cache_bytes(there)[0] <= cache_bytes(here)[0] * (1 + 1e-12)
     assert cache_bytes(here)[0] <= cache_bytes(there)[0]
-    alone = Stack.of([lower(load_model(name), phase="prefill", batch=1, seq=seq)])
+    alone = WorkloadBatch.of([lower(load_model(name), phase="prefill", batch=1, seq=seq)])
     assert activation_bytes(alone)[0] <= activation_bytes(here)[0] <= activation_bytes(there)[0]
 
 
@@ -163,14 +165,14 @@ def test_weights_of_a_pruned_serve_are_those_of_a_pruned_decode(family: str) -> 
     for name in ("llama-3.1-8b", "opt-13b"):
         here = prune(serve(name, batch=9), family, 0.5, ideal=True)
         there = prune(lower(load_model(name), phase="decode", batch=9, seq=500), family, 0.5, ideal=True)
-        ours, theirs = (weights_bytes(Stack.of([w]))[0] for w in (here, there))
+        ours, theirs = (weights_bytes(WorkloadBatch.of([w]))[0] for w in (here, there))
         assert ours == pytest.approx(theirs, rel=2e-4 if family == "dynamic_depth" else 1e-9)
 
 
 def test_a_serve_takes_the_time_of_its_parts() -> None:
     hw, batch, steps = simulator.load_hardware("h100"), 24, 65
     for engine in ("", "reference", "trtllm"):
-        whole = passes(Stack.of([serve(batch=batch, seq=700, steps=steps, engine=engine)]), hw)
+        whole = forward_passes(WorkloadBatch.of([serve(batch=batch, seq=700, steps=steps, engine=engine)]), hw)
         model = load_model("llama-3.1-8b")
         prefill = simulator.cost(lower(model, phase="prefill", seq=700, engine=engine), hw).total_s
         decode = simulator.cost(lower(model, phase="decode", batch=batch, seq=732, engine=engine), hw).total_s

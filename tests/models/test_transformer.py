@@ -16,15 +16,15 @@ from model_shapes import PUBLISHED, pass_flops
 from simulator.engines.engine import list_engines
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
-from simulator.kernels.settled import cost
-from simulator.kernels.stack import memory
 from simulator.models import lower as lowering
 from simulator.models.config import ModelConfig
 from simulator.models.huggingface import from_hf_config
 from simulator.models.library import list_models, load_model
 from simulator.predict.speedup import speedup
 from simulator.pruning import prune
+from simulator.uncertainty.intervals import cost
 from simulator.workload import DTYPES, PHASES, ROLES, Kind, Meta, Part, Phase, Workload
+from simulator.workload_batch import memory
 
 lower = partial(lowering.lower, engine="")  # bare kernels: a GEMM a projection, logits of the last position
 FUSED = {"engine": "vllm"}

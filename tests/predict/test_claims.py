@@ -118,10 +118,10 @@ def test_bound_on_every_device_and_engine() -> None:
         assert [s for s, _ in v.margins] == list(SPARSITIES)
         assert v.predicted == (HOLDS if v.margin >= 0 else FAILS)
         assert v.hangs_on.startswith("depth against ")
-        expected = decided(v.margin) if v.limit == "memory" else NOT_APPLICABLE
+        expected = decided(v.margin) if v.bottleneck == "memory" else NOT_APPLICABLE
         assert (v.verdict, bool(v.needed)) == (expected, expected == UNDECIDED)
-    assert bound["h100_sxm", "hf", "decode"].limit == "host"  # where no pruning of kernels is a memory-bound one
-    assert bound["h100_sxm", "vllm", "prefill"].limit == "compute"
+    assert bound["h100_sxm", "hf", "decode"].bottleneck == "host"  # where no pruning of kernels is a memory-bound one
+    assert bound["h100_sxm", "vllm", "prefill"].bottleneck == "compute"
 
 
 def test_bound_is_clearer_with_more_layers_gone_and_with_less_asked_of_the_interval() -> None:

@@ -78,7 +78,7 @@ def test_every_place_is_reached_and_rows_are_the_ordinary_prediction(everywhere:
         assert (c.speedup, c.pruned_s) == pytest.approx((s.speedup, s.pruned_s), rel=1e-9)
         assert (c.speedup_lower, c.speedup_upper) == pytest.approx((s.lower, s.upper), rel=1e-9)
         assert c.speedup >= 1.4
-        assert c.odds >= 0.5
+        assert c.probability >= 0.5
         assert (c.parameters, c.kept) == (new.parameters, new.parameters / model.parameters)
         assert c.inner % 128 == c.hidden % 128 == 0
         assert c.heads == 3 * c.kv_heads
@@ -102,23 +102,23 @@ def test_odds_are_those_of_the_interval() -> None:
         draws = np.random.default_rng(7).normal(size=200_000)
         truth = 1.5 * np.exp(np.where(draws < 0, 0.1, 0.2) * draws)
         for target in (1.2, 1.4, 1.5, 1.7, 2.2):
-            odds = odds_of(target, 1.5, float(lower), float(upper), level)
-            assert odds == pytest.approx(float((truth >= target).mean()), abs=4e-3)
+            probability = odds_of(target, 1.5, float(lower), float(upper), level)
+            assert probability == pytest.approx(float((truth >= target).mean()), abs=4e-3)
     assert [odds_of(t, 1.5, 1.5, 1.5) for t in (1.4, 1.5, 1.6)] == [1.0, 1.0, 0.0]
 
 
-@pytest.mark.parametrize("odds", [0.3, 0.9])
-def test_odds_asked_for_are_kept(odds: float) -> None:
+@pytest.mark.parametrize("probability", [0.3, 0.9])
+def test_odds_asked_for_are_kept(probability: float) -> None:
     asked = {"family": ["depth", "width"], "engine": ["vllm"]}
     usual = advise("llama-3.2-3b", ["h100"], 1.4, ["decode"], **asked).configurations  # type: ignore[arg-type]
-    found = advise("llama-3.2-3b", ["h100"], 1.4, ["decode"], odds=odds, **asked).configurations  # type: ignore[arg-type]
+    found = advise("llama-3.2-3b", ["h100"], 1.4, ["decode"], probability=probability, **asked).configurations  # type: ignore[arg-type]
     kept = {c.configuration: c.kept for c in usual}
     assert found
     for c in found:
-        assert c.odds >= odds
-        assert (c.kept < kept[c.configuration]) == (odds > 0.5)
+        assert c.probability >= probability
+        assert (c.kept < kept[c.configuration]) == (probability > 0.5)
     with pytest.raises(InputError, match="odds 1: expected a number between 0 and 1"):
-        advise("llama-3.2-3b", ["h100"], 1.4, odds=1.0)
+        advise("llama-3.2-3b", ["h100"], 1.4, probability=1.0)
 
 
 def test_a_time_and_a_throughput_are_targets() -> None:
@@ -175,7 +175,7 @@ def test_written_configurations_are_predicted_as_they_say(
         request = {"phase": r["phase"], "batch": r["batch"], "seq": r["seq"], "engine": r["engine"]}
         s = speedup(lower(dense, **request), lower(new, **request), load_hardware(r["hardware"]))
         assert r["speedup"] == pytest.approx(s.speedup, rel=1e-9)
-        assert r["odds"] == pytest.approx(odds_of(1.5, s.speedup, s.lower, s.upper), abs=1e-9)
+        assert r["probability"] == pytest.approx(odds_of(1.5, s.speedup, s.lower, s.upper), abs=1e-9)
         assert r["parameters"] == new.parameters
         assert r["config"].items() <= json.loads(Path("out", r["configuration"], "config.json").read_text()).items()
     assert {p.name for p in Path("out").iterdir()} == {r["configuration"] for r in found}

@@ -13,22 +13,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import simulator
-from simulator.kernels.stack import F, Stack
+from simulator.arrays import FloatArray
 from simulator.predict.choices import choices_of
 from simulator.predict.compare import Pairs, against, compare
 from simulator.predict.contests import CLOSE, Contests, contests_of, in_order
 from simulator.predict.pareto import frontier, margins
 from simulator.predict.rows import Piece, work_of
 from simulator.predict.settings import Setting
+from simulator.workload_batch import WorkloadBatch
 
 ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = ("depth", "width", "dynamic_depth", "low_rank")
 
 
-def stack_of(engine: str, *pruned: tuple[str, float]) -> Stack:
+def stack_of(engine: str, *pruned: tuple[str, float]) -> WorkloadBatch:
     """A dense decode and its pruned versions."""
     dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="decode", batch=1, seq=1024, engine=engine)
-    return Stack.of([dense, *(simulator.prune(dense, family, sparsity=s) for family, s in pruned)])
+    return WorkloadBatch.of([dense, *(simulator.prune(dense, family, sparsity=s) for family, s in pruned)])
 
 
 def refused(_choice: int | None, reason: str, _device: str) -> None:
@@ -37,10 +38,10 @@ def refused(_choice: int | None, reason: str, _device: str) -> None:
 
 @pytest.mark.parametrize("engine", ["reference", "vllm", "hf"])
 def test_against_the_dense_model_is_the_speedup_and_turned_round_the_interval_is(engine: str) -> None:
-    stack, hw = stack_of(engine, *((family, 0.25) for family in FAMILIES)), simulator.load_hardware("a100")
-    c, _ = compare(Pairs(stack, np.zeros(len(stack), dtype=np.intp)), hw)
-    others = [np.full(len(stack), i) for i in range(len(stack))]
-    log, below, above = against(stack, hw, others)
+    workloads, hw = stack_of(engine, *((family, 0.25) for family in FAMILIES)), simulator.load_hardware("a100")
+    c, _ = compare(Pairs(workloads, np.zeros(len(workloads), dtype=np.intp)), hw)
+    others = [np.full(len(workloads), i) for i in range(len(workloads))]
+    log, below, above = against(workloads, hw, others)
     np.testing.assert_allclose(log[0], np.log(c.speedup), atol=1e-12)
     np.testing.assert_allclose(log[0] - below[0], np.log(c.lower), atol=1e-12)
     np.testing.assert_allclose(log[0] + above[0], np.log(c.upper), atol=1e-12)
@@ -51,8 +52,8 @@ def test_against_the_dense_model_is_the_speedup_and_turned_round_the_interval_is
 
 def test_what_two_pruned_models_have_in_common_cancels() -> None:
     """Under a scheduler that no pruning touches both speedups are unsure together."""
-    stack, hw = stack_of("vllm", ("depth", 0.5), ("width", 0.5)), simulator.load_hardware("h100")
-    _, below, above = against(stack, hw, [np.zeros(3, dtype=np.intp), np.array([0, 1, 1])])
+    workloads, hw = stack_of("vllm", ("depth", 0.5), ("width", 0.5)), simulator.load_hardware("h100")
+    _, below, above = against(workloads, hw, [np.zeros(3, dtype=np.intp), np.array([0, 1, 1])])
     assert max(below[1, 2], above[1, 2]) < 0.7 * np.hypot(below[0, 1], above[0, 2])
 
 
@@ -107,7 +108,7 @@ points = st.lists(
 ).filter(lambda found: any(group >= 0 for _, group, _ in found))  # fmt: skip
 
 
-def along(loss: F, group: F, log: F) -> bool:
+def along(loss: FloatArray, group: FloatArray, log: FloatArray) -> bool:
     """Whether groups come in order, each of them, along a frontier: by the rule on arrays."""
     mask = frontier(loss, log)
     found = [g for g in group[mask][np.argsort(loss[mask])] if g >= 0]

@@ -86,7 +86,7 @@ def test_published_values_spot_checked() -> None:
 
 
 def test_provenance_counts_every_row(shared_data: Path) -> None:
-    from calibration.judge.published_quality import clean
+    from calibration.validation.published_quality import clean
 
     source = shared_data / "pruning_quality.csv"
     table, refused = clean(source)

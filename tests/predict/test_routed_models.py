@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 import simulator
+from simulator.cost.host import launches
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
-from simulator.kernels.host import launches
-from simulator.kernels.stack import Stack
 from simulator.predict.table import table
 from simulator.routing import experts_touched
 from simulator.workload import Kind, Workload
+from simulator.workload_batch import WorkloadBatch
 
 H200 = simulator.load_hardware("h200_sxm")
 FP8 = {"dtype": "fp8", "weight_dtype": "fp8_block", "engine": "sglang"}
@@ -88,16 +88,16 @@ def test_fewer_experts_are_worth_what_is_no_longer_read() -> None:
 
 def test_transformers_launches_each_expert_that_is_used() -> None:
     w, engine = lowered("qwen3-30b-a3b", devices=1, batch=4, engine="hf", skew=0), load_engine("hf")
-    stack = Stack.of([w])
-    row = np.flatnonzero(stack.groups.kind == Kind.EXPERTS)
+    workloads = WorkloadBatch.of([w])
+    row = np.flatnonzero(workloads.groups.kind == Kind.EXPERTS)
     used = float(experts_touched(4, 128, 8))
-    assert launches(stack, engine)[0, row] == pytest.approx(48 * used * engine.launches["experts"])
-    assert launches(stack, load_engine("vllm"))[0, row] == 48
+    assert launches(workloads, engine)[0, row] == pytest.approx(48 * used * engine.launches["experts"])
+    assert launches(workloads, load_engine("vllm"))[0, row] == 48
     assert simulator.cost(w, H200).host_bound
 
 
 def test_latent_and_plain_attention_are_timed_in_one_stack() -> None:
     plain, latent = lowered("qwen3-30b-a3b", devices=1), lowered("deepseek-v2-lite", devices=1)
-    both = simulator.kernels.stream.passes(Stack.of([plain, latent]), H200)
+    both = simulator.cost.forward.passes(WorkloadBatch.of([plain, latent]), H200)
     alone = [simulator.cost(w, H200).device_s for w in (plain, latent)]
     assert both.device_s == pytest.approx(alone)

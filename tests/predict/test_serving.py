@@ -13,7 +13,6 @@ import pytest
 import simulator
 from simulator.engines.engine import list_engines, load_engine
 from simulator.errors import InputError
-from simulator.kernels.stack import memory
 from simulator.predict.advise import advise
 from simulator.predict.grid import Grid
 from simulator.predict.rows import Record
@@ -22,6 +21,7 @@ from simulator.predict.speedup import speedup, waterfall
 from simulator.predict.sweep import digest, sweep_columns
 from simulator.predict.table import Table, explanations
 from simulator.pruning import prune
+from simulator.workload_batch import memory
 
 FAMILIES = ["depth", "width", "token", "kv_cache", "dynamic_depth", "low_rank"]
 

@@ -219,7 +219,7 @@ def test_an_odd_width_is_slower_than_its_aligned_neighbour_and_the_waterfall_say
 def test_eager_decode_gains_by_depth_not_by_width() -> None:
     small: dict[str, Any] = {"engine": "hf", "phase": "decode", "seq": 256}
     depth, width = (against_dense("h100", family, **small) for family in ("depth", "width"))
-    assert depth.limit == width.limit == "host"
+    assert depth.bottleneck == width.bottleneck == "host"
     assert width.speedup == pytest.approx(1.0, abs=0.02)
     assert depth.speedup > 1.25
 
@@ -238,4 +238,4 @@ def test_many_speedups_at_once_equal_each_alone() -> None:
         alone = speedup(dense, w, hw)
         got = [together.speedup, together.lower, together.upper, together.roofline_bound]
         np.testing.assert_allclose(got, [alone.speedup, alone.lower, alone.upper, alone.roofline_bound], rtol=1e-12)
-        assert together.limit == alone.limit
+        assert together.bottleneck == alone.bottleneck

@@ -55,7 +55,11 @@ def test_records_are_the_single_predictions_in_order() -> None:
         assert r.speedup_lower == pytest.approx(single.lower, rel=1e-12)
         assert r.roofline_bound == pytest.approx(single.roofline_bound, rel=1e-12)
         assert r.efficiency == pytest.approx(single.efficiency, rel=1e-12)
-        assert (r.realised_sparsity, r.limit, r.measured_bound) == (single.realised_sparsity, single.limit, None)
+        assert (r.realised_sparsity, r.bottleneck, r.measured_bound) == (
+            single.realised_sparsity,
+            single.bottleneck,
+            None,
+        )
 
 
 def test_names_that_mean_the_same_count_once() -> None:
@@ -169,7 +173,7 @@ def test_pruning_together_equals_one_by_one(family: str, phase: str, model: str,
     requests = Requests.of(load_model(model), setting, phase, shapes)
     for sparsity in (0.0, 0.3, 0.5, 0.9):
         parts, refused = prune_all(requests, family, sparsity)
-        together = {i: (stack, j) for group, stack in parts for j, i in enumerate(group)}
+        together = {i: (workloads, j) for group, workloads in parts for j, i in enumerate(group)}
         for i, dense in enumerate(requests.workloads):
             try:
                 one = prune(dense, family, sparsity)
@@ -177,15 +181,15 @@ def test_pruning_together_equals_one_by_one(family: str, phase: str, model: str,
                 assert i not in together
                 assert refused
                 continue
-            stack, j = together[i]
-            at = stack.starts[j] + np.arange(stack.lengths[j])
+            workloads, j = together[i]
+            at = workloads.starts[j] + np.arange(workloads.lengths[j])
             assert len(one) == len(at)
             for name in Workload.SCHEMA:
-                got, wanted = getattr(stack.rows, name)[at], getattr(one, name)
+                got, wanted = getattr(workloads.rows, name)[at], getattr(one, name)
                 np.testing.assert_allclose(got, wanted, rtol=1e-12, err_msg=name)
             applied = one.meta.applied[-1]
-            assert stack.rows.meta.applied[-1].sparsity == applied.sparsity
-            assert stack.rows.meta.applied[-1].realised == pytest.approx(applied.realised, abs=1e-12)
+            assert workloads.rows.meta.applied[-1].sparsity == applied.sparsity
+            assert workloads.rows.meta.applied[-1].realised == pytest.approx(applied.realised, abs=1e-12)
 
 
 def test_gemm_table_is_the_product() -> None:

@@ -419,9 +419,9 @@ def test_what_no_run_can_beat() -> None:
 
 def test_a_time_on_the_limit_passes_and_one_well_below_does_not() -> None:
     for shape in ({"m": 8192, "n": 8192, "k": 8192}, {"m": 1, "n": 16384, "k": 16384}):
-        limit = float(np.maximum(*least_seconds(one(**shape), H100))[0])
-        assert not np.any(too_fast(one(**shape, seconds=limit), H100))
-        assert np.any(too_fast(one(**shape, seconds=limit * 0.95), H100))
+        bottleneck = float(np.maximum(*least_seconds(one(**shape), H100))[0])
+        assert not np.any(too_fast(one(**shape, seconds=bottleneck), H100))
+        assert np.any(too_fast(one(**shape, seconds=bottleneck * 0.95), H100))
 
 
 def test_a_row_is_refused_once_for_the_first_reason() -> None:

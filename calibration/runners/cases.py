@@ -1,0 +1,162 @@
+"""What :mod:`calibration.runners.compare` and :mod:`calibration.runners.upper_bound` share: cases, what a profile
+predicts for them, and the profile itself."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from calibration.devices.protocol import Device
+from calibration.fit.base_profile import base_profile
+from calibration.runners.runs import DATASHEET, PROFILE, check_folder
+from simulator.errors import InputError
+from simulator.hardware.library import list_hardware, load_hardware
+from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.save import save_hardware
+from simulator.models.config import ModelConfig
+from simulator.models.library import load_model
+from simulator.predict.choices import families as family_names
+from simulator.predict.settings import Setting, check_fraction, once, one_of, whole_number
+from simulator.predict.speedup import Speedup, pairs_of, speedups
+from simulator.pruning import prune
+from simulator.workload import PHASES, Workload
+
+
+@dataclass(frozen=True)
+class CaseRow:
+    """What the tables of both commands begin with; the order of fields is that of columns."""
+
+    model: str
+    device: str
+    hardware: str
+    family: str
+    sparsity: float
+    realised_sparsity: float
+    phase: str
+    batch: int
+    seq: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """A dense and a pruned workload of a model in one setting."""
+
+    family: str
+    sparsity: float
+    phase: str
+    batch: int
+    seq: int
+    dense: Workload
+    pruned: Workload
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The model, and what tells the case apart from others of it."""
+        names = ("family", "sparsity", "phase", "batch", "seq")
+        return {"model": self.dense.meta.model, **{name: getattr(self, name) for name in names}}
+
+    def run_in(self, engine: str) -> Case:
+        """The same operators, launched as an engine does that fuses no more."""
+        dense, pruned = (w.replace(meta=replace(w.meta, engine=engine)) for w in (self.dense, self.pruned))
+        return replace(self, dense=dense, pruned=pruned)
+
+    def columns(self, hw: HardwareProfile, s: Speedup) -> dict[str, Any]:
+        """What rows of both tables hold of a case and of what is predicted for it, by column."""
+        of_case = {**self.identity, "realised_sparsity": self.pruned.meta.applied[-1].realised, "hardware": hw.name}
+        bottlenecks = {f"{name}_bound": getattr(s, f"{name}_bound") for name in ("flop", "byte", "roofline")}
+        return {
+            **of_case,
+            **bottlenecks,
+            "predicted": s.speedup,
+            "predicted_lower": s.lower,
+            "predicted_upper": s.upper,
+        }
+
+
+def settings_of(
+    model: str | ModelConfig,
+    *,
+    phases: Sequence[str] = ("prefill", "decode"),
+    batch: Sequence[int] = (1,),
+    seq: Sequence[int] = (2048,),
+    families: Sequence[str] = ("all",),
+    sparsities: Sequence[float] = (0.25, 0.5),
+    setting: Setting | None = None,
+    options: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> tuple[list[Case], list[str]]:
+    """Every combination as a case, and a line for each that a family does not support; ``options`` are by family.
+
+    An InputError for an unknown name, a value out of range, or when no case is left.
+
+    >>> families = ["depth", "semi_structured"]
+    >>> cases, notes = settings_of("smollm2-135m", phases=["decode"], families=families, sparsities=[0.25])
+    >>> [(c.family, c.sparsity) for c in cases], len(notes)
+    ([('depth', 0.25)], 1)
+    """
+    config = load_model(model) if isinstance(model, str) else model
+    setting, notes, cases = setting or Setting(), dict[str, None](), list[Case]()
+    passes = itertools.product(
+        once(one_of("phase", p, PHASES[:2]) for p in phases),
+        once(whole_number("batch", b) for b in batch),
+        once(whole_number("seq", s) for s in seq),
+    )
+    for phase, b, s in passes:
+        dense = setting.lower(config, phase, b, s)
+        for family, fraction in itertools.product(family_names(families), once(check_fraction(f) for f in sparsities)):
+            try:
+                pruned = prune(dense, family, fraction, **options.get(family, {}))
+                cases.append(Case(family, fraction, phase, b, s, dense, pruned))
+            except InputError as error:
+                notes[f"left out: {family} at {fraction:g} in {phase}: {error}"] = None
+    if not cases:
+        raise InputError(next(iter(notes)).removeprefix("left out: ") if notes else "nothing to compare")
+    return cases, list(notes)
+
+
+def fewer_layers(config: ModelConfig, layers: int | None) -> ModelConfig:
+    """A model cut to its first layers, where memory or time is short; itself when none are named.
+
+    >>> fewer_layers(load_model("llama-3.1-8b"), 4).layers
+    4
+    """
+    if layers is None:
+        return config
+    if not 1 <= layers <= config.layers:
+        raise InputError(f"--layers {layers}: {config.name} has 1 to {config.layers}")
+    return replace(config, layers=layers, windows=config.windows[:layers], blocks=config.blocks[:layers])
+
+
+def predicted_speedup(case: Case, hw: HardwareProfile) -> Speedup:
+    """The predicted speedup of a case; NaN times and speedup where it cannot run."""
+    try:
+        return speedups(case.dense, [case.pruned], hw)[0]
+    except InputError:
+        plain, pairs = speedups(case.dense, [case.dense], hw)[0], pairs_of(case.dense, [case.pruned])
+        unknown: dict[str, Any] = dict.fromkeys(("roofline_bound", "pruned_s", "speedup", "lower", "upper"), math.nan)
+        return replace(plain, flop_bound=float(pairs.flop_bound[1]), byte_bound=float(pairs.byte_bound[1]), **unknown)
+
+
+def profile_of(folder: str | Path, device: Device, dtype: str, hardware: str = "") -> HardwareProfile:
+    """The profile to predict a device with: the one named, else that of the folder, else the shipped one of its kind.
+
+    A device of none of these gets facts measured on the spot, which the folder keeps, and default constants: its
+    predictions are uncalibrated.
+    """
+    path = check_folder(folder)
+    kept = next((path / name for name in (PROFILE, DATASHEET) if (path / name).is_file()), None)
+    if hardware or kept:
+        profile = load_hardware(hardware or kept or "")
+        profile.rate(dtype)  # refuses a number format it has not
+        return profile
+    if device.name == "cpu" and "cpu" in list_hardware():
+        return base_profile(device, dtype, "cpu")
+    profile = replace(base_profile(device, dtype), path=None)
+    path.mkdir(exist_ok=True)
+    save_hardware(profile, path / DATASHEET)
+    return profile

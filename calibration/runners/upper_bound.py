@@ -1,0 +1,266 @@
+"""The measured upper bound of pruning: GEMMs and attention timed at a model's dense and pruned shapes, nothing else.
+
+``measured_bound`` is the time of a model's dense GEMMs and attention over the time of plain dense kernels at the pruned
+model's shapes, on the device: what silicon grants at best, with no sparse kernel, no router, no gather. Use
+:func:`measure_bounds` to time those of some cases (:func:`calibration.runners.cases.settings_of`) into a run folder,
+:func:`bounds` to read them from records.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calibration.devices.protocol import Device, Operator
+from calibration.measure.plan import Plan, Rates, in_order
+from calibration.measure.probe import default_visits
+from calibration.measure.timing import Protocol
+from calibration.records.exact import without_exact
+from calibration.records.lines import content_records
+from calibration.records.store import read_store
+from calibration.records.table import OPERATORS, Records
+from calibration.runners.cases import Case, CaseRow, predicted_speedup
+from calibration.runners.runs import Measured, begin, measure_plan
+from calibration.validation.scores import errors
+from simulator.arrays import FloatArray
+from simulator.cost.attention import decode_attention_time, prefill_attention_time
+from simulator.cost.gemm import gemm_time
+from simulator.hardware.profile import HardwareProfile
+from simulator.uncertainty.error_model import OperatorTimes
+from simulator.workload import Kind, Workload
+
+ALIGN = 16
+"""Features that zeros without structure leave are rounded to a multiple of this, as the families with structure do."""
+DIMENSIONS: Mapping[str, tuple[str, ...]] = {
+    "gemm": ("m", "n", "k"),
+    "attention_prefill": ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim"),
+    "attention_decode": ("batch", "kv_len", "heads", "kv_heads", "head_dim"),
+}
+"""Plain kernels, and what makes a shape of each."""
+HOT = ("attention_prefill",)
+"""Kernels whose operands are still in the cache, since the one before wrote them; weights and caches come from
+memory."""
+
+Shape = tuple[str, tuple[int, ...]]
+"""A plain kernel, one of :data:`DIMENSIONS`, and its sizes."""
+
+
+@dataclass(frozen=True)
+class Bound(CaseRow):
+    """The measured upper bound of a case beside the others and the prediction; fields are in the order of columns."""
+
+    dense_kernels_s: float  # GEMMs and attention
+    pruned_kernels_s: float
+    measured_bound: float  # NaN where shapes have no time
+    lower: float  # encloses it with `upper` as far as the spread of its samples goes (95 %)
+    upper: float
+    predicted_bound: float  # the profile's ratio for the same plain kernels, from its exact shapes where it has them
+    model_bound: float  # that of its model alone
+    flop_bound: float
+    byte_bound: float
+    roofline_bound: float
+    predicted: float  # the whole pass, what pruning adds included
+    predicted_lower: float
+    predicted_upper: float
+    efficiency: float
+    kernel_share: float  # of the predicted dense pass
+    missing: int  # shapes without a time
+
+
+def plain_kernels(w: Workload) -> dict[Shape, float]:
+    """A workload's GEMMs and attention as plain dense kernels: how often each shape runs.
+
+    What pruning adds is left out. Where a kernel computes with zeros in its weights (2:4, or without structure) the
+    bound is a dense GEMM over as many input features as there are weights left, in multiples of :data:`ALIGN`. Where
+    attention skips blocks, a decode is that over as many keys as are left; a prompt's queries need their keys, so it
+    counts as so much less of a dense one. A sliding window is a share of what is computed too. Routed experts and
+    latent attention have no plain kernel and count in neither model.
+
+    >>> q = {"role": "q", "m": 2, "n": 64, "k": 64}
+    >>> plain_kernels(Workload.from_rows([{**q, "count": 3}, {**q, "role": "k"}]))
+    {('gemm', (2, 64, 64)): 4.0}
+    """
+    runs = ~w.overhead & (w.count > 0)
+    plain = runs & (w.latent == 0) & ((w.value_dim == 0) | (w.value_dim == w.head_dim))
+    gemm, prefill, decode = (
+        w.take(rows & (w.kind == kind))
+        for rows, kind in ((runs, Kind.GEMM), (plain, Kind.PREFILL_ATTENTION), (plain, Kind.DECODE_ATTENTION))
+    )
+    k = gemm.k.astype(np.float64)
+    left = np.maximum(np.round(k * gemm.density / ALIGN), 1.0) * ALIGN
+    k = np.where(gemm.density < 1.0, np.minimum(left, k), k)
+    share = prefill.density * prefill.pairs / prefill.replace(window=np.zeros_like(prefill.window)).pairs
+    found = (
+        _counted("gemm", gemm, gemm.count, k=k),
+        _counted("attention_prefill", prefill, prefill.count * share),
+        _counted("attention_decode", decode, decode.count, kv_len=decode.keys_seen * decode.density),
+    )
+    return {shape: count for counts in found for shape, count in counts}
+
+
+def _counted(kind: str, w: Workload, counts: FloatArray, **changed: FloatArray) -> Iterator[tuple[Shape, float]]:
+    """Shapes of a kernel, each once, from the columns of a workload, some changed, and how often each runs."""
+    sizes = np.stack([changed.get(name, getattr(w, name)) for name in DIMENSIONS[kind]], axis=1)
+    shapes, which = np.unique(np.maximum(np.round(sizes), 1.0).astype(np.int64), axis=0, return_inverse=True)
+    found = np.bincount(which.reshape(-1), weights=counts, minlength=len(shapes))
+    for shape, count in zip(shapes.tolist(), found.tolist(), strict=True):
+        yield (kind, tuple(shape)), count
+
+
+def operator_of(shape: Shape, dtype: str) -> Operator:
+    """What is timed for a shape.
+
+    >>> operator_of(("attention_decode", (2, 128, 8, 2, 64)), "bf16").key
+    'attention_decode bf16 cold batch=2 q_len=1 kv_len=128 heads=8 kv_heads=2 head_dim=64'
+    """
+    kind, sizes = shape
+    named: dict[str, Any] = dict(zip(DIMENSIONS[kind], sizes, strict=True))
+    if kind == "attention_decode":
+        named["q_len"] = 1
+    return Operator(kind, dtype, **named, cold=kind not in HOT)
+
+
+def shapes_of(cases: Sequence[Case], seed: int = 0) -> list[Shape]:
+    """Every shape the bounds of some cases need, once, case after case in random order: where time runs out some cases
+    are whole, rather than all in part."""
+    rng = np.random.default_rng(seed)
+    found: dict[Shape, None] = {}
+    for i in rng.permutation(len(cases)):
+        shapes = [*plain_kernels(cases[i].dense), *plain_kernels(cases[i].pruned)]
+        found.update(dict.fromkeys(shapes[j] for j in rng.permutation(len(shapes))))
+    return list(found)
+
+
+def measure_bounds(
+    folder: str | Path,
+    device: Device,
+    cases: Sequence[Case],
+    *,
+    budget_s: float,
+    dtype: str = "bf16",
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Measured:
+    """Time the plain kernels of some cases into a run folder, new or begun by an earlier run of the same device.
+
+    The budget is shared among the shapes: the more there are the less time each gets; what does not fit is left for the
+    next run. The other arguments, and what is refused, are as for :func:`calibration.runners.runs.measure_into`.
+    """
+    start, description, shapes = device.clock(), device.describe(), shapes_of(cases, seed)
+    file, header = begin(folder, device, dtype, budget_s, memory_bytes=description.memory_bytes)
+
+    def planned(rates: Rates, protocol: Protocol, _: int) -> tuple[Plan, Protocol]:
+        left, visits = max(budget_s - (device.clock() - start), 1e-3), default_visits(description)
+        limit = _share(left / visits, len(shapes), rates, protocol.time_limit_s)
+        protocol = replace(protocol, time_limit_s=limit)
+        operators = [operator_of(shape, dtype) for shape in shapes]
+        plan = in_order(operators, rates, protocol=protocol, budget_s=left, seed=seed)
+        say(f"{description.device}; {description.software}; {dtype}; {len(shapes)} shapes")
+        return replace(plan, visits=visits), protocol
+
+    return measure_plan(file, header, device, planned, budget_s=budget_s, seed=seed, progress=progress)
+
+
+def _share(budget_s: float, shapes: int, rates: Rates, longest_s: float) -> float:
+    """Time limit a shape that lets all fit: at most twice the protocol's own, at least what makes a few samples.
+
+    A third of the time is left for anchors, and for what is repeated because other processes held the machine.
+    """
+    each = 0.65 * budget_s / max(shapes, 1) - rates.setup_s
+    return min(max(each, 0.05), 2.0 * longest_s)
+
+
+def kernel_seconds(records: Records, dtype: str) -> Mapping[Shape, tuple[float, float]]:
+    """Time and relative half width (95 %) of the plain kernels of a table, by shape; the median of repeats."""
+    usable = records.timed & (records.labels() == dtype) & (records.window == 0) & (records.density == 1.0)
+    out: dict[Shape, tuple[float, float]] = {}
+    for kind, names in DIMENSIONS.items():
+        of_kind = records.operator == OPERATORS.index(kind)
+        rows = records.select(usable & of_kind & (records.cold == (kind not in HOT)))
+        if not len(rows):
+            continue
+        sizes = np.stack([getattr(rows, name) for name in names], axis=1)
+        shapes, which = np.unique(sizes, axis=0, return_inverse=True)
+        half, which = np.nan_to_num(rows.spread, posinf=0.0), which.reshape(-1)
+        for i, shape in enumerate(shapes.tolist()):
+            seconds, spread = (float(np.median(column[which == i])) for column in (rows.seconds, half))
+            out[kind, tuple(shape)] = seconds, spread
+    return out
+
+
+def bounds(cases: Sequence[Case], records: Records, hw: HardwareProfile, *, dtype: str = "bf16") -> list[Bound]:
+    """Measured bounds of cases, in their order, beside the datasheet's and a profile's prediction of the whole pass.
+
+    A case of which ``records`` lacks some kernels has no measured bound; one that the profile cannot predict
+    (2:4 without sparse tensor cores) has NaN predictions.
+    """
+    times, alone = kernel_seconds(records, dtype), without_exact(hw)
+    device = records.sources[0].device if records.sources else ""
+    out = []
+    for case in cases:
+        s = predicted_speedup(case, hw)
+        pair = case.dense, case.pruned
+        (dense_s, dense_half, lacking), (pruned_s, pruned_half, lacking_too) = (_total(w, times) for w in pair)
+        ratio, half = dense_s / pruned_s, math.hypot(dense_half, pruned_half)
+        plain, model = ([_predicted(w, profile, dtype) for w in pair] for profile in (hw, alone))
+        columns: dict[str, Any] = {"device": device, "dtype": dtype, "missing": lacking + lacking_too}
+        columns |= {"dense_kernels_s": dense_s, "pruned_kernels_s": pruned_s, "kernel_share": plain[0] / s.dense_s}
+        columns |= {"measured_bound": ratio, "lower": ratio * math.exp(-half), "upper": ratio * math.exp(half)}
+        columns |= {"predicted_bound": plain[0] / plain[1], "model_bound": model[0] / model[1]}
+        efficiency = (s.speedup - 1.0) / (ratio - 1.0) if ratio - 1.0 > 1e-9 else math.nan
+        out.append(Bound(**case.columns(hw, s), **columns, efficiency=efficiency))
+    return out
+
+
+def measured_bounds(file: str | Path, cases: Sequence[Case], dtype: str = "bf16") -> list[float]:
+    """Measured bounds of cases from a store of records; NaN where it lacks some kernels, or there is no file."""
+    times = kernel_seconds(content_records(read_store(file)), dtype) if Path(file).is_file() else {}
+    return [_total(case.dense, times)[0] / _total(case.pruned, times)[0] for case in cases]
+
+
+def bound_errors(rows: Sequence[Bound]) -> dict[str, float]:
+    """Median relative errors of the bounds from the profile (``predicted``) and from its model alone (``model``).
+
+    Where the profile has measured the same shapes before, the first is how well the device repeats itself.
+    """
+    known = [r for r in rows if math.isfinite(r.measured_bound)]
+    if not known:
+        return {}
+    measured, predicted, model = np.array([(r.measured_bound, r.predicted_bound, r.model_bound) for r in known]).T
+    return {name: errors(b, measured)["median"] for name, b in (("predicted", predicted), ("model", model))}
+
+
+def _total(w: Workload, times: Mapping[Shape, tuple[float, float]]) -> tuple[float, float, int]:
+    """Time of a workload's plain kernels (NaN where some have none), its relative half width, and how many have
+    none."""
+    kernels = plain_kernels(w)
+    if missing := sum(shape not in times for shape in kernels):
+        return math.nan, math.nan, missing
+    each, half = np.array([times[shape] for shape in kernels]).T
+    seconds = each * np.array([*kernels.values()])
+    total = float(seconds.sum())
+    return total, float(np.sqrt(((seconds * half) ** 2).sum())) / total, 0
+
+
+_PREDICT: Mapping[str, Callable[..., OperatorTimes]] = {
+    "gemm": gemm_time,
+    "attention_prefill": prefill_attention_time,
+    "attention_decode": decode_attention_time,
+}
+
+
+def _predicted(w: Workload, hw: HardwareProfile, dtype: str) -> float:
+    """Time of a workload's plain kernels on a device, s."""
+    kernels, total = plain_kernels(w), 0.0
+    for kind, time in _PREDICT.items():
+        counts = np.array([count for (own, _), count in kernels.items() if own == kind])
+        if len(counts):
+            sizes = np.array([sizes for own, sizes in kernels if own == kind]).T
+            total += float(time(*sizes, hw, dtype=dtype).seconds @ counts)
+    return total

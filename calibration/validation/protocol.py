@@ -1,0 +1,286 @@
+"""How accuracy is judged, once for everybody (DESIGN section 12): splits by groups of shapes, errors on unseen ones,
+ratios of neighbours, what intervals hold, baselines.
+
+Use :func:`evaluate_table` for one :class:`Measured` table, seed and size of training set; :func:`leave_one_out` for
+tables of a few projections; :mod:`calibration.validation.stacks` leaves a software stack out. Scores are plain
+mappings, in percent but for Spearman and counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibration.fit.attention import PHASES, SHAPE, fit_attention
+from calibration.fit.core import Shapes
+from calibration.fit.elementwise import Moves, fit_elementwise
+from calibration.fit.errors import neighbours, pairs_along
+from calibration.fit.experts import Layers, fit_experts
+from calibration.fit.gemm import fit_gemm
+from calibration.fit.predict import joined, predict
+from calibration.fit.solver import numbered
+from calibration.records.screening import LATENT
+from calibration.records.table import Records, Source
+from calibration.validation import scores
+from calibration.validation.baselines import BASELINES
+from simulator.arrays import FloatArray, IndexArray
+from simulator.cost.elementwise import elementwise_time
+from simulator.cost.gemm_model import Machine
+from simulator.hardware.constants import CLASSES
+from simulator.hardware.formats import formats_of
+from simulator.hardware.profile import HardwareProfile, Section
+from simulator.uncertainty.error_model import OperatorTimes, posterior_of
+from simulator.uncertainty.forward import ratio_half
+
+Row = dict[str, Any]
+
+SEEDS = (0, 1, 2)
+SIZES: tuple[int | None, ...] = (400, None)
+QUESTIONS: tuple[str, ...] = ("heads", "lengths")
+"""What an attention fit has not seen: pairs of heads and KV heads, or query lengths of prefill, cache lengths of
+decode."""
+TEST_SHARE = 0.3
+COLD_L2 = 4.0
+"""Times the L2 that rotated weights must take to count as cold: below, some of them stay."""
+LLM_WIDTHS: tuple[tuple[int, int], ...] = (
+    (4096, 4096), (6144, 4096), (1024, 4096), (14336, 4096), (28672, 4096), (4096, 14336),
+    (8192, 8192), (10240, 8192), (28672, 8192), (8192, 28672),
+)  # fmt: skip
+"""(n, k) of the projections of 7B to 70B Llama-like models, the larger ones rounded to what the tables measured."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Rows of one operator in one table, the profile whose datasheet belongs to them, and their number format."""
+
+    data: Any  # Shapes of GEMMs, MeasuredCalls of attention, Layers of experts
+    hw: HardwareProfile
+    dtype: str = "bf16"
+
+    @property
+    def operator(self) -> str:
+        """Section of a profile that predicts them."""
+        names = {Shapes: "gemm", Layers: "experts"}
+        attention = (name for name, phase in PHASES.items() if phase == getattr(self.data, "phase", ""))
+        return names.get(type(self.data)) or next(attention)
+
+    def groups(self, question: str = "") -> IndexArray:
+        """Number of what a split keeps whole: (n, k) of GEMMs; models of experts; "heads" or "lengths" of attention."""
+        whole = isinstance(self.data, Shapes | Layers)
+        groups: IndexArray = self.data.groups if whole else self.data.groups(question or "heads")
+        return groups
+
+    def pairs(self, question: str = "") -> IndexArray:
+        """Pairs (smaller, larger) that differ in one size, by a ratio in [0.25, 1): of GEMMs any, of experts their
+        width or number, of attention KV groups with their query heads ("heads") or the length."""
+        d = self.data
+        if isinstance(d, Shapes):
+            return neighbours((d.m, d.n, d.k))
+        if isinstance(d, Layers):
+            same = [d.m, d.k, d.active, d.skew]
+            return np.concatenate([pairs_along(d.n, [*same, d.experts]), pairs_along(d.experts, [*same, d.n])])
+        if question == "lengths":
+            return pairs_along(d.length, [d.batch, d.heads, d.kv_heads, d.head_dim])
+        if self.operator in LATENT:
+            return pairs_along(d.heads, [d.batch, d.q_len, d.kv_len])
+        return pairs_along(d.kv_heads, [d.batch, d.q_len, d.kv_len, d.heads / d.kv_heads, d.head_dim])
+
+    def take(self, rows: Any) -> Measured:
+        """Rows by mask or index."""
+        return replace(self, data=self.data.take(rows))
+
+    def drawn(self, size: int | None, seed: int, question: str = "") -> tuple[Measured, Measured]:
+        """``size`` rows of the training groups (None: all) for a fit to see, and every row of the unseen groups."""
+        train, test = split(self.groups(question), seed)
+        return self.take(draw(train, size, seed)), self.take(test)
+
+    def records(self) -> Records:
+        """The rows as a file would hold them."""
+        d, columns = self.data, dict[str, Any]()
+        dtype, weight = formats_of(self.dtype, self.hw.rates)
+        if isinstance(d, Shapes):
+            cold = np.isinf(d.copies)
+            columns = {"m": d.m, "n": d.n, "k": d.k, "cold": cold, "copies": np.where(cold, 0.0, d.copies)}
+            columns["weight_dtype"] = weight
+        elif isinstance(d, Layers):
+            columns = {name: getattr(d, name) for name in ("m", "n", "k", "experts", "active", "skew")}
+            columns |= {"weight_dtype": weight, "cold": False, "copies": 1}
+        else:
+            columns = {name: getattr(d, name) for name in SHAPE} | {"cold": np.broadcast_to(d.warm, len(d)) == 0.0}
+            columns["n"] = d.value_dim
+        columns |= {"operator": self.operator, "dtype": dtype, "seconds": d.seconds}
+        return Records.from_columns([Source("")], **columns)
+
+    def fit(self, **known: Any) -> Section:
+        """The section fitted to all rows."""
+        if isinstance(self.data, Shapes):
+            return fit_gemm(self.data, self.hw, dtype=self.dtype, **known).section
+        if isinstance(self.data, Layers):
+            return fit_experts(self.data, self.hw.architecture, **known).section
+        return fit_attention(self.data, self.hw.architecture, **known).section
+
+    def profile(self, section: Section, same_stack: bool = True) -> HardwareProfile:
+        """The device with a section alone, asked of the stack it was fitted on or (``same_stack`` false) of another."""
+        return replace(self.hw.calibrated({(self.operator, self.dtype): section}), same_stack=same_stack)
+
+    def times(self, hw: HardwareProfile) -> OperatorTimes:
+        """Times a profile gives the rows under their own protocol (warm or cold weights), with their doubt."""
+        return predict(self.records(), hw).time
+
+
+def row(method: str, seed: int, trained_on: int, scores: Mapping[str, float], table: str = "", rows: int = 0) -> Row:
+    """Scores of one method on one split of a table, trained on so many rows (0: none) of those asked for (0: all)."""
+    return {"table": table, "method": method, "rows": rows, "trained_on": trained_on, "seed": seed, **scores}
+
+
+def split(groups: IndexArray, seed: int) -> tuple[IndexArray, IndexArray]:
+    """Rows to train on and to test on: 30 % of the groups are kept unseen."""
+    count = int(groups.max()) + 1
+    order = np.random.default_rng(seed).permutation(count)
+    unseen = np.isin(groups, order[: round(TEST_SHARE * count)])
+    return np.flatnonzero(~unseen), np.flatnonzero(unseen)
+
+
+def draw(rows: IndexArray, size: int | None, seed: int) -> IndexArray:
+    """``size`` of the rows at random, all for None."""
+    if size is None or size >= len(rows):
+        return rows
+    return np.sort(np.random.default_rng(seed + 100).choice(rows, size, replace=False))
+
+
+def errors(predicted: FloatArray, data: Any) -> dict[str, float]:
+    """:func:`calibration.validation.scores.errors` in percent, and of GEMMs the MAPE by range of m."""
+    found = scores.errors(predicted, data.seconds, 100.0)
+    for _, key, rows in scores.m_ranges(data.m) if isinstance(data, Shapes) else ():
+        found[f"mape {key}"] = scores.errors(predicted[rows], data.seconds[rows], 100.0)["mape"]
+    return found
+
+
+def speedups(predicted: FloatArray, data: Any, pairs: IndexArray) -> dict[str, float]:
+    """Error of the speedup larger over smaller of pairs: median, p95, Spearman, count."""
+    found = scores.speedups(predicted, data.seconds, pairs, 100.0)
+    names = [name for name in ("median", "p95", "spearman", "pairs") if name in found]
+    return {f"speedup {name}": float(found[name]) for name in names}
+
+
+def coverage(time: OperatorTimes, data: Any) -> dict[str, float]:
+    """Percentage of measured times within their interval and its median half width in percent of the prediction; of
+    GEMMs also by range of m, and the lowest range."""
+    inside = (data.seconds >= time.lower) & (data.seconds <= time.upper)
+    width = 100.0 * (time.upper / time.seconds - 1.0)
+    out = {"coverage": 100.0 * inside.mean(), "width": np.median(width)}
+    for _, key, rows in scores.m_ranges(data.m) if isinstance(data, Shapes) else ():
+        out[f"coverage {key}"], out[f"width {key}"] = 100.0 * inside[rows].mean(), np.median(width[rows])
+    out["lowest coverage"] = min(v for name, v in out.items() if name.startswith("coverage"))
+    return {name: float(v) for name, v in out.items()}
+
+
+def ratio_coverage(
+    time: OperatorTimes, hw: HardwareProfile, seconds: FloatArray, pairs: IndexArray, level: float = 0.9
+) -> dict[str, float]:
+    """Percentage of measured ratios of pairs within their interval, and its median half width in percent."""
+    if not len(pairs) or time.uncertainty is None:
+        return {}
+    half = ratio_half(time.uncertainty.take(pairs[:, 0]), time.uncertainty.take(pairs[:, 1]), level, posterior_of(hw))
+    miss = np.log(seconds / time.seconds)
+    held = np.abs(miss[pairs[:, 0]] - miss[pairs[:, 1]]) <= half
+    width = 100.0 * np.expm1(np.median(half))
+    return {"ratio coverage": 100.0 * float(held.mean()), "ratio width": float(width)}
+
+
+def llm_pairs(data: Shapes, near: float = 0.26) -> IndexArray:
+    """Pairs shaped like pruning: (n, k) within ``near`` octaves of a projection of an LLM and half or a quarter of its
+    n or k, or three quarters or half of m."""
+    logs = np.log2(np.stack([data.n, data.k], axis=1))
+    far = np.abs(logs[:, None, :] - np.log2(LLM_WIDTHS)).max(axis=2).min(axis=1)
+    pairs = neighbours((data.m, data.n, data.k))
+    small, large = pairs.T
+    cuts = (data.m, (0.75, 0.5)), (data.n, (0.5, 0.25)), (data.k, (0.5, 0.25))
+    pruned = np.any([np.isin(size[small] / size[large], ratios) for size, ratios in cuts], axis=0)
+    return np.asarray(pairs[(far <= near)[large] & pruned])
+
+
+def judge(section: Section, table: Measured, question: str = "") -> dict[str, float]:
+    """All scores of a section on shapes of its own stack that it did not see."""
+    time, data, pairs = table.times(table.profile(section)), table.data, table.pairs(question)
+    out = {**errors(time.seconds, data), **speedups(time.seconds, data, pairs), **coverage(time, data)}
+    if isinstance(data, Layers):
+        return out | ratio_coverage(time, table.profile(section), data.seconds, pairs)
+    if not isinstance(data, Shapes):
+        return out
+    pairs = llm_pairs(data)
+    groups = [("", np.ones(len(pairs), dtype=bool))] if len(pairs) else []
+    groups += [(key, rows) for _, key, rows in scores.m_ranges(data.m[pairs[:, 1]])]
+    for key, rows in groups:
+        found = speedups(time.seconds, data, pairs[rows])
+        del found["speedup spearman"]
+        out |= {f"llm {name.removeprefix('speedup ')} {key}".strip(): value for name, value in found.items()}
+    return out | cold_scores(section, table)
+
+
+def cold_scores(section: Section, table: Measured) -> dict[str, float]:
+    """Bias and coverage of rows of few tokens whose rotated weights take :data:`COLD_L2` times the L2, asked as a
+    decoder has them: cold."""
+    d, machine = table.data, Machine.of(table.hw, table.dtype)
+    footprint = machine.weight_bytes * d.n * d.k * d.copies
+    rows = (d.m <= 16.0) & (footprint >= COLD_L2 * machine.l2_bytes)
+    if not rows.any():
+        return {}
+    cold = table.take(rows)
+    cold = replace(cold, data=replace(cold.data, copies=np.full(int(rows.sum()), np.inf)))
+    time, seconds = cold.times(cold.profile(section)), cold.data.seconds
+    inside = (seconds >= time.lower) & (seconds <= time.upper)
+    bias = scores.errors(time.seconds, seconds, 100.0)["bias"]
+    return {"cold bias": bias, "cold coverage": 100.0 * float(inside.mean())}
+
+
+def evaluate_table(table: Measured, size: int | None, seed: int, question: str = "", **known: Any) -> Row:
+    """Fit on ``size`` rows (None: all) of the training groups and judge on every row of the others; ``known`` goes to
+    the fit: a ``prior``, or ``fine`` lattices."""
+    own, unseen = table.drawn(size, seed, question)
+    method = "prunesim" + " + prior" * ("prior" in known) + ", finer lattices" * known.get("fine", False)
+    scores_ = judge(own.fit(seed=seed, **known), unseen, question)
+    return row(method, seed, len(own.data), scores_)
+
+
+def evaluate_baselines(table: Measured, size: int | None, seed: int) -> list[Row]:
+    """The baselines on the same rows."""
+    own, unseen = (part.data for part in table.drawn(size, seed))
+    pairs = neighbours((unseen.m, unseen.n, unseen.k))
+    out = []
+    for name, baseline in BASELINES.items():
+        predicted = baseline(own, Machine.of(table.hw, table.dtype), unseen)
+        out.append(row(name, seed, len(own), {**errors(predicted, unseen), **speedups(predicted, unseen, pairs)}))
+    return out
+
+
+def score_elementwise(moves: Moves, hw: HardwareProfile, rows: int, seed: int) -> dict[str, float]:
+    """Scores of a fit to ``rows`` (0: all) elementwise operators on sizes it never saw."""
+    train, test = split(numbered(moves.bytes_), seed)
+    section, unseen = fit_elementwise(moves.take(draw(train, rows or None, seed)), seed=seed).section, moves.take(test)
+    role, own = np.array(CLASSES)[unseen.code], hw.calibrated({("elementwise", "bf16"): section})
+    time, long = elementwise_time(unseen.bytes_, 0.0, own, role=role), unseen.seconds > 1e-5
+    scored = {**errors(time.seconds, unseen), **coverage(time, unseen)}
+    return {**scored, "mape over 10us": scores.errors(time.seconds[long], unseen.seconds[long], 100.0)["mape"]}
+
+
+def leave_one_out(table: Measured, labels: NDArray[Any], prior: Section | None = None) -> list[Row]:
+    """For a table of a few projections: fit on all but one, judge on it. ``method`` names the one left out; the last
+    result, "all", pools their rows."""
+    out, times, tests = [], [], []
+    for i, label in enumerate(np.unique(labels)):
+        test = table.take(labels == label)
+        section = table.take(labels != label).fit(prior=prior)
+        out.append(row(str(label), i, len(labels) - len(test.data), judge(section, test)))
+        times.append(test.times(test.profile(section)))
+        tests.append(np.flatnonzero(labels == label))
+    pooled, time = table.data.take(np.concatenate(tests)), joined(times)
+    own = np.repeat(np.arange(len(tests)), [len(rows) for rows in tests])
+    pairs = neighbours((pooled.m, pooled.n, pooled.k))
+    pairs = pairs[own[pairs[:, 0]] == own[pairs[:, 1]]]
+    overall = {**errors(time.seconds, pooled), **speedups(time.seconds, pooled, pairs), **coverage(time, pooled)}
+    return [*out, row("all", len(out), len(labels), overall)]

@@ -1,0 +1,126 @@
+"""The host: what an engine's scheduler and its launches take, beside or before the work of the device.
+
+Under a CUDA graph a pass waits for the scheduler, then its kernels follow one another. In eager mode the host launches
+every kernel while the device works on earlier ones: as long as kernels are shorter than their launches the host sets
+the pace, and only fewer launches, not smaller kernels, make a model faster.
+
+How fast a host is, one number ``z`` says for all of it, in standard deviations of the logs: 0 is the usual host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulator.arrays import FloatArray
+from simulator.engines.engine import Engine
+from simulator.routing import experts_touched
+from simulator.uncertainty.error_model import ERROR_FACTORS, FACTOR_INDEX, posterior_of
+from simulator.workload import ROLES, Kind, Phase
+from simulator.workload_batch import WorkloadBatch
+
+if TYPE_CHECKING:
+    from simulator.hardware.profile import HardwareProfile
+
+_NORM = ROLES.index("attention_norm")
+PHASES = (int(Phase.PREFILL), int(Phase.DECODE))
+
+
+@dataclass(frozen=True)
+class Host:
+    """Host time of each workload of a stack by phase, s, of the usual host, and how far hosts differ."""
+
+    launch: FloatArray  # (W, G) to launch a group's kernels, beside the device; 0 where a graph does
+    launch_log_sd: float
+    layer: FloatArray  # (W,) to launch one layer
+    each_pass: FloatArray  # (W, 2) before the device can start
+    pass_log_sd: float
+    each_sequence: FloatArray  # (W, 2)
+    sequence_log_sd: float
+
+    @classmethod
+    def of(cls, workloads: WorkloadBatch, engine: Engine, hw: HardwareProfile) -> Host:
+        """The host of a pass: launches by the profile's time for one, the rest by the engine's. A device that is its
+        own host (a CPU) has none beside it."""
+        groups, rows = workloads.groups, workloads.rows
+        none = np.zeros((len(workloads), 2))
+        launch_log_sd, launch_s = ERROR_FACTORS["host"], hw.section("runtime", "*")["host_op_s"]
+        if (posterior := posterior_of(hw)) is not None:
+            mean, sd = (float(column[FACTOR_INDEX["host"]]) for column in posterior.columns)
+            launch_s, launch_log_sd = launch_s * float(np.exp(mean)), sd
+        if hw.architecture == "cpu":
+            return cls(np.zeros(groups.count.shape), 0.0, none[:, 0], none, 0.0, none, 0.0)
+        waits = np.array([not engine.in_graph(name) for name in ("prefill", "decode")])
+        launched = np.where(waits[groups.segment // 3], launches(workloads, engine), 0.0)
+        begins = rows.is_role("embedding")
+        steps = np.stack(
+            [workloads.total(np.where(begins & (rows.phase == p), rows.count, 0.0)) for p in PHASES], axis=1
+        )
+        sequences = workloads.total(np.where(begins & (rows.phase == Phase.DECODE), rows.count * rows.m, 0.0))
+        if rows.meta.phase == "serve":  # prompts are computed in the steps of others
+            steps[:, 0] = 0.0
+        launch = launched * launch_s
+        layers = groups.count[:, groups.role == _NORM].sum(axis=1)
+        return cls(
+            launch,
+            launch_log_sd,
+            launch[:, groups.segment % 3 == 1].sum(axis=1) / np.maximum(layers, 1.0),
+            steps * engine.each_pass.value,
+            engine.each_pass.log_sd,
+            np.stack([none[:, 0], sequences * engine.each_sequence.value], axis=1),
+            engine.each_sequence.log_sd,
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self.launch.any() or self.each_pass.any() or self.each_sequence.any())
+
+    def total(self, device: FloatArray, segment: NDArray[Any], z: float) -> tuple[FloatArray, FloatArray]:
+        """Time of the passes by phase (W, 2) on a host of speed ``z``, and how much of it follows the device.
+
+        ``device`` (W, G) is of groups of operators of segments (G,), see ``segment_of``.
+        """
+        launch = self.launch * np.exp(self.launch_log_sd * z)
+        scheduled = self.each_pass * np.exp(self.pass_log_sd * z)
+        added = self.each_sequence * np.exp(self.sequence_log_sd * z)
+        spent = np.stack([device[:, segment // 3 == p].sum(axis=1) for p in PHASES], axis=1)
+        total, shown = spent + scheduled, spent.copy()
+        for p in PHASES:
+            if launch[:, segment // 3 == p].any():  # no graph launches them
+                total[:, p], shown[:, p] = _beside(device, launch, segment, p, scheduled[:, p])
+        return total + added, shown
+
+
+def launches(workloads: WorkloadBatch, engine: Engine) -> FloatArray:
+    """Kernels of each workload and group: those of an operator for each execution, of looped experts for each of them
+    that some token uses."""
+    groups, w = workloads.groups, workloads.rows
+    times, routed = groups.count, w.kind == Kind.EXPERTS
+    if engine.experts == "looped" and routed.any():
+        used = np.ones(len(w))
+        used[routed] = experts_touched(*(column[routed] for column in (w.m, w.experts, w.active, w.skew)))
+        times = groups.sums(w.count * used)
+    return np.asarray(times * engine.kernels[groups.role])
+
+
+def _beside(
+    device: FloatArray, launch: FloatArray, segment: NDArray[Any], phase: int, after: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """Time of one phase, and the device's part of it: the longest way along the host to a kernel, then the device.
+
+    Within a phase the stream is: what precedes the layers, the layers (a mix too even to matter), what follows them.
+    The device can start a segment only when the host has launched it, and ends no earlier than the host, which works
+    ``after`` the last launch.
+    """
+    parts = [segment == 3 * phase + part for part in range(3)]
+    left = device[:, segment // 3 == phase].sum(axis=1)
+    launched, longest, shown = np.zeros(len(device)), left.copy(), left.copy()
+    for part in parts:
+        way = launched + left
+        shown, longest = np.where(way > longest, left, shown), np.maximum(longest, way)
+        launched = launched + launch[:, part].sum(axis=1)
+        left = left - device[:, part].sum(axis=1)
+    launched = launched + after
+    return np.maximum(longest, launched), np.where(launched > longest, 0.0, shown)

@@ -1,0 +1,239 @@
+"""Times of passes and their ratios with intervals: the device's doubt, the host's, and a measured time.
+
+Use :func:`prediction_intervals` for many, :func:`cost` for one workload. Errors of the device's kernels are one linear
+model (:mod:`simulator.uncertainty.error_model`). The host is one number, but what it does to a pass is not linear: it
+shows only where it is slower than the device. So a pass is asked at three hosts: the usual one and the two ends of the
+interval of hosts, and what changes there joins the device's interval, root of sum of squares, on either side.
+
+A measured time of one of the passes is one observation of this model: hosts on which it is likely count more
+(Bayes' rule on a grid of host speeds), and at each of them the kernels' errors are conditioned on what is left.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulator.arguments import instance
+from simulator.arrays import FloatArray
+from simulator.cost.forward import TIMES, ForwardPass, forward_passes
+from simulator.uncertainty.error_model import COVERAGE_FACTOR, OperatorTimes, level_scale
+from simulator.units import seconds, seconds_between
+from simulator.workload import ROLES, Workload
+from simulator.workload_batch import WorkloadBatch
+
+if TYPE_CHECKING:
+    from simulator.hardware.profile import HardwareProfile
+
+MIXED_LOG_SD = 0.05
+"""Of the ratio of host times where another mix of kernels is launched: the same host, not the same work."""
+
+MEASURED_LOG_SD = 0.01
+"""Of a measured time of a whole pass: run to run."""
+
+_GRID = np.linspace(-5.0, 5.0, 201)
+"""Speeds of hosts that a measured time chooses among, standard deviations."""
+
+CONSISTENT_SD = 2.5
+"""Standard deviations from its prediction at which a measured time is not believed."""
+
+
+@dataclass(frozen=True)
+class PredictionIntervals:
+    """W passes: times and ratios to another pass each, s and 1, with intervals."""
+
+    seconds: FloatArray
+    lower: FloatArray
+    upper: FloatArray
+    ratio: FloatArray
+    ratio_lower: FloatArray
+    ratio_upper: FloatArray
+    inferred: Inferred | None = None
+
+
+@dataclass(frozen=True)
+class Inferred:
+    """What a measured time says: factors on predicted times of the host and of the kernels."""
+
+    host: float
+    device: float
+    predicted_s: float  # before it was known
+    deviation: float  # standard deviations between the two, on the host that explains it best
+    consistent: bool  # else nothing is moved by it
+    layer_s: float  # of the host to launch one layer, by this; 0 under a graph
+    host_s: float  # of the host in the whole measured pass, by this
+    host_bound: bool
+
+
+@dataclass(frozen=True)
+class _Hosts:
+    """Passes at some speeds of the host: times (h, W) and the part of them that follows the device."""
+
+    seconds: FloatArray
+    share: FloatArray
+
+    @classmethod
+    def at(cls, p: ForwardPass, z: FloatArray) -> _Hosts:
+        seconds, share = zip(*(p.at(float(one)) for one in z), strict=True)
+        return cls(np.stack(seconds), np.stack(share))
+
+
+def prediction_intervals(
+    p: ForwardPass,
+    level: float,
+    other: NDArray[np.intp],
+    same: FloatArray,
+    mixed: NDArray[np.bool_],
+    measured: tuple[int, float] | None = None,
+) -> PredictionIntervals:
+    """Passes with intervals at a level, and their ratios to pass ``other`` (W,).
+
+    ``same`` (W, G) is of ``PassUncertainty.ratio_variance``; ``mixed`` (W,) says where the host launches another mix
+    than in the other pass; ``measured`` is the index of a pass and its measured time, s.
+    """
+    uncertainty, (alike, apart) = p.uncertainty, _of_engine(p)
+    coverage_factor = COVERAGE_FACTOR if uncertainty.posterior is None else uncertainty.posterior.coverage_factor
+    scale = coverage_factor * level_scale(level)
+    z, inferred = (np.array([-scale, 0.0, scale]) if p.host else np.zeros(3)), None
+    variance = uncertainty.variance()
+    if measured is not None:
+        weights, inferred = _hosts_given(p, variance[measured[0]], *measured)
+        if inferred.consistent:
+            z = _quantiles(weights, 0.5 + 0.5 * np.array([-1.0, 0.0, 1.0]) * math.erf(scale / math.sqrt(2.0)))
+    hosts = _Hosts.at(p, z)
+    a, b = hosts.share, hosts.share[:, other]
+    together = 0.5 * (
+        variance + variance[other] - uncertainty.ratio_variance(other, same)
+    )  # covariance with the other pass
+    own = a * a * variance + alike + apart
+    between = a * a * variance + b * b * variance[other] - 2.0 * a * b * together
+    between = between + np.where(other == np.arange(len(other)), 0.0, 2.0 * apart)
+    mix = 2.0 * MEASURED_LOG_SD**2 + np.where(mixed, MIXED_LOG_SD**2, 0.0)
+    mix = np.where((same == 1.0).all(axis=1), 0.0, mix)
+    if measured is not None and inferred is not None and inferred.consistent:
+        hosts, told = _conditioned(p, hosts, variance, same, *measured)
+        own = own - told**2 + mix * (1.0 - a[1]) ** 2  # the time told of the host of the other mix
+        between = between - (told - told[:, other]) ** 2
+    log = np.log(np.maximum(hosts.seconds, 1e-300))
+    lower, upper = _ends(log, scale**2 * own)
+    ratio_lower, ratio_upper = _ends(log[:, other] - log, scale**2 * (between + mix * (1.0 - a[1]) * (1.0 - b[1])))
+    times = np.exp(log[1])
+    ratios = times[other] / times, np.exp(ratio_lower), np.exp(ratio_upper)
+    return PredictionIntervals(times, np.exp(lower), np.exp(upper), *ratios, inferred)
+
+
+def _of_engine(p: ForwardPass) -> tuple[float, float]:
+    """Variances of the log of a pass that no operator explains: alike in all models, and of each by itself."""
+    return p.engine.log_sd.value**2, p.engine.apart_log_sd.value**2
+
+
+def _conditioned(
+    p: ForwardPass, hosts: _Hosts, variance: FloatArray, same: FloatArray, at: int, seconds: float
+) -> tuple[_Hosts, FloatArray]:
+    """Passes at each host once pass ``at`` took so long; and of each (h, W) its covariance with that time's log, in
+    units of that log's standard deviation."""
+    every, (alike, apart) = np.arange(len(variance)), _of_engine(p)
+    ratio = p.uncertainty.ratio_variance(np.full_like(every, at), np.where(every[:, None] == at, 1.0, same))
+    share = hosts.share[:, [at]]
+    covariance = 0.5 * hosts.share * share * (variance + variance[at] - ratio) + alike + apart * (every == at)
+    whole = share**2 * variance[at] + alike + apart + MEASURED_LOG_SD**2
+    left = np.log(seconds / hosts.seconds[:, [at]])
+    moved = replace(hosts, seconds=hosts.seconds * np.exp(covariance / whole * left))
+    return moved, covariance / np.sqrt(whole)
+
+
+def _ends(log: FloatArray, square: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Ends of intervals of logs (h, W) at three hosts, the middle one the prediction; squares of half-widths at each.
+
+    What the device is unsure of shows more beside one host than beside another: on either side, half of its square as
+    beside the usual host, half as beside the one farthest on that side. Against planted hosts and kernels the usual
+    host alone covers 81 % where host and device take equally long, this 86 %.
+    """
+    square, every = np.maximum(square, 0.0), np.arange(log.shape[1])
+    low, high = log.argmin(axis=0), log.argmax(axis=0)
+    below = (log[1] - log[low, every]) ** 2 + 0.5 * (square[1] + square[low, every])
+    above = (log[1] - log[high, every]) ** 2 + 0.5 * (square[1] + square[high, every])
+    return log[1] - np.sqrt(below), log[1] + np.sqrt(above)
+
+
+def _hosts_given(p: ForwardPass, variance: float, at: int, seconds: float) -> tuple[FloatArray, Inferred]:
+    """Weights of the speeds of :data:`_GRID` after a pass took so long, and what it says."""
+    hosts = _Hosts.at(p, _GRID)
+    log, share = np.log(seconds / hosts.seconds[:, at]), hosts.share[:, at]
+    whole = share**2 * variance + sum(_of_engine(p)) + MEASURED_LOG_SD**2
+    likely = np.exp(-0.5 * (_GRID**2 + log * log / whole)) / np.sqrt(whole)
+    best = int(np.argmax(likely))
+    deviation = float(np.sqrt(_GRID[best] ** 2 + log[best] ** 2 / whole[best]))
+    if not likely.sum() > 0.0:  # farther than any host explains
+        likely = np.where(np.arange(len(_GRID)) == best, 1.0, 0.0)
+    weights = likely / likely.sum()
+    z = float(_quantiles(weights, 0.5))
+    there, middle = _Hosts.at(p, np.array([z])), _GRID.size // 2
+    gain = share[best] * variance / whole[best]
+    host = np.exp(p.host.launch_log_sd * z) if p.host.launch.any() else np.exp(p.host.pass_log_sd * z)
+    return weights, Inferred(
+        host=float(host),
+        device=float(np.exp(gain * log[best])),
+        predicted_s=float(hosts.seconds[middle, at]),
+        deviation=deviation,
+        consistent=deviation <= CONSISTENT_SD,
+        layer_s=float(p.host.layer[at] * host),
+        host_s=float(p.host_s[at] * host),
+        host_bound=bool(there.share[0, at] < 0.5),
+    )
+
+
+def _quantiles(weights: FloatArray, at: Any) -> Any:
+    """Speeds of hosts below which shares of the weights of :data:`_GRID` lie."""
+    return np.interp(at, np.cumsum(weights) - 0.5 * weights, _GRID)
+
+
+def intervals(p: ForwardPass, level: float) -> tuple[FloatArray, FloatArray]:
+    """Intervals of the times of passes at a level."""
+    every = np.arange(len(p.workloads))
+    found = prediction_intervals(p, level, every, np.ones(p.group_s.shape), np.zeros(len(every), dtype=bool))
+    return found.lower, found.upper
+
+
+@dataclass(frozen=True, repr=False)
+class Cost(OperatorTimes):
+    """Times of a workload on a device, s: of each row's execution (eager: all kernels it stands for), and in all."""
+
+    role: NDArray[np.str_]  # of each row
+    count: FloatArray  # its executions
+    total_s: float
+    total_lower_s: float  # interval of that time
+    total_upper_s: float
+    device_s: float  # the rows times their counts, and the gaps
+    gap_s: float  # idle between the kernels of a graph
+    host_s: float  # to launch and to schedule, hidden or not
+    host_bound: bool  # the host, not the device, sets the pace
+
+    def _title(self) -> str:
+        total = seconds_between(self.total_s, self.total_lower_s, self.total_upper_s)
+        host = f"host {seconds(self.host_s)}{' sets the pace' if self.host_bound else ''}"
+        device = f"device {seconds(self.device_s)}{f', {seconds(self.gap_s)} of it gaps' if self.gap_s else ''}"
+        return f"{total}: {device}, {host}; {len(self.seconds)} rows"
+
+
+def cost(w: Workload, hw: HardwareProfile, level: float = 0.9) -> Cost:
+    """Cost of one workload ``w`` on one device ``hw`` in its engine (:func:`forward_passes`), s; arrays have an element
+    a row.
+
+    ``level``, in (0, 1), is that of the intervals. InputError for what cannot run there.
+
+    >>> import simulator
+    >>> w = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="decode")
+    >>> c = cost(w, simulator.load_hardware("h100"))
+    >>> c.host_bound, c.total_lower_s < c.total_s < c.total_upper_s, c.to_pandas()["role"][2]
+    (False, True, 'qkv')
+    """
+    p = forward_passes(WorkloadBatch.of([instance("w", w, Workload, "simulator.lower")]), hw, level)
+    in_all = {name: getattr(p, name)[0].item() for name in ("total_s", "device_s", "gap_s", "host_s", "host_bound")}
+    lower, upper = (end[0].item() for end in intervals(p, level))
+    ends = {"role": np.array(ROLES)[w.role], "count": w.count, "total_lower_s": lower, "total_upper_s": upper}
+    return Cost(**{name: getattr(p.time, name) for name in TIMES}, **in_all, **ends)

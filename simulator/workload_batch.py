@@ -1,0 +1,329 @@
+"""Many workloads as one table, rows one after the other: what a device's time does not enter, and the memory of each.
+
+Use :meth:`WorkloadBatch.of` to count, sum or time hundreds of workloads in a few passes, :func:`memory` to ask whether
+one fits on a device. Counted for the device that holds most:
+
+- weights: parameters x bytes of their format; 2:4 weights compressed, with their indices. Scattered zeros are stored,
+  as dense kernels need. Scales of quantised weights are left out (a 16-bit scale for 128 weights adds 3 % to 4-bit
+  ones).
+- cache: keys and values of the longest length a layer reaches, no more than its sliding window.
+- activations: two tensors of the residual stream, and the larger of q, k, v and the attention's output, of gate, up and
+  their product, of what routed experts gather and compute, and of the logits. One forward pass without chunks; an
+  allocator's fragmentation is not in it.
+- a reserve for what no tensor shows: :data:`RESERVE_BYTES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulator.arguments import AMOUNT, instance, number
+from simulator.arrays import FloatArray, IndexArray
+from simulator.display import Displayed
+from simulator.errors import InputError
+from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, Kernel, Kind, Part, Workload
+
+if TYPE_CHECKING:
+    from simulator.hardware.profile import HardwareProfile
+
+
+RESERVE_BYTES = 1e9
+"""Set aside for CUDA context, library workspaces and framework: a stated default, not a measurement."""
+
+MOST_DEVICES = 1024
+"""Where the search for a number of devices that is enough ends."""
+
+FEW_ROWS = 200
+"""Rows below which looking for equal operators costs more than timing them twice."""
+
+_SEGMENT = np.zeros(len(Part), dtype=np.int64)
+_SEGMENT[[Part.ATTENTION, Part.MLP]] = 1
+_SEGMENT[Part.HEAD] = 2
+
+_QKV, _WIDE = ([ROLES.index(name) for name in names.split()] for names in ("q k v qkv q_b kv_b", "gate up gate_up"))
+_O, _DOWN, _HEAD = (ROLES.index(name) for name in ("o", "down", "lm_head"))
+
+
+def segment_of(w: Workload) -> NDArray[np.int64]:
+    """Place of each row on the stream: phase x 3 + 0 before the layers, 1 in them, 2 after them."""
+    return np.asarray(w.phase.astype(np.int64) * 3 + _SEGMENT[w.part])
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Rows of each workload that share phase, place in the pass, kind and role, hence an error and a launch."""
+
+    cell: IndexArray  # of each row: workload x group
+    segment: IndexArray  # of each group, as the next two: of :func:`segment_of`
+    kind: IndexArray
+    role: IndexArray
+    count: FloatArray  # workload x group: executions
+
+    @property
+    def of_row(self) -> IndexArray:
+        """Group of each row."""
+        return self.cell % len(self.segment)
+
+    def sums(self, column: FloatArray) -> FloatArray:
+        """Sums of a column of the rows, workload x group."""
+        return sums(self.cell, column, self.count.shape)
+
+
+def sums(cell: IndexArray, column: FloatArray, shape: tuple[int, int]) -> FloatArray:
+    """Sums of a column by cell of a table."""
+    out = np.bincount(cell, weights=column, minlength=shape[0] * shape[1])
+    return np.asarray(out, dtype=np.float64).reshape(shape)
+
+
+@dataclass(frozen=True)
+class WorkloadBatch:
+    """Workloads one after the other.
+
+    >>> one = Workload.from_rows([{"role": "q", "m": 2, "n": 8, "k": 4}, {"role": "k", "m": 2, "n": 4, "k": 4}])
+    >>> WorkloadBatch.of([one, one.take(np.array([0]))]).total(np.array([1.0, 2.0, 5.0])).tolist()
+    [3.0, 5.0]
+    """
+
+    rows: Workload  # all their rows; its meta is that of the first
+    lengths: IndexArray  # rows of each workload, at least 1
+    sequences: IndexArray | None = (
+        None  # each serves: all have a cache, though a dynamic method may skip some in a step
+    )
+
+    def __post_init__(self) -> None:
+        if not len(self.lengths) or int(self.lengths.min()) < 1 or int(self.lengths.sum()) != len(self.rows):
+            expected = f"at least one workload, each of at least 1 row, {len(self.rows)} together"
+            raise ValueError(f"lengths: expected {expected}")
+
+    @classmethod
+    def of(cls, workloads: Sequence[Workload]) -> WorkloadBatch:
+        """The stack of some workloads."""
+        sequences = np.array([w.meta.batch for w in workloads], dtype=np.intp)
+        return cls(Workload.concat(workloads), np.array([len(w) for w in workloads], dtype=np.intp), sequences)
+
+    @classmethod
+    def join(cls, stacks: Sequence[WorkloadBatch]) -> WorkloadBatch:
+        """One stack of several."""
+        if len(stacks) == 1:
+            return stacks[0]
+        known = [s.sequences for s in stacks if s.sequences is not None]
+        sequences = np.concatenate(known) if len(known) == len(stacks) else None
+        return cls(Workload.concat([s.rows for s in stacks]), np.concatenate([s.lengths for s in stacks]), sequences)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def starts(self) -> IndexArray:
+        """First row of each workload."""
+        return np.asarray(np.cumsum(self.lengths) - self.lengths)
+
+    @cached_property
+    def owner(self) -> IndexArray:
+        """Workload of each row."""
+        return np.repeat(np.arange(len(self)), self.lengths)
+
+    def total(self, column: FloatArray) -> FloatArray:
+        """Sum of a column of the rows, by workload."""
+        return np.asarray(np.add.reduceat(np.asarray(column, dtype=np.float64), self.starts))
+
+    def largest(self, column: Any) -> Any:
+        """Maximum of a column of the rows, by workload."""
+        return np.maximum.reduceat(column, self.starts)
+
+    @cached_property
+    def flops(self) -> FloatArray:
+        """FLOPs of each row, all its executions."""
+        return self.rows.flops
+
+    @cached_property
+    def bytes(self) -> FloatArray:
+        """Bytes each row must at least move, all its executions."""
+        return self.rows.bytes
+
+    @cached_property
+    def groups(self) -> Groups:
+        """The groups of the rows."""
+        w = self.rows
+        code = (segment_of(w) * len(Kind) + w.kind) * len(ROLES) + w.role
+        occurs = np.bincount(code) > 0
+        used = np.flatnonzero(occurs)
+        cell = self.owner * len(used) + (np.cumsum(occurs) - 1)[code]
+        place, role = np.divmod(used, len(ROLES))
+        segment, kind = np.divmod(place, len(Kind))
+        return Groups(cell, segment, kind, role, sums(cell, w.count, (len(self), len(used))))
+
+    @cached_property
+    def shapes(self) -> tuple[Workload, IndexArray]:
+        """Different operators as far as their time goes, and which of them each row is; of few rows, each as it is."""
+        w, every = self.rows, np.arange(len(self.rows))
+        if len(w) < FEW_ROWS:
+            return w, every
+        small = w.kind.astype(np.int64)
+        role = np.where(w.kind == Kind.GEMM, 0, w.role)
+        for column, many in ((role, len(ROLES)), (w.kernel, 8), (w.dtype, len(DTYPES)), (w.weight_dtype, len(DTYPES))):
+            small = small * many + column
+        columns = [small, w.m, w.n, w.k, w.batch, w.q_len, w.kv_len, w.heads, w.kv_heads, w.head_dim, w.window, w.block]
+        columns += [w.experts, w.value_dim, w.latent]
+        columns += [c.view(np.int64) for c in (w.density, w.active, w.skew, w.read_bytes, w.write_bytes)]
+        key = np.zeros(len(w), dtype=np.uint64)
+        for column in columns:  # a mixing hash: what it makes equal is checked below
+            key ^= np.ascontiguousarray(column).view(np.uint64)
+            key *= np.uint64(0x9E3779B97F4A7C15)
+            key ^= key >> np.uint64(29)
+        _, first, which = np.unique(key, return_index=True, return_inverse=True)
+        which = which.reshape(-1)
+        if any((column[first][which] != column).any() for column in columns):  # two operators of one hash
+            return w, every
+        return w.take(first), which
+
+
+@dataclass(frozen=True, repr=False)
+class Memory(Displayed):
+    """Bytes on the device that holds most, and the verdict."""
+
+    weights_bytes: float
+    cache_bytes: float
+    activation_bytes: float
+    reserve_bytes: float
+    total_bytes: float
+    capacity_bytes: float
+    fits: bool
+    devices_needed: int  # smallest power of two that share weights and cache evenly and fit; 0: none up to MOST_DEVICES
+    verdict: str  # one sentence for people
+
+    def _title(self) -> str:
+        return self.verdict
+
+
+def memory(workload: Workload, hw: HardwareProfile, *, reserve_bytes: float = RESERVE_BYTES) -> Memory:
+    """Memory of a workload, pruned or not, on a device ``hw`` of ``memory_bytes``, ``reserve_bytes`` of which are set
+    aside; a model that is too large is a verdict, no InputError.
+
+    Examples
+    --------
+    >>> import simulator
+    >>> w = simulator.lower(simulator.load_model("llama-2-70b"), phase="decode", seq=2048)
+    >>> print(memory(w, simulator.load_hardware("h100")).verdict)
+    does not fit: needs 130.0 GiB of 79.6 GiB (1.6x); fits on 2 devices
+    """
+    instance("workload", workload, Workload, "simulator.lower")
+    number("reserve_bytes", reserve_bytes, AMOUNT)
+    if not hasattr(hw, "memory_bytes"):
+        raise InputError(f"hw: expected a HardwareProfile (see load_hardware), got {type(hw).__name__}")
+    workloads, devices, capacity = WorkloadBatch.of([workload]), workload.meta.devices, float(hw.memory_bytes)
+    weights, cache, activation = (float(f(workloads)[0]) for f in (weights_bytes, cache_bytes, activation_bytes))
+    total = weights + cache + activation + reserve_bytes
+    fits = total <= capacity
+    # what devices share; of a pipeline's fullest stage too much, so that this never promises too much
+    shared, whole = (weights + cache) * devices, activation + reserve_bytes
+    sizes = (2**i for i in range(MOST_DEVICES.bit_length()) if 2**i > devices)
+    needed = devices if fits else next((n for n in sizes if shared / n + whole <= capacity), 0)
+    of = f"{total / 2**30:.1f} GiB of {capacity / 2**30:.1f} GiB"
+    way = f"fits on {needed} devices" if needed else f"does not fit on {MOST_DEVICES} devices either"
+    each = " each" if devices > 1 else ""
+    verdict = f"does not fit: needs {of}{each} ({total / capacity:.1f}x); {way}"
+    if fits:
+        verdict = f"fits: {of}{each} ({total / capacity:.0%})"
+    return Memory(weights, cache, activation, reserve_bytes, total, capacity, fits, needed, verdict)
+
+
+def bytes_needed(workloads: WorkloadBatch, *, reserve_bytes: float = RESERVE_BYTES) -> FloatArray:
+    """Bytes each workload needs on the device that holds most: ``memory(...).total_bytes`` of many at once."""
+    return np.asarray(weights_bytes(workloads) + cache_bytes(workloads) + activation_bytes(workloads) + reserve_bytes)
+
+
+def weights_bytes(workloads: WorkloadBatch) -> FloatArray:
+    """Bytes of the parameters of each workload."""
+    w = workloads.rows
+    element = DTYPE_BYTES[w.weight_dtype]
+    gemm = w.kind == Kind.GEMM
+    each = w.params * element
+    sparse = gemm & ((w.kernel == Kernel.SPARSE24) | (w.kernel == Kernel.UNSTRUCTURED))
+    if sparse.any():
+        # by the value kept: rows that run only sometimes, or often, may own more or less than one weight for it
+        values = np.maximum(w.n * w.k * w.density, 1.0)
+        beyond = w.params * w.repeats - values
+        bias = np.where((beyond > 0) & (beyond <= w.n), beyond, 0.0) / w.repeats
+        whole = np.where(w.kernel == Kernel.SPARSE24, w.weight_bytes_each, w.n * w.k * element)
+        each = np.where(sparse, (w.params - bias) * whole / values + bias * element, each)
+    stored = np.where(w.params > 0, each * w.count, 0.0)
+    if w.meta.parallel != "pipeline":
+        return workloads.total(stored)
+    inside, head = w.layers > 0, (w.part == Part.HEAD) & (w.layers <= 0)
+    tied = np.where(gemm & head & (w.params == 0), w.weight_bytes_each, 0.0)  # the last stage has its own copy
+    first = workloads.total(np.where(~inside & ~head, stored, 0.0))
+    last = workloads.total(np.where(head, stored, 0.0)) + np.maximum(workloads.largest(tied), 0.0)
+    return np.asarray(
+        workloads.total(np.where(inside, stored, 0.0)) * _stage_share(workloads) + np.maximum(first, last)
+    )
+
+
+def cache_bytes(workloads: WorkloadBatch) -> FloatArray:
+    """Bytes of keys and values of each workload at the longest length each layer reaches."""
+    w = workloads.rows
+    at = np.flatnonzero(w.is_attention)
+    if not len(at):
+        return np.zeros(len(workloads))
+    kv, window = w.kv_len[at], w.window[at]
+    seen = np.where(window > 0, np.minimum(kv, window), kv)
+    batch = (
+        w.batch[at]
+        if workloads.sequences is None
+        else np.maximum(w.batch[at], workloads.sequences[workloads.owner[at]])
+    )
+    latent, heads = w.latent[at], w.kv_heads[at] * (w.head_dim[at] + w.value_features[at])
+    each = batch * np.where(latent > 0, latent, heads) * seen * DTYPE_BYTES[w.weight_dtype[at]]
+    start, size = np.maximum(w.layer[at], 0).astype(np.int64), np.maximum(w.layers[at], 1).astype(np.int64)
+    span = int((start + size).max()) + 1
+    # decodes of a generate have one row a length, of which the longest counts
+    run, group = np.unique((workloads.owner[at] * span + start) * span + size, return_inverse=True)
+    most = np.zeros(len(run))
+    np.maximum.at(most, group.reshape(-1), each)
+    size = run % span
+    inside = np.arange(int(size.sum())) - np.repeat(np.cumsum(size) - size, size)
+    layers = np.zeros(len(workloads) * span)  # owner x layer
+    np.maximum.at(layers, np.repeat(run // span, size) + inside, np.repeat(most, size))
+    out = layers.reshape(len(workloads), span).sum(axis=1)
+    return np.asarray(out * _stage_share(workloads) if w.meta.parallel == "pipeline" else out)
+
+
+def activation_bytes(workloads: WorkloadBatch) -> FloatArray:
+    """Peak bytes of activations in one forward pass of each workload; for rows of several widths, the widest."""
+    w, size = workloads.rows, len(workloads)
+    gemm = w.kind == Kind.GEMM
+    element = np.maximum(workloads.largest(np.where(gemm, 2.0, DTYPE_BYTES[w.dtype])), 2.0)
+    tokens, cell = w.m.astype(np.float64), workloads.owner * len(ROLES) + w.role
+
+    def widest(width: Any, stage: int) -> FloatArray:
+        """The largest tensor of every workload and role, those inside a low-rank pair left out."""
+        usable = np.flatnonzero(gemm & (w.stage != stage))
+        most = np.zeros(size * len(ROLES))
+        np.maximum.at(most, cell[usable], tokens[usable] * width[usable])
+        return most.reshape(size, len(ROLES))
+
+    def largest(role: str, column: Any) -> Any:
+        return np.maximum(workloads.largest(np.where(w.is_role(role), column, 0.0)), 0.0)
+
+    outer, inner = widest(w.n, 1), widest(w.k, 2)
+    # the embedding: all tokens, where a layer computes some
+    stream = np.maximum(largest("embedding", tokens * w.n), inner[:, _QKV + _WIDE].max(axis=1))
+    attention = outer[:, _QKV].sum(axis=1) + inner[:, _O]
+    mlp = outer[:, _WIDE].sum(axis=1) + inner[:, _DOWN]
+    # what routed experts gather, and their gate and up
+    routed = largest("experts", tokens * w.active * (w.k + 2.0 * w.n))
+    widest_three = np.maximum(np.maximum(attention, np.maximum(mlp, routed)), outer[:, _HEAD])
+    return np.asarray((2.0 * stream + widest_three) * element + largest("all_gather", w.read_bytes))
+
+
+def _stage_share(workloads: WorkloadBatch) -> FloatArray:
+    """Share of the layers on the fullest stage of a pipeline, of each workload; 1 without layers."""
+    w = workloads.rows
+    layers = np.maximum(workloads.largest(np.where(w.layers > 0, w.layer + w.layers, 0)), 0).astype(np.float64)
+    return np.where(layers > 0, np.ceil(layers / w.meta.devices) / np.maximum(layers, 1.0), 1.0)

@@ -1,0 +1,169 @@
+"""Arguments of the Python interface that are none of their kind are refused in one line that names them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+
+import simulator
+from simulator.cost.attention import decode_attention_time, prefill_attention_time
+from simulator.cost.collective import collective_time
+from simulator.cost.elementwise import elementwise_time
+from simulator.cost.experts import experts_time
+from simulator.errors import InputError
+from simulator.predict.settings import Setting
+
+NAN, INF = float("nan"), float("inf")
+TEXT: list[Any] = ["8", b"8", None, [8, "x"], {}, 8 + 1j]
+NUMBERS: list[Any] = [*TEXT, True, NAN, -3, 1e300, 10**400, [[8], [8, 9]], np.array([8, NAN, 8])]
+SIZES: list[Any] = [*NUMBERS, 2.5, INF, np.array([8, 2.5, 8]), 0]
+SHAPED: list[Any] = [np.full(2, 8)]  # beside arrays of three
+
+HW = simulator.load_hardware("h100")
+MODEL = simulator.load_model("llama-3.2-1b")
+DENSE = simulator.lower(MODEL, phase="decode", batch=1, seq=64)
+PRUNED = simulator.prune(DENSE, "depth", 0.25)
+THREE = np.array([8, 16, 24])
+
+CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, list[Any]]]] = {
+    "gemm_time": (
+        simulator.gemm_time,
+        {"m": THREE, "n": THREE, "k": 64, "hw": HW},
+        {"m": [*SIZES, *SHAPED], "n": [*SIZES, *SHAPED], "k": [*SIZES, *SHAPED, 2**31]}
+        | {"kernel": [7, 0.5, "dense", True]}
+        | {"copies": [0, -1, NAN, 1.5, True, "8", *SHAPED], "level": [0, 1, NAN, "0.9", True, None], "cold": ["no", 2]}
+        | {"density": [*NUMBERS[:-1], INF, 1.5], "dtype": [8, []], "weight_dtype": ["x", []], "hw": ["h100", None]},
+    ),
+    "prefill_attention_time": (
+        prefill_attention_time,
+        {"batch": THREE, "q_len": 128, "kv_len": 128, "heads": 8, "kv_heads": 8, "head_dim": 64, "hw": HW},
+        {**dict.fromkeys(("batch", "heads", "kv_heads", "head_dim"), SIZES), "q_len": [*SIZES, 129], "kv_len": SIZES}
+        | {"window": [-1, 2.5, *SHAPED], "density": [0, 1.5, NAN], "block": [-1, NAN], "level": [2], "hw": ["h100"]},
+    ),
+    "decode_attention_time": (
+        decode_attention_time,
+        {"batch": THREE, "kv_len": 128, "heads": 8, "kv_heads": 8, "head_dim": 64, "hw": HW},
+        {"kv_len": [*SIZES, *SHAPED], "value_dim": [-1, 0.5], "latent": ["yes", 0.5], "cold": [None], "kv_dtype": [[]]},
+    ),
+    "elementwise_time": (
+        elementwise_time,
+        {"read_bytes": THREE, "write_bytes": 8, "hw": HW},
+        {"read_bytes": NUMBERS, "write_bytes": [*NUMBERS, INF, *SHAPED], "role": [0.5, -1, 999, None]}
+        | {"added": [1, "yes"], "dtype": ["fp12", 3], "level": [1.5, "0.9"], "hw": ["h100"]},
+    ),
+    "experts_time": (
+        experts_time,
+        {"m": THREE, "n": 768, "k": 2048, "experts": 128, "active": 8, "hw": HW},
+        {"m": SIZES, "experts": SIZES, "active": NUMBERS, "skew": NUMBERS, "hw": [None]},
+    ),
+    "collective_time": (
+        collective_time,
+        {"payload_bytes": 1e6, "devices": 2, "hw": HW},
+        {"payload_bytes": [*NUMBERS, INF], "devices": SIZES, "hw": [None], "level": [0]},
+    ),
+    "lower": (
+        partial(simulator.lower, MODEL),
+        {"phase": "generate", "new_tokens": 2},
+        dict.fromkeys(("batch", "seq", "new_tokens", "devices"), SIZES)
+        | {"skew": [*NUMBERS, INF], "parallel": [[], 3]}
+        | {"engine": [0, None, {}], "dtype": [None, 8]},
+    ),
+    "prune": (
+        simulator.prune,
+        {"workload": DENSE, "family": "width", "sparsity": 0.25},
+        {"workload": ["llama", None], "family": [3, []], "sparsity": [*NUMBERS, 1, INF], "ideal": [1, "yes"]}
+        | {"align": [0, 2.5, True, 10**30]},
+    ),
+    "speedup": (
+        simulator.speedup,
+        {"dense": DENSE, "pruned": PRUNED, "hw": HW},
+        {"dense": [None, 3], "pruned": ["depth"], "hw": ["h100"], "level": [0, 1, NAN, "x"]}
+        | {"dense_s": [NAN, INF, -1, 0, True, "1 ms", [1.0]]},
+    ),
+    "speedups": (simulator.speedups, {"dense": DENSE, "pruned": [PRUNED], "hw": HW}, {"pruned": [3, ["depth"]]}),
+    "cost": (simulator.cost, {"w": DENSE, "hw": HW}, {"w": ["x"], "hw": ["h100"], "level": [0, "x"]}),
+    "memory": (
+        simulator.memory,
+        {"workload": DENSE, "hw": HW},
+        {"workload": [None], "hw": ["h100"], "reserve_bytes": [*NUMBERS, INF]},
+    ),
+    "table": (
+        simulator.table,
+        {"models": [MODEL], "hardware": [HW], "family": ["depth"], "sparsity": [0.25], "batch": [1], "seq": [64]},
+        {"models": ["llama-3.2-1b"], "hardware": ["h100", [3]], "family": ["depth", [[]]], "sparsity": [0.25, "5"]}
+        | {"batch": [1, [0], [2.5], [True], ["8"], [[]]], "seq": [64, [NAN]], "phase": ["decode", [3]], "setting": [{}]}
+        | {"options": ["align", 3], "method": [3], "engine": ["vllm"], "pruned": ["x"]},
+    ),
+    "Setting": (
+        Setting,
+        {},
+        {"new_tokens": SIZES, "devices": SIZES, "skew": NUMBERS, "level": [*NUMBERS, 1], "engine": [0, None]}
+        | {"dense_s": [NAN, True, "1", 0], "dtype": [8], "parallel": [[]]},
+    ),
+    "Workload": (
+        simulator.Workload.from_columns,
+        {"m": THREE, "n": 8, "k": 8},
+        {"n": [*SIZES[:-1], *SHAPED], "batch": [*SIZES[:-1], *SHAPED], "count": [*NUMBERS, INF, *SHAPED]}
+        | {"kind": [7, -1, 0.5], "role": ["query", 999], "layer": [-2], "density": [1.5, NAN], "overhead": [1, "no"]},
+    ),
+    "Workload.replace": (DENSE.replace, {}, {"m": [2.5, NAN, -1, "8", [8, 8], None], "count": [INF, "1"], "kind": [9]}),
+    "ModelConfig": (
+        partial(replace, MODEL),
+        {},
+        {**dict.fromkeys(("hidden", "head_dim", "vocab"), SIZES), "layers": [-1, 2.5], "heads": [-1, "8", True]}
+        | {"windows": [(0,), None, (-1,) * 16], "active": [NAN, -1], "norm": ["batch"], "weight_dtype": ["x", None]},
+    ),
+    "HardwareProfile": (
+        partial(replace, HW),
+        {},
+        {"sm_count": SIZES, "memory_bytes": [*NUMBERS, INF, 0], "bandwidth_bytes_per_s": [NAN, 0, "3.35 TB/s", True]},
+    ),
+}
+CASES = [(call, name, value) for call, (_, _, bad) in CALLS.items() for name, values in bad.items() for value in values]
+
+
+@pytest.mark.parametrize(("call", "name"), list(dict.fromkeys((call, name) for call, name, _ in CASES)))
+def test_what_is_none_of_its_kind_is_refused_in_one_line(call: str, name: str) -> None:
+    function, good, bad = CALLS[call]
+    for value in bad[name]:
+        with pytest.raises(InputError) as error:
+            function(**{**good, name: value})
+        said = str(error.value)
+        assert "\n" not in said
+        assert name.removesuffix("_bytes").replace("_", " ").split()[0] in said.replace("_", " "), (value, said)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_what_is_right_is_taken(call: str) -> None:
+    function, good, _ = CALLS[call]
+    function(**good)
+
+
+def test_numbers_of_any_integer_or_float_type_are_taken() -> None:
+    want = simulator.gemm_time(8, 64, 64, HW).seconds
+    for kind in (np.int8, np.uint64, np.float16, np.float64):
+        assert simulator.gemm_time(kind(8), [64], kind(64), HW).seconds == want
+    assert simulator.gemm_time(8, 64, 64, HW, copies=INF).seconds == want
+
+
+def test_large_shapes_keep_what_single_precision_would_lose() -> None:
+    """Their alignment, that they differ from their neighbours at all, and times whose cubes overflow."""
+    odd, even = simulator.gemm_time(64, [2**24 + 1, 2**24 + 8], 64, HW).seconds
+    assert odd > 1.05 * even
+    m = 10**9 + np.arange(3) * 256
+    assert (np.diff(simulator.gemm_time(m, 4096, 4096, HW).seconds) > 0).all()
+    assert (np.diff(simulator.gemm_time(64, 2**30 + 1024 * np.arange(3), 4096, HW).seconds) > 0).all()
+    long = simulator.gemm_time(2**50, 2**31 - 1, 2**31 - 1, simulator.load_hardware("t4"), dtype="fp16")
+    assert np.isfinite(long.upper).all()
+
+
+def test_neighbours_do_not_change_a_shape() -> None:
+    m = np.array([1, 2**25, 4096, 2**25 + 1, 17])
+    together = simulator.gemm_time(m, 4096, 4096, HW)
+    for i, alone in enumerate(m):
+        assert simulator.gemm_time(alone, 4096, 4096, HW).seconds == together.seconds[i]

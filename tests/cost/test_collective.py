@@ -1,0 +1,197 @@
+"""Collectives: limits of alpha-beta, bad input, the fit recovering planted constants, and the published tables."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from calibration.build_profiles import datasheet
+from calibration.fit.collective import Messages, fit_collective
+from calibration.fit.profile import fit_profile
+from calibration.records.importers import import_table
+from calibration.records.table import Records, Source
+from simulator.cost.collective import KINDS, collective_core, collective_time
+from simulator.errors import InputError
+from simulator.hardware.constants import COLLECTIVE_CONSTANTS as CONSTANTS
+from simulator.hardware.library import load_hardware
+from simulator.hardware.profile import HardwareProfile, Link
+from simulator.hardware.save import save_hardware
+
+PAYLOAD = np.geomspace(1e2, 1e10, 120)
+
+
+def bare(name: str) -> HardwareProfile:
+    return datasheet(name)
+
+
+@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["a100_sxm_80gb", "h100_sxm", "l40s"])
+def test_time_grows_with_payload_from_a_floor_to_the_link(name: str, kind: str, devices: int) -> None:
+    hw = bare(name)
+    assert hw.link is not None
+    t = collective_time(PAYLOAD, devices, hw, kind=kind)
+    assert np.all(np.diff(t.seconds) > 0)
+    assert np.all(t.seconds >= t.roofline_s)
+    assert np.all(t.lower >= t.roofline_s)
+    assert np.all(t.upper > t.seconds)
+    assert t.bottlenecks[0] == "launch"
+    assert t.bottlenecks[-1] == "link"
+    # of the payload each device must receive; the H100's switch adds up, so that an all-reduce passes once
+    part = (devices - 1) / devices
+    reduced = 1.0 if name == "h100_sxm" else 2 * part
+    share = {"all_reduce": reduced, "send": 1.0}.get(kind, part)
+    assert t.roofline_s[-1] == pytest.approx(share * PAYLOAD[-1] / hw.link.bandwidth_bytes_per_s)
+    wire = {"all_reduce": 2 * part, "send": 1.0}.get(kind, part) * PAYLOAD[-1]
+    slower = CONSTANTS["e_link"].default(hw.link.family) * (2 / devices) ** CONSTANTS["sharing"].default(hw.link.family)
+    assert t.seconds[-1] == pytest.approx(wire / hw.link.bandwidth_bytes_per_s / slower, rel=0.05)
+
+
+def test_one_device_costs_nothing_and_more_cost_more() -> None:
+    hw = bare("h100_sxm")
+    t = collective_time(1e8, [1, 2, 4, 8], hw)
+    assert t.seconds[0] == t.lower[0] == t.upper[0] == 0.0
+    assert np.all(np.diff(t.seconds) > 0)
+    assert collective_time(np.ones((3, 1)), [2, 4], hw).seconds.shape == (3, 2)
+
+
+def test_bad_input_is_named() -> None:
+    hw = bare("h100_sxm")
+    with pytest.raises(InputError, match="all_reduce"):
+        collective_time(1.0, 2, hw, kind="allreduce")
+    with pytest.raises(InputError, match="connects"):
+        collective_time(1.0, 1000, hw)
+    alone = replace(hw, link=None)
+    with pytest.raises(InputError, match="no link"):
+        collective_time(1.0, 2, alone)
+    assert collective_time(1.0, 1, alone).seconds == 0.0
+
+
+def test_an_engine_s_own_all_reduce_is_used_where_it_is_faster_and_allowed() -> None:
+    sizes, two = np.geomspace(1e3, 1e9, 50), np.full(50, 8.0)
+    default = {name: constant.default("nvlink") for name, constant in CONSTANTS.items()}
+    with_own, without = (
+        collective_core(np.zeros(50, dtype=np.intp), sizes, two, 450e9, {**default, "own_devices": n}).total
+        for n in (8.0, 4.0)
+    )
+    assert np.all(with_own <= without)
+    assert with_own[0] < 0.5 * without[0]
+    large = sizes > default["own_bytes"]
+    np.testing.assert_array_equal(with_own[large], without[large])
+
+
+def test_doubt_of_hosts_is_wider_over_pcie_and_with_more_devices() -> None:
+    nvlink, pcie = bare("h100_sxm"), bare("l40s")
+    widths = [
+        float(t.upper / t.seconds) for t in (collective_time(1e9, n, hw) for hw in (nvlink, pcie) for n in (2, 8))
+    ]
+    assert widths[0] == pytest.approx(widths[1], rel=0.05)
+    assert widths[1] < widths[2] < widths[3]
+
+
+TRUTH = {
+    **{name: constant.default("nvlink") for name, constant in CONSTANTS.items()},
+    **{"t0_s": 4e-6, "hop_s": 7e-7, "e_link": 0.8, "pipe_s": 3e-5, "own_t0_s": 2.5e-6, "own_e": 0.7},
+    **{"own_step_s": 1e-5, "own_bytes": 2.0**23},
+}
+
+
+def planted(noise: float) -> Messages:
+    rng = np.random.default_rng(7)
+    code, size, devices = (a.ravel() for a in np.meshgrid(np.arange(4), 2.0 ** np.arange(9, 30), [2.0, 4.0, 8.0]))
+    seconds = collective_core(code, size, devices, 450e9, TRUTH).total * np.exp(noise * rng.normal(size=code.size))
+    return Messages(code, size, devices, seconds, Link("nvlink4", 450e9, 1e-6, 8))
+
+
+def test_fit_recovers_planted_constants() -> None:
+    fit = fit_collective(planted(0.01))
+    for name in ("t0_s", "hop_s", "e_link", "pipe_s", "own_t0_s", "own_e", "own_step_s"):
+        constant = fit.section.constants[name]
+        assert constant.std_error is not None
+        assert abs(constant.value - TRUTH[name]) < 4 * constant.std_error
+        assert constant.std_error < 0.1 * constant.value
+    assert (fit.section["own_devices"], fit.section["own_bytes"]) == (8.0, 2.0**23)
+    assert fit.section.constants["sharing"].status == "fixed"
+    assert fit.section.accuracy["mape"] < 0.02
+
+
+def test_fit_refuses_too_few_and_skips_what_no_link_can_do() -> None:
+    messages = planted(0.0)
+    with pytest.raises(ValueError, match="at least 20"):
+        fit_collective(messages.take(slice(0, 10)))
+    seconds = messages.seconds.copy()
+    seconds[:2], seconds[-1] = np.nan, 1e-9
+    assert fit_collective(replace(messages, seconds=seconds)).rows == len(seconds) - 3
+
+
+def test_records_make_a_section_that_is_saved_and_used(tmp_path: Path) -> None:
+    m, hw = planted(0.0), bare("h100_sxm")
+    rows = Records.from_columns(
+        [Source("H100", {"NCCL": "2"}, kernel="mine")],
+        operator="collective",
+        role=np.array(KINDS)[m.code],
+        n=m.payload.astype(np.int64),
+        batch=m.devices.astype(np.int64),
+        seconds=m.seconds,
+        launch="graph",
+    )
+    fitted = fit_profile(hw, rows).profile
+    assert set(fitted.sections) == {("collective", "*")}
+    path = tmp_path / "h100_sxm.yaml"
+    save_hardware(fitted, path)
+    again = load_hardware(path)
+    for kind in ("all_reduce", "all_to_all"):
+        of_kind = m.code == KINDS.index(kind)
+        t = collective_time(m.payload[of_kind], m.devices[of_kind], again, kind=kind)
+        np.testing.assert_allclose(t.seconds, m.seconds[of_kind], rtol=0.02)
+
+
+def test_the_library_s_all_reduce_gives_way_to_the_engine_s_own() -> None:
+    m = planted(0.0)
+    both = np.concatenate([m.code, np.zeros(40, dtype=np.intp)])
+    payload = np.concatenate([m.payload, 2.0 ** np.tile(np.arange(9, 29), 2)])
+    rows = Records.from_columns(
+        [Source("H100", kernel="mine"), Source("H100", kernel="NCCL")],
+        operator="collective",
+        role=np.array(KINDS)[both],
+        n=payload.astype(np.int64),
+        batch=np.concatenate([m.devices, np.full(40, 8.0)]).astype(np.int64),
+        seconds=np.concatenate([m.seconds, np.ones(40)]),
+        source=np.where((both == 0) & (np.arange(both.size) < m.code.size), 0, 1),
+        launch="graph",
+    )
+    fitted = fit_profile(bare("h100_sxm"), rows).profile
+    assert fitted.section("collective", "*")["own_t0_s"] == pytest.approx(TRUTH["own_t0_s"], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "stack", "nccl"),
+    [
+        ("a100_sxm", "trtllm/1.0.0", "2.27.3"),
+        ("h100_sxm", "sglang/0.5.14", "2.29.2"),
+        ("l40s", "vllm/0.14.0", "2.27.3"),
+    ],
+)
+def test_accuracy_on_sizes_left_out_of_a_table(wheel_tables: Path, gpu: str, stack: str, nccl: str) -> None:
+    hw = bare("a100_sxm_80gb" if gpu == "a100_sxm" else gpu)
+    files = (f"{stack}/custom_allreduce_perf.parquet", f"nccl/{nccl}/nccl_perf.parquet")
+    rows = Records.concat(
+        [import_table(wheel_tables / gpu / "comm" / name, hw=hw, dtype="all").records for name in files]
+    )
+    (part,) = fit_profile(hw, rows).parts
+    # measured: 6.2, 5.9 and 9.3 %; of the untuned alpha-beta of version 0.1 22 to 45
+    assert part.section.accuracy["mape"] < (0.07 if gpu != "l40s" else 0.105)
+    near = collective_time(2.0**22, [2, 4, 8], fit_profile(hw, rows).profile)
+    assert np.all(np.diff(near.seconds) > 0)
+
+
+def test_more_bytes_never_take_less_time_whatever_the_noise() -> None:
+    hw = bare("h100_sxm")
+    fitted = hw.calibrated({("collective", "*"): fit_collective(planted(0.15)).section})
+    for kind in KINDS:
+        for devices in (2, 4, 8):
+            t = collective_time(np.geomspace(256, 1e10, 2000), devices, fitted, kind=kind).seconds
+            assert np.all(t >= np.maximum.accumulate(t) * (1 - 1e-5))

@@ -1,0 +1,203 @@
+"""Experts: how many are touched, tiles of drawn tokens, physics, formats, what pruning does, and the fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from calibration.fit.experts import Layers, fit_experts, layers_of
+from calibration.measurements import load_measurements
+from calibration.measurements.wheel import datasheet
+from calibration.records.experts import too_slow
+from simulator.cost.experts import TILES, dealt_load, drawn_load, experts_core, experts_time
+from simulator.cost.gemm_model import Machine
+from simulator.errors import InputError
+from simulator.hardware.constants import EXPERTS_CONSTANTS as CONSTANTS
+from simulator.hardware.library import list_hardware, load_hardware
+from simulator.routing import EXPERT_RANGE, EXPERT_SKEW, experts_chance, experts_touched
+from simulator.uncertainty.forward import ratio_half
+
+F8 = np.float64
+QWEN = (768, 2048, 128, 8)  # Qwen3-30B-A3B: width, hidden size, experts, experts a token
+TOKENS = np.array([1, 4, 16, 64, 256, 1024, 8192])
+
+
+@pytest.mark.parametrize("skew", [0.0, 0.5, 1.0, 1.2])
+@pytest.mark.parametrize(("experts", "active"), [(128, 8), (8, 2), (16, 0.5)])
+def test_touched_experts_and_tiles_are_those_of_tokens_that_choose_by_chance(
+    experts: int, active: float, skew: float
+) -> None:
+    rng, chance = np.random.default_rng(0), experts_chance(experts, active, skew)
+    assert chance.mean() * experts == pytest.approx(active, rel=1e-9)
+    ratio = []
+    for m in (1, 3, 7, 40, 130, 300, 333, 1111):
+        counts = rng.binomial(m, np.repeat(chance, 320_000 // len(chance)))
+        touched = experts_touched(m, experts, active, skew)
+        assert touched == pytest.approx(experts * (counts > 0).mean(), rel=0.03)
+        sizes = (np.array([v], dtype=F8) for v in (m, experts, active, skew))
+        load = drawn_load(*sizes)
+        assert load.touched[0] == pytest.approx(touched)
+        ratio.append([tiles[0] / (experts * np.ceil(counts / rows).mean()) for rows, tiles in zip(TILES, load.tiles)])
+    # chance smooths the steps of whole tiles less than the form does, which is right on average
+    assert np.abs(np.log(ratio)).max() < 0.35
+    assert np.exp(np.log(ratio).mean(axis=0)).tolist() == pytest.approx([1.0] * len(TILES), abs=0.08)
+
+
+def test_touched_by_hand() -> None:
+    assert experts_touched([1, 2], 8, 2).tolist() == pytest.approx([2.0, 8 * (1 - 0.75**2)])
+    assert experts_touched(1, 8, 2, 1.0) == pytest.approx(2.0)  # a token uses two, however they are liked
+    many = experts_touched(TOKENS[:, None], 128, 8, [0.0, 0.5, 1.0])
+    assert (np.diff(many, axis=0) > -1e-9).all()
+    assert (np.diff(many[1:5], axis=1) < 0).all()  # skew leaves some idle
+    assert many[-1] == pytest.approx(128, rel=1e-3)
+
+
+def test_the_load_of_a_measured_model_is_that_of_its_skew() -> None:
+    """Qwen3-30B-A3B: 65 of 128 experts take 90 % of the tokens, entropy 0.111 short; of code alone 58 and 0.154."""
+    for skew, experts, short in ((EXPERT_SKEW, 65, 0.111), (0.97, 58, 0.154)):
+        load = np.sort(np.exp(np.log(EXPERT_RANGE) * skew * (np.arange(128) + 0.5) / 128))[::-1]
+        load /= load.sum()
+        assert np.searchsorted(np.cumsum(load), 0.9) == pytest.approx(experts, abs=3)
+        assert 1 + (load * np.log(load)).sum() / np.log(128) == pytest.approx(short, abs=0.02)
+        chance = experts_chance(128, 8, skew)
+        few = load.reshape(len(chance), -1).mean(axis=1)[::-1]
+        np.testing.assert_allclose(chance / chance.sum(), few / few.sum(), rtol=0.02)
+
+
+def test_a_benchmark_deals_tokens_out() -> None:
+    m, experts, active = (np.array(v, dtype=F8) for v in ([2, 16, 2048], [128] * 3, [8] * 3))
+    even = dealt_load(m, experts, active, 0.0)
+    assert even.touched.tolist() == [16, 128, 128]
+    assert even.tiles[TILES.index(128.0)].tolist() == [16, 128, 128]  # 128 tokens each: no row is padded
+    law = dealt_load(m, experts, active, 1.01)
+    assert law.touched[0] == pytest.approx(16, rel=0.05)  # all are rounded to none, and 16 are dealt out again
+    assert 55 < law.touched[1] < 80
+    assert law.tiles[-1][2] > 1.2 * even.tiles[-1][2]  # of 128 tokens on average some have 1200
+
+
+@pytest.mark.parametrize("name", list_hardware())
+def test_never_faster_than_physics(name: str) -> None:
+    hw = load_hardware(name)
+    dtype = "bf16" if "bf16" in hw.rates else "fp16" if "fp16" in hw.rates else "fp32"
+    for skew in (0.0, 1.0):
+        t = experts_time(TOKENS, *QWEN, hw, skew=skew, dtype=dtype, level=0.99)
+        flops = 6.0 * TOKENS * 8 * 768 * 2048 / (hw.peak_flop_per_s(dtype) * hw.clock_headroom)
+        element = 4.0 if dtype == "fp32" else 2.0
+        moved = 3 * 768 * 2048 * element * experts_touched(TOKENS, 128, 8, skew) / hw.bandwidth_bytes_per_s
+        assert (t.lower >= np.maximum(flops, moved) * (1 - 1e-12)).all()
+        assert (t.lower <= t.seconds).all()
+        assert (t.seconds <= t.upper).all()
+        assert (t.seconds[1:] > 0.98 * t.seconds[:-1]).all()  # where a kernel steps up it is flat afterwards
+
+
+def test_arrays_broadcast_and_bad_formats_are_named() -> None:
+    hw = load_hardware("h100@vllm")
+    t = experts_time(TOKENS[:, None], 768, 2048, [128, 96], 8, hw)
+    assert t.seconds.shape == (7, 2)
+    assert t.seconds[2, 1] == experts_time(16, 768, 2048, 96, 8, hw).seconds
+    with pytest.raises(InputError, match="dtype 'int3' is unknown"):
+        experts_time(1, *QWEN, hw, weight_dtype="int3")
+    with pytest.raises(InputError, match="has no nvfp4 arithmetic"):
+        experts_time(1, *QWEN, hw, dtype="nvfp4")
+
+
+def test_narrow_weights_are_read_faster_and_without_a_fit_of_their_own_less_is_known() -> None:
+    hw = load_hardware("h100@trtllm")
+    bf16, fp8 = (experts_time(64, *QWEN, hw, dtype=dtype).seconds for dtype in ("bf16", "fp8"))
+    assert 0.5 < fp8 / bf16 < 0.75
+    own = experts_time(64, *QWEN, load_hardware("h100@vllm"), weight_dtype="mxfp4")
+    lent = experts_time(64, *QWEN, load_hardware("a100@vllm"), weight_dtype="mxfp4")
+    assert own.uncertainty is not None
+    assert lent.uncertainty is not None
+    assert "experts quantised" not in own.uncertainty.names
+    assert "experts quantised" in lent.uncertainty.names
+    generic = experts_time(64, *QWEN, load_hardware("t4"), dtype="fp16")
+    assert generic.uncertainty is not None
+    assert {"experts default", "experts generic"} <= set(generic.uncertainty.names)
+    assert generic.upper / generic.seconds > 1.5
+
+
+def test_fewer_experts_save_what_they_no_longer_read() -> None:
+    """A quarter of the experts removed: the decode of one sequence reads as many as before, that of 256 reads a quarter
+    fewer, a long prefill computes as much; narrower experts save in all three."""
+    hw = load_hardware("h100@vllm")
+    dense, fewer, narrow = (experts_time(TOKENS, n, 2048, e, 8, hw) for n, e in ((768, 128), (768, 96), (576, 128)))
+    ratio = fewer.seconds / dense.seconds
+    assert ratio[0] == pytest.approx(1.0, abs=0.05)
+    assert ratio[4] == pytest.approx(0.75, abs=0.05)
+    assert ratio[-1] == pytest.approx(1.0, abs=0.1)
+    assert (narrow.seconds < 0.97 * dense.seconds).all()
+    assert dense.uncertainty is not None
+    assert fewer.uncertainty is not None
+    # what both share cancels in their ratio
+    half = ratio_half(fewer.uncertainty, dense.uncertainty, 0.9, None)
+    assert (half < np.log(dense.upper / dense.seconds)).all()
+
+
+def test_a_width_off_16_is_slow_and_doubtful() -> None:
+    hw = load_hardware("h100@vllm")
+    aligned, off = (experts_time(256, n, 2048, 128, 8, hw) for n in (704, 696))
+    assert off.seconds > 1.5 * aligned.seconds
+    assert off.upper / off.seconds > 1.2 * aligned.upper / aligned.seconds
+
+
+def planted(**values: float) -> Layers:
+    """Times of five models by known constants, 2 % of noise."""
+    machine, rng = Machine.of(datasheet("h100_sxm")), np.random.default_rng(0)
+    models = [
+        (768, 2048, 128, 8),
+        (2048, 4096, 256, 8),
+        (14336, 4096, 8, 2),
+        (8192, 5120, 16, 1),
+        (1024, 4096, 512, 10),
+    ]
+    rows = [
+        (m, n // tp, k, e, a, s)
+        for n, k, e, a in models
+        for tp in (1, 2, 4, 8)
+        for m in 2 ** np.arange(0, 15)
+        for s in (0, 1.01)
+    ]
+    m, n, k, e, a, s = np.array(rows, dtype=F8).T
+    known = {name: c.default("hopper") for name, c in CONSTANTS.items()} | values
+    total = experts_core(dealt_load(m, e, a, s), m, n, k, e, a, machine, known, warm=True).total
+    return Layers(machine, m, n, k, e, a, s, total * np.exp(rng.normal(0, 0.02, len(m))))
+
+
+def test_planted_constants_are_recovered() -> None:
+    known = {"t0_s": 3e-5, "e_tc": 0.6, "e_d": 0.8, "e_io": 1.0, "tile_rows": 30.0, "narrow": 60.0}
+    part = fit_experts(planted(**known), "hopper")
+    for name, value in known.items():
+        found = part.section.constants[name]
+        assert found.std_error is not None
+        assert abs(found.value - value) < 4 * found.std_error + 0.03 * value, name
+    assert part.section.accuracy["mape"] < 0.03
+    with pytest.raises(ValueError, match="experts: expected at least 300 rows, got 10"):
+        fit_experts(planted().take(np.arange(10)), "hopper")
+
+
+def test_the_shipped_section_is_what_its_table_gives_and_holds_models_left_out() -> None:
+    hw, records = load_hardware("h100@trtllm"), load_measurements("h100_sxm/experts/trtllm")
+    layers = layers_of(records, Machine.of(hw))
+    part, ships = fit_experts(layers, "hopper"), hw.section("experts", "bf16")
+    for name, constant in ships.constants.items():
+        assert part.section[name] == pytest.approx(constant.value, rel=1e-3), name
+    assert part.section.accuracy["mape"] < 0.065
+    bare = replace(part.section, arrays={})
+    error = [
+        np.abs(np.log(experts_time(*sizes, hw_, skew=layers.skew, dealt=True).seconds / layers.seconds)).mean()
+        for sizes in [(layers.m, layers.n, layers.k, layers.experts, layers.active)]
+        for hw_ in (hw, hw.calibrated({("experts", "bf16"): bare}))
+    ]
+    assert error[0] < 0.85 * error[1]  # the lattice takes up part of what the form leaves
+
+
+def test_untuned_kernels_are_found_by_other_widths() -> None:
+    m, n = (a.ravel() for a in np.meshgrid([1.0, 8.0, 64.0], [256.0, 512.0, 1024.0], indexing="ij"))
+    seconds = 1e-5 + 1e-8 * n * m**0.1
+    shape, skew = np.zeros((9, 1)), np.zeros(9)
+    assert not too_slow(shape, m, n, skew, seconds).any()
+    slow = np.where(n == 512.0, 4.0, 1.0)
+    assert too_slow(shape, m, n, skew, seconds * slow).tolist() == (n == 512.0).tolist()

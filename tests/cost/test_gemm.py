@@ -1,0 +1,215 @@
+"""The GEMM model: physics, alignment, formats, the ladder, and the small print of its interface."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from simulator.cost.gemm import GemmTime, alignment_halvings, gemm_steps, gemm_time
+from simulator.cost.gemm_model import Core, Machine, core_time, machine_core
+from simulator.cost.gemm_shapes import CHUNK, PRECISION
+from simulator.errors import InputError
+from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
+from simulator.hardware.library import load_hardware
+from simulator.workload import Kernel
+
+GPUS = ("a100_sxm_80gb", "h100_sxm", "rtx_4090")
+sizes = st.integers(1, 40_000)
+widths = st.integers(1, 8192).map(lambda i: 8 * i)
+
+
+def defaults(architecture: str) -> dict[str, float]:
+    return {name: constant.default(architecture) for name, constant in CONSTANTS.items()}
+
+
+def core_of(gpu: str, dtype: Any = np.float64) -> Core:
+    return machine_core(Machine.of(load_hardware(gpu)), defaults(load_hardware(gpu).architecture), dtype)
+
+
+@settings(max_examples=200, deadline=None)
+@given(m=sizes, n=widths, k=widths, gpu=st.sampled_from(GPUS), kernel=st.sampled_from([0, 1, 2, 3]))
+def test_never_beats_the_physics(m: int, n: int, k: int, gpu: str, kernel: int) -> None:
+    hw = load_hardware(gpu)
+    t = gemm_time(m, n, k, hw, kernel=kernel)
+    peak = hw.peak_flop_per_s("bf16", sparse=kernel == 1) * hw.clock_headroom
+    stored = 1.125 if kernel == 1 else 2.0
+    assert t.seconds >= 2.0 * m * n * k / peak
+    assert t.seconds >= stored * n * k / hw.bandwidth_bytes_per_s
+    assert t.lower <= t.seconds <= t.upper
+    assert t.lower >= 2.0 * m * n * k / peak
+
+
+@settings(max_examples=100, deadline=None)
+@given(m=st.integers(1, 8192), n=widths, k=widths, axis=st.integers(0, 2), gpu=st.sampled_from(GPUS))
+def test_more_work_is_never_faster_by_more_than_a_tile_step(m: int, n: int, k: int, axis: int, gpu: str) -> None:
+    """The analytic core: a step up to the next whole tile may be cheaper only by two tiles' difference in
+    efficiency."""
+    core = core_of(gpu)
+    shape = np.array([[m], [n], [k]], dtype=np.float64)
+    larger = shape.copy()
+    larger[axis] += (128, 256, 128)[axis]
+    small, large = core_time(*shape, core).total_us[0], core_time(*larger, core).total_us[0]
+    assert large >= 0.85 * small  # split-K: one more whole k-step of a tile can balance better
+
+
+def test_a_cpu_has_no_tiles_and_reads_its_weights_twice_from_some_rows_on() -> None:
+    machine = Machine(1e12, 3e10, 1e6, 2, 1.0, 4.0, 4.0, False, packs=True)
+    constants = defaults("cpu") | {"pack": 1.0, "pack_m": 4.0, "t0": 1e-7, "e_d": 1.0}
+    core = machine_core(machine, constants)
+    m, wide = np.array([1.0, 3.0, 4.0, 5.0]), np.full(4, 4096.0)
+    t = core_time(m, wide, wide, core)
+    weights_us = 4e6 * 4096.0**2 / 3e10
+    np.testing.assert_allclose(t.memory_us, weights_us * np.array([1, 1, 2, 2]), rtol=0.01)
+    np.testing.assert_allclose(np.cbrt(t.compute3), 2e6 * m * 4096.0**2 / (1e12 * constants["e_tc"]), rtol=1e-9)
+    np.testing.assert_allclose(t.total_us, t.memory_us + np.cbrt(t.compute3) + 0.1, rtol=1e-9)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_halving_both_rates_doubles_time_minus_overhead(gpu: str) -> None:
+    machine, c = Machine.of(load_hardware(gpu)), defaults(load_hardware(gpu).architecture)
+    twice, halved = ("tau", "t_s"), ("b_e", "b_l2", "b_hit", "b_s")
+    slow = c | {name: 2 * c[name] for name in twice} | {name: c[name] / 2 for name in halved}
+    rates = (machine.peak_flop_per_s / 2, machine.bandwidth_bytes_per_s / 2)
+    half = replace(machine, peak_flop_per_s=rates[0], bandwidth_bytes_per_s=rates[1])
+    shapes = np.array([[1, 4096, 4096], [64, 11008, 4096], [2048, 4096, 11008], [8192, 8192, 512]], dtype=np.float64).T
+    fast, slowed = core_time(*shapes, machine_core(machine, c)), core_time(*shapes, machine_core(half, slow))
+    np.testing.assert_allclose(slowed.total_us - 1e6 * c["t0"], 2 * (fast.total_us - 1e6 * c["t0"]), rtol=1e-12)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize(("m", "least"), [(1, 1.02), (16, 1.02), (2048, 1.1)])
+def test_odd_inner_width_is_slower_than_its_aligned_neighbour(gpu: str, m: int, least: float) -> None:
+    hw = load_hardware(gpu)
+    floor = hw.bandwidth_bytes_per_s / (2.0 * 8816 * 4096)  # a kernel that reads as fast as DRAM can shows nothing
+    for n, k in (([8810, 8816], 4096), (4096, [8810, 8816])):
+        odd, aligned = gemm_time(m, n, k, hw).seconds
+        assert odd > least * aligned or aligned * floor < 1.02
+
+
+def test_a_published_pair_of_widths_is_what_alignment_costs() -> None:
+    """Llama-3.1-8B on an A100, 4096 tokens: 0.45 s with a width of 11468, 0.33 s with 11472 (NIRVANA, table 8)."""
+    off, on = (
+        gemm_time(4096, [w, w, 4096], [4096, 4096, w], load_hardware("a100")).seconds.sum() for w in (11468, 11472)
+    )
+    assert 0.33 / (0.33 + 32 * (off - on)) == pytest.approx(0.33 / 0.45, abs=0.05)
+
+
+@pytest.mark.parametrize(("size", "halvings"), [(2.0, [0, 1, 2, 3, 0]), (1.0, [1, 1, 1, 1, 0])])
+def test_alignment_counts_halvings_below_16_bytes(size: float, halvings: list[int]) -> None:
+    odd, even = np.array([8.0, 4.0, 2.0, 1.0, 16.0]), np.full(5, 16.0)
+    assert alignment_halvings(odd, even, size).tolist() == alignment_halvings(even, odd, size).tolist() == halvings
+
+
+@pytest.mark.parametrize(
+    ("gpu", "options", "decode", "prefill"),
+    [(gpu, {"kernel": 1}, (0.0, 1.02), (1.1, 2.0)) for gpu in GPUS]
+    + [
+        ("a100", {"weight_dtype": "int4"}, (1.2, 4.0), (0.4, 1.05)),
+        ("h100", {"kernel": 2, "density": 0.5}, (1, 1), (1, 1)),
+    ],
+)
+def test_other_kernels_gain_where_their_saving_is_the_limit(
+    gpu: str, options: dict[str, Any], decode: tuple[float, float], prefill: tuple[float, float]
+) -> None:
+    """2:4 at prefill and nothing in decode, narrow weights where weights are the traffic, zeros anywhere nowhere."""
+    plain, other = (gemm_time([1, 4096], 8192, 8192, load_hardware(gpu), **o) for o in ({}, options))
+    for gain, (least, most) in zip(plain.seconds / other.seconds, (decode, prefill), strict=True):
+        assert least <= gain <= most
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_ladder_ends_in_the_time_and_starts_at_the_roofline(gpu: str) -> None:
+    hw = load_hardware(gpu)
+    m, n, k = np.array([1, 100, 2048, 2048]), np.array([4096, 11008, 8810, 4096]), np.array([4096, 4096, 4096, 8809])
+    rungs = gemm_steps(m, n, k, hw)
+    assert list(rungs) == ["roofline", "tile", "wave", "alignment", "kernel", "launch"]
+    time = gemm_time(m, n, k, hw)
+    assert (rungs["launch"] == time.seconds).all()
+    compute = 2.0 * m * n * k / hw.peak_flop_per_s("bf16")
+    roofline = np.maximum(compute, 2.0 * (n * k + m * (n + k)) / hw.bandwidth_bytes_per_s)
+    np.testing.assert_allclose(rungs["roofline"], roofline, rtol=1e-6)
+    assert (rungs["tile"] >= rungs["roofline"] * (1 - 1e-6)).all()
+    assert (rungs["wave"] >= rungs["tile"]).all()
+    assert (rungs["alignment"][2:] > 1.1 * rungs["wave"][2:]).all()
+    assert (rungs["alignment"][:2] == rungs["wave"][:2]).all()
+
+
+def test_bounds_name_the_limit_and_levels_nest() -> None:
+    hw = load_hardware("h100")
+    t, narrow, wide = (
+        gemm_time([1, 1, 8192], [128, 16384, 8192], [128, 16384, 8192], hw, level=v) for v in (0.9, 0.5, 0.99)
+    )
+    assert t.bottlenecks.tolist() == ["launch", "memory", "compute"]
+    assert (wide.lower <= narrow.lower).all()
+    assert (narrow.lower < narrow.seconds).all()
+    assert (narrow.upper < wide.upper).all()
+
+
+def test_warm_weights_are_faster_and_many_copies_are_cold() -> None:
+    hw = replace(load_hardware("a100"), sections={})  # a fit may find no difference
+    cold, warm = (gemm_time(1, 2048, 2048, hw, cold=c).seconds for c in (True, False))
+    assert warm < 0.95 * cold
+    assert gemm_time(1, 2048, 2048, hw, copies=1000).seconds == pytest.approx(float(cold), rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK])
+@pytest.mark.parametrize("kernels", [1, len(Kernel)])
+def test_neither_chunks_nor_other_kernels_show(size: int, kernels: int) -> None:
+    hw, rng = load_hardware("h100"), np.random.default_rng(size)
+    m, n, k = (np.ceil(2.0 ** rng.uniform(0, 13, size)) for _ in range(3))
+    kernel = np.arange(size) % kernels
+    m = np.where(kernel == Kernel.SPMV, 1.0, m)
+    whole = gemm_time(m, n, k, hw, kernel=kernel, detail=True)
+    for i in {0, size // 2, size - 1}:
+        alone = gemm_time(m[i], n[i], k[i], hw, kernel=kernel[i], detail=True)
+        assert all(
+            getattr(whole, f.name)[i] == getattr(alone, f.name) for f in fields(GemmTime) if f.name != "uncertainty"
+        )
+
+
+def test_single_precision_is_enough() -> None:
+    shapes = np.ceil(2.0 ** np.random.default_rng(0).uniform(0, 15, (3, 5000)))
+    exact, quick = core_time(*shapes, core_of("a100")), core_time(*shapes.astype(PRECISION), core_of("a100", PRECISION))
+    np.testing.assert_allclose(quick.total_us, exact.total_us, rtol=5e-6)
+
+
+def test_whole_waves_are_whole() -> None:
+    """108 tiles on 108 SMs are one wave, at any precision."""
+    for sm in (56, 84, 108, 114, 128, 132, 142, 188):
+        machine = Machine(3e14, 2e12, 4e7, sm, 1.0, 2.0, 2.0, False)
+        for dtype in (np.float64, np.float32):
+            m, n, k = (np.full(1, v, dtype=dtype) for v in (128 * sm, 256, 64))
+            core = machine_core(machine, defaults("ampere"), dtype)
+            assert core_time(m, n, k, core).total_us < core_time(m + dtype(1), n, k, core).total_us
+
+
+@pytest.mark.parametrize(("m", "n", "shape"), [([], [], (0,)), (1, 64, ()), ([[1], [1]], [[64, 64, 64]], (2, 3))])
+def test_times_have_the_shape_of_what_was_asked(m: Any, n: Any, shape: tuple[int, ...]) -> None:
+    assert gemm_time(m, n, 64, load_hardware("h100")).seconds.shape == shape
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ((0, 64, 64), {}, "m: expected whole numbers from 1 up, got 0"),
+        ((np.nan, 64, 64), {}, "m: .* got nan"),
+        ((1, 64, 64), {"level": 1.0}, "level: expected a number between 0 and 1, such as 0.9, got 1.0"),
+        ((1, 64, 64), {"dtype": "fp12"}, "fp12"),
+        ((1, 64, 64), {"weight_dtype": "int3"}, "int3"),
+        ((1, 64, 64), {"kernel": 9}, "kernel: expected 0 dense, .*, got 9"),
+    ],
+)
+def test_bad_input_is_one_line(shape: tuple[float, ...], options: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        gemm_time(*shape, load_hardware("h100"), **options)
+
+
+def test_every_constant_has_a_unit_a_source_and_defaults_in_range() -> None:
+    for name, constant in CONSTANTS.items():
+        assert all((constant.unit, constant.source, "*" in constant.defaults)), name
+        assert all(constant.low <= value <= constant.high for value in constant.defaults.values()), name

@@ -1,0 +1,215 @@
+"""Exact shapes: looked up by m, n and k, refused where the arrays cannot be, made from records of measurements."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calibration.devices.protocol import Operator
+from calibration.devices.replay import ReplayDevice, roofline_timings
+from calibration.records.exact import UNKNOWN_REPEAT, exact_arrays, repeatability, with_exact, without_exact
+from calibration.records.table import Flag, Records, Source
+from calibration.runners.cases import settings_of
+from calibration.runners.upper_bound import bound_errors, bounds, measure_bounds
+from simulator.cost.attention import decode_attention_time, prefill_attention_time
+from simulator.cost.gemm import gemm_steps, gemm_time
+from simulator.cost.measured_shapes import Exact, exact_of
+from simulator.hardware.constants import EXACT_NAMES as NAMES
+from simulator.hardware.library import load_hardware
+from simulator.hardware.profile import Provenance
+from simulator.hardware.save import save_hardware
+
+SIZE = st.integers(1, 2**21 - 1)
+SHAPES = st.lists(st.tuples(st.integers(1, 2**22 - 1), SIZE, SIZE), min_size=1, max_size=40, unique=True)
+
+
+def _arrays(shapes: Any, seconds: Any = None, half: Any = None) -> dict[str, Any]:
+    m, n, k = np.array(shapes).T
+    times = np.arange(1.0, len(m) + 1.0) if seconds is None else np.asarray(seconds)
+    return dict(zip(NAMES, (m, n, k, times, np.full(len(m), 0.01) if half is None else np.asarray(half)), strict=True))
+
+
+def _exact(shapes: Any) -> Exact:
+    exact = exact_of(_arrays(shapes))
+    assert exact is not None
+    return exact
+
+
+@given(SHAPES)
+def test_every_shape_is_found_and_no_other(shapes: list[tuple[int, int, int]]) -> None:
+    hit, seconds, half = _exact(shapes).at(*np.array(shapes).T)
+    assert hit.all()
+    assert seconds.tolist() == _arrays(shapes)["exact_s"].tolist()
+    assert (half == 0.01).all()
+    steps = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (-1, 0, 0))
+    near = [(a + da, b + db, c + dc) for a, b, c in shapes for da, db, dc in steps]
+    found, times, _ = _exact(shapes).at(*np.array(near).T)
+    assert found.tolist() == [shape in set(shapes) for shape in near]
+    assert np.isnan(times[~found]).all()
+
+
+@pytest.mark.parametrize("odd", [8.5, 0.0, -8.0, np.nan, np.inf, 2.0**22, 2.0**40])
+def test_what_no_key_can_hold_is_not_found(odd: float) -> None:
+    with np.errstate(invalid="ignore"):
+        side = np.array([64.0, 64.0])
+        hit, _, _ = _exact([(8, 64, 64), (2**22 - 1, 64, 64)]).at(np.array([odd, 8.0]), side, side)
+    assert hit.tolist() == [False, True]
+
+
+def test_an_answer_has_the_shape_of_its_question_and_nothing_measured_finds_nothing() -> None:
+    grid = np.array([[8, 9], [8, 8]])
+    hit, seconds, _ = _exact([(8, 64, 64)]).at(grid, np.full((2, 2), 64), np.full((2, 2), 64))
+    assert hit.tolist() == [[True, False], [True, True]]
+    assert seconds.shape == (2, 2)
+    for arrays in ({}, {"values": np.zeros(3)}, _arrays(np.zeros((0, 3), dtype=np.int64))):
+        assert exact_of(arrays) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"exact_s": np.array([1.0])}, "one length"),
+        ({"exact_s": np.array([1.0, 0.0])}, "above zero"),
+        ({"exact_s": np.array([1.0, np.nan])}, "above zero"),
+        ({"exact_log_half": np.array([0.1, -0.1])}, "above zero"),
+        ({"exact_m": np.array([8.0, 0.5])}, "whole numbers"),
+        ({"exact_k": np.array([8, 2**21])}, "whole numbers"),
+        ({"exact_s": None}, "exact_s is missing"),
+    ],
+)
+def test_arrays_that_cannot_be_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        exact_of({name: a for name, a in (_arrays([(8, 64, 64), (16, 64, 64)]) | change).items() if a is not None})
+
+
+def _records(**columns: Any) -> Records:
+    columns = {"n": 64, "k": 32, "purpose": "exact", "spread": 0.01, **columns}
+    return Records.from_columns([Source("some device")], **columns)
+
+
+def test_only_clean_cold_exact_rows_of_the_format_are_taken() -> None:
+    others: tuple[dict[str, Any], ...] = ({"m": 3, "purpose": "fit"}, {"m": 9, "flags": int(Flag.NOISY)})
+    others += ({"dtype": "fp16"}, {"cold": False, "copies": 1}, {"flags": int(Flag.THROTTLED)}, {"copies": 6})
+    others += ({"seconds": float("nan")}, {"operator": "low_rank", "rank": 4}, {"weight_dtype": "int8"})
+    parts = [_records(m=[1, 2], seconds=[1e-6, 2e-6]), *(_records(**{"m": 5, "seconds": 3e-6, **o}) for o in others)]
+    assert sorted(exact_arrays(Records.concat(parts), "bf16")["exact_m"].tolist()) == [1, 2, 9]
+    assert sorted(exact_arrays(Records.concat(parts), "bf16", ("exact", "fit"))["exact_m"].tolist()) == [1, 2, 3, 9]
+    assert exact_arrays(Records.concat(parts), "fp32") == {}
+
+
+def test_repeats_give_their_median_and_widen_the_interval() -> None:
+    arrays = exact_arrays(_records(m=8, seconds=[1e-6, 1.2e-6, 1.1e-6]), "bf16")
+    assert arrays["exact_s"].tolist() == [pytest.approx(1.1e-6)]
+    assert arrays["exact_log_half"][0] == pytest.approx(0.5 * np.log(1.2))
+    alone = exact_arrays(_records(m=8, seconds=1e-6), "bf16")["exact_log_half"][0]
+    assert alone == pytest.approx(1.6449 * np.hypot(0.01 / 1.96, UNKNOWN_REPEAT))
+    for spread in (float("nan"), float("inf")):  # an interval without an end counts as the limit of drift
+        half = exact_arrays(_records(m=8, seconds=1e-6, spread=spread), "bf16")["exact_log_half"][0]
+        assert half == pytest.approx(1.6449 * np.hypot(UNKNOWN_REPEAT, UNKNOWN_REPEAT))
+
+
+def test_a_device_that_repeats_itself_well_has_narrow_intervals() -> None:
+    rng = np.random.default_rng(3)
+    for sigma in (0.002, 0.05):
+        seconds = 1e-3 * np.exp(sigma * rng.standard_normal(400))
+        anchors = _records(m=4096, n=4096, k=4096, purpose="anchor", seconds=seconds)
+        assert repeatability(anchors) == pytest.approx(sigma, rel=0.15)
+        arrays = exact_arrays(Records.concat([anchors, _records(m=8, seconds=1e-6, spread=0.0)]), "bf16")
+        assert arrays["exact_log_half"].tolist() == [pytest.approx(1.6449 * sigma, rel=0.15)]
+    assert repeatability(_records(m=8, seconds=1e-6)) == UNKNOWN_REPEAT
+
+
+def test_a_profile_keeps_them_and_a_file_gives_them_back(tmp_path: Any) -> None:
+    hw = load_hardware("a100")
+    if hw.section("gemm", "bf16").status != "calibrated":
+        section = replace(hw.section("gemm", "bf16"), status="calibrated", provenance=_provenance())
+        hw = replace(hw, sections={**hw.sections, ("gemm", "bf16"): section})
+    flop_s = 2.0 * 64 * 4096 * 4096 / hw.peak_flop_per_s("bf16")
+    records = _records(m=[64, 64], n=4096, k=[4096, 4160], seconds=[2.0 * flop_s, 0.5 * flop_s])
+    profile = with_exact(hw, records)
+    arrays = profile.sections["gemm", "bf16"].arrays
+    assert arrays["exact_k"].tolist() == [4096]  # the other would beat the datasheet
+    save_hardware(replace(profile, path=None), tmp_path / "mine.yaml")
+    again = load_hardware(tmp_path / "mine.yaml").sections["gemm", "bf16"].arrays
+    assert again["exact_s"].tolist() == [pytest.approx(2.0 * flop_s)]
+    assert "exact_m" not in without_exact(profile).sections["gemm", "bf16"].arrays
+    assert set(without_exact(profile).sections["gemm", "bf16"].arrays) == set(hw.section("gemm", "bf16").arrays)
+    assert with_exact(hw, _records(m=1, seconds=1e-6, dtype="fp32")) is hw
+
+
+def _provenance() -> Provenance:
+    return Provenance("a test", "0" * 64, "2026-01-01", software="none", device="none", protocol="none", rows=1)
+
+
+def _profile(shapes: list[tuple[int, int, int]], factor: float = 1.3) -> Any:
+    """An A100 that has measured these shapes, each slower than its model by a factor."""
+    hw = load_hardware("a100")
+    section = hw.section("gemm", "bf16")
+    m, n, k = np.array(shapes).T
+    arrays = _arrays(shapes, factor * gemm_time(m, n, k, hw).seconds)
+    measured = replace(section, status="calibrated", provenance=_provenance(), arrays={**section.arrays, **arrays})
+    return hw, replace(hw, sections={**hw.sections, ("gemm", "bf16"): measured})
+
+
+def test_gemm_time_takes_measured_shapes_and_marks_them() -> None:
+    hw, mine = _profile([(1, 4096, 4096), (2048, 14336, 4096)])
+    m, n, k = np.array([1, 2, 2048, 2048]), np.array([4096, 4096, 14336, 14336]), np.array([4096, 4096, 4096, 4097])
+    model, t = gemm_time(m, n, k, hw), gemm_time(m, n, k, mine)
+    assert t.measured.tolist() == [True, False, True, False]
+    assert model.measured.tolist() == [False] * 4
+    assert t.seconds.tolist() == pytest.approx((model.seconds * [1.3, 1.0, 1.3, 1.0]).tolist())
+    assert (t.upper / t.seconds)[t.measured].tolist() == pytest.approx([np.exp(0.01)] * 2)
+    assert t.lower[1] == model.lower[1]
+    wide = gemm_time(m, n, k, mine, level=0.99)
+    assert wide.upper[0] > t.upper[0]
+    assert gemm_steps(m, n, k, mine)["launch"].tolist() == t.seconds.tolist()
+    assert gemm_time(2048, 14336, 4096, mine).measured.shape == ()
+
+
+@pytest.mark.parametrize(
+    "other", [{"kernel": 1}, {"kernel": 3}, {"cold": False}, {"copies": 3}, {"dtype": "fp16"}, {"weight_dtype": "int8"}]
+)
+def test_other_kernels_formats_and_warm_weights_are_predicted(other: dict[str, Any]) -> None:
+    hw, mine = _profile([(1, 4096, 4096)])
+    t = gemm_time(1, 4096, 4096, mine, **other)
+    assert not t.measured
+    if "dtype" not in other:
+        assert t.seconds == gemm_time(1, 4096, 4096, hw, **other).seconds
+    assert gemm_time(1, 4096, 4096, mine, kernel=2).measured  # zeros without structure run the dense kernel
+
+
+def test_long_columns_are_looked_up_chunk_by_chunk() -> None:
+    shapes = [(i, 4096, 4096) for i in range(1, 9000, 3)]
+    _, mine = _profile(shapes)
+    m = np.arange(1, 10_001)
+    t = gemm_time(m, 4096, 4096, mine, kernel=np.where(m % 2 == 0, 0, 1))
+    assert t.measured.tolist() == [(i - 1) % 3 == 0 and i < 9000 and i % 2 == 0 for i in m.tolist()]
+
+
+def test_bounds_of_measured_shapes_are_as_good_as_the_clock(tmp_path: Any) -> None:
+    """A device whose GEMMs no smooth model follows: a second run agrees with the shapes kept of the first, not the
+    model."""
+    base = roofline_timings()
+    hw, mine = _profile([(1, 64, 64)])
+
+    def wavy(op: Operator) -> float:
+        heads = op.heads, op.kv_heads, op.head_dim
+        if op.kind == "attention_prefill":  # as the profile has it
+            return float(prefill_attention_time(op.batch, op.q_len, op.kv_len, *heads, hw).seconds)
+        if op.kind == "attention_decode":
+            return float(decode_attention_time(op.batch, op.kv_len, *heads, hw).seconds)
+        return base(op) * float(np.exp(0.1 * np.sin(1.7 * op.m + 0.013 * op.n + 0.007 * op.k)))
+
+    families = ["depth", "width", "width_cross", "low_rank"]
+    cases, _ = settings_of("smollm2-135m", seq=[256], families=families, sparsities=[0.25, 0.5])
+    devices = {str(seed): ReplayDevice(wavy, noise=0.003, seed=seed) for seed in (0, 1)}
+    first, second = (measure_bounds(tmp_path / n, d, cases, budget_s=300.0).records for n, d in devices.items())
+    errors = bound_errors(bounds(cases, second, with_exact(mine, first)))
+    assert errors["predicted"] < 0.003
+    assert errors["model"] > 10.0 * errors["predicted"]
+    assert bound_errors(bounds(cases, second, hw))["predicted"] == pytest.approx(errors["model"])

@@ -1,0 +1,385 @@
+"""Decoders timed in turns and compared with predictions: planted times, a tiny model, faults, figure, command."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from decoder_reference import CONFIG  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+from calibration.cli import run  # noqa: E402
+from calibration.devices.protocol import Description  # noqa: E402
+from calibration.devices.replay import ReplayDevice  # noqa: E402
+from calibration.records.store import read_store  # noqa: E402
+from calibration.runners import compare as comparing  # noqa: E402
+from calibration.runners.cases import Case, fewer_layers, settings_of  # noqa: E402
+from calibration.runners.compare import Compared, Row, rows_of, summary  # noqa: E402
+from calibration.runners.compare_figure import compare_figure  # noqa: E402
+from calibration.runners.decoder import timing  # noqa: E402
+from calibration.runners.decoder.families import prune_decoder  # noqa: E402
+from calibration.runners.decoder.model import random_decoder  # noqa: E402
+from calibration.runners.decoder.run import decode, prefill  # noqa: E402
+from calibration.runners.decoder.timing import PairTimes, time_pair  # noqa: E402
+from calibration.validation.scores import spearman  # noqa: E402
+from simulator.engines.engine import check_engine, load_engine  # noqa: E402
+from simulator.errors import InputError  # noqa: E402
+from simulator.hardware.library import load_hardware  # noqa: E402
+from simulator.models.library import load_model  # noqa: E402
+from simulator.predict.settings import Setting  # noqa: E402
+from simulator.predict.speedup import speedup  # noqa: E402
+
+HW = load_hardware("a100")
+
+
+def _device(**options: Any) -> ReplayDevice:
+    return ReplayDevice(description=Description("cpu", "some CPU", {"threads": "1"}), **options)
+
+
+def _cases(**settings: Any) -> list[Case]:
+    return settings_of(CONFIG, **{"seq": [64], "sparsities": [0.5], "setting": Setting(engine=""), **settings})[0]
+
+
+def _compare(folder: Path, cases: list[Case], device: ReplayDevice | None = None, **options: Any) -> Compared:
+    return comparing.compare(folder / "run", device or _device(), CONFIG, cases, **{"budget_s": 5.0, **options})
+
+
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Times planted instead of passes: a decoder takes as long as its layers; the list receives what was timed."""
+    seen: list[str] = []
+
+    def timed(first: Any, second: Any, *, phase: str, time_limit_s: float, runtime: str, **_: Any) -> PairTimes:
+        seen.append(f"{second.rule.family if second.rule else len(second.layers)} {phase} {runtime}")
+        noise = (1.0, 1.02, 0.98, 1.01, 0.99, 1.0, 1.0)
+        return PairTimes(tuple(len(first.layers) * x for x in noise), (float(len(second.layers)),) * len(noise), 1)
+
+    monkeypatch.setattr(timing, "time_pair", timed)
+    return seen
+
+
+def test_pairs_are_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[int] = []
+    ticks = itertools.count()
+
+    def ready(decoder: Any, *_: Any) -> Any:
+        def sample(loops: int) -> float:
+            order.append(len(decoder.layers))
+            return (2.0 if len(decoder.layers) == 4 else 1.0) * (1.0 + 0.1 * math.sin(len(order)))
+
+        return sample
+
+    monkeypatch.setattr(timing, "_ready", ready)
+    first, second = random_decoder(CONFIG, dtype="fp32"), random_decoder(CONFIG, dtype="fp32", layers=2)
+    where: dict[str, Any] = {"batch": 1, "seq": 8, "phase": "prefill", "clock": lambda: float(next(ticks))}
+    times = time_pair(first, second, **where, time_limit_s=5.0)
+    assert len(times.first_s) == len(times.second_s) == 5  # a tick a pair
+    assert order[:2] == [4, 2]  # first passes; long ones need no others to be warm
+    assert order[2:10] == [4, 2, 2, 4, 4, 2, 2, 4]
+    for bottleneck, count in ((1.5, timing.LEAST), (0.5, 2), (0.2, 1)):  # three, unless they take three times as long
+        assert len(time_pair(first, second, **where, time_limit_s=bottleneck).first_s) == count
+
+
+def test_a_precise_ratio_ends_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_ready", lambda decoder, *_: lambda loops: float(len(decoder.layers)))
+    many, one = random_decoder(CONFIG, dtype="fp32"), random_decoder(CONFIG, dtype="fp32", layers=1)
+    times = time_pair(many, one, batch=1, seq=8, phase="decode", time_limit_s=9e9)
+    assert (len(times.first_s), set(times.first_s), set(times.second_s)) == (timing.ENOUGH, {4.0}, {1.0})
+
+
+def test_more_layers_take_longer() -> None:
+    many, few = random_decoder(CONFIG, dtype="fp32", layers=16), random_decoder(CONFIG, dtype="fp32", layers=2)
+    for phase in ("prefill", "decode"):
+        times = time_pair(many, few, batch=1, seq=64, phase=phase, time_limit_s=0.3)
+        assert float(np.median(np.array(times.first_s) / times.second_s)) > 2.0
+
+
+def test_unknown_phases_and_runtimes_are_refused() -> None:
+    decoder = random_decoder(CONFIG, dtype="fp32")
+    for wrong in ({"phase": "train"}, {"phase": "decode", "runtime": "fast"}):
+        with pytest.raises(InputError, match="unknown"):
+            time_pair(decoder, decoder, batch=1, seq=8, **wrong)  # type: ignore[arg-type]
+
+
+def test_every_family_really_runs(tmp_path: Path) -> None:
+    cases = _cases()
+    found = _compare(tmp_path, cases, budget_s=0.5, dtype="fp32")
+    by_name = {r["key"]: r for r in found.records}
+    assert len(by_name) == len(cases)
+    assert {r["status"] for r in found.records if r["family"] != "semi_structured"} == {"ok"}
+    assert all("sparse tensor cores" in r["reason"] for r in found.records if r["family"] == "semi_structured")
+    assert found.left == 0
+    rows = rows_of(cases, found.records, HW, device="some CPU", dtype="fp32")
+    assert len(rows) == len(cases) - 2
+    assert all(0 < r.measured_lower <= r.measured <= r.measured_upper for r in rows)
+    assert {(r.device, r.runtime) for r in rows} == {("some CPU", "eager")}
+
+
+def test_rows_hold_what_was_measured_and_what_is_predicted(tmp_path: Path, planted: list[str]) -> None:
+    cases = _cases(families=["depth", "width"], sparsities=[0.25, 0.5])
+    found = _compare(tmp_path, cases)
+    assert sorted(planted)[:2] == ["2 decode eager", "2 prefill eager"]
+    by_name = {(c.family, c.sparsity, c.phase): c for c in cases}
+    known = [1.9 if name == ("depth", 0.5, "decode") else math.nan for name in by_name]
+    rows = {(r.family, r.sparsity, r.phase): r for r in rows_of(cases, found.records, HW, measured_bounds=known)}
+    half, case = (of["depth", 0.5, "decode"] for of in (rows, by_name))
+    launched = case.run_in("hf")
+    eager = speedup(launched.dense, launched.pruned, HW)
+    assert (half.measured, half.dense_s, half.pruned_s) == (2.0, 4.0, 2.0)
+    assert half.measured_lower < 2.0 < half.measured_upper
+    assert (half.predicted, half.predicted_dense_s, half.flop_bound) == (eager.speedup, eager.dense_s, eager.flop_bound)
+    assert half.error == pytest.approx(eager.speedup / 2.0 - 1.0)
+    assert half.measured_bound == 1.9
+    assert math.isnan(rows["width", 0.5, "decode"].measured_bound)
+    prefill = by_name["depth", 0.5, "prefill"]
+    assert rows["depth", 0.5, "prefill"].predicted == speedup(prefill.dense, prefill.pruned, HW).speedup
+    assert comparing.repeatability(found.records) == pytest.approx(0.0, abs=0.03)
+
+
+def test_a_rerun_does_the_rest(tmp_path: Path, planted: list[str]) -> None:
+    cases = _cases()
+    _compare(tmp_path, cases[:4])
+    assert len(planted) == 3  # 2:4 was refused
+    again = _compare(tmp_path, cases[:6])
+    assert len(planted) == 5
+    lines = read_store(tmp_path / "run" / comparing.STORE).rows
+    assert len({line["key"] for line in lines}) == len(lines) == len(again.records) == 6
+
+
+def test_a_pruned_decoder_is_made_once_for_all_its_cases(
+    tmp_path: Path, planted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Mock(wraps=prune_decoder)
+    monkeypatch.setattr(timing, "prune_decoder", made)
+    _compare(tmp_path, _cases(families=["depth", "width", "token"], sparsities=[0.25, 0.5], seq=[32, 64]))
+    assert len(planted) == 24
+    assert made.call_count == len({call.args[1:] for call in made.call_args_list}) == 6
+
+
+def test_the_budget_ends_a_run_and_says_what_is_left(tmp_path: Path, planted: list[str]) -> None:
+    class Ticking(ReplayDevice):
+        def clock(self) -> float:
+            self._now += 1.0
+            return self._now
+
+    device = Ticking(description=Description("cpu", "some CPU"))
+    found = _compare(tmp_path, _cases(), device, budget_s=20.0)
+    assert found.stopped == "budget"
+    assert len(planted) < 20
+    assert found.left + len(found.records) == len(_cases())
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(RuntimeError("CUDA out of memory"), "skipped"), (ValueError("odd"), "failed")]
+)
+def test_a_case_that_breaks_is_kept_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, status: str
+) -> None:
+    monkeypatch.setattr(timing, "time_pair", Mock(side_effect=error))
+    cases = _cases(families=["depth", "width"], sparsities=[0.25, 0.5])
+    found = _compare(tmp_path, cases)
+    assert {r["status"] for r in found.records} == {status}
+    assert all(str(error) in note for note in found.notes)
+    if status == "failed":  # three in a row: the device is gone
+        assert found.stopped.startswith("device lost: 3")
+        assert found.left == len(cases) - 3
+    assert rows_of(cases, found.records, HW) == []
+    with pytest.raises(InputError, match="nothing was measured"):
+        summary([])
+
+
+def test_what_a_graph_cannot_hold_is_launched_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def timed(*_: Any, runtime: str, **__: Any) -> PairTimes:
+        asked.append(runtime)
+        if runtime == "cuda_graph":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return PairTimes((2.0,) * 3, (1.0,) * 3, 1)
+
+    monkeypatch.setattr(timing, "time_pair", timed)
+    monkeypatch.setattr(timing.Executor, "_runtime", lambda self, *_: "cuda_graph")
+    (record,) = _compare(tmp_path, _cases(families=["depth"], phases=["decode"])).records
+    assert asked == ["cuda_graph", "eager"]
+    assert (record["status"], record["runtime"]) == ("ok", "eager")
+    assert record["reason"].startswith("not captured: RuntimeError: operation not permitted")
+    forced = _compare(tmp_path, _cases(families=["width"], phases=["decode"]), runtime="cuda_graph").records
+    assert forced[0]["status"] == "failed"
+
+
+def test_refusals_are_one_line_and_write_nothing(tmp_path: Path, planted: list[str]) -> None:
+    cases = _cases()
+    for options, message in (
+        ({"budget_s": 0.0}, "budget"),
+        ({"dtype": "int8"}, "runs in fp32, bf16, fp16"),
+        ({"device": ReplayDevice()}, "cpu or cuda"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            _compare(tmp_path, cases, **{"device": _device(formats=("fp32", "bf16", "fp16", "int8")), **options})  # type: ignore[arg-type]
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="no Llama-style"):
+        comparing.compare(tmp_path / "run", _device(), load_model("opt-13b"), cases, budget_s=1.0)
+    assert not (tmp_path / "run").exists()
+    _compare(tmp_path, cases[:1])
+    with pytest.raises(InputError, match="another CPU"):
+        _compare(tmp_path, cases, ReplayDevice(description=Description("cpu", "another CPU")))
+    with pytest.raises(InputError, match="1 to 4"):
+        fewer_layers(CONFIG, 5)
+
+
+def test_a_model_too_large_for_the_device_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = RuntimeError("CUDA out of memory. Tried to allocate")
+    monkeypatch.setattr(timing, "random_decoder", Mock(side_effect=error))
+    with pytest.raises(InputError, match="does not fit on cpu; --layers"):
+        _compare(tmp_path, _cases())
+
+
+def test_names_tell_cases_apart() -> None:
+    cases = _cases(batch=[1, 2], seq=[64, 65], sparsities=[0.25, 0.5])
+    short = settings_of(fewer_layers(CONFIG, 2), seq=[64], sparsities=[0.5])[0]
+    names = [comparing.name_of(c, dtype) for c in (*cases, *short) for dtype in ("bf16", "fp32")]
+    assert len(set(names)) == len(names)
+
+
+def test_rank_correlation_by_hand() -> None:
+    # ranks 1.5, 1.5, 3 and 1, 3, 2; then opposite ones; then too few values, and one side that never changes
+    pairs = [([1, 1, 2], [3, 5, 4]), ([1, 2, 2, 9], [8, 3, 3, 1]), ([1, 2], [1, 2]), ([1, 1, 1], [1, 2, 3])]
+    found = [spearman(*np.array(pair, dtype=float)) for pair in pairs]
+    assert found == pytest.approx([0.0, -1.0, math.nan, math.nan], abs=1e-12, nan_ok=True)
+
+
+def _row(predicted: float, measured: float, **changes: Any) -> Row:
+    base: dict[str, Any] = dict.fromkeys(Row.__dataclass_fields__, 1.0)
+    base |= dict.fromkeys(("model", "device", "hardware", "dtype", "runtime"), "x")
+    base |= {"predicted_lower": 0.9 * predicted, "predicted_upper": 1.1 * predicted, "predicted_dense_s": 1.2}
+    base |= {"measured_lower": 0.98 * measured, "measured_upper": 1.02 * measured, "family": "depth", "phase": "decode"}
+    return Row(**{**base, "predicted": predicted, "measured": measured, **changes})
+
+
+def test_agreement_by_hand() -> None:
+    rows = [_row(1.1, 1.0), _row(2.0, 2.0), _row(3.0, 4.0), _row(1.5, 1.5, phase="prefill")]
+    # of four, 4 lies above 1.1 x 3
+    wanted = {"count": 4, "spearman": 1.0, "median": 0.05, "bias": 0.0, "inside": 0.75, "dense_time": 0.2}
+    assert {name: value for name, value in summary(rows).items() if name in wanted} == pytest.approx(wanted, abs=1e-9)
+    assert {name: b["count"] for name, b in comparing.by_phase(rows).items()} == {"decode": 3, "prefill": 1, "all": 4}
+
+
+def test_the_figure_has_a_panel_a_phase(tmp_path: Path) -> None:
+    from simulator.figures.save import save_figure
+
+    grid = itertools.product(("depth", "token"), (1.25, 1.5), ("prefill", "decode"))
+    rows = [_row(1.1 * s, s, family=f, sparsity=s - 1, phase=p) for f, s, p in grid]
+    figure = compare_figure(rows)
+    assert [ax.get_title() for ax in figure.axes] == ["prefill", "decode"]
+    texts = figure.axes[0].texts[0].get_text()
+    assert "4 cases" in texts
+    assert "median error 10.0 %" in texts
+    drawn = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 1]
+    found = sorted((float(line.get_xdata()[0]), round(float(line.get_ydata()[0]), 3)) for line in drawn)
+    assert found == [(1.25, 1.375)] * 2 + [(1.5, 1.65)] * 2
+    save_figure(figure, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
+    assert len(compare_figure(rows[:1]).axes) == 1
+    with pytest.raises(InputError, match="expected one comparison"):
+        compare_figure([])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("model") / "config.json"
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "vocab_size": 211}
+    heads = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512}
+    file.write_text(json.dumps({**config, **heads, "hidden_size": 96, "intermediate_size": 160}))
+    return file
+
+
+def _command(tiny: Path, folder: Path, *more: str) -> list[str]:
+    words = f"compare {tiny} --device cpu --seq 64 --sparsity 0.5 --hardware a100 -o {folder}"
+    return [*words.split(), *more]
+
+
+def test_the_command_compares_on_the_cpu(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    assert run(_command(tiny, folder, "--family", "depth,semi_structured", "--budget", "15s")) == 0
+    out, err = capsys.readouterr()
+    assert "median error" in out
+    assert "sparse tensor cores" in err
+    assert {p.name for p in folder.iterdir()} == {comparing.STORE, "comparison.csv", "comparison.md", "comparison.png"}
+    page = (folder / "comparison.md").read_text()
+    assert page.count("\n| depth") == 2
+    assert len((folder / "comparison.csv").read_text().splitlines()) == 1 + 2
+    assert run(_command(tiny, folder, "--family", "depth", "--json")) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [list(row) for row in rows] == [list(Row.__dataclass_fields__)] * 2
+
+
+BAD = {
+    "--budget 0": "above zero",
+    "--budget soon": "2min",
+    "--device replay": "replay:FILE",
+    "--device cdua": "did you mean cuda",
+    "--family dept": "did you mean depth",
+    "--family semi_structured --sparsity 0.25": "exactly 0.5",
+    "--sparsity 50": "0.5",
+    "--batch 0": "from 1 to",
+    "--seq -1": "from 1 to",
+    "--phase generate": "decode",
+    "--engine fast": "engine 'fast' is unknown",
+    "--dtype int4": "int4",
+    "--layers 0": "1 to 4",
+    "--hardware h1000": "h100",
+    "-o /no/such/folder/run": "does not exist",
+}
+
+
+@pytest.mark.parametrize("command", ["compare", "upper-bound"])
+@pytest.mark.parametrize("change", BAD)
+def test_bad_input_is_one_line_and_status_2(
+    tiny: Path, tmp_path: Path, command: str, change: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([command, *_command(tiny, tmp_path / "run")[1:], *change.split()]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert BAD[change] in err.splitlines()[-1]
+    assert all(line.startswith(("note:", "prunesim:")) for line in err.splitlines())
+    assert not (tmp_path / "run").exists()
+
+
+class _Kernels(TorchDispatchMode):  # type: ignore[misc]
+    """Counts what torch dispatches, views and empty tensors left out."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not (func.is_view or "view" in func.name() or "empty" in func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["dynamic_depth", "sparse_attention", "dynamic_width"])
+def test_the_engine_launches_what_a_family_adds(family: str) -> None:
+    decoder, engine = random_decoder(CONFIG, dtype="fp32"), load_engine(comparing.EXECUTED)
+    assert check_engine(comparing.EXECUTED) == []
+    tokens = torch.randint(100, (1, 128))
+
+    def kernels(d: Any) -> int:
+        _, state = prefill(d, tokens, room=2)
+        with _Kernels() as seen:
+            decode(d, tokens[:, :1], state)
+        return int(seen.count)
+
+    ran = comparing.as_executed("cpu")
+    w = _cases(families=[family], sparsities=[1e-6], phases=["decode"], seq=[128], options=ran)[
+        0
+    ].pruned  # all of it runs
+    added = float(w.count[w.overhead] @ engine.kernels[w.role[w.overhead]])
+    more = kernels(prune_decoder(decoder, family, 1e-6)) - kernels(decoder)
+    assert added / CONFIG.layers == pytest.approx(more / CONFIG.layers, abs=3.5)

@@ -1,0 +1,486 @@
+"""The real decoder: each pruned forward pass against a dense one in float64, with the removed parts masked."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+
+from decoder_reference import ALL, BATCH, CONFIG, LAYERS, PROMPT, TOKENS, Masks, check, reference, run  # noqa: E402
+from pretended_cuda import CPU, META, PLACE, kernels  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+
+import simulator  # noqa: E402
+from calibration.devices.attention import layout_mask  # noqa: E402
+from calibration.devices.protocol import Unsupported  # noqa: E402
+from calibration.runners.decoder.families import DYNAMIC, STATIC, each_projection, prune_decoder, two_of_four  # noqa: E402
+from calibration.runners.decoder.model import Decoder, from_weights, random_decoder  # noqa: E402
+from calibration.runners.decoder.routed import CacheCut, TokenRouting  # noqa: E402
+from calibration.runners.decoder.run import Cache, Rule, State, decode, prefill, token_losses  # noqa: E402
+from simulator.errors import InputError  # noqa: E402
+from simulator.models.config import Block, Latent  # noqa: E402
+from simulator.pruning import GENERAL  # noqa: E402
+from simulator.workload import ROLES, Kind  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads of a tiny model wait for each other longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
+
+
+@pytest.fixture(scope="module")
+def dense() -> Decoder:
+    return random_decoder(CONFIG, dtype="fp32", seed=1)
+
+
+@pytest.fixture(params=["cpu", CPU if PLACE == "cpu" else PLACE], ids=["host", "device"])
+def routed(request: pytest.FixtureRequest) -> Decoder:
+    """A dense decoder whose routers are read by the host, or by kernels, which a GPU runs or else a CPU interprets."""
+    if request.param != "cpu" or request.param is CPU:
+        kernels()
+    few = 2 if request.param is CPU else LAYERS  # an interpreter is slow
+    made = random_decoder(replace(CONFIG, qkv_bias=True, qk_norm="head"), dtype="fp32", layers=few, seed=1)
+    return replace(_moved(made, request.param), place=request.param)
+
+
+def _ran(pruned: Decoder) -> tuple[Any, Any]:
+    """Logits and traces of :func:`run` where a decoder is, on the CPU."""
+    return _moved(run(pruned, TOKENS.to(pruned.embedding.device)), "cpu")  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("changes", [{}, {"tied": True, "qkv_bias": True, "qk_norm": "head"}])
+def test_dense_prefill_and_decode_equal_the_reference(changes: dict[str, Any]) -> None:
+    made = random_decoder(replace(CONFIG, **changes), dtype="fp32", seed=2)
+    assert (made.head is made.embedding) == changes.get("tied", False)
+    check(run(made)[0], reference(made, TOKENS))
+
+
+def test_bf16_is_near_fp32() -> None:
+    exact, short = (random_decoder(CONFIG, dtype=dtype, seed=1) for dtype in ("fp32", "bf16"))
+    first, second = run(exact)[0], run(short)[0].float()
+    assert second.dtype == torch.float32
+    assert float((first - second).norm() / first.norm()) < 0.05
+
+
+def test_a_checkpoint_s_names(dense: Decoder) -> None:
+    weights = {"model.embed_tokens.weight": dense.embedding, "model.norm.weight": dense.final_norm}
+    weights["lm_head.weight"] = dense.head
+    for number, layer in enumerate(dense.layers):
+        for at, norm, part in (("self_attn", "input", layer.attention), ("mlp", "post_attention", layer.mlp)):
+            weights[f"model.layers.{number}.{norm}_layernorm.weight"] = part.norm
+            for role in part.roles:
+                weights[f"model.layers.{number}.{at}.{role}_proj.weight"] = getattr(part, role).weight
+    loaded = from_weights("tiny", weights, heads=CONFIG.heads, kv_heads=CONFIG.kv_heads)
+    assert torch.equal(run(loaded)[0], run(dense)[0])
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(InputError, match=r"no weight 'model.layers.1.mlp.up_proj.weight'"):
+        from_weights("tiny", weights, heads=CONFIG.heads, kv_heads=CONFIG.kv_heads)
+
+
+def test_losses_are_those_of_the_logits(dense: Decoder) -> None:
+    ids = TOKENS[0]
+    wanted = torch.nn.functional.cross_entropy(reference(dense, ids[None])[0, 39:-1], ids[40:], reduction="none")
+    torch.testing.assert_close(token_losses(dense, ids, 40).double(), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_rewinding_repeats_a_step(dense: Decoder) -> None:
+    _, state = prefill(dense, TOKENS[:, :PROMPT], room=1)
+    mark = state.mark()
+    first = decode(dense, TOKENS[:, PROMPT : PROMPT + 1], state)
+    state.rewind(mark)
+    assert torch.equal(first, decode(dense, TOKENS[:, PROMPT : PROMPT + 1], state))
+
+
+def _zeroed(decoder: Decoder, number: int, role: str, rows: Any = ALL, columns: Any = ALL) -> Decoder:
+    """The decoder with part of one weight set to zero."""
+
+    def change(i: int, name: str, p: Any) -> Any:
+        if (i, name) != (number, role):
+            return p
+        weight = p.weight.clone()
+        weight[rows, columns] = 0.0
+        return replace(p, factors=(weight,))
+
+    return each_projection(decoder, change)
+
+
+def _missing(rows: Any, among: Any) -> Any:
+    """Numbers of the rows of ``among`` that are not in ``rows``."""
+    there = (among[:, None] == rows[None]).all(-1).any(1)
+    assert int(there.sum()) == len(rows)  # every row kept is one of the dense ones
+    return (~there).nonzero().squeeze(1)
+
+
+@pytest.mark.parametrize("unit", ["layer", "attention", "mlp"])
+@pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.7])
+def test_depth(dense: Decoder, unit: str, sparsity: float) -> None:
+    many = round(sparsity * LAYERS + 1e-9)
+    masked = dense
+    for number in range(LAYERS - 1 - many, LAYERS - 1):
+        if unit != "mlp":
+            masked = _zeroed(masked, number, "o")
+        if unit != "attention":
+            masked = _zeroed(masked, number, "down")
+    pruned = prune_decoder(dense, "depth", sparsity, unit=unit)
+    missing = {"layer": 7, "attention": 4, "mlp": 3}[unit] * many
+    assert len(list(pruned.projections())) == 7 * LAYERS - missing
+    check(run(pruned)[0], reference(masked, TOKENS))
+
+
+@pytest.mark.parametrize("sparsity", [0.25, 0.6])
+def test_width(dense: Decoder, sparsity: float) -> None:
+    pruned, masked = prune_decoder(dense, "width", sparsity), dense
+    for number, (after, before) in enumerate(zip(pruned.layers, dense.layers, strict=True)):
+        assert after.attention.kv_heads == {0.25: 3, 0.6: 2}[sparsity]
+        heads = _missing(after.attention.q.weight, before.attention.q.weight)
+        channels = _missing(after.mlp.up.weight, before.mlp.up.weight)
+        masked = _zeroed(_zeroed(masked, number, "o", columns=heads), number, "down", columns=channels)
+    check(run(pruned)[0], reference(masked, TOKENS))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_width_cross(dense: Decoder, turned: bool) -> None:
+    pruned = prune_decoder(dense, "width_cross", 0.3, residual_projections=turned)
+    assert pruned.hidden == 80
+    gone = _missing(pruned.embedding.t(), dense.embedding.t())
+    embedding = dense.embedding.clone()
+    embedding[:, gone] = 0.0
+    masked = replace(dense, embedding=embedding)
+    for number in range(LAYERS):
+        masked = _zeroed(_zeroed(masked, number, "o", rows=gone), number, "down", rows=gone)
+    check(run(pruned)[0], reference(masked, TOKENS))
+
+
+def test_low_rank(dense: Decoder) -> None:
+    pruned = prune_decoder(dense, "low_rank", 0.4)
+    for _, _, projection in pruned.projections():
+        first, second = projection.factors
+        assert first.shape[0] == second.shape[1] < min(first.shape[1], second.shape[0])
+    check(run(pruned)[0], reference(pruned, TOKENS))
+    config = replace(CONFIG, heads=2, kv_heads=2, head_dim=48, rotary_dim=48, inner=96)  # square weights
+    made = random_decoder(config, dtype="fp32")
+    whole = prune_decoder(made, "low_rank", 0.4, align=96)  # full rank changes nothing
+    check(run(whole)[0], reference(made, TOKENS))
+
+
+def test_unstructured(dense: Decoder) -> None:
+    pruned = prune_decoder(dense, "unstructured", 0.5)
+    for (_, _, after), (_, _, before) in zip(pruned.projections(), dense.projections(), strict=True):
+        zero = after.weight == 0
+        assert float(zero.float().mean()) == pytest.approx(0.5, abs=1e-3)
+        assert torch.equal(after.weight[~zero], before.weight[~zero])
+        assert before.weight[zero].abs().max() <= before.weight[~zero].abs().min()
+    check(run(pruned)[0], reference(pruned, TOKENS))
+
+
+def test_two_of_four_keeps_the_larger_half_and_is_refused_by_name_on_a_cpu(dense: Decoder) -> None:
+    weight = torch.randn(6, 32)
+    fours, kept = weight.view(6, 8, 4).abs(), two_of_four(weight).view(6, 8, 4).abs()
+    assert torch.equal((kept > 0).sum(-1), torch.full((6, 8), 2))
+    torch.testing.assert_close(kept.sum(-1), fours.sort(-1).values[..., 2:].sum(-1))
+    with pytest.raises(InputError, match="in fours"):
+        two_of_four(torch.randn(2, 6))
+    with pytest.raises(Unsupported, match=r"semi_structured \(2:4\) needs sparse tensor cores"):
+        prune_decoder(dense, "semi_structured", 0.5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
+def test_semi_structured_on_a_gpu() -> None:
+    config = replace(CONFIG, hidden=256, heads=8, kv_heads=4, head_dim=32, rotary_dim=32, inner=512)
+    made = random_decoder(config, dtype="bf16", place="cuda")
+    pruned = prune_decoder(made, "semi_structured", 0.5)
+    masked = each_projection(made, lambda i, role, p: replace(p, factors=(two_of_four(p.weight),)))
+    tokens = TOKENS.to("cuda")
+    first, second = run(pruned, tokens)[0].float(), run(masked, tokens)[0].float()
+    assert float((first - second).norm() / second.norm()) < 0.05
+
+
+def _rows(places: Any, length: int) -> Any:
+    """Places (batch, chosen) as booleans (batch, length)."""
+    return torch.zeros(places.shape[0], length, dtype=torch.bool).scatter_(1, places, True)
+
+
+@pytest.mark.parametrize("sparsity", [0.25, 0.6])
+def test_dynamic_depth(routed: Decoder, sparsity: float) -> None:
+    pruned = prune_decoder(routed, "dynamic_depth", sparsity, seed=3)
+    logits, traces = _ran(pruned)
+    masks, length = Masks(), TOKENS.shape[1]
+    for number, what in itertools.product(range(len(routed.layers)), ("attention", "mlp")):
+        assert traces[0][number, what].shape == (BATCH, round((1 - sparsity) * PROMPT + 1e-9))
+        ran = _rows(traces[0][number, what], length)
+        for step, trace in enumerate(traces[1:]):
+            ran[trace[number, what], PROMPT + step] = True
+        masks[what, number] = ran
+    check(logits, reference(_moved(routed, "cpu"), TOKENS, masks))
+
+
+@pytest.mark.parametrize("changes", [("low_rank", {}), ("width_cross", {"residual_projections": True})])
+def test_dynamic_depth_after_another_family(routed: Decoder, changes: tuple[str, dict[str, Any]]) -> None:
+    before = prune_decoder(routed, changes[0], 0.3, **changes[1])
+    logits, traces = _ran(prune_decoder(before, "dynamic_depth", 0.5, seed=3))
+    masks, length = Masks(), TOKENS.shape[1]
+    for number, what in itertools.product(range(len(routed.layers)), ("attention", "mlp")):
+        masks[what, number] = _rows(traces[0][number, what], length)
+        for step, trace in enumerate(traces[1:]):
+            masks[what, number][trace[number, what], PROMPT + step] = True
+    if changes[0] == "low_rank":  # the reference knows no residual projections
+        check(logits, reference(_moved(before, "cpu"), TOKENS, masks))
+    assert torch.isfinite(logits).all()
+
+
+def test_dynamic_depth_runs_a_binomial_number_of_sequences(dense: Decoder) -> None:
+    pruned = prune_decoder(dense, "dynamic_depth", 0.3)
+    tokens = torch.randint(CONFIG.vocab, (8, 4))
+    _, state = prefill(pruned, tokens, room=1)
+    mark, counts = state.mark(), []
+    for _ in range(60):
+        state.trace = {}
+        state.rewind(mark)
+        decode(pruned, tokens[:, :1], state)
+        counts += [len(rows) for rows in state.trace.values()]
+    counts = torch.tensor(counts).double()
+    assert float(counts.mean()) == pytest.approx(5.6, abs=0.3)
+    assert float(counts.var()) == pytest.approx(8 * 0.3 * 0.7, rel=0.3)
+
+
+def test_a_device_draws_the_same_number_and_runs_the_sequences_the_router_wants_most(dense: Decoder) -> None:
+    torch.manual_seed(0)
+    rule, state = TokenRouting(0.7), State(dense, 4)
+    router, x = torch.randn(2, CONFIG.hidden), torch.randn(8, 1, CONFIG.hidden)
+    wanted = (x[:, 0] @ (router[1] - router[0])).argsort(descending=True).tolist()
+    counts = []
+    for _ in range(400):
+        index, count, runs = rule._drawn(state, "mlp", router, x)
+        assert index.tolist() == wanted
+        assert set(runs.nonzero().flatten().tolist()) == set(wanted[: int(count)])
+        counts.append(float(count))
+    drawn = torch.tensor(counts)
+    assert float(drawn.mean()) == pytest.approx(5.6, abs=0.2)
+    assert float(drawn.var()) == pytest.approx(8 * 0.3 * 0.7, rel=0.3)
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.5])
+def test_dynamic_width(routed: Decoder, sparsity: float) -> None:
+    pruned = prune_decoder(routed, "dynamic_width", sparsity, channel_groups=7)
+    logits, traces = _ran(pruned)
+    masks = Masks()
+    of_group = torch.arange(CONFIG.inner) // -(-CONFIG.inner // 7)
+    for number in range(len(routed.layers)):
+        masks["groups", number] = torch.cat([t[number, "attention"] for t in traces], 1)
+        masks["channels", number] = torch.cat([t[number, "mlp"] for t in traces], 1)[..., of_group]
+        counts = set(masks["groups", number].sum(-1).flatten().tolist())
+        assert counts == {0.3: {2, 3}, 0.5: {2}}[sparsity]  # in turn, so that their mean is exact
+    check(logits, reference(_moved(routed, "cpu"), TOKENS, masks))
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.6])
+def test_sparse_attention(routed: Decoder, sparsity: float) -> None:
+    block = 16
+    pruned = prune_decoder(routed, "sparse_attention", sparsity, block=block)
+    logits, traces = _ran(pruned)
+    masks, length, whole = Masks(), TOKENS.shape[1], PROMPT // block
+    for number in range(len(routed.layers)):
+        seen = torch.zeros(BATCH, CONFIG.kv_heads, length, length, dtype=torch.bool)
+        seen[:, :, :PROMPT, :PROMPT] = layout_mask(traces[0][number, "attention"], PROMPT, PROMPT, block)
+        for step, trace in enumerate(traces[1:]):
+            index = trace[number, "attention"]
+            assert index.shape[-1] == round((1 - sparsity) * whole + 1e-9)
+            blocks = torch.zeros(BATCH, CONFIG.kv_heads, whole, dtype=torch.bool).scatter_(-1, index, True)
+            seen[:, :, PROMPT + step, : whole * block] = blocks.repeat_interleave(block, -1)
+            seen[:, :, PROMPT + step, whole * block :] = True
+        masks["seen", number] = seen
+        kept = traces[0][number, "attention"].sum(1).tolist()
+        assert kept == [max(1, -int(-(1 - sparsity) * (row + 1) // 1)) for row in range(-(-PROMPT // block))]
+    check(logits, reference(_moved(routed, "cpu"), TOKENS, masks))
+
+
+class Launched:
+    """In place of Triton's kernels: results of the right shape, of which nothing is computed."""
+
+    @staticmethod
+    def tiles_of(mask: Any) -> Any:
+        return mask
+
+    @staticmethod
+    def gather_gemm(x: Any, weight: Any, *_: Any, out: Any = None, add: bool = False) -> Any:
+        return x.new_empty(len(x), len(weight)) if out is None else out
+
+    @staticmethod
+    def grouped_columns(x: Any, weight: Any, tiles: Any, bias: Any = None, gated: bool = False) -> Any:
+        return x.new_empty(len(x), len(weight) // (1 + gated))
+
+    @staticmethod
+    def grouped_features(x: Any, weight: Any, tiles: Any) -> Any:
+        return x.new_empty(len(x), weight.shape[1])
+
+
+class OnDevice(TorchDispatchMode):  # type: ignore[misc]
+    """Refuses operators on tensors of the host: a copy from there cannot be captured either."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = tree_leaves((args, kwargs))
+        assert all(x.is_meta for x in given if isinstance(x, torch.Tensor)), f"{function} of a tensor of the host"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["", *DYNAMIC])
+def test_passes_on_a_gpu_read_no_data(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CUDA graph holds may not depend on data: here there is none."""
+    monkeypatch.setattr("calibration.devices.skipping.kernels", lambda: Launched)
+    monkeypatch.setattr("calibration.runners.decoder.model.kernels", lambda: Launched)
+    monkeypatch.setattr("calibration.devices.skipping.find_spec", lambda name: True)
+    monkeypatch.setattr("calibration.devices.flex._attend", lambda q, *_, **__: torch.empty_like(q))
+    made = random_decoder(CONFIG, dtype="fp32")
+    pruned = prune_decoder(made, family, 0.5) if family else made
+    assert pruned.rule is None or not pruned.rule.on_host(META)
+    weightless, tokens = replace(_moved(pruned, "meta"), place=META), TOKENS.to("meta")
+    with OnDevice():
+        logits, state = prefill(weightless, tokens[:, :PROMPT])
+        assert logits.shape == decode(weightless, tokens[:, :1], state).shape
+    with pytest.raises(AssertionError, match="host"), OnDevice():
+        torch.tensor([1]).to("meta")
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        logits.argmax(-1).tolist()  # such a read would have been found
+
+
+def _moved(value: Any, place: str) -> Any:
+    """A decoder, or a part of one, with its tensors elsewhere."""
+    if isinstance(value, torch.Tensor):
+        return value.to(place)
+    if isinstance(value, tuple | list):
+        return type(value)(_moved(part, place) for part in value)
+    if isinstance(value, dict):
+        return {name: _moved(part, place) for name, part in value.items()}
+    if is_dataclass(value) and not isinstance(value, Rule):
+        return replace(value, **{f.name: _moved(getattr(value, f.name), place) for f in fields(value) if f.init})
+    return value
+
+
+@pytest.mark.parametrize("start", [0, 2, 3])
+def test_token(dense: Decoder, start: int) -> None:
+    pruned = prune_decoder(dense, "token", 0.4, start=start)
+    logits, traces = run(pruned)
+    places = traces[0][start, "token"]
+    assert places.shape == (BATCH, 42)
+    assert torch.equal(places[:, -1], torch.full((BATCH,), PROMPT - 1))
+    there = _rows(places, TOKENS.shape[1])
+    there[:, PROMPT:] = True
+    seen = there[:, None, None, :] | torch.eye(there.shape[1], dtype=torch.bool)
+    masks: Masks = {("seen", number): seen.expand(-1, CONFIG.kv_heads, -1, -1) for number in range(start, LAYERS)}
+    check(logits, reference(dense, TOKENS, masks))
+    if start:
+        assert not torch.equal(places[0], places[1])  # chosen by what is attended to, not by place
+    with pytest.raises(InputError, match="start at layer 9"):
+        prefill(prune_decoder(dense, "token", 0.5, start=9), TOKENS)
+
+
+@pytest.mark.parametrize("sparsity", [0.25, 0.8])
+def test_kv_cache(dense: Decoder, sparsity: float) -> None:
+    pruned = prune_decoder(dense, "kv_cache", sparsity, observed=8)
+    logits, traces = run(pruned)
+    masks, length = Masks(), TOKENS.shape[1]
+    for number in range(LAYERS):
+        places = traces[0][number, "cache"]
+        assert places.shape[-1] == int((1 - sparsity) * PROMPT + 0.5)
+        seen = torch.ones(BATCH, CONFIG.kv_heads, length, length, dtype=torch.bool)
+        kept = torch.zeros(BATCH, CONFIG.kv_heads, PROMPT, dtype=torch.bool).scatter_(-1, places, True)
+        seen[:, :, PROMPT:, :PROMPT] = kept[:, :, None]
+        masks["seen", number] = seen
+    check(logits, reference(dense, TOKENS, masks))
+
+
+def test_positions_attended_to_are_the_ones_kept() -> None:
+    k, v = 0.1 * torch.randn(1, 2, 40, 8), torch.randn(1, 2, 40, 8)
+    q = torch.zeros(1, 4, 40, 8)
+    q[..., -2:, :3] = 3.0  # the last queries look for three keys, in each KV group at other places
+    wanted = torch.tensor([[3, 11, 25], [0, 17, 37]])
+    for head in range(2):
+        k[0, head, wanted[head]] = 3.0 * torch.eye(8)[:3]
+    cache, state = Cache(torch.zeros_like(k), torch.zeros_like(v), 40), State(random_decoder(CONFIG), 40, trace={})
+    CacheCut(3 / 40, observed=2).cut(state, cache, q, k, v)
+    assert torch.equal(state.trace[0, "cache"], wanted[None])
+    assert cache.length == 3
+    assert torch.equal(cache.v[0, 1, :3], v[0, 1, wanted[1]])
+
+
+def test_families_compose(dense: Decoder) -> None:
+    pruned = prune_decoder(prune_decoder(dense, "depth", 0.25), "width", 0.5)
+    again = prune_decoder(pruned, "kv_cache", 0.5)
+    assert torch.isfinite(run(again)[0]).all()
+    check(run(pruned)[0], reference(pruned, TOKENS))
+    with pytest.raises(InputError, match="kv_cache is on already"):
+        prune_decoder(again, "token", 0.5)
+    with pytest.raises(InputError, match="factorised or sparse already"):
+        prune_decoder(prune_decoder(dense, "low_rank", 0.5), "width", 0.5)
+
+
+def test_every_family_of_the_simulator_is_here_and_nothing_removed_is_the_dense_decoder(dense: Decoder) -> None:
+    assert {*STATIC, *DYNAMIC} == set(GENERAL)
+    assert all(prune_decoder(dense, family, 0.0) is dense for family in GENERAL)
+
+
+@pytest.mark.parametrize("family", ["depth", "width", "width_cross", "low_rank"])
+@pytest.mark.parametrize("sparsity", [0.1, 0.25, 0.5, 0.73])
+def test_what_runs_has_the_shapes_that_are_predicted(dense: Decoder, family: str, sparsity: float) -> None:
+    workload = simulator.prune(simulator.lower(CONFIG, phase="prefill", batch=1, seq=8, engine=""), family, sparsity)
+    predicted, found = Counter[Any](), Counter[Any]()
+    for i in ((workload.kind == Kind.GEMM) & (workload.layer >= 0)).nonzero()[0]:
+        shape = ROLES[workload.role[i]], int(workload.stage[i]), int(workload.n[i]), int(workload.k[i])
+        predicted[shape] += workload.count[i]
+    for _, role, projection in prune_decoder(dense, family, sparsity).projections():
+        for stage, factor in enumerate(projection.factors, 1):
+            found[(role, stage if len(projection.factors) > 1 else 0, *factor.shape)] += 1
+    assert found == predicted
+
+
+@pytest.mark.parametrize(
+    ("family", "sparsity", "options", "message"),
+    [
+        ("deepth", 0.5, {}, "did you mean depth"),
+        ("depth", 1.0, {}, "expected a fraction"),
+        ("depth", -0.1, {}, "expected a fraction"),
+        ("depth", 0.5, {"unit": "head"}, "unit"),
+        ("depth", 0.5, {"align": 8}, "align"),
+        ("token", 0.5, {"block": 8}, "no option 'block'"),
+        ("semi_structured", 0.3, {}, "exactly 0.5"),
+    ],
+)
+def test_bad_input_is_one_line(
+    dense: Decoder, family: str, sparsity: float, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        prune_decoder(dense, family, sparsity, **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"gated": False}, "not gated"),
+        ({"norm": "layer"}, "not RMS"),
+        ({"rotary_dim": 0, "learned_positions": 512}, "rotary"),
+        ({"parallel_residual": True}, "parallel"),
+        ({"windows": (0, 128, 0, 128)}, "window"),
+        ({"logit_softcap": True}, "soft-caps"),
+        ({"experts": 4, "active": 2.0, "expert_inner": 16}, "experts"),
+        ({"latent": Latent(0, 16, 8, 8, 8)}, "latent"),
+        ({"blocks": (*[Block(4, 2, 64)] * 3, Block(0, 0, 64))}, "layers differ"),
+    ],
+)
+def test_other_architectures_are_refused_with_the_reason(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        random_decoder(replace(CONFIG, **changes))

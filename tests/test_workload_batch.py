@@ -1,0 +1,160 @@
+"""Memory of dense and pruned workloads, against sums made here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_shapes import PUBLISHED
+
+from simulator.cost import workloads
+from simulator.models import lower as lowering
+from simulator.models.library import load_model
+from simulator.workload import Kernel, Kind, Part, Workload
+from simulator.workload_batch import RESERVE_BYTES, WorkloadBatch, memory
+
+lower = partial(lowering.lower, engine="")
+GPU: Any = SimpleNamespace(memory_bytes=80e9)
+
+
+def _of_one(count: Callable[[WorkloadBatch], Any]) -> Callable[[Workload], float]:
+    return lambda w: float(count(WorkloadBatch.of([w]))[0])
+
+
+counts = (workloads.weights_bytes, workloads.cache_bytes, workloads.activation_bytes)
+weights_bytes, cache_bytes, activation_bytes = (_of_one(count) for count in counts)
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+@pytest.mark.parametrize("phase", ["prefill", "decode", "generate"])
+def test_weights_are_two_bytes_a_published_parameter(name: str, phase: str) -> None:
+    w = lower(load_model(name), phase=phase, seq=32, new_tokens=2 * (phase == "generate"), weight_dtype="bf16")
+    assert weights_bytes(w) == 2 * PUBLISHED[name].parameters
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("int8", 1.0), ("fp8", 1.0), ("int4", 0.5)])
+def test_quantised_weights_leave_embedding_head_and_norms(dtype: str, size: float) -> None:
+    p = PUBLISHED["llama-3.1-8b"]
+    w = lower(load_model("llama-3.1-8b"), seq=32, weight_dtype=dtype)
+    norms = p.hidden * (2 * p.layers + 1)
+    inside = p.parameters - 2 * p.vocab * p.hidden - norms
+    assert weights_bytes(w) == inside * size + 2 * (p.parameters - inside)
+
+
+@pytest.mark.parametrize(("phase", "length"), [("prefill", 300), ("decode", 301), ("generate", 305)])
+def test_cache(phase: str, length: int) -> None:
+    p = PUBLISHED["llama-2-70b"]
+    options: dict[str, Any] = {"phase": phase, "batch": 3, "seq": 300, "new_tokens": 5 * (phase == "generate")}
+    each = 2 * 3 * p.layers * p.kv_heads * p.head_dim * length
+    assert cache_bytes(lower(load_model("llama-2-70b"), **options)) == 2 * each
+    assert cache_bytes(lower(load_model("llama-2-70b"), **options, kv_dtype="fp8")) == each
+
+
+def test_cache_of_alternating_windows() -> None:
+    for phase, seq, new in (("prefill", 6000, 0), ("decode", 6000, 0), ("generate", 4000, 2000)):
+        w = lower(load_model("gemma-2-9b"), phase=phase, seq=seq, new_tokens=new)
+        length = seq + new + (phase == "decode")
+        assert cache_bytes(w) == 2 * 2 * 8 * 256 * 21 * (4096 + length)
+        assert cache_bytes(w.expand()) == cache_bytes(w)
+
+
+def test_activations_of_a_prefill() -> None:
+    p = PUBLISHED["llama-3.1-8b"]
+    model, m = load_model("llama-3.1-8b"), 2 * 500
+    stream, mlp = 2 * m * p.hidden, 3 * m * p.inner
+    for engine in ("", "vllm"):
+        w = lower(model, batch=2, seq=500, engine=engine)
+        assert activation_bytes(w) == 2 * (stream + mlp)
+    assert activation_bytes(lower(model, batch=2, seq=500, engine="reference")) == 2 * (stream + m * p.vocab)
+    assert activation_bytes(lower(model, batch=2, seq=500, dtype="fp32")) == 4 * (stream + mlp)
+
+
+def test_llama_2_70b_does_not_fit_one_gpu_of_80_gb_but_half_of_it_does() -> None:
+    dense = lower(load_model("llama-2-70b"), phase="decode", seq=2048)
+    got = memory(dense, GPU)
+    assert not got.fits
+    assert got.devices_needed == 2
+    needed = 2 * 68_976_648_192 + 2 * 2 * 80 * 8 * 128 * 2049 + 2 * (2 * 8192 + 3 * 28672) + RESERVE_BYTES
+    assert got.total_bytes == needed
+    assert got.verdict == f"does not fit: needs {needed / 2**30:.1f} GiB of 74.5 GiB (1.7x); fits on 2 devices"
+    wide = dense.expand()
+    half = memory(wide.take((wide.layer < 0) | (wide.layer % 2 == 0)), GPU)
+    assert half.fits
+    assert half.verdict.startswith("fits: 66.0 GiB of 74.5 GiB")
+    assert half.cache_bytes == got.cache_bytes / 2
+    assert memory(lower(load_model("llama-2-70b"), phase="decode", seq=2048, devices=2), GPU).fits
+
+
+def test_what_grows_with_no_device_count() -> None:
+    w = lower(load_model("llama-2-7b"), batch=256, seq=4096)
+    got = memory(w, SimpleNamespace(memory_bytes=1e9))
+    assert (got.fits, got.devices_needed) == (False, 0)
+    assert "either" in got.verdict
+
+
+def test_weights_with_two_of_four() -> None:
+    row = {"role": "up", "part": Part.MLP, "m": 1, "n": 64, "k": 32, "count": 2}
+    row |= {"kernel": Kernel.SPARSE24, "density": 0.5}
+    # half the values at two bytes, and two bits of index for each of them
+    expected = 2 * (64 * 32 // 2 * 2 + 64 * 32 // 2 * 2 / 8)
+    assert weights_bytes(Workload.from_rows([row | {"params": 64 * 32 / 2}])) == expected
+    bias = row | {"params": 64 * 32 / 2 + 64}
+    assert weights_bytes(Workload.from_rows([bias])) == expected + 2 * 64 * 2
+    scattered = row | {"kernel": Kernel.UNSTRUCTURED, "params": 64 * 32 / 2}
+    assert weights_bytes(Workload.from_rows([scattered])) == 2 * 64 * 32 * 2
+
+
+def test_tensor_parallel_memory() -> None:
+    p = PUBLISHED["llama-2-70b"]
+    w = lower(load_model("llama-2-70b"), phase="decode", batch=8, seq=999, devices=8)
+    norms = p.hidden * (2 * p.layers + 1)
+    assert weights_bytes(w) == 2 * ((p.parameters - norms) / 8 + norms)
+    assert cache_bytes(w) == 2 * 2 * 8 * 80 * 1 * 128 * 1000
+    assert "GiB each" in memory(w, GPU).verdict
+
+
+def test_pipeline_memory_is_the_fullest_stage() -> None:
+    p = PUBLISHED["llama-2-70b"]
+    w = lower(load_model("llama-2-70b"), phase="decode", seq=999, devices=3, parallel="pipeline")
+    table = p.vocab * p.hidden
+    layer = (p.parameters - 2 * table - p.hidden) / 80
+    assert weights_bytes(w) == pytest.approx(2 * (27 * layer + table + p.hidden), rel=1e-12)
+    assert cache_bytes(w) == pytest.approx(2 * 2 * 27 * 8 * 128 * 1000, rel=1e-12)
+    pruned = w.take(w.layers == 0), w.take(w.layers > 0).replace(layers=40, count=40.0)
+    assert weights_bytes(Workload.concat(pruned)) == pytest.approx(2 * (14 * layer + table + p.hidden), rel=1e-12)
+    tied = lower(load_model("llama-3.2-1b"), phase="decode", seq=9, devices=2, parallel="pipeline")
+    q = PUBLISHED["llama-3.2-1b"]
+    body = q.parameters - q.vocab * q.hidden - q.hidden
+    # the last stage has its own copy of the table
+    assert weights_bytes(tied) == 2 * (body / 2 + q.vocab * q.hidden + q.hidden)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(sorted(PUBLISHED)), st.integers(1, 32), st.integers(1, 5000), st.integers(1, 8))
+def test_memory_grows_with_batch_and_length(name: str, batch: int, seq: int, steps: int) -> None:
+    def of(**options: int) -> tuple[float, float, float]:
+        w = lower(load_model(name), phase="generate", **{"batch": batch, "seq": seq, "new_tokens": steps, **options})
+        got = memory(w, GPU)
+        assert got.total_bytes == got.weights_bytes + got.cache_bytes + got.activation_bytes + got.reserve_bytes
+        assert got.fits == (got.total_bytes <= 80e9)
+        assert cache_bytes(w.expand()) == pytest.approx(got.cache_bytes, rel=1e-12)
+        return got.weights_bytes, got.cache_bytes, got.activation_bytes
+
+    base, wider, longer = of(), of(batch=batch + 1), of(new_tokens=steps + 1)
+    assert base[0] == wider[0] == longer[0]
+    assert wider[1:] == pytest.approx([x * (batch + 1) / batch for x in base[1:]], rel=1e-12)
+    assert longer[1] >= base[1]
+
+
+def test_an_empty_and_a_row_without_layers() -> None:
+    assert cache_bytes(Workload.from_rows([{"role": "q", "m": 1, "n": 2, "k": 3}])) == 0.0
+    lone = {"kind": Kind.DECODE_ATTENTION, "role": "attention", "batch": 1, "q_len": 1, "kv_len": 7}
+    lone |= {"kv_heads": 2, "head_dim": 4}
+    assert cache_bytes(Workload.from_rows([lone])) == 2 * 2 * 4 * 7 * 2
+    assert np.isfinite(activation_bytes(Workload.from_rows([lone])))

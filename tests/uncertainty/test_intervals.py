@@ -1,0 +1,305 @@
+"""Times and ratios with the host's doubt and a measured time: that they follow Bayes, and cover what is planted."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import simulator
+from simulator.cost.forward import forward_passes
+from simulator.engines.engine import list_engines
+from simulator.predict.compare import SAME_SHAPE, Comparison, Pairs, compare
+from simulator.pruning import FAMILIES, prune
+from simulator.uncertainty.error_model import COVERAGE_FACTOR, correlation, level_scale
+from simulator.uncertainty.intervals import CONSISTENT_SD, MEASURED_LOG_SD, MIXED_LOG_SD, cost, intervals
+from simulator.workload import Kind, Meta, Part, Phase, Workload
+from simulator.workload_batch import WorkloadBatch
+
+H100 = simulator.load_hardware("h100")
+
+
+def lowered(engine: str, phase: str = "decode", batch: int = 1, seq: int = 512, **more: Any) -> Workload:
+    options = {"phase": phase, "batch": batch, "seq": seq, "engine": engine, **more}
+    if phase in ("generate", "serve"):
+        options.setdefault("new_tokens", 8)
+    return simulator.lower(simulator.load_model("llama-3.1-8b"), **options)
+
+
+def compared(
+    dense: Workload, *pruned: Workload, dense_s: float | None = None, level: float = 0.9
+) -> tuple[Comparison, Any]:
+    pairs = Pairs(WorkloadBatch.of([dense, *pruned]), np.zeros(1 + len(pruned), dtype=np.intp))
+    return compare(pairs, H100, level, dense_s)
+
+
+def width(c: Comparison, i: int) -> tuple[float, float, float]:
+    """Of the intervals of the dense time, of a pruned one and of their ratio, logs."""
+    ends = (c.dense_lower, c.dense_upper), (c.pruned_lower, c.pruned_upper), (c.lower, c.upper)
+    dense, own, ratio = (float(np.log(upper[i] / lower[i])) for lower, upper in ends)
+    return dense, own, ratio
+
+
+CASES = [("", "decode", 1), ("vllm", "decode", 64), ("vllm", "prefill", 1), ("hf", "decode", 1), ("hf", "prefill", 4)]
+CASES += [("sglang", "serve", 32), ("vllm", "generate", 2), ("reference", "prefill", 2)]
+
+
+@pytest.mark.parametrize(("engine", "phase", "batch"), CASES)
+def test_a_higher_level_is_wider_around_the_same_numbers(engine: str, phase: str, batch: int) -> None:
+    dense = lowered(engine, phase, batch)
+    pruned = [prune(dense, family, 0.4) for family in ("depth", "width", "low_rank")]
+    for dense_s in (None, 1.1 * cost(dense, H100).total_s):
+        found = [compared(dense, *pruned, dense_s=dense_s, level=level)[0] for level in (0.5, 0.9, 0.99)]
+        for i in (1, 2, 3):
+            widths = np.array([width(c, i) for c in found])
+            assert (np.diff(widths[:, :2], axis=0) > 0.0).all()
+            assert (np.diff(widths[:, 2]) >= 0.0).all()  # a ratio may be 1 for sure: the host sets the pace of both
+        for c in found:
+            if dense_s is None:
+                np.testing.assert_array_equal(c.pruned_s, found[0].pruned_s)
+            assert (c.pruned_lower < c.pruned_s).all()
+            assert (c.pruned_s < c.pruned_upper).all()
+    kernels = lowered("")  # where there is no host, widths go as those of a normal distribution
+    at = [
+        np.log(np.divide(*intervals(forward_passes(WorkloadBatch.of([kernels]), H100), level)[::-1]))[0]
+        for level in (0.5, 0.9)
+    ]
+    assert at[0] / at[1] == pytest.approx(level_scale(0.5), rel=1e-9)
+
+
+@pytest.mark.parametrize("engine", ["", *list_engines()])
+@pytest.mark.parametrize("phase", ["prefill", "decode", "generate", "serve"])
+def test_the_ratio_of_a_workload_to_itself_is_one_for_sure(engine: str, phase: str) -> None:
+    dense = lowered(engine, phase, batch=3)
+    for dense_s in (None, 2e-2):
+        c, _ = compared(dense, dense, dense_s=dense_s)
+        assert c.speedup.tolist() == [1.0, 1.0]
+        assert np.concatenate([c.lower, c.upper]) == pytest.approx(np.ones(4), abs=1e-9)
+
+
+def test_what_an_engine_says_of_whole_passes_widens_ratios(tmp_path: Path) -> None:
+    text = resources.files("simulator.engines").joinpath("reference.yaml").read_text(encoding="utf-8")
+
+    def square(family: str, **values: float) -> float:
+        """Of the half-width of a speedup, in standard deviations."""
+        path = tmp_path / f"{'-'.join(values) or 'as_it_is'}.yaml"
+        path.write_text(text + "".join(f"{name}: {{value: {x}, source: paper}}\n" for name, x in values.items()))
+        dense = lowered(str(path), "prefill", dtype="fp16")
+        c, _ = compared(dense, prune(dense, family, 0.5))
+        assert (c.lower[0], c.upper[0]) == (1.0, 1.0)  # a pass beside itself
+        return float(np.log(c.upper[1] / c.lower[1]) / 2.0 / COVERAGE_FACTOR) ** 2
+
+    families = ("unstructured", "depth", "width", "dynamic_depth")
+    usual = {family: square(family) for family in families}
+    assert usual["unstructured"] == 0.0  # the same kernels
+    for family, before in usual.items():
+        assert square(family, apart_log_sd=0.02) == pytest.approx(before + 2 * 0.02**2, rel=1e-9)
+    put_together = {family: square(family, composed_log_sd=0.1) - usual[family] for family in families}
+    assert [family for family, more in put_together.items() if more > 1e-9] == ["dynamic_depth"]
+
+
+@pytest.mark.parametrize(("engine", "phase", "batch"), CASES)
+@pytest.mark.parametrize("factor", [0.9, 0.97, 1.0, 1.1, 1.2])
+def test_a_measured_time_is_believed_and_narrows(engine: str, phase: str, batch: int, factor: float) -> None:
+    dense = lowered(engine, phase, batch)
+    pruned = [prune(dense, family, 0.5) for family in FAMILIES if family != "semi_structured"]
+    before, none = compared(dense, *pruned)
+    assert none is None
+    dense_s = factor * float(before.dense_s[0])
+    after, inferred = compared(dense, *pruned, dense_s=dense_s)
+    assert inferred.consistent == (inferred.deviation <= CONSISTENT_SD)
+    if not inferred.consistent:
+        assert factor > 1.15
+        return
+    assert after.dense_s[0] == pytest.approx(dense_s, rel=0.02)
+    assert after.dense_lower[0] <= dense_s <= after.dense_upper[0]
+    for i in range(1, 1 + len(pruned)):
+        assert width(after, i)[0] < 0.5 * width(before, i)[0]
+        assert width(after, i)[1] < width(before, i)[1]
+        # as the dense one turned out, so did the pruned one, and by no more: it has no more of what was slow, unless
+        # pruning adds kernels, which wait for launch and host more than those of the dense model do
+        moved = after.pruned_s[i] - before.pruned_s[i]
+        most = (
+            (1.15 if pruned[i - 1].overhead.any() else 1.05)
+            * max(1.0, before.pruned_s[i] / before.dense_s[0])
+            * (dense_s - before.dense_s[0])
+        )
+        slack = 0.005 * before.dense_s[0]
+        assert min(most, 0.0) - slack <= moved <= max(most, 0.0) + slack
+    assert inferred.predicted_s == pytest.approx(before.dense_s[0], rel=1e-9)
+    assert (inferred.deviation < 0.1) == (factor == 1.0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(["", "reference", "compile", "trtllm"]),
+    st.sampled_from(["prefill", "decode", "serve"]),
+    st.integers(1, 64),
+    st.integers(1, 4000),
+    st.sampled_from([f for f in FAMILIES if f != "semi_structured"]),
+    st.floats(0.05, 0.9),
+    st.floats(0.5, 2.0),
+)
+def test_without_a_host_a_speedup_is_never_wider_for_a_measured_time(
+    engine: str, phase: str, batch: int, seq: int, family: str, sparsity: float, factor: float
+) -> None:
+    dense = lowered(engine, phase, batch, seq)
+    pruned = prune(dense, family, sparsity)
+    before, _ = compared(dense, pruned)
+    after, _ = compared(dense, pruned, dense_s=factor * float(before.dense_s[0]))
+    assert all(b <= a + 1e-9 for a, b in zip(width(before, 1), width(after, 1), strict=True))
+
+
+@pytest.mark.parametrize(("engine", "phase", "batch"), CASES)
+def test_a_time_as_predicted_widens_no_speedup(engine: str, phase: str, batch: int) -> None:
+    dense = lowered(engine, phase, batch)
+    pruned = [prune(dense, family, s) for family in FAMILIES for s in (0.25, 0.5) if family != "semi_structured"]
+    before, _ = compared(dense, *pruned)
+    after, _ = compared(dense, *pruned, dense_s=float(before.dense_s[0]))
+    np.testing.assert_allclose(after.speedup, before.speedup, rtol=0.01)
+    for i in range(1, 1 + len(pruned)):
+        # but for what a host does to a pass, which is not linear; more so where pruning adds launches
+        slack = 1.05 if pruned[i - 1].overhead.any() else 1.03
+        assert width(after, i)[2] <= slack * width(before, i)[2] + 1e-9, pruned[i - 1].meta.applied
+
+
+def test_a_measured_time_pins_the_host_where_the_host_sets_the_pace() -> None:
+    dense = lowered("hf", seq=64)
+    plain, _ = compared(dense)
+    for factor in (0.7, 1.0, 1.6):
+        c, inferred = compared(dense, dense_s=factor * float(plain.dense_s[0]))
+        assert inferred.host_bound
+        assert inferred.host == pytest.approx(factor, rel=0.1)
+        assert inferred.device == pytest.approx(1.0, abs=0.05)
+        # that host beside a longer pass: seen before the device is
+        other = lowered("hf", batch=4, seq=64)
+        ratio = compared(dense, other, dense_s=factor * float(plain.dense_s[0]))[0].pruned_s[1] / c.dense_s[0]
+        assert ratio == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_measured_time_moves_the_kernels_where_the_device_sets_the_pace() -> None:
+    dense = lowered("hf", "prefill", batch=8, seq=2048)
+    plain = cost(dense, H100)
+    _, inferred = compared(dense, dense_s=1.1 * plain.total_s)
+    assert not inferred.host_bound
+    assert 1.05 < inferred.device < 1.1  # the rest no operator explains
+    assert inferred.host == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_time_that_no_host_and_no_kernel_explains_is_not_believed() -> None:
+    dense = lowered("vllm", "prefill", batch=4, seq=2048)
+    plain = cost(dense, H100)
+    for factor in (0.2, 5.0):
+        c, inferred = compared(dense, dense_s=factor * plain.total_s)
+        assert inferred.deviation > CONSISTENT_SD
+        assert not inferred.consistent
+        unmoved, _ = compared(dense)
+        for name in ("dense_s", "dense_lower", "dense_upper"):
+            assert getattr(c, name).tolist() == getattr(unmoved, name).tolist()
+
+
+@pytest.mark.parametrize("engine", ["", "vllm", "hf", "reference"])
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("sparsity", [0.25, 0.5])
+def test_depth_stays_near_what_it_promises_when_a_time_is_measured(engine: str, phase: str, sparsity: float) -> None:
+    dense = lowered(engine, phase)
+    pruned = prune(dense, "depth", sparsity)
+    plain, _ = compared(dense, pruned)
+    for factor in (0.9, 1.0, 1.1):
+        c, _ = compared(dense, pruned, dense_s=factor * float(plain.dense_s[0]))
+        assert 1.0 + 0.65 * (1 / (1 - sparsity) - 1.0) < c.speedup[1] < 1.02 / (1 - sparsity)
+        assert width(c, 1)[2] < {"hf": 0.45, "vllm": 0.2}.get(engine, 0.12)
+
+
+# -- planted -----------------------------------------------------------------------------------------------------------
+
+ENGINE = """\
+schema_version: 1
+name: planted
+title: "planted"
+stacks: [vllm]
+sources: {here: "this test"}
+graph: [GRAPH]
+host:
+  pass: {value: PASS ms, log_sd: 0.43, source: here}
+log_sd: {value: 0.05, source: here}
+"""
+
+
+def two_operators(engine: str, m: int, count: float, wide: int) -> Workload:
+    """A GEMM of the layers, and a head that no pruning changes."""
+    layer = {"role": "up", "part": Part.MLP, "phase": Phase.DECODE, "layer": 0, "layers": 32, "count": count}
+    head = {"role": "lm_head", "part": Part.HEAD, "phase": Phase.DECODE, "m": m, "n": 32000, "k": 4096}
+    start = {"kind": Kind.ELEMENTWISE, "role": "embedding", "part": Part.EMBEDDING, "phase": Phase.DECODE, "m": m}
+    rows = [start, layer | {"m": m, "n": wide, "k": 4096}, head]
+    return Workload.from_rows(rows, Meta(phase="decode", batch=m, engine=engine))
+
+
+@pytest.mark.parametrize(
+    ("graph", "pass_ms", "m", "wide", "most"),
+    [
+        ("decode", 0.6, 16, 8192, 0.97),  # a scheduler beside kernels under a graph
+        ("decode", 0.0001, 512, 8192, 0.97),  # kernels alone
+        ("", 0.05, 1, 1024, 1.0),  # launches set the pace, or did: wider than need be where either explains a total
+        ("", 0.3, 1, 8192, 0.97),  # either may
+        ("", 0.2, 64, 14336, 0.97),  # the device sets it
+    ],
+    ids=["scheduler", "kernels", "launches", "either", "device"],
+)
+def test_intervals_cover_planted_hosts_and_kernels(
+    tmp_path: Path, graph: str, pass_ms: float, m: int, wide: int, most: float
+) -> None:
+    """Hosts and errors of kernels drawn from the prior, conditioned on a noisy total: how often the truth is inside."""
+    path = tmp_path / "planted.yaml"
+    path.write_text(ENGINE.replace("GRAPH", graph).replace("PASS", str(pass_ms)))
+    dense = two_operators(str(path), m, 32, wide)
+    others = two_operators(str(path), m, 16, wide), two_operators(str(path), m, 32, wide // 2)
+    pairs = Pairs(WorkloadBatch.of([dense, *others]), np.zeros(3, dtype=np.intp))
+    p = forward_passes(pairs.workloads, H100)
+    uncertainty, rng, groups = p.each.uncertainty, np.random.default_rng(7), p.workloads.groups
+    assert uncertainty is not None
+    columns = uncertainty.shared[uncertainty.shared.any(axis=1)]  # whatever others the error model has
+    shape = np.array([0, 1, 2, 0, 1, 2, 0, 3, 2])  # the fourth is the narrower layer; depth has the shapes of dense
+    alike = correlation(uncertainty.place, uncertainty.place) * np.outer(uncertainty.local, uncertainty.local)
+    root = np.linalg.cholesky(alike + 1e-12 * np.eye(9))
+    rows = np.flatnonzero(np.isin(np.arange(9) % 3, (1, 2)))  # the embedding moves nothing
+    inside = []
+    for _ in range(240):
+        shared, local, own, apart = rng.normal(size=(4, max(9, len(columns))))
+        error = columns.T @ shared[: len(columns)] + root @ local[:9] + np.sqrt(uncertainty.own) * own[shape]
+        error = error + np.sqrt(2.0 * (1.0 - SAME_SHAPE) * uncertainty.variance) * apart[:9] * (np.arange(9) == 4)
+        device = p.group_s + groups.sums(np.where(np.isin(np.arange(9), rows), p.row_s * np.expm1(error), 0.0))
+        z, whole, other_mix = rng.normal(size=3)
+        total = p.host.total(device, groups.segment, z)[0].sum(axis=1)
+        mixed = z + MIXED_LOG_SD / 0.43 * other_mix  # the host of fewer launches
+        total[1] = p.host.total(device, groups.segment, mixed)[0].sum(axis=1)[1]
+        total = total * np.exp(p.engine.log_sd.value * whole)
+        c, _ = compare(pairs, H100, dense_s=total[0] * np.exp(MEASURED_LOG_SD * rng.normal()))
+        ratio = total[0] / total
+        seen = (c.dense_lower <= total[0]) & (total[0] <= c.dense_upper)
+        own_seen, both = (c.pruned_lower <= total) & (total <= c.pruned_upper), (c.lower <= ratio) & (ratio <= c.upper)
+        inside.append([seen[0], *own_seen[1:], *both[1:]])
+    share = dict(zip(("dense", "depth", "width", "depth ratio", "width ratio"), np.mean(inside, axis=0), strict=True))
+    assert all(0.85 <= value <= most for value in share.values()), share
+
+
+def test_unconditioned_intervals_cover_planted_hosts(tmp_path: Path) -> None:
+    path = tmp_path / "planted.yaml"
+    path.write_text(ENGINE.replace("GRAPH", "").replace("PASS", "0.3"))
+    p = forward_passes(WorkloadBatch.of([two_operators(str(path), 1, 32, 4096)]), H100)
+    (lower,), (upper,) = intervals(p, 0.9)
+    rng = np.random.default_rng(3)
+    variance = p.uncertainty.variance()[0]
+    seen = [
+        p.host.total(p.group_s * np.exp(np.sqrt(variance) * rng.normal()), p.workloads.groups.segment, rng.normal())[
+            0
+        ].sum()
+        for _ in range(2000)
+    ]
+    assert 0.85 <= np.mean((lower <= np.array(seen)) & (np.array(seen) <= upper)) <= 0.97
+    assert cost(p.workloads.rows, H100).total_lower_s == pytest.approx(lower)

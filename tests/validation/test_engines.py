@@ -1,0 +1,112 @@
+"""Engines judged end to end: what was published of whole models, serving runs, the paper's figure, words and bars."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from calibration.cli import run
+from calibration.measurements import published
+from calibration.validation import engines, serving
+from calibration.validation.acceptance import SERVED
+from calibration.validation.paper import figure_2
+from calibration.validation.published import MISS, Comparison
+from simulator.engines.engine import load_engine
+
+FOUND = engines.end_to_end()
+LEFT_OUT = serving.leave_models_out()
+
+
+def judged(kind: str, engine: str = "") -> list[Comparison]:
+    return [c for c in FOUND[kind] if c.split == "judge" and not c.own_code and engine in ("", c.engine)]
+
+
+def test_every_row_that_is_not_left_out_is_compared_and_misses_have_their_reason() -> None:
+    for kind, name in (("dense", "dense"), ("speedup", "speedups")):
+        rows = [r for r in published(name) if not r["left_out"]]
+        assert len(FOUND[kind]) == len(rows)
+        assert all(c.source and 0 < c.lower <= c.predicted <= c.upper and c.measured > 0 for c in FOUND[kind])
+        assert all(c.reason for c in FOUND[kind] if abs(c.error) > MISS)
+    sources = {c.source: {d.split for d in FOUND["dense"] if d.source == c.source} for c in FOUND["dense"]}
+    assert all(len(splits) == 1 for splits in sources.values()), "a source is fitted on or judged, not both"
+
+
+def test_published_rows_are_predicted_as_well_as_the_page_says() -> None:
+    assert engines.summary(judged("speedup")).median <= 0.05
+    assert engines.summary(judged("speedup")).half <= 0.12
+    assert engines.summary(judged("dense", "trtllm")).median <= 0.08
+    assert abs(engines.summary(judged("dense", "trtllm")).bias) <= 0.06
+    assert abs(engines.summary(judged("dense", "vllm")).bias) <= 0.06
+    first = [c for c in FOUND["dense"] if c.engine == "trtllm" and "batch 1," in c.where]
+    assert np.median([abs(c.error) for c in first]) <= 0.05
+    assert np.median([abs(c.error) for c in FOUND["dense"] if c.engine == "compile"]) <= 0.05
+
+
+def test_depth_in_eager_transformers_given_its_dense_time() -> None:
+    depth = [c for c in FOUND["given"] if "Shortened" in c.what and "SLEB" in c.what]
+    assert len(depth) == 6
+    assert all(abs(c.error) <= 0.08 and c.inside for c in depth)
+    width = [c for c in FOUND["given"] if c.own_code]
+    assert all(c.predicted == pytest.approx(1.0, abs=0.01) for c in width), "the host sets the pace at any width"
+    batched = [c for c in FOUND["given"] if c.gpu == "l4" and "batch 8" in c.where]
+    assert len(batched) == 6
+    assert all(abs(c.error) <= 0.03 for c in batched)
+    assert all(c.inside for c in FOUND["given"] if c.gpu == "l4")
+
+
+@pytest.mark.parametrize("engine", list(SERVED))
+def test_serving_runs_of_a_model_left_out(engine: str) -> None:
+    error = np.expm1(np.concatenate([x.logs for x in LEFT_OUT if x.engine == engine]))
+    assert 100 * np.median(np.abs(error)) <= SERVED[engine]
+    assert np.mean([c.inside for c in FOUND["serve"] if c.engine == engine]) >= 0.85
+
+
+def test_engines_hold_what_the_serving_runs_give() -> None:
+    for name in SERVED:
+        groups = [g for key, g in serving.groups().items() if key[0] == name]
+        found, engine = serving.fit_hosts(name, groups), load_engine(name)
+        assert engine.each_pass.value == pytest.approx(found.each_pass_s, rel=0.03, abs=2e-5)
+        assert engine.each_sequence.value == pytest.approx(found.each_sequence_s, rel=0.05, abs=1e-6)
+        assert engine.prefill_wait.value == pytest.approx(found.prefill_wait, abs=0.02)
+
+
+def test_a_planted_host_is_found() -> None:
+    rng, c = np.random.default_rng(0), np.array([4.0, 8, 16, 32, 64, 128] * 8)
+    o = rng.choice([128.0, 512.0, 1024.0], len(c))
+    groups = []
+    for offset in (0.9, 1.05, 1.1):
+        step, prefill = 0.006 * offset + 2e-5 * c, np.full(len(c), 0.03 * offset)
+        plain = serving.Group(c, o, step, prefill, np.ones(len(c)), np.ones(len(c)))
+        noise = np.exp(rng.normal(0.0, 0.02, (2, len(c))))
+        tpot, request = plain.tpot(7e-4, 4e-5, 0.2) * noise[0], plain.request(7e-4, 4e-5) * noise[1]
+        groups.append(serving.Group(c, o, step / offset, prefill / offset, tpot, request))
+    found = serving.fit_hosts("vllm", groups)
+    assert found.each_pass_s == pytest.approx(7e-4, rel=0.35)
+    assert found.each_sequence_s == pytest.approx(4e-5, rel=0.25)
+    assert found.prefill_wait == pytest.approx(0.2, abs=0.1)
+
+
+def test_the_papers_figure_is_split_as_measured() -> None:
+    parts = figure_2()
+    assert {p.phase for p in parts} == {"prefill", "decode"}
+    assert all(abs(p.error) <= 0.2 for p in parts)
+    for phase in ("prefill", "decode"):
+        mine = [p for p in parts if p.phase == phase]
+        assert sum(p.predicted_s for p in mine if p.part != "all") == pytest.approx(mine[-1].predicted_s, rel=1e-6)
+
+
+def test_the_command_prints_draws_and_gives_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    figure = tmp_path / "engines.png"
+    assert run(["validate", "--end-to-end", "--figure", str(figure)]) == 0
+    out = capsys.readouterr().out
+    assert all(title in out for title in ("times of dense models", "speedups of pruned models", "serving runs"))
+    assert max(map(len, out.splitlines())) <= 120
+    assert figure.stat().st_size > 10_000
+    assert run(["validate", "--end-to-end", "--json"]) == 0
+    lines = json.loads(capsys.readouterr().out)
+    assert {line["engine"] for line in lines} == {"compile", "hf", "reference", "sglang", "trtllm", "vllm"}
+    assert run(["validate", "h100", "--end-to-end"]) == 2
+    assert run(["validate", "--figure", str(figure)]) == 2
