@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from simulator._version import __version__
 
 if TYPE_CHECKING:
-    from simulator.cost.gemm import gemm_time
     from simulator.engines.engine import list_engines, load_engine
     from simulator.errors import InputError
     from simulator.hardware.library import list_hardware, load_hardware
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from simulator.pruning import FAMILIES, prune
     from simulator.pruning._methods import METHODS
     from simulator.uncertainty.intervals import cost
+    from simulator.uncertainty.operators import gemm_time
     from simulator.workload import Workload
     from simulator.workload_batch import memory
 
@@ -40,7 +40,7 @@ _HOME = {
     "list_engines": "engines.engine",
     "load_engine": "engines.engine",
     "cost": "uncertainty.intervals",
-    "gemm_time": "cost.gemm",
+    "gemm_time": "uncertainty.operators",
     "HardwareProfile": "hardware.profile",
     "list_hardware": "hardware.library",
     "load_hardware": "hardware.library",

@@ -27,15 +27,8 @@ from simulator.arrays import FloatArray
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import OTHER_STACK, Anchor, HardwareProfile
-from simulator.uncertainty.error_model import (
-    COVERAGE_FACTOR,
-    ERROR_FACTORS,
-    FACTOR_INDEX,
-    MOST_LOG,
-    Posterior,
-    Uncertainty,
-    posterior_of,
-)
+from simulator.uncertainty.factors import COVERAGE_FACTOR, ERROR_FACTORS, FACTOR_INDEX, Uncertainty
+from simulator.uncertainty.posterior import MOST_LOG, Posterior, posterior_of
 
 LEAST_ROWS, FEW_ROWS, MOST_ROWS = 3, 20, 400
 """Rows an anchor needs, rows below which it says little, rows it keeps at most."""

@@ -23,11 +23,11 @@ from calibration.records.screening import LATENT
 from simulator.arrays import FloatArray
 from simulator.cost.attention import uncertainty_of
 from simulator.cost.attention_model import Calls, Parts, decode_core, decode_work, prefill_core, prefill_work
-from simulator.cost.gemm_model import Machine
+from simulator.cost.base import Machine
 from simulator.cost.residual_grid import ResidualGrid, decode_place, prefill_place
 from simulator.hardware.constants import CONSTANTS, Constant
 from simulator.hardware.profile import Provenance, Section
-from simulator.uncertainty.error_model import Uncertainty
+from simulator.uncertainty.factors import Uncertainty
 from simulator.workload import DTYPE_BYTES, DTYPES
 
 PHASES: Mapping[str, str] = {

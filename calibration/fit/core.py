@@ -16,7 +16,7 @@ from calibration.fit.solver import ConstantsFit, Minimum, Table, fit_logs, gauss
 from calibration.records.screening import rotated_copies
 from calibration.records.table import Records
 from simulator.arrays import FloatArray
-from simulator.cost.gemm_model import CoreTime, Machine, core_time, machine_core
+from simulator.cost.base import Machine
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
 
 ROWS = 6000

@@ -11,7 +11,7 @@ from scipy.stats import t as student
 
 from calibration.fit.solver import numbered
 from simulator.arrays import FloatArray
-from simulator.uncertainty.error_model import COVERAGE_FACTOR, Uncertainty
+from simulator.uncertainty.factors import COVERAGE_FACTOR, Uncertainty
 
 LEVEL = 0.9
 

@@ -18,8 +18,8 @@ from calibration.fit.errors import accuracy_of, spread_of
 from calibration.fit.residual import Stiffness, fit_lattice
 from calibration.fit.solver import ConstantsFit, FittedPart, Minimum, Table
 from simulator.arrays import FloatArray
+from simulator.cost.base import Machine
 from simulator.cost.experts import ALIGNED, Parts, dealt_load, experts_core, experts_place, uncertainty_of
-from simulator.cost.gemm_model import Machine
 from simulator.cost.residual_grid import ResidualGrid
 from simulator.hardware.constants import EXPERTS_CONSTANTS as CONSTANTS
 from simulator.hardware.profile import Provenance, Section

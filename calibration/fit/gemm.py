@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import numpy as np
+from simulator.uncertainty.gemm import uncertainty_of
 
 from calibration.fit import residual as ridge
 from calibration.fit.core import CLOSE, WEAK, Shapes, fit_constants, timed
@@ -20,11 +21,10 @@ from calibration.fit.errors import accuracy_of, few_groups, spread_of
 from calibration.fit.residual import Axes, Block
 from calibration.fit.solver import ConstantsFit, FittedPart, folds
 from simulator.arrays import FloatArray
-from simulator.cost.gemm_model import CoreTime, Machine, machine_core, quantised
+from simulator.cost.base import Machine
 from simulator.cost.residual_grid import Residual, residual_arrays, residual_of
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
 from simulator.hardware.profile import HardwareProfile, Provenance, Section
-from simulator.uncertainty.gemm import uncertainty_of
 
 FINE_ROWS, FINE_GROUPS = 1500, 30
 """Rows and (n, k) pairs from which the stack's own lattices are fitted; below, they learn noise (DESIGN section 10)."""

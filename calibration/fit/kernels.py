@@ -17,9 +17,10 @@ from calibration.fit.solver import FittedPart, Minimum, fit_logs, gauss_newton
 from calibration.measurements import published
 from calibration.records.table import OPERATORS, Records
 from simulator.arrays import FloatArray
-from simulator.cost.gemm import DENSE, SPARSE24, gemm_time, with_section
+from simulator.cost.gemm import DENSE, SPARSE24, with_section
 from simulator.hardware.constants import CONSTANTS
 from simulator.hardware.profile import Fitted, HardwareProfile, Section
+from simulator.uncertainty.operators import gemm_time
 
 ENOUGH_RATIOS = 5
 """Published ratios one constant needs."""

@@ -20,23 +20,14 @@ from calibration.records.screening import LATENT
 from calibration.records.table import LAUNCHES, OPERATORS, Records
 from simulator.arrays import IndexArray
 from simulator.cost.attention import decode_attention_time, prefill_attention_time
+from simulator.cost.base import BOTTLENECKS
 from simulator.cost.collective import collective_time
 from simulator.cost.elementwise import elementwise_time
 from simulator.cost.experts import experts_time
-from simulator.cost.forward import TIMES
-from simulator.cost.gemm import gemm_time
 from simulator.hardware.profile import HardwareProfile
-from simulator.uncertainty.error_model import (
-    BOTTLENECKS,
-    COVERAGE_FACTOR,
-    ERROR_FACTORS,
-    FACTOR_INDEX,
-    HOST_KIND,
-    OperatorTimes,
-    Uncertainty,
-    level_scale,
-    posterior_of,
-)
+from simulator.uncertainty.factors import COVERAGE_FACTOR, ERROR_FACTORS, FACTOR_INDEX, Uncertainty, level_scale
+from simulator.uncertainty.operators import TIMES, OperatorTimes, gemm_time
+from simulator.uncertainty.posterior import HOST_KIND, posterior_of
 from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, Kernel
 
 UNTIMED = "the time is no positive number"

@@ -27,9 +27,9 @@ from calibration.fit.kernels import fit_skipping
 from calibration.fit.solver import ConstantsFit, FittedPart
 from calibration.records.exact import with_exact
 from calibration.records.table import LAUNCHES, PURPOSES, Flag, Records
+from simulator.cost.base import Machine
 from simulator.cost.collective import KINDS
 from simulator.cost.elementwise import class_code
-from simulator.cost.gemm_model import Machine
 from simulator.errors import InputError
 from simulator.hardware.constants import CLASSES
 from simulator.hardware.formats import labels

@@ -20,7 +20,7 @@ from scipy import linalg, sparse
 from calibration.fit.core import Shapes
 from calibration.fit.solver import HUBER
 from simulator.arrays import FloatArray
-from simulator.cost.gemm_model import Core, CoreTime, Machine
+from simulator.cost.base import Machine
 from simulator.cost.residual_grid import EDGE, Coordinates, Residual, ResidualGrid, m_places
 
 Axes = tuple[str, ...]

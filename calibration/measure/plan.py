@@ -22,7 +22,7 @@ from calibration.measure.shapes import gemm_stream, other_streams
 from calibration.measure.timing import Protocol
 from simulator.arrays import FloatArray
 from simulator.errors import InputError
-from simulator.uncertainty.error_model import correlation
+from simulator.uncertainty.factors import correlation
 
 FIT, HOLDOUT, EXACT, ANCHOR = "fit", "holdout", "exact", "anchor"
 HOLDOUT_SHARE = 0.2  # of the (n, k) groups of a base plan, and of the items that have none, to keep from the fit

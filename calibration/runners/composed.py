@@ -21,12 +21,12 @@ from calibration.runners.cases import settings_of
 from calibration.runners.compare import EXECUTED
 from calibration.runners.decoder.routed import BlockAttention, CacheCut, TokenRouting, block_means, routed_attention
 from calibration.runners.decoder.run import Cache
-from simulator.cost.forward import forward_passes
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.predict.settings import Setting
+from simulator.uncertainty.forward import forward_passes
 from simulator.workload_batch import WorkloadBatch
 
 SETTINGS = (("smollm2-135m", 256), ("llama-3.2-1b", 512), ("qwen2.5-0.5b", 128), ("qwen2.5-0.5b", 1024))

@@ -13,12 +13,12 @@ import numpy as np
 
 from calibration.devices.protocol import ELEMENTWISE_ROLES, OPERATORS, Operator
 from calibration.measure.plan import next_rows
-from simulator.cost.forward import forward_passes
 from simulator.engines import DEFAULT_ENGINE
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.library import load_model
 from simulator.predict.settings import Setting
 from simulator.pruning import prune
+from simulator.uncertainty.forward import forward_passes
 from simulator.workload import DTYPES, ROLES, Kernel, Kind, Workload
 from simulator.workload_batch import WorkloadBatch
 

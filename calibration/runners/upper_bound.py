@@ -29,9 +29,8 @@ from calibration.runners.runs import Measured, begin, measure_plan
 from calibration.validation.scores import errors
 from simulator.arrays import FloatArray
 from simulator.cost.attention import decode_attention_time, prefill_attention_time
-from simulator.cost.gemm import gemm_time
 from simulator.hardware.profile import HardwareProfile
-from simulator.uncertainty.error_model import OperatorTimes
+from simulator.uncertainty.operators import OperatorTimes, gemm_time
 from simulator.workload import Kind, Workload
 
 ALIGN = 16

@@ -21,7 +21,7 @@ from calibration.validation.accuracy import GEMMS, titles
 from calibration.validation.protocol import Measured, Row, judge
 from calibration.validation.report import table
 from simulator.arrays import FloatArray
-from simulator.cost.gemm_model import Machine
+from simulator.cost.base import Machine
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile, Section
 

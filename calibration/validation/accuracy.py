@@ -30,8 +30,8 @@ from calibration.records.screening import LATENT
 from calibration.records.table import Records
 from calibration.validation import protocol, stacks
 from calibration.validation.protocol import Measured, Row, row
+from simulator.cost.base import Machine
 from simulator.cost.elementwise import class_code
-from simulator.cost.gemm_model import Machine
 from simulator.errors import InputError, unknown
 from simulator.hardware.profile import HardwareProfile, Section
 from simulator.predict.workers import compute_parts

@@ -17,7 +17,7 @@ from calibration.fit.core import Shapes
 from calibration.fit.solver import HUBER
 from calibration.validation.validate import SIMPLE_FLOOR_S, SIMPLE_SHARE
 from simulator.arrays import FloatArray
-from simulator.cost.gemm_model import Machine
+from simulator.cost.base import Machine
 
 
 def flop_and_byte_time(data: Shapes, machine: Machine) -> tuple[FloatArray, FloatArray]:

@@ -17,13 +17,13 @@ import numpy as np
 
 from calibration.measurements import published
 from simulator.arrays import Array
-from simulator.cost.forward import forward_passes, operator_times
 from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.predict.rows import Record
 from simulator.predict.table import table
 from simulator.pruning import prune
+from simulator.uncertainty.forward import forward_passes, operator_times
 from simulator.workload import ROLES, Kind, Part, Workload
 from simulator.workload_batch import WorkloadBatch
 

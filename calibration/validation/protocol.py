@@ -28,13 +28,14 @@ from calibration.records.table import Records, Source
 from calibration.validation import scores
 from calibration.validation.baselines import BASELINES
 from simulator.arrays import FloatArray, IndexArray
+from simulator.cost.base import Machine
 from simulator.cost.elementwise import elementwise_time
-from simulator.cost.gemm_model import Machine
 from simulator.hardware.constants import CLASSES
 from simulator.hardware.formats import formats_of
 from simulator.hardware.profile import HardwareProfile, Section
-from simulator.uncertainty.error_model import OperatorTimes, posterior_of
 from simulator.uncertainty.forward import ratio_half
+from simulator.uncertainty.operators import OperatorTimes
+from simulator.uncertainty.posterior import posterior_of
 
 Row = dict[str, Any]
 

@@ -17,7 +17,6 @@ import numpy as np
 
 from calibration.measurements import published
 from simulator.cli.options import sparsity
-from simulator.cost.gemm import gemm_time
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.library import load_model
@@ -28,6 +27,7 @@ from simulator.predict.speedup import speedups
 from simulator.pruning import prune
 from simulator.uncertainty.forward import ratio_half
 from simulator.uncertainty.intervals import cost
+from simulator.uncertainty.operators import gemm_time
 from simulator.workload import Kernel, Workload
 from simulator.workload_batch import memory
 

@@ -22,7 +22,7 @@ from scipy.optimize import least_squares
 from calibration.measurements import published
 from calibration.validation.published import serving_workload
 from simulator.arrays import FloatArray
-from simulator.cost.forward import forward_passes
+from simulator.uncertainty.forward import forward_passes
 from simulator.workload import Phase
 from simulator.workload_batch import WorkloadBatch
 

@@ -17,7 +17,7 @@ from calibration.fit.anchor import anchor_profile
 from calibration.fit.core import CLOSE, Shapes, fit_constants, free_constants, timed
 from calibration.validation.protocol import Measured, Row, coverage, errors, ratio_coverage, row, speedups
 from simulator.arrays import FloatArray
-from simulator.cost.gemm_model import Machine, machine_core
+from simulator.cost.base import Machine
 from simulator.cost.residual_grid import residual_arrays, residual_of
 from simulator.hardware.profile import HardwareProfile, Section
 

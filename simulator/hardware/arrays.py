@@ -24,7 +24,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from simulator.hardware.constants import AXES, CLASSES, EXACT_BITS, EXACT_NAMES, FIRST_CLASSES
+from simulator.hardware.constants import CLASSES, EXACT_BITS, EXACT_NAMES, FIRST_CLASSES
 from simulator.workload import Kind
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -167,8 +167,10 @@ def check_arrays(operator: str, arrays: Arrays) -> None:
             check_exact(arrays)
             _bound(arrays, "exact_log_half", 0.0, MOST_LOG)
             _bound(arrays, "exact_s", 1e-12, 1e9)
-        if "terms" in arrays:
-            _check_lattices(arrays)
+        if "values" in arrays:
+            _check_values(operator, arrays)
+        if "row_m" in arrays:
+            _check_rows(arrays)
         if "measured" in arrays:
             _shape("measured", arrays["measured"], arrays["measured"].shape == (2, 3), "(2, 3)")
             _bound(arrays, "measured", 0.0, 64.0)
@@ -193,32 +195,6 @@ def check_exact(arrays: Arrays) -> None:
         raise ValueError("exact shapes: times must be above zero, half-widths at least zero")
 
 
-def _check_lattices(arrays: Arrays) -> None:
-    """Lattices of a GEMM residual, in turn: codes of their axes, then start, step and nodes of each, then values."""
-    _need(arrays, "terms", "grids", "values", "measured_m")
-    terms, values = arrays["terms"], arrays["values"]
-    grids = np.asarray(arrays["grids"], dtype=np.float64)
-    _shape("terms", terms, terms.ndim == 2 and 1 <= terms.shape[1] <= 3 and len(terms) >= 1, "(lattices, up to 3)")
-    _shape("grids", grids, grids.shape == (*terms.shape, 3), f"{(*terms.shape, 3)}")
-    used = terms >= 0
-    if terms.dtype.kind not in "iu" or terms.min() < -1 or terms.max() >= len(AXES) or not used.any(axis=1).all():
-        raise ValueError(f"array terms: expected whole numbers from -1 to {len(AXES) - 1}, at least one axis a lattice")
-    start, step, nodes = grids[used].T
-    if not ((np.abs(start) <= _MOST_PLACE) & (step >= _LEAST_STEP) & (step <= _MOST_PLACE)).all():
-        expected = f"starts within {_MOST_PLACE:g} and steps from {_LEAST_STEP:g} to {_MOST_PLACE:g}"
-        raise ValueError(f"array grids: expected {expected}")
-    _shape("values", values, values.ndim == 1, "(nodes,)")
-    if not ((nodes >= 2) & (nodes <= values.size) & (nodes == np.floor(nodes))).all():
-        expected = "whole numbers of nodes, at least 2 on each axis and no more than there are values"
-        raise ValueError(f"array grids: expected {expected}")
-    if float(np.where(used, grids[..., 2], 1.0).prod(axis=1).sum()) != values.size:
-        raise ValueError("array values: expected as many values as the grids have nodes")
-    _bound(arrays, "values", -MOST_LOG, MOST_LOG)
-    measured = arrays["measured_m"]
-    _shape("measured_m", measured, measured.ndim == 1 and measured.size >= 1, "(sizes,)")
-    _bound(arrays, "measured_m", 1.0, 2.0**31)
-
-
 def _check_values(operator: str, arrays: Arrays) -> None:
     """The lattice of attention, experts or collectives, over three coordinates, or that of each class of elementwise
     operators, over one."""
@@ -239,6 +215,17 @@ def _check_values(operator: str, arrays: Arrays) -> None:
     _bound(arrays, "start", -_MOST_PLACE, _MOST_PLACE)
     if operator != "elementwise":
         _bound(arrays, "step", _LEAST_STEP, _MOST_PLACE)
+
+
+def _check_rows(arrays: Arrays) -> None:
+    """Residual of GEMMs on a CPU by the number of rows: ascending numbers, and a value each."""
+    _need(arrays, "row_m", "row_values")
+    m, values = arrays["row_m"], arrays["row_values"]
+    good = m.ndim == 1 and m.size >= 1 and bool((np.diff(m) > 0).all())
+    _shape("row_m", m, good, "(sizes,), ascending")
+    _shape("row_values", values, values.shape == m.shape, f"{m.shape}")
+    _bound(arrays, "row_m", 1.0, 2.0**31)
+    _bound(arrays, "row_values", -MOST_LOG, MOST_LOG)
 
 
 def _check_variants(arrays: Arrays) -> None:

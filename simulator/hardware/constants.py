@@ -1,6 +1,6 @@
 """The named constants of every cost model: unit, range, meaning, default by architecture and where that comes from.
 
-Use :data:`CONSTANTS` by operator of a profile. Beside them stand the vocabularies of a profile's arrays: :data:`AXES`,
+Use :data:`CONSTANTS` by operator of a profile. Next to them are the vocabularies of a profile's arrays:
 :data:`CLASSES` and :data:`EXACT_NAMES`.
 """
 
@@ -322,19 +322,8 @@ CONSTANTS: Mapping[str, Mapping[str, Constant]] = MappingProxyType({
     "experts": EXPERTS_CONSTANTS,
 })
 """Constants by operator: those of each fitted section of a profile."""
-
-AXES: tuple[str, ...] = (
-    "m", "n", "k", "nk", "mk", "mn", "aspect", "time", "tiles", "blocks", "tile", "m_step", "m_exact",
-    "tiles64", "idle256", "last128", "idle",
-)
 # fmt: on
-"""Coordinates of a shape in a GEMM section; the position is the code in a profile's ``terms`` array.
 
-log2 of m, n, k and their products; aspect: log2 n/k; time: log2 of the analytic microseconds; tiles, blocks: log2 of
-output tiles, and of those times split-K, over SMs; tile: entry of the menu; m_step: 0 odd, 1 even, 2 a multiple of 8,
-3 of 64; m_exact: place of m among the measured ones; tiles64: log2 of 64 x 64 tiles over SMs; idle256: idle share of
-the last wave of 128 x 256 tiles; last128: waves of 128 x 128 tiles beyond whole ones, plus 1; idle: idle share of the
-last wave of the chosen tile."""
 
 EXACT_NAMES: tuple[str, ...] = ("exact_m", "exact_n", "exact_k", "exact_s", "exact_log_half")
 """Arrays of exact shapes, of equal length; a profile has all of them or none."""

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from simulator.arguments import SECONDS, number
 from simulator.arrays import FloatArray, IndexArray
-from simulator.cost.forward import SECTIONS, ForwardPass, forward_passes, section_of
+from simulator.cost.forward import SECTIONS, section_of
+from simulator.uncertainty.forward import PredictedPass, forward_passes
 from simulator.uncertainty.intervals import Inferred, prediction_intervals
 from simulator.workload import DTYPES
 from simulator.workload_batch import WorkloadBatch
@@ -131,7 +132,7 @@ def against(
     return middle, below, above
 
 
-def _alike(other: IndexArray, p: ForwardPass) -> tuple[FloatArray, NDArray[np.bool_]]:
+def _alike(other: IndexArray, p: PredictedPass) -> tuple[FloatArray, NDArray[np.bool_]]:
     """(W, G) how alike errors of groups are in another workload than each, and (W,) whether its host launches another
     mix."""
     groups, spent = p.workloads.groups, p.group_s
@@ -142,7 +143,7 @@ def _alike(other: IndexArray, p: ForwardPass) -> tuple[FloatArray, NDArray[np.bo
     return same, ~(groups.count == groups.count[other]).all(axis=1)  # other kernels, or launched less often
 
 
-def _tokens(pairs: Pairs, p: ForwardPass, seconds: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+def _tokens(pairs: Pairs, p: PredictedPass, seconds: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Of each workload: new tokens a second of all devices, time to the first token and for each further one, s; NaN
     where the phase has none. Of a serve, a request waits for a share of the other prompts before its first token, for
     the rest between its own."""

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.cost.forward import forward_passes
-from simulator.cost.gemm import gemm_steps, gemm_time
+from simulator.cost.gemm_shapes import Options
 from simulator.predict.settings import once, one_of, profiles, whole_number
+from simulator.uncertainty.forward import forward_passes
+from simulator.uncertainty.operators import STEPS, gemm_predicted
 from simulator.workload import DTYPES, ROLES, Kernel, Kind, Workload, dtype_code
 from simulator.workload_batch import WorkloadBatch
 
@@ -89,9 +90,10 @@ def gemm_table(
     rows = Workload.from_columns(role=["q"] * len(shapes), **columns)
     out: list[GemmRecord] = []
     for hw in profiles(hardware):
-        path = {"dtype": dtype, "weight_dtype": weight, "kernel": rows.kernel, "cold": cold}
-        time = gemm_time(rows.m, rows.n, rows.k, hw, **path, level=level)  # type: ignore[arg-type]
-        ladder = gemm_steps(rows.m, rows.n, rows.k, hw, **path)
+        time, _ = gemm_predicted(
+            rows.m, rows.n, rows.k, hw, Options(dtype, weight, rows.kernel, cold), level, detail=True
+        )
+        ladder = {step: time.details[step] for step in STEPS}
         about: dict[str, Any] = {"hardware": hw.label, "dtype": dtype, "weight_dtype": weight, "cold": cold}
         about |= {"semi_structured": semi_structured, "peak_flop_per_s": hw.peak_flop_per_s(dtype)}
         about |= {"bandwidth_bytes_per_s": hw.bandwidth_bytes_per_s, "clock_headroom": hw.clock_headroom}

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.arrays import FloatArray, IndexArray
+from simulator.cost.base import BOTTLENECKS
 from simulator.cost.forward import refusal
 from simulator.display import Displayed
 from simulator.errors import InputError
@@ -27,7 +28,6 @@ from simulator.predict.gain import gain, gain_html
 from simulator.predict.requests import Group, Requests, prune_all
 from simulator.predict.settings import Setting
 from simulator.pruning import FAMILIES
-from simulator.uncertainty.error_model import BOTTLENECKS
 from simulator.workload_batch import WorkloadBatch, activation_bytes, bytes_needed, cache_bytes
 
 if TYPE_CHECKING:

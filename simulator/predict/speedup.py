@@ -14,14 +14,16 @@ import numpy as np
 
 from simulator.arguments import instance, listed
 from simulator.arrays import FloatArray
-from simulator.cost.elementwise import elementwise_time
-from simulator.cost.forward import ForwardPass, by_formats, forward_passes, section_of
-from simulator.cost.gemm import gemm_steps
+from simulator.cost.base import BOTTLENECKS
+from simulator.cost.elementwise import elementwise
+from simulator.cost.forward import ForwardPass, by_formats, section_of
+from simulator.cost.gemm_shapes import Options
 from simulator.display import Displayed, as_plain, bars_html, by_column
 from simulator.predict.applied import applied, as_pruned, one_setting
 from simulator.predict.compare import Comparison, Pairs, compare, known
 from simulator.predict.gain import gain, gain_html
-from simulator.uncertainty.error_model import BOTTLENECKS
+from simulator.uncertainty.forward import forward_passes
+from simulator.uncertainty.operators import gemm_steps, operator_time
 from simulator.workload import Kind, Workload
 from simulator.workload_batch import WorkloadBatch
 
@@ -249,8 +251,8 @@ def _ladder(p: ForwardPass) -> dict[str, FloatArray]:
     rungs = {name: ideal.copy() for name in ("ideal", "roofline", "tile", "wave", "alignment")}
     rungs["kernel"] = np.maximum(p.row_s - np.minimum(_fixed(p), p.row_s), np.minimum(ideal, p.row_s))
     for rows, dtype, weight in by_formats(w, Kind.GEMM):
-        shape = {name: getattr(w, name)[rows] for name in ("m", "n", "k", "kernel", "density", "block")}
-        for name, seconds in gemm_steps(**shape, hw=p.hw, dtype=dtype, weight_dtype=weight).items():
+        options = Options(dtype, weight, w.kernel[rows], density=w.density[rows], block=w.block[rows])
+        for name, seconds in gemm_steps(w.m[rows], w.n[rows], w.k[rows], p.hw, options).items():
             if name in rungs:
                 rungs[name][rows] = seconds * w.count[rows]
     return rungs
@@ -262,7 +264,8 @@ def _fixed(p: ForwardPass) -> FloatArray:
     for kind in (Kind.ELEMENTWISE, Kind.PREFILL_ATTENTION, Kind.DECODE_ATTENTION):
         for rows, dtype, _ in by_formats(w, kind):
             if kind == Kind.ELEMENTWISE:
-                out[rows] = elementwise_time(0.0, 0.0, p.hw, role=w.role[rows], dtype=dtype).seconds
+                empty = elementwise(0.0, 0.0, p.hw, role=w.role[rows], dtype=dtype)
+                out[rows] = operator_time(empty, p.hw).seconds
             else:
                 out[rows] = p.hw.section(section_of(w, rows[0]), dtype)["t0_s"]
     return out * w.count

@@ -14,7 +14,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from simulator.arguments import listed, shown
-from simulator.cost.forward import forward_passes
 from simulator.display import Displayed, few, items_html, table_html
 from simulator.errors import InputError
 from simulator.models.library import load_model
@@ -33,6 +32,7 @@ from simulator.predict.settings import (
     settings_of,
 )
 from simulator.predict.speedup import Waterfall, pairs_of, waterfall
+from simulator.uncertainty.forward import forward_passes
 from simulator.uncertainty.intervals import Inferred
 from simulator.workload_batch import WorkloadBatch, memory
 

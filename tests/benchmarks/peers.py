@@ -28,7 +28,7 @@ from calibration.fit.core import shapes
 from calibration.fit.gemm import fit_gemm
 from calibration.measurements import load_measurements
 from calibration.records.screening import rotated_copies
-from simulator.cost.gemm_model import Machine
+from simulator.cost.base import Machine
 from simulator.predict.grid import Grid
 from simulator.predict.sweep import piece_columns, pieces
 

@@ -12,7 +12,6 @@ from scale import grid
 
 from calibration.fit.gemm import fit_gemm
 from calibration.measurements import load_measurements
-from simulator.cost.gemm import gemm_time
 from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
 from simulator.models.lower import lower
@@ -20,6 +19,7 @@ from simulator.predict.compare import compare
 from simulator.predict.speedup import pairs_of
 from simulator.predict.sweep import compute_part, piece_columns, pieces, sweep
 from simulator.pruning import prune
+from simulator.uncertainty.operators import gemm_time
 
 Floor = Callable[..., None]
 DEVICES = ("a100_sxm_80gb", "h100_sxm", "rtx_4090")

@@ -23,9 +23,9 @@ from calibration.records.store import read_store
 from calibration.records.table import Records, Source
 from calibration.runners.runs import DATASHEET, keep_apart
 from calibration.runners.targets import asked_operators, asked_workloads
-from simulator.cost.gemm import gemm_time
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
+from simulator.uncertainty.operators import gemm_time
 from simulator.workload import ROLES
 
 H100 = Description("cuda:0", "NVIDIA H100 80GB HBM3 (132 SM)", {"torch": "2.9", "driver": "580"}, 80e9, 50e6)

@@ -11,8 +11,8 @@ from calibration.fit.experts import Layers, fit_experts, layers_of
 from calibration.measurements import load_measurements
 from calibration.measurements.wheel import datasheet
 from calibration.records.experts import too_slow
+from simulator.cost.base import Machine
 from simulator.cost.experts import TILES, dealt_load, drawn_load, experts_core, experts_time
-from simulator.cost.gemm_model import Machine
 from simulator.errors import InputError
 from simulator.hardware.constants import EXPERTS_CONSTANTS as CONSTANTS
 from simulator.hardware.library import list_hardware, load_hardware

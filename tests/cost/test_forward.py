@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import simulator
-from simulator.cost.forward import forward_passes, operator_times
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
+from simulator.uncertainty.forward import forward_passes, operator_times
 from simulator.uncertainty.intervals import cost
 from simulator.workload import ROLES, Kind, Workload, dtype_code
 from simulator.workload_batch import WorkloadBatch

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulator.cost.gemm import GemmTime, alignment_halvings, gemm_steps, gemm_time
-from simulator.cost.gemm_model import Core, Machine, core_time, machine_core
+from simulator.cost.base import Machine
+from simulator.cost.gemm import GemmTime, alignment_halvings
 from simulator.cost.gemm_shapes import CHUNK, PRECISION
 from simulator.errors import InputError
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
 from simulator.hardware.library import load_hardware
+from simulator.uncertainty.operators import gemm_steps, gemm_time
 from simulator.workload import Kernel
 
 GPUS = ("a100_sxm_80gb", "h100_sxm", "rtx_4090")

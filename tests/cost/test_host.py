@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import simulator
-from simulator.cost.forward import ForwardPass, forward_passes
 from simulator.cost.host import Host
 from simulator.engines.engine import load_engine
+from simulator.uncertainty.forward import ForwardPass, forward_passes
 from simulator.workload import Workload
 from simulator.workload_batch import WorkloadBatch
 

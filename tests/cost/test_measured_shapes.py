@@ -17,12 +17,12 @@ from calibration.records.table import Flag, Records, Source
 from calibration.runners.cases import settings_of
 from calibration.runners.upper_bound import bound_errors, bounds, measure_bounds
 from simulator.cost.attention import decode_attention_time, prefill_attention_time
-from simulator.cost.gemm import gemm_steps, gemm_time
 from simulator.cost.measured_shapes import Exact, exact_of
 from simulator.hardware.constants import EXACT_NAMES as NAMES
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import Provenance
 from simulator.hardware.save import save_hardware
+from simulator.uncertainty.operators import gemm_steps, gemm_time
 
 SIZE = st.integers(1, 2**21 - 1)
 SHAPES = st.lists(st.tuples(st.integers(1, 2**22 - 1), SIZE, SIZE), min_size=1, max_size=40, unique=True)

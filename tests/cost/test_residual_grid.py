@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from scipy.interpolate import RegularGridInterpolator
 
-from simulator.cost.gemm import gemm_time
-from simulator.cost.gemm_model import Machine, core_time, machine_core
+from simulator.cost.base import Machine
 from simulator.cost.residual_grid import (
     Coordinates,
     LatticeSum,
@@ -23,6 +22,7 @@ from simulator.cost.residual_grid import (
 from simulator.hardware.constants import AXES
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
 from simulator.hardware.library import load_hardware
+from simulator.uncertainty.operators import gemm_time
 
 MACHINE = Machine(3.12e14, 2.0e12, 4e7, 108, 1.0, 2.0, 2.0, False)
 CORE = machine_core(MACHINE, {name: c.default("ampere") for name, c in CONSTANTS.items()})

@@ -19,7 +19,6 @@ import simulator
 from simulator.cli import app, run
 from simulator.cli.drawing import draw_rooflines, draw_waterfalls
 from simulator.cli.figures import figures, figures_command
-from simulator.cost.gemm import gemm_time
 from simulator.errors import InputError
 from simulator.figures.crossover import crossover_figure
 from simulator.figures.efficiency import efficiency_figure, number
@@ -39,6 +38,7 @@ from simulator.hardware.library import load_hardware
 from simulator.predict.settings import Setting
 from simulator.predict.table import explanations
 from simulator.pruning import FAMILIES, prune
+from simulator.uncertainty.operators import gemm_time
 
 if TYPE_CHECKING:
     from collections.abc import Callable

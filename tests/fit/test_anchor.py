@@ -16,7 +16,6 @@ from calibration.fit.predict import HostTime, parts_of, predict
 from calibration.measure.plan import next_rows
 from calibration.records.table import Records, Source
 from calibration.runners.targets import asked_operators, asked_workloads, operator_of
-from simulator.cost.forward import forward_passes
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
@@ -25,8 +24,10 @@ from simulator.hardware.save import save_hardware
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.predict.speedup import pairs_of
-from simulator.uncertainty.error_model import Posterior, Uncertainty, correlation
+from simulator.uncertainty.factors import Uncertainty, correlation
+from simulator.uncertainty.forward import forward_passes
 from simulator.uncertainty.intervals import cost
+from simulator.uncertainty.posterior import Posterior
 
 HW = load_hardware("h100_sxm")
 SOURCE = Source("planted GPU", {"planted": "1"})

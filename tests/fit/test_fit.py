@@ -12,9 +12,10 @@ from calibration.fit.core import Shapes, fit_constants, free_constants, shapes, 
 from calibration.fit.errors import few_groups
 from calibration.fit.gemm import fit_gemm, starting_constants
 from calibration.fit.residual import ALONE, FEW_OWN, FewRows, blocks, evaluate, solve, terms_of
-from simulator.cost.gemm import gemm_time, with_section
-from simulator.cost.gemm_model import Machine, machine_core
+from simulator.cost.base import Machine
+from simulator.cost.gemm import with_section
 from simulator.hardware.library import load_hardware
+from simulator.uncertainty.operators import gemm_time
 
 HW = load_hardware("h100_sxm")
 MACHINE = Machine.of(HW, "bf16")

@@ -16,11 +16,11 @@ from calibration.measurements.wheel import datasheet
 from calibration.validation.accuracy import Table
 from calibration.validation.protocol import evaluate_table
 from simulator.cost.attention import decode_attention_time, prefill_attention_time
-from simulator.cost.gemm_model import Machine
+from simulator.cost.base import Machine
 from simulator.cost.residual_grid import ResidualGrid
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
-from simulator.uncertainty.error_model import OperatorTimes
+from simulator.uncertainty.operators import OperatorTimes
 
 HW, A100 = load_hardware("h100_sxm"), datasheet("a100_sxm_80gb")
 DEVICE = Machine.of(HW)

@@ -11,7 +11,7 @@ from calibration.fit.attention import REGISTRY, MeasuredCalls, fit_attention
 from calibration.validation.accuracy import Table
 from calibration.validation.protocol import evaluate_table
 from simulator.cost.attention import decode_attention_time
-from simulator.cost.gemm_model import Machine
+from simulator.cost.base import Machine
 from simulator.hardware.library import load_hardware
 
 HW = load_hardware("a100_sxm_80gb")

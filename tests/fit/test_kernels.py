@@ -20,10 +20,11 @@ from calibration.records.table import Records, Source
 from calibration.validation.report import markdown
 from calibration.validation.validate import validate
 from simulator.cost.elementwise import elementwise_time
-from simulator.cost.gemm import BLOCK_SPARSE, GROUPS_K, GROUPS_N, gemm_time
+from simulator.cost.gemm import BLOCK_SPARSE, GROUPS_K, GROUPS_N
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import Fitted, HardwareProfile
+from simulator.uncertainty.operators import gemm_time
 
 HW = load_hardware("h100_sxm")
 SOURCE = Source("planted GPU", {"planted": "1"}, method="planted", origin="test", date="2026-01-01")

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import simulator
-from simulator.cost.forward import forward_passes
 from simulator.engines.engine import list_engines
 from simulator.predict.compare import SAME_SHAPE, Comparison, Pairs, compare
 from simulator.pruning import FAMILIES, prune
-from simulator.uncertainty.error_model import COVERAGE_FACTOR, correlation, level_scale
+from simulator.uncertainty.factors import COVERAGE_FACTOR, correlation, level_scale
+from simulator.uncertainty.forward import forward_passes
 from simulator.uncertainty.intervals import CONSISTENT_SD, MEASURED_LOG_SD, MIXED_LOG_SD, cost, intervals
 from simulator.workload import Kind, Meta, Part, Phase, Workload
 from simulator.workload_batch import WorkloadBatch

@@ -12,10 +12,10 @@ from calibration.cli import pages
 from calibration.fit.core import shapes
 from calibration.validation import ablations, bars
 from calibration.validation.protocol import Measured, errors
-from simulator.cost.gemm import gemm_time
-from simulator.cost.gemm_model import Machine
+from simulator.cost.base import Machine
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
+from simulator.uncertainty.operators import gemm_time
 
 
 @pytest.mark.parametrize("page", ["ablations", "engines"])

@@ -19,8 +19,8 @@ from calibration.validation.acceptance import against_bars
 from calibration.validation.accuracy import GEMMS, Table, columns_of_table, means, run_protocol, stack_pairs
 from calibration.validation.baselines import BASELINES, roofline_rbf, three_constants
 from calibration.validation.protocol import Measured
-from simulator.cost.gemm import gemm_time
-from simulator.cost.gemm_model import Machine
+from simulator.cost.base import Machine
+from simulator.uncertainty.operators import gemm_time
 
 HW = datasheet("h100_sxm")
 MACHINE = Machine.of(HW, "bf16")

@@ -23,11 +23,11 @@ from calibration.validation.scores import by_size, coverage, part_errors, part_s
 from calibration.validation.validate import validate
 from simulator.cost.attention import decode_attention_time, prefill_attention_time
 from simulator.cost.elementwise import elementwise_time
-from simulator.cost.gemm import gemm_time
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.save import save_hardware
+from simulator.uncertainty.operators import gemm_time
 from simulator.workload import ROLES
 
 GOLDEN = Path(__file__).parents[1] / "golden"
