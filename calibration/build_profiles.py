@@ -143,11 +143,11 @@ def built(
         lender = built(recipe.lender, wheel, shared).profile
         prior = lender.calibrated({key: s for key, s in lender.sections.items() if key[0] == "gemm"})
     if recipe.tables or shared is None:
-        fit = fit_profile(base, tables_of(recipe, wheel), prior=prior, date=DATE, fine=False)
+        fit = fit_profile(base, tables_of(recipe, wheel), prior=prior, date=DATE)
         dense = [key for key in fit.profile.sections if key[0] == "gemm" and key[1] in base.rates]
         profile = with_sections(fit.profile, {key: fit_sparse_step(fit.profile, key[1]) for key in dense})
     else:
-        fit = fit_profile(base, rtx_tables(shared, base), prior=prior, date=DATE, fine=False)
+        fit = fit_profile(base, rtx_tables(shared, base), prior=prior, date=DATE)
         profile = _with_gap(fit.profile, lender)  # its rows are kernel times of a profiler, the lender's graph replays
     sections = {key: rounded(section) for key, section in profile.sections.items()}
     return replace(fit, profile=profile.calibrated(sections))

@@ -111,14 +111,14 @@ def _host(output: str, budget_s: float, dtype: str, hardware: str, seed: int, js
 
 
 def _row(measured: dict[str, Any], done: Calibrated) -> dict[str, Any]:
-    from calibration.fit.anchor import Anchored, as_row
+    from calibration.fit.local_update import Updated, as_row
     from calibration.validation.scores import summary
 
     fit = done.fit
     return {
         "measured": measured,
-        "fitted": [] if isinstance(fit, Anchored) else [part_row(p) for p in fit.parts],
-        "anchored": as_row(fit) if isinstance(fit, Anchored) else None,
+        "fitted": [] if isinstance(fit, Updated) else [part_row(p) for p in fit.parts],
+        "anchored": as_row(fit) if isinstance(fit, Updated) else None,
         "held_out": summary(done.held_out) if done.held_out else None,
         "exact": summary(done.exact) if done.exact else None,
     }
@@ -126,9 +126,9 @@ def _row(measured: dict[str, Any], done: Calibrated) -> dict[str, Any]:
 
 def _show(output: str, done: Calibrated) -> None:
     from calibration.cli.validate import show_report
-    from calibration.fit.anchor import Anchored
+    from calibration.fit.local_update import Updated
 
-    if isinstance(done.fit, Anchored):
+    if isinstance(done.fit, Updated):
         show_anchor(done.fit)
     else:
         show_fit(done.fit)

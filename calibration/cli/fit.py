@@ -11,7 +11,7 @@ from simulator.cli.options import opt
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from calibration.fit.anchor import Anchored
+    from calibration.fit.local_update import Updated
     from calibration.fit.profile import ProfileFit
     from calibration.fit.solver import FittedPart
 
@@ -53,9 +53,9 @@ def command(
     base = load_hardware(hardware)
     rows, notes = load_rows(records, base, screened=not anchor)
     if anchor:
-        from calibration.fit.anchor import anchor_profile, as_row
+        from calibration.fit.local_update import as_row, update_profile
 
-        done = anchor_profile(base, rows, dtype=dtype)
+        done = update_profile(base, rows, dtype=dtype)
         save_hardware(done.profile, output)
         if render.Output(json).write([as_row(done)]):
             show_anchor(done)
@@ -114,7 +114,7 @@ def show_fit(fit: ProfileFit) -> None:
             render.note(f"{p.operator} {p.dtype}: fixed, not fitted: {', '.join(fixed)}")
 
 
-def show_anchor(done: Anchored) -> None:
+def show_anchor(done: Updated) -> None:
     """Print what the rows say of this machine, and how well they are predicted."""
 
     def percent(value: float, sign: str = "") -> str:

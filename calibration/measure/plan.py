@@ -20,9 +20,9 @@ import numpy as np
 from calibration.devices.protocol import HOST_KINDS, Operator
 from calibration.measure.shapes import gemm_stream, other_streams
 from calibration.measure.timing import Protocol
-from simulator.arrays import FloatArray
+from simulator.arrays import FloatArray, IndexArray
 from simulator.errors import InputError
-from simulator.uncertainty.factors import correlation
+from simulator.uncertainty.factors import Uncertainty, correlation
 
 FIT, HOLDOUT, EXACT, ANCHOR = "fit", "holdout", "exact", "anchor"
 HOLDOUT_SHARE = 0.2  # of the (n, k) groups of a base plan, and of the items that have none, to keep from the fit
@@ -219,26 +219,25 @@ def in_order(
     return Plan(tuple(items), anchor_operator(rates, operators[0].dtype, protocol), seed, budget_s)
 
 
-def next_rows(rows: Mapping[str, FloatArray], targets: FloatArray, count: int) -> list[int]:
-    """Which of n rows to measure: first the one that takes most of the variance of some targets, then the one that does
-    after it, and so on, ``count`` of them.
+def next_rows(rows: Uncertainty, kind: IndexArray, targets: FloatArray, count: int) -> list[int]:
+    """Return which of n rows to measure: first the one that reduces the variance of the targets most, then the one that
+    does so after it, and so on, ``count`` of them.
 
-    ``rows`` are arrays of the error model (:meth:`simulator.uncertainty.error_model.Uncertainty.columns`) and their
-    ``kind`` (n,);
-    ``targets`` (t, n) is the covariance of each target with each row, as by :meth:`PassUncertainty.covariance`.
+    ``rows`` are the errors of the rows, of kinds of operators ``kind`` (n,); ``targets`` (t, n) is the covariance of
+    each target with each row, as by ``PassUncertainty.covariance``.
     """
-    local, place, kind = rows["local"], rows["place"], rows["kind"]
-    common = rows["shared"] @ rows["shared"].T
-    common += correlation(place, place) * np.outer(local, local) * (kind[:, None] == kind)
-    left, targets, order = np.ones(len(local), dtype=bool), np.array(targets), []
-    for _ in range(min(count, len(local))):
-        variance = np.diag(common) + np.maximum(rows["own"], 1e-6)
+    systematic, sd = rows.wide(), rows.correlated
+    common = systematic @ systematic.T
+    common += correlation(rows.coordinates, rows.coordinates) * np.outer(sd, sd) * (kind[:, None] == kind)
+    left, targets, order = np.ones(len(sd), dtype=bool), np.array(targets), []
+    for _ in range(min(count, len(sd))):
+        variance = np.diag(common) + np.maximum(rows.independent, 1e-6)
         best = int(np.argmax(np.where(left, (targets * targets).sum(axis=0) / variance, -1.0)))
         order.append(best)
         left[best] = False
-        told = common[best] / variance[best]  # of the error of each row, by one of this
-        targets -= np.outer(targets[:, best], told)
-        common -= np.outer(common[best], told)
+        explained = common[best] / variance[best]  # error of each row per error of this one
+        targets -= np.outer(targets[:, best], explained)
+        common -= np.outer(common[best], explained)
     return order
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from calibration.devices.protocol import Device
-from calibration.fit.anchor import Anchored, anchor_profile
 from calibration.fit.base_profile import base_profile, raised
+from calibration.fit.local_update import Updated, update_profile
 from calibration.fit.profile import ProfileFit, fit_profile
 from calibration.measure.plan import Plan, Rates, base_plan, check_budget, in_order
 from calibration.measure.probe import default_protocol, default_visits, probe
@@ -231,7 +231,7 @@ def keep_apart(records: Records) -> Records:
 class Calibrated:
     """A fitted or anchored run: the profile, and its reports on shapes held out and on exact ones (None: no rows)."""
 
-    fit: ProfileFit | Anchored
+    fit: ProfileFit | Updated
     held_out: Report | None
     exact: Report | None
 
@@ -250,8 +250,8 @@ def fit_run(
     content = read_store(path / RECORDS)
     records = keep_apart(content_records(content))
     base = raised(load_hardware(path / DATASHEET), records)
-    fit: ProfileFit | Anchored
-    fit = anchor_profile(base, records) if anchor else fit_profile(base, records, progress=progress)
+    fit: ProfileFit | Updated
+    fit = update_profile(base, records) if anchor else fit_profile(base, records, progress=progress)
     profile = replace(fit.profile, title=base.title)
     save_hardware(profile, path / PROFILE)
     model = without_exact(profile)

@@ -18,6 +18,7 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.models.library import load_model
 from simulator.predict.settings import Setting
 from simulator.pruning import prune
+from simulator.uncertainty.factors import in_order
 from simulator.uncertainty.forward import forward_passes
 from simulator.workload import DTYPES, ROLES, Kernel, Kind, Workload
 from simulator.workload_batch import WorkloadBatch
@@ -63,10 +64,9 @@ def asked_operators(asked: Asked, hw: HardwareProfile, every: bool = True) -> li
         if op is not None and (every or op.kind == "gemm"):
             found.setdefault(op, row)
     at, operators = np.array(list(found.values()), dtype=np.intp), list(found)
-    assert p.each.uncertainty is not None
-    rows = {name: column[at] for name, column in p.each.uncertainty.columns().items()} | {"kind": shapes.kind[at]}
-    covariance = p.uncertainty.covariance(rows["shared"], rows["local"], rows["place"], rows["kind"])
-    order = next_rows(rows, covariance[dense] - covariance, MOST_ROWS)
+    rows, kind = in_order(p.errors, len(shapes)).take(at), shapes.kind[at].astype(np.intp)
+    covariance = p.uncertainty.covariance(rows.wide(), rows.correlated, rows.coordinates, kind)
+    order = next_rows(rows, kind, covariance[dense] - covariance, MOST_ROWS)
     return [operators[i] for i in (*order, *sorted(set(range(len(at))) - set(order)))]
 
 

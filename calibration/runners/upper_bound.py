@@ -28,9 +28,9 @@ from calibration.runners.cases import Case, CaseRow, predicted_speedup
 from calibration.runners.runs import Measured, begin, measure_plan
 from calibration.validation.scores import errors
 from simulator.arrays import FloatArray
-from simulator.cost.attention import decode_attention_time, prefill_attention_time
+from simulator.cost import attention
 from simulator.hardware.profile import HardwareProfile
-from simulator.uncertainty.operators import OperatorTimes, gemm_time
+from simulator.uncertainty.operators import OperatorTimes, gemm_time, operator_time
 from simulator.workload import Kind, Workload
 
 ALIGN = 16
@@ -249,8 +249,8 @@ def _total(w: Workload, times: Mapping[Shape, tuple[float, float]]) -> tuple[flo
 
 _PREDICT: Mapping[str, Callable[..., OperatorTimes]] = {
     "gemm": gemm_time,
-    "attention_prefill": prefill_attention_time,
-    "attention_decode": decode_attention_time,
+    "attention_prefill": lambda *sizes, dtype: operator_time(attention.prefill(*sizes, dtype=dtype), sizes[-1]),
+    "attention_decode": lambda *sizes, dtype: operator_time(attention.decode(*sizes, dtype=dtype), sizes[-1]),
 }
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from calibration.validation.accuracy import means, titles
+from calibration.validation.accuracy import GEMMS, means, titles
 from calibration.validation.protocol import Row
 from calibration.validation.published import Comparison, compare_dense, compare_serving, compare_speedups, median_error
 from calibration.validation.serving import leave_models_out
@@ -20,10 +20,8 @@ from calibration.validation.serving import leave_models_out
 COVERED = (85.0, 95.0)
 """Range that the share of times and ratios inside 90 % intervals is to lie in."""
 # fmt: off
-MAPES: Mapping[str, tuple[float, float]] = {
-    "a100": (4.1, 5.0), "h100": (3.1, 4.0), "h200": (3.3, 0.0), "l40s": (7.3, 0.0),
-}
-"""Table -> bar with the stack's finer lattices, and with the smooth one alone (0: none)."""
+MAPES: Mapping[str, float] = {"a100": 5.0, "h100": 4.0}
+"""Table -> target of the MAPE on held-out (n, k)."""
 LEFT_OUT = {0: 8.0, 20: 0.0, 100: 5.5, 400: 4.8}
 """Rows of the left-out stack -> bar of the mean MAPE over stacks (0: none)."""
 # fmt: on
@@ -68,16 +66,14 @@ Known = Mapping[str, Sequence[Row]]
 def _in_table(known: Known) -> Iterator[Line]:
     for name, found in known.items():
         every = {r["method"]: r for r in found if not r["rows"]}
-        if "prunesim, finer lattices" not in every:
+        if name not in GEMMS:
             continue
-        fine, smooth = every["prunesim, finer lattices"], every["prunesim"]
+        smooth = every["prunesim"]
         if name.endswith("_wo"):
             yield _most(f"GEMM, {name}, m <= 16, unseen (n, k): MAPE", smooth["mape m<=16"], 10.0)
             yield _covered(f"GEMM, {name}, m <= 16, unseen (n, k): coverage", [smooth["coverage m<=16"]])
             continue
-        bars = MAPES.get(name, (0.0, 0.0))
-        yield _most(f"GEMM, {name}, unseen (n, k): MAPE, smooth lattice", smooth["mape"], bars[1])
-        yield _most(f"GEMM, {name}, unseen (n, k): MAPE, finer lattices", fine["mape"], bars[0])
+        yield _most(f"GEMM, {name}, unseen (n, k): MAPE", smooth["mape"], MAPES.get(name, 0.0))
         yield _covered(f"GEMM, {name}, unseen (n, k): coverage", [smooth["coverage"]])
         if name in ("a100", "a100_sglang") and "cold bias" in smooth:
             yield _most(f"GEMM, {name}, cold, m <= 16: bias, either way", abs(smooth["cold bias"]), 3.0)

@@ -21,9 +21,9 @@ import numpy as np
 
 from calibration.build_profiles import rtx_tables, shared_folder
 from calibration.fit.attention import calls_of
-from calibration.fit.core import shapes_of
-from calibration.fit.elementwise import Moves
+from calibration.fit.elementwise import ElementwiseFit
 from calibration.fit.experts import layers_of
+from calibration.fit.gemm import products_of
 from calibration.measurements import list_measurements, load_measurements
 from calibration.measurements.wheel import CHOICES, datasheet, open_wheel, read_choice
 from calibration.records.screening import LATENT
@@ -31,7 +31,7 @@ from calibration.records.table import Records
 from calibration.validation import protocol, stacks
 from calibration.validation.protocol import Measured, Row, row
 from simulator.cost.base import Machine
-from simulator.cost.elementwise import class_code
+from simulator.cost.elementwise import Moves, class_code
 from simulator.errors import InputError, unknown
 from simulator.hardware.profile import HardwareProfile, Section
 from simulator.predict.workers import compute_parts
@@ -39,8 +39,8 @@ from simulator.workload import STACKS
 
 
 @dataclass(frozen=True)
-class Table:
-    """A table to judge."""
+class TableChoice:
+    """A table to evaluate."""
 
     measurement: str  # device/operator/stack
     dtype: str = "bf16"
@@ -48,9 +48,9 @@ class Table:
     wheel: Path | None = None  # where it is read from if it does not ship
 
     @property
-    def phase(self) -> str:
-        """ "prefill" or "decode", of attention; "" of GEMMs."""
-        return self.measurement.split("/")[1].removeprefix("attention_").removeprefix("gemm")
+    def operator(self) -> str:
+        """Operator of the table."""
+        return self.measurement.split("/")[1]
 
     def load(self) -> Measured:
         """Its rows, of the features a head that are fitted, with the datasheet they belong to."""
@@ -61,18 +61,18 @@ class Table:
         return _fitted(self)
 
 
-GEMMS: Mapping[str, Table] = MappingProxyType(
+GEMMS: Mapping[str, TableChoice] = MappingProxyType(
     {
-        "a100": Table("a100_sxm/gemm/trtllm", sibling="a100_sxm/gemm/sglang"),
-        "a100_sglang": Table("a100_sxm/gemm/sglang"),
-        "h100": Table("h100_sxm/gemm/trtllm", sibling="h100_sxm/gemm/sglang"),
-        "h100_fp8": Table("h100_sxm/gemm/trtllm", "fp8"),
-        "h200": Table("h200_sxm/gemm/trtllm"),
-        "l40s": Table("l40s/gemm/trtllm"),
-        "rtx_pro_6000": Table("rtx_pro_6000/gemm/trtllm"),
-        "b200": Table("b200_sxm/gemm/trtllm"),
-        "a100_int8_wo": Table("a100_sxm/gemm/trtllm", "int8_wo"),
-        "a100_int4_wo": Table("a100_sxm/gemm/trtllm", "int4_wo"),
+        "a100": TableChoice("a100_sxm/gemm/trtllm", sibling="a100_sxm/gemm/sglang"),
+        "a100_sglang": TableChoice("a100_sxm/gemm/sglang"),
+        "h100": TableChoice("h100_sxm/gemm/trtllm", sibling="h100_sxm/gemm/sglang"),
+        "h100_fp8": TableChoice("h100_sxm/gemm/trtllm", "fp8"),
+        "h200": TableChoice("h200_sxm/gemm/trtllm"),
+        "l40s": TableChoice("l40s/gemm/trtllm"),
+        "rtx_pro_6000": TableChoice("rtx_pro_6000/gemm/trtllm"),
+        "b200": TableChoice("b200_sxm/gemm/trtllm"),
+        "a100_int8_wo": TableChoice("a100_sxm/gemm/trtllm", "int8_wo"),
+        "a100_int4_wo": TableChoice("a100_sxm/gemm/trtllm", "int4_wo"),
     }
 )
 LEAVABLE = ("gemm", "attention_prefill", "attention_decode")
@@ -154,20 +154,22 @@ def _units(
         raise InputError(f"table {name}: its rows do not ship; set PRUNESIM_SHARED_DATA to their folder")
 
 
-def _tables(operator: str, wheel: Path | None = None) -> dict[str, dict[str, Table]]:
+def _tables(operator: str, wheel: Path | None = None) -> dict[str, dict[str, TableChoice]]:
     """Device -> stack -> table of an operator."""
-    out: dict[str, dict[str, Table]] = {}
+    out: dict[str, dict[str, TableChoice]] = {}
     known = list_measurements() if wheel is None else CHOICES
     for name in known:
         device, mine, stack = name.split("/")
         if mine == operator and stack in STACKS:
-            out.setdefault(device, {})[stack] = Table(name, wheel=None if name in list_measurements() else wheel)
+            out.setdefault(device, {})[stack] = TableChoice(name, wheel=None if name in list_measurements() else wheel)
     return out
 
 
-def stack_pairs(wheel: Path | None = None, operators: Sequence[str] = LEAVABLE) -> list[tuple[Table, Table]]:
-    """Table of a stack left out, and that of the stack that predicts it: of every device and operator with two or more,
-    the one a user gets who names none. vLLM's tables, which hold no large GEMMs, predict nobody."""
+def stack_pairs(
+    wheel: Path | None = None, operators: Sequence[str] = LEAVABLE
+) -> list[tuple[TableChoice, TableChoice]]:
+    """TableChoice of a stack left out, and that of the stack that predicts it: of every device and operator with two or
+    more, the one a user gets who names none. vLLM's tables, which hold no large GEMMs, predict nobody."""
     out = []
     for operator in operators:
         for own in _tables(operator, wheel).values():
@@ -179,11 +181,11 @@ def stack_pairs(wheel: Path | None = None, operators: Sequence[str] = LEAVABLE) 
 
 def gemm_rows(records: Records, hw: HardwareProfile, dtype: str) -> Measured:
     """GEMM rows as a fit takes them."""
-    return Measured(shapes_of(records, Machine.of(hw, dtype)), hw, dtype)
+    return Measured(products_of(records, Machine.of(hw, dtype)), hw, dtype)
 
 
 @lru_cache(maxsize=4)
-def _records(table: Table) -> Records:
+def _records(table: TableChoice) -> Records:
     """Its rows of all formats."""
     if table.wheel is None:
         return load_measurements(table.measurement)
@@ -192,29 +194,28 @@ def _records(table: Table) -> Records:
 
 
 @lru_cache(maxsize=8)
-def _loaded(table: Table) -> Measured:
+def _loaded(table: TableChoice) -> Measured:
     records, hw = (
         _records(replace(table, dtype="")).of_dtype(table.dtype),
         datasheet(CHOICES[table.measurement].hardware),
     )
-    if table.phase == "experts":
-        return Measured(layers_of(records, Machine.of(hw, table.dtype)), hw, table.dtype)
-    if not table.phase:
+    machine = Machine.of(hw, table.dtype)
+    if table.operator == "experts":
+        return Measured(layers_of(records, machine, hw.architecture), hw, table.dtype)
+    if table.operator == "gemm":
         return gemm_rows(records, hw, table.dtype)
-    return Measured(calls_of(records, table.phase, Machine.of(hw)).usable()[0], hw, table.dtype)
+    return Measured(calls_of(records, table.operator, machine).screened()[0], hw, table.dtype)
 
 
 @lru_cache(maxsize=8)
-def _fitted(table: Table) -> Section:
+def _fitted(table: TableChoice) -> Section:
     return table.load().fit()
 
 
 def _gemm(name: str, size: int | None, seed: int) -> list[Row]:
     table, data = GEMMS[name], GEMMS[name].load()
     found = [protocol.evaluate_table(data, size, seed)]
-    if size is None:
-        found.append(protocol.evaluate_table(data, size, seed, fine=True))
-    elif table.sibling and size <= 1000:
+    if size is not None and table.sibling and size <= 1000:
         lent = replace(table, measurement=table.sibling).fitted()
         found.append(protocol.evaluate_table(data, size, seed, prior=lent))
     if not table.dtype.endswith("_wo"):
@@ -222,7 +223,7 @@ def _gemm(name: str, size: int | None, seed: int) -> list[Row]:
     return [{**result, "table": name, "rows": size or 0} for result in found]
 
 
-def _stack(table: Table, source: Table, seeds: Sequence[int]) -> list[Row]:
+def _stack(table: TableChoice, source: TableChoice, seeds: Sequence[int]) -> list[Row]:
     device, operator, stack = table.measurement.split("/")
     known = {"table": f"{operator}, a stack left out", "left_out": f"{device} {stack}"}
     found = (r for seed in seeds for r in stacks.left_out(source.fitted(), table.load(), seed))
@@ -244,7 +245,8 @@ def _rtx_rows() -> tuple[HardwareProfile, Records]:
 def _rtx_4090() -> list[Row]:
     hw, records = _rtx_rows()
     table = gemm_rows(records, hw, "bf16")
-    labels = np.array([f"n={int(n)} k={int(k)}" for n, k in zip(table.data.n, table.data.k, strict=True)])
+    calls = products_of(records, Machine.of(hw)).calls
+    labels = np.array([f"n={int(n)} k={int(k)}" for n, k in zip(calls.n, calls.k, strict=True)])
     out = []
     for name, lent in (("prunesim", None), ("prunesim + prior", _fitted(GEMMS["l40s"]))):
         method = f"{name}, one projection left out"
@@ -253,7 +255,7 @@ def _rtx_4090() -> list[Row]:
     return out
 
 
-def _attention(table: Table, question: str, seeds: Sequence[int]) -> list[Row]:
+def _attention(table: TableChoice, question: str, seeds: Sequence[int]) -> list[Row]:
     device, operator, stack = table.measurement.split("/")
     found = (protocol.evaluate_table(table.load(), None, seed, question, fold_by=(question,)) for seed in seeds)
     kind, phase = operator.split("_")
@@ -261,7 +263,7 @@ def _attention(table: Table, question: str, seeds: Sequence[int]) -> list[Row]:
     return [{**result, **known} for result in found]
 
 
-def _experts(table: Table, seeds: Sequence[int]) -> list[Row]:
+def _experts(table: TableChoice, seeds: Sequence[int]) -> list[Row]:
     """Every format of a table, models left out; a line each."""
     device, _, stack = table.measurement.split("/")
     ships = set(CHOICES[table.measurement].ships) if table.wheel is None else set(EXPERT_FORMATS)
@@ -273,7 +275,7 @@ def _experts(table: Table, seeds: Sequence[int]) -> list[Row]:
     return out
 
 
-def _experts_stack(table: Table, source: Table, seeds: Sequence[int]) -> list[Row]:
+def _experts_stack(table: TableChoice, source: TableChoice, seeds: Sequence[int]) -> list[Row]:
     """A stack left out, in every format that both have."""
     out: list[Row] = []
     for dtype in (dtype for dtype in EXPERT_FORMATS if dtype in _formats(table) & _formats(source)):
@@ -283,7 +285,7 @@ def _experts_stack(table: Table, source: Table, seeds: Sequence[int]) -> list[Ro
 
 
 @lru_cache(maxsize=32)
-def _formats(table: Table) -> frozenset[str]:
+def _formats(table: TableChoice) -> frozenset[str]:
     """Number formats of a table."""
     return frozenset(_records(replace(table, dtype="")).labels().astype(str))
 
@@ -291,8 +293,9 @@ def _formats(table: Table) -> frozenset[str]:
 def _elementwise(seeds: Sequence[int], sizes: Sequence[int | None]) -> list[Row]:
     hw, records = _rtx_rows()
     r = records.select(records.is_operator("elementwise"))
-    device = hw.l2_bytes, hw.bandwidth_bytes_per_s, hw.architecture
-    moves = Moves(r.read_bytes + r.write_bytes, class_code(r.role), r.seconds, *device)
+    bytes_, code = r.read_bytes + r.write_bytes, class_code(r.role)
+    calls = Moves(bytes_, code, hw.l2_bytes, hw.bandwidth_bytes_per_s, hw.architecture)
+    moves = ElementwiseFit(calls, r.seconds)
     out = []
     for size in (size or 0 for size in sizes if size is None or size >= 400):
         for seed in seeds:

@@ -278,7 +278,7 @@ def _product(family: str, part: str, m: int, side: int, hw: HardwareProfile) -> 
     w = Workload.from_rows([{"role": "gate", **layer}, {"role": "down", **layer}])
     options: dict[str, Any] = {"channel_groups": side // int(groups[0])} if groups else {}
     pruned = prune(w, family, 0.5, kernel=kernel, **options)
-    seconds = operator_times(pruned, hw).seconds * pruned.count * pruned.is_role(*_AROUND[axis])
+    seconds = operator_times(pruned, hw)[0].seconds * pruned.count * pruned.is_role(*_AROUND[axis])
     return float(seconds.sum())
 
 
@@ -287,5 +287,5 @@ def _queries(tokens: int, hw: HardwareProfile) -> tuple[float, float]:
     w = lower(load_model(MODEL), batch=1, seq=tokens, engine=ENGINE)
     pruned = prune(w, "dynamic_depth", 0.5)
     own = pruned.is_role("attention") | (pruned.is_role("select", "sort") & (pruned.part == Part.ATTENTION))
-    times = [operator_times(x, hw).seconds * x.count for x in (w, pruned)]
+    times = [operator_times(x, hw)[0].seconds * x.count for x in (w, pruned)]
     return float(times[0][w.is_role("attention")].sum()), float(times[1][own].sum())

@@ -9,7 +9,7 @@ with its source, whether engines are fitted or judged on it, and what it leaves 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from calibration.measurements import published
 from simulator.cli.options import sparsity
+from simulator.cost.gemm_shapes import Options
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.library import load_model
@@ -27,7 +28,7 @@ from simulator.predict.speedup import speedups
 from simulator.pruning import prune
 from simulator.uncertainty.forward import ratio_half
 from simulator.uncertainty.intervals import cost
-from simulator.uncertainty.operators import gemm_time
+from simulator.uncertainty.operators import gemm_predicted
 from simulator.workload import Kernel, Workload
 from simulator.workload_batch import memory
 
@@ -200,13 +201,12 @@ def _gemm_ratio(row: Mapping[str, str]) -> Comparison:
     m, n, k, few_n, few_k = (np.array([int(row[name])]) for name in ("m", "n", "k", "pruned_n", "pruned_k"))
     kernel, density = (Kernel.SPARSE24, 0.5) if row["what"] == "2:4" else (Kernel.DENSE, 1.0)
     # these benchmarks time one GEMM again and again, so its weights may stay in the L2 cache
-    common: dict[str, Any] = {"dtype": row["dtype"], "cold": False, "uncertainty": True}
-    dense = gemm_time(m, n, k, hw, **common)
-    pruned = gemm_time(m, few_n, few_k, hw, kernel=np.array([kernel]), density=density, **common)
+    options = Options(row["dtype"], cold=False)
+    dense, ((_, dense_error),) = gemm_predicted(m, n, k, hw, options)
+    pruned_options = replace(options, kernel=np.array([kernel]), density=density)
+    pruned, ((_, pruned_error),) = gemm_predicted(m, few_n, few_k, hw, pruned_options)
     ratio = float(dense.seconds[0] / pruned.seconds[0])
-    assert dense.uncertainty is not None
-    assert pruned.uncertainty is not None
-    spread = float(np.exp(ratio_half(dense.uncertainty, pruned.uncertainty))[0])
+    width = float(np.exp(ratio_half(dense_error, pruned_error))[0])
     shape = f"{row['m']}x{row['n']}x{row['k']}"
     if row["what"] != "2:4":
         shape += f" to {row['m']}x{row['pruned_n']}x{row['pruned_k']}"
@@ -214,5 +214,5 @@ def _gemm_ratio(row: Mapping[str, str]) -> Comparison:
         shape += f", {row['gemms']} GEMMs"
     measured = float(row["dense_us"]) / float(row["pruned_us"])
     where = f"{row['gpu']}, {row['dtype']}"
-    bounds = (ratio / spread, ratio * spread)
+    bounds = (ratio / width, ratio * width)
     return Comparison(shape, where, measured, ratio, *bounds, row["source"], reason=row["reason"])

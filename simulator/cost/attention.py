@@ -44,7 +44,8 @@ _RANGES = {"window": SIZE, "block": SIZE, "value_dim": SIZE, "density": _PART}  
 _TRITON = ("sglang", "vllm")  # run Triton's kernels where no other was written for latent attention
 
 OTHER_KERNEL = 1.0
-"""Octaves of head width that a window, or a cache of another format, counts for in the distance from a fitted kernel."""
+"""Octaves of head width that a window, or a cache of another format, counts for in the distance from a fitted
+kernel."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,12 @@ class Attention(Calls):
     def operator(self) -> str:
         return f"{'mla' if self.latent else 'attention'}_{self.phase}"
 
+    def seconds(self, c: Mapping[str, Any]) -> FloatArray:
+        """Return the analytical time alone, s."""
+        if self.phase == "decode":
+            return decode_core(decode_work(self.geometry), self.machine, c).total_s
+        return prefill_core(prefill_work(self.geometry, c), self.machine, c).total_s
+
     def estimate(self, c: Mapping[str, Any]) -> Estimate:
         """Return the cost; ``c`` may hold arrays, where kernels have constants of their own."""
         g, decodes = self.geometry, self.phase == "decode"
@@ -138,9 +145,7 @@ class Attention(Calls):
             operator="mla_decode" if decodes and self.latent else self.phase,
             kind=int(kind),
             time=parts.total_s,
-            floor=np.maximum(
-                compute_s / self.machine.headroom, np.where(np.asarray(g.warm, dtype=np.bool_), 0.0, bytes_s)
-            ),
+            floor=np.maximum(compute_s / self.machine.headroom, np.where(warm, 0.0, bytes_s)),
             roofline=np.maximum(compute_s, bytes_s),
             bottleneck=largest_part(parts.by_bottleneck, shape),
             loadings=loadings,

@@ -3,7 +3,8 @@
 A cost model predicts the time of one operator on one device. It has four parts:
 
 constants
-    Named numbers with unit and range (:mod:`simulator.hardware.constants`). A fit estimates them; a profile stores them.
+    Named numbers with unit and range (:mod:`simulator.hardware.constants`). A fit estimates them; a profile stores
+    them.
 parts
     Times with a physical cause (launch, compute, memory, ...). The analytical time joins them, by a sum or a norm. The
     loading of a cause is the derivative of the log of the time by the log of its part: what an error of the part does
@@ -15,9 +16,10 @@ floor
     The time that physics allows: FLOP over the peak rate at the highest clock, bytes over the memory bandwidth.
 
 A cost model is a subclass of :class:`Calls`, equal-length arrays of sizes with the datasheet facts they need, and its
-method :meth:`Calls.estimate`, which turns constants into an :class:`Estimate`. Everything else follows from the estimate
-and is written once: prediction intervals and their error factors (:mod:`simulator.uncertainty`), fits, held-out errors
-and their validation (:mod:`calibration.fit.section`), and local updates. docs/adding.md adds an operator as an example.
+method :meth:`Calls.estimate`, which turns constants into an :class:`Estimate`. Everything else follows from the
+estimate and is written once: prediction intervals and their error factors (:mod:`simulator.uncertainty`), fits,
+held-out errors and their validation (:mod:`calibration.fit.section`), and local updates. docs/adding.md adds an
+operator as an example.
 
 Symbols
 -------
@@ -188,6 +190,11 @@ class Calls(Sizes, ABC):
     @abstractmethod
     def estimate(self, c: Mapping[str, Any]) -> Estimate:
         """Return the cost by the analytical model, without residual, from constants by name."""
+
+    def seconds(self, c: Mapping[str, Any]) -> FloatArray:
+        """Return the analytical time alone, s; a fit asks for it many times."""
+        e = self.estimate(c)
+        return np.asarray(e.time * e.unit_s)
 
 
 def octaves_outside(coordinates: Array, low: Array, high: Array) -> Array:

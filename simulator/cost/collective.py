@@ -1,9 +1,9 @@
 """Collectives between devices: alpha-beta over the profile's link.
 
 The library's algorithm (NCCL's ring) takes a start, a hop for each synchronising step, the wire's time, and a ramp: a
-payload cut into chunks fills and drains a pipeline, at best in twice the root of step times wire. Engines have their own
-all-reduce for small payloads, one-shot (every device reads everything from all others) or two-shot (reduce-scatter, then
-all-gather), where devices see each other's memory; the fastest is used. Use :func:`collective`.
+payload cut into chunks fills and drains a pipeline, at best in twice the root of step times wire. Engines have their
+own all-reduce for small payloads, one-shot (every device reads everything from all others) or two-shot (reduce-scatter,
+then all-gather), where devices see each other's memory; the fastest is used. Use :func:`collective`.
 
 Symbols
 -------
@@ -102,8 +102,8 @@ class Messages(Calls):
 
 
 def least_wire(code: NDArray[Any], devices: FloatArray, link: str) -> FloatArray:
-    """Return the payloads that must at least pass a device's link. From its fourth generation on, NVLink's switch can add
-    up, so an all-reduce sends and receives each payload once."""
+    """Return the payloads that must at least pass a device's link. From its fourth generation on, NVLink's switch can
+    add up, so an all-reduce sends and receives each payload once."""
     share = 1.0 - 1.0 / devices
     adds = link.lower().startswith("nvlink") and not link.lower().startswith(("nvlink1", "nvlink2", "nvlink3"))
     reduce = np.ones_like(share) if adds else 2.0 * share

@@ -134,10 +134,11 @@ def elementwise(
 ) -> Estimate:
     """Return the cost of elementwise operators from the bytes one execution reads and writes.
 
-    ``role`` is that of :func:`class_code`, ``dtype`` that of the profile's section. The roofline is bytes over datasheet
-    bandwidth; a time may lie below it where the data are still in L2. Operators that pruning ``added`` run at DRAM speed
-    whatever L2 holds, as gathers and scatters by index were measured on an RTX 5090 (1.2 to 1.7 TB/s of 33 to 50 MB;
-    EIT-NLP/LLM-Pruning, DynamicPruningKernels). They depend on the implementation, so their interval is wider.
+    ``role`` is that of :func:`class_code`, ``dtype`` that of the profile's section. The roofline is bytes over
+    datasheet bandwidth; a time may lie below it where the data are still in L2. Operators that pruning ``added`` run at
+    DRAM speed whatever L2 holds, as gathers and scatters by index were measured on an RTX 5090 (1.2 to 1.7 TB/s of 33
+    to 50 MB; EIT-NLP/LLM-Pruning, DynamicPruningKernels). They depend on the implementation, so their interval is
+    wider.
     """
     if text("dtype", dtype) not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)

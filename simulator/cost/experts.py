@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -56,8 +56,8 @@ class Load:
 
 
 def drawn_load(m: FloatArray, experts: FloatArray, active: FloatArray, skew: Any) -> Load:
-    """Return the load of tokens that choose independently, as in a model: an expert's number of tokens is near a Poisson
-    number."""
+    """Return the load of tokens that choose independently, as in a model: an expert's number of tokens is near a
+    Poisson number."""
     chance = experts_chance(experts, active, skew)
     some, mean = 1.0 - (1.0 - chance) ** m, m * chance
     # a spread wider than a tile leaves the last one half empty; one tile holds what is far below it
@@ -69,9 +69,9 @@ def drawn_load(m: FloatArray, experts: FloatArray, active: FloatArray, skew: Any
 
 
 def dealt_load(m: FloatArray, experts: FloatArray, active: FloatArray, power: Any) -> Load:
-    """Return the load of tokens that aiconfigurator's collectors distribute: in turn (``power`` 0), or by a rounded power
-    law from 1 to 0.8 m (from 0.01 to 2 where tokens are not more than experts); tokens left over by rounding go to
-    experts without any."""
+    """Return the load of tokens that aiconfigurator's collectors distribute: in turn (``power`` 0), or by a rounded
+    power law from 1 to 0.8 m (from 0.01 to 2 where tokens are not more than experts); tokens left over by rounding go
+    to experts without any."""
     choices, power = m * active, np.broadcast_to(np.asarray(power, dtype=np.float64), m.shape)
     even, few = choices / experts, choices <= experts
     if power.any():
@@ -103,7 +103,7 @@ class Layers(Calls):
     dealt: bool = True  # as a benchmark: tokens distributed by rule, weights warm
     unfitted: tuple[str, ...] = ()  # error factors of what no fit has seen
 
-    @property
+    @cached_property
     def load(self) -> Load:
         """How tokens are distributed over the experts."""
         load = dealt_load if self.dealt else drawn_load
@@ -211,12 +211,12 @@ def experts(
     weight_dtype: str | None = None,
     dealt: bool = False,
 ) -> Estimate:
-    """Return the cost of the gated experts of one layer on one device: m tokens, ``experts`` of width n over hidden size
-    k, of which a token uses ``active`` on average (no whole number where devices share the experts).
+    """Return the cost of the gated experts of one layer on one device: m tokens, ``experts`` of width n over hidden
+    size k, of which a token uses ``active`` on average (no whole number where devices share the experts).
 
     The floor is FLOP / peak at the highest clock, and the bytes of the experts that some token is expected to use over
-    the bandwidth. ``skew`` is that of their load (:func:`simulator.routing.experts_chance`; 0: uniform). ``dealt`` times
-    a benchmark: tokens are distributed by rule (``skew`` is then the power of its law), weights are warm.
+    the bandwidth. ``skew`` is that of their load (:func:`simulator.routing.experts_chance`; 0: uniform). ``dealt``
+    times a benchmark: tokens are distributed by rule (``skew`` is then the power of its law), weights are warm.
     """
     instance("hw", hw, HardwareProfile, "load_hardware")
     m, n, k, experts, active, skew = together(

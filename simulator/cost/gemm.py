@@ -1,9 +1,9 @@
 """GEMM cost: the analytical model meets a profile (constants, residual, alignment, measured shapes).
 
-Use :func:`estimates` for the cost of shapes, chunk by chunk, and :func:`gemm_steps` for the same time built up effect by
-effect. The analytical form is :mod:`simulator.cost.gemm_model`. Its residual is a grid over log2 of m, n, k. Shapes that
-a profile has measured (:mod:`simulator.cost.measured_shapes`) take the measured time. No prediction beats the datasheet
-at the highest clock.
+Use :func:`estimates` for the cost of shapes, chunk by chunk, and :func:`gemm_steps` for the same time built up effect
+by effect. The analytical form is :mod:`simulator.cost.gemm_model`. Its residual is a grid over log2 of m, n, k. Shapes
+that a profile has measured (:mod:`simulator.cost.measured_shapes`) take the measured time. No prediction beats the
+datasheet at the highest clock.
 
 Symbols
 -------
@@ -93,12 +93,18 @@ class Products(Calls):
 
     def estimate(self, c: Mapping[str, Any]) -> Estimate:
         """Return the cost, microseconds."""
-        model = ready_model(self.machine, c)
-        kernel = GemmKernel(model, None, None, None, None, 0.0, 0.0, 1.0, 1.0, 0.0, ())
+        kernel = GemmKernel(ready_model(self.machine, c), None, None, None, None, 0.0, 0.0, 1.0, 1.0, 0.0, ())
         given = {"m": self.m, "n": self.n, "k": self.k}
-        if not np.isinf(self.copies).all():
-            given["copies"] = self.copies
-        return estimate(kernel, given)
+        return estimate(kernel, given if self._cold else {**given, "copies": self.copies})
+
+    def seconds(self, c: Mapping[str, Any]) -> FloatArray:
+        """Return the analytical time alone, s."""
+        copies = None if self._cold else self.copies
+        return 1e-6 * analytical_time(self.m, self.n, self.k, ready_model(self.machine, c), copies).total_us
+
+    @property
+    def _cold(self) -> bool:
+        return bool(np.isinf(self.copies).all())
 
 
 @lru_cache(maxsize=128)

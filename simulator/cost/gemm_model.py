@@ -38,8 +38,9 @@ MENUS: Mapping[str, tuple[tuple[int, int], ...]] = MappingProxyType(
         "packing": ((1, 1),),
     }
 )
-"""Tiles of cuBLAS kernels (rows of m x columns of n): of kernels that launch one block per tile, of kernels whose blocks
-stay and take tile after tile (Hopper, the B200), and of products on a CPU, whose padding does not show in their time."""
+"""Tiles of cuBLAS kernels (rows of m x columns of n): of kernels that launch one block per tile, of kernels whose
+blocks stay and take tile after tile (Hopper, the B200), and of products on a CPU, whose padding does not show in their
+time."""
 
 
 WGMMA_ROWS = 64.0
@@ -97,8 +98,8 @@ def ready_model(machine: Machine, constants: Mapping[str, float], dtype: Any = n
 
 
 def weight_only_constants(c: Mapping[str, float], share: float) -> dict[str, float]:
-    """Return the constants of a weight-only kernel from those of the dense kernel: a step of the main loop waits for, and
-    L2 feeds, a ``share`` of the bytes."""
+    """Return the constants of a weight-only kernel from those of the dense kernel: a step of the main loop waits for,
+    and L2 feeds, a ``share`` of the bytes."""
     return {
         "t0": c["t0"] + c["quant_time"],
         "e_tc": c["e_tc"] * c["quant_step"],
@@ -185,8 +186,8 @@ def analytical_time(
 def _packed_time(
     m: Array, n: Array, k: Array, model: ReadyModel, copies: Factor | None, step_scale: Factor, load_scale: Factor
 ) -> Analytical:
-    """Return the parts of a product on a CPU, which add up: fixed time, operands (weights are rearranged from ``pack_m``
-    rows on), arithmetic."""
+    """Return the parts of a product on a CPU, which add up: fixed time, operands (weights are rearranged from
+    ``pack_m`` rows on), arithmetic."""
     c = model.constants
     packing = np.where(m >= c["pack_m"], 1.0 + c["pack"], 1.0).astype(m.dtype)
     memory, dram = memory_time(m, n, k, model, copies, load_scale * packing)

@@ -44,8 +44,8 @@ class Host:
     def of(
         cls, workloads: WorkloadBatch, engine: Engine, hw: HardwareProfile, launch_s: float, launch_log_sd: float
     ) -> Host:
-        """Return the host of a pass; ``launch_s`` is its time per launch, the rest is the engine's. A device that is its
-        own host (a CPU) has none next to it."""
+        """Return the host of a pass; ``launch_s`` is its time per launch, the rest is the engine's. A device that is
+        its own host (a CPU) has none next to it."""
         groups, rows = workloads.groups, workloads.rows
         none = np.zeros((len(workloads), 2))
         if hw.architecture == "cpu":
@@ -76,7 +76,8 @@ class Host:
         return bool(self.launch.any() or self.each_pass.any() or self.each_sequence.any())
 
     def total(self, device: FloatArray, segment: NDArray[Any], z: float) -> tuple[FloatArray, FloatArray]:
-        """Return the time of the passes by phase (W, 2) on a host of speed ``z``, and how much of it follows the device.
+        """Return the time of the passes by phase (W, 2) on a host of speed ``z``, and how much of it follows the
+        device.
 
         ``device`` (W, G) is of groups of operators of segments (G,), see ``segment_of``.
         """

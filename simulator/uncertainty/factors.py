@@ -17,7 +17,7 @@ e : variance of the independent error
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from statistics import NormalDist
@@ -153,6 +153,12 @@ class Uncertainty:
             for name in ("correlated", "independent", "coordinates")
         )
         return cls(names, systematic, correlated, independent, coordinates, first.kind).take(order)
+
+
+def in_order(errors: Sequence[tuple[Any, Uncertainty]], size: int) -> Uncertainty:
+    """Return the errors of some rows at a time as one, in the order of the rows."""
+    at = np.concatenate([np.arange(size)[rows] for rows, _ in errors])
+    return Uncertainty.joined([error for _, error in errors], np.argsort(at))
 
 
 def error_scales(e: Estimate, hw: HardwareProfile) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 """Forward passes with the errors of their operators, and the errors of whole passes and of their ratios.
 
-Use :func:`forward_passes` for a batch of workloads, :func:`ratio_half` for single operators at two shapes. The log error
-of a pass is the sum of the log errors of its operators, weighted by their share of the time.
+Use :func:`forward_passes` for a batch of workloads, :func:`ratio_half` for single operators at two shapes. The log
+error of a pass is the sum of the log errors of its operators, weighted by their share of the time.
 
 Symbols
 -------
@@ -86,14 +86,20 @@ class PredictedPass(ForwardPass):
         workloads, groups, which = self.workloads, self.workloads.groups, self.workloads.shapes[1]
         device = np.maximum(self.device_s, 1e-300)
         share, size = self.row_s / device[workloads.owner], len(self.each.seconds)
-        correlated, independent, variance = np.zeros((3, size))
+        correlated, independent = np.zeros((2, size))
         coordinates = np.zeros((size, 3))
         factors = {name: np.zeros(size) for _, error in self.errors for name in error.factors}
         for rows, error in self.errors:
-            correlated[rows], independent[rows], variance[rows] = error.correlated, error.independent, error.variance
-            coordinates[rows] = error.coordinates
+            correlated[rows], independent[rows], coordinates[rows] = (
+                error.correlated,
+                error.independent,
+                error.coordinates,
+            )
             for name, values in zip(error.factors, error.systematic, strict=True):
                 factors[name][rows] = values
+        variance = correlated * correlated + independent
+        for values in factors.values():
+            variance = variance + values * values
         systematic = np.zeros((len(workloads), len(ERROR_FACTORS)))
         for name, values in factors.items():
             if values.any():
@@ -165,8 +171,8 @@ def host_launch(hw: HardwareProfile) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class PassUncertainty:
-    """Errors of the logs of W total times, sums over G groups of operators with one error. All but ``kind`` are weighted
-    by share of the time; ``correlated`` and ``independent`` contain the posterior's factors."""
+    """Errors of the logs of W total times, sums over G groups of operators with one error. All but ``kind`` are
+    weighted by share of the time; ``correlated`` and ``independent`` contain the posterior's factors."""
 
     systematic: Array  # (W, c) of ERROR_FACTORS
     correlated: Array  # (W, G)

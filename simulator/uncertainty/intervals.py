@@ -99,8 +99,8 @@ def prediction_intervals(
 ) -> PredictionIntervals:
     """Return passes with intervals at a level, and their ratios to pass ``other`` (W,).
 
-    ``same`` (W, G) is that of ``PassUncertainty.ratio_variance``; ``mixed`` (W,) is true where the host launches another
-    mix than in the other pass; ``measured`` is the index of a pass and its measured time, s.
+    ``same`` (W, G) is that of ``PassUncertainty.ratio_variance``; ``mixed`` (W,) is true where the host launches
+    another mix than in the other pass; ``measured`` is the index of a pass and its measured time, s.
     """
     uncertainty, (alike, apart) = p.uncertainty, _of_engine(p)
     coverage_factor = COVERAGE_FACTOR if uncertainty.posterior is None else uncertainty.posterior.coverage_factor
@@ -140,8 +140,8 @@ def _of_engine(p: PredictedPass) -> tuple[float, float]:
 def _conditioned(
     p: PredictedPass, hosts: _Hosts, variance: FloatArray, same: FloatArray, at: int, seconds: float
 ) -> tuple[_Hosts, FloatArray]:
-    """Return the passes at each host given the measured time of pass ``at``, and the covariance (h, W) of each with the log
-    of that time, in units of the standard deviation of that log."""
+    """Return the passes at each host given the measured time of pass ``at``, and the covariance (h, W) of each with the
+    log of that time, in units of the standard deviation of that log."""
     every, (alike, apart) = np.arange(len(variance)), _of_engine(p)
     ratio = p.uncertainty.ratio_variance(np.full_like(every, at), np.where(every[:, None] == at, 1.0, same))
     share = hosts.share[:, [at]]
@@ -153,12 +153,12 @@ def _conditioned(
 
 
 def _ends(log: FloatArray, square: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Return the ends of intervals of logs (h, W) at three hosts, the middle one the prediction; ``square`` holds squared
-    half-widths at each.
+    """Return the ends of intervals of logs (h, W) at three hosts, the middle one the prediction; ``square`` holds
+    squared half-widths at each.
 
     Device errors matter more next to one host than next to another. On either side, half of their square is that next
-    to the typical host, half that next to the host farthest on that side. On planted hosts and kernels that take equally
-    long, the typical host alone covers 81 %, this rule 86 %.
+    to the typical host, half that next to the host farthest on that side. On planted hosts and kernels that take
+    equally long, the typical host alone covers 81 %, this rule 86 %.
     """
     square, every = np.maximum(square, 0.0), np.arange(log.shape[1])
     low, high = log.argmin(axis=0), log.argmax(axis=0)

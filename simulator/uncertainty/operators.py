@@ -171,8 +171,8 @@ def gemm_time(
         means a weight-only quantised kernel.
     kernel : str or array
         ``dense``, ``sparse24`` (2:4), ``unstructured`` (scattered zeros, timed as dense), ``block_sparse`` (tiles of
-        tokens are skipped), ``groups_n`` or ``groups_k`` (groups of outputs or of inputs are skipped; m, n, k count what
-        is computed), ``spmv`` (scattered zeros are stored away; m of 1 only).
+        tokens are skipped), ``groups_n`` or ``groups_k`` (groups of outputs or of inputs are skipped; m, n, k count
+        what is computed), ``spmv`` (scattered zeros are stored away; m of 1 only).
     density : float or array
         Share of weights that are not zero, in [0, 1]; only ``spmv`` gains by it beyond its format.
     block : int or array
