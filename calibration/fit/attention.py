@@ -268,7 +268,8 @@ def fit_attention(
     arrays = _joined([fit.residual_grid for fit in fits])
     if kinds.tolist() != [[7.0, 0.0, 0.0]]:  # else as in a section without kernels
         arrays |= {"kinds": kinds, "factors": factors}
-    errors, inside = (np.concatenate([getattr(fit, name) for fit in fits]) for name in ("unseen", "misfit"))
+    errors = np.concatenate([fit.unseen for fit in fits])
+    inside = np.concatenate([fit.log_residual for fit in fits])
     spread = spread_of(errors, _together([fit.uncertainty for fit in fits]))
     accuracy = {**accuracy_of(np.expm1(errors)), "core_mape": float(np.abs(np.expm1(inside)).mean())}
     parts = common.fitted(), arrays, spread, accuracy, provenance

@@ -1,9 +1,10 @@
 """Times of passes and their ratios with intervals: the device's doubt, the host's, and a measured time.
 
-Use :func:`prediction_intervals` for many, :func:`cost` for one workload. Errors of the device's kernels are one linear
-model (:mod:`simulator.uncertainty.error_model`). The host is one number, but what it does to a pass is not linear: it
-shows only where it is slower than the device. So a pass is asked at three hosts: the usual one and the two ends of the
-interval of hosts, and what changes there joins the device's interval, root of sum of squares, on either side.
+Use :func:`prediction_intervals` for many, :func:`workload_time` for one workload. Errors of the device's kernels are
+one linear model (:mod:`simulator.uncertainty.error_model`). The host is one number, but what it does to a pass is not
+linear: it shows only where it is slower than the device. So a pass is asked at three hosts: the usual one and the two
+ends of the interval of hosts, and what changes there joins the device's interval, root of sum of squares, on either
+side.
 
 A measured time of one of the passes is one observation of this model: hosts on which it is likely count more
 (Bayes' rule on a grid of host speeds), and at each of them the kernels' errors are conditioned on what is left.
@@ -220,7 +221,7 @@ class Cost(OperatorTimes):
         return f"{total}: {device}, {host}; {len(self.seconds)} rows"
 
 
-def cost(w: Workload, hw: HardwareProfile, level: float = 0.9) -> Cost:
+def workload_time(w: Workload, hw: HardwareProfile, level: float = 0.9) -> Cost:
     """Cost of one workload ``w`` on one device ``hw`` in its engine (:func:`forward_passes`), s; arrays have an element
     a row.
 
@@ -228,7 +229,7 @@ def cost(w: Workload, hw: HardwareProfile, level: float = 0.9) -> Cost:
 
     >>> import simulator
     >>> w = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="decode")
-    >>> c = cost(w, simulator.load_hardware("h100"))
+    >>> c = workload_time(w, simulator.load_hardware("h100"))
     >>> c.host_bound, c.total_lower_s < c.total_s < c.total_upper_s, c.to_pandas()["role"][2]
     (False, True, 'qkv')
     """

@@ -26,7 +26,7 @@ from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.predict.speedup import pairs_of
 from simulator.uncertainty.error_model import Posterior, Uncertainty, correlation
-from simulator.uncertainty.intervals import cost
+from simulator.uncertainty.intervals import workload_time
 
 HW = load_hardware("h100_sxm")
 SOURCE = Source("planted GPU", {"planted": "1"})
@@ -157,7 +157,7 @@ def test_eager_layers_move_the_host_and_leave_kernels_as_they_are() -> None:
     np.testing.assert_allclose(times(done.profile, r), times(HW, r), rtol=1e-6)
     # a pass in eager mode has it
     w = lower(load_model("qwen2.5-0.5b"), phase="decode", seq=128, engine="hf")
-    eager, was = cost(w, done.profile), cost(w, HW)
+    eager, was = workload_time(w, done.profile), workload_time(w, HW)
     each_pass = load_engine("hf").each_pass.value  # the engine's, not the machine's launches
     assert (eager.host_s - each_pass) / (was.host_s - each_pass) == pytest.approx(now.launch_s / before.launch_s)
     assert eager.total_upper_s / eager.total_lower_s < 0.5 * was.total_upper_s / was.total_lower_s
@@ -230,8 +230,8 @@ def test_what_is_odd_is_said() -> None:
 def test_rows_chosen_for_a_model_narrow_its_speedup_more_than_random_ones() -> None:
     dense, *pruned = asked_workloads("llama-3.1-8b", phases=("decode",))[0]
     pairs = pairs_of(dense, pruned)
-    p = forward_passes(pairs.stack, HW)
-    shapes, _ = pairs.stack.shapes
+    p = forward_passes(pairs.workloads, HW)
+    shapes, _ = pairs.workloads.shapes
     found: dict[Operator, int] = {}
     for i in range(len(shapes)):
         if (op := operator_of(shapes, i)) is not None:
