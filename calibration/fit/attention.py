@@ -234,7 +234,8 @@ def fit_attention(
     start: Mapping[str, float] | None = None,
     provenance: Provenance | None = None,
 ) -> FittedPart:
-    """Fit one phase of attention on calls of one stack, each of its kernels (:class:`Variants`) by itself.
+    """Fit one phase of attention on calls of one stack, each of its kernels
+    (:class:`~simulator.cost.attention.Variants`) by itself.
 
     The search begins at ``start`` (a sibling's constants), else at the architecture's defaults. Of ``fold_by`` a fold
     leaves out groups, for spread and accuracy; the residuals of several kinds are pooled. Each fold, by ``seed``,

@@ -27,7 +27,7 @@ from simulator.hardware.profile import HardwareProfile, Provenance, Section
 from simulator.uncertainty.gemm import uncertainty_of
 
 FINE_ROWS, FINE_GROUPS = 1500, 30
-"""Rows and (n, k) pairs from which the stack's own lattices are fitted; below, they learn noise (DESIGN section 10)."""
+"""Rows and (n, k) pairs from which the stack's own lattices are fitted; below, they learn noise."""
 FOLDS, FEW_FOLDS = 5, 10
 """Parts of the (n, k) pairs, each predicted from the others; more on few rows, where a fifth would be missed."""
 REFIT_ROWS = 200

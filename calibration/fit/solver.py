@@ -21,7 +21,7 @@ Misfit = Callable[[Mapping[str, float]], FloatArray]
 """Log of predicted over measured time of each row, from all constants by name."""
 
 HUBER = 0.05
-"""Log residual from which a row counts less: kernel choice makes steps of 5-15 % (DESIGN section 10)."""
+"""Log residual from which a row counts less: kernel choice makes steps of 5-15 %."""
 ON_BOUND = 1e-2
 """Log distance to an end of its range at which a constant counts as on it."""
 ABSENT = "no rows of its class"

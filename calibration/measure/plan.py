@@ -225,7 +225,8 @@ def next_rows(rows: Mapping[str, FloatArray], targets: FloatArray, count: int) -
 
     ``rows`` are arrays of the error model (:meth:`simulator.uncertainty.error_model.Uncertainty.columns`) and their
     ``kind`` (n,);
-    ``targets`` (t, n) is the covariance of each target with each row, as by :meth:`PassUncertainty.covariance`.
+    ``targets`` (t, n) is the covariance of each target with each row, as by
+    :meth:`simulator.uncertainty.forward.PassUncertainty.covariance`.
     """
     local, place, kind = rows["local"], rows["place"], rows["kind"]
     common = rows["shared"] @ rows["shared"].T

@@ -207,7 +207,7 @@ def experts_time(
     which a token uses ``active`` on average (not a whole number where devices share the experts).
 
     Never below FLOP / peak at the highest clock, nor below the bytes of the experts that some token is expected to use
-    / bandwidth. ``skew`` is that of their load (:func:`simulator.workload.experts_chance`; 0: all alike). ``dealt``
+    / bandwidth. ``skew`` is that of their load (:func:`~simulator.routing.experts_chance`; 0: all alike). ``dealt``
     times what a benchmark does: tokens dealt out by rule (``skew`` is then the power of its law), weights warm.
 
     >>> from simulator.hardware.library import load_hardware

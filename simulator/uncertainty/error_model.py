@@ -7,7 +7,7 @@ pass are rows of one linear model: what two times have in common cancels in thei
 and measured times (:class:`Posterior`) move and narrow all others.
 
 Use :meth:`Uncertainty.of` in a cost model, :func:`with_intervals` to turn predictions into times with intervals,
-:class:`PassUncertainty` for sums of operators.
+:class:`~simulator.uncertainty.forward.PassUncertainty` for sums of operators.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def uncertainty_of(
 ) -> Uncertainty:
     """What the times of shapes are unsure of, from shares of the analytic time: fixed; arithmetic, as part of which the
     latency of a step, L2's feed and the idle SMs of the last wave of the tiles a stack may choose; memory, as part of
-    which L2. ``spread``, ``unknown`` and ``measured`` are those of :class:`GemmKernel`."""
+    which L2. ``spread``, ``unknown`` and ``measured`` are those of :class:`~simulator.cost.gemm.GemmKernel`."""
     c = parts.compute3
     launch = core.t0_us / parts.total_us
     memory = cube(parts.memory_us)
