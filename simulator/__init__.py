@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from simulator.predict.table import table
     from simulator.pruning import FAMILIES, prune
     from simulator.pruning._methods import METHODS
-    from simulator.uncertainty.intervals import cost
+    from simulator.uncertainty.intervals import workload_time
     from simulator.uncertainty.operators import gemm_time
     from simulator.workload import Workload
     from simulator.workload_batch import memory
@@ -39,7 +39,7 @@ _HOME = {
     "InputError": "errors",
     "list_engines": "engines.engine",
     "load_engine": "engines.engine",
-    "cost": "uncertainty.intervals",
+    "workload_time": "uncertainty.intervals",
     "gemm_time": "uncertainty.operators",
     "HardwareProfile": "hardware.profile",
     "list_hardware": "hardware.library",
@@ -72,7 +72,6 @@ __all__ = [
     "Step",
     "Workload",
     "__version__",
-    "cost",
     "gemm_time",
     "list_engines",
     "list_hardware",
@@ -88,6 +87,7 @@ __all__ = [
     "speedups",
     "table",
     "waterfall",
+    "workload_time",
 ]
 
 

@@ -217,7 +217,7 @@ class Workload(Table):
     k: Array = column(np.int64, 0)  # GEMM: input features; experts: hidden size
     experts: Array = column(np.int64, 0)  # routed experts that the device holds
     active: Array = column(np.float64, 0.0)  # of them a token uses, on average
-    skew: Array = column(np.float64, 0.0)  # how unevenly tokens use them, see :func:`experts_chance`
+    skew: Array = column(np.float64, 0.0)  # how unevenly tokens use them, see :func:`~simulator.routing.experts_chance`
     stage: Array = column(np.int8, 0)  # GEMM: 0 a whole weight, 1 / 2 the first / second factor of a low-rank pair
     batch: Array = column(np.int64, 0)  # attention: sequences; collective: devices taking part
     q_len: Array = column(np.int64, 0)  # attention: query positions a sequence (1 in decode)

@@ -89,7 +89,7 @@ def held() -> dict[str, Any]:
         "lower": dense,
         "gemm_time": simulator.gemm_time([[1, 8, 64]], 4096, [[4096], [8192]], hw, detail=True, uncertainty=True),
         "attention_time": decode_attention_time(1, 2048, 32, 8, 64, hw),
-        "cost": simulator.cost(dense, hw),
+        "workload_time": simulator.workload_time(dense, hw),
         "memory": simulator.memory(dense, hw),
         "load_hardware": hw,
         "section": hw.section("gemm", "bf16"),
@@ -103,7 +103,7 @@ def held() -> dict[str, Any]:
     }
 
 
-ROWS = {"waterfall": 12, "table": 4, "gemm_time": 6, "section": 25, "lower": 16, "cost": 16}
+ROWS = {"waterfall": 12, "table": 4, "gemm_time": 6, "section": 25, "lower": 16, "workload_time": 16}
 
 
 def test_what_people_hold_becomes_plain_values_a_data_frame_and_three_lines(held: dict[str, Any]) -> None:

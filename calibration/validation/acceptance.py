@@ -1,4 +1,4 @@
-"""What was asked of the accuracy of predictions (DESIGN section 12), beside what the protocol and the published
+"""What was asked of the accuracy of predictions, beside what the protocol and the published
 measurements say.
 
 Use :func:`against_bars` with rows of :func:`calibration.validation.accuracy.run_protocol`: a line for each bar whose

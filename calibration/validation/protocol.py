@@ -1,4 +1,4 @@
-"""How accuracy is judged, once for everybody (DESIGN section 12): splits by groups of shapes, errors on unseen ones,
+"""How accuracy is judged, once for everybody: splits by groups of shapes, errors on unseen ones,
 ratios of neighbours, what intervals hold, baselines.
 
 Use :func:`evaluate_table` for one :class:`Measured` table, seed and size of training set; :func:`leave_one_out` for

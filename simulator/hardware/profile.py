@@ -181,8 +181,8 @@ class HardwareProfile(Displayed):
 
     @property
     def label(self) -> str:
-        """The name, with "@stack" where one was asked for (:func:`load_hardware` takes it), and whether local rows move
-        it."""
+        """The name, with "@stack" where one was asked for (:func:`simulator.load_hardware` takes it), and whether local
+        rows move it."""
         name = f"{self.name}@{self.stack}" if self.pinned else self.name
         return f"{name} (anchored)" if self.anchor is not None else name
 

@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of :func:`lower`, checked; formats as codes."""
+    """The arguments of :func:`simulator.models.lower.lower`, checked; formats as codes."""
 
     model: ModelConfig
     phase: str

@@ -91,7 +91,7 @@ def lower(
     devices, parallel : int, {"tensor", "expert", "pipeline"}
         See :mod:`simulator.models.parallel`.
     skew : float, 0 to 2
-        How unevenly tokens use routed experts (:func:`simulator.workload.experts_chance`): 0 alike.
+        How unevenly tokens use routed experts (:func:`simulator.routing.experts_chance`): 0 alike.
 
     Examples
     --------

@@ -12,7 +12,7 @@ not split by sequences, so that nothing is sent from device to device before it.
 *Pipeline* parallel gives each device consecutive layers. One micro-batch passes all stages one after the other, so its
 latency is the sum over all layers, as on one device, and ``devices - 1`` sends; no throughput gain of several
 micro-batches in flight is claimed. Rows then describe the whole model; only memory is a matter of one device
-(:mod:`simulator.cost.memory`).
+(:func:`simulator.workload_batch.memory`).
 """
 
 from __future__ import annotations

@@ -126,7 +126,8 @@ class Alternative:
 
 # fmt: off
 _COLUMNS = {
-    "configurations": "hardware engine configuration layers hidden kv_heads inner kept pruned_s speedup odds limit",
+    "configurations": "hardware engine configuration layers hidden kv_heads inner kept pruned_s speedup probability "
+    "bottleneck",
     "advice": "hardware engine family reached sparsity sure_sparsity pruned_s speedup speedup_lower speedup_upper",
     "alternatives": "hardware engine what reached speedup speedup_lower speedup_upper",
 }

@@ -1,6 +1,6 @@
 """Compute pass times and their ratios, with prediction intervals.
 
-Use :func:`prediction_intervals` for many passes, :func:`cost` for one workload. Kernel errors follow a linear model
+Use :func:`prediction_intervals` for many passes, :func:`workload_time` for one workload. Kernel errors follow a linear model
 (:mod:`simulator.uncertainty.factors`). The host acts nonlinearly: it matters only where it is slower than the device.
 Each pass is therefore evaluated at three host speeds: the typical one and both ends of the host interval. On each side,
 the change is combined with the device interval as a root of sum of squares.
@@ -207,7 +207,7 @@ def intervals(p: PredictedPass, level: float) -> tuple[FloatArray, FloatArray]:
 
 
 @dataclass(frozen=True, repr=False)
-class Cost(OperatorTimes):
+class WorkloadTimes(OperatorTimes):
     """Times of a workload on a device, s: of one execution of each row (eager: all its kernels), and in total."""
 
     role: NDArray[np.str_]  # of each row
@@ -227,7 +227,7 @@ class Cost(OperatorTimes):
         return f"{total}: {device}, {host}; {len(self.seconds)} rows"
 
 
-def cost(w: Workload, hw: HardwareProfile, level: float = 0.9) -> Cost:
+def workload_time(w: Workload, hw: HardwareProfile, level: float = 0.9) -> WorkloadTimes:
     """Return the time of one workload on one device in its engine, operator by operator.
 
     Parameters
@@ -241,7 +241,7 @@ def cost(w: Workload, hw: HardwareProfile, level: float = 0.9) -> Cost:
 
     Returns
     -------
-    Cost
+    WorkloadTimes
         Times, s: arrays with one element per row of the workload, and totals (``total_s``, ``total_lower_s``,
         ``total_upper_s``, ``device_s``, ``gap_s``, ``host_s``).
 
@@ -254,7 +254,7 @@ def cost(w: Workload, hw: HardwareProfile, level: float = 0.9) -> Cost:
     --------
     >>> import simulator
     >>> w = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="decode")
-    >>> c = cost(w, simulator.load_hardware("h100"))
+    >>> c = workload_time(w, simulator.load_hardware("h100"))
     >>> c.host_bound, c.total_lower_s < c.total_s < c.total_upper_s, c.to_pandas()["role"][2]
     (False, True, 'qkv')
     """
@@ -262,4 +262,4 @@ def cost(w: Workload, hw: HardwareProfile, level: float = 0.9) -> Cost:
     in_all = {name: getattr(p, name)[0].item() for name in ("total_s", "device_s", "gap_s", "host_s", "host_bound")}
     lower, upper = (end[0].item() for end in intervals(p, level))
     ends = {"role": np.array(ROLES)[w.role], "count": w.count, "total_lower_s": lower, "total_upper_s": upper}
-    return Cost(**{name: getattr(p.time, name) for name in TIMES}, **in_all, **ends)
+    return WorkloadTimes(**{name: getattr(p.time, name) for name in TIMES}, **in_all, **ends)

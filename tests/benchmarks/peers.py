@@ -277,7 +277,7 @@ def prunesim(data: Split, repeat: int = 5) -> dict[str, Any]:
 
     def estimate(seqs: range) -> None:
         for seq in seqs:
-            simulator.cost(simulator.lower(model, phase="prefill", batch=1, seq=seq), profile)
+            simulator.workload_time(simulator.lower(model, phase="prefill", batch=1, seq=seq), profile)
 
     estimate(range(100, 101))
     out["models_per_s"] = 200 / timed(lambda: estimate(range(128, 328)), time.process_time)

@@ -86,7 +86,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, list[Any]]]
         | {"dense_s": [NAN, INF, -1, 0, True, "1 ms", [1.0]]},
     ),
     "speedups": (simulator.speedups, {"dense": DENSE, "pruned": [PRUNED], "hw": HW}, {"pruned": [3, ["depth"]]}),
-    "cost": (simulator.cost, {"w": DENSE, "hw": HW}, {"w": ["x"], "hw": ["h100"], "level": [0, "x"]}),
+    "workload_time": (simulator.workload_time, {"w": DENSE, "hw": HW}, {"w": ["x"], "hw": ["h100"], "level": [0, "x"]}),
     "memory": (
         simulator.memory,
         {"workload": DENSE, "hw": HW},

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import simulator
+from simulator.cost.forward import forward_passes, operator_times
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
-from simulator.uncertainty.forward import forward_passes, operator_times
-from simulator.uncertainty.intervals import cost
+from simulator.uncertainty.intervals import workload_time
 from simulator.workload import ROLES, Kind, Workload, dtype_code
 from simulator.workload_batch import WorkloadBatch
 
@@ -37,7 +37,7 @@ def test_a_pass_of_several_workloads_is_that_of_each(hw: simulator.HardwareProfi
     np.testing.assert_allclose(workloads.total(p.share) + p.gap_s / p.device_s, 1.0, rtol=1e-12)
     for i, start in enumerate(workloads.starts):
         rows = slice(start, start + workloads.lengths[i])
-        alone = cost(workloads.rows.take(np.arange(rows.start, rows.stop)), hw)
+        alone = workload_time(workloads.rows.take(np.arange(rows.start, rows.stop)), hw)
         np.testing.assert_allclose(p.time.upper[rows], alone.upper, rtol=1e-12)
         for name in ("total_s", "device_s", "gap_s", "host_s", "host_bound"):
             assert getattr(p, name)[i] == pytest.approx(getattr(alone, name), rel=1e-12)
@@ -52,13 +52,13 @@ def test_a_pass_of_several_workloads_is_that_of_each(hw: simulator.HardwareProfi
 def test_eager_is_host_bound_in_small_decode_and_device_bound_in_prefill() -> None:
     fast = simulator.load_hardware("h100")
     decode, prefill = ({"phase": "decode", "batch": 1, "seq": 128}, {"phase": "prefill", "batch": 4, "seq": 2048})
-    eager, graph = cost(_lower(**decode, engine="hf"), fast), cost(_lower(**decode), fast)
+    eager, graph = workload_time(_lower(**decode, engine="hf"), fast), workload_time(_lower(**decode), fast)
     groups, hf = WorkloadBatch.of([_lower(**decode)]).groups, load_engine("hf")
     assert eager.host_bound
     launches = groups.count[0] @ hf.kernels[groups.role]
     assert eager.host_s == pytest.approx(launches * fast.section("runtime", "*")["host_op_s"] + hf.each_pass.value)
     assert eager.total_s >= max(eager.host_s, graph.total_s) * (1 - 1e-12)
-    long = cost(_lower(**prefill, engine="hf"), fast)
+    long = workload_time(_lower(**prefill, engine="hf"), fast)
     assert not long.host_bound
     # the host runs ahead: only the first launches are waited for
     assert long.total_s == pytest.approx(long.device_s, rel=0.01)
@@ -109,7 +109,7 @@ def test_two_formats_in_one_workload_are_timed_each_in_its_own(hw: simulator.Har
 
 def test_an_unknown_engine_is_refused(hw: simulator.HardwareProfile) -> None:
     with pytest.raises(InputError, match=r"engine 'jit' is unknown; Known: .*vllm"):
-        cost(_lower(phase="decode", engine="jit"), hw)
+        workload_time(_lower(phase="decode", engine="jit"), hw)
 
 
 def test_an_engine_prefers_the_kernels_of_its_stack_and_a_stack_asked_for_stays() -> None:
@@ -139,11 +139,14 @@ def test_what_an_engine_fuses_with_quantising_is_never_below_the_roofline() -> N
 def test_kernels_that_an_engine_lacks_are_refused(hw: simulator.HardwareProfile) -> None:
     half = simulator.prune(_lower(phase="decode", engine="vllm"), "semi_structured", 0.5)
     with pytest.raises(InputError, match="vllm has no 2:4 kernels; these engines have: compile, hf, reference, trtllm"):
-        cost(half, hw)
+        workload_time(half, hw)
     eight = simulator.prune(_lower(phase="decode", engine="hf", dtype="fp8"), "semi_structured", 0.5)
     with pytest.raises(InputError, match="hf has no fp8 2:4 kernels; these engines have: reference, trtllm"):
-        cost(eight, simulator.load_hardware("h100"))
+        workload_time(eight, simulator.load_hardware("h100"))
     with pytest.raises(InputError, match="hf has no kernels for fp8 weights alone; it has: int8, int4"):
-        cost(_lower(phase="decode", engine="hf", weight_dtype="fp8"), hw)
+        workload_time(_lower(phase="decode", engine="hf", weight_dtype="fp8"), hw)
     for engine in ("", "reference"):
-        assert cost(simulator.prune(_lower(phase="decode", engine=engine), "semi_structured", 0.5), hw).total_s > 0.0
+        assert (
+            workload_time(simulator.prune(_lower(phase="decode", engine=engine), "semi_structured", 0.5), hw).total_s
+            > 0.0
+        )

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from calibration.devices.protocol import LAYER_LAUNCHES, Operator
-from calibration.fit.local_update import Updated, update_profile
+from calibration.fit.anchor import Anchored, anchor_profile
 from calibration.fit.predict import HostTime, parts_of, predict
 from calibration.measure.plan import next_rows
 from calibration.records.table import Records, Source
 from calibration.runners.targets import asked_operators, asked_workloads, operator_of
+from simulator.cost.forward import forward_passes
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
@@ -24,10 +25,8 @@ from simulator.hardware.save import save_hardware
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.predict.speedup import pairs_of
-from simulator.uncertainty.factors import Uncertainty, correlation
-from simulator.uncertainty.forward import forward_passes
-from simulator.uncertainty.intervals import cost
-from simulator.uncertainty.posterior import Posterior
+from simulator.uncertainty.error_model import Posterior, Uncertainty, correlation
+from simulator.uncertainty.intervals import workload_time
 
 HW = load_hardware("h100_sxm")
 SOURCE = Source("planted GPU", {"planted": "1"})
@@ -74,11 +73,11 @@ def error(hw: HardwareProfile, r: Records) -> float:
 
 
 @pytest.fixture(scope="module")
-def anchored() -> Updated:
-    return update_profile(HW, planted(gemms(40)))
+def anchored() -> Anchored:
+    return anchor_profile(HW, planted(gemms(40)))
 
 
-def test_lower_clocks_and_longer_launches_are_found_and_said(anchored: Updated) -> None:
+def test_lower_clocks_and_longer_launches_are_found_and_said(anchored: Anchored) -> None:
     found = {e.name: e for e in anchored.effects}
     assert found["gemm compute"].mean == pytest.approx(np.log(SLOWER), abs=0.03)
     assert found["gemm launch"].mean == pytest.approx(np.log(LONGER), abs=0.06)
@@ -92,20 +91,20 @@ def test_lower_clocks_and_longer_launches_are_found_and_said(anchored: Updated) 
     assert fit.half_after < 0.6 * fit.half_before
 
 
-def test_what_gemms_say_of_the_machine_carries_over(anchored: Updated) -> None:
+def test_what_gemms_say_of_the_machine_carries_over(anchored: Anchored) -> None:
     for other in (planted(gemms(300, 1), seed=1), planted(attention(100, "prefill"), seed=2)):
         assert error(anchored.profile, other) < 0.8 * error(HW, other)
-    both = update_profile(HW, Records.concat([planted(gemms(40)), planted(attention(20, "prefill", 5), seed=5)]))
+    both = anchor_profile(HW, Records.concat([planted(gemms(40)), planted(attention(20, "prefill", 5), seed=5)]))
     assert [f.name for f in both.fits] == ["gemm bf16", "attention_prefill bf16", "all"]
     other = planted(attention(100, "prefill"), seed=2)
     assert error(both.profile, other) < 0.5 * error(HW, other)
 
 
-def test_an_anchor_is_written_and_read(anchored: Updated, tmp_path: Any) -> None:
+def test_an_anchor_is_written_and_read(anchored: Anchored, tmp_path: Any) -> None:
     save_hardware(anchored.profile, tmp_path / "mine.yaml")
     again, r = load_hardware(str(tmp_path / "mine.yaml")), gemms(50, 3)
     np.testing.assert_allclose(times(again, r), times(anchored.profile, r), rtol=1e-5)
-    once = update_profile(again, planted(gemms(40)))
+    once = anchor_profile(again, planted(gemms(40)))
     assert any("earlier anchor is replaced" in note for note in once.notes)
     np.testing.assert_allclose(times(once.profile, r), times(anchored.profile, r), rtol=1e-5)
 
@@ -146,7 +145,7 @@ def host_rows(launch_s: float, rows: int = 6, source: Source = SOURCE) -> Record
 
 
 def test_eager_layers_move_the_host_and_leave_kernels_as_they_are() -> None:
-    done, before = update_profile(HW, host_rows(22e-6)), HostTime.of(HW)
+    done, before = anchor_profile(HW, host_rows(22e-6)), HostTime.of(HW)
     now = HostTime.of(done.profile)
     assert now.launch_s == pytest.approx(22e-6, rel=0.08)
     assert now.half < 0.4 * before.half
@@ -158,7 +157,7 @@ def test_eager_layers_move_the_host_and_leave_kernels_as_they_are() -> None:
     np.testing.assert_allclose(times(done.profile, r), times(HW, r), rtol=1e-6)
     # a pass in eager mode has it
     w = lower(load_model("qwen2.5-0.5b"), phase="decode", seq=128, engine="hf")
-    eager, was = cost(w, done.profile), cost(w, HW)
+    eager, was = workload_time(w, done.profile), workload_time(w, HW)
     each_pass = load_engine("hf").each_pass.value  # the engine's, not the machine's launches
     assert (eager.host_s - each_pass) / (was.host_s - each_pass) == pytest.approx(now.launch_s / before.launch_s)
     assert eager.total_upper_s / eager.total_lower_s < 0.5 * was.total_upper_s / was.total_lower_s
@@ -167,13 +166,13 @@ def test_eager_layers_move_the_host_and_leave_kernels_as_they_are() -> None:
 def test_beside_kernels_the_hosts_scatter_is_not_theirs() -> None:
     alone, both = planted(gemms(40)), Records.concat([planted(gemms(40)), host_rows(22e-6, 40)])
     r = gemms(50, 3)
-    kernels = update_profile(HW, alone).profile
-    np.testing.assert_allclose(times(update_profile(HW, both).profile, r), times(kernels, r), rtol=1e-6)
+    kernels = anchor_profile(HW, alone).profile
+    np.testing.assert_allclose(times(anchor_profile(HW, both).profile, r), times(kernels, r), rtol=1e-6)
 
 
 def test_a_cpus_host_is_taken_for_a_gpu_with_less_weight_and_its_kernels_are_not() -> None:
     cpu = Source("Some CPU (4 threads)", {"torch": "2.9", "threads": "4"})
-    here, there = (update_profile(HW, host_rows(4e-6, source=source)) for source in (SOURCE, cpu))
+    here, there = (anchor_profile(HW, host_rows(4e-6, source=source)) for source in (SOURCE, cpu))
     close, far = HostTime.of(here.profile), HostTime.of(there.profile)
     assert 4e-6 < close.launch_s < far.launch_s < 10e-6
     assert close.half < far.half < HostTime.of(HW).half
@@ -181,7 +180,7 @@ def test_a_cpus_host_is_taken_for_a_gpu_with_less_weight_and_its_kernels_are_not
     assert not any("without a GPU" in note for note in here.notes)
     mixed = Records.concat([host_rows(4e-6, source=cpu), gemms(3).replace(sources=(cpu,))])
     with pytest.raises(InputError, match=r"measured on Some CPU .4 threads., the profile is of NVIDIA H100"):
-        update_profile(HW, mixed)
+        anchor_profile(HW, mixed)
 
 
 def bad(change: str) -> Records:
@@ -209,7 +208,7 @@ def bad(change: str) -> Records:
 )
 def test_what_cannot_be_is_refused_in_a_line(change: str, reason: str) -> None:
     with pytest.raises(InputError) as raised:
-        update_profile(HW, bad(change))
+        anchor_profile(HW, bad(change))
     assert reason in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -217,22 +216,22 @@ def test_what_cannot_be_is_refused_in_a_line(change: str, reason: str) -> None:
 def test_what_is_odd_is_said() -> None:
     some = planted(gemms(40))
     some = some.replace(seconds=np.where(np.arange(40) < 7, [np.nan, 0.0, -1.0, np.inf] * 10, some.seconds))
-    assert update_profile(HW, some).notes[0] == "7 rows left out: the time is no positive number"
+    assert anchor_profile(HW, some).notes[0] == "7 rows left out: the time is no positive number"
     one = planted(gemms(1).select(np.zeros(5, dtype=int)))
-    assert any(note.startswith("one shape: only") for note in update_profile(HW, one).notes)
-    assert any(note.startswith("5 rows are few") for note in update_profile(HW, planted(gemms(5))).notes)
-    many = update_profile(HW, planted(gemms(900)))
+    assert any(note.startswith("one shape: only") for note in anchor_profile(HW, one).notes)
+    assert any(note.startswith("5 rows are few") for note in anchor_profile(HW, planted(gemms(5))).notes)
+    many = anchor_profile(HW, planted(gemms(900)))
     assert (many.rows, len(many.profile.anchor.arrays["own"])) == (400, 400)  # type: ignore[union-attr]
     slow = planted(gemms(60))
     slow = slow.replace(seconds=slow.seconds * np.where(slow.m <= 32, 1.6, 1.0))  # less memory bandwidth than it has
-    assert any("times what stacks differ by" in note for note in update_profile(HW, slow).notes)
+    assert any("times what stacks differ by" in note for note in anchor_profile(HW, slow).notes)
 
 
 def test_rows_chosen_for_a_model_narrow_its_speedup_more_than_random_ones() -> None:
     dense, *pruned = asked_workloads("llama-3.1-8b", phases=("decode",))[0]
     pairs = pairs_of(dense, pruned)
-    p = forward_passes(pairs.stack, HW)
-    shapes, _ = pairs.stack.shapes
+    p = forward_passes(pairs.workloads, HW)
+    shapes, _ = pairs.workloads.shapes
     found: dict[Operator, int] = {}
     for i in range(len(shapes)):
         if (op := operator_of(shapes, i)) is not None:

@@ -132,7 +132,7 @@ def engine(path: Path) -> None:
     for phase in ("decode", "serve"):
         new = 4 if phase == "serve" else 0
         w = simulator.lower(model, phase=phase, batch=3, seq=130, new_tokens=new, engine=str(path))
-        c = simulator.cost(w, simulator.load_hardware("h100"))
+        c = simulator.workload_time(w, simulator.load_hardware("h100"))
         finite(c.total_s, c.total_lower_s, c.total_upper_s, c.device_s)
 
 

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from simulator import cost, load_model, lower
+from simulator import load_model, lower, workload_time
 from simulator.errors import InputError
 from simulator.hardware import library, save
 from simulator.hardware.arrays import MOST_ROWS, check_arrays, read_archive, read_arrays
@@ -693,6 +693,6 @@ def test_generic_defaults_say_how_far_they_are_off() -> None:
         stranger = replace(hw, sections={}, stacks={}, stack="", architecture="cdna3")
         for phase, batch, seq in (("decode", 1, 1024), ("decode", 64, 1024), ("prefill", 1, 512), ("prefill", 4, 2048)):
             w = lower(load_model("llama-3.1-8b"), phase=phase, batch=batch, seq=seq)
-            told = cost(w, stranger)
-            inside.append(told.total_lower_s <= cost(w, hw).total_s <= told.total_upper_s)
+            told = workload_time(w, stranger)
+            inside.append(told.total_lower_s <= workload_time(w, hw).total_s <= told.total_upper_s)
     assert np.mean(inside) >= 0.85

@@ -174,8 +174,8 @@ def test_a_serve_takes_the_time_of_its_parts() -> None:
     for engine in ("", "reference", "trtllm"):
         whole = forward_passes(WorkloadBatch.of([serve(batch=batch, seq=700, steps=steps, engine=engine)]), hw)
         model = load_model("llama-3.1-8b")
-        prefill = simulator.cost(lower(model, phase="prefill", seq=700, engine=engine), hw).total_s
-        decode = simulator.cost(lower(model, phase="decode", batch=batch, seq=732, engine=engine), hw).total_s
+        prefill = simulator.workload_time(lower(model, phase="prefill", seq=700, engine=engine), hw).total_s
+        decode = simulator.workload_time(lower(model, phase="decode", batch=batch, seq=732, engine=engine), hw).total_s
         assert whole.phase_s[0] == pytest.approx([batch * prefill, steps * decode], rel=1e-9)
         assert whole.total_s[0] == pytest.approx(batch * prefill + steps * decode, rel=1e-9)
     assert np.isfinite(memory(serve(), hw).total_bytes)

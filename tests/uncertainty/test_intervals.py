@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import simulator
+from simulator.cost.forward import forward_passes
 from simulator.engines.engine import list_engines
 from simulator.predict.compare import SAME_SHAPE, Comparison, Pairs, compare
 from simulator.pruning import FAMILIES, prune
-from simulator.uncertainty.factors import COVERAGE_FACTOR, correlation, level_scale
-from simulator.uncertainty.forward import forward_passes
-from simulator.uncertainty.intervals import CONSISTENT_SD, MEASURED_LOG_SD, MIXED_LOG_SD, cost, intervals
+from simulator.uncertainty.error_model import COVERAGE_FACTOR, correlation, level_scale
+from simulator.uncertainty.intervals import CONSISTENT_SD, MEASURED_LOG_SD, MIXED_LOG_SD, intervals, workload_time
 from simulator.workload import Kind, Meta, Part, Phase, Workload
 from simulator.workload_batch import WorkloadBatch
 
@@ -53,7 +53,7 @@ CASES += [("sglang", "serve", 32), ("vllm", "generate", 2), ("reference", "prefi
 def test_a_higher_level_is_wider_around_the_same_numbers(engine: str, phase: str, batch: int) -> None:
     dense = lowered(engine, phase, batch)
     pruned = [prune(dense, family, 0.4) for family in ("depth", "width", "low_rank")]
-    for dense_s in (None, 1.1 * cost(dense, H100).total_s):
+    for dense_s in (None, 1.1 * workload_time(dense, H100).total_s):
         found = [compared(dense, *pruned, dense_s=dense_s, level=level)[0] for level in (0.5, 0.9, 0.99)]
         for i in (1, 2, 3):
             widths = np.array([width(c, i) for c in found])
@@ -184,7 +184,7 @@ def test_a_measured_time_pins_the_host_where_the_host_sets_the_pace() -> None:
 
 def test_a_measured_time_moves_the_kernels_where_the_device_sets_the_pace() -> None:
     dense = lowered("hf", "prefill", batch=8, seq=2048)
-    plain = cost(dense, H100)
+    plain = workload_time(dense, H100)
     _, inferred = compared(dense, dense_s=1.1 * plain.total_s)
     assert not inferred.host_bound
     assert 1.05 < inferred.device < 1.1  # the rest no operator explains
@@ -193,7 +193,7 @@ def test_a_measured_time_moves_the_kernels_where_the_device_sets_the_pace() -> N
 
 def test_a_time_that_no_host_and_no_kernel_explains_is_not_believed() -> None:
     dense = lowered("vllm", "prefill", batch=4, seq=2048)
-    plain = cost(dense, H100)
+    plain = workload_time(dense, H100)
     for factor in (0.2, 5.0):
         c, inferred = compared(dense, dense_s=factor * plain.total_s)
         assert inferred.deviation > CONSISTENT_SD
@@ -302,4 +302,4 @@ def test_unconditioned_intervals_cover_planted_hosts(tmp_path: Path) -> None:
         for _ in range(2000)
     ]
     assert 0.85 <= np.mean((lower <= np.array(seen)) & (np.array(seen) <= upper)) <= 0.97
-    assert cost(p.workloads.rows, H100).total_lower_s == pytest.approx(lower)
+    assert workload_time(p.workloads.rows, H100).total_lower_s == pytest.approx(lower)

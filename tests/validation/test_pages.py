@@ -10,7 +10,7 @@ import pytest
 
 from calibration.cli import pages
 from calibration.fit.core import shapes
-from calibration.validation import ablations, bars
+from calibration.validation import ablations, acceptance
 from calibration.validation.protocol import Measured, errors
 from simulator.cost.base import Machine
 from simulator.errors import InputError
@@ -31,7 +31,7 @@ def test_a_page_is_filled_with_its_tables_and_keeps_its_prose(page: str) -> None
 
 
 def test_the_accuracy_page_marks_a_missed_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bars, "_published", lambda: ())
+    monkeypatch.setattr(acceptance, "_published", lambda: ())
     rows = [
         {"table": "h100", "method": method, "rows": 0, "trained_on": 9, "seed": seed, "mape": mape, "coverage": 90.0}
         for method, mape in (("prunesim", 4.5), ("prunesim, finer lattices", 3.0))

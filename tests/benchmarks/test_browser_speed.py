@@ -1,9 +1,5 @@
-"""First paint, and how long each change is answered: by the server (``server``: texts and the first three figures), and
-in the browser from the input event until they are painted (``answer``), and the map too (``map``).
-
-The promise is the server's, in processor time, which nothing else on a machine adds to; bounds of what is seen in the
-browser are wider.
-"""
+"""How long the page takes to answer each change: the server (texts and the first three figures), and the browser from
+the input event until all are painted (``answer``), and the map too (``map``)."""
 
 from __future__ import annotations
 
@@ -11,10 +7,8 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
-import pytest
-from explore_browser import LAPTOP, Tab, needs_browser
+from explore_browser import LAPTOP, Tab, chromium, needs_browser, serving
 from test_browser import CHANGES
 
 from simulator.explore.charts import charts
@@ -22,8 +16,9 @@ from simulator.explore.frame import WIDE
 from simulator.explore.markup import texts
 from simulator.explore.state import State, read_query, to_query
 
-PROMISED_MS = {"first paint": 2000, "change": 300}
+FIRST_PAINT_MS, CHANGE_MS = 2000.0, 300.0
 TIMES = 2
+Floor = Callable[..., None]
 
 MEASURED = [(act, change) for act, change in CHANGES if "seq" not in change]
 """Changes, each on top of those before; the length stays, so that each state is one that nobody asked for before."""
@@ -59,23 +54,12 @@ READ = """async () => {
 }"""
 
 
-def _line(name: str, values: list[float]) -> str:
-    return f"{name[:60]:60} min {min(values):5.0f} ms  median {statistics.median(values):5.0f} ms  of {len(values)}"
-
-
-def _told(
-    times: dict[str, list[float]], capsys: pytest.CaptureFixture[str], record_property: Callable[[str, object], None]
-) -> None:
-    with capsys.disabled():
-        print("\n" + "\n".join(_line(name, values) for name, values in times.items()))
+def _print(times: dict[str, list[float]]) -> None:
     for name, values in times.items():
-        record_property(f"{name}, least and median of {len(values)}, ms", (min(values), statistics.median(values)))
+        print(f"{name[:60]:60} min {min(values):5.0f} ms  median {statistics.median(values):5.0f} ms  of {len(values)}")
 
 
-@pytest.mark.slow
-def test_the_server_is_quick(
-    capsys: pytest.CaptureFixture[str], record_property: Callable[[str, object], None]
-) -> None:
+def test_the_server(floor: Floor) -> None:
     """In processor time, which nothing else on the machine adds to."""
     times: dict[str, list[float]] = {}
     for seq in range(700, 700 + TIMES):
@@ -88,27 +72,26 @@ def test_the_server_is_quick(
             took = 1000 * (time.thread_time() - begin)
             ((name, value),) = change.items()
             times.setdefault(f"{name} {value}, server", []).append(took)
-    _told(times, capsys, record_property)
-    assert {name: v for name, v in times.items() if statistics.median(v) >= PROMISED_MS["change"]} == {}
+    _print(times)
+    slowest = max(statistics.median(values) for values in times.values())
+    floor("milliseconds of the server for the slowest change", slowest, CHANGE_MS, False)
 
 
 @needs_browser
-@pytest.mark.slow
-def test_the_page_is_quick(
-    url: str, browser: Any, capsys: pytest.CaptureFixture[str], record_property: Callable[[str, object], None]
-) -> None:
-    tab = Tab(browser.new_context(viewport=LAPTOP).new_page(), url).open(f"?{to_query(State(seq=300))}")
-    paint = "performance.getEntriesByName('first-contentful-paint')[0].startTime"
-    times = {"all figures": [tab.page.evaluate("performance.now()")], "first paint": [tab.page.evaluate(paint)]}
-    tab.page.evaluate(WATCH)
-    for act, change in MEASURED:
-        act(tab.page)
-        ((name, value),) = change.items()
-        for part, found in zip(("answer", "map"), tab.page.evaluate(READ)):
-            times[f"{name} {value}, {part}"] = [found]
-    tab.page.context.close()
-    _told(times, capsys, record_property)
-    assert times["first paint"][0] < 2 * PROMISED_MS["first paint"]
+def test_the_browser(floor: Floor) -> None:
+    with serving() as url, chromium() as browser:
+        tab = Tab(browser.new_context(viewport=LAPTOP).new_page(), url).open(f"?{to_query(State(seq=300))}")
+        paint = "performance.getEntriesByName('first-contentful-paint')[0].startTime"
+        times = {"all figures": [tab.page.evaluate("performance.now()")], "first paint": [tab.page.evaluate(paint)]}
+        tab.page.evaluate(WATCH)
+        for act, change in MEASURED:
+            act(tab.page)
+            ((name, value),) = change.items()
+            for part, found in zip(("answer", "map"), tab.page.evaluate(READ)):
+                times[f"{name} {value}, {part}"] = [found]
+        tab.page.context.close()
+    _print(times)
     answers = [values[0] for name, values in times.items() if name.endswith("answer")]
-    assert statistics.median(answers) < 4 * PROMISED_MS["change"]
-    assert max(answers) < 10 * PROMISED_MS["change"]
+    floor("milliseconds to the first paint", times["first paint"][0], FIRST_PAINT_MS, False)
+    floor("milliseconds to answer a change, median", statistics.median(answers), CHANGE_MS, False)
+    floor("milliseconds to answer a change, slowest", max(answers), 3 * CHANGE_MS, False)
