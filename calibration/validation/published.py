@@ -27,7 +27,7 @@ from simulator.predict.settings import dense_seconds
 from simulator.predict.speedup import speedups
 from simulator.pruning import prune
 from simulator.uncertainty.forward import ratio_half
-from simulator.uncertainty.intervals import cost
+from simulator.uncertainty.intervals import workload_time
 from simulator.uncertainty.operators import gemm_predicted
 from simulator.workload import Kernel, Workload
 from simulator.workload_batch import memory
@@ -106,7 +106,7 @@ def _dense(row: Mapping[str, str]) -> Comparison:
     w = _workload(row, row["engine"])
     # FlashAttention-2 is what the vLLM tables ran
     stack = "vllm" if "FlashAttention-2" in row["framework"] else ""
-    found, m = cost(w, load_hardware(row["hardware"], stack)), w.meta
+    found, m = workload_time(w, load_hardware(row["hardware"], stack)), w.meta
     value = float(row["value"])
     if row["metric"] == "tokens_per_s":
         value = dense_seconds(value, m.phase, m.batch, m.seq, m.new_tokens)
