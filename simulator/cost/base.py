@@ -173,7 +173,7 @@ class Sizes:
             value = getattr(self, f.name)
             if isinstance(value, Sizes):
                 taken[f.name] = value.take(rows)
-            elif np.ndim(value):
+            elif isinstance(value, np.ndarray) and value.ndim:
                 taken[f.name] = value[rows]
         return replace(self, **taken)
 
