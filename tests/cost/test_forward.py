@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import simulator
-from simulator.cost.forward import forward_passes, operator_times
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
+from simulator.uncertainty.forward import forward_passes, operator_times
 from simulator.uncertainty.intervals import workload_time
 from simulator.workload import ROLES, Kind, Workload, dtype_code
 from simulator.workload_batch import WorkloadBatch
@@ -85,7 +85,7 @@ def test_a_cpu_waits_after_every_kernel_and_launches_those_beside_itself(tmp_pat
     rows.append({"kind": Kind.ELEMENTWISE, "role": "activation", "read_bytes": 4096, "count": 5})
     w = Workload.from_rows([row | {"dtype": fp32, "weight_dtype": fp32} for row in rows])
     p = forward_passes(WorkloadBatch.of([w.replace(meta=replace(w.meta, engine=str(mine)))]), cpu)
-    runtime, (router, activation) = cpu.section("runtime", "*"), operator_times(w, cpu).seconds
+    runtime, (router, activation) = cpu.section("runtime", "*"), operator_times(w, cpu)[0].seconds
     waits, beside = 3 * 4 + 5 * 2, 3 * 3  # an activation is two kernels, and streams its data in both
     assert p.row_s == pytest.approx([3 * router, 5 * 2 * activation], rel=1e-12)
     assert p.gap_s[0] == pytest.approx(waits * runtime["graph_gap_s"] + beside * runtime["host_op_s"], rel=1e-12)
@@ -101,8 +101,8 @@ def test_ideal_roofline_is_the_larger_of_flops_and_bytes(hw: simulator.HardwareP
 
 def test_two_formats_in_one_workload_are_timed_each_in_its_own(hw: simulator.HardwareProfile) -> None:
     rows = [{"role": "q", "m": 512, "n": 4096, "k": 4096, "dtype": code, "weight_dtype": code} for code in (0, 3)]
-    both = operator_times(Workload.from_rows(rows), hw).seconds
-    alone = [operator_times(Workload.from_rows([row]), hw).seconds[0] for row in rows]
+    both = operator_times(Workload.from_rows(rows), hw)[0].seconds
+    alone = [operator_times(Workload.from_rows([row]), hw)[0].seconds[0] for row in rows]
     assert both.tolist() == alone
     assert both[0] > both[1]
 
@@ -126,13 +126,13 @@ def test_what_an_engine_fuses_with_quantising_is_never_below_the_roofline() -> N
     h100 = simulator.load_hardware("h100")
     w = _lower(phase="decode", batch=8, dtype="fp8", engine="trtllm")
     gemm = (w.kind == Kind.GEMM) & (w.layers > 0)
-    bare, fused = (operator_times(w, h100, engine=load_engine(name)) for name in ("", "trtllm"))
+    bare, fused = (operator_times(w, h100, engine=load_engine(name))[0] for name in ("", "trtllm"))
     assert (fused.seconds[gemm] < bare.seconds[gemm]).all()
     assert (fused.seconds >= np.minimum(fused.roofline_s, bare.seconds) * (1 - 1e-12)).all()
     assert (fused.lower <= fused.seconds).all()
     assert (fused.seconds <= fused.upper).all()
     sixteen = _lower(phase="decode", batch=8, engine="trtllm")
-    bare, same = (operator_times(sixteen, h100, engine=load_engine(name)).seconds for name in ("", "trtllm"))
+    bare, same = (operator_times(sixteen, h100, engine=load_engine(name))[0].seconds for name in ("", "trtllm"))
     assert bare.tolist() == same.tolist()
 
 

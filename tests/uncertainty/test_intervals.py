@@ -1,4 +1,4 @@
-"""Times and ratios with the host's doubt and a measured time: that they follow Bayes, and cover what is planted."""
+"""Times and ratios with the host's uncertainty and a measured time: that they follow Bayes, and cover what is planted."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import simulator
-from simulator.cost.forward import forward_passes
 from simulator.engines.engine import list_engines
 from simulator.predict.compare import SAME_SHAPE, Comparison, Pairs, compare
 from simulator.pruning import FAMILIES, prune
-from simulator.uncertainty.error_model import COVERAGE_FACTOR, correlation, level_scale
+from simulator.uncertainty.factors import COVERAGE_FACTOR, Uncertainty, correlation, in_order, level_scale
+from simulator.uncertainty.forward import PredictedPass, forward_passes
 from simulator.uncertainty.intervals import CONSISTENT_SD, MEASURED_LOG_SD, MIXED_LOG_SD, intervals, workload_time
 from simulator.workload import Kind, Meta, Part, Phase, Workload
 from simulator.workload_batch import WorkloadBatch
@@ -105,7 +105,7 @@ def test_what_an_engine_says_of_whole_passes_widens_ratios(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(("engine", "phase", "batch"), CASES)
 @pytest.mark.parametrize("factor", [0.9, 0.97, 1.0, 1.1, 1.2])
-def test_a_measured_time_is_believed_and_narrows(engine: str, phase: str, batch: int, factor: float) -> None:
+def test_a_measured_time_is_taken_over_and_narrows_intervals(engine: str, phase: str, batch: int, factor: float) -> None:
     dense = lowered(engine, phase, batch)
     pruned = [prune(dense, family, 0.5) for family in FAMILIES if family != "semi_structured"]
     before, none = compared(dense, *pruned)
@@ -191,7 +191,7 @@ def test_a_measured_time_moves_the_kernels_where_the_device_sets_the_pace() -> N
     assert inferred.host == pytest.approx(1.0, abs=0.1)
 
 
-def test_a_time_that_no_host_and_no_kernel_explains_is_not_believed() -> None:
+def test_a_time_that_no_host_and_no_kernel_explains_is_ignored() -> None:
     dense = lowered("vllm", "prefill", batch=4, seq=2048)
     plain = workload_time(dense, H100)
     for factor in (0.2, 5.0):
@@ -240,6 +240,11 @@ def two_operators(engine: str, m: int, count: float, wide: int) -> Workload:
     return Workload.from_rows(rows, Meta(phase="decode", batch=m, engine=engine))
 
 
+def of_rows(p: PredictedPass) -> Uncertainty:
+    """Errors of the time of each row of a pass; rows of one shape have one."""
+    return in_order(p.errors, len(p.each.seconds)).take(p.workloads.shapes[1])
+
+
 @pytest.mark.parametrize(
     ("graph", "pass_ms", "m", "wide", "most"),
     [
@@ -261,17 +266,18 @@ def test_intervals_cover_planted_hosts_and_kernels(
     others = two_operators(str(path), m, 16, wide), two_operators(str(path), m, 32, wide // 2)
     pairs = Pairs(WorkloadBatch.of([dense, *others]), np.zeros(3, dtype=np.intp))
     p = forward_passes(pairs.workloads, H100)
-    uncertainty, rng, groups = p.each.uncertainty, np.random.default_rng(7), p.workloads.groups
-    assert uncertainty is not None
-    columns = uncertainty.shared[uncertainty.shared.any(axis=1)]  # whatever others the error model has
+    rng, groups = np.random.default_rng(7), p.workloads.groups
+    uncertainty = of_rows(p)
+    columns = uncertainty.systematic[uncertainty.systematic.any(axis=1)]
     shape = np.array([0, 1, 2, 0, 1, 2, 0, 3, 2])  # the fourth is the narrower layer; depth has the shapes of dense
-    alike = correlation(uncertainty.place, uncertainty.place) * np.outer(uncertainty.local, uncertainty.local)
-    root = np.linalg.cholesky(alike + 1e-12 * np.eye(9))
+    similar = correlation(uncertainty.coordinates, uncertainty.coordinates)
+    root = np.linalg.cholesky(similar * np.outer(uncertainty.correlated, uncertainty.correlated) + 1e-12 * np.eye(9))
     rows = np.flatnonzero(np.isin(np.arange(9) % 3, (1, 2)))  # the embedding moves nothing
     inside = []
     for _ in range(240):
-        shared, local, own, apart = rng.normal(size=(4, max(9, len(columns))))
-        error = columns.T @ shared[: len(columns)] + root @ local[:9] + np.sqrt(uncertainty.own) * own[shape]
+        systematic, correlated, own, apart = rng.normal(size=(4, max(9, len(columns))))
+        error = columns.T @ systematic[: len(columns)] + root @ correlated[:9]
+        error = error + np.sqrt(uncertainty.independent) * own[shape]
         error = error + np.sqrt(2.0 * (1.0 - SAME_SHAPE) * uncertainty.variance) * apart[:9] * (np.arange(9) == 4)
         device = p.group_s + groups.sums(np.where(np.isin(np.arange(9), rows), p.row_s * np.expm1(error), 0.0))
         z, whole, other_mix = rng.normal(size=3)
