@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -90,8 +89,6 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
             file = file / "config.json"
         if not file.exists():
             raise InputError(f"{file}: no such file; expected a config.json or a folder with one")
-        if file.suffix == ".gguf" and file.is_file():
-            return _from_gguf(file)
         text = read_bounded(file, MAX_FILE_BYTES).decode("utf-8-sig")
     except (OSError, RuntimeError) as error:  # RuntimeError: the home of a user who does not exist
         said = getattr(error, "strerror", None) or error
@@ -110,16 +107,6 @@ def _as_stored(model: ModelConfig, folder: Path) -> ModelConfig:
         return from_tensors(model, tensors, folder)
     refuse_pickles(folder)
     return model
-
-
-def _from_gguf(file: Path) -> ModelConfig:
-    from simulator.models.checkpoint import from_tensors
-    from simulator.models.gguf import read_gguf
-
-    content, tensors, packed = read_gguf(file)
-    model = from_tensors(from_file(content, file), tensors, file)
-    note = f"{model.name}: the packed formats of a GGUF file are not timed, its weights as those of the arithmetic"
-    return replace(model, found="; ".join(filter(None, (model.found, note)))) if packed else model
 
 
 def from_file(data: Any, file: PurePath) -> ModelConfig:

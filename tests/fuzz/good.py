@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow.csv
 import pyarrow.parquet
-from layouts import LAYOUTS, gguf, stored_as, tensors_of
+from layouts import LAYOUTS, stored_as, tensors_of
 
 from calibration.records.parquet import write_records
 from calibration.records.store import Header
@@ -250,8 +250,6 @@ CHECKPOINTS = (*map(_checkpoint, SMALL_CONFIGS), *(_checkpoint(SMALL_CONFIGS[0],
 
 INDEX = {"weight_map": {name: f"{'ab'[i % 2]}.safetensors" for i, name in enumerate(CHECKPOINTS[0])}}
 """The index of the first of them, in two files."""
-
-GGUF = gguf(load_model({**SMALL_CONFIGS[0], "num_hidden_layers": 1}), 1)
 
 
 def with_digest(raw: bytes, file: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from layouts import folder_of, gguf, save, save_shards, stored_as, tensors_of, write
+from layouts import folder_of, save, save_shards, stored_as, tensors_of, write
 
 from simulator.errors import InputError
 from simulator.models.checkpoint import from_tensors
@@ -287,29 +287,6 @@ def test_many_headers_stay_within_memory(tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 200e6
     finally:
         tracemalloc.stop()
-
-
-def test_a_gguf_file_is_read_by_its_header(tmp_path: Path) -> None:
-    file = tmp_path / "own.gguf"
-    for kind in (1, 12):  # F16, Q4_K
-        file.write_bytes(gguf(shaped(LLAMA, llm_pruner), kind))
-        model = load_model(str(file))
-        assert (model.name, model.parameters) == ("own", 5_709_025_280)
-        assert model.layout == shaped(LLAMA, llm_pruner).layout
-        assert ("packed formats of a GGUF file are not timed" in model.found) is (kind == 12)
-
-
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 255)), max_size=4), st.integers(0, 3000))
-@example([], 10)
-@example([(16, 255), (23, 255)], 0)
-def test_damaged_gguf_files_are_read_or_refused(tmp_path: Path, edits: list[tuple[int, int]], cut: int) -> None:
-    content = bytearray(gguf(replace(LLAMA, layers=1, windows=(0,)), 1))
-    for at, byte in edits:
-        content[at % len(content)] = byte
-    (tmp_path / "a.gguf").write_bytes(bytes(content[: cut or None]))
-    with contextlib.suppress(InputError):
-        assert lower(load_model(tmp_path / "a.gguf"), seq=16).parameters > 0
 
 
 def entry(**changes: Any) -> bytes:
