@@ -26,7 +26,7 @@ from calibration.records.table import PURPOSES, Flag, Records
 from simulator.arrays import FloatArray
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
-from simulator.hardware.profile import OTHER_STACK, Anchor, HardwareProfile
+from simulator.hardware.profile import OTHER_STACK, HardwareProfile, LocalUpdate
 from simulator.uncertainty.error_model import (
     COVERAGE_FACTOR,
     ERROR_FACTORS,
@@ -95,8 +95,8 @@ def anchor_profile(hw: HardwareProfile, records: Records, *, dtype: str | None =
     InputError, one line: fewer than 3 usable rows; rows of another GPU; a tenth of them faster than physics allows; an
     operator whose times differ by a factor of 2.5 or more in the median.
     """
-    base = replace(hw, anchor=None, same_stack=False)
-    notes = ["the profile's earlier anchor is replaced"] if hw.anchor is not None else []
+    base = replace(hw, local_update=None, same_stack=False)
+    notes = ["the profile's earlier anchor is replaced"] if hw.local_update is not None else []
     rows = _usable(records if dtype is None else records.select(records.labels().astype(str) == dtype), notes)
     _refuse_other_device(hw, rows, notes)
     rows, of_part, names, log_ratio, uncertainties = _compared(base, rows, notes)
@@ -116,10 +116,17 @@ def anchor_profile(hw: HardwareProfile, records: Records, *, dtype: str | None =
     arrays = {name: np.asarray(values) for name, values in uncertainties.items()} | {"log_ratio": log_ratio}
     used = np.flatnonzero(arrays["shared"].any(axis=0))
     columns = tuple(name for name, i in FACTOR_INDEX.items() if i in used)
-    arrays["shared"] = arrays["shared"][:, used]
-    anchor = Anchor(provenance_of(rows, date), columns, MappingProxyType(arrays))
+    kept = {
+        "log_ratio": arrays["log_ratio"],
+        "systematic": arrays["shared"][:, used],
+        "correlated": arrays["local"],
+        "independent": arrays["own"],
+        "coordinates": arrays["place"],
+        "kind": arrays["kind"],
+    }
+    update = LocalUpdate(provenance_of(rows, date), columns, MappingProxyType(kept))
     # exact shapes it had would stand beside what moves: they are of before
-    profile = with_exact(without_exact(replace(hw, anchor=anchor, path=None)), records)
+    profile = with_exact(without_exact(replace(hw, local_update=update, path=None)), records)
     posterior = posterior_of(profile)
     assert posterior is not None
     before = np.sqrt((uncertainties["shared"] ** 2).sum(axis=1) + uncertainties["local"] ** 2 + uncertainties["own"])

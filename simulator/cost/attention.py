@@ -129,7 +129,7 @@ def _ready(hw: HardwareProfile, operator: str, dtype: str, kv_dtype: str | None)
         most = hw.section("gemm", dtype)["e_tc"] * machine.peak_flop_per_s / (2.0 * WGMMA_ROWS)
         share = most * ELEMENT_BYTES[cache] / machine.bandwidth_bytes_per_s
         constants["e_d"] = min(constants["e_d"], share)
-    shared, local = hw.spread(section)
+    shared, local = hw.error_scales(section)
     spread = (SAME_KERNELS if shared == SAME_STACK else shared, local)
     narrow = ELEMENT_BYTES[cache] < machine.element_bytes
     makeshift = operator == "mla_decode" and _makeshift(hw, section, narrow, shared)

@@ -116,7 +116,7 @@ def _ready(hw: HardwareProfile) -> _Ready:
     constants = {name: section[name] for name in COLLECTIVE_CONSTANTS}
     if hw.link is not None and section.constants["hop_s"].status == "default":
         constants["hop_s"] = hw.link.latency_s
-    return _Ready(constants, ResidualGrid.from_arrays(section.arrays), hw.spread(section), posterior_of(hw))
+    return _Ready(constants, ResidualGrid.from_arrays(section.arrays), hw.error_scales(section), posterior_of(hw))
 
 
 def collective_time(

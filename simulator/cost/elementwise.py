@@ -85,7 +85,7 @@ def _ready(hw: HardwareProfile, dtype: str) -> _Ready:
     section = hw.section("elementwise", dtype)
     constants = {name: section[name] for name in ELEMENTWISE_CONSTANTS}
     unknown = float(section.status == "default")
-    return _Ready(constants, class_residual(section.arrays), hw.spread(section), unknown, posterior_of(hw))
+    return _Ready(constants, class_residual(section.arrays), hw.error_scales(section), unknown, posterior_of(hw))
 
 
 def elementwise_core(

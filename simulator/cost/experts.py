@@ -185,7 +185,7 @@ def _ready(hw: HardwareProfile, dtype: str, weight: str) -> _Ready:
     unknown = (*unknown, *(["scaled"] if weight in SCALED else []), *unfitted("experts", section, hw.architecture))
     constants = {name: section[name] for name in EXPERTS_CONSTANTS}
     residual = ResidualGrid.from_arrays(section.arrays)
-    shared, own = hw.spread(section)
+    shared, own = hw.error_scales(section)
     return _Ready(machine, constants, residual, (SHARED.get(shared, shared), own), unknown, posterior_of(hw))
 
 

@@ -151,7 +151,7 @@ def gemm_kernel(hw: HardwareProfile, dtype: str, weight_dtype: str | None, kerne
     if "measured" in section.arrays:
         low, high = np.asarray(section.arrays["measured"], dtype=PRECISION)
         measured = low, high
-    spread, posterior = hw.spread(section), posterior_of(hw)
+    spread, posterior = hw.error_scales(section), posterior_of(hw)
     scales = *align, load_scale, pad_m, GROUPS.get(kernel, 0.0)
     return GemmKernel(core, residual, exact, *scales, spread, tuple(unknown), measured, posterior)
 

@@ -24,7 +24,17 @@ from simulator.arguments import shown
 from simulator.display import Displayed
 from simulator.engines import DEFAULT_ENGINE as DEFAULT_ENGINE
 from simulator.errors import InputError, unknown
-from simulator.files.fields import Checked, Keys, Kind, Many, Number, Quantity, Table, Text, record
+from simulator.files.fields import (
+    CheckedField,
+    FieldType,
+    ListField,
+    MapField,
+    NumberField,
+    ObjectField,
+    QuantityField,
+    TextField,
+    field_of,
+)
 from simulator.files.yaml import Node, Problems, parse_yaml, read_text
 from simulator.workload import DTYPES, ROLES, STACKS
 
@@ -41,8 +51,8 @@ _PATH = re.compile(r"[/\\]|\.ya?ml$")
 class HostTime:
     """Time the host spends, s, and how far hosts differ: the standard deviation of its log."""
 
-    value: Annotated[float, Quantity("s", 0.0, 1.0)]
-    log_sd: Annotated[float, Number(0, 3, "0.4")]
+    value: Annotated[float, QuantityField("s", 0.0, 1.0)]
+    log_sd: Annotated[float, NumberField(0, 3, "0.4")]
     source: str
     note: str = ""
 
@@ -51,7 +61,7 @@ class HostTime:
 class Share:
     """A number without a unit."""
 
-    value: Annotated[float, Number(0, 3, "0.65")]
+    value: Annotated[float, NumberField(0, 3, "0.65")]
     source: str
     note: str = ""
 
@@ -202,10 +212,10 @@ _PLAIN = (
     "prefill_wait", "own_code", "experts",
     "log_sd", "apart_log_sd", "composed_log_sd", "weight_only", "sparse24", "notes", "sources",
 )  # fmt: skip
-_NAME = Text((), "[a-z0-9][a-z0-9_.-]{0,63}", "a name of lower-case letters, digits, _ - and ., at most 64")
+_NAME = TextField((), "[a-z0-9][a-z0-9_.-]{0,63}", "a name of lower-case letters, digits, _ - and ., at most 64")
 
 
-def _kinds(root: Node) -> Keys:
+def _kinds(root: Node) -> ObjectField:
     """What a file must hold; sources are those it lists."""
     listed = root.entries["sources"][1].entries if "sources" in root.entries else {}
 
@@ -214,32 +224,32 @@ def _kinds(root: Node) -> Keys:
             raise ValueError(f"{short!r} is not listed under sources; add it there with a title and an address")
         return short
 
-    def sourced(cls: type) -> Kind:
-        kinds = record(cls)
-        required = {**kinds.required, "source": Checked(Text(), source)}
-        return Keys(required, kinds.optional, cls, "{value: ..., source: ...}")
+    def sourced(cls: type) -> FieldType:
+        kinds = field_of(cls)
+        required = {**kinds.required, "source": CheckedField(TextField(), source)}
+        return ObjectField(required, kinds.optional, cls, "{value: ..., source: ...}")
 
     time, share = sourced(HostTime), sourced(Share)
-    role = Table(
-        Number(0, 100, "7", whole=True),
+    role = MapField(
+        NumberField(0, 100, "7", whole=True),
         lambda name: "" if name in ROLES else f"unknown operator; expected one of {', '.join(ROLES)}",
     )
-    top: dict[str, Kind] = {
-        "schema_version": Number(SCHEMA_VERSION, SCHEMA_VERSION, str(SCHEMA_VERSION), whole=True),
+    top: dict[str, FieldType] = {
+        "schema_version": NumberField(SCHEMA_VERSION, SCHEMA_VERSION, str(SCHEMA_VERSION), whole=True),
         "name": _NAME,
-        "title": Text(),
-        "stacks": Many(Text(STACKS)),
-        "sources": Table(Text()),
+        "title": TextField(),
+        "stacks": ListField(TextField(STACKS)),
+        "sources": MapField(TextField()),
     }
-    optional: dict[str, Kind] = {
-        "aliases": Many(Text()),
-        "fuse": Many(Text(FUSIONS)),
-        "logits": Text(("last", "all")),
-        "graph": Many(Text(PASSES)),
-        "cache": Text(("paged", "copied")),
-        "experts": Text(("grouped", "looped")),
+    optional: dict[str, FieldType] = {
+        "aliases": ListField(TextField()),
+        "fuse": ListField(TextField(FUSIONS)),
+        "logits": TextField(("last", "all")),
+        "graph": ListField(TextField(PASSES)),
+        "cache": TextField(("paged", "copied")),
+        "experts": TextField(("grouped", "looped")),
         "launches": role,
-        "host": Keys({}, {"pass": time, "sequence": time, "gap": time}),
+        "host": ObjectField({}, {"pass": time, "sequence": time, "gap": time}),
         "quantize_fused": share,
         "one_token": share,
         "prefill_wait": share,
@@ -247,8 +257,8 @@ def _kinds(root: Node) -> Keys:
         "log_sd": share,
         "apart_log_sd": share,
         "composed_log_sd": share,
-        "weight_only": Many(Text(DTYPES)),
-        "sparse24": Many(Text(DTYPES)),
-        "notes": Many(Text()),
+        "weight_only": ListField(TextField(DTYPES)),
+        "sparse24": ListField(TextField(DTYPES)),
+        "notes": ListField(TextField()),
     }
-    return Keys(top, optional)
+    return ObjectField(top, optional)

@@ -153,8 +153,8 @@ class Uncertainty:
     ) -> Uncertainty:
         """The doubt of an operator's times, ``shares`` (n,) of which are due to each of its columns.
 
-        ``spread`` has the factors on the prior (``HardwareProfile.spread``). Shares "launch", "compute" and "memory"
-        also count for the machine's.
+        ``spread`` has the factors on the prior (``HardwareProfile.error_scales``). Shares "launch", "compute" and
+        "memory" also count for the machine's.
         """
         names = [f"machine {name}" for name in shares if f"machine {name}" in ERROR_FACTORS]
         values = [shares[name.removeprefix("machine ")] for name in names]
@@ -321,14 +321,14 @@ PRIOR_COLUMNS, PRIOR_NOISE, PRIOR_ROWS, _ROUNDS = 4.0, 20.0, 30, 9
 @lru_cache(maxsize=16)
 def posterior_of(hw: HardwareProfile) -> Posterior | None:
     """The error model of a profile that local times were anchored to, else None."""
-    if hw.anchor is None:
+    if hw.local_update is None:
         return None
-    a = hw.anchor.arrays
+    a = hw.local_update.arrays
     shared = np.zeros((len(a["log_ratio"]), len(ERROR_FACTORS)))
-    for name, column in zip(hw.anchor.columns, np.asarray(a["shared"], dtype=np.float64).T, strict=True):
+    for name, column in zip(hw.local_update.factors, np.asarray(a["systematic"], dtype=np.float64).T, strict=True):
         if name in FACTOR_INDEX:
             shared[:, FACTOR_INDEX[name]] = column
     local, own, place, ratio = (
-        np.asarray(a[name], dtype=np.float64) for name in ("local", "own", "place", "log_ratio")
+        np.asarray(a[name], dtype=np.float64) for name in ("correlated", "independent", "coordinates", "log_ratio")
     )
     return Posterior.of(shared, local, own, place, np.asarray(a["kind"], dtype=np.intp), ratio)

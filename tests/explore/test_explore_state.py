@@ -175,8 +175,8 @@ def test_a_profile_is_the_one_that_was_given_whatever_its_name(tmp_path: Path) -
         ("", "p.yaml:1:1: file: is empty"),
         (OWN + "\ud800: 1\n", "p.yaml:30:1: ?: unknown key"),
         ("&a [*a]", "anchors (&) and aliases (*) are not allowed"),
-        ((profiles_folder() / "cpu.yaml").read_text(), "is a file beside it; expected a profile without arrays"),
-        ((profiles_folder() / "h100_sxm.vllm.yaml").read_text(), "this is what was fitted for one stack"),
+        ((profiles_folder() / "cpu.yaml").read_text(), "expected a profile without arrays"),
+        ((profiles_folder() / "h100_sxm.vllm.yaml").read_text(), "expected a profile, got the sections of one stack"),
         ("#" * 1_000_001, "p.yaml: larger than 1000000 bytes; expected a hardware profile"),
     ],
 )
