@@ -237,11 +237,11 @@ def test_layers_that_all_differ_still_fit_in_an_address() -> None:
     [
         (lambda files: files[1:], "3 files: expected one config.json, with the *.safetensors of its folder or without"),
         (lambda files: files[-1:], "model.safetensors.index.json: expected the config.json of its folder beside it"),
-        (lambda files: files[:2] + files[3:], "pruned: 'model-00001.safetensors' is missing (1 of 2 files are)"),
+        (lambda files: files[:2] + files[3:], "pruned: 'model-00001.safetensors' is missing (1 of 2 are missing)"),
         (lambda files: [files[0], Sent("a.safetensors", "{")], "a.safetensors: is not JSON"),
         (lambda files: [files[0], Sent("a.safetensors", '{"\ud800": 1}')], "tensor '?': expected dtype, shape"),
         (lambda files: [files[0], Sent("a.safetensors", '{"x": 1}')], "expected dtype, shape and data_offsets"),
-        (lambda files: [files[0], files[1]], "pruned: holds no lm_head.weight"),
+        (lambda files: [files[0], files[1]], "pruned: expected lm_head.weight, or"),
     ],
 )
 def test_a_bad_checkpoint_is_one_line(change: Any, says: str, checkpoint: Path) -> None:

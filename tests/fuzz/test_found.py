@@ -228,7 +228,7 @@ def test_an_index_that_names_a_file_no_system_would_take(tmp_path: Path) -> None
     index = tmp_path / "model.safetensors.index.json"
     for name in ("x" * 3000, "\ud800"):
         index.write_text(json.dumps({"weight_map": {"a": name}}))
-        refused("is missing (1 of 1 files are)", simulator.load_model, tmp_path)
+        refused("is missing (1 of 1 are missing)", simulator.load_model, tmp_path)
 
 
 def test_a_condition_that_python_only_warns_of_is_refused_and_nothing_printed() -> None:
