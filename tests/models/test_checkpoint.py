@@ -349,7 +349,10 @@ def test_hostile_headers_are_refused_in_one_line(tmp_path: Path, header: bytes, 
         (b'{"weight_map": {"a": 3}}', "names of files in this folder"),
         (b'{"weight_map": {"a": "gone.safetensors"}}', "'gone.safetensors' is missing"),
         (b'{"weight_map": {"a": "dir.safetensors"}}', "is missing"),
-        (json.dumps({"weight_map": {str(i): f"{i}" for i in range(5000)}}).encode(), "4,096 safetensors files, got 5,000"),
+        (
+            json.dumps({"weight_map": {str(i): f"{i}" for i in range(5000)}}).encode(),
+            "4,096 safetensors files, got 5,000",
+        ),
         (b" " * 17_000_000, "is larger than 16 MB"),
     ],
 )
