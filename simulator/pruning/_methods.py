@@ -1,7 +1,7 @@
 """Published pruning methods as arguments of :func:`simulator.prune`: families, options and layers.
 
-:data:`METHODS` has them by name; a new method is an entry of ``_TABLE``. An entry describes how a method changes shapes,
-not how it selects weights. Widths and ranks are rounded as in the family unless the entry has another alignment. The
+:data:`METHODS` has them by name; a new method is an entry of ``_TABLE``. An entry describes how a method changes
+shapes, not how it selects weights. Widths and ranks are rounded as in the family unless the entry has another alignment. The
 code of a method can leave odd widths, which are slower (``align=1`` of the family).
 """
 
@@ -90,7 +90,7 @@ def load_method(name: str) -> Method:
 
 
 def _hidden_and_inner(sparsity: float, w: Workload) -> tuple[Any, ...]:
-    """Scale hidden size and inner width by the same r and keep the heads: attention keeps r of its weights, the MLP r^2."""
+    """Scale hidden size and inner width by r and keep the heads: attention keeps r of its weights, the MLP r^2."""
     inside = projections(w)
     attention = float(weights(w)[inside & (w.part == Part.ATTENTION)].sum() / weights(w)[inside].sum())
     mlp = 1.0 - attention
@@ -102,9 +102,8 @@ def _pyramid(sparsity: float, w: Workload) -> tuple[Any, ...]:
     """Use four equal stages with 1, r, r^2 and r^3 of the tokens, whose mean is 1 - sparsity."""
     layers = layer_count(w)
     if sparsity >= 0.75:
-        raise InputError(
-            f"pyramiddrop: sparsity: expected less than 0.75, as its first stage is dense, got {sparsity:g}"
-        )
+        expected = "expected less than 0.75, as its first stage is dense"
+        raise InputError(f"pyramiddrop: sparsity: {expected}, got {sparsity:g}")
     stage = 4 * np.arange(layers) // layers
     low, high = 0.0, 1.0
     for _ in range(60):  # the mean grows with r

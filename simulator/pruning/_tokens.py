@@ -25,7 +25,7 @@ BINS = 5
 
 @lru_cache(maxsize=4096)
 def token_points(tokens: int, keep: float) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Return numbers of ``tokens`` computed, if each is with probability ``keep``, and their probabilities; 0 is omitted.
+    """Return possible numbers of computed tokens, without 0, and their probabilities; each is kept with ``keep``.
 
     The expected number is exactly ``tokens * keep``. Up to :data:`EXACT_TOKENS` the distribution is binomial. Beyond,
     it has the means of :data:`BINS` bins, each divided between the two nearest whole numbers. From
