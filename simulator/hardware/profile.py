@@ -295,7 +295,7 @@ class HardwareProfile(Displayed):
         return self.max_clock_hz / self.boost_clock_hz
 
     def rate(self, dtype: str) -> Rate:
-        """Return the datasheet rate of a number format.
+        """Return the datasheet rate of the number format ``dtype``.
 
         Raises
         ------
@@ -307,7 +307,7 @@ class HardwareProfile(Displayed):
         return self.rates[dtype]
 
     def peak_flop_per_s(self, dtype: str, sparse: bool = False) -> float:
-        """Return the datasheet rate of a number format at boost clock, FLOP/s; ``sparse``: with 2:4 operands.
+        """Return the datasheet rate of ``dtype`` at boost clock, FLOP/s; ``sparse``: with 2:4 operands.
 
         This rate times ``clock_headroom`` is a physical limit. Raises InputError as :meth:`rate` does.
         """
@@ -315,11 +315,11 @@ class HardwareProfile(Displayed):
         return rate.flop_per_s * (rate.sparse_factor if sparse else 1.0)
 
     def ridge_point(self, dtype: str) -> float:
-        """Return the arithmetic intensity, FLOP/byte, above which a datasheet roofline is compute-bound."""
+        """Return the intensity, FLOP/byte, above which a datasheet roofline of ``dtype`` is compute-bound."""
         return self.peak_flop_per_s(dtype) / self.bandwidth_bytes_per_s
 
     def section(self, operator: str, dtype: str) -> Section:
-        """Return the fitted values of one operator of :data:`OPERATORS` in a number format.
+        """Return the fitted values of one ``operator`` of :data:`OPERATORS` in the number format ``dtype``.
 
         Without a fitted section, bf16 and fp16 are used for each other, else the architecture's defaults. The section
         has every constant of the operator; a constant that was not fitted has its default and the status "default".

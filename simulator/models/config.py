@@ -110,10 +110,12 @@ class ModelConfig(Displayed):
         Whether scores of attention, and logits, are soft-capped.
     latent : Latent, optional
         Multi-head latent attention.
-    experts, expert_inner : int
-        Routed experts per layer, and their inner width.
+    experts : int
+        Routed experts per layer.
     active : float
         Routed experts that a token uses.
+    expert_inner : int
+        Inner width of a routed expert.
     router_bias, expert_bias : bool
         Whether the router, and the routed experts, have biases.
     shared_gate : bool
@@ -265,7 +267,7 @@ class ModelConfig(Displayed):
         return self.hidden * {"rms": 1, "layer": 2, "none": 0}[self.norm]
 
     def attention_parameters(self, block: Block) -> int:
-        """Return the parameters of a layer's attention, without norms of the residual stream."""
+        """Return the parameters of the attention of a ``block``, without norms of the residual stream."""
         h, d, own = self.hidden, self.head_dim, self.latent
         if "attention" in block.linear:
             return h * h
@@ -282,7 +284,7 @@ class ModelConfig(Displayed):
         return (h + self.qkv_bias) * (q + 2 * kv) + (q + self.o_bias) * h + norms + self.sinks * block.heads
 
     def mlp_parameters(self, block: Block) -> int:
-        """Return the parameters of a layer's MLP, with routed experts, without norms."""
+        """Return the parameters of the MLP of a ``block``, with routed experts, without norms."""
         h, wide = self.hidden, 2 if self.gated else 1
         if "mlp" in block.linear:
             return h * h
@@ -294,11 +296,11 @@ class ModelConfig(Displayed):
         return dense + router + block.experts * self.expert_parameters(block)
 
     def expert_parameters(self, block: Block) -> int:
-        """Return the parameters of one routed expert of a layer."""
+        """Return the parameters of one routed expert of a ``block``."""
         return 3 * self.hidden * block.expert_inner + self.expert_bias * (2 * block.expert_inner + self.hidden)
 
     def block_parameters(self, block: Block) -> int:
-        """Return the parameters of one decoder layer."""
+        """Return the parameters of one decoder layer, a ``block``."""
         norms = block.sublayers * (self.pre_norms + self.post_norms) * self.norm_parameters
         return self.attention_parameters(block) + self.mlp_parameters(block) + norms
 

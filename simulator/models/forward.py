@@ -257,7 +257,7 @@ class PassRows:
         return row
 
     def move(self, role: str, part: Part, n: int, read: float, write: float, params: int = 0, tokens: int = 0) -> Row:
-        """Return an elementwise row over ``tokens`` positions of ``n`` features; ``read``, ``write``: elements per position."""
+        """Return an elementwise row over ``tokens`` positions of ``n`` features; reads and writes are in elements."""
         stream, tokens = self.request.stream_dtype, tokens or self.tokens
         size = float(tokens * DTYPE_BYTES[stream])
         row = {"kind": Kind.ELEMENTWISE, "role": role, "part": part, "m": tokens, "n": n, "params": params * self.owns}

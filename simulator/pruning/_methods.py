@@ -1,8 +1,8 @@
 """Published pruning methods as arguments of :func:`simulator.prune`: families, options and layers.
 
 :data:`METHODS` has them by name; a new method is an entry of ``_TABLE``. An entry describes how a method changes
-shapes, not how it selects weights. Widths and ranks are rounded as in the family unless the entry has another alignment. The
-code of a method can leave odd widths, which are slower (``align=1`` of the family).
+shapes, not how it selects weights. Widths and ranks are rounded as in the family unless the entry has another
+alignment. The code of a method can leave odd widths, which are slower (``align=1`` of the family).
 """
 
 from __future__ import annotations
