@@ -165,10 +165,10 @@ def _with_gap(profile: HardwareProfile, lender: HardwareProfile) -> HardwareProf
     gap = lender.sections[_GEMM]["t0"] - own["t0"]
     if gap <= 0.0 or own.provenance is None:
         return profile
-    constants = {**profile.section("runtime", "*").constants, "graph_gap_s": Fitted(gap, None, "borrowed")}
+    constants = {**profile.section("runtime", "*").constants, "graph_gap_s": Fitted(gap, None, "inherited")}
     origin = f"{lender.name}: its GEMM t0 (graph replays) less this device's (kernel times)"
-    provenance = replace(own.provenance, borrowed_from=origin)
-    section = Section(constants, provenance=provenance, status="borrowed")
+    provenance = replace(own.provenance, inherited_from=origin)
+    section = Section(constants, provenance=provenance, status="inherited")
     return with_sections(profile, {("runtime", "*"): section})
 
 
@@ -185,7 +185,8 @@ def rounded(section: Section) -> Section:
     if "measured" in arrays:
         arrays["measured"] = np.round(arrays["measured"], 3).astype(np.float32)
     accuracy = {name: _round(value, 4) for name, value in section.accuracy.items()}
-    return replace(section, constants=constants, arrays=arrays, spread=_round(section.spread, 3), accuracy=accuracy)
+    scale = _round(section.section_scale, 3)
+    return replace(section, constants=constants, arrays=arrays, section_scale=scale, accuracy=accuracy)
 
 
 def _round(value: float, digits: int) -> float:

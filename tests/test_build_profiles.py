@@ -66,11 +66,11 @@ def test_bad_commands_say_so_in_one_line(tmp_path: Path, capsys: pytest.CaptureF
     assert list(tmp_path.iterdir()) == [bad]
 
 
-def planted(operator: str, spread: float) -> Section:
+def planted(operator: str, scale: float) -> Section:
     """A calibrated section with the constants that are assumed."""
     constants = {n: replace(c, status="fitted") for n, c in B200.section(operator, "bf16").constants.items()}
     about = Provenance(operator, "0" * 64, "2026-11-25", "SGLang", "NVIDIA B200", "graph", 100)
-    return Section(constants, spread=spread, provenance=about, accuracy={"mape": 1 / 30}, status="calibrated")
+    return Section(constants, section_scale=scale, provenance=about, accuracy={"mape": 1 / 30}, status="calibrated")
 
 
 def test_what_needs_the_wheel_is_kept_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +85,7 @@ def test_what_needs_the_wheel_is_kept_as_it_is(tmp_path: Path, monkeypatch: pyte
     copy = tmp_path / "b200_sxm.yaml"
     copy.write_bytes((profiles_folder() / copy.name).read_bytes())
     again = load_hardware(copy).stacks["sglang"]
-    assert (again[prefill].spread, again[decode].spread) == (1.23, 0.9)
+    assert (again[prefill].section_scale, again[decode].section_scale) == (1.23, 0.9)
     assert again[decode].provenance == before[decode].provenance
     monkeypatch.setattr(shipped, "load_hardware", lambda _: load_hardware(tmp_path / "gone.yaml"))
     assert any("nothing kept of the file before" in line for line in make("b200_sxm.sglang", tmp_path))
@@ -106,7 +106,7 @@ def test_operators_asked_for_leave_the_others_as_they_are(tmp_path: Path, capsys
 def test_sections_are_round() -> None:
     own = planted("gemm", 0.123456)
     once = rounded(replace(own, arrays={"values": np.array([[0.123456789]])}))
-    assert (once.spread, once.accuracy["mape"]) == (0.123, 0.03333)
+    assert (once.section_scale, once.accuracy["mape"]) == (0.123, 0.03333)
     assert once.arrays["values"] == np.float32(0.1235)
     noisy = {name: replace(c, value=c.value * (1 + 1e-12)) for name, c in once.constants.items()}
     assert rounded(replace(once, constants=noisy)).constants == once.constants
@@ -120,7 +120,7 @@ def test_shipped_profiles_say_what_they_rest_on(name: str) -> None:
         for key, section in sections.items():
             about = section.provenance
             assert about is not None, (stack, key)
-            assert section.status == ("borrowed" if about.borrowed_from else "calibrated"), (stack, key)
+            assert section.status == ("inherited" if about.inherited_from else "calibrated"), (stack, key)
             assert "/work" not in about.source
             if section.status == "calibrated" and key[0] != "runtime":
                 assert 0.0 < section.accuracy["mape"] < 0.25, (stack, key)

@@ -26,7 +26,7 @@ from calibration.records.table import PURPOSES, Flag, Records
 from simulator.arrays import FloatArray
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
-from simulator.hardware.profile import OTHER_STACK, Anchor, HardwareProfile
+from simulator.hardware.profile import OTHER_STACK, HardwareProfile, LocalUpdate
 from simulator.uncertainty.factors import COVERAGE_FACTOR, ERROR_FACTORS, FACTOR_INDEX, Uncertainty
 from simulator.uncertainty.posterior import MOST_LOG, Posterior, posterior_of
 
@@ -89,8 +89,8 @@ def update_profile(hw: HardwareProfile, records: Records, *, dtype: str | None =
     InputError, one line: fewer than 3 usable rows; rows of another GPU; a tenth of them faster than physics allows; an
     operator whose times differ by a factor of 2.5 or more in the median.
     """
-    base = replace(hw, anchor=None, same_stack=False)
-    notes = ["the profile's earlier local update is replaced"] if hw.anchor is not None else []
+    base = replace(hw, local_update=None, same_stack=False)
+    notes = ["the profile's earlier local update is replaced"] if hw.local_update is not None else []
     rows = _usable(records if dtype is None else records.select(records.labels().astype(str) == dtype), notes)
     _refuse_other_device(hw, rows, notes)
     compared = _compared(base, rows, notes)
@@ -110,17 +110,17 @@ def update_profile(hw: HardwareProfile, records: Records, *, dtype: str | None =
         notes.append(f"only {len(rows)} rows; {FEW_ROWS} to {MOST_ROWS} from several operators recommended")
     used = np.flatnonzero(compared.systematic.any(axis=0))
     arrays = {
-        "shared": compared.systematic[:, used],
-        "local": compared.correlated,
-        "own": compared.independent,
-        "place": compared.coordinates,
+        "systematic": compared.systematic[:, used],
+        "correlated": compared.correlated,
+        "independent": compared.independent,
+        "coordinates": compared.coordinates,
         "kind": compared.kind,
         "log_ratio": log_ratio,
     }
     columns = tuple(name for name, i in FACTOR_INDEX.items() if i in used)
-    anchor = Anchor(provenance_of(rows, date), columns, MappingProxyType(arrays))
+    update = LocalUpdate(provenance_of(rows, date), columns, MappingProxyType(arrays))
     # earlier measured shapes would contradict the update
-    profile = with_exact(without_exact(replace(hw, anchor=anchor, path=None)), records)
+    profile = with_exact(without_exact(replace(hw, local_update=update, path=None)), records)
     posterior = posterior_of(profile)
     assert posterior is not None
     before = np.sqrt((compared.systematic**2).sum(axis=1) + compared.correlated**2 + compared.independent)

@@ -265,9 +265,7 @@ def _fit_runtime(task: _Task, hw: HardwareProfile) -> FittedPart:
     if len(chosen := layer_s if len(layer_s) else bare_s):
         error = float(np.std(chosen)) if len(chosen) > 1 else None
         constants["host_op_s"] = Fitted(float(np.median(chosen)), error, "fitted")
-    if (
-        len(bare_s) and hw.architecture == "cpu"
-    ):  # nothing computes while the framework creates the views of an operator
-        constants["graph_gap_s"] = Fitted(float(np.median(bare_s)), None, "borrowed")
+    if len(bare_s) and hw.architecture == "cpu":  # nothing computes while the framework takes the views of an operator
+        constants["graph_gap_s"] = Fitted(float(np.median(bare_s)), None, "inherited")
     section = Section(constants, provenance=task.provenance, status="calibrated")
     return FittedPart(section, ConstantsFit({}, {}, {}), len(r))

@@ -9,7 +9,7 @@ before it:
 
 A line is on the disk (``fsync``) before :meth:`Store.append` returns. A last line that was cut short is dropped and
 counted; any other line that is damaged, doubled, not at its number, or a second header is refused, because then more
-than a kill has happened to the file. Version 0.1 wrote no numbers: of its lines only the order cannot be checked. What
+than a kill has happened to the file. What
 the lines mean for a fit is in ``lines``.
 """
 
@@ -181,12 +181,12 @@ def parse(content: bytes, label: str) -> Content | None:
 
 def _misplaced(row: dict[str, Any], line: int, first: int) -> str:
     """What is wrong with the place of a line, or ""; takes its number out. ``first`` is where it was met first."""
-    own = row.pop("line", line)
+    own = row.pop("line", None)
     if line > 1 and "prunesim" in row:
         return "a second header: the files of several runs are joined by prunesim measure --merge"
     if line != first:
         return f"line {first} once more; remove it, or restore the file from a copy"
-    if own != line:
+    if line > 1 and own != line:
         return f"was written as line {own!r:.40}: lines are missing or in another order; restore the file from a copy"
     return ""
 

@@ -41,7 +41,7 @@ class Part:
     roofline_s: FloatArray  # max(FLOP / peak, bytes / bandwidth)
     simple_s: FloatArray  # the same with 0.8 of the bandwidth, plus 3 us
     bottleneck: NDArray[np.str_]  # that holds the predicted time
-    status: str = "default"  # of the profile's section: "calibrated", "borrowed" or "default"
+    status: str = "default"  # of the profile's section: "calibrated", "inherited" or "default"
     seen: bool = False  # whether that was fitted on these very rows
 
     def __len__(self) -> int:

@@ -194,7 +194,7 @@ def _makeshift(hw: HardwareProfile, section: Section, narrow: bool) -> bool:
         own = section.stack == "sglang" == (hw.engine_stack or section.stack)
         return own and narrow and hw.architecture == "hopper"
     similar = not narrow and section.stack in _TRITON and hw.engine_stack in _TRITON
-    return hw.spread(section)[0] >= OTHER_STACK and not similar
+    return hw.error_scales(section)[0] >= OTHER_STACK and not similar
 
 
 def _checked(hw: Any, dtype: Any, kv_dtype: Any, latent: Any, **sizes: Any) -> None:

@@ -284,10 +284,7 @@ EXPERTS_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
 # fmt: on
 
 CLASSES: tuple[str, ...] = ("norm", "final_norm", "rotary", "activation", "embedding", "copy", "select", "scatter")
-"""Classes of elementwise operators with a bandwidth and a floor of their own; new ones come last, so that arrays of
-older profiles keep their rows."""
-
-FIRST_CLASSES = 7  # of the first profiles
+"""Classes of elementwise operators, each with its own bandwidth and floor; the order is that of the arrays' rows."""
 
 
 def _elementwise() -> dict[str, Constant]:

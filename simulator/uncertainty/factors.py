@@ -165,7 +165,7 @@ def error_scales(e: Estimate, hw: HardwareProfile) -> tuple[float, float]:
     """Return the factors on the prior of an estimate's errors: on systematic ones, and on the others."""
     if e.section is None:
         return 1.0, 1.0
-    systematic, others = hw.spread(e.section)
+    systematic, others = hw.error_scales(e.section)
     return ERROR_SIZES[e.operator].scales.get(systematic, systematic), others
 
 

@@ -131,12 +131,14 @@ class Posterior:
 @lru_cache(maxsize=16)
 def posterior_of(hw: HardwareProfile) -> Posterior | None:
     """Return the posterior of a profile's local update, None without one."""
-    if hw.anchor is None:
+    if hw.local_update is None:
         return None
-    arrays = {name: np.asarray(values) for name, values in hw.anchor.arrays.items()}
+    arrays = {name: np.asarray(values) for name, values in hw.local_update.arrays.items()}
     systematic = np.zeros((len(arrays["log_ratio"]), len(ERROR_FACTORS)))
-    for name, column in zip(hw.anchor.columns, arrays["shared"].astype(np.float64).T, strict=True):
+    for name, column in zip(hw.local_update.factors, arrays["systematic"].astype(np.float64).T, strict=True):
         if name in FACTOR_INDEX:  # a later version may know more factors
             systematic[:, FACTOR_INDEX[name]] = column
-    local, own, place, log_ratio = (arrays[name].astype(np.float64) for name in ("local", "own", "place", "log_ratio"))
-    return Posterior.of(systematic, local, own, place, arrays["kind"].astype(np.intp), log_ratio)
+    correlated, independent, coordinates, log_ratio = (
+        arrays[name].astype(np.float64) for name in ("correlated", "independent", "coordinates", "log_ratio")
+    )
+    return Posterior.of(systematic, correlated, independent, coordinates, arrays["kind"].astype(np.intp), log_ratio)

@@ -146,8 +146,8 @@ def test_anchor_moves_a_shipped_profile_and_says_what_the_rows_mean(cli: Any) ->
     assert "What 42 rows say of this machine" in out  # the others repeat one of them
     assert "GEMM arithmetic is" in out
     assert max(map(len, out.splitlines())) <= 100
-    anchor = load_hardware("p.yaml").anchor
-    assert (anchor.provenance.rows, anchor.provenance.device) == (42, "planted H100")
+    update = load_hardware("p.yaml").local_update
+    assert (update.provenance.rows, update.provenance.device) == (42, "planted H100")
     assert "anchored: 42 rows measured on planted H100 with planted 1" in cli.out("hardware show p.yaml")
     parts = [cli.json(f"validate {profile} r.parquet")[0]["parts"][0] for profile in ("h100", "p.yaml")]
     before, after = (part["errors"]["mape"] for part in parts)
@@ -300,7 +300,7 @@ def test_quick_anchors_on_rows_of_all_operators(planted: list[Any], cli: Any) ->
     out = cli.out(f"calibrate cuda -o run --quick --budget 60s {options}")
     assert "rows say of this machine and its software" in out
     profile, shipped = load_hardware("run/profile.yaml"), load_hardware("h100")
-    assert set(profile.anchor.arrays["kind"].tolist()) == {0, 1, 2, 3}
+    assert set(profile.local_update.arrays["kind"].tolist()) == {0, 1, 2, 3}
     assert profile.section("gemm", "bf16")["t0"] == shipped.section("gemm", "bf16")["t0"]
     asked = asked_workloads("qwen2.5-0.5b", seq=(128,), families=("width",), sparsities=(0.5,))
     first = [op.key for op in asked_operators(asked, load_hardware(Path("run", DATASHEET)))][:10]
@@ -327,7 +327,7 @@ def test_the_host_alone_is_measured_and_moves_a_profile(planted: list[Any], cli:
     assert layer == pytest.approx(LAYER_LAUNCHES * launch, rel=0.01)
     profile = load_hardware("run/profile.yaml")
     eager = "speedup qwen2.5-0.5b --phase decode --batch 1 --seq 128 --engine hf"
-    assert (profile.name, profile.anchor.provenance.rows) == ("h100_sxm", 6)
+    assert (profile.name, profile.local_update.provenance.rows) == ("h100_sxm", 6)
     (moved,), (shipped,) = (
         [r for r in cli.json(f"{eager} --family depth --sparsity 0.5 --hardware {name}") if r["family"] == "depth"]
         for name in ("run/profile.yaml", "h100")

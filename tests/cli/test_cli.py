@@ -38,7 +38,7 @@ BAD = """
 speedup llama-3.1-8b --hardware h10_sxm                              | did you mean h100_sxm
 speedup llama-3.1-8b --hardware h100@tensorrt                        | h100_sxm: stack 'tensorrt' is unknown
 gemm 1 1 1 --hardware h100@torch,a100                                | Known: sglang, trtllm
-gemm 1 1 1 --hardware cpu@vllm --dtype fp32                          | cpu was fitted for no stack
+gemm 1 1 1 --hardware cpu@vllm --dtype fp32                          | cpu: expected no stack
 speedup llama-3.1-8c --hardware h100                                 | did you mean llama-3.1-8b
 @ --family depht                                                     | did you mean depth
 @ --method shortgtp                                                  | did you mean shortgpt
@@ -271,7 +271,7 @@ def test_lists_and_shows(cli: Any, tmp_path: Path) -> None:
     assert "989" in cli.out("hardware show h100")
     for name, stack in (("h100", "sglang +calibrated .* SGLang"), ("h100@trtllm", "trtllm +calibrated .* TRTLLM")):
         assert re.search(rf"gemm +bf16 +{stack}", cli.out(f"hardware show {name}"))
-    assert re.search(r"gemm +int8_wo +sglang +borrowed .* as h100_sxm sglang\n", cli.out("hardware show h200@trtllm"))
+    assert re.search(r"gemm +int8_wo +sglang +inherited .* as h100_sxm sglang\n", cli.out("hardware show h200@trtllm"))
     own = tmp_path / "own.yaml"
     assert cli.json(f"hardware new own -o {own}") == {"file": str(own)}
     assert "prunesim hardware check mine.yaml" in cli.out("hardware new mine")

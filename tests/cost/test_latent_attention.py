@@ -71,7 +71,7 @@ def test_arrays_broadcast_and_a_long_cache_of_few_heads_is_bound_by_memory_alone
 def test_sections_of_their_own_and_wide_where_nothing_was_fitted() -> None:
     hw = load_hardware("h100@sglang")
     status = [hw.section(operator, "bf16").status for operator in ("mla_decode", "mla_prefill", "attention_decode")]
-    assert status == ["calibrated", "borrowed", "calibrated"]  # SGLang's prompts are not in the tables
+    assert status == ["calibrated", "inherited", "calibrated"]  # SGLang's prompts are not in the tables
     widths = []
     for name in ("h100@trtllm", "h20", "l40s", "a6000"):  # fitted; fitted, but other stacks differ; nothing there
         t = decode_time(8, 8192, 128, hw=load_hardware(name), **DECODE)

@@ -221,7 +221,7 @@ def test_what_is_odd_is_said() -> None:
     assert any(note.startswith("one shape: only") for note in anchor_profile(HW, one).notes)
     assert any(note.startswith("5 rows are few") for note in anchor_profile(HW, planted(gemms(5))).notes)
     many = anchor_profile(HW, planted(gemms(900)))
-    assert (many.rows, len(many.profile.anchor.arrays["own"])) == (400, 400)  # type: ignore[union-attr]
+    assert (many.rows, len(many.profile.local_update.arrays["independent"])) == (400, 400)  # type: ignore[union-attr]
     slow = planted(gemms(60))
     slow = slow.replace(seconds=slow.seconds * np.where(slow.m <= 32, 1.6, 1.0))  # less memory bandwidth than it has
     assert any("times what stacks differ by" in note for note in anchor_profile(HW, slow).notes)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow.csv
 import pyarrow.parquet
-from layouts import LAYOUTS, gguf, stored_as, tensors_of
+from layouts import LAYOUTS, stored_as, tensors_of
 
 from calibration.records.parquet import write_records
 from calibration.records.store import Header
@@ -115,7 +115,7 @@ def crc_line(row: Any) -> bytes:
 
 
 SMALL = (ROOT / "tests/bad_profiles/good.yaml").read_text(encoding="utf-8")
-OPERATORS = ("gemm", "attention_prefill", "attention_decode", "elementwise", "anchor")
+OPERATORS = ("gemm", "attention_prefill", "attention_decode", "elementwise", "local_update")
 
 _FACTS, _FITTED = (
     (ROOT / f"hardware_profiles/rtx_4090{stack}.yaml").read_text(encoding="utf-8").replace("rtx_4090", "mine")
@@ -149,11 +149,11 @@ ARRAYS: dict[str, Any] = {
     "attention_decode.bf16.step": np.ones(3),
     "attention_decode.bf16.values": np.zeros((3, 2, 1)),
     "elementwise.bf16.start": np.array(14.0),
-    "elementwise.bf16.values": np.zeros((7, 5)),
-    **{f"anchor.{name}": np.full(2, 0.1) for name in ("own", "local", "log_ratio")},
-    "anchor.kind": np.array([0, 1]),
-    "anchor.place": np.ones((2, 3)),
-    "anchor.shared": np.ones((2, 2)),
+    "elementwise.bf16.values": np.zeros((8, 5)),
+    **{f"local_update.{name}": np.full(2, 0.1) for name in ("independent", "correlated", "log_ratio")},
+    "local_update.kind": np.array([0, 1]),
+    "local_update.coordinates": np.ones((2, 3)),
+    "local_update.systematic": np.ones((2, 2)),
 }
 """Small arrays of every operator that has some, and exact shapes."""
 
@@ -167,13 +167,19 @@ def profile_with(raw: bytes, file: str = "arrays.npz", operators: Iterable[str] 
     """Text of a profile that names these bytes as the arrays of some operators."""
     provenance = SMALL[SMALL.index("      provenance:") : SMALL.index("      constants:")]
     text = SMALL[: SMALL.index("calibrated:")] + "calibrated:\n"
-    for operator in sorted(operators, key="anchor".__eq__):
+    for operator in sorted(operators, key="local_update".__eq__):
         names = ", ".join(name.rpartition(".")[2] for name in arrays_of(operator))
-        start = "      columns: [machine launch, gemm launch]\n" if operator == "anchor" else "      constants: {}\n"
+        start = (
+            "      factors: [machine launch, gemm launch]\n" if operator == "local_update" else "      constants: {}\n"
+        )
         section = f"{provenance}{start}      arrays:\n        file: {file}\n"
         section += f'        sha256: "{hashlib.sha256(raw).hexdigest()}"\n        names: [{names}]\n'
-        if operator == "anchor":
-            text = text.removesuffix("calibrated:\n") + "anchor:\n" + re.sub("^    ", "", section, flags=re.MULTILINE)
+        if operator == "local_update":
+            text = (
+                text.removesuffix("calibrated:\n")
+                + "local_update:\n"
+                + re.sub("^    ", "", section, flags=re.MULTILINE)
+            )
         else:
             text += f"  {operator}:\n    bf16:\n{section}"
     return text
@@ -250,8 +256,6 @@ CHECKPOINTS = (*map(_checkpoint, SMALL_CONFIGS), *(_checkpoint(SMALL_CONFIGS[0],
 
 INDEX = {"weight_map": {name: f"{'ab'[i % 2]}.safetensors" for i, name in enumerate(CHECKPOINTS[0])}}
 """The index of the first of them, in two files."""
-
-GGUF = gguf(load_model({**SMALL_CONFIGS[0], "num_hidden_layers": 1}), 1)
 
 
 def with_digest(raw: bytes, file: str) -> str:

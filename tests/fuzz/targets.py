@@ -239,11 +239,6 @@ def index(path: Path) -> None:
     finite(simulator.lower(model, phase="decode", batch=1, seq=16).flops.sum())
 
 
-@Target("model.gguf", lambda rng: edit_bytes(good.GGUF, rng), "models show {}")
-def gguf_header(path: Path) -> None:
-    finite(simulator.lower(simulator.load_model(path), phase="decode", batch=1, seq=16).flops.sum())
-
-
 @Target("config.json", lambda rng: mutate.json_text(dict(rng.choice(good.CONFIGS)), rng), "models show {}")
 def config(path: Path) -> None:
     model = simulator.load_model(path)

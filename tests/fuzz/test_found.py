@@ -60,7 +60,8 @@ def write_parquet(path: Path, names: list[str], columns: list[Any], metadata: di
 
 
 def jsonl(path: Path, *rows: Any) -> Path:
-    path.write_bytes(b"".join(map(crc_line, rows)))
+    numbered = ({"line": i, **row} if i > 1 and isinstance(row, dict) else row for i, row in enumerate(rows, 1))
+    path.write_bytes(b"".join(map(crc_line, numbered)))
     return path
 
 
@@ -127,7 +128,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
             for body in (b'{"a":' + DEEP + b"]" * 100_000 + b"}", b'{"a":NaN}')
         ),
         *(
-            ("timings.jsonl", crc_line(HEADER) + crc_line({**TIMING, **change}), "record 1: is no timing")
+            ("timings.jsonl", crc_line(HEADER) + crc_line({"line": 2, **TIMING, **change}), "record 1: is no timing")
             for change in (
                 *({"operator": {}}, {"operator": {"kind": "copy"}}, {"samples_s": 5}, {"lower_s": "a", "upper_s": 1}),
                 *({"median_s": value} for value in ("soon", 10**400, [1])),
@@ -227,7 +228,7 @@ def test_an_index_that_names_a_file_no_system_would_take(tmp_path: Path) -> None
     index = tmp_path / "model.safetensors.index.json"
     for name in ("x" * 3000, "\ud800"):
         index.write_text(json.dumps({"weight_map": {"a": name}}))
-        refused("is missing (1 of 1 files are)", simulator.load_model, tmp_path)
+        refused("is missing (1 of 1 are missing)", simulator.load_model, tmp_path)
 
 
 def test_a_condition_that_python_only_warns_of_is_refused_and_nothing_printed() -> None:
@@ -243,7 +244,7 @@ def test_a_block_that_is_no_number_is_none(tmp_path: Path) -> None:
 
 
 def test_merging_what_no_store_would_write(tmp_path: Path) -> None:
-    path, out = jsonl(tmp_path / "r.jsonl", HEADER, b'{"key":"x","a":1e999}'), tmp_path / "o.jsonl"
+    path, out = jsonl(tmp_path / "r.jsonl", HEADER, b'{"line":2,"key":"x","a":1e999}'), tmp_path / "o.jsonl"
     refused("cannot be merged", merge, [path], out)
     assert not out.exists()
     two = jsonl(tmp_path / "s.jsonl", HEADER, {"key": "x", "run": "\ud800"}, {"key": "y", "run": "b"})
@@ -263,16 +264,16 @@ def test_the_good_arrays_are_good_and_a_broken_zip_says_so(tmp_path: Path) -> No
     times(hw)
     save_hardware(hw, tmp_path / "q.yaml")  # its constants are an empty mapping, which was written as nothing
     assert load_hardware(tmp_path / "q.yaml").sections.keys() == hw.sections.keys()
-    refused("is no readable .npz", load_hardware, profile_of(ARRAYS, tmp_path, cut=100))
+    refused("is not a readable .npz", load_hardware, profile_of(ARRAYS, tmp_path, cut=100))
 
 
 # fmt: off
 ODD_ARRAYS = [
-    ("gemm", "grids", None, "array grids is missing"),
+    ("gemm", "grids", None, "needs array grids"),
     ("gemm", "grids", np.zeros((2, 3, 3)), "array grids"),
     ("gemm", "measured", np.zeros(6), "array measured: expected the shape"),
     ("gemm", "measured", np.full((2, 3), 1e300), "array measured: expected values"),
-    ("gemm", "measured_m", None, "measured_m is missing"),
+    ("gemm", "measured_m", None, "needs array measured_m"),
     ("gemm", "measured_m", np.zeros(0), "array measured_m"),
     ("gemm", "measured_m", np.array([0.0, 5.0]), "array measured_m"),
     ("gemm", "terms", np.array([[0, 1, 99], [11, -1, -1]]), "array terms"),
@@ -288,7 +289,7 @@ ODD_ARRAYS = [
     ("attention_decode", "values", np.zeros((0, 2, 2)), "array values"),
     ("elementwise", "values", np.zeros((3, 4)), "array values"),
     ("elementwise", "start", np.zeros(2), "array start"),
-    ("elementwise", "start", None, "array start is missing"),
+    ("elementwise", "start", None, "array values needs array start"),
 ]
 # fmt: on
 

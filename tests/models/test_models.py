@@ -72,7 +72,7 @@ def test_names_and_ids(given_name: str, name: str) -> None:
     [
         ("lama-2-7b", "model 'lama-2-7b' is unknown; did you mean llama-2-7b"),
         *(
-            (name, "is not a name or a path|is unknown|no such file")
+            (name, "expected a name or a path|is unknown|no such file")
             for name in ("", "  ", "a\0b", "x" * 5000, "no/such/folder/", "./nothing.json")
         ),
         *((source, "expected a name, a path or a configuration") for source in (None, 3, ["llama-2-7b"], 1.5)),

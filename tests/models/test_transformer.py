@@ -260,7 +260,7 @@ FOUR = {"model_type": "llama", "num_key_value_heads": 4, "vocab_size": 90, **SHA
         ("llama-2-13b", 16, "tensor", "attention heads 40"),
         ("qwen2.5-7b", 7, "tensor", "MLP width 18944"),
         (FOUR, 6, "tensor", "llama has 4 key/value heads; one number must divide the other"),
-        ("llama-2-70b", 81, "pipeline", "80 layers; a pipeline takes at most one device a layer"),
+        ("llama-2-70b", 81, "pipeline", "80 layers; a pipeline has at most one device per layer"),
     ],
 )
 def test_what_does_not_divide_is_refused(model: Any, devices: int, parallel: str, reason: str) -> None:

@@ -158,16 +158,6 @@ def test_lines_that_are_not_those_that_were_written_are_refused_with_their_place
         refused(f"^{path}{says}", opened, path)
 
 
-def test_a_file_of_version_0_1_has_no_numbers_and_is_read_and_resumed(path: Path) -> None:
-    lines = [encode_line({"run": "r1", "time": "2026", **row(number)}) for number in range(2)]
-    path.write_bytes(b"".join([encode_line(HEADER.as_dict()), *lines]))
-    with Store(path, HEADER) as store:
-        store.append(row(2))
-    assert keys(path) == [f"gemm m={number}" for number in range(3)]
-    path.write_bytes(path.read_bytes() + lines[1])
-    refused(":5: line 3 once more", read_store, path)
-
-
 def test_other_files_and_folders_are_refused_and_left_alone(path: Path) -> None:
     for content, reason in (
         (b"m,n,k\n1,2,3\n", "is no store"),

@@ -60,7 +60,7 @@ def planted() -> Measured:
 @pytest.mark.slow
 def test_an_ablation_of_nothing_is_the_fit_that_ships(planted: Measured) -> None:
     own, shipped = ablations.fit_variant(ablations.FULL, planted, 3), planted.fit(seed=3, fine=True)
-    assert own.spread == shipped.spread
+    assert own.section_scale == shipped.section_scale
     np.testing.assert_allclose(own.arrays["values"], shipped.arrays["values"])
 
 
