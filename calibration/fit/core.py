@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from calibration.fit.solver import ConstantsFit, Minimum, Table, fit_logs, gauss_newton, numbered, soft_l1
 from calibration.records.screening import rotated_copies
-from calibration.records.table import Records
+from calibration.records.timing_table import Records
 from simulator.arrays import FloatArray
 from simulator.cost.gemm_model import CoreTime, Machine, core_time, machine_core
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS

@@ -25,8 +25,8 @@ from calibration.fit.gemm import FIT_ROWS, fit_gemm
 from calibration.fit.kernels import KINDS as SKIPPING
 from calibration.fit.kernels import fit_skipping
 from calibration.fit.solver import ConstantsFit, FittedPart
-from calibration.records.exact import with_exact
-from calibration.records.table import LAUNCHES, PURPOSES, Flag, Records
+from calibration.records.exact_shapes import with_exact
+from calibration.records.timing_table import LAUNCHES, PURPOSES, Flag, Records
 from simulator.cost.collective import KINDS
 from simulator.cost.elementwise import class_code
 from simulator.cost.gemm_model import Machine
@@ -136,7 +136,7 @@ def _formats(records: Records) -> NDArray[np.str_]:
 
 def _usable(records: Records, notes: list[str]) -> Records:
     """Rows for the fit: no throttled ones, none kept apart on purpose. What is flagged otherwise is named."""
-    apart = np.isin(records.purpose, [PURPOSES.index(name) for name in ("holdout", "exact", "anchor")])
+    apart = np.isin(records.purpose, [PURPOSES.index(name) for name in ("holdout", "exact", "drift_check")])
     throttled = (records.flags & int(Flag.THROTTLED)) != 0
     timed = np.isfinite(records.seconds) & (records.seconds > 0)
     for left_out, text in (

@@ -24,7 +24,7 @@ from calibration.fit.gemm import fit_gemm
 from calibration.fit.predict import joined, predict
 from calibration.fit.solver import numbered
 from calibration.records.screening import LATENT
-from calibration.records.table import Records, Source
+from calibration.records.timing_table import Records, Source
 from calibration.validation import scores
 from calibration.validation.baselines import BASELINES
 from simulator.arrays import FloatArray, IndexArray

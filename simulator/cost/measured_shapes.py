@@ -44,7 +44,7 @@ def exact_of(arrays: Mapping[str, NDArray[Any]]) -> Exact | None:
     """The exact shapes of a section's arrays, None where there are none; ValueError where they cannot be looked up.
 
     ``exact_m``, ``exact_n``, ``exact_k``; ``exact_s``: seconds, cold weights, plain dense kernel; ``exact_log_half``:
-    log half-width of the 90 % interval. ``calibration.records.exact`` makes them from records.
+    log half-width of the 90 % interval. ``calibration.records.exact_shapes`` makes them from records.
     """
     if "exact_m" not in arrays:
         return None

@@ -20,9 +20,9 @@ from calibration.fit.profile import fit_profile
 from calibration.measure.interrupt import Interrupted
 from calibration.records.parquet import read_records, write_records
 from calibration.records.store import read_store
-from calibration.records.table import Records, Source
+from calibration.records.timing_table import Records, Source
 from calibration.runners.runs import DATASHEET, keep_apart
-from calibration.runners.targets import asked_operators, asked_workloads
+from calibration.runners.targets import target_operators, target_workloads
 from simulator.cost.gemm import gemm_time
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
@@ -218,7 +218,7 @@ def test_a_run_goes_on_where_it_ended(planted: list[Any], cli: Any) -> None:
     (second,) = cli.json("measure cuda -o run --budget 60s")
     assert second["resumed"] > 20
     assert f'"planned": {second["planned"]},' in out
-    keys = [r["key"] for r in read_store(Path("run/records.jsonl")).rows if r["purpose"] != "anchor"]
+    keys = [r["key"] for r in read_store(Path("run/records.jsonl")).rows if r["purpose"] != "drift_check"]
     counted = ("resumed", "ok", "noisy", "unsupported", "skipped")
     assert len(keys) == len(set(keys)) == sum(second[name] for name in counted)
 
@@ -235,7 +235,7 @@ def test_an_interrupted_run_says_how_to_go_on(planted: list[Any], monkeypatch: p
     monkeypatch.setattr(stopped, "play", interrupted)
     planted.append(stopped)
     _, err = cli("measure cuda -o run --budget 60s", 130)
-    assert "the same command goes on from here" in err
+    assert "run the command again to resume" in err
 
 
 BAD_RUNS = {
@@ -264,20 +264,12 @@ def test_folders_of_other_devices_are_refused(planted: list[Any], cli: Any) -> N
     assert Path("run/records.jsonl").read_bytes() == before
 
 
-def test_runs_of_several_machines_merge(planted: list[Any], cli: Any) -> None:
-    for seed in (0, 1):
-        cli(f"measure cuda -o {seed} --budget 20s --seed {seed}")
-    (merged,) = cli.json("measure --merge 0 1 -o all.jsonl")
-    assert merged["records"] == sum(len(read_store(Path(seed, "records.jsonl")).rows) for seed in "01")
-    cli("fit all.jsonl -o p.yaml --hardware h100")
-
-
 def test_exact_shapes_of_a_model_are_measured_first(planted: list[Any], cli: Any) -> None:
     options = "--for qwen2.5-0.5b --batch 1 --seq 128 --family width --sparsity 0.5 --budget 60s"
     assert "the shapes measured exactly" in cli.out(f"calibrate cuda -o run {options}")
     arrays = load_hardware("run/profile.yaml").sections["gemm", "bf16"].arrays
-    asked = asked_workloads("qwen2.5-0.5b", seq=(128,), families=("width",), sparsities=(0.5,))
-    wanted = {(op.m, op.n, op.k) for op in asked_operators(asked, load_hardware("h100"), every=False)}
+    asked = target_workloads("qwen2.5-0.5b", seq=(128,), families=("width",), sparsities=(0.5,))
+    wanted = {(op.m, op.n, op.k) for op in target_operators(asked, load_hardware("h100"), every=False)}
     assert set(zip(*(arrays[f"exact_{x}"].tolist() for x in "mnk"), strict=True)) == wanted
 
 
@@ -285,10 +277,10 @@ def test_a_cpu_measures_the_projections_of_its_own_decoder(monkeypatch: pytest.M
     asked: list[set[str]] = []
 
     def wanted(*args: Any, **options: Any) -> Any:
-        asked.append({ROLES[role] for role in asked_workloads(*args, **options)[0][0].role})
+        asked.append({ROLES[role] for role in target_workloads(*args, **options)[0][0].role})
         raise InputError("enough")
 
-    monkeypatch.setattr("calibration.runners.targets.asked_workloads", wanted)
+    monkeypatch.setattr("calibration.runners.targets.target_workloads", wanted)
     for name in ("cpu", "cuda"):
         cli(f"calibrate {name} -o run --for qwen2.5-0.5b --seq 128", 2)
     assert {"q", "gate"} < asked[0]
@@ -302,9 +294,9 @@ def test_quick_anchors_on_rows_of_all_operators(planted: list[Any], cli: Any) ->
     profile, shipped = load_hardware("run/profile.yaml"), load_hardware("h100")
     assert set(profile.anchor.arrays["kind"].tolist()) == {0, 1, 2, 3}
     assert profile.section("gemm", "bf16")["t0"] == shipped.section("gemm", "bf16")["t0"]
-    asked = asked_workloads("qwen2.5-0.5b", seq=(128,), families=("width",), sparsities=(0.5,))
-    first = [op.key for op in asked_operators(asked, load_hardware(Path("run", DATASHEET)))][:10]
-    keys = [r["key"] for r in read_store(Path("run/records.jsonl")).rows if r["purpose"] != "anchor"]
+    asked = target_workloads("qwen2.5-0.5b", seq=(128,), families=("width",), sparsities=(0.5,))
+    first = [op.key for op in target_operators(asked, load_hardware(Path("run", DATASHEET)))][:10]
+    keys = [r["key"] for r in read_store(Path("run/records.jsonl")).rows if r["purpose"] != "drift_check"]
     assert keys[:10] == first
     assert cli.json("calibrate cuda -o again --quick --budget 15s")[0]["anchored"]["rows"] >= 20
 

@@ -12,7 +12,7 @@ from calibration.build_profiles import datasheet
 from calibration.fit.collective import Messages, fit_collective
 from calibration.fit.profile import fit_profile
 from calibration.records.importers import import_table
-from calibration.records.table import Records, Source
+from calibration.records.timing_table import Records, Source
 from simulator.cost.collective import KINDS, collective_core, collective_time
 from simulator.errors import InputError
 from simulator.hardware.constants import COLLECTIVE_CONSTANTS as CONSTANTS

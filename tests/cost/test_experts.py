@@ -10,7 +10,7 @@ import pytest
 from calibration.fit.experts import Layers, fit_experts, layers_of
 from calibration.measurements import load_measurements
 from calibration.measurements.wheel import datasheet
-from calibration.records.experts import too_slow
+from calibration.records.aiconfigurator_experts import too_slow
 from simulator.cost.experts import TILES, dealt_load, drawn_load, experts_core, experts_time
 from simulator.cost.gemm_model import Machine
 from simulator.errors import InputError

@@ -114,7 +114,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 
 
 def _device(fake: FakeCuda, **options: Any) -> CudaDevice:
-    return CudaDevice(0, backend=fake, place="cpu", nvml=None, **options)
+    return CudaDevice(0, backend=fake, torch_device="cpu", nvml=None, **options)
 
 
 GEMM = Operator("gemm", m=4, n=128, k=64)
@@ -183,7 +183,7 @@ def test_what_times_the_host_is_not_captured_and_is_timed_by_the_hosts_clock(fak
     for op in (Operator("launch_eager"), Operator("layer_eager", kv_len=16, cold=False)):
         before = fake.captured
         prepared = device.prepare(op)
-        assert prepared.method == "host clock round launches one by one"
+        assert prepared.method == "host clock around single launches"
         assert (fake.captured, fake.replays) == (before, 0)
         assert 0 < prepared.sample(10) < 0.1
     assert "layer_eager in fp8" in device.refuses(Operator("layer_eager", "fp8", kv_len=16))
@@ -193,7 +193,7 @@ def test_a_run_through_the_fake(fake: FakeCuda) -> None:
     kept: list[Any] = []
     device = _device(fake)
     gemms = [Operator("gemm", m=m, n=n, k=64) for m, n in ((1, 64), (4, 128))]
-    plan = replace(in_order(gemms, Rates(1e14, 1e12)), anchor=GEMM)
+    plan = replace(in_order(gemms, Rates(1e14, 1e12)), drift_check=GEMM)
     outcome = run(plan, device, kept.append, protocol=Protocol(time_limit_s=1.0, min_window_s=1e-3))
     assert outcome.counts.ok == 2
     assert {round(r["median_s"] * 1e6) for r in kept} == {10}
@@ -287,7 +287,7 @@ def test_the_description_names_the_stack(fake: FakeCuda) -> None:
 
 def test_a_gpu_that_is_not_there_is_one_line() -> None:
     with pytest.raises(InputError, match="there are 1 CUDA GPUs"):
-        CudaDevice(3, backend=FakeCuda(), place="cpu", nvml=None)
+        CudaDevice(3, backend=FakeCuda(), torch_device="cpu", nvml=None)
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="sees no CUDA GPU"):
             open_device("cuda")

@@ -64,7 +64,7 @@ def _check_places() -> None:
     generator = torch.Generator().manual_seed(0)
     places = torch.stack([torch.randperm(500, generator=generator)[:300].sort().values for _ in range(2)])
     places[1, 140:] = -1
-    out = flex.placed(q, k, v, places)
+    out = flex.at_positions(q, k, v, places)
     reference = _dense(q, k, v, (torch.arange(500) <= places[..., None])[:, None])
     _close(out[0], reference[0])
     _close(out[1, :, :140], reference[1, :, :140])
@@ -92,7 +92,7 @@ def test_masks_are_made_without_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flex, "_attend", lambda q, *_, **__: q)
     q, k, v = (t.to("meta") for t in _tensors(200, 200))
     flex.block_sparse(torch.zeros(13, 13, dtype=torch.bool, device="meta"), 200, 200, 16)(q, k, v)
-    flex.placed(q, k, v, torch.zeros(2, 200, dtype=torch.long, device="meta"))
+    flex.at_positions(q, k, v, torch.zeros(2, 200, dtype=torch.long, device="meta"))
     flex.running(q[:, :, :1], k, v, torch.zeros(2, 2, dtype=torch.bool, device="meta"))
     with pytest.raises(RuntimeError, match="meta"):  # as a read of data would have been
         k.sum().item()
