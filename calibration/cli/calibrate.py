@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from calibration.cli.fit import part_row, show_anchor, show_fit
-from calibration.cli.measure import Budget, Dtype, Folder, Hardware, Seed, describe, finish, measure, outcome_row
+from calibration.cli.measure import Budget, Dtype, Folder, Hardware, Seed, describe, finish, measured, outcome_row
 from calibration.cli.rows import seconds
 from simulator.cli import options, render
 from simulator.cli.options import arg, opt
@@ -15,15 +15,15 @@ from simulator.engines import DEFAULT_ENGINE
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from calibration.runners.runs import Calibrated
+    from calibration.cli.measure import Progress
+    from calibration.devices import Device
+    from calibration.runners.runs import Calibrated, Measured
 
-# fmt: off
 DeviceName = Annotated[str, arg("DEVICE", "cpu, cuda, cuda:1 or replay:FILE; host measures only the host time.")]
 Model = Annotated[str | None, opt("--for", "MODEL", "Measure the dense and pruned GEMMs of this model exactly, first.")]
 Family = Annotated[str, opt("--family", "LIST", "With --for: pruning families.")]
 Sparsity = Annotated[str, opt("--sparsity", "LIST", "With --for: removed fractions.")]
 Quick = Annotated[bool, opt("--quick", None, "Re-anchor --hardware with a few measured rows instead of a fit.")]
-# fmt: on
 
 
 def command(
@@ -48,7 +48,7 @@ def command(
     commands. Run the command again to resume a stopped run. DEVICE host takes a few seconds; it measures only the
     host's launch time per kernel and per eager layer, on the first GPU or else the CPU, and updates --hardware.
     """
-    from calibration.runners.runs import fit_run
+    from calibration.runners.runs import fit_run, measure_into
     from calibration.runners.targets import Targets, target_workloads
 
     budget_s = seconds("--budget", budget)
@@ -69,7 +69,22 @@ def command(
             sparsities=options.fractions("--sparsity", sparsity),
             engine="" if device == "cpu" else DEFAULT_ENGINE,  # no engine fuses projections on a CPU
         )
-    found = measure(device, output, budget_s, dtype, hardware=hardware, targets=targets, quick=quick, seed=seed)
+
+    def run(opened: Device, progress: Progress) -> Measured:
+        return measure_into(
+            output,
+            opened,
+            budget_s=budget_s,
+            dtype=dtype,
+            hardware=hardware,
+            targets=targets,
+            quick=quick,
+            seed=seed,
+            progress=progress,
+            note=render.note,
+        )
+
+    found = measured(device, output, run)
     finish(found.outcome)
     with render.progress("fitting") as report:
         done = fit_run(output, anchor=quick, progress=report)
@@ -85,10 +100,22 @@ def _host(output: str, budget_s: float, dtype: str, hardware: str, seed: int, js
 
     from calibration.devices.protocol import LAYER_LAUNCHES
     from calibration.fit.predict import HostTime
-    from calibration.runners.runs import DATASHEET, fit_run
+    from calibration.runners.runs import DATASHEET, fit_run, measure_host
     from simulator.hardware.library import load_hardware
 
-    found = measure("host", output, budget_s, dtype, host=True, hardware=hardware, seed=seed)
+    def run(opened: Device, progress: Progress) -> Measured:
+        return measure_host(
+            output,
+            opened,
+            budget_s=budget_s,
+            dtype=dtype,
+            hardware=hardware,
+            seed=seed,
+            progress=progress,
+            note=render.note,
+        )
+
+    found = measured("host", output, run)
     finish(found.outcome)
     done = fit_run(output, anchor=True)
     before, now = HostTime.of(load_hardware(Path(output) / DATASHEET)), HostTime.of(done.fit.profile)
@@ -122,13 +149,13 @@ def _host(output: str, budget_s: float, dtype: str, hardware: str, seed: int, js
         render.note(line)
 
 
-def _row(measured: dict[str, Any], done: Calibrated) -> dict[str, Any]:
+def _row(outcome: dict[str, Any], done: Calibrated) -> dict[str, Any]:
     from calibration.fit.anchor import Anchored, as_row
     from calibration.validation.scores import summary
 
     fit = done.fit
     return {
-        "measured": measured,
+        "measured": outcome,
         "fitted": [] if isinstance(fit, Anchored) else [part_row(p) for p in fit.parts],
         "anchored": as_row(fit) if isinstance(fit, Anchored) else None,
         "held_out": summary(done.held_out) if done.held_out else None,

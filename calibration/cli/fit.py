@@ -15,17 +15,13 @@ if TYPE_CHECKING:
     from calibration.fit.profile import ProfileFit
     from calibration.fit.solver import FittedPart
 
-# fmt: off
 Output = Annotated[str, opt("--output -o", "PROFILE.yaml", "Profile to write; its arrays go to an .npz next to it.")]
 Base = Annotated[str, opt("--hardware", "NAME", "Profile with the device's datasheet.")]
 DtypeOnly = Annotated[str | None, opt("--dtype", "NAME", "Number format to fit. Default: all.")]
 Prior = Annotated[
     str | None, opt("--prior", "NAME", "Calibrated profile of a related GPU or other stack, used as prior.")
 ]
-Anchor = Annotated[
-    bool, opt("--anchor", None, "Re-anchor --hardware with 20 to 400 rows measured on this machine.")
-]
-# fmt: on
+Anchor = Annotated[bool, opt("--anchor", None, "Re-anchor --hardware with 20 to 400 rows measured on this machine.")]
 
 
 def command(

@@ -11,10 +11,9 @@ from simulator.errors import InputError
 if TYPE_CHECKING:
     from calibration.records.importers import ImportResult
 
-# fmt: off
 Files = Annotated[list[str], arg("FILE...", "Tables: aiconfigurator or records .parquet, .csv, .jsonl.")]
 Output = Annotated[str, opt("--output -o", "FILE", "Parquet file to write.")]
-Format = Annotated[str, opt("--format", "NAME", "auto, aiconfigurator, measured, csv or records.")]
+
 Map = Annotated[
     list[str] | None,
     opt("--map", "NAME=COLUMN", "For csv: name here = name in the file, as latency_us=time; repeatable."),
@@ -24,13 +23,11 @@ DtypeOnly = Annotated[
 ]
 Hardware = Annotated[str | None, opt("--hardware", "NAME", "Profile whose datasheet limits the times.")]
 DeviceName = Annotated[str, opt("--device", "TEXT", "For csv: the measured device.")]
-# fmt: on
 
 
 def command(
     files: Files,
     output: Output,
-    format: Format = "auto",
     column_map: Map = None,
     dtype: DtypeOnly = None,
     hardware: Hardware = None,
@@ -54,7 +51,7 @@ def command(
     found: list[ImportResult] = []
     with render.progress("importing") as report:
         for done, file in enumerate(files):
-            found.append(import_table(file, format=format, hw=hw, dtype=dtype, column_map=mapping, device=device))
+            found.append(import_table(file, hw=hw, dtype=dtype, column_map=mapping, device=device))
             report(done + 1, len(files))
     records = Records.concat([f.records for f in found])
     formats = sorted(set(records.labels().astype(str)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,10 +14,12 @@ from simulator.cli import options, render
 from simulator.cli.options import arg, opt
 
 if TYPE_CHECKING:
+    from calibration.devices import Device
     from calibration.measure.run import Outcome
     from calibration.runners.runs import Measured
 
-# fmt: off
+    Progress = Callable[[int, int], None]
+
 DeviceName = Annotated[str, arg("DEVICE", "cpu, cuda, cuda:1 or replay:FILE.")]
 Folder = Annotated[str, opt("--output -o", "RUN", "Folder of the run; a run in an existing folder resumes.")]
 Budget = Annotated[str, opt("--budget", "TIME", "Time for the measurement: 2min, 90s, 1h.")]
@@ -25,7 +28,6 @@ Hardware = Annotated[
     str, opt("--hardware", "NAME", "Profile with the datasheet. Default: found by the device's name, or measured.")
 ]
 Seed = Annotated[int, opt("--seed", "N", "Seed of the choice and order of the shapes.")]
-# fmt: on
 
 
 def command(
@@ -43,23 +45,38 @@ def command(
     resume. A folder of another device, driver or number format is an error. prunesim fit reads the records of one or
     several runs.
     """
-    found = measure(device, output, seconds("--budget", budget), dtype, hardware=hardware, seed=seed)
+    from calibration.runners.runs import measure_into
+
+    budget_s = seconds("--budget", budget)
+
+    def run(opened: Device, progress: Progress) -> Measured:
+        return measure_into(
+            output,
+            opened,
+            budget_s=budget_s,
+            dtype=dtype,
+            hardware=hardware,
+            seed=seed,
+            progress=progress,
+            note=render.note,
+        )
+
+    found = measured(device, output, run)
     if render.Output(json).write([outcome_row(found)]):
         print(f"{Path(output) / 'records.jsonl'}: {describe(found.outcome)}")
     finish(found.outcome)
 
 
-def measure(device: str, output: str, budget_s: float, dtype: str, host: bool = False, **settings: Any) -> Measured:
-    """Open a device, measure it (or its host) into a folder with a progress bar, and close it."""
+def measured(device: str, output: str, run: Callable[[Device, Progress], Measured]) -> Measured:
+    """Open a device, run a measurement into a folder with a progress bar, and close the device."""
     from calibration.devices import open_device
-    from calibration.runners.runs import check_folder, measure_host, measure_into
+    from calibration.runners.runs import check_folder
 
     check_folder(output)
-    run = measure_host if host else measure_into
     opened = open_device(device)
     try:
         with render.progress("measuring") as report:
-            return run(output, opened, budget_s=budget_s, dtype=dtype, say=render.note, progress=report, **settings)
+            return run(opened, report)
     finally:
         opened.close()
 

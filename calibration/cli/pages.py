@@ -57,7 +57,7 @@ def accuracy_page(rows: Sequence[Row]) -> str:
         [line.what, line.asked, line.measured if line.met is not False else f"**{line.measured}**"]
         for line in against_bars(rows)
     ]
-    lines = ["## Against what was asked", "", table(["what, %", "asked", "measured"], asked), ""]
+    lines = ["## Acceptance criteria", "", table(["criterion, %", "target", "measured"], asked), ""]
     for title in accuracy.titles(rows):
         names, columns = zip(*accuracy.columns_of_table(rows, title), strict=True)
         lines += [f"## {title.replace('_', ' ')}", "", table(names, list(zip(*columns, strict=True))), ""]

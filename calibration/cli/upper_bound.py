@@ -22,13 +22,11 @@ if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
     from simulator.models.config import ModelConfig
 
-# fmt: off
 DeviceName = Annotated[str, opt("--device", "DEVICE", "cpu, cuda, cuda:1 or replay:FILE.")]
 Model = Annotated[str, arg("MODEL", "Name of a model, or its Hugging Face config.json.")]
 Family = Annotated[str, opt("--family", "LIST", "Pruning families, or all.")]
 Sparsity = Annotated[str, opt("--sparsity", "LIST", "Removed fractions.")]
 Layers = Annotated[int | None, opt("--layers", "N", "Use only the first N layers of the model.")]
-# fmt: on
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ def command(
     folder = check_folder(output)
     with selection.opened(device, folder, budget_s) as (opened, hw, left), render.progress("measuring") as report:
         found = measure_bounds(
-            folder, opened, cases, budget_s=left, dtype=dtype, seed=seed, progress=report, say=render.note
+            folder, opened, cases, budget_s=left, dtype=dtype, seed=seed, progress=report, note=render.note
         )
     rows = bounds(cases, found.records, hw, dtype=dtype)
     file = folder / "upper_bound.csv"

@@ -13,7 +13,6 @@ from simulator.errors import InputError
 if TYPE_CHECKING:
     from calibration.validation.validate import Report
 
-# fmt: off
 Profile = Annotated[str | None, arg("PROFILE", "Name, alias or YAML file of the profile to validate.")]
 MaybeRecords = Annotated[list[str] | None, arg("RECORDS...", "Files, run folders or names of shipped measurements.")]
 DtypeOnly = Annotated[str | None, opt("--dtype", "NAME", "Number format to validate. Default: all.")]
@@ -24,15 +23,12 @@ Protocol = Annotated[
 ]
 Wheel = Annotated[str | None, opt("--wheel", "FILE", "With --protocol: the wheel of the tables, for more stacks.")]
 Jobs = Annotated[int, opt("--jobs", "N", "With --protocol: number of processes.")]
-EndToEnd = Annotated[
-    bool, opt("--end-to-end", None, "Validate whole models: every published row, by engine and GPU.")
-]
+EndToEnd = Annotated[bool, opt("--end-to-end", None, "Validate whole models: every published row, by engine and GPU.")]
 Tables = Annotated[
     str, opt("--table", "LIST", "With --protocol: tables to validate, as a100,stacks,attention; or all.")
 ]
 Seeds = Annotated[str, opt("--seeds", "LIST", "With --protocol: seeds of the splits; the mean is shown.")]
 RowCounts = Annotated[str, opt("--rows", "LIST", "With --protocol: numbers of training rows; all for every row.")]
-# fmt: on
 
 
 def command(
@@ -195,9 +191,9 @@ def _protocol(table: str, seeds: str, rows: str, wheel: Path | None, jobs: int, 
     marks = {None: "", True: "met", False: "MISSED"}
     columns = render.columns(
         asked,
-        ("<what", lambda line: line.what),
-        ("asked", lambda line: line.asked),
+        ("<criterion", lambda line: line.what),
+        ("target", lambda line: line.asked),
         ("measured", lambda line: line.measured),
         ("<", lambda line: marks[line.met]),
     )
-    render.show(columns, "what was asked beside what was measured, %")
+    render.show(columns, "acceptance criteria and measured values, %")

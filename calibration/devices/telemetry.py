@@ -18,13 +18,18 @@ Unknown = Literal["unknown"]
 UNKNOWN: Unknown = "unknown"
 Reading = float | Unknown
 
-# fmt: off
 # bits of nvmlClocksEventReasons from the lowest (NVIDIA, "NVML API Reference Guide", group nvmlClocksEventReasons)
 NVML_REASONS = (
-    "gpu_idle", "applications_clocks_setting", "sw_power_cap", "hw_slowdown", "sync_boost", "sw_thermal_slowdown",
-    "hw_thermal_slowdown", "hw_power_brake_slowdown", "display_clock_setting",
+    "gpu_idle",
+    "applications_clocks_setting",
+    "sw_power_cap",
+    "hw_slowdown",
+    "sync_boost",
+    "sw_thermal_slowdown",
+    "hw_thermal_slowdown",
+    "hw_power_brake_slowdown",
+    "display_clock_setting",
 )
-# fmt: on
 
 # Reasons to repeat a sample. The software power cap is recorded but is not a reason: a data-centre GPU is at its power
 # limit in every long GEMM, so that state is part of the measurement.

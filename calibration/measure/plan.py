@@ -28,12 +28,15 @@ FIT, HOLDOUT, EXACT, DRIFT_CHECK = "fit", "holdout", "exact", "drift_check"
 HOLDOUT_SHARE = 0.2  # held-out share of the (n, k) groups of a base plan, and of the items without such a group
 DRIFT_CHECK_EVERY = 20  # items between two drift checks
 
-# fmt: off
 SHARES: Mapping[str, float] = {
-    "gemm": 0.56, "gemm_2to4": 0.06, "attention_prefill": 0.10, "attention_decode": 0.10, "elementwise": 0.12,
-    "pruned": 0.04, "runtime": 0.02,
+    "gemm": 0.56,
+    "gemm_2to4": 0.06,
+    "attention_prefill": 0.10,
+    "attention_decode": 0.10,
+    "elementwise": 0.12,
+    "pruned": 0.04,
+    "runtime": 0.02,
 }
-# fmt: on
 """Share of the budget per kind of item in a base plan. GEMMs get the shares of unsupported kinds."""
 
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import zip_longest
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.devices.protocol import NORMS, OPERATORS, Operator
+from calibration.devices.protocol import NORMS, Operator
 
 # fmt: off
 TOKENS = (
@@ -102,10 +101,23 @@ def other_streams(dtype: str, rng: np.random.Generator, kernels_apart: bool = Tr
     aligned = [(m, n, k) for m in TOKENS for n in SIZES[3::2] for k in SIZES[3::2] if n % 32 == 0 and k % 64 == 0]
     sparse = (Operator("gemm_2to4", dtype, m=m, n=n, k=k) for m, n, k in _spread(aligned, rng))
     prefill = (
-        _attention("prefill", dtype, b, s, s, *heads, cold=False)
-        for b, s, *heads in _calls(BATCHES[:4], rng, kernels_apart)
+        Operator(
+            "attention_prefill",
+            dtype,
+            batch=b,
+            q_len=s,
+            kv_len=s,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=width,
+            cold=False,
+        )
+        for b, s, heads, kv_heads, width in _calls(BATCHES[:4], rng, kernels_apart)
     )
-    decode = (_attention("decode", dtype, b, 1, s, *heads) for b, s, *heads in _calls(BATCHES, rng, kernels_apart))
+    decode = (
+        Operator("attention_decode", dtype, batch=b, q_len=1, kv_len=s, heads=heads, kv_heads=kv_heads, head_dim=width)
+        for b, s, heads, kv_heads, width in _calls(BATCHES, rng, kernels_apart)
+    )
     spots = [
         _spread([(m, n) for m in TOKENS[::3] for n in (SELECTED if role == "select" else SIZES[4::4])], rng)
         for role in ELEMENTWISE
@@ -130,12 +142,6 @@ def _calls(batches: Sequence[int], rng: np.random.Generator, apart: bool) -> lis
     orders = [_spread(pool, rng) for pool in (pools if apart else [every])]
     turns = range(0, max(map(len, orders)), _WIDTH_ROWS)
     return [call for start in turns for order in orders for call in order[start : start + _WIDTH_ROWS]]
-
-
-def _attention(kind: str, dtype: str, *shape: int, **more: Any) -> Operator:
-    """Return an attention operator; ``shape`` is batch, q_len, kv_len, heads, kv_heads, head_dim."""
-    sizes: dict[str, Any] = dict(zip(OPERATORS["attention_decode"], shape, strict=True))
-    return Operator(f"attention_{kind}", dtype, **sizes, **more)
 
 
 def _runtime(dtype: str) -> list[Operator]:
@@ -175,5 +181,16 @@ def _pruned(dtype: str, rng: np.random.Generator) -> Iterable[Operator]:
             yield Operator("grouped_gemm", dtype, m=m, n=n, k=k, block=size // 32, density=density, role=role)
         elif turn // 3 < len(lengths):
             s, h = lengths[turn // 3]
-            block = (64, 16, 128)[turn // 3 % 3]
-            yield _attention("block_sparse", dtype, 1, s, s, h, h // 4, 64, block=block, density=density, cold=False)
+            yield Operator(
+                "attention_block_sparse",
+                dtype,
+                batch=1,
+                q_len=s,
+                kv_len=s,
+                heads=h,
+                kv_heads=h // 4,
+                head_dim=64,
+                block=(64, 16, 128)[turn // 3 % 3],
+                density=density,
+                cold=False,
+            )

@@ -22,13 +22,12 @@ from calibration.records.store import MARK, parse
 from calibration.records.stored_timings import content_records, untimed
 from calibration.records.timing_table import COUNTS, NEEDED, Records
 from simulator.arrays import Array
-from simulator.errors import InputError, unknown
+from simulator.errors import InputError
 from simulator.files import csv
 from simulator.files.parquet import parquet_columns, read_parquet
 from simulator.files.read import read_bounded
 from simulator.hardware.profile import HardwareProfile
 
-FORMATS = ("auto", "aiconfigurator", "measured", "csv", "records")
 FEW_ROWS = 20  # fewer rows than this are hardly enough to re-anchor a profile
 
 
@@ -45,7 +44,6 @@ def import_table(
     path: str | Path,
     *,
     content: bytes | None = None,
-    format: str = "auto",
     hw: HardwareProfile | None = None,
     dtype: str | None = None,
     column_map: Mapping[str, str] | None = None,
@@ -56,8 +54,6 @@ def import_table(
 
     Parameters
     ----------
-    format : str
-        One of :data:`FORMATS`; ``auto`` decides by the columns.
     hw : HardwareProfile, optional
         Device of the table. Rows faster than its datasheet allows are refused; its L2 gives the rotated copies.
     dtype : str, optional
@@ -75,33 +71,30 @@ def import_table(
         The file cannot be read, lacks a column, mixes number formats without ``dtype``, or has no usable row.
     """
     raw = read_bounded(path) if content is None else content
-    if format not in FORMATS:
-        raise unknown("format", format, FORMATS)
     with np.errstate(invalid="ignore", over="ignore"):  # rows with NaN or infinity are refused later
-        draft = _read(raw, Path(path), format, column_map, device)
+        draft = _read(raw, Path(path), column_map, device)
     return finish(draft, label=str(path), hw=hw, dtype=dtype, screened=screened)
 
 
-def _read(content: bytes, path: Path, format: str, column_map: Mapping[str, str] | None, device: str) -> Draft:
-    """Read a file with the reader of its format."""
+def _read(content: bytes, path: Path, column_map: Mapping[str, str] | None, device: str) -> Draft:
+    """Read a file with the reader of its format, which its first bytes or columns identify."""
     digest = hashlib.sha256(content).hexdigest()
-    if content.startswith(MARK) and format in ("auto", "records"):
+    if content.startswith(MARK):
         stored = parse(content, str(path))
         if stored is None:
             raise InputError(f"{path}: holds no records")
         lost = ("the last line was incomplete and was dropped",) if stored.dropped else ()
         left = tuple(f"{count} operators without a time: {reason}" for reason, count in untimed(stored.rows).items())
         return draft_of_records(content_records(stored), lost + left)
-    if content[:4] == b"PAR1" and format in ("auto", "records") and is_records(content):
+    if content[:4] == b"PAR1" and is_records(content):
         return draft_of_records(read_records(content, str(path)))
-    if content[:4] == b"PAR1" and format in ("auto", "aiconfigurator"):
+    if content[:4] == b"PAR1":
         return read_aiconfigurator(parquet_columns(read_parquet(content, str(path)), str(path)), path, digest)
-    if path.suffix.lower() == ".parquet" or format in ("aiconfigurator", "records"):
-        wanted = "aiconfigurator or records" if format == "auto" else format
-        raise InputError(f"{path}: not a file of the format {wanted}")
+    if path.suffix.lower() == ".parquet":
+        raise InputError(f"{path}: not a Parquet file")
     cells = csv.read_csv(content, str(path))
     table = {name: np.array(cells.column(name), dtype=object) for name in cells.header if name}
-    if format == "measured" or (format == "auto" and column_map is None and set(MEASURED) <= table.keys()):
+    if column_map is None and set(MEASURED) <= table.keys():
         return read_measured(table, path, digest)
     return read_csv(table, path, digest, column_map or {}, device)
 

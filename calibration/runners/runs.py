@@ -136,7 +136,7 @@ def measure_into(
     quick: bool = False,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Measured:
     """Plan and measure, into a new folder or the folder of an earlier run of the same device; see :func:`begin`.
 
@@ -153,12 +153,12 @@ def measure_into(
         Measure for re-anchoring instead of a fit.
     progress : callable, optional
         Called with the seconds that have passed and the expected total.
-    say : callable
+    note : callable
         Called with a description of the machine and of the plan.
     """
     description = device.describe()
     file, header = begin(folder, device, dtype, budget_s, memory_bytes=description.memory_bytes)
-    say(f"{description.device}; {description.software}; {dtype}")
+    note(f"{description.device}; {description.software}; {dtype}")
     datasheet = file.with_name(DATASHEET)
     if is_new(file) or not datasheet.exists():
         base = base_profile(device, dtype, hardware)
@@ -189,7 +189,7 @@ def measure_into(
             plan = replace(base, items=(*first, *(item for item in base.items if item.operator.key not in known)))
         plan = replace(plan, budget_s=budget_s, visits=visits)
         counts = ", ".join(f"{count} {name}" for name, count in plan.counts().items())
-        say(f"{len(plan.items)} operators planned: {counts}")
+        note(f"{len(plan.items)} operators planned: {counts}")
         return plan, protocol
 
     return measure_plan(file, header, device, planned, budget_s=budget_s, seed=seed, progress=progress)
@@ -204,7 +204,7 @@ def measure_host(
     hardware: str = "",
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Measured:
     """Measure the host time of this machine in a few seconds; see :func:`measure_into` for the parameters.
 
@@ -213,7 +213,7 @@ def measure_host(
     budget_s = min(check_budget(budget_s), HOST_BUDGET_S)
     description = device.describe()
     file, header = begin(folder, device, dtype, budget_s, memory_bytes=description.memory_bytes)
-    say(f"{description.device}; {description.software}; {dtype}")
+    note(f"{description.device}; {description.software}; {dtype}")
     datasheet = file.with_name(DATASHEET)
     if hardware or not datasheet.exists():
         base = load_hardware(hardware) if hardware else base_profile(device, dtype)

@@ -145,7 +145,7 @@ def measure_bounds(
     dtype: str = "bf16",
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Measured:
     """Time the plain kernels of some cases into a new run folder or the folder of an earlier run of the same device.
 
@@ -161,7 +161,7 @@ def measure_bounds(
         protocol = replace(protocol, time_limit_s=limit)
         operators = [operator_of(shape, dtype) for shape in shapes]
         plan = in_order(operators, rates, protocol=protocol, budget_s=left, seed=seed)
-        say(f"{description.device}; {description.software}; {dtype}; {len(shapes)} shapes")
+        note(f"{description.device}; {description.software}; {dtype}; {len(shapes)} shapes")
         return replace(plan, visits=visits), protocol
 
     return measure_plan(file, header, device, planned, budget_s=budget_s, seed=seed, progress=progress)

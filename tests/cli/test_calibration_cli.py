@@ -143,7 +143,7 @@ def test_where_pyarrow_is_missing_that_is_what_is_said(monkeypatch: pytest.Monke
 def test_anchor_moves_a_shipped_profile_and_says_what_the_rows_mean(cli: Any) -> None:
     table("r.parquet", 60, 1.15, load_hardware("h100"))
     out = cli.out("fit --anchor r.parquet -o p.yaml --hardware h100")
-    assert "What 42 rows say of this machine" in out  # the others repeat one of them
+    assert "Effects of this machine and its software from 42 rows" in out  # the others repeat one of them
     assert "GEMM arithmetic is" in out
     assert max(map(len, out.splitlines())) <= 100
     anchor = load_hardware("p.yaml").anchor
@@ -169,7 +169,7 @@ fit none.parquet -o p.yaml --hardware h100           | cannot be read
 fit f.parquet -o p.yaml --hardware h100              | 10 rows are too few
 fit r.parquet -o p.yaml --hardware h100 --dtype fp8  | nothing to fit
 validate h100                                        | expected a PROFILE and RECORDS, or --protocol
-validate h100 a100_sxm/gemm/nothing                  | nor a shipped measurement
+validate h100 a100_sxm/gemm/nothing                  | no such file, folder or shipped measurement
 validate h100 r.parquet --html no/x.html             | does not exist
 validate h100 r.parquet --protocol                   | --protocol
 validate --protocol --table a10                      | did you mean
@@ -178,7 +178,7 @@ validate --protocol --table stacks --wheel no.whl    | no.whl: cannot be read
 validate --protocol --table stacks --jobs 0          | expected at least 1
 measure gpu -o run                                   | device 'gpu' is unknown
 measure cpu -o r.parquet                             | is a file
-measure cpu cuda -o run                              | expected one, got 2
+measure cpu cuda -o run                              | unexpected extra argument
 calibrate cpu -o a/b                                 | does not exist
 """
 
@@ -241,7 +241,7 @@ def test_an_interrupted_run_says_how_to_go_on(planted: list[Any], monkeypatch: p
 BAD_RUNS = {
     "--budget 0": "expected a time above zero",
     "--budget soon": "expected a time such as 2min",
-    "--dtype fp8": "device cuda:0 has none; it has bf16, fp16, fp32",
+    "--dtype fp8": "not supported by device cuda:0; supported: bf16, fp16, fp32",
     "--hardware h1000": "did you mean",
     "--for lama": "unknown",
 }
@@ -268,8 +268,8 @@ def test_exact_shapes_of_a_model_are_measured_first(planted: list[Any], cli: Any
     options = "--for qwen2.5-0.5b --batch 1 --seq 128 --family width --sparsity 0.5 --budget 60s"
     assert "the shapes measured exactly" in cli.out(f"calibrate cuda -o run {options}")
     arrays = load_hardware("run/profile.yaml").sections["gemm", "bf16"].arrays
-    asked = target_workloads("qwen2.5-0.5b", seq=(128,), families=("width",), sparsities=(0.5,))
-    wanted = {(op.m, op.n, op.k) for op in target_operators(asked, load_hardware("h100"), every=False)}
+    targets = target_workloads("qwen2.5-0.5b", seq=(128,), families=("width",), sparsities=(0.5,))
+    wanted = {(op.m, op.n, op.k) for op in target_operators(targets, load_hardware("h100"), every=False)}
     assert set(zip(*(arrays[f"exact_{x}"].tolist() for x in "mnk"), strict=True)) == wanted
 
 
@@ -290,12 +290,12 @@ def test_a_cpu_measures_the_projections_of_its_own_decoder(monkeypatch: pytest.M
 def test_quick_anchors_on_rows_of_all_operators(planted: list[Any], cli: Any) -> None:
     options = "--for qwen2.5-0.5b --batch 1 --seq 128 --family width --sparsity 0.5"
     out = cli.out(f"calibrate cuda -o run --quick --budget 60s {options}")
-    assert "rows say of this machine and its software" in out
+    assert "Effects of this machine and its software" in out
     profile, shipped = load_hardware("run/profile.yaml"), load_hardware("h100")
     assert set(profile.anchor.arrays["kind"].tolist()) == {0, 1, 2, 3}
     assert profile.section("gemm", "bf16")["t0"] == shipped.section("gemm", "bf16")["t0"]
-    asked = target_workloads("qwen2.5-0.5b", seq=(128,), families=("width",), sparsities=(0.5,))
-    first = [op.key for op in target_operators(asked, load_hardware(Path("run", DATASHEET)))][:10]
+    targets = target_workloads("qwen2.5-0.5b", seq=(128,), families=("width",), sparsities=(0.5,))
+    first = [op.key for op in target_operators(targets, load_hardware(Path("run", DATASHEET)))][:10]
     keys = [r["key"] for r in read_store(Path("run/records.jsonl")).rows if r["purpose"] != "drift_check"]
     assert keys[:10] == first
     assert cli.json("calibrate cuda -o again --quick --budget 15s")[0]["anchored"]["rows"] >= 20
@@ -311,7 +311,8 @@ def test_the_host_alone_is_measured_and_moves_a_profile(planted: list[Any], cli:
         "layer_eager",
     }
     assert one.clock() < 30.0
-    found = re.match(r"host: (\S+) us a launch \+-(\d+) % \(was 16.5 us a launch \+-(\d+) %\), (\S+) us an eager", out)
+    expected = r"host: (\S+) us per launch \+-(\d+) % \(before: 16.5 us per launch \+-(\d+) %\), (\S+) us per eager"
+    found = re.match(expected, out)
     assert found is not None, out
     launch, half, before, layer = (float(text) for text in found.groups())
     assert launch == pytest.approx(8.0, rel=0.1)
@@ -336,9 +337,9 @@ def test_a_cpus_host_may_be_a_gpus_and_another_gpus_may_not(planted: list[Any], 
     planted.append(device(CPU, launch_s=8e-6))
     out, err = cli("calibrate host -o run --hardware h100")
     assert "the host is Some CPU (4 threads), timed without a GPU" in err
-    assert "was 16.5 us" in out
+    assert "before: 16.5 us" in out
     assert "take --hardware h100_sxm" in cli.refused("calibrate host -o other --hardware a100")
-    assert "--dtype bf16: cpu has none; it has fp32" in cli.refused("calibrate host -o no --hardware cpu")
+    assert "--dtype bf16: not supported by cpu; supported: fp32" in cli.refused("calibrate host -o no --hardware cpu")
     assert "--for: DEVICE host" in cli.refused("calibrate host -o no --for qwen2.5-0.5b")
     assert not Path("no").exists()
 
