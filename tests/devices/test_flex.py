@@ -159,7 +159,7 @@ def test_tiles_divide_blocks_as_torchs_own_need_not(
 
 def test_blocks_that_no_tile_divides_are_refused_by_name() -> None:
     op = Operator("attention_block_sparse", "fp32", block=24, density=0.5, **ATTENTION)
-    with pytest.raises(Unsupported, match="blocks of edge 24 are no multiple of its smallest tile, 16"):
+    with pytest.raises(Unsupported, match="block: expected a multiple of its smallest tile, 16, got 24"):
         build(op, CPU, Arena("cpu", 1e5, 1e8))
 
 

@@ -127,7 +127,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
             for body in (b'{"a":' + DEEP + b"]" * 100_000 + b"}", b'{"a":NaN}')
         ),
         *(
-            ("timings.jsonl", crc_line(HEADER) + crc_line({**TIMING, **change}), "record 1: is no timing")
+            ("timings.jsonl", crc_line(HEADER) + crc_line({**TIMING, **change}), "record 1: not a timing")
             for change in (
                 *({"operator": {}}, {"operator": {"kind": "copy"}}, {"samples_s": 5}, {"lower_s": "a", "upper_s": 1}),
                 *({"median_s": value} for value in ("soon", 10**400, [1])),
@@ -167,7 +167,7 @@ METADATA += [SCHEMA % (b'{"n": 4, "k": 4, "source": 0}', b"{%s}" % source) for s
 @pytest.mark.parametrize("metadata", METADATA, ids=range(9))
 def test_metadata_of_records_that_are_none(metadata: bytes, tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "t.parquet", ["m", "seconds"], [[1], [1.0]], {b"prunesim.records": metadata})
-    refused("is a damaged table" if b'"device"' in metadata else "t.parquet: ", import_table, path)
+    refused("damaged table" if b'"device"' in metadata else "t.parquet: ", import_table, path)
 
 
 @pytest.mark.parametrize("odd", [[[1, 2]], [b"\xff"], [{"a": 1}], [None]])

@@ -163,7 +163,7 @@ def test_other_files_and_folders_are_refused_and_left_alone(path: Path) -> None:
         (b"m,n,k\n1,2,3\n", "not a store"),
         (b"hello", "not a store"),
         (encode_line({"prunesim": "records", "schema": 1}), "expected schema 2, got 1; .*: measure again"),
-        (encode_line({"prunesim": "records", "schema": 1}), "header lacks device"),
+        (encode_line({"prunesim": "records", "schema": 2}), "header lacks device"),
     ):
         path.write_bytes(content)
         for opened in (read_store, lambda file: Store(file, HEADER)):

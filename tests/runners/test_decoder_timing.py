@@ -83,7 +83,7 @@ def test_graphs_are_refused_without_a_gpu_and_for_what_the_host_decides(monkeypa
     decoder = random_decoder(CONFIG, dtype="fp32")
     monkeypatch.setattr(*NO_TRITON)
     routed = replace(prune_decoder(decoder, "dynamic_depth", 0.5), device="cuda:0")
-    for first, reason in ((decoder, "CUDA graphs"), (routed, "dynamic_depth decides on the host")):
+    for first, reason in ((decoder, "CUDA graphs"), (routed, "dynamic_depth selects kernels on the host")):
         for phase in ("prefill", "decode"):
             with pytest.raises(Unsupported, match=reason):
                 timing._ready(first, 1, 8, phase, "cuda_graph", lambda: 0.0)
