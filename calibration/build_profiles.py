@@ -28,7 +28,7 @@ from calibration.fit.profile import ProfileFit, fit_profile
 from calibration.measurements import load_measurements
 from calibration.measurements.wheel import CHOICES, datasheet, open_wheel, read_choice
 from calibration.records.importers import import_table
-from calibration.records.table import Records
+from calibration.records.timing_table import Records
 from simulator.errors import InputError, unknown
 from simulator.hardware.library import load_hardware, profiles_folder
 from simulator.hardware.profile import Fitted, HardwareProfile, Section

@@ -1,4 +1,4 @@
-"""``prunesim figures`` with the measured GEMMs that ship, beside the predictions of the devices they are of."""
+"""``prunesim figures`` with the shipped measured GEMMs next to the predictions of their devices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def shipped_gemms(hw: HardwareProfile, dtype: str) -> MeasuredGemms | None:
-    """The table that the profile of a device was fitted on, where it ships and has rows of the format."""
+    """Return the shipped table that a device's profile was fitted on; None without rows of the number format."""
     from calibration.build_profiles import RECIPES
     from calibration.measurements import list_measurements, load_measurements, provenance
     from simulator.figures.measured import from_columns

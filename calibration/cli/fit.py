@@ -1,4 +1,4 @@
-"""``prunesim fit``: records and a datasheet to a calibrated profile."""
+"""``prunesim fit``: fit a calibrated profile to records and a datasheet."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from calibration.fit.profile import ProfileFit
     from calibration.fit.solver import FittedPart
 
-# fmt: off
-Output = Annotated[str, opt("--output -o", "PROFILE.yaml", "Profile to write; its arrays go to an .npz beside it.")]
+Output = Annotated[str, opt("--output -o", "PROFILE.yaml", "Profile to write; its arrays go to an .npz next to it.")]
 Base = Annotated[str, opt("--hardware", "NAME", "Profile with the device's datasheet.")]
-DtypeOnly = Annotated[str | None, opt("--dtype", "NAME", "Number format to fit; all if left out.")]
-Prior = Annotated[str | None, opt("--prior", "NAME", "Calibrated profile of a sibling or another stack to lean on.")]
-# fmt: on
-Anchor = Annotated[bool, opt("--anchor", None, "Move --hardware as a whole by 20 to 400 rows measured here.")]
+DtypeOnly = Annotated[str | None, opt("--dtype", "NAME", "Number format to fit. Default: all.")]
+Prior = Annotated[
+    str | None, opt("--prior", "NAME", "Calibrated profile of a related GPU or other stack, used as prior.")
+]
+Anchor = Annotated[bool, opt("--anchor", None, "Re-anchor --hardware with 20 to 400 rows measured on this machine.")]
 
 
 def command(
@@ -35,10 +35,10 @@ def command(
 ) -> None:
     """Calibrate a profile on records.
 
-    Each operator and number format is fitted on its own; what the records say nothing of is kept as --hardware has it.
-    Rows held out are left out. Prints what was fitted and how well it predicts shapes it did not see. With --anchor
-    nothing is fitted anew: the rows, of any operators, move all predictions together and narrow their intervals; prints
-    what they say of this machine.
+    Fits each operator and number format separately; sections without records keep the values of --hardware. Held-out
+    rows are not used. Prints the fitted sections and their errors on shapes that the fit did not use. With --anchor
+    nothing is fitted: the rows, of any operators, shift all predictions and narrow their intervals. The command then
+    prints how this machine differs.
     """
     from calibration.fit.profile import fit_profile
     from simulator.files.write import check_target
@@ -49,7 +49,9 @@ def command(
         raise InputError(f"{output}: expected a file name that ends in .yaml")
     check_target(output)
     if anchor and prior:
-        raise InputError("--anchor and --prior: expected one of them; name the profile to move by --hardware")
+        raise InputError(
+            "--anchor and --prior: expected one of them, got both; --hardware names the profile to re-anchor"
+        )
     base = load_hardware(hardware)
     rows, notes = load_rows(records, base, screened=not anchor)
     if anchor:
@@ -75,7 +77,7 @@ def command(
 
 
 def part_row(part: FittedPart) -> dict[str, Any]:
-    """A fitted section as plain data."""
+    """Return a fitted section as plain data."""
     s = part.section
     constants = {
         name: {"value": c.value, "std_error": c.std_error, "status": c.status} for name, c in s.constants.items()
@@ -93,7 +95,7 @@ def part_row(part: FittedPart) -> dict[str, Any]:
 
 
 def show_fit(fit: ProfileFit) -> None:
-    """Print the sections and, for each, the constants that could not be known."""
+    """Print the sections and their constants that could not be fitted."""
 
     def accuracy(name: str) -> Callable[[FittedPart], str]:
         return lambda p: f"{100 * p.section.accuracy[name]:.2f} %" if name in p.section.accuracy else "-"
@@ -115,30 +117,30 @@ def show_fit(fit: ProfileFit) -> None:
 
 
 def show_anchor(done: Updated) -> None:
-    """Print what the rows say of this machine, and how well they are predicted."""
+    """Print how this machine differs, and the errors of the rows."""
 
     def percent(value: float, sign: str = "") -> str:
         return f"{100 * value:{sign}.1f} %"
 
-    told = render.columns(
+    effects = render.columns(
         done.effects,
-        ("<of the times", lambda e: e.name),
+        ("<times", lambda e: e.name),
         ("before", lambda e: f"+-{percent(e.prior_sd)}"),
         ("after", lambda e: f"{percent(e.mean, '+')} +-{percent(e.sd)}"),
-        ("<what it means", lambda e: e.meaning),
+        ("<meaning", lambda e: e.meaning),
     )
-    render.show(told, f"What {done.rows} rows say of this machine and its software, one standard deviation")
+    render.show(effects, f"Effects of this machine and its software from {done.rows} rows, +- one standard deviation")
     print()
     fits = render.columns(
         done.fits,
-        ("<rows of", lambda f: f.name),
+        ("<operator", lambda f: f.name),
         ("rows", lambda f: f"{f.rows:,}"),
         ("error\nbefore", lambda f: percent(f.error_before)),
         ("\nafter", lambda f: percent(f.error_after)),
         ("90 % interval\nbefore", lambda f: f"+-{percent(f.half_before)}"),
         ("\nafter", lambda f: f"+-{percent(f.half_after)}"),
-        ("rows inside\nbefore", lambda f: percent(f.inside_before)),
+        ("coverage\nbefore", lambda f: percent(f.inside_before)),
         ("\nafter", lambda f: percent(f.inside_after)),
         ("\nz", lambda f: f"{f.z:.2f}"),
     )
-    render.show(fits, "Mean error of the rows: as the profile was, and each as the others now predict it")
+    render.show(fits, "Mean error of the rows: before, and after re-anchoring with the other rows")

@@ -1,9 +1,9 @@
-"""The generated pages of the documentation: ``python -m calibration.cli.pages PAGE -o FILE``.
+"""Generate pages of the documentation: ``python -m calibration.cli.pages PAGE -o FILE``.
 
-*accuracy* is made of the rows of :mod:`calibration.validation.accuracy` (ten minutes on two cores), *ablations* filled
-with those of :mod:`calibration.validation.ablations` (twenty minutes); ``--results`` keeps the rows. *constants* are
-those of the profiles that ship; *engines* has the comparisons of :mod:`calibration.validation.engines`; *commands* is
-read off the program itself. The prose of a page is that of ``docs``.
+*accuracy* comes from the rows of :mod:`calibration.validation.accuracy` (ten minutes on two cores), *ablations* from
+those of :mod:`calibration.validation.ablations` (twenty minutes); ``--results`` keeps the rows. *constants* lists the
+constants of the shipped profiles, *engines* the comparisons of :mod:`calibration.validation.engines`, *commands* the
+options of the program. The prose of a page is kept from ``docs``.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def _say(text: str) -> None:
 
 
 def head(page: str) -> str:
-    """What a page says before its first section or table."""
+    """Return the text of a page before its first section or table."""
     return re.split(r"^(?=## |\|)", _read(page), maxsplit=1, flags=re.MULTILINE)[0]
 
 
 def filled(page: str, tables: Sequence[str]) -> str:
-    """A page with its tables, in their order, replaced by new ones."""
+    """Return a page with its tables replaced by new ones, in their order."""
     prose = re.split(r"(?:^\|.*\n)+", _read(page), flags=re.MULTILINE)
     if len(prose) != len(tables) + 1:
         raise InputError(f"docs/{page}.md: expected {len(tables)} tables to fill, got {len(prose) - 1}")
@@ -52,12 +52,12 @@ def _read(page: str) -> str:
 
 
 def accuracy_page(rows: Sequence[Row]) -> str:
-    """``docs/accuracy.md`` of protocol rows: what was asked beside what was measured, then every table."""
+    """Return ``docs/accuracy.md`` from protocol rows: acceptance criteria next to measured values, then every table."""
     asked = [
         [line.what, line.asked, line.measured if line.met is not False else f"**{line.measured}**"]
         for line in against_bars(rows)
     ]
-    lines = ["## Against what was asked", "", table(["what, %", "asked", "measured"], asked), ""]
+    lines = ["## Acceptance criteria", "", table(["criterion, %", "target", "measured"], asked), ""]
     for title in accuracy.titles(rows):
         names, columns = zip(*accuracy.columns_of_table(rows, title), strict=True)
         lines += [f"## {title.replace('_', ' ')}", "", table(names, list(zip(*columns, strict=True))), ""]
@@ -65,8 +65,8 @@ def accuracy_page(rows: Sequence[Row]) -> str:
 
 
 def constants_page() -> str:
-    """``docs/constants.md``: the error model's columns, then by device and operator the constants of every stack and
-    number format, as the profiles ship."""
+    """Return ``docs/constants.md``: the error model's factors, then the constants of the shipped profiles by device and
+    operator, for every stack and number format."""
     rows = [[name, f"{sd:g}"] for name, sd in ERROR_FACTORS.items()]
     lines = ["## The error model", "", table(["column", "prior standard deviation of the log"], rows), ""]
     for name in list_hardware():
@@ -81,8 +81,9 @@ def constants_page() -> str:
 
 
 def constants_of(operator: str, fitted: Mapping[tuple[str, str, str], Section]) -> str:
-    """A table of the constants of an operator that a fit may find, one column a stack and number format; ``fitted`` by
-    stack, operator and format.
+    """Return a table of an operator's fitted constants, one column per stack and number format.
+
+    ``fitted`` holds the sections by stack, operator and format.
 
     >>> from simulator.hardware.library import load_hardware
     >>> own = {("sglang", "gemm", "bf16"): load_hardware("h100@sglang").section("gemm", "bf16")}
@@ -100,15 +101,15 @@ def constants_of(operator: str, fitted: Mapping[tuple[str, str, str], Section]) 
 
 
 def _value(c: Fitted | None) -> str:
-    """A value with its relative standard error, or what it is instead of fitted."""
+    """Return a value with its relative standard error, or with its status if it was not fitted."""
     if c is None:
         return "-"
-    sure = f"({c.status})" if c.std_error is None else f"± {100 * c.std_error / abs(c.value):.1f} %"
-    return f"{c.value:.3g} {sure}"
+    error = f"({c.status})" if c.std_error is None else f"± {100 * c.std_error / abs(c.value):.1f} %"
+    return f"{c.value:.3g} {error}"
 
 
 def commands() -> Iterator[tuple[str, Any]]:
-    """Path of every command ("speedup", "hardware list", ...) and its parser, in the order of ``--help``."""
+    """Yield the path of every command ("speedup", "hardware list", ...) and its parser, in the order of ``--help``."""
     import typer
 
     from calibration.cli.program import app
@@ -124,7 +125,7 @@ def commands() -> Iterator[tuple[str, Any]]:
 
 
 def _text(text: str) -> str:
-    """Text as one table cell: on one line, its bars escaped.
+    """Return text as one table cell: on one line, with escaped bars.
 
     >>> _text("a |\\n b")
     'a \\\\| b'
@@ -133,7 +134,7 @@ def _text(text: str) -> str:
 
 
 def _parameter(p: Any) -> list[str]:
-    """Name, default, "yes" where it may be repeated, and help of an argument or option."""
+    """Return name, default, "yes" if repeatable, and help of an argument or option."""
     name = p.metavar or p.name.upper()
     if p.param_type_name != "argument":
         name = ", ".join([*p.opts, *p.secondary_opts])
@@ -148,7 +149,7 @@ def _parameter(p: Any) -> list[str]:
 
 
 def commands_page() -> str:
-    """``docs/commands.md``: an index, and each command with its arguments and options."""
+    """Return ``docs/commands.md``: an index, and each command with its arguments and options."""
     index, lines = [], []
     for path, command in commands():
         paragraphs = [" ".join(part.split()) for part in (command.help or "").split("\n\n")]
@@ -156,31 +157,34 @@ def commands_page() -> str:
         shown = [_parameter(p) for p in command.params if not getattr(p, "hidden", False) and p.name != "help"]
         parameters = table(["argument or option", "default", "several", "meaning"], shown, left=(0, 1, 2, 3))
         lines += [f"## prunesim {path}", "", "\n\n".join(paragraphs), "", parameters, ""]
-    first = table(["command", "what it does"], index, left=(0, 1))
+    first = table(["command", "purpose"], index, left=(0, 1))
     return head("commands") + "\n".join([first, "", *lines]).rstrip() + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command of the module's docstring; returns the exit status."""
-    about = "Generate a page of the documentation."
-    parser = argparse.ArgumentParser("python -m calibration.cli.pages", description=about)
+    """Run the command of the module's docstring and return its exit status."""
+    parser = argparse.ArgumentParser(
+        "python -m calibration.cli.pages", description="Generate a page of the documentation."
+    )
     parser.add_argument("page", choices=("accuracy", "constants", "ablations", "engines", "commands"))
     parser.add_argument("-o", "--output", required=True, help="Markdown file")
-    kept = "accuracy, ablations: JSON file of the rows behind the page, read if it exists, else written"
+    kept = "accuracy, ablations: JSON file of the page's rows; read if it exists, else written"
     parser.add_argument("--results", type=Path, help=kept)
     parser.add_argument("--wheel", type=Path, help="accuracy: the wheel, for tables of experts and latent attention")
     given = parser.parse_args(arguments)
 
-    def judged() -> list[Row]:
-        known: Any = {"jobs": 2, "progress": lambda done, total: _say(f"{done}/{total}")}
-        rows = accuracy.run_protocol(**known)
+    def progress(done: int, total: int) -> None:
+        _say(f"{done}/{total}")
+
+    def accuracy_rows() -> list[Row]:
+        rows = accuracy.run_protocol(jobs=2, progress=progress)
         if given.wheel is None:
             return rows
-        in_wheel = accuracy.run_protocol(("mla", "experts"), wheel=given.wheel, **known)
+        in_wheel = accuracy.run_protocol(("mla", "experts"), wheel=given.wheel, jobs=2, progress=progress)
         return [r for r in rows if not str(r["table"]).startswith(("mla", "experts "))] + in_wheel
 
     made: Mapping[str, Callable[[], str]] = {
-        "accuracy": lambda: accuracy_page(_rows(given.results, judged)),
+        "accuracy": lambda: accuracy_page(_rows(given.results, accuracy_rows)),
         "ablations": lambda: filled(
             "ablations", ablations.tables(_rows(given.results, lambda: ablations.run_all(_say)))
         ),
@@ -198,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _rows(path: Path | None, run: Callable[[], list[Row]]) -> list[Row]:
-    """Rows kept before, else those of a run, which are kept."""
+    """Return the rows of an earlier run from a file, or run and keep them there."""
     if path is not None and path.exists():
         return list(json.loads(path.read_text(encoding="utf-8")))
     rows = run()

@@ -15,7 +15,7 @@ import numpy as np
 from calibration.devices.protocol import Description, Device, Operator
 from calibration.measure.timing import Protocol, measure
 from calibration.records.screening import work
-from calibration.records.table import Records
+from calibration.records.timing_table import Records
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile, Rate

@@ -20,7 +20,7 @@ from calibration.fit.residual import Block
 from calibration.fit.section import FOLDS, Fit
 from calibration.fit.solver import ConstantsFit, FittedPart, Minimum, fit_logs, folds, gauss_newton, numbered, soft_l1
 from calibration.records.screening import rotated_copies
-from calibration.records.table import Records
+from calibration.records.timing_table import Records
 from simulator.arrays import FloatArray, IndexArray
 from simulator.cost.base import Machine
 from simulator.cost.gemm import EDGE, Products

@@ -15,7 +15,7 @@ import numpy as np
 from calibration.fit.predict import SECTIONS, predict
 from calibration.fit.solver import FittedPart, Minimum, fit_logs, gauss_newton
 from calibration.measurements import published
-from calibration.records.table import OPERATORS, Records
+from calibration.records.timing_table import OPERATORS, Records
 from simulator.arrays import FloatArray
 from simulator.cost.gemm import with_section
 from simulator.hardware.constants import CONSTANTS

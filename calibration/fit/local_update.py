@@ -20,9 +20,9 @@ from calibration.fit.base_profile import shipped_name
 from calibration.fit.predict import SECTIONS, UNTIMED, parts_of, predict, without_gpu
 from calibration.fit.profile import provenance_of
 from calibration.measure.shapes import spread_order
-from calibration.records.exact import with_exact, without_exact
+from calibration.records.exact_shapes import with_exact, without_exact
 from calibration.records.screening import too_fast
-from calibration.records.table import PURPOSES, Flag, Records
+from calibration.records.timing_table import PURPOSES, Flag, Records
 from simulator.arrays import FloatArray
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
@@ -144,7 +144,7 @@ def _section(part: str) -> tuple[str, str]:
 
 def _usable(records: Records, notes: list[str]) -> Records:
     """Return the rows for the update; excluded rows are counted in the notes."""
-    apart = np.isin(records.purpose, [PURPOSES.index(name) for name in ("holdout", "anchor")])
+    apart = np.isin(records.purpose, [PURPOSES.index(name) for name in ("holdout", "drift_check")])
     throttled = (records.flags & int(Flag.THROTTLED)) != 0
     for left_out, reason in (
         (~records.timed, UNTIMED),

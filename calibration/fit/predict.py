@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from calibration.devices.protocol import INDEX_BYTES, LAYER_LAUNCHES
 from calibration.fit.gemm import weight_copies
 from calibration.records.screening import LATENT
-from calibration.records.table import LAUNCHES, OPERATORS, Records
+from calibration.records.timing_table import LAUNCHES, OPERATORS, Records
 from simulator.arrays import IndexArray
 from simulator.cost import attention
 from simulator.cost.base import Estimate, bottleneck

@@ -24,8 +24,8 @@ from calibration.fit.kernels import KINDS as SKIPPING
 from calibration.fit.kernels import fit_skipping
 from calibration.fit.section import fit_section
 from calibration.fit.solver import ConstantsFit, FittedPart
-from calibration.records.exact import with_exact
-from calibration.records.table import LAUNCHES, PURPOSES, Flag, Records
+from calibration.records.exact_shapes import with_exact
+from calibration.records.timing_table import LAUNCHES, PURPOSES, Flag, Records
 from simulator.cost.base import Machine
 from simulator.cost.collective import COLLECTIVES, Messages
 from simulator.cost.elementwise import Moves, class_code
@@ -132,7 +132,7 @@ def _formats(records: Records) -> NDArray[np.str_]:
 
 def _usable(records: Records, notes: list[str]) -> Records:
     """Return the rows for the fit: neither throttled nor held out. Other flags are named in the notes."""
-    apart = np.isin(records.purpose, [PURPOSES.index(name) for name in ("holdout", "exact", "anchor")])
+    apart = np.isin(records.purpose, [PURPOSES.index(name) for name in ("holdout", "exact", "drift_check")])
     throttled = (records.flags & int(Flag.THROTTLED)) != 0
     timed = np.isfinite(records.seconds) & (records.seconds > 0)
     for left_out, text in (

@@ -1,4 +1,4 @@
-"""Predicted against measured speedups of a decoder that was really executed, a panel for each phase."""
+"""Figure of predicted against measured speedups of an executed decoder, with a panel per phase."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calibration.runners.compare import Row, summary
+from calibration.runners.compare import ComparedSpeedup, summary
 from simulator.errors import InputError
 from simulator.figures.layout import in_a_row, log_axis
 from simulator.figures.style import COLUMN_IN, PAGE_IN, PALE_INK, in_order, label, look, paper_style
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BAND = 0.08
-"""Relative error that the dashed lines mark."""
+"""Relative error of the dashed lines."""
 
 _EDGE: dict[str, Any] = {"color": PALE_INK, "linewidth": 0.5, "linestyle": (0, (3, 2))}
 
 
-def compare_figure(rows: Sequence[Row]) -> Figure:
-    """Draw predicted against measured speedups of one model on one device; an InputError when there is nothing to draw.
+def compare_figure(rows: Sequence[ComparedSpeedup]) -> Figure:
+    """Draw predicted against measured speedups of one model on one device; InputError if there is nothing to draw.
 
-    Markers are by family, large for the largest sparsity; bars are the predicted interval and the range of the measured
-    rounds. One phase takes a column's width, more take the page's.
+    Markers show the family, larger for the largest sparsity; bars show the predicted interval and the measured range.
+    One phase takes the width of a column, several phases the width of the page.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -53,7 +53,7 @@ def compare_figure(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def _panel(ax: Axes, rows: Sequence[Row], families: Sequence[str]) -> None:
+def _panel(ax: Axes, rows: Sequence[ComparedSpeedup], families: Sequence[str]) -> None:
     names = ("measured", "predicted", "predicted_lower", "predicted_upper", "measured_lower", "measured_upper")
     usable = [v for r in rows for name in names if np.isfinite(v := getattr(r, name)) and v > 0]
     low, high = min(0.95, min(usable)) / 1.04, max(1.05, *usable) * 1.04

@@ -27,7 +27,7 @@ from calibration.fit.gemm import products_of
 from calibration.measurements import list_measurements, load_measurements
 from calibration.measurements.wheel import CHOICES, datasheet, open_wheel, read_choice
 from calibration.records.screening import LATENT
-from calibration.records.table import Records
+from calibration.records.timing_table import Records
 from calibration.validation import protocol, stacks
 from calibration.validation.protocol import Measured, Row, row
 from simulator.cost.base import Machine

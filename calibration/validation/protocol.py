@@ -21,7 +21,7 @@ from calibration.fit.errors import neighbours, pairs_along
 from calibration.fit.gemm import GemmFit, fit_gemm
 from calibration.fit.predict import Predicted, joined, predict
 from calibration.fit.section import Fit, fit_section
-from calibration.records.table import Records, Source
+from calibration.records.timing_table import Records, Source
 from calibration.validation import scores
 from calibration.validation.baselines import BASELINES
 from simulator.arrays import FloatArray, IndexArray

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from calibration.fit.predict import SECTIONS, parts_of, predict
 from calibration.records.screening import work
-from calibration.records.table import Records
+from calibration.records.timing_table import Records
 from simulator.arrays import FloatArray
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile

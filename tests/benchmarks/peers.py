@@ -22,9 +22,9 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from calibration.fit.core import shapes
 
 import simulator
-from calibration.fit.core import shapes
 from calibration.fit.gemm import fit_gemm
 from calibration.measurements import load_measurements
 from calibration.records.screening import rotated_copies

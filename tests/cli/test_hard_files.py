@@ -41,7 +41,6 @@ READERS = {
     "table": "import {} -o out.parquet",
     "records": "fit {} --hardware h100 -o out.yaml",
     "judged": "validate h100 {}",
-    "merged": "measure --merge {} -o out.jsonl",
     "quality": "pareto llama-2-7b --hardware h100 --quality {}",
     "speedups": "pareto llama-2-7b --hardware h100 --measured {}",
     "gemms": "figures --only scatter --hardware h100 --measured h100={} -o figures",

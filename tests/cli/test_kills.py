@@ -115,9 +115,9 @@ def still_there(folder: Path, before: bytes) -> bytes:
 
 
 def keys(folder: Path) -> Counter[tuple[str, str]]:
-    """Operators that were measured, by purpose, and how often; anchors, which every run repeats, apart."""
+    """Operators that were measured, by purpose, and how often; drift checks, which every run repeats, excluded."""
     rows = read_store(folder / "records.jsonl").rows
-    return Counter((row["key"], row["purpose"]) for row in rows if row.get("purpose") != "anchor")
+    return Counter((row["key"], row["purpose"]) for row in rows if row.get("purpose") != "drift_check")
 
 
 def names(folder: Path) -> set[str]:

@@ -14,7 +14,7 @@ from calibration.fit.collective import CollectiveFit
 from calibration.fit.profile import fit_profile
 from calibration.fit.section import fit_section
 from calibration.records.importers import import_table
-from calibration.records.table import Records, Source
+from calibration.records.timing_table import Records, Source
 from simulator.cost.collective import COLLECTIVES, Messages
 from simulator.errors import InputError
 from simulator.hardware.constants import COLLECTIVE_CONSTANTS as CONSTANTS

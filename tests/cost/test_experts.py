@@ -12,7 +12,7 @@ from calibration.fit.experts import ExpertsFit, layers_of
 from calibration.fit.section import fit_section
 from calibration.measurements import load_measurements
 from calibration.measurements.wheel import datasheet
-from calibration.records.experts import too_slow
+from calibration.records.aiconfigurator_experts import too_slow
 from simulator.cost import experts
 from simulator.cost.base import Machine
 from simulator.cost.experts import TILES, Layers, dealt_load, drawn_load

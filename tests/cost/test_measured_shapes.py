@@ -13,8 +13,8 @@ from operator_times import decode_time, prefill_time
 
 from calibration.devices.protocol import Operator
 from calibration.devices.replay import ReplayDevice, roofline_timings
-from calibration.records.exact import UNKNOWN_REPEAT, exact_arrays, repeatability, with_exact, without_exact
-from calibration.records.table import Flag, Records, Source
+from calibration.records.exact_shapes import UNKNOWN_REPEAT, exact_arrays, repeatability, with_exact, without_exact
+from calibration.records.timing_table import Flag, Records, Source
 from calibration.runners.cases import settings_of
 from calibration.runners.upper_bound import bound_errors, bounds, measure_bounds
 from simulator.cost.measured_shapes import MeasuredShapes, measured_shapes
@@ -117,7 +117,7 @@ def test_a_device_that_repeats_itself_well_has_narrow_intervals() -> None:
     rng = np.random.default_rng(3)
     for sigma in (0.002, 0.05):
         seconds = 1e-3 * np.exp(sigma * rng.standard_normal(400))
-        anchors = _records(m=4096, n=4096, k=4096, purpose="anchor", seconds=seconds)
+        anchors = _records(m=4096, n=4096, k=4096, purpose="drift_check", seconds=seconds)
         assert repeatability(anchors) == pytest.approx(sigma, rel=0.15)
         arrays = exact_arrays(Records.concat([anchors, _records(m=8, seconds=1e-6, spread=0.0)]), "bf16")
         assert arrays["exact_log_half"].tolist() == [pytest.approx(1.6449 * sigma, rel=0.15)]

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from calibration.fit.core import Shapes, fit_constants, free_constants, shapes, timed
+
 from calibration.fit.errors import few_groups
 from calibration.fit.gemm import fit_gemm, starting_constants
 from calibration.fit.residual import ALONE, FEW_OWN, FewRows, blocks, evaluate, solve, terms_of

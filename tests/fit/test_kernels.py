@@ -14,9 +14,9 @@ from calibration.fit.predict import predict
 from calibration.fit.profile import ProfileFit, fit_profile
 from calibration.measure.plan import Rates, in_order
 from calibration.measure.run import run
-from calibration.records.lines import records_of, shape_of
 from calibration.records.store import Header
-from calibration.records.table import Records, Source
+from calibration.records.stored_timings import records_of, shape_of
+from calibration.records.timing_table import Records, Source
 from calibration.validation.report import markdown
 from calibration.validation.validate import validate
 from simulator.cost.elementwise import elementwise_time

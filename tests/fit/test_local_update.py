@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from calibration.fit.anchor import Anchored, anchor_profile
+from simulator.uncertainty.error_model import Posterior, Uncertainty, correlation
 
 from calibration.devices.protocol import LAYER_LAUNCHES, Operator
-from calibration.fit.anchor import Anchored, anchor_profile
 from calibration.fit.predict import HostTime, parts_of, predict
 from calibration.measure.plan import next_rows
-from calibration.records.table import Records, Source
-from calibration.runners.targets import asked_operators, asked_workloads, operator_of
+from calibration.records.timing_table import Records, Source
+from calibration.runners.targets import operator_of, target_operators, target_workloads
 from simulator.cost.forward import forward_passes
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
@@ -25,7 +26,6 @@ from simulator.hardware.save import save_hardware
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.predict.speedup import pairs_of
-from simulator.uncertainty.error_model import Posterior, Uncertainty, correlation
 from simulator.uncertainty.intervals import workload_time
 
 HW = load_hardware("h100_sxm")
@@ -228,7 +228,7 @@ def test_what_is_odd_is_said() -> None:
 
 
 def test_rows_chosen_for_a_model_narrow_its_speedup_more_than_random_ones() -> None:
-    dense, *pruned = asked_workloads("llama-3.1-8b", phases=("decode",))[0]
+    dense, *pruned = target_workloads("llama-3.1-8b", phases=("decode",))[0]
     pairs = pairs_of(dense, pruned)
     p = forward_passes(pairs.workloads, HW)
     shapes, _ = pairs.workloads.shapes
@@ -255,5 +255,5 @@ def test_rows_chosen_for_a_model_narrow_its_speedup_more_than_random_ones() -> N
     random = [told(np.random.default_rng(seed).choice(len(at), 20, replace=False)) for seed in range(20)]
     assert every - told(chosen) < 0.5 * (every - np.mean(random))  # of what measuring can take away, what is left
     assert told(chosen) > max(random)
-    assert [list(found)[i] for i in chosen] == asked_operators([[dense, *pruned]], HW)[:20]
-    assert {op.kind for op in asked_operators([[dense, *pruned]], HW, every=False)} == {"gemm"}
+    assert [list(found)[i] for i in chosen] == target_operators([[dense, *pruned]], HW)[:20]
+    assert {op.kind for op in target_operators([[dense, *pruned]], HW, every=False)} == {"gemm"}

@@ -20,7 +20,7 @@ from layouts import LAYOUTS, stored_as, tensors_of
 
 from calibration.records.parquet import write_records
 from calibration.records.store import Header
-from calibration.records.table import Records, Source
+from calibration.records.timing_table import Records, Source
 from simulator.models.headers import BITS
 from simulator.models.library import load_model
 
@@ -93,7 +93,7 @@ _MEASUREMENT = """{
 "median_s": 1e-5, "lower_s": 0.9e-5, "upper_s": 1.2e-5, "samples_s": [1e-5, 1.1e-5],
 "status": "ok", "method": "cuda graph", "drifted": false}"""
 _OTHERS = """[
-{"key": "copy", "operator": {"kind": "copy", "n": 4096}, "median_s": 1e-6, "purpose": "anchor", "drifted": true},
+{"key": "copy", "operator": {"kind": "copy", "n": 4096}, "median_s": 1e-6, "purpose": "drift_check", "drifted": true},
 {"key": "elementwise", "operator": {"kind": "elementwise", "m": 64, "n": 4096, "role": "residual"}, "median_s": 1e-6},
 {"key": "gemm big", "operator": {"kind": "gemm"}, "status": "skipped", "reason": "out of memory"}]"""
 RESULTS = ({"plan": 1}, {"method": "depth", "fraction": 0.25, "realised": 0.25, "losses": [1.0, 2.0]})

@@ -28,9 +28,9 @@ from mutate import PART_EDITS, TEXTS, Edit, edit_bytes, edit_parts, pq, seldom
 import simulator
 from calibration.devices.replay import open_named
 from calibration.records.importers import import_table
-from calibration.records.lines import content_records, untimed
 from calibration.records.parquet import read_records, write_records
-from calibration.records.store import merge, read_store
+from calibration.records.store import read_store
+from calibration.records.stored_timings import content_records, untimed
 from calibration.runners.quality_results import Results
 from simulator.engines import engine as engines
 from simulator.errors import InputError
@@ -289,16 +289,12 @@ def _run_lines(rows: Sequence[Any], rng: random.Random) -> bytes:
     return seldom(b"".join(map(good.crc_line, edit_parts(rows, rng, _LINE_EDITS, 2))), rng)
 
 
-_MERGE = "measure --merge {} -o out.jsonl"
-
-
-@Target("records.jsonl", lambda rng: _run_lines(good.RUN, rng), _IMPORT, _MERGE)
+@Target("records.jsonl", lambda rng: _run_lines(good.RUN, rng), _IMPORT)
 def jsonl(path: Path) -> None:
     content = read_store(path)
     untimed(content.rows)
     content_records(content)
     if path.stat().st_size % 4 == 0:
-        merge([path], path.with_name("merged.jsonl"))
         imported(path)
 
 

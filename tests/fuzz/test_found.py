@@ -20,9 +20,9 @@ import simulator
 from calibration.cli import run
 from calibration.devices.replay import open_named
 from calibration.records.importers import import_table
-from calibration.records.lines import content_records
-from calibration.records.store import Header, merge, read_store
-from calibration.records.table import Records, Source
+from calibration.records.store import Header, read_store
+from calibration.records.stored_timings import content_records
+from calibration.records.timing_table import Records, Source
 from calibration.runners.quality_results import Results
 from simulator.errors import InputError
 from simulator.figures.measured import read_measured_gemms
@@ -128,7 +128,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
             for body in (b'{"a":' + DEEP + b"]" * 100_000 + b"}", b'{"a":NaN}')
         ),
         *(
-            ("timings.jsonl", crc_line(HEADER) + crc_line({"line": 2, **TIMING, **change}), "record 1: is no timing")
+            ("timings.jsonl", crc_line(HEADER) + crc_line({**TIMING, **change}), "record 1: not a timing")
             for change in (
                 *({"operator": {}}, {"operator": {"kind": "copy"}}, {"samples_s": 5}, {"lower_s": "a", "upper_s": 1}),
                 *({"median_s": value} for value in ("soon", 10**400, [1])),
@@ -168,7 +168,7 @@ METADATA += [SCHEMA % (b'{"n": 4, "k": 4, "source": 0}', b"{%s}" % source) for s
 @pytest.mark.parametrize("metadata", METADATA, ids=range(9))
 def test_metadata_of_records_that_are_none(metadata: bytes, tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "t.parquet", ["m", "seconds"], [[1], [1.0]], {b"prunesim.records": metadata})
-    refused("is a damaged table" if b'"device"' in metadata else "t.parquet: ", import_table, path)
+    refused("damaged table" if b'"device"' in metadata else "t.parquet: ", import_table, path)
 
 
 @pytest.mark.parametrize("odd", [[[1, 2]], [b"\xff"], [{"a": 1}], [None]])
@@ -241,14 +241,6 @@ def test_a_condition_that_python_only_warns_of_is_refused_and_nothing_printed() 
 def test_a_block_that_is_no_number_is_none(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "r.jsonl", HEADER, {**TIMING, "block": "x", "drifted": True})
     assert len(content_records(read_store(path))) == 1
-
-
-def test_merging_what_no_store_would_write(tmp_path: Path) -> None:
-    path, out = jsonl(tmp_path / "r.jsonl", HEADER, b'{"line":2,"key":"x","a":1e999}'), tmp_path / "o.jsonl"
-    refused("cannot be merged", merge, [path], out)
-    assert not out.exists()
-    two = jsonl(tmp_path / "s.jsonl", HEADER, {"key": "x", "run": "\ud800"}, {"key": "y", "run": "b"})
-    assert len(merge([two], out).rows) == 2
 
 
 def profile_of(arrays: Any, folder: Path, cut: int = 0) -> Path:

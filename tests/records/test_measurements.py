@@ -24,7 +24,7 @@ from calibration.measurements.wheel import (
 )
 from calibration.records.parquet import write_records
 from calibration.records.screening import compute_bound, too_fast
-from calibration.records.table import LAUNCHES, OPERATORS, Records, Source
+from calibration.records.timing_table import LAUNCHES, OPERATORS, Records, Source
 from simulator.errors import InputError
 from simulator.workload import ROLES
 
@@ -108,7 +108,7 @@ def test_changed_files_and_unknown_names_are_refused(tmp_path: Path, monkeypatch
     content = bytearray((tmp_path / file_name(name)).read_bytes())
     content[100] ^= 1
     (tmp_path / file_name(name)).write_bytes(content)
-    with pytest.raises(InputError, match=r"is not the file PROVENANCE\.yaml describes"):
+    with pytest.raises(InputError, match=r"SHA-256: expected \w+, as in PROVENANCE\.yaml"):
         load_measurements(name)
     (tmp_path / file_name(name)).unlink()
     with pytest.raises(InputError, match="cannot be read"):
@@ -142,7 +142,7 @@ def test_a_choice_takes_one_kernel_and_counts_what_it_leaves() -> None:
     records = Records.from_columns(sources, **columns, dtype="bf16", weight_dtype=["bf16", "bf16", "bf16", "fp8"])
     choice = CHOICES["b200_sxm/attention_decode/sglang"]
     taken, left = choose(records, choice)
-    assert left == {"kernel other than trtllm_mha": 1, "features a head not among 64, 128, 256": 1}
+    assert left == {"kernel other than trtllm_mha": 1, "features per head not among 64, 128, 256": 1}
     assert taken.window.tolist() == [0, 128]
     ships, more = shipped_part(taken, choice)
     assert (len(ships), more) == (1, {"in the wheel only: sliding window": 1})

@@ -23,7 +23,7 @@ from calibration.devices.replay import ReplayDevice  # noqa: E402
 from calibration.records.store import read_store  # noqa: E402
 from calibration.runners import compare as comparing  # noqa: E402
 from calibration.runners.cases import Case, fewer_layers, settings_of  # noqa: E402
-from calibration.runners.compare import Compared, Row, rows_of, summary  # noqa: E402
+from calibration.runners.compare import ComparedCases, ComparedSpeedup, rows_of, summary  # noqa: E402
 from calibration.runners.compare_figure import compare_figure  # noqa: E402
 from calibration.runners.decoder import timing  # noqa: E402
 from calibration.runners.decoder.families import prune_decoder  # noqa: E402
@@ -49,7 +49,7 @@ def _cases(**settings: Any) -> list[Case]:
     return settings_of(CONFIG, **{"seq": [64], "sparsities": [0.5], "setting": Setting(engine=""), **settings})[0]
 
 
-def _compare(folder: Path, cases: list[Case], device: ReplayDevice | None = None, **options: Any) -> Compared:
+def _compare(folder: Path, cases: list[Case], device: ReplayDevice | None = None, **options: Any) -> ComparedCases:
     return comparing.compare(folder / "run", device or _device(), CONFIG, cases, **{"budget_s": 5.0, **options})
 
 
@@ -193,7 +193,7 @@ def test_a_case_that_breaks_is_kept_with_its_reason(
         assert found.stopped.startswith("device lost: 3")
         assert found.left == len(cases) - 3
     assert rows_of(cases, found.records, HW) == []
-    with pytest.raises(InputError, match="nothing was measured"):
+    with pytest.raises(InputError, match="expected at least one measured case"):
         summary([])
 
 
@@ -220,13 +220,13 @@ def test_refusals_are_one_line_and_write_nothing(tmp_path: Path, planted: list[s
     cases = _cases()
     for options, message in (
         ({"budget_s": 0.0}, "budget"),
-        ({"dtype": "int8"}, "runs in fp32, bf16, fp16"),
+        ({"dtype": "int8"}, "expected one of fp32, bf16, fp16"),
         ({"device": ReplayDevice()}, "cpu or cuda"),
     ):
         with pytest.raises(InputError, match=message) as caught:
             _compare(tmp_path, cases, **{"device": _device(formats=("fp32", "bf16", "fp16", "int8")), **options})  # type: ignore[arg-type]
         assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="no Llama-style"):
+    with pytest.raises(InputError, match="not a Llama-style"):
         comparing.compare(tmp_path / "run", _device(), load_model("opt-13b"), cases, budget_s=1.0)
     assert not (tmp_path / "run").exists()
     _compare(tmp_path, cases[:1])
@@ -239,7 +239,7 @@ def test_refusals_are_one_line_and_write_nothing(tmp_path: Path, planted: list[s
 def test_a_model_too_large_for_the_device_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     error = RuntimeError("CUDA out of memory. Tried to allocate")
     monkeypatch.setattr(timing, "random_decoder", Mock(side_effect=error))
-    with pytest.raises(InputError, match="does not fit on cpu; --layers"):
+    with pytest.raises(InputError, match="does not fit on cpu; use its first layers with --layers"):
         _compare(tmp_path, _cases())
 
 
@@ -257,12 +257,12 @@ def test_rank_correlation_by_hand() -> None:
     assert found == pytest.approx([0.0, -1.0, math.nan, math.nan], abs=1e-12, nan_ok=True)
 
 
-def _row(predicted: float, measured: float, **changes: Any) -> Row:
-    base: dict[str, Any] = dict.fromkeys(Row.__dataclass_fields__, 1.0)
+def _row(predicted: float, measured: float, **changes: Any) -> ComparedSpeedup:
+    base: dict[str, Any] = dict.fromkeys(ComparedSpeedup.__dataclass_fields__, 1.0)
     base |= dict.fromkeys(("model", "device", "hardware", "dtype", "runtime"), "x")
     base |= {"predicted_lower": 0.9 * predicted, "predicted_upper": 1.1 * predicted, "predicted_dense_s": 1.2}
     base |= {"measured_lower": 0.98 * measured, "measured_upper": 1.02 * measured, "family": "depth", "phase": "decode"}
-    return Row(**{**base, "predicted": predicted, "measured": measured, **changes})
+    return ComparedSpeedup(**{**base, "predicted": predicted, "measured": measured, **changes})
 
 
 def test_agreement_by_hand() -> None:
@@ -319,7 +319,7 @@ def test_the_command_compares_on_the_cpu(tiny: Path, tmp_path: Path, capsys: pyt
     assert len((folder / "comparison.csv").read_text().splitlines()) == 1 + 2
     assert run(_command(tiny, folder, "--family", "depth", "--json")) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [list(row) for row in rows] == [list(Row.__dataclass_fields__)] * 2
+    assert [list(row) for row in rows] == [list(ComparedSpeedup.__dataclass_fields__)] * 2
 
 
 BAD = {

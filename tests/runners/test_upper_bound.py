@@ -16,7 +16,7 @@ from calibration.cli import run
 from calibration.devices.protocol import Description, Operator
 from calibration.devices.replay import Faults, ReplayDevice, roofline_timings
 from calibration.records.store import read_store
-from calibration.records.table import Records, Source
+from calibration.records.timing_table import Records, Source
 from calibration.runners.cases import Case, profile_of, settings_of
 from calibration.runners.upper_bound import (
     Bound,

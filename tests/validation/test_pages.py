@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from calibration.fit.core import shapes
 
 from calibration.cli import pages
-from calibration.fit.core import shapes
 from calibration.validation import ablations, acceptance
 from calibration.validation.protocol import Measured, errors
 from simulator.cost.base import Machine

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from calibration.fit.core import Shapes, shapes
 
 from calibration.fit.attention import MeasuredCalls
-from calibration.fit.core import Shapes, shapes
 from calibration.measurements.wheel import datasheet
 from calibration.records.screening import LATENT
 from calibration.validation import protocol, stacks

@@ -17,7 +17,7 @@ import pytest
 from calibration.cli.pages import constants_of
 from calibration.fit.errors import neighbours
 from calibration.fit.profile import fit_profile, provenance_of
-from calibration.records.table import Records, Source
+from calibration.records.timing_table import Records, Source
 from calibration.validation.report import html, markdown, write_html, write_markdown
 from calibration.validation.scores import by_size, coverage, part_errors, part_speedups, summary
 from calibration.validation.validate import validate

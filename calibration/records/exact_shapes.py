@@ -1,7 +1,7 @@
-"""Records of exact shapes to the arrays that a profile keeps of them, and how certain each is.
+"""Convert records of exact shapes to the arrays of a profile, with an interval of each time.
 
-Use :func:`with_exact` to give a profile what was measured with purpose ``exact``; :func:`exact_arrays` makes the arrays
-alone. The form is that of :mod:`simulator.cost.measured_shapes`.
+Use :func:`with_exact` to add the records with purpose ``exact`` to a profile; :func:`exact_arrays` returns only the
+arrays. :mod:`simulator.cost.measured_shapes` defines their format.
 """
 
 from __future__ import annotations
@@ -13,42 +13,40 @@ from types import MappingProxyType
 
 import numpy as np
 
-from calibration.records.table import PURPOSES, Flag, Records
+from calibration.records.timing_table import PURPOSES, Flag, Records
 from simulator.arrays import Array
 from simulator.hardware.constants import EXACT_NAMES as NAMES
 from simulator.hardware.profile import HardwareProfile
 from simulator.workload import DTYPES
 
-# standard deviation of a repeated measurement where nothing was repeated: drift below it is not flagged
-UNKNOWN_REPEAT = 0.02
+UNKNOWN_REPEAT = 0.02  # assumed standard deviation of a repeated measurement: smaller drift is not flagged
 
 _Z90, _Z95 = 1.6449, 1.9600
 
 
 def repeatability(records: Records) -> float:
-    """Standard deviation of the log time of one shape measured again and again: that of the anchors, by shape.
+    """Return the standard deviation of the log time of a repeated measurement, from the drift checks.
 
-    :data:`UNKNOWN_REPEAT` with fewer than three anchors; from the median absolute deviation, so that one burst of load
-    does not rule.
+    It is computed from the median absolute deviation, which one burst of load does not change. It is
+    :data:`UNKNOWN_REPEAT` for fewer than three drift checks.
     """
-    anchors = records.select((records.purpose == PURPOSES.index("anchor")) & records.timed)
-    group = anchors.groups()
+    checks = records.select((records.purpose == PURPOSES.index("drift_check")) & records.timed)
+    group = checks.groups()
     deviations: list[float] = []
     for g in np.unique(group):
-        times = np.log(anchors.seconds[group == g])
+        times = np.log(checks.seconds[group == g])
         if len(times) >= 3:
             deviations.extend(np.abs(times - np.median(times)))
     return float(1.4826 * np.median(deviations)) if deviations else UNKNOWN_REPEAT
 
 
 def exact_arrays(records: Records, dtype: str, purposes: Sequence[str] = ("exact",)) -> dict[str, Array]:
-    """Measured cold dense GEMMs of one number format (activations and weights) as the arrays of a profile's section.
+    """Return measured cold dense GEMMs of one number format (activations and weights) as arrays of a section.
 
-    A shape measured several times has the median, and an interval no narrower than what lies between its times; rows
-    that were throttled are left out. Anchors among the records say how well the device repeats itself. Empty when there
-    is no such row.
+    A shape measured several times gets the median and an interval that contains its times. Throttled rows are excluded.
+    Drift checks among the records determine the repeatability. The result is empty if there is no such row.
 
-    >>> from calibration.records.table import Source
+    >>> from calibration.records.timing_table import Source
     >>> times = {"seconds": [1e-6, 1.02e-6], "spread": 0.01, "purpose": "exact"}
     >>> r = Records.from_columns([Source("d")], m=[8, 8], n=64, k=32, **times)
     >>> exact_arrays(r, "bf16")["exact_s"].round(9).tolist()
@@ -61,7 +59,7 @@ def exact_arrays(records: Records, dtype: str, purposes: Sequence[str] = ("exact
     if not len(rows):
         return {}
     again = repeatability(records)
-    # one that is not known or has no end counts as the limit of drift
+    # an unknown or infinite interval counts as the limit of drift
     spreads = np.where(np.isfinite(rows.spread), rows.spread, _Z95 * UNKNOWN_REPEAT)
     group = rows.groups("n", "k", "m")
     shapes, seconds, halves = [], [], []
@@ -77,10 +75,9 @@ def exact_arrays(records: Records, dtype: str, purposes: Sequence[str] = ("exact
 
 
 def with_exact(profile: HardwareProfile, records: Records, purposes: Sequence[str] = ("exact",)) -> HardwareProfile:
-    """A profile that uses what was measured of exact shapes; the same profile where there is nothing.
+    """Return a profile with the measured exact shapes of the records; the same profile if there are none.
 
-    Only calibrated GEMM sections take them, each of its own number format: a profile's provenance must name the stack
-    they are from.
+    Only calibrated GEMM sections take shapes, each of its number format, because the provenance must name their stack.
     """
     sections = dict(profile.sections)
     for (operator, dtype), section in profile.sections.items():
@@ -91,7 +88,7 @@ def with_exact(profile: HardwareProfile, records: Records, purposes: Sequence[st
 
 
 def without_exact(profile: HardwareProfile) -> HardwareProfile:
-    """The same profile as the model alone would predict it."""
+    """Return the profile without measured shapes: the cost model alone."""
     sections = dict(profile.sections)
     for key, section in sections.items():
         if "exact_m" in section.arrays:
@@ -100,12 +97,12 @@ def without_exact(profile: HardwareProfile) -> HardwareProfile:
 
 
 def _others(arrays: Mapping[str, Array]) -> dict[str, Array]:
-    """The arrays of a section that are not of exact shapes."""
+    """Return the arrays of a section except exact shapes."""
     return {name: values for name, values in arrays.items() if name not in NAMES}
 
 
 def _allowed(arrays: dict[str, Array], profile: HardwareProfile, dtype: str) -> dict[str, Array]:
-    """Without times that beat the datasheet's arithmetic at the highest clock: those are broken measurements."""
+    """Exclude times below the datasheet's arithmetic limit at the highest clock: such measurements are invalid."""
     if not arrays or dtype not in profile.rates:
         return {}
     flops = 2.0 * arrays["exact_m"] * arrays["exact_n"] * arrays["exact_k"]

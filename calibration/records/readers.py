@@ -1,7 +1,6 @@
-"""Readers of published tables: a file's columns to a :class:`Draft`, whose rows are checked by ``importers``.
+"""Read published tables: convert a file's columns to a :class:`Draft`, whose rows ``importers`` checks.
 
-Each reader knows one format: what its columns mean, their units, how times were taken, and which collections are not to
-be trusted.
+Each reader knows one format: the meaning and units of its columns, how times were measured, and unreliable collections.
 """
 
 from __future__ import annotations
@@ -13,35 +12,35 @@ from typing import Any
 
 import numpy as np
 
-from calibration.records.experts import EXPERTS_SHAPE, read_experts
+from calibration.records.aiconfigurator_experts import EXPERTS_SHAPE, read_experts
 from calibration.records.screening import Screen
-from calibration.records.table import LAUNCHES, OPERATORS, Records, Source
+from calibration.records.timing_table import LAUNCHES, OPERATORS, Records, Source
 from simulator.arrays import Array
 from simulator.errors import InputError, one_line, unknown
 from simulator.workload import DTYPE_BYTES, DTYPES, ROLES
 
-Columns = Mapping[str, Array]
+RawColumns = Mapping[str, Array]
 
 TIME_UNITS = {"seconds": 1.0, "latency_s": 1.0, "latency_ms": 1e-3, "latency_us": 1e-6, "latency_ns": 1e-9}
-"""Names a column of times may have, and what one of it is in seconds."""
+"""Names of a column of times, with the unit in seconds."""
 
 _ATTENTION_SHAPE = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim")
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A file's rows before they are checked."""
+    """Rows of a file before they are checked."""
 
-    columns: Columns  # those of ``Records`` over all rows: float64, or names
+    columns: RawColumns  # columns of ``Records`` over all rows: float64, or names
     sources: tuple[Source, ...]
-    screen: Screen  # the rows, with those the reader refused already
-    rotated: bool = False  # whether GEMMs went round a few copies of their weights, the number to be inferred
-    still: bool = False  # whether operands were no random numbers: arithmetic on them saves power and runs too fast
+    screen: Screen  # the rows, with those that the reader refused
+    rotated: bool = False  # whether GEMMs rotated a few copies of their weights; the number is inferred
+    still: bool = False  # whether operands were not random numbers, which saves power and makes arithmetic too fast
     notes: tuple[str, ...] = ()
 
 
 def draft_of_records(records: Records, notes: tuple[str, ...] = ()) -> Draft:
-    """A table of this program's own, to be checked again."""
+    """Return a draft of a table that this program wrote, to check it again."""
     columns = {name: getattr(records, name) for name in records.SCHEMA}
     columns["operator"] = np.array(OPERATORS, dtype=object)[records.operator]
     return Draft(columns, records.sources, Screen(len(records)), notes=notes)
@@ -70,23 +69,23 @@ _AIC_OPERATORS: Mapping[str, str] = {
     "mla_context": "mla_prefill", "mla_generation": "mla_decode",
 }
 _AIC_MLA = ("batch_size", "isl", "num_heads", "mla_dtype", "kv_cache_dtype", "step")
-# features of a key and a value, DeepSeek-V2's and V3's: a prompt's own; of a decode the latent and what is rotated
+# features of a key and a value in DeepSeek-V2 and V3; in a decode, the latent with the rotated part, and the latent
 _AIC_LATENT = {"mla_prefill": (192.0, 128.0), "mla_decode": (576.0, 512.0)}
 # fmt: on
-# a collection with decode times that memory cannot have delivered, its bytes/s and bytes of L2 (NVIDIA A100 80GB
-# datasheet)
+# device, framework and version of decode times above the memory's bandwidth, its bytes/s and L2 bytes (datasheet)
 _AIC_ABOVE_PEAK = ("NVIDIA A100-SXM4-80GB", "TRTLLM", "1.0.0")
 _AIC_PEAK_BYTES_PER_S, _AIC_L2_BYTES = 2.039e12, 40 * 2**20
 
 
-def read_aiconfigurator(table: Columns, path: Path, digest: str) -> Draft:
-    """A ``*_perf.parquet`` table of aiconfigurator-core: GEMM, attention (context or generation), collectives, experts.
+def read_aiconfigurator(table: RawColumns, path: Path, digest: str) -> Draft:
+    """Read a ``*_perf.parquet`` table of aiconfigurator-core: GEMM, attention, collectives or experts.
 
-    Times are milliseconds there. MLA's tables give only the heads: a context row has 192 features a key and 128 a value
-    (SGLang's collector hands its kernels keys of one head; off the B200 it times the path of a decode, which no prompt
-    takes); a generation row reads the latent cache. A context row has ``isl`` new positions over ``step`` cached ones,
-    a generation row one new position over ``step``. A collective's ``message_size`` counts elements of what each device
-    holds: before an all-reduce, reduce-scatter or all-to-all, after an all-gather.
+    Its times are milliseconds. A context row has ``isl`` new positions over ``step`` cached positions; a generation row
+    has one new position over ``step``. MLA's tables give only the heads: in a context row a key has 192 features and a
+    value 128; a generation row reads the latent cache. (SGLang's collector passes keys of one head to its kernels; on
+    other devices than the B200 it times the path of a decode, which prompts do not take.) A collective's
+    ``message_size`` counts elements per device: before an all-reduce, reduce-scatter or all-to-all; after an
+    all-gather.
     """
     _need(table, _AIC_SHARED, path)
     operator = _texts(table["op_name"])
@@ -94,10 +93,10 @@ def read_aiconfigurator(table: Columns, path: Path, digest: str) -> Draft:
         if name not in _AIC_OPERATORS:
             raise unknown(f"{path}: op_name", str(name), _AIC_OPERATORS)
     kind = _AIC_OPERATORS[operator[0]] if len(operator) else "gemm"  # a file holds one kind
-    gemm, collective, experts, mla = (
-        *(kind == name for name in ("gemm", "collective", "experts")),
-        kind in _AIC_LATENT,
-    )
+    gemm = kind == "gemm"
+    collective = kind == "collective"
+    experts = kind == "experts"
+    mla = kind in _AIC_LATENT
     shapes = {"gemm": _AIC_GEMM, "collective": _AIC_COLLECTIVE, "experts": EXPERTS_SHAPE}
     _need(table, shapes.get(kind, _AIC_MLA if mla else _AIC_ATTENTION), path)
     size = len(table["latency"])
@@ -130,57 +129,67 @@ def read_aiconfigurator(table: Columns, path: Path, digest: str) -> Draft:
             columns["kv_heads"] = np.where(one, 1.0, columns["heads"])
             columns["head_dim"], columns["n"] = (np.full(size, width) for width in _AIC_LATENT[kind])
             absorbed = one & (kind == "mla_prefill") & (kernel != "trtllm_mla")
-            screen.refuse(absorbed, "a prompt on the path of a decode, which SGLang does not take")
+            screen.refuse(absorbed, "a prompt on the path of a decode, which SGLang does not use")
         columns |= {"q_len": isl, "kv_len": isl + step, "window": _number(table.get("window_size", np.zeros(size)))}
         # every replay reads the same cache again
         columns |= {"copies": np.ones(size), "cold": np.zeros(size, np.bool_)}
         formats = (table["mla_dtype" if mla else "attn_dtype"], table["kv_cache_dtype"])
-    for place, (name, column) in enumerate(zip(("dtype", "weight_dtype"), formats)):
+    for name, column in zip(("dtype", "weight_dtype"), formats, strict=True):
         text = _texts(column)
         for other in np.unique(text[~np.isin(text, [*_AIC_DTYPES])]):
             screen.refuse(text == other, f"number format {other} is not modelled")
-        weights = (gemm or experts) and place
-        columns[name] = _mapped(text, {aic: pair[weights] for aic, pair in _AIC_DTYPES.items()})
+        of_weights = (gemm or experts) and name == "weight_dtype"
+        columns[name] = _mapped(text, {aic: pair[of_weights] for aic, pair in _AIC_DTYPES.items()})
     if collective:
         element = np.array([DTYPE_BYTES[DTYPES.index(name)] for name in columns["dtype"]])
         columns["n"] = _number(table["message_size"]) * element
-    # NCCL's version stands beside the name of the engine that brought it
+    # NCCL's version is listed under the engine that contains it
     framework = np.where(kernel == "NCCL", "NCCL", _texts(table["framework"]))
     keys = np.stack([_texts(table["device"]), framework, _texts(table["version"]), kernel], axis=1)
+
     if kind == "attention_decode":
         _refuse_above_peak(screen, columns, (keys[:, :3] == _AIC_ABOVE_PEAK).all(axis=1))
     if "beam_width" in table:
         screen.refuse(_number(table["beam_width"]) != 1, "beam search")
     kinds, columns["source"] = _unique_rows(keys)
     origin = "/".join(path.parts[-5:])  # names the collection: system/operator/backend/version/file
-    shared = {"method": AICONFIGURATOR_METHOD, "origin": origin, "digest": digest, "licence": "Apache-2.0"}
-    sources = tuple(Source(d, {f: v}, k, **shared) for d, f, v, k in kinds)
+    sources = tuple(
+        Source(
+            device=device,
+            stack={name: version},
+            kernel=implementation,
+            method=AICONFIGURATOR_METHOD,
+            origin=origin,
+            digest=digest,
+            licence="Apache-2.0",
+        )
+        for device, name, version, implementation in kinds
+    )
     still = gemm and bool((np.char.upper(keys[:, 1]) == "VLLM").any())
     return Draft(columns, sources, screen, rotated=gemm, still=still)
 
 
 def _mapped(text: Array, names: Mapping[str, str]) -> Array:
-    """Each text's name in this program, ``bf16`` where it has none."""
+    """Return each text's name in this program, or ``bf16``."""
     values, inverse = np.unique(text, return_inverse=True)
     return np.array([names.get(str(v), "bf16") for v in values], dtype=object)[inverse.reshape(-1)]
 
 
-def _refuse_above_peak(screen: Screen, columns: Columns, known: Array) -> None:
-    """Refuse decode rows above the memory's bandwidth, where the cache exceeds the L2, of rows known for it."""
+def _refuse_above_peak(screen: Screen, columns: RawColumns, known: Array) -> None:
+    """Refuse decode rows of a known collection whose cache exceeds L2 and is read faster than the memory allows."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         cache = 2 * 2 * columns["batch"] * columns["kv_heads"] * columns["kv_len"] * columns["head_dim"]
         fast = cache / columns["seconds"] > _AIC_PEAK_BYTES_PER_S
-    decode = known & (columns["operator"] == "attention_decode")
     reason = f"decode faster than the memory's {_AIC_PEAK_BYTES_PER_S / 1e12:g} TB/s, known of this collection"
-    screen.refuse(decode & (cache > _AIC_L2_BYTES) & fast, reason)
+    screen.refuse(known & (cache > _AIC_L2_BYTES) & fast, reason)
 
 
-MEASURED = ("gpu", "dtype", "op", "latency_us", "source", "note")  # columns by which such a table is known
+MEASURED = ("gpu", "dtype", "op", "latency_us", "source", "note")  # columns that identify such a table
 
-# of the model the element-wise rows name: its hidden size, the width of its MLP, of its k and v
+# model of the element-wise rows: hidden size, width of the MLP, width of k and v
 _HIDDEN, _INNER, _GROUPS = 4096.0, 14336.0, 1024.0
 # fmt: off
-_ELEMENTWISE: Mapping[str, tuple[str, float, float]] = {  # op -> role, features a token read and written
+_ELEMENTWISE: Mapping[str, tuple[str, float, float]] = {  # op -> role, features read and written per token
     "act_fn": ("activation", 2.0 * _INNER, _INNER),
     "embedding": ("embedding", _HIDDEN, _HIDDEN),
     "layernorm": ("attention_norm", 2.0 * _HIDDEN, 2.0 * _HIDDEN),  # vLLM adds the residual in the same kernel
@@ -194,12 +203,11 @@ _KERNELS: Mapping[str, tuple[str, str]] = {  # op -> operator, role
 # fmt: on
 
 
-def read_measured(table: Columns, path: Path, digest: str) -> Draft:
-    """A table of measured GEMMs (dense and 2:4), attention and element-wise operators, each row with its own source.
+def read_measured(table: RawColumns, path: Path, digest: str) -> Draft:
+    """Read a table of measured GEMMs (dense and 2:4), attention and element-wise operators, each row with a source.
 
-    Rows of operators that are no single kernel of this program (two chained GEMMs, attention without a mask) are
-    refused by name. What is to be compared only within one experiment (the column ``group``) becomes the source's
-    ``run``.
+    Rows of operators that are not one kernel of this program (two chained GEMMs, attention without a mask) are refused
+    by name. The column ``group`` (rows of one experiment) becomes the source's ``run``.
     """
     _need(table, MEASURED, path)
     op = table["op"]
@@ -225,17 +233,16 @@ def read_measured(table: Columns, path: Path, digest: str) -> Draft:
     columns |= {"operator": operator, "role": role, "read_bytes": reads, "write_bytes": writes}
     kernel_time = np.array(["kernel time" in note for note in table["note"]])
     columns["launch"] = np.where(kernel_time, "excluded", "unknown").astype(object)
-    # profiled inside a running model: weights come from memory, activations from the kernel before; elsewhere a
-    # benchmark loops one shape
+    # kernel times are from a running model, whose weights come from memory; other rows are loops over one shape
     columns["cold"] = kernel_time & (operator == "gemm")
     # the first number format a text names (``fp16/bf16 (presumed)`` -> ``fp16``)
     named = np.array([str(v).replace("/", " ").split(" ")[0] for v in table["dtype"]], dtype=object)
     columns["dtype"] = columns["weight_dtype"] = _chosen(screen, "dtype", named, DTYPES, "bf16")
     vague = int((table["dtype"] != columns["dtype"]).sum())
-    note = f"{vague} rows do not state their number format plainly; the first one named was taken"
-    if "group" in table:  # batch is 1 or the number of chained products there, no dimension of ours
+    note = f"{vague} rows name several number formats; the first one is used"
+    if "group" in table:  # its batch is 1 or the number of chained products
         columns.pop("batch", None)
-    group, kernel = (table["group"], op) if "group" in table else (blank, blank)  # else op says nothing of the kernel
+    group, kernel = (table["group"], op) if "group" in table else (blank, blank)  # else op does not name the kernel
     keys = np.stack([table["gpu"], table["source"], table["note"], group, kernel], axis=1).astype(str)
     kinds, columns["source"] = _unique_rows(keys)
     sources = tuple(Source(device=g, kernel=k, method=n, origin=s, digest=digest, run=r) for g, s, n, r, k in kinds)
@@ -243,7 +250,7 @@ def read_measured(table: Columns, path: Path, digest: str) -> Draft:
 
 
 def _kernel_of(op: str) -> tuple[str, str]:
-    """Operator and role of a row's ``op``; without an operator it is refused for the reason in second place."""
+    """Return operator and role of a row's ``op``; without an operator, "" and the reason to refuse it."""
     if op in _ELEMENTWISE:
         return "elementwise", _ELEMENTWISE[op][0]
     if op in _KERNELS:
@@ -251,23 +258,23 @@ def _kernel_of(op: str) -> tuple[str, str]:
     if op == "attn_prefill_noncausal":
         return "", "attention without a causal mask is not modelled"
     if op.startswith("ffn_"):
-        return "", "two chained GEMMs with what lies between them, not one"
+        return "", "two chained GEMMs with other kernels between them, not one GEMM"
     if op.startswith("dense"):
         return "gemm", ""
     if op.startswith("sparse24"):
         return "gemm_2to4", ""
-    return "", "is no operator this program knows"
+    return "", "unknown operator"
 
 
 _NAMES = {"operator": OPERATORS, "dtype": DTYPES, "weight_dtype": DTYPES, "launch": LAUNCHES}
 _SPELT = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32", "float8": "fp8"}
 
 
-def read_csv(table: Columns, path: Path, digest: str, column_map: Mapping[str, str], device: str = "") -> Draft:
-    """A CSV with a header, whose columns are named as those of ``Records``, or by the map.
+def read_csv(table: RawColumns, path: Path, digest: str, column_map: Mapping[str, str], device: str = "") -> Draft:
+    """Read a CSV with a header, whose columns are named as in ``Records`` or by the map.
 
-    The time is one of the columns of :data:`TIME_UNITS`, so that its unit is never guessed. Columns that neither bear a
-    known name nor are mapped are left out, and named in a note.
+    The time is one of the columns of :data:`TIME_UNITS`, so its unit is known. Other columns are ignored and listed in
+    a note.
     """
     known = [name for name in Records.SCHEMA if name not in ("seconds", "source", "flags")] + list(TIME_UNITS)
     for name, theirs in column_map.items():
@@ -320,12 +327,12 @@ def read_csv(table: Columns, path: Path, digest: str, column_map: Mapping[str, s
 
 
 def _texts(column: Array) -> Array:
-    """A column as text on one line, whatever it held."""
+    """Return a column as texts of one line."""
     return np.array([one_line(str(value), 200) for value in column.tolist()], dtype=object).astype(str)
 
 
 def _number(column: Array) -> Array:
-    """A column as float64; what is no number becomes NaN, to be refused by row."""
+    """Return a column as float64; other values become NaN, and their rows are refused later."""
     if column.dtype.kind in "iufb":
         return column.astype(np.float64)
 
@@ -339,21 +346,21 @@ def _number(column: Array) -> Array:
 
 
 def _chosen(screen: Screen, name: str, text: Array, choices: Sequence[str], otherwise: str) -> Array:
-    """A column of names, unknown ones refused by row (and replaced, since a column has a value in every row)."""
+    """Return a column of names; refuse the rows of unknown names and replace them, since every row needs a value."""
     bad = ~np.isin(text.astype(str), choices)
     for value in np.unique(text[bad].astype(str)):
         screen.refuse(text == value, f"{name} {str(value)!r} is unknown")
     return np.asarray(np.where(bad, otherwise, text))
 
 
-def _need(table: Columns, names: Sequence[str], path: Path) -> None:
-    """Refuse a file without these columns."""
+def _need(table: RawColumns, names: Sequence[str], path: Path) -> None:
+    """Raise InputError if a file lacks some of these columns."""
     if missing := [name for name in names if name not in table]:
         raise InputError(f"{path}: column {', '.join(missing)} missing; the file has {', '.join(table)}")
 
 
 def _unique_rows(keys: Array) -> tuple[list[tuple[str, ...]], Array]:
-    """Distinct rows of a text table in order of first appearance, and the index of each row among them."""
+    """Return the distinct rows of a text table in order of appearance, and each row's index among them."""
     rows = [tuple(row) for row in keys.tolist()]
-    place = {row: i for i, row in enumerate(dict.fromkeys(rows))}
-    return list(place), np.array([place[row] for row in rows], dtype=np.int64)
+    index = {row: i for i, row in enumerate(dict.fromkeys(rows))}
+    return list(index), np.array([index[row] for row in rows], dtype=np.int64)

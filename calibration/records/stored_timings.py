@@ -1,8 +1,7 @@
-"""What the lines of a store mean: measured rows to :class:`~calibration.records.table.Records`.
+"""Convert the lines of a store to :class:`~calibration.records.timing_table.Records`.
 
-A line with ``operator`` and ``median_s`` is a timing; its status and the drift of the anchors round it become flags.
-Lines without a time (skipped, unsupported, refused, failed) are left out of the table and counted by reason in
-:func:`untimed`.
+A line with ``operator`` and ``median_s`` is a timing; its status and the drift checks around it become flags. Lines
+without a time (skipped, unsupported, refused, failed) are excluded; :func:`untimed` counts them by reason.
 """
 
 from __future__ import annotations
@@ -14,18 +13,18 @@ from typing import Any
 
 from calibration.devices.protocol import elementwise_bytes
 from calibration.records.store import Content, Header
-from calibration.records.table import COUNTS, LAUNCHES, OPERATORS, PURPOSES, Flag, Records
+from calibration.records.timing_table import COUNTS, LAUNCHES, OPERATORS, PURPOSES, Flag, Records
 from simulator.errors import InputError, unknown
 from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, dtype_code
 
-DRIFT_LIMIT = 0.02  # change of an anchor's time from which the records round it are flagged
-_MOST = 2**40  # largest dimension of an operator that can be meant
+DRIFT_LIMIT = 0.02  # change of a drift check above which the records around it are flagged
+_MOST = 2**40  # largest plausible dimension of an operator
 _FLAGS: Mapping[str, Flag] = {"noisy": Flag.NOISY, "throttled": Flag.THROTTLED}
-_GEMM_LAUNCH = {"m": 1, "n": 64, "k": 64}  # the tiny GEMM that stands for any in a launch measurement
+_GEMM_LAUNCH = {"m": 1, "n": 64, "k": 64}  # the tiny GEMM of a launch measurement
 
 
 def content_records(content: Content) -> Records:
-    """The timings of a store that was read, each run its own source."""
+    """Return the timings of a store; each run is a source."""
     try:
         return records_of(content.rows, content.header)
     except InputError as error:
@@ -33,45 +32,45 @@ def content_records(content: Content) -> Records:
 
 
 def records_of(rows: Iterable[Mapping[str, Any]], header: Header) -> Records:
-    """Measured rows, as :mod:`calibration.measure.run` writes them, as a table; ``header`` is that of their store.
+    """Convert rows of :mod:`calibration.measure.run` to a table; ``header`` is the header of their store.
 
-    Of several visits of an operator in one run the fastest counts (:class:`calibration.measure.plan.Plan`). ``NOISY``
-    and ``THROTTLED`` are by status; ``DRIFT`` is for rows between an anchor that had drifted and its neighbours: from
-    the first anchor of its run, or where operators were visited several times from the faster quarter of them.
+    The fastest of several visits counts (:class:`calibration.measure.plan.MeasurementPlan`). The status gives ``NOISY``
+    and ``THROTTLED``. Rows around a drift check that differs get ``DRIFT``. Its reference is the first drift check of
+    the run, or the fastest quarter of them if operators were visited several times.
     """
     rows = list(rows)
     drifted = _drifted(rows)
     runs: dict[str, int] = {}
     timings: list[dict[str, Any]] = []
-    visited: dict[tuple[str, str], int] = {}  # run and operator -> its place among the timings
+    visited: dict[tuple[str, str], int] = {}  # run and operator -> index of its timing
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get("operator"), Mapping) or row.get("median_s") is None:
             continue
         try:
             run = str(row.get("run", header.run))
             timing = {**_timing(row, drifted), "source": runs.setdefault(run, len(runs))}
-            place = len(timings)
+            index = len(timings)
             if "visit" in row and "key" in row:
-                place = visited.setdefault((run, str(row["key"])), place)
-            if place == len(timings):
+                index = visited.setdefault((run, str(row["key"])), index)
+            if index == len(timings):
                 timings.append(timing)
-            elif timing["seconds"] < timings[place]["seconds"]:
-                timings[place] = timing
+            elif timing["seconds"] < timings[index]["seconds"]:
+                timings[index] = timing
         except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
-            said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
-            raise InputError(f"record {number}: is no timing: {said}") from None
+            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
+            raise InputError(f"record {number}: not a timing: {reason}") from None
     return Records.from_rows(timings, [header.source(run) for run in runs])
 
 
 def _drifted(rows: Sequence[Mapping[str, Any]]) -> set[tuple[str, int]]:
-    """Blocks whose anchor had drifted, by run."""
+    """Return the blocks whose drift check differs, by run."""
     visited = {str(row.get("run", "")) for row in rows if row.get("visit")}
-    anchors: dict[str, list[Mapping[str, Any]]] = {}
+    checks: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        if row.get("purpose") == "anchor" and isinstance(row.get("median_s"), float):
-            anchors.setdefault(str(row.get("run", "")), []).append(row)
+        if row.get("purpose") == "drift_check" and isinstance(row.get("median_s"), float):
+            checks.setdefault(str(row.get("run", "")), []).append(row)
     out = set()
-    for run, found in anchors.items():
+    for run, found in checks.items():
         times = sorted(row["median_s"] for row in found)
         limit = (1.0 + DRIFT_LIMIT) * times[len(times) // 4]
         out |= {_block(row) for row in found if (row["median_s"] > limit if run in visited else row.get("drifted"))}
@@ -79,20 +78,20 @@ def _drifted(rows: Sequence[Mapping[str, Any]]) -> set[tuple[str, int]]:
 
 
 def _block(row: Mapping[str, Any]) -> tuple[str, int]:
-    """The run and the block of anchors a row is in."""
+    """Return the run and the block (between two drift checks) of a row."""
     block = row.get("block", 0)
     return str(row.get("run", "")), block if isinstance(block, int) else 0
 
 
 def _timing(row: Mapping[str, Any], drifted: Collection[tuple[str, int]]) -> dict[str, Any]:
-    """Columns of one measured row, but its source."""
+    """Return the columns of one measured row, except its source."""
     run, block = _block(row)
     flags = int(_FLAGS.get(str(row.get("status", "")), 0))
-    if (run, block) in drifted or ((run, block + 1) in drifted and row.get("purpose") != "anchor"):
+    if (run, block) in drifted or ((run, block + 1) in drifted and row.get("purpose") != "drift_check"):
         flags |= Flag.DRIFT
     purpose, seconds = str(row.get("purpose", "")), float(row["median_s"])
     if not 0.0 < seconds < math.inf:
-        raise ValueError(f"median_s {seconds!r}, expected a time above zero")
+        raise ValueError(f"median_s: expected a time above zero, got {seconds!r}")
     lower, upper, method = row.get("lower_s"), row.get("upper_s"), str(row.get("method", ""))
     spread = math.nan
     if lower is not None and upper is not None:
@@ -110,8 +109,8 @@ def _timing(row: Mapping[str, Any], drifted: Collection[tuple[str, int]]) -> dic
 
 
 def shape_of(operator: Mapping[str, Any]) -> dict[str, Any]:
-    """Columns of a record from the fields of a measured operator; refused where a dimension is no whole number, or a
-    name is unknown."""
+    """Return the columns of a measured operator; ValueError if a dimension is not a whole number or a name is
+    unknown."""
     kind, role, cold = str(operator["kind"]), str(operator.get("role", "")), bool(operator.get("cold", True))
     shape: dict[str, Any] = {name: operator[name] for name in (*COUNTS, "density", "dtype") if name in operator}
     shape |= {"operator": kind, "cold": cold, "copies": 0 if cold else 1}
@@ -136,13 +135,13 @@ def shape_of(operator: Mapping[str, Any]) -> dict[str, Any]:
         else:
             continue
         if not known:
-            raise ValueError(f"{name} {value!r:.60}, expected {right}")
+            raise ValueError(f"{name}: expected {right}, got {value!r:.60}")
     if kind not in OPERATORS:
         raise unknown("operator", kind, OPERATORS)
     return shape
 
 
 def untimed(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """How many measured operators have no time, by status and reason."""
+    """Count the operators without a time, by status and reason."""
     left = (row for row in rows if isinstance(row.get("operator"), Mapping) and row.get("median_s") is None)
     return dict(Counter(": ".join(str(row[name]) for name in ("status", "reason") if row.get(name)) for row in left))
