@@ -7,7 +7,7 @@ imported before a command needs it.
 
 from __future__ import annotations
 
-from calibration.cli import calibrate, compare, figures, fit, import_, measure, paper, upper_bound, validate
+from calibration.cli import calibrate, compare, figures, fit, import_, measure, paper, quality, upper_bound, validate
 from simulator.cli import app, run
 
 __all__ = ["app", "run"]
@@ -21,3 +21,4 @@ app.command("upper-bound")(upper_bound.command)
 app.command("compare")(compare.command)
 app.command("figures")(figures.command)
 app.command("paper")(paper.command)
+app.command("quality")(quality.command)

@@ -28,7 +28,6 @@ from simulator.cli import (
     methods,
     models,
     pareto,
-    quality,
     report,
     speedup,
     sweep,
@@ -55,7 +54,6 @@ app.command("sweep")(sweep.command)
 app.command("figures")(figures.figures)
 app.command("pareto")(pareto.pareto)
 app.command("claims")(claims.claims)
-app.command("quality")(quality.quality)
 app.command("explore")(explore.command)
 app.command("report")(report.command)
 

@@ -355,7 +355,7 @@ def test_a_pipe_gets_colours_only_when_it_asks(cli: Any, monkeypatch: pytest.Mon
         ("prunesim methods shortg", ["shortgpt"]),
         ("prunesim hardware show mi", ["mi300x"]),
         ("prunesim gemm 1 1 1 --dtype bf", ["bf16"]),
-        ("prunesim quality llama", []),
+        ("prunesim quality --fam", ["--family"]),
     ],
 )
 def test_a_shell_completes_names(line: str, offers: list[str], cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:

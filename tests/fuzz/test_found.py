@@ -23,7 +23,6 @@ from calibration.records.importers import import_table
 from calibration.records.lines import content_records
 from calibration.records.store import Header, merge, read_store
 from calibration.records.table import Records, Source
-from calibration.runners.quality_results import Results
 from simulator.errors import InputError
 from simulator.figures.measured import read_measured_gemms
 from simulator.hardware.arrays import check_arrays, pack_arrays
@@ -38,7 +37,6 @@ DEEP = b"[" * 100_000
 HEADER = Header("A100", {"torch": "2.9"}, "bf16", "r", "2026-01-01", {}).as_dict()
 GEMM = {"kind": "gemm", "m": 8, "n": 64, "k": 64, "dtype": "bf16"}
 TIMING = {"operator": GEMM, "median_s": 1.0}
-POINT = {"method": "depth", "fraction": 0.25, "realised": 0.25, "losses": [1.0]}
 QUALITY = "method,family,model,sparsity,metric,higher_is_better,dense,pruned,protocol,source,options\n"
 SPEEDUPS = "family,sparsity,speedup\ndepth,0.1,"
 COUNTS = "batch,q_len,kv_len,kv_heads,head_dim,latency_us,operator,sample_count,heads,copies\n" + (
@@ -90,7 +88,6 @@ READERS: dict[str, Callable[[Path], Any]] = {
     **{"q.csv": load_quality, "s.csv": read_measured, "t.csv": import_table, "g.csv": read_measured_gemms},
     **{"p.yaml": load_hardware, "store.jsonl": read_store},
     "timings.jsonl": lambda path: content_records(read_store(path)),
-    "points.jsonl": lambda path: Results(path, {"plan": 1}),
     "replay.jsonl": lambda path: open_named(str(path)),
 }
 
@@ -134,13 +131,6 @@ READERS: dict[str, Callable[[Path], Any]] = {
                 {"median_s": 0.0, "lower_s": 1, "upper_s": 2},
                 *({"operator": {**GEMM, "m": m}} for m in (1.5, "8", -8, 1 << 63)),
                 *({"operator": {**GEMM, **odd}} for odd in ({"dtype": 3}, {"kind": "gem"}, {"density": 0})),
-            )
-        ),
-        *(
-            ("points.jsonl", crc_line({"plan": 1}) + crc_line({**POINT, **change}), "no measured point")
-            for change in (
-                *({"method": None}, {"fraction": "x"}, {"realised": 2.0}),
-                *({"losses": losses} for losses in ([], [10**400], 1.0)),
             )
         ),
     ],

@@ -1,14 +1,13 @@
 """Every pruning family applied to a decoder's weights, or switched on in its execution.
 
 Widths, ranks and counts are rounded as in ``simulator.pruning``, so that what runs here has the shapes that are
-predicted there. Here what is removed is chosen by the size of the weights, which makes no difference to the time; the
-functions that remove it serve :mod:`calibration.runners.quality_methods` as well, which chooses by published criteria.
+predicted there. What is removed is chosen by the size of the weights, which makes no difference to the time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from inspect import signature
 from typing import Any
@@ -85,29 +84,16 @@ def depth(decoder: Decoder, sparsity: float, *, unit: str = "layer") -> Decoder:
     end = many - 1 if gone < many else many
     removed = range(end - gone, end)
     if unit in ("layer", "both"):
-        return without_layers(decoder, removed)
+        return replace(decoder, layers=tuple(layer for i, layer in enumerate(decoder.layers) if i not in removed))
     kind = Attention if unit == "attention" else Mlp
     return decoder.changed(lambda i, part: None if i in removed and isinstance(part, kind) else part)
 
 
-def without_layers(decoder: Decoder, gone: Collection[int]) -> Decoder:
-    """The decoder without some whole layers."""
-    return replace(decoder, layers=tuple(layer for i, layer in enumerate(decoder.layers) if i not in gone))
-
-
 def width(decoder: Decoder, sparsity: float, *, align: int = ALIGN) -> Decoder:
     """KV groups with their query heads, and MLP channels, are sliced out of the weights."""
-    return narrowed(decoder, sparsity, lambda i, role, p: p.weight.float().pow(2).sum(0), align)
-
-
-def narrowed(
-    decoder: Decoder, sparsity: float, saliency: Callable[[int, str, Projection], Tensor], align: int = ALIGN
-) -> Decoder:
-    """KV groups and MLP channels sliced out by the saliency of the inputs of o and down, given (layer, role,
-    projection)."""
 
     def change(number: int, part: Any) -> Any:
-        size = saliency(number, part.roles[-1], getattr(part, part.roles[-1]))
+        size = getattr(part, part.roles[-1]).weight.float().pow(2).sum(0)
         if isinstance(part, Mlp):
             index = best(size, aligned(len(size), 1.0 - sparsity, align))
             return replace(part, gate=part.gate.rows(index), up=part.up.rows(index), down=part.down.columns(index))
@@ -190,15 +176,15 @@ def unstructured(decoder: Decoder, sparsity: float) -> Decoder:
     return each_projection(decoder, zero)
 
 
-def two_of_four(weight: Tensor, saliency: Tensor | None = None) -> Tensor:
-    """The weight with two of every four neighbours in a row zeroed: the smallest, or those of least saliency.
+def two_of_four(weight: Tensor) -> Tensor:
+    """The weight with the smallest two of every four neighbours in a row zeroed.
 
     >>> two_of_four(torch.tensor([[1.0, -3.0, 2.0, 0.5]])).tolist()
     [[0.0, -3.0, 2.0, 0.0]]
     """
     if weight.shape[1] % 4:
         raise InputError(f"semi_structured: needs input features in fours, got {weight.shape[1]}")
-    fours = (weight.abs() if saliency is None else saliency).view(len(weight), -1, 4)
+    fours = weight.abs().view(len(weight), -1, 4)
     keep = torch.zeros_like(fours, dtype=torch.bool).scatter_(-1, fours.topk(2, dim=-1).indices, True)
     return weight.where(keep.view_as(weight), 0.0)
 
