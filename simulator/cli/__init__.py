@@ -18,7 +18,6 @@ import typer
 from simulator._version import __version__
 from simulator.cli import (
     advise,
-    claims,
     engines,
     explain,
     explore,
@@ -53,7 +52,6 @@ app.command("advise")(advise.command)
 app.command("sweep")(sweep.command)
 app.command("figures")(figures.figures)
 app.command("pareto")(pareto.pareto)
-app.command("claims")(claims.claims)
 app.command("explore")(explore.command)
 app.command("report")(report.command)
 
