@@ -20,14 +20,13 @@ import torch
 import torch.nn.functional as F
 
 from calibration.runners.decoder.families import STATIC, prune_decoder
-from calibration.runners.decoder.model import Decoder, from_weights
+from calibration.runners.decoder.model import Decoder, Tensor, from_weights
 from calibration.runners.decoder.run import window_logits
 from simulator.errors import InputError
 from simulator.files.read import read_bounded
 from simulator.predict.quality import QualityRow
 from simulator.predict.settings import one_of
 
-Tensor = torch.Tensor
 Logits = Callable[[Tensor], Tensor]
 """From the tokens (n,) of a window to the logits (n, vocabulary) after each of them."""
 
@@ -78,8 +77,8 @@ def score(dense: Logits, pruned: Logits, windows: Sequence[Tensor]) -> Score:
         before, after = (F.log_softmax(logits(ids)[:-1].float(), -1) for logits in (dense, pruned))
         losses.append([float(F.nll_loss(log, ids[1:])) for log in (before, after)])
         divergences.append(float(F.kl_div(after, before, log_target=True, reduction="batchmean")))
-    perplexities = torch.tensor(losses, dtype=torch.float64).mean(0).clamp(max=700.0).exp().tolist()
-    return Score(*perplexities, kl_nats=sum(divergences) / len(divergences))
+    dense_perplexity, perplexity = torch.tensor(losses, dtype=torch.float64).mean(0).clamp(max=700.0).exp().tolist()
+    return Score(dense_perplexity, perplexity, sum(divergences) / len(divergences))
 
 
 def measure_quality(
@@ -161,8 +160,7 @@ def logits_of(model: Any) -> Logits:
 
     def logits(ids: Tensor) -> Tensor:
         with torch.no_grad():
-            found: Tensor = model(ids[None]).logits[0]
-            return found
+            return model(ids[None]).logits[0]
 
     return logits
 

@@ -56,7 +56,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def prunesim(python: Any, place: Path) -> Any:
     """Runs a line in a process of its own."""
-    return lambda line, **options: python(["-m", "calibration.cli", *line.split()], place, **options)
+    return lambda line, **options: python(["-m", "simulator.cli", *line.split()], place, **options)
 
 
 SLOW_WRITERS = [pytest.param(what, marks=pytest.mark.slow) for what in ("figures", "fit", "validate")]
@@ -133,7 +133,7 @@ COMMANDS = [
 
 SCRIPT = """
 import contextlib, io, json, sys
-from calibration.cli import main
+from simulator.cli import main
 for line in json.loads(sys.argv[1]):
     sys.argv = ["prunesim", *line.split()]
     # a sweep says how long it took

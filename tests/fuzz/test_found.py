@@ -17,12 +17,12 @@ from guard import refusal
 from targets import times
 
 import simulator
-from calibration.cli import run
 from calibration.devices.replay import open_named
 from calibration.records.importers import import_table
 from calibration.records.lines import content_records
 from calibration.records.store import Header, merge, read_store
 from calibration.records.table import Records, Source
+from simulator.cli import run
 from simulator.errors import InputError
 from simulator.figures.measured import read_measured_gemms
 from simulator.hardware.arrays import check_arrays, pack_arrays

@@ -17,7 +17,6 @@ torch = pytest.importorskip("torch")
 from decoder_reference import CONFIG  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from calibration.cli import run  # noqa: E402
 from calibration.devices.protocol import Description  # noqa: E402
 from calibration.devices.replay import ReplayDevice  # noqa: E402
 from calibration.records.store import read_store  # noqa: E402
@@ -31,6 +30,7 @@ from calibration.runners.decoder.model import random_decoder  # noqa: E402
 from calibration.runners.decoder.run import decode, prefill  # noqa: E402
 from calibration.runners.decoder.timing import PairTimes, time_pair  # noqa: E402
 from calibration.validation.scores import spearman  # noqa: E402
+from simulator.cli import run  # noqa: E402
 from simulator.engines.engine import check_engine, load_engine  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.hardware.library import load_hardware  # noqa: E402

@@ -15,12 +15,12 @@ torch = pytest.importorskip("torch", reason="measuring quality needs PyTorch")
 
 import decoder_reference  # noqa: E402
 
-from calibration.cli import run  # noqa: E402
 from calibration.runners import quality  # noqa: E402
 from calibration.runners.decoder.families import prune_decoder  # noqa: E402
 from calibration.runners.decoder.model import Decoder, random_decoder  # noqa: E402
 from calibration.runners.decoder.run import window_logits  # noqa: E402
 from calibration.runners.quality import decoder_of, load_model, load_windows, logits_of, read_text, score  # noqa: E402
+from simulator.cli import run  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.predict.quality import load_quality  # noqa: E402
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import simulator
-from calibration.cli import run
 from calibration.validation.claims import (
     FAILS,
     HOLDS,
@@ -24,6 +23,7 @@ from calibration.validation.claims import (
     decided,
     order_outcome,
 )
+from simulator.cli import run
 from simulator.predict.pareto import Front, Point, bands, judge
 from simulator.predict.quality import Axis
 
