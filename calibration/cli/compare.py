@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,8 @@ from simulator.cli import options, render
 from simulator.cli.options import opt
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from calibration.runners.compare import Row
 
 LaunchedAs = Annotated[
@@ -117,7 +120,6 @@ def _agreement(rows: list[Row], records: list[dict[str, object]]) -> list[str]:
 
 def _write(folder: Path, rows: list[Row], records: list[dict[str, object]]) -> None:
     """The table as Markdown, and the figure."""
-    from calibration.runners.compare_figure import compare_figure
     from calibration.validation.report import table
     from simulator.figures.save import save_figure
     from simulator.files.write import write_whole
@@ -130,4 +132,17 @@ def _write(folder: Path, rows: list[Row], records: list[dict[str, object]]) -> N
     left = [at for at, c in enumerate(columns) if not c.right]
     lines.append(table([c.title.replace("\n", " ") for c in columns], cells, left))
     write_whole(folder / "comparison.md", ("\n".join(lines) + "\n").encode())
-    save_figure(compare_figure(rows), folder / "comparison.png")
+    save_figure(comparison_figure(rows), folder / "comparison.png")
+
+
+def comparison_figure(rows: list[Row]) -> Figure:
+    """Measured speedups next to predicted ones, a panel per phase and sparsity."""
+    from simulator.figures.published import Beside, published_figure
+
+    families, panels = list(dict.fromkeys(r.family for r in rows)), []
+    for phase, sparsity in dict.fromkeys((r.phase, r.sparsity) for r in rows):
+        at = {r.family: r for r in rows if (r.phase, r.sparsity) == (phase, sparsity)}
+        columns = ("measured", "predicted", "predicted_lower", "predicted_upper")
+        values = [[getattr(at[f], name) if f in at else math.nan for f in families] for name in columns]
+        panels.append(Beside(f"{phase}, {render.percent(sparsity)} removed", families, *values))
+    return published_figure(panels, observed="measured")
