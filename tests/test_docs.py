@@ -86,7 +86,7 @@ def commands_of(shell: str) -> Iterator[list[str]]:
                 continue  # a server, which has tests of its own
             program = Path(words[0]).name if words else ""
             if program == "prunesim":
-                yield ["-m", "calibration.cli", *words[1:]]
+                yield ["-m", "simulator.cli", *words[1:]]
             elif program.startswith("python") and words[1:2] == ["-m"] and words[2].startswith("calibration"):
                 yield words[1:]
             else:
@@ -200,7 +200,7 @@ def test_what_is_not_printed_is_noticed() -> None:
     with pytest.raises(AssertionError, match="neither a command"):
         list(commands_of("rm -rf x"))
     assert list(commands_of(".venv/bin/pip install -e . && .venv/bin/prunesim gemm 1 2 3 --hardware 'a b'")) == [
-        ["-m", "calibration.cli", "gemm", "1", "2", "3", "--hardware", "a b"]
+        ["-m", "simulator.cli", "gemm", "1", "2", "3", "--hardware", "a b"]
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +16,8 @@ from simulator.cli import options, render
 from simulator.cli.options import opt
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from calibration.runners.compare import ComparedSpeedup
 
 Launch = Annotated[
@@ -117,8 +120,7 @@ def _agreement(rows: list[ComparedSpeedup], records: list[dict[str, object]]) ->
 
 
 def _write(folder: Path, rows: list[ComparedSpeedup], records: list[dict[str, object]]) -> None:
-    """Write the table as Markdown, and the figure."""
-    from calibration.runners.compare_figure import compare_figure
+    """The table as Markdown, and the figure."""
     from calibration.validation.report import table
     from simulator.figures.save import save_figure
     from simulator.files.write import write_whole
@@ -131,4 +133,17 @@ def _write(folder: Path, rows: list[ComparedSpeedup], records: list[dict[str, ob
     left = [at for at, c in enumerate(columns) if not c.right]
     lines.append(table([c.title.replace("\n", " ") for c in columns], cells, left))
     write_whole(folder / "comparison.md", ("\n".join(lines) + "\n").encode())
-    save_figure(compare_figure(rows), folder / "comparison.png")
+    save_figure(comparison_figure(rows), folder / "comparison.png")
+
+
+def comparison_figure(rows: list[ComparedSpeedup]) -> Figure:
+    """Measured speedups next to predicted ones, a panel per phase and sparsity."""
+    from simulator.figures.published import Beside, published_figure
+
+    families, panels = list(dict.fromkeys(r.family for r in rows)), []
+    for phase, sparsity in dict.fromkeys((r.phase, r.sparsity) for r in rows):
+        at = {r.family: r for r in rows if (r.phase, r.sparsity) == (phase, sparsity)}
+        columns = ("measured", "predicted", "predicted_lower", "predicted_upper")
+        values = [[getattr(at[f], name) if f in at else math.nan for f in families] for name in columns]
+        panels.append(Beside(f"{phase}, {render.percent(sparsity)} removed", families, *values))
+    return published_figure(panels, observed="measured")

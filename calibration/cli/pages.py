@@ -112,7 +112,7 @@ def commands() -> Iterator[tuple[str, Any]]:
     """Yield the path of every command ("speedup", "hardware list", ...) and its parser, in the order of ``--help``."""
     import typer
 
-    from calibration.cli.program import app
+    from simulator.cli.program import program
 
     def walk(command: Any, path: list[str]) -> Iterator[tuple[str, Any]]:
         if hasattr(command, "commands"):
@@ -121,7 +121,7 @@ def commands() -> Iterator[tuple[str, Any]]:
         else:
             yield " ".join(path), command
 
-    return walk(typer.main.get_command(app), [])
+    return walk(typer.main.get_command(program()), [])
 
 
 def _text(text: str) -> str:

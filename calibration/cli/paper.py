@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 from simulator.cli import options, render
 from simulator.cli.options import opt
+from simulator.errors import InputError
 
 if TYPE_CHECKING:
+    from calibration.validation.claims import ClaimOutcome
     from calibration.validation.paper import Cell
+
+STYLES = {"holds": "green", "does not hold": "red", "undecided": "yellow"}
+
+MARGIN = (
+    "margin: the difference compared, divided by its interval's half-width on the side towards 0. A claim has the "
+    "margin of the comparison that decides it: from +1 up it holds, from -1 down it does not."
+)
 
 Row = tuple[str, float]
 Cells = Mapping[tuple[str, float, str], "Cell"]
@@ -28,17 +38,25 @@ def command(
         str, opt("--hardware", "NAMES", "Other GPUs to predict the same table on, separated by commas.")
     ] = "a100,h100,rtx_4090",
     engine: Annotated[str, opt("--engine", "NAMES", "Engines to predict it in there.")] = "reference,vllm",
+    claims: Annotated[bool, opt("--claims", None, "Test the paper's two claims on these GPUs and engines.")] = False,
     figure: options.Figure = None,
     json: options.Json = False,
 ) -> None:
-    """Predict the taxonomy paper's table beside its published values, and the same on other GPUs and engines.
+    """Predict the taxonomy paper's table next to its published values, and the same on other GPUs and engines.
 
     Llama-3.1-8B, mean over batch 1, 8, 16, 32 at 1024 tokens (arXiv 2606.09080, Table 2, as quoted in a public reading
-    note). Then its equivalences, Figure 2, what lies outside GEMMs, and the authors' kernel charts.
+    note). Then its equivalences, Figure 2, what lies outside GEMMs, and the authors' kernel charts. With --claims: (a)
+    in memory-bound inference static depth is the strongest baseline; (b) along the prefill frontier come static depth,
+    dynamic depth, static width.
     """
     from calibration.validation import paper
 
     devices, engines = options.names("--hardware", hardware), options.names("--engine", engine)
+    if claims:
+        if figure:
+            raise InputError("--figure: draws the paper's table; expected without --claims")
+        _show_claims(devices, engines, json)
+        return
     with render.progress("predicting") as report:
         own, others = paper.table_2(), paper.table_2(devices, engines, report)
     if figure:
@@ -160,6 +178,64 @@ def _print_elsewhere(cells: Sequence[Cell]) -> None:
 
 def _both(at: Cells, row: Row) -> str:
     return f"{_at(at, row, 'prefill').predicted:.2f} / {_at(at, row, 'decode').predicted:.2f}"
+
+
+def _show_claims(devices: Sequence[str], engines: Sequence[str], json: bool) -> None:
+    """Test both claims on the paper's own GPU, then on others."""
+    from calibration.validation.claims import CLAIMS, NOT_APPLICABLE, claim_outcomes
+    from calibration.validation.paper import HARDWARE, MODEL
+    from simulator.predict.words import uncalibrated
+
+    with render.progress("testing") as report:
+        found = claim_outcomes([HARDWARE, *devices], engines, report)
+    if render.Output(json).write([asdict(o) for o in found]):
+        for letter, (claim, text) in zip("ab", CLAIMS.items()):
+            some = [o for o in found if o.claim == claim]
+            print(textwrap.fill(f"({letter}) {text}", render.width()), end="\n\n")
+            render.show(_claim_columns(some), f"{MODEL}, batch {some[0].batch}, seq {some[0].seq}")
+            print()
+            for o in (o for o in some if o.verdict != NOT_APPLICABLE):
+                lines = textwrap.wrap(_claim_text(o), render.width(), subsequent_indent="    ", break_on_hyphens=False)
+                print("\n".join(lines))
+            print()
+        print(textwrap.fill(MARGIN, render.width()))
+    for line in uncalibrated(found):
+        render.note(line)
+
+
+def _claim_columns(some: Sequence[ClaimOutcome]) -> list[render.Column]:
+    from calibration.validation.claims import NOT_APPLICABLE
+
+    def margin(o: ClaimOutcome, value: float | None) -> str:
+        return "-" if value is None or o.verdict == NOT_APPLICABLE else f"{value:+.2f}"
+
+    sparsities = dict.fromkeys(s for o in some for s, _ in o.margins)
+    columns = render.columns(
+        some,
+        ("<hardware", lambda o: o.hardware),
+        ("<engine", lambda o: o.engine),
+        ("<phase", lambda o: o.phase),
+        ("<verdict", lambda o: o.verdict),
+        ("margin", lambda o: margin(o, o.margin)),
+        *((f"at {render.percent(s)}", lambda o, s=s: margin(o, dict(o.margins).get(s))) for s in sparsities),
+        ("<bottleneck", lambda o: o.bottleneck),
+    )
+    columns[3] = replace(columns[3], styles=[STYLES.get(o.verdict, "") for o in some])
+    return render.narrowed(columns if sparsities else columns[:-1], 5)
+
+
+def _claim_text(o: ClaimOutcome) -> str:
+    """The verdict at each sparsity, the comparison that decides, and the details."""
+    from calibration.validation.claims import decided
+
+    at: dict[str, list[str]] = {}
+    for sparsity, margin in o.margins:
+        at.setdefault(decided(margin), []).append(f"{100 * sparsity:g}")
+    verdicts = "; ".join(f"{verdict} at {', '.join(some)} %" for verdict, some in at.items()) or o.verdict
+    parts = [verdicts, f"decided by {o.decided_by}" + (f" ({o.needed})" if o.needed else "")]
+    if o.elsewhere:
+        parts.append(f"on the frontier where another family is claimed: {', '.join(o.elsewhere)}")
+    return f"{o.hardware}, {o.engine}, {o.phase}: {'; '.join(filter(None, [*parts, o.details]))}"
 
 
 def _draw(cells: Sequence[Cell], path: str) -> None:

@@ -1,1 +1,1 @@
-"""From a grid of models, devices, settings and families to rows, and what is asked of rows: advice, claims, sweeps."""
+"""From a grid of models, devices, settings and families to rows, and from rows to advice, frontiers and sweeps."""

@@ -2,8 +2,8 @@
 
 Use :func:`prediction_intervals` for many passes, :func:`workload_time` for one workload. Kernel errors follow a linear
 model (:mod:`simulator.uncertainty.factors`). The host acts nonlinearly: it matters only where it is slower than the
-device. Each pass is therefore evaluated at three host speeds: the typical one and both ends of the host interval. On each side,
-the change is combined with the device interval as a root of sum of squares.
+device. Each pass is therefore evaluated at three host speeds: the typical one and both ends of the host interval. On
+each side, the change is combined with the device interval as a root of sum of squares.
 
 A measured pass time is one observation. Bayes' rule weights a grid of host speeds; kernel errors are conditioned on the
 remaining difference.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import configparser
 import csv
 import io
 import json
 import math
+import os
 import re
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,12 @@ import pytest
 import typer
 
 import simulator
-from calibration.cli.program import app
 from simulator.cli import render
 from simulator.cli import speedup as speedup_command
+from simulator.cli.program import COMMANDS, GROUP, program
 from simulator.engines.engine import list_engines
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = "simulator.cli"
 SPEEDUP = "speedup llama-3.1-8b --hardware h100_sxm"
 STABLE_KEYS = (
     "model hardware engine family sparsity realised_sparsity phase batch seq dtype dense_s dense_lower dense_upper "
@@ -355,7 +357,7 @@ def test_a_pipe_gets_colours_only_when_it_asks(cli: Any, monkeypatch: pytest.Mon
         ("prunesim methods shortg", ["shortgpt"]),
         ("prunesim hardware show mi", ["mi300x"]),
         ("prunesim gemm 1 1 1 --dtype bf", ["bf16"]),
-        ("prunesim quality llama", []),
+        ("prunesim quality --fam", ["--family"]),
     ],
 )
 def test_a_shell_completes_names(line: str, offers: list[str], cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,7 +400,7 @@ def commands(command: Any, path: str = "") -> list[str]:
 
 def test_every_command_is_in_the_readme_and_has_help_that_names_its_options(cli: Any) -> None:
     readme = (ROOT / "README.md").read_text()
-    found = commands(typer.main.get_command(app))
+    found = commands(typer.main.get_command(program()))
     assert len(found) >= 8
     assert not [command for command in found if f"prunesim {command}" not in readme]
     for command in found:
@@ -408,20 +410,45 @@ def test_every_command_is_in_the_readme_and_has_help_that_names_its_options(cli:
 
 
 HEAVY = {"matplotlib", "torch", "pandas", "pyarrow"}
+OTHER_COMMANDS = {f"simulator.cli.{place.partition(':')[0]}" for name, place in COMMANDS if name != "speedup"}
 
 
 @pytest.mark.parametrize(
-    ("program", "line", "heavy"),
+    ("line", "heavy"),
     [
-        ("simulator.cli", "--help", {*HEAVY, "numpy", "pydantic", "scipy"}),
-        ("calibration.cli", "--help", {*HEAVY, "numpy", "scipy", "yaml"}),
-        ("simulator.cli", f"{SPEEDUP} --family depth", HEAVY),
+        ("--help", {*HEAVY, "numpy", "pydantic", "scipy", "yaml"}),
+        (f"{SPEEDUP} --family depth", {*HEAVY, "calibration", *OTHER_COMMANDS}),
     ],
 )
-def test_no_command_imports_what_it_does_not_need(program: str, line: str, heavy: set[str], python: Any) -> None:
-    code = f"import sys, {program} as p; p.run({line.split()}); print(sorted({heavy} & set(sys.modules)))"
+def test_no_command_imports_what_it_does_not_need(line: str, heavy: set[str], python: Any) -> None:
+    code = f"import sys, simulator.cli as p; p.run({line.split()}); print(sorted({heavy} & set(sys.modules)))"
     status, out, lines = python(["-c", code])
     assert (status, lines, out.decode().splitlines()[-1]) == (0, [], "[]")
-    if program == "calibration.cli":
-        for name in ("import", "measure", "fit", "validate", "calibrate", "speedup"):
-            assert f"  {name} " in out.decode()
+
+
+def test_help_lists_the_commands_of_other_packages(cli: Any) -> None:
+    listed = re.findall(r"^  ([a-z-]+)  ", cli.out("--help"), re.MULTILINE)
+    assert {"import", "measure", "fit", "validate", "calibrate", "figures", "speedup", "hardware"} <= set(listed)
+    assert len(listed) == len(set(listed))
+    assert cli.out("--help speedup") == cli.out("--help")
+
+
+def test_installed_entry_points_are_those_of_setup_cfg() -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    declared = config["options.entry_points"][GROUP].strip().splitlines()
+    found = sorted(f"{point.name} = {point.value}" for point in entry_points(group=GROUP))
+    assert found == sorted(declared), "the installed package is out of date: pip install -e ."
+
+
+def test_a_package_registers_a_command(tmp_path: Path, python: Any) -> None:
+    """Another package's function becomes a command; it cannot replace one of the program's own."""
+    info = tmp_path / "other-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{GROUP}]\ngreet = other:greet\nmethods = other:greet\n")
+    (tmp_path / "other.py").write_text("def greet(name: str) -> None:\n    print('hello', name)\n")
+    where = {"environment": {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}}
+    assert python(["-m", "simulator.cli", "greet", "you"], **where) == (0, b"hello you\n", [])
+    status, out, _ = python(["-m", "simulator.cli", "methods", "sleb"], **where)
+    assert (status, b"hello" in out) == (0, False)

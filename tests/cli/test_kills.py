@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def started(folder: Path, line: str) -> subprocess.Popen[str]:
-    words = [sys.executable, "-m", "calibration.cli", *line.split()]
+    words = [sys.executable, "-m", "simulator.cli", *line.split()]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
     quiet = subprocess.DEVNULL
     return subprocess.Popen(words, cwd=folder, env=environment, stdout=quiet, stderr=subprocess.PIPE, text=True)

@@ -16,9 +16,8 @@ from matplotlib.text import Text
 from test_figures import check_print
 
 import simulator
-from simulator.cli import app, run
+from simulator.cli import run
 from simulator.cli.drawing import draw_rooflines, draw_waterfalls
-from simulator.cli.figures import figures, figures_command
 from simulator.errors import InputError
 from simulator.figures.crossover import crossover_figure
 from simulator.figures.efficiency import efficiency_figure, number
@@ -351,9 +350,8 @@ def test_a_scatter_says_what_its_points_are_and_has_two_ticks_or_more() -> None:
 
 @pytest.fixture
 def prunesim(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The command line with ``figures``, whatever else is registered."""
-    monkeypatch.setattr(app, "registered_commands", list(app.registered_commands))
-    app.command("figures")(figures)
+    """The command line without the measured GEMMs that ship."""
+    monkeypatch.setattr("calibration.cli.figures.shipped_gemms", lambda hw, dtype: None)
     return run
 
 
@@ -392,11 +390,11 @@ def test_what_lacks_data_is_left_out_with_a_note(
     assert "no measured GEMMs" in capsys.readouterr().err
 
 
-def test_measurements_may_come_from_the_caller(
+def test_measurements_that_ship_are_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(app, "registered_commands", list(app.registered_commands))
-    app.command("figures")(figures_command(lambda hw, dtype: measured(hw, 50) if hw.name == "h100_sxm" else None))
+    shipped = {"h100_sxm": measured(load_hardware("h100_sxm"), 50)}
+    monkeypatch.setattr("calibration.cli.figures.shipped_gemms", lambda hw, dtype: shipped.get(hw.name))
     assert run(["figures", "-o", str(tmp_path), "--only", "scatter", "--format", "png"]) == 0
     assert "h100_sxm: planted" in (tmp_path / "captions.md").read_text()
     assert "a100_sxm_80gb" not in (tmp_path / "captions.md").read_text()

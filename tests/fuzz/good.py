@@ -57,6 +57,21 @@ SLEB,depth,llama-2-7b,0.2,ppl,false,7.26,12,,C4,a paper,unit=layer,
 Slice,width_cross,llama-2-7b,0.25,ppl,false,7.26,10,,C4,a paper,residual_projections=true,
 2:4,semi_structured,llama-2-7b,0.5,ppl,false,7.26,10.5,,C4,a paper,,note
 """
+HARNESS = {
+    "results": {
+        "arc_easy": {"alias": "arc_easy", "acc,none": 0.6, "acc_stderr,none": 0.01, "acc_norm,none": 0.55},
+        "wikitext": {"word_perplexity,none": 9.5, "word_perplexity_stderr,none": "N/A"},
+        "gsm8k": {"exact_match,strict-match": 0.2, "exact_match,flexible-extract": 0.25},
+        "piqa": {"acc,none": 0.7},
+    },
+    "group_subtasks": {"arc_easy": [], "wikitext": [], "gsm8k": [], "piqa": []},
+    "versions": {"arc_easy": 1.0, "wikitext": 2.0, "gsm8k": 3.0, "piqa": 1.0},
+    "n-shot": {"arc_easy": 0, "wikitext": 0, "gsm8k": 5, "piqa": 0},
+    "higher_is_better": {"arc_easy": {"acc": True, "acc_norm": True}, "wikitext": {"word_perplexity": False}},
+    "config": {"model": "hf", "model_args": "pretrained=meta-llama/Llama-2-7b", "limit": None},
+    "model_name": "meta-llama/Llama-2-7b",
+}
+"""Results of lm-evaluation-harness."""
 SPEEDUPS = """\
 family,sparsity,speedup,speedup_lower,speedup_upper,model,hardware,phase,batch,seq
 depth,0.1,1.1,1.05,1.15,llama-2-7b,h100_sxm,prefill,1,2048
@@ -96,7 +111,6 @@ _OTHERS = """[
 {"key": "copy", "operator": {"kind": "copy", "n": 4096}, "median_s": 1e-6, "purpose": "drift_check", "drifted": true},
 {"key": "elementwise", "operator": {"kind": "elementwise", "m": 64, "n": 4096, "role": "residual"}, "median_s": 1e-6},
 {"key": "gemm big", "operator": {"kind": "gemm"}, "status": "skipped", "reason": "out of memory"}]"""
-RESULTS = ({"plan": 1}, {"method": "depth", "fraction": 0.25, "realised": 0.25, "losses": [1.0, 2.0]})
 
 
 _HEADER = Header(

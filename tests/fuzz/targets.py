@@ -30,8 +30,6 @@ from calibration.devices.replay import open_named
 from calibration.records.importers import import_table
 from calibration.records.parquet import read_records, write_records
 from calibration.records.store import read_store
-from calibration.records.stored_timings import content_records, untimed
-from calibration.runners.quality_results import Results
 from simulator.engines import engine as engines
 from simulator.errors import InputError
 from simulator.explore.answer import answer
@@ -298,14 +296,6 @@ def jsonl(path: Path) -> None:
         imported(path)
 
 
-@Target("quality.jsonl", lambda rng: _run_lines(good.RESULTS, rng))
-def results(path: Path) -> None:
-    with Results(path, {"plan": 1}) as found:
-        for method, fraction in found.points:
-            assert np.isfinite(found.points[method, fraction]["losses"]).all()
-            assert 0.0 <= found.points[method, fraction]["realised"] <= 1.0
-
-
 def _make_replay(rng: random.Random) -> bytes:
     rows = edit_parts(good.RUN, rng, _LINE_EDITS, 2)
     return seldom(b"".join(json.dumps(row).encode() + b"\n" for row in rows), rng)
@@ -329,6 +319,20 @@ def quality(path: Path) -> None:
     # an engine that has kernels for every family, so that what is refused is the file
     found, _ = fronts(model, ["h100_sxm"], rows, choose_axis(rows), ["decode"], [1], [64], engine=["reference"])
     assert all(np.isfinite((p.loss, p.speedup)).all() for f in found for p in f.points)
+
+
+def _make_harness(rng: random.Random) -> bytes:
+    return seldom(json.dumps(mutate.json_tree(good.HARNESS, rng, 2)).encode(), rng)
+
+
+@Target("results.json", _make_harness)
+def harness(path: Path) -> None:
+    path.with_name("dense.json").write_text(json.dumps(good.HARNESS))
+    listed = path.with_name("listed.csv")
+    listed.write_text(f"results,family,sparsity\ndense.json,dense,0\n{path.name},width,0.3\n")
+    rows = load_quality(listed).rows
+    assert len(read_quality(table_text(rows))) == len(rows)
+    assert all(np.isfinite(row.relative_loss) for row in rows)
 
 
 @Target("speedups.csv", lambda rng: mutate.csv_text(good.SPEEDUPS, rng), f"{_PARETO} --measured {{}}")

@@ -17,13 +17,12 @@ from guard import refusal
 from targets import times
 
 import simulator
-from calibration.cli import run
 from calibration.devices.replay import open_named
 from calibration.records.importers import import_table
 from calibration.records.store import Header, read_store
 from calibration.records.stored_timings import content_records
 from calibration.records.timing_table import Records, Source
-from calibration.runners.quality_results import Results
+from simulator.cli import run
 from simulator.errors import InputError
 from simulator.figures.measured import read_measured_gemms
 from simulator.hardware.arrays import check_arrays, pack_arrays
@@ -38,7 +37,6 @@ DEEP = b"[" * 100_000
 HEADER = Header("A100", {"torch": "2.9"}, "bf16", "r", "2026-01-01", {}).as_dict()
 GEMM = {"kind": "gemm", "m": 8, "n": 64, "k": 64, "dtype": "bf16"}
 TIMING = {"operator": GEMM, "median_s": 1.0}
-POINT = {"method": "depth", "fraction": 0.25, "realised": 0.25, "losses": [1.0]}
 QUALITY = "method,family,model,sparsity,metric,higher_is_better,dense,pruned,protocol,source,options\n"
 SPEEDUPS = "family,sparsity,speedup\ndepth,0.1,"
 COUNTS = "batch,q_len,kv_len,kv_heads,head_dim,latency_us,operator,sample_count,heads,copies\n" + (
@@ -91,7 +89,6 @@ READERS: dict[str, Callable[[Path], Any]] = {
     **{"q.csv": load_quality, "s.csv": read_measured, "t.csv": import_table, "g.csv": read_measured_gemms},
     **{"p.yaml": load_hardware, "store.jsonl": read_store},
     "timings.jsonl": lambda path: content_records(read_store(path)),
-    "points.jsonl": lambda path: Results(path, {"plan": 1}),
     "replay.jsonl": lambda path: open_named(str(path)),
 }
 
@@ -135,13 +132,6 @@ READERS: dict[str, Callable[[Path], Any]] = {
                 {"median_s": 0.0, "lower_s": 1, "upper_s": 2},
                 *({"operator": {**GEMM, "m": m}} for m in (1.5, "8", -8, 1 << 63)),
                 *({"operator": {**GEMM, **odd}} for odd in ({"dtype": 3}, {"kind": "gem"}, {"density": 0})),
-            )
-        ),
-        *(
-            ("points.jsonl", crc_line({"plan": 1}) + crc_line({**POINT, **change}), "no measured point")
-            for change in (
-                *({"method": None}, {"fraction": "x"}, {"realised": 2.0}),
-                *({"losses": losses} for losses in ([], [10**400], 1.0)),
             )
         ),
     ],

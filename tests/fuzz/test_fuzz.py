@@ -18,7 +18,7 @@ import pytest
 from guard import Guard, check_line, in_time, refusal
 from targets import TARGETS, Target, command_line
 
-from calibration.cli import run
+from simulator.cli import run
 
 MANY = int(os.environ.get("PRUNESIM_FUZZ", "500"))
 BY_THE_THOUSAND = pytest.param(1, MANY, marks=pytest.mark.slow, id="by_the_thousand")

@@ -10,7 +10,7 @@ seq=${SEQ:-2048}
 batch=${BATCH:-1}
 sparsity=${SPARSITY:-0.5}
 total=${BUDGET:-480}              # seconds of measurement, without start-up, fits and figures
-read -r -a prunesim <<<"${PRUNESIM:-python -m calibration.cli}"
+read -r -a prunesim <<<"${PRUNESIM:-python -m simulator.cli}"
 out=${1:-gpu-run}
 
 mkdir -p "$out"

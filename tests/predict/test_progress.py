@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from simulator.predict.advise import advise
-from simulator.predict.claims import verdicts
 from simulator.predict.grid import Grid
 from simulator.predict.pareto import fronts
 from simulator.predict.quality import load_quality
@@ -24,7 +23,6 @@ LONG: dict[str, Callable[..., Any]] = {
     "sweep_columns": partial(sweep_columns, Grid((MODEL,), ("h100",), (0.5,), ("prefill", "decode"), (1,), (128,))),
     "advise": partial(advise, MODEL, TWO, 1.2, ["decode"], **NARROW),
     "fronts": partial(fronts, "llama-2-7b", TWO, QUALITY, QUALITY.axes()[0]),
-    "verdicts": partial(verdicts, MODEL, ["h100"]),
 }
 
 

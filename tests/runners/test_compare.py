@@ -17,20 +17,20 @@ torch = pytest.importorskip("torch")
 from decoder_reference import CONFIG  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from calibration.cli import run  # noqa: E402
+from calibration.cli.compare import comparison_figure  # noqa: E402
 from calibration.devices.protocol import Description  # noqa: E402
 from calibration.devices.replay import ReplayDevice  # noqa: E402
 from calibration.records.store import read_store  # noqa: E402
 from calibration.runners import compare as comparing  # noqa: E402
 from calibration.runners.cases import Case, fewer_layers, settings_of  # noqa: E402
 from calibration.runners.compare import ComparedCases, ComparedSpeedup, rows_of, summary  # noqa: E402
-from calibration.runners.compare_figure import compare_figure  # noqa: E402
 from calibration.runners.decoder import timing  # noqa: E402
 from calibration.runners.decoder.families import prune_decoder  # noqa: E402
 from calibration.runners.decoder.model import random_decoder  # noqa: E402
 from calibration.runners.decoder.run import decode, prefill  # noqa: E402
 from calibration.runners.decoder.timing import PairTimes, time_pair  # noqa: E402
 from calibration.validation.scores import spearman  # noqa: E402
+from simulator.cli import run  # noqa: E402
 from simulator.engines.engine import check_engine, load_engine  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.hardware.library import load_hardware  # noqa: E402
@@ -273,24 +273,19 @@ def test_agreement_by_hand() -> None:
     assert {name: b["count"] for name, b in comparing.by_phase(rows).items()} == {"decode": 3, "prefill": 1, "all": 4}
 
 
-def test_the_figure_has_a_panel_a_phase(tmp_path: Path) -> None:
-    from simulator.figures.save import save_figure
-
+def test_the_figure_has_a_panel_per_phase_and_sparsity() -> None:
+    """Families have one row in all panels; a case without a time leaves its row empty."""
     grid = itertools.product(("depth", "token"), (1.25, 1.5), ("prefill", "decode"))
     rows = [_row(1.1 * s, s, family=f, sparsity=s - 1, phase=p) for f, s, p in grid]
-    figure = compare_figure(rows)
-    assert [ax.get_title() for ax in figure.axes] == ["prefill", "decode"]
-    texts = figure.axes[0].texts[0].get_text()
-    assert "4 cases" in texts
-    assert "median error 10.0 %" in texts
-    drawn = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 1]
-    found = sorted((float(line.get_xdata()[0]), round(float(line.get_ydata()[0]), 3)) for line in drawn)
-    assert found == [(1.25, 1.375)] * 2 + [(1.5, 1.65)] * 2
-    save_figure(figure, tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
-    assert len(compare_figure(rows[:1]).axes) == 1
-    with pytest.raises(InputError, match="expected one comparison"):
-        compare_figure([])
+    figure = comparison_figure(rows[:-1])
+    assert [ax.get_title() for ax in figure.axes] == [
+        f"{phase}, {percent} % removed" for percent in (25, 50) for phase in ("prefill", "decode")
+    ]
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["depth", "token"]
+    for ax, measured in zip(figure.axes, ([1.25, 1.25], [1.25, 1.25], [1.5, 1.5], [1.5, math.nan])):
+        bars = [segment[0][0] for segment in ax.collections[-1].get_segments() if len(segment)]
+        assert bars == pytest.approx([m for m in measured if m == m])
+    assert "measured" in [t.get_text() for t in figure.legends[0].texts]
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from calibration.devices.protocol import Unsupported  # noqa: E402
 from calibration.runners.decoder.families import DYNAMIC, STATIC, each_projection, prune_decoder, two_of_four  # noqa: E402
 from calibration.runners.decoder.model import Decoder, from_weights, random_decoder  # noqa: E402
 from calibration.runners.decoder.routed import CacheCut, TokenRouting  # noqa: E402
-from calibration.runners.decoder.run import Cache, Rule, State, decode, prefill, token_losses  # noqa: E402
+from calibration.runners.decoder.run import Cache, Rule, State, decode, prefill, window_logits  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.models.config import Block, Latent  # noqa: E402
 from simulator.pruning import GENERAL  # noqa: E402
@@ -91,10 +91,10 @@ def test_a_checkpoint_s_names(dense: Decoder) -> None:
         from_weights("tiny", weights, heads=CONFIG.heads, kv_heads=CONFIG.kv_heads)
 
 
-def test_losses_are_those_of_the_logits(dense: Decoder) -> None:
+def test_logits_of_a_window(dense: Decoder) -> None:
     ids = TOKENS[0]
-    wanted = torch.nn.functional.cross_entropy(reference(dense, ids[None])[0, 39:-1], ids[40:], reduction="none")
-    torch.testing.assert_close(token_losses(dense, ids, 40).double(), wanted, rtol=1e-3, atol=1e-3)
+    wanted = reference(dense, ids[None])[0]
+    torch.testing.assert_close(window_logits(dense, ids).double(), wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_rewinding_repeats_a_step(dense: Decoder) -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibration.cli import run
 from calibration.measurements import published
 from calibration.validation import engines, serving
 from calibration.validation.acceptance import SERVED
 from calibration.validation.paper import figure_2
 from calibration.validation.published import MISS, Comparison
+from simulator.cli import run
 from simulator.engines.engine import load_engine
 
 Found = Mapping[str, Sequence[Comparison]]

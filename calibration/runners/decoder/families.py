@@ -1,14 +1,13 @@
 """Prune a decoder by any family: change its weights, or set the rule of its passes.
 
 Widths, ranks and counts are rounded as in ``simulator.pruning``, so shapes equal the predicted shapes. The size of the
-weights selects what is removed, which does not affect the time; :mod:`calibration.runners.quality_methods` uses these
-functions with published criteria.
+weights selects what is removed, which does not affect the time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from inspect import signature
 from typing import Any
@@ -84,28 +83,16 @@ def depth(decoder: Decoder, sparsity: float, *, unit: str = "layer") -> Decoder:
     end = layers - 1 if count < layers else layers
     removed = range(end - count, end)
     if unit in ("layer", "both"):
-        return without_layers(decoder, removed)
+        return replace(decoder, layers=tuple(layer for i, layer in enumerate(decoder.layers) if i not in removed))
     kind = Attention if unit == "attention" else Mlp
     return decoder.changed(lambda i, part: None if i in removed and isinstance(part, kind) else part)
 
 
-def without_layers(decoder: Decoder, removed: Collection[int]) -> Decoder:
-    """Return the decoder without some whole layers."""
-    return replace(decoder, layers=tuple(layer for i, layer in enumerate(decoder.layers) if i not in removed))
-
-
 def width(decoder: Decoder, sparsity: float, *, align: int = ALIGN) -> Decoder:
     """Remove KV groups with their query heads, and MLP channels, from the weights."""
-    return narrowed(decoder, sparsity, lambda i, role, p: p.weight.float().pow(2).sum(0), align)
-
-
-def narrowed(
-    decoder: Decoder, sparsity: float, saliency: Callable[[int, str, Projection], Tensor], align: int = ALIGN
-) -> Decoder:
-    """Remove KV groups and MLP channels by the saliency of the inputs of o and down, from (layer, role, projection)."""
 
     def change(number: int, part: Any) -> Any:
-        size = saliency(number, part.roles[-1], getattr(part, part.roles[-1]))
+        size = getattr(part, part.roles[-1]).weight.float().pow(2).sum(0)
         if isinstance(part, Mlp):
             index = best(size, aligned(len(size), 1.0 - sparsity, align))
             return replace(part, gate=part.gate.rows(index), up=part.up.rows(index), down=part.down.columns(index))
@@ -191,15 +178,15 @@ def unstructured(decoder: Decoder, sparsity: float) -> Decoder:
     return each_projection(decoder, zero)
 
 
-def two_of_four(weight: Tensor, saliency: Tensor | None = None) -> Tensor:
-    """Set two of every four neighbours in a row of a weight to zero: the smallest, or those of lowest saliency.
+def two_of_four(weight: Tensor) -> Tensor:
+    """Set the smallest two of every four neighbours in a row of a weight to zero.
 
     >>> two_of_four(torch.tensor([[1.0, -3.0, 2.0, 0.5]])).tolist()
     [[0.0, -3.0, 2.0, 0.0]]
     """
     if weight.shape[1] % 4:
         raise InputError(f"semi_structured: input features: expected a multiple of 4, got {weight.shape[1]}")
-    fours = (weight.abs() if saliency is None else saliency).view(len(weight), -1, 4)
+    fours = weight.abs().view(len(weight), -1, 4)
     keep = torch.zeros_like(fours, dtype=torch.bool).scatter_(-1, fours.topk(2, dim=-1).indices, True)
     return weight.where(keep.view_as(weight), 0.0)
 

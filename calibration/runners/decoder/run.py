@@ -1,4 +1,4 @@
-"""The forward pass: a prefill of prompts, decode steps of one token per sequence, the loss of every token of a window.
+"""The forward pass: a prefill of prompts, decode steps of one token per sequence, the logits of a whole window.
 
 Decisions during a pass are methods of a :class:`Rule`; the rule of a dense decoder decides nothing.
 """
@@ -63,7 +63,7 @@ class State:
     def turned(self, heads: Tensor, norm: Tensor, *tables: Tensor) -> Tensor:
         """Normalise query or key heads, if the model does, and rotate them by the given or this pass's tables."""
         heads = heads if norm is None else self.norm(heads, norm)
-        return (self.decoder.rule or DENSE).rotated(heads, *(tables or (self.cos, self.sin)))
+        return rotary(heads, *(tables or (self.cos, self.sin)))
 
     def queries(self, a: Attention, h: Tensor, *tables: Tensor) -> Tensor:
         """Return the rotated query heads of normalised tokens."""
@@ -104,15 +104,9 @@ class Rule:
     def attention(self, s: State, a: Attention, x: Tensor) -> Tensor:
         """Return the residual stream after an attention sublayer."""
         h = s.norm(x, a.norm)
-        self.observe(s, "attention", h)
         k, v = s.keys_values(a, h)
         out = joined(self.attend(s, s.queries(a, h), k, v))
-        self.observe(s, "o", out)
         return x + a.o(out)
-
-    def rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotate heads by their positions."""
-        return rotary(x, cos, sin)
 
     def attend(self, s: State, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return the outputs of the heads, in the shape of ``q`` (batch, heads, tokens, d)."""
@@ -121,17 +115,7 @@ class Rule:
     def mlp(self, s: State, m: Mlp, x: Tensor) -> Tensor:
         """Return the residual stream after an MLP."""
         h = s.norm(x, m.norm)
-        self.observe(s, "mlp", h)
-        inner = self.channels(s, gated(m.gate(h), m.up(h)))
-        self.observe(s, "down", inner)
-        return x + m.down(inner)
-
-    def channels(self, s: State, inner: Tensor) -> Tensor:
-        """Return the channels of the MLP, (batch, tokens, inner)."""
-        return inner
-
-    def observe(self, s: State, where: str, value: Tensor) -> None:
-        """Receive the inputs of projections: ``attention`` (q, k, v), ``o``, ``mlp`` (gate, up), ``down``."""
+        return x + m.down(gated(m.gate(h), m.up(h)))
 
 
 DENSE = Rule()
@@ -163,11 +147,10 @@ def decode(decoder: Decoder, token: Tensor, state: State) -> Tensor:
         return _logits(decoder, _through(state, token)[:, -1])
 
 
-def token_losses(decoder: Decoder, ids: Tensor, start: int) -> Tensor:
-    """Return negative log-likelihoods (n - start,) of a window's tokens (n,) after a prompt of ``start`` tokens."""
+def window_logits(decoder: Decoder, ids: Tensor) -> Tensor:
+    """Logits (n, vocab) after every token of a window (n,)."""
     with torch.no_grad():
-        x = _through(State(decoder, start), ids[None])[0]
-        return F.cross_entropy(_logits(decoder, x[start - 1 : -1]), ids[start:], reduction="none")
+        return _logits(decoder, _through(State(decoder, len(ids)), ids[None])[0])
 
 
 def _through(s: State, tokens: Tensor) -> Tensor:
