@@ -223,3 +223,12 @@ def few(names: Iterable[str], most: int = 4) -> str:
     known = list(dict.fromkeys(names))
     more = f" and {len(known) - most} more" if len(known) > most else ""
     return ", ".join(islice(known, most)) + more
+
+
+def markdown_text(text: str) -> str:
+    """Text on one line for Markdown and HTML: characters that either takes for markup become entities.
+
+    >>> markdown_text("<b> a|b *c*")
+    '&#60;b&#62; a&#124;b &#42;c&#42;'
+    """
+    return re.sub(r"[\\`*\[\]<>&|]", lambda found: f"&#{ord(found[0])};", " ".join(text.split()))

@@ -21,7 +21,7 @@ from simulator import InputError
 from simulator.cost.attention import decode_attention_time
 from simulator.display import Displayed
 from simulator.predict.advise import advise
-from simulator.predict.table import explanations
+from simulator.predict.explain import explanations
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -84,7 +84,7 @@ def held() -> dict[str, Any]:
         "speedup": simulator.speedup(dense, pruned, hw),
         "waterfall": simulator.waterfall(dense, pruned, hw),
         "table": table,
-        "record": table.records[0],
+        "record": table.results[0],
         "explanation": explanations("llama-3.2-1b", ["h100"], "depth", 0.25)[0],
         "lower": dense,
         "gemm_time": simulator.gemm_time([[1, 8, 64]], 4096, [[4096], [8192]], hw, detail=True, uncertainty=True),

@@ -7,17 +7,20 @@ imported before a command needs it.
 
 from __future__ import annotations
 
-from calibration.cli import calibrate, compare, figures, fit, import_, measure, paper, upper_bound, validate
-from simulator.cli import app, run
+from simulator.cli import COMMANDS, app, run
 
 __all__ = ["app", "run"]
 
-app.command("import")(import_.command)
-app.command("measure")(measure.command)
-app.command("fit")(fit.command)
-app.command("validate")(validate.command)
-app.command("calibrate")(calibrate.command)
-app.command("upper-bound")(upper_bound.command)
-app.command("compare")(compare.command)
-app.command("figures")(figures.command)
-app.command("paper")(paper.command)
+COMMANDS.update(
+    {
+        "import": "calibration.cli.import_:command",
+        "measure": "calibration.cli.measure:command",
+        "fit": "calibration.cli.fit:command",
+        "validate": "calibration.cli.validate:command",
+        "calibrate": "calibration.cli.calibrate:command",
+        "upper-bound": "calibration.cli.upper_bound:command",
+        "compare": "calibration.cli.compare:command",
+        "figures": "calibration.cli.figures:command",
+        "paper": "calibration.cli.paper:command",
+    }
+)

@@ -13,6 +13,7 @@ from calibration.cli.measure import Budget, Dtype, Folder, Hardware, Seed, descr
 from calibration.cli.rows import seconds
 from simulator.cli import options, render
 from simulator.cli.options import arg, opt
+from simulator.files.csv import csv_text
 
 if TYPE_CHECKING:
     from calibration.devices import Device
@@ -49,7 +50,7 @@ class Cases:
         out."""
         from calibration.runners.cases import fewer_layers, settings_of
         from simulator.models.library import load_model
-        from simulator.predict.settings import Setting
+        from simulator.predict.scenario import Scenario
 
         config = fewer_layers(load_model(model), self.layers)
         cases, notes = settings_of(
@@ -59,7 +60,7 @@ class Cases:
             seq=options.integers("--seq", self.seq),
             families=options.names("--family", self.family),
             sparsities=options.fractions("--sparsity", self.sparsity),
-            setting=Setting(dtype=self.dtype, engine=engine),
+            scenario=Scenario(dtype=self.dtype, engine=engine),
             **more,
         )
         return config, cases, notes
@@ -108,7 +109,7 @@ def command(
     rows = bounds(cases, found.records, hw, dtype=dtype)
     file = folder / "upper_bound.csv"
     records = [asdict(row) for row in rows]
-    write_whole(file, render.csv_text(records).encode())
+    write_whole(file, csv_text(records).encode())
     if render.Output(json).write(records):
         show_bounds(rows)
         if errors := bound_errors(rows):

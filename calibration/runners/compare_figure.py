@@ -10,7 +10,7 @@ import numpy as np
 from calibration.runners.compare import Row, summary
 from simulator.errors import InputError
 from simulator.figures.layout import in_a_row, log_axis
-from simulator.figures.style import COLUMN_IN, PAGE_IN, PALE_INK, in_order, label, look, paper_style
+from simulator.figures.style import COLUMN_IN, PAGE_IN, PALE_INK, in_order, label, paper_style, style_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,7 +46,7 @@ def compare_figure(rows: Sequence[Row]) -> Figure:
             ax = figure.add_subplot(lines, columns, i + 1, title=phase)
             _panel(ax, [row for row in rows if row.phase == phase], families)
             ax.set_ylabel("predicted speedup" if i % columns == 0 else "")
-        dots = [{**look(f).marks(), "linestyle": "none", "label": label(f)} for f in families]
+        dots = [{**style_of(f).marks(), "linestyle": "none", "label": label(f)} for f in families]
         marks = [Line2D([], [], **dot, markersize=3.5) for dot in dots]
         marks.append(Line2D([], [], **_EDGE, label=f"within {100 * BAND:.0f} %"))
         figure.legend(handles=marks, loc="outside lower center", ncol=min(per_row, len(marks)))
@@ -64,7 +64,7 @@ def _panel(ax: Axes, rows: Sequence[Row], families: Sequence[str]) -> None:
         ax.plot(ends, ends * edge, **_EDGE, zorder=1)
     most = max(r.sparsity for r in rows)
     for r in rows:
-        marks = {**look(r.family, families.index(r.family)).marks(), "linestyle": "none"}
+        marks = {**style_of(r.family, families.index(r.family)).marks(), "linestyle": "none"}
         bars = {"color": marks["color"], "linewidth": 0.4, "alpha": 0.55, "zorder": 2}
         ax.plot([r.measured, r.measured], [r.predicted_lower, r.predicted_upper], **bars)
         ax.plot([r.measured_lower, r.measured_upper], [r.predicted, r.predicted], **bars)

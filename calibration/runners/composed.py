@@ -26,7 +26,7 @@ from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
-from simulator.predict.settings import Setting
+from simulator.predict.scenario import Scenario
 from simulator.workload_batch import WorkloadBatch
 
 SETTINGS = (("smollm2-135m", 256), ("llama-3.2-1b", 512), ("qwen2.5-0.5b", 128), ("qwen2.5-0.5b", 1024))
@@ -86,7 +86,7 @@ def measured(config: ModelConfig, seq: int, sparsity: float) -> Iterator[tuple[s
 def predicted(config: ModelConfig, seq: int, sparsity: float, family: str, phase: str, hw: HardwareProfile) -> float:
     """The same as the profile and the engine have it, s."""
     asked: dict[str, Any] = {"phases": [phase], "seq": [seq], "families": [family], "sparsities": [sparsity]}
-    (case,), _ = settings_of(config, **asked, setting=Setting(dtype="fp32", engine=EXECUTED))
+    (case,), _ = settings_of(config, **asked, scenario=Scenario(dtype="fp32", engine=EXECUTED))
     p = forward_passes(WorkloadBatch.of([case.pruned]), hw)
     w, own_attention = p.workloads.rows, family == "sparse_attention" or (family, phase) == ("dynamic_depth", "prefill")
     part = np.isin(p.workloads.groups.role, w.role[w.overhead | (w.is_attention & own_attention)])

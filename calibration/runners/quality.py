@@ -28,7 +28,7 @@ from simulator.files.read import read_bounded
 from simulator.files.write import check_target, write_whole
 from simulator.models.library import list_models, load_model
 from simulator.predict.quality import QualityRow, QualityTable, table_text
-from simulator.predict.settings import one_of
+from simulator.predict.scenario import one_of
 
 DENSE = "dense"
 

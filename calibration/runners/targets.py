@@ -6,6 +6,7 @@ Use :func:`asked_workloads` to lower and prune it, :func:`asked_operators` to or
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -17,7 +18,7 @@ from simulator.cost.forward import forward_passes
 from simulator.engines import DEFAULT_ENGINE
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.library import load_model
-from simulator.predict.settings import Setting
+from simulator.predict.scenario import Scenario
 from simulator.pruning import prune
 from simulator.workload import DTYPES, ROLES, Kernel, Kind, Workload
 from simulator.workload_batch import WorkloadBatch
@@ -41,10 +42,10 @@ def asked_workloads(
     engine: str = DEFAULT_ENGINE,
 ) -> Asked:
     """A model (a name, or a config.json) in all combinations of settings, dense and pruned, fused as in an engine."""
-    config, setting = load_model(model), Setting(dtype=dtype, engine=engine)
+    template = Scenario(model=load_model(model), dtype=dtype, engine=engine)
     out = []
     for phase, b, s in product(phases, batch, seq):
-        dense = setting.lower(config, phase, b, s)
+        (dense,) = replace(template, phase=phase, shapes=((b, s),)).workloads
         out.append([dense, *(prune(dense, family, sparsity) for family in families for sparsity in sparsities)])
     return out
 

@@ -1,8 +1,8 @@
 """The command line: ``prunesim``. A thin layer that reads options, calls one function of the library and prints what it
 returns.
 
-Data goes to standard output, messages and progress to standard error. Exit status: 0 done; 2 bad input, said in one
-line; 1 failed (a file that cannot be written, a program error). Nothing heavy is imported before a command needs it.
+Data goes to standard output, messages and progress to standard error. Exit status: 0 done; 2 invalid input (one-line
+message); 1 failed (a file that cannot be written, a program error). A command is imported when it is used.
 """
 
 from __future__ import annotations
@@ -10,54 +10,73 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
 
 from simulator._version import __version__
-from simulator.cli import (
-    advise,
-    claims,
-    engines,
-    explain,
-    explore,
-    figures,
-    gemm,
-    hardware,
-    methods,
-    models,
-    pareto,
-    quality,
-    report,
-    speedup,
-    sweep,
-)
 from simulator.errors import InputError, one_line
 from simulator.start import INTERRUPTED, start
 
+COMMANDS: dict[str, str] = {
+    "hardware": "simulator.cli.hardware:app",
+    "models": "simulator.cli.models:app",
+    "engines": "simulator.cli.engines:app",
+    "gemm": "simulator.cli.gemm:gemm",
+    "speedup": "simulator.cli.speedup:speedup",
+    "explain": "simulator.cli.explain:explain",
+    "methods": "simulator.cli.methods:command",
+    "advise": "simulator.cli.advise:command",
+    "sweep": "simulator.cli.sweep:command",
+    "figures": "simulator.cli.figures:figures",
+    "pareto": "simulator.cli.pareto:pareto",
+    "claims": "simulator.cli.claims:claims",
+    "quality": "simulator.cli.quality:quality",
+    "explore": "simulator.cli.explore:command",
+    "report": "simulator.cli.report:command",
+}
+"""Commands by name, in the order of the help: the module and the function or group in it."""
+
+
+class _Commands(Mapping[str, Any]):
+    """The commands of :data:`COMMANDS`; each is imported when it is used."""
+
+    def __getitem__(self, name: str) -> Any:
+        module, _, attribute = COMMANDS[name].partition(":")
+        found = getattr(import_module(module), attribute)
+        if not isinstance(found, typer.Typer):
+            alone = typer.Typer(add_completion=False)
+            alone.command(name)(found)
+            found = alone
+        command = typer.main.get_command(found)
+        command.name = name
+        return command
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
+
+
+class _Group(typer.core.TyperGroup):
+    """A group that imports a command when it is used."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = _Commands()  # type: ignore[assignment]  # click only reads it
+
+
 app = typer.Typer(
     name="prunesim",
+    cls=_Group,
     help="How much faster will a pruned LLM really be? Predict it before implementing the pruning.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(hardware.app, name="hardware")
-app.add_typer(models.app, name="models")
-app.add_typer(engines.app, name="engines")
-app.command("gemm")(gemm.gemm)
-app.command("speedup")(speedup.speedup)
-app.command("explain")(explain.explain)
-app.command("methods")(methods.command)
-app.command("advise")(advise.command)
-app.command("sweep")(sweep.command)
-app.command("figures")(figures.figures)
-app.command("pareto")(pareto.pareto)
-app.command("claims")(claims.claims)
-app.command("quality")(quality.quality)
-app.command("explore")(explore.command)
-app.command("report")(report.command)
 
 
 def _version(asked: bool) -> None:

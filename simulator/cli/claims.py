@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 from simulator.cli import options, render
 from simulator.cli.options import arg, opt
-from simulator.predict.words import uncalibrated
 
 if TYPE_CHECKING:
     from simulator.predict.claims import Verdict
@@ -36,8 +35,7 @@ def claims(
     bound. (b) order: along the prefill frontier come static depth, dynamic depth, static width. Where one is undecided,
     what would decide it is said.
     """
-    asked = run.asked()
-    del asked["phase"]  # each claim has its own
+    asked = run.requests()
     devices, names = options.names("--hardware", hardware), options.names("MODELS", models)
     from simulator.predict.claims import verdicts
 
@@ -48,12 +46,23 @@ def claims(
             def of_model(done: int, total: int, before: int = i) -> None:
                 report(before * total + done, len(names) * total)
 
-            found += verdicts(model, devices, quality, **asked, progress=of_model)
+            found += verdicts(
+                model,
+                devices,
+                quality,
+                asked.batch,
+                asked.seq,
+                engine=asked.engine,
+                scenario=asked.scenario,
+                progress=of_model,
+            )
     if render.Output(json).write([asdict(v) for v in found]):
         for block in _blocks(found):
             print(block, end="\n\n")
         print(textwrap.fill(LEGEND, render.width()))
-    for line in uncalibrated(found):
+    from simulator.predict.caveats import uncalibrated
+
+    for line in uncalibrated((f.hardware for f in found), (f.calibrated for f in found)):
         render.note(line)
 
 

@@ -25,11 +25,11 @@ from simulator.figures.style import (
     INK,
     PAGE_IN,
     PALE_INK,
-    Look,
+    Style,
     in_order,
     label,
-    look,
     paper_style,
+    style_of,
 )
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def _dots(
     interval: str,
 ) -> Figure:
     """Many families: a line of text for each of them and each sparsity, a dot for each device."""
-    looks = [Look(*mark, hollow=i % 2 == 1) for i, mark in enumerate(zip(COLORS * 2, "osD^vPXh*<>pd"))]
+    looks = [Style(*mark, hollow=i % 2 == 1) for i, mark in enumerate(zip(COLORS * 2, "osD^vPXh*<>pd"))]
     handles = _dot_handles(devices, looks, bounds, interval)
     lines = layout.legend_lines(handles, width)
     down = -(-len(settings) // MOST_ACROSS)
@@ -181,7 +181,7 @@ def _line(pairs: Sequence[tuple[str, float]], i: int) -> str:
     return f"{named}{100 * sparsity:.3g} %"
 
 
-def _dot_handles(devices: Sequence[str], looks: Sequence[Look], bounds: list[str], interval: str) -> list[Any]:
+def _dot_handles(devices: Sequence[str], looks: Sequence[Style], bounds: list[str], interval: str) -> list[Any]:
     from matplotlib.lines import Line2D
 
     tick: dict[str, Any] = {"marker": "|", "linestyle": "none", "markersize": 6, "markeredgewidth": 1.1}
@@ -207,7 +207,7 @@ def _curves(data: layout.Columns, bounds: list[str], families: list[str], width:
         ax.set(yscale="log", xlim=(100 * (start - margin), 100 * (end + margin)), ylim=(low, high))
         ax.axhline(1.0, color=INK, linewidth=0.7, zorder=1.5)
         for i, name in enumerate(families):
-            style, own = look(name, i), _own(data, r, c, name)
+            style, own = style_of(name, i), _own(data, r, c, name)
             x, lower, upper = 100 * data["sparsity"][own], data["lower"][own], data["upper"][own]
             if few:
                 band: dict[str, Any] = {"color": style.color, "alpha": 0.16, "linewidth": 0, "zorder": 2}
@@ -230,7 +230,9 @@ def _curve_handles(families: list[str], bounds: list[str], interval: str) -> lis
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    handles: list[Any] = [Line2D([], [], **look(name, i).marks(), label=label(name)) for i, name in enumerate(families)]
+    handles: list[Any] = [
+        Line2D([], [], **style_of(name, i).marks(), label=label(name)) for i, name in enumerate(families)
+    ]
     for name, line in zip(bounds, _BOUND_LINES):
         handles.append(Line2D([], [], color=INK, linestyle=line, linewidth=0.8, label=name))
     return [*handles, Patch(color=INK, alpha=0.16, linewidth=0, label=interval)] if interval else handles

@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,19 +25,20 @@ import numpy as np
 
 from simulator.errors import InputError
 from simulator.models.library import load_model
-from simulator.predict.choices import choices_of
+from simulator.predict.batch import batch_of
 from simulator.predict.contests import CLOSE, Contests, contests_of, in_order
 from simulator.predict.pareto import Front, Point, fronts, independent
+from simulator.predict.prunings import prunings_of
 from simulator.predict.quality import QualityTable, load_quality
-from simulator.predict.rows import Piece, Record, work_of
-from simulator.predict.settings import profiles, requests_of, settings_of
+from simulator.predict.result import Result
+from simulator.predict.scenario import profiles, scenarios
 from simulator.pruning import FAMILIES
 from simulator.units import percent
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
     from simulator.models.config import ModelConfig
-    from simulator.predict.settings import Setting
+    from simulator.predict.scenario import Scenario
 
 HOLDS, FAILS, UNDECIDED, NOT_APPLICABLE, NO_DATA = "holds", "does not hold", "undecided", "does not apply", "no data"
 
@@ -91,7 +92,7 @@ class Verdict:
     calibrated: bool = False  # whether the profile was fitted on the device's own measurements
 
     @classmethod
-    def on(cls, claim: str, where: Record | Front, verdict: str, margin: float | None, **more: Any) -> Verdict:
+    def on(cls, claim: str, where: Result | Front, verdict: str, margin: float | None, **more: Any) -> Verdict:
         """A verdict where a record or a frontier is from."""
         place = (where.model, where.hardware, where.engine, where.phase, where.batch, where.seq)
         predicted = "" if margin is None else HOLDS if margin >= 0.0 else FAILS
@@ -115,21 +116,21 @@ def verdicts(
     seq: Sequence[int] = (2048,),
     *,
     engine: Sequence[str] = (),
-    setting: Setting | None = None,
+    scenario: Scenario | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Verdict, ...]:
     """Both claims for every device, engine, batch and length: (a) in prefill and decode, (b) on every axis of quality
     on which two of its families have data.
 
-    Requests and setting are those of :func:`simulator.table`, ``quality`` a table by name or path, else the shipped
-    ones. A measured time of the dense model in the setting moves the speedups; the ratios of two do not use it.
+    Requests and scenario are those of :func:`simulator.table`, ``quality`` a table by name or path, else the shipped
+    ones. A measured time of the dense model in the scenario moves the speedups; the ratios of two do not use it.
     ``progress`` is called with steps done and in all: the first claim, then the second on each axis.
 
     >>> [(v.claim, v.phase, v.verdict) for v in verdicts("llama-3.2-1b", ["h100"], engine=["reference"])]
     [('bound', 'prefill', 'does not apply'), ('bound', 'decode', 'holds'), ('order', 'prefill', 'no data')]
     """
     config, devices = load_model(model), profiles(hardware)
-    asked: dict[str, Any] = {"batch": batch, "seq": seq, "engine": engine, "setting": setting}
+    asked: dict[str, Any] = {"batch": batch, "seq": seq, "engine": engine, "scenario": scenario}
     out = bound_verdicts(config, devices, **asked)
     try:
         rows = load_quality(quality).of_model(config.name)
@@ -149,8 +150,8 @@ def verdicts(
         there = f"there is quality of: {', '.join(has) or 'none of them'}"
         told: dict[str, Any] = {"numbers": f"no metric and protocol with two of the families; {there}"}
         told |= {"missing": _missing(has), "needed": _wanted(_missing(has)), "calibrated": True}
-        places = itertools.product(settings_of(setting, engine), requests_of(["prefill"], batch, seq), devices)
-        for one, request, hw in places:
+        for one, hw in itertools.product(scenarios(scenario, [config], engine, ["prefill"], batch, seq), devices):
+            request = (one.phase, *one.shapes[0])
             out.append(Verdict("order", config.name, hw.label, one.engine_name, *request, NO_DATA, **told))
     return tuple(out)
 
@@ -162,22 +163,24 @@ def bound_verdicts(
     seq: Sequence[int] = (2048,),
     *,
     engine: Sequence[str] = (),
-    setting: Setting | None = None,
+    scenario: Scenario | None = None,
 ) -> list[Verdict]:
     """Claim (a): at each of :data:`SPARSITIES` depth is as fast as every other family and as close to its bound.
 
     Where memory does not hold most of the time the verdict is ``does not apply``, with the numbers all the same.
     """
-    shapes = tuple((b, s) for _, b, s in requests_of(["decode"], batch, seq))
-    choices, out = choices_of([model], sparsity=SPARSITIES), []
+    prunings, out = prunings_of([model], sparsity=SPARSITIES), []
 
-    def refuse(choice: int | None, reason: str, _device: str) -> None:
-        if choice is None:
+    def reject(pruning: int | None, reason: str, _device: str) -> None:
+        if pruning is None:
             raise InputError(reason)
 
-    for one, phase in itertools.product(settings_of(setting, engine), ("prefill", "decode")):
-        work = work_of(Piece(model, one, phase, shapes, choices), refuse)
-        by_device = [contests_of(work, hw, "depth", refuse) for hw in hardware]
+    asked = scenarios(scenario, [model], engine, ("prefill", "decode"), batch, seq)
+    for one in dict.fromkeys(replace(s, shapes=((1, 1),)) for s in asked):
+        alike = [s.shapes[0] for s in asked if (s.engine, s.phase) == (one.engine, one.phase)]
+        one = replace(one, shapes=tuple(alike))
+        workloads = batch_of(one, prunings, reject)
+        by_device = [contests_of(workloads, prunings, hw, "depth", one, reject) for hw in hardware]
         out += [_bound_verdict(contests) for of_request in zip(*by_device) for contests in of_request]
     return out
 
@@ -217,7 +220,7 @@ def _known(what: str, ahead: float, reach: float, models: str) -> str:
     return f"this {what} to +-{wanted} (now +-{now}): measured times of {models}"
 
 
-def _share(r: Record) -> str:
+def _share(r: Result) -> str:
     return f"{100 * min(r.efficiency, 1.0):.0f} %"
 
 
@@ -240,7 +243,7 @@ def _numbers(c: Contests) -> str:
     return "; ".join(out)
 
 
-def _speed(r: Record | Point) -> str:
+def _speed(r: Result | Point) -> str:
     return f"{r.speedup:.2f}x ({r.speedup_lower:.2f}-{r.speedup_upper:.2f})"
 
 

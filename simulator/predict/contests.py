@@ -19,13 +19,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from simulator.arrays import FloatArray
-from simulator.predict.compare import against
+from simulator.predict.compare import against, results_of
 from simulator.predict.pareto import margins
-from simulator.predict.rows import Record, columns_of, records
+from simulator.predict.result import Result
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
-    from simulator.predict.rows import Refuse, Work
+    from simulator.predict.batch import Reject
+    from simulator.predict.prunings import Pruning
+    from simulator.predict.scenario import Scenario
+    from simulator.workload_batch import WorkloadBatch
 
 
 LEAST_GAIN = 0.05
@@ -44,7 +47,7 @@ class Contests:
     """Rows of one request on one device, and by how much the row of one family at the same sparsity is ahead of each,
     (2, n) of :data:`MEASURES`: the log of its speedup over it, the difference of shares."""
 
-    records: tuple[Record, ...]
+    records: tuple[Result, ...]
     own: NDArray[np.intp]  # (n,) that row of each
     rival: NDArray[np.bool_]  # (n,) whether a row takes part
     ahead: FloatArray
@@ -56,32 +59,40 @@ class Contests:
         return np.asarray(np.where(self.rival, _in_reach(self.ahead, self.reach), np.inf))
 
 
-def contests_of(work: Work, hw: HardwareProfile, family: str, refuse: Refuse) -> list[Contests]:
+def contests_of(
+    batch: WorkloadBatch,
+    prunings: Sequence[Pruning],
+    hw: HardwareProfile,
+    family: str,
+    scenario: Scenario,
+    reject: Reject,
+) -> list[Contests]:
     """A family against every other at the same sparsity, by request.
 
     >>> from simulator import load_hardware, load_model
-    >>> from simulator.predict.choices import choices_of
-    >>> from simulator.predict.rows import Piece, work_of
-    >>> from simulator.predict.settings import Setting
-    >>> choices = choices_of([load_model("llama-3.1-8b")], ["depth", "width"], sparsity=[0.25])
-    >>> work = work_of(Piece("llama-3.1-8b", Setting(), "decode", ((1, 2048),), choices), print)
-    >>> (found,) = contests_of(work, load_hardware("h100"), "depth", print)
+    >>> from simulator.predict.batch import batch_of
+    >>> from simulator.predict.prunings import prunings_of
+    >>> from simulator.predict.scenario import Scenario
+    >>> prunings = prunings_of([load_model("llama-3.1-8b")], ["depth", "width"], sparsity=[0.25])
+    >>> one = Scenario(model="llama-3.1-8b", phase="decode")
+    >>> batch = batch_of(one, prunings, print)
+    >>> (found,) = contests_of(batch, prunings, load_hardware("h100"), "depth", one, print)
     >>> found.rival.tolist(), bool(found.ahead[0, 1] > 0)
     ([False, True], True)
     """
-    columns = columns_of(work, [hw], refuse)
-    choices, requests = work.piece.choices, len(work.requests.workloads)
-    ran = np.flatnonzero(np.isin(work.choice, columns["choice"]))
-    ran = ran[np.lexsort((work.choice[ran], work.request[ran]))]  # in the order of the columns
-    request, choice, every = work.request[ran], work.choice[ran], np.arange(len(ran))
-    at = np.full((requests, len(choices)), -1)
-    at[request, choice] = every
-    of_sparsity = {sparsity: i for i, (chosen, sparsity) in enumerate(choices) if chosen.name == family}
-    own = at[request, np.array([of_sparsity[sparsity] for _, sparsity in choices])[choice]]
+    results = results_of(batch, prunings, [hw], scenario, reject)
+    columns, requests = results.columns, len(scenario.shapes)
+    ran = np.flatnonzero(np.isin(batch.pruning, results.pruning))
+    ran = ran[np.lexsort((batch.pruning[ran], batch.dense[ran]))]  # in the order of the results
+    request, pruning, every = batch.dense[ran], batch.pruning[ran], np.arange(len(ran))
+    at = np.full((requests, len(prunings)), -1)
+    at[request, pruning] = every
+    of_sparsity = {p.sparsity: i for i, p in enumerate(prunings) if p.family == family}
+    own = at[request, np.array([of_sparsity[p.sparsity] for p in prunings])[pruning]]
     known, own = own >= 0, np.where(own < 0, every, own)
 
     over = np.r_[np.arange(requests), requests + own]  # what each workload is set against
-    found = against(work.only(ran).workloads, hw, [over], work.piece.setting.level)
+    found = against(batch.take(np.r_[np.arange(requests), ran]), hw, [over], scenario.level)
     behind, high, low = (values[0, requests:] for values in found)  # turned round: its low end is our high one
     s, gain = columns["speedup"], np.maximum(columns["roofline_bound"] - 1.0, 1e-9)
     down, up = np.log(s / columns["speedup_lower"]), np.log(columns["speedup_upper"] / s)
@@ -101,7 +112,7 @@ def contests_of(work: Work, hw: HardwareProfile, family: str, refuse: Refuse) ->
     ahead = np.stack([-behind, np.where(reached, left, difference)])  # at its bound it is as close as any
     reaches = np.stack([_towards(-behind, low, high), np.where(reached, to_bound, reach)])
     rival = known & (own != every) & (np.minimum(gain, gain[own]) >= LEAST_GAIN)
-    rows = records(columns)
+    rows = results.rows
     return [
         Contests(tuple(rows[i] for i in some), own[some] - some[0], rival[some], ahead[:, some], reaches[:, some])
         for some in (np.flatnonzero(request == r) for r in range(requests))

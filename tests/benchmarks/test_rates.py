@@ -18,7 +18,7 @@ from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.predict.compare import compare
 from simulator.predict.speedup import pairs_of
-from simulator.predict.sweep import compute_part, piece_columns, pieces, sweep
+from simulator.predict.sweep import compute_part, piece_results, pieces, sweep
 from simulator.pruning import prune
 
 Floor = Callable[..., None]
@@ -50,8 +50,8 @@ def test_configurations_of_a_sweep(benchmark: Any, floor: Floor) -> None:
     """Amortised cost of a configuration: lowering, pruning, three devices, two engines, intervals, bounds, memory."""
     g = grid(100_000)
     some = list(pieces(g))[:2]
-    piece_columns(g, some[0], {})
-    rows = benchmark(lambda: sum(len(piece_columns(g, p, {})["speedup"]) for p in some))
+    piece_results(g, some[0], {})
+    rows = benchmark(lambda: sum(len(piece_results(g, p, {})["speedup"]) for p in some))
     floor("microseconds a configuration, without the file", 1e6 * benchmark.stats["min"] / rows, 10.0, False)
 
 

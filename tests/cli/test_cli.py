@@ -219,7 +219,7 @@ def test_tables_fit_their_width(available: int, cli: Any, monkeypatch: pytest.Mo
 
 def test_narrow_layouts_lose_columns_not_devices() -> None:
     table = simulator.table(["llama-3.1-8b"], ["a100", "h100"], ["depth"], [0.25])
-    layouts = list(speedup_command.speedup_layouts(table.records))
+    layouts = list(speedup_command.speedup_layouts(table.results))
     widths = [render.table_width(columns) for columns in layouts]
     assert widths == sorted(widths, reverse=True)
     titles = [" ".join(column.title for column in columns) for columns in layouts]

@@ -18,15 +18,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from simulator.predict.rows import Record
 
 import simulator
 from simulator.explore.charts import CARDS, charts
-from simulator.explore.frame import WIDE
+from simulator.explore.layout import WIDE
 from simulator.explore.map_chart import map_chart
 from simulator.explore.state import KEYS, State, read_query
 from simulator.figures.style import label
-from simulator.predict.rows import Record
-from simulator.predict.settings import batch_name
+from simulator.predict.scenario import batch_name
 from simulator.units import percent, ratio, seconds
 
 PRUNESIM = (sys.executable, "-c", "import sys; sys.argv[0] = 'prunesim'; from calibration.cli import main; main()")
@@ -160,8 +160,8 @@ class Tab:
 
 def predicted(state: State) -> tuple[Record, ...]:
     case: Any = ([state.phase], [state.batch], [state.seq])
-    table = simulator.table([state.load()], state.profiles, state.drawn, state.fractions, *case, setting=state.setting)
-    return table.records
+    table = simulator.table([state.load()], state.profiles, state.drawn, state.fractions, *case, scenario=state.setting)
+    return table.results
 
 
 def check(tab: Tab, state: State) -> None:

@@ -14,7 +14,7 @@ from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.predict.advise import COARSE, FINE, LARGEST_SPARSITY, Advised, advise
-from simulator.predict.settings import Setting
+from simulator.predict.scenario import Scenario
 from simulator.predict.speedup import speedup
 from simulator.pruning import GENERAL, prune
 
@@ -129,7 +129,7 @@ def test_quality_is_that_of_the_nearest_sparsity_measured_at_or_above() -> None:
 
 
 def test_setting_and_engine_are_respected() -> None:
-    (a,) = advise(MODEL, [HARDWARE], 1.4, ["decode"], family=["depth"], setting=Setting(engine="hf")).advice
+    (a,) = advise(MODEL, [HARDWARE], 1.4, ["decode"], family=["depth"], scenario=Scenario(engine="hf")).advice
     assert a.engine == "hf"
     assert predicted("depth", a.sparsity, "decode", "hf")[0] == pytest.approx(a.speedup, rel=1e-9)
 

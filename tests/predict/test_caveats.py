@@ -9,13 +9,14 @@ import numpy as np
 
 import simulator
 from simulator.predict.caveats import better_than_bound, beyond_measured, fallback
-from simulator.predict.table import explanations, table
+from simulator.predict.explain import explanations
+from simulator.predict.table import table
 
 
 def test_a_gain_above_the_bound_has_a_reason_and_others_have_none() -> None:
     """SGLang's decode attention on the A100 is slower for the same bytes at 16 x 16384 than at fewer KV heads."""
     (e,) = explanations("llama-3.1-8b", ["a100@sglang"], "width", 0.25, ["decode"], [16], [16384])
-    assert e.record.speedup > 1.1 * e.record.roofline_bound
+    assert e.result.speedup > 1.1 * e.result.roofline_bound
     found = re.search(
         r"sglang's kernels run decode attention at (\d+) % dense and (\d+) % pruned of the roofline", e.reason
     )
@@ -31,7 +32,7 @@ def test_a_gain_above_the_bound_has_a_reason_and_others_have_none() -> None:
 def test_a_gain_of_no_kernel_is_not_put_down_to_one() -> None:
     """The head stays, and its one GEMM is near its roofline; layers are not, nor are their launches."""
     (e,) = explanations("llama-3.1-8b", ["a100"], "depth", 0.9, ["decode"], engine=["hf"])
-    assert e.record.speedup > 1.03 * e.record.roofline_bound
+    assert e.result.speedup > 1.03 * e.result.roofline_bound
     assert e.reason.endswith("is farther from a roofline than what stays")
 
 

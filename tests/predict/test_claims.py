@@ -28,7 +28,7 @@ from simulator.predict.claims import (
 )
 from simulator.predict.pareto import Front, Point, bands, judge
 from simulator.predict.quality import Axis, table_text
-from simulator.predict.settings import Setting
+from simulator.predict.scenario import Scenario
 
 CLAIMED = (point("depth", 0.02, 1.1), point("dynamic_depth", 0.1, 1.3), point("width", 0.2, 1.6))
 REVERSED = (point("width", 0.02, 1.1), point("dynamic_depth", 0.1, 1.3), point("depth", 0.2, 1.6))
@@ -127,8 +127,8 @@ def test_bound_on_every_device_and_engine() -> None:
 def test_bound_is_clearer_with_more_layers_gone_and_with_less_asked_of_the_interval() -> None:
     at: dict[float, dict[float, float]] = {}
     for level in (0.5, 0.9):
-        setting = Setting(engine="reference", level=level)
-        (v,) = (v for v in verdicts("llama-2-7b", ["h100"], setting=setting) if v.phase == "decode")
+        setting = Scenario(engine="reference", level=level)
+        (v,) = (v for v in verdicts("llama-2-7b", ["h100"], scenario=setting) if v.phase == "decode")
         at[level] = dict(v.margins)
     for margins in at.values():
         assert 0.0 < margins[0.125] < margins[0.25] < margins[0.5]

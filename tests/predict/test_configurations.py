@@ -19,8 +19,16 @@ from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.predict.advise import Advised, advise
-from simulator.predict.configurations import ALIKE, KINDS, Configuration, Place, Target, configurations_of, odds_of
-from simulator.predict.settings import Setting
+from simulator.predict.configurations import (
+    ALIKE,
+    KINDS,
+    Configuration,
+    Place,
+    Target,
+    configurations_of,
+    probability_of,
+)
+from simulator.predict.scenario import Scenario
 from simulator.predict.speedup import speedup
 
 SHAPES = ("layers", "hidden", "heads", "kv_heads", "inner")
@@ -47,7 +55,7 @@ def everywhere() -> Advised:
 )
 def test_of_all_aligned_shapes_that_reach_it_keeps_most(kind: str, hardware: str, phase: str, seq: int) -> None:
     model, hw = load_model("llama-3.2-1b"), load_hardware(hardware)
-    place = Place.of(model, Setting(), (phase, 1, seq), [hw], Target(1.4))
+    place = Place.of(model, Scenario(), (phase, 1, seq), [hw], Target(1.4))
     (found,) = [c for c in configurations_of(model, [place], FAMILIES)[0] if c.configuration == kind]
     values = {
         **{"layers": range(2, 16), "hidden": range(256, 2048, 128)},
@@ -102,9 +110,9 @@ def test_odds_are_those_of_the_interval() -> None:
         draws = np.random.default_rng(7).normal(size=200_000)
         truth = 1.5 * np.exp(np.where(draws < 0, 0.1, 0.2) * draws)
         for target in (1.2, 1.4, 1.5, 1.7, 2.2):
-            probability = odds_of(target, 1.5, float(lower), float(upper), level)
+            probability = probability_of(target, 1.5, float(lower), float(upper), level)
             assert probability == pytest.approx(float((truth >= target).mean()), abs=4e-3)
-    assert [odds_of(t, 1.5, 1.5, 1.5) for t in (1.4, 1.5, 1.6)] == [1.0, 1.0, 0.0]
+    assert [probability_of(t, 1.5, 1.5, 1.5) for t in (1.4, 1.5, 1.6)] == [1.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize("probability", [0.3, 0.9])
@@ -142,7 +150,7 @@ def test_a_time_and_a_throughput_are_targets() -> None:
 
 
 def test_several_devices_and_heads_that_cannot_change_alone() -> None:
-    found = advise("llama-3.1-70b", ["h100"], 1.4, ["decode"], setting=Setting(devices=8), family=FAMILIES)
+    found = advise("llama-3.1-70b", ["h100"], 1.4, ["decode"], scenario=Scenario(devices=8), family=FAMILIES)
     assert found.configurations
     for c in found.configurations:
         assert c.heads % 8 == 0
@@ -175,7 +183,7 @@ def test_written_configurations_are_predicted_as_they_say(
         request = {"phase": r["phase"], "batch": r["batch"], "seq": r["seq"], "engine": r["engine"]}
         s = speedup(lower(dense, **request), lower(new, **request), load_hardware(r["hardware"]))
         assert r["speedup"] == pytest.approx(s.speedup, rel=1e-9)
-        assert r["probability"] == pytest.approx(odds_of(1.5, s.speedup, s.lower, s.upper), abs=1e-9)
+        assert r["probability"] == pytest.approx(probability_of(1.5, s.speedup, s.lower, s.upper), abs=1e-9)
         assert r["parameters"] == new.parameters
         assert r["config"].items() <= json.loads(Path("out", r["configuration"], "config.json").read_text()).items()
     assert {p.name for p in Path("out").iterdir()} == {r["configuration"] for r in found}

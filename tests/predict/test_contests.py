@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from simulator.predict.rows import Piece, work_of
 
 import simulator
 from simulator.arrays import FloatArray
-from simulator.predict.choices import choices_of
 from simulator.predict.compare import Pairs, against, compare
 from simulator.predict.contests import CLOSE, Contests, contests_of, in_order
 from simulator.predict.pareto import frontier, margins
-from simulator.predict.rows import Piece, work_of
-from simulator.predict.settings import Setting
+from simulator.predict.prunings import prunings_of
+from simulator.predict.scenario import Scenario
 from simulator.workload_batch import WorkloadBatch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,8 +59,8 @@ def test_what_two_pruned_models_have_in_common_cancels() -> None:
 
 def contests(family: str = "depth", engine: str = "reference", sparsities: Sequence[float] = (0.25, 0.5)) -> Contests:
     model = simulator.load_model("llama-3.1-8b")
-    choices = choices_of([model], FAMILIES, sparsity=sparsities)
-    work = work_of(Piece(model, Setting(engine=engine), "decode", ((1, 1024), (8, 1024)), choices), refused)
+    choices = prunings_of([model], FAMILIES, sparsity=sparsities)
+    work = work_of(Piece(model, Scenario(engine=engine), "decode", ((1, 1024), (8, 1024)), choices), refused)
     found = contests_of(work, simulator.load_hardware("h100"), family, refused)
     assert [{(r.batch, r.seq) for r in c.records} for c in found] == [{(1, 1024)}, {(8, 1024)}]
     return found[0]
@@ -146,8 +146,8 @@ def test_what_is_decided_is_what_was_measured(phase: str) -> None:
     (shape,) = {(int(r["batch"]), int(r["seq"])) for r in rows}
     model, hw = simulator.load_model("smollm2-135m"), simulator.load_hardware("cpu")
     families, sparsities = (list(dict.fromkeys(column)) for column in zip(*timed))
-    choices = choices_of([model], families, sparsity=sparsities)
-    work = work_of(Piece(model, Setting(engine="reference", dtype="fp32"), phase, (shape,), choices), refused)
+    choices = prunings_of([model], families, sparsity=sparsities)
+    work = work_of(Piece(model, Scenario(engine="reference", dtype="fp32"), phase, (shape,), choices), refused)
     right = wrong = 0
     for family in families:
         (c,) = contests_of(work, hw, family, refused)

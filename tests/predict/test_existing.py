@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 from layouts import folder_of, save, tensors_of
+from simulator.predict.applied import SETTING
 
 import simulator
 from simulator.errors import InputError
 from simulator.models.config import Block, ModelConfig
-from simulator.predict.applied import SETTING
-from simulator.predict.table import explanations, table
+from simulator.predict.explain import explanations
+from simulator.predict.table import table
 
 DENSE = simulator.load_model("llama-2-7b")
 GONE = Block(0, 0, 11008)  # a layer without attention
@@ -70,7 +71,7 @@ def test_tables_and_explanations_say_what_was_pruned(tmp_path: Path) -> None:
     assert "8,810 of 11,008" in note
     (e,) = explanations("llama-2-7b", ["h100"], pruned=[LLM_PRUNER], phase=["prefill"])
     assert e.steps[0].speedup == pytest.approx(6_738_415_616 / 5_709_025_280)
-    assert e.steps[-1].speedup == pytest.approx(e.record.speedup)
+    assert e.steps[-1].speedup == pytest.approx(e.result.speedup)
     assert next(s for s in e.steps if s.name == "alignment").factor < 0.95  # 8810 is off 8
 
 

@@ -43,9 +43,9 @@ def test_eight_devices_are_timed_within_physics(name: str, phase: str, parallel:
 @pytest.mark.parametrize("name", MODELS)
 def test_every_family_that_suits_is_predicted_and_the_others_say_why(name: str) -> None:
     options = MODELS[name]
-    setting = simulator.predict.settings.Setting(devices=8, **{k: v for k, v in options.items() if k != "engine"})
+    setting = simulator.predict.settings.Scenario(devices=8, **{k: v for k, v in options.items() if k != "engine"})
     engine = [options.get("engine", "vllm")]
-    found = table([name], [H200], sparsity=[0.25], phase=["decode"], batch=[16], engine=engine, setting=setting)
+    found = table([name], [H200], sparsity=[0.25], phase=["decode"], batch=[16], engine=engine, scenario=setting)
     families = {r.family for r in found}
     assert {"depth", "width", "width_cross", "experts", "kv_cache", "token", "dynamic_depth"} <= families
     assert not families & {"low_rank", "unstructured", "dynamic_width", "semi_structured"}

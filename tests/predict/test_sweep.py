@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from grids import GRID
+from simulator.predict.rows import COLUMNS, Record
 
 import simulator
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.save import save_hardware
-from simulator.predict.choices import FamilyChoice
 from simulator.predict.grid import Formats, Grid, read_grid
-from simulator.predict.rows import COLUMNS, Record
-from simulator.predict.sweep import digest, pieces, sweep, sweep_columns
+from simulator.predict.prunings import Pruning
+from simulator.predict.sweep import digest, pieces, sweep, sweep_results
 from simulator.predict.where import parse_filter
 from simulator.predict.workers import windowed
 
@@ -38,20 +38,20 @@ SMALL = replace(
 
 MIXED = replace(
     ONE, phases=("generate",), batches=(2,), seqs=(100,), dtypes=(Formats("bf16", "int4", "fp8"),), devices=(1, 2),
-    new_tokens=6, families=tuple(FamilyChoice(name) for name in ("depth", "token", "kv_cache", "dynamic_depth")),
+    new_tokens=6, families=tuple(Pruning(name) for name in ("depth", "token", "kv_cache", "dynamic_depth")),
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("grid", [SMALL, MIXED], ids=["small", "mixed"])
 def test_a_sweep_equals_tables_of_one_request_each(grid: Grid) -> None:
-    columns, notes = sweep_columns(grid)
+    columns, notes = sweep_results(grid)
     keys = ("model", "hardware", "family", "sparsity", "phase", "batch", "seq", "engine", "devices")
     left = {key: i for i, key in enumerate(zip(*(columns[name].tolist() for name in keys)))}
     assert len(left) == len(columns["speedup"])
     axes = ([f.name for f in grid.families], grid.sparsities, grid.phases, grid.batches, grid.seqs)
     for engine, devices in itertools.product(grid.engines, grid.devices):
         setting = grid.setting(grid.dtypes[0], engine, devices)
-        table = simulator.table(grid.models, grid.hardware, *axes, setting=setting)
+        table = simulator.table(grid.models, grid.hardware, *axes, scenario=setting)
         assert notes == tuple(n for n in table.notes if "left out" in n)
         for record in table:
             i = left.pop(tuple(getattr(record, name) for name in keys))
@@ -64,17 +64,17 @@ def test_a_sweep_equals_tables_of_one_request_each(grid: Grid) -> None:
 
 
 def test_options_are_a_column_and_change_the_result() -> None:
-    families = (FamilyChoice("width"), FamilyChoice("width", (("align", 512),)))
-    columns, _ = sweep_columns(replace(ONE, families=families, sparsities=(0.3,), phases=("prefill",)))
+    families = (Pruning("width"), Pruning("width", (("align", 512),)))
+    columns, _ = sweep_results(replace(ONE, families=families, sparsities=(0.3,), phases=("prefill",)))
     assert list(columns) == list(COLUMNS) == [*(f.name for f in fields(Record)), "options"]
     assert columns["options"].tolist() == ["", "align=512"]
     assert columns["realised_sparsity"][0] > columns["realised_sparsity"][1]
 
 
 def test_devices_that_cannot_run_a_format_are_left_out_with_a_note() -> None:
-    families, formats = (FamilyChoice("depth"),), (Formats("fp8"),)
+    families, formats = (Pruning("depth"),), (Formats("fp8"),)
     grid = replace(ONE, hardware=("a100_sxm_80gb", "h100_sxm"), families=families, dtypes=formats)
-    columns, (note,) = sweep_columns(grid)
+    columns, (note,) = sweep_results(grid)
     assert columns["hardware"].tolist() == ["h100_sxm"]
     assert "a100_sxm_80gb has no fp8" in note
 
@@ -276,7 +276,7 @@ def test_a_grid_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "g.yaml").write_text(grid_text(GOOD))
     grid = read_grid(tmp_path / "g.yaml")
     assert grid.hardware == ("h100_sxm",)
-    assert grid.families == (FamilyChoice("depth"), FamilyChoice("width", (("align", 64),)))
+    assert grid.families == (Pruning("depth"), Pruning("width", (("align", 64),)))
     assert grid.sparsities == (0.1, 0.2, 0.3, 0.4, 0.5)
     assert grid.batches == (1, 2, 4, 8)
     assert grid.dtypes == (Formats(), Formats("bf16", "int4"))
@@ -288,7 +288,7 @@ def test_published_methods_are_an_axis_beside_families_or_in_their_place(tmp_pat
     (tmp_path / "g.yaml").write_text(grid_text(GOOD | {"methods": "[shortgpt, mod]"}))
     assert [f.method for f in read_grid(tmp_path / "g.yaml").families] == ["", "", "shortgpt", "mod"]
     grid = replace(ONE, families=(), methods=("shortgpt", "llm-pruner", "sheared-llama"), sparsities=(0.25, 0.9))
-    columns, notes = sweep_columns(grid, "method != 'sheared-llama'")
+    columns, notes = sweep_results(grid, "method != 'sheared-llama'")
     assert list(zip(columns["method"], columns["family"], columns["sparsity"])) == [
         ("shortgpt", "depth", 0.25), ("shortgpt", "depth", 0.9), ("llm-pruner", "width", 0.25),
     ]  # fmt: skip

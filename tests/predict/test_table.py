@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from simulator.predict.requests import Requests, prune_all
+from simulator.predict.rows import COLUMNS, Record
 
 import simulator
 from simulator import load_hardware, load_model, lower, prune, speedup
 from simulator.errors import InputError
 from simulator.files.write import write_whole
-from simulator.predict.choices import families
+from simulator.predict.explain import explanations
 from simulator.predict.gemms import gemm_table
-from simulator.predict.requests import Requests, prune_all
-from simulator.predict.rows import COLUMNS, Record
-from simulator.predict.settings import Setting
-from simulator.predict.table import explanations
+from simulator.predict.prunings import families
+from simulator.predict.scenario import Scenario
 from simulator.pruning import GENERAL
 from simulator.workload import PHASES, Workload
 
@@ -82,7 +82,7 @@ def test_an_unsupported_combination_is_a_note_among_several_families_and_an_erro
     with pytest.raises(InputError, match="sparsity: expected at least one"):
         table(sparsity=[])
     with pytest.raises(InputError, match="a100_sxm_80gb has no fp8"):  # not even the dense model runs
-        table(hardware=["h100", "a100"], family=["depth", "width"], setting=Setting(dtype="fp8"))
+        table(hardware=["h100", "a100"], family=["depth", "width"], scenario=Scenario(dtype="fp8"))
 
 
 def test_memory_says_what_does_not_fit_and_pruning_may_help() -> None:
@@ -99,22 +99,22 @@ def test_more_positions_than_a_model_has_are_noted() -> None:
     assert table(models=["opt-13b"], phase=["prefill"], seq=[2048]).notes == ()
     (note,) = table(models=["opt-13b"], phase=["prefill", "decode"], seq=[2049]).notes
     assert "opt-13b is made for 2048 positions" in note
-    (note,) = table(models=["opt-13b"], phase=["generate"], seq=[2040], setting=Setting(new_tokens=16)).notes
+    (note,) = table(models=["opt-13b"], phase=["generate"], seq=[2040], scenario=Scenario(new_tokens=16)).notes
     assert "2056" in note
 
 
 def test_settings_reach_the_prediction() -> None:
-    def times(setting: Setting) -> tuple[float, float]:
-        (r,) = table(setting=setting)
+    def times(setting: Scenario) -> tuple[float, float]:
+        (r,) = table(scenario=setting)
         return r.dense_s, r.dense_memory_bytes
 
-    plain = times(Setting())
-    assert times(Setting(weight_dtype="int4"))[0] < plain[0]
-    assert times(Setting(weight_dtype="int4"))[1] < plain[1]
-    assert times(Setting(kv_dtype="fp8"))[1] < plain[1]
-    assert times(Setting(engine="hf"))[0] > plain[0]
-    assert times(Setting(devices=2))[1] < plain[1]
-    (generate,) = table(phase=["generate"], setting=Setting(new_tokens=16))
+    plain = times(Scenario())
+    assert times(Scenario(weight_dtype="int4"))[0] < plain[0]
+    assert times(Scenario(weight_dtype="int4"))[1] < plain[1]
+    assert times(Scenario(kv_dtype="fp8"))[1] < plain[1]
+    assert times(Scenario(engine="hf"))[0] > plain[0]
+    assert times(Scenario(devices=2))[1] < plain[1]
+    (generate,) = table(phase=["generate"], scenario=Scenario(new_tokens=16))
     assert generate.new_tokens == 16
     assert generate.dense_s > 15 * plain[0]
 
@@ -145,15 +145,15 @@ def test_every_family_is_explained_exactly(family: str) -> None:
         for step in e.steps:
             reached *= step.factor
             assert reached == pytest.approx(step.speedup, rel=1e-9)
-        assert reached == pytest.approx(e.record.speedup, rel=1e-9)
+        assert reached == pytest.approx(e.result.speedup, rel=1e-9)
 
 
 def test_a_sparsity_by_projection_is_explained() -> None:
     (e,) = explanations(MODEL[0], ["h100"], "width", {"mlp": 0.5})
     (whole,) = table(family=["width"], sparsity=[0.5], phase=["prefill"])
-    assert 0.3 < e.record.sparsity < 0.5
-    assert 1.0 < e.record.speedup < whole.speedup
-    assert asdict(e.record).keys() == asdict(whole).keys()
+    assert 0.3 < e.result.sparsity < 0.5
+    assert 1.0 < e.result.speedup < whole.speedup
+    assert asdict(e.result).keys() == asdict(whole).keys()
 
 
 @pytest.mark.parametrize("family", list(GENERAL))
@@ -161,13 +161,13 @@ def test_a_sparsity_by_projection_is_explained() -> None:
 @pytest.mark.parametrize(
     ("model", "setting"),
     [
-        ("llama-3.2-1b", Setting(new_tokens=5, engine="")),
-        ("gemma-2-9b", Setting(new_tokens=5, devices=2, engine="reference")),
-        ("mistral-7b-v0.1", Setting(new_tokens=3, devices=4, parallel="pipeline", engine="compile")),
+        ("llama-3.2-1b", Scenario(new_tokens=5, engine="")),
+        ("gemma-2-9b", Scenario(new_tokens=5, devices=2, engine="reference")),
+        ("mistral-7b-v0.1", Scenario(new_tokens=3, devices=4, parallel="pipeline", engine="compile")),
     ],
     ids=["plain", "windows-tensor-logits", "window-pipeline-fused"],
 )
-def test_pruning_together_equals_one_by_one(family: str, phase: str, model: str, setting: Setting) -> None:
+def test_pruning_together_equals_one_by_one(family: str, phase: str, model: str, setting: Scenario) -> None:
     """Whatever a family says of the requests that a call may prune together."""
     shapes = tuple((b, s) for s in (7, 300, 8192) for b in (1, 3, 64))
     requests = Requests.of(load_model(model), setting, phase, shapes)

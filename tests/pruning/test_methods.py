@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from simulator.predict.requests import Requests, prune_all
 
 import simulator
 from simulator.errors import InputError
-from simulator.predict.requests import Requests, prune_all
-from simulator.predict.settings import Setting
-from simulator.predict.table import explanations, table
+from simulator.predict.explain import explanations
+from simulator.predict.scenario import Scenario
+from simulator.predict.table import table
 from simulator.pruning import FAMILIES
 from simulator.pruning._methods import METHODS
 from simulator.workload import Kind, Workload
@@ -130,7 +131,7 @@ def test_refusals(method: str, sparsity: Any, phase: str, reason: str) -> None:
 
 @pytest.mark.parametrize("name", ["llm-pruner", "minitron-width", "mod", "pyramiddrop", "h2o"])
 def test_many_requests_together_equal_one_by_one(name: str) -> None:
-    requests = Requests.of(simulator.load_model("llama-2-7b"), Setting(new_tokens=3), "generate", ((1, 64), (8, 512)))
+    requests = Requests.of(simulator.load_model("llama-2-7b"), Scenario(new_tokens=3), "generate", ((1, 64), (8, 512)))
     m, done = METHODS[name], 0
     for group, stack in prune_all(requests, m.family, 0.3, method=name)[0]:
         for i, start, length in zip(group, stack.starts, stack.lengths):
@@ -151,11 +152,11 @@ def test_tables_and_explanations_name_the_method() -> None:
     ]  # fmt: skip
     assert {r.method for r in table(["llama-2-7b"], ["h100"], ["depth"], [0.25])} == {""}
     (e,) = explanations("llama-2-7b", ["h100"], None, None, ["decode"], method="mod")
-    assert e.record.method == "mod"
-    assert e.record.speedup == found.records[-1].speedup
-    assert np.prod([step.factor for step in e.steps]) == pytest.approx(e.record.speedup)
+    assert e.result.method == "mod"
+    assert e.result.speedup == found.records[-1].speedup
+    assert np.prod([step.factor for step in e.steps]) == pytest.approx(e.result.speedup)
     one = simulator.speedup(e.dense, e.pruned, e.hardware)
-    assert one.speedup == pytest.approx(e.record.speedup)
+    assert one.speedup == pytest.approx(e.result.speedup)
     for given in ({"family": ["width"]}, {"options": {"align": 8}}):
         with pytest.raises(InputError, match="expected no family and no option"):
             table(["llama-2-7b"], ["h100"], method=["shortgpt"], **given)  # type: ignore[arg-type]
