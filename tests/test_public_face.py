@@ -84,7 +84,7 @@ def held() -> dict[str, Any]:
         "speedup": simulator.speedup(dense, pruned, hw),
         "waterfall": simulator.waterfall(dense, pruned, hw),
         "table": table,
-        "record": table.results[0],
+        "record": table[0],
         "explanation": explanations("llama-3.2-1b", ["h100"], "depth", 0.25)[0],
         "lower": dense,
         "gemm_time": simulator.gemm_time([[1, 8, 64]], 4096, [[4096], [8192]], hw, detail=True, uncertainty=True),

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_shapes import PUBLISHED
 
-from simulator.cost import workloads
+from simulator import workload_batch
 from simulator.models import lower as lowering
 from simulator.models.library import load_model
 from simulator.workload import Kernel, Kind, Part, Workload
@@ -27,7 +27,7 @@ def _of_one(count: Callable[[WorkloadBatch], Any]) -> Callable[[Workload], float
     return lambda w: float(count(WorkloadBatch.of([w]))[0])
 
 
-counts = (workloads.weights_bytes, workloads.cache_bytes, workloads.activation_bytes)
+counts = (workload_batch.weights_bytes, workload_batch.cache_bytes, workload_batch.activation_bytes)
 weights_bytes, cache_bytes, activation_bytes = (_of_one(count) for count in counts)
 
 

@@ -187,7 +187,7 @@ def fronts(
     not be used.
 
     Model, hardware, requests and scenario are those of :func:`simulator.table`; the quality rows may be those of
-    another model of its kind (the caller says so). ``measured`` speedups replace predictions where their conditions fit.
+    another model of its kind. ``measured`` speedups replace predictions where their conditions fit.
     No row on the axis that the model and the devices support is an InputError. ``progress`` is called with frontiers
     done and in all.
     """

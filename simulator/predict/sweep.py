@@ -131,7 +131,7 @@ def sweep_results(
     """
     excluded, found, todo = Excluded(), [], list(pieces(grid))
     for done, piece in enumerate(todo, start=1):
-        found.append(piece_results(grid, *piece, excluded, where))
+        found.append(piece_results(grid, piece, excluded, where))
         progress(done, len(todo))
     return Results.join(found, excluded_lines(excluded, NOTED))
 
@@ -140,7 +140,7 @@ def compute_part(grid: Grid, where: str | None, index: int) -> bytes:
     """One piece of a sweep as a Parquet file in memory; the same bytes wherever it runs."""
     pyarrow, parquet = load_pyarrow()
     excluded = Excluded()
-    columns = piece_results(grid, *_cached_pieces(grid)[index], excluded, where).columns
+    columns = piece_results(grid, _cached_pieces(grid)[index], excluded, where).columns
     types = {str: pyarrow.string(), float: pyarrow.float64(), int: pyarrow.int64(), bool: pyarrow.bool_()}
 
     def array(name: str, kind: type) -> Any:
@@ -185,10 +185,9 @@ def _even(values: Sequence[T], size: int) -> list[Sequence[T]]:
     return [values[i : i + each] for i in range(0, len(values), each)]
 
 
-def piece_results(
-    grid: Grid, scenario: Scenario, prunings: Sequence[Pruning], excluded: Excluded, where: str | None = None
-) -> Results:
+def piece_results(grid: Grid, piece: Piece, excluded: Excluded, where: str | None = None) -> Results:
     """Rows of a piece that a filter keeps; what was excluded goes to ``excluded``."""
+    scenario, prunings = piece
 
     def reject(pruning: int | None, reason: str, device: str) -> None:
         if pruning is not None:

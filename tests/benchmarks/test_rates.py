@@ -16,8 +16,8 @@ from simulator.cost.gemm import gemm_time
 from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
 from simulator.models.lower import lower
+from simulator.predict.batch import batch_with
 from simulator.predict.compare import compare
-from simulator.predict.speedup import pairs_of
 from simulator.predict.sweep import compute_part, piece_results, pieces, sweep
 from simulator.pruning import prune
 
@@ -51,7 +51,7 @@ def test_configurations_of_a_sweep(benchmark: Any, floor: Floor) -> None:
     g = grid(100_000)
     some = list(pieces(g))[:2]
     piece_results(g, some[0], {})
-    rows = benchmark(lambda: sum(len(piece_results(g, p, {})["speedup"]) for p in some))
+    rows = benchmark(lambda: sum(len(piece_results(g, p, {})) for p in some))
     floor("microseconds a configuration, without the file", 1e6 * benchmark.stats["min"] / rows, 10.0, False)
 
 
@@ -81,8 +81,8 @@ def test_comparing_a_stack(benchmark: Any) -> None:
     dense = lower(load_model("llama-3.1-8b"), phase="prefill", batch=1, seq=2048)
     families = ("depth", "width", "low_rank", "width_cross")
     pruned = [prune(dense, family, round(0.001 * i, 3)) for family in families for i in range(1, 250)]
-    c, _ = benchmark(lambda: compare(pairs_of(dense, pruned), load_hardware("h100_sxm")))
-    assert len(c.speedup) == 1 + len(pruned)
+    c, _ = benchmark(lambda: compare(batch_with(dense, pruned), load_hardware("h100_sxm")))
+    assert len(c["speedup"]) == 1 + len(pruned)
 
 
 @pytest.mark.parametrize("rows", [100, 400, 4000])

@@ -18,7 +18,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from simulator.predict.rows import Record
 
 import simulator
 from simulator.explore.charts import CARDS, charts
@@ -26,6 +25,7 @@ from simulator.explore.layout import WIDE
 from simulator.explore.map_chart import map_chart
 from simulator.explore.state import KEYS, State, read_query
 from simulator.figures.style import label
+from simulator.predict.result import Result
 from simulator.predict.scenario import batch_name
 from simulator.units import percent, ratio, seconds
 
@@ -158,10 +158,10 @@ class Tab:
         return str(self.page.locator(selector).inner_text())
 
 
-def predicted(state: State) -> tuple[Record, ...]:
+def predicted(state: State) -> tuple[Result, ...]:
     case: Any = ([state.phase], [state.batch], [state.seq])
-    table = simulator.table([state.load()], state.profiles, state.drawn, state.fractions, *case, scenario=state.setting)
-    return table.results
+    families, sparsities = state.drawn, state.fractions
+    return simulator.table([state.load()], state.profiles, families, sparsities, *case, scenario=state.scenario).rows
 
 
 def check(tab: Tab, state: State) -> None:

@@ -18,7 +18,7 @@ from layouts import stored_as, tensors_of
 from test_explore_state import OWN
 
 import simulator
-from simulator.explore import frame, markup
+from simulator.explore import layout, markup
 from simulator.explore.charts import ASKED, BOUNDS, charts, roofline_chart
 from simulator.explore.commands import commands
 from simulator.explore.dropped import profile_token, token
@@ -144,7 +144,7 @@ def test_a_pruned_model_that_exists_stands_beside_the_families() -> None:
     rows = markup.table_html(found, state.explained, state.at)
     assert rows.count('class="detail"') == len(state.gpus)
     assert f'<th scope="row">&lt;i&gt;</th><td>{percent(found.existing[0].sparsity)}' in rows
-    assert len(markup.table_csv(found.records).splitlines()) == 1 + len(found.table) + len(state.gpus)
+    assert len(markup.table_csv(found.results).splitlines()) == 1 + len(found.table) + len(state.gpus)
     assert "<i>" not in "".join(markup.texts(state)[name] for name in ("title", "facts", "notes", "about-roofline"))
     packed = token(config, "cut/config.json", stored_as("fp8_block", tensors_of(real)))
     refused = predictions(replace(state, pruned=packed))
@@ -330,7 +330,7 @@ def luminance(color: str) -> float:
 
 
 def test_text_has_contrast_aa() -> None:
-    css = Path(frame.__file__).with_name("assets").joinpath("explore.css").read_text()
+    css = Path(layout.__file__).with_name("assets").joinpath("explore.css").read_text()
     colors = dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", css))
     assert len(colors) >= 7
     grounds = (colors["ground"], colors["paper"], "#e8f1f8")

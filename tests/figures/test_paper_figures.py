@@ -149,7 +149,7 @@ def test_what_an_engine_refuses_is_left_out_or_shown_in_another_and_the_caption_
     drawn: dict[str, Drawn],
 ) -> None:
     for name in ("speedup", "efficiency"):
-        assert drawn[name].caption.endswith("2:4 is left out: vllm has no kernels for it."), name
+        assert drawn[name].caption.endswith("2:4 is excluded: vllm has no kernels for it."), name
     assert "2:4" not in drawn["pareto"].caption  # no method of it has quality on the axis that was drawn
     assert drawn["waterfall"].caption.endswith("2:4 is shown in compile: vllm has no kernels for it.")
     titles = [ax.get_title() for ax in drawn["waterfall"].figure.axes]
@@ -181,7 +181,7 @@ def test_each_engine_has_a_panel_that_names_it(
 ) -> None:
     records = simulator.table(
         ["llama-3.1-8b"], hardware, ["depth", "width"], [0.25, 0.5], ["decode"], engine=engines
-    ).records
+    ).rows
     figure = speedups_of(records, ["decode"] * len(records))
     check_print(figure)
     across = len(columns)

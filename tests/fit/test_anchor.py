@@ -24,7 +24,7 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.save import save_hardware
 from simulator.models.library import load_model
 from simulator.models.lower import lower
-from simulator.predict.speedup import pairs_of
+from simulator.predict.batch import batch_with
 from simulator.uncertainty.error_model import Posterior, Uncertainty, correlation
 from simulator.uncertainty.intervals import cost
 
@@ -229,9 +229,9 @@ def test_what_is_odd_is_said() -> None:
 
 def test_rows_chosen_for_a_model_narrow_its_speedup_more_than_random_ones() -> None:
     dense, *pruned = asked_workloads("llama-3.1-8b", phases=("decode",))[0]
-    pairs = pairs_of(dense, pruned)
-    p = forward_passes(pairs.stack, HW)
-    shapes, _ = pairs.stack.shapes
+    batch = batch_with(dense, pruned)
+    p = forward_passes(batch, HW)
+    shapes, _ = batch.shapes
     found: dict[Operator, int] = {}
     for i in range(len(shapes)):
         if (op := operator_of(shapes, i)) is not None:
@@ -240,7 +240,7 @@ def test_rows_chosen_for_a_model_narrow_its_speedup_more_than_random_ones() -> N
     assert p.each.uncertainty is not None
     rows = {name: c[at] for name, c in p.each.uncertainty.columns().items()} | {"kind": shapes.kind[at]}
     covariance = p.uncertainty.covariance(rows["shared"], rows["local"], rows["place"], rows["kind"])
-    targets = (covariance[pairs.dense] - covariance)[1:]
+    targets = (covariance[batch.dense] - covariance)[1:]
     alike = correlation(rows["place"], rows["place"]) * np.outer(rows["local"], rows["local"])
     common = rows["shared"] @ rows["shared"].T + alike * (rows["kind"][:, None] == rows["kind"]) + np.diag(rows["own"])
 

@@ -24,7 +24,6 @@ import mutate
 import numpy as np
 from guard import check_line
 from mutate import PART_EDITS, TEXTS, Edit, edit_bytes, edit_parts, pq, seldom
-from simulator.predict.rows import COLUMNS
 
 import simulator
 from calibration.devices.replay import open_named
@@ -47,6 +46,7 @@ from simulator.models.headers import BITS
 from simulator.predict.grid import read_grid
 from simulator.predict.pareto import fronts, read_measured
 from simulator.predict.quality import choose_axis, load_quality, read_quality, table_text
+from simulator.predict.result import COLUMNS
 from simulator.predict.store import Store
 from simulator.predict.sweep import pieces, sweep_results
 from simulator.predict.where import parse_filter

@@ -23,8 +23,8 @@ from simulator.predict.configurations import (
     ALIKE,
     KINDS,
     Configuration,
-    Place,
     Target,
+    Targets,
     configurations_of,
     probability_of,
 )
@@ -55,7 +55,7 @@ def everywhere() -> Advised:
 )
 def test_of_all_aligned_shapes_that_reach_it_keeps_most(kind: str, hardware: str, phase: str, seq: int) -> None:
     model, hw = load_model("llama-3.2-1b"), load_hardware(hardware)
-    place = Place.of(model, Scenario(), (phase, 1, seq), [hw], Target(1.4))
+    place = Targets.of(Scenario(model=model, phase=phase, shapes=((1, seq),)), [hw], Target(1.4))
     (found,) = [c for c in configurations_of(model, [place], FAMILIES)[0] if c.configuration == kind]
     values = {
         **{"layers": range(2, 16), "hidden": range(256, 2048, 128)},
@@ -81,11 +81,11 @@ def test_every_place_is_reached_and_rows_are_the_ordinary_prediction(everywhere:
     assert kept == sorted(kept, reverse=True)
     for c in found:
         new = shapes(model, c)
-        request = {"phase": c.phase, "batch": c.batch, "seq": c.seq, "engine": c.engine}
-        s = speedup(lower(model, **request), lower(new, **request), load_hardware(c.hardware))  # type: ignore[arg-type]
-        assert (c.speedup, c.pruned_s) == pytest.approx((s.speedup, s.pruned_s), rel=1e-9)
-        assert (c.speedup_lower, c.speedup_upper) == pytest.approx((s.lower, s.upper), rel=1e-9)
-        assert c.speedup >= 1.4
+        request = {"phase": c.result.phase, "batch": c.result.batch, "seq": c.result.seq, "engine": c.result.engine}
+        s = speedup(lower(model, **request), lower(new, **request), load_hardware(c.result.hardware))  # type: ignore[arg-type]
+        assert (c.result.speedup, c.result.pruned_s) == pytest.approx((s.speedup, s.pruned_s), rel=1e-9)
+        assert (c.result.speedup_lower, c.result.speedup_upper) == pytest.approx((s.lower, s.upper), rel=1e-9)
+        assert c.result.speedup >= 1.4
         assert c.probability >= 0.5
         assert (c.parameters, c.kept) == (new.parameters, new.parameters / model.parameters)
         assert c.inner % 128 == c.hidden % 128 == 0
@@ -103,7 +103,7 @@ def test_one_place_fewer_never_keeps_less(everywhere: Advised) -> None:
         assert at_one[c.configuration] >= c.kept
 
 
-def test_odds_are_those_of_the_interval() -> None:
+def test_the_probability_is_that_of_the_interval() -> None:
     for level in (0.5, 0.9, 0.99):
         z = NormalDist().inv_cdf(0.5 + level / 2)
         lower, upper = 1.5 * np.exp(-0.1 * z), 1.5 * np.exp(0.2 * z)  # log deviations .1 below and .2 above
@@ -116,7 +116,7 @@ def test_odds_are_those_of_the_interval() -> None:
 
 
 @pytest.mark.parametrize("probability", [0.3, 0.9])
-def test_odds_asked_for_are_kept(probability: float) -> None:
+def test_the_confidence_asked_for_is_kept(probability: float) -> None:
     asked = {"family": ["depth", "width"], "engine": ["vllm"]}
     usual = advise("llama-3.2-3b", ["h100"], 1.4, ["decode"], **asked).configurations  # type: ignore[arg-type]
     found = advise("llama-3.2-3b", ["h100"], 1.4, ["decode"], probability=probability, **asked).configurations  # type: ignore[arg-type]
@@ -125,7 +125,7 @@ def test_odds_asked_for_are_kept(probability: float) -> None:
     for c in found:
         assert c.probability >= probability
         assert (c.kept < kept[c.configuration]) == (probability > 0.5)
-    with pytest.raises(InputError, match="odds 1: expected a number between 0 and 1"):
+    with pytest.raises(InputError, match="confidence 1: expected a number between 0 and 1"):
         advise("llama-3.2-3b", ["h100"], 1.4, probability=1.0)
 
 
@@ -136,13 +136,13 @@ def test_a_time_and_a_throughput_are_targets() -> None:
         replace(c, target=0.0) for c in tokens.configurations
     ]
     a100, l4 = latency.configurations
-    assert a100.target < 1.0 < l4.target == pytest.approx(l4.dense_s / 15e-3)
-    assert l4.pruned_s <= 15e-3
+    assert a100.target < 1.0 < l4.target == pytest.approx(l4.result.dense_s / 15e-3)
+    assert l4.result.pruned_s <= 15e-3
     fewer = replace(load_model("llama-3.2-3b"), layers=l4.layers + 1, windows=(0,) * (l4.layers + 1))
     dense = lower(load_model("llama-3.2-3b"), phase="decode", batch=4, seq=2048, engine="vllm")
     more = lower(fewer, phase="decode", batch=4, seq=2048, engine="vllm")
     assert speedup(dense, more, load_hardware("l4")).pruned_s > 15e-3
-    assert {a.hardware for a in latency.advice} == {"l4"}
+    assert {a.result.hardware for a in latency.advice} == {"l4"}
     assert "a100_sxm_80gb, vllm, decode, batch 4, seq 2048: the dense model reaches it" in latency.notes
     nothing = advise("llama-3.2-3b", ["a100"], Target(latency_s=1.0), family=["depth"])
     assert not nothing.advice
@@ -173,8 +173,8 @@ def test_written_configurations_are_predicted_as_they_say(
     words += ["--phase", "decode", "--batch", "8", "--family", "depth,width,width_cross"]
     assert run([*words, "--json", "--write", "out"]) == 0
     records = json.loads(capsys.readouterr().out)
-    families = [r for r in records if r["family"] is not None]
-    found = [r for r in records if r["family"] is None]
+    families = [r for r in records if "configuration" not in r]
+    found = [r for r in records if "configuration" in r]
     assert len(families) == 4 * 3
     assert records == families + found
     dense = load_model("llama-3.1-8b")

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from simulator.predict.rows import Piece, work_of
 
 import simulator
 from simulator.arrays import FloatArray
-from simulator.predict.compare import Pairs, against, compare
+from simulator.predict.batch import batch_of, batch_with, rejecting
+from simulator.predict.compare import against, compare
 from simulator.predict.contests import CLOSE, Contests, contests_of, in_order
 from simulator.predict.pareto import frontier, margins
 from simulator.predict.prunings import prunings_of
@@ -29,22 +29,18 @@ FAMILIES = ("depth", "width", "dynamic_depth", "low_rank")
 def stack_of(engine: str, *pruned: tuple[str, float]) -> WorkloadBatch:
     """A dense decode and its pruned versions."""
     dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="decode", batch=1, seq=1024, engine=engine)
-    return WorkloadBatch.of([dense, *(simulator.prune(dense, family, sparsity=s) for family, s in pruned)])
-
-
-def refused(_choice: int | None, reason: str, _device: str) -> None:
-    raise AssertionError(reason)
+    return batch_with(dense, [simulator.prune(dense, family, sparsity=s) for family, s in pruned])
 
 
 @pytest.mark.parametrize("engine", ["reference", "vllm", "hf"])
 def test_against_the_dense_model_is_the_speedup_and_turned_round_the_interval_is(engine: str) -> None:
     workloads, hw = stack_of(engine, *((family, 0.25) for family in FAMILIES)), simulator.load_hardware("a100")
-    c, _ = compare(Pairs(workloads, np.zeros(len(workloads), dtype=np.intp)), hw)
+    c, _ = compare(workloads, hw)
     others = [np.full(len(workloads), i) for i in range(len(workloads))]
     log, below, above = against(workloads, hw, others)
-    np.testing.assert_allclose(log[0], np.log(c.speedup), atol=1e-12)
-    np.testing.assert_allclose(log[0] - below[0], np.log(c.lower), atol=1e-12)
-    np.testing.assert_allclose(log[0] + above[0], np.log(c.upper), atol=1e-12)
+    np.testing.assert_allclose(log[0], np.log(c["speedup"]), atol=1e-12)
+    np.testing.assert_allclose(log[0] - below[0], np.log(c["speedup_lower"]), atol=1e-12)
+    np.testing.assert_allclose(log[0] + above[0], np.log(c["speedup_upper"]), atol=1e-12)
     np.testing.assert_allclose(log, -log.T, atol=1e-12)
     np.testing.assert_allclose(below, above.T, atol=1e-9)
     np.testing.assert_allclose(np.diag(below), 0.0, atol=1e-9)
@@ -59,9 +55,10 @@ def test_what_two_pruned_models_have_in_common_cancels() -> None:
 
 def contests(family: str = "depth", engine: str = "reference", sparsities: Sequence[float] = (0.25, 0.5)) -> Contests:
     model = simulator.load_model("llama-3.1-8b")
-    choices = prunings_of([model], FAMILIES, sparsity=sparsities)
-    work = work_of(Piece(model, Scenario(engine=engine), "decode", ((1, 1024), (8, 1024)), choices), refused)
-    found = contests_of(work, simulator.load_hardware("h100"), family, refused)
+    prunings = prunings_of([model], FAMILIES, sparsity=sparsities)
+    one = Scenario(model=model, engine=engine, phase="decode", shapes=((1, 1024), (8, 1024)))
+    batch = batch_of(one, prunings, rejecting)
+    found = contests_of(batch, prunings, simulator.load_hardware("h100"), family, one, rejecting)
     assert [{(r.batch, r.seq) for r in c.records} for c in found] == [{(1, 1024)}, {(8, 1024)}]
     return found[0]
 
@@ -146,11 +143,12 @@ def test_what_is_decided_is_what_was_measured(phase: str) -> None:
     (shape,) = {(int(r["batch"]), int(r["seq"])) for r in rows}
     model, hw = simulator.load_model("smollm2-135m"), simulator.load_hardware("cpu")
     families, sparsities = (list(dict.fromkeys(column)) for column in zip(*timed))
-    choices = prunings_of([model], families, sparsity=sparsities)
-    work = work_of(Piece(model, Scenario(engine="reference", dtype="fp32"), phase, (shape,), choices), refused)
+    prunings = prunings_of([model], families, sparsity=sparsities)
+    one = Scenario(model=model, engine="reference", dtype="fp32", phase=phase, shapes=(shape,))
+    batch = batch_of(one, prunings, rejecting)
     right = wrong = 0
     for family in families:
-        (c,) = contests_of(work, hw, family, refused)
+        (c,) = contests_of(batch, prunings, hw, family, one, rejecting)
         for i in np.flatnonzero(c.ahead[0] >= np.maximum(c.reach[0], 1e-9)):
             measured = timed[family, c.records[i].sparsity] / timed[c.records[i].family, c.records[i].sparsity]
             right, wrong = right + (measured > 1.0), wrong + (measured < 0.99)  # it repeats within 1 %

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from simulator.predict.rows import Record
 
 import simulator
 from simulator.engines.engine import list_engines, load_engine
@@ -17,10 +16,11 @@ from simulator.errors import InputError
 from simulator.predict.advise import advise
 from simulator.predict.explain import explanations
 from simulator.predict.grid import Grid
-from simulator.predict.result import Results
+from simulator.predict.result import Result, Results
 from simulator.predict.scenario import Scenario, dense_seconds
-from simulator.predict.speedup import speedup, waterfall
+from simulator.predict.speedup import speedup
 from simulator.predict.sweep import digest, sweep_results
+from simulator.predict.waterfall import waterfall
 from simulator.pruning import prune
 from simulator.workload_batch import memory
 
@@ -71,7 +71,7 @@ def test_a_generate_is_one_prefill_and_then_decodes() -> None:
     for engine in ("", "vllm", "hf"):
         (r,) = table(family=["depth"], phase=["generate"], seq=[700], scenario=Scenario(new_tokens=3), engine=[engine])
         (prefill,) = table(family=["depth"], phase=["prefill"], seq=[700], engine=[engine])
-        steps = [table(family=["depth"], phase=["decode"], seq=[700 + t], engine=[engine]).records[0] for t in range(3)]
+        steps = [table(family=["depth"], phase=["decode"], seq=[700 + t], engine=[engine])[0] for t in range(3)]
         assert r.dense_ttft_s == pytest.approx(prefill.dense_s, rel=1e-6)
         assert r.dense_tpot_s == pytest.approx(np.mean([s.dense_s for s in steps]), rel=2e-3)
 
@@ -118,7 +118,7 @@ def test_the_largest_batch_fits_and_one_more_does_not(phase: str, model: str, se
             assert largest >= 1
             fits = []
             for batch in (largest, largest + 1):
-                w = setting.lower(simulator.load_model(model), phase, batch, r.seq)
+                w = replace(setting, model=model, phase=phase, shapes=((batch, r.seq),)).workloads[0]
                 fits.append(memory(prune(w, r.family, r.sparsity) if pruned else w, hw).fits)
             assert fits == [True, False], (r.family, largest)
         assert r.pruned_largest_batch >= r.dense_largest_batch - (r.family == "unstructured")
@@ -127,9 +127,11 @@ def test_the_largest_batch_fits_and_one_more_does_not(phase: str, model: str, se
 def test_the_largest_batch_of_a_serve_is_of_its_caches() -> None:
     hw, setting = simulator.load_hardware("h100"), Scenario(new_tokens=512)
     for r in table(family=["depth", "width"], phase=["serve"], batch=[1, 9], seq=[4096], scenario=setting):
-        w = setting.lower(simulator.load_model("llama-3.1-8b"), "serve", r.dense_largest_batch, 4096)
+        w = replace(setting, model="llama-3.1-8b", phase="serve", shapes=((r.dense_largest_batch, 4096),)).workloads[0]
         assert memory(w, hw).fits
-        w = setting.lower(simulator.load_model("llama-3.1-8b"), "serve", r.dense_largest_batch + 1, 4096)
+        w = replace(
+            setting, model="llama-3.1-8b", phase="serve", shapes=((r.dense_largest_batch + 1, 4096),)
+        ).workloads[0]
         assert not memory(w, hw).fits
         assert r.pruned_largest_batch > r.dense_largest_batch
 
@@ -157,7 +159,7 @@ def test_engines_are_rows_in_order_and_each_is_that_of_its_own() -> None:
     assert times["hf"] > times["trtllm"]
 
 
-def _place(r: Record) -> tuple[int, int, int]:
+def _place(r: Result) -> tuple[int, int, int]:
     return ["hf", "reference", "trtllm"].index(r.engine), r.batch, ["depth", "semi_structured"].index(r.family)
 
 
@@ -213,11 +215,11 @@ def test_a_measured_time_reaches_every_answer() -> None:
         assert r.dense_s == pytest.approx(0.0095, rel=0.02)
         assert r.dense_tpot_s == r.dense_s
     (e,) = explanations("llama-3.1-8b", ["h100"], "depth", 0.25, ["decode"], scenario=setting)
-    assert e.result.speedup == rows.records[0].speedup
+    assert e.result.speedup == rows[0].speedup
     assert e.steps[-1].speedup == pytest.approx(e.result.speedup, rel=1e-12)
     assert math.prod(step.factor for step in e.steps) == pytest.approx(e.result.speedup, rel=1e-12)
     (a,) = advise("llama-3.1-8b", ["h100"], 1.2, ["decode"], family=["depth"], scenario=setting).advice
-    dense = setting.lower(simulator.load_model("llama-3.1-8b"), "decode", 1, 2048)
+    dense = replace(setting, model="llama-3.1-8b", phase="decode", shapes=((1, 2048),)).workloads[0]
     pruned, hw = prune(dense, "depth", a.sparsity), simulator.load_hardware("h100")
     assert a.speedup == pytest.approx(speedup(dense, pruned, hw, dense_s=0.0095).speedup, rel=1e-9)
     assert waterfall(dense, pruned, hw, dense_s=0.0095)[-1].speedup == pytest.approx(a.speedup, rel=1e-9)
@@ -225,7 +227,7 @@ def test_a_measured_time_reaches_every_answer() -> None:
 
 def test_a_measured_time_of_many_pruned_models_is_that_of_each() -> None:
     setting = Scenario(dense_s=0.0095)
-    many = table(scenario=setting).records
+    many = table(scenario=setting).rows
     for r in many:
         (alone,) = table(family=[r.family], scenario=setting)
         assert (alone.speedup, alone.speedup_lower, alone.pruned_s) == pytest.approx(

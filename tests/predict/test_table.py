@@ -6,22 +6,22 @@ from __future__ import annotations
 import os
 import stat
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from simulator.predict.requests import Requests, prune_all
-from simulator.predict.rows import COLUMNS, Record
 
 import simulator
 from simulator import load_hardware, load_model, lower, prune, speedup
 from simulator.errors import InputError
 from simulator.files.write import write_whole
+from simulator.predict.batch import batch_of
 from simulator.predict.explain import explanations
 from simulator.predict.gemms import gemm_table
-from simulator.predict.prunings import families
+from simulator.predict.prunings import Pruning, families
+from simulator.predict.result import COLUMNS, Result, Results
 from simulator.predict.scenario import Scenario
 from simulator.pruning import GENERAL
 from simulator.workload import PHASES, Workload
@@ -29,8 +29,8 @@ from simulator.workload import PHASES, Workload
 MODEL = ["llama-3.1-8b"]
 
 
-def table(**asked: Any) -> simulator.predict.table.Table:  # type: ignore[name-defined]
-    """A table of one point, but for what is asked."""
+def table(**asked: Any) -> Results:
+    """A table of one point, except for what is asked."""
     usual = {"models": MODEL, "hardware": ["h100"], "family": ["depth"], "sparsity": [0.25], "phase": ["decode"]}
     return simulator.table(**{**usual, **asked})
 
@@ -48,7 +48,7 @@ def test_records_are_the_single_predictions_in_order() -> None:
         ("decode", 1, "depth", 0.5, "h100_sxm"),
     ]
     assert len(found) == 2 * 2 * 2 * 2 * 2
-    for r in found.records[::5]:
+    for r in found.rows[::5]:
         dense = lower(load_model(MODEL[0]), phase=r.phase, batch=r.batch, seq=r.seq)
         single = speedup(dense, prune(dense, r.family, r.sparsity), load_hardware(r.hardware))
         assert r.speedup == pytest.approx(single.speedup, rel=1e-12)
@@ -74,9 +74,9 @@ def test_an_unsupported_combination_is_a_note_among_several_families_and_an_erro
     reference = {"engine": ["reference"]}
     found = table(family=["depth", "semi_structured"], sparsity=[0.25, 0.5], **reference)
     assert [(r.family, r.sparsity) for r in found] == [("depth", 0.25), ("depth", 0.5), ("semi_structured", 0.5)]
-    (note,) = [note for note in found.notes if "left out" in note]
+    (note,) = [note for note in found.notes if "excluded" in note]
     assert note.startswith("semi_structured")
-    assert note.endswith("left out at sparsity 0.25")
+    assert note.endswith("excluded at sparsity 0.25")
     with pytest.raises(InputError, match="semi_structured"):
         table(family=["semi_structured"], sparsity=[0.25, 0.5], **reference)
     with pytest.raises(InputError, match="sparsity: expected at least one"):
@@ -98,7 +98,7 @@ def test_memory_says_what_does_not_fit_and_pruning_may_help() -> None:
 def test_more_positions_than_a_model_has_are_noted() -> None:
     assert table(models=["opt-13b"], phase=["prefill"], seq=[2048]).notes == ()
     (note,) = table(models=["opt-13b"], phase=["prefill", "decode"], seq=[2049]).notes
-    assert "opt-13b is made for 2048 positions" in note
+    assert "opt-13b supports 2048 positions" in note
     (note,) = table(models=["opt-13b"], phase=["generate"], seq=[2040], scenario=Scenario(new_tokens=16)).notes
     assert "2056" in note
 
@@ -129,7 +129,7 @@ def test_a_table_as_a_data_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pandas")
     found = table(sparsity=[0.25, 0.5])
     frame = found.to_pandas()
-    assert list(frame.columns) == list(Record.__dataclass_fields__) == list(COLUMNS)[:-1]
+    assert list(frame.columns) == list(Result.__dataclass_fields__) == list(COLUMNS)
     assert frame["speedup"].tolist() == [r.speedup for r in found]
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(InputError, match=r"a data frame needs .*pip install"):
@@ -170,26 +170,31 @@ def test_a_sparsity_by_projection_is_explained() -> None:
 def test_pruning_together_equals_one_by_one(family: str, phase: str, model: str, setting: Scenario) -> None:
     """Whatever a family says of the requests that a call may prune together."""
     shapes = tuple((b, s) for s in (7, 300, 8192) for b in (1, 3, 64))
-    requests = Requests.of(load_model(model), setting, phase, shapes)
+    scenario = replace(setting, model=model, phase=phase, shapes=shapes)
     for sparsity in (0.0, 0.3, 0.5, 0.9):
-        parts, refused = prune_all(requests, family, sparsity)
-        together = {i: (workloads, j) for group, workloads in parts for j, i in enumerate(group)}
-        for i, dense in enumerate(requests.workloads):
+        refused: list[str] = []
+
+        def reject(_pruning: int | None, reason: str, _device: str, refused: list[str] = refused) -> None:
+            refused.append(reason)
+
+        batch = batch_of(scenario, [Pruning(family, sparsity)], reject)
+        together = {int(i): j for j, i in enumerate(batch.dense) if batch.pruning[j] == 0}
+        for i, dense in enumerate(scenario.workloads):
             try:
                 one = prune(dense, family, sparsity)
             except InputError:
                 assert i not in together
                 assert refused
                 continue
-            workloads, j = together[i]
-            at = workloads.starts[j] + np.arange(workloads.lengths[j])
+            j = together[i]
+            at = batch.starts[j] + np.arange(batch.lengths[j])
             assert len(one) == len(at)
             for name in Workload.SCHEMA:
-                got, wanted = getattr(workloads.rows, name)[at], getattr(one, name)
+                got, wanted = getattr(batch.rows, name)[at], getattr(one, name)
                 np.testing.assert_allclose(got, wanted, rtol=1e-12, err_msg=name)
             applied = one.meta.applied[-1]
-            assert workloads.rows.meta.applied[-1].sparsity == applied.sparsity
-            assert workloads.rows.meta.applied[-1].realised == pytest.approx(applied.realised, abs=1e-12)
+            assert batch.sparsity[j] == applied.sparsity
+            assert batch.realised[j] == pytest.approx(applied.realised, abs=1e-12)
 
 
 def test_gemm_table_is_the_product() -> None:
@@ -200,7 +205,7 @@ def test_gemm_table_is_the_product() -> None:
     for r in rows:
         assert r.flop_per_s == pytest.approx(2.0 * r.m * r.n * r.k / r.seconds)
         assert r.seconds >= r.roofline_s * 0.99
-        assert r.ladder_s["launch"] == r.seconds
+        assert r.steps_s["launch"] == r.seconds
     (sparse,) = gemm_table([2048], [4096], [4096], ["h100"], semi_structured=True)
     (dense,) = gemm_table([2048], [4096], [4096], ["h100"])
     assert sparse.seconds < dense.seconds

@@ -46,7 +46,7 @@ def _device(**options: Any) -> ReplayDevice:
 
 
 def _cases(**settings: Any) -> list[Case]:
-    return settings_of(CONFIG, **{"seq": [64], "sparsities": [0.5], "setting": Scenario(engine=""), **settings})[0]
+    return settings_of(CONFIG, **{"seq": [64], "sparsities": [0.5], "scenario": Scenario(engine=""), **settings})[0]
 
 
 def _compare(folder: Path, cases: list[Case], device: ReplayDevice | None = None, **options: Any) -> Compared:
