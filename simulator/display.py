@@ -180,11 +180,11 @@ def bars_html(steps: Sequence[tuple[str, float]], interval: tuple[float, float] 
     Parameters
     ----------
     steps : sequence of (name, speedup)
-        The speedup promised, and after each step.
+        The nominal speedup, and the speedup after each step.
     interval : (lower, upper), optional
         Of the last.
 
-    >>> page = bars_html([("promised", 1.33), ("bytes", 1.2)], (1.1, 1.3))
+    >>> page = bars_html([("nominal", 1.33), ("bytes", 1.2)], (1.1, 1.3))
     >>> page.count("<svg"), "<td>x0.902" in page, "predicted<td><td>1.20 (1.10-1.30)" in page
     (3, True, True)
     """

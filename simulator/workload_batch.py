@@ -195,6 +195,16 @@ class WorkloadBatch:
         return self.bound(self.bytes)
 
     @cached_property
+    def kinds(self) -> tuple[tuple[int, NDArray[np.bool_]], ...]:
+        """First row of each kind of operator, latent attention apart, and the workloads that have some of it, be it in
+        their dense one."""
+        code, out = self.rows.kind.astype(np.int64) * 2 + (self.rows.value_dim > 0), []
+        for first in np.sort(np.unique(code, return_index=True)[1]).tolist():
+            has = np.bincount(self.owner[code == code[first]], minlength=len(self)) > 0
+            out.append((first, has | has[self.dense]))
+        return tuple(out)
+
+    @cached_property
     def groups(self) -> Groups:
         """The groups of the rows."""
         w = self.rows

@@ -196,7 +196,7 @@ def waterfall_chart(details: Sequence[Explanation], versus: Sequence[Explanation
     gpus = once(e.result.hardware for e in details)
     details = sorted((*details, *versus), key=lambda e: gpus.index(e.result.hardware)) if versus else details
     panels = [steps_of(e, e.result.hardware + (f", {e.result.engine}" if versus else "")) for e in details]
-    names = ["promised", *panels[0].names, "predicted"]
+    names = ["nominal", *panels[0].names, "predicted"]
     frame = Frame([p.title for p in panels], most, 19 * len(names), left=160, bottom=40, right=14)
     lines: Dict = {"range": [len(names) - 0.4, -0.6], "showgrid": False, "showline": False}
     lines |= {**listed(range(len(names)), names), "tickfont": {"size": SMALL, "color": INK}}

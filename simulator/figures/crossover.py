@@ -61,7 +61,7 @@ def crossover_figure(
         layout.cells(panels, [str(b) for b in batches], [short(n) for n in lengths])
         layout.name_panels(panels, {r: r for r in data["row"]})
         layout.legend_below(figure, handles, lines, "batch")
-        return layout.prediction_intervals(figure, "sequence (tokens)")
+        return layout.laid_out(figure, "sequence (tokens)")
 
 
 def short(tokens: int) -> str:

@@ -79,7 +79,7 @@ def pareto_figure(
         title = f"quality loss (%): {axis}\n{textwrap.fill(protocol, int(width_in / 0.058))}".rstrip()
         layout.legend_below(figure, handles, lines, title)
         # names of points need to know how much room there is
-        layout.prediction_intervals(figure, "speedup (log scale)")
+        layout.laid_out(figure, "speedup (log scale)")
         for (r, c), ax in panels.items():
             chosen = (data["row"] == r) & (data["column"] == c)
             _panel(ax, {name: values[chosen] for name, values in data.items()})

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from simulator.errors import InputError
-from simulator.figures.layout import in_a_row, legend_below, panel_list, prediction_intervals
+from simulator.figures.layout import in_a_row, laid_out, legend_below, panel_list
 from simulator.figures.style import BLACK, INK, PALE_INK, label, paper_style, style_of
 
 if TYPE_CHECKING:
@@ -63,4 +63,4 @@ def published_figure(panels: Sequence[Beside], *, width_in: float | None = None)
             ax.set_yticks(rows, [label(name) for name in p.family] if i % columns == 0 else [""] * len(rows))
             ax.set(ylim=(-0.7, len(rows) - 0.3), title=p.title)
         legend_below(figure, handles, 1, "speedup")
-        return prediction_intervals(figure)
+        return laid_out(figure)

@@ -171,7 +171,7 @@ def _dots(
         ax.set_yticks(range(len(pairs)), names)
         layout.log_axis(ax.xaxis, low, high, int(np.clip(room / 0.25, 2, 12)))
     layout.legend_below(figure, handles, lines, "speedup (log scale)")
-    return layout.prediction_intervals(figure)
+    return layout.laid_out(figure)
 
 
 def _line(pairs: Sequence[tuple[str, float]], i: int) -> str:
@@ -223,7 +223,7 @@ def _curves(data: layout.Columns, bounds: list[str], families: list[str], width:
         if len(fractions) <= 5:
             ax.set_xticks(100 * fractions, [f"{100 * f:.4g}" for f in fractions])
     layout.legend_below(figure, handles, lines, "removed (%)")
-    return layout.prediction_intervals(figure, "speedup (log scale)")
+    return layout.laid_out(figure, "speedup (log scale)")
 
 
 def _curve_handles(families: list[str], bounds: list[str], interval: str) -> list[Any]:

@@ -22,7 +22,7 @@ from simulator.models.library import load_model
 from simulator.predict.prunings import Pruning, check_alike
 from simulator.predict.scenario import Scenario
 from simulator.pruning import FAMILIES
-from simulator.workload import Phase, Workload, role_code
+from simulator.workload import Kernel, Workload, role_code
 from simulator.workload_batch import WorkloadBatch
 
 Group = tuple[int, ...]
@@ -59,7 +59,9 @@ def batch_of(scenario: Scenario, prunings: Sequence[Pruning], reject: Reject) ->
         reasons: dict[str, None] = {}
         for group, rows, lengths in _parts(scenario, pruning, together, reasons):
             batch = _pruned(scenario, group, rows, lengths, pruning, i)
-            if reason := unable or refusal(batch):
+            # only an existing model has other number formats than the dense one
+            other = pruning.model is not None or (rows.kernel == Kernel.SPARSE24).any()
+            if reason := unable or (refusal(batch) if other else ""):
                 reasons[reason] = None
             else:
                 found.append(batch)
@@ -149,7 +151,7 @@ def _prune(
         if len(group) == 1 or _refusal(call, scenario.workloads[group[0]]) == str(error):
             return []  # it is the sparsity, not the request
     else:
-        lengths = _lengths(pruned, scenario.workloads[0], len(group))
+        lengths = _lengths(pruned, 2 if scenario.phase in ("generate", "serve") else 1, len(group))
         if lengths is not None:
             return [(group, pruned, lengths)]
     return [part for i in group for part in _prune(scenario, (i,), scenario.workloads[i], call, reasons)]
@@ -163,11 +165,11 @@ def _refusal(call: Callable[[Workload], Workload], dense: Workload) -> str:
     return ""
 
 
-def _lengths(pruned: Workload, dense: Workload, many: int) -> IndexArray | None:
-    """Rows of each of ``many`` requests: a pass begins with its embedding. None where that does not separate them."""
+def _lengths(pruned: Workload, passes: int, many: int) -> IndexArray | None:
+    """Rows of each of ``many`` requests: each pass begins with its embedding. None where that does not separate
+    them."""
     if many == 1:
         return np.array([len(pruned)])
-    passes = len({int(p) for p in np.unique(dense.phase)} & {int(Phase.PREFILL), int(Phase.DECODE)})
     begins = np.flatnonzero(pruned.role == role_code("embedding")[0])
     if len(begins) != passes * many or begins[0] != 0:
         return None

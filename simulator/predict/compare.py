@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from simulator.arguments import SECONDS, number
 from simulator.arrays import Array, BoolArray, FloatArray, IndexArray
-from simulator.cost.forward import SECTIONS, ForwardPass, forward_passes, section_of
+from simulator.cost.forward import ForwardPass, forward_passes, section_of
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.predict.batch import Reject, rejecting
@@ -206,14 +206,12 @@ def _memory(batch: WorkloadBatch, at: IndexArray, capacity: FloatArray) -> dict[
 
 def _calibrated(p: ForwardPass) -> BoolArray:
     """Of each workload: whether every cost model that it and its dense one need is calibrated."""
-    batch, w = p.workloads, p.workloads.rows
-    lacking = np.zeros(len(batch), dtype=bool)
-    for kind in SECTIONS:
-        for latent in (False, True):
-            rows = np.flatnonzero((w.kind == kind) & ((w.value_dim > 0) == latent))
-            if len(rows) and p.hw.section(section_of(w, rows[0]), DTYPES[w.dtype[rows[0]]]).status != "calibrated":
-                lacking[batch.owner[rows]] = True
-    return ~(lacking | lacking[batch.dense])
+    w, out = p.workloads.rows, np.ones(len(p.workloads), dtype=bool)
+    for row, has in p.workloads.kinds:
+        part = section_of(w, row)
+        if part and p.hw.section(part, DTYPES[w.dtype[row]]).status != "calibrated":
+            out &= ~has
+    return out
 
 
 def _alike(other: IndexArray, p: ForwardPass) -> tuple[FloatArray, NDArray[np.bool_]]:

@@ -184,7 +184,13 @@ _PREDICTED = (
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Results(Displayed):
-    """Predictions, one per row, as columns named like the fields of :class:`Result`; iterates over the results."""
+    """Predictions, one per row, as columns named like the fields of :class:`Result`; iterates over the results.
+
+    >>> import simulator
+    >>> found = simulator.table(["llama-3.1-8b"], ["h100"], ["depth"], [0.25, 0.5])
+    >>> len(found), found[1].sparsity, found.columns["speedup"].round(2).tolist()
+    (2, 0.5, [1.32, 1.94])
+    """
 
     columns: Columns
     notes: tuple[str, ...] = ()  # what was excluded, and what limits the predictions
@@ -209,13 +215,13 @@ class Results(Displayed):
         return tuple(Result(**dict(zip(COLUMNS, row))) for row in zip(*lists))
 
     def take(self, index: Any) -> Results:
-        """Some rows, by index or mask."""
+        """Some rows, by ``index``: integers or a mask."""
         columns = {name: column[index] for name, column in self.columns.items()}
         return Results(columns, self.notes, self.pruning[index])
 
     @classmethod
     def join(cls, parts: Sequence[Results], notes: tuple[str, ...] = ()) -> Results:
-        """Rows of several results, one after the other."""
+        """Rows of several results, ``parts``, one after the other, with ``notes``."""
         columns: dict[str, Array | Labels] = {}
         for name, kind in COLUMNS.items():
             held = [part.columns[name] for part in parts]

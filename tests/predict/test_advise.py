@@ -119,7 +119,7 @@ def test_int4_weights_are_set_beside_pruning_in_decode() -> None:
     found = advise(MODEL, [HARDWARE], 1.4, ["decode"], family=["depth"])
     (int4,) = [o for o in found.alternatives if o.what == "no pruning, weights in int4"]
     (int8,) = [o for o in found.alternatives if o.what == "no pruning, weights in int8"]
-    assert int4.speedup > int8.speedup > 1.0
+    assert int4.result.speedup > int8.result.speedup > 1.0
 
 
 def test_setting_and_engine_are_respected() -> None:

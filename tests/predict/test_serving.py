@@ -199,8 +199,7 @@ def test_a_sweep_s_digest_follows_the_files_of_its_engines(tmp_path: Path) -> No
     grid = Grid(("llama-3.2-1b",), ("h100",), (0.5,), ("decode",), (1,), (64,), engines=(str(path), "vllm"))
     first = digest(grid)
     assert first == digest(grid)
-    columns, _ = sweep_results(grid, "family == 'depth'")
-    assert columns["engine"].tolist() == ["hf", "vllm"]
+    assert [r.engine for r in sweep_results(grid, "family == 'depth'")] == ["hf", "vllm"]
     path.write_text(text + "# changed\n")
     assert digest(grid) != first
 
@@ -220,9 +219,9 @@ def test_a_measured_time_reaches_every_answer() -> None:
     assert math.prod(step.factor for step in e.steps) == pytest.approx(e.result.speedup, rel=1e-12)
     (a,) = advise("llama-3.1-8b", ["h100"], 1.2, ["decode"], family=["depth"], scenario=setting).advice
     dense = replace(setting, model="llama-3.1-8b", phase="decode", shapes=((1, 2048),)).workloads[0]
-    pruned, hw = prune(dense, "depth", a.sparsity), simulator.load_hardware("h100")
-    assert a.speedup == pytest.approx(speedup(dense, pruned, hw, dense_s=0.0095).speedup, rel=1e-9)
-    assert waterfall(dense, pruned, hw, dense_s=0.0095)[-1].speedup == pytest.approx(a.speedup, rel=1e-9)
+    pruned, hw = prune(dense, "depth", a.result.sparsity), simulator.load_hardware("h100")
+    assert a.result.speedup == pytest.approx(speedup(dense, pruned, hw, dense_s=0.0095).speedup, rel=1e-9)
+    assert waterfall(dense, pruned, hw, dense_s=0.0095)[-1].speedup == pytest.approx(a.result.speedup, rel=1e-9)
 
 
 def test_a_measured_time_of_many_pruned_models_is_that_of_each() -> None:
@@ -244,7 +243,7 @@ def test_a_measured_time_of_many_pruned_models_is_that_of_each() -> None:
     ids=lambda more: next(iter(more)),
 )  # fmt: skip
 def test_a_measured_time_is_of_one_setting(more: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=r"dense time: is of one setting; expected one .*, got 2"):
+    with pytest.raises(InputError, match=r"dense time: is of one scenario; expected one .*, got 2"):
         table(**more, scenario=Scenario(dense_s=0.01))
 
 

@@ -281,7 +281,7 @@ def test_a_grid_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "g.yaml").write_text(grid_text(GOOD))
     grid = read_grid(tmp_path / "g.yaml")
     assert grid.hardware == ("h100_sxm",)
-    assert grid.families == (Pruning("depth"), Pruning("width", (("align", 64),)))
+    assert grid.families == (Pruning("depth"), Pruning("width", options=(("align", 64),)))
     assert grid.sparsities == (0.1, 0.2, 0.3, 0.4, 0.5)
     assert grid.batches == (1, 2, 4, 8)
     assert grid.dtypes == (Formats(), Formats("bf16", "int4"))
