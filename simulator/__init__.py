@@ -25,8 +25,11 @@ if TYPE_CHECKING:
     from simulator.models.config import ModelConfig
     from simulator.models.library import list_models, load_model
     from simulator.models.lower import lower
-    from simulator.predict.speedup import Speedup, Step, speedup, speedups, waterfall
+    from simulator.predict.result import Result, Results
+    from simulator.predict.scenario import Scenario
+    from simulator.predict.speedup import speedup, speedups
     from simulator.predict.table import table
+    from simulator.predict.waterfall import Step, waterfall
     from simulator.pruning import FAMILIES, prune
     from simulator.pruning._methods import METHODS
     from simulator.uncertainty.intervals import workload_time
@@ -49,12 +52,14 @@ _HOME = {
     "FAMILIES": "pruning",
     "METHODS": "pruning._methods",
     "prune": "pruning",
-    "Speedup": "predict.speedup",
-    "Step": "predict.speedup",
+    "Result": "predict.result",
+    "Results": "predict.result",
+    "Scenario": "predict.scenario",
+    "Step": "predict.waterfall",
     "speedup": "predict.speedup",
     "speedups": "predict.speedup",
     "table": "predict.table",
-    "waterfall": "predict.speedup",
+    "waterfall": "predict.waterfall",
     "ModelConfig": "models.config",
     "list_models": "models.library",
     "load_model": "models.library",
@@ -68,7 +73,9 @@ __all__ = [
     "InputError",
     "METHODS",
     "ModelConfig",
-    "Speedup",
+    "Result",
+    "Results",
+    "Scenario",
     "Step",
     "Workload",
     "__version__",

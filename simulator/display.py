@@ -182,7 +182,7 @@ def bars_html(steps: Sequence[tuple[str, float]], interval: tuple[float, float] 
     Parameters
     ----------
     steps : sequence of (name, speedup)
-        Nominal speedup, and speedup after each step.
+        The nominal speedup, and the speedup after each step.
     interval : (lower, upper), optional
         Interval of the last speedup.
 
@@ -225,3 +225,12 @@ def few(names: Iterable[str], most: int = 4) -> str:
     known = list(dict.fromkeys(names))
     more = f" and {len(known) - most} more" if len(known) > most else ""
     return ", ".join(islice(known, most)) + more
+
+
+def markdown_text(text: str) -> str:
+    """Text on one line for Markdown and HTML: characters that either takes for markup become entities.
+
+    >>> markdown_text("<b> a|b *c*")
+    '&#60;b&#62; a&#124;b &#42;c&#42;'
+    """
+    return re.sub(r"[\\`*\[\]<>&|]", lambda found: f"&#{ord(found[0])};", " ".join(text.split()))

@@ -83,7 +83,8 @@ def sums(cell: IndexArray, column: FloatArray, shape: tuple[int, int]) -> FloatA
 
 @dataclass(frozen=True)
 class WorkloadBatch:
-    """Workloads one after the other.
+    """Workloads one after the other, dense ones and pruned versions of them; all of one model's phase, formats and
+    engine.
 
     >>> one = Workload.from_rows([{"role": "q", "m": 2, "n": 8, "k": 4}, {"role": "k", "m": 2, "n": 4, "k": 4}])
     >>> WorkloadBatch.of([one, one.take(np.array([0]))]).total(np.array([1.0, 2.0, 5.0])).tolist()
@@ -92,9 +93,11 @@ class WorkloadBatch:
 
     rows: Workload  # all their rows; its meta is that of the first
     lengths: IndexArray  # rows of each workload, at least 1
-    sequences: IndexArray | None = (
-        None  # each serves: all have a cache, though a dynamic method may skip some in a step
-    )
+    sequences: IndexArray  # of each: all have a cache, though a dynamic method may skip some in a step
+    dense: IndexArray  # index of the dense workload of each, its own where it is dense
+    pruning: IndexArray  # of each, an index into the prunings that were asked for; -1: dense
+    sparsity: FloatArray  # asked for
+    realised: FloatArray  # after rounding
 
     def __post_init__(self) -> None:
         if not len(self.lengths) or int(self.lengths.min()) < 1 or int(self.lengths.sum()) != len(self.rows):
@@ -103,18 +106,47 @@ class WorkloadBatch:
 
     @classmethod
     def of(cls, workloads: Sequence[Workload]) -> WorkloadBatch:
-        """The stack of some workloads."""
-        sequences = np.array([w.meta.batch for w in workloads], dtype=np.intp)
-        return cls(Workload.concat(workloads), np.array([len(w) for w in workloads], dtype=np.intp), sequences)
+        """Workloads of which each is taken for a dense one."""
+        many = len(workloads)
+        return cls(
+            rows=Workload.concat(workloads),
+            lengths=np.array([len(w) for w in workloads], dtype=np.intp),
+            sequences=np.array([w.meta.batch for w in workloads], dtype=np.intp),
+            dense=np.arange(many),
+            pruning=np.full(many, -1),
+            sparsity=np.zeros(many),
+            realised=np.zeros(many),
+        )
 
     @classmethod
-    def join(cls, stacks: Sequence[WorkloadBatch]) -> WorkloadBatch:
-        """One stack of several."""
-        if len(stacks) == 1:
-            return stacks[0]
-        known = [s.sequences for s in stacks if s.sequences is not None]
-        sequences = np.concatenate(known) if len(known) == len(stacks) else None
-        return cls(Workload.concat([s.rows for s in stacks]), np.concatenate([s.lengths for s in stacks]), sequences)
+    def join(cls, batches: Sequence[WorkloadBatch]) -> WorkloadBatch:
+        """One batch of several, whose indices of dense workloads are those in the whole."""
+        if len(batches) == 1:
+            return batches[0]
+        return cls(
+            rows=Workload.concat([b.rows for b in batches]),
+            lengths=np.concatenate([b.lengths for b in batches]),
+            sequences=np.concatenate([b.sequences for b in batches]),
+            dense=np.concatenate([b.dense for b in batches]),
+            pruning=np.concatenate([b.pruning for b in batches]),
+            sparsity=np.concatenate([b.sparsity for b in batches]),
+            realised=np.concatenate([b.realised for b in batches]),
+        )
+
+    def take(self, index: IndexArray) -> WorkloadBatch:
+        """Some of the workloads, the dense ones of all of them included."""
+        lengths, place = self.lengths[index], np.full(len(self), -1)
+        place[index] = np.arange(len(index))
+        first = np.repeat(self.starts[index] - (np.cumsum(lengths) - lengths), lengths)
+        return WorkloadBatch(
+            rows=self.rows.take(first + np.arange(int(lengths.sum()))),
+            lengths=lengths,
+            sequences=self.sequences[index],
+            dense=place[self.dense[index]],
+            pruning=self.pruning[index],
+            sparsity=self.sparsity[index],
+            realised=self.realised[index],
+        )
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -146,6 +178,31 @@ class WorkloadBatch:
     def bytes(self) -> FloatArray:
         """Bytes each row must at least move, all its executions."""
         return self.rows.bytes
+
+    def bound(self, column: FloatArray) -> FloatArray:
+        """Ratio of the sums of a column of the rows, dense to pruned, by workload; what pruning adds is excluded."""
+        totals = self.total(np.where(self.rows.overhead, 0.0, column))
+        return np.asarray(totals[self.dense] / totals)
+
+    @cached_property
+    def flop_bound(self) -> FloatArray:
+        """Ratio of FLOPs, dense to pruned, of each workload."""
+        return self.bound(self.flops)
+
+    @cached_property
+    def byte_bound(self) -> FloatArray:
+        """Ratio of bytes, dense to pruned, of each workload."""
+        return self.bound(self.bytes)
+
+    @cached_property
+    def kinds(self) -> tuple[tuple[int, NDArray[np.bool_]], ...]:
+        """First row of each kind of operator, latent attention apart, and the workloads that have some of it, be it in
+        their dense one."""
+        code, out = self.rows.kind.astype(np.int64) * 2 + (self.rows.value_dim > 0), []
+        for first in np.sort(np.unique(code, return_index=True)[1]).tolist():
+            has = np.bincount(self.owner[code == code[first]], minlength=len(self)) > 0
+            out.append((first, has | has[self.dense]))
+        return tuple(out)
 
     @cached_property
     def groups(self) -> Groups:
@@ -273,11 +330,7 @@ def cache_bytes(workloads: WorkloadBatch) -> FloatArray:
         return np.zeros(len(workloads))
     kv, window = w.kv_len[at], w.window[at]
     seen = np.where(window > 0, np.minimum(kv, window), kv)
-    batch = (
-        w.batch[at]
-        if workloads.sequences is None
-        else np.maximum(w.batch[at], workloads.sequences[workloads.owner[at]])
-    )
+    batch = np.maximum(w.batch[at], workloads.sequences[workloads.owner[at]])
     latent, heads = w.latent[at], w.kv_heads[at] * (w.head_dim[at] + w.value_features[at])
     each = batch * np.where(latent > 0, latent, heads) * seen * DTYPE_BYTES[w.weight_dtype[at]]
     start, size = np.maximum(w.layer[at], 0).astype(np.int64), np.maximum(w.layers[at], 1).astype(np.int64)

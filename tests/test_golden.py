@@ -22,7 +22,7 @@ from simulator.cost.attention import decode_attention_time, prefill_attention_ti
 from simulator.cost.collective import KINDS, collective_time
 from simulator.cost.elementwise import elementwise_time
 from simulator.cost.experts import experts_time
-from simulator.predict.settings import Setting
+from simulator.predict.scenario import Setting
 from simulator.workload import Kernel
 
 pytestmark = pytest.mark.quick

@@ -21,7 +21,8 @@ from simulator import InputError
 from simulator.cost.attention import decode_attention_time
 from simulator.display import Displayed
 from simulator.predict.advise import advise
-from simulator.predict.table import explanations
+from simulator.predict.explain import explanations
+from simulator.uncertainty.intervals import cost
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -99,12 +100,12 @@ def held() -> dict[str, Any]:
         "speedup": simulator.speedup(dense, pruned, hw),
         "waterfall": simulator.waterfall(dense, pruned, hw),
         "table": table,
-        "record": table.records[0],
+        "record": table[0],
         "explanation": explanations("llama-3.2-1b", ["h100"], "depth", 0.25)[0],
         "lower": dense,
         "gemm_time": simulator.gemm_time([[1, 8, 64]], 4096, [[4096], [8192]], hw, detail=True, uncertainty=True),
         "attention_time": decode_attention_time(1, 2048, 32, 8, 64, hw),
-        "workload_time": simulator.workload_time(dense, hw),
+        "cost": cost(dense, hw),
         "memory": simulator.memory(dense, hw),
         "load_hardware": hw,
         "section": hw.section("gemm", "bf16"),
@@ -139,7 +140,7 @@ def test_what_people_hold_becomes_plain_values_a_data_frame_and_three_lines(held
     assert np.array_equal(t.to_dict()["seconds"], t.seconds)
     assert t.to_pandas()["bound"].tolist() == t.bottlenecks.ravel().tolist()
     assert "tile_m" not in held["attention_time"].to_dict()
-    assert held["table"].to_dict()["records"][0] == held["record"].to_dict()
+    assert held["table"].to_dict()["results"][0] == held["record"].to_dict()
 
 
 class Page(HTMLParser):
@@ -168,7 +169,7 @@ def test_a_notebook_shows_tables_and_speedups_as_bars(held: dict[str, Any]) -> N
         assert ("svg" in page.tags) is (name in ("speedup", "waterfall", "record", "explanation")), name
         assert "array(" not in page.text, name
         assert set(page.tags) <= TAGS, name
-    assert " promised" in Page(held["speedup"]._repr_html_()).text
+    assert " nominal" in Page(held["speedup"]._repr_html_()).text
     long = simulator.gemm_time(np.arange(1, 1001), 64, 64, held["load_hardware"])
     assert "and 980 more rows" in long._repr_html_()
 

@@ -14,6 +14,7 @@ from calibration.cli.rows import seconds
 from calibration.cli.upper_bound import CaseOptions, DeviceName, Model, case_columns, ratio_of
 from simulator.cli import options, render
 from simulator.cli.options import opt
+from simulator.files.csv import csv_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,7 +49,7 @@ def command(
     from calibration.runners.runs import RECORDS, check_folder
     from calibration.runners.upper_bound import measured_bounds
     from simulator.files.write import write_whole
-    from simulator.predict.settings import one_of
+    from simulator.predict.scenario import one_of
 
     budget_s, dtype = seconds("--budget", selection.budget), selection.dtype
     runtime = _RUNTIMES[one_of("engine", engine, tuple(_RUNTIMES))] if engine else ""
@@ -64,7 +65,7 @@ def command(
     rows = rows_of(cases, found.records, hw, device=name, dtype=dtype, measured_bounds=bounds)
     table = [asdict(row) for row in rows]
     if rows:
-        write_whole(folder / "comparison.csv", render.csv_text(table).encode())
+        write_whole(folder / "comparison.csv", csv_text(table).encode())
         _write(folder, rows, list(found.records))
     if render.Output(json).write(table) and rows:
         render.show(_columns(rows), _title(rows[0]))
@@ -122,9 +123,9 @@ def _agreement(rows: list[ComparedSpeedup], records: list[dict[str, object]]) ->
 def _write(folder: Path, rows: list[ComparedSpeedup], records: list[dict[str, object]]) -> None:
     """The table as Markdown, and the figure."""
     from calibration.validation.report import table
+    from simulator.display import markdown_text
     from simulator.figures.save import save_figure
     from simulator.files.write import write_whole
-    from simulator.predict.words import markdown_text
 
     columns = _columns(rows)
     agreement = [f"- {line}" for line in _agreement(rows, records)]

@@ -55,15 +55,19 @@ def command(
     from simulator.figures.paper import FIGURES, MEASURED, draw
     from simulator.figures.save import SUFFIXES, save_figure
     from simulator.figures.subject import NothingToDraw, paper
-    from simulator.predict.settings import Setting, one_of, whole_number
+    from simulator.predict.scenario import Scenario, one_of, whole_number
 
     known_formats = [suffix[1:] for suffix in SUFFIXES]
     chosen = list(FIGURES)
     if only:
         chosen = [one_of("figure", name, tuple(FIGURES)) for name in options.names("--only", only)]
     suffixes = [f".{one_of('format', name, known_formats)}" for name in options.names("--format", formats)]
-    setting = Setting(engine=engine, dtype=dtype)
-    about = paper(model, options.names("--hardware", hardware), setting=setting, seq=whole_number("seq", seq))
+    about = paper(
+        model,
+        options.names("--hardware", hardware),
+        scenario=Scenario(engine=engine, dtype=dtype),
+        seq=whole_number("seq", seq),
+    )
     if set(chosen) & set(MEASURED):
         about = _with_measured(about, measured or [], dtype, needed=bool(only) and "scatter" in chosen)
     folder = _folder(output)
@@ -135,9 +139,9 @@ def _folder(output: str) -> Path:
 
 def _write_captions(drawn: list[Drawn], folder: Path, shown: str, changed: list[str], measured: list[str]) -> None:
     """A list of the figures with their captions and the command of each."""
+    from simulator.display import markdown_text
     from simulator.figures.paper import MEASURED
     from simulator.files.write import write_whole
-    from simulator.predict.words import markdown_text
 
     files = [part for text in measured for part in ("--measured", text)]
     lines = ["# Figures", ""]

@@ -14,6 +14,7 @@ from calibration.cli.measure import Budget, Dtype, Folder, Hardware, Seed, descr
 from calibration.cli.rows import seconds
 from simulator.cli import options, render
 from simulator.cli.options import arg, fractions, integers, names, opt
+from simulator.files.csv import csv_text
 
 if TYPE_CHECKING:
     from calibration.devices import Device
@@ -52,7 +53,7 @@ class CaseOptions:
         """
         from calibration.runners.cases import fewer_layers, settings_of
         from simulator.models.library import load_model
-        from simulator.predict.settings import Setting
+        from simulator.predict.scenario import Scenario
 
         config = fewer_layers(load_model(model), self.layers)
         cases, notes = settings_of(
@@ -62,7 +63,7 @@ class CaseOptions:
             seq=integers("--seq", self.seq),
             families=names("--family", self.family),
             sparsities=fractions("--sparsity", self.sparsity),
-            setting=Setting(dtype=self.dtype, engine=engine),
+            scenario=Scenario(dtype=self.dtype, engine=engine),
             options=options,
         )
         return config, cases, notes
@@ -112,7 +113,7 @@ def command(
     rows = bounds(cases, found.records, hw, dtype=dtype)
     file = folder / "upper_bound.csv"
     records = [asdict(row) for row in rows]
-    write_whole(file, render.csv_text(records).encode())
+    write_whole(file, csv_text(records).encode())
     if render.Output(json).write(records):
         show_bounds(rows)
         if errors := bound_errors(rows):

@@ -20,9 +20,11 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.save import save_hardware
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
-from simulator.predict.choices import families as family_names
-from simulator.predict.settings import Setting, check_fraction, once, one_of, whole_number
-from simulator.predict.speedup import Speedup, pairs_of, speedups
+from simulator.predict.batch import batch_with
+from simulator.predict.prunings import families as family_names
+from simulator.predict.result import Result
+from simulator.predict.scenario import Scenario, check_fraction, once, one_of, whole_number
+from simulator.predict.speedup import speedup
 from simulator.pruning import prune
 from simulator.workload import PHASES, Workload
 
@@ -66,7 +68,7 @@ class Case:
         dense, pruned = (w.replace(meta=replace(w.meta, engine=engine)) for w in (self.dense, self.pruned))
         return replace(self, dense=dense, pruned=pruned)
 
-    def columns(self, hw: HardwareProfile, s: Speedup) -> dict[str, Any]:
+    def columns(self, hw: HardwareProfile, s: Result) -> dict[str, Any]:
         """Return the columns of the case and its prediction that both tables contain."""
         return {
             **self.identity,
@@ -89,7 +91,7 @@ def settings_of(
     seq: Sequence[int] = (2048,),
     families: Sequence[str] = ("all",),
     sparsities: Sequence[float] = (0.25, 0.5),
-    setting: Setting | None = None,
+    scenario: Scenario | None = None,
     options: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> tuple[list[Case], list[str]]:
     """Return every combination as a case, and a line for each that a family does not support.
@@ -102,14 +104,14 @@ def settings_of(
     ([('depth', 0.25)], 1)
     """
     config = load_model(model) if isinstance(model, str) else model
-    setting, notes, cases = setting or Setting(), dict[str, None](), list[Case]()
+    template, notes, cases = scenario or Scenario(), dict[str, None](), list[Case]()
     passes = itertools.product(
         once(one_of("phase", p, PHASES[:2]) for p in phases),
         once(whole_number("batch", b) for b in batch),
         once(whole_number("seq", s) for s in seq),
     )
     for phase, b, s in passes:
-        dense = setting.lower(config, phase, b, s)
+        (dense,) = replace(template, model=config, phase=phase, shapes=((b, s),)).workloads
         for family, fraction in itertools.product(family_names(families), once(check_fraction(f) for f in sparsities)):
             try:
                 pruned = prune(dense, family, fraction, **options.get(family, {}))
@@ -134,21 +136,21 @@ def fewer_layers(config: ModelConfig, layers: int | None) -> ModelConfig:
     return replace(config, layers=layers, windows=config.windows[:layers], blocks=config.blocks[:layers])
 
 
-def predicted_speedup(case: Case, hw: HardwareProfile) -> Speedup:
+def predicted_speedup(case: Case, hw: HardwareProfile) -> Result:
     """Return the predicted speedup of a case; NaN times and speedup if the device cannot run it."""
     try:
-        return speedups(case.dense, [case.pruned], hw)[0]
+        return speedup(case.dense, case.pruned, hw)
     except InputError:
-        plain, pairs = speedups(case.dense, [case.dense], hw)[0], pairs_of(case.dense, [case.pruned])
+        batch = batch_with(case.dense, [case.pruned])
         return replace(
-            plain,
-            flop_bound=float(pairs.flop_bound[1]),
-            byte_bound=float(pairs.byte_bound[1]),
+            speedup(case.dense, case.dense, hw),
+            flop_bound=float(batch.flop_bound[1]),
+            byte_bound=float(batch.byte_bound[1]),
             roofline_bound=math.nan,
             pruned_s=math.nan,
             speedup=math.nan,
-            lower=math.nan,
-            upper=math.nan,
+            speedup_lower=math.nan,
+            speedup_upper=math.nan,
         )
 
 

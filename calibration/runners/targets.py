@@ -6,6 +6,7 @@ Use :func:`target_workloads` to lower and prune the model, :func:`target_operato
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -15,7 +16,7 @@ from calibration.measure.plan import next_rows
 from simulator.engines import DEFAULT_ENGINE
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.library import load_model
-from simulator.predict.settings import Setting
+from simulator.predict.scenario import Scenario
 from simulator.pruning import prune
 from simulator.uncertainty.factors import in_order
 from simulator.uncertainty.forward import forward_passes
@@ -41,10 +42,10 @@ def target_workloads(
     engine: str = DEFAULT_ENGINE,
 ) -> Targets:
     """Return a model (name or config.json) in all combinations of settings, dense and pruned, fused as in an engine."""
-    config, setting = load_model(model), Setting(dtype=dtype, engine=engine)
+    template = Scenario(model=load_model(model), dtype=dtype, engine=engine)
     out = []
     for phase, b, s in product(phases, batch, seq):
-        dense = setting.lower(config, phase, b, s)
+        (dense,) = replace(template, phase=phase, shapes=((b, s),)).workloads
         out.append([dense, *(prune(dense, family, sparsity) for family in families for sparsity in sparsities)])
     return out
 

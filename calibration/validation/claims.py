@@ -26,7 +26,7 @@ from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
 from simulator.predict.pareto import Front, Point, fronts, independent
 from simulator.predict.quality import choose_axis, load_quality
-from simulator.predict.settings import profiles
+from simulator.predict.scenario import profiles
 from simulator.pruning import GENERAL
 from simulator.units import percent
 from simulator.workload import Workload

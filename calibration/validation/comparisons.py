@@ -43,12 +43,12 @@ class PrunedModel:
 
     family: str
     sparsity: float
-    speedup: simulator.Speedup
+    speedup: simulator.Result
 
     @property
     def share(self) -> float:
         """Share of the roofline bound's gain that is achieved."""
-        return (self.speedup.speedup - 1.0) / (self.speedup.roofline_bound - 1.0)
+        return float((self.speedup.speedup - 1.0) / (self.speedup.roofline_bound - 1.0))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from simulator.arrays import Array
 from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
 from simulator.models.lower import lower
-from simulator.predict.rows import Record
+from simulator.predict.result import Result
 from simulator.predict.table import table
 from simulator.pruning import prune
 from simulator.uncertainty.forward import forward_passes, operator_times
@@ -85,7 +85,7 @@ def table_2(
     rows = [r for r in published("paper") if r["what"] == "table 2"]
     known = {(r["family"], float(r["sparsity"]), r["phase"]): float(r["value"]) for r in rows}
     families = list(dict.fromkeys(family for family, _, _ in known))
-    found: dict[tuple[str, str, str, float, str], list[Record]] = {}
+    found: dict[tuple[str, str, str, float, str], list[Result]] = {}
     asked: dict[str, Any] = {"phase": PHASES, "batch": BATCHES, "seq": [SEQ], "engine": engine, "progress": progress}
     for r in table([MODEL], hardware, families, sorted({s for _, s, _ in known}), **asked):
         found.setdefault((r.hardware, r.engine, r.family, r.sparsity, r.phase), []).append(r)
@@ -100,7 +100,7 @@ def table_2(
     ]
 
 
-def _means(records: Sequence[Record]) -> tuple[float, float, float, tuple[float, ...]]:
+def _means(records: Sequence[Result]) -> tuple[float, float, float, tuple[float, ...]]:
     ordered = sorted(records, key=lambda r: r.batch)
     ends = np.array([(r.speedup, r.speedup_lower, r.speedup_upper) for r in ordered]).mean(axis=0)
     return float(ends[0]), float(ends[1]), float(ends[2]), tuple(r.speedup for r in ordered)
@@ -142,7 +142,7 @@ def equal_depths() -> list[EqualDepth]:
     return out
 
 
-def _by_batch(records: Iterable[Record]) -> dict[tuple[str, float], list[float]]:
+def _by_batch(records: Iterable[Result]) -> dict[tuple[str, float], list[float]]:
     found: dict[tuple[str, float], list[float]] = {}
     for r in sorted(records, key=lambda r: r.batch):
         found.setdefault((r.family, r.sparsity), []).append(r.speedup)

@@ -23,7 +23,7 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.predict.quality import parse_options
-from simulator.predict.settings import dense_seconds
+from simulator.predict.scenario import dense_seconds
 from simulator.predict.speedup import speedups
 from simulator.pruning import prune
 from simulator.uncertainty.forward import ratio_half

@@ -16,8 +16,8 @@ from typing import Any
 
 from calibration.validation.scores import summary
 from calibration.validation.validate import Report
+from simulator.display import markdown_text
 from simulator.files.write import check_target, write_whole
-from simulator.predict.words import markdown_text
 
 ENOUGH_TO_DRAW = 10
 """Rows an operator needs for figures of its own."""

@@ -11,13 +11,13 @@ from simulator.figures.panels import across, device, fronts_of, roof_of, speedup
 from simulator.figures.roofline import Roof, roofline_figure
 from simulator.figures.save import save_figure
 from simulator.figures.waterfall import waterfall_figure
-from simulator.predict.settings import batch_name
+from simulator.predict.scenario import batch_name
 
 if TYPE_CHECKING:
+    from simulator.predict.explain import Explanation
     from simulator.predict.gemms import GemmRecord
     from simulator.predict.pareto import Front
-    from simulator.predict.rows import Record
-    from simulator.predict.table import Explanation
+    from simulator.predict.result import Result
 
 
 def setting_label(r: Any) -> str:
@@ -29,13 +29,13 @@ def _several(values: Sequence[object]) -> bool:
     return len(set(values)) > 1
 
 
-def draw_speedups(records: Sequence[Record], path: str) -> None:
-    """Speedup against sparsity for a table of records."""
-    lengths, models = _several([r.seq for r in records]), _several([r.model for r in records])
+def draw_speedups(results: Sequence[Result], path: str) -> None:
+    """Speedup against sparsity for a table of results."""
+    lengths, models = _several([r.seq for r in results]), _several([r.model for r in results])
     rows = [
-        (f"{r.model}, " if models else "") + setting_label(r) + (f", seq {r.seq}" if lengths else "") for r in records
+        (f"{r.model}, " if models else "") + setting_label(r) + (f", seq {r.seq}" if lengths else "") for r in results
     ]
-    save_figure(speedups_of(records, rows), path)
+    save_figure(speedups_of(results, rows), path)
 
 
 def draw_fronts(found: Sequence[Front], path: str) -> None:
@@ -47,7 +47,7 @@ def draw_fronts(found: Sequence[Front], path: str) -> None:
 
 def draw_waterfalls(found: Sequence[Explanation], path: str) -> None:
     """The loss waterfalls of explanations, a panel each."""
-    lengths = _several([e.record.seq for e in found])
+    lengths = _several([e.result.seq for e in found])
     _draw_panels(waterfall_figure, steps_of, found, path, lambda r: f", seq {r.seq}" if lengths else "")
 
 
@@ -57,11 +57,11 @@ def draw_rooflines(found: Sequence[Explanation], path: str) -> None:
 
 
 def _draw_panels(
-    figure: Callable[..., Any], panel: Any, found: Sequence[Explanation], path: str, more: Callable[[Record], str]
+    figure: Callable[..., Any], panel: Any, found: Sequence[Explanation], path: str, more: Callable[[Result], str]
 ) -> None:
-    several = _several([(e.record.phase, e.record.batch, e.record.seq) for e in found])
-    titles = [device(e.record) + (f"\n{setting_label(e.record)}" if several else "") + more(e.record) for e in found]
-    devices, engines = (len({getattr(e.record, name) for e in found}) for name in ("hardware", "engine"))
+    several = _several([(e.result.phase, e.result.batch, e.result.seq) for e in found])
+    titles = [device(e.result) + (f"\n{setting_label(e.result)}" if several else "") + more(e.result) for e in found]
+    devices, engines = (len({getattr(e.result, name) for e in found}) for name in ("hardware", "engine"))
     panels = [panel(e, title) for e, title in zip(found, titles)]
     save_figure(figure(panels, columns=across(devices, engines)), path)
 

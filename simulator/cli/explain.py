@@ -1,20 +1,19 @@
-"""``prunesim explain``: where the promised speedup of a pruned model is lost, as a table and in a sentence."""
+"""``prunesim explain``: where the nominal speedup of a pruned model is lost, as a table and in a sentence."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from simulator.cli import options, render
 from simulator.cli.options import opt
 from simulator.errors import InputError
-from simulator.predict.words import LOSS, conclusion, setting_title
 
 if TYPE_CHECKING:
-    from simulator.predict.speedup import Step
-    from simulator.predict.table import Explanation
+    from simulator.predict.explain import Explanation
+    from simulator.predict.waterfall import Step
 
 Roofline = Annotated[
     str | None, opt("--roofline", "FILE", "Also draw the layers' GEMMs, dense and pruned, on the roofline.")
@@ -40,7 +39,7 @@ def explain(
     figure: options.Figure = None,
     roofline: Roofline = None,
 ) -> None:
-    """Explain where a promised speedup is lost.
+    """Explain where a nominal speedup is lost.
 
     Named steps lead from the nominal speedup 1/(1 - s) to the predicted one; their factors multiply exactly. Several
     engines stand side by side.
@@ -48,17 +47,27 @@ def explain(
     output = render.Output(json, figures=[figure, roofline])
     if family is not None and "," in family:
         raise InputError(f"--family {family!r}: expected one family to explain")
-    from simulator.predict.table import explanations
+    from simulator.predict.explain import conclusion, explanations
 
-    devices = options.devices(hardware, same_stack)
-    fraction = None if sparsity is None else options.sparsity("--sparsity", sparsity)
-    models = [] if pruned is None else options.names("--pruned", pruned)
-    extra = options.settings("--option", option)
-    more: dict[str, Any] = {"method": method, "pruned": models, "ideal": ideal, "options": extra}
+    asked = run.requests(known, ideal=ideal)
     with render.progress("explaining") as report:
-        found = explanations(model, devices, family, fraction, **known.added(run.asked()), **more, progress=report)
+        found = explanations(
+            model,
+            options.devices(hardware, same_stack),
+            family,
+            None if sparsity is None else options.sparsity("--sparsity", sparsity),
+            asked.phase,
+            asked.batch,
+            asked.seq,
+            method=method,
+            pruned=[] if pruned is None else options.names("--pruned", pruned),
+            engine=asked.engine,
+            scenario=asked.scenario,
+            options=options.settings("--option", option),
+            progress=report,
+        )
     rows = [
-        {**asdict(e.record), "waterfall": [asdict(step) for step in e.steps], "conclusion": conclusion(e)}
+        {**e.result.to_dict(), "waterfall": [asdict(step) for step in e.steps], "conclusion": conclusion(e)}
         for e in found
     ]
     if output.write(rows):
@@ -66,7 +75,7 @@ def explain(
             if i:
                 print()
             _print(together)
-        for line in _told(found):
+        for line in _notes(found):
             render.note(line)
     if figure or roofline:
         from simulator.cli.drawing import draw_rooflines, draw_waterfalls
@@ -81,41 +90,44 @@ def _by_engine(found: Sequence[Explanation]) -> list[list[Explanation]]:
     """Explanations of the same pruning, request and device together, an engine each."""
     groups: dict[tuple[object, ...], list[Explanation]] = {}
     for e in found:
-        r = e.record
+        r = e.result
         groups.setdefault((r.hardware, r.phase, r.batch, r.seq, r.pruned), []).append(e)
     return list(groups.values())
 
 
-def _told(found: Sequence[Explanation]) -> list[str]:
-    """What a checkpoint is, what was pruned of it, and what a measured time says; each line once."""
+def _notes(found: Sequence[Explanation]) -> list[str]:
+    """What was pruned of a checkpoint, and what a measured time says; each line once."""
     from simulator.predict.caveats import inferred_line
-    from simulator.predict.choices import found_in
+    from simulator.predict.prunings import difference_lines
 
-    lines = [line for e in found for line in found_in(e.dense.meta.config, e.pruned.meta.config)]
-    known = [(e.inferred, e.hardware.label, e.dense_s) for e in found]
-    lines += [inferred_line(told, label, dense_s) for told, label, dense_s in known if told is not None and dense_s]
+    lines = [line for e in found for line in difference_lines(e.dense.meta.config, e.pruned.meta.config)]
+    for e in found:
+        if e.inferred is not None and e.dense_s is not None:
+            lines.append(inferred_line(e.inferred, e.hardware.label, e.dense_s))
     return list(dict.fromkeys(lines))
 
 
 def _print(together: Sequence[Explanation]) -> None:
+    from simulator.predict.explain import conclusion
+
     available, first, several = render.width(), together[0], len(together) > 1
     names = [step.name for step in first.steps]
     columns = [render.Column("step", names, right=False)]
     for e in together:
-        above = f"{e.record.engine}\n" if several else ""
+        above = f"{e.result.engine}\n" if several else ""
         factors = ["", *(f"x{step.factor:.3f}" for step in e.steps[1:])]
         columns.append(render.Column(f"{above}factor", factors, styles=_styles(e.steps)))
         columns.append(render.Column(f"{above}speedup", [f"{step.speedup:.3f}" for step in e.steps]))
     shown, room = columns, available - render.table_width(columns) - 2
     if room >= 20:
         shown = [*columns, render.Column("what it is", [_cut(step.note, room) for step in first.steps], right=False)]
-    r = first.record
-    title = setting_title(replace(r, engine=", ".join(e.record.engine for e in together)))
+    r = first.result
+    title = replace(r, engine=", ".join(e.result.engine for e in together)).scenario
     name = f"{r.pruned or r.method} ({r.family})" if r.pruned or r.method else r.family
     render.show(shown, f"{name} {render.percent(r.sparsity)}, {r.hardware}: {title}")
     print()
     for e in together:
-        r = e.record
+        r = e.result
         dense = render.seconds_between(r.dense_s, r.dense_lower, r.dense_upper)
         pruned = render.seconds_between(r.pruned_s, r.pruned_lower, r.pruned_upper)
         print(f"{f'{r.engine}: ' if several else ''}dense {dense}, pruned {pruned}")
@@ -125,7 +137,9 @@ def _print(together: Sequence[Explanation]) -> None:
 
 
 def _styles(steps: Sequence[Step]) -> list[str]:
-    return ["", *("red" if s.factor < LOSS else "green" if s.factor > 1 / LOSS else "" for s in steps[1:])]
+    from simulator.predict.explain import NOTABLE
+
+    return ["", *("red" if s.factor < NOTABLE else "green" if s.factor > 1 / NOTABLE else "" for s in steps[1:])]
 
 
 def _cut(text: str, room: int) -> str:

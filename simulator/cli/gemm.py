@@ -56,13 +56,14 @@ def gemm(
     from simulator.predict.gemms import gemm_table
 
     devices = options.devices(hardware, same_stack)
-    kernel = {"dtype": dtype, "weight_dtype": weight_dtype, "semi_structured": semi_structured, "cold": not warm}
-    rows = gemm_table(*sizes, devices, **kernel)  # type: ignore[arg-type]
+    rows = gemm_table(
+        *sizes, devices, dtype=dtype, weight_dtype=weight_dtype, semi_structured=semi_structured, cold=not warm
+    )
     if output.write([asdict(r) for r in rows]):
         _print(rows)
         for row in rows if explain else ():
             print()
-            _print_ladder(row)
+            _print_steps(row)
     if figure:
         from simulator.cli.drawing import draw_gemms
 
@@ -78,7 +79,7 @@ def _print(rows: Sequence[GemmRecord]) -> None:
         ("<hardware", lambda r: r.hardware),
         ("time", lambda r: render.seconds(r.seconds)),
         ("90 % interval", lambda r: f"{render.seconds(r.lower_s)} - {render.seconds(r.upper_s)}"),
-        ("<limit", lambda r: r.bottleneck),
+        ("<bottleneck", lambda r: r.bottleneck),
         ("roofline", lambda r: render.seconds(r.roofline_s)),
         ("TFLOP/s", lambda r: f"{r.flop_per_s / 1e12:.3g}"),
         ("of peak", lambda r: render.percent(round(r.flop_per_s / r.peak_flop_per_s, 3))),
@@ -86,9 +87,9 @@ def _print(rows: Sequence[GemmRecord]) -> None:
     render.show(render.narrowed(columns, 5))
 
 
-def _print_ladder(row: GemmRecord) -> None:
+def _print_steps(row: GemmRecord) -> None:
     """The steps from the datasheet roofline to the predicted time."""
-    names, values = list(row.ladder_s), list(row.ladder_s.values())
+    names, values = list(row.steps_s), list(row.steps_s.values())
     factors = ["", *(f"x{value / before:.3f}" for before, value in itertools.pairwise(values))]
     columns = [
         render.Column("effect", names, right=False),

@@ -10,13 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import wraps
 from importlib import import_module
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from simulator.engines import DEFAULT_ENGINE
 from simulator.errors import InputError
 from simulator.units import parse_quantity
+
+if TYPE_CHECKING:
+    from simulator.predict.scenario import Scenario
 
 NAMES: Mapping[str, str] = {
     **dict.fromkeys(("MODEL", "MODELS", "--model"), "models.library.list_models"),
@@ -62,14 +65,16 @@ Model = Annotated[str, arg("MODEL", "Name of a model, or its Hugging Face config
 Hardware = Annotated[
     str, opt("--hardware", "LIST", "Devices: names, aliases or YAML files, NAME@STACK, separated by commas.")
 ]
-Method = Annotated[str | None, opt("--method", "LIST", "Published methods in place of families: see prunesim methods.")]
+Method = Annotated[str | None, opt("--method", "LIST", "Published methods instead of families: see prunesim methods.")]
 SameStack = Annotated[
-    bool, opt("--same-stack", None, "The software is the stack the profile was fitted on: narrower intervals.")
+    bool, opt("--same-stack", None, "Your stack is the one the profile was fitted on; narrows the intervals.")
 ]
 Phase = Annotated[str, opt("--phase", "LIST", "prefill, decode, generate, serve; a comma list for several.")]
 Batch = Annotated[str, opt("--batch", "LIST", "Sequences in a batch; a comma list for several.")]
 Seq = Annotated[str, opt("--seq", "LIST", "Prompt tokens (prefill) or cached positions (decode) of a sequence.")]
-Concurrency = Annotated[int | None, opt("--concurrency", "N", "Requests in flight of a serve: --batch by its name.")]
+Concurrency = Annotated[
+    int | None, opt("--concurrency", "N", "Requests in flight for --phase serve (replaces --batch).")
+]
 NewTokens = Annotated[int, opt("--new-tokens", "N", "Tokens that generate and serve decode after the prompt.")]
 Engine = Annotated[str, opt("--engine", "NAME", "How the model is run: see prunesim engines list, or a YAML file.")]
 Engines = Annotated[
@@ -79,27 +84,32 @@ DenseTime = Annotated[
     str | None, opt("--dense-time", "TIME", "Measured time of the dense model in this setting, such as 18.6ms.")
 ]
 DenseTokens = Annotated[
-    float | None, opt("--dense-tokens-per-s", "X", "The same, as new tokens a second of all sequences.")
+    float | None, opt("--dense-tokens-per-s", "X", "Instead of --dense-time: new tokens/s over all sequences.")
 ]
 Dtype = Annotated[str, opt("--dtype", "NAME", "Number format of activations and arithmetic.")]
 WeightDtype = Annotated[
-    str | None, opt("--weight-dtype", "NAME", "Format of stored weights: int8, int4, fp8; as --dtype if left out.")
+    str | None,
+    opt(
+        "--weight-dtype", "NAME", "Format of stored weights: int8, int4, fp8. Default: the checkpoint's, else --dtype."
+    ),
 ]
-KvDtype = Annotated[str | None, opt("--kv-dtype", "NAME", "Format of the K/V cache; as --dtype if left out.")]
+KvDtype = Annotated[
+    str | None, opt("--kv-dtype", "NAME", "Format of the K/V cache. Default: --dtype, or bf16 below 16 bits.")
+]
 Devices = Annotated[int, opt("--devices", "N", "Number of devices the model is spread over.")]
 Parallel = Annotated[str, opt("--parallel", "NAME", "How it is spread: tensor, expert or pipeline.")]
 Skew = Annotated[
     float | None,
-    opt("--skew", "X", "How unevenly tokens use routed experts: 0 alike, 1 the busiest 200 times the idlest."),
+    opt(
+        "--skew", "X", "Load of routed experts. 0: uniform; 1: busiest expert has 200 times the load of the least busy."
+    ),
 ]
-Ideal = Annotated[
-    bool, opt("--ideal", None, "Leave out the work that pruning adds (routers, gathers): an upper bound.")
-]
+Ideal = Annotated[bool, opt("--ideal", None, "Exclude the work that pruning adds (routers, gathers): an upper bound.")]
 Option = Annotated[
     list[str] | None, opt("--option", "NAME=VALUE", "Option of the family, such as inner=8810; may be repeated.")
 ]
 Pruned = Annotated[
-    str | None, opt("--pruned", "LIST", "Pruned models that exist, in place of families: checkpoints, config.json.")
+    str | None, opt("--pruned", "LIST", "Existing pruned models instead of families: checkpoints or config.json.")
 ]
 Json = Annotated[bool, opt("--json", None, "Print JSON instead of a table.")]
 Figure = Annotated[str | None, opt("--figure", "FILE", "Also draw a figure: .pdf, .svg or .png.")]
@@ -122,22 +132,42 @@ class Run:
     parallel: Parallel = "tensor"
     skew: Skew = None
 
-    def asked(self) -> dict[str, Any]:
-        """Phases, batches, lengths, engines and setting, as :func:`simulator.table` takes them."""
-        from simulator.predict.settings import Setting
+    def requests(self, known: Known | None = None, *, ideal: bool = False) -> Requests:
+        """The options read, with a measured time of the dense model where there is one."""
+        from simulator.predict.scenario import Scenario
+        from simulator.routing import EXPERT_SKEW
 
-        more: dict[str, Any] = {name: getattr(self, name) for name in ("dtype", "weight_dtype", "kv_dtype")}
-        if self.skew is not None:
-            more["skew"] = self.skew
         if self.concurrency is not None and (self.batch != "1" or self.phase != "serve"):
-            raise InputError("--concurrency: expected with --phase serve, in place of --batch")
-        return {
-            "phase": names("--phase", self.phase),
-            "batch": integers("--batch", self.batch) if self.concurrency is None else [self.concurrency],
-            "seq": integers("--seq", self.seq),
-            "engine": names("--engine", self.engine),
-            "setting": Setting(self.new_tokens, devices=self.devices, parallel=self.parallel, **more),
-        }
+            raise InputError("--concurrency: expected with --phase serve, instead of --batch")
+        scenario = Scenario(
+            new_tokens=self.new_tokens,
+            dtype=self.dtype,
+            weight_dtype=self.weight_dtype,
+            kv_dtype=self.kv_dtype,
+            devices=self.devices,
+            parallel=self.parallel,
+            skew=EXPERT_SKEW if self.skew is None else self.skew,
+            ideal=ideal,
+        )
+        found = Requests(
+            phase=names("--phase", self.phase),
+            batch=integers("--batch", self.batch) if self.concurrency is None else [self.concurrency],
+            seq=integers("--seq", self.seq),
+            engine=names("--engine", self.engine),
+            scenario=scenario,
+        )
+        return found if known is None else known.added(found)
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Axes of a prediction, as :func:`simulator.table` takes them, and what all have in common."""
+
+    phase: Sequence[str]
+    batch: Sequence[int]
+    seq: Sequence[int]
+    engine: Sequence[str]
+    scenario: Scenario
 
 
 @dataclass(frozen=True)
@@ -147,23 +177,24 @@ class Known:
     dense_time: DenseTime = None
     dense_tokens_per_s: DenseTokens = None
 
-    def added(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """What is asked (:meth:`Run.asked`), with the measured time in its setting."""
+    def added(self, asked: Requests) -> Requests:
+        """The same with the measured time in the scenario."""
         if self.dense_time is None and self.dense_tokens_per_s is None:
             return asked
         if self.dense_time is not None and self.dense_tokens_per_s is not None:
             raise InputError("--dense-time and --dense-tokens-per-s: expected one of them")
-        for name in ("phase", "batch", "seq", "engine"):
-            if len(asked[name]) > 1:
-                raise InputError(f"--dense-time: is of one setting; expected one {name}, got {len(asked[name])}")
-        from simulator.predict.settings import dense_seconds
+        axes: dict[str, Sequence[object]] = {"phase": asked.phase, "batch": asked.batch, "seq": asked.seq}
+        for name, values in {**axes, "engine": asked.engine}.items():
+            if len(values) > 1:
+                raise InputError(f"--dense-time: is of one scenario; expected one {name}, got {len(values)}")
+        from simulator.predict.scenario import dense_seconds
 
-        setting, (phase,), (batch,), (seq,) = (asked[name] for name in ("setting", "phase", "batch", "seq"))
         if self.dense_time is not None:
             seconds = duration("--dense-time", self.dense_time)
         else:
-            seconds = dense_seconds(self.dense_tokens_per_s, phase, batch, seq, setting.new_tokens)
-        return asked | {"setting": replace(setting, dense_s=seconds)}
+            request = asked.phase[0], asked.batch[0], asked.seq[0]
+            seconds = dense_seconds(self.dense_tokens_per_s, *request, asked.scenario.new_tokens)
+        return replace(asked, scenario=replace(asked.scenario, dense_s=seconds))
 
 
 KNOWN = Known()

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 
 from simulator.cli import options, render
 from simulator.cli.options import opt
-from simulator.predict.words import uncalibrated
 
 if TYPE_CHECKING:
     from simulator.predict.pareto import Band, Front
@@ -54,10 +53,22 @@ def pareto(
     config = load_model(model)
     table = load_quality(quality).of_model(quality_model or config.name)
     axis = choose_axis(table, metric, protocol, strict=quality is not None)
-    devices, asked = options.names("--hardware", hardware), run.asked()
+    devices, asked = options.names("--hardware", hardware), run.requests()
     known = read_measured(measured) if measured else ()
     with render.progress("predicting") as report:
-        found, notes = fronts(config, devices, table, axis, **asked, measured=known, progress=report)
+        found, notes = fronts(
+            config,
+            devices,
+            table,
+            axis,
+            asked.phase,
+            asked.batch,
+            asked.seq,
+            engine=asked.engine,
+            scenario=asked.scenario,
+            measured=known,
+            progress=report,
+        )
     records = [{**asdict(f), "axis": str(f.axis)} for f in found]
     if output.write(records, [asdict(p) for f in found for p in f.points]):
         for front in found:
@@ -75,7 +86,9 @@ def pareto(
         render.note(f"other axes of {table.models[0]} (--metric, --protocol): {'; '.join(others[:4])}{more}")
     if table.models[0] != config.name.lower():
         render.note(f"quality is that of {table.models[0]}, speed that of {config.name}")
-    for line in uncalibrated(found):
+    from simulator.predict.caveats import uncalibrated
+
+    for line in uncalibrated((f.hardware for f in found), (f.calibrated for f in found)):
         render.note(line)
 
 

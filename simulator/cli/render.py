@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 import typer
 
 from simulator.errors import InputError, one_line
-from simulator.predict.words import csv_text as csv_text
 from simulator.units import finite as finite
 from simulator.units import percent as percent
 from simulator.units import rate as rate
@@ -40,11 +39,11 @@ PROGRESS_AFTER_S = 2.0
 """A progress bar shows up only when a command has run for so long."""
 
 # fmt: off
-LIMITS_SHORT: Mapping[str, str] = {
+BOTTLENECKS_SHORT: Mapping[str, str] = {
     "compute": "comp", "memory": "mem", "l2": "L2", "latency": "lat", "launch": "lnch", "host": "host", "link": "link",
 }
 # fmt: on
-"""Names of limits for narrow tables."""
+"""Names of bottlenecks for narrow tables."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ def colored() -> bool:
 
 
 def note(text: str) -> None:
-    """One line for the person at the terminal, to standard error."""
+    """One line for the user, to standard error."""
     print("note:", one_line(" ".join(text.split())), file=sys.stderr)
 
 
@@ -219,6 +218,8 @@ class Output:
         if self.json:
             show_json(rows)
         elif self.csv:
+            from simulator.files.csv import csv_text
+
             text = csv_text(rows if for_csv is None else for_csv)
             if self.csv == "-":
                 print(text, end="")

@@ -26,14 +26,16 @@ Phase = Annotated[str | None, opt("--phase", "NAME", "prefill, decode, generate 
 Batch = Annotated[int | None, opt("--batch", "N", "Sequences in a batch.")]
 Seq = Annotated[int | None, opt("--seq", "N", "Prompt tokens or cached positions of a sequence.")]
 NewTokens = Annotated[int | None, opt("--new-tokens", "N", "Tokens that generate and serve decode.")]
-Concurrency = Annotated[int | None, opt("--concurrency", "N", "Requests in flight of a serve: --batch by its name.")]
+Concurrency = Annotated[
+    int | None, opt("--concurrency", "N", "Requests in flight for --phase serve (replaces --batch).")
+]
 Engine = Annotated[str | None, opt("--engine", "NAME", "How the model is run; see prunesim engines list.")]
-Versus = Annotated[str | None, opt("--versus", "NAME", "Engine whose waterfall is drawn beside.")]
+Versus = Annotated[str | None, opt("--versus", "NAME", "Second engine; its waterfall is drawn next to the first.")]
 Dense = Annotated[str | None, opt("--dense-time", "TIME", "Measured time of the dense model on the one GPU: 18.6ms.")]
 Dtype = Annotated[str | None, opt("--dtype", "NAME", "Number format.")]
 WeightDtype = Annotated[str | None, opt("--weight-dtype", "NAME", "Format of stored weights.")]
 Devices = Annotated[int | None, opt("--devices", "N", "Devices the model is spread over.")]
-Pruned = Annotated[str | None, opt("--pruned", "PATH", "A pruned model that exists: a checkpoint, config.json.")]
+Pruned = Annotated[str | None, opt("--pruned", "PATH", "An existing pruned model: a checkpoint or config.json.")]
 Detail = Annotated[str | None, opt("--detail", "NAME", "Family of waterfall, roofline and bounds, or pruned.")]
 At = Annotated[float | None, opt("--at", "FRACTION", "Sparsity of waterfall, roofline and map.")]
 # fmt: on
@@ -73,13 +75,13 @@ def command(
     check_target(output)
     from simulator.explore.report import write_report
     from simulator.hardware.library import reference
-    from simulator.predict.settings import once
+    from simulator.predict.scenario import once
 
     given: dict[str, Any] = {"phase": phase, "batch": batch, "seq": seq, "new_tokens": new_tokens}
     given |= {"dtype": dtype, "weights": weight_dtype, "devices": devices, "pruned": pruned, "detail": detail, "at": at}
     if concurrency is not None:
         if batch is not None or phase != "serve":
-            raise InputError("--concurrency: expected with --phase serve, in place of --batch")
+            raise InputError("--concurrency: expected with --phase serve, instead of --batch")
         given["batch"] = concurrency
     given |= {name: _engine(given_name) for name, given_name in (("engine", engine), ("versus", versus)) if given_name}
     if dense_time is not None:
@@ -87,7 +89,7 @@ def command(
     if hardware is not None:
         given["gpus"] = once(reference(name) for name in options.names("--hardware", hardware))
     if family is not None:
-        from simulator.predict.choices import families
+        from simulator.predict.prunings import families
 
         given["families"] = families(options.names("--family", family))
     if sparsity is not None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from simulator.cli import options, render
 from simulator.cli.options import opt
 from simulator.errors import InputError
-from simulator.predict.words import setting_title, uncalibrated
 
 if TYPE_CHECKING:
-    from simulator.predict.rows import Record
+    from simulator.predict.result import Result
 
 
 Sparsity = Annotated[
@@ -26,7 +25,7 @@ Sparsity = Annotated[
 def speedup(
     model: options.Model,
     hardware: options.Hardware,
-    family: Annotated[str | None, opt("--family", "LIST", "Pruning families; all where none is named.")] = None,
+    family: Annotated[str | None, opt("--family", "LIST", "Pruning families. Default: all.")] = None,
     method: options.Method = None,
     pruned: options.Pruned = None,
     sparsity: Sparsity = None,
@@ -42,40 +41,51 @@ def speedup(
 ) -> None:
     """Predict how much faster a pruned model is.
 
-    Every combination of the lists is predicted; one that a family does not support (2:4 at 0.25) is left out with a
-    note, or refused when the family is named alone. With --pruned, models that exist are compared with the dense one.
+    Every combination of the lists is predicted. One that a family does not support (2:4 at 0.25) is excluded with a
+    note, or an error when it is the only one. With --pruned, existing models are compared with the dense one.
     """
     output = render.Output(json, csv, [figure])
     chosen = None if family is None else options.names("--family", family)
     methods = [] if method is None else options.names("--method", method)
-    models = [] if pruned is None else options.names("--pruned", pruned)
     extra = options.settings("--option", option)
     if extra and not methods and (chosen is None or len(chosen) > 1 or chosen == ["all"]):
         raise InputError("--option: expected one family, for options belong to a family")
+    from simulator.predict.caveats import uncalibrated
     from simulator.predict.table import table
 
-    devices = options.devices(hardware, same_stack)
-    fractions = None if sparsity is None else options.fractions("--sparsity", sparsity)
-    asked = known.added(run.asked())
+    asked = run.requests(known, ideal=ideal)
     with render.progress("predicting") as report:
-        more: dict[str, Any] = {"method": methods, "pruned": models, "ideal": ideal, "options": extra}
-        found = table([model], devices, chosen, fractions, **asked, **more, progress=report)
+        found = table(
+            [model],
+            options.devices(hardware, same_stack),
+            chosen,
+            None if sparsity is None else options.fractions("--sparsity", sparsity),
+            asked.phase,
+            asked.batch,
+            asked.seq,
+            method=methods,
+            pruned=[] if pruned is None else options.names("--pruned", pruned),
+            engine=asked.engine,
+            scenario=asked.scenario,
+            options=extra,
+            progress=report,
+        )
     shown = [replace(r, family=r.pruned or r.method or r.family) for r in found]
-    if output.write([asdict(r) for r in found]):
+    if output.write([r.to_dict() for r in found]):
         _print(shown, memory)
     if figure:
         from simulator.cli.drawing import draw_speedups
 
         draw_speedups(shown, figure)
-    for line in (*found.notes, *uncalibrated(found.records)):
+    for line in (*found.notes, *uncalibrated((r.hardware for r in found), (r.calibrated for r in found))):
         render.note(line)
 
 
-def _print(records: Sequence[Record], memory: bool) -> None:
-    """One table for each setting, rows by family and sparsity, devices side by side."""
-    groups: dict[str, list[Record]] = {}
-    for r in records:
-        groups.setdefault(setting_title(r), []).append(r)
+def _print(results: Sequence[Result], memory: bool) -> None:
+    """One table per scenario, rows by family and sparsity, devices side by side."""
+    groups: dict[str, list[Result]] = {}
+    for r in results:
+        groups.setdefault(r.scenario, []).append(r)
     available = render.width()
     first = True
     for title, group in groups.items():
@@ -91,27 +101,27 @@ def _print(records: Sequence[Record], memory: bool) -> None:
             print()
             _print_memory(group)
     print(
-        f"\ntimes and speedups with their {render.percent(records[0].level)} interval; "
-        "bounds leave out what pruning adds;\nbottleneck: what holds most of the pruned model's time"
+        f"\ntimes and speedups with {render.percent(results[0].level)} intervals; "
+        "bounds exclude work that pruning adds;\nbottleneck: largest share of the pruned model's time"
     )
 
 
-def _chunks(records: Sequence[Record], available: int) -> Iterator[list[Record]]:
-    """Records by as many devices side by side as fit in the narrowest layout with intervals, evenly spread."""
-    names = list(dict.fromkeys(r.hardware for r in records))
+def _chunks(results: Sequence[Result], available: int) -> Iterator[list[Result]]:
+    """Results by as many devices side by side as fit in the narrowest layout with intervals, evenly spread."""
+    names = list(dict.fromkeys(r.hardware for r in results))
     for tables in range(1, len(names) + 1):
         count = -(-len(names) // tables)
-        parts = [[r for r in records if r.hardware in names[i : i + count]] for i in range(0, len(names), count)]
+        parts = [[r for r in results if r.hardware in names[i : i + count]] for i in range(0, len(names), count)]
         if count == 1 or all(render.table_width(list(speedup_layouts(part))[-2]) <= available for part in parts):
             yield from parts
             return
 
 
-def speedup_layouts(records: Sequence[Record]) -> Iterator[list[render.Column]]:
+def speedup_layouts(results: Sequence[Result]) -> Iterator[list[render.Column]]:
     """Layouts of a speedup table from the most detailed to the narrowest; the first row is the dense model."""
-    hardware, rows, at = _crossed(records)
+    hardware, rows, at = _crossed(results)
     any_of = [next(at[h, row] for h in hardware if (h, row) in at) for row in rows]
-    dense = {h: next(r for r in records if r.hardware == h) for h in hardware}
+    dense = {h: next(r for r in results if r.hardware == h) for h in hardware}
     first = {name: rows.index((name, s)) for name, s in reversed(rows)}
     labels = ["dense", *(name if first[name] == i else "" for i, (name, _) in enumerate(rows))]
 
@@ -127,7 +137,7 @@ def speedup_layouts(records: Sequence[Record]) -> Iterator[list[render.Column]]:
             del shared[1]
         if detail < 1:
             del shared[-1]
-        columns = [render.Column(_kind(records), labels, right=False)]
+        columns = [render.Column(_kind(results), labels, right=False)]
         columns += [render.Column(c.title, ["", *c.cells]) for c in shared]
         for h in hardware:
             found = [at.get((h, row)) for row in rows]
@@ -145,7 +155,7 @@ def speedup_layouts(records: Sequence[Record]) -> Iterator[list[render.Column]]:
             cells = [render.seconds(whole.dense_s) + sure, *(shown(r) if r else "-" for r in found)]
             columns.append(render.Column(f"{h}\nspeedup", cells, styles=["", *(_style(r) for r in found)]))
             if bottleneck:
-                names = render.LIMITS_SHORT if bottleneck == "short" else {}
+                names = render.BOTTLENECKS_SHORT if bottleneck == "short" else {}
                 bottlenecks = [names.get(r.bottleneck, r.bottleneck) if r else "" for r in found]
                 columns.append(render.Column("bottleneck", ["", *bottlenecks], right=False))
         return columns
@@ -158,30 +168,30 @@ def speedup_layouts(records: Sequence[Record]) -> Iterator[list[render.Column]]:
     yield layout(detail=0, bottleneck="", interval=False)
 
 
-def _kind(records: Sequence[Record]) -> str:
+def _kind(results: Sequence[Result]) -> str:
     """What the names of rows are."""
-    return "model" if records[0].pruned else "method" if records[0].method else "family"
+    return "model" if results[0].pruned else "method" if results[0].method else "family"
 
 
-def _crossed(records: Sequence[Record]) -> tuple[list[str], list[tuple[str, float]], dict[Any, Record]]:
+def _crossed(results: Sequence[Result]) -> tuple[list[str], list[tuple[str, float]], dict[Any, Result]]:
     """Devices, rows (family, sparsity) in order, and the record where they meet."""
-    hardware = list(dict.fromkeys(r.hardware for r in records))
-    rows = list(dict.fromkeys((r.family, r.sparsity) for r in records))
-    return hardware, rows, {(r.hardware, (r.family, r.sparsity)): r for r in records}
+    hardware = list(dict.fromkeys(r.hardware for r in results))
+    rows = list(dict.fromkeys((r.family, r.sparsity) for r in results))
+    return hardware, rows, {(r.hardware, (r.family, r.sparsity)): r for r in results}
 
 
-def _style(r: Record | None) -> str:
-    """Green where the interval promises a gain, red where it promises a loss, plain where it says neither."""
+def _style(r: Result | None) -> str:
+    """Green where the whole interval is a gain, red where it is a loss."""
     if r is None:
         return ""
     return "green" if r.speedup_lower > 1.0 else "red" if r.speedup_upper < 1.0 else ""
 
 
-def _print_serving(records: Sequence[Record]) -> None:
-    """What users of a server feel: new tokens a second of each device, waiting times, the largest batch that fits."""
-    waits = "; how long a first token waits depends on how requests come" if records[0].phase == "serve" else ""
-    for i, h in enumerate(dict.fromkeys(r.hardware for r in records)):
-        mine = [r for r in records if r.hardware == h]
+def _print_serving(results: Sequence[Result]) -> None:
+    """Serving numbers: new tokens/s per device, waiting times, the largest batch that fits."""
+    waits = "; time to first token depends on how requests arrive" if results[0].phase == "serve" else ""
+    for i, h in enumerate(dict.fromkeys(r.hardware for r in results)):
+        mine = [r for r in results if r.hardware == h]
         first, rows = mine[0], [(r.tokens_per_s, r.ttft_s, r.tpot_s, r.pruned_largest_batch) for r in mine]
         rows = [(first.dense_tokens_per_s, first.dense_ttft_s, first.dense_tpot_s, first.dense_largest_batch), *rows]
         each = [(rate or 0.0) / first.devices for rate, *_ in rows]
@@ -198,20 +208,20 @@ def _print_serving(records: Sequence[Record]) -> None:
         render.show(columns, f"{h}: new tokens{waits}")
 
 
-def _print_memory(records: Sequence[Record]) -> None:
+def _print_memory(results: Sequence[Result]) -> None:
     """Memory of the dense and the pruned models against each device's capacity."""
-    hardware, rows, at = _crossed(records)
+    hardware, rows, at = _crossed(results)
     any_of = [next(at[h, row] for h in hardware if (h, row) in at) for row in rows]
-    first = records[0]
+    first = results[0]
     needs = [render.size(first.dense_memory_bytes), *(render.size(r.pruned_memory_bytes) for r in any_of)]
     columns = [
-        render.Column(_kind(records), ["dense", *(name for name, _ in rows)], right=False),
+        render.Column(_kind(results), ["dense", *(name for name, _ in rows)], right=False),
         render.Column("pruned", ["", *(render.percent(s) for _, s in rows)]),
         render.Column("memory", needs),
     ]
     words = {True: "fits", False: "too large", None: "-"}
     for h in hardware:
-        whole = next(r for r in records if r.hardware == h)
+        whole = next(r for r in results if r.hardware == h)
         found = [at.get((h, row)) for row in rows]
         fits = [words[whole.dense_fits], *(words[r.pruned_fits if r else None] for r in found)]
         columns.append(render.Column(f"{h}\n{render.size(whole.capacity_bytes)}", fits, right=False))

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from simulator.errors import InputError, needs_extra
-from simulator.explore.answer import answer
 from simulator.explore.charts import charts
 from simulator.explore.dropped import Sent, read_profile, take
-from simulator.explore.frame import PHONE, WIDE
+from simulator.explore.layout import PHONE, WIDE
 from simulator.explore.map_chart import map_chart
 from simulator.explore.markup import paragraphs, table_csv, texts
 from simulator.explore.page import own_label, own_options, page_html, wide_cards
+from simulator.explore.predictions import predictions
 from simulator.explore.questions import Dropped, Selection, refuse_others
 from simulator.explore.state import State, read_query, to_query
 
@@ -141,7 +141,7 @@ def _accepted(dropped: Dropped) -> dict[str, str]:
 
 def _csv(asked: Selection) -> dict[str, Any]:
     state, _ = _read(asked["search"])
-    content = table_csv(answer(state).records)
+    content = table_csv(predictions(state).results)
     return {"content": content, "filename": "prunesim.csv", "type": "text/csv", "base64": False}
 
 

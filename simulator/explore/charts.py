@@ -10,8 +10,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from simulator.errors import one_line
-from simulator.explore.answer import answer
-from simulator.explore.frame import (
+from simulator.explore.layout import (
     INK,
     LINES,
     MARKERS,
@@ -33,17 +32,18 @@ from simulator.explore.frame import (
     rule,
     scatter,
 )
+from simulator.explore.predictions import predictions
 from simulator.explore.state import EXISTING, State
 from simulator.figures.panels import roof_of, steps_of
 from simulator.figures.roofline import CYCLE, Roof, drawn, merged
-from simulator.figures.style import BLACK, BLUE, GREEN, VERMILLION, Look, in_order, label, look
+from simulator.figures.style import BLACK, BLUE, GREEN, VERMILLION, Style, in_order, label, style_of
 from simulator.figures.waterfall import NEGLIGIBLE, Steps, common_range
-from simulator.predict.settings import once
+from simulator.predict.scenario import once
 from simulator.units import percent, rate, ratio
 
 if TYPE_CHECKING:
-    from simulator.predict.rows import Record
-    from simulator.predict.table import Explanation
+    from simulator.predict.explain import Explanation
+    from simulator.predict.result import Result
 
 CARDS = {
     "speedup": "Speedup over sparsity",
@@ -56,13 +56,13 @@ CARDS = {
 
 def charts(state: State, most: int) -> dict[str, Chart]:
     """The figures of a state but the map, at most ``most`` panels in a row."""
-    found = answer(state)
+    found = predictions(state)
     about = state.explained if (pruned := state.load_pruned()) is None else pruned.name
     why = found.refused or next((n for n in found.notes if n.startswith((state.explained, about))), "nothing to draw")
-    records, details = found.table.records, found.details
-    speedups = (records, found.existing, state.explained, state.at, most)
+    results, details = found.table, found.details
+    speedups = (results, found.existing, state.explained, state.at, most)
     return {
-        "speedup": speedup_chart(*speedups) if records else message(why),
+        "speedup": speedup_chart(*speedups) if results else message(why),
         "roofline": roofline_chart(details, most) if details else message(why),
         "waterfall": waterfall_chart(details, found.versus, most) if details else message(why),
     }
@@ -70,7 +70,7 @@ def charts(state: State, most: int) -> dict[str, Chart]:
 
 # -- speedup over sparsity ---------------------------------------------------------------------------------------------
 
-OF_EXISTING = Look(BLACK, "*")
+OF_EXISTING = Style(BLACK, "*")
 """How the pruned model that exists is drawn."""
 
 MOST_BANDS = 6
@@ -88,7 +88,7 @@ ASKED = "sparsity asked for (%)"
 """What points are plotted at; a pruned model that exists has the share of parameters that is gone."""
 
 
-def _name(r: Record) -> str:
+def _name(r: Result) -> str:
     """What a curve or a point is called, short enough for a legend on a phone."""
     return escape(one_line(r.pruned, 24), quote=False) if r.pruned else label(r.family)
 
@@ -97,18 +97,18 @@ _ALONE = {"dot": "line-ew-open", "dashdot": "line-ne-open", "dash": "line-nw-ope
 """Markers where a line would have one point."""
 
 
-def speedup_chart(records: Sequence[Record], existing: Sequence[Record], detail: str, at: float, most: int) -> Chart:
+def speedup_chart(results: Sequence[Result], existing: Sequence[Result], detail: str, at: float, most: int) -> Chart:
     """A curve a family with its interval over the sparsity asked for, the pruned model that exists where it is, the
     bounds of what is in detail, and a line at its sparsity."""
-    gpus, families = once(r.hardware for r in records), in_order(r.family for r in records)
-    of_detail = existing if detail == EXISTING else [r for r in records if r.family == detail]
+    gpus, families = once(r.hardware for r in results), in_order(r.family for r in results)
+    of_detail = existing if detail == EXISTING else [r for r in results if r.family == detail]
     of_whom = "pruned model" if detail == EXISTING else label(detail)
     names = [*map(label, families), *once(map(_name, existing))]
     names += [f"{title} ({of_whom})" for _, title, _ in BOUNDS if of_detail]
     frame = Frame(gpus, most, 200, bottom=legend_px(names, len(gpus), most))
-    values = [1.0, *(v for r in (*records, *existing) for v in (r.speedup, r.speedup_lower, r.speedup_upper))]
+    values = [1.0, *(v for r in (*results, *existing) for v in (r.speedup, r.speedup_lower, r.speedup_upper))]
     values += [getattr(r, bound) for r in of_detail for bound, _, _ in BOUNDS]
-    fractions = sorted({r.sparsity for r in (*records, *existing)})
+    fractions = sorted({r.sparsity for r in (*results, *existing)})
     margin = max(0.04 * (fractions[-1] - fractions[0]), 0.02)
     x = {"range": [100 * (fractions[0] - margin), 100 * (fractions[-1] + margin)], "nticks": 9}
     y = log_axis(min(values) / 1.03, max(values) * 1.03, 6)
@@ -116,7 +116,7 @@ def speedup_chart(records: Sequence[Record], existing: Sequence[Record], detail:
     shapes: list[Dict] = []
     for panel, gpu in enumerate(gpus):
         for family in sorted(families, key=lambda name: name == detail):  # the one in detail on top
-            own = sorted((r for r in records if r.hardware == gpu and r.family == family), key=lambda r: r.sparsity)
+            own = sorted((r for r in results if r.hardware == gpu and r.family == family), key=lambda r: r.sparsity)
             if not own:
                 continue
             if len(families) <= MOST_BANDS or family == detail:
@@ -138,15 +138,15 @@ def speedup_chart(records: Sequence[Record], existing: Sequence[Record], detail:
     return frame.chart(data, [x] * len(gpus), [y] * len(gpus), ASKED, "speedup", shapes=shapes)
 
 
-def _band(own: Sequence[Record], panel: int, opacity: float) -> list[Dict]:
+def _band(own: Sequence[Result], panel: int, opacity: float) -> list[Dict]:
     """The interval of one family on one GPU, where there is more than one point."""
     at, name = [100 * r.sparsity for r in own], own[0].family
     edge = [r.speedup_upper for r in own] + [r.speedup_lower for r in reversed(own)]
-    style: Dict = {"fill": "toself", "line": {"width": 0}, "fillcolor": faded(look(name).color, opacity)}
+    style: Dict = {"fill": "toself", "line": {"width": 0}, "fillcolor": faded(style_of(name).color, opacity)}
     return [scatter(panel, "lines", at + at[::-1], edge, legendgroup=name, **style, **QUIET)] if len(own) > 1 else []
 
 
-def _bounds(own: Sequence[Record], name: str, panel: int) -> list[Dict]:
+def _bounds(own: Sequence[Result], name: str, panel: int) -> list[Dict]:
     mode = "lines" if len(own) > 1 else "markers"
     at = [100 * r.sparsity for r in own]
     out = []
@@ -159,10 +159,10 @@ def _bounds(own: Sequence[Record], name: str, panel: int) -> list[Dict]:
     return out
 
 
-def _curve(own: Sequence[Record], panel: int, detail: bool, rank: int) -> Dict:
+def _curve(own: Sequence[Result], panel: int, detail: bool, rank: int) -> Dict:
     """Points of one family on one GPU, joined; a single one with its interval."""
     name = _name(own[0])
-    style = OF_EXISTING if own[0].pruned else look(own[0].family)
+    style = OF_EXISTING if own[0].pruned else style_of(own[0].family)
     ends: Dict = {"type": "data", "symmetric": False, "color": style.color, "thickness": 1.2, "width": 4}
     ends |= {"array": [r.speedup_upper - r.speedup for r in own], "visible": len(own) == 1}
     ends["arrayminus"] = [r.speedup - r.speedup_lower for r in own]
@@ -174,7 +174,7 @@ def _curve(own: Sequence[Record], panel: int, detail: bool, rank: int) -> Dict:
     return scatter(panel, mode, [100 * r.sparsity for r in own], [r.speedup for r in own], **more)
 
 
-def _told(r: Record) -> str:
+def _told(r: Result) -> str:
     """What a point says when it is pointed at."""
     asked = f"{percent(r.sparsity)} asked for, {percent(r.realised_sparsity)} realised"
     removed = f"{percent(r.sparsity)} of the parameters gone ({r.family})" if r.pruned else asked
@@ -193,10 +193,10 @@ PROMISE = "#9aa5b1"
 def waterfall_chart(details: Sequence[Explanation], versus: Sequence[Explanation], most: int) -> Chart:
     """From the promise 1 / (1 - s) down to the prediction; losses are full bars, gains hatched ones, so that they
     differ without colour. Those in another engine stand beside those of their GPU."""
-    gpus = once(e.record.hardware for e in details)
-    details = sorted((*details, *versus), key=lambda e: gpus.index(e.record.hardware)) if versus else details
-    panels = [steps_of(e, e.record.hardware + (f", {e.record.engine}" if versus else "")) for e in details]
-    names = ["promised", *panels[0].names, "predicted"]
+    gpus = once(e.result.hardware for e in details)
+    details = sorted((*details, *versus), key=lambda e: gpus.index(e.result.hardware)) if versus else details
+    panels = [steps_of(e, e.result.hardware + (f", {e.result.engine}" if versus else "")) for e in details]
+    names = ["nominal", *panels[0].names, "predicted"]
     frame = Frame([p.title for p in panels], most, 19 * len(names), left=160, bottom=40, right=14)
     lines: Dict = {"range": [len(names) - 0.4, -0.6], "showgrid": False, "showline": False}
     lines |= {**listed(range(len(names)), names), "tickfont": {"size": SMALL, "color": INK}}
@@ -246,7 +246,7 @@ DENSE, PRUNED, ROOF, HIGHEST = "dense (hollow)", "pruned (filled)", "datasheet r
 def roofline_chart(details: Sequence[Explanation], most: int) -> Chart:
     """The dense model's GEMMs hollow, the pruned one's filled, a line from where each was to where it went; those that
     coincide in every panel share a marker and a name."""
-    roofs = [roof_of(e, e.record.hardware) for e in details]
+    roofs = [roof_of(e, e.result.hardware) for e in details]
     groups = merged(roofs)
     looks = {title: (color, MARKERS[mark]) for title, (color, mark) in zip(groups, CYCLE * len(groups))}
     faster = [i for i, roof in enumerate(roofs) if roof.headroom > 1.0]

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from simulator.engines.engine import DEFAULT_ENGINE
-from simulator.explore.answer import Answer
 from simulator.explore.dropped import PREFIX, path_of
+from simulator.explore.predictions import Predictions
 from simulator.explore.state import EXISTING, State
 from simulator.figures.paper import BATCHES, LENGTHS
 
@@ -30,32 +30,32 @@ class Command:
         return shlex.join(("prunesim", *self.arguments))
 
 
-def commands(state: State, answer: Answer) -> tuple[Command, ...]:
+def commands(state: State, found: Predictions) -> tuple[Command, ...]:
     """What to type for the numbers of the page; nothing where there are none.
 
-    >>> from simulator.explore.answer import answer
+    >>> from simulator.explore.predictions import predictions
     >>> state = State(families=("depth",), sparsities=(0.25,), detail="depth", at=0.25)
-    >>> commands(state, answer(state))[1].line[:73]
+    >>> commands(state, predictions(state))[1].line[:73]
     'prunesim explain llama-3.1-8b --hardware h100_sxm --family depth --sparsi'
     """
-    if answer.refused:
+    if found.refused:
         return ()
-    able = _gpus(state, {gpu.label for gpu in answer.gpus})
+    able = _gpus(state, {gpu.label for gpu in found.gpus})
     every = _line("speedup", state, able, state.drawn, state.fractions)
     known = ("--dense-time", f"{state.dense_text}ms") if state.dense_ms is not None else ()
-    used = known if state.setting.dense_s is not None else ()
+    used = known if state.scenario.dense_s is not None else ()
     out = {"curves and table": every + used}
     pruned = ("--pruned", _typed(state.pruned)) if state.pruned else ()
-    if answer.existing:
+    if found.existing:
         out["pruned model"] = _line("speedup", state, able) + pruned + used
     what, more = ((), pruned) if state.explained == EXISTING else ((state.explained, state.at), ())
-    if answer.details:
-        gpus = _gpus(state, {e.record.hardware for e in answer.details})
+    if found.details:
+        gpus = _gpus(state, {e.result.hardware for e in found.details})
         out["waterfall and roofline"] = _line("explain", state, gpus, *what) + more + used
-    if answer.versus:
+    if found.versus:
         beside = replace(state, engine=state.versus)
-        gpus = _gpus(state, {e.record.hardware for e in answer.versus})
-        out[f"waterfall in {answer.versus[0].record.engine}"] = _line("explain", beside, gpus, *what) + more
+        gpus = _gpus(state, {e.result.hardware for e in found.versus})
+        out[f"waterfall in {found.versus[0].result.engine}"] = _line("explain", beside, gpus, *what) + more
     out["map"] = _line("speedup", state, able, state.drawn, state.at, BATCHES, LENGTHS)
     every_gpu = [_typed(gpu) for gpu in state.gpus]
     report = _line("report", state, every_gpu, state.families, state.sparsities) + pruned + known

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from simulator.explore.answer import Cell, answer, winners
-from simulator.explore.frame import (
+from simulator.explore.layout import (
     INK,
     QUIET,
     SOFT,
@@ -22,10 +21,11 @@ from simulator.explore.frame import (
     on_axes,
     scatter,
 )
+from simulator.explore.predictions import Cell, predictions, winners
 from simulator.explore.state import State
 from simulator.figures.crossover import opacity, short
-from simulator.figures.style import in_order, label, look
-from simulator.predict.settings import batch_name, once
+from simulator.figures.style import in_order, label, style_of
+from simulator.predict.scenario import batch_name, once
 
 NONE = "none gains"
 _DASH: Dict = {"symbol": "line-ew-open", "color": SOFT}
@@ -35,7 +35,7 @@ _CORNER: Dict = {"symbol": "triangle-ne", "size": 5, "color": SOFT}
 def map_chart(state: State, most: int) -> Chart:
     """The map of a state."""
     cells, refused = winners(state)
-    return crossover_chart(cells, state, most) if cells else message(answer(state).refused or refused)
+    return crossover_chart(cells, state, most) if cells else message(predictions(state).refused or refused)
 
 
 def crossover_chart(cells: Sequence[Cell], state: State, most: int) -> Chart:
@@ -81,7 +81,7 @@ def _cells(
     for name in names:
         won = [(i - 0.36, j, f"{c.best.speedup:.2f}") for i, j, c in own if c.winner == name]
         x, y, text = zip(*won) if won else [()] * 3
-        marker = marker_of(look(name), font - 4) if name else {**_DASH, "size": 6}
+        marker = marker_of(style_of(name), font - 4) if name else {**_DASH, "size": 6}
         out.append(scatter(panel, "markers+text", x, y, text=list(text), marker=marker, **words))
     corners = [(i + 0.40, j + 0.34) for i, j, c in own if not c.best.dense_fits]
     if corners:
@@ -91,7 +91,7 @@ def _cells(
 
 def _shade(name: str, sure: bool) -> str:
     """Colour of a cell, thin enough for its number to be read."""
-    return faded(look(name).color, opacity(name, sure)) if name else "rgba(231,234,238,1)"
+    return faded(style_of(name).color, opacity(name, sure)) if name else "rgba(231,234,238,1)"
 
 
 def _said(c: Cell) -> str:
@@ -105,7 +105,7 @@ def _said(c: Cell) -> str:
 
 def _keys(cells: Sequence[Cell], names: list[str]) -> list[tuple[str, Dict]]:
     """Names and markers of the legend."""
-    entries = [(label(name), marker_of(look(name))) for name in names if name]
+    entries = [(label(name), marker_of(style_of(name))) for name in names if name]
     if "" in names:
         entries.append((NONE, {**_DASH, "size": 9}))
     if not all(c.sure for c in cells):

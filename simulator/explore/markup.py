@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from html import escape
 from typing import TYPE_CHECKING
 
 from simulator.engines.engine import load_engine
-from simulator.explore.answer import Answer, answer
 from simulator.explore.commands import Command, commands
+from simulator.explore.predictions import Predictions, predictions
 from simulator.explore.state import EXISTING, State
 from simulator.figures.style import label
+from simulator.files.csv import csv_text
 from simulator.predict.caveats import PARTS, sections_of
-from simulator.predict.settings import batch_name
-from simulator.predict.words import conclusion, csv_text, setting_title
+from simulator.predict.explain import conclusion
+from simulator.predict.scenario import batch_name
 from simulator.units import percent, ratio, seconds, seconds_between, size
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
-    from simulator.predict.rows import Record
+    from simulator.predict.result import Result
     from simulator.workload import Workload
 
 # fmt: off
@@ -53,20 +53,20 @@ _HEAD = {
 
 def texts(state: State) -> dict[str, str]:
     """What is text, as HTML by the element it goes into."""
-    found, at = answer(state), percent(state.at)
+    found, at = predictions(state), percent(state.at)
     pruned = state.load_pruned() if state.explained == EXISTING else None
     detail = label(state.explained) if pruned is None else escape(pruned.name)
     both = f"{detail} at {at}" if pruned is None else detail
-    elsewhere = " The measured time is of one cell: not used here." if state.setting.dense_s is not None else ""
-    records, notes = found.table.records, _items(map(escape, found.notes), "notes") if found.notes else ""
+    elsewhere = " The measured time is of one cell: not used here." if state.scenario.dense_s is not None else ""
+    results, notes = found.table, _items(map(escape, found.notes), "notes") if found.notes else ""
     return {
-        "title": escape(setting_title(records[0])) if records else "",
+        "title": escape(results[0].scenario) if results else "",
         "facts": facts_html(found, state),
         "notes": notes,
         "table": table_html(found, state.explained, state.at),
         "commands": commands_html(commands(state, found)),
         "about-speedup": "Points stand at the sparsity asked for; pointed at, each tells what rounding made of it. "
-        f"Bands: {percent(state.setting.level)} interval. Black lines: bounds of {detail}.",
+        f"Bands: {percent(state.scenario.level)} interval. Black lines: bounds of {detail}.",
         "about-roofline": f"GEMMs of the layers, dense (hollow) and with {both} (filled), on the datasheet roofline.",
         "about-waterfall": paragraphs(_conclusions(found)),
         "about-crossover": f"Fastest of the families chosen at {at}, {state.phase}. "
@@ -83,15 +83,15 @@ def _items(lines: Iterable[str], name: str) -> str:
     return f'<ul class="{name}">{"".join(f"<li>{line}</li>" for line in lines)}</ul>'
 
 
-def table_csv(records: Sequence[Record]) -> str:
-    """The table with every field of its records, numbers in full, units in the header.
+def table_csv(results: Sequence[Result]) -> str:
+    """The table with every field of its results, numbers in full, units in the header.
 
     >>> from simulator.predict.table import table
-    >>> table_csv(table(["llama-3.1-8b"], ["h100"], ["depth"], [0.25]).records).splitlines()[0][:74]
+    >>> table_csv(table(["llama-3.1-8b"], ["h100"], ["depth"], [0.25]).rows).splitlines()[0][:74]
     'model,hardware,engine,family,sparsity [1],realised_sparsity [1],phase,batc'
     """
     names = {key: f"{key} [{unit}]" for key, unit in UNITS.items()}
-    rows = [{names.get(key, key): value for key, value in asdict(r).items()} for r in records]
+    rows = [{names.get(key, key): value for key, value in r.to_dict().items()} for r in results]
     return csv_text(rows) if rows else ""
 
 
@@ -109,23 +109,23 @@ def uncalibrated_parts(hw: HardwareProfile, w: Workload) -> list[str]:
     return [name for part, name in PARTS.items() if part in needed and part not in fitted]
 
 
-def facts_html(answer: Answer, state: State) -> str:
+def facts_html(found: Predictions, state: State) -> str:
     """Of each GPU: the dense model's time, its memory, whether the profile is calibrated for it, and what is gained
     beside time; and what the engine is."""
-    if not answer.table.records:
+    if not found.table:
         return ""
-    dense: dict[str, Record] = {}
-    for r in answer.table.records:
+    dense: dict[str, Result] = {}
+    for r in found.table:
         dense.setdefault(r.hardware, r)
-    devices = {hw.label: hw for hw in answer.gpus}
-    dense_of = {e.record.hardware: e.dense for e in answer.details}
+    devices = {hw.label: hw for hw in found.gpus}
+    dense_of = {e.result.hardware: e.dense for e in found.details}
     lacking = {name: uncalibrated_parts(hw, dense_of[name]) for name, hw in devices.items() if name in dense_of}
-    pruned = {e.record.hardware: e.record for e in answer.details}
+    pruned = {e.result.hardware: e.result for e in found.details}
     facts = (_fact(r, pruned.get(name), lacking.get(name, [])) for name, r in dense.items())
     return _items(facts, "facts") + f'<p class="engine">{escape(load_engine(state.engine).title)}.</p>'
 
 
-def _fact(r: Record, pruned: Record | None, lacking: Sequence[str]) -> str:
+def _fact(r: Result, pruned: Result | None, lacking: Sequence[str]) -> str:
     fits = f"{'fits' if r.dense_fits else 'does not fit'}, {size(r.dense_memory_bytes)} of {size(r.capacity_bytes)}"
     sure = f"calibrated but for {', '.join(lacking)}" if lacking else "calibrated"
     mood = "bad" if "GEMMs" in lacking else "soft" if lacking else "good"
@@ -136,7 +136,7 @@ def _fact(r: Record, pruned: Record | None, lacking: Sequence[str]) -> str:
     )
 
 
-def _gains(r: Record, pruned: Record | None) -> str:
+def _gains(r: Result, pruned: Result | None) -> str:
     """Throughput, latencies and the largest batch of the dense model and of the pruned one."""
     of_dense = _serving(r, r.dense_tokens_per_s, r.dense_ttft_s, r.dense_tpot_s, r.dense_largest_batch)
     if pruned is None:
@@ -147,7 +147,7 @@ def _gains(r: Record, pruned: Record | None) -> str:
     return f"dense → {p.pruned or label(p.family)} at {percent(p.sparsity)}: {', '.join(parts)}"
 
 
-def _serving(r: Record, rate: float | None, ttft: float | None, tpot: float | None, batch: int) -> dict[str, str]:
+def _serving(r: Result, rate: float | None, ttft: float | None, tpot: float | None, batch: int) -> dict[str, str]:
     """Numbers of a served model by name; latencies only where a request has both, else they are the time itself."""
     out = {}
     if rate is not None:
@@ -158,29 +158,29 @@ def _serving(r: Record, rate: float | None, ttft: float | None, tpot: float | No
     return out | {f"largest {batch_name(r.phase)}": f"{batch:,}"}
 
 
-def _conclusions(found: Answer) -> Iterable[str]:
+def _conclusions(found: Predictions) -> Iterable[str]:
     """A sentence a waterfall, with the engine where there are two."""
     if not found.versus:
         return map(conclusion, found.details)
-    return (f"{e.record.engine}: {conclusion(e)}" for e in (*found.details, *found.versus))
+    return (f"{e.result.engine}: {conclusion(e)}" for e in (*found.details, *found.versus))
 
 
-def table_html(answer: Answer, detail: str, at: float) -> str:
+def table_html(found: Predictions, detail: str, at: float) -> str:
     """The table; rows of the family and sparsity in detail are marked."""
-    records = answer.records
-    if not records:
-        return f"<p>{escape(answer.refused)}</p>"
-    level = f"{percent(records[0].level)} interval"
+    results = found.results
+    if not results:
+        return f"<p>{escape(found.refused)}</p>"
+    level = f"{percent(results[0].level)} interval"
     head = ""
     for name, hint in _HEAD.items():
         title = f' title="{hint}"' if hint else ""
         head += f'<th scope="col"{title}>{level if name == "interval" else name}</th>'
-    names = list(dict.fromkeys((r.pruned, r.family) for r in records))
-    body = "".join(_row(r, detail, at) for r in sorted(records, key=lambda r: names.index((r.pruned, r.family))))
+    names = list(dict.fromkeys((r.pruned, r.family) for r in results))
+    body = "".join(_row(r, detail, at) for r in sorted(results, key=lambda r: names.index((r.pruned, r.family))))
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _row(r: Record, detail: str, at: float) -> str:
+def _row(r: Result, detail: str, at: float) -> str:
     verdict = ' class="gain"' if r.speedup_lower > 1 else ' class="loss"' if r.speedup_upper < 1 else ""
     memory = size(r.pruned_memory_bytes) + ("" if r.pruned_fits else " (too large)")
     interval = f"{ratio(r.speedup_lower)} to {ratio(r.speedup_upper)}"

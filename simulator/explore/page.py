@@ -17,10 +17,10 @@ from simulator.explore.charts import CARDS
 from simulator.explore.dropped import PREFIX, read_profile, read_token
 from simulator.explore.markup import paragraphs
 from simulator.explore.state import ARITHMETIC, EXISTING, MOST_DEVICES, MOST_NEW_TOKENS, State
-from simulator.figures.style import label, look
+from simulator.figures.style import label, style_of
 from simulator.hardware.library import list_hardware, load_hardware
 from simulator.models.library import list_models
-from simulator.predict.settings import MAX_TOKENS
+from simulator.predict.scenario import MAX_TOKENS
 from simulator.pruning import FAMILIES
 from simulator.workload import DTYPES, PHASES
 
@@ -81,7 +81,7 @@ def page_html(
 
 def wide_cards(state: State) -> str:
     """Cards that take the whole width: all, those from the waterfall on, or none."""
-    return "all" if len(state.gpus) > 1 else "waterfall" if state.setting_versus else "no"
+    return "all" if len(state.gpus) > 1 else "waterfall" if state.scenario_versus else "no"
 
 
 def _card(name: str, title: str, about: str) -> str:
@@ -189,7 +189,7 @@ def _drop(control: str, button: str, hint: str) -> str:
 
 def _signed(name: str) -> str:
     """A family with its marker in its colour."""
-    style = look(name)
+    style = style_of(name)
     sign = _SIGNS[style.marker][style.hollow]
     return f'<span class="sign" aria-hidden="true" style="color:{style.color}">{sign}</span>{escape(label(name))}'
 

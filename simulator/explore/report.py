@@ -17,13 +17,13 @@ import numpy as np
 
 from simulator._version import __version__
 from simulator.errors import InputError, needs_extra
-from simulator.explore.answer import answer
 from simulator.explore.charts import CARDS, charts
 from simulator.explore.commands import commands
-from simulator.explore.frame import PAGE, PHONE
+from simulator.explore.layout import PAGE, PHONE
 from simulator.explore.map_chart import map_chart
 from simulator.explore.markup import commands_html, texts
 from simulator.explore.page import own_label
+from simulator.explore.predictions import predictions
 from simulator.explore.state import EXISTING, State, read_query, to_query
 from simulator.files.write import write_whole
 from simulator.units import percent
@@ -75,7 +75,7 @@ def plotly_js() -> str:
 
 def report_html(state: State) -> str:
     """The report as HTML; refused when the state cannot be predicted, or Plotly is not installed."""
-    found = answer(state)
+    found = predictions(state)
     if found.refused:
         raise InputError(found.refused)
     script = plotly_js()

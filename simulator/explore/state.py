@@ -21,7 +21,7 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.schema import plain_name
 from simulator.models.config import ModelConfig
 from simulator.models.library import list_models, load_model
-from simulator.predict.settings import MAX_TOKENS, Setting, check_fraction, once, one_of, whole_number
+from simulator.predict.scenario import MAX_TOKENS, Scenario, check_fraction, once, one_of, whole_number
 from simulator.pruning import FAMILIES
 from simulator.units import parse_quantity
 from simulator.workload import DTYPES, PHASES
@@ -99,15 +99,21 @@ class State:
             raise InputError(f"batch {self.batch} x seq {self.seq}: expected at most {MAX_TOKENS} tokens in a pass")
         if self.dense_ms is not None and not 0.0 < self.dense_ms < 1e9:
             raise InputError(f"dense {self.dense_ms!r}: expected a positive number of milliseconds")
-        _ = self.setting, self.setting_versus  # checks engines and dtype
+        _ = self.scenario, self.scenario_versus  # checks engines and dtype
 
     @property
-    def setting(self) -> Setting:
+    def scenario(self) -> Scenario:
         """How the model is run."""
         known = self.dense_ms is not None and len(self.gpus) == 1
         dense_s = parse_quantity(f"{self.dense_text}ms", "s") if known else None  # as a command reads it
-        formats = self.arithmetic, self.weights or None
-        return Setting(self.new_tokens, self.engine, *formats, devices=self.devices, dense_s=dense_s)
+        return Scenario(
+            new_tokens=self.new_tokens,
+            engine=self.engine,
+            dtype=self.arithmetic,
+            weight_dtype=self.weights or None,
+            devices=self.devices,
+            dense_s=dense_s,
+        )
 
     @property
     def arithmetic(self) -> str:
@@ -121,11 +127,11 @@ class State:
         return "" if self.dense_ms is None else repr(self.dense_ms).removesuffix(".0")
 
     @property
-    def setting_versus(self) -> Setting | None:
+    def scenario_versus(self) -> Scenario | None:
         """The same in the engine beside; a measured time says nothing of it."""
         if self.versus in ("", self.engine):
             return None
-        return replace(self.setting, engine=self.versus, dense_s=None)
+        return replace(self.scenario, engine=self.versus, dense_s=None)
 
     @property
     def drawn(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from simulator.figures import layout
-from simulator.figures.style import BLACK, BLUE, GREY, PAGE_IN, PALE_INK, in_order, label, look, paper_style
+from simulator.figures.style import BLACK, BLUE, GREY, PAGE_IN, PALE_INK, in_order, label, paper_style, style_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,7 +61,7 @@ def crossover_figure(
         layout.cells(panels, [str(b) for b in batches], [short(n) for n in lengths])
         layout.name_panels(panels, {r: r for r in data["row"]})
         layout.legend_below(figure, handles, lines, "batch")
-        return layout.prediction_intervals(figure, "sequence (tokens)")
+        return layout.laid_out(figure, "sequence (tokens)")
 
 
 def short(tokens: int) -> str:
@@ -88,13 +88,13 @@ def _panel(ax: Axes, data: layout.Columns, batches: list[int], lengths: list[int
             center = np.stack([x[chosen], y[chosen]], axis=1)
             ax.add_collection(PolyCollection(list(center[:, None, :] + np.array(corners)), **style))
 
-    colors = [to_rgba(look(n).color, opacity(n, sure)) for n, sure in zip(winner[gains], data["sure"][gains])]
+    colors = [to_rgba(style_of(n).color, opacity(n, sure)) for n, sure in zip(winner[gains], data["sure"][gains])]
     draw(gains, _SQUARE, facecolors=colors, edgecolors="white", linewidths=0.6)
     draw(~gains, _SQUARE, facecolors="white", edgecolors="#B8B8B8", hatch="////", linewidths=0.0)
     draw(unfit, [(0.47, 0.47), (0.17, 0.47), (0.47, 0.17)], facecolors=PALE_INK, linewidths=0, zorder=3)
     for name in in_order(winner[gains]):
         own = winner == name
-        ax.plot(x[own], y[own] + 0.22, **look(name).marks(linestyle="none", markersize=3.0, markeredgewidth=0.6))
+        ax.plot(x[own], y[own] + 0.22, **style_of(name).marks(linestyle="none", markersize=3.0, markeredgewidth=0.6))
     # numbers stay inside their cells, and to measure hundreds of them for the layout takes long
     number: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontsize": 6, "in_layout": False}
     for i in np.flatnonzero(gains):
@@ -103,14 +103,14 @@ def _panel(ax: Axes, data: layout.Columns, batches: list[int], lengths: list[int
 
 def opacity(name: str, sure: bool) -> float:
     """Opacity of a cell; a black family is thinned, or the numbers in its cells could not be read."""
-    return (SURE if sure else PALE) * (0.6 if look(name).color == BLACK else 1.0)
+    return (SURE if sure else PALE) * (0.6 if style_of(name).color == BLACK else 1.0)
 
 
 def _handles(families: list[str], unsure: bool, unfit: bool) -> list[Any]:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    out: list[Any] = [Line2D([], [], **look(n).marks(linestyle="none"), label=label(n)) for n in families if n]
+    out: list[Any] = [Line2D([], [], **style_of(n).marks(linestyle="none"), label=label(n)) for n in families if n]
     if "" in families:
         out.append(Patch(facecolor="white", edgecolor=GREY, hatch="////", linewidth=0.4, label="none gains"))
     if unsure:

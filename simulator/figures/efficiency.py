@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from simulator.figures.layout import cells, columns_of, name_panels, panel_grid, prediction_intervals
+from simulator.figures.layout import cells, columns_of, laid_out, name_panels, panel_grid
 from simulator.figures.style import BLUE, GREY, PAGE_IN, VERMILLION, label, paper_style
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def efficiency_figure(
         cells(panels, [str(b) for b in batches], [label(f) for f in families])
         name_panels(panels, {r: r for r in data["row"]})
         _key(figure, list(panels.values()))
-        return prediction_intervals(figure)
+        return laid_out(figure)
 
 
 def _panel(ax: Axes, table: NDArray[np.float64]) -> None:

@@ -32,7 +32,7 @@ def staircase(p: Paper) -> Made:
     used = [hw.label for hw, panel in zip(p.devices, panels) if np.size(panel.measured)]
     named = "; ".join(f"{name}: {p.measured[name].source}" for name in used)
     caption = (
-        f"Staircases of tile and wave quantisation, {p.setting.dtype}, single GEMMs outside any engine. Top: time of "
+        f"Staircases of tile and wave quantisation, {p.scenario.dtype}, single GEMMs outside any engine. Top: time of "
         f"the fused q, k, v projection of {p.model.name} over the tokens; middle: its rate; bottom: time of the gate "
         "projection as width pruning narrows it, cold weights. Line: prediction; band: "
         f"{p.interval}; dashed: datasheet roofline; dotted: at the highest clock, where that is above the datasheet's"
@@ -55,7 +55,7 @@ def _over_tokens(p: Paper, hw: HardwareProfile, row: str) -> Stairs:
         rows = np.flatnonzero(seen.of_weight(n, k) & (seen.m <= tokens[-1]))
         seen_m, seen_s = seen.m[rows], seen.seconds[rows]
         copies = float(np.median(seen.copies[rows])) if seen.copies is not None and len(rows) else None
-    t = gemm_time(tokens, n, k, hw, dtype=p.setting.dtype, copies=copies, level=p.setting.level)
+    t = gemm_time(tokens, n, k, hw, dtype=p.scenario.dtype, copies=copies, level=p.scenario.level)
     highest_s = _at_the_highest_clock(p, hw, tokens, n, k)
     names = {"row": row, "column": hw.label, "x_label": "M (tokens)", "note": f"N {n}, K {k}"}
     if row == "tiles":
@@ -75,7 +75,7 @@ def _over_width(p: Paper, hw: HardwareProfile) -> Stairs:
 
     inner, k = p.model.inner or p.model.expert_inner, p.model.hidden
     widths = np.arange(max(16, inner // 32 * 16), inner + 1, 16)
-    t = gemm_time(p.seq, widths, k, hw, dtype=p.setting.dtype, level=p.setting.level)
+    t = gemm_time(p.seq, widths, k, hw, dtype=p.scenario.dtype, level=p.scenario.level)
     highest_s = _at_the_highest_clock(p, hw, p.seq, widths, k)
     names = {"row": "pruned width", "column": hw.label, "x_label": "N (inner width kept)", "note": f"M {p.seq}, K {k}"}
     return Stairs(**names, y_label="time (µs)", x=widths, **_microseconds(t, highest_s))
@@ -85,7 +85,7 @@ def _at_the_highest_clock(p: Paper, hw: HardwareProfile, m: Any, n: Any, k: int)
     """The roofline at a device's highest clock, s; empty where that is the datasheet's."""
     if hw.clock_headroom <= 1.0:
         return np.zeros(0)
-    dtype, size = p.setting.dtype, ELEMENT_BYTES[p.setting.dtype]
+    dtype, size = p.scenario.dtype, ELEMENT_BYTES[p.scenario.dtype]
     compute_s = 2.0 * m * n * k / (hw.peak_flop_per_s(dtype) * hw.clock_headroom)
     moved_s = size * (1.0 * m * n + 1.0 * n * k + m * k) / hw.bandwidth_bytes_per_s
     return np.asarray(np.maximum(compute_s, moved_s))
@@ -106,7 +106,7 @@ def scatter(p: Paper) -> Made:
         seen = p.measured.get(hw.label)
         if seen is None:
             continue
-        predicted = seen.predict(hw, p.setting.dtype)
+        predicted = seen.predict(hw, p.scenario.dtype)
         clouds.append(Cloud(hw.label, seen.seconds, predicted, seen.predicted_s is not None))
         a = agreement(seen.seconds, predicted)
         words.append(f"{hw.label}: {seen.source}, median error {100 * a.median:.1f} %, bias {100 * a.bias:+.1f} %")
@@ -116,7 +116,7 @@ def scatter(p: Paper) -> Made:
     held = all(c.held_out for c in clouds)
     fitted = "held-out predictions" if held else "some of these rows may have been used to fit the profiles"
     caption = (
-        f"Predicted against measured times of single {p.setting.dtype} GEMMs, and their ratio (dashed: 10 %); colour "
+        f"Predicted against measured times of single {p.scenario.dtype} GEMMs, and their ratio (dashed: 10 %); colour "
         f"is the density of rows; {fitted}. {'; '.join(words)}."
     )
     return scatter_figure(clouds), caption, ()

@@ -187,7 +187,7 @@ def legend_below(figure: Figure, handles: Sequence[Any], lines: int, x_label: st
     legend.get_title().set_multialignment("center")
 
 
-def prediction_intervals(figure: Figure, y_label: str = "") -> Figure:
+def laid_out(figure: Figure, y_label: str = "") -> Figure:
     """The figure laid out for good: each further pass of the layout would move it by a fraction of a pixel. The label
     that the y axes share stands at the middle of the panels, not of the figure with its legend.
     """

@@ -1,8 +1,8 @@
 """From predictions to the figures that show them; the paper's figures, the command line and the page draw these.
 
-:func:`steps_of` and :func:`roof_of` are panels of an :class:`simulator.predict.table.Explanation`; :func:`speedups_of`
-is the figure of a table of records, :func:`fronts_of` that of frontiers. :func:`placed` says where a record's engine
-stands.
+:func:`steps_of` and :func:`roof_of` are panels of an :class:`~simulator.predict.explain.Explanation`,
+:func:`speedups_of` is the figure of results, :func:`fronts_of` that of frontiers. :func:`placed` says
+where the engine of a result stands.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from simulator.predict.gemms import gemm_points
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from simulator.predict.explain import Explanation
     from simulator.predict.pareto import Front
-    from simulator.predict.rows import Record
-    from simulator.predict.table import Explanation
+    from simulator.predict.result import Result
 
 SPEEDUP = {"speedup": "speedup", "lower": "speedup_lower", "upper": "speedup_upper"}
 """Columns of figures that show speedups, and the attributes they come from."""
@@ -56,7 +56,7 @@ def placed(found: Sequence[Any], rows: Sequence[str]) -> dict[str, list[str]]:
 
     >>> from simulator.predict.table import table
     >>> few = table(["llama-3.1-8b"], ["h100"], ["depth"], [0.25], engine=["vllm", "hf"])
-    >>> placed(few.records, ["prefill"] * 2)
+    >>> placed(few.rows, ["prefill"] * 2)
     {'row': ['prefill', 'prefill'], 'column': ['h100_sxm, vllm', 'h100_sxm, hf']}
     """
     if len({device(r) for r in found}) <= MOST_ACROSS:
@@ -66,13 +66,13 @@ def placed(found: Sequence[Any], rows: Sequence[str]) -> dict[str, list[str]]:
     return {"row": [f"{row}, {more}" for row, more in zip(rows, other, strict=True)], "column": column}
 
 
-def speedups_of(records: Sequence[Record], rows: Sequence[str]) -> Figure:
+def speedups_of(results: Sequence[Result], rows: Sequence[str]) -> Figure:
     """Speedup against sparsity with the FLOP and the roofline bound; a label of its row for each record."""
     from simulator.figures.speedup import speedup_figure
 
-    found = columns(records, family="family", sparsity="sparsity", **SPEEDUP) | placed(records, rows)
-    bounds = {"FLOP bound": [r.flop_bound for r in records], "roofline bound": [r.roofline_bound for r in records]}
-    return speedup_figure(bounds=bounds, interval=interval(records[0].level), **found)
+    found = columns(results, family="family", sparsity="sparsity", **SPEEDUP) | placed(results, rows)
+    bounds = {"FLOP bound": [r.flop_bound for r in results], "roofline bound": [r.roofline_bound for r in results]}
+    return speedup_figure(bounds=bounds, interval=interval(results[0].level), **found)
 
 
 def fronts_of(fronts: Sequence[Front], rows: Sequence[str]) -> Figure:
@@ -89,12 +89,12 @@ def fronts_of(fronts: Sequence[Front], rows: Sequence[str]) -> Figure:
 def steps_of(e: Explanation, title: str) -> Steps:
     """The loss waterfall of an explanation as a panel.
 
-    >>> from simulator.predict.table import explanations
+    >>> from simulator.predict.explain import explanations
     >>> (e,) = explanations("llama-3.1-8b", ["h100"], "width", 0.25)
-    >>> steps_of(e, "h100").names[-1], bool(steps_of(e, "h100").lower == e.record.speedup_lower)
+    >>> steps_of(e, "h100").names[-1], bool(steps_of(e, "h100").lower == e.result.speedup_lower)
     ('host time', True)
     """
-    (nominal, *steps), r = e.steps, e.record
+    (nominal, *steps), r = e.steps, e.result
     names, factors = [s.name for s in steps], [s.factor for s in steps]
     return Steps(title, names, factors, nominal.speedup, r.speedup_lower, r.speedup_upper)
 
@@ -108,5 +108,5 @@ def roof_of(e: Explanation, title: str) -> Roof:
     names = [name for p in points for name in p.role]
     intensity, achieved = ([v for p in points for v in getattr(p, c)] for c in ("intensity", "achieved_flop_per_s"))
     pruned = [False] * len(points[0].role) + [True] * len(points[1].role)
-    peaks = e.hardware.peak_flop_per_s(e.record.dtype), e.hardware.bandwidth_bytes_per_s
+    peaks = e.hardware.peak_flop_per_s(e.result.dtype), e.hardware.bandwidth_bytes_per_s
     return Roof(title, *peaks, names, intensity, achieved, pruned, e.hardware.clock_headroom)

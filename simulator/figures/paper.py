@@ -21,14 +21,16 @@ from simulator.figures.panels import SPEEDUP, across, columns, device, fronts_of
 from simulator.figures.style import label
 from simulator.figures.subject import Made, NothingToDraw, Paper
 from simulator.models.library import load_model
-from simulator.predict.table import explanations, table
+from simulator.predict.explain import explanations
+from simulator.predict.table import table
 from simulator.pruning import FAMILIES, GENERAL, prune
 from simulator.workload import ROLES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from simulator.predict.rows import Record
+    from simulator.predict.result import Result
+    from simulator.workload import Workload
 
 SPARSITIES = (0.1, 0.25, 0.5)
 MAP_SPARSITY = 0.5
@@ -78,19 +80,19 @@ def draw(name: str, about: Paper) -> Drawn:
     return Drawn(name, figure, caption, notes)
 
 
-def _where(r: Record) -> str:
+def _where(r: Result) -> str:
     return f"{r.phase}, batch {r.batch}"
 
 
 def _has_sparse24(p: Paper, engine: str) -> bool:
     """Whether an engine has 2:4 kernels for the paper's number format; bare kernels ("") are all there are."""
-    return not engine or p.setting.dtype in load_engine(engine).sparse24
+    return not engine or p.scenario.dtype in load_engine(engine).sparse24
 
 
 def _without_sparse24(p: Paper) -> str:
     """What a caption says where its figure leaves 2:4 out."""
-    has = _has_sparse24(p, p.setting.engine)
-    return "" if has else f" 2:4 is left out: {p.setting.engine_name} has no kernels for it."
+    has = _has_sparse24(p, p.scenario.engine)
+    return "" if has else f" 2:4 is excluded: {p.scenario.engine_name} has no kernels for it."
 
 
 def _taxonomy(p: Paper) -> Made:
@@ -100,14 +102,18 @@ def _taxonomy(p: Paper) -> Made:
         raise NothingToDraw(f"taxonomy: is of plain projections; {p.model.name} has routed experts or latent attention")
     general = {name: FAMILIES[name] for name in GENERAL}
     kept = np.full((len(GENERAL), len(OPERATORS), 3), np.nan)
-    adds, unfused = [], replace(p.setting, engine="")
+    adds = list[str]()
+
+    def lowered(phase: str) -> Workload:
+        return replace(p.scenario, model=p.model, engine="", phase=phase, shapes=((1, p.seq),)).workloads[0]
+
     for i, (name, family) in enumerate(general.items()):
         phase = "prefill" if "prefill" in family.support else "decode"
-        dense = unfused.lower(p.model, phase, 1, p.seq)
+        dense = lowered(phase)
         pruned = prune(dense, name, MAP_SPARSITY)
         for j, roles in enumerate(OPERATORS.values()):
             kept[i, j] = kept_axes(dense, pruned, roles, SKIPPED_PAIRS.get(name, "N"))
-        whole = prune(unfused.lower(p.model, "prefill", 1, p.seq), name, MAP_SPARSITY)
+        whole = prune(lowered("prefill"), name, MAP_SPARSITY)
         extra = dict.fromkeys(ROLES[code] for code in whole.role[whole.overhead])
         adds.append(", ".join(extra) or ("one more GEMM each" if (pruned.stage == 2).any() else ""))
     axes = [family.axis.replace("->", "→") for family in general.values()]
@@ -126,27 +132,29 @@ def _roofline(p: Paper) -> Made:
     from simulator.figures.roofline import roofline_figure
 
     roofs = [
-        roof_of(e, f"{device(e.record)}\n{_where(e.record)}")
+        roof_of(e, f"{device(e.result)}\n{_where(e.result)}")
         for phase, batch in ROOFLINE_CASES
         for e in explanations(
-            p.model, p.devices, ROOFLINE_FAMILY, ROOFLINE_SPARSITY, [phase], [batch], [p.seq], setting=p.setting
+            p.model, p.devices, ROOFLINE_FAMILY, ROOFLINE_SPARSITY, [phase], [batch], [p.seq], scenario=p.scenario
         )
     ]
     caption = (
         f"GEMMs of the layers on the roofline, dense (hollow) and with {100 * ROOFLINE_SPARSITY:.0f} % of the width "
-        f"pruned (filled), at their predicted rates: {p.setting_text}, {p.seq} tokens. Solid: the datasheet's rate; "
+        f"pruned (filled), at their predicted rates: {p.scenario_text}, {p.seq} tokens. Solid: the datasheet's rate; "
         "dashed: at the device's highest clock. Pruning the width moves every point to less work per byte."
     )
     return roofline_figure(roofs, columns=across(len(p.devices))), caption, ()
 
 
 def _speedup(p: Paper) -> Made:
-    found = table([p.model], p.devices, ["all"], SPARSITIES, ["prefill", "decode"], [1, 64], [p.seq], setting=p.setting)
-    figure = speedups_of(found.records, [_where(r) for r in found.records])
+    found = table(
+        [p.model], p.devices, ["all"], SPARSITIES, ["prefill", "decode"], [1, 64], [p.seq], scenario=p.scenario
+    )
+    figure = speedups_of(found.rows, [_where(r) for r in found.rows])
     percents = ", ".join(f"{100 * s:.4g}" for s in SPARSITIES[:-1]) + f" and {100 * SPARSITIES[-1]:.4g} %"
     caption = (
         f"Predicted speedup of every family at {percents} sparsity with its {p.interval} and its bounds: "
-        f"{p.setting_text}, prompt or cache of {p.seq} tokens. A dot left of 1 is slower than the dense model."
+        f"{p.scenario_text}, prompt or cache of {p.seq} tokens. A dot left of 1 is slower than the dense model."
     )
     return figure, caption + _without_sparse24(p), found.notes
 
@@ -155,15 +163,15 @@ def _efficiency(p: Paper) -> Made:
     from simulator.figures.efficiency import efficiency_figure
 
     found = table(
-        [p.model], p.devices, ["all"], [MAP_SPARSITY], ["prefill", "decode"], BATCHES, [p.seq], setting=p.setting
+        [p.model], p.devices, ["all"], [MAP_SPARSITY], ["prefill", "decode"], BATCHES, [p.seq], scenario=p.scenario
     )
-    records = [r for r in found if r.family != "unstructured"]
-    shares = [r.efficiency if r.roofline_bound >= LEAST_BOUND else float("nan") for r in records]
-    cells = columns(records, family="family", batch="batch") | placed(records, [r.phase for r in records])
+    results = [r for r in found if r.family != "unstructured"]
+    shares = [r.efficiency if r.roofline_bound >= LEAST_BOUND else float("nan") for r in results]
+    cells = columns(results, family="family", batch="batch") | placed(results, [r.phase for r in results])
     figure = efficiency_figure(efficiency=shares, **cells)
     caption = (
         "Efficiency to the bound, (speedup - 1) / (roofline bound - 1), by family and batch at "
-        f"{100 * MAP_SPARSITY:.0f} % sparsity: {p.setting_text}, {p.seq} tokens a sequence. 1: all that the datasheet "
+        f"{100 * MAP_SPARSITY:.0f} % sparsity: {p.scenario_text}, {p.seq} tokens a sequence. 1: all that the datasheet "
         "roofline grants; 0: no faster than dense; negative: slower; above 1: what remains runs at a better rate than "
         f"what was removed; a dash: the bound promises less than {100 * (LEAST_BOUND - 1):.0f} %."
     )
@@ -173,25 +181,25 @@ def _efficiency(p: Paper) -> Made:
 def _waterfall(p: Paper) -> Made:
     from simulator.figures.waterfall import waterfall_figure
 
-    panels, notes, own = [], [], p.setting.engine
+    panels, notes, own = [], [], p.scenario.engine
     sparse24 = next((name for name in (own, *sparse24_engines()) if _has_sparse24(p, name)), own)
     for family, sparsity, phase, batch in WATERFALL_CASES:
-        setting = replace(p.setting, engine=sparse24) if family == "semi_structured" else p.setting
+        scenario = replace(p.scenario, engine=sparse24) if family == "semi_structured" else p.scenario
         try:
-            found = explanations(p.model, p.devices, family, sparsity, [phase], [batch], [p.seq], setting=setting)
+            found = explanations(p.model, p.devices, family, sparsity, [phase], [batch], [p.seq], scenario=scenario)
         except InputError as error:  # no sparse tensor cores
             notes.append(f"waterfall of {family}: {error}")
             continue
         panels += [
-            steps_of(e, f"{device(e.record)}\n{label(family)}, {100 * sparsity:.0f} %\n{_where(e.record)}")
+            steps_of(e, f"{device(e.result)}\n{label(family)}, {100 * sparsity:.0f} %\n{_where(e.result)}")
             for e in found
         ]
     caption = (
-        f"Where the promise of 1/(1 - s) goes: {p.setting_text}, {p.seq} tokens. Each step multiplies the speedup "
+        f"Where the promise of 1/(1 - s) goes: {p.scenario_text}, {p.seq} tokens. Each step multiplies the speedup "
         f"before it, orange for a loss, hatched green for a gain; the last bar is the prediction with its {p.interval}."
     )
     if sparse24 != own and not notes:
-        caption += f" 2:4 is shown in {sparse24}: {p.setting.engine_name} has no kernels for it."
+        caption += f" 2:4 is shown in {sparse24}: {p.scenario.engine_name} has no kernels for it."
     return waterfall_figure(panels, columns=across(len(p.devices))), caption, tuple(notes)
 
 
@@ -200,20 +208,20 @@ def _crossover(p: Paper) -> Made:
     from simulator.predict.crossover import fastest
 
     found = table(
-        [p.model], p.devices, ["all"], [MAP_SPARSITY], ["prefill", "decode"], BATCHES, LENGTHS, setting=p.setting
+        [p.model], p.devices, ["all"], [MAP_SPARSITY], ["prefill", "decode"], BATCHES, LENGTHS, scenario=p.scenario
     )
-    records = found.records
+    results = found.rows
     numbers: dict[tuple[str, str, int, int], int] = {}
-    where = [numbers.setdefault((r.phase, r.hardware, r.batch, r.seq), len(numbers)) for r in records]
-    won = fastest(where, [r.family for r in records], **columns(records, **SPEEDUP))
-    best = [records[i] for i in won.row]
+    where = [numbers.setdefault((r.phase, r.hardware, r.batch, r.seq), len(numbers)) for r in results]
+    won = fastest(where, [r.family for r in results], **columns(results, **SPEEDUP))
+    best = [results[i] for i in won.row]
     winner = [r.family if gains else "" for r, gains in zip(best, won.gains)]
     cells = columns(best, batch="batch", seq="seq", speedup="speedup", fits="dense_fits")
     cells |= placed(best, [r.phase for r in best])
     figure = crossover_figure(winner=winner, sure=won.sure, **cells)
     caption = (
         f"Which family is fastest at {100 * MAP_SPARSITY:.0f} % sparsity, by batch and sequence, and its speedup: "
-        f"{p.setting_text}. Equal sparsity is not equal quality. Pale: another family's {p.interval} reaches the "
+        f"{p.scenario_text}. Equal sparsity is not equal quality. Pale: another family's {p.interval} reaches the "
         "winner's. A dark corner: the dense model does not fit the device's memory."
     )
     return figure, caption + _without_sparse24(p), ()
@@ -234,11 +242,11 @@ def _pareto(p: Paper) -> Made:
         notes.append(f"pareto: {few_of}; drawn for {QUALITY_MODEL}")
         model, table = load_model(QUALITY_MODEL), load_quality().of_model(QUALITY_MODEL)
     axis = choose_axis(table)
-    found, more = fronts(model, p.devices, table, axis, ["prefill", "decode"], [1], [p.seq], setting=p.setting)
+    found, more = fronts(model, p.devices, table, axis, ["prefill", "decode"], [1], [p.seq], scenario=p.scenario)
     figure = fronts_of(found, [f"{f.phase}, batch {f.batch}" for f in found])
     sources = "; ".join(dict.fromkeys(q.source for f in found for q in f.points))
     caption = (
-        f"Predicted speedup against measured quality loss with its frontier: {replace(p, model=model).setting_text}, "
+        f"Predicted speedup against measured quality loss with its frontier: {replace(p, model=model).scenario_text}, "
         f"{p.seq} tokens. Quality: {axis.metric}, {axis.protocol} ({sources}). Faint points are beaten by another; the "
         "strip names the fastest family within each quality budget, dynamic ones hatched."
     )

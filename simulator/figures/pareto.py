@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from simulator.arrays import FloatArray
 from simulator.figures import layout
-from simulator.figures.style import BLACK, INK, PAGE_IN, in_order, label, look, paper_style
+from simulator.figures.style import BLACK, INK, PAGE_IN, in_order, label, paper_style, style_of
 from simulator.predict.pareto import frontier
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def pareto_figure(
         title = f"quality loss (%): {axis}\n{textwrap.fill(protocol, int(width_in / 0.058))}".rstrip()
         layout.legend_below(figure, handles, lines, title)
         # names of points need to know how much room there is
-        layout.prediction_intervals(figure, "speedup (log scale)")
+        layout.laid_out(figure, "speedup (log scale)")
         for (r, c), ax in panels.items():
             chosen = (data["row"] == r) & (data["column"] == c)
             _panel(ax, {name: values[chosen] for name, values in data.items()})
@@ -110,14 +110,14 @@ def _panel(ax: Axes, data: layout.Columns) -> None:
     steps_x, steps_y = [start, *(max(x[i], 0.0) for i in order), end], [1.0, *(y[i] for i in order)]
     ax.step(steps_x, [*steps_y, steps_y[-1]], where="post", color=INK, linewidth=0.9, zorder=2)
     for i, name in enumerate(in_order(data["family"])):
-        style = look(name, i)
+        style = style_of(name, i)
         for best, alpha, size in ((True, 1.0, 4.2), (False, 0.35, 3.2)):
             own = (data["family"] == name) & (optimal == best)
             ends = data["lower"][own], data["upper"][own]
             ax.vlines(x[own], *ends, color=style.color, linewidth=0.9, alpha=0.8 * alpha, zorder=3)
             ax.plot(x[own], y[own], **style.marks(linestyle="none", alpha=alpha, markersize=size, zorder=4))
     for position, (i, stop) in enumerate(zip(order, [*(x[k] for k in order[1:]), end])):
-        style = look(data["family"][i], position)
+        style = style_of(data["family"][i], position)
         strip: dict[str, Any] = {"hatch": "/////" if style.hollow else None, "linewidth": 0, "clip_on": False}
         ax.axvspan(max(x[i], 0.0), stop, -STRIP, 0, facecolor=style.color, edgecolor="white", alpha=0.9, **strip)
         _name(ax, x[i], y[i], str(data["method"][i]), stop)
@@ -141,7 +141,8 @@ def _handles(only: Mapping[str, str], interval: str) -> list[Any]:
 
     names = [f"{label(f)} ({method})" if method else label(f) for f, method in only.items()]
     marks = [
-        Line2D([], [], **look(f, i).marks(linestyle="none"), label=name) for i, (f, name) in enumerate(zip(only, names))
+        Line2D([], [], **style_of(f, i).marks(linestyle="none"), label=name)
+        for i, (f, name) in enumerate(zip(only, names))
     ]
     bar: dict[str, Any] = {"marker": "|", "markersize": 6, "markeredgewidth": 0.9, "linestyle": "none"}
     return [

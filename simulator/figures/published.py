@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from simulator.errors import InputError
-from simulator.figures.layout import in_a_row, legend_below, panel_list, prediction_intervals
-from simulator.figures.style import BLACK, INK, PALE_INK, label, look, paper_style
+from simulator.figures.layout import in_a_row, laid_out, legend_below, panel_list
+from simulator.figures.style import BLACK, INK, PALE_INK, label, paper_style, style_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,11 +57,11 @@ def published_figure(panels: Sequence[Beside], *, observed: str = "published", w
             rows = np.arange(len(p.family))[::-1]
             ax.axvline(1.0, color=PALE_INK, linewidth=0.6, zorder=0)
             for y, name, value, low, high in zip(rows, p.family, predicted, lower, upper):
-                style = look(name)
+                style = style_of(name)
                 ax.plot([low, high], [y, y], color=style.color, linewidth=1.6, solid_capstyle="butt", alpha=0.6)
                 ax.plot([value], [y], **style.marks(linestyle="none", markersize=4.5))
             ax.vlines(published, rows - 0.34, rows + 0.34, color=BLACK, linewidth=1.0, zorder=5)
             ax.set_yticks(rows, [label(name) for name in p.family] if i % columns == 0 else [""] * len(rows))
             ax.set(ylim=(-0.7, len(rows) - 0.3), title=p.title)
         legend_below(figure, handles, 1, "speedup")
-        return prediction_intervals(figure)
+        return laid_out(figure)

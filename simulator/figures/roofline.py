@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from simulator.arrays import FloatArray
 from simulator.errors import InputError
-from simulator.figures.layout import in_a_row, legend_below, legend_lines, log_axis, panel_list, prediction_intervals
+from simulator.figures.layout import in_a_row, laid_out, legend_below, legend_lines, log_axis, panel_list
 from simulator.figures.style import BLACK, COLORS, COLUMN_IN, GREY, INK, PAGE_IN, paper_style
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def roofline_figure(
             if i + columns >= len(roofs):
                 ax.set_xlabel("arithmetic intensity (FLOP/byte)")
         legend_below(figure, handles, lines, names)
-        prediction_intervals(figure)  # the slope of a roof on the page is known only now
+        laid_out(figure)  # the slope of a roof on the page is known only now
         for ax, roof in zip(axes, roofs):
             _name_slope(ax, roof)
     return figure

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from simulator.arrays import FloatArray
 from simulator.errors import InputError
-from simulator.figures.layout import fixed_ticks, in_a_row, log_ticks, panel_list, prediction_intervals
+from simulator.figures.layout import fixed_ticks, in_a_row, laid_out, log_ticks, panel_list
 from simulator.figures.style import BLUE, PALE_INK, VERMILLION, paper_style
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def scatter_figure(clouds: Sequence[Cloud], *, width_in: float | None = None) ->
             first.set_ylabel("predicted time" if i % columns == 0 else "")
             second.set_ylabel("predicted /\nmeasured" if i % columns == 0 else "")
         figure.align_ylabels()
-        return prediction_intervals(figure)
+        return laid_out(figure)
 
 
 def _pair(first: Axes, second: Axes, cloud: Cloud) -> None:

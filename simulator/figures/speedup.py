@@ -25,11 +25,11 @@ from simulator.figures.style import (
     INK,
     PAGE_IN,
     PALE_INK,
-    Look,
+    Style,
     in_order,
     label,
-    look,
     paper_style,
+    style_of,
 )
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def _dots(
     interval: str,
 ) -> Figure:
     """Many families: a line of text for each of them and each sparsity, a dot for each device."""
-    looks = [Look(*mark, hollow=i % 2 == 1) for i, mark in enumerate(zip(COLORS * 2, "osD^vPXh*<>pd"))]
+    looks = [Style(*mark, hollow=i % 2 == 1) for i, mark in enumerate(zip(COLORS * 2, "osD^vPXh*<>pd"))]
     handles = _dot_handles(devices, looks, bounds, interval)
     lines = layout.legend_lines(handles, width)
     down = -(-len(settings) // MOST_ACROSS)
@@ -171,7 +171,7 @@ def _dots(
         ax.set_yticks(range(len(pairs)), names)
         layout.log_axis(ax.xaxis, low, high, int(np.clip(room / 0.25, 2, 12)))
     layout.legend_below(figure, handles, lines, "speedup (log scale)")
-    return layout.prediction_intervals(figure)
+    return layout.laid_out(figure)
 
 
 def _line(pairs: Sequence[tuple[str, float]], i: int) -> str:
@@ -181,7 +181,7 @@ def _line(pairs: Sequence[tuple[str, float]], i: int) -> str:
     return f"{named}{100 * sparsity:.3g} %"
 
 
-def _dot_handles(devices: Sequence[str], looks: Sequence[Look], bounds: list[str], interval: str) -> list[Any]:
+def _dot_handles(devices: Sequence[str], looks: Sequence[Style], bounds: list[str], interval: str) -> list[Any]:
     from matplotlib.lines import Line2D
 
     tick: dict[str, Any] = {"marker": "|", "linestyle": "none", "markersize": 6, "markeredgewidth": 1.1}
@@ -207,7 +207,7 @@ def _curves(data: layout.Columns, bounds: list[str], families: list[str], width:
         ax.set(yscale="log", xlim=(100 * (start - margin), 100 * (end + margin)), ylim=(low, high))
         ax.axhline(1.0, color=INK, linewidth=0.7, zorder=1.5)
         for i, name in enumerate(families):
-            style, own = look(name, i), _own(data, r, c, name)
+            style, own = style_of(name, i), _own(data, r, c, name)
             x, lower, upper = 100 * data["sparsity"][own], data["lower"][own], data["upper"][own]
             if few:
                 band: dict[str, Any] = {"color": style.color, "alpha": 0.16, "linewidth": 0, "zorder": 2}
@@ -223,14 +223,16 @@ def _curves(data: layout.Columns, bounds: list[str], families: list[str], width:
         if len(fractions) <= 5:
             ax.set_xticks(100 * fractions, [f"{100 * f:.4g}" for f in fractions])
     layout.legend_below(figure, handles, lines, "removed (%)")
-    return layout.prediction_intervals(figure, "speedup (log scale)")
+    return layout.laid_out(figure, "speedup (log scale)")
 
 
 def _curve_handles(families: list[str], bounds: list[str], interval: str) -> list[Any]:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    handles: list[Any] = [Line2D([], [], **look(name, i).marks(), label=label(name)) for i, name in enumerate(families)]
+    handles: list[Any] = [
+        Line2D([], [], **style_of(name, i).marks(), label=label(name)) for i, name in enumerate(families)
+    ]
     for name, line in zip(bounds, _BOUND_LINES):
         handles.append(Line2D([], [], color=INK, linestyle=line, linewidth=0.8, label=name))
     return [*handles, Patch(color=INK, alpha=0.16, linewidth=0, label=interval)] if interval else handles

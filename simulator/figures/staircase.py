@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from simulator.errors import InputError
-from simulator.figures.layout import legend_below, legend_lines, name_panels, panel_grid, prediction_intervals
+from simulator.figures.layout import laid_out, legend_below, legend_lines, name_panels, panel_grid
 from simulator.figures.style import BLUE, COLUMN_IN, PAGE_IN, PALE_INK, VERMILLION, paper_style
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def staircase_figure(
         name_panels(axes, {r: r for r in rows})
         figure.align_ylabels()
         legend_below(figure, handles, lines)
-        return prediction_intervals(figure)
+        return laid_out(figure)
 
 
 _DASHES, _DOTS = (0, (4, 1.5)), (0, (1, 1))

@@ -31,7 +31,7 @@ GREY, INK, PALE_INK = "#8A8A8A", "#444444", "#5A5A5A"
 
 
 @dataclass(frozen=True)
-class Look:
+class Style:
     """How one family is drawn."""
 
     color: str
@@ -47,35 +47,35 @@ class Look:
         return marks | {"markerfacecolor": face, "markeredgecolor": self.color} | other
 
 
-LOOKS: MappingProxyType[str, Look] = MappingProxyType(
+STYLES: MappingProxyType[str, Style] = MappingProxyType(
     {
-        "depth": Look(BLUE, "o", label="depth"),
-        "width": Look(VERMILLION, "s", label="width"),
-        "width_cross": Look(ORANGE, "D", label="width, cross-layer"),
-        "semi_structured": Look(GREEN, "^", label="semi-structured 2:4"),
-        "low_rank": Look(PURPLE, "P", label="low rank"),
-        "unstructured": Look(GREY, "X", ":", label="unstructured"),
-        "dynamic_depth": Look(BLUE, "o", "--", True, label="dynamic depth"),
-        "dynamic_width": Look(VERMILLION, "s", "--", True, label="dynamic width"),
-        "sparse_attention": Look(GREEN, "v", "--", True, label="sparse attention"),
-        "token": Look(BLACK, "d", "--", True, label="token"),
-        "kv_cache": Look(SKY, "h", "-", label="KV cache"),
-        "experts": Look(PURPLE, "*", "-.", label="experts"),
+        "depth": Style(BLUE, "o", label="depth"),
+        "width": Style(VERMILLION, "s", label="width"),
+        "width_cross": Style(ORANGE, "D", label="width, cross-layer"),
+        "semi_structured": Style(GREEN, "^", label="semi-structured 2:4"),
+        "low_rank": Style(PURPLE, "P", label="low rank"),
+        "unstructured": Style(GREY, "X", ":", label="unstructured"),
+        "dynamic_depth": Style(BLUE, "o", "--", True, label="dynamic depth"),
+        "dynamic_width": Style(VERMILLION, "s", "--", True, label="dynamic width"),
+        "sparse_attention": Style(GREEN, "v", "--", True, label="sparse attention"),
+        "token": Style(BLACK, "d", "--", True, label="token"),
+        "kv_cache": Style(SKY, "h", "-", label="KV cache"),
+        "experts": Style(PURPLE, "*", "-.", label="experts"),
     }
 )
-"""Look of each family, in the order of legends: static ones first."""
+"""Style of each family, in the order of legends: static ones first."""
 
 COLORS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)
-_OTHERS = tuple(map(Look, COLORS, "osD^vPX"))
+_OTHERS = tuple(map(Style, COLORS, "osD^vPX"))
 
 
-def look(name: str, index: int = 0) -> Look:
-    """Look of a family, or, for any other name, the one at an index of a cycle.
+def style_of(name: str, index: int = 0) -> Style:
+    """Style of a family, or, for any other name, the one at an index of a cycle.
 
-    >>> look("depth").marker, look("my method", 1).marker
+    >>> style_of("depth").marker, style_of("my method", 1).marker
     ('o', 's')
     """
-    return LOOKS.get(name, _OTHERS[index % len(_OTHERS)])
+    return STYLES.get(name, _OTHERS[index % len(_OTHERS)])
 
 
 def label(name: str) -> str:
@@ -84,7 +84,7 @@ def label(name: str) -> str:
     >>> label("semi_structured"), label("mine_too")
     ('semi-structured 2:4', 'mine too')
     """
-    return LOOKS[name].label if name in LOOKS else name.replace("_", " ")
+    return STYLES[name].label if name in STYLES else name.replace("_", " ")
 
 
 def in_order(names: Any) -> list[str]:
@@ -94,8 +94,8 @@ def in_order(names: Any) -> list[str]:
     ['depth', 'width', 'mine']
     """
     once = list(dict.fromkeys(names))
-    known = list(LOOKS)
-    return sorted(once, key=lambda name: known.index(name) if name in LOOKS else len(known))
+    known = list(STYLES)
+    return sorted(once, key=lambda name: known.index(name) if name in STYLES else len(known))
 
 
 @contextlib.contextmanager

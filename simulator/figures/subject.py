@@ -10,7 +10,7 @@ from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
-from simulator.predict.settings import Setting, profiles
+from simulator.predict.scenario import Scenario, profiles
 
 if TYPE_CHECKING:
     from simulator.figures.measured import MeasuredGemms
@@ -29,26 +29,26 @@ class Paper:
 
     model: ModelConfig
     devices: tuple[HardwareProfile, ...]
-    setting: Setting = field(default_factory=Setting)  # number formats, engine
+    scenario: Scenario = field(default_factory=Scenario)  # number formats, engine
     seq: int = 2048  # tokens of a prompt, or positions of a cache, where a figure does not vary them
     measured: Mapping[str, MeasuredGemms] = field(default_factory=dict)  # by device, to show beside predictions
 
     @property
-    def setting_text(self) -> str:
+    def scenario_text(self) -> str:
         """Model, number format and engine in words."""
-        return f"{self.model.name}, {self.setting.dtype}, {self.setting.engine_name}"
+        return f"{self.model.name}, {self.scenario.dtype}, {self.scenario.engine_name}"
 
     @property
     def interval(self) -> str:
         """What bars and bands are."""
-        return f"{100 * self.setting.level:.4g} % interval"
+        return f"{100 * self.scenario.level:.4g} % interval"
 
 
 def paper(
     model: str | ModelConfig,
     hardware: Sequence[str | HardwareProfile],
     *,
-    setting: Setting | None = None,
+    scenario: Scenario | None = None,
     seq: int = 2048,
     measured: Mapping[str, MeasuredGemms] | None = None,
 ) -> Paper:
@@ -58,7 +58,5 @@ def paper(
     'h100_sxm'
     """
     devices = tuple(profiles(hardware))
-    if not devices:
-        raise InputError("hardware: expected at least one")
     config = load_model(model) if isinstance(model, str) else model
-    return Paper(config, devices, setting or Setting(), seq, measured or {})
+    return Paper(config, devices, scenario or Scenario(), seq, measured or {})

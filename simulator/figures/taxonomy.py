@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from simulator.errors import InputError
-from simulator.figures.style import BLACK, GREY, INK, PAGE_IN, PALE_INK, label, look, paper_style
+from simulator.figures.style import BLACK, GREY, INK, PAGE_IN, PALE_INK, label, paper_style, style_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,7 +68,7 @@ def taxonomy_figure(
             y = top + (i + 0.5) * _ROW_IN
             if i % 2 == 0:
                 ax.axhspan(y - _ROW_IN / 2, y + _ROW_IN / 2, color="#F5F5F5", linewidth=0, zorder=0)
-            style = look(name, i)
+            style = style_of(name, i)
             ax.plot([0.12], [y], **style.marks(linestyle="none", markersize=4.5))
             ax.text(0.24, y - 0.012, label(name), ha="left", va="bottom", fontsize=7)
             ax.text(0.24, y + 0.012, axis[i], ha="left", va="top", fontsize=6, color=PALE_INK)

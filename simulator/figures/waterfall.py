@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.errors import InputError
-from simulator.figures.layout import log_axis, panel_list, prediction_intervals
+from simulator.figures.layout import laid_out, log_axis, panel_list
 from simulator.figures.style import BLUE, GREEN, INK, VERMILLION, paper_style
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def waterfall_figure(panels: Sequence[Steps], *, columns: int | None = None, wid
 
     >>> figure = waterfall_figure([Steps("h100", ["parts not pruned", "alignment"], [0.9, 0.95], 1.333, 1.1, 1.2)])
     >>> [t.get_text() for t in figure.axes[0].get_yticklabels()]
-    ['promised', 'parts not pruned', 'alignment', 'predicted']
+    ['nominal', 'parts not pruned', 'alignment', 'predicted']
     """
     if not panels or any(list(p.names) != list(panels[0].names) for p in panels):
         raise InputError("waterfalls: expected one panel or more, all with the same steps")
@@ -60,7 +60,7 @@ def waterfall_figure(panels: Sequence[Steps], *, columns: int | None = None, wid
             ax.tick_params(labelleft=i % columns == 0)
             if i + columns >= len(panels):
                 ax.set_xlabel("speedup (log scale)")
-        return prediction_intervals(figure)
+        return laid_out(figure)
 
 
 def common_range(panels: Sequence[Steps], room: float) -> tuple[float, float]:
@@ -100,7 +100,7 @@ def _draw(ax: Axes, panel: Steps, low: float, high: float) -> None:
     half = [[max(predicted - panel.lower, 0.0)], [max(panel.upper - predicted, 0.0)]]
     ax.errorbar(predicted, last, xerr=half, color="black", elinewidth=0.9, capsize=2, capthick=0.9, zorder=3)
     _beside(ax, max(panel.upper, predicted, 1.0), last, f"{predicted:.2f}×")
-    ax.set_yticks(range(count + 2), ["promised", *panel.names, "predicted"])
+    ax.set_yticks(range(count + 2), ["nominal", *panel.names, "predicted"])
 
 
 def _beside(ax: Axes, x: float, y: float, text: str) -> None:

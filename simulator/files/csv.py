@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from simulator.errors import InputError, one_line
+from simulator.units import finite
 
 T = TypeVar("T")
 
@@ -108,3 +109,15 @@ def _cell(cell: str) -> str:
     """Return a cell as messages and reports quote it."""
     cell = cell.strip()
     return cell if cell.isprintable() and len(cell) <= 4000 else one_line(cell)
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]], columns: Iterable[str] = ()) -> str:
+    """A CSV table with a header (the columns, else the names of the first row), numbers in full; missing or not finite
+    ones are empty."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    names = tuple(columns or rows[0])
+    writer.writerow(names)
+    for values in ([row[name] for name in names] for row in rows):
+        writer.writerow(["" if finite(v) is None else repr(v) if isinstance(v, float) else v for v in values])
+    return out.getvalue()

@@ -10,10 +10,9 @@ the next one grants.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
-from types import MappingProxyType
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,11 +21,13 @@ from simulator.display import Displayed, by_column, few, items_html, table_html
 from simulator.errors import InputError
 from simulator.models.changes import content_of
 from simulator.models.library import load_model
-from simulator.predict.choices import FamilyChoice, families
-from simulator.predict.configurations import FAMILIES, Configuration, Place, Target, configurations_of
+from simulator.predict.batch import batch_of
+from simulator.predict.compare import results_of
+from simulator.predict.configurations import FAMILIES, Configuration, Target, Targets, configurations_of
 from simulator.predict.configurations import LARGEST_SPARSITY as LARGEST_SPARSITY
-from simulator.predict.rows import Columns, Piece, columns_of, plain, work_of
-from simulator.predict.settings import Setting, one_measured, profiles, requests_of, settings_of
+from simulator.predict.prunings import Pruning, families
+from simulator.predict.result import HasResult, Result, Results, plain
+from simulator.predict.scenario import Scenario, check_measured, profiles, scenarios
 from simulator.predict.speedup import speedups
 from simulator.pruning import prune
 from simulator.units import percent, ratio
@@ -54,80 +55,53 @@ MOST_WIDTHS = 1000  # of a model that is wider than any, every so many
 STEPS = 3  # named at most
 STEEP = 3.0  # a step is a fall of the time so many times the average over its surroundings
 
-Quality = Mapping[str, Sequence[tuple[float, float, str]]]
-"""Family -> (sparsity, quality lost, where it was measured)."""
 
-
-@dataclass(frozen=True)
-class WidthStep:
+@dataclass(frozen=True, repr=False)
+class WidthStep(HasResult):
     """A width at which time has just stepped down."""
 
-    name: str  # what is that wide: inner (of the MLP), hidden, or rank (of the down projection)
+    result: Result
+    name: str  # what has this width: inner (of the MLP), hidden, or rank (of the down projection)
     width: int
-    sparsity: float  # to ask the family for to get it (width: of the MLP alone, attention as advised)
-    pruned_s: float
-    speedup: float
+    fraction: float  # removed of it (family width: of the MLP alone, attention as advised)
     saved: float  # share of the time, against the next wider aligned width
     reached: bool  # whether the target is
 
 
 @dataclass(frozen=True, repr=False)
-class Advice(Displayed):
-    """A family for one device and request, at the least sparsity that reaches the target, or else at the fastest."""
+class Advice(HasResult):
+    """A family for one device and request, at the minimum sparsity that reaches the target, or else at the fastest."""
 
-    model: str
-    hardware: str
-    phase: str
-    batch: int
-    seq: int
-    dtype: str
-    engine: str
-    family: str
+    result: Result
     target: float
     reached: bool  # by some sparsity up to LARGEST_SPARSITY
-    sparsity: float
-    realised_sparsity: float
-    sure_sparsity: float | None  # the least whose whole interval reaches the target
-    dense_s: float
-    pruned_s: float
-    speedup: float
-    speedup_lower: float
-    speedup_upper: float
-    bottleneck: str
-    calibrated: bool
-    quality_loss: float | None  # at the nearest sparsity measured at or above, where given
-    quality_at: float | None
-    quality_source: str
+    sure_sparsity: float | None  # the minimum at which the whole interval reaches the target
     steps: tuple[WidthStep, ...]  # aligned widths around it where time steps down; none for families that change none
 
+    def to_dict(self) -> dict[str, Any]:
+        """The result's fields, then its own."""
+        return super().to_dict() | {"steps": [step.to_dict() for step in self.steps]}
+
     def _title(self) -> str:
-        where = f"{self.model} on {self.hardware}, {self.phase}, batch {self.batch}, seq {self.seq}, {self.engine}"
-        least = f"{self.family} reaches {ratio(self.target)}x from {percent(self.sparsity)}"
-        most = f"{self.family} misses {ratio(self.target)}x, {ratio(self.speedup)}x at {percent(self.sparsity)}"
-        return f"{where}: {least if self.reached else most}"
+        r = self.result
+        least = f"{r.family} reaches {ratio(self.target)}x from {percent(r.sparsity)}"
+        most = f"{r.family} misses {ratio(self.target)}x, {ratio(r.speedup)}x at {percent(r.sparsity)}"
+        return f"{r.model} on {r.request}: {least if self.reached else most}"
 
 
-@dataclass(frozen=True)
-class Alternative:
-    """Something other than one family that may reach the target: what, and how fast it is."""
+@dataclass(frozen=True, repr=False)
+class Alternative(HasResult):
+    """Something other than one family that may reach the target."""
 
-    model: str
-    hardware: str
-    phase: str
-    batch: int
-    seq: int
-    engine: str
+    result: Result
     what: str
-    speedup: float
-    speedup_lower: float
-    speedup_upper: float
     reached: bool
 
 
 # fmt: off
-_COLUMNS = {
+_COLUMNS: Mapping[str, str] = {
     "configurations": "hardware engine configuration layers hidden kv_heads inner kept pruned_s speedup probability "
-    "bottleneck",
+                      "bottleneck",
     "advice": "hardware engine family reached sparsity sure_sparsity pruned_s speedup speedup_lower speedup_upper",
     "alternatives": "hardware engine what reached speedup speedup_lower speedup_upper",
 }
@@ -137,8 +111,8 @@ _COLUMNS = {
 
 @dataclass(frozen=True, repr=False)
 class Advised(Displayed):
-    """Advice by family, best first for each device and request; what else there is; what was left out; and
-    configurations, the one that keeps most parameters first."""
+    """Advice by family, best first for each device and request; alternatives; notes; and configurations, the one that
+    keeps most parameters first."""
 
     advice: tuple[Advice, ...]
     alternatives: tuple[Alternative, ...]
@@ -146,23 +120,24 @@ class Advised(Displayed):
     configurations: tuple[Configuration, ...] = ()
 
     def rows(self) -> list[dict[str, Any]]:
-        """Advice, then configurations, which are of no family, as dictionaries."""
-        return [*(a.to_dict() for a in self.advice), *({"family": None, **c.to_dict()} for c in self.configurations)]
+        """Advice, then configurations, as dictionaries."""
+        return [held.to_dict() for held in (*self.advice, *self.configurations)]
 
     def _title(self) -> str:
-        reached = few((a.family for a in self.advice if a.reached), 8) or "no family"
-        families, shapes = ({a.family for a in self.advice}, {c.configuration for c in self.configurations})
+        reached = few((a.result.family for a in self.advice if a.reached), 8) or "no family"
+        families, shapes = {a.result.family for a in self.advice}, {c.configuration for c in self.configurations}
         return f"reached by {reached} of {len(families)} families, and by {len(shapes)} configurations"
 
     def _columns(self) -> Mapping[str, Any]:
-        """A row for each of :meth:`rows`."""
+        """One row per row of :meth:`rows`."""
         return by_column(self.rows())
 
     def _html(self) -> str:
         parts = []
-        for name, columns in _COLUMNS.items():
-            if rows := getattr(self, name):
-                parts += [f"<p>{name}", table_html({c: [getattr(row, c) for row in rows] for c in columns.split()})]
+        tables = {"configurations": self.configurations, "advice": self.advice, "alternatives": self.alternatives}
+        for name, held in tables.items():
+            if rows := [one.to_dict() for one in held]:
+                parts += [f"<p>{name}", table_html({c: [row[c] for row in rows] for c in _COLUMNS[name].split()})]
         return "".join((*parts, items_html(self.notes)))
 
 
@@ -176,34 +151,30 @@ def advise(
     family: Sequence[str] = ("all",),
     *,
     engine: Sequence[str] = (),
-    setting: Setting | None = None,
-    ideal: bool = False,
-    quality: Quality = MappingProxyType({}),
+    scenario: Scenario | None = None,
     probability: float = 0.5,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Advised:
-    """What reaches a target, a speedup above 1 unless told otherwise; requests, engines and setting are those of
-    :func:`simulator.table`.
+    """What reaches a target: a :class:`Target`, or a number, which is a speedup above 1. Requests, engines and scenario
+    are those of :func:`simulator.table`.
 
-    ``probability`` are those with which a configuration must reach it, by its interval; ``progress`` is told steps done
-    and steps in all.
+    ``probability`` is the minimum probability with which a configuration must reach it, from the speedup's interval;
+    ``progress`` is called with steps done and their number.
 
     >>> found = advise("llama-3.1-8b", ["h100"], 1.3, ["decode"], family=["depth", "unstructured"])
-    >>> [(a.family, a.reached) for a in found.advice]
+    >>> [(a.result.family, a.reached) for a in found.advice]
     [('depth', True), ('unstructured', False)]
-    >>> 1.3 <= found.advice[0].speedup < 1.4
+    >>> 1.3 <= found.advice[0].result.speedup < 1.4
     True
     """
-    target = target if isinstance(target, Target) else Target(target)
-    settings, chosen = settings_of(setting, engine), families(family, [load_model(model)])
-    devices, requests = profiles(hardware), requests_of(phase, batch, seq)
-    one_measured(settings[0], {"hardware": devices, "engine": settings}, requests)
-    for name, values in {"hardware": devices, "family": chosen, "request": requests}.items():
-        if not values:
-            raise InputError(f"{name}: expected at least one")
-    shapes = load_model(model)
-    places = [Place.of(shapes, s, r, devices, target) for r, s in itertools.product(requests, settings)]
-    kinds, rest = 0, len(places) * len(devices)
+    target, config = target if isinstance(target, Target) else Target(target), load_model(model)
+    chosen, devices = families(family, [config]), profiles(hardware)
+    if not chosen:
+        raise InputError("family: expected at least one")
+    asked = scenarios(scenario, [config], engine, phase, batch, seq)
+    check_measured(asked, devices)
+    targets = [Targets.of(one, devices, target) for one in asked]
+    kinds, rest = 0, len(targets) * len(devices)
 
     def of_kinds(done: int, total: int) -> None:
         nonlocal kinds
@@ -214,104 +185,96 @@ def advise(
     others: list[Alternative] = []
     configurations: list[Configuration] = []
     notes: dict[str, None] = {}
-    if set(chosen) & set(FAMILIES.values()) and max(t for place in places for t in place.targets) > 1.0:
-        configurations, said = configurations_of(
-            shapes, places, chosen, probability, content_of(model, shapes), of_kinds
-        )
-        notes |= dict.fromkeys(said)
-    steps = itertools.count(kinds + 1)
-    for place in places:
-        meta = place.dense.meta
-        request = meta.phase, ((meta.batch, meta.seq),)
-        search = _Search(Piece(shapes, place.setting, *request, (), ideal), chosen, notes)
-        for hw, needed in zip(devices, place.targets):
+    if set(chosen) & set(FAMILIES.values()) and max(s for one in targets for s in one.speedups) > 1.0:
+        content = content_of(model, config)
+        configurations, missed = configurations_of(config, targets, chosen, probability, content, of_kinds)
+        notes |= dict.fromkeys(missed)
+    done = itertools.count(kinds + 1)
+    for one in targets:
+        search = _Search(one.scenario, chosen, notes)
+        for hw, needed in zip(devices, one.speedups):
             if needed > 1.0:
-                found, more = search.on(hw, needed, quality)
+                found, more = search.on(hw, needed)
                 advice, others = [*advice, *found], [*others, *more]
             else:
-                where = f"{hw.label}, {place.setting.engine_name}, {meta.phase}, batch {meta.batch}, seq {meta.seq}"
+                meta = one.dense.meta
+                where = f"{hw.label}, {one.scenario.engine_name}, {meta.phase}, batch {meta.batch}, seq {meta.seq}"
                 notes[f"{where}: the dense model reaches it"] = None
-            progress(next(steps), kinds + rest)
-    if not (advice or configurations) and min(t for place in places for t in place.targets) > 1.0:
+            progress(next(done), kinds + rest)
+    if not (advice or configurations) and min(s for one in targets for s in one.speedups) > 1.0:
         raise InputError("; ".join(notes) or "nothing to advise")
     return Advised(tuple(advice), tuple(others), tuple(notes), tuple(configurations))
 
 
 class _Search:
-    """One request: every family on the coarse grid, pruned once for all devices, and what is asked around it."""
+    """One scenario: every family on the coarse grid, pruned once for all devices, and a finer search around it."""
 
     target: float
 
-    def __init__(self, piece: Piece, chosen: Sequence[str], notes: dict[str, None]) -> None:
-        self.piece, self.notes = piece, notes
+    def __init__(self, scenario: Scenario, chosen: Sequence[str], notes: dict[str, None]) -> None:
+        self.scenario, self.notes = scenario, notes
+        (self.dense,) = scenario.workloads
         grid = [round(COARSE * i, 6) for i in range(1, round(LARGEST_SPARSITY / COARSE) + 1)]
-        choices = tuple(itertools.product(map(FamilyChoice, chosen), grid))
-        refused: list[tuple[Any, str]] = []
-        self.coarse = work_of(replace(piece, choices=choices), lambda choice, why, _: refused.append((choice, why)))
-        (self.dense,) = self.coarse.requests.workloads
-        supported = {choices[i][0].name for i in self.coarse.choice}
-        self.families = [name for name in chosen if name in supported]
+        self.prunings = [Pruning(name, s) for name, s in itertools.product(chosen, grid)]
         reasons: dict[str, list[str]] = {}
-        for choice, error in refused:
-            reasons.setdefault(choices[choice][0].name, []).append(error)
-        for name, errors in reasons.items():
+
+        def reject(pruning: int | None, reason: str, _device: str) -> None:
+            if pruning is not None:
+                reasons.setdefault(self.prunings[pruning].family, []).append(reason)
+
+        self.coarse = batch_of(scenario, self.prunings, reject)
+        supported = {self.prunings[i].family for i in self.coarse.pruning if i >= 0}
+        self.families = [name for name in chosen if name in supported]
+        for name, found in reasons.items():
             if name not in supported:  # one sparsity may be right, and the engine have no kernels
-                error = min(errors, key=lambda text: "at sparsity" in text)
+                error = min(found, key=lambda text: "at sparsity" in text)
                 notes[error if name in error else f"{name}: {error}"] = None
 
-    def on(self, hw: HardwareProfile, target: float, quality: Quality) -> tuple[list[Advice], list[Alternative]]:
+    def on(self, hw: HardwareProfile, target: float) -> tuple[list[Advice], list[Alternative]]:
         """Advice of every family on a device, best first, and the alternatives there."""
         self.target = target
-        coarse = columns_of(self.coarse, [hw], _refuse)
+        coarse = results_of(self.coarse, self.prunings, [hw], self.scenario, _reject)
         least, sure = (self.least(coarse, hw, name) for name in ("speedup", "speedup_lower"))
-        family, advice = plain(coarse["family"]), []
+        family, advice = plain(coarse.columns["family"]), []
         for name in self.families:
             sparsity = least.get(name)
             if sparsity is None:  # none reaches the target: the fastest
-                sparsity = float(coarse["sparsity"][np.argmax(np.where(family == name, coarse["speedup"], 0.0))])
-            reached = name in least
-            measured = sorted(q for q in quality.get(name, ()) if q[0] >= sparsity - 1e-9)
-            at, loss, source = measured[0] if measured and reached else (None, None, "")
-            row = {key: plain(column).tolist()[0] for key, column in self.rows([(name, sparsity)], hw).items()}
+                fastest = np.where(family == name, coarse.columns["speedup"], 0.0).argmax()
+                sparsity = float(coarse.columns["sparsity"][fastest])
             advice.append(
                 Advice(
-                    **{f.name: row[f.name] for f in fields(Advice) if f.name in row},
-                    target=self.target,
-                    reached=reached,
+                    result=self.results([Pruning(name, sparsity)], hw)[0],
+                    target=target,
+                    reached=name in least,
                     sure_sparsity=sure.get(name),
-                    quality_loss=loss,
-                    quality_at=at,
-                    quality_source=source,
-                    steps=self.steps(name, sparsity, hw) if reached else (),
+                    steps=self.steps(name, sparsity, hw) if name in least else (),
                 )
             )
         # those that reach the target first, by sparsity; then the others by how close they come
-        advice.sort(key=lambda a: (not a.reached, a.sparsity if a.reached else -a.speedup))
+        advice.sort(key=lambda a: (not a.reached, a.result.sparsity if a.reached else -a.result.speedup))
         others = [*self.pairs(hw, coarse, least), *self.formats(hw)]
-        return advice, sorted(others, key=lambda o: (not o.reached, -o.speedup))
+        return advice, sorted(others, key=lambda o: (not o.reached, -o.result.speedup))
 
-    def rows(self, asked: Iterable[tuple[str, Any]], hw: HardwareProfile) -> Columns:
-        """Rows of some families at some sparsities; what is not supported has none."""
-        choices = tuple((FamilyChoice(name), sparsity) for name, sparsity in asked)
-        work = work_of(replace(self.piece, choices=choices), _refuse)
-        return columns_of(work, [hw], _refuse)
+    def results(self, prunings: Sequence[Pruning], hw: HardwareProfile) -> Results:
+        """Results of some prunings; one that is not supported has none."""
+        return results_of(batch_of(self.scenario, prunings, _reject), prunings, [hw], self.scenario, _reject)
 
-    def least(self, coarse: Columns, hw: HardwareProfile, name: str) -> dict[str, float]:
-        """The least sparsity of each family whose speedup (or its lower end) reaches the target."""
+    def least(self, coarse: Results, hw: HardwareProfile, name: str) -> dict[str, float]:
+        """The minimum sparsity of each family whose speedup (or its lower end) reaches the target."""
         first = self.first(coarse, name)
         fine = []
         for family, (row, sparsity) in first.items():
-            same = row > 0 and plain(coarse["family"])[row - 1] == family
-            before = float(coarse["sparsity"][row - 1]) if same else 0.0
+            same = row > 0 and plain(coarse.columns["family"])[row - 1] == family
+            before = float(coarse.columns["sparsity"][row - 1]) if same else 0.0
             many = round((sparsity - before) / FINE)
-            fine += [(family, round(before + FINE * i, 6)) for i in range(1, many)]
-        finer = self.first(self.rows(fine, hw), name)
+            fine += [Pruning(family, round(before + FINE * i, 6)) for i in range(1, many)]
+        finer = self.first(self.results(fine, hw), name)
         return {family: sparsity for family, (_, sparsity) in {**first, **finer}.items()}
 
-    def first(self, columns: Columns, name: str) -> dict[str, tuple[int, float]]:
+    def first(self, results: Results, name: str) -> dict[str, tuple[int, float]]:
         """The first row of each family that reaches the target, and its sparsity."""
-        family, sparsity = plain(columns["family"]), columns["sparsity"].tolist()
-        reaches = np.flatnonzero(columns[name] >= self.target).tolist()
+        family, sparsity = plain(results.columns["family"]), results.columns["sparsity"].tolist()
+        reaches = np.flatnonzero(results.columns[name] >= self.target).tolist()
         return {family[row]: (row, sparsity[row]) for row in reversed(reaches)}
 
     def steps(self, family: str, sparsity: float, hw: HardwareProfile) -> tuple[WidthStep, ...]:
@@ -331,65 +294,66 @@ class _Search:
         widths = list(range(low, high + 1, ALIGN * (1 + max(0, high - low) // (ALIGN * MOST_WIDTHS))))
         fractions = [1.0 - width / whole for width in widths]
         asked = [{"attention": sparsity, "mlp": f} if family == "width" else f for f in fractions]
-        rows = self.rows([(family, choice) for choice in asked], hw)
-        at, time, speed = (rows[column].tolist() for column in ("choice", "pruned_s", "speedup"))
-        if len(at) < 4:
+        results = self.results([Pruning(family, one) for one in asked], hw)
+        if len(results) < 4:
             return ()
-        # widths rise, and time with them: what the next wider one costs more
-        fall = rows["pruned_s"][1:] / rows["pruned_s"][:-1] - 1.0
+        at, time = results.pruning.tolist(), results.columns["pruned_s"]
+        # widths rise, and time with them: the extra time of the next wider one
+        fall = time[1:] / time[:-1] - 1.0
         steep = np.flatnonzero(fall > max(1e-4, STEEP * max(float(np.log(time[-1] / time[0])) / len(fall), 0.0)))
         steep = steep[np.argsort(-fall[steep], kind="stable")][:STEPS]
-        out = []
-        for i in sorted(steep.tolist(), reverse=True):
-            saved, reached = 1.0 - time[i] / time[i + 1], speed[i] >= self.target
-            out.append(WidthStep(name, widths[at[i]], fractions[at[i]], time[i], speed[i], saved, reached))
-        return tuple(out)
+        return tuple(
+            WidthStep(
+                result=results[i],
+                name=name,
+                width=widths[at[i]],
+                fraction=fractions[at[i]],
+                saved=float(1.0 - time[i] / time[i + 1]),
+                reached=results[i].speedup >= self.target,
+            )
+            for i in sorted(steep.tolist(), reverse=True)
+        )
 
-    def pairs(self, hw: HardwareProfile, coarse: Columns, least: Mapping[str, float]) -> list[Alternative]:
-        """Pairs of families at the least equal sparsity that reaches the target, if that is less than either alone."""
-        family, out = plain(coarse["family"]), []
+    def pairs(self, hw: HardwareProfile, coarse: Results, least: Mapping[str, float]) -> list[Alternative]:
+        """Pairs of families at the minimum equal sparsity that reaches the target, if less than either alone."""
+        family, ideal, out = plain(coarse.columns["family"]), self.scenario.ideal, []
         for pair in PAIRS:
             if not set(pair) <= set(self.families):
                 continue
             alone = min((least[name] for name in pair if name in least), default=1.0)
             both: list[tuple[str, Workload]] = []
-            for s in coarse["sparsity"][family == pair[0]][1::2].tolist():
+            for s in coarse.columns["sparsity"][family == pair[0]][1::2].tolist():
                 other = 0.5 if pair[1] == "semi_structured" else s
                 if s >= alone:
                     break
                 with suppress(InputError):
-                    once = prune(self.dense, pair[0], s, ideal=self.piece.ideal)
-                    twice = prune(once, pair[1], other, ideal=self.piece.ideal)
+                    twice = prune(prune(self.dense, pair[0], s, ideal=ideal), pair[1], other, ideal=ideal)
                     both.append((f"{pair[0]} {s:g} and {pair[1]} {other:g}", twice))
             out += [o for o in self.alternatives(hw, both) if o.reached][:1]
         return out
 
     def formats(self, hw: HardwareProfile) -> list[Alternative]:
         """Narrower formats of weights and cache, without pruning."""
-        setting, meta = self.piece.setting, self.dense.meta
-        out: list[Alternative] = []
+        one, out = self.scenario, list[Alternative]()
         for weight, cache in FORMATS:
-            changed = replace(setting, weight_dtype=weight or setting.weight_dtype, kv_dtype=cache or setting.kv_dtype)
-            if changed == setting:
+            changed = replace(one, weight_dtype=weight or one.weight_dtype, kv_dtype=cache or one.kv_dtype)
+            if changed == one:
                 continue
             names = " and ".join(f"{what} in {n}" for what, n in (("weights", weight), ("cache", cache)) if n)
             try:
-                lowered = changed.lower(load_model(self.piece.model), meta.phase, meta.batch, meta.seq)
-                out += self.alternatives(hw, [(f"no pruning, {names}", lowered)])
+                out += self.alternatives(hw, [(f"no pruning, {names}", changed.workloads[0])])
             except InputError as error:
                 self.notes[f"{hw.label}: {error}"] = None
         return out
 
     def alternatives(self, hw: HardwareProfile, named: Sequence[tuple[str, Workload]]) -> list[Alternative]:
-        """Workloads in place of the dense one, timed."""
-        meta, setting = self.dense.meta, self.piece.setting
-        found = speedups(self.dense, [w for _, w in named], hw, setting.level, dense_s=setting.dense_s)
-        where = (meta.model, hw.label, meta.phase, meta.batch, meta.seq, setting.engine_name)
-        ends = [(s.speedup, s.lower, s.upper, s.speedup >= self.target) for s in found]
-        return [Alternative(*where, what, *end) for (what, _), end in zip(named, ends)]
+        """Workloads instead of the dense one, timed."""
+        one = self.scenario
+        results = speedups(self.dense, [w for _, w in named], hw, one.level, dense_s=one.dense_s)
+        return [Alternative(r, what, r.speedup >= self.target) for (what, _), r in zip(named, results)]
 
 
-def _refuse(_choice: int | None, reason: str, device: str) -> None:
-    """Pass over what a family does not support, but not what a device cannot run."""
+def _reject(_pruning: int | None, reason: str, device: str) -> None:
+    """Ignore what a family does not support, but not what a device cannot run."""
     if device:
         raise InputError(reason)

@@ -1,9 +1,9 @@
-"""What a prediction stands on and a reader should know: :func:`beyond_measured`, :func:`better_than_bound`,
-:func:`fallback`."""
+"""What limits a prediction, one line each: :func:`beyond_measured`, :func:`better_than_bound`, :func:`fallback`,
+:func:`uncalibrated`, :func:`inferred_line`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from simulator.cost.forward import SECTIONS, by_formats, section_of
 from simulator.engines.engine import load_engine
 from simulator.hardware.formats import label_of
 from simulator.hardware.profile import unfitted
+from simulator.predict.batch import batch_with
+from simulator.predict.compare import compare
 from simulator.uncertainty.forward import operator_times
 from simulator.uncertainty.operators import OperatorTimes
 from simulator.units import seconds
@@ -22,6 +24,7 @@ from simulator.workload import DTYPES, ROLES, Kind, Workload
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
+    from simulator.predict.scenario import Scenario
     from simulator.uncertainty.intervals import Inferred
 
 BETTER, SHARE, OCTAVES = 1.03, 0.1, 1.0
@@ -47,33 +50,36 @@ def beyond_measured(w: Workload, hw: HardwareProfile) -> str:
     >>> beyond_measured(lower(load_model("llama-3.1-8b"), phase="prefill"), load_hardware("h100"))
     ''
     """
-    times, hw = _times(w, hw)
-    spent = times.seconds * w.count
+    engine = load_engine(w.meta.engine)
+    served = hw.serving(engine.stacks)
     for rows, dtype, weight in by_formats(w, int(Kind.GEMM)):
-        found = hw.section("gemm", label_of(dtype, weight)).arrays.get("measured")
+        found = served.section("gemm", label_of(dtype, weight)).arrays.get("measured")
         if found is None:
             continue
         sizes = np.log2([w.m[rows], w.n[rows], w.k[rows]]).T
         octaves = octaves_outside(sizes, *np.asarray(found, dtype=np.float64))
+        if octaves.max() <= OCTAVES:
+            continue
+        spent = operator_times(w, served, engine=engine)[0].seconds * w.count
         if spent[rows][octaves > OCTAVES].sum() >= SHARE * spent.sum():
             m, n, k = (f"{2.0**v:.0f}" for v in sizes[np.argmax(octaves)])
-            far = f"{octaves.max():.1f} octaves outside the sizes that were measured ({m} x {n} x {k})"
-            return f"{hw.label}: GEMMs up to {far}: extrapolated, with a wider interval"
+            far = f"{octaves.max():.1f} octaves outside the measured sizes ({m} x {n} x {k})"
+            return f"{hw.label}: GEMMs up to {far}: extrapolated, with wider intervals"
     return ""
 
 
 def fallback(hw: HardwareProfile, w: Workload) -> str:
-    """Whose kernels stand in where a profile has none of the stack that a workload's engine runs, else "".
+    """Whose kernels are used where a profile has none of the stack that a workload's engine runs, else "".
 
-    Nor had any GPU of its architecture any, where that is so; that a GPU alone is not calibrated is told elsewhere.
-    A stack asked for by name is none that stands in.
+    A stack that was asked for by name is never a fallback. Where no GPU of the architecture was fitted, this is stated
+    instead.
 
     >>> from simulator import load_hardware, load_model, lower
     >>> w = lower(load_model("llama-3.1-8b"), phase="decode", dtype="fp16", engine="sglang")
     >>> fallback(load_hardware("h100"), w)
     ''
     >>> fallback(load_hardware("rtx_4090"), w)
-    "rtx_4090: sglang's kernels are not calibrated there (those of vllm stand in)"
+    'rtx_4090: sglang kernels are not calibrated; vllm kernels are used instead'
     >>> fallback(load_hardware("t4"), w)
     't4: no GPU of its architecture (turing) was ever fitted: generic defaults'
     """
@@ -90,7 +96,7 @@ def fallback(hw: HardwareProfile, w: Workload) -> str:
         parts = [name for name, found in stacks.items() if found == stack]
         if stack != own:
             some = "" if len(parts) == len(fitted) else f" for {' and '.join(parts)}"
-            out.append(f"{own}'s kernels are not calibrated there{some} (those of {stack} stand in)")
+            out.append(f"{own} kernels are not calibrated{some}; {stack} kernels are used instead")
     return f"{hw.label}: {'; '.join(out)}" if out else ""
 
 
@@ -122,7 +128,7 @@ def better_than_bound(dense: Workload, pruned: Workload, hw: HardwareProfile, sp
     most = int(np.argmax(lost))
     better = f"better than its bound of {bound:.2f}x because"
     if lost[most] < 0.1 * (1.0 - bound / speedup) * time_d.sum():  # no operator is to blame
-        return f"{better} what goes (launches, host time, small operators) is farther from a roofline than what stays"
+        return f"{better} the removed work (launches, ...) is farther from its roofline than the rest"
     kind, role = divmod(most, len(ROLES))
     row = np.flatnonzero((dense.kind == kind) & (dense.role == role))[0]
     part = section_of(dense, row) or "elementwise"
@@ -133,19 +139,38 @@ def better_than_bound(dense: Workload, pruned: Workload, hw: HardwareProfile, sp
     return f"{better} {kernels} run {what} at {at} of the roofline"
 
 
+def inferred_by(dense: Workload, hw: HardwareProfile, scenario: Scenario) -> Inferred | None:
+    """What the measured time of a scenario says about a device and its host; None where there is none."""
+    if scenario.dense_s is None:
+        return None
+    return compare(batch_with(dense, [dense]), hw, scenario.level, scenario.dense_s)[1]
+
+
 def inferred_line(inferred: Inferred, hardware: str, dense_s: float) -> str:
-    """What a measured time of the dense model says of a machine, in one line."""
+    """What a measured time of the dense model says about a machine, in one line."""
     predicted = f"{seconds(dense_s)} measured, {seconds(inferred.predicted_s)} predicted"
     if not inferred.consistent:
-        uncertainty = f"{inferred.deviation:.1f} standard deviations apart, and nothing is moved by it"
-        return f"{hardware}: {predicted}: {uncertainty}; is it of this model, GPU, engine, phase, batch and length?"
-    host = f"x{inferred.host:.2f} of the usual"
+        apart = f"{inferred.deviation:.1f} standard deviations apart, so it is ignored"
+        return (
+            f"{hardware}: {predicted}: {apart}; check that it is for this model, GPU, engine, phase, batch and length"
+        )
+    host = f"x{inferred.host:.2f} of a typical host"
     if inferred.layer_s:
-        host = f"{seconds(inferred.layer_s)} a layer, {host}"
+        host = f"{seconds(inferred.layer_s)} per layer, {host}"
     if inferred.host_bound:
-        return f"{hardware}: {predicted}: the host sets the pace ({host})"
+        return f"{hardware}: {predicted}: host-bound ({host})"
     beside = f", the host {host}" if inferred.host_s else ""
-    return f"{hardware}: {predicted}: kernels take x{inferred.device:.2f} of that{beside}"
+    return f"{hardware}: {predicted}: kernels take x{inferred.device:.2f} of the prediction{beside}"
+
+
+def uncalibrated(hardware: Iterable[str], calibrated: Iterable[bool]) -> tuple[str, ...]:
+    """The note on devices for whose predictions not every cost model was fitted there, if there are any.
+
+    >>> uncalibrated(["t4", "h100", "t4"], [False, True, False])
+    ('t4: not all required cost models are calibrated; intervals are wider',)
+    """
+    names = ", ".join(dict.fromkeys(name for name, fitted in zip(hardware, calibrated) if not fitted))
+    return (f"{names}: not all required cost models are calibrated; intervals are wider",) if names else ()
 
 
 def _times(w: Workload, hw: HardwareProfile) -> tuple[OperatorTimes, HardwareProfile]:

@@ -1,28 +1,32 @@
-"""Speedups of many workloads at once: everything a comparison needs, as arrays with one entry a workload.
+"""Times of a batch of workloads, each against its dense one: the columns of :class:`~simulator.predict.result.Results`.
 
-Use :func:`compare` for a stack on one device; :func:`simulator.speedups` is the same for one dense workload, as
-objects. :func:`against` sets pruned workloads against each other: what two of them have in common cancels in their
-ratio, which is surer than either speedup. What does not depend on the device is counted once for all of them, and a
-shape that occurs several times is timed once.
+Use :func:`results_of` for a batch on some devices, :func:`compare` for the columns of one device that follow from
+times. :func:`against` compares pruned workloads with each other: what two of them have in common cancels in their
+ratio, so its interval is narrower than that of either speedup. A shape that occurs several times is timed once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simulator.arguments import SECONDS, number
-from simulator.arrays import FloatArray, IndexArray
-from simulator.cost.forward import SECTIONS, section_of
-from simulator.uncertainty.forward import PredictedPass, forward_passes
+from simulator.arrays import Array, BoolArray, FloatArray, IndexArray
+from simulator.cost.base import BOTTLENECKS
+from simulator.cost.forward import ForwardPass, section_of
+from simulator.engines.engine import load_engine
+from simulator.errors import InputError
+from simulator.predict.batch import Reject, rejecting
+from simulator.predict.prunings import Pruning
+from simulator.predict.result import COLUMNS, Labels, Results
+from simulator.predict.scenario import Scenario
+from simulator.uncertainty.forward import forward_passes
 from simulator.uncertainty.intervals import Inferred, prediction_intervals
-from simulator.workload import DTYPES
-from simulator.workload_batch import WorkloadBatch
+from simulator.workload import DTYPES, Kind
+from simulator.workload_batch import RESERVE_BYTES, WorkloadBatch, activation_bytes, cache_bytes, weights_bytes
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
@@ -31,99 +35,83 @@ SAME_SHAPE = 0.99
 """Correlation of the errors of operators of which only the number changed: what a kernel's surroundings do is left."""
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The numbers of :class:`~simulator.Speedup` of each workload of a stack; ``bottleneck`` is an index into
-    ``BOUNDS``."""
-
-    dense_s: FloatArray
-    dense_lower: FloatArray  # intervals at the level asked for, as of the others
-    dense_upper: FloatArray
-    pruned_s: FloatArray
-    pruned_lower: FloatArray
-    pruned_upper: FloatArray
-    speedup: FloatArray
-    lower: FloatArray
-    upper: FloatArray
-    roofline_bound: FloatArray
-    bottleneck: NDArray[Any]
-    bottleneck_share: FloatArray
-    calibrated: NDArray[np.bool_]
-    tokens_per_s: FloatArray  # of the pruned, new ones, on all devices; NaN in prefill
-    ttft_s: FloatArray  # NaN in decode
-    tpot_s: FloatArray  # NaN in prefill
-    dense_tokens_per_s: FloatArray
-    dense_ttft_s: FloatArray
-    dense_tpot_s: FloatArray
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """A stack and the index, within it, of the dense workload of each; counted once for all devices."""
-
-    workloads: WorkloadBatch
-    dense: IndexArray
-
-    def ratio(self, totals: FloatArray) -> FloatArray:
-        """Totals of the dense workloads over those of each."""
-        out: FloatArray = totals[self.dense] / totals
-        return out
-
-    def bound(self, column: FloatArray) -> FloatArray:
-        """Ratio of the sums of a column of the rows, dense to pruned, by workload; what pruning adds is left out."""
-        return self.ratio(self.workloads.total(np.where(self.workloads.rows.overhead, 0.0, column)))
-
-    @cached_property
-    def flop_bound(self) -> FloatArray:
-        """Ratio of FLOPs."""
-        return self.bound(self.workloads.flops)
-
-    @cached_property
-    def byte_bound(self) -> FloatArray:
-        """Ratio of bytes."""
-        return self.bound(self.workloads.bytes)
-
-    @cached_property
-    def sections(self) -> dict[str, tuple[str, NDArray[np.bool_]]]:
-        """Sections of a profile that are needed, the dtype of each, and the pairs that need it."""
-        w, out = self.workloads.rows, {}
-        for kind in SECTIONS:
-            for latent in (False, True):
-                rows = np.flatnonzero((w.kind == kind) & ((w.value_dim > 0) == latent))
-                if len(rows):
-                    has = np.bincount(self.workloads.owner[rows], minlength=len(self.workloads)) > 0
-                    out[section_of(w, rows[0])] = DTYPES[w.dtype[rows[0]]], has | has[self.dense]
-        return out
-
-
 def compare(
-    pairs: Pairs, hw: HardwareProfile, level: float = 0.9, dense_s: float | None = None
-) -> tuple[Comparison, Inferred | None]:
-    """Every workload of a stack against its dense one on one device; ``level`` is of the intervals. ``dense_s`` is a
-    measured time of the first, which moves all, and what it implies is told. InputError for what cannot run."""
-    p, dense = forward_passes(pairs.workloads, hw, level), pairs.dense
-    roofline, calibrated = pairs.bound(p.ideal_s), np.ones(len(pairs.workloads), dtype=bool)
-    for name, (dtype, has) in pairs.sections.items():
-        if p.hw.section(name, dtype).status != "calibrated":
-            calibrated &= ~has
+    batch: WorkloadBatch, hw: HardwareProfile, level: float = 0.9, dense_s: float | None = None
+) -> tuple[dict[str, Array], Inferred | None]:
+    """Every workload of a batch against its dense one on one device: the columns of a result that follow from times,
+    with one entry per workload (``bottleneck`` as an index into ``BOTTLENECKS``).
+
+    ``level`` is that of the intervals. ``dense_s`` is a measured time of the first workload; what it says about the
+    machine is returned too. InputError for what cannot run.
+    """
+    p, dense = forward_passes(batch, hw, level), batch.dense
     if dense_s is not None:
         number("dense_s", dense_s, SECONDS)
     found = prediction_intervals(p, level, dense, *_alike(dense, p), None if dense_s is None else (0, dense_s))
-    times = found.seconds, found.lower, found.upper
-    of_dense = (column[dense] for column in times)
-    ratio = found.ratio, found.ratio_lower, found.ratio_upper
-    tokens = _tokens(pairs, p, found.seconds)
-    of_tokens = (column[dense] for column in tokens)
-    columns: tuple[Any, ...] = (*of_dense, *times, *ratio, roofline, *p.bottleneck, calibrated, *tokens, *of_tokens)
-    return Comparison(*columns), found.inferred
+    tokens_per_s, ttft_s, tpot_s = _serving(p, found.seconds)
+    code, share = p.bottleneck
+    roofline_bound = batch.bound(p.ideal_s)
+    gain = roofline_bound - 1.0
+    efficiency = np.divide(found.ratio - 1.0, gain, out=np.full(len(batch), np.nan), where=gain > 1e-9)
+    return {
+        "dense_s": found.seconds[dense],
+        "dense_lower": found.lower[dense],
+        "dense_upper": found.upper[dense],
+        "pruned_s": found.seconds,
+        "pruned_lower": found.lower,
+        "pruned_upper": found.upper,
+        "speedup": found.ratio,
+        "speedup_lower": found.ratio_lower,
+        "speedup_upper": found.ratio_upper,
+        "roofline_bound": roofline_bound,
+        "bottleneck": code,
+        "bottleneck_share": share,
+        "efficiency": efficiency,
+        "calibrated": _calibrated(p),
+        "tokens_per_s": tokens_per_s,
+        "ttft_s": ttft_s,
+        "tpot_s": tpot_s,
+        "dense_tokens_per_s": tokens_per_s[dense],
+        "dense_ttft_s": ttft_s[dense],
+        "dense_tpot_s": tpot_s[dense],
+    }, found.inferred
+
+
+def results_of(
+    batch: WorkloadBatch,
+    prunings: Sequence[Pruning],
+    hardware: Sequence[HardwareProfile],
+    scenario: Scenario,
+    reject: Reject = rejecting,
+) -> Results:
+    """Results of the pruned workloads of a batch by request (shapes of the scenario), pruning and device; prunings that
+    a device cannot run are rejected."""
+    found = [(d, at, timed) for d, hw in enumerate(hardware) for at, timed in _timed(batch, hw, scenario, reject)]
+    if not found:
+        return Results.empty()
+    device = np.concatenate([np.full(len(at), d) for d, at, _ in found])
+    at = np.concatenate([at for _, at, _ in found])
+    order = np.lexsort((device, batch.pruning[at], batch.dense[at]))
+    device, at = device[order], at[order]
+    columns: dict[str, Array | Labels] = {
+        name: np.concatenate([timed[name] for _, _, timed in found])[order] for name in found[0][2]
+    }
+    columns |= _identity(batch, prunings, hardware, device, at, scenario.ideal)
+    columns["bottleneck"] = Labels(np.asarray(columns["bottleneck"], dtype=np.int32), BOTTLENECKS)
+    columns["batch"], columns["seq"] = np.array(scenario.shapes, dtype=np.int64)[batch.dense[at]].T
+    columns["sparsity"], columns["realised_sparsity"] = batch.sparsity[at], batch.realised[at]
+    columns["flop_bound"], columns["byte_bound"] = batch.flop_bound[at], batch.byte_bound[at]
+    columns["measured_bound"], columns["level"] = np.full(len(at), np.nan), np.full(len(at), scenario.level)
+    columns |= _memory(batch, at, np.array([float(hw.memory_bytes) for hw in hardware])[device])
+    return Results({name: columns[name] for name in COLUMNS}, pruning=batch.pruning[at])
 
 
 def against(
-    workloads: WorkloadBatch, hw: HardwareProfile, others: Sequence[IndexArray], level: float = 0.9
+    batch: WorkloadBatch, hw: HardwareProfile, others: Sequence[IndexArray], level: float = 0.9
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Log speedup (R, W) of every workload of a stack over R others of it, indices (W,) each, and how far below and
-    above it its interval reaches."""
-    p, every = forward_passes(workloads, hw, level), []
+    """Log speedup (R, W) of every workload of a batch over R others of it, indices (W,) each, and how far its interval
+    extends below and above it."""
+    p, every = forward_passes(batch, hw, level), []
     for other in others:
         found = prediction_intervals(p, level, other, *_alike(other, p))
         middle = np.log(found.ratio)
@@ -132,9 +120,104 @@ def against(
     return middle, below, above
 
 
-def _alike(other: IndexArray, p: PredictedPass) -> tuple[FloatArray, NDArray[np.bool_]]:
-    """(W, G) how alike errors of groups are in another workload than each, and (W,) whether its host launches another
-    mix."""
+def _timed(
+    batch: WorkloadBatch, hw: HardwareProfile, scenario: Scenario, reject: Reject
+) -> Iterator[tuple[IndexArray, Mapping[str, Array]]]:
+    """Some of the pruned workloads of a batch, and their columns on a device."""
+    dense, pruned = np.flatnonzero(batch.pruning < 0), np.flatnonzero(batch.pruning >= 0)
+    if not len(pruned):
+        return
+
+    def timed(at: IndexArray) -> dict[str, Array]:
+        some = batch if at is pruned else batch.take(np.concatenate([dense, at]))
+        columns, _ = compare(some, hw, scenario.level, scenario.dense_s)
+        return {name: column[len(dense) :] for name, column in columns.items()}
+
+    try:
+        yield pruned, timed(pruned)
+        return
+    except InputError:
+        asked = np.unique(batch.pruning[pruned]).tolist()
+    try:
+        timed(pruned[:0])
+    except InputError as error:
+        for i in (None, *asked):
+            reject(i, str(error), hw.label)
+        return
+    for i in asked:
+        at = np.flatnonzero(batch.pruning == i)
+        try:
+            yield at, timed(at)
+        except InputError as error:
+            reject(i, str(error), hw.label)
+
+
+def _identity(
+    batch: WorkloadBatch,
+    prunings: Sequence[Pruning],
+    hardware: Sequence[HardwareProfile],
+    device: IndexArray,
+    at: IndexArray,
+    ideal: bool,
+) -> dict[str, Array | Labels]:
+    """What identifies some predictions of a batch."""
+    meta, pruning = batch.rows.meta, batch.pruning[at].astype(np.int32)
+    weights, cache = _formats(batch)
+    columns: dict[str, Array | Labels] = {
+        "hardware": Labels(device.astype(np.int32), tuple(hw.label for hw in hardware)),
+        "family": Labels(pruning, tuple(p.family for p in prunings)),
+        "options": Labels(pruning, tuple(p.label for p in prunings)),
+        "method": Labels(pruning, tuple(p.method for p in prunings)),
+        "pruned": Labels(pruning, tuple(p.model.name if p.model else "" for p in prunings)),
+        "new_tokens": np.full(len(at), meta.new_tokens),
+        "devices": np.full(len(at), meta.devices),
+        "ideal": np.full(len(at), ideal),
+    }
+    alike, none = {"model": meta.model, "engine": load_engine(meta.engine).name}, np.zeros(len(at), dtype=np.int32)
+    alike |= {"phase": meta.phase, "dtype": meta.dtype, "weight_dtype": weights, "kv_dtype": cache}
+    for name, text in {**alike, "parallel": meta.parallel}.items():
+        columns[name] = Labels(none, (text,))
+    return columns
+
+
+def _formats(batch: WorkloadBatch) -> tuple[str, str]:
+    """Number formats of the layers' weights (of routed experts where there are any: one may be theirs alone) and of
+    the cache."""
+    rows = batch.rows.take(np.arange(batch.lengths[0]))
+    experts, gemm = rows.kind == Kind.EXPERTS, (rows.kind == Kind.GEMM) & (rows.layer >= 0)
+    weights, caches = rows.weight_dtype[experts if experts.any() else gemm], rows.weight_dtype[rows.is_attention]
+    dtype = rows.meta.dtype
+    return DTYPES[weights[0]] if len(weights) else dtype, DTYPES[caches[0]] if len(caches) else dtype
+
+
+def _memory(batch: WorkloadBatch, at: IndexArray, capacity: FloatArray) -> dict[str, Array | Labels]:
+    """Memory of some workloads and of their dense ones on devices of some capacity."""
+    cache, activations = cache_bytes(batch), activation_bytes(batch)
+    needed = weights_bytes(batch) + cache + activations + RESERVE_BYTES
+    # one more sequence needs its cache and, except in a serve, whose prompts are computed one by one, its activations
+    each = (cache + (0.0 if batch.rows.meta.phase == "serve" else activations)) / batch.sequences
+    columns: dict[str, Array | Labels] = {"capacity_bytes": capacity}
+    for name, which in (("dense", batch.dense[at]), ("pruned", at)):
+        columns[f"{name}_memory_bytes"] = needed[which]
+        columns[f"{name}_fits"] = needed[which] <= capacity
+        left = np.maximum(capacity - (needed[which] - batch.sequences[which] * each[which]), 0.0)
+        columns[f"{name}_largest_batch"] = np.floor(left / np.maximum(each[which], 1.0) + 1e-9).astype(np.int64)
+    return columns
+
+
+def _calibrated(p: ForwardPass) -> BoolArray:
+    """Of each workload: whether every cost model that it and its dense one need is calibrated."""
+    w, out = p.workloads.rows, np.ones(len(p.workloads), dtype=bool)
+    for row, has in p.workloads.kinds:
+        part = section_of(w, row)
+        if part and p.hw.section(part, DTYPES[w.dtype[row]]).status != "calibrated":
+            out &= ~has
+    return out
+
+
+def _alike(other: IndexArray, p: ForwardPass) -> tuple[FloatArray, NDArray[np.bool_]]:
+    """(W, G) correlation of errors of groups with those in another workload, and (W,) whether its host launches another
+    mix of kernels."""
     groups, spent = p.workloads.groups, p.group_s
     each = spent / np.maximum(groups.count, 1e-300)
     alike = np.abs(each - each[other]) <= 1e-9 * each[other]
@@ -143,25 +226,18 @@ def _alike(other: IndexArray, p: PredictedPass) -> tuple[FloatArray, NDArray[np.
     return same, ~(groups.count == groups.count[other]).all(axis=1)  # other kernels, or launched less often
 
 
-def _tokens(pairs: Pairs, p: PredictedPass, seconds: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Of each workload: new tokens a second of all devices, time to the first token and for each further one, s; NaN
-    where the phase has none. Of a serve, a request waits for a share of the other prompts before its first token, for
-    the rest between its own."""
+def _serving(p: ForwardPass, seconds: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Of each workload: new tokens/s of all devices, time to first token and per further token, s; NaN where the phase
+    has none. In a serve, a request waits for a share of the other prompts before its first token, for the rest between
+    its own tokens."""
     meta, none = p.workloads.rows.meta, np.full(len(seconds), np.nan)
-    sequences = none if p.workloads.sequences is None else p.workloads.sequences.astype(np.float64)
-    prefill, decode = p.phase_s.T * (seconds / p.total_s)  # a measured time moves both alike
+    sequences = p.workloads.sequences.astype(np.float64)
     if meta.phase == "prefill":
         return none, seconds, none
     if meta.phase == "decode":
         return sequences / seconds, none, seconds
-    steps = float(meta.new_tokens)
-    first = prefill
+    prefill, decode = p.phase_s.T * (seconds / p.total_s)  # a measured time scales both
+    steps, first = float(meta.new_tokens), prefill
     if meta.phase == "serve":
         first = prefill / sequences * (1.0 + p.engine.prefill_wait.value * (sequences - 1.0))
     return sequences * steps / seconds, first, (prefill - first + decode) / steps
-
-
-def known(column: Any) -> list[Any]:
-    """Values of a column, None where it has none."""
-    values: list[Any] = column.tolist()
-    return [None if value != value else value for value in values] if column.dtype.kind == "f" else values

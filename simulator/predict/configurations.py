@@ -21,13 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.arrays import IndexArray
-from simulator.display import Displayed
 from simulator.errors import InputError
 from simulator.models.changes import NONE, changed_keys, free_heads
+from simulator.predict.batch import batch_with
 from simulator.predict.compare import compare
-from simulator.predict.settings import Setting, dense_seconds
-from simulator.predict.speedup import pairs_of, speedups
+from simulator.predict.result import HasResult, Result
+from simulator.predict.scenario import Scenario, dense_seconds
+from simulator.predict.speedup import speedups
 from simulator.units import percent, ratio
+from simulator.workload_batch import WorkloadBatch
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
@@ -87,27 +89,28 @@ class Target:
         if not 1e-9 < given[0] < 1e12:
             raise InputError(f"target {given[0]:g}: expected a positive number of a usual size")
 
-    def over(self, dense_s: float, setting: Setting, phase: str, batch: int, seq: int) -> float:
-        """The speedup it takes where the dense model needs a time; at most 1 where that is enough."""
+    def over(self, dense_s: float, scenario: Scenario) -> float:
+        """The speedup required where the dense model needs a time; at most 1 where that is enough."""
         if self.speedup is not None:
             return self.speedup
-        seconds = self.latency_s or dense_seconds(self.tokens_per_s, phase, batch, seq, setting.new_tokens)
+        ((batch, seq),) = scenario.shapes
+        known = (
+            dense_seconds(self.tokens_per_s, scenario.phase, batch, seq, scenario.new_tokens)
+            if self.tokens_per_s
+            else 0.0
+        )
+        seconds = self.latency_s or known
         return dense_s / seconds
 
 
 @dataclass(frozen=True, repr=False)
-class Configuration(Displayed):
-    """Shapes of a pruned model and what they reach on one device in one engine and request."""
+class Configuration(HasResult):
+    """Shapes of a pruned model and what they reach in one scenario on one device."""
 
-    model: str
-    hardware: str
-    phase: str
-    batch: int
-    seq: int
-    dtype: str
-    engine: str
+    result: Result
     configuration: str  # one of KINDS
     target: float
+    probability: float  # of reaching the target, from the speedup's interval
     layers: int
     hidden: int
     heads: int
@@ -115,27 +118,20 @@ class Configuration(Displayed):
     inner: int
     parameters: int
     kept: float  # share of the dense model's parameters
-    probability: float  # that the target is reached, by the interval
-    dense_s: float
-    pruned_s: float
-    speedup: float
-    speedup_lower: float
-    speedup_upper: float
-    bottleneck: str
-    calibrated: bool
     config: Mapping[str, Any]  # keys of config.json that change, and their values
 
     def _title(self) -> str:
-        where = f"{self.model} on {self.hardware}, {self.phase}, batch {self.batch}, seq {self.seq}, {self.engine}"
+        r = self.result
         shapes = f"{self.layers} layers, hidden {self.hidden}, {self.heads} heads on {self.kv_heads}, MLP {self.inner}"
-        return f"{where}: {self.configuration}, {shapes}: {ratio(self.speedup)}x, {percent(self.kept)} kept"
+        reached = f"{self.configuration}, {shapes}: {ratio(r.speedup)}x, {percent(self.kept)} kept"
+        return f"{r.model} on {r.request}: {reached}"
 
 
-def odds_of(target: float, speedup: float, lower: float, upper: float, level: float = 0.9) -> float:
-    """Probability that a speedup is at least a target, read off its interval: on either side of the prediction its log
-    is normal, with the deviation that the end of the interval at this level says.
+def probability_of(target: float, speedup: float, lower: float, upper: float, level: float = 0.9) -> float:
+    """Probability that a speedup is at least a target, from its interval: on either side of the prediction its log is
+    normal, with the standard deviation that the end of the interval at this level implies.
 
-    >>> [round(odds_of(t, 1.5, 1.2, 1.8), 3) for t in (1.2, 1.5, 1.8, 2.5)]
+    >>> [round(probability_of(t, 1.5, 1.2, 1.8), 3) for t in (1.2, 1.5, 1.8, 2.5)]
     [0.95, 0.5, 0.05, 0.0]
     """
     left = math.log(speedup / target)
@@ -148,36 +144,31 @@ def _quantile(probability: float) -> float:
 
 
 @dataclass(frozen=True)
-class Place:
-    """One setting and request on some devices, with the speedup that each has to reach."""
+class Targets:
+    """A scenario with one request on some devices, and the speedup that each has to reach."""
 
-    setting: Setting
-    dense: Workload
+    scenario: Scenario
     hardware: Sequence[HardwareProfile]
-    targets: Sequence[float]
+    speedups: Sequence[float]
 
     @classmethod
-    def of(
-        cls,
-        model: ModelConfig,
-        setting: Setting,
-        request: tuple[str, int, int],
-        hardware: Sequence[HardwareProfile],
-        target: Target,
-    ) -> Place:
-        """A place and its targets; a time or throughput asks for another speedup of each device."""
-        dense = setting.lower(model, *request)
-        alone = pairs_of(dense, [])
-        times = [float(compare(alone, hw, setting.level, setting.dense_s)[0].dense_s[0]) for hw in hardware]
-        return cls(setting, dense, hardware, [target.over(t, setting, *request) for t in times])
+    def of(cls, scenario: Scenario, hardware: Sequence[HardwareProfile], target: Target) -> Targets:
+        """The speedups; a time or throughput requires another one on each device."""
+        alone = WorkloadBatch.of(scenario.workloads)
+        times = [compare(alone, hw, scenario.level, scenario.dense_s)[0]["dense_s"][0].item() for hw in hardware]
+        return cls(scenario, hardware, [target.over(dense_s, scenario) for dense_s in times])
+
+    @property
+    def dense(self) -> Workload:
+        """The dense workload."""
+        return self.scenario.workloads[0]
 
     def lower(self, model: ModelConfig) -> Workload:
-        """A model in the place's setting and request."""
-        meta = self.dense.meta
-        return self.setting.lower(model, meta.phase, meta.batch, meta.seq)
+        """A model in the same scenario."""
+        return replace(self.scenario, model=model).workloads[0]
 
     def reached(self, models: Sequence[ModelConfig], probability: float) -> NDArray[np.bool_]:
-        """Which of some models reach every target with some odds; one that cannot be run does not."""
+        """Which of some models reach every target with a probability; one that cannot run does not."""
         out, lowered = np.zeros(len(models), dtype=bool), []
         for i, model in enumerate(models):
             with suppress(InputError):  # a number of heads that the devices cannot share
@@ -188,69 +179,65 @@ class Place:
         return out
 
     def _enough(self, workloads: Sequence[Workload], probability: float) -> NDArray[np.bool_]:
-        pairs, out = pairs_of(self.dense, workloads), np.ones(len(workloads), dtype=bool)
-        level, aside = _quantile(0.5 + 0.5 * self.setting.level), _quantile(probability)
-        for hw, target in zip(self.hardware, self.targets):
-            c, _ = compare(pairs, hw, self.setting.level, self.setting.dense_s)
-            half = c.speedup / c.lower if probability > 0.5 else c.upper / c.speedup
-            out &= (np.log(c.speedup / target) >= aside / level * np.log(half))[1:]
+        batch, out = batch_with(self.dense, workloads), np.ones(len(workloads), dtype=bool)
+        level, needed = _quantile(0.5 + 0.5 * self.scenario.level), _quantile(probability)
+        for hw, target in zip(self.hardware, self.speedups):
+            c, _ = compare(batch, hw, self.scenario.level, self.scenario.dense_s)
+            speedup = c["speedup"]
+            half = speedup / c["speedup_lower"] if probability > 0.5 else c["speedup_upper"] / speedup
+            out &= (np.log(speedup / target) >= needed / level * np.log(half))[1:]
         return out
 
     def rows(self, found: Mapping[str, ModelConfig], configs: Sequence[Mapping[str, Any]]) -> Iterator[Configuration]:
-        """A row for each device and configuration."""
-        meta, dense, models = self.dense.meta, self.dense.meta.config, list(found.values())
-        lowered = [self.lower(m) for m in models]
-        for hw, target in zip(self.hardware, self.targets):
-            times = speedups(self.dense, lowered, hw, self.setting.level, dense_s=self.setting.dense_s)
-            for name, new, config, s in zip(found, models, configs, times):
+        """One row per device and configuration."""
+        dense, lowered = self.dense.meta.config, [self.lower(m) for m in found.values()]
+        for hw, target in zip(self.hardware, self.speedups):
+            results = speedups(self.dense, lowered, hw, self.scenario.level, dense_s=self.scenario.dense_s)
+            for (name, new), config, r in zip(found.items(), configs, results):
                 yield Configuration(
-                    model=meta.model,
-                    hardware=hw.label,
-                    phase=meta.phase,
-                    batch=meta.batch,
-                    seq=meta.seq,
-                    dtype=self.setting.dtype,
-                    engine=self.setting.engine_name,
+                    result=r,
                     configuration=name,
                     target=target,
-                    **{of: getattr(new, of) for of in ("layers", "hidden", "heads", "kv_heads", "inner", "parameters")},
+                    probability=probability_of(target, r.speedup, r.speedup_lower, r.speedup_upper, r.level),
+                    layers=new.layers,
+                    hidden=new.hidden,
+                    heads=new.heads,
+                    kv_heads=new.kv_heads,
+                    inner=new.inner,
+                    parameters=new.parameters,
                     kept=new.parameters / dense.parameters,
-                    probability=odds_of(target, s.speedup, s.lower, s.upper, s.level),
-                    **{of: getattr(s, of) for of in ("dense_s", "pruned_s", "speedup", "bottleneck", "calibrated")},
-                    speedup_lower=s.lower,
-                    speedup_upper=s.upper,
                     config=config,
                 )
 
 
 def configurations_of(
     model: ModelConfig,
-    places: Sequence[Place],
+    places: Sequence[Targets],
     families: Sequence[str],
     probability: float = 0.5,
     content: Mapping[str, Any] = NONE,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[Configuration], list[str]]:
-    """Configurations of a model that reach the targets of all places, the one that keeps most parameters first, with a
-    row for each place and device; and what else to know.
+    """Configurations of a model that reach all targets, the one that keeps most parameters first, with one row per
+    scenario and device; and notes.
 
-    ``families`` are those that may be used, ``probability`` those with which each target must be reached (one half: the
-    prediction reaches it), ``content`` is the model's ``config.json``, if it has one: what that cannot say is left out.
-    ``progress`` is called with kinds done and in all.
+    ``families`` are those that may be used, ``probability`` is the minimum probability of reaching each target (0.5:
+    the prediction reaches it), ``content`` is the model's ``config.json``, if it has one: configurations that it cannot
+    express are excluded. ``progress`` is called with kinds done and in all.
 
     >>> from simulator.hardware.library import load_hardware
     >>> from simulator.models.library import load_model
     >>> model, hw = load_model("llama-3.1-8b"), load_hardware("h100")
-    >>> place = Place.of(model, Setting(), ("decode", 8, 2048), [hw], Target(1.5))
+    >>> place = Targets.of(Scenario(model=model, phase="decode", shapes=((8, 2048),)), [hw], Target(1.5))
     >>> [c.layers for c in configurations_of(model, [place], ["depth"])[0]]
     [19]
     """
     if not 0.0 < probability < 1.0:
-        raise InputError(f"odds {probability:g}: expected a number between 0 and 1, such as 0.9")
+        raise InputError(f"confidence {probability:g}: expected a number between 0 and 1, such as 0.9")
     if model.blocks or model.experts or model.latent:
         alike = "configurations are offered for layers that are all alike, without routed experts or latent attention"
         return [], [f"{model.name}: {alike}"]
-    space = _space(model, max(p.setting.devices if p.setting.parallel != "pipeline" else 1 for p in places))
+    space = _space(model, max(p.scenario.devices if p.scenario.parallel != "pipeline" else 1 for p in places))
     allowed = [name for name, family in FAMILIES.items() if family in families and name in space]
     found: dict[str, ModelConfig] = {}
     notes: list[str] = []
@@ -278,7 +265,7 @@ def configurations_of(
         try:
             keys[name] = changed_keys(model, new, content)
         except InputError as error:
-            notes.append(f"configuration {name}: left out: {error}")
+            notes.append(f"configuration {name}: excluded: {error}")
     order = sorted(keys, key=lambda name: -found[name].parameters)
     rows = [row for place in places for row in place.rows({n: found[n] for n in order}, [keys[n] for n in order])]
     return sorted(rows, key=lambda row: order.index(row.configuration)), notes

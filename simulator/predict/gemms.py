@@ -9,13 +9,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simulator.cost.gemm_shapes import Options
-from simulator.predict.settings import once, one_of, profiles, whole_number
+from simulator.predict.scenario import once, one_of, profiles, whole_number
 from simulator.uncertainty.forward import forward_passes
 from simulator.uncertainty.operators import STEPS, gemm_predicted
 from simulator.workload import DTYPES, ROLES, Kernel, Kind, Workload, dtype_code
@@ -57,7 +57,7 @@ class GemmRecord:
     clock_headroom: float  # highest clock over that of the datasheet's rate
     bandwidth_bytes_per_s: float
     intensity: float  # FLOP/byte
-    ladder_s: Mapping[str, float]  # time with each effect and all before it
+    steps_s: Mapping[str, float]  # time with each effect and all before it
 
 
 def gemm_table(
@@ -84,25 +84,45 @@ def gemm_table(
     weight, kernel = weight_dtype or dtype, Kernel.SPARSE24 if semi_structured else Kernel.DENSE
     for given in (dtype, weight):
         one_of("dtype", given, DTYPES)
-    shapes = np.array(once(itertools.product(m, n, k)), dtype=np.int64)
-    columns: dict[str, Any] = dict(zip("mnk", shapes.T), kernel=kernel, density=0.5 if semi_structured else 1.0)
-    columns |= {"dtype": dtype_code(dtype), "weight_dtype": dtype_code(weight)}
-    rows = Workload.from_columns(role=["q"] * len(shapes), **columns)
-    out: list[GemmRecord] = []
+    sizes = np.array(once(itertools.product(m, n, k)), dtype=np.int64)
+    rows = Workload.from_columns(
+        role=["q"] * len(sizes),
+        m=sizes[:, 0],
+        n=sizes[:, 1],
+        k=sizes[:, 2],
+        kernel=kernel,
+        density=0.5 if semi_structured else 1.0,
+        dtype=dtype_code(dtype),
+        weight_dtype=dtype_code(weight),
+    )
+    shape, out = (rows.m, rows.n, rows.k), list[GemmRecord]()
     for hw in profiles(hardware):
-        time, _ = gemm_predicted(
-            rows.m, rows.n, rows.k, hw, Options(dtype, weight, rows.kernel, cold), level, detail=True
-        )
-        ladder = {step: time.details[step] for step in STEPS}
-        about: dict[str, Any] = {"hardware": hw.label, "dtype": dtype, "weight_dtype": weight, "cold": cold}
-        about |= {"semi_structured": semi_structured, "peak_flop_per_s": hw.peak_flop_per_s(dtype)}
-        about |= {"bandwidth_bytes_per_s": hw.bandwidth_bytes_per_s, "clock_headroom": hw.clock_headroom}
-        columns = {"seconds": time.seconds, "lower_s": time.lower, "upper_s": time.upper, "roofline_s": time.roofline_s}
-        columns |= {"flop_per_s": rows.flops / time.seconds, "intensity": rows.flops / rows.bytes}
-        for i, size in enumerate(shapes.tolist()):
-            row: dict[str, Any] = {name: float(column[i]) for name, column in columns.items()}
-            row.update(zip("mnk", size), **about, bottleneck=str(time.bottlenecks[i]))
-            out.append(GemmRecord(**row, ladder_s={step: float(column[i]) for step, column in ladder.items()}))
+        time, _ = gemm_predicted(*shape, hw, Options(dtype, weight, rows.kernel, cold), level, detail=True)
+        steps = {name: time.details[name] for name in STEPS}
+        out += [
+            GemmRecord(
+                m=sizes[i, 0].item(),
+                n=sizes[i, 1].item(),
+                k=sizes[i, 2].item(),
+                hardware=hw.label,
+                dtype=dtype,
+                weight_dtype=weight,
+                semi_structured=semi_structured,
+                cold=cold,
+                seconds=time.seconds[i].item(),
+                lower_s=time.lower[i].item(),
+                upper_s=time.upper[i].item(),
+                roofline_s=time.roofline_s[i].item(),
+                bottleneck=str(time.bottlenecks[i]),
+                flop_per_s=float(rows.flops[i] / time.seconds[i]),
+                peak_flop_per_s=hw.peak_flop_per_s(dtype),
+                clock_headroom=hw.clock_headroom,
+                bandwidth_bytes_per_s=hw.bandwidth_bytes_per_s,
+                intensity=float(rows.flops[i] / rows.bytes[i]),
+                steps_s={name: column[i].item() for name, column in steps.items()},
+            )
+            for i in range(len(sizes))
+        ]
     return tuple(out)
 
 

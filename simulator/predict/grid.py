@@ -22,8 +22,8 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.models.lower import lower
-from simulator.predict.choices import FamilyChoice
-from simulator.predict.settings import MAX_TOKENS, PARALLEL, Setting, check_fraction, once, profiles
+from simulator.predict.prunings import Pruning
+from simulator.predict.scenario import MAX_TOKENS, PARALLEL, Scenario, check_fraction, once, profiles
 from simulator.pruning import FAMILIES, GENERAL, prune
 from simulator.pruning._methods import load_method
 from simulator.workload import DTYPES, PHASES
@@ -116,15 +116,15 @@ class _Numbers:
 class _Family:
     """A family's name, "all", or a mapping of names to options; gives the choices it stands for."""
 
-    def read(self, node: Node, key: str, problems: Problems) -> tuple[FamilyChoice, ...]:
+    def read(self, node: Node, key: str, problems: Problems) -> tuple[Pruning, ...]:
         if node.kind != "mapping":
             text = TextField((*FAMILIES, "all")).read(node, key, problems)
-            return tuple(FamilyChoice(name) for name in (GENERAL if text == "all" else [text]) if name)
+            return tuple(Pruning(name) for name in (GENERAL if text == "all" else [text]) if name)
         found = []
         for name, (key_node, value) in node.entries.items():
             family = TextField(tuple(FAMILIES)).read(key_node, join(key, name), problems)
             if family:
-                found.append(FamilyChoice(family, self.options(value, join(key, name), family, problems)))
+                found.append(Pruning(family, options=self.options(value, join(key, name), family, problems)))
         return tuple(found)
 
     def options(self, node: Node, key: str, family: str, problems: Problems) -> tuple[tuple[str, Any], ...]:
@@ -141,7 +141,7 @@ class _Family:
 class _Families:
     """An axis of them."""
 
-    def read(self, node: Node, key: str, problems: Problems) -> tuple[FamilyChoice, ...]:
+    def read(self, node: Node, key: str, problems: Problems) -> tuple[Pruning, ...]:
         groups = _Axis(_Family()).read(node, key, problems)
         return tuple(dict.fromkeys(choice for group in groups for choice in group))
 
@@ -217,21 +217,21 @@ class Grid:
     batches: Annotated[tuple[int, ...], _Numbers(NumberField(1, MAX_TOKENS, "64", whole=True))]
     # tokens (prefill) or cached positions (decode) of each sequence
     seqs: Annotated[tuple[int, ...], _Numbers(NumberField(1, MAX_TOKENS, "64", whole=True))]
-    # every family where neither they nor methods are named; the choices that methods are come to be among them
-    families: Annotated[tuple[FamilyChoice, ...], _Families()] = ()
+    # every family where neither they nor methods are named; the methods are appended
+    families: Annotated[tuple[Pruning, ...], _Families()] = ()
     dtypes: Annotated[tuple[Formats, ...], _Axis(_Formats())] = (Formats(),)
     engines: Annotated[tuple[str, ...], _Axis(CheckedField(TextField(), _engine))] = (DEFAULT_ENGINE,)  # names or paths
     devices: Annotated[tuple[int, ...], _Numbers(NumberField(1, 100_000, "2", whole=True))] = (1,)
     methods: Annotated[tuple[str, ...], _Axis(CheckedField(TextField(), _method))] = ()  # published ones
-    # as in Setting, for the whole grid
+    # as in a scenario, for the whole grid
     parallel: Annotated[str, TextField(PARALLEL)] = "tensor"
     new_tokens: Annotated[int, NumberField(1, 1_000_000, "128", whole=True)] = 128
     ideal: bool = False
     level: Annotated[float, NumberField(0.01, 0.999, "0.9")] = 0.9
 
     def __post_init__(self) -> None:
-        families = self.families or (() if self.methods else map(FamilyChoice, GENERAL))
-        object.__setattr__(self, "families", once((*families, *map(FamilyChoice.of_method, self.methods))))
+        families = self.families or (() if self.methods else map(Pruning, GENERAL))
+        object.__setattr__(self, "families", once((*families, *map(Pruning.of_method, self.methods))))
         for name in AXES:
             if not getattr(self, name):
                 raise InputError(f"{name}: expected at least one value")
@@ -242,15 +242,35 @@ class Grid:
         """Configurations in the product."""
         return math.prod(len(getattr(self, name)) for name in AXES)
 
-    def setting(self, formats: Formats, engine: str, devices: int) -> Setting:
-        """How a model is run at one point of the grid."""
-        names = ("parallel", "new_tokens", "level")
-        return Setting(engine=engine, devices=devices, **vars(formats), **{name: getattr(self, name) for name in names})
+    def scenario(
+        self,
+        model: str | ModelConfig,
+        formats: Formats,
+        engine: str,
+        devices: int,
+        phase: str,
+        shapes: tuple[tuple[int, int], ...],
+    ) -> Scenario:
+        """Some points of the grid."""
+        return Scenario(
+            model=model,
+            phase=phase,
+            shapes=shapes,
+            new_tokens=self.new_tokens,
+            engine=engine,
+            dtype=formats.dtype,
+            weight_dtype=formats.weight_dtype,
+            kv_dtype=formats.kv_dtype,
+            devices=devices,
+            parallel=self.parallel,
+            ideal=self.ideal,
+            level=self.level,
+        )
 
     def facts(self) -> dict[str, Any]:
         """Plain values, for a digest and for people."""
         formats = [list(vars(f).values()) for f in self.dtypes]
-        return {**vars(self), "families": [[f.name, f.label] for f in self.families], "dtypes": formats}
+        return {**vars(self), "families": [[p.family, p.label] for p in self.families], "dtypes": formats}
 
 
 def read_grid(path: str | Path) -> Grid:

@@ -11,7 +11,6 @@ common, the dense model among it, cancels there (:func:`margins`).
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -25,16 +24,18 @@ from simulator.errors import InputError, unknown
 from simulator.files.csv import read_csv
 from simulator.files.read import read_bounded
 from simulator.models.library import load_model
-from simulator.predict.choices import FamilyChoice
-from simulator.predict.compare import against
-from simulator.predict.rows import Columns, Piece, Record, Work, columns_of, records, work_of
-from simulator.predict.settings import Setting, profiles, requests_of, settings_of
+from simulator.predict.batch import batch_of
+from simulator.predict.compare import against, results_of
+from simulator.predict.prunings import Pruning
+from simulator.predict.result import Result, Results
+from simulator.predict.scenario import Scenario, profiles, scenarios
 from simulator.pruning import FAMILIES
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
     from simulator.models.config import ModelConfig
     from simulator.predict.quality import Axis, QualityRow, QualityTable
+    from simulator.workload_batch import WorkloadBatch
 
 Halves = tuple[tuple[float, ...], ...]
 
@@ -178,63 +179,67 @@ def fronts(
     seq: Sequence[int] = (2048,),
     *,
     engine: Sequence[str] = (),
-    setting: Setting | None = None,
+    scenario: Scenario | None = None,
     measured: Sequence[Measured] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[tuple[Front, ...], tuple[str, ...]]:
     """Frontiers of a model from the quality rows on one axis, by phase, batch, seq and device; and the rows that could
     not be used.
 
-    Model, hardware, requests and setting are those of :func:`simulator.table`; the quality rows may be those of another
-    model of its kind (the caller says so). ``measured`` speedups stand in for predictions where their conditions fit.
+    Model, hardware, requests and scenario are those of :func:`simulator.table`; the quality rows may be those of
+    another model of its kind. ``measured`` speedups replace predictions where their conditions fit.
     No row on the axis that the model and the devices support is an InputError. ``progress`` is called with frontiers
     done and in all.
     """
-    rows, settings = quality.on_axis(axis).rows, settings_of(setting, engine)
+    rows = quality.on_axis(axis).rows
     if not rows:
         raise InputError(f"{quality.name}: no rows on the axis {axis}")
     config, devices = load_model(model), profiles(hardware)
-    choices = tuple((FamilyChoice(row.family, row.options), row.sparsity) for row in rows)
+    prunings = [Pruning(row.family, row.sparsity, row.options) for row in rows]
     notes: dict[str, None] = {}
 
-    def refuse(choice: int | None, reason: str, device: str) -> None:
-        if choice is None:
+    def reject(pruning: int | None, reason: str, device: str) -> None:
+        if pruning is None:
             raise InputError(reason)
-        row = rows[choice]
+        row = rows[pruning]
         notes[f"{row.method} at {row.sparsity:g}{f' on {device}' if device else ''}: {reason}"] = None
 
     out: list[Front] = []
-    runs = list(itertools.product(requests_of(phase, batch, seq), settings))
-    for (p, b, s), setting in runs:
-        work = work_of(Piece(config, setting, p, ((b, s),), choices), refuse)
+    runs = scenarios(scenario, [config], engine, phase, batch, seq)
+    for one in runs:
+        workloads, ((b, s),) = batch_of(one, prunings, reject), one.shapes
         for hw in devices:
-            columns = columns_of(work, [hw], refuse)
-            found = zip(columns["choice"].tolist(), records(columns))
-            points = [_point(rows[choice], record, measured) for choice, record in found]
+            results = results_of(workloads, prunings, [hw], one, reject)
+            points = [_point(rows[i], r, measured) for i, r in zip(results.pruning.tolist(), results)]
             if not points:
                 none = f"empty frontier: none of the {len(rows)} rows on {axis} can run on {hw.label}"
                 raise InputError(f"{none}: {'; '.join(notes)}")
             order = sorted(range(len(points)), key=lambda i: _place(points[i]))
-            below = _below(work, columns, hw, points, order)
+            below = _below(workloads, results, hw, points, order, one.level)
             judged = judge([points[i] for i in order], below)
             calibrated = all(q.calibrated or q.measured for q in judged)
-            where = (config.name, hw.label, p, b, s, setting.engine_name)
-            out.append(Front(*where, axis, judged, bands(judged, below), calibrated, setting.level, below))
+            where = (config.name, hw.label, one.phase, b, s, one.engine_name)
+            out.append(Front(*where, axis, judged, bands(judged, below), calibrated, one.level, below))
             progress(len(out), len(runs) * len(devices))
     return tuple(out), tuple(notes)
 
 
-def _below(work: Work, columns: Columns, hw: HardwareProfile, points: Sequence[Point], order: Sequence[int]) -> Halves:
+def _below(
+    batch: WorkloadBatch,
+    results: Results,
+    hw: HardwareProfile,
+    points: Sequence[Point],
+    order: Sequence[int],
+    level: float,
+) -> Halves:
     """``Front.below`` of points in an order: predicted ones from what their passes have in common, measured ones of
     their own intervals."""
     alone = np.array(independent(points))
     measured = np.array([p.measured for p in points])
-    pruned = np.flatnonzero(np.isin(work.choice, columns["choice"]))  # of one request: by choice, as the points
-    workloads, dense = work.only(pruned).workloads, len(work.requests.workloads)
-    _, together, _ = against(
-        workloads, hw, [np.full(len(workloads), dense + i) for i in range(len(pruned))], work.piece.setting.level
-    )
-    below = np.where(measured[:, None] | measured, alone, together.T[dense:])
+    pruned = np.flatnonzero(np.isin(batch.pruning, results.pruning))  # of one request: by pruning, as the points
+    some = batch.take(np.r_[0, pruned])
+    _, together, _ = against(some, hw, [np.full(len(some), 1 + i) for i in range(len(pruned))], level)
+    below = np.where(measured[:, None] | measured, alone, together.T[1:])
     return _nested(below[np.ix_(order, order)])
 
 
@@ -268,7 +273,7 @@ def judge(points: Sequence[Point], below: Halves | None = None) -> tuple[Point, 
     return tuple(out)
 
 
-def _point(row: QualityRow, record: Record, measured: Sequence[Measured]) -> Point:
+def _point(row: QualityRow, record: Result, measured: Sequence[Measured]) -> Point:
     """A point, not yet judged."""
     shared = {f.name: getattr(of, f.name) for of in (row, record) for f in fields(Point) if hasattr(of, f.name)}
     shared["method"] = row.method  # as the source names it; the record is of a family

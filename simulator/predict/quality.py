@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from simulator.errors import InputError, unknown
-from simulator.files.csv import read_csv
+from simulator.files.csv import csv_text, read_csv
 from simulator.files.read import read_bounded
 from simulator.predict.harness import LISTED, MEAN, expanded
-from simulator.predict.words import csv_text
 from simulator.pruning import FAMILIES
 
 FOLDER = Path(__file__).with_name("published")

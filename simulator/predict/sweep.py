@@ -1,7 +1,7 @@
 """Sweeps: the product of models, devices, families, sparsities, phases, batches, lengths, formats and engines as one
 table.
 
-Use :func:`sweep` for a Parquet file of any size and :func:`sweep_columns` for arrays in memory. A grid is cut into
+Use :func:`sweep` for a Parquet file of any size and :func:`sweep_results` for rows in memory. A grid is cut into
 pieces of bounded memory; each becomes one part of the table, whichever process or machine computes it, and is written
 by the calling process alone. So a sweep that is killed goes on where it was, and the table does not depend on how many
 workers there were.
@@ -17,9 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, TypeVar
 
 from simulator._version import __version__
 from simulator.engines.engine import load_engine
@@ -28,11 +26,17 @@ from simulator.files.parquet import load_pyarrow
 from simulator.hardware.library import files_of, load_hardware
 from simulator.models.library import load_model
 from simulator.models.lower import DECODE_LENGTHS
+from simulator.predict.batch import batch_of
+from simulator.predict.compare import results_of
 from simulator.predict.grid import Grid, read_grid
-from simulator.predict.rows import COLUMNS, Columns, Notes, Piece, Text, columns_of, note, note_lines, plain, work_of
+from simulator.predict.prunings import Excluded, Pruning, exclude, excluded_lines
+from simulator.predict.result import COLUMNS, Labels, Results, plain
+from simulator.predict.scenario import Scenario
 from simulator.predict.store import NOTES_KEY, Store, check_room
 from simulator.predict.where import Filter, parse_filter
 from simulator.predict.workers import compute_parts
+
+T = TypeVar("T")
 
 MOST_CONFIGURATIONS = 100_000_000  # largest grid unless told otherwise
 PART_ROWS = 40_000  # configurations of a piece, about: a few megabytes of table
@@ -93,9 +97,9 @@ def sweep(
     if grid.size > most:
         raise InputError(f"the grid has {grid.size:,} configurations, more than {most:,} (--max); take a smaller grid")
     _, parquet = load_pyarrow()
-    sizes = [len(p.shapes) * len(p.choices) * len(grid.hardware) for p in pieces(grid)]
+    sizes = [len(one.shapes) * len(prunings) * len(grid.hardware) for one, prunings in pieces(grid)]
     store = Store(Path(out), digest(grid, where), len(sizes))
-    notes: Notes = {}
+    excluded = Excluded()
     if store.finished():
         store.clear()
         resumed, rows = len(sizes), int(parquet.read_metadata(store.target).num_rows)
@@ -110,89 +114,91 @@ def sweep(
                 store.put(index, content)
                 done += sizes[index]
                 report(done, grid.size)
-            rows, notes = store.assemble()
+            rows, excluded = store.assemble()
     seconds = time.monotonic() - began
-    return Summary(store.target, grid.size, rows, resumed, len(sizes), seconds, note_lines(notes, NOTED))
+    return Summary(store.target, grid.size, rows, resumed, len(sizes), seconds, excluded_lines(excluded, NOTED))
 
 
-def sweep_columns(
+def sweep_results(
     grid: Grid, where: str | None = None, *, progress: Callable[[int, int], None] = lambda done, total: None
-) -> tuple[Columns, tuple[str, ...]]:
-    """A grid's rows as arrays in memory, texts as object arrays; and what was left out. ``progress`` is called with
-    pieces done and in all.
+) -> Results:
+    """A grid's rows in memory, with notes on what was excluded. ``progress`` is called with pieces done and in all.
 
     >>> grid = Grid(("llama-3.1-8b",), ("h100",), (0.5,), ("decode",), (1, 8), (2048,), engines=("trtllm",))
-    >>> columns, notes = sweep_columns(grid, "family == 'depth'")
-    >>> columns["batch"].tolist(), columns["realised_sparsity"].tolist(), notes
+    >>> found = sweep_results(grid, "family == 'depth'")
+    >>> found.columns["batch"].tolist(), found.columns["realised_sparsity"].tolist(), found.notes
     ([1, 8], [0.5, 0.5], ())
     """
-    notes: Notes = {}
-    found, todo = [], list(pieces(grid))
+    excluded, found, todo = Excluded(), [], list(pieces(grid))
     for done, piece in enumerate(todo, start=1):
-        found.append(piece_columns(grid, piece, notes, where))
+        found.append(piece_results(grid, piece, excluded, where))
         progress(done, len(todo))
-    joined = {name: np.concatenate([plain(columns[name]) for columns in found]) for name in COLUMNS}
-    return joined, note_lines(notes, NOTED)
+    return Results.join(found, excluded_lines(excluded, NOTED))
 
 
 def compute_part(grid: Grid, where: str | None, index: int) -> bytes:
     """One piece of a sweep as a Parquet file in memory; the same bytes wherever it runs."""
     pyarrow, parquet = load_pyarrow()
-    notes: Notes = {}
-    columns = piece_columns(grid, _cached_pieces(grid)[index], notes, where)
+    excluded = Excluded()
+    columns = piece_results(grid, _cached_pieces(grid)[index], excluded, where).columns
     types = {str: pyarrow.string(), float: pyarrow.float64(), int: pyarrow.int64(), bool: pyarrow.bool_()}
 
     def array(name: str, kind: type) -> Any:
         column = columns[name]
-        if isinstance(column, Text):
-            values = pyarrow.array(column.values, pyarrow.string())
-            return pyarrow.DictionaryArray.from_arrays(column.codes, values).dictionary_decode()
+        if isinstance(column, Labels):
+            texts = pyarrow.array(column.texts, pyarrow.string())
+            return pyarrow.DictionaryArray.from_arrays(column.codes, texts).dictionary_decode()
         return pyarrow.array(column, types[kind], from_pandas=True)  # NaN: not known
 
     schema = pyarrow.schema([(name, types[kind]) for name, kind in COLUMNS.items()])
-    schema = schema.with_metadata({NOTES_KEY: json.dumps(notes).encode()})
+    schema = schema.with_metadata({NOTES_KEY: json.dumps(excluded).encode()})
     table = pyarrow.Table.from_arrays([array(name, kind) for name, kind in COLUMNS.items()], schema=schema)
     sink = pyarrow.BufferOutputStream()
     parquet.write_table(table, sink, compression="zstd", compression_level=1)
     return bytes(sink.getvalue())
 
 
+Piece = tuple[Scenario, tuple[Pruning, ...]]
+"""Requests of a scenario and the prunings of each, timed together."""
+
+
 def pieces(grid: Grid) -> Iterator[Piece]:
     """The pieces of a grid in the order of the table: by model, format, engine, devices, phase, then some requests by
     length and batch, then some families and sparsities."""
     shapes = [(b, s) for s in grid.seqs for b in grid.batches]
-    choices = list(itertools.product(grid.families, grid.sparsities))
-    runs = itertools.starmap(grid.setting, itertools.product(grid.dtypes, grid.engines, grid.devices))
-    for model, setting, phase in itertools.product(grid.models, runs, grid.phases):
+    prunings = [family.at(s) for family, s in itertools.product(grid.families, grid.sparsities)]
+    axes = itertools.product(grid.models, grid.dtypes, grid.engines, grid.devices, grid.phases)
+    for model, formats, engine, devices, phase in axes:
         operators = {"generate": 60 + 2 * min(grid.new_tokens, 2 * DECODE_LENGTHS), "serve": 60}.get(phase, 30)
         workloads = max(1, min(PART_ROWS // len(grid.hardware), OPERATOR_ROWS // operators))
         many = min(len(shapes), REQUESTS, workloads)
-        of_choices = max(1, workloads // many)
-        if of_choices >= len(choices):  # room for more requests
-            many = max(1, min(len(shapes), 4 * REQUESTS, workloads // len(choices)))
-        for some, chosen in itertools.product(_even(shapes, many), _even(choices, of_choices)):
-            yield Piece(model, setting, phase, tuple(some), tuple(chosen), grid.ideal)
+        of_prunings = max(1, workloads // many)
+        if of_prunings >= len(prunings):  # room for more requests
+            many = max(1, min(len(shapes), 4 * REQUESTS, workloads // len(prunings)))
+        for some, chosen in itertools.product(_even(shapes, many), _even(prunings, of_prunings)):
+            yield grid.scenario(model, formats, engine, devices, phase, tuple(some)), tuple(chosen)
 
 
-def _even(values: Sequence[Any], size: int) -> list[Sequence[Any]]:
+def _even(values: Sequence[T], size: int) -> list[Sequence[T]]:
     """Values in even runs of at most a size."""
     each = -(-len(values) // -(-len(values) // size))
     return [values[i : i + each] for i in range(0, len(values), each)]
 
 
-def piece_columns(grid: Grid, piece: Piece, notes: Notes, where: str | None = None) -> Columns:
-    """Rows of a piece that a filter keeps; why others are left out goes to the notes."""
+def piece_results(grid: Grid, piece: Piece, excluded: Excluded, where: str | None = None) -> Results:
+    """Rows of a piece that a filter keeps; what was excluded goes to ``excluded``."""
+    scenario, prunings = piece
 
-    def refuse(choice: int | None, reason: str, device: str) -> None:
-        if choice is not None:
-            note(notes, piece.choices[choice], reason, device)
+    def reject(pruning: int | None, reason: str, device: str) -> None:
+        if pruning is not None:
+            exclude(excluded, prunings[pruning], reason, device)
 
-    columns = columns_of(work_of(piece, refuse), [load_hardware(h) for h in grid.hardware], refuse)
+    batch, devices = batch_of(scenario, prunings, reject), [load_hardware(h) for h in grid.hardware]
+    results = results_of(batch, prunings, devices, scenario, reject)
     condition = _condition(where)
-    if condition is not None:
-        mask = condition(lambda name: plain(columns[name]), len(columns["speedup"]))
-        columns = {name: column[mask] for name, column in columns.items()}
-    return columns
+    if condition is None:
+        return results
+    return results.take(condition(lambda name: plain(results.columns[name]), len(results)))
 
 
 def digest(grid: Grid, where: str | None = None) -> str:

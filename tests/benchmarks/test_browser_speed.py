@@ -12,7 +12,7 @@ from explore_browser import LAPTOP, Tab, chromium, needs_browser, serving
 from test_browser import CHANGES
 
 from simulator.explore.charts import charts
-from simulator.explore.frame import WIDE
+from simulator.explore.layout import WIDE
 from simulator.explore.markup import texts
 from simulator.explore.state import State, read_query, to_query
 

@@ -15,14 +15,14 @@ from calibration.fit.attention import calls_of, fit_attention
 from calibration.fit.gemm import fit_gemm
 from calibration.measurements import load_measurements
 from simulator.cost.attention import decode_attention_time, prefill_attention_time
-from simulator.cost.gemm import gemm_time
-from simulator.cost.gemm_model import Machine
+from simulator.uncertainty.operators import gemm_time
+from simulator.cost.base import Machine
 from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
 from simulator.models.lower import lower
+from simulator.predict.batch import batch_with
 from simulator.predict.compare import compare
-from simulator.predict.speedup import pairs_of
-from simulator.predict.sweep import compute_part, piece_columns, pieces, sweep
+from simulator.predict.sweep import compute_part, piece_results, pieces, sweep
 from simulator.pruning import prune
 
 Floor = Callable[..., None]
@@ -54,8 +54,8 @@ def test_configurations_of_a_sweep(benchmark: Any, floor: Floor) -> None:
     """Amortised cost of a configuration: lowering, pruning, three devices, two engines, intervals, bounds, memory."""
     g = grid(100_000)
     some = list(pieces(g))[:2]
-    piece_columns(g, some[0], {})
-    rows = benchmark(lambda: sum(len(piece_columns(g, p, {})["speedup"]) for p in some))
+    piece_results(g, some[0], {})
+    rows = benchmark(lambda: sum(len(piece_results(g, p, {})) for p in some))
     floor("microseconds a configuration, without the file", 1e6 * benchmark.stats["min"] / rows, 10.0, False)
 
 
@@ -85,8 +85,8 @@ def test_comparing_a_stack(benchmark: Any) -> None:
     dense = lower(load_model("llama-3.1-8b"), phase="prefill", batch=1, seq=2048)
     families = ("depth", "width", "low_rank", "width_cross")
     pruned = [prune(dense, family, round(0.001 * i, 3)) for family in families for i in range(1, 250)]
-    c, _ = benchmark(lambda: compare(pairs_of(dense, pruned), load_hardware("h100_sxm")))
-    assert len(c.speedup) == 1 + len(pruned)
+    c, _ = benchmark(lambda: compare(batch_with(dense, pruned), load_hardware("h100_sxm")))
+    assert len(c["speedup"]) == 1 + len(pruned)
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])

@@ -221,7 +221,7 @@ def test_tables_fit_their_width(available: int, cli: Any, monkeypatch: pytest.Mo
 
 def test_narrow_layouts_lose_columns_not_devices() -> None:
     table = simulator.table(["llama-3.1-8b"], ["a100", "h100"], ["depth"], [0.25])
-    layouts = list(speedup_command.speedup_layouts(table.records))
+    layouts = list(speedup_command.speedup_layouts(table.rows))
     widths = [render.table_width(columns) for columns in layouts]
     assert widths == sorted(widths, reverse=True)
     titles = [" ".join(column.title for column in columns) for columns in layouts]
@@ -249,14 +249,14 @@ def test_the_steps_of_explain_multiply_to_the_speedup_and_one_sentence_ends_it(c
     assert "h100_sxm" in out
 
 
-def test_gemm_prints_a_ladder_that_ends_at_its_time(cli: Any) -> None:
+def test_gemm_prints_steps_that_end_at_its_time(cli: Any) -> None:
     line = "gemm 1,2048 4096 4096 --hardware a100,h100"
     records = cli.json(line)
     cases = [(m, hardware) for hardware in ("a100_sxm_80gb", "h100_sxm") for m in (1, 2048)]
     assert [(r["m"], r["hardware"]) for r in records] == cases
     for r in records:
-        assert list(r["ladder_s"]) == ["roofline", "tile", "wave", "alignment", "kernel", "launch"]
-        assert r["ladder_s"]["launch"] == r["seconds"]
+        assert list(r["steps_s"]) == ["roofline", "tile", "wave", "alignment", "kernel", "launch"]
+        assert r["steps_s"]["launch"] == r["seconds"]
         assert r["lower_s"] < r["seconds"] < r["upper_s"]
     assert cli.out(f"{line} --explain").count("effect") == 4
 

@@ -13,7 +13,7 @@ from operator_times import collective_time, decode_time, elementwise_time, exper
 
 import simulator
 from simulator.errors import InputError
-from simulator.predict.settings import Setting
+from simulator.predict.scenario import Scenario
 
 NAN, INF = float("nan"), float("inf")
 TEXT: list[Any] = ["8", b"8", None, [8, "x"], {}, 8 + 1j]
@@ -96,8 +96,8 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, list[Any]]]
         | {"batch": [1, [0], [2.5], [True], ["8"], [[]]], "seq": [64, [NAN]], "phase": ["decode", [3]], "setting": [{}]}
         | {"options": ["align", 3], "method": [3], "engine": ["vllm"], "pruned": ["x"]},
     ),
-    "Setting": (
-        Setting,
+    "Scenario": (
+        Scenario,
         {},
         {"new_tokens": SIZES, "devices": SIZES, "skew": NUMBERS, "level": [*NUMBERS, 1], "engine": [0, None]}
         | {"dense_s": [NAN, True, "1", 0], "dtype": [8], "parallel": [[]]},

@@ -14,7 +14,7 @@ from simulator.engines import DEFAULT_ENGINE
 from simulator.engines.engine import Engine, check_engine, list_engines, load_engine, sparse24_engines
 from simulator.errors import InputError
 from simulator.files.yaml import MAX_BYTES
-from simulator.predict.settings import Setting
+from simulator.predict.scenario import Scenario
 from simulator.workload import ROLES
 
 GOOD = """\
@@ -104,7 +104,7 @@ def test_an_unknown_name_is_refused_with_the_closest() -> None:
     with pytest.raises(InputError, match=r"engine 'vlm' is unknown; did you mean vllm\?"):
         load_engine("vlm")
     with pytest.raises(InputError, match="engine 'sglan' is unknown"):
-        Setting(engine="sglan")
+        Scenario(engine="sglan")
 
 
 def test_a_file_of_one_s_own_is_read_to_the_letter(good: Path) -> None:

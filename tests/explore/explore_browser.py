@@ -21,12 +21,12 @@ import pytest
 
 import simulator
 from simulator.explore.charts import CARDS, charts
-from simulator.explore.frame import WIDE
+from simulator.explore.layout import WIDE
 from simulator.explore.map_chart import map_chart
 from simulator.explore.state import KEYS, State, read_query
 from simulator.figures.style import label
-from simulator.predict.rows import Record
-from simulator.predict.settings import batch_name
+from simulator.predict.result import Result
+from simulator.predict.scenario import batch_name
 from simulator.units import percent, ratio, seconds
 
 PRUNESIM = (sys.executable, "-c", "import sys; sys.argv[0] = 'prunesim'; from simulator.cli import main; main()")
@@ -158,10 +158,10 @@ class Tab:
         return str(self.page.locator(selector).inner_text())
 
 
-def predicted(state: State) -> tuple[Record, ...]:
+def predicted(state: State) -> tuple[Result, ...]:
     case: Any = ([state.phase], [state.batch], [state.seq])
-    table = simulator.table([state.load()], state.profiles, state.drawn, state.fractions, *case, setting=state.setting)
-    return table.records
+    families, sparsities = state.drawn, state.fractions
+    return simulator.table([state.load()], state.profiles, families, sparsities, *case, scenario=state.scenario).rows
 
 
 def check(tab: Tab, state: State) -> None:

@@ -18,10 +18,10 @@ from layouts import folder_of, save, save_shards, tensors_of
 from test_explore_state import OWN, TINY
 
 from simulator.cli import run
-from simulator.explore.answer import answer
 from simulator.explore.charts import CARDS
 from simulator.explore.dropped import read_profile, read_token, token
 from simulator.explore.markup import table_csv
+from simulator.explore.predictions import predictions
 from simulator.explore.state import EXISTING, State, read_query, to_query
 from simulator.figures.style import label
 from simulator.hardware.library import load_hardware
@@ -247,7 +247,7 @@ def test_of_a_checkpoint_the_headers_alone_are_read(tab: Tab, tmp_path: Path) ->
     check(tab, state)
     assert "an MLP of 11,264 of 14,336" in tab.text("#notes")
     (row,) = [row for row in tab.table()[1:] if row[0] not in map(label, state.drawn)]
-    assert row[4] == ratio(answer(state).existing[0].speedup)
+    assert row[4] == ratio(predictions(state).existing[0].speedup)
     unharmed(tab)
     tab.page.select_option("#pruned", "")
     tab.with_intervals()

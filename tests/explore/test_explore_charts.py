@@ -18,19 +18,19 @@ from layouts import stored_as, tensors_of
 from test_explore_state import OWN
 
 import simulator
-from simulator.explore import frame, markup
-from simulator.explore.answer import answer, winners
+from simulator.explore import layout, markup
 from simulator.explore.charts import ASKED, BOUNDS, charts, roofline_chart
 from simulator.explore.commands import commands
 from simulator.explore.dropped import profile_token, token
-from simulator.explore.frame import INK, PAGE, PAPER, PHONE, SOFT, WIDE, Frame
+from simulator.explore.layout import INK, PAGE, PAPER, PHONE, SOFT, WIDE, Frame
 from simulator.explore.map_chart import map_chart
 from simulator.explore.page import page_html
+from simulator.explore.predictions import predictions, winners
 from simulator.explore.state import EXISTING, State
 from simulator.figures.paper import BATCHES, LENGTHS
-from simulator.figures.style import LOOKS, label
+from simulator.figures.style import STYLES, label
+from simulator.predict.explain import explanations
 from simulator.predict.gemms import gemm_points
-from simulator.predict.table import explanations
 from simulator.pruning import GENERAL
 from simulator.units import percent, ratio, seconds
 
@@ -81,7 +81,7 @@ def test_curves_bands_and_bounds_are_the_predictions(state: State) -> None:
                 assert drawn == pytest.approx(expected, rel=1e-12)
     bands = [t["y"] for t in chart["data"] if t.get("fill") == "toself" and t["legendgroup"] == state.detail]
     for panel, gpu in enumerate(state.gpus):
-        own = [r for r in answer(state).table if (r.hardware, r.family) == (gpu, state.detail)]
+        own = [r for r in predictions(state).table if (r.hardware, r.family) == (gpu, state.detail)]
         own.sort(key=lambda r: r.sparsity)
         for bound, title, _ in BOUNDS:
             drawn = named(chart, f"{title} ({label(state.detail)})")[panel]
@@ -94,7 +94,7 @@ def test_points_stand_at_the_sparsity_asked_for_and_tell_the_realised_one() -> N
     chart = charts(state, WIDE)["speedup"]
     assert chart["layout"]["xaxis"]["title"]["text"] == ASKED == "sparsity asked for (%)"
     (curve,) = named(chart, "depth")
-    for x, text, r in zip(curve["x"], curve["text"], answer(state).table, strict=True):
+    for x, text, r in zip(curve["x"], curve["text"], predictions(state).table, strict=True):
         assert x == 100 * r.sparsity
         assert r.sparsity != r.realised_sparsity
         assert f"{percent(r.sparsity)} asked for, {percent(r.realised_sparsity)} realised" in text
@@ -103,7 +103,7 @@ def test_points_stand_at_the_sparsity_asked_for_and_tell_the_realised_one() -> N
 @pytest.mark.parametrize("weights", ["fp8", "int8", "int4", "fp8_block", "nvfp4", "mxfp4"])
 def test_formats_of_weights_are_drawn_not_a_blank(weights: str) -> None:
     state = State(families=("depth",), detail="depth", phase="decode", weights=weights)
-    found = answer(state)
+    found = predictions(state)
     assert {r.weight_dtype for r in found.table} == {weights}
     assert named(charts(state, WIDE)["speedup"], "depth")[0]["y"] == [r.speedup for r in found.table]
     assert map_chart(state, WIDE)["data"]
@@ -112,12 +112,12 @@ def test_formats_of_weights_are_drawn_not_a_blank(weights: str) -> None:
 
 
 def test_a_gpu_without_a_format_says_that_weights_alone_may_have_it() -> None:
-    assert answer(State(gpus=("a100_sxm_80gb",), dtype="fp8")).refused.endswith("; weights alone may be in fp8")
+    assert predictions(State(gpus=("a100_sxm_80gb",), dtype="fp8")).refused.endswith("; weights alone may be in fp8")
 
 
 def test_a_model_is_spread_over_devices() -> None:
     state = State(model="llama-3.1-70b", families=("depth",), detail="depth", phase="decode", devices=4)
-    found, said = answer(state), markup.texts(state)
+    found, said = predictions(state), markup.texts(state)
     assert {r.devices for r in found.table} == {4}
     assert "4 devices (tensor)" in said["title"]
     assert "calibrated" in said["facts"]
@@ -131,7 +131,7 @@ def test_a_pruned_model_that_exists_stands_beside_the_families() -> None:
     config = Path(simulator.models.library.__file__).with_name("llama-3.1-8b.json").read_text()
     config = json.dumps(json.loads(config) | {"num_hidden_layers": 28, "_name_or_path": "me/<i>"})
     state = replace(DECODE, pruned=token(config, "cut/config.json", tensors_of(real)), detail=EXISTING)
-    found, chart = answer(state), charts(state, WIDE)
+    found, chart = predictions(state), charts(state, WIDE)
     case: dict[str, Any] = {name: getattr(state, name) for name in ("phase", "batch", "seq", "dtype", "engine")}
     for panel, gpu in enumerate(state.gpus):
         hw = simulator.load_hardware(gpu)
@@ -139,15 +139,15 @@ def test_a_pruned_model_that_exists_stands_beside_the_families() -> None:
         star, bound = (named(chart["speedup"], name)[panel] for name in ("&lt;i&gt;", "FLOP bound (pruned model)"))
         assert (star["x"], star["y"]) == ([pytest.approx(24.03, abs=0.01)], [pytest.approx(s, rel=1e-12)])
         assert bound["y"] == [found.existing[panel].flop_bound]
-        assert found.details[panel].record.speedup == pytest.approx(s, rel=1e-12)
+        assert found.details[panel].result.speedup == pytest.approx(s, rel=1e-12)
     assert any("an MLP of 11,264 of 14,336" in note for note in found.notes)
     rows = markup.table_html(found, state.explained, state.at)
     assert rows.count('class="detail"') == len(state.gpus)
     assert f'<th scope="row">&lt;i&gt;</th><td>{percent(found.existing[0].sparsity)}' in rows
-    assert len(markup.table_csv(found.records).splitlines()) == 1 + len(found.table) + len(state.gpus)
+    assert len(markup.table_csv(found.results).splitlines()) == 1 + len(found.table) + len(state.gpus)
     assert "<i>" not in "".join(markup.texts(state)[name] for name in ("title", "facts", "notes", "about-roofline"))
     packed = token(config, "cut/config.json", stored_as("fp8_block", tensors_of(real)))
-    refused = answer(replace(state, pruned=packed))
+    refused = predictions(replace(state, pruned=packed))
     assert (refused.existing, refused.details) == ((), ())
     assert any(note.startswith("<i>: ") and "fp8 computes in them" in note for note in refused.notes)
     assert "fp8" in charts(replace(state, pruned=packed), WIDE)["waterfall"]["layout"]["annotations"][0]["text"]
@@ -156,7 +156,7 @@ def test_a_pruned_model_that_exists_stands_beside_the_families() -> None:
 
 def test_a_profile_of_ones_own_is_predicted_with() -> None:
     state = State(gpus=(profile_token(OWN, "own.yaml"),), families=("depth",), detail="depth", phase="decode")
-    found, same = answer(state), answer(replace(state, gpus=("rtx_3090",)))
+    found, same = predictions(state), predictions(replace(state, gpus=("rtx_3090",)))
     assert {r.hardware for r in found.table} == {"h100_sxm"}
     assert [r.speedup for r in found.table] == [r.speedup for r in same.table]
     assert [ratio(c.best.speedup) for c in winners(state)[0]] == [
@@ -169,18 +169,18 @@ def test_a_profile_that_changes_is_read_anew(tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
     path.write_text(OWN)
     state = State(gpus=(str(path),), families=("depth",), detail="depth", phase="decode")
-    slow = answer(state).table.records[0].dense_s
+    slow = predictions(state).table[0].dense_s
     path.write_text(OWN.replace("936 GB/s", "1936 GB/s"))
-    assert answer(state).table.records[0].dense_s < 0.7 * slow
+    assert predictions(state).table[0].dense_s < 0.7 * slow
 
 
 def test_waterfalls_multiply_to_the_prediction(state: State) -> None:
-    found = answer(state)
+    found = predictions(state)
     assert len(found.details) == len(state.gpus)
     bars = [t for t in charts(state, WIDE)["waterfall"]["data"] if t["type"] == "bar"]
-    drawn = [e for gpu in state.gpus for e in (*found.details, *found.versus) if e.record.hardware == gpu]
+    drawn = [e for gpu in state.gpus for e in (*found.details, *found.versus) if e.result.hardware == gpu]
     for e, bar in zip(drawn, bars, strict=True):
-        r, ends = e.record, [base + length for base, length in zip(bar["base"], bar["x"], strict=True)]
+        r, ends = e.result, [base + length for base, length in zip(bar["base"], bar["x"], strict=True)]
         assert (ends[0], ends[-1]) == pytest.approx((1 / (1 - r.sparsity), r.speedup), rel=1e-9)
         assert bar["base"][1:-1] == pytest.approx([step.speedup for step in e.steps[:-1]], rel=1e-9)
         same = [s for s in found.table if (s.hardware, s.family, s.sparsity) == (r.hardware, state.detail, state.at)]
@@ -190,7 +190,7 @@ def test_waterfalls_multiply_to_the_prediction(state: State) -> None:
 def test_points_of_the_roofline_are_the_gemms(state: State) -> None:
     """A GEMM that is not drawn has its place taken by one within a percent."""
     chart = charts(state, WIDE)["roofline"]
-    for panel, e in enumerate(answer(state).details):
+    for panel, e in enumerate(predictions(state).details):
         for name, workload in (("dense", e.dense), ("pruned", e.pruned)):
             points = gemm_points(workload.take(workload.layer >= 0), e.hardware)
             gemms = list(zip(points.intensity.tolist(), (points.achieved_flop_per_s / 1e12).tolist(), strict=True))
@@ -220,7 +220,7 @@ def test_the_map_is_what_tables_say(state: State) -> None:
     assert len(cells) == len(small.gpus) * len(BATCHES) * len(LENGTHS)
     for i in np.random.default_rng(3).choice(len(cells), 12, replace=False):
         r, case = cells[i].best, ([small.at], [small.phase], [cells[i].best.batch], [cells[i].best.seq])
-        table = simulator.table([small.load()], [r.hardware], small.drawn, *case, setting=small.setting)
+        table = simulator.table([small.load()], [r.hardware], small.drawn, *case, scenario=small.setting)
         best = max(table, key=lambda r: r.speedup)
         others = [r.speedup_upper for r in table if r.family != best.family]
         assert cells[i].winner == (best.family if best.speedup > 1 else "")
@@ -233,11 +233,11 @@ def test_the_map_is_what_tables_say(state: State) -> None:
 
 
 def test_the_table_and_its_csv_are_the_records(state: State) -> None:
-    found = answer(state)
+    found = predictions(state)
     html = markup.table_html(found, state.detail, state.at)
     assert html.count("<tr") == 1 + len(found.table)
     assert html.count('class="detail"') == len(state.gpus)
-    rows = list(csv.DictReader(io.StringIO(markup.table_csv(found.table.records))))
+    rows = list(csv.DictReader(io.StringIO(markup.table_csv(found.table))))
     for row, r in zip(rows, found.table, strict=True):
         for name in ("speedup [1]", "pruned_s [s]", "dense_memory_bytes [B]"):
             assert float(row[name]) == getattr(r, name.partition(" ")[0])
@@ -249,9 +249,9 @@ def test_the_table_and_its_csv_are_the_records(state: State) -> None:
 def test_what_cannot_be_predicted_is_a_line() -> None:
     half = State(families=("semi_structured",), detail="semi_structured", at=0.3)
     for bad in (half, State(gpus=("a100_sxm_80gb",), dtype="fp8")):
-        found = answer(bad)
+        found = predictions(bad)
         assert found.refused
-        assert not found.table.records
+        assert not found.table
         assert commands(bad, found) == ()
         for chart in (*charts(bad, WIDE).values(), map_chart(bad, WIDE)):
             (note,) = chart["layout"]["annotations"]
@@ -264,13 +264,13 @@ def test_what_cannot_be_predicted_is_a_line() -> None:
 
 def test_notes_say_what_the_command_line_says() -> None:
     large = State(model="llama-2-70b", gpus=("rtx_4090",), families=("depth",))
-    found, said = answer(large), markup.texts(large)
+    found, said = predictions(large), markup.texts(large)
     assert any("its times are hypothetical" in note for note in found.notes)
     assert "does not fit" in said["facts"]
     assert "calibrated" in said["facts"]
     assert said["notes"].count("<li>") == len(found.notes)
-    found = answer(State(gpus=("h100_sxm", "cpu"), detail="semi_structured", families=("depth",), dtype="fp32"))
-    assert {e.record.hardware for e in found.details} < {"h100_sxm", "cpu"} or found.refused
+    found = predictions(State(gpus=("h100_sxm", "cpu"), detail="semi_structured", families=("depth",), dtype="fp32"))
+    assert {e.result.hardware for e in found.details} < {"h100_sxm", "cpu"} or found.refused
     assert found.refused or any("semi_structured" in note for note in found.notes)
 
 
@@ -278,15 +278,15 @@ def test_notes_say_what_the_command_line_says() -> None:
 def test_calibration_is_stated_as_the_records_have_it(gpu: str) -> None:
     for phase in ("prefill", "decode"):
         for dtype in {"bf16", "fp16", "fp32"} & set(simulator.load_hardware(gpu).rates):
-            found = answer(State(gpus=(gpu,), families=("depth",), detail="depth", phase=phase, dtype=dtype))
+            found = predictions(State(gpus=(gpu,), families=("depth",), detail="depth", phase=phase, dtype=dtype))
             lacking = markup.uncalibrated_parts(simulator.load_hardware(gpu), found.details[0].dense)
             assert all(r.calibrated == (not lacking) for r in found.table)
 
 
 def test_what_is_served_and_whose_kernels_run_is_told() -> None:
     serve = State(gpus=("h100_sxm", "rtx_4090"), phase="serve", batch=16, engine="sglang")
-    said, found = markup.texts(serve), answer(serve)
-    r, pruned = found.table.records[0], found.details[0].record
+    said, found = markup.texts(serve), predictions(serve)
+    r, pruned = found.table[0], found.details[0].result
     assert "concurrency 16" in said["title"]
     assert f"TTFT {seconds(r.dense_ttft_s)} → {seconds(pruned.ttft_s)}, TPOT" in said["facts"]
     assert f"{r.dense_tokens_per_s:,.0f} → {pruned.tokens_per_s:,.0f}" in said["facts"]
@@ -299,28 +299,28 @@ def test_what_is_served_and_whose_kernels_run_is_told() -> None:
 
 def test_a_measured_time_is_the_dense_time_of_one_gpu() -> None:
     one = State(phase="decode", batch=8, engine="hf", dense_ms=20.0)
-    found, plain = answer(one), answer(replace(one, dense_ms=None))
-    assert found.table.records[0].dense_s == pytest.approx(0.02, rel=0.02)
+    found, plain = predictions(one), predictions(replace(one, dense_ms=None))
+    assert found.table[0].dense_s == pytest.approx(0.02, rel=0.02)
     assert "kernels take x1.00 of that, the host" in found.notes[0]
     assert "not used here" in markup.texts(one)["about-crossover"]
     assert winners(one) == winners(replace(one, dense_ms=None))
     two = replace(one, gpus=TWO)
-    assert answer(two).notes[0] == "measured dense time: not used, for it is of one GPU and 2 are chosen"
-    assert answer(two).table.records[1].dense_s == plain.table.records[0].dense_s
-    far = answer(replace(one, dense_ms=2000.0))
+    assert predictions(two).notes[0] == "measured dense time: not used, for it is of one GPU and 2 are chosen"
+    assert predictions(two).table[1].dense_s == plain.table[0].dense_s
+    far = predictions(replace(one, dense_ms=2000.0))
     assert "nothing is moved by it; is it of this model" in far.notes[0]
 
 
 def test_a_second_engine_stands_beside_without_the_measured_time() -> None:
     both = State(phase="decode", engine="hf", versus="vllm", dense_ms=20.0)
-    found = answer(both)
-    assert found.versus[0].record == answer(State(phase="decode")).details[0].record
+    found = predictions(both)
+    assert found.versus[0].result == predictions(State(phase="decode")).details[0].result
     titles = [a["text"] for a in charts(both, WIDE)["waterfall"]["layout"]["annotations"]]
     assert titles == ["<b>h100_sxm, hf</b>", "<b>h100_sxm, vllm</b>"]
     refused = State(engine="reference", versus="vllm", detail="semi_structured")
-    assert answer(refused).versus == ()
-    assert any("vllm has no 2:4 kernels" in note for note in answer(refused).notes)
-    assert answer(State(versus="vllm")).versus == (), "the same engine"
+    assert predictions(refused).versus == ()
+    assert any("vllm has no 2:4 kernels" in note for note in predictions(refused).notes)
+    assert predictions(State(versus="vllm")).versus == (), "the same engine"
 
 
 def luminance(color: str) -> float:
@@ -330,7 +330,7 @@ def luminance(color: str) -> float:
 
 
 def test_text_has_contrast_aa() -> None:
-    css = Path(frame.__file__).with_name("assets").joinpath("explore.css").read_text()
+    css = Path(layout.__file__).with_name("assets").joinpath("explore.css").read_text()
     colors = dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", css))
     assert len(colors) >= 7
     grounds = (colors["ground"], colors["paper"], "#e8f1f8")
@@ -374,4 +374,4 @@ def test_a_model_with_experts_is_drawn_with_them() -> None:
 
 def test_every_family_has_a_sign_on_the_page() -> None:
     made = page_html(State(), [], markup.texts(State()), defaultdict(str))
-    assert [name for name in LOOKS if f"</span>{label(name)}" not in made] == []
+    assert [name for name in STYLES if f"</span>{label(name)}" not in made] == []

@@ -15,12 +15,12 @@ from test_explore_state import OWN, TINY
 
 from simulator.cli import run
 from simulator.engines import engine
-from simulator.explore.answer import answer, winners
 from simulator.explore.charts import charts
 from simulator.explore.commands import commands
 from simulator.explore.dropped import profile_token, token
-from simulator.explore.frame import PAGE, PHONE
+from simulator.explore.layout import PAGE, PHONE
 from simulator.explore.markup import commands_html
+from simulator.explore.predictions import predictions, winners
 from simulator.explore.state import EXISTING, State
 from simulator.hardware.library import profiles_folder
 from simulator.models.huggingface import from_hf_config
@@ -74,7 +74,7 @@ def state(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_commands_give_what_the_page_shows(state: State, capsys: pytest.CaptureFixture[str]) -> None:
-    found = answer(state)
+    found = predictions(state)
     printed: dict[str, list[dict[str, Any]]] = {}
     for command in commands(state, found)[:-1]:
         shell(command.line, "--json")
@@ -85,7 +85,7 @@ def test_the_commands_give_what_the_page_shows(state: State, capsys: pytest.Capt
         assert {key: row[key] for key in SHOWN} == {key: getattr(r, key) for key in SHOWN}
     for gives, drawn in (("waterfall and roofline", found.details), (f"waterfall in {state.versus}", found.versus)):
         for row, e in zip(printed.get(gives, ()), drawn, strict=True):
-            assert (row["hardware"], row["engine"]) == (e.record.hardware, e.record.engine)
+            assert (row["hardware"], row["engine"]) == (e.result.hardware, e.result.engine)
             assert [(s["name"], s["factor"]) for s in row["waterfall"]] == [(s.name, s.factor) for s in e.steps]
     best: dict[tuple[Any, ...], float] = {}
     for r in printed["map"]:
@@ -97,7 +97,7 @@ def test_the_commands_give_what_the_page_shows(state: State, capsys: pytest.Capt
 
 @pytest.mark.skipif(find_spec("plotly") is None, reason="the extra explore is not installed")
 def test_the_last_command_writes_the_page(state: State, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shell(commands(state, answer(state))[-1].line)
+    shell(commands(state, predictions(state))[-1].line)
     assert capsys.readouterr().out.strip() == "report.html"
     embedded = (tmp_path / "report.html").read_text().partition('id="figures">')[2].partition("</script>")[0]
     typed = {"dropped:": "./my model.json"}
@@ -132,7 +132,7 @@ def test_a_report_is_of_the_profile_in_the_file_whatever_its_name(
     shipped = (profiles_folder() / "h100_sxm.yaml").read_text()
     Path("h100_sxm.yaml").write_text(shipped.replace("3.35 TB/s", "335 GB/s"))
     state = State(model="llama-3.2-1b", phase="decode", families=("depth",), detail="depth")
-    times = [answer(replace(state, gpus=gpu)).table.records[0].dense_s for gpu in (("h100_sxm",), ("h100_sxm.yaml",))]
+    times = [predictions(replace(state, gpus=gpu)).table[0].dense_s for gpu in (("h100_sxm",), ("h100_sxm.yaml",))]
     assert times[1] > 4 * times[0]
     shell(
         "prunesim report llama-3.2-1b --phase decode --family depth --detail depth --hardware h100_sxm.yaml -o r.html"
@@ -159,6 +159,6 @@ def test_what_a_report_refuses(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_commands_are_quoted_and_escaped() -> None:
     state = CASES["dropped"]
-    lines = commands(state, answer(state))
+    lines = commands(state, predictions(state))
     assert "'./my model.json'" in lines[0].line
     assert "&#x27;./my model.json&#x27;" in commands_html(lines)

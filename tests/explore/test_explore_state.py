@@ -150,7 +150,7 @@ def test_a_format_of_weights_is_that_of_the_weights() -> None:
     state, (line,) = read_query("dtype=int4&phase=decode")
     assert (state.dtype, state.weights) == ("bf16", "int4")
     assert "no device computes in it" in line
-    assert State(weights="fp8_block").setting.dtype == "fp8", "no kernels compute 16 bits with such weights"
+    assert State(weights="fp8_block").scenario.dtype == "fp8", "no kernels compute 16 bits with such weights"
 
 
 def test_a_profile_is_the_one_that_was_given_whatever_its_name(tmp_path: Path) -> None:

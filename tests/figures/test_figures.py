@@ -24,10 +24,10 @@ from simulator.figures.panels import roof_of
 from simulator.figures.roofline import Roof, roofline_figure
 from simulator.figures.save import check_figure, save_figure
 from simulator.figures.speedup import speedup_figure
-from simulator.figures.style import COLUMN_IN, LOOKS, PAGE_IN, in_order, look
+from simulator.figures.style import COLUMN_IN, PAGE_IN, STYLES, in_order, style_of
 from simulator.figures.waterfall import Steps, waterfall_figure
 from simulator.hardware.library import load_hardware
-from simulator.predict.table import explanations
+from simulator.predict.explain import explanations
 from simulator.pruning import FAMILIES
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def roof(title: str, tokens: float, peak: float = 989.4e12, bandwidth: float = 3
     return Roof(title, peak, bandwidth, names * 2, intensity, achieved, [False] * 7 + [True] * 7, headroom)
 
 
-EVERY, GPUS = list(LOOKS), ["a100_sxm_80gb", "h100_sxm", "rtx_4090"]
+EVERY, GPUS = list(STYLES), ["a100_sxm_80gb", "h100_sxm", "rtx_4090"]
 SETTINGS = ["prefill, batch 1", "prefill, batch 64", "decode, batch 1", "decode, batch 64"]
 LONG = ["llama-3.1-8b, generate, batch 64, 128 new, seq 2048"]
 SIX = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
@@ -199,13 +199,13 @@ def test_figures_print_without_clashes(name: str, drawn: dict[str, Figure]) -> N
 
 
 def test_every_family_has_a_look_of_its_own() -> None:
-    assert set(LOOKS) == set(FAMILIES)
-    assert len({(a.marker, a.color, a.hollow) for a in LOOKS.values()}) == len(LOOKS)
-    assert len({(a.marker, a.hollow) for a in LOOKS.values()}) == len(LOOKS)  # apart in grey print too
+    assert set(STYLES) == set(FAMILIES)
+    assert len({(a.marker, a.color, a.hollow) for a in STYLES.values()}) == len(STYLES)
+    assert len({(a.marker, a.hollow) for a in STYLES.values()}) == len(STYLES)  # apart in grey print too
     for name, family in FAMILIES.items():
         if name not in ("token", "kv_cache", "sparse_attention"):
-            assert look(name).hollow == family.dynamic, name
-    assert in_order(reversed(list(LOOKS))) == list(LOOKS)
+            assert style_of(name).hollow == family.dynamic, name
+    assert in_order(reversed(list(STYLES))) == list(STYLES)
 
 
 def test_points_are_drawn_where_they_are() -> None:
@@ -214,8 +214,8 @@ def test_points_are_drawn_where_they_are() -> None:
     lines = {line.get_color(): line for line in ax.lines if line.get_marker() in "os" and len(line.get_xdata()) == 2}
     for name in ("depth", "width"):
         own = [i for i, f in enumerate(data["family"]) if f == name]
-        np.testing.assert_allclose(lines[look(name).color].get_xdata(), 100 * data["sparsity"][own])
-        np.testing.assert_allclose(lines[look(name).color].get_ydata(), data["speedup"][own])
+        np.testing.assert_allclose(lines[style_of(name).color].get_xdata(), 100 * data["sparsity"][own])
+        np.testing.assert_allclose(lines[style_of(name).color].get_ydata(), data["speedup"][own])
 
 
 def test_dots_are_drawn_on_the_line_of_their_family_and_sparsity_in_the_panel_of_their_setting() -> None:

@@ -29,13 +29,13 @@ from simulator.figures.pareto import pareto_figure
 from simulator.figures.save import save_figure
 from simulator.figures.scatter import MOST_DOTS, RATIO, Cloud, agreement, scatter_figure
 from simulator.figures.staircase import Stairs, staircase_figure
-from simulator.figures.style import look
+from simulator.figures.style import style_of
 from simulator.figures.subject import NothingToDraw, Paper, paper
 from simulator.figures.taxonomy import taxonomy_figure
 from simulator.figures.waterfall import waterfall_figure
 from simulator.hardware.library import load_hardware
-from simulator.predict.settings import Setting
-from simulator.predict.table import explanations
+from simulator.predict.explain import explanations
+from simulator.predict.scenario import Scenario
 from simulator.pruning import FAMILIES, prune
 from simulator.uncertainty.operators import gemm_time
 
@@ -72,7 +72,7 @@ def about() -> Paper:
 
 @pytest.fixture(scope="module")
 def one() -> Paper:
-    whole = paper("opt-13b", ["rtx_4090"], setting=Setting(engine="reference"), seq=512)  # with 2:4
+    whole = paper("opt-13b", ["rtx_4090"], scenario=Scenario(engine="reference"), seq=512)  # with 2:4
     return replace(whole, measured={hw.name: measured(hw, 300) for hw in whole.devices})
 
 
@@ -148,7 +148,7 @@ def test_what_an_engine_refuses_is_left_out_or_shown_in_another_and_the_caption_
     drawn: dict[str, Drawn],
 ) -> None:
     for name in ("speedup", "efficiency"):
-        assert drawn[name].caption.endswith("2:4 is left out: vllm has no kernels for it."), name
+        assert drawn[name].caption.endswith("2:4 is excluded: vllm has no kernels for it."), name
     assert "2:4" not in drawn["pareto"].caption  # no method of it has quality on the axis that was drawn
     assert drawn["waterfall"].caption.endswith("2:4 is shown in compile: vllm has no kernels for it.")
     titles = [ax.get_title() for ax in drawn["waterfall"].figure.axes]
@@ -158,7 +158,7 @@ def test_what_an_engine_refuses_is_left_out_or_shown_in_another_and_the_caption_
 
 @pytest.mark.parametrize("engine", simulator.list_engines())
 def test_figures_print_in_every_engine(engine: str) -> None:
-    whole = paper("llama-3.1-8b", ["h100_sxm"], setting=Setting(engine=engine))
+    whole = paper("llama-3.1-8b", ["h100_sxm"], scenario=Scenario(engine=engine))
     for name in ("roofline", "speedup", "waterfall"):
         d = draw(name, whole)
         check_print(d.figure)
@@ -180,7 +180,7 @@ def test_each_engine_has_a_panel_that_names_it(
 ) -> None:
     records = simulator.table(
         ["llama-3.1-8b"], hardware, ["depth", "width"], [0.25, 0.5], ["decode"], engine=engines
-    ).records
+    ).rows
     figure = speedups_of(records, ["decode"] * len(records))
     check_print(figure)
     across = len(columns)
@@ -193,7 +193,7 @@ def test_each_engine_has_a_panel_that_names_it(
 
 def test_explanations_in_two_engines_stand_side_by_side(tmp_path: Path) -> None:
     found = explanations("llama-3.1-8b", ["h100_sxm"], "width", 0.3, ["prefill", "decode"], engine=["hf", "vllm"])
-    figure = waterfall_figure([steps_of(e, device(e.record)) for e in found], columns=across(1, 2))
+    figure = waterfall_figure([steps_of(e, device(e.result)) for e in found], columns=across(1, 2))
     check_print(figure)
     assert [ax.get_title() for ax in figure.axes] == ["h100_sxm, hf", "h100_sxm, vllm"] * 2
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()][-3:] == ["launch", "host time", "predicted"]
@@ -249,14 +249,14 @@ def test_a_bar_of_the_taxonomy_is_as_long_as_the_share_that_is_kept() -> None:
 
 def test_the_map_names_the_fastest_family(one: Paper, drawn: dict[str, Drawn]) -> None:
     where = [MAP_SPARSITY], ["decode"], [8], [4096]
-    table = simulator.table([one.model], ["rtx_4090"], ["all"], *where, setting=one.setting)
+    table = simulator.table([one.model], ["rtx_4090"], ["all"], *where, scenario=one.setting)
     best = max(table, key=lambda r: r.speedup)
     _, ax = drawn["crossover, one device"].figure.axes
     x, y = BATCHES.index(8), LENGTHS.index(4096)
     (text,) = (t.get_text() for t in ax.texts if t.get_position()[0] == x and round(t.get_position()[1] + 0.2) == y)
     assert text == f"{best.speedup:.2f}"
     (line,) = (line for line in ax.lines if (x, y + 0.22) in [tuple(point) for point in line.get_xydata()])
-    assert (line.get_marker(), line.get_color()) == (look(best.family).marker, look(best.family).color)
+    assert (line.get_marker(), line.get_color()) == (style_of(best.family).marker, style_of(best.family).color)
 
 
 def test_where_no_family_gains_the_map_has_no_marker() -> None:

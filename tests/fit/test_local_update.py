@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 from calibration.fit.anchor import Anchored, anchor_profile
-from simulator.uncertainty.error_model import Posterior, Uncertainty, correlation
+from simulator.uncertainty.posterior import Posterior
+from simulator.uncertainty.factors import Uncertainty, correlation
 
 from calibration.devices.protocol import LAYER_LAUNCHES, Operator
 from calibration.fit.predict import HostTime, parts_of, predict
 from calibration.measure.plan import next_rows
 from calibration.records.timing_table import Records, Source
 from calibration.runners.targets import operator_of, target_operators, target_workloads
-from simulator.cost.forward import forward_passes
+from simulator.uncertainty.forward import forward_passes
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
@@ -25,8 +26,10 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.save import save_hardware
 from simulator.models.library import load_model
 from simulator.models.lower import lower
-from simulator.predict.speedup import pairs_of
-from simulator.uncertainty.intervals import workload_time
+from simulator.predict.batch import batch_with
+from simulator.uncertainty.posterior import Posterior
+from simulator.uncertainty.factors import Uncertainty, correlation
+from simulator.uncertainty.intervals import cost
 
 HW = load_hardware("h100_sxm")
 SOURCE = Source("planted GPU", {"planted": "1"})
@@ -228,10 +231,10 @@ def test_what_is_odd_is_said() -> None:
 
 
 def test_rows_chosen_for_a_model_narrow_its_speedup_more_than_random_ones() -> None:
-    dense, *pruned = target_workloads("llama-3.1-8b", phases=("decode",))[0]
-    pairs = pairs_of(dense, pruned)
-    p = forward_passes(pairs.workloads, HW)
-    shapes, _ = pairs.workloads.shapes
+    dense, *pruned = asked_workloads("llama-3.1-8b", phases=("decode",))[0]
+    batch = batch_with(dense, pruned)
+    p = forward_passes(batch, HW)
+    shapes, _ = batch.shapes
     found: dict[Operator, int] = {}
     for i in range(len(shapes)):
         if (op := operator_of(shapes, i)) is not None:
@@ -240,7 +243,7 @@ def test_rows_chosen_for_a_model_narrow_its_speedup_more_than_random_ones() -> N
     assert p.each.uncertainty is not None
     rows = {name: c[at] for name, c in p.each.uncertainty.columns().items()} | {"kind": shapes.kind[at]}
     covariance = p.uncertainty.covariance(rows["shared"], rows["local"], rows["place"], rows["kind"])
-    targets = (covariance[pairs.dense] - covariance)[1:]
+    targets = (covariance[batch.dense] - covariance)[1:]
     alike = correlation(rows["place"], rows["place"]) * np.outer(rows["local"], rows["local"])
     common = rows["shared"] @ rows["shared"].T + alike * (rows["kind"][:, None] == rows["kind"]) + np.diag(rows["own"])
 

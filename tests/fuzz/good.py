@@ -240,7 +240,7 @@ explain llama-3.2-1b --hardware h100 --family width --sparsity mlp=0.2 --option 
 explain llama-3.2-1b --hardware h100 --family low_rank --sparsity 0.3 --option align=64 --phase decode
 gemm 16,32 4096 11008 --hardware h100 --dtype bf16 --json
 advise llama-3.2-1b --hardware h100 --phase decode --target 1.5 --json
-advise llama-3.2-1b --hardware h100 --phase decode --latency 2ms --odds 0.9 --family depth,width
+advise llama-3.2-1b --hardware h100 --phase decode --latency 2ms --confidence 0.9 --family depth,width
 models show llama-3.2-1b
 hardware show h100
 pareto llama-2-7b --hardware h100 --metric zero-shot --phase decode"""

@@ -32,9 +32,9 @@ from calibration.records.parquet import read_records, write_records
 from calibration.records.store import read_store
 from simulator.engines import engine as engines
 from simulator.errors import InputError
-from simulator.explore.answer import answer
 from simulator.explore.app import make_app
 from simulator.explore.dropped import PREFIX, profile_token, read_profile, read_token, token
+from simulator.explore.predictions import predictions
 from simulator.explore.questions import CALLBACKS
 from simulator.explore.state import read_query, strict_query, to_query
 from simulator.figures.measured import read_measured_gemms
@@ -44,9 +44,9 @@ from simulator.models.headers import BITS
 from simulator.predict.grid import read_grid
 from simulator.predict.pareto import fronts, read_measured
 from simulator.predict.quality import choose_axis, load_quality, read_quality, table_text
-from simulator.predict.rows import COLUMNS
+from simulator.predict.result import COLUMNS
 from simulator.predict.store import Store
-from simulator.predict.sweep import pieces, sweep_columns
+from simulator.predict.sweep import pieces, sweep_results
 from simulator.predict.where import parse_filter
 
 Make = Callable[[random.Random], bytes]
@@ -169,7 +169,7 @@ def grid(path: Path) -> None:
     found = read_grid(path)
     assert json.dumps(found.facts(), default=str)
     if found.size < 200 and max(found.seqs) * max(found.batches) < 1 << 22:
-        columns, _ = sweep_columns(found)
+        columns, _ = sweep_results(found)
         finite(*(columns[name] for name in ("speedup", "dense_s", "pruned_s")))
     elif found.size < 1_000_000:
         assert next(pieces(found), None) is not None
@@ -413,9 +413,9 @@ def address(path: Path) -> None:
     if problems:
         raise InputError(problems[0])
     if path.stat().st_size % 16 == 0:  # what the page shows: numbers, or a reason
-        shown = answer(state)
+        shown = predictions(state)
         assert shown.refused or all(
-            np.isfinite((r.speedup, r.speedup_lower, r.speedup_upper)).all() for r in shown.table.records
+            np.isfinite((r.speedup, r.speedup_lower, r.speedup_upper)).all() for r in shown.table
         )
 
 

@@ -64,7 +64,7 @@ def test_the_checkpoint_of_llm_pruner_is_predicted_as_it_is(tmp_path: Path) -> N
     assert load_model(folder / "config.json").parameters == 6_738_415_616  # asked for alone
     found = table([str(folder)], ["h100"], ["depth"], [0.25])
     assert found.notes[0] == whole.found
-    ratio = table([LLAMA], ["h100"], ["depth"], [0.25]).records[0].dense_s / found.records[0].dense_s
+    ratio = table([LLAMA], ["h100"], ["depth"], [0.25])[0].dense_s / found[0].dense_s
     assert 1.0 < ratio < 6.738 / 5.709
 
 

@@ -14,7 +14,7 @@ from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.predict.advise import COARSE, FINE, LARGEST_SPARSITY, Advised, advise
-from simulator.predict.settings import Setting
+from simulator.predict.scenario import Scenario
 from simulator.predict.speedup import speedup
 from simulator.pruning import GENERAL, prune
 
@@ -34,78 +34,81 @@ def found(request: pytest.FixtureRequest) -> Advised:
 
 
 def test_every_family_is_advised_once(found: Advised) -> None:
-    assert sorted(a.family for a in found.advice) == sorted(GENERAL)
+    assert sorted(a.result.family for a in found.advice) == sorted(GENERAL)
     assert any(a.reached for a in found.advice)
     assert any(not a.reached for a in found.advice)
 
 
 def test_the_least_sparsity_reaches_the_target_and_less_does_not(found: Advised) -> None:
     for a in found.advice:
-        there, _ = predicted(a.family, a.sparsity, a.phase)
-        assert there == pytest.approx(a.speedup, rel=1e-9)
+        there, _ = predicted(a.result.family, a.result.sparsity, a.result.phase)
+        assert there == pytest.approx(a.result.speedup, rel=1e-9)
         assert a.reached == (there >= 1.4)
         if a.reached:
-            for less in np.arange(a.sparsity - COARSE, a.sparsity - FINE / 2, FINE):
-                assert predicted(a.family, round(float(less), 6), a.phase)[0] < 1.4, (a.family, less)
+            for less in np.arange(a.result.sparsity - COARSE, a.result.sparsity - FINE / 2, FINE):
+                assert predicted(a.result.family, round(float(less), 6), a.result.phase)[0] < 1.4, (
+                    a.result.family,
+                    less,
+                )
 
 
 def test_what_is_not_reachable_names_the_largest_speedup(found: Advised) -> None:
     for a in found.advice:
         if not a.reached:
-            assert a.speedup < 1.4
+            assert a.result.speedup < 1.4
             assert a.steps == ()
             for sparsity in (0.1, 0.5, LARGEST_SPARSITY):
                 try:
-                    assert predicted(a.family, sparsity, a.phase)[0] <= a.speedup + 1e-9
+                    assert predicted(a.result.family, sparsity, a.result.phase)[0] <= a.result.speedup + 1e-9
                 except InputError:
-                    assert a.family == "semi_structured"
+                    assert a.result.family == "semi_structured"
 
 
 def test_for_sure_means_the_whole_interval(found: Advised) -> None:
     sure = [(a, a.sure_sparsity) for a in found.advice if a.sure_sparsity is not None]
     assert sure
     for a, sparsity in sure:
-        assert sparsity >= a.sparsity
-        assert predicted(a.family, sparsity, a.phase)[1] >= 1.4
+        assert sparsity >= a.result.sparsity
+        assert predicted(a.result.family, sparsity, a.result.phase)[1] >= 1.4
 
 
 def test_advice_is_ordered_by_what_it_takes(found: Advised) -> None:
-    reached = [a.sparsity for a in found.advice if a.reached]
+    reached = [a.result.sparsity for a in found.advice if a.reached]
     assert reached == sorted(reached)
     assert [a.reached for a in found.advice] == sorted((a.reached for a in found.advice), reverse=True)
 
 
 def test_steps_are_widths_at_which_time_falls() -> None:
     found = advise(MODEL, [HARDWARE], 1.5, ["prefill"], family=["width_cross", "width", "low_rank", "depth"])
-    steps = {a.family: a.steps for a in found.advice}
+    steps = {a.result.family: a.steps for a in found.advice}
     assert steps["depth"] == ()
     assert steps["width_cross"]
     hw, dense = load_hardware(HARDWARE), lower(load_model(MODEL), phase="prefill", batch=1, seq=2048)
     for family in ("width_cross", "low_rank"):
         for step in steps[family]:
             assert step.width % 16 == 0
-            here = speedup(dense, prune(dense, family, step.sparsity), hw)
-            assert here.speedup == pytest.approx(step.speedup, rel=1e-9)
+            here = speedup(dense, prune(dense, family, step.fraction), hw)
+            assert here.speedup == pytest.approx(step.result.speedup, rel=1e-9)
             assert step.reached == (here.speedup >= 1.5)
             share = 4096 if family == "width_cross" else 4096 * 14336 / (4096 + 14336)
-            wider = speedup(dense, prune(dense, family, step.sparsity - 16 / share), hw)
+            wider = speedup(dense, prune(dense, family, step.fraction - 16 / share), hw)
             assert step.saved == pytest.approx(1.0 - here.pruned_s / wider.pruned_s, rel=1e-6)
             assert step.saved > 0
     for a in found.advice:
-        if a.family == "width":
+        if a.result.family == "width":
             for step in a.steps:
-                here = speedup(dense, prune(dense, "width", {"attention": a.sparsity, "mlp": step.sparsity}), hw)
-                assert here.pruned_s == pytest.approx(step.pruned_s, rel=1e-9)
-                inner = prune(dense, "width", {"attention": a.sparsity, "mlp": step.sparsity})
+                here = speedup(dense, prune(dense, "width", {"attention": a.result.sparsity, "mlp": step.fraction}), hw)
+                assert here.pruned_s == pytest.approx(step.result.pruned_s, rel=1e-9)
+                inner = prune(dense, "width", {"attention": a.result.sparsity, "mlp": step.fraction})
                 assert int(inner.k[inner.is_role("down")][0]) == step.width
 
 
 def test_alternatives_are_timed_and_pairs_take_less_than_either_alone(found: Advised) -> None:
-    alone = {a.family: a.sparsity for a in found.advice if a.reached}
+    alone = {a.result.family: a.result.sparsity for a in found.advice if a.reached}
     assert found.alternatives
     for o in found.alternatives:
-        assert o.reached == (o.speedup >= 1.4)
-        assert o.speedup_lower < o.speedup < o.speedup_upper
+        assert o.reached == (o.result.speedup >= 1.4)
+        assert o.result.speedup_lower < o.result.speedup < o.result.speedup_upper
         if not o.what.startswith("no pruning"):
             first, at = o.what.split(" and ")[0].split()
             assert o.reached
@@ -116,22 +119,13 @@ def test_int4_weights_are_set_beside_pruning_in_decode() -> None:
     found = advise(MODEL, [HARDWARE], 1.4, ["decode"], family=["depth"])
     (int4,) = [o for o in found.alternatives if o.what == "no pruning, weights in int4"]
     (int8,) = [o for o in found.alternatives if o.what == "no pruning, weights in int8"]
-    assert int4.speedup > int8.speedup > 1.0
-
-
-def test_quality_is_that_of_the_nearest_sparsity_measured_at_or_above() -> None:
-    quality = {"depth": [(0.1, 1.0, "a"), (0.5, 9.0, "b"), (0.9, 60.0, "c")], "width": [(0.05, 1.0, "d")]}
-    found = advise(MODEL, [HARDWARE], 1.4, ["decode"], family=["depth", "width"], quality=quality)
-    by = {a.family: a for a in found.advice}
-    assert 0.1 < by["depth"].sparsity < 0.5
-    assert (by["depth"].quality_loss, by["depth"].quality_at, by["depth"].quality_source) == (9.0, 0.5, "b")
-    assert (by["width"].quality_loss, by["width"].quality_source) == (None, "")
+    assert int4.result.speedup > int8.result.speedup > 1.0
 
 
 def test_setting_and_engine_are_respected() -> None:
-    (a,) = advise(MODEL, [HARDWARE], 1.4, ["decode"], family=["depth"], setting=Setting(engine="hf")).advice
-    assert a.engine == "hf"
-    assert predicted("depth", a.sparsity, "decode", "hf")[0] == pytest.approx(a.speedup, rel=1e-9)
+    (a,) = advise(MODEL, [HARDWARE], 1.4, ["decode"], family=["depth"], scenario=Scenario(engine="hf")).advice
+    assert a.result.engine == "hf"
+    assert predicted("depth", a.result.sparsity, "decode", "hf")[0] == pytest.approx(a.result.speedup, rel=1e-9)
 
 
 @pytest.mark.parametrize("target", [1.0, 0.5, float("nan"), float("inf"), -2.0, 1e9])
@@ -160,6 +154,6 @@ def test_the_command_prints_a_table_and_json(capsys: pytest.CaptureFixture[str])
     assert "not reachable (at most 1.00 at" in text
     assert "no pruning, weights in int8" in text
     assert run([*words, "--json"]) == 0
-    records = [r for r in json.loads(capsys.readouterr().out) if r["family"]]  # configurations have none
+    records = [r for r in json.loads(capsys.readouterr().out) if "configuration" not in r]
     assert [(r["family"], r["reached"]) for r in records] == [("width", True), ("unstructured", False)]
     assert records[0]["speedup"] >= 1.5

@@ -9,13 +9,14 @@ import numpy as np
 
 import simulator
 from simulator.predict.caveats import better_than_bound, beyond_measured, fallback
-from simulator.predict.table import explanations, table
+from simulator.predict.explain import explanations
+from simulator.predict.table import table
 
 
 def test_a_gain_above_the_bound_has_a_reason_and_others_have_none() -> None:
     """SGLang's decode attention on the A100 is slower for the same bytes at 16 x 16384 than at fewer KV heads."""
     (e,) = explanations("llama-3.1-8b", ["a100@sglang"], "width", 0.25, ["decode"], [16], [16384])
-    assert e.record.speedup > 1.1 * e.record.roofline_bound
+    assert e.result.speedup > 1.1 * e.result.roofline_bound
     found = re.search(
         r"sglang's kernels run decode attention at (\d+) % dense and (\d+) % pruned of the roofline", e.reason
     )
@@ -31,8 +32,8 @@ def test_a_gain_above_the_bound_has_a_reason_and_others_have_none() -> None:
 def test_a_gain_of_no_kernel_is_not_put_down_to_one() -> None:
     """The head stays, and its one GEMM is near its roofline; layers are not, nor are their launches."""
     (e,) = explanations("llama-3.1-8b", ["a100"], "depth", 0.9, ["decode"], engine=["hf"])
-    assert e.record.speedup > 1.03 * e.record.roofline_bound
-    assert e.reason.endswith("is farther from a roofline than what stays")
+    assert e.result.speedup > 1.03 * e.result.roofline_bound
+    assert e.reason.endswith("is farther from its roofline than the rest")
 
 
 def test_whose_kernels_stand_in_is_said_and_what_nobody_measured_is_not() -> None:
@@ -41,9 +42,9 @@ def test_whose_kernels_stand_in_is_said_and_what_nobody_measured_is_not() -> Non
         return fallback(simulator.load_hardware(gpu), w)
 
     assert said("h100", "vllm") == said("h100", "trtllm") == said("rtx_3090", "vllm") == said("h100", "") == ""
-    assert said("rtx_4090", "trtllm") == "rtx_4090: trtllm's kernels are not calibrated there (those of vllm stand in)"
+    assert said("rtx_4090", "trtllm") == "rtx_4090: trtllm kernels are not calibrated; vllm kernels are used instead"
     assert said("h100@trtllm", "vllm") == "", "asked for by name"
-    part = "trtllm's kernels are not calibrated there for decode attention (those of vllm stand in)"
+    part = "trtllm kernels are not calibrated for decode attention; vllm kernels are used instead"
     assert said("a100", "trtllm") == f"a100_sxm_80gb: {part}"
     assert said("a100", "trtllm", "prefill") == ""
 
@@ -55,6 +56,6 @@ def test_gemms_far_outside_the_measured_sizes_are_named_where_they_take_time() -
     narrow = hw.calibrated({**hw.sections, ("gemm", "bf16"): few})
     dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="prefill", batch=1, seq=2048)
     assert beyond_measured(dense, hw) == ""
-    assert "octaves outside the sizes that were measured (2048 x 28672 x 4096)" in beyond_measured(dense, narrow)
+    assert "octaves outside the measured sizes (2048 x 28672 x 4096)" in beyond_measured(dense, narrow)
     wide, usual = (simulator.gemm_time(2048, 14336, 4096, h, level=0.9) for h in (narrow, hw.calibrated(hw.sections)))
     assert wide.upper / wide.seconds > 1.1 * usual.upper / usual.seconds

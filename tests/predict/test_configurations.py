@@ -19,8 +19,16 @@ from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.predict.advise import Advised, advise
-from simulator.predict.configurations import ALIKE, KINDS, Configuration, Place, Target, configurations_of, odds_of
-from simulator.predict.settings import Setting
+from simulator.predict.configurations import (
+    ALIKE,
+    KINDS,
+    Configuration,
+    Target,
+    Targets,
+    configurations_of,
+    probability_of,
+)
+from simulator.predict.scenario import Scenario
 from simulator.predict.speedup import speedup
 
 SHAPES = ("layers", "hidden", "heads", "kv_heads", "inner")
@@ -47,7 +55,7 @@ def everywhere() -> Advised:
 )
 def test_of_all_aligned_shapes_that_reach_it_keeps_most(kind: str, hardware: str, phase: str, seq: int) -> None:
     model, hw = load_model("llama-3.2-1b"), load_hardware(hardware)
-    place = Place.of(model, Setting(), (phase, 1, seq), [hw], Target(1.4))
+    place = Targets.of(Scenario(model=model, phase=phase, shapes=((1, seq),)), [hw], Target(1.4))
     (found,) = [c for c in configurations_of(model, [place], FAMILIES)[0] if c.configuration == kind]
     values = {
         **{"layers": range(2, 16), "hidden": range(256, 2048, 128)},
@@ -73,11 +81,11 @@ def test_every_place_is_reached_and_rows_are_the_ordinary_prediction(everywhere:
     assert kept == sorted(kept, reverse=True)
     for c in found:
         new = shapes(model, c)
-        request = {"phase": c.phase, "batch": c.batch, "seq": c.seq, "engine": c.engine}
-        s = speedup(lower(model, **request), lower(new, **request), load_hardware(c.hardware))  # type: ignore[arg-type]
-        assert (c.speedup, c.pruned_s) == pytest.approx((s.speedup, s.pruned_s), rel=1e-9)
-        assert (c.speedup_lower, c.speedup_upper) == pytest.approx((s.lower, s.upper), rel=1e-9)
-        assert c.speedup >= 1.4
+        request = {"phase": c.result.phase, "batch": c.result.batch, "seq": c.result.seq, "engine": c.result.engine}
+        s = speedup(lower(model, **request), lower(new, **request), load_hardware(c.result.hardware))  # type: ignore[arg-type]
+        assert (c.result.speedup, c.result.pruned_s) == pytest.approx((s.speedup, s.pruned_s), rel=1e-9)
+        assert (c.result.speedup_lower, c.result.speedup_upper) == pytest.approx((s.lower, s.upper), rel=1e-9)
+        assert c.result.speedup >= 1.4
         assert c.probability >= 0.5
         assert (c.parameters, c.kept) == (new.parameters, new.parameters / model.parameters)
         assert c.inner % 128 == c.hidden % 128 == 0
@@ -95,20 +103,20 @@ def test_one_place_fewer_never_keeps_less(everywhere: Advised) -> None:
         assert at_one[c.configuration] >= c.kept
 
 
-def test_odds_are_those_of_the_interval() -> None:
+def test_the_probability_is_that_of_the_interval() -> None:
     for level in (0.5, 0.9, 0.99):
         z = NormalDist().inv_cdf(0.5 + level / 2)
         lower, upper = 1.5 * np.exp(-0.1 * z), 1.5 * np.exp(0.2 * z)  # log deviations .1 below and .2 above
         draws = np.random.default_rng(7).normal(size=200_000)
         truth = 1.5 * np.exp(np.where(draws < 0, 0.1, 0.2) * draws)
         for target in (1.2, 1.4, 1.5, 1.7, 2.2):
-            probability = odds_of(target, 1.5, float(lower), float(upper), level)
+            probability = probability_of(target, 1.5, float(lower), float(upper), level)
             assert probability == pytest.approx(float((truth >= target).mean()), abs=4e-3)
-    assert [odds_of(t, 1.5, 1.5, 1.5) for t in (1.4, 1.5, 1.6)] == [1.0, 1.0, 0.0]
+    assert [probability_of(t, 1.5, 1.5, 1.5) for t in (1.4, 1.5, 1.6)] == [1.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize("probability", [0.3, 0.9])
-def test_odds_asked_for_are_kept(probability: float) -> None:
+def test_the_confidence_asked_for_is_kept(probability: float) -> None:
     asked = {"family": ["depth", "width"], "engine": ["vllm"]}
     usual = advise("llama-3.2-3b", ["h100"], 1.4, ["decode"], **asked).configurations  # type: ignore[arg-type]
     found = advise("llama-3.2-3b", ["h100"], 1.4, ["decode"], probability=probability, **asked).configurations  # type: ignore[arg-type]
@@ -117,7 +125,7 @@ def test_odds_asked_for_are_kept(probability: float) -> None:
     for c in found:
         assert c.probability >= probability
         assert (c.kept < kept[c.configuration]) == (probability > 0.5)
-    with pytest.raises(InputError, match="odds 1: expected a number between 0 and 1"):
+    with pytest.raises(InputError, match="confidence 1: expected a number between 0 and 1"):
         advise("llama-3.2-3b", ["h100"], 1.4, probability=1.0)
 
 
@@ -128,13 +136,13 @@ def test_a_time_and_a_throughput_are_targets() -> None:
         replace(c, target=0.0) for c in tokens.configurations
     ]
     a100, l4 = latency.configurations
-    assert a100.target < 1.0 < l4.target == pytest.approx(l4.dense_s / 15e-3)
-    assert l4.pruned_s <= 15e-3
+    assert a100.target < 1.0 < l4.target == pytest.approx(l4.result.dense_s / 15e-3)
+    assert l4.result.pruned_s <= 15e-3
     fewer = replace(load_model("llama-3.2-3b"), layers=l4.layers + 1, windows=(0,) * (l4.layers + 1))
     dense = lower(load_model("llama-3.2-3b"), phase="decode", batch=4, seq=2048, engine="vllm")
     more = lower(fewer, phase="decode", batch=4, seq=2048, engine="vllm")
     assert speedup(dense, more, load_hardware("l4")).pruned_s > 15e-3
-    assert {a.hardware for a in latency.advice} == {"l4"}
+    assert {a.result.hardware for a in latency.advice} == {"l4"}
     assert "a100_sxm_80gb, vllm, decode, batch 4, seq 2048: the dense model reaches it" in latency.notes
     nothing = advise("llama-3.2-3b", ["a100"], Target(latency_s=1.0), family=["depth"])
     assert not nothing.advice
@@ -142,7 +150,7 @@ def test_a_time_and_a_throughput_are_targets() -> None:
 
 
 def test_several_devices_and_heads_that_cannot_change_alone() -> None:
-    found = advise("llama-3.1-70b", ["h100"], 1.4, ["decode"], setting=Setting(devices=8), family=FAMILIES)
+    found = advise("llama-3.1-70b", ["h100"], 1.4, ["decode"], scenario=Scenario(devices=8), family=FAMILIES)
     assert found.configurations
     for c in found.configurations:
         assert c.heads % 8 == 0
@@ -165,8 +173,8 @@ def test_written_configurations_are_predicted_as_they_say(
     words += ["--phase", "decode", "--batch", "8", "--family", "depth,width,width_cross"]
     assert run([*words, "--json", "--write", "out"]) == 0
     records = json.loads(capsys.readouterr().out)
-    families = [r for r in records if r["family"] is not None]
-    found = [r for r in records if r["family"] is None]
+    families = [r for r in records if "configuration" not in r]
+    found = [r for r in records if "configuration" in r]
     assert len(families) == 4 * 3
     assert records == families + found
     dense = load_model("llama-3.1-8b")
@@ -175,7 +183,7 @@ def test_written_configurations_are_predicted_as_they_say(
         request = {"phase": r["phase"], "batch": r["batch"], "seq": r["seq"], "engine": r["engine"]}
         s = speedup(lower(dense, **request), lower(new, **request), load_hardware(r["hardware"]))
         assert r["speedup"] == pytest.approx(s.speedup, rel=1e-9)
-        assert r["probability"] == pytest.approx(odds_of(1.5, s.speedup, s.lower, s.upper), abs=1e-9)
+        assert r["probability"] == pytest.approx(probability_of(1.5, s.speedup, s.lower, s.upper), abs=1e-9)
         assert r["parameters"] == new.parameters
         assert r["config"].items() <= json.loads(Path("out", r["configuration"], "config.json").read_text()).items()
     assert {p.name for p in Path("out").iterdir()} == {r["configuration"] for r in found}

@@ -13,8 +13,9 @@ from layouts import folder_of, save, tensors_of
 import simulator
 from simulator.errors import InputError
 from simulator.models.config import Block, ModelConfig
-from simulator.predict.applied import SETTING
-from simulator.predict.table import explanations, table
+from simulator.predict.explain import explanations
+from simulator.predict.prunings import ALIKE
+from simulator.predict.table import table
 
 DENSE = simulator.load_model("llama-2-7b")
 GONE = Block(0, 0, 11008)  # a layer without attention
@@ -64,23 +65,23 @@ def test_tables_and_explanations_say_what_was_pruned(tmp_path: Path) -> None:
     named = [(r.pruned, r.family, r.hardware) for r in found]
     assert named[::2] == [("llama-2-7b", "width", "h100_sxm"), ("pruned", "width", "h100_sxm")]
     assert [r.speedup for r in found][:2] == [r.speedup for r in found][2:]
-    assert found.records[0].sparsity == pytest.approx(1 - 5_709_025_280 / 6_738_415_616)
+    assert found[0].sparsity == pytest.approx(1 - 5_709_025_280 / 6_738_415_616)
     (note,) = [n for n in found.notes if n.startswith("pruned: ")]
     assert "width in layers 4-29" in note
     assert "8,810 of 11,008" in note
     (e,) = explanations("llama-2-7b", ["h100"], pruned=[LLM_PRUNER], phase=["prefill"])
     assert e.steps[0].speedup == pytest.approx(6_738_415_616 / 5_709_025_280)
-    assert e.steps[-1].speedup == pytest.approx(e.record.speedup)
+    assert e.steps[-1].speedup == pytest.approx(e.result.speedup)
     assert next(s for s in e.steps if s.name == "alignment").factor < 0.95  # 8810 is off 8
 
 
-@pytest.mark.parametrize("name", SETTING)
+@pytest.mark.parametrize("name", ALIKE)
 def test_unlike_settings_are_refused_in_one_line(name: str) -> None:
     same: dict[str, Any] = {"phase": "serve", "new_tokens": 8, "devices": 2}
     other = {"engine": "sglang", "phase": "generate", "batch": 5, "seq": 5, "new_tokens": 9, "dtype": "fp16"}
     other |= {"devices": 1, "parallel": "pipeline"}
     dense, pruned = lowered(DENSE, **same), lowered(LLM_PRUNER, **same | {name: other[name]})
-    with pytest.raises(InputError, match=f"^{name}: the pruned model has .*; expected one setting$"):
+    with pytest.raises(InputError, match=f"^{name}: the pruned model has .*; expected the same$"):
         simulator.speedup(dense, pruned, H100)
 
 
@@ -91,7 +92,7 @@ def test_a_model_against_itself_is_no_faster() -> None:
 
 def test_pruned_models_stand_alone() -> None:
     for given in ({"family": ["depth"]}, {"method": ["shortgpt"]}, {"sparsity": [0.5]}, {"options": {"align": 8}}):
-        with pytest.raises(InputError, match="say themselves what was pruned"):
+        with pytest.raises(InputError, match="a model sets its own pruning"):
             table(["llama-2-7b"], ["h100"], pruned=[LLM_PRUNER], **given)
     with pytest.raises(InputError, match="expected one dense model"):
         table(["llama-2-7b", "llama-2-13b"], ["h100"], pruned=[LLM_PRUNER])

@@ -9,18 +9,20 @@ from typing import Any
 import pytest
 
 from simulator.predict.advise import advise
+from simulator.predict.claims import verdicts
+from simulator.predict.explain import explanations
 from simulator.predict.grid import Grid
 from simulator.predict.pareto import fronts
 from simulator.predict.quality import load_quality
-from simulator.predict.sweep import sweep_columns
-from simulator.predict.table import explanations, table
+from simulator.predict.sweep import sweep_results
+from simulator.predict.table import table
 
 MODEL, TWO, NARROW = "llama-3.2-1b", ["h100", "a100"], {"family": ["depth"]}
 QUALITY = load_quality(None).of_model("llama-2-7b")
 LONG: dict[str, Callable[..., Any]] = {
     "table": partial(table, [MODEL], TWO, ["depth"], [0.25], ["prefill", "decode"]),
     "explanations": partial(explanations, MODEL, TWO, "depth", 0.25, ["prefill", "decode"]),
-    "sweep_columns": partial(sweep_columns, Grid((MODEL,), ("h100",), (0.5,), ("prefill", "decode"), (1,), (128,))),
+    "sweep_results": partial(sweep_results, Grid((MODEL,), ("h100",), (0.5,), ("prefill", "decode"), (1,), (128,))),
     "advise": partial(advise, MODEL, TWO, 1.2, ["decode"], **NARROW),
     "fronts": partial(fronts, "llama-2-7b", TWO, QUALITY, QUALITY.axes()[0]),
 }

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 import simulator
-from simulator.cost.forward import forward_passes
+from simulator.uncertainty.forward import forward_passes
 from simulator.cost.host import launches
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.predict.table import table
 from simulator.routing import experts_touched
+from simulator.uncertainty.intervals import cost
 from simulator.workload import Kind, Workload
 from simulator.workload_batch import WorkloadBatch
 
@@ -32,7 +33,7 @@ def lowered(name: str, **options: Any) -> Workload:
 @pytest.mark.parametrize("name", MODELS)
 def test_eight_devices_are_timed_within_physics(name: str, phase: str, parallel: str) -> None:
     w = lowered(name, phase=phase, parallel=parallel)
-    found = simulator.workload_time(w, H200)
+    found = cost(w, H200)
     assert (found.seconds >= found.roofline_s / H200.clock_headroom * (1 - 1e-9)).all()
     assert (found.lower <= found.seconds).all()
     assert (found.seconds <= found.upper).all()
@@ -44,9 +45,9 @@ def test_eight_devices_are_timed_within_physics(name: str, phase: str, parallel:
 @pytest.mark.parametrize("name", MODELS)
 def test_every_family_that_suits_is_predicted_and_the_others_say_why(name: str) -> None:
     options = MODELS[name]
-    setting = simulator.predict.settings.Setting(devices=8, **{k: v for k, v in options.items() if k != "engine"})
+    setting = simulator.Scenario(devices=8, **{k: v for k, v in options.items() if k != "engine"})
     engine = [options.get("engine", "vllm")]
-    found = table([name], [H200], sparsity=[0.25], phase=["decode"], batch=[16], engine=engine, setting=setting)
+    found = table([name], [H200], sparsity=[0.25], phase=["decode"], batch=[16], engine=engine, scenario=setting)
     families = {r.family for r in found}
     assert {"depth", "width", "width_cross", "experts", "kv_cache", "token", "dynamic_depth"} <= families
     assert not families & {"low_rank", "unstructured", "dynamic_width", "semi_structured"}
@@ -57,9 +58,7 @@ def test_every_family_that_suits_is_predicted_and_the_others_say_why(name: str) 
 
 
 def test_uneven_loads_read_fewer_weights_and_wait_for_the_busiest() -> None:
-    even, usual, uneven = (
-        simulator.workload_time(lowered("qwen3-30b-a3b", devices=1, skew=s), H200).total_s for s in (0, 0.8, 2)
-    )
+    even, usual, uneven = (cost(lowered("qwen3-30b-a3b", devices=1, skew=s), H200).total_s for s in (0, 0.8, 2))
     assert uneven < usual < even  # few tokens: what is read rules
     many = {"phase": "prefill", "batch": 8, "devices": 1}
     flat, steep = (lowered("qwen3-30b-a3b", **many, skew=s) for s in (0, 2))
@@ -94,11 +93,11 @@ def test_transformers_launches_each_expert_that_is_used() -> None:
     used = float(experts_touched(4, 128, 8))
     assert launches(workloads, engine)[0, row] == pytest.approx(48 * used * engine.launches["experts"])
     assert launches(workloads, load_engine("vllm"))[0, row] == 48
-    assert simulator.workload_time(w, H200).host_bound
+    assert cost(w, H200).host_bound
 
 
 def test_latent_and_plain_attention_are_timed_in_one_stack() -> None:
     plain, latent = lowered("qwen3-30b-a3b", devices=1), lowered("deepseek-v2-lite", devices=1)
-    both = forward_passes(WorkloadBatch.of([plain, latent]), H200)
-    alone = [simulator.workload_time(w, H200).device_s for w in (plain, latent)]
+    both = simulator.cost.forward.passes(WorkloadBatch.of([plain, latent]), H200)
+    alone = [cost(w, H200).device_s for w in (plain, latent)]
     assert both.device_s == pytest.approx(alone)

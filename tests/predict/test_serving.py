@@ -14,19 +14,20 @@ import simulator
 from simulator.engines.engine import list_engines, load_engine
 from simulator.errors import InputError
 from simulator.predict.advise import advise
+from simulator.predict.explain import explanations
 from simulator.predict.grid import Grid
-from simulator.predict.rows import Record
-from simulator.predict.settings import Setting, dense_seconds
-from simulator.predict.speedup import speedup, waterfall
-from simulator.predict.sweep import digest, sweep_columns
-from simulator.predict.table import Table, explanations
+from simulator.predict.result import Result, Results
+from simulator.predict.scenario import Scenario, dense_seconds
+from simulator.predict.speedup import speedup
+from simulator.predict.sweep import digest, sweep_results
+from simulator.predict.waterfall import waterfall
 from simulator.pruning import prune
 from simulator.workload_batch import memory
 
 FAMILIES = ["depth", "width", "token", "kv_cache", "dynamic_depth", "low_rank"]
 
 
-def table(**asked: Any) -> Table:
+def table(**asked: Any) -> Results:
     """A table of some families, and what is asked."""
     usual = {"models": ["llama-3.1-8b"], "hardware": ["h100"], "family": FAMILIES, "sparsity": [0.25]}
     return simulator.table(**{**usual, "phase": ["decode"], **asked})
@@ -53,24 +54,24 @@ def test_one_prefill_has_a_first_token_and_a_decode_has_the_others(engine: str) 
 @pytest.mark.parametrize("dense_s", [None, 0.9])
 def test_first_and_further_tokens_make_up_the_whole(engine: str, dense_s: float | None) -> None:
     options: dict[str, Any] = {"seq": [700], "batch": [6], "engine": [engine]}
-    steps = Setting(new_tokens=40)
+    steps = Scenario(new_tokens=40)
     for phase in ("generate", "serve"):
         if dense_s is not None:
-            (plain, *_) = table(phase=[phase], **options, setting=steps)
+            (plain, *_) = table(phase=[phase], **options, scenario=steps)
             steps = replace(steps, dense_s=dense_s * plain.dense_s)
-        for r in table(phase=[phase], **options, setting=steps):
+        for r in table(phase=[phase], **options, scenario=steps):
             assert close(r.ttft_s + 40 * r.tpot_s, r.pruned_s)
             assert close(r.dense_ttft_s + 40 * r.dense_tpot_s, r.dense_s)
             assert close(r.tokens_per_s, 6 * 40 / r.pruned_s)
             assert close(r.dense_tokens_per_s / r.tokens_per_s, 1.0 / r.speedup)
-        steps = Setting(new_tokens=40)
+        steps = Scenario(new_tokens=40)
 
 
 def test_a_generate_is_one_prefill_and_then_decodes() -> None:
     for engine in ("", "vllm", "hf"):
-        (r,) = table(family=["depth"], phase=["generate"], seq=[700], setting=Setting(new_tokens=3), engine=[engine])
+        (r,) = table(family=["depth"], phase=["generate"], seq=[700], scenario=Scenario(new_tokens=3), engine=[engine])
         (prefill,) = table(family=["depth"], phase=["prefill"], seq=[700], engine=[engine])
-        steps = [table(family=["depth"], phase=["decode"], seq=[700 + t], engine=[engine]).records[0] for t in range(3)]
+        steps = [table(family=["depth"], phase=["decode"], seq=[700 + t], engine=[engine])[0] for t in range(3)]
         assert r.dense_ttft_s == pytest.approx(prefill.dense_s, rel=1e-6)
         assert r.dense_tpot_s == pytest.approx(np.mean([s.dense_s for s in steps]), rel=2e-3)
 
@@ -84,7 +85,7 @@ def test_waiting_for_other_prompts_moves_time_from_the_further_tokens_to_the_fir
         lines = [line for line in text.splitlines() if not line.startswith("prefill_wait")]
         path.write_text("\n".join([*lines, f"prefill_wait: {{value: {wait}, source: serving}}\n"]))
         found += table(
-            family=["depth"], phase=["serve"], batch=[32], engine=[str(path)], setting=Setting(new_tokens=64)
+            family=["depth"], phase=["serve"], batch=[32], engine=[str(path)], scenario=Scenario(new_tokens=64)
         )
     none, half, all_of_them = found
     assert none.dense_s == half.dense_s == all_of_them.dense_s
@@ -96,7 +97,7 @@ def test_waiting_for_other_prompts_moves_time_from_the_further_tokens_to_the_fir
 
 
 def test_more_requests_in_flight_are_more_tokens_a_second_and_slower_tokens() -> None:
-    found = table(family=["depth"], phase=["serve"], batch=[1, 4, 16, 64], setting=Setting(new_tokens=128))
+    found = table(family=["depth"], phase=["serve"], batch=[1, 4, 16, 64], scenario=Scenario(new_tokens=128))
     rates, each = ([getattr(r, name) for r in found] for name in ("dense_tokens_per_s", "dense_tpot_s"))
     assert rates == sorted(rates)
     assert each == sorted(each)
@@ -107,28 +108,30 @@ def test_more_requests_in_flight_are_more_tokens_a_second_and_slower_tokens() ->
 
 @pytest.mark.parametrize("phase", ["prefill", "decode", "generate"])
 @pytest.mark.parametrize("model", ["llama-3.1-8b", "gemma-2-9b", "opt-13b"])
-@pytest.mark.parametrize("setting", [Setting(), Setting(weight_dtype="int4", kv_dtype="fp8"), Setting(devices=2)])
-def test_the_largest_batch_fits_and_one_more_does_not(phase: str, model: str, setting: Setting) -> None:
+@pytest.mark.parametrize("setting", [Scenario(), Scenario(weight_dtype="int4", kv_dtype="fp8"), Scenario(devices=2)])
+def test_the_largest_batch_fits_and_one_more_does_not(phase: str, model: str, setting: Scenario) -> None:
     setting, hw = replace(setting, new_tokens=64), simulator.load_hardware("h100")
     for r in table(
-        models=[model], family=["depth", "width", "unstructured"], phase=[phase], batch=[1, 9], setting=setting
+        models=[model], family=["depth", "width", "unstructured"], phase=[phase], batch=[1, 9], scenario=setting
     ):
         for largest, pruned in ((r.dense_largest_batch, False), (r.pruned_largest_batch, True)):
             assert largest >= 1
             fits = []
             for batch in (largest, largest + 1):
-                w = setting.lower(simulator.load_model(model), phase, batch, r.seq)
+                w = replace(setting, model=model, phase=phase, shapes=((batch, r.seq),)).workloads[0]
                 fits.append(memory(prune(w, r.family, r.sparsity) if pruned else w, hw).fits)
             assert fits == [True, False], (r.family, largest)
         assert r.pruned_largest_batch >= r.dense_largest_batch - (r.family == "unstructured")
 
 
 def test_the_largest_batch_of_a_serve_is_of_its_caches() -> None:
-    hw, setting = simulator.load_hardware("h100"), Setting(new_tokens=512)
-    for r in table(family=["depth", "width"], phase=["serve"], batch=[1, 9], seq=[4096], setting=setting):
-        w = setting.lower(simulator.load_model("llama-3.1-8b"), "serve", r.dense_largest_batch, 4096)
+    hw, setting = simulator.load_hardware("h100"), Scenario(new_tokens=512)
+    for r in table(family=["depth", "width"], phase=["serve"], batch=[1, 9], seq=[4096], scenario=setting):
+        w = replace(setting, model="llama-3.1-8b", phase="serve", shapes=((r.dense_largest_batch, 4096),)).workloads[0]
         assert memory(w, hw).fits
-        w = setting.lower(simulator.load_model("llama-3.1-8b"), "serve", r.dense_largest_batch + 1, 4096)
+        w = replace(
+            setting, model="llama-3.1-8b", phase="serve", shapes=((r.dense_largest_batch + 1, 4096),)
+        ).workloads[0]
         assert not memory(w, hw).fits
         assert r.pruned_largest_batch > r.dense_largest_batch
 
@@ -156,7 +159,7 @@ def test_engines_are_rows_in_order_and_each_is_that_of_its_own() -> None:
     assert times["hf"] > times["trtllm"]
 
 
-def _place(r: Record) -> tuple[int, int, int]:
+def _place(r: Result) -> tuple[int, int, int]:
     return ["hf", "reference", "trtllm"].index(r.engine), r.batch, ["depth", "semi_structured"].index(r.family)
 
 
@@ -170,7 +173,7 @@ def test_what_an_engine_lacks_is_left_out_beside_others_and_refused_alone() -> N
         with pytest.raises(InputError, match="vllm has no 2:4 kernels; these engines have: compile, hf"):
             table(family=[family] if isinstance(family, str) else family, sparsity=[0.5], engine=["vllm"])
     with pytest.raises(InputError, match="hf has no kernels for fp8 weights alone; it has: int8, int4"):
-        table(engine=["hf"], setting=Setting(weight_dtype="fp8"))
+        table(engine=["hf"], scenario=Scenario(weight_dtype="fp8"))
 
 
 def test_an_engine_of_one_s_own_without_4_bit_kernels_refuses_them(tmp_path: Path) -> None:
@@ -181,12 +184,12 @@ def test_an_engine_of_one_s_own_without_4_bit_kernels_refuses_them(tmp_path: Pat
     )
     assert load_engine(str(path)).weight_only == ("int8",)
     with pytest.raises(InputError, match="mine has no kernels for int4 weights alone; it has: int8"):
-        table(engine=[str(path)], setting=Setting(weight_dtype="int4"))
-    (r, *_) = table(engine=[str(path)], setting=Setting(weight_dtype="int8"))
+        table(engine=[str(path)], scenario=Scenario(weight_dtype="int4"))
+    (r, *_) = table(engine=[str(path)], scenario=Scenario(weight_dtype="int8"))
     assert (r.engine, r.weight_dtype) == ("mine", "int8")
     path.write_text(text.replace("weight_only: [fp8, int8, int4]", "weight_only: []"))
     with pytest.raises(InputError, match="it has: none"):
-        table(engine=[str(path)], setting=Setting(weight_dtype="int8"))
+        table(engine=[str(path)], scenario=Scenario(weight_dtype="int8"))
 
 
 def test_a_sweep_s_digest_follows_the_files_of_its_engines(tmp_path: Path) -> None:
@@ -196,8 +199,7 @@ def test_a_sweep_s_digest_follows_the_files_of_its_engines(tmp_path: Path) -> No
     grid = Grid(("llama-3.2-1b",), ("h100",), (0.5,), ("decode",), (1,), (64,), engines=(str(path), "vllm"))
     first = digest(grid)
     assert first == digest(grid)
-    columns, _ = sweep_columns(grid, "family == 'depth'")
-    assert columns["engine"].tolist() == ["hf", "vllm"]
+    assert [r.engine for r in sweep_results(grid, "family == 'depth'")] == ["hf", "vllm"]
     path.write_text(text + "# changed\n")
     assert digest(grid) != first
 
@@ -206,27 +208,27 @@ def test_a_sweep_s_digest_follows_the_files_of_its_engines(tmp_path: Path) -> No
 
 
 def test_a_measured_time_reaches_every_answer() -> None:
-    setting = Setting(dense_s=0.0095)
-    rows = table(family=["depth", "width"], sparsity=[0.25, 0.5], setting=setting)
+    setting = Scenario(dense_s=0.0095)
+    rows = table(family=["depth", "width"], sparsity=[0.25, 0.5], scenario=setting)
     for r in rows:
         assert r.dense_s == pytest.approx(0.0095, rel=0.02)
         assert r.dense_tpot_s == r.dense_s
-    (e,) = explanations("llama-3.1-8b", ["h100"], "depth", 0.25, ["decode"], setting=setting)
-    assert e.record.speedup == rows.records[0].speedup
-    assert e.steps[-1].speedup == pytest.approx(e.record.speedup, rel=1e-12)
-    assert math.prod(step.factor for step in e.steps) == pytest.approx(e.record.speedup, rel=1e-12)
-    (a,) = advise("llama-3.1-8b", ["h100"], 1.2, ["decode"], family=["depth"], setting=setting).advice
-    dense = setting.lower(simulator.load_model("llama-3.1-8b"), "decode", 1, 2048)
-    pruned, hw = prune(dense, "depth", a.sparsity), simulator.load_hardware("h100")
-    assert a.speedup == pytest.approx(speedup(dense, pruned, hw, dense_s=0.0095).speedup, rel=1e-9)
-    assert waterfall(dense, pruned, hw, dense_s=0.0095)[-1].speedup == pytest.approx(a.speedup, rel=1e-9)
+    (e,) = explanations("llama-3.1-8b", ["h100"], "depth", 0.25, ["decode"], scenario=setting)
+    assert e.result.speedup == rows[0].speedup
+    assert e.steps[-1].speedup == pytest.approx(e.result.speedup, rel=1e-12)
+    assert math.prod(step.factor for step in e.steps) == pytest.approx(e.result.speedup, rel=1e-12)
+    (a,) = advise("llama-3.1-8b", ["h100"], 1.2, ["decode"], family=["depth"], scenario=setting).advice
+    dense = replace(setting, model="llama-3.1-8b", phase="decode", shapes=((1, 2048),)).workloads[0]
+    pruned, hw = prune(dense, "depth", a.result.sparsity), simulator.load_hardware("h100")
+    assert a.result.speedup == pytest.approx(speedup(dense, pruned, hw, dense_s=0.0095).speedup, rel=1e-9)
+    assert waterfall(dense, pruned, hw, dense_s=0.0095)[-1].speedup == pytest.approx(a.result.speedup, rel=1e-9)
 
 
 def test_a_measured_time_of_many_pruned_models_is_that_of_each() -> None:
-    setting = Setting(dense_s=0.0095)
-    many = table(setting=setting).records
+    setting = Scenario(dense_s=0.0095)
+    many = table(scenario=setting).rows
     for r in many:
-        (alone,) = table(family=[r.family], setting=setting)
+        (alone,) = table(family=[r.family], scenario=setting)
         assert (alone.speedup, alone.speedup_lower, alone.pruned_s) == pytest.approx(
             (r.speedup, r.speedup_lower, r.pruned_s), rel=1e-12
         )
@@ -241,21 +243,21 @@ def test_a_measured_time_of_many_pruned_models_is_that_of_each() -> None:
     ids=lambda more: next(iter(more)),
 )  # fmt: skip
 def test_a_measured_time_is_of_one_setting(more: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=r"dense time: is of one setting; expected one .*, got 2"):
-        table(**more, setting=Setting(dense_s=0.01))
+    with pytest.raises(InputError, match=r"dense time: is of one scenario; expected one .*, got 2"):
+        table(**more, scenario=Scenario(dense_s=0.01))
 
 
 @pytest.mark.parametrize("dense_s", [0.0, -1.0, math.nan, math.inf])
 def test_what_is_no_time_is_refused(dense_s: float) -> None:
     with pytest.raises(InputError, match="expected a positive time"):
-        Setting(dense_s=dense_s)
+        Scenario(dense_s=dense_s)
 
 
 def test_tokens_a_second_are_a_time() -> None:
     assert dense_seconds(100.0, "decode", 8, 2048, 128) == 8 / 100
     assert dense_seconds(4096.0, "prefill", 2, 2048, 0) == 1.0
     assert dense_seconds(64.0, "serve", 4, 99, 32) == dense_seconds(64.0, "generate", 4, 7, 32) == 2.0
-    for r in table(phase=["serve"], batch=[16], setting=Setting(new_tokens=32)):
+    for r in table(phase=["serve"], batch=[16], scenario=Scenario(new_tokens=32)):
         assert close(dense_seconds(r.dense_tokens_per_s, "serve", 16, 2048, 32), r.dense_s)
     for bad in (None, 0.0, -3.0, math.nan, math.inf):
         with pytest.raises(InputError, match="expected a positive number"):

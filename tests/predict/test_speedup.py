@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 
 import simulator
 from simulator.errors import InputError
-from simulator.predict.speedup import Speedup, speedup, speedups, waterfall
+from simulator.predict.result import Result
+from simulator.predict.speedup import speedup, speedups
+from simulator.predict.waterfall import waterfall
 from simulator.pruning import FAMILIES, prune
 from simulator.workload import DTYPES, PHASES, Kernel, Kind, Workload
 
@@ -62,7 +64,7 @@ def tried(w: Workload, families: Sequence[str], sparsities: Iterable[float], ide
         return None
 
 
-def against_dense(gpu: str, family: str, sparsity: float = 0.25, **setting: Any) -> Speedup:
+def against_dense(gpu: str, family: str, sparsity: float = 0.25, **setting: Any) -> Result:
     dense = dense_of("llama-3.1-8b", **{"phase": "prefill", "batch": 1, "seq": 2048, **setting})
     return speedup(dense, prune(dense, family, sparsity), simulator.load_hardware(gpu))
 
@@ -82,7 +84,7 @@ def least_s(w: Workload, hw: simulator.HardwareProfile) -> float:
     return float((times * w.count)[gemm].sum() + w.bytes[decode].sum() / hw.bandwidth_bytes_per_s) * (1 - 1e-6)
 
 
-def check(dense: Workload, pruned: Workload, s: Speedup, hw: simulator.HardwareProfile) -> None:
+def check(dense: Workload, pruned: Workload, s: Result, hw: simulator.HardwareProfile) -> None:
     """One prediction: numbers, in order, and possible."""
     numbers = (s.dense_s, s.pruned_s, s.speedup, s.lower, s.upper, s.flop_bound, s.byte_bound, s.roofline_bound)
     assert np.isfinite(numbers).all(), numbers
@@ -131,15 +133,15 @@ def test_any_composition_is_timed_and_taken_apart_exactly(
         return
     s = speedup(dense, pruned, hw)
     check(dense, pruned, s, hw)
-    rungs = waterfall(dense, pruned, hw)
-    assert rungs[0].speedup == pytest.approx(1 / (1 - s.sparsity))
-    for rung, product in zip(rungs, itertools.accumulate((r.factor for r in rungs), lambda a, b: a * b), strict=True):
-        assert rung.factor > 0.0
-        assert rung.speedup == pytest.approx(product, rel=1e-12)
-    by_name = {rung.name: rung.speedup for rung in rungs}
+    found = waterfall(dense, pruned, hw)
+    assert found[0].speedup == pytest.approx(1 / (1 - s.sparsity))
+    for step, product in zip(found, itertools.accumulate((r.factor for r in found), lambda a, b: a * b), strict=True):
+        assert step.factor > 0.0
+        assert step.speedup == pytest.approx(product, rel=1e-12)
+    by_name = {step.name: step.speedup for step in found}
     assert by_name["parts not pruned"] == pytest.approx(s.flop_bound, rel=1e-12)
     assert by_name["memory-bound operators"] == pytest.approx(s.roofline_bound, rel=1e-12)
-    assert rungs[-1].speedup == pytest.approx(s.speedup, rel=1e-12)
+    assert found[-1].speedup == pytest.approx(s.speedup, rel=1e-12)
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])

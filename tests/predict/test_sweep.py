@@ -19,10 +19,10 @@ import simulator
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.save import save_hardware
-from simulator.predict.choices import FamilyChoice
 from simulator.predict.grid import Formats, Grid, read_grid
-from simulator.predict.rows import COLUMNS, Record
-from simulator.predict.sweep import digest, pieces, sweep, sweep_columns
+from simulator.predict.prunings import Pruning
+from simulator.predict.result import COLUMNS, Result, plain
+from simulator.predict.sweep import digest, pieces, sweep, sweep_results
 from simulator.predict.where import parse_filter
 from simulator.predict.workers import windowed
 
@@ -38,21 +38,22 @@ SMALL = replace(
 
 MIXED = replace(
     ONE, phases=("generate",), batches=(2,), seqs=(100,), dtypes=(Formats("bf16", "int4", "fp8"),), devices=(1, 2),
-    new_tokens=6, families=tuple(FamilyChoice(name) for name in ("depth", "token", "kv_cache", "dynamic_depth")),
+    new_tokens=6, families=tuple(Pruning(name) for name in ("depth", "token", "kv_cache", "dynamic_depth")),
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("grid", [SMALL, MIXED], ids=["small", "mixed"])
 def test_a_sweep_equals_tables_of_one_request_each(grid: Grid) -> None:
-    columns, notes = sweep_columns(grid)
+    found = sweep_results(grid)
+    columns = {name: plain(column) for name, column in found.columns.items()}
     keys = ("model", "hardware", "family", "sparsity", "phase", "batch", "seq", "engine", "devices")
     left = {key: i for i, key in enumerate(zip(*(columns[name].tolist() for name in keys)))}
     assert len(left) == len(columns["speedup"])
-    axes = ([f.name for f in grid.families], grid.sparsities, grid.phases, grid.batches, grid.seqs)
+    axes = ([p.family for p in grid.families], grid.sparsities, grid.phases, grid.batches, grid.seqs)
     for engine, devices in itertools.product(grid.engines, grid.devices):
-        setting = grid.setting(grid.dtypes[0], engine, devices)
-        table = simulator.table(grid.models, grid.hardware, *axes, setting=setting)
-        assert notes == tuple(n for n in table.notes if "left out" in n)
+        setting = grid.scenario("", grid.dtypes[0], engine, devices, "prefill", ())
+        table = simulator.table(grid.models, grid.hardware, *axes, scenario=setting)
+        assert found.notes == tuple(n for n in table.notes if "excluded" in n)
         for record in table:
             i = left.pop(tuple(getattr(record, name) for name in keys))
             for name, value in asdict(record).items():
@@ -64,18 +65,19 @@ def test_a_sweep_equals_tables_of_one_request_each(grid: Grid) -> None:
 
 
 def test_options_are_a_column_and_change_the_result() -> None:
-    families = (FamilyChoice("width"), FamilyChoice("width", (("align", 512),)))
-    columns, _ = sweep_columns(replace(ONE, families=families, sparsities=(0.3,), phases=("prefill",)))
-    assert list(columns) == list(COLUMNS) == [*(f.name for f in fields(Record)), "options"]
-    assert columns["options"].tolist() == ["", "align=512"]
+    families = (Pruning("width"), Pruning("width", options=(("align", 512),)))
+    columns = sweep_results(replace(ONE, families=families, sparsities=(0.3,), phases=("prefill",))).columns
+    assert list(columns) == list(COLUMNS) == [f.name for f in fields(Result)]
+    assert plain(columns["options"]).tolist() == ["", "align=512"]
     assert columns["realised_sparsity"][0] > columns["realised_sparsity"][1]
 
 
 def test_devices_that_cannot_run_a_format_are_left_out_with_a_note() -> None:
-    families, formats = (FamilyChoice("depth"),), (Formats("fp8"),)
+    families, formats = (Pruning("depth"),), (Formats("fp8"),)
     grid = replace(ONE, hardware=("a100_sxm_80gb", "h100_sxm"), families=families, dtypes=formats)
-    columns, (note,) = sweep_columns(grid)
-    assert columns["hardware"].tolist() == ["h100_sxm"]
+    found = sweep_results(grid)
+    (note,) = found.notes
+    assert [r.hardware for r in found] == ["h100_sxm"]
     assert "a100_sxm_80gb has no fp8" in note
 
 
@@ -85,11 +87,12 @@ def test_pieces_cover_the_grid_once_and_are_bounded() -> None:
         phases=("prefill", "generate"), batches=tuple(range(1, 41)), seqs=tuple(range(64, 114)),
     )  # fmt: skip
     found = list(pieces(grid))
-    sizes = [len(p.shapes) * len(p.choices) for p in found]
+    sizes = [len(one.shapes) * len(prunings) for one, prunings in found]
     assert sum(sizes) == grid.size
     assert max(sizes) <= 40_000
     some = found[:40]
-    assert len({(p.model, p.phase, shape, c) for p in some for shape in p.shapes for c in p.choices}) == sum(sizes[:40])
+    points = {(one.model, one.phase, shape, p) for one, prunings in some for shape in one.shapes for p in prunings}
+    assert len(points) == sum(sizes[:40])
 
 
 def test_processes_and_filter_give_the_same_table(tmp_path: Path) -> None:
@@ -135,6 +138,7 @@ def test_two_sweeps_into_one_file_are_told_apart(tmp_path: Path) -> None:
 
 KILLED = """
 import os, signal, sys
+from simulator.predict.result import COLUMNS, Result, plain
 from simulator.predict.sweep import sweep
 
 if __name__ == "__main__":
@@ -224,6 +228,7 @@ def test_a_missing_dask_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 CLUSTER = """
 import os, sys
 from distributed import LocalCluster
+from simulator.predict.result import COLUMNS, Result, plain
 from simulator.predict.sweep import sweep
 
 if __name__ == "__main__":
@@ -276,7 +281,7 @@ def test_a_grid_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "g.yaml").write_text(grid_text(GOOD))
     grid = read_grid(tmp_path / "g.yaml")
     assert grid.hardware == ("h100_sxm",)
-    assert grid.families == (FamilyChoice("depth"), FamilyChoice("width", (("align", 64),)))
+    assert grid.families == (Pruning("depth"), Pruning("width", options=(("align", 64),)))
     assert grid.sparsities == (0.1, 0.2, 0.3, 0.4, 0.5)
     assert grid.batches == (1, 2, 4, 8)
     assert grid.dtypes == (Formats(), Formats("bf16", "int4"))
@@ -288,11 +293,11 @@ def test_published_methods_are_an_axis_beside_families_or_in_their_place(tmp_pat
     (tmp_path / "g.yaml").write_text(grid_text(GOOD | {"methods": "[shortgpt, mod]"}))
     assert [f.method for f in read_grid(tmp_path / "g.yaml").families] == ["", "", "shortgpt", "mod"]
     grid = replace(ONE, families=(), methods=("shortgpt", "llm-pruner", "sheared-llama"), sparsities=(0.25, 0.9))
-    columns, notes = sweep_columns(grid, "method != 'sheared-llama'")
-    assert list(zip(columns["method"], columns["family"], columns["sparsity"])) == [
+    found = sweep_results(grid, "method != 'sheared-llama'")
+    assert [(r.method, r.family, r.sparsity) for r in found] == [
         ("shortgpt", "depth", 0.25), ("shortgpt", "depth", 0.9), ("llm-pruner", "width", 0.25),
     ]  # fmt: skip
-    assert any(note.startswith("llm-pruner: prunes 10 of 16 layers") for note in notes)
+    assert any(note.startswith("llm-pruner: prunes 10 of 16 layers") for note in found.notes)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import stat
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,20 @@ import simulator
 from simulator import load_hardware, load_model, lower, prune, speedup
 from simulator.errors import InputError
 from simulator.files.write import write_whole
-from simulator.predict.choices import families
+from simulator.predict.batch import batch_of
+from simulator.predict.explain import explanations
 from simulator.predict.gemms import gemm_table
-from simulator.predict.requests import Requests, prune_all
-from simulator.predict.rows import COLUMNS, Record
-from simulator.predict.settings import Setting
-from simulator.predict.table import explanations
+from simulator.predict.prunings import Pruning, families
+from simulator.predict.result import COLUMNS, Result, Results
+from simulator.predict.scenario import Scenario
 from simulator.pruning import GENERAL
 from simulator.workload import PHASES, Workload
 
 MODEL = ["llama-3.1-8b"]
 
 
-def table(**asked: Any) -> simulator.predict.table.Table:  # type: ignore[name-defined]
-    """A table of one point, but for what is asked."""
+def table(**asked: Any) -> Results:
+    """A table of one point, except for what is asked."""
     usual = {"models": MODEL, "hardware": ["h100"], "family": ["depth"], "sparsity": [0.25], "phase": ["decode"]}
     return simulator.table(**{**usual, **asked})
 
@@ -48,7 +48,7 @@ def test_records_are_the_single_predictions_in_order() -> None:
         ("decode", 1, "depth", 0.5, "h100_sxm"),
     ]
     assert len(found) == 2 * 2 * 2 * 2 * 2
-    for r in found.records[::5]:
+    for r in found.rows[::5]:
         dense = lower(load_model(MODEL[0]), phase=r.phase, batch=r.batch, seq=r.seq)
         single = speedup(dense, prune(dense, r.family, r.sparsity), load_hardware(r.hardware))
         assert r.speedup == pytest.approx(single.speedup, rel=1e-12)
@@ -74,15 +74,15 @@ def test_an_unsupported_combination_is_a_note_among_several_families_and_an_erro
     reference = {"engine": ["reference"]}
     found = table(family=["depth", "semi_structured"], sparsity=[0.25, 0.5], **reference)
     assert [(r.family, r.sparsity) for r in found] == [("depth", 0.25), ("depth", 0.5), ("semi_structured", 0.5)]
-    (note,) = [note for note in found.notes if "left out" in note]
+    (note,) = [note for note in found.notes if "excluded" in note]
     assert note.startswith("semi_structured")
-    assert note.endswith("left out at sparsity 0.25")
+    assert note.endswith("excluded at sparsity 0.25")
     with pytest.raises(InputError, match="semi_structured"):
         table(family=["semi_structured"], sparsity=[0.25, 0.5], **reference)
     with pytest.raises(InputError, match="sparsity: expected at least one"):
         table(sparsity=[])
     with pytest.raises(InputError, match="a100_sxm_80gb has no fp8"):  # not even the dense model runs
-        table(hardware=["h100", "a100"], family=["depth", "width"], setting=Setting(dtype="fp8"))
+        table(hardware=["h100", "a100"], family=["depth", "width"], scenario=Scenario(dtype="fp8"))
 
 
 def test_memory_says_what_does_not_fit_and_pruning_may_help() -> None:
@@ -98,23 +98,23 @@ def test_memory_says_what_does_not_fit_and_pruning_may_help() -> None:
 def test_more_positions_than_a_model_has_are_noted() -> None:
     assert table(models=["opt-13b"], phase=["prefill"], seq=[2048]).notes == ()
     (note,) = table(models=["opt-13b"], phase=["prefill", "decode"], seq=[2049]).notes
-    assert "opt-13b is made for 2048 positions" in note
-    (note,) = table(models=["opt-13b"], phase=["generate"], seq=[2040], setting=Setting(new_tokens=16)).notes
+    assert "opt-13b supports 2048 positions" in note
+    (note,) = table(models=["opt-13b"], phase=["generate"], seq=[2040], scenario=Scenario(new_tokens=16)).notes
     assert "2056" in note
 
 
 def test_settings_reach_the_prediction() -> None:
-    def times(setting: Setting) -> tuple[float, float]:
-        (r,) = table(setting=setting)
+    def times(setting: Scenario) -> tuple[float, float]:
+        (r,) = table(scenario=setting)
         return r.dense_s, r.dense_memory_bytes
 
-    plain = times(Setting())
-    assert times(Setting(weight_dtype="int4"))[0] < plain[0]
-    assert times(Setting(weight_dtype="int4"))[1] < plain[1]
-    assert times(Setting(kv_dtype="fp8"))[1] < plain[1]
-    assert times(Setting(engine="hf"))[0] > plain[0]
-    assert times(Setting(devices=2))[1] < plain[1]
-    (generate,) = table(phase=["generate"], setting=Setting(new_tokens=16))
+    plain = times(Scenario())
+    assert times(Scenario(weight_dtype="int4"))[0] < plain[0]
+    assert times(Scenario(weight_dtype="int4"))[1] < plain[1]
+    assert times(Scenario(kv_dtype="fp8"))[1] < plain[1]
+    assert times(Scenario(engine="hf"))[0] > plain[0]
+    assert times(Scenario(devices=2))[1] < plain[1]
+    (generate,) = table(phase=["generate"], scenario=Scenario(new_tokens=16))
     assert generate.new_tokens == 16
     assert generate.dense_s > 15 * plain[0]
 
@@ -129,7 +129,7 @@ def test_a_table_as_a_data_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pandas")
     found = table(sparsity=[0.25, 0.5])
     frame = found.to_pandas()
-    assert list(frame.columns) == list(Record.__dataclass_fields__) == list(COLUMNS)[:-1]
+    assert list(frame.columns) == list(Result.__dataclass_fields__) == list(COLUMNS)
     assert frame["speedup"].tolist() == [r.speedup for r in found]
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(InputError, match=r"a data frame needs .*pip install"):
@@ -145,15 +145,15 @@ def test_every_family_is_explained_exactly(family: str) -> None:
         for step in e.steps:
             reached *= step.factor
             assert reached == pytest.approx(step.speedup, rel=1e-9)
-        assert reached == pytest.approx(e.record.speedup, rel=1e-9)
+        assert reached == pytest.approx(e.result.speedup, rel=1e-9)
 
 
 def test_a_sparsity_by_projection_is_explained() -> None:
     (e,) = explanations(MODEL[0], ["h100"], "width", {"mlp": 0.5})
     (whole,) = table(family=["width"], sparsity=[0.5], phase=["prefill"])
-    assert 0.3 < e.record.sparsity < 0.5
-    assert 1.0 < e.record.speedup < whole.speedup
-    assert asdict(e.record).keys() == asdict(whole).keys()
+    assert 0.3 < e.result.sparsity < 0.5
+    assert 1.0 < e.result.speedup < whole.speedup
+    assert asdict(e.result).keys() == asdict(whole).keys()
 
 
 @pytest.mark.parametrize("family", list(GENERAL))
@@ -161,35 +161,40 @@ def test_a_sparsity_by_projection_is_explained() -> None:
 @pytest.mark.parametrize(
     ("model", "setting"),
     [
-        ("llama-3.2-1b", Setting(new_tokens=5, engine="")),
-        ("gemma-2-9b", Setting(new_tokens=5, devices=2, engine="reference")),
-        ("mistral-7b-v0.1", Setting(new_tokens=3, devices=4, parallel="pipeline", engine="compile")),
+        ("llama-3.2-1b", Scenario(new_tokens=5, engine="")),
+        ("gemma-2-9b", Scenario(new_tokens=5, devices=2, engine="reference")),
+        ("mistral-7b-v0.1", Scenario(new_tokens=3, devices=4, parallel="pipeline", engine="compile")),
     ],
     ids=["plain", "windows-tensor-logits", "window-pipeline-fused"],
 )
-def test_pruning_together_equals_one_by_one(family: str, phase: str, model: str, setting: Setting) -> None:
+def test_pruning_together_equals_one_by_one(family: str, phase: str, model: str, setting: Scenario) -> None:
     """Whatever a family says of the requests that a call may prune together."""
     shapes = tuple((b, s) for s in (7, 300, 8192) for b in (1, 3, 64))
-    requests = Requests.of(load_model(model), setting, phase, shapes)
+    scenario = replace(setting, model=model, phase=phase, shapes=shapes)
     for sparsity in (0.0, 0.3, 0.5, 0.9):
-        parts, refused = prune_all(requests, family, sparsity)
-        together = {i: (workloads, j) for group, workloads in parts for j, i in enumerate(group)}
-        for i, dense in enumerate(requests.workloads):
+        refused: list[str] = []
+
+        def reject(_pruning: int | None, reason: str, _device: str, refused: list[str] = refused) -> None:
+            refused.append(reason)
+
+        batch = batch_of(scenario, [Pruning(family, sparsity)], reject)
+        together = {int(i): j for j, i in enumerate(batch.dense) if batch.pruning[j] == 0}
+        for i, dense in enumerate(scenario.workloads):
             try:
                 one = prune(dense, family, sparsity)
             except InputError:
                 assert i not in together
                 assert refused
                 continue
-            workloads, j = together[i]
-            at = workloads.starts[j] + np.arange(workloads.lengths[j])
+            j = together[i]
+            at = batch.starts[j] + np.arange(batch.lengths[j])
             assert len(one) == len(at)
             for name in Workload.SCHEMA:
-                got, wanted = getattr(workloads.rows, name)[at], getattr(one, name)
+                got, wanted = getattr(batch.rows, name)[at], getattr(one, name)
                 np.testing.assert_allclose(got, wanted, rtol=1e-12, err_msg=name)
             applied = one.meta.applied[-1]
-            assert workloads.rows.meta.applied[-1].sparsity == applied.sparsity
-            assert workloads.rows.meta.applied[-1].realised == pytest.approx(applied.realised, abs=1e-12)
+            assert batch.sparsity[j] == applied.sparsity
+            assert batch.realised[j] == pytest.approx(applied.realised, abs=1e-12)
 
 
 def test_gemm_table_is_the_product() -> None:
@@ -200,7 +205,7 @@ def test_gemm_table_is_the_product() -> None:
     for r in rows:
         assert r.flop_per_s == pytest.approx(2.0 * r.m * r.n * r.k / r.seconds)
         assert r.seconds >= r.roofline_s * 0.99
-        assert r.ladder_s["launch"] == r.seconds
+        assert r.steps_s["launch"] == r.seconds
     (sparse,) = gemm_table([2048], [4096], [4096], ["h100"], semi_structured=True)
     (dense,) = gemm_table([2048], [4096], [4096], ["h100"])
     assert sparse.seconds < dense.seconds

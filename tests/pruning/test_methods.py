@@ -10,9 +10,11 @@ import pytest
 
 import simulator
 from simulator.errors import InputError
-from simulator.predict.requests import Requests, prune_all
-from simulator.predict.settings import Setting
-from simulator.predict.table import explanations, table
+from simulator.predict.batch import batch_of, rejecting
+from simulator.predict.explain import explanations
+from simulator.predict.prunings import Pruning
+from simulator.predict.scenario import Scenario
+from simulator.predict.table import table
 from simulator.pruning import FAMILIES
 from simulator.pruning._methods import METHODS
 from simulator.workload import Kind, Workload
@@ -130,16 +132,14 @@ def test_refusals(method: str, sparsity: Any, phase: str, reason: str) -> None:
 
 @pytest.mark.parametrize("name", ["llm-pruner", "minitron-width", "mod", "pyramiddrop", "h2o"])
 def test_many_requests_together_equal_one_by_one(name: str) -> None:
-    requests = Requests.of(simulator.load_model("llama-2-7b"), Setting(new_tokens=3), "generate", ((1, 64), (8, 512)))
-    m, done = METHODS[name], 0
-    for group, stack in prune_all(requests, m.family, 0.3, method=name)[0]:
-        for i, start, length in zip(group, stack.starts, stack.lengths):
-            one = m.prune(requests.workloads[i], 0.3)
-            rows = stack.rows.take(np.arange(start, start + length))
-            np.testing.assert_allclose(rows.flops, one.flops, rtol=1e-12)
-            np.testing.assert_allclose(rows.bytes, one.bytes, rtol=1e-12)
-            done += 1
-    assert done == 2
+    scenario = Scenario(model="llama-2-7b", phase="generate", shapes=((1, 64), (8, 512)), new_tokens=3)
+    batch = batch_of(scenario, [Pruning.of_method(name, 0.3)], rejecting)
+    assert batch.dense.tolist() == [0, 1, 0, 1]
+    for i, start, length in list(zip(batch.dense, batch.starts, batch.lengths))[2:]:
+        one = METHODS[name].prune(scenario.workloads[i], 0.3)
+        rows = batch.rows.take(np.arange(start, start + length))
+        np.testing.assert_allclose(rows.flops, one.flops, rtol=1e-12)
+        np.testing.assert_allclose(rows.bytes, one.bytes, rtol=1e-12)
 
 
 def test_tables_and_explanations_name_the_method() -> None:
@@ -151,11 +151,11 @@ def test_tables_and_explanations_name_the_method() -> None:
     ]  # fmt: skip
     assert {r.method for r in table(["llama-2-7b"], ["h100"], ["depth"], [0.25])} == {""}
     (e,) = explanations("llama-2-7b", ["h100"], None, None, ["decode"], method="mod")
-    assert e.record.method == "mod"
-    assert e.record.speedup == found.records[-1].speedup
-    assert np.prod([step.factor for step in e.steps]) == pytest.approx(e.record.speedup)
+    assert e.result.method == "mod"
+    assert e.result.speedup == found[len(found) - 1].speedup
+    assert np.prod([step.factor for step in e.steps]) == pytest.approx(e.result.speedup)
     one = simulator.speedup(e.dense, e.pruned, e.hardware)
-    assert one.speedup == pytest.approx(e.record.speedup)
+    assert one.speedup == pytest.approx(e.result.speedup)
     for given in ({"family": ["width"]}, {"options": {"align": 8}}):
         with pytest.raises(InputError, match="expected no family and no option"):
             table(["llama-2-7b"], ["h100"], method=["shortgpt"], **given)  # type: ignore[arg-type]

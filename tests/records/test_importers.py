@@ -357,7 +357,7 @@ def test_the_real_collections(wheel_tables: Path) -> None:
         assert len(result.records) == 35700
         assert result.refusals["dtype fp8_block, not bf16"] == 29268
     decode = rows("a100_sxm/attention/trtllm/1.0.0/generation_attention_perf.parquet", "a100_sxm_80gb")
-    assert (len(decode.records), decode.refusals.total) == (4675, 351)
+    assert (len(decode.results), decode.refusals.total) == (4675, 351)
     vllm = rows("h100_sxm/gemm/vllm/0.24.0/gemm_perf.parquet", "h100_sxm", "bf16")
     assert vllm.refusals["compute-bound, on operands that were not random numbers"] > 10000
 

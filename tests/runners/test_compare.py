@@ -35,7 +35,7 @@ from simulator.engines.engine import check_engine, load_engine  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.hardware.library import load_hardware  # noqa: E402
 from simulator.models.library import load_model  # noqa: E402
-from simulator.predict.settings import Setting  # noqa: E402
+from simulator.predict.scenario import Scenario  # noqa: E402
 from simulator.predict.speedup import speedup  # noqa: E402
 
 HW = load_hardware("a100")
@@ -46,7 +46,7 @@ def _device(**options: Any) -> ReplayDevice:
 
 
 def _cases(**settings: Any) -> list[Case]:
-    return settings_of(CONFIG, **{"seq": [64], "sparsities": [0.5], "setting": Setting(engine=""), **settings})[0]
+    return settings_of(CONFIG, **{"seq": [64], "sparsities": [0.5], "scenario": Scenario(engine=""), **settings})[0]
 
 
 def _compare(folder: Path, cases: list[Case], device: ReplayDevice | None = None, **options: Any) -> ComparedCases:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 
 import simulator
 from simulator.engines.engine import list_engines
-from simulator.predict.compare import SAME_SHAPE, Comparison, Pairs, compare
+from simulator.predict.batch import batch_with
+from simulator.predict.compare import SAME_SHAPE, compare
 from simulator.pruning import FAMILIES, prune
 from simulator.uncertainty.factors import COVERAGE_FACTOR, Uncertainty, correlation, in_order, level_scale
 from simulator.uncertainty.forward import PredictedPass, forward_passes
@@ -33,14 +35,14 @@ def lowered(engine: str, phase: str = "decode", batch: int = 1, seq: int = 512, 
 
 def compared(
     dense: Workload, *pruned: Workload, dense_s: float | None = None, level: float = 0.9
-) -> tuple[Comparison, Any]:
-    pairs = Pairs(WorkloadBatch.of([dense, *pruned]), np.zeros(1 + len(pruned), dtype=np.intp))
-    return compare(pairs, H100, level, dense_s)
+) -> tuple[SimpleNamespace, Any]:
+    columns, inferred = compare(batch_with(dense, pruned), H100, level, dense_s)
+    return SimpleNamespace(**columns), inferred
 
 
-def width(c: Comparison, i: int) -> tuple[float, float, float]:
+def width(c: SimpleNamespace, i: int) -> tuple[float, float, float]:
     """Of the intervals of the dense time, of a pruned one and of their ratio, logs."""
-    ends = (c.dense_lower, c.dense_upper), (c.pruned_lower, c.pruned_upper), (c.lower, c.upper)
+    ends = (c.dense_lower, c.dense_upper), (c.pruned_lower, c.pruned_upper), (c.speedup_lower, c.speedup_upper)
     dense, own, ratio = (float(np.log(upper[i] / lower[i])) for lower, upper in ends)
     return dense, own, ratio
 
@@ -79,7 +81,7 @@ def test_the_ratio_of_a_workload_to_itself_is_one_for_sure(engine: str, phase: s
     for dense_s in (None, 2e-2):
         c, _ = compared(dense, dense, dense_s=dense_s)
         assert c.speedup.tolist() == [1.0, 1.0]
-        assert np.concatenate([c.lower, c.upper]) == pytest.approx(np.ones(4), abs=1e-9)
+        assert np.concatenate([c.speedup_lower, c.speedup_upper]) == pytest.approx(np.ones(4), abs=1e-9)
 
 
 def test_what_an_engine_says_of_whole_passes_widens_ratios(tmp_path: Path) -> None:
@@ -91,8 +93,8 @@ def test_what_an_engine_says_of_whole_passes_widens_ratios(tmp_path: Path) -> No
         path.write_text(text + "".join(f"{name}: {{value: {x}, source: paper}}\n" for name, x in values.items()))
         dense = lowered(str(path), "prefill", dtype="fp16")
         c, _ = compared(dense, prune(dense, family, 0.5))
-        assert (c.lower[0], c.upper[0]) == (1.0, 1.0)  # a pass beside itself
-        return float(np.log(c.upper[1] / c.lower[1]) / 2.0 / COVERAGE_FACTOR) ** 2
+        assert (c.speedup_lower[0], c.speedup_upper[0]) == (1.0, 1.0)  # a pass beside itself
+        return float(np.log(c.speedup_upper[1] / c.speedup_lower[1]) / 2.0 / COVERAGE_FACTOR) ** 2
 
     families = ("unstructured", "depth", "width", "dynamic_depth")
     usual = {family: square(family) for family in families}
@@ -264,11 +266,11 @@ def test_intervals_cover_planted_hosts_and_kernels(
     path.write_text(ENGINE.replace("GRAPH", graph).replace("PASS", str(pass_ms)))
     dense = two_operators(str(path), m, 32, wide)
     others = two_operators(str(path), m, 16, wide), two_operators(str(path), m, 32, wide // 2)
-    pairs = Pairs(WorkloadBatch.of([dense, *others]), np.zeros(3, dtype=np.intp))
-    p = forward_passes(pairs.workloads, H100)
-    rng, groups = np.random.default_rng(7), p.workloads.groups
-    uncertainty = of_rows(p)
-    columns = uncertainty.systematic[uncertainty.systematic.any(axis=1)]
+    batch = batch_with(dense, others)
+    p = forward_passes(batch, H100)
+    uncertainty, rng, groups = p.each.uncertainty, np.random.default_rng(7), p.workloads.groups
+    assert uncertainty is not None
+    columns = uncertainty.shared[uncertainty.shared.any(axis=1)]  # whatever others the error model has
     shape = np.array([0, 1, 2, 0, 1, 2, 0, 3, 2])  # the fourth is the narrower layer; depth has the shapes of dense
     similar = correlation(uncertainty.coordinates, uncertainty.coordinates)
     root = np.linalg.cholesky(similar * np.outer(uncertainty.correlated, uncertainty.correlated) + 1e-12 * np.eye(9))
@@ -285,10 +287,13 @@ def test_intervals_cover_planted_hosts_and_kernels(
         mixed = z + MIXED_LOG_SD / 0.43 * other_mix  # the host of fewer launches
         total[1] = p.host.total(device, groups.segment, mixed)[0].sum(axis=1)[1]
         total = total * np.exp(p.engine.log_sd.value * whole)
-        c, _ = compare(pairs, H100, dense_s=total[0] * np.exp(MEASURED_LOG_SD * rng.normal()))
+        c = SimpleNamespace(**compare(batch, H100, dense_s=total[0] * np.exp(MEASURED_LOG_SD * rng.normal()))[0])
         ratio = total[0] / total
         seen = (c.dense_lower <= total[0]) & (total[0] <= c.dense_upper)
-        own_seen, both = (c.pruned_lower <= total) & (total <= c.pruned_upper), (c.lower <= ratio) & (ratio <= c.upper)
+        own_seen, both = (
+            (c.pruned_lower <= total) & (total <= c.pruned_upper),
+            (c.speedup_lower <= ratio) & (ratio <= c.speedup_upper),
+        )
         inside.append([seen[0], *own_seen[1:], *both[1:]])
     share = dict(zip(("dense", "depth", "width", "depth ratio", "width ratio"), np.mean(inside, axis=0), strict=True))
     assert all(0.85 <= value <= most for value in share.values()), share

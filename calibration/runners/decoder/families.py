@@ -23,7 +23,7 @@ from calibration.runners.decoder.routed import BlockAttention, CacheCut, TokenDr
 from calibration.runners.decoder.run import Rule
 from calibration.runners.decoder.widths import GroupRouting
 from simulator.errors import InputError, unknown
-from simulator.predict.settings import one_of
+from simulator.predict.scenario import one_of
 from simulator.pruning import _edits
 
 ALIGN = 16

@@ -23,7 +23,7 @@ from calibration.runners.decoder.model import Decoder, random_decoder
 from calibration.runners.decoder.run import decode, prefill
 from simulator.errors import InputError
 from simulator.models.config import ModelConfig
-from simulator.predict.settings import one_of
+from simulator.predict.scenario import one_of
 from simulator.workload import PHASES
 
 LONGEST_S = 30.0

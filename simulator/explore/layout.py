@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from simulator.figures.layout import log_ticks
-from simulator.figures.style import Look
+from simulator.figures.style import Style
 
 Dict = dict[str, Any]
 Chart = Dict
@@ -197,7 +197,7 @@ def rule(panel: int, axis: str, value: float, color: str, width: float, **more: 
     return {"type": "line", "line": {"color": color, "width": width}, **place, **whole, **more}
 
 
-def marker_of(style: Look, size: float = 8) -> Dict:
+def marker_of(style: Style, size: float = 8) -> Dict:
     """Marker of a look, hollow ones with a white middle so that lines do not show through."""
     color, width = (PAPER, 1.8) if style.hollow else (style.color, 0.5)
     rim = {"color": style.color, "width": width}

@@ -1,0 +1,160 @@
+"""Predictions with the waterfall that explains them, and their conclusion in a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from simulator.engines.engine import load_engine
+from simulator.errors import InputError
+from simulator.models.library import load_model
+from simulator.predict.batch import batch_of, rejecting
+from simulator.predict.caveats import better_than_bound, inferred_by
+from simulator.predict.compare import results_of
+from simulator.predict.prunings import prunings_of
+from simulator.predict.result import HasResult, Result
+from simulator.predict.scenario import Scenario, check_fraction, check_measured, profiles, scenarios
+from simulator.predict.waterfall import Waterfall, waterfall
+from simulator.uncertainty.forward import forward_passes
+from simulator.uncertainty.intervals import Inferred
+from simulator.units import percent, seconds
+from simulator.workload_batch import WorkloadBatch
+
+if TYPE_CHECKING:
+    from simulator.hardware.profile import HardwareProfile
+    from simulator.models.config import ModelConfig
+    from simulator.workload import Workload
+
+NOTABLE = 0.985
+"""A step with a smaller factor (or one above the inverse) is mentioned."""
+
+NARROWER = frozenset(("width", "width_cross", "low_rank"))
+"""Families that leave as many kernels as before, or more."""
+
+
+@dataclass(frozen=True, repr=False)
+class Explanation(HasResult):
+    """A prediction with its waterfall."""
+
+    result: Result
+    steps: Waterfall
+    dense: Workload = field(repr=False)
+    pruned: Workload = field(repr=False)
+    hardware: HardwareProfile = field(repr=False)
+    inferred: Inferred | None = None  # what a measured time of the dense model says
+    dense_s: float | None = field(default=None, repr=False)  # that time
+
+    def _title(self) -> str:
+        return self.result._title()
+
+    def _html(self) -> str:
+        return self.steps._html()
+
+    @cached_property
+    def layer_s(self) -> float:
+        """Host time to launch one layer of the dense model where either model is host-bound, s; else 0."""
+        if self.inferred is not None and self.inferred.consistent:
+            return self.inferred.layer_s if self.inferred.host_bound else 0.0
+        p = forward_passes(WorkloadBatch.of([self.dense, self.pruned]), self.hardware)
+        return float(p.host.layer[0]) if p.host_bound.any() else 0.0
+
+    @cached_property
+    def reason(self) -> str:
+        """Why the speedup lies above its roofline bound; "" where it does not."""
+        r = self.result
+        return better_than_bound(self.dense, self.pruned, self.hardware, r.speedup, r.roofline_bound)
+
+
+def explanations(
+    model: str | ModelConfig,
+    hardware: Sequence[str | HardwareProfile],
+    family: str | None = None,
+    sparsity: float | Mapping[str, float] | None = None,
+    phase: Sequence[str] = ("prefill",),
+    batch: Sequence[int] = (1,),
+    seq: Sequence[int] = (2048,),
+    *,
+    method: str | None = None,
+    pruned: Sequence[str | ModelConfig] = (),
+    engine: Sequence[str] = (),
+    scenario: Scenario | None = None,
+    options: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Explanation, ...]:
+    """Waterfalls of one family at one sparsity (or a mapping from projection kind to fraction), of one published
+    method, or of each of some existing pruned models, for every engine, phase, batch, length and device; the other
+    arguments are those of :func:`simulator.table`.
+
+    >>> import math
+    >>> (e,) = explanations("llama-3.1-8b", ["h100"], "width", 0.25)
+    >>> bool(abs(math.prod(step.factor for step in e.steps) - e.result.speedup) < 1e-9)
+    True
+    """
+    config, devices = load_model(model), profiles(hardware)
+    if not pruned and family is None and method is None:
+        raise InputError("family: expected one family or method to explain, or a pruned model")
+    if family == "all":
+        raise InputError("family 'all': expected one family to explain")
+    by_kind = {kind: check_fraction(s) for kind, s in sparsity.items()} if isinstance(sparsity, Mapping) else None
+    fractions = None if sparsity is None else [0.0] if isinstance(sparsity, Mapping) else [sparsity]
+    methods, names = [method] if method else [], None if family is None else [family]
+    prunings = prunings_of([config], names, methods, pruned, fractions, options)
+    if len(prunings) > 1 and not pruned:
+        raise InputError(f"sparsity: expected one to explain {method or family}, such as {prunings[0].sparsity:g}")
+    if by_kind is not None:
+        prunings = (prunings[0].at(by_kind),)
+    asked = scenarios(scenario, [config], engine, phase, batch, seq)
+    check_measured(asked, devices)
+    out: list[Explanation] = []
+    for one in asked:
+        for pruning in prunings:
+            (dense,), workloads = one.workloads, batch_of(one, [pruning], rejecting)
+            w = pruning.apply(dense, one)
+            for hw, r in zip(devices, results_of(workloads, [pruning], devices, one)):
+                steps, inferred = waterfall(dense, w, hw, dense_s=one.dense_s), inferred_by(dense, hw, one)
+                # as the waterfall composes it, to the last digit
+                r = replace(r, sparsity=1.0 - (1.0 - r.sparsity))
+                out.append(Explanation(r, steps, dense, w, hw, inferred, one.dense_s))
+                progress(len(out), len(asked) * len(prunings) * len(devices))
+    return tuple(out)
+
+
+def conclusion(e: Explanation) -> str:
+    """The nominal and the predicted speedup, the bottleneck, and the largest losses, in one sentence."""
+    r, losses = e.result, sorted((s for s in e.steps[1:] if s.factor < NOTABLE), key=lambda s: s.factor)
+    gains = [s for s in e.steps[1:] if s.factor > 1 / NOTABLE and s.name != "rounding"]
+    what = f"{r.pruned} ({r.family})" if r.pruned else r.method or r.family
+    nominal = f"{what} at {percent(r.sparsity)}: nominal {e.steps[0].speedup:.2f}x"
+    predicted = f"predicted {r.speedup:.2f}x ({r.speedup_lower:.2f}-{r.speedup_upper:.2f})"
+    parts = [f"{_host_bound(e)}{nominal}, {predicted} on {r.hardware} in {r.engine}, {r.bottleneck}-bound"]
+    if losses:
+        parts.append("losses: " + _and([f"{s.name} (x{s.factor:.2f})" for s in losses[:3]]))
+    elif r.speedup > 1:
+        parts.append(f"no single step loses more than {100 * (1 - NOTABLE):.1f} %")
+    if gains:
+        parts.append("gains: " + _and([f"{s.name} (x{s.factor:.2f})" for s in gains[:2]]))
+    if e.reason:
+        parts.append(e.reason)
+    if r.speedup_upper < 1:
+        parts.append("the pruned model is slower")
+    elif r.speedup_lower <= 1 and r.sparsity > 0:
+        parts.append("the interval includes 1.00x, so a gain is uncertain")
+    return "; ".join(parts) + "."
+
+
+def _host_bound(e: Explanation) -> str:
+    """What to know first where a model is host-bound, else ""."""
+    if not e.layer_s:
+        return ""
+    engine = load_engine(e.dense.meta.engine)
+    text = f"{engine.title}: the host needs {seconds(e.layer_s)} per layer; while the device needs less, narrower "
+    text += "layers give no speedup: use fewer layers or a CUDA graph"
+    if NARROWER & set(e.result.family.split("+")) and engine.own_code.source:
+        text += f" (custom modelling code has cost up to another x{engine.own_code.value:g} in published results)"
+    return f"{text}. "
+
+
+def _and(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -1,0 +1,279 @@
+"""What is predicted: a :class:`Result` each, :class:`Results` for many as columns.
+
+The fields of :class:`Result` are the keys of ``--json``, of CSV and Parquet files and of data frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulator.arrays import Array, IndexArray
+from simulator.display import Displayed, bars_html, facts_html, few, items_html, table_html
+from simulator.units import percent, ratio, seconds, seconds_between
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class Result(Displayed):
+    """One prediction: how much faster a pruned model is than its dense one. Times in s; None where the phase has no
+    such number.
+
+    >>> import simulator
+    >>> dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="prefill")
+    >>> r = simulator.speedup(dense, simulator.prune(dense, "depth", 0.25), simulator.load_hardware("h100"))
+    >>> print(repr(r)[:67])
+    <Result: llama-3.1-8b on h100_sxm, vllm, prefill, batch 1, seq 2048
+    >>> r.bottleneck, bool(r.lower < r.speedup < r.upper)
+    ('compute', True)
+    """
+
+    model: str
+    hardware: str
+    engine: str
+    family: str  # of several families, joined by "+"
+    sparsity: float  # asked for; of an existing pruned model, the share of parameters removed
+    realised_sparsity: float  # after rounding
+    phase: str
+    batch: int
+    seq: int
+    dtype: str
+    dense_s: float  # time of a pass
+    dense_lower: float  # ends of intervals at ``level``
+    dense_upper: float
+    pruned_s: float
+    pruned_lower: float
+    pruned_upper: float
+    speedup: float  # dense_s / pruned_s
+    speedup_lower: float
+    speedup_upper: float
+    flop_bound: float  # ratio of FLOPs; the bounds exclude work that pruning adds
+    byte_bound: float  # ratio of bytes
+    roofline_bound: float  # ratio of the operators' datasheet rooflines
+    bottleneck: str  # with the largest share of the pruned model's time, one of ``BOTTLENECKS``
+    tokens_per_s: float | None  # new tokens of the pruned model, on all devices together
+    ttft_s: float | None  # time to first token
+    tpot_s: float | None  # time per further token
+    dense_tokens_per_s: float | None
+    dense_ttft_s: float | None
+    dense_tpot_s: float | None
+    pruned: str  # name of the existing pruned model, else ""
+    measured_bound: float | None  # ratio of measured dense GEMM times at the shapes of both models, where there are any
+    efficiency: float  # (speedup - 1) / (roofline_bound - 1); NaN where the bound is 1
+    bottleneck_share: float
+    level: float  # of the intervals
+    calibrated: bool  # every cost model used was fitted on the device's own measurements
+    new_tokens: int
+    weight_dtype: str
+    kv_dtype: str
+    devices: int
+    parallel: str
+    ideal: bool  # work that pruning adds is excluded
+    dense_memory_bytes: float  # on the device that holds most
+    pruned_memory_bytes: float
+    capacity_bytes: float
+    dense_fits: bool
+    pruned_fits: bool
+    dense_largest_batch: int  # sequences that fit
+    pruned_largest_batch: int
+    method: str  # published one, else ""
+    options: str  # of the family, as text
+
+    @property
+    def lower(self) -> float:
+        """Lower end of the speedup's interval."""
+        return self.speedup_lower
+
+    @property
+    def upper(self) -> float:
+        """Upper end of the speedup's interval."""
+        return self.speedup_upper
+
+    @property
+    def request(self) -> str:
+        """Device, engine, phase, batch and length, in words."""
+        return f"{self.hardware}, {self.engine}, {self.phase}, batch {self.batch}, seq {self.seq}"
+
+    @property
+    def scenario(self) -> str:
+        """Everything but device and pruning, in words."""
+        name, new = "concurrency" if self.phase == "serve" else "batch", f" + {self.new_tokens} new"
+        parts = [self.model, self.phase, f"{name} {self.batch}", f"seq {self.seq}{new if self.new_tokens else ''}"]
+        alike = self.weight_dtype == self.kv_dtype == self.dtype
+        parts.append(self.dtype if alike else f"{self.dtype}, weights {self.weight_dtype}, cache {self.kv_dtype}")
+        parts.append(self.engine)
+        if self.devices > 1:
+            parts.append(f"{self.devices} devices ({self.parallel})")
+        if self.ideal:
+            parts.append("pruning overheads excluded")
+        return ", ".join(parts)
+
+    def _title(self) -> str:
+        interval = f"{ratio(self.speedup)}x ({ratio(self.speedup_lower)}-{ratio(self.speedup_upper)})"
+        times = f"{seconds(self.dense_s)} to {seconds(self.pruned_s)}"
+        about = f"{self.model} on {self.request}, {self.dtype}"
+        return f"{about}: {interval}, {times}: {self.family} {percent(self.sparsity)}, {self.bottleneck}-bound"
+
+    def _html(self) -> str:
+        """The times, the serving numbers, and how the bounds lead from the nominal to the predicted speedup."""
+        tokens = f"{self.dense_tokens_per_s:,.4g} to {self.tokens_per_s:,.4g}" if self.tokens_per_s else None
+        facts = {
+            "dense": seconds_between(self.dense_s, self.dense_lower, self.dense_upper),
+            "pruned": seconds_between(self.pruned_s, self.pruned_lower, self.pruned_upper),
+            "tokens/s": tokens,
+            "sparsity": f"{percent(self.sparsity)} requested, {percent(self.realised_sparsity)} realised",
+            "bottleneck": f"{self.bottleneck}, {percent(self.bottleneck_share)} of the pruned model's time",
+            "interval": percent(self.level) + ("" if self.calibrated else ", not all cost models are calibrated"),
+        }
+        steps = {
+            "nominal": 1.0 / (1.0 - self.sparsity),
+            "rounding": 1.0 / max(1.0 - self.realised_sparsity, 1e-9),  # all layers may be gone
+            "parts not pruned": self.flop_bound,
+            "memory-bound operators": self.roofline_bound,
+            "kernels and host": self.speedup,
+        }
+        return facts_html(facts) + bars_html(list(steps.items()), (self.speedup_lower, self.speedup_upper))
+
+
+_KINDS: Mapping[str, type] = {"str": str, "float": float, "float | None": float, "int": int, "bool": bool}
+
+COLUMNS: Mapping[str, type] = {f.name: _KINDS[str(f.type)] for f in fields(Result)}
+"""Names of the fields of a result, and what they hold."""
+
+_OPTIONAL = frozenset(f.name for f in fields(Result) if f.type == "float | None")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A column of texts: codes, and the texts that they stand for."""
+
+    codes: NDArray[np.int32]
+    texts: tuple[str, ...]
+
+    def __getitem__(self, index: Any) -> Labels:
+        return Labels(self.codes[index], self.texts)
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    @property
+    def values(self) -> NDArray[np.object_]:
+        """The texts, one per row."""
+        return np.array(self.texts, dtype=object)[self.codes]
+
+
+Columns = Mapping[str, Any]
+"""Columns of results: float64, int64 and bool arrays, and :class:`Labels`; NaN where a result has None."""
+
+
+def plain(column: Array | Labels) -> Array:
+    """A column as an array; texts as objects."""
+    return column.values if isinstance(column, Labels) else column
+
+
+_IDENTITY = ("model", "hardware", "engine", "method", "pruned", "family", "phase", "batch", "seq", "dtype")
+_PREDICTED = (
+    *("sparsity", "dense_s", "pruned_s", "speedup", "speedup_lower", "speedup_upper"),
+    *("roofline_bound", "bottleneck"),
+)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Results(Displayed):
+    """Predictions, one per row, as columns named like the fields of :class:`Result`; iterates over the results.
+
+    >>> import simulator
+    >>> found = simulator.table(["llama-3.1-8b"], ["h100"], ["depth"], [0.25, 0.5])
+    >>> len(found), found[1].sparsity, found.columns["speedup"].round(2).tolist()
+    (2, 0.5, [1.32, 1.94])
+    """
+
+    columns: Columns
+    notes: tuple[str, ...] = ()  # what was excluded, and what limits the predictions
+    pruning: IndexArray = field(default_factory=lambda: np.zeros(0, dtype=np.intp), repr=False)  # of those asked for
+
+    def __len__(self) -> int:
+        return len(self.columns["speedup"])
+
+    def __iter__(self) -> Iterator[Result]:
+        return iter(self.rows)
+
+    def __getitem__(self, index: int) -> Result:
+        return self.rows[index]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Results) and (self.rows, self.notes) == (other.rows, other.notes)
+
+    @cached_property
+    def rows(self) -> tuple[Result, ...]:
+        """The results as objects."""
+        lists = [known(self.columns[n]) if n in _OPTIONAL else plain(self.columns[n]).tolist() for n in COLUMNS]
+        return tuple(Result(**dict(zip(COLUMNS, row))) for row in zip(*lists))
+
+    def take(self, index: Any) -> Results:
+        """Some rows, by ``index``: integers or a mask."""
+        columns = {name: column[index] for name, column in self.columns.items()}
+        return Results(columns, self.notes, self.pruning[index])
+
+    @classmethod
+    def join(cls, parts: Sequence[Results], notes: tuple[str, ...] = ()) -> Results:
+        """Rows of several results, ``parts``, one after the other, with ``notes``."""
+        columns: dict[str, Array | Labels] = {}
+        for name, kind in COLUMNS.items():
+            held = [part.columns[name] for part in parts]
+            columns[name] = _joined(held) if kind is str else np.concatenate([plain(column) for column in held])
+        return cls(columns, notes, np.concatenate([part.pruning for part in parts]))
+
+    @classmethod
+    def empty(cls) -> Results:
+        """No rows."""
+        kinds = {float: np.float64, int: np.int64, bool: np.bool_}
+        none = Labels(np.zeros(0, dtype=np.int32), ())
+        return cls({name: none if kind is str else np.zeros(0, dtype=kinds[kind]) for name, kind in COLUMNS.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """``results``, a dictionary each, and ``notes``."""
+        return {"results": [r.to_dict() for r in self], "notes": list(self.notes)}
+
+    def _title(self) -> str:
+        models, devices = (few(plain(self.columns[name])) for name in ("model", "hardware"))
+        return f"{len(self):,} predictions of {models} on {devices}{f'; {len(self.notes)} notes' if self.notes else ''}"
+
+    def _columns(self) -> Mapping[str, Any]:
+        """One row per result."""
+        return {name: plain(self.columns[name]) for name in COLUMNS}
+
+    def _html(self) -> str:
+        """The columns in which results differ, and the predictions; then the notes."""
+        columns = self._columns()
+        differ = [name for name in _IDENTITY if len(set(columns[name])) > 1]
+        return table_html({name: columns[name] for name in (*differ, *_PREDICTED)}) + items_html(self.notes)
+
+
+def _joined(held: Sequence[Array | Labels]) -> Labels:
+    """Text columns one after the other."""
+    labels = [column for column in held if isinstance(column, Labels)]
+    first = np.cumsum([0, *(len(column.texts) for column in labels)])
+    codes = np.concatenate([column.codes + at for column, at in zip(labels, first.tolist())])
+    return Labels(codes.astype(np.int32), tuple(text for column in labels for text in column.texts))
+
+
+def known(column: Array | Labels) -> list[Any]:
+    """Values of a column, None where a number is missing."""
+    values: list[Any] = plain(column).tolist()
+    return [None if value != value else value for value in values]
+
+
+class HasResult(Displayed):
+    """Base of what adds something to a :attr:`result`; as a dictionary, its own fields follow those of the result."""
+
+    result: Result
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result's fields, then its own."""
+        own = super().to_dict()
+        return {**own.pop("result"), **own}

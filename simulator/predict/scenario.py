@@ -1,0 +1,205 @@
+"""What is asked: a model in an engine, a phase with its batches and lengths, and how it is run.
+
+Use :class:`Scenario` for one, :func:`scenarios` for every combination of some axes. The checks of what a user may ask
+for (phases, batches, lengths, devices) are here as well.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeVar
+
+from simulator.arguments import LEVEL, SECONDS, instance, number, shown, whole
+from simulator.engines import DEFAULT_ENGINE
+from simulator.engines.engine import load_engine
+from simulator.errors import InputError, unknown
+from simulator.hardware.library import load_hardware
+from simulator.hardware.profile import HardwareProfile
+from simulator.models.library import load_model
+from simulator.models.lower import SKEW, lower
+from simulator.models.parallel import PARALLEL as PARALLEL
+from simulator.pruning import check_fraction as check_fraction
+from simulator.routing import EXPERT_SKEW
+from simulator.workload import DTYPES, PHASES
+
+if TYPE_CHECKING:
+    from simulator.models.config import ModelConfig
+    from simulator.workload import Workload
+
+T = TypeVar("T")
+
+MAX_TOKENS = 2**31 - 1
+"""Largest batch x sequence of a pass: row indices of real kernels have 32 bits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """One model in one engine and phase at some batches and lengths.
+
+    Functions with axes of their own (:func:`simulator.table`) take one as a template: the axes replace its model,
+    engine, phase and shapes.
+
+    >>> scenario = Scenario(model="llama-3.1-8b", phase="decode", shapes=((1, 2048), (8, 2048)))
+    >>> [w.meta.batch for w in scenario.workloads]
+    [1, 8]
+    """
+
+    model: str | ModelConfig = ""  # "" in a template
+    phase: str = "prefill"
+    shapes: tuple[tuple[int, int], ...] = ((1, 2048),)  # batch, and tokens (prefill) or cached positions (decode)
+    new_tokens: int = 128  # tokens that generate and serve decode
+    engine: str = DEFAULT_ENGINE  # name or path
+    dtype: str = "bf16"
+    weight_dtype: str | None = None  # None: as the checkpoint stores weights, else dtype
+    kv_dtype: str | None = None  # None: dtype, or bf16 below 16 bits
+    devices: int = 1
+    parallel: str = "tensor"
+    skew: float = EXPERT_SKEW
+    ideal: bool = False  # exclude the work that pruning adds
+    level: float = 0.9  # of the intervals
+    dense_s: float | None = None  # measured time of the dense model's pass, s
+
+    def __post_init__(self) -> None:
+        load_engine(self.engine)
+        one_of("parallel", self.parallel, PARALLEL)
+        for name, dtype in (("dtype", self.dtype), ("weight dtype", self.weight_dtype), ("kv dtype", self.kv_dtype)):
+            if dtype is not None:
+                one_of(name, dtype, DTYPES)
+        whole_number("new tokens", self.new_tokens, 1_000_000)
+        whole_number("devices", self.devices, 100_000)
+        number("level", self.level, LEVEL)
+        number("skew", self.skew, SKEW)
+        if self.dense_s is not None:
+            number("dense time", self.dense_s, SECONDS)
+
+    @property
+    def engine_name(self) -> str:
+        """Name of the engine, also where it is a file."""
+        return load_engine(self.engine).name
+
+    @cached_property
+    def workloads(self) -> tuple[Workload, ...]:
+        """Dense workloads of the model, one per shape."""
+        return tuple(
+            lower(
+                load_model(self.model),
+                phase=self.phase,
+                batch=batch,
+                seq=seq,
+                new_tokens=self.new_tokens if self.phase in ("generate", "serve") else 0,
+                dtype=self.dtype,
+                weight_dtype=self.weight_dtype,
+                kv_dtype=self.kv_dtype,
+                engine=self.engine,
+                devices=self.devices,
+                parallel=self.parallel,
+                skew=self.skew,
+            )
+            for batch, seq in self.shapes
+        )
+
+
+def scenarios(
+    template: Scenario | None,
+    models: Iterable[str | ModelConfig],
+    engine: Iterable[str],
+    phase: Iterable[str],
+    batch: Iterable[int],
+    seq: Iterable[int],
+) -> list[Scenario]:
+    """Every combination of models, engines (none: that of the template), phases, batches and lengths, in this order;
+    each value is checked and used once.
+
+    >>> [s.shapes for s in scenarios(None, ["llama-3.1-8b"], [], ["decode"], [1, 8, 1], [2048])]
+    [((1, 2048),), ((8, 2048),)]
+    """
+    template = (
+        Scenario() if template is None else instance("scenario", template, Scenario, "simulator.predict.scenario")
+    )
+    models = [load_model(model) for model in models]
+    engines = tuple({load_engine(name).path: name for name in engine}.values()) or (template.engine,)
+    phases = once(one_of("phase", p, PHASES) for p in phase)
+    batches, lengths = once(whole_number("batch", n) for n in batch), once(whole_number("seq", n) for n in seq)
+    axes: tuple[tuple[str, Sequence[object]], ...] = (
+        ("model", models),
+        ("phase", phases),
+        ("batch", batches),
+        ("seq", lengths),
+    )
+    for name, values in axes:
+        if not values:
+            raise InputError(f"{name}: expected at least one")
+    for b, s in itertools.product(batches, lengths):
+        if b * s > MAX_TOKENS and set(phases) != {"decode"}:
+            raise InputError(f"batch {b} x seq {s}: expected at most {MAX_TOKENS} tokens in a pass")
+    return [
+        replace(template, model=m, engine=e, phase=p, shapes=((b, s),))
+        for m, e, p, b, s in itertools.product(models, engines, phases, batches, lengths)
+    ]
+
+
+def check_measured(found: Sequence[Scenario], hardware: Sequence[HardwareProfile]) -> None:
+    """Reject a measured time for more than one model, device, engine and request."""
+    if not found or found[0].dense_s is None:
+        return
+    axes: dict[str, set[object]] = {
+        "model": {s.model for s in found},
+        "hardware": {hw.label for hw in hardware},
+        "engine": {s.engine for s in found},
+        "phase, batch and seq": {(s.phase, s.shapes) for s in found},
+    }
+    for name, values in axes.items():
+        if len(values) > 1:
+            raise InputError(f"dense time: is of one scenario; expected one {name}, got {len(values)}")
+
+
+def dense_seconds(tokens_per_s: float | None, phase: str, batch: int, seq: int, new_tokens: int) -> float:
+    """Time of a pass whose throughput is known, s: new tokens/s of all sequences, in prefill prompt tokens/s.
+
+    >>> dense_seconds(50.0, "decode", 1, 2048, 128), dense_seconds(50.0, "generate", 2, 12, 100)
+    (0.02, 4.0)
+    """
+    if tokens_per_s is None or not 0.0 < tokens_per_s < 1e12:
+        raise InputError(f"tokens per second {tokens_per_s}: expected a positive number")
+    return batch * {"prefill": seq, "decode": 1}.get(phase, new_tokens) / tokens_per_s
+
+
+def batch_name(phase: str) -> str:
+    """What the number of sequences is called in a phase."""
+    return "concurrency" if phase == "serve" else "batch"
+
+
+def once(values: Iterable[T]) -> tuple[T, ...]:
+    """Values without repeats, in order."""
+    return tuple(dict.fromkeys(values))
+
+
+def one_of(kind: str, name: str, choices: Sequence[str]) -> str:
+    """A name, which must be one of the choices."""
+    if not isinstance(name, str) or name not in choices:
+        raise unknown(kind, name, choices)
+    return name
+
+
+def whole_number(name: str, value: int, largest: int = MAX_TOKENS) -> int:
+    """A whole number from 1 up."""
+    found = whole(value)
+    if found is None or not 1 <= found <= largest:
+        raise InputError(f"{name} {shown(value)}: expected a whole number from 1 to {largest}")
+    return found
+
+
+def profiles(hardware: Iterable[str | HardwareProfile]) -> list[HardwareProfile]:
+    """Loaded devices, each once; InputError for none, and for two of one name, which results could not tell apart."""
+    found: dict[str, HardwareProfile] = {}
+    for hw in (load_hardware(h) if isinstance(h, str) else h for h in hardware):
+        instance("hardware", hw, HardwareProfile, "load_hardware")
+        if (other := found.setdefault(hw.label, hw)) is not hw:
+            both = " and ".join(str(h.path or "a profile without a file") for h in (other, hw))
+            raise InputError(f"hardware: {both}: two profiles are called {hw.label}; rename one of them")
+    if not found:
+        raise InputError("hardware: expected at least one")
+    return list(found.values())
