@@ -16,12 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from operator_times import collective_time, decode_time, elementwise_time, experts_time, prefill_time
 
 import simulator
-from simulator.cost.attention import decode_attention_time, prefill_attention_time
-from simulator.cost.collective import KINDS, collective_time
-from simulator.cost.elementwise import elementwise_time
-from simulator.cost.experts import experts_time
+from simulator.cost.collective import COLLECTIVES
 from simulator.predict.settings import Setting
 from simulator.workload import Kernel
 
@@ -128,19 +126,19 @@ def operators() -> Iterator[Line]:
         vector = simulator.gemm_time(one, n, k, hw, kernel=Kernel.SPMV, density=0.5)
         yield from times(profile, "gemm:spmv", vector, one, n, k)
         for name, t in (
-            ("prefill", prefill_attention_time(batch, tokens, tokens, 32, 8, 128, hw)),
-            ("prefill:window", prefill_attention_time(batch, tokens, tokens, 32, 8, 128, hw, window=1024)),
-            ("prefill:latent", prefill_attention_time(batch, tokens, tokens, 16, 16, 192, hw, value_dim=128)),
-            ("decode", decode_attention_time(batch, tokens, 32, 8, 128, hw)),
-            ("decode:fp8", decode_attention_time(batch, tokens, 32, 8, 128, hw, kv_dtype="fp8")),
-            ("decode:latent", decode_attention_time(batch, tokens, 16, 1, 576, hw, value_dim=512, latent=True)),
+            ("prefill", prefill_time(batch, tokens, tokens, 32, 8, 128, hw)),
+            ("prefill:window", prefill_time(batch, tokens, tokens, 32, 8, 128, hw, window=1024)),
+            ("prefill:latent", prefill_time(batch, tokens, tokens, 16, 16, 192, hw, value_dim=128)),
+            ("decode", decode_time(batch, tokens, 32, 8, 128, hw)),
+            ("decode:fp8", decode_time(batch, tokens, 32, 8, 128, hw, kv_dtype="fp8")),
+            ("decode:latent", decode_time(batch, tokens, 16, 1, 576, hw, value_dim=512, latent=True)),
         ):
             yield from times(profile, name, t, batch, tokens)
         for skew in (0.0, 0.5):
             yield from times(profile, f"experts:{skew:g}", experts_time(m, n, k, 64, 6, hw, skew=skew), m, n, k)
         for role in ("attention_norm", "activation", "rotary", "embedding", "gather"):
             yield from times(profile, f"elementwise:{role}", elementwise_time(moved, moved, hw, role=role), moved)
-        for kind in KINDS if hw.link else ():
+        for kind in COLLECTIVES if hw.link else ():
             yield from times(profile, kind, collective_time(moved, 4, hw, kind=kind), moved)
 
 

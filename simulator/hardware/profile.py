@@ -27,9 +27,6 @@ from simulator.workload import STACKS
 ARCHITECTURES: tuple[str, ...] = (
     *("volta", "turing", "ampere", "ada", "hopper", "blackwell", "blackwell_sm100", "cdna3", "cpu"),
 )
-OPERATORS: tuple[str, ...] = tuple(CONSTANTS)
-"""Parts of a profile that are fitted."""
-
 ANY_DTYPE: tuple[str, ...] = ("runtime", "collective")
 """Those that hold for every number format: their sections have the dtype "*"."""
 
@@ -274,8 +271,8 @@ class HardwareProfile(Displayed):
         return self.peak_flop_per_s(dtype) / self.bandwidth_bytes_per_s
 
     def section(self, operator: str, dtype: str) -> Section:
-        """Fitted values of one ``operator`` of :data:`OPERATORS` in a ``dtype``: the calibrated ones, else those of
-        bf16 / fp16 for one another, else the architecture's defaults.
+        """Fitted values of one ``operator`` in a ``dtype``: the calibrated ones, else those of bf16 / fp16 for one
+        another, else the architecture's defaults.
 
         The section has every constant of the operator; one that was not fitted has its default and status "default".
         """
@@ -320,7 +317,7 @@ def unfitted(operator: str, section: Section, architecture: str) -> tuple[str, .
 @lru_cache(maxsize=64)
 def _default_section(operator: str, kind: str) -> Section:
     if operator not in CONSTANTS:
-        raise unknown("operator", operator, OPERATORS)
+        raise unknown("operator", operator, CONSTANTS)
     values = {name: constant.default(kind) for name, constant in CONSTANTS[operator].items()}
     return Section(MappingProxyType({name: Fitted(value, None, "default") for name, value in values.items()}))
 

@@ -18,7 +18,7 @@ from simulator.hardware import formats
 from simulator.hardware import profile as parts
 from simulator.hardware.arrays import ARRAY_NAME, FILE_NAME
 from simulator.hardware.constants import CONSTANTS
-from simulator.hardware.profile import ANY_DTYPE, ARCHITECTURES, OPERATORS, Anchor, HardwareProfile, Section
+from simulator.hardware.profile import ANY_DTYPE, ARCHITECTURES, Anchor, HardwareProfile, Section
 from simulator.workload import DTYPES, STACKS
 
 SCHEMA_VERSION = 1
@@ -194,7 +194,7 @@ def _calibrated(rates: tuple[str, ...], path: Path, fetch: Fetch) -> Keys:
         section = Keys(required, optional, _section)
         return Table(section, lambda dtype: "" if dtype in known else reason)
 
-    return Keys({}, {operator: fitted(operator) for operator in OPERATORS})
+    return Keys({}, {operator: fitted(operator) for operator in CONSTANTS})
 
 
 def _section(*, intervals: None = None, status: str = "calibrated", **read: Any) -> Section:

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 import simulator
-from simulator.cost.forward import forward_passes
 from simulator.cost.host import launches
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.predict.table import table
 from simulator.routing import experts_touched
+from simulator.uncertainty.forward import forward_passes
 from simulator.workload import Kind, Workload
 from simulator.workload_batch import WorkloadBatch
 
