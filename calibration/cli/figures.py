@@ -1,4 +1,4 @@
-"""``prunesim figures`` with the measured GEMMs that ship, beside the predictions of the devices they are of."""
+"""``prunesim figures`` with the shipped measured GEMMs next to the predictions of their devices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def shipped_gemms(hw: HardwareProfile, dtype: str) -> MeasuredGemms | None:
-    """The table that the profile of a device was fitted on, where it ships and has rows of the format."""
+    """Return the GEMM table of a profile's fit; None if it does not ship or has no rows of the format."""
     from calibration.build_profiles import RECIPES
     from calibration.measurements import list_measurements, load_measurements, provenance
     from simulator.figures.measured import from_columns

@@ -1,8 +1,8 @@
-"""From transcribed quality figures of papers to the quality table that ships, every refusal counted.
+"""Convert transcribed quality figures of papers to the quality table that ships, and count the rejected rows.
 
 ``python -m calibration.validation.published_quality pruning_quality.csv`` writes
-``simulator/predict/published/published.csv``; PROVENANCE.md beside it tells what was found. The input has the columns
-method, family, model, sparsity, metric, dense, pruned, source, note.
+``simulator/predict/published/published.csv``; PROVENANCE.md in the same folder lists what was kept and rejected. The
+input has the columns method, family, model, sparsity, metric, dense, pruned, source, note.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from simulator.files.write import write_whole
 from simulator.predict.quality import FOLDER, QualityRow, QualityTable, read_quality, table_text
 
 MODELS: Mapping[str, str] = {"mistral-7b": "mistral-7b-v0.1"}
-"""Names that are not those of this project once in lower case: Mistral-7B with a perplexity of 5.25 on WikiText2 is its
+"""Lower-case names that differ from the names of this project. Mistral-7B with a perplexity of 5.25 on WikiText2 is
 version 0.1."""
 
 FAMILY: Mapping[str, str] = {
@@ -49,13 +48,13 @@ SCORES: Mapping[str, str] = {
     "MMLU acc %": "MMLU accuracy (%)",
 }
 METRICS = {**PERPLEXITIES, **SCORES}
-"""Metric as transcribed -> as named here; higher is better for scores."""
+"""Metric as transcribed -> name in the quality table; higher is better for scores."""
 
 
-def refusal(cells: Mapping[str, str]) -> str:
-    """Why a transcribed row is not used; empty where it is.
+def rejection(cells: Mapping[str, str]) -> str:
+    """Return why a transcribed row is rejected; empty if it is not.
 
-    >>> refusal({"dense": "", "family": "depth", "sparsity": "0.3", "model": "m", "metric": "C4 ppl", "pruned": "1"})
+    >>> rejection({"dense": "", "family": "depth", "sparsity": "0.3", "model": "m", "metric": "C4 ppl", "pruned": "1"})
     'no dense value in the source'
     """
     if not cells["dense"]:
@@ -74,26 +73,28 @@ def refusal(cells: Mapping[str, str]) -> str:
 
 
 def clean_row(cells: Mapping[str, str]) -> QualityRow:
-    """One usable transcribed row in the schema of quality tables."""
+    """Return a usable transcribed row as a row of the quality table."""
     name = cells["model"].lower().replace(" ", "-").replace("(", "").replace(")", "")
     sliced, metric = cells["method"].startswith("SliceGPT"), cells["metric"]
     across = cells["family"] == "width" and (sliced or "Channel" in cells["method"])
-    told: Any = {key: cells[key] for key in ("method", "source", "note")}
-    numbers: Any = {key: float(cells[key]) for key in ("sparsity", "dense", "pruned")}
     return QualityRow(
+        method=cells["method"],
         family="width_cross" if across else FAMILY[cells["family"]],
         model=MODELS.get(name, name),
+        sparsity=float(cells["sparsity"]),
         metric=METRICS[metric],
         higher_is_better=metric in SCORES,
-        protocol=protocol(**told),
-        options=(("residual_projections", True),) if sliced else (),  # it turns the stream twice a layer: two GEMMs
-        **numbers,
-        **told,
+        dense=float(cells["dense"]),
+        pruned=float(cells["pruned"]),
+        protocol=protocol(cells["method"], cells["source"], cells["note"]),
+        source=cells["source"],
+        options=(("residual_projections", True),) if sliced else (),  # two GEMMs per layer rotate the residual stream
+        note=cells["note"],
     )
 
 
 def protocol(method: str, source: str, note: str) -> str:
-    """Paper, table, calibration data and fine-tuning: what must be equal for two numbers to be comparable.
+    """Return the facts that two comparable numbers share: paper, table, calibration data and fine-tuning.
 
     >>> protocol("SliceGPT+RFT", "SliceGPT (arXiv 2401.15024) Table 9", "WikiText2 calibration + RFT")
     'SliceGPT Table 9, WikiText2 calibration, fine-tuned'
@@ -107,21 +108,21 @@ def protocol(method: str, source: str, note: str) -> str:
 
 
 def clean(path: Path) -> tuple[QualityTable, Counter[str]]:
-    """The usable rows of a transcribed table and how many were refused for what."""
-    refused: Counter[str] = Counter()
+    """Return the usable rows of a transcribed table, and the number of rejected rows by reason."""
+    rejected: Counter[str] = Counter()
     rows: dict[QualityRow, None] = {}
     with path.open(encoding="utf-8", newline="") as file:
         for cells in csv.DictReader(file):
-            if why := refusal(cells):
-                refused[why] += 1
+            if why := rejection(cells):
+                rejected[why] += 1
             elif (row := clean_row(cells)) in rows:
-                refused["the same row twice"] += 1
+                rejected["the same row twice"] += 1
             else:
                 rows[row] = None
-    return read_quality(table_text(rows), path.name), refused
+    return read_quality(table_text(rows), path.name), rejected
 
 
 if __name__ == "__main__":
-    kept, left_out = clean(Path(sys.argv[1]))
+    kept, rejected_rows = clean(Path(sys.argv[1]))
     write_whole(FOLDER / "published.csv", table_text(kept.rows).encode())
-    print(f"{len(kept)} rows kept, {sum(left_out.values())} refused: {dict(left_out)}")
+    print(f"{len(kept)} rows kept, {sum(rejected_rows.values())} rejected: {dict(rejected_rows)}")
