@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from operator_times import prefill_time
 
 import calibration.build_profiles as shipped
 from calibration.build_profiles import RECIPES, at_hand, built, main, make, rounded, tables_of
 from calibration.fit.profile import ProfileFit
 from calibration.measurements import list_measurements
 from calibration.measurements.wheel import CHOICES, datasheet
-from simulator.cost.attention import prefill_attention_time
 from simulator.errors import InputError
 from simulator.hardware.library import list_hardware, load_hardware, profiles_folder
 from simulator.hardware.profile import Provenance, Section
@@ -144,5 +144,5 @@ def test_the_shipped_profile_is_what_its_tables_give() -> None:
     batch, seq, heads, groups = (
         a.ravel() for a in np.meshgrid([1, 4, 32], [64, 500, 2048, 16384], [8, 32, 64], [1, 4, 8], indexing="ij")
     )
-    times = [prefill_attention_time(batch, seq, seq, heads, groups, 128, device).seconds for device in (made, hw)]
+    times = [prefill_time(batch, seq, seq, heads, groups, 128, device).seconds for device in (made, hw)]
     np.testing.assert_allclose(*times, rtol=1e-3)

@@ -16,13 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from operator_times import collective_time, decode_time, elementwise_time, experts_time, prefill_time
 
 import simulator
-from simulator.cost.attention import decode_attention_time, prefill_attention_time
-from simulator.cost.collective import KINDS, collective_time
-from simulator.cost.elementwise import elementwise_time
-from simulator.cost.experts import experts_time
-from simulator.predict.scenario import Setting
+from simulator.cost.collective import COLLECTIVES
+from simulator.predict.scenario import Scenario
 from simulator.workload import Kernel
 
 pytestmark = pytest.mark.quick
@@ -84,7 +82,7 @@ def families() -> Iterator[Line]:
         sparsity = SPARSITIES[turn % 2]
         named = sorted({sparsity, 0.5})  # 2:4 has no sparsity but 0.5
         request = {"phase": [phase], "batch": [batch], "seq": [seq], "engine": [engine]}
-        setting = Setting(dtype=DTYPES[gpu])
+        setting = Scenario(dtype=DTYPES[gpu])
         cells = (model, gpu, engine, phase, batch, seq, DTYPES[gpu])
         for line in record_lines(cells, models=[model], hardware=[gpu], sparsity=named, setting=setting, **request):
             family, removed = line.case.split()[-2:]
@@ -97,12 +95,12 @@ def settings() -> Iterator[Line]:
     for phase, batch, seq in REQUESTS:
         request = {"phase": [phase], "batch": [batch], "seq": [seq], "engine": ["vllm"]}
         for gpu, model, name, setting in (
-            ("h100_sxm", "llama-3.1-8b", "fp8", Setting(dtype="fp8")),
-            ("a100_sxm_80gb", "llama-3.1-8b", "int4", Setting(weight_dtype="int4")),
-            ("h100_sxm", "llama-3.1-8b", "kv-fp8", Setting(kv_dtype="fp8")),
-            ("h100_sxm", "llama-3.1-70b", "tensor-4", Setting(devices=4)),
-            ("l40s", "llama-3.1-70b", "tensor-4", Setting(devices=4)),
-            ("h200_sxm", "mixtral-8x7b", "expert-8", Setting(devices=8, parallel="expert", skew=0.8)),
+            ("h100_sxm", "llama-3.1-8b", "fp8", Scenario(dtype="fp8")),
+            ("a100_sxm_80gb", "llama-3.1-8b", "int4", Scenario(weight_dtype="int4")),
+            ("h100_sxm", "llama-3.1-8b", "kv-fp8", Scenario(kv_dtype="fp8")),
+            ("h100_sxm", "llama-3.1-70b", "tensor-4", Scenario(devices=4)),
+            ("l40s", "llama-3.1-70b", "tensor-4", Scenario(devices=4)),
+            ("h200_sxm", "mixtral-8x7b", "expert-8", Scenario(devices=8, parallel="expert", skew=0.8)),
         ):
             cells = (model, gpu, "vllm", phase, batch, seq, name)
             asked = {"models": [model], "hardware": [gpu], "family": ["width", "depth"], "sparsity": [0.25]}
@@ -128,19 +126,19 @@ def operators() -> Iterator[Line]:
         vector = simulator.gemm_time(one, n, k, hw, kernel=Kernel.SPMV, density=0.5)
         yield from times(profile, "gemm:spmv", vector, one, n, k)
         for name, t in (
-            ("prefill", prefill_attention_time(batch, tokens, tokens, 32, 8, 128, hw)),
-            ("prefill:window", prefill_attention_time(batch, tokens, tokens, 32, 8, 128, hw, window=1024)),
-            ("prefill:latent", prefill_attention_time(batch, tokens, tokens, 16, 16, 192, hw, value_dim=128)),
-            ("decode", decode_attention_time(batch, tokens, 32, 8, 128, hw)),
-            ("decode:fp8", decode_attention_time(batch, tokens, 32, 8, 128, hw, kv_dtype="fp8")),
-            ("decode:latent", decode_attention_time(batch, tokens, 16, 1, 576, hw, value_dim=512, latent=True)),
+            ("prefill", prefill_time(batch, tokens, tokens, 32, 8, 128, hw)),
+            ("prefill:window", prefill_time(batch, tokens, tokens, 32, 8, 128, hw, window=1024)),
+            ("prefill:latent", prefill_time(batch, tokens, tokens, 16, 16, 192, hw, value_dim=128)),
+            ("decode", decode_time(batch, tokens, 32, 8, 128, hw)),
+            ("decode:fp8", decode_time(batch, tokens, 32, 8, 128, hw, kv_dtype="fp8")),
+            ("decode:latent", decode_time(batch, tokens, 16, 1, 576, hw, value_dim=512, latent=True)),
         ):
             yield from times(profile, name, t, batch, tokens)
         for skew in (0.0, 0.5):
             yield from times(profile, f"experts:{skew:g}", experts_time(m, n, k, 64, 6, hw, skew=skew), m, n, k)
         for role in ("attention_norm", "activation", "rotary", "embedding", "gather"):
             yield from times(profile, f"elementwise:{role}", elementwise_time(moved, moved, hw, role=role), moved)
-        for kind in KINDS if hw.link else ():
+        for kind in COLLECTIVES if hw.link else ():
             yield from times(profile, kind, collective_time(moved, 4, hw, kind=kind), moved)
 
 

@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from operator_times import decode_time
 
 import simulator
 from simulator import InputError
-from simulator.cost.attention import decode_attention_time
 from simulator.display import Displayed
 from simulator.predict.advise import advise
 from simulator.predict.explain import explanations
-from simulator.uncertainty.intervals import cost
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -103,9 +102,9 @@ def held() -> dict[str, Any]:
         "record": table[0],
         "explanation": explanations("llama-3.2-1b", ["h100"], "depth", 0.25)[0],
         "lower": dense,
-        "gemm_time": simulator.gemm_time([[1, 8, 64]], 4096, [[4096], [8192]], hw, detail=True, uncertainty=True),
-        "attention_time": decode_attention_time(1, 2048, 32, 8, 64, hw),
-        "cost": cost(dense, hw),
+        "gemm_time": simulator.gemm_time([[1, 8, 64]], 4096, [[4096], [8192]], hw, detail=True),
+        "attention_time": decode_time(1, 2048, 32, 8, 64, hw),
+        "workload_time": simulator.workload_time(dense, hw),
         "memory": simulator.memory(dense, hw),
         "load_hardware": hw,
         "section": hw.section("gemm", "bf16"),
@@ -138,7 +137,7 @@ def test_what_people_hold_becomes_plain_values_a_data_frame_and_three_lines(held
     assert w.to_dict()["role"] == w.to_pandas()["role"].tolist()
     assert w.to_pandas()["flops"].sum() == w.flops.sum()
     assert np.array_equal(t.to_dict()["seconds"], t.seconds)
-    assert t.to_pandas()["bound"].tolist() == t.bottlenecks.ravel().tolist()
+    assert t.to_pandas()["bottleneck"].tolist() == t.bottlenecks.ravel().tolist()
     assert "tile_m" not in held["attention_time"].to_dict()
     assert held["table"].to_dict()["results"][0] == held["record"].to_dict()
 

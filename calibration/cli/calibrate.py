@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from calibration.cli.fit import part_row, show_anchor, show_fit
+from calibration.cli.fit import part_row, show_fit, show_update
 from calibration.cli.measure import Budget, Dtype, Folder, Hardware, Seed, describe, finish, measured, outcome_row
 from calibration.cli.rows import seconds
 from simulator.cli import options, render
@@ -168,7 +168,7 @@ def _show(output: str, done: Calibrated) -> None:
     from calibration.fit.local_update import Updated
 
     if isinstance(done.fit, Updated):
-        show_anchor(done.fit)
+        show_update(done.fit)
     else:
         show_fit(done.fit)
     print()

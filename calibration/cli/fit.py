@@ -1,4 +1,4 @@
-"""``prunesim fit``: fit a calibrated profile to records and a datasheet."""
+"""``prunesim fit``: fit a calibrated profile to records and a datasheet, or update one with local rows."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ if TYPE_CHECKING:
     from calibration.fit.profile import ProfileFit
     from calibration.fit.solver import FittedPart
 
-Output = Annotated[str, opt("--output -o", "PROFILE.yaml", "Profile to write; its arrays go to an .npz next to it.")]
-Base = Annotated[str, opt("--hardware", "NAME", "Profile with the device's datasheet.")]
+# fmt: off
+Output = Annotated[
+    str, opt("--output -o", "PROFILE.yaml", "Profile to write; its arrays go to an .npz file in the same folder.")
+]
+Base = Annotated[str, opt("--hardware", "NAME", "Profile with the datasheet of the device.")]
 DtypeOnly = Annotated[str | None, opt("--dtype", "NAME", "Number format to fit. Default: all.")]
 Prior = Annotated[
     str | None, opt("--prior", "NAME", "Calibrated profile of a related GPU or other stack, used as prior.")
 ]
+# fmt: on
 Anchor = Annotated[bool, opt("--anchor", None, "Re-anchor --hardware with 20 to 400 rows measured on this machine.")]
 
 
@@ -35,10 +39,10 @@ def command(
 ) -> None:
     """Calibrate a profile on records.
 
-    Fits each operator and number format separately; sections without records keep the values of --hardware. Held-out
-    rows are not used. Prints the fitted sections and their errors on shapes that the fit did not use. With --anchor
-    nothing is fitted: the rows, of any operators, shift all predictions and narrow their intervals. The command then
-    prints how this machine differs.
+    Each operator and number format is fitted separately; operators without records keep their section of --hardware.
+    Held-out rows are excluded. Prints the fitted sections and their errors on held-out shapes. With --anchor nothing is
+    fitted: the rows, of any operators, shift all predictions together and narrow their intervals. Prints their effects
+    on this machine.
     """
     from calibration.fit.profile import fit_profile
     from simulator.files.write import check_target
@@ -49,9 +53,7 @@ def command(
         raise InputError(f"{output}: expected a file name that ends in .yaml")
     check_target(output)
     if anchor and prior:
-        raise InputError(
-            "--anchor and --prior: expected one of them, got both; --hardware names the profile to re-anchor"
-        )
+        raise InputError("--anchor and --prior: expected one of the two; name the profile to update by --hardware")
     base = load_hardware(hardware)
     rows, notes = load_rows(records, base, screened=not anchor)
     if anchor:
@@ -60,14 +62,14 @@ def command(
         done = update_profile(base, rows, dtype=dtype)
         save_hardware(done.profile, output)
         if render.Output(json).write([as_row(done)]):
-            show_anchor(done)
-            print(f"\n{output}: {done.profile.title} on this machine and software")
+            show_update(done)
+            print(f"\n{output}: {done.profile.title} for this machine and software")
         for line in (*notes, *done.notes):
             render.note(line)
         return
-    sibling = load_hardware(prior) if prior else None
+    prior_profile = load_hardware(prior) if prior else None
     with render.progress("fitting") as report:
-        fit = fit_profile(base, rows, dtype=dtype, prior=sibling, progress=report)
+        fit = fit_profile(base, rows, dtype=dtype, prior=prior_profile, progress=report)
     save_hardware(fit.profile, output)
     if render.Output(json).write([part_row(part) for part in fit.parts]):
         show_fit(fit)
@@ -95,7 +97,7 @@ def part_row(part: FittedPart) -> dict[str, Any]:
 
 
 def show_fit(fit: ProfileFit) -> None:
-    """Print the sections and their constants that could not be fitted."""
+    """Print the sections and, for each, the constants that were not identified."""
 
     def accuracy(name: str) -> Callable[[FittedPart], str]:
         return lambda p: f"{100 * p.section.accuracy[name]:.2f} %" if name in p.section.accuracy else "-"
@@ -116,20 +118,20 @@ def show_fit(fit: ProfileFit) -> None:
             render.note(f"{p.operator} {p.dtype}: fixed, not fitted: {', '.join(fixed)}")
 
 
-def show_anchor(done: Updated) -> None:
-    """Print how this machine differs, and the errors of the rows."""
+def show_update(done: Updated) -> None:
+    """Print the effects of the rows on this machine's profile, and their errors."""
 
     def percent(value: float, sign: str = "") -> str:
         return f"{100 * value:{sign}.1f} %"
 
     effects = render.columns(
         done.effects,
-        ("<times", lambda e: e.name),
+        ("<error factor", lambda e: e.name),
         ("before", lambda e: f"+-{percent(e.prior_sd)}"),
         ("after", lambda e: f"{percent(e.mean, '+')} +-{percent(e.sd)}"),
         ("<meaning", lambda e: e.meaning),
     )
-    render.show(effects, f"Effects of this machine and its software from {done.rows} rows, +- one standard deviation")
+    render.show(effects, f"Effects of {done.rows} rows from this machine and its software, one standard deviation")
     print()
     fits = render.columns(
         done.fits,
@@ -143,4 +145,6 @@ def show_anchor(done: Updated) -> None:
         ("\nafter", lambda f: percent(f.inside_after)),
         ("\nz", lambda f: f"{f.z:.2f}"),
     )
-    render.show(fits, "Mean error of the rows: before, and after re-anchoring with the other rows")
+    render.show(
+        fits, "Mean error of the rows: by the profile before the update, and each predicted from the others after it"
+    )

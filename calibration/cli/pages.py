@@ -1,9 +1,9 @@
 """Generate pages of the documentation: ``python -m calibration.cli.pages PAGE -o FILE``.
 
-*accuracy* comes from the rows of :mod:`calibration.validation.accuracy` (ten minutes on two cores), *ablations* from
-those of :mod:`calibration.validation.ablations` (twenty minutes); ``--results`` keeps the rows. *constants* lists the
-constants of the shipped profiles, *engines* the comparisons of :mod:`calibration.validation.engines`, *commands* the
-options of the program. The prose of a page is kept from ``docs``.
+*accuracy* has the rows of :mod:`calibration.validation.accuracy` (ten minutes on two cores), *ablations* those of
+:mod:`calibration.validation.ablations` (twenty minutes); ``--results`` keeps the rows. *constants* has the constants of
+the shipped profiles, *engines* the comparisons of :mod:`calibration.validation.engines`, *commands* the help of the
+program. The prose is taken from the page in ``docs``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from calibration.validation import ablations, accuracy, engines
-from calibration.validation.acceptance import against_bars
+from calibration.validation.acceptance import against_targets
 from calibration.validation.protocol import Row
 from calibration.validation.report import table
 from simulator.errors import InputError
@@ -30,7 +30,7 @@ from simulator.uncertainty.factors import ERROR_FACTORS
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
-def _say(text: str) -> None:
+def _report(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
@@ -40,7 +40,7 @@ def head(page: str) -> str:
 
 
 def filled(page: str, tables: Sequence[str]) -> str:
-    """Return a page with its tables replaced by new ones, in their order."""
+    """Return a page with its tables replaced by new tables, in order."""
     prose = re.split(r"(?:^\|.*\n)+", _read(page), flags=re.MULTILINE)
     if len(prose) != len(tables) + 1:
         raise InputError(f"docs/{page}.md: expected {len(tables)} tables to fill, got {len(prose) - 1}")
@@ -52,12 +52,12 @@ def _read(page: str) -> str:
 
 
 def accuracy_page(rows: Sequence[Row]) -> str:
-    """Return ``docs/accuracy.md`` from protocol rows: acceptance criteria next to measured values, then every table."""
-    asked = [
-        [line.what, line.asked, line.measured if line.met is not False else f"**{line.measured}**"]
-        for line in against_bars(rows)
+    """Return ``docs/accuracy.md`` from protocol rows: targets and measured accuracy, then every table."""
+    criteria = [
+        [c.criterion, c.target, c.measured if c.met is not False else f"**{c.measured}**"]
+        for c in against_targets(rows)
     ]
-    lines = ["## Acceptance criteria", "", table(["criterion, %", "target", "measured"], asked), ""]
+    lines = ["## Acceptance targets", "", table(["criterion, %", "target", "measured"], criteria), ""]
     for title in accuracy.titles(rows):
         names, columns = zip(*accuracy.columns_of_table(rows, title), strict=True)
         lines += [f"## {title.replace('_', ' ')}", "", table(names, list(zip(*columns, strict=True))), ""]
@@ -65,14 +65,14 @@ def accuracy_page(rows: Sequence[Row]) -> str:
 
 
 def constants_page() -> str:
-    """Return ``docs/constants.md``: the error model's factors, then the constants of the shipped profiles by device and
-    operator, for every stack and number format."""
+    """Return ``docs/constants.md``: the error factors, then by device and operator the shipped constants of every stack
+    and number format."""
     rows = [[name, f"{sd:g}"] for name, sd in ERROR_FACTORS.items()]
-    lines = ["## The error model", "", table(["column", "prior standard deviation of the log"], rows), ""]
+    lines = ["## The error model", "", table(["error factor", "prior standard deviation of the log"], rows), ""]
     for name in list_hardware():
         hw = load_hardware(name)
-        own = {(stack, *key): s for stack, sections in hw.stacks.items() for key, s in sections.items()}
-        fitted = {key: s for key, s in own.items() if s.status == "calibrated"}
+        sections = {(stack, *key): s for stack, by_key in hw.stacks.items() for key, s in by_key.items()}
+        fitted = {key: s for key, s in sections.items() if s.status == "calibrated"}
         if fitted:
             lines += [f"## {hw.title}", ""]
         for operator in dict.fromkeys(operator for _, operator, _ in fitted):
@@ -81,13 +81,12 @@ def constants_page() -> str:
 
 
 def constants_of(operator: str, fitted: Mapping[tuple[str, str, str], Section]) -> str:
-    """Return a table of an operator's fitted constants, one column per stack and number format.
-
-    ``fitted`` holds the sections by stack, operator and format.
+    """Return a table of the fitted constants of an operator, one column per stack and number format; the keys of
+    ``fitted`` are stack, operator and format.
 
     >>> from simulator.hardware.library import load_hardware
-    >>> own = {("sglang", "gemm", "bf16"): load_hardware("h100@sglang").section("gemm", "bf16")}
-    >>> print(constants_of("gemm", own).split("\\n")[0])
+    >>> sections = {("sglang", "gemm", "bf16"): load_hardware("h100@sglang").section("gemm", "bf16")}
+    >>> print(constants_of("gemm", sections).split("\\n")[0])
     | constant | unit | sglang bf16 | meaning |
     """
     sections = {f"{stack} {dtype}".strip(): s for (stack, kind, dtype), s in fitted.items() if kind == operator}
@@ -101,7 +100,7 @@ def constants_of(operator: str, fitted: Mapping[tuple[str, str, str], Section]) 
 
 
 def _value(c: Fitted | None) -> str:
-    """Return a value with its relative standard error, or with its status if it was not fitted."""
+    """Return a value with its relative standard error, or its status if it was not fitted."""
     if c is None:
         return "-"
     error = f"({c.status})" if c.std_error is None else f"± {100 * c.std_error / abs(c.value):.1f} %"
@@ -134,7 +133,7 @@ def _text(text: str) -> str:
 
 
 def _parameter(p: Any) -> list[str]:
-    """Return name, default, "yes" if repeatable, and help of an argument or option."""
+    """Return name, default, "yes" if it may be repeated, and help of an argument or option."""
     name = p.metavar or p.name.upper()
     if p.param_type_name != "argument":
         name = ", ".join([*p.opts, *p.secondary_opts])
@@ -162,31 +161,30 @@ def commands_page() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command of the module's docstring and return its exit status."""
-    parser = argparse.ArgumentParser(
-        "python -m calibration.cli.pages", description="Generate a page of the documentation."
-    )
+    """Run the command of the module's docstring and return the exit status."""
+    about = "Generate a page of the documentation."
+    parser = argparse.ArgumentParser("python -m calibration.cli.pages", description=about)
     parser.add_argument("page", choices=("accuracy", "constants", "ablations", "engines", "commands"))
     parser.add_argument("-o", "--output", required=True, help="Markdown file")
-    kept = "accuracy, ablations: JSON file of the page's rows; read if it exists, else written"
-    parser.add_argument("--results", type=Path, help=kept)
+    results = "accuracy, ablations: JSON file of the rows of the page; read if it exists, else written"
+    parser.add_argument("--results", type=Path, help=results)
     parser.add_argument("--wheel", type=Path, help="accuracy: the wheel, for tables of experts and latent attention")
     given = parser.parse_args(arguments)
 
-    def progress(done: int, total: int) -> None:
-        _say(f"{done}/{total}")
+    def protocol_rows() -> list[Row]:
+        def progress(done: int, total: int) -> None:
+            _report(f"{done}/{total}")
 
-    def accuracy_rows() -> list[Row]:
         rows = accuracy.run_protocol(jobs=2, progress=progress)
         if given.wheel is None:
             return rows
         in_wheel = accuracy.run_protocol(("mla", "experts"), wheel=given.wheel, jobs=2, progress=progress)
-        return [r for r in rows if not str(r["table"]).startswith(("mla", "experts "))] + in_wheel
+        return [r for r in rows if not str(r["table"]).startswith(("mla", "experts"))] + in_wheel
 
-    made: Mapping[str, Callable[[], str]] = {
-        "accuracy": lambda: accuracy_page(_rows(given.results, accuracy_rows)),
+    pages: Mapping[str, Callable[[], str]] = {
+        "accuracy": lambda: accuracy_page(_rows(given.results, protocol_rows)),
         "ablations": lambda: filled(
-            "ablations", ablations.tables(_rows(given.results, lambda: ablations.run_all(_say)))
+            "ablations", ablations.tables(_rows(given.results, lambda: ablations.run_all(_report)))
         ),
         "engines": lambda: filled("engines", engines.tables()),
         "constants": constants_page,
@@ -194,15 +192,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     try:
         check_target(given.output)
-        write_whole(given.output, made[given.page]().encode())
+        write_whole(given.output, pages[given.page]().encode())
     except InputError as error:
-        _say(f"calibration.cli.pages: {error}")
+        _report(f"calibration.cli.pages: {error}")
         return 2
     return 0
 
 
 def _rows(path: Path | None, run: Callable[[], list[Row]]) -> list[Row]:
-    """Return the rows of an earlier run from a file, or run and keep them there."""
+    """Return the rows of the file, else the rows of a run, which are written to it."""
     if path is not None and path.exists():
         return list(json.loads(path.read_text(encoding="utf-8")))
     rows = run()

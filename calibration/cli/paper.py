@@ -1,4 +1,4 @@
-"""``prunesim paper``: the taxonomy paper's bench, predicted beside what it published."""
+"""``prunesim paper``: predictions of the taxonomy paper's benchmark next to its published values."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _LABELS: tuple[tuple[str, Callable[[Row], object]], ...] = (
 
 def command(
     hardware: Annotated[
-        str, opt("--hardware", "NAMES", "Other GPUs to predict the same table on, separated by commas.")
+        str, opt("--hardware", "NAMES", "Other GPUs for the predicted table, separated by commas.")
     ] = "a100,h100,rtx_4090",
     engine: Annotated[str, opt("--engine", "NAMES", "Engines to predict it in there.")] = "reference,vllm",
     claims: Annotated[bool, opt("--claims", None, "Test the paper's two claims on these GPUs and engines.")] = False,
@@ -58,17 +58,17 @@ def command(
         _show_claims(devices, engines, json)
         return
     with render.progress("predicting") as report:
-        own, others = paper.table_2(), paper.table_2(devices, engines, report)
+        cells, others = paper.table_2(), paper.table_2(devices, engines, report)
     if figure:
-        _draw(own, figure)
+        _draw(cells, figure)
     depths, split = paper.equal_depths(), paper.figure_2()
     growth, charts = paper.outside_gemms(), paper.kernel_charts()
-    records = [{"what": "table 2", **_record(c)} for c in own] + [{"what": "elsewhere", **_record(c)} for c in others]
+    records = [{"what": "table 2", **_record(c)} for c in cells] + [{"what": "elsewhere", **_record(c)} for c in others]
     for what, part in (("equal depth", depths), ("figure 2", split), ("outside GEMMs", growth), ("kernels", charts)):
         records += [{"what": what, **asdict(x)} for x in part]
     if not render.Output(json).write(records):
         return
-    _print_own(own)
+    _print_table(cells)
     _print_elsewhere(others)
     print()
     render.show(
@@ -76,7 +76,7 @@ def command(
             depths,
             ("<family at 50 %", lambda e: e.family),
             ("published", lambda e: render.percent(e.published)),
-            ("by the paper's\nown table", lambda e: _percent(e.by_table)),
+            ("by the paper's\ntable", lambda e: _percent(e.by_table)),
             ("predicted,\nbatch 1", lambda e: render.percent(e.batch_1)),
             ("predicted, mean\nof the batches", lambda e: render.percent(e.mean)),
         ),
@@ -92,7 +92,7 @@ def command(
             ("predicted", lambda p: render.seconds(p.predicted_s)),
             ("error", lambda p: f"{100 * p.error:+.0f} %"),
         ),
-        "Where the time of the dense model goes, batch 1 at 32768 tokens (Figure 2)",
+        "Time of the dense model by part, batch 1 at 32768 tokens (Figure 2)",
     )
     print()
     render.show(
@@ -128,8 +128,8 @@ def _percent(value: float) -> str:
     return "-" if math.isnan(value) else render.percent(value)
 
 
-def _print_own(cells: Sequence[Cell]) -> None:
-    """Published and predicted, a row a family and sparsity."""
+def _print_table(cells: Sequence[Cell]) -> None:
+    """Print published and predicted speedups, one row per family and sparsity."""
     at = {(c.family, c.sparsity, c.phase): c for c in cells}
     rows = list(dict.fromkeys((c.family, c.sparsity) for c in cells))
     columns: list[tuple[str, Callable[[Row], object]]] = [*_LABELS]
@@ -142,7 +142,7 @@ def _print_own(cells: Sequence[Cell]) -> None:
     render.show(render.columns(rows, *columns), f"{cells[0].hardware}, {cells[0].engine}: Table 2")
     inside, errors = sum(c.inside for c in cells), [abs(c.error) for c in cells]
     worst = f"largest error {100 * max(errors):.1f} %, median {100 * median(errors):.1f} %"
-    print(f"\n{inside} of {len(cells)} published values lie in their 90 % interval (* does not); {worst}")
+    print(f"\n{inside} of {len(cells)} published values lie in their 90 % interval (*: outside); {worst}")
 
 
 def _at(at: Cells, row: Row, phase: str) -> Cell:
@@ -164,16 +164,16 @@ def _error(at: Cells, phase: str, row: Row) -> str:
 
 
 def _print_elsewhere(cells: Sequence[Cell]) -> None:
-    """Prefill / decode predicted on other devices, in other engines; a table an engine."""
+    """Print predictions (prefill / decode) on other devices, one table per engine."""
     for engine in dict.fromkeys(c.engine for c in cells):
-        mine = [c for c in cells if c.engine == engine]
-        rows = list(dict.fromkeys((c.family, c.sparsity) for c in mine))
+        of_engine = [c for c in cells if c.engine == engine]
+        rows = list(dict.fromkeys((c.family, c.sparsity) for c in of_engine))
         columns: list[tuple[str, Callable[[Row], object]]] = [*_LABELS]
-        for hw in dict.fromkeys(c.hardware for c in mine):
-            at = {(c.family, c.sparsity, c.phase): c for c in mine if c.hardware == hw}
+        for hw in dict.fromkeys(c.hardware for c in of_engine):
+            at = {(c.family, c.sparsity, c.phase): c for c in of_engine if c.hardware == hw}
             columns.append((hw, partial(_both, at)))
         print()
-        render.show(render.columns(rows, *columns), f"The same predicted in {engine}, prefill / decode")
+        render.show(render.columns(rows, *columns), f"Predicted speedups in {engine}, prefill / decode")
 
 
 def _both(at: Cells, row: Row) -> str:
@@ -199,7 +199,7 @@ def _show_claims(devices: Sequence[str], engines: Sequence[str], json: bool) -> 
                 print("\n".join(lines))
             print()
         print(textwrap.fill(MARGIN, render.width()))
-    for line in uncalibrated(found):
+    for line in uncalibrated([o.hardware for o in found], [o.calibrated for o in found]):
         render.note(line)
 
 
@@ -245,7 +245,7 @@ def _draw(cells: Sequence[Cell], path: str) -> None:
     panels = []
     for phase in ("prefill", "decode"):
         for s in sorted({c.sparsity for c in cells}):
-            mine = [c for c in cells if c.phase == phase and c.sparsity == s]
-            values = [[getattr(c, name) for c in mine] for name in ("published", "predicted", "lower", "upper")]
-            panels.append(Beside(f"{phase}, {100 * s:.0f} % removed", [c.family for c in mine], *values))
+            bars = [c for c in cells if c.phase == phase and c.sparsity == s]
+            values = [[getattr(c, name) for c in bars] for name in ("published", "predicted", "lower", "upper")]
+            panels.append(Beside(f"{phase}, {100 * s:.0f} % removed", [c.family for c in bars], *values))
     save_figure(published_figure(panels), path)

@@ -1,4 +1,4 @@
-"""Read the records and times of a command line: files, run folders, shipped measurements; "2min" as seconds."""
+"""Read records and times from a command line: files, run folders, shipped measurements; "2min" to seconds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SECONDS = {"s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
 def load_rows(
     names: Sequence[str], hw: HardwareProfile | None = None, screened: bool = True
 ) -> tuple[Records, tuple[str, ...]]:
-    """Return the records of files, run folders and shipped measurements, joined, and notes about them.
+    """Return the records of files, run folders and shipped measurements, one after the other, with notes.
 
     Parameters
     ----------
@@ -30,7 +30,9 @@ def load_rows(
         A file (:func:`calibration.records.importers.import_table`), a folder with ``records.jsonl``, or a shipped
         ``device/operator/stack``.
     hw : HardwareProfile, optional
-        Profile whose datasheet limits the times, if rows are ``screened``.
+        Profile whose datasheet limits the times of rows.
+    screened : bool
+        Exclude rows that are faster than the datasheet allows.
     """
     from calibration.measurements import list_measurements, load_measurements
     from calibration.records.importers import import_table
@@ -46,15 +48,16 @@ def load_rows(
             continue
         if not path.exists() and not path.suffix:
             known = ", ".join(list_measurements())
-            raise InputError(f"records {name!r}: no such file, folder or shipped measurement; shipped: {known}")
-        found = import_table(path, hw=hw, dtype="all", screened=screened)
-        parts.append(found.records)
-        notes += [f"{path}: {line}" for line in (*found.refusals.lines(), *found.notes)]
+            missing = "no file, folder or shipped measurement has this name"
+            raise InputError(f"records {name!r}: {missing}; shipped measurements: {known}")
+        imported = import_table(path, hw=hw, dtype="all", screened=screened)
+        parts.append(imported.records)
+        notes += [f"{path}: {line}" for line in (*imported.refusals.lines(), *imported.notes)]
     return Records.concat(parts), tuple(notes)
 
 
 def seconds(option: str, text: str) -> float:
-    """Return a time such as "2min", "90s" or "0.5h" in seconds; a bare number is seconds.
+    """Return the seconds of a time such as "2min", "90s" or "0.5h"; a number without unit is in seconds.
 
     >>> seconds("--budget", "2min"), seconds("--budget", "90"), seconds("--budget", "1.5 h")
     (120.0, 90.0, 5400.0)

@@ -1,4 +1,4 @@
-"""``prunesim validate``: compare a profile with records, or run the accuracy protocol on the shipped measurements."""
+"""``prunesim validate``: evaluate a profile on records, or run the accuracy protocol on the shipped measurements."""
 
 from __future__ import annotations
 
@@ -13,22 +13,26 @@ from simulator.errors import InputError
 if TYPE_CHECKING:
     from calibration.validation.validate import Report
 
-Profile = Annotated[str | None, arg("PROFILE", "Name, alias or YAML file of the profile to validate.")]
-MaybeRecords = Annotated[list[str] | None, arg("RECORDS...", "Files, run folders or names of shipped measurements.")]
-DtypeOnly = Annotated[str | None, opt("--dtype", "NAME", "Number format to validate. Default: all.")]
-Markdown = Annotated[str | None, opt("--markdown", "FILE", "Write a report, with its plots next to it.")]
-Html = Annotated[str | None, opt("--html", "FILE", "Write a report with its plots in one file.")]
+# fmt: off
+Profile = Annotated[str | None, arg("PROFILE", "Name, alias or YAML file of the profile to evaluate.")]
+MaybeRecords = Annotated[list[str] | None, arg("RECORDS...", "Files, run folders, or names of shipped measurements.")]
+DtypeOnly = Annotated[str | None, opt("--dtype", "NAME", "Number format to evaluate. Default: all.")]
+Markdown = Annotated[str | None, opt("--markdown", "FILE", "Write a report, with plots in the same folder.")]
+Html = Annotated[str | None, opt("--html", "FILE", "Write a report that contains its plots.")]
 Protocol = Annotated[
-    bool, opt("--protocol", None, "Fit and validate on splits of the shipped measurements, next to baselines.")
+    bool, opt("--protocol", None, "Fit and evaluate on splits of the shipped measurements, next to baselines.")
 ]
-Wheel = Annotated[str | None, opt("--wheel", "FILE", "With --protocol: the wheel of the tables, for more stacks.")]
+Wheel = Annotated[str | None, opt("--wheel", "FILE", "With --protocol: wheel of the tables, for more stacks.")]
 Jobs = Annotated[int, opt("--jobs", "N", "With --protocol: number of processes.")]
-EndToEnd = Annotated[bool, opt("--end-to-end", None, "Validate whole models: every published row, by engine and GPU.")]
-Tables = Annotated[
-    str, opt("--table", "LIST", "With --protocol: tables to validate, as a100,stacks,attention; or all.")
+EndToEnd = Annotated[
+    bool, opt("--end-to-end", None, "Evaluate whole models on published measurements, by engine and GPU.")
 ]
-Seeds = Annotated[str, opt("--seeds", "LIST", "With --protocol: seeds of the splits; the mean is shown.")]
-RowCounts = Annotated[str, opt("--rows", "LIST", "With --protocol: numbers of training rows; all for every row.")]
+Tables = Annotated[
+    str, opt("--table", "LIST", "With --protocol: tables to evaluate, such as a100,stacks,attention; or all.")
+]
+Seeds = Annotated[str, opt("--seeds", "LIST", "With --protocol: seeds of the splits; means are printed.")]
+RowCounts = Annotated[str, opt("--rows", "LIST", "With --protocol: numbers of training rows, or all.")]
+# fmt: on
 
 
 def command(
@@ -47,27 +51,27 @@ def command(
     json: options.Json = False,
     figure: options.Figure = None,
 ) -> None:
-    """Validate a profile with measurements.
+    """Evaluate a profile on measurements.
 
-    Predicts every record. Prints the errors of times and speedups next to two rooflines without a fit, and the coverage
-    of the intervals. --protocol needs no profile: it splits each shipped table, fits on some rows and evaluates on
-    shapes that the fit did not use; it excludes each software stack and predicts it from another, as shipped and
-    re-anchored with 20 to 400 of its rows; and it compares the results with the acceptance criteria. --end-to-end
-    predicts the published times and speedups of whole models, each in its engine.
+    Predicts every record and prints the errors of times and of speedups, the errors of two rooflines without a fit, and
+    the coverage of the intervals. --protocol needs no profile: each shipped table is split, fitted on some rows and
+    evaluated on held-out shapes; every software stack is held out and predicted from another stack, as shipped and
+    after a local update with 20 to 400 of its rows; and the targets are printed next to the measured accuracy.
+    --end-to-end predicts the published times and speedups of whole models, each in its engine.
     """
     if figure and not end_to_end:
         raise InputError("--figure: expected --end-to-end with it")
     if end_to_end:
         if profile or records or markdown or html or protocol:
             raise InputError(
-                "--end-to-end: validates the published rows; expected no PROFILE, RECORDS or --protocol with it"
+                "--end-to-end: evaluates the published rows; expected no PROFILE, RECORDS or --protocol with it"
             )
         _end_to_end(render.Output(json, figures=[figure]), figure)
         return
     if protocol:
         if profile or records or markdown or html:
             unwanted = "PROFILE, RECORDS, --markdown or --html"
-            raise InputError(f"--protocol: validates the shipped measurements; expected no {unwanted} with it")
+            raise InputError(f"--protocol: evaluates the shipped measurements; expected no {unwanted} with it")
         _protocol(table, seeds, rows, Path(wheel) if wheel else None, jobs, json)
         return
     if not profile or not records:
@@ -81,8 +85,8 @@ def command(
     for path in filter(None, (markdown, html)):
         check_target(path)
     hw = load_hardware(profile)
-    found, notes = load_rows(records, hw)
-    report = validate(hw, found, dtype=dtype)
+    rows_, notes = load_rows(records, hw)
+    report = validate(hw, rows_, dtype=dtype)
     written = []
     if markdown:
         from calibration.validation.report import write_markdown
@@ -101,7 +105,7 @@ def command(
 
 
 def show_report(report: Report, title: str = "") -> None:
-    """Print the accuracy of every section; a star marks rows that the profile was fitted on."""
+    """Print the accuracy of every part; a star marks rows of the profile's fit."""
     from calibration.validation.scores import part_summary
 
     parts = [part_summary(part) for part in report.parts]
@@ -127,7 +131,7 @@ def show_report(report: Report, title: str = "") -> None:
     about = title or f"on measurements of {report.device}, {report.software}"
     render.show(render.narrowed(columns, 6), f"{report.hardware} {about}")
     if any(p["fitted_on_these_rows"] for p in parts):
-        print("* the profile was fitted on these rows; errors on shapes that its folds did not use:")
+        print("* the profile was fitted on these rows; on shapes held out of the fit:")
         for name, values in report.accuracy.items():
             if any(name == f"{p['operator']} {p['dtype']}" for p in parts):
                 shown = [f"{label} {percent(values.get(label.lower()))}" for label in ("MAPE", "median", "p95")]
@@ -141,10 +145,10 @@ def _end_to_end(output: render.Output, figure: str | None) -> None:
 
     from calibration.validation.engines import KINDS, end_to_end, scatter, summaries
 
-    found = end_to_end()
-    lines = summaries(found)
+    comparisons = end_to_end()
+    lines = summaries(comparisons)
     if output.write([asdict(line) for line in lines]):
-        for kind in found:
+        for kind in comparisons:
             columns = render.columns(
                 sorted((line for line in lines if line.kind == kind), key=lambda s: (s.engine, s.gpu, s.split)),
                 ("<engine", lambda s: s.engine),
@@ -153,47 +157,46 @@ def _end_to_end(output: render.Output, figure: str | None) -> None:
                 ("rows", lambda s: s.rows),
                 ("median error", lambda s: render.percent(s.median)),
                 ("bias", lambda s: f"{100 * s.bias:+.1f} %"),
-                ("coverage", lambda s: render.percent(s.inside)),
-                ("half-width", lambda s: render.percent(s.half)),
+                ("coverage", lambda s: render.percent(s.coverage)),
+                ("half-width", lambda s: render.percent(s.half_width)),
             )
             render.show(columns, KINDS[kind])
             print()
-        print("split: fit, source used to fit the engine's parameters; judge, other source")
-        print("docs/engines.md also lists pruned models in other modelling code than the dense model")
+        print("split: fit, engine parameters were fitted on this source; judge, on other sources")
+        print("rows whose pruned model needed custom modelling code are only in docs/engines.md")
     if figure:
         from simulator.figures.save import save_figure
 
-        save_figure(scatter(found), figure)
+        save_figure(scatter(comparisons), figure)
 
 
 def _protocol(table: str, seeds: str, rows: str, wheel: Path | None, jobs: int, json: bool) -> None:
-    from calibration.validation.acceptance import against_bars
+    from calibration.validation.acceptance import against_targets
     from calibration.validation.accuracy import columns_of_table, run_protocol, titles
 
     sizes = [None if text == "all" else text for text in options.names("--rows", rows)]
     counts = [None if size is None else options.integers("--rows", size)[0] for size in sizes]
     if jobs < 1:
         raise InputError(f"--jobs: expected at least 1, got {jobs}")
-    with render.progress("fitting and validating") as report:
+    with render.progress("fitting and evaluating") as report:
         tables, splits = options.names("--table", table), options.integers("--seeds", seeds)
-        found = run_protocol(tables, seeds=splits, sizes=counts, wheel=wheel, jobs=jobs, progress=report)
-    asked = against_bars(found, published=table == "all")
-    bars = [{"table": "asked", **vars(line)} for line in asked]
-    if not render.Output(json).write([*found, *bars]):
+        scores = run_protocol(tables, seeds=splits, sizes=counts, wheel=wheel, jobs=jobs, progress=report)
+    criteria = against_targets(scores, published=table == "all")
+    if not render.Output(json).write([*scores, *({"table": "targets", **vars(c)} for c in criteria)]):
         return
-    for title in titles(found):
+    for title in titles(scores):
         columns = [
-            render.Column(name.replace("ratio ", "ratio\n"), cells, right=name not in ("method", "left out"))
-            for name, cells in columns_of_table(found, title)
+            render.Column(name.replace("ratio ", "ratio\n"), cells, right=name not in ("method", "held-out stack"))
+            for name, cells in columns_of_table(scores, title)
         ]
         render.show(render.narrowed(columns, 6), title)
         print()
-    marks = {None: "", True: "met", False: "MISSED"}
+    marks = {None: "", True: "met", False: "NOT MET"}
     columns = render.columns(
-        asked,
-        ("<criterion", lambda line: line.what),
-        ("target", lambda line: line.asked),
-        ("measured", lambda line: line.measured),
-        ("<", lambda line: marks[line.met]),
+        criteria,
+        ("<criterion", lambda c: c.criterion),
+        ("target", lambda c: c.target),
+        ("measured", lambda c: c.measured),
+        ("<", lambda c: marks[c.met]),
     )
-    render.show(columns, "acceptance criteria and measured values, %")
+    render.show(columns, "Acceptance targets and measured accuracy, %")

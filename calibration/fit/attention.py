@@ -1,8 +1,8 @@
 """Calibration of attention: constants, residual and section scale from measured times.
 
-Use :func:`calls_of` on records, then :func:`fit_attention`. One fit is of one phase of one stack: constants belong to a
-stack (the same shape differs by 13 to 82 % between two), so tables of several stacks must not be mixed. Each kernel
-within it (head width, window, format of the cache) has factors on the constants and a residual of its own.
+Use :func:`calls_of` on records, then :func:`fit_attention`. One fit covers one phase of one stack. Tables of several
+stacks must not be mixed: the time of one shape differs by 13 to 82 % between two stacks. Each kernel of a stack (head
+width, window, format of the cache) has separate factors on the constants and a separate residual.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ _FORMS = itertools.product((16.0, 64.0, 128.0), (0.5, 1.0, 2.0), (128.0, 1e6))
 FORMS: Mapping[str, Sequence[Mapping[str, float]]] = {
     "mla_decode": [dict(zip(("rows", "units_per_sm", "split_keys"), form, strict=True)) for form in _FORMS]
 }
-"""Structures that are tried: kernels of latent attention differ in heads per unit, units per SM, and whether they split
-a cache at all (errors of the analytical model alone on the A100: 27 % with the registry's, 4 % with the best)."""
+"""Structures to compare: kernels of latent attention differ in heads per unit, units per SM, and whether they split a
+cache (errors of the analytical model alone on the A100: 27 % with the registry's, 4 % with the best)."""
 
 MINIMUM_ROWS = 20
 FEW_ROWS = 100  # below these the residual stays only if held-out rows are predicted better with it
@@ -56,13 +56,12 @@ _LONE = {
     "prefill": ("exp_per_s", "sequence_s", "e_io", "l2_gain", "l2_share"),
     "decode": ("wide_s", "l2_gain", "l2_share", "merge_s"),
 }
-"""Constants by phase that rows of a single head configuration cannot distinguish from the others; they keep their
-start, that of the architecture."""
+"""Constants by phase that rows of a single head configuration do not identify; they keep the architecture's value."""
 
 _SEARCH: Mapping[str, Any] = {"ftol": 1e-6, "xtol": 1e-6}
 
 SHAPE: tuple[str, ...] = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim")
-"""Columns that make a shape."""
+"""Columns of a shape."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class AttentionFit(Fit):
     """Measured attention calls of one phase on one device."""
 
     calls: Attention
-    faster: float = 1.0  # fastest arithmetic over the device's: a narrow cache may be computed in its own format
+    faster: float = 1.0  # highest arithmetic rate over the device's: a narrow cache may be computed in its format
 
     # along (group, units, length); chosen on seeds 10 and 11 of the protocol (A100 and H100, both phases, 400 and all
     # rows)
@@ -92,24 +91,24 @@ class AttentionFit(Fit):
         """Query positions of prefill, cached ones of decode."""
         return self.calls.geometry.kv_len if self.decodes else self.calls.geometry.q_len
 
-    def groups(self, question: str = "") -> IndexArray:
-        """Group number of each row, held out together: of "heads" (heads, KV heads, features) or "lengths"."""
+    def groups(self, by: str = "") -> IndexArray:
+        """Return the group of each row, held out together: by "heads" (heads, KV heads, features) or "lengths"."""
         g = self.calls.geometry
-        return solver.numbered(*((self.length,) if question == "lengths" else (g.heads, g.kv_heads, g.head_dim)))
+        return solver.numbered(*((self.length,) if by == "lengths" else (g.heads, g.kv_heads, g.head_dim)))
 
     @property
     def kinds(self) -> FloatArray:
-        """(n, 3) what distinguishes kernels, as :class:`simulator.cost.attention.Kernels` has it."""
+        """Properties that distinguish kernels (n, 3), as in :class:`simulator.cost.attention.Kernels`."""
         g = self.calls.geometry
         narrow = np.asarray(g.cache_bytes) < np.asarray(g.element_bytes)
         columns = np.log2(g.head_dim), np.asarray(g.window) > 0, narrow
         return np.stack(np.broadcast_arrays(*columns), axis=1).astype(np.float64)
 
     def screened(self) -> tuple[AttentionFit, dict[str, int]]:
-        """Return the rows that a fit may use, and how many it may not by reason.
+        """Return the usable rows, and the number of excluded rows by reason.
 
-        A time may lie below bytes / bandwidth only while the bytes fit the L2; it may not beat FLOP / peak by more than
-        5 % (boost clocks).
+        A time below bytes / bandwidth is valid only if the bytes fit the L2; FLOP / peak has a tolerance of 5 % for
+        boost clocks.
         """
         g, machine = self.calls.geometry, self.calls.machine
         if self.decodes:
@@ -124,8 +123,8 @@ class AttentionFit(Fit):
         reasons = {
             "a value is not finite": ~np.all(np.isfinite([np.asarray(c, dtype=np.float64) for c in columns]), axis=0),
             "the time is not positive": ~(self.seconds > 0),
-            "a chunk of one query, which takes the path of decode": (g.q_len < 2) & (not self.decodes),
-            "heads are no multiple of KV heads": (g.heads % np.maximum(g.kv_heads, 1.0)) != 0,
+            "a chunk of one query, which decode kernels compute": (g.q_len < 2) & (not self.decodes),
+            "heads are not a multiple of KV heads": (g.heads % np.maximum(g.kv_heads, 1.0)) != 0,
             "a length or count is below 1": np.any([column < 1 for column in shape], axis=0),
             "faster than FLOP / peak": self.seconds * 1.05 * self.faster < flops / machine.peak_flop_per_s,
             "faster than bytes / bandwidth with more bytes than the L2 holds": beyond_l2,
@@ -143,13 +142,12 @@ class AttentionFit(Fit):
     ) -> ConstantsFit:
         """Return the constants, except those ``fixed`` for a reason.
 
-        A constant that ends on its bound, or whose log standard error exceeds 1, is fixed (there; at its start) and
-        named.
+        A constant on its bound is fixed there; a constant with a log standard error above 1 is fixed at its start.
         """
         assert start is not None
         known, fixed = self.registry, {**dict.fromkeys(_STRUCTURE[self.calls.phase], "structure"), **(fixed or {})}
         for name in known.keys() - fixed.keys():
-            # a constant that few rows identify would wander: what would its whole range change?
+            # fix a constant whose whole range changes the times of only a few rows
             low, high = (self.log_residual({**start, name: end}) for end in (known[name].low, known[name].high))
             if np.count_nonzero(np.abs(high - low) > 0.02) < INFORMING_ROWS:
                 fixed[name] = "not identified by these rows"
@@ -170,20 +168,20 @@ class AttentionFit(Fit):
         )
 
     def blank(self) -> ResidualGrid:
-        """Return the smallest box of octaves that holds the rows."""
+        """Return a blank grid over the smallest box of octaves that contains the rows."""
         position = self.calls.estimate({n: c.default("*") for n, c in self.registry.items()}).position
         start = tuple(float(np.floor(np.min(x))) for x in position)
         shape = [int(np.ceil(np.max(x) - first - 1e-9)) + 1 for x, first in zip(position, start, strict=True)]
         return ResidualGrid(start, (1.0, 1.0, 1.0), np.zeros(shape))
 
     def predict(self, values: Mapping[str, float], grid: ResidualGrid | None) -> FloatArray:
-        """Return the predicted time, as it was measured (warm or cold), of each row."""
+        """Return the predicted time of each row, warm or cold as measured."""
         e = self.calls.estimate(values)
         return np.asarray(e.time if grid is None else e.time * np.exp(grid(e.position)))
 
 
 def calls_of(records: Any, operator: str, machine: Machine) -> AttentionFit:
-    """Return attention records (an object with columns of these names, seconds in s) as a fit takes them."""
+    """Return the fit of attention records (an object with columns of these names, seconds in s)."""
     columns = {name: np.asarray(getattr(records, name), dtype=np.float64) for name in SHAPE}
     bytes_ = np.array([DTYPE_BYTES[code] for code in range(len(DTYPES))], dtype=np.float64)
     latent = operator in LATENT
@@ -209,17 +207,17 @@ def fit_attention(
     start: Mapping[str, float] | None = None,
     provenance: Provenance | None = None,
 ) -> FittedPart:
-    """Fit one phase of attention on calls of one stack, each of its kernels separately.
+    """Fit one phase of attention to calls of one stack, each kernel separately.
 
     The search begins at ``start`` (the constants of a related GPU), else at the architecture's defaults. A fold holds
-    out groups of each question of ``fold_by``, for section scale and accuracy; the errors of all questions are pooled.
-    Each fold, by ``seed``, refits everything. A kernel needs 20 rows; ValueError where none has them.
+    out groups by each size of ``fold_by``, for section scale and accuracy; the errors of all folds are pooled. Each
+    fold, by ``seed``, refits everything. A kernel needs 20 rows; ValueError where none has them.
     """
     c, dropped = calls.screened()
     kinds, kind, count = np.unique(c.kinds, axis=0, return_inverse=True, return_counts=True)
     kinds, kind, count, seen = kinds[count >= MINIMUM_ROWS], kind.reshape(-1), count[count >= MINIMUM_ROWS], kinds
     if not len(kinds):
-        few = f"expected at least {MINIMUM_ROWS} usable rows, got {len(c)} ({dropped or 'none refused'})"
+        few = f"expected at least {MINIMUM_ROWS} usable rows, got {len(c)} ({dropped or 'none excluded'})"
         raise ValueError(f"{c.calls.operator}: {few}")
     if lost := len(c) - int(count.sum()):
         dropped |= {f"fewer than {MINIMUM_ROWS} rows of their head width, window and cache": lost}
@@ -227,14 +225,14 @@ def fit_attention(
     first = {n: k.default(architecture) for n, k in known.items()} | dict(start or {})
     keep = {}
     if c.decodes and architecture != "cpu":
-        keep["regroup"] = "the work of a CPU alone"
+        keep["regroup"] = "applies to CPUs only"
     if c.calls.operator in FORMS:
         keep["wide_s"] = "only rows of 128 heads identify it, and units have the same effect"
-    # the first kernel, whose constants the section shows: no window, no narrow cache, most rows
+    # first the kernel whose constants the section lists: no window, no narrow cache, most rows
     kinds = kinds[np.lexsort((np.abs(kinds[:, 0] - 7.0), -count, kinds[:, 2], kinds[:, 1]))]
     rng, fits = np.random.default_rng(seed), list[_KernelFit]()
-    for wanted in kinds:
-        rows = c.take(kind == np.flatnonzero((seen == wanted).all(axis=1))[0])
+    for selected in kinds:
+        rows = c.take(kind == np.flatnonzero((seen == selected).all(axis=1))[0])
         starts = [first, *(fit.constants.values for fit in fits[:1])]
         fits.append(_fit_kernel(rows, starts, keep, fold_by, rng))
     common = fits[0].constants
@@ -257,7 +255,7 @@ class _KernelFit:
 
     constants: ConstantsFit
     grid: ResidualGrid | None
-    held_out: FloatArray  # log predicted over measured of each row by a fit without it, by question in turn
+    held_out: FloatArray  # log predicted over measured of each row by a fit without it, by each size in turn
     log_residual: FloatArray  # log analytical over measured time of each row
     uncertainty: Uncertainty  # of the rows, in the order of ``held_out``
 
@@ -265,10 +263,10 @@ class _KernelFit:
 def fit_form(
     c: AttentionFit, starts: Sequence[Mapping[str, float]], keep: Mapping[str, str]
 ) -> tuple[ConstantsFit, ResidualGrid]:
-    """Return constants, except those that ``keep`` fixes, and residual of the calls of one kernel: the best of the
-    starts.
+    """Return constants and residual of the calls of one kernel, from the best of the starts; ``keep`` fixes constants.
 
-    Where time follows the work units alone, a term of the sequences would only fit noise: it is dropped if that pays.
+    Where time depends on the work units alone, a term per sequence would only fit noise: it is dropped if the error
+    stays about the same.
     """
     if c.groups("heads").max() == 0:
         keep = {**keep, **dict.fromkeys(_LONE[c.calls.phase], "rows of a single head configuration do not identify it")}
@@ -303,7 +301,7 @@ def _fit_kernel(
         if group.max() == 0:
             group = np.arange(len(c))  # a single group: hold out rows
         for train, test in solver.folds(group, FOLDS, rng):
-            # starts at the solution: a refit changes little, but the change is part of the error of a held-out shape
+            # start at the solution: a refit changes little, but its change is part of the error of a held-out shape
             rest, left, values = c.take(train), c.take(test), dict(constants.values)
             if constants.std_errors:
                 search = c.registry, constants.std_errors
@@ -321,8 +319,8 @@ def _fit_kernel(
 
 
 def _joined(grids: Sequence[ResidualGrid | None]) -> dict[str, NDArray[Any]]:
-    """Return the arrays of the residuals of several kernels, on one box of octaves, one after the other along the first
-    axis; a precision of a thousandth is ample."""
+    """Return the arrays of the residuals of several kernels on one box of octaves, joined along the first axis and
+    rounded to a thousandth."""
     given = [grid for grid in grids if grid is not None]
     if not given:
         return {}

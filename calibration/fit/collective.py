@@ -1,4 +1,4 @@
-"""Calibration of collectives: start, hops, ramp, share of the link, and the engine's own all-reduce.
+"""Calibration of collectives: start, hops, ramp, share of the link, and the engine's all-reduce.
 
 Use :func:`calibration.fit.section.fit_section` with :class:`CollectiveFit`. Constants that the rows do not identify
 keep the default of the link's kind.
@@ -24,13 +24,12 @@ PRIOR = 1.5
 """Log standard deviation of the constants around their defaults."""
 OCTAVES = 2.0  # between nodes along log2 bytes: 1 is worse on held-out sizes
 WITHIN = 32
-"""Points between two nodes at which the analytical model is evaluated, so that no time falls with its payload by over
-1e-5."""
+"""Points between two nodes at which the analytical model is evaluated: no time falls by over 1e-5 with its payload."""
 OWN_BYTES = (2.0**23, 2.0**24, 2.0**25, 2.0**26)
-"""Where an engine may stop using its own all-reduce."""
+"""Payloads to compare as the end of an engine's all-reduce."""
 OWN = tuple(name for name in CONSTANTS if name.startswith("own_"))
 ADDED = 1.0
-"""A variant with an own all-reduce must fit better by this much (its loss, in units of the soft-L1 scale)."""
+"""Minimum gain in loss of a variant with an engine's all-reduce, in units of the soft-L1 scale."""
 
 
 @dataclass(frozen=True)
@@ -39,21 +38,22 @@ class CollectiveFit(Fit):
 
     calls: Messages
 
-    # along (kind, log2 devices, log2 bytes): nothing joins two kinds; chosen among 12 on held-out sizes and numbers of
+    # along (kind, log2 devices, log2 bytes); kinds are independent; the best of 12 on held-out sizes and numbers of
     # devices, over five GPUs and the L40S
     REGULARISATION = Regularisation((0.0, 0.1, 0.0), (0.0, 0.0, 0.1), 0.05)
 
-    def groups(self, question: str = "") -> IndexArray:
+    def groups(self, by: str = "") -> IndexArray:
         return solver.numbered(self.calls.payload)
 
     def usable(self) -> CollectiveFit:
-        """Rows with a time and two devices at least, and not faster than the link."""
+        """Return the rows with a valid time, at least two devices, and a rate below that of the link."""
         m, link = self.calls, self.calls.link
         known = np.isfinite(self.seconds) & (self.seconds > 0) & (m.payload > 0) & (m.devices >= 2)
         return self.take(known & (self.seconds > 0.5 * m.payload / link.bandwidth_bytes_per_s))
 
     def _variants(self) -> Iterator[dict[str, float]]:
-        """Yield who may use an own all-reduce up to where: nobody; else two devices over PCIe, all over NVLink."""
+        """Yield where the engine's all-reduce applies: nowhere; else to two devices over PCIe or all over NVLink, by
+        size."""
         yield {"own_devices": 0.0}
         if (self.calls.code == 0).any():
             most = float(self.calls.link.max_devices) if self.calls.link.family == "nvlink" else 2.0
@@ -63,7 +63,7 @@ class CollectiveFit(Fit):
         """Return the constants that are not fitted, and why."""
         out = dict.fromkeys(("own_devices", "own_bytes"), "chosen among a few")
         if not variant["own_devices"]:
-            out = dict.fromkeys(OWN, "these rows show no all-reduce but the library's")
+            out = dict.fromkeys(OWN, "these rows have only the library's all-reduce")
         elif variant["own_devices"] <= 2.0:
             out["own_hop_s"] = "no more than two devices"
         if self.calls.link.family == "nvlink":
@@ -75,7 +75,7 @@ class CollectiveFit(Fit):
         return out
 
     def constants(self, start: Mapping[str, float] | None = None) -> ConstantsFit:
-        """Return constants around the defaults of the link's kind, of the variant that fits best."""
+        """Return the constants of the best variant, around the defaults of the link's kind."""
         default = {name: constant.default(self.calls.link.family) for name, constant in CONSTANTS.items()}
         best, least = {"own_devices": 0.0}, np.inf
         for variant in self._variants():
@@ -104,8 +104,8 @@ class CollectiveFit(Fit):
         return ResidualGrid((0.0, 0.0, first), (1.0, 1.0, OCTAVES), np.zeros(shape))
 
     def residual(self, values: Mapping[str, float]) -> ResidualGrid:
-        """Return the grid nearest to the fitted one with which more bytes never take less time: a node may lie below
-        the last one by no more than the analytical time rises in between at its slowest."""
+        """Return the nearest grid to the fitted one with times that never fall with bytes: a node lies below the
+        previous one by at most the smallest rise of the analytical time between them."""
         grid = super().residual(values)
         kinds, devices, nodes = grid.values.shape
         fine = grid.start[2] + OCTAVES * np.linspace(0.0, nodes - 1.0, (nodes - 1) * WITHIN + 1)

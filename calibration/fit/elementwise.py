@@ -36,24 +36,24 @@ class ElementwiseFit(Fit):
 
     calls: Moves
 
-    # along (class, log2 bytes): nothing joins two classes; chosen on seeds 10-19 of the protocol
+    # along (class, log2 bytes); classes are independent; chosen on seeds 10-19 of the protocol
     REGULARISATION = Regularisation(0.0, (0.0, 0.1), 0.1)
 
-    def groups(self, question: str = "") -> IndexArray:
+    def groups(self, by: str = "") -> IndexArray:
         return solver.numbered(self.calls.bytes_)
 
     def usable(self) -> ElementwiseFit:
-        """Rows with a time, and not twice as fast as L2 could be."""
+        """Return the rows with a valid time and a rate below a limit of L2."""
         bytes_, seconds = self.calls.bytes_, self.seconds
         known = np.isfinite(seconds) & (seconds > 0) & np.isfinite(bytes_) & (bytes_ > 0)
         return self.take(known & (seconds > bytes_ / (20.0 * self.calls.bandwidth)))
 
     def constants(self, start: Mapping[str, float] | None = None) -> ConstantsFit:
-        """Return constants of the classes that have rows, around what all classes have in common."""
+        """Return constants of the classes with rows, around factors that all classes have in common."""
         default = {name: constant.default(self.calls.architecture) for name, constant in CONSTANTS.items()}
 
         def scaled(factor: Mapping[str, float]) -> dict[str, float]:
-            """The constants of all classes, each kind times one factor."""
+            """Return the constants of all classes, each kind times one factor."""
             moved = {}
             for name in CONSTANTS:
                 kind = name if name in FACTORS else name.split("_")[0]
@@ -66,7 +66,7 @@ class ElementwiseFit(Fit):
         center = {**default, **scaled(common.values)}
         known = [name for i, name in enumerate(CLASSES) if np.any(self.calls.code == i)]
         own = {f"{kind}_{name}" for name in known for kind in ("t0", "e", "l2")}
-        # what the classes have in common is a prior worth one row: a class of three rows must not run away
+        # the common factors are a prior with the weight of one row: a class of three rows must not move far
         return solver.fit_logs(
             self.log_residual,
             center,

@@ -31,8 +31,8 @@ def few_groups(count: int) -> float:
     """Return the factor that widens intervals fitted on few (n, k) pairs: Student's quantile with one degree of freedom
     per pair, over the normal one.
 
-    Errors within a pair are similar, so a table of three projections says little about a fourth, however many m it
-    holds.
+    Errors within a pair are similar, so a table of three projections has little information about a fourth, with any
+    number of m.
     """
     tail = 0.5 + 0.5 * LEVEL
     return float(student.ppf(tail, max(count, 1)) / student.ppf(tail, np.inf))
@@ -41,12 +41,12 @@ def few_groups(count: int) -> float:
 def section_scale(log_ratio: FloatArray, uncertainty: Uncertainty) -> float:
     """Return the factor on correlated and independent errors at which 90 % intervals cover nine in ten held-out rows.
 
-    ``log_ratio`` (n,) is log predicted over measured, ``uncertainty`` that of the rows on their own stack with a factor
-    of 1. The result lies in [0.2, 5].
+    ``log_ratio`` (n,) is log predicted over measured, ``uncertainty`` the errors of the rows on the stack of the fit
+    with a section scale of 1. The result lies in [0.2, 5].
     """
     systematic = np.einsum("cn,cn->n", uncertainty.systematic, uncertainty.systematic)
-    own = np.maximum(uncertainty.variance - systematic, 1e-12)
-    needed = ((log_ratio / COVERAGE_FACTOR) ** 2 - systematic) / own
+    scaled = np.maximum(uncertainty.variance - systematic, 1e-12)
+    needed = ((log_ratio / COVERAGE_FACTOR) ** 2 - systematic) / scaled
     return float(np.sqrt(np.clip(np.quantile(needed, LEVEL), 0.2**2, 5.0**2)))
 
 
@@ -60,8 +60,8 @@ def neighbours(sizes: Sequence[FloatArray], nested: bool = False) -> NDArray[np.
 
 
 def pairs_along(size: FloatArray, others: Sequence[FloatArray], nested: bool = False) -> NDArray[np.intp]:
-    """Return pairs (smaller, larger) of rows equal in all ``others`` and whose ``size`` differs by a ratio in [0.25,
-    1): ordered by the number of sizes between the two, or (``nested``) by the smaller one.
+    """Return pairs (smaller, larger) of rows that are equal in all ``others`` and differ in ``size`` by a ratio in
+    [0.25, 1), ordered by the number of sizes between them, or (``nested``) by the smaller row.
 
     >>> pairs_along(np.array([1.0, 8.0, 2.0]), []).tolist()
     [[0, 2], [2, 1]]

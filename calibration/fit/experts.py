@@ -24,9 +24,9 @@ from simulator.hardware.constants import EXPERTS_CONSTANTS as CONSTANTS
 PRIOR = 1.5
 """Log standard deviation of the constants around their defaults."""
 ROWS = 4000
-"""Rows that the constants are fitted on; more do not move them."""
+"""Rows that the constants are fitted on; more do not change them."""
 OCTAVES = (1.0, 2.0, 2.0)
-"""Between the nodes of the residual."""
+"""Octaves between the nodes of the residual."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class ExpertsFit(Fit):
     calls: Layers
     architecture: str
 
-    FEWEST = 300  # some two models
-    # along (tokens per expert, width, experts); chosen with its coordinates among 21 on held-out models (seeds 10-12),
+    FEWEST = 300  # about two models
+    # along (tokens per expert, width, experts); the best of 21, coordinates included, on held-out models (seeds 10-12),
     # eight tables of four GPUs and three stacks: 6.5 % against 9.0 without it
     REGULARISATION = Regularisation(0.1, 0.3, 0.1)
     ROUNDS = 4
 
-    def groups(self, question: str = "") -> IndexArray:
-        """Number of each row's model: hidden size, experts, and experts per token."""
+    def groups(self, by: str = "") -> IndexArray:
+        """Return the model of each row: hidden size, experts, and experts per token."""
         return solver.numbered(self.calls.k, self.calls.experts, self.calls.active)
 
     def constants(self, start: Mapping[str, float] | None = None) -> ConstantsFit:
@@ -80,7 +80,7 @@ class ExpertsFit(Fit):
 
 
 def layers_of(records: Any, machine: Machine, architecture: str) -> ExpertsFit:
-    """Return records of experts (an object with columns of these names) as a fit takes them."""
+    """Return the fit of expert records (an object with columns of these names)."""
     names = ("m", "n", "k", "experts", "active", "skew", "seconds")
     m, n, k, experts, active, skew, seconds = (np.asarray(getattr(records, x), dtype=np.float64) for x in names)
     return ExpertsFit(Layers(machine, m, n, k, experts, active, skew), seconds, architecture)

@@ -1,8 +1,8 @@
 """Calibration of GEMMs: constants, residual, section scale of one number format.
 
-Use :func:`products` or :func:`products_of` to hold measurements, :func:`fit_gemm` to fit a device's own measurements.
-A ``prior`` is the section of a related GPU or of another stack; with it a small sample is enough.
-:mod:`calibration.fit.local_update` moves a shipped profile to a local stack without a fit.
+Use :func:`products` or :func:`products_of` for measurements, :func:`fit_gemm` to fit them. A ``prior`` is the section
+of a related GPU or of another stack; with it a small sample is enough. :mod:`calibration.fit.local_update` adapts a
+shipped profile to a local stack without a fit.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
 from simulator.hardware.profile import HardwareProfile, Provenance, Section
 
 ROWS = 6000
-"""Rows that the constants are fitted on; more do not move them."""
+"""Rows that the constants are fitted on; more do not change them."""
 PACK_FROM = (2.0, 3.0, 4.0, 6.0, 8.0, 16.0)
-"""Rows from which a CPU's product may rearrange its weights: the value with the smallest residual is taken."""
+"""Rows from which a CPU's product may rearrange its weights: the value with the smallest residual is used."""
 STARTS = 3
-"""Further places where the search begins."""
+"""Additional random starts of the search."""
 WEAK, CLOSE = 1.0, 0.15
-"""Log standard deviation of a prior that only steadies (architecture defaults), and of one from a related GPU or
-another stack."""
+"""Log standard deviation of a weak prior (architecture defaults), and of the prior of a related GPU or another
+stack."""
 FEW_FOLDS = 10
-"""Parts of the (n, k) pairs on few rows, each predicted from the others: a fifth of them would be missed."""
+"""Folds of the (n, k) pairs on few rows: five folds would leave too few rows for the fits."""
 REFIT_ROWS = 200
-"""Rows up to which the constants are fitted again for each fold: on more they hardly move."""
+"""Rows up to which the constants are fitted again for each fold: on more they hardly change."""
 FIT_ROWS, PRIOR_ROWS = 20, 10
 
 
@@ -50,15 +50,15 @@ class GemmFit(Fit):
     """Measured GEMMs of one device, stack and number format."""
 
     calls: Products
-    start: Mapping[str, float] = field(default_factory=dict)  # constants where the search begins
+    start: Mapping[str, float] = field(default_factory=dict)  # start of the search
     prior: Section | None = None
     free: tuple[str, ...] | None = None  # constants to fit; by default all that a table can identify
     seed: int = 0
 
     REGULARISATION = ridge.ALONE
 
-    def groups(self, question: str = "") -> IndexArray:
-        """Number of each row's (n, k) pair."""
+    def groups(self, by: str = "") -> IndexArray:
+        """Return the (n, k) pair of each row."""
         return numbered(self.calls.n, self.calls.k)
 
     def blank(self) -> ResidualGrid:
@@ -73,9 +73,9 @@ class GemmFit(Fit):
     def constants(self, start: Mapping[str, float] | None = None) -> ConstantsFit:
         """Return the constants ``free``.
 
-        The search begins at ``start``, which has all constants, and again at :data:`STARTS` places around it; the fit
-        with the smallest residual is taken. L2 is no slower than DRAM. A constant on its bound stays there; one whose
-        log the data leave wider than 0.5 returns to its start. Both are named in ``fixed``.
+        The search begins at ``start``, which has all constants, and at :data:`STARTS` random places around it; the fit
+        with the smallest residual is used. L2 is at least as fast as DRAM. A constant on its bound stays there; a
+        constant with a log standard error above 0.5 returns to its start. Both are named in ``fixed``.
         """
         start, machine = start or self.start, self.calls.machine
         prior = WEAK if self.prior is None else CLOSE
@@ -109,13 +109,14 @@ class GemmFit(Fit):
             return float(np.mean(soft_l1(few.log_residual(found.values)) ** 2))
 
         if machine.packs:
-            return min((fit({**start, "pack_m": at}) for at in PACK_FROM), key=lambda tried: tried.residual_sd)
+            best = min((fit({**start, "pack_m": at}) for at in PACK_FROM), key=lambda tried: tried.residual_sd)
+            return replace(best, fixed={**best.fixed, "pack_m": f"best of {', '.join(f'{at:g}' for at in PACK_FROM)}"})
         rng = np.random.default_rng(0)
         others = [{n: start[n] * np.exp(rng.normal(0.0, 0.3)) for n in ranges} for _ in range(STARTS)]
         return min((fit({**start, **other}) for other in ({}, *others)), key=loss)
 
     def _blocks(self) -> list[Block]:
-        """Return the blank residual: a correction where a prior has one."""
+        """Return the blank residual: a correction if there is a prior."""
         regularisation = ridge.ALONE if self.prior is None else ridge.CORRECTION
         return ridge.gemm_blocks(self.position, self.calls.machine.packs, regularisation)
 
@@ -126,8 +127,8 @@ class GemmFit(Fit):
         return target if before is None else target - replace(before, inset=EDGE)(self.position)
 
     def held_out(self, blocks: list[Block], target: FloatArray) -> FloatArray:
-        """Return log predicted over measured of each row, from a fit to the other folds; on few rows the constants are
-        fitted again too."""
+        """Return log predicted over measured of each row, from a fit to the other folds, which on few rows fits the
+        constants again."""
         out = np.full(len(self), np.nan)
         few = ridge.FewRows.of(blocks) if len(self) <= ridge.FEW_ROWS else None
         for train, test in folds(self.groups(), FEW_FOLDS if few else FOLDS, np.random.default_rng(self.seed)):
@@ -151,7 +152,7 @@ class GemmFit(Fit):
         before = None if self.prior is None else ResidualGrid.from_arrays(self.prior.arrays)
         if before is not None:  # local data add to the prior's residual
             grid = replace(grid, values=grid.values + before.values)
-        # a millionth is ample
+        # float32 is precise enough
         arrays = replace(grid, values=grid.values.astype(np.float32)).arrays()
         if len(nodes) > 1:
             known = np.unique(self.calls.m)
@@ -169,16 +170,16 @@ class GemmFit(Fit):
 
 
 def products(m: Any, n: Any, k: Any, seconds: Any, machine: Machine, copies: Any = None) -> GemmFit:
-    """Return measured GEMMs as a fit takes them.
+    """Return the fit of measured GEMMs.
 
-    ``copies`` are the weights used in turn, ``inf`` for cold ones; by default those of the published tables: enough to
-    fill L2 once, at most 6.
+    ``copies`` is the number of rotated weights, ``inf`` for cold weights; the default is that of the published tables:
+    enough to fill L2 once, at most 6.
 
     Raises
     ------
     ValueError
-        For arrays of different lengths, dimensions below 1, or times that are not positive and finite: how many of
-        which.
+        For arrays of different lengths, dimensions below 1, or times that are not positive and finite, with their
+        number.
     """
     m, n, k, seconds = (np.asarray(v, dtype=np.float64).reshape(-1) for v in (m, n, k, seconds))
     lengths = [len(c) for c in (m, n, k, seconds)]
@@ -197,14 +198,13 @@ def products(m: Any, n: Any, k: Any, seconds: Any, machine: Machine, copies: Any
 
 
 def products_of(records: Records, machine: Machine) -> GemmFit:
-    """Return the GEMMs among records as a fit takes them."""
+    """Return the fit of the GEMMs among records."""
     r = records.select(records.is_operator("gemm"))
     return products(r.m, r.n, r.k, r.seconds, machine, weight_copies(r))
 
 
 def weight_copies(records: Records) -> FloatArray:
-    """Return the weights used in turn, as the GEMM model counts them: infinitely many where the benchmark kept them
-    cold."""
+    """Return the number of rotated weights, infinite where the benchmark kept weights cold."""
     return np.where(records.copies > 0, records.copies, np.where(records.cold, np.inf, 1.0)).astype(np.float64)
 
 
@@ -221,7 +221,7 @@ def free_constants(machine: Machine) -> tuple[str, ...]:
 
 
 def starting_constants(hw: HardwareProfile, dtype: str, prior: Section | None = None) -> dict[str, float]:
-    """Return where a fit begins: the prior's constants, else the architecture's."""
+    """Return the start of a fit: the prior's constants, else the architecture's."""
     values = {name: constant.default(hw.architecture) for name, constant in CONSTANTS.items()}
     machine = Machine.of(hw, dtype)
     values["b_hit"] = max(values["b_hit"], machine.bandwidth_bytes_per_s)
@@ -244,19 +244,19 @@ def fit_gemm(
     seed: int = 0,
 ) -> FittedPart:
     """Calibrate the GEMM model on measured GEMMs of one number format (a label of a section: "bf16", "int4_wo") and the
-    datasheet facts of ``hw``, whose own section is not used.
+    datasheet facts of ``hw``, whose sections are not used.
 
     ``prior`` is the section of a related GPU or another stack: its constants centre the search, its residual is the
     starting point. ValueError for fewer than 20 rows, 10 with a prior.
     """
     if len(data) < (FIT_ROWS if prior is None else PRIOR_ROWS):
         few = f"a GEMM fit needs at least {FIT_ROWS} shapes, got {len(data)}"
-        raise ValueError(f"{few}; to move a shipped profile to this stack, use a local update (fit --anchor)")
+        raise ValueError(f"{few}; to adapt a shipped profile to this stack, use a local update (fit --anchor)")
     return replace(data, start=starting_constants(hw, dtype, prior), prior=prior, seed=seed).section(provenance)
 
 
 def accuracy(log_ratio: FloatArray, m: FloatArray) -> dict[str, float]:
-    """Return errors from log predicted over measured times (see :func:`accuracy_of`), and "mape_..." by range of m."""
+    """Return scores from log predicted over measured times (see :func:`accuracy_of`), and "mape_..." by range of m."""
     if not len(log_ratio):
         return {}
     error = np.expm1(log_ratio)

@@ -23,18 +23,17 @@ from simulator.hardware.profile import Fitted, HardwareProfile, Section
 from simulator.uncertainty.operators import gemm_time
 
 ENOUGH_RATIOS = 5
-"""Published ratios one constant needs."""
-
+"""Published ratios that one constant needs."""
 
 KINDS: Mapping[str, tuple[str, tuple[str, ...], int]] = {
     "gemm_2to4": ("2to4", ("sparse_step", "sparse_load", "sparse_time"), 12),
     "gather_gemm": ("gathered", ("block_step",), 6),
     "attention_block_sparse": ("blocks", ("sparse_block",), 6),
 }
-"""Kind of rows -> its name in an accuracy, the constants of its kernel, and the rows that a fit needs next to the dense
-fit. Gathered GEMMs count if they are one kernel: a gather, a GEMM and a scatter have no separate constant."""
+"""Kind of rows -> its name in an accuracy, the constants of its kernel, and the rows that its fit needs in addition to
+the dense fit. Gathered GEMMs count if they are one kernel: a gather, a GEMM and a scatter have no separate constant."""
 EDGE = 64.0
-"""Edge of the blocks of keys whose cost is searched instead of ``sparse_block``, which may be 0 and has no log then."""
+"""Edge of the blocks of keys. The search uses their cost instead of ``sparse_block``, which may be 0, without a log."""
 
 
 def _with_constants(section: Section, constants: Mapping[str, Fitted], **accuracy: float) -> Section:
@@ -42,11 +41,11 @@ def _with_constants(section: Section, constants: Mapping[str, Fitted], **accurac
 
 
 def fit_skipping(r: Records, hw: HardwareProfile, dtype: str) -> FittedPart:
-    """Return the dense section with the constants of the kernel that rows of one kind (of :data:`KINDS`) and number
-    format timed; its accuracy gets "mape" and "median" of these rows, each with the name of the kind.
+    """Return the dense section with the constants of a kernel fitted to rows of one kind (:data:`KINDS`) and number
+    format; "mape" and "median" of these rows, with the name of the kind, are added to its accuracy.
 
-    A constant on its bound stays there; one that the rows do not identify returns to its start. ValueError where no
-    dense kernel was fitted.
+    A constant on its bound stays there; a constant that the rows do not identify returns to its start. ValueError where
+    no dense kernel was fitted.
     """
     kind = OPERATORS[int(r.operator[0])]
     operator, (name, constants, _) = SECTIONS[kind], KINDS[kind]
@@ -60,11 +59,11 @@ def fit_skipping(r: Records, hw: HardwareProfile, dtype: str) -> FittedPart:
         return np.asarray(np.log(predict(r, profile).time.seconds / r.seconds))
 
     def covariance(found: Minimum, _: Mapping[str, float]) -> tuple[FloatArray, float]:
-        telling = np.abs(found.slopes).max(axis=1) > 0.02  # other rows do not depend on the constants
-        freedom = np.count_nonzero(telling) - len(found.names)
+        informative = np.abs(found.slopes).max(axis=1) > 0.02  # other rows do not depend on the constants
+        freedom = np.count_nonzero(informative) - len(found.names)
         if freedom < 1:
             return np.full((len(found.names),) * 2, np.inf), np.inf
-        residual_sd = float(np.sqrt(np.sum(np.minimum(found.rows**2, 0.15**2)[telling]) / freedom))
+        residual_sd = float(np.sqrt(np.sum(np.minimum(found.rows**2, 0.15**2)[informative]) / freedom))
         return gauss_newton(found.slopes, residual_sd), residual_sd
 
     start = _searched({n: section[n] for n in constants})
@@ -80,7 +79,7 @@ def fit_skipping(r: Records, hw: HardwareProfile, dtype: str) -> FittedPart:
 
 
 def _searched(constants: Mapping[str, float]) -> dict[str, float]:
-    """Return constants as they are searched: ``sparse_block`` as the relative cost of blocks of :data:`EDGE` keys."""
+    """Return the constants of the search: ``sparse_block`` as the relative cost of blocks of :data:`EDGE` keys."""
     return {n: 1.0 + value / EDGE if n == "sparse_block" else value for n, value in constants.items()}
 
 
@@ -109,7 +108,7 @@ def fit_sparse_step(hw: HardwareProfile, dtype: str) -> Section:
     steps = np.round(np.arange(max(constant.low, 0.3), constant.high + 1e-9, 0.01), 2)
     dense = gemm_time(m, n, k, hw, dtype=dtype, kernel="dense", cold=False).seconds
     error = np.empty((len(steps), len(ratio)))
-    for i, step in enumerate(steps):  # a scan is safer than a search for one constant
+    for i, step in enumerate(steps):  # for one constant, a scan is safer than a search
         trial = with_section(hw, dtype, _with_constants(section, {"sparse_step": Fitted(float(step))}))
         sparse = gemm_time(m, n, k, trial, dtype=dtype, kernel="sparse24", density=0.5, cold=False).seconds
         error[i] = np.abs(np.log(dense / sparse / ratio))

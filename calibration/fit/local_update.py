@@ -1,8 +1,8 @@
-"""Local update: measured times of any operators move a whole profile to this machine and software.
+"""Local update: adapt a whole profile to this machine and software with measured times of any operators.
 
-Use :func:`update_profile`. The mechanism is the posterior of the error model
+Use :func:`update_profile`. The method is the posterior of the error model
 (:class:`simulator.uncertainty.posterior.Posterior`): the profile keeps its constants and stores the log errors of the
-rows with the loadings that they depend on. A local update replaces an earlier one, whose rows may be of another driver.
+rows with their loadings. A local update replaces an earlier one, whose rows may be of another driver.
 """
 
 from __future__ import annotations
@@ -33,18 +33,17 @@ from simulator.uncertainty.posterior import MOST_LOG, Posterior, posterior_of
 LEAST_ROWS, FEW_ROWS, MOST_ROWS = 3, 20, 400
 """Rows that a local update needs, rows that it should have, rows that it stores at most."""
 
-MOST_FACTOR, MOST_TOO_FAST, MOST_SPREADS = 2.5, 0.1, 4.0
+MOST_FACTOR, MOST_TOO_FAST, MOST_SDS = 2.5, 0.1, 4.0
 """Median factor between measured and predicted times that no stack explains; share of rows faster than physics allows
 above which all are rejected; effect, in prior standard deviations, that is flagged."""
 
 REPORTED = 0.2
-"""An effect is reported where its mean has moved by this share of its prior standard deviation, or that has shrunk by
-it."""
+"""An effect is reported if its mean or its standard deviation has changed by this share of the prior sd."""
 
 
 @dataclass(frozen=True)
 class Effect:
-    """The effect of the rows on one error factor, an operator's together with the machine's; log units."""
+    """The effect of the rows on one error factor, the sum of an operator's and the machine's factor; log units."""
 
     name: str
     prior_sd: float
@@ -55,7 +54,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class Fit:
-    """How well the rows of one operator are predicted: by the profile before, and after, each row from the others."""
+    """Errors of the rows of one operator: before the update, and after it, each row predicted from the others."""
 
     name: str
     rows: int
@@ -63,7 +62,7 @@ class Fit:
     error_after: float
     half_before: float  # median half-width of the 90 % interval, relative
     half_after: float
-    inside_before: float  # share of the rows in it
+    inside_before: float  # coverage of the interval
     inside_after: float
     z: float  # root mean square of error over expected deviation, after
 
@@ -80,11 +79,11 @@ class Updated:
 
 
 def update_profile(hw: HardwareProfile, records: Records, *, dtype: str | None = None, date: str = "") -> Updated:
-    """Move a profile to this machine and software with 20 to 400 measured rows of any operators (at least 3).
+    """Adapt a profile to this machine and software with 20 to 400 measured rows of any operators (at least 3).
 
     Rows without a valid time, throttled, held-out or drift-check rows, and operators that the profile does not predict
-    are excluded and counted. Of more than 400 rows, those that lie farthest apart in size, time and operator are kept.
-    ``dtype`` keeps one number format, ``date`` (ISO 8601) is that of the provenance.
+    are excluded and counted. Of more than 400 rows, the farthest apart in size, time and operator are kept. ``dtype``
+    selects one number format, ``date`` (ISO 8601) is the date of the provenance.
 
     InputError, one line: fewer than 3 usable rows; rows of another GPU; a tenth of them faster than physics allows; an
     operator whose times differ by a factor of 2.5 or more in the median.
@@ -92,20 +91,19 @@ def update_profile(hw: HardwareProfile, records: Records, *, dtype: str | None =
     base = replace(hw, local_update=None, same_stack=False)
     notes = ["the profile's earlier local update is replaced"] if hw.local_update is not None else []
     rows = _usable(records if dtype is None else records.select(records.labels().astype(str) == dtype), notes)
-    _refuse_other_device(hw, rows, notes)
+    _reject_other_device(hw, rows, notes)
     compared = _compared(base, rows, notes)
     rows, of_part, names, log_ratio = compared.rows, compared.part, compared.names, compared.log_ratio
     unique = len(np.unique(np.column_stack([compared.coordinates, compared.kind, compared.systematic]), axis=0))
     kernels = [name for name in names if _section(name)[0] != "runtime"]
     uncalibrated = [name for name in kernels if base.section(*_section(name)).status == "default"]
     if uncalibrated:
-        notes.append(
-            f"{', '.join(uncalibrated)}: not calibrated; the defaults are moved; a separate fit would be more accurate"
-        )
+        advice = "the update applies to the defaults; a fit would be more accurate"
+        notes.append(f"{', '.join(uncalibrated)}: not calibrated; {advice}")
     if not kernels:
         notes.append("only rows of the host: predictions of kernels do not change")
     elif unique == 1:
-        notes.append("one shape: only the parts of its time move; measure other shapes for the rest")
+        notes.append("one shape: only the parts of its time change; measure other shapes for the rest")
     elif len(rows) < FEW_ROWS:
         notes.append(f"only {len(rows)} rows; {FEW_ROWS} to {MOST_ROWS} from several operators recommended")
     used = np.flatnonzero(compared.systematic.any(axis=0))
@@ -126,14 +124,14 @@ def update_profile(hw: HardwareProfile, records: Records, *, dtype: str | None =
     before = np.sqrt((compared.systematic**2).sum(axis=1) + compared.correlated**2 + compared.independent)
     fits = [_fit(name, of_part == i, log_ratio, before, posterior) for i, name in enumerate(names)]
     fits += [_fit("all", of_part >= 0, log_ratio, before, posterior)] if len(names) > 1 else []
-    told = effects(posterior)
-    odd = max(told, key=lambda e: abs(e.mean) / e.prior_sd, default=None)
-    if odd is not None and (times := abs(odd.mean) / odd.prior_sd) > MOST_SPREADS:
+    changes = effects(posterior)
+    odd = max(changes, key=lambda e: abs(e.mean) / e.prior_sd, default=None)
+    if odd is not None and (times := abs(odd.mean) / odd.prior_sd) > MOST_SDS:
         notes.append(
             f"{odd.meaning}: {times:.0f} times the usual difference between stacks; check that the rows are from this "
             f"GPU"
         )
-    return Updated(profile, len(rows), told, tuple(fits), tuple(notes))
+    return Updated(profile, len(rows), changes, tuple(fits), tuple(notes))
 
 
 def _section(part: str) -> tuple[str, str]:
@@ -146,12 +144,12 @@ def _usable(records: Records, notes: list[str]) -> Records:
     """Return the rows for the update; excluded rows are counted in the notes."""
     apart = np.isin(records.purpose, [PURPOSES.index(name) for name in ("holdout", "drift_check")])
     throttled = (records.flags & int(Flag.THROTTLED)) != 0
-    for left_out, reason in (
+    for excluded, reason in (
         (~records.timed, UNTIMED),
         (throttled, "measured under throttling"),
         (apart, "held out, or drift checks"),
     ):
-        if count := int(left_out.sum()):
+        if count := int(excluded.sum()):
             notes.append(f"{count} rows excluded: {reason}")
     kept = records.select(records.timed & ~throttled & ~apart)
     if len(kept) < LEAST_ROWS:
@@ -162,7 +160,7 @@ def _usable(records: Records, notes: list[str]) -> Records:
     return kept
 
 
-def _refuse_other_device(hw: HardwareProfile, records: Records, notes: list[str]) -> None:
+def _reject_other_device(hw: HardwareProfile, records: Records, notes: list[str]) -> None:
     """Reject rows of another device; a GPU's profile accepts rows of a CPU that time the host."""
     away = without_gpu(records, hw)
     if away.any():
@@ -211,7 +209,7 @@ def _compared(base: HardwareProfile, rows: Records, notes: list[str]) -> _Compar
             continue
         ratio = np.log(own.seconds / found_part.time.seconds)
         most = MOST_LOG if SECTIONS[operator] == "runtime" else math.log(MOST_FACTOR)
-        _refuse_factor(f"{operator} {label}", float(np.median(ratio)), most)
+        _reject_factor(f"{operator} {label}", float(np.median(ratio)), most)
         error = found_part.uncertainty
         found.append((ratio, error))
         parts.append(np.full(len(at), len(names)))
@@ -248,43 +246,44 @@ def _compared(base: HardwareProfile, rows: Records, notes: list[str]) -> _Compar
     )
 
 
-def _refuse_factor(what: str, median: float, most: float) -> None:
-    """Reject times that no stack explains."""
+def _reject_factor(what: str, median: float, most: float) -> None:
+    """Reject times that no difference between stacks explains."""
     if abs(median) <= most:
         return
     thousands = round(median / math.log(1000.0))
     unit = thousands and abs(median - thousands * math.log(1000.0)) <= math.log(MOST_FACTOR)
-    hint = (
-        f"check the unit: they look {1000 ** abs(thousands)} times too {'large' if median > 0 else 'small'}"
-        if unit
-        else ""
-    )
-    said = f"{what}: measured times are {math.exp(median):.3g} times the predicted ones in the median"
-    hint = hint or "check that they are from this GPU and not launched one by one; a fit without --anchor accepts any"
-    raise InputError(f"local update: {said}; {hint}")
+    hint = "check that they are from this GPU and not launched one by one; a fit without --anchor accepts any"
+    if unit:
+        hint = f"check the unit: they look {1000 ** abs(thousands)} times too {'large' if median > 0 else 'small'}"
+    fact = f"{what}: measured times are {math.exp(median):.3g} times the predicted ones in the median"
+    raise InputError(f"local update: {fact}; {hint}")
 
 
 def _fit(name: str, at: NDArray[np.bool_], log_ratio: FloatArray, before: FloatArray, posterior: Posterior) -> Fit:
+    """Return the errors of the rows ``at`` before and after the update."""
     y, sd = log_ratio[at], before[at]
     rest, after = posterior.left_out[:, at]
     half = float(np.median(sd)) * COVERAGE_FACTOR, float(np.median(after)) * posterior.coverage_factor
     inside = np.abs(y) <= COVERAGE_FACTOR * sd, np.abs(rest) <= posterior.coverage_factor * after
     return Fit(
-        name,
-        int(at.sum()),
-        float(np.abs(np.expm1(-y)).mean()),
-        float(np.abs(np.expm1(-rest)).mean()),
-        math.expm1(half[0]),
-        math.expm1(half[1]),
-        float(inside[0].mean()),
-        float(inside[1].mean()),
-        float(np.sqrt(np.mean((rest / after) ** 2))),
+        name=name,
+        rows=int(at.sum()),
+        error_before=float(np.abs(np.expm1(-y)).mean()),
+        error_after=float(np.abs(np.expm1(-rest)).mean()),
+        half_before=math.expm1(half[0]),
+        half_after=math.expm1(half[1]),
+        inside_before=float(inside[0].mean()),
+        inside_after=float(inside[1].mean()),
+        z=float(np.sqrt(np.mean((rest / after) ** 2))),
     )
 
 
 def effects(posterior: Posterior) -> tuple[Effect, ...]:
-    """Return the effects of a posterior: error factors that it moved or narrowed. Rows of one operator identify only
-    the sum of the operator's factor and the machine's, so the sum is reported for the operator."""
+    """Return the error factors that a posterior shifts or narrows.
+
+    Rows of one operator identify only the sum of the operator's and the machine's factor, which is reported for the
+    operator.
+    """
     names = [name for name in ERROR_FACTORS if name != "machine"]
     weight = np.zeros((len(names), len(ERROR_FACTORS)))
     for row, name in zip(weight, names, strict=True):
@@ -295,12 +294,12 @@ def effects(posterior: Posterior) -> tuple[Effect, ...]:
     every = Uncertainty(tuple(ERROR_FACTORS), weight.T, nothing, nothing, np.zeros((len(names), 3)), kind=-1)
     mean, variance = posterior.at(every)
     prior, sd = np.sqrt(every.variance), np.sqrt(variance)
-    told = (np.abs(mean) > REPORTED * prior) | (sd < (1.0 - REPORTED) * prior)
-    rows = zip(names, prior.tolist(), mean.tolist(), sd.tolist(), strict=True)
-    return tuple(Effect(*row, meaning(*row)) for row, tell in zip(rows, told.tolist(), strict=True) if tell)
+    reported = (np.abs(mean) > REPORTED * prior) | (sd < (1.0 - REPORTED) * prior)
+    rows = zip(names, prior.tolist(), mean.tolist(), sd.tolist(), reported.tolist(), strict=True)
+    return tuple(Effect(name, p, m, s, meaning(name, p, m, s)) for name, p, m, s, kept in rows if kept)
 
 
-# error factor, or the last words of its name -> what differs, and the words for a longer and a shorter time
+# error factor, or the end of its name -> sentence, and the words for a longer and a shorter time
 _WORDS: dict[str, tuple[str, str, str]] = {
     "machine launch": ("launches take {}", "longer", "shorter"),
     "machine compute": ("this machine's clocks are {}", "lower", "higher"),
@@ -325,7 +324,7 @@ _OPERATORS = {
 
 
 def meaning(name: str, prior_sd: float, mean: float, sd: float) -> str:
-    """Return an effect in words.
+    """Return a sentence that describes an effect.
 
     >>> meaning("machine compute", 0.06, 0.083, 0.02), meaning("gemm memory", 0.03, -0.001, 0.004)
     ("this machine's clocks are 8 % lower", 'GEMM reads memory as fitted')

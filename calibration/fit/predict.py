@@ -28,16 +28,16 @@ from simulator.cost.gemm_shapes import Options
 from simulator.hardware.profile import HardwareProfile
 from simulator.uncertainty.factors import COVERAGE_FACTOR, ERROR_FACTORS, Uncertainty, in_order, level_scale
 from simulator.uncertainty.forward import host_launch
-from simulator.uncertainty.operators import TIMES, OperatorTimes, gemm_predicted, operator_time, predicted
+from simulator.uncertainty.operators import OperatorTimes, gemm_predicted, operator_time, predicted
 from simulator.uncertainty.posterior import HOST_KIND, posterior_of
 from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, Kernel
 
 UNTIMED = "the time is not positive and finite"
 
 LAYER_OWN, LAYER_COMMON, LAYER_WITHOUT_GPU = 0.03, 0.10, 0.50
-"""Errors of an eager layer's time, log units: independent; common to all rows, because a layer of Transformers differs
-from the measured one and a pass is more than its layers; common to rows measured without the GPU, whose driver may take
-as long as the framework. The last two are assumed."""
+"""Errors of an eager layer's time, log units. Independent; common to all rows, because the layer of a model differs
+from the measured one and a pass has more than its layers; common to rows measured without the GPU, whose driver may
+take as long as the framework. The last two are assumed."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,13 @@ class Formats:
     """Number formats of rows, and the level of their intervals."""
 
     dtype: str
-    weight: str  # of weights, of attention of the cache
+    weight: str  # of weights; for attention, of the cache
     level: float
-
-
-SECONDS: tuple[str, ...] = ("seconds", "lower", "upper", "roofline_s")
-"""Fields of :class:`OperatorTimes` that add up."""
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """Times of the rows of an operator with their errors, and the sizes that errors are shown against."""
+    """Times of the rows of an operator with their errors, and the sizes for errors by size."""
 
     time: OperatorTimes
     sizes: Mapping[str, Any]
@@ -68,7 +64,7 @@ def parts_of(records: Records, hw: HardwareProfile, skipped: dict[str, int]) -> 
     timed = records.timed
     if count := int((~timed).sum()):
         skipped[UNTIMED] = count
-    # copies are one with the elementwise operators
+    # copies belong to the elementwise operators
     operators = np.where(records.is_operator("copy"), OPERATORS.index("elementwise"), records.operator)
     labels = records.labels().astype(str)
     for code, label in sorted(set(zip(operators[timed].tolist(), labels[timed].tolist(), strict=True))):
@@ -89,8 +85,8 @@ def parts_of(records: Records, hw: HardwareProfile, skipped: dict[str, int]) -> 
 
 
 def predict(r: Records, hw: HardwareProfile, level: float = 0.9) -> Predicted:
-    """Return the times of the rows of one part, as they were measured: warm or cold, with the same rotation of
-    weights."""
+    """Return the times of the rows of one part under the conditions of their measurement: warm or cold, with the same
+    rotation of weights."""
     operator = OPERATORS[int(r.operator[0])]
     formats = Formats(DTYPES[int(r.dtype[0])], DTYPES[int(r.weight_dtype[0])], level)
     return _PREDICT[SECTIONS[operator]](r, hw, formats)
@@ -98,22 +94,31 @@ def predict(r: Records, hw: HardwareProfile, level: float = 0.9) -> Predicted:
 
 def joined(times: Sequence[OperatorTimes]) -> OperatorTimes:
     """Return the times of several calls, one after the other."""
-    columns: dict[str, Any] = {name: np.concatenate([getattr(t, name) for t in times]) for name in TIMES}
-    return OperatorTimes(**columns)
+    return _each(lambda name: np.concatenate([getattr(t, name) for t in times]))
+
+
+def _each(array: Callable[[str], Any]) -> OperatorTimes:
+    """Return operator times from a function of the name of each array."""
+    return OperatorTimes(
+        seconds=array("seconds"),
+        lower=array("lower"),
+        upper=array("upper"),
+        roofline_s=array("roofline_s"),
+        bottleneck=array("bottleneck"),
+    )
 
 
 def _summed(times: Sequence[OperatorTimes]) -> OperatorTimes:
-    """Return operators that run one after the other, per row; their errors count as one, and the bottleneck is that of
-    the longest."""
-    columns: dict[str, Any] = {name: sum(getattr(t, name) for t in times) for name in SECONDS}
+    """Return the sums of operators that run one after the other; their errors are fully correlated, and the bottleneck
+    is that of the longest."""
     longest = np.argmax([t.seconds for t in times], axis=0)
-    return OperatorTimes(**columns, bottleneck=np.choose(longest, [t.bottleneck for t in times]))
+    bottleneck = np.choose(longest, [t.bottleneck for t in times])
+    return _each(lambda name: bottleneck if name == "bottleneck" else sum(getattr(t, name) for t in times))
 
 
 def _scaled(time: OperatorTimes, factor: Any) -> OperatorTimes:
     """Return times multiplied by a factor per row."""
-    columns: dict[str, Any] = {name: factor * getattr(time, name) for name in SECONDS}
-    return OperatorTimes(**columns, bottleneck=time.bottleneck)
+    return _each(lambda name: time.bottleneck if name == "bottleneck" else factor * getattr(time, name))
 
 
 def _gemm(r: Records, hw: HardwareProfile, formats: Formats) -> Predicted:
@@ -138,7 +143,7 @@ def _pair(r: Records, hw: HardwareProfile, formats: Formats) -> Predicted:
 
 
 def _gathered(r: Records, hw: HardwareProfile, formats: Formats) -> Predicted:
-    """Predict a product of some tokens: one kernel that skips the others, or a dense one between a gather and a
+    """Predict a product of some tokens: one kernel that skips the other tokens, or a dense one between a gather and a
     scatter."""
     kernel = np.where(r.fused, Kernel.BLOCK_SPARSE, Kernel.DENSE)
     options = Options(formats.dtype, formats.weight, kernel, copies=weight_copies(r))
@@ -148,8 +153,8 @@ def _gathered(r: Records, hw: HardwareProfile, formats: Formats) -> Predicted:
 
 
 def _grouped(r: Records, hw: HardwareProfile, formats: Formats) -> Predicted:
-    """Predict a product of each token by some groups of features: one kernel that skips the others, or for each group a
-    dense one, of the tokens that use it, between a gather and a scatter."""
+    """Predict a product of each token with some groups of features: one kernel that skips the other groups, or, per
+    group, a dense product of its tokens between a gather and a scatter."""
     outer = r.role == ROLES.index("up")
     kernel = np.where(r.fused, np.where(outer, Kernel.GROUPS_N, Kernel.GROUPS_K), Kernel.DENSE)
     tokens = np.maximum(np.round(r.m * r.density), 1.0)
@@ -164,8 +169,8 @@ def _grouped(r: Records, hw: HardwareProfile, formats: Formats) -> Predicted:
 def _copied(
     product: OperatorTimes, r: Records, tokens: Any, n: Any, k: Any, hw: HardwareProfile, formats: Formats
 ) -> OperatorTimes:
-    """Return a product of m tokens and, where the rows are no single kernel, the gather before and the scatter after
-    it."""
+    """Return a product of some tokens; where the rows are not a single kernel, with the gather before and the scatter
+    after it."""
     times: list[OperatorTimes] = [product]
     for role, width in (("gather", k), ("scatter", n)):
         moved = DTYPE_BYTES[r.dtype] * tokens * width
@@ -218,7 +223,7 @@ def _decode(r: Records, hw: HardwareProfile, formats: Formats) -> Predicted:
             cold=bool(rows.cold[0]),
         )
 
-    # the published tables read one cache again and again, this program's own measurements do not
+    # the published tables read one cache repeatedly, measurements of this program do not
     time, uncertainty = _by(r, r.cold, hw, formats.level, call)
     return Predicted(time, {"kv_len": r.kv_len, **_heads(r)}, uncertainty)
 
@@ -226,13 +231,12 @@ def _decode(r: Records, hw: HardwareProfile, formats: Formats) -> Predicted:
 def _by(
     r: Records, key: Any, hw: HardwareProfile, level: float, call: Callable[[Records], Estimate]
 ) -> tuple[OperatorTimes, Uncertainty]:
-    """Return the times and errors of one kind of operator, where one call takes the rows of one value of a key."""
+    """Return the times and errors of one kind of operator, by one call per value of a key."""
     groups = [np.flatnonzero(key == value) for value in np.unique(key)]
     found = [predicted(call(r.select(rows)), hw, level) for rows in groups]
     order = np.argsort(np.concatenate(groups))
     whole = joined([time for time, _ in found])
-    columns: dict[str, Any] = {name: getattr(whole, name)[order] for name in TIMES}
-    return OperatorTimes(**columns), Uncertainty.joined([error for _, error in found], order)
+    return _each(lambda name: getattr(whole, name)[order]), Uncertainty.joined([error for _, error in found], order)
 
 
 def _collective(r: Records, hw: HardwareProfile, formats: Formats) -> Predicted:
@@ -244,7 +248,7 @@ def _collective(r: Records, hw: HardwareProfile, formats: Formats) -> Predicted:
 
 
 def _elementwise(r: Records, hw: HardwareProfile, formats: Formats) -> Predicted:
-    # a copy is of the class of copies
+    # copies have the class of cache writes
     role = np.where(r.is_operator("copy") | (r.role < 0), ROLES.index("cache_write"), r.role)
     e = elementwise(r.read_bytes, r.write_bytes, hw, role=role, dtype=formats.dtype)
     time, uncertainty = predicted(e, hw, formats.level)
@@ -256,16 +260,16 @@ def _experts(r: Records, hw: HardwareProfile, formats: Formats) -> Predicted:
     sizes = r.m, r.n, r.k, r.experts, r.active
     e = experts(*sizes, hw, skew=r.skew, dtype=formats.dtype, weight_dtype=formats.weight, dealt=True)
     time, uncertainty = predicted(e, hw, formats.level)
-    known = {"m": r.m, "n": r.n, "k": r.k, "experts": r.experts, "active": r.active, "skew": r.skew}
-    return Predicted(time, known, uncertainty)
+    shown = {"m": r.m, "n": r.n, "k": r.k, "experts": r.experts, "active": r.active, "skew": r.skew}
+    return Predicted(time, shown, uncertainty)
 
 
 @dataclass(frozen=True)
 class HostTime:
-    """Host time of an eager launch, as used for passes."""
+    """Host time of an eager launch in a pass."""
 
     launch_s: float
-    half: float  # of its 90 % interval, in its log
+    half: float  # half-width of its 90 % interval, log
 
     @classmethod
     def of(cls, hw: HardwareProfile) -> HostTime:
@@ -287,7 +291,7 @@ def without_gpu(r: Records, hw: HardwareProfile) -> NDArray[np.bool_]:
 
 
 def _layer(r: Records, hw: HardwareProfile, formats: Formats) -> Predicted:
-    """Predict eager layers: the host's launches, whatever the length of the cache."""
+    """Predict eager layers: the host's launches, independent of the length of the cache."""
     rows, host = len(r), HostTime.of(hw)
     nothing, seconds = np.zeros(rows), np.full(rows, host.layer_s)
     uncertainty = Uncertainty(

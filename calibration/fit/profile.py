@@ -84,19 +84,19 @@ def fit_profile(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> ProfileFit:
-    """Fit everything that records allow.
+    """Fit all operators and number formats of the records.
 
     ``base`` has the datasheet facts; its sections without records are kept. Rows marked ``holdout``, ``exact`` or
     ``anchor`` are excluded from the fit; ``exact`` rows are stored with the GEMM section. ``prior``, a related GPU or
-    another stack, supports a small sample. ``date`` (ISO 8601) is that of the provenance, by default the newest in the
-    records. ``progress`` is called with (fits done, fits in all). InputError, with the reasons, when nothing can be
+    another stack, supports a small sample. ``date`` (ISO 8601) is the date of the provenance, by default the newest in
+    the records. ``progress`` is called with (fits done, fits in all). InputError, with the reasons, when nothing can be
     fitted.
     """
     notes: list[str] = []
     usable = _usable(records, notes)
     if dtype is not None:
         usable = usable.select(np.char.startswith(_formats(usable), dtype))
-    tasks = _tasks(base, usable, notes, prior=prior, date=date, seed=seed)
+    tasks = _tasks(base, usable, notes, prior, date, seed)
     if not tasks:
         raise InputError(f"nothing to fit: {'; '.join(notes) or 'the records hold no operator that has a fit'}")
     sections = dict(base.sections)
@@ -135,13 +135,13 @@ def _usable(records: Records, notes: list[str]) -> Records:
     apart = np.isin(records.purpose, [PURPOSES.index(name) for name in ("holdout", "exact", "drift_check")])
     throttled = (records.flags & int(Flag.THROTTLED)) != 0
     timed = np.isfinite(records.seconds) & (records.seconds > 0)
-    for left_out, text in (
+    for excluded, text in (
         (apart & ~throttled, "rows excluded on purpose (held out, exact shapes, drift checks)"),
         (throttled, "rows excluded: measured under throttling"),
         (~timed, "rows excluded: time is not positive and finite"),
     ):
-        if left_out.any():
-            notes.append(f"{int(left_out.sum())} {text}")
+        if excluded.any():
+            notes.append(f"{int(excluded.sum())} {text}")
     kept = records.select(~apart & ~throttled & timed)
     for flag in (Flag.NOISY, Flag.DRIFT, Flag.CONFLICT):
         if count := int(((kept.flags & int(flag)) != 0).sum()):
@@ -149,8 +149,10 @@ def _usable(records: Records, notes: list[str]) -> Records:
     return kept
 
 
-def _tasks(base: HardwareProfile, records: Records, notes: list[str], **options: Any) -> list[_Task]:
-    """Return the fits that the rows allow, dense GEMMs first because other fits need them."""
+def _tasks(
+    base: HardwareProfile, records: Records, notes: list[str], prior: HardwareProfile | None, date: str, seed: int
+) -> list[_Task]:
+    """Return the fits for which rows are enough, dense GEMMs first because other fits need them."""
     same, is_, formats = records.dtype == records.weight_dtype, records.is_operator, _formats(records)
     gemms = records.labels().astype(str) if len(records) else np.zeros(0, dtype=np.str_)
     every = np.full(len(records), "*")
@@ -177,7 +179,7 @@ def _tasks(base: HardwareProfile, records: Records, notes: list[str], **options:
             elif len(rows) < fewest:
                 notes.append(f"{what.format(dtype)}: {len(rows)} rows are too few; a fit needs {fewest}")
             else:
-                out.append(_Task(operator, dtype, rows, run, **options))
+                out.append(_Task(operator, dtype, rows, run, prior, date, seed))
     for name in ("low_rank", "gather_gemm", "grouped_gemm"):
         if count := int((is_(name) & ~gathered).sum()):
             notes.append(
@@ -196,7 +198,8 @@ def provenance_of(records: Records, date: str = "") -> Provenance:
     used = [records.sources[i] for i in np.unique(records.source)]
     licences = (f" [{s.licence}]" if s.licence else "" for s in used)
     origins = (
-        s.origin + said if s.origin else f"measured here, run {s.run}" for s, said in zip(used, licences, strict=True)
+        s.origin + licence if s.origin else f"measured here, run {s.run}"
+        for s, licence in zip(used, licences, strict=True)
     )
     return Provenance(
         source=joined(origins),
@@ -236,7 +239,7 @@ def _fit_elementwise(task: _Task, hw: HardwareProfile) -> FittedPart:
 
 
 def _fit_collective(task: _Task, hw: HardwareProfile) -> FittedPart:
-    """Fit collectives; where the rows hold both, the engine's own all-reduce is used instead of its library's."""
+    """Fit collectives; if the rows have both, to the engine's all-reduce instead of its library's."""
     r = task.rows
     if hw.link is None:
         raise ValueError(f"{hw.name} has no link to other devices")
@@ -265,7 +268,8 @@ def _fit_runtime(task: _Task, hw: HardwareProfile) -> FittedPart:
     if len(chosen := layer_s if len(layer_s) else bare_s):
         error = float(np.std(chosen)) if len(chosen) > 1 else None
         constants["host_op_s"] = Fitted(float(np.median(chosen)), error, "fitted")
-    if len(bare_s) and hw.architecture == "cpu":  # nothing computes while the framework takes the views of an operator
+    if len(bare_s) and hw.architecture == "cpu":
+        # a CPU computes nothing while the framework creates the views of an operator
         constants["graph_gap_s"] = Fitted(float(np.median(bare_s)), None, "inherited")
     section = Section(constants, provenance=task.provenance, status="calibrated")
     return FittedPart(section, ConstantsFit({}, {}, {}), len(r))

@@ -1,8 +1,8 @@
 """Fit residuals: multilinear grids on log residuals, by robust ridge with first- and second-difference penalties.
 
 Use :func:`fit_grid` for one grid, :func:`gemm_blocks` and :func:`solve` for the residual of GEMMs. Several grids are
-fitted in turn, each to what the others leave (block Gauss-Seidel on one convex problem), or, on few rows, all at once
-in the dual form of the problem.
+fitted in turn, each to the residuals of the others (block Gauss-Seidel on one convex problem), or, on few rows, all at
+once in the dual form of the problem.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from simulator.cost.gemm import EDGE
 from simulator.cost.residual_grid import ResidualGrid
 
 SMOOTH: tuple[tuple[float, float, int], ...] = ((0, 1, 16), (5, 1, 13), (5, 1, 13))
-"""Start, step and nodes of the residual of GEMMs along log2 m, n, k: octaves."""
+"""Start, step and number of nodes of the residual of GEMMs along log2 m, n, k, in octaves."""
 FEW_ROWS = 1500
-"""Rows up to which the problem is solved by row instead of by node, where nodes are more."""
+"""Rows up to which the problem is solved by row instead of by node, if there are more nodes."""
 
 
 @dataclass(frozen=True)
@@ -38,30 +38,30 @@ class Regularisation:
 
 
 ALONE = Regularisation(0.02, 0.06, 0.01)
-"""Of the residual of GEMMs."""
+"""Regularisation of the residual of GEMMs."""
 BY_ROWS = Regularisation(0.1, 0.3, 0.1)
-"""Of a CPU's residual by the number of rows."""
+"""Regularisation of a CPU's residual by the number of rows."""
 CORRECTION = Regularisation(0.3, 1.0, 0.1)
-"""Of a correction to another profile's residual."""
+"""Regularisation of a correction to another profile's residual."""
 
 
 @lru_cache(maxsize=256)
 def _penalty(size: int, first: float, second: float) -> FloatArray:
-    """Quadratic form of the penalties on differences along one coordinate, (nodes, nodes)."""
+    """Return the quadratic form of the penalties on differences along one coordinate, (nodes, nodes)."""
     differences = ((w, np.diff(np.eye(size), n=order, axis=0)) for order, w in ((1, first), (2, second)))
     return np.asarray(sum(w * (d.T @ d) for w, d in differences))
 
 
 @lru_cache(maxsize=256)
 def _spectrum(size: int, first: float, second: float) -> tuple[FloatArray, FloatArray]:
-    """Its eigenvalues and eigenvectors."""
+    """Return the eigenvalues and eigenvectors of :func:`_penalty`."""
     values, vectors = np.linalg.eigh(_penalty(size, first, second))
     return np.maximum(values, 0.0), vectors
 
 
 @dataclass(frozen=True)
 class Block:
-    """A grid ready to fit: where rows lie in it (see :meth:`ResidualGrid.cells`), and its regularisation."""
+    """A grid to fit: the positions of rows in it (see :meth:`ResidualGrid.cells`), and its regularisation."""
 
     grid: ResidualGrid
     regularisation: Regularisation
@@ -83,7 +83,7 @@ class Block:
         return list(zip(shape, *weights, strict=True))
 
     def take(self, rows: Any) -> Block:
-        """The same of some rows."""
+        """Return the block of some rows."""
         return replace(self, cells=self.cells[:, rows], inside=self.inside[:, rows])
 
     @cached_property
@@ -110,11 +110,11 @@ class Block:
         return total.tocsr()
 
     def whitened(self) -> tuple[FloatArray, FloatArray]:
-        """The matrix in the eigenvectors of the penalty, scaled so that the penalty is the identity, (rows, nodes); and
-        that scale.
+        """Return the matrix in the eigenvectors of the penalty, scaled to a penalty of the identity, (rows, nodes), and
+        the scale.
 
-        The penalty is a sum over coordinates, so its eigenvectors are products of those of each, and a row is a product
-        of rows.
+        The penalty is a sum over coordinates. Its eigenvectors are therefore products of the eigenvectors of each
+        coordinate, and a row is a product of rows.
         """
         rows = self.cells.shape[1]
         total, out = np.full(1, self.regularisation.size), np.ones((rows, 1))
@@ -128,7 +128,7 @@ class Block:
         return out * scale, scale
 
     def nodes(self, coefficients: FloatArray) -> FloatArray:
-        """Node values from coefficients of the eigenvectors."""
+        """Return node values from coefficients of the eigenvectors."""
         grid = coefficients.reshape(self.grid.values.shape)
         for axis, along in enumerate(self.along):
             grid = np.moveaxis(np.tensordot(_spectrum(*along)[1], grid, axes=(1, axis)), 0, axis)
@@ -136,7 +136,7 @@ class Block:
 
 
 def gemm_blocks(position: Any, by_rows: bool, regularisation: Regularisation = ALONE) -> list[Block]:
-    """Return the blank residual of GEMMs at positions log2 m, n, k: a grid, and on a CPU (``by_rows``) a value for each
+    """Return the blank residual of GEMMs at positions log2 m, n, k: a grid, and on a CPU (``by_rows``) a value per
     measured m."""
     start, step, shape = zip(*SMOOTH, strict=True)
     grid = ResidualGrid(tuple(map(float, start)), tuple(map(float, step)), np.zeros(shape), EDGE)
@@ -151,10 +151,10 @@ def gemm_blocks(position: Any, by_rows: bool, regularisation: Regularisation = A
 def solve(
     parts: Sequence[Block], target: FloatArray, rows: NDArray[np.intp] | None = None, rounds: int | None = None
 ) -> list[FloatArray]:
-    """Return node values of every grid for a log target, of ``rows`` or all.
+    """Return node values of every grid, fitted to a log target of ``rows`` or all.
 
-    ``rounds`` are solutions of a single grid, with robust weights renewed between them; by default 8 sweeps over all
-    grids, with weights renewed before the first (from the target itself), second and fourth.
+    ``rounds`` is the number of solutions of a single grid, with robust weights renewed between them. The default is 8
+    sweeps over all grids, with weights renewed before the first (from the target), second and fourth.
     """
     if rows is not None:
         parts, target = [b.take(rows) for b in parts], target[rows]
@@ -182,28 +182,28 @@ def solve(
 
 @dataclass(frozen=True)
 class FewRows:
-    """The same ridge problem with one unknown per row instead of one per node: exact, and faster while rows are fewer
-    than nodes."""
+    """The ridge problem with one unknown per row instead of one per node: exact, and faster with fewer rows than
+    nodes."""
 
     parts: tuple[Block, ...]
-    common: FloatArray  # (rows, rows): what the penalties say rows have in common before any data
+    common: FloatArray  # (rows, rows): prior covariance of the rows by the penalties
     whitened: tuple[tuple[FloatArray, FloatArray], ...]
 
     @staticmethod
     def of(parts: Sequence[Block]) -> FewRows:
-        """Prepare a problem."""
+        """Return the problem of some grids."""
         whitened = tuple(b.whitened() for b in parts)
         return FewRows(tuple(parts), np.asarray(sum(w @ w.T for w, _ in whitened)), whitened)
 
     def dual(self, target: FloatArray, rows: NDArray[np.intp], rounds: int = 4) -> FloatArray:
         """Return the unknown of each of these rows; the robust weights are renewed between ``rounds`` solutions."""
         common = self.common[np.ix_(rows, rows)]
-        dual = wanted = target[rows]
+        dual = values = target[rows]
         weights = np.ones(len(rows))
         for _ in range(rounds):
             factor = linalg.cho_factor(common + np.diag(1.0 / weights), overwrite_a=True, check_finite=False)
-            dual = linalg.cho_solve(factor, wanted, check_finite=False)
-            weights = 1.0 / np.sqrt(1.0 + ((wanted - common @ dual) / HUBER) ** 2)
+            dual = linalg.cho_solve(factor, values, check_finite=False)
+            weights = 1.0 / np.sqrt(1.0 + ((values - common @ dual) / HUBER) ** 2)
         return np.asarray(dual)
 
     def values(self, dual: FloatArray, rows: NDArray[np.intp]) -> list[FloatArray]:
@@ -211,7 +211,7 @@ class FewRows:
         return [b.nodes(scale * (w[rows].T @ dual)) for b, (w, scale) in zip(self.parts, self.whitened, strict=True)]
 
     def at(self, dual: FloatArray, rows: NDArray[np.intp], others: NDArray[np.intp]) -> FloatArray:
-        """Return the log factors that the fit to ``rows`` gives ``others``."""
+        """Return the log factors of ``others`` by the fit to ``rows``."""
         return np.asarray(self.common[np.ix_(others, rows)] @ dual)
 
 

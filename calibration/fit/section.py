@@ -26,12 +26,12 @@ from simulator.uncertainty.factors import same_stack_scales, uncertainty_of
 
 FOLDS = 5
 
-F = TypeVar("F", bound="Fit")
+FitT = TypeVar("FitT", bound="Fit")
 
 
 @dataclass(frozen=True)
 class Fit(ABC):
-    """Measured rows of one operator of one device and software stack, and how they are fitted."""
+    """Measured rows of one operator of one device and software stack, with the method of their fit."""
 
     calls: Calls
     seconds: FloatArray
@@ -43,12 +43,12 @@ class Fit(ABC):
     def __len__(self) -> int:
         return len(self.seconds)
 
-    def take(self: F, rows: Any) -> F:
+    def take(self: FitT, rows: NDArray[Any]) -> FitT:
         """Return rows by mask or index."""
         return replace(self, calls=self.calls.take(rows), seconds=self.seconds[rows])
 
     @abstractmethod
-    def groups(self, question: str = "") -> IndexArray:
+    def groups(self, by: str = "") -> IndexArray:
         """Return the number of the group of each row: folds hold out whole groups."""
 
     @abstractmethod
@@ -59,7 +59,7 @@ class Fit(ABC):
     def blank(self) -> ResidualGrid:
         """Return a residual grid of zeros that covers the rows."""
 
-    def usable(self: F) -> F:
+    def usable(self: FitT) -> FitT:
         """Return the rows that a fit may use."""
         return self
 
@@ -68,12 +68,13 @@ class Fit(ABC):
         return np.asarray(np.log(self.calls.seconds(values)) - np.log(self.seconds))
 
     def residual(self, values: Mapping[str, float]) -> ResidualGrid:
-        """Return the grid fitted to what constants leave."""
+        """Return the grid fitted to the log residuals of the analytical model."""
         position = self.calls.estimate(values).position
         return fit_grid(self.blank(), position, -self.log_residual(values), self.REGULARISATION, self.ROUNDS)
 
     def covariance(self, prior: float) -> solver.Covariance:
-        """Return the covariance of the logs of constants with a prior of a standard deviation, from derivatives."""
+        """Return the function that computes the covariance of the logs of constants from derivatives; ``prior`` is
+        their prior standard deviation."""
 
         def found(minimum: Minimum, values: Mapping[str, float]) -> tuple[FloatArray, float]:
             raw = solver.slopes(self.log_residual, values, minimum.names, 1e-4)
@@ -94,7 +95,7 @@ class Fit(ABC):
         return accuracy_of(np.expm1(errors))
 
     def scale(self, errors: FloatArray, values: Mapping[str, float]) -> float:
-        """Return the section scale: the factor on a shape's own errors that covers held-out rows."""
+        """Return the section scale: the factor on correlated and independent errors that covers held-out rows."""
         e = self.calls.estimate(values)
         return section_scale(errors, uncertainty_of(e, same_stack_scales(e.operator)))
 
@@ -103,10 +104,10 @@ def held_out(fit: Fit, start: Mapping[str, float], seed: int) -> FloatArray:
     """Return log predicted over measured of each row, by a fit to the other folds."""
     errors = np.zeros(len(fit))
     for train, test in solver.folds(fit.groups(), FOLDS, np.random.default_rng(seed)):
-        rest, left = fit.take(train), fit.take(test)
+        rest, held = fit.take(train), fit.take(test)
         values = rest.constants(start).values
         residual = rest.residual(values)
-        errors[test] = left.log_residual(values) + residual(left.calls.estimate(values).position)
+        errors[test] = held.log_residual(values) + residual(held.calls.estimate(values).position)
     return errors
 
 

@@ -1,8 +1,7 @@
-"""The solver of constants: robust least squares of log time in the logarithms of constants; constants with their
-errors.
+"""Solve for constants: robust least squares of log time in the logarithms of constants, with standard errors.
 
-Use :func:`fit_logs` for constants, their errors and those that the rows do not identify; :func:`minimise` for a single
-search.
+Use :func:`fit_logs` for constants, their errors and the constants that the rows do not identify; :func:`minimise` for a
+single search.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ LogResidual = Callable[[Mapping[str, float]], FloatArray]
 """Log of predicted over measured time of each row, from all constants by name."""
 
 Covariance = Callable[["Minimum", Mapping[str, float]], tuple[FloatArray, float]]
-"""Covariance of the logs of the free constants at a minimum, and the standard deviation of residuals it assumes."""
+"""Covariance of the logs of the free constants at a minimum, and the residual sd that it assumes."""
 
 HUBER = 0.05
-"""Log residual from which a row counts less: kernel choice makes steps of 5-15 %."""
+"""Log residual from which a row has a lower weight: kernel choice makes steps of 5-15 %."""
 ON_BOUND = 1e-2
-"""Log distance to an end of its range at which a constant counts as on it."""
+"""Log distance to an end of its range below which a constant is on its bound."""
 ABSENT = "no rows of its class"
 
 
@@ -37,7 +36,7 @@ def numbered(*columns: FloatArray) -> NDArray[np.intp]:
 
 
 def folds(groups: NDArray[np.intp], count: int, rng: np.random.Generator) -> Iterator[tuple[Any, Any]]:
-    """Yield rows to fit and rows to predict, by parts of the groups."""
+    """Yield rows to fit and rows to predict of each fold, a part of the groups."""
     part = rng.permutation(groups.max() + 1)[groups] % count
     for i in np.unique(part):
         if not (part == i).all():
@@ -48,10 +47,10 @@ def folds(groups: NDArray[np.intp], count: int, rng: np.random.Generator) -> Ite
 class ConstantsFit:
     """Constants of an operator, SI, and their errors."""
 
-    values: Mapping[str, float]  # all
-    std_errors: Mapping[str, float]  # of the fitted ones
-    fixed: Mapping[str, str]  # those that were not fitted -> why
-    # of the fitted ones' logs, in their order
+    values: Mapping[str, float]  # of all constants
+    std_errors: Mapping[str, float]  # of the fitted constants
+    fixed: Mapping[str, str]  # constants that were not fitted -> why
+    # of the logs of the fitted constants, in their order
     correlation: FloatArray = field(default_factory=lambda: np.zeros((0, 0)))
     residual_sd: float = 0.0  # standard deviation of the log residuals that the errors assume
 
@@ -64,14 +63,14 @@ class ConstantsFit:
 
 @dataclass(frozen=True)
 class FittedPart:
-    """A fitted section of a profile, and the facts for its report."""
+    """A fitted section of a profile, with facts for its report."""
 
     section: Section
     constants: ConstantsFit
-    rows: int  # that it was fitted on
+    rows: int  # in the fit
     # log predicted over measured, each row by a fit without it
     held_out: FloatArray = field(default_factory=lambda: np.zeros(0))
-    dropped: Mapping[str, int] = field(default_factory=dict)  # rows refused, by reason
+    dropped: Mapping[str, int] = field(default_factory=dict)  # excluded rows by reason
     operator: str = ""
     dtype: str = ""
 
@@ -82,14 +81,14 @@ class FittedPart:
 
     @property
     def correlations(self) -> dict[tuple[str, str], float]:
-        """Of the logarithms of each pair of fitted constants."""
+        """Correlation of the logarithms of each pair of fitted constants."""
         names, matrix = list(self.constants.std_errors), self.constants.correlation
         return {(a, b): float(matrix[i, j]) for i, a in enumerate(names) for j, b in enumerate(names) if i < j}
 
 
 @dataclass(frozen=True)
 class Minimum:
-    """Where a search ended: logs of the free constants and of their ranges, residuals there, and their derivatives."""
+    """End of a search: logs of the free constants and of their ranges, residuals and their derivatives."""
 
     names: tuple[str, ...]
     x: FloatArray
@@ -122,12 +121,12 @@ def minimise(
     step: float | None = None,
     **search: Any,
 ) -> Minimum:
-    """Search over the constants ``names``, the others as in ``start``, with the soft-L1 loss.
+    """Search over the constants ``names`` with the soft-L1 loss; the other constants keep the values of ``start``.
 
-    ``ranges`` has their ``low`` and ``high``. ``prior`` is the log standard deviation of a prior around ``center`` (the
-    start by default), one row of ordinary residual per constant; with ``data_only`` it stays outside the loss. ``step``
-    is that of derivatives, in logs, for residuals of single precision. ``search`` goes to
-    :func:`scipy.optimize.least_squares`.
+    ``ranges`` has ``low`` and ``high`` of each constant. ``prior`` is the log standard deviation of a prior around
+    ``center`` (the start by default), one residual per constant; with ``data_only`` the soft-L1 loss applies to the
+    data only. ``step`` is the step of derivatives, in logs, for residuals in single precision. ``search`` has further
+    options of :func:`scipy.optimize.least_squares`.
     """
     names = tuple(names)
     low = np.log([ranges[n].low or 1e-9 for n in names])
@@ -160,13 +159,13 @@ def fit_logs(
     moot: Mapping[str, tuple[str, str]] | None = None,
     **search: Any,
 ) -> ConstantsFit:
-    """Return constants by repeated searches, until none is on its bound and the data identify every free one.
+    """Repeat the search until no free constant is on its bound and the data identify every free constant.
 
-    ``log_residual``, ``start`` and ``search`` are as in :func:`minimise`; ``ranges`` names all constants, ``fixed``
-    those that are not free, and why. ``covariance`` is that of the logs of the free constants at a minimum, given the
-    values of all. A constant with a log standard error above ``weak`` returns to ``center`` (the start by default); one
-    on its bound stays there. ``moot`` are constants without meaning once another
-    is on its lower bound, and why.
+    ``log_residual``, ``start`` and ``search`` are as in :func:`minimise`. ``ranges`` names all constants, ``fixed`` the
+    constants that are not free, and why. ``covariance`` returns the covariance of the logs of the free constants at a
+    minimum, given all values. A constant with a log standard error above ``weak`` returns to ``center`` (the start by
+    default); a constant on its bound stays there. ``moot`` maps a constant to another constant, which is fixed when the
+    first is on its lower bound, and why.
     """
     search = {"center": start, **search}
     values, kept = dict(start), dict(fixed or {})
@@ -183,7 +182,7 @@ def fit_logs(
             for name, error in zip(free, errors, strict=True):
                 if error > weak:
                     gone[name] = "not identified by these rows"
-                    values[name] = search["center"][name]  # where a few rows drove it may be absurd
+                    values[name] = search["center"][name]  # a few rows may have moved it far away
             if not gone:
                 scale = np.where(errors > 0, errors, 1.0)
                 known = {name: float(values[name] * error) for name, error in zip(free, errors, strict=True)}

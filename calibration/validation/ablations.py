@@ -1,4 +1,4 @@
-"""The worth of each mechanism of the analytical GEMM model: fits without one mechanism, and ``docs/ablations.md``.
+"""Effect of each mechanism of the analytical GEMM model: fits without one mechanism, and ``docs/ablations.md``.
 
 Every variant is fitted on the training rows of the protocol's splits, without residual, and evaluated on the held-out
 (n, k) pairs. A mechanism is removed by holding its constant at the value at which it takes no time.
@@ -31,11 +31,11 @@ class Variant:
 
     name: str
     about: str
-    fixed: Mapping[str, float] = field(default_factory=dict)  # constants at a value instead of being fitted
-    idle: tuple[str, ...] = ()  # constants without meaning then, which keep their default
-    cold: bool = False  # weights count as cold although the benchmark rotated few
-    swapped: bool = False  # the other architecture's kernels
-    persistent: bool | None = None  # the kind of kernels that have the mechanism; None: both
+    fixed: Mapping[str, float] = field(default_factory=dict)  # constants with a fixed value instead of a fitted one
+    idle: tuple[str, ...] = ()  # constants without effect in the variant, which keep their default
+    cold: bool = False  # treats weights as cold although the benchmark rotated few
+    swapped: bool = False  # uses the other architecture's kernels
+    persistent: bool | None = None  # kind of kernels that have the mechanism; None: both
 
 
 FULL = Variant("nothing", "the complete analytical model")
@@ -56,17 +56,17 @@ VARIANTS: tuple[Variant, ...] = (
         swapped=True,
     ),
 )
-"""Mechanisms that are removed, in the order of the page."""
+"""Variants in the order of the page."""
 
 
 def profile_of(variant: Variant, hw: HardwareProfile) -> HardwareProfile:
-    """Return the profile that a variant is fitted for: with "swapped", Hopper's kind of kernels on another device and
-    Ampere's on a Hopper one."""
+    """Return the profile for the fit of a variant; ``swapped`` exchanges the kernels of Hopper and other devices."""
     return replace(hw, architecture="ampere" if hw.architecture == "hopper" else "hopper") if variant.swapped else hw
 
 
 def fit_variant(variant: Variant, measured: Measured, seed: int = 0) -> dict[str, float]:
-    """Return the constants of :func:`calibration.fit.gemm.fit_gemm` without the mechanism that a variant removes."""
+    """Return the constants fitted as in :func:`calibration.fit.gemm.fit_gemm`, without the mechanism that the variant
+    removes."""
     data = measured.data
     assert isinstance(data, GemmFit)
     start = {**starting_constants(measured.hw, measured.dtype), **variant.fixed}
@@ -87,8 +87,7 @@ def units(tables: Sequence[str] = TABLES, seeds: Sequence[int] = SEEDS) -> Itera
 
 
 def run(unit: Unit, measured: Measured | None = None, size: int | None = None) -> Row:
-    """Return the error of one fit to ``size`` training rows (all by default) of the shipped table, or of the given
-    one."""
+    """Return the error of one fit to ``size`` training rows (None: all) of the shipped table, or of ``measured``."""
     name, variant, seed = unit
     measured = measured or GEMMS[name].load()
     data = measured.data
@@ -97,29 +96,29 @@ def run(unit: Unit, measured: Measured | None = None, size: int | None = None) -
     copies = np.full(len(data), np.inf) if variant.cold else data.calls.copies
     machine = replace(data.calls.machine, persistent=hw.architecture in ("hopper", "blackwell_sm100"))
     calls = replace(data.calls, copies=copies, machine=machine)
-    own, unseen = Measured(replace(data, calls=calls), hw, measured.dtype).drawn(size, seed)
-    predicted = unseen.data.calls.seconds(fit_variant(variant, own, seed))
-    mape = errors(predicted, unseen.data)["mape"]
-    return {"table": name, "variant": variant.name, "seed": seed, "rows": len(own.data), "mape": mape}
+    train, test = Measured(replace(data, calls=calls), hw, measured.dtype).train_test(size, seed)
+    predicted = test.data.calls.seconds(fit_variant(variant, train, seed))
+    mape = errors(predicted, test.data)["mape"]
+    return {"table": name, "variant": variant.name, "seed": seed, "rows": len(train.data), "mape": mape}
 
 
-def run_all(say: Callable[[str], None]) -> list[Row]:
+def run_all(report: Callable[[str], None]) -> list[Row]:
     """Return the rows of every fit of the page."""
-    out, todo = [], list(units())
-    for name, variant, seed in todo:
+    out, fits = [], list(units())
+    for name, variant, seed in fits:
         out.append(run((name, variant, seed)))
-        say(f"{len(out)}/{len(todo)} {name}, {variant.name}, split {seed}: {out[-1]['mape']:.2f} %")
+        report(f"{len(out)}/{len(fits)} {name}, {variant.name}, split {seed}: {out[-1]['mape']:.2f} %")
     return out
 
 
 def tables(rows: Sequence[Row]) -> list[str]:
     """Return the tables of ``docs/ablations.md``, one per GPU, from rows of :func:`run`."""
-    mine = [[r for r in rows if r["table"] == name] for name in titles(rows)]
-    return [_table(sorted(own, key=lambda r: int(r["seed"]))) for own in mine]
+    rows = sorted(rows, key=lambda r: int(r["seed"]))
+    return [_table([r for r in rows if r["table"] == name]) for name in titles(rows)]
 
 
 def _table(rows: Sequence[Row]) -> str:
-    """Return the variants of one GPU: error, and its difference to the complete model."""
+    """Return the table of one GPU: error of each variant, and its difference to the complete model."""
     by_variant: dict[str, list[float]] = {}
     for r in rows:
         by_variant.setdefault(r["variant"], []).append(r["mape"])
@@ -127,18 +126,18 @@ def _table(rows: Sequence[Row]) -> str:
     out = []
     for v in VARIANTS:
         if v.name in by_variant:
-            own = np.array(by_variant[v.name])
-            difference = "" if v is FULL else _difference(own, full)
-            out.append([v.name, v.about, f"{own.mean():.2f}", difference])
+            mapes = np.array(by_variant[v.name])
+            difference = "" if v is FULL else _difference(mapes, full)
+            out.append([v.name, v.about, f"{mapes.mean():.2f}", difference])
     return table(["removed", "change", "MAPE", "difference"], out, left=(0, 1))
 
 
-def _difference(mine: FloatArray, reference: FloatArray) -> str:
+def _difference(values: FloatArray, reference: FloatArray) -> str:
     """Return the mean of a paired difference and its standard error.
 
     >>> _difference(np.array([4.0, 4.2, 4.1]), np.array([4.0, 4.0, 4.0]))
     '+0.10 ± 0.06'
     """
-    apart = mine - reference
-    error = f" ± {apart.std(ddof=1) / np.sqrt(len(apart)):.2f}" if len(apart) > 1 else ""
-    return f"{apart.mean():+.2f}{error}"
+    difference = values - reference
+    error = f" ± {difference.std(ddof=1) / np.sqrt(len(difference)):.2f}" if len(difference) > 1 else ""
+    return f"{difference.mean():+.2f}{error}"

@@ -1,5 +1,4 @@
-"""What the GEMM model is judged against: rooflines with none, two and three constants, and a roofline with an RBF
-residual.
+"""Baselines of the GEMM model: rooflines with no, two and three constants, and a roofline with an RBF residual.
 
 Each of :data:`BASELINES` takes training shapes, a machine, and shapes to predict, and returns seconds.
 """
@@ -21,7 +20,7 @@ from simulator.cost.base import Machine
 
 
 def flop_and_byte_time(data: GemmFit, machine: Machine) -> tuple[FloatArray, FloatArray]:
-    """FLOP over the datasheet rate and bytes over the datasheet bandwidth, s."""
+    """Return FLOP over the datasheet rate and bytes over the datasheet bandwidth, s."""
     c = data.calls
     flop = 2.0 * c.m * c.n * c.k
     moved = machine.weight_bytes * c.n * c.k + machine.element_bytes * c.m * (c.n + c.k)
@@ -29,14 +28,14 @@ def flop_and_byte_time(data: GemmFit, machine: Machine) -> tuple[FloatArray, Flo
 
 
 def roofline(share: float, floor_s: float, train: GemmFit, machine: Machine, test: GemmFit) -> FloatArray:
-    """max(FLOP / peak, bytes / (share of the bandwidth)) and a fixed time."""
+    """Return max(FLOP / peak, bytes / (share of the bandwidth)) plus a fixed time."""
     compute, moved = flop_and_byte_time(test, machine)
     return np.maximum(compute, moved / share) + floor_s
 
 
 def fitted_roofline(start: Sequence[float], train: GemmFit, machine: Machine, test: GemmFit) -> FloatArray:
-    """t0 + max(FLOP / (a peak), bytes / (b bandwidth)) by robust least squares in log time, from ``start`` = (a, b) or
-    (t0, a, b)."""
+    """Return t0 + max(FLOP / (a peak), bytes / (b bandwidth)), fitted by robust least squares in log time that start at
+    (a, b) or (t0, a, b)."""
 
     def form(constants: FloatArray, data: GemmFit) -> FloatArray:
         compute, moved = flop_and_byte_time(data, machine)
@@ -53,8 +52,8 @@ three_constants = partial(fitted_roofline, (3e-6, 0.7, 0.8))
 
 
 def roofline_rbf(train: GemmFit, machine: Machine, test: GemmFit) -> FloatArray:
-    """Three constants times an RBF interpolant of the log residual over log2 (m, n, k); of at most 4,000 training rows,
-    whose cube is its cost."""
+    """Return the three-constant roofline times an RBF interpolant of the log residual over log2 (m, n, k), fitted to at
+    most 4,000 training rows because the cost is cubic."""
     if len(train) > 4000:
         train = train.take(np.random.default_rng(0).choice(len(train), 4000, replace=False))
 

@@ -307,7 +307,7 @@ ELEMENTWISE_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
         "bytes of an operator, in units of the L2, at which half of them are found there", other=0.8),
 })
 
-CONSTANTS: Mapping[str, Mapping[str, Constant]] = MappingProxyType({
+_CONSTANTS: dict[str, Mapping[str, Constant]] = {
     "gemm": GEMM_CONSTANTS,
     "attention_prefill": PREFILL_CONSTANTS,
     "attention_decode": DECODE_CONSTANTS,
@@ -317,9 +317,20 @@ CONSTANTS: Mapping[str, Mapping[str, Constant]] = MappingProxyType({
     "runtime": RUNTIME_CONSTANTS,
     "collective": COLLECTIVE_CONSTANTS,
     "experts": EXPERTS_CONSTANTS,
-})
-"""Constants by operator: those of each fitted section of a profile."""
+}
 # fmt: on
+CONSTANTS: Mapping[str, Mapping[str, Constant]] = MappingProxyType(_CONSTANTS)
+"""Constants by operator: those of each fitted section of a profile."""
+
+
+def add_constants(operator: str, constants: Mapping[str, Constant]) -> None:
+    """Add the constants of an operator whose cost model is defined elsewhere; call it before reading such profiles.
+
+    ValueError for an operator that is known.
+    """
+    if operator in CONSTANTS:
+        raise ValueError(f"the constants of {operator!r} are known already")
+    _CONSTANTS[operator] = constants
 
 
 EXACT_NAMES: tuple[str, ...] = ("exact_m", "exact_n", "exact_k", "exact_s", "exact_log_half")

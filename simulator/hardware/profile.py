@@ -20,7 +20,6 @@ from simulator.errors import InputError, unknown
 from simulator.hardware.formats import labels
 from simulator.hardware.sections import (
     ANY_DTYPE,
-    OPERATORS,
     Fitted,
     LocalUpdate,
     Provenance,
@@ -38,7 +37,6 @@ __all__ = [
     "ANY_DTYPE",
     "ARCHITECTURES",
     "ENGINE_STACK",
-    "OPERATORS",
     "OTHER_STACK",
     "SAME_STACK",
     "Fitted",
@@ -319,7 +317,7 @@ class HardwareProfile(Displayed):
         return self.peak_flop_per_s(dtype) / self.bandwidth_bytes_per_s
 
     def section(self, operator: str, dtype: str) -> Section:
-        """Return the fitted values of one ``operator`` of :data:`OPERATORS` in the number format ``dtype``.
+        """Return the fitted values of one ``operator`` in the number format ``dtype``.
 
         Without a fitted section, bf16 and fp16 are used for each other, else the architecture's defaults. The section
         has every constant of the operator; a constant that was not fitted has its default and the status "default".

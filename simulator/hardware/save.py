@@ -20,9 +20,10 @@ from simulator.files.write import check_target, one_writer, remove_left, write_w
 from simulator.files.yaml import MAX_BYTES, Problems
 from simulator.hardware import library
 from simulator.hardware.arrays import FILE_NAME, Arrays, check_arrays, pack_arrays
+from simulator.hardware.constants import CONSTANTS
 from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.schema import QUANTITIES, SCHEMA_VERSION, profile_from_text, stack_from_text
-from simulator.hardware.sections import OPERATORS, Provenance, Section, Sections
+from simulator.hardware.sections import Provenance, Section, Sections
 from simulator.units import format_quantity
 from simulator.workload import STACKS
 
@@ -176,9 +177,9 @@ def profile_text(profile: HardwareProfile, arrays_file: str = "", arrays_sha256:
 
 
 def _calibrated(sections: Sections, arrays_file: str, arrays_sha256: str) -> dict[str, dict[str, Any]]:
-    tree: dict[str, dict[str, Any]] = {operator: {} for operator in OPERATORS}
+    tree: dict[str, dict[str, Any]] = {operator: {} for operator in CONSTANTS}
     for (operator, dtype), section in sorted(sections.items()):
-        if operator in OPERATORS:
+        if operator in CONSTANTS:
             tree[operator][_text(dtype)] = _section(section, arrays_file, arrays_sha256)
     return {operator: formats for operator, formats in tree.items() if formats}
 

@@ -32,7 +32,7 @@ from simulator.hardware import formats
 from simulator.hardware.arrays import ARRAY_NAME, FILE_NAME
 from simulator.hardware.constants import CONSTANTS
 from simulator.hardware.profile import ARCHITECTURES, HardwareProfile, Link, Rate
-from simulator.hardware.sections import ANY_DTYPE, OPERATORS, Fitted, LocalUpdate, Provenance, Section, Sections
+from simulator.hardware.sections import ANY_DTYPE, Fitted, LocalUpdate, Provenance, Section, Sections
 from simulator.workload import DTYPES, STACKS
 
 SCHEMA_VERSION = 1
@@ -208,7 +208,7 @@ def _calibrated(rates: tuple[str, ...], path: Path, fetch: Fetch) -> ObjectField
         required = {"provenance": field_of(Provenance), "constants": _constants(operator)}
         return MapField(ObjectField(required, optional, _section), lambda dtype: "" if dtype in known else reason)
 
-    return ObjectField({}, {operator: fitted(operator) for operator in OPERATORS})
+    return ObjectField({}, {operator: fitted(operator) for operator in CONSTANTS})
 
 
 def _section(*, status: str = "calibrated", **read: Any) -> Section:

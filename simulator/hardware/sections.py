@@ -15,9 +15,6 @@ from simulator.errors import unknown
 from simulator.files.fields import NumberField
 from simulator.hardware.constants import CONSTANTS
 
-OPERATORS: tuple[str, ...] = tuple(CONSTANTS)
-"""Operators that a profile has fitted sections for."""
-
 ANY_DTYPE: tuple[str, ...] = ("runtime", "collective")
 """Operators whose section is the same for all number formats; its dtype is "*"."""
 
@@ -125,7 +122,7 @@ def unfitted(operator: str, section: Section, architecture: str) -> tuple[str, .
 @lru_cache(maxsize=64)
 def default_section(operator: str, kind: str) -> Section:
     if operator not in CONSTANTS:
-        raise unknown("operator", operator, OPERATORS)
+        raise unknown("operator", operator, CONSTANTS)
     values = {name: constant.default(kind) for name, constant in CONSTANTS[operator].items()}
     return Section(MappingProxyType({name: Fitted(value, None, "default") for name, value in values.items()}))
 

@@ -32,7 +32,7 @@ from simulator.cost.base import Estimate
 from simulator.hardware.profile import ENGINE_STACK, SAME_STACK, HardwareProfile
 
 # fmt: off
-ERROR_FACTORS: Mapping[str, float] = MappingProxyType({
+_FACTORS: dict[str, float] = {
     # of the machine: launches, clocks and memory of this very device, in all its operators
     "machine launch": 0.10, "machine compute": 0.04, "machine memory": 0.015,
     # of one operator's kernels; with those of the machine: launch .20, compute .06, memory .034
@@ -56,11 +56,13 @@ ERROR_FACTORS: Mapping[str, float] = MappingProxyType({
     "experts skew": 0.05, "experts alignment": 0.4, "experts quantised": 0.25, "experts scaled": 0.2,
     "experts default": 0.2, "experts generic": 0.3,
     "host": 0.43,
-})
+}
 # fmt: on
+ERROR_FACTORS: Mapping[str, float] = MappingProxyType(_FACTORS)
 """Error factor -> prior standard deviation of the log of the part it changes, from held-out software stacks."""
 
-FACTOR_INDEX: Mapping[str, int] = MappingProxyType({name: i for i, name in enumerate(ERROR_FACTORS)})
+_INDEX: dict[str, int] = {name: i for i, name in enumerate(ERROR_FACTORS)}
+FACTOR_INDEX: Mapping[str, int] = MappingProxyType(_INDEX)
 
 COVERAGE_FACTOR = 1.75
 """Half-width of a 90 % interval over the standard deviation: tails are heavier than a normal's 1.645."""
@@ -89,19 +91,31 @@ class ErrorSize:
 
 _SAME_KERNELS = {SAME_STACK: 0.1}  # attention differs by 10 to 100 % between stacks, by 2 to 6 % from its own fit
 
-ERROR_SIZES: Mapping[str, ErrorSize] = MappingProxyType(
-    {
-        "gemm": ErrorSize(0.045, 0.065, {"launch": 0.08, "idle": 0.12}),
-        "prefill": ErrorSize(0.10, 0.03, {"launch": 0.014}, _SAME_KERNELS),
-        "decode": ErrorSize(0.16, 0.045, {"launch": 0.017}, _SAME_KERNELS),
-        "mla_decode": ErrorSize(0.05, 0.045, {"launch": 0.017}, _SAME_KERNELS),
-        "elementwise": ErrorSize(0.08, 0.08),
-        "collective": ErrorSize(0.10, 0.08),
-        # stacks differ by 5 to 40 % in the median, two versions of SGLang and of vLLM on Hopper by 2 to 7 %
-        "experts": ErrorSize(0.085, 0.035, {"compute": 0.03}, {SAME_STACK: 0.15, ENGINE_STACK: 0.5}),
-    }
-)
+_SIZES: dict[str, ErrorSize] = {
+    "gemm": ErrorSize(0.045, 0.065, {"launch": 0.08, "idle": 0.12}),
+    "prefill": ErrorSize(0.10, 0.03, {"launch": 0.014}, _SAME_KERNELS),
+    "decode": ErrorSize(0.16, 0.045, {"launch": 0.017}, _SAME_KERNELS),
+    "mla_decode": ErrorSize(0.05, 0.045, {"launch": 0.017}, _SAME_KERNELS),
+    "elementwise": ErrorSize(0.08, 0.08),
+    "collective": ErrorSize(0.10, 0.08),
+    # stacks differ by 5 to 40 % in the median, two versions of SGLang and of vLLM on Hopper by 2 to 7 %
+    "experts": ErrorSize(0.085, 0.035, {"compute": 0.03}, {SAME_STACK: 0.15, ENGINE_STACK: 0.5}),
+}
+ERROR_SIZES: Mapping[str, ErrorSize] = MappingProxyType(_SIZES)
 """Errors by operator; between stacks, attention kernels step apart by their choice of kernel."""
+
+
+def add_errors(operator: str, factors: Mapping[str, float], size: ErrorSize) -> None:
+    """Add the errors of an operator whose cost model is defined elsewhere, before anything is predicted.
+
+    ``factors`` are the prior standard deviations by loading, as in :data:`ERROR_FACTORS` without the operator's name.
+    ValueError for an operator that is known.
+    """
+    if operator in ERROR_SIZES:
+        raise ValueError(f"the errors of {operator!r} are known already")
+    _SIZES[operator] = size
+    _FACTORS.update({f"{operator} {name}": sd for name, sd in factors.items()})
+    _INDEX.update({name: i for i, name in enumerate(_FACTORS)})
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,12 @@ PRIOR_FACTORS, PRIOR_NOISE, PRIOR_ROWS = 4.0, 20.0, 30
 """Weight of the prior: in error factors for s, in rows for g, in rows for the coverage factor."""
 
 _ROUNDS = 9
-_SD = np.array(list(ERROR_FACTORS.values()))
-# error factors of one cause share the variance that the data give them
-_CAUSES = [" ".join(name.split()[:2]) for name in ERROR_FACTORS]
-_GROUP = np.array([_CAUSES.index(cause) for cause in _CAUSES])
+
+
+def _causes() -> NDArray[np.intp]:
+    """Return the number of the cause of each error factor: those of one share the variance that the data give them."""
+    causes = [" ".join(name.split()[:2]) for name in ERROR_FACTORS]
+    return np.array([causes.index(cause) for cause in causes])
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Posterior:
         y, n, factors = np.clip(log_ratio, -MOST_LOG, MOST_LOG), len(log_ratio), systematic.shape[1]
         s, w, g = np.ones(factors), np.ones(n), np.ones(max(Kind) + 1)
         similar = correlation(coordinates, coordinates) * np.outer(correlated, correlated) * (kind[:, None] == kind)
-        e = np.maximum(independent, 1e-6)
+        e, cause = np.maximum(independent, 1e-6), _causes()
         for i in range(_ROUNDS + 1):
             of_row = g[kind]
             noise = of_row * e / w
@@ -89,8 +91,8 @@ class Posterior:
             if 2 <= i < _ROUNDS - 3:
                 explained = np.einsum("ij,ij->j", systematic, inverse @ systematic)
                 square = (s * (systematic.T @ a)) ** 2 + s - s * s * explained
-                total, members = np.bincount(_GROUP, square), np.bincount(_GROUP)
-                s = ((PRIOR_FACTORS + total) / (PRIOR_FACTORS + members))[_GROUP]
+                total, members = np.bincount(cause, square), np.bincount(cause)
+                s = ((PRIOR_FACTORS + total) / (PRIOR_FACTORS + members))[cause]
                 left = np.bincount(kind, w * (rest * rest + noise - noise * noise * np.diag(inverse)) / e, len(g))
                 g = (PRIOR_NOISE + left) / (PRIOR_NOISE + np.bincount(kind, minlength=len(g)))
         precision = np.diag(inverse)
@@ -120,7 +122,8 @@ class Posterior:
         """Mean (c,) and standard deviation of each error factor, log units."""
         c = self.scale[:, None] * self.systematic.T
         variance = self.scale - np.einsum("ij,ij->i", c @ self.inverse, c)
-        return _SD * (c @ self.weights), _SD * np.sqrt(np.maximum(variance, 0.0))
+        sd = np.array(list(ERROR_FACTORS.values()))
+        return sd * (c @ self.weights), sd * np.sqrt(np.maximum(variance, 0.0))
 
     def factor(self, name: str) -> tuple[float, float]:
         """Mean and standard deviation of one error factor, log units."""

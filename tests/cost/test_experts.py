@@ -59,10 +59,10 @@ def test_touched_by_hand() -> None:
 
 def test_the_load_of_a_measured_model_is_that_of_its_skew() -> None:
     """Qwen3-30B-A3B: 65 of 128 experts take 90 % of the tokens, entropy 0.111 short; of code alone 58 and 0.154."""
-    for skew, experts, short in ((EXPERT_SKEW, 65, 0.111), (0.97, 58, 0.154)):
+    for skew, most, short in ((EXPERT_SKEW, 65, 0.111), (0.97, 58, 0.154)):
         load = np.sort(np.exp(np.log(EXPERT_RANGE) * skew * (np.arange(128) + 0.5) / 128))[::-1]
         load /= load.sum()
-        assert np.searchsorted(np.cumsum(load), 0.9) == pytest.approx(experts, abs=3)
+        assert np.searchsorted(np.cumsum(load), 0.9) == pytest.approx(most, abs=3)
         assert 1 + (load * np.log(load)).sum() / np.log(128) == pytest.approx(short, abs=0.02)
         chance = experts_chance(128, 8, skew)
         few = load.reshape(len(chance), -1).mean(axis=1)[::-1]

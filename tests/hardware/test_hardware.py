@@ -33,7 +33,6 @@ from simulator.hardware.library import (
 )
 from simulator.hardware.profile import (
     ARCHITECTURES,
-    OPERATORS,
     OTHER_STACK,
     SAME_STACK,
     STACKS,
@@ -82,7 +81,7 @@ def test_shipped_profile_is_complete(name: str, tmp_path: Path) -> None:
             save_stack(hw, stack, tmp_path / f"{name}.{stack}.yaml")
     shipped = profiles_folder().glob(f"{name}.*")  # saving a shipped profile again would change nothing
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {p.name: p.read_bytes() for p in shipped}
-    for operator in OPERATORS:
+    for operator in CONSTANTS:
         section = hw.section(operator, "bf16" if "bf16" in hw.rates else "fp16")
         for constant, known in CONSTANTS[operator].items():
             assert known.low <= section[constant] <= known.high, constant

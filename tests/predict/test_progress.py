@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from simulator.predict.advise import advise
-from simulator.predict.claims import verdicts
 from simulator.predict.explain import explanations
 from simulator.predict.grid import Grid
 from simulator.predict.pareto import fronts

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from operator_times import decode_time, elementwise_time, prefill_time
 
 from calibration.cli.pages import constants_of
 from calibration.fit.errors import neighbours
@@ -21,8 +22,6 @@ from calibration.records.timing_table import Records, Source
 from calibration.validation.report import html, markdown, write_html, write_markdown
 from calibration.validation.scores import by_size, coverage, part_errors, part_speedups, summary
 from calibration.validation.validate import validate
-from simulator.cost.attention import decode_attention_time, prefill_attention_time
-from simulator.cost.elementwise import elementwise_time
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
@@ -102,11 +101,11 @@ def test_baselines_are_the_rooflines_they_say() -> None:
 
 def test_every_operator_is_compared_with_its_own_model() -> None:
     shape = {"batch": 2, "heads": 32, "kv_heads": 8, "head_dim": 128}
-    prefill = prefill_attention_time(2, 1024, 1024, 32, 8, 128, HW).seconds
-    warm, cold = (decode_attention_time(2, 1024, 32, 8, 128, HW, cold=c).seconds for c in (False, True))
+    prefill = prefill_time(2, 1024, 1024, 32, 8, 128, HW).seconds
+    warm, cold = (decode_time(2, 1024, 32, 8, 128, HW, cold=c).seconds for c in (False, True))
     role = ROLES.index("activation")
     moved = elementwise_time(2e6, 1e6, HW, role=role).seconds
-    sparse = gemm_time(512, 4096, 4096, HW, kernel=1).seconds
+    sparse = gemm_time(512, 4096, 4096, HW, kernel="sparse24").seconds
     rows: list[dict[str, Any]] = [
         {"operator": "attention_prefill", "q_len": 1024, "kv_len": 1024, "seconds": float(prefill), **shape},
         {"operator": "attention_decode", "q_len": 1, "kv_len": 1024, "seconds": float(cold), **shape},
@@ -177,7 +176,7 @@ def test_sparse_kernels_lean_on_the_dense_fit() -> None:
     slow = {**section.constants, "sparse_step": replace(section.constants["sparse_step"], value=0.5)}
     planted = replace(HW, sections=MappingProxyType({("gemm", "bf16"): replace(section, constants=slow)}))
     m, n, k = (a.ravel() for a in np.meshgrid([256, 1024, 4096, 8192], [4096, 8192], [4096, 8192], indexing="ij"))
-    seconds = gemm_time(m, n, k, planted, kernel=1).seconds
+    seconds = gemm_time(m, n, k, planted, kernel="sparse24").seconds
     sparse = Records.from_columns([SOURCE], operator="gemm_2to4", m=m, n=n, k=k, seconds=seconds)
     dense = gemms(noise=0.005, rows=200)
     found = fit_profile(HW, Records.concat([dense, sparse])).profile.sections["gemm", "bf16"]
