@@ -200,7 +200,7 @@ def gemm_time(
     copies : int or array, optional
         Weights used in turn, as benchmarks rotate them: their footprint says how warm they are. Overrides ``cold``;
         ``inf``: cold ones.
-    level, detail, doubt : float, bool, bool
+    level, detail, uncertainty : float, bool, bool
         Of the interval, in (0, 1); whether to fill the detail fields, and ``uncertainty``, too.
 
     Raises
