@@ -25,7 +25,8 @@ PROGRAM = "simulator.cli"
 SPEEDUP = "speedup llama-3.1-8b --hardware h100_sxm"
 STABLE_KEYS = (
     "model hardware engine family sparsity realised_sparsity phase batch seq dtype dense_s dense_lower dense_upper "
-    "pruned_s pruned_lower pruned_upper speedup speedup_lower speedup_upper flop_bound byte_bound roofline_bound limit"
+    "pruned_s pruned_lower pruned_upper speedup speedup_lower speedup_upper flop_bound byte_bound roofline_bound "
+    "bottleneck"
 )
 
 
