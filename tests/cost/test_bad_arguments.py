@@ -18,6 +18,8 @@ from simulator.cost.experts import experts_time
 from simulator.errors import InputError
 from simulator.predict.settings import Setting
 
+pytestmark = pytest.mark.quick
+
 NAN, INF = float("nan"), float("inf")
 TEXT: list[Any] = ["8", b"8", None, [8, "x"], {}, 8 + 1j]
 NUMBERS: list[Any] = [*TEXT, True, NAN, -3, 1e300, 10**400, [[8], [8, 9]], np.array([8, NAN, 8])]

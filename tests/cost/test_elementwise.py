@@ -18,6 +18,7 @@ from simulator.hardware.library import load_hardware
 from simulator.workload import ROLES, role_code
 
 
+@pytest.mark.quick
 def test_every_role_has_a_class_by_code_and_by_name() -> None:
     codes = class_code(np.arange(len(ROLES)))
     assert class_code(ROLES).tolist() == codes.tolist()
@@ -28,6 +29,7 @@ def test_every_role_has_a_class_by_code_and_by_name() -> None:
         class_code("mlp_nrm")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["a100_sxm_80gb", "h100_sxm", "rtx_4090"])
 def test_small_ones_cost_the_floor_and_large_ones_their_bytes(name: str) -> None:
     hw = replace(load_hardware(name), sections={})
@@ -45,6 +47,7 @@ def test_small_ones_cost_the_floor_and_large_ones_their_bytes(name: str) -> None
     assert np.all(t.seconds[large] >= t.roofline_s[large])
 
 
+@pytest.mark.quick
 def test_halving_the_bandwidth_doubles_a_large_operator() -> None:
     hw = replace(load_hardware("h100_sxm"), sections={})
     half = replace(hw, bandwidth_bytes_per_s=hw.bandwidth_bytes_per_s / 2)
@@ -62,6 +65,7 @@ def planted(seed: int, noise: float) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return size, code, time, truth
 
 
+@pytest.mark.quick
 def test_fit_recovers_planted_constants() -> None:
     size, code, time, truth = planted(3, 0.01)
     fit = fit_elementwise(Moves(size, code, time, 72e6, 1.0e12, "ada"))
@@ -74,6 +78,7 @@ def test_fit_recovers_planted_constants() -> None:
     assert fit.section.accuracy["mape"] < 0.02
 
 
+@pytest.mark.quick
 def test_fit_refuses_too_few_and_skips_unusable_rows() -> None:
     size, code, time, _ = planted(3, 0.01)
     with pytest.raises(ValueError, match="at least 20"):
@@ -82,6 +87,7 @@ def test_fit_refuses_too_few_and_skips_unusable_rows() -> None:
     assert fit_elementwise(Moves(size, code, time, 72e6, 1.0e12, "ada")).rows == 397
 
 
+@pytest.mark.quick
 def test_a_section_brings_its_residual() -> None:
     size, code, time, _ = planted(5, 0.0)
     fit = fit_elementwise(Moves(size, code, time * np.where(size > 1e7, 1.3, 1.0), 72e6, 1.0e12, "ada"))

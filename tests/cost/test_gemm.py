@@ -18,6 +18,8 @@ from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
 from simulator.hardware.library import load_hardware
 from simulator.workload import Kernel
 
+pytestmark = pytest.mark.quick
+
 GPUS = ("a100_sxm_80gb", "h100_sxm", "rtx_4090")
 sizes = st.integers(1, 40_000)
 widths = st.integers(1, 8192).map(lambda i: 8 * i)

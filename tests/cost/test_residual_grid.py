@@ -24,6 +24,8 @@ from simulator.hardware.constants import AXES
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
 from simulator.hardware.library import load_hardware
 
+pytestmark = pytest.mark.quick
+
 MACHINE = Machine(3.12e14, 2.0e12, 4e7, 108, 1.0, 2.0, 2.0, False)
 CORE = machine_core(MACHINE, {name: c.default("ampere") for name, c in CONSTANTS.items()})
 MEASURED = np.array([1.0, 2, 4, 8, 16, 17, 32, 33, 64])

@@ -28,6 +28,8 @@ from simulator.predict.speedup import pairs_of
 from simulator.uncertainty.error_model import Posterior, Uncertainty, correlation
 from simulator.uncertainty.intervals import workload_time
 
+pytestmark = pytest.mark.quick
+
 HW = load_hardware("h100_sxm")
 SOURCE = Source("planted GPU", {"planted": "1"})
 SLOWER, LONGER = 1.0 / 0.92, 1.2

@@ -36,6 +36,7 @@ def planted(size: int, seed: int, noise: float = 0.02) -> Shapes:
     return timed_by(shapes(m, n, k, np.ones(size), MACHINE, np.inf), TRUTH, noise, seed + 1000)
 
 
+@pytest.mark.quick
 def test_planted_constants_are_recovered() -> None:
     fit = fit_constants(planted(1500, 3), MACHINE, START, tuple(PLANTED))
     assert set(fit.std_errors) == set(PLANTED)
@@ -63,12 +64,13 @@ def test_where_a_cpu_begins_to_rearrange_its_weights_is_found(pack_m: float) -> 
 @pytest.mark.slow
 def test_intervals_of_planted_constants_cover() -> None:
     hits = []
-    for seed in range(400):
+    for seed in range(150):
         fit = fit_constants(planted(200, seed), MACHINE, START, tuple(PLANTED))
         hits += [abs(np.log(fit.values[x] / TRUTH[x])) < 1.96 * e / fit.values[x] for x, e in fit.std_errors.items()]
     assert 0.92 <= np.mean(hits) <= 0.98
 
 
+@pytest.mark.quick
 def test_constant_without_a_shape_in_its_regime_is_named_and_kept() -> None:
     data = planted(600, 0)
     fit = fit_constants(data.take((data.m >= 1024) & (data.n >= 4096) & (data.k >= 4096)), MACHINE, START)
@@ -79,6 +81,7 @@ def test_constant_without_a_shape_in_its_regime_is_named_and_kept() -> None:
     assert set(ampere) - set(hopper) == {"b_l2"}
 
 
+@pytest.mark.quick
 def test_solving_by_row_equals_solving_by_node() -> None:
     data = planted(120, 2)
     target = 0.1 * np.sin(np.log2(data.m)) + 0.05 * np.cos(np.log2(data.n))
@@ -108,6 +111,7 @@ def test_fit_beats_its_core_on_a_smooth_distortion_and_its_intervals_cover() -> 
     assert section.accuracy["mape"] == pytest.approx(error.mean(), rel=0.35)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -124,6 +128,7 @@ def test_bad_arrays_are_refused_with_counts(change: dict[str, np.ndarray], messa
         fit_gemm(shapes(**{**good, **change}, machine=MACHINE), HW)
 
 
+@pytest.mark.quick
 def test_l2_is_no_slower_than_dram_and_a_constant_on_its_bound_stays_there() -> None:
     slow_l2 = {**TRUTH, "b_hit": 0.4 * MACHINE.bandwidth_bytes_per_s, "c_l2": 1.0}
     data = timed_by(replace(planted(800, 4), copies=np.ones(800)), slow_l2, 0.01)
@@ -132,6 +137,7 @@ def test_l2_is_no_slower_than_dram_and_a_constant_on_its_bound_stays_there() -> 
     assert (fit.fixed["b_hit"], fit.fitted()["b_hit"].status) == ("at its lower bound", "fixed")
 
 
+@pytest.mark.quick
 def test_weight_only_kernels_have_a_section_of_their_own() -> None:
     machine, start = Machine.of(HW, "int4_wo"), starting_constants(HW, "int4_wo")
     assert (machine.element_bytes, machine.weight_bytes) == (2.0, 0.5)
@@ -154,5 +160,6 @@ def test_finer_lattices_are_fitted_where_asked_for() -> None:
     assert counts == [1, 1 + len(terms_of(MACHINE, own=False))]
 
 
+@pytest.mark.quick
 def test_intervals_from_few_projections_are_wider() -> None:
     assert few_groups(2) > few_groups(10) > few_groups(1000) > 1

@@ -16,6 +16,8 @@ from calibration.records.lines import records_of
 from calibration.records.store import Header
 from calibration.records.table import PURPOSES
 
+pytestmark = pytest.mark.quick
+
 ALL = len(SHAPES)
 
 

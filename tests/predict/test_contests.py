@@ -22,6 +22,8 @@ from simulator.predict.rows import Piece, work_of
 from simulator.predict.settings import Setting
 from simulator.workload_batch import WorkloadBatch
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = ("depth", "width", "dynamic_depth", "low_rank")
 

@@ -16,6 +16,8 @@ from simulator.models.config import Block, ModelConfig
 from simulator.predict.applied import SETTING
 from simulator.predict.table import explanations, table
 
+pytestmark = pytest.mark.quick
+
 DENSE = simulator.load_model("llama-2-7b")
 GONE = Block(0, 0, 11008)  # a layer without attention
 H100 = simulator.load_hardware("h100")

@@ -23,6 +23,8 @@ from simulator.predict.quality import (
     table_text,
 )
 
+pytestmark = pytest.mark.quick
+
 ROW = {
     "method": "SLEB",
     "family": "depth",

@@ -14,6 +14,8 @@ from calibration.runners import composed  # noqa: E402
 from simulator.hardware.library import load_hardware  # noqa: E402
 from simulator.hardware.profile import Fitted  # noqa: E402
 
+pytestmark = pytest.mark.quick
+
 
 def test_what_families_add_runs_and_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[object] = []

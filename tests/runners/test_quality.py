@@ -62,6 +62,7 @@ def seen(decoder: Decoder, windows: list[torch.Tensor]) -> Calibration:
     return calibrate(decoder, windows)
 
 
+@pytest.mark.quick
 def test_pass_equals_transformers_own_code() -> None:
     transformers = pytest.importorskip("transformers", reason="the comparison needs transformers")
     sizes = {"vocab_size": CONFIG.vocab, "hidden_size": CONFIG.hidden, "intermediate_size": CONFIG.inner}
@@ -82,6 +83,7 @@ def test_pass_equals_transformers_own_code() -> None:
         check_same(replace(ours, layers=ours.layers[:-1]), model)
 
 
+@pytest.mark.quick
 def test_losses_are_causal(decoder: Decoder, windows: list[torch.Tensor]) -> None:
     changed = windows[0].clone()
     changed[-1] = (changed[-1] + 1) % CONFIG.vocab
@@ -90,6 +92,7 @@ def test_losses_are_causal(decoder: Decoder, windows: list[torch.Tensor]) -> Non
     torch.testing.assert_close(a[:-1], b[:-1])
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_do_something_finite(
     method: str, decoder: Decoder, windows: list[torch.Tensor], seen: Calibration
@@ -103,6 +106,7 @@ def test_methods_do_something_finite(
     assert realised == pytest.approx(0.5, abs=0.25)  # groups, widths and ranks are coarse in so small a model
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("method", [name for name, m in METHODS.items() if m.family != "semi_structured"])
 def test_less_is_closer_to_dense(method: str, decoder: Decoder, windows: list[torch.Tensor], seen: Calibration) -> None:
     dense = token_losses(decoder, windows[0], LENGTH // 2)
@@ -114,6 +118,7 @@ def test_less_is_closer_to_dense(method: str, decoder: Decoder, windows: list[to
     assert distance(0.01 if METHODS[method].family != "low_rank" else -1.2) <= distance(0.6) * 0.6
 
 
+@pytest.mark.quick
 def test_block_influence_drops_an_idle_layer(decoder: Decoder, windows: list[torch.Tensor]) -> None:
     planted = _scaled(decoder, {(2, "o"): 0.0, (2, "down"): 1e-6})
     changed, realised = apply("block influence", planted, 0.2, calibrate(planted, windows))
@@ -122,6 +127,7 @@ def test_block_influence_drops_an_idle_layer(decoder: Decoder, windows: list[tor
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.quick
 def test_width_keeps_groups_and_aligned_channels(decoder: Decoder, seen: Calibration) -> None:
     changed, realised = apply("Wanda-sp", decoder, 0.45, seen)
     inputs = {role: p.weight.shape[1] for _, role, p in changed.projections()}
@@ -131,6 +137,7 @@ def test_width_keeps_groups_and_aligned_channels(decoder: Decoder, seen: Calibra
     assert realised == pytest.approx(1 - (attention / 2 + mlp * 80 / 128) / (attention + mlp))
 
 
+@pytest.mark.quick
 def test_two_of_four_and_unstructured_patterns(decoder: Decoder, seen: Calibration) -> None:
     for _, _, p in apply("Wanda 2:4", decoder, 0.5, seen)[0].projections():
         assert bool(((p.weight != 0).view(-1, 4).sum(1) == 2).all())
@@ -138,6 +145,7 @@ def test_two_of_four_and_unstructured_patterns(decoder: Decoder, seen: Calibrati
         assert bool(((p.weight == 0).sum(1) == p.weight.shape[1] // 4).all())
 
 
+@pytest.mark.quick
 def test_truncation_is_the_best_of_its_rank() -> None:
     random = torch.Generator().manual_seed(3)
     for n, k in ((24, 40), (40, 24)):
@@ -151,6 +159,7 @@ def test_truncation_is_the_best_of_its_rank() -> None:
         torch.testing.assert_close(truncated(w, x.T @ x, min(n, k)), w, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.quick
 def test_slicing_keeps_a_stream_that_lies_in_a_subspace(decoder: Decoder, windows: list[torch.Tensor]) -> None:
     mask = (torch.arange(CONFIG.hidden) < 32).float()
     writers = {(i, role): mask[:, None] for i in range(CONFIG.layers) for role in ("o", "down")}
@@ -166,6 +175,7 @@ def _causal(scores: torch.Tensor) -> torch.Tensor:
     return scores.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), float("-inf"))
 
 
+@pytest.mark.quick
 def test_token_skipping_skips_its_share(decoder: Decoder, windows: list[torch.Tensor]) -> None:
     kept: list[int] = []
 
@@ -178,6 +188,7 @@ def test_token_skipping_skips_its_share(decoder: Decoder, windows: list[torch.Te
     assert kept == [120] * (2 * CONFIG.layers)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("pattern", ["local", "vertical-slash"])
 def test_attention_blocks_keep_their_share(decoder: Decoder, pattern: str) -> None:
     scores = _causal(torch.randn(3, 512, 512, generator=torch.Generator().manual_seed(5)))
@@ -189,6 +200,7 @@ def test_attention_blocks_keep_their_share(decoder: Decoder, pattern: str) -> No
     assert bool((torch.isfinite(out) <= torch.isfinite(scores)).all())
 
 
+@pytest.mark.quick
 def test_vertical_slash_finds_a_planted_column(decoder: Decoder) -> None:
     scores = torch.zeros(1, 512, 512)
     scores[:, :, 192:256] = 5.0
@@ -196,6 +208,7 @@ def test_vertical_slash_finds_a_planted_column(decoder: Decoder) -> None:
     assert bool(torch.isfinite(out).view(8, 64, 8, 64).any(3).any(1)[3:, 3].all())
 
 
+@pytest.mark.quick
 def test_prompt_dropping_drops_what_the_last_token_ignores(decoder: Decoder) -> None:
     rule, state = rules.PromptDropping(0.25), State(decoder, 8, layer=2)
     part, x = decoder.layers[2].mlp, torch.zeros(16, 4)
@@ -214,6 +227,7 @@ def test_prompt_dropping_drops_what_the_last_token_ignores(decoder: Decoder) -> 
     assert torch.isfinite(late[:, 12, [0, 1, 3, 4, 6, 7, 8, 12]]).all()
 
 
+@pytest.mark.quick
 def test_cache_eviction_keeps_recent_and_heavy(decoder: Decoder) -> None:
     scores = _causal(torch.zeros(CONFIG.heads, 16, 16))
     scores[:, :, 3] += torch.where(torch.isfinite(scores[:, :, 3]), 6.0, 0.0)
@@ -225,6 +239,7 @@ def test_cache_eviction_keeps_recent_and_heavy(decoder: Decoder) -> None:
     assert torch.isfinite(out[:, 12, 8:13]).all()
 
 
+@pytest.mark.quick
 def test_unit_choice_leaves_out_the_smallest(decoder: Decoder) -> None:
     h = torch.ones(1, 4, CONFIG.inner)
     h[:, :2] *= 1e-3
@@ -233,6 +248,7 @@ def test_unit_choice_leaves_out_the_smallest(decoder: Decoder) -> None:
     assert torch.equal(out[:, 2:], h[:, 2:])
 
 
+@pytest.mark.quick
 def test_texts_are_disjoint() -> None:
     ids = torch.arange(10_000)
     calibration, evaluation = split_windows(ids, Plan(windows=5, calibration=4, length=512))
@@ -243,6 +259,7 @@ def test_texts_are_disjoint() -> None:
         split_windows(ids[:3000], Plan(windows=5, calibration=4, length=512))
 
 
+@pytest.mark.quick
 def test_repeated_paragraphs_count_once(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("one\n\ntwo\n\none\n\n\n\nthree\n", encoding="utf-8")
@@ -253,12 +270,14 @@ def test_repeated_paragraphs_count_once(tmp_path: Path) -> None:
         read_text(tmp_path / "none.txt")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("change", [{"windows": 0}, {"length": 8}, {"methods": ("magic",)}, {"fractions": (1.5,)}])
 def test_bad_plans(change: dict[str, object]) -> None:
     with pytest.raises(InputError):
         Plan(**change)  # type: ignore[arg-type]
 
 
+@pytest.mark.quick
 def test_models_that_are_not_there(tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="reading a model needs transformers")
     with pytest.raises(InputError, match="expected a Hugging Face folder"):
@@ -268,6 +287,7 @@ def test_models_that_are_not_there(tmp_path: Path) -> None:
         load_decoder(tmp_path)
 
 
+@pytest.mark.quick
 def test_run_resumes_and_gives_the_same_table(
     decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,6 +319,7 @@ def test_run_resumes_and_gives_the_same_table(
     assert (tmp_path / "b.csv").read_bytes() == (tmp_path / "a.csv").read_bytes()
 
 
+@pytest.mark.quick
 def test_points_of_another_run_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.partial.jsonl"
     with Results(path, {"model": "a", "length": 1}) as first:

@@ -49,6 +49,7 @@ CASES = [("", "decode", 1), ("vllm", "decode", 64), ("vllm", "prefill", 1), ("hf
 CASES += [("sglang", "serve", 32), ("vllm", "generate", 2), ("reference", "prefill", 2)]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("engine", "phase", "batch"), CASES)
 def test_a_higher_level_is_wider_around_the_same_numbers(engine: str, phase: str, batch: int) -> None:
     dense = lowered(engine, phase, batch)
@@ -72,6 +73,7 @@ def test_a_higher_level_is_wider_around_the_same_numbers(engine: str, phase: str
     assert at[0] / at[1] == pytest.approx(level_scale(0.5), rel=1e-9)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("engine", ["", *list_engines()])
 @pytest.mark.parametrize("phase", ["prefill", "decode", "generate", "serve"])
 def test_the_ratio_of_a_workload_to_itself_is_one_for_sure(engine: str, phase: str) -> None:
@@ -82,6 +84,7 @@ def test_the_ratio_of_a_workload_to_itself_is_one_for_sure(engine: str, phase: s
         assert np.concatenate([c.lower, c.upper]) == pytest.approx(np.ones(4), abs=1e-9)
 
 
+@pytest.mark.quick
 def test_what_an_engine_says_of_whole_passes_widens_ratios(tmp_path: Path) -> None:
     text = resources.files("simulator.engines").joinpath("reference.yaml").read_text(encoding="utf-8")
 
@@ -103,6 +106,7 @@ def test_what_an_engine_says_of_whole_passes_widens_ratios(tmp_path: Path) -> No
     assert [family for family, more in put_together.items() if more > 1e-9] == ["dynamic_depth"]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("engine", "phase", "batch"), CASES)
 @pytest.mark.parametrize("factor", [0.9, 0.97, 1.0, 1.1, 1.2])
 def test_a_measured_time_is_believed_and_narrows(engine: str, phase: str, batch: int, factor: float) -> None:
@@ -155,6 +159,7 @@ def test_without_a_host_a_speedup_is_never_wider_for_a_measured_time(
     assert all(b <= a + 1e-9 for a, b in zip(width(before, 1), width(after, 1), strict=True))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("engine", "phase", "batch"), CASES)
 def test_a_time_as_predicted_widens_no_speedup(engine: str, phase: str, batch: int) -> None:
     dense = lowered(engine, phase, batch)
@@ -168,6 +173,7 @@ def test_a_time_as_predicted_widens_no_speedup(engine: str, phase: str, batch: i
         assert width(after, i)[2] <= slack * width(before, i)[2] + 1e-9, pruned[i - 1].meta.applied
 
 
+@pytest.mark.quick
 def test_a_measured_time_pins_the_host_where_the_host_sets_the_pace() -> None:
     dense = lowered("hf", seq=64)
     plain, _ = compared(dense)
@@ -182,6 +188,7 @@ def test_a_measured_time_pins_the_host_where_the_host_sets_the_pace() -> None:
         assert ratio == pytest.approx(1.0, abs=0.1)
 
 
+@pytest.mark.quick
 def test_a_measured_time_moves_the_kernels_where_the_device_sets_the_pace() -> None:
     dense = lowered("hf", "prefill", batch=8, seq=2048)
     plain = workload_time(dense, H100)
@@ -191,6 +198,7 @@ def test_a_measured_time_moves_the_kernels_where_the_device_sets_the_pace() -> N
     assert inferred.host == pytest.approx(1.0, abs=0.1)
 
 
+@pytest.mark.quick
 def test_a_time_that_no_host_and_no_kernel_explains_is_not_believed() -> None:
     dense = lowered("vllm", "prefill", batch=4, seq=2048)
     plain = workload_time(dense, H100)
@@ -203,6 +211,7 @@ def test_a_time_that_no_host_and_no_kernel_explains_is_not_believed() -> None:
             assert getattr(c, name).tolist() == getattr(unmoved, name).tolist()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("engine", ["", "vllm", "hf", "reference"])
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 @pytest.mark.parametrize("sparsity", [0.25, 0.5])
@@ -269,7 +278,7 @@ def test_intervals_cover_planted_hosts_and_kernels(
     root = np.linalg.cholesky(alike + 1e-12 * np.eye(9))
     rows = np.flatnonzero(np.isin(np.arange(9) % 3, (1, 2)))  # the embedding moves nothing
     inside = []
-    for _ in range(240):
+    for _ in range(160):
         shared, local, own, apart = rng.normal(size=(4, max(9, len(columns))))
         error = columns.T @ shared[: len(columns)] + root @ local[:9] + np.sqrt(uncertainty.own) * own[shape]
         error = error + np.sqrt(2.0 * (1.0 - SAME_SHAPE) * uncertainty.variance) * apart[:9] * (np.arange(9) == 4)
