@@ -36,6 +36,7 @@ def test_recipes_take_every_measurement_once_and_the_library_of_collectives_with
     assert [name for name in own if CHOICES[name].ships and name not in list_measurements()] == []
 
 
+@pytest.mark.quick
 def test_without_the_wheel_vllm_is_left_and_without_its_folder_the_rtx_4090() -> None:
     left = {name for name, recipe in RECIPES.items() if not at_hand(recipe, None, None)}
     assert left == {name for name in RECIPES if name.endswith(".vllm")}
@@ -50,6 +51,7 @@ def test_without_the_wheel_vllm_is_left_and_without_its_folder_the_rtx_4090() ->
     assert set(rows.labels()) == formats | {"fp8_wo"}  # caches of latent attention
 
 
+@pytest.mark.quick
 def test_bad_commands_say_so_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = tmp_path / "some.whl"
     bad.write_bytes(b"PK")
@@ -73,6 +75,7 @@ def planted(operator: str, scale: float) -> Section:
     return Section(constants, section_scale=scale, provenance=about, accuracy={"mape": 1 / 30}, status="calibrated")
 
 
+@pytest.mark.quick
 def test_what_needs_the_wheel_is_kept_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prefill, decode = ("attention_prefill", "bf16"), ("attention_decode", "bf16")
     before = {key: planted(key[0], 0.9) for key in (prefill, decode)}
@@ -103,6 +106,7 @@ def test_operators_asked_for_leave_the_others_as_they_are(tmp_path: Path, capsys
     assert "operator 'experts_' is unknown" in capsys.readouterr().err
 
 
+@pytest.mark.quick
 def test_sections_are_round() -> None:
     own = planted("gemm", 0.123456)
     once = rounded(replace(own, arrays={"values": np.array([[0.123456789]])}))
@@ -112,6 +116,7 @@ def test_sections_are_round() -> None:
     assert rounded(replace(once, constants=noisy)).constants == once.constants
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", sorted({recipe.hardware for recipe in RECIPES.values()}))
 def test_shipped_profiles_say_what_they_rest_on(name: str) -> None:
     hw = load_hardware(name)

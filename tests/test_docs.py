@@ -145,6 +145,7 @@ def follow(path: Path, folder: Path) -> Counter[str]:
     return done
 
 
+@pytest.mark.quick
 def test_the_equations_of_the_model_are_those_of_the_code() -> None:
     found = [block for block in blocks(ROOT / "docs" / "model.md") if block.language == "python"]
     assert len(found) >= 10
@@ -153,6 +154,7 @@ def test_the_equations_of_the_model_are_those_of_the_code() -> None:
         exec(compile("\n" * (block.line - 1) + block.text, "docs/model.md", "exec"), names)
 
 
+@pytest.mark.quick
 def test_every_constant_of_the_cost_models_is_explained() -> None:
     text = (ROOT / "docs" / "model.md").read_text(encoding="utf-8").replace("\\_", "_")
     names = {name for constants in CONSTANTS.values() for name in constants} | set(LINK)
@@ -162,6 +164,7 @@ def test_every_constant_of_the_cost_models_is_explained() -> None:
     assert not missing
 
 
+@pytest.mark.quick
 def test_every_value_of_an_engine_is_explained() -> None:
     text = (ROOT / "docs" / "adding.md").read_text(encoding="utf-8")
     shown = {"each_pass": "host.pass", "each_sequence": "host.sequence", "gap": "host.gap"}
@@ -187,6 +190,7 @@ def test_a_newcomer_sees_what_the_page_shows(path: Path, tmp_path: Path) -> None
     assert done >= least.get(name_of(path), Counter(text=1))
 
 
+@pytest.mark.quick
 def test_what_is_not_printed_is_noticed() -> None:
     printed = "a\nb  \nc\nd\n"
     for shown in ("b\nc\n", "b\n...\nd\n"):
@@ -219,6 +223,7 @@ def links(path: Path) -> Iterator[str]:
     yield from re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", prose(path)))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
 def test_links_lead_somewhere_and_tables_have_as_many_cells_in_every_line(path: Path) -> None:
     for target in links(path):
@@ -236,12 +241,14 @@ def test_links_lead_somewhere_and_tables_have_as_many_cells_in_every_line(path: 
         assert whole, f"{name_of(path)}: {lines[0]}"
 
 
+@pytest.mark.quick
 def test_the_index_names_every_page() -> None:
     index = ROOT / "docs" / "README.md"
     named = {(index.parent / target.partition("#")[0]).resolve() for target in links(index) if "://" not in target}
     assert not [name_of(p) for p in sorted((ROOT / "docs").rglob("*.md")) if p != index and p.resolve() not in named]
 
 
+@pytest.mark.quick
 def test_the_page_of_commands_is_current_and_shows_every_option() -> None:
     page = pages.commands_page()
     made_by = "python -m calibration.cli.pages commands -o docs/commands.md"
@@ -253,6 +260,7 @@ def test_the_page_of_commands_is_current_and_shows_every_option() -> None:
         assert [name for name in options if name not in section] == [], path
 
 
+@pytest.mark.quick
 def test_every_gpu_with_a_table_has_its_accuracy_report() -> None:
     text = {p: p.read_text(encoding="utf-8") for p in (ROOT / "docs" / "validation").glob("*.md")}
     for name in {recipe.hardware for recipe in RECIPES.values() if recipe.tables}:

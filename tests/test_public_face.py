@@ -121,6 +121,7 @@ def held() -> dict[str, Any]:
 ROWS = {"waterfall": 12, "table": 4, "gemm_time": 6, "section": 25, "lower": 16, "workload_time": 16}
 
 
+@pytest.mark.quick
 def test_what_people_hold_becomes_plain_values_a_data_frame_and_three_lines(held: dict[str, Any]) -> None:
     pytest.importorskip("pandas")
     rows = {**ROWS, "advise": len(held["advise"].advice) + len(held["advise"].configurations)}
@@ -161,6 +162,7 @@ class Page(HTMLParser):
 TAGS = {"div", "p", "b", "i", "table", "tr", "th", "td", "ul", "li", "svg", "rect", "path"}
 
 
+@pytest.mark.quick
 def test_a_notebook_shows_tables_and_speedups_as_bars(held: dict[str, Any]) -> None:
     for name, one in held.items():
         page = Page(one._repr_html_())
@@ -173,6 +175,7 @@ def test_a_notebook_shows_tables_and_speedups_as_bars(held: dict[str, Any]) -> N
     assert "and 980 more rows" in long._repr_html_()
 
 
+@pytest.mark.quick
 def test_the_bars_of_a_speedup_are_the_first_steps_of_its_waterfall(held: dict[str, Any]) -> None:
     shown = re.findall(r"<tr><th>([^<]+)<td>[^<]*<td>([\d.]+)", held["speedup"]._repr_html_())
     steps = [(step.name, f"{step.speedup:.2f}") for step in held["waterfall"][1:4]]
@@ -180,6 +183,7 @@ def test_the_bars_of_a_speedup_are_the_first_steps_of_its_waterfall(held: dict[s
     assert shown[-1] == ("predicted", f"{held['speedup'].speedup:.2f}")
 
 
+@pytest.mark.quick
 def test_names_from_files_are_escaped(held: dict[str, Any]) -> None:
     evil = "<script>alert(1)</script>"
     for name in ("load_model", "memory", "load_hardware", "load_engine", "record"):
@@ -196,6 +200,7 @@ def _copy(one: Any) -> Any:
     return other
 
 
+@pytest.mark.quick
 def test_without_pandas_one_line_says_what_to_install(held: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(InputError, match=r"a data frame needs .*pip install"):

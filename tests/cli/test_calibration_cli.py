@@ -72,6 +72,7 @@ def files() -> set[str]:
 CSV = "m,n,k,dtype,latency_us\n8,4096,4096,bf16,14.5\n16,4096,4096,bf16,15\n8,1024,4096,bf16,{}\n"
 
 
+@pytest.mark.quick
 def test_import_counts_what_it_refuses_and_maps_columns(cli: Any) -> None:
     Path("t.csv").write_text(CSV.format(-3))
     out, err = cli("import t.csv -o o.parquet --hardware h100")
@@ -301,6 +302,7 @@ def test_quick_anchors_on_rows_of_all_operators(planted: list[Any], cli: Any) ->
     assert cli.json("calibrate cuda -o again --quick --budget 15s")[0]["anchored"]["rows"] >= 20
 
 
+@pytest.mark.quick
 def test_the_host_alone_is_measured_and_moves_a_profile(planted: list[Any], cli: Any) -> None:
     one = device(launch_s=8e-6)
     planted.append(one)

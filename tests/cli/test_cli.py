@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SPEEDUP = "speedup llama-3.1-8b --hardware h100_sxm"
 STABLE_KEYS = (
     "model hardware engine family sparsity realised_sparsity phase batch seq dtype dense_s dense_lower dense_upper "
-    "pruned_s pruned_lower pruned_upper speedup speedup_lower speedup_upper flop_bound byte_bound roofline_bound limit"
+    "pruned_s pruned_lower pruned_upper speedup speedup_lower speedup_upper flop_bound byte_bound roofline_bound "
+    "bottleneck"
 )
 
 
@@ -121,6 +122,7 @@ def test_a_config_without_a_needed_key_is_one_line(cli: Any) -> None:
     assert re.search("config.json.*hidden_size", cli.refused("speedup config.json --hardware h100"))
 
 
+@pytest.mark.quick
 def test_a_check_lists_the_problems_one_line_each(cli: Any) -> None:
     Path("mine.yaml").write_text("name: mine\n  title: [\n")
     assert "mine.yaml:" in cli.refused("speedup llama-3.1-8b --hardware mine.yaml")
@@ -136,6 +138,7 @@ def test_a_check_lists_the_problems_one_line_each(cli: Any) -> None:
     assert json.loads(cli("hardware check bad.yaml --json", 2)[0])["problems"]
 
 
+@pytest.mark.quick
 def test_a_program_error_is_one_line_and_status_1(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("planted")
@@ -147,6 +150,7 @@ def test_a_program_error_is_one_line_and_status_1(cli: Any, monkeypatch: pytest.
     assert "ZeroDivisionError: planted" in err
 
 
+@pytest.mark.quick
 def test_json_is_written_in_one_place() -> None:
     files = [path for folder in ("simulator", "calibration") for path in (ROOT / folder / "cli").glob("*.py")]
     writers = {path.name for path in files if "json.dump" in path.read_text(encoding="utf-8")}
@@ -160,6 +164,7 @@ def test_nothing_is_to_be_installed_from_an_index_that_has_no_such_package() -> 
     assert not [str(path) for path in files if advice.search(path.read_text(encoding="utf-8"))]
 
 
+@pytest.mark.quick
 def test_json_records_have_the_stable_keys_first_and_agree_with_the_library(cli: Any) -> None:
     records = cli.json(f"{SPEEDUP} --family depth --sparsity 0.1,0.25 --phase prefill,decode --batch 1,8")
     assert len(records) == 2 * 2 * 2
@@ -174,6 +179,7 @@ def test_json_records_have_the_stable_keys_first_and_agree_with_the_library(cli:
             assert record[key] == getattr(expected, key)
 
 
+@pytest.mark.quick
 def test_csv_keeps_every_digit(cli: Any) -> None:
     line = f"{SPEEDUP} --family width,low_rank --phase decode"
     assert cli.out(f"{line} --csv out.csv") == ""
@@ -219,6 +225,7 @@ def test_tables_fit_their_width(available: int, cli: Any, monkeypatch: pytest.Mo
         assert name in out
 
 
+@pytest.mark.quick
 def test_narrow_layouts_lose_columns_not_devices() -> None:
     table = simulator.table(["llama-3.1-8b"], ["a100", "h100"], ["depth"], [0.25])
     layouts = list(speedup_command.speedup_layouts(table.rows))
@@ -238,6 +245,7 @@ def test_an_odd_inner_width_is_slower_than_its_aligned_neighbour_and_explain_say
         assert "alignment" not in fast["conclusion"]
 
 
+@pytest.mark.quick
 def test_the_steps_of_explain_multiply_to_the_speedup_and_one_sentence_ends_it(cli: Any) -> None:
     (record,) = cli.json("explain llama-3.1-8b --family dynamic_depth --sparsity 0.3 --hardware h100")
     steps = [step["factor"] for step in record["waterfall"]]
@@ -309,6 +317,7 @@ def test_methods_are_listed_and_predicted_under_their_names(
     assert "sheared-llama (width_cross+width) 60 %" in cli.out(f"explain {line} sheared-llama --sparsity 0.6")
 
 
+@pytest.mark.quick
 def test_version_and_help(cli: Any) -> None:
     assert cli.out("--version").startswith("prunesim ")
     assert cli.out("") == cli.out("--help")
@@ -345,6 +354,7 @@ def test_a_pipe_gets_colours_only_when_it_asks(cli: Any, monkeypatch: pytest.Mon
     assert "\x1b" not in cli.out("speedup --help") + cli.refused("speedup llama-3.1-8b")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("line", "offers"),
     [
@@ -398,6 +408,7 @@ def commands(command: Any, path: str = "") -> list[str]:
     return [found for name, sub in inner.items() for found in commands(sub, f"{path} {name}")]
 
 
+@pytest.mark.quick
 def test_every_command_is_in_the_readme_and_has_help_that_names_its_options(cli: Any) -> None:
     readme = (ROOT / "README.md").read_text()
     found = commands(typer.main.get_command(program()))

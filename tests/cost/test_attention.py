@@ -19,6 +19,8 @@ from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import Fitted, Section
 from simulator.workload import attention_pairs
 
+pytestmark = pytest.mark.quick
+
 DEVICES = ("a100_sxm_80gb", "h100_sxm", "rtx_4090", "l40s")
 NAMES, DIMS = st.sampled_from(DEVICES), st.sampled_from([64, 128])
 HEADS = st.sampled_from([(32, 32), (32, 8), (64, 8), (8, 1), (71, 71)])

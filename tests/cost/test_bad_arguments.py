@@ -15,6 +15,8 @@ import simulator
 from simulator.errors import InputError
 from simulator.predict.scenario import Scenario
 
+pytestmark = pytest.mark.quick
+
 NAN, INF = float("nan"), float("inf")
 TEXT: list[Any] = ["8", b"8", None, [8, "x"], {}, 8 + 1j]
 NUMBERS: list[Any] = [*TEXT, True, NAN, -3, 1e300, 10**400, [[8], [8, 9]], np.array([8, NAN, 8])]

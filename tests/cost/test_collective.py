@@ -22,6 +22,8 @@ from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile, Link
 from simulator.hardware.save import save_hardware
 
+pytestmark = pytest.mark.quick
+
 PAYLOAD = np.geomspace(1e2, 1e10, 120)
 
 

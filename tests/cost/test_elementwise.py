@@ -20,6 +20,7 @@ from simulator.hardware.library import load_hardware
 from simulator.workload import ROLES, role_code
 
 
+@pytest.mark.quick
 def test_every_role_has_a_class_by_code_and_by_name() -> None:
     codes = class_code(np.arange(len(ROLES)))
     assert class_code(ROLES).tolist() == codes.tolist()
@@ -30,6 +31,7 @@ def test_every_role_has_a_class_by_code_and_by_name() -> None:
         class_code("mlp_nrm")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["a100_sxm_80gb", "h100_sxm", "rtx_4090"])
 def test_small_ones_cost_the_floor_and_large_ones_their_bytes(name: str) -> None:
     hw = replace(load_hardware(name), sections={})
@@ -47,6 +49,7 @@ def test_small_ones_cost_the_floor_and_large_ones_their_bytes(name: str) -> None
     assert np.all(t.seconds[large] >= t.roofline_s[large])
 
 
+@pytest.mark.quick
 def test_halving_the_bandwidth_doubles_a_large_operator() -> None:
     hw = replace(load_hardware("h100_sxm"), sections={})
     half = replace(hw, bandwidth_bytes_per_s=hw.bandwidth_bytes_per_s / 2)
@@ -64,6 +67,7 @@ def planted(seed: int, noise: float) -> tuple[ElementwiseFit, dict[str, float]]:
     return ElementwiseFit(calls, calls.seconds(truth) * np.exp(noise * rng.normal(size=400))), truth
 
 
+@pytest.mark.quick
 def test_fit_recovers_planted_constants() -> None:
     measured, truth = planted(3, 0.01)
     fit = fit_section(measured)
@@ -76,6 +80,7 @@ def test_fit_recovers_planted_constants() -> None:
     assert fit.section.accuracy["mape"] < 0.02
 
 
+@pytest.mark.quick
 def test_fit_refuses_too_few_and_skips_unusable_rows() -> None:
     measured, _ = planted(3, 0.01)
     with pytest.raises(ValueError, match="at least 20"):
@@ -84,6 +89,7 @@ def test_fit_refuses_too_few_and_skips_unusable_rows() -> None:
     assert fit_section(measured).rows == 397
 
 
+@pytest.mark.quick
 def test_a_section_brings_its_residual() -> None:
     measured, _ = planted(5, 0.0)
     size, code = measured.calls.bytes_, measured.calls.code

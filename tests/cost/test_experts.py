@@ -48,6 +48,7 @@ def test_touched_experts_and_tiles_are_those_of_tokens_that_choose_by_chance(
     assert np.exp(np.log(ratio).mean(axis=0)).tolist() == pytest.approx([1.0] * len(TILES), abs=0.08)
 
 
+@pytest.mark.quick
 def test_touched_by_hand() -> None:
     assert experts_touched([1, 2], 8, 2).tolist() == pytest.approx([2.0, 8 * (1 - 0.75**2)])
     assert experts_touched(1, 8, 2, 1.0) == pytest.approx(2.0)  # a token uses two, however they are liked
@@ -57,6 +58,7 @@ def test_touched_by_hand() -> None:
     assert many[-1] == pytest.approx(128, rel=1e-3)
 
 
+@pytest.mark.quick
 def test_the_load_of_a_measured_model_is_that_of_its_skew() -> None:
     """Qwen3-30B-A3B: 65 of 128 experts take 90 % of the tokens, entropy 0.111 short; of code alone 58 and 0.154."""
     for skew, most, short in ((EXPERT_SKEW, 65, 0.111), (0.97, 58, 0.154)):
@@ -69,6 +71,7 @@ def test_the_load_of_a_measured_model_is_that_of_its_skew() -> None:
         np.testing.assert_allclose(chance / chance.sum(), few / few.sum(), rtol=0.02)
 
 
+@pytest.mark.quick
 def test_a_benchmark_deals_tokens_out() -> None:
     m, experts, active = (np.array(v, dtype=F8) for v in ([2, 16, 2048], [128] * 3, [8] * 3))
     even = dealt_load(m, experts, active, 0.0)
@@ -80,6 +83,7 @@ def test_a_benchmark_deals_tokens_out() -> None:
     assert law.tiles[-1][2] > 1.2 * even.tiles[-1][2]  # of 128 tokens on average some have 1200
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", list_hardware())
 def test_never_faster_than_physics(name: str) -> None:
     hw = load_hardware(name)
@@ -95,6 +99,7 @@ def test_never_faster_than_physics(name: str) -> None:
         assert (t.seconds[1:] > 0.98 * t.seconds[:-1]).all()  # where a kernel steps up it is flat afterwards
 
 
+@pytest.mark.quick
 def test_arrays_broadcast_and_bad_formats_are_named() -> None:
     hw = load_hardware("h100@vllm")
     t = experts_time(TOKENS[:, None], 768, 2048, [128, 96], 8, hw)
@@ -106,6 +111,7 @@ def test_arrays_broadcast_and_bad_formats_are_named() -> None:
         experts_time(1, *QWEN, hw, dtype="nvfp4")
 
 
+@pytest.mark.quick
 def test_narrow_weights_are_read_faster_and_without_a_fit_of_their_own_less_is_known() -> None:
     hw = load_hardware("h100@trtllm")
     bf16, fp8 = (experts_time(64, *QWEN, hw, dtype=dtype).seconds for dtype in ("bf16", "fp8"))
@@ -122,6 +128,7 @@ def test_narrow_weights_are_read_faster_and_without_a_fit_of_their_own_less_is_k
     assert generic.upper / generic.seconds > 1.5
 
 
+@pytest.mark.quick
 def test_fewer_experts_save_what_they_no_longer_read() -> None:
     """A quarter of the experts removed: the decode of one sequence reads as many as before, that of 256 reads a quarter
     fewer, a long prefill computes as much; narrower experts save in all three."""
@@ -138,6 +145,7 @@ def test_fewer_experts_save_what_they_no_longer_read() -> None:
     assert (half < np.log(dense.upper / dense.seconds)).all()
 
 
+@pytest.mark.quick
 def test_a_width_off_16_is_slow_and_its_interval_wide() -> None:
     hw = load_hardware("h100@vllm")
     aligned, off = (experts_time(256, n, 2048, 128, 8, hw) for n in (704, 696))
@@ -195,6 +203,7 @@ def test_the_shipped_section_is_what_its_table_gives_and_holds_models_left_out()
     assert error[0] < 0.85 * error[1]  # the residual takes up part of what the analytical time leaves
 
 
+@pytest.mark.quick
 def test_untuned_kernels_are_found_by_other_widths() -> None:
     m, n = (a.ravel() for a in np.meshgrid([1.0, 8.0, 64.0], [256.0, 512.0, 1024.0], indexing="ij"))
     seconds = 1e-5 + 1e-8 * n * m**0.1

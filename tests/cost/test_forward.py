@@ -17,6 +17,8 @@ from simulator.uncertainty.intervals import workload_time
 from simulator.workload import ROLES, Kind, Workload, dtype_code
 from simulator.workload_batch import WorkloadBatch
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(scope="module")
 def hw() -> simulator.HardwareProfile:

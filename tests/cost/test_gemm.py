@@ -20,6 +20,8 @@ from simulator.hardware.library import load_hardware
 from simulator.uncertainty.operators import STEPS, TIMES, gemm_steps, gemm_time
 from simulator.workload import Kernel
 
+pytestmark = pytest.mark.quick
+
 GPUS = ("a100_sxm_80gb", "h100_sxm", "rtx_4090")
 sizes = st.integers(1, 40_000)
 widths = st.integers(1, 8192).map(lambda i: 8 * i)

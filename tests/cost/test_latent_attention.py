@@ -15,6 +15,8 @@ from simulator.cost.attention_model import Geometry, decode_work, prefill_work
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 
+pytestmark = pytest.mark.quick
+
 DEVICES = ("a100_sxm_80gb", "h100_sxm", "l40s", "rtx_pro_6000", "b200_sxm", "h20", "a6000")
 PROMPT: dict[str, Any] = {"head_dim": 192, "value_dim": 128}
 DECODE: dict[str, Any] = {"kv_heads": 1, "head_dim": 576, "value_dim": 512, "latent": True}

@@ -24,6 +24,8 @@ from simulator.hardware.profile import Provenance
 from simulator.hardware.save import save_hardware
 from simulator.uncertainty.operators import gemm_steps, gemm_time
 
+pytestmark = pytest.mark.quick
+
 SIZE = st.integers(1, 2**21 - 1)
 SHAPES = st.lists(st.tuples(st.integers(1, 2**22 - 1), SIZE, SIZE), min_size=1, max_size=40, unique=True)
 

@@ -10,6 +10,8 @@ from simulator.cost.residual_grid import ResidualGrid, RowResidual
 from simulator.hardware.library import load_hardware
 from simulator.uncertainty.operators import gemm_time
 
+pytestmark = pytest.mark.quick
+
 SHAPES = [(7,), (6, 7), (4, 5, 3), (1, 4), (2, 1, 3)]
 
 

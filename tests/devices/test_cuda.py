@@ -24,6 +24,8 @@ from calibration.measure.run import run  # noqa: E402
 from calibration.measure.timing import Protocol  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 
+pytestmark = pytest.mark.quick
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
 
 

@@ -196,7 +196,7 @@ def test_compiled_masks_skip_what_dense_ones_hide(recompiling: Any, monkeypatch:
         return (fused if kernel_options else per_shape)(*tensors, **options)  # options are of Triton's kernel
 
     monkeypatch.setattr(torch_flex, "flex_attention", pick)
-    for shape in ((256, 256, 64), (192, 320, 64), (200, 200, 64)):
+    for shape in ((192, 320, 64), (200, 200, 64)):
         _check_blocks(*shape, 0.5)
     _check_places()
     _check_running()

@@ -24,6 +24,8 @@ from calibration.measure.plan import Rates, in_order
 from calibration.measure.run import run
 from simulator.errors import InputError
 
+pytestmark = pytest.mark.quick
+
 GEMM = Operator("gemm", m=128, n=1024, k=1024)
 
 needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")

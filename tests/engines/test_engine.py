@@ -17,6 +17,8 @@ from simulator.files.yaml import MAX_BYTES
 from simulator.predict.scenario import Scenario
 from simulator.workload import ROLES
 
+pytestmark = pytest.mark.quick
+
 GOOD = """\
 schema_version: 1
 name: mine

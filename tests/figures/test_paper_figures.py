@@ -1,5 +1,5 @@
-"""Figures of a paper: what they show is what the simulator predicts, and they print without clashes, in time, the same
-every time.
+"""Figures of a paper: what they show is what the simulator predicts, and they print without clashes, the same every
+time.
 """
 
 from __future__ import annotations
@@ -123,10 +123,9 @@ CELLS: dict[str, Any] = {"row": ["decode"] * 3, "column": ["h100"] * 3, "batch":
 )
 def test_the_same_paper_gives_the_same_bytes(make: Callable[[Paper], Figure], one: Paper, tmp_path: Path) -> None:
     figures = make(one), make(one)
-    for suffix in (".pdf", ".png"):
-        for i, figure in enumerate(figures):
-            save_figure(figure, tmp_path / f"{i}{suffix}")
-        assert (tmp_path / f"0{suffix}").read_bytes() == (tmp_path / f"1{suffix}").read_bytes()
+    for i, figure in enumerate(figures):  # other formats: test_figures.py
+        save_figure(figure, tmp_path / f"{i}.pdf")
+    assert (tmp_path / "0.pdf").read_bytes() == (tmp_path / "1.pdf").read_bytes()
     assert b"/Type3" not in (tmp_path / "0.pdf").read_bytes()
 
 
@@ -156,8 +155,8 @@ def test_what_an_engine_refuses_is_left_out_or_shown_in_another_and_the_caption_
     assert not any("2:4 is" in drawn[f"{name}, one device"].caption for name in FIGURES)  # reference has it
 
 
-@pytest.mark.parametrize("engine", simulator.list_engines())
-def test_figures_print_in_every_engine(engine: str) -> None:
+@pytest.mark.parametrize("engine", ["hf", "trtllm"])  # vllm and reference are those of the papers above
+def test_figures_print_in_other_engines(engine: str) -> None:
     whole = paper("llama-3.1-8b", ["h100_sxm"], scenario=Scenario(engine=engine))
     for name in ("roofline", "speedup", "waterfall"):
         d = draw(name, whole)

@@ -12,6 +12,8 @@ from simulator.errors import InputError
 from simulator.files.fields import ListField, MapField, NumberField, QuantityField, TextField, field_of
 from simulator.files.yaml import Problems, parse_yaml
 
+pytestmark = pytest.mark.quick
+
 
 @dataclass(frozen=True)
 class Wheel:

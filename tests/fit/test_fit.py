@@ -41,6 +41,7 @@ def planted(size: int, seed: int, noise: float = 0.02) -> GemmFit:
     return timed_by(products(m, n, k, np.ones(size), MACHINE, np.inf), TRUTH, noise, seed + 1000)
 
 
+@pytest.mark.quick
 def test_planted_constants_are_recovered() -> None:
     fit = constants(planted(1500, 3), free=tuple(PLANTED))
     assert set(fit.std_errors) == set(PLANTED)
@@ -68,12 +69,13 @@ def test_where_a_cpu_begins_to_rearrange_its_weights_is_found(pack_m: float) -> 
 @pytest.mark.slow
 def test_intervals_of_planted_constants_cover() -> None:
     hits = []
-    for seed in range(400):
+    for seed in range(150):
         fit = constants(planted(200, seed), free=tuple(PLANTED))
         hits += [abs(np.log(fit.values[x] / TRUTH[x])) < 1.96 * e / fit.values[x] for x, e in fit.std_errors.items()]
     assert 0.92 <= np.mean(hits) <= 0.98
 
 
+@pytest.mark.quick
 def test_constant_without_a_shape_in_its_regime_is_named_and_kept() -> None:
     data = planted(600, 0)
     large = np.all([data.calls.m >= 1024, data.calls.n >= 4096, data.calls.k >= 4096], axis=0)
@@ -115,6 +117,7 @@ def test_fit_beats_its_analytical_model_on_a_smooth_distortion_and_its_intervals
     assert section.accuracy["mape"] == pytest.approx(error.mean(), rel=0.35)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -131,6 +134,7 @@ def test_bad_arrays_are_refused_with_counts(change: dict[str, np.ndarray], messa
         fit_gemm(products(**{**good, **change}, machine=MACHINE), HW)
 
 
+@pytest.mark.quick
 def test_l2_is_no_slower_than_dram_and_a_constant_on_its_bound_stays_there() -> None:
     slow_l2 = {**TRUTH, "b_hit": 0.4 * MACHINE.bandwidth_bytes_per_s, "c_l2": 1.0}
     fit = constants(timed_by(planted(800, 4), slow_l2, 0.01, copies=np.ones(800)))
@@ -138,6 +142,7 @@ def test_l2_is_no_slower_than_dram_and_a_constant_on_its_bound_stays_there() -> 
     assert (fit.fixed["b_hit"], fit.fitted()["b_hit"].status) == ("at its lower bound", "fixed")
 
 
+@pytest.mark.quick
 def test_weight_only_kernels_have_a_section_of_their_own() -> None:
     machine, start = Machine.of(HW, "int4_wo"), starting_constants(HW, "int4_wo")
     assert (machine.element_bytes, machine.weight_bytes) == (2.0, 0.5)
@@ -166,5 +171,6 @@ def test_a_prior_of_another_stack_makes_a_small_sample_enough() -> None:
     assert np.abs(time / test.seconds - 1.0).mean() < 0.04
 
 
+@pytest.mark.quick
 def test_intervals_from_few_projections_are_wider() -> None:
     assert few_groups(2) > few_groups(10) > few_groups(1000) > 1

@@ -29,6 +29,8 @@ from simulator.uncertainty.forward import forward_passes
 from simulator.uncertainty.intervals import workload_time
 from simulator.uncertainty.posterior import Posterior
 
+pytestmark = pytest.mark.quick
+
 HW = load_hardware("h100_sxm")
 SOURCE = Source("planted GPU", {"planted": "1"})
 SLOWER, LONGER = 1.0 / 0.92, 1.2

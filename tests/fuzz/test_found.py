@@ -33,6 +33,8 @@ from simulator.predict.quality import load_quality
 from simulator.predict.store import NOTES_KEY, Store
 from simulator.predict.where import parse_filter
 
+pytestmark = pytest.mark.quick
+
 DEEP = b"[" * 100_000
 HEADER = Header("A100", {"torch": "2.9"}, "bf16", "r", "2026-01-01", {}).as_dict()
 GEMM = {"kind": "gemm", "m": 8, "n": 64, "k": 64, "dtype": "bf16"}

@@ -47,6 +47,8 @@ from simulator.hardware.schema import QUANTITIES, plain_name
 from simulator.hardware.template import new_hardware
 from simulator.units import EXAMPLES
 
+pytestmark = pytest.mark.quick
+
 BAD = Path(__file__).parents[1] / "bad_profiles"
 GOOD = (BAD / "good.yaml").read_text()
 LINE = re.compile(r".+?:\d+:\d+: [^\n]+?: [^\n]+")
@@ -334,7 +336,7 @@ CHARACTERS = st.characters(categories=["L", "N", "P", "Zs"])
 TEXT = st.text(CHARACTERS, min_size=1, max_size=40).map(str.strip).filter(lambda text: text and text.isprintable())
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_what_is_saved_is_read_again(data: st.DataObject, tmp_path: Path) -> None:
     hw = calibrated()

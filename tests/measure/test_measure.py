@@ -16,6 +16,8 @@ from calibration.records.store import Header
 from calibration.records.stored_timings import records_of
 from calibration.records.timing_table import PURPOSES
 
+pytestmark = pytest.mark.quick
+
 ALL = len(SHAPES)
 
 

@@ -30,8 +30,7 @@ from simulator.errors import InputError
 ALL = len(SHAPES)
 
 
-@pytest.mark.parametrize("budget_s", [20.0, 120.0])
-@pytest.mark.parametrize("factor", [0.3, 1.0, 4.0])
+@pytest.mark.parametrize(("budget_s", "factor"), [(20.0, 1.0), (120.0, 0.3), (120.0, 4.0)])
 def test_the_budget_holds_though_estimates_are_wrong(budget_s: float, factor: float) -> None:
     plan = base_plan(RATES, budget_s=3 * budget_s, protocol=PROTOCOL)
     outcome, _ = go(ReplayDevice(noise=0.05, setup_s=0.05 * factor), plan, budget_s=budget_s)

@@ -38,8 +38,7 @@ def _gemms(plan: MeasurementPlan) -> list[Operator]:
     return [item.operator for item in plan.items if item.operator.kind == "gemm"]
 
 
-@pytest.mark.parametrize("rates", [GPU, CPU])
-@pytest.mark.parametrize("budget_s", [20.0, 120.0, 900.0])
+@pytest.mark.parametrize(("rates", "budget_s"), [(GPU, 20.0), (GPU, 900.0), (CPU, 120.0)])
 def test_the_estimate_fits_the_budget_and_uses_it(rates: Rates, budget_s: float) -> None:
     made = base_plan(rates, budget_s=budget_s, protocol=Protocol(time_limit_s=0.5))
     assert 0.85 * budget_s <= made.estimated_s <= budget_s

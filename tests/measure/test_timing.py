@@ -24,6 +24,8 @@ from calibration.measure.timing import (
     median_interval,
 )
 
+pytestmark = pytest.mark.quick
+
 
 class Planted:
     """A kernel of 0.1 ms with planted noise, slow first samples and drift, in simulated seconds."""

@@ -14,6 +14,8 @@ from simulator.models.changes import changed_keys, content_of, free_heads, write
 from simulator.models.huggingface import from_hf_config
 from simulator.models.library import list_models, load_model
 
+pytestmark = pytest.mark.quick
+
 PLAIN = [n for n in list_models() if not ((m := load_model(n)).blocks or m.experts or m.latent)]
 
 

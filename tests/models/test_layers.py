@@ -17,6 +17,8 @@ from simulator.models.lower import lower
 from simulator.workload import ROLES, Kind, Workload
 from simulator.workload_batch import WorkloadBatch, cache_bytes
 
+pytestmark = pytest.mark.quick
+
 SHAPE = {"hidden_size": 768, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 100}
 LLAMA = {"intermediate_size": 1024, "num_key_value_heads": 2, **SHAPE}
 BLOCKS = [

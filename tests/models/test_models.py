@@ -16,6 +16,8 @@ from simulator.errors import InputError
 from simulator.models.huggingface import ARCHITECTURES, MAX_FILE_BYTES, from_hf_config, read_config
 from simulator.models.library import list_models, load_model
 
+pytestmark = pytest.mark.quick
+
 SHIPPED = Path(__file__).parents[2] / "simulator/models"
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
 LLAMA: dict[str, Any] = {"model_type": "llama", "intermediate_size": 176, **SHAPE}

@@ -21,6 +21,8 @@ from simulator.uncertainty.forward import forward_passes
 from simulator.workload import Kind, Phase, Workload
 from simulator.workload_batch import WorkloadBatch, activation_bytes, cache_bytes, memory, weights_bytes
 
+pytestmark = pytest.mark.quick
+
 lower = partial(lowering.lower, engine="")
 FULL = [name for name in list_models() if not any(load_model(name).windows)]
 

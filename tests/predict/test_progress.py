@@ -16,6 +16,8 @@ from simulator.predict.quality import load_quality
 from simulator.predict.sweep import sweep_results
 from simulator.predict.table import table
 
+pytestmark = pytest.mark.quick
+
 MODEL, TWO, NARROW = "llama-3.2-1b", ["h100", "a100"], {"family": ["depth"]}
 QUALITY = load_quality(None).of_model("llama-2-7b")
 LONG: dict[str, Callable[..., Any]] = {

@@ -22,6 +22,8 @@ from simulator.predict.quality import (
     table_text,
 )
 
+pytestmark = pytest.mark.quick
+
 ROW = {
     "method": "SLEB",
     "family": "depth",

@@ -17,6 +17,8 @@ from simulator.uncertainty.intervals import workload_time
 from simulator.workload import Kind, Workload
 from simulator.workload_batch import WorkloadBatch
 
+pytestmark = pytest.mark.quick
+
 H200 = simulator.load_hardware("h200_sxm")
 FP8 = {"dtype": "fp8", "weight_dtype": "fp8_block", "engine": "sglang"}
 MODELS: dict[str, dict[str, Any]] = {"mixtral-8x7b": {}, "qwen3-30b-a3b": {}, "deepseek-v3": FP8}

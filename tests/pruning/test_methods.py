@@ -19,6 +19,8 @@ from simulator.pruning import FAMILIES
 from simulator.pruning._methods import METHODS
 from simulator.workload import Kind, Workload
 
+pytestmark = pytest.mark.quick
+
 
 def dense(model: str = "llama-2-7b", phase: str = "decode", seq: int = 2048) -> Workload:
     return simulator.lower(simulator.load_model(model), phase=phase, batch=1, seq=seq)

@@ -10,6 +10,8 @@ from simulator.errors import InputError
 from simulator.pruning import FAMILIES, prune
 from simulator.workload import PHASES, Applied, Workload
 
+pytestmark = pytest.mark.quick
+
 STATIC = ["depth", "width", "width_cross", "semi_structured", "low_rank", "unstructured", "experts"]
 DYNAMIC = ["dynamic_depth", "dynamic_width", "sparse_attention", "token", "kv_cache"]
 TWELVE = [*STATIC[:-1], *DYNAMIC, "experts"]

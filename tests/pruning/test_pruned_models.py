@@ -14,6 +14,8 @@ from simulator.models.lower import lower
 from simulator.pruning import FAMILIES, prune
 from simulator.workload import ROLES, Kind, Workload
 
+pytestmark = pytest.mark.quick
+
 MODELS = ["mixtral-8x7b", "deepseek-v3", "nemotron-super-49b", "qwen1.5-moe-a2.7b"]
 DENSE = ["semi_structured", "low_rank", "unstructured", "dynamic_width"]  # of weights with kernels of their own
 

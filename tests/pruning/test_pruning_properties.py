@@ -12,6 +12,8 @@ from simulator.errors import InputError
 from simulator.pruning import FAMILIES, prune
 from simulator.workload import PHASES, Kernel, Workload
 
+pytestmark = pytest.mark.quick
+
 
 @st.composite
 def decoders(draw: st.DrawFn) -> Decoder:

@@ -20,6 +20,8 @@ from calibration.records.timing_table import LAUNCHES, OPERATORS, Flag, Records,
 from simulator.errors import InputError
 from simulator.workload import DTYPES, ROLES
 
+pytestmark = pytest.mark.quick
+
 H100 = datasheet("h100_sxm")
 A100 = datasheet("a100_sxm_80gb")
 

@@ -32,12 +32,8 @@ pytest.importorskip("pyarrow")
 build = pytest.importorskip("calibration.measurements.build")
 
 
-@pytest.fixture(scope="module")
-def tables() -> dict[str, Records]:
-    return {name: load_measurements(name) for name in list_measurements()}
-
-
-def test_what_is_promised_is_there_and_small(tables: dict[str, Records]) -> None:
+def test_what_is_promised_is_there_and_small() -> None:
+    tables = list_measurements()
     assert set(tables) == {name for name, choice in CHOICES.items() if choice.ships}
     for device in ("a100_sxm", "h100_sxm", "h200_sxm", "l40s", "rtx_pro_6000", "b200_sxm"):
         for operator in ("gemm", "attention_prefill", "attention_decode", "collective"):
@@ -55,8 +51,8 @@ def test_what_is_promised_is_there_and_small(tables: dict[str, Records]) -> None
 
 
 @pytest.mark.parametrize("name", list_measurements())
-def test_a_table_is_what_its_provenance_says(name: str, tables: dict[str, Records]) -> None:
-    records, entry = tables[name], provenance(name)
+def test_a_table_is_what_its_provenance_says(name: str) -> None:
+    records, entry = load_measurements(name), provenance(name)
     labels = records.labels()
     assert {str(d): int((labels == d).sum()) for d in np.unique(labels.astype(str))} == entry["rows"]
     assert {OPERATORS[o] for o in records.operator} == {name.split("/")[1]}
@@ -86,12 +82,12 @@ def test_a_table_is_what_its_provenance_says(name: str, tables: dict[str, Record
         assert set(np.unique(records.copies)) <= set(range(1, 7))
 
 
-def test_the_files_are_written_the_same_again(tables: dict[str, Records]) -> None:
+def test_the_files_are_written_the_same_again() -> None:
     pyarrow, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     if f"pyarrow: {pyarrow.__version__}\n" not in (FOLDER / INDEX).read_text(encoding="utf-8"):
         pytest.skip("another version of pyarrow made the files")
-    for name, records in tables.items():
-        path = FOLDER / file_name(name)
+    for name in list_measurements():
+        records, path = load_measurements(name), FOLDER / file_name(name)
         extra = json.loads(pq.read_schema(path).metadata[b"prunesim.records"])["extra"]
         assert write_records(records, extra=extra, single=True) == path.read_bytes()
 

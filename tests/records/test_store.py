@@ -53,6 +53,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "records.jsonl"
 
 
+@pytest.mark.quick
 def test_what_is_written_is_read_and_a_run_is_resumed(path: Path) -> None:
     rows = written(path)
     assert read_store(path).rows == tuple(rows)
@@ -245,6 +246,7 @@ def test_flags_purposes_and_spread_of_measured_rows() -> None:
     assert untimed(rows) == {"skipped: out of memory: 9 GB": 1}
 
 
+@pytest.mark.quick
 def test_every_operator_a_device_offers_becomes_a_record() -> None:
     shape = {"m": 8, "n": 64, "k": 32, "rank": 16, "rows": 4, "batch": 2, "q_len": 1, "kv_len": 16}
     shape |= {"heads": 4, "kv_heads": 2, "head_dim": 64}
@@ -287,6 +289,7 @@ def table() -> Records:
     return Records.from_columns(sources, **names, **sizes, **times)
 
 
+@pytest.mark.quick
 def test_records_survive_parquet() -> None:
     records = table()
     assert records.labels().tolist() == ["int8_wo", "fp8", "bf16"]
@@ -299,6 +302,7 @@ def test_records_survive_parquet() -> None:
     assert len(read_records(write_records(records.select(records.m < 0)))) == 0
 
 
+@pytest.mark.quick
 def test_columns_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown columns"):
         Records.from_columns([Source("A")], size_m=1)

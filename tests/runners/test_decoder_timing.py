@@ -20,6 +20,8 @@ from calibration.runners.decoder import timing  # noqa: E402
 from calibration.runners.decoder.families import DYNAMIC, prune_decoder  # noqa: E402
 from calibration.runners.decoder.model import random_decoder  # noqa: E402
 
+pytestmark = pytest.mark.quick
+
 NO_TRITON = ("calibration.devices.skipping.find_spec", lambda name: None)
 
 

@@ -71,6 +71,7 @@ def test_a_layer_that_does_nothing_scores_as_dense(decoder: Decoder) -> None:
     assert all(without(number).kl_nats > 0.01 for number in (0, 1, 3, 4))
 
 
+@pytest.mark.quick
 def test_pass_equals_transformers_own_code() -> None:
     transformers = pytest.importorskip("transformers", reason="the comparison needs transformers")
     model = _random_llama(transformers)

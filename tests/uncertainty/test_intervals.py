@@ -51,6 +51,7 @@ CASES = [("", "decode", 1), ("vllm", "decode", 64), ("vllm", "prefill", 1), ("hf
 CASES += [("sglang", "serve", 32), ("vllm", "generate", 2), ("reference", "prefill", 2)]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("engine", "phase", "batch"), CASES)
 def test_a_higher_level_is_wider_around_the_same_numbers(engine: str, phase: str, batch: int) -> None:
     dense = lowered(engine, phase, batch)
@@ -74,6 +75,7 @@ def test_a_higher_level_is_wider_around_the_same_numbers(engine: str, phase: str
     assert at[0] / at[1] == pytest.approx(level_scale(0.5), rel=1e-9)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("engine", ["", *list_engines()])
 @pytest.mark.parametrize("phase", ["prefill", "decode", "generate", "serve"])
 def test_the_ratio_of_a_workload_to_itself_is_one_for_sure(engine: str, phase: str) -> None:
@@ -84,6 +86,7 @@ def test_the_ratio_of_a_workload_to_itself_is_one_for_sure(engine: str, phase: s
         assert np.concatenate([c.speedup_lower, c.speedup_upper]) == pytest.approx(np.ones(4), abs=1e-9)
 
 
+@pytest.mark.quick
 def test_what_an_engine_says_of_whole_passes_widens_ratios(tmp_path: Path) -> None:
     text = resources.files("simulator.engines").joinpath("reference.yaml").read_text(encoding="utf-8")
 
@@ -105,6 +108,7 @@ def test_what_an_engine_says_of_whole_passes_widens_ratios(tmp_path: Path) -> No
     assert [family for family, more in put_together.items() if more > 1e-9] == ["dynamic_depth"]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("engine", "phase", "batch"), CASES)
 @pytest.mark.parametrize("factor", [0.9, 0.97, 1.0, 1.1, 1.2])
 def test_a_measured_time_is_taken_over_and_narrows_intervals(
@@ -159,6 +163,7 @@ def test_without_a_host_a_speedup_is_never_wider_for_a_measured_time(
     assert all(b <= a + 1e-9 for a, b in zip(width(before, 1), width(after, 1), strict=True))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("engine", "phase", "batch"), CASES)
 def test_a_time_as_predicted_widens_no_speedup(engine: str, phase: str, batch: int) -> None:
     dense = lowered(engine, phase, batch)
@@ -172,6 +177,7 @@ def test_a_time_as_predicted_widens_no_speedup(engine: str, phase: str, batch: i
         assert width(after, i)[2] <= slack * width(before, i)[2] + 1e-9, pruned[i - 1].meta.applied
 
 
+@pytest.mark.quick
 def test_a_measured_time_pins_the_host_where_the_host_sets_the_pace() -> None:
     dense = lowered("hf", seq=64)
     plain, _ = compared(dense)
@@ -186,6 +192,7 @@ def test_a_measured_time_pins_the_host_where_the_host_sets_the_pace() -> None:
         assert ratio == pytest.approx(1.0, abs=0.1)
 
 
+@pytest.mark.quick
 def test_a_measured_time_moves_the_kernels_where_the_device_sets_the_pace() -> None:
     dense = lowered("hf", "prefill", batch=8, seq=2048)
     plain = workload_time(dense, H100)
@@ -207,6 +214,7 @@ def test_a_time_that_no_host_and_no_kernel_explains_is_ignored() -> None:
             assert getattr(c, name).tolist() == getattr(unmoved, name).tolist()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("engine", ["", "vllm", "hf", "reference"])
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 @pytest.mark.parametrize("sparsity", [0.25, 0.5])

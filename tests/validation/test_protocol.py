@@ -37,6 +37,7 @@ def data() -> Shapes:
     return shapes(m, n, k, (3e-6 + np.maximum(flop, moved)) * noise, MACHINE, np.inf)
 
 
+@pytest.mark.quick
 def test_split_keeps_pairs_whole_and_is_set_by_the_seed(data: Shapes) -> None:
     train, test = protocol.split(data.groups, 0)
     pairs = data.groups
@@ -50,6 +51,7 @@ def test_split_keeps_pairs_whole_and_is_set_by_the_seed(data: Shapes) -> None:
     assert protocol.draw(train, None, 0) is train
 
 
+@pytest.mark.quick
 def test_scores_by_hand() -> None:
     two = Shapes(np.array([1.0, 2.0]), np.full(2, 64.0), np.full(2, 64.0), np.array([1.0, 2.0]), np.ones(2))
     said = np.array([1.1, 1.8])
@@ -61,12 +63,14 @@ def test_scores_by_hand() -> None:
     assert found["speedup pairs"] == 1
 
 
+@pytest.mark.quick
 def test_llm_pairs_are_shaped_like_pruning() -> None:
     widths = [4096, 2048, 4096, 4096, 512], [4096, 4096, 4096, 3584, 4096]
     five = shapes([64, 64, 48, 64, 64], *widths, np.ones(5), MACHINE)
     assert sorted(map(tuple, protocol.llm_pairs(five).tolist())) == [(1, 0), (2, 0)]
 
 
+@pytest.mark.quick
 def test_attention_pairs_differ_in_one_thing_only() -> None:
     ones = np.ones(4)
     heads, groups = np.array([32.0, 16.0, 8.0, 4.0]), np.array([8.0, 4.0, 2.0, 1.0])
@@ -165,6 +169,7 @@ def test_every_stack_with_another_is_left_out() -> None:
     assert (set(again.n), set(again.kv_heads), again.is_operator("mla_decode").all()) == ({512}, {1}, True)
 
 
+@pytest.mark.quick
 def test_means_over_seeds() -> None:
     rows: list[dict[str, Any]] = [
         {"table": "t", "method": "prunesim", "rows": size, "trained_on": size, "seed": seed, "mape": float(size + seed)}

@@ -50,6 +50,7 @@ def gemms(factor: float = 1.0, noise: float = 0.0, rows: int = 300, seed: int = 
     return Records.from_columns([SOURCE], m=m, n=n, k=k, seconds=seconds)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("factor", [0.8, 1.0, 1.25])
 def test_a_planted_factor_is_the_error_reported(factor: float) -> None:
     part = validate(HW, gemms(factor)).parts[0]
@@ -81,6 +82,7 @@ def test_planted_noise_shows_in_errors_and_coverage() -> None:
     assert data["speedup"]["pairs"] > 100
 
 
+@pytest.mark.quick
 def test_pairs_are_all_that_differ_in_one_size_by_at_most_a_factor_of_four() -> None:
     rng = np.random.default_rng(3)
     sizes = {name: rng.choice([1.0, 2.0, 4.0, 16.0], 60) for name in "mnk"}
@@ -99,6 +101,7 @@ def test_baselines_are_the_rooflines_they_say() -> None:
     assert part.simple_s == pytest.approx([flop + 3e-6, moved / 0.8 + 3e-6], rel=1e-6)
 
 
+@pytest.mark.quick
 def test_every_operator_is_compared_with_its_own_model() -> None:
     shape = {"batch": 2, "heads": 32, "kv_heads": 8, "head_dim": 128}
     prefill = prefill_time(2, 1024, 1024, 32, 8, 128, HW).seconds
@@ -122,6 +125,7 @@ def test_every_operator_is_compared_with_its_own_model() -> None:
     assert dict(report.skipped) == {"launch_graph is no single operator of the model": 1}
 
 
+@pytest.mark.quick
 def test_nothing_to_validate_says_why() -> None:
     hw = bare("a100_sxm_80gb")
     r = Records.from_columns([SOURCE], m=8, n=64, k=64, dtype="fp8", seconds=1e-5)
@@ -202,6 +206,7 @@ def check_golden(name: str, text: str) -> None:
     assert text == path.read_text(encoding="utf-8")
 
 
+@pytest.mark.quick
 def test_golden_validation_report() -> None:
     hw, rows = golden_records()
     origin = provenance_of(rows.select(rows.m < 0).tidy(), "2026-01-01")
@@ -251,6 +256,7 @@ def test_a_device_with_markup_in_its_name_is_text_in_markdown_and_in_html() -> N
     assert "software: torch &lt;b&gt;." in page
 
 
+@pytest.mark.quick
 def test_html_escapes_what_it_is_given() -> None:
     text = "# <script>\n| a | b |\n| --- | --- |\n| <script> | 1 |\n\n- <script>\n\n![<script>](<script>)\n\n<script>"
     assert "<script>" not in html(text)
