@@ -45,14 +45,15 @@ class _Commands(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         module, _, attribute = COMMANDS[name].partition(":")
-        found = getattr(import_module(module), attribute)
-        if not isinstance(found, typer.Typer):
-            alone = typer.Typer(add_completion=False)
-            alone.command(name)(found)
-            found = alone
-        command = typer.main.get_command(found)
-        command.name = name
-        return command
+        found, alone = (
+            getattr(import_module(module), attribute),
+            typer.Typer(rich_markup_mode=None, add_completion=False),
+        )
+        if isinstance(found, typer.Typer):
+            alone.add_typer(found, name=name)
+            return typer.main.get_group(alone).commands[name]
+        alone.command(name)(found)
+        return typer.main.get_command(alone)
 
     def __iter__(self) -> Iterator[str]:
         return iter(COMMANDS)

@@ -1,1 +1,1 @@
-"""From a grid of models, devices, settings and families to rows, and what is asked of rows: advice, claims, sweeps."""
+"""From scenarios, prunings and devices to results, and what is built on results: advice, frontiers, sweeps."""
