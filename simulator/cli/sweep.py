@@ -12,8 +12,7 @@ from simulator.cli.options import arg, opt
 Grid = Annotated[str, arg("GRID.yaml", "Axes: models, hardware, families, sparsities, phases, batches, seqs, ...")]
 Output = Annotated[str, opt("--output -o", "FILE", "Parquet file; FILE.parts holds it while it grows.")]
 Where = Annotated[str | None, opt("--where", "TEXT", "Rows to keep, as 'speedup > 1.3 and batch == 1'.")]
-Jobs = Annotated[int | None, opt("--jobs", "N", "Processes on this machine; one a core if left out.")]
-Scheduler = Annotated[str | None, opt("--scheduler", "ADDRESS", "Compute on a running Dask cluster.")]
+Jobs = Annotated[int | None, opt("--jobs", "N", "Processes on this machine. Default: one per core.")]
 Most = Annotated[int, opt("--max", "N", "Largest number of configurations to accept.")]
 # fmt: on
 
@@ -23,20 +22,19 @@ def command(
     output: Output,
     where: Where = None,
     jobs: Jobs = None,
-    scheduler: Scheduler = None,
     most: Most = 100_000_000,
     json: options.Json = False,
 ) -> None:
     """Predict every combination of a grid.
 
-    A sweep that was stopped or killed goes on with the same command. Prints how many rows the table has.
+    Run the command again to resume a sweep that was stopped or killed. Prints the number of rows of the table.
     """
     from simulator.predict.sweep import sweep
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = cores if jobs is None else jobs
     with render.progress("predicting") as report:
-        done = sweep(grid, output, where=where, jobs=jobs, scheduler=scheduler, progress=report, most=most)
+        done = sweep(grid, output, where=where, jobs=jobs, progress=report, most=most)
     row = {
         "file": str(done.target),
         "configurations": done.configurations,

@@ -182,10 +182,10 @@ def _own(hosts: set[str]) -> Any:
     itself."""
     from flask import request
 
-    told = request.headers
-    origin = told.get("Origin")
-    own = told.get("Sec-Fetch-Site", "none") in ("none", "same-origin")
-    followed = told.get("Sec-Fetch-Dest") == "document"  # a link may
+    headers = request.headers
+    origin = headers.get("Origin")
+    own = headers.get("Sec-Fetch-Site", "none") in ("none", "same-origin")
+    followed = headers.get("Sec-Fetch-Dest") == "document"  # a link may
     if request.host in hosts and (own or followed) and (origin is None or origin.removeprefix("http://") in hosts):
         return None
     return "this server answers its own page on 127.0.0.1 only", 403

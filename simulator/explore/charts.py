@@ -20,7 +20,7 @@ from simulator.explore.layout import (
     SOFT,
     Chart,
     Dict,
-    Frame,
+    PanelGrid,
     faded,
     key,
     legend_px,
@@ -71,7 +71,7 @@ def charts(state: State, most: int) -> dict[str, Chart]:
 # -- speedup over sparsity ---------------------------------------------------------------------------------------------
 
 OF_EXISTING = Style(BLACK, "*")
-"""How the pruned model that exists is drawn."""
+"""How the existing pruned model is drawn."""
 
 MOST_BANDS = 6
 """Families that are drawn with their interval each; of more, the one in detail alone."""
@@ -84,8 +84,8 @@ BOUNDS = (
 # fmt: on
 
 
-ASKED = "sparsity asked for (%)"
-"""What points are plotted at; a pruned model that exists has the share of parameters that is gone."""
+X_TITLE = "sparsity requested (%)"
+"""Title of the x axis; the sparsity of an existing pruned model is the share of parameters removed."""
 
 
 def _name(r: Result) -> str:
@@ -98,14 +98,14 @@ _ALONE = {"dot": "line-ew-open", "dashdot": "line-ne-open", "dash": "line-nw-ope
 
 
 def speedup_chart(results: Sequence[Result], existing: Sequence[Result], detail: str, at: float, most: int) -> Chart:
-    """A curve a family with its interval over the sparsity asked for, the pruned model that exists where it is, the
+    """A curve a family with its interval over the requested sparsity, the existing pruned model where it is, the
     bounds of what is in detail, and a line at its sparsity."""
     gpus, families = once(r.hardware for r in results), in_order(r.family for r in results)
     of_detail = existing if detail == EXISTING else [r for r in results if r.family == detail]
     of_whom = "pruned model" if detail == EXISTING else label(detail)
     names = [*map(label, families), *once(map(_name, existing))]
     names += [f"{title} ({of_whom})" for _, title, _ in BOUNDS if of_detail]
-    frame = Frame(gpus, most, 200, bottom=legend_px(names, len(gpus), most))
+    frame = PanelGrid(gpus, most, 200, bottom=legend_px(names, len(gpus), most))
     values = [1.0, *(v for r in (*results, *existing) for v in (r.speedup, r.speedup_lower, r.speedup_upper))]
     values += [getattr(r, bound) for r in of_detail for bound, _, _ in BOUNDS]
     fractions = sorted({r.sparsity for r in (*results, *existing)})
@@ -135,7 +135,7 @@ def speedup_chart(results: Sequence[Result], existing: Sequence[Result], detail:
         if "name" in trace:
             trace["showlegend"] = trace["name"] not in named
             named.add(trace["name"])
-    return frame.chart(data, [x] * len(gpus), [y] * len(gpus), ASKED, "speedup", shapes=shapes)
+    return frame.chart(data, [x] * len(gpus), [y] * len(gpus), X_TITLE, "speedup", shapes=shapes)
 
 
 def _band(own: Sequence[Result], panel: int, opacity: float) -> list[Dict]:
@@ -151,8 +151,8 @@ def _bounds(own: Sequence[Result], name: str, panel: int) -> list[Dict]:
     at = [100 * r.sparsity for r in own]
     out = []
     for bound, title, dash in BOUNDS:
-        said = f"{title} of {name} at %{{x:g}} %: %{{y:.3f}}<extra></extra>"
-        style: Dict = {"line": {"color": BLACK, "dash": dash, "width": 1.2}, "hovertemplate": said}
+        hover = f"{title} of {name} at %{{x:g}} %: %{{y:.3f}}<extra></extra>"
+        style: Dict = {"line": {"color": BLACK, "dash": dash, "width": 1.2}, "hovertemplate": hover}
         style["marker"] = {"symbol": _ALONE[dash], "color": BLACK, "size": 10}
         style |= {"name": f"{title} ({name})", "legendgroup": bound, "legendrank": 2000}
         out.append(scatter(panel, mode, at, [getattr(r, bound) for r in own], **style))
@@ -169,15 +169,15 @@ def _curve(own: Sequence[Result], panel: int, detail: bool, rank: int) -> Dict:
     more: Dict = {"name": name, "legendgroup": own[0].pruned or own[0].family, "legendrank": rank}
     more["marker"] = marker_of(style, 9 if detail else 7)
     more["line"] = {"color": style.color, "dash": LINES[style.line], "width": 2.6 if detail else 1.8}
-    more |= {"error_y": ends, "text": [_told(r) for r in own], "hovertemplate": "%{text}<extra></extra>"}
+    more |= {"error_y": ends, "text": [_hover(r) for r in own], "hovertemplate": "%{text}<extra></extra>"}
     mode = "lines+markers" if len(own) > 1 else "markers"
     return scatter(panel, mode, [100 * r.sparsity for r in own], [r.speedup for r in own], **more)
 
 
-def _told(r: Result) -> str:
-    """What a point says when it is pointed at."""
-    asked = f"{percent(r.sparsity)} asked for, {percent(r.realised_sparsity)} realised"
-    removed = f"{percent(r.sparsity)} of the parameters gone ({r.family})" if r.pruned else asked
+def _hover(r: Result) -> str:
+    """Hover text of a point."""
+    rounded = f"{percent(r.sparsity)} requested, {percent(r.realised_sparsity)} realised"
+    removed = f"{percent(r.sparsity)} of the parameters removed ({r.family})" if r.pruned else rounded
     return (
         f"<b>{_name(r)}</b>, {r.hardware}: {removed}<br>{ratio(r.speedup)} "
         f"({percent(r.level)} interval {ratio(r.speedup_lower)} to {ratio(r.speedup_upper)}), {r.bottleneck}-bound<br>"
@@ -197,7 +197,7 @@ def waterfall_chart(details: Sequence[Explanation], versus: Sequence[Explanation
     details = sorted((*details, *versus), key=lambda e: gpus.index(e.result.hardware)) if versus else details
     panels = [steps_of(e, e.result.hardware + (f", {e.result.engine}" if versus else "")) for e in details]
     names = ["nominal", *panels[0].names, "predicted"]
-    frame = Frame([p.title for p in panels], most, 19 * len(names), left=160, bottom=40, right=14)
+    frame = PanelGrid([p.title for p in panels], most, 19 * len(names), left=160, bottom=40, right=14)
     lines: Dict = {"range": [len(names) - 0.4, -0.6], "showgrid": False, "showline": False}
     lines |= {**listed(range(len(names)), names), "tickfont": {"size": SMALL, "color": INK}}
     data = [trace for i, (steps, e) in enumerate(zip(panels, details)) for trace in _bars(steps, e, i)]
@@ -214,9 +214,9 @@ def _bars(steps: Steps, e: Explanation, panel: int) -> list[Dict]:
     factors = [None, *steps.factors, None]
     lengths = [0.0 if f and abs(f - 1) <= NEGLIGIBLE else b - a for a, b, f in zip(begins, ends, factors)]
     colors = [PROMISE, *(GREEN if f > 1 else VERMILLION for f in steps.factors), BLUE]
-    words = [f" ×{f:.2f}" if abs(f - 1) >= 0.005 else "" for f in steps.factors]
-    told = [f"<b>{s.name}</b>: x{s.factor:.3f} to {s.speedup:.3f}<br>{s.note}" for s in e.steps]
-    told.append(f"<b>predicted</b> {predicted:.3f} ({steps.lower:.3f} to {steps.upper:.3f})")
+    labels = [f" ×{f:.2f}" if abs(f - 1) >= 0.005 else "" for f in steps.factors]
+    hover = [f"<b>{s.name}</b>: x{s.factor:.3f} to {s.speedup:.3f}<br>{s.note}" for s in e.steps]
+    hover.append(f"<b>predicted</b> {predicted:.3f} ({steps.lower:.3f} to {steps.upper:.3f})")
     joints: list[Any] = []
     for i, level in enumerate(reached):
         joints += [(level, i - 0.35), (level, i + 1.35), (None, None)]
@@ -224,10 +224,10 @@ def _bars(steps: Steps, e: Explanation, panel: int) -> list[Dict]:
     hatch |= {"size": 5, "solidity": 0.35}
     bars: Dict = {"type": "bar", "orientation": "h", "y": list(range(last + 1)), "base": begins, "x": lengths}
     bars["marker"] = {"color": colors, "line": {"width": 1, "color": colors}, "pattern": hatch}
-    bars |= {"hovertext": told, "hovertemplate": "%{hovertext}<extra></extra>", **on_axes(panel)}
+    bars |= {"hovertext": hover, "hovertemplate": "%{hovertext}<extra></extra>", **on_axes(panel)}
     edge = [*map(max, begins[:-1], ends[:-1]), max(1.0, predicted, steps.upper)]
     beside: Dict = {"textposition": "middle right", "textfont": {"size": SMALL, "color": INK}, "cliponaxis": False}
-    beside["text"] = [f" {steps.nominal:.2f}×", *words, f" {predicted:.2f}×"]
+    beside["text"] = [f" {steps.nominal:.2f}×", *labels, f" {predicted:.2f}×"]
     cap: Dict = {"symbol": "line-ns-open", "size": 9, "color": INK}
     ends_of: Dict = {"line": {"color": INK, "width": 1.6}, "marker": cap}
     return [
@@ -251,7 +251,7 @@ def roofline_chart(details: Sequence[Explanation], most: int) -> Chart:
     looks = {title: (color, MARKERS[mark]) for title, (color, mark) in zip(groups, CYCLE * len(groups))}
     faster = [i for i, roof in enumerate(roofs) if roof.headroom > 1.0]
     room = legend_px([*groups, DENSE, PRUNED, ROOF, *([HIGHEST] if faster else [])], len(roofs), most)
-    frame = Frame([r.title for r in roofs], most, 200, bottom=room, across=0.06, left=58)
+    frame = PanelGrid([r.title for r in roofs], most, 200, bottom=room, across=0.06, left=58)
     data, x, y = [], [], []
     for panel, roof in enumerate(roofs):
         low, high, bottom, top = roof.bottlenecks(2.2)
@@ -269,14 +269,14 @@ def roofline_chart(details: Sequence[Explanation], most: int) -> Chart:
 
 def _roof(roof: Roof, panel: int, low: float, high: float, top: float) -> list[Dict]:
     """The roof, with its peaks written in the corner above it, where no GEMM can be."""
-    words = f"{rate(roof.peak_flop_per_s, 'FLOP/s')}, {rate(roof.bandwidth_bytes_per_s, 'B/s')}"
-    said: Dict = {"hovertemplate": f"datasheet: {words}<extra></extra>", "legendgroup": "roof", "legendrank": 3000}
+    labels = f"{rate(roof.peak_flop_per_s, 'FLOP/s')}, {rate(roof.bandwidth_bytes_per_s, 'B/s')}"
+    hover: Dict = {"hovertemplate": f"datasheet: {labels}<extra></extra>", "legendgroup": "roof", "legendrank": 3000}
     line: Dict = {"line": {"color": INK, "width": 1.6}, "name": ROOF, "showlegend": panel == 0}
     corner: Dict = {"textposition": "bottom right", "textfont": {"size": SMALL, "color": SOFT}}
     x, y = roof.bend(low, high)
     return [
-        scatter(panel, "lines", x.tolist(), y.tolist(), **line, **said),
-        scatter(panel, "text", [low], [top], text=[f" {words}"], **corner, **QUIET),
+        scatter(panel, "lines", x.tolist(), y.tolist(), **line, **hover),
+        scatter(panel, "text", [low], [top], text=[f" {labels}"], **corner, **QUIET),
     ]
 
 
@@ -304,7 +304,7 @@ def _points(
         _, x, y, colors, symbols = zip(*own) if own else [()] * 5
         marker: Dict = {"symbol": list(symbols), "size": 9, "line": {"color": list(colors), "width": 1.6}}
         marker["color"] = list(colors) if kind else PAPER
-        said = [f"<b>{title}</b>, {what}<br>{u:.4g} FLOP/byte, {v:.4g} TFLOP/s" for title, u, v, _, _ in own]
-        named: Dict = {"name": what, "text": said, "hovertemplate": "%{text}<extra></extra>", "showlegend": False}
+        hover = [f"<b>{title}</b>, {what}<br>{u:.4g} FLOP/byte, {v:.4g} TFLOP/s" for title, u, v, _, _ in own]
+        named: Dict = {"name": what, "text": hover, "hovertemplate": "%{text}<extra></extra>", "showlegend": False}
         out.append(scatter(panel, "markers", x, y, marker=marker, **named))
     return out

@@ -116,17 +116,17 @@ def token(text: str, file: str, tensors: Mapping[str, Tensor] | None = None) -> 
     """
     path = PurePosixPath(file.replace("\\", "/"))
     name = _file_name(file) if tensors is None else one_line(path.parent.name, 100) or "."
-    said = _file_name(file)
+    label = _file_name(file)
     if len(text.encode("utf-8", "replace")) > MAX_FILE_BYTES:
-        raise InputError(f"{said}: larger than {MAX_FILE_BYTES} bytes; expected a config.json")
-    data = parse_config(text.removeprefix("\ufeff"), said)
+        raise InputError(f"{label}: larger than {MAX_FILE_BYTES} bytes; expected a config.json")
+    data = parse_config(text.removeprefix("\ufeff"), label)
     noted = _Noted(data if isinstance(data, Mapping) else {})
-    from_file(noted if isinstance(data, Mapping) else data, PurePosixPath(said))
+    from_file(noted if isinstance(data, Mapping) else data, PurePosixPath(label))
     content: dict[str, Any] = {"file": name, "config": noted.seen}
     if tensors is not None:
         content["tensors"] = _short(tensors)
         _model(content)
-    return _packed(content, said, "shapes")
+    return _packed(content, label, "shapes")
 
 
 def profile_token(text: str, file: str) -> str:

@@ -1,4 +1,4 @@
-"""How charts look and are laid out: Plotly figures as plain dictionaries, panels side by side, logarithmic axes with
+"""Layout of charts: Plotly figures as plain dictionaries, panels side by side, logarithmic axes with
 round numbers.
 
 Colours, markers and lines are those of the paper's figures (:mod:`simulator.figures.style`), so a family looks the same
@@ -68,7 +68,7 @@ _LAYOUT: Dict = {
 
 
 @dataclass(frozen=True)
-class Frame:
+class PanelGrid:
     """Panels with their own axes each, at most ``most`` in a row and rows as full as can be; below them a legend that
     wraps.
 
@@ -215,8 +215,8 @@ def faded(color: str, opacity: float) -> str:
 
 def message(text: str) -> Chart:
     """A chart that could not be drawn, with the reason in its place."""
-    words = "<br>".join(escape(line, quote=False) for line in textwrap.wrap(text, 44)[:6])
-    note = {"text": words, "xref": "paper", "yref": "paper", "x": 0.5, "y": 0.5, "showarrow": False}
+    text = "<br>".join(escape(line, quote=False) for line in textwrap.wrap(text, 44)[:6])
+    note = {"text": text, "xref": "paper", "yref": "paper", "x": 0.5, "y": 0.5, "showarrow": False}
     note["font"] = {"size": 13, "color": SOFT}
     blank = [{"visible": False}]
-    return Frame([""], 1, 200, left=10, bottom=10).chart([], blank, blank, annotations=[note], showlegend=False)
+    return PanelGrid([""], 1, 200, left=10, bottom=10).chart([], blank, blank, annotations=[note], showlegend=False)

@@ -11,7 +11,7 @@ from simulator.explore.layout import (
     SOFT,
     Chart,
     Dict,
-    Frame,
+    PanelGrid,
     faded,
     key,
     legend_px,
@@ -44,7 +44,7 @@ def crossover_chart(cells: Sequence[Cell], state: State, most: int) -> Chart:
     gpus, names = once(c.best.hardware for c in cells), in_order(c.winner for c in cells)
     batches, lengths = sorted({c.best.batch for c in cells}), sorted({c.best.seq for c in cells})
     keys = _keys(cells, names)
-    frame = Frame(gpus, most, 23 * len(lengths), bottom=legend_px([name for name, _ in keys], len(gpus), most))
+    frame = PanelGrid(gpus, most, 23 * len(lengths), bottom=legend_px([name for name, _ in keys], len(gpus), most))
     data, shapes = [], []
     for panel, gpu in enumerate(gpus):
         own = [(batches.index(c.best.batch), lengths.index(c.best.seq), c) for c in cells if c.best.hardware == gpu]
@@ -69,20 +69,20 @@ def _cells(
     """Cells coloured by their winner, pale where it is not certain; on them its marker and speedup, and a corner where
     memory is short."""
     code: list[list[Any]] = [[None] * size[0] for _ in range(size[1])]
-    told: list[list[str]] = [[""] * size[0] for _ in range(size[1])]
+    hover: list[list[str]] = [[""] * size[0] for _ in range(size[1])]
     for i, j, c in own:
-        code[j][i], told[j][i] = 2.0 * names.index(c.winner) + c.sure, _said(c)
+        code[j][i], hover[j][i] = 2.0 * names.index(c.winner) + c.sure, _hover(c)
     colors = [_shade(name, sure) for name in names for sure in (False, True)]
     steps = [[(k + end) / len(colors), color] for k, color in enumerate(colors) for end in (0, 1)]
     cells: Dict = {"type": "heatmap", "z": code, "colorscale": steps, "zmin": -0.5, "zmax": len(colors) - 0.5}
-    cells |= {"showscale": False, "xgap": 1, "ygap": 1, "text": told, "hovertemplate": "%{text}<extra></extra>"}
+    cells |= {"showscale": False, "xgap": 1, "ygap": 1, "text": hover, "hovertemplate": "%{text}<extra></extra>"}
     out = [{**cells, **on_axes(panel)}]
-    words: Dict = {"textposition": "middle right", "textfont": {"size": font, "color": INK}, **QUIET}
+    style: Dict = {"textposition": "middle right", "textfont": {"size": font, "color": INK}, **QUIET}
     for name in names:
         won = [(i - 0.36, j, f"{c.best.speedup:.2f}") for i, j, c in own if c.winner == name]
         x, y, text = zip(*won) if won else [()] * 3
         marker = marker_of(style_of(name), font - 4) if name else {**_DASH, "size": 6}
-        out.append(scatter(panel, "markers+text", x, y, text=list(text), marker=marker, **words))
+        out.append(scatter(panel, "markers+text", x, y, text=list(text), marker=marker, **style))
     corners = [(i + 0.40, j + 0.34) for i, j, c in own if not c.best.dense_fits]
     if corners:
         out.append(scatter(panel, "markers", *zip(*corners), marker=_CORNER, **QUIET))
@@ -94,7 +94,7 @@ def _shade(name: str, sure: bool) -> str:
     return faded(style_of(name).color, opacity(name, sure)) if name else "rgba(231,234,238,1)"
 
 
-def _said(c: Cell) -> str:
+def _hover(c: Cell) -> str:
     r, certain = c.best, "" if c.sure else "<br>intervals overlap: not certain"
     memory = "" if r.dense_fits else "<br>the dense model exceeds the memory"
     return (

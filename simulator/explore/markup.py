@@ -43,9 +43,9 @@ UNITS = {
 """Units of a record's numbers; 1 is a ratio."""
 
 _HEAD = {
-    "family": "", "removed": "asked for", "realised": "after rounding", "GPU": "", "speedup": "", "interval": "",
+    "family": "", "removed": "requested", "realised": "after rounding", "GPU": "", "speedup": "", "interval": "",
     "FLOP bound": "", "byte bound": "", "roofline bound": "", "time": "pruned",
-    "bottleneck": "what holds most of the time", "memory": "pruned, and whether it fits",
+    "bottleneck": "largest share of the pruned model's time", "memory": "pruned, and whether it fits",
 }
 """Columns of the table and what they say when they are pointed at."""
 # fmt: on
@@ -65,7 +65,7 @@ def texts(state: State) -> dict[str, str]:
         "notes": notes,
         "table": table_html(found, state.explained, state.at),
         "commands": commands_html(commands(state, found)),
-        "about-speedup": "Points stand at the sparsity asked for; pointed at, each tells what rounding made of it. "
+        "about-speedup": "Points are at the requested sparsity; hover for the realised one. "
         f"Bands: {percent(state.scenario.level)} interval. Black lines: bounds of {detail}.",
         "about-roofline": f"GEMMs of the layers, dense (hollow) and with {both} (filled), on the datasheet roofline.",
         "about-waterfall": paragraphs(_conclusions(found)),
@@ -202,7 +202,7 @@ def commands_html(lines: Sequence[Command], *, copy: bool = True) -> str:
     button = '<button type="button" class="copy" data-copy>Copy</button>' if copy else ""
     out = []
     for c in lines:
-        words = " ".join(f"<i>{escape(shlex.quote(part))}</i>" for part in ("prunesim", *c.arguments))
-        said = f'<span>{escape(c.gives)}</span><code tabindex="0">{words}</code>'
-        out.append(f'<div class="command">{said}{button}</div>')
+        code = " ".join(f"<i>{escape(shlex.quote(part))}</i>" for part in ("prunesim", *c.arguments))
+        text = f'<span>{escape(c.gives)}</span><code tabindex="0">{code}</code>'
+        out.append(f'<div class="command">{text}{button}</div>')
     return "".join(out)

@@ -34,16 +34,16 @@ PLOTLY = "/_dash-component-suites/plotly/package_data/plotly.min.js"
 
 
 def page_html(
-    state: State, problems: Sequence[str], said: Mapping[str, str], parts: Mapping[str, str], own: Sequence[str] = ()
+    state: State, problems: Sequence[str], texts: Mapping[str, str], parts: Mapping[str, str], own: Sequence[str] = ()
 ) -> str:
     """The whole page; ``own`` are paths of profiles that can be chosen.
 
-    The controls show ``state``, ``problems`` say what was wrong with the address, ``said`` is what is text, as HTML by
+    The controls show ``state``, ``problems`` state what was wrong with the address, ``texts`` are the texts, as HTML by
     the element it stands in (:func:`simulator.explore.markup.texts`), and ``parts`` what Dash puts into a page: metas,
     favicon, css, app_entry, config, scripts, renderer.
     """
-    facts, notes = (f'<div id="{name}">{said[name]}</div>' for name in ("facts", "notes"))
-    cards = "".join(_card(name, escape(title), said[f"about-{name}"]) for name, title in CARDS.items())
+    facts, notes = (f'<div id="{name}">{texts[name]}</div>' for name in ("facts", "notes"))
+    cards = "".join(_card(name, escape(title), texts[f"about-{name}"]) for name, title in CARDS.items())
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -61,14 +61,14 @@ def page_html(
 <main id="results" tabindex="-1">
 <div id="problems" class="problems" role="alert">{paragraphs(problems)}</div>
 <div class="summary">
-<p id="title" class="title">{said["title"]}</p>{facts}{notes}
+<p id="title" class="title">{texts["title"]}</p>{facts}{notes}
 </div>
 <div class="grid" id="grid" data-wide="{wide_cards(state)}">{cards}
 <section class="card whole"><div class="head"><h2 id="h-table">Table</h2>
 <button type="button" data-csv aria-label="Download the table as CSV">CSV</button></div>
-<div id="table" class="table" tabindex="0" role="region" aria-labelledby="h-table">{said["table"]}</div></section>
+<div id="table" class="table" tabindex="0" role="region" aria-labelledby="h-table">{texts["table"]}</div></section>
 <section class="card whole"><div class="head"><h2>The same numbers from the command line</h2></div>
-<div id="commands">{said["commands"]}</div></section>
+<div id="commands">{texts["commands"]}</div></section>
 </div>
 <p class="version">prunesim {__version__}</p>
 <div hidden>{parts["app_entry"]}</div>

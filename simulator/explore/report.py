@@ -83,33 +83,33 @@ def report_html(state: State) -> str:
         name: {**charts(state, most), "crossover": map_chart(state, most)}
         for name, most in (("page", PAGE), ("phone", PHONE))
     }
-    said, cards = texts(state), ""
+    content, cards = texts(state), ""
     for name, title in CARDS.items():
         height = figures["page"][name]["layout"]["height"]
         cards += (
             f'<section class="card"><div class="head"><h2>{title}</h2></div>'
             f'<div id="{name}" style="height:{height}px" role="img" aria-label="{title}"></div>'
-            f'<div class="about">{said[f"about-{name}"]}</div></section>'
+            f'<div class="about">{content[f"about-{name}"]}</div></section>'
         )
     embedded = json.dumps(figures, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     css = Path(__file__).with_name("assets").joinpath("explore.css").read_text(encoding="utf-8")
-    table = f'<div class="table" id="table">{said["table"]}</div>'
+    table = f'<div class="table" id="table">{content["table"]}</div>'
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<title>prunesim report: {said["title"]}</title>
+<title>prunesim report: {content["title"]}</title>
 <style>{css}{_STYLE}</style>
 </head>
 <body class="report">
 <main>
 <h1>How much faster will a pruned model be?</h1>
-<p class="title">{said["title"]}</p>
+<p class="title">{content["title"]}</p>
 {_settings(state)}
-{said["facts"]}
-{said["notes"]}
+{content["facts"]}
+{content["notes"]}
 <noscript><p class="error">The figures are drawn by a script in this file; the table below needs none.</p></noscript>
 {cards}
 <section class="card long"><div class="head"><h2>Table</h2></div>{table}</section>

@@ -101,7 +101,7 @@ def scatter(p: Paper) -> Made:
     """Every measured GEMM of each device against its prediction."""
     from simulator.figures.scatter import Cloud, agreement, scatter_figure
 
-    clouds, words = [], []
+    clouds, errors = [], []
     for hw in p.devices:
         seen = p.measured.get(hw.label)
         if seen is None:
@@ -109,7 +109,7 @@ def scatter(p: Paper) -> Made:
         predicted = seen.predict(hw, p.scenario.dtype)
         clouds.append(Cloud(hw.label, seen.seconds, predicted, seen.predicted_s is not None))
         a = agreement(seen.seconds, predicted)
-        words.append(f"{hw.label}: {seen.source}, median error {100 * a.median:.1f} %, bias {100 * a.bias:+.1f} %")
+        errors.append(f"{hw.label}: {seen.source}, median error {100 * a.median:.1f} %, bias {100 * a.bias:+.1f} %")
     if not clouds:
         names = ", ".join(hw.label for hw in p.devices)
         raise NothingToDraw(f"predicted against measured: no measured GEMMs of {names} (--measured)")
@@ -117,6 +117,6 @@ def scatter(p: Paper) -> Made:
     fitted = "held-out predictions" if held else "some of these rows may have been used to fit the profiles"
     caption = (
         f"Predicted against measured times of single {p.scenario.dtype} GEMMs, and their ratio (dashed: 10 %); colour "
-        f"is the density of rows; {fitted}. {'; '.join(words)}."
+        f"is the density of rows; {fitted}. {'; '.join(errors)}."
     )
     return scatter_figure(clouds), caption, ()

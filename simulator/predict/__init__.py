@@ -1,1 +1,1 @@
-"""From a grid of models, devices, settings and families to rows, and from rows to advice, frontiers and sweeps."""
+"""From scenarios, prunings and devices to results, and what is built on results: advice, frontiers, sweeps."""

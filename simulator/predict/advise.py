@@ -1,10 +1,10 @@
 """The inverse question: which pruning reaches a target?
 
 Use :func:`advise`. Configurations (:mod:`simulator.predict.configurations`) reach it on all devices, engines and
-requests at once. Families are asked on one after the other: the least sparsity of each is searched on a grid of
-sparsities, and then between the last that misses the target and the first that reaches it. Around it, for families that
-change widths, the aligned widths are timed one by one: time falls in steps, and a width just above a step wastes what
-the next one grants.
+requests at once. Then the minimum sparsity of each family is searched on each device: on a coarse grid of sparsities,
+and then on a fine one between the last that misses the target and the first that reaches it. Around it, for families
+that change widths, the aligned widths are timed one by one: time falls in steps, and a width just above a step wastes
+time.
 """
 
 from __future__ import annotations
@@ -293,8 +293,8 @@ class _Search:
         high = min(int(whole) // ALIGN * ALIGN, round((around + REACH * int(whole)) / ALIGN) * ALIGN)
         widths = list(range(low, high + 1, ALIGN * (1 + max(0, high - low) // (ALIGN * MOST_WIDTHS))))
         fractions = [1.0 - width / whole for width in widths]
-        asked = [{"attention": sparsity, "mlp": f} if family == "width" else f for f in fractions]
-        results = self.results([Pruning(family, one) for one in asked], hw)
+        sparsities = [{"attention": sparsity, "mlp": f} if family == "width" else f for f in fractions]
+        results = self.results([Pruning(family, one) for one in sparsities], hw)
         if len(results) < 4:
             return ()
         at, time = results.pruning.tolist(), results.columns["pruned_s"]

@@ -107,6 +107,8 @@ def explanations(
         prunings = (prunings[0].at(by_kind),)
     asked = scenarios(scenario, [config], engine, phase, batch, seq)
     check_measured(asked, devices)
+    requests = [(one.phase, one.shapes) for one in asked]  # engines of one request follow one another
+    asked.sort(key=lambda one: requests.index((one.phase, one.shapes)))
     out: list[Explanation] = []
     for one in asked:
         for pruning in prunings:

@@ -2,8 +2,8 @@
 table.
 
 Use :func:`sweep` for a Parquet file of any size and :func:`sweep_results` for rows in memory. A grid is cut into
-pieces of bounded memory; each becomes one part of the table, whichever process or machine computes it, and is written
-by the calling process alone. So a sweep that is killed goes on where it was, and the table does not depend on how many
+pieces of bounded memory; each becomes one part of the table, whichever process computes it, and is written
+by the calling process alone. So a sweep that is killed resumes, and the table does not depend on how many
 workers there were.
 """
 
@@ -66,14 +66,13 @@ def sweep(
     *,
     where: str | None = None,
     jobs: int = 1,
-    scheduler: str | None = None,
     progress: Callable[[int, int], None] | None = None,
     most: int = MOST_CONFIGURATIONS,
 ) -> Summary:
     """Predict every combination of a grid, or of the YAML file of one, into a Parquet file.
 
     While it grows there is a folder ``OUT.parts`` beside it; the same call takes up the parts it finds there.
-    Raises InputError before any work, for a bad grid, filter, target or address, or a grid too large for the disk.
+    Raises InputError before any work, for a bad grid, filter or target, or a grid too large for the disk.
 
     Parameters
     ----------
@@ -81,8 +80,6 @@ def sweep(
         Rows to keep, such as ``speedup > 1.3 and batch == 1``; see :mod:`simulator.predict.where`.
     jobs : int
         Processes on this machine.
-    scheduler : str, optional
-        Address of a running Dask scheduler; its workers compute instead.
     progress : callable, optional
         Called with configurations done and in all.
     most : int
@@ -110,7 +107,7 @@ def sweep(
             done = sum(sizes[i] for i in there)
             if there:
                 report(done, grid.size)
-            for index, content in compute_parts(partial(compute_part, grid, where), todo, jobs, scheduler):
+            for index, content in compute_parts(partial(compute_part, grid, where), todo, jobs):
                 store.put(index, content)
                 done += sizes[index]
                 report(done, grid.size)

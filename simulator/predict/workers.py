@@ -1,14 +1,11 @@
-"""Who computes the parts of a sweep: this process, others of this machine, or the workers of a Dask cluster.
+"""Parts of a sweep computed by this process or by others of this machine.
 
-Use :func:`compute_parts`. Tasks are pure and return the bytes of their part, which the calling process alone writes: a
-worker that dies midway costs a recomputation, never a part twice or half. Workers of a cluster need this package, and
-must see profiles and configurations given as files under the same paths.
+Use :func:`compute_parts`. Tasks are pure and return the bytes of their part, which only the calling process writes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import signal
 import threading
@@ -16,22 +13,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from multiprocessing import active_children, get_context
-from typing import Any
-
-from simulator.errors import InputError
-
-CONNECT_S = 10.0  # how long to look for the scheduler
-RETRIES = 3  # times a part is tried again after an error of the worker that computes it
 
 
-def compute_parts(
-    compute: Callable[[int], bytes], todo: list[int], jobs: int = 1, scheduler: str | None = None
-) -> Iterator[tuple[int, bytes]]:
+def compute_parts(compute: Callable[[int], bytes], todo: list[int], jobs: int = 1) -> Iterator[tuple[int, bytes]]:
     """Parts as they come, with their index."""
     jobs = min(jobs, max(1, len(todo)))
-    if scheduler is not None:
-        yield from _on_cluster(scheduler, compute, todo)
-    elif jobs == 1:
+    if jobs == 1:
         for index in todo:
             yield index, compute(index)
     else:
@@ -46,7 +33,7 @@ def compute_parts(
             try:
                 yield from windowed(submit, todo, 2 * jobs)
             except BrokenExecutor as error:
-                why = "a worker process ended before its time, perhaps for want of memory; the same command goes on"
+                why = "a worker process ended early, perhaps for lack of memory; run the command again to resume"
                 raise OSError(why) from error
             except BaseException:
                 for worker in set(active_children()) - others:
@@ -94,40 +81,3 @@ def _follow(parent: int) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it could not be held back
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _on_cluster(address: str, compute: Callable[[int], bytes], todo: list[int]) -> Iterator[tuple[int, bytes]]:
-    try:
-        distributed: Any = importlib.import_module("distributed")
-    except ImportError:
-        raise InputError("--scheduler needs Dask, which is not installed: pip install distributed") from None
-    try:
-        client: Any = distributed.Client(address, timeout=CONNECT_S, set_as_default=False)
-    except (OSError, ValueError, TypeError) as error:  # OSError: also its time-out
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        wanted = "expected an address such as tcp://host:8786"
-        raise InputError(f"--scheduler {address}: no scheduler answers there ({reason}); {wanted}") from None
-    with contextlib.closing(client):
-        workers = max(1, sum(client.nthreads().values()))
-        waiting, started = iter(todo), {}
-        arriving: Any = distributed.as_completed([], loop=client.loop)
-
-        def start(many: int) -> None:
-            for _, index in zip(range(many), waiting):
-                future = client.submit(compute, index, pure=False, retries=RETRIES)
-                started[future.key] = index
-                arriving.add(future)
-
-        start(4 * workers)  # those under way hold their bytes until this process has written them
-        for future in arriving:
-            index = started.pop(future.key)
-            try:
-                content = future.result()
-            except InputError:
-                raise
-            except Exception as error:  # whatever a remote worker died of
-                reason = f"{type(error).__name__}: {error}"
-                raise OSError(f"part {index} failed on the cluster ({reason}); the same command goes on") from error
-            future.release()
-            yield index, content
-            start(1)

@@ -45,8 +45,8 @@ gemm 1 1 1 --hardware cpu@vllm --dtype fp32                          | cpu: expe
 speedup llama-3.1-8c --hardware h100                                 | did you mean llama-3.1-8b
 @ --family depht                                                     | did you mean depth
 @ --method shortgtp                                                  | did you mean shortgpt
-@ --method shortgpt --family depth                                   | no family and no option beside it
-@ --method shortgpt --option unit=mlp                                | no family and no option beside it
+@ --method shortgpt --family depth                                   | give no family or option with it
+@ --method shortgpt --option unit=mlp                                | give no family or option with it
 @ --method llm-pruner --sparsity 0.9                                 | prunes 26 of 32 layers, expected less than 0.812
 methods shortgtp                                                     | did you mean shortgpt
 explain llama-3.1-8b --hardware h100                                 | expected one family or method to explain
@@ -72,7 +72,7 @@ explain llama-3.1-8b --hardware h100 --method flap                   | expected 
 @ --dense-time -1ms                                                  | dense time: expected a positive time
 @ --dense-time 18ms --batch 1,2                                      | expected one batch, got 2
 @ --dense-time 18ms --engine vllm,hf                                 | expected one engine, got 2
-@ --dense-tokens-per-s 0                                             | tokens a second 0
+@ --dense-tokens-per-s 0                                             | tokens per second 0
 @ --phase serve --batch 8 --seq 128 --new-tokens 0                   | new tokens 0
 @ --dtype bf17                                                       | did you mean bf16
 @ --weight-dtype int5                                                | did you mean int
@@ -218,7 +218,7 @@ def test_a_model_that_does_not_fit_is_said_to(cli: Any) -> None:
 def test_tables_fit_their_width(available: int, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(render, "width", lambda: available)
     out = cli.out("speedup llama-3.1-8b --hardware a100,h100,4090 --phase prefill,decode")
-    rows = [line for line in out.splitlines() if not re.search(r"batch 1|interval;|limit:", line)]
+    rows = [line for line in out.splitlines() if not re.search(r"batch 1|intervals;|bottleneck:", line)]
     assert max(map(len, rows)) <= available
     assert "…" not in out
     for name in ("a100_sxm_80gb", "h100_sxm", "rtx_4090", "sparse_attention", "kv_cache"):
@@ -253,7 +253,7 @@ def test_the_steps_of_explain_multiply_to_the_speedup_and_one_sentence_ends_it(c
     assert steps[0] == pytest.approx(1 / 0.7)
     out = cli.out("explain llama-3.1-8b --family width --sparsity attention=0.25,mlp=0.5 --hardware h100")
     assert out.rstrip().endswith(".")
-    assert "promises" in out
+    assert "nominal" in out
     assert "h100_sxm" in out
 
 
@@ -362,7 +362,7 @@ def test_a_pipe_gets_colours_only_when_it_asks(cli: Any, monkeypatch: pytest.Mon
         ("prunesim speedup llama-3.1", ["llama-3.1-70b", "llama-3.1-8b"]),
         ("prunesim speedup x --hardware rtx_4090,h100_s", ["rtx_4090,h100_sxm"]),
         ("prunesim explain x --engine hf,vl", ["hf,vllm"]),
-        ("prunesim sweep x --sch", ["--scheduler"]),
+        ("prunesim sweep x --wh", ["--where"]),
         ("prunesim advise x --family dep", ["depth"]),
         ("prunesim methods shortg", ["shortgpt"]),
         ("prunesim hardware show mi", ["mi300x"]),

@@ -248,7 +248,7 @@ def test_a_bar_of_the_taxonomy_is_as_long_as_the_share_that_is_kept() -> None:
 
 def test_the_map_names_the_fastest_family(one: Paper, drawn: dict[str, Drawn]) -> None:
     where = [MAP_SPARSITY], ["decode"], [8], [4096]
-    table = simulator.table([one.model], ["rtx_4090"], ["all"], *where, scenario=one.setting)
+    table = simulator.table([one.model], ["rtx_4090"], ["all"], *where, scenario=one.scenario)
     best = max(table, key=lambda r: r.speedup)
     _, ax = drawn["crossover, one device"].figure.axes
     x, y = BATCHES.index(8), LENGTHS.index(4096)

@@ -212,51 +212,6 @@ def test_windowed_never_has_more_under_way_than_asked() -> None:
     assert sorted(index for index, _ in windowed(submit, range(10), 3)) == list(range(10))
 
 
-def test_an_address_without_a_scheduler_is_refused(tmp_path: Path) -> None:
-    pytest.importorskip("distributed", reason="Dask is an optional extra")
-    with pytest.raises(InputError, match="no scheduler answers there"):
-        sweep(SMALL, tmp_path / "t.parquet", scheduler="tcp://127.0.0.1:9")
-
-
-def test_a_missing_dask_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(InputError, match="pip install distributed"):
-        sweep(SMALL, tmp_path / "t.parquet", scheduler="tcp://127.0.0.1:8786")
-    assert not list(tmp_path.iterdir())
-
-
-CLUSTER = """
-import os, sys
-from distributed import LocalCluster
-from simulator.predict.result import COLUMNS, Result, plain
-from simulator.predict.sweep import sweep
-
-if __name__ == "__main__":
-    how = {"processes": True, "dashboard_address": None, "scheduler_port": 0}
-    with LocalCluster(n_workers=2, threads_per_worker=1, **how) as cluster:
-        pids = [w.pid for w in cluster.workers.values()]
-        killed = []
-        def kill(done, of):
-            if not killed and sys.argv[3] == "kill":
-                killed.append(pids[0])
-                os.kill(pids[0], 9)
-        s = sweep(sys.argv[1], sys.argv[2], scheduler=cluster.scheduler_address, progress=kill)
-        print(s.rows, len(killed))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("what", ["live", "kill"])
-def test_a_cluster_gives_the_same_table_and_survives_a_worker(tmp_path: Path, what: str) -> None:
-    pytest.importorskip("distributed", reason="Dask is an optional extra")
-    line = command(tmp_path, CLUSTER, what, grid=GRID.replace("[h100_sxm]", "[h100_sxm, a100_sxm_80gb, rtx_4090]"))
-    alone = sweep(tmp_path / "grid.yaml", tmp_path / "alone.parquet")
-    run = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split()[-2:] == [str(alone.rows), "1" if what == "kill" else "0"]
-    assert (tmp_path / "t.parquet").read_bytes() == alone.target.read_bytes()
-
-
 GOOD = {
     "models": "[llama-3.1-8b, qwen3-8b]",
     "hardware": "h100",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,7 +37,8 @@ def lowered(engine: str, phase: str = "decode", batch: int = 1, seq: int = 512, 
 def compared(
     dense: Workload, *pruned: Workload, dense_s: float | None = None, level: float = 0.9
 ) -> tuple[SimpleNamespace, Any]:
-    columns, inferred = compare(batch_with(dense, pruned), H100, level, dense_s)
+    batch = WorkloadBatch.of([dense, *pruned])
+    columns, inferred = compare(replace(batch, dense=0 * batch.dense), H100, level, dense_s)
     return SimpleNamespace(**columns), inferred
 
 
