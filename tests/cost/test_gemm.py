@@ -34,7 +34,13 @@ def model_of(gpu: str, dtype: Any = np.float64) -> ReadyModel:
 
 
 @settings(max_examples=200, deadline=None)
-@given(m=sizes, n=widths, k=widths, gpu=st.sampled_from(GPUS), kernel=st.sampled_from(["dense", "sparse24", "unstructured", "block_sparse"]))
+@given(
+    m=sizes,
+    n=widths,
+    k=widths,
+    gpu=st.sampled_from(GPUS),
+    kernel=st.sampled_from(["dense", "sparse24", "unstructured", "block_sparse"]),
+)
 def test_never_beats_the_physics(m: int, n: int, k: int, gpu: str, kernel: str) -> None:
     hw = load_hardware(gpu)
     t = gemm_time(m, n, k, hw, kernel=kernel)
@@ -175,7 +181,10 @@ def test_neither_chunks_nor_other_kernels_show(size: int, kernels: int) -> None:
 
 def test_single_precision_is_enough() -> None:
     shapes = np.ceil(2.0 ** np.random.default_rng(0).uniform(0, 15, (3, 5000)))
-    exact, quick = analytical_time(*shapes, model_of("a100")), analytical_time(*shapes.astype(PRECISION), model_of("a100", PRECISION))
+    exact, quick = (
+        analytical_time(*shapes, model_of("a100")),
+        analytical_time(*shapes.astype(PRECISION), model_of("a100", PRECISION)),
+    )
     np.testing.assert_allclose(quick.total_us, exact.total_us, rtol=5e-6)
 
 

@@ -84,7 +84,9 @@ def test_rows_have_the_shape_that_was_asked_and_nothing_measured_finds_nothing()
 )
 def test_arrays_that_cannot_be_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        measured_shapes({name: a for name, a in (_arrays([(8, 64, 64), (16, 64, 64)]) | change).items() if a is not None})
+        measured_shapes(
+            {name: a for name, a in (_arrays([(8, 64, 64), (16, 64, 64)]) | change).items() if a is not None}
+        )
 
 
 def _records(**columns: Any) -> Records:
@@ -172,7 +174,15 @@ def test_gemm_time_takes_measured_shapes_and_marks_them() -> None:
 
 
 @pytest.mark.parametrize(
-    "other", [{"kernel": "sparse24"}, {"kernel": "block_sparse"}, {"cold": False}, {"copies": 3}, {"dtype": "fp16"}, {"weight_dtype": "int8"}]
+    "other",
+    [
+        {"kernel": "sparse24"},
+        {"kernel": "block_sparse"},
+        {"cold": False},
+        {"copies": 3},
+        {"dtype": "fp16"},
+        {"weight_dtype": "int8"},
+    ],
 )
 def test_other_kernels_formats_and_warm_weights_are_predicted(other: dict[str, Any]) -> None:
     hw, mine = _profile([(1, 4096, 4096)])
@@ -180,7 +190,9 @@ def test_other_kernels_formats_and_warm_weights_are_predicted(other: dict[str, A
     assert not t.details["measured"]
     if "dtype" not in other:
         assert t.seconds == gemm_time(1, 4096, 4096, hw, **other).seconds
-    assert gemm_time(1, 4096, 4096, mine, kernel="unstructured").details["measured"]  # zeros without structure run the dense kernel
+    assert gemm_time(1, 4096, 4096, mine, kernel="unstructured").details[
+        "measured"
+    ]  # zeros without structure run the dense kernel
 
 
 def test_long_columns_are_looked_up_chunk_by_chunk() -> None:

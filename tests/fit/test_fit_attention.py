@@ -131,7 +131,9 @@ def test_what_was_measured_cold_in_fp32_is_predicted_so(phase: str) -> None:
 def test_few_rows_keep_the_residual_only_where_it_helps() -> None:
     c = planted("decode", 40, 21, 0.15)  # noise that a residual could only learn by heart
     assert not fit_attention(c, "hopper").section.arrays
-    smooth = planted("decode", 40, 21, 0.0).seconds * np.where(c.calls.geometry.heads > c.calls.geometry.kv_heads, 1.6, 1.0)
+    smooth = planted("decode", 40, 21, 0.0).seconds * np.where(
+        c.calls.geometry.heads > c.calls.geometry.kv_heads, 1.6, 1.0
+    )
     assert fit_attention(replace(c, seconds=smooth), "hopper").section.arrays
 
 
@@ -220,7 +222,9 @@ def test_one_section_holds_kernels_of_widths_windows_and_caches_each_with_its_ow
 def test_a_term_of_sequences_goes_where_time_follows_the_work_units() -> None:
     truth = defaults("decode") | {"sequence_s": 1e-11, "units_per_sm": 1.0}
     c = timed(shapes("decode", 400, 41), truth)
-    by_units = np.where(c.calls.geometry.batch * c.calls.geometry.kv_heads > 264, 1.5, 1.0)  # a step of units that a term of sequences would take in
+    by_units = np.where(
+        c.calls.geometry.batch * c.calls.geometry.kv_heads > 264, 1.5, 1.0
+    )  # a step of units that a term of sequences would take in
     found = fit_attention(replace(c, seconds=c.seconds * by_units), "hopper").constants
     assert found.values["sequence_s"] < 1e-9
 

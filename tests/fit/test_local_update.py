@@ -1,4 +1,4 @@
-"""Local updates: what is planted is found, said, carried over to other operators, covered; what cannot be is refused."""
+"""Local updates: what is planted is found, reported, carried over to other operators, covered; bad rows are refused."""
 
 from __future__ import annotations
 

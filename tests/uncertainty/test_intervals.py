@@ -1,4 +1,4 @@
-"""Times and ratios with the host's uncertainty and a measured time: that they follow Bayes, and cover what is planted."""
+"""Times and ratios with an uncertain host and a measured time: that they follow Bayes, and cover what is planted."""
 
 from __future__ import annotations
 
@@ -105,7 +105,9 @@ def test_what_an_engine_says_of_whole_passes_widens_ratios(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(("engine", "phase", "batch"), CASES)
 @pytest.mark.parametrize("factor", [0.9, 0.97, 1.0, 1.1, 1.2])
-def test_a_measured_time_is_taken_over_and_narrows_intervals(engine: str, phase: str, batch: int, factor: float) -> None:
+def test_a_measured_time_is_taken_over_and_narrows_intervals(
+    engine: str, phase: str, batch: int, factor: float
+) -> None:
     dense = lowered(engine, phase, batch)
     pruned = [prune(dense, family, 0.5) for family in FAMILIES if family != "semi_structured"]
     before, none = compared(dense, *pruned)

@@ -1,5 +1,5 @@
-"""The accuracy protocol: splits, scores, baselines, held-out stacks; on planted shapes, and the targets on the tables that
-ship."""
+"""The accuracy protocol: splits, scores, baselines, held-out stacks; on planted shapes, and the targets on the tables
+that ship."""
 
 from __future__ import annotations
 
@@ -119,7 +119,10 @@ def test_weights_of_four_times_the_l2_are_asked_cold(data: GemmFit) -> None:
 def moved(data: GemmFit) -> list[dict[str, Any]]:
     """A stack whose launches take a microsecond more and whose kernels a tenth, predicted from one without."""
     other = Measured(replace(data, seconds=1.1 * data.seconds + 1e-6), HW)
-    return [{**r, "held_out": "h100 b"} for r in stacks.evaluate_held_out(Measured(data, HW).fit(), other, 0, sizes=(20, 100))]
+    return [
+        {**r, "held_out": "h100 b"}
+        for r in stacks.evaluate_held_out(Measured(data, HW).fit(), other, 0, sizes=(20, 100))
+    ]
 
 
 def test_a_held_out_stack_is_reached_by_some_of_its_rows(moved: list[dict[str, Any]]) -> None:
