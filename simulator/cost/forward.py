@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.arrays import BoolArray, FloatArray, IndexArray
-from simulator.cost import attention, collective, elementwise, experts, gemm
+from simulator.cost import attention, collective, elementwise, gemm
 from simulator.cost.base import BOTTLENECKS, Estimate, bottleneck
 from simulator.cost.gemm_shapes import Options
 from simulator.cost.host import Host, launches
@@ -109,6 +109,8 @@ def estimates(w: Workload, hw: HardwareProfile) -> Iterator[tuple[IndexArray, Es
             ),
         )
     for rows, dtype, weight in by_formats(w, Kind.EXPERTS):
+        from simulator.cost import experts  # most models have none
+
         sizes = w.m[rows], w.n[rows], w.k[rows], w.experts[rows], w.active[rows]
         yield rows, experts.experts(*sizes, hw, skew=w.skew[rows], dtype=dtype, weight_dtype=weight)
     for rows, dtype, _ in by_formats(w, Kind.ELEMENTWISE):

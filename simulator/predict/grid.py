@@ -24,7 +24,7 @@ from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.predict.prunings import Pruning
 from simulator.predict.scenario import MAX_TOKENS, PARALLEL, Scenario, check_fraction, once, profiles
-from simulator.pruning import FAMILIES, GENERAL, prune
+from simulator.pruning import FAMILIES, general_families, prune
 from simulator.pruning._methods import load_method
 from simulator.workload import DTYPES, PHASES
 
@@ -119,7 +119,7 @@ class _Family:
     def read(self, node: Node, key: str, problems: Problems) -> tuple[Pruning, ...]:
         if node.kind != "mapping":
             text = TextField((*FAMILIES, "all")).read(node, key, problems)
-            return tuple(Pruning(name) for name in (GENERAL if text == "all" else [text]) if name)
+            return tuple(Pruning(name) for name in (general_families() if text == "all" else [text]) if name)
         found = []
         for name, (key_node, value) in node.entries.items():
             family = TextField(tuple(FAMILIES)).read(key_node, join(key, name), problems)
@@ -204,7 +204,7 @@ class Grid:
     the schema of its file.
 
     >>> grid = Grid(("llama-3.1-8b",), ("h100_sxm", "a100"), (0.25, 0.5), ("decode",), (1, 8), (2048,))
-    >>> grid.size == 2 * 2 * 2 * len(GENERAL)
+    >>> grid.size == 2 * 2 * 2 * len(general_families())
     True
     """
 
@@ -230,7 +230,7 @@ class Grid:
     level: Annotated[float, NumberField(0.01, 0.999, "0.9")] = 0.9
 
     def __post_init__(self) -> None:
-        families = self.families or (() if self.methods else map(Pruning, GENERAL))
+        families = self.families or (() if self.methods else map(Pruning, general_families()))
         object.__setattr__(self, "families", once((*families, *map(Pruning.of_method, self.methods))))
         for name in AXES:
             if not getattr(self, name):

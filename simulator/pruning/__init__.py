@@ -7,11 +7,10 @@ number, halves up, unless a family documents another rule.
 
 from __future__ import annotations
 
-import importlib
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from types import MappingProxyType
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -23,16 +22,37 @@ from simulator.pruning._family import GROUPS, SUBLAYERS, WHOLE, Choice, Family, 
 from simulator.pruning._rows import layer_count, projections, weights
 from simulator.workload import ROLES, Applied, Part, Workload
 
-__all__ = ["FAMILIES", "GENERAL", "Family", "check_fraction", "prune"]
+__all__ = ["FAMILIES", "Family", "check_fraction", "general_families", "prune"]
 
 
-_MODULES = [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
-_FOUND: list[Family] = [importlib.import_module(f"{__name__}.{name}").FAMILY for name in _MODULES]
-FAMILIES: Mapping[str, Family] = MappingProxyType({f.name: f for f in sorted(_FOUND, key=lambda f: (f.order, f.name))})
+class _Families(Mapping[str, Family]):
+    """The modules of this package, each imported when its family is used."""
+
+    _modules = frozenset(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+    def __getitem__(self, name: str) -> Family:
+        if name not in self._modules:
+            raise KeyError(name)
+        family: Family = import_module(f"{__name__}.{name}").FAMILY
+        return family
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._modules, key=lambda name: (self[name].order, name)))
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+
+FAMILIES: Mapping[str, Family] = _Families()
 """Pruning families by name, in the order of tables."""
 
-GENERAL: tuple[str, ...] = tuple(name for name, family in FAMILIES.items() if not family.needs)
-"""Names of the families that apply to every model."""
+
+def general_families() -> tuple[str, ...]:
+    """Return the names of the families that apply to every model."""
+    return tuple(name for name, family in FAMILIES.items() if not family.needs)
 
 
 def prune(

@@ -26,7 +26,7 @@ from calibration.runners.decoder.routed import CacheCut, TokenRouting  # noqa: E
 from calibration.runners.decoder.run import Cache, Rule, State, decode, prefill, window_logits  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.models.config import Block, Latent  # noqa: E402
-from simulator.pruning import GENERAL  # noqa: E402
+from simulator.pruning import general_families  # noqa: E402
 from simulator.workload import ROLES, Kind  # noqa: E402
 
 
@@ -426,8 +426,8 @@ def test_families_compose(dense: Decoder) -> None:
 
 
 def test_every_family_of_the_simulator_is_here_and_nothing_removed_is_the_dense_decoder(dense: Decoder) -> None:
-    assert {*STATIC, *DYNAMIC} == set(GENERAL)
-    assert all(prune_decoder(dense, family, 0.0) is dense for family in GENERAL)
+    assert {*STATIC, *DYNAMIC} == set(general_families())
+    assert all(prune_decoder(dense, family, 0.0) is dense for family in general_families())
 
 
 @pytest.mark.parametrize("family", ["depth", "width", "width_cross", "low_rank"])
