@@ -327,7 +327,7 @@ CONSTANTS: Mapping[str, Mapping[str, Constant]] = MappingProxyType(_CONSTANTS)
 
 
 def add_constants(operator: str, constants: Mapping[str, Constant]) -> None:
-    """Add the constants of an operator whose cost model is defined elsewhere, before a profile with its section is read.
+    """Add the constants of an operator whose cost model is defined elsewhere, before profiles with it are read.
 
     ValueError for an operator that is known.
     """
