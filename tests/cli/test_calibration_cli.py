@@ -144,7 +144,7 @@ def test_where_pyarrow_is_missing_that_is_what_is_said(monkeypatch: pytest.Monke
 def test_anchor_moves_a_shipped_profile_and_says_what_the_rows_mean(cli: Any) -> None:
     table("r.parquet", 60, 1.15, load_hardware("h100"))
     out = cli.out("fit --anchor r.parquet -o p.yaml --hardware h100")
-    assert "Effects of this machine and its software from 42 rows" in out  # the others repeat one of them
+    assert "Effects of 42 rows from this machine" in out  # the others repeat one of them
     assert "GEMM arithmetic is" in out
     assert max(map(len, out.splitlines())) <= 100
     update = load_hardware("p.yaml").local_update
@@ -170,7 +170,7 @@ fit none.parquet -o p.yaml --hardware h100           | cannot be read
 fit f.parquet -o p.yaml --hardware h100              | 10 rows are too few
 fit r.parquet -o p.yaml --hardware h100 --dtype fp8  | nothing to fit
 validate h100                                        | expected a PROFILE and RECORDS, or --protocol
-validate h100 a100_sxm/gemm/nothing                  | no such file, folder or shipped measurement
+validate h100 a100_sxm/gemm/nothing                  | no file, folder or shipped measurement
 validate h100 r.parquet --html no/x.html             | does not exist
 validate h100 r.parquet --protocol                   | --protocol
 validate --protocol --table a10                      | did you mean
@@ -291,7 +291,7 @@ def test_a_cpu_measures_the_projections_of_its_own_decoder(monkeypatch: pytest.M
 def test_quick_anchors_on_rows_of_all_operators(planted: list[Any], cli: Any) -> None:
     options = "--for qwen2.5-0.5b --batch 1 --seq 128 --family width --sparsity 0.5"
     out = cli.out(f"calibrate cuda -o run --quick --budget 60s {options}")
-    assert "Effects of this machine and its software" in out
+    assert "rows from this machine and its software" in out
     profile, shipped = load_hardware("run/profile.yaml"), load_hardware("h100")
     assert set(profile.local_update.arrays["kind"].tolist()) == {0, 1, 2, 3}
     assert profile.section("gemm", "bf16")["t0"] == shipped.section("gemm", "bf16")["t0"]
