@@ -199,9 +199,10 @@ class WorkloadBatch:
         """First row of each kind of operator, latent attention apart, and the workloads that have some of it, be it in
         their dense one."""
         code, out = self.rows.kind.astype(np.int64) * 2 + (self.rows.value_dim > 0), []
-        for first in np.sort(np.unique(code, return_index=True)[1]).tolist():
-            has = np.bincount(self.owner[code == code[first]], minlength=len(self)) > 0
-            out.append((first, has | has[self.dense]))
+        for kind in np.flatnonzero(np.bincount(code)).tolist():
+            rows = np.flatnonzero(code == kind)
+            has = np.bincount(self.owner[rows], minlength=len(self)) > 0
+            out.append((int(rows[0]), has | has[self.dense]))
         return tuple(out)
 
     @cached_property

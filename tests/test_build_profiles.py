@@ -10,7 +10,7 @@ import pytest
 from operator_times import prefill_time
 
 import calibration.build_profiles as shipped
-from calibration.build_profiles import RECIPES, at_hand, built, main, make, rounded, tables_of
+from calibration.build_profiles import RECIPES, available, build, main, make, rounded, tables_of
 from calibration.fit.profile import ProfileFit
 from calibration.measurements import list_measurements
 from calibration.measurements.wheel import CHOICES, datasheet
@@ -38,14 +38,14 @@ def test_recipes_take_every_measurement_once_and_the_library_of_collectives_with
 
 @pytest.mark.quick
 def test_without_the_wheel_vllm_is_left_and_without_its_folder_the_rtx_4090() -> None:
-    left = {name for name, recipe in RECIPES.items() if not at_hand(recipe, None, None)}
+    left = {name for name, recipe in RECIPES.items() if not available(recipe, None, None)}
     assert left == {name for name in RECIPES if name.endswith(".vllm")}
     with pytest.raises(InputError, match=r"h100_sxm\.vllm: its tables do not ship; name the wheel"):
-        built("h100_sxm.vllm")
+        build("h100_sxm.vllm")
     with pytest.raises(InputError, match=r"rtx_4090\.vllm: its tables do not ship; name their folder"):
-        built("rtx_4090.vllm")
+        build("rtx_4090.vllm")
     with pytest.raises(InputError, match="stack file 'h100_sxm' is unknown"):
-        built("h100_sxm")
+        build("h100_sxm")
     rows = tables_of(RECIPES[NAME])
     formats = {"bf16", "int8_wo", "int4_wo", "fp16", "int8"}  # the last two are NCCL's
     assert set(rows.labels()) == formats | {"fp8_wo"}  # caches of latent attention
@@ -80,7 +80,7 @@ def test_what_needs_the_wheel_is_kept_as_it_is(tmp_path: Path, monkeypatch: pyte
     prefill, decode = ("attention_prefill", "bf16"), ("attention_decode", "bf16")
     before = {key: planted(key[0], 0.9) for key in (prefill, decode)}
     fit = ProfileFit(B200.calibrated({prefill: planted(prefill[0], 1.23)}), (), ("a note",))
-    monkeypatch.setattr(shipped, "built", lambda *_: fit)
+    monkeypatch.setattr(shipped, "build", lambda *_: fit)
     monkeypatch.setattr(shipped, "load_hardware", lambda _: replace(B200, stacks={"sglang": before}))
     lines = make("b200_sxm.sglang", tmp_path)
     assert "b200_sxm.sglang attention_decode bf16: kept as it is, its rows are in the wheel" in lines
@@ -140,7 +140,7 @@ ends depends on the rounding of a machine's linear algebra (0.7 % between two pr
 
 @pytest.mark.slow
 def test_the_shipped_profile_is_what_its_tables_give() -> None:
-    made, hw = built(NAME).profile, load_hardware("a100@trtllm")
+    made, hw = build(NAME).profile, load_hardware("a100@trtllm")
     for key, section in made.sections.items():
         assert hw.stacks["trtllm"][key].provenance == section.provenance
         for name, constant in hw.stacks["trtllm"][key].constants.items():

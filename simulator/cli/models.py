@@ -73,7 +73,7 @@ def show(
     workload = lower(model, phase="prefill", batch=batch, seq=seq)
     gemms = workload.take((workload.kind == Kind.GEMM) | (workload.kind == Kind.EXPERTS))
     total = float(workload.flops.sum())
-    rows: dict[tuple[Any, ...], dict[str, Any]] = {}  # layers of other shapes may share some
+    rows: dict[tuple[str | int, ...], dict[str, Any]] = {}  # layers of other shapes may share some
     for i in range(len(gemms)):
         shape = {"role": ROLES[gemms.role[i]], **{key: int(getattr(gemms, key)[i]) for key in ("m", "n", "k")}}
         row = rows.setdefault(tuple(shape.values()), {**shape, "count": 0.0, "flops": 0.0})

@@ -183,10 +183,10 @@ def _identity(
 def _formats(batch: WorkloadBatch) -> tuple[str, str]:
     """Number formats of the layers' weights (of routed experts where there are any: one may be theirs alone) and of
     the cache."""
-    rows = batch.rows.take(np.arange(batch.lengths[0]))
-    experts, gemm = rows.kind == Kind.EXPERTS, (rows.kind == Kind.GEMM) & (rows.layer >= 0)
-    weights, caches = rows.weight_dtype[experts if experts.any() else gemm], rows.weight_dtype[rows.is_attention]
-    dtype = rows.meta.dtype
+    rows, first = batch.rows, slice(int(batch.lengths[0]))
+    kind, formats, dtype = rows.kind[first], rows.weight_dtype[first], rows.meta.dtype
+    experts, gemm = kind == Kind.EXPERTS, (kind == Kind.GEMM) & (rows.layer[first] >= 0)
+    weights, caches = formats[experts if experts.any() else gemm], formats[rows.is_attention[first]]
     return DTYPES[weights[0]] if len(weights) else dtype, DTYPES[caches[0]] if len(caches) else dtype
 
 

@@ -160,6 +160,10 @@ class Labels:
     def __len__(self) -> int:
         return len(self.codes)
 
+    def tolist(self) -> list[str]:
+        """The texts, one per row, as a list."""
+        return [self.texts[code] for code in self.codes.tolist()]
+
     @property
     def values(self) -> NDArray[np.object_]:
         """The texts, one per row."""
@@ -211,7 +215,7 @@ class Results(Displayed):
     @cached_property
     def rows(self) -> tuple[Result, ...]:
         """The results as objects."""
-        lists = [known(self.columns[n]) if n in _OPTIONAL else plain(self.columns[n]).tolist() for n in COLUMNS]
+        lists = [known(self.columns[name]) if name in _OPTIONAL else self.columns[name].tolist() for name in COLUMNS]
         return tuple(Result(**dict(zip(COLUMNS, row))) for row in zip(*lists))
 
     def take(self, index: Any) -> Results:
@@ -262,9 +266,9 @@ def _joined(held: Sequence[Array | Labels]) -> Labels:
     return Labels(codes.astype(np.int32), tuple(text for column in labels for text in column.texts))
 
 
-def known(column: Array | Labels) -> list[Any]:
+def known(column: Array) -> list[Any]:
     """Values of a column, None where a number is missing."""
-    values: list[Any] = plain(column).tolist()
+    values: list[Any] = column.tolist()
     return [None if value != value else value for value in values]
 
 

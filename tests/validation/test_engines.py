@@ -11,7 +11,7 @@ import pytest
 
 from calibration.measurements import published
 from calibration.validation import engines, serving
-from calibration.validation.acceptance import SERVED
+from calibration.validation.acceptance import SERVING
 from calibration.validation.paper import figure_2
 from calibration.validation.published import MISS, Comparison
 from simulator.cli import run
@@ -65,14 +65,14 @@ def test_depth_in_eager_transformers_given_its_dense_time(found: Found) -> None:
 
 def test_serving_runs_of_a_model_left_out(found: Found) -> None:
     left_out = serving.leave_models_out()
-    for engine in SERVED:
+    for engine in SERVING:
         error = np.expm1(np.concatenate([x.logs for x in left_out if x.engine == engine]))
-        assert 100 * np.median(np.abs(error)) <= SERVED[engine]
+        assert 100 * np.median(np.abs(error)) <= SERVING[engine]
         assert np.mean([c.inside for c in found["serve"] if c.engine == engine]) >= 0.85
 
 
 def test_engines_hold_what_the_serving_runs_give() -> None:
-    for name in SERVED:
+    for name in SERVING:
         groups = [g for key, g in serving.groups().items() if key[0] == name]
         found, engine = serving.fit_hosts(name, groups), load_engine(name)
         assert engine.each_pass.value == pytest.approx(found.each_pass_s, rel=0.03, abs=2e-5)

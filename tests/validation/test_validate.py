@@ -122,7 +122,7 @@ def test_every_operator_is_compared_with_its_own_model() -> None:
     assert [p.operator for p in report.parts] == ["gemm_2to4", "attention_prefill", "attention_decode", "elementwise"]
     for part in report.parts:
         assert np.abs(part.error).max() < 1e-6, part.operator
-    assert dict(report.skipped) == {"launch_graph is no single operator of the model": 1}
+    assert dict(report.skipped) == {"launch_graph is not a single operator of the model": 1}
 
 
 @pytest.mark.quick
@@ -133,15 +133,15 @@ def test_nothing_to_validate_says_why() -> None:
         validate(hw, r)
     with pytest.raises(InputError, match="nothing to validate in fp16"):
         validate(hw, gemms(), dtype="fp16")
-    with pytest.raises(InputError, match="the time is no positive number"):
+    with pytest.raises(InputError, match="the time is not positive and finite"):
         validate(hw, Records.from_columns([SOURCE], m=8, n=64, k=64, seconds=[-1.0, np.nan]))
 
 
 def test_rows_a_profile_was_fitted_on_are_named_so() -> None:
     rows = gemms(factor=1.1, noise=0.02)
     profile = fit_profile(HW, rows).profile
-    assert validate(profile, rows).parts[0].seen
-    assert not validate(profile, gemms(seed=1)).parts[0].seen
+    assert validate(profile, rows).parts[0].in_fit
+    assert not validate(profile, gemms(seed=1)).parts[0].in_fit
 
 
 def test_a_fit_brings_planted_times_closer_and_keeps_what_was_held_out_apart() -> None:
@@ -157,7 +157,7 @@ def test_a_fit_brings_planted_times_closer_and_keeps_what_was_held_out_apart() -
 def test_throttled_rows_stay_out_and_flagged_ones_are_counted() -> None:
     fit = fit_profile(HW, gemms(noise=0.01, rows=200).replace(flags=np.repeat([2, 1, 0], [10, 5, 185])))
     assert fit.parts[0].rows == 190
-    assert any(note.startswith("10 rows were measured under throttling") for note in fit.notes)
+    assert any(note == "10 rows excluded: measured under throttling" for note in fit.notes)
     assert any(note.startswith("5 of 190 rows are flagged NOISY") for note in fit.notes)
 
 
@@ -171,7 +171,7 @@ def test_exact_shapes_stay_with_the_profile(tmp_path: Path) -> None:
 
 
 def test_too_few_rows_are_refused_by_name() -> None:
-    with pytest.raises(InputError, match=r"gemm bf16: 10 rows are too few, a fit needs 20"):
+    with pytest.raises(InputError, match=r"gemm bf16: 10 rows are too few; a fit needs 20"):
         fit_profile(HW, gemms(rows=10))
 
 
