@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from calibration.fit.core import shapes
 
 from calibration.cli import pages
 from calibration.fit.gemm import products

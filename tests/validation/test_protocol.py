@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from calibration.fit.core import Shapes, shapes
 
 from calibration.fit.attention import AttentionFit
 from calibration.fit.gemm import GemmFit, products
