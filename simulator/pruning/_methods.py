@@ -77,7 +77,7 @@ class Method(Displayed):
         some = list(self.layers(of))
         if sparsity * of >= len(some):
             expected = f"expected less than {len(some) / of:.3g}, as it prunes {len(some)} of {of} layers"
-            raise InputError(f"{self.name}: sparsity: {expected}, got {sparsity:g}")
+            raise InputError(f"{self.name} at sparsity {sparsity:g}: {expected}")
         table[some] = sparsity * of / len(some)
         return (table,)
 
@@ -103,7 +103,7 @@ def _pyramid(sparsity: float, w: Workload) -> tuple[Any, ...]:
     layers = layer_count(w)
     if sparsity >= 0.75:
         expected = "expected less than 0.75, as its first stage is dense"
-        raise InputError(f"pyramiddrop: sparsity: {expected}, got {sparsity:g}")
+        raise InputError(f"pyramiddrop at sparsity {sparsity:g}: {expected}")
     stage = 4 * np.arange(layers) // layers
     low, high = 0.0, 1.0
     for _ in range(60):  # the mean grows with r

@@ -17,7 +17,7 @@ def semi_structured(w: Workload, choice: Choice, *, ideal: bool) -> Pruned:
     wrong = choice.rows[projections(w) & (choice.rows > 0) & (choice.rows != 0.5)]
     if len(wrong):
         expected = "expected 0.5, as 2:4 removes half (0 keeps a projection dense)"
-        raise InputError(f"semi_structured: {expected}, got {wrong[0]:g}")
+        raise InputError(f"semi_structured at sparsity {wrong[0]:g}: {expected}")
     return zeroed(w, choice, Kernel.SPARSE24, "semi_structured")
 
 

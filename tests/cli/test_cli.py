@@ -47,7 +47,7 @@ speedup llama-3.1-8c --hardware h100                                 | did you m
 @ --method shortgtp                                                  | did you mean shortgpt
 @ --method shortgpt --family depth                                   | give no family or option with it
 @ --method shortgpt --option unit=mlp                                | give no family or option with it
-@ --method llm-pruner --sparsity 0.9                                 | prunes 26 of 32 layers, expected less than 0.812
+@ --method llm-pruner --sparsity 0.9                                 | less than 0.812, as it prunes 26 of 32 layers
 methods shortgtp                                                     | did you mean shortgpt
 explain llama-3.1-8b --hardware h100                                 | expected one family or method to explain
 explain llama-3.1-8b --hardware h100 --method flap                   | expected one to explain flap, such as 0.2

@@ -119,7 +119,7 @@ def test_pyramiddrop_halves_the_tokens_after_each_quarter() -> None:
             "llm-pruner",
             0.82,
             "decode",
-            r"llm-pruner: sparsity: expected less than 0.812, as it prunes 26 of 32 layers, got 0.82",
+            r"llm-pruner at sparsity 0.82: expected less than 0.812, as it prunes 26 of 32 layers",
         ),
         ("pyramiddrop", 0.8, "prefill", "expected less than 0.75, as its first stage is dense"),
         ("minference", 0.9, "decode", "minference: expected phase prefill, got decode"),

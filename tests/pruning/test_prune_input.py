@@ -123,7 +123,7 @@ def test_a_mapping_is_weighed_by_parameters() -> None:
         ("width_cross", {"mlp": 0.5}, {}, "family width_cross: expected one fraction, got a sparsity by projection"),
         ("width_cross", [0.5] * 6, {}, "family width_cross: expected one fraction, got a sparsity by layer"),
         ("width_cross", 0.5, {"residual_projections": 1}, "option residual_projections: expected true or false, got 1"),
-        ("semi_structured", 0.25, {}, "semi_structured: expected 0.5, as 2:4 removes half"),
+        ("semi_structured", 0.25, {}, "semi_structured at sparsity 0.25: expected 0.5, as 2:4 removes half"),
         ("semi_structured", {"downn": 0.5}, {}, "'downn' is unknown; did you mean down"),
         ("semi_structured", 0.5, {"n": 1}, "family semi_structured has no option 'n'; it has none"),
         ("unstructured", {"gate_up": 0.5}, {}, "sparsity of gate_up: this workload has no such projection; it has q,"),
