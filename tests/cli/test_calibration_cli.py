@@ -338,9 +338,9 @@ def test_the_host_alone_is_measured_and_moves_a_profile(planted: list[Any], cli:
 def test_a_cpus_host_may_be_a_gpus_and_another_gpus_may_not(planted: list[Any], cli: Any) -> None:
     planted.append(device(CPU, launch_s=8e-6))
     out, err = cli("calibrate host -o run --hardware h100")
-    assert "the host is Some CPU (4 threads), timed without a GPU" in err
+    assert "the host Some CPU (4 threads) was timed without a GPU" in err
     assert "before: 16.5 us" in out
-    assert "take --hardware h100_sxm" in cli.refused("calibrate host -o other --hardware a100")
+    assert "use --hardware h100_sxm" in cli.refused("calibrate host -o other --hardware a100")
     assert "--dtype bf16: not supported by cpu; supported: fp32" in cli.refused("calibrate host -o no --hardware cpu")
     assert "--for: DEVICE host" in cli.refused("calibrate host -o no --for qwen2.5-0.5b")
     assert not Path("no").exists()
