@@ -203,7 +203,7 @@ def test_calibrate_writes_a_whole_run(planted: list[Any], cli: Any) -> None:
     out, err = cli("calibrate cuda -o run --budget 40s")
     assert {"datasheet.yaml", "profile.yaml", "records.jsonl", "report.md"} <= {p.name for p in Path("run").iterdir()}
     assert list(Path("run").glob("report_gemm_bf16_*.png"))
-    assert "on shapes held out before the fit" in out
+    assert "on held-out shapes" in out
     assert "run/profile.yaml" in out
     assert "NVIDIA H100 80GB HBM3" in err
     profile = load_hardware("run/profile.yaml")
