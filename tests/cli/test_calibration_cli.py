@@ -158,7 +158,7 @@ def test_anchor_moves_a_shipped_profile_and_says_what_the_rows_mean(cli: Any) ->
     assert row["rows"] == 42
     assert row["operators"][0]["error_after"] < 0.5 * row["operators"][0]["error_before"]
     kept = Path("p.yaml").read_bytes()
-    assert "rows of another GPU" in cli.refused("fit --anchor r.parquet -o p.yaml --hardware a100")
+    assert "check that they are from this GPU" in cli.refused("fit --anchor r.parquet -o p.yaml --hardware a100")
     assert Path("p.yaml").read_bytes() == kept
 
 
