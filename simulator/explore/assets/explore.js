@@ -172,7 +172,7 @@
   async function header(file) {
     const first = await file.slice(0, 8).arrayBuffer();
     const length = first.byteLength === 8 ? Number(new DataView(first).getBigUint64(0, true)) : Infinity;
-    if (length > file.size - 8) throw `${file.name}: is no safetensors file: its header would not fit into it`;
+    if (length > file.size - 8) throw `${file.name}: is not a safetensors file: its header would not fit into it`;
     if (length > MOST_HEADER) throw `${file.name}: header of ${length} bytes; at most ${MOST_HEADER} are read`;
     return [decoded(await file.slice(8, 8 + length).arrayBuffer(), file.name), file.size - 8 - length];
   }
@@ -195,7 +195,7 @@
     complain(into, "");
     if (!files.length) return;
     try {
-      if (!some.length) throw `${files.length} files: expected one config.json, with the *.safetensors of its folder or without`;
+      if (!some.length) throw `${files.length} files: expected one config.json, with or without the *.safetensors of its folder`;
       const sent = [];
       for (const [file, path] of some) sent.push(await contents(file, path));
       if (sent.reduce((sum, one) => sum + one.text.length, 0) > 3 * MOST_HEADER) throw `headers of more than ${3 * MOST_HEADER} bytes`;
