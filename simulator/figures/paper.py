@@ -99,9 +99,7 @@ def _taxonomy(p: Paper) -> Made:
     from simulator.figures.taxonomy import taxonomy_figure
 
     if p.model.experts or p.model.latent:
-        raise NothingToDraw(
-            f"taxonomy: supports plain projections only; {p.model.name} has routed experts or latent attention"
-        )
+        raise NothingToDraw(f"taxonomy: needs plain projections; {p.model.name} has routed experts or latent attention")
     general = {name: FAMILIES[name] for name in general_families()}
     kept = np.full((len(general), len(OPERATORS), 3), np.nan)
     adds = list[str]()
