@@ -1,8 +1,8 @@
-"""The page as a Dash application, served on this machine only.
+"""Serve the page as a Dash application, on this machine only.
 
-Use :func:`make_app` for the application and :func:`server` for a server bound to 127.0.0.1. The page's state is its
-address: a change of a control changes the query (``assets/explore.js``), and one callback answers the query with all
-texts and figures but the map, which may take longer and has a callback of its own.
+Use :func:`make_app` for the application and :func:`server` for a server bound to 127.0.0.1. The address holds the
+page's state: a control changes the query (``assets/explore.js``), and one callback returns all texts and figures of a
+query, except the map, which may take longer and has a separate callback.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from simulator.explore.map_chart import map_chart
 from simulator.explore.markup import paragraphs, table_csv, texts
 from simulator.explore.page import own_label, own_options, page_html, wide_cards
 from simulator.explore.predictions import predictions
-from simulator.explore.questions import Dropped, Selection, refuse_others
+from simulator.explore.questions import Dropped, Selection, reject_others
 from simulator.explore.state import State, read_query, to_query
 
 HOST = "127.0.0.1"
-"""The only address that is listened on."""
+"""The only address on which the server listens."""
 
 MOST_REQUEST_BYTES = 40_000_000
-"""Largest request body: headers of a checkpoint and its index, as the page bounds them, in JSON."""
+"""Largest request body: headers of a checkpoint and its index, within the page's limits, in JSON."""
 
 POLICY = (
     "default-src 'none'; script-src 'self' {hashes}; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
     "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 )
-"""What the browser may load: nothing from elsewhere, and no script in the page but the line that starts Dash."""
+"""Content that the browser may load: nothing from other hosts, and no inline script except the start of Dash."""
 
 
 # -- the application ---------------------------------------------------------------------------------------------------
 
 
 def make_app(own: Sequence[str] = ()) -> Any:
-    """The Dash application, with paths of profiles that it may read; refused where Dash is not installed."""
+    """Return the Dash application; ``own`` are paths of profiles that it may read. It needs Dash."""
     try:
         import dash
     except ImportError:
@@ -89,8 +89,8 @@ def _guarded(response: Any, policy: str) -> Any:
 
 
 def _connect(app: Any, dash: Any) -> None:
-    """What carries questions and answers (all that is seen is in the page itself), and the callbacks between them: the
-    address comes in, figures and texts go out; the page asks for the map once it shows the rest."""
+    """Create the stores that carry requests and answers (all visible content is in the page itself), and the callbacks
+    between them: the address comes in, figures and texts go out; the page requests the map after the rest."""
     browser = {"begin": ("begun", "asked"), "show": ("answered", "shown")}
     browser |= {"showMap": ("map", "mapped"), "place": ("accepted", "placed")}
     server: dict[Any, tuple[str, str]] = {_answered: ("asked", "answered"), _mapped: ("wanted", "map")}
@@ -107,28 +107,28 @@ def _connect(app: Any, dash: Any) -> None:
     for answers, pair in server.items():
         app.callback(*data(*pair), prevent_initial_call=True)(answers)
     kinds = {answers: next(iter(get_type_hints(answers).values())) for answers in server}
-    refuse_others(app.server, {target: (source, kinds[answers]) for answers, (source, target) in server.items()})
+    reject_others(app.server, {target: (source, kinds[answers]) for answers, (source, target) in server.items()})
 
 
-def _answered(asked: Selection) -> dict[str, Any]:
-    state, problems = _read(asked["search"])
+def _answered(selection: Selection) -> dict[str, Any]:
+    state, problems = _read(selection["search"])
     return {
         "html": texts(state) | {"problems": paragraphs(problems)},
-        "figures": charts(state, PHONE if asked["narrow"] else WIDE),
+        "figures": charts(state, PHONE if selection["narrow"] else WIDE),
         "query": to_query(state),
         "own": own_options(state),
         "wide": wide_cards(state),
-        "asked": asked,
+        "asked": selection,
     }
 
 
-def _mapped(asked: Selection) -> dict[str, Any]:
-    state, _ = _read(asked["search"])
-    return {"figure": map_chart(state, PHONE if asked["narrow"] else WIDE), "asked": asked}
+def _mapped(selection: Selection) -> dict[str, Any]:
+    state, _ = _read(selection["search"])
+    return {"figure": map_chart(state, PHONE if selection["narrow"] else WIDE), "asked": selection}
 
 
 def _accepted(dropped: Dropped) -> dict[str, str]:
-    """What was dropped as a choice of the control that it was dropped on; a profile is always a GPU."""
+    """Return dropped files as a choice of the control that they were dropped on; a profile is always a GPU."""
     into = "pruned" if dropped["into"] == "pruned" else "model"
     try:
         kind, made = take([Sent(f["name"], f["text"], f["room"]) for f in dropped["files"]])
@@ -139,17 +139,16 @@ def _accepted(dropped: Dropped) -> dict[str, str]:
     return {"into": control, "token": made, "label": own_label(control, made), "replaces": name}
 
 
-def _csv(asked: Selection) -> dict[str, Any]:
-    state, _ = _read(asked["search"])
+def _csv(selection: Selection) -> dict[str, Any]:
+    state, _ = _read(selection["search"])
     content = table_csv(predictions(state).results)
     return {"content": content, "filename": "prunesim.csv", "type": "text/csv", "base64": False}
 
 
 def server(port: int, own: Sequence[str] = ()) -> Any:
-    """A server of the page on 127.0.0.1, not started yet; port 0 takes a free one (``server.port``). ``own`` are paths
-    of profiles that it may read.
+    """Return a server of the page on 127.0.0.1, not started; port 0 takes a free port (``server.port``).
 
-    Refused where Dash is not installed, the port is no port, or it is taken.
+    ``own`` are paths of profiles that it may read. InputError if the port is invalid or taken. It needs Dash.
     """
     if not 0 <= port <= 65535:
         raise InputError(f"port {port}: expected a whole number from 0 to 65535")
@@ -164,7 +163,7 @@ def server(port: int, own: Sequence[str] = ()) -> Any:
 
 
 def _listening(port: int) -> socket.socket:
-    """A socket on the port. The server's own way would print, exit, and ask the network for this machine's name."""
+    """Open a socket on the port. Werkzeug would print, exit, and look up this machine's name on the network."""
     listening = socket.socket()
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -178,14 +177,14 @@ def _listening(port: int) -> socket.socket:
 
 
 def _own(hosts: set[str]) -> Any:
-    """Refuse what comes under another name or from another page: a site cannot reach this server, not even by renaming
-    itself."""
+    """Reject a request under another host name or from another page: no site can reach this server, not even by a name
+    that resolves to it."""
     from flask import request
 
     headers = request.headers
     origin = headers.get("Origin")
     own = headers.get("Sec-Fetch-Site", "none") in ("none", "same-origin")
-    followed = headers.get("Sec-Fetch-Dest") == "document"  # a link may
+    followed = headers.get("Sec-Fetch-Dest") == "document"  # a link is allowed
     if request.host in hosts and (own or followed) and (origin is None or origin.removeprefix("http://") in hosts):
         return None
-    return "this server answers its own page on 127.0.0.1 only", 403
+    return "only the page on 127.0.0.1 may use this server", 403

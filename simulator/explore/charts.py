@@ -1,4 +1,4 @@
-"""The figures of a state but the map: speedup over sparsity, the loss waterfall and the roofline, a panel a GPU.
+"""Draw the figures of a state except the map: speedup over sparsity, loss waterfall and roofline, a panel per GPU.
 
 Use :func:`charts`; the crossover map, which may take longer, is in ``map_chart``.
 """
@@ -51,14 +51,14 @@ CARDS = {
     "waterfall": "Loss waterfall",
     "crossover": "Crossover map",
 }
-"""Figures by name, with their titles."""
+"""Titles of the figures by name."""
 
 
 def charts(state: State, most: int) -> dict[str, Chart]:
-    """The figures of a state but the map, at most ``most`` panels in a row."""
+    """Draw the figures of a state except the map, with at most ``most`` panels per row."""
     found = predictions(state)
     about = state.explained if (pruned := state.load_pruned()) is None else pruned.name
-    why = found.refused or next((n for n in found.notes if n.startswith((state.explained, about))), "nothing to draw")
+    why = found.problem or next((n for n in found.notes if n.startswith((state.explained, about))), "nothing to draw")
     results, details = found.table, found.details
     speedups = (results, found.existing, state.explained, state.at, most)
     return {
@@ -71,10 +71,10 @@ def charts(state: State, most: int) -> dict[str, Chart]:
 # -- speedup over sparsity ---------------------------------------------------------------------------------------------
 
 OF_EXISTING = Style(BLACK, "*")
-"""How the existing pruned model is drawn."""
+"""Style of the existing pruned model."""
 
 MOST_BANDS = 6
-"""Families that are drawn with their interval each; of more, the one in detail alone."""
+"""Maximum number of families with an interval band each; of more families, only the one in detail has a band."""
 
 # fmt: off
 BOUNDS = (
@@ -83,23 +83,22 @@ BOUNDS = (
 )
 # fmt: on
 
-
-X_TITLE = "sparsity requested (%)"
+X_TITLE = "requested sparsity (%)"
 """Title of the x axis; the sparsity of an existing pruned model is the share of parameters removed."""
 
 
 def _name(r: Result) -> str:
-    """What a curve or a point is called, short enough for a legend on a phone."""
+    """Return the name of a curve or point, short enough for a legend on a phone."""
     return escape(one_line(r.pruned, 24), quote=False) if r.pruned else label(r.family)
 
 
 _ALONE = {"dot": "line-ew-open", "dashdot": "line-ne-open", "dash": "line-nw-open"}
-"""Markers where a line would have one point."""
+"""Markers of bounds at a single point."""
 
 
 def speedup_chart(results: Sequence[Result], existing: Sequence[Result], detail: str, at: float, most: int) -> Chart:
-    """A curve a family with its interval over the requested sparsity, the existing pruned model where it is, the
-    bounds of what is in detail, and a line at its sparsity."""
+    """Draw a curve with its interval per family over the requested sparsity, the existing pruned model as a point, the
+    bounds of the model in detail, and a line at its sparsity."""
     gpus, families = once(r.hardware for r in results), in_order(r.family for r in results)
     of_detail = existing if detail == EXISTING else [r for r in results if r.family == detail]
     of_whom = "pruned model" if detail == EXISTING else label(detail)
@@ -115,7 +114,7 @@ def speedup_chart(results: Sequence[Result], existing: Sequence[Result], detail:
     data: list[Dict] = []
     shapes: list[Dict] = []
     for panel, gpu in enumerate(gpus):
-        for family in sorted(families, key=lambda name: name == detail):  # the one in detail on top
+        for family in sorted(families, key=lambda name: name == detail):  # the family in detail on top
             own = sorted((r for r in results if r.hardware == gpu and r.family == family), key=lambda r: r.sparsity)
             if not own:
                 continue
@@ -131,7 +130,7 @@ def speedup_chart(results: Sequence[Result], existing: Sequence[Result], detail:
         shapes.append(rule(panel, "y", 1, SOFT, 1, layer="below"))
         shapes.append(rule(panel, "x", 100 * at, "#c3cad4", 1.5, layer="below"))
     named: set[str] = set()
-    for trace in data:  # the legend names each curve once, whatever the number of panels
+    for trace in data:  # the legend names each curve once
         if "name" in trace:
             trace["showlegend"] = trace["name"] not in named
             named.add(trace["name"])
@@ -139,7 +138,7 @@ def speedup_chart(results: Sequence[Result], existing: Sequence[Result], detail:
 
 
 def _band(own: Sequence[Result], panel: int, opacity: float) -> list[Dict]:
-    """The interval of one family on one GPU, where there is more than one point."""
+    """Return the interval band of one family on one GPU; nothing for a single point."""
     at, name = [100 * r.sparsity for r in own], own[0].family
     edge = [r.speedup_upper for r in own] + [r.speedup_lower for r in reversed(own)]
     style: Dict = {"fill": "toself", "line": {"width": 0}, "fillcolor": faded(style_of(name).color, opacity)}
@@ -160,7 +159,7 @@ def _bounds(own: Sequence[Result], name: str, panel: int) -> list[Dict]:
 
 
 def _curve(own: Sequence[Result], panel: int, detail: bool, rank: int) -> Dict:
-    """Points of one family on one GPU, joined; a single one with its interval."""
+    """Return the points of one family on one GPU, joined; a single point has its interval."""
     name = _name(own[0])
     style = OF_EXISTING if own[0].pruned else style_of(own[0].family)
     ends: Dict = {"type": "data", "symmetric": False, "color": style.color, "thickness": 1.2, "width": 4}
@@ -175,7 +174,7 @@ def _curve(own: Sequence[Result], panel: int, detail: bool, rank: int) -> Dict:
 
 
 def _hover(r: Result) -> str:
-    """Hover text of a point."""
+    """Return the hover text of a point."""
     rounded = f"{percent(r.sparsity)} requested, {percent(r.realised_sparsity)} realised"
     removed = f"{percent(r.sparsity)} of the parameters removed ({r.family})" if r.pruned else rounded
     return (
@@ -187,12 +186,12 @@ def _hover(r: Result) -> str:
 
 # -- the loss waterfall ------------------------------------------------------------------------------------------------
 
-PROMISE = "#9aa5b1"
+NOMINAL = "#9aa5b1"
 
 
 def waterfall_chart(details: Sequence[Explanation], versus: Sequence[Explanation], most: int) -> Chart:
-    """From the promise 1 / (1 - s) down to the prediction; losses are full bars, gains hatched ones, so that they
-    differ without colour. Those in another engine stand beside those of their GPU."""
+    """Draw the steps from the nominal speedup 1 / (1 - s) to the prediction. Losses are solid bars, gains hatched bars:
+    they differ without colour. The waterfall of a second engine follows that of the same GPU."""
     gpus = once(e.result.hardware for e in details)
     details = sorted((*details, *versus), key=lambda e: gpus.index(e.result.hardware)) if versus else details
     panels = [steps_of(e, e.result.hardware + (f", {e.result.engine}" if versus else "")) for e in details]
@@ -207,13 +206,13 @@ def waterfall_chart(details: Sequence[Explanation], versus: Sequence[Explanation
 
 
 def _bars(steps: Steps, e: Explanation, panel: int) -> list[Dict]:
-    """Bars with lines from one to the next, factors beside them, and the interval of the last one."""
+    """Return bars, lines that connect them, factors next to them, and the interval of the last bar."""
     reached = steps.reached.tolist()
     last, predicted = len(reached), reached[-1]
     begins, ends = [1.0, *reached[:-1], 1.0], [*reached, predicted]
     factors = [None, *steps.factors, None]
     lengths = [0.0 if f and abs(f - 1) <= NEGLIGIBLE else b - a for a, b, f in zip(begins, ends, factors)]
-    colors = [PROMISE, *(GREEN if f > 1 else VERMILLION for f in steps.factors), BLUE]
+    colors = [NOMINAL, *(GREEN if f > 1 else VERMILLION for f in steps.factors), BLUE]
     labels = [f" ×{f:.2f}" if abs(f - 1) >= 0.005 else "" for f in steps.factors]
     hover = [f"<b>{s.name}</b>: x{s.factor:.3f} to {s.speedup:.3f}<br>{s.note}" for s in e.steps]
     hover.append(f"<b>predicted</b> {predicted:.3f} ({steps.lower:.3f} to {steps.upper:.3f})")
@@ -226,14 +225,14 @@ def _bars(steps: Steps, e: Explanation, panel: int) -> list[Dict]:
     bars["marker"] = {"color": colors, "line": {"width": 1, "color": colors}, "pattern": hatch}
     bars |= {"hovertext": hover, "hovertemplate": "%{hovertext}<extra></extra>", **on_axes(panel)}
     edge = [*map(max, begins[:-1], ends[:-1]), max(1.0, predicted, steps.upper)]
-    beside: Dict = {"textposition": "middle right", "textfont": {"size": SMALL, "color": INK}, "cliponaxis": False}
-    beside["text"] = [f" {steps.nominal:.2f}×", *labels, f" {predicted:.2f}×"]
+    numbers: Dict = {"textposition": "middle right", "textfont": {"size": SMALL, "color": INK}, "cliponaxis": False}
+    numbers["text"] = [f" {steps.nominal:.2f}×", *labels, f" {predicted:.2f}×"]
     cap: Dict = {"symbol": "line-ns-open", "size": 9, "color": INK}
     ends_of: Dict = {"line": {"color": INK, "width": 1.6}, "marker": cap}
     return [
         scatter(panel, "lines", *zip(*joints), line={"color": SOFT, "width": 0.8}, hoverinfo="skip"),
         bars,
-        scatter(panel, "text", edge, range(last + 1), **beside, hoverinfo="skip"),
+        scatter(panel, "text", edge, range(last + 1), **numbers, hoverinfo="skip"),
         scatter(panel, "lines+markers", [steps.lower, steps.upper], [last, last], **ends_of, hoverinfo="skip"),
     ]
 
@@ -244,8 +243,8 @@ DENSE, PRUNED, ROOF, HIGHEST = "dense (hollow)", "pruned (filled)", "datasheet r
 
 
 def roofline_chart(details: Sequence[Explanation], most: int) -> Chart:
-    """The dense model's GEMMs hollow, the pruned one's filled, a line from where each was to where it went; those that
-    coincide in every panel share a marker and a name."""
+    """Draw the GEMMs of the dense model (hollow) and of the pruned model (filled), joined by lines. GEMMs that coincide
+    in every panel share a marker and a name."""
     roofs = [roof_of(e, e.result.hardware) for e in details]
     groups = merged(roofs)
     looks = {title: (color, MARKERS[mark]) for title, (color, mark) in zip(groups, CYCLE * len(groups))}
@@ -254,7 +253,7 @@ def roofline_chart(details: Sequence[Explanation], most: int) -> Chart:
     frame = PanelGrid([r.title for r in roofs], most, 200, bottom=room, across=0.06, left=58)
     data, x, y = [], [], []
     for panel, roof in enumerate(roofs):
-        low, high, bottom, top = roof.bottlenecks(2.2)
+        low, high, bottom, top = roof.ranges(2.2)
         x.append(log_axis(low, high, 5))
         y.append({**log_axis(bottom, top, 6), "showticklabels": True})
         data += _roof(roof, panel, low, high, top / (top / bottom) ** 0.03) + _points(roof, panel, groups, looks)
@@ -268,7 +267,7 @@ def roofline_chart(details: Sequence[Explanation], most: int) -> Chart:
 
 
 def _roof(roof: Roof, panel: int, low: float, high: float, top: float) -> list[Dict]:
-    """The roof, with its peaks written in the corner above it, where no GEMM can be."""
+    """Return the roof, with its peaks written in the corner above it, where no GEMM can be."""
     labels = f"{rate(roof.peak_flop_per_s, 'FLOP/s')}, {rate(roof.bandwidth_bytes_per_s, 'B/s')}"
     hover: Dict = {"hovertemplate": f"datasheet: {labels}<extra></extra>", "legendgroup": "roof", "legendrank": 3000}
     line: Dict = {"line": {"color": INK, "width": 1.6}, "name": ROOF, "showlegend": panel == 0}
@@ -281,7 +280,7 @@ def _roof(roof: Roof, panel: int, low: float, high: float, top: float) -> list[D
 
 
 def _highest(roof: Roof, panel: int, low: float, high: float, named: bool) -> Dict:
-    """The roof at the highest clock, which no GEMM passes."""
+    """Return the roof at the highest clock, which no GEMM exceeds."""
     x, y = roof.bend(low, high, roof.headroom)
     line: Dict = {"line": {"color": INK, "width": 1, "dash": "dash"}, "name": HIGHEST, "showlegend": named}
     return scatter(
@@ -292,19 +291,19 @@ def _highest(roof: Roof, panel: int, low: float, high: float, named: bool) -> Di
 def _points(
     roof: Roof, panel: int, groups: dict[str, tuple[str, ...]], looks: dict[str, tuple[str, str]]
 ) -> list[Dict]:
-    """All GEMMs of a panel as three traces: lines, hollow markers, filled ones."""
+    """Return all GEMMs of a panel as three traces: lines, hollow markers, filled markers."""
     at, achieved, pruned = (column.tolist() for column in roof.columns())
     places = list(zip(at, (v / 1e12 for v in achieved)))
     points = list(drawn(roof, groups))
     lines: list[Any] = [p for _, i, j in points if j is not None for p in (places[j], places[i], (None, None))]
     thin = {"line": {"color": SOFT, "width": 1}}
     out = [scatter(panel, "lines", [p[0] for p in lines], [p[1] for p in lines], **thin, **QUIET)]
-    for kind, what in ((False, "dense"), (True, "pruned")):
+    for kind, model in ((False, "dense"), (True, "pruned")):
         own = [(title, *places[i], *looks[title]) for title, i, _ in points if pruned[i] == kind]
         _, x, y, colors, symbols = zip(*own) if own else [()] * 5
         marker: Dict = {"symbol": list(symbols), "size": 9, "line": {"color": list(colors), "width": 1.6}}
         marker["color"] = list(colors) if kind else PAPER
-        hover = [f"<b>{title}</b>, {what}<br>{u:.4g} FLOP/byte, {v:.4g} TFLOP/s" for title, u, v, _, _ in own]
-        named: Dict = {"name": what, "text": hover, "hovertemplate": "%{text}<extra></extra>", "showlegend": False}
+        hover = [f"<b>{title}</b>, {model}<br>{u:.4g} FLOP/byte, {v:.4g} TFLOP/s" for title, u, v, _, _ in own]
+        named: Dict = {"name": model, "text": hover, "hovertemplate": "%{text}<extra></extra>", "showlegend": False}
         out.append(scatter(panel, "markers", x, y, marker=marker, **named))
     return out

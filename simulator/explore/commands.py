@@ -1,6 +1,6 @@
-"""The command lines that give the same numbers as the page.
+"""Build the command lines that print the page's numbers.
 
-Use :func:`commands`; each is a list of arguments, so that a test can run it and a shell line is made by quoting.
+Use :func:`commands`. A command is a list of arguments: a test can run it, and quoting makes it a shell line.
 """
 
 from __future__ import annotations
@@ -19,44 +19,44 @@ from simulator.figures.paper import BATCHES, LENGTHS
 
 @dataclass(frozen=True)
 class Command:
-    """One command line and what it prints."""
+    """One command line and the name of the numbers that it prints."""
 
     gives: str
     arguments: tuple[str, ...]
 
     @property
     def line(self) -> str:
-        """The command as a shell takes it."""
+        """The command as a shell line."""
         return shlex.join(("prunesim", *self.arguments))
 
 
 def commands(state: State, found: Predictions) -> tuple[Command, ...]:
-    """What to type for the numbers of the page; nothing where there are none.
+    """Return the commands that print the page's numbers; none if there is no table.
 
     >>> from simulator.explore.predictions import predictions
     >>> state = State(families=("depth",), sparsities=(0.25,), detail="depth", at=0.25)
     >>> commands(state, predictions(state))[1].line[:73]
     'prunesim explain llama-3.1-8b --hardware h100_sxm --family depth --sparsi'
     """
-    if found.refused:
+    if found.problem:
         return ()
-    able = _gpus(state, {gpu.label for gpu in found.gpus})
-    every = _line("speedup", state, able, state.drawn, state.fractions)
+    supported = _gpus(state, {gpu.label for gpu in found.gpus})
+    every = _line("speedup", state, supported, state.drawn, state.fractions)
     known = ("--dense-time", f"{state.dense_text}ms") if state.dense_ms is not None else ()
     used = known if state.scenario.dense_s is not None else ()
     out = {"curves and table": every + used}
     pruned = ("--pruned", _typed(state.pruned)) if state.pruned else ()
     if found.existing:
-        out["pruned model"] = _line("speedup", state, able) + pruned + used
-    what, more = ((), pruned) if state.explained == EXISTING else ((state.explained, state.at), ())
+        out["pruned model"] = _line("speedup", state, supported) + pruned + used
+    selected, more = ((), pruned) if state.explained == EXISTING else ((state.explained, state.at), ())
     if found.details:
         gpus = _gpus(state, {e.result.hardware for e in found.details})
-        out["waterfall and roofline"] = _line("explain", state, gpus, *what) + more + used
+        out["waterfall and roofline"] = _line("explain", state, gpus, *selected) + more + used
     if found.versus:
-        beside = replace(state, engine=state.versus)
+        other = replace(state, engine=state.versus)
         gpus = _gpus(state, {e.result.hardware for e in found.versus})
-        out[f"waterfall in {found.versus[0].result.engine}"] = _line("explain", beside, gpus, *what) + more
-    out["map"] = _line("speedup", state, able, state.drawn, state.at, BATCHES, LENGTHS)
+        out[f"waterfall in {found.versus[0].result.engine}"] = _line("explain", other, gpus, *selected) + more
+    out["map"] = _line("speedup", state, supported, state.drawn, state.at, BATCHES, LENGTHS)
     every_gpu = [_typed(gpu) for gpu in state.gpus]
     report = _line("report", state, every_gpu, state.families, state.sparsities) + pruned + known
     report += ("--versus", state.versus) if state.versus else ()
@@ -65,19 +65,19 @@ def commands(state: State, found: Predictions) -> tuple[Command, ...]:
 
 
 def _gpus(state: State, labels: Collection[str]) -> list[str]:
-    """GPUs of a state with some labels as a person types them."""
+    """Return the GPUs of a state with one of the labels, as the command line takes them."""
     return [_typed(gpu) for gpu, profile in zip(state.gpus, state.profiles) if profile.label in labels]
 
 
 def _typed(value: str) -> str:
-    """A model or device as a person types it; a dropped file is where the command is run."""
+    """Return a model or device as the command line takes it; a dropped file is expected in the current folder."""
     return path_of(value) if value.startswith(PREFIX) else value
 
 
 def _line(
     command: str, state: State, gpus: Any, family: Any = None, sparsity: Any = None, batch: Any = None, seq: Any = None
 ) -> tuple[str, ...]:
-    """Arguments of a command; what is the command's own default is left out."""
+    """Return the arguments of a command; defaults of the command are omitted."""
     values: dict[str, Any] = {"--hardware": gpus}
     values |= {"--family": family, "--sparsity": sparsity} if family is not None else {}
     values["--phase"] = state.phase

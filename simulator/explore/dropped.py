@@ -1,9 +1,8 @@
-"""What is dropped on the page, as tokens that fit in a URL: a config.json, a checkpoint by its headers, a hardware
-profile.
+"""Encode dropped files as tokens that fit in a URL: a config.json, the headers of a checkpoint, or a hardware profile.
 
-Use :func:`take` for the files of a drop, :func:`read_token` and :func:`read_profile` for a token. Of a configuration a
-token holds the keys that the shapes follow from, of a checkpoint names and shapes of its tensors beside, of a profile
-its text; what comes out of it is checked like any other file.
+Use :func:`take` for the files of a drop, :func:`read_token` and :func:`read_profile` for a token. A token holds the
+keys of a configuration that determine the shapes, for a checkpoint also the names and shapes of its tensors, and for a
+profile its text. Decoded content is checked like any other file.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ from simulator.models.headers import MAX_TENSORS, Tensor, check_there, checked, 
 from simulator.models.huggingface import MAX_FILE_BYTES, from_file, parse_config
 
 PREFIX = "dropped:"
-"""What a token begins with; no model's or device's name does."""
+"""Prefix of a token; no name of a model or device has it."""
 
 MOST_TOKEN = 6000
-"""Longest token, characters: browsers and proxies cut addresses of more than about 8000."""
+"""Maximum length of a token, characters: browsers and proxies cut addresses above about 8000."""
 
 _MOST_JSON = 200_000
 
@@ -39,20 +38,20 @@ _NUMBER = re.compile(r"(?<=\.)(?:0|[1-9]\d{0,2})(?=\.)")
 _INDEX = ".safetensors.index.json"
 
 Rows = Sequence[Sequence[Any]]
-"""Tensors of a checkpoint in short: pattern of their names, dtype, shape, and runs of the numbers in the pattern."""
+"""Tensors of a checkpoint in short form: name pattern, dtype, shape, and runs of the numbers in the pattern."""
 
 
 @dataclass(frozen=True)
 class Sent:
-    """A file as the page sends it: its text, or of a ``*.safetensors`` its header and how many bytes follow."""
+    """A file as the page sends it: its text, or the header of a ``*.safetensors`` and the number of bytes after it."""
 
-    name: str  # with the folder that was dropped, if one was
+    name: str  # with the name of the dropped folder, if any
     text: str
     room: int = 0
 
 
 class _Noted(Mapping[str, Any]):
-    """A configuration that notes which of its keys are looked at, be it whether they are there."""
+    """A configuration that records which of its keys are read."""
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         self.data = data
@@ -73,11 +72,11 @@ class _Noted(Mapping[str, Any]):
 
 
 def take(files: Sequence[Sent]) -> tuple[str, str]:
-    """What the files of one drop are, "gpu" or "model", and their token; InputError, one line, for what is neither.
+    """Return the kind of the files of one drop, "gpu" or "model", and their token; InputError, one line, for others.
 
     >>> take([Sent("model.safetensors", "{}")])
     Traceback (most recent call last):
-    simulator.errors.InputError: model.safetensors: expected the config.json of its folder beside it
+    simulator.errors.InputError: model.safetensors: expected the config.json of its folder too
     """
     first = _file_name(files[0].name) if files else "nothing"
     if len(files) == 1 and first.lower().endswith((".yaml", ".yml")):
@@ -88,8 +87,8 @@ def take(files: Sequence[Sent]) -> tuple[str, str]:
     if len(others) > 1:
         others = [f for f in others if _file_name(f.name) == "config.json"]
     if len(others) != 1:
-        alone = f"{first}: expected the config.json of its folder beside it"
-        right = "expected one config.json, with the *.safetensors of its folder or without"
+        alone = f"{first}: expected the config.json of its folder too"
+        right = "expected one config.json, with or without the *.safetensors of its folder"
         raise InputError(alone if len(files) == 1 else f"{len(files)} files: {right}")
     (config,) = others
     if not tensors and not index:
@@ -104,10 +103,10 @@ def take(files: Sequence[Sent]) -> tuple[str, str]:
 
 
 def token(text: str, file: str, tensors: Mapping[str, Tensor] | None = None) -> str:
-    """The token of a config.json: ``text`` is what the file holds, ``file`` its name; of folders before it the last is
-    kept where ``tensors``, those of its checkpoint, are given.
+    """Return the token of a config.json with content ``text`` and name ``file``; if the ``tensors`` of its checkpoint
+    are given, the token holds the name of the folder instead.
 
-    InputError, one line that starts with the file's name: too large, no JSON, bad fields, or too much for an address.
+    InputError, one line that starts with the file's name: too large, not JSON, invalid fields, or too long a token.
 
     >>> tiny = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}
     >>> tiny |= {"num_attention_heads": 2, "vocab_size": 10, "torch_dtype": "bfloat16"}
@@ -130,7 +129,7 @@ def token(text: str, file: str, tensors: Mapping[str, Tensor] | None = None) -> 
 
 
 def profile_token(text: str, file: str) -> str:
-    """The token of a hardware profile without arrays."""
+    """Return the token of a hardware profile without arrays."""
     if len(text.encode("utf-8", "replace")) > MAX_FILE_BYTES:
         raise InputError(f"{file}: larger than {MAX_FILE_BYTES} bytes; expected a hardware profile")
     text = text.removeprefix("\ufeff")
@@ -142,18 +141,16 @@ def _file_name(path: str) -> str:
     return one_line(PurePosixPath(path.replace("\\", "/")).name, 100) or "config.json"
 
 
-def _packed(content: Mapping[str, Any], file: str, what: str) -> str:
+def _packed(content: Mapping[str, Any], file: str, part: str) -> str:
     packed = zlib.compress(json.dumps(content, separators=(",", ":")).encode(), 9)
     out = PREFIX + base64.urlsafe_b64encode(packed).decode().rstrip("=")
     if len(out) > MOST_TOKEN:
-        raise InputError(
-            f"{file}: its {what} take {len(out)} characters, more than the {MOST_TOKEN} that an address can carry"
-        )
+        raise InputError(f"{file}: its {part} need {len(out)} characters, but an address holds at most {MOST_TOKEN}")
     return out
 
 
 def _short(tensors: Mapping[str, Tensor]) -> Rows:
-    """Tensors in short: those alike but for up to two numbers in their names are one row."""
+    """Return tensors in short form: tensors that differ in at most two numbers of their names share a row."""
     groups: dict[Any, dict[int, list[int]]] = {}
     for name, tensor in tensors.items():
         numbers = [int(n) for n in _NUMBER.findall(name)[:2]]
@@ -173,7 +170,7 @@ def _short(tensors: Mapping[str, Tensor]) -> Rows:
 
 
 def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """First and last of the runs of sorted numbers.
+    """Return the first and last number of each run of sorted numbers.
 
     >>> _runs([0, 4, 5, 6])
     [(0, 0), (4, 6)]
@@ -182,13 +179,13 @@ def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
     return [(run[0][1], run[-1][1]) for run in groups]
 
 
-# -- tokens to what they hold ------------------------------------------------------------------------------------------
+# -- tokens to content -------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=32)
 def read_token(text: str) -> tuple[str, ModelConfig]:
-    """The file name (of a checkpoint the folder's, "." where it is not known) and the model of a token; refuses what
-    :func:`token` did not make.
+    """Return the file name of a token (of a checkpoint its folder's, "." if unknown) and its model; InputError for a
+    token that :func:`token` did not make.
 
     >>> read_token("dropped:x")
     Traceback (most recent call last):
@@ -204,7 +201,7 @@ def read_token(text: str) -> tuple[str, ModelConfig]:
 
 @lru_cache(maxsize=32)
 def read_profile(text: str) -> tuple[str, HardwareProfile]:
-    """The file name and the profile of a token."""
+    """Return the file name and the profile of a token."""
     broken = InputError(f"GPU {one_line(text, 40)!r}: not a dropped profile that can be read")
     content = _content(text, broken)
     name, profile = content.get("file"), content.get("profile")
@@ -214,7 +211,7 @@ def read_profile(text: str) -> tuple[str, HardwareProfile]:
 
 
 def path_of(text: str) -> str:
-    """Where the file or folder of a token is where a command is run."""
+    """Return the path of a token's file or folder, relative to the current folder."""
     name = _content(text, InputError("not a token"))["file"]
     return "." if name == "." else f"./{_file_name(name)}"
 
@@ -247,7 +244,7 @@ def _model(content: Mapping[str, Any]) -> tuple[str, ModelConfig]:
 
 
 def _tensors(rows: Rows) -> dict[str, Tensor]:
-    """Tensors from what :func:`_short` made of them."""
+    """Return the tensors of rows that :func:`_short` made."""
     found: dict[str, Tensor] = {}
     left = MAX_TENSORS
     for pattern, dtype, shape, firsts, seconds in rows:

@@ -1,8 +1,7 @@
-"""Layout of charts: Plotly figures as plain dictionaries, panels side by side, logarithmic axes with
-round numbers.
+"""Lay out charts: Plotly figures as plain dictionaries, panels side by side, round numbers on logarithmic axes.
 
-Colours, markers and lines are those of the paper's figures (:mod:`simulator.figures.style`), so a family looks the same
-everywhere. A chart has a fixed height and takes the width it is given.
+Colours, markers and lines are those of the paper's figures (:mod:`simulator.figures.style`): a family looks the same
+everywhere. A chart has a fixed height and adapts to the available width.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ SMALL = 11
 """Size of ticks and labels, pixels."""
 
 TOP_PX, DOWN_PX, AXIS_PX = 24, 46, 40
-"""Room above the panels, between two rows of them, and for numbers and title of an axis below them, pixels."""
+"""Space above the panels, between two rows of panels, and below them for an axis's numbers and title, pixels."""
 
 WIDE, PAGE, PHONE = 3, 2, 1
-"""Panels in a row at most: of a page on a laptop, of a printed page, of a phone."""
+"""Maximum number of panels per row on a laptop, on a printed page, on a phone."""
 
 _LEGEND_PX = {WIDE: 840, PAGE: 560, PHONE: 270}
 
@@ -42,12 +41,12 @@ MARKERS: Mapping[str, str] = MappingProxyType({
     "d": "diamond-tall", "h": "hexagon", "<": "triangle-left", ">": "triangle-right", "*": "star",
 })
 # fmt: on
-"""Markers of matplotlib and what Plotly calls them."""
+"""Plotly's names of matplotlib's markers."""
 
 LINES: Mapping[str, str] = MappingProxyType({"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"})
 
 QUIET: Mapping[str, Any] = MappingProxyType({"hoverinfo": "skip", "showlegend": False})
-"""A trace that says nothing."""
+"""Options of a trace without hover text and legend entry."""
 
 _AXIS: Dict = {"fixedrange": True, "gridcolor": GRID, "zeroline": False, "linecolor": SOFT, "ticks": ""}
 _AXIS |= {"ticklabeloverflow": "allow", "tickfont": {"size": SMALL, "color": SOFT}}
@@ -69,10 +68,10 @@ _LAYOUT: Dict = {
 
 @dataclass(frozen=True)
 class PanelGrid:
-    """Panels with their own axes each, at most ``most`` in a row and rows as full as can be; below them a legend that
+    """Panels with separate axes, at most ``most`` per row and rows of equal length if possible, above a legend that
     wraps.
 
-    ``row_px``, ``left``, ``right`` and ``bottom`` are pixels, ``across`` a share of the width.
+    ``row_px``, ``left``, ``right`` and ``bottom`` are pixels, ``across`` is a share of the width.
     """
 
     titles: Sequence[str]
@@ -89,13 +88,13 @@ class PanelGrid:
 
     @property
     def area(self) -> int:
-        """Pixels of height that panels and the gaps between them take."""
+        """Height of the panels and the gaps between them, pixels."""
         return self.rows * self.row_px + (self.rows - 1) * DOWN_PX
 
     def chart(
         self, data: list[Dict], x: Sequence[Dict], y: Sequence[Dict], x_title: str = "", y_title: str = "", **more: Any
     ) -> Chart:
-        """Traces on axes, one of each a panel; titles stand below a column and left of a row, numbers too."""
+        """Place traces on one x and y axis per panel; titles and numbers are below columns and left of rows."""
         columns = -(-len(self.titles) // self.rows)
         placed = _panels(tuple(self.titles), columns, self.across, DOWN_PX / self.area)
         title: Dict = {"font": {"size": SMALL, "color": SOFT}, "standoff": 6}
@@ -119,7 +118,7 @@ class PanelGrid:
 
 @lru_cache(maxsize=64)
 def _panels(titles: tuple[str, ...], columns: int, across: float, down: float) -> Dict:
-    """Where Plotly puts panels and their titles; remembered, for it takes as long as the predictions do."""
+    """Return Plotly's positions of panels and titles; cached, because this takes as long as the predictions."""
     from plotly.subplots import make_subplots
 
     rows = -(-len(titles) // columns)
@@ -131,12 +130,12 @@ def _panels(titles: tuple[str, ...], columns: int, across: float, down: float) -
 
 
 def _number(panel: int) -> str:
-    """What Plotly puts behind the names of a panel's axes."""
+    """Return Plotly's suffix for the names of a panel's axes."""
     return "" if panel == 0 else str(panel + 1)
 
 
 def on_axes(panel: int) -> dict[str, str]:
-    """The axes of a panel, as its traces name them.
+    """Return the axes of a panel as its traces name them.
 
     >>> on_axes(0), on_axes(2)
     ({'xaxis': 'x', 'yaxis': 'y'}, {'xaxis': 'x3', 'yaxis': 'y3'})
@@ -145,14 +144,14 @@ def on_axes(panel: int) -> dict[str, str]:
 
 
 def legend_px(names: Sequence[str], panels: int, most: int) -> int:
-    """Room for axis and legend below the panels: the legend's lines are counted for the width the chart has at least.
+    """Return the height of the axis and the legend below the panels, for the chart's minimum width.
 
     >>> legend_px(["depth"], 1, WIDE) < legend_px(["a name of some length"] * 9, 1, WIDE)
     True
     """
     width, lines, used = min(_LEGEND_PX[most], 440 if panels == 1 else 840), 1, 0.0
     for name in names:
-        entry = 48 + 6.8 * len(name)  # in the widest of the usual fonts
+        entry = 48 + 6.8 * len(name)  # in the widest common font
         if used and used + entry > width:
             lines, used = lines + 1, 0.0
         used += entry
@@ -160,7 +159,7 @@ def legend_px(names: Sequence[str], panels: int, most: int) -> int:
 
 
 def log_axis(low: float, high: float, most: int) -> Dict:
-    """A logarithmic axis over a range with round numbers.
+    """Return a logarithmic axis over a range, with round numbers.
 
     >>> log_axis(0.9, 2.1, 5)["ticktext"]
     ['1', '1.25', '1.5', '2']
@@ -171,26 +170,26 @@ def log_axis(low: float, high: float, most: int) -> Dict:
 
 
 def listed(ticks: Sequence[float], names: Sequence[str]) -> Dict:
-    """Ticks with names of their own."""
+    """Return ticks with the given names."""
     return {"tickmode": "array", "tickvals": list(ticks), "ticktext": list(names)}
 
 
-# -- what is drawn on them ---------------------------------------------------------------------------------------------
+# -- traces and shapes -------------------------------------------------------------------------------------------------
 
 
 def scatter(panel: int, mode: str, x: Iterable[Any], y: Iterable[Any], **more: Any) -> Dict:
-    """Points, lines or texts of a panel."""
+    """Return points, lines or texts of a panel."""
     return {"type": "scatter", "mode": mode, "x": list(x), "y": list(y), **on_axes(panel), **more}
 
 
 def key(name: str, marker: Mapping[str, Any], rank: int) -> Dict:
-    """An entry of the legend that is drawn nowhere. Its own group lets the legend wrap tightly."""
+    """Return an entry of the legend that has no points. Its separate group lets the legend wrap tightly."""
     named = {"name": name, "legendgroup": name, "legendrank": rank, "hoverinfo": "skip"}
     return scatter(0, "markers", [None], [None], marker=dict(marker), **named)
 
 
 def rule(panel: int, axis: str, value: float, color: str, width: float, **more: Any) -> Dict:
-    """A line across a whole panel, at a value of its axis ``x`` or ``y``."""
+    """Return a line across a whole panel, at a value of its axis ``x`` or ``y``."""
     other, number = "y" if axis == "x" else "x", _number(panel)
     place = {f"{axis}ref": f"{axis}{number}", f"{axis}0": value, f"{axis}1": value}
     whole = {f"{other}ref": f"{other}{number} domain", f"{other}0": 0, f"{other}1": 1}
@@ -198,14 +197,14 @@ def rule(panel: int, axis: str, value: float, color: str, width: float, **more: 
 
 
 def marker_of(style: Style, size: float = 8) -> Dict:
-    """Marker of a look, hollow ones with a white middle so that lines do not show through."""
+    """Return the marker of a style; hollow markers have a white middle, which hides lines."""
     color, width = (PAPER, 1.8) if style.hollow else (style.color, 0.5)
     rim = {"color": style.color, "width": width}
     return {"symbol": MARKERS[style.marker], "size": size, "color": color, "line": rim}
 
 
 def faded(color: str, opacity: float) -> str:
-    """A colour with an opacity.
+    """Return a colour with an opacity.
 
     >>> faded("#0072B2", 0.5)
     'rgba(0,114,178,0.5)'
@@ -214,7 +213,7 @@ def faded(color: str, opacity: float) -> str:
 
 
 def message(text: str) -> Chart:
-    """A chart that could not be drawn, with the reason in its place."""
+    """Return an empty chart that shows a text, such as the reason for its absence."""
     text = "<br>".join(escape(line, quote=False) for line in textwrap.wrap(text, 44)[:6])
     note = {"text": text, "xref": "paper", "yref": "paper", "x": 0.5, "y": 0.5, "showarrow": False}
     note["font"] = {"size": 13, "color": SOFT}

@@ -1,4 +1,4 @@
-"""The crossover map of a state: which family is fastest at each batch and sequence, a panel a GPU."""
+"""Draw the crossover map of a state: the fastest family at each batch and sequence, one panel per GPU."""
 
 from __future__ import annotations
 
@@ -23,24 +23,23 @@ from simulator.explore.layout import (
 )
 from simulator.explore.predictions import Cell, predictions, winners
 from simulator.explore.state import State
-from simulator.figures.crossover import opacity, short
+from simulator.figures.crossover import NO_GAIN, PALE_CELL, TOO_LARGE, opacity, short
 from simulator.figures.style import in_order, label, style_of
 from simulator.predict.scenario import batch_name, once
 
-NONE = "none gains"
 _DASH: Dict = {"symbol": "line-ew-open", "color": SOFT}
 _CORNER: Dict = {"symbol": "triangle-ne", "size": 5, "color": SOFT}
 
 
 def map_chart(state: State, most: int) -> Chart:
-    """The map of a state."""
-    cells, refused = winners(state)
-    return crossover_chart(cells, state, most) if cells else message(predictions(state).refused or refused)
+    """Draw the map of a state."""
+    cells, problem = winners(state)
+    return crossover_chart(cells, state, most) if cells else message(predictions(state).problem or problem)
 
 
 def crossover_chart(cells: Sequence[Cell], state: State, most: int) -> Chart:
-    """The fastest family of each batch and sequence, with its speedup; the cell of the state's own batch and sequence
-    is framed where the map has it."""
+    """Draw the fastest family of each batch and sequence, with its speedup; a frame marks the cell of the state's batch
+    and sequence if the map has it."""
     gpus, names = once(c.best.hardware for c in cells), in_order(c.winner for c in cells)
     batches, lengths = sorted({c.best.batch for c in cells}), sorted({c.best.seq for c in cells})
     keys = _keys(cells, names)
@@ -66,13 +65,13 @@ def crossover_chart(cells: Sequence[Cell], state: State, most: int) -> Chart:
 def _cells(
     own: Sequence[tuple[int, int, Cell]], size: tuple[int, int], names: list[str], panel: int, font: int
 ) -> list[Dict]:
-    """Cells coloured by their winner, pale where it is not certain; on them its marker and speedup, and a corner where
-    memory is short."""
+    """Return cells coloured by winner (pale if uncertain), with its marker and speedup, and a corner if the dense model
+    exceeds the memory."""
     code: list[list[Any]] = [[None] * size[0] for _ in range(size[1])]
     hover: list[list[str]] = [[""] * size[0] for _ in range(size[1])]
     for i, j, c in own:
-        code[j][i], hover[j][i] = 2.0 * names.index(c.winner) + c.sure, _hover(c)
-    colors = [_shade(name, sure) for name in names for sure in (False, True)]
+        code[j][i], hover[j][i] = 2.0 * names.index(c.winner) + c.certain, _hover(c)
+    colors = [_shade(name, certain) for name in names for certain in (False, True)]
     steps = [[(k + end) / len(colors), color] for k, color in enumerate(colors) for end in (0, 1)]
     cells: Dict = {"type": "heatmap", "z": code, "colorscale": steps, "zmin": -0.5, "zmax": len(colors) - 0.5}
     cells |= {"showscale": False, "xgap": 1, "ygap": 1, "text": hover, "hovertemplate": "%{text}<extra></extra>"}
@@ -89,27 +88,27 @@ def _cells(
     return out
 
 
-def _shade(name: str, sure: bool) -> str:
-    """Colour of a cell, thin enough for its number to be read."""
-    return faded(style_of(name).color, opacity(name, sure)) if name else "rgba(231,234,238,1)"
+def _shade(name: str, certain: bool) -> str:
+    """Return the colour of a cell, light enough for its number to be readable."""
+    return faded(style_of(name).color, opacity(name, certain)) if name else "rgba(231,234,238,1)"
 
 
 def _hover(c: Cell) -> str:
-    r, certain = c.best, "" if c.sure else "<br>intervals overlap: not certain"
+    r, overlap = c.best, "" if c.certain else "<br>intervals overlap: the winner is uncertain"
     memory = "" if r.dense_fits else "<br>the dense model exceeds the memory"
     return (
-        f"<b>{label(c.winner) if c.winner else NONE}</b>, {batch_name(r.phase)} {r.batch}, sequence {r.seq}<br>"
-        f"{r.speedup:.3f} ({r.speedup_lower:.3f} to {r.speedup_upper:.3f}){certain}{memory}"
+        f"<b>{label(c.winner) if c.winner else NO_GAIN}</b>, {batch_name(r.phase)} {r.batch}, sequence {r.seq}<br>"
+        f"{r.speedup:.3f} ({r.speedup_lower:.3f} to {r.speedup_upper:.3f}){overlap}{memory}"
     )
 
 
 def _keys(cells: Sequence[Cell], names: list[str]) -> list[tuple[str, Dict]]:
-    """Names and markers of the legend."""
+    """Return names and markers of the legend."""
     entries = [(label(name), marker_of(style_of(name))) for name in names if name]
     if "" in names:
-        entries.append((NONE, {**_DASH, "size": 9}))
-    if not all(c.sure for c in cells):
-        entries.append(("pale: intervals overlap", {"symbol": "square", "size": 11, "color": "#d9dee5"}))
+        entries.append((NO_GAIN, {**_DASH, "size": 9}))
+    if not all(c.certain for c in cells):
+        entries.append((PALE_CELL, {"symbol": "square", "size": 11, "color": "#d9dee5"}))
     if not all(c.best.dense_fits for c in cells):
-        entries.append(("dense exceeds memory", {**_CORNER, "size": 8}))
+        entries.append((TOO_LARGE, {**_CORNER, "size": 8}))
     return entries

@@ -1,7 +1,6 @@
-"""What is text on the page and in the report, as HTML: facts of each GPU, notes, the table, the commands. Whatever came
-in is escaped.
+"""Format the texts of the page and the report as HTML: facts per GPU, notes, table, commands. All input is escaped.
 
-Use :func:`texts` for all of it, :func:`table_csv` for the table as a file.
+Use :func:`texts` for all texts, :func:`table_csv` for the table as a file.
 """
 
 from __future__ import annotations
@@ -40,24 +39,24 @@ UNITS = {
     **dict.fromkeys(("tokens_per_s", "dense_tokens_per_s"), "1/s"),
     **dict.fromkeys(("dense_largest_batch", "pruned_largest_batch"), "sequences"),
 }
-"""Units of a record's numbers; 1 is a ratio."""
+"""Units of a result's numbers; 1 is a ratio."""
 
 _HEAD = {
     "family": "", "removed": "requested", "realised": "after rounding", "GPU": "", "speedup": "", "interval": "",
     "FLOP bound": "", "byte bound": "", "roofline bound": "", "time": "pruned",
     "bottleneck": "largest share of the pruned model's time", "memory": "pruned, and whether it fits",
 }
-"""Columns of the table and what they say when they are pointed at."""
+"""Columns of the table and their hover texts."""
 # fmt: on
 
 
 def texts(state: State) -> dict[str, str]:
-    """What is text, as HTML by the element it goes into."""
+    """Return all texts as HTML, by the element that shows them."""
     found, at = predictions(state), percent(state.at)
     pruned = state.load_pruned() if state.explained == EXISTING else None
     detail = label(state.explained) if pruned is None else escape(pruned.name)
     both = f"{detail} at {at}" if pruned is None else detail
-    elsewhere = " The measured time is of one cell: not used here." if state.scenario.dense_s is not None else ""
+    elsewhere = " The measured dense time is not used here." if state.scenario.dense_s is not None else ""
     results, notes = found.table, _items(map(escape, found.notes), "notes") if found.notes else ""
     return {
         "title": escape(results[0].scenario) if results else "",
@@ -65,17 +64,17 @@ def texts(state: State) -> dict[str, str]:
         "notes": notes,
         "table": table_html(found, state.explained, state.at),
         "commands": commands_html(commands(state, found)),
-        "about-speedup": "Points are at the requested sparsity; hover for the realised one. "
+        "about-speedup": "Points are at the requested sparsity; hover for the realised sparsity. "
         f"Bands: {percent(state.scenario.level)} interval. Black lines: bounds of {detail}.",
         "about-roofline": f"GEMMs of the layers, dense (hollow) and with {both} (filled), on the datasheet roofline.",
         "about-waterfall": paragraphs(_conclusions(found)),
-        "about-crossover": f"Fastest of the families chosen at {at}, {state.phase}. "
+        "about-crossover": f"Fastest of the selected families at {at}, {state.phase}. "
         f"Equal sparsity is not equal quality.{elsewhere}",
     }
 
 
 def paragraphs(lines: Iterable[str]) -> str:
-    """One line each."""
+    """Return one paragraph per line."""
     return "".join(f"<p>{escape(line)}</p>" for line in lines)
 
 
@@ -84,7 +83,7 @@ def _items(lines: Iterable[str], name: str) -> str:
 
 
 def table_csv(results: Sequence[Result]) -> str:
-    """The table with every field of its results, numbers in full, units in the header.
+    """Return the table as CSV: every field of its results, numbers in full, units in the header.
 
     >>> from simulator.predict.table import table
     >>> table_csv(table(["llama-3.1-8b"], ["h100"], ["depth"], [0.25]).rows).splitlines()[0][:74]
@@ -96,7 +95,7 @@ def table_csv(results: Sequence[Result]) -> str:
 
 
 def uncalibrated_parts(hw: HardwareProfile, w: Workload) -> list[str]:
-    """What a prediction of a workload rests on that was not fitted on this GPU's own measurements.
+    """Return the parts of a workload whose cost models were not fitted to measurements of this GPU.
 
     >>> from simulator import load_hardware, load_model, lower
     >>> hw, model = load_hardware("rtx_4090"), load_model("llama-3.2-1b")
@@ -104,14 +103,13 @@ def uncalibrated_parts(hw: HardwareProfile, w: Workload) -> list[str]:
     [[], ['GEMMs']]
     """
     served = hw.serving(load_engine(w.meta.engine).stacks)
-    needed = {part: label for part, label in sections_of(w).items() if part in PARTS}  # collectives have no such part
+    needed = {part: label for part, label in sections_of(w).items() if part in PARTS}  # without collectives
     fitted = {part for part, label in needed.items() if served.section(part, label).status == "calibrated"}
     return [name for part, name in PARTS.items() if part in needed and part not in fitted]
 
 
 def facts_html(found: Predictions, state: State) -> str:
-    """Of each GPU: the dense model's time, its memory, whether the profile is calibrated for it, and what is gained
-    beside time; and what the engine is."""
+    """Return the dense time, memory, calibration and other gains of each GPU, and the engine's title."""
     if not found.table:
         return ""
     dense: dict[str, Result] = {}
@@ -127,17 +125,17 @@ def facts_html(found: Predictions, state: State) -> str:
 
 def _fact(r: Result, pruned: Result | None, lacking: Sequence[str]) -> str:
     fits = f"{'fits' if r.dense_fits else 'does not fit'}, {size(r.dense_memory_bytes)} of {size(r.capacity_bytes)}"
-    sure = f"calibrated but for {', '.join(lacking)}" if lacking else "calibrated"
-    mood = "bad" if "GEMMs" in lacking else "soft" if lacking else "good"
+    status = f"calibrated except {', '.join(lacking)}" if lacking else "calibrated"
+    look = "bad" if "GEMMs" in lacking else "soft" if lacking else "good"
     return (
         f"<b>{escape(r.hardware)}</b> dense {escape(seconds_between(r.dense_s, r.dense_lower, r.dense_upper))}"
         f'<span class="{"good" if r.dense_fits else "bad"}">{escape(fits)}</span>'
-        f'<span class="{mood}">{escape(sure)}</span><span class="gains">{escape(_gains(r, pruned))}</span>'
+        f'<span class="{look}">{escape(status)}</span><span class="gains">{escape(_gains(r, pruned))}</span>'
     )
 
 
 def _gains(r: Result, pruned: Result | None) -> str:
-    """Throughput, latencies and the largest batch of the dense model and of the pruned one."""
+    """Return throughput, latencies and largest batch of the dense and the pruned model."""
     of_dense = _serving(r, r.dense_tokens_per_s, r.dense_ttft_s, r.dense_tpot_s, r.dense_largest_batch)
     if pruned is None:
         return f"dense: {', '.join(f'{name} {text}' for name, text in of_dense.items())}"
@@ -148,7 +146,7 @@ def _gains(r: Result, pruned: Result | None) -> str:
 
 
 def _serving(r: Result, rate: float | None, ttft: float | None, tpot: float | None, batch: int) -> dict[str, str]:
-    """Numbers of a served model by name; latencies only where a request has both, else they are the time itself."""
+    """Return numbers of a served model by name; latencies only if a request has both, else they are the time itself."""
     out = {}
     if rate is not None:
         each = rate / r.devices
@@ -159,17 +157,17 @@ def _serving(r: Result, rate: float | None, ttft: float | None, tpot: float | No
 
 
 def _conclusions(found: Predictions) -> Iterable[str]:
-    """A sentence a waterfall, with the engine where there are two."""
+    """Return one sentence per waterfall, with the engine if there are two."""
     if not found.versus:
         return map(conclusion, found.details)
     return (f"{e.result.engine}: {conclusion(e)}" for e in (*found.details, *found.versus))
 
 
 def table_html(found: Predictions, detail: str, at: float) -> str:
-    """The table; rows of the family and sparsity in detail are marked."""
+    """Return the table; rows of the family and sparsity in detail are marked."""
     results = found.results
     if not results:
-        return f"<p>{escape(found.refused)}</p>"
+        return f"<p>{escape(found.problem)}</p>"
     level = f"{percent(results[0].level)} interval"
     head = ""
     for name, hint in _HEAD.items():
@@ -181,24 +179,23 @@ def table_html(found: Predictions, detail: str, at: float) -> str:
 
 
 def _row(r: Result, detail: str, at: float) -> str:
-    verdict = ' class="gain"' if r.speedup_lower > 1 else ' class="loss"' if r.speedup_upper < 1 else ""
+    look = ' class="gain"' if r.speedup_lower > 1 else ' class="loss"' if r.speedup_upper < 1 else ""
     memory = size(r.pruned_memory_bytes) + ("" if r.pruned_fits else " (too large)")
     interval = f"{ratio(r.speedup_lower)} to {ratio(r.speedup_upper)}"
     before = [percent(r.sparsity), percent(r.realised_sparsity), r.hardware]
     after = [interval, *map(ratio, (r.flop_bound, r.byte_bound, r.roofline_bound)), seconds(r.pruned_s)]
     after += [r.bottleneck, memory]
     cells = ["".join(f"<td>{escape(text)}</td>" for text in part) for part in (before, after)]
-    speedup = f"<td{verdict}>{ratio(r.speedup)}</td>"
+    speedup = f"<td{look}>{ratio(r.speedup)}</td>"
     is_detail = detail == EXISTING if r.pruned else r.family == detail and r.sparsity == at
     marked = ' class="detail"' if is_detail else ""
     return f'<tr{marked}><th scope="row">{escape(r.pruned or label(r.family))}</th>{speedup.join(cells)}</tr>'
 
 
 def commands_html(lines: Sequence[Command], *, copy: bool = True) -> str:
-    """Command lines that break between arguments only, each with what it gives and, on the page, a button that copies
-    it."""
+    """Return command lines that break between arguments only, with their names and, on the page, a copy button."""
     if not lines:
-        return '<p class="hint">None while nothing can be predicted.</p>'
+        return '<p class="hint">No commands, because there are no predictions.</p>'
     button = '<button type="button" class="copy" data-copy>Copy</button>' if copy else ""
     out = []
     for c in lines:

@@ -1,8 +1,7 @@
-"""The page as HTML: the form with every control set as the state says, what is text, and frames for the figures.
+"""Build the page as HTML: a form with every control set to the state, texts, and frames for the figures.
 
-Controls are plain form elements: labels, keyboard and screen readers work as the browser makes them work, and they are
-there before any script has run. What they hold is the query of the address; the script in ``assets`` only carries it
-there.
+Controls are plain form elements: labels, keyboard and screen readers work as in any form, and controls exist before a
+script runs. Their values are the query of the address; the script in ``assets`` only copies them.
 """
 
 from __future__ import annotations
@@ -30,17 +29,17 @@ _SIGNS = dict(zip("osD^vPXdh*", ("●○", "■□", "◆◇", "▲△", "▼▽
 _BATCH = '<span class="batch">Batch</span><span class="concurrency">Concurrency</span>'
 
 PLOTLY = "/_dash-component-suites/plotly/package_data/plotly.min.js"
-"""Where Dash serves Plotly from."""
+"""Path at which Dash serves Plotly."""
 
 
 def page_html(
     state: State, problems: Sequence[str], texts: Mapping[str, str], parts: Mapping[str, str], own: Sequence[str] = ()
 ) -> str:
-    """The whole page; ``own`` are paths of profiles that can be chosen.
+    """Return the whole page; ``own`` are paths of profiles that can be selected.
 
-    The controls show ``state``, ``problems`` state what was wrong with the address, ``texts`` are the texts, as HTML by
-    the element it stands in (:func:`simulator.explore.markup.texts`), and ``parts`` what Dash puts into a page: metas,
-    favicon, css, app_entry, config, scripts, renderer.
+    The controls show ``state``. ``problems`` are the errors of the address, ``texts`` the texts as HTML by element
+    (:func:`simulator.explore.markup.texts`), and ``parts`` the parts of a page that Dash supplies: metas, favicon, css,
+    app_entry, config, scripts, renderer.
     """
     facts, notes = (f'<div id="{name}">{texts[name]}</div>' for name in ("facts", "notes"))
     cards = "".join(_card(name, escape(title), texts[f"about-{name}"]) for name, title in CARDS.items())
@@ -80,12 +79,12 @@ def page_html(
 
 
 def wide_cards(state: State) -> str:
-    """Cards that take the whole width: all, those from the waterfall on, or none."""
+    """Return which cards take the whole width: all, the waterfall and those after it, or none."""
     return "all" if len(state.gpus) > 1 else "waterfall" if state.scenario_versus else "no"
 
 
 def _card(name: str, title: str, about: str) -> str:
-    """A frame for a figure, with buttons that download it."""
+    """Return a frame for a figure, with buttons that download it."""
     save = "".join(
         f'<button type="button" data-save="{name}" data-kind="{kind.lower()}" title="Download the figure as {kind}" '
         f'aria-label="Download {title} as {kind}">{kind}</button>'
@@ -113,15 +112,13 @@ def _form(state: State, own: Sequence[str]) -> str:
     details = {name: label(name) for name in FAMILIES} | {EXISTING: "pruned model"}
     engines = {name: load_engine(name).title for name in list_engines()}
     dense = '<input type="number" id="dense" name="dense" min="0" step="any" placeholder="not measured" '
-    dense += (
-        f'title="Time of the whole pass on the one GPU; one number narrows every interval" value="{state.dense_text}">'
-    )
+    dense += f'title="Time of the whole pass on a single GPU; narrows every interval" value="{state.dense_text}">'
     sparsities = ", ".join(map(repr, state.sparsities))
     at = f'<input type="number" id="at" name="at" min="0" max="0.99" step="0.05" value="{state.at!r}">'
     return f"""<form id="controls" autocomplete="off">
 <fieldset><legend>Model</legend>
 {_select("model", "Name", models, state.model)}
-{_drop("model", "Open a model", "or drop it here: config.json, or the whole checkpoint, whose headers alone are read")}
+{_drop("model", "Open a model", "or drop it here: config.json, or a whole checkpoint (only its headers are read)")}
 </fieldset>
 <fieldset><legend>GPUs</legend>
 <div class="checks" id="gpus">{gpus}</div>
@@ -156,20 +153,20 @@ def _form(state: State, own: Sequence[str]) -> str:
 {_select("detail", "Family", details, state.detail)}
 <label class="field" for="at">Sparsity{at}</label>
 </div>
-<p class="hint">For waterfall, roofline, bounds and map; always drawn.</p>
+<p class="hint">Used in waterfall, roofline, bounds and map; always drawn.</p>
 {_select("versus", "Compare with engine", {"": "none", **dict(zip(engines, engines))}, state.versus, engines)}
 </fieldset>
 </form>"""
 
 
 def own_options(state: State) -> list[tuple[str, str, str]]:
-    """Control, value and text of what was dropped, which not every page has."""
+    """Return control, value and text of each dropped file."""
     values = [("model", state.model), *(("gpu", gpu) for gpu in state.gpus), ("pruned", state.pruned)]
     return [(control, v, own_label(control, v)) for control, v in values if v.startswith(PREFIX)]
 
 
 def own_label(control: str, value: str) -> str:
-    """What a model or a profile that does not ship is called."""
+    """Return the label of a model or profile that is not shipped."""
     if not value.startswith(PREFIX):
         return f"{load_hardware(value).label} ({value})" if control == "gpu" else value
     if control == "gpu":
@@ -180,7 +177,7 @@ def own_label(control: str, value: str) -> str:
 
 
 def _drop(control: str, button: str, hint: str) -> str:
-    """Where a file can be dropped, and a button that asks for one."""
+    """Return an area for dropped files, with a button that opens a file dialogue."""
     return (
         f'<div class="drop" data-into="{control}"><button type="button" data-open="{control}">{button}</button>'
         f'<span>{hint}</span></div><p id="note-{control}" class="error" role="alert"></p>'
@@ -188,7 +185,7 @@ def _drop(control: str, button: str, hint: str) -> str:
 
 
 def _signed(name: str) -> str:
-    """A family with its marker in its colour."""
+    """Return a family's name with its marker in its colour."""
     style = style_of(name)
     sign = _SIGNS[style.marker][style.hollow]
     return f'<span class="sign" aria-hidden="true" style="color:{style.color}">{sign}</span>{escape(label(name))}'
@@ -197,7 +194,7 @@ def _signed(name: str) -> str:
 def _select(
     name: str, title: str, choices: Mapping[str, str], chosen: str, hints: Mapping[str, str] = MappingProxyType({})
 ) -> str:
-    """A list; a hint is what a choice, or the list while that is chosen, says when it is pointed at."""
+    """Return a list; a hint is the hover text of a choice, and of the list while that choice is selected."""
 
     def hint(value: str) -> str:
         return f' title="{escape(hints[value])}"' if value in hints else ""
@@ -211,7 +208,7 @@ def _select(
 
 
 def _inputs(kind: str, name: str, choices: Mapping[str, str], chosen: Iterable[str]) -> str:
-    """Check boxes or radio buttons; the texts are HTML."""
+    """Return check boxes or radio buttons; the texts are HTML."""
     return "".join(
         f'<label><input type="{kind}" name="{name}" value="{escape(value)}"{" checked" if value in chosen else ""}>'
         f"{text}</label>"
@@ -226,6 +223,6 @@ def _radios(name: str, title: str, choices: Mapping[str, str], chosen: str) -> s
 
 
 def _number(name: str, title: str, value: int, most: int) -> str:
-    bottlenecks = f'min="1" max="{most}" step="1" inputmode="numeric"'
-    number = f'<input type="number" id="{name}" name="{name}" {bottlenecks} value="{value}">'
+    attributes = f'min="1" max="{most}" step="1" inputmode="numeric"'
+    number = f'<input type="number" id="{name}" name="{name}" {attributes} value="{value}">'
     return f'<label class="field" for="{name}">{title}{number}</label>'

@@ -1,7 +1,7 @@
-"""What is predicted for a state: the table, the explanations of the family in detail, and the map of winners.
+"""Predict the content of the page: the table, explanations of the family in detail, and the map of winners.
 
-Use :func:`predictions` and :func:`winners`; both remember the last states, so going back is free. What cannot be
-predicted is a line of text, never an exception.
+Use :func:`predictions` and :func:`winners`; both cache the last states. A state that cannot be predicted gives a line
+of text, never an exception.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ if TYPE_CHECKING:
     from simulator.predict.scenario import Scenario
 
 KEPT = 64
-"""States that are remembered."""
+"""Number of cached states."""
 
 
 @dataclass(frozen=True)
 class Predictions:
     """Predictions of a state."""
 
-    table: tuple[Result, ...] = ()  # every family drawn, at every sparsity, on every GPU; none where there is an error
+    table: tuple[Result, ...] = ()  # every drawn family, sparsity and GPU; empty if there is a problem
     existing: tuple[Result, ...] = ()  # the existing pruned model, one per GPU
     details: tuple[Explanation, ...] = ()  # the family in detail at its sparsity, one per GPU that can run it
-    versus: tuple[Explanation, ...] = ()  # the same in the second engine
+    versus: tuple[Explanation, ...] = ()  # the same explanations in the second engine
     notes: tuple[str, ...] = ()  # one line each
-    gpus: tuple[HardwareProfile, ...] = ()  # GPUs of the state that have its number format
-    refused: str = ""  # why there is no table
+    gpus: tuple[HardwareProfile, ...] = ()  # GPUs that support the number format
+    problem: str = ""  # why the table is empty
 
     @property
     def results(self) -> tuple[Result, ...]:
@@ -53,18 +53,18 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Cell:
-    """The fastest family of one cell of the map; ``winner`` is empty where it is not faster than the dense model."""
+    """The fastest family of one cell of the map; ``winner`` is empty if it is not faster than the dense model."""
 
     best: Result
     winner: str
-    sure: bool
+    certain: bool
 
 
 def predictions(state: State) -> Predictions:
-    """The table and the explanations of a state; a profile whose file was changed is read again.
+    """Return the table and the explanations of a state; a changed profile file is read again.
 
     >>> found = predictions(State(families=("depth", "width"), sparsities=(0.25,), at=0.25))
-    >>> [(r.family, r.sparsity) for r in found.table], len(found.details), found.refused
+    >>> [(r.family, r.sparsity) for r in found.table], len(found.details), found.problem
     ([('depth', 0.25), ('width', 0.25)], 1, '')
     """
     return _predictions(state, state.profiles)
@@ -72,15 +72,15 @@ def predictions(state: State) -> Predictions:
 
 @lru_cache(maxsize=KEPT)
 def _predictions(state: State, profiles: tuple[HardwareProfile, ...]) -> Predictions:
-    gpus, without = _able(state, profiles)
+    gpus, excluded = _gpus(state, profiles)
     scenario, request = state.scenario, ([state.phase], [state.batch], [state.seq])
     try:
         model = state.load()
         found = table([model], gpus, state.drawn, state.fractions, *request, scenario=scenario)
     except InputError as error:
-        alone = f"; weights alone may be in {state.dtype}" if state.dtype in ("fp8", "int8") and without is None else ""
-        return Predictions(refused=f"{error}{alone}")
-    notes = [*(without or ()), *_measured(state), *found.notes]
+        hint = f"; weights alone may be in {state.dtype}" if state.dtype in ("fp8", "int8") and excluded is None else ""
+        return Predictions(problem=f"{error}{hint}")
+    notes = [*(excluded or ()), *_measured(state), *found.notes]
     existing = _existing(state, model, gpus, notes)
     notes += uncalibrated(plain(found.columns["hardware"]), found.columns["calibrated"])
     if state.arithmetic != state.dtype:
@@ -93,7 +93,7 @@ def _predictions(state: State, profiles: tuple[HardwareProfile, ...]) -> Predict
 def _existing(
     state: State, model: ModelConfig, gpus: tuple[HardwareProfile, ...], notes: list[str]
 ) -> tuple[Result, ...]:
-    """The existing pruned model against the dense one; its notes are added."""
+    """Return the predictions of the existing pruned model; add its notes to ``notes``."""
     pruned = state.load_pruned()
     if pruned is None:
         return ()
@@ -110,7 +110,7 @@ def _existing(
 def _explained(
     state: State, model: ModelConfig, gpus: tuple[HardwareProfile, ...], scenario: Scenario, notes: list[str]
 ) -> tuple[Explanation, ...]:
-    """What is in detail on each GPU; a note on each that cannot run it, unless there is one already."""
+    """Return the explanations in detail of each GPU; note each GPU without one, unless there is a note already."""
     out: list[Explanation] = []
     pruned = state.load_pruned() if state.explained == EXISTING else None
     family, sparsity = (state.explained, state.at) if pruned is None else (None, None)
@@ -126,31 +126,31 @@ def _explained(
 
 
 def _measured(state: State) -> list[str]:
-    """Why a measured time is not used; what it says is among the notes of the table."""
+    """Return why a measured time is not used; if it is used, the table has a note."""
     if state.dense_ms is None or state.scenario.dense_s is not None:
         return []
-    return [f"measured dense time: not used: it is of one GPU and {len(state.gpus)} are chosen"]
+    return [f"measured dense time: not used: it applies to one GPU, but {len(state.gpus)} are selected"]
 
 
-def _able(state: State, profiles: tuple[HardwareProfile, ...]) -> tuple[tuple[HardwareProfile, ...], list[str] | None]:
-    """GPUs that have the number format, and a line on each that lacks it; all of them, so that the reason is given, and
-    None where none has it."""
-    able, notes = [], []
+def _gpus(state: State, profiles: tuple[HardwareProfile, ...]) -> tuple[tuple[HardwareProfile, ...], list[str] | None]:
+    """Return the GPUs that support the number format and a note on each of the others; if no GPU supports it, all GPUs
+    (so that predictions fail with the reason) and None."""
+    supported, notes = [], []
     for gpu in profiles:
         try:
             gpu.peak_flop_per_s(state.arithmetic)
-            able.append(gpu)
+            supported.append(gpu)
         except InputError as error:
             notes.append(f"{error}: excluded")
-    return (tuple(able), notes) if able else (profiles, None)
+    return (tuple(supported), notes) if supported else (profiles, None)
 
 
 def winners(state: State) -> tuple[tuple[Cell, ...], str]:
-    """The map of a state: the fastest of its families at its sparsity over :data:`simulator.figures.paper.BATCHES` and
-    ``LENGTHS``; or why there is none.
+    """Return the map of a state, or why there is none: the fastest family at its sparsity over
+    :data:`simulator.figures.paper.BATCHES` and ``LENGTHS``.
 
-    >>> cells, refused = winners(State(phase="decode"))
-    >>> len(cells), cells[0].winner, cells[0].best.batch, refused
+    >>> cells, problem = winners(State(phase="decode"))
+    >>> len(cells), cells[0].winner, cells[0].best.batch, problem
     (81, 'depth', 1, '')
     """
     return _winners(state, state.profiles)
@@ -173,5 +173,6 @@ def _winners(state: State, profiles: tuple[HardwareProfile, ...]) -> tuple[tuple
     won = fastest(cell, family, *(found.columns[name] for name in ("speedup", "speedup_lower", "speedup_upper")))
     best: Results = found.take(won.row)
     return tuple(
-        Cell(r, r.family if gains else "", sure) for r, gains, sure in zip(best, won.gains.tolist(), won.sure.tolist())
+        Cell(r, r.family if gains else "", certain)
+        for r, gains, certain in zip(best, won.gains.tolist(), won.sure.tolist())
     ), ""

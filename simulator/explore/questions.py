@@ -1,7 +1,7 @@
-"""What the browser may ask: anything else is answered with 400, before Dash looks at it.
+"""Accept the page's own requests only; answer all others with 400, before Dash reads them.
 
-Each callback's parameter is a ``TypedDict`` of what the page's script puts into its question. Use :func:`refuse_others`
-on the server with what each output may be asked with.
+Each callback's parameter is a ``TypedDict`` of the data that the page's script sends. Use :func:`reject_others` on the
+server, with the input of each output.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from collections.abc import Mapping
 from typing import Any, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
 CALLBACKS = "/_dash-update-component"
-"""Where Dash takes the questions."""
+"""Path at which Dash receives requests."""
 
 
 class Selection(TypedDict):
-    """The query of the address, and whether the window is a phone's."""
+    """Query of the address, and whether the window is as narrow as a phone."""
 
     search: str
     narrow: bool
 
 
 class File(TypedDict):
-    """A file, or of a ``*.safetensors`` its header and how many bytes follow."""
+    """A file, or the header of a ``*.safetensors`` and the number of bytes after it."""
 
     name: str
     text: str
@@ -29,14 +29,14 @@ class File(TypedDict):
 
 
 class Dropped(TypedDict):
-    """What was dropped, and on which control."""
+    """Dropped files, and the control that they were dropped on."""
 
     into: str
     files: list[File]
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a JSON value is of a type: a plain one, ``list[...]``, or a ``TypedDict``, which may have more keys.
+    """Return whether a JSON value is of a type: a plain one, ``list[...]``, or a ``TypedDict`` (more keys are allowed).
 
     >>> [fits({"search": found, "narrow": True, "at": 3}, Selection) for found in ("?seq=1", 1, {})]
     [True, False, False]
@@ -50,14 +50,14 @@ def fits(value: Any, kind: Any) -> bool:
     return type(value) is kind
 
 
-def refuse_others(server: Any, questions: Mapping[str, tuple[str, Any]]) -> None:
-    """Have a Flask server refuse, with 400, what is no question: output -> the input it follows and the type of that.
-    Parts of Dash that nobody has are 404."""
+def reject_others(server: Any, questions: Mapping[str, tuple[str, Any]]) -> None:
+    """Make a Flask server reject invalid requests with 400, and unknown parts of Dash with 404; ``questions`` maps each
+    output to its input and the type of that input."""
     from dash.exceptions import DependencyException
     from flask import request
 
     def checked() -> Any:
-        return None if request.path != CALLBACKS or _is_question(_body(), questions) else ("not a question", 400)
+        return None if request.path != CALLBACKS or _is_question(_body(), questions) else ("invalid request", 400)
 
     def _body() -> Any:
         try:
@@ -78,6 +78,6 @@ def _is_question(body: Any, questions: Mapping[str, tuple[str, Any]]) -> bool:
             "changedPropIds": list(changed),
         }:
             known = output == f"{target}.data" and target in questions and "state" not in body
-            asked, kind = questions.get(target, ("", None))
-            return known and source == asked and fits(value, kind) and all(isinstance(name, str) for name in changed)
+            expected, kind = questions.get(target, ("", None))
+            return known and source == expected and fits(value, kind) and all(isinstance(name, str) for name in changed)
     return False

@@ -1,7 +1,7 @@
-"""A state as one HTML file with nothing to fetch: figures, table, notes, settings and commands.
+"""Write a state as one HTML file that loads nothing: figures, table, notes, settings and commands.
 
-Use :func:`report_html` for the text and :func:`write_report` for the file. The figures are those of the page; the
-script that draws them is in the file, which therefore has about 5 MB.
+Use :func:`report_html` for the text and :func:`write_report` for the file. The figures are those of the page; the file
+contains the script that draws them, about 5 MB.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from simulator.files.write import write_whole
 from simulator.units import percent
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
-"""What a browser may load while it shows the report: nothing."""
+"""Content that a browser may load for the report: nothing."""
 
 _DRAW = """
 const figures = JSON.parse(document.getElementById("figures").textContent);
@@ -65,7 +65,7 @@ body.report { background: #fff; }
 
 
 def plotly_js() -> str:
-    """The script that draws the figures; refused where Plotly is not installed."""
+    """Return the script that draws the figures. It needs Plotly."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
@@ -74,10 +74,10 @@ def plotly_js() -> str:
 
 
 def report_html(state: State) -> str:
-    """The report as HTML; refused when the state cannot be predicted, or Plotly is not installed."""
+    """Return the report as HTML; InputError if the state cannot be predicted. It needs Plotly."""
     found = predictions(state)
-    if found.refused:
-        raise InputError(found.refused)
+    if found.problem:
+        raise InputError(found.problem)
     script = plotly_js()
     figures = {
         name: {**charts(state, most), "crossover": map_chart(state, most)}
@@ -110,7 +110,7 @@ def report_html(state: State) -> str:
 {_settings(state)}
 {content["facts"]}
 {content["notes"]}
-<noscript><p class="error">The figures are drawn by a script in this file; the table below needs none.</p></noscript>
+<noscript><p class="error">The figures need the script in this file; the table below does not.</p></noscript>
 {cards}
 <section class="card long"><div class="head"><h2>Table</h2></div>{table}</section>
 <section class="card"><div class="head"><h2>The same numbers from the command line</h2></div>
@@ -125,14 +125,14 @@ def report_html(state: State) -> str:
 
 
 def write_report(state: State, path: str | Path) -> int:
-    """Write the report whole; returns its bytes."""
+    """Write the report whole; return its number of bytes."""
     content = report_html(state).encode("utf-8")
     write_whole(path, content)
     return len(content)
 
 
 def _settings(state: State) -> str:
-    """What was asked for, when, and with which versions."""
+    """Return settings, date and versions."""
     python, plotly = platform.python_version(), version("plotly")
     rows = {
         "Model": own_label("model", state.model),
@@ -141,7 +141,7 @@ def _settings(state: State) -> str:
         "Families": ", ".join(state.drawn),
         "Sparsities": ", ".join(percent(s) for s in state.fractions),
         "In detail": "the pruned model" if state.explained == EXISTING else f"{state.explained} at {percent(state.at)}",
-        "Made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "Created": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "Versions": f"prunesim {__version__}, Python {python}, NumPy {np.__version__}, Plotly {plotly}",
         "Page": _address(state),
     }
@@ -149,8 +149,8 @@ def _settings(state: State) -> str:
 
 
 def _address(state: State) -> str:
-    """Where the page shows the same; it opens no files, so a selection that names one is nowhere there."""
+    """Return the address of the same page; none if the state names files, because the page opens no files."""
     query = to_query(state)
     if read_query(query) == (state, ()):
         return f"prunesim explore, address ?{query}"
-    return "none: the page knows shipped names alone; the commands take the files"
+    return "none: the page accepts only shipped names; use the commands for files"

@@ -1,7 +1,7 @@
-"""What the page shows: one immutable state, and its form as the query of a URL.
+"""The state of the page: one immutable value, and its form as the query of a URL.
 
-Use :func:`read_query` for what a browser sends (bad values are named and replaced), :func:`strict_query` for what a
-person typed, :func:`to_query` for the other way. The same state gives the same page, wherever the query came from.
+Use :func:`read_query` for the query of a browser (invalid values are reported and replaced), :func:`strict_query` for a
+query typed by the user, :func:`to_query` for the reverse. The same state gives the same page.
 """
 
 from __future__ import annotations
@@ -27,52 +27,52 @@ from simulator.units import parse_quantity
 from simulator.workload import DTYPES, PHASES
 
 MOST_SPARSITIES = 25
-"""Sparsities of a curve; more say nothing that a picture could show."""
+"""Maximum number of sparsities per curve; more would not be visible."""
 
 MOST_NEW_TOKENS = 1024
-"""Tokens that a generate may decode on the page: its time to compute grows with them. The commands take more."""
+"""Maximum number of new tokens on the page: the computing time grows with them. The commands take more."""
 
 MOST_QUERY = 32_000
-"""Longest query that is read, characters."""
+"""Maximum length of a query, characters."""
 
 MOST_DEVICES = 1024
-"""Devices that a model may be spread over."""
+"""Maximum number of devices per model."""
 
 EXISTING = "pruned"
-"""The pruned model that exists, where a family is named."""
+"""Name of the existing pruned model where a family is expected."""
 
 ARITHMETIC = tuple(dtype for dtype in DTYPES if dtype not in ("int4", "fp8_block", "mxfp4"))
-"""Number formats that devices compute in; the others are of weights alone."""
+"""Number formats of arithmetic; the other formats are for weights only."""
 
 _IN_FP8 = ("fp8_block", "nvfp4")
-"""Formats of weights that no engine's kernels compute 16-bit activations with: fp8 computes in them."""
+"""Weight formats that no engine combines with 16-bit activations: the arithmetic is fp8."""
 
 
 @dataclass(frozen=True)
 class State:
-    """Everything the page shows follows from this.
+    """All settings of the page.
 
     >>> State(families=("width",), detail="depth").drawn
     ('depth', 'width')
     """
 
-    model: str = "llama-3.1-8b"  # a name, a path (report only), or the token of what was dropped
-    gpus: tuple[str, ...] = ("h100_sxm",)  # names of profiles, paths that the command was given, or tokens
+    model: str = "llama-3.1-8b"  # a name, a path (report only), or the token of dropped files
+    gpus: tuple[str, ...] = ("h100_sxm",)  # names of profiles, paths given to the command, or tokens
     families: tuple[str, ...] = ("depth", "width", "low_rank", "dynamic_depth")  # with a curve
     sparsities: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)  # points of the curves, [0, 1)
     phase: str = "prefill"
     batch: int = 1  # sequences
-    seq: int = 2048  # tokens of each
-    new_tokens: int = 128  # that a generate or a serve decodes of each
+    seq: int = 2048  # tokens per sequence
+    new_tokens: int = 128  # decoded per sequence by a generate or a serve
     engine: str = DEFAULT_ENGINE  # a name, or a path (report only)
     dtype: str = "bf16"
-    weights: str = ""  # format of stored weights; "": as the checkpoint has them, else that of arithmetic
-    devices: int = 1  # that the model is spread over, tensor parallel
-    pruned: str = ""  # a pruned model that exists: a path (report only), or a token
+    weights: str = ""  # format of stored weights; "": the checkpoint's, else the format of arithmetic
+    devices: int = 1  # tensor parallel
+    pruned: str = ""  # an existing pruned model: a path (report only), or a token
     detail: str = "width"  # family of waterfall, roofline and bounds, always drawn; or EXISTING
     at: float = 0.5  # sparsity of waterfall, roofline and map, [0, 1); always a point of the curves
-    dense_ms: float | None = None  # measured time of the dense model on the one GPU, ms
-    versus: str = ""  # engine whose waterfall stands beside, if any
+    dense_ms: float | None = None  # measured time of the dense model on a single GPU, ms
+    versus: str = ""  # second engine, which has a waterfall too, if any
 
     def __post_init__(self) -> None:
         for name, values in (("gpu", self.gpus), ("family", self.families), ("sparsity", self.sparsities)):
@@ -103,9 +103,9 @@ class State:
 
     @property
     def scenario(self) -> Scenario:
-        """How the model is run."""
+        """Number formats, engine, devices and measured time."""
         known = self.dense_ms is not None and len(self.gpus) == 1
-        dense_s = parse_quantity(f"{self.dense_text}ms", "s") if known else None  # as a command reads it
+        dense_s = parse_quantity(f"{self.dense_text}ms", "s") if known else None  # as in a command
         return Scenario(
             new_tokens=self.new_tokens,
             engine=self.engine,
@@ -117,18 +117,18 @@ class State:
 
     @property
     def arithmetic(self) -> str:
-        """Number format of arithmetic: the one asked for, or fp8 where the weights' format needs it."""
+        """Number format of arithmetic: the requested one, or fp8 if the weight format requires it."""
         stored = self.weights or self.load().weight_dtype
         return "fp8" if stored in _IN_FP8 and self.dtype in ("bf16", "fp16") else self.dtype
 
     @property
     def dense_text(self) -> str:
-        """The measured time as a person types it, ms; empty where there is none."""
+        """The measured time as the user types it, ms; empty if there is none."""
         return "" if self.dense_ms is None else repr(self.dense_ms).removesuffix(".0")
 
     @property
     def scenario_versus(self) -> Scenario | None:
-        """The same in the engine beside; a measured time says nothing of it."""
+        """The scenario in the second engine, without the measured time; None if there is no second engine."""
         if self.versus in ("", self.engine):
             return None
         return replace(self.scenario, engine=self.versus, dense_s=None)
@@ -140,25 +140,25 @@ class State:
 
     @property
     def explained(self) -> str:
-        """Family of waterfall, roofline and bounds, or EXISTING where there is such a model."""
+        """Family of waterfall, roofline and bounds, or EXISTING if there is an existing pruned model."""
         return self.detail if self.detail != EXISTING or self.pruned else self.families[0]
 
     @property
     def profiles(self) -> tuple[HardwareProfile, ...]:
-        """The GPUs."""
+        """Profiles of the GPUs."""
         return tuple(read_profile(gpu)[1] if gpu.startswith(PREFIX) else load_hardware(gpu) for gpu in self.gpus)
 
     @property
     def fractions(self) -> tuple[float, ...]:
-        """Points of the curves by rising sparsity."""
+        """Sparsities of the curves, ascending."""
         return tuple(sorted({*self.sparsities, self.at}))
 
     def load(self) -> ModelConfig:
-        """The model."""
+        """Load the model."""
         return _loaded(self.model)
 
     def load_pruned(self) -> ModelConfig | None:
-        """The pruned model that exists, if there is one."""
+        """Load the existing pruned model, if there is one."""
         return _loaded(self.pruned) if self.pruned else None
 
 
@@ -171,7 +171,7 @@ def _loaded(model: str) -> ModelConfig:
 
 
 def _model(_: str, text: str) -> str:
-    """The name of a shipped model, or a token; never a path: a page must not make the server open files."""
+    """Return the name of a shipped model, or a token; never a path: a page must not make the server open files."""
     if text.startswith(PREFIX):
         read_token(text)
         return text
@@ -182,7 +182,7 @@ def _model(_: str, text: str) -> str:
 
 
 def _gpu(text: str, own: Sequence[str] = ()) -> str:
-    """The name of a shipped profile, a token, or one of the paths that the command was given."""
+    """Return the name of a shipped profile, a token, or one of the paths in ``own``."""
     if text in own:
         return text
     if text.startswith(PREFIX):
@@ -196,7 +196,7 @@ def _gpu(text: str, own: Sequence[str] = ()) -> str:
 
 def _token(key: str, text: str) -> str:
     if not text.startswith(PREFIX):
-        raise InputError(f"{key} {one_line(text, 40)!r}: expected what was dropped")
+        raise InputError(f"{key} {one_line(text, 40)!r}: expected the token of dropped files")
     return _model(key, text)
 
 
@@ -218,12 +218,12 @@ def _whole(key: str, text: str) -> int:
 
 
 def _engine(_: str, text: str) -> str:
-    """The name of a shipped engine, never a path."""
+    """Return the name of a shipped engine, never a path."""
     return one_of("engine", text.strip(), list_engines())
 
 
 def _maybe(check: Callable[[str, str], Any], absent: Any) -> Callable[[str, str], Any]:
-    """A value that may be left empty."""
+    """Return a reader of a value that may be empty."""
     return lambda key, text: check(key, text) if text.strip() else absent
 
 
@@ -239,7 +239,6 @@ def _word(_: str, text: str) -> str:
 
 
 def _each(check: Callable[[str], Any]) -> Callable[[str, str], Any]:
-
     def read(key: str, text: str) -> tuple[Any, ...]:
         parts = [part.strip() for part in text.split(",") if part.strip()]
         if not parts:
@@ -270,14 +269,14 @@ KEYS: Mapping[str, tuple[str, Callable[[str, str], Any]]] = MappingProxyType({
     "versus": ("versus", _maybe(_engine, "")),
 })
 # fmt: on
-"""Keys of a query, the fields of a state they stand for, and what reads their values."""
+"""Keys of a query, with the field of the state and the reader of the value."""
 
 
 # -- the whole query ---------------------------------------------------------------------------------------------------
 
 
 def to_query(state: State) -> str:
-    """The query of a URL, without its question mark; every field is in it.
+    """Return the query of a URL, without its question mark; it contains every field.
 
     >>> to_query(State(gpus=("a100_sxm_80gb", "h100_sxm"), families=("depth",), sparsities=(0.25, 0.5)))[:60]
     'model=llama-3.1-8b&gpu=a100_sxm_80gb,h100_sxm&family=depth&s'
@@ -292,10 +291,10 @@ def _text(value: Any, comma: str = ",") -> str:
 
 
 def read_query(query: str, own: Sequence[str] = ()) -> tuple[State, tuple[str, ...]]:
-    """The state of a query, and one line for each value that was bad and is replaced by its default.
+    """Return the state of a query, and one line per invalid value, which its default replaces.
 
     The query may have its question mark. A list is separated by commas, or its key is repeated. ``own`` are paths of
-    profiles that may be asked for.
+    profiles that the query may name.
 
     >>> state, problems = read_query("?gpu=a100&batch=0")
     >>> state.gpus, problems
@@ -306,7 +305,7 @@ def read_query(query: str, own: Sequence[str] = ()) -> tuple[State, tuple[str, .
 
 
 def strict_query(query: str) -> State:
-    """The state of a query without faults; refused with the first fault."""
+    """Return the state of a query; InputError with the first problem."""
     state, problems = _read(query)
     if problems:
         raise InputError(problems[0][0])
@@ -314,7 +313,7 @@ def strict_query(query: str) -> State:
 
 
 def _read(query: str, own: Sequence[str] = ()) -> tuple[State, list[tuple[str, str]]]:
-    """The state, and each fault with what is done instead."""
+    """Return the state, and each problem with its replacement."""
     default, state = State(), State()
     problems: list[tuple[str, str]] = []
     if len(query) > MOST_QUERY:
@@ -324,11 +323,11 @@ def _read(query: str, own: Sequence[str] = ()) -> tuple[State, list[tuple[str, s
         given.setdefault(key, []).append(value)
     for key, texts in given.items():
         if key not in KEYS:
-            problems.append((str(unknown("key", key, KEYS)), "left out"))
+            problems.append((str(unknown("key", key, KEYS)), "ignored"))
             continue
         if key == "dtype" and texts[-1] in DTYPES and texts[-1] not in ARITHMETIC:
             problems.append(
-                (f"dtype {texts[-1]}: is a format of weights, no device computes in it", "shown as that of the weights")
+                (f"dtype {texts[-1]}: is a weight format; no device computes in it", "used for the weights")
             )
             key = "weights"
         name, read = KEYS[key] if key != "gpu" else ("gpus", _each(partial(_gpu, own=own)))
@@ -337,7 +336,7 @@ def _read(query: str, own: Sequence[str] = ()) -> tuple[State, list[tuple[str, s
             if len(texts) > 1 and not isinstance(shown, tuple):
                 raise InputError(f"{key}: given {len(texts)} times, expected once")
             value = read(key, ",".join(texts))
-            replace(default, **{name: value})  # alone, so that a bad value is not blamed on another one
+            replace(default, **{name: value})  # alone, so that a problem names its own value
             state = replace(state, **{name: value})
         except InputError as error:
             problems.append((one_line(str(error), 300), f"shown with {_text(shown, ', ') or 'none'}"))

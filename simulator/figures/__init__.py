@@ -1,1 +1,1 @@
-"""Figures: arrays and labels in, pictures out."""
+"""Draw figures from arrays and labels."""

@@ -1,4 +1,4 @@
-"""Which family wins where: maps over batch and sequence, with the winner's colour, marker and speedup in each cell."""
+"""Draw maps of the fastest family over batch and sequence, with its colour, marker and speedup in each cell."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SURE, PALE = 0.42, 0.14
-"""Opacity of a cell whose winner is certain, and of one whose winner is not."""
+NO_GAIN, PALE_CELL, TOO_LARGE = "no speedup", "pale: intervals overlap", "dense exceeds memory"
+"""Labels of legends."""
+
+CERTAIN, PALE = 0.42, 0.14
+"""Opacity of a cell whose winner is certain, and of a cell whose winner is not."""
 
 _CELL_IN = 0.24
-_CORNER = [(-1.0, 1.0), (1.0, 1.0), (1.0, -1.0)]  # a marker as the legend shows it
+_CORNER = [(-1.0, 1.0), (1.0, 1.0), (1.0, -1.0)]  # a marker of the legend
 _SQUARE = [(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)]
 
 
@@ -30,28 +33,28 @@ def crossover_figure(
     seq: ArrayLike,
     winner: Sequence[str],
     speedup: ArrayLike,
-    sure: ArrayLike,
+    certain: ArrayLike,
     fits: ArrayLike,
     *,
     width_in: float = PAGE_IN,
 ) -> Figure:
     """Draw the winners.
 
-    One entry a cell: labels of the phase and the device (panels, in the order of their first occurrence), batch,
-    tokens, the fastest family (empty where none is faster than the dense model) and its speedup, whether its interval
-    lies above that of every other family (the cell is pale where not), and whether the dense model fits the device's
-    memory (a dark corner where not). InputError when there are no cells or the arrays differ in length.
+    One entry per cell: labels of the phase and the device (panels, in the order of their first occurrence), batch,
+    tokens, the fastest family (empty if none is faster than the dense model) and its speedup, whether its interval lies
+    above the interval of every other family (else the cell is pale), and whether the dense model fits the device's
+    memory (else the cell has a dark corner). InputError if there are no cells or the arrays differ in length.
 
     >>> where = ["decode"] * 2, ["h100"] * 2, [1, 8], [512] * 2
     >>> figure = crossover_figure(*where, ["depth", "width"], [1.9, 1.6], [True] * 2, [True] * 2)
     >>> [t.get_text() for t in figure.axes[0].texts][:2]
     ['1.90', '1.60']
     """
-    numbers = {"batch": batch, "seq": seq, "speedup": speedup, "sure": sure, "fits": fits}
+    numbers = {"batch": batch, "seq": seq, "speedup": speedup, "certain": certain, "fits": fits}
     data = layout.columns_of("cells of the map", {"row": row, "column": column, "winner": winner}, numbers)
     batches, lengths = (sorted({int(v) for v in data[name]}) for name in ("batch", "seq"))
     with paper_style():
-        handles = _handles(in_order(data["winner"]), not data["sure"].all(), not data["fits"].all())
+        handles = _handles(in_order(data["winner"]), not data["certain"].all(), not data["fits"].all())
         lines = layout.legend_lines(handles, width_in)
         around_in = 0.66 + 0.14 * lines
         figure, panels = layout.panel_grid(data["row"], data["column"], _CELL_IN * len(lengths), around_in, width_in)
@@ -65,7 +68,7 @@ def crossover_figure(
 
 
 def short(tokens: int) -> str:
-    """A number of tokens in few characters.
+    """Format a number of tokens in few characters.
 
     >>> short(512), short(8192), short(1000)
     ('512', '8k', '1000')
@@ -74,7 +77,7 @@ def short(tokens: int) -> str:
 
 
 def _panel(ax: Axes, data: layout.Columns, batches: list[int], lengths: list[int]) -> None:
-    """Cells, markers and corners as few collections: a map has hundreds of each."""
+    """Draw cells, markers and corners as few collections: a map has hundreds of each."""
     from matplotlib.collections import PolyCollection
     from matplotlib.colors import to_rgba
 
@@ -88,34 +91,34 @@ def _panel(ax: Axes, data: layout.Columns, batches: list[int], lengths: list[int
             center = np.stack([x[chosen], y[chosen]], axis=1)
             ax.add_collection(PolyCollection(list(center[:, None, :] + np.array(corners)), **style))
 
-    colors = [to_rgba(style_of(n).color, opacity(n, sure)) for n, sure in zip(winner[gains], data["sure"][gains])]
+    colors = [to_rgba(style_of(n).color, opacity(n, c)) for n, c in zip(winner[gains], data["certain"][gains])]
     draw(gains, _SQUARE, facecolors=colors, edgecolors="white", linewidths=0.6)
     draw(~gains, _SQUARE, facecolors="white", edgecolors="#B8B8B8", hatch="////", linewidths=0.0)
     draw(unfit, [(0.47, 0.47), (0.17, 0.47), (0.47, 0.17)], facecolors=PALE_INK, linewidths=0, zorder=3)
     for name in in_order(winner[gains]):
         own = winner == name
         ax.plot(x[own], y[own] + 0.22, **style_of(name).marks(linestyle="none", markersize=3.0, markeredgewidth=0.6))
-    # numbers stay inside their cells, and to measure hundreds of them for the layout takes long
+    # numbers fit into their cells, and measuring hundreds of them for the layout is slow
     number: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontsize": 6, "in_layout": False}
     for i in np.flatnonzero(gains):
         ax.text(x[i], y[i] - 0.20, f"{data['speedup'][i]:.2f}", **number)
 
 
-def opacity(name: str, sure: bool) -> float:
-    """Opacity of a cell; a black family is thinned, or the numbers in its cells could not be read."""
-    return (SURE if sure else PALE) * (0.6 if style_of(name).color == BLACK else 1.0)
+def opacity(name: str, certain: bool) -> float:
+    """Return the opacity of a cell; black families have less, so that the numbers in their cells are readable."""
+    return (CERTAIN if certain else PALE) * (0.6 if style_of(name).color == BLACK else 1.0)
 
 
-def _handles(families: list[str], unsure: bool, unfit: bool) -> list[Any]:
+def _handles(families: list[str], overlap: bool, unfit: bool) -> list[Any]:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     out: list[Any] = [Line2D([], [], **style_of(n).marks(linestyle="none"), label=label(n)) for n in families if n]
     if "" in families:
-        out.append(Patch(facecolor="white", edgecolor=GREY, hatch="////", linewidth=0.4, label="none gains"))
-    if unsure:
-        out.append(Patch(facecolor=BLUE, alpha=PALE, linewidth=0, label="pale: intervals overlap"))
+        out.append(Patch(facecolor="white", edgecolor=GREY, hatch="////", linewidth=0.4, label=NO_GAIN))
+    if overlap:
+        out.append(Patch(facecolor=BLUE, alpha=PALE, linewidth=0, label=PALE_CELL))
     if unfit:
         corner: dict[str, Any] = {"color": PALE_INK, "marker": _CORNER, "markersize": 3.5, "linestyle": "none"}
-        out.append(Line2D([], [], **corner, label="dense exceeds memory"))
+        out.append(Line2D([], [], **corner, label=TOO_LARGE))
     return out

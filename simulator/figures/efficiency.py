@@ -1,4 +1,4 @@
-"""How much of the possible gain each family grants at each batch: tables of numbers on colour."""
+"""Draw the share of the roofline bound's gain that each family achieves at each batch: coloured tables of numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CLOSE = 1.0
-"""Efficiency of the darkest blue: all of the bound."""
+"""Efficiency of the darkest blue: the whole gain of the bound."""
 
 LOSS = -0.5
 """Efficiency of the darkest red."""
@@ -33,11 +33,11 @@ def efficiency_figure(
     *,
     width_in: float = PAGE_IN,
 ) -> Figure:
-    """Efficiency to the bound, (speedup - 1) / (bound - 1), as a table for each device and phase.
+    """Draw the efficiency, (speedup - 1) / (bound - 1), as a table per device and phase.
 
-    One entry a point: labels of the setting and the device (panels, in the order of their first occurrence), the
-    family, the batch, and the efficiency: NaN where the bound promises nothing, such cells stay white with a dash.
-    InputError when there are no points or the arrays differ in length.
+    One entry per point: labels of the setting and the device (panels, in the order of their first occurrence), the
+    family, the batch, and the efficiency: NaN if the bound allows no gain; such cells are white with a dash. InputError
+    if there are no points or the arrays differ in length.
 
     >>> figure = efficiency_figure(["decode"] * 2, ["h100"] * 2, ["depth"] * 2, [1, 8], [0.9, 0.4])
     >>> [t.get_text() for t in figure.axes[0].texts][:2]
@@ -66,14 +66,14 @@ def _panel(ax: Axes, table: NDArray[np.float64]) -> None:
     shades = [[_color(float(value)) for value in line] for line in table]
     mesh = np.array([[color for color, _ in line] for line in shades])
     ax.pcolormesh(np.arange(across + 1) - 0.5, np.arange(count + 1) - 0.5, mesh, edgecolors="white", linewidth=0.5)
-    # numbers stay inside their cells, and to measure hundreds of them for the layout takes long
+    # numbers fit into their cells, and measuring hundreds of them for the layout is slow
     place: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontsize": 6, "in_layout": False}
     for (i, j), value in np.ndenumerate(table):
         ax.text(j, i, number(float(value)), color=shades[i][j][1], **place)
 
 
 def number(value: float) -> str:
-    """An efficiency in few characters.
+    """Format an efficiency in few characters.
 
     >>> number(0.934), number(1.04), number(-0.2), number(-3.21), number(float("nan"))
     ('.93', '1.0', '−.20', '<−1', '–')
@@ -90,7 +90,7 @@ def number(value: float) -> str:
 
 
 def _color(value: float) -> tuple[tuple[float, ...], str]:
-    """Blue for a gain, the darker the closer to the bound; red for a loss; and an ink that reads on it."""
+    """Return blue for a gain, darker closer to the bound, or red for a loss; and a readable colour for text on it."""
     from matplotlib.colors import to_rgb
 
     if not np.isfinite(value):
@@ -102,7 +102,7 @@ def _color(value: float) -> tuple[tuple[float, ...], str]:
 
 
 def _key(figure: Figure, axes: list[Axes]) -> None:
-    """A scale of the colours below the panels."""
+    """Draw a scale of the colours below the panels."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
 
@@ -111,6 +111,6 @@ def _key(figure: Figure, axes: list[Axes]) -> None:
         ScalarMappable(Normalize(LOSS, CLOSE), shades), ax=axes, location="bottom", shrink=0.4, aspect=29, pad=0.01
     )
     bar.set_ticks([LOSS, 0.0, 0.5, CLOSE], labels=["slower than dense", "no gain", "half", "all of the bound"])
-    bar.ax.set_title("batch", fontsize=7, fontweight="normal", pad=3)  # of the panels above it
+    bar.ax.set_title("batch", fontsize=7, fontweight="normal", pad=3)  # label of the x axes of the panels
     bar.ax.tick_params(length=1.5, pad=1.5, labelsize=6)
     bar.outline.set_visible(False)

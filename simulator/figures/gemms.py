@@ -1,4 +1,4 @@
-"""Figures of single GEMMs: staircases of tiles and waves, and predicted against measured times."""
+"""Draw figures of single GEMMs: staircases of tiles and waves, and predicted against measured times."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from simulator.uncertainty.operators import OperatorTimes
 
 TOKENS = np.arange(1, 513)
-"""Rows of the staircase of tiles: every one, for a step may lie at any."""
+"""Rows of the staircase of tiles: every number, because a step may be at any of them."""
 
 MORE_TOKENS = np.arange(16, 4097, 8)
 """Rows of the staircase of waves."""
 
 
 def staircase(p: Paper) -> Made:
-    """Time and rate of the fused projection over the tokens, and time of the gate projection over its width."""
+    """Draw time and rate of the fused projection over the tokens, and time of the gate projection over its width."""
     from simulator.figures.staircase import staircase_figure
 
     panels = [_over_tokens(p, hw, row) for row in ("tiles", "waves") for hw in p.devices]
@@ -35,16 +35,15 @@ def staircase(p: Paper) -> Made:
         f"Staircases of tile and wave quantisation, {p.scenario.dtype}, single GEMMs outside any engine. Top: time of "
         f"the fused q, k, v projection of {p.model.name} over the tokens; middle: its rate; bottom: time of the gate "
         "projection as width pruning narrows it, cold weights. Line: prediction; band: "
-        f"{p.interval}; dashed: datasheet roofline; dotted: at the highest clock, where that is above the datasheet's"
+        f"{p.interval}; dashed: datasheet roofline; dotted: roofline at the highest clock, if above the datasheet's"
     )
     caption += f"; circles: measured ({named})." if named else "."
     return staircase_figure(panels, interval=p.interval), caption, ()
 
 
 def _over_tokens(p: Paper, hw: HardwareProfile, row: str) -> Stairs:
-    """The fused q, k, v projection: time of few tokens, or rate of many; weights as warm as in the measurements, where
-    there are any.
-    """
+    """Return the panel of the fused q, k, v projection: time of few tokens, or rate of many; weights are as warm as in
+    the measurements, if there are any."""
     from simulator.figures.staircase import Stairs
 
     n, k = (p.model.heads + 2 * p.model.kv_heads) * p.model.head_dim, p.model.hidden
@@ -70,7 +69,7 @@ def _over_tokens(p: Paper, hw: HardwareProfile, row: str) -> Stairs:
 
 
 def _over_width(p: Paper, hw: HardwareProfile) -> Stairs:
-    """The gate projection as its output narrows in steps of 16, down to half."""
+    """Return the panel of the gate projection as its output narrows in steps of 16, down to half."""
     from simulator.figures.staircase import Stairs
 
     inner, k = p.model.inner or p.model.expert_inner, p.model.hidden
@@ -82,7 +81,7 @@ def _over_width(p: Paper, hw: HardwareProfile) -> Stairs:
 
 
 def _at_the_highest_clock(p: Paper, hw: HardwareProfile, m: Any, n: Any, k: int) -> NDArray[np.float64]:
-    """The roofline at a device's highest clock, s; empty where that is the datasheet's."""
+    """Return the roofline at a device's highest clock, s; empty if the datasheet's clock is the highest."""
     if hw.clock_headroom <= 1.0:
         return np.zeros(0)
     dtype, size = p.scenario.dtype, ELEMENT_BYTES[p.scenario.dtype]
@@ -92,13 +91,13 @@ def _at_the_highest_clock(p: Paper, hw: HardwareProfile, m: Any, n: Any, k: int)
 
 
 def _microseconds(t: OperatorTimes, highest_s: NDArray[np.float64]) -> dict[str, Any]:
-    """Columns of a staircase from times."""
+    """Return columns of a staircase from times."""
     times = {"predicted": t.seconds, "lower": t.lower, "upper": t.upper, "ideal": t.roofline_s, "highest": highest_s}
     return {name: 1e6 * seconds for name, seconds in times.items()}
 
 
 def scatter(p: Paper) -> Made:
-    """Every measured GEMM of each device against its prediction."""
+    """Draw every measured GEMM of each device against its prediction."""
     from simulator.figures.scatter import Cloud, agreement, scatter_figure
 
     clouds, errors = [], []

@@ -1,4 +1,4 @@
-"""The taxonomy of a model's families as numbers: what pruning leaves of M, N and K of some operators."""
+"""Compute the taxonomy of pruning families: the shares of M, N and K of some operators that pruning keeps."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from types import MappingProxyType
 from simulator.workload import Kernel, Workload
 
 SKIPPED_PAIRS: Mapping[str, str] = MappingProxyType({"dynamic_depth": "M", "dynamic_width": "K"})
-"""Axis on which a family skips query-key pairs, where not N: queries of skipped tokens, features of skipped heads."""
+"""Axis of the query-key pairs that a family skips, if it is not N: skipped tokens are M, skipped heads are K."""
 
 
 def kept_axes(
     dense: Workload, pruned: Workload, roles: Sequence[str], attention: str = "N"
 ) -> tuple[float, float, float]:
-    """Share of the logical M, N and K of some operators that pruning leaves, over a whole pass.
+    """Return the shares of the logical M, N and K of some operators that pruning keeps, over a whole pass.
 
-    M are the tokens of all layers together, N the outputs of a token, K the multiply-adds of an output. So a layer left
-    out is M that is gone; a low-rank pair, or zeros, are K that is gone; tiles skipped by groups of features are N, or
-    K where the features are inputs. For attention M are queries, N keys and K the features of all heads; a skipped
-    share of the query-key pairs counts on the axis named.
+    M is the tokens of all layers together, N the outputs of a token, K the multiply-adds of an output. A removed layer
+    reduces M; a low-rank pair, or zeros, reduce K; tiles skipped by groups of features reduce N, or K if the features
+    are inputs. For attention M is queries, N keys and K the features of all heads; skipped query-key pairs reduce the
+    axis named.
 
     >>> import simulator
     >>> dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="prefill", batch=1, seq=128)
@@ -43,13 +43,13 @@ def kept_axes(
 
 
 def _tokens_outputs(w: Workload) -> tuple[float, float]:
-    """Tokens of some GEMMs in a pass, and outputs a token; of a low-rank pair the second factor makes the output."""
+    """Return tokens of GEMMs in a pass, and outputs per token; a low-rank pair's second factor makes the output."""
     out = w.stage != 1
     rows = (w.m * w.count)[out]
     return float(rows.sum()), float((rows * w.n[out]).sum() / rows.sum()) if rows.sum() else 0.0
 
 
 def _queries_features(w: Workload) -> tuple[float, float]:
-    """Queries of attention in a pass, and features a query over all heads."""
+    """Return queries of attention in a pass, and features per query over all heads."""
     queries = w.batch * w.q_len * w.count
     return float(queries.sum()), float((queries * w.heads * w.head_dim).sum() / queries.sum()) if queries.sum() else 0.0

@@ -1,7 +1,6 @@
-"""How figures are laid out: panels under matplotlib's constrained layout, round numbers on logarithmic axes, one
-legend.
+"""Lay out figures: panels under matplotlib's constrained layout, round numbers on logarithmic axes, one legend.
 
-Use :func:`panel_grid` where rows and columns mean something, :func:`panel_list` for panels one after the other.
+Use :func:`panel_grid` if rows and columns have a meaning, :func:`panel_list` for panels in sequence.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ _MANTISSAS: tuple[tuple[float, ...], ...] = (
 # fmt: on
 
 
-def columns_of(what: str, texts: Mapping[str, Sequence[str]], numbers: Mapping[str, ArrayLike]) -> Columns:
-    """Points of a figure as arrays; refuses columns that are empty or differ in length.
+def columns_of(title: str, texts: Mapping[str, Sequence[str]], numbers: Mapping[str, ArrayLike]) -> Columns:
+    """Return points of a figure as arrays; InputError if columns are empty or differ in length.
 
     >>> columns_of("points of the figure", {"x": ["a"]}, {"y": [1, 2]})
     Traceback (most recent call last):
@@ -51,13 +50,13 @@ def columns_of(what: str, texts: Mapping[str, Sequence[str]], numbers: Mapping[s
     columns |= {name: np.asarray(values) for name, values in numbers.items()}
     sizes = {name: len(values) for name, values in columns.items()}
     if 0 in sizes.values() or len(set(sizes.values())) > 1:
-        raise InputError(f"{what}: expected columns of one length from 1 up, got {sizes}")
+        raise InputError(f"{title}: expected columns of one length from 1 up, got {sizes}")
     return columns
 
 
 def log_ticks(low: float, high: float, most: int) -> list[float]:
-    """Round numbers between two values on a logarithmic axis: at most as many as there is room for, none so close to
-    the next that their texts would meet.
+    """Return round numbers between two values on a logarithmic axis: at most ``most``, and none so close to the next
+    that their texts would overlap.
 
     >>> log_ticks(0.8, 2.1, 5)
     [0.8, 1.0, 1.25, 1.5, 2.0]
@@ -73,7 +72,7 @@ def log_ticks(low: float, high: float, most: int) -> list[float]:
     for mantissas in _MANTISSAS:
         every = sorted({float(f"{m}e{power}") for power in range(-9, 19) for m in mantissas})
         ticks = [t for t in every if low <= t <= high]
-        # fine mantissas are for short ranges; they leave out most of a decade
+        # fine mantissas are for short ranges; they omit most of a decade
         widest = max(b / a for a, b in itertools.pairwise([low, *ticks, high]))
         apart = all(b / a >= closest for a, b in itertools.pairwise(ticks))
         if len(ticks) <= most and apart and (widest < 2.6 or len(mantissas) < 3):
@@ -82,12 +81,12 @@ def log_ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def log_axis(axis: Any, low: float, high: float, most: int) -> None:
-    """Round numbers as plain text on an x or y axis that is already logarithmic."""
+    """Put round numbers as plain text on an x or y axis that is already logarithmic."""
     fixed_ticks(axis, log_ticks(low, high, most), lambda value, _: f"{value:,.10g}")
 
 
 def fixed_ticks(axis: Any, ticks: Sequence[float], text: Any) -> None:
-    """Ticks at these values alone, written by ``text(value, position)``."""
+    """Put ticks at these values only, written by ``text(value, position)``."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     axis.set_major_locator(FixedLocator(list(ticks)))
@@ -96,7 +95,7 @@ def fixed_ticks(axis: Any, ticks: Sequence[float], text: Any) -> None:
 
 
 def in_a_row(panels: int) -> int:
-    """How many panels to set side by side: at most three, rows as full as can be.
+    """Return the number of panels per row: at most three, in rows of equal length if possible.
 
     >>> [in_a_row(n) for n in (1, 2, 3, 4, 5, 6)]
     [1, 2, 3, 2, 3, 3]
@@ -107,10 +106,10 @@ def in_a_row(panels: int) -> int:
 def panel_grid(
     row: Iterable[str], column: Iterable[str], panel_in: float, around_in: float, width_in: float = PAGE_IN, **axes: Any
 ) -> tuple[Figure, Panels]:
-    """A figure with a panel for each row and column, in the order in which their labels first occur.
+    """Return a figure with a panel per row and column, in the order in which their labels first occur.
 
-    ``row`` and ``column`` have a label for each point; ``panel_in`` is the height of a panel, ``around_in`` that of all
-    above and below the panels (inches); ``axes`` as for :meth:`matplotlib.figure.Figure.subplots`.
+    ``row`` and ``column`` have one label per point; ``panel_in`` is the height of a panel, ``around_in`` the height of
+    everything above and below the panels (inches); ``axes`` as for :meth:`matplotlib.figure.Figure.subplots`.
 
     >>> figure, panels = panel_grid(["decode", "decode"], ["a100", "h100"], 1.0, 0.6)
     >>> list(panels), round(float(figure.get_figheight()), 2)
@@ -129,7 +128,7 @@ def panel_list(
     width_in: float | None = None,
     **axes: Any,
 ) -> tuple[Figure, list[Axes], int]:
-    """A figure with panels one after the other, and how many stand side by side; one column wide for one panel."""
+    """Return a figure with panels in sequence, and the number of panels per row; one column wide for one panel."""
     columns = columns or in_a_row(count)
     width_in = width_in or (COLUMN_IN if columns == 1 else PAGE_IN)
     figure, grid = _subplots(-(-count // columns), columns, panel_in, around_in, width_in, axes)
@@ -148,9 +147,7 @@ def _subplots(rows: int, columns: int, panel_in: float, around_in: float, width_
 
 
 def name_panels(panels: Panels, rows: Mapping[str, str]) -> None:
-    """Names of the columns above the first row, and those of the rows (what ``rows`` gives them) right of the last
-    column.
-    """
+    """Write names of the columns above the first row, and the names in ``rows`` right of the last column."""
     (first, _), (_, last) = next(iter(panels)), list(panels)[-1]
     for (r, c), ax in panels.items():
         if r == first:
@@ -161,9 +158,8 @@ def name_panels(panels: Panels, rows: Mapping[str, str]) -> None:
 
 
 def cells(panels: Panels, across: Sequence[str], down: Sequence[str]) -> None:
-    """Panels as tables, without grid or spines: names of cells at 0, 1, 2, ... below the last row and left of the first
-    column.
-    """
+    """Draw panels as tables without grid or spines: names of cells are below the last row and left of the first
+    column."""
     (_, first), (last, _) = next(iter(panels)), list(panels)[-1]
     for (r, c), ax in panels.items():
         ax.set_yticks(range(len(down)), down if c == first else [])
@@ -174,13 +170,13 @@ def cells(panels: Panels, across: Sequence[str], down: Sequence[str]) -> None:
 
 
 def legend_lines(handles: Sequence[Any], width_in: float) -> int:
-    """Lines of a legend that is as wide as its figure."""
+    """Return the number of lines of a legend that is as wide as its figure."""
     longest = max(len(str(h.get_label())) for h in handles)
     return -(-len(handles) // max(1, int(width_in / (0.45 + 0.055 * longest))))
 
 
 def legend_below(figure: Figure, handles: Sequence[Any], lines: int, x_label: str = "") -> None:
-    """One legend for the whole figure, below its panels; its title is the label that the x axes share."""
+    """Draw one legend for the whole figure below its panels; its title is the label that the x axes share."""
     across = -(-len(handles) // lines)
     legend: Any = figure.legend(handles=list(handles), loc="outside lower center", ncols=across, borderaxespad=0.2)
     legend.set_title(x_label or None, {"size": 7})
@@ -188,9 +184,8 @@ def legend_below(figure: Figure, handles: Sequence[Any], lines: int, x_label: st
 
 
 def laid_out(figure: Figure, y_label: str = "") -> Figure:
-    """The figure laid out for good: each further pass of the layout would move it by a fraction of a pixel. The label
-    that the y axes share stands at the middle of the panels, not of the figure with its legend.
-    """
+    """Lay out a figure and fix its layout, because each further pass would move it by a fraction of a pixel. The label
+    that the y axes share is at the middle of the panels, not of the figure with its legend."""
     text = figure.supylabel(y_label, fontsize=7) if y_label else None
     figure.draw_without_rendering()
     figure.set_layout_engine("none")

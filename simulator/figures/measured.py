@@ -1,10 +1,10 @@
-"""Measured GEMM times that figures show beside predictions: from arrays, or from a CSV or Parquet file.
+"""Read measured GEMM times that figures compare with predictions, from arrays or from a CSV or Parquet file.
 
-The simulator ships no measurements (package ``calibration`` does); whoever draws passes them in. A file has columns
-``m``, ``n``, ``k`` and one of ``seconds``, ``latency_s``, ``latency_ms``, ``latency_us``; optional are ``copies``
-(weights used in turn; without it they are cold), ``dtype`` and ``weight_dtype`` (names, or codes of
-:data:`simulator.workload.DTYPES`; without them bf16) and ``predicted_s`` (a prediction that never saw the row, such as
-that of a held-out fold). Further columns are ignored.
+The simulator ships no measurements (package ``calibration`` does); the caller passes them in. A file has columns ``m``,
+``n``, ``k`` and one of ``seconds``, ``latency_s``, ``latency_ms``, ``latency_us``; optional are ``copies`` (number of
+rotated weights; without it they are cold), ``dtype`` and ``weight_dtype`` (names, or codes of
+:data:`simulator.workload.DTYPES`; without them bf16) and ``predicted_s`` (a held-out prediction of the row). Further
+columns are ignored.
 """
 
 from __future__ import annotations
@@ -44,34 +44,34 @@ class MeasuredGemms:
     (1, [True], [False])
     """
 
-    source: str  # where they are from, for captions
+    source: str  # origin, for captions
     m: FloatArray
     n: FloatArray
     k: FloatArray
     seconds: FloatArray
-    copies: FloatArray | None = None  # weights used in turn; None: cold
-    predicted_s: FloatArray | None = None  # by what never saw the row
+    copies: FloatArray | None = None  # number of rotated weights; None: cold
+    predicted_s: FloatArray | None = None  # held-out predictions
 
     def __len__(self) -> int:
         return len(self.seconds)
 
     def of_weight(self, n: int, k: int) -> NDArray[np.bool_]:
-        """Mask of the rows with this weight."""
+        """Return a mask of the rows with this weight."""
         mask: NDArray[np.bool_] = (self.n == n) & (self.k == k)
         return mask
 
     def predict(self, hw: HardwareProfile, dtype: str = "bf16") -> FloatArray:
-        """Predictions of all rows, s: the ones given, else the profile's under the same rotation of weights."""
+        """Return predictions of all rows, s: the given ones, else the profile's under the same rotation of weights."""
         if self.predicted_s is not None:
             return self.predicted_s
         return gemm_time(self.m, self.n, self.k, hw, dtype=dtype, copies=self.copies).seconds
 
 
 def read_measured_gemms(path: str | Path, dtype: str = "bf16") -> MeasuredGemms:
-    """Measured GEMMs of a CSV or Parquet file (which needs pyarrow), those with ``dtype`` for activations and weights.
+    """Read measured GEMMs from a CSV or Parquet file (which needs pyarrow): rows with ``dtype`` for activations and
+    weights.
 
-    InputError when the file cannot be read, a column is missing, a value is not a number above zero, or no row is of
-    the format.
+    InputError if the file cannot be read, a column is missing, a value is not above zero, or no row is of the format.
     """
     where = Path(path)
     content, label = read_bounded(where), str(where)
@@ -85,8 +85,7 @@ def read_measured_gemms(path: str | Path, dtype: str = "bf16") -> MeasuredGemms:
 
 
 def from_columns(columns: Mapping[str, Any], source: str, dtype: str = "bf16", label: str = "") -> MeasuredGemms:
-    """Measured GEMMs from named columns; see the module. Messages begin with the label, which is the source if left
-    out.
+    """Return measured GEMMs from named columns; see the module. Messages begin with ``label``, by default the source.
 
     >>> times = {"m": [1, 2], "n": [8, 8], "k": [8, 8], "latency_us": [2.0, 3.0]}
     >>> table = from_columns({**times, "dtype": ["bf16", "fp8"]}, "mine")
@@ -104,13 +103,13 @@ def from_columns(columns: Mapping[str, Any], source: str, dtype: str = "bf16", l
             keep &= _formats(columns[name]) == dtype
     if not keep.any():
         raise InputError(f"{label}: no row of {dtype}")
-    wanted = (name for name in ("m", "n", "k", time, "copies", "predicted_s") if name in columns)
-    found = {name: _numbers(columns[name], name, label)[keep] for name in wanted}
+    used = (name for name in ("m", "n", "k", time, "copies", "predicted_s") if name in columns)
+    found = {name: _numbers(columns[name], name, label)[keep] for name in used}
     return MeasuredGemms(source, seconds=found.pop(time) * TIMES[time], **found)
 
 
 def _formats(column: Sequence[Any]) -> NDArray[Any]:
-    """Names of number formats, given as names or codes."""
+    """Return names of number formats, given as names or codes."""
     table = np.asarray(column)
     if table.dtype.kind in "iu":
         known = np.array([*DTYPES, "unknown"], dtype=object)
@@ -126,7 +125,7 @@ def _numbers(column: Sequence[Any], name: str, source: str) -> FloatArray:
         raise InputError(f"{source}: column {name}: expected numbers") from None
     size = name in ("m", "n", "k", "copies")
     low, high, right = (1.0, 2.0**31 - 1, "number from 1 to 2**31 - 1") if size else (1e-15, 1e9, "time above zero")
-    good = (out >= low) & (out <= high)  # not a number is not good
+    good = (out >= low) & (out <= high)  # NaN is not good
     if not good.all():
         bad = int(np.flatnonzero(~good)[0])
         raise InputError(f"{source}: column {name}, row {bad + 1}: expected a {right}, got {out[bad]:g}")

@@ -1,8 +1,7 @@
-"""From predictions to the figures that show them; the paper's figures, the command line and the page draw these.
+"""Turn predictions into figures and panels, for the paper's figures, the command line and the page.
 
-:func:`steps_of` and :func:`roof_of` are panels of an :class:`~simulator.predict.explain.Explanation`,
-:func:`speedups_of` is the figure of results, :func:`fronts_of` that of frontiers. :func:`placed` says
-where the engine of a result stands.
+:func:`steps_of` and :func:`roof_of` return panels of an :class:`~simulator.predict.explain.Explanation`,
+:func:`speedups_of` draws results, :func:`fronts_of` frontiers. :func:`placed` returns the panel of each result.
 """
 
 from __future__ import annotations
@@ -22,37 +21,37 @@ if TYPE_CHECKING:
     from simulator.predict.result import Result
 
 SPEEDUP = {"speedup": "speedup", "lower": "speedup_lower", "upper": "speedup_upper"}
-"""Columns of figures that show speedups, and the attributes they come from."""
+"""Columns of figures that show speedups, and the attributes of a result."""
 
 MOST_ACROSS = 3
-"""Columns that are named by device and engine; names of more would run into each other."""
+"""Maximum number of columns that are named by device and engine; more names would overlap."""
 
 
 def columns(rows: Iterable[Any], **names: str) -> dict[str, Any]:
-    """Attributes of some rows, a list each, under the names that a figure has for them."""
+    """Return attributes of some rows, one list each, under the figure's names for them."""
     found = list(rows)
     return {column: [getattr(row, name) for row in found] for column, name in names.items()}
 
 
 def interval(level: float) -> str:
-    """What bars and bands are."""
+    """Return the label of bars and bands."""
     return f"{100 * level:.4g} % interval"
 
 
 def device(r: Any) -> str:
-    """Device and engine of a record or a frontier."""
+    """Return the device and engine of a result or a frontier."""
     return f"{r.hardware}, {r.engine}"
 
 
 def across(devices: int, engines: int = 1) -> int | None:
-    """Panels in a row: the devices, or the engines of one device, where there are two or three of them."""
+    """Return the number of panels per row: the devices, or the engines of one device, if they are two or three."""
     panels = devices if devices > 1 else engines
     return panels if panels in (2, 3) else None
 
 
 def placed(found: Sequence[Any], rows: Sequence[str]) -> dict[str, list[str]]:
-    """Labels of the row and the column of each record: devices with their engines side by side while these are few,
-    else devices or engines, of which there are more, and the others below one another.
+    """Return labels of the row and the column of each result: devices with their engines are columns if they are few;
+    else the more numerous of devices and engines are columns, the others rows.
 
     >>> from simulator.predict.table import table
     >>> few = table(["llama-3.1-8b"], ["h100"], ["depth"], [0.25], engine=["vllm", "hf"])
@@ -67,7 +66,7 @@ def placed(found: Sequence[Any], rows: Sequence[str]) -> dict[str, list[str]]:
 
 
 def speedups_of(results: Sequence[Result], rows: Sequence[str]) -> Figure:
-    """Speedup against sparsity with the FLOP and the roofline bound; a label of its row for each record."""
+    """Draw speedup against sparsity with the FLOP and the roofline bound; ``rows`` has one label per result."""
     from simulator.figures.speedup import speedup_figure
 
     found = columns(results, family="family", sparsity="sparsity", **SPEEDUP) | placed(results, rows)
@@ -76,7 +75,7 @@ def speedups_of(results: Sequence[Result], rows: Sequence[str]) -> Figure:
 
 
 def fronts_of(fronts: Sequence[Front], rows: Sequence[str]) -> Figure:
-    """Speedup against quality loss; a label of its row for each frontier."""
+    """Draw speedup against quality loss; ``rows`` has one label per frontier."""
     from simulator.figures.pareto import pareto_figure
 
     found = columns((p for f in fronts for p in f.points), family="family", method="method", loss="loss", **SPEEDUP)
@@ -87,7 +86,7 @@ def fronts_of(fronts: Sequence[Front], rows: Sequence[str]) -> Figure:
 
 
 def steps_of(e: Explanation, title: str) -> Steps:
-    """The loss waterfall of an explanation as a panel.
+    """Return the loss waterfall of an explanation as a panel.
 
     >>> from simulator.predict.explain import explanations
     >>> (e,) = explanations("llama-3.1-8b", ["h100"], "width", 0.25)
@@ -100,9 +99,8 @@ def steps_of(e: Explanation, title: str) -> Steps:
 
 
 def roof_of(e: Explanation, title: str) -> Roof:
-    """Dense and pruned GEMMs of the layers of an explanation on its device's roofline, as a panel. The head is left
-    out: it computes one position of a prompt and lies far off the others.
-    """
+    """Return the dense and pruned GEMMs of an explanation's layers on its device's roofline, as a panel. The head is
+    omitted: it computes one position of a prompt, far from the other points."""
     models = [w.take(w.layer >= 0) for w in (e.dense, e.pruned)]
     points = [gemm_points(w, e.hardware) for w in models]
     names = [name for p in points for name in p.role]

@@ -1,7 +1,7 @@
-"""The figures of a paper about a model: what each needs as arrays, its name and its caption.
+"""Draw the figures of a paper about a model, each with its name and caption.
 
-Use :func:`draw` for one figure of :data:`FIGURES`; each states in its caption what it shows and with which settings.
-Figures see arrays (the other modules); this module asks the simulator for them.
+Use :func:`draw` for one figure of :data:`FIGURES`; each caption states content and settings. The other modules take
+arrays; this module gets them from the simulator.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 SPARSITIES = (0.1, 0.25, 0.5)
 MAP_SPARSITY = 0.5
-"""Sparsity at which families are compared: one that all of them can take (2:4 takes no other)."""
+"""Sparsity at which families are compared: all of them support it (2:4 supports no other)."""
 
 ROOFLINE_FAMILY, ROOFLINE_SPARSITY = "width", 0.3
 ROOFLINE_CASES = (("prefill", 1), ("decode", 64))
@@ -43,7 +43,7 @@ WATERFALL_CASES = (
     ("semi_structured", 0.5, "decode", 1),
     ("dynamic_depth", 0.5, "decode", 8),
 )
-"""Family, sparsity, phase and batch of each row of waterfalls: what rounding, kernels and routers cost."""
+"""Family, sparsity, phase and batch of each row of waterfalls: costs of rounding, kernels and routers."""
 
 # fmt: off
 OPERATORS: Mapping[str, tuple[str, ...]] = MappingProxyType({
@@ -51,20 +51,20 @@ OPERATORS: Mapping[str, tuple[str, ...]] = MappingProxyType({
     "down": ("down",), "lm_head": ("lm_head",),
 })
 # fmt: on
-"""Columns of the taxonomy and the roles they stand for."""
+"""Columns of the taxonomy and their roles."""
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 LEAST_BOUND = 1.05
-"""A roofline bound below this promises nothing that an efficiency could be measured by."""
+"""Minimum roofline bound for an efficiency: a share of a smaller gain would mean little."""
 
 QUALITY_MODEL = "llama-2-7b"
-"""Model of the frontier where the paper's own has quality of fewer than two families."""
+"""Model of the frontier if the paper's model has quality of fewer than two families."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A figure with its name, its caption, and what a person should know (one line each)."""
+    """A figure with its name, its caption, and notes (one line each)."""
 
     name: str
     figure: Figure
@@ -85,12 +85,12 @@ def _where(r: Result) -> str:
 
 
 def _has_sparse24(p: Paper, engine: str) -> bool:
-    """Whether an engine has 2:4 kernels for the paper's number format; bare kernels ("") are all there are."""
+    """Return whether an engine has 2:4 kernels for the paper's number format; without an engine (""), always."""
     return not engine or p.scenario.dtype in load_engine(engine).sparse24
 
 
 def _without_sparse24(p: Paper) -> str:
-    """What a caption says where its figure leaves 2:4 out."""
+    """Return the sentence of a caption whose figure excludes 2:4."""
     has = _has_sparse24(p, p.scenario.engine)
     return "" if has else f" 2:4 is excluded: {p.scenario.engine_name} has no kernels for it."
 
@@ -99,7 +99,7 @@ def _taxonomy(p: Paper) -> Made:
     from simulator.figures.taxonomy import taxonomy_figure
 
     if p.model.experts or p.model.latent:
-        raise NothingToDraw(f"taxonomy: is of plain projections; {p.model.name} has routed experts or latent attention")
+        raise NothingToDraw(f"taxonomy: needs plain projections; {p.model.name} has routed experts or latent attention")
     general = {name: FAMILIES[name] for name in general_families()}
     kept = np.full((len(general), len(OPERATORS), 3), np.nan)
     adds = list[str]()
@@ -119,11 +119,11 @@ def _taxonomy(p: Paper) -> Made:
     axes = [family.axis.replace("->", "→") for family in general.values()]
     figure = taxonomy_figure(list(general), axes, list(OPERATORS), kept, adds)
     caption = (
-        "What each pruning family leaves of the logical M (tokens over all layers), N (output features) and K (input "
-        f"features) of the GEMMs of {p.model.name} (projections as in the checkpoint, outside any engine) at "
-        f"{100 * MAP_SPARSITY:.0f} % sparsity, in per cent where less than all, and the operators it adds. Prefill of "
-        f"{p.seq} tokens; KV cache: decode. In q · kᵀ, M are queries, N keys and K the features of all heads. Hollow "
-        "markers: decided per token at inference."
+        "Share of the logical M (tokens over all layers), N (output features) and K (input features) that each pruning "
+        f"family keeps in the GEMMs of {p.model.name} (projections as in the checkpoint, outside any engine) at "
+        f"{100 * MAP_SPARSITY:.0f} % sparsity, in per cent if below 100, and the operators that it adds. Prefill of "
+        f"{p.seq} tokens; KV cache: decode. In q · kᵀ, M is queries, N keys and K the features of all heads. Hollow "
+        "markers: selected per token at inference."
     )
     return figure, caption, ()
 
@@ -154,7 +154,7 @@ def _speedup(p: Paper) -> Made:
     percents = ", ".join(f"{100 * s:.4g}" for s in SPARSITIES[:-1]) + f" and {100 * SPARSITIES[-1]:.4g} %"
     caption = (
         f"Predicted speedup of every family at {percents} sparsity with its {p.interval} and its bounds: "
-        f"{p.scenario_text}, prompt or cache of {p.seq} tokens. A dot left of 1 is slower than the dense model."
+        f"{p.scenario_text}, prompt or cache of {p.seq} tokens. Dots left of 1: slower than the dense model."
     )
     return figure, caption + _without_sparse24(p), found.notes
 
@@ -171,9 +171,9 @@ def _efficiency(p: Paper) -> Made:
     figure = efficiency_figure(efficiency=shares, **cells)
     caption = (
         "Efficiency to the bound, (speedup - 1) / (roofline bound - 1), by family and batch at "
-        f"{100 * MAP_SPARSITY:.0f} % sparsity: {p.scenario_text}, {p.seq} tokens a sequence. 1: all that the datasheet "
-        "roofline grants; 0: no faster than dense; negative: slower; above 1: what remains runs at a better rate than "
-        f"what was removed; a dash: the bound promises less than {100 * (LEAST_BOUND - 1):.0f} %."
+        f"{100 * MAP_SPARSITY:.0f} % sparsity: {p.scenario_text}, {p.seq} tokens per sequence. 1: the whole gain of "
+        "the datasheet roofline; 0: as fast as dense; negative: slower; above 1: the rest runs closer to its roofline "
+        f"than the removed work; dash: the bound allows a gain of less than {100 * (LEAST_BOUND - 1):.0f} %."
     )
     return figure, caption + _without_sparse24(p), ()
 
@@ -195,8 +195,8 @@ def _waterfall(p: Paper) -> Made:
             for e in found
         ]
     caption = (
-        f"Where the promise of 1/(1 - s) goes: {p.scenario_text}, {p.seq} tokens. Each step multiplies the speedup "
-        f"before it, orange for a loss, hatched green for a gain; the last bar is the prediction with its {p.interval}."
+        f"From the nominal speedup 1/(1 - s) to the prediction: {p.scenario_text}, {p.seq} tokens. Each step "
+        f"multiplies the speedup; orange: loss, hatched green: gain. The last bar: prediction with its {p.interval}."
     )
     if sparse24 != own and not notes:
         caption += f" 2:4 is shown in {sparse24}: {p.scenario.engine_name} has no kernels for it."
@@ -218,11 +218,11 @@ def _crossover(p: Paper) -> Made:
     winner = [r.family if gains else "" for r, gains in zip(best, won.gains)]
     cells = columns(best, batch="batch", seq="seq", speedup="speedup", fits="dense_fits")
     cells |= placed(best, [r.phase for r in best])
-    figure = crossover_figure(winner=winner, sure=won.sure, **cells)
+    figure = crossover_figure(winner=winner, certain=won.sure, **cells)
     caption = (
-        f"Which family is fastest at {100 * MAP_SPARSITY:.0f} % sparsity, by batch and sequence, and its speedup: "
-        f"{p.scenario_text}. Equal sparsity is not equal quality. Pale: another family's {p.interval} reaches the "
-        "winner's. A dark corner: the dense model does not fit the device's memory."
+        f"Fastest family at {100 * MAP_SPARSITY:.0f} % sparsity by batch and sequence, with its speedup: "
+        f"{p.scenario_text}. Equal sparsity is not equal quality. Pale: another family's {p.interval} overlaps the "
+        "winner's. Dark corner: the dense model does not fit the device's memory."
     )
     return figure, caption + _without_sparse24(p), ()
 
@@ -238,8 +238,8 @@ def _pareto(p: Paper) -> Made:
     except InputError:
         few = True
     if few:
-        few_of = f"fewer than two families of {model.name} have quality on one axis"
-        notes.append(f"pareto: {few_of}; drawn for {QUALITY_MODEL}")
+        reason = f"fewer than two families of {model.name} have quality on one axis"
+        notes.append(f"pareto: {reason}; drawn for {QUALITY_MODEL}")
         model, table = load_model(QUALITY_MODEL), load_quality().of_model(QUALITY_MODEL)
     axis = choose_axis(table)
     found, more = fronts(model, p.devices, table, axis, ["prefill", "decode"], [1], [p.seq], scenario=p.scenario)
@@ -247,8 +247,8 @@ def _pareto(p: Paper) -> Made:
     sources = "; ".join(dict.fromkeys(q.source for f in found for q in f.points))
     caption = (
         f"Predicted speedup against measured quality loss with its frontier: {replace(p, model=model).scenario_text}, "
-        f"{p.seq} tokens. Quality: {axis.metric}, {axis.protocol} ({sources}). Faint points are beaten by another; the "
-        "strip names the fastest family within each quality budget, dynamic ones hatched."
+        f"{p.seq} tokens. Quality: {axis.metric}, {axis.protocol} ({sources}). Faint: another point is better in both. "
+        "The strip shows the fastest family within each quality budget, hatched if dynamic."
     )
     if any(q.family == "semi_structured" for q in table.on_axis(axis).rows):
         caption += _without_sparse24(p)

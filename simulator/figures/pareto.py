@@ -1,7 +1,7 @@
-"""Acceleration against quality: small multiples with the frontier as a staircase.
+"""Draw speedup against quality loss: small multiples with the frontier as a staircase.
 
-Every point is drawn; those on the frontier are full, those that another point beats are faint. A strip below each panel
-shows which family is the fastest within each quality budget, hatched where it is dynamic.
+Points on the frontier are full, other points faint. A strip below each panel shows the fastest family within each
+quality budget, hatched if it is dynamic.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 LINEAR_UP_TO = 0.6
-"""Losses up to this are drawn on a linear axis; a perplexity can rise by several times."""
+"""Losses up to this value have a linear axis; a perplexity can rise by several times."""
 
 STRIP = 0.045
-"""Height of the strip of fastest families, in heights of a panel."""
+"""Height of the strip of fastest families, as a share of a panel's height."""
 
 
 def pareto_figure(
@@ -45,11 +45,11 @@ def pareto_figure(
     interval: str = "90 % interval",
     width_in: float = PAGE_IN,
 ) -> Figure:
-    """Speedup against quality loss with its frontier.
+    """Draw speedup against quality loss with its frontier.
 
-    One entry a point: labels of the setting and the device (panels, in the order of their first occurrence), family and
-    method, relative loss of quality (a fraction; all on the metric ``axis`` under one ``protocol``), speedup and its
-    interval. InputError when there are no points or the arrays differ in length.
+    One entry per point: labels of the setting and the device (panels, in the order of their first occurrence), family
+    and method, relative loss of quality (a fraction; all on the metric ``axis`` under one ``protocol``), speedup and
+    its interval. InputError if there are no points or the arrays differ in length.
 
     >>> where = ["prefill"] * 2, ["h100"] * 2, ["depth", "width"], ["a", "b"]
     >>> figure = pareto_figure(*where, [0.1, 0.2], [1.1, 1.3], [1, 1.2], [1.2, 1.4], axis="ppl")
@@ -59,7 +59,7 @@ def pareto_figure(
     texts = {"row": row, "column": column, "family": family, "method": method}
     numbers = {"loss": loss, "speedup": speedup, "lower": lower, "upper": upper}
     data = layout.columns_of("points of the figure", texts, numbers)
-    # a family's only method is named in the legend, one of several beside its points
+    # a family's only method is named in the legend, one of several next to its points
     methods = {f: set(data["method"][data["family"] == f]) for f in in_order(data["family"])}
     only = {f: next(iter(m)) if len(m) == 1 else "" for f, m in methods.items()}
     data = {**data, "method": np.where([bool(only[f]) for f in data["family"]], "", data["method"])}
@@ -78,7 +78,7 @@ def pareto_figure(
         layout.name_panels(panels, {r: r for r in data["row"]})
         title = f"quality loss (%): {axis}\n{textwrap.fill(protocol, int(width_in / 0.058))}".rstrip()
         layout.legend_below(figure, handles, lines, title)
-        # names of points need to know how much room there is
+        # names of points depend on the final layout
         layout.laid_out(figure, "speedup (log scale)")
         for (r, c), ax in panels.items():
             chosen = (data["row"] == r) & (data["column"] == c)
@@ -87,12 +87,12 @@ def pareto_figure(
 
 
 def _loss_axis(ax: Axes, loss: FloatArray) -> None:
-    """A linear axis in percent, or a logarithmic one beyond 10 % where losses are large; its ticks below the strip."""
+    """Set an axis in percent: linear, or logarithmic above 10 % if losses are large; its ticks are below the strip."""
     first, last = min(0.0, float(loss.min())), max(5.0, float(loss.max()))
     if last > 100 * LINEAR_UP_TO:
         ax.set_xscale("symlog", linthresh=10.0, linscale=0.5)
         ax.set_xlim(first - 1.0 if first < 0 else 0.0, last * 1.25)
-        # none so near the end that its label would run into the next panel
+        # no tick near the end, whose label would overlap the next panel
         ticks = [t for t in (0, 10, 30, 100, 300, 1000, 3000, 10_000, 100_000, 1_000_000) if t <= last * 0.75]
         layout.fixed_ticks(ax.xaxis, ticks, lambda value, _: f"{value:,.10g}")
     else:
@@ -124,12 +124,12 @@ def _panel(ax: Axes, data: layout.Columns) -> None:
 
 
 def _name(ax: Axes, x: float, y: float, text: str, stop: float) -> None:
-    """The method beside its point, on the step that it opens, where that step is long enough for it."""
+    """Write the method next to its point, on the step that it begins, if the step is long enough."""
     if not text:
         return
     start, end = ax.transData.transform([(x, y), (stop, y)])[:, 0]
     room = abs(end - start) * 72.0 / ax.get_figure().dpi  # type: ignore[union-attr]
-    if room > 3.1 * len(text) + 11:  # what stands before the name, and half the marker of the next point
+    if room > 3.1 * len(text) + 11:  # with the offset of the name, and half the marker of the next point
         box = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.3}
         where: dict[str, Any] = {"xytext": (4, 2.2), "textcoords": "offset points", "va": "bottom", "in_layout": False}
         ax.annotate(text, (x, y), fontsize=6, color=BLACK, zorder=5, bbox=box, **where)

@@ -1,4 +1,4 @@
-"""Published values beside predicted ones with their intervals, a panel for each setting."""
+"""Draw published or measured speedups next to predicted speedups with their intervals, one panel per setting."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Beside:
-    """Speedups of one setting, a row a family."""
+    """Speedups of one setting, one row per family."""
 
     title: str
     family: Sequence[str]
@@ -32,7 +32,7 @@ class Beside:
 def published_figure(panels: Sequence[Beside], *, observed: str = "published", width_in: float | None = None) -> Figure:
     """Draw predicted speedups as marks on their intervals, published or measured ones (``observed``) as bars across.
 
-    NaN leaves a row empty. InputError where there are no panels, or values differ in number.
+    NaN leaves a row empty. InputError if there are no panels, or values differ in number.
 
     >>> figure = published_figure([Beside("prefill", ["depth"], [1.3], [1.31], [1.29], [1.33])])
     >>> [t.get_text() for t in figure.axes[0].get_yticklabels()]
@@ -41,7 +41,7 @@ def published_figure(panels: Sequence[Beside], *, observed: str = "published", w
     from matplotlib.lines import Line2D
 
     if not panels:
-        raise InputError("published beside predicted: expected one panel or more")
+        raise InputError("published against predicted: expected one panel or more")
     with paper_style():
         columns = in_a_row(len(panels))
         figure, axes, _ = panel_list(len(panels), max(1.15, 0.15 * len(panels[0].family)), 0.45, columns, width_in)
@@ -52,7 +52,7 @@ def published_figure(panels: Sequence[Beside], *, observed: str = "published", w
         for i, (ax, p) in enumerate(zip(axes, panels)):
             values = [np.asarray(v, dtype=float) for v in (p.published, p.predicted, p.lower, p.upper)]
             if not len(p.family) or any(v.shape != (len(p.family),) for v in values):
-                raise InputError(f"published beside predicted, {p.title}: expected as many values as families")
+                raise InputError(f"published against predicted, {p.title}: expected as many values as families")
             published, predicted, lower, upper = values
             rows = np.arange(len(p.family))[::-1]
             ax.axvline(1.0, color=PALE_INK, linewidth=0.6, zorder=0)

@@ -1,4 +1,4 @@
-"""GEMMs on the roofline: what the device could do at their arithmetic intensity, and what is predicted."""
+"""Draw GEMMs on the roofline: the device's limit at their arithmetic intensity, and the predicted rate."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 DATASHEET: dict[str, Any] = {"color": BLACK, "linewidth": 1.1}
 HIGHEST: dict[str, Any] = {"color": BLACK, "linewidth": 0.8, "linestyle": (0, (4, 1.5))}
-"""The roof at the datasheet's rate, and at the highest clock, which devices with a boost reach."""
+"""Lines of the roof at the datasheet's rate, and at the highest clock, which devices with a boost reach."""
 
 SAME = 1.01
 """Points closer than this factor in both directions are one point with a joint label."""
@@ -32,29 +32,29 @@ CYCLE = tuple(zip((*COLORS, GREY, *COLORS[:3]), "osD^vPXhd<>"))
 
 @dataclass(frozen=True)
 class Roof:
-    """One device with the GEMMs on it: a panel."""
+    """One device with its GEMMs: a panel."""
 
     title: str
     peak_flop_per_s: float  # datasheet peaks
     bandwidth_bytes_per_s: float
-    names: Sequence[str]  # what each GEMM is
+    names: Sequence[str]  # one per GEMM
     intensity: ArrayLike  # FLOP/byte
     achieved_flop_per_s: ArrayLike
     pruned: ArrayLike  # whether a point belongs to the pruned model
-    headroom: float = 1.0  # highest clock over the datasheet's: how far a rate may exceed the peak
+    headroom: float = 1.0  # highest clock over the datasheet's: largest rate over the peak
 
     def columns(self) -> tuple[FloatArray, FloatArray, NDArray[np.bool_]]:
-        """Intensity (FLOP/byte), achieved FLOP/s, and whether a point is pruned; refuses columns that differ in
-        length."""
+        """Return intensity (FLOP/byte), achieved FLOP/s, and whether a point is pruned; InputError if lengths
+        differ."""
         x, y = (np.asarray(values, dtype=float) for values in (self.intensity, self.achieved_flop_per_s))
         pruned = np.asarray(self.pruned, dtype=bool)
         if not len(x) or len({len(x), len(y), len(pruned), len(self.names)}) > 1:
             raise InputError(f"roofline of {self.title}: expected columns of one length from 1 up")
         return x, y, pruned
 
-    def bottlenecks(self, above: float) -> tuple[float, float, float, float]:
-        """Ranges of intensity (FLOP/byte) and rate (TFLOP/s) that hold all points, and show where the roof bends unless
-        that is far off and would squeeze the points; ``above`` is the factor above the highest roof."""
+    def ranges(self, above: float) -> tuple[float, float, float, float]:
+        """Return ranges of intensity (FLOP/byte) and rate (TFLOP/s) that hold all points, and the ridge of the roof
+        unless it is so far that it would squeeze the points; ``above`` is the factor above the highest roof."""
         x, y, _ = self.columns()
         peak, bandwidth = self.peak_flop_per_s / 1e12, self.bandwidth_bytes_per_s / 1e12
         ridge = peak / bandwidth
@@ -65,8 +65,8 @@ class Roof:
         return low, high, bottom, min(peak * self.headroom, high * bandwidth) * above
 
     def bend(self, low: float, high: float, headroom: float = 1.0) -> tuple[FloatArray, FloatArray]:
-        """Corners of the roof between two intensities: intensity and TFLOP/s; with the headroom, of the highest clock's
-        roof, which no time that streams its operands from memory can pass."""
+        """Return corners of the roof between two intensities: intensity and TFLOP/s. With the headroom, this is the
+        roof of the highest clock, which no time that streams its operands from memory can exceed."""
         peak, bandwidth = headroom * self.peak_flop_per_s / 1e12, self.bandwidth_bytes_per_s / 1e12
         at = np.array(sorted({low, min(max(peak / bandwidth, low), high), high}))
         return at, np.minimum(peak, at * bandwidth)
@@ -75,11 +75,11 @@ class Roof:
 def roofline_figure(
     roofs: Sequence[Roof], *, columns: int | None = None, width_in: float | None = None, names: str = ""
 ) -> Figure:
-    """Draw devices side by side, hollow points for the dense model and filled ones for the pruned; ``names`` is the
-    legend's title.
+    """Draw devices side by side, hollow points for the dense model and filled points for the pruned model; ``names`` is
+    the legend's title.
 
-    ``columns`` panels stand in a row, at most three if left out; the figure is one column wide for one device, else a
-    page. InputError when there is nothing to draw or the columns of a panel differ in length.
+    ``columns`` is the number of panels per row, by default at most three; the figure is one column wide for one device,
+    else a page. InputError if there is nothing to draw or the columns of a panel differ in length.
 
     >>> one = Roof("h100", 1e15, 3e12, ["q", "q"], [100.0, 90.0], [2e14, 1.8e14], [False, True])
     >>> roofline_figure([one]).axes[0].get_xlabel()
@@ -109,9 +109,8 @@ def roofline_figure(
 
 
 def merged(roofs: Sequence[Roof]) -> dict[str, tuple[str, ...]]:
-    """Joint labels of GEMMs whose points coincide in every panel, dense and pruned alike, and the names each stands
-    for.
-    """
+    """Return joint labels of GEMMs whose points coincide in every panel, dense and pruned, with the names of each
+    group."""
     where: dict[str, list[tuple[int, bool, float, float]]] = {}
     for r, roof in enumerate(roofs):
         for name, x, y, pruned in zip(roof.names, *roof.columns()):
@@ -130,7 +129,7 @@ def merged(roofs: Sequence[Roof]) -> dict[str, tuple[str, ...]]:
 
 
 def origin_of(intensity: FloatArray, dense: Sequence[int], point: int) -> int:
-    """Which of a GEMM's dense points a pruned point came from: the nearest in intensity (a generate has one of the
+    """Return the dense point that a pruned point came from: the nearest in intensity (a generate has one point of the
     prefill, one of decode).
 
     >>> origin_of(np.array([500.0, 1.0, 400.0, 0.9]), [0, 1], 3)
@@ -140,8 +139,8 @@ def origin_of(intensity: FloatArray, dense: Sequence[int], point: int) -> int:
 
 
 def drawn(roof: Roof, groups: dict[str, tuple[str, ...]]) -> Iterator[tuple[str, int, int | None]]:
-    """Of every point that is drawn: the label of its group, its place in the columns, and that of the dense point it
-    came from."""
+    """Yield, for every drawn point, the label of its group, its index in the columns, and the index of its dense
+    point."""
     x, _, pruned = roof.columns()
     for title, members in groups.items():
         points = [i for i, own in enumerate(roof.names) if own == members[0]]
@@ -153,7 +152,7 @@ def drawn(roof: Roof, groups: dict[str, tuple[str, ...]]) -> Iterator[tuple[str,
 def _draw(ax: Axes, roof: Roof, groups: dict[str, tuple[str, ...]], looks: dict[str, tuple[str, str]]) -> None:
     x, y, pruned = roof.columns()
     y, peak = y / 1e12, roof.peak_flop_per_s / 1e12
-    low, high, bottom, top = roof.bottlenecks(2.0)
+    low, high, bottom, top = roof.ranges(2.0)
     ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(bottom, top))
     ax.set_title(roof.title, pad=5)
     highest = roof.bend(low, high, roof.headroom)
@@ -164,7 +163,7 @@ def _draw(ax: Axes, roof: Roof, groups: dict[str, tuple[str, ...]], looks: dict[
         ax.plot(*highest, **HIGHEST, zorder=1.9)
         rates += f" to {peak * roof.headroom:,.4g}"
     if high > peak / (roof.bandwidth_bytes_per_s / 1e12):
-        ax.annotate(f"{rates} TFLOP/s", (high, highest[1][-1]), xytext=(-2, 2.5), ha="right", **_BESIDE)
+        ax.annotate(f"{rates} TFLOP/s", (high, highest[1][-1]), xytext=(-2, 2.5), ha="right", **_LABEL)
     for name, i, origin in drawn(roof, groups):
         color, marker = looks[name]
         if origin is not None:
@@ -176,17 +175,17 @@ def _draw(ax: Axes, roof: Roof, groups: dict[str, tuple[str, ...]], looks: dict[
     log_axis(ax.yaxis, bottom, top, 6)
 
 
-_BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "bottom", "fontsize": 6}
+_LABEL: dict[str, Any] = {"textcoords": "offset points", "va": "bottom", "fontsize": 6}
 
 
 def _name_slope(ax: Axes, roof: Roof) -> None:
-    """The bandwidth along the slope of a roof and above it, where no point can be."""
+    """Write the bandwidth along the slope of a roof and above it, where no point can be."""
     low, high = ax.get_xlim()
     bandwidth, ridge = roof.bandwidth_bytes_per_s / 1e12, roof.peak_flop_per_s / roof.bandwidth_bytes_per_s
     if low < ridge:
         middle = float(np.sqrt(low * min(ridge, high)))
         (x0, y0), (x1, y1) = ax.transData.transform([(low, low * bandwidth), (middle, middle * bandwidth)])
-        where: dict[str, Any] = {"xytext": (-2.5, 2.5), "ha": "center", "rotation_mode": "anchor", **_BESIDE}
+        where: dict[str, Any] = {"xytext": (-2.5, 2.5), "ha": "center", "rotation_mode": "anchor", **_LABEL}
         where["rotation"] = float(np.degrees(np.arctan2(y1 - y0, x1 - x0)))
         ax.annotate(f"{bandwidth:.3g} TB/s", (middle, middle * bandwidth), **where)
 

@@ -1,4 +1,4 @@
-"""Figures as files: :func:`save_figure` writes PDF, SVG or PNG whole, with the same bytes for the same figure."""
+"""Write figures to files: PDF, SVG or PNG, whole, with the same bytes for the same figure."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUFFIXES: tuple[str, ...] = (".pdf", ".svg", ".png")
-"""Kinds of file that a figure is written as."""
+"""File types of figures."""
 
-# nothing that changes from run to run
+# no dates: the bytes must not change between runs
 _METADATA = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}, ".png": {}}
 
 
 def check_figure(path: str | Path) -> Path:
-    """A path that a figure can be written to, as far as can be told beforehand.
+    """Return a path to which a figure can be written, as far as a check can show.
 
     InputError for a suffix other than those of :data:`SUFFIXES`, a folder, or a folder that does not exist.
 
@@ -35,7 +35,7 @@ def check_figure(path: str | Path) -> Path:
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a figure as its suffix says; see :func:`check_figure` for what is refused."""
+    """Write a figure in the format of its suffix; InputError as in :func:`check_figure`."""
     target = check_figure(path)
     suffix = target.suffix.lower()
     out = io.BytesIO()
@@ -45,7 +45,7 @@ def save_figure(figure: Figure, path: str | Path) -> None:
 
 
 def _of_few_colors(png: bytes) -> bytes:
-    """The same picture with a palette: a third of the bytes."""
+    """Return the same picture with a palette: a third of the bytes."""
     from PIL import Image
 
     out = io.BytesIO()

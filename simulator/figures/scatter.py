@@ -1,4 +1,4 @@
-"""Predicted against measured, a panel for each device: times above, their ratio below."""
+"""Draw predicted against measured times, two panels per device: times above, their ratio below."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 MOST_DOTS = 1500
-"""More points than this become a density."""
+"""Maximum number of dots; more points become a density."""
 
 RATIO = 1.6
-"""Ratios drawn lie between this and its inverse; arrows on the edge, counted beside it, stand for those beyond."""
+"""Largest ratio drawn, and inverse of the smallest; arrows with a count on the edge stand for other ratios."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class Cloud:
     title: str
     measured_s: ArrayLike
     predicted_s: ArrayLike
-    held_out: bool = False  # the prediction never saw these measurements
-    what: str = "GEMMs"  # the times are of
+    held_out: bool = False  # the fit did not use these measurements
+    what: str = "GEMMs"  # kind of times
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well predictions agree: relative errors as fractions."""
+    """Agreement of predictions with measurements: relative errors as fractions."""
 
     count: int
     mean: float
@@ -49,7 +49,7 @@ class Agreement:
 
 
 def agreement(measured_s: ArrayLike, predicted_s: ArrayLike) -> Agreement:
-    """Relative errors of predictions: mean, median and 95th percentile of abs(predicted / measured - 1), and the
+    """Return relative errors of predictions: mean, median and 95th percentile of abs(predicted / measured - 1), and the
     median of the signed error as bias.
 
     >>> a = agreement([1.0, 2.0, 4.0], [1.1, 2.0, 3.8])
@@ -63,7 +63,7 @@ def agreement(measured_s: ArrayLike, predicted_s: ArrayLike) -> Agreement:
 
 
 def scatter_figure(clouds: Sequence[Cloud], *, width_in: float | None = None) -> Figure:
-    """Draw predicted against measured times; InputError where there are none, or they differ in number or are not above
+    """Draw predicted against measured times; InputError if there are none, they differ in number, or one is not above
     zero.
 
     >>> figure = scatter_figure([Cloud("h100", [1e-6, 1e-5, 1e-4], [1.1e-6, 1e-5, 0.9e-4])])
@@ -76,12 +76,12 @@ def scatter_figure(clouds: Sequence[Cloud], *, width_in: float | None = None) ->
         times = [np.asarray(v, dtype=float) for v in (c.measured_s, c.predicted_s)]
         good = all(np.all((t > 0) & np.isfinite(t)) for t in times)
         if not times[0].size or times[0].shape != times[1].shape or times[0].ndim != 1 or not good:
-            what = "expected as many finite times above zero of each, from 1 up"
-            raise InputError(f"predicted against measured, {c.title}: {what}")
+            expected = "expected equally many finite times above zero, at least one of each"
+            raise InputError(f"predicted against measured, {c.title}: {expected}")
     with paper_style():
         columns = in_a_row(len(clouds))
         rows = -(-len(clouds) // columns)
-        # two panels a device, one above the other
+        # two panels per device, one above the other
         figure, axes, _ = panel_list(2 * rows * columns, 1.35, 0.1, columns, width_in, height_ratios=[2.4, 1.0] * rows)
         for i in range(rows * columns):
             first, second = (axes[(2 * (i // columns) + k) * columns + i % columns] for k in (0, 1))
@@ -124,7 +124,7 @@ def _pair(first: Axes, second: Axes, cloud: Cloud) -> None:
 
 
 def _ratios(ax: Axes, x: FloatArray, ratio: FloatArray, across: tuple[float, float]) -> None:
-    """Ratios within :data:`RATIO`; of those above or below, an arrow each and how many they are, to which value."""
+    """Draw ratios within :data:`RATIO`; above and below, draw arrows with their number and the farthest value."""
     above, below = ratio > RATIO, ratio < 1 / RATIO
     inside = ~(above | below)
     _points(ax, x[inside], ratio[inside], across, (1 / RATIO, RATIO))
@@ -140,16 +140,15 @@ def _ratios(ax: Axes, x: FloatArray, ratio: FloatArray, across: tuple[float, flo
 
 
 def _time_axis(axis: Any, low: float, high: float) -> None:
-    """Powers of ten of a microsecond on a logarithmic axis, other round numbers where it has fewer than two of them; at
-    most four, each written with the unit that suits it.
-    """
+    """Put powers of ten of a microsecond on a logarithmic axis, or other round numbers if there are fewer than two
+    powers; at most four, each with a suitable unit."""
     powers = np.arange(np.ceil(np.log10(low)), np.floor(np.log10(high)) + 1)
     ticks = [float(10.0**e) for e in powers[:: -(-len(powers) // 4) or 1]]
     fixed_ticks(axis, ticks if len(ticks) > 1 else log_ticks(low, high, 4), lambda value, _: time_text(value))
 
 
 def time_text(microseconds: float) -> str:
-    """A round time in few characters.
+    """Format a round time in few characters.
 
     >>> time_text(10.0), time_text(1000.0), time_text(100_000.0), time_text(0.1)
     ('10 µs', '1 ms', '100 ms', '0.1 µs')
@@ -161,7 +160,7 @@ def time_text(microseconds: float) -> str:
 
 
 def _points(ax: Axes, x: FloatArray, y: FloatArray, across: tuple[float, float], up: tuple[float, float]) -> None:
-    """Dots, or a density where they are too many for a page (as pixels, for a file of 40,000 dots opens slowly)."""
+    """Draw dots, or a density if they are too many (as pixels, because a file of 40,000 dots opens slowly)."""
     if len(x) <= MOST_DOTS:
         size = 1.8 if len(x) > 100 else 2.8
         ax.plot(x, y, linestyle="none", color=BLUE, marker="o", markersize=size, markeredgewidth=0, alpha=0.6, zorder=3)

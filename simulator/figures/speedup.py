@@ -1,10 +1,9 @@
-"""Speedup against sparsity in small multiples that print on one page.
+"""Draw speedup against sparsity in small multiples that print on one page.
 
-One or two families are drawn as curves with interval bands and bounds, a row of panels for each setting, a column for
-each device. More would hide each other, so they become a dot plot: a panel for each setting, in it a line of text for
-each family and sparsity (no legend to look up) and on it one dot for each device, with its interval and bounds, so that
-devices, sparsities, families and settings stand side by side on one axis. A single sparsity makes no curve and becomes
-dots too.
+One or two families are curves with interval bands and bounds: a row of panels per setting, a column per device. More
+curves would hide each other: they become dots, with a panel per setting, a line of text per family and sparsity (no
+legend to look up), and on it a dot per device with its interval and bounds. Devices, sparsities, families and settings
+thus share one axis. A single sparsity makes no curve and becomes dots too.
 """
 
 from __future__ import annotations
@@ -37,16 +36,16 @@ if TYPE_CHECKING:
 
 
 MOST_CURVES = 2
-"""Families drawn as curves with bands; more become dots."""
+"""Maximum number of families drawn as curves with bands; more become dots."""
 
 PAGE_HEIGHT_IN = 9.0
 """Height of a page's text, inches."""
 
 MOST_ACROSS = 4
-"""Panels of dots side by side."""
+"""Maximum number of panels of dots per row."""
 
 LEAST_LINE_IN, LEAST_DOT_IN = 0.1, 0.04
-"""Room a line of text and a dot need, inches; where a page has less of it, dots become curves without bands."""
+"""Minimum height of a line of text and of a dot, inches; on a page with less, dots become curves without bands."""
 
 _BOUND_LINES = ((0, (1, 1)), (0, (5, 1.5)), (0, (3, 1, 1, 1)))
 _BOUND_COLORS = (GREY, BLACK, PALE_INK)
@@ -65,12 +64,12 @@ def speedup_figure(
     width_in: float | None = None,
     interval: str = "90 % interval",
 ) -> Figure:
-    """Speedup against sparsity.
+    """Draw speedup against sparsity.
 
-    One entry a point: labels of the setting, the device and the family (panels come in the order in which labels first
-    occur), the fraction removed in [0, 1), the prediction and its interval. ``bounds`` are up to three upper bounds of
-    each point by name, ``interval`` says what bars and bands are. The figure is one column wide for one panel, else a
-    page. InputError when there are no points or the arrays differ in length.
+    One entry per point: labels of the setting, the device and the family (panels come in the order in which labels
+    first occur), the removed fraction in [0, 1), the prediction and its interval. ``bounds`` are up to three upper
+    bounds of each point by name, ``interval`` is the label of bars and bands. The figure is one column wide for one
+    panel, else a page. InputError if there are no points or the arrays differ in length.
 
     >>> where = ["decode"] * 2, ["h100"] * 2, ["depth"] * 2
     >>> figure = speedup_figure(*where, [0.1, 0.2], [1.1, 1.2], [1.0, 1.1], [1.2, 1.3])
@@ -78,9 +77,9 @@ def speedup_figure(
     1
     """
     numbers = {"sparsity": sparsity, "speedup": speedup, "lower": lower, "upper": upper}
-    bottlenecks = {name: np.asarray(values, dtype=float) for name, values in (bounds or {}).items()}
+    upper_bounds = {name: np.asarray(values, dtype=float) for name, values in (bounds or {}).items()}
     data = layout.columns_of(
-        "points of the figure", {"row": row, "column": column, "family": family}, {**numbers, **bottlenecks}
+        "points of the figure", {"row": row, "column": column, "family": family}, {**numbers, **upper_bounds}
     )
     families, (settings, devices) = in_order(data["family"]), (list(dict.fromkeys(data[n])) for n in ("row", "column"))
     pairs = [(f, s) for f in families for s in np.unique(data["sparsity"][data["family"] == f]).tolist()]
@@ -91,13 +90,13 @@ def speedup_figure(
         if dots or len(pairs) == len(families):
             width = width_in or (COLUMN_IN if len(settings) == 1 else PAGE_IN)
             line = float(np.clip(line, LEAST_LINE_IN, 0.068 * len(devices) + 0.04))
-            return _dots(data, list(bottlenecks), pairs, devices, settings, line, width, interval)
+            return _dots(data, list(upper_bounds), pairs, devices, settings, line, width, interval)
         width = width_in or (COLUMN_IN if len(settings) * len(devices) == 1 else PAGE_IN)
-        return _curves(data, list(bottlenecks), families, width, interval)
+        return _curves(data, list(upper_bounds), families, width, interval)
 
 
 def _panels(data: layout.Columns, panel_in: float, around_in: float, width_in: float) -> tuple[Figure, layout.Panels]:
-    """layout.Panels with ticks on the outer ones; names of rows are wrapped to the height of a panel."""
+    """Return panels with ticks on the outer ones; names of rows are wrapped to the height of a panel."""
     figure, panels = layout.panel_grid(
         data["row"], data["column"], panel_in, around_in, width_in, sharex=True, sharey=True
     )
@@ -106,14 +105,14 @@ def _panels(data: layout.Columns, panel_in: float, around_in: float, width_in: f
 
 
 def _own(data: layout.Columns, r: str, c: str, family: str) -> NDArray[np.intp]:
-    """Points of one family in a panel by rising sparsity."""
+    """Return the points of one family in a panel by rising sparsity."""
     rows = np.flatnonzero((data["row"] == r) & (data["column"] == c) & (data["family"] == family))
     ordered: NDArray[np.intp] = rows[np.argsort(data["sparsity"][rows], kind="stable")]
     return ordered
 
 
 def _range(data: layout.Columns, names: Sequence[str]) -> tuple[float, float]:
-    """Range of some columns, widened a little; always holds 1."""
+    """Return the range of some columns, widened a little; it always holds 1."""
     values = np.concatenate([*(data[name] for name in names), np.ones(1)])
     values = values[np.isfinite(values) & (values > 0)]
     low, high = float(values.min()), float(values.max())
@@ -131,14 +130,14 @@ def _dots(
     width: float,
     interval: str,
 ) -> Figure:
-    """Many families: a line of text for each of them and each sparsity, a dot for each device."""
+    """Draw many families: a line of text per family and sparsity, a dot per device."""
     looks = [Style(*mark, hollow=i % 2 == 1) for i, mark in enumerate(zip(COLORS * 2, "osD^vPXh*<>pd"))]
     handles = _dot_handles(devices, looks, bounds, interval)
     lines = layout.legend_lines(handles, width)
     down = -(-len(settings) // MOST_ACROSS)
     across = -(-len(settings) // down)
     names = [_line(pairs, i) for i in range(len(pairs))]
-    room = (width - 0.058 * max(map(len, names))) / across  # of a panel, inches
+    room = (width - 0.058 * max(map(len, names))) / across  # per panel, inches
     titles = [textwrap.fill(s, max(8, int(room / 0.075))) for s in settings]
     above = 0.13 * max(t.count("\n") + 1 for t in titles)
     height = max(len(pairs) * line, 0.3) + 0.2 + above
@@ -175,7 +174,7 @@ def _dots(
 
 
 def _line(pairs: Sequence[tuple[str, float]], i: int) -> str:
-    """The text of a line: the fraction removed, on the first line of a family after its name."""
+    """Return the text of a line: the removed fraction, on the first line of a family after its name."""
     family, sparsity = pairs[i]
     named = "" if i and pairs[i - 1][0] == family else f"{label(family)}  "
     return f"{named}{100 * sparsity:.3g} %"
@@ -191,7 +190,7 @@ def _dot_handles(devices: Sequence[str], looks: Sequence[Style], bounds: list[st
 
 
 def _curves(data: layout.Columns, bounds: list[str], families: list[str], width: float, interval: str) -> Figure:
-    """Few families: a curve for each, with its band and its bounds; of many the curves alone."""
+    """Draw few families as curves with bands and bounds, many families as curves only."""
     few = len(families) <= MOST_CURVES
     bounds = bounds if few else []
     handles = _curve_handles(families, bounds, interval if few else "")

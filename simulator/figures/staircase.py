@@ -1,4 +1,4 @@
-"""Staircases: how the time of a GEMM climbs in steps of tiles and waves, predicted and measured."""
+"""Draw staircases: the time of a GEMM rises in steps of tiles and waves, predicted and measured."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Stairs:
     """One panel."""
 
-    row: str  # what is quantised
+    row: str  # kind of staircase
     column: str  # the device
     x_label: str
     y_label: str
@@ -33,15 +33,15 @@ class Stairs:
     ideal: ArrayLike  # the datasheet roofline
     measured_x: ArrayLike = ()
     measured: ArrayLike = ()
-    highest: ArrayLike = ()  # the roofline at the highest clock, where that exceeds the datasheet's
-    note: str = ""  # what stays fixed, written into the panel
+    highest: ArrayLike = ()  # the roofline at the highest clock, if above the datasheet's
+    note: str = ""  # fixed sizes, written into the panel
 
 
 def staircase_figure(
     panels: Sequence[Stairs], *, width_in: float | None = None, interval: str = "90 % interval"
 ) -> Figure:
-    """Draw staircases, devices side by side, a row for each kind, in the order in which their labels first occur.
-    InputError when there is nothing to draw or the arrays of a panel differ in length.
+    """Draw staircases, a column per device and a row per kind, in the order in which their labels first occur.
+    InputError if there is nothing to draw or the arrays of a panel differ in length.
 
     >>> one = Stairs("tile", "h100", "m", "time (µs)", [1, 2], [1.0, 2.0], [0.9, 1.9], [1.1, 2.1], [0.8, 1.0])
     >>> staircase_figure([one]).axes[0].get_ylabel()

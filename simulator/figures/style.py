@@ -1,9 +1,8 @@
-"""How figures look: a style sheet, widths of a two-column paper, and one colour, marker and line for each pruning
-family.
+"""Define the style of figures: a style sheet, widths of a two-column paper, and the look of each pruning family.
 
-Colours are those of Okabe and Ito ("Color Universal Design", 2008), which colour-blind readers tell apart. Families
-outnumber them, so a family is known by its marker and by fill as well: static families have filled markers and solid
-lines, dynamic ones hollow markers and dashed lines, and the static and dynamic form of the same idea share a colour.
+Colours are those of Okabe and Ito ("Color Universal Design", 2008), which colour-blind readers can distinguish. There
+are more families than colours, so marker and fill identify a family too: static families have filled markers and solid
+lines, dynamic families hollow markers and dashed lines; the static and dynamic form of an idea share a colour.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ PAGE_IN = 7.0
 
 # fmt: off
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
-YELLOW, BLUE, VERMILLION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
+BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 # fmt: on
 GREY, INK, PALE_INK = "#8A8A8A", "#444444", "#5A5A5A"
 
 
 @dataclass(frozen=True)
 class Style:
-    """How one family is drawn."""
+    """Look of one family."""
 
     color: str
     marker: str
@@ -41,7 +40,7 @@ class Style:
     label: str = ""
 
     def marks(self, **other: Any) -> dict[str, Any]:
-        """Keyword arguments of a line with markers."""
+        """Return keyword arguments of a line with markers."""
         face = "white" if self.hollow else self.color
         marks = {"color": self.color, "marker": self.marker, "linestyle": self.line}
         return marks | {"markerfacecolor": face, "markeredgecolor": self.color} | other
@@ -70,7 +69,7 @@ _OTHERS = tuple(map(Style, COLORS, "osD^vPX"))
 
 
 def style_of(name: str, index: int = 0) -> Style:
-    """Style of a family, or, for any other name, the one at an index of a cycle.
+    """Return the style of a family, or, for any other name, the style at an index of a cycle.
 
     >>> style_of("depth").marker, style_of("my method", 1).marker
     ('o', 's')
@@ -79,7 +78,7 @@ def style_of(name: str, index: int = 0) -> Style:
 
 
 def label(name: str) -> str:
-    """Name of a family as figures print it.
+    """Return the name of a family as figures print it.
 
     >>> label("semi_structured"), label("mine_too")
     ('semi-structured 2:4', 'mine too')
@@ -88,7 +87,7 @@ def label(name: str) -> str:
 
 
 def in_order(names: Any) -> list[str]:
-    """Names without repeats, families in the order of legends, others after them in the order given.
+    """Return names without repeats: families in the order of legends, then the other names in the given order.
 
     >>> in_order(["width", "mine", "depth", "width"])
     ['depth', 'width', 'mine']
@@ -100,7 +99,7 @@ def in_order(names: Any) -> list[str]:
 
 @contextlib.contextmanager
 def paper_style() -> Iterator[None]:
-    """Figures made and saved inside follow the style sheet alone, whatever the user's own settings are."""
+    """Make figures that are drawn and saved inside use the style sheet only, whatever the user's settings are."""
     import matplotlib
 
     with matplotlib.rc_context():

@@ -1,4 +1,4 @@
-"""What the figures of a paper are about: its model, devices and settings, and the words that captions use for them."""
+"""Define the subject of a paper's figures: model, devices and settings, and their text in captions."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ Made = tuple[Any, str, tuple[str, ...]]
 
 
 class NothingToDraw(InputError):
-    """A figure whose data are not at hand; says what it needs."""
+    """A figure without data; the message names the required data."""
 
 
 @dataclass(frozen=True)
 class Paper:
-    """What a paper is about."""
+    """The subject of a paper."""
 
     model: ModelConfig
     devices: tuple[HardwareProfile, ...]
     scenario: Scenario = field(default_factory=Scenario)  # number formats, engine
-    seq: int = 2048  # tokens of a prompt, or positions of a cache, where a figure does not vary them
-    measured: Mapping[str, MeasuredGemms] = field(default_factory=dict)  # by device, to show beside predictions
+    seq: int = 2048  # tokens of a prompt, or positions of a cache, if a figure does not vary them
+    measured: Mapping[str, MeasuredGemms] = field(default_factory=dict)  # by device, to compare with predictions
 
     @property
     def scenario_text(self) -> str:
@@ -40,7 +40,7 @@ class Paper:
 
     @property
     def interval(self) -> str:
-        """What bars and bands are."""
+        """Label of bars and bands."""
         return f"{100 * self.scenario.level:.4g} % interval"
 
 
@@ -52,7 +52,7 @@ def paper(
     seq: int = 2048,
     measured: Mapping[str, MeasuredGemms] | None = None,
 ) -> Paper:
-    """A paper about a model on some devices, names resolved.
+    """Return a paper about a model on some devices, with names resolved.
 
     >>> paper("llama-3.1-8b", ["h100", "h100_sxm"]).devices[0].name
     'h100_sxm'

@@ -1,7 +1,7 @@
-"""The taxonomy as a picture: what each family leaves of M, N and K of every GEMM, and which operators it adds.
+"""Draw the taxonomy: the shares of M, N and K of every GEMM that each family keeps, and the operators that it adds.
 
-A row a family, a column an operator, and in each cell three bars for what is kept of M, N and K. What stays whole is a
-grey line, so that the eye finds what shrinks.
+A row is a family, a column an operator, and a cell has three bars for the kept shares of M, N and K. Unchanged axes are
+grey lines, so reductions are easy to see.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 AXES = ("M", "N", "K")
 WHOLE = 0.995
-"""What is kept from this share up counts as whole."""
+"""Shares from this value up count as unchanged."""
 
 _ROW_IN, _BAR_IN, _STEP_IN = 0.345, 0.05, 0.094
 
@@ -36,11 +36,11 @@ def taxonomy_figure(
     *,
     width_in: float = PAGE_IN,
 ) -> Figure:
-    """Draw what families keep of M, N and K.
+    """Draw the shares of M, N and K that families keep.
 
-    One entry a row: names of families, what they change ("static M"), and the operators they add; ``operators`` name
-    the columns. ``kept`` (families, operators, 3) is the share of the logical M, N and K that is left, NaN for an
-    operator that the model lacks. InputError when they do not fit together.
+    One entry per row: names of families, the axis that they change ("static M"), and the operators that they add;
+    ``operators`` name the columns. ``kept`` (families, operators, 3) is the kept share of the logical M, N and K, NaN
+    for an operator that the model lacks. InputError if the shapes do not match.
 
     >>> figure = taxonomy_figure(["depth"], ["static M"], ["q", "o"], [[[0.75, 1, 1], [0.75, 1, 1]]], [""])
     >>> sorted({t.get_text() for t in figure.axes[0].texts} & {"M", "N", "K", "75"})
@@ -80,16 +80,16 @@ def taxonomy_figure(
 
 
 def _cell(ax: Axes, x: float, y: float, width: float, kept: NDArray[Any], color: str) -> None:
-    """Three bars; the letter of each before it, the per cent left behind it where something is gone."""
+    """Draw three bars, each after the letter of its axis; the kept per cent follows if it is below 100."""
     start, full = x + 0.13, width - 0.13 - 0.19
     for b, share in enumerate(kept):
         middle = y + (b - 1) * _STEP_IN
         if not np.isfinite(share):
             continue
-        gone = share < WHOLE
-        letter: dict[str, Any] = {"fontsize": 6, "va": "center_baseline", "color": BLACK if gone else "#9A9A9A"}
+        reduced = share < WHOLE
+        letter: dict[str, Any] = {"fontsize": 6, "va": "center_baseline", "color": BLACK if reduced else "#9A9A9A"}
         ax.text(x + 0.11, middle, AXES[b], ha="right", **letter)
-        if gone:
+        if reduced:
             style: dict[str, Any] = {"height": _BAR_IN, "linewidth": 0.4, "align": "center"}
             ax.barh(middle, full, left=start, facecolor="white", edgecolor=color, **style)
             ax.barh(middle, full * share, left=start, facecolor=color, edgecolor=color, **style)

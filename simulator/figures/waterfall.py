@@ -1,4 +1,4 @@
-"""The loss waterfall: from the speedup that the sparsity promises to the predicted one, step by step."""
+"""Draw the loss waterfall: from the nominal to the predicted speedup, step by step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NEGLIGIBLE = 0.0005
-"""A factor this close to 1 is a step without effect; it keeps its line but gets no bar."""
+"""A factor this close to 1 has no effect: its step has a line but no bar."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Steps:
 
     title: str
     names: Sequence[str]  # steps after the nominal speedup
-    factors: Sequence[float]  # what each multiplies the speedup by, > 0
+    factors: Sequence[float]  # factor of each step, > 0
     nominal: float  # 1 / (1 - sparsity)
     lower: float  # interval of the predicted speedup
     upper: float
@@ -41,8 +41,8 @@ class Steps:
 def waterfall_figure(panels: Sequence[Steps], *, columns: int | None = None, width_in: float | None = None) -> Figure:
     """Draw waterfalls side by side, steps on common lines.
 
-    ``columns`` panels stand in a row, at most three if left out; the figure is one column wide for one panel, else a
-    page. InputError when there is no panel or their names of steps differ.
+    ``columns`` is the number of panels per row, by default at most three; the figure is one column wide for one panel,
+    else a page. InputError if there are no panels or their names of steps differ.
 
     >>> figure = waterfall_figure([Steps("h100", ["parts not pruned", "alignment"], [0.9, 0.95], 1.333, 1.1, 1.2)])
     >>> [t.get_text() for t in figure.axes[0].get_yticklabels()]
@@ -64,7 +64,7 @@ def waterfall_figure(panels: Sequence[Steps], *, columns: int | None = None, wid
 
 
 def common_range(panels: Sequence[Steps], room: float) -> tuple[float, float]:
-    """Range of all bars and intervals, with ``room`` (a share of it) for the factor written beside each bar."""
+    """Return the range of all bars and intervals, with ``room`` (a share of it) for the factor next to each bar."""
     values = np.concatenate([[1.0], *([p.lower, p.upper, *p.reached] for p in panels)])
     low, high = float(values.min()), float(values.max())
     span = max(high / low, 1.1)
@@ -84,26 +84,26 @@ def _draw(ax: Axes, panel: Steps, low: float, high: float) -> None:
     places = np.arange(count + 1)
     ax.vlines(reached, places + 0.33, places + 0.67, color="#777777", linewidth=0.5, zorder=1.8)  # from bar to bar
     ax.barh([0, last], [panel.nominal - 1.0, predicted - 1.0], left=1.0, height=0.66, color=["#C8C8C8", BLUE], zorder=2)
-    _beside(ax, max(panel.nominal, 1.0), 0, f"{panel.nominal:.2f}×")
+    _write(ax, max(panel.nominal, 1.0), 0, f"{panel.nominal:.2f}×")
     for i, factor in enumerate(panel.factors, start=1):
         before, after = float(reached[i - 1]), float(reached[i])
         if abs(factor - 1.0) <= NEGLIGIBLE:
             ax.vlines(after, i - 0.33, i + 0.33, color="#777777", linewidth=0.5, zorder=1.8)
             continue
-        # a hatch beside the colour: gains and losses stay apart in grey print
+        # with a hatch, because gains and losses must differ in grey print
         style: dict[str, Any] = {"facecolor": VERMILLION, "edgecolor": VERMILLION}
         if factor > 1.0:
             style = {"facecolor": "white", "edgecolor": GREEN, "hatch": "//////"}
         ax.barh(i, after - before, left=before, height=0.66, linewidth=0.6, zorder=2, **style)
         if abs(factor - 1.0) >= 0.005:
-            _beside(ax, max(after, before), i, f"×{factor:.2f}")
+            _write(ax, max(after, before), i, f"×{factor:.2f}")
     half = [[max(predicted - panel.lower, 0.0)], [max(panel.upper - predicted, 0.0)]]
     ax.errorbar(predicted, last, xerr=half, color="black", elinewidth=0.9, capsize=2, capthick=0.9, zorder=3)
-    _beside(ax, max(panel.upper, predicted, 1.0), last, f"{predicted:.2f}×")
+    _write(ax, max(panel.upper, predicted, 1.0), last, f"{predicted:.2f}×")
     ax.set_yticks(range(count + 2), ["nominal", *panel.names, "predicted"])
 
 
-def _beside(ax: Axes, x: float, y: float, text: str) -> None:
+def _write(ax: Axes, x: float, y: float, text: str) -> None:
     paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # keeps the number clear of the line at 1
     where: dict[str, Any] = {"xytext": (2.5, 0), "textcoords": "offset points", "va": "center", "ha": "left"}
     ax.annotate(text, (x, y), fontsize=6, zorder=5, annotation_clip=False, bbox=paper, **where)

@@ -118,7 +118,7 @@ class Tab:
 
     def open(self, query: str = "") -> Tab:
         self.page.goto(self.url + query)
-        self.with_intervals()
+        self.wait_until_shown()
         return self
 
     def go(self, query: str = "") -> Tab:
@@ -126,18 +126,18 @@ class Tab:
         another page is open."""
         if self.page.url.startswith(self.url):
             self.page.evaluate(GO, query or "?")
-            self.with_intervals()
+            self.wait_until_shown()
             return self
         return self.open(query)
 
-    def with_intervals(self) -> None:
+    def wait_until_shown(self) -> None:
         """Wait until page, figures and map show what the address says."""
         self.page.evaluate(SETTLE)
 
     def fill(self, **values: object) -> None:
         for name, value in values.items():
             self.page.fill(f"#{name}", str(value))
-        self.with_intervals()
+        self.wait_until_shown()
 
     @property
     def query(self) -> str:

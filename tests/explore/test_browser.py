@@ -83,7 +83,7 @@ def test_every_control_changes_what_is_shown(tab: Tab) -> None:
     state = State()
     for act, change in CHANGES:
         act(tab.page)
-        tab.with_intervals()
+        tab.wait_until_shown()
         state = replace(state, **change)
         check(tab, state)
     assert tab.text("#problems") == ""
@@ -96,11 +96,11 @@ def test_a_gpu_without_the_number_format_leaves_the_others(tab: Tab) -> None:
     assert "cpu has no bf16 arithmetic" in tab.text("#notes")
     assert {row[3] for row in tab.table()[1:]} == {"h100_sxm"}
     tab.page.uncheck("[name=gpu][value=h100_sxm]")
-    tab.with_intervals()
+    tab.wait_until_shown()
     assert tab.text("#table") == "cpu has no bf16 arithmetic; it has fp32"
     assert "cpu has no bf16" in tab.text("#speedup")
     tab.page.select_option("#dtype", "fp32")
-    tab.with_intervals()
+    tab.wait_until_shown()
     assert {row[3] for row in tab.table()[1:]} == {"cpu"}
 
 
@@ -115,7 +115,7 @@ def test_the_address_is_the_state(tab: Tab) -> None:
     tab.fill(seq=4096)
     before = seen(tab)
     tab.page.reload()
-    tab.with_intervals()
+    tab.wait_until_shown()
     assert seen(tab) == before
 
 
@@ -124,22 +124,22 @@ def test_back_and_forward(tab: Tab) -> None:
     tab.page.locator("#seq").click()
     tab.page.keyboard.press("Control+A")
     tab.page.keyboard.type("512")  # typing is one step
-    tab.with_intervals()
+    tab.wait_until_shown()
     tab.page.select_option("#engine", "hf")
-    tab.with_intervals()
+    tab.wait_until_shown()
     state = State(batch=4, seq=512, engine="hf")
     check(tab, state)
     for step in (replace(state, engine="vllm"), State(batch=4)):
         tab.page.go_back()
-        tab.with_intervals()
+        tab.wait_until_shown()
         check(tab, step)
     tab.page.go_back()
-    tab.with_intervals()
+    tab.wait_until_shown()
     assert tab.query == ""
     assert tab.page.input_value("#batch") == "1", "the controls follow an address that names nothing"
     assert tab.table()[1][4] == ratio(predicted(State())[0].speedup)
     tab.page.go_forward()
-    tab.with_intervals()
+    tab.wait_until_shown()
     check(tab, State(batch=4))
 
 
@@ -157,7 +157,7 @@ def test_bad_values_are_named(tab: Tab) -> None:
     tab.fill(batch="")
     assert (tab.query, tab.text("#problems")) == (before, ""), "an unfinished number waits"
     tab.page.press("#batch", "Tab")
-    tab.with_intervals()
+    tab.wait_until_shown()
     assert tab.text("#problems") == "batch '': expected a whole number; shown with 1"
 
 
@@ -201,7 +201,7 @@ def choose(tab: Tab, files: dict[str, bytes] | list[Path], into: str = "model") 
 def taken(tab: Tab, into: str) -> str:
     """The token of what was dropped, once the page has it."""
     tab.page.wait_for_selector(f"{OPTIONS[into]}[value^=dropped]:checked", state="attached")
-    tab.with_intervals()
+    tab.wait_until_shown()
     return str(tab.page.locator(f"{OPTIONS[into]}[value^=dropped]:checked").get_attribute("value"))
 
 
@@ -210,7 +210,7 @@ def test_a_good_config_is_predicted(give: Callable[..., None], tab: Tab, tmp_pat
     content = json.dumps({**TINY, "_name_or_path": "someone/tiny"}).encode()
     give(tab.go(), {"config.json": content})
     tab.page.wait_for_selector("#title:has-text('tiny')")
-    tab.with_intervals()
+    tab.wait_until_shown()
     file = tmp_path / "config.json"
     file.write_bytes(content)
     state = State(model=token(content.decode(), "config.json"))
@@ -222,9 +222,9 @@ def test_a_good_config_is_predicted(give: Callable[..., None], tab: Tab, tmp_pat
         return
     tab.page.select_option("#model", "llama-2-7b")
     for go in (tab.page.reload, tab.page.go_back):
-        tab.with_intervals()
+        tab.wait_until_shown()
         go()
-    tab.with_intervals()
+    tab.wait_until_shown()
     check(tab, state)
 
 
@@ -250,7 +250,7 @@ def test_of_a_checkpoint_the_headers_alone_are_read(tab: Tab, tmp_path: Path) ->
     assert row[4] == ratio(predictions(state).existing[0].speedup)
     unharmed(tab)
     tab.page.select_option("#pruned", "")
-    tab.with_intervals()
+    tab.wait_until_shown()
     check(tab, State(phase="decode"))
 
 
@@ -284,10 +284,10 @@ def test_a_dropped_profile_takes_the_place_of_its_name(tab: Tab) -> None:
     assert read_profile(state.gpus[0])[1].bandwidth_bytes_per_s == load_hardware("rtx_3090").bandwidth_bytes_per_s
     check(tab, state)
     tab.page.reload()
-    tab.with_intervals()
+    tab.wait_until_shown()
     check(tab, state)
     tab.page.check("[name=gpu][value=h100_sxm]")
-    tab.with_intervals()
+    tab.wait_until_shown()
     assert "two profiles are called h100_sxm" in tab.text("#problems")
     unharmed(tab)
 
@@ -312,7 +312,7 @@ def test_hostile_names_are_text(tab: Tab) -> None:
     content = json.dumps({**TINY, "_name_or_path": HOSTILE}).encode()
     drop(tab.go(), {f"{HOSTILE}.json": content})
     tab.page.wait_for_selector("#title:has-text('onerror')")
-    tab.with_intervals()
+    tab.wait_until_shown()
     check(tab, State(model=token(content.decode(), f"{HOSTILE}.json")))
     unharmed(tab)
 

@@ -74,7 +74,7 @@ def test_the_keyboard_alone_changes_the_page(tab: Tab) -> None:
     ):
         tab.page.locator(selector).focus()
         act(keys)
-        tab.with_intervals()
+        tab.wait_until_shown()
     check(tab, State(model="qwen3-8b", phase="decode", batch=2, seq=100, families=(*State().families, "kv_cache")))
 
 
@@ -123,7 +123,7 @@ def test_nothing_is_cut_and_no_label_lies_on_another(size: str, tab: Tab, new_ta
     wide = tab.page.locator("#speedup").bounding_box()["height"]
     tab.page.set_viewport_size(PHONE)
     tab.page.wait_for_timeout(300)
-    tab.with_intervals()
+    tab.wait_until_shown()
     assert tab.page.locator("#speedup").bounding_box()["height"] > 1.4 * wide, "a narrow window is drawn again"
     assert tab.page.evaluate(OUTSIDE) == []
     tab.page.set_viewport_size(LAPTOP)
@@ -157,7 +157,7 @@ def test_the_last_of_many_quick_changes_in_two_tabs_is_shown(tab: Tab, new_tab: 
         two.page.fill("#batch", str(10 * i))
     generate = State(phase="generate", gpus=("a100_sxm_80gb", "h100_sxm"), new_tokens=16, batch=11)
     for tab, state in ((one, generate), (two, State(phase="decode", batch=110))):
-        tab.with_intervals()
+        tab.wait_until_shown()
         check(tab, state)
     shapes = one.figure("crossover")["layout"].get("shapes", [])
     assert not [s for s in shapes if s["type"] == "rect"], "11 is no batch of the map"
@@ -184,7 +184,7 @@ def test_ctrl_c_ends_it_and_the_page_says_so(browser: Any, tmp_path: Path) -> No
         tab = Tab(browser.new_page(), json.loads(process.stdout.readline())["url"]).open()
         check(tab, State(gpus=(str(own),)))
         tab.page.check("[name=gpu][value=l4]")
-        tab.with_intervals()
+        tab.wait_until_shown()
         check(tab, State(gpus=("l4", str(own))))
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=20)

@@ -92,7 +92,7 @@ def test_curves_bands_and_bounds_are_the_predictions(state: State) -> None:
 def test_points_stand_at_the_sparsity_asked_for_and_tell_the_realised_one() -> None:
     state = State(families=("depth",), detail="depth", sparsities=(0.3,), at=0.1)
     chart = charts(state, WIDE)["speedup"]
-    assert chart["layout"]["xaxis"]["title"]["text"] == X_TITLE == "sparsity requested (%)"
+    assert chart["layout"]["xaxis"]["title"]["text"] == X_TITLE == "requested sparsity (%)"
     (curve,) = named(chart, "depth")
     for x, text, r in zip(curve["x"], curve["text"], predictions(state).table, strict=True):
         assert x == 100 * r.sparsity
@@ -113,7 +113,7 @@ def test_formats_of_weights_are_drawn_not_a_blank(weights: str) -> None:
 
 
 def test_a_gpu_without_a_format_says_that_weights_alone_may_have_it() -> None:
-    assert predictions(State(gpus=("a100_sxm_80gb",), dtype="fp8")).refused.endswith("; weights alone may be in fp8")
+    assert predictions(State(gpus=("a100_sxm_80gb",), dtype="fp8")).problem.endswith("; weights alone may be in fp8")
 
 
 def test_a_model_is_spread_over_devices() -> None:
@@ -227,7 +227,7 @@ def test_the_map_is_what_tables_say(state: State) -> None:
         assert cells[i].winner == (best.family if best.speedup > 1 else "")
         numbers = [(c.speedup, c.speedup_lower, c.speedup_upper) for c in (r, best)]
         assert numbers[0] == pytest.approx(numbers[1], rel=1e-9)
-        assert cells[i].sure == (best.speedup_lower > max([1.0, *others]))
+        assert cells[i].certain == (best.speedup_lower > max([1.0, *others]))
         assert r.dense_fits == best.dense_fits
     said = [text for t in map_chart(small, WIDE)["data"] if t.get("mode") == "markers+text" for text in t["text"]]
     assert sorted(said) == sorted(f"{c.best.speedup:.2f}" for c in cells)
@@ -251,13 +251,13 @@ def test_what_cannot_be_predicted_is_a_line() -> None:
     half = State(families=("semi_structured",), detail="semi_structured", at=0.3)
     for bad in (half, State(gpus=("a100_sxm_80gb",), dtype="fp8")):
         found = predictions(bad)
-        assert found.refused
+        assert found.problem
         assert not found.table
         assert commands(bad, found) == ()
         for chart in (*charts(bad, WIDE).values(), map_chart(bad, WIDE)):
             (note,) = chart["layout"]["annotations"]
             assert chart["data"] == []
-            assert note["text"].replace("<br>", " ")[:40] in found.refused
+            assert note["text"].replace("<br>", " ")[:40] in found.problem
         said = markup.texts(bad)
         assert "<table" not in said["table"]
         assert "Copy" not in said["commands"]
@@ -271,8 +271,8 @@ def test_notes_say_what_the_command_line_says() -> None:
     assert "calibrated" in said["facts"]
     assert said["notes"].count("<li>") == len(found.notes)
     found = predictions(State(gpus=("h100_sxm", "cpu"), detail="semi_structured", families=("depth",), dtype="fp32"))
-    assert {e.result.hardware for e in found.details} < {"h100_sxm", "cpu"} or found.refused
-    assert found.refused or any("semi_structured" in note for note in found.notes)
+    assert {e.result.hardware for e in found.details} < {"h100_sxm", "cpu"} or found.problem
+    assert found.problem or any("semi_structured" in note for note in found.notes)
 
 
 @pytest.mark.parametrize("gpu", simulator.list_hardware())
@@ -306,7 +306,7 @@ def test_a_measured_time_is_the_dense_time_of_one_gpu() -> None:
     assert "not used here" in markup.texts(one)["about-crossover"]
     assert winners(one) == winners(replace(one, dense_ms=None))
     two = replace(one, gpus=TWO)
-    assert predictions(two).notes[0] == "measured dense time: not used: it is of one GPU and 2 are chosen"
+    assert predictions(two).notes[0] == "measured dense time: not used: it applies to one GPU, but 2 are selected"
     assert predictions(two).table[1].dense_s == plain.table[0].dense_s
     far = predictions(replace(one, dense_ms=2000.0))
     assert "so it is ignored; check" in far.notes[0]

@@ -114,11 +114,11 @@ def test_any_query_and_any_value_give_a_state(text: str, key: str, value: str) -
         ("dtype=bf17", "did you mean bf16", "shown with bf16"),
         ("weights=int5", "weights 'int5' is unknown", "shown with none"),
         ("devices=0", "devices 0: expected a whole number from 1 to 1024", "shown with 1"),
-        ("pruned=.%2Fpruned", "pruned './pruned': expected what was dropped", "shown with none"),
+        ("pruned=.%2Fpruned", "pruned './pruned': expected the token of dropped files", "shown with none"),
         ("gpu=dropped:zzz", "not a dropped profile that can be read", "shown with h100_sxm"),
         ("gpu=h100," + profile_token(OWN, "own.yaml"), "two profiles are called h100_sxm", "shown with h100_sxm"),
         ("batch=2147483647", "expected at most 2147483647 tokens in a pass", "shown with 1"),
-        ("colour=red", "key 'colour' is unknown", "left out"),
+        ("colour=red", "key 'colour' is unknown", "ignored"),
         ("x" * (MOST_QUERY + 1), "longer than", "shown with the defaults"),
     ],
 )
@@ -235,8 +235,8 @@ def test_layers_that_all_differ_still_fit_in_an_address() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda files: files[1:], "3 files: expected one config.json, with the *.safetensors of its folder or without"),
-        (lambda files: files[-1:], "model.safetensors.index.json: expected the config.json of its folder beside it"),
+        (lambda files: files[1:], "3 files: expected one config.json, with or without the *.safetensors of its folder"),
+        (lambda files: files[-1:], "model.safetensors.index.json: expected the config.json of its folder too"),
         (lambda files: files[:2] + files[3:], "pruned: 'model-00001.safetensors' is missing (1 of 2 are missing)"),
         (lambda files: [files[0], Sent("a.safetensors", "{")], "a.safetensors: is not JSON"),
         (lambda files: [files[0], Sent("a.safetensors", '{"\ud800": 1}')], "tensor '?': expected dtype, shape"),

@@ -116,7 +116,9 @@ CELLS: dict[str, Any] = {"row": ["decode"] * 3, "column": ["h100"] * 3, "batch":
         lambda one: draw("scatter", one).figure,
         lambda _: efficiency_figure(**CELLS, family=["depth"] * 3, efficiency=[0.9, -0.4, np.nan]),
         lambda _: crossover_figure(
-            **CELLS, seq=[512] * 3, winner=["depth", "", "token"], speedup=[2.0, 1, 1.5], sure=[1, 0, 0], fits=[1, 1, 0]
+            **(CELLS | {"seq": [512] * 3, "winner": ["depth", "", "token"], "speedup": [2.0, 1, 1.5]}),
+            certain=[1, 0, 0],
+            fits=[1, 1, 0],
         ),
     ],
     ids=["taxonomy", "staircase", "scatter", "efficiency", "crossover"],

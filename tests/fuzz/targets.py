@@ -415,7 +415,7 @@ def address(path: Path) -> None:
         raise InputError(problems[0])
     if path.stat().st_size % 16 == 0:  # what the page shows: numbers, or a reason
         shown = predictions(state)
-        assert shown.refused or all(
+        assert shown.problem or all(
             np.isfinite((r.speedup, r.speedup_lower, r.speedup_upper)).all() for r in shown.table
         )
 

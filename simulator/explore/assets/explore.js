@@ -1,4 +1,4 @@
-// The page's own script: carries the form to the address, answers to the page, and files to the server. It computes nothing.
+// The page's script: copies the form to the address, answers to the page, and files to the server. It computes nothing.
 "use strict";
 
 (() => {
@@ -9,7 +9,7 @@
   const marks = document.documentElement.dataset; // shown, mapped: the address that texts and figures, and the map, belong to
 
   function setProps(id, data) {
-    // before Dash has started nothing is lost: it begins with the address as it then is
+    // before Dash has started nothing is lost: it starts with the current address
     if (window.dash_clientside.set_props) window.dash_clientside.set_props(id, { data: data });
   }
 
@@ -19,7 +19,7 @@
   const current = (question) => question.search === window.location.search && question.narrow === NARROW.matches;
 
   function ask() {
-    element("card-crossover").setAttribute("aria-busy", "true"); // the map may take longer than the rest
+    element("card-crossover").setAttribute("aria-busy", "true"); // the map may take longer
     setProps("asked", asked());
   }
 
@@ -72,7 +72,7 @@
     ask();
   }
 
-  // what was dropped, as a further choice of its control
+  // add dropped files as a choice of their control
   function option(control, value, text) {
     const known = control === "gpu" ? [...element("gpus").querySelectorAll("input")] : [...element(control).options];
     if (known.some((o) => o.value === value)) return;
@@ -89,7 +89,7 @@
 
   async function draw(name, figure) {
     const box = element(name);
-    box.style.height = `${figure.layout.height}px`; // kept free, so that nothing moves while it is drawn
+    box.style.height = `${figure.layout.height}px`; // reserved, so that nothing moves while it is drawn
     while (!window.Plotly) await new Promise((done) => document.querySelector("script[async]").addEventListener("load", done));
     return window.Plotly.react(box, figure.data, figure.layout, { displayModeBar: false, responsive: true });
   }
@@ -109,7 +109,7 @@
 
   async function drawAll(answer) {
     for (const [name, figure] of Object.entries(answer.figures)) {
-      await later(); // texts are painted before figures, and another change is heard between two of them
+      await later(); // texts are painted before figures, and a change can arrive between two figures
       if (!current(answer.asked)) return;
       await draw(name, figure);
     }
@@ -153,7 +153,7 @@
   // -- files ----------------------------------------------------------------------------------------------------------------------
 
   const MOST_BYTES = 1000000;
-  const MOST_HEADER = 8000000; // of one file, and three times as much of all: what the server reads
+  const MOST_HEADER = 8000000; // of one file, and three times as much of all files: limits of the server
   const MOST_INDEX = 16000000;
 
   function complain(into, text) {
@@ -168,11 +168,11 @@
     }
   }
 
-  // Of a *.safetensors the header alone, 8 bytes and as many more as they say: no weight is read, nothing large is sent.
+  // Read only the header of a *.safetensors, 8 bytes and the number of bytes that they hold: no weight is read, nothing large is sent.
   async function header(file) {
     const first = await file.slice(0, 8).arrayBuffer();
     const length = first.byteLength === 8 ? Number(new DataView(first).getBigUint64(0, true)) : Infinity;
-    if (length > file.size - 8) throw `${file.name}: is no safetensors file: its header would not fit into it`;
+    if (length > file.size - 8) throw `${file.name}: is not a safetensors file: its header would not fit into it`;
     if (length > MOST_HEADER) throw `${file.name}: header of ${length} bytes; at most ${MOST_HEADER} are read`;
     return [decoded(await file.slice(8, 8 + length).arrayBuffer(), file.name), file.size - 8 - length];
   }
@@ -188,14 +188,14 @@
     return { name: path, text: decoded(await file.arrayBuffer(), file.name), room: 0 };
   }
 
-  // pairs of a file and its path; of several what a model is not read from is left alone
+  // read pairs of a file and its path; of several, only files of a model
   async function read(files, into) {
     const wanted = /(^|\/)config\.json$|\.safetensors(\.index\.json)?$/;
     const some = files.length > 1 ? files.filter(([file, path]) => wanted.test(path)) : files;
     complain(into, "");
     if (!files.length) return;
     try {
-      if (!some.length) throw `${files.length} files: expected one config.json, with the *.safetensors of its folder or without`;
+      if (!some.length) throw `${files.length} files: expected one config.json, with or without the *.safetensors of its folder`;
       const sent = [];
       for (const [file, path] of some) sent.push(await contents(file, path));
       if (sent.reduce((sum, one) => sum + one.text.length, 0) > 3 * MOST_HEADER) throw `headers of more than ${3 * MOST_HEADER} bytes`;
@@ -212,7 +212,7 @@
     input.click();
   }
 
-  // files that were dropped, those of a folder with its name
+  // return the dropped files; files of a folder have its name
   async function dropped(transfer) {
     const found = [];
     for (const item of [...transfer.items].map((i) => i.webkitGetAsEntry() || i.getAsFile())) {
@@ -266,7 +266,7 @@
     if (!answer.token) return;
     option(answer.into, answer.token, answer.label);
     if (answer.into === "gpu") {
-      // of two profiles of one name the one that was dropped is used
+      // of two profiles with one name, the dropped one is used
       for (const box of element("gpus").querySelectorAll("input")) {
         if (box.value === answer.token) box.checked = true;
         else if (box.value === answer.replaces || box.parentElement.textContent.startsWith(`${answer.replaces} (`)) box.checked = false;
@@ -285,7 +285,7 @@
     explore: { begin: asked, show: done(show), showMap: done(showMap), place: done(place) },
   });
 
-  // this script stands below the form
+  // this script is below the form
   function start() {
     phase();
     const settings = document.querySelector(".settings");
@@ -317,8 +317,8 @@
         const over = event.target.closest && event.target.closest(".drop");
         for (const zone of document.querySelectorAll(".drop")) zone.classList.toggle("over", type === "dragover" && zone === over);
         if (type !== "drop") return;
-        const into = over ? over.dataset.into : "model"; // beside them all it is a model
-        dropped(event.dataTransfer).then((files) => read(files, into), () => complain(into, "what was dropped cannot be read"));
+        const into = over ? over.dataset.into : "model"; // outside of all areas: a model
+        dropped(event.dataTransfer).then((files) => read(files, into), () => complain(into, "the dropped files cannot be read"));
       });
     }
   }
