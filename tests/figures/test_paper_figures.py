@@ -16,9 +16,9 @@ from matplotlib.text import Text
 from test_figures import check_print
 
 import simulator
-from simulator.cli import app, run
+from simulator.cli import COMMANDS, run
 from simulator.cli.drawing import draw_rooflines, draw_waterfalls
-from simulator.cli.figures import figures, figures_command
+from simulator.cli.figures import figures_command
 from simulator.cost.gemm import gemm_time
 from simulator.errors import InputError
 from simulator.figures.crossover import crossover_figure
@@ -352,8 +352,7 @@ def test_a_scatter_says_what_its_points_are_and_has_two_ticks_or_more() -> None:
 @pytest.fixture
 def prunesim(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The command line with ``figures``, whatever else is registered."""
-    monkeypatch.setattr(app, "registered_commands", list(app.registered_commands))
-    app.command("figures")(figures)
+    monkeypatch.setitem(COMMANDS, "figures", "simulator.cli.figures:figures")
     return run
 
 
@@ -395,8 +394,9 @@ def test_what_lacks_data_is_left_out_with_a_note(
 def test_measurements_may_come_from_the_caller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(app, "registered_commands", list(app.registered_commands))
-    app.command("figures")(figures_command(lambda hw, dtype: measured(hw, 50) if hw.name == "h100_sxm" else None))
+    known = figures_command(lambda hw, dtype: measured(hw, 50) if hw.name == "h100_sxm" else None)
+    monkeypatch.setattr("simulator.cli.figures.figures", known)
+    monkeypatch.setitem(COMMANDS, "figures", "simulator.cli.figures:figures")
     assert run(["figures", "-o", str(tmp_path), "--only", "scatter", "--format", "png"]) == 0
     assert "h100_sxm: planted" in (tmp_path / "captions.md").read_text()
     assert "a100_sxm_80gb" not in (tmp_path / "captions.md").read_text()
